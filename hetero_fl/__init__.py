@@ -1,0 +1,35 @@
+"""Federated learning between participants whose models differ.
+
+import hetero_fl
+run = hetero_fl.run("configs/digits_quickstart.yaml", overrides=["rounds=3"])
+run.summary["global"]["last"]["accuracy"]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Run", "compare", "evaluate", "load_config", "prepare", "run"]
+
+if TYPE_CHECKING:
+    from hetero_fl.config import load_config
+    from hetero_fl.experiment import compare, evaluate, prepare, run
+    from hetero_fl.reporting.run import Run
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import hetero_fl` alone stays quick."""
+    if name == "load_config":
+        from hetero_fl.config import load_config
+
+        return load_config
+    if name == "Run":
+        from hetero_fl.reporting.run import Run
+
+        return Run
+    if name in __all__:
+        import hetero_fl.experiment
+
+        return getattr(hetero_fl.experiment, name)
+    raise AttributeError(f"module 'hetero_fl' has no attribute {name!r}")

@@ -1,0 +1,28 @@
+"""One short file per method or close family. Importing this package registers them all."""
+
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
+from hetero_fl.algorithms.fd import FD
+from hetero_fl.algorithms.fedavg import FedAvg, FedProx
+from hetero_fl.algorithms.feddf import FedDF
+from hetero_fl.algorithms.fedmd import FedMD
+from hetero_fl.algorithms.hybrid import Hybrid
+from hetero_fl.algorithms.local import Centralized, Ensemble, Local
+from hetero_fl.algorithms.partial import FedPer, LGFedAvg
+
+__all__ = [
+    "FD",
+    "STUDENT",
+    "Algorithm",
+    "Centralized",
+    "Ensemble",
+    "FedAvg",
+    "FedDF",
+    "FedMD",
+    "FedPer",
+    "FedProx",
+    "Hybrid",
+    "Items",
+    "LGFedAvg",
+    "Local",
+    "algorithm",
+]

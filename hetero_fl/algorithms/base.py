@@ -1,0 +1,174 @@
+"""What a method is: what travels, what is optimised, how the server combines it. How it is computed is the runtime's part.
+
+Subclass `Algorithm`, register it with `@algorithm("name")`, and override what differs. Settings are pydantic fields of the
+class; they stand beside `algorithm.name` in the configuration. Every hook that may compute is a plan (see hetero_fl.plan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from hetero_fl.aggregation.averaging import average_by_owner
+from hetero_fl.aggregation.uploads import Uploads, step
+from hetero_fl.architecture import Tensors
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.objectives import Objective, Supervised, log_prior
+from hetero_fl.payload import Item, ItemSpec, Payload
+from hetero_fl.plan import Fit, Plan, Predict, Rows
+from hetero_fl.registry import Registry
+from hetero_fl.state import Card, Part, Participant, common_part, floats, select, without
+
+STUDENT = "student"  # the server's slot for the one model that it distils for itself
+algorithm: Registry[type[Algorithm]] = Registry("algorithm")
+Items = dict[str, Any]  # name -> Item, tensor or named tensors
+
+
+class Algorithm(BaseModel):
+    """A federated method. As it stands: FedAvg of the `shared` part, within each architecture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    shared: ClassVar[Part] = None  # the part of the model that travels: None all, () nothing, else prefixes
+    uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
+    needs_proxy: ClassVar[bool] = False
+    distils: ClassVar[bool] = False  # whether it can train a student at the server
+    counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
+    tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
+    reads: ClassVar[str] = (
+        "after aggregation, as deployed with the next broadcast"  # when a model is read; tables say so
+    )
+
+    logit_adjustment: bool = Field(
+        False, description="train on z + log π with the client's own label frequencies π; at home read z + log π"
+    )
+
+    # What travels ------------------------------------------------------------------------------------------------
+    def part(self, settings: ClientSettings) -> Part:
+        """What this client shares of its model: the method's part, as far as the client is willing."""
+        if "parameters" in settings.shares:
+            return self.shared
+        return common_part(self.shared, ("backbone.",)) if "backbone" in settings.shares else ()
+
+    def sends(self, settings: ClientSettings, round: int) -> Part:
+        """What of its model the client uploads in this round."""
+        return self.part(settings) if self.sharing(settings, round) else ()
+
+    def takes(self, settings: ClientSettings, round: int) -> Part:
+        """What of its model the client replaces by the server's: after each round in which it sent, and at the start."""
+        return self.part(settings) if round % settings.share_every == 0 else ()
+
+    def private(self, client: Participant) -> dict[str, Tensors]:
+        """What of its models a client keeps between rounds: whatever the next broadcast does not replace."""
+        replaced = self.takes(client.settings, 0) if client.settings.share_every == 1 else ()
+        kept = {**client.models, "model": without(client.models["model"], replaced)}
+        return {slot: tensors for slot, tensors in kept.items() if floats(tensors)}  # counters alone are not worth it
+
+    @staticmethod
+    def sharing(settings: ClientSettings, round: int) -> bool:
+        """Whether the client uploads in this round."""
+        return (round + 1) % settings.share_every == 0
+
+    def gives(self, client: Participant, share: str) -> bool:
+        """Whether the client uploads that kind of thing ("predictions", "statistics") in this round."""
+        return share in client.settings.shares and self.sharing(client.settings, client.clock.round)
+
+    # The round, in its order -------------------------------------------------------------------------------------
+    def start(self, server: Participant) -> None:
+        """Prepare the server's state before the first round."""
+
+    def broadcast(self, server: Participant, card: Card) -> Items:
+        """What the server sends to one client."""
+        part = self.takes(card.settings, server.clock.round)
+        return {} if part == () else {"model": floats(select(server.models[card.arch.id], part))}
+
+    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
+        """Make the model that this client would use now."""
+        if "model" in got:
+            client.load("model", got["model"])
+        yield from ()
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        """The client's round; returns its upload."""
+        yield from self.deploy(client, got)
+        yield self.fit(client)
+        return self.share(client)
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        """The server's round."""
+        self.average(server, uploads)
+        yield from ()
+
+    def personalise(self, client: Participant, got: Payload) -> Plan[None]:
+        """What the client does with the deployed model before it is read; on a copy."""
+        yield from ()
+
+    def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
+        """Logits `[N, C]` of the client's model; `home`: on its own patients, where its own label frequencies hold."""
+        slot, view = self.used(client)
+        logits = yield Predict(slot, rows if view is None else replace(rows, through=view))
+        return self.with_prior(client, logits) if home else logits
+
+    def used(self, client: Participant) -> tuple[str, Any]:
+        """The slot of the model that a deployed client uses, and the preprocessing it needs if not the client's own."""
+        return "model", None
+
+    def server_slot(self, server: Participant) -> str | None:
+        """The slot of the server's own model, if it has one: the student, else the global model of a single group."""
+        if STUDENT in server.models:
+            return STUDENT
+        return next(iter(server.models)) if self.shared is None and len(server.models) == 1 else None
+
+    # Pieces to build with ----------------------------------------------------------------------------------------
+    def fit(
+        self,
+        client: Participant,
+        objective: Objective | None = None,
+        data: Rows | None = None,
+        *,
+        given: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Fit:
+        """The client's local training with its own settings; another objective, rows or `Fit` field on request."""
+        s = client.settings
+        objective = objective or Supervised(client.task.kind)
+        base: dict[str, Any] = {"epochs": s.epochs, "steps": s.steps} if "epochs" not in changes else {}
+        extra = self.local_given(client) if isinstance(objective, Supervised) else {}
+        settings = {"batch_size": s.batch_size, "optimizer": client.optimizer, **base, **changes}
+        return Fit({"model": None}, objective, data or Rows(), given={**extra, **(given or {})}, **settings)
+
+    def local_given(self, client: Participant) -> dict[str, Tensor]:
+        """What the supervised loss of this client reads besides the batch."""
+        given = {}
+        prior = log_prior(client.task, client.counts) if self.logit_adjustment else None
+        if prior is not None:
+            given["log_prior"] = prior
+        weights = client.settings.class_weights
+        if weights is not None and client.task.kind == "multiclass":
+            n = client.counts.to(torch.get_default_dtype())
+            w = 1 / n.clamp(min=1) if weights == "balanced" else torch.tensor(weights, dtype=n.dtype)
+            given["class_weights"] = w * n.sum() / (w * n).sum()  # the mean over the training rows is one
+        return given
+
+    def with_prior(self, client: Participant, logits: Tensor) -> Tensor:
+        """z + log π where the method trains with logit adjustment, else z."""
+        prior = log_prior(client.task, client.counts) if self.logit_adjustment else None
+        return logits if prior is None else logits + prior
+
+    def share(self, client: Participant) -> Items:
+        """The client's part of the model, weighted by its training rows."""
+        part = self.sends(client.settings, client.clock.round)
+        if part == ():
+            return {}
+        return {"model": Item(floats(select(client.models["model"], part)), float(client.n), "params")}
+
+    def average(self, server: Participant, uploads: Uploads, rate: float = 1.0, weighted: bool = True) -> None:
+        """Move each group's model to the mean over the owners of each tensor."""
+        for group, mean in average_by_owner(uploads, "model", server.common, weighted).items():
+            parameters = server.arch[group].parameter_names
+            server.models[group] = step(server.models[group], mean, rate, parameters)

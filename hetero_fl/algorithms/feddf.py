@@ -1,0 +1,66 @@
+"""FedDF: ensemble distillation at the server, on top of averaging by architecture."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from hetero_fl.aggregation.teachers import opinion
+from hetero_fl.aggregation.uploads import Upload, Uploads, mean_of
+from hetero_fl.algorithms.base import Items, algorithm
+from hetero_fl.algorithms.distillation import Distilling
+from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.payload import Item, ItemSpec, Payload
+from hetero_fl.plan import Plan, Predict, Rows
+from hetero_fl.state import Participant
+
+
+@algorithm("feddf")
+class FedDF(Distilling, FedAvg):
+    """Each architecture's average is the start, the mean of all clients' logits on the proxy set the teacher; the result
+    goes back (Lin et al. 2020, Algorithm 3).
+
+    A client whose whole model does not leave the house sends its proxy logits itself: the same teacher. Label counts
+    travel only for the contrast-weighted teacher.
+    """
+
+    uploads = {
+        "model": ItemSpec("params", use="each"),
+        "logits": ItemSpec("rows", use="each", share="predictions"),
+        "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
+    }
+
+    distil_epochs: PositiveInt = Field(2, description="epochs of each group's average on the proxy set")
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        items: Items = yield from super().train(client, got)
+        if self.sends(client.settings, client.clock.round) is not None and self.gives(client, "predictions"):
+            items["logits"] = yield from self.opinion(client)
+        elif self.teacher == "contrast" and self.gives(client, "statistics"):
+            items["counts"] = Item(client.counts, kind="counts")
+        return items
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        whole = [u for u in uploads.having("model") if "logits" not in u.payload]
+        whole = [u for u in whole if self.sends(u.card.settings, server.clock.round) is None]
+        logits = yield [
+            Predict(
+                u.group,
+                Rows("proxy", through=u.card.preprocess),
+                tensors={**server.models[u.group], **u.payload["model"]},
+                arch=u.card.arch,
+            )
+            for u in whole
+        ]
+        said = {u.client: self.opinion_of(server, u, z) for u, z in zip(whole, logits, strict=True)}
+        said.update({u.client: u.payload.item("logits") for u in uploads.having("logits")})
+        yield from super().aggregate(server, uploads)
+        if said:
+            teacher = mean_of([said[c] for c in sorted(said)])
+            yield from self.distil(server, teacher, [u.card for u in uploads.having("model")], self.distil_epochs)
+            yield from self.train_student(server, teacher)
+
+    def opinion_of(self, server: Participant, upload: Upload, logits: Tensor) -> Item:
+        """The word of a client whose model the server holds."""
+        counts = upload.payload.get("counts", server.counts)
+        return opinion(server.task, self.teacher, logits, counts, upload.card.n)

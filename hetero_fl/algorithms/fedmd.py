@@ -1,0 +1,44 @@
+"""FedMD: models of any kind learn from one another through their predictions on a public set."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.base import Items, algorithm
+from hetero_fl.algorithms.distillation import TEACHER, Distilling
+from hetero_fl.payload import ItemSpec, Payload
+from hetero_fl.plan import Plan
+from hetero_fl.state import Card, Participant
+
+
+@algorithm("fedmd")
+class FedMD(Distilling):
+    """Clients digest the consensus of proxy logits, then train on private data (Li & Wang 2019, Algorithm 1).
+
+    The authors' code takes the mean absolute error of logits; KL with T = 2 is what our comparisons use.
+    """
+
+    shared = ()
+    uploads = {"logits": ItemSpec("rows", share="predictions")}
+    reads = "after private training, as in the paper"
+
+    distance: Literal["kl", "mae"] = Field("kl", description="between a client's logits and the consensus")
+    digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set before private training")
+
+    def broadcast(self, server: Participant, card: Card) -> Items:
+        return {TEACHER: server.state[TEACHER]} if TEACHER in server.state and not card.reading else {}
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        if TEACHER in got:
+            yield self.digest(client, got[TEACHER], self.digest_epochs, distance=self.distance)
+        yield self.fit(client)
+        return {"logits": (yield from self.opinion(client))} if self.gives(client, "predictions") else {}
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        teacher = uploads.mean("logits")
+        if teacher is not None:
+            server.state[TEACHER] = teacher
+            yield from self.train_student(server, teacher)

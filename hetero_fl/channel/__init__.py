@@ -1,0 +1,1 @@
+"""What happens to payloads between client and server."""

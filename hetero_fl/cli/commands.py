@@ -1,0 +1,153 @@
+"""What each command takes and does: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hetero_fl.cli import Parser
+from hetero_fl.errors import UserError
+
+Setup = Callable[[argparse.ArgumentParser], None]
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    _configuration(parser)
+    parser.add_argument("--out", type=Path, help="run directory (default: runs/<name>-<timestamp>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    parser.add_argument(
+        "--check", action="store_true", help="print the resolved configuration and what the run will cost"
+    )
+    parser.set_defaults(carry_out=_carry_out_train)
+
+
+def _carry_out_train(options: argparse.Namespace) -> int:
+    from hetero_fl.experiment import prepare, run
+
+    if options.check:
+        from hetero_fl.cli.check import print_check
+
+        print_check(prepare(options.config, options.overrides))
+        return 0
+    if options.resume and options.out is None:
+        raise UserError("--resume: which run? name its directory with --out")
+    finished = run(options.config, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False)
+    print(finished.path)
+    return 0
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    _configuration(parser)
+    parser.add_argument("--algorithms", required=True, metavar="A,B,…", help="names, or name:setting=value, or `all`")
+    parser.add_argument("--seeds", default="0", metavar="0,1,…")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the comparison; finished runs in it are kept"
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one per core, one thread each)")
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="key=a,b,c", help="tune each algorithm alike, by validation"
+    )
+    parser.set_defaults(carry_out=_carry_out_compare)
+
+
+def _carry_out_compare(options: argparse.Namespace) -> int:
+    from hetero_fl.experiment import compare
+
+    try:
+        seeds = [int(s) for s in options.seeds.split(",") if s.strip()]
+    except ValueError:
+        raise UserError(f"--seeds: found '{options.seeds}'; write whole numbers with commas, such as 0,1,2") from None
+    grid = {}
+    for entry in options.grid:
+        key, equals, values = entry.partition("=")
+        if not equals or not values:
+            raise UserError(f"--grid: found '{entry}'; write key=a,b,c")
+        grid[key] = values.split(",")
+    out = compare(
+        options.config,
+        options.algorithms,
+        seeds,
+        out=options.out,
+        overrides=options.overrides,
+        grid=grid,
+        jobs=options.jobs,
+        quiet=False,
+    )
+    print((out / "comparison.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE|NAME", help="a local file or folder, or a source by name"
+    )
+    parser.add_argument("--client", help="only this client's model")
+    parser.add_argument("--home", action="store_true", help="read with the client's own label frequencies")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.set_defaults(carry_out=_carry_out_evaluate)
+
+
+def _carry_out_evaluate(options: argparse.Namespace) -> int:
+    from hetero_fl.experiment import evaluate
+
+    results = evaluate(options.run, options.data, options.client, options.home)
+    names = list(next(iter(results.values())))
+    table = Table("model", *names, title=f"{options.run} on {options.data}")
+    for model, scores in results.items():
+        table.add_row(model, *("–" if scores[n] is None else f"{scores[n]:.3f}" for n in names))
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    return 0
+
+
+def _methods(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(carry_out=_carry_out_methods)
+
+
+def _carry_out_methods(options: argparse.Namespace) -> int:
+    from hetero_fl.algorithms import algorithm
+
+    table = Table("algorithm", "what it does", "settings")
+    for name in algorithm:
+        kind = algorithm[name]
+        first = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+        table.add_row(name, first, ", ".join(kind.model_fields))
+    Console().print(table)
+    return 0
+
+
+COMMANDS: dict[str, tuple[str, Setup]] = {
+    "train": ("one run: configuration in, finished run directory out", _train),
+    "compare": ("algorithms × seeds: table, figure and report", _compare),
+    "evaluate": ("score the saved models of a run on any data set", _evaluate),
+    "methods": ("the algorithms, a line each", _methods),
+}
+
+
+def _configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", "-c", "--conf", required=True, metavar="FILE", help="YAML or JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the configuration")
+
+
+def parser(command: str, prog: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    about, setup = COMMANDS[command]
+    made = Parser(prog=prog, description=about, allow_abbrev=False)
+    setup(made)
+    return made
+
+
+def all_parser() -> argparse.ArgumentParser:
+    """The parser that tells which commands there are."""
+    made = Parser(prog="hetero-fl", description="Federated learning between participants whose models differ.")
+    commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, (about, _) in COMMANDS.items():
+        commands.add_parser(name, help=about)
+    return made

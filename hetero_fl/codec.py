@@ -1,0 +1,127 @@
+"""Trees of tensors and plain values as bytes, without pickle: a safetensors file whose metadata holds the tree.
+
+Used for what travels (payloads) and for what is kept (checkpoints, saved models). Decoding trusts nothing: sizes are checked
+against the bytes that are there before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+from torch import Tensor
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "I16": np.dtype("int16"),
+    "I8": np.dtype("int8"),
+    "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"),
+}
+DEEPEST = 12
+Tree = Any  # dict[str, Tree] | list[Tree] | Tensor | str | int | float | bool | None
+
+
+class CodecError(ValueError):
+    """Bytes that are not a tree of this format, in one line."""
+
+
+def encode(tree: Tree, form: str) -> bytes:
+    """The tree as bytes. `form` names what it is ("payload 1"); `decode` asks for the same.
+
+    Raises TypeError for values that have no plain form.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    plain = _flatten(tree, tensors)
+    head = json.dumps({"form": form, "tree": plain}, allow_nan=False)
+    # One entry: the library writes several in an order that changes from process to process.
+    return save(tensors, {"hetero_fl": head})
+
+
+def _flatten(tree: Tree, tensors: dict[str, np.ndarray]) -> Any:
+    if isinstance(tree, Tensor):
+        name = str(len(tensors))
+        tensors[name] = tree.detach().cpu().contiguous().numpy()
+        return {"t": name}
+    if isinstance(tree, dict):
+        return {"d": {_string(k): _flatten(v, tensors) for k, v in tree.items()}}
+    if isinstance(tree, list | tuple):
+        return [_flatten(v, tensors) for v in tree]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {"f": repr(tree)}
+    if tree is None or isinstance(tree, str | int | float):
+        return tree
+    raise TypeError(f"{type(tree).__name__} has no plain form")
+
+
+def _string(key: object) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"keys are strings, not {type(key).__name__}")
+    return key
+
+
+def decode(data: bytes, form: str) -> Tree:
+    """The reverse of `encode`. Tensors own their memory. Raises CodecError, in one line, for anything malformed."""
+    try:
+        head = json.loads(_metadata(data)["hetero_fl"])
+        if head["form"] != form:
+            raise CodecError(f"found {str(head['form'])[:40]!r} where '{form}' was expected")
+        tensors = {n: _tensor(a) for n, a in deserialize(data)}
+        return _restore(head["tree"], tensors, 0)
+    except CodecError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError, AttributeError) as error:
+        raise CodecError(f"malformed: {type(error).__name__} {str(error)[:120]}") from None
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    if len(data) < 8:
+        raise CodecError(f"{len(data)} bytes are too few")
+    size = int.from_bytes(data[:8], "little")
+    if size > len(data) - 8:
+        raise CodecError("the declared header is longer than the data")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        metadata = header.get("__metadata__") or {}
+        if not isinstance(metadata, dict):
+            raise TypeError("no metadata")
+        return metadata
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CodecError(f"malformed header: {type(error).__name__}") from None
+
+
+def _tensor(entry: dict[str, Any]) -> Tensor:
+    if entry["dtype"] not in DTYPES:
+        raise CodecError(f"dtype {entry['dtype']!r} does not travel")
+    dtype = DTYPES[entry["dtype"]]
+    raw = entry["data"]
+    if entry["dtype"] == "BOOL" and max(raw, default=0) > 1:
+        raise CodecError("a truth value that is neither 0 nor 1")
+    array = np.frombuffer(bytearray(raw) if isinstance(raw, bytes) else raw, dtype).reshape(entry["shape"])
+    return torch.from_numpy(array)
+
+
+def _restore(plain: Any, tensors: dict[str, Tensor], depth: int) -> Tree:
+    if depth > DEEPEST:
+        raise CodecError("nested too deeply")
+    if isinstance(plain, list):
+        return [_restore(v, tensors, depth + 1) for v in plain]
+    if not isinstance(plain, dict):
+        return plain
+    match plain:
+        case {"t": str(name), **rest} if not rest:
+            return tensors[name]
+        case {"d": dict(items), **rest} if not rest:
+            return {k: _restore(v, tensors, depth + 1) for k, v in items.items()}
+        case {"f": ("inf" | "-inf" | "nan") as number, **rest} if not rest:
+            return float(number)
+    raise CodecError("neither a value, a list, a tensor nor a dictionary")

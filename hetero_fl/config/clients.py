@@ -1,0 +1,199 @@
+"""The clients' side of the configuration: what each one runs, how it trains, how it sees its data, what it shares."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from hetero_fl.config.base import Section, choice
+from hetero_fl.config.source import SourceConfig
+from hetero_fl.errors import nearest
+
+
+class ModelConfig(Section):
+    """A model of the zoo: its name, a common feature width if wished, and the model's own options beside them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(
+        description="a name of model_zoo.list_models(), or timm:NAME, torchvision:NAME, python:module:Class"
+    )
+    feature_dim: PositiveInt | None = Field(None, description="width of the features; none: the model's own")
+    pretrained: bool = Field(False, description="published weights (timm: and torchvision: models)")
+
+    @model_validator(mode="after")
+    def _options_exist(self) -> ModelConfig:
+        from model_zoo import ModelError, model_options
+
+        try:
+            known = model_options(self.name)
+        except ModelError as error:
+            raise ValueError(str(error)) from None
+        if not self.name.startswith(("python:", "timm:", "torchvision:")):
+            for key in self.options:
+                if key not in known:
+                    raise ValueError(f"{key}: {self.name} has no such option{nearest(key, known)}")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The model's own options."""
+        return dict(self.model_extra or {})
+
+
+def _named(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _listed(value: object) -> object:
+    """One model, several in turn, or a named group of the zoo (`group:resnet_family`) become a list."""
+    if isinstance(value, str) and value.startswith("group:"):
+        from model_zoo import ModelError, group_models
+
+        try:
+            return [{"name": name} for name in group_models(value.removeprefix("group:"))]
+        except ModelError as error:
+            raise ValueError(str(error)) from None
+    if isinstance(value, list):
+        return [_named(v) for v in value]
+    return [_named(value)] if isinstance(value, str | dict) else value
+
+
+Models = Annotated[list[ModelConfig], Field(min_length=1), BeforeValidator(_listed)]
+
+
+class OptimizerConfig(Section):
+    """A torch optimiser and how its learning rate moves over the rounds."""
+
+    name: choice("sgd", "adam", "adamw") = "adam"  # type: ignore[valid-type]
+    lr: PositiveFloat = 1e-3
+    head_lr: PositiveFloat | None = Field(None, description="the head's own learning rate; none: the same")
+    momentum: float = Field(0.0, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
+    schedule: choice("constant", "cosine", "step", "linear") = Field("constant", description="of lr over the rounds")  # type: ignore[valid-type]
+    gamma: float = Field(0.1, gt=0, le=1, description="step: the factor; cosine, linear: the last lr over the first")
+    step_rounds: PositiveInt = Field(10, description="step: rounds between two reductions")
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> OptimizerConfig:
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise ValueError("nesterov needs name: sgd and momentum above 0")
+        if self.momentum and self.name != "sgd":
+            raise ValueError(f"momentum belongs to sgd, not {self.name}")
+        return self
+
+    def at(self, round: int, rounds: int) -> OptimizerConfig:
+        """The optimiser of one round (from 0) of so many, its learning rates moved along the schedule."""
+        done = round / max(1, rounds - 1)
+        factor = {
+            "constant": 1.0,
+            "step": self.gamma ** (round // self.step_rounds),
+            "cosine": self.gamma + (1 - self.gamma) * (1 + math.cos(math.pi * min(1.0, done))) / 2,
+            "linear": 1 - (1 - self.gamma) * min(1.0, done),
+        }[self.schedule]
+        if factor == 1.0:
+            return self
+        head = None if self.head_lr is None else self.head_lr * factor
+        return self.model_copy(update={"lr": self.lr * factor, "head_lr": head})
+
+
+class Normalize(Section):
+    """Pixel values p in 0..1 become (p − mean) / std."""
+
+    mean: float = 0.5
+    std: PositiveFloat = 0.25
+
+
+class PreprocessConfig(Section):
+    """How one participant sees every example, its own and the public ones: resize, then channels, then normalise."""
+
+    resize: PositiveInt | None = Field(None, description="side in pixels (bilinear)")
+    channels: Literal[1, 3] | None = Field(None, description="1: grey, 3: RGB")
+    normalize: Normalize | Literal["own"] | None = Field(
+        None, description="fixed mean and std, or `own`: those of the participant's training rows"
+    )
+
+
+class AugmentConfig(Section):
+    """Random changes of training images, drawn anew each step; never in evaluation."""
+
+    crop: int = Field(0, ge=0, description="pad by so many pixels and crop back at random")
+    flip: bool = Field(False, description="left and right at random")
+    rotate: float = Field(0.0, ge=0, le=180, description="up to so many degrees either way")
+
+
+class ScannerConfig(Section):
+    """A site's own imaging device: what it does to the images made there (feature shift)."""
+
+    contrast: PositiveFloat = Field(1.0, description="factor around the middle grey")
+    brightness: float = Field(0.0, ge=-1, le=1, description="added, of the whole range")
+    blur: float = Field(0.0, ge=0, description="Gaussian blur, sigma in pixels")
+    noise: float = Field(0.0, ge=0, description="Gaussian noise, sigma of the whole range")
+    resolution: float = Field(1.0, gt=0, le=1, description="scaled down by this factor and up again")
+
+
+class ClientSettings(Section):
+    """Everything that may differ from client to client."""
+
+    model: Models = Field([ModelConfig(name="cnn_bn_small")], description="a model, or a list to take in turn")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    epochs: PositiveInt = Field(1, description="local epochs a round")
+    steps: PositiveInt | None = Field(None, description="local steps a round in place of epochs")
+    batch_size: PositiveInt = 32
+    class_weights: Literal["balanced"] | list[float] | None = Field(None, description="of the cross-entropy")
+    preprocess: PreprocessConfig = PreprocessConfig()
+    augment: AugmentConfig = AugmentConfig()
+    scanner: ScannerConfig = ScannerConfig()
+    shares: list[choice("parameters", "backbone", "predictions", "statistics")] = Field(  # type: ignore[valid-type]
+        ["parameters", "predictions", "statistics"],
+        description="what may leave: all parameters, the backbone only, proxy predictions, class statistics",
+    )
+    share_every: PositiveInt = Field(1, description="uploads in every n-th round only")
+    size: PositiveFloat = Field(1.0, description="how much data it gets, relative to the others")
+    data: SourceConfig | None = Field(None, description="its own source in place of a part of the common one")
+
+    @field_validator("shares")
+    @classmethod
+    def _one_extent(cls, value: list[str]) -> list[str]:
+        if {"parameters", "backbone"} <= set(value):
+            raise ValueError("found both 'parameters' and 'backbone'; name the one that is meant")
+        if len(set(value)) < len(value):
+            raise ValueError(f"found {value}; each at most once")
+        return value
+
+
+class ClientGroup(ClientSettings):
+    """Clients that are described together: so many, or this fraction of `clients.count`."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="ids are name_1, name_2 …, or the name alone for one"
+    )
+    count: PositiveInt | None = None
+    fraction: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_size(self) -> ClientGroup:
+        if self.count and self.fraction:
+            raise ValueError("found count and fraction; give one of them")
+        return self
+
+
+class ClientOverride(ClientSettings):
+    """Settings of the clients whose id matches a pattern (`clinic_*`), over those of their group."""
+
+    match: str = Field(description="shell-style pattern of ids")
+
+
+class ClientsConfig(Section):
+    """Who takes part: defaults, then groups, then overrides by id; the later wins, key by key."""
+
+    count: PositiveInt | None = Field(None, description="number of clients; none: the sum of the groups")
+    per_round: PositiveInt | None = Field(None, description="clients sampled each round; none: all")
+    defaults: ClientSettings = ClientSettings()
+    groups: list[ClientGroup] = []
+    overrides: list[ClientOverride] = []
+    common: list[str] = Field([], description="prefixes of tensors that are averaged across architectures too")

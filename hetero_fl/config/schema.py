@@ -1,0 +1,70 @@
+"""The whole configuration of a run, as one typed schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+
+from hetero_fl.config.base import Section, choice
+from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, _named
+from hetero_fl.config.source import DataConfig
+
+
+class ServerConfig(Section):
+    """What the server trains with, and the one student that it may train for itself."""
+
+    model: Annotated[ModelConfig, BeforeValidator(_named)] | None = Field(
+        None,
+        description="architecture of a student distilled at the server from the clients' consensus; none: no student",
+    )
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: PositiveInt = 32
+    preprocess: PreprocessConfig = PreprocessConfig()
+
+
+class EvaluationConfig(Section):
+    """When models are read, and when a run that no longer improves stops."""
+
+    every: PositiveInt = Field(1, description="rounds between two evaluations; the last round is always evaluated")
+    batch_size: PositiveInt = 500
+    patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a better validation")
+
+
+class RuntimeConfig(Section):
+    """Where and how a run computes. Threads are part of the result's bits, the number of workers is not."""
+
+    mode: choice("sync") = "sync"  # type: ignore[valid-type]
+    executor: choice("auto", "serial") = "auto"  # type: ignore[valid-type]
+    workers: PositiveInt = Field(1, description="worker processes (executors that have them)")
+    threads: PositiveInt | None = Field(None, description="threads of a process; none: chosen from cores and models")
+    device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = "auto"  # type: ignore[valid-type]
+    divergence: Literal["skip", "stop"] = Field(
+        "skip", description="a client whose loss is no longer finite: leave it out of the round, or end the run"
+    )
+
+
+class OutputConfig(Section):
+    """What a run leaves behind besides metrics and models."""
+
+    plots: bool = True
+    report: bool = True
+    tensorboard: bool = False
+
+
+class Config(Section):
+    """One run: data, clients, method, and how it is computed."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: NonNegativeInt = 0
+    rounds: PositiveInt = 10
+    data: DataConfig = DataConfig()
+    clients: ClientsConfig = ClientsConfig()
+    server: ServerConfig = ServerConfig()
+    algorithm: dict[str, Any] = Field(
+        {"name": "fedavg"}, description="the method's name and its own settings beside it"
+    )
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    output: OutputConfig = OutputConfig()
+    init_from: str | None = Field(None, description="a run directory whose models this run starts from")

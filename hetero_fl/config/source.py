@@ -1,0 +1,59 @@
+"""The data's side of the configuration: where examples come from, how they are dealt out, what is public."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from hetero_fl.config.base import Section, choice
+
+
+class SourceConfig(Section):
+    """A data source by name, or a local file in its place."""
+
+    name: str = Field("chest_xray", description="a name of hetero_fl.data.list_sources(), or python:module:Name")
+    path: str | None = Field(None, description="a local file or folder that takes the place of the download")
+    label: str | None = Field(None, description="tables: the column of labels (several: comma between them)")
+    group: str | None = Field(None, description="tables: the column that says whose row it is (natural partition)")
+
+
+class PartitionConfig(Section):
+    """How the training rows are dealt out to the clients."""
+
+    kind: choice("iid", "dirichlet", "classes", "quantity", "natural", prefix="python:") = "iid"  # type: ignore[valid-type]
+    alpha: PositiveFloat = Field(0.5, description="dirichlet, quantity: concentration; small is more skewed")
+    classes: PositiveInt = Field(2, description="classes: so many a client")
+    min_size: PositiveInt = Field(20, description="fewest rows a client may get")
+
+
+class ProxyConfig(Section):
+    """The public set on which predictions are compared. Its labels are never read."""
+
+    size: int = Field(0, ge=0, description="rows held out of the training data before anything is dealt out; 0: none")
+    source: SourceConfig | None = Field(
+        None, description="another set in place of held-out rows (size: at most so many)"
+    )
+
+
+class SplitConfig(Section):
+    """How each client splits its own rows; fractions of them."""
+
+    validation: float = Field(0.15, ge=0, lt=1)
+    test: float = Field(0.25, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> SplitConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation + test is {self.validation + self.test:g}; must leave rows to train on")
+        return self
+
+
+class DataConfig(SourceConfig):
+    """The common source and what becomes of it."""
+
+    root: str = Field("~/.cache/hetero_fl", description="where downloads are kept")
+    train_limit: PositiveInt | None = Field(None, description="keep so many training rows (drawn), the proxy included")
+    test_limit: PositiveInt | None = Field(None, description="keep so many rows of the common test set (drawn)")
+    partition: PartitionConfig = PartitionConfig()
+    proxy: ProxyConfig = ProxyConfig()
+    split: SplitConfig = SplitConfig()
+    validation: float = Field(0.1, gt=0, lt=1, description="share carved for common validation if the set has none")

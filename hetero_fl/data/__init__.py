@@ -1,0 +1,41 @@
+"""Data of a federation: sources, partitions, preprocessing, and the split among clients.
+
+`load_source` gets a data set by name, `federate` deals it out, and the `FederatedData` that it returns serves every
+participant's columns through that participant's own preprocessing.
+"""
+
+from hetero_fl.data import sources  # importing it registers them
+from hetero_fl.data.arrays import from_arrays
+from hetero_fl.data.augment import augment
+from hetero_fl.data.base import Columns, Dataset, Examples, check_examples
+from hetero_fl.data.federate import federate
+from hetero_fl.data.federated import FederatedData
+from hetero_fl.data.partition import deal, partition, strata
+from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.registry import list_sources, load_source, source
+from hetero_fl.data.scanner import apply_scanner
+from hetero_fl.data.sources.synthetic import make_images, make_table
+from hetero_fl.data.split import with_test
+
+__all__ = [
+    "Columns",
+    "Dataset",
+    "Examples",
+    "FederatedData",
+    "Preprocess",
+    "apply_scanner",
+    "augment",
+    "check_examples",
+    "deal",
+    "federate",
+    "from_arrays",
+    "list_sources",
+    "load_source",
+    "make_images",
+    "make_table",
+    "partition",
+    "source",
+    "sources",
+    "strata",
+    "with_test",
+]

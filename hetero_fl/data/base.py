@@ -1,0 +1,151 @@
+"""What every source yields: examples, the data set made of them, and the check that refuses malformed ones."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_fl.errors import UserError, nearest
+from hetero_fl.task import Task
+
+Columns = dict[str, Tensor]
+"""Tensors aligned on dim 0: "x" and, unless it is a proxy set, "y"."""
+
+
+@dataclass
+class Examples:
+    """Raw examples as they lie in memory.
+
+    `x`: uint8 images `[N, C, H, W]`, or floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]` tables).
+    `y`: targets as `Task` defines them, or None where there are none to read.
+    `group`: int64 `[N]`, whose row it is, as a place in `group_names`.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    group: Tensor | None = None
+    group_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, column in (("y", self.y), ("group", self.group)):
+            if column is not None and len(column) != len(self.x):
+                raise UserError(f"found {len(self.x)} rows of x but {len(column)} of {name}")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: Tensor) -> Examples:
+        """The rows (int64 `[M]`), in that order."""
+        return Examples(
+            self.x[rows],
+            None if self.y is None else self.y[rows],
+            None if self.group is None else self.group[rows],
+            self.group_names,
+        )
+
+
+@dataclass
+class Dataset:
+    """A data set: `train` is what gets dealt out; `validation` and `test`, where present, are the common ones.
+
+    `simulated` says that generated data stands in for a real set. `columns` names the features of a table.
+    """
+
+    name: str
+    task: Task
+    train: Examples
+    validation: Examples | None = None
+    test: Examples | None = None
+    simulated: bool = False
+    about: str = ""
+    columns: tuple[str, ...] = ()
+
+    def splits(self) -> dict[str, Examples]:
+        """The splits that there are, by name."""
+        all_three = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: examples for name, examples in all_three.items() if examples is not None}
+
+
+def check_examples(examples: Examples, task: Task, where: str, names: tuple[str, str] = ("x", "y")) -> None:
+    """Refuse examples that no model can learn from; `names` are the arrays' names in the source. Rows count from 0.
+
+    Raises:
+        UserError: no rows; x of a wrong dtype or shape; x or y not finite; y missing, of a wrong dtype or shape, or out
+            of the task's range. One class only is allowed.
+    """
+    x, y = examples.x, examples.y
+    x_name, y_name = names
+
+    def refuse(array: str, what: str) -> None:
+        raise UserError(f"{where}: {array}: {what}")
+
+    if len(x) == 0:
+        refuse(x_name, "found no rows")
+    if x.dtype == torch.uint8:
+        if x.ndim != 4 or 0 in x.shape:
+            refuse(x_name, f"found shape {tuple(x.shape)}; images are rows x channels x height x width")
+    elif not x.is_floating_point():
+        refuse(x_name, f"found {_dtype(x)}; choose uint8 (images) or floats")
+    elif x.ndim < 2 or 0 in x.shape:
+        refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
+    elif (row := _first(~torch.isfinite(x).flatten(1).all(1))) is not None:
+        refuse(x_name, f"NaN or infinity in row {row}")
+
+    if y is None:
+        refuse(y_name, "missing; every set but the proxy needs labels")
+    elif task.kind == "multiclass":
+        if y.dtype != torch.int64 or y.ndim != 1:
+            refuse(y_name, f"found {_dtype(y)} of shape {tuple(y.shape)}; class numbers are int64 of shape ({len(x)},)")
+        if (row := _first((y < 0) | (y >= task.outputs))) is not None:
+            refuse(y_name, f"label {int(y[row])} in row {row} is out of range; classes are 0 to {task.outputs - 1}")
+    else:
+        if not y.is_floating_point() or y.shape != (len(x), task.outputs):
+            wanted = f"{task.kind} takes floats of shape {(len(x), task.outputs)}"
+            refuse(y_name, f"found {_dtype(y)} of shape {tuple(y.shape)}; {wanted}")
+        if (row := _first(~torch.isfinite(y).all(1))) is not None:
+            refuse(y_name, f"NaN or infinity in row {row}")
+        if task.kind == "multilabel" and (row := _first(((y != 0) & (y != 1)).any(1))) is not None:
+            refuse(y_name, f"row {row} is out of range; multilabel targets are 0 or 1")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted as people count: `site_2` before `site_10`."""
+    return sorted(names, key=lambda n: ([int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", n))], n))
+
+
+def imported(reference: str, where: str) -> Any:
+    """What `python:package.module:Name` names. The working folder is searched too.
+
+    Raises:
+        UserError: the reference is malformed, the module does not import, or it has no such name.
+    """
+    module_name, _, name = reference.removeprefix("python:").partition(":")
+    if not module_name or not name:
+        raise UserError(f"{where}: found '{reference}'; write python:package.module:Name")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module of the user's may fail in any way; the reason goes into the one line
+        raise UserError(f"{where}: cannot import '{module_name}': {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{where}: module '{module_name}' has no '{name}'{nearest(name, names)}")
+    return getattr(module, name)
+
+
+def _first(bad: Tensor) -> int | None:
+    """Place of the first True of a `[N]` mask."""
+    return int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else None
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,171 @@
+"""From a data set to a federation: what is kept, what is public, who gets which rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hetero_fl.config.clients import AugmentConfig, ClientSettings, ScannerConfig
+from hetero_fl.config.source import DataConfig, SourceConfig
+from hetero_fl.data.base import Dataset, Examples, in_order
+from hetero_fl.data.federated import CACHE_BYTES, FederatedData, Share
+from hetero_fl.data.outside import adopt, load_unlabelled, match_columns
+from hetero_fl.data.partition import deal
+from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.registry import load_source
+from hetero_fl.data.split import draw, split_client, with_test
+from hetero_fl.errors import UserError
+from hetero_fl.seeding import generator
+
+
+def federate(
+    dataset: Dataset,
+    config: DataConfig,
+    clients: Mapping[str, ClientSettings],
+    seed: int,
+    cache_bytes: int = CACHE_BYTES,
+) -> FederatedData:
+    """Split a data set among clients. The order of `clients` changes nothing.
+
+    In this order: `train_limit` rows are kept; the proxy set is held out of them, or loaded from its own source, and
+    loses its labels; the common validation set is carved if the data set has none; what is left is dealt out among the
+    clients without a source of their own. A source that clients name as their own is dealt out among those that name it
+    (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
+
+    Raises:
+        UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
+            where there are none.
+    """
+    dataset = with_test(dataset)
+    assert dataset.test is not None
+    names = in_order(clients)
+    shape = tuple(dataset.train.x.shape[1:])
+    seen = {name: _seen_shape(name, clients[name], shape) for name in names}
+    rows = torch.arange(len(dataset.train))
+    if config.train_limit is not None and config.train_limit < len(rows):
+        rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"))
+    public, rows = _proxy(dataset, config, rows, clients, seen, seed)
+    if dataset.validation is None:
+        count = max(1, round(config.validation * len(rows)))
+        validation, rows = draw(rows, count, generator("data", seed, "common_validation"))
+        public["common_validation"] = Share(dataset.train, validation)
+    else:
+        public["common_validation"] = Share(dataset.validation, torch.arange(len(dataset.validation)))
+    test = torch.arange(len(dataset.test))
+    if config.test_limit is not None and config.test_limit < len(test):  # the same rows for all seeds
+        test, _ = draw(test, config.test_limit, generator("data", dataset.name, "test_limit"))
+    public["common_test"] = Share(dataset.test, test)
+
+    shares = _deal(dataset, rows, [n for n in names if clients[n].data is None], config, clients, seed)
+    simulated = dataset.simulated
+    for source, holders in _own_sources(config, clients, names).items():
+        where = f"clients: '{holders[0]}': data"
+        own = load_source(source, Path(config.root).expanduser(), where)
+        simulated |= own.simulated
+        adopted = Dataset(own.name, dataset.task, adopt(own, dataset, where))
+        for name in holders:
+            found = _seen_shape(name, clients[name], tuple(adopted.train.x.shape[1:]))
+            if found != seen[name]:
+                raise UserError(
+                    f"clients: '{name}': data: examples of {own.name} have shape {found}, those of the common set "
+                    f"{dataset.name} {seen[name]}, as this client sees them; set preprocess.resize or channels"
+                )
+        shares |= _deal(adopted, torch.arange(len(adopted.train)), holders, config, clients, seed)
+
+    private = {}
+    for name, share in shares.items():
+        parts = split_client(share.rows, config.split, name, config.partition.min_size, seed)
+        private[name] = {split: Share(share.examples, part) for split, part in parts.items()}
+    return FederatedData(
+        dataset.task, dataset.name, clients, private, public, seed, simulated, dataset.about, cache_bytes
+    )
+
+
+def _proxy(
+    dataset: Dataset, config: DataConfig, rows: Tensor, clients: Mapping[str, ClientSettings],
+    seen: Mapping[str, tuple[int, ...]], seed: int,
+) -> tuple[dict[str, Share], Tensor]:  # fmt: skip
+    """The proxy set, if there is one, and the rows that are left. Which rows it takes depends on no label."""
+    size, draws = config.proxy.size, generator("data", seed, "proxy")
+    if config.proxy.source is None:
+        if size == 0:
+            return {}, rows
+        if size >= len(rows):
+            raise UserError(
+                f"data.proxy.size: found {size}, but {dataset.name} has {len(rows)} training rows; take fewer"
+            )
+        held, rows = draw(rows, size, draws)
+        return {"proxy": Share(Examples(dataset.train.x), held)}, rows
+    where = "data.proxy.source"
+    x, columns = load_unlabelled(config.proxy.source, Path(config.root).expanduser(), where)
+    x, _ = match_columns(x, columns, dataset, f"{where}: {config.proxy.source.name}")
+    for name, expected in seen.items():
+        found = _seen_shape(name, clients[name], tuple(x.shape[1:]))
+        if found != expected:
+            raise UserError(
+                f"{where}: examples of {config.proxy.source.name} have shape {found}, those of {dataset.name} "
+                f"{expected}, as client '{name}' sees them; set its preprocess.resize or channels"
+            )
+    held = torch.arange(len(x))
+    if 0 < size < len(x):
+        held, _ = draw(held, size, draws)
+    return {"proxy": Share(Examples(x), held)}, rows
+
+
+def _deal(
+    dataset: Dataset,
+    rows: Tensor,
+    names: list[str],
+    config: DataConfig,
+    clients: Mapping[str, ClientSettings],
+    seed: int,
+) -> dict[str, Share]:
+    """The rows of each of these clients. One alone gets them all."""
+    if len(names) < 2:
+        return {name: Share(dataset.train, rows) for name in names}
+    train = dataset.train
+    assert train.y is not None
+    group = None if train.group is None else train.group[rows]
+    if group is not None and {train.group_names[g] for g in group.unique().tolist() if train.group_names} == set(names):
+        # groups that bear the clients' names go to them by name
+        group = torch.tensor([names.index(n) if n in names else -1 for n in train.group_names])[group]
+    sizes = [clients[name].size for name in names]
+    parts = deal(train.y[rows], group, config.partition, sizes, dataset.task, seed)
+    return {name: Share(train, rows[part]) for name, part in zip(names, parts, strict=True)}
+
+
+def _own_sources(
+    config: DataConfig, clients: Mapping[str, ClientSettings], names: list[str]
+) -> dict[SourceConfig, list[str]]:
+    """Clients by the source that they name as their own."""
+    holders: dict[SourceConfig, list[str]] = {}
+    for name in names:
+        source = clients[name].data
+        if source is not None:
+            if (source.name, source.path) == (config.name, config.path):
+                raise UserError(f"clients: '{name}': data: found the common source; leave it out to get a part of that")
+            holders.setdefault(source, []).append(name)
+    return holders
+
+
+def _seen_shape(name: str, settings: ClientSettings, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of an example as a client sees it; refuses what its settings ask of examples that are no images."""
+    image = len(raw_shape) == 3
+    for key, value, plain in (
+        ("scanner", settings.scanner, ScannerConfig()),
+        ("augment", settings.augment, AugmentConfig()),
+    ):
+        if value != plain and not image:
+            raise UserError(
+                f"clients: '{name}': {key}: is for images, but the examples have shape {raw_shape}; leave it out"
+            )
+    config = settings.preprocess
+    seen = Preprocess(config.resize, config.channels).shape(raw_shape, f"clients: '{name}': preprocess")
+    if image and settings.augment.crop >= min(seen[1:]):
+        raise UserError(
+            f"clients: '{name}': augment.crop: found {settings.augment.crop}; images have {min(seen[1:])} pixels"
+        )
+    return seen

@@ -1,0 +1,174 @@
+"""Data as a federation holds it: each client's own rows, a public proxy set without labels, the common sets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
+from hetero_fl.data.base import Columns, Examples
+from hetero_fl.data.cache import ColumnCache
+from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.scanner import apply_scanner
+from hetero_fl.errors import UserError, nearest
+from hetero_fl.seeding import generator
+from hetero_fl.task import Task
+
+PRIVATE = ("train", "validation", "test")
+PUBLIC = ("proxy", "common_test", "common_validation")
+CACHE_BYTES = 512 * 2**20
+HASH_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows (int64 `[M]`) of examples that lie elsewhere, shared with others."""
+
+    examples: Examples
+    rows: Tensor
+
+    def take(self) -> Examples:
+        """A copy of the rows."""
+        return self.examples.take(self.rows)
+
+
+class FederatedData:
+    """Who holds what, served as columns of tensors through a participant's own preprocessing.
+
+    Raw arrays stay as they are and are shared; clients are rows of them until asked for. Made by `federate`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        name: str,
+        clients: Mapping[str, ClientSettings],
+        private: Mapping[str, Mapping[str, Share]],
+        public: Mapping[str, Share],
+        seed: int,
+        simulated: bool = False,
+        about: str = "",
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.task, self.name, self.simulated, self.about = task, name, simulated, about
+        self.client_ids = sorted(clients)
+        self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
+        """Shape of a raw example of the common set, without the batch."""
+        self._settings, self._private, self._public, self._seed = dict(clients), private, public, seed
+        self._views: dict[str, Preprocess] = {}
+        self._public_columns, self._private_columns = ColumnCache(cache_bytes), ColumnCache(cache_bytes)
+
+    @property
+    def n_train(self) -> int:
+        """Rows of all clients' training splits."""
+        return sum(self.n_rows(client, "train") for client in self.client_ids)
+
+    @property
+    def n_proxy(self) -> int:
+        """Rows of the proxy set; 0 without one."""
+        return len(self._public["proxy"].rows) if "proxy" in self._public else 0
+
+    @property
+    def n_test(self) -> int:
+        """Rows of the common test set."""
+        return len(self._public["common_test"].rows)
+
+    def n_rows(self, client: str, split: str) -> int:
+        """Rows of a client's train, validation or test split."""
+        return len(self._private[client][split].rows)
+
+    def label_counts(self, client: str) -> Tensor:
+        """How often each label occurs in a client's training split, floats `[outputs]`.
+
+        Multilabel: rows where the label is 1. Regression: all rows, for each target.
+        """
+        share = self._private[client]["train"]
+        y = _labels(share.examples)[share.rows]
+        if self.task.kind == "multiclass":
+            counts = torch.bincount(y, minlength=self.task.outputs)
+        elif self.task.kind == "multilabel":
+            counts = y.sum(0)
+        else:
+            counts = torch.full((self.task.outputs,), len(y))
+        return counts.to(torch.get_default_dtype())
+
+    def preprocess(self, client: str) -> Preprocess:
+        """How the client sees every example; statistics of its `own` are those of its training rows."""
+        if client not in self._views:
+            config = self._settings[client].preprocess
+            train = self._raw(client, "train").x if config.normalize == "own" else None
+            self._views[client] = Preprocess.resolve(config, train, f"client '{client}': preprocess")
+        return self._views[client]
+
+    def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
+        """How the server sees examples; it has no rows of its own, so `own` statistics are those of the public sets."""
+        public = self._public.get("proxy", self._public["common_validation"])
+        return Preprocess.resolve(config, public.take().x, "server.preprocess")
+
+    def columns(self, owner: str, name: str, through: Preprocess) -> Columns:
+        """Examples as seen through a preprocessing: "x" in torch's default float type, and "y" except for the proxy.
+
+        The tensors are shared with later callers and must not be changed. They are kept as long as there is room,
+        public and private ones apart (`cache_bytes` each), so that public sets usually stay for the whole run.
+
+        Args:
+            owner: a client's id; "server" for "pooled"; of no account for a public set.
+            name: train, validation, test; proxy, common_test, common_validation; or pooled, all clients' training rows
+                in the order of sorted ids, each client's as its scanner made them.
+        """
+        key = (name, through, torch.get_default_dtype())
+        if name in PUBLIC:
+            if name not in self._public:
+                raise UserError(f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out")
+            return self._public_columns.get(key, lambda: self._see(self._public[name].take(), through))
+        if (owner, name) == ("server", "pooled"):
+            return self._private_columns.get((owner, *key), lambda: self._pool(through))
+        if owner not in self._private or name not in PRIVATE:
+            known = [*PUBLIC, *PRIVATE, "pooled"]
+            raise KeyError(f"no set '{name}' of '{owner}'{nearest(name, known) if name not in known else ''}")
+        return self._private_columns.get((owner, *key), lambda: self._see(self._raw(owner, name), through))
+
+    def content_hash(self) -> str:
+        """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
+        (and configuration) have the same data."""
+        digest = hashlib.sha256(repr((self.task.kind, self.task.outputs)).encode())
+        places = [(("", name), share) for name, share in self._public.items()]
+        for client in self.client_ids:
+            places += [((client, name), share) for name, share in self._private[client].items()]
+        for place, share in sorted(places, key=lambda entry: entry[0]):
+            tensors = [t for t in (share.examples.x, share.examples.y) if t is not None]
+            digest.update(repr((place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in tensors])).encode())
+            for rows in share.rows.split(HASH_ROWS):
+                for tensor in tensors:
+                    digest.update(tensor[rows].contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _raw(self, client: str, split: str) -> Examples:
+        """A client's rows as its own device made them."""
+        found = self._private[client][split].take()
+        draws = generator("data", self._seed, "scanner", client, split)
+        return Examples(apply_scanner(found.x, self._settings[client].scanner, draws), found.y)
+
+    def _see(self, examples: Examples, through: Preprocess) -> Columns:
+        columns = {"x": through(examples.x)}
+        if examples.y is not None:
+            columns["y"] = examples.y.to(torch.get_default_dtype()) if examples.y.is_floating_point() else examples.y
+        return columns
+
+    def _pool(self, through: Preprocess) -> Columns:
+        parts = [self._see(self._raw(client, "train"), through) for client in self.client_ids]
+        shapes = {client: tuple(p["x"].shape[1:]) for client, p in zip(self.client_ids, parts, strict=True)}
+        if len(set(shapes.values())) > 1:
+            raise UserError(
+                f"server.preprocess: examples differ in shape ({shapes}); set resize and channels to pool them"
+            )
+        return {name: torch.cat([part[name] for part in parts]) for name in ("x", "y")}
+
+
+def _labels(examples: Examples) -> Tensor:
+    assert examples.y is not None  # every set but the proxy was checked to have labels
+    return examples.y

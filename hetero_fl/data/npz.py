@@ -1,0 +1,140 @@
+"""Local .npz files in the MedMNIST layout: `{train,val,test}_images` and `{train,val,test}_labels`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_fl.data.base import Dataset, Examples, check_examples
+from hetero_fl.errors import UserError
+from hetero_fl.task import Task
+
+SPLITS = {"train": "train", "validation": "val", "test": "test"}
+"""Our name of a split: its name in the file."""
+MOST_CHANNELS = 16  # above that, the last axis of a 4-D array is not channels but a third dimension of space
+
+
+def read_npz(path: Path, name: str, task: Task | None = None) -> Dataset:
+    """Read a file whose images are `(N, H, W)` or `(N, H, W, C)` and whose labels are `(N,)`, `(N, 1)` or `(N, L)`.
+
+    Whole-number labels in one column are classes, several columns of 0 and 1 are multilabel, fractions are regression
+    targets. Floats `(N, F)` in place of images are the rows of a table. `train` is required, the others are optional.
+
+    Args:
+        name: the data set's name.
+        task: what is learned, if known: the file then has to hold images. Else it is read off the labels, classes being
+            numbered from 0.
+
+    Raises:
+        UserError: what is wrong, with the file, the array and the row.
+    """
+    where = f"path: {path}"
+    wanted = [f"{split}_{kind}" for split in SPLITS.values() for kind in ("images", "labels")]
+    arrays, names = _read(path, wanted, where)
+    raw = {ours: _pair(arrays, theirs, where) for ours, theirs in SPLITS.items() if f"{theirs}_images" in arrays}
+    if "train" not in raw:
+        raise UserError(f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}")
+    known = task is not None
+    task = task or _task([y for _, y in raw.values()], where)
+    splits = {}
+    for split, (x, y) in raw.items():
+        images, labels = f"{SPLITS[split]}_images", f"{SPLITS[split]}_labels"
+        targets = _targets(y, task, f"{where}: {labels}")
+        splits[split] = Examples(_images(x, f"{where}: {images}", table=not known), targets)
+        check_examples(splits[split], task, where, (images, labels))
+        if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
+            raise UserError(f"{where}: {images}: shape {x.shape}, but train_images has {raw['train'][0].shape}")
+    about = f"local file {path.name}"
+    return Dataset(name, task, splits["train"], splits.get("validation"), splits.get("test"), about=about)
+
+
+def read_images(path: Path) -> Tensor:
+    """The training images of such a file alone; its labels, if it has any, are not even read."""
+    where = f"path: {path}"
+    arrays, names = _read(path, ["train_images"], where)
+    if not arrays:
+        raise UserError(f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}")
+    if arrays["train_images"].shape[:1] in ((), (0,)):
+        raise UserError(f"{where}: train_images: found no rows")
+    return _images(arrays["train_images"], f"{where}: train_images", table=True)
+
+
+def _read(path: Path, wanted: list[str], where: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The wanted arrays as far as they are there, and the names of all arrays. Nothing else is unpacked."""
+    if not path.is_file():
+        raise UserError(f"{where}: no such file")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in wanted if name in archive.files}, list(archive.files)
+    except Exception as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
+        raise UserError(f"{where}: not a readable .npz file ({type(error).__name__}: {error})") from error
+
+
+def _pair(arrays: dict[str, np.ndarray], split: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = f"{split}_images", f"{split}_labels"
+    if labels not in arrays:
+        raise UserError(f"{where}: no array '{labels}' beside '{images}'")
+    x, y = arrays[images], arrays[labels]
+    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
+        raise UserError(f"{where}: {labels}: found shape {y.shape}; want (N,), (N, 1) or (N, L)")
+    if x.ndim == 0 or len(x) != len(y):
+        raise UserError(f"{where}: {images} has {len(x) if x.ndim else 0} rows, {labels} has {len(y)}")
+    if y.dtype.kind not in "buif":
+        raise UserError(f"{where}: {labels}: found {y.dtype}; labels are numbers")
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        row = np.argwhere(~np.isfinite(y))[0][0]
+        raise UserError(f"{where}: {labels}: NaN or infinity in row {row}")
+    return x, y[:, None] if y.ndim == 1 else y
+
+
+def _task(labels: list[np.ndarray], where: str) -> Task:
+    """What is learned, read off the labels of all splits."""
+    widths = {y.shape[1] for y in labels}
+    if len(widths) > 1:
+        raise UserError(f"{where}: labels: found {sorted(widths)} columns; want as many in every split")
+    y = np.concatenate(labels)
+    if len(y) == 0:
+        raise UserError(f"{where}: train_images: found no rows")
+    if y.dtype.kind == "f" and (y != np.floor(y)).any():
+        return Task("regression", y.shape[1])
+    if y.shape[1] > 1:
+        return Task("multilabel", y.shape[1])
+    values = np.unique(y)
+    # A stray 255 in a file of two classes would make 256 classes of it: more than half of the numbers must occur.
+    if values[0] >= 0 and int(values[-1]) + 1 > 2 * len(values):
+        raise UserError(
+            f"{where}: labels: label {int(values[-1])} is out of range, as only {len(values)} different ones occur; "
+            "number the classes from 0"
+        )
+    return Task("multiclass", int(max(values[-1], 0)) + 1)
+
+
+def _targets(y: np.ndarray, task: Task, where: str) -> Tensor:
+    if task.kind != "multiclass":
+        return torch.from_numpy(y.astype(np.float32))
+    if y.shape[1] != 1:
+        raise UserError(f"{where}: found {y.shape[1]} columns of labels; this set has one")
+    if (fractions := y[:, 0] != np.floor(y[:, 0])).any():
+        row = int(fractions.argmax())
+        raise UserError(f"{where}: label {y[row, 0]:g} in row {row} is no class number")
+    return torch.from_numpy(y[:, 0].astype(np.int64))
+
+
+def _images(x: np.ndarray, where: str, table: bool) -> Tensor:
+    """`[N, C, H, W]` in uint8 or float32; if a table will do as well, also `[N, F]` in float32."""
+    if x.dtype.kind in "bui" and x.dtype != np.uint8 and x.ndim > 2:
+        if x.size and (x.min() < 0 or x.max() > 255):
+            raise UserError(f"{where}: found {x.dtype} from {x.min()} to {x.max()}; store uint8, or floats from 0 to 1")
+        x = x.astype(np.uint8)
+    if x.dtype.kind not in "buif":
+        raise UserError(f"{where}: found {x.dtype}; images are uint8 or floats")
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[-1] <= MOST_CHANNELS:
+        x = np.moveaxis(x, -1, 1)
+    elif x.ndim != 2 or not table:
+        raise UserError(f"{where}: found shape {x.shape}; want (N, H, W) or (N, H, W, C)")
+    return torch.from_numpy(np.ascontiguousarray(x if x.dtype == np.uint8 and x.ndim > 2 else x.astype(np.float32)))

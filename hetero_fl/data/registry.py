@@ -1,0 +1,107 @@
+"""Sources by name: the registry, and the one function that loads any of them and checks what it got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hetero_fl.config.source import SourceConfig
+from hetero_fl.data.base import Dataset, check_examples, imported
+from hetero_fl.data.npz import read_npz
+from hetero_fl.errors import UserError, nearest
+from hetero_fl.task import Task
+
+SourceFunction = Callable[[SourceConfig, Path], Dataset]
+"""(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    load: SourceFunction
+    task: Task | None
+    keys: tuple[str, ...]
+
+
+_sources: dict[str, _Source] = {}
+
+
+def source(
+    name: str, *, task: Task | None = None, keys: tuple[Literal["path", "label", "group"], ...] = ()
+) -> Callable[[SourceFunction], SourceFunction]:
+    """Register a function as the source of that name.
+
+    Args:
+        task: what is learned, where it is the same for every file in this source's place (checked when `path` is set).
+        keys: the keys of `SourceConfig` besides `name` that the function reads itself; `path` is then required.
+    """
+
+    def register(load: SourceFunction) -> SourceFunction:
+        if name in _sources:
+            raise ValueError(f"there is a source '{name}' already")
+        _sources[name] = _Source(load, task, keys)
+        return load
+
+    return register
+
+
+def list_sources() -> list[str]:
+    """Names of all sources, sorted; `python:package.module:Name` and `medmnist:NAME` work besides."""
+    return sorted(_sources)
+
+
+def load_source(config: SourceConfig, root: Path, where: str = "data") -> Dataset:
+    """Load a source, or the .npz file (MedMNIST layout) that `config.path` puts in its place, and check every row.
+
+    Args:
+        root: the folder for downloads.
+        where: the section of the configuration that `config` is, for messages.
+
+    Raises:
+        UserError: unknown name, missing or unfitting key, missing or malformed data, failed download.
+    """
+    if config.name.startswith("python:"):
+        return _own(config, root, where)
+    name = config.name.removeprefix("medmnist:")
+    if name not in _sources:
+        raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
+    entry = _sources[name]
+    for key in ("label", "group"):
+        if getattr(config, key) is not None and key not in entry.keys:
+            raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
+    try:
+        if config.path is not None and (config.path.endswith(".npz") or "path" not in entry.keys):
+            dataset = read_npz(Path(config.path).expanduser(), name, entry.task)
+        elif config.path is None and "path" in entry.keys:
+            raise UserError(f"path: missing; {name} reads a local file or folder")
+        else:
+            dataset = entry.load(config, root)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from error
+    _check(dataset, f"{where}.name: {name}")
+    return dataset
+
+
+def _own(config: SourceConfig, root: Path, where: str) -> Dataset:
+    """A user's own function in place of a source."""
+    where = f"{where}.name"
+    load = imported(config.name, where)
+    if not callable(load):
+        raise UserError(f"{where}: {config.name} is not a function of (config, root)")
+    try:
+        dataset = load(config, root)
+    except UserError as error:
+        raise UserError(f"{where}: {config.name}: {error}") from error
+    if not isinstance(dataset, Dataset):
+        raise UserError(f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset")
+    _check(dataset, f"{where}: {config.name}")
+    return dataset
+
+
+def _check(dataset: Dataset, where: str) -> None:
+    for split, examples in dataset.splits().items():
+        check_examples(examples, dataset.task, f"{where}: {split}")
+        if examples.x.shape[1:] != dataset.train.x.shape[1:]:
+            found, expected = tuple(examples.x.shape[1:]), tuple(dataset.train.x.shape[1:])
+            raise UserError(f"{where}: {split}: examples of shape {found}, but those of train have {expected}")

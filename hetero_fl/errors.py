@@ -1,0 +1,30 @@
+"""The two ways a run ends early, and the phrase that helps with a misspelt name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake by the user (configuration, file, data, flag): one line that says where, what, and the nearest valid choice.
+
+    The command line prints it and ends with status 2.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).split()))
+
+
+class RunFailed(Exception):
+    """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
+
+
+def nearest(found: object, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` if one of the choices is close to what was found, else the choices themselves."""
+    names = sorted(map(str, choices))
+    close = get_close_matches(str(found), names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return f"; choose from {shown}" if names else ""

@@ -1,0 +1,7 @@
+"""Runs, comparisons and scorings, from Python. The one place that knows every room."""
+
+from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.scoring import evaluate
+from hetero_fl.experiment.single import Prepared, prepare, run
+
+__all__ = ["Prepared", "compare", "evaluate", "prepare", "run"]

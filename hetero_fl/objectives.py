@@ -1,0 +1,203 @@
+"""What is optimised: one loss per example and, apart from it, a penalty on the parameters.
+
+Keeping the two apart gives exact weighting of ragged batches, per-example clipping (the penalty is never clipped), and
+batched training of many clients. Objectives are frozen dataclasses: equal ones may share a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.task import Task
+from model_zoo import Outputs, SplitModel
+
+Kind = Literal["multiclass", "multilabel", "regression"]
+
+
+class Net:
+    """A model as an objective sees it: call it on inputs for `Outputs(logits, features)`.
+
+    `parameters` are its trainable tensors by name; `forward` and `head` hide whether the module is live or stacked.
+    """
+
+    def __init__(
+        self, forward: Callable[[Tensor], Outputs], head: Callable[[Tensor], Tensor], parameters: Mapping[str, Tensor]
+    ) -> None:
+        self._forward, self.head, self.parameters = forward, head, parameters
+
+    @classmethod
+    def live(cls, module: SplitModel) -> Net:
+        """The module itself."""
+        return cls(module, module.head, dict(module.named_parameters()))
+
+    def __call__(self, x: Tensor) -> Outputs:
+        return self._forward(x)
+
+
+class Nets(dict[str, Net]):
+    """The models of a fit by slot; `nets.model` is `nets["model"]`."""
+
+    def __getattr__(self, slot: str) -> Net:
+        try:
+            return self[slot]
+        except KeyError:
+            raise AttributeError(slot) from None
+
+
+class Batch(dict[str, Tensor]):
+    """The columns of one step; `batch.x` is `batch["x"]`. `weight` `[B]` marks examples that are really there."""
+
+    weight: Tensor | None = None
+
+    def __getattr__(self, column: str) -> Tensor:
+        try:
+            return self[column]
+        except KeyError:
+            raise AttributeError(column) from None
+
+    def mean(self, per_example: Tensor) -> Tensor:
+        """Mean over the examples that are really there."""
+        if self.weight is None:
+            return per_example.mean()
+        return (per_example * self.weight).sum() / self.weight.sum()
+
+
+Given = Mapping[str, Any]
+
+
+class Objective:
+    """One loss per example, and a penalty of the parameters alone."""
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        """`[B]`."""
+        raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def penalty(self, nets: Nets, given: Given) -> Tensor | float:
+        """A number; never clipped, masked or weighted."""
+        return 0.0
+
+    def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        """The number to minimise on this batch."""
+        return batch.mean(self.loss(nets, batch, given)) + self.penalty(nets, given)
+
+
+def supervised(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
+    """Cross-entropy, binary cross-entropy (mean over labels) or squared error (mean over targets), `[B]`."""
+    if kind == "multiclass":
+        return F.cross_entropy(logits, y, reduction=reduction)
+    if kind == "multilabel":
+        each = F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(-1)
+    else:
+        each = (logits - y).square().mean(-1)
+    return each.mean() if reduction == "mean" else each
+
+
+def divergence(kind: Kind, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Distance of a student's logits from a teacher's, `[B]`; the teacher is detached.
+
+    Classes: KL(softmax(teacher/T) ‖ softmax(student/T)) · T² (Hinton et al. 2015), the sum over classes, so that its mean
+    over examples is `batchmean`. Labels: the same for each label's Bernoulli, summed. Regression: squared error.
+    """
+    teacher = teacher.detach()
+    if kind == "regression":
+        return (student - teacher).square().mean(-1)
+    t, s = teacher / temperature, student / temperature
+    if kind == "multilabel":
+        p = t.sigmoid()
+        gap = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+    else:
+        log_t = F.log_softmax(t, -1)
+        gap = log_t.exp() * (log_t - F.log_softmax(s, -1))  # F.kl_div has no batching rule under vmap
+    return gap.sum(-1) * temperature**2
+
+
+def squared_distance(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
+    """Σ‖θ − anchor‖² over all tensors."""
+    return torch.stack([(p - anchor[n]).square().sum() for n, p in parameters.items()]).sum()
+
+
+@dataclass(frozen=True)
+class Supervised(Objective):
+    """The local task.
+
+    given `log_prior` `[C]`: logit adjustment, cross-entropy of z + log π (Menon et al. 2021, eq. 10); given
+    `class_weights` `[C]`: each example's loss times its class's weight.
+    """
+
+    kind: Kind = "multiclass"
+    slot: str = "model"
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        return self.of(nets[self.slot](batch.x), batch, given)
+
+    def of(self, outputs: Outputs, batch: Batch, given: Given, reduction: str = "none") -> Tensor:
+        """The loss of outputs that another objective has computed."""
+        logits = outputs.logits + given["log_prior"] if "log_prior" in given else outputs.logits
+        if "class_weights" in given:
+            each = supervised(self.kind, logits, batch.y) * given["class_weights"][batch.y]
+            return each.mean() if reduction == "mean" else each
+        return supervised(self.kind, logits, batch.y, reduction)
+
+    def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        if batch.weight is not None:
+            return super().total(nets, batch, given)
+        return self.of(nets[self.slot](batch.x), batch, given, "mean") + self.penalty(nets, given)  # one fused kernel
+
+
+@dataclass(frozen=True)
+class Proximal(Supervised):
+    """The task plus (μ/2)·Σ‖θ − anchor‖² (Li et al. 2020, FedProx, eq. 2)."""
+
+    mu: float = 0.01
+
+    def penalty(self, nets: Nets, given: Given) -> Tensor | float:
+        return self.mu / 2 * squared_distance(nets[self.slot].parameters, given["anchor"])
+
+
+@dataclass(frozen=True)
+class Digest(Objective):
+    """Follow the column `teacher` (logits): KL · T², or mean absolute error of logits as FedMD's authors have it."""
+
+    kind: Kind = "multiclass"
+    temperature: float = 1.0
+    distance: Literal["kl", "mae"] = "kl"
+    slot: str = "model"
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        logits = nets[self.slot](batch.x).logits
+        if self.distance == "mae":
+            return (logits - batch.teacher.detach()).abs().mean(-1)
+        return divergence(self.kind, logits, batch.teacher, self.temperature)
+
+
+@dataclass(frozen=True)
+class ClassDigest(Supervised):
+    """The task plus λ·KL·T² towards given `teacher` `[C, C]`, the consensus logits of the example's class (Jeong et al. 2018).
+
+    given `known` `[C]` is 1 where the class has a teacher, else 0.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        outputs = nets[self.slot](batch.x)
+        towards = divergence(self.kind, outputs.logits, given["teacher"][batch.y], self.temperature)
+        return self.of(outputs, batch, given) + self.weight * towards * given["known"][batch.y]
+
+    def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        return Objective.total(self, nets, batch, given)
+
+
+def log_prior(task: Task, counts: Tensor) -> Tensor | None:
+    """log π with π_c = (n_c + 1) / Σ(n + 1), `[C]`; None where the task has no classes that exclude one another."""
+    if task.kind != "multiclass":
+        return None
+    smoothed = counts.to(torch.get_default_dtype()) + 1
+    return (smoothed / smoothed.sum()).log()

@@ -1,0 +1,158 @@
+"""The trust boundary: what crosses between client and server, and nothing else.
+
+A payload is a set of named items, each with values, a weight and a kind. It is encoded without pickle, counted in exact
+bytes, and checked on arrival against what the method declared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hetero_fl.architecture import Tensors
+from hetero_fl.codec import CodecError, decode, encode
+
+Kind = Literal["params", "update", "rows", "class_sums", "counts"]
+KINDS = ("params", "update", "rows", "class_sums", "counts")
+FORM = "hetero_fl payload 1"
+
+
+class PayloadError(ValueError):
+    """A payload that is malformed, or not what was agreed; one line."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Values with their weight.
+
+    kind: "params" named tensors, "update" their difference from what was received, "rows" a row per proxy example, "counts" a
+    vector that is summed; "class_sums" values that are already sums, whose weight `[C, 1]` is what they are divided by. A
+    tensor as weight broadcasts against the values (a weight per class on logits `[N, C]`).
+    """
+
+    values: Tensor | Tensors
+    weight: float | Tensor = 1.0
+    kind: Kind = "rows"
+
+
+@dataclass(frozen=True)
+class ItemSpec:
+    """What a method declares of an item that its clients upload.
+
+    `use`: "sum" if the server needs only the weighted sum of all (a secure sum will do), "each" if it needs them one by one.
+    `private`: whether it is computed from private rows with no model in between that is released anyway.
+    `share`: which of a client's `shares` must be given for it to leave.
+    """
+
+    kind: Kind
+    use: Literal["sum", "each"] = "sum"
+    private: bool = False
+    share: Literal["parameters", "predictions", "statistics"] = "parameters"
+
+
+class Payload(Mapping[str, Any]):
+    """Named items; `payload[name]` gives an item's values. Plain values are wrapped with weight 1."""
+
+    def __init__(
+        self, items: Mapping[str, Item | Tensor | Tensors] | None = None, report: Mapping[str, Any] | None = None
+    ):
+        self.items_: dict[str, Item] = {}
+        for name, value in (items or {}).items():
+            if not isinstance(value, Item):
+                value = Item(value, kind="rows" if isinstance(value, Tensor) else "params")
+            self.items_[name] = value
+        self.report = dict(report or {})
+
+    def __getitem__(self, name: str) -> Any:
+        return self.items_[name].values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+    def item(self, name: str) -> Item:
+        """The item with its weight and kind."""
+        return self.items_[name]
+
+    def encode(self) -> bytes:
+        """As it travels; its length is what is counted."""
+        items = {n: {"values": i.values, "weight": i.weight, "kind": i.kind} for n, i in self.items_.items()}
+        return encode({"items": items, "report": self.report}, FORM)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Payload:
+        """Read a payload that somebody sent. Raises PayloadError for anything malformed or not finite."""
+        try:
+            tree = decode(data, FORM)
+            items, report = tree["items"], tree["report"]
+            if not isinstance(items, dict) or not isinstance(report, dict) or set(tree) != {"items", "report"}:
+                raise PayloadError("holds something else than items and a report")
+            return cls({str(n): _item(n, raw) for n, raw in items.items()}, report)
+        except CodecError as error:
+            raise PayloadError(str(error)) from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PayloadError(f"malformed: {type(error).__name__} {error}") from None
+
+
+def _item(name: str, raw: Any) -> Item:
+    if not isinstance(raw, dict) or set(raw) != {"values", "weight", "kind"}:
+        raise PayloadError(f"item {name!r} has no values, weight and kind")
+    values, weight, kind = raw["values"], raw["weight"], raw["kind"]
+    if kind not in KINDS:
+        raise PayloadError(f"item {name!r} is of unknown kind {str(kind)[:20]!r}")
+    if isinstance(values, dict):
+        if not all(isinstance(t, Tensor) for t in values.values()):
+            raise PayloadError(f"item {name!r} holds something else than tensors")
+    elif not isinstance(values, Tensor):
+        raise PayloadError(f"item {name!r} is neither a tensor nor named tensors")
+    tensors = values.values() if isinstance(values, dict) else [values]
+    for t in (*tensors, weight) if isinstance(weight, Tensor) else tensors:
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            raise PayloadError(f"item {name!r} is not finite")
+    if isinstance(weight, Tensor):
+        if not weight.is_floating_point() or bool((weight < 0).any()):
+            raise PayloadError(f"item {name!r} has a weight below nought")
+    elif isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise PayloadError(f"item {name!r} has a weight that is no number of nought or more")
+    return Item(values, weight, kind)
+
+
+def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:
+    """Whether an upload is what the method declared. `like`: for each item an example of the right names, shapes and dtypes.
+
+    Raises PayloadError in one line that names the item.
+    """
+    for name in payload:
+        item = payload.item(name)
+        if name not in specs or name not in like:
+            raise PayloadError(f"item {name!r} was not asked for")
+        if item.kind != specs[name].kind:
+            raise PayloadError(f"item {name!r} is of kind {item.kind!r} where {specs[name].kind!r} was declared")
+        want = like[name]
+        if isinstance(want.values, dict) != isinstance(item.values, dict):
+            raise PayloadError(f"item {name!r} has another structure than agreed")
+        pairs = (
+            [(n, t, want.values.get(n)) for n, t in item.values.items()]
+            if isinstance(item.values, dict) and isinstance(want.values, dict)
+            else [("values", item.values, want.values)]
+        )
+        if isinstance(want.values, dict) and set(want.values) != set(item.values):
+            raise PayloadError(f"item {name!r} has other tensors than agreed")
+        for n, got, expected in (*pairs, ("weight", torch.as_tensor(item.weight), torch.as_tensor(want.weight))):
+            if expected is None:
+                raise PayloadError(f"item {name!r} has an unknown tensor {str(n)[:60]!r}")
+            if got.shape != expected.shape:
+                raise PayloadError(
+                    f"item {name!r}, {n}: shape {tuple(got.shape)} where {tuple(expected.shape)} was agreed"
+                )
+            if got.is_floating_point() != expected.is_floating_point() and n != "weight":
+                raise PayloadError(f"item {name!r}, {n}: dtype {got.dtype} where {expected.dtype} was agreed")
+            if got.dtype != expected.dtype and n != "weight":
+                raise PayloadError(f"item {name!r}, {n}: dtype {got.dtype} where {expected.dtype} was agreed")

@@ -1,0 +1,201 @@
+"""What each client has and reaches: `clients` (metrics at home and in common) and `labels` (who holds which labels)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from hetero_fl.reporting import style
+from hetero_fl.reporting.wording import METRICS, is_regression, last_scores, plural, reached, sentence
+
+Json = dict[str, Any]
+
+FEW = 40
+"""So many clients can be named one by one."""
+
+
+def clients(summary: Json) -> Figure:
+    """Two metrics of each client's model, at home and in common, at the last round.
+
+    Up to 40 clients: a line each, two points joined. More: a point each, home against common.
+    """
+    rows = summary["clients"]
+    pair = ("mae", "rmse") if is_regression(last_scores(summary)) else ("accuracy", "balanced_accuracy")
+    if len(rows) > FEW:
+        return _against(rows, pair)
+    figure = style.figure(1.35 + 0.21 * len(rows))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name in zip(panels, pair, strict=True):
+        _dumbbells(axes, rows, name)
+    panels[0].set_yticks(range(len(rows)), [style.shorten(row["id"]) for row in rows])
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    handles, words = panels[0].get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _dumbbells(axes: Axes, rows: list[Json], name: str) -> None:
+    values = np.array([[reached(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float)
+    places = np.arange(len(rows))
+    axes.hlines(places, *values.T, color=style.LIGHT, linewidth=2.5, zorder=1)
+    for column, (reading, words) in enumerate({"personal": "at home", "global": "in common"}.items()):
+        axes.plot(
+            values[:, column],
+            places,
+            linestyle="none",
+            marker=style.READING_MARKERS[reading],
+            markersize=6,
+            color=style.READING_COLOURS[reading],
+            label=f"{words} ({'own' if reading == 'personal' else 'common'} test set)",
+        )
+    axes.set_title(sentence(METRICS[name]))
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if not np.isfinite(values).any():
+        axes.text(0.5, 0.5, "undefined for every client", transform=axes.transAxes, ha="center")
+
+
+def _against(rows: list[Json], pair: tuple[str, str]) -> Figure:
+    figure = style.figure(3.8)
+    models = sorted({row["model"] for row in rows})
+    colours = dict(zip(models, style.CATEGORIES, strict=False)) if len(models) <= len(style.CATEGORIES) else {}
+    panels = figure.subplots(1, 2)
+    for axes, name in zip(panels, pair, strict=True):
+        values = np.array([[reached(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float)
+        for model in models if colours else [None]:
+            of_model = [i for i, row in enumerate(rows) if model in (None, row["model"])]
+            colour = colours.get(model or "", style.BLUE)
+            axes.scatter(*values[of_model].T, s=15, alpha=0.75, linewidth=0, color=colour, label=model)
+        if np.isfinite(values).any():
+            ends = [np.nanmin(values), np.nanmax(values)]
+            axes.plot(ends, ends, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        axes.set_title(sentence(METRICS[name]))
+        axes.set_xlabel("at home")
+        axes.set_ylabel("in common")
+        axes.set_aspect("equal", adjustable="datalim")
+    if colours:
+        handles, words = panels[0].get_legend_handles_labels()
+        figure.legend(handles, words, loc="outside lower center", ncols=min(4, len(words)), markerscale=1.6)
+    return figure
+
+
+def labels(summary: Json, details: Json) -> Figure:
+    """Who holds which labels.
+
+    Up to forty clients: stacked bars for up to four classes, bubbles whose area is the count for up to twenty. More
+    clients or classes: the share of each label among a client's examples. Targets without classes: how many rows each
+    client has for training, validation and test.
+    """
+    counts, names = details["label_counts"], details["labels"]
+    if is_regression(last_scores(summary)):
+        parts = ("train", "validation", "test")
+        table = np.array([[rows[part] for part in parts] for rows in details["rows"].values()], dtype=float)
+        if len(table) > FEW:
+            return _stacked_many(table, parts, "rows", np.argsort(-table.sum(1), kind="stable"), "largest first")
+        return _stacked(list(details["rows"]), table, parts, "rows")
+    table = np.array(list(counts.values()), dtype=float)
+    ids = list(counts)
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    if len(names) <= 4 and len(ids) <= FEW:
+        return _stacked(ids, table, tuple(names), "examples")
+    if len(names) <= 4:
+        order = np.lexsort(share.T[::-1])
+        unit = "share of the client's examples"
+        return _stacked_many(share, tuple(names), unit, order, f"ordered by their share of {names[0]}")
+    if len(names) <= 20 and len(ids) <= FEW:
+        return _bubbles(ids, table, names)
+    return _shares(ids, share, names)
+
+
+def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: str) -> Figure:
+    figure = style.figure(1.35 + 0.24 * len(ids))
+    axes = figure.subplots()
+    places, start = np.arange(len(ids)), np.cumsum(table, 1) - table
+    wide = 0.05 * table.sum(1).max()
+    for c, name in enumerate(names):
+        axes.barh(places, table[:, c], 0.72, left=start[:, c], color=style.CATEGORIES[c], label=name)
+        for place, (count, left) in enumerate(zip(table[:, c], start[:, c], strict=True)):
+            if count > wide:
+                axes.text(left + count / 2, place, f"{count:.0f}", ha="center", va="center", fontsize=7.5)
+    axes.set_yticks(places, [style.shorten(i) for i in ids])
+    axes.set_ylim(len(ids) - 0.4, -0.6)
+    axes.set_xlabel(unit)
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=len(names))
+    return figure
+
+
+def _stacked_many(table: np.ndarray, names: tuple[str, ...], unit: str, order: np.ndarray, by: str) -> Figure:
+    figure = style.figure(3.0)
+    axes = figure.subplots()
+    edges = np.arange(len(table) + 1) - 0.5
+    top = np.cumsum(table[order], 1)
+    for c, name in enumerate(names):
+        base = top[:, c - 1] if c else 0.0
+        axes.stairs(top[:, c], edges, baseline=base, fill=True, color=style.CATEGORIES[c], label=name, linewidth=0)
+    axes.set_xlabel(f"{plural(len(table), 'client')}, {by}")
+    axes.set_ylabel(unit)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, top.max())
+    axes.set_xticks([])
+    figure.legend(loc="outside lower center", ncols=len(names))
+    return figure
+
+
+def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
+    clients, classes = table.shape
+    figure = style.figure(0.95 + 0.29 * clients)
+    axes = figure.subplots()
+    rows, columns = np.nonzero(table)
+    area = 330 * table[rows, columns] / table.max()
+    axes.scatter(columns, rows, s=area, color=style.BLUE, alpha=0.8, linewidth=0, clip_on=False)
+    if table.size <= 150:
+        for row, column, bubble in zip(rows, columns, area, strict=True):
+            axes.annotate(
+                f"{table[row, column]:.0f}",
+                (column, row),
+                xytext=((bubble / np.pi) ** 0.5 + 2.5, 0),
+                textcoords="offset points",
+                ha="left",
+                va="center",
+                fontsize=6.5,
+                color=style.GREY,
+            )
+    axes.set_xticks(range(classes), [style.shorten(name, 12) for name in names], rotation=0 if classes <= 6 else 30)
+    if classes > 6:
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(clients), [style.shorten(i) for i in ids])
+    axes.set_xlim(-0.5, classes - 0.3)
+    axes.set_ylim(clients - 0.4, -0.6)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title("Examples by label (area is the count)")
+    return figure
+
+
+def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
+    clients, classes = share.shape
+    # Clients with the same main label side by side: the map then shows how skewed they are at a glance.
+    order = np.lexsort((-share.max(1), share.argmax(1)))
+    figure = style.figure(4.4)
+    axes = figure.subplots()
+    image = axes.imshow(share[order].T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    style.bare(axes)
+    shown = style.thinned(classes, 20)
+    axes.set_yticks(list(shown), [style.shorten(names[c], 14) for c in shown])
+    if clients <= FEW:
+        axes.set_xticks(range(clients), [style.shorten(ids[i], 14) for i in order], rotation=90)
+    else:
+        axes.set_xticks([])
+        axes.set_xlabel(f"{plural(clients, 'client')}, ordered by main label")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
+    bar.set_label("share of the client's examples")
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(5))
+    return figure

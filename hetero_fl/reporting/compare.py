@@ -1,0 +1,112 @@
+"""A comparison of algorithms over seeds: `comparison.csv`, `.md`, `.tex`, `.png` and `report.html`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hetero_fl.metrics import metric_names
+from hetero_fl.reporting import comparison_plot, comparison_tables, comparison_text, style
+from hetero_fl.reporting.comparison_tables import Row, Table
+from hetero_fl.reporting.report import embedded, render
+from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.wording import ALGORITHMS, METRICS, READINGS, algorithm_base, algorithm_name, duration, size
+from hetero_fl.task import Task
+
+
+def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's row, from its `summary.json`.
+
+    Keys: `algorithm`, `seed`; `{personal,global,server}_{last,best}_{metric}`, where there is such a reading, and for the
+    worst client at home `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`.
+    """
+    row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
+    for reading in READINGS:
+        for moment, name in (("last", "last"), ("best", "best_by_validation")):
+            for metric, value in ((summary[reading] or {}).get(name) or {}).items():
+                of_worst = reading == "personal" and metric.endswith("_worst")
+                if metric in METRICS or of_worst:
+                    row[f"{reading}_{moment}_{metric}"] = value
+    exchanged = summary["communication"]
+    return row | {
+        "up_bytes": exchanged["up_bytes"],
+        "down_bytes": exchanged["down_bytes"],
+        "seconds_total": summary["seconds"]["total"],
+    }
+
+
+def write_comparison(
+    out_dir: str | os.PathLike[str], rows: Sequence[Row], *, title: str, note: str, task: Task
+) -> None:
+    """Write table, figure and report of a comparison; one row a run, as `comparison_row` makes it.
+
+    `algorithm` is a name, or one with settings of its own (`hybrid:teacher=mean`). Tables and picture keep the order of
+    the rows, the bounds last. Raises ValueError without rows.
+    """
+    if not rows:
+        raise ValueError("a comparison needs at least one run")
+    out = RunDirectory(out_dir)
+    out.path.mkdir(parents=True, exist_ok=True)
+    out.write_text("comparison.csv", _csv(rows, task))
+    tables = [comparison_tables.make_table(rows, task, moment) for moment in ("last", "best")]
+    out.write_text("comparison.md", _markdown(tables, title, note))
+    labels = ("comparison-last", "comparison-selected")
+    tex = [comparison_text.latex(table, label) for table, label in zip(tables, labels, strict=True)]
+    out.write_text("comparison.tex", "% needs \\usepackage{booktabs}\n" + "\n\n".join(tex) + "\n")
+    with style.drawing():
+        picture = style.png(comparison_plot.draw(rows, task))
+    (out.path / "comparison.png").write_bytes(picture)
+    out.write_text("report.html", _html(tables, rows, picture, title, note))
+
+
+def columns(rows: Sequence[Row], task: Task) -> list[str]:
+    """The columns of `comparison.csv`; keys of the rows that are not among the contract's come last."""
+    names = ["algorithm", "seed"]
+    names += [f"{r}_{m}_{metric}" for r in READINGS for m in ("last", "best") for metric in metric_names(task)]
+    names += ["up_bytes", "down_bytes", "seconds_total"]
+    return list(dict.fromkeys([*names, *(key for row in rows for key in row)]))
+
+
+def _csv(rows: Sequence[Row], task: Task) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns(rows, task), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _markdown(tables: Sequence[Table], title: str, note: str) -> str:
+    parts = [f"# {title}", *([note] if note else [])]
+    for table in tables:
+        parts += [f"## {table.title}", comparison_text.markdown(table), table.caption]
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(tables: Sequence[Table], rows: Sequence[Row], picture: bytes, title: str, note: str) -> str:
+    algorithms = [str(row["algorithm"]) for row in rows]
+    first = tables[0].columns[:3]
+    runs = [
+        {
+            "name": algorithm_name(str(row["algorithm"])),
+            "seed": row["seed"],
+            "values": [comparison_tables.single(row.get(c.key), c.metric) for c in first],
+            "exchanged": size(row["up_bytes"] + row["down_bytes"]),
+            "time": duration(row["seconds_total"]),
+        }
+        for row in rows
+    ]
+    return render(
+        "comparison.html",
+        title=title,
+        note=note,
+        tables=tables,
+        picture=embedded(picture),
+        several=len({row["seed"] for row in rows}) > 1,
+        bounds=any(line.bound for line in tables[0].lines),
+        methods=[ALGORITHMS[a] for a in dict.fromkeys(map(algorithm_base, algorithms)) if a in ALGORITHMS],
+        run_columns=[c.title for c in first],
+        runs=runs,
+    )

@@ -1,0 +1,240 @@
+"""The tables of a comparison: which columns, mean and spread over seeds, the best, paired p-values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from hetero_fl.reporting.wording import (
+    METRICS,
+    MISSING,
+    READINGS,
+    algorithm_base,
+    algorithm_name,
+    better,
+    digits,
+    sentence,
+)
+from hetero_fl.task import Task
+
+Row = Mapping[str, Any]
+
+BOUNDS = ("centralized", "ensemble")
+"""Methods that need all rows or all models in one place: the others are measured against them, not competing."""
+
+_WANTED: dict[str, list[tuple[str, str]]] = {
+    "binary": [
+        ("global", "balanced_accuracy"),
+        ("global", "auroc"),
+        ("global", "accuracy"),
+        ("personal", "accuracy"),
+        ("server", "balanced_accuracy"),
+    ],
+    "multiclass": [
+        ("global", "accuracy"),
+        ("global", "balanced_accuracy"),
+        ("global", "auroc"),
+        ("personal", "accuracy"),
+        ("server", "accuracy"),
+    ],
+    "multilabel": [
+        ("global", "auroc"),
+        ("global", "average_precision"),
+        ("global", "balanced_accuracy"),
+        ("personal", "auroc"),
+        ("server", "auroc"),
+    ],
+    "regression": [("global", "mae"), ("global", "rmse"), ("global", "r2"), ("personal", "mae"), ("server", "mae")],
+}
+
+
+def is_bound(label: str) -> bool:
+    """Does an algorithm's label name a bound?"""
+    return algorithm_base(label) in BOUNDS
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric column: where its values stand in a row, what it is called, which metric it is."""
+
+    key: str
+    title: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One algorithm in one column: mean and sample standard deviation over seeds, None where there are none."""
+
+    mean: float | None
+    deviation: float | None
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One algorithm's line: its cells, its p-value against the best (None: no test), megabytes and seconds a run."""
+
+    algorithm: str
+    name: str
+    bound: bool
+    cells: tuple[Cell, ...]
+    p: str
+    megabytes: str
+    seconds: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a comparison; the first column is the one that p-values are about, the bounds come last."""
+
+    title: str
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    caption: str
+    tested: bool
+
+    @property
+    def header(self) -> list[str]:
+        """Names of all columns."""
+        names = [column.title for column in self.columns]
+        return ["Method", *names, *(["p"] if self.tested else []), "MB", "Seconds"]
+
+
+def make_table(rows: Sequence[Row], task: Task, moment: str) -> Table:
+    """The table of the `last` round or of the one selected by validation (`best`)."""
+    columns = _columns(rows, task, moment)
+    algorithms = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
+    federated = [a for a in algorithms if not is_bound(a)]
+    algorithms = [*federated, *(a for a in algorithms if is_bound(a))]
+    seeds = sorted({row["seed"] for row in rows})
+    several = len(seeds) > 1
+    values = {
+        a: {c.key: {r["seed"]: float(r[c.key]) for r in _of(rows, a) if r.get(c.key) is not None} for c in columns}
+        for a in algorithms
+    }
+    cells = {a: [_cell(list(values[a][c.key].values()), c.metric, several) for c in columns] for a in algorithms}
+    for place, column in enumerate(columns):
+        _mark_best(cells, federated, place, column.metric)
+    leader = _leader(cells, federated, columns[0].metric) if columns else None
+    lines = []
+    for a in algorithms:
+        own = _of(rows, a)
+        p = ""
+        if leader is not None and several and not is_bound(a):
+            first = columns[0].key
+            p = "best" if a == leader else _p_value(values[a][first], values[leader][first])
+        short = f" ({len(own)} of {len(seeds)} seeds)" if len(own) < len(seeds) else ""
+        total = [(row["up_bytes"] + row["down_bytes"]) / 1e6 for row in own]
+        lines.append(
+            Line(
+                a,
+                algorithm_name(a) + short,
+                is_bound(a),
+                tuple(cells[a]),
+                p,
+                _megabytes(float(np.mean(total))),
+                digits(float(np.mean([row["seconds_total"] for row in own]))),
+            )
+        )
+    title = "Last round" if moment == "last" else "Round selected by validation"
+    tested = any(line.p not in ("", "best") for line in lines)
+    return Table(
+        title, columns, tuple(lines), _caption(columns, seeds, tested, len(federated) < len(algorithms), task), tested
+    )
+
+
+def _of(rows: Sequence[Row], algorithm: str) -> list[Row]:
+    return sorted((row for row in rows if row["algorithm"] == algorithm), key=lambda row: row["seed"])
+
+
+def _columns(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ...]:
+    """The columns that fit the task and that any row has a value for."""
+    kind = "binary" if task.kind == "multiclass" and task.outputs == 2 else task.kind
+    columns = []
+    for reading, metric in _WANTED[kind]:
+        key, name = f"{reading}_{moment}_{metric}", METRICS[metric]
+        title = f"Server's {name}" if reading == "server" else f"{sentence(name)} {READINGS[reading]}"
+        columns.append(Column(key, title, metric))
+        if reading == "personal":
+            columns.append(Column(f"{key}_worst", f"Worst client {READINGS[reading]}", metric))
+    return tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
+
+
+def _cell(values: list[float], metric: str, several: bool) -> Cell:
+    if not values:
+        return Cell(None, None, MISSING)
+    mean = float(np.mean(values))
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    text = _number(mean, metric)
+    return Cell(
+        mean, deviation, f"{text} ± {_number(deviation, metric)}" if several and deviation is not None else text
+    )
+
+
+def _megabytes(value: float) -> str:
+    return digits(value, 3 if value >= 1 else 2) if value else "0"
+
+
+def single(value: float | None, metric: str) -> str:
+    """One run's value as the tables print it."""
+    return MISSING if value is None else _number(value, metric)
+
+
+def _number(value: float, metric: str) -> str:
+    if metric in ("loss", "mae", "rmse"):
+        return digits(value)
+    return f"{value:.3f}" if metric == "r2" else f"{100 * value:.1f}"
+
+
+def _mark_best(cells: dict[str, list[Cell]], algorithms: list[str], place: int, metric: str) -> None:
+    """Mark the best of a column, and whatever prints the same."""
+    leader = _leader(cells, algorithms, metric, place)
+    if leader is None or len(algorithms) < 2:
+        return
+    top = cells[leader][place].mean
+    for a in algorithms:
+        cell = cells[a][place]
+        if cell.mean is not None and top is not None and _number(cell.mean, metric) == _number(top, metric):
+            cells[a][place] = Cell(cell.mean, cell.deviation, cell.text, best=True)
+
+
+def _leader(cells: Mapping[str, Sequence[Cell]], algorithms: list[str], metric: str, place: int = 0) -> str | None:
+    found: str | None = None
+    for a in algorithms:
+        mean = cells[a][place].mean
+        top = cells[found][place].mean if found is not None else None
+        if mean is not None and (top is None or better(metric, mean, top)):
+            found = a
+    return found
+
+
+def _p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
+    """Two-sided paired t-test over the seeds that both have; nothing where there is no test to make."""
+    seeds = sorted(a.keys() & b.keys())
+    difference = np.array([a[s] - b[s] for s in seeds])
+    if len(seeds) < 2:
+        return MISSING
+    if np.ptp(difference) <= 1e-12:  # the test statistic would be 0/0 or infinite
+        return "1" if abs(difference[0]) <= 1e-12 else "<0.001"
+    p = float(stats.ttest_rel([a[s] for s in seeds], [b[s] for s in seeds]).pvalue)
+    return "<0.001" if p < 0.001 else digits(p, 2)
+
+
+def _caption(columns: Sequence[Column], seeds: Sequence[int], tested: bool, bounds: bool, task: Task) -> str:
+    scale = "Errors in the target's unit" if task.kind == "regression" else "Metrics in percent"
+    if len(seeds) > 1:
+        text = f"{scale}, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. "
+    else:
+        text = f"{scale}, one seed ({seeds[0]}): differences may be chance. "
+    if bounds:
+        text += "Below the rule: bounds, which have all rows or all models in one place and take no part. "
+    text += "Bold: best of the column. "
+    if tested:
+        text += f"p: two-sided paired t-test by seed against the best in “{columns[0].title}”, uncorrected. "
+    return text + "MB: 10⁶ bytes exchanged in a run, up and down, as encoded. Seconds: a run, evaluation included."

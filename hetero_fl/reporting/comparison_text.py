@@ -1,0 +1,73 @@
+"""The tables of a comparison as Markdown and as LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hetero_fl.reporting.comparison_tables import Table
+
+
+def markdown(table: Table) -> str:
+    """The table in GitHub's Markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    width = len(table.header)
+    lines = [line(table.header), line(["---", *["---:"] * (width - 1)])]
+    ruled = False
+    for row in table.lines:
+        if row.bound and not ruled:
+            lines.append(line(["*Bounds*", *[""] * (width - 1)]))
+            ruled = True
+        cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row.cells]
+        extra = [row.p] if table.tested else []
+        lines.append(line([row.name.replace("|", "\\|"), *cells, *extra, row.megabytes, row.seconds]))
+    return "\n".join(lines)
+
+
+def latex(table: Table, label: str) -> str:
+    """The table in LaTeX, for the package booktabs."""
+    width = len(table.header)
+    header = [_escape(name) if name != "p" else "$p$" for name in table.header]
+    lines = [
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{_escape(table.title)}. {_escape(table.caption)}}}",
+        f"\\label{{tab:{label}}}",
+        "\\small",
+        f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",
+        "\\toprule",
+        " & ".join(header) + " \\\\",
+        "\\midrule",
+    ]
+    ruled = False
+    for row in table.lines:
+        if row.bound and not ruled:
+            lines.append("\\midrule")
+            ruled = True
+        cells = [f"\\textbf{{{_escape(cell.text)}}}" if cell.best else _escape(cell.text) for cell in row.cells]
+        extra = [_escape(row.p)] if table.tested else []
+        lines.append(" & ".join([_escape(row.name), *cells, *extra, row.megabytes, row.seconds]) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+
+
+_TEX = {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": "$\\pm$",
+    "–": "--",
+    "²": "$^2$",
+    "⁶": "$^6$",
+    "“": "\x60\x60",
+    "”": "''",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+
+
+def _escape(text: str) -> str:
+    return re.sub("|".join(map(re.escape, _TEX)), lambda match: _TEX[match.group()], text)

@@ -1,0 +1,128 @@
+"""What a run shows while it runs: a live display in a terminal, one quiet line an evaluated round elsewhere.
+
+Everything goes to stderr, so that stdout stays free for results; the lines go to the log file too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from hetero_fl.reporting.wording import duration, evaluated, plural, sentence, size
+
+
+class Progress:
+    """Shows how far a run is. Use it as a context manager: leaving it puts the terminal in order, whatever happened.
+
+    Without a log path nothing is written to disk. `quiet`: nothing is shown, the log is written all the same.
+    """
+
+    def __init__(
+        self, log_path: str | os.PathLike[str] | None = None, quiet: bool = False, console: Console | None = None
+    ) -> None:
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._log_path = log_path
+        self._log: TextIO | None = None
+        self._live: Live | None = None
+        self._bar = Bar(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", style="dim"),
+            console=self._console,
+        )
+        self._task, self._scores = Text("", style="dim"), Text("")
+        self._rounds = self._done = self._first = 0
+        self._began = 0.0
+
+    def __enter__(self) -> Progress:
+        if self._log_path is not None:
+            # Line by line, so that the log of a killed run is whole up to its last line.
+            self._log = open(self._log_path, "a", encoding="utf-8", buffering=1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def start(self, rounds: int, clients: int, done: int = 0) -> None:
+        """The run begins, or goes on after `done` completed rounds."""
+        self._rounds, self._first, self._done, self._began = rounds, done, done, time.monotonic()
+        resumed = f", {done} of them done before" if done else ""
+        self.log(f"{plural(clients, 'client')}, {plural(rounds, 'round')}{resumed}")
+        if self._console.is_terminal:
+            self._bar_task = self._bar.add_task("round", total=rounds, completed=done, left="")
+            self._live = Live(
+                Group(self._bar, self._task, self._scores), console=self._console, refresh_per_second=4, transient=True
+            )
+            self._live.start()
+
+    def task(self, text: str) -> None:
+        """What is being done now, such as `hospital_2 trains resnet18`; shown in a terminal only."""
+        self._task.plain = text
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """A round is complete: the record of `metrics.jsonl`."""
+        self._done = record["round"]
+        for client, reason in record["failed"].items():
+            self.log(f"round {self._done}: {client} left out ({reason})")
+        left = self._left()
+        figures = evaluated(record)
+        if figures:
+            line = f"round {self._done}/{self._rounds}  {figures}"
+            self._write(line)
+            if self._live is None:
+                self._print(line + (f"  ({left})" if left else ""))
+            self._scores.plain = sentence(figures)
+        if self._live is not None:
+            self._bar.update(self._bar_task, completed=self._done, left=left)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run is over: its summary."""
+        self._stop()
+        figures = evaluated({name: (summary[name] or {}).get("last") for name in ("personal", "global", "server")})
+        exchanged = summary["communication"]
+        self.log(
+            f"done: {plural(summary['rounds_completed'], 'round')} in {duration(summary['seconds']['total'])}, "
+            f"{size(exchanged['up_bytes'])} up and {size(exchanged['down_bytes'])} down"
+            + (f"; {figures}" if figures else "")
+        )
+
+    def log(self, line: str) -> None:
+        """One line for the reader and for the log file."""
+        line = " ".join(line.split())
+        self._write(line)
+        self._print(line)
+
+    def _left(self) -> str:
+        fresh = self._done - self._first
+        if fresh < 1 or self._done >= self._rounds:
+            return ""
+        return f"{duration((time.monotonic() - self._began) / fresh * (self._rounds - self._done))} left"
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line))
+
+    def _write(self, line: str) -> None:
+        if self._log is not None:
+            self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

@@ -1,0 +1,196 @@
+"""The sentences of a run's report: what was done, what came out, what each figure and picture means."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from hetero_fl.metrics import SMALLER_IS_BETTER
+from hetero_fl.reporting.client_plots import FEW
+from hetero_fl.reporting.score_plots import PANELS
+from hetero_fl.reporting.wording import (
+    ALGORITHMS,
+    METRICS,
+    algorithm_name,
+    figure,
+    is_regression,
+    last_scores,
+    plural,
+    reached,
+    sentence,
+    size,
+    target,
+)
+
+Json = dict[str, Any]
+
+
+def warnings(summary: Json, records: Sequence[Json]) -> list[str]:
+    """What a reader must know before the first figure."""
+    lines = []
+    if summary["data"]["simulated"]:
+        lines.append("Generated data stood in for the real set. These figures say nothing about real data.")
+    failed = [(r["round"], client, reason) for r in records for client, reason in r["failed"].items()]
+    if failed:
+        listed = "; ".join(f"round {number}: {client} ({reason})" for number, client, reason in failed[:8])
+        more = f"; and {len(failed) - 8} more, in log.txt" if len(failed) > 8 else ""
+        lines.append(f"Left out of {plural(len({f[0] for f in failed}), 'round')}: {listed}{more}.")
+    return lines
+
+
+def story(summary: Json, details: Json) -> list[str]:
+    """What was done and what came out, in a few sentences."""
+    return [_setting(summary, details), _method(summary), _outcome(summary, details)]
+
+
+def _setting(summary: Json, details: Json) -> str:
+    kinds = Counter(client["model"] for client in summary["clients"])
+    models = ", ".join(f"{count} × {name}" for name, count in kinds.most_common(8)) + (" …" if len(kinds) > 8 else "")
+    rows = sorted(client["n_train"] for client in summary["clients"])
+    about = f" ({details['about']})" if details.get("about") else ""
+    text = f"{plural(len(rows), 'client')} ({models}) took part on {summary['data']['name']}{about}, with "
+    text += f"{plural(sum(rows), 'training row')} in all" + (
+        f", {rows[0]:,} to {rows[-1]:,} a client" if rows[1:] else ""
+    )
+    public = []
+    if summary["global"]:
+        public.append(f"the common test set has {plural(summary['data']['n_test'], 'row')}")
+    if details["proxy"]:
+        public.append(f"the public proxy set has {plural(details['proxy'], 'row')}, whose labels are never read")
+    return f"{text}. {sentence('; '.join(public))}." if public else f"{text}."
+
+
+def _method(summary: Json) -> str:
+    what = ALGORITHMS.get(summary["algorithm"], ("", ""))[1]
+    parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
+    total = sum(summary["communication"].values())
+    if total:
+        rounds = plural(summary["rounds_completed"], "round")
+        parts.append(f"Over {rounds} the encoded messages came to {size(total)}.")
+    privacy = summary["privacy"]
+    if privacy:
+        parts.append(f"Differential privacy: ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.1g}.")
+    else:
+        parts.append("No differential privacy was in force.")
+    return " ".join(filter(None, parts))
+
+
+def _outcome(summary: Json, details: Json) -> str:
+    regression = is_regression(last_scores(summary))
+    name = "mae" if regression else "balanced_accuracy"
+    parts = []
+    if summary["personal"]:
+        own = "mae" if regression else "accuracy"
+        value = figure(summary["personal"]["last"][own], own)
+        reach = f"errs by {value} on average on" if regression else f"is right on {value} of"
+        parts.append(
+            f"After the last round a client's model {reach} its own test rows{_worst(summary, 'personal', own)}."
+        )
+    if summary["global"]:
+        scores = summary["global"]["last"]
+        text = f"On the common test set its {METRICS[name]} is {figure(scores[name], name)}"
+        ranking = "" if regression or scores["auroc"] is None else f", its AUROC {figure(scores['auroc'], 'auroc')}"
+        parts.append(f"{text}{_worst(summary, 'global', name)}{ranking}.")
+    if summary["server"]:
+        value = figure(summary["server"]["last"][name], name)
+        parts.append(f"There, the {METRICS[name]} of the server's own model is {value}.")
+    if target(summary, details) == "multiclass":
+        classes = len(details["labels"])
+        parts.append(f"Guessing among {classes} classes would give a balanced accuracy of {100 / classes:.3g}%.")
+    return " ".join(parts)
+
+
+def _worst(summary: Json, reading: str, name: str) -> str:
+    scores = {c["id"]: reached(c, reading, name) for c in summary["clients"]}
+    known = {client: score for client, score in scores.items() if score is not None}
+    if len(known) < 2:
+        return ""
+    client = (max if name in SMALLER_IS_BETTER else min)(known, key=lambda i: known[i])
+    return f" (mean over clients; worst {client} with {figure(known[client], name)})"
+
+
+def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
+    """The words of the results table."""
+    entries = []
+    if summary["personal"]:
+        own = "Each client's model on the client's own test rows, which had no part in training or selection."
+        entries.append(("At home", own))
+    if summary["global"]:
+        one = "Each client's model on one test set that is the same for all, seen through that client's preprocessing."
+        entries.append(("In common", one))
+    if summary["server"]:
+        entries.append(("Server", "The server's own model on the common test set."))
+    if details.get("read"):
+        entries.append(("When models are read", sentence(details["read"]) + "."))
+    chosen = (
+        "The models after the last round, and those of the round that was best on validation rows. Test rows have no "
+        "part in the choice, so the selected figures may be lower than the last."
+    )
+    entries.append(("Last round, selected round", chosen))
+    if is_regression(last_scores(summary)):
+        return [
+            *entries,
+            (
+                "Mean absolute error, root mean squared error",
+                "In the target's unit; the second weighs large errors more.",
+            ),
+            ("R²", "The share of the target's variance that is explained: 1 is perfect, 0 is predicting the mean."),
+        ]
+    return [
+        *entries,
+        (
+            "Accuracy",
+            "The share of predictions that are right. It flatters a model that always names the common class.",
+        ),
+        (
+            "Balanced accuracy",
+            "The share recognised of each class, averaged over classes: every class counts the same.",
+        ),
+        ("Macro F1", "The harmonic mean of precision and recall of each class, averaged over classes."),
+        (
+            "AUROC",
+            "How often a case of a class is ranked above a case of another: 1 is perfect, 0.5 is chance. It judges the "
+            "ranking only, not the threshold.",
+        ),
+        ("Average precision", "The area under the precision-recall curve of each class, averaged over classes."),
+        (
+            "Cross-entropy",
+            "The mean negative log-probability of the truth: smaller is better, and overconfidence costs.",
+        ),
+    ]
+
+
+def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
+    """Title and caption of each picture."""
+    regression = is_regression(last_scores(summary))
+    many = len(summary["clients"])
+    chosen = f"All {many} clients together, then the {PANELS - 1} that are weakest in common. " if many > PANELS else ""
+    matrices = "All clients together, label by label. " if target(summary, details) == "multilabel" else chosen
+    against = "mean absolute error" if regression else METRICS["accuracy"]
+    if many > FEW:
+        points = "A point is a client, coloured by its model; on the dashed line it does as well in common as at home."
+    else:
+        points = "The two readings of each client's model after the last round. The line between them is the gap."
+    held = ("Who holds which labels", "The rows that each client trains on, by label.")
+    if regression:
+        held = ("Who holds how much", "The rows of each client, by use.")
+    return {
+        "curves": (
+            "Learning curves",
+            "Mean over clients by round. The band is one standard deviation over clients, so it shows how far they are "
+            "apart, not how certain the mean is.",
+        ),
+        "clients": ("Every client, at home and in common", points),
+        "labels": held,
+        "communication": (
+            f"Bytes against {against}",
+            "Bytes are those of the encoded messages of all clients, summed from the first round.",
+        ),
+        "confusion": ("Which class is taken for which", f"{matrices}After the last round; a row adds up to 100%."),
+        "calibration": (
+            "Confidence against accuracy",
+            f"{chosen}Below the dashed line a model is surer than it may be, above it less sure. ECE: expected "
+            "calibration error, the mean distance to the line. The larger a point, the more predictions it stands for.",
+        ),
+    }

@@ -1,0 +1,177 @@
+"""The report of a run: one HTML file with everything in it, which opens anywhere and needs nothing from the network."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hetero_fl.metrics import CLASSIFICATION, REGRESSION
+from hetero_fl.reporting import plots, prose
+from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.wording import (
+    METRICS,
+    MISSING,
+    READINGS,
+    algorithm_name,
+    duration,
+    figure,
+    headline_metrics,
+    is_regression,
+    last_scores,
+    plural,
+    reached,
+    sentence,
+    size,
+)
+
+Json = dict[str, Any]
+
+
+def render(template: str, **content: Any) -> str:
+    """Fill a template of this package; everything put in is escaped."""
+    environment = Environment(
+        loader=PackageLoader("hetero_fl.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(**content)
+
+
+def embedded(picture: bytes) -> str:
+    """A picture as it stands in an HTML file."""
+    return base64.b64encode(picture).decode("ascii")
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write a finished run's `report.html` and return its path.
+
+    It takes the pictures of `plots/`, or draws its own if there are none. Raises UserError if the folder is no finished
+    run.
+    """
+    run = RunDirectory.open(run_dir)
+    summary, details, records = run.summary(), run.details(), run.metrics()
+    found = {name: run.plots / f"{name}.png" for name in plots.NAMES}
+    pictures = {name: path.read_bytes() for name, path in found.items() if path.is_file()} or plots.draw(run)
+    subtitle = (
+        f"{algorithm_name(summary['algorithm'])} · {summary['data']['name']} · "
+        f"{plural(len(summary['clients']), 'client')} · {plural(summary['rounds_completed'], 'round')} · "
+        f"seed {summary['seed']}"
+    )
+    environment = [(key.replace("_", " "), _plain(value)) for key, value in run.environment().items()]
+    shown = run.path.name if run.path.is_absolute() else run.path.as_posix()
+    text = render(
+        "report.html",
+        title=summary["name"],
+        subtitle=subtitle,
+        warnings=prose.warnings(summary, records),
+        tiles=_tiles(summary),
+        story=prose.story(summary, details),
+        results=_results(summary),
+        glossary=prose.glossary(summary, details),
+        pictures=[
+            {"title": title, "caption": caption, "data": embedded(pictures[name])}
+            for name, (title, caption) in prose.captions(summary, details).items()
+            if name in pictures
+        ],
+        exchanged="communication" in pictures,
+        clients=_clients(summary, details),
+        command=f"python scripts/train.py --config {shown}/config.yaml --out runs/again",
+        environment=environment,
+        notes=details["notes"],
+        config=run.read_text("config.yaml"),
+    )
+    return run.write_text("report.html", text)
+
+
+def _plain(value: Any) -> str:
+    """A value of `environment.json`, lists and objects as one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {found}" for name, found in value.items())
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _tiles(summary: Json) -> list[Json]:
+    first, second = headline_metrics(last_scores(summary))
+    home = first if is_regression(last_scores(summary)) else "accuracy"
+    tiles = []
+    for reading, name in (("global", first), ("global", second), ("personal", home), ("server", first)):
+        if not summary[reading]:
+            continue
+        scores = summary[reading]["last"]
+        worst, deviation = scores.get(f"{name}_worst"), scores.get(f"{name}_std")
+        more = f"± {figure(deviation, name)} over clients; worst {figure(worst, name)}" if deviation is not None else ""
+        words = f"{sentence(METRICS[name])} " + {"server": "of the server's model"}.get(reading, READINGS[reading])
+        tiles.append({"name": words, "value": figure(scores.get(name), name), "more": more})
+    up, down = (summary["communication"][k] for k in ("up_bytes", "down_bytes"))
+    tiles.append({"name": "Exchanged in all", "value": size(up + down), "more": f"{size(up)} up, {size(down)} down"})
+    seconds = summary["seconds"]
+    more = f"{duration(seconds['training'])} of it training"
+    return [*tiles, {"name": "Time", "value": duration(seconds["total"]), "more": more}]
+
+
+def _results(summary: Json) -> Json:
+    names = REGRESSION if is_regression(last_scores(summary)) else CLASSIFICATION
+    rows = []
+    for reading in READINGS:
+        found = summary[reading]
+        if not found:
+            continue
+        where = {"personal": "At home", "global": "In common", "server": "Server"}[reading]
+        for moment in ("last", "best_by_validation"):
+            scores = found[moment]
+            more = "last round" if moment == "last" else f"round {scores['round']}, selected by validation"
+            cells = [_cell(scores, name) for name in names]
+            rows.append({"name": where, "more": more, "cells": cells, "first": moment == "last"})
+    caption = (
+        "Mean ± standard deviation over clients, and the worst client. The server has one model, so no spread. "
+        "“Undefined” counts clients whose test rows lack what the metric needs (as a class, for AUROC); they are left "
+        "out of the mean."
+    )
+    return {"columns": [sentence(METRICS[name]) for name in names], "rows": rows, "caption": caption}
+
+
+def _cell(scores: Mapping[str, Any], name: str) -> Json:
+    value, deviation, worst = (scores.get(key) for key in (name, f"{name}_std", f"{name}_worst"))
+    more = []
+    if deviation is not None:
+        more.append(f"± {figure(deviation, name)}")
+        more.append(f"worst {figure(worst, name)}")
+    if scores.get(f"{name}_undefined"):
+        more.append(f"undefined: {scores[f'{name}_undefined']}")
+    return {"value": figure(value, name), "more": more}
+
+
+def _clients(summary: Json, details: Json) -> Json:
+    regression = is_regression(last_scores(summary))
+    shown = [(r, name) for r in ("personal", "global") for name in _client_metrics(r, regression)]
+    columns: list[Json] = [
+        {"name": "Client", "text": True, "more": "group"},
+        {"name": "Model", "text": True, "more": "parameters"},
+        {"name": "Shares", "text": True, "more": ""},
+        {"name": "Preprocessing", "text": True, "more": "scanner"},
+        {"name": "Rows", "text": False, "more": "train / validation / test"},
+        *({"name": sentence(METRICS[name]), "text": False, "more": READINGS[reading]} for reading, name in shown),
+    ]
+    rows = []
+    for client in summary["clients"]:
+        about, parts = details["clients"][client["id"]], details["rows"][client["id"]]
+        row = [
+            {"value": client["id"], "more": about["group"]},
+            {"value": client["model"], "more": f"{client['parameters']:,}"},
+            {"value": ", ".join(about["shares"]) or MISSING, "more": ""},
+            {"value": about["preprocess"], "more": about["scanner"]},
+            {"value": " / ".join(f"{parts[part]:,}" for part in ("train", "validation", "test")), "more": ""},
+        ]
+        row += [{"value": figure(reached(client, reading, name), name), "more": ""} for reading, name in shown]
+        rows.append(row)
+    return {"columns": columns, "rows": rows}
+
+
+def _client_metrics(reading: str, regression: bool) -> tuple[str, ...]:
+    if regression:
+        return REGRESSION
+    both = ("accuracy", "balanced_accuracy")
+    return both if reading == "personal" else (*both, "auroc")

@@ -1,0 +1,67 @@
+"""A finished run, from Python: its summary, its models, predictions and pictures."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hetero_fl.data import Preprocess
+from hetero_fl.errors import UserError, nearest
+from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.saved import SavedModel, as_examples
+
+
+class Run:
+    """The directory of a finished run. Raises UserError if it is none."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.directory = RunDirectory.open(path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.directory.path
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`."""
+        return self.directory.summary()
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, one a round."""
+        return self.directory.metrics()
+
+    @cached_property
+    def models(self) -> dict[str, SavedModel]:
+        """The models by client id, and "server" if the server has one."""
+        files = sorted((self.path / "models").glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{self.path}: holds no models; the run has not finished")
+        return {f.stem: SavedModel.load(f) for f in files}
+
+    def predict(self, client: str, x: Any, home: bool = True) -> Tensor:
+        """Probabilities `[N, outputs]` (regression: values) of a client's model for raw examples.
+
+        `x`: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1, tables `[N, F]`; they are
+        preprocessed as that client does. `home`: read with the client's own label frequencies, as on its own patients.
+        """
+        if client not in self.models:
+            raise UserError(f"{self.path}: found no model of '{client}'{nearest(client, self.models)}")
+        model = self.models[client]
+        z = model.logits(Preprocess(**model.preprocess)(as_examples(x)), home)
+        if model.task.kind == "regression":
+            return z
+        return z.sigmoid() if model.task.kind == "multilabel" else z.softmax(-1)
+
+    def plot(self) -> list[Path]:
+        """Draw the pictures (again); returns their paths."""
+        from hetero_fl.reporting.plots import write_plots
+
+        return write_plots(self.path)

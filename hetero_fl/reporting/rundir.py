@@ -1,0 +1,172 @@
+"""The run directory: the files that a run leaves behind, written so that a crash at any moment leaves them readable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hetero_fl.errors import UserError
+
+VERSION = 1
+
+Json = dict[str, Any]
+
+
+class RunDirectory:
+    """One run's folder.
+
+    It holds `config.yaml` (resolved), `environment.json`, `metrics.jsonl` (a line a round), `summary.json`,
+    `details.json` (what the report shows of each client), `log.txt`, `plots/`, `models/`, `checkpoint/`, `report.html`.
+    `environment.json` names the layout's version, and so marks a folder as a run directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], *, config: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> RunDirectory:
+        """A new run directory with the resolved configuration and a description of the machine.
+
+        `config.yaml` is written last: where it is, the folder is complete. Raises UserError if the path is taken by
+        anything but an empty folder, or one in which this was interrupted.
+        """
+        run = cls(path)
+        unfinished = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp"}
+        if run.path.exists() and not (run.path.is_dir() and {p.name for p in run.path.iterdir()} <= unfinished):
+            raise UserError(
+                f"{run.path}: exists already; choose another --out, or --resume if it is an interrupted run"
+            )
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run.path}: cannot be made ({error.strerror}); choose another --out") from None
+        run.write_json("environment.json", {"run_directory_version": VERSION, **environment})
+        run.write_text("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110))
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """An existing run directory. Raises UserError if there is none, or one of another version."""
+        run = cls(path)
+        if not run.path.is_dir():
+            raise UserError(f"{run.path}: no such folder; expected a run directory, such as runs/NAME")
+        if not (run.path / "environment.json").is_file():
+            raise UserError(f"{run.path}: not a run directory (it has no environment.json)")
+        version = run.environment().get("run_directory_version")
+        if version != VERSION:
+            raise UserError(f"{run.path}: run directory version {version}; this release reads version {VERSION}")
+        return run
+
+    @property
+    def log(self) -> Path:
+        """Where the log lines go."""
+        return self.path / "log.txt"
+
+    @property
+    def plots(self) -> Path:
+        """Where the pictures go."""
+        return self.path / "plots"
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Replace a file in one step: after a crash it holds the old text or the new, never half of one."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Always the same temporary name: what a crash leaves behind is overwritten, not piled up.
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+        return target
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Replace a JSON file in one step. Raises ValueError for NaN and infinities, which JSON does not have."""
+        return self.write_text(name, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add a round's line to `metrics.jsonl`; it is on the disk when this returns. Raises ValueError for NaN."""
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        with open(self.path / "metrics.jsonl", "ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewind_metrics(self, completed: int) -> None:
+        """Drop the lines of rounds after `completed`, and a last line torn by a crash; a resume writes them anew."""
+        if (self.path / "metrics.jsonl").exists():
+            kept = [record for record in self.metrics() if record["round"] <= completed]
+            text = "".join(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n" for record in kept)
+            self.write_text("metrics.jsonl", text)
+
+    def summary(self) -> Json:
+        """`summary.json`. Raises UserError if the run has not written it."""
+        return self._json("summary.json")
+
+    def details(self) -> Json:
+        """`details.json`: labels, rows, models, confusion and calibration by client."""
+        return self._json("details.json")
+
+    def environment(self) -> Json:
+        """`environment.json`: versions, machine, layout version."""
+        return self._json("environment.json")
+
+    def config(self) -> Json:
+        """`config.yaml`, resolved, as plain values."""
+        try:
+            content = yaml.safe_load(self.read_text("config.yaml"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.path / 'config.yaml'}: not YAML ({error})") from None
+        return content if isinstance(content, dict) else {}
+
+    def metrics(self) -> list[Json]:
+        """The records of `metrics.jsonl`, in order; a last line that a crash has cut is left out."""
+        lines = self.read_text("metrics.jsonl").split("\n")
+        complete, records = lines[:-1], []
+        for number, line in enumerate(complete, 1):
+            try:
+                record = json.loads(line)
+                record["round"] += 0
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{self.path / 'metrics.jsonl'}: line {number} is not a round's record") from None
+            records.append(record)
+        return records
+
+    def read_text(self, name: str) -> str:
+        """A file's text. Raises UserError if it is missing or not text."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "not text"
+            raise UserError(f"{self.path / name}: cannot be read ({why})") from None
+
+    def _json(self, name: str) -> Json:
+        try:
+            content = json.loads(self.read_text(name))
+        except ValueError as error:
+            raise UserError(f"{self.path / name}: not JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{self.path / name}: found a {type(content).__name__}, expected an object")
+        return content
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; systems that cannot open a folder (Windows) do it by themselves."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,139 @@
+"""From the records of a run to `summary.json` and `details.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.protocol import Traffic
+from hetero_fl.config import Config
+from hetero_fl.metrics import selection_metric
+from hetero_fl.runtime.federation import Federation, describe_settings
+from hetero_fl.runtime.rounds import Readings, Record
+from hetero_fl.task import Task
+
+JOINT = "the server's"
+
+
+def validation_score(task: Task, record: Record, which: str) -> float | None:
+    """A record's validation figure for `personal`, `global` or `server`; larger is better."""
+    name, sign = selection_metric(task)
+    value = ((record.get("validation") or {}).get(which) or {}).get(name)
+    return None if value is None else sign * value
+
+
+def best_round(task: Task, history: Sequence[Record], which: str) -> Record | None:
+    """The record selected by validation, ties to the earlier; the last one where there is nothing to select by."""
+    read = [r for r in history if r.get(which)]
+    scored = [r for r in read if validation_score(task, r, which) is not None]
+    if scored:
+        return max(scored, key=lambda r: validation_score(task, r, which) or 0.0)
+    return read[-1] if read else None
+
+
+class Patience:
+    """Early stopping: so many evaluations without a better validation (personal and global together)."""
+
+    def __init__(self, task: Task, limit: int | None, history: Sequence[Record]) -> None:
+        self.task, self.limit = task, limit
+        self.best: float | None = None
+        self.without = 0
+        for record in history:
+            if record.get("personal"):
+                self.look(record)
+
+    def look(self, record: Record) -> None:
+        """Take an evaluated round into account."""
+        both = [validation_score(self.task, record, which) for which in ("personal", "global")]
+        known = [v for v in both if v is not None]
+        if not known:
+            return
+        value = sum(known) / len(known)
+        if self.best is None or value > self.best:
+            self.best, self.without = value, 0
+        else:
+            self.without += 1
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run should stop."""
+        return self.limit is not None and self.without >= self.limit
+
+
+def summarise(
+    config: Config, federation: Federation, history: Sequence[Record], traffic: Traffic, setup: float
+) -> dict[str, Any]:
+    """The content of `summary.json`. `setup`: seconds before the first round."""
+    task, last = federation.task, [r for r in history if r.get("personal") or r.get("global")][-1]
+
+    def both(which: str) -> dict[str, Any] | None:
+        if not last.get(which):
+            return None
+        best = best_round(task, history, which) or last
+        return {"last": last[which], "best_by_validation": {"round": best["round"], **best[which]}}
+
+    seconds = {k: sum(r["seconds"][k] for r in history) for k in ("training", "evaluation")}
+    data = federation.data
+    return {
+        "name": config.name,
+        "algorithm": config.algorithm["name"],
+        "seed": config.seed,
+        "rounds_completed": history[-1]["round"],
+        "data": {
+            "name": data.name,
+            "simulated": data.simulated,
+            "n_train": data.n_train,
+            "n_proxy": data.n_proxy,
+            "n_test": data.n_test,
+        },
+        "personal": both("personal"),
+        "global": both("global"),
+        "server": both("server"),
+        "clients": [
+            {
+                "id": id,
+                "model": card.settings.model[0].name,
+                "parameters": sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names),
+                "n_train": card.n,
+                "personal": last["clients"].get(id, {}).get("personal"),
+                "global": last["clients"].get(id, {}).get("global"),
+            }
+            for id, card in federation.cards.items()
+        ],
+        "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
+        "seconds": {"total": setup + sum(seconds.values()), **seconds},
+        "privacy": None,
+    }
+
+
+def details_of(federation: Federation, readings: Readings, notes: Sequence[str], method: Algorithm) -> dict[str, Any]:
+    """The content of `details.json`: what a report shows of each client."""
+    data = federation.data
+    return {
+        "labels": list(federation.task.label),
+        "label_counts": {id: data.label_counts(id).int().tolist() for id in federation.cards},
+        "proxy": data.n_proxy,
+        "rows": {id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")} for id in federation.cards},
+        "clients": {
+            id: {
+                "model": card.arch.id,
+                "group": card.arch.id,
+                "shares": list(card.settings.shares),
+                "preprocess": _short(asdict(card.preprocess)),
+                "scanner": _short(describe_settings(card.settings).get("scanner", {})),
+                "settings": describe_settings(card.settings),
+            }
+            for id, card in federation.cards.items()
+        },
+        "confusion": {id: r.confusion for id, r in readings.clients.items()},
+        "calibration": {id: r.calibration for id, r in readings.clients.items()},
+        "read": method.reads,
+        "about": data.about,
+        "notes": list(notes),
+    }
+
+
+def _short(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items() if v is not None)

@@ -1,0 +1,184 @@
+"""How numbers and names are put into words: the same in the terminal, in plots, in tables and in reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hetero_fl.metrics import SMALLER_IS_BETTER
+
+MISSING = "–"
+
+READINGS = {"personal": "at home", "global": "in common", "server": "server"}
+
+METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "loss": "cross-entropy",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "r2": "R²",
+}
+
+_PERCENT = {"accuracy", "balanced_accuracy", "macro_f1"}
+_DECIMAL = {"auroc", "average_precision", "r2"}
+
+ALGORITHMS = {
+    "local": ("Local", "Every client trained alone on its own rows; nothing was exchanged."),
+    "centralized": (
+        "Centralised",
+        "All rows were pooled and one model was trained on them: an upper bound, not federated.",
+    ),
+    "ensemble": (
+        "Ensemble",
+        "Every client trained alone; at prediction time the probabilities of all models are averaged: a bound, since "
+        "all models must be in one place.",
+    ),
+    "fedavg": (
+        "FedAvg",
+        "Clients with the same model sent their parameters; the server averaged them and sent them back.",
+    ),
+    "fedprox": (
+        "FedProx",
+        "Clients with the same model sent their parameters for averaging, and a penalty kept each client's training "
+        "close to the average it started from.",
+    ),
+    "fedper": ("FedPer", "Clients with the same model averaged its backbone; each kept a head of its own."),
+    "lg_fedavg": ("LG-FedAvg", "Each client kept a backbone of its own; only the heads were averaged."),
+    "fedmd": (
+        "FedMD",
+        "Clients sent their predictions on the public proxy set; each then learned from the mean prediction and from "
+        "its own rows. No parameters were exchanged.",
+    ),
+    "feddf": (
+        "FedDF",
+        "Clients sent their models; the server averaged those of one architecture, then taught each average with the "
+        "predictions of all clients on the public proxy set.",
+    ),
+    "fd": (
+        "FD",
+        "Clients sent the mean output for each class; each then learned from its own rows and from the others' mean "
+        "output for the class at hand.",
+    ),
+    "hybrid": (
+        "Hybrid",
+        "Clients sent what they have in common: the parameters of shared layers were averaged, and predictions on the "
+        "public proxy set became a teacher from which every model learned, whatever its architecture.",
+    ),
+}
+
+
+def algorithm_base(label: str) -> str:
+    """The method of a label: `hybrid` of `hybrid:teacher=mean`, `python:module:Class` of `python:module:Class:lr=1`."""
+    parts = label.split(":")
+    return ":".join(parts[:3]) if parts[0] == "python" else parts[0]
+
+
+def algorithm_name(label: str) -> str:
+    """A method's name as papers write it, one's own method by the name of its class; then settings of its own."""
+    base = algorithm_base(label)
+    name = ALGORITHMS[base][0] if base in ALGORITHMS else base.rsplit(":", 1)[-1]
+    settings = label[len(base) + 1 :].replace(":", ", ").replace("=", " = ")
+    return f"{name} ({settings})" if settings else name
+
+
+def sentence(text: str) -> str:
+    """The same text with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def figure(value: float | None, metric: str) -> str:
+    """One value of a metric for reading: 84.7%, 0.944 or, for errors and losses, three digits that count."""
+    if value is None:
+        return MISSING
+    if metric in _PERCENT:
+        return f"{100 * value:.1f}%"
+    return f"{value:.3f}" if metric in _DECIMAL else digits(value)
+
+
+def digits(value: float, count: int = 3) -> str:
+    """A number with so many digits that count, never as a power of ten: 0.0341, 2.80, 1234."""
+    before = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return f"{value:.{max(0, count - before)}f}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 0 B, 812 kB, 12.3 MB."""
+    factor, unit = byte_unit(count)
+    value = count / factor
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """The decimal unit in which the largest of some byte counts reads best, as (bytes of one unit, name)."""
+    units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
+    return next(((factor, unit) for factor, unit in units if largest >= 0.9995 * factor), (1.0, "B"))
+
+
+def duration(seconds: float) -> str:
+    """A time for reading: 0.4 s, 36 s, 2 min 5 s, 1 h 3 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 round`, `12 rounds`, `2,000 rows`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def better(metric: str, a: float, b: float) -> bool:
+    """Is a better than b?"""
+    return a < b if metric in SMALLER_IS_BETTER else a > b
+
+
+def is_regression(metrics: Mapping[str, Any]) -> bool:
+    """Do these metrics belong to a regression task?"""
+    return "mae" in metrics
+
+
+def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The last round's figures of the first reading that there is; they tell which metrics the task has."""
+    return next((summary[reading]["last"] for reading in READINGS if summary[reading]), {})
+
+
+def target(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    """The kind of target: `multiclass`, `multilabel` (a 2 × 2 confusion for each label) or `regression`."""
+    if is_regression(last_scores(summary)):
+        return "regression"
+    matrices = (matrix for found in details["confusion"].values() for matrix in (found or {}).values())
+    first = next(matrices, [[0]])
+    return "multilabel" if isinstance(first[0][0], list) else "multiclass"
+
+
+def reached(client: Mapping[str, Any], reading: str, metric: str) -> float | None:
+    """One client's figure; None where it is undefined, or where the client has no test rows."""
+    return (client[reading] or {}).get(metric)
+
+
+def headline_metrics(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """The two metrics that plots and progress show."""
+    return ("mae", "r2") if is_regression(metrics) else ("balanced_accuracy", "auroc")
+
+
+def evaluated(record: Mapping[str, Any]) -> str:
+    """A round's figures in one line: `at home: accuracy 90.1%; in common: balanced accuracy 71.0%, AUROC 0.930`."""
+    parts = []
+    for reading, words in READINGS.items():
+        scores = record.get(reading)
+        if not scores:
+            continue
+        regression = is_regression(scores)
+        names = ("mae",) if regression else ("accuracy",) if reading == "personal" else ("balanced_accuracy", "auroc")
+        known = [f"{METRICS[name]} {figure(scores.get(name), name)}" for name in names if scores.get(name) is not None]
+        if known:
+            parts.append(f"{words}: {', '.join(known)}")
+    return "; ".join(parts)

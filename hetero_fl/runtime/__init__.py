@@ -1,0 +1,1 @@
+"""How plans are carried out: executors, rounds, checkpoints."""

@@ -1,0 +1,76 @@
+"""Checkpoints: one file a round, written atomically, each with a checksum, the two newest kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hetero_fl.codec import CodecError, decode, encode
+
+FORM = "hetero_fl checkpoint 1"
+KEPT = 2
+MAGIC = b"HFLCKPT1"
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder of their own."""
+
+    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
+        self.folder, self.log = folder, log
+
+    def save(self, round: int, tree: dict[str, Any]) -> Path:
+        """Write the state after so many rounds; it is complete on disk, or not there at all."""
+        body = encode(tree, FORM)
+        path = self.folder / f"round-{round:06}.ckpt"
+        write_atomically(path, MAGIC + hashlib.sha256(body).digest() + body)
+        for old in self._files()[:-KEPT]:
+            old.unlink()
+        return path
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest state that is whole; says so where a newer one is not. None if there is none."""
+        for path in reversed(self._files()):
+            try:
+                return read_checkpoint(path)
+            except (CodecError, OSError) as error:
+                self.log(f"{path.name} is damaged ({error}); using the one before it")
+        return None
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("round-*.ckpt"))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint file. Raises CodecError if a single byte of it is not what was written."""
+    data = path.read_bytes()
+    head, digest, body = data[:8], data[8:40], data[40:]
+    if head != MAGIC:
+        raise CodecError("not a checkpoint, or its first bytes are gone")
+    if hashlib.sha256(body).digest() != digest:
+        raise CodecError("its checksum does not match")
+    tree: dict[str, Any] = decode(body, FORM)
+    return tree
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file with this content, or the file as it was: written beside it, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

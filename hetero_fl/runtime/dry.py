@@ -1,0 +1,108 @@
+"""Plans carried out without computing: what a client would send, and how large it is, known before anybody trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hetero_fl.algorithms import Algorithm, Items
+from hetero_fl.payload import Item, Payload
+from hetero_fl.plan import ClassSums, Fit, FitReport, Predict, Step
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.serial import carry_out
+from hetero_fl.runtime.templates import Templates
+from hetero_fl.state import Card, Columns, Participant
+
+
+class Dry:
+    """A performer that answers every step with a result of the right shape: fits change nothing, predictions are nought."""
+
+    def __init__(self) -> None:
+        self.templates = Templates(torch.device("cpu"))
+
+    def perform(self, participant: Participant, step: Step) -> Any:
+        """The shape of the result of one step."""
+        if isinstance(step, Fit):
+            return FitReport(1, step.batch_size, 0.0)
+        arch = getattr(step, "arch", None) or participant.arch[step.slot]
+        width = arch.outputs if step.readout != "features" else self.templates(arch).module.feature_dim
+        if isinstance(step, Predict):
+            return torch.zeros(len(step.data.columns(participant)["x"]), int(width))
+        assert isinstance(step, ClassSums)
+        classes = participant.task.outputs
+        return torch.zeros(classes, int(width)), torch.zeros(classes)
+
+
+class Expectations:
+    """What each client's upload must look like: names, shapes and dtypes, from a dry run of its plan on its broadcast."""
+
+    def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
+        self.algorithm, self.federation, self.performer = algorithm, federation, Dry()
+        self._known: dict[Any, dict[str, Item]] = {}
+
+    def of(self, card: Card, broadcast: Payload, round: int) -> Mapping[str, Item]:
+        """An upload of the right form; its numbers mean nothing. Clients alike share one."""
+        s = card.settings
+        key = (card.arch, tuple(s.shares), (round + 1) % s.share_every, round % s.share_every, _outline(broadcast))
+        if key not in self._known:
+            client = self._stand_in(card, round)
+            items, _ = carry_out(self.algorithm.train(client, broadcast), client, self.performer)
+            upload = Payload(items)
+            self._known[key] = {n: upload.item(n) for n in upload}
+        return self._known[key]
+
+    def _stand_in(self, card: Card, round: int) -> Participant:
+        """A client as the server may imagine it: the public rows are real, the private ones are only counted."""
+        federation = self.federation
+
+        def data(name: str, through: Any) -> Columns:
+            if name == "proxy":
+                return federation.data.columns(card.id, name, through or card.preprocess)
+            return {"x": torch.empty(card.n, 0), "y": torch.zeros(card.n, dtype=torch.int64)}
+
+        return Participant(
+            id=card.id,
+            task=federation.task,
+            arch={"model": card.arch},
+            models={"model": dict(federation.initial(card.arch))},
+            data=data,
+            settings=card.settings,
+            counts=torch.zeros(federation.task.outputs),
+            n=card.n,
+            has_proxy=federation.data.n_proxy > 0,
+            peers=federation.cards,
+            clock=federation.clock(round),
+        )
+
+
+def _outline(payload: Payload) -> tuple[Any, ...]:
+    def shape(values: Any) -> Any:
+        return tuple(values.shape) if isinstance(values, torch.Tensor) else len(values)
+
+    return tuple((n, shape(payload[n])) for n in payload)
+
+
+def cost(algorithm: Algorithm, federation: Federation) -> dict[str, dict[str, int]]:
+    """Parameters, and bytes down and up in a full round, by client: from dry rounds, so nothing is trained.
+
+    The second round is measured: the first has no teacher yet.
+    """
+    from hetero_fl.aggregation import Upload, Uploads
+
+    server, expectations = federation.server(), Expectations(algorithm, federation)
+    algorithm.start(server)
+    table: dict[str, dict[str, int]] = {}
+    for round in range(2):
+        server.clock = federation.clock(round)
+        uploads = []
+        for id, card in federation.cards.items():
+            down = Payload(algorithm.broadcast(server, card))
+            items: Items = dict(expectations.of(card, down, round))
+            uploads.append(Upload(card, Payload(items)))
+            parameters = sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names)
+            sizes = [len(p.encode()) if algorithm.counted else 0 for p in (down, uploads[-1].payload)]
+            table[id] = {"parameters": parameters, "rows": card.n, "down_bytes": sizes[0], "up_bytes": sizes[1]}
+        carry_out(algorithm.aggregate(server, Uploads(uploads)), server, expectations.performer)
+    return table

@@ -1,0 +1,137 @@
+"""The federation: who takes part, with which model, on which data; and participants made from it for one task at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.config.clients import ClientSettings, ModelConfig
+from hetero_fl.config.schema import Config
+from hetero_fl.data import FederatedData, Preprocess
+from hetero_fl.errors import UserError
+from hetero_fl.runtime.store import Private
+from hetero_fl.state import Card, Clock, Participant
+from hetero_fl.task import Task
+from model_zoo import ModelError
+
+SERVER = "server"
+
+
+@dataclass
+class Federation:
+    """The fixed facts of a run. Participants are made from them when they are needed and dropped afterwards."""
+
+    task: Task
+    data: FederatedData
+    cards: Mapping[str, Card]
+    server_settings: ClientSettings
+    server_preprocess: Preprocess
+    student: Architecture | None
+    seed: int
+    rounds: int
+    common: tuple[str, ...] = ()
+    _initial: dict[str, Tensors] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, data: FederatedData, clients: Mapping[str, ClientSettings]) -> Federation:
+        """Build and check every architecture once. Raises UserError naming the client whose model cannot be made."""
+        cards = {}
+        checked: set[Architecture] = set()
+        for id, settings in clients.items():
+            view = data.preprocess(id)
+            arch = architecture(settings.model[0], data, view)
+            if arch not in checked:
+                _check(arch, f"clients: {id}: model")
+                checked.add(arch)
+            cards[id] = Card(id, arch, data.n_rows(id, "train"), view, settings)
+        server = config.server
+        server_view = data.server_preprocess(server.preprocess)
+        student = architecture(server.model, data, server_view) if server.model else None
+        if student is not None:
+            _check(student, "server.model")
+        settings = ClientSettings(optimizer=server.optimizer, batch_size=server.batch_size)
+        common = tuple(config.clients.common)
+        return cls(data.task, data, cards, settings, server_view, student, config.seed, config.rounds, common)
+
+    def initial(self, arch: Architecture) -> Tensors:
+        """The tensors that every participant with this architecture starts from. Do not change them in place."""
+        if arch.id not in self._initial:
+            self._initial[arch.id] = arch.initial(self.seed)
+        return self._initial[arch.id]
+
+    def clock(self, round: int) -> Clock:
+        """Where the run stands in that round (from 0)."""
+        return Clock(self.seed, round, self.rounds)
+
+    def client(self, id: str, private: Private, round: int) -> Participant:
+        """A client, with what it keeps privately, ready for one task of that round."""
+        card = self.cards[id]
+        models = {"model": {**self.initial(card.arch), **private.models.get("model", {})}}
+        models |= {slot: dict(tensors) for slot, tensors in private.models.items() if slot != "model"}
+        return Participant(
+            id=id,
+            task=self.task,
+            arch={"model": card.arch},
+            models=models,
+            data=lambda name, through: self.data.columns(id, name, through or card.preprocess),
+            settings=card.settings,
+            counts=self.counts(id),
+            n=card.n,
+            has_proxy=self.data.n_proxy > 0,
+            peers=self.cards,
+            state=dict(private.state),
+            clock=self.clock(round),
+        )
+
+    def counts(self, id: str) -> Tensor:
+        """Label counts of a client's training rows, `[outputs]`, in the default dtype."""
+        return self.data.label_counts(id).to(torch.get_default_dtype())
+
+    def server(self) -> Participant:
+        """The server before the first round: a model for each architecture, and the student if one is asked for."""
+        archs = {c.arch.id: c.arch for c in self.cards.values()}
+        models = {slot: dict(self.initial(arch)) for slot, arch in sorted(archs.items())}
+        if self.student is not None:
+            archs["student"] = self.student
+            models["student"] = dict(self.initial(self.student))
+        return Participant(
+            id=SERVER,
+            task=self.task,
+            arch=archs,
+            models=models,
+            data=lambda name, through: self.data.columns(SERVER, name, through or self.server_preprocess),
+            settings=self.server_settings,
+            counts=torch.zeros(self.task.outputs),
+            has_proxy=self.data.n_proxy > 0,
+            peers=self.cards,
+            common=self.common,
+            clock=self.clock(0),
+        )
+
+    def view_of(self, slot: str) -> Preprocess:
+        """How a model at the server sees public examples: as the group's first client does, or as the server itself."""
+        members = [c for c in self.cards.values() if c.arch.id == slot]
+        return min(members, key=lambda c: c.id).preprocess if members else self.server_preprocess
+
+
+def architecture(model: ModelConfig, data: FederatedData, view: Preprocess) -> Architecture:
+    """The model of the configuration, for the shape in which its owner sees examples."""
+    shape = view.shape(tuple(data.input_shape))
+    return Architecture.of(model.name, data.task.outputs, shape, model.feature_dim, model.options, model.pretrained)
+
+
+def _check(arch: Architecture, where: str) -> None:
+    try:
+        arch.check()
+    except ModelError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def describe_settings(settings: ClientSettings) -> dict[str, Any]:
+    """What differs from the defaults, for reports."""
+    return settings.model_dump(mode="json", exclude_defaults=True)

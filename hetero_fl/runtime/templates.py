@@ -1,0 +1,47 @@
+"""Live modules: one per architecture and slot in a process, into which participants' tensors are loaded in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.runtime.dropout import draws_elsewhere
+
+
+class Template:
+    """A module whose tensors are overwritten, never replaced."""
+
+    def __init__(self, arch: Architecture, device: torch.device) -> None:
+        with torch.random.fork_rng(devices=[]):
+            self.module = arch.build().to(device)
+        self.tensors: Mapping[str, Tensor] = self.module.state_dict()  # shares memory with the module
+        self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
+        drops = any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
+        self.random = drops or draws_elsewhere(self.module)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The module with these tensors in it. Raises KeyError if one is missing."""
+        for name, mine in self.tensors.items():
+            mine.copy_(tensors[name])
+        return self.module
+
+    def copy_out(self) -> Tensors:
+        """The module's tensors, in memory of their own."""
+        return {n: t.detach().to("cpu", copy=True) for n, t in self.tensors.items()}
+
+
+class Templates:
+    """Templates by (architecture, slot): two slots of one fit need two modules."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._made: dict[tuple[Architecture, str], Template] = {}
+
+    def __call__(self, arch: Architecture, slot: str = "") -> Template:
+        if (arch, slot) not in self._made:
+            self._made[arch, slot] = Template(arch, self.device)
+        return self._made[arch, slot]

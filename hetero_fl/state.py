@@ -1,0 +1,113 @@
+"""Participants: whoever carries out a plan. A client and the server are the same thing with other data and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.config.clients import ClientSettings, OptimizerConfig
+from hetero_fl.seeding import Key
+from hetero_fl.task import Task
+
+Columns = dict[str, Tensor]
+Part = tuple[str, ...] | None  # of a model: None is all of it, else prefixes of tensor names; () is nothing
+
+
+def own(tensors: Mapping[str, Tensor]) -> Tensors:
+    """A copy that shares no memory."""
+    return {n: t.detach().clone() for n, t in tensors.items()}
+
+
+def select(tensors: Mapping[str, Tensor], part: Part) -> Tensors:
+    """The tensors that belong to the part."""
+    return {n: t for n, t in tensors.items() if part is None or n.startswith(part)}
+
+
+def without(tensors: Mapping[str, Tensor], part: Part) -> Tensors:
+    """The tensors that do not belong to the part."""
+    return {} if part is None else {n: t for n, t in tensors.items() if not n.startswith(part)}
+
+
+def floats(tensors: Mapping[str, Tensor]) -> Tensors:
+    """What may travel: integer buffers (`num_batches_tracked`) stay at home."""
+    return {n: t for n, t in tensors.items() if t.is_floating_point()}
+
+
+def common_part(a: Part, b: Part) -> Part:
+    """What lies in both parts."""
+    if a is None or b is None:
+        return b if a is None else a
+    shorter = {p for p in a if p.startswith(b)} | {p for p in b if p.startswith(a)} if a and b else set()
+    return tuple(sorted(shorter))
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run stands. `round` counts from 0; random streams are keyed by it."""
+
+    seed: int = 0
+    round: int = 0
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the server knows of a client."""
+
+    id: str
+    arch: Architecture
+    n: int  # training rows
+    preprocess: Any  # hetero_fl.data.Preprocess: how it sees public examples
+    settings: ClientSettings
+    reading: bool = False  # the broadcast is for evaluation only: nothing is trained on it
+
+
+@dataclass
+class Participant:
+    """A client, or the server: named models, named data, private state.
+
+    `models` maps slots ("model", "personal", "student", at the server a group's name …) to named tensors, `arch` the same
+    slots to architectures. `data(name, through)` gives the columns of a named set, seen through this participant's own
+    preprocessing unless another is named. `counts` are label counts of its training rows, `[outputs]`.
+    """
+
+    id: str
+    task: Task
+    arch: dict[str, Architecture]
+    models: dict[str, Tensors]
+    data: Callable[[str, Any], Columns]
+    settings: ClientSettings
+    counts: Tensor
+    n: int = 0
+    has_proxy: bool = False
+    peers: Mapping[str, Card] = field(
+        default_factory=dict
+    )  # the roster, where it is known: at the server, in simulation
+    common: tuple[str, ...] = ()  # prefixes of tensors that are averaged across architectures
+    state: dict[str, Any] = field(default_factory=dict)
+    clock: Clock = Clock()
+    work: float = 1.0  # share of the steps there is time for
+    uses: dict[str, int] = field(default_factory=dict)
+
+    def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the named tensors of a slot, keep its others."""
+        self.models[slot] = {**self.models[slot], **own(tensors)}
+
+    def stream(self, label: str, as_id: str | None = None) -> tuple[Key, ...]:
+        """The key of this round's next random stream with that label."""
+        n = self.uses[label] = self.uses.get(label, -1) + 1
+        return (self.clock.seed, self.clock.round, as_id or self.id, label, n)
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimiser of this round, its learning rates moved along their schedule."""
+        return self.settings.optimizer.at(self.clock.round, self.clock.rounds)
+
+
+def in_order(ids: Iterable[str]) -> list[str]:
+    """The order in which sums are taken. One rule for everyone, so that the order of arrival changes no bit."""
+    return sorted(ids)

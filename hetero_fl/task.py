@@ -1,0 +1,24 @@
+"""What is learned: the kind of target, how many outputs a model needs, what they are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Task:
+    """A learning task that a whole federation has in common.
+
+    Targets `y` are int64 `[N]` of class numbers (multiclass), floats `[N, outputs]` of 0 and 1 (multilabel), or floats
+    `[N, outputs]` (regression).
+    """
+
+    kind: Literal["multiclass", "multilabel", "regression"]
+    outputs: int
+    names: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> tuple[str, ...]:
+        """A name for each output."""
+        return self.names or tuple(str(i) for i in range(self.outputs))

@@ -1,0 +1,70 @@
+"""A small pre-norm transformer encoder, which the sequence and the image transformers share.
+
+All its randomness is ``nn.Dropout``'s. The attention is written out, not ``F.scaled_dot_product_attention``: the fused
+CPU kernel behind that has no batching rule, so under ``vmap`` it would run one model after another, and at the
+lengths meant here (tens of steps) fusing gains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on [B, steps, width] (Vaswani et al., 2017, section 3.2)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ModelError(f"option heads: found {heads}, but the width {width} must be a multiple of it")
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+        out: Tensor = self.out(rearrange(weights @ v, "b h n d -> b n (h d)"))
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return out
+
+
+class Encoder(nn.Module):
+    """Tokens [B, steps, token_width] to features [B, width].
+
+    A linear embedding plus learned positions, ``depth`` blocks, a LayerNorm, the mean over the steps.
+    """
+
+    def __init__(self, steps: int, token_width: int, width: int, depth: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.embed = nn.Linear(token_width, width)
+        self.positions = nn.Parameter(torch.randn(1, steps, width) * 0.02)
+        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.blocks(self.embed(tokens) + self.positions)
+        features: Tensor = self.norm(x).mean(1)
+        return features

@@ -1,0 +1,97 @@
+"""Convolutional networks without shortcuts: LeNet, FedAvg's CNN, and the three-block CNN in any width and norm."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from .shapes import Shape
+from .split import Body
+
+Norm = Literal["batch", "group", "none"]
+
+
+def norm_2d(norm: Norm, channels: int) -> nn.Module:
+    """A normalisation of [B, channels, H, W].
+
+    ``group`` takes groups of at least 4 channels, and at most 32 groups: the largest number of groups that fits
+    and divides the channels (Wu & He, "Group Normalization", ECCV 2018).
+    """
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "group":
+        most = min(32, max(1, channels // 4))
+        return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
+    return nn.Identity()
+
+
+def lenet(shape: Shape) -> Body:
+    """LeNet-5 with ReLU and max pooling; 61,706 parameters for 28x28 grey images and 10 classes.
+
+    After LeCun et al., "Gradient-based learning applied to document recognition" (1998). The first convolution pads
+    by 2, so 28x28 is what the paper's 32x32 is.
+    """
+    height, width = (s // 2 - 4 for s in shape.size)
+    layers = nn.Sequential(
+        nn.Conv2d(shape.channels, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * (height // 2) * (width // 2), 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+    )
+    return layers, 84
+
+
+def fedavg_cnn(shape: Shape) -> Body:
+    """Two 5x5 convolutions (32 and 64 channels, same padding), each with 2x2 max pooling, and 512 hidden units.
+
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (AISTATS 2017),
+    section 3: 1,663,370 parameters for 28x28 grey images and 10 classes.
+    """
+    height, width = (s // 2 // 2 for s in shape.size)
+    layers = nn.Sequential(
+        nn.Conv2d(shape.channels, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * height * width, 512),
+        nn.ReLU(),
+    )
+    return layers, 512
+
+
+def cnn(shape: Shape, *, width: int = 16, norm: Norm = "batch", dropout: float = 0.0) -> Body:
+    """Three 3x3 convolutions of ``width``, 2·``width`` and 4·``width`` channels, each with a norm and ReLU.
+
+    2x2 max pooling after the first two, the mean over the pixels after the third: features of width 4·``width``,
+    whatever the image's size. Dropout, where asked for, acts on the features.
+    """
+
+    def block(channels: int, wider: int) -> list[nn.Module]:
+        layers: list[nn.Module] = [nn.Conv2d(channels, wider, 3, padding=1)]
+        if norm != "none":
+            layers.append(norm_2d(norm, wider))
+        return [*layers, nn.ReLU()]
+
+    layers = [
+        *block(shape.channels, width),
+        nn.MaxPool2d(2),
+        *block(width, 2 * width),
+        nn.MaxPool2d(2),
+        *block(2 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    if dropout > 0:
+        layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers), 4 * width

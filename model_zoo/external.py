@@ -1,0 +1,162 @@
+"""Any image classifier of torchvision or timm as a backbone. Both libraries are imported when first asked for.
+
+Many of them cannot take small images. Such a model sees them enlarged (bilinearly), to the smallest multiple of 32
+pixels that it can take; ``describe`` says so. Stochastic depth is off, so that all randomness is dropout's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from .adapt import leave_only_dropout, remove_classifier, replace_first_convolution
+from .errors import InputError, ModelError, one_line
+from .shapes import Shape
+from .split import Body, feature_width
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"torchvision": {"dropout": None}, "timm": {"drop_rate": None}}
+"""The options of each library's models; None leaves the model's own value. Not every model has them."""
+
+
+class Enlarge(nn.Upsample):
+    """Bilinear enlargement of [B, C, H, W] to the size that the model behind it needs."""
+
+
+def library(name: str) -> ModuleType:
+    """``timm``, or torchvision's models. Raises :class:`ModelError` where the library is not installed."""
+    try:
+        return import_module("torchvision.models" if name == "torchvision" else name)
+    except ImportError as error:
+        raise ModelError(f"needs the package {name} ({one_line(error)}); pip install {name}") from error
+
+
+def names(of: str) -> list[str]:
+    """The library's image classifiers, without the prefix."""
+    module = library(of)
+    listed: list[str] = module.list_models(module=module) if of == "torchvision" else module.list_models()
+    return listed
+
+
+def is_known(of: str, name: str) -> bool:
+    """Is ``name`` one of them? timm's may carry the tag of their weights (``resnet18.a1_in1k``)."""
+    return name.partition(".")[0] in names(of) if of == "timm" else name in names(of)
+
+
+def external_backbone(of: str, name: str, shape: Shape, *, pretrained: bool = False, **options: Any) -> Body:
+    """The model ``name`` of the library ``of`` (``torchvision`` or ``timm``) without its classifier.
+
+    The size to enlarge to, if any, is found by making the model and trying it on two blank images. Pretrained weights
+    are the library's default ones. Raises :class:`ModelError` where no size will do, where the model does not have
+    an option, or where weights cannot be had.
+    """
+    make = _torchvision if of == "torchvision" else _timm
+    refusal: ModelError | None = None
+    for size in _sizes(shape):
+        seen = Shape(shape.channels, size)
+        try:
+            model = make(name, seen, False, options)
+            width = feature_width(model, seen)
+            break
+        except InputError as error:
+            refusal = refusal or error
+    else:
+        assert refusal is not None
+        raise refusal
+    if pretrained:
+        model = make(name, seen, True, options)
+    leave_only_dropout(model)
+    if size != shape.size:
+        enlarge = Enlarge(size=size, mode="bilinear", align_corners=False)
+        model = nn.Sequential(OrderedDict(enlarge=enlarge, model=model))
+    return model, width
+
+
+def _sizes(shape: Shape) -> list[tuple[int, ...]]:
+    """The image's own size, then larger ones of about its proportions: shorter side the next 8 multiples of 32."""
+    shorter = min(shape.size)
+    first = (shorter // 32 + 1) * 32
+    return [shape.size] + [
+        tuple(max(32, round(side * wanted / shorter / 32) * 32) for side in shape.size)
+        for wanted in range(first, first + 8 * 32, 32)
+    ]
+
+
+def _torchvision(name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+    """torchvision's model, its first convolution replaced where the images have not 3 channels."""
+    models = library("torchvision")
+    arguments = dict(options)
+    if name in ("googlenet", "inception_v3"):  # their auxiliary classifiers need larger images
+        arguments["aux_logits"] = False
+        if not pretrained:
+            arguments["init_weights"] = True
+    patch, side = int(name.rpartition("_")[2]) if name.startswith("vit_") else 0, shape.size[0]
+    if patch:  # these fix the image's size when made
+        if shape.size != (side, side):
+            raise ModelError(f"takes square images only, found {shape}")
+        _check_patches(shape, (patch, patch))
+        arguments["image_size"] = side
+    with _building(pretrained):
+        weights = models.get_model_weights(name).DEFAULT if pretrained else None
+        if weights is not None and patch:
+            model = models.get_model(name, weights=None, **arguments)
+            state = weights.get_state_dict(progress=False, check_hash=True)
+            model.load_state_dict(models.vision_transformer.interpolate_embeddings(side, patch, state))
+        else:
+            model = models.get_model(name, weights=weights, progress=False, **arguments)
+    replace_first_convolution(model, shape.channels, pretrained)
+    if shape.channels != 3 and hasattr(model, "transform_input"):
+        model.transform_input = False  # GoogLeNet's and Inception's own colour normalisation
+    if not remove_classifier(model):
+        raise ModelError("no classifier was found in it (fc, classifier, head or heads with a Linear layer)")
+    return model
+
+
+def _timm(name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+    """timm's model with ``num_classes=0``: its features, pooled as the model does it."""
+    timm = library("timm")
+    arguments = {"pretrained": pretrained, "num_classes": 0, "in_chans": shape.channels, **options}
+    with _building(pretrained):
+        try:  # transformers are made for one image size, convolutional networks refuse the argument
+            model = timm.create_model(name, img_size=shape.size, **arguments)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            model = timm.create_model(name, **arguments)
+    patches = next((module for module in model.modules() if isinstance(module, timm.layers.PatchEmbed)), None)
+    if patches is not None and not patches.dynamic_img_pad:
+        _check_patches(shape, patches.patch_size)  # timm would leave the pixels beyond the last whole patch unread
+    return model
+
+
+def _check_patches(shape: Shape, patch: tuple[int, int]) -> None:
+    if any(side % p for side, p in zip(shape.size, patch, strict=True)):
+        raise InputError(f"cannot take {shape}: its patches are {patch[0]}x{patch[1]}")
+
+
+@contextlib.contextmanager
+def _building(pretrained: bool) -> Iterator[None]:
+    """Words what the library raises; mutes what is printed while weights are downloaded."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    try:
+        if not pretrained:
+            yield
+            return
+        hub.setLevel(logging.ERROR)
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except Exception as error:  # building and downloading raise the errors of several libraries
+        if pretrained:
+            raise ModelError(f"the pretrained weights could not be had: {one_line(error)}") from error
+        kind = ModelError if isinstance(error, TypeError) else InputError  # an argument that the model has not
+        raise kind(f"could not be made: {one_line(error)}") from error
+    finally:
+        hub.setLevel(level)

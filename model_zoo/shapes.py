@@ -1,0 +1,65 @@
+"""What one example looks like: an image, a series, or a row of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal
+
+from .errors import ModelError
+
+Kind = Literal["table", "series", "image"]
+KINDS: tuple[Kind, ...] = ("table", "series", "image")  # by the number of dimensions beside the channels
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An example's shape ``(channels, *size)``: size ``()`` a table row, ``(L,)`` a series, ``(H, W)`` an image."""
+
+    channels: int
+    size: tuple[int, ...]
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[len(self.size)]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers an example has."""
+        return self.channels * math.prod(self.size)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """(number of steps, width of a step) when read as a sequence: an image row by row, a series point by point."""
+        return self.size[0], self.channels * math.prod(self.size[1:])
+
+    def batch(self, n: int) -> tuple[int, ...]:
+        return (n, self.channels, *self.size)
+
+    def __str__(self) -> str:
+        if self.kind == "table":
+            return f"a table row of {self.channels} columns"
+        if self.kind == "series":
+            return f"a series of length {self.size[0]} ({self.channels} channels)"
+        return f"an image of {self.size[0]}x{self.size[1]} pixels ({self.channels} channels)"
+
+
+def whole(value: Any, least: int = 1) -> bool:
+    """Is ``value`` a whole number of at least ``least``? (True and False are not numbers here.)"""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def make_shape(in_channels: int, input_size: int | Sequence[int]) -> Shape:
+    """Checks both and gives the :class:`Shape`. Raises :class:`ModelError`."""
+    if not whole(in_channels):
+        raise ModelError(f"in_channels: found {in_channels!r}, a whole number of at least 1 is needed")
+    if whole(input_size):
+        return Shape(int(in_channels), (int(input_size),) * 2)  # type: ignore[arg-type]
+    listed = isinstance(input_size, Sequence) and not isinstance(input_size, str)
+    if not listed or len(input_size) > 2 or not all(whole(s) for s in input_size):  # type: ignore[arg-type, union-attr]
+        raise ModelError(
+            f"input_size: found {input_size!r}; give S or (H, W) for an image, (L,) for a series, () for a table row"
+        )
+    return Shape(int(in_channels), tuple(int(s) for s in input_size))  # type: ignore[union-attr]

@@ -1,0 +1,102 @@
+"""A model in two parts that can be taken apart: a backbone (input to features) and a head (features to logits)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, ModelError, one_line
+from .shapes import Shape
+
+Body = tuple[nn.Module, int]
+"""A backbone and the width of its features."""
+
+
+class Outputs(NamedTuple):
+    """What a model returns: ``logits`` [B, num_classes] and the ``features`` [B, feature_dim] they were read from."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class SplitModel(nn.Module):
+    """A backbone under a head; every parameter's name begins with ``backbone.`` or ``head.``.
+
+    Args:
+        backbone: maps [B, channels, *size] to features [B, feature_dim].
+        head: maps features to logits [B, num_classes].
+        feature_dim: the width of the features.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.feature_dim = feature_dim
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, feature_dim]."""
+        features: Tensor = self.backbone(x)
+        return features
+
+    def forward(self, x: Tensor) -> Outputs:
+        features = self.backbone(x)
+        return Outputs(self.head(features), features)
+
+
+def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitModel:
+    """Puts a linear head on a backbone.
+
+    The rule for ``feature_dim``: where the backbone's width is another, a projection (Linear, then ReLU) to
+    ``feature_dim`` becomes the end of the backbone; where it is that width already, nothing is added.
+    """
+    backbone, width = body
+    if feature_dim is not None and feature_dim != width:
+        projection = nn.Sequential(nn.Linear(width, feature_dim), nn.ReLU())
+        backbone, width = nn.Sequential(OrderedDict(body=backbone, projection=projection)), feature_dim
+    return SplitModel(backbone, nn.Linear(width, num_classes), width)
+
+
+def feature_width(backbone: nn.Module, shape: Shape) -> int:
+    """The width of a foreign backbone's features, found by a dry run on two blank examples.
+
+    The run is in evaluation mode, so it draws no random number and moves no BatchNorm statistic.
+    Raises :class:`InputError` where the backbone does not take such examples, :class:`ModelError` where it does not
+    give features [B, D].
+    """
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            features = backbone(torch.zeros(shape.batch(2)))
+    except Exception as error:  # whatever a foreign model raises: it cannot take this input
+        raise InputError(f"cannot take {shape}: {one_line(error)}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[0] != 2:
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ModelError(f"the backbone must give features of shape [batch, D]; for 2 examples it gave {found}")
+    return features.shape[1]
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Is this a BatchNorm of any dimension or library? Decided by type, as names differ between libraries."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def batch_norm_buffers(model: nn.Module) -> set[str]:
+    """Names of the floating-point BatchNorm statistics (running means and variances), found by type.
+
+    These are averaged together with the weights; the integer ``num_batches_tracked`` is left out.
+    """
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if is_batch_norm(module)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }

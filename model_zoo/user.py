@@ -1,0 +1,103 @@
+"""A user's own model: ``python:package.module:Class``, a class or a function that returns a model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ModelError, nearest, one_line
+from .shapes import Shape
+from .split import SplitModel, feature_width
+
+STANDARD = ("num_classes", "in_channels", "input_size", "feature_dim")
+"""What :func:`build` passes by name, as far as the signature takes it; ``input_size`` is always a tuple."""
+
+
+def load(path: str) -> Callable[..., Any]:
+    """``package.module:Class`` to what it names. Raises :class:`ModelError`."""
+    module_name, colon, attribute = path.partition(":")
+    if not (colon and module_name and attribute):
+        raise ModelError(f"found {path!r}, the form is python:package.module:Class")
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ModelError(f"{module_name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+    target = getattr(module, attribute, None)
+    if not callable(target):
+        known = [name for name, value in vars(module).items() if callable(value)]
+        raise ModelError(f"{module_name} has no class or function {attribute}{nearest(attribute, known)}")
+    found: Callable[..., Any] = target
+    return found
+
+
+def options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """The keyword options it takes beside the standard arguments and ``pretrained``, with their defaults (None where
+    there is none), and whether it takes any others (``**kwargs``)."""
+    parameters = inspect.signature(target).parameters.values()
+    named = {
+        p.name: None if p.default is p.empty else p.default
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in (*STANDARD, "pretrained")
+    }
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def build(
+    path: str, shape: Shape, num_classes: int, feature_dim: int | None, pretrained: bool, given: Mapping[str, Any]
+) -> SplitModel:
+    """Calls the user's class or function, and checks what it returns with a dry run on two blank examples.
+
+    It may return a :class:`SplitModel`, or any module with ``.backbone`` and ``.head``, which is wrapped into one.
+    Raises :class:`ModelError`.
+    """
+    target = load(path)
+    parameters = inspect.signature(target).parameters
+    takes_any = options(target)[1]
+    values = (num_classes, shape.channels, shape.size, feature_dim)
+    arguments = {k: v for k, v in zip(STANDARD, values, strict=True) if k in parameters or takes_any} | dict(given)
+    if "pretrained" in parameters:
+        arguments["pretrained"] = pretrained
+    elif pretrained:
+        raise ModelError("pretrained: it has no such argument")
+    try:
+        made = target(**arguments)
+    except Exception as error:  # a user's constructor may raise anything
+        raise ModelError(f"could not be made: {type(error).__name__}: {one_line(error)}") from error
+    model = _wrap(made, shape)
+    if feature_dim not in (None, model.feature_dim):
+        raise ModelError(f"feature_dim={feature_dim} was asked for, its features have width {model.feature_dim}")
+    _check_head(model, num_classes)
+    return model
+
+
+def _wrap(made: Any, shape: Shape) -> SplitModel:
+    backbone, head = getattr(made, "backbone", None), getattr(made, "head", None)
+    if not (isinstance(made, nn.Module) and isinstance(backbone, nn.Module) and isinstance(head, nn.Module)):
+        raise ModelError(
+            f"found {type(made).__name__}; it must return a model_zoo.SplitModel, or a module with .backbone and .head"
+        )
+    width = feature_width(backbone, shape)
+    if not isinstance(made, SplitModel):
+        return SplitModel(backbone, head, width)
+    if made.feature_dim != width:
+        raise ModelError(f"its feature_dim says {made.feature_dim}, its features have width {width}")
+    return made
+
+
+def _check_head(model: SplitModel, num_classes: int) -> None:
+    """Raises :class:`ModelError` unless the head maps [2, feature_dim] to [2, num_classes]."""
+    head = copy.deepcopy(model.head).eval()
+    try:
+        with torch.no_grad():
+            logits = head(torch.zeros(2, model.feature_dim))
+    except Exception as error:  # whatever a user's head raises
+        raise ModelError(f"its head cannot take features of width {model.feature_dim}: {one_line(error)}") from error
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, num_classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ModelError(f"its head must give logits of shape (2, {num_classes}) for two examples, it gave {found}")

@@ -1,0 +1,86 @@
+"""Methods that must be equal in their limits, and what must change no bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hetero_fl.plan import Predict, Rows
+from hetero_fl.state import floats
+from tests.small import MIXED, config, rounds_of, same_bits
+
+OFF = {"logit_adjustment": False, "teacher": "mean", "heads": "take", "distil_at": "client"}  # the four changes
+
+
+def test_hybrid_of_one_group_without_a_proxy_set_is_fedavg_bit_for_bit() -> None:
+    fedavg = rounds_of(config("fedavg", data__proxy__size=0))
+    hybrid = rounds_of(config("hybrid", data__proxy__size=0, algorithm={"name": "hybrid", **OFF}))
+    (group,) = fedavg.server.models
+    assert same_bits(fedavg.server.models[group], hybrid.server.models[group])
+
+
+def test_hybrid_of_all_different_architectures_is_fedmd_with_kl_bit_for_bit() -> None:
+    fedmd = rounds_of(config("fedmd", MIXED, rounds=3))
+    hybrid = rounds_of(config("hybrid", MIXED, rounds=3, algorithm={"name": "hybrid", **OFF}))
+    for id, card in fedmd.federation.cards.items():
+        ours = hybrid.server.models[card.arch.id]  # the mean over one owner is what that owner sent
+        assert same_bits(floats(fedmd.store.get(id).models["model"]), floats(ours))
+    assert torch.equal(fedmd.server.state["teacher"], hybrid.server.state["teacher"])
+
+
+def test_the_four_changes_change_something() -> None:
+    """Else the equalities above would prove nothing about switching them off."""
+    off = {"name": "hybrid", **OFF}
+    plain = rounds_of(config("hybrid", algorithm=off, rounds=3))
+    (group,) = plain.server.models
+    for key, value in {"logit_adjustment": True, "teacher": "contrast", "heads": "keep", "distil_at": "both"}.items():
+        changed = rounds_of(config("hybrid", algorithm={**off, key: value}, rounds=3))
+        assert not same_bits(plain.server.models[group], changed.server.models[group]), key
+
+
+@pytest.mark.parametrize("mu, equal", [(0.0, True), (0.5, False)])
+def test_fedprox_without_a_pull_is_fedavg(mu: float, equal: bool) -> None:
+    fedavg = rounds_of(config("fedavg"))
+    fedprox = rounds_of(config("fedprox", algorithm={"name": "fedprox", "mu": mu}))
+    (group,) = fedavg.server.models
+    assert same_bits(fedavg.server.models[group], fedprox.server.models[group]) is equal
+
+
+def test_one_client_with_everything_is_centralised_training_bit_for_bit() -> None:
+    fedavg = rounds_of(config("fedavg", clients=1))
+    centralised = rounds_of(config("centralized", clients=1))
+    (group,) = fedavg.server.models
+    assert same_bits(floats(fedavg.server.models[group]), floats(centralised.server.models[group]))
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "hybrid"])
+def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
+    groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]
+    there = rounds_of(config(algorithm, clients__groups=groups))
+    back = rounds_of(config(algorithm, clients__groups=groups[::-1]))
+    for group in there.server.models:
+        assert same_bits(there.server.models[group], back.server.models[group])
+    for id in there.federation.cards:
+        kept, other = there.store.get(id).models, back.store.get(id).models
+        assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)
+
+
+def test_a_mean_with_server_rate_one_is_the_mean_itself() -> None:
+    plain, rate = rounds_of(config("fedavg")), rounds_of(config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.0}))
+    (group,) = plain.server.models
+    assert same_bits(plain.server.models[group], rate.server.models[group])
+
+
+def test_the_student_of_one_client_reaches_its_teacher() -> None:
+    """Different architecture, public rows only: it ends by predicting as its teacher does."""
+    source = config("fedmd", clients=1, rounds=12, data__proxy__size=120, server={"model": "cnn_bn_medium"})
+    source["algorithm"] |= {"student_epochs": 12}
+    rounds = rounds_of(source)
+    body = rounds.broadcast_for_reading("site")
+    teacher = rounds.site.deployed("site", body, rounds.completed)
+    for rows, least in (("proxy", 0.98), ("common_test", 0.8)):
+        said = rounds.site.predict(teacher, Rows(rows), home=False).argmax(-1)
+        learned = rounds.performer.perform(rounds.server, Predict("student", Rows(rows))).argmax(-1)
+        assert (said == learned).float().mean() > least, rows
+    y = teacher.data("common_test", None)["y"]
+    assert (said == y).float().mean() > 0.7  # and the teacher is worth following

@@ -1,0 +1,50 @@
+"""A method of one's own, as the docs teach it: at most thirty lines, no change elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.experiment import run
+from tests.algorithms import own_method
+from tests.small import MIXED, config, rounds_of
+
+
+def test_it_takes_at_most_thirty_lines() -> None:
+    lines = [line for line in inspect.getsource(own_method).splitlines() if line.strip()]
+    assert len(lines) <= 30
+
+
+def test_it_is_the_code_of_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "own_method.md").read_text(encoding="utf-8")
+    code = inspect.getsource(own_method).split('"""', 2)[2].strip()
+    assert code in page
+
+
+def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
+    assert "median_teacher" in algorithm
+    by_name = run(config("median_teacher", MIXED), out=tmp_path / "a")
+    by_reference = run(config("python:tests.algorithms.own_method:MedianTeacher", MIXED), out=tmp_path / "b")
+    assert by_name.summary["global"] == by_reference.summary["global"]
+    assert by_name.summary["communication"]["up_bytes"] > 0
+
+
+def test_it_does_what_it_says() -> None:
+    rounds = rounds_of(config("median_teacher", MIXED, rounds=1), held=0)
+    seen = []
+    uploads_of = rounds.receive
+    rounds.receive = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
+    rounds.round()
+    want = torch.stack([p["logits"] for p in seen]).median(0).values
+    assert torch.equal(rounds.server.state["teacher"], want)
+
+
+def test_a_setting_out_of_range_is_refused() -> None:
+    from hetero_fl.errors import UserError
+
+    with pytest.raises(UserError, match="algorithm.epochs"):
+        rounds_of(config("median_teacher", MIXED, algorithm={"name": "median_teacher", "epochs": 0}))

@@ -1,0 +1,264 @@
+"""Each rule against an independent few-line reference, in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.teachers import opinion
+from hetero_fl.aggregation.uploads import mean_of
+from hetero_fl.architecture import Architecture
+from hetero_fl.objectives import Batch, ClassDigest, Digest, Net, Nets, Proximal, Supervised, divergence, log_prior
+from hetero_fl.payload import Item, Payload
+from hetero_fl.plan import ClassSums, Fit, Rows
+from hetero_fl.runtime.batches import index_batches
+from hetero_fl.runtime.serial import Serial, carry_out
+from hetero_fl.state import floats
+from hetero_fl.task import Task
+from tests.small import MIXED, config, rounds_of
+
+pytestmark = pytest.mark.usefixtures("float64")
+DIGITS = Task("multiclass", 10)
+
+
+def trained(rounds, id: str, index: int):
+    """The client's upload of a round, computed once more from the server's state of now."""
+    card = rounds.federation.cards[id]
+    rounds._clock(index)
+    sent = Payload(rounds.algorithm.broadcast(rounds.server, card))
+    participant = rounds.federation.client(id, rounds.store.get(id), index)
+    items, _ = carry_out(rounds.algorithm.train(participant, sent), participant, rounds.performer)
+    return participant, Payload(items)
+
+
+def test_averaging_weights_parameters_and_batch_norm_buffers_alike_and_keeps_counters_at_home() -> None:
+    rounds = rounds_of(config("fedavg"), held=1)
+    before = copy.deepcopy(rounds.server.models)
+    sent = {id: trained(rounds, id, 1) for id in rounds.federation.cards}
+    rounds.round()
+    (group,) = before
+    n = {id: p.n for id, (p, _) in sent.items()}
+    buffers = [k for k in before[group] if "running" in k]
+    assert buffers and all("num_batches" not in k for _, u in sent.values() for k in u["model"])
+    for name in floats(before[group]):
+        want = sum(n[id] * u["model"][name] for id, (_, u) in sent.items()) / sum(n.values())
+        assert torch.allclose(rounds.server.models[group][name], want, rtol=0, atol=1e-12), name
+
+
+def test_a_server_rate_moves_parameters_and_never_extrapolates_batch_norm_statistics() -> None:
+    rounds = rounds_of(config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.7, "weighting": "uniform"}), held=1)
+    (group,) = rounds.server.models
+    before = copy.deepcopy(rounds.server.models[group])
+    sent = [trained(rounds, id, 1)[1]["model"] for id in rounds.federation.cards]
+    rounds.round()
+    for name in floats(before):
+        mean = sum(s[name] for s in sent) / len(sent)
+        want = mean if "running" in name else before[name] + 1.7 * (mean - before[name])
+        assert torch.allclose(rounds.server.models[group][name], want, rtol=0, atol=1e-12), name
+
+
+def test_a_mixed_federation_averages_within_architectures_and_one_owner_passes_untouched() -> None:
+    rounds = rounds_of(config("fedavg", MIXED[:2], clients=3), held=1)
+    sent = {id: trained(rounds, id, 1) for id in rounds.federation.cards}
+    rounds.round()
+    groups: dict[str, list] = {}
+    for participant, upload in sent.values():
+        groups.setdefault(participant.arch["model"].id, []).append((participant.n, upload["model"]))
+    assert sorted(map(len, groups.values())) == [1, 2]
+    for group, members in groups.items():
+        for name in members[0][1]:
+            want = sum(n * t[name] for n, t in members) / sum(n for n, _ in members)
+            got = rounds.server.models[group][name]
+            assert torch.equal(got, members[0][1][name]) if len(members) == 1 else torch.allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 7.5])
+def test_kl_is_batchmean_times_t_squared_with_a_detached_teacher(temperature: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    student = torch.randn(9, 5, generator=g, requires_grad=True)
+    teacher = torch.randn(9, 5, generator=g, requires_grad=True)
+    ours = divergence("multiclass", student, teacher, temperature).mean()
+    reference = F.kl_div(
+        F.log_softmax(student / temperature, 1), F.softmax(teacher.detach() / temperature, 1), reduction="batchmean"
+    )
+    assert torch.allclose(ours, reference * temperature**2, atol=1e-12)
+    ours.backward()
+    assert teacher.grad is None and student.grad is not None and student.grad.abs().sum() > 0
+
+
+def test_kl_of_labels_is_the_sum_of_the_bernoulli_ones() -> None:
+    g = torch.Generator().manual_seed(2)
+    s, t = torch.randn(6, 3, generator=g), torch.randn(6, 3, generator=g)
+    p, q = (t / 3).sigmoid(), (s / 3).sigmoid()
+    want = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1) * 9
+    assert torch.allclose(divergence("multilabel", s, t, 3.0), want, atol=1e-12)
+
+
+def nets_of(module: nn.Module) -> Nets:
+    return Nets(model=Net.live(module))  # type: ignore[arg-type]
+
+
+def small_model():
+    torch.manual_seed(3)
+    return Architecture.of("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
+
+
+def test_fedprox_adds_half_mu_times_the_squared_distance_of_all_tensors() -> None:
+    model, g = small_model(), torch.Generator().manual_seed(4)
+    anchor = {n: torch.randn(p.shape, generator=g) for n, p in model.named_parameters()}
+    x, y = torch.randn(7, 1, 8, 8, generator=g), torch.arange(7)
+    total = Proximal(mu=0.3).total(nets_of(model), Batch(x=x, y=y), {"anchor": anchor})
+    distance = sum(((p - anchor[n]) ** 2).sum().item() for n, p in model.named_parameters())
+    want = F.cross_entropy(model(x).logits, y).item() + 0.15 * distance
+    assert math.isclose(total.item(), want, rel_tol=0, abs_tol=1e-10)
+
+
+def test_fedprox_pulls_towards_the_rounds_start_not_towards_the_moving_model() -> None:
+    strong = rounds_of(config("fedprox", algorithm={"name": "fedprox", "mu": 50.0}, rounds=1,
+                              clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3}))  # fmt: skip
+    free = rounds_of(config("fedavg", rounds=1, clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3}))
+    (group,) = free.server.models
+    start = free.federation.initial(free.server.arch[group])
+    moved = [sum((r.server.models[group][n] - start[n]).square().sum() for n in free.server.arch[group].parameter_names)
+             for r in (strong, free)]  # fmt: skip
+    assert moved[0] < 0.25 * moved[1]
+
+
+def test_logit_adjustment_is_cross_entropy_of_z_plus_log_prior() -> None:
+    model, g = small_model(), torch.Generator().manual_seed(5)
+    counts = torch.tensor([5.0, 0, 3, 1, 0, 0, 7, 2, 2, 1])
+    x, y = torch.randn(7, 1, 8, 8, generator=g), torch.tensor([0, 2, 6, 6, 7, 8, 0])
+    prior = log_prior(DIGITS, counts)
+    assert prior is not None
+    loss = Supervised().loss(nets_of(model), Batch(x=x, y=y), {"log_prior": prior})
+    z = model(x).logits
+    for i in range(7):
+        pi = [(c + 1) / (counts.sum().item() + 10) for c in counts.tolist()]
+        weighted = [math.exp(z[i, c].item()) * pi[c] for c in range(10)]
+        assert math.isclose(loss[i].item(), -math.log(weighted[int(y[i])] / sum(weighted)), abs_tol=1e-10)
+
+
+def test_the_contrast_weighted_teacher() -> None:
+    g = torch.Generator().manual_seed(6)
+    counts = torch.tensor([[50.0, 0, 10], [0, 0, 30], [5, 5, 5]])
+    logits = 6 * torch.randn(3, 4, 3, generator=g)
+    items = [opinion(Task("multiclass", 3), "contrast", z, c, int(c.sum())) for z, c in zip(logits, counts, strict=True)]
+    ours = mean_of(items)
+    for row in range(4):
+        for c in range(3):
+            top = bottom = 0.0
+            for k in range(3):
+                n, nk = counts[k, c].item(), counts[k].sum().item()
+                a = n * (1 - n / nk) + 0.1
+                log_p = (logits[k, row, c] - logits[k, row].exp().sum().log()).item()
+                top, bottom = top + a * max(log_p, -8.0), bottom + a
+            assert math.isclose(ours[row, c].item(), top / bottom, abs_tol=1e-10)
+
+
+def test_the_plain_teacher_is_the_mean_of_logits() -> None:
+    logits = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(7))
+    items = [opinion(Task("multiclass", 3), "mean", z, torch.ones(3), 3) for z in logits]
+    assert torch.allclose(mean_of(items), logits.mean(0), atol=1e-12)
+    by_samples = [opinion(Task("multiclass", 3), "samples", z, torch.ones(3), n) for z, n in zip(logits, (1, 2, 5), strict=True)]
+    assert torch.allclose(mean_of(by_samples), (logits[0] + 2 * logits[1] + 5 * logits[2]) / 8, atol=1e-12)
+
+
+def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
+    rounds = rounds_of(config("fd", MIXED), held=0)
+    sent = {id: trained(rounds, id, 0) for id in rounds.federation.cards}
+    rounds.round()
+    sums, counts = torch.zeros(10, 10), torch.zeros(10)
+    for participant, _ in sent.values():
+        model = rounds.performer.templates(participant.arch["model"]).load(participant.models["model"]).eval()
+        data = participant.data("train", None)
+        with torch.no_grad():
+            for x, y in zip(model(data["x"]).logits, data["y"].tolist(), strict=True):
+                sums[y] += x
+                counts[y] += 1
+    consensus = rounds.server.state["consensus"]
+    seen = counts > 0
+    assert torch.equal(consensus["known"] > 0, seen)
+    assert torch.allclose(consensus["teacher"][seen], (sums / counts.clamp(min=1)[:, None])[seen], atol=1e-10)
+
+
+def test_fds_loss_ignores_classes_without_a_teacher() -> None:
+    model, g = small_model(), torch.Generator().manual_seed(8)
+    x, y = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 1, 2, 1])
+    teacher, known = torch.randn(10, 10, generator=g), torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+    objective = ClassDigest(weight=0.7, temperature=2.0)
+    loss = objective.loss(nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known})
+    z = model(x).logits
+    kl = F.kl_div(F.log_softmax(z / 2, 1), F.softmax(teacher[y] / 2, 1), reduction="none").sum(1) * 4
+    want = F.cross_entropy(z, y, reduction="none") + 0.7 * kl * torch.tensor([1.0, 0, 1, 0])
+    assert torch.allclose(loss, want, atol=1e-12)
+    total = objective.total(nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known})
+    assert torch.allclose(total, want.mean(), atol=1e-12)
+
+
+def test_digest_offers_fedmds_mean_absolute_error() -> None:
+    model, g = small_model(), torch.Generator().manual_seed(9)
+    x, teacher = torch.randn(5, 1, 8, 8, generator=g), torch.randn(5, 10, generator=g)
+    loss = Digest(distance="mae").loss(nets_of(model), Batch(x=x, teacher=teacher), {})
+    assert torch.allclose(loss, F.l1_loss(model(x).logits, teacher, reduction="none").mean(1), atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [
+    {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True},
+    {"name": "adam", "lr": 0.01},
+    {"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip_norm": 0.5},
+])  # fmt: skip
+def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
+    rounds = rounds_of(config("local", clients__defaults={"optimizer": optimizer, "epochs": 2, "batch_size": 16}), held=0)
+    client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
+    model = client.arch["model"].build()
+    model.load_state_dict(client.models["model"])
+    data = client.data("train", None)
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    plain = {k: v for k, v in optimizer.items() if k not in ("name", "clip_norm")}
+    opt = kinds[optimizer["name"]](model.parameters(), **plain)
+    model.train()
+    for rows in index_batches(client.n, Fit({}, Supervised(), epochs=2, batch_size=16), (0, 0, "site_1", "train", 0)):
+        opt.zero_grad()
+        F.cross_entropy(model(data["x"][rows]).logits, data["y"][rows]).backward()
+        if "clip_norm" in optimizer:
+            nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
+        opt.step()
+    Serial(torch.device("cpu")).perform(client, rounds.algorithm.fit(client))
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(client.models["model"][name], tensor, rtol=0, atol=1e-12), name
+
+
+def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
+    rounds = rounds_of(config("local", clients__defaults={"class_weights": "balanced"}), held=0)
+    client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
+    weights = rounds.algorithm.local_given(client)["class_weights"]
+    y = client.data("train", None)["y"]
+    assert math.isclose(weights[y].mean().item(), 1.0, abs_tol=1e-12)
+    per_class = {c: weights[y][y == c].sum().item() for c in y.unique().tolist()}
+    assert max(per_class.values()) - min(per_class.values()) < 1e-9  # every class has the same say
+
+
+def test_class_sums_step_equals_a_loop() -> None:
+    rounds = rounds_of(config("local"), held=0)
+    client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
+    sums, counts = rounds.performer.perform(client, ClassSums("model", Rows("train"), "features"))
+    model = rounds.performer.templates(client.arch["model"]).load(client.models["model"]).eval()
+    data = client.data("train", None)
+    for c in range(10):
+        rows = data["x"][data["y"] == c]
+        want = model(rows).features.sum(0) if len(rows) else torch.zeros(sums.shape[1])
+        assert torch.allclose(sums[c], want, atol=1e-10) and counts[c] == len(rows)
+
+
+def test_uploads_are_summed_in_client_order_whatever_the_order_of_arrival() -> None:
+    g = torch.Generator().manual_seed(10)
+    cards = rounds_of(config("local", clients=3), held=0).federation.cards
+    uploads = [Upload(cards[c], Payload({"z": Item(torch.randn(50, generator=g).float(), 1.0 + i)})) for i, c in enumerate(cards)]
+    means = [Uploads(order).mean("z") for order in (uploads, uploads[::-1], uploads[1:] + uploads[:1])]
+    assert means[0] is not None and all(torch.equal(means[0], m) for m in means[1:])

@@ -1,0 +1,26 @@
+"""What the tests of the data share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Any:
+    """Writes a file in the MedMNIST layout; keyword arguments replace arrays, None leaves one out."""
+
+    def write(name: str = "set.npz", **changes: Any) -> Path:
+        rng = np.random.default_rng(0)
+        arrays: dict[str, Any] = {}
+        for split, rows in (("train", 30), ("val", 6), ("test", 9)):
+            arrays[f"{split}_images"] = rng.integers(0, 256, (rows, 8, 8), dtype=np.uint8)
+            arrays[f"{split}_labels"] = (np.arange(rows) % 2).astype(np.uint8)[:, None]
+        arrays |= changes
+        np.savez(tmp_path / name, **{k: v for k, v in arrays.items() if v is not None})
+        return tmp_path / name
+
+    return write

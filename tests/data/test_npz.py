@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.config.source import SourceConfig
+from hetero_fl.data import load_source
+from hetero_fl.data.npz import read_images, read_npz
+from hetero_fl.errors import UserError
+from hetero_fl.task import Task
+
+TWO = Task("multiclass", 2)
+
+
+def load(path: Path, name: str = "npz") -> Any:
+    return load_source(SourceConfig(name=name, path=str(path)), path.parent)
+
+
+def test_layout(npz: Any) -> None:
+    path = npz()
+    dataset = load(path)
+    with np.load(path) as arrays:
+        for split, examples in (("train", dataset.train), ("val", dataset.validation), ("test", dataset.test)):
+            assert examples.x.dtype == torch.uint8
+            assert np.array_equal(examples.x[:, 0].numpy(), arrays[f"{split}_images"])
+            assert np.array_equal(examples.y.numpy(), arrays[f"{split}_labels"][:, 0])
+    assert dataset.task == TWO and dataset.name == "npz"
+
+
+def test_file_in_place_of_a_named_set_keeps_name_and_task(npz: Any) -> None:
+    dataset = load(npz(val_images=None, val_labels=None), "chest_xray")
+    assert (dataset.name, dataset.task.names) == ("chest_xray", ("normal", "pneumonia"))
+    assert dataset.validation is None
+    assert load(npz(train_labels=np.zeros(30)), "medmnist:pathmnist").task.outputs == 9
+
+
+def test_colour_moves_to_the_front(npz: Any) -> None:
+    rng = np.random.default_rng(1)
+    images = {f"{s}_images": rng.random((n, 8, 6, 3)) for s, n in (("train", 30), ("val", 6), ("test", 9))}
+    x = load(npz(**images)).train.x
+    assert x.shape == (30, 3, 8, 6) and x.dtype == torch.float32
+    assert np.allclose(x[4, 2].numpy(), images["train_images"][4, :, :, 2])
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "outputs"),
+    [
+        (np.arange(30) % 5, "multiclass", 5),
+        ((np.arange(30) % 2).astype(float), "multiclass", 2),
+        (np.arange(30) % 2 == 0, "multiclass", 2),
+        (np.eye(3, dtype=np.uint8)[np.arange(30) % 3], "multilabel", 3),
+        (np.linspace(-1, 1, 30), "regression", 1),
+        (np.random.default_rng(0).normal(size=(30, 2)), "regression", 2),
+    ],
+)
+def test_task_is_read_off_the_labels(npz: Any, labels: np.ndarray, kind: str, outputs: int) -> None:
+    none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
+    dataset = load(npz(train_labels=labels, **none))
+    assert (dataset.task.kind, dataset.task.outputs) == (kind, outputs)
+    assert np.allclose(dataset.train.y.numpy().squeeze(), labels)
+
+
+def test_rows_of_a_table_in_place_of_images_only_where_no_set_is_named(npz: Any) -> None:
+    rows = {f"{s}_images": np.zeros((n, 4)) for s, n in (("train", 30), ("val", 6), ("test", 9))}
+    assert load(npz(**rows)).train.x.shape == (30, 4)
+    with pytest.raises(UserError, match="train_images: found shape"):
+        load(npz(**rows), "chest_xray")
+
+
+NAN = np.zeros((30, 8, 8), dtype=np.float32)
+NAN[3, 1, 1] = np.nan
+HIGH = (np.arange(30) % 2).astype(np.int64)
+HIGH[11] = 7
+FRACTION = HIGH.astype(float)
+FRACTION[11] = 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_images": NAN}, "train_images: NaN or infinity in row 3"),
+        ({"train_images": np.zeros((29, 8, 8), np.uint8)}, "train_images has 29 rows, train_labels has 30"),
+        ({"train_images": np.zeros((30, 8, 8, 8, 3), np.uint8)}, "train_images: found shape (30, 8, 8, 8, 3)"),
+        ({"train_images": np.zeros((30, 28, 28, 28), np.uint8)}, "train_images: found shape"),
+        ({"train_images": np.zeros((30, 0, 8), np.uint8)}, "train_images: found shape"),
+        ({"train_images": np.full((30, 8, 8), 4000)}, "train_images: found int64 from 4000 to 4000"),
+        ({"train_images": np.zeros((30, 8, 8), complex)}, "train_images: found complex128"),
+        ({"train_images": np.full((30, 8, 8), "a")}, "train_images: found <U1"),
+        ({"train_images": np.array(3)}, "train_images has 0 rows"),
+        ({"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0)}, "train_images: found no rows"),
+        (
+            {"test_images": np.zeros((9, 7, 7), np.uint8)},
+            "test_images: shape (9, 7, 7), but train_images has (30, 8, 8)",
+        ),
+        ({"train_labels": HIGH}, "train_labels: label 7 in row 11 is out of range; classes are 0 to 1"),
+        ({"train_labels": -HIGH}, "train_labels: label -1 in row 1 is out of range"),
+        ({"train_labels": FRACTION}, "train_labels: label 0.5 in row 11 is no class number"),
+        ({"test_labels": np.full(9, np.nan)}, "test_labels: NaN or infinity in row 0"),
+        ({"train_labels": np.full(30, "x")}, "train_labels: found <U1; labels are numbers"),
+        ({"train_labels": np.zeros((30, 2))}, "train_labels: found 2 columns"),
+        ({"train_labels": np.zeros((30, 1, 1))}, "train_labels: found shape (30, 1, 1)"),
+        ({"train_labels": np.array([None] * 30)}, "not a readable .npz file"),
+        ({"val_labels": None}, "no array 'val_labels' beside 'val_images'"),
+        ({"train_images": None}, "no array 'train_images'; found train_labels, val_images"),
+    ],
+)
+def test_malformed_arrays_are_refused_by_name(npz: Any, changes: dict[str, Any], words: str) -> None:
+    path = npz(**changes)
+    with pytest.raises(UserError) as refused:
+        load(path, "chest_xray")
+    assert str(refused.value).startswith(f"data.path: {path}: ") and words in str(refused.value)
+
+
+def test_stray_labels_are_out_of_range_without_a_named_set_too(npz: Any) -> None:
+    labels = (np.arange(30) % 2).astype(np.uint8)
+    labels[5] = 255
+    with pytest.raises(UserError, match="label 255 is out of range, as only 3 different ones occur"):
+        load(npz(train_labels=labels))
+    with pytest.raises(UserError, match="label -1 in row 0"):
+        load(npz(train_labels=np.arange(30) % 2 - 1))
+    with pytest.raises(UserError, match=r"found \[1, 2\] columns"):
+        load(npz(test_labels=np.zeros((9, 2))))
+
+
+def test_files_that_are_none(tmp_path: Path, npz: Any) -> None:
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "text.npz").write_text("hello")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npz").write_bytes((tmp_path / "one.npy").read_bytes())
+    np.savez(tmp_path / "nothing.npz")
+    for name in ("empty.npz", "text.npz", "one.npz", "nothing.npz", "missing.npz", "."):
+        with pytest.raises(UserError, match=r"no such file|not a readable \.npz file|found no arrays"):
+            load(tmp_path / name)
+
+
+def test_damaged_files_are_noticed(npz: Any) -> None:
+    path = npz()
+    whole = path.read_bytes()
+    good = read_npz(path, "npz").train.x
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        broken = bytearray(whole)
+        if rng.random() < 0.3:
+            del broken[int(rng.integers(len(whole))) :]
+        else:
+            broken[int(rng.integers(len(whole)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(broken)
+        try:
+            assert torch.equal(read_npz(path, "npz").train.x, good)  # a flip where nothing is read
+        except UserError:
+            refused += 1
+    assert refused > 75
+
+
+def test_images_alone_need_no_labels(npz: Any) -> None:
+    path = npz(train_labels=np.array([None] * 30))  # would be refused if it were read
+    assert read_images(path).shape == (30, 1, 8, 8)
+    with pytest.raises(UserError, match="no array 'train_images'"):
+        read_images(npz(train_images=None))
+    with pytest.raises(UserError, match="found no rows"):
+        read_images(npz(train_images=np.zeros((0, 8, 8))))

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetero_fl.config.source import PartitionConfig
+from hetero_fl.data import deal, strata
+from hetero_fl.data.partition import apportion
+from hetero_fl.errors import UserError
+from hetero_fl.task import Task
+
+TEN = Task("multiclass", 10)
+
+
+def labels(rows: int, classes: int = 10, seed: int = 0) -> torch.Tensor:
+    return torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
+
+
+def counts(parts: list[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.bincount(y[p], minlength=int(y.max()) + 1) for p in parts])
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["iid", "dirichlet", "classes", "quantity"]),
+    sizes=st.lists(st.floats(0.05, 20), min_size=1, max_size=12),
+    rows=st.integers(60, 400),
+    min_size=st.integers(1, 5),
+    alpha=st.floats(0.01, 50),
+    each=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+def test_every_row_goes_to_exactly_one_client(
+    kind: str, sizes: list[float], rows: int, min_size: int, alpha: float, each: int, seed: int
+) -> None:
+    y = labels(rows, classes=3, seed=seed)
+    config = PartitionConfig(kind=kind, alpha=alpha, classes=each, min_size=min_size)
+    try:
+        parts = deal(y, None, config, sizes, Task("multiclass", 3), seed)
+    except UserError as error:  # few rows of a class for one of very small size: there may be no such deal
+        assert kind == "classes" and "min_size" in str(error)
+        return
+    assert len(parts) == len(sizes)
+    assert all(len(p) >= min_size for p in parts)
+    assert all(torch.equal(p, p.sort().values) and p.dtype == torch.int64 for p in parts)
+    every = torch.cat(parts).sort().values
+    if kind != "classes" or len(sizes) * each >= 3:
+        assert torch.equal(every, torch.arange(rows))
+    else:
+        assert len(every.unique()) == len(every)
+    if kind == "classes":
+        assert ((counts(parts, y) > 0).sum(1) <= each).all()
+    if kind == "iid":
+        expected = np.array(sizes) / sum(sizes) * rows
+        if expected.min() >= min_size:
+            assert all(abs(len(p) - e) < 1 for p, e in zip(parts, expected, strict=True))
+    again = deal(y, None, config, sizes, Task("multiclass", 3), seed)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 500), st.lists(st.floats(0.01, 9), min_size=1, max_size=9), st.integers(0, 9))
+def test_apportion(total: int, share: list[float], at_least: int) -> None:
+    at_least = min(at_least, total // len(share))
+    exact = np.array(share) / sum(share) * total
+    found = apportion(total, np.array(share), at_least)
+    assert found.sum() == total and found.min() >= at_least
+    if exact.min() >= at_least:
+        assert (abs(found - exact) < 1).all()
+
+
+def test_dirichlet_is_as_skewed_as_alpha_says() -> None:
+    y = labels(20_000)
+    for alpha, low, high in ((0.1, 0.55, 1.0), (1.0, 0.22, 0.4), (100.0, 0.1, 0.16)):
+        found = []
+        for seed in range(3):
+            parts = deal(y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1] * 10, TEN, seed)
+            share = counts(parts, y).double() / torch.tensor([len(p) for p in parts])[:, None]
+            found.append(share.max(1).values.mean())  # how much of a client is its commonest class
+        assert low < sum(found) / 3 < high
+
+
+def test_dirichlet_follows_its_definition() -> None:
+    """Variance of a class's proportions is that of Dirichlet(alpha): (1/K)(1 - 1/K)/(K·alpha + 1)."""
+    y, clients, alpha = torch.arange(100_000) % 100, 5, 0.7
+    parts = deal(
+        y, None, PartitionConfig(kind="dirichlet", alpha=alpha, min_size=1), [1] * clients, Task("multiclass", 100), 0
+    )
+    proportions = counts(parts, y).double() / 1000
+    expected = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
+    assert proportions.var(correction=0).item() == pytest.approx(expected, rel=0.15)
+    sized = deal(y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1, 1, 1, 1, 4], Task("multiclass", 100), 0)
+    assert len(sized[4]) / len(y) == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-6, 1e-3])
+def test_extreme_skew_ends_and_leaves_nobody_short(alpha: float) -> None:
+    y = labels(300, classes=2)
+    config = PartitionConfig(kind="dirichlet", alpha=alpha, min_size=20)
+    parts = deal(y, None, config, [1] * 12, Task("multiclass", 2), 3)
+    assert min(map(len, parts)) >= 20
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
+
+
+def test_classes_are_held_evenly_and_dealt_by_size() -> None:
+    y = torch.arange(2000) % 10
+    parts = deal(y, None, PartitionConfig(kind="classes", classes=2), [1] * 10, TEN, 0)
+    held = counts(parts, y) > 0
+    assert (held.sum(1) == 2).all() and (held.sum(0) == 2).all()
+    assert all(len(p) == 200 for p in parts)
+    small, large = deal(y, None, PartitionConfig(kind="classes", classes=10), [1, 3], TEN, 0)
+    assert (len(small), len(large)) == (500, 1500)
+    few = deal(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, 0)  # six classes find a holder
+    assert (counts(few, y) > 0).sum().item() == 6 and all(len(p) == 400 for p in few)
+    with pytest.raises(UserError, match="found 4, but the training rows have 3 classes"):
+        deal(y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, 0)
+    with pytest.raises(UserError, match=r"data\.partition\.min_size: found 60"):
+        deal(y[:140], None, PartitionConfig(kind="classes", classes=1, min_size=60), [1, 1], TEN, 0)
+
+
+def test_quantity_skews_sizes_and_not_labels() -> None:
+    y = labels(10_000, classes=4)
+    parts = deal(y, None, PartitionConfig(kind="quantity", alpha=0.3), [1] * 8, Task("multiclass", 4), 1)
+    sizes = torch.tensor([len(p) for p in parts]).double()
+    assert sizes.max() > 4 * sizes.median()
+    assert (counts(parts, y)[sizes.argmax()] / sizes.max() - 0.25).abs().max() < 0.05
+
+
+def test_natural() -> None:
+    y, group = labels(100), torch.arange(100) % 3 * 5  # groups 0, 5, 10
+    parts = deal(y, group, PartitionConfig(kind="natural"), [1, 1, 1], TEN, 0)
+    assert all((group[p] == g).all() for p, g in zip(parts, (0, 5, 10), strict=True))
+    with pytest.raises(UserError, match="natural found 3 groups for 4 clients"):
+        deal(y, group, PartitionConfig(kind="natural"), [1] * 4, TEN, 0)
+    with pytest.raises(UserError, match="natural needs groups"):
+        deal(y, None, PartitionConfig(kind="natural"), [1] * 3, TEN, 0)
+    with pytest.raises(UserError, match="found 20, but the smallest group has 10 rows"):
+        deal(y, torch.arange(100) // 45, PartitionConfig(kind="natural"), [1] * 3, TEN, 0)
+
+
+def test_strata() -> None:
+    y = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 0, 1], [1, 1, 0]])  # rarest label: 2, then 1, then 0
+    assert strata(y, Task("multilabel", 3)).tolist() == [2, 1, 0, 3, 2]
+    tenths = strata(torch.randperm(1000)[:, None].float(), Task("regression", 1))
+    assert torch.bincount(tenths).tolist() == [100] * 10
+    assert strata(torch.zeros(5, 1), Task("regression", 1)).unique().numel() == 1
+    for task, targets in ((Task("multilabel", 3), y.repeat(50, 1)), (Task("regression", 1), torch.randn(200, 1))):
+        parts = deal(targets, None, PartitionConfig(kind="dirichlet"), [1] * 4, task, 0)
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(targets)))
+
+
+def test_seed_decides() -> None:
+    y = labels(500)
+    for kind in ("iid", "dirichlet", "classes", "quantity"):
+        first, second = (deal(y, None, PartitionConfig(kind=kind), [1] * 5, TEN, seed) for seed in (0, 1))
+        assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_too_few_rows() -> None:
+    with pytest.raises(
+        UserError, match=r"data\.partition\.min_size: found 20, but 99 training rows are left for 5 clients; at most 19"
+    ):
+        deal(labels(99), None, PartitionConfig(), [1] * 5, TEN, 0)
+
+
+OWN = {
+    "halves": "lambda y, group, config, sizes, task, seed: [range(0, 50), range(50, 100)]",
+    "three": "lambda *a: [[1], [2], [3]]",
+    "twice": "lambda *a: [range(0, 51), range(50, 100)]",
+    "outside": "lambda *a: [range(0, 50), range(50, 101)]",
+    "words": "lambda *a: [['a'], ['b']]",
+    "short": "lambda *a: [range(0, 99), []]",
+    "none": "lambda *a: None",
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[torch.Tensor]]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_partition.py").write_text("\n".join(f"{name} = {code}" for name, code in OWN.items()))
+
+    def run(name: str) -> list[torch.Tensor]:
+        return deal(labels(100), None, PartitionConfig(kind=f"python:own_partition:{name}"), [1, 1], TEN, 0)
+
+    return run
+
+
+def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
+    assert [p.tolist() for p in own("halves")] == [list(range(50)), list(range(50, 100))]
+    for name, words in (
+        ("three", "a list of the rows of 2 clients"),
+        ("none", "a list of the rows of 2 clients"),
+        ("twice", "deals a row to two clients"),
+        ("outside", "rows from 0 to 100; there are 100"),
+        ("words", "whole numbers"),
+        ("short", "deals 0 rows to a client"),
+        ("halvs", "did you mean 'halves'"),
+    ):
+        with pytest.raises(UserError) as refused:
+            own(name)
+        assert str(refused.value).startswith("data.partition.kind: ") and words in str(refused.value)

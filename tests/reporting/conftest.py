@@ -1,0 +1,22 @@
+"""Made-up runs as a fixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hetero_fl.reporting.rundir import RunDirectory
+
+from .synthetic import Case, write_run
+
+
+@pytest.fixture
+def made_run(tmp_path: Path) -> Callable[..., RunDirectory]:
+    """Writes the run that the keywords of `Case` describe."""
+
+    def make(**settings: object) -> RunDirectory:
+        return write_run(tmp_path / "run", Case(**settings))  # type: ignore[arg-type]
+
+    return make

@@ -1,0 +1,233 @@
+"""Comparisons: the right columns, the right best, the right p-values, bounds apart."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hetero_fl.metrics import CLASSIFICATION, REGRESSION
+from hetero_fl.reporting.compare import comparison_row, write_comparison
+from hetero_fl.reporting.comparison_tables import make_table
+from hetero_fl.reporting.comparison_text import latex, markdown
+from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.task import Task
+
+from .test_report import Page
+
+BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 14)
+VALUES = Task("regression", 1)
+LEVELS = {"local": 0.6, "fedavg": 0.65, "hybrid": 0.8, "centralized": 0.9, "ensemble": 0.85}
+MB = {"fedavg": 40e6, "hybrid": 50e6}
+
+
+def made(
+    algorithms: Sequence[str] = tuple(LEVELS), seeds: Sequence[int] = (0, 1, 2), metrics: Sequence[str] = CLASSIFICATION
+) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in seeds:
+        for algorithm in algorithms:
+            row: dict[str, Any] = {"algorithm": algorithm, "seed": seed}
+            for reading in ("personal", "global"):
+                for moment in ("last", "best"):
+                    for metric in metrics:
+                        level = LEVELS[algorithm.split(":")[0]] + rng.normal(0, 0.02)
+                        error = metric in ("mae", "rmse", "loss")
+                        row[f"{reading}_{moment}_{metric}"] = 10 * (1 - level) if error else level
+            total = MB.get(algorithm.split(":")[0], 0.0)
+            rows.append(row | {"up_bytes": total / 4, "down_bytes": 3 * total / 4, "seconds_total": 30.0 + seed})
+    return rows
+
+
+def values(rows: list[dict[str, Any]], algorithm: str, key: str) -> list[float]:
+    return [row[key] for row in rows if row["algorithm"] == algorithm]
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "main"),
+    [
+        (BINARY, CLASSIFICATION, "global_last_balanced_accuracy"),
+        (TEN, CLASSIFICATION, "global_last_accuracy"),
+        (LABELS, CLASSIFICATION, "global_last_auroc"),
+        (VALUES, REGRESSION, "global_last_mae"),
+    ],
+)
+def test_means_spread_best_and_p(task: Task, metrics: Sequence[str], main: str) -> None:
+    rows = made(metrics=metrics)
+    table = make_table(rows, task, "last")
+    assert table.columns[0].key == main
+    assert [line.algorithm for line in table.lines] == ["local", "fedavg", "hybrid", "centralized", "ensemble"]
+    for line in table.lines:
+        for column, cell in zip(table.columns, line.cells, strict=True):
+            found = values(rows, line.algorithm, column.key)
+            assert cell.mean == pytest.approx(np.mean(found)) and cell.deviation == pytest.approx(np.std(found, ddof=1))
+            assert cell.best == (line.algorithm == "hybrid"), "the bounds are better, and never bold"
+    local, fedavg, hybrid, *bounds = table.lines
+    expected = stats.ttest_rel(values(rows, "local", main), values(rows, "hybrid", main)).pvalue
+    assert float(local.p.strip("<")) == pytest.approx(max(expected, 0.001), rel=0.05)
+    assert hybrid.p == "best" and fedavg.p not in ("", "best") and [b.p for b in bounds] == ["", ""]
+    assert [line.megabytes for line in table.lines] == ["0", "40.0", "50.0", "0", "0"]
+    assert {line.seconds for line in table.lines} == {"31.0"}
+
+
+def test_errors_are_best_when_small() -> None:
+    rows = made(["local", "fedavg"], metrics=REGRESSION)
+    table = make_table(rows, VALUES, "best")
+    by_metric = {c.metric: [line.cells[i].best for line in table.lines] for i, c in enumerate(table.columns)}
+    assert by_metric == {"mae": [False, True], "rmse": [False, True], "r2": [False, True]}
+
+
+def test_equal_figures_are_all_best() -> None:
+    rows = made(["local", "fedavg"], seeds=[0])
+    for row in rows:
+        row["global_last_auroc"] = 0.91234 if row["algorithm"] == "local" else 0.91235
+    column = make_table(rows, BINARY, "last")
+    assert [line.cells[1].best for line in column.lines] == [True, True]
+
+
+def test_one_seed_has_neither_spread_nor_p() -> None:
+    table = make_table(made(seeds=[7]), BINARY, "last")
+    assert not table.tested and "p" not in table.header and "one seed (7)" in table.caption
+    assert not any("±" in cell.text for line in table.lines for cell in line.cells)
+    assert "±" not in markdown(table) and "pm" not in latex(table, "x")
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"), [([0, 0, 0], "1"), ([-0.1, -0.1, -0.1], "<0.001"), ([-0.1, -0.2, -0.3], "0.074")]
+)
+def test_p_of_equal_and_of_constant_differences(shift: list[float], expected: str) -> None:
+    rows = made(["hybrid"])
+    rows += [dict(row, algorithm="local") for row in rows]
+    for row, change in zip(rows[3:], shift, strict=True):
+        row["global_last_balanced_accuracy"] = rows[row["seed"]]["global_last_balanced_accuracy"] + change
+    assert make_table(rows, BINARY, "last").lines[1].p == expected
+
+
+def test_pairs_are_by_seed_and_missing_seeds_are_told() -> None:
+    rows = made(["local", "hybrid"], seeds=[0, 1, 2, 3])
+    whole = make_table(rows, BINARY, "last")
+    assert make_table(rows[::-1], BINARY, "last").lines[::-1] == whole.lines
+    short = [row for row in rows if (row["algorithm"], row["seed"]) != ("local", 2)]
+    local = make_table(short, BINARY, "last").lines[0]
+    key = "global_last_balanced_accuracy"
+    kept = [s for s in values(rows, "hybrid", key) if s != values(rows, "hybrid", key)[2]]
+    assert local.name == "Local (3 of 4 seeds)"
+    expected = float(stats.ttest_rel(values(short, "local", key), kept).pvalue)
+    assert float(local.p.strip("<")) == pytest.approx(max(expected, 0.001), rel=0.05)
+    single = [row for row in rows if row["algorithm"] == "hybrid" or row["seed"] == 0]
+    assert make_table(single, BINARY, "last").lines[0].p == "–"
+
+
+def test_columns_without_a_value_are_left_out_and_others_marked() -> None:
+    rows = made(["local", "hybrid"])
+    for row in rows:
+        row["personal_last_accuracy_worst"] = None
+        row["global_last_auroc"] = None
+        if row["algorithm"] == "hybrid":
+            row["server_last_balanced_accuracy"] = 0.5
+    table = make_table(rows, BINARY, "last")
+    assert [c.title for c in table.columns] == [
+        "Balanced accuracy in common",
+        "Accuracy in common",
+        "Accuracy at home",
+        "Server's balanced accuracy",
+    ]
+    assert [line.cells[3].text for line in table.lines] == ["–", "50.0 ± 0.0"]
+
+
+def test_markdown_sets_bounds_apart() -> None:
+    lines = markdown(make_table(made(), BINARY, "last")).splitlines()
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    assert [row[0] for row in cells[2:]] == ["Local", "FedAvg", "Hybrid", "*Bounds*", "Centralised", "Ensemble"]
+    assert re.fullmatch(r"\*\*\d\d\.\d ± \d\.\d\*\*", cells[4][1])
+    assert "**" not in lines[2] + lines[6] + lines[7]
+
+
+def test_latex_is_balanced_and_escaped() -> None:
+    rows = made(["local", "hybrid:keep_heads=no&yes", "centralized"], metrics=CLASSIFICATION)
+    text = latex(make_table(rows, BINARY, "last"), "x")
+    body = text.split("\\toprule")[1].split("\\bottomrule")[0]
+    rows_of_table = [line for line in body.splitlines() if line.endswith("\\\\")]
+    columns = re.search(r"\{tabular\}\{(l r*)\}".replace(" ", ""), text)
+    assert columns is not None
+    assert {len(re.split(r"(?<!\\)&", line)) for line in rows_of_table} == {len(columns[1])}
+    assert "Hybrid (keep\\_heads = no\\&yes)" in text and "\\midrule" in body.split("Hybrid")[1]
+    assert re.search(r"\\textbf\{\d\d\.\d \$\\pm\$ \d\.\d\}", text) and "10$^6$" in text
+    assert text.count("{") == text.count("}") and all(ord(c) < 128 for c in text)
+
+
+def test_files_of_a_comparison(tmp_path: Path) -> None:
+    rows = made()
+    rows[0]["server_last_accuracy"] = None
+    rows[0]["personal_last_accuracy_worst"] = 0.5
+    write_comparison(tmp_path / "out", rows, title="Two & <three>", note="A note.", task=BINARY)
+    names = {"comparison.csv", "comparison.md", "comparison.tex", "comparison.png", "report.html"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    with open(tmp_path / "out" / "comparison.csv", newline="") as file:
+        reader = csv.DictReader(file)
+        found = list(reader)
+    metrics = [
+        f"{r}_{m}_{k}" for r in ("personal", "global", "server") for m in ("last", "best") for k in CLASSIFICATION
+    ]
+    assert reader.fieldnames == [
+        "algorithm",
+        "seed",
+        *metrics,
+        "up_bytes",
+        "down_bytes",
+        "seconds_total",
+        "personal_last_accuracy_worst",
+    ]
+    assert [(r["algorithm"], r["seed"]) for r in found] == [(r["algorithm"], str(r["seed"])) for r in rows]
+    assert all(float(f["global_last_auroc"]) == r["global_last_auroc"] for f, r in zip(found, rows, strict=True))
+    assert found[0]["server_last_accuracy"] == "" and found[1]["server_best_loss"] == ""
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert text.startswith("# Two & <three>\n\nA note.\n\n## Last round") and "## Round selected by validation" in text
+    assert (tmp_path / "out" / "comparison.tex").read_text().count("\\end{table}") == 2
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert "Two & <three>" in page.text and "A note." in page.text and "bounds" in page.text
+    assert sum(tag == "b" for tag, _ in page.attributes) == 2 * 5 - 1 + 1, "one best in each column, and a caption"
+    assert len([row for row in page.cells if row[:1] == ["Hybrid "]]) == 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "seeds", "task", "metrics"),
+    [
+        (["local"], [0], BINARY, CLASSIFICATION),
+        (["centralized", "ensemble"], [0, 1], TEN, CLASSIFICATION),
+        (["hybrid", "hybrid:a=1:b=a_very_long_value:c=another_long_value"], [0, 1], LABELS, CLASSIFICATION),
+        (["local", "fedavg"], [3], VALUES, REGRESSION),
+    ],
+)
+def test_small_comparisons(
+    tmp_path: Path, algorithms: list[str], seeds: list[int], task: Task, metrics: Sequence[str]
+) -> None:
+    write_comparison(tmp_path, made(algorithms, seeds, metrics), title="t", note="", task=task)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "None" not in page.text and "nan" not in page.text
+
+
+def test_no_rows_is_a_mistake_of_the_program(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one run"):
+        write_comparison(tmp_path / "out", [], title="t", note="", task=BINARY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_from_a_summary(made_run: Callable[..., RunDirectory]) -> None:
+    summary = made_run(rounds=4, server=False).summary()
+    row = comparison_row(summary)
+    assert row["algorithm"] == "hybrid" and row["seed"] == 0
+    assert row["global_best_auroc"] == summary["global"]["best_by_validation"]["auroc"]
+    assert row["personal_last_accuracy_worst"] == summary["personal"]["last"]["accuracy_worst"]
+    assert row["up_bytes"] + row["down_bytes"] == 2_880_000 and row["seconds_total"] == pytest.approx(10.8)
+    assert not any(key.startswith("server") or key.endswith(("round", "_std", "_undefined")) for key in row)
+    assert not any(key.startswith("global") and key.endswith("_worst") for key in row)

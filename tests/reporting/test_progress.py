@@ -1,0 +1,83 @@
+"""The display: quiet lines, live display, log file, nothing on stdout."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hetero_fl.reporting.progress import Progress
+from hetero_fl.reporting.rundir import RunDirectory
+
+
+def play(run: RunDirectory, progress: Progress) -> None:
+    records = run.metrics()
+    with progress:
+        progress.start(len(records), len(records[0]["cohort"]))
+        for record in records:
+            progress.task(f"{record['cohort'][0]}: training")
+            progress.round(record)
+        progress.finish(run.summary())
+
+
+def test_quiet_lines_one_for_each_evaluated_round(made_run: Callable[..., RunDirectory], tmp_path: Path) -> None:
+    run, shown = made_run(rounds=5, every=2, failures=True), io.StringIO()
+    play(run, Progress(tmp_path / "log.txt", console=Console(file=shown, soft_wrap=True)))
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "6 clients, 5 rounds"
+    assert lines[1].startswith("round 2: hospital_2 left out (its loss is no longer finite)")
+    assert [line.split()[1] for line in lines[2:-1]] == ["2/5", "4/5", "5/5"]
+    assert "in common: balanced accuracy" in lines[2] and " left)" in lines[2] and " left)" not in lines[4]
+    assert lines[-1].startswith("done: 5 rounds in 14 s, 1.2 MB up and 2.4 MB down; at home: accuracy")
+    logged = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(logged) == len(lines)
+    assert logged[-1].endswith(lines[-1]) and logged[0][:2] == "20"
+
+
+def test_a_resumed_run_says_so_and_adds_to_the_log(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("before\n")
+    with Progress(tmp_path / "log.txt", quiet=True) as progress:
+        progress.start(10, 1, done=4)
+    before, line = (tmp_path / "log.txt").read_text().splitlines()
+    assert before == "before" and line.endswith("1 client, 10 rounds, 4 of them done before")
+
+
+def test_the_live_display_shows_rounds_task_and_scores(made_run: Callable[..., RunDirectory], tmp_path: Path) -> None:
+    run, shown = made_run(rounds=3), io.StringIO()
+    play(run, Progress(tmp_path / "log.txt", console=Console(file=shown, force_terminal=True, width=100, height=20)))
+    text = shown.getvalue()
+    assert "hospital_1: training" in text and "3/3" in text
+    assert "At home: accuracy" in text, "the newest figures stand below the bar"
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor is hidden once and shown again"
+
+
+def test_an_error_puts_the_terminal_in_order(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), Progress(console=Console(file=shown, force_terminal=True)) as progress:
+        progress.start(3, 2)
+        raise KeyboardInterrupt
+    assert shown.getvalue().rindex("\x1b[?25h") > shown.getvalue().rindex("\x1b[?25l")
+
+
+def test_stdout_stays_free_and_quiet_is_quiet(
+    made_run: Callable[..., RunDirectory], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = made_run(rounds=2)
+    play(run, Progress(tmp_path / "loud.txt"))
+    captured = capsys.readouterr()
+    assert captured.out == "" and "round 2/2" in captured.err
+    play(run, Progress(tmp_path / "quiet.txt", quiet=True))
+    assert capsys.readouterr() == ("", "")
+    assert len((tmp_path / "quiet.txt").read_text()) == len((tmp_path / "loud.txt").read_text())
+
+
+def test_markup_and_line_breaks_in_a_line_do_no_harm(capsys: pytest.CaptureFixture[str]) -> None:
+    record: dict[str, Any] = {"round": 1, "failed": {"a": "found [red]\n x[0]"}}
+    with Progress() as progress:
+        progress.start(2, 1)
+        progress.round(record)
+    assert "round 1: a left out (found [red] x[0])" in capsys.readouterr().err

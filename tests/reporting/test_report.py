@@ -1,0 +1,153 @@
+"""The report stands alone, says what the files say, and lets nothing through unescaped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from hetero_fl.reporting.plots import write_plots
+from hetero_fl.reporting.report import write_report
+from hetero_fl.reporting.rundir import RunDirectory
+
+MakeRun = Callable[..., RunDirectory]
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that elements close in order, and collects what a reader sees."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.cells: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th"):
+            self.cells[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.cells[-1][-1] += " ".join(data.split()) + " "
+
+
+def read(run: RunDirectory, pictures: bool = False) -> Page:
+    if not pictures:  # drawing takes most of the time, and few tests are about it
+        run.plots.mkdir(exist_ok=True)
+        (run.plots / "curves.png").write_bytes(b"a picture")
+    return Page(write_report(run.path).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"failures": True, "simulated": True},
+        {"clients": 2, "rounds": 1, "proxy": 0, "server": False, "exchange": False, "algorithm": "local"},
+        {"kind": "regression", "server": False, "algorithm": "python:my.module:MyMethod"},
+        {"kind": "multilabel", "classes": 14, "rounds": 2},
+        {"kind": "multiclass", "classes": 10, "clients": 60, "rounds": 2},
+        {"home": False, "clients": 3},
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
+def test_it_stands_alone(made_run: MakeRun, case: dict[str, Any]) -> None:
+    run = made_run(**case)
+    page = read(run, pictures=True)
+    text = (run.path / "report.html").read_text(encoding="utf-8")
+    for tag, attributes in page.attributes:
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag == "img":
+            assert (attributes["src"] or "").startswith("data:image/png;base64,") and attributes["alt"]
+        assert not any((value or "").startswith(("http", "//", "file")) for value in attributes.values())
+    assert "url(" not in text and "@import" not in text
+    assert not re.search(r"\b(None|nan|NaN|inf|undefined in)\b", page.text.replace("per_round: null", ""))
+    assert str(run.path) not in text, "a report tells nobody the folders of a machine"
+
+
+def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
+    run = made_run()
+    page, summary = read(run), run.summary()
+    common = summary["global"]["last"]
+    assert f"Balanced accuracy in common {100 * common['balanced_accuracy']:.1f}%" in page.text
+    assert f"worst {100 * common['balanced_accuracy_worst']:.1f}%" in page.text
+    assert f"AUROC in common {common['auroc']:.3f}" in page.text
+    weakest = min(summary["clients"], key=lambda c: c["global"]["balanced_accuracy"])
+    assert f"worst {weakest['id']} with {100 * weakest['global']['balanced_accuracy']:.1f}%" in page.text
+    rows = {row[0].strip(): row for row in page.cells}
+    chosen = summary["server"]["best_by_validation"]
+    assert rows[f"Server round {chosen['round']}, selected by validation"][4].strip() == f"{chosen['auroc']:.3f}"
+    client = rows["hospital_3 large"]
+    assert client[1].strip() == "resnet18 11,169,218"
+    assert client[5].strip() == f"{100 * summary['clients'][2]['personal']['accuracy']:.1f}%"
+    assert "8.64 MB" in page.text and "2.88 MB up, 5.76 MB down" in page.text
+    assert "500 rows, whose labels are never read" in page.text
+    assert "Guessing among 2 classes would give a balanced accuracy of 50%" in page.text
+
+
+def test_pictures_are_those_of_the_run(made_run: MakeRun) -> None:
+    run = made_run(rounds=2)
+    drawn = [path.read_bytes() for path in write_plots(run.path)]
+    sources = [a["src"] or "" for tag, a in read(run, pictures=True).attributes if tag == "img"]
+    assert [base64.b64decode(source.partition(",")[2]) for source in sources] == drawn
+
+
+def test_what_a_reader_must_know_comes_first(made_run: MakeRun) -> None:
+    page = read(made_run(simulated=True, failures=True))
+    assert "Generated data stood in for the real set." in page.text
+    assert "Left out of 1 round: round 2: hospital_2 (its loss is no longer finite)." in page.text
+    assert page.text.index("Generated data") < page.text.index("In short")
+
+
+def test_undefined_figures_are_counted(made_run: MakeRun) -> None:
+    run = made_run(kind="multiclass", classes=10, clients=12)
+    missing = run.summary()["personal"]["last"]["auroc_undefined"]
+    assert missing > 0
+    page = read(run)
+    assert f"undefined: {missing}" in next(row for row in page.cells if row[0].startswith("At home"))[4]
+
+
+def test_nothing_gets_through_unescaped(made_run: MakeRun) -> None:
+    run = made_run(clients=2, rounds=1)
+    evil = "<script>alert(1)</script>"
+    text = json.dumps(run.details()).replace("normalised", evil)
+    (run.path / "details.json").write_text(text)
+    summary = run.summary() | {"name": evil}
+    run.write_json("summary.json", summary)
+    (run.path / "config.yaml").write_text(f"name: '{evil}'\n")
+    page = read(run)
+    assert page.text.count(evil) >= 3
+    assert "hospital_2</b>" not in (run.path / "report.html").read_text()
+
+
+def test_a_long_list_of_clients_is_whole(made_run: MakeRun) -> None:
+    page = read(made_run(clients=600, rounds=1))
+    named = [row[0].split()[0] for row in page.cells if row and row[0].startswith("clinic_")]
+    assert named == [f"clinic_{i:03d}" for i in range(1, 601)]
+
+
+def test_privacy_is_told(made_run: MakeRun) -> None:
+    run = made_run(rounds=1)
+    assert "No differential privacy was in force." in read(run).text
+    run.write_json("summary.json", run.summary() | {"privacy": {"epsilon": 3.456, "delta": 1e-5}})
+    assert "ε = 3.46 at δ = 1e-05" in read(run).text

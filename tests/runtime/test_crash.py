@@ -1,0 +1,111 @@
+"""SIGKILL at random moments: a resumed run ends with the models of an uninterrupted one, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import run
+from tests.small import MIXED, config
+
+KILLS = 20
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
+
+
+def source() -> dict[str, Any]:
+    return config("hybrid", MIXED, clients=4, rounds=4, clients__per_round=3, server={"model": "mlp"}, output={"plots": False})
+
+
+def go_on(out: str) -> None:
+    run(source(), out=out, resume=True)
+
+
+def spawn(out: Path) -> Any:
+    process = CONTEXT.Process(target=go_on, args=(str(out),))
+    process.start()
+    return process
+
+
+def models(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+def test_twenty_kills(tmp_path: Path) -> None:
+    spawn(tmp_path / "warm").join()  # the server process imports once; this pays for it
+    begun = time.monotonic()
+    plain = spawn(tmp_path / "plain")
+    plain.join()
+    took = time.monotonic() - begun
+    assert plain.exitcode == 0
+    want, records = models(tmp_path / "plain"), figures(tmp_path / "plain")
+    assert len(want) == 5 and len(records) == 4
+    rng, mid = random.Random(os.urandom(8)), 0
+    for i in range(KILLS):
+        out = tmp_path / f"killed{i}"
+        process = spawn(out)
+        time.sleep(rng.uniform(0.02, 0.97) * took)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        mid += process.exitcode == -signal.SIGKILL and (out / "checkpoint").exists() and not (out / "summary.json").exists()
+        again = spawn(out)
+        again.join()
+        assert again.exitcode == 0
+        assert models(out) == want and figures(out) == records, f"kill {i}"
+        assert (out / "report.html").exists() and not list(out.glob(".*.tmp"))
+    assert mid >= 3  # some of them did hit the run itself
+
+
+def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the_key(tmp_path: Path) -> None:
+    run(config("fedavg", rounds=1), out=tmp_path / "a")
+    with pytest.raises(UserError, match=r"rounds was 1 and is now 3"):
+        run(config("fedavg", rounds=3), out=tmp_path / "a", resume=True)
+    with pytest.raises(UserError, match=r"exists already"):
+        run(config("fedavg", rounds=1), out=tmp_path / "a")
+
+
+def test_ctrl_c_ends_with_130_and_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
+    interrupted = CONTEXT.Process(target=interrupted_run, args=(str(tmp_path / "a"),))
+    interrupted.start()
+    interrupted.join()
+    assert interrupted.exitcode == 130
+    assert list((tmp_path / "a" / "checkpoint").glob("*.ckpt")) and not (tmp_path / "a" / "summary.json").exists()
+    run(source(), out=tmp_path / "a", resume=True)
+    run(source(), out=tmp_path / "b")
+    assert models(tmp_path / "a") == models(tmp_path / "b")
+
+
+def interrupted_run(out: str) -> None:
+    """The command line with a Ctrl-C after the second round."""
+    import sys
+
+    import yaml
+
+    from hetero_fl.cli import main
+    from hetero_fl.runtime.rounds import Rounds
+
+    path = Path(out).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(source()))
+    held = Rounds.round
+
+    def round_then_interrupt(self: Rounds) -> dict[str, Any]:
+        if self.completed == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return held(self)
+
+    Rounds.round = round_then_interrupt  # type: ignore[method-assign]
+    sys.exit(main(["--config", str(path), "--out", out], command="train"))

@@ -1,0 +1,56 @@
+"""Small federations on scikit-learn's digits, for tests: everything real, a fraction of a second a round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hetero_fl.experiment import prepare
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.serial import Serial
+
+MIXED = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
+
+
+def config(method: str = "fedavg", models: Any = "cnn_bn_small", clients: int = 3, **changes: Any) -> dict[str, Any]:
+    """A configuration as a plain dictionary; keyword arguments with `__` for dots change it (`data__proxy__size=0`)."""
+    made: dict[str, Any] = {
+        "name": "small",
+        "rounds": 2,
+        "data": {
+            "name": "digits",
+            "train_limit": 330,
+            "test_limit": 90,
+            "partition": {"kind": "dirichlet", "alpha": 0.5, "min_size": 30},
+            "proxy": {"size": 60},
+        },
+        "clients": {
+            "defaults": {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "batch_size": 16},
+            "groups": [{"name": "site", "count": clients, "model": models}],
+        },
+        "algorithm": {"name": method},
+        "runtime": {"threads": 1},
+    }
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        place = made
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return made
+
+
+def rounds_of(source: dict[str, Any], held: int | None = None) -> Rounds:
+    """The run of a configuration, after so many rounds (all of them by default), in memory only."""
+    torch.set_num_threads(1)
+    prepared = prepare(source)
+    rounds = Rounds(prepared.method, prepared.federation, Serial(torch.device("cpu")), prepared.config.clients.per_round)
+    for _ in range(prepared.config.rounds if held is None else held):
+        rounds.round()
+    return rounds
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of named tensors are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)

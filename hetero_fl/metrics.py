@@ -74,12 +74,12 @@ def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
     guess = functional.one_hot(p.argmax(1), classes).T.bool()
     hits, true, said = (truth & guess).sum(1).double(), truth.sum(1).double(), guess.sum(1).double()
     area, precision = _ranking(p.T.contiguous(), truth)
-    area = area[1] if classes == 2 else area.mean()
+    area = area[1] if classes == 2 else area.mean()  # NaN unless every class is in y, and so None
     return [
         hits.sum() / len(y),
         _mean(hits / true, true > 0),
         _mean(2 * hits / (true + said), true + said > 0),
-        area if (true > 0).all() and classes > 1 else None,
+        area,
         _mean(precision, true > 0) if (true < len(y)).all() else None,
         functional.cross_entropy(logits, y),
     ]

@@ -151,7 +151,7 @@ def _building(pretrained: bool) -> Iterator[None]:
             yield
             return
         hub.setLevel(logging.ERROR)
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     except Exception as error:  # building and downloading raise the errors of several libraries
         if pretrained:

@@ -25,6 +25,7 @@ class Distilling(Algorithm):
 
     temperature: PositiveFloat = Field(2.0, description="T of the softened softmax")
     teacher: TeacherKind = Field("mean", description="weight of a client's word: mean, samples, or contrast by class")
+    proxy_batch_size: PositiveInt = Field(32, description="batch of every fit on the proxy set, at clients and server")
     student_epochs: PositiveInt = Field(2, description="epochs a round of the server's own student on the proxy set")
 
     def opinion(self, client: Participant) -> Plan[Item]:
@@ -35,7 +36,8 @@ class Distilling(Algorithm):
     def digest(self, client: Participant, teacher: Tensor, epochs: int, **objective: object) -> Fit:
         """The client follows the teacher on the proxy set."""
         follow = Digest(client.task.kind, self.temperature, **objective)  # type: ignore[arg-type]
-        return self.fit(client, follow, Rows("proxy", beside={TEACHER: teacher}), epochs=epochs, label="digest")
+        rows = Rows("proxy", beside={TEACHER: teacher})
+        return self.fit(client, follow, rows, epochs=epochs, batch_size=self.proxy_batch_size, label="digest")
 
     def distil(self, server: Participant, teacher: Tensor, cards: Iterable[Card], epochs: int) -> Plan[None]:
         """Distil the teacher into the model of each group that sent something, at the server."""
@@ -54,7 +56,7 @@ class Distilling(Algorithm):
             Digest(server.task.kind, self.temperature, slot=slot),
             Rows("proxy", beside={TEACHER: teacher}, through=view),
             epochs=epochs,
-            batch_size=server.settings.batch_size,
+            batch_size=self.proxy_batch_size,
             optimizer=server.optimizer,
             keep=STUDENT if slot == STUDENT else None,
             label=f"distil {slot}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,9 @@ from types import FrameType
 from typing import NoReturn
 
 from hetero_fl.errors import RunFailed, UserError
+
+# Before torch is loaded: threads that wait for one another must not spin, or two runs on one machine crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, Positive
 
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.source import SourceConfig
-from hetero_fl.errors import nearest
 
 
 class ModelConfig(Section):
@@ -25,16 +24,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _options_exist(self) -> ModelConfig:
-        from model_zoo import ModelError, model_options
+        from model_zoo import ModelError, check_options
 
         try:
-            known = model_options(self.name)
+            check_options(self.name, self.options)
         except ModelError as error:
             raise ValueError(str(error)) from None
-        if not self.name.startswith(("python:", "timm:", "torchvision:")):
-            for key in self.options:
-                if key not in known:
-                    raise ValueError(f"{key}: {self.name} has no such option{nearest(key, known)}")
         return self
 
     @property

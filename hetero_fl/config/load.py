@@ -118,12 +118,10 @@ def _place(loc: tuple[int | str, ...], raw: Any) -> list[str]:
     """The part of a location that is really in the data: pydantic adds names of types within unions."""
     place = []
     for part in loc:
-        if (isinstance(raw, dict) and part in raw) or (
-            isinstance(raw, list) and isinstance(part, int) and part < len(raw)
-        ):
+        if isinstance(raw, dict) and part in raw:
             raw = raw[part]
-        elif not (isinstance(raw, str) and part == 0):  # a single model stands for a list of one
-            continue
+        elif isinstance(raw, list) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
         else:
             continue
         place.append(str(part))

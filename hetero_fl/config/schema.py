@@ -19,7 +19,6 @@ class ServerConfig(Section):
         description="architecture of a student distilled at the server from the clients' consensus; none: no student",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
-    batch_size: PositiveInt = 32
     preprocess: PreprocessConfig = PreprocessConfig()
 
 
@@ -27,7 +26,6 @@ class EvaluationConfig(Section):
     """When models are read, and when a run that no longer improves stops."""
 
     every: PositiveInt = Field(1, description="rounds between two evaluations; the last round is always evaluated")
-    batch_size: PositiveInt = 500
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a better validation")
 
 

@@ -165,10 +165,11 @@ def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
                 fontsize=6.5,
                 color=style.GREY,
             )
-    axes.set_xticks(range(classes), [style.shorten(name, 12) for name in names], rotation=0 if classes <= 6 else 30)
-    if classes > 6:
+    words = [style.shorten(name, 12) for name in names]
+    axes.set_xticks(range(classes), words)
+    if sum(map(len, words)) > 75:  # they would run into each other
         for label in axes.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
+            label.set(rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(clients), [style.shorten(i) for i in ids])
     axes.set_xlim(-0.5, classes - 0.3)
     axes.set_ylim(clients - 0.4, -0.6)

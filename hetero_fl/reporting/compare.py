@@ -20,8 +20,8 @@ from hetero_fl.task import Task
 def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A run's row, from its `summary.json`.
 
-    Keys: `algorithm`, `seed`; `{personal,global,server}_{last,best}_{metric}`, where there is such a reading, and for the
-    worst client at home `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`.
+    Keys: `algorithm`, `seed`; `{personal,global,server}_{last,best}_{metric}`, where there is such a reading, and for
+    the worst client at home `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`.
     """
     row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
     for reading in READINGS:

@@ -12,6 +12,7 @@ from hetero_fl.reporting.score_plots import PANELS
 from hetero_fl.reporting.wording import (
     ALGORITHMS,
     METRICS,
+    READINGS,
     algorithm_name,
     figure,
     is_regression,
@@ -48,8 +49,8 @@ def _setting(summary: Json, details: Json) -> str:
     kinds = Counter(client["model"] for client in summary["clients"])
     models = ", ".join(f"{count} × {name}" for name, count in kinds.most_common(8)) + (" …" if len(kinds) > 8 else "")
     rows = sorted(client["n_train"] for client in summary["clients"])
-    about = f" ({details['about']})" if details.get("about") else ""
-    text = f"{plural(len(rows), 'client')} ({models}) took part on {summary['data']['name']}{about}, with "
+    about = f": {details['about']}" if details.get("about") else ""
+    text = f"{plural(len(rows), 'client')} ({models}) took part. Data: {summary['data']['name']}{about}; "
     text += f"{plural(sum(rows), 'training row')} in all" + (
         f", {rows[0]:,} to {rows[-1]:,} a client" if rows[1:] else ""
     )
@@ -165,8 +166,10 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
     """Title and caption of each picture."""
     regression = is_regression(last_scores(summary))
     many = len(summary["clients"])
-    chosen = f"All {many} clients together, then the {PANELS - 1} that are weakest in common. " if many > PANELS else ""
+    where = READINGS["global" if summary["global"] else "personal"]
+    chosen = f"All {many} clients together, then the {PANELS - 1} that are weakest {where}. " if many > PANELS else ""
     matrices = "All clients together, label by label. " if target(summary, details) == "multilabel" else chosen
+    empty = ", and is empty where no test row is of that class"
     against = "mean absolute error" if regression else METRICS["accuracy"]
     if many > FEW:
         points = "A point is a client, coloured by its model; on the dashed line it does as well in common as at home."
@@ -179,7 +182,7 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
         "curves": (
             "Learning curves",
             "Mean over clients by round. The band is one standard deviation over clients, so it shows how far they are "
-            "apart, not how certain the mean is.",
+            "apart, not how certain the mean is. A metric that is undefined for every client has no curve.",
         ),
         "clients": ("Every client, at home and in common", points),
         "labels": held,
@@ -187,7 +190,10 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
             f"Bytes against {against}",
             "Bytes are those of the encoded messages of all clients, summed from the first round.",
         ),
-        "confusion": ("Which class is taken for which", f"{matrices}After the last round; a row adds up to 100%."),
+        "confusion": (
+            "Which class is taken for which",
+            f"{matrices}After the last round; a row adds up to 100%{empty}.",
+        ),
         "calibration": (
             "Confidence against accuracy",
             f"{chosen}Below the dashed line a model is surer than it may be, above it less sure. ECE: expected "

@@ -60,7 +60,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         f"{plural(len(summary['clients']), 'client')} · {plural(summary['rounds_completed'], 'round')} · "
         f"seed {summary['seed']}"
     )
-    environment = [(key.replace("_", " "), _plain(value)) for key, value in run.environment().items()]
+    environment = [(key, _plain(value)) for key, value in run.environment().items()]
     shown = run.path.name if run.path.is_absolute() else run.path.as_posix()
     text = render(
         "report.html",
@@ -150,7 +150,7 @@ def _clients(summary: Json, details: Json) -> Json:
     columns: list[Json] = [
         {"name": "Client", "text": True, "more": "group"},
         {"name": "Model", "text": True, "more": "parameters"},
-        {"name": "Shares", "text": True, "more": ""},
+        {"name": "Shares", "text": True, "more": "own training settings"},
         {"name": "Preprocessing", "text": True, "more": "scanner"},
         {"name": "Rows", "text": False, "more": "train / validation / test"},
         *({"name": sentence(METRICS[name]), "text": False, "more": READINGS[reading]} for reading, name in shown),
@@ -161,13 +161,22 @@ def _clients(summary: Json, details: Json) -> Json:
         row = [
             {"value": client["id"], "more": about["group"]},
             {"value": client["model"], "more": f"{client['parameters']:,}"},
-            {"value": ", ".join(about["shares"]) or MISSING, "more": ""},
-            {"value": about["preprocess"], "more": about["scanner"]},
+            {"value": ", ".join(about["shares"]) or MISSING, "more": _training(about.get("settings", {}))},
+            {"value": about["preprocess"] or MISSING, "more": about["scanner"]},
             {"value": " / ".join(f"{parts[part]:,}" for part in ("train", "validation", "test")), "more": ""},
         ]
         row += [{"value": figure(reached(client, reading, name), name), "more": ""} for reading, name in shown]
         rows.append(row)
     return {"columns": columns, "rows": rows}
+
+
+def _training(settings: Mapping[str, Any]) -> str:
+    """A client's own settings for training, as far as `details.json` tells them."""
+    own = {
+        **settings.get("optimizer", {}),
+        **{k: settings[k] for k in ("epochs", "steps", "batch_size") if k in settings},
+    }
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None)
 
 
 def _client_metrics(reading: str, regression: bool) -> tuple[str, ...]:

@@ -85,9 +85,10 @@ def _matrix(axes: Axes, matrix: np.ndarray | None, names: Sequence[str], left: b
     words = [style.shorten(names[c], 11) for c in shown]
     axes.set_yticks(shown, words if left else [""] * len(shown), fontsize=6.5)
     axes.set_xticks(shown, words if below else [""] * len(shown), fontsize=6.5)
-    if classes > 4:
+    longest = max(map(len, words))
+    if classes > 4 and longest > 2:
         axes.tick_params(axis="x", rotation=90)
-    elif max(map(len, words)) > 7:
+    elif longest > 7:
         for label in axes.get_xticklabels():
             label.set(rotation=30, ha="right", rotation_mode="anchor")
 
@@ -103,10 +104,10 @@ def calibration(summary: Json, details: Json) -> Figure | None:
         return None
     group = _with_all(found, summary, _merged)
     columns = 3 if len(group) in (5, 6) else min(4, len(group))
-    figure, grid = _grid(len(group), columns, 1.5, between=0.25, around=0.9)
+    figure, grid = _grid(len(group), columns, 1.5, between=0.5, around=0.9)
     for place, (axes, (name, readings)) in enumerate(zip(grid, group.items(), strict=True)):
         _reliability(axes, readings)
-        axes.set_title(style.shorten(name, 16), fontsize=8.5)
+        axes.set_title(style.shorten(name, 16), fontsize=8.5, pad=27)
         left, below = place % columns == 0, place + columns >= len(group)
         axes.tick_params(labelleft=left, labelbottom=below)
         axes.set_xlabel("confidence" if below else "")
@@ -139,7 +140,7 @@ def _reliability(axes: Axes, readings: Mapping[str, Json]) -> None:
         )
         lines.append((f"ECE {READINGS[reading]} {found['ece']:.3f}", colour))
     for place, (text, colour) in enumerate(reversed(lines)):
-        axes.text(0.98, 0.03 + 0.1 * place, text, transform=axes.transAxes, ha="right", fontsize=7, color=colour)
+        axes.text(0, 1.055 + 0.1 * place, text, transform=axes.transAxes, fontsize=7, color=colour)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_aspect("equal")
@@ -166,12 +167,13 @@ def _merged_bins(a: Json, b: Json) -> Json:
 
 
 def _with_all(by_client: Mapping[str, Any], summary: Json, join: Any) -> dict[str, Any]:
-    """All clients if they fit; else their sum, then the weakest on the common test set."""
+    """All clients if they fit; else their sum, then the weakest on the common test set (without one, at home)."""
     if len(by_client) <= PANELS:
         return dict(by_client)
     whole: Any = None
     for found in by_client.values():
         whole = found if whole is None else join(whole, found)
-    scores = {row["id"]: reached(row, "global", "balanced_accuracy") for row in summary["clients"]}
+    judged = "global" if summary["global"] else "personal"
+    scores = {row["id"]: reached(row, judged, "balanced_accuracy") for row in summary["clients"]}
     weakest = sorted(by_client, key=lambda i: (scores[i] is None, scores[i] or 0.0))[: PANELS - 1]
     return {ALL: whole} | {i: by_client[i] for i in weakest}

@@ -54,7 +54,7 @@ class Federation:
         student = architecture(server.model, data, server_view) if server.model else None
         if student is not None:
             _check(student, "server.model")
-        settings = ClientSettings(optimizer=server.optimizer, batch_size=server.batch_size)
+        settings = ClientSettings(optimizer=server.optimizer)
         common = tuple(config.clients.common)
         return cls(data.task, data, cards, settings, server_view, student, config.seed, config.rounds, common)
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hetero_fl.data import Dataset, make_images
+
 
 @pytest.fixture
 def npz(tmp_path: Path) -> Any:
@@ -24,3 +26,8 @@ def npz(tmp_path: Path) -> Any:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def images() -> Dataset:
+    return make_images(400, 60)

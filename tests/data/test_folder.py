@@ -58,6 +58,9 @@ def test_one_colour_image_makes_all_rgb(tmp_path: Path) -> None:
 def test_deep_grey_keeps_its_upper_bits(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x7F30, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert read_image_files([tmp_path / "deep.png"])[0, 0, 0, 0] == 0x7F
+    Image.fromarray(np.full((4, 4), 0x17F30, dtype=np.int32)).save(tmp_path / "deeper.tif")
+    with pytest.raises(UserError, match="pixels from 98096 to 98096"):
+        read_image_files([tmp_path / "deeper.tif"])
 
 
 def test_images_can_be_scaled_as_they_are_read(tmp_path: Path) -> None:

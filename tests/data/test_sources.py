@@ -48,11 +48,11 @@ def test_the_script_cuts_in_proportion_and_alike_each_time(tmp_path: Path, monke
         assert np.bincount(small["train_labels"][:, 0]).tolist() == [500, 1500]
         assert np.bincount(small["val_labels"][:, 0]).tolist() == [50, 150]
         assert np.array_equal(small["test_images"], whole["test_images"])
-        rows = {
+        label_of = {
             image.tobytes(): label
             for image, label in zip(whole["train_images"], whole["train_labels"][:, 0], strict=True)
         }
-        kept = [rows[image.tobytes()] for image in small["train_images"]]
+        kept = [label_of[image.tobytes()] for image in small["train_images"]]
         assert (
             kept == small["train_labels"][:, 0].tolist() and len({i.tobytes() for i in small["train_images"]}) == 2000
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def images(rows: int = 5, channels: int = 1, height: int = 12, width: int = 10) 
     return torch.randint(0, 256, (rows, channels, height, width), generator=generator("images"), dtype=torch.uint8)
 
 
-def scan(x: torch.Tensor, key: str = "noise", **config: float) -> torch.Tensor:
+def scan(x: torch.Tensor, key: str = "noise", **config: Any) -> torch.Tensor:
     return apply_scanner(x, ScannerConfig(**config), generator(key))
 
 
@@ -30,7 +32,7 @@ class TestScanner:
     @pytest.mark.parametrize(
         "config", [{"contrast": 0.5}, {"brightness": 0.1}, {"blur": 1}, {"noise": 0.1}, {"resolution": 0.5}]
     )
-    def test_each_part_keeps_shape_and_dtype_and_input(self, config: dict[str, float]) -> None:
+    def test_each_part_keeps_shape_and_dtype_and_input(self, config: dict[str, Any]) -> None:
         for x in (images(channels=3), images().float() / 255, images().double() / 255):
             before = x.clone()
             seen = scan(x, **config)
@@ -140,7 +142,7 @@ class TestAugment:
     @pytest.mark.parametrize(
         "config", [{"crop": 2}, {"flip": True}, {"rotate": 20.0}, {"crop": 1, "flip": True, "rotate": 5.0}]
     )
-    def test_keyed_and_leaves_its_input(self, config: dict[str, float]) -> None:
+    def test_keyed_and_leaves_its_input(self, config: dict[str, Any]) -> None:
         x = images(20, 3).float()
         before = x.clone()
         first, again, other = (augment(x, AugmentConfig(**config), generator(key)) for key in "aab")

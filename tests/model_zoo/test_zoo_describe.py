@@ -21,7 +21,7 @@ def test_parameters_add_up() -> None:
     assert (about.name, about.feature_dim, about.has_batch_norm) == ("cnn_bn_small", 20, True)
     assert not describe("cnn_gn_small").has_batch_norm
     with pytest.raises(dataclasses.FrozenInstanceError):
-        about.parameters = 0  # type: ignore[misc]
+        about.parameters = 0
 
 
 FLOPS = [  # two for each multiply-add, biases and activations not counted

@@ -78,7 +78,7 @@ def test_refused_in_one_line(name: str, arguments: dict[str, Any], said: list[st
 
 def test_a_name_that_is_no_text_is_refused() -> None:
     with pytest.raises(ModelError, match=r"^model 3: a name is needed$"):
-        create_model(3, 10)  # type: ignore[arg-type]
+        create_model(3, 10)
 
 
 @pytest.mark.parametrize("size", [12, 13])

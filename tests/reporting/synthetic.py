@@ -32,6 +32,7 @@ class Case:
     simulated: bool = False
     failures: bool = False
     home: bool = True
+    common: bool = True
 
 
 def _scores(case: Case, level: float, rng: np.random.Generator, home: bool) -> dict[str, float | None]:
@@ -121,14 +122,17 @@ def write_run(path: Path, case: Case, seed: int = 0) -> RunDirectory:
             server = _scores(case, 0.55 + 0.33 * reach, rng, False) if case.server else None
             record |= {
                 "personal": spread(home) if case.home else None,
-                "global": spread(common),
+                "global": spread(common) if case.common else None,
                 "server": server,
                 "validation": {
                     "personal": spread({i: _scores(case, 0.72 + 0.2 * reach, rng, True) for i in ids}),
                     "global": spread({i: _scores(case, 0.52 + 0.33 * reach, rng, False) for i in ids}),
                     "server": server,
                 },
-                "clients": {i: {"personal": home[i] if case.home else None, "global": common[i]} for i in ids},
+                "clients": {
+                    i: {"personal": home[i] if case.home else None, "global": common[i] if case.common else None}
+                    for i in ids
+                },
             }
             evaluations.append(record)
         run.append_metrics(record)
@@ -203,7 +207,7 @@ def _write_details(
     def read(make: Any) -> dict[str, Any]:
         if case.kind == "regression":
             return {i: {} for i in ids}
-        readings = ("personal", "global") if case.home else ("global",)
+        readings = [name for name, there in (("personal", case.home), ("global", case.common)) if there]
         return {i: {reading: make(k, i, reading) for reading in readings} for k, i in enumerate(ids)}
 
     run.write_json(
@@ -219,7 +223,8 @@ def _write_details(
                     "group": GROUPS[k % 6],
                     "shares": (["parameters", "predictions"], ["backbone", "predictions"])[k % 6 > 3],
                     "preprocess": ("as it is", "normalised", "32×32 RGB")[k % 3],
-                    "scanner": ("none", "contrast 0.7, blur 0.6", "noise 0.05")[k % 3],
+                    "settings": {"optimizer": {"lr": 0.0005}, "epochs": 2} if k == 1 else {},
+                    "scanner": ("", "contrast 0.7, blur 0.6", "noise 0.05")[k % 3],
                 }
                 for k, i in enumerate(ids)
             },

@@ -31,6 +31,7 @@ ALL = ["curves", "clients", "labels", "communication", "confusion", "calibration
         ({"kind": "multiclass", "classes": 10, "clients": 60, "every": 5, "server": False}, ALL),
         ({"kind": "multilabel", "classes": 14, "clients": 8, "rounds": 2}, ALL),
         ({"home": False, "clients": 3}, ALL),
+        ({"common": False, "server": False, "clients": 14}, ALL),
         ({"clients": 600, "rounds": 3, "kind": "multiclass", "classes": 30}, ALL),
         ({"clients": 600, "rounds": 3}, ALL),
         ({"clients": 1, "rounds": 2}, ALL),

@@ -68,6 +68,7 @@ def read(run: RunDirectory, pictures: bool = False) -> Page:
         {"kind": "multilabel", "classes": 14, "rounds": 2},
         {"kind": "multiclass", "classes": 10, "clients": 60, "rounds": 2},
         {"home": False, "clients": 3},
+        {"common": False, "server": False, "clients": 14},
     ],
     ids=lambda c: "-".join(map(str, c.values())),
 )
@@ -99,6 +100,7 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
     assert rows[f"Server round {chosen['round']}, selected by validation"][4].strip() == f"{chosen['auroc']:.3f}"
     client = rows["hospital_3 large"]
     assert client[1].strip() == "resnet18 11,169,218"
+    assert rows["hospital_2 small"][2].strip() == "parameters, predictions lr 0.0005, epochs 2"
     assert client[5].strip() == f"{100 * summary['clients'][2]['personal']['accuracy']:.1f}%"
     assert "8.64 MB" in page.text and "2.88 MB up, 5.76 MB down" in page.text
     assert "500 rows, whose labels are never read" in page.text

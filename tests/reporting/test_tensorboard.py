@@ -29,6 +29,7 @@ class Writer:
 
 def test_every_defined_figure_is_written(made_run: Callable[..., RunDirectory]) -> None:
     records, writer = made_run(rounds=4, every=2, server=False, kind="multiclass", classes=10).metrics(), Writer()
+    records[1]["personal"]["auroc"] = None
     for record in records:
         log_record(writer, record)
     found = writer.scalars
@@ -37,6 +38,7 @@ def test_every_defined_figure_is_written(made_run: Callable[..., RunDirectory]) 
     assert found["communication/up_bytes", 3] == records[2]["up_bytes"]
     assert found["train/loss", 1] == pytest.approx(sum(records[0]["train_loss"].values()) / 6)
     assert ("test/global/auroc", 1) not in found and not any("server" in tag for tag, _ in found)
+    assert ("test/personal/auroc", 2) not in found and ("test/personal/auroc_std", 2) in found
     assert None not in found.values() and writer.flushed == 4
 
 

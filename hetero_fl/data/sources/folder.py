@@ -96,10 +96,13 @@ def _read(file: Path, side: int | None) -> np.ndarray:
     """uint8, `(H, W)` if grey, else `(H, W, 3)`."""
     try:
         with Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # 16-bit scans: keep the upper 8 bits
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError(f"pixels of mode {image.mode} have no fixed range; save it with 8 or 16 bits")
+            if image.mode.startswith("I"):  # 16-bit scans ("I" in older Pillow): keep the upper 8 bits
+                deep = np.asarray(image)
+                if deep.min() < 0 or deep.max() > 0xFFFF:
+                    raise ValueError(f"pixels from {deep.min()} to {deep.max()}; save it with 8 or 16 bits")
+                image = Image.fromarray((deep >> 8).astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("pixels of mode F have no fixed range; save it with 8 or 16 bits")
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
             return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR) if side else image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

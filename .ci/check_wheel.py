@@ -1,0 +1,42 @@
+"""Whether a wheel is whole, and works where there is no checkout: `python check_wheel.py FILE.whl`."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+WANTED = (
+    "hetero_fl/py.typed",
+    "model_zoo/py.typed",
+    "hetero_fl/data/embedded/chest_xray.npz",
+    "hetero_fl/data/embedded/LICENSE.md",
+    "hetero_fl/reporting/templates/base.html",
+    "hetero_fl/reporting/templates/comparison.html",
+    "hetero_fl/reporting/templates/report.html",
+)
+UNWANTED = ("tests/", "scripts/", "configs/", "benchmarks/", "examples/")
+
+
+def main(wheel: str) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    missing = [name for name in WANTED if name not in names]
+    assert not missing, f"the wheel lacks {missing}"
+    assert any(name.endswith("licenses/LICENSE") for name in names), "the wheel has no licence"
+    assert not [name for name in names if name.startswith(UNWANTED)], "the wheel holds more than the packages"
+
+    import hetero_fl
+    import model_zoo
+    from hetero_fl.config.source import SourceConfig
+    from hetero_fl.data import load_source
+
+    for package in (hetero_fl, model_zoo):
+        assert "site-packages" in str(package.__file__), f"{package.__file__} is not what was installed"
+    data = load_source(SourceConfig(name="chest_xray"), Path("nowhere"))
+    rows = {name: len(examples) for name, examples in data.splits().items()}
+    assert rows == {"train": 2000, "validation": 200, "test": 624}, rows
+    print(f"{Path(wheel).name}: {len(names)} files, chest X-rays {rows}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,59 @@
+# `make medical` and `make test` work from a fresh clone: they set up .venv, once, and then run.
+
+PYTHON := $(or $(PYTHON),python3)
+VENV ?= .venv
+CONFIG ?= configs/medical_hetero.yaml
+ALGORITHMS ?= local,fedavg,fedprox,fedper,lg_fedavg,fedmd,feddf,fd,hybrid,centralized,ensemble
+SEEDS ?= 0,1,2,3,4
+OUT ?= runs/compare-$(basename $(notdir $(CONFIG)))
+
+PY := $(VENV)/bin/python
+# Threads that wait for one another must not spin: two jobs on one machine would crawl.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DELETE_ON_ERROR:
+.PHONY: help medical test check compare docs clean
+
+help:
+	@echo "make medical   the main job: six hospitals, chest X-rays, into runs/"
+	@echo "make test      the tests"
+	@echo "make check     formatting, lint and types"
+	@echo "make compare   CONFIG=$(CONFIG) ALGORITHMS=… SEEDS=$(SEEDS), into $(OUT)"
+	@echo "make docs      docs/configuration.md, from the schema"
+	@echo "make clean     remove $(VENV) and caches, keep runs/"
+
+medical: $(VENV)/.installed
+	$(PY) scripts/train.py --config configs/medical_hetero.yaml
+
+test: $(VENV)/.installed-all
+	$(PY) -m pytest
+
+check: $(VENV)/.installed-all
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+compare: $(VENV)/.installed
+	$(PY) scripts/compare.py --config $(CONFIG) --algorithms $(ALGORITHMS) --seeds $(SEEDS) --out $(OUT)
+
+docs: $(VENV)/.installed
+	$(PY) scripts/describe_config.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Stamps: what is installed is not installed again until pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml $(PY)
+	@echo "installing into $(VENV), once; this takes some minutes"
+	$(PY) -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-all: pyproject.toml $(PY)
+	@echo "installing into $(VENV), once; this takes some minutes"
+	$(PY) -m pip install --quiet --editable '.[all]'
+	@touch $@ $(VENV)/.installed
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,156 @@
+"""Clients with a source of their own, and proxy sets from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hetero_fl.config.clients import (
+    ClientSettings,
+    PreprocessConfig,
+)
+from hetero_fl.config.source import DataConfig, PartitionConfig, ProxyConfig, SourceConfig
+from hetero_fl.data import (
+    Dataset,
+    FederatedData,
+    Preprocess,
+    federate,
+    from_arrays,
+    load_source,
+    make_table,
+)
+from hetero_fl.errors import UserError
+from hetero_fl.task import Task
+
+from .federations import PLAIN, PLAIN_CLIENT, THREE, identical, view
+
+
+def test_labels_of_another_proxy_set_are_never_read(images: Dataset, npz: Any) -> None:
+    source = SourceConfig(name="npz", path=str(npz()))
+    clients = {
+        "a": ClientSettings(preprocess=PreprocessConfig(resize=16)),
+        "b": ClientSettings(preprocess=PreprocessConfig(resize=16)),
+    }
+    plain = view(images, clients=clients, proxy=ProxyConfig(source=source))
+    npz(train_labels=np.array([None] * 30))
+    other = view(images, clients=clients, proxy=ProxyConfig(source=source))
+    assert plain.n_proxy == 30 and plain.columns("a", "proxy", PLAIN)["x"].shape == (30, 1, 8, 8)
+    assert identical(plain, other) and plain.content_hash() == other.content_hash()
+    assert plain.n_train > 200  # nothing is held out of the training data
+    assert view(images, clients=clients, proxy=ProxyConfig(source=source, size=12)).n_proxy == 12
+    holed = SourceConfig(name="npz", path=str(npz("holed.npz", train_images=np.full((30, 8, 8), np.nan))))
+    with pytest.raises(UserError, match=r"^data\.proxy\.source\.path: .*holed.npz: NaN or infinity among the examples"):
+        view(images, clients=clients, proxy=ProxyConfig(source=holed))
+    with pytest.raises(
+        UserError, match=r"^data\.proxy\.source: examples of npz have shape \(1, 8, 8\), .* client 'four'"
+    ):
+        view(images, proxy=ProxyConfig(source=source))
+
+
+def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: Path) -> None:
+    clients = {n: ClientSettings(preprocess=PreprocessConfig(resize=16, channels=1)) for n in "ab"}
+    assert view(images, clients=clients, proxy=ProxyConfig(source=SourceConfig(name="digits"), size=99)).n_proxy == 99
+    table = make_table(200, 40)
+    frame = pd.DataFrame(table.train.x[:30].numpy(), columns=list(table.columns)).iloc[:, ::-1].assign(extra=1.0)
+    frame.to_csv(tmp_path / "p.csv", index=False)
+    config = DataConfig(proxy=ProxyConfig(source=SourceConfig(name="table", path=str(tmp_path / "p.csv"))))
+    found = federate(table, config, THREE, 0).columns("", "proxy", PLAIN)["x"]
+    assert torch.allclose(found, table.train.x[:30])
+    frame.drop(columns="x3").to_csv(tmp_path / "p.csv", index=False)
+    with pytest.raises(UserError, match="has no column 'x3'"):
+        federate(table, config, THREE, 0)
+
+
+def test_own_sources(npz: Any, tmp_path: Path) -> None:
+    common = from_arrays(
+        torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8),
+        torch.arange(200) % 2,
+        test=(torch.zeros(9, 1, 8, 8).byte(), [0, 1] * 4 + [0]),
+    )
+    path = npz()
+    own = ClientSettings(data=SourceConfig(name="npz", path=str(path)))
+    data = federate(
+        common,
+        DataConfig(partition=PartitionConfig(min_size=10)),
+        {"a": PLAIN_CLIENT, "own": own, "b": PLAIN_CLIENT},
+        0,
+    )
+    mine = torch.cat([data.columns("own", s, PLAIN)["x"] for s in ("train", "validation", "test")])
+    with np.load(path) as arrays:
+        expected = {image.tobytes() for image in arrays["train_images"]}
+    assert {image.tobytes() for image in (mine * 255).round().byte().numpy()} == expected and len(mine) == 30
+    shared = federate(common, DataConfig(partition=PartitionConfig(min_size=10)), {"a": own, "b": own}, 0)
+    assert sum(shared.n_rows(c, s) for c in "ab" for s in ("train", "validation", "test")) == 30
+    assert shared.n_test == 9 and not shared.simulated
+    four = replace(common, task=Task("multiclass", 4))
+    generated = ClientSettings(data=SourceConfig(name="synthetic_images"), preprocess=PreprocessConfig(resize=8))
+    assert federate(four, DataConfig(), {"a": PLAIN_CLIENT, "own": generated}, 0).simulated
+
+
+def test_own_source_is_checked_against_the_common_one(npz: Any, images: Dataset, tmp_path: Path) -> None:
+    xray = load_source(SourceConfig(), tmp_path)
+    few = DataConfig(partition=PartitionConfig(min_size=5), root=str(tmp_path))
+
+    def own(common: Dataset, source: SourceConfig, **other: Any) -> FederatedData:
+        config = few.model_copy(update={"name": common.name})
+        return federate(
+            common, config, {"a": PLAIN_CLIENT, "own": ClientSettings(data=source, **other), "b": PLAIN_CLIENT}, 0
+        )
+
+    local = SourceConfig(name="npz", path=str(npz()))
+    for common, source, words in (
+        (
+            xray,
+            local,
+            "'own': data: examples of npz have shape (1, 8, 8), those of the common set chest_xray (1, 28, 28)",
+        ),
+        (xray, SourceConfig(name="digits"), "'own': data: digits has 10 classes, the common set chest_xray has 2"),
+        (images, SourceConfig(), "'own': data: chest_xray has 2 classes, the common set synthetic_images has 4"),
+        (xray, SourceConfig(), "'own': data: found the common source"),
+        (
+            make_table(kind="regression"),
+            local,
+            "'own': data: npz is multiclass, the common set synthetic_table has a regression",
+        ),
+        (xray, SourceConfig(name="digit"), "'own': data.name: found 'digit'; did you mean 'digits'?"),
+        (xray, SourceConfig(name="npz", path="none.npz"), "'own': data.path: none.npz: no such file"),
+    ):
+        with pytest.raises(UserError) as refused:
+            own(common, source)
+        assert words in str(refused.value)
+    assert own(xray, local, preprocess=PreprocessConfig(resize=28)).client_ids == ["a", "b", "own"]
+
+
+def test_own_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"u": range(90), "v": [-i for i in range(90)], "kind": ["x", "y", "z"] * 30})
+    rows.to_csv(tmp_path / "all.csv", index=False)
+    rows.loc[rows.kind != "x", ["kind", "v", "u"]].to_csv(tmp_path / "own.csv", index=False)
+    common = load_source(SourceConfig(name="table", path=str(tmp_path / "all.csv"), label="kind"), tmp_path)
+    own = SourceConfig(name="table", path=str(tmp_path / "own.csv"), label="kind")
+    clients = {"own": ClientSettings(data=own), "rest": PLAIN_CLIENT}
+    columns = federate(common, DataConfig(), clients, 0).columns("own", "train", PLAIN)
+    assert torch.equal(columns["x"][:, 0], -columns["x"][:, 1]) and columns["x"][:, 0].min() > 0
+    assert torch.equal(columns["y"], columns["x"][:, 0].long() % 3)
+    for change, words in (
+        (rows.rename(columns={"u": "w"}), "has no column 'u', the common set table has"),
+        (rows.assign(w=1), "has column 'w', the common set table has none of that name"),
+        (rows.replace({"kind": {"y": "yy"}}), "has class 'yy', the common set table has none of that name"),
+    ):
+        change.to_csv(tmp_path / "own.csv", index=False)
+        with pytest.raises(UserError) as refused:
+            federate(common, DataConfig(), clients, 0)
+        assert str(refused.value).startswith("clients: 'own': data: table ") and words in str(refused.value)
+
+
+def test_pooling_needs_one_shape(images: Dataset, npz: Any) -> None:
+    own = ClientSettings(data=SourceConfig(name="npz", path=str(npz())), preprocess=PreprocessConfig(resize=16))
+    data = federate(images, DataConfig(partition=PartitionConfig(min_size=5)), {"a": PLAIN_CLIENT, "own": own}, 0)
+    with pytest.raises(UserError, match=r"server\.preprocess: examples differ in shape"):
+        data.columns("server", "pooled", PLAIN)
+    assert data.columns("server", "pooled", Preprocess(resize=16))["x"].shape == (data.n_train, 1, 16, 16)

@@ -1,0 +1,114 @@
+"""The code in README.md and docs/: every block is run, in the order of its page, and every command is parsed.
+
+A block whose first line is a comment with a file's name is that file. Other YAML has to load as a configuration.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hetero_fl.cli import commands, main
+from hetero_fl.config import load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str, str | None]]:
+    """(language, text, file name if it is a file) of each block."""
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        named = re.match(r"# ([\w/]+\.(?:py|yaml))\n", text)
+        yield language, text, named and named[1]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the configurations, as a reader has it; pictures and reports, which take longest, are left out."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("hetero_fl.experiment.single._present", lambda *_: None)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:  # the page's own modules: another page may use the same name
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_block_runs(page: Path, elsewhere: Path) -> None:
+    names: dict[str, object] = {}
+    for language, text, file in blocks(page):
+        if file is not None:
+            (elsewhere / file).write_text(text, encoding="utf-8")
+        if language == "python" and file is None:
+            exec(compile(text, f"{page.name}", "exec"), names)
+        elif language == "yaml":
+            load_config(file or yaml.safe_load(text))
+        elif language == "console":
+            for line in commands_in(text):
+                run_or_parse(line)
+
+
+def commands_in(text: str) -> Iterator[str]:
+    """Commands of a console block, without comments and with continued lines joined."""
+    for line in text.replace("\\\n", " ").splitlines():
+        command = line.split("  #")[0].strip()
+        if command and not command.startswith("#"):
+            yield command
+
+
+def run_or_parse(line: str) -> None:
+    """Run what is short (`hetero-fl train` on small files, `--check`); of the rest check that there is such a command."""
+    first, *rest = shlex.split(line)
+    if first == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{rest[0]}:", makefile, re.MULTILINE), line
+        return
+    if first in ("git", "cd", "pip", ".ci/run", "tensorboard"):
+        return
+    if first == "python":
+        if rest[0] == "-m":
+            assert rest[1] in ("model_zoo", "pytest"), line
+            return
+        assert (ROOT / rest[0]).is_file(), line
+        if rest[0].startswith("examples/"):
+            return
+        command = Path(rest.pop(0)).stem
+    else:
+        assert first == "hetero-fl", line
+        command = rest.pop(0)
+    if command == "train" and "configs/medical_hetero.yaml" not in rest:
+        assert main(rest, command) == 0, line
+    elif command in commands.COMMANDS:
+        commands.parser(command, command).parse_intermixed_args(rest)
+    else:
+        assert (ROOT / "scripts" / f"{command}.py").is_file(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "#")):
+            file, _, anchor = target.partition("#")
+            assert (page.parent / file).exists(), target
+            if anchor:
+                assert anchor in anchors(page.parent / file), target
+        elif target.startswith("#"):
+            assert target[1:] in anchors(page), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}

@@ -87,7 +87,9 @@ def main() -> None:
                 ratios.append((end - middle) / (middle - begun))
                 seconds.append(middle - begun)
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        print(f"{name:52} {statistics.median(ratios):.3f} ({spread}; target {target}); bare {statistics.median(seconds):.2f} s")
+        print(
+            f"{name:52} {statistics.median(ratios):.3f} ({spread}; target {target}); bare {statistics.median(seconds):.2f} s"
+        )
 
 
 if __name__ == "__main__":

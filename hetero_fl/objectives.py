@@ -177,6 +177,26 @@ class Digest(Objective):
 
 
 @dataclass(frozen=True)
+class Rehearsal(Supervised):
+    """The task plus λ·KL·T² towards a teacher on public rows beside the batch (columns `public_x`, `public_teacher`).
+
+    What a client learns from its own rows does not cost it what it knows of the others' classes.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        net = nets[self.slot]
+        private = self.of(net(batch.x), batch, given)
+        public = divergence(self.kind, net(batch.public_x).logits, batch.public_teacher, self.temperature)
+        return private + self.weight * public.mean()
+
+    def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        return Objective.total(self, nets, batch, given)
+
+
+@dataclass(frozen=True)
 class ClassDigest(Supervised):
     """The task plus λ·KL·T² towards given `teacher` `[C, C]`, the consensus logits of the example's class (Jeong et al. 2018).
 

@@ -37,27 +37,27 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         """The thing of that name. Raises UserError with the nearest name."""
         if name.startswith(OWN):
-            return import_own(name)
+            return imported(name, self.kind)
         if name not in self._known:
             raise UserError(f"found {self.kind} '{name}'{nearest(name, self._known)}")
         return self._known[name]
 
 
-def import_own(reference: str) -> Any:
-    """What `python:package.module:Name` names; the working folder may hold the module. Raises UserError."""
-    module, _, name = reference.removeprefix(OWN).partition(":")
-    if not module or not name:
-        raise UserError(f"found '{reference}'; write python:package.module:Name")
+def imported(reference: str, where: str) -> Any:
+    """What `python:package.module:Name` names; the working folder may hold the module.
+
+    Raises UserError, which begins with `where`, if it is malformed, the module does not import, or has no such name.
+    """
+    module_name, _, name = reference.removeprefix(OWN).partition(":")
+    if not module_name or not name:
+        raise UserError(f"{where}: found '{reference}'; write python:package.module:Name")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-        return found
-    except ImportError as error:
-        raise UserError(f"'{reference}': {error}") from None
-    except AttributeError:
-        raise UserError(
-            f"'{reference}': {module} has no {name}{nearest(name, vars(importlib.import_module(module)))}"
-        ) from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module of the user's may fail in any way; the reason goes into the one line
+        raise UserError(f"{where}: cannot import '{module_name}': {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{where}: module '{module_name}' has no '{name}'{nearest(name, names)}")
+    return getattr(module, name)

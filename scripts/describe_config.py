@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write docs/configuration.md: every key of the configuration, from the descriptions in the schema.
 
-    python scripts/describe_config.py            # write it
-    python scripts/describe_config.py --check    # status 1 if it is not up to date
+python scripts/describe_config.py            # write it
+python scripts/describe_config.py --check    # status 1 if it is not up to date
 """
 
 from __future__ import annotations
@@ -69,29 +69,33 @@ def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str
 
 
 def _algorithms() -> str:
+    # one's own methods, registered by whoever imported this, are left out
+    known = {name: algorithm[name] for name in sorted(algorithm) if algorithm[name].__module__.startswith("hetero_fl.")}
+    distilling = ", ".join(name for name, kind in known.items() if issubclass(kind, Distilling))
     lines = [
         "## Settings of the algorithms",
         "",
         "They stand beside `algorithm.name`. What the methods do is in [methods.md](methods.md).",
         "",
     ]
-    for title, kind in (("Every algorithm", Algorithm), ("Every distilling algorithm (feddf, fedmd, hybrid)", Distilling)):
-        own = [_row(kind, n, f) for n, f in kind.model_fields.items() if n in vars(kind).get("__annotations__", {})]
-        lines += [f"### {title}", "", *_table(own), ""]
-    for name in sorted(algorithm):
-        kind = algorithm[name]
-        if kind.__module__.split(".")[0] != "hetero_fl":  # one's own, registered by whoever imported this
-            continue
-        own = [_row(kind, n, f) for n, f in kind.model_fields.items() if _differs(kind, n, f)]
-        if own:
-            lines += [f"### `{name}`", "", *_table(own), ""]
+    of_all = list(Algorithm.model_fields)
+    of_distilling = [n for n in Distilling.model_fields if n not in of_all]
+    sections: list[tuple[str, type[BaseModel], list[str]]] = [
+        ("Every algorithm", Algorithm, of_all),
+        (f"Every distilling algorithm ({distilling})", Distilling, of_distilling),
+    ]
+    sections += [(f"`{n}`", kind, [f for f in kind.model_fields if _differs(kind, f)]) for n, kind in known.items()]
+    for title, kind, fields in sections:
+        if fields:
+            rows = [_row(kind, n, kind.model_fields[n]) for n in fields]
+            lines += [f"### {title}", "", *_table(rows), ""]
     return "\n".join(lines)
 
 
-def _differs(kind: type[BaseModel], name: str, field: FieldInfo) -> bool:
+def _differs(kind: type[BaseModel], name: str) -> bool:
     """Whether a setting is not already told, with this default, of all algorithms or of all that distil."""
-    common = Distilling if issubclass(kind, Distilling) else Algorithm
-    return name not in common.model_fields or common.model_fields[name].default != field.default
+    common = (Distilling if issubclass(kind, Distilling) else Algorithm).model_fields
+    return name not in common or common[name].default != kind.model_fields[name].default
 
 
 def _row(
@@ -112,7 +116,11 @@ def meaning(model: type[BaseModel], name: str) -> str:
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    return ["| key | values | default | meaning |", "| --- | --- | --- | --- |", *(f"| {' | '.join(r)} |" for r in rows)]
+    return [
+        "| key | values | default | meaning |",
+        "| --- | --- | --- | --- |",
+        *(f"| {' | '.join(r)} |" for r in rows),
+    ]
 
 
 def _default(field: FieldInfo) -> str:

@@ -45,7 +45,9 @@ def rounds_of(source: dict[str, Any], held: int | None = None) -> Rounds:
     """The run of a configuration, after so many rounds (all of them by default), in memory only."""
     torch.set_num_threads(1)
     prepared = prepare(source)
-    rounds = Rounds(prepared.method, prepared.federation, Serial(torch.device("cpu")), prepared.config.clients.per_round)
+    rounds = Rounds(
+        prepared.method, prepared.federation, Serial(torch.device("cpu")), prepared.config.clients.per_round
+    )
     for _ in range(prepared.config.rounds if held is None else held):
         rounds.round()
     return rounds

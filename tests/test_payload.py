@@ -24,7 +24,10 @@ def upload(seed: int = 0) -> Payload:
     g = torch.Generator().manual_seed(seed)
     model = {"backbone.0.weight": torch.randn(4, 3, generator=g), "head.bias": torch.randn(4, generator=g)}
     return Payload(
-        {"model": Item(model, 17.0, "params"), "logits": Item(torch.randn(6, 4, generator=g), torch.rand(4, generator=g), "rows")},
+        {
+            "model": Item(model, 17.0, "params"),
+            "logits": Item(torch.randn(6, 4, generator=g), torch.rand(4, generator=g), "rows"),
+        },
         {"loss": 0.5},
     )
 
@@ -40,7 +43,9 @@ def test_a_payload_comes_back_as_it_was() -> None:
     got = Payload.decode(sent.encode())
     assert list(got) == ["model", "logits"] and got.report == {"loss": 0.5}
     assert all(torch.equal(got["model"][n], t) for n, t in sent["model"].items())
-    assert torch.equal(got["logits"], sent["logits"]) and torch.equal(got.item("logits").weight, sent.item("logits").weight)
+    assert torch.equal(got["logits"], sent["logits"]) and torch.equal(
+        got.item("logits").weight, sent.item("logits").weight
+    )
     assert got.item("model").weight == 17.0 and got.item("model").kind == "params"
     receive(sent.encode())
 
@@ -53,7 +58,11 @@ DTYPES = [torch.float16, torch.float32, torch.float64, torch.int64, torch.int32,
 shapes = st.lists(st.integers(0, 4), max_size=3)
 tensors = st.builds(lambda s, d: (torch.rand(s) * 2).to(d), shapes, st.sampled_from(DTYPES))
 plain = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(max_size=8)
-trees = st.recursive(tensors | plain, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(max_size=6), t, max_size=3), max_leaves=8)
+trees = st.recursive(
+    tensors | plain,
+    lambda t: st.lists(t, max_size=3) | st.dictionaries(st.text(max_size=6), t, max_size=3),
+    max_leaves=8,
+)
 
 
 def same(a: object, b: object) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hetero_fl.architecture import Tensors
 from hetero_fl.payload import Item, Payload
-from hetero_fl.state import Card
+from hetero_fl.state import Card, in_order
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Uploads:
     """All uploads that arrived, in client-id order."""
 
     def __init__(self, uploads: Iterable[Upload]) -> None:
-        self._uploads = sorted(uploads, key=lambda u: u.client)
+        by_client = {u.client: u for u in uploads}
+        self._uploads = [by_client[c] for c in in_order(by_client)]
 
     def __len__(self) -> int:
         return len(self._uploads)

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor
 
 from hetero_fl.aggregation.teachers import TeacherKind
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.algorithms.base import Items, algorithm
 from hetero_fl.algorithms.distillation import TEACHER, Distilling
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.objectives import Rehearsal
 from hetero_fl.payload import ItemSpec, Payload
-from hetero_fl.plan import Plan
-from hetero_fl.state import Card, Part, Participant, common_part
+from hetero_fl.plan import Draws, Fit, Plan
+from hetero_fl.state import Card, Columns, Part, Participant, common_part
 
 
 @algorithm("hybrid")
 class Hybrid(Distilling, FedAvg):
     """FedAvg over the owners of each tensor, and distillation (KL · T²) of the consensus on the proxy set, in one method.
 
-    Each client says what it shares: all its parameters, its backbone, its proxy predictions, or several. Its defaults are
-    the four changes that make distillation hold under label skew: logit-adjusted local loss (Menon et al. 2021), a
-    contrast-weighted teacher, heads that stay with their clients, and digestion at the client after receiving. Without a
-    proxy set and in one group, with the four changes off, it is FedAvg; with all-different architectures that digest at
-    the clients it is FedMD.
+    Each client says what it shares: all its parameters, its backbone, its proxy predictions, or several. Its defaults make
+    distillation hold under label skew: a logit-adjusted local loss (Menon et al. 2021), a contrast-weighted teacher, heads
+    that stay with their clients, and rehearsal: while a client trains on its own rows it goes on following the teacher on
+    public ones. (Digesting the teacher after receiving, `distil_at: both`, is what rehearsal replaces: it makes the
+    clients' next opinions alike, and the teacher learns nothing new from them.) Without a proxy set and in one group, with
+    these off, it is FedAvg; with all-different architectures that digest at the clients it is FedMD.
     """
 
     needs_proxy = False  # without one it averages only
@@ -35,8 +39,11 @@ class Hybrid(Distilling, FedAvg):
     logit_adjustment: bool = True
     teacher: TeacherKind = "contrast"
     heads: Literal["keep", "take"] = Field("keep", description="whether clients keep their own heads")
-    distil_at: Literal["server", "client", "both"] = Field("both", description="where the teacher is distilled")
-    distil_epochs: PositiveInt = Field(2, description="epochs of each group's average on the proxy set, at the server")
+    distil_at: Literal["server", "client", "both"] = Field("server", description="where the teacher is distilled")
+    rehearse: NonNegativeFloat = Field(
+        0.5, description="weight of the teacher on public rows in local training; 0: none"
+    )
+    distil_epochs: PositiveInt = Field(3, description="epochs of each group's average on the proxy set, at the server")
     digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set at the client, after receiving")
 
     def takes(self, settings: ClientSettings, round: int) -> Part:
@@ -45,20 +52,37 @@ class Hybrid(Distilling, FedAvg):
 
     def broadcast(self, server: Participant, card: Card) -> Items:
         items = super().broadcast(server, card)
-        if TEACHER in server.state and self.distil_at != "server":
+        needed = self.distil_at != "server" or (self.rehearse and not card.reading)
+        if TEACHER in server.state and needed:
             items[TEACHER] = server.state[TEACHER]
         return items
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         yield from super().deploy(client, got)
-        if TEACHER in got:
+        if TEACHER in got and self.distil_at != "server":
             yield self.digest(client, got[TEACHER], self.digest_epochs)
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        items: Items = yield from Algorithm.train(self, client, got)
+        yield from self.deploy(client, got)
+        if TEACHER in got and self.rehearse:
+            yield self.rehearsal(client, got[TEACHER])
+        else:
+            yield self.fit(client)
+        items = self.share(client)
         if client.has_proxy and self.gives(client, "predictions"):
             items["logits"] = yield from self.opinion(client)
         return items
+
+    def rehearsal(self, client: Participant, teacher: Tensor) -> Fit:
+        """Local training with a batch of public rows beside each of its own."""
+        public = client.data("proxy", None)["x"]
+
+        def draw(generator: torch.Generator, size: int) -> Columns:
+            rows = torch.randint(len(public), (size,), generator=generator)
+            return {"x": public[rows], TEACHER: teacher[rows]}
+
+        objective = Rehearsal(client.task.kind, weight=self.rehearse, temperature=self.temperature)
+        return self.fit(client, objective, beside={"public": Draws(draw, self.proxy_batch_size)})
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)

@@ -118,13 +118,10 @@ def _place(loc: tuple[int | str, ...], raw: Any) -> list[str]:
     """The part of a location that is really in the data: pydantic adds names of types within unions."""
     place = []
     for part in loc:
-        if isinstance(raw, dict) and part in raw:
+        inside = part in raw if isinstance(raw, dict) else isinstance(raw, list) and part in range(len(raw))
+        if inside:
             raw = raw[part]
-        elif isinstance(raw, list) and isinstance(part, int) and part < len(raw):
-            raw = raw[part]
-        else:
-            continue
-        place.append(str(part))
+            place.append(str(part))
     return place
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.data.base import Dataset, Examples, check_examples, in_order
+from hetero_fl.data.base import Dataset, Examples, check_examples
 from hetero_fl.errors import UserError
+from hetero_fl.state import in_order
 from hetero_fl.task import Task
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import re
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.errors import UserError
 from hetero_fl.task import Task
 
 Columns = dict[str, Tensor]
@@ -114,32 +108,6 @@ def check_examples(examples: Examples, task: Task, where: str, names: tuple[str,
             refuse(y_name, f"NaN or infinity in row {row}")
         if task.kind == "multilabel" and (row := _first(((y != 0) & (y != 1)).any(1))) is not None:
             refuse(y_name, f"row {row} is out of range; multilabel targets are 0 or 1")
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Sorted as people count: `site_2` before `site_10`."""
-    return sorted(names, key=lambda n: ([int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", n))], n))
-
-
-def imported(reference: str, where: str) -> Any:
-    """What `python:package.module:Name` names. The working folder is searched too.
-
-    Raises:
-        UserError: the reference is malformed, the module does not import, or it has no such name.
-    """
-    module_name, _, name = reference.removeprefix("python:").partition(":")
-    if not module_name or not name:
-        raise UserError(f"{where}: found '{reference}'; write python:package.module:Name")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module of the user's may fail in any way; the reason goes into the one line
-        raise UserError(f"{where}: cannot import '{module_name}': {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
-        names = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{where}: module '{module_name}' has no '{name}'{nearest(name, names)}")
-    return getattr(module, name)
 
 
 def _first(bad: Tensor) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, ScannerConfig
 from hetero_fl.config.source import DataConfig, SourceConfig
-from hetero_fl.data.base import Dataset, Examples, in_order
+from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.federated import CACHE_BYTES, FederatedData, Share
 from hetero_fl.data.outside import adopt, load_unlabelled, match_columns
 from hetero_fl.data.partition import deal
@@ -19,6 +19,7 @@ from hetero_fl.data.registry import load_source
 from hetero_fl.data.split import draw, split_client, with_test
 from hetero_fl.errors import UserError
 from hetero_fl.seeding import generator
+from hetero_fl.state import in_order
 
 
 def federate(

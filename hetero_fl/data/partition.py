@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.source import PartitionConfig
-from hetero_fl.data.base import imported
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.registry import imported
 from hetero_fl.seeding import generator, key
 from hetero_fl.task import Task
 

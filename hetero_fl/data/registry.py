@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from hetero_fl.config.source import SourceConfig
-from hetero_fl.data.base import Dataset, check_examples, imported
+from hetero_fl.data.base import Dataset, check_examples
 from hetero_fl.data.npz import read_npz
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.registry import imported
 from hetero_fl.task import Task
 
 SourceFunction = Callable[[SourceConfig, Path], Dataset]

@@ -9,7 +9,7 @@ from hetero_fl.plan import Predict, Rows
 from hetero_fl.state import floats
 from tests.small import MIXED, config, rounds_of, same_bits
 
-OFF = {"logit_adjustment": False, "teacher": "mean", "heads": "take", "distil_at": "client"}  # the four changes
+OFF = {"logit_adjustment": False, "teacher": "mean", "heads": "take", "distil_at": "client", "rehearse": 0.0}
 
 
 def test_hybrid_of_one_group_without_a_proxy_set_is_fedavg_bit_for_bit() -> None:
@@ -28,12 +28,18 @@ def test_hybrid_of_all_different_architectures_is_fedmd_with_kl_bit_for_bit() ->
     assert torch.equal(fedmd.server.state["teacher"], hybrid.server.state["teacher"])
 
 
-def test_the_four_changes_change_something() -> None:
+def test_each_change_changes_something() -> None:
     """Else the equalities above would prove nothing about switching them off."""
     off = {"name": "hybrid", **OFF}
     plain = rounds_of(config("hybrid", algorithm=off, rounds=3))
     (group,) = plain.server.models
-    for key, value in {"logit_adjustment": True, "teacher": "contrast", "heads": "keep", "distil_at": "both"}.items():
+    for key, value in {
+        "logit_adjustment": True,
+        "teacher": "contrast",
+        "heads": "keep",
+        "distil_at": "both",
+        "rehearse": 0.5,
+    }.items():
         changed = rounds_of(config("hybrid", algorithm={**off, key: value}, rounds=3))
         assert not same_bits(plain.server.models[group], changed.server.models[group]), key
 
@@ -66,19 +72,24 @@ def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
 
 
 def test_a_mean_with_server_rate_one_is_the_mean_itself() -> None:
-    plain, rate = rounds_of(config("fedavg")), rounds_of(config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.0}))
+    plain, rate = (
+        rounds_of(config("fedavg")),
+        rounds_of(config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.0})),
+    )
     (group,) = plain.server.models
     assert same_bits(plain.server.models[group], rate.server.models[group])
 
 
 def test_the_student_of_one_client_reaches_its_teacher() -> None:
     """Different architecture, public rows only: it ends by predicting as its teacher does."""
-    source = config("fedmd", clients=1, rounds=12, data__proxy__size=120, server={"model": "cnn_bn_medium"})
-    source["algorithm"] |= {"student_epochs": 12}
+    source = config(
+        "fedmd", clients=1, rounds=12, data__proxy__size=120, server={"model": "mlp", "optimizer": {"lr": 0.003}}
+    )
+    source["algorithm"] |= {"student_epochs": 80}
     rounds = rounds_of(source)
     body = rounds.broadcast_for_reading("site")
     teacher = rounds.site.deployed("site", body, rounds.completed)
-    for rows, least in (("proxy", 0.98), ("common_test", 0.8)):
+    for rows, least in (("proxy", 0.98), ("common_test", 0.75)):
         said = rounds.site.predict(teacher, Rows(rows), home=False).argmax(-1)
         learned = rounds.performer.perform(rounds.server, Predict("student", Rows(rows))).argmax(-1)
         assert (said == learned).float().mean() > least, rows

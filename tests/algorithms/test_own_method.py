@@ -46,5 +46,5 @@ def test_it_does_what_it_says() -> None:
 def test_a_setting_out_of_range_is_refused() -> None:
     from hetero_fl.errors import UserError
 
-    with pytest.raises(UserError, match="algorithm.epochs"):
+    with pytest.raises(UserError, match=r"algorithm\.epochs"):
         rounds_of(config("median_teacher", MIXED, algorithm={"name": "median_teacher", "epochs": 0}))

@@ -122,7 +122,9 @@ def test_fedprox_adds_half_mu_times_the_squared_distance_of_all_tensors() -> Non
 def test_fedprox_pulls_towards_the_rounds_start_not_towards_the_moving_model() -> None:
     strong = rounds_of(config("fedprox", algorithm={"name": "fedprox", "mu": 50.0}, rounds=1,
                               clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3}))  # fmt: skip
-    free = rounds_of(config("fedavg", rounds=1, clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3}))
+    free = rounds_of(
+        config("fedavg", rounds=1, clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3})
+    )
     (group,) = free.server.models
     start = free.federation.initial(free.server.arch[group])
     moved = [sum((r.server.models[group][n] - start[n]).square().sum() for n in free.server.arch[group].parameter_names)
@@ -148,7 +150,9 @@ def test_the_contrast_weighted_teacher() -> None:
     g = torch.Generator().manual_seed(6)
     counts = torch.tensor([[50.0, 0, 10], [0, 0, 30], [5, 5, 5]])
     logits = 6 * torch.randn(3, 4, 3, generator=g)
-    items = [opinion(Task("multiclass", 3), "contrast", z, c, int(c.sum())) for z, c in zip(logits, counts, strict=True)]
+    items = [
+        opinion(Task("multiclass", 3), "contrast", z, c, int(c.sum())) for z, c in zip(logits, counts, strict=True)
+    ]
     ours = mean_of(items)
     for row in range(4):
         for c in range(3):
@@ -165,7 +169,9 @@ def test_the_plain_teacher_is_the_mean_of_logits() -> None:
     logits = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(7))
     items = [opinion(Task("multiclass", 3), "mean", z, torch.ones(3), 3) for z in logits]
     assert torch.allclose(mean_of(items), logits.mean(0), atol=1e-12)
-    by_samples = [opinion(Task("multiclass", 3), "samples", z, torch.ones(3), n) for z, n in zip(logits, (1, 2, 5), strict=True)]
+    by_samples = [
+        opinion(Task("multiclass", 3), "samples", z, torch.ones(3), n) for z, n in zip(logits, (1, 2, 5), strict=True)
+    ]
     assert torch.allclose(mean_of(by_samples), (logits[0] + 2 * logits[1] + 5 * logits[2]) / 8, atol=1e-12)
 
 
@@ -214,14 +220,16 @@ def test_digest_offers_fedmds_mean_absolute_error() -> None:
     {"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "clip_norm": 0.5},
 ])  # fmt: skip
 def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
-    rounds = rounds_of(config("local", clients__defaults={"optimizer": optimizer, "epochs": 2, "batch_size": 16}), held=0)
+    rounds = rounds_of(
+        config("local", clients__defaults={"optimizer": optimizer, "epochs": 2, "batch_size": 16}), held=0
+    )
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
     model = client.arch["model"].build()
     model.load_state_dict(client.models["model"])
     data = client.data("train", None)
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     plain = {k: v for k, v in optimizer.items() if k not in ("name", "clip_norm")}
-    opt = kinds[optimizer["name"]](model.parameters(), **plain)
+    opt = kinds[optimizer["name"]](model.parameters(), fused=True, **plain)
     model.train()
     for rows in index_batches(client.n, Fit({}, Supervised(), epochs=2, batch_size=16), (0, 0, "site_1", "train", 0)):
         opt.zero_grad()
@@ -259,6 +267,9 @@ def test_class_sums_step_equals_a_loop() -> None:
 def test_uploads_are_summed_in_client_order_whatever_the_order_of_arrival() -> None:
     g = torch.Generator().manual_seed(10)
     cards = rounds_of(config("local", clients=3), held=0).federation.cards
-    uploads = [Upload(cards[c], Payload({"z": Item(torch.randn(50, generator=g).float(), 1.0 + i)})) for i, c in enumerate(cards)]
+    uploads = [
+        Upload(cards[c], Payload({"z": Item(torch.randn(50, generator=g).float(), 1.0 + i)}))
+        for i, c in enumerate(cards)
+    ]
     means = [Uploads(order).mean("z") for order in (uploads, uploads[::-1], uploads[1:] + uploads[:1])]
     assert means[0] is not None and all(torch.equal(means[0], m) for m in means[1:])

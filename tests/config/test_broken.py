@@ -53,22 +53,72 @@ def misspelt_and_mistyped() -> Iterator[Case]:
             yield changed(path, rng.choice([{"a": 1}, [[]], [{"b": []}], float("nan"), {}])), [], key
 
 
-OUT_OF_RANGE = """
-rounds=0 rounds=-3 rounds=many rounds=2.5 seed=-1 roundz=3 evaluation.every=0 evaluation.patience=0 runtime.workers=0
-runtime.threads=0 runtime.device=tpu runtime.executor=quick runtime.mode=lockstep runtime.divergence=hope
-algorithm.name=fedmdd algorithm.temperature=0 algorithm.temperature=-1 algorithm.teacher=loud algorithm.heads=lose
-algorithm.distil_at=home algorithm.digest_epochs=0 algorithm.mu=1 data.partition.kind=dirichle data.partition.alpha=0
-data.partition.alpha=nan data.partition.alpha=inf data.partition.min_size=0 data.partition.min_size=5000 data.partition.classes=0
-data.split.test=1 data.split.validation=0.9 data.validation=0 data.train_limit=0 data.test_limit=0 data.proxy.size=-1
-data.proxy.size=100000000 data.name=chest_xrays data.path=no/such/file.npz data.path=no/such/folder clients.count=7
-clients.per_round=0 clients.per_round=9 clients.groups.0.model=cnn_bn_smal clients.groups.0.model=timm:no_such_net
-clients.groups.0.count=0 clients.groups.7.count=2 clients.groups.0.optimizer.lr=0 clients.groups.0.optimizer.name=sdg
-clients.groups.0.optimizer.momentum=1 clients.groups.0.optimizer.clip_norm=0 clients.groups.0.epochs=0
-clients.groups.0.batch_size=0 clients.groups.0.shares=[images] clients.groups.0.share_every=0
-clients.groups.0.scanner.contrast=0 clients.groups.0.scanner.resolution=2 clients.groups.0.preprocess.channels=2
-clients.groups.0.preprocess.resize=0 clients.groups.0.augment.rotate=400 clients.groups.0.class_weights=[1,2,3]
-clients.overrides.0.match=nobody_* server.model=resnt18 init_from=no/such/run clients.defaults.class_weights=heavy
-""".split()
+OUT_OF_RANGE = [
+    "rounds=0",
+    "rounds=-3",
+    "rounds=many",
+    "rounds=2.5",
+    "seed=-1",
+    "roundz=3",
+    "evaluation.every=0",
+    "evaluation.patience=0",
+    "runtime.workers=0",
+    "runtime.threads=0",
+    "runtime.device=tpu",
+    "runtime.executor=quick",
+    "runtime.mode=lockstep",
+    "runtime.divergence=hope",
+    "algorithm.name=fedmdd",
+    "algorithm.temperature=0",
+    "algorithm.temperature=-1",
+    "algorithm.teacher=loud",
+    "algorithm.heads=lose",
+    "algorithm.distil_at=home",
+    "algorithm.digest_epochs=0",
+    "algorithm.mu=1",
+    "data.partition.kind=dirichle",
+    "data.partition.alpha=0",
+    "data.partition.alpha=nan",
+    "data.partition.alpha=inf",
+    "data.partition.min_size=0",
+    "data.partition.min_size=5000",
+    "data.partition.classes=0",
+    "data.split.test=1",
+    "data.split.validation=0.9",
+    "data.validation=0",
+    "data.train_limit=0",
+    "data.test_limit=0",
+    "data.proxy.size=-1",
+    "data.proxy.size=100000000",
+    "data.name=chest_xrays",
+    "data.path=no/such/file.npz",
+    "data.path=no/such/folder",
+    "clients.count=7",
+    "clients.per_round=0",
+    "clients.per_round=9",
+    "clients.groups.0.model=cnn_bn_smal",
+    "clients.groups.0.model=timm:no_such_net",
+    "clients.groups.0.count=0",
+    "clients.groups.7.count=2",
+    "clients.groups.0.optimizer.lr=0",
+    "clients.groups.0.optimizer.name=sdg",
+    "clients.groups.0.optimizer.momentum=1",
+    "clients.groups.0.optimizer.clip_norm=0",
+    "clients.groups.0.epochs=0",
+    "clients.groups.0.batch_size=0",
+    "clients.groups.0.shares=[images]",
+    "clients.groups.0.share_every=0",
+    "clients.groups.0.scanner.contrast=0",
+    "clients.groups.0.scanner.resolution=2",
+    "clients.groups.0.preprocess.channels=2",
+    "clients.groups.0.preprocess.resize=0",
+    "clients.groups.0.augment.rotate=400",
+    "clients.groups.0.class_weights=[1,2,3]",
+    "clients.overrides.0.match=nobody_*",
+    "server.model=resnt18",
+    "init_from=no/such/run",
+    "clients.defaults.class_weights=heavy",
+]
 
 IMPOSSIBLE = [
     (["algorithm.name=fedmd", "data.proxy.size=0"], "proxy"),
@@ -122,7 +172,13 @@ def bad_files(folder: Path) -> Iterator[Case]:
 
 
 def not_configurations(folder: Path) -> Iterator[tuple[Path, str]]:
-    contents = {"tab.yaml": "a:\n\t- b", "list.yaml": "- 1\n- 2", "text.yaml": "hello", "torn.yaml": "a: [1, 2", "bytes.yaml": "a: \x00"}
+    contents = {
+        "tab.yaml": "a:\n\t- b",
+        "list.yaml": "- 1\n- 2",
+        "text.yaml": "hello",
+        "torn.yaml": "a: [1, 2",
+        "bytes.yaml": "a: \x00",
+    }
     for name, text in contents.items():
         (folder / name).write_text(text)
         yield folder / name, name

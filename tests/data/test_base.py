@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hetero_fl.data import Examples, check_examples
-from hetero_fl.data.base import imported, in_order
 from hetero_fl.errors import UserError
+from hetero_fl.registry import imported
+from hetero_fl.state import in_order
 from hetero_fl.task import Task
 
 CLASSES = Task("multiclass", 3)

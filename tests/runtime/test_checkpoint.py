@@ -31,7 +31,9 @@ def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_
     whole, rng = path.read_bytes(), random.Random(1)
     for i in range(200):
         at = rng.randrange(len(whole)) if i > 60 else i  # every byte of the head, then anywhere
-        damaged = whole[:at] if i % 3 == 0 else whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :]
+        damaged = (
+            whole[:at] if i % 3 == 0 else whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :]
+        )
         path.write_bytes(damaged)
         with pytest.raises(CodecError):
             read_checkpoint(path)

@@ -23,7 +23,9 @@ CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "mat
 
 
 def source() -> dict[str, Any]:
-    return config("hybrid", MIXED, clients=4, rounds=4, clients__per_round=3, server={"model": "mlp"}, output={"plots": False})
+    return config(
+        "hybrid", MIXED, clients=4, rounds=4, clients__per_round=3, server={"model": "mlp"}, output={"plots": False}
+    )
 
 
 def go_on(out: str) -> None:
@@ -61,7 +63,11 @@ def test_twenty_kills(tmp_path: Path) -> None:
         time.sleep(rng.uniform(0.02, 0.97) * took)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        mid += process.exitcode == -signal.SIGKILL and (out / "checkpoint").exists() and not (out / "summary.json").exists()
+        mid += (
+            process.exitcode == -signal.SIGKILL
+            and (out / "checkpoint").exists()
+            and not (out / "summary.json").exists()
+        )
         again = spawn(out)
         again.join()
         assert again.exitcode == 0

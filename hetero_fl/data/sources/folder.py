@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from hetero_fl.config.source import SourceConfig
-from hetero_fl.data.base import Dataset, Examples, in_order
+from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.registry import source
 from hetero_fl.errors import UserError
+from hetero_fl.state import in_order
 from hetero_fl.task import Task
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}

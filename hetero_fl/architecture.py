@@ -49,22 +49,23 @@ class Architecture:
         frozen = tuple(sorted((k, _frozen(v)) for k, v in (options or {}).items()))
         return cls(name, outputs, tuple(input_shape), feature_dim, frozen, pretrained)
 
-    def build(self) -> SplitModel:
+    def build(self, pretrained: bool = False) -> SplitModel:
         """A new module, with weights from the global generator: call it inside `torch.random.fork_rng`.
 
-        Raises `model_zoo.ModelError` where the model can not be made for this input.
+        `pretrained`: with the published weights, for a first start only; everybody else loads tensors into it. Raises
+        `model_zoo.ModelError` where the model can not be made for this input.
         """
         channels, *size = self.input_shape
         options = dict(self.options)
         return create_model(
-            self.name, self.outputs, channels, tuple(size), self.feature_dim, pretrained=self.pretrained, **options
+            self.name, self.outputs, channels, tuple(size), self.feature_dim, pretrained=pretrained, **options
         )
 
     def initial(self, seed: int) -> Tensors:
         """The tensors that every participant with this architecture starts from."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "init", self.id))
-            return {n: t.detach().clone() for n, t in self.build().state_dict().items()}
+            return {n: t.detach().clone() for n, t in self.build(self.pretrained).state_dict().items()}
 
     @cached_property
     def id(self) -> str:
@@ -101,7 +102,7 @@ class Architecture:
             raise ValueError(f"not a description of an architecture: {error}") from None
 
     def check(self) -> None:
-        """Build it once without memory for weights. Raises ModelError in one line for whatever is wrong."""
+        """Build it once. Raises ModelError in one line for whatever is wrong with it."""
         try:
             with torch.random.fork_rng(devices=[]):
                 self.build()

@@ -119,7 +119,7 @@ def _restore(plain: Any, tensors: dict[str, Tensor], depth: int) -> Tree:
         return plain
     match plain:
         case {"t": str(name), **rest} if not rest:
-            return tensors[name]
+            return tensors.pop(name)  # each once: two names for one memory would be two owners of it
         case {"d": dict(items), **rest} if not rest:
             return {k: _restore(v, tensors, depth + 1) for k, v in items.items()}
         case {"f": ("inf" | "-inf" | "nan") as number, **rest} if not rest:

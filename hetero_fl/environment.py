@@ -23,7 +23,7 @@ def describe_environment(device: torch.device, threads: int, reasons: list[str])
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "device": str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
+        "device": f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         "choices": reasons,
         "packages": {name: _version(name) for name in PACKAGES},
     }

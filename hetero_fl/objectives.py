@@ -145,7 +145,7 @@ class Supervised(Objective):
         return supervised(self.kind, logits, batch.y, reduction)
 
     def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        if batch.weight is not None:
+        if batch.weight is not None or type(self).loss is not Supervised.loss:
             return super().total(nets, batch, given)
         return self.of(nets[self.slot](batch.x), batch, given, "mean") + self.penalty(nets, given)  # one fused kernel
 
@@ -192,9 +192,6 @@ class Rehearsal(Supervised):
         public = divergence(self.kind, net(batch.public_x).logits, batch.public_teacher, self.temperature)
         return private + self.weight * public.mean()
 
-    def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        return Objective.total(self, nets, batch, given)
-
 
 @dataclass(frozen=True)
 class ClassDigest(Supervised):
@@ -210,9 +207,6 @@ class ClassDigest(Supervised):
         outputs = nets[self.slot](batch.x)
         towards = divergence(self.kind, outputs.logits, given["teacher"][batch.y], self.temperature)
         return self.of(outputs, batch, given) + self.weight * towards * given["known"][batch.y]
-
-    def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        return Objective.total(self, nets, batch, given)
 
 
 def log_prior(task: Task, counts: Tensor) -> Tensor | None:

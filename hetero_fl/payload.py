@@ -6,7 +6,7 @@ bytes, and checked on arrival against what the method declared.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,8 +119,10 @@ def _item(name: str, raw: Any) -> Item:
     if isinstance(weight, Tensor):
         if not weight.is_floating_point() or bool((weight < 0).any()):
             raise PayloadError(f"item {name!r} has a weight below nought")
-    elif isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+    elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
         raise PayloadError(f"item {name!r} has a weight that is no number of nought or more")
+    else:
+        weight = float(weight)
     return Item(values, weight, kind)
 
 
@@ -152,7 +154,5 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
                 raise PayloadError(
                     f"item {name!r}, {n}: shape {tuple(got.shape)} where {tuple(expected.shape)} was agreed"
                 )
-            if got.is_floating_point() != expected.is_floating_point() and n != "weight":
-                raise PayloadError(f"item {name!r}, {n}: dtype {got.dtype} where {expected.dtype} was agreed")
             if got.dtype != expected.dtype and n != "weight":
                 raise PayloadError(f"item {name!r}, {n}: dtype {got.dtype} where {expected.dtype} was agreed")

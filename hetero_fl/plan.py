@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.clients import AugmentConfig, OptimizerConfig
 from hetero_fl.objectives import Objective
 from hetero_fl.state import Columns, Part, Participant
 
@@ -66,6 +66,7 @@ class Fit:
     steps: int | None = None  # in place of epochs; endless permutations, full batches
     batch_size: int = 32
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    augment: AugmentConfig | None = None  # random changes of the images of each batch
     anneal: bool = False  # cosine from lr to nought within this fit
     frozen: tuple[str, ...] = ()  # slots that the objective may call but not change
     given: Mapping[str, Any] = field(default_factory=dict)  # tensors (or named tensors) an objective reads

@@ -109,6 +109,13 @@ class Participant:
         return self.settings.optimizer.at(self.clock.round, self.clock.rounds)
 
 
+def copied(tree: Any) -> Any:
+    """A tree of dictionaries and lists that may be changed without changing the original; tensors are shared."""
+    if isinstance(tree, dict):
+        return {k: copied(v) for k, v in tree.items()}
+    return [copied(v) for v in tree] if isinstance(tree, list) else tree
+
+
 def in_order(ids: Iterable[str]) -> list[str]:
     """Sorted as people count, `site_2` before `site_10`: the one order in which sums are taken and data is dealt."""
     return sorted(ids, key=lambda n: ([int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", n))], n))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -24,6 +26,8 @@ def load(path: str) -> Callable[..., Any]:
     module_name, colon, attribute = path.partition(":")
     if not (colon and module_name and attribute):
         raise ModelError(f"found {path!r}, the form is python:package.module:Class")
+    if os.getcwd() not in sys.path:  # the working folder may hold it
+        sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
     except Exception as error:  # a user's module may raise anything while it is imported

@@ -26,12 +26,14 @@ def contrast(counts: Tensor) -> Tensor:
     return n * (1 - n / n.sum().clamp(min=1)) + FLOOR
 
 
-def opinion(task: Task, kind: TeacherKind, logits: Tensor, counts: Tensor, n: int) -> Item:
+def opinion(task: Task, kind: TeacherKind, logits: Tensor, counts: Tensor | None, n: int) -> Item:
     """A client's predictions `[N, C]` as an item of the consensus.
 
     mean: logits, weight 1; samples: logits, weight n; contrast: max(log p, −8) with weight a_c by class (multi-label and
-    regression have no exclusive classes: there contrast is `samples`).
+    regression have no exclusive classes: there contrast is `samples`). A client that does not release its label counts
+    (None) speaks as if its n rows were spread evenly over the classes.
     """
     if kind == "contrast" and task.kind == "multiclass":
+        counts = torch.full((task.outputs,), n / task.outputs) if counts is None else counts
         return Item(F.log_softmax(logits, -1).clamp(min=CLIP), contrast(counts), "rows")
     return Item(logits, 1.0 if kind == "mean" else float(n), "rows")

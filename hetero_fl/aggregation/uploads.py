@@ -1,8 +1,8 @@
 """The uploads of a round, and the one rule by which they are combined: the weighted mean over the owners of each element.
 
 That rule is FedAvg within an architecture, partial sharing, and the mean of predictions at once. Sums are taken in client-id
-order, so that the order of arrival changes no bit; weights are normalised before they multiply, and the first term starts
-the sum, so that a tensor with one owner passes through untouched.
+order, so that the order of arrival changes no bit; weights that are numbers are normalised before they multiply, and the
+first term starts the sum, so that a tensor with one owner passes through untouched.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
 from hetero_fl.registry import Registry
 from hetero_fl.state import Card, Part, Participant, common_part, floats, select, without
+from hetero_fl.task import Task
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
 algorithm: Registry[type[Algorithm]] = Registry("algorithm")
@@ -60,7 +61,7 @@ class Algorithm(BaseModel):
         return self.part(settings) if self.sharing(settings, round) else ()
 
     def takes(self, settings: ClientSettings, round: int) -> Part:
-        """What of its model the client replaces by the server's: after each round in which it sent, and at the start."""
+        """What of its model the client replaces by the server's: in the round after each in which it sends."""
         return self.part(settings) if round % settings.share_every == 0 else ()
 
     def private(self, client: Participant) -> dict[str, Tensors]:
@@ -122,7 +123,8 @@ class Algorithm(BaseModel):
         """The slot of the server's own model, if it has one: the student, else the global model of a single group."""
         if STUDENT in server.models:
             return STUDENT
-        return next(iter(server.models)) if self.shared is None and len(server.models) == 1 else None
+        whole = any(self.part(c.settings) is None for c in server.peers.values())  # else its head was never trained
+        return next(iter(server.models)) if whole and len(server.models) == 1 else None
 
     # Pieces to build with ----------------------------------------------------------------------------------------
     def fit(
@@ -136,21 +138,22 @@ class Algorithm(BaseModel):
     ) -> Fit:
         """The client's local training with its own settings; another objective, rows or `Fit` field on request."""
         s = client.settings
-        objective = objective or Supervised(client.task.kind)
-        base: dict[str, Any] = {"epochs": s.epochs, "steps": s.steps} if "epochs" not in changes else {}
-        extra = self.local_given(client) if isinstance(objective, Supervised) else {}
-        settings = {"batch_size": s.batch_size, "optimizer": client.optimizer, **base, **changes}
-        return Fit({"model": None}, objective, data or Rows(), given={**extra, **(given or {})}, **settings)
+        objective, data = objective or Supervised(client.task.kind), data or Rows()
+        base: dict[str, Any] = {"batch_size": s.batch_size, "optimizer": client.optimizer}
+        base |= {} if "epochs" in changes else {"epochs": s.epochs, "steps": s.steps}
+        base |= {"augment": s.augment.active} if data.name == "train" else {}
+        extra = self.local_given(client.task, client.counts, s) if isinstance(objective, Supervised) else {}
+        return Fit({"model": None}, objective, data, given={**extra, **(given or {})}, **{**base, **changes})
 
-    def local_given(self, client: Participant) -> dict[str, Tensor]:
-        """What the supervised loss of this client reads besides the batch."""
+    def local_given(self, task: Task, counts: Tensor, settings: ClientSettings) -> dict[str, Tensor]:
+        """What the supervised loss on rows with these label counts reads besides the batch."""
         given = {}
-        prior = log_prior(client.task, client.counts) if self.logit_adjustment else None
+        prior = log_prior(task, counts) if self.logit_adjustment else None
         if prior is not None:
             given["log_prior"] = prior
-        weights = client.settings.class_weights
-        if weights is not None and client.task.kind == "multiclass":
-            n = client.counts.to(torch.get_default_dtype())
+        weights = settings.class_weights
+        if weights is not None and task.kind == "multiclass":
+            n = counts.to(torch.get_default_dtype())
             w = 1 / n.clamp(min=1) if weights == "balanced" else torch.tensor(weights, dtype=n.dtype)
             given["class_weights"] = w * n.sum() / (w * n).sum()  # the mean over the training rows is one
         return given

@@ -31,7 +31,8 @@ class Distilling(Algorithm):
     def opinion(self, client: Participant) -> Plan[Item]:
         """The client's predictions on the proxy set with the weight of its word."""
         logits = yield Predict("model", Rows("proxy"))
-        return opinion(client.task, self.teacher, logits, client.counts, client.n)
+        counts = client.counts if "statistics" in client.settings.shares else None
+        return opinion(client.task, self.teacher, logits, counts, client.n)
 
     def digest(self, client: Participant, teacher: Tensor, epochs: int, **objective: object) -> Fit:
         """The client follows the teacher on the proxy set."""

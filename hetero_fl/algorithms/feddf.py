@@ -12,7 +12,7 @@ from hetero_fl.algorithms.distillation import Distilling
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Plan, Predict, Rows
-from hetero_fl.state import Participant
+from hetero_fl.state import Participant, in_order
 
 
 @algorithm("feddf")
@@ -26,7 +26,7 @@ class FedDF(Distilling, FedAvg):
 
     uploads = {
         "model": ItemSpec("params", use="each"),
-        "logits": ItemSpec("rows", use="each", share="predictions"),
+        "logits": ItemSpec("rows", use="each", private=True, share="predictions"),
         "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
     }
 
@@ -34,9 +34,10 @@ class FedDF(Distilling, FedAvg):
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         items: Items = yield from super().train(client, got)
-        if self.sends(client.settings, client.clock.round) is not None and self.gives(client, "predictions"):
+        whole = self.sends(client.settings, client.clock.round) is None
+        if not whole and self.gives(client, "predictions"):
             items["logits"] = yield from self.opinion(client)
-        elif self.teacher == "contrast" and self.gives(client, "statistics"):
+        elif whole and self.teacher == "contrast" and self.gives(client, "statistics"):
             items["counts"] = Item(client.counts, kind="counts")
         return items
 
@@ -56,11 +57,10 @@ class FedDF(Distilling, FedAvg):
         said.update({u.client: u.payload.item("logits") for u in uploads.having("logits")})
         yield from super().aggregate(server, uploads)
         if said:
-            teacher = mean_of([said[c] for c in sorted(said)])
+            teacher = mean_of([said[c] for c in in_order(said)])
             yield from self.distil(server, teacher, [u.card for u in uploads.having("model")], self.distil_epochs)
             yield from self.train_student(server, teacher)
 
     def opinion_of(self, server: Participant, upload: Upload, logits: Tensor) -> Item:
         """The word of a client whose model the server holds."""
-        counts = upload.payload.get("counts", server.counts)
-        return opinion(server.task, self.teacher, logits, counts, upload.card.n)
+        return opinion(server.task, self.teacher, logits, upload.payload.get("counts"), upload.card.n)

@@ -33,7 +33,7 @@ class Hybrid(Distilling, FedAvg):
     """
 
     needs_proxy = False  # without one it averages only
-    uploads = {"model": ItemSpec("params"), "logits": ItemSpec("rows", share="predictions")}
+    uploads = {"model": ItemSpec("params"), "logits": ItemSpec("rows", private=True, share="predictions")}
     reads = "after aggregation, as deployed with the next broadcast and digested"
 
     logit_adjustment: bool = True

@@ -12,7 +12,7 @@ from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.objectives import Supervised
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
-from hetero_fl.state import Card, Participant, floats
+from hetero_fl.state import Card, Participant, floats, in_order
 
 
 @algorithm("local")
@@ -21,6 +21,7 @@ class Local(Algorithm):
 
     shared = ()
     uploads = {}
+    counted = False
     reads = "after private training"
 
 
@@ -32,7 +33,8 @@ class Ensemble(Local):
     """
 
     uploads = {"member": ItemSpec("params", use="each")}
-    reads = "mean softmax of all clients' models after private training"
+    counted = True
+    reads = "mean softmax of all clients' models after private training (the models saved are the members)"
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield self.fit(client)
@@ -52,7 +54,7 @@ class Ensemble(Local):
         yield from ()
 
     def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
-        cards = [client.peers[i] for i in sorted(client.state["members"])]
+        cards = [client.peers[i] for i in in_order(client.state["members"])]
         logits = yield [
             Predict(c.id, Rows(rows.name, through=c.preprocess), tensors=client.state["members"][c.id], arch=c.arch)
             for c in cards
@@ -61,7 +63,8 @@ class Ensemble(Local):
             return torch.stack(logits).mean(0)
         if client.task.kind == "multilabel":
             return torch.stack([z.sigmoid() for z in logits]).mean(0).logit(eps=1e-7)
-        return torch.stack([z.log_softmax(-1) for z in logits]).logsumexp(0)
+        mean = torch.stack([z.log_softmax(-1) for z in logits]).logsumexp(0)
+        return self.with_prior(client, mean) if home else mean
 
 
 @algorithm("centralized")
@@ -83,7 +86,7 @@ class Centralized(Algorithm):
     @staticmethod
     def pool(server: Participant) -> Card:
         """The client whose architecture and settings the pooled model takes: the first of the most frequent architecture."""
-        cards = [server.peers[i] for i in sorted(server.peers)]
+        cards = [server.peers[i] for i in in_order(server.peers)]
         kinds = [c.arch.id for c in cards]
         return max(cards, key=lambda c: kinds.count(c.arch.id))  # max keeps the first of equals
 
@@ -93,11 +96,16 @@ class Centralized(Algorithm):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         card = self.pool(server)
-        s = card.settings
+        s, rows = card.settings, Rows("pooled", through=card.preprocess)
+        counts = server.counts
+        if server.task.kind == "multiclass":
+            counts = torch.bincount(rows.columns(server)["y"], minlength=server.task.outputs)
         yield Fit(
             {card.arch.id: None},
             Supervised(server.task.kind, slot=card.arch.id),
-            Rows("pooled", through=card.preprocess),
+            rows,
+            given=self.local_given(server.task, counts, s),
+            augment=s.augment.active,
             epochs=s.epochs,
             steps=s.steps,
             batch_size=s.batch_size,

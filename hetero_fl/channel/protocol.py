@@ -7,7 +7,7 @@ instance, fit the same two methods.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol as Interface
 
 
@@ -53,15 +53,6 @@ class Traffic:
 
     up: int = 0
     down: int = 0
-    by_client: dict[str, list[int]] = field(default_factory=dict)  # id -> [up, down]
-
-    def count(self, client: str, up: int = 0, down: int = 0) -> None:
-        """Add a transfer."""
-        self.up += up
-        self.down += down
-        entry = self.by_client.setdefault(client, [0, 0])
-        entry[0] += up
-        entry[1] += down
 
 
 def hold_round(
@@ -72,11 +63,9 @@ def hold_round(
     try:
         requests = next(conversation)
         while True:
-            for client, message in requests.items():
-                traffic.count(client, down=len(message.body))
+            traffic.down += sum(len(message.body) for message in requests.values())
             replies = exchange(requests)
-            for client, message in replies.items():
-                traffic.count(client, up=len(message.body))
+            traffic.up += sum(len(message.body) for message in replies.values())
             requests = conversation.send(replies)
     except StopIteration as stop:
         return stop.value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def _carry_out_train(options: argparse.Namespace) -> int:
         return 0
     if options.resume and options.out is None:
         raise UserError("--resume: which run? name its directory with --out")
+    if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
+        print(f"nothing to resume in {options.out}: starting", file=sys.stderr)
     finished = run(options.config, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False)
     print(finished.path)
     return 0
@@ -87,6 +90,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, metavar="FILE|NAME", help="a local file or folder, or a source by name"
     )
+    parser.add_argument("--label", metavar="COLUMN", help="of a table: the column of labels (several: A,B,…)")
     parser.add_argument("--client", help="only this client's model")
     parser.add_argument("--home", action="store_true", help="read with the client's own label frequencies")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
@@ -96,14 +100,19 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 def _carry_out_evaluate(options: argparse.Namespace) -> int:
     from hetero_fl.experiment import evaluate
 
-    results = evaluate(options.run, options.data, options.client, options.home)
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise UserError(f"--json: found {options.json}; name a file in a folder that exists")
+    results = evaluate(options.run, options.data, options.client, options.home, options.label)
     names = list(next(iter(results.values())))
     table = Table("model", *names, title=f"{options.run} on {options.data}")
     for model, scores in results.items():
         table.add_row(model, *("–" if scores[n] is None else f"{scores[n]:.3f}" for n in names))
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        try:
+            options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json: {options.json}: cannot be written ({error.strerror})") from None
     return 0
 
 

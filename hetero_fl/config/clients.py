@@ -62,12 +62,14 @@ Models = Annotated[list[ModelConfig], Field(min_length=1), BeforeValidator(_list
 class OptimizerConfig(Section):
     """A torch optimiser and how its learning rate moves over the rounds."""
 
-    name: choice("sgd", "adam", "adamw") = "adam"  # type: ignore[valid-type]
-    lr: PositiveFloat = 1e-3
+    name: choice("sgd", "adam", "adamw") = Field(  # type: ignore[valid-type]
+        "adam", description="torch's optimiser, made anew each round"
+    )
+    lr: PositiveFloat = Field(1e-3, description="learning rate of the first round")
     head_lr: PositiveFloat | None = Field(None, description="the head's own learning rate; none: the same")
-    momentum: float = Field(0.0, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(False, description="of sgd with momentum")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty; adamw: decoupled from the gradient")
     clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
     schedule: choice("constant", "cosine", "step", "linear") = Field("constant", description="of lr over the rounds")  # type: ignore[valid-type]
     gamma: float = Field(0.1, gt=0, le=1, description="step: the factor; cosine, linear: the last lr over the first")
@@ -99,8 +101,8 @@ class OptimizerConfig(Section):
 class Normalize(Section):
     """Pixel values p in 0..1 become (p − mean) / std."""
 
-    mean: float = 0.5
-    std: PositiveFloat = 0.25
+    mean: float = Field(0.5, description="subtracted")
+    std: PositiveFloat = Field(0.25, description="divided by")
 
 
 class PreprocessConfig(Section):
@@ -120,6 +122,11 @@ class AugmentConfig(Section):
     flip: bool = Field(False, description="left and right at random")
     rotate: float = Field(0.0, ge=0, le=180, description="up to so many degrees either way")
 
+    @property
+    def active(self) -> AugmentConfig | None:
+        """Itself, or None if it changes nothing."""
+        return self if self.crop or self.flip or self.rotate else None
+
 
 class ScannerConfig(Section):
     """A site's own imaging device: what it does to the images made there (feature shift)."""
@@ -138,8 +145,10 @@ class ClientSettings(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     epochs: PositiveInt = Field(1, description="local epochs a round")
     steps: PositiveInt | None = Field(None, description="local steps a round in place of epochs")
-    batch_size: PositiveInt = 32
-    class_weights: Literal["balanced"] | list[float] | None = Field(None, description="of the cross-entropy")
+    batch_size: PositiveInt = Field(32, description="examples a step, of private training")
+    class_weights: Literal["balanced"] | list[float] | None = Field(
+        None, description="of the cross-entropy: one number a class; balanced: the inverse of its frequency"
+    )
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
     scanner: ScannerConfig = ScannerConfig()
@@ -167,8 +176,17 @@ class ClientGroup(ClientSettings):
     name: str = Field(
         pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="ids are name_1, name_2 …, or the name alone for one"
     )
-    count: PositiveInt | None = None
-    fraction: float | None = Field(None, gt=0, le=1)
+    count: PositiveInt | None = Field(
+        None, description="clients in the group; none: one, or what `clients.count` leaves"
+    )
+    fraction: float | None = Field(None, gt=0, le=1, description="of `clients.count`, in place of `count`")
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_server(cls, value: str) -> str:
+        if value.lower() == "server":  # in any case: file systems may not tell them apart
+            raise ValueError(f"found '{value}', which is what the server is called; choose another name")
+        return value
 
     @model_validator(mode="after")
     def _one_size(self) -> ClientGroup:

@@ -41,7 +41,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
 
 def _algorithm(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The algorithm's settings, complete with its defaults."""
-    from hetero_fl.algorithms import algorithm
+    from hetero_fl.algorithms import Algorithm, algorithm
 
     if "name" not in settings and (close := get_close_matches("name", settings, n=1)):
         raise UserError(f"{where}: algorithm.{close[0]}: unknown key; did you mean 'name'?")
@@ -51,6 +51,10 @@ def _algorithm(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         kind = algorithm[settings["name"]]
     except UserError as error:
         raise UserError(f"{where}: algorithm.name: {error}") from None
+    if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
+        raise UserError(
+            f"{where}: algorithm.name: '{settings['name']}' is no subclass of hetero_fl.algorithms.Algorithm"
+        )
     own = {k: v for k, v in settings.items() if k != "name"}
     try:
         return {"name": settings["name"], **kind.model_validate(own).model_dump()}

@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from pydantic import ValidationError
+
 from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings
+from hetero_fl.config.load import describe
 from hetero_fl.errors import UserError
 
 DESCRIBES = {"name", "count", "fraction", "match"}  # of groups and overrides: not settings of a client
+OF_SGD = {"momentum", "nesterov"}  # settings of one optimiser, which another does not inherit
 
 
 def expand(config: ClientsConfig) -> dict[str, ClientSettings]:
     """Settings by client id. Ids are `name_1`, `name_2` … (zero-padded), or the group's name where it is one client.
 
-    Raises UserError for counts that do not add up, doubled ids, and overrides that match nobody.
+    Raises UserError for counts that do not add up, doubled ids, overrides that match nobody, and layers that contradict
+    one another.
     """
     groups = config.groups or [ClientGroup(name="client")]
     defaults = _given(config.defaults)
@@ -26,23 +31,37 @@ def expand(config: ClientsConfig) -> dict[str, ClientSettings]:
             id = group.name if count == 1 else f"{group.name}_{i + 1:0{width}}"
             if id in clients:
                 raise UserError(f"clients.groups: two clients are called '{id}'; give the groups different names")
-            merged = _merge(defaults, _given(group))
-            models = merged.get("model")
-            if isinstance(models, list):
-                merged["model"] = [models[i % len(models)]]
-            clients[id] = merged
+            clients[id] = _layer(defaults, _given(group), i)
     for override in config.overrides:
         matched = [id for id in clients if fnmatchcase(id, override.match)]
         if not matched:
             raise UserError(f"clients.overrides: '{override.match}' matches none of {', '.join(list(clients)[:8])} …")
-        for id in matched:
-            clients[id] = _merge(clients[id], _given(override))
-    return {id: ClientSettings.model_validate(settings) for id, settings in clients.items()}
+        for i, id in enumerate(matched):
+            clients[id] = _layer(clients[id], _given(override), i)
+    return {id: _checked(id, settings) for id, settings in clients.items()}
+
+
+def _checked(id: str, settings: dict[str, Any]) -> ClientSettings:
+    try:
+        return ClientSettings.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"clients: '{id}': {describe(error, settings, ClientSettings)}") from None
 
 
 def _given(settings: ClientSettings) -> dict[str, Any]:
     """What was really written, not the defaults."""
     return {k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in DESCRIBES}
+
+
+def _layer(base: Mapping[str, Any], over: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    """One client's settings under another layer, of whose clients it is number `turn` (from 0)."""
+    had, named = base.get("optimizer", {}), over.get("optimizer", {}).get("name")
+    if named is not None and named != had.get("name", named):
+        base = {**base, "optimizer": {k: v for k, v in had.items() if k not in OF_SGD}}
+    merged = _merge(base, over)
+    if models := merged.get("model"):
+        merged["model"] = [models[turn % len(models)]]
+    return merged
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,11 +32,18 @@ class EvaluationConfig(Section):
 class RuntimeConfig(Section):
     """Where and how a run computes. Threads are part of the result's bits, the number of workers is not."""
 
-    mode: choice("sync") = "sync"  # type: ignore[valid-type]
-    executor: choice("auto", "serial") = "auto"  # type: ignore[valid-type]
+    mode: choice("sync") = Field(  # type: ignore[valid-type]
+        "sync", description="rounds that wait for the whole cohort"
+    )
+    executor: choice("auto", "serial") = Field(  # type: ignore[valid-type]
+        "auto",
+        description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
+    )
     workers: PositiveInt = Field(1, description="worker processes (executors that have them)")
     threads: PositiveInt | None = Field(None, description="threads of a process; none: chosen from cores and models")
-    device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = "auto"  # type: ignore[valid-type]
+    device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]
+        "auto", description="auto: the first GPU if there is one"
+    )
     divergence: Literal["skip", "stop"] = Field(
         "skip", description="a client whose loss is no longer finite: leave it out of the round, or end the run"
     )
@@ -45,17 +52,26 @@ class RuntimeConfig(Section):
 class OutputConfig(Section):
     """What a run leaves behind besides metrics and models."""
 
-    plots: bool = True
-    report: bool = True
-    tensorboard: bool = False
+    plots: bool = Field(True, description="`plots/*.png`")
+    report: bool = Field(True, description="`report.html`")
+    tensorboard: bool = Field(
+        False, description="the same figures below `tensorboard/`; needs `hetero_fl[tensorboard]`"
+    )
 
 
 class Config(Section):
     """One run: data, clients, method, and how it is computed."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seed: NonNegativeInt = 0
-    rounds: PositiveInt = 10
+    name: str = Field(
+        "run",
+        min_length=1,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="`runs/<name>-<time>` holds the results",
+    )
+    seed: NonNegativeInt = Field(
+        0, description="partition, proxy set, initial weights, sampling and batches follow from it"
+    )
+    rounds: PositiveInt = Field(10, description="global rounds")
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
     server: ServerConfig = ServerConfig()

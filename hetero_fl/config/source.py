@@ -19,7 +19,10 @@ class SourceConfig(Section):
 class PartitionConfig(Section):
     """How the training rows are dealt out to the clients."""
 
-    kind: choice("iid", "dirichlet", "classes", "quantity", "natural", prefix="python:") = "iid"  # type: ignore[valid-type]
+    kind: choice("iid", "dirichlet", "classes", "quantity", "natural", prefix="python:") = Field(  # type: ignore[valid-type]
+        "iid",
+        description="rows at random; skewed labels; few classes a client; skewed numbers; a client for each group; one's own",
+    )
     alpha: PositiveFloat = Field(0.5, description="dirichlet, quantity: concentration; small is more skewed")
     classes: PositiveInt = Field(2, description="classes: so many a client")
     min_size: PositiveInt = Field(20, description="fewest rows a client may get")
@@ -37,8 +40,8 @@ class ProxyConfig(Section):
 class SplitConfig(Section):
     """How each client splits its own rows; fractions of them."""
 
-    validation: float = Field(0.15, ge=0, lt=1)
-    test: float = Field(0.25, ge=0, lt=1)
+    validation: float = Field(0.15, ge=0, lt=1, description="selects a round")
+    test: float = Field(0.25, ge=0, lt=1, description='"at home" is measured on these')
 
     @model_validator(mode="after")
     def _leaves_some(self) -> SplitConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hetero_fl.config.clients import AugmentConfig, ClientSettings, ScannerConfig
+from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessConfig, ScannerConfig
 from hetero_fl.config.source import DataConfig, SourceConfig
 from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.federated import CACHE_BYTES, FederatedData, Share
@@ -18,7 +18,7 @@ from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.split import draw, split_client, with_test
 from hetero_fl.errors import UserError
-from hetero_fl.seeding import generator
+from hetero_fl.seeding import generator, key
 from hetero_fl.state import in_order
 
 
@@ -28,6 +28,7 @@ def federate(
     clients: Mapping[str, ClientSettings],
     seed: int,
     cache_bytes: int = CACHE_BYTES,
+    server: PreprocessConfig | None = None,
 ) -> FederatedData:
     """Split a data set among clients. The order of `clients` changes nothing.
 
@@ -35,6 +36,9 @@ def federate(
     loses its labels; the common validation set is carved if the data set has none; what is left is dealt out among the
     clients without a source of their own. A source that clients name as their own is dealt out among those that name it
     (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
+
+    Args:
+        server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.
 
     Raises:
         UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
@@ -48,7 +52,7 @@ def federate(
     rows = torch.arange(len(dataset.train))
     if config.train_limit is not None and config.train_limit < len(rows):
         rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"))
-    public, rows = _proxy(dataset, config, rows, clients, seen, seed)
+    public, rows = _proxy(dataset, config, rows, clients, seen, server, seed)
     if dataset.validation is None:
         count = max(1, round(config.validation * len(rows)))
         validation, rows = draw(rows, count, generator("data", seed, "common_validation"))
@@ -74,7 +78,9 @@ def federate(
                     f"clients: '{name}': data: examples of {own.name} have shape {found}, those of the common set "
                     f"{dataset.name} {seen[name]}, as this client sees them; set preprocess.resize or channels"
                 )
-        shares |= _deal(adopted, torch.arange(len(adopted.train)), holders, config, clients, seed)
+        # keys of its own: holders of two sources would else get the same mix of classes
+        own_seed = key("data", seed, "own source", source.name, source.path or "")
+        shares |= _deal(adopted, torch.arange(len(adopted.train)), holders, config, clients, own_seed)
 
     private = {}
     for name, share in shares.items():
@@ -87,7 +93,7 @@ def federate(
 
 def _proxy(
     dataset: Dataset, config: DataConfig, rows: Tensor, clients: Mapping[str, ClientSettings],
-    seen: Mapping[str, tuple[int, ...]], seed: int,
+    seen: Mapping[str, tuple[int, ...]], server: PreprocessConfig | None, seed: int,
 ) -> tuple[dict[str, Share], Tensor]:  # fmt: skip
     """The proxy set, if there is one, and the rows that are left. Which rows it takes depends on no label."""
     size, draws = config.proxy.size, generator("data", seed, "proxy")
@@ -103,12 +109,17 @@ def _proxy(
     where = "data.proxy.source"
     x, columns = load_unlabelled(config.proxy.source, Path(config.root).expanduser(), where)
     x, _ = match_columns(x, columns, dataset, f"{where}: {config.proxy.source.name}")
-    for name, expected in seen.items():
-        found = _seen_shape(name, clients[name], tuple(x.shape[1:]))
+    raw = tuple(x.shape[1:])
+    views = [(f"client '{n}'", _seen_shape(n, clients[n], raw), seen[n], "its preprocess") for n in seen]
+    if server is not None:
+        view, common = Preprocess(server.resize, server.channels), tuple(dataset.train.x.shape[1:])
+        place = "server.preprocess"
+        views.append(("the server", view.shape(raw, place), view.shape(common, place), place))
+    for who, found, expected, section in views:
         if found != expected:
             raise UserError(
                 f"{where}: examples of {config.proxy.source.name} have shape {found}, those of {dataset.name} "
-                f"{expected}, as client '{name}' sees them; set its preprocess.resize or channels"
+                f"{expected}, as {who} sees them; set {section}.resize or channels"
             )
     held = torch.arange(len(x))
     if 0 < size < len(x):
@@ -155,13 +166,13 @@ def _own_sources(
 def _seen_shape(name: str, settings: ClientSettings, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of an example as a client sees it; refuses what its settings ask of examples that are no images."""
     image = len(raw_shape) == 3
-    for key, value, plain in (
+    for setting, value, plain in (
         ("scanner", settings.scanner, ScannerConfig()),
         ("augment", settings.augment, AugmentConfig()),
     ):
         if value != plain and not image:
             raise UserError(
-                f"clients: '{name}': {key}: is for images, but the examples have shape {raw_shape}; leave it out"
+                f"clients: '{name}': {setting}: is for images, but the examples have shape {raw_shape}; leave it out"
             )
     config = settings.preprocess
     seen = Preprocess(config.resize, config.channels).shape(raw_shape, f"clients: '{name}': preprocess")

@@ -163,8 +163,11 @@ class FederatedData:
         parts = [self._see(self._raw(client, "train"), through) for client in self.client_ids]
         shapes = {client: tuple(p["x"].shape[1:]) for client, p in zip(self.client_ids, parts, strict=True)}
         if len(set(shapes.values())) > 1:
+            owner = next((c for c in self.client_ids if self.preprocess(c) == through), None)
+            where = "server.preprocess" if owner is None else f"clients: '{owner}': preprocess"
             raise UserError(
-                f"server.preprocess: examples differ in shape ({shapes}); set resize and channels to pool them"
+                f"{where}: all clients' rows are pooled through this view, and differ in shape then ({shapes}); "
+                "set its resize and channels"
             )
         return {name: torch.cat([part[name] for part in parts]) for name in ("x", "y")}
 

@@ -82,9 +82,7 @@ def deal(
             f"at most {len(y) // len(sizes)}"
         )
     if config.kind.startswith("python:"):
-        return _checked(
-            imported(config.kind, f"{WHERE}.kind")(y, group, config, sizes, task, seed), config, len(y), len(sizes)
-        )
+        return _checked(_own(y, group, config, sizes, task, seed), config, len(y), len(sizes))
     if config.kind not in _partitions:
         raise UserError(f"{WHERE}.kind: found '{config.kind}'{nearest(config.kind, _partitions)}")
     share = np.asarray(sizes, dtype=np.float64)
@@ -229,6 +227,22 @@ def _top_up(d: Deal, parts: list[Tensor]) -> list[Tensor]:
         parts[low], parts[high] = torch.cat([parts[low], rows[:moved]]), rows[moved:]
         turn += 1
     return parts
+
+
+def _own(
+    y: Tensor, group: Tensor | None, config: PartitionConfig, sizes: Sequence[float], task: Task, seed: int
+) -> object:
+    """What a user's own partition returns."""
+    where = f"{WHERE}.kind"
+    function = imported(config.kind, where)
+    if not callable(function):
+        raise UserError(f"{where}: {config.kind} is not a function of (y, group, config, sizes, task, seed)")
+    try:
+        return function(y, group, config, sizes, task, seed)
+    except UserError as error:
+        raise UserError(f"{where}: {config.kind}: {error}") from error
+    except Exception as error:  # a user's function may fail in any way; the reason goes into the one line
+        raise UserError(f"{where}: {config.kind} raised {type(error).__name__}: {error}") from error
 
 
 def _checked(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:

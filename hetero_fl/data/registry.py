@@ -94,6 +94,8 @@ def _own(config: SourceConfig, root: Path, where: str) -> Dataset:
         dataset = load(config, root)
     except UserError as error:
         raise UserError(f"{where}: {config.name}: {error}") from error
+    except Exception as error:  # a user's function may fail in any way; the reason goes into the one line
+        raise UserError(f"{where}: {config.name} raised {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise UserError(f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset")
     _check(dataset, f"{where}: {config.name}")

@@ -76,9 +76,17 @@ def compare(
     seeds. `jobs`: runs at a time, by default one per core with one thread each. Raises UserError before anything runs if a
     configuration is impossible; RunFailed, after the others have ended, if a run fails.
     """
-    out, base = Path(out), list(overrides)
-    variants, left_out = _variants(source, algorithms, base)
+    out, base, seeds = Path(out), list(overrides), list(dict.fromkeys(seeds))
+    if not seeds:
+        raise UserError("--seeds: found none; write whole numbers with commas, such as 0,1,2")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs: found {jobs}; take 1 or more")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; name a folder")
     config = load_config(source, base)
+    for seed in seeds:
+        load_config(source, [*base, f"seed={seed}"])
+    variants, left_out = _variants(source, algorithms, base)
     cores = os.cpu_count() or 1
     threads = config.runtime.threads or 1
     base += [] if config.runtime.threads else ["runtime.threads=1"]
@@ -86,15 +94,17 @@ def compare(
         tuple(f"{k}={v}" for k, v in zip(grid or {}, p, strict=True)) for p in itertools.product(*(grid or {}).values())
     ]
     work = [Job(v, p, s, out / "runs" / _folder(v, p, s)) for s in seeds for v in variants for p in points]
-    for job in work[: len(variants) * len(points)]:
-        prepare(source, [*base, *job.overrides])
-    out.mkdir(parents=True, exist_ok=True)
+    tasks = [prepare(source, [*base, *job.overrides]).federation.task for job in work[: len(variants) * len(points)]]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out}: cannot be made ({error.strerror})") from None
     with Progress(out / "log.txt", quiet) as progress:
         for name, why in left_out.items():
             progress.log(f"left out {name}: {why}")
         failed = _run_all(source, base, work, jobs or max(1, cores // threads), progress)
     done = [j for j in work if j not in failed]
-    chosen = _choose(done, variants, points)
+    chosen = _choose(done, variants, points, tasks[0])
     notes = [f"{v.label}: {', '.join(p)} (chosen by validation)" for v, p in chosen.items() if p]
     notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
     rows = [
@@ -103,8 +113,7 @@ def compare(
         if j.point == chosen[j.variant]
     ]
     if rows:
-        task = prepare(source, [*base, *work[0].overrides]).federation.task
-        write_comparison(out, rows, title=config.name, note="; ".join(notes), task=task)
+        write_comparison(out, rows, title=config.name, note="; ".join(notes), task=tasks[0])
     if failed:
         first, why = next(iter(failed.items()))
         raise RunFailed(f"{len(failed)} of {len(work)} runs failed; {first.variant.label}, seed {first.seed}: {why}")
@@ -114,7 +123,10 @@ def compare(
 def _variants(source: Source, algorithms: Sequence[str] | str, base: list[str]) -> tuple[list[Variant], dict[str, str]]:
     names = algorithms.split(",") if isinstance(algorithms, str) else list(algorithms)
     if names != ["all"]:
-        return [Variant.parse(n.strip()) for n in names if n.strip()], {}
+        variants = list(dict.fromkeys(Variant.parse(n.strip()) for n in names if n.strip()))
+        if not variants:
+            raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")
+        return variants, {}
     kept, left_out = [], {}
     for name in algorithm:
         try:
@@ -158,20 +170,21 @@ def _one(source: Source, overrides: list[str], out: Path) -> None:
     run(source, out=out, resume=True, overrides=overrides)
 
 
-def _choose(done: list[Job], variants: list[Variant], points: list[tuple[str, ...]]) -> dict[Variant, tuple[str, ...]]:
+def _choose(
+    done: list[Job], variants: list[Variant], points: list[tuple[str, ...]], task: Task
+) -> dict[Variant, tuple[str, ...]]:
     """For each variant the grid point with the best mean validation over its seeds; ties to the first."""
     if len(points) == 1:
         return dict.fromkeys(variants, points[0])
     scores: dict[tuple[Variant, tuple[str, ...]], list[float]] = {}
     for job in done:
-        scores.setdefault((job.variant, job.point), []).append(_validation(Run(job.out)))
+        scores.setdefault((job.variant, job.point), []).append(_validation(Run(job.out), task))
     mean = {key: sum(values) / len(values) for key, values in scores.items()}
     return {v: max(points, key=lambda p: mean.get((v, p), float("-inf"))) for v in variants}
 
 
-def _validation(finished: Run) -> float:
-    metrics = finished.summary["personal"]["last"]
-    task = Task("regression" if "mae" in metrics else "multiclass", 0)
+def _validation(finished: Run, task: Task) -> float:
+    """The validation of the last round that was read, at home and in common together; larger is better."""
     last = [r for r in finished.metrics if r.get("validation")][-1]
     both = [validation_score(task, last, which) for which in ("personal", "global")]
     known = [v for v in both if v is not None]

@@ -5,28 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hetero_fl.config.source import SourceConfig
-from hetero_fl.data import Preprocess, load_source, with_test
+from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.metrics import score
 from hetero_fl.reporting.run import Run
+from hetero_fl.task import Task
 
 CACHE = Path("~/.cache/hetero_fl")
 
 
 def evaluate(
-    run: Run | str | Path, data: str, client: str | None = None, home: bool = False
+    run: Run | str | Path, data: str, client: str | None = None, home: bool = False, label: str | None = None
 ) -> dict[str, dict[str, Any]]:
     """Metrics by model (client id, or "server") on the test split of a data set.
 
     `data`: a source's name, or a local file (`.npz` in the MedMNIST layout, a table, an image folder); `client`: that model
-    only; `home`: read as on the client's own examples (with its label frequencies). Raises UserError if the set does not
-    fit the models.
+    only; `home`: read as on the client's own examples (with its label frequencies); `label`: a table's column of labels
+    (several: comma between them). Named classes and targets are matched by name, unnamed ones by number. Raises UserError
+    if the set does not fit the models.
     """
     run = run if isinstance(run, Run) else Run(run)
     if client is not None and client not in run.models:
         raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
-    dataset = with_test(load_source(_source(data), CACHE.expanduser(), "--data"))
+    dataset = with_test(_load(data, label))
     assert dataset.test is not None and dataset.test.y is not None
     results = {}
     for name, model in run.models.items():
@@ -43,13 +48,33 @@ def evaluate(
             raise UserError(
                 f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
             )
-        results[name] = score(model.task, model.logits(view(dataset.test.x), home), dataset.test.y)
+        y = _renumbered(dataset.test.y, dataset.task, model.task, f"--data: {data}")
+        results[name] = score(model.task, model.logits(view(dataset.test.x), home), y)
     return results
 
 
-def _source(data: str) -> SourceConfig:
+def _renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
+    """Targets with the classes, or the columns, numbered as the model's are, where both are named."""
+    if not found.names or not known.names or found.names == known.names:
+        return y
+    for name in found.names:
+        if name not in known.names:
+            raise UserError(f"{where} has '{name}', which the models do not know{nearest(name, known.names)}")
+    for name in known.names:
+        if name not in found.names:
+            raise UserError(f"{where} lacks '{name}', which the models know{nearest(name, found.names)}")
+    if known.kind == "multiclass":
+        return torch.tensor([known.names.index(name) for name in found.names])[y]
+    return y[:, [found.names.index(name) for name in known.names]]
+
+
+def _load(data: str, label: str | None) -> Dataset:
     path = Path(data)
-    if not path.exists():
-        return SourceConfig(name=data)
-    kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
-    return SourceConfig(name=kind, path=data)
+    source = SourceConfig(name=data, label=label)
+    if path.exists():
+        kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
+        source = SourceConfig(name=kind, path=data, label=label)
+    try:
+        return load_source(source, CACHE.expanduser(), "--data")
+    except UserError as error:  # the key that is missing or too many is a flag here
+        raise UserError(str(error).replace("--data.label", "--label", 1)) from None

@@ -62,6 +62,11 @@ def prepare(
     clients = expand(config.clients)
     if config.clients.per_round is not None and config.clients.per_round > len(clients):
         raise UserError(f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients")
+    rare = [id for id, s in clients.items() if s.share_every > 1]
+    if config.clients.per_round is not None and rare:
+        raise UserError(
+            f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
+        )
     if (
         config.data.train_limit is not None
         and config.data.proxy.source is None
@@ -74,8 +79,14 @@ def prepare(
     data = federate(dataset, config.data, clients, config.seed)
     settings = {k: v for k, v in config.algorithm.items() if k != "name"}
     method = algorithm[config.algorithm["name"]].model_validate(settings)
-    federation = Federation.of(config, data, clients)
+    student = method.distils and data.n_proxy > 0
+    federation = Federation.of(config, data, clients, student)
     notes = check(config.algorithm["name"], method, federation)
+    if config.server.model and not student:
+        notes.append(
+            "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
+        )
+    choose_device(config.runtime.device)
     return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
 
 
@@ -97,18 +108,20 @@ def run(
     prepared = prepare(source, overrides, dataset)
     config = prepared.config
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    device = choose_device(config.runtime.device)
-    threads, why = choose_threads(config.runtime.threads)
-    torch.set_num_threads(threads)
-    reasons = [
-        why,
-        "serial executor: runtime.executor" if config.runtime.executor == "serial" else "serial executor: auto",
-    ]
+    device, (threads, why) = choose_device(config.runtime.device), choose_threads(config.runtime.threads)
     if resume and (path / "config.yaml").exists():
         directory = _reopen(path, config)
+        began = (
+            directory.environment()
+        )  # the same bits need the same threads and device, whatever this machine would choose
+        threads, device = began["threads"], choose_device(began["device"].split()[0])
     else:
-        environment = describe_environment(device, threads, reasons)
+        executor = (
+            "serial executor: runtime.executor" if config.runtime.executor == "serial" else "serial executor: auto"
+        )
+        environment = describe_environment(device, threads, [why, executor])
         directory = RunDirectory.create(path, config=_recorded(config), environment=environment)
+    torch.set_num_threads(threads)
     if resume and (directory.path / "summary.json").exists():
         _present(config, directory)
         return Run(directory.path)
@@ -214,10 +227,12 @@ def _finish(
 
 
 def _present(config: Config, directory: RunDirectory) -> None:
-    """Pictures and report, unless they are there."""
-    if config.output.plots and not any(directory.plots.glob("*.png")):
+    """Pictures and report, unless a process that finished has left them."""
+    if (directory.path / "report.html").exists():
+        return
+    if config.output.plots:
         write_plots(directory.path)
-    if config.output.report and not (directory.path / "report.html").exists():
+    if config.output.report:
         write_report(directory.path)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hetero_fl.errors import UserError
+from hetero_fl.files import write_atomically
 
 VERSION = 1
 
@@ -77,19 +78,7 @@ class RunDirectory:
     def write_text(self, name: str, text: str) -> Path:
         """Replace a file in one step: after a crash it holds the old text or the new, never half of one."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Always the same temporary name: what a crash leaves behind is overwritten, not piled up.
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(target.parent)
+        write_atomically(target, text.encode())
         return target
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
@@ -160,13 +149,3 @@ class RunDirectory:
         if not isinstance(content, dict):
             raise UserError(f"{self.path / name}: found a {type(content).__name__}, expected an object")
         return content
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; systems that cannot open a folder (Windows) do it by themselves."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

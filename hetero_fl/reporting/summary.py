@@ -14,8 +14,6 @@ from hetero_fl.runtime.federation import Federation, describe_settings
 from hetero_fl.runtime.rounds import Readings, Record
 from hetero_fl.task import Task
 
-JOINT = "the server's"
-
 
 def validation_score(task: Task, record: Record, which: str) -> float | None:
     """A record's validation figure for `personal`, `global` or `server`; larger is better."""
@@ -41,7 +39,7 @@ class Patience:
         self.best: float | None = None
         self.without = 0
         for record in history:
-            if record.get("personal"):
+            if record.get("validation"):
                 self.look(record)
 
     def look(self, record: Record) -> None:

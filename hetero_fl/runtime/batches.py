@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hetero_fl.data.augment import augment
 from hetero_fl.objectives import Batch
-from hetero_fl.plan import Draws, Fit, Rows
+from hetero_fl.plan import Draws, Fit
 from hetero_fl.runtime.dropout import GOLDEN, MASK
 from hetero_fl.seeding import Key, generator, key
 from hetero_fl.state import Participant
@@ -42,7 +42,6 @@ class Batches:
     def __init__(self, participant: Participant, fit: Fit, device: torch.device) -> None:
         self.stream = participant.stream(fit.label, fit.as_id)
         self.fit, self.device = fit, device
-        self.augmentation = None
         if isinstance(fit.data, Draws):
             if fit.steps is None:
                 raise ValueError("a fit on endless draws needs steps")
@@ -51,10 +50,6 @@ class Batches:
         self.columns = {n: t.to(device) for n, t in fit.data.columns(participant).items()}
         self.indices = index_batches(len(next(iter(self.columns.values()))), fit, self.stream, participant.work)
         self.count, self.examples = len(self.indices), sum(map(len, self.indices))
-        private = isinstance(fit.data, Rows) and fit.data.name == "train"
-        changes = participant.settings.augment
-        if private and (changes.crop or changes.flip or changes.rotate):
-            self.augmentation = changes
 
     def __len__(self) -> int:
         return self.count
@@ -71,8 +66,8 @@ class Batches:
         else:
             rows = self.indices[i].to(self.device)
             batch = Batch({n: t.index_select(0, rows) for n, t in self.columns.items()})
-        if self.augmentation is not None:
-            batch["x"] = augment(batch["x"], self.augmentation, generator(*self.stream, "augment", i))
+        if self.fit.augment is not None:
+            batch["x"] = augment(batch["x"], self.fit.augment, generator(*self.stream, "augment", i))
         for name, draws in self.fit.beside.items():
             drawn = draws.draw(generator(*self.stream, name, i), draws.size)
             batch.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hetero_fl.codec import CodecError, decode, encode
+from hetero_fl.errors import RunFailed
+from hetero_fl.files import write_atomically
 
 FORM = "hetero_fl checkpoint 1"
 KEPT = 2
@@ -32,12 +32,18 @@ class Checkpoints:
         return path
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest state that is whole; says so where a newer one is not. None if there is none."""
-        for path in reversed(self._files()):
+        """The newest state that is whole; says so where a newer one is not. None if there is no checkpoint.
+
+        Raises RunFailed if there are checkpoints and none of them is whole.
+        """
+        files = self._files()
+        for i, path in reversed(list(enumerate(files))):
             try:
                 return read_checkpoint(path)
             except (CodecError, OSError) as error:
-                self.log(f"{path.name} is damaged ({error}); using the one before it")
+                self.log(f"{path.name} is damaged ({error})" + ("; using the one before it" if i else ""))
+        if files:
+            raise RunFailed(f"{self.folder}: no whole checkpoint is left; start anew with another --out")
         return None
 
     def _files(self) -> list[Path]:
@@ -54,23 +60,3 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CodecError("its checksum does not match")
     tree: dict[str, Any] = decode(body, FORM)
     return tree
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file with this content, or the file as it was: written beside it, flushed to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+
+import torch
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.errors import UserError
+from hetero_fl.architecture import Architecture
+from hetero_fl.errors import UserError, nearest
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.state import floats, select
+from model_zoo import is_batch_norm
 
 
 def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
@@ -25,20 +31,89 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
         raise UserError(
             f"algorithm.name: {name} needs clients that share {' or '.join(sorted(shares))}, but no client's `shares` has it"
         )
-    for id, card in federation.cards.items():
-        weights = card.settings.class_weights
-        if isinstance(weights, list) and len(weights) != task.outputs:
-            raise UserError(f"clients: {id}: class_weights: found {len(weights)} numbers for {task.outputs} classes")
+    _check_common(federation)
+    _check_class_weights(federation)
+    _check_batches(algorithm, federation)
     notes = []
-    sizes = Counter(c.arch.id for c in federation.cards.values())
-    averages = set(algorithm.uploads) == {"model"}
-    if averages and len(sizes) > 1 and max(sizes.values()) == 1 and not federation.common:
-        raise UserError(
-            f"algorithm.name: {name} averages parameters, but no two clients have a tensor in common "
-            "(every `model` differs, clients.common is empty)"
-        )
-    if averages and (alone := [g for g, n in sizes.items() if n == 1]) and len(federation.cards) > 1 and len(sizes) > 1:
-        notes.append(f"{name} averages within an architecture: {', '.join(alone)} stands alone")
-    if federation.student is not None and not algorithm.distils and algorithm.counted and algorithm.uploads:
-        notes.append(f"server.model is not used: {name} has no consensus on a proxy set from which to distil a student")
+    travel = {n for n, s in algorithm.uploads.items() if s.share in given and (s.kind != "rows" or proxy)}
+    averages = travel <= {"model"} and algorithm.uploads.get("model") is not None
+    if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:
+        alone = _alone(algorithm, federation)
+        if len(alone) == len(federation.cards):
+            raise UserError(
+                f"algorithm.name: {name} averages parameters here, but no two clients send a tensor in common; give "
+                "clients the same `model`, let their `shares` overlap, or name common prefixes in clients.common"
+            )
+        if alone:
+            groups = dict.fromkeys(federation.cards[id].arch.id for id in alone)
+            notes.append(f"{name} averages within an architecture: {', '.join(groups)} stands alone")
     return notes
+
+
+def _alone(algorithm: Algorithm, federation: Federation) -> list[str]:
+    """The clients that send no tensor which another sends, too: averaging gives them nothing."""
+    sent = {}
+    for id, card in federation.cards.items():
+        tensors = floats(select(federation.initial(card.arch), algorithm.part(card.settings)))
+        sent[id] = {  # the owners of hetero_fl.aggregation.averaging
+            (n, tuple(t.shape), "" if federation.common and n.startswith(federation.common) else card.arch.id)
+            for n, t in tensors.items()
+        }
+    owners = Counter(owner for mine in sent.values() for owner in mine)
+    return [id for id, mine in sent.items() if all(owners[owner] == 1 for owner in mine)]
+
+
+def _check_common(federation: Federation) -> None:
+    if not federation.common:
+        return
+    names = {n for arch in {c.arch for c in federation.cards.values()} for n in floats(federation.initial(arch))}
+    for prefix in federation.common:
+        if not any(n.startswith(prefix) for n in names):
+            first = {n.split(".")[0] + "." for n in names}
+            raise UserError(f"clients.common: no tensor's name begins with '{prefix}'{nearest(prefix, first)}")
+
+
+def _check_class_weights(federation: Federation) -> None:
+    task = federation.task
+    for id, card in federation.cards.items():
+        weights, where = card.settings.class_weights, f"clients: {id}: class_weights"
+        if weights is not None and task.kind != "multiclass":
+            raise UserError(f"{where}: is for classes that exclude one another, but data.name has a {task.kind} task")
+        if not isinstance(weights, list):
+            continue
+        if len(weights) != task.outputs:
+            raise UserError(f"{where}: found {len(weights)} numbers for {task.outputs} classes")
+        if min(weights) < 0:
+            raise UserError(f"{where}: found {min(weights):g}; weights are 0 or more")
+        if not any(w * n for w, n in zip(weights, federation.counts(id).tolist(), strict=True)):
+            raise UserError(f"{where}: found {weights}, which is 0 for every training row of {id}; raise one")
+
+
+def _check_batches(algorithm: Algorithm, federation: Federation) -> None:
+    """BatchNorm cannot train on one example: it has no variance."""
+    normalises: dict[Architecture, bool] = {}
+    for where, arch in _single_batches(algorithm, federation):
+        if arch not in normalises:
+            with torch.random.fork_rng(devices=[]):
+                normalises[arch] = any(map(is_batch_norm, arch.build().modules()))
+        if normalises[arch]:
+            raise UserError(
+                f"{where}, but {arch.name} has BatchNorm, which cannot train on batches of one; take 2 or more, "
+                "or a model without it"
+            )
+
+
+def _single_batches(algorithm: Algorithm, federation: Federation) -> Iterator[tuple[str, Architecture]]:
+    """Where models are trained on batches of one: the key at fault, and the model."""
+    for id, card in federation.cards.items():
+        if card.settings.batch_size == 1:
+            yield f"clients: {id}: batch_size: found 1", card.arch
+        elif card.n == 1:
+            yield f"clients: {id}: data: found 1 training row", card.arch
+    size, proxy = getattr(algorithm, "proxy_batch_size", None), federation.data.n_proxy
+    if size is not None and proxy and min(size, proxy) == 1:
+        where = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"
+        for card in federation.cards.values():
+            yield where, card.arch
+        if federation.student is not None:
+            yield where, federation.student

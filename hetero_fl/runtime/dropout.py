@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 MASK = 0xFFFFFFFF
@@ -44,28 +42,3 @@ class KeyedDropout(TorchFunctionMode):
         position = torch.arange(input.numel(), device=input.device).view(input.shape)
         bits = mix(mix(position + GOLDEN * self.calls) ^ mix(self.key.to(input.device)))
         return input * (bits >= int(p * 2**32)) / (1 - p)
-
-
-def draws_elsewhere(module: nn.Module) -> bool:
-    """Whether the module draws from torch's own generator in training (dropout inside an RNN, DropPath, Dropout2d …)."""
-    for m in module.modules():
-        if isinstance(m, nn.RNNBase | nn.MultiheadAttention) and m.dropout:
-            return True
-        if isinstance(m, nn.modules.dropout._DropoutNd) and not isinstance(m, nn.Dropout) and m.p:
-            return True
-        if type(m).__name__ in ("DropPath", "StochasticDepth", "RReLU", "PatchDropout"):
-            return True
-    return False
-
-
-@contextlib.contextmanager
-def keyed_randomness(modules: Sequence[nn.Module], key: int) -> Iterator[None]:
-    """Everything that the modules draw within one step comes from the key. Costs nothing for modules that draw nothing."""
-    drops = any(isinstance(m, nn.Dropout) and m.p for module in modules for m in module.modules())
-    with contextlib.ExitStack() as stack:
-        if any(map(draws_elsewhere, modules)):
-            stack.enter_context(torch.random.fork_rng())
-            torch.manual_seed(key)
-        if drops:
-            stack.enter_context(KeyedDropout(key))
-        yield

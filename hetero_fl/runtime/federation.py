@@ -15,7 +15,7 @@ from hetero_fl.config.schema import Config
 from hetero_fl.data import FederatedData, Preprocess
 from hetero_fl.errors import UserError
 from hetero_fl.runtime.store import Private
-from hetero_fl.state import Card, Clock, Participant
+from hetero_fl.state import Card, Clock, Participant, copied
 from hetero_fl.task import Task
 from model_zoo import ModelError
 
@@ -38,8 +38,13 @@ class Federation:
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Config, data: FederatedData, clients: Mapping[str, ClientSettings]) -> Federation:
-        """Build and check every architecture once. Raises UserError naming the client whose model cannot be made."""
+    def of(
+        cls, config: Config, data: FederatedData, clients: Mapping[str, ClientSettings], student: bool = True
+    ) -> Federation:
+        """Build and check every architecture once; `student`: whether the method can train one at the server.
+
+        Raises UserError naming the client whose model cannot be made.
+        """
         cards = {}
         checked: set[Architecture] = set()
         for id, settings in clients.items():
@@ -51,12 +56,14 @@ class Federation:
             cards[id] = Card(id, arch, data.n_rows(id, "train"), view, settings)
         server = config.server
         server_view = data.server_preprocess(server.preprocess)
-        student = architecture(server.model, data, server_view) if server.model else None
-        if student is not None:
-            _check(student, "server.model")
+        own = architecture(server.model, data, server_view) if server.model else None
+        if own is not None:
+            _check(own, "server.model")
         settings = ClientSettings(optimizer=server.optimizer)
         common = tuple(config.clients.common)
-        return cls(data.task, data, cards, settings, server_view, student, config.seed, config.rounds, common)
+        return cls(
+            data.task, data, cards, settings, server_view, own if student else None, config.seed, config.rounds, common
+        )
 
     def initial(self, arch: Architecture) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""
@@ -84,7 +91,7 @@ class Federation:
             n=card.n,
             has_proxy=self.data.n_proxy > 0,
             peers=self.cards,
-            state=dict(private.state),
+            state=copied(private.state),
             clock=self.clock(round),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from hetero_fl.payload import Payload, PayloadError, check_upload
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.serial import Diverged, Performer, carry_out
+from hetero_fl.runtime.serial import Performer, carry_out
 from hetero_fl.runtime.site import Reading, Scores, Site
 from hetero_fl.runtime.store import Store
+from hetero_fl.runtime.training import Diverged
 from hetero_fl.seeding import generator
 from hetero_fl.state import in_order
 
@@ -94,16 +96,20 @@ class Rounds:
                 payload = self.receive(client, arrived[client], sent[client], index)
             except PayloadError as error:
                 failed[client] = f"upload refused: {error}"
+                self.store.drop(client)
                 continue
             uploads.append(Upload(self.federation.cards[client], payload))
-            if isinstance(loss := payload.report.get("loss"), float):
+            if isinstance(loss := payload.report.get("loss"), float) and math.isfinite(loss):
                 losses[client] = loss
         if not uploads:
             self.store.discard()
             raise RunFailed(
                 f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
             )
-        carry_out(self.algorithm.aggregate(self.server, Uploads(uploads)), self.server, self.performer)
+        try:
+            carry_out(self.algorithm.aggregate(self.server, Uploads(uploads)), self.server, self.performer)
+        except Diverged as error:
+            raise RunFailed(f"round {index + 1}: training at the server diverged: {error}") from None
         self.store.commit()
         self.completed += 1
         return {
@@ -133,7 +139,7 @@ class Rounds:
         card = replace(self.federation.cards[client], reading=True)
         body = Payload(self.algorithm.broadcast(self.server, card)).encode()
         if self.algorithm.counted:
-            self.traffic.count(client, down=len(body))
+            self.traffic.down += len(body)
         return body
 
     def evaluate(self, details: bool = False) -> Readings:
@@ -141,7 +147,10 @@ class Rounds:
         clients = {}
         for client in in_order(self.federation.cards):
             body = self.broadcast_for_reading(client)
-            clients[client] = self.site.read(client, body, self.completed, details)
+            try:
+                clients[client] = self.site.read(client, body, self.completed, details)
+            except (Diverged, PayloadError) as error:
+                raise RunFailed(f"round {self.completed}: {client} cannot be evaluated: {error}") from None
         return Readings(clients, self._read_server())
 
     def _read_server(self) -> dict[str, Scores] | None:
@@ -164,7 +173,7 @@ class Rounds:
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
             "clients": self.store.tree(),
-            "traffic": {"up": self.traffic.up, "down": self.traffic.down, "by_client": self.traffic.by_client},
+            "traffic": {"up": self.traffic.up, "down": self.traffic.down},
         }
 
     def restore(self, tree: dict[str, Any]) -> None:
@@ -172,8 +181,7 @@ class Rounds:
         self.completed = tree["completed"]
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.store.restore(tree["clients"])
-        t = tree["traffic"]
-        self.traffic = Traffic(t["up"], t["down"], {k: list(v) for k, v in t["by_client"].items()})
+        self.traffic = Traffic(**tree["traffic"])
 
 
 def record_readings(record: Record, readings: Readings) -> None:

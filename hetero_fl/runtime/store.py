@@ -31,6 +31,10 @@ class Store:
         """State written in a round that has not ended yet."""
         self._staged[client] = private
 
+    def drop(self, client: str) -> None:
+        """Forget what one client staged: the server did not take its upload."""
+        self._staged.pop(client, None)
+
     def commit(self) -> None:
         """Make what was staged the state; the round has ended."""
         self._kept.update({c: p for c, p in self._staged.items() if p.models or p.state})

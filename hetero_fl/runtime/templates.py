@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from hetero_fl.architecture import Architecture, Tensors
-from hetero_fl.runtime.dropout import draws_elsewhere
 
 
 class Template:
@@ -19,8 +18,7 @@ class Template:
             self.module = arch.build().to(device)
         self.tensors: Mapping[str, Tensor] = self.module.state_dict()  # shares memory with the module
         self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
-        drops = any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
-        self.random = drops or draws_elsewhere(self.module)
+        self.drops = any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -39,6 +37,7 @@ class Templates:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.forked = [device] if device.type == "cuda" else []  # devices whose generators a fit borrows
         self._made: dict[tuple[Architecture, str], Template] = {}
 
     def __call__(self, arch: Architecture, slot: str = "") -> Template:

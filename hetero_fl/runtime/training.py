@@ -14,15 +14,24 @@ from hetero_fl.config.clients import OptimizerConfig
 from hetero_fl.objectives import Net, Nets
 from hetero_fl.plan import Fit, FitReport
 from hetero_fl.runtime.batches import Batches
-from hetero_fl.runtime.dropout import keyed_randomness
+from hetero_fl.runtime.dropout import KeyedDropout
 from hetero_fl.runtime.templates import Template, Templates
+from hetero_fl.seeding import key
 from hetero_fl.state import Participant
+
+
+class Diverged(Exception):
+    """A fit whose loss or tensors are no longer finite."""
+
 
 Named = dict[str, nn.Parameter]  # "slot:name" -> trainable parameter
 
 
 def fit_on_live_modules(participant: Participant, fit: Fit, templates: Templates) -> FitReport:
-    """Train the fit's slots of the participant in place. The loss reported is the mean over the steps (NaN if one was)."""
+    """Train the fit's slots of the participant in place. The loss reported is the mean over the steps.
+
+    Raises Diverged, and leaves the participant as it was, if the loss or a trained tensor is no longer finite.
+    """
     live = {slot: templates(participant.arch[slot], slot) for slot in (*fit.train, *fit.frozen)}
     trainable = _prepare(participant, fit, live)
     nets = Nets({slot: Net.live(template.module) for slot, template in live.items()})
@@ -32,22 +41,28 @@ def fit_on_live_modules(participant: Participant, fit: Fit, templates: Templates
     given = _on(templates.device, fit.given)
     drift = [(p, fit.drift[slot][name].to(p)) for slot, name, p in _split(trainable) if name in fit.drift.get(slot, {})]
     batches = Batches(participant, fit, templates.device)
-    random = [t.module for t in live.values() if t.random]
+    drops = any(t.drops for t in live.values())
     parameters = list(trainable.values())
     total = torch.zeros((), device=templates.device)
-    for i, (dropout_key, batch) in enumerate(batches):
-        if fit.anneal:
-            _set_rate(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
-        optimizer.zero_grad()
-        with keyed_randomness(random, dropout_key) if random else contextlib.nullcontext():
-            loss = fit.objective.total(nets, batch, given)
-        loss.backward()
-        if fit.optimizer.clip_norm:
-            nn.utils.clip_grad_norm_(parameters, fit.optimizer.clip_norm, foreach=True)
-        optimizer.step()
-        if drift:
-            torch._foreach_add_([p.data for p, _ in drift], [d for _, d in drift], alpha=-fit.optimizer.lr)
-        total += loss.detach()
+    with torch.random.fork_rng(devices=templates.forked):
+        torch.manual_seed(key(*batches.stream, "torch"))  # whatever a model draws besides nn.Dropout is keyed too
+        for i, (dropout_key, batch) in enumerate(batches):
+            if fit.anneal:
+                _set_rate(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
+            optimizer.zero_grad()
+            with KeyedDropout(dropout_key) if drops else contextlib.nullcontext():
+                loss = fit.objective.total(nets, batch, given)
+            loss.backward()
+            if fit.optimizer.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, fit.optimizer.clip_norm, foreach=True)
+            optimizer.step()
+            if drift:
+                torch._foreach_add_([p.data for p, _ in drift], [d for _, d in drift], alpha=-fit.optimizer.lr)
+            total += loss.detach()
+    if not all(
+        map(math.isfinite, [float(total), *(float(n) for n in torch._foreach_norm([p.detach() for p in parameters]))])
+    ):
+        raise Diverged(f"'{fit.label}' is no longer finite (loss {float(total) / len(batches):g})")
     for slot in fit.train:
         participant.models[slot] = live[slot].copy_out()
     if fit.keep:
@@ -88,7 +103,7 @@ def make_optimizer(config: OptimizerConfig, trainable: Named) -> torch.optim.Opt
 
 
 def _split(trainable: Named) -> list[tuple[str, str, nn.Parameter]]:
-    return [(*key.rsplit(":", 1), p) for key, p in trainable.items()]  # type: ignore[misc]
+    return [(*name.rsplit(":", 1), p) for name, p in trainable.items()]  # type: ignore[misc]
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -105,9 +120,12 @@ def _snapshot(optimizer: torch.optim.Optimizer, trainable: Named) -> dict[str, d
 
 
 def _restore(optimizer: torch.optim.Optimizer, trainable: Named, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for key, state in saved.items():
-        p = trainable[key]
-        optimizer.state[p] = {n: t.clone() if n == "step" else t.clone().to(p) for n, t in state.items()}
+    for name, state in saved.items():
+        p = trainable[name]
+        # Fused optimisers want their step counter on the parameter's device, and in float32 whatever the parameter is.
+        optimizer.state[p] = {
+            n: t.to(p.device, copy=True) if n == "step" else t.to(p, copy=True) for n, t in state.items()
+        }
 
 
 def _on(device: torch.device, value: Any) -> Any:

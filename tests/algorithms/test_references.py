@@ -245,7 +245,7 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
 def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
     rounds = rounds_of(config("local", clients__defaults={"class_weights": "balanced"}), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    weights = rounds.algorithm.local_given(client)["class_weights"]
+    weights = rounds.algorithm.local_given(client.task, client.counts, client.settings)["class_weights"]
     y = client.data("train", None)["y"]
     assert math.isclose(weights[y].mean().item(), 1.0, abs_tol=1e-12)
     per_class = {c: weights[y][y == c].sum().item() for c in y.unique().tolist()}

@@ -70,3 +70,9 @@ def test_a_method_that_somebody_registered_does_not_change_it(
 
 def test_the_script_runs_by_itself() -> None:
     subprocess.run([sys.executable, str(SCRIPT), "--check"], check=True, cwd="/", timeout=120)
+
+
+def test_every_key_is_described(script: ModuleType) -> None:
+    rows = [line for line in script.page().splitlines() if line.startswith("| `")]
+    assert len(rows) > 100
+    assert not [row for row in rows if row.endswith("|  |")]

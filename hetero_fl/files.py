@@ -1,0 +1,33 @@
+"""Files written in one step: after a crash at any moment they hold the old content or the new, never half of one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file: written beside it, flushed to disk, then renamed. Its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Always the same temporary name: what a crash leaves behind is overwritten, not piled up.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; systems that cannot open a folder (Windows) do it by themselves."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -20,6 +20,7 @@ from hetero_fl.data import (
     Dataset,
     FederatedData,
     Preprocess,
+    deal,
     federate,
     from_arrays,
     load_source,
@@ -93,6 +94,36 @@ def test_own_sources(npz: Any, tmp_path: Path) -> None:
     assert federate(four, DataConfig(), {"a": PLAIN_CLIENT, "own": generated}, 0).simulated
 
 
+def test_two_own_sources_are_dealt_by_different_draws(npz: Any) -> None:
+    common = from_arrays(torch.zeros(200, 1, 8, 8).byte(), torch.arange(200) % 2)
+    labels = (np.arange(200) % 2).astype(np.uint8)[:, None]
+    images = np.zeros((200, 8, 8), dtype=np.uint8)
+    clients = {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}
+    for file in ("north", "south"):
+        path = npz(f"{file}.npz", train_images=images, train_labels=labels)
+        own = ClientSettings(data=SourceConfig(name="npz", path=str(path)))
+        clients |= {f"{file}_1": own, f"{file}_2": own}
+    config = DataConfig(partition=PartitionConfig(kind="dirichlet", min_size=10))
+    data = federate(common, config, clients, 0)
+    north, south = (data.label_counts(f"{file}_1") for file in ("north", "south"))
+    assert not torch.allclose(north, south, atol=4)
+    alone = federate(common, config, {n: PLAIN_CLIENT for n in "ab"}, 0)  # the common source keeps its own draws
+    assert all(torch.equal(alone.label_counts(c), data.label_counts(c)) for c in "ab")
+    parts = deal(torch.arange(180) % 2, None, config.partition, [1, 1], Task("multiclass", 2), 0)
+    assert sorted(map(len, parts)) == sorted(
+        sum(alone.n_rows(c, s) for s in ("train", "validation", "test")) for c in "ab"
+    )
+
+
+def test_an_outside_proxy_has_to_fit_the_server_too(images: Dataset, npz: Any) -> None:
+    clients = {n: ClientSettings(preprocess=PreprocessConfig(resize=16)) for n in "ab"}
+    config = DataConfig(proxy=ProxyConfig(source=SourceConfig(name="npz", path=str(npz()))))
+    with pytest.raises(UserError, match=r"as the server sees them; set server\.preprocess\.resize or channels"):
+        federate(images, config, clients, 0, server=PreprocessConfig())
+    assert federate(images, config, clients, 0, server=PreprocessConfig(resize=16)).n_proxy == 30
+    assert federate(images, config, clients, 0).n_proxy == 30
+
+
 def test_own_source_is_checked_against_the_common_one(npz: Any, images: Dataset, tmp_path: Path) -> None:
     xray = load_source(SourceConfig(), tmp_path)
     few = DataConfig(partition=PartitionConfig(min_size=5), root=str(tmp_path))
@@ -151,6 +182,8 @@ def test_own_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
 def test_pooling_needs_one_shape(images: Dataset, npz: Any) -> None:
     own = ClientSettings(data=SourceConfig(name="npz", path=str(npz())), preprocess=PreprocessConfig(resize=16))
     data = federate(images, DataConfig(partition=PartitionConfig(min_size=5)), {"a": PLAIN_CLIENT, "own": own}, 0)
-    with pytest.raises(UserError, match=r"server\.preprocess: examples differ in shape"):
+    with pytest.raises(UserError, match=r"clients: 'a': preprocess: .* pooled through this view, and differ in shape"):
         data.columns("server", "pooled", PLAIN)
+    with pytest.raises(UserError, match=r"^server\.preprocess: .* differ in shape"):
+        data.columns("server", "pooled", Preprocess(channels=3))
     assert data.columns("server", "pooled", Preprocess(resize=16))["x"].shape == (data.n_train, 1, 16, 16)

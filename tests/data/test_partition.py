@@ -177,6 +177,8 @@ OWN = {
     "words": "lambda *a: [['a'], ['b']]",
     "short": "lambda *a: [range(0, 99), []]",
     "none": "lambda *a: None",
+    "divides": "lambda *a: 1 / 0",
+    "number": "3",
 }
 
 
@@ -200,6 +202,8 @@ def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
         ("outside", "rows from 0 to 100; there are 100"),
         ("words", "whole numbers"),
         ("short", "deals 0 rows to a client"),
+        ("divides", "divides raised ZeroDivisionError: division by zero"),
+        ("number", "not a function of (y, group"),
         ("halvs", "did you mean 'halves'"),
     ):
         with pytest.raises(UserError) as refused:

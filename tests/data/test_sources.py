@@ -110,12 +110,14 @@ def test_own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def good(config, root): return from_arrays(torch.zeros(6, 2), [0, 1] * 3, name=str(config.path))\n"
         "def none(config, root): return 3\n"
         "def sorry(config, root): raise UserError('no licence')\n"
+        "def fails(config, root): return [][1]\n"
         "constant = 3\n"
     )
     assert load_source(SourceConfig(name="python:own_source:good", path="there.npz"), tmp_path).name == "there.npz"
     for name, words in (
         ("none", "returned int"),
         ("sorry", "no licence"),
+        ("fails", "python:own_source:fails raised IndexError: list index"),
         ("constant", "not a function"),
         ("god", "'good'"),
     ):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hetero_fl.codec import CodecError
+from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.checkpoint import Checkpoints, read_checkpoint
 from tests.small import MIXED, config, rounds_of, same_bits
 
@@ -43,12 +44,17 @@ def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_
             assert len(said) == 1 and path.name in said[0] and "damaged" in said[0]
 
 
-def test_none_whole_means_none(tmp_path: Path) -> None:
+def test_none_is_none_and_none_whole_ends_the_run(tmp_path: Path) -> None:
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path, said.append)
-    assert checkpoints.newest() is None
-    checkpoints.save(1, {}).write_bytes(b"")
-    assert checkpoints.newest() is None and len(said) == 1
+    assert checkpoints.newest() is None and not said
+    for i in (1, 2):
+        checkpoints.save(i, {}).write_bytes(b"")
+    with pytest.raises(RunFailed, match="no whole checkpoint is left; start anew with another --out"):
+        checkpoints.newest()
+    newer, older = said
+    assert newer.startswith("round-000002.ckpt is damaged") and newer.endswith("; using the one before it")
+    assert older.startswith("round-000001.ckpt is damaged") and "before" not in older
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmd", "fd", "feddf", "hybrid", "ensemble"])

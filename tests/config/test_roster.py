@@ -1,0 +1,56 @@
+"""Layers of settings: defaults, groups and overrides, the later over the earlier, key by key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hetero_fl.config import expand, load_config
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.errors import UserError
+
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}
+
+
+def roster(**clients: Any) -> dict[str, ClientSettings]:
+    return expand(load_config({"clients": clients}).clients)
+
+
+@pytest.mark.parametrize("layer", ["group", "override"])
+def test_another_optimiser_does_not_inherit_momentum(layer: str) -> None:
+    adam: dict[str, Any] = {"optimizer": {"name": "adam"}}
+    groups = [{"name": "a", **(adam if layer == "group" else {})}, {"name": "b"}]
+    overrides = [{"match": "a", **adam}] if layer == "override" else []
+    clients = roster(defaults={"optimizer": SGD}, groups=groups, overrides=overrides)
+    changed, kept = clients["a"].optimizer, clients["b"].optimizer
+    assert (changed.name, changed.lr, changed.momentum, changed.nesterov) == ("adam", 0.05, 0.0, False)
+    assert (kept.name, kept.lr, kept.momentum, kept.nesterov) == ("sgd", 0.05, 0.9, True)
+
+
+def test_the_same_optimiser_named_again_keeps_its_settings() -> None:
+    again = roster(defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"name": "sgd", "lr": 0.1}}])
+    assert (again["a"].optimizer.lr, again["a"].optimizer.momentum) == (0.1, 0.9)
+
+
+def test_layers_that_contradict_one_another_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"^clients: 'a': optimizer: .*nesterov needs name: sgd and momentum") as error:
+        roster(defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"momentum": 0.0}}])
+    assert "\n" not in str(error.value)
+
+
+def test_models_of_an_override_are_taken_in_turn() -> None:
+    clients = roster(
+        groups=[{"name": "x", "count": 1, "model": "linear"}, {"name": "a", "count": 5, "model": "linear"}],
+        overrides=[{"match": "a_[1-4]", "model": ["cnn", "mlp"]}],
+    )
+    assert [c.model[0].name for c in clients.values()] == ["linear", "cnn", "mlp", "cnn", "mlp", "linear"]
+    assert all(len(c.model) == 1 for c in clients.values())
+
+
+@pytest.mark.parametrize("name", ["server", "Server"])
+def test_nobody_is_called_as_the_server_is(name: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"clients\.groups\.0\.name: found '{name}', which is what the server is called"
+    ):
+        roster(groups=[{"name": name}])

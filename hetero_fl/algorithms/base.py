@@ -18,16 +18,31 @@ from hetero_fl.aggregation.averaging import average_by_owner
 from hetero_fl.aggregation.uploads import Uploads, step
 from hetero_fl.architecture import Tensors
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.errors import UserError
 from hetero_fl.objectives import Objective, Supervised, log_prior
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
-from hetero_fl.registry import Registry
+from hetero_fl.registry import Registry, imported
 from hetero_fl.state import Card, Part, Participant, common_part, floats, select, without
 from hetero_fl.task import Task
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
 algorithm: Registry[type[Algorithm]] = Registry("algorithm")
 Items = dict[str, Any]  # name -> Item, tensor or named tensors
+
+
+def own_objective(reference: str | None, task: Task) -> Objective:
+    """The local objective of a client: the supervised loss, or the user's own class, made with the kind of task.
+
+    Raises UserError if there is no such class.
+    """
+    if reference is None:
+        return Supervised(task.kind)
+    kind = imported(reference, "objective")
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise UserError(f"objective: '{reference}' is no subclass of hetero_fl.objectives.Objective")
+    made: Objective = kind(task.kind)  # type: ignore[call-arg]  # the user's class is a dataclass with the kind first
+    return made
 
 
 class Algorithm(BaseModel):
@@ -138,7 +153,7 @@ class Algorithm(BaseModel):
     ) -> Fit:
         """The client's local training with its own settings; another objective, rows or `Fit` field on request."""
         s = client.settings
-        objective, data = objective or Supervised(client.task.kind), data or Rows()
+        objective, data = objective or own_objective(s.objective, client.task), data or Rows()
         base: dict[str, Any] = {"batch_size": s.batch_size, "optimizer": client.optimizer}
         base |= {} if "epochs" in changes else {"epochs": s.epochs, "steps": s.steps}
         base |= {"augment": s.augment.active} if data.name == "train" else {}

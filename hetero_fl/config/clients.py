@@ -149,6 +149,9 @@ class ClientSettings(Section):
     class_weights: Literal["balanced"] | list[float] | None = Field(
         None, description="of the cross-entropy: one number a class; balanced: the inverse of its frequency"
     )
+    objective: str | None = Field(
+        None, pattern="^python:", description="one's own local objective (python:module:Class) in place of the supervised loss"
+    )
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
     scanner: ScannerConfig = ScannerConfig()

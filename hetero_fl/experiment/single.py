@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.algorithms.base import own_objective
 from hetero_fl.config import Config, expand, first_difference, load_config
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device, choose_threads, describe_environment
@@ -86,6 +87,8 @@ def prepare(
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
         )
+    for own in {s.objective for s in clients.values()}:
+        own_objective(own, federation.task)
     choose_device(config.runtime.device)
     return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from hetero_fl.algorithms import algorithm
+from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
+from hetero_fl.objectives import Batch, Given, Nets, Supervised
 from tests.algorithms import own_method
-from tests.small import MIXED, config, rounds_of
+from tests.small import MIXED, config, rounds_of, same_bits
 
 
 def test_it_takes_at_most_thirty_lines() -> None:
@@ -44,7 +47,25 @@ def test_it_does_what_it_says() -> None:
 
 
 def test_a_setting_out_of_range_is_refused() -> None:
-    from hetero_fl.errors import UserError
-
     with pytest.raises(UserError, match=r"algorithm\.epochs"):
         rounds_of(config("median_teacher", MIXED, algorithm={"name": "median_teacher", "epochs": 0}))
+
+
+@dataclass(frozen=True)
+class Focal(Supervised):
+    """A local objective of one's own: easy examples count less (Lin et al. 2017, focal loss)."""
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> torch.Tensor:
+        plain = super().loss(nets, batch, given)
+        return plain * (1 - torch.exp(-plain.detach())) ** 2
+
+
+def test_an_objective_of_ones_own() -> None:
+    own = {"objective": f"python:{__name__}:Focal", "optimizer": {"name": "sgd", "lr": 0.05}}
+    changed = rounds_of(config("fedavg", clients__defaults=own, rounds=1))
+    plain = rounds_of(config("fedavg", clients__defaults={"optimizer": own["optimizer"]}, rounds=1))
+    (group,) = plain.server.models
+    assert not same_bits(plain.server.models[group], changed.server.models[group])
+    for wrong in ("python:tests.small:config", "python:tests.small:Nothing", "focal"):
+        with pytest.raises(UserError, match="objective"):
+            rounds_of(config("fedavg", clients__defaults={"objective": wrong}), held=0)

@@ -18,7 +18,19 @@ from hetero_fl.runtime.dry import cost
 from hetero_fl.runtime.rounds import Rounds, record_readings
 from tests.small import MIXED, config, rounds_of, same_bits
 
-METHODS = ["local", "centralized", "ensemble", "fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "hybrid"]
+METHODS = [
+    "local",
+    "centralized",
+    "ensemble",
+    "fedavg",
+    "fedprox",
+    "fedper",
+    "lg_fedavg",
+    "fedmd",
+    "feddf",
+    "fd",
+    "hybrid",
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,7 +73,10 @@ def test_a_dry_round_knows_the_size_of_a_real_one() -> None:
     rounds = rounds_of(config("hybrid", MIXED, clients=4), held=1)
     before = (rounds.traffic.up, rounds.traffic.down)
     rounds.round()
-    for measured, name in ((rounds.traffic.up - before[0], "up_bytes"), (rounds.traffic.down - before[1], "down_bytes")):
+    for measured, name in (
+        (rounds.traffic.up - before[0], "up_bytes"),
+        (rounds.traffic.down - before[1], "down_bytes"),
+    ):
         told = sum(c[name] for c in expected.values())
         assert abs(measured - told) < 0.02 * told  # the reported loss has more or fewer digits
 
@@ -144,7 +159,12 @@ def test_sharing_every_second_round() -> None:
 
 def test_label_counts_do_not_leave_where_statistics_are_not_shared() -> None:
     shares = {"shares": ["parameters", "predictions"], "optimizer": {"name": "sgd", "lr": 0.05}}
-    rounds, seen = rounds_of(config("fedmd", algorithm={"name": "fedmd", "teacher": "contrast"}, clients__defaults=shares), held=0), []
+    rounds, seen = (
+        rounds_of(
+            config("fedmd", algorithm={"name": "fedmd", "teacher": "contrast"}, clients__defaults=shares), held=0
+        ),
+        [],
+    )
     receive = rounds.receive
     rounds.receive = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
     rounds.round()
@@ -196,7 +216,10 @@ def test_centralised_training_takes_the_clients_settings(setting: dict[str, Any]
 def test_patience_counts_the_same_after_a_resume() -> None:
     task = rounds_of(config("local"), held=0).federation.task
     scores = [0.5, 0.6, 0.6, 0.55, 0.6]
-    history = [{"round": i + 1, "validation": {"personal": None, "global": {"balanced_accuracy": s}}} for i, s in enumerate(scores)]
+    history = [
+        {"round": i + 1, "validation": {"personal": None, "global": {"balanced_accuracy": s}}}
+        for i, s in enumerate(scores)
+    ]
     straight, resumed = Patience(task, 3, []), Patience(task, 3, history[:3])
     for record in history:
         straight.look(record)
@@ -206,8 +229,13 @@ def test_patience_counts_the_same_after_a_resume() -> None:
 
 
 def test_head_and_backbone_may_have_rates_of_their_own() -> None:
-    rounds = rounds_of(config("local", clients__defaults={"optimizer": {"name": "sgd", "lr": 0.1, "head_lr": 1e-12}}), held=1)
-    kept, start = rounds.store.get("site_1").models["model"], rounds.federation.initial(rounds.federation.cards["site_1"].arch)
+    rounds = rounds_of(
+        config("local", clients__defaults={"optimizer": {"name": "sgd", "lr": 0.1, "head_lr": 1e-12}}), held=1
+    )
+    kept, start = (
+        rounds.store.get("site_1").models["model"],
+        rounds.federation.initial(rounds.federation.cards["site_1"].arch),
+    )
     assert torch.allclose(kept["head.weight"], start["head.weight"], atol=1e-8)
     assert not torch.allclose(kept["backbone.0.weight"], start["backbone.0.weight"], atol=1e-4)
 

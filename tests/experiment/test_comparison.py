@@ -1,0 +1,111 @@
+"""Comparisons: wrong flags are one line, doubles run once, the grid's choice is by the task's own validation."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.cli import main
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import compare, comparison
+from tests.small import config
+
+
+@pytest.fixture
+def one_after_another(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs in this process; returns the folders of those that ran."""
+    ran: list[str] = []
+
+    def run_all(source: Any, base: list[str], work: list[comparison.Job], jobs: int, progress: Any) -> dict[Any, str]:
+        for job in work:
+            comparison._one(source, [*base, *job.overrides], job.out)
+            ran.append(job.out.name)
+        return {}
+
+    monkeypatch.setattr(comparison, "_run_all", run_all)
+    return ran
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return config("local", "linear", 2, rounds=1, output={"plots": False, "report": False}, **changes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seeds", ","], "--seeds: found none"),
+        (["--seeds", "0,x"], "--seeds: found '0,x'"),
+        (["--seeds", "0,-1"], "seed: found"),
+        (["--algorithms", ","], "--algorithms: found none; choose from all, fd, fedavg"),
+        (["--jobs", "0"], "--jobs: found 0; take 1 or more"),
+        (["--jobs", "-1"], "--jobs: found -1; take 1 or more"),
+        (["--out", "a_file"], "--out: a_file is a file; name a folder"),
+        (["--out", "a_file/below"], "--out: a_file/below: cannot be made"),
+        (["--grid", "rounds"], "--grid: found 'rounds'"),
+    ],
+)
+def test_wrong_flags(
+    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("")
+    Path("c.yaml").write_text(yaml.safe_dump(small()))
+    before = ["--config", "c.yaml", "--algorithms", "local", "--out", "out"]
+    assert main([*before, *flags], command="compare") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+    assert not Path("out").exists()
+
+
+def test_doubles_run_once(tmp_path: Path, one_after_another: list[str]) -> None:
+    compare(small(), ["local", " local", "local"], [1, 0, 1], out=tmp_path / "out")
+    assert one_after_another == ["local-seed1", "local-seed0"]
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    assert [row["seed"] for row in rows] == ["1", "0"]
+
+
+def test_the_grid_without_test_rows_at_home(tmp_path: Path, one_after_another: list[str]) -> None:
+    grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
+    compare(small(data__split={"test": 0}), "local", out=tmp_path / "out", grid=grid)
+    assert len(one_after_another) == 2
+    assert (
+        "clients.defaults.optimizer.lr=0.05 (chosen by validation)" in (tmp_path / "out" / "comparison.md").read_text()
+    )
+
+
+def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from hetero_fl.task import Task
+
+    class Finished:
+        def __init__(self, path: Path) -> None:
+            first = path.name == "first"
+            both = {"auroc": 0.9, "mae": 1.0} if first else {"auroc": 0.6, "mae": 3.0}
+            accuracy = {"balanced_accuracy": 0.1 if first else 0.7}
+            self.metrics = [{"validation": {"personal": None, "global": {**both, **accuracy}}}]
+
+    monkeypatch.setattr(comparison, "Run", Finished)
+    variant = comparison.Variant.parse("local")
+    points = [("lr=1",), ("lr=2",)]
+    done = [comparison.Job(variant, p, 0, Path(name)) for p, name in zip(points, ("first", "second"), strict=True)]
+    for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
+        task = Task(kind, 3)  # type: ignore[arg-type]
+        assert comparison._choose(done, [variant], points, task) == {variant: points[best]}
+
+
+def test_from_python_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--jobs: found 0"):
+        compare(small(), "local", out=tmp_path, jobs=0)
+
+
+def test_resume_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
+    asked = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run"), "--resume"]
+    line = f"nothing to resume in {tmp_path / 'run'}: starting"
+    assert main(asked, command="train") == 0
+    assert line in capsys.readouterr().err.splitlines()
+    assert main(asked, command="train") == 0
+    assert line not in capsys.readouterr().err

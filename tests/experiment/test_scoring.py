@@ -1,0 +1,86 @@
+"""Saved models on other data sets: classes and targets by name, a table by its column of labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from hetero_fl.architecture import Architecture
+from hetero_fl.cli import main
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import evaluate
+from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.saved import SavedModel
+from hetero_fl.task import Task
+
+
+def saved(folder: Path, task: Task, shape: tuple[int, ...], columns: list[float]) -> Path:
+    """A run directory with one linear model whose output k is columns[k] times the sum of the inputs."""
+    arch = Architecture.of("linear", task.outputs, shape)
+    tensors = {n: torch.zeros_like(t) for n, t in arch.initial(0).items()}
+    weight = next(n for n, t in tensors.items() if t.ndim == 2)
+    tensors[weight] += torch.tensor(columns)[:, None]
+    run = RunDirectory.create(folder, config={}, environment={})
+    (run.path / "models").mkdir()
+    (run.path / "models" / "a.safetensors").write_bytes(SavedModel(tensors, arch, {}, task).encode())
+    return run.path
+
+
+def images(folder: Path, grey: dict[str, int]) -> str:
+    """A folder of images, one grey value a class."""
+    for name, value in grey.items():
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "test" / name).mkdir(parents=True)
+        for i in range(3):
+            for split in ("train", "test"):
+                Image.fromarray(np.full((4, 4), value, dtype=np.uint8)).save(folder / split / name / f"{i}.png")
+    return str(folder)
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    task = Task("multiclass", 2, ("normal", "ill"))  # a folder's classes are sorted: ill, normal
+    run = saved(tmp_path / "run", task, (1, 4, 4), [0.0, 1.0])
+    data = images(tmp_path / "sets", {"normal": 0, "ill": 255})
+    scores = evaluate(run, data)["a"]
+    assert scores["auroc"] == 1.0  # as it is numbered in the folder it would be 0
+    other = images(tmp_path / "others", {"normal": 0, "sick": 255})
+    with pytest.raises(
+        UserError, match=r"^--data: .*others has 'sick', which the models do not know; choose from ill, n"
+    ):
+        evaluate(run, other)
+    unnamed = saved(tmp_path / "unnamed", Task("multiclass", 2), (1, 4, 4), [1.0, 0.0])
+    assert evaluate(unnamed, data)["a"]["auroc"] == 1.0  # without names, by number
+
+
+def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    pd.DataFrame(
+        {"x": range(40), "y1": [2.0 * i + 0.5 for i in range(40)], "y2": [-1.5 * i for i in range(40)]}
+    ).to_csv(table, index=False)
+    run = saved(tmp_path / "run", Task("regression", 2, ("y2", "y1")), (1,), [-1.5, 2.0])
+    scores = evaluate(run, str(table), label="y1,y2")["a"]
+    assert scores["mae"] == pytest.approx(0.25)  # 0.5 for y1, nought for y2; far off in the table's order
+    with pytest.raises(UserError, match=r"^--label: missing; name the column of labels; choose from x, y1, y2"):
+        evaluate(run, str(table))
+    with pytest.raises(UserError, match=r"^--label: .* has no column 'y3'"):
+        evaluate(run, str(table), label="y3")
+    with pytest.raises(UserError, match=r"^--label: found 'y', but digits takes none"):
+        evaluate(run, "digits", label="y")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.DataFrame({"x": range(40), "y": [2.0 * i + 0.5 for i in range(40)]}).to_csv(tmp_path / "t.csv", index=False)
+    run = saved(tmp_path / "run", Task("regression", 1, ("y",)), (1,), [2.0])
+    asked = [str(run), "--data", str(tmp_path / "t.csv"), "--label", "y"]
+    assert main([*asked, "--json", str(tmp_path / "s.json")], command="evaluate") == 0
+    assert '"mae": 0.5' in (tmp_path / "s.json").read_text()
+    capsys.readouterr()
+    for place in (tmp_path / "no" / "s.json", tmp_path):
+        assert main([*asked, "--json", str(place)], command="evaluate") == 2
+        said = capsys.readouterr()
+        assert said.err == f"error: --json: found {place}; name a file in a folder that exists\n" and not said.out

@@ -150,7 +150,9 @@ class ClientSettings(Section):
         None, description="of the cross-entropy: one number a class; balanced: the inverse of its frequency"
     )
     objective: str | None = Field(
-        None, pattern="^python:", description="one's own local objective (python:module:Class) in place of the supervised loss"
+        None,
+        pattern="^python:",
+        description="one's own local objective (python:module:Class) in place of the supervised loss",
     )
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -36,6 +36,8 @@ class Variant:
     def parse(cls, text: str) -> Variant:
         """From the command line's form. Settings are those of the algorithm, or full key paths."""
         name, *settings = text.split(":")
+        if name == "python":  # python:package.module:Class:setting=value
+            name, settings = ":".join(text.split(":")[:3]), text.split(":")[3:]
         for setting in settings:
             if "=" not in setting:
                 raise UserError(f"--algorithms: '{text}': write name:setting=value, found '{setting}'")

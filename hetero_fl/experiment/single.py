@@ -77,9 +77,10 @@ def prepare(
             f"data.proxy.size: found {config.data.proxy.size}, but data.train_limit leaves {config.data.train_limit} rows"
         )
     dataset = dataset or load_source(config.data, Path(config.data.root).expanduser())
-    data = federate(dataset, config.data, clients, config.seed)
     settings = {k: v for k, v in config.algorithm.items() if k != "name"}
     method = algorithm[config.algorithm["name"]].model_validate(settings)
+    own_view = config.server.preprocess if config.server.model and method.distils else None
+    data = federate(dataset, config.data, clients, config.seed, server=own_view)
     student = method.distils and data.n_proxy > 0
     federation = Federation.of(config, data, clients, student)
     notes = check(config.algorithm["name"], method, federation)

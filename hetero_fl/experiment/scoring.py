@@ -21,7 +21,7 @@ CACHE = Path("~/.cache/hetero_fl")
 def evaluate(
     run: Run | str | Path, data: str, client: str | None = None, home: bool = False, label: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Metrics by model (client id, or "server") on the test split of a data set.
+    """Metrics by model (client id, or "server") on the test split of a data set, or on all of a local file without one.
 
     `data`: a source's name, or a local file (`.npz` in the MedMNIST layout, a table, an image folder); `client`: that model
     only; `home`: read as on the client's own examples (with its label frequencies); `label`: a table's column of labels
@@ -31,8 +31,10 @@ def evaluate(
     run = run if isinstance(run, Run) else Run(run)
     if client is not None and client not in run.models:
         raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
-    dataset = with_test(_load(data, label))
-    assert dataset.test is not None and dataset.test.y is not None
+    dataset = _load(data, label)
+    named = dataset if Path(data).exists() else with_test(dataset)  # the rows that a federation on it holds out, too
+    examples = named.test or named.train
+    assert examples.y is not None  # load_source has checked it
     results = {}
     for name, model in run.models.items():
         if client is not None and name != client:
@@ -43,13 +45,13 @@ def evaluate(
                 f"the models of {run.path} are {model.task.kind} with {model.task.outputs}"
             )
         view = Preprocess(**model.preprocess)
-        found = view.shape(tuple(dataset.test.x.shape[1:]))
+        found = view.shape(tuple(examples.x.shape[1:]))
         if found != model.arch.input_shape:
             raise UserError(
                 f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
             )
-        y = _renumbered(dataset.test.y, dataset.task, model.task, f"--data: {data}")
-        results[name] = score(model.task, model.logits(view(dataset.test.x), home), y)
+        y = _renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
+        results[name] = score(model.task, model.logits(view(examples.x), home), y)
     return results
 
 

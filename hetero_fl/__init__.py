@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: `import hetero_fl` alone stays quick."""
     if name == "load_config":

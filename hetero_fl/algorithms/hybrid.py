@@ -34,7 +34,6 @@ class Hybrid(Distilling, FedAvg):
 
     needs_proxy = False  # without one it averages only
     uploads = {"model": ItemSpec("params"), "logits": ItemSpec("rows", private=True, share="predictions")}
-    reads = "after aggregation, as deployed with the next broadcast (digested there, if distil_at says so)"
 
     logit_adjustment: bool = True
     teacher: TeacherKind = "contrast"

@@ -40,6 +40,8 @@ def _carry_out_train(options: argparse.Namespace) -> int:
     if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
         print(f"nothing to resume in {options.out}: starting", file=sys.stderr)
     finished = run(options.config, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False)
+    if (finished.path / "report.html").exists():
+        print(f"report: {finished.path / 'report.html'}", file=sys.stderr)
     print(finished.path)
     return 0
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hetero_fl.errors import UserError
 from hetero_fl.plan import ClassSums, Fit, FitReport, Plan, Predict, Step
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.runtime.training import fit_on_live_modules
@@ -83,6 +84,8 @@ def carry_out(
 ) -> tuple[T, list[tuple[str, FitReport]]]:
     """Run a plan to its end. Returns what it returned, and the reports of its fits with their labels."""
     reports: list[tuple[str, FitReport]] = []
+    if not isinstance(plan, Generator):
+        raise UserError("a method's hook is no plan: every hook that may compute yields; end it with `yield from ()`")
 
     def perform(step: Step) -> Any:
         if watch is not None and isinstance(step, Fit):

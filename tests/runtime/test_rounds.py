@@ -253,3 +253,11 @@ def test_a_kept_optimiser_goes_on_where_it_was() -> None:
             steps = {float(s["step"]) for s in client.state["optimizers"]["mine"].values()}
             assert steps == {2.0 * -(-client.n // 16)} or len(steps) == 1
     assert not torch.equal(*ends)
+
+
+def test_a_hook_that_is_no_plan_is_told_in_one_line() -> None:
+    rounds = rounds_of(config("fedavg"), held=0)
+    broken = type("Broken", (type(rounds.algorithm),), {"aggregate": lambda self, server, uploads: None})
+    rounds.algorithm = broken(**rounds.algorithm.model_dump())
+    with pytest.raises(UserError, match="yield from"):
+        rounds.round()

@@ -25,7 +25,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
     UserError, in one line that names the place, for everything that is wrong with it.
     """
     where = str(source) if isinstance(source, str | Path) else "configuration"
-    raw = _read(Path(source)) if isinstance(source, str | Path) else _plain(source)
+    raw = read(Path(source)) if isinstance(source, str | Path) else _plain(source)
     overrides = list(overrides)
     named = [o.split("=", 1)[1].strip("'\" ") for o in overrides if o.startswith("algorithm.name=")]
     if named and isinstance(raw.get("algorithm"), dict) and raw["algorithm"].get("name") != named[-1]:
@@ -62,7 +62,8 @@ def _algorithm(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: algorithm.{describe(error, own, kind)} (of {settings['name']})") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A configuration file as plain values, unchecked. Raises UserError if it cannot be read."""
     try:
         loaded = OmegaConf.load(path)
         raw = OmegaConf.to_container(loaded, resolve=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from hetero_fl.algorithms import algorithm
 from hetero_fl.config import load_config
+from hetero_fl.config.load import read
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.single import prepare, run
 from hetero_fl.reporting.compare import comparison_row, write_comparison
@@ -104,7 +105,8 @@ def compare(
     with Progress(out / "log.txt", quiet) as progress:
         for name, why in left_out.items():
             progress.log(f"left out {name}: {why}")
-        failed = _run_all(source, base, work, jobs or max(1, cores // threads), progress)
+        plain = read(Path(source)) if isinstance(source, str | Path) else source  # the file may change while it runs
+        failed = _run_all(plain, base, work, jobs or max(1, cores // threads), progress)
     done = [j for j in work if j not in failed]
     chosen = _choose(done, variants, points, tasks[0])
     notes = [f"{v.label}: {', '.join(p)} (chosen by validation)" for v, p in chosen.items() if p]

@@ -101,6 +101,33 @@ class Payload(Mapping[str, Any]):
             raise PayloadError(f"malformed: {type(error).__name__} {error}") from None
 
 
+class Encoded:
+    """Encodes payloads; equal ones, made of the very same tensors, once. Keeps the last few.
+
+    A model that a whole group receives is then encoded for the first of its members alone.
+    """
+
+    def __init__(self, most: int = 8) -> None:
+        self.most = most
+        self._known: dict[Any, tuple[Payload, bytes]] = {}  # the payload keeps its tensors alive, so ids stay theirs
+
+    def __call__(self, items: Mapping[str, Item | Tensor | Tensors]) -> bytes:
+        """The items as an encoded payload."""
+        payload = Payload(items)
+        mark = tuple((n, i.kind, _identity(i.values), _identity(i.weight)) for n, i in payload.items_.items())
+        if mark not in self._known:
+            if len(self._known) >= self.most:
+                self._known.pop(next(iter(self._known)))
+            self._known[mark] = (payload, payload.encode())
+        return self._known[mark][1]
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((n, id(t)) for n, t in value.items())
+    return id(value) if isinstance(value, Tensor) else value
+
+
 def _item(name: str, raw: Any) -> Item:
     if not isinstance(raw, dict) or set(raw) != {"values", "weight", "kind"}:
         raise PayloadError(f"item {name!r} has no values, weight and kind")

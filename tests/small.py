@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hetero_fl.experiment import prepare
+from hetero_fl.runtime.choose import make_executor
 from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.runtime.serial import Serial
 
 MIXED = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
 
@@ -45,9 +45,8 @@ def rounds_of(source: dict[str, Any], held: int | None = None) -> Rounds:
     """The run of a configuration, after so many rounds (all of them by default), in memory only."""
     torch.set_num_threads(1)
     prepared = prepare(source)
-    rounds = Rounds(
-        prepared.method, prepared.federation, Serial(torch.device("cpu")), prepared.config.clients.per_round
-    )
+    executor = make_executor(prepared.config.runtime, prepared.method, prepared.federation, torch.device("cpu"))
+    rounds = Rounds(prepared.method, prepared.federation, executor, prepared.config.clients.per_round)
     for _ in range(prepared.config.rounds if held is None else held):
         rounds.round()
     return rounds

@@ -14,8 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from hetero_fl.aggregation.averaging import average_by_owner
-from hetero_fl.aggregation.uploads import Uploads, step
+from hetero_fl.aggregation.averaging import step
+from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.architecture import Tensors
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.errors import UserError
@@ -179,14 +179,18 @@ class Algorithm(BaseModel):
         return logits if prior is None else logits + prior
 
     def share(self, client: Participant) -> Items:
-        """The client's part of the model, weighted by its training rows."""
+        """The client's part of the model, with its weight."""
         part = self.sends(client.settings, client.clock.round)
         if part == ():
             return {}
-        return {"model": Item(floats(select(client.models["model"], part)), float(client.n), "params")}
+        return {"model": Item(floats(select(client.models["model"], part)), self.weight_of(client), "params")}
 
-    def average(self, server: Participant, uploads: Uploads, rate: float = 1.0, weighted: bool = True) -> None:
+    def weight_of(self, client: Participant) -> float:
+        """The weight of a client's parameters in the mean: its training rows."""
+        return float(client.n)
+
+    def average(self, server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
         """Move each group's model to the mean over the owners of each tensor."""
-        for group, mean in average_by_owner(uploads, "model", server.common, weighted).items():
+        for group, mean in uploads.mean_by_group("model").items():
             parameters = server.arch[group].parameter_names
             server.models[group] = step(server.models[group], mean, rate, parameters)

@@ -11,7 +11,7 @@ from hetero_fl.algorithms import Algorithm, Items
 from hetero_fl.payload import Item, Payload
 from hetero_fl.plan import ClassSums, Fit, FitReport, Predict, Step
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.serial import carry_out
+from hetero_fl.runtime.plans import Work, carry_out
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import Card, Columns, Participant
 
@@ -22,8 +22,11 @@ class Dry:
     def __init__(self) -> None:
         self.templates = Templates(torch.device("cpu"))
 
-    def perform(self, participant: Participant, step: Step) -> Any:
-        """The shape of the result of one step."""
+    def perform(self, work: Work) -> list[Any]:
+        """Results of the right shapes, in order."""
+        return [self._shaped(participant, step) for participant, step in work]
+
+    def _shaped(self, participant: Participant, step: Step) -> Any:
         if isinstance(step, Fit):
             return FitReport(1, step.batch_size, 0.0)
         arch = getattr(step, "arch", None) or participant.arch[step.slot]
@@ -104,5 +107,9 @@ def cost(algorithm: Algorithm, federation: Federation) -> dict[str, dict[str, in
             parameters = sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names)
             sizes = [len(p.encode()) if algorithm.counted else 0 for p in (down, uploads[-1].payload)]
             table[id] = {"parameters": parameters, "rows": card.n, "down_bytes": sizes[0], "up_bytes": sizes[1]}
-        carry_out(algorithm.aggregate(server, Uploads(uploads)), server, expectations.performer)
+        carry_out(
+            algorithm.aggregate(server, Uploads(uploads, algorithm.uploads, server.common)),
+            server,
+            expectations.performer,
+        )
     return table

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.errors import UserError
 from hetero_fl.plan import ClassSums, Fit, FitReport, Plan, Predict, Step
+from hetero_fl.runtime.running import Running
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.runtime.training import fit_on_live_modules
 from hetero_fl.state import Participant
@@ -84,8 +84,7 @@ def carry_out(
 ) -> tuple[T, list[tuple[str, FitReport]]]:
     """Run a plan to its end. Returns what it returned, and the reports of its fits with their labels."""
     reports: list[tuple[str, FitReport]] = []
-    if not isinstance(plan, Generator):
-        raise UserError("a method's hook is no plan: every hook that may compute yields; end it with `yield from ()`")
+    running = Running(plan)
 
     def perform(step: Step) -> Any:
         if watch is not None and isinstance(step, Fit):
@@ -96,9 +95,14 @@ def carry_out(
         return result
 
     answer: Any = None
+    go_on: Callable[[Any], Step | list[Step]] = running.send
     while True:
         try:
-            asked = plan.send(answer)
+            asked = go_on(answer)
         except StopIteration as stop:
             return stop.value, reports
-        answer = [perform(s) for s in asked] if isinstance(asked, list) else perform(asked)
+        try:
+            answer = [perform(s) for s in asked] if isinstance(asked, list) else perform(asked)
+            go_on = running.send
+        except Exception as error:  # raised where the step was yielded: the traceback shows which it was
+            answer, go_on = error, running.throw

@@ -31,12 +31,17 @@ class RunFailed(Exception):
     """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
 
 
+def similar(found: object, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` if one of the choices is close to what was found, else nothing."""
+    close = get_close_matches(str(found), sorted(map(str, choices)), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
 def nearest(found: object, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` if one of the choices is close to what was found, else the choices themselves."""
     names = sorted(map(str, choices))
-    close = get_close_matches(str(found), names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    if hint := similar(found, names):
+        return hint
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"; choose from {shown}" if names else ""
 

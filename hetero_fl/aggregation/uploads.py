@@ -7,14 +7,15 @@ first term starts the sum, so that a tensor with one owner passes through untouc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hetero_fl.architecture import Tensors
-from hetero_fl.payload import Item, Payload
+from hetero_fl.errors import nearest
+from hetero_fl.payload import Item, NoSuchItem, Payload
 from hetero_fl.state import Card, in_order
 
 
@@ -37,9 +38,13 @@ class Upload:
 
 
 class Uploads:
-    """All uploads that arrived, in client-id order."""
+    """All uploads that arrived, in client-id order.
 
-    def __init__(self, uploads: Iterable[Upload]) -> None:
+    `declared`: the items that the method's clients may send; to ask for another one raises NoSuchItem (a KeyError).
+    """
+
+    def __init__(self, uploads: Iterable[Upload], declared: Collection[str] | None = None) -> None:
+        self.declared = declared
         by_client = {u.client: u for u in uploads}
         self._uploads = [by_client[c] for c in in_order(by_client)]
 
@@ -53,6 +58,8 @@ class Uploads:
 
     def having(self, name: str) -> list[Upload]:
         """Those with the item."""
+        if self.declared is not None and name not in self.declared:
+            raise NoSuchItem(f"item {name!r} is not declared in `uploads`{nearest(name, self.declared)}")
         return [u for u in self._uploads if name in u.payload]
 
     def mean(self, name: str) -> Tensor | None:

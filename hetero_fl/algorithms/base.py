@@ -122,7 +122,8 @@ class Algorithm(BaseModel):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         """The server's round."""
-        self.average(server, uploads)
+        if "model" in self.uploads:
+            self.average(server, uploads)
         yield from ()
 
     def personalise(self, client: Participant, got: Payload) -> Plan[None]:

@@ -19,6 +19,7 @@ from hetero_fl.payload import Payload, PayloadError, check_upload
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.serial import Performer, carry_out
 from hetero_fl.runtime.site import Reading, Scores, Site
 from hetero_fl.runtime.store import Store
@@ -57,7 +58,8 @@ class Rounds:
         self.expectations = Expectations(algorithm, federation)
         self.server = federation.server()
         self.completed = 0
-        algorithm.start(self.server)
+        with told():
+            algorithm.start(self.server)
 
     # A round -----------------------------------------------------------------------------------------------------
     def cohort(self, round: int) -> list[str]:
@@ -68,14 +70,16 @@ class Rounds:
         drawn = torch.randperm(len(ids), generator=generator(self.federation.seed, round, "cohort"))
         return [ids[i] for i in sorted(drawn[: self.per_round].tolist())]
 
+    @told()
     def round(self) -> Record:
-        """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used."""
+        """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used, or if a
+        method of the user's own fails."""
         begun, index = time.perf_counter(), self.completed
         cohort, failed = self.cohort(index), {}
         losses: dict[str, float] = {}
         before = (self.traffic.up, self.traffic.down)
         self._clock(index)
-        sent = {c: Payload(self.algorithm.broadcast(self.server, self.federation.cards[c])) for c in cohort}
+        sent = {c: broadcast(self.algorithm, self.server, self.federation.cards[c]) for c in cohort}
 
         def exchange(requests: Messages) -> Messages:
             replies = {}
@@ -107,7 +111,8 @@ class Rounds:
                 f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
             )
         try:
-            carry_out(self.algorithm.aggregate(self.server, Uploads(uploads)), self.server, self.performer)
+            aggregate = self.algorithm.aggregate(self.server, Uploads(uploads, self.algorithm.uploads))
+            carry_out(aggregate, self.server, self.performer)
         except Diverged as error:
             raise RunFailed(f"round {index + 1}: training at the server diverged: {error}") from None
         self.store.commit()
@@ -137,11 +142,12 @@ class Rounds:
         """What the client would receive next, to be read and not to be trained on. Counted like any other transfer."""
         self._clock(self.completed)
         card = replace(self.federation.cards[client], reading=True)
-        body = Payload(self.algorithm.broadcast(self.server, card)).encode()
+        body = broadcast(self.algorithm, self.server, card).encode()
         if self.algorithm.counted:
             self.traffic.down += len(body)
         return body
 
+    @told()
     def evaluate(self, details: bool = False) -> Readings:
         """Read every client's model, sampled or not, as it would be used now; and the server's own."""
         clients = {}

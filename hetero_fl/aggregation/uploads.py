@@ -16,7 +16,7 @@ from hetero_fl.aggregation.averaging import OwnerMeans
 from hetero_fl.aggregation.sums import ItemSum
 from hetero_fl.architecture import Tensors
 from hetero_fl.errors import UserError, nearest
-from hetero_fl.payload import ItemSpec, Payload
+from hetero_fl.payload import ItemSpec, NoSuchItem, Payload
 from hetero_fl.state import Card, in_order
 
 
@@ -80,20 +80,28 @@ class Uploads:
         if any(spec.use == "each" for spec in self._specs.values()):
             self._kept.append(Upload(upload.card, Payload(whole)))
 
+    def _declared(self, name: str) -> None:
+        if self._specs and name not in self._specs:
+            raise NoSuchItem(f"item {name!r} is not declared in `uploads`{nearest(name, self._specs)}")
+
     def senders(self, name: str) -> list[Card]:
-        """Who sent the item."""
+        """Who sent the item. As below, raises NoSuchItem (a KeyError) for one that the method does not declare."""
+        self._declared(name)
         return list(self._senders.get(name, []))
 
     def mean(self, name: str) -> Tensor | None:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
+        self._declared(name)
         return self._tensors[name].mean if name in self._tensors else None
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
         """(Σ values·weight, Σ weight) of the single-tensor items of that name. Raises KeyError if nobody sent it."""
+        self._declared(name)
         return self._tensors[name].total
 
     def mean_by_group(self, name: str) -> dict[str, Tensors]:
         """For each architecture group the mean over the owners of each tensor that its members sent under that name."""
+        self._declared(name)
         return self._models[name].by_group() if name in self._models else {}
 
     @property
@@ -108,7 +116,7 @@ class Uploads:
 
     def having(self, name: str) -> list[Upload]:
         """The single uploads with that item, which has to be declared with `use="each"`."""
-        if name not in self._specs or self._specs[name].use != "each":
-            each = [n for n, spec in self._specs.items() if spec.use == "each"]
-            raise UserError(f"uploads.having: item '{name}' is not declared with use='each'{nearest(name, each)}")
+        self._declared(name)
+        if name in self._specs and self._specs[name].use != "each":
+            raise UserError(f"uploads.having: item '{name}' is not declared with use='each'")
         return [u for u in self._kept if name in u.payload]

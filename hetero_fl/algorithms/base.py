@@ -19,6 +19,7 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.architecture import Tensors
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.errors import UserError
+from hetero_fl.made import watched
 from hetero_fl.objectives import Objective, Supervised, log_prior
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
@@ -63,6 +64,10 @@ class Algorithm(BaseModel):
     logit_adjustment: bool = Field(
         False, description="train on z + log π with the client's own label frequencies π; at home read z + log π"
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        watched(cls)
 
     # What travels ------------------------------------------------------------------------------------------------
     def part(self, settings: ClientSettings) -> Part:
@@ -117,7 +122,8 @@ class Algorithm(BaseModel):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         """The server's round."""
-        self.average(server, uploads)
+        if "model" in self.uploads:
+            self.average(server, uploads)
         yield from ()
 
     def personalise(self, client: Participant, got: Payload) -> Plan[None]:
@@ -194,3 +200,6 @@ class Algorithm(BaseModel):
         for group, mean in uploads.mean_by_group("model").items():
             parameters = server.arch[group].parameter_names
             server.models[group] = step(server.models[group], mean, rate, parameters)
+
+
+watched(Algorithm)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from hetero_fl.errors import UserError
 from hetero_fl.plan import Fit, FitReport, Plan, Step
+from hetero_fl.runtime.running import Running
 from hetero_fl.state import Participant
 
 T = TypeVar("T")
@@ -45,20 +45,18 @@ class Outcome(Generic[T]):
 def carry_out_together(
     plans: Sequence[tuple[Participant, Plan[T]]], performer: Performer, watch: Watch | None = None
 ) -> list[Outcome[T]]:
-    """Run plans to their ends, in lockstep: each advances by one step (or list of steps) at a time. Outcomes in order."""
+    """Run plans to their ends, in lockstep: each advances by one step (or list of steps) at a time. Outcomes in order.
+
+    Raises UserError for a slip of a method's author: something yielded that is no step, a step made and never yielded.
+    """
     outcomes: list[Outcome[T]] = [Outcome() for _ in plans]
-    answers: dict[int, Any] = {}
-    for i, (_, plan) in enumerate(plans):
-        if not isinstance(plan, Generator):
-            raise UserError(
-                "a method's hook is no plan: every hook that may compute yields; end it with `yield from ()`"
-            )
-        answers[i] = None
+    running = [Running(plan) for _, plan in plans]
+    answers: dict[int, Any] = dict.fromkeys(range(len(plans)))
     while answers:
         asked: dict[int, Any] = {}
         for i, answer in answers.items():
             try:
-                asked[i] = plans[i][1].send(answer)
+                asked[i] = running[i].send(answer)
             except StopIteration as stop:
                 outcomes[i].value = stop.value
         work = [(i, step) for i, steps in asked.items() for step in (steps if isinstance(steps, list) else [steps])]
@@ -67,7 +65,12 @@ def carry_out_together(
                 if isinstance(step, Fit):
                     watch(plans[i][0].id, step.label)
         results: dict[int, list[Any]] = {i: [] for i in asked}
-        for (i, step), result in zip(work, performer.perform([(plans[i][0], s) for i, s in work]), strict=True):
+        try:
+            computed = performer.perform([(plans[i][0], step) for i, step in work])
+        except Exception as error:  # raised where the steps were yielded: the traceback shows which they were
+            running[work[0][0]].throw(error)
+            raise
+        for (i, step), result in zip(work, computed, strict=True):
             results[i].append(result)
             if isinstance(result, Diverged):
                 outcomes[i].failure = result

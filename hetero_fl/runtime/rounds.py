@@ -21,6 +21,7 @@ from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.executor import Executor
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.site import Reading, Scores
 from hetero_fl.seeding import generator
@@ -56,7 +57,8 @@ class Rounds:
         self.expectations = Expectations(algorithm, federation)
         self.server = federation.server()
         self.completed = 0
-        algorithm.start(self.server)
+        with told():
+            algorithm.start(self.server)
 
     # A round -----------------------------------------------------------------------------------------------------
     def cohort(self, round: int) -> list[str]:
@@ -67,8 +69,10 @@ class Rounds:
         drawn = torch.randperm(len(ids), generator=generator(self.federation.seed, round, "cohort"))
         return [ids[i] for i in sorted(drawn[: self.per_round].tolist())]
 
+    @told()
     def round(self) -> Record:
-        """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used."""
+        """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used, or if a
+        method of the user's own fails."""
         begun, index = time.perf_counter(), self.completed
         cohort, failed = self.cohort(index), {}
         losses: dict[str, float] = {}
@@ -123,7 +127,7 @@ class Rounds:
 
         def make(client: str) -> bytes:
             card = self.federation.cards[client]
-            return encoded(self.algorithm.broadcast(self.server, replace(card, reading=True) if reading else card))
+            return encoded(broadcast(self.algorithm, self.server, replace(card, reading=True) if reading else card))
 
         return Lazy(clients, make)
 
@@ -131,7 +135,7 @@ class Rounds:
         """An upload, decoded and checked against what this client was to send. Raises PayloadError."""
         payload = Payload.decode(data)
         card = self.federation.cards[client]
-        expected = self.expectations.of(card, Payload(self.algorithm.broadcast(self.server, card)), round)
+        expected = self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
         check_upload(payload, self.algorithm.uploads, expected)
         return payload
 
@@ -139,6 +143,7 @@ class Rounds:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
 
     # Evaluation --------------------------------------------------------------------------------------------------
+    @told()
     def evaluate(self, details: bool = False) -> Readings:
         """Read every client's model, sampled or not, as it would be used now; and the server's own.
 

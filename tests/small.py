@@ -9,6 +9,7 @@ import torch
 from hetero_fl.experiment import prepare
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.serial import Serial
+from hetero_fl.runtime.store import Store
 
 MIXED = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
 
@@ -41,13 +42,12 @@ def config(method: str = "fedavg", models: Any = "cnn_bn_small", clients: int = 
     return made
 
 
-def rounds_of(source: dict[str, Any], held: int | None = None) -> Rounds:
-    """The run of a configuration, after so many rounds (all of them by default), in memory only."""
+def rounds_of(source: dict[str, Any], held: int | None = None, store: Store | None = None) -> Rounds:
+    """The run of a configuration, after so many rounds (all of them by default), in memory only unless a store is given."""
     torch.set_num_threads(1)
     prepared = prepare(source)
-    rounds = Rounds(
-        prepared.method, prepared.federation, Serial(torch.device("cpu")), prepared.config.clients.per_round
-    )
+    per_round = prepared.config.clients.per_round
+    rounds = Rounds(prepared.method, prepared.federation, Serial(torch.device("cpu")), per_round, store=store)
     for _ in range(prepared.config.rounds if held is None else held):
         rounds.round()
     return rounds

@@ -48,10 +48,11 @@ class Rounds:
         per_round: int | None = None,
         stop_on_divergence: bool = False,
         watch: Callable[[str], None] | None = None,
+        store: Store | None = None,
     ) -> None:
         self.algorithm, self.federation, self.performer = algorithm, federation, performer
         self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
-        self.store, self.protocol, self.traffic = Store(), Direct(), Traffic()
+        self.store, self.protocol, self.traffic = store or Store(), Direct(), Traffic()
         self.site = Site(algorithm, federation, self.store, performer, self.protocol)
         self.site.watch = watch
         self.expectations = Expectations(algorithm, federation)
@@ -168,11 +169,10 @@ class Rounds:
 
     # Crash safety ------------------------------------------------------------------------------------------------
     def tree(self) -> dict[str, Any]:
-        """Everything that a later process needs to go on as if nothing had happened."""
+        """With the store, everything that a later process needs to go on as if nothing had happened."""
         return {
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
-            "clients": self.store.tree(),
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
         }
 
@@ -180,7 +180,6 @@ class Rounds:
         """The reverse of `tree`."""
         self.completed = tree["completed"]
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
-        self.store.restore(tree["clients"])
         self.traffic = Traffic(**tree["traffic"])
 
 

@@ -69,6 +69,15 @@ def _string(key: object) -> str:
     return key
 
 
+def nbytes(tree: Tree) -> int:
+    """Bytes of a tree's tensors in memory."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict | list | tuple):
+        return sum(map(nbytes, tree.values() if isinstance(tree, dict) else tree))
+    return 0
+
+
 def decode(data: bytes, form: str) -> Tree:
     """The reverse of `encode`. Tensors own their memory. Raises CodecError, in one line, for anything malformed."""
     try:

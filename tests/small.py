@@ -9,6 +9,7 @@ import torch
 from hetero_fl.experiment import prepare
 from hetero_fl.runtime.choose import make_executor
 from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.store import Store
 
 MIXED = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
 
@@ -41,11 +42,11 @@ def config(method: str = "fedavg", models: Any = "cnn_bn_small", clients: int = 
     return made
 
 
-def rounds_of(source: dict[str, Any], held: int | None = None) -> Rounds:
-    """The run of a configuration, after so many rounds (all of them by default), in memory only."""
+def rounds_of(source: dict[str, Any], held: int | None = None, store: Store | None = None) -> Rounds:
+    """The run of a configuration, after so many rounds (all of them by default), in memory only unless a store is given."""
     torch.set_num_threads(1)
     prepared = prepare(source)
-    executor = make_executor(prepared.config.runtime, prepared.method, prepared.federation, torch.device("cpu"))
+    executor = make_executor(prepared.config.runtime, prepared.method, prepared.federation, torch.device("cpu"), store)
     rounds = Rounds(prepared.method, prepared.federation, executor, prepared.config.clients.per_round)
     for _ in range(prepared.config.rounds if held is None else held):
         rounds.round()

@@ -44,6 +44,10 @@ class RuntimeConfig(Section):
     device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]
         "auto", description="auto: the first GPU if there is one"
     )
+    store_memory: NonNegativeInt = Field(
+        1024,
+        description="MiB of clients' private state held in memory, the rest lies on disk; may change when a run is resumed",
+    )
     divergence: Literal["skip", "stop"] = Field(
         "skip", description="a client whose loss is no longer finite: leave it out of the round, or end the run"
     )

@@ -17,6 +17,7 @@ from hetero_fl.config import Config, expand, first_difference, load_config
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device, choose_threads, describe_environment
 from hetero_fl.errors import UserError
+from hetero_fl.files import write_atomically
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.report import write_report
@@ -24,12 +25,12 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
-from hetero_fl.runtime.checkpoint import Checkpoints, write_atomically
+from hetero_fl.runtime.checkpoint import Checkpoints
 from hetero_fl.runtime.choose import make_executor
 from hetero_fl.runtime.compatibility import check
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.rounds import Readings, Record, Rounds, record_readings
-from hetero_fl.runtime.store import Private
+from hetero_fl.runtime.store import Private, Store
 from hetero_fl.saved import SavedModel
 
 Callback = Callable[[Record], None]
@@ -138,10 +139,15 @@ def _recorded(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def _deciding(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same when a run is resumed: all but the memory, which decides no result."""
+    return {**recorded, "runtime": {k: v for k, v in recorded["runtime"].items() if k != "store_memory"}}
+
+
 def _reopen(path: Path, config: Config) -> RunDirectory:
     """The run directory of an interrupted run. Raises UserError naming the first key that differs."""
     directory = RunDirectory.open(path)
-    if difference := first_difference(directory.config(), _recorded(config)):
+    if difference := first_difference(_deciding(directory.config()), _deciding(_recorded(config))):
         raise UserError(f"{path}: --resume with another configuration: {difference}")
     return directory
 
@@ -150,12 +156,13 @@ def _carry_out(
     prepared: Prepared, directory: RunDirectory, device: torch.device, progress: Progress, callbacks: Sequence[Callback]
 ) -> None:
     begun, config = time.perf_counter(), prepared.config
-    executor = make_executor(config.runtime, prepared.method, prepared.federation, device)
+    store = Store(directory.path / "checkpoint", config.runtime.store_memory << 20)
+    executor = make_executor(config.runtime, prepared.method, prepared.federation, device, store)
     executor.watch(progress.task)
     rounds = Rounds(
         prepared.method, prepared.federation, executor, config.clients.per_round, config.runtime.divergence == "stop"
     )
-    checkpoints = Checkpoints(directory.path / "checkpoint", progress.log)
+    checkpoints = Checkpoints(rounds.store, progress.log)
     fingerprint = prepared.data.content_hash()
     saved = checkpoints.newest()
     if saved is not None:

@@ -1,47 +1,73 @@
-"""Checkpoints: one file a round, written atomically, each with a checksum, the two newest kept."""
+"""Checkpoints: a file a round that holds what changed, complete on disk or not there at all, the two newest kept.
+
+A checkpoint is a segment (`segments.py`): the private state of the clients that changed it in this round, written while the
+round ran; the rest of the run's state; and a head that says where everything lies. State that did not change stays where it
+is, in an older file, which is kept for as long as one of the two newest checkpoints refers to it. A file of which less than a
+quarter is still live is given up: the next checkpoint takes a copy of what is live. So a run in which everybody takes part
+has exactly two files, each complete in itself, and one with cohorts has at most about four times the bytes of its state.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hetero_fl.codec import CodecError, decode, encode
-from hetero_fl.errors import RunFailed
-from hetero_fl.files import write_atomically
+import numpy as np
+import torch
+from torch import Tensor
 
-FORM = "hetero_fl checkpoint 1"
+from hetero_fl.codec import CodecError, decode, encode, nbytes
+from hetero_fl.errors import RunFailed
+from hetero_fl.runtime.segments import OpenSegment, Place, Segment
+from hetero_fl.runtime.store import Store
+
+FORM = "hetero_fl checkpoint 2"
+PIECE = 16 << 20  # bytes: larger trees are written and read in pieces, so that they are not in memory twice
 KEPT = 2
-MAGIC = b"HFLCKPT1"
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder of their own."""
+    """The checkpoints of a run, in a folder of their own, together with the store whose state they hold."""
 
-    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
-        self.folder, self.log = folder, log
+    def __init__(self, store: Store, log: Callable[[str], None]) -> None:
+        if store.folder is None:
+            raise ValueError("a store that lives in memory only has no checkpoints")
+        self.store, self.folder, self.log = store, store.folder, log
 
-    def save(self, round: int, tree: dict[str, Any]) -> Path:
-        """Write the state after so many rounds; it is complete on disk, or not there at all."""
-        body = encode(tree, FORM)
-        path = self.folder / f"round-{round:06}.ckpt"
-        write_atomically(path, MAGIC + hashlib.sha256(body).digest() + body)
-        for old in self._files()[:-KEPT]:
-            old.unlink()
+    def save(self, round: int, tree: Mapping[str, Any]) -> Path:
+        """Write the state after so many rounds: `tree`, and what the store has committed.
+
+        Raises RunFailed if private state in an older file has been damaged.
+        """
+        path, segment = self.folder / f"round-{round:06}.ckpt", self.store.open
+        assert segment is not None
+        self.store.gather(replaced=path)
+        pieces = _write(dict(tree), segment)
+        segment.seal(path, _head(pieces, self.store.places(), segment, path.name))
+        self.store.sealed()
+        for later in [p for p in self._files() if p.name > path.name]:
+            later.unlink()  # damaged ones that the run has gone back behind
+        self._prune()
         return path
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest state that is whole; says so where a newer one is not. None if there is no checkpoint.
+        """The newest tree that is whole, its private state in the store; says so where a newer one is not whole.
 
-        Raises RunFailed if there are checkpoints and none of them is whole.
+        None if there is no checkpoint. Raises RunFailed if there are checkpoints and none of them is whole.
         """
+        self.store.restore({})
+        OpenSegment(self.folder).path.unlink(missing_ok=True)  # of a process that was killed
         files = self._files()
         for i, path in reversed(list(enumerate(files))):
             try:
-                return read_checkpoint(path)
+                tree, places = read_checkpoint(path)
             except (CodecError, OSError) as error:
                 self.log(f"{path.name} is damaged ({error})" + ("; using the one before it" if i else ""))
+                continue
+            self.store.restore(places)
+            return tree
         if files:
             raise RunFailed(f"{self.folder}: no whole checkpoint is left; start anew with another --out")
         return None
@@ -49,14 +75,71 @@ class Checkpoints:
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("round-*.ckpt"))
 
+    def _prune(self) -> None:
+        """Remove the files to which neither of the two newest checkpoints refers."""
+        needed = self.store.files()
+        for path in self._files()[-KEPT:]:
+            needed.add(path)
+            with suppress(CodecError, OSError):  # a damaged one needs nothing any more
+                needed |= {path.with_name(name) for name in decode(Segment.open(path).head(), FORM)["files"]}
+        for path in self._files():
+            if path not in needed:
+                path.unlink()
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file. Raises CodecError if a single byte of it is not what was written."""
-    data = path.read_bytes()
-    head, digest, body = data[:8], data[8:40], data[40:]
-    if head != MAGIC:
-        raise CodecError("not a checkpoint, or its first bytes are gone")
-    if hashlib.sha256(body).digest() != digest:
-        raise CodecError("its checksum does not match")
-    tree: dict[str, Any] = decode(body, FORM)
-    return tree
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
+    """The tree in a checkpoint file, and where each client's private state lies; all of it verified.
+
+    Raises CodecError if a single byte of it, here or in an older file, is not what was written; OSError if a file is gone.
+    """
+    pieces, places = _read_head(path)
+    tree: dict[str, Any] = _read(pieces, Segment.open(path))
+    for place in places.values():
+        place.segment.verify(place)
+    return tree, places
+
+
+# The head: pieces of the tree by their keys, and the clients with the places of their state, in order ------------------
+def _head(pieces: Any, places: Mapping[str, Place], segment: Segment, name: str) -> bytes:
+    names = {p.segment: p.segment.path.name for p in places.values()} | {
+        segment: name
+    }  # it has its own name only later
+    files = sorted(set(names.values()))
+    rows = [(files.index(names[p.segment]), p.offset, p.length) for p in places.values()]
+    tree = {
+        "tree": pieces,
+        "files": files,
+        "clients": list(places),
+        "places": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
+        "digests": _bytes_tensor(b"".join(p.digest for p in places.values())),
+    }
+    return encode(tree, FORM)
+
+
+def _read_head(path: Path) -> tuple[Any, dict[str, Place]]:
+    head = decode(Segment.open(path).head(), FORM)
+    segments = [Segment.open(path.with_name(name)) for name in head["files"]]
+    digests = head["digests"].numpy().tobytes()
+    places = {}
+    for i, (client, (file, offset, length)) in enumerate(zip(head["clients"], head["places"].tolist(), strict=True)):
+        places[client] = Place(segments[file], offset, length, digests[32 * i : 32 * (i + 1)])
+    return head["tree"], places
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def _write(tree: Any, segment: OpenSegment) -> Any:
+    """The places of a tree's pieces, as lists, in dictionaries where the tree was too large for one."""
+    if isinstance(tree, dict) and nbytes(tree) > PIECE:
+        return {key: _write(value, segment) for key, value in tree.items()}
+    place = segment.append(encode(tree, FORM))
+    return [place.offset, place.length, place.digest.hex()]
+
+
+def _read(pieces: Any, segment: Segment) -> Any:
+    if isinstance(pieces, dict):
+        return {key: _read(value, segment) for key, value in pieces.items()}
+    offset, length, digest = pieces
+    return decode(Place(segment, offset, length, bytes.fromhex(digest)).read(), FORM)

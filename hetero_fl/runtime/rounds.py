@@ -182,11 +182,10 @@ class Rounds:
 
     # Crash safety ------------------------------------------------------------------------------------------------
     def tree(self) -> dict[str, Any]:
-        """Everything that a later process needs to go on as if nothing had happened."""
+        """With the store, everything that a later process needs to go on as if nothing had happened."""
         return {
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
-            "clients": self.store.tree(),
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
         }
 
@@ -194,7 +193,6 @@ class Rounds:
         """The reverse of `tree`."""
         self.completed = tree["completed"]
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
-        self.store.restore(tree["clients"])
         self.traffic = Traffic(**tree["traffic"])
 
 

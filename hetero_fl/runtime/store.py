@@ -1,11 +1,26 @@
-"""Private state of clients between rounds: staged while a round runs, committed with it and not before."""
+"""Private state of clients between rounds: staged while a round runs, committed with it and not before.
+
+State lives encoded, in a segment on disk (`segments.py`) that the round's checkpoint then closes; what was used last is also
+held in memory, up to a bound. What comes out is always what the bytes say, so neither the bound nor a resume changes a result.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hetero_fl.architecture import Tensors
+from hetero_fl.codec import CodecError, decode, encode, nbytes
+from hetero_fl.errors import RunFailed
+from hetero_fl.runtime.segments import OpenSegment, Place
+
+FORM = "private state 1"
+MEMORY = 1 << 30  # bytes
+COMPACT = 4  # a segment of which less than one part in so many is live is given up
 
 
 @dataclass
@@ -15,42 +30,184 @@ class Private:
     models: dict[str, Tensors] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
+    def encode(self) -> bytes:
+        """Its bytes, as they are kept and as they travel between processes; none if there is nothing to keep."""
+        return encode({"models": self.models, "state": self.state}, FORM) if self.models or self.state else b""
+
+    @classmethod
+    def decode(cls, data: bytes) -> Private:
+        """The reverse of `encode`. Raises CodecError."""
+        return cls(**decode(data, FORM)) if data else cls()
+
+
+@dataclass
+class Version:
+    """One client's state as it was staged once; `stamp` names it within this process and is never used again."""
+
+    stamp: int
+    place: Place | None  # None: in memory only
+
 
 class Store:
-    """Private state by client id. A client without any costs nothing."""
+    """Private state by client id. A client without any costs nothing.
 
-    def __init__(self) -> None:
-        self._kept: dict[str, Private] = {}
-        self._staged: dict[str, Private] = {}
+    With a `folder`, state goes to disk as it is staged, and at most `memory` bytes of it are held decoded or encoded besides
+    what a caller has in hand; without one (tests, notebooks, worker processes) it stays in memory, all of it.
+    """
+
+    def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
+        self.folder, self.memory = folder, memory
+        self.open = OpenSegment(folder) if folder is not None else None  # takes the blobs of the round
+        self.held = 0  # bytes in memory
+        self._held: OrderedDict[int, Private | bytes] = OrderedDict()  # by stamp; the last used at the end
+        self._kept: dict[str, Version] = {}
+        self._staged: dict[str, Version | None] = {}  # None: the client keeps nothing any more
+        self._stamps = itertools.count()
+        self._mark = 0  # the open segment's size at the last commit
 
     def get(self, client: str) -> Private:
-        """The state as committed; empty for a client that keeps nothing. Do not change it in place."""
-        return self._kept.get(client) or Private()
+        """The state as committed; empty for a client that keeps nothing. Do not change it in place.
 
-    def stage(self, client: str, private: Private) -> None:
-        """State written in a round that has not ended yet."""
-        self._staged[client] = private
+        Raises RunFailed if it has been damaged on disk.
+        """
+        version = self._kept.get(client)
+        if version is None:
+            return Private()
+        found = self._held.get(version.stamp)
+        if isinstance(found, Private):
+            self._held.move_to_end(version.stamp)
+            return found
+        private = Private.decode(found if found is not None else self._read(client, version))
+        self._hold(version.stamp, private)
+        return private
+
+    def encoded(self, client: str) -> bytes | None:
+        """The committed state as `Private.encode` gives it, None if there is none; raises as `get` does."""
+        version = self._kept.get(client)
+        if version is None:
+            return None
+        found = self._held.get(version.stamp)
+        if found is None:
+            return self._read(client, version)
+        return found.encode() if isinstance(found, Private) else found
+
+    def stamp(self, client: str) -> int | None:
+        """A number that is another whenever the committed state is, None if there is none: equal stamps, equal state."""
+        version = self._kept.get(client)
+        return None if version is None else version.stamp
+
+    def clients(self) -> list[str]:
+        """Those who keep something, sorted."""
+        return sorted(self._kept)
+
+    # A round -----------------------------------------------------------------------------------------------------
+    def stage(self, client: str, private: Private | bytes) -> None:
+        """State written in a round that has not ended yet; as bytes if it comes from another process."""
+        data = private.encode() if isinstance(private, Private) else private
+        self.drop(client)
+        if not data:
+            self._staged[client] = None
+            return
+        version = Version(next(self._stamps), self.open.append(data) if self.open is not None else None)
+        self._staged[client] = version
+        self._hold(version.stamp, data)
 
     def drop(self, client: str) -> None:
         """Forget what one client staged: the server did not take its upload."""
-        self._staged.pop(client, None)
+        self._release(self._staged.pop(client, None))
 
     def commit(self) -> None:
         """Make what was staged the state; the round has ended."""
-        self._kept.update({c: p for c, p in self._staged.items() if p.models or p.state})
-        for client in [c for c, p in self._staged.items() if not (p.models or p.state)]:
-            self._kept.pop(client, None)
+        for client, version in self._staged.items():
+            self._release(self._kept.pop(client, None))
+            if version is not None:
+                self._kept[client] = version
         self._staged.clear()
+        self._mark = self.open.size if self.open is not None else 0
 
     def discard(self) -> None:
         """Forget what was staged; the round did not end."""
+        for version in self._staged.values():
+            self._release(version)
         self._staged.clear()
+        if self.open is not None:
+            self.open.cut(self._mark)
 
-    def tree(self) -> dict[str, Any]:
-        """Everything committed, for a checkpoint."""
-        return {c: {"models": p.models, "state": p.state} for c, p in sorted(self._kept.items())}
+    # Checkpoints -------------------------------------------------------------------------------------------------
+    def places(self) -> dict[str, Place]:
+        """Where the committed state of each client lies."""
+        return {c: v.place for c, v in sorted(self._kept.items()) if v.place is not None}
 
-    def restore(self, tree: dict[str, Any]) -> None:
-        """The reverse of `tree`."""
-        self._kept = {c: Private(p["models"], p["state"]) for c, p in tree.items()}
+    def gather(self, replaced: Path) -> None:
+        """Before a checkpoint: copy what is still live out of segments that hold little else, and out of `replaced`.
+
+        Raises RunFailed if it has been damaged on disk.
+        """
+        live: dict[Path, int] = {}
+        for where in self.places().values():
+            live[where.segment.path] = live.get(where.segment.path, 0) + where.length
+        for client, version in sorted(self._kept.items()):
+            place = version.place
+            if self.open is None or place is None or place.segment is self.open:
+                continue
+            path = place.segment.path
+            if path == replaced or live[path] * COMPACT < place.segment.size:
+                try:
+                    version.place = self.open.copy(place)
+                except (CodecError, OSError) as error:
+                    raise _damaged(client, error) from None
+        self._mark = self.open.size if self.open is not None else 0
+
+    def files(self) -> set[Path]:
+        """The files in which state lies, committed or staged."""
+        versions = [*self._kept.values(), *self._staged.values()]
+        return {v.place.segment.path for v in versions if v is not None and v.place is not None}
+
+    def sealed(self) -> None:
+        """After a checkpoint: what is staged from now on goes into the next segment."""
+        if self.folder is not None:
+            self.open, self._mark = OpenSegment(self.folder), 0
+
+    def restore(self, places: Mapping[str, Place]) -> None:
+        """Set the state to what a checkpoint holds, and forget everything else."""
+        self._held.clear()
         self._staged.clear()
+        self.held = 0
+        self._kept = {c: Version(next(self._stamps), place) for c, place in places.items()}
+        self.sealed()
+
+    # Memory ------------------------------------------------------------------------------------------------------
+    def _read(self, client: str, version: Version) -> bytes:
+        assert version.place is not None  # what has no place is always held
+        try:
+            return version.place.read()
+        except (CodecError, OSError) as error:
+            raise _damaged(client, error) from None
+
+    def _hold(self, stamp: int, value: Private | bytes) -> None:
+        self._let_go(stamp)
+        if self.folder is not None:
+            if _size(value) > self.memory:
+                return
+            while self.held + _size(value) > self.memory:
+                self._let_go(next(iter(self._held)))
+        self._held[stamp] = value
+        self.held += _size(value)
+
+    def _let_go(self, stamp: int) -> None:
+        if (value := self._held.pop(stamp, None)) is not None:
+            self.held -= _size(value)
+
+    def _release(self, version: Version | None) -> None:
+        if version is not None:
+            self._let_go(version.stamp)
+
+
+def _size(value: Private | bytes) -> int:
+    return len(value) if isinstance(value, bytes) else nbytes([value.models, value.state])
+
+
+def _damaged(client: str, error: Exception) -> RunFailed:
+    return RunFailed(
+        f"the private state of {client} is damaged on disk ({error}); --resume goes on from a whole checkpoint"
+    )

@@ -35,7 +35,7 @@ class RuntimeConfig(Section):
     mode: choice("sync") = Field(  # type: ignore[valid-type]
         "sync", description="rounds that wait for the whole cohort"
     )
-    executor: choice("auto", "serial") = Field(  # type: ignore[valid-type]
+    executor: choice("auto", "serial", "processes") = Field(  # type: ignore[valid-type]
         "auto",
         description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,15 @@ class Share:
     def take(self) -> Examples:
         """A copy of the rows."""
         return self.examples.take(self.rows)
+
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:  # between processes rows go as an array: tensors would each take a file handle
+        return _share, (self.examples, self.rows.numpy())
+
+
+def _share(examples: Examples, rows: np.ndarray) -> Share:
+    return Share(examples, torch.from_numpy(rows))
 
 
 class FederatedData:
@@ -131,6 +142,19 @@ class FederatedData:
             known = [*PUBLIC, *PRIVATE, "pooled"]
             raise KeyError(f"no set '{name}' of '{owner}'{nearest(name, known) if name not in known else ''}")
         return self._private_columns.get((owner, *key), lambda: self._see(self._raw(owner, name), through))
+
+    def share_memory(self) -> None:
+        """Move the raw arrays to memory that other processes can read without a copy."""
+        shares = [*self._public.values(), *(s for splits in self._private.values() for s in splits.values())]
+        for examples in {id(s.examples): s.examples for s in shares}.values():
+            for tensor in (examples.x, examples.y):
+                if tensor is not None:
+                    tensor.share_memory_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what it keeps for speed."""
+        bound = self._public_columns.limit
+        return {**self.__dict__, "_public_columns": ColumnCache(bound), "_private_columns": ColumnCache(bound)}
 
     def content_hash(self) -> str:
         """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash

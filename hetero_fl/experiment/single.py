@@ -226,7 +226,7 @@ def _finish(
         readings = rounds.evaluate(details=True)
         rounds.traffic.down = traffic  # the same reading once more: nobody would send it again
     for name, model in _models(rounds, readings).items():
-        write_atomically(directory.path / "models" / f"{name}.safetensors", model.encode())
+        write_atomically(directory.path / "models" / f"{name}.safetensors", model)
     directory.write_json("details.json", details_of(prepared.federation, readings, prepared.notes, prepared.method))
     summary = summarise(prepared.config, prepared.federation, history, rounds.traffic, setup)
     directory.write_json("summary.json", summary)
@@ -244,17 +244,14 @@ def _present(config: Config, directory: RunDirectory) -> None:
         write_report(directory.path)
 
 
-def _models(rounds: Rounds, readings: Readings) -> dict[str, SavedModel]:
-    federation = rounds.federation
-    models = {}
-    for id, r in readings.clients.items():
-        if r.arch is not None and r.view is not None:
-            prior = None if r.log_prior is None else tuple(r.log_prior)
-            models[id] = SavedModel(r.model, r.arch, asdict(r.view), federation.task, prior)
+def _models(rounds: Rounds, readings: Readings) -> dict[str, bytes]:
+    """The files of all models: each client's, and the server's own if it has one."""
+    models = {id: reading.model for id, reading in readings.clients.items()}
     slot = rounds.algorithm.server_slot(rounds.server)
     if slot is not None:
-        view = asdict(federation.view_of(slot))
-        models["server"] = SavedModel(rounds.server.models[slot], rounds.server.arch[slot], view, federation.task)
+        federation, server = rounds.federation, rounds.server
+        saved = SavedModel(server.models[slot], server.arch[slot], asdict(federation.view_of(slot)), federation.task)
+        models["server"] = saved.encode()
     return models
 
 

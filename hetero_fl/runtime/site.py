@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.channel.protocol import Message, Messages, Protocol, Talk
-from hetero_fl.data import Preprocess
 from hetero_fl.metrics import calibration, confusion, score
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Plan, Rows
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together
 from hetero_fl.runtime.store import Private, Store
+from hetero_fl.saved import SavedModel
 from hetero_fl.state import Participant
 
 Scores = dict[str, float | None]
@@ -37,10 +36,7 @@ class Reading:
     scores: dict[str, Scores] = field(default_factory=dict)
     confusion: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
-    model: Tensors = field(default_factory=dict)  # the deployed model, its architecture and the preprocessing it needs
-    arch: Architecture | None = None
-    view: Preprocess | None = None
-    log_prior: list[float] | None = None  # what is added to the logits at home
+    model: bytes = b""  # the deployed model, as `SavedModel.encode` gives it
 
 
 class Site:
@@ -110,12 +106,12 @@ class Site:
         readings, task = {c: Reading() for c in clients}, self.federation.task
         if details:
             for c, participant in clients.items():
-                reading = readings[c]
                 slot, view = self.algorithm.used(participant)
-                reading.model, reading.arch = participant.models[slot], participant.arch[slot]
-                reading.view = view or self.federation.cards[c].preprocess
+                view = view or self.federation.cards[c].preprocess
                 at_home = self.algorithm.with_prior(participant, torch.zeros(task.outputs))
-                reading.log_prior = at_home.tolist() if bool(at_home.any()) else None
+                prior = tuple(at_home.tolist()) if bool(at_home.any()) else None
+                saved = SavedModel(participant.models[slot], participant.arch[slot], asdict(view), task, prior)
+                readings[c].model = saved.encode()
         for name, (rows, home) in READINGS.items():
             labels = {c: p.data(rows, None)["y"] for c, p in clients.items()}
             some = {c: p for c, p in clients.items() if len(labels[c])}

@@ -101,16 +101,20 @@ class Store:
         return sorted(self._kept)
 
     # A round -----------------------------------------------------------------------------------------------------
-    def stage(self, client: str, private: Private | bytes) -> None:
-        """State written in a round that has not ended yet; as bytes if it comes from another process."""
+    def stage(self, client: str, private: Private | bytes) -> int | None:
+        """State written in a round that has not ended yet; as bytes if it comes from another process.
+
+        Returns the stamp that it will have once it is committed.
+        """
         data = private.encode() if isinstance(private, Private) else private
         self.drop(client)
         if not data:
             self._staged[client] = None
-            return
+            return None
         version = Version(next(self._stamps), self.open.append(data) if self.open is not None else None)
         self._staged[client] = version
         self._hold(version.stamp, data)
+        return version.stamp
 
     def drop(self, client: str) -> None:
         """Forget what one client staged: the server did not take its upload."""

@@ -1,0 +1,129 @@
+"""What travels between a run and its workers: whole tasks of clients, and their results. Never code, never live objects.
+
+A worker makes the plans itself, from the method's settings and the federation that it was given once.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.protocol import Direct, Message
+from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.hooks import told
+from hetero_fl.runtime.performers import make_performer
+from hetero_fl.runtime.plans import Diverged
+from hetero_fl.runtime.site import Reading, Site
+from hetero_fl.runtime.store import Store
+
+HELD = 256 * 2**20  # bytes of private state that a worker keeps for the next time
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs once."""
+
+    algorithm: Algorithm
+    federation: Federation
+    threads: int
+    devices: tuple[str, ...]  # workers take them in turn
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tasks of some clients, chunk by chunk. `private` has the state of those whose worker does not hold it already."""
+
+    number: int
+    kind: Literal["answer", "read"]
+    round: int
+    chunks: list[list[str]]
+    requests: dict[str, Message]
+    private: dict[str, bytes | None]
+    details: bool = False
+
+    @property
+    def clients(self) -> list[str]:
+        """All of them."""
+        return [client for chunk in self.chunks for client in chunk]
+
+
+@dataclass
+class Done:
+    """What came of a job. `error` ends the run."""
+
+    job: int
+    replies: dict[str, Message | Diverged] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
+    private: dict[str, bytes] = field(default_factory=dict)  # as staged
+    seconds: dict[str, float] = field(default_factory=dict)  # of each client's chunk, shared out
+    forgot: list[str] = field(default_factory=list)  # clients whose state this worker no longer holds
+    error: Exception | None = None
+
+
+class Worker:
+    """Does jobs, one after the other, in a process of its own or anywhere else."""
+
+    def __init__(self, setup: Setup, index: int) -> None:
+        torch.set_num_threads(setup.threads)
+        torch.set_default_dtype(setup.dtype)
+        device = torch.device(setup.devices[index % len(setup.devices)])
+        self.store = Store()
+        self.site = Site(setup.algorithm, setup.federation, self.store, make_performer(device), Direct())
+        self._used: OrderedDict[str, None] = OrderedDict()  # clients whose state is held, the last used at the end
+
+    def do(self, job: Job) -> Done:
+        """The job's results; an exception that is not a client's own divergence is among them, not raised."""
+        done = Done(job.number)
+        try:
+            for chunk in job.chunks:
+                begun = time.perf_counter()
+                self._chunk(job, chunk, done)
+                done.seconds.update(dict.fromkeys(chunk, (time.perf_counter() - begun) / len(chunk)))
+        except (UserError, RunFailed, Diverged) as error:
+            done.error = error
+        except Exception as error:
+            done.error = RunFailed(f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            done.error.__cause__ = Remote(traceback.format_exc())
+        done.forgot = self._make_room(job.clients)
+        return done
+
+    @told()
+    def _chunk(self, job: Job, chunk: list[str], done: Done) -> None:
+        for client in chunk:
+            if client in job.private:
+                self.store.stage(client, job.private[client] or b"")
+        self.store.commit()
+        if job.kind == "read":
+            bodies = {c: job.requests[c].body for c in chunk}
+            done.readings.update(self.site.read(bodies, job.round, job.details))
+            return
+        before = {c: self.store.stamp(c) for c in chunk}
+        done.replies.update(self.site.answer({c: job.requests[c] for c in chunk}, job.round))
+        self.store.commit()
+        for client in chunk:
+            if self.store.stamp(client) != before[client]:
+                done.private[client] = self.store.encoded(client) or b""
+
+    def _make_room(self, clients: list[str]) -> list[str]:
+        """Forget the state of those who were not seen for longest, beyond the bound."""
+        for client in clients:
+            self._used[client] = None
+            self._used.move_to_end(client)
+        forgot = []
+        while self.store.held > HELD and self._used:
+            forgot.append(self._used.popitem(last=False)[0])
+            self.store.stage(forgot[-1], b"")
+            self.store.commit()
+        return forgot
+
+
+class Remote(Exception):
+    """A traceback from another process."""

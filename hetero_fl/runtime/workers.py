@@ -1,0 +1,183 @@
+"""Tasks computed by workers: which gets what and when, what happens when one dies, in which process private state lies.
+
+Whole tasks travel, as a site receives them. A client's result depends on nothing but its own task, and chunks follow from the
+cohort alone, so neither the number of workers nor who computes what, nor a death, changes a bit. Which kind of worker it is
+(processes here, a cluster's) is the crew's affair.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, Protocol
+
+from hetero_fl.channel.protocol import Message, Messages
+from hetero_fl.errors import RunFailed
+from hetero_fl.lazy import Lazy
+from hetero_fl.runtime.costs import Costs
+from hetero_fl.runtime.executor import Reply, chunks
+from hetero_fl.runtime.jobs import Done, Job
+from hetero_fl.runtime.plans import Performer
+from hetero_fl.runtime.site import Reading
+from hetero_fl.runtime.store import Store
+from hetero_fl.state import Card
+
+DEATHS = 3  # of workers on the same job, after which the run ends
+AHEAD = 4  # tasks per worker that may be begun before the first missing one, in a large cohort
+LARGE = 16  # tasks per worker from which a cohort is large
+
+
+class Crew(Protocol):
+    """Workers, numbered from 0. Each takes one job at a time."""
+
+    size: int
+
+    def send(self, worker: int, job: Job) -> None:
+        """Hand a job to an idle worker."""
+        ...
+
+    def receive(self) -> tuple[int, Done | None]:
+        """Wait for the next result; None where the worker died. Another one stands in its place by then."""
+        ...
+
+    def close(self) -> None:
+        """Let them go."""
+        ...
+
+
+class Workers:
+    """An executor whose sites are elsewhere. The server's own plans are computed in this process."""
+
+    def __init__(
+        self, crew: Crew, cards: Mapping[str, Card], store: Store, performer: Performer, chunk: int = 1
+    ) -> None:
+        self.crew, self.cards, self.store, self.performer, self.chunk = crew, cards, store, performer, chunk
+        self.costs = Costs(cards)
+        self._held: dict[str, tuple[int, int | None]] = {}  # client -> (worker, stamp of the state that it holds)
+        self._jobs = 0
+        self._tell: Callable[[str], None] | None = None
+
+    def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Reply]]:
+        for _, done in self._do("answer", requests, round):
+            yield from done.replies.items()
+
+    def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
+        requests = Lazy(broadcasts.keys(), lambda client: Message("read", broadcasts[client]))
+        for _, done in self._do("read", requests, round, details):
+            yield from done.readings.items()
+
+    def watch(self, listener: Callable[[str], None] | None) -> None:
+        self._tell = listener
+
+    def close(self) -> None:
+        self.crew.close()
+
+    def _do(
+        self, kind: Literal["answer", "read"], requests: Messages, round: int, details: bool = False
+    ) -> Iterator[tuple[Job, Done]]:
+        """Have all tasks done; results as they come, private state staged."""
+        queue = Queue(chunks(requests, self.cards, self.chunk), self.costs, self.crew.size)
+        running: dict[int, tuple[Job, list[list[str]]]] = {}
+        deaths: dict[str, int] = {}
+        while queue or running:
+            for worker in range(self.crew.size):
+                if worker in running:
+                    continue
+                part = queue.take(lambda client, w=worker: self._held.get(client, (w,))[0] == w)  # type: ignore[misc]
+                if part:
+                    job = self._job(worker, kind, part, requests, round, details)
+                    running[worker] = (job, part)
+                    self.crew.send(worker, job)
+            worker, done = self.crew.receive()
+            job, part = running.pop(worker)
+            if done is None:
+                self._mourn(worker, part, deaths)
+                queue.put_back(part)
+                continue
+            if done.error is not None:
+                self._drain(running)
+                raise done.error
+            self._settle(worker, job, done)
+            queue.finished(part)
+            yield job, done
+
+    def _job(
+        self,
+        worker: int,
+        kind: Literal["answer", "read"],
+        part: list[list[str]],
+        requests: Messages,
+        round: int,
+        details: bool,
+    ) -> Job:
+        clients = [client for chunk in part for client in chunk]
+        private: dict[str, bytes | None] = {}
+        for client in clients:
+            holding = (worker, self.store.stamp(client))
+            if self._held.get(client) != holding:
+                private[client] = self.store.encoded(client)
+                self._held[client] = holding
+            if self._tell is not None:
+                self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
+        self._jobs += 1
+        return Job(self._jobs, kind, round, part, {c: requests[c] for c in clients}, private, details)
+
+    def _settle(self, worker: int, job: Job, done: Done) -> None:
+        for client, private in done.private.items():
+            self._held[client] = (worker, self.store.stage(client, private))
+        for client in done.forgot:
+            if self._held.get(client, (None,))[0] == worker:
+                del self._held[client]
+        if job.kind == "answer":
+            self.costs.learn(done.seconds)
+
+    def _mourn(self, worker: int, part: list[list[str]], deaths: dict[str, int]) -> None:
+        self._held = {c: held for c, held in self._held.items() if held[0] != worker}
+        first = part[0][0]
+        deaths[first] = deaths.get(first, 0) + 1
+        if deaths[first] == DEATHS:
+            raise RunFailed(f"{DEATHS} workers died on {first}; is there enough memory?")
+
+    def _drain(self, running: dict[int, tuple[Job, list[list[str]]]]) -> None:
+        while running:
+            running.pop(self.crew.receive()[0])
+
+
+class Queue:
+    """What is still to be done. Costly chunks go first; in a large cohort only among those whose turn is near, so that
+    results that wait for their turn stay few."""
+
+    def __init__(self, parts: list[list[str]], costs: Costs, workers: int) -> None:
+        self._order = deque(parts)  # those not finished, in turn
+        self._open = {part[0]: part for part in parts}  # those nobody has begun
+        self._finished: set[str] = set()
+        self._costs = {part[0]: sum(map(costs.of, part)) for part in parts}
+        self._ahead = AHEAD * workers if len(parts) > LARGE * workers else len(parts)
+        self._least = sum(self._costs.values()) / (LARGE * workers)  # what makes a job worth sending
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def take(self, held: Callable[[str], bool]) -> list[list[str]]:
+        """The next chunks for a worker: the costliest that it or nobody else holds, with smaller ones up to a fair size."""
+        near = [part for _, part in zip(range(self._ahead), self._order, strict=False) if part[0] in self._open]
+        near.sort(key=lambda part: (not held(part[0]), -self._costs[part[0]]))
+        taken: list[list[str]] = []
+        cost = 0.0
+        for part in near[: max(1, AHEAD)]:
+            if taken and (cost + self._costs[part[0]] > self._least or not held(part[0])):
+                break
+            taken.append(part)
+            cost += self._costs[part[0]]
+            del self._open[part[0]]
+        return taken
+
+    def put_back(self, parts: list[list[str]]) -> None:
+        """Chunks that were begun and came to nothing."""
+        self._open.update({part[0]: part for part in parts})
+
+    def finished(self, parts: list[list[str]]) -> None:
+        """Chunks that are done."""
+        self._finished.update(part[0] for part in parts)
+        while self._order and self._order[0][0] in self._finished:
+            self._order.popleft()

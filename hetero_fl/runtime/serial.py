@@ -106,3 +106,9 @@ def carry_out(
             go_on = running.send
         except Exception as error:  # raised where the step was yielded: the traceback shows which it was
             answer, go_on = error, running.throw
+
+
+def training_loss(reports: list[tuple[str, FitReport]]) -> float | None:
+    """The loss that a client reports: of its last fit on its own rows."""
+    losses = [report.loss for label, report in reports if label == "train"]
+    return losses[-1] if losses else None

@@ -14,10 +14,10 @@ from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.channel.protocol import Message, Protocol
 from hetero_fl.data import Preprocess
 from hetero_fl.metrics import calibration, confusion, score
-from hetero_fl.payload import Payload
+from hetero_fl.payload import Payload, report_of
 from hetero_fl.plan import Plan, Rows
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.serial import Performer, carry_out
+from hetero_fl.runtime.serial import Performer, carry_out, training_loss
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.state import Participant
 
@@ -62,8 +62,7 @@ class Site:
         plan = self.algorithm.train(participant, Payload.decode(broadcast))
         items, reports = carry_out(plan, participant, self.performer, self._telling(client))
         self.store.stage(client, Private(self.algorithm.private(participant), participant.state))
-        losses = [report.loss for label, report in reports if label == "train"]
-        return Payload(items, {"loss": losses[-1]} if losses else {}).encode()
+        return Payload(items, report_of(training_loss(reports))).encode()
 
     def deployed(self, client: str, broadcast: bytes, round: int) -> Participant:
         """A copy of the client with the model that it would use now, personalised."""

@@ -6,6 +6,7 @@ bytes, and checked on arrival against what the method declared.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -158,6 +159,22 @@ def _identity(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((n, id(t)) for n, t in value.items())
     return id(value) if isinstance(value, Tensor) else value
+
+
+def report_of(loss: float | None) -> dict[str, str]:
+    """What goes with an upload: the training loss to all 17 digits, in a fixed width, so that the upload's size is known
+    before its numbers are.
+    """
+    return {} if loss is None else {"loss": f"{loss:+.16e}"}
+
+
+def loss_of(report: Mapping[str, Any]) -> float | None:
+    """The finite loss that a report tells, if it does."""
+    try:
+        loss = float(report["loss"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return loss if math.isfinite(loss) else None
 
 
 def _item(name: str, raw: Any) -> Item:

@@ -7,30 +7,31 @@ from rich.table import Table
 
 from hetero_fl.config import dump
 from hetero_fl.experiment import Prepared
-from hetero_fl.runtime.dry import cost
+from hetero_fl.runtime.price import price
 
 
 def print_check(prepared: Prepared) -> None:
     """Print it; nothing is trained or written."""
     print(dump(prepared.config))
     federation = prepared.federation
-    table = Table(
-        "client", "model", "rows", "parameters", "down a round", "up a round", title=f"cost of {prepared.name}"
-    )
-    by_client = cost(prepared.method, federation)
-    for id, c in by_client.items():
-        model = federation.cards[id].arch.name
-        table.add_row(id, model, str(c["rows"]), f"{c['parameters']:,}", _size(c["down_bytes"]), _size(c["up_bytes"]))
+    table = Table("client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}")
+    config, parameters = prepared.config, {}
+    cost = price(prepared.method, federation, config.rounds, config.clients.per_round, config.evaluation.every)
+    for id, card in federation.cards.items():
+        parameters[id] = sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names)
+        sizes = (_size(cost.down[id] + cost.reading[id]), _size(cost.up[id]))
+        table.add_row(id, card.arch.name, str(card.n), f"{parameters[id]:,}", *sizes)
     console = Console()
     console.print(table)
-    taking_part = min(prepared.config.clients.per_round or len(by_client), len(by_client)) / len(by_client)
-    total = sum(c["down_bytes"] + c["up_bytes"] for c in by_client.values()) * taking_part
-    largest = max(c["parameters"] for c in by_client.values()) * 4
+    up, down, reading = cost.up.total(), cost.down.total(), cost.reading.total()
+    about = "at most " if config.evaluation.patience else "" if cost.exact else "about "
+    console.print(
+        f"{about}{_size(up + down + reading)} in {config.rounds} rounds: {_size(up)} up, {_size(down + reading)} down, "
+        f"{_size(reading)} of it to evaluate"
+    )
+    largest = max(parameters.values()) * 4
     groups = (
         sum(t.numel() for a in {c.arch for c in federation.cards.values()} for t in federation.initial(a).values()) * 4
-    )
-    console.print(
-        f"{_size(int(total))} a round, {_size(int(total * prepared.config.rounds))} in {prepared.config.rounds} rounds"
     )
     console.print(
         f"memory for models, about: {_size(groups)} at the server, {_size(4 * largest)} for the client being trained"

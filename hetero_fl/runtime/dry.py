@@ -1,4 +1,4 @@
-"""Plans carried out without computing: what a client would send, and how large it is, known before anybody trains."""
+"""Plans carried out without computing: what a client would send, known before anybody trains."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.errors import UserError
-from hetero_fl.payload import Item, Payload, PayloadError
+from hetero_fl.payload import Item, Payload, PayloadError, report_of
 from hetero_fl.plan import ClassSums, Fit, FitReport, Predict, Step
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.hooks import broadcast
-from hetero_fl.runtime.plans import Work, carry_out
+from hetero_fl.runtime.hooks import is_own
+from hetero_fl.runtime.plans import Work, carry_out, training_loss
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import Card, Columns, Participant
 
@@ -53,16 +53,26 @@ class Expectations:
         Raises UserError if the method's `train` returns what it did not declare.
         """
         s = card.settings
-        key = (card.arch, tuple(s.shares), (round + 1) % s.share_every, round % s.share_every, _outline(broadcast))
+        key = (card.arch, tuple(s.shares), self.phase(s.share_every, round), _outline(broadcast))
         if key not in self._known:
-            client = self._stand_in(card, round)
-            items, _ = carry_out(self.algorithm.train(client, broadcast), client, self.performer)
-            try:
-                upload = Payload.of(items, self.algorithm.uploads)
-            except PayloadError as error:
-                raise UserError(f"{type(self.algorithm).__name__}.train: {error}") from None
+            upload = self.upload(card, broadcast, round)
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]
+
+    def phase(self, share_every: int, round: int) -> int:
+        """What of the round a client's plan may depend on in form; of an own method's nothing is known."""
+        return round if is_own(self.algorithm) else round % share_every
+
+    def upload(self, card: Card, broadcast: Payload, round: int) -> Payload:
+        """An upload as long as the real one, report included. Raises UserError as `of` does."""
+        client = self._stand_in(card, round)
+        items, reports = carry_out(self.algorithm.train(client, broadcast), client, self.performer)
+        try:
+            upload = Payload.of(items, self.algorithm.uploads)
+        except PayloadError as error:
+            raise UserError(f"{type(self.algorithm).__name__}.train: {error}") from None
+        upload.report = dict(report_of(training_loss(reports)))
+        return upload
 
     def _stand_in(self, card: Card, round: int) -> Participant:
         """A client as the server may imagine it: the public rows are real, the private ones are only counted."""
@@ -93,31 +103,3 @@ def _outline(payload: Payload) -> tuple[Any, ...]:
         return tuple(values.shape) if isinstance(values, torch.Tensor) else len(values)
 
     return tuple((n, shape(payload[n])) for n in payload)
-
-
-def cost(algorithm: Algorithm, federation: Federation) -> dict[str, dict[str, int]]:
-    """Parameters, and bytes down and up in a full round, by client: from dry rounds, so nothing is trained.
-
-    The second round is measured: the first has no teacher yet.
-    """
-    from hetero_fl.aggregation import Upload, Uploads
-
-    server, expectations = federation.server(), Expectations(algorithm, federation)
-    algorithm.start(server)
-    table: dict[str, dict[str, int]] = {}
-    for round in range(2):
-        server.clock = federation.clock(round)
-        uploads = []
-        for id, card in federation.cards.items():
-            down = broadcast(algorithm, server, card)
-            items = dict(expectations.of(card, down, round))
-            uploads.append(Upload(card, Payload(items)))
-            parameters = sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names)
-            sizes = [len(p.encode()) if algorithm.counted else 0 for p in (down, uploads[-1].payload)]
-            table[id] = {"parameters": parameters, "rows": card.n, "down_bytes": sizes[0], "up_bytes": sizes[1]}
-        carry_out(
-            algorithm.aggregate(server, Uploads(uploads, algorithm.uploads, server.common)),
-            server,
-            expectations.performer,
-        )
-    return table

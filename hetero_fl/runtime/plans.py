@@ -94,3 +94,9 @@ def carry_out(
     """
     (outcome,) = carry_out_together([(participant, plan)], performer, watch)
     return outcome.get(), outcome.reports
+
+
+def training_loss(reports: list[tuple[str, FitReport]]) -> float | None:
+    """The loss that a client reports: of its last fit on its own rows."""
+    losses = [report.loss for label, report in reports if label == "train"]
+    return losses[-1] if losses else None

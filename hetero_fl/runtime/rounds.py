@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from hetero_fl.channel.protocol import Direct, Messages, Replies, Traffic, hold_
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score, spread
-from hetero_fl.payload import Encoded, Payload, PayloadError, check_upload
+from hetero_fl.payload import Encoded, Payload, PayloadError, check_upload, loss_of
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.executor import Executor
@@ -37,6 +36,15 @@ class Readings:
 
     clients: dict[str, Reading]
     server: dict[str, Scores] | None
+
+
+def draw_cohort(federation: Federation, per_round: int | None, round: int) -> list[str]:
+    """Everyone, or `per_round` clients drawn by the key of that round, in id order."""
+    ids = in_order(federation.cards)
+    if per_round is None or per_round >= len(ids):
+        return ids
+    drawn = torch.randperm(len(ids), generator=generator(federation.seed, round, "cohort"))
+    return [ids[i] for i in sorted(drawn[:per_round].tolist())]
 
 
 class Rounds:
@@ -63,11 +71,7 @@ class Rounds:
     # A round -----------------------------------------------------------------------------------------------------
     def cohort(self, round: int) -> list[str]:
         """Who takes part in that round: everyone, or `per_round` of them drawn by the key, in id order."""
-        ids = in_order(self.federation.cards)
-        if self.per_round is None or self.per_round >= len(ids):
-            return ids
-        drawn = torch.randperm(len(ids), generator=generator(self.federation.seed, round, "cohort"))
-        return [ids[i] for i in sorted(drawn[: self.per_round].tolist())]
+        return draw_cohort(self.federation, self.per_round, round)
 
     @told()
     def round(self) -> Record:
@@ -98,7 +102,7 @@ class Rounds:
                 self.store.drop(client)
                 continue
             uploads.add(Upload(self.federation.cards[client], payload))
-            if isinstance(loss := payload.report.get("loss"), float) and math.isfinite(loss):
+            if (loss := loss_of(payload.report)) is not None:
                 losses[client] = loss
         if not uploads:
             self.store.discard()

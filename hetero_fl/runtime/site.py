@@ -12,10 +12,10 @@ from torch import Tensor
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Message, Messages, Protocol, Talk
 from hetero_fl.metrics import calibration, confusion, score
-from hetero_fl.payload import Payload
+from hetero_fl.payload import Payload, report_of
 from hetero_fl.plan import Plan, Rows
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together
+from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together, training_loss
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.saved import SavedModel
 from hetero_fl.state import Participant
@@ -83,8 +83,7 @@ class Site:
                 uploads[id] = outcome.failure
                 continue
             self.store.stage(id, Private(self.algorithm.private(client), client.state))
-            losses = [report.loss for label, report in outcome.reports if label == "train"]
-            uploads[id] = Payload(outcome.get(), {"loss": losses[-1]} if losses else {}).encode()
+            uploads[id] = Payload(outcome.get(), report_of(training_loss(outcome.reports))).encode()
         return uploads
 
     def deployed(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, Participant]:

@@ -1,0 +1,114 @@
+"""What a whole run will send, to the byte, from rounds in which nothing is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.payload import Payload
+from hetero_fl.runtime.dry import Expectations
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.hooks import broadcast, is_own, told
+from hetero_fl.runtime.plans import carry_out
+from hetero_fl.runtime.rounds import draw_cohort
+
+
+@dataclass
+class Price:
+    """Bytes of a whole run by client: up, down to train on, and down for evaluations only.
+
+    `exact` for the methods of this package, as long as every client's every upload is used; what an own method sends may
+    depend on numbers (a weight's digits, a mask), so there it is about right.
+    """
+
+    exact: bool
+    up: Counter[str] = field(default_factory=Counter)
+    down: Counter[str] = field(default_factory=Counter)
+    reading: Counter[str] = field(default_factory=Counter)
+
+
+@told()
+def price(
+    algorithm: Algorithm, federation: Federation, rounds: int, per_round: int | None = None, every: int = 1
+) -> Price:
+    """The price of so many rounds with `per_round` clients each (None: all), evaluated `every` so many and at the end.
+
+    Raises UserError and RunFailed where the method itself would.
+    """
+    made, run = Price(not is_own(algorithm)), _DryRun(algorithm, federation)
+    if not algorithm.counted:
+        return made
+    for round in range(rounds):
+        cohort = draw_cohort(federation, per_round, round)
+        for id in cohort:
+            down, up = run.exchange(id, round)
+            made.down[id] += down
+            made.up[id] += up
+        run.aggregate(cohort, round)
+        if (round + 1) % every == 0 or round + 1 == rounds:
+            for id in federation.cards:
+                made.reading[id] += run.reading(id, round + 1)
+    return made
+
+
+class _DryRun:
+    """A server whose state has the right form. What was measured is measured again only where the form has changed."""
+
+    def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
+        self.algorithm, self.federation = algorithm, federation
+        self.server, self.expectations = federation.server(), Expectations(algorithm, federation)
+        algorithm.start(self.server)
+        self._intervals = sorted({card.settings.share_every for card in federation.cards.values()})
+        self._sizes: dict[Any, tuple[int, int]] = {}
+        self._settled: set[Any] = set()  # after these the server's state has the form that it had before
+        self._form = _form([self.server.models, self.server.state])
+
+    def _at(self, round: int) -> tuple[Any, ...]:
+        self.server.clock, self.server.uses = self.federation.clock(round), {}
+        return (self._form, *(self.expectations.phase(interval, round) for interval in self._intervals))
+
+    def exchange(self, id: str, round: int) -> tuple[int, int]:
+        """Bytes down to a client and up from it in that round."""
+        key, card = (id, self._at(round)), self.federation.cards[id]
+        if key not in self._sizes:
+            down = broadcast(self.algorithm, self.server, card)
+            up = self.expectations.upload(card, down, round)
+            self._sizes[key] = (len(down.encode()), len(up.encode()))
+        return self._sizes[key]
+
+    def reading(self, id: str, round: int) -> int:
+        """Bytes down to a client whose model is read before that round."""
+        key, card = (id, self._at(round), "reading"), replace(self.federation.cards[id], reading=True)
+        if key not in self._sizes:
+            self._sizes[key] = (len(broadcast(self.algorithm, self.server, card).encode()), 0)
+        return self._sizes[key][0]
+
+    def aggregate(self, cohort: list[str], round: int) -> None:
+        """The server's part of that round."""
+        key = (self._at(round), tuple(cohort))
+        if key in self._settled:
+            return
+        uploads = []
+        for card in map(self.federation.cards.__getitem__, cohort):
+            items = self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
+            uploads.append(Upload(card, Payload(dict(items))))
+        plan = self.algorithm.aggregate(self.server, Uploads(uploads, self.algorithm.uploads, self.server.common))
+        carry_out(plan, self.server, self.expectations.performer)
+        before, self._form = self._form, _form([self.server.models, self.server.state])
+        if before == self._form:
+            self._settled.add(key)
+
+
+def _form(tree: Any) -> Any:
+    """Names, shapes and dtypes of a tree: all that its encoded length depends on, but for plain values."""
+    if isinstance(tree, torch.Tensor):
+        return tuple(tree.shape), tree.dtype
+    if isinstance(tree, Mapping):
+        return tuple((name, _form(value)) for name, value in tree.items())
+    return tuple(map(_form, tree)) if isinstance(tree, list | tuple) else repr(tree)

@@ -1,0 +1,92 @@
+"""The price of a run, told before it begins, is what the run counts, to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.cli import main
+from hetero_fl.experiment import prepare, run
+from hetero_fl.runtime.price import price
+from tests.small import MIXED, config, rounds_of
+
+METHODS = ["local", "centralized", "ensemble", "fedavg", "fedper", "fedmd", "feddf", "fd", "hybrid"]
+
+
+def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:
+    prepared = prepare(source)
+    c = prepared.config
+    cost = price(prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every)
+    assert cost.exact
+    counted = run(source, out=tmp_path / "run").summary["communication"]
+    told = [cost.up.total(), cost.down.total() + cost.reading.total()]
+    return told, [counted["up_bytes"], counted["down_bytes"]]
+
+
+def small(method: str, **changes: Any) -> dict[str, Any]:
+    models = ["mlp", {"name": "mlp", "hidden": [24]}]
+    return config(method, models, clients=4, output={"plots": False, "report": False}, **changes)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("share_every", [1, 3])
+@pytest.mark.parametrize("method", ["fedavg", "hybrid"])
+def test_sharing_now_and_then_and_evaluating_now_and_then(
+    method: str, share_every: int, every: int, tmp_path: Any
+) -> None:
+    now_and_then = {"match": "site_[12]", "share_every": share_every}
+    source = small(method, rounds=6, evaluation={"every": every}, clients__overrides=[now_and_then])
+    told, counted = told_and_counted(tmp_path, source)
+    assert told == counted and min(counted) > 0
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("method", ["fedavg", "hybrid", "ensemble"])
+def test_a_cohort_that_is_drawn(method: str, every: int, tmp_path: Any) -> None:
+    source = small(method, rounds=5, evaluation={"every": every}, clients__per_round=2)
+    told, counted = told_and_counted(tmp_path, source)
+    assert told == counted and min(counted) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method: str, tmp_path: Any) -> None:
+    source = config(method, MIXED, clients=4, output={"plots": False, "report": False})
+    told, counted = told_and_counted(tmp_path, source)
+    assert told == counted and any(counted) == (method not in ("local", "centralized"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "kB in 2 rounds"),
+        ({"evaluation__patience": 3}, "at most "),
+        ({"algorithm__name": "python:tests.algorithms.own_method:MedianTeacher"}, "about "),
+    ],
+)
+def test_the_check_says_how_sure_it_is(
+    changes: dict[str, Any], words: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(small("fedavg", **changes)))
+    assert main(["--config", str(path), "--check"], command="train") == 0
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 2 rounds: " in text]
+    assert words in line and line.startswith(("at most ", "about ")) == bool(changes)
+
+
+class Warming(FedAvg):
+    """Sends from its second round on."""
+
+    def train(self, client: Any, got: Any) -> Any:
+        items = yield from super().train(client, got)
+        return items if client.clock.round >= 1 else {}
+
+
+def test_what_an_own_method_sends_may_depend_on_the_round() -> None:
+    source = small(f"python:{__name__}:Warming", rounds=3)
+    rounds = rounds_of(source, held=0)
+    assert [rounds.round()["failed"] for _ in range(3)] == [{}] * 3
+    cost = price(rounds.algorithm, rounds.federation, 3, every=1)
+    assert (cost.up.total(), cost.exact) == (rounds.traffic.up, False)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.errors import UserError
+from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
 
 FORM = "hetero_fl model 1"
@@ -78,12 +79,54 @@ class SavedModel:
         z = torch.cat([module(b).logits for b in x.split(batch_size)])
         return z + torch.tensor(self.log_prior, dtype=z.dtype) if home and self.log_prior is not None else z
 
+    def examples(self, x: Any) -> Tensor:
+        """Raw examples as users have them, checked to be such as this model was trained on, before preprocessing.
 
-def as_examples(x: Any) -> Tensor:
-    """Raw images as users have them, `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, as `[N, C, H, W]`; tables as they are."""
-    tensor = x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))
-    if tensor.ndim == 3:
-        return tensor[:, None]
-    if tensor.ndim == 4 and tensor.shape[-1] in (1, 3) and tensor.shape[1] not in (1, 3):
-        return tensor.permute(0, 3, 1, 2)
-    return tensor
+        Args:
+            x: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8, or as floats in 0..1 or 0..255; tables
+                `[N, F]`; series `[N, T, F]`.
+
+        Raises:
+            UserError: no numbers, another shape than expected, a range that could mean two things, NaN or infinity.
+        """
+        raw, where = as_numbers(x, "predict: x"), "predict: x"
+        image = len(self.arch.input_shape) == 3
+        if image and raw.ndim in (3, 4) and 0 not in raw.shape:
+            raw = as_bytes(raw, where)
+            raw = raw[:, None] if raw.ndim == 3 else self._channels_first(raw, where)
+        if not self._fits(tuple(raw.shape[1:])) or raw.ndim < 2:
+            raise UserError(f"{where}: found shape {tuple(np.shape(x))}; this model takes {self._expected()}")
+        raw = raw if raw.dtype == torch.uint8 and image else raw.to(torch.get_default_dtype())
+        if raw.is_floating_point() and not bool(torch.isfinite(raw).all()):
+            row = int((~torch.isfinite(raw)).flatten(1).any(1).to(torch.uint8).argmax())
+            raise UserError(f"{where}: NaN or infinity in row {row}")
+        return in_range({where: raw})[0][where] if image else raw
+
+    def _channels_first(self, x: Tensor, where: str) -> Tensor:
+        """Images with channels first: as the model takes them if it takes only one reading, else as the axes say."""
+        last = x.movedim(-1, 1)
+        fitting = [images for images in (x, last) if self._fits(tuple(images.shape[1:]))]
+        return fitting[0].contiguous() if len(fitting) == 1 else channels_first(x, where)
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether examples of that shape, without the batch, become the model's input by its preprocessing."""
+        seen = self.arch.input_shape
+        if len(shape) != len(seen):
+            return False
+        resize, channels = self.preprocess.get("resize"), self.preprocess.get("channels")
+        if len(seen) != 3 or (resize is None and channels is None):
+            return shape == seen
+        colours = shape[0] == seen[0] or (channels is not None and (channels == 1 or shape[0] == 1))
+        return colours and (resize is not None or shape[1:] == seen[1:])
+
+    def _expected(self) -> str:
+        """The shapes that fit, in words."""
+        seen, where = self.arch.input_shape, self.preprocess
+        if len(seen) != 3:
+            return f"(N, {', '.join(map(str, seen))})"
+        channels, height, width = map(str, seen)
+        if where.get("channels") is not None:
+            channels = "C" if where["channels"] == 1 else f"1 or {channels}"
+        if where.get("resize") is not None:
+            height, width = "H", "W"
+        return f"images (N, {channels}, {height}, {width}), uint8 or floats from 0 to 1"

@@ -14,6 +14,16 @@ class SourceConfig(Section):
     path: str | None = Field(None, description="a local file or folder that takes the place of the download")
     label: str | None = Field(None, description="tables: the column of labels (several: comma between them)")
     group: str | None = Field(None, description="tables: the column that says whose row it is (natural partition)")
+    patient: str | None = Field(
+        None,
+        description="tables: the column that says of whom a row is (`.npz`: the array); no patient's rows are split up",
+    )
+    task: choice("multiclass", "multilabel", "regression") | None = Field(  # type: ignore[valid-type]
+        None, description="tables and `.npz`: what is learned, in place of what the labels look like"
+    )
+    size: PositiveInt | None = Field(
+        None, description="image folders: every image is scaled to so many pixels a side as it is read"
+    )
 
 
 class PartitionConfig(Section):

@@ -2,50 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hetero_fl.data.base import Dataset, Examples, check_examples
+from hetero_fl.data.base import Dataset, Examples, check_examples, places
 from hetero_fl.errors import UserError
-from hetero_fl.state import in_order
+from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
 
 
 def from_arrays(
     x: Any, y: Any, *, validation: tuple[Any, Any] | None = None, test: tuple[Any, Any] | None = None,
-    group: Any = None, task: Task | None = None, name: str = "arrays", simulated: bool = False, about: str = "",
-    columns: tuple[str, ...] = (),
+    group: Any = None, patient: Any = None, task: Task | None = None, name: str = "arrays", simulated: bool = False,
+    about: str = "", columns: tuple[str, ...] = (),
 ) -> Dataset:  # fmt: skip
     """A data set of numpy arrays or tensors.
 
     Args:
-        x: uint8 images `[N, C, H, W]` or `[N, H, W]`, or floats `[N, ...]`.
+        x: images `[N, C, H, W]`, `[N, H, W, C]` or, as whole numbers, `[N, H, W]`: uint8, or floats in 0..1 or 0..255; or
+            floats `[N, T, F]` (series) or `[N, F]` (a table).
         y: whole numbers `[N]` (classes, from 0), truth values `[N, L]` (multilabel), or floats `[N]`, `[N, L]`
             (multilabel if all are 0 or 1 and L > 1, else regression).
         validation, test: (x, y) of the common sets, if there are any; otherwise they are carved from the training rows.
         group: whose row it is, `[N]` of numbers or strings, for the natural partition.
+        patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
         task: what is learned; none: read off the labels.
 
     Raises:
-        UserError: see `check_examples`.
+        UserError: see `check_examples`; images whose range or order of axes could mean two things.
     """
     pairs = {"train": (x, y), "validation": validation, "test": test}
-    splits = {
-        split: (_images(_tensor(p[0], split)), _tensor(p[1], split)) for split, p in pairs.items() if p is not None
-    }
-    task = task or _task([labels for _, labels in splits.values()], name)
-    examples = {split: Examples(images, _targets(labels, task)) for split, (images, labels) in splits.items()}
+    given = {split: pair for split, pair in pairs.items() if pair is not None}
+    labels = {split: _tensor(pair[1], split) for split, pair in given.items()}
+    xs = {split: as_numbers(pair[0], f"{name}: {split}: x") for split, pair in given.items()}
+    images, notes = _images({f"{name}: {split}: x": x for split, x in xs.items()})
+    task = task or _task(list(labels.values()), name)
+    examples = {split: Examples(x, _targets(labels[split], task)) for split, x in zip(given, images, strict=True)}
     for split, found in examples.items():
         check_examples(found, task, f"{name}: {split}")
     train = examples["train"]
     if group is not None:
-        values = [str(g) for g in (group.tolist() if hasattr(group, "tolist") else group)]
-        names = in_order(set(values))
-        place = {g: i for i, g in enumerate(names)}
-        train = Examples(train.x, train.y, torch.tensor([place[g] for g in values]), tuple(names))
-    return Dataset(name, task, train, examples.get("validation"), examples.get("test"), simulated, about, columns)
+        column, names = places(_listed(group))
+        train = replace(train, group=column, group_names=names)
+    if patient is not None:
+        column, names = places(_listed(patient))
+        train = replace(train, patient=column, patient_names=names)
+    return Dataset(
+        name, task, train, examples.get("validation"), examples.get("test"), simulated, about, columns, notes
+    )
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def _tensor(values: Any, split: str) -> Tensor:
@@ -55,10 +67,21 @@ def _tensor(values: Any, split: str) -> Tensor:
         raise UserError(f"{split}: not an array of numbers: {error}") from error
 
 
-def _images(x: Tensor) -> Tensor:
-    if x.dtype == torch.uint8 and x.ndim == 3:
-        return x[:, None]
-    return x.float() if x.dtype in (torch.float64, torch.float16, torch.bfloat16) else x
+def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Images in the form of `hetero_fl.images`, anything else in float32, and a line on what was changed."""
+    x = {where: as_bytes(x, where) if x.ndim in (3, 4) else x for where, x in raw.items()}
+    x = {where: x[:, None] if x.dtype == torch.uint8 and x.ndim == 3 else x for where, x in x.items()}
+    x = {where: x.float() if x.is_floating_point() else x for where, x in x.items()}
+    four = {where: channels_first(x, where) for where, x in x.items() if x.ndim == 4}
+    ranged, scaled = in_range(four)
+    notes = [f"{where}: read as rows x height x width x channels" for where in four if _turned(raw[where], four[where])]
+    if scaled:
+        notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as bytes")
+    return list((x | ranged).values()), tuple(notes)
+
+
+def _turned(before: Tensor, after: Tensor) -> bool:
+    return before.ndim == 4 and before.shape != after.shape
 
 
 def _task(labels: list[Tensor], name: str) -> Task:

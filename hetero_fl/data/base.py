@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hetero_fl.errors import UserError
+from hetero_fl.state import in_order
 from hetero_fl.task import Task
 
 Columns = dict[str, Tensor]
@@ -21,15 +23,18 @@ class Examples:
     `x`: uint8 images `[N, C, H, W]`, or floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]` tables).
     `y`: targets as `Task` defines them, or None where there are none to read.
     `group`: int64 `[N]`, whose row it is, as a place in `group_names`.
+    `patient`: int64 `[N]`, of whom it was taken, as a place in `patient_names`; rows of one patient stay together.
     """
 
     x: Tensor
     y: Tensor | None = None
     group: Tensor | None = None
     group_names: tuple[str, ...] = ()
+    patient: Tensor | None = None
+    patient_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, column in (("y", self.y), ("group", self.group)):
+        for name, column in (("y", self.y), ("group", self.group), ("patient", self.patient)):
             if column is not None and len(column) != len(self.x):
                 raise UserError(f"found {len(self.x)} rows of x but {len(column)} of {name}")
 
@@ -43,14 +48,25 @@ class Examples:
             None if self.y is None else self.y[rows],
             None if self.group is None else self.group[rows],
             self.group_names,
+            None if self.patient is None else self.patient[rows],
+            self.patient_names,
         )
+
+
+def places(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
+    """Names as int64 `[N]`, places in the second, which has each name once, in the order in which people count."""
+    found = [str(value).strip() for value in values]
+    names = tuple(in_order(set(found)))
+    place = {name: i for i, name in enumerate(names)}
+    return torch.tensor([place[name] for name in found], dtype=torch.int64), names
 
 
 @dataclass
 class Dataset:
     """A data set: `train` is what gets dealt out; `validation` and `test`, where present, are the common ones.
 
-    `simulated` says that generated data stands in for a real set. `columns` names the features of a table.
+    `simulated` says that generated data stands in for a real set. `columns` names the features of a table. `notes`: lines
+    about how the data was read that a user has to see before the run.
     """
 
     name: str
@@ -61,6 +77,7 @@ class Dataset:
     simulated: bool = False
     about: str = ""
     columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def splits(self) -> dict[str, Examples]:
         """The splits that there are, by name."""

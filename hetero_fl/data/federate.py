@@ -12,7 +12,7 @@ from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessCo
 from hetero_fl.config.source import DataConfig, SourceConfig
 from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.federated import CACHE_BYTES, FederatedData, Share
-from hetero_fl.data.outside import adopt, load_unlabelled, match_columns
+from hetero_fl.data.outside import adopt, load_unlabelled, match_columns, match_groups, one_group_each, read_as
 from hetero_fl.data.partition import deal
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.registry import load_source
@@ -36,6 +36,8 @@ def federate(
     loses its labels; the common validation set is carved if the data set has none; what is left is dealt out among the
     clients without a source of their own. A source that clients name as their own is dealt out among those that name it
     (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
+    Where the data says of whom each row is, no patient is in two of these places; numbers of rows are then near those
+    asked for.
 
     Args:
         server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.
@@ -51,11 +53,11 @@ def federate(
     seen = {name: _seen_shape(name, clients[name], shape) for name in names}
     rows = torch.arange(len(dataset.train))
     if config.train_limit is not None and config.train_limit < len(rows):
-        rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"))
+        rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"), dataset.train.patient, leave=0)
     public, rows = _proxy(dataset, config, rows, clients, seen, server, seed)
     if dataset.validation is None:
         count = max(1, round(config.validation * len(rows)))
-        validation, rows = draw(rows, count, generator("data", seed, "common_validation"))
+        validation, rows = draw(rows, count, generator("data", seed, "common_validation"), dataset.train.patient)
         public["common_validation"] = Share(dataset.train, validation)
     else:
         public["common_validation"] = Share(dataset.validation, torch.arange(len(dataset.validation)))
@@ -64,12 +66,14 @@ def federate(
         test, _ = draw(test, config.test_limit, generator("data", dataset.name, "test_limit"))
     public["common_test"] = Share(dataset.test, test)
 
-    shares = _deal(dataset, rows, [n for n in names if clients[n].data is None], config, clients, seed)
+    notes = list(dataset.notes)
+    shares = _deal(dataset, rows, [n for n in names if clients[n].data is None], config, clients, seed, notes)
     simulated = dataset.simulated
     for source, holders in _own_sources(config, clients, names).items():
         where = f"clients: '{holders[0]}': data"
-        own = load_source(source, Path(config.root).expanduser(), where)
+        own = load_source(read_as(source, dataset.task), Path(config.root).expanduser(), where)
         simulated |= own.simulated
+        notes += [f"{where}: {note}" for note in own.notes]
         adopted = Dataset(own.name, dataset.task, adopt(own, dataset, where))
         for name in holders:
             found = _seen_shape(name, clients[name], tuple(adopted.train.x.shape[1:]))
@@ -80,14 +84,18 @@ def federate(
                 )
         # keys of its own: holders of two sources would else get the same mix of classes
         own_seed = key("data", seed, "own source", source.name, source.path or "")
-        shares |= _deal(adopted, torch.arange(len(adopted.train)), holders, config, clients, own_seed)
+        every = torch.arange(len(adopted.train))
+        if len(holders) == 1:  # its own file is its own, whatever groups are in it
+            shares[holders[0]] = Share(adopted.train, every)
+        else:
+            shares |= _deal(adopted, every, holders, config, clients, own_seed, notes)
 
     private = {}
     for name, share in shares.items():
-        parts = split_client(share.rows, config.split, name, config.partition.min_size, seed)
+        parts = split_client(share.rows, config.split, name, config.partition.min_size, seed, share.examples.patient)
         private[name] = {split: Share(share.examples, part) for split, part in parts.items()}
     return FederatedData(
-        dataset.task, dataset.name, clients, private, public, seed, simulated, dataset.about, cache_bytes
+        dataset.task, dataset.name, clients, private, public, seed, simulated, dataset.about, cache_bytes, notes
     )
 
 
@@ -104,7 +112,7 @@ def _proxy(
             raise UserError(
                 f"data.proxy.size: found {size}, but {dataset.name} has {len(rows)} training rows; take fewer"
             )
-        held, rows = draw(rows, size, draws)
+        held, rows = draw(rows, size, draws, dataset.train.patient)
         return {"proxy": Share(Examples(dataset.train.x), held)}, rows
     where = "data.proxy.source"
     x, columns = load_unlabelled(config.proxy.source, Path(config.root).expanduser(), where)
@@ -134,18 +142,27 @@ def _deal(
     config: DataConfig,
     clients: Mapping[str, ClientSettings],
     seed: int,
+    notes: list[str],
 ) -> dict[str, Share]:
-    """The rows of each of these clients. One alone gets them all."""
-    if len(names) < 2:
-        return {name: Share(dataset.train, rows) for name in names}
+    """The rows of each of these clients. One alone gets them all, unless groups go by name and others have some.
+
+    A note is added where groups go to clients of other names.
+    """
     train = dataset.train
-    assert train.y is not None
+    patient = None if train.patient is None else train.patient[rows]
     group = None if train.group is None else train.group[rows]
-    if group is not None and {train.group_names[g] for g in group.unique().tolist() if train.group_names} == set(names):
-        # groups that bear the clients' names go to them by name
-        group = torch.tensor([names.index(n) if n in names else -1 for n in train.group_names])[group]
+    if group is not None and train.group_names:
+        found = [train.group_names[g] for g in group.unique().tolist()]
+        if config.partition.kind == "natural":
+            notes += match_groups(found, names, dataset.name)
+            one_group_each(train.take(rows), dataset.name)
+        if set(found) == set(names):  # groups that bear the clients' names go to them by name
+            group = torch.tensor([names.index(n) if n in names else -1 for n in train.group_names])[group]
+    if len(names) < 2:
+        return {name: Share(train, rows) for name in names}
+    assert train.y is not None
     sizes = [clients[name].size for name in names]
-    parts = deal(train.y[rows], group, config.partition, sizes, dataset.task, seed)
+    parts = deal(train.y[rows], group, config.partition, sizes, dataset.task, seed, patient)
     return {name: Share(train, rows[part]) for name, part in zip(names, parts, strict=True)}
 
 

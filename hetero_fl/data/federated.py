@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,11 @@ class FederatedData:
         simulated: bool = False,
         about: str = "",
         cache_bytes: int = CACHE_BYTES,
+        notes: Sequence[str] = (),
     ) -> None:
         self.task, self.name, self.simulated, self.about = task, name, simulated, about
+        self.notes = list(notes)
+        """Lines on how the data was read and dealt that a user has to see before the run."""
         self.client_ids = sorted(clients)
         self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
         """Shape of a raw example of the common set, without the batch."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.data.base import Dataset, Examples, check_examples
-from hetero_fl.errors import UserError
+from hetero_fl.data.base import Dataset, Examples, check_examples, places
+from hetero_fl.errors import UserError, nearest
+from hetero_fl.images import COLOURS, MOST_CHANNELS, as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
 """Our name of a split: its name in the file."""
-MOST_CHANNELS = 16  # above that, the last axis of a 4-D array is not channels but a third dimension of space
+PATIENT = "patient"
 
 
-def read_npz(path: Path, name: str, task: Task | None = None) -> Dataset:
-    """Read a file whose images are `(N, H, W)` or `(N, H, W, C)` and whose labels are `(N,)`, `(N, 1)` or `(N, L)`.
+def read_npz(
+    path: Path, name: str, task: Task | None = None, kind: str | None = None, patient: str | None = None
+) -> Dataset:
+    """Read a file whose images are `(N, H, W)`, `(N, H, W, C)` or plainly `(N, C, H, W)`, in 0..1 or 0..255, and whose
+    labels are `(N,)`, `(N, 1)` or `(N, L)`.
 
     Whole-number labels in one column are classes, several columns of 0 and 1 are multilabel, fractions are regression
     targets. Floats `(N, F)` in place of images are the rows of a table. `train` is required, the others are optional.
@@ -27,26 +33,38 @@ def read_npz(path: Path, name: str, task: Task | None = None) -> Dataset:
         name: the data set's name.
         task: what is learned, if known: the file then has to hold images. Else it is read off the labels, classes being
             numbered from 0.
+        kind: multiclass, multilabel or regression in place of what the labels look like.
+        patient: the array that says of whom each training row is; none: "patient", if there is one.
 
     Raises:
         UserError: what is wrong, with the file, the array and the row.
     """
     where = f"path: {path}"
-    wanted = [f"{split}_{kind}" for split in SPLITS.values() for kind in ("images", "labels")]
+    wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [patient or PATIENT]
     arrays, names = _read(path, wanted, where)
     raw = {ours: _pair(arrays, theirs, where) for ours, theirs in SPLITS.items() if f"{theirs}_images" in arrays}
     if "train" not in raw:
         raise UserError(f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}")
     known = task is not None
-    task = task or _task([y for _, y in raw.values()], where)
+    task = task or _task([y for _, y in raw.values()], where, kind)
+    read = _images({f"{where}: {SPLITS[s]}_images": x for s, (x, _) in raw.items()}, table=not known)
     splits = {}
-    for split, (x, y) in raw.items():
+    for (split, (x, y)), pixels in zip(raw.items(), read, strict=True):
         images, labels = f"{SPLITS[split]}_images", f"{SPLITS[split]}_labels"
-        targets = _targets(y, task, f"{where}: {labels}")
-        splits[split] = Examples(_images(x, f"{where}: {images}", table=not known), targets)
+        splits[split] = Examples(pixels, _targets(y, task, f"{where}: {labels}"))
         check_examples(splits[split], task, where, (images, labels))
         if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
             raise UserError(f"{where}: {images}: shape {x.shape}, but train_images has {raw['train'][0].shape}")
+    if (found := arrays.get(patient or PATIENT)) is not None:
+        if found.shape not in ((len(raw["train"][0]),), (len(raw["train"][0]), 1)):
+            wanted_shape = (len(raw["train"][0]),)
+            raise UserError(
+                f"{where}: {patient or PATIENT}: found shape {found.shape}; want {wanted_shape}, as train_images"
+            )
+        column, patients = places(found.reshape(-1).tolist())
+        splits["train"] = replace(splits["train"], patient=column, patient_names=patients)
+    elif patient is not None:
+        raise UserError(f"patient: {path} has no array '{patient}'{nearest(patient, names)}")
     about = f"local file {path.name}"
     return Dataset(name, task, splits["train"], splits.get("validation"), splits.get("test"), about=about)
 
@@ -59,7 +77,7 @@ def read_images(path: Path) -> Tensor:
         raise UserError(f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}")
     if arrays["train_images"].shape[:1] in ((), (0,)):
         raise UserError(f"{where}: train_images: found no rows")
-    return _images(arrays["train_images"], f"{where}: train_images", table=True)
+    return _images({f"{where}: train_images": arrays["train_images"]}, table=True)[0]
 
 
 def _read(path: Path, wanted: list[str], where: str) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -90,17 +108,19 @@ def _pair(arrays: dict[str, np.ndarray], split: str, where: str) -> tuple[np.nda
     return x, y[:, None] if y.ndim == 1 else y
 
 
-def _task(labels: list[np.ndarray], where: str) -> Task:
-    """What is learned, read off the labels of all splits."""
+def _task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
+    """What is learned, read off the labels of all splits, unless the kind is known."""
     widths = {y.shape[1] for y in labels}
     if len(widths) > 1:
         raise UserError(f"{where}: labels: found {sorted(widths)} columns; want as many in every split")
     y = np.concatenate(labels)
     if len(y) == 0:
         raise UserError(f"{where}: train_images: found no rows")
-    if y.dtype.kind == "f" and (y != np.floor(y)).any():
+    if kind is None and y.dtype.kind == "f" and (y != np.floor(y)).any():
+        kind = "regression"
+    if kind == "regression":
         return Task("regression", y.shape[1])
-    if y.shape[1] > 1:
+    if kind == "multilabel" or (kind is None and y.shape[1] > 1):
         return Task("multilabel", y.shape[1])
     values = np.unique(y)
     # A stray 255 in a file of two classes would make 256 classes of it: more than half of the numbers must occur.
@@ -123,18 +143,20 @@ def _targets(y: np.ndarray, task: Task, where: str) -> Tensor:
     return torch.from_numpy(y[:, 0].astype(np.int64))
 
 
-def _images(x: np.ndarray, where: str, table: bool) -> Tensor:
-    """`[N, C, H, W]` in uint8 or float32; if a table will do as well, also `[N, F]` in float32."""
-    if x.dtype.kind in "bui" and x.dtype != np.uint8 and x.ndim > 2:
-        if x.size and (x.min() < 0 or x.max() > 255):
-            raise UserError(f"{where}: found {x.dtype} from {x.min()} to {x.max()}; store uint8, or floats from 0 to 1")
-        x = x.astype(np.uint8)
-    if x.dtype.kind not in "buif":
-        raise UserError(f"{where}: found {x.dtype}; images are uint8 or floats")
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and x.shape[-1] <= MOST_CHANNELS:
-        x = np.moveaxis(x, -1, 1)
-    elif x.ndim != 2 or not table:
-        raise UserError(f"{where}: found shape {x.shape}; want (N, H, W) or (N, H, W, C)")
-    return torch.from_numpy(np.ascontiguousarray(x if x.dtype == np.uint8 and x.ndim > 2 else x.astype(np.float32)))
+def _images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
+    """`[N, C, H, W]` in uint8 or float32; if a table will do as well, also `[N, F]` in float32. By name in messages."""
+    read = {}
+    for where, x in raw.items():
+        if x.dtype.kind not in "buif":
+            raise UserError(f"{where}: found {x.dtype}; images are uint8 or floats")
+        images = as_numbers(x, where)
+        images = as_bytes(images, where) if x.ndim > 2 else images.float()
+        if x.ndim == 3:
+            images = images[:, None]
+        elif x.ndim == 4 and (x.shape[-1] <= MOST_CHANNELS or x.shape[1] in COLOURS):
+            images = channels_first(images, where, documented="last")
+        elif x.ndim != 2 or not table:
+            raise UserError(f"{where}: found shape {x.shape}; want (N, H, W) or (N, H, W, C)")
+        read[where] = images.float() if images.is_floating_point() else images
+    pictures, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})
+    return list((read | pictures).values())

@@ -7,15 +7,17 @@ their order, the configuration and the seed, and on nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_fl.config.source import PartitionConfig
+from hetero_fl.data.own_partition import own_partition
+from hetero_fl.data.patients import commonest, fill_up, torn
+from hetero_fl.data.shares import among, apportion, holders, strata
 from hetero_fl.errors import UserError, nearest
-from hetero_fl.registry import imported
 from hetero_fl.seeding import generator, key
 from hetero_fl.task import Task
 
@@ -26,13 +28,15 @@ WHERE = "data.partition"
 @dataclass(frozen=True)
 class Deal:
     """What a partition has to go by: `strata` int64 `[N]` (see `strata`), `group` int64 `[N]`, `share` float64 `[K]`,
-    each client's part of all rows by its size, which sums to one."""
+    each client's part of all rows by its size, which sums to one; nobody gets less than `fewest`. Where patients stay whole,
+    a patient stands for a row here: with its commonest stratum."""
 
     strata: Tensor
     group: Tensor | None
     config: PartitionConfig
     share: np.ndarray
     seed: int
+    fewest: int
 
     def rows(self) -> int:
         """Number of rows to deal."""
@@ -62,7 +66,13 @@ def partition(name: str) -> Callable[[PartitionFunction], PartitionFunction]:
 
 
 def deal(
-    y: Tensor, group: Tensor | None, config: PartitionConfig, sizes: Sequence[float], task: Task, seed: int
+    y: Tensor,
+    group: Tensor | None,
+    config: PartitionConfig,
+    sizes: Sequence[float],
+    task: Task,
+    seed: int,
+    patient: Tensor | None = None,
 ) -> list[Tensor]:
     """Rows of each client: int64, sorted, disjoint, at least `config.min_size` each, and all rows together.
     (Exceptions: `classes` with too few clients to hold every class leaves rows out, and a user's own partition,
@@ -72,9 +82,11 @@ def deal(
         y: targets `[N]` or `[N, L]`.
         group: whose row it is, `[N]`; the natural partition needs it.
         sizes: how much each client gets, relative to the others.
+        patient: of whom each row is, `[N]`; a patient's rows all go to one client.
 
     Raises:
-        UserError: too few rows; no groups, or another number of them; a user's partition that is none.
+        UserError: too few rows or patients; no groups, or another number of them; a patient in two groups; a user's
+            partition that is none, or deals a patient to two clients.
     """
     if config.min_size * len(sizes) > len(y):
         raise UserError(
@@ -82,46 +94,19 @@ def deal(
             f"at most {len(y) // len(sizes)}"
         )
     if config.kind.startswith("python:"):
-        return _checked(_own(y, group, config, sizes, task, seed), config, len(y), len(sizes))
+        return own_partition(y, group, config, sizes, task, seed, patient)
     if config.kind not in _partitions:
         raise UserError(f"{WHERE}.kind: found '{config.kind}'{nearest(config.kind, _partitions)}")
     share = np.asarray(sizes, dtype=np.float64)
-    parts = _partitions[config.kind](Deal(strata(y, task), group, config, share / share.sum(), seed))
+    d = Deal(strata(y, task), group, config, share / share.sum(), seed, config.min_size)
+    parts = _partitions[config.kind](d) if patient is None else _deal_patients(d, patient)
     return [part.sort().values for part in parts]
-
-
-def strata(y: Tensor, task: Task) -> Tensor:
-    """What counts as a row's label in a partition, int64 `[N]`: its class; the rarest of its labels plus one, 0 if it
-    has none (multilabel); the tenth of all rows, by the first target, that it falls into (regression)."""
-    if task.kind == "multiclass":
-        return y
-    if task.kind == "multilabel":
-        order = y.sum(0).argsort(stable=True)  # rarest first: argmax finds the first positive one
-        first = (y[:, order] > 0).to(torch.uint8).argmax(1)
-        return torch.where((y > 0).any(1), order[first] + 1, 0)
-    inner = torch.linspace(0, 1, 11, dtype=torch.float64)[1:-1]
-    target = y[:, 0].double().contiguous()
-    edges = torch.from_numpy(np.quantile(target.numpy(), inner.numpy()))
-    return torch.searchsorted(edges, target, right=True)
-
-
-def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
-    """Whole numbers that sum to `total`, as near to the shares as can be (largest remainder), none below `at_least`."""
-    exact = share / share.sum() * total
-    counts = np.floor(exact).astype(np.int64)
-    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
-    while (counts < at_least).any():  # ends: each turn fills the shortest from the longest, and the total suffices
-        low, high = counts.argmin(), counts.argmax()
-        moved = min(at_least - counts[low], counts[high] - at_least)
-        counts[low] += moved
-        counts[high] -= moved
-    return counts
 
 
 @partition("iid")
 def iid(d: Deal) -> list[Tensor]:
     """Rows at random, as many as the sizes say."""
-    counts = apportion(d.rows(), d.share, d.config.min_size)
+    counts = apportion(d.rows(), d.share, d.fewest)
     return list(d.shuffled(torch.arange(d.rows()), "iid").split(counts.tolist()))
 
 
@@ -129,7 +114,7 @@ def iid(d: Deal) -> list[Tensor]:
 def quantity(d: Deal) -> list[Tensor]:
     """Rows at random, numbers of rows skewed: shares ~ Dirichlet(alpha · K · size share)."""
     share = d.draws("quantity").dirichlet(d.config.alpha * len(d.share) * d.share)
-    counts = apportion(d.rows(), share, d.config.min_size)
+    counts = apportion(d.rows(), share, d.fewest)
     return list(d.shuffled(torch.arange(d.rows()), "quantity").split(counts.tolist()))
 
 
@@ -146,7 +131,7 @@ def dirichlet(d: Deal) -> list[Tensor]:
         cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
         cuts[:, -1] = counts
         dealt = np.diff(cuts, axis=1, prepend=0)  # [classes, clients]
-        if dealt.sum(0).min() >= d.config.min_size:
+        if dealt.sum(0).min() >= d.fewest:
             break
     parts = _deal_classes(d, classes, dealt)
     return _top_up(d, parts)
@@ -162,13 +147,11 @@ def by_classes(d: Deal) -> list[Tensor]:
     if each > len(classes):
         raise UserError(f"{WHERE}.classes: found {each}, but the training rows have {len(classes)} classes")
     for attempt in range(TRIES):
-        holds = _holders(d.draws("classes", attempt), clients, len(classes), each)
-        dealt = np.stack([_among(n, d.share * holds[:, c]) for c, n in enumerate(counts)])  # [classes, clients]
-        if dealt.sum(0).min() >= d.config.min_size:
+        holds = holders(d.draws("classes", attempt), clients, len(classes), each)
+        dealt = np.stack([among(n, d.share * holds[:, c]) for c, n in enumerate(counts)])  # [classes, clients]
+        if dealt.sum(0).min() >= d.fewest:
             return _deal_classes(d, classes, dealt)
-    raise UserError(
-        f"{WHERE}.min_size: found {d.config.min_size}; with {each} classes a client some get fewer; lower it"
-    )
+    raise _short_of_classes(d)
 
 
 @partition("natural")
@@ -187,24 +170,36 @@ def natural(d: Deal) -> list[Tensor]:
     return parts
 
 
-def _among(rows: int, share: np.ndarray) -> np.ndarray:
-    """`apportion` among those with a share, the others getting none."""
-    counts = np.zeros(len(share), dtype=np.int64)
-    if (share > 0).any():
-        counts[share > 0] = apportion(rows, share[share > 0])
-    return counts
+def _short_of_classes(d: Deal) -> UserError:
+    return UserError(
+        f"{WHERE}.min_size: found {d.config.min_size}; with {d.config.classes} classes a client some get fewer; lower it"
+    )
 
 
-def _holders(draws: np.random.Generator, clients: int, classes: int, each: int) -> np.ndarray:
-    """bool `[clients, classes]`, `each` classes a client and as even over the classes as can be: always those that
-    fewest hold, at random among equals."""
-    holds = np.zeros((clients, classes), dtype=bool)
-    held = np.zeros(classes)
-    for client in draws.permutation(clients):
-        chosen = np.lexsort((draws.random(classes), held))[:each]
-        holds[client, chosen] = True
-        held[chosen] += 1
-    return holds
+def _deal_patients(d: Deal, patient: Tensor) -> list[Tensor]:
+    """Rows of each client, each patient's together: patients are dealt as rows are, and short clients then filled."""
+    function, clients = _partitions[d.config.kind], len(d.share)
+    if d.config.kind == "natural":
+        parts = function(d)
+        if torn(parts, patient) is not None:
+            raise UserError(f"{WHERE}.kind: natural finds a patient in two groups; give it one group, or other names")
+        return parts
+    unit, size = patient.unique(return_inverse=True, return_counts=True)[1:]
+    if len(size) < clients:
+        raise UserError(f"data.patient: {len(size)} patients are left for {clients} clients; each needs at least one")
+    # as many patients as make up min_size rows on average, so that draws are repeated about as often as for rows
+    fewest = max(1, min(-(-d.config.min_size * len(size) // len(patient)), len(size) // clients))
+    dealt = function(replace(d, strata=commonest(d.strata, unit), group=None, fewest=fewest))
+    owner = torch.full((len(size),), -1)
+    for client, mine in enumerate(dealt):
+        owner[mine] = client
+    if d.config.kind == "classes":  # filling up would hand a client further classes
+        if int(torch.bincount(owner[unit] + 1, minlength=clients + 1)[1:].min()) < d.config.min_size:
+            raise _short_of_classes(d)
+    else:
+        order = d.shuffled(torch.arange(len(size)), "patients")
+        owner = fill_up(owner, size, clients, d.config.min_size, order)
+    return [torch.nonzero(owner[unit] == client).squeeze(1) for client in range(clients)]
 
 
 def _deal_classes(d: Deal, classes: np.ndarray, dealt: np.ndarray) -> list[Tensor]:
@@ -219,46 +214,11 @@ def _deal_classes(d: Deal, classes: np.ndarray, dealt: np.ndarray) -> list[Tenso
 def _top_up(d: Deal, parts: list[Tensor]) -> list[Tensor]:
     """Fill short clients from the largest, with rows drawn at random. Ends, as `deal` checked that all rows suffice."""
     turn = 0
-    while min(map(len, parts)) < d.config.min_size:
+    while min(map(len, parts)) < d.fewest:
         low = min(range(len(parts)), key=lambda k: len(parts[k]))
         high = max(range(len(parts)), key=lambda k: len(parts[k]))
-        moved = min(d.config.min_size - len(parts[low]), len(parts[high]) - d.config.min_size)
+        moved = min(d.fewest - len(parts[low]), len(parts[high]) - d.fewest)
         rows = d.shuffled(parts[high].sort().values, "top_up", turn)
         parts[low], parts[high] = torch.cat([parts[low], rows[:moved]]), rows[moved:]
         turn += 1
     return parts
-
-
-def _own(
-    y: Tensor, group: Tensor | None, config: PartitionConfig, sizes: Sequence[float], task: Task, seed: int
-) -> object:
-    """What a user's own partition returns."""
-    where = f"{WHERE}.kind"
-    function = imported(config.kind, where)
-    if not callable(function):
-        raise UserError(f"{where}: {config.kind} is not a function of (y, group, config, sizes, task, seed)")
-    try:
-        return function(y, group, config, sizes, task, seed)
-    except UserError as error:
-        raise UserError(f"{where}: {config.kind}: {error}") from error
-    except Exception as error:  # a user's function may fail in any way; the reason goes into the one line
-        raise UserError(f"{where}: {config.kind} raised {type(error).__name__}: {error}") from error
-
-
-def _checked(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:
-    """The rows that a user's own partition dealt, if they can be that."""
-    where = f"{WHERE}.kind: {config.kind}"
-    if not isinstance(parts, list | tuple) or len(parts) != clients:
-        raise UserError(f"{where}: has to return a list of the rows of {clients} clients")
-    try:
-        dealt = [torch.as_tensor(part, dtype=torch.int64).reshape(-1).sort().values for part in parts]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: rows have to be whole numbers: {error}") from error
-    every = torch.cat(dealt)
-    if len(every) and (every.min() < 0 or every.max() >= rows):
-        raise UserError(f"{where}: rows from {every.min()} to {every.max()}; there are {rows}")
-    if len(every.unique()) < len(every):
-        raise UserError(f"{where}: deals a row to two clients")
-    if (short := min(map(len, dealt))) < config.min_size:
-        raise UserError(f"{where}: deals {short} rows to a client; data.partition.min_size is {config.min_size}")
-    return dealt

@@ -14,6 +14,7 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.registry import imported
 from hetero_fl.task import Task
 
+Key = Literal["path", "label", "group", "patient", "task", "size"]
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
 
@@ -29,7 +30,7 @@ _sources: dict[str, _Source] = {}
 
 
 def source(
-    name: str, *, task: Task | None = None, keys: tuple[Literal["path", "label", "group"], ...] = ()
+    name: str, *, task: Task | None = None, keys: tuple[Key, ...] = ()
 ) -> Callable[[SourceFunction], SourceFunction]:
     """Register a function as the source of that name.
 
@@ -68,12 +69,14 @@ def load_source(config: SourceConfig, root: Path, where: str = "data") -> Datase
     if name not in _sources:
         raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
     entry = _sources[name]
-    for key in ("label", "group"):
-        if getattr(config, key) is not None and key not in entry.keys:
+    local = config.path is not None and (config.path.endswith(".npz") or "path" not in entry.keys)
+    takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
+    for key in ("label", "group", "patient", "task", "size"):
+        if getattr(config, key) is not None and key not in takes:
             raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
     try:
-        if config.path is not None and (config.path.endswith(".npz") or "path" not in entry.keys):
-            dataset = read_npz(Path(config.path).expanduser(), name, entry.task)
+        if config.path is not None and local:
+            dataset = read_npz(Path(config.path).expanduser(), name, entry.task, config.task, config.patient)
         elif config.path is None and "path" in entry.keys:
             raise UserError(f"path: missing; {name} reads a local file or folder")
         else:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hetero_fl.config.source import SplitConfig
 from hetero_fl.data.base import Dataset
+from hetero_fl.data.patients import draw_patients
 from hetero_fl.errors import UserError
 from hetero_fl.seeding import generator
 
@@ -16,8 +17,22 @@ TEST_SHARE = 0.2
 FEWEST_TO_TRAIN = 2  # one row alone has no variance: BatchNorm cannot train on it
 
 
-def draw(rows: Tensor, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` of the rows, drawn without replacement, and the others; both sorted."""
+def draw(
+    rows: Tensor, count: int, draws: torch.Generator, patient: Tensor | None = None, leave: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`count` of the rows, drawn without replacement, and the others; both sorted.
+
+    Args:
+        patient: of whom each row of the set is. Patients are then drawn whole: at most `count` rows, or one patient if
+            nobody has so few.
+        leave: so many patients at least are not drawn.
+
+    Raises:
+        UserError: too few patients.
+    """
+    if patient is not None:
+        drawn = draw_patients(patient[rows], count, draws, leave)
+        return rows[drawn].sort().values, rows[~drawn].sort().values
     order = torch.randperm(len(rows), generator=draws)
     return rows[order[:count]].sort().values, rows[order[count:]].sort().values
 
@@ -32,15 +47,21 @@ def with_test(dataset: Dataset) -> Dataset:
     count = round(TEST_SHARE * len(dataset.train))
     if count < 1:
         raise UserError(f"data.name: {dataset.name}: found {len(dataset.train)} rows; too few to set a test set apart")
-    test, train = draw(torch.arange(len(dataset.train)), count, generator("data", dataset.name, "test"))
+    draws = generator("data", dataset.name, "test")
+    test, train = draw(torch.arange(len(dataset.train)), count, draws, dataset.train.patient)
     return replace(dataset, train=dataset.train.take(train), test=dataset.train.take(test))
 
 
-def split_client(rows: Tensor, config: SplitConfig, client: str, min_size: int, seed: int) -> dict[str, Tensor]:
+def split_client(
+    rows: Tensor, config: SplitConfig, client: str, min_size: int, seed: int, patient: Tensor | None = None
+) -> dict[str, Tensor]:
     """A client's rows as train, validation and test, sorted; a row at least in each whose fraction is above 0.
 
+    Args:
+        patient: of whom each row of the set is, if patients stay whole; at least one in each then.
+
     Raises:
-        UserError: too few rows, with the client, its rows and the key that helps.
+        UserError: too few rows or patients, with the client, its rows and the key that helps.
     """
     count = {name: max(1, round(part * len(rows))) if part else 0 for name, part in
              (("validation", config.validation), ("test", config.test))}  # fmt: skip
@@ -49,7 +70,13 @@ def split_client(rows: Tensor, config: SplitConfig, client: str, min_size: int, 
             f"data.partition.min_size: found {min_size}, and client '{client}' has {len(rows)} rows, "
             "too few to split into train, validation and test; raise it, or give the client more"
         )
+    wanted = 1 + sum(c > 0 for c in count.values())
+    if patient is not None and (found := len(patient[rows].unique())) < wanted:
+        raise UserError(
+            f"data.patient: client '{client}' has rows of {found} patients, too few to split into train, validation and "
+            "test; give it more, or set data.split.validation or data.split.test to 0"
+        )
     draws = generator("data", seed, "split", client)
-    test, rest = draw(rows, count["test"], draws)
-    validation, train = draw(rest, count["validation"], draws)
+    test, rest = draw(rows, count["test"], draws, patient, leave=1 + (count["validation"] > 0))
+    validation, train = draw(rest, count["validation"], draws, patient)
     return {"train": train, "validation": validation, "test": test}

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
+from hetero_fl.data.outside import read_as
+from hetero_fl.data.sources.frames import read_frame
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.metrics import score
 from hetero_fl.reporting.run import Run
@@ -31,7 +33,7 @@ def evaluate(
     run = run if isinstance(run, Run) else Run(run)
     if client is not None and client not in run.models:
         raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
-    dataset = _load(data, label)
+    dataset = _load(data, label, run)
     named = dataset if Path(data).exists() else with_test(dataset)  # the rows that a federation on it holds out, too
     examples = named.test or named.train
     assert examples.y is not None  # load_source has checked it
@@ -70,13 +72,29 @@ def _renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
     return y[:, [found.names.index(name) for name in known.names]]
 
 
-def _load(data: str, label: str | None) -> Dataset:
-    path = Path(data)
+def _load(data: str, label: str | None, run: Run) -> Dataset:
+    """The data set; a local file is read as the run read its own: for the same task, without its columns of groups and
+    patients, images at the same size."""
+    path, known = Path(data), run.directory.config().get("data", {})
     source = SourceConfig(name=data, label=label)
     if path.exists():
         kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
         source = SourceConfig(name=kind, path=data, label=label)
+        if kind == "image_folder":
+            source = source.model_copy(update={"size": known.get("size")})
+        elif kind == "table":
+            source = read_as(source, next(iter(run.models.values())).task)
+            there = _columns(path)
+            whose = {key: known.get(key) for key in ("group", "patient") if known.get(key) in there}
+            source = source.model_copy(update=whose)
     try:
         return load_source(source, CACHE.expanduser(), "--data")
     except UserError as error:  # the key that is missing or too many is a flag here
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
+
+
+def _columns(path: Path) -> list[str]:
+    try:
+        return list(map(str, read_frame(path).columns))
+    except UserError as error:
+        raise UserError(f"--data.{error}") from None

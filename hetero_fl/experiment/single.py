@@ -84,7 +84,7 @@ def prepare(
     data = federate(dataset, config.data, clients, config.seed, server=own_view)
     student = method.distils and data.n_proxy > 0
     federation = Federation.of(config, data, clients, student)
-    notes = check(config.algorithm["name"], method, federation)
+    notes = data.notes + check(config.algorithm["name"], method, federation)
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"

@@ -13,7 +13,7 @@ from PIL import Image
 from hetero_fl.architecture import Architecture
 from hetero_fl.cli import main
 from hetero_fl.errors import UserError
-from hetero_fl.experiment import evaluate
+from hetero_fl.experiment import evaluate, prepare
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.saved import SavedModel
 from hetero_fl.task import Task
@@ -84,3 +84,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main([*asked, "--json", str(place)], command="evaluate") == 2
         said = capsys.readouterr()
         assert said.err == f"error: --json: found {place}; name a file in a folder that exists\n" and not said.out
+
+
+def test_a_table_is_read_as_the_run_read_its_own(tmp_path: Path) -> None:
+    """Whole numbers by chance are still regression targets, numbers of patients no feature, 0.0 is the class 0."""
+    frame = pd.DataFrame({"u": [1.0, 2.0, 3.0, 4.0], "who": [7, 7, 8, 8], "ward": [1, 2, 1, 2], "y": [1, 2, 3, 4]})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    run = saved(tmp_path / "run", Task("regression", 1, ("y",)), (1,), [1.0])
+    config = "data: {patient: who, group: ward}\n"
+    (run / "config.yaml").write_text(config)
+    assert evaluate(run, str(tmp_path / "t.csv"), label="y")["a"]["mae"] == pytest.approx(0)
+    frame.assign(y=[0.0, 0.0, 1.0, 1.0]).to_csv(tmp_path / "c.csv", index=False)
+    classes = saved(tmp_path / "classes", Task("multiclass", 2, ("0", "1")), (1,), [0.0, 1.0])
+    (classes / "config.yaml").write_text(config)
+    assert evaluate(classes, str(tmp_path / "c.csv"), label="y")["a"]["auroc"] == 1.0
+
+
+def test_what_a_table_uses_is_said_before_the_run(tmp_path: Path) -> None:
+    rows = {"u": range(90), "ward": ["a", "b", "c"] * 30, "patient": [i // 2 for i in range(90)], "ill": [0, 1] * 45}
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    data = {"name": "table", "path": str(tmp_path / "t.csv"), "label": "ill", "partition": {"min_size": 5}}
+    clients = {"groups": [{"name": "a", "count": 2, "model": "mlp"}]}
+    notes = prepare({"data": data, "clients": clients, "algorithm": {"name": "fedavg"}}).notes
+    assert notes[0] == "table t.csv: label ill; columns used: u, patient; left out: ward (text)"
+    assert "name it in data.patient" in notes[1] and len(notes) == 2

@@ -41,7 +41,7 @@ def digits(config: SourceConfig, root: Path) -> Dataset:
     return Dataset("digits", DIGITS, Examples(x, y), about="handwritten digits, 8x8 grey (scikit-learn, UCI)")
 
 
-@source("npz", keys=("path",))
+@source("npz", keys=("path", "task", "patient"))
 def npz(config: SourceConfig, root: Path) -> Dataset:
     """Any local file in the MedMNIST layout; the task is read off its labels."""
-    return read_npz(Path(str(config.path)).expanduser(), "npz")
+    return read_npz(Path(str(config.path)).expanduser(), "npz", kind=config.task, patient=config.patient)

@@ -21,15 +21,15 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
-@source("image_folder", keys=("path", "group"))
+@source("image_folder", keys=("path", "group", "size"))
 def image_folder(config: SourceConfig, root: Path) -> Dataset:
     """The images below `config.path`, a folder for each class. Any text in `config.group` (what the level is: "site")
-    says that there is a folder for each group above those of the classes.
+    says that there is a folder for each group above those of the classes; `config.size` scales every image as it is read.
 
     Raises:
         UserError: no folder, no images, a split without `train`, an image that cannot be read or has another size.
     """
-    return read_image_folder(Path(str(config.path)).expanduser(), grouped=config.group is not None)
+    return read_image_folder(Path(str(config.path)).expanduser(), grouped=config.group is not None, side=config.size)
 
 
 def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = None) -> Dataset:
@@ -71,7 +71,9 @@ def read_image_files(files: Sequence[Path], side: int | None = None) -> Tensor:
     for file, image in zip(files, images, strict=True):
         if image.shape[:2] != images[0].shape[:2]:
             sizes = " but ".join(f"{s[1]}x{s[0]}" for s in (image.shape, images[0].shape))
-            raise UserError(f"path: {file} has {sizes} pixels in {files[0].name}; all images must have one size")
+            raise UserError(
+                f"path: {file} has {sizes} pixels in {files[0].name}; all images must have one size: set data.size"
+            )
     if colour:
         images = [image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2) for image in images]
         return torch.from_numpy(np.moveaxis(np.stack(images), -1, 1).copy())

@@ -2,154 +2,149 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api import types
 from torch import Tensor
 
 from hetero_fl.config.source import SourceConfig
-from hetero_fl.data.base import Dataset, Examples
+from hetero_fl.data.base import Dataset, Examples, places
 from hetero_fl.data.registry import source
+from hetero_fl.data.sources.cells import decimal_commas, is_text, names, numbers, settled
+from hetero_fl.data.sources.frames import read_frame
 from hetero_fl.errors import UserError, nearest
-from hetero_fl.state import in_order
 from hetero_fl.task import Task
 
 MOST_NUMBERED_CLASSES = 20
+SHOWN = 20  # columns that a note lists
+PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
 
 
-@source("table", keys=("path", "label", "group"))
+@source("table", keys=("path", "label", "group", "patient", "task"))
 def table(config: SourceConfig, root: Path) -> Dataset:
-    """The rows of a file; see `read_table`. `config.label` names the labels, `config.group` whose row it is."""
+    """The rows of a file; see `read_table`. `config.label` names the labels, `config.group` whose row it is,
+    `config.patient` of whom, `config.task` what is learned."""
     path = Path(str(config.path)).expanduser()
     frame = read_frame(path)
     if config.label is None:
         columns = ", ".join(map(str, frame.columns[:20]))
         raise UserError(f"label: missing; name the column of labels; choose from {columns}")
-    return read_table(frame, path, config.label, config.group)
+    return read_table(frame, path, config.label, config.group, config.patient, config.task)
 
 
-def read_table(frame: pd.DataFrame, path: Path, label: str, group: str | None = None) -> Dataset:
-    """A data set of a frame. Features are all columns of numbers that are neither label nor group, as float32 `[N, F]`.
+def read_table(
+    frame: pd.DataFrame,
+    path: Path,
+    label: str,
+    group: str | None = None,
+    patient: str | None = None,
+    kind: str | None = None,
+) -> Dataset:
+    """A data set of a frame. Features are all columns of numbers that are no label, group or patient, as float32 `[N, F]`.
 
     One column of labels: text, truth values, and whole numbers of at most 20 different values are classes (in sorted
     order), other numbers a regression target. Several (comma between them): multilabel if all are 0 or 1, else
-    regression. Columns of nothing but text or dates are left out, and named in `about`. Rows count from 1
-    below the header.
+    regression. `kind` (multiclass, multilabel, regression) takes the place of these rules. Text is read without spaces
+    around it, and 1.0 as 1. Columns of nothing but text or dates are left out, and named in `about` and `notes`. Rows count
+    from 1 below the header.
 
     Raises:
         UserError: a missing column, a missing value, text among numbers; with file, row and column.
     """
     labels = [label] if label in frame.columns else [part.strip() for part in label.split(",")]
     where = f"path: {path}"
-    for key, names in (("label", labels), ("group", [group] if group is not None else [])):
-        for name in names:
-            if name not in frame.columns:
-                raise UserError(f"{key}: {path} has no column '{name}'{nearest(name, map(str, frame.columns))}")
-    if group in labels:
-        raise UserError(f"group: found '{group}', which is a label; name another column")
-    x, columns, left_out = features(frame.drop(columns=[*labels, *([group] if group else [])]), where)
-    task, y = _targets(frame[labels], where)
-    examples = Examples(x, y)
-    if group is not None:
-        if (row := _first(frame[group].isna())) is not None:
-            _refuse(where, row, group, "missing value")
-        groups = frame[group].astype(str)
-        names = in_order(groups.unique())
-        examples = Examples(x, y, _places(groups, names), tuple(names))
+    owners = {key: column for key, column in (("group", group), ("patient", patient)) if column is not None}
+    for key, column in [*(("label", column) for column in labels), *owners.items()]:
+        if column not in frame.columns:
+            raise UserError(f"{key}: {path} has no column '{column}'{nearest(column, map(str, frame.columns))}")
+        if key != "label" and column in labels:
+            raise UserError(f"{key}: found '{column}', which is a label; name another column")
+    whose = {key: places(names(frame[column], where)) for key, column in owners.items()}
+    rest = frame.drop(columns=list(set(owners.values())))
+    if kind == "multiclass":  # classes may be called "1,2"
+        targets, (rest, commas) = rest[labels], decimal_commas(rest.drop(columns=labels), where)
+    else:
+        rest, commas = decimal_commas(rest, where)
+        targets, rest = rest[labels], rest.drop(columns=labels)
+    x, columns, left_out = features(rest, where)
+    task, y = _targets(targets, where, kind)
+    examples = Examples(x, y, *whose.get("group", (None, ())), *whose.get("patient", (None, ())))
     about = f"table {path.name}, {len(columns)} columns" + (f"; left out: {', '.join(left_out)}" if left_out else "")
-    return Dataset("table", task, examples, about=about, columns=columns)
+    read = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
+    read += [f"columns used: {_listed(columns)}"]
+    read += [f"left out: {_listed([f'{name} ({why})' for name, why in left_out.items()]) or 'none'}"]
+    read += [f"decimal commas in {_listed(commas)}"] if commas else []
+    notes = [f"table {path.name}: {'; '.join(read)}"]
+    if patient is None and (name := _patients(rest)) is not None:
+        feature = "; as it is, it is a feature too" if name in columns else ""
+        notes.append(
+            f"table {path.name}: column '{name}' looks like a patient's number and repeats: name it in data.patient, or "
+            f"rows of one patient are split between training and test{feature}"
+        )
+    return Dataset("table", task, examples, about=about, columns=columns, notes=tuple(notes))
 
 
-def read_frame(path: Path) -> pd.DataFrame:
-    """A CSV (comma), TSV (tabulator) or Parquet file."""
-    where = f"path: {path}"
-    if not path.is_file():
-        raise UserError(f"{where}: no such file")
-    kind = path.suffix.lower()
-    if kind not in (".csv", ".tsv", ".parquet"):
-        raise UserError(f"{where}: found '{kind}'; choose .csv, .tsv or .parquet")
-    try:
-        if kind == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path, sep="\t" if kind == ".tsv" else ",", low_memory=False)
-    except ImportError as error:
-        raise UserError(f"{where}: Parquet needs pyarrow; pip install 'hetero_fl[parquet]'") from error
-    except (ValueError, OSError, UnicodeError) as error:  # pandas' and pyarrow's own errors are ValueErrors
-        raise UserError(f"{where}: not a readable {kind} file ({type(error).__name__}: {error})") from error
-
-
-def features(frame: pd.DataFrame, where: str) -> tuple[Tensor, tuple[str, ...], list[str]]:
-    """The columns of numbers as float32 `[N, F]`, their names, and the names of the others."""
+def features(frame: pd.DataFrame, where: str) -> tuple[Tensor, tuple[str, ...], dict[str, str]]:
+    """The columns of numbers as float32 `[N, F]`, their names, and the names of the others with what they are."""
     if len(frame) == 0:
         raise UserError(f"{where}: found no rows")
-    numbers, left_out = {}, []
-    for name in map(str, frame.columns):
-        column = _numbers(frame[name], where, name)
+    read, left_out = {}, {}
+    for name in frame.columns:
+        column = numbers(frame[name], where)
         if column is None:
-            left_out.append(name)
+            left_out[str(name)] = "text" if is_text(frame[name]) else str(frame[name].dtype)
         else:
-            numbers[name] = column
-    if not numbers:
-        raise UserError(f"{where}: no column of numbers besides label and group")
-    return torch.from_numpy(np.stack(list(numbers.values()), axis=1).astype(np.float32)), tuple(numbers), left_out
+            read[str(name)] = column
+    if not read:
+        raise UserError(f"{where}: no column of numbers besides label, group and patient")
+    return torch.from_numpy(np.stack(list(read.values()), axis=1).astype(np.float32)), tuple(read), left_out
 
 
-def _numbers(column: pd.Series, where: str, name: str) -> np.ndarray | None:
-    """The column as numbers, or None if it is all text or dates."""
-    types = pd.api.types
-    if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
-        if not (types.is_object_dtype(column) or types.is_string_dtype(column)):
-            return None
-        numbers = pd.to_numeric(column, errors="coerce")
-        text = numbers.isna() & column.notna()
-        if text.any() and numbers.isna().all():
-            return None
-        if (row := _first(text)) is not None:
-            _refuse(where, row, name, f"found '{column.iloc[row]}', not a number")
-        column = numbers
-    if (row := _first(column.isna())) is not None:
-        _refuse(where, row, name, "missing value")
-    values = column.to_numpy(dtype=np.float64)
-    if (row := _first(~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max))) is not None:
-        _refuse(where, row, name, f"found {values[row]}, not a finite number")
-    return values
+def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, Tensor]:
+    columns = [settled(labels[name], where) for name in labels.columns]
+    titles = tuple(map(str, labels.columns))
+    if kind == "multiclass" and len(columns) > 1:
+        raise UserError(
+            f"label: found {len(columns)} columns, but data.task is multiclass; name one, or choose multilabel"
+        )
+    if kind == "multiclass" or (kind is None and len(columns) == 1 and _classes(columns[0])):
+        y, classes = places(names(columns[0], where))
+        return Task("multiclass", len(classes), classes), y
+    values = []
+    for column, title in zip(columns, titles, strict=True):
+        found = numbers(column, where)
+        if found is None:
+            raise UserError(f"{where}: column '{title}' is text; {kind or 'several'} labels have to be numbers")
+        values.append(found)
+    y = torch.from_numpy(np.stack(values, axis=1).astype(np.float32))
+    several = len(columns) > 1 and bool(((y == 0) | (y == 1)).all())
+    if kind == "multilabel" or (kind is None and several):
+        return Task("multilabel", len(columns), titles), y
+    return Task("regression", len(columns), titles), y
 
 
-def _targets(labels: pd.DataFrame, where: str) -> tuple[Task, Tensor]:
-    names = tuple(map(str, labels.columns))
-    for name in names:
-        if (row := _first(labels[name].isna())) is not None:
-            _refuse(where, row, name, "missing value")
-    if len(names) == 1:
-        column = labels[names[0]]
-        classes = column.unique()
-        numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-        if not numeric or (len(classes) <= MOST_NUMBERED_CLASSES and all(float(c).is_integer() for c in classes)):
-            column = (column.astype(np.int64) if numeric else column).astype(str)
-            in_turn = in_order(column.unique())
-            return Task("multiclass", len(in_turn), tuple(in_turn)), _places(column, in_turn)
-    columns = []
-    for name in names:
-        numbers = _numbers(labels[name], where, name)
-        if numbers is None:
-            raise UserError(f"{where}: column '{name}' is text; several labels have to be numbers")
-        columns.append(numbers)
-    y = torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
-    several = len(names) > 1 and bool(((y == 0) | (y == 1)).all())
-    return Task("multilabel" if several else "regression", len(names), names), y
+def _classes(column: pd.Series) -> bool:
+    """Whether one column of labels looks like classes."""
+    if not types.is_numeric_dtype(column) or types.is_bool_dtype(column):
+        return True
+    values = column.unique()
+    return len(values) <= MOST_NUMBERED_CLASSES and all(float(v).is_integer() for v in values)
 
 
-def _places(values: pd.Series, names: list[str]) -> Tensor:
-    return torch.from_numpy(pd.Categorical(values, categories=names).codes.astype(np.int64))
+def _patients(frame: pd.DataFrame) -> str | None:
+    """A column that seems to say of whom a row is, several rows being of one patient. Two values are a mark, no names."""
+    for name in map(str, frame.columns):
+        if PATIENT.search(name) and 2 < frame[name].nunique() < len(frame):
+            column = frame[name]
+            if not types.is_float_dtype(column) or bool((column == np.floor(column)).all()):
+                return name
+    return None
 
 
-def _first(bad: pd.Series | np.ndarray) -> int | None:
-    mask = np.asarray(bad, dtype=bool)
-    return int(mask.argmax()) if mask.any() else None
-
-
-def _refuse(where: str, row: int, column: str, what: str) -> NoReturn:
-    raise UserError(f"{where}: row {row + 1}, column '{column}': {what}")
+def _listed(found: Sequence[str]) -> str:
+    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")

@@ -1,0 +1,125 @@
+"""Cells of tables as numbers and names: decimal commas, labels written in several ways, values that are missing."""
+
+from __future__ import annotations
+
+import re
+from typing import NoReturn
+
+import numpy as np
+import pandas as pd
+from pandas.api import types
+
+from hetero_fl.errors import UserError
+
+WHOLE = re.compile(r"\s*[+-]?\d+\s*")
+COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
+THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
+SEPARATED = re.compile(r"\s*[+-]?\d{1,3}(?:[.,'’]\d{3})+(?:[.,]\d+)?\s*")
+REMEDY = "write numbers as 1234.5"
+
+
+def decimal_commas(frame: pd.DataFrame, where: str) -> tuple[pd.DataFrame, list[str]]:
+    """The frame with columns such as "0,5" as numbers, and the names of those columns.
+
+    "1,250" may be a decimal comma or a thousand: it is the former if another cell of the table can be nothing else.
+
+    Raises:
+        UserError: no cell decides; another column of the table has decimal points that may be thousands then.
+    """
+    columns = {str(name): frame[name].dropna().astype(str) for name in frame.columns if is_text(frame[name])}
+    commas = {
+        name: texts
+        for name, texts in columns.items()
+        if (decimal := texts.str.fullmatch(COMMA)).any() and (decimal | texts.str.fullmatch(WHOLE)).all()
+    }
+    if not commas:
+        return frame, []
+    if all(texts[texts.str.contains(",")].str.fullmatch(THOUSANDS).all() for texts in commas.values()):
+        name, texts = next(iter(commas.items()))
+        row = int(frame[name].astype(str).str.contains(",").to_numpy().argmax())
+        refuse(where, row, name, f"found '{texts.loc[frame.index[row]]}', decimal comma or thousands? {REMEDY}")
+    for name in frame.columns:
+        if types.is_float_dtype(frame[name]):
+            values = frame[name].dropna().to_numpy(dtype=np.float64)
+            values = values[np.isfinite(values) & (values != np.floor(values))]
+            if (
+                len(values)
+                and (np.abs(values) >= 1).all()
+                and np.allclose(values * 1000, np.round(values * 1000), 0, 1e-6)
+            ):
+                raise UserError(
+                    f"{where}: column '{name}' has decimal points and column '{next(iter(commas))}' decimal commas: "
+                    f"are the points thousands? {REMEDY}"
+                )
+    read = {name: frame[name].str.replace(",", ".").astype(np.float64) for name in commas}
+    return frame.assign(**read), list(commas)
+
+
+def numbers(column: pd.Series, where: str) -> np.ndarray | None:
+    """A column as numbers, float64 `[N]`, or None if it is all text or dates. Raises UserError naming the row."""
+    name = str(column.name)
+    if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
+        if not is_text(column):
+            return None
+        read = pd.to_numeric(column, errors="coerce")
+        text = read.isna() & column.notna()
+        if text.any() and read.isna().all():
+            written = column.dropna().astype(str)
+            if not written.str.fullmatch(SEPARATED).all():
+                return None
+        if (row := first(text)) is not None:
+            remedy = f"; {REMEDY}" if re.search(r"\d[.,'’]\d", str(column.iloc[row])) else ""
+            refuse(where, row, name, f"found '{column.iloc[row]}', not a number{remedy}")
+        column = read
+    missing(column, where)
+    values = column.to_numpy(dtype=np.float64)
+    if (row := first(~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max))) is not None:
+        refuse(where, row, name, f"found {values[row]}, not a finite number")
+    return values
+
+
+def names(column: pd.Series, where: str) -> pd.Series:
+    """A column of labels, sites or patients as text that does not depend on how a file writes them: without spaces around
+    it, and 1 for 1.0. Raises UserError where a value is missing."""
+    column = settled(column, where)
+    if types.is_float_dtype(column):
+        whole = column == np.floor(column)
+        return column.astype(str).where(~whole, column.where(whole, 0).astype(np.int64).astype(str))
+    return column.astype(str)
+
+
+def settled(column: pd.Series, where: str) -> pd.Series:
+    """The column without spaces around text, and in numbers where every text is one. Raises UserError: missing value."""
+    if is_text(column) or isinstance(column.dtype, pd.CategoricalDtype):
+        text = column.astype(object).map(lambda value: value.strip() if isinstance(value, str) else value)
+        column = text.mask(text == "")
+        missing(column, where)
+        read = pd.to_numeric(column.astype(str), errors="coerce")
+        return column if not np.isfinite(read).all() else read
+    missing(column, where)
+    return column
+
+
+def missing(column: pd.Series, where: str) -> None:
+    """Raises UserError for a missing value."""
+    gaps = column.isna()
+    if (row := first(gaps)) is not None:
+        refuse(
+            where, row, str(column.name), f"missing value ({int(gaps.sum())} in {len(gaps)} rows); fill or drop them"
+        )
+
+
+def is_text(column: pd.Series) -> bool:
+    """Whether a column is of texts, or of all kinds of things."""
+    return not types.is_numeric_dtype(column) and (types.is_object_dtype(column) or types.is_string_dtype(column))
+
+
+def first(bad: pd.Series | np.ndarray) -> int | None:
+    """Place of the first True."""
+    mask = np.asarray(bad, dtype=bool)
+    return int(mask.argmax()) if mask.any() else None
+
+
+def refuse(where: str, row: int, column: str, what: str) -> NoReturn:
+    """Raise the error of a cell; `row` counts from 0, messages count from 1 below the header."""
+    raise UserError(f"{where}: row {row + 1}, column '{column}': {what}")

@@ -1,0 +1,52 @@
+"""Files of tables as frames: comma, semicolon or tabulator between cells, or Parquet."""
+
+from __future__ import annotations
+
+import csv
+from itertools import islice
+from pathlib import Path
+
+import pandas as pd
+
+from hetero_fl.errors import UserError
+
+LOOK = 20  # rows below the header from which the separator is told
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A CSV (comma or semicolon), TSV (tabulator) or Parquet file. Raises UserError."""
+    where = f"path: {path}"
+    if not path.is_file():
+        raise UserError(f"{where}: no such file")
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv", ".parquet"):
+        raise UserError(f"{where}: found '{kind}'; choose .csv, .tsv or .parquet")
+    try:
+        if kind == ".parquet":
+            return pd.read_parquet(path)
+        return pd.read_csv(path, sep="\t" if kind == ".tsv" else _separator(path), low_memory=False)
+    except ImportError as error:
+        raise UserError(f"{where}: Parquet needs pyarrow; pip install 'hetero_fl[parquet]'") from error
+    except UnicodeError as error:
+        raise UserError(
+            f"{where}: not a readable {kind} file: it is not in UTF-8; save it anew so ({error})"
+        ) from error
+    except (ValueError, OSError, csv.Error) as error:  # pandas' and pyarrow's own errors are ValueErrors
+        raise UserError(f"{where}: not a readable {kind} file ({type(error).__name__}: {error})") from error
+
+
+def _separator(path: Path) -> str:
+    """Comma or semicolon: whichever divides the header, or if both do, every row alike."""
+    divided = {}
+    for separator in (",", ";"):
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            cells = csv.reader(file, delimiter=separator)
+            divided[separator] = [len(row) for row in islice(cells, LOOK + 1) if row] or [0]
+    if divided[";"][0] < 2:
+        return ","
+    if divided[","][0] < 2:
+        return ";"
+    alike = [separator for separator, counts in divided.items() if len(set(counts)) == 1]
+    if len(alike) == 1:
+        return alike[0]
+    raise UserError(f"path: {path}: commas or semicolons between the cells? both are in the header; save it as .tsv")

@@ -1,0 +1,221 @@
+"""Rows of one patient stay together, everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hetero_fl.config.source import DataConfig, PartitionConfig, ProxyConfig, SourceConfig, SplitConfig
+from hetero_fl.data import Dataset, FederatedData, deal, federate, load_source, with_test
+from hetero_fl.data.patients import commonest, draw_patients, fill_up, torn
+from hetero_fl.errors import UserError
+from hetero_fl.task import Task
+
+from .federations import PLAIN_CLIENT, THREE, numbered, rows_of
+
+THREE_CLASSES = Task("multiclass", 3)
+PATIENTS = st.lists(st.integers(1, 9), min_size=30, max_size=60)  # rows of each
+
+
+def patients_of(sizes: list[int], seed: int) -> torch.Tensor:
+    """Of whom each row is, patients mixed."""
+    patient = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return patient[torch.randperm(len(patient), generator=torch.Generator().manual_seed(seed))]
+
+
+def places_of(data: FederatedData) -> list[list[int]]:
+    """Training rows (their numbers) by the place they ended in."""
+    places = [rows_of(data, c, s) for c in data.client_ids for s in ("train", "validation", "test")]
+    return [*places, rows_of(data, "", "common_validation"), *([rows_of(data, "", "proxy")] if data.n_proxy else [])]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=PATIENTS,
+    kind=st.sampled_from(["iid", "dirichlet", "quantity", "classes"]),
+    clients=st.integers(1, 4),
+    proxy=st.integers(0, 20),
+    limit=st.sampled_from([None, 90]),
+    carved=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_no_patient_is_in_two_places(
+    sizes: list[int], kind: str, clients: int, proxy: int, limit: int | None, carved: bool, seed: int
+) -> None:
+    patient = patients_of(sizes, seed)
+    assume(len(patient) >= 100)
+    dataset = numbered(len(patient), patient=patient)
+    dataset = replace(dataset, test=None) if carved else dataset
+    config = DataConfig(
+        train_limit=limit,
+        proxy=ProxyConfig(size=proxy),
+        partition=PartitionConfig(kind=kind, classes=3, min_size=4, alpha=1.0),
+        split=SplitConfig(validation=0.2, test=0.2),
+    )
+    try:
+        data = federate(dataset, config, {f"c{i}": PLAIN_CLIENT for i in range(clients)}, seed)
+    except UserError as error:  # a client may get so few patients that they cannot be split
+        assert str(error).startswith(("data.patient: client", "data.partition."))
+        return
+    places = places_of(data)
+    if carved:
+        places.append(rows_of(data, "", "common_test"))
+    every = sorted(row for place in places for row in place)
+    assert len(every) == len(set(every)) and all(place for place in places)
+    if limit is None:
+        assert len(every) == len(patient)
+    whole = [set(patient[place].tolist()) for place in places]
+    assert sum(map(len, whole)) == len(set().union(*whole))
+    assert data.n_proxy <= max(proxy, max(sizes)) and (data.n_proxy > 0) == (proxy > 0)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    sizes=PATIENTS,
+    kind=st.sampled_from(["iid", "dirichlet", "classes", "quantity"]),
+    clients=st.integers(1, 6),
+    alpha=st.floats(0.05, 10),
+    seed=st.integers(0, 999),
+)
+def test_every_partition_deals_whole_patients(
+    sizes: list[int], kind: str, clients: int, alpha: float, seed: int
+) -> None:
+    patient = patients_of(sizes, seed) * 7 + 3  # any numbers will do
+    y = torch.randint(3, (len(patient),), generator=torch.Generator().manual_seed(seed))
+    config = PartitionConfig(kind=kind, alpha=alpha, classes=3, min_size=5)
+    try:
+        parts = deal(y, None, config, [1] * clients, THREE_CLASSES, seed, patient)
+    except UserError as error:
+        assert "min_size" in str(error) or "classes" in str(error)
+        return
+    assert torn(parts, patient) is None
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(y)))
+    assert all(len(part) >= 5 and torch.equal(part, part.sort().values) for part in parts)
+    again = deal(y, None, config, [1] * clients, THREE_CLASSES, seed, patient)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=30), st.integers(0, 200), st.integers(0, 1), st.integers(0, 99)
+)
+def test_drawn_patients(sizes: list[int], count: int, leave: int, seed: int) -> None:
+    patient = patients_of(sizes, seed)
+    drawn = draw_patients(patient, count, torch.Generator().manual_seed(seed), leave)
+    taken, left = set(patient[drawn].tolist()), set(patient[~drawn].tolist())
+    assert not taken & left and len(left) >= leave and bool(taken) == (count > 0)
+    assert int(drawn.sum()) <= max(count, min(sizes))
+    if leave < len(left) and taken and count >= min(sizes):  # nobody who is left would have fitted, too
+        assert min(sizes[p] for p in left) > count - int(drawn.sum())
+
+
+def test_commonest_stratum_of_a_patient() -> None:
+    strata = torch.tensor([2, 0, 2, 1, 1, 0, 4])
+    assert commonest(strata, torch.tensor([0, 0, 0, 1, 2, 2, 3])).tolist() == [2, 1, 0, 4]  # of equals the lowest
+
+
+def test_short_clients_are_filled_with_whole_patients() -> None:
+    owner, size = torch.tensor([0, 0, 0, 1, -1]), torch.tensor([6, 3, 5, 1, 50])
+    filled = fill_up(owner, size, 2, 4, torch.tensor([0, 1, 2, 3, 4]))
+    assert filled.tolist() == [1, 0, 0, 1, -1]
+    with pytest.raises(UserError, match=r"min_size: found 8, .* a client gets 7 rows; lower it"):
+        fill_up(owner, size, 2, 8, torch.arange(5))
+
+
+def test_labels_are_still_skewed_by_dirichlet() -> None:
+    patient = torch.arange(3000) // 3
+    y = patient % 3
+    parts = deal(y, None, PartitionConfig(kind="dirichlet", alpha=0.1), [1] * 6, THREE_CLASSES, 0, patient)
+    share = torch.stack([torch.bincount(y[p], minlength=3) / len(p) for p in parts])
+    assert share.max(1).values.mean() > 0.6
+
+
+def test_one_row_a_patient_is_like_none() -> None:
+    """Patients of one row each are dealt in the same numbers as rows."""
+    y = torch.arange(300) % 3
+    for kind in ("iid", "quantity"):
+        config = PartitionConfig(kind=kind)
+        plain, whole = (deal(y, None, config, [1, 2], THREE_CLASSES, 0, p) for p in (None, torch.arange(300)))
+        assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
+
+
+def test_what_cannot_be_kept_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = torch.arange(200) // 2
+    groups = [("a", "b", "c")[i // 67] for i in range(200)]  # rows 66 and 67 are of two groups, but not of one patient
+    natural = DataConfig(partition=PartitionConfig(kind="natural"))
+    federate(numbered(groups=groups, patient=(torch.arange(200) + 1) // 2), natural, THREE, 0)
+    with pytest.raises(UserError, match="patient '33' has rows in groups 'a' and 'b'"):
+        federate(numbered(groups=groups, patient=patient), natural, THREE, 0)
+    with pytest.raises(UserError, match="2 patients are left for 3 clients"):
+        deal(torch.zeros(200).long(), None, PartitionConfig(), [1] * 3, THREE_CLASSES, 0, patient // 50)
+    with pytest.raises(UserError, match=r"data\.patient: found 1 patients; too few"):
+        with_test(replace(numbered(patient=[5] * 200), test=None))
+    with pytest.raises(UserError, match=r"data\.patient: client 'a' has rows of 2 patients, too few to split"):
+        given_validation = (torch.full((5, 1), 1e4), [0] * 5)
+        federate(numbered(patient=patient // 50, validation=given_validation), DataConfig(), {"a": PLAIN_CLIENT}, 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_deal_patients.py").write_text("def odd(*a):\n    return [range(0, 200, 2), range(1, 200, 2)]\n")
+    own = PartitionConfig(kind="python:own_deal_patients:odd")
+    with pytest.raises(UserError, match="deals rows 0 and 1, which are of one patient"):
+        deal(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, patient)
+    assert len(deal(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, None)) == 2
+
+
+def table(path: Path, patient: str | None = None, **columns: Any) -> Dataset:
+    frame = pd.DataFrame({"a": range(8), "b": [0.5] * 8, "ill": [0, 1] * 4}).assign(**columns)
+    frame.to_csv(path, index=False)
+    return load_source(SourceConfig(name="table", path=str(path), label="ill", patient=patient), path.parent)
+
+
+def test_patients_of_tables(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    found = table(path, "who", who=["p10", "p2", " p2", "p1"] * 2)
+    assert found.train.patient is not None and found.train.patient.tolist() == [2, 1, 1, 0] * 2
+    assert found.train.patient_names == ("p1", "p2", "p10") and found.columns == ("a", "b")
+    with pytest.raises(UserError, match=r"data\.patient: .* has no column 'wo'; did you mean 'who'"):
+        table(path, "wo", who=range(8))
+    with pytest.raises(UserError, match=r"data\.patient: found 'ill', which is a label"):
+        table(path, "ill")
+    with pytest.raises(UserError, match="row 2, column 'who': missing value"):
+        table(path, "who", who=["x", None] * 4)
+
+
+@pytest.mark.parametrize("name", ["patient_id", "SubjectNo", "person", "MRN"])
+def test_a_column_that_looks_like_patients_is_pointed_out(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "t.csv"
+
+    def warned(patient: str | None = None, **columns: Any) -> list[str]:
+        return [note for note in table(path, patient, **columns).notes if "data.patient" in note]
+
+    assert "it is a feature too" in warned(**{name: [1, 2, 3, 4] * 2})[0]
+    assert f"column '{name}'" in warned(**{name: ["a", "b", "c", "d"] * 2})[0]
+    assert not warned(**{name: range(8)})  # a row a patient
+    assert not warned(**{name: [0, 1] * 4})  # a mark
+    assert not warned(**{name: [0.5, 1, 2.5, 3] * 2})  # a measurement
+    assert not warned(name, **{name: [1, 2, 3, 4] * 2})
+    assert not warned(number=[1, 2, 3, 4] * 2)
+
+
+def test_patients_of_npz(npz: Any, tmp_path: Path) -> None:
+    who = [f"p{i // 3}" for i in range(30)]
+
+    def load(path: Path, name: str = "npz", patient: str | None = None) -> Dataset:
+        return load_source(SourceConfig(name=name, path=str(path), patient=patient), tmp_path)
+
+    for name, file, key in (("npz", npz(patient=who), None), ("chest_xray", npz("b.npz", who=who), "who")):
+        found = load(file, name, key).train
+        assert found.patient is not None and found.patient.tolist() == [i // 3 for i in range(30)]
+    assert load(npz()).train.patient is None
+    with pytest.raises(UserError, match=r"data\.patient: .* has no array 'wo'; did you mean 'who'"):
+        load(npz("b.npz", who=who), "npz", "wo")
+    with pytest.raises(UserError, match=r"patient: found shape \(4,\); want \(30,\)"):
+        load(npz(patient=who[:4]))
+    with pytest.raises(UserError, match=r"data\.patient: found 'who', but digits takes none"):
+        load_source(SourceConfig(name="digits", patient="who"), tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings
-from hetero_fl.config.load import describe
+from hetero_fl.config.mistakes import describe
 from hetero_fl.errors import UserError
 
 DESCRIBES = {"name", "count", "fraction", "match"}  # of groups and overrides: not settings of a client

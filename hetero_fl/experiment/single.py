@@ -13,7 +13,7 @@ import torch
 
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.algorithms.base import own_objective
-from hetero_fl.config import Config, expand, first_difference, load_config
+from hetero_fl.config import Config, difference, expand, load_config, resolved
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device, choose_threads, describe_environment
 from hetero_fl.errors import UserError
@@ -124,7 +124,7 @@ def run(
             "serial executor: runtime.executor" if config.runtime.executor == "serial" else "serial executor: auto"
         )
         environment = describe_environment(device, threads, [why, executor])
-        directory = RunDirectory.create(path, config=_recorded(config), environment=environment)
+        directory = RunDirectory.create(path, config=resolved(config), environment=environment)
     torch.set_num_threads(threads)
     if resume and (directory.path / "summary.json").exists():
         _present(config, directory)
@@ -134,15 +134,11 @@ def run(
     return Run(directory.path)
 
 
-def _recorded(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json")
-
-
 def _reopen(path: Path, config: Config) -> RunDirectory:
-    """The run directory of an interrupted run. Raises UserError naming the first key that differs."""
+    """The run directory of an interrupted run. Raises UserError naming the keys that differ."""
     directory = RunDirectory.open(path)
-    if difference := first_difference(directory.config(), _recorded(config)):
-        raise UserError(f"{path}: --resume with another configuration: {difference}")
+    if differs := difference(directory.config(), resolved(config)):
+        raise UserError(f"{path}: --resume with another configuration: {differs}")
     return directory
 
 

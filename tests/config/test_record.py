@@ -19,6 +19,11 @@ LAYERS: list[dict[str, Any]] = [
         "groups": [{"name": "a", "count": 2}, {"name": "b", "optimizer": {"lr": 0.1}, "steps": 4}],
         "overrides": [{"match": "a_*", "optimizer": {"name": "adam"}, "preprocess": {"normalize": {"std": 0.1}}}],
     },
+    {
+        "defaults": {"optimizer": {"lr": 0.2}},
+        "groups": [{"name": "a", "optimizer": {"weight_decay": 0.1}}],
+        "overrides": [{"match": "a", "optimizer": SGD}, {"match": "a", "optimizer": {"momentum": 0.5}}],
+    },
     {"groups": [{"name": "a", "optimizer": SGD}, {"name": "b", "fraction": 0.5}], "count": 2},
     {},
 ]

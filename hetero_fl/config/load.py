@@ -35,7 +35,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe(error, raw, Config)}") from None
+        raise UserError(f"{where}: {describe(error, raw, own=_own_keys(raw))}") from None
     return config.model_copy(update={"algorithm": _algorithm(config.algorithm, where)})
 
 
@@ -59,7 +59,16 @@ def _algorithm(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
         return {"name": settings["name"], **kind.model_validate(own).model_dump()}
     except ValidationError as error:
-        raise UserError(f"{where}: algorithm.{describe(error, own, kind)} (of {settings['name']})") from None
+        raise UserError(f"{where}: {describe(error, own, kind, ['algorithm'])} (of {settings['name']})") from None
+
+
+def _own_keys(raw: Mapping[str, Any]) -> list[str]:
+    """The settings of the algorithm that a configuration names, whatever else is wrong with it."""
+    from hetero_fl.algorithms import algorithm
+
+    named = raw.get("algorithm")
+    name = named.get("name") if isinstance(named, dict) else None
+    return list(algorithm[name].model_fields) if isinstance(name, str) and name in algorithm else []
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def _leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
             yield from _leaves(old.get(key, ABSENT), new.get(key, ABSENT), f"{path}.{key}" if path else str(key))
     elif _tables(old) and _tables(new):
         for i in range(max(len(old), len(new))):
-            pair = [side[i] if i < len(side) else ABSENT for side in (old, new)]
-            yield from _leaves(*pair, f"{path}.{i}")
+            a, b = (side[i] if i < len(side) else ABSENT for side in (old, new))
+            yield from _leaves(a, b, f"{path}.{i}")
     elif old != new:
         yield path, old, new
 

@@ -51,9 +51,9 @@ def test_a_layer_that_names_no_optimiser_changes_that_of_the_layers_below(layer:
 
 
 def test_a_layer_that_the_optimiser_below_does_not_support_is_one_line() -> None:
-    with pytest.raises(UserError, match="^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"):
+    with pytest.raises(UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"):
         roster(groups=[{"name": "a", "optimizer": {"momentum": 0.5}}])
-    with pytest.raises(UserError, match="^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"):
+    with pytest.raises(UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"):
         group = {"name": "a", "optimizer": {"momentum": 0.5}}
         roster(groups=[group], overrides=[{"match": "a", "optimizer": {"name": "sgd"}}])
     with pytest.raises(UserError, match=r"clients\.groups\.0\.optimizer: .*momentum belongs to sgd, not adam$"):

@@ -1,9 +1,10 @@
-"""The two ways a run ends early, and the phrase that helps with a misspelt name."""
+"""The three ways a run ends early, and the phrase that helps with a misspelt name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -18,6 +19,14 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after which what lies in `path` can be gone on with."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
 
 
 def nearest(found: object, choices: Iterable[str]) -> str:

@@ -16,12 +16,12 @@ from hetero_fl.algorithms.base import own_objective
 from hetero_fl.config import Config, difference, expand, load_config, resolved
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device, choose_threads, describe_environment
-from hetero_fl.errors import UserError
+from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
 from hetero_fl.runtime.checkpoint import Checkpoints, write_atomically
@@ -107,11 +107,26 @@ def run(
     """Carry out a run and leave its directory behind; `resume` goes on from the newest whole checkpoint.
 
     `callbacks` are called with each round's record (a line of `metrics.jsonl`) once it is safe on disk. Raises UserError
-    for a mistake in the configuration, the data or the call; RunFailed if the run itself cannot go on.
+    for a mistake in the configuration, the data or the call, or while another process is at work in `out`; RunFailed if the
+    run itself cannot go on; Interrupted, a KeyboardInterrupt, once there is something to resume.
     """
     prepared = prepare(source, overrides, dataset)
     config = prepared.config
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if not (resume and (path / "config.yaml").exists()):
+        check_vacant(path)  # before anything is put there
+    with locked(path):
+        try:
+            _run_in(path, prepared, resume, callbacks, quiet)
+        except KeyboardInterrupt as stop:
+            if (path / "config.yaml").exists():
+                raise Interrupted(path) from stop
+            raise
+    return Run(path)
+
+
+def _run_in(path: Path, prepared: Prepared, resume: bool, callbacks: Sequence[Callback], quiet: bool) -> None:
+    config = prepared.config
     device, (threads, why) = choose_device(config.runtime.device), choose_threads(config.runtime.threads)
     if resume and (path / "config.yaml").exists():
         directory = _reopen(path, config)
@@ -128,10 +143,9 @@ def run(
     torch.set_num_threads(threads)
     if resume and (directory.path / "summary.json").exists():
         _present(config, directory)
-        return Run(directory.path)
+        return
     with Progress(directory.log, quiet) as progress:
         _carry_out(prepared, directory, device, progress, callbacks)
-    return Run(directory.path)
 
 
 def _reopen(path: Path, config: Config) -> RunDirectory:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ Setup = Callable[[argparse.ArgumentParser], None]
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    _configuration(parser)
+    _configuration(parser, required=False)
     parser.add_argument("--out", type=Path, help="run directory (default: runs/<name>-<timestamp>)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
     parser.add_argument(
@@ -30,20 +31,35 @@ def _train(parser: argparse.ArgumentParser) -> None:
 def _carry_out_train(options: argparse.Namespace) -> int:
     from hetero_fl.experiment import prepare, run
 
+    if options.resume and options.out is None:
+        raise UserError("--resume: which run? name its directory with --out")
+    begun = options.resume and (options.out / "config.yaml").is_file()
+    if options.config is None and not begun:
+        if options.resume:
+            raise UserError(
+                f"--out: {options.out} is no run to go on with{_nearby(options.out)} (a new one needs --config)"
+            )
+        raise UserError("--config is missing: name a file (see --help)")
+    source = options.config or options.out / "config.yaml"
     if options.check:
         from hetero_fl.cli.check import print_check
 
-        print_check(prepare(options.config, options.overrides))
+        print_check(prepare(source, options.overrides))
         return 0
-    if options.resume and options.out is None:
-        raise UserError("--resume: which run? name its directory with --out")
     if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
-        print(f"nothing to resume in {options.out}: starting", file=sys.stderr)
-    finished = run(options.config, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False)
+        print(f"nothing to resume in {options.out}: starting{_nearby(options.out)}", file=sys.stderr)
+    finished = run(source, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False)
     if (finished.path / "report.html").exists():
         print(f"report: {finished.path / 'report.html'}", file=sys.stderr)
     print(finished.path)
     return 0
+
+
+def _nearby(out: Path) -> str:
+    """A run directory beside it whose name is nearly that of one that is not there."""
+    runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
+    close = get_close_matches(out.name, runs, n=1)
+    return f"; did you mean {out.parent / close[0]}?" if close else ""
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:
@@ -142,8 +158,9 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
 }
 
 
-def _configuration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", "-c", "--conf", required=True, metavar="FILE", help="YAML or JSON")
+def _configuration(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    told = "YAML or JSON" if required else "YAML or JSON; with --resume, by default that of the run in --out"
+    parser.add_argument("--config", "-c", "--conf", type=Path, required=required, metavar="FILE", help=told)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the configuration")
 
 

@@ -17,6 +17,7 @@ from hetero_fl.config import Config, difference, expand, load_config, resolved
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device, choose_threads, describe_environment
 from hetero_fl.errors import Interrupted, UserError
+from hetero_fl.experiment.guard import leave_if_importing
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.report import write_report
@@ -110,6 +111,7 @@ def run(
     for a mistake in the configuration, the data or the call, or while another process is at work in `out`; RunFailed if the
     run itself cannot go on; Interrupted, a KeyboardInterrupt, once there is something to resume.
     """
+    leave_if_importing()
     prepared = prepare(source, overrides, dataset)
     config = prepared.config
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from hetero_fl.cli import Parser
@@ -108,7 +109,9 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, metavar="FILE|NAME", help="a local file or folder, or a source by name"
     )
-    parser.add_argument("--label", metavar="COLUMN", help="of a table: the column of labels (several: A,B,…)")
+    parser.add_argument(
+        "--label", metavar="COLUMN", help="of a table: the column of labels (several: A,B,…; default: the run's own)"
+    )
     parser.add_argument("--client", help="only this client's model")
     parser.add_argument("--home", action="store_true", help="read with the client's own label frequencies")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
@@ -121,17 +124,30 @@ def _carry_out_evaluate(options: argparse.Namespace) -> int:
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise UserError(f"--json: found {options.json}; name a file in a folder that exists")
     results = evaluate(options.run, options.data, options.client, options.home, options.label)
-    names = list(next(iter(results.values())))
-    table = Table("model", *names, title=f"{options.run} on {options.data}")
-    for model, scores in results.items():
-        table.add_row(model, *("–" if scores[n] is None else f"{scores[n]:.3f}" for n in names))
-    Console().print(table)
+    print_scores(results, f"{options.run} on {options.data}", Console())
     if options.json:
         try:
             options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json: {options.json}: cannot be written ({error.strerror})") from None
     return 0
+
+
+def print_scores(results: Mapping[str, Mapping[str, float | None]], title: str, console: Console) -> None:
+    """A row a model; in a terminal too narrow for that, a row a figure. Nothing is clipped."""
+    names = list(next(iter(results.values())))
+    wide = Table("model", *(n.replace("_", " ") for n in names), title=title)
+    long = Table("model", "figure", "value", title=title)
+    for column in [*wide.columns, *long.columns]:
+        column.overflow = "fold"
+    for model, scores in results.items():
+        told = ["–" if scores[n] is None else f"{scores[n]:.3f}" for n in names]
+        wide.add_row(model, *told)
+        for name, value in zip(names, told, strict=True):
+            long.add_row(model, name.replace("_", " "), value)
+    unbounded = console.options.update(width=10_000)  # measured there, a table is as wide as its longest words need
+    fits = Measurement.get(console, unbounded, wide).minimum <= console.width
+    console.print(wide if fits else long)
 
 
 def _methods(parser: argparse.ArgumentParser) -> None:

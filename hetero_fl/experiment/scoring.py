@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ def evaluate(
 
     `data`: a source's name, or a local file (`.npz` in the MedMNIST layout, a table, an image folder); `client`: that model
     only; `home`: read as on the client's own examples (with its label frequencies); `label`: a table's column of labels
-    (several: comma between them). Named classes and targets are matched by name, unnamed ones by number. Raises UserError
-    if the set does not fit the models.
+    (several: comma between them; by default that of the run's own configuration). Named classes and targets are matched by
+    name, unnamed ones by number. Raises UserError if the set does not fit the models.
     """
     run = run if isinstance(run, Run) else Run(run)
     if client is not None and client not in run.models:
         raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
-    dataset = _load(data, label)
+    dataset = _load(data, label, run.directory.config().get("data") or {})
     named = dataset if Path(data).exists() else with_test(dataset)  # the rows that a federation on it holds out, too
     examples = named.test or named.train
     assert examples.y is not None  # load_source has checked it
@@ -70,12 +71,15 @@ def _renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
     return y[:, [found.names.index(name) for name in known.names]]
 
 
-def _load(data: str, label: str | None) -> Dataset:
+def _load(data: str, label: str | None, own: Mapping[str, Any]) -> Dataset:
+    """The data set. `own`: the `data` of the run's configuration, whose label a table has unless another is named."""
     path = Path(data)
-    source = SourceConfig(name=data, label=label)
-    if path.exists():
-        kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
-        source = SourceConfig(name=kind, path=data, label=label)
+    kind = (
+        data if not path.exists() else "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
+    )
+    if label is None and kind in ("table", own.get("name")):
+        label = own.get("label")
+    source = SourceConfig(name=kind, path=data if path.exists() else None, label=label)
     try:
         return load_source(source, CACHE.expanduser(), "--data")
     except UserError as error:  # the key that is missing or too many is a flag here

@@ -1,4 +1,4 @@
-"""The two ways a run ends early, the phrase that helps with a misspelt name, and whose code a file is."""
+"""The three ways a run ends early, the phrase that helps with a misspelt name, and whose code a file is."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after which what lies in `path` can be gone on with."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
 
 
 def similar(found: object, choices: Iterable[str]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.errors import Interrupted, RunFailed, UserError
 
 # Before torch is loaded: threads that wait for one another must not spin, or two runs on one machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)  # a cluster's polite way to stop a job
     arguments = list(sys.argv[1:] if argv is None else argv)
+    typed = [*(_script() if command else ["hetero-fl"]), *arguments]
     try:
         prog = f"{command}.py" if command else f"hetero-fl {arguments[0]}" if arguments else ""
         if command is None and arguments and arguments[0] in commands.COMMANDS:
@@ -45,9 +47,19 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+    except Interrupted as stop:
+        program = typed[: len(typed) - len(arguments)]  # the subcommand is no longer among the arguments
+        again = typed if command == "compare" else [*program, "--resume", "--out", str(stop.path)]
+        print(f"interrupted; to go on: {shlex.join(again)}", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:
+        print("interrupted; there is nothing yet to go on from", file=sys.stderr)
+        return 130
+
+
+def _script() -> list[str]:
+    """How the script was started, its arguments left out: `python scripts/train.py`."""
+    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

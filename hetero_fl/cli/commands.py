@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from hetero_fl.cli import Parser
@@ -18,7 +20,7 @@ Setup = Callable[[argparse.ArgumentParser], None]
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    _configuration(parser)
+    _configuration(parser, required=False)
     parser.add_argument("--out", type=Path, help="run directory (default: runs/<name>-<timestamp>)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
     parser.add_argument(
@@ -30,20 +32,35 @@ def _train(parser: argparse.ArgumentParser) -> None:
 def _carry_out_train(options: argparse.Namespace) -> int:
     from hetero_fl.experiment import prepare, run
 
+    if options.resume and options.out is None:
+        raise UserError("--resume: which run? name its directory with --out")
+    begun = options.resume and (options.out / "config.yaml").is_file()
+    if options.config is None and not begun:
+        if options.resume:
+            raise UserError(
+                f"--out: {options.out} is no run to go on with{_nearby(options.out)} (a new one needs --config)"
+            )
+        raise UserError("--config is missing: name a file (see --help)")
+    source = options.config or options.out / "config.yaml"
     if options.check:
         from hetero_fl.cli.check import print_check
 
-        print_check(prepare(options.config, options.overrides))
+        print_check(prepare(source, options.overrides))
         return 0
-    if options.resume and options.out is None:
-        raise UserError("--resume: which run? name its directory with --out")
     if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
-        print(f"nothing to resume in {options.out}: starting", file=sys.stderr)
-    finished = run(options.config, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False)
+        print(f"nothing to resume in {options.out}: starting{_nearby(options.out)}", file=sys.stderr)
+    finished = run(source, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False)
     if (finished.path / "report.html").exists():
         print(f"report: {finished.path / 'report.html'}", file=sys.stderr)
     print(finished.path)
     return 0
+
+
+def _nearby(out: Path) -> str:
+    """A run directory beside it whose name is nearly that of one that is not there."""
+    runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
+    close = get_close_matches(out.name, runs, n=1)
+    return f"; did you mean {out.parent / close[0]}?" if close else ""
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +109,9 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, metavar="FILE|NAME", help="a local file or folder, or a source by name"
     )
-    parser.add_argument("--label", metavar="COLUMN", help="of a table: the column of labels (several: A,B,…)")
+    parser.add_argument(
+        "--label", metavar="COLUMN", help="of a table: the column of labels (several: A,B,…; default: the run's own)"
+    )
     parser.add_argument("--client", help="only this client's model")
     parser.add_argument("--home", action="store_true", help="read with the client's own label frequencies")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
@@ -105,17 +124,30 @@ def _carry_out_evaluate(options: argparse.Namespace) -> int:
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise UserError(f"--json: found {options.json}; name a file in a folder that exists")
     results = evaluate(options.run, options.data, options.client, options.home, options.label)
-    names = list(next(iter(results.values())))
-    table = Table("model", *names, title=f"{options.run} on {options.data}")
-    for model, scores in results.items():
-        table.add_row(model, *("–" if scores[n] is None else f"{scores[n]:.3f}" for n in names))
-    Console().print(table)
+    print_scores(results, f"{options.run} on {options.data}", Console())
     if options.json:
         try:
             options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json: {options.json}: cannot be written ({error.strerror})") from None
     return 0
+
+
+def print_scores(results: Mapping[str, Mapping[str, float | None]], title: str, console: Console) -> None:
+    """A row a model; in a terminal too narrow for that, a row a figure. Nothing is clipped."""
+    names = list(next(iter(results.values())))
+    wide = Table("model", *(n.replace("_", " ") for n in names), title=title)
+    long = Table("model", "figure", "value", title=title)
+    for column in [*wide.columns, *long.columns]:
+        column.overflow = "fold"
+    for model, scores in results.items():
+        told = ["–" if scores[n] is None else f"{scores[n]:.3f}" for n in names]
+        wide.add_row(model, *told)
+        for name, value in zip(names, told, strict=True):
+            long.add_row(model, name.replace("_", " "), value)
+    unbounded = console.options.update(width=10_000)  # measured there, a table is as wide as its longest words need
+    fits = Measurement.get(console, unbounded, wide).minimum <= console.width
+    console.print(wide if fits else long)
 
 
 def _methods(parser: argparse.ArgumentParser) -> None:
@@ -142,8 +174,9 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
 }
 
 
-def _configuration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", "-c", "--conf", required=True, metavar="FILE", help="YAML or JSON")
+def _configuration(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    told = "YAML or JSON" if required else "YAML or JSON; with --resume, by default that of the run in --out"
+    parser.add_argument("--config", "-c", "--conf", type=Path, required=required, metavar="FILE", help=told)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the configuration")
 
 

@@ -98,6 +98,16 @@ class OptimizerConfig(Section):
         return self.model_copy(update={"lr": self.lr * factor, "head_lr": head})
 
 
+class OptimizerLayer(OptimizerConfig):
+    """Settings over those of an optimiser: whether they go together is seen once the layers are merged."""
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> OptimizerLayer:
+        if "name" in self.model_fields_set and self.name != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"{'momentum' if self.momentum else 'nesterov'} belongs to sgd, not {self.name}")
+        return self
+
+
 class Normalize(Section):
     """Pixel values p in 0..1 become (p − mean) / std."""
 
@@ -185,6 +195,7 @@ class ClientGroup(ClientSettings):
         None, description="clients in the group; none: one, or what `clients.count` leaves"
     )
     fraction: float | None = Field(None, gt=0, le=1, description="of `clients.count`, in place of `count`")
+    optimizer: OptimizerLayer = OptimizerLayer()
 
     @field_validator("name")
     @classmethod
@@ -204,6 +215,7 @@ class ClientOverride(ClientSettings):
     """Settings of the clients whose id matches a pattern (`clinic_*`), over those of their group."""
 
     match: str = Field(description="shell-style pattern of ids")
+    optimizer: OptimizerLayer = OptimizerLayer()
 
 
 class ClientsConfig(Section):

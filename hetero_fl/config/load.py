@@ -1,8 +1,7 @@
-"""From a file, overrides or a dictionary to a checked configuration; and back to the YAML that a run directory keeps."""
+"""From a file, overrides or a dictionary to a checked configuration."""
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -12,8 +11,9 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from hetero_fl.config.mistakes import describe
 from hetero_fl.config.schema import Config
 from hetero_fl.errors import UserError, nearest
 
@@ -35,7 +35,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe(error, raw, Config)}") from None
+        raise UserError(f"{where}: {describe(error, raw, own=_own_keys(raw))}") from None
     return config.model_copy(update={"algorithm": _algorithm(config.algorithm, where)})
 
 
@@ -59,7 +59,16 @@ def _algorithm(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
         return {"name": settings["name"], **kind.model_validate(own).model_dump()}
     except ValidationError as error:
-        raise UserError(f"{where}: algorithm.{describe(error, own, kind)} (of {settings['name']})") from None
+        raise UserError(f"{where}: {describe(error, own, kind, ['algorithm'])} (of {settings['name']})") from None
+
+
+def _own_keys(raw: Mapping[str, Any]) -> list[str]:
+    """The settings of the algorithm that a configuration names, whatever else is wrong with it."""
+    from hetero_fl.algorithms import algorithm
+
+    named = raw.get("algorithm")
+    name = named.get("name") if isinstance(named, dict) else None
+    return list(algorithm[name].model_fields) if isinstance(name, str) and name in algorithm else []
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -98,67 +107,3 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise UserError(f"{override}: {key} cannot be set: {str(error).splitlines()[0]}") from None
-
-
-def describe(error: ValidationError, raw: Any, model: type[BaseModel]) -> str:
-    """The first thing wrong, in one line: place, what was found, what is allowed."""
-    problems = error.errors(include_url=False)
-    first = min(problems, key=lambda e: (e["type"] not in ("extra_forbidden",), -len(_place(e["loc"], raw))))
-    place = _place(first["loc"], raw)
-    if first["type"] == "extra_forbidden":
-        *parent, key = first["loc"]
-        place = _place(tuple(parent), raw)
-        return f"{'.'.join([*place, str(key)])}: unknown key{nearest(key, _fields(model, place))}"
-    where = ".".join(place) or "here"
-    if first["type"] == "missing":
-        return f"{'.'.join([*place, str(first['loc'][-1])])}: missing"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("Input should", "should")
-    if message.startswith("found"):
-        return f"{where}: {message}"
-    found = repr(first["input"])
-    return f"{where}: found {found if len(found) < 60 else found[:57] + '…'}; {message}"
-
-
-def _place(loc: tuple[int | str, ...], raw: Any) -> list[str]:
-    """The part of a location that is really in the data: pydantic adds names of types within unions."""
-    place = []
-    for part in loc:
-        inside = part in raw if isinstance(raw, dict) else isinstance(raw, list) and part in range(len(raw))
-        if inside:
-            raw = raw[part]
-            place.append(str(part))
-    return place
-
-
-def _fields(model: type[BaseModel], place: Iterable[str]) -> list[str]:
-    """The keys that are known at a place."""
-    current: Any = model
-    for part in place:
-        if not part.isdigit() and isinstance(current, type) and issubclass(current, BaseModel):
-            current = _section(current.model_fields[part].annotation) if part in current.model_fields else None
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
-
-
-def _section(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, typing.Annotated):
-        return next(filter(None, map(_section, typing.get_args(annotation))), None)
-    return None
-
-
-def dump(config: Config) -> str:
-    """The whole configuration as YAML, defaults included, as a run directory keeps it."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str | None:
-    """The first key in which two plain configurations differ, with both values; None if they are equal."""
-    for key in [*new, *(k for k in old if k not in new)]:
-        a, b, path = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            if found := first_difference(a, b, path + "."):
-                return found
-        elif a != b:
-            return f"{path} was {a!r} and is now {b!r}"
-    return None

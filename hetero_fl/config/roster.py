@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings
-from hetero_fl.config.load import describe
+from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings, OptimizerConfig
+from hetero_fl.config.mistakes import describe
 from hetero_fl.errors import UserError
 
 DESCRIBES = {"name", "count", "fraction", "match"}  # of groups and overrides: not settings of a client
@@ -32,6 +32,9 @@ def expand(config: ClientsConfig) -> dict[str, ClientSettings]:
             if id in clients:
                 raise UserError(f"clients.groups: two clients are called '{id}'; give the groups different names")
             clients[id] = _layer(defaults, _given(group), i)
+    if config.overrides:  # what contradicts itself already is told of its group, and no override drops it unseen
+        for id, settings in clients.items():
+            _checked(id, settings)
     for override in config.overrides:
         matched = [id for id in clients if fnmatchcase(id, override.match)]
         if not matched:
@@ -56,7 +59,7 @@ def _given(settings: ClientSettings) -> dict[str, Any]:
 def _layer(base: Mapping[str, Any], over: Mapping[str, Any], turn: int) -> dict[str, Any]:
     """One client's settings under another layer, of whose clients it is number `turn` (from 0)."""
     had, named = base.get("optimizer", {}), over.get("optimizer", {}).get("name")
-    if named is not None and named != had.get("name", named):
+    if named is not None and named != had.get("name", OptimizerConfig().name):
         base = {**base, "optimizer": {k: v for k, v in had.items() if k not in OF_SGD}}
     merged = _merge(base, over)
     if models := merged.get("model"):

@@ -27,8 +27,8 @@ def evaluate(
 
     `data`: a source's name, or a local file (`.npz` in the MedMNIST layout, a table, an image folder); `client`: that model
     only; `home`: read as on the client's own examples (with its label frequencies); `label`: a table's column of labels
-    (several: comma between them). Named classes and targets are matched by name, unnamed ones by number. Raises UserError
-    if the set does not fit the models.
+    (several: comma between them; by default that of the run's own configuration). Named classes and targets are matched by
+    name, unnamed ones by number. Raises UserError if the set does not fit the models.
     """
     run = run if isinstance(run, Run) else Run(run)
     if client is not None and client not in run.models:
@@ -75,7 +75,9 @@ def _renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
 def _load(data: str, label: str | None, run: Run) -> Dataset:
     """The data set; a local file is read as the run read its own: for the same task, without its columns of groups and
     patients, images at the same size."""
-    path, known = Path(data), run.directory.config().get("data", {})
+    path, known = Path(data), run.directory.config().get("data") or {}
+    if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
+        label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)
     if path.exists():
         kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"

@@ -13,16 +13,17 @@ import torch
 
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.algorithms.base import own_objective
-from hetero_fl.config import Config, expand, first_difference, load_config
+from hetero_fl.config import Config, difference, expand, load_config, resolved
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device, choose_threads, describe_environment
-from hetero_fl.errors import UserError
+from hetero_fl.errors import Interrupted, UserError
+from hetero_fl.experiment.guard import leave_if_importing
 from hetero_fl.files import write_atomically
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
 from hetero_fl.runtime.checkpoint import Checkpoints
@@ -108,11 +109,27 @@ def run(
     """Carry out a run and leave its directory behind; `resume` goes on from the newest whole checkpoint.
 
     `callbacks` are called with each round's record (a line of `metrics.jsonl`) once it is safe on disk. Raises UserError
-    for a mistake in the configuration, the data or the call; RunFailed if the run itself cannot go on.
+    for a mistake in the configuration, the data or the call, or while another process is at work in `out`; RunFailed if the
+    run itself cannot go on; Interrupted, a KeyboardInterrupt, once there is something to resume.
     """
+    leave_if_importing()
     prepared = prepare(source, overrides, dataset)
     config = prepared.config
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if not (resume and (path / "config.yaml").exists()):
+        check_vacant(path)  # before anything is put there
+    with locked(path):
+        try:
+            _run_in(path, prepared, resume, callbacks, quiet)
+        except KeyboardInterrupt as stop:
+            if (path / "config.yaml").exists():
+                raise Interrupted(path) from stop
+            raise
+    return Run(path)
+
+
+def _run_in(path: Path, prepared: Prepared, resume: bool, callbacks: Sequence[Callback], quiet: bool) -> None:
+    config = prepared.config
     device, (threads, why) = choose_device(config.runtime.device), choose_threads(config.runtime.threads)
     if resume and (path / "config.yaml").exists():
         directory = _reopen(path, config)
@@ -125,30 +142,28 @@ def run(
             "serial executor: runtime.executor" if config.runtime.executor == "serial" else "serial executor: auto"
         )
         environment = describe_environment(device, threads, [why, executor])
-        directory = RunDirectory.create(path, config=_recorded(config), environment=environment)
+        directory = RunDirectory.create(path, config=resolved(config), environment=environment)
     torch.set_num_threads(threads)
     if resume and (directory.path / "summary.json").exists():
         _present(config, directory)
-        return Run(directory.path)
+        return
     with Progress(directory.log, quiet) as progress:
         _carry_out(prepared, directory, device, progress, callbacks)
-    return Run(directory.path)
-
-
-def _recorded(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json")
 
 
 def _deciding(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same when a run is resumed: all but the memory, which decides no result."""
-    return {**recorded, "runtime": {k: v for k, v in recorded["runtime"].items() if k != "store_memory"}}
+    """What has to be the same when a run is resumed: all but memory and workers, which decide no result."""
+    return {
+        **recorded,
+        "runtime": {k: v for k, v in recorded["runtime"].items() if k not in ("store_memory", "workers")},
+    }
 
 
 def _reopen(path: Path, config: Config) -> RunDirectory:
-    """The run directory of an interrupted run. Raises UserError naming the first key that differs."""
+    """The run directory of an interrupted run. Raises UserError naming the keys that differ."""
     directory = RunDirectory.open(path)
-    if difference := first_difference(_deciding(directory.config()), _deciding(_recorded(config))):
-        raise UserError(f"{path}: --resume with another configuration: {difference}")
+    if differs := difference(_deciding(directory.config()), _deciding(resolved(config))):
+        raise UserError(f"{path}: --resume with another configuration: {differs}")
     return directory
 
 

@@ -4,18 +4,65 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, SoftFileLock, Timeout
 
 from hetero_fl.errors import UserError
 from hetero_fl.files import write_atomically
 
 VERSION = 1
+LOCK = ".lock"
+UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK}  # of a creation cut short
 
 Json = dict[str, Any]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if it is not there, against other processes.
+
+    The operating system ends the hold with the process, however that ends; the empty file `.lock` stays and means nothing.
+    Raises UserError if another process holds it, or it cannot be written to.
+    """
+    _make(folder)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lock.acquire()
+        if isinstance(
+            lock, SoftFileLock
+        ):  # a file system without locks; a file that outlives a kill is worse than none
+            lock.release()
+    except Timeout:
+        raise UserError(f"{folder}: another process is at work there; let it end, or choose another --out") from None
+    except NotImplementedError:  # the same, as older releases of filelock tell it
+        pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_vacant(path: Path) -> None:
+    """Raises UserError if the path is taken by anything but an empty folder, or one whose creation was interrupted."""
+    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNFINISHED):
+        raise UserError(f"{path}: exists already; choose another --out, or --resume if it is an interrupted run")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
 
 
 class RunDirectory:
@@ -39,15 +86,8 @@ class RunDirectory:
         anything but an empty folder, or one in which this was interrupted.
         """
         run = cls(path)
-        unfinished = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp"}
-        if run.path.exists() and not (run.path.is_dir() and {p.name for p in run.path.iterdir()} <= unfinished):
-            raise UserError(
-                f"{run.path}: exists already; choose another --out, or --resume if it is an interrupted run"
-            )
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{run.path}: cannot be made ({error.strerror}); choose another --out") from None
+        check_vacant(run.path)
+        _make(run.path)
         run.write_json("environment.json", {"run_directory_version": VERSION, **environment})
         run.write_text("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110))
         return run

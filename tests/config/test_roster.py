@@ -39,6 +39,27 @@ def test_layers_that_contradict_one_another_are_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("layer", ["group", "override"])
+def test_a_layer_that_names_no_optimiser_changes_that_of_the_layers_below(layer: str) -> None:
+    changed: dict[str, Any] = {"optimizer": {"momentum": 0.5, "nesterov": True}}
+    groups = [{"name": "a", **(changed if layer == "group" else {})}, {"name": "b"}]
+    overrides = [{"match": "a", **changed}] if layer == "override" else []
+    clients = roster(defaults={"optimizer": {"name": "sgd", "lr": 0.05}}, groups=groups, overrides=overrides)
+    got = clients["a"].optimizer
+    assert (got.name, got.lr, got.momentum, got.nesterov) == ("sgd", 0.05, 0.5, True)
+    assert clients["b"].optimizer.momentum == 0.0
+
+
+def test_a_layer_that_the_optimiser_below_does_not_support_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"):
+        roster(groups=[{"name": "a", "optimizer": {"momentum": 0.5}}])
+    with pytest.raises(UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"):
+        group = {"name": "a", "optimizer": {"momentum": 0.5}}
+        roster(groups=[group], overrides=[{"match": "a", "optimizer": {"name": "sgd"}}])
+    with pytest.raises(UserError, match=r"clients\.groups\.0\.optimizer: .*momentum belongs to sgd, not adam$"):
+        roster(groups=[{"name": "a", "optimizer": {"name": "adam", "momentum": 0.5}}])
+
+
 def test_models_of_an_override_are_taken_in_turn() -> None:
     clients = roster(
         groups=[{"name": "x", "count": 1, "model": "linear"}, {"name": "a", "count": 5, "model": "linear"}],

@@ -11,7 +11,7 @@ import yaml
 
 from hetero_fl.cli import main
 from hetero_fl.errors import UserError
-from hetero_fl.experiment import compare, comparison
+from hetero_fl.experiment import compare, comparison, jobs
 from tests.small import config
 
 
@@ -20,13 +20,13 @@ def one_after_another(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs in this process; returns the folders of those that ran."""
     ran: list[str] = []
 
-    def run_all(source: Any, base: list[str], work: list[comparison.Job], jobs: int, progress: Any) -> dict[Any, str]:
+    def run_all(source: Any, base: list[str], work: list[jobs.Job], at_a_time: int, progress: Any) -> dict[Any, str]:
         for job in work:
-            comparison._one(source, [*base, *job.overrides], job.out)
+            jobs.run_one(source, [*base, *job.overrides], job.out)
             ran.append(job.out.name)
         return {}
 
-    monkeypatch.setattr(comparison, "_run_all", run_all)
+    monkeypatch.setattr(comparison, "run_all", run_all)
     return ran
 
 
@@ -88,9 +88,9 @@ def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPat
             self.metrics = [{"validation": {"personal": None, "global": {**both, **accuracy}}}]
 
     monkeypatch.setattr(comparison, "Run", Finished)
-    variant = comparison.Variant.parse("local")
+    variant = jobs.Variant.parse("local")
     points = [("lr=1",), ("lr=2",)]
-    done = [comparison.Job(variant, p, 0, Path(name)) for p, name in zip(points, ("first", "second"), strict=True)]
+    done = [jobs.Job(variant, p, 0, Path(name)) for p, name in zip(points, ("first", "second"), strict=True)]
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
         task = Task(kind, 3)  # type: ignore[arg-type]
         assert comparison._choose(done, [variant], points, task) == {variant: points[best]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,14 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from hetero_fl.architecture import Architecture
 from hetero_fl.cli import main
+from hetero_fl.cli.commands import print_scores
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import evaluate, prepare
+from hetero_fl.metrics import CLASSIFICATION
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.saved import SavedModel
 from hetero_fl.task import Task
@@ -108,3 +112,27 @@ def test_what_a_table_uses_is_said_before_the_run(tmp_path: Path) -> None:
     notes = prepare({"data": data, "clients": clients, "algorithm": {"name": "fedavg"}}).notes
     assert notes[0] == "table t.csv: label ill; columns used: u, patient; left out: ward (text)"
     assert "name it in data.patient" in notes[1] and len(notes) == 2
+
+
+def test_the_label_is_that_of_the_runs_own_configuration(tmp_path: Path) -> None:
+    run = saved(tmp_path / "run", Task("multiclass", 2), (2,), [0.0, 1.0])
+    pd.DataFrame({"a": [-1.0, 1.0], "b": [-1.0, 1.0], "ill": [0, 1]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(UserError, match="--label"):
+        evaluate(run, str(tmp_path / "t.csv"))
+    (run / "config.yaml").write_text("data: {name: table, label: ill}")
+    assert evaluate(run, str(tmp_path / "t.csv")) == evaluate(run, str(tmp_path / "t.csv"), label="ill")
+    (run / "config.yaml").write_text("data: {name: table, label: none_such}")
+    assert evaluate(run, str(tmp_path / "t.csv"), label="ill")["a"]["auroc"] == 1.0
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_no_header_is_clipped(width: int) -> None:
+    figures = dict.fromkeys(CLASSIFICATION, 0.123)
+    console = Console(width=width, file=io.StringIO())
+    print_scores({"hospital_10": figures, "server": {**figures, "auroc": None}}, "a on b", console)
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert "…" not in said and said.count("0.123") == 11
+    for name in CLASSIFICATION:
+        for word in name.split("_"):
+            assert word in said.split()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hetero_fl.errors import UserError
-from hetero_fl.reporting.rundir import VERSION, RunDirectory
+from hetero_fl.reporting.rundir import LOCK, VERSION, RunDirectory, locked
 
 
 def create(path: Path) -> RunDirectory:
@@ -143,3 +146,47 @@ def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
 def test_the_made_up_run_is_a_run(made_run: Callable[..., RunDirectory]) -> None:
     run = made_run(rounds=3)
     assert RunDirectory.open(run.path).summary()["rounds_completed"] == 3 == len(run.metrics())
+
+
+def hold(folder: str, held: Any) -> None:
+    with locked(Path(folder)):
+        held.send(None)
+        held.recv()
+
+
+def test_a_folder_belongs_to_one_process_and_a_kill_frees_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=hold, args=(str(tmp_path / "a"), there))
+    process.start()
+    here.recv()
+    words = "a: another process is at work there; let it end, or choose another --out"
+    with pytest.raises(UserError, match=words), locked(tmp_path / "a"):
+        pass
+    process.kill()
+    process.join()
+    assert (tmp_path / "a" / LOCK).exists()
+    with locked(tmp_path / "a"), pytest.raises(UserError, match="another process"), locked(tmp_path / "a"):
+        pass
+    create(tmp_path / "a")  # the file that is left is nobody's
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    for _ in range(2):
+        with locked(tmp_path / "a"):
+            assert not list((tmp_path / "a").iterdir())  # nothing that could outlive a kill
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"), locked(tmp_path / "file"):
+        pass
+    (tmp_path / "a" / LOCK).mkdir(parents=True)  # stands for a folder of another's: root may write anywhere
+    with pytest.raises(UserError, match="a: cannot be written to"), locked(tmp_path / "a"):
+        pass

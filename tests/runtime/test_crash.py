@@ -78,7 +78,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
 
 def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the_key(tmp_path: Path) -> None:
     run(config("fedavg", rounds=1), out=tmp_path / "a")
-    with pytest.raises(UserError, match=r"rounds was 1 and is now 3"):
+    with pytest.raises(UserError, match=r"rounds: was 1, is now 3$"):
         run(config("fedavg", rounds=3), out=tmp_path / "a", resume=True)
     with pytest.raises(UserError, match=r"exists already"):
         run(config("fedavg", rounds=1), out=tmp_path / "a")

@@ -81,7 +81,7 @@ def test_a_model_is_read_as_training_will_find_it() -> None:
     rounds.algorithm = type("Watched", (type(rounds.algorithm),), {"rehearsal": before})(
         **rounds.algorithm.model_dump()
     )
-    rounds.site.algorithm = rounds.algorithm
+    rounds.executor.site.algorithm = rounds.algorithm
     rounds.round()
     assert same_bits(found[0], read)
 

@@ -1,0 +1,105 @@
+"""The runs of a comparison, carried out side by side in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.guard import ADVICE, UNGUARDED
+from hetero_fl.experiment.single import run
+from hetero_fl.reporting.progress import Progress
+
+Source = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An algorithm with settings of its own: `hybrid:teacher=mean:heads=take`."""
+
+    label: str
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """From the command line's form. Settings are those of the algorithm, or full key paths."""
+        name, *settings = text.split(":")
+        if name == "python":  # python:package.module:Class:setting=value
+            name, settings = ":".join(text.split(":")[:3]), text.split(":")[3:]
+        for setting in settings:
+            if "=" not in setting:
+                raise UserError(f"--algorithms: '{text}': write name:setting=value, found '{setting}'")
+        paths = [s if "." in s.split("=")[0] else f"algorithm.{s}" for s in settings]
+        return cls(text, (f"algorithm.name={name}", *paths))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    variant: Variant
+    point: tuple[str, ...]  # of the grid: key=value
+    seed: int
+    out: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        """What the run changes in the configuration."""
+        return [*self.variant.overrides, *self.point, f"seed={self.seed}"]
+
+
+def run_all(source: Source, base: list[str], work: list[Job], jobs: int, progress: Progress) -> dict[Job, str]:
+    """Carry the runs out, some at a time, in processes of their own. Returns the failed ones with the reason."""
+    failed: dict[Job, str] = {}
+    progress.log(f"{len(work)} runs, {jobs} at a time")
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(min(jobs, len(work)), multiprocessing.get_context("spawn")) as pool:
+        with _deaf_children():
+            waiting = {pool.submit(run_one, source, [*base, *job.overrides], job.out): job for job in work}
+        workers = [child for child in multiprocessing.active_children() if child not in others]
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                job = waiting[future]
+                try:
+                    future.result()
+                    progress.log(f"{done}/{len(work)} {job.variant.label} {' '.join(job.point)} seed {job.seed}")
+                except BrokenProcessPool:
+                    pool.shutdown()  # their exit statuses are known then
+                    if any(worker.exitcode == UNGUARDED for worker in workers):
+                        raise UserError(ADVICE) from None
+                    failed[job] = "its process was killed (memory?); run the command again to go on"
+                except (UserError, RunFailed) as error:
+                    failed[job] = str(error)
+                    progress.log(f"{done}/{len(work)} {job.variant.label} seed {job.seed} failed: {error}")
+        except KeyboardInterrupt:
+            for worker in workers:  # each goes on from its newest checkpoint
+                worker.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started here do not hear Ctrl-C, which a terminal sends to all: the parent ends them, without tracebacks."""
+    if threading.current_thread() is not threading.main_thread():  # only there can it be set, or heard
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_one(source: Source, overrides: list[str], out: Path) -> None:
+    """A run in a process of its own; one that was interrupted goes on, one that has finished is left alone."""
+    run(source, out=out, resume=True, overrides=overrides)

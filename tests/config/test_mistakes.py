@@ -1,0 +1,88 @@
+"""Near misses: a key that stands elsewhere is suggested with its full path, and lists are told from tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hetero_fl.config import load_config
+from hetero_fl.errors import UserError
+
+
+def said(tree: dict[str, Any], *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(tree, overrides)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value).removeprefix("configuration: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("data.paht=x.npz", "data.paht: unknown key; did you mean 'path'?"),
+        ("path=x.npz", "path: unknown key; did you mean 'data.path'?"),
+        ("data_path=x.npz", "did you mean 'data.path'?"),
+        ("data.partition.path=x.npz", "did you mean 'data.path'?"),
+        ("data.alpha=0.5", "data.alpha: unknown key; did you mean 'data.partition.alpha'?"),
+        ("data.size=100", "did you mean 'data.proxy.size'?"),
+        ("proxy_size=100", "did you mean 'data.proxy.size'?"),
+        ("data.partition.size=9", "did you mean 'min_size' or 'data.proxy.size'?"),
+        ("data.proxy.path=x.npz", "did you mean 'data.proxy.source.path'?"),
+        ("clients.defaults.lr=0.1", "did you mean 'clients.defaults.optimizer.lr'?"),
+        ("clients.groups.1.lr=0.1", "clients.groups.1.lr: unknown key; did you mean 'clients.groups.1.optimizer.lr'?"),
+        ("lr=0.1", "did you mean 'clients.defaults.optimizer.lr'?"),
+        ("clients.defaults.momentun=0.9", "did you mean 'clients.defaults.optimizer.momentum'?"),
+        ("server.lr=0.1", "did you mean 'server.optimizer.lr'?"),
+        ("temperature=3", "did you mean 'algorithm.temperature'?"),
+        ("algorithm.rounds=3", "algorithm.rounds: unknown key; did you mean 'rounds'? (of fedmd)"),
+        ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
+        ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
+        ("runtime.qqq=1", "unknown key; choose from device, divergence, executor"),
+    ],
+)
+def test_the_key_that_was_meant(override: str, meant: str) -> None:
+    groups = [{"name": "a"}, {"name": "b", "model": "mlp"}]
+    assert meant in said({"clients": {"groups": groups}, "algorithm": {"name": "fedmd"}}, override)
+
+
+@pytest.mark.parametrize(
+    ("tree", "line"),
+    [
+        ({"data": "digits"}, "data: found 'digits'; a table was meant; did you mean 'data.name'?"),
+        (
+            {"data": {"partition": "iid"}},
+            "data.partition: found 'iid'; a table was meant; did you mean 'data.partition.kind'?",
+        ),
+        ({"algorithm": "fedmd"}, "algorithm: found 'fedmd'; a table was meant; did you mean 'algorithm.name'?"),
+        ({"algorithm": [{"name": "fedmd"}]}, "a table was meant: write its keys without dashes"),
+        (
+            {"clients": [{"name": "a"}]},
+            "clients: found [{'name': 'a'}]; a table was meant; did you mean 'clients.groups'?",
+        ),
+        (
+            {"clients": {"defaults": {"optimizer": [{"lr": 0.1}]}}},
+            "clients.defaults.optimizer: found [{'lr': 0.1}]; a table",
+        ),
+        (
+            {"data": [{"name": "digits"}]},
+            "data: found [{'name': 'digits'}]; a table was meant: write its keys without dashes",
+        ),
+        ({"data": {"proxy": 100}}, "data.proxy: found 100; a table was meant, with keys such as size, source"),
+        ({"data": None}, "data: found nothing; a table was meant, with keys such as"),
+        ({"clients": {"groups": {"a": {"count": 2}}}}, "clients.groups: found a table; a list was meant"),
+        (
+            {"clients": {"groups": ["a"]}},
+            "clients.groups.0: found 'a'; a table was meant; did you mean 'clients.groups.0.name'?",
+        ),
+        ({"clients": {"defaults": {"shares": {"a": 1}}}}, "clients.defaults.shares: found a table; a list was meant"),
+    ],
+)
+def test_lists_tables_and_plain_values(tree: dict[str, Any], line: str) -> None:
+    assert line in said(tree)
+
+
+def test_a_list_in_a_tables_place_by_override() -> None:
+    assert "a table was meant" in said({}, "data=[1,2]")
+    assert "data" in said({"data": [1]}, "data.path=x.npz")
+    assert "clients" in said({"clients": {"groups": {"a": 1}}}, "clients.groups.0.epochs=3")

@@ -1,0 +1,108 @@
+"""Comparisons in processes: other settings are told first, a missing guard and an interruption are one line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.cli import main
+from hetero_fl.experiment import compare, comparison, jobs, run
+from hetero_fl.experiment.guard import UNGUARDED
+from hetero_fl.reporting.rundir import locked
+from tests.small import config
+
+ROOT = Path(__file__).parents[2]
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return config("local", "linear", 2, rounds=1, output={"plots": False, "report": False}, **changes)
+
+
+def one_after_another(source: Any, base: list[str], work: list[jobs.Job], *_: Any) -> dict[jobs.Job, str]:
+    for job in work:
+        jobs.run_one(source, [*base, *job.overrides], job.out)
+    return {}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a comparison with two grid points that has been made in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump(small()))
+    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    flags = ["--config", "c.yaml", "--algorithms", "local", "--out", "out", "--grid", "clients.defaults.epochs=1,2"]
+    assert main([*flags, "--jobs", "1"], command="compare") == 0
+    return flags
+
+
+def test_runs_made_with_other_settings_are_told_first(made: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    log = Path("out/log.txt").read_bytes()
+    capsys.readouterr()
+    assert main([*made, "rounds=2"], command="compare") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    folder = "out/runs/local-clients.defaults.epochs=1-seed0"
+    assert (
+        line == f"error: --out: {folder} was made with other settings (rounds: was 1, is now 2); choose another --out"
+    )
+    assert Path("out/log.txt").read_bytes() == log
+    Path("out/runs/fedavg-clients.defaults.epochs=2-seed0").mkdir()
+    Path("out/runs/fedavg-clients.defaults.epochs=2-seed0/mine.txt").write_text("")
+    assert main([*made, "--algorithms", "local,fedavg"], command="compare") == 2
+    assert "epochs=2-seed0: exists already" in capsys.readouterr().err
+    with locked(Path("out")):
+        assert main(made, command="compare") == 2
+    assert "out: another process is at work there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [run, compare])
+def test_a_worker_that_imports_the_script_leaves(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(SystemExit) as left:
+        call(small(), out=tmp_path / "a", **({"algorithms": "local"} if call is compare else {}))
+    assert left.value.code == UNGUARDED and not (tmp_path / "a").exists()
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    text = f"import hetero_fl\nhetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)\n"
+    (tmp_path / "script.py").write_text(text)
+    ended = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("hetero_fl.errors.UserError: compare starts processes that import")
+    assert ended.stderr.count("Traceback") == 1 and "if __name__ == '__main__':" in ended.stderr.splitlines()[-1]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals to a group of processes")
+def test_an_interrupted_comparison_tells_its_own_command(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
+    script = os.path.relpath(ROOT / "scripts" / "compare.py", tmp_path)
+    command = ["--config", "c.yaml", "--algorithms", "local", "--seeds", "0,1", "--out", "out", "--jobs", "2"]
+    long = [*command, "rounds=100000"]
+    process = subprocess.Popen(
+        [sys.executable, script, *long], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    ends = time.monotonic() + 120
+    while len(list(tmp_path.glob("out/runs/*/metrics.jsonl"))) < 2 and time.monotonic() < ends:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == f"interrupted; to go on: {sys.executable} {script} {' '.join(long)}"
+    for folder in (tmp_path / "out" / "runs").iterdir():
+        with locked(folder):  # nobody is at work there any more
+            pass

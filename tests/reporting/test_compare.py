@@ -217,7 +217,11 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     assert all(float(f["global_last_auroc"]) == r["global_last_auroc"] for f, r in zip(found, rows, strict=True))
     assert found[0]["server_last_accuracy"] == "" and found[1]["server_best_loss"] == ""
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert text.startswith("# Two & <three>\n\nA note.\n\n## Last round") and "## Round selected by validation" in text
+    assert (
+        text.startswith("# Two & <three>\n\nA note.\n\n- **Seeds:** 0, 1, 2, 3, 4\n")
+        and "\n\n## Last round" in text
+        and "## Round selected by validation" in text
+    )
     assert (tmp_path / "out" / "comparison.tex").read_text().count("\\end{table}") == 2
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     page = Page((tmp_path / "out" / "report.html").read_text())

@@ -68,7 +68,7 @@ def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: flo
     for place, (axes, (title, words, matrix)) in enumerate(zip(grid, panels, strict=True)):
         left, below = place % columns == 0, place + columns >= len(panels)
         name, *more = title.split("\n")
-        room = 14 if narrow else 18
+        room = 14 if side < 1.5 else 18  # a panel is about as wide as so many letters
         axes.set_title("\n".join([style.shorten(name, room), *more]), fontsize=7 if narrow else 8, loc="center")
         _matrix(axes, matrix, names, left, below)
         if left:

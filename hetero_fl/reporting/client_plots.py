@@ -5,12 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
 
 from hetero_fl.reporting import style
-from hetero_fl.reporting.wording import METRICS, is_regression, last_scores, plural, reached, sentence
+from hetero_fl.reporting.wording import (
+    FEW_ROWS,
+    METRICS,
+    READING_WORDS,
+    home_rows,
+    is_regression,
+    last_scores,
+    plural,
+    reached,
+    selection,
+    sentence,
+    span,
+)
 
 Json = dict[str, Any]
 
@@ -18,68 +31,86 @@ FEW = 40
 """So many clients can be named one by one."""
 
 
-def clients(summary: Json) -> Figure:
+def clients(summary: Json, details: Json) -> Figure:
     """Two metrics of each client's model, at home and in common, at the last round.
 
-    Up to 40 clients: a line each, two points joined. More: a point each, home against common.
+    Up to 40 clients: a line each, two points joined, with the number n of test rows at home. More: a point each, home
+    against common. Hollow: fewer than 20 rows at home.
     """
-    rows = summary["clients"]
-    pair = ("mae", "rmse") if is_regression(last_scores(summary)) else ("accuracy", "balanced_accuracy")
+    rows, tested = summary["clients"], home_rows(details)
+    first = selection(summary, details)  # AUROC beside it would be undefined wherever a class is missing at home
+    pair = first, {"mae": "rmse", "auroc": "balanced_accuracy"}.get(first, "accuracy")
     if len(rows) > FEW:
-        return _against(rows, pair)
+        return _against(rows, pair, tested)
     figure = style.figure(1.35 + 0.21 * len(rows))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, pair, strict=True):
-        _dumbbells(axes, rows, name)
-    panels[0].set_yticks(range(len(rows)), [style.shorten(row["id"]) for row in rows])
+        _dumbbells(axes, rows, name, tested)
+    panels[0].set_yticks(range(len(rows)), [f"{style.shorten(row['id'])} (n = {tested[row['id']]})" for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     handles, words = panels[0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="outside lower center", ncols=2)
+    if hollow := _hollow(tested):
+        handles, words = [*handles, hollow], [*words, str(hollow.get_label())]
+    figure.legend(handles, words, loc="outside lower center", ncols=3)
     return figure
 
 
-def _dumbbells(axes: Axes, rows: list[Json], name: str) -> None:
+def _few(rows: list[Json], tested: dict[str, int]) -> np.ndarray:
+    return np.array([tested[row["id"]] < FEW_ROWS for row in rows])
+
+
+def _hollow(tested: dict[str, int]) -> Line2D | None:
+    if not any(0 < count < FEW_ROWS for count in tested.values()):
+        return None
+    look: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "markeredgecolor": style.GREY}
+    return Line2D([], [], linestyle="none", label=f"uncertain: n < {FEW_ROWS} at home", **look)
+
+
+def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) -> None:
     values = np.array([[reached(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float)
-    places = np.arange(len(rows))
+    places, few = np.arange(len(rows)), _few(rows, tested)
     axes.hlines(places, *values.T, color=style.LIGHT, linewidth=2.5, zorder=1)
-    for column, (reading, words) in enumerate({"personal": "at home", "global": "in common"}.items()):
-        axes.plot(
-            values[:, column],
-            places,
-            linestyle="none",
-            marker=style.READING_MARKERS[reading],
-            markersize=6,
-            color=style.READING_COLOURS[reading],
-            label=f"{words} ({'own' if reading == 'personal' else 'common'} test set)",
-        )
+    for column, reading in enumerate(("personal", "global")):
+        colour = style.READING_COLOURS[reading]
+        look: dict[str, Any] = {"linestyle": "none", "marker": style.READING_MARKERS[reading], "markersize": 6}
+        axes.plot(values[:, column], places, color=colour, label=READING_WORDS[reading], **look)
+        if reading == "personal" and few.any():
+            axes.plot(values[few, column], places[few], color=colour, markerfacecolor="white", **look)
     axes.set_title(sentence(METRICS[name]))
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(style.ticks())
     if not np.isfinite(values).any():
         axes.text(0.5, 0.5, "undefined for every client", transform=axes.transAxes, ha="center")
 
 
-def _against(rows: list[Json], pair: tuple[str, str]) -> Figure:
+def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int]) -> Figure:
     figure = style.figure(3.8)
     models = sorted({row["model"] for row in rows})
     colours = dict(zip(models, style.CATEGORIES, strict=False)) if len(models) <= len(style.CATEGORIES) else {}
-    panels = figure.subplots(1, 2)
+    panels, few = figure.subplots(1, 2), _few(rows, tested)
     for axes, name in zip(panels, pair, strict=True):
         values = np.array([[reached(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float)
         for model in models if colours else [None]:
-            of_model = [i for i, row in enumerate(rows) if model in (None, row["model"])]
-            colour = colours.get(model or "", style.BLUE)
-            axes.scatter(*values[of_model].T, s=15, alpha=0.75, linewidth=0, color=colour, label=model)
+            of_model = np.array([model in (None, row["model"]) for row in rows])
+            colour = colours.get(model or "", style.GREY)
+            axes.scatter(*values[of_model & ~few].T, s=15, alpha=0.75, linewidth=0, color=colour, label=model)
+            axes.scatter(*values[of_model & few].T, s=12, linewidth=0.9, facecolor="none", edgecolor=colour)
         if np.isfinite(values).any():
             ends = [np.nanmin(values), np.nanmax(values)]
             axes.plot(ends, ends, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         axes.set_title(sentence(METRICS[name]))
-        axes.set_xlabel("at home")
+        axes.set_xlabel(f"at home (n = {span(tested.values())})")
         axes.set_ylabel("in common")
+        axes.xaxis.set_major_locator(style.ticks())
+        axes.yaxis.set_major_locator(style.ticks())
         axes.set_aspect("equal", adjustable="datalim")
-    if colours:
-        handles, words = panels[0].get_legend_handles_labels()
-        figure.legend(handles, words, loc="outside lower center", ncols=min(4, len(words)), markerscale=1.6)
+    handles: list[Artist] = []
+    for model, colour in colours.items():
+        handles.append(Line2D([], [], linestyle="none", marker="o", color=colour, label=style.shorten(model, 30)))
+    if hollow := _hollow(tested):
+        handles.append(hollow)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
     return figure
 
 
@@ -117,7 +148,7 @@ def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: st
     places, start = np.arange(len(ids)), np.cumsum(table, 1) - table
     wide = 0.05 * table.sum(1).max()
     for c, name in enumerate(names):
-        axes.barh(places, table[:, c], 0.72, left=start[:, c], color=style.CATEGORIES[c], label=name)
+        axes.barh(places, table[:, c], 0.72, left=start[:, c], color=style.CATEGORIES[c], label=style.shorten(name, 20))
         for place, (count, left) in enumerate(zip(table[:, c], start[:, c], strict=True)):
             if count > wide:
                 axes.text(left + count / 2, place, f"{count:.0f}", ha="center", va="center", fontsize=7.5)
@@ -136,7 +167,15 @@ def _stacked_many(table: np.ndarray, names: tuple[str, ...], unit: str, order: n
     top = np.cumsum(table[order], 1)
     for c, name in enumerate(names):
         base = top[:, c - 1] if c else 0.0
-        axes.stairs(top[:, c], edges, baseline=base, fill=True, color=style.CATEGORIES[c], label=name, linewidth=0)
+        axes.stairs(
+            top[:, c],
+            edges,
+            baseline=base,
+            fill=True,
+            color=style.CATEGORIES[c],
+            label=style.shorten(name, 20),
+            linewidth=0,
+        )
     axes.set_xlabel(f"{plural(len(table), 'client')}, {by}")
     axes.set_ylabel(unit)
     axes.set_xlim(edges[0], edges[-1])
@@ -152,7 +191,7 @@ def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
     axes = figure.subplots()
     rows, columns = np.nonzero(table)
     area = 330 * table[rows, columns] / table.max()
-    axes.scatter(columns, rows, s=area, color=style.BLUE, alpha=0.8, linewidth=0, clip_on=False)
+    axes.scatter(columns, rows, s=area, color=style.CATEGORIES[3], alpha=0.8, linewidth=0, clip_on=False)
     if table.size <= 150:
         for row, column, bubble in zip(rows, columns, area, strict=True):
             axes.annotate(
@@ -162,7 +201,7 @@ def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
                 textcoords="offset points",
                 ha="left",
                 va="center",
-                fontsize=6.5,
+                fontsize=style.SMALLEST,
                 color=style.GREY,
             )
     words = [style.shorten(name, 12) for name in names]
@@ -198,5 +237,5 @@ def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
     bar.set_label("share of the client's examples")
     bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(5))
+    bar.ax.yaxis.set_major_locator(style.ticks())
     return figure

@@ -10,10 +10,12 @@ from typing import Any
 
 from hetero_fl.metrics import metric_names
 from hetero_fl.reporting import comparison_plot, comparison_tables, comparison_text, style
+from hetero_fl.reporting.comparison_about import About, about
 from hetero_fl.reporting.comparison_tables import Row, Table
+from hetero_fl.reporting.methods import described
 from hetero_fl.reporting.report import embedded, render
 from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.reporting.wording import ALGORITHMS, METRICS, READINGS, algorithm_base, algorithm_name, duration, size
+from hetero_fl.reporting.wording import METRICS, READINGS, algorithm_name, duration, size
 from hetero_fl.task import Task
 
 
@@ -44,22 +46,24 @@ def write_comparison(
     """Write table, figure and report of a comparison; one row a run, as `comparison_row` makes it.
 
     `algorithm` is a name, or one with settings of its own (`hybrid:teacher=mean`). Tables and picture keep the order of
-    the rows, the bounds last. Raises ValueError without rows.
+    the rows, the bounds last. What it is about is read from `runs/` and `log.txt` in `out_dir`, as far as they are there.
+    Raises ValueError without rows.
     """
     if not rows:
         raise ValueError("a comparison needs at least one run")
     out = RunDirectory(out_dir)
     out.path.mkdir(parents=True, exist_ok=True)
     out.write_text("comparison.csv", _csv(rows, task))
-    tables = [comparison_tables.make_table(rows, task, moment) for moment in ("last", "best")]
-    out.write_text("comparison.md", _markdown(tables, title, note))
+    known = about(out.path, rows)
+    tables = [comparison_tables.make_table(rows, task, moment, known.jobs, known.home) for moment in ("last", "best")]
+    out.write_text("comparison.md", _markdown(tables, rows, known, title, note))
     labels = ("comparison-last", "comparison-selected")
     tex = [comparison_text.latex(table, label) for table, label in zip(tables, labels, strict=True)]
     out.write_text("comparison.tex", "% needs \\usepackage{booktabs}\n" + "\n\n".join(tex) + "\n")
     with style.drawing():
         picture = style.png(comparison_plot.draw(rows, task))
     (out.path / "comparison.png").write_bytes(picture)
-    out.write_text("report.html", _html(tables, rows, picture, title, note))
+    out.write_text("report.html", _html(tables, rows, known, picture, title, note))
 
 
 def columns(rows: Sequence[Row], task: Task) -> list[str]:
@@ -78,14 +82,17 @@ def _csv(rows: Sequence[Row], task: Task) -> str:
     return buffer.getvalue()
 
 
-def _markdown(tables: Sequence[Table], title: str, note: str) -> str:
-    parts = [f"# {title}", *([note] if note else [])]
+def _markdown(tables: Sequence[Table], rows: Sequence[Row], known: About, title: str, note: str) -> str:
+    parts = [f"# {title}", *([note] if note else []), *([known.warning] if known.warning else [])]
+    parts += ["\n".join(f"- **{name}:** {text}" for name, text in known.facts), f"Made by `{known.command}`"]
     for table in tables:
         parts += [f"## {table.title}", comparison_text.markdown(table), table.caption]
+    methods = described(str(row["algorithm"]) for row in rows)
+    parts += ["## The methods", "\n".join(f"- **{name}:** {' '.join(filter(None, told))}" for name, *told in methods)]
     return "\n\n".join(parts) + "\n"
 
 
-def _html(tables: Sequence[Table], rows: Sequence[Row], picture: bytes, title: str, note: str) -> str:
+def _html(tables: Sequence[Table], rows: Sequence[Row], known: About, picture: bytes, title: str, note: str) -> str:
     algorithms = [str(row["algorithm"]) for row in rows]
     first = tables[0].columns[:3]
     runs = [
@@ -106,7 +113,9 @@ def _html(tables: Sequence[Table], rows: Sequence[Row], picture: bytes, title: s
         picture=embedded(picture),
         several=len({row["seed"] for row in rows}) > 1,
         bounds=any(line.bound for line in tables[0].lines),
-        methods=[ALGORITHMS[a] for a in dict.fromkeys(map(algorithm_base, algorithms)) if a in ALGORITHMS],
+        about=known,
+        seconds=comparison_tables.seconds_note(known.jobs),
+        methods=described(algorithms),
         run_columns=[c.title for c in first],
         runs=runs,
     )

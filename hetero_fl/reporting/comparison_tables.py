@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from hetero_fl.reporting.comparison_notes import caption_of, p_value, seconds_note
 from hetero_fl.reporting.wording import (
     METRICS,
     MISSING,
@@ -98,16 +98,21 @@ class Table:
     lines: tuple[Line, ...]
     caption: str
     tested: bool
+    jobs: int | None
 
     @property
     def header(self) -> list[str]:
         """Names of all columns."""
         names = [column.title for column in self.columns]
-        return ["Method", *names, *(["p"] if self.tested else []), "MB", "Seconds"]
+        shared = f" ({self.jobs} runs at a time)" if self.jobs is not None and self.jobs > 1 else ""
+        return ["Method", *names, *(["p"] if self.tested else []), "MB", f"Seconds{shared}"]
 
 
-def make_table(rows: Sequence[Row], task: Task, moment: str) -> Table:
-    """The table of the `last` round or of the one selected by validation (`best`)."""
+def make_table(rows: Sequence[Row], task: Task, moment: str, jobs: int | None = None, home: str = "") -> Table:
+    """The table of the `last` round or of the one selected by validation (`best`).
+
+    `jobs`: so many runs shared the machine (None: unknown). `home`: a sentence on the test rows at home.
+    """
     columns = _columns(rows, task, moment)
     algorithms = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
     federated = [a for a in algorithms if not is_bound(a)]
@@ -128,7 +133,7 @@ def make_table(rows: Sequence[Row], task: Task, moment: str) -> Table:
         p = ""
         if leader is not None and several and not is_bound(a):
             first = columns[0].key
-            p = "best" if a == leader else _p_value(values[a][first], values[leader][first])
+            p = "best" if a == leader else p_value(values[a][first], values[leader][first])
         short = f" ({len(own)} of {len(seeds)} seeds)" if len(own) < len(seeds) else ""
         total = [(row["up_bytes"] + row["down_bytes"]) / 1e6 for row in own]
         lines.append(
@@ -144,9 +149,11 @@ def make_table(rows: Sequence[Row], task: Task, moment: str) -> Table:
         )
     title = "Last round" if moment == "last" else "Round selected by validation"
     tested = any(line.p not in ("", "best") for line in lines)
-    return Table(
-        title, columns, tuple(lines), _caption(columns, seeds, tested, len(federated) < len(algorithms), task), tested
-    )
+    first, bounds = columns[0].title if columns else "", len(federated) < len(algorithms)
+    caption = caption_of(first, seeds, [line.p for line in lines], bounds, task)
+    if any(column.key.startswith("personal") for column in columns) and home:
+        caption += f" {home}"
+    return Table(title, columns, tuple(lines), f"{caption} {seconds_note(jobs)}", tested, jobs)
 
 
 def _of(rows: Sequence[Row], algorithm: str) -> list[Row]:
@@ -212,29 +219,3 @@ def _leader(cells: Mapping[str, Sequence[Cell]], algorithms: list[str], metric: 
         if mean is not None and (top is None or better(metric, mean, top)):
             found = a
     return found
-
-
-def _p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
-    """Two-sided paired t-test over the seeds that both have; nothing where there is no test to make."""
-    seeds = sorted(a.keys() & b.keys())
-    difference = np.array([a[s] - b[s] for s in seeds])
-    if len(seeds) < 2:
-        return MISSING
-    if np.ptp(difference) <= 1e-12:  # the test statistic would be 0/0 or infinite
-        return "1" if abs(difference[0]) <= 1e-12 else "<0.001"
-    p = float(stats.ttest_rel([a[s] for s in seeds], [b[s] for s in seeds]).pvalue)
-    return "<0.001" if p < 0.001 else digits(p, 2)
-
-
-def _caption(columns: Sequence[Column], seeds: Sequence[int], tested: bool, bounds: bool, task: Task) -> str:
-    scale = "Errors in the target's unit" if task.kind == "regression" else "Metrics in percent"
-    if len(seeds) > 1:
-        text = f"{scale}, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. "
-    else:
-        text = f"{scale}, one seed ({seeds[0]}): differences may be chance. "
-    if bounds:
-        text += "Below the rule: bounds, which have all rows or all models in one place and take no part. "
-    text += "Bold: best of the column. "
-    if tested:
-        text += f"p: two-sided paired t-test by seed against the best in “{columns[0].title}”, uncorrected. "
-    return text + "MB: 10⁶ bytes exchanged in a run, up and down, as encoded. Seconds: a run, evaluation included."

@@ -20,10 +20,10 @@ def draw(run: RunDirectory) -> dict[str, bytes]:
     summary, records, details = run.summary(), run.metrics(), run.details()
     with style.drawing():
         figures = (
-            round_plots.curves(summary, records),
-            client_plots.clients(summary),
+            round_plots.curves(summary, records, details),
+            client_plots.clients(summary, details),
             client_plots.labels(summary, details),
-            round_plots.communication(summary, records),
+            round_plots.communication(summary, records, details),
             score_plots.confusion(summary, details),
             score_plots.calibration(summary, details),
         )

@@ -8,20 +8,25 @@ from typing import Any
 
 from hetero_fl.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.client_plots import FEW
+from hetero_fl.reporting.methods import explained
 from hetero_fl.reporting.score_plots import PANELS
 from hetero_fl.reporting.wording import (
-    ALGORITHMS,
+    FEW_ROWS,
     METRICS,
     READINGS,
     algorithm_name,
     figure,
+    home_rows,
     is_regression,
     last_scores,
     plural,
     reached,
+    selection,
     sentence,
     size,
+    span,
     target,
+    uncertain,
 )
 
 Json = dict[str, Any]
@@ -63,7 +68,7 @@ def _setting(summary: Json, details: Json) -> str:
 
 
 def _method(summary: Json) -> str:
-    what = ALGORITHMS.get(summary["algorithm"], ("", ""))[1]
+    what = explained(summary["algorithm"])
     parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
     total = sum(summary["communication"].values())
     if total:
@@ -78,28 +83,27 @@ def _method(summary: Json) -> str:
 
 
 def _outcome(summary: Json, details: Json) -> str:
-    regression = is_regression(last_scores(summary))
-    name = "mae" if regression else "balanced_accuracy"
-    parts = []
+    name = selection(summary, details)
+    parts = [f"All figures here are {METRICS[name]}, by which rounds are selected, after the last round."]
     if summary["personal"]:
-        own = "mae" if regression else "accuracy"
-        value = figure(summary["personal"]["last"][own], own)
-        reach = f"errs by {value} on average on" if regression else f"is right on {value} of"
+        value = figure(summary["personal"]["last"][name], name)
+        rows = f"n = {span(home_rows(details).values())} rows"
         parts.append(
-            f"After the last round a client's model {reach} its own test rows{_worst(summary, 'personal', own)}."
+            f"On its own test split ({rows}) a client's model reaches {value}{_worst(summary, 'personal', name)}."
         )
+        parts.append(uncertain(home_rows(details)))
     if summary["global"]:
-        scores = summary["global"]["last"]
-        text = f"On the common test set its {METRICS[name]} is {figure(scores[name], name)}"
-        ranking = "" if regression or scores["auroc"] is None else f", its AUROC {figure(scores['auroc'], 'auroc')}"
-        parts.append(f"{text}{_worst(summary, 'global', name)}{ranking}.")
+        value = figure(summary["global"]["last"][name], name)
+        parts.append(
+            f"On the common test set (n = {summary['data']['n_test']:,}) it reaches {value}"
+            f"{_worst(summary, 'global', name)}."
+        )
     if summary["server"]:
-        value = figure(summary["server"]["last"][name], name)
-        parts.append(f"There, the {METRICS[name]} of the server's own model is {value}.")
-    if target(summary, details) == "multiclass":
+        parts.append(f"There, the server's own model reaches {figure(summary['server']['last'][name], name)}.")
+    if name == "balanced_accuracy":
         classes = len(details["labels"])
-        parts.append(f"Guessing among {classes} classes would give a balanced accuracy of {100 / classes:.3g}%.")
-    return " ".join(parts)
+        parts.append(f"Guessing among {classes} classes would give {100 / classes:.3g}%.")
+    return " ".join(filter(None, parts))
 
 
 def _worst(summary: Json, reading: str, name: str) -> str:
@@ -115,10 +119,10 @@ def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
     """The words of the results table."""
     entries = []
     if summary["personal"]:
-        own = "Each client's model on the client's own test rows, which had no part in training or selection."
+        own = "Each client's model on the client's own test split, which had no part in training or selection."
         entries.append(("At home", own))
     if summary["global"]:
-        one = "Each client's model on one test set that is the same for all, seen through that client's preprocessing."
+        one = "Each client's model on the common test set, which is the same for all, seen through that client's preprocessing."
         entries.append(("In common", one))
     if summary["server"]:
         entries.append(("Server", "The server's own model on the common test set."))
@@ -170,19 +174,26 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
     chosen = f"All {many} clients together, then the {PANELS - 1} that are weakest {where}. " if many > PANELS else ""
     matrices = "All clients together, label by label. " if target(summary, details) == "multilabel" else chosen
     empty = ", and is empty where no test row is of that class"
-    against = "mean absolute error" if regression else METRICS["accuracy"]
+    against = METRICS[selection(summary, details)]
+    hollow = f" n: test rows at home; hollow: fewer than {FEW_ROWS}." if summary["personal"] else ""
     if many > FEW:
-        points = "A point is a client, coloured by its model; on the dashed line it does as well in common as at home."
+        points = (
+            "A point is a client, coloured by its model; on the dashed line it does as well in common as at home."
+            + hollow
+        )
     else:
-        points = "The two readings of each client's model after the last round. The line between them is the gap."
+        points = (
+            "The two readings of each client's model after the last round. The line between them is the gap." + hollow
+        )
     held = ("Who holds which labels", "The rows that each client trains on, by label.")
     if regression:
         held = ("Who holds how much", "The rows of each client, by use.")
     return {
         "curves": (
             "Learning curves",
-            "Mean over clients by round. The band is one standard deviation over clients, so it shows how far they are "
-            "apart, not how certain the mean is. A metric that is undefined for every client has no curve.",
+            "Mean over clients by round. Left: the metric by which rounds are selected. The band is one standard "
+            "deviation over clients, so it shows how far they are apart, not how certain the mean is. A "
+            "metric that is undefined for every client has no curve.",
         ),
         "clients": ("Every client, at home and in common", points),
         "labels": held,
@@ -192,7 +203,8 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
         ),
         "confusion": (
             "Which class is taken for which",
-            f"{matrices}After the last round; a row adds up to 100%{empty}.",
+            f"{matrices}After the last round. Classes are in the task's order, one colour scale for all; "
+            f"a row adds up to 100%{empty}.",
         ),
         "calibration": (
             "Confidence against accuracy",

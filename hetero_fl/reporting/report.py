@@ -11,22 +11,26 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hetero_fl.metrics import CLASSIFICATION, REGRESSION
-from hetero_fl.reporting import plots, prose
+from hetero_fl.reporting import plots, prose, style
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.wording import (
+    FEW_ROWS,
     METRICS,
     MISSING,
     READINGS,
     algorithm_name,
     duration,
     figure,
-    headline_metrics,
+    home_rows,
     is_regression,
     last_scores,
     plural,
     reached,
+    selection,
     sentence,
     size,
+    span,
+    uncertain,
 )
 
 Json = dict[str, Any]
@@ -40,9 +44,10 @@ def render(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
-def embedded(picture: bytes) -> str:
-    """A picture as it stands in an HTML file."""
-    return base64.b64encode(picture).decode("ascii")
+def embedded(picture: bytes) -> Json:
+    """A PNG as it stands in an HTML file: its data, and the width at which type is as large as on paper and a half."""
+    width = int.from_bytes(picture[16:20], "big")
+    return {"data": base64.b64encode(picture).decode("ascii"), "width": round(width * 140 / style.DPI)}
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -67,17 +72,18 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         title=summary["name"],
         subtitle=subtitle,
         warnings=prose.warnings(summary, records),
-        tiles=_tiles(summary),
+        tiles=_tiles(summary, details),
         story=prose.story(summary, details),
-        results=_results(summary),
+        results=_results(summary, details),
         glossary=prose.glossary(summary, details),
         pictures=[
-            {"title": title, "caption": caption, "data": embedded(pictures[name])}
+            {"title": title, "caption": caption, **embedded(pictures[name])}
             for name, (title, caption) in prose.captions(summary, details).items()
             if name in pictures
         ],
         exchanged="communication" in pictures,
         clients=_clients(summary, details),
+        few=uncertain(home_rows(details)) if summary["personal"] else "",
         command=f"python scripts/train.py --config {shown}/config.yaml --out runs/again",
         environment=environment,
         notes=details["notes"],
@@ -93,26 +99,33 @@ def _plain(value: Any) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _tiles(summary: Json) -> list[Json]:
-    first, second = headline_metrics(last_scores(summary))
-    home = first if is_regression(last_scores(summary)) else "accuracy"
-    tiles = []
-    for reading, name in (("global", first), ("global", second), ("personal", home), ("server", first)):
+def _tiles(summary: Json, details: Json) -> list[Json]:
+    """The headline: the selection metric wherever models were read, then what the run cost."""
+    name, tiles = selection(summary, details), []
+    for reading in ("global", "personal", "server"):
         if not summary[reading]:
             continue
         scores = summary[reading]["last"]
         worst, deviation = scores.get(f"{name}_worst"), scores.get(f"{name}_std")
         more = f"± {figure(deviation, name)} over clients; worst {figure(worst, name)}" if deviation is not None else ""
+        rows = (
+            f"n = {span(home_rows(details).values())} test rows a client" if reading == "personal" else _common(summary)
+        )
         words = f"{sentence(METRICS[name])} " + {"server": "of the server's model"}.get(reading, READINGS[reading])
-        tiles.append({"name": words, "value": figure(scores.get(name), name), "more": more})
+        tiles.append({"name": words, "value": figure(scores.get(name), name), "more": more, "rows": rows})
     up, down = (summary["communication"][k] for k in ("up_bytes", "down_bytes"))
-    tiles.append({"name": "Exchanged in all", "value": size(up + down), "more": f"{size(up)} up, {size(down)} down"})
+    more = f"{size(up)} up, {size(down)} down"
+    tiles.append({"name": "Exchanged in all", "value": size(up + down), "more": more, "rows": ""})
     seconds = summary["seconds"]
     more = f"{duration(seconds['training'])} of it training"
-    return [*tiles, {"name": "Time", "value": duration(seconds["total"]), "more": more}]
+    return [*tiles, {"name": "Time", "value": duration(seconds["total"]), "more": more, "rows": ""}]
 
 
-def _results(summary: Json) -> Json:
+def _common(summary: Json) -> str:
+    return f"n = {summary['data']['n_test']:,} test rows"
+
+
+def _results(summary: Json, details: Json) -> Json:
     names = REGRESSION if is_regression(last_scores(summary)) else CLASSIFICATION
     rows = []
     for reading in READINGS:
@@ -124,11 +137,13 @@ def _results(summary: Json) -> Json:
             scores = found[moment]
             more = "last round" if moment == "last" else f"round {scores['round']}, selected by validation"
             cells = [_cell(scores, name) for name in names]
-            rows.append({"name": where, "more": more, "cells": cells, "first": moment == "last"})
+            n = f"n = {span(home_rows(details).values())} a client" if reading == "personal" else _common(summary)
+            rows.append({"name": where, "more": [more, n], "cells": cells, "first": moment == "last"})
     caption = (
-        "Mean ± standard deviation over clients, and the worst client. The server has one model, so no spread. "
-        "“Undefined” counts clients whose test rows lack what the metric needs (as a class, for AUROC); they are left "
-        "out of the mean."
+        "Mean ± standard deviation over clients, and the worst client. n: test rows. "
+        + ("The server has one model, so no spread. " if summary["server"] else "")
+        + "“Undefined” counts clients whose test rows lack what the metric needs (as a class, for AUROC); they are left "
+        "out of the mean. " + (uncertain(home_rows(details)) if summary["personal"] else "")
     )
     return {"columns": [sentence(METRICS[name]) for name in names], "rows": rows, "caption": caption}
 
@@ -165,8 +180,13 @@ def _clients(summary: Json, details: Json) -> Json:
             {"value": about["preprocess"] or MISSING, "more": about["scanner"]},
             {"value": " / ".join(f"{parts[part]:,}" for part in ("train", "validation", "test")), "more": ""},
         ]
-        row += [{"value": figure(reached(client, reading, name), name), "more": ""} for reading, name in shown]
-        rows.append(row)
+        for reading, name in shown:
+            found = figure(reached(client, reading, name), name)
+            home = reading == "personal"
+            few = home and found != MISSING and parts["test"] < FEW_ROWS
+            note = f"n = {parts['test']}" + (", uncertain" if few else "") if home else ""
+            row.append({"value": found, "more": note, "few": few})
+        rows.append([{"few": False, **cell} for cell in row])
     return {"columns": columns, "rows": rows}
 
 

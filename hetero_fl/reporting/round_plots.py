@@ -16,22 +16,22 @@ from matplotlib.ticker import MaxNLocator
 from hetero_fl.reporting import style
 from hetero_fl.reporting.wording import (
     METRICS,
+    READING_WORDS,
     READINGS,
     byte_unit,
     headline_metrics,
-    is_regression,
-    last_scores,
+    selection,
     sentence,
 )
 
 Json = dict[str, Any]
 
 
-def curves(summary: Json, records: Sequence[Json]) -> Figure:
-    """The two headline metrics by round: mean over clients at home and in common (band: ± std), and the server's."""
+def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
+    """The selection metric and one more by round: mean over clients at home and in common (band: ± std), and the server's."""
     figure = style.figure(3.1)
     rounds = [r for r in records if r.get("personal") or r.get("global")]
-    names = headline_metrics(last_scores(summary))
+    names = headline_metrics(summary, details)
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, names, strict=True):
         for reading in READINGS:
@@ -39,6 +39,7 @@ def curves(summary: Json, records: Sequence[Json]) -> Figure:
         axes.set_title(sentence(METRICS[name]))
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(style.ticks())
         if not axes.lines:
             axes.text(0.5, 0.5, "undefined in every round:\na class is missing", transform=axes.transAxes, ha="center")
         if len(rounds) == 1:
@@ -49,20 +50,22 @@ def curves(summary: Json, records: Sequence[Json]) -> Figure:
     return figure
 
 
-def communication(summary: Json, records: Sequence[Json]) -> Figure | None:
-    """A headline metric against all bytes exchanged so far, up and down; None if nothing was exchanged."""
+def communication(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+    """The selection metric against all bytes exchanged so far, up and down; None if nothing was exchanged."""
     total = list(accumulate(r["up_bytes"] + r["down_bytes"] for r in records))
     if not total or not total[-1]:
         return None
     factor, unit = byte_unit(total[-1])
     kept = [(r, t / factor) for r, t in zip(records, total, strict=True) if r.get("personal") or r.get("global")]
-    name = "mae" if is_regression(last_scores(summary)) else "accuracy"
-    figure = style.figure(3.1, 4.8)
+    name = selection(summary, details)
+    figure = style.figure(3.4, style.COLUMN)
     axes = figure.subplots()
     for reading in READINGS:
         _line(axes, reading, name, [x for _, x in kept], [r for r, _ in kept], summary, band=False)
-    axes.set_xlabel(f"exchanged so far by all clients together, up and down ({unit})")
+    axes.set_xlabel(f"exchanged by all clients, up and down ({unit})")
     axes.set_ylabel(METRICS[name])
+    axes.xaxis.set_major_locator(style.ticks())
+    axes.yaxis.set_major_locator(style.ticks())
     axes.set_xlim(left=0, right=1.04 * total[-1] / factor)
     _headroom(axes, name)
     _legend(figure, summary, bands=False)
@@ -86,7 +89,10 @@ def _line(
         high = [m + d for m, d in zip(mean, deviation, strict=True)]
         if name not in ("mae", "rmse"):
             high = [min(h, 1.0) for h in high]
-        axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
+        if len(at) > 1:
+            axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
+        else:  # one round has no area
+            axes.vlines(at, low, high, color=colour, alpha=0.35, linewidth=5)
     axes.plot(at[-1:], mean[-1:], marker="o", markersize=6, color=colour, linestyle="none", zorder=4, clip_on=False)
     chosen = (summary[reading] or {}).get("best_by_validation", {}).get("round")
     for place, number, scores in points:
@@ -112,18 +118,13 @@ def _headroom(axes: Axes, name: str) -> None:
 
 
 def _legend(figure: Figure, summary: Json, bands: bool) -> None:
-    words = {
-        "personal": "at home (own test split)",
-        "global": "in common (common test set)",
-        "server": "server's own model",
-    }
     handles: list[Artist] = [
         Line2D([], [], color=style.READING_COLOURS[r], marker=style.READING_MARKERS[r], markersize=4, label=text)
-        for r, text in words.items()
+        for r, text in READING_WORDS.items()
         if summary[r]
     ]
     if bands:
         handles.append(Patch(color=style.GREY, alpha=0.2, linewidth=0, label="± one standard deviation over clients"))
     handles.append(Line2D([], [], color=style.GREY, marker="o", linestyle="none", markersize=6, label="last round"))
     handles.append(Line2D([], [], markeredgecolor=style.GREY, label="selected by validation", **_SELECTED))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3 if figure.get_figwidth() > 6 else 2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3 if figure.get_figwidth() > 6 else 1)

@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
 
 from hetero_fl.reporting import style
-from hetero_fl.reporting.wording import READINGS, reached
+from hetero_fl.reporting.wording import READINGS, home_rows, reached, selection
 
 Json = dict[str, Any]
 
@@ -24,10 +25,12 @@ ALL = "all clients"
 def confusion(summary: Json, details: Json) -> Figure | None:
     """Confusion matrices after the last round, each row as shares of its true class; None for targets without classes.
 
-    Up to six clients: at home above, in common below. Up to twelve: in common. More: all clients together, then the
-    eleven weakest. Multilabel targets: all clients together in common, a matrix a label (the first sixteen).
+    Classes stand in the task's order everywhere, and one colour scale (0 to 100%) serves all matrices. Up to six
+    clients: at home, with the number n of test rows, above in common. Up to twelve: in common. More: all clients
+    together, then the eleven weakest. Multilabel targets: all clients together in common, a matrix a label (the first
+    sixteen).
     """
-    by_client = details["confusion"]
+    by_client = _ordered(details["confusion"], summary)
     matrices = {
         r: {i: np.array(m[r], dtype=float) for i, m in by_client.items() if m.get(r)} for r in ("personal", "global")
     }
@@ -35,26 +38,47 @@ def confusion(summary: Json, details: Json) -> Figure | None:
     if not common and not home:
         return None
     whole = np.sum(list((common or home).values()), axis=0)
-    lefts, side = [], 1.35
     if whole.ndim == 3:
-        columns, panels, titles = 4, list(whole[:16]), names[:16]
-        names = ["absent", "present"]
-    elif len(by_client) <= 6:
-        columns, titles = len(by_client), [*by_client, *[""] * len(by_client)]
-        panels = [group.get(i) for group in (home, common) for i in by_client]
-        lefts, side = ["at home", "in common"], 1.02 if columns > 4 else 1.35
-    else:
-        shown = _with_all(common or home, summary, np.add)
-        columns, panels, titles = 4, list(shown.values()), list(shown)
+        panels = [(name, "", matrix) for name, matrix in zip(names[:16], whole, strict=False)]
+        return _matrices(panels, ["absent", "present"], 4, 1.35)
+    if len(by_client) > 6:
+        shown = _with_all(common or home, summary, details, np.add)
+        return _matrices([(name, "", matrix) for name, matrix in shown.items()], names, 4, 1.35)
+    tested, ids, panels = home_rows(details), list(by_client), []
+    roomy = len(names) > 4 or max(map(len, names)) > 11  # six in a row leave no room for these
+    columns = -(-len(ids) // 2) if roomy and len(ids) > 3 else len(ids)
+    for first in range(0, len(ids), columns):
+        block: list[str | None] = [*ids[first : first + columns]]
+        block += [None] * (columns - len(block))
+        for reading, words in ((home, "at home"), (common, "in common")):
+            if reading:
+                below = reading is common and bool(home)
+                titles = ["" if below or i is None else f"{i}\nn = {tested[i]} at home" if home else i for i in block]
+                panels += [(t, words, reading.get(i) if i else None) for t, i in zip(titles, block, strict=True)]
+    return _matrices(panels, names, columns, 1.0 if columns > 4 else 1.35 if len(names) <= 4 else 1.75)
+
+
+Panel = tuple[str, str, "np.ndarray | None"]
+"""Title (a second line after a break), what stands at its row's left, counts `[true, predicted]`."""
+
+
+def _matrices(panels: list[Panel], names: Sequence[str], columns: int, side: float) -> Figure:
     figure, grid = _grid(len(panels), columns, side, between=0.3, around=1.0)
-    for place, (axes, matrix, title) in enumerate(zip(grid, panels, titles, strict=True)):
+    narrow = side < 1.2
+    for place, (axes, (title, words, matrix)) in enumerate(zip(grid, panels, strict=True)):
         left, below = place % columns == 0, place + columns >= len(panels)
-        axes.set_title(style.shorten(title, 14), fontsize=8.5, loc="center")
+        name, *more = title.split("\n")
+        room = 14 if side < 1.5 else 18  # a panel is about as wide as so many letters
+        axes.set_title("\n".join([style.shorten(name, room), *more]), fontsize=7 if narrow else 8, loc="center")
         _matrix(axes, matrix, names, left, below)
         if left:
-            axes.set_ylabel("\n".join([*lefts[place // columns :][:1], "true class"]), fontsize=8)
+            axes.set_ylabel("\n".join([*([words] if words else []), "true class"]), fontsize=8)
         if below:
             axes.set_xlabel("predicted class", fontsize=8)
+    bar = figure.colorbar(grid[0].images[0], ax=grid, fraction=0.03, pad=0.015, aspect=30)
+    bar.set_label("share of the true class")
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
@@ -80,11 +104,13 @@ def _matrix(axes: Axes, matrix: np.ndarray | None, names: Sequence[str], left: b
         for row, column in np.ndindex(classes, classes):
             text = f"{100 * share[row, column]:.0f}%\n{matrix[row, column]:.0f}" if matrix[row].sum() else "none"
             colour = style.ink(share[row, column])
-            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, linespacing=1.15, color=colour)
+            axes.text(
+                column, row, text, ha="center", va="center", fontsize=style.SMALLEST, linespacing=1.15, color=colour
+            )
     shown = list(style.thinned(classes, 10))
     words = [style.shorten(names[c], 11) for c in shown]
-    axes.set_yticks(shown, words if left else [""] * len(shown), fontsize=6.5)
-    axes.set_xticks(shown, words if below else [""] * len(shown), fontsize=6.5)
+    axes.set_yticks(shown, words if left else [""] * len(shown), fontsize=style.SMALLEST)
+    axes.set_xticks(shown, words if below else [""] * len(shown), fontsize=style.SMALLEST)
     longest = max(map(len, words))
     if classes > 4 and longest > 2:
         axes.tick_params(axis="x", rotation=90)
@@ -99,15 +125,16 @@ def calibration(summary: Json, details: Json) -> Figure | None:
     The size of a point shows how many predictions it stands for. More than twelve clients: all together, then the
     eleven weakest. None if there are none.
     """
-    found = {i: c for i, c in details["calibration"].items() if c}
+    found = {i: c for i, c in _ordered(details["calibration"], summary).items() if c}
     if not found:
         return None
-    group = _with_all(found, summary, _merged)
+    group, tested = _with_all(found, summary, details, _merged), home_rows(details)
+    tested[ALL] = sum(tested.values())
     columns = 3 if len(group) in (5, 6) else min(4, len(group))
-    figure, grid = _grid(len(group), columns, 1.5, between=0.5, around=0.9)
+    figure, grid = _grid(len(group), columns, 1.5, between=0.62, around=0.9)
     for place, (axes, (name, readings)) in enumerate(zip(grid, group.items(), strict=True)):
-        _reliability(axes, readings)
-        axes.set_title(style.shorten(name, 16), fontsize=8.5, pad=27)
+        _reliability(axes, readings, tested[name])
+        axes.set_title(style.shorten(name, 18), fontsize=8, pad=25)
         left, below = place % columns == 0, place + columns >= len(group)
         axes.tick_params(labelleft=left, labelbottom=below)
         axes.set_xlabel("confidence" if below else "")
@@ -121,7 +148,7 @@ def calibration(summary: Json, details: Json) -> Figure | None:
     return figure
 
 
-def _reliability(axes: Axes, readings: Mapping[str, Json]) -> None:
+def _reliability(axes: Axes, readings: Mapping[str, Json], tested: int) -> None:
     axes.plot([0, 1], [0, 1], color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     lines = []
     for reading in ("personal", "global"):
@@ -138,9 +165,15 @@ def _reliability(axes: Axes, readings: Mapping[str, Json]) -> None:
         axes.scatter(
             x, y, s=area, marker=style.READING_MARKERS[reading], color=colour, linewidth=0, zorder=3, clip_on=False
         )
-        lines.append((f"ECE {READINGS[reading]} {found['ece']:.3f}", colour))
-    for place, (text, colour) in enumerate(reversed(lines)):
-        axes.text(0, 1.055 + 0.1 * place, text, transform=axes.transAxes, fontsize=7, color=colour)
+        rows = f" (n = {tested})" if reading == "personal" else ""
+        lines.append((f"ECE {READINGS[reading]} {found['ece']:.3f}{rows}", colour))
+    for place, (text, colour) in enumerate(reversed(lines)):  # in points, so that they keep off the title at any size
+        at: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "xytext": (0, 5 + 9.5 * place),
+            "textcoords": "offset points",
+        }
+        axes.annotate(text, (0, 1), fontsize=style.SMALLEST, color=colour, **at)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_aspect("equal")
@@ -166,7 +199,12 @@ def _merged_bins(a: Json, b: Json) -> Json:
     return found
 
 
-def _with_all(by_client: Mapping[str, Any], summary: Json, join: Any) -> dict[str, Any]:
+def _ordered(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any]:
+    """In the order of the clients, as every figure and table has them."""
+    return {row["id"]: by_client[row["id"]] for row in summary["clients"] if row["id"] in by_client}
+
+
+def _with_all(by_client: Mapping[str, Any], summary: Json, details: Json, join: Any) -> dict[str, Any]:
     """All clients if they fit; else their sum, then the weakest on the common test set (without one, at home)."""
     if len(by_client) <= PANELS:
         return dict(by_client)
@@ -174,6 +212,6 @@ def _with_all(by_client: Mapping[str, Any], summary: Json, join: Any) -> dict[st
     for found in by_client.values():
         whole = found if whole is None else join(whole, found)
     judged = "global" if summary["global"] else "personal"
-    scores = {row["id"]: reached(row, judged, "balanced_accuracy") for row in summary["clients"]}
+    scores = {row["id"]: reached(row, judged, selection(summary, details)) for row in summary["clients"]}
     weakest = sorted(by_client, key=lambda i: (scores[i] is None, scores[i] or 0.0))[: PANELS - 1]
     return {ALL: whole} | {i: by_client[i] for i in weakest}

@@ -11,16 +11,20 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-WIDTH = 7.2
-"""Inches: the text width of most journals."""
+WIDTH, COLUMN = 7.2, 3.5
+"""Inches: the text width of most journals, and the width of one of two columns. Figures are printed at the size they have."""
 
-DPI = 150
+SMALLEST = 7.0
+"""Points: no smaller type in any figure."""
+
+DPI = 300
 
 # Okabe and Ito's palette (2008), less its yellow, which white paper swallows.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-# For classes, splits and models: an order that does not remind of the readings' colours before it must.
-CATEGORIES = ("#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#000000", "#009E73", "#0072B2", "#D55E00")
+# For classes, splits and models: none of the readings' colours, which mean a reading wherever they appear.
+CATEGORIES = ("#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#000000")
 READING_COLOURS = {"personal": BLUE, "global": VERMILION, "server": GREEN}
 READING_MARKERS = {"personal": "o", "global": "s", "server": "^"}
 GREY = "#6B6B6B"
@@ -78,8 +82,16 @@ def png(made: Figure) -> bytes:
 
 
 def shorten(text: str, length: int = 18) -> str:
-    """A label that fits, its end cut off if it must be."""
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """A label that fits. Cut in the middle: names of one family differ at their ends."""
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
+
+
+def ticks(most: int = 5) -> MaxNLocator:
+    """At most so many steps between ticks, each 1, 2 or 5 times a power of ten."""
+    return MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
 def bare(axes: Axes) -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hetero_fl.metrics import SMALLER_IS_BETTER
+from hetero_fl.metrics import SMALLER_IS_BETTER, selection_metric
+from hetero_fl.task import Task
 
 MISSING = "–"
 
+FEW_ROWS = 20
+"""A figure from fewer test rows is marked as uncertain: one row more that is right moves it by over five points."""
+
 READINGS = {"personal": "at home", "global": "in common", "server": "server"}
+
+READING_WORDS = {
+    "personal": "at home (own test split)",
+    "global": "in common (common test set)",
+    "server": "server's own model",
+}
 
 METRICS = {
     "accuracy": "accuracy",
@@ -164,9 +174,37 @@ def reached(client: Mapping[str, Any], reading: str, metric: str) -> float | Non
     return (client[reading] or {}).get(metric)
 
 
-def headline_metrics(metrics: Mapping[str, Any]) -> tuple[str, str]:
-    """The two metrics that plots and progress show."""
-    return ("mae", "r2") if is_regression(metrics) else ("balanced_accuracy", "auroc")
+def selection(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    """The metric by which validation selects rounds: the one that headline, story and pictures are about."""
+    kind: Any = target(summary, details)
+    return selection_metric(Task(kind, len(details["labels"])))[0]
+
+
+def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, str]:
+    """The selection metric, and the one shown beside it."""
+    first = selection(summary, details)
+    return first, {"mae": "r2", "auroc": "balanced_accuracy"}.get(first, "auroc")
+
+
+def home_rows(details: Mapping[str, Any]) -> dict[str, int]:
+    """How many test rows each client has at home."""
+    return {client: rows["test"] for client, rows in details["rows"].items()}
+
+
+def span(counts: Iterable[int]) -> str:
+    """`24 to 102`, or `60` where all are equal."""
+    known = list(counts)
+    low, high = min(known), max(known)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def uncertain(rows: Mapping[str, int]) -> str:
+    """A sentence on the clients whose figures at home come from few rows; empty where there are none."""
+    few = [client for client, count in rows.items() if 0 < count < FEW_ROWS]
+    if not few:
+        return ""
+    named = ", ".join(few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
+    return f"Uncertain, from fewer than {FEW_ROWS} test rows at home: {named}."
 
 
 def evaluated(record: Mapping[str, Any]) -> str:

@@ -28,7 +28,9 @@ MB = {"fedavg": 40e6, "hybrid": 50e6}
 
 
 def made(
-    algorithms: Sequence[str] = tuple(LEVELS), seeds: Sequence[int] = (0, 1, 2), metrics: Sequence[str] = CLASSIFICATION
+    algorithms: Sequence[str] = tuple(LEVELS),
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    metrics: Sequence[str] = CLASSIFICATION,
 ) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     rows = []
@@ -74,7 +76,7 @@ def test_means_spread_best_and_p(task: Task, metrics: Sequence[str], main: str) 
     assert float(local.p.strip("<")) == pytest.approx(max(expected, 0.001), rel=0.05)
     assert hybrid.p == "best" and fedavg.p not in ("", "best") and [b.p for b in bounds] == ["", ""]
     assert [line.megabytes for line in table.lines] == ["0", "40.0", "50.0", "0", "0"]
-    assert {line.seconds for line in table.lines} == {"31.0"}
+    assert {line.seconds for line in table.lines} == {"32.0"}
 
 
 def test_errors_are_best_when_small() -> None:
@@ -100,25 +102,25 @@ def test_one_seed_has_neither_spread_nor_p() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shift", "expected"), [([0, 0, 0], "1"), ([-0.1, -0.1, -0.1], "<0.001"), ([-0.1, -0.2, -0.3], "0.074")]
+    ("shift", "expected"), [([0] * 5, "1"), ([-0.1] * 5, "<0.001"), ([-0.1, -0.2, -0.3, 0.1, 0.05], "0.30")]
 )
 def test_p_of_equal_and_of_constant_differences(shift: list[float], expected: str) -> None:
     rows = made(["hybrid"])
     rows += [dict(row, algorithm="local") for row in rows]
-    for row, change in zip(rows[3:], shift, strict=True):
+    for row, change in zip(rows[5:], shift, strict=True):
         row["global_last_balanced_accuracy"] = rows[row["seed"]]["global_last_balanced_accuracy"] + change
     assert make_table(rows, BINARY, "last").lines[1].p == expected
 
 
 def test_pairs_are_by_seed_and_missing_seeds_are_told() -> None:
-    rows = made(["local", "hybrid"], seeds=[0, 1, 2, 3])
+    rows = made(["local", "hybrid"], seeds=range(6))
     whole = make_table(rows, BINARY, "last")
     assert make_table(rows[::-1], BINARY, "last").lines[::-1] == whole.lines
     short = [row for row in rows if (row["algorithm"], row["seed"]) != ("local", 2)]
     local = make_table(short, BINARY, "last").lines[0]
     key = "global_last_balanced_accuracy"
     kept = [s for s in values(rows, "hybrid", key) if s != values(rows, "hybrid", key)[2]]
-    assert local.name == "Local (3 of 4 seeds)"
+    assert local.name == "Local (5 of 6 seeds)"
     expected = float(stats.ttest_rel(values(short, "local", key), kept).pvalue)
     assert float(local.p.strip("<")) == pytest.approx(max(expected, 0.001), rel=0.05)
     without = [row for row in rows if (row["algorithm"], row["seed"]) != ("hybrid", 1)]
@@ -128,6 +130,26 @@ def test_pairs_are_by_seed_and_missing_seeds_are_told() -> None:
     assert float(p.strip("<")) == pytest.approx(max(expected, 0.001), rel=0.05), "the best may lack a seed too"
     single = [row for row in rows if row["algorithm"] == "hybrid" or row["seed"] == 0]
     assert make_table(single, BINARY, "last").lines[0].p == "–"
+
+
+def test_p_of_fewer_than_five_seeds_is_no_finding() -> None:
+    four, five = (make_table(made(seeds=range(n)), BINARY, "last") for n in (4, 5))
+    assert [line.p for line in four.lines] == ["–", "–", "best", "", ""]
+    assert "fewer than five seeds" in four.caption and "t-test" not in four.caption
+    assert "–" not in [line.p for line in five.lines] and "t-test" in five.caption and "fewer" not in five.caption
+
+
+@pytest.mark.parametrize(
+    ("jobs", "header", "words"),
+    [
+        (1, "Seconds", "one run at a time."),
+        (2, "Seconds (2 runs at a time)", "2 runs shared the machine, so they are no measure of speed."),
+        (None, "Seconds", "runs may have shared the machine, so they are no measure of speed."),
+    ],
+)
+def test_seconds_say_what_shared_the_machine(jobs: int | None, header: str, words: str) -> None:
+    table = make_table(made(), BINARY, "last", jobs)
+    assert table.header[-1] == header and table.caption.endswith(words)
 
 
 def test_columns_without_a_value_are_left_out_and_others_marked() -> None:
@@ -195,13 +217,17 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     assert all(float(f["global_last_auroc"]) == r["global_last_auroc"] for f, r in zip(found, rows, strict=True))
     assert found[0]["server_last_accuracy"] == "" and found[1]["server_best_loss"] == ""
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert text.startswith("# Two & <three>\n\nA note.\n\n## Last round") and "## Round selected by validation" in text
+    assert (
+        text.startswith("# Two & <three>\n\nA note.\n\n- **Seeds:** 0, 1, 2, 3, 4\n")
+        and "\n\n## Last round" in text
+        and "## Round selected by validation" in text
+    )
     assert (tmp_path / "out" / "comparison.tex").read_text().count("\\end{table}") == 2
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert "Two & <three>" in page.text and "A note." in page.text and "bounds" in page.text
     assert sum(tag == "b" for tag, _ in page.attributes) == 2 * 5 - 1 + 1, "one best in each column, and a caption"
-    assert len([row for row in page.cells if row[:1] == ["Hybrid "]]) == 2 + 3
+    assert len([row for row in page.cells if row[:1] == ["Hybrid "]]) == 2 + 5
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hetero_fl.errors import UserError
 from hetero_fl.reporting import client_plots, round_plots, score_plots, style
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.wording import METRICS, sentence
 
 MakeRun = Callable[..., RunDirectory]
 ALL = ["curves", "clients", "labels", "communication", "confusion", "calibration"]
@@ -45,7 +46,7 @@ def test_every_kind_of_run(made_run: MakeRun, case: dict[str, Any], names: list[
     for path in paths:
         content = path.read_bytes()
         width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
-        assert content.startswith(b"\x89PNG") and width <= 1150 and 200 <= height <= 2000, (path.name, width, height)
+        assert content.startswith(b"\x89PNG") and width <= 2300 and 400 <= height <= 4000, (path.name, width, height)
     assert dict(rcParams) == before, "matplotlib's settings are the user's"
 
 
@@ -79,7 +80,7 @@ def lines(figure: Figure, panel: int, colour: str) -> list[np.ndarray]:
 def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None:
     run = made_run(every=5, rounds=12)
     summary, records = run.summary(), run.metrics()
-    figure = drawn(round_plots.curves, summary, records)
+    figure = drawn(round_plots.curves, summary, records, run.details())
     read = [r for r in records if "global" in r]
     curve, last = lines(figure, 0, style.READING_COLOURS["global"])[:2]
     assert curve[0].tolist() == [5, 10, 12]
@@ -96,42 +97,75 @@ def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None
     assert {round(float(y), 9) for x, y in band if x == 5} == {round(low, 9), round(high, 9)}
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7])
+def test_ticks_of_rounds_are_whole_numbers(made_run: MakeRun, rounds: int) -> None:
+    run = made_run(rounds=rounds)
+    for axes in drawn(round_plots.curves, run.summary(), run.metrics(), run.details()).axes:
+        ticks = axes.get_xticks()
+        assert len(ticks) and all(float(tick).is_integer() for tick in ticks)
+
+
+@pytest.mark.parametrize(("kind", "classes", "name"), [("binary", 2, "balanced_accuracy"), ("multilabel", 14, "auroc")])
+def test_the_first_picture_is_of_the_selection_metric(made_run: MakeRun, kind: str, classes: int, name: str) -> None:
+    run = made_run(kind=kind, classes=classes, rounds=2)
+    summary, records, details = run.summary(), run.metrics(), run.details()
+    panel = drawn(round_plots.curves, summary, records, details).axes[0]
+    assert panel.get_title(loc="left") == sentence(METRICS[name])
+    against = drawn(round_plots.communication, summary, records, details)
+    shown = lines(against, 0, style.READING_COLOURS["personal"])[0][1]
+    assert shown.tolist() == [r["personal"][name] for r in records]
+
+
 def test_curves_leave_out_undefined_rounds(made_run: MakeRun) -> None:
     run = made_run(rounds=4, server=False)
     summary, records = run.summary(), run.metrics()
     records[1]["global"]["auroc"] = None
     for record in records:
         record["personal"]["auroc"] = None
-    figure = drawn(round_plots.curves, summary, records)
+    figure = drawn(round_plots.curves, summary, records, run.details())
     assert lines(figure, 1, style.READING_COLOURS["global"])[0][0].tolist() == [1, 3, 4]
     assert not lines(figure, 1, style.READING_COLOURS["personal"])
     for record in records:
         record["global"]["auroc"] = None
-    (words,) = drawn(round_plots.curves, summary, records).axes[1].texts
+    (words,) = drawn(round_plots.curves, summary, records, run.details()).axes[1].texts
     assert words.get_text().startswith("undefined")
 
 
 def test_bytes_are_summed_over_all_rounds(made_run: MakeRun) -> None:
     run = made_run(every=5, rounds=12)
-    figure = drawn(round_plots.communication, run.summary(), run.metrics())
+    figure = drawn(round_plots.communication, run.summary(), run.metrics(), run.details())
     curve = lines(figure, 0, style.READING_COLOURS["personal"])[0]
     assert curve[0] == pytest.approx([0.72 * r for r in (5, 10, 12)])
     assert "(MB)" in figure.axes[0].get_xlabel()
 
 
 def test_clients_at_home_and_in_common(made_run: MakeRun) -> None:
-    summary = made_run(clients=6).summary()
+    run = made_run(clients=6)
+    summary, details = run.summary(), run.details()
     summary["clients"][2]["personal"] = None
-    figure = drawn(client_plots.clients, summary)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [f"hospital_{i}" for i in range(1, 7)]
-    home = lines(figure, 1, style.READING_COLOURS["personal"])[0][0]
-    assert np.isnan(home[2]) and home[3] == summary["clients"][3]["personal"]["balanced_accuracy"]
-    assert not len(drawn(client_plots.clients, made_run_again(summary, 50)).axes[0].get_lines()) - 1
+    for client, rows in details["rows"].items():
+        rows["test"] = {"hospital_4": 19, "hospital_5": 20}.get(client, 60)
+    figure = drawn(client_plots.clients, summary, details)
+    named = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert named[2:5] == ["hospital_3 (n = 60)", "hospital_4 (n = 19)", "hospital_5 (n = 20)"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Balanced accuracy", "Accuracy"]
+    home, hollow = lines(figure, 0, style.READING_COLOURS["personal"])
+    assert np.isnan(home[0][2]) and home[0][3] == summary["clients"][3]["personal"]["balanced_accuracy"]
+    assert hollow.tolist() == [[home[0][3]], [3]], "19 rows are few, 20 are not"
+    assert [text.get_text() for text in figure.legends[0].texts][2:] == ["uncertain: n < 20 at home"]
 
 
-def made_run_again(summary: dict[str, Any], count: int) -> dict[str, Any]:
-    """The same clients so often that they cannot be named."""
-    return summary | {"clients": [summary["clients"][k % 6] | {"id": str(k)} for k in range(count)]}
+def test_many_clients_are_points_and_few_rows_hollow(made_run: MakeRun) -> None:
+    run = made_run(clients=50)
+    details = run.details()
+    for k, rows in enumerate(details["rows"].values()):
+        rows["test"] = 7 if k < 5 else 30
+    figure = drawn(client_plots.clients, run.summary(), details)
+    full, hollow = (
+        sum(len(c.get_offsets()) for c in figure.axes[0].collections if (len(c.get_facecolor()) > 0) == filled)
+        for filled in (True, False)
+    )
+    assert (full, hollow) == (45, 5) and figure.axes[0].get_xlabel() == "at home (n = 7 to 30)"
 
 
 def test_labels_show_every_count(made_run: MakeRun) -> None:
@@ -165,7 +199,8 @@ def test_regression_shows_rows(made_run: MakeRun) -> None:
 
 
 def images(figure: Figure) -> list[np.ndarray]:
-    return [np.array(axes.images[0].get_array()) for axes in figure.axes if axes.get_visible()]
+    """What the panels show; the colour bar has no image."""
+    return [np.array(axes.images[0].get_array()) for axes in figure.axes if axes.images]
 
 
 def test_confusion_rows_are_shares_of_the_truth(made_run: MakeRun) -> None:
@@ -179,11 +214,28 @@ def test_confusion_rows_are_shares_of_the_truth(made_run: MakeRun) -> None:
     assert shown[2].tolist() == [[0.8, 0.2], [0.25, 0.75]]
 
 
+def test_confusion_has_one_order_of_clients_and_classes_and_one_scale(made_run: MakeRun) -> None:
+    run = made_run(kind="multiclass", classes=10)
+    summary, details = run.summary(), run.details()
+    details["confusion"] = dict(reversed(details["confusion"].items()))
+    figure = drawn(score_plots.confusion, summary, details)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert {axes.images[0].get_clim() for axes in panels} == {(0.0, 1.0)}
+    assert len([axes for axes in figure.axes if not axes.images]) == 1, "one colour bar"
+    tested = {i: rows["test"] for i, rows in details["rows"].items()}
+    titles = [axes.get_title(loc="center") for axes in panels if axes.get_title(loc="center")]
+    assert titles == [f"{c['id']}\nn = {tested[c['id']]} at home" for c in summary["clients"]]
+    assert [t.get_text() for t in panels[0].get_yticklabels()] == details["labels"]
+    assert [t.get_text() for t in panels[-1].get_xticklabels()] == details["labels"]
+    matrix = np.array(details["confusion"]["hospital_4"]["global"], dtype=float)
+    assert images(figure)[9] == pytest.approx(matrix / matrix.sum(1, keepdims=True))
+
+
 def test_many_clients_are_summed_and_the_weakest_follow(made_run: MakeRun) -> None:
     run = made_run(clients=20)
     summary, details = run.summary(), run.details()
     figure = drawn(score_plots.confusion, summary, details)
-    titles = [axes.get_title(loc="center") for axes in figure.axes]
+    titles = [axes.get_title(loc="center") for axes in figure.axes if axes.images]
     ranked = sorted(summary["clients"], key=lambda c: c["global"]["balanced_accuracy"])
     assert titles == ["all clients", *(c["id"] for c in ranked[:11])]
     total = np.sum([m["global"] for m in details["confusion"].values()], axis=0)

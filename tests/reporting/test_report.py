@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.rundir import RunDirectory
@@ -92,19 +93,29 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
     common = summary["global"]["last"]
     assert f"Balanced accuracy in common {100 * common['balanced_accuracy']:.1f}%" in page.text
     assert f"worst {100 * common['balanced_accuracy_worst']:.1f}%" in page.text
-    assert f"AUROC in common {common['auroc']:.3f}" in page.text
+    home = summary["personal"]["last"]["balanced_accuracy"]
+    assert f"Balanced accuracy at home {100 * home:.1f}%" in page.text
+    assert (
+        f"Balanced accuracy of the server's model {100 * summary['server']['last']['balanced_accuracy']:.1f}%"
+        in page.text
+    )
+    assert not {"AUROC", "Accuracy"} & set(page.text.partition("Results")[0].split()), (
+        "one metric in headline and story"
+    )
     weakest = min(summary["clients"], key=lambda c: c["global"]["balanced_accuracy"])
     assert f"worst {weakest['id']} with {100 * weakest['global']['balanced_accuracy']:.1f}%" in page.text
     rows = {row[0].strip(): row for row in page.cells}
     chosen = summary["server"]["best_by_validation"]
-    assert rows[f"Server round {chosen['round']}, selected by validation"][4].strip() == f"{chosen['auroc']:.3f}"
+    line = rows[f"Server round {chosen['round']}, selected by validation n = 624 test rows"]
+    assert line[4].strip() == f"{chosen['auroc']:.3f}"
     client = rows["hospital_3 large"]
     assert client[1].strip() == "resnet18 11,169,218"
     assert rows["hospital_2 small"][2].strip() == "parameters, predictions lr 0.0005, epochs 2"
-    assert client[5].strip() == f"{100 * summary['clients'][2]['personal']['accuracy']:.1f}%"
+    tested = run.details()["rows"]["hospital_3"]["test"]
+    assert client[5].strip() == f"{100 * summary['clients'][2]['personal']['accuracy']:.1f}% n = {tested}"
     assert "8.64 MB" in page.text and "2.88 MB up, 5.76 MB down" in page.text
     assert "500 rows, whose labels are never read" in page.text
-    assert "Guessing among 2 classes would give a balanced accuracy of 50%" in page.text
+    assert "Guessing among 2 classes would give 50%" in page.text
 
 
 def test_pictures_are_those_of_the_run(made_run: MakeRun) -> None:
@@ -127,6 +138,43 @@ def test_undefined_figures_are_counted(made_run: MakeRun) -> None:
     assert missing > 0
     page = read(run)
     assert f"undefined: {missing}" in next(row for row in page.cells if row[0].startswith("At home"))[4]
+
+
+def test_figures_of_few_rows_are_marked(made_run: MakeRun) -> None:
+    run = made_run(rounds=1)
+    details = run.details()
+    for rows in details["rows"].values():
+        rows["test"] = 60
+    run.write_json("details.json", details)
+    assert "uncertain" not in read(run).text.lower()
+    details["rows"]["hospital_2"]["test"] = 19
+    details["rows"]["hospital_3"]["test"] = 20
+    run.write_json("details.json", details)
+    page = read(run)
+    rows = {row[0].strip(): row for row in page.cells}
+    assert rows["hospital_2 small"][5].strip().endswith("% n = 19, uncertain")
+    assert rows["hospital_3 large"][5].strip().endswith("% n = 20") and "n =" not in rows["hospital_2 small"][7]
+    assert "Uncertain, from fewer than 20 test rows at home: hospital_2." in page.text
+    assert "n = 19 to 60 test rows a client" in page.text and "n = 624 test rows" in page.text
+
+
+@pytest.mark.parametrize("server", [True, False])
+def test_a_server_is_told_of_where_there_is_one(made_run: MakeRun, server: bool) -> None:
+    page = read(made_run(rounds=1, server=server))
+    assert ("The server has one model" in page.text) == server
+    assert ("server's own model" in page.text) == server
+
+
+def test_ones_own_method_is_told_in_its_own_words(made_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Algorithm):
+        """Half of the clients
+        wait (Doe 2020).
+
+        More of it.
+        """
+
+    monkeypatch.setattr(algorithm, "_known", {**algorithm._known, "mine": Mine})
+    assert "Half of the clients wait (Doe 2020)." in read(made_run(rounds=1, algorithm="mine")).text
 
 
 def test_nothing_gets_through_unescaped(made_run: MakeRun) -> None:

@@ -81,7 +81,7 @@ def main() -> None:
             begun = time.perf_counter()
             bare_loop(module, start, columns["x"], columns["y"], fit)
             middle = time.perf_counter()
-            serial.perform(client, fit)
+            serial.perform([(client, fit)])
             end = time.perf_counter()
             if i:
                 ratios.append((end - middle) / (middle - begun))

@@ -1,9 +1,20 @@
-"""The two ways a run ends early, and the phrase that helps with a misspelt name."""
+"""The two ways a run ends early, the phrase that helps with a misspelt name, and whose code a file is."""
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+_OTHERS = (  # this project, Python and what was installed
+    *(os.path.join(folder, "") for folder in (PACKAGE, PACKAGE.parent / "model_zoo")),
+    *(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    "<string>",
+    "<frozen",
+)
 
 
 class UserError(Exception):
@@ -20,11 +31,21 @@ class RunFailed(Exception):
     """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
 
 
+def similar(found: object, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` if one of the choices is close to what was found, else nothing."""
+    close = get_close_matches(str(found), sorted(map(str, choices)), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
 def nearest(found: object, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` if one of the choices is close to what was found, else the choices themselves."""
     names = sorted(map(str, choices))
-    close = get_close_matches(str(found), names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    if hint := similar(found, names):
+        return hint
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"; choose from {shown}" if names else ""
+
+
+def is_users(file: str) -> bool:
+    """Whether a source file is the user's own: a method, a model, an objective."""
+    return not file.startswith(_OTHERS)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hetero_fl.architecture import Tensors
 from hetero_fl.codec import CodecError, decode, encode
+from hetero_fl.errors import nearest, similar
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS = ("params", "update", "rows", "class_sums", "counts")
@@ -24,6 +25,13 @@ FORM = "hetero_fl payload 1"
 
 class PayloadError(ValueError):
     """A payload that is malformed, or not what was agreed; one line."""
+
+
+class NoSuchItem(KeyError):
+    """An item that was not sent, or a name that no upload can have; one line."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,30 @@ class Payload(Mapping[str, Any]):
             self.items_[name] = value
         self.report = dict(report or {})
 
+    @classmethod
+    def of(cls, items: Any, specs: Mapping[str, ItemSpec] | None = None) -> Payload:
+        """What a method's hook returned; with `specs`, as it declared it. Raises PayloadError naming the item at fault."""
+        if not isinstance(items, Mapping):
+            raise PayloadError(f"returns {type(items).__name__}, not a dictionary of items")
+        payload = cls(items)
+        for name, item in payload.items_.items():
+            tensors = list(item.values.values()) if isinstance(item.values, dict) else [item.values]
+            odd = [type(t).__name__ for t in tensors if not isinstance(t, Tensor)]
+            if odd:
+                raise PayloadError(f"item {name!r} holds {odd[0]}, not a tensor or named tensors")
+            if specs is None:
+                continue
+            if name not in specs:
+                raise PayloadError(f"item {name!r} is not declared in `uploads`{nearest(name, specs)}")
+            if item.kind != specs[name].kind:
+                kind = specs[name].kind
+                raise PayloadError(
+                    f"item {name!r} is of kind {item.kind!r}, declared is {kind!r}; return Item(values, weight, {kind!r})"
+                )
+        return payload
+
     def __getitem__(self, name: str) -> Any:
-        return self.items_[name].values
+        return self.item(name).values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.items_)
@@ -78,7 +108,10 @@ class Payload(Mapping[str, Any]):
         return len(self.items_)
 
     def item(self, name: str) -> Item:
-        """The item with its weight and kind."""
+        """The item with its weight and kind. Raises NoSuchItem, a KeyError, that says what was sent."""
+        if name not in self.items_:
+            sent = ", ".join(map(repr, self.items_)) or "nothing"
+            raise NoSuchItem(f"no item {name!r} was sent, but {sent}{similar(name, self.items_)}")
         return self.items_[name]
 
     def encode(self) -> bytes:
@@ -99,6 +132,32 @@ class Payload(Mapping[str, Any]):
             raise PayloadError(str(error)) from None
         except (KeyError, TypeError, AttributeError) as error:
             raise PayloadError(f"malformed: {type(error).__name__} {error}") from None
+
+
+class Encoded:
+    """Encodes payloads; equal ones, made of the very same tensors, once. Keeps the last few.
+
+    A model that a whole group receives is then encoded for the first of its members alone.
+    """
+
+    def __init__(self, most: int = 8) -> None:
+        self.most = most
+        self._known: dict[Any, tuple[Payload, bytes]] = {}  # the payload keeps its tensors alive, so ids stay theirs
+
+    def __call__(self, payload: Payload) -> bytes:
+        """The payload's bytes."""
+        mark = tuple((n, i.kind, _identity(i.values), _identity(i.weight)) for n, i in payload.items_.items())
+        if mark not in self._known:
+            if len(self._known) >= self.most:
+                self._known.pop(next(iter(self._known)))
+            self._known[mark] = (payload, payload.encode())
+        return self._known[mark][1]
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((n, id(t)) for n, t in value.items())
+    return id(value) if isinstance(value, Tensor) else value
 
 
 def _item(name: str, raw: Any) -> Item:

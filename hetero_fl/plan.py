@@ -1,13 +1,15 @@
 """The steps that a plan may yield. A method says with them what is computed; the runtime decides how.
 
 A plan is a generator: it yields a step (or a list of steps that may run in any order, together), is sent the result (or
-results), and returns what its author promised, an upload for instance. It holds no training loop.
+results), and returns what its author promised, an upload for instance. It holds no training loop. The last field of a step,
+`made`, is how one that is made and never yielded is noticed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import AugmentConfig, OptimizerConfig
+from hetero_fl.made import Made, note
 from hetero_fl.objectives import Objective
 from hetero_fl.state import Columns, Part, Participant
 
@@ -75,6 +78,7 @@ class Fit:
     keep: str | None = None  # a name under which the optimiser's state lives on in the participant
     label: str = "train"  # names the random stream
     as_id: str | None = None  # draw as this participant would
+    made: Made | None = field(default_factory=partial(note, "a Fit"), kw_only=True, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Predict:
     batch_size: int = 500
     tensors: Tensors | None = None
     arch: Architecture | None = None
+    made: Made | None = field(default_factory=partial(note, "a Predict"), kw_only=True, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class ClassSums:
     readout: Literal["logits", "features", "log_probabilities"] = "logits"
     at_least: float | None = None  # outputs are clipped from below before they are summed
     batch_size: int = 500
+    made: Made | None = field(default_factory=partial(note, "a ClassSums"), kw_only=True, repr=False, compare=False)
 
 
 Step = Fit | Predict | ClassSums

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from hetero_fl.experiment import prepare
+from hetero_fl.runtime.choose import make_executor
 from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.runtime.serial import Serial
 from hetero_fl.runtime.store import Store
 
 MIXED = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
@@ -46,8 +46,8 @@ def rounds_of(source: dict[str, Any], held: int | None = None, store: Store | No
     """The run of a configuration, after so many rounds (all of them by default), in memory only unless a store is given."""
     torch.set_num_threads(1)
     prepared = prepare(source)
-    per_round = prepared.config.clients.per_round
-    rounds = Rounds(prepared.method, prepared.federation, Serial(torch.device("cpu")), per_round, store=store)
+    executor = make_executor(prepared.config.runtime, prepared.method, prepared.federation, torch.device("cpu"), store)
+    rounds = Rounds(prepared.method, prepared.federation, executor, prepared.config.clients.per_round)
     for _ in range(prepared.config.rounds if held is None else held):
         rounds.round()
     return rounds

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from hetero_fl.aggregation.uploads import Uploads, normalised, weighted_sum
+from hetero_fl.aggregation.sums import RunningMean
 from hetero_fl.architecture import Tensors
 
 Owner = tuple[str, tuple[int, ...], str]  # (tensor name, shape, group or "" for common ones)
 
 
-def average_by_owner(
-    uploads: Uploads, name: str, common: Sequence[str] = (), weighted: bool = True
-) -> dict[str, Tensors]:
-    """For each architecture group the mean of what its members sent under `name`, weighted by the items' weights or plain.
+class OwnerMeans:
+    """The mean of each tensor over its owners, folded as models arrive.
 
     Tensors whose names start with a prefix in `common` are averaged with those of equal name and shape of every group;
-    others only within their group: equal shapes never mix by accident. Groups and tensors that nobody sent are left out.
+    others only within their group: equal shapes never mix by accident.
     """
-    owners: dict[Owner, list[tuple[float, Tensor]]] = {}
-    groups: dict[str, dict[str, Owner]] = {}
-    for upload in uploads.having(name):
-        item = upload.payload.item(name)
-        weight = float(item.weight) if weighted else 1.0
-        tensors: Mapping[str, Tensor] = item.values  # type: ignore[assignment]
-        for n, tensor in tensors.items():
-            owner = (n, tuple(tensor.shape), "" if common and n.startswith(tuple(common)) else upload.group)
-            owners.setdefault(owner, []).append((weight, tensor))
-            groups.setdefault(upload.group, {})[n] = owner
-    means = {
-        owner: weighted_sum([t for _, t in held], normalised([w for w, _ in held])) for owner, held in owners.items()
-    }
-    return {g: {n: means[owner] for n, owner in wanted.items()} for g, wanted in groups.items()}
+
+    def __init__(self, common: Sequence[str] = ()) -> None:
+        self._common = tuple(common)
+        self._means: dict[Owner, RunningMean] = {}
+        self._groups: dict[str, dict[str, Owner]] = {}
+
+    def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """One more model, or part of one."""
+        wanted = self._groups.setdefault(group, {})
+        for name, tensor in tensors.items():
+            shared = bool(self._common) and name.startswith(self._common)
+            owner = wanted[name] = (name, tuple(tensor.shape), "" if shared else group)
+            self._means.setdefault(owner, RunningMean()).add(tensor, weight)
+
+    def by_group(self) -> dict[str, Tensors]:
+        """For each group the means of the tensors that its members sent; what nobody sent is left out."""
+        return {
+            group: {name: mean for name, owner in wanted.items() if (mean := self._means[owner].value) is not None}
+            for group, wanted in self._groups.items()
+        }
+
+
+def step(current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]) -> Tensors:
+    """current + rate·(mean − current) for parameters; buffers (BatchNorm statistics) take the mean as it is.
+
+    A rate of one takes the mean to the bit. Extrapolating a running variance could make it negative.
+    """
+    trainable = set(parameters)
+    moved = {n: m if rate == 1 or n not in trainable else current[n] + rate * (m - current[n]) for n, m in mean.items()}
+    return {**current, **moved}

@@ -1,20 +1,22 @@
 """The uploads of a round, and the one rule by which they are combined: the weighted mean over the owners of each element.
 
-That rule is FedAvg within an architecture, partial sharing, and the mean of predictions at once. Sums are taken in client-id
-order, so that the order of arrival changes no bit; weights that are numbers are normalised before they multiply, and the
-first term starts the sum, so that a tensor with one owner passes through untouched.
+That rule is FedAvg within an architecture, partial sharing, and the mean of predictions at once. Uploads are added in
+client-id order, so that the order of arrival changes no bit, and are folded into means as they come; what a method declares
+with `use="each"` is kept whole besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from hetero_fl.aggregation.averaging import OwnerMeans
+from hetero_fl.aggregation.sums import ItemSum
 from hetero_fl.architecture import Tensors
-from hetero_fl.payload import Item, Payload
+from hetero_fl.errors import UserError, nearest
+from hetero_fl.payload import ItemSpec, NoSuchItem, Payload
 from hetero_fl.state import Card, in_order
 
 
@@ -37,83 +39,84 @@ class Upload:
 
 
 class Uploads:
-    """All uploads that arrived, in client-id order."""
+    """What arrived in a round.
 
-    def __init__(self, uploads: Iterable[Upload]) -> None:
+    Args:
+        uploads: in hand; more can be added, in client-id order.
+        specs: what the method declares of its items; those used one by one are kept.
+        common: prefixes of tensors that are averaged across architectures.
+    """
+
+    def __init__(
+        self, uploads: Iterable[Upload] = (), specs: Mapping[str, ItemSpec] | None = None, common: Sequence[str] = ()
+    ) -> None:
+        self._specs, self._common = specs or {}, common
+        self._kept: list[Upload] = []
+        self._senders: dict[str, list[Card]] = {}
+        self._tensors: dict[str, ItemSum] = {}
+        self._models: dict[str, OwnerMeans] = {}
+        self._count = 0
         by_client = {u.client: u for u in uploads}
-        self._uploads = [by_client[c] for c in in_order(by_client)]
+        for client in in_order(by_client):
+            self.add(by_client[client])
 
     def __len__(self) -> int:
-        return len(self._uploads)
+        return self._count
+
+    def add(self, upload: Upload) -> None:
+        """Fold one more upload in. Clients come in the order of their ids."""
+        self._count += 1
+        whole = {}
+        for name in upload.payload:
+            item = upload.payload.item(name)
+            self._senders.setdefault(name, []).append(upload.card)
+            if isinstance(item.values, Tensor):
+                self._tensors.setdefault(name, ItemSum()).add(item)
+            else:
+                means = self._models.setdefault(name, OwnerMeans(self._common))
+                means.add(upload.group, item.values, float(item.weight))
+            if name in self._specs and self._specs[name].use == "each":
+                whole[name] = item
+        if any(spec.use == "each" for spec in self._specs.values()):
+            self._kept.append(Upload(upload.card, Payload(whole)))
+
+    def _declared(self, name: str) -> None:
+        if self._specs and name not in self._specs:
+            raise NoSuchItem(f"item {name!r} is not declared in `uploads`{nearest(name, self._specs)}")
+
+    def senders(self, name: str) -> list[Card]:
+        """Who sent the item. As below, raises NoSuchItem (a KeyError) for one that the method does not declare."""
+        self._declared(name)
+        return list(self._senders.get(name, []))
+
+    def mean(self, name: str) -> Tensor | None:
+        """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
+        self._declared(name)
+        return self._tensors[name].mean if name in self._tensors else None
+
+    def total(self, name: str) -> tuple[Tensor, Tensor]:
+        """(Σ values·weight, Σ weight) of the single-tensor items of that name. Raises KeyError if nobody sent it."""
+        self._declared(name)
+        return self._tensors[name].total
+
+    def mean_by_group(self, name: str) -> dict[str, Tensors]:
+        """For each architecture group the mean over the owners of each tensor that its members sent under that name."""
+        self._declared(name)
+        return self._models[name].by_group() if name in self._models else {}
 
     @property
     def each(self) -> Iterator[Upload]:
-        """The single uploads."""
-        return iter(self._uploads)
+        """The single uploads, with the items that were declared with `use="each"`.
+
+        Raises UserError if there are none: what is only summed is not kept.
+        """
+        if self._count and not self._kept:
+            raise UserError("uploads.each: no item of this method is declared with use='each'")
+        return iter(self._kept)
 
     def having(self, name: str) -> list[Upload]:
-        """Those with the item."""
-        return [u for u in self._uploads if name in u.payload]
-
-    def mean(self, name: str) -> Tensor | None:
-        """`mean_of` the single-tensor items of that name; None if nobody sent it."""
-        items = [u.payload.item(name) for u in self.having(name)]
-        return mean_of(items) if items else None
-
-    def total(self, name: str) -> tuple[Tensor, Tensor]:
-        """`total_of` the single-tensor items of that name. Raises KeyError if nobody sent it."""
-        items = [u.payload.item(name) for u in self.having(name)]
-        if not items:
-            raise KeyError(name)
-        return total_of(items)
-
-
-def mean_of(items: Sequence[Item]) -> Tensor:
-    """Σ w·v / Σ w of single-tensor items in the order given, element by element; nought where nobody has weight."""
-    if any(i.kind == "class_sums" or isinstance(i.weight, Tensor) for i in items):
-        total, weight = total_of(items)
-        return total / torch.where(weight > 0, weight, torch.ones_like(weight))
-    weights = normalised([float(i.weight) for i in items])
-    return weighted_sum([_tensor(i) for i in items], weights)
-
-
-def total_of(items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-    """(Σ values·weight, Σ weight) of single-tensor items; `class_sums` and `counts` are sums already."""
-    values = [_tensor(i) for i in items]
-    weights = [torch.as_tensor(i.weight, dtype=v.dtype) for i, v in zip(items, values, strict=True)]
-    terms = [v if i.kind in ("class_sums", "counts") else v * w for i, v, w in zip(items, values, weights, strict=True)]
-    return _sum(terms), _sum(weights)
-
-
-def _tensor(item: Item) -> Tensor:
-    if not isinstance(item.values, Tensor):
-        raise TypeError("named tensors are averaged by aggregation.averaging")
-    return item.values
-
-
-def normalised(weights: Sequence[float]) -> list[float]:
-    """Weights that sum to one; equal ones if all are nought."""
-    total = sum(weights)
-    return [w / total for w in weights] if total > 0 else [1 / len(weights)] * len(weights)
-
-
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ w·t in the order given; exact where there is one."""
-    return _sum([t * w for t, w in zip(tensors, weights, strict=True)])
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0].clone()
-    for term in terms[1:]:
-        total += term
-    return total
-
-
-def step(current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]) -> Tensors:
-    """current + rate·(mean − current) for parameters; buffers (BatchNorm statistics) take the mean as it is.
-
-    A rate of one takes the mean to the bit. Extrapolating a running variance could make it negative.
-    """
-    trainable = set(parameters)
-    moved = {n: m if rate == 1 or n not in trainable else current[n] + rate * (m - current[n]) for n, m in mean.items()}
-    return {**current, **moved}
+        """The single uploads with that item, which has to be declared with `use="each"`."""
+        self._declared(name)
+        if name in self._specs and self._specs[name].use != "each":
+            raise UserError(f"uploads.having: item '{name}' is not declared with use='each'")
+        return [u for u in self._kept if name in u.payload]

@@ -14,11 +14,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from hetero_fl.aggregation.averaging import average_by_owner
-from hetero_fl.aggregation.uploads import Uploads, step
+from hetero_fl.aggregation.averaging import step
+from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.architecture import Tensors
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.errors import UserError
+from hetero_fl.made import watched
 from hetero_fl.objectives import Objective, Supervised, log_prior
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
@@ -63,6 +64,10 @@ class Algorithm(BaseModel):
     logit_adjustment: bool = Field(
         False, description="train on z + log π with the client's own label frequencies π; at home read z + log π"
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        watched(cls)
 
     # What travels ------------------------------------------------------------------------------------------------
     def part(self, settings: ClientSettings) -> Part:
@@ -117,7 +122,8 @@ class Algorithm(BaseModel):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         """The server's round."""
-        self.average(server, uploads)
+        if "model" in self.uploads:
+            self.average(server, uploads)
         yield from ()
 
     def personalise(self, client: Participant, got: Payload) -> Plan[None]:
@@ -179,14 +185,21 @@ class Algorithm(BaseModel):
         return logits if prior is None else logits + prior
 
     def share(self, client: Participant) -> Items:
-        """The client's part of the model, weighted by its training rows."""
+        """The client's part of the model, with its weight."""
         part = self.sends(client.settings, client.clock.round)
         if part == ():
             return {}
-        return {"model": Item(floats(select(client.models["model"], part)), float(client.n), "params")}
+        return {"model": Item(floats(select(client.models["model"], part)), self.weight_of(client), "params")}
 
-    def average(self, server: Participant, uploads: Uploads, rate: float = 1.0, weighted: bool = True) -> None:
+    def weight_of(self, client: Participant) -> float:
+        """The weight of a client's parameters in the mean: its training rows."""
+        return float(client.n)
+
+    def average(self, server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
         """Move each group's model to the mean over the owners of each tensor."""
-        for group, mean in average_by_owner(uploads, "model", server.common, weighted).items():
+        for group, mean in uploads.mean_by_group("model").items():
             parameters = server.arch[group].parameter_names
             server.models[group] = step(server.models[group], mean, rate, parameters)
+
+
+watched(Algorithm)

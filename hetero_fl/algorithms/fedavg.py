@@ -24,8 +24,11 @@ class FedAvg(Algorithm):
     weighting: Literal["samples", "uniform"] = Field("samples", description="w_k = n_k / Σn, or all equal")
     server_lr: PositiveFloat = Field(1.0, description="λ: how far the server moves towards the mean")
 
+    def weight_of(self, client: Participant) -> float:
+        return super().weight_of(client) if self.weighting == "samples" else 1.0
+
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        self.average(server, uploads, self.server_lr, self.weighting == "samples")
+        self.average(server, uploads, self.server_lr)
         yield from ()
 
 

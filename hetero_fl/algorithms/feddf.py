@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from hetero_fl.aggregation.sums import mean_of
 from hetero_fl.aggregation.teachers import opinion
-from hetero_fl.aggregation.uploads import Upload, Uploads, mean_of
+from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Items, algorithm
 from hetero_fl.algorithms.distillation import Distilling
 from hetero_fl.algorithms.fedavg import FedAvg
@@ -58,7 +59,7 @@ class FedDF(Distilling, FedAvg):
         yield from super().aggregate(server, uploads)
         if said:
             teacher = mean_of([said[c] for c in in_order(said)])
-            yield from self.distil(server, teacher, [u.card for u in uploads.having("model")], self.distil_epochs)
+            yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)
             yield from self.train_student(server, teacher)
 
     def opinion_of(self, server: Participant, upload: Upload, logits: Tensor) -> Item:

@@ -90,5 +90,5 @@ class Hybrid(Distilling, FedAvg):
             return
         server.state[TEACHER] = teacher
         if self.distil_at != "client":
-            yield from self.distil(server, teacher, [u.card for u in uploads.having("model")], self.distil_epochs)
+            yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)
         yield from self.train_student(server, teacher)

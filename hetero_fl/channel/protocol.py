@@ -1,14 +1,17 @@
 """How a cohort's uploads reach the server: a protocol is a pair of coroutines, and the methods do not know which.
 
 `Direct` has one exchange (a broadcast down, an upload up). Protocols with several exchanges a round, a secure sum for
-instance, fit the same two methods.
+instance, fit the same two methods. Messages are made when they are sent and uploads used as they come, so that a round
+holds one of each, not a cohort's worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol as Interface
+
+from hetero_fl.lazy import Lazy
 
 
 @dataclass(frozen=True)
@@ -20,31 +23,34 @@ class Message:
 
 
 Messages = Mapping[str, Message]  # client id -> message
-Exchange = Callable[[Messages], Messages]  # requests -> the replies that came
-Work = Callable[[bytes], bytes]  # a client's own part: broadcast in, upload out
+Replies = Iterator[tuple[str, Message]]  # in client-id order, as they come; who does not answer is left out
+Exchange = Callable[[Messages], Replies]
+Arrivals = Iterable[tuple[str, bytes]]  # (client id, upload), in client-id order
+Talk = Generator[bytes, bytes, Message]  # yields a broadcast, is sent the upload made of it, returns the reply
 
 
 class Protocol(Interface):
     """The two sides of a round."""
 
-    def collect(self, broadcasts: Mapping[str, bytes]) -> Generator[Messages, Messages, dict[str, bytes]]:
-        """Server: yields requests, is sent the replies that came, returns what arrived by client id."""
+    def collect(self, broadcasts: Mapping[str, bytes]) -> Generator[Messages, Replies, Arrivals]:
+        """Server: yields requests, is sent the replies, returns what arrived."""
         ...
 
-    def answer(self, message: Message, work: Work) -> Message:
-        """Client: the reply to one request."""
+    def answer(self, client: str, message: Message) -> Talk:
+        """Client: the reply to one request, with its own computation in between where the protocol has it."""
         ...
 
 
 class Direct:
     """One request, one answer."""
 
-    def collect(self, broadcasts: Mapping[str, bytes]) -> Generator[Messages, Messages, dict[str, bytes]]:
-        replies = yield {c: Message("train", body) for c, body in broadcasts.items()}
-        return {c: m.body for c, m in replies.items()}
+    def collect(self, broadcasts: Mapping[str, bytes]) -> Generator[Messages, Replies, Arrivals]:
+        replies = yield Lazy(list(broadcasts), lambda client: Message("train", broadcasts[client]))
+        return ((client, reply.body) for client, reply in replies)
 
-    def answer(self, message: Message, work: Work) -> Message:
-        return Message("upload", work(message.body))
+    def answer(self, client: str, message: Message) -> Talk:
+        upload = yield message.body
+        return Message("upload", upload)
 
 
 @dataclass
@@ -57,15 +63,27 @@ class Traffic:
 
 def hold_round(
     protocol: Protocol, broadcasts: Mapping[str, bytes], exchange: Exchange, traffic: Traffic
-) -> dict[str, bytes]:
-    """Drive a protocol to its end; the same for the simulator and for real machines. Returns uploads by client id."""
+) -> Iterator[tuple[str, bytes]]:
+    """Drive a protocol to its end; the same for the simulator and for real machines. Uploads come in client-id order."""
     conversation = protocol.collect(broadcasts)
     try:
         requests = next(conversation)
         while True:
-            traffic.down += sum(len(message.body) for message in requests.values())
-            replies = exchange(requests)
-            traffic.up += sum(len(message.body) for message in replies.values())
-            requests = conversation.send(replies)
+            requests = conversation.send(_counted(requests, exchange, traffic))
     except StopIteration as stop:
-        return stop.value
+        yield from stop.value
+
+
+def _counted(requests: Messages, exchange: Exchange, traffic: Traffic) -> Replies:
+    sent: set[str] = set()
+
+    def message(client: str) -> Message:
+        made = requests[client]
+        if client not in sent:  # a worker that died is told again; the client is not
+            sent.add(client)
+            traffic.down += len(made.body)
+        return made
+
+    for client, reply in exchange(Lazy(requests.keys(), message)):
+        traffic.up += len(reply.body)
+        yield client, reply

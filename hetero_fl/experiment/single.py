@@ -26,10 +26,10 @@ from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
 from hetero_fl.runtime.checkpoint import Checkpoints
+from hetero_fl.runtime.choose import make_executor
 from hetero_fl.runtime.compatibility import check
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.rounds import Readings, Record, Rounds, record_readings
-from hetero_fl.runtime.serial import Serial
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.saved import SavedModel
 
@@ -156,14 +156,11 @@ def _carry_out(
     prepared: Prepared, directory: RunDirectory, device: torch.device, progress: Progress, callbacks: Sequence[Callback]
 ) -> None:
     begun, config = time.perf_counter(), prepared.config
+    store = Store(directory.path / "checkpoint", config.runtime.store_memory << 20)
+    executor = make_executor(config.runtime, prepared.method, prepared.federation, device, store)
+    executor.watch(progress.task)
     rounds = Rounds(
-        prepared.method,
-        prepared.federation,
-        Serial(device),
-        config.clients.per_round,
-        config.runtime.divergence == "stop",
-        progress.task,
-        Store(directory.path / "checkpoint", config.runtime.store_memory << 20),
+        prepared.method, prepared.federation, executor, config.clients.per_round, config.runtime.divergence == "stop"
     )
     checkpoints = Checkpoints(rounds.store, progress.log)
     fingerprint = prepared.data.content_hash()

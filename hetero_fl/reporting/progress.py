@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Mapping
 from datetime import datetime
 from types import TracebackType
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.reporting.wording import duration, evaluated, plural, sentence, size
 
 
@@ -57,6 +59,8 @@ class Progress:
     ) -> None:
         self._stop()
         if self._log is not None:
+            if isinstance(error, Exception):
+                self._write_failure(error)
             self._log.close()
             self._log = None
 
@@ -121,6 +125,13 @@ class Progress:
     def _write(self, line: str) -> None:
         if self._log is not None:
             self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+
+    def _write_failure(self, error: Exception) -> None:
+        """What ended the run; with the traceback of what lies behind the one line that the user sees."""
+        self._write(f"failed: {' '.join(str(error).split())}")
+        behind = error.__cause__ if isinstance(error, UserError | RunFailed) else error
+        if behind is not None and self._log is not None:
+            self._log.writelines(traceback.format_exception(behind))
 
     def _stop(self) -> None:
         if self._live is not None:

@@ -10,7 +10,9 @@ import torch
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.architecture import Architecture
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.hooks import broadcast, is_own, told
 from hetero_fl.state import floats, select
 from model_zoo import is_batch_norm
 
@@ -34,6 +36,8 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     _check_common(federation)
     _check_class_weights(federation)
     _check_batches(algorithm, federation)
+    if is_own(algorithm):
+        _rehearse(algorithm, federation)
     notes = []
     travel = {n for n, s in algorithm.uploads.items() if s.share in given and (s.kind != "rows" or proxy)}
     averages = travel <= {"model"} and algorithm.uploads.get("model") is not None
@@ -48,6 +52,18 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
             groups = dict.fromkeys(federation.cards[id].arch.id for id in alone)
             notes.append(f"{name} averages within an architecture: {', '.join(groups)} stands alone")
     return notes
+
+
+@told()
+def _rehearse(algorithm: Algorithm, federation: Federation) -> None:
+    """The clients' part of the first round, without computing: slips in an own method show before anybody trains.
+
+    Raises UserError, and RunFailed if the method itself does not run.
+    """
+    server, expectations = federation.server(), Expectations(algorithm, federation)
+    algorithm.start(server)
+    for card in federation.cards.values():
+        expectations.of(card, broadcast(algorithm, server, card), 0)
 
 
 def _alone(algorithm: Algorithm, federation: Federation) -> list[str]:

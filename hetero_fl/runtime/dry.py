@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from hetero_fl.algorithms import Algorithm, Items
-from hetero_fl.payload import Item, Payload
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.errors import UserError
+from hetero_fl.payload import Item, Payload, PayloadError
 from hetero_fl.plan import ClassSums, Fit, FitReport, Predict, Step
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.serial import carry_out
+from hetero_fl.runtime.hooks import broadcast
+from hetero_fl.runtime.plans import Work, carry_out
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import Card, Columns, Participant
 
@@ -22,8 +24,11 @@ class Dry:
     def __init__(self) -> None:
         self.templates = Templates(torch.device("cpu"))
 
-    def perform(self, participant: Participant, step: Step) -> Any:
-        """The shape of the result of one step."""
+    def perform(self, work: Work) -> list[Any]:
+        """Results of the right shapes, in order."""
+        return [self._shaped(participant, step) for participant, step in work]
+
+    def _shaped(self, participant: Participant, step: Step) -> Any:
         if isinstance(step, Fit):
             return FitReport(1, step.batch_size, 0.0)
         arch = getattr(step, "arch", None) or participant.arch[step.slot]
@@ -43,13 +48,19 @@ class Expectations:
         self._known: dict[Any, dict[str, Item]] = {}
 
     def of(self, card: Card, broadcast: Payload, round: int) -> Mapping[str, Item]:
-        """An upload of the right form; its numbers mean nothing. Clients alike share one."""
+        """An upload of the right form; its numbers mean nothing. Clients alike share one.
+
+        Raises UserError if the method's `train` returns what it did not declare.
+        """
         s = card.settings
         key = (card.arch, tuple(s.shares), (round + 1) % s.share_every, round % s.share_every, _outline(broadcast))
         if key not in self._known:
             client = self._stand_in(card, round)
             items, _ = carry_out(self.algorithm.train(client, broadcast), client, self.performer)
-            upload = Payload(items)
+            try:
+                upload = Payload.of(items, self.algorithm.uploads)
+            except PayloadError as error:
+                raise UserError(f"{type(self.algorithm).__name__}.train: {error}") from None
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]
 
@@ -98,11 +109,15 @@ def cost(algorithm: Algorithm, federation: Federation) -> dict[str, dict[str, in
         server.clock = federation.clock(round)
         uploads = []
         for id, card in federation.cards.items():
-            down = Payload(algorithm.broadcast(server, card))
-            items: Items = dict(expectations.of(card, down, round))
+            down = broadcast(algorithm, server, card)
+            items = dict(expectations.of(card, down, round))
             uploads.append(Upload(card, Payload(items)))
             parameters = sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names)
             sizes = [len(p.encode()) if algorithm.counted else 0 for p in (down, uploads[-1].payload)]
             table[id] = {"parameters": parameters, "rows": card.n, "down_bytes": sizes[0], "up_bytes": sizes[1]}
-        carry_out(algorithm.aggregate(server, Uploads(uploads)), server, expectations.performer)
+        carry_out(
+            algorithm.aggregate(server, Uploads(uploads, algorithm.uploads, server.common)),
+            server,
+            expectations.performer,
+        )
     return table

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.channel.protocol import Direct, Messages, Traffic, hold_round
+from hetero_fl.channel.protocol import Direct, Messages, Replies, Traffic, hold_round
 from hetero_fl.errors import RunFailed
+from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score, spread
-from hetero_fl.payload import Payload, PayloadError, check_upload
+from hetero_fl.payload import Encoded, Payload, PayloadError, check_upload
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
+from hetero_fl.runtime.executor import Executor
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.serial import Performer, carry_out
-from hetero_fl.runtime.site import Reading, Scores, Site
-from hetero_fl.runtime.store import Store
-from hetero_fl.runtime.training import Diverged
+from hetero_fl.runtime.hooks import broadcast, told
+from hetero_fl.runtime.plans import Diverged, carry_out
+from hetero_fl.runtime.site import Reading, Scores
 from hetero_fl.seeding import generator
 from hetero_fl.state import in_order
 
+T = TypeVar("T")
 Record = dict[str, Any]  # a line of metrics.jsonl
 
 
@@ -44,21 +46,19 @@ class Rounds:
         self,
         algorithm: Algorithm,
         federation: Federation,
-        performer: Performer,
+        executor: Executor,
         per_round: int | None = None,
         stop_on_divergence: bool = False,
-        watch: Callable[[str], None] | None = None,
-        store: Store | None = None,
     ) -> None:
-        self.algorithm, self.federation, self.performer = algorithm, federation, performer
+        self.algorithm, self.federation, self.executor = algorithm, federation, executor
         self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
-        self.store, self.protocol, self.traffic = store or Store(), Direct(), Traffic()
-        self.site = Site(algorithm, federation, self.store, performer, self.protocol)
-        self.site.watch = watch
+        self.store, self.performer = executor.store, executor.performer
+        self.protocol, self.traffic = Direct(), Traffic()
         self.expectations = Expectations(algorithm, federation)
         self.server = federation.server()
         self.completed = 0
-        algorithm.start(self.server)
+        with told():
+            algorithm.start(self.server)
 
     # A round -----------------------------------------------------------------------------------------------------
     def cohort(self, round: int) -> list[str]:
@@ -69,37 +69,35 @@ class Rounds:
         drawn = torch.randperm(len(ids), generator=generator(self.federation.seed, round, "cohort"))
         return [ids[i] for i in sorted(drawn[: self.per_round].tolist())]
 
+    @told()
     def round(self) -> Record:
-        """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used."""
+        """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used, or if a
+        method of the user's own fails."""
         begun, index = time.perf_counter(), self.completed
         cohort, failed = self.cohort(index), {}
         losses: dict[str, float] = {}
         before = (self.traffic.up, self.traffic.down)
         self._clock(index)
-        sent = {c: Payload(self.algorithm.broadcast(self.server, self.federation.cards[c])) for c in cohort}
 
-        def exchange(requests: Messages) -> Messages:
-            replies = {}
-            for client in in_order(requests):
-                try:
-                    replies[client] = self.site.answer(client, requests[client], index)
-                except Diverged as error:
-                    failed[client] = str(error)
-                    if self.stop_on_divergence:
-                        raise RunFailed(f"round {index + 1}: {client} diverged: {error}") from None
-            return replies
+        def exchange(requests: Messages) -> Replies:
+            for client, reply in in_turn(list(requests), self.executor.answer(requests, index)):
+                if not isinstance(reply, Diverged):
+                    yield client, reply
+                    continue
+                failed[client] = str(reply)
+                if self.stop_on_divergence:
+                    raise RunFailed(f"round {index + 1}: {client} diverged: {reply}")
 
         traffic = self.traffic if self.algorithm.counted else Traffic()
-        arrived = hold_round(self.protocol, {c: p.encode() for c, p in sent.items()}, exchange, traffic)
-        uploads = []
-        for client in in_order(arrived):
+        uploads = Uploads(specs=self.algorithm.uploads, common=self.server.common)
+        for client, body in hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic):
             try:
-                payload = self.receive(client, arrived[client], sent[client], index)
+                payload = self.receive(client, body, index)
             except PayloadError as error:
                 failed[client] = f"upload refused: {error}"
                 self.store.drop(client)
                 continue
-            uploads.append(Upload(self.federation.cards[client], payload))
+            uploads.add(Upload(self.federation.cards[client], payload))
             if isinstance(loss := payload.report.get("loss"), float) and math.isfinite(loss):
                 losses[client] = loss
         if not uploads:
@@ -108,7 +106,7 @@ class Rounds:
                 f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
             )
         try:
-            carry_out(self.algorithm.aggregate(self.server, Uploads(uploads)), self.server, self.performer)
+            carry_out(self.algorithm.aggregate(self.server, uploads), self.server, self.performer)
         except Diverged as error:
             raise RunFailed(f"round {index + 1}: training at the server diverged: {error}") from None
         self.store.commit()
@@ -123,10 +121,21 @@ class Rounds:
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
         }
 
-    def receive(self, client: str, data: bytes, broadcast: Payload, round: int) -> Payload:
+    def broadcasts(self, clients: Collection[str], reading: bool = False) -> Mapping[str, bytes]:
+        """What the server sends to each, encoded when it is asked for; `reading`: to be read, not to be trained on."""
+        encoded = Encoded()
+
+        def make(client: str) -> bytes:
+            card = self.federation.cards[client]
+            return encoded(broadcast(self.algorithm, self.server, replace(card, reading=True) if reading else card))
+
+        return Lazy(clients, make)
+
+    def receive(self, client: str, data: bytes, round: int) -> Payload:
         """An upload, decoded and checked against what this client was to send. Raises PayloadError."""
         payload = Payload.decode(data)
-        expected = self.expectations.of(self.federation.cards[client], broadcast, round)
+        card = self.federation.cards[client]
+        expected = self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
         check_upload(payload, self.algorithm.uploads, expected)
         return payload
 
@@ -134,24 +143,28 @@ class Rounds:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
 
     # Evaluation --------------------------------------------------------------------------------------------------
-    def broadcast_for_reading(self, client: str) -> bytes:
-        """What the client would receive next, to be read and not to be trained on. Counted like any other transfer."""
-        self._clock(self.completed)
-        card = replace(self.federation.cards[client], reading=True)
-        body = Payload(self.algorithm.broadcast(self.server, card)).encode()
-        if self.algorithm.counted:
-            self.traffic.down += len(body)
-        return body
-
+    @told()
     def evaluate(self, details: bool = False) -> Readings:
-        """Read every client's model, sampled or not, as it would be used now; and the server's own."""
-        clients = {}
-        for client in in_order(self.federation.cards):
-            body = self.broadcast_for_reading(client)
-            try:
-                clients[client] = self.site.read(client, body, self.completed, details)
-            except (Diverged, PayloadError) as error:
-                raise RunFailed(f"round {self.completed}: {client} cannot be evaluated: {error}") from None
+        """Read every client's model, sampled or not, as it would be used now; and the server's own.
+
+        What they receive for it is what they would receive next, and is counted like any other transfer.
+        """
+        self._clock(self.completed)
+        ids = in_order(self.federation.cards)
+        bodies = self.broadcasts(ids, reading=True)
+
+        def counted(client: str) -> bytes:
+            body = bodies[client]
+            sizes[client] = len(body)
+            return body
+
+        sizes: dict[str, int] = {}
+        try:
+            clients = dict(in_turn(ids, self.executor.read(Lazy(ids, counted), self.completed, details)))
+        except (Diverged, PayloadError) as error:
+            raise RunFailed(f"round {self.completed}: a model cannot be evaluated: {error}") from None
+        if self.algorithm.counted:
+            self.traffic.down += sum(sizes.values())
         return Readings(clients, self._read_server())
 
     def _read_server(self) -> dict[str, Scores] | None:
@@ -163,7 +176,7 @@ class Rounds:
         for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
             y = self.server.data(rows, view)["y"]
             if len(y):
-                logits = self.performer.perform(self.server, Predict(slot, Rows(rows, through=view)))
+                (logits,) = self.performer.perform([(self.server, Predict(slot, Rows(rows, through=view)))])
                 scores[name] = score(self.federation.task, logits, y)
         return scores
 
@@ -202,3 +215,14 @@ def record_readings(record: Record, readings: Readings) -> None:
         c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
         for c, r in readings.clients.items()
     }
+
+
+def in_turn(ids: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Arrivals in the order of the ids; early ones wait, and who never comes is left out."""
+    waiting: dict[str, T] = {}
+    source = iter(arrivals)
+    for id in ids:
+        while id not in waiting and (arrival := next(source, None)) is not None:
+            waiting[arrival[0]] = arrival[1]
+        if id in waiting:
+            yield id, waiting.pop(id)

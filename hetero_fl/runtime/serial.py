@@ -1,29 +1,18 @@
-"""The serial executor: a plan is carried out to its end, step by step, on live modules (memory: one client)."""
+"""Steps computed one after the other on live modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.errors import UserError
-from hetero_fl.plan import ClassSums, Fit, FitReport, Plan, Predict, Step
+from hetero_fl.plan import ClassSums, Fit, Predict, Step
+from hetero_fl.runtime.plans import Diverged, Work
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.runtime.training import fit_on_live_modules
 from hetero_fl.state import Participant
-
-T = TypeVar("T")
-
-
-class Performer(Protocol):
-    """Whoever computes single steps."""
-
-    def perform(self, participant: Participant, step: Step) -> Any:
-        """The result of one step; it may change the participant's models."""
-        ...
 
 
 class Serial:
@@ -32,10 +21,16 @@ class Serial:
     def __init__(self, device: torch.device) -> None:
         self.templates = Templates(device)
 
-    def perform(self, participant: Participant, step: Step) -> Any:
-        """Raises Diverged if a fit does."""
+    def perform(self, work: Work) -> list[Any]:
+        """The results in order."""
+        return [self._perform(participant, step) for participant, step in work]
+
+    def _perform(self, participant: Participant, step: Step) -> Any:
         if isinstance(step, Fit):
-            return fit_on_live_modules(participant, step, self.templates)
+            try:
+                return fit_on_live_modules(participant, step, self.templates)
+            except Diverged as failure:
+                return failure
         if isinstance(step, Predict):
             return self._predict(participant, step)
         return self._class_sums(participant, step)
@@ -77,28 +72,3 @@ def _counters(tensors: Any) -> dict[str, Tensor]:
     return {
         n: t for n, t in tensors.items() if not t.is_floating_point()
     }  # they do not travel, and evaluation ignores them
-
-
-def carry_out(
-    plan: Plan[T], participant: Participant, performer: Performer, watch: Callable[[str], None] | None = None
-) -> tuple[T, list[tuple[str, FitReport]]]:
-    """Run a plan to its end. Returns what it returned, and the reports of its fits with their labels."""
-    reports: list[tuple[str, FitReport]] = []
-    if not isinstance(plan, Generator):
-        raise UserError("a method's hook is no plan: every hook that may compute yields; end it with `yield from ()`")
-
-    def perform(step: Step) -> Any:
-        if watch is not None and isinstance(step, Fit):
-            watch(step.label)
-        result = performer.perform(participant, step)
-        if isinstance(result, FitReport) and isinstance(step, Fit):
-            reports.append((step.label, result))
-        return result
-
-    answer: Any = None
-    while True:
-        try:
-            asked = plan.send(answer)
-        except StopIteration as stop:
-            return stop.value, reports
-        answer = [perform(s) for s in asked] if isinstance(asked, list) else perform(asked)

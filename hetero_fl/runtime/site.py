@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.architecture import Architecture, Tensors
-from hetero_fl.channel.protocol import Message, Protocol
+from hetero_fl.channel.protocol import Message, Messages, Protocol, Talk
 from hetero_fl.data import Preprocess
 from hetero_fl.metrics import calibration, confusion, score
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Plan, Rows
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.serial import Performer, carry_out
+from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.state import Participant
 
@@ -44,7 +44,7 @@ class Reading:
 
 
 class Site:
-    """Carries out clients' plans with their own data and private state."""
+    """Carries out clients' plans with their own data and private state, several clients together."""
 
     def __init__(
         self, algorithm: Algorithm, federation: Federation, store: Store, performer: Performer, protocol: Protocol
@@ -52,57 +52,98 @@ class Site:
         self.algorithm, self.federation, self.store = algorithm, federation, store
         self.performer, self.protocol = performer, protocol
         self.watch: Callable[[str], None] | None = None  # told what is being done
+        self._common: dict[int, tuple[Tensor, Scores]] = {}  # scores of logits that several clients share
 
-    def answer(self, client: str, message: Message, round: int) -> Message:
-        """The client's reply to one request of the protocol. Raises Diverged if its training does."""
-        return self.protocol.answer(message, lambda broadcast: self._train(client, broadcast, round))
+    def answer(self, requests: Messages, round: int) -> dict[str, Message | Diverged]:
+        """The clients' replies to one request of the protocol each; a `Diverged` where training did."""
+        replies: dict[str, Message | Diverged] = {}
+        waiting: dict[str, tuple[Talk, bytes]] = {}
 
-    def _train(self, client: str, broadcast: bytes, round: int) -> bytes:
-        participant = self.federation.client(client, self.store.get(client), round)
-        plan = self.algorithm.train(participant, Payload.decode(broadcast))
-        items, reports = carry_out(plan, participant, self.performer, self._telling(client))
-        self.store.stage(client, Private(self.algorithm.private(participant), participant.state))
-        losses = [report.loss for label, report in reports if label == "train"]
-        return Payload(items, {"loss": losses[-1]} if losses else {}).encode()
+        def go_on(client: str, talk: Talk, upload: bytes | None) -> None:
+            try:
+                waiting[client] = (talk, next(talk) if upload is None else talk.send(upload))
+            except StopIteration as stop:
+                replies[client] = stop.value
 
-    def deployed(self, client: str, broadcast: bytes, round: int) -> Participant:
-        """A copy of the client with the model that it would use now, personalised."""
-        participant = self.federation.client(client, self.store.get(client), round)
-        got = Payload.decode(broadcast)
-        for plan in (self.algorithm.deploy(participant, got), self.algorithm.personalise(participant, got)):
-            carry_out(plan, participant, self.performer)
-        return participant
+        for client, request in requests.items():
+            go_on(client, self.protocol.answer(client, request), None)
+        while waiting:
+            talks, waiting = waiting, {}
+            for client, upload in self._train({c: broadcast for c, (_, broadcast) in talks.items()}, round).items():
+                if isinstance(upload, Diverged):
+                    replies[client] = upload
+                else:
+                    go_on(client, talks[client][0], upload)
+        return replies
 
-    def read(self, client: str, broadcast: bytes, round: int, details: bool = False) -> Reading:
-        """Score the client's model at home and in common, on test and validation rows; `details`: all that a report shows."""
-        if self.watch is not None:
-            self.watch(f"{client}: evaluation")
-        participant = self.deployed(client, broadcast, round)
-        reading, task = Reading(), self.federation.task
-        if details:
-            slot, view = self.algorithm.used(participant)
-            reading.model, reading.arch = participant.models[slot], participant.arch[slot]
-            reading.view = view or self.federation.cards[client].preprocess
-            at_home = self.algorithm.with_prior(participant, torch.zeros(task.outputs))
-            reading.log_prior = at_home.tolist() if bool(at_home.any()) else None
-        for name, (rows, home) in READINGS.items():
-            y = participant.data(rows, None)["y"]
-            if not len(y):
+    def _train(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, bytes | Diverged]:
+        clients = {c: self.federation.client(c, self.store.get(c), round) for c in broadcasts}
+        plans = [(p, self.algorithm.train(p, Payload.decode(broadcasts[c]))) for c, p in clients.items()]
+        uploads: dict[str, bytes | Diverged] = {}
+        for outcome, (id, client) in zip(
+            carry_out_together(plans, self.performer, self._telling), clients.items(), strict=True
+        ):
+            if outcome.failure is not None:
+                uploads[id] = outcome.failure
                 continue
-            logits = self._run(self.algorithm.predict(participant, Rows(rows), home), participant)
-            reading.scores[name] = score(task, logits, y)
-            if details and name in ("personal", "global") and task.kind != "regression":
-                reading.confusion[name] = confusion(task, logits, y).tolist()
-                reading.calibration[name] = calibration(task, logits, y)
-        return reading
+            self.store.stage(id, Private(self.algorithm.private(client), client.state))
+            losses = [report.loss for label, report in outcome.reports if label == "train"]
+            uploads[id] = Payload(outcome.get(), {"loss": losses[-1]} if losses else {}).encode()
+        return uploads
+
+    def deployed(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, Participant]:
+        """Copies of the clients with the models that they would use now, personalised. Raises Diverged if one does."""
+        clients = {c: self.federation.client(c, self.store.get(c), round) for c in broadcasts}
+        got = {c: Payload.decode(body) for c, body in broadcasts.items()}
+        for hook in (self.algorithm.deploy, self.algorithm.personalise):
+            self._run({c: hook(p, got[c]) for c, p in clients.items()}, clients)
+        return clients
+
+    def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool = False) -> dict[str, Reading]:
+        """Score clients' models at home and in common, on test and validation rows; `details`: all that a report shows.
+
+        Raises Diverged if a deployment does.
+        """
+        for client in broadcasts:
+            self._telling(client, "evaluation")
+        clients = self.deployed(broadcasts, round)
+        readings, task = {c: Reading() for c in clients}, self.federation.task
+        if details:
+            for c, participant in clients.items():
+                reading = readings[c]
+                slot, view = self.algorithm.used(participant)
+                reading.model, reading.arch = participant.models[slot], participant.arch[slot]
+                reading.view = view or self.federation.cards[c].preprocess
+                at_home = self.algorithm.with_prior(participant, torch.zeros(task.outputs))
+                reading.log_prior = at_home.tolist() if bool(at_home.any()) else None
+        for name, (rows, home) in READINGS.items():
+            labels = {c: p.data(rows, None)["y"] for c, p in clients.items()}
+            some = {c: p for c, p in clients.items() if len(labels[c])}
+            plans = {c: self.algorithm.predict(p, Rows(rows), home) for c, p in some.items()}
+            for c, logits in self._run(plans, some).items():
+                readings[c].scores[name] = self._score(logits, labels[c])
+                if details and name in ("personal", "global") and task.kind != "regression":
+                    readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
+                    readings[c].calibration[name] = calibration(task, logits, labels[c])
+        return readings
+
+    def _score(self, logits: Tensor, y: Tensor) -> Scores:
+        """Scores of the logits; those that several clients share are scored once."""
+        known = self._common.get(id(logits))
+        if known is None or known[0] is not logits:
+            if len(self._common) >= 64:
+                self._common.clear()
+            known = self._common[id(logits)] = (logits, score(self.federation.task, logits, y))
+        return known[1]
 
     def predict(self, participant: Participant, rows: Rows, home: bool) -> Tensor:
         """Logits of a deployed client's model."""
-        return self._run(self.algorithm.predict(participant, rows, home), participant)
+        return carry_out(self.algorithm.predict(participant, rows, home), participant, self.performer)[0]
 
-    def _run(self, plan: Plan[Tensor], participant: Participant) -> Tensor:
-        return carry_out(plan, participant, self.performer)[0]
+    def _run(self, plans: Mapping[str, Plan[Any]], clients: Mapping[str, Participant]) -> dict[str, Any]:
+        outcomes = carry_out_together([(clients[c], plan) for c, plan in plans.items()], self.performer)
+        return {c: outcome.get() for c, outcome in zip(plans, outcomes, strict=True)}
 
-    def _telling(self, client: str) -> Callable[[str], None] | None:
-        watch = self.watch
-        return None if watch is None else lambda label: watch(f"{client}: {label}")
+    def _telling(self, client: str, label: str) -> None:
+        if self.watch is not None:
+            self.watch(f"{client}: {label}")

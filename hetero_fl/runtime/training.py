@@ -15,14 +15,10 @@ from hetero_fl.objectives import Net, Nets
 from hetero_fl.plan import Fit, FitReport
 from hetero_fl.runtime.batches import Batches
 from hetero_fl.runtime.dropout import KeyedDropout
+from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.templates import Template, Templates
 from hetero_fl.seeding import key
 from hetero_fl.state import Participant
-
-
-class Diverged(Exception):
-    """A fit whose loss or tensors are no longer finite."""
-
 
 Named = dict[str, nn.Parameter]  # "slot:name" -> trainable parameter
 

@@ -87,11 +87,11 @@ def test_the_student_of_one_client_reaches_its_teacher() -> None:
     )
     source["algorithm"] |= {"student_epochs": 80}
     rounds = rounds_of(source)
-    body = rounds.broadcast_for_reading("site")
-    teacher = rounds.site.deployed("site", body, rounds.completed)
+    site = rounds.executor.site
+    teacher = site.deployed(rounds.broadcasts(["site"], reading=True), rounds.completed)["site"]
     for rows, least in (("proxy", 0.98), ("common_test", 0.75)):
-        said = rounds.site.predict(teacher, Rows(rows), home=False).argmax(-1)
-        learned = rounds.performer.perform(rounds.server, Predict("student", Rows(rows))).argmax(-1)
+        said = site.predict(teacher, Rows(rows), home=False).argmax(-1)
+        learned = rounds.performer.perform([(rounds.server, Predict("student", Rows(rows)))])[0].argmax(-1)
         assert (said == learned).float().mean() > least, rows
     y = teacher.data("common_test", None)["y"]
     assert (said == y).float().mean() > 0.7  # and the teacher is worth following

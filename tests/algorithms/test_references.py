@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.sums import mean_of
 from hetero_fl.aggregation.teachers import opinion
-from hetero_fl.aggregation.uploads import mean_of
 from hetero_fl.architecture import Architecture
 from hetero_fl.objectives import Batch, ClassDigest, Digest, Net, Nets, Proximal, Supervised, divergence, log_prior
 from hetero_fl.payload import Item, Payload
 from hetero_fl.plan import ClassSums, Fit, Rows
 from hetero_fl.runtime.batches import index_batches
-from hetero_fl.runtime.serial import Serial, carry_out
+from hetero_fl.runtime.plans import carry_out
+from hetero_fl.runtime.serial import Serial
+from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import floats
 from hetero_fl.task import Task
 from tests.small import MIXED, config, rounds_of
@@ -181,7 +183,7 @@ def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
     rounds.round()
     sums, counts = torch.zeros(10, 10), torch.zeros(10)
     for participant, _ in sent.values():
-        model = rounds.performer.templates(participant.arch["model"]).load(participant.models["model"]).eval()
+        model = Templates(torch.device("cpu"))(participant.arch["model"]).load(participant.models["model"]).eval()
         data = participant.data("train", None)
         with torch.no_grad():
             for x, y in zip(model(data["x"]).logits, data["y"].tolist(), strict=True):
@@ -237,7 +239,7 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
         if "clip_norm" in optimizer:
             nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
         opt.step()
-    Serial(torch.device("cpu")).perform(client, rounds.algorithm.fit(client))
+    Serial(torch.device("cpu")).perform([(client, rounds.algorithm.fit(client))])
     for name, tensor in model.state_dict().items():
         assert torch.allclose(client.models["model"][name], tensor, rtol=0, atol=1e-12), name
 
@@ -255,8 +257,8 @@ def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
 def test_class_sums_step_equals_a_loop() -> None:
     rounds = rounds_of(config("local"), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    sums, counts = rounds.performer.perform(client, ClassSums("model", Rows("train"), "features"))
-    model = rounds.performer.templates(client.arch["model"]).load(client.models["model"]).eval()
+    ((sums, counts),) = rounds.performer.perform([(client, ClassSums("model", Rows("train"), "features"))])
+    model = Templates(torch.device("cpu"))(client.arch["model"]).load(client.models["model"]).eval()
     data = client.data("train", None)
     for c in range(10):
         rows = data["x"][data["y"] == c]

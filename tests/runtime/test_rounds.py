@@ -94,7 +94,7 @@ def poisoned(rounds: Rounds, client: str) -> None:
         return items
 
     rounds.algorithm = type("Poisoned", (type(rounds.algorithm),), {"share": bad})(**rounds.algorithm.model_dump())
-    rounds.site.algorithm = rounds.expectations.algorithm = rounds.algorithm
+    rounds.executor.site.algorithm = rounds.expectations.algorithm = rounds.algorithm
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedper"])
@@ -247,7 +247,7 @@ def test_a_kept_optimiser_goes_on_where_it_was() -> None:
         client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
         fit = rounds.algorithm.fit(client)
         for _ in range(2):
-            rounds.performer.perform(client, Fit(**{**fit.__dict__, "keep": keep}))
+            rounds.performer.perform([(client, Fit(**{**fit.__dict__, "keep": keep}))])
         ends.append(client.models["model"]["head.weight"])
         if keep:
             steps = {float(s["step"]) for s in client.state["optimizers"]["mine"].values()}

@@ -1,0 +1,74 @@
+"""Who computes a cohort's tasks: the interface that rounds use, and the executor that stays in this process.
+
+An executor is handed requests by client id and gives replies in whatever order they come. Clients are put together in
+chunks that follow from their ids and architectures alone, never from workers or the clock: the same chunks, the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
+
+from hetero_fl.channel.protocol import Message, Messages
+from hetero_fl.runtime.plans import Diverged, Performer
+from hetero_fl.runtime.site import Reading, Site
+from hetero_fl.runtime.store import Store
+from hetero_fl.state import Card, in_order
+
+Reply = Message | Diverged
+
+
+class Executor(Protocol):
+    """Computes clients' tasks somewhere."""
+
+    store: Store  # clients' private state; what a task writes is staged here by the time its reply comes
+    performer: Performer  # for the server's own plans, in this process
+
+    def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Reply]]:
+        """The clients' replies to one request each, in any order."""
+        ...
+
+    def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
+        """The clients' readings (see `Site.read`), in any order. Raises Diverged."""
+        ...
+
+    def watch(self, listener: Callable[[str], None] | None) -> None:
+        """Have somebody told what is being done."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; the executor is of no use afterwards."""
+        ...
+
+
+class InProcess:
+    """One site in this process; `chunk` clients of one architecture at a time."""
+
+    def __init__(self, site: Site, chunk: int = 1) -> None:
+        self.site, self.chunk = site, chunk
+        self.store, self.performer = site.store, site.performer
+
+    def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Reply]]:
+        for ids in chunks(requests, self.site.federation.cards, self.chunk):
+            yield from self.site.answer({c: requests[c] for c in ids}, round).items()
+
+    def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
+        for ids in chunks(broadcasts, self.site.federation.cards, self.chunk):
+            yield from self.site.read({c: broadcasts[c] for c in ids}, round, details).items()
+
+    def watch(self, listener: Callable[[str], None] | None) -> None:
+        self.site.watch = listener
+
+    def close(self) -> None:
+        pass
+
+
+def chunks(ids: Iterable[str], cards: Mapping[str, Card], size: int) -> list[list[str]]:
+    """Clients that are computed together: at most `size` of one architecture, in id order."""
+    ids = in_order(ids)
+    if size == 1:
+        return [[id] for id in ids]
+    groups: dict[str, list[str]] = {}
+    for id in ids:
+        groups.setdefault(cards[id].arch.id, []).append(id)
+    return [members[i : i + size] for members in groups.values() for i in range(0, len(members), size)]

@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--cohort", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--memory", type=int, default=1024, help="MiB, as runtime.store_memory")
-    parser.add_argument("--folder", type=Path, default=None, help="where the disk is; default: the system's temporary one")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the disk is; default: the system's temporary one"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     clients, before = [f"site_{i}" for i in range(options.clients)], peak()
@@ -67,7 +69,9 @@ def main() -> None:
         checkpoints = Checkpoints(Store(folder, memory), print)
         print(f"imports: {before:.2f} GB resident")
         stage, commit, size = held_round(checkpoints, clients, options.parameters, 0)
-        print(f"all {len(clients)} clients: staged in {stage:.2f} s, commit {commit:.2f} s, {size / 1e6:.0f} MB written")
+        print(
+            f"all {len(clients)} clients: staged in {stage:.2f} s, commit {commit:.2f} s, {size / 1e6:.0f} MB written"
+        )
         rounds = []
         for round in range(1, options.rounds + 1):
             drawn = torch.randperm(len(clients), generator=generator("benchmark", round))[: options.cohort]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.averaging import average_by_owner
 from hetero_fl.aggregation.uploads import Uploads, step
-from hetero_fl.architecture import Tensors
+from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.errors import UserError
 from hetero_fl.objectives import Objective, Supervised, log_prior
@@ -51,6 +51,7 @@ class Algorithm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shared: ClassVar[Part] = None  # the part of the model that travels: None all, () nothing, else prefixes
+    slot: ClassVar[str] = "model"  # the client's slot that it is a part of
     uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
     needs_proxy: ClassVar[bool] = False
     distils: ClassVar[bool] = False  # whether it can train a student at the server
@@ -63,6 +64,23 @@ class Algorithm(BaseModel):
     logit_adjustment: bool = Field(
         False, description="train on z + log π with the client's own label frequencies π; at home read z + log π"
     )
+
+    # What the method needs besides -------------------------------------------------------------------------------
+    def resolve(self, cards: Mapping[str, Card]) -> tuple[Algorithm, list[str]]:
+        """The method with the settings that were left open derived from the federation, and lines that say so.
+
+        Called once, before anything is built; the run's `config.yaml` holds the result. Raises UserError for settings
+        that do not fit the clients.
+        """
+        return self, []
+
+    def architecture(self, card: Card) -> Architecture:
+        """The model that a client trains under this method: its own, unless all need something in common."""
+        return card.arch
+
+    def extras(self, arch: Architecture) -> dict[str, Architecture]:
+        """The models that a client with this one has besides, by slot."""
+        return {}
 
     # What travels ------------------------------------------------------------------------------------------------
     def part(self, settings: ClientSettings) -> Part:
@@ -82,7 +100,7 @@ class Algorithm(BaseModel):
     def private(self, client: Participant) -> dict[str, Tensors]:
         """What of its models a client keeps between rounds: whatever the next broadcast does not replace."""
         replaced = self.takes(client.settings, 0) if client.settings.share_every == 1 else ()
-        kept = {**client.models, "model": without(client.models["model"], replaced)}
+        kept = {**client.models, self.slot: without(client.models[self.slot], replaced)}
         return {slot: tensors for slot, tensors in kept.items() if floats(tensors)}  # counters alone are not worth it
 
     @staticmethod
@@ -105,8 +123,11 @@ class Algorithm(BaseModel):
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         """Make the model that this client would use now."""
-        if "model" in got:
-            client.load("model", got["model"])
+        for slot, arch in self.extras(client.arch["model"]).items():
+            client.arch[slot] = arch
+            client.models[slot] = {**arch.initial(client.clock.seed), **client.models.get(slot, {})}
+        if self.slot in got:
+            client.load(self.slot, got[self.slot])
         yield from ()
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
@@ -183,7 +204,7 @@ class Algorithm(BaseModel):
         part = self.sends(client.settings, client.clock.round)
         if part == ():
             return {}
-        return {"model": Item(floats(select(client.models["model"], part)), float(client.n), "params")}
+        return {self.slot: Item(floats(select(client.models[self.slot], part)), float(client.n), "params")}
 
     def average(self, server: Participant, uploads: Uploads, rate: float = 1.0, weighted: bool = True) -> None:
         """Move each group's model to the mean over the owners of each tensor."""

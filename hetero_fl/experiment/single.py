@@ -83,7 +83,11 @@ def prepare(
     data = federate(dataset, config.data, clients, config.seed, server=own_view)
     student = method.distils and data.n_proxy > 0
     federation = Federation.of(config, data, clients, student)
-    notes = check(config.algorithm["name"], method, federation)
+    method, derived = method.resolve(federation.cards)
+    federation = federation.with_models({id: method.architecture(card) for id, card in federation.cards.items()})
+    name = config.algorithm["name"]
+    config = config.model_copy(update={"algorithm": {"name": name, **method.model_dump(mode="json")}})
+    notes = [*derived, *check(name, method, federation)]
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"

@@ -5,6 +5,7 @@ from hetero_fl.algorithms.fd import FD
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.algorithms.fedmd import FedMD
+from hetero_fl.algorithms.fedproto import FedProto
 from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.algorithms.local import Centralized, Ensemble, Local
 from hetero_fl.algorithms.partial import FedPer, LGFedAvg
@@ -19,6 +20,7 @@ __all__ = [
     "FedDF",
     "FedMD",
     "FedPer",
+    "FedProto",
     "FedProx",
     "Hybrid",
     "Items",

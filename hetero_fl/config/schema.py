@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from hetero_fl.config.base import Section, choice
-from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, _named
+from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
 from hetero_fl.config.source import DataConfig
 
 
 class ServerConfig(Section):
     """What the server trains with, and the one student that it may train for itself."""
 
-    model: Annotated[ModelConfig, BeforeValidator(_named)] | None = Field(
+    model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
         None,
         description="architecture of a student distilled at the server from the clients' consensus; none: no student",
     )

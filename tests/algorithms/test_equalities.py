@@ -59,11 +59,15 @@ def test_one_client_with_everything_is_centralised_training_bit_for_bit() -> Non
     assert same_bits(floats(fedavg.server.models[group]), floats(centralised.server.models[group]))
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "hybrid"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "fedproto", "fml", "fedkd", "hybrid"],
+)
 def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
     groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]
     there = rounds_of(config(algorithm, clients__groups=groups))
     back = rounds_of(config(algorithm, clients__groups=groups[::-1]))
+    assert there.server.models.keys() == back.server.models.keys()
     for group in there.server.models:
         assert same_bits(there.server.models[group], back.server.models[group])
     for id in there.federation.cards:

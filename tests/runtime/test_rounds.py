@@ -29,6 +29,9 @@ METHODS = [
     "fedmd",
     "feddf",
     "fd",
+    "fedproto",
+    "fml",
+    "fedkd",
     "hybrid",
 ]
 

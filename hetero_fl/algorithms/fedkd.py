@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from pydantic import Field, NonNegativeFloat
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.base import Items, algorithm
+from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.algorithms.mentee import MENTEE, WithMentee
 from hetero_fl.architecture import Architecture
 from hetero_fl.channel.lowrank import compress, restore
@@ -39,6 +40,10 @@ class FedKD(WithMentee):
         """The share that is kept in this round."""
         done = who.clock.round / max(1, who.clock.rounds - 1)
         return self.energy_start + (self.energy_end - self.energy_start) * min(1.0, done)
+
+    def resolve(self, cards: Mapping[str, Card]) -> tuple[Algorithm, list[str]]:
+        method, notes = super().resolve(cards)
+        return method, [*notes, "updates of rank one are what `--check` counts: true ranks follow from what is learnt"]
 
     def extras(self, arch: Architecture) -> dict[str, Architecture]:
         mentee = self.small(arch.outputs)

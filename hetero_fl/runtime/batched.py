@@ -2,6 +2,20 @@
 
 What makes steps equal is their signature: the same architectures, objective, optimiser, shapes. The number of rows may
 differ. What `vmap` refuses (recurrent networks, dropout of whole channels or paths, data-dependent branches) runs serially.
+
+Where it pays on one CPU thread (benchmarks/batched.py, SGD, 100 rows a client; batched time over serial time, 5 / 20 clients):
+
+    batch 10                  8x8 pixels      28x28 pixels
+    linear                    0.95 / 0.31     0.94 / 0.49
+    mlp                       0.94 / 0.33     1.43 / 0.47     (100 clients of 60 rows: 0.16 and 0.42)
+    cnn_bn_small              0.62 / 0.22     0.76 / 0.53
+    cnn_gn_small              0.53 / 0.23     0.70 / 0.45
+    lenet                                     0.94 / 0.57
+    fedavg_cnn                0.98 / 0.57     0.99 / 1.13
+
+With a batch of 32, images of 28x28 keep the processor busy by themselves: cnn_bn_small 0.94 / 0.75, cnn_gn_small 0.79 / 0.86.
+Groups of two lose nearly everywhere (0.9 to 3.3), and so do models of more than a million parameters, which no longer fit the
+cache together. The pairs were few and the machine was shared: the second digit is not to be relied on.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from hetero_fl.runtime.dropout import KeyedDropout
 
+LARGE = 2**14  # weights of a participant's layer
+
 
 class StackedOps(KeyedDropout):
     """While active, linear layers take `linear` below, and `F.dropout` a mask from `key` (int64, batched) if there is one."""
@@ -32,8 +34,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for one participant, `[…, in]` to `[…, out]`.
 
     torch's own rule leaves the gradient of stacked weights transposed, and copying it into place costs as much as
-    computing it.
+    computing it. Small layers keep that rule: for them calling this one costs more.
     """
+    if weight.numel() < LARGE:
+        return F.linear(input, weight, bias)
     out: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight)
     out = out.view(*input.shape[:-1], -1)
     return out if bias is None else out + bias

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hetero_fl.runtime.batched as batched_module
+import hetero_fl.runtime.stacked_ops as stacked_ops
 from hetero_fl.architecture import Architecture
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, OptimizerConfig
 from hetero_fl.objectives import Batch, Digest, Nets, Objective, Rehearsal, Supervised, divergence
@@ -154,6 +155,13 @@ class Mutual(Objective):
         one, other = nets.model(batch.x), nets.other(batch.x)
         gap = divergence("multiclass", one.logits, nets.other.head(one.features)) + other.logits.square().mean(-1)
         return torch.nn.functional.cross_entropy(one.logits, batch.y, reduction="none") + gap
+
+
+@pytest.mark.parametrize("large", [2**14, 0])
+def test_large_linear_layers_have_a_rule_of_their_own(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacked_ops, "LARGE", large)
+    both(arch("mlp", hidden=(260, 12)), lambda p: FIT)
+    both(arch("transformer", width=8, depth=1), lambda p: replace(FIT, frozen=("other",), objective=Mutual()))
 
 
 @pytest.mark.parametrize("model", ["batch norm", "dropout"])

@@ -35,12 +35,15 @@ class RuntimeConfig(Section):
     mode: choice("sync") = Field(  # type: ignore[valid-type]
         "sync", description="rounds that wait for the whole cohort"
     )
-    executor: choice("auto", "serial", "processes") = Field(  # type: ignore[valid-type]
+    executor: choice("auto", "serial", "batched", "processes") = Field(  # type: ignore[valid-type]
         "auto",
         description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
     )
     workers: PositiveInt | None = Field(
         None, description="worker processes (executors that have them); none: as many as cores; changes no result"
+    )
+    chunk: PositiveInt | None = Field(
+        None, description="clients of one architecture computed together at most; none: 128 if batched, else 1"
     )
     threads: PositiveInt | None = Field(None, description="threads of a process; none: chosen from cores and models")
     device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]

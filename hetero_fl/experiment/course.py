@@ -35,7 +35,7 @@ def carry_out(
     """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
     begun, config = time.perf_counter(), prepared.config
     store = Store(directory.path / "checkpoint", config.runtime.store_memory << 20)
-    executor = make_executor(choice, prepared.method, prepared.federation, store)
+    executor = make_executor(choice, prepared.method, prepared.federation, store, progress.log)
     try:
         _hold(prepared, directory, executor, choice, progress, callbacks, begun)
     finally:

@@ -67,9 +67,10 @@ def restore(
     """The reverse of `snapshot`."""
     for name, state in saved.items():
         p = trainable[name]
-        # Fused optimisers want their step counter on the parameter's device, and in float32 whatever the parameter is.
+        # Fused optimisers want their step counter on the parameter's device, and in float32 whatever the parameter is; the
+        # rest in the parameter's own layout.
         optimizer.state[p] = {
-            n: t.to(p.device, copy=True) if n == "step" else t.to(p, copy=True) for n, t in state.items()
+            n: t.to(p.device, copy=True) if n == "step" else torch.empty_like(p).copy_(t) for n, t in state.items()
         }
 
 

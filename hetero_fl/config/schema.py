@@ -53,6 +53,9 @@ class RuntimeConfig(Section):
         1024,
         description="MiB of clients' private state held in memory, the rest lies on disk; may change when a run is resumed",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: products in half the bits (autocast), parameters and losses as ever; for GPUs"
+    )
     divergence: Literal["skip", "stop"] = Field(
         "skip", description="a client whose loss is no longer finite: leave it out of the round, or end the run"
     )

@@ -44,8 +44,8 @@ LARGEST = 16 * 2**20
 class Batched:
     """Performs steps on one device, equal ones together; `say` is told once of each architecture that cannot be batched."""
 
-    def __init__(self, device: torch.device, say: Callable[[str], None]) -> None:
-        self.serial, self.say = Serial(device), say
+    def __init__(self, device: torch.device, say: Callable[[str], None], precision: str = "float32") -> None:
+        self.serial, self.say = Serial(device, precision), say
         self.templates = self.serial.templates
         self._refused: set[Any] = set()
         self._said: set[str] = set()

@@ -44,6 +44,7 @@ class Choice:
     threads: int  # of every process that computes clients
     server_threads: int  # of the process that computes the server
     chunk: int = 1  # clients of one architecture that are computed together
+    precision: str = "float32"
     workers: int = 1
     reasons: tuple[str, ...] = field(default=(), compare=False)
 
@@ -95,7 +96,7 @@ def choose(config: Config, federation: Federation) -> Choice:
         workers = asked.workers or max(1, min(available // threads, cohort))
         reasons.append(f"{workers} workers: {'runtime.workers' if asked.workers else 'cores'}")
     chunk = asked.chunk or (CHUNK if executor == "batched" else 1)
-    return Choice(executor, str(device), threads, server_threads, chunk, workers, tuple(reasons))
+    return Choice(executor, str(device), threads, server_threads, chunk, asked.precision, workers, tuple(reasons))
 
 
 def _worth_batching(federation: Federation, cohort: int, device: torch.device) -> int:
@@ -120,11 +121,16 @@ def make_executor(
     say: Callable[[str], None] = lambda line: None,
 ) -> Executor:
     """The executor of a choice; `say` is told of what it cannot do as chosen."""
-    store, performer = store or Store(), make_performer(torch.device(choice.device), choice.chunk, say)
+    store, performer = (
+        store or Store(),
+        make_performer(torch.device(choice.device), choice.chunk, choice.precision, say),
+    )
     if choice.executor == "processes":
         devices: tuple[str, ...] = (choice.device,)
         if choice.device == "cuda":  # workers spread over all of them
             devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-        setup = Setup(algorithm, federation, choice.threads, devices, choice.chunk, torch.get_default_dtype())
+        setup = Setup(
+            algorithm, federation, choice.threads, devices, choice.chunk, choice.precision, torch.get_default_dtype()
+        )
         return Workers(Processes(setup, choice.workers), federation.cards, store, performer, choice.chunk)
     return InProcess(Site(algorithm, federation, store, performer, Direct()), choice.chunk)

@@ -35,6 +35,7 @@ class Setup:
     threads: int
     devices: tuple[str, ...]  # workers take them in turn
     chunk: int = 1
+    precision: str = "float32"
     dtype: torch.dtype = torch.float32
 
 
@@ -77,7 +78,13 @@ class Worker:
         torch.set_default_dtype(setup.dtype)
         device = torch.device(setup.devices[index % len(setup.devices)])
         self.store = Store()
-        self.site = Site(setup.algorithm, setup.federation, self.store, make_performer(device, setup.chunk), Direct())
+        self.site = Site(
+            setup.algorithm,
+            setup.federation,
+            self.store,
+            make_performer(device, setup.chunk, setup.precision),
+            Direct(),
+        )
         self._used: OrderedDict[str, None] = OrderedDict()  # clients whose state is held, the last used at the end
 
     def do(self, job: Job) -> Done:

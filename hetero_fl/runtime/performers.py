@@ -12,9 +12,14 @@ from hetero_fl.runtime.remember import Remembering
 from hetero_fl.runtime.serial import Serial
 
 
-def make_performer(device: torch.device, chunk: int = 1, say: Callable[[str], None] = lambda line: None) -> Performer:
+def make_performer(
+    device: torch.device,
+    chunk: int = 1,
+    precision: str = "float32",
+    say: Callable[[str], None] = lambda line: None,
+) -> Performer:
     """A performer that evaluates no equal models twice; with chunks of several clients, one that computes them together.
 
     `say` is told of what cannot be.
     """
-    return Remembering(Serial(device) if chunk == 1 else Batched(device, say))
+    return Remembering(Serial(device, precision) if chunk == 1 else Batched(device, say, precision))

@@ -19,9 +19,7 @@ from hetero_fl.environment import choose_device, choose_threads, describe_enviro
 from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment.guard import leave_if_importing
 from hetero_fl.files import write_atomically
-from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.progress import Progress
-from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
 from hetero_fl.reporting.summary import Patience, details_of, summarise
@@ -253,6 +251,9 @@ def _present(config: Config, directory: RunDirectory) -> None:
     """Pictures and report, unless a process that finished has left them."""
     if (directory.path / "report.html").exists():
         return
+    from hetero_fl.reporting.plots import write_plots  # not needed before the last round, and slow to load
+    from hetero_fl.reporting.report import write_report
+
     if config.output.plots:
         write_plots(directory.path)
     if config.output.report:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from hetero_fl.data import Dataset, load_source, make_images
 from hetero_fl.config.source import SourceConfig
+from hetero_fl.data import Dataset, load_source, make_images
 from hetero_fl.experiment import Prepared, prepare
 from hetero_fl.runtime.choose import make_executor
 from hetero_fl.runtime.rounds import Rounds

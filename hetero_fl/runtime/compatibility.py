@@ -14,7 +14,7 @@ from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
 from hetero_fl.state import floats, select
-from model_zoo import is_batch_norm
+from model_zoo import ModelError, is_batch_norm
 
 
 def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
@@ -35,6 +35,7 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
         )
     _check_common(federation)
     _check_class_weights(federation)
+    _check_extras(algorithm, federation)
     _check_batches(algorithm, federation)
     if is_own(algorithm):
         _rehearse(algorithm, federation)
@@ -105,6 +106,16 @@ def _check_class_weights(federation: Federation) -> None:
             raise UserError(f"{where}: found {weights}, which is 0 for every training row of {id}; raise one")
 
 
+def _check_extras(algorithm: Algorithm, federation: Federation) -> None:
+    """Build every model that the method adds once."""
+    for arch in dict.fromkeys(card.arch for card in federation.cards.values()):
+        try:
+            for extra in algorithm.extras(arch).values():
+                extra.check()
+        except ModelError as error:
+            raise UserError(f"algorithm.{algorithm.slot}: {error}") from None
+
+
 def _check_batches(algorithm: Algorithm, federation: Federation) -> None:
     """BatchNorm cannot train on one example: it has no variance."""
     normalises: dict[Architecture, bool] = {}
@@ -122,10 +133,11 @@ def _check_batches(algorithm: Algorithm, federation: Federation) -> None:
 def _single_batches(algorithm: Algorithm, federation: Federation) -> Iterator[tuple[str, Architecture]]:
     """Where models are trained on batches of one: the key at fault, and the model."""
     for id, card in federation.cards.items():
-        if card.settings.batch_size == 1:
-            yield f"clients: {id}: batch_size: found 1", card.arch
-        elif card.n == 1:
-            yield f"clients: {id}: data: found 1 training row", card.arch
+        alone = "batch_size: found 1" if card.settings.batch_size == 1 else "data: found 1 training row"
+        if card.settings.batch_size == 1 or card.n == 1:
+            yield from (
+                (f"clients: {id}: {alone}", arch) for arch in (card.arch, *algorithm.extras(card.arch).values())
+            )
     size, proxy = getattr(algorithm, "proxy_batch_size", None), federation.data.n_proxy
     if size is not None and proxy and min(size, proxy) == 1:
         where = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,13 @@ class Federation:
         return cls(
             data.task, data, cards, settings, server_view, own if student else None, config.seed, config.rounds, common
         )
+
+    def with_models(self, archs: Mapping[str, Architecture]) -> Federation:
+        """The same federation, these clients with these models. Raises UserError naming one that cannot be made."""
+        for id, arch in archs.items():
+            if arch != self.cards[id].arch:
+                _check(arch, f"clients: {id}: model")
+        return replace(self, cards={id: replace(card, arch=archs[id]) for id, card in self.cards.items()})
 
     def initial(self, arch: Architecture) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""

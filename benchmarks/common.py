@@ -18,8 +18,8 @@ import torch
 
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.data import Dataset, load_source, make_images
-from hetero_fl.experiment import Prepared, prepare
-from hetero_fl.runtime.choose import make_executor
+from hetero_fl.experiment import Prepared
+from hetero_fl.runtime.choose import choose, make_executor
 from hetero_fl.runtime.rounds import Rounds
 
 CLASSES = 10
@@ -58,15 +58,10 @@ def images(path: Path | None, rows: int) -> Dataset:
 
 def rounds_of(prepared: Prepared, **runtime: Any) -> Rounds:
     """A run in memory, with other settings of `runtime` (executor, workers, threads)."""
-    config = prepared.config.runtime.model_copy(update=runtime)
-    device = torch.device(runtime.get("device", "cpu"))
-    executor = make_executor(config, prepared.method, prepared.federation, device)
-    return Rounds(prepared.method, prepared.federation, executor, prepared.config.clients.per_round)
-
-
-def prepared_of(source: Mapping[str, Any], dataset: Dataset | None = None) -> Prepared:
-    """A configuration, checked and built."""
-    return prepare(source, dataset=dataset)
+    config = prepared.config.model_copy(update={"runtime": prepared.config.runtime.model_copy(update=runtime)})
+    choice = choose(config, prepared.federation)
+    executor = make_executor(choice, prepared.method, prepared.federation)
+    return Rounds(prepared.method, prepared.federation, executor, config.clients.per_round)
 
 
 def in_turns(contenders: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import agree, arguments, images, in_turns, parsed, prepared_of, print_ratios, rounds_of
+from common import agree, arguments, images, in_turns, parsed, print_ratios, rounds_of
 
-from hetero_fl.experiment import Prepared
+from hetero_fl.experiment import Prepared, prepare
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.seeding import generator
 
@@ -98,7 +98,7 @@ def main() -> None:
     """Print the ratios."""
     options = parsed(arguments(__doc__, data=True))
     clients = 4 if options.quick else 50
-    prepared = prepared_of(configuration(clients), images(options.data, clients * BATCH * STEPS * 2))
+    prepared = prepare(configuration(clients), dataset=images(options.data, clients * BATCH * STEPS * 2))
     bare = Bare(prepared)
     names = {"serial": 1.05, "auto": 0.8}
     ours = {name: Ours(rounds_of(prepared, executor=name, threads=options.threads)) for name in names}

@@ -15,7 +15,7 @@ import pstats
 from pathlib import Path
 from typing import Any
 
-from common import arguments, images, parsed, prepared_of, rounds_of
+from common import arguments, images, parsed, rounds_of
 from fedavg_cifar import BATCH, STEPS, configuration
 
 from hetero_fl.experiment import prepare
@@ -57,7 +57,7 @@ def main() -> None:
         prepared = prepare(options.config, options.overrides)
     else:
         clients = 4 if options.quick else 20
-        prepared = prepared_of(configuration(clients), images(options.data, clients * BATCH * STEPS * 2))
+        prepared = prepare(configuration(clients), dataset=images(options.data, clients * BATCH * STEPS * 2))
     rounds = rounds_of(prepared, threads=options.threads)
     rounds.round()
     profiler = cProfile.Profile()

@@ -21,8 +21,9 @@ BATCH, STEPS, LR = 10, 5, 0.05
 
 
 def configuration(clients: int) -> dict[str, object]:
-    """Every client has just the rows of its steps."""
+    """Every client has just the rows of its steps; as many rounds as such runs take, which `auto` looks at."""
     return {
+        "rounds": 500,
         "data": {
             "train_limit": clients * BATCH * STEPS + 1,
             "test_limit": 200,

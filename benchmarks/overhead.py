@@ -25,7 +25,7 @@ from hetero_fl.data import make_table
 from hetero_fl.experiment import Prepared, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, LR = 10, 0.1
+BATCH, ROWS, LR = 10, 20, 0.1
 
 
 def configuration(clients: int) -> dict[str, object]:
@@ -83,7 +83,7 @@ def main() -> None:
     """Print both figures."""
     options = parsed(arguments(__doc__, pairs=9))
     clients = 20 if options.quick else 200
-    prepared = prepare(configuration(clients), dataset=make_table(clients * BATCH * 2, 200))
+    prepared = prepare(configuration(clients), dataset=make_table(clients * 2 * ROWS, 200))
     bare, rounds = BareSteps(prepared), rounds_of(prepared, executor="serial", threads=options.threads)
     seconds = in_turns({"bare steps": bare.round, "serial": rounds.round}, options.pairs)
     each = [1e3 * (a - b) / clients for a, b in zip(seconds["serial"], seconds["bare steps"], strict=True)]

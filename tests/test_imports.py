@@ -35,6 +35,11 @@ STARTS = {
         "import contextlib\nfrom hetero_fl.cli import main\nwith contextlib.suppress(SystemExit): main(['train', '--help'])",
         HEAVY | {"torch", "numpy", "pydantic"},
     ),
+    "the digits": (
+        "from hetero_fl.data import load_source\nfrom hetero_fl.config.source import SourceConfig\n"
+        "from pathlib import Path\nassert len(load_source(SourceConfig(name='digits'), Path()).train) == 1797",
+        HEAVY - {"omegaconf"},
+    ),
     "a run": ("import hetero_fl.experiment", HEAVY - {"rich"}),
 }
 

@@ -92,9 +92,29 @@ def print_ratios(
         print(f"  {name} / {against}: {middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f}){aim}")
 
 
-def agree(what: str, ours: Sequence[float], bare: Sequence[float], tolerance: float) -> None:
-    """End with a line if losses differ: then the two did not compute the same thing, and no ratio means anything."""
-    worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, bare, strict=True))
+class Ours:
+    """A run whose clients' losses are remembered, round by round."""
+
+    def __init__(self, rounds: Rounds, evaluate: bool = False) -> None:
+        self.rounds, self.evaluate, self.losses = rounds, evaluate, list[list[float]]()
+
+    def round(self) -> None:
+        """A round, with its evaluation if that is wanted."""
+        self.losses.append(list(self.rounds.round()["train_loss"].values()))
+        if self.evaluate:
+            self.rounds.evaluate()
+
+
+def agree(
+    what: str, ours: Sequence[Sequence[float]], bare: Sequence[Sequence[float]], tolerance: float = 0.005
+) -> None:
+    """End with a line if the losses of the first two rounds differ: then the two did not compute the same thing.
+
+    The second round hangs on everything that the first one exchanged. Later ones are not compared: round-off grows fast
+    where BatchNorm sees one pixel of a small batch, as in the last blocks of a ResNet-18 on 32x32 images.
+    """
+    pairs = [pair for a, b in zip(ours[:2], bare[:2], strict=True) for pair in zip(a, b, strict=True)]
+    worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)
     if not worst <= tolerance:
         raise SystemExit(f"{what}: losses differ by {worst:.2g} from the bare loop's; no ratio means anything")
     print(f"  {what}: same losses as the bare loop to {worst:.1g}")

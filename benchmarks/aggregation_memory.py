@@ -63,7 +63,7 @@ class Arrivals:
         """A reply to each request."""
         for client in requests:
             assert requests[client].body
-            yield client, Message("upload", bytes(bytearray(self.upload)))
+            yield client, Message("upload", self.upload[:1] + self.upload[1:])
 
 
 def measured(executor: str, cohort: int) -> None:

@@ -66,7 +66,9 @@ def configuration(clients: int, rows: int, defaults: dict[str, Any]) -> dict[str
 def main() -> None:
     """All cases."""
     parser = arguments(__doc__)
-    parser.add_argument("--executors", default="serial,batched,processes", metavar="A,B,…", help="names of runtime.executor")
+    parser.add_argument(
+        "--executors", default="serial,batched,processes", metavar="A,B,…", help="names of runtime.executor"
+    )
     parser.add_argument("--workers", type=int, default=2, help="of executors that have them (2)")
     options = parsed(parser)
     fixed = options.executors.split(",")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Where a round goes: the profile of whole rounds of a configuration, in this process.
+"""Where a round goes: the profile of whole rounds of a configuration, serial, in this process.
 
     python benchmarks/profile_round.py                                      the benchmark of fedavg_cifar.py
     python benchmarks/profile_round.py --config FILE [key.path=value ...]   a run of one's own, evaluation included
@@ -22,7 +22,7 @@ from hetero_fl.experiment import prepare
 
 STAGES = {  # (file, function): what it is
     ("rounds.py", "round"): "a round",
-    ("rounds.py", "broadcasts.<locals>.make"): "server: broadcast, made and encoded",
+    ("rounds.py", "make"): "server: broadcast, made and encoded",
     ("rounds.py", "receive"): "server: uploads decoded and checked",
     ("dry.py", "of"): "    what they were to look like",
     ("uploads.py", "add"): "server: uploads folded into the mean",
@@ -31,7 +31,7 @@ STAGES = {  # (file, function): what it is
     ("federation.py", "client"): "    participant made",
     ("training.py", "fit_on_live_modules"): "    fits",
     ("training.py", "_prepare"): "        tensors loaded into the module",
-    ("training.py", "make_optimizer"): "        optimiser made",
+    ("fitting.py", "make_optimizer"): "        optimiser made",
     ("batches.py", "__init__"): "        rows drawn",
     ("batches.py", "_batch"): "        batches gathered",
     ("objectives.py", "total"): "        forward and loss",
@@ -58,7 +58,7 @@ def main() -> None:
     else:
         clients = 4 if options.quick else 20
         prepared = prepare(configuration(clients), dataset=images(options.data, clients * BATCH * STEPS * 2))
-    rounds = rounds_of(prepared, threads=options.threads)
+    rounds = rounds_of(prepared, executor="serial", threads=options.threads)
     rounds.round()
     profiler = cProfile.Profile()
     profiler.enable()
@@ -80,7 +80,7 @@ def print_stages(stats: Any, rounds: int, clients: int) -> None:
         rows = [
             (calls, total)
             for (path, _, name), (_, calls, _, total, _) in stats.stats.items()
-            if Path(path).name == file and name == function.rsplit(".", 1)[-1] and calls
+            if Path(path).name == file and name == function and calls
         ]
         calls, total = sum(r[0] for r in rows), sum(r[1] for r in rows)
         if calls:

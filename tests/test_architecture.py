@@ -10,8 +10,8 @@ from hetero_fl.architecture import Architecture
 from tests.small import config, rounds_of
 
 
-def linear(**changes: int) -> Architecture:
-    return Architecture.of("linear", changes.get("outputs", 3), (changes.get("columns", 4),))
+def linear() -> Architecture:
+    return Architecture.of("linear", 3, (4,))
 
 
 def test_initial_tensors_follow_the_seed_and_the_default_dtype() -> None:

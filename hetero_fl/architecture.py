@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -62,10 +62,8 @@ class Architecture:
         )
 
     def initial(self, seed: int) -> Tensors:
-        """The tensors that every participant with this architecture starts from."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key(seed, "init", self.id))
-            return {n: t.detach().clone() for n, t in self.build(self.pretrained).state_dict().items()}
+        """The tensors that every participant with this architecture starts from. Do not change them in place."""
+        return dict(_initial(self, seed, torch.get_default_dtype()))
 
     @cached_property
     def id(self) -> str:
@@ -75,17 +73,15 @@ class Architecture:
         detail += [f"{k}={v}" for k, v in self.options] + (["pretrained"] if self.pretrained else [])
         return f"{self.name}({', '.join(detail)})"
 
-    @cached_property
+    @property
     def parameter_names(self) -> frozenset[str]:
         """Names of trainable tensors; the others are buffers (BatchNorm statistics and counters)."""
-        with torch.random.fork_rng(devices=[]):
-            return frozenset(n for n, _ in self.build().named_parameters())
+        return _built(self)[0]
 
-    @cached_property
+    @property
     def width(self) -> int:
         """Width of the features. Raises ModelError where the model cannot be made."""
-        with torch.random.fork_rng(devices=[]):
-            return int(self.build().feature_dim)
+        return _built(self)[1]
 
     def to_json(self) -> str:
         """As stored beside saved tensors."""
@@ -116,3 +112,19 @@ class Architecture:
             raise
         except Exception as error:  # a wrong option value fails somewhere inside torch: one line for the user
             raise ModelError(f"{self.name} cannot be built with {dict(self.options)}: {error}") from None
+
+
+@lru_cache(maxsize=256)
+def _built(arch: Architecture) -> tuple[frozenset[str], int]:
+    """Names of parameters and width of features. Equal architectures are built once: methods derive them anew each round."""
+    with torch.random.fork_rng(devices=[]):
+        module = arch.build()
+    return frozenset(n for n, _ in module.named_parameters()), int(module.feature_dim)
+
+
+@lru_cache(maxsize=16)
+def _initial(arch: Architecture, seed: int, dtype: torch.dtype) -> Tensors:
+    """`dtype` is torch's default one, which decides the result."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "init", arch.id))
+        return {n: t.detach().clone() for n, t in arch.build(arch.pretrained).state_dict().items()}

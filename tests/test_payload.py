@@ -201,3 +201,19 @@ def test_nothing_in_the_packages_unpickles() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
                 safe = {"torch.load": "weights_only=True"}.get(ast.unparse(node.func), "allow_pickle=False")
                 assert safe in [ast.unparse(k) for k in node.keywords], f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(bad: float) -> None:
+    for place in (0, 499, 999):
+        values = torch.full((1000,), 3e38)  # their sum overflows: that alone is no fault
+        Payload.decode(Payload({"logits": values}).encode())
+        values[place] = bad
+        with pytest.raises(PayloadError, match="not finite"):
+            Payload.decode(Payload({"logits": values}).encode())
+
+
+def test_infinities_that_cancel_are_found() -> None:
+    values = torch.tensor([float("inf"), -float("inf"), 1.0])
+    with pytest.raises(PayloadError, match="not finite"):
+        Payload.decode(Payload({"logits": values}).encode())

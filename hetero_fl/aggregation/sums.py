@@ -18,12 +18,19 @@ class RunningMean:
     """Σ w·v / Σ w of tensors of one shape, for weights that are numbers; the plain mean while all weights are nought."""
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None
         self.weight = 0.0
         self._weightless = 0
+        self._value: Tensor | None = None
+        self._own = False  # nobody else has seen the value: it may be changed in place
+
+    @property
+    def value(self) -> Tensor | None:
+        """The mean so far; further terms do not change this tensor."""
+        self._own = False
+        return self._value
 
     def add(self, value: Tensor, weight: float) -> None:
-        """One more term. Terms are never changed in place."""
+        """One more term. Terms are never changed in place, so the first may be somebody's own tensor."""
         if weight == 0 and self.weight > 0:
             return
         if weight == 0:
@@ -32,7 +39,12 @@ class RunningMean:
         else:
             share = weight / (self.weight + weight)  # 1 for the first with any weight: it replaces the weightless
             self.weight += weight
-        self.value = value if self.value is None or share == 1 else torch.lerp(self.value, value, share)
+        if self._value is None or share == 1:
+            self._value, self._own = value, False
+        elif self._own:
+            self._value.lerp_(value, share)
+        else:
+            self._value, self._own = torch.lerp(self._value, value, share), True
 
 
 class ItemSum:

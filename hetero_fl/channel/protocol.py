@@ -46,7 +46,7 @@ class Direct:
 
     def collect(self, broadcasts: Mapping[str, bytes]) -> Generator[Messages, Replies, Arrivals]:
         replies = yield Lazy(list(broadcasts), lambda client: Message("train", broadcasts[client]))
-        return ((client, reply.body) for client, reply in replies)
+        return map(lambda reply: (reply[0], reply[1].body), replies)  # noqa: C417  (a generator would hold the last one)
 
     def answer(self, client: str, message: Message) -> Talk:
         upload = yield message.body
@@ -84,6 +84,8 @@ def _counted(requests: Messages, exchange: Exchange, traffic: Traffic) -> Replie
             traffic.down += len(made.body)
         return made
 
-    for client, reply in exchange(Lazy(requests.keys(), message)):
-        traffic.up += len(reply.body)
-        yield client, reply
+    def arrived(reply: tuple[str, Message]) -> tuple[str, Message]:
+        traffic.up += len(reply[1].body)
+        return reply
+
+    return map(arrived, exchange(Lazy(requests.keys(), message)))

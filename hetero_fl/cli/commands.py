@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from hetero_fl.cli import Parser
 from hetero_fl.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Setup = Callable[[argparse.ArgumentParser], None]
 
@@ -119,6 +119,8 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _carry_out_evaluate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from hetero_fl.experiment import evaluate
 
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
@@ -135,6 +137,9 @@ def _carry_out_evaluate(options: argparse.Namespace) -> int:
 
 def print_scores(results: Mapping[str, Mapping[str, float | None]], title: str, console: Console) -> None:
     """A row a model; in a terminal too narrow for that, a row a figure. Nothing is clipped."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
     names = list(next(iter(results.values())))
     wide = Table("model", *(n.replace("_", " ") for n in names), title=title)
     long = Table("model", "figure", "value", title=title)
@@ -155,6 +160,9 @@ def _methods(parser: argparse.ArgumentParser) -> None:
 
 
 def _carry_out_methods(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     from hetero_fl.algorithms import algorithm
 
     table = Table("algorithm", "what it does", "settings")

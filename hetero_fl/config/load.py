@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from hetero_fl.config.mistakes import describe
@@ -73,6 +71,9 @@ def _own_keys(raw: Mapping[str, Any]) -> list[str]:
 
 def read(path: Path) -> dict[str, Any]:
     """A configuration file as plain values, unchecked. Raises UserError if it cannot be read."""
+    from omegaconf import OmegaConf  # only whoever reads a configuration needs it; worker processes do not
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         loaded = OmegaConf.load(path)
         raw = OmegaConf.to_container(loaded, resolve=True)
@@ -97,6 +98,9 @@ def _plain(source: Mapping[str, Any] | Config) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override}: an override is written key.path=value")

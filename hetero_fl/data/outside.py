@@ -13,10 +13,7 @@ from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.npz import read_images
 from hetero_fl.data.patients import torn
 from hetero_fl.data.registry import load_source
-from hetero_fl.data.sources.cells import decimal_commas
 from hetero_fl.data.sources.folder import image_files, read_image_files
-from hetero_fl.data.sources.frames import read_frame
-from hetero_fl.data.sources.table import features
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.state import in_order
 from hetero_fl.task import Task
@@ -152,6 +149,10 @@ def _loose(config: SourceConfig, path: Path) -> tuple[Tensor, tuple[str, ...]] |
     if path.suffix == ".npz":
         return read_images(path), ()
     if config.name == "table" and config.label is None:
+        from hetero_fl.data.sources.cells import decimal_commas  # as in `table`: only then is pandas loaded
+        from hetero_fl.data.sources.frames import read_frame
+        from hetero_fl.data.sources.tabular import features
+
         frame, _ = decimal_commas(read_frame(path), f"path: {path}")
         x, columns, _ = features(frame, f"path: {path}")
         return x, columns

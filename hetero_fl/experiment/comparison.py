@@ -14,7 +14,6 @@ from hetero_fl.errors import Interrupted, RunFailed, UserError
 from hetero_fl.experiment.guard import leave_if_importing
 from hetero_fl.experiment.jobs import Job, Source, Variant, run_all
 from hetero_fl.experiment.single import prepare
-from hetero_fl.reporting.compare import comparison_row, write_comparison
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
@@ -78,6 +77,8 @@ def compare(
     chosen = _choose(done, variants, points, tasks[0])
     notes = [f"{v.label}: {', '.join(p)} (chosen by validation)" for v, p in chosen.items() if p]
     notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
+    from hetero_fl.reporting.compare import comparison_row, write_comparison  # loads what draws
+
     rows = [
         comparison_row(Run(j.out).summary) | {"algorithm": j.variant.label}
         for j in done

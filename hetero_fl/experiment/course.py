@@ -13,9 +13,7 @@ from hetero_fl.config import Config
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.prepared import Prepared
 from hetero_fl.files import write_atomically
-from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.progress import Progress
-from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
@@ -131,6 +129,9 @@ def present(config: Config, directory: RunDirectory) -> None:
     """Pictures and report, unless a process that finished has left them."""
     if (directory.path / "report.html").exists():
         return
+    from hetero_fl.reporting.plots import write_plots  # not needed before the last round, and slow to load
+    from hetero_fl.reporting.report import write_report
+
     if config.output.plots:
         write_plots(directory.path)
     if config.output.report:

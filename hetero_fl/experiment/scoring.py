@@ -11,7 +11,6 @@ from torch import Tensor
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.outside import read_as
-from hetero_fl.data.sources.frames import read_frame
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.metrics import score
 from hetero_fl.reporting.run import Run
@@ -96,6 +95,8 @@ def _load(data: str, label: str | None, run: Run) -> Dataset:
 
 
 def _columns(path: Path) -> list[str]:
+    from hetero_fl.data.sources.frames import read_frame  # loads pandas
+
     try:
         return list(map(str, read_frame(path).columns))
     except UserError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 from hetero_fl.reporting.wording import MISSING, digits
 from hetero_fl.task import Task
@@ -22,6 +21,8 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
     difference = np.array([a[s] - b[s] for s in seeds])
     if np.ptp(difference) <= 1e-12:  # the test statistic would be 0/0 or infinite
         return "1" if abs(difference[0]) <= 1e-12 else "<0.001"
+    from scipy import stats  # takes longer to load than everything else here
+
     p = float(stats.ttest_rel([a[s] for s in seeds], [b[s] for s in seeds]).pvalue)
     return "<0.001" if p < 0.001 else digits(p, 2)
 

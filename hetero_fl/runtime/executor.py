@@ -7,7 +7,7 @@ chunks that follow from their ids and architectures alone, never from workers or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from hetero_fl.channel.protocol import Message, Messages
 from hetero_fl.runtime.plans import Diverged, Performer
@@ -15,6 +15,7 @@ from hetero_fl.runtime.site import Reading, Site
 from hetero_fl.runtime.store import Store
 from hetero_fl.state import Card, in_order
 
+T = TypeVar("T")
 Reply = Message | Diverged
 
 
@@ -50,7 +51,7 @@ class InProcess:
 
     def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Reply]]:
         for ids in chunks(requests, self.site.federation.cards, self.chunk):
-            yield from self.site.answer({c: requests[c] for c in ids}, round).items()
+            yield from drained(self.site.answer({c: requests[c] for c in ids}, round))
 
     def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
         for ids in chunks(broadcasts, self.site.federation.cards, self.chunk):
@@ -61,6 +62,13 @@ class InProcess:
 
     def close(self) -> None:
         pass
+
+
+def drained(replies: dict[str, T]) -> Iterator[tuple[str, T]]:
+    """The entries, each forgotten here as it is handed on."""
+    while replies:
+        client = next(iter(replies))
+        yield client, replies.pop(client)
 
 
 def chunks(ids: Iterable[str], cards: Mapping[str, Card], size: int) -> list[list[str]]:

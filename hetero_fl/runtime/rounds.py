@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.channel.protocol import Direct, Messages, Replies, Traffic, hold_round
+from hetero_fl.channel.protocol import Direct, Message, Messages, Replies, Traffic, hold_round
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score, spread
 from hetero_fl.payload import Encoded, Payload, PayloadError, check_upload, loss_of
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
-from hetero_fl.runtime.executor import Executor
+from hetero_fl.runtime.executor import Executor, Reply
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.plans import Diverged, carry_out
@@ -83,14 +83,17 @@ class Rounds:
         before = (self.traffic.up, self.traffic.down)
         self._clock(index)
 
+        def usable(arrival: tuple[str, Reply]) -> TypeGuard[tuple[str, Message]]:
+            client, reply = arrival
+            if not isinstance(reply, Diverged):
+                return True
+            failed[client] = str(reply)
+            if self.stop_on_divergence:
+                raise RunFailed(f"round {index + 1}: {client} diverged: {reply}")
+            return False
+
         def exchange(requests: Messages) -> Replies:
-            for client, reply in in_turn(list(requests), self.executor.answer(requests, index)):
-                if not isinstance(reply, Diverged):
-                    yield client, reply
-                    continue
-                failed[client] = str(reply)
-                if self.stop_on_divergence:
-                    raise RunFailed(f"round {index + 1}: {client} diverged: {reply}")
+            return filter(usable, in_turn(list(requests), self.executor.answer(requests, index)))
 
         traffic = self.traffic if self.algorithm.counted else Traffic()
         uploads = Uploads(specs=self.algorithm.uploads, common=self.server.common)
@@ -101,9 +104,11 @@ class Rounds:
                 failed[client] = f"upload refused: {error}"
                 self.store.drop(client)
                 continue
+            del body  # a model's worth each: nobody holds one longer than need be
             uploads.add(Upload(self.federation.cards[client], payload))
             if (loss := loss_of(payload.report)) is not None:
                 losses[client] = loss
+            del payload
         if not uploads:
             self.store.discard()
             raise RunFailed(
@@ -234,5 +239,6 @@ def in_turn(ids: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[t
     for id in ids:
         while id not in waiting and (arrival := next(source, None)) is not None:
             waiting[arrival[0]] = arrival[1]
+            del arrival
         if id in waiting:
             yield id, waiting.pop(id)

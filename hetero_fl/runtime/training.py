@@ -25,7 +25,7 @@ from hetero_fl.runtime.fitting import (
     split_name,
 )
 from hetero_fl.runtime.templates import Template, Templates
-from hetero_fl.seeding import key
+from hetero_fl.seeding import key, seed_torch
 from hetero_fl.state import Participant
 
 
@@ -48,7 +48,8 @@ def fit_on_live_modules(participant: Participant, fit: Fit, templates: Templates
     parameters = list(trainable.values())
     total = torch.zeros((), device=templates.device)
     with torch.random.fork_rng(devices=templates.forked):
-        torch.manual_seed(key(*batches.stream, "torch"))  # whatever a model draws besides nn.Dropout is keyed too
+        # Whatever a model draws besides nn.Dropout is keyed too.
+        seed_torch(key(*batches.stream, "torch"), templates.device)
         for i, (dropout_key, batch) in enumerate(batches):
             if fit.anneal:
                 set_rate(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))

@@ -15,7 +15,7 @@ from hetero_fl.channel.protocol import Message, Messages
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.runtime.costs import Costs
-from hetero_fl.runtime.executor import Reply, chunks
+from hetero_fl.runtime.executor import Reply, chunks, drained
 from hetero_fl.runtime.jobs import Done, Job
 from hetero_fl.runtime.plans import Performer
 from hetero_fl.runtime.site import Reading
@@ -59,7 +59,7 @@ class Workers:
 
     def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Reply]]:
         for _, done in self._do("answer", requests, round):
-            yield from done.replies.items()
+            yield from drained(done.replies)
 
     def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
         requests = Lazy(broadcasts.keys(), lambda client: Message("read", broadcasts[client]))
@@ -100,6 +100,7 @@ class Workers:
             self._settle(worker, job, done)
             queue.finished(part)
             yield job, done
+            del job, done
 
     def _job(
         self,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hetero_fl.config.source import SourceConfig
@@ -97,6 +96,8 @@ def _by_class(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:
 
 def _read(file: Path, side: int | None) -> np.ndarray:
     """uint8, `(H, W)` if grey, else `(H, W, 3)`."""
+    from PIL import Image
+
     try:
         with Image.open(file) as image:
             if image.mode.startswith("I"):  # 16-bit scans ("I" in older Pillow): keep the upper 8 bits

@@ -56,6 +56,7 @@ class Algorithm(BaseModel):
     needs_proxy: ClassVar[bool] = False
     distils: ClassVar[bool] = False  # whether it can train a student at the server
     counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
+    everybody: ClassVar[bool] = False  # whether it needs all clients' rows or models in one place
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     reads: ClassVar[str] = (
         "after aggregation, as deployed with the next broadcast"  # when a model is read; tables say so
@@ -144,7 +145,7 @@ class Algorithm(BaseModel):
         """The slot of the server's own model, if it has one: the student, else the global model of a single group."""
         if STUDENT in server.models:
             return STUDENT
-        whole = any(self.part(c.settings) is None for c in server.peers.values())  # else its head was never trained
+        whole = any(self.part(kind.settings) is None for kind in server.peers.kinds)  # else its head was never trained
         return next(iter(server.models)) if whole and len(server.models) == 1 else None
 
     # Pieces to build with ----------------------------------------------------------------------------------------

@@ -81,6 +81,12 @@ class Architecture:
         with torch.random.fork_rng(devices=[]):
             return frozenset(n for n, _ in self.build().named_parameters())
 
+    @cached_property
+    def width(self) -> int:
+        """Width of the features. Raises ModelError where the model cannot be made."""
+        with torch.random.fork_rng(devices=[]):
+            return int(self.build().feature_dim)
+
     def to_json(self) -> str:
         """As stored beside saved tensors."""
         return json.dumps(asdict(self), sort_keys=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,17 +15,18 @@ from hetero_fl.errors import UserError
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "pydantic", "safetensors")
 
 
-def describe_environment(device: torch.device, threads: int, reasons: list[str]) -> dict[str, Any]:
-    """What to know when a figure is to be reproduced."""
+def describe_environment(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """What to know when a figure is to be reproduced. `choice`: how the run is computed (hetero_fl.runtime.choose)."""
+    device = torch.device(choice["device"])
     return {
         "hetero_fl": _version("hetero_fl"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _processor(),
         "cores": os.cpu_count(),
-        "threads": threads,
+        "threads": choice["threads"],
         "device": f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
-        "choices": reasons,
+        "choice": dict(choice),
         "packages": {name: _version(name) for name in PACKAGES},
     }
 
@@ -63,15 +65,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_threads(asked: int | None) -> tuple[int, str]:
-    """Threads of the process and why: as asked, else the cores that may be used, four at most.
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Small models gain nothing from more, and the number decides the last bits of convolutions.
-    """
-    if asked is not None:
-        return asked, f"{asked} threads: runtime.threads"
+
+def limit_of_threads() -> int | None:
+    """What OMP_NUM_THREADS says, if it does."""
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    if limit.isdigit() and int(limit) > 0:
-        return int(limit), f"{limit} threads: OMP_NUM_THREADS"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, cores), f"{min(4, cores)} threads: {cores} cores"
+    return int(limit) if limit.isdigit() and int(limit) > 0 else None

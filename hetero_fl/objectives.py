@@ -209,6 +209,21 @@ class ClassDigest(Supervised):
         return self.of(outputs, batch, given) + self.weight * towards * given["known"][batch.y]
 
 
+@dataclass(frozen=True)
+class PrototypePull(Supervised):
+    """The task plus λ·MSE(features, prototype of the example's class), the mean over the width (Tan et al. 2022, FedProto).
+
+    given `prototypes` `[C, width]`, and `known` `[C]`, which is 1 where the class has one, else 0.
+    """
+
+    weight: float = 1.0
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        outputs = nets[self.slot](batch.x)
+        apart = (outputs.features - given["prototypes"][batch.y]).square().mean(-1)
+        return self.of(outputs, batch, given) + self.weight * apart * given["known"][batch.y]
+
+
 def log_prior(task: Task, counts: Tensor) -> Tensor | None:
     """log π with π_c = (n_c + 1) / Σ(n + 1), `[C]`; None where the task has no classes that exclude one another."""
     if task.kind != "multiclass":

@@ -53,15 +53,19 @@ class Item:
 class ItemSpec:
     """What a method declares of an item that its clients upload.
 
+    `across`: whether tensors of that name belong to one model, whatever the senders' own architectures.
     `use`: "sum" if the server needs only the weighted sum of all (a secure sum will do), "each" if it needs them one by one.
     `private`: whether it is computed from private rows with no model in between that is released anyway.
     `share`: which of a client's `shares` must be given for it to leave.
+    `ranks`: matrices in it are stacks of terms `[k, …]` whose number k depends on the values (hetero_fl.channel.lowrank).
     """
 
     kind: Kind
     use: Literal["sum", "each"] = "sum"
     private: bool = False
     share: Literal["parameters", "predictions", "statistics"] = "parameters"
+    ranks: bool = False
+    across: bool = False
 
 
 class Payload(Mapping[str, Any]):
@@ -226,7 +230,8 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         for n, got, expected in (*pairs, ("weight", torch.as_tensor(item.weight), torch.as_tensor(want.weight))):
             if expected is None:
                 raise PayloadError(f"item {name!r} has an unknown tensor {str(n)[:60]!r}")
-            if got.shape != expected.shape:
+            free = specs[name].ranks and n != "weight" and got.ndim == expected.ndim == 2 and len(got) > 0
+            if got.shape[free:] != expected.shape[free:]:
                 raise PayloadError(
                     f"item {name!r}, {n}: shape {tuple(got.shape)} where {tuple(expected.shape)} was agreed"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from hetero_fl.seeding import Key
 from hetero_fl.task import Task
 
 Columns = dict[str, Tensor]
+LOOKED = 1000  # clients among whom examples are looked for
 Part = tuple[str, ...] | None  # of a model: None is all of it, else prefixes of tensor names; () is nothing
 
 
@@ -92,6 +94,14 @@ class Roster(Mapping[str, Card]):
         self.clients, self._data = clients, data
         self.kinds = [Kind(k.settings, a, k.first, k.count) for k, a in zip(clients.kinds, archs, strict=True)]
         self._cards: Recent[Card] = Recent()
+
+    def named(self, kinds: Sequence[Kind], most: int = 6) -> str:
+        """The clients of these kinds for a reader: the first of them by name, and how many more there are."""
+        among, ids = {kind.first for kind in kinds}, self.clients.ids
+        here = (id for id in islice(ids, LOOKED) if self.kinds[self.clients.kind(id).number].first in among)
+        shown = list(islice(here, most)) or in_order(among)[:most]
+        more = sum(kind.count for kind in kinds) - len(shown)
+        return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
     def __getitem__(self, id: str) -> Card:
         return self._cards.get(id, lambda: self._make(id))

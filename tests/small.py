@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from hetero_fl.experiment import prepare
-from hetero_fl.runtime.choose import make_executor
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
+from hetero_fl.state import Participant
 
 MIXED = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
 
@@ -46,11 +46,16 @@ def rounds_of(source: dict[str, Any], held: int | None = None, store: Store | No
     """The run of a configuration, after so many rounds (all of them by default), in memory only unless a store is given."""
     torch.set_num_threads(1)
     prepared = prepare(source)
-    executor = make_executor(prepared.config.runtime, prepared.method, prepared.federation, torch.device("cpu"), store)
-    rounds = Rounds(prepared.method, prepared.federation, executor, prepared.config.clients.per_round)
+    rounds = prepared.rounds(store=store)
     for _ in range(prepared.config.rounds if held is None else held):
         rounds.round()
     return rounds
+
+
+def deployed(rounds: Rounds, id: str) -> Participant:
+    """The client with the model that it would use now."""
+    site = rounds.executor.site  # type: ignore[attr-defined]  # of a run in this process
+    return site.deployed(rounds.broadcasts([id], reading=True), rounds.completed)[id]
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

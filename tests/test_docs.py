@@ -37,7 +37,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("hetero_fl.experiment.single._present", lambda *_: None)
+    monkeypatch.setattr("hetero_fl.experiment.course.present", lambda *_: None)
     monkeypatch.setattr(algorithm, "_known", dict(algorithm._known))  # what a page registers goes again
     before = set(sys.modules)
     yield tmp_path

@@ -99,6 +99,6 @@ def test_the_docs_use_of_it(stand_in: Wandb | Mlflow, tmp_path: Path, monkeypatc
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "short.yaml").write_text(json.dumps(config("hybrid", rounds=1)), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hetero_fl.experiment.single._present", lambda *_: None)
+    monkeypatch.setattr("hetero_fl.experiment.course.present", lambda *_: None)
     exec(compile(code.replace("digits_quickstart.yaml", "short.yaml"), "docs/callbacks.md", "exec"), {})
     assert stand_in.logged and stand_in.finished

@@ -144,6 +144,22 @@ def malformed(rng: random.Random) -> bytes:
     return Payload(items).encode()
 
 
+def test_stacks_of_terms_may_have_any_number_and_nothing_else_may_differ() -> None:
+    like = {"m": Item({"w": torch.zeros(1, 9), "b": torch.zeros(4)}, 1.0, "update")}
+    several, one = ItemSpec("update", use="each", ranks=True), ItemSpec("update", use="each")
+
+    def sent(*shape: int, bias: int = 4) -> Payload:
+        return Payload({"m": Item({"w": torch.zeros(shape), "b": torch.zeros(bias)}, 1.0, "update")})
+
+    for rows in (1, 3, 40):
+        check_upload(sent(rows, 9), {"m": several}, like)
+    with pytest.raises(PayloadError, match="shape"):
+        check_upload(sent(3, 9), {"m": one}, like)
+    for wrong in (sent(3, 8), sent(0, 9), sent(9), sent(1, 3, 9), sent(3, 9, bias=3)):
+        with pytest.raises(PayloadError, match="shape"):
+            check_upload(wrong, {"m": several}, like)
+
+
 def test_ten_thousand_malformed_uploads_are_refused_in_one_line_each() -> None:
     rng, accepted = random.Random(0), []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

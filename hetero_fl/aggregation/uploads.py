@@ -64,21 +64,35 @@ class Uploads:
         return self._count
 
     def add(self, upload: Upload) -> None:
-        """Fold one more upload in. Clients come in the order of their ids."""
+        """Fold one more upload in, or keep it. Clients come in the order of their ids."""
         self._count += 1
         whole = {}
         for name in upload.payload:
-            item = upload.payload.item(name)
             self._senders.setdefault(name, []).append(upload.card)
-            if isinstance(item.values, Tensor):
-                self._tensors.setdefault(name, ItemSum()).add(item)
+            if self._spec(name).use == "each":
+                whole[name] = upload.payload.item(name)
             else:
-                means = self._models.setdefault(name, OwnerMeans(self._common))
-                means.add(upload.group, item.values, float(item.weight))
-            if name in self._specs and self._specs[name].use == "each":
-                whole[name] = item
+                self._fold(name, upload)
         if any(spec.use == "each" for spec in self._specs.values()):
             self._kept.append(Upload(upload.card, Payload(whole)))
+
+    def _spec(self, name: str) -> ItemSpec:
+        return self._specs.get(name, ItemSpec("params"))
+
+    def _fold(self, name: str, upload: Upload) -> None:
+        item = upload.payload.item(name)
+        if isinstance(item.values, Tensor):
+            self._tensors.setdefault(name, ItemSum()).add(item)
+        else:
+            group = "" if self._spec(name).across else upload.group
+            self._models.setdefault(name, OwnerMeans(self._common)).add(group, item.values, float(item.weight))
+
+    def _folded(self, name: str) -> None:
+        """Fold what was kept one by one, where its mean is asked for after all."""
+        self._declared(name)
+        if self._spec(name).use == "each" and name not in self._tensors and name not in self._models:
+            for upload in self.having(name):
+                self._fold(name, upload)
 
     def _declared(self, name: str) -> None:
         if self._specs and name not in self._specs:
@@ -91,17 +105,18 @@ class Uploads:
 
     def mean(self, name: str) -> Tensor | None:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
-        self._declared(name)
+        self._folded(name)
         return self._tensors[name].mean if name in self._tensors else None
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
         """(Σ values·weight, Σ weight) of the single-tensor items of that name. Raises KeyError if nobody sent it."""
-        self._declared(name)
+        self._folded(name)
         return self._tensors[name].total
 
     def mean_by_group(self, name: str) -> dict[str, Tensors]:
-        """For each architecture group the mean over the owners of each tensor that its members sent under that name."""
-        self._declared(name)
+        """For each architecture group the mean over the owners of each tensor that its members sent under that name; all
+        under "" where the item was declared with `across`."""
+        self._folded(name)
         return self._models[name].by_group() if name in self._models else {}
 
     @property
@@ -110,7 +125,7 @@ class Uploads:
 
         Raises UserError if there are none: what is only summed is not kept.
         """
-        if self._count and not self._kept:
+        if self._count and all(spec.use != "each" for spec in self._specs.values()):
             raise UserError("uploads.each: no item of this method is declared with use='each'")
         return iter(self._kept)
 

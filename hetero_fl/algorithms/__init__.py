@@ -4,21 +4,27 @@ from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
 from hetero_fl.algorithms.fd import FD
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
 from hetero_fl.algorithms.feddf import FedDF
+from hetero_fl.algorithms.fedkd import FedKD
 from hetero_fl.algorithms.fedmd import FedMD
+from hetero_fl.algorithms.fedproto import FedProto
+from hetero_fl.algorithms.fml import FML
 from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.algorithms.local import Centralized, Ensemble, Local
 from hetero_fl.algorithms.partial import FedPer, LGFedAvg
 
 __all__ = [
     "FD",
+    "FML",
     "STUDENT",
     "Algorithm",
     "Centralized",
     "Ensemble",
     "FedAvg",
     "FedDF",
+    "FedKD",
     "FedMD",
     "FedPer",
+    "FedProto",
     "FedProx",
     "Hybrid",
     "Items",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.averaging import step
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.architecture import Tensors
+from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.errors import UserError
 from hetero_fl.made import watched
@@ -24,7 +24,7 @@ from hetero_fl.objectives import Objective, Supervised, log_prior
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
 from hetero_fl.registry import Registry, imported
-from hetero_fl.state import Card, Part, Participant, common_part, floats, select, without
+from hetero_fl.state import Card, Part, Participant, Roster, common_part, floats, select, without
 from hetero_fl.task import Task
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
@@ -52,6 +52,7 @@ class Algorithm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shared: ClassVar[Part] = None  # the part of the model that travels: None all, () nothing, else prefixes
+    slot: ClassVar[str] = "model"  # the client's slot that it is a part of
     uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
     needs_proxy: ClassVar[bool] = False
     distils: ClassVar[bool] = False  # whether it can train a student at the server
@@ -69,6 +70,24 @@ class Algorithm(BaseModel):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         watched(cls)
+
+    # What the method needs besides -------------------------------------------------------------------------------
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+        """The method with the settings that were left open derived from the federation, and lines that say so.
+
+        Called once, before anything is built; the run's `config.yaml` holds the result. Raises UserError for settings
+        that do not fit the clients.
+        """
+        return self, []
+
+    def architecture(self, card: Card) -> Architecture:
+        """The model that a client trains under this method: its own, unless all need something in common. Asked once for
+        all clients with the same settings."""
+        return card.arch
+
+    def extras(self, arch: Architecture) -> dict[str, Architecture]:
+        """The models that a client with this one has besides, by slot."""
+        return {}
 
     # What travels ------------------------------------------------------------------------------------------------
     def part(self, settings: ClientSettings) -> Part:
@@ -88,7 +107,7 @@ class Algorithm(BaseModel):
     def private(self, client: Participant) -> dict[str, Tensors]:
         """What of its models a client keeps between rounds: whatever the next broadcast does not replace."""
         replaced = self.takes(client.settings, 0) if client.settings.share_every == 1 else ()
-        kept = {**client.models, "model": without(client.models["model"], replaced)}
+        kept = {**client.models, self.slot: without(client.models[self.slot], replaced)}
         return {slot: tensors for slot, tensors in kept.items() if floats(tensors)}  # counters alone are not worth it
 
     @staticmethod
@@ -111,8 +130,11 @@ class Algorithm(BaseModel):
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         """Make the model that this client would use now."""
-        if "model" in got:
-            client.load("model", got["model"])
+        for slot, arch in self.extras(client.arch["model"]).items():
+            client.arch[slot] = arch
+            client.models[slot] = {**arch.initial(client.clock.seed), **client.models.get(slot, {})}
+        if self.slot in got:
+            client.load(self.slot, got[self.slot])
         yield from ()
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
@@ -190,7 +212,7 @@ class Algorithm(BaseModel):
         part = self.sends(client.settings, client.clock.round)
         if part == ():
             return {}
-        return {"model": Item(floats(select(client.models["model"], part)), self.weight_of(client), "params")}
+        return {self.slot: Item(floats(select(client.models[self.slot], part)), self.weight_of(client), "params")}
 
     def weight_of(self, client: Participant) -> float:
         """The weight of a client's parameters in the mean: its training rows."""

@@ -19,11 +19,11 @@ def print_check(prepared: Prepared) -> None:
     for arch in {kind.arch for kind in federation.cards.kinds}:
         parameters[arch] = sum(federation.initial(arch)[n].numel() for n in arch.parameter_names)
     cost = price(prepared.method, federation, config.rounds, config.clients.per_round, config.evaluation.every)
-    for id in federation.readers:
+    for id in federation.some:
         card = federation.cards[id]
         sizes = (_size(cost.down[id] + cost.reading[id]), _size(cost.up[id]))
         table.add_row(id, card.arch.name, str(card.n), f"{parameters[card.arch]:,}", *sizes)
-    if others := len(federation.cards) - len(federation.readers):
+    if others := len(federation.cards) - len(federation.some):
         table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)

@@ -38,7 +38,7 @@ class ModelConfig(Section):
         return dict(self.model_extra or {})
 
 
-def _named(value: object) -> object:
+def named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -52,8 +52,8 @@ def _listed(value: object) -> object:
         except ModelError as error:
             raise ValueError(str(error)) from None
     if isinstance(value, list):
-        return [_named(v) for v in value]
-    return [_named(value)] if isinstance(value, str | dict) else value
+        return [named(v) for v in value]
+    return [named(value)] if isinstance(value, str | dict) else value
 
 
 Models = Annotated[list[ModelConfig], Field(min_length=1), BeforeValidator(_listed)]

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from hetero_fl.config.base import Section, choice
-from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, _named
+from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
 from hetero_fl.config.source import DataConfig
 
 
 class ServerConfig(Section):
     """What the server trains with, and the one student that it may train for itself."""
 
-    model: Annotated[ModelConfig, BeforeValidator(_named)] | None = Field(
+    model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
         None,
         description="architecture of a student distilled at the server from the clients' consensus; none: no student",
     )
@@ -38,11 +38,16 @@ class RuntimeConfig(Section):
     mode: choice("sync") = Field(  # type: ignore[valid-type]
         "sync", description="rounds that wait for the whole cohort"
     )
-    executor: choice("auto", "serial", "processes") = Field(  # type: ignore[valid-type]
+    executor: choice("auto", "serial", "batched", "processes") = Field(  # type: ignore[valid-type]
         "auto",
         description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
     )
-    workers: PositiveInt = Field(1, description="worker processes (executors that have them)")
+    workers: PositiveInt | None = Field(
+        None, description="worker processes (executors that have them); none: as many as cores; changes no result"
+    )
+    chunk: PositiveInt | None = Field(
+        None, description="clients of one architecture computed together at most; none: 128 if batched, else 1"
+    )
     threads: PositiveInt | None = Field(None, description="threads of a process; none: chosen from cores and models")
     device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]
         "auto", description="auto: the first GPU if there is one"

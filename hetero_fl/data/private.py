@@ -108,7 +108,8 @@ class Drawing:
             sizes = np.array([len(c) for c in self._classes])
             mix = draws.dirichlet(self.config.alpha * len(sizes) * sizes / sizes.sum())
             wanted = _filled(count, mix, sizes)
-            places = np.concatenate([c[_some(draws, len(c), n)] for c, n in zip(self._classes, wanted, strict=True)])
+            held = [(c, n) for c, n in zip(self._classes, wanted, strict=True) if n]
+            places = np.concatenate([c[_some(draws, len(c), n)] for c, n in held])
         rows = self.pool.rows[torch.from_numpy(places)].sort().values
         parts = split_client(rows, self.split, client, self.config.min_size, self.seed)
         return {name: Share(self.pool.examples, part) for name, part in parts.items()}

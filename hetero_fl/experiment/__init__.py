@@ -1,7 +1,8 @@
 """Runs, comparisons and scorings, from Python. The one place that knows every room."""
 
 from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.prepared import Prepared, prepare
 from hetero_fl.experiment.scoring import evaluate
-from hetero_fl.experiment.single import Prepared, prepare, run
+from hetero_fl.experiment.single import run
 
 __all__ = ["Prepared", "compare", "evaluate", "prepare", "run"]

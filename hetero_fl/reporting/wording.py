@@ -74,6 +74,22 @@ ALGORITHMS = {
         "Clients sent the mean output for each class; each then learned from its own rows and from the others' mean "
         "output for the class at hand.",
     ),
+    "fedproto": (
+        "FedProto",
+        "Clients sent the mean features of each class; each pulled its own features towards the mean over all clients, "
+        "and an example was given the class whose mean is nearest. No parameters were exchanged.",
+    ),
+    "fml": (
+        "FML",
+        "Each client trained its own model together with a small one, each learning from the other's predictions; only "
+        "the small ones were sent and averaged. At home a client's own model is read, in common the small one.",
+    ),
+    "fedkd": (
+        "FedKD",
+        "Each client trained its own model together with a small one, each learning from the other's predictions and "
+        "features, the more the better both were; only changes of the small one were sent, compressed, and averaged. At "
+        "home a client's own model is read, in common the small one.",
+    ),
     "hybrid": (
         "Hybrid",
         "Clients sent what they have in common: the parameters of shared layers were averaged, and predictions on the "
@@ -184,6 +200,11 @@ def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> 
     """The selection metric, and the one shown beside it."""
     first = selection(summary, details)
     return first, {"mae": "r2", "auroc": "balanced_accuracy"}.get(first, "auroc")
+
+
+def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
+    """How many clients there were; the summary lists those whose models were read."""
+    return int(details.get("population", len(summary["clients"])))
 
 
 def home_rows(details: Mapping[str, Any]) -> dict[str, int]:

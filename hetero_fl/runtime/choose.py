@@ -1,12 +1,23 @@
-"""Which executor carries out a run: by name, or by a rule from what is known before the run."""
+"""How a run is computed: executor, workers, threads, device; as configured, else by a rule from what is known beforehand.
+
+The rule looks at architectures, group sizes, rows, rounds, cores and the device, never at the clock: the same machine makes
+the same choice, and the same choice gives the same bits. docs/scaling.md states it for users.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.architecture import Architecture
 from hetero_fl.channel.protocol import Direct
-from hetero_fl.config.schema import RuntimeConfig
+from hetero_fl.config.schema import Config, RuntimeConfig
+from hetero_fl.environment import choose_device, cores, limit_of_threads
+from hetero_fl.runtime.costs import RATE, description, work
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.executor import Executor, InProcess
 from hetero_fl.runtime.federation import Federation
@@ -16,17 +27,104 @@ from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Workers
 
+WORTH = 300.0  # seconds of one core, about, from which starting worker processes pays
+TOGETHER = 8  # clients of one architecture from which computing them together may pay on a CPU
+SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it does
+SMALL_MODEL = 1_000_000  # parameters up to which it does
+CHUNK = 128  # clients computed together at most: bounds memory
+MOST_THREADS = 4  # of one process: models of this size gain nothing from more
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run is computed. All but `workers` decides its bits, and is kept when it is resumed."""
+
+    executor: str  # serial, batched, processes
+    device: str
+    threads: int  # of every process that computes clients
+    server_threads: int  # of the process that computes the server
+    chunk: int = 1  # clients of one architecture that are computed together
+    workers: int = 1
+    reasons: tuple[str, ...] = field(default=(), compare=False)
+
+    def record(self) -> dict[str, Any]:
+        """As kept beside results and in checkpoints."""
+        return {**asdict(self), "reasons": list(self.reasons)}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any], config: RuntimeConfig) -> Choice:
+        """The choice that a run began with; the number of workers may be another when it goes on."""
+        choice = cls(**{**record, "reasons": tuple(record["reasons"])})
+        choose_device(choice.device)  # it has to be here, too
+        return replace(choice, workers=config.workers or choice.workers)
+
+
+def choose(config: Config, federation: Federation) -> Choice:
+    """The choice for a run that begins. Raises UserError if the device is not here."""
+    asked, device = config.runtime, choose_device(config.runtime.device)
+    cohort = min(len(federation.cards), config.clients.per_round or len(federation.cards))
+    each = sum(work(federation.cards[id]) for id in federation.some) / len(federation.some)
+    seconds = each * cohort * config.rounds / RATE
+    available, limit = cores(), limit_of_threads()
+    several = device.type == "cpu" and available > 1 and cohort > 1
+    if asked.executor != "auto":
+        executor, why = asked.executor, "runtime.executor"
+    elif group := _worth_batching(federation, cohort, device):
+        executor, why = "batched", f"small steps of {group} clients with one architecture"
+    elif several and seconds >= WORTH:
+        executor, why = "processes", f"about {seconds:.0f} s of training for one core, {available} cores"
+    elif several:
+        executor, why = "serial", f"about {seconds:.0f} s of training for one core: workers would not pay"
+    else:
+        executor, why = "serial", f"one {'core' if device.type == 'cpu' else 'device'}, or one client at a time"
+    reasons = [f"{executor} executor: {why}"]
+    if asked.threads is not None:
+        threads = server_threads = asked.threads
+        reasons.append(f"{threads} threads: runtime.threads")
+    elif limit is not None:
+        threads = server_threads = limit
+        reasons.append(f"{threads} threads: OMP_NUM_THREADS")
+    else:
+        server_threads = min(MOST_THREADS, available)
+        threads = 1 if executor == "processes" else server_threads
+        reasons.append(
+            f"{threads} threads where clients are computed, {server_threads} at the server: {available} cores"
+        )
+    workers = 1
+    if executor == "processes":
+        workers = asked.workers or max(1, min(available // threads, cohort))
+        reasons.append(f"{workers} workers: {'runtime.workers' if asked.workers else 'cores'}")
+    chunk = asked.chunk or (CHUNK if executor == "batched" else 1)
+    return Choice(executor, str(device), threads, server_threads, chunk, workers, tuple(reasons))
+
+
+def _worth_batching(federation: Federation, cohort: int, device: torch.device) -> int:
+    """How many clients of a round share an architecture, if computing them together pays for most of the cohort; else 0."""
+    groups: dict[Architecture, int] = {}
+    for kind in federation.cards.kinds:
+        about = description(kind.arch)
+        steps = kind.settings.batch_size * about.forward_flops
+        if device.type != "cpu" or (steps <= SMALL_STEP and about.parameters <= SMALL_MODEL):
+            groups[kind.arch] = groups.get(kind.arch, 0) + kind.count
+    share = cohort / len(federation.cards)
+    members = max((n * share for n in groups.values()), default=0.0)
+    most = 2 * sum(groups.values()) > len(federation.cards)
+    return int(members) if most and members >= (TOGETHER if device.type == "cpu" else 2) else 0
+
 
 def make_executor(
-    config: RuntimeConfig,
+    choice: Choice,
     algorithm: Algorithm,
     federation: Federation,
-    device: torch.device,
     store: Store | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Executor:
-    """The executor of a configuration."""
-    store, performer = store or Store(), make_performer(device)
-    if config.executor == "processes":
-        setup = Setup(algorithm, federation, config.threads or 1, (str(device),), torch.get_default_dtype())
-        return Workers(Processes(setup, config.workers), federation.cards, store, performer)
-    return InProcess(Site(algorithm, federation, store, performer, Direct()))
+    """The executor of a choice; `say` is told of what it cannot do as chosen."""
+    store, performer = store or Store(), make_performer(torch.device(choice.device), choice.chunk, say)
+    if choice.executor == "processes":
+        devices: tuple[str, ...] = (choice.device,)
+        if choice.device == "cuda":  # workers spread over all of them
+            devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        setup = Setup(algorithm, federation, choice.threads, devices, choice.chunk, torch.get_default_dtype())
+        return Workers(Processes(setup, choice.workers), federation.cards, store, performer, choice.chunk)
+    return InProcess(Site(algorithm, federation, store, performer, Direct()), choice.chunk)

@@ -12,10 +12,10 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.architecture import Architecture
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.runtime.dry import Expectations
-from hetero_fl.runtime.federation import MANY, Federation
+from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
 from hetero_fl.state import Kind, floats, select
-from model_zoo import is_batch_norm
+from model_zoo import ModelError, is_batch_norm
 
 GATHERED = 10_000  # clients of whom a method may need everybody's rows or models in one place
 
@@ -43,6 +43,7 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
         )
     _check_common(federation)
     _check_class_weights(federation)
+    _check_extras(algorithm, federation)
     _check_batches(algorithm, federation)
     if is_own(algorithm):
         _rehearse(algorithm, federation)
@@ -114,12 +115,22 @@ def _check_class_weights(federation: Federation) -> None:
             raise UserError(f"{where}: found {min(weights):g}; weights are 0 or more")
         if min(weights) > 0:
             continue
-        for id in federation.cards if len(federation.cards) <= MANY else federation.readers:
+        for id in federation.some:
             if federation.cards[id].settings is not kind.settings:
                 continue
             if not any(w * n for w, n in zip(weights, federation.counts(id).tolist(), strict=True)):
                 where = f"clients: {id}: class_weights"
                 raise UserError(f"{where}: found {weights}, which is 0 for every training row of {id}; raise one")
+
+
+def _check_extras(algorithm: Algorithm, federation: Federation) -> None:
+    """Build every model that the method adds once."""
+    for arch in dict.fromkeys(kind.arch for kind in federation.cards.kinds):
+        try:
+            for extra in algorithm.extras(arch).values():
+                extra.check()
+        except ModelError as error:
+            raise UserError(f"algorithm.{algorithm.slot}: {error}") from None
 
 
 def _check_batches(algorithm: Algorithm, federation: Federation) -> None:
@@ -140,9 +151,12 @@ def _single_batches(algorithm: Algorithm, federation: Federation) -> Iterator[tu
     """Where models are trained on batches of one: the key at fault, and the model."""
     for kind in federation.cards.kinds:
         if kind.settings.batch_size == 1:
-            yield f"clients: {kind.first}: batch_size: found 1", kind.arch
+            for arch in (kind.arch, *algorithm.extras(kind.arch).values()):
+                yield f"clients: {kind.first}: batch_size: found 1", arch
     for id in federation.data.with_one_row():
-        yield f"clients: {id}: data: found 1 training row", federation.cards[id].arch
+        own = federation.cards[id].arch
+        for arch in (own, *algorithm.extras(own).values()):
+            yield f"clients: {id}: data: found 1 training row", arch
     size, proxy = getattr(algorithm, "proxy_batch_size", None), federation.data.n_proxy
     if size is not None and proxy and min(size, proxy) == 1:
         where = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Federation:
     rounds: int
     common: tuple[str, ...] = ()
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
+    some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
     @classmethod
@@ -68,8 +69,16 @@ class Federation:
         common = tuple(config.clients.common)
         return cls(
             data.task, data, cards, settings, server_view, own if student else None, config.seed, config.rounds, common,
-            _readers(config, population),
+            _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
         )  # fmt: skip
+
+    def with_models(self, archs: Sequence[Architecture]) -> Federation:
+        """The same federation, each kind of clients with its one of these models. Raises UserError naming a client whose
+        model cannot be made."""
+        for kind, arch in zip(self.cards.kinds, archs, strict=True):
+            if arch != kind.arch:
+                _check(arch, f"clients: {kind.first}: model")
+        return replace(self, cards=Roster(self.cards.clients, archs, self.data))
 
     def initial(self, arch: Architecture) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""
@@ -138,14 +147,14 @@ def architecture(model: ModelConfig, data: FederatedData, view: Preprocess) -> A
     return Architecture.of(model.name, data.task.outputs, shape, model.feature_dim, model.options, model.pretrained)
 
 
-def _readers(config: Config, clients: Population) -> list[str]:
+def _drawn(clients: Population, asked: int | None, seed: int) -> list[str]:
     """Everybody, or so many as are asked for, drawn once for the whole run."""
-    count = config.evaluation.clients or (len(clients) if len(clients) <= MANY else SOME)
+    count = asked or (len(clients) if len(clients) <= MANY else SOME)
     if count > len(clients):
         raise UserError(f"evaluation.clients: found {count}, but there are {len(clients)} clients")
     if count == len(clients):
         return list(clients)
-    drawn = [clients.ids[i] for i in sample(len(clients), count, config.seed, "evaluation")]
+    drawn = [clients.ids[i] for i in sample(len(clients), count, seed, "evaluation")]
     return sorted(drawn, key=lambda id: clients.place(id) or (0, 0))
 
 

@@ -34,6 +34,7 @@ class Setup:
     federation: Federation
     threads: int
     devices: tuple[str, ...]  # workers take them in turn
+    chunk: int = 1
     dtype: torch.dtype = torch.float32
 
 
@@ -76,7 +77,7 @@ class Worker:
         torch.set_default_dtype(setup.dtype)
         device = torch.device(setup.devices[index % len(setup.devices)])
         self.store = Store()
-        self.site = Site(setup.algorithm, setup.federation, self.store, make_performer(device), Direct())
+        self.site = Site(setup.algorithm, setup.federation, self.store, make_performer(device, setup.chunk), Direct())
         self._used: OrderedDict[str, None] = OrderedDict()  # clients whose state is held, the last used at the end
 
     def do(self, job: Job) -> Done:

@@ -76,20 +76,21 @@ class _DryRun:
 
     def exchange(self, id: str, round: int) -> tuple[int, int]:
         """Bytes down to a client and up from it in that round."""
-        card = self.federation.cards[id]
-        key = (*_alike(card), self._at(round))
+        at, card = self._at(round), self.federation.cards[id]
+        down = broadcast(self.algorithm, self.server, card)
+        key = (_alike(card, down), at)
         if key not in self._sizes:
-            down = broadcast(self.algorithm, self.server, card)
             up = self.expectations.upload(card, down, round)
             self._sizes[key] = (len(down.encode()), len(up.encode()))
         return self._sizes[key]
 
     def reading(self, id: str, round: int) -> int:
         """Bytes down to a client whose model is read before that round."""
-        card = replace(self.federation.cards[id], reading=True)
-        key = (*_alike(card), self._at(round), "reading")
+        at, card = self._at(round), replace(self.federation.cards[id], reading=True)
+        down = broadcast(self.algorithm, self.server, card)
+        key = (_alike(card, down), at, "reading")
         if key not in self._sizes:
-            self._sizes[key] = (len(broadcast(self.algorithm, self.server, card).encode()), 0)
+            self._sizes[key] = (len(down.encode()), 0)
         return self._sizes[key][0]
 
     def aggregate(self, cohort: list[str], round: int) -> None:
@@ -108,9 +109,10 @@ class _DryRun:
             self._settled.add(key)
 
 
-def _alike(card: Card) -> tuple[Any, ...]:
+def _alike(card: Card, down: Payload) -> tuple[Any, ...]:
     """Clients with equal marks exchange equally much: a weight is written with the digits of their rows."""
-    return card.arch, id(card.settings), card.n
+    items = {name: (down[name], down.item(name).weight) for name in down}
+    return card.arch, id(card.settings), card.n, _form(items)
 
 
 def _form(tree: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -145,10 +145,11 @@ class Rounds:
 
     # Evaluation --------------------------------------------------------------------------------------------------
     @told()
-    def evaluate(self, details: bool = False) -> Readings:
+    def evaluate(self, details: bool = False, save: Callable[[str, bytes], None] | None = None) -> Readings:
         """Read the models of the federation's readers, in this cohort or not, as they would be used now; and the server's.
 
-        What they receive for it is what they would receive next, and is counted like any other transfer.
+        What they receive for it is what they would receive next, and is counted like any other transfer. `details`: all
+        that a report shows; each model (see `SavedModel.encode`) is then handed to `save` as it comes, and not kept.
         """
         self._clock(self.completed)
         ids = in_order(self.federation.readers)
@@ -160,8 +161,13 @@ class Rounds:
             return body
 
         sizes: dict[str, int] = {}
+        clients: dict[str, Reading] = {}
         try:
-            clients = dict(in_turn(ids, self.executor.read(Lazy(ids, counted), self.completed, details)))
+            for id, reading in in_turn(ids, self.executor.read(Lazy(ids, counted), self.completed, details)):
+                if save is not None:
+                    save(id, reading.model)
+                    reading.model = b""
+                clients[id] = reading
         except (Diverged, PayloadError) as error:
             raise RunFailed(f"round {self.completed}: a model cannot be evaluated: {error}") from None
         if self.algorithm.counted:

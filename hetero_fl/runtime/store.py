@@ -148,9 +148,11 @@ class Store:
         Raises RunFailed if it has been damaged on disk.
         """
         live: dict[Path, int] = {}
-        for where in self.places().values():
-            live[where.segment.path] = live.get(where.segment.path, 0) + where.length
-        for client, version in sorted(self._kept.items()):
+        for _, version in self._versions():
+            if version.place is not None:
+                path = version.place.segment.path
+                live[path] = live.get(path, 0) + version.place.length
+        for client, version in self._versions():
             place = version.place
             if self.open is None or place is None or place.segment is self.open:
                 continue
@@ -164,8 +166,11 @@ class Store:
 
     def files(self) -> set[Path]:
         """The files in which state lies, committed or staged."""
-        versions = [*self._kept.values(), *self._staged.values()]
-        return {v.place.segment.path for v in versions if v is not None and v.place is not None}
+        return {v.place.segment.path for _, v in self._versions() if v.place is not None}
+
+    def _versions(self) -> list[tuple[str, Version]]:
+        """All that may still be read, in an order that is the same in every run."""
+        return [*sorted(self._kept.items()), *((c, v) for c, v in sorted(self._staged.items()) if v is not None)]
 
     def sealed(self) -> None:
         """After a checkpoint: what is staged from now on goes into the next segment."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.runtime.costs import channels_last
 
 
 class Template:
@@ -16,6 +17,8 @@ class Template:
     def __init__(self, arch: Architecture, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):
             self.module = arch.build().to(device)
+        if channels_last(arch):
+            self.module.to(memory_format=torch.channels_last)
         self.tensors: Mapping[str, Tensor] = self.module.state_dict()  # shares memory with the module
         self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
         self.drops = any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())

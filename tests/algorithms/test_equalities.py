@@ -7,7 +7,7 @@ import torch
 
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.state import floats
-from tests.small import MIXED, config, rounds_of, same_bits
+from tests.small import MIXED, config, deployed, rounds_of, same_bits
 
 OFF = {"logit_adjustment": False, "teacher": "mean", "heads": "take", "distil_at": "client", "rehearse": 0.0}
 
@@ -59,11 +59,15 @@ def test_one_client_with_everything_is_centralised_training_bit_for_bit() -> Non
     assert same_bits(floats(fedavg.server.models[group]), floats(centralised.server.models[group]))
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "hybrid"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "fedproto", "fml", "fedkd", "hybrid"],
+)
 def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
     groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]
     there = rounds_of(config(algorithm, clients__groups=groups))
     back = rounds_of(config(algorithm, clients__groups=groups[::-1]))
+    assert there.server.models.keys() == back.server.models.keys()
     for group in there.server.models:
         assert same_bits(there.server.models[group], back.server.models[group])
     for id in there.federation.cards:
@@ -88,7 +92,7 @@ def test_the_student_of_one_client_reaches_its_teacher() -> None:
     source["algorithm"] |= {"student_epochs": 80}
     rounds = rounds_of(source)
     site = rounds.executor.site
-    teacher = site.deployed(rounds.broadcasts(["site"], reading=True), rounds.completed)["site"]
+    teacher = deployed(rounds, "site")
     for rows, least in (("proxy", 0.98), ("common_test", 0.75)):
         said = site.predict(teacher, Rows(rows), home=False).argmax(-1)
         learned = rounds.performer.perform([(rounds.server, Predict("student", Rows(rows)))])[0].argmax(-1)

@@ -15,7 +15,7 @@ from hetero_fl.payload import Item, Payload
 from hetero_fl.plan import Fit
 from hetero_fl.reporting.summary import Patience
 from hetero_fl.runtime.rounds import Rounds, record_readings
-from tests.small import MIXED, config, rounds_of, same_bits
+from tests.small import MIXED, config, deployed, rounds_of, same_bits
 
 METHODS = [
     "local",
@@ -28,6 +28,9 @@ METHODS = [
     "fedmd",
     "feddf",
     "fd",
+    "fedproto",
+    "fml",
+    "fedkd",
     "hybrid",
 ]
 
@@ -70,8 +73,7 @@ def test_a_model_is_read_as_training_will_find_it() -> None:
     """Deploying twice is not two digests: reading and training make the same model, to the bit."""
     algorithm = {"name": "hybrid", "distil_at": "both"}
     rounds = rounds_of(config("hybrid", MIXED, algorithm=algorithm), held=1)
-    bodies = rounds.broadcasts(["site_1"], reading=True)
-    read = rounds.executor.site.deployed(bodies, 1)["site_1"].models["model"]
+    read = deployed(rounds, "site_1").models["model"]
     found, fit = [], type(rounds.algorithm).rehearsal
 
     def before(self: Any, client: Any, teacher: Any) -> Fit:

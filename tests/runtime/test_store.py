@@ -144,6 +144,39 @@ def test_without_a_folder_it_is_the_same_in_memory() -> None:
         Checkpoints(store, pytest.fail)
 
 
+def test_a_discarded_round_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what was committed before it and is in no checkpoint yet, nor what a failed checkpoint has moved."""
+    store = Store(tmp_path, 0)
+    checkpoints = Checkpoints(store, pytest.fail)
+    store.stage("a", private(1, 700))
+    store.commit()
+    store.stage("b", private(2, 700))
+    store.discard()
+    assert store.get("a").state == {"n": 1} and store.encoded("b") is None
+    checkpoints.save(1, {"server": torch.zeros(5000)})  # the state of a is less than a quarter of it
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenSegment, "seal", lambda *rest: rest.nothing)
+        with pytest.raises(AttributeError):
+            checkpoints.save(2, {})
+    store.stage("b", private(3, 700))
+    store.discard()
+    store.stage("b", private(4, 700))
+    assert store.get("a").state == {"n": 1}
+
+
+def test_a_checkpoint_of_the_same_round_replaces_the_file_and_not_its_state(tmp_path: Path) -> None:
+    store = Store(tmp_path, 0)
+    checkpoints = Checkpoints(store, pytest.fail)
+    store.stage("a", private(1, 5000))
+    store.commit()
+    store.stage("b", private(2, 5000))
+    for _ in range(2):
+        checkpoints.save(1, {})
+    assert store.get("a").state == {"n": 1}
+    store.commit()
+    assert store.get("b").state == {"n": 2}
+
+
 def test_state_is_what_its_bytes_say_and_shares_no_memory(tmp_path: Path) -> None:
     """The layout of a tensor in memory decides the last bits of a convolution: it must not depend on what was held."""
     w = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)

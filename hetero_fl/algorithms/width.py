@@ -1,0 +1,33 @@
+"""Methods that compare or exchange features: all clients need features of one width."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from pydantic import Field, PositiveInt
+
+from hetero_fl.algorithms.base import Algorithm
+from hetero_fl.architecture import Architecture
+from hetero_fl.state import Card, Roster
+
+
+class CommonWidth(Algorithm):
+    """A model whose features have another width ends in a projection to the common one; the others are as they were."""
+
+    feature_dim: PositiveInt | None = Field(
+        None, description="common width of the features; none: the most frequent of the clients', the widest of equals"
+    )
+
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+        widths = Counter[int]()
+        for kind in cards.kinds:
+            widths[kind.arch.width] += kind.count
+        width = self.feature_dim or max(widths, key=lambda w: (widths[w], w))
+        other = [kind for kind in cards.kinds if kind.arch.width != width]
+        listed = cards.named(other)
+        notes = [f"algorithm.feature_dim is {width}: the models of {listed} end in a projection to it"] if other else []
+        return self.model_copy(update={"feature_dim": width}), notes
+
+    def architecture(self, card: Card) -> Architecture:
+        return card.arch if card.arch.width == self.feature_dim else replace(card.arch, feature_dim=self.feature_dim)

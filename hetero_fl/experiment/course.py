@@ -1,0 +1,165 @@
+"""The course of a run: rounds, evaluations, checkpoints, and what is left behind at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from hetero_fl.config import Config
+from hetero_fl.errors import UserError
+from hetero_fl.experiment.prepared import Prepared
+from hetero_fl.files import write_atomically
+from hetero_fl.reporting.plots import write_plots
+from hetero_fl.reporting.progress import Progress
+from hetero_fl.reporting.report import write_report
+from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.summary import Patience, details_of, summarise
+from hetero_fl.reporting.tensorboard import writer_callback
+from hetero_fl.runtime.checkpoint import Checkpoints
+from hetero_fl.runtime.choose import Choice
+from hetero_fl.runtime.rounds import Readings, Record, Rounds, record_readings
+from hetero_fl.runtime.store import Private, Store
+from hetero_fl.saved import SavedModel
+
+Callback = Callable[[Record], None]
+
+
+def carry_out(
+    prepared: Prepared, directory: RunDirectory, choice: Choice, progress: Progress, callbacks: Sequence[Callback]
+) -> None:
+    """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
+    begun, config = time.perf_counter(), prepared.config
+    store = Store(directory.path / "checkpoint", config.runtime.store_memory << 20)
+    rounds = prepared.rounds(choice, store, progress.log)
+    rounds.executor.watch(progress.task)
+    try:
+        _hold(prepared, directory, rounds, choice, progress, callbacks, begun)
+    finally:
+        rounds.executor.close()
+
+
+def _hold(
+    prepared: Prepared,
+    directory: RunDirectory,
+    rounds: Rounds,
+    choice: Choice,
+    progress: Progress,
+    callbacks: Sequence[Callback],
+    begun: float,
+) -> None:
+    config = prepared.config
+    checkpoints = Checkpoints(rounds.store, progress.log)
+    fingerprint = prepared.data.content_hash()
+
+    def state() -> dict[str, Any]:
+        return {"run": rounds.tree(), "data": fingerprint, "choice": choice.record()}
+
+    saved = checkpoints.newest()
+    if saved is not None:
+        if saved["data"] != fingerprint:
+            raise UserError(f"{directory.path}: the data is not what this run began with; restore it, or start anew")
+        rounds.restore(saved["run"])
+        progress.log(f"resumed after round {rounds.completed}")
+    else:
+        _start_from(prepared.inherited, rounds)
+        checkpoints.save(0, state())
+        for note in [*prepared.notes, *choice.reasons]:
+            progress.log(note)
+    directory.rewind_metrics(rounds.completed)
+    listeners = [*callbacks, *([writer_callback(directory.path)] if config.output.tensorboard else [])]
+    history = directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
+    patience = Patience(prepared.federation.task, config.evaluation.patience, history)
+    setup = time.perf_counter() - begun
+    progress.start(config.rounds, len(prepared.federation.cards), rounds.completed)
+    readings: Readings | None = None
+    while rounds.completed < config.rounds and not patience.exhausted:
+        record = rounds.round()
+        if rounds.completed % config.evaluation.every == 0 or rounds.completed == config.rounds:
+            last = rounds.completed == config.rounds
+            readings = _evaluate(rounds, record, directory if last else None)
+            patience.look(record)
+            readings = readings if last else None
+        directory.append_metrics(record)
+        checkpoints.save(rounds.completed, state())
+        history.append(record)
+        for callback in listeners:
+            callback(record)
+        progress.round(record)
+    if patience.exhausted:
+        progress.log(
+            f"stopped after round {rounds.completed}: no better validation in {config.evaluation.patience} evaluations"
+        )
+    _finish(prepared, directory, rounds, readings, history, setup, progress)
+
+
+def _evaluate(rounds: Rounds, record: Record, directory: RunDirectory | None) -> Readings:
+    """`directory`: where the models go, if this is the last evaluation."""
+    begun, down = time.perf_counter(), rounds.traffic.down
+    readings = rounds.evaluate() if directory is None else _read_whole(rounds, directory)
+    record_readings(record, readings)
+    record["down_bytes"] += rounds.traffic.down - down
+    record["seconds"]["evaluation"] = time.perf_counter() - begun
+    return readings
+
+
+def _finish(
+    prepared: Prepared,
+    directory: RunDirectory,
+    rounds: Rounds,
+    readings: Readings | None,
+    history: list[Record],
+    setup: float,
+    progress: Progress,
+) -> None:
+    """Models, summary, pictures and report of a run whose rounds are done."""
+    if readings is None:  # stopped early, or killed after the last round
+        traffic = rounds.traffic.down
+        readings = _read_whole(rounds, directory)
+        rounds.traffic.down = traffic  # the same reading once more: nobody would send it again
+    directory.write_json("details.json", details_of(prepared.federation, readings, prepared.notes, prepared.method))
+    summary = summarise(prepared.config, prepared.federation, history, rounds.traffic, setup)
+    directory.write_json("summary.json", summary)
+    present(prepared.config, directory)
+    progress.finish(summary)
+
+
+def present(config: Config, directory: RunDirectory) -> None:
+    """Pictures and report, unless a process that finished has left them."""
+    if (directory.path / "report.html").exists():
+        return
+    if config.output.plots:
+        write_plots(directory.path)
+    if config.output.report:
+        write_report(directory.path)
+
+
+def _read_whole(rounds: Rounds, directory: RunDirectory) -> Readings:
+    """An evaluation with all that a report shows; every model, and the server's own, goes to its file as it comes."""
+
+    def save(name: str, model: bytes) -> None:
+        write_atomically(directory.path / "models" / f"{name}.safetensors", model)
+
+    readings = rounds.evaluate(details=True, save=save)
+    slot = rounds.algorithm.server_slot(rounds.server)
+    if slot is not None:
+        federation, server = rounds.federation, rounds.server
+        view = asdict(federation.view_of(slot))
+        save("server", SavedModel(server.models[slot], server.arch[slot], view, federation.task).encode())
+    return readings
+
+
+def _start_from(models: Mapping[str, SavedModel], rounds: Rounds) -> None:
+    """Begin with another run's models: each client with its own, each group at the server with the mean of its members'."""
+    groups: dict[str, list[SavedModel]] = {}
+    for id, model in models.items():
+        rounds.store.stage(id, Private({"model": model.tensors}))
+        groups.setdefault(model.arch.id, []).append(model)
+    rounds.store.commit()
+    for group, members in groups.items():
+        for name, tensor in rounds.server.models[group].items():
+            if tensor.is_floating_point():
+                rounds.server.models[group][name] = torch.stack([m.tensors[name] for m in members]).mean(0)

@@ -1,0 +1,120 @@
+"""Everything about a run before it computes: configuration, data and method, loaded and checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.algorithms.base import own_objective
+from hetero_fl.config import Config, expand, load_config
+from hetero_fl.data import Dataset, FederatedData, federate, load_source
+from hetero_fl.environment import choose_device
+from hetero_fl.errors import UserError
+from hetero_fl.reporting.run import Run
+from hetero_fl.runtime.choose import Choice, choose, make_executor
+from hetero_fl.runtime.compatibility import check
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.store import Store
+from hetero_fl.saved import SavedModel
+
+
+@dataclass
+class Prepared:
+    """Everything about a run that is known before it computes; nothing has been written."""
+
+    config: Config
+    method: Algorithm
+    federation: Federation
+    data: FederatedData
+    notes: list[str]
+    inherited: dict[str, SavedModel]  # models of another run to start from, by client
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name."""
+        return str(self.config.algorithm["name"])
+
+    def rounds(
+        self,
+        choice: Choice | None = None,
+        store: Store | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Rounds:
+        """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
+        unless a choice is. Close its executor afterwards.
+        """
+        choice, clients = choice or choose(self.config, self.federation), self.config.clients
+        executor = make_executor(choice, self.method, self.federation, store, say)
+        stop = self.config.runtime.divergence == "stop"
+        return Rounds(self.method, self.federation, executor, clients.per_round, stop)
+
+
+def prepare(
+    source: str | Path | Mapping[str, Any] | Config, overrides: Iterable[str] = (), dataset: Dataset | None = None
+) -> Prepared:
+    """Load, build and check everything; trains and writes nothing. `dataset`: examples in memory in place of `data.name`.
+
+    Raises UserError for whatever is wrong.
+    """
+    config = load_config(source, overrides)
+    clients = expand(config.clients)
+    if config.clients.per_round is not None and config.clients.per_round > len(clients):
+        raise UserError(f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients")
+    rare = [kind.first for kind in clients.kinds if kind.settings.share_every > 1]
+    if config.clients.per_round is not None and rare:
+        raise UserError(
+            f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
+        )
+    if (
+        config.data.train_limit is not None
+        and config.data.proxy.source is None
+        and config.data.proxy.size >= config.data.train_limit
+    ):
+        raise UserError(
+            f"data.proxy.size: found {config.data.proxy.size}, but data.train_limit leaves {config.data.train_limit} rows"
+        )
+    dataset = dataset or load_source(config.data, Path(config.data.root).expanduser())
+    settings = {k: v for k, v in config.algorithm.items() if k != "name"}
+    method = algorithm[config.algorithm["name"]].model_validate(settings)
+    own_view = config.server.preprocess if config.server.model and method.distils else None
+    data = federate(dataset, config.data, clients, config.seed, server=own_view)
+    student = method.distils and data.n_proxy > 0
+    federation = Federation.of(config, data, clients, student)
+    method, derived = method.resolve(federation.cards)
+    cards = federation.cards
+    federation = federation.with_models([method.architecture(cards[kind.first]) for kind in cards.kinds])
+    name = config.algorithm["name"]
+    config = config.model_copy(update={"algorithm": {"name": name, **method.model_dump(mode="json")}})
+    notes = [*data.notes, *derived, *check(name, method, federation)]
+    if config.server.model and not student:
+        notes.append(
+            "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
+        )
+    if len(federation.readers) < len(clients):
+        notes.append(
+            f"the models of {len(federation.readers):,} of {len(clients):,} clients are read, each time the same "
+            "(evaluation.clients)"
+        )
+    for own in {kind.settings.objective for kind in clients.kinds}:
+        own_objective(own, federation.task)
+    choose_device(config.runtime.device)
+    return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
+
+
+def _inherited(path: str | None, federation: Federation) -> dict[str, SavedModel]:
+    """The models of another run that fit clients of this one: same id, same architecture."""
+    if path is None:
+        return {}
+    try:
+        models = Run(path).models
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    known = sorted((place, id) for id in models if (place := federation.cards.clients.place(id)) is not None)
+    fitting = {id: models[id] for _, id in known if models[id].arch == federation.cards[id].arch}
+    if not fitting:
+        raise UserError(f"init_from: none of the models in {path} fits a client of this run (same id, same model)")
+    return fitting

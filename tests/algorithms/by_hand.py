@@ -1,0 +1,51 @@
+"""A client's local training as a plain PyTorch loop, for references that hold a whole round by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hetero_fl.objectives import Supervised
+from hetero_fl.plan import Fit
+from hetero_fl.runtime.batches import index_batches
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.state import Participant
+
+BATCH = 16  # tests.small's
+
+
+def clients(rounds: Rounds) -> dict[str, Participant]:
+    """Every client as it stands before the next round."""
+    index = rounds.completed
+    return {id: rounds.federation.client(id, rounds.store.get(id), index) for id in rounds.federation.cards}
+
+
+def module(arch, tensors: dict[str, Tensor]) -> nn.Module:
+    """A module of its own with these tensors, in training mode; counters that nobody keeps stay as made."""
+    made = arch.build()
+    made.load_state_dict({**made.state_dict(), **tensors})
+    return made.train()
+
+
+def train(client: Participant, parameters: list[nn.Parameter], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """One local epoch of SGD with momentum on the loss of (x, y), over the batches that the client's key draws."""
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    for x, y in batches(client):
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        optimizer.step()
+
+
+def batches(client: Participant) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one epoch of `train`."""
+    data, where = client.data("train", None), (client.clock.seed, client.clock.round, client.id, "train", 0)
+    for rows in index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), where):
+        yield data["x"][rows], data["y"][rows]
+
+
+def apart(ours: dict[str, Tensor], by_hand: nn.Module | dict[str, Tensor]) -> float:
+    """The largest difference of any floating-point tensor."""
+    theirs = by_hand.state_dict() if isinstance(by_hand, nn.Module) else by_hand
+    return max(float((t.detach() - ours[n]).abs().max()) for n, t in theirs.items() if t.is_floating_point())

@@ -1,0 +1,152 @@
+"""FedProto: a round by hand, its limits, the reading by nearest prototype, and the common width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hetero_fl.algorithms.fedproto import nearness
+from hetero_fl.architecture import Architecture
+from hetero_fl.config import load_config
+from hetero_fl.experiment import prepare, run
+from hetero_fl.objectives import Batch, Net, Nets, PrototypePull
+from hetero_fl.plan import Rows
+from tests.algorithms.by_hand import apart, clients, module, train
+from tests.small import MIXED, config, deployed, rounds_of
+
+FEDPROTO = {"name": "fedproto", "weight": 0.7}
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_round_by_hand() -> None:
+    rounds = rounds_of(config("fedproto", MIXED, algorithm=FEDPROTO), held=1)
+    before, prototypes = clients(rounds), rounds.server.state["prototypes"].clone()
+    known = rounds.server.state["known"].bool()
+    rounds.round()
+    sums, counts = torch.zeros_like(prototypes), torch.zeros(10)
+    for id, client in before.items():
+        model = module(client.arch["model"], client.models["model"])
+
+        def loss(x, y, model=model):
+            z, f = model(x)
+            pull = ((f - prototypes[y]) ** 2).sum(1) / f.shape[1]
+            return (F.cross_entropy(z, y, reduction="none") + 0.7 * pull * known[y]).sum() / len(y)
+
+        train(client, list(model.parameters()), loss)
+        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        data = client.data("train", None)
+        with torch.no_grad():
+            features = model.eval()(data["x"]).features  # of the model as it is after this round's training
+        for f, y in zip(features, data["y"].tolist(), strict=True):
+            sums[y] += f
+            counts[y] += 1
+    seen = counts > 0
+    assert seen.any() and torch.equal(rounds.server.state["known"].bool(), seen | known)
+    got = rounds.server.state["prototypes"][seen]
+    assert torch.allclose(got, (sums / counts.clamp(min=1)[:, None])[seen], rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_without_a_pull_clients_train_as_under_local() -> None:
+    models = [{**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24} for m in MIXED]
+    local = rounds_of(config("local", models))
+    free = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 0.0}))
+    pulled = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 1.0}))
+    for id in local.federation.cards:
+        alone = local.store.get(id).models["model"]
+        assert apart(free.store.get(id).models["model"], alone) < 1e-10
+        assert apart(pulled.store.get(id).models["model"], alone) > 1e-4
+
+
+@pytest.mark.usefixtures("float64")
+def test_classes_without_a_prototype_are_not_pulled_and_clients_may_be_stacked() -> None:
+    torch.manual_seed(2)
+    model = Architecture.of("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
+    g = torch.Generator().manual_seed(8)
+    x, y = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 1, 2, 1])
+    given = {"prototypes": torch.randn(10, 12, generator=g), "known": torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0])}
+    nets, objective = Nets(model=Net.live(model)), PrototypePull(weight=0.7)
+    loss = objective.loss(nets, Batch(x=x, y=y), given)
+    z, f = model(x)
+    pull = (f - given["prototypes"][y]).square().sum(1) / 12 * torch.tensor([1.0, 0, 1, 0])
+    assert torch.allclose(loss, F.cross_entropy(z, y, reduction="none") + 0.7 * pull, atol=1e-12)
+    two = torch.vmap(lambda a, b: objective.loss(nets, Batch(x=a, y=b), given))(torch.stack([x, -x]), y.expand(2, 4))
+    assert torch.allclose(two[0], loss, atol=1e-12)
+
+
+def test_nearest_prototype_and_classes_without_one_never_win() -> None:
+    g = torch.Generator().manual_seed(1)
+    features, prototypes = torch.randn(50, 6, generator=g), torch.randn(4, 6, generator=g)
+    known = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    prototypes[1] = features[0]  # the nearest of all, if it counted
+    logits = nearness(features, prototypes, known)
+    for f, z in zip(features, logits, strict=True):
+        far = [float((f - p).square().sum().sqrt()) for p in prototypes]
+        assert torch.allclose(z[known > 0], -torch.tensor(far)[known > 0], atol=1e-5)
+        assert int(z.argmax()) == min((0, 2, 3), key=lambda c: far[c])
+    assert logits.isfinite().all() and float(logits.softmax(-1)[:, 1].max()) < 1e-8
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_models_are_read_by_their_distances_once_there_are_prototypes(home: bool) -> None:
+    rounds = rounds_of(config("fedproto", MIXED), held=0)
+    (id, *_), rows = list(rounds.federation.cards), Rows("common_test")
+
+    def read(inference: str) -> torch.Tensor:
+        rounds.executor.site.algorithm = rounds.algorithm.model_copy(update={"inference": inference})
+        return rounds.executor.site.predict(deployed(rounds, id), rows, home)
+
+    assert torch.equal(read("prototype"), read("head"))  # nothing was aggregated: the head decides
+    rounds.round()
+    client = clients(rounds)[id]
+    model = module(client.arch["model"], client.models["model"]).eval()
+    with torch.no_grad():
+        outputs = model(client.data("common_test", None)["x"])
+    state = rounds.server.state
+    assert torch.allclose(read("head"), outputs.logits, atol=1e-5)
+    assert torch.allclose(read("prototype"), nearness(outputs.features, state["prototypes"], state["known"]), atol=1e-5)
+
+
+def test_a_class_that_nobody_sends_keeps_its_prototype() -> None:
+    rounds = rounds_of(config("fedproto", clients=6, clients__per_round=1, rounds=1))
+    state = {n: t.clone() for n, t in rounds.server.state.items()}
+    assert 0 < state["known"].sum() < 10
+    for _ in range(3):
+        rounds.round()
+        assert (rounds.server.state["known"] >= state["known"]).all()
+    (sent,) = rounds.cohort(rounds.completed - 1)
+    untouched = (rounds.federation.counts(sent) == 0) & (rounds.server.state["known"] > 0)
+    assert untouched.any() and rounds.server.state["prototypes"][untouched].abs().sum() > 0
+
+
+def test_who_shares_no_statistics_sends_nothing() -> None:
+    source = config("fedproto", MIXED)
+    source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
+    rounds, seen = rounds_of(source, held=0), {}
+    receive = rounds.receive
+    rounds.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.round()
+    assert {c: list(p) for c, p in seen.items()} == {"site_1": ["features"], "site_2": [], "site_3": ["features"]}
+    whole = sum(p.nbytes for p in clients(rounds)["site_1"].models["model"].values())
+    assert rounds.traffic.up < whole
+
+
+def test_the_common_width_is_the_most_frequent_and_written_down(tmp_path: Path) -> None:
+    models = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24, 32]}]
+    prepared = prepare(config("fedproto", models, clients=3))
+    archs = [card.arch for card in prepared.federation.cards.values()]
+    assert [a.width for a in archs] == [32, 32, 32] and [a.feature_dim for a in archs] == [None, 32, None]
+    assert prepared.config.algorithm["feature_dim"] == 32 and "site_2" in prepared.notes[0]
+    tie = prepare(config("fedproto", models[:2], clients=2))
+    assert tie.config.algorithm["feature_dim"] == 32 and tie.federation.cards["site_2"].arch.width == 32
+    asked = prepare(config("fedproto", models, algorithm={"name": "fedproto", "feature_dim": 8}))
+    assert {card.arch.width for card in asked.federation.cards.values()} == {8}
+    finished = run(config("fedproto", models, rounds=1), out=tmp_path / "run")
+    again = load_config(tmp_path / "run" / "config.yaml")
+    assert again.algorithm["feature_dim"] == 32 and prepare(again).federation.cards.keys() == finished.models.keys()
+    run(
+        config("fedproto", models, rounds=1), out=tmp_path / "run", resume=True
+    )  # the same configuration, resolved alike

@@ -1,0 +1,272 @@
+"""FML and FedKD: a round by hand, their limits, what is shared and what is kept, and views that differ in shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.algorithms.mentee import MENTEE
+from hetero_fl.architecture import Architecture
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import prepare, run
+from hetero_fl.mutual import AdaptiveMutual, Mutual, as_shape
+from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.payload import Payload
+from hetero_fl.plan import Rows
+from hetero_fl.runtime.plans import carry_out
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.state import Participant, floats
+from tests.algorithms.by_hand import apart, clients, module, train
+from tests.small import MIXED, config, deployed, rounds_of, same_bits
+
+SMALL = {"name": "cnn", "width": 2, "norm": "batch"}
+
+
+def federation(method: str, models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
+    return config(method, models, clients, algorithm={"name": method, "mentee": SMALL, **settings})
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) of logits, the mean over examples."""
+    return (p.softmax(1) * (p.softmax(1).log() - q.softmax(1).log())).sum(1).mean()
+
+
+def weighted_mean(sent: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    total = sum(n for n, _ in sent)
+    return {name: sum(n * t[name] for n, t in sent) / total for name in floats(sent[0][1])}
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_round_of_fml_by_hand() -> None:
+    rounds = rounds_of(federation("fml", alpha=0.6, beta=0.3), held=1)
+    before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
+    rounds.round()
+    for id, client in before.items():
+        own, mentee = (
+            module(client.arch["model"], client.models["model"]),
+            module(rounds.server.arch[MENTEE], shared),
+        )
+
+        def loss(x, y, own=own, mentee=mentee):
+            p, m = own(x).logits, mentee(x).logits
+            first = 0.6 * F.cross_entropy(p, y) + 0.4 * kl(m.detach(), p)
+            return first + 0.3 * F.cross_entropy(m, y) + 0.7 * kl(p.detach(), m)
+
+        train(client, [*own.parameters(), *mentee.parameters()], loss)
+        assert apart(rounds.store.get(id).models["model"], own) < 1e-9
+        sent.append((client.n, mentee.state_dict()))
+    mean = weighted_mean(sent)
+    assert any("running_var" in n for n in mean)
+    assert apart(rounds.server.models[MENTEE], mean) < 1e-9
+
+
+def truncated(update: Tensor, energy: float) -> Tensor:
+    """The fewest singular values that hold the energy, where they are fewer numbers than the matrix; else all of it."""
+    if update.ndim < 2:
+        return update
+    matrix = update.reshape(len(update), -1).numpy()
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    k = next(k for k in range(1, len(s) + 1) if k == len(s) or (s[:k] ** 2).sum() >= energy * (s**2).sum())
+    if k * sum(matrix.shape) >= matrix.size:
+        return update
+    return torch.from_numpy(u[:, :k] @ np.diag(s[:k]) @ v[:k]).reshape(update.shape)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_round_of_fedkd_by_hand() -> None:
+    rounds = rounds_of(federation("fedkd", energy_start=0.5, energy_end=0.8, hidden_weight=0.9), held=1)
+    before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
+    cut = 0.0
+    rounds.round()
+    for id, client in before.items():
+        own, mentee = (
+            module(client.arch["model"], client.models["model"]),
+            module(rounds.server.arch[MENTEE], shared),
+        )
+        w = client.models["hidden"]["head.weight"].clone().requires_grad_()
+
+        def loss(x, y, own=own, mentee=mentee, w=w):
+            (t, h), (s, g) = own(x), mentee(x)
+            ce_t, ce_s = F.cross_entropy(t, y), F.cross_entropy(s, y)
+            adaptive = kl(s.detach(), t) + kl(t.detach(), s) + 0.9 * F.mse_loss(g @ w.T, h)
+            return ce_t + ce_s + adaptive / (ce_t + ce_s).detach()
+
+        train(client, [*own.parameters(), *mentee.parameters(), w], loss)
+        kept = rounds.store.get(id)
+        assert apart(kept.models["model"], own) < 1e-9
+        assert float((kept.models["hidden"]["head.weight"] - w.detach()).abs().max()) < 1e-9
+        assert not kept.models["hidden"]["head.bias"].any()
+        assert same_bits(kept.state["base"], floats(shared))  # the server and its clients hold the same mentee
+        update = {n: t.detach() - shared[n] for n, t in floats(mentee.state_dict()).items()}
+        sent.append((client.n, {n: truncated(t, 0.8) for n, t in update.items()}))  # 0.8: the last of two rounds
+        cut = max(cut, *(float((sent[-1][1][n] - t).abs().max()) for n, t in update.items()))
+    change = {n: truncated(t, 0.8) for n, t in weighted_mean(sent).items()}
+    assert cut > 1e-4  # something was truncated
+    assert apart(rounds.server.models[MENTEE], {n: shared[n] + d for n, d in change.items()}) < 1e-9
+
+
+@pytest.mark.usefixtures("float64")
+def test_fml_without_the_mentees_word_is_local_at_home_and_without_the_models_word_fedavg_in_common() -> None:
+    local, apart_ = rounds_of(config("local", MIXED)), rounds_of(federation("fml", alpha=1.0, beta=1.0))
+    fedavg = rounds_of(config("fedavg", SMALL))
+    (group,) = fedavg.server.models
+    for id in local.federation.cards:
+        assert apart(apart_.store.get(id).models["model"], local.store.get(id).models["model"]) < 1e-10
+    assert apart(apart_.server.models[MENTEE], floats(fedavg.server.models[group])) < 1e-10
+    together = rounds_of(federation("fml"))
+    assert apart(together.store.get("site_1").models["model"], local.store.get("site_1").models["model"]) > 1e-4
+    assert apart(together.server.models[MENTEE], floats(fedavg.server.models[group])) > 1e-4
+
+
+def trained(rounds: Rounds, id: str) -> tuple[Participant, Payload, Payload]:
+    """A client after the next round's training, what it was sent and what it sends."""
+    got = Payload(rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[id]))
+    client = clients(rounds)[id]
+    items, _ = carry_out(rounds.algorithm.train(client, got), client, rounds.performer)
+    return client, got, Payload(items)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("settings", [{}, {"energy_start": 1.0, "energy_end": 1.0}])
+def test_one_clients_mentee_is_the_servers(settings: dict[str, float]) -> None:
+    rounds = rounds_of(federation("fedkd" if settings else "fml", clients=1, **settings), held=1)
+    (id,) = rounds.federation.cards
+    rounds._clock(1)
+    client, _, _ = trained(rounds, id)
+    rounds.round()
+    assert apart(rounds.server.models[MENTEE], floats(client.models[MENTEE])) < (1e-12 if settings else 1e-300)
+
+
+@pytest.mark.parametrize("objective", [Mutual(shape=(1, 8, 8)), AdaptiveMutual(shape=(1, 8, 8))])
+def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked(objective: Mutual) -> None:
+    torch.manual_seed(5)
+    archs = {"model": Architecture.of("mlp", 10, (1, 8, 8)), "mentee": Architecture.of("linear", 10, (1, 8, 8))}
+    archs["hidden"] = Architecture.of("linear", 128, (64,))
+    nets = Nets({slot: Net.live(arch.build()) for slot, arch in archs.items()})
+    x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
+    padded = Batch(x=torch.cat([x, 9 * x[:2]]), y=torch.cat([y, y[:2]]))
+    padded.weight = torch.tensor([1.0] * 6 + [0.0] * 2)
+    whole = objective.total(nets, Batch(x=x, y=y), {})
+    assert torch.allclose(objective.total(nets, padded, {}), whole, atol=1e-5)
+    stacked = torch.vmap(lambda a: objective.total(nets, Batch(x=a, y=y), {}))(
+        torch.stack([-x, x])
+    )  # many clients at once
+    assert torch.allclose(stacked[1], whole, atol=1e-5)
+
+
+def test_fedkd_sends_changes_to_whoever_holds_the_last_mentee_and_the_whole_to_others() -> None:
+    rounds = rounds_of({**federation("fedkd", clients=3), "rounds": 6}, held=0)
+    rounds.per_round = 2
+    whole = {n: t.clone() for n, t in floats(rounds.server.models[MENTEE]).items()}
+    held: dict[str, int] = {}
+    kinds = set()
+    for index in range(6):
+        rounds._clock(index)
+        for id in rounds.federation.cards:
+            client, got, _ = trained(rounds, id)
+            kinds.update(got)
+            assert list(got) == (["change"] if held.get(id) == index - 1 else [MENTEE])
+            assert same_bits(client.state["base"], floats(rounds.server.models[MENTEE]))
+        held.update(dict.fromkeys(rounds.cohort(index), index))
+        rounds.round()
+    assert kinds == {"change", MENTEE}
+    full = sum(t.numel() for t in whole.values())
+    assert sum(t.numel() for t in rounds.server.state["change"].values()) < full
+
+
+def test_fedkd_sends_less_than_fml() -> None:
+    mentee = {"name": "mlp", "hidden": [64, 64]}
+    fml, fedkd = (rounds_of(federation(m, mentee=mentee, clients=2)).traffic for m in ("fml", "fedkd"))
+    assert fedkd.up < 0.5 * fml.up and fedkd.down < fml.down
+
+
+@pytest.mark.parametrize("method", ["fml", "fedkd"])
+def test_what_a_client_shares_binds(method: str) -> None:
+    source = federation(method)
+    source["clients"]["overrides"] = [
+        {"match": "site_1", "shares": ["predictions", "statistics"]},
+        {"match": "site_2", "shares": ["backbone"]},
+    ]
+    rounds = rounds_of({**source, "rounds": 3}, held=2)
+    rounds._clock(2)
+    before = dict(rounds.server.models[MENTEE])
+    kept = {id: trained(rounds, id) for id in rounds.federation.cards}
+    sent = {id: set(u[MENTEE]) if u else set() for id, (_, _, u) in kept.items()}
+    names = set(floats(before))
+    assert sent["site_1"] == set() and sent["site_3"] == names and not kept["site_1"][1]
+    assert sent["site_2"] == {n for n in names if n.startswith("backbone.")}
+    stored = {id: rounds.store.get(id).models for id in kept}
+    assert set(stored["site_1"][MENTEE]) >= names  # nobody replaces it
+    assert set(floats(stored["site_2"][MENTEE])) == {"head.weight", "head.bias"}
+    assert MENTEE not in stored["site_3"]
+    rounds.round()  # and the server takes it all as it comes
+
+
+@pytest.mark.parametrize("method", ["fml", "fedkd"])
+def test_every_other_round(method: str) -> None:
+    source = {**federation(method), "rounds": 5}
+    source["clients"]["defaults"]["share_every"] = 2
+    rounds, sent = rounds_of(source, held=0), []
+    for index in range(4):
+        rounds._clock(index)
+        sent.append([list(p) for p in trained(rounds, "site_3")[1:]])
+        rounds.round()
+    later = [MENTEE] if method == "fml" else ["change"]
+    assert sent == [[[MENTEE], []], [[], [MENTEE]], [later, []], [[], [MENTEE]]]
+
+
+@pytest.mark.parametrize("method", ["fml", "fedkd"])
+def test_views_that_differ_in_shape(method: str, tmp_path: Path) -> None:
+    source = config(method, MIXED, algorithm={"name": method}, rounds=1)
+    source["clients"]["overrides"] = [
+        {"match": "site_1", "preprocess": {"resize": 12, "channels": 3}, "augment": {"crop": 1, "flip": True}}
+    ]
+    prepared = prepare(source)
+    assert prepared.config.algorithm["mentee"]["name"] == "cnn_gn_small" and "cnn_gn_small" in prepared.notes[0]
+    assert prepared.config.algorithm["mentee_input"] == [1, 8, 8]
+    rounds = rounds_of(source)
+    client = deployed(rounds, "site_1")
+    x = client.data("common_test", None)["x"]
+    assert x.shape[1:] == (3, 12, 12)
+    small = F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False).mean(1, keepdim=True)
+    mentee = module(rounds.server.arch[MENTEE], rounds.server.models[MENTEE]).eval()
+    with torch.no_grad():
+        assert torch.allclose(
+            rounds.executor.site.predict(client, Rows("common_test"), False), mentee(small).logits, atol=1e-5
+        )
+        own = module(client.arch["model"], client.models["model"]).eval()(x).logits
+    assert torch.allclose(rounds.executor.site.predict(client, Rows("common_test"), True), own, atol=1e-5)
+    finished = run(source, out=tmp_path / "run")
+    assert {id: m.arch.name for id, m in finished.models.items()} == {
+        id: c.arch.name for id, c in prepared.federation.cards.items()
+    }
+
+
+def test_as_shape() -> None:
+    x = torch.arange(32.0).reshape(2, 1, 4, 4)
+    assert as_shape(x, (1, 4, 4)) is x
+    assert torch.equal(as_shape(as_shape(x, (3, 4, 4)), (1, 4, 4)), x)
+    assert as_shape(x, (3, 6, 2)).shape == (2, 3, 6, 2)
+    stacked = torch.stack([x, 2 * x])
+    assert torch.equal(torch.vmap(lambda one: as_shape(one, (3, 2, 2)))(stacked)[1], as_shape(2 * x, (3, 2, 2)))
+
+
+def test_mistakes_are_one_line() -> None:
+    for settings, words in (
+        ({"mentee": {"name": "cnn_gn_smal"}}, "cnn_gn_small"),
+        ({"mentee": {"name": "lenet"}}, "algorithm.mentee: model lenet: needs at least 12x12 pixels"),
+        ({"mentee_input": [64]}, "algorithm.mentee_input: found [64], but examples of site_1 are [1, 8, 8]"),
+    ):
+        with pytest.raises(UserError) as error:
+            prepare(federation("fml", **settings))
+        assert words in str(error.value) and "\n" not in str(error.value)
+    batch_norm = federation("fml", [{"name": "cnn", "width": 4, "norm": "group"}])
+    batch_norm["clients"]["defaults"]["batch_size"] = 1
+    with pytest.raises(UserError, match="batch_size: found 1, but cnn has BatchNorm"):
+        prepare(batch_norm)

@@ -15,7 +15,7 @@ from hetero_fl.config.population import Population
 from hetero_fl.config.source import PartitionConfig, SplitConfig
 from hetero_fl.data.base import Examples
 from hetero_fl.data.shares import among, strata
-from hetero_fl.data.split import FEWEST_TO_TRAIN, split_client, split_counts
+from hetero_fl.data.split import FEWEST_TO_TRAIN, split_counts
 from hetero_fl.errors import UserError
 from hetero_fl.lazy import Recent
 from hetero_fl.seeding import key
@@ -110,12 +110,19 @@ class Drawing:
             wanted = _filled(count, mix, sizes)
             held = [(c, n) for c, n in zip(self._classes, wanted, strict=True) if n]
             places = np.concatenate([c[_some(draws, len(c), n)] for c, n in held])
-        rows = self.pool.rows[torch.from_numpy(places)].sort().values
-        parts = split_client(rows, self.split, client, self.config.min_size, self.seed)
-        return {name: Share(self.pool.examples, part) for name, part in parts.items()}
+        rows = draws.permutation(self._numbers[places])  # so that classes are in no order where they are cut
+        sizes_of = split_counts(count, self.split)
+        parts = np.split(rows, np.cumsum(list(sizes_of.values()))[:-1])
+        return {
+            n: Share(self.pool.examples, torch.from_numpy(np.sort(p))) for n, p in zip(sizes_of, parts, strict=True)
+        }
 
     def _draws(self, *use: str) -> np.random.Generator:
         return np.random.default_rng(key("data", self.seed, *use))
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        return self.pool.rows.numpy()
 
     @cached_property
     def _classes(self) -> list[np.ndarray]:

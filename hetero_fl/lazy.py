@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+RECENT = 4096  # small values that are kept
 
 
 class Lazy(Mapping[str, T]):
@@ -28,3 +30,26 @@ class Lazy(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+class Recent(Generic[T]):
+    """Keeps the values that were used last, at most `limit`. A copy for another process is empty."""
+
+    def __init__(self, limit: int = RECENT) -> None:
+        self.limit = limit
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value, made if it is not there."""
+        if key not in self._values:
+            self._values[key] = make()
+            if len(self._values) > self.limit:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit,)

@@ -19,6 +19,16 @@ def key(*parts: Key) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
+def sample(total: int, count: int, *parts: Key) -> list[int]:
+    """`count` of the numbers below `total`, sorted, drawn by the parts without replacement (Floyd's algorithm: CACM 30(9),
+    1987). Costs `count`, whatever the total."""
+    chosen: set[int] = set()
+    for last in range(total - count, total):
+        drawn = key(*parts, last) % (last + 1)
+        chosen.add(last if drawn in chosen else drawn)
+    return sorted(chosen)
+
+
 def generator(*parts: Key) -> torch.Generator:
     """A fresh CPU generator for the draws that the parts name."""
     return torch.Generator().manual_seed(key(*parts))

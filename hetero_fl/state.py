@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ClientSettings, OptimizerConfig
+from hetero_fl.config.population import Population
+from hetero_fl.lazy import Recent
+from hetero_fl.order import in_order as in_order
 from hetero_fl.seeding import Key
 from hetero_fl.task import Task
 
 Columns = dict[str, Tensor]
+LOOKED = 1000  # clients among whom examples are looked for
 Part = tuple[str, ...] | None  # of a model: None is all of it, else prefixes of tensor names; () is nothing
 
 
@@ -67,6 +71,55 @@ class Card:
     reading: bool = False  # the broadcast is for evaluation only: nothing is trained on it
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Clients with the very same settings, and so with one architecture: how many, and the first in the configuration."""
+
+    settings: ClientSettings
+    arch: Architecture
+    first: str
+    count: int
+
+
+class Roster(Mapping[str, Card]):
+    """All clients as the server knows them. A card is made when it is asked for; whatever follows from settings alone is to
+    be asked of `kinds`, which are few however many clients there are.
+
+    Args:
+        archs: of each kind in `clients.kinds`.
+        data: hetero_fl.data.FederatedData, which knows a client's rows and view.
+    """
+
+    def __init__(self, clients: Population, archs: Sequence[Architecture], data: Any) -> None:
+        self.clients, self._data = clients, data
+        self.kinds = [Kind(k.settings, a, k.first, k.count) for k, a in zip(clients.kinds, archs, strict=True)]
+        self._cards: Recent[Card] = Recent()
+
+    def named(self, kinds: Sequence[Kind], most: int = 6) -> str:
+        """The clients of these kinds for a reader: the first of them by name, and how many more there are."""
+        among, ids = {kind.first for kind in kinds}, self.clients.ids
+        here = (id for id in islice(ids, LOOKED) if self.kinds[self.clients.kind(id).number].first in among)
+        shown = list(islice(here, most)) or in_order(among)[:most]
+        more = sum(kind.count for kind in kinds) - len(shown)
+        return ", ".join(shown) + (f" and {more:,} more" if more else "")
+
+    def __getitem__(self, id: str) -> Card:
+        return self._cards.get(id, lambda: self._make(id))
+
+    def _make(self, id: str) -> Card:
+        kind = self.kinds[self.clients.kind(id).number]
+        return Card(id, kind.arch, self._data.n_rows(id, "train"), self._data.preprocess(id), kind.settings)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self.clients
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.clients)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+
 @dataclass
 class Participant:
     """A client, or the server: named models, named data, private state.
@@ -85,9 +138,9 @@ class Participant:
     counts: Tensor
     n: int = 0
     has_proxy: bool = False
-    peers: Mapping[str, Card] = field(
-        default_factory=dict
-    )  # the roster, where it is known: at the server, in simulation
+    peers: Roster = field(
+        default_factory=lambda: Roster(Population.of({}), [], None)
+    )  # where it is known: in simulation
     common: tuple[str, ...] = ()  # prefixes of tensors that are averaged across architectures
     state: dict[str, Any] = field(default_factory=dict)
     clock: Clock = Clock()
@@ -114,8 +167,3 @@ def copied(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {k: copied(v) for k, v in tree.items()}
     return [copied(v) for v in tree] if isinstance(tree, list) else tree
-
-
-def in_order(ids: Iterable[str]) -> list[str]:
-    """Sorted as people count, `site_2` before `site_10`: the one order in which sums are taken and data is dealt."""
-    return sorted(ids, key=lambda n: ([int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", n))], n))

@@ -1,4 +1,4 @@
-"""Torch's own generators, seeded for a fit: the same draws as torch.manual_seed gives, and nothing left behind."""
+"""Keyed draws, and torch's own generators seeded for a fit: the draws that torch.manual_seed gives, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import traceback
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hetero_fl.seeding import seed_torch
+from hetero_fl.seeding import sample, seed_torch
 from tests.small import config, rounds_of
 
 
@@ -24,3 +26,21 @@ def test_training_takes_no_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(traceback, "format_stack", lambda *_, **__: pytest.fail("torch notes a call for later"))
     monkeypatch.setattr(traceback, "extract_stack", lambda *_, **__: pytest.fail("torch notes a call for later"))
     rounds.round()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 10**12), st.integers(0, 60), st.integers(0, 9))
+def test_a_sample_is_sorted_and_without_doubles(total: int, count: int, key: int) -> None:
+    count = min(count, total)
+    drawn = sample(total, count, key)
+    assert len(set(drawn)) == len(drawn) == count and drawn == sorted(drawn)
+    assert all(0 <= d < total for d in drawn) and drawn == sample(total, count, key)
+
+
+def test_every_subset_is_as_likely_as_any_other() -> None:
+    found: dict[tuple[int, ...], int] = {}
+    for key in range(6000):
+        subset = tuple(sample(5, 3, "test", key))
+        found[subset] = found.get(subset, 0) + 1
+    assert len(found) == 10
+    assert sum((n - 600) ** 2 / 600 for n in found.values()) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001

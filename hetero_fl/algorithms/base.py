@@ -24,7 +24,7 @@ from hetero_fl.objectives import Objective, Supervised, log_prior
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
 from hetero_fl.registry import Registry, imported
-from hetero_fl.state import Card, Part, Participant, common_part, floats, select, without
+from hetero_fl.state import Card, Part, Participant, Roster, common_part, floats, select, without
 from hetero_fl.task import Task
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
@@ -57,6 +57,7 @@ class Algorithm(BaseModel):
     needs_proxy: ClassVar[bool] = False
     distils: ClassVar[bool] = False  # whether it can train a student at the server
     counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
+    everybody: ClassVar[bool] = False  # whether it needs all clients' rows or models in one place
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     reads: ClassVar[str] = (
         "after aggregation, as deployed with the next broadcast"  # when a model is read; tables say so
@@ -71,7 +72,7 @@ class Algorithm(BaseModel):
         watched(cls)
 
     # What the method needs besides -------------------------------------------------------------------------------
-    def resolve(self, cards: Mapping[str, Card]) -> tuple[Algorithm, list[str]]:
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
         """The method with the settings that were left open derived from the federation, and lines that say so.
 
         Called once, before anything is built; the run's `config.yaml` holds the result. Raises UserError for settings
@@ -80,7 +81,8 @@ class Algorithm(BaseModel):
         return self, []
 
     def architecture(self, card: Card) -> Architecture:
-        """The model that a client trains under this method: its own, unless all need something in common."""
+        """The model that a client trains under this method: its own, unless all need something in common. Asked once for
+        all clients with the same settings."""
         return card.arch
 
     def extras(self, arch: Architecture) -> dict[str, Architecture]:
@@ -165,7 +167,7 @@ class Algorithm(BaseModel):
         """The slot of the server's own model, if it has one: the student, else the global model of a single group."""
         if STUDENT in server.models:
             return STUDENT
-        whole = any(self.part(c.settings) is None for c in server.peers.values())  # else its head was never trained
+        whole = any(self.part(kind.settings) is None for kind in server.peers.kinds)  # else its head was never trained
         return next(iter(server.models)) if whole and len(server.models) == 1 else None
 
     # Pieces to build with ----------------------------------------------------------------------------------------

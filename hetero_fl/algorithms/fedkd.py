@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from hetero_fl.channel.lowrank import compress, restore
 from hetero_fl.mutual import AdaptiveMutual
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan
-from hetero_fl.state import Card, Participant, floats, select
+from hetero_fl.state import Card, Participant, Roster, floats, select
 
 HIDDEN = "hidden"  # W: from the mentee's features to the own model's, kept by the client
 
@@ -41,7 +40,7 @@ class FedKD(WithMentee):
         done = who.clock.round / max(1, who.clock.rounds - 1)
         return self.energy_start + (self.energy_end - self.energy_start) * min(1.0, done)
 
-    def resolve(self, cards: Mapping[str, Card]) -> tuple[Algorithm, list[str]]:
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
         method, notes = super().resolve(cards)
         return method, [*notes, "updates of rank one are what `--check` counts: true ranks follow from what is learnt"]
 

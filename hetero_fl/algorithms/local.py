@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.objectives import Supervised
+from hetero_fl.order import natural
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
 from hetero_fl.state import Card, Participant, floats, in_order
@@ -34,6 +36,7 @@ class Ensemble(Local):
 
     uploads = {"member": ItemSpec("params", use="each")}
     counted = True
+    everybody = True
     reads = "mean softmax of all clients' models after private training (the models saved are the members)"
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
@@ -78,6 +81,7 @@ class Centralized(Algorithm):
     shared = None
     uploads = {}
     counted = False
+    everybody = True
     reads = "the pooled model"
 
     def broadcast(self, server: Participant, card: Card) -> Items:
@@ -86,9 +90,11 @@ class Centralized(Algorithm):
     @staticmethod
     def pool(server: Participant) -> Card:
         """The client whose architecture and settings the pooled model takes: the first of the most frequent architecture."""
-        cards = [server.peers[i] for i in in_order(server.peers)]
-        kinds = [c.arch.id for c in cards]
-        return max(cards, key=lambda c: kinds.count(c.arch.id))  # max keeps the first of equals
+        kinds, members = sorted(server.peers.kinds, key=lambda kind: natural(kind.first)), Counter[str]()
+        for kind in kinds:
+            members[kind.arch.id] += kind.count
+        first = max(kinds, key=lambda kind: members[kind.arch.id])  # max keeps the first of equals
+        return server.peers[first.first]
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from ()
@@ -110,7 +116,7 @@ class Centralized(Algorithm):
             steps=s.steps,
             batch_size=s.batch_size,
             optimizer=s.optimizer.at(server.clock.round, server.clock.rounds),
-            as_id=min(server.peers),
+            as_id=min(kind.first for kind in server.peers.kinds),
         )
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:

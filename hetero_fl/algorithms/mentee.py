@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -17,9 +16,10 @@ from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ModelConfig, named
 from hetero_fl.errors import UserError
 from hetero_fl.mutual import Mutual, as_shape
+from hetero_fl.order import natural
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows, Table
-from hetero_fl.state import Card, Participant, floats, in_order, select
+from hetero_fl.state import Card, Participant, Roster, floats, select
 
 MENTEE = "mentee"
 SMALL = {
@@ -48,13 +48,17 @@ class WithMentee(Algorithm):
         description="shape in which it sees examples, channels first; none: the clients' most frequent, the smallest of equals",
     )
 
-    def resolve(self, cards: Mapping[str, Card]) -> tuple[Algorithm, list[str]]:
-        shapes = Counter(card.arch.input_shape for card in cards.values())
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+        shapes = Counter[tuple[int, ...]]()
+        for kind in cards.kinds:
+            shapes[kind.arch.input_shape] += kind.count
         shape = tuple(self.mentee_input or min(shapes, key=lambda s: (-shapes[s], math.prod(s), s)))
-        for id in in_order(cards):
-            own = cards[id].arch.input_shape
+        for kind in sorted(cards.kinds, key=lambda kind: natural(kind.first)):
+            own = kind.arch.input_shape
             if own != shape and (len(own) != 3 or len(shape) != 3 or len({own[0], shape[0]} | {1}) > 2):
-                raise UserError(f"algorithm.mentee_input: found {list(shape)}, but examples of {id} are {list(own)}")
+                raise UserError(
+                    f"algorithm.mentee_input: found {list(shape)}, but examples of {kind.first} are {list(own)}"
+                )
         mentee = self.mentee or SMALL[len(shape)]
         notes = [] if self.mentee else [f"algorithm.mentee is {mentee.name}, for inputs {'x'.join(map(str, shape))}"]
         return self.model_copy(update={"mentee": mentee, "mentee_input": list(shape)}), notes

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 
 from pydantic import Field, PositiveInt
 
 from hetero_fl.algorithms.base import Algorithm
 from hetero_fl.architecture import Architecture
-from hetero_fl.state import Card, in_order
+from hetero_fl.state import Card, Roster
 
 
 class CommonWidth(Algorithm):
@@ -20,11 +19,13 @@ class CommonWidth(Algorithm):
         None, description="common width of the features; none: the most frequent of the clients', the widest of equals"
     )
 
-    def resolve(self, cards: Mapping[str, Card]) -> tuple[Algorithm, list[str]]:
-        widths = Counter(card.arch.width for card in cards.values())
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+        widths = Counter[int]()
+        for kind in cards.kinds:
+            widths[kind.arch.width] += kind.count
         width = self.feature_dim or max(widths, key=lambda w: (widths[w], w))
-        other = [id for id in in_order(cards) if cards[id].arch.width != width]
-        listed = ", ".join(other[:6]) + (f" and {len(other) - 6} more" if len(other) > 6 else "")
+        other = [kind for kind in cards.kinds if kind.arch.width != width]
+        listed = cards.named(other)
         notes = [f"algorithm.feature_dim is {width}: the models of {listed} end in a projection to it"] if other else []
         return self.model_copy(update={"feature_dim": width}), notes
 

@@ -16,11 +16,15 @@ def print_check(prepared: Prepared) -> None:
     federation = prepared.federation
     table = Table("client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}")
     config, parameters = prepared.config, {}
+    for arch in {kind.arch for kind in federation.cards.kinds}:
+        parameters[arch] = sum(federation.initial(arch)[n].numel() for n in arch.parameter_names)
     cost = price(prepared.method, federation, config.rounds, config.clients.per_round, config.evaluation.every)
-    for id, card in federation.cards.items():
-        parameters[id] = sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names)
+    for id in federation.some:
+        card = federation.cards[id]
         sizes = (_size(cost.down[id] + cost.reading[id]), _size(cost.up[id]))
-        table.add_row(id, card.arch.name, str(card.n), f"{parameters[id]:,}", *sizes)
+        table.add_row(id, card.arch.name, str(card.n), f"{parameters[card.arch]:,}", *sizes)
+    if others := len(federation.cards) - len(federation.some):
+        table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)
     up, down, reading = cost.up.total(), cost.down.total(), cost.reading.total()
@@ -30,9 +34,7 @@ def print_check(prepared: Prepared) -> None:
         f"{_size(reading)} of it to evaluate"
     )
     largest = max(parameters.values()) * 4
-    groups = (
-        sum(t.numel() for a in {c.arch for c in federation.cards.values()} for t in federation.initial(a).values()) * 4
-    )
+    groups = sum(t.numel() for a in parameters for t in federation.initial(a).values()) * 4
     console.print(
         f"memory for models, about: {_size(groups)} at the server, {_size(4 * largest)} for the client being trained"
     )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
 
 from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings, OptimizerConfig
+from hetero_fl.config.matching import Pattern
 from hetero_fl.config.mistakes import describe
+from hetero_fl.config.population import Layer, Members, Over, Population
 from hetero_fl.errors import UserError
+from hetero_fl.order import Series
 
 DESCRIBES = {"name", "count", "fraction", "match"}  # of groups and overrides: not settings of a client
 OF_SGD = {"momentum", "nesterov"}  # settings of one optimiser, which another does not inherit
 
 
-def expand(config: ClientsConfig) -> dict[str, ClientSettings]:
+def expand(config: ClientsConfig) -> Population:
     """Settings by client id. Ids are `name_1`, `name_2` … (zero-padded), or the group's name where it is one client.
 
     Raises UserError for counts that do not add up, doubled ids, overrides that match nobody, and layers that contradict
@@ -24,24 +27,31 @@ def expand(config: ClientsConfig) -> dict[str, ClientSettings]:
     """
     groups = config.groups or [ClientGroup(name="client")]
     defaults = _given(config.defaults)
-    clients: dict[str, dict[str, Any]] = {}
-    for group, count in zip(groups, _counts(config, groups), strict=True):
-        width = len(str(count))
-        for i in range(count):
-            id = group.name if count == 1 else f"{group.name}_{i + 1:0{width}}"
-            if id in clients:
-                raise UserError(f"clients.groups: two clients are called '{id}'; give the groups different names")
-            clients[id] = _layer(defaults, _given(group), i)
-    if config.overrides:  # what contradicts itself already is told of its group, and no override drops it unseen
-        for id, settings in clients.items():
-            _checked(id, settings)
-    for override in config.overrides:
-        matched = [id for id in clients if fnmatchcase(id, override.match)]
-        if not matched:
-            raise UserError(f"clients.overrides: '{override.match}' matches none of {', '.join(list(clients)[:8])} …")
-        for i, id in enumerate(matched):
-            clients[id] = _layer(clients[id], _given(override), i)
-    return {id: _checked(id, settings) for id, settings in clients.items()}
+    members = [
+        Members(Series(group.name, count), _over(defaults, _given(group)))
+        for group, count in zip(groups, _counts(config, groups), strict=True)
+    ]
+    overrides = [Over(Pattern(o.match), _given(o)) for o in config.overrides]
+    try:
+        plain = Population(members, settle=_settle)
+        population = Population(members, overrides, settle=_settle) if overrides else plain
+    except ValueError as error:
+        raise UserError(f"clients.groups: two clients are called '{error}'; give the groups different names") from None
+    _ = plain.kinds  # what contradicts itself already is told of its group, and no override drops it unseen
+    for override, found in zip(overrides, population.matched(), strict=True):
+        if not found:
+            known = ", ".join(islice(population, 8))
+            raise UserError(f"clients.overrides: '{override.pattern.text}' matches none of {known} …")
+    _ = population.kinds  # whoever is asked for later can be made
+    return population
+
+
+def _settle(id: str, layer: Layer, turn: int, overrides: Sequence[tuple[Layer, int]]) -> ClientSettings:
+    """Settings of a client who is number `turn` of its group, under overrides of whose clients it has turns, too."""
+    settings = _in_turn(layer, turn)
+    for over, among in overrides:
+        settings = _in_turn(_over(settings, over), among)
+    return _checked(id, settings)
 
 
 def _checked(id: str, settings: dict[str, Any]) -> ClientSettings:
@@ -56,18 +66,21 @@ def _given(settings: ClientSettings) -> dict[str, Any]:
     return {k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in DESCRIBES}
 
 
-def _layer(base: Mapping[str, Any], over: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    """One client's settings under another layer, of whose clients it is number `turn` (from 0)."""
+def _over(base: Mapping[str, Any], over: Mapping[str, Any]) -> Layer:
+    """Settings with another layer over them."""
     had, named = base.get("optimizer", {}), over.get("optimizer", {}).get("name")
     if named is not None and named != had.get("name", OptimizerConfig().name):
         base = {**base, "optimizer": {k: v for k, v in had.items() if k not in OF_SGD}}
-    merged = _merge(base, over)
-    if models := merged.get("model"):
-        merged["model"] = [models[turn % len(models)]]
-    return merged
+    return _merge(base, over)
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _in_turn(layer: Layer, turn: int) -> Layer:
+    """With the one model whose turn it is (from 0)."""
+    models = layer.get("model")
+    return {**layer, "model": [models[turn % len(models)]]} if models else layer
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Layer:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

@@ -27,6 +27,9 @@ class EvaluationConfig(Section):
 
     every: PositiveInt = Field(1, description="rounds between two evaluations; the last round is always evaluated")
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a better validation")
+    clients: PositiveInt | None = Field(
+        None, description="read so many clients' models, drawn once by the seed; none: all, or 100 of more than 1,000"
+    )
 
 
 class RuntimeConfig(Section):

@@ -29,13 +29,28 @@ class SourceConfig(Section):
 class PartitionConfig(Section):
     """How the training rows are dealt out to the clients."""
 
-    kind: choice("iid", "dirichlet", "classes", "quantity", "natural", prefix="python:") = Field(  # type: ignore[valid-type]
+    kind: choice("iid", "dirichlet", "classes", "quantity", "natural", "drawn", prefix="python:") = Field(  # type: ignore[valid-type]
         "iid",
-        description="rows at random; skewed labels; few classes a client; skewed numbers; a client for each group; one's own",
+        description="rows at random; skewed labels; few classes a client; skewed numbers; a client for each group; each "
+        "client draws for itself, also what others have (for large populations); one's own",
     )
-    alpha: PositiveFloat = Field(0.5, description="dirichlet, quantity: concentration; small is more skewed")
+    alpha: PositiveFloat | None = Field(
+        None,
+        description="concentration, small is more skewed; dirichlet, quantity: 0.5 if not given; drawn: of each client's "
+        "own mix of labels, rows at random if not given",
+    )
     classes: PositiveInt = Field(2, description="classes: so many a client")
     min_size: PositiveInt = Field(20, description="fewest rows a client may get")
+    rows: PositiveInt = Field(100, description="drawn: rows of a client, times its `size`")
+    spread: float = Field(
+        0.0, ge=0, le=3, description="drawn: σ of a log-normal factor on each client's number of rows; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _concentrated(self) -> PartitionConfig:
+        if self.alpha is None and self.kind != "drawn":
+            self.__dict__["alpha"] = 0.5  # not among the fields that were set: another kind would take it for given
+        return self
 
 
 class ProxyConfig(Section):

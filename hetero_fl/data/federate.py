@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessConfig, ScannerConfig
+from hetero_fl.config.population import Kind, Population
 from hetero_fl.config.source import DataConfig, SourceConfig
 from hetero_fl.data.base import Dataset, Examples
-from hetero_fl.data.federated import CACHE_BYTES, FederatedData, Share
+from hetero_fl.data.federated import CACHE_BYTES, FederatedData
 from hetero_fl.data.outside import adopt, load_unlabelled, match_columns, match_groups, one_group_each, read_as
 from hetero_fl.data.partition import deal
 from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.private import Drawing, Private, Share
 from hetero_fl.data.registry import load_source
 from hetero_fl.data.split import draw, split_client, with_test
 from hetero_fl.errors import UserError
+from hetero_fl.order import natural
 from hetero_fl.seeding import generator, key
-from hetero_fl.state import in_order
 
 
 def federate(
@@ -37,7 +39,7 @@ def federate(
     clients without a source of their own. A source that clients name as their own is dealt out among those that name it
     (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
     Where the data says of whom each row is, no patient is in two of these places; numbers of rows are then near those
-    asked for.
+    asked for. Clients whose partition is `drawn` get no rows here; they draw when they are asked for theirs.
 
     Args:
         server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.
@@ -48,13 +50,15 @@ def federate(
     """
     dataset = with_test(dataset)
     assert dataset.test is not None
-    names = in_order(clients)
+    population = Population.of(clients)
+    kinds = sorted(population.kinds, key=lambda kind: natural(kind.first))
     shape = tuple(dataset.train.x.shape[1:])
-    seen = {name: _seen_shape(name, clients[name], shape) for name in names}
+    for kind in kinds:
+        _seen_shape(kind.first, kind.settings, shape)
     rows = torch.arange(len(dataset.train))
     if config.train_limit is not None and config.train_limit < len(rows):
         rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"), dataset.train.patient, leave=0)
-    public, rows = _proxy(dataset, config, rows, clients, seen, server, seed)
+    public, rows = _proxy(dataset, config, rows, kinds, server, seed)
     if dataset.validation is None:
         count = max(1, round(config.validation * len(rows)))
         validation, rows = draw(rows, count, generator("data", seed, "common_validation"), dataset.train.patient)
@@ -67,20 +71,28 @@ def federate(
     public["common_test"] = Share(dataset.test, test)
 
     notes = list(dataset.notes)
-    shares = _deal(dataset, rows, [n for n in names if clients[n].data is None], config, clients, seed, notes)
+    holders_of = _own_sources(config, population)
+    drawing, shares = None, {}
+    if config.partition.kind == "drawn":
+        drawing = Drawing(Share(dataset.train, rows), dataset.task, config.partition, config.split, population, seed)
+        drawing.check()
+    else:
+        own_rows = {name for holders in holders_of.values() for name in holders}
+        shares = _deal(dataset, rows, [n for n in population.ids if n not in own_rows], config, population, seed, notes)
     simulated = dataset.simulated
-    for source, holders in _own_sources(config, clients, names).items():
+    for source, holders in holders_of.items():
         where = f"clients: '{holders[0]}': data"
         own = load_source(read_as(source, dataset.task), Path(config.root).expanduser(), where)
         simulated |= own.simulated
         notes += [f"{where}: {note}" for note in own.notes]
         adopted = Dataset(own.name, dataset.task, adopt(own, dataset, where))
         for name in holders:
-            found = _seen_shape(name, clients[name], tuple(adopted.train.x.shape[1:]))
-            if found != seen[name]:
+            found = _seen_shape(name, population[name], tuple(adopted.train.x.shape[1:]))
+            expected = _seen_shape(name, population[name], shape)
+            if found != expected:
                 raise UserError(
                     f"clients: '{name}': data: examples of {own.name} have shape {found}, those of the common set "
-                    f"{dataset.name} {seen[name]}, as this client sees them; set preprocess.resize or channels"
+                    f"{dataset.name} {expected}, as this client sees them; set preprocess.resize or channels"
                 )
         # keys of its own: holders of two sources would else get the same mix of classes
         own_seed = key("data", seed, "own source", source.name, source.path or "")
@@ -88,20 +100,25 @@ def federate(
         if len(holders) == 1:  # its own file is its own, whatever groups are in it
             shares[holders[0]] = Share(adopted.train, every)
         else:
-            shares |= _deal(adopted, every, holders, config, clients, own_seed, notes)
+            if drawing is not None:
+                raise UserError(
+                    f"data.partition.kind: drawn draws from the common set, and {source.name} is the own source of "
+                    f"{len(holders)} clients; give it to one of them, or take another kind"
+                )
+            shares |= _deal(adopted, every, holders, config, population, own_seed, notes)
 
     private = {}
     for name, share in shares.items():
         parts = split_client(share.rows, config.split, name, config.partition.min_size, seed, share.examples.patient)
         private[name] = {split: Share(share.examples, part) for split, part in parts.items()}
     return FederatedData(
-        dataset.task, dataset.name, clients, private, public, seed, simulated, dataset.about, cache_bytes, notes
-    )
+        dataset.task, dataset.name, population, Private(private, drawing), public, seed, simulated, dataset.about,
+        cache_bytes, notes,
+    )  # fmt: skip
 
 
 def _proxy(
-    dataset: Dataset, config: DataConfig, rows: Tensor, clients: Mapping[str, ClientSettings],
-    seen: Mapping[str, tuple[int, ...]], server: PreprocessConfig | None, seed: int,
+    dataset: Dataset, config: DataConfig, rows: Tensor, kinds: list[Kind], server: PreprocessConfig | None, seed: int,
 ) -> tuple[dict[str, Share], Tensor]:  # fmt: skip
     """The proxy set, if there is one, and the rows that are left. Which rows it takes depends on no label."""
     size, draws = config.proxy.size, generator("data", seed, "proxy")
@@ -117,10 +134,13 @@ def _proxy(
     where = "data.proxy.source"
     x, columns = load_unlabelled(config.proxy.source, Path(config.root).expanduser(), where)
     x, _ = match_columns(x, columns, dataset, f"{where}: {config.proxy.source.name}")
-    raw = tuple(x.shape[1:])
-    views = [(f"client '{n}'", _seen_shape(n, clients[n], raw), seen[n], "its preprocess") for n in seen]
+    raw, common = tuple(x.shape[1:]), tuple(dataset.train.x.shape[1:])
+    views = [
+        (f"client '{k.first}'", *(_seen_shape(k.first, k.settings, s) for s in (raw, common)), "its preprocess")
+        for k in kinds
+    ]
     if server is not None:
-        view, common = Preprocess(server.resize, server.channels), tuple(dataset.train.x.shape[1:])
+        view = Preprocess(server.resize, server.channels)
         place = "server.preprocess"
         views.append(("the server", view.shape(raw, place), view.shape(common, place), place))
     for who, found, expected, section in views:
@@ -166,12 +186,11 @@ def _deal(
     return {name: Share(train, rows[part]) for name, part in zip(names, parts, strict=True)}
 
 
-def _own_sources(
-    config: DataConfig, clients: Mapping[str, ClientSettings], names: list[str]
-) -> dict[SourceConfig, list[str]]:
-    """Clients by the source that they name as their own."""
+def _own_sources(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
+    """Clients by the source that they name as their own. They are looked for only where there are any."""
     holders: dict[SourceConfig, list[str]] = {}
-    for name in names:
+    named = any(kind.settings.data is not None for kind in clients.kinds)
+    for name in clients.ids if named else ():
         source = clients[name].data
         if source is not None:
             if (source.name, source.path) == (config.name, config.path):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.config.clients import ClientSettings, PreprocessConfig
+from hetero_fl.config.clients import PreprocessConfig
+from hetero_fl.config.population import Population
 from hetero_fl.data.base import Columns, Examples
 from hetero_fl.data.cache import ColumnCache
 from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.private import Private, Share
 from hetero_fl.data.scanner import apply_scanner
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.lazy import Recent
 from hetero_fl.seeding import generator
 from hetero_fl.task import Task
 
@@ -26,39 +27,19 @@ CACHE_BYTES = 512 * 2**20
 HASH_ROWS = 8192
 
 
-@dataclass(frozen=True)
-class Share:
-    """Rows (int64 `[M]`) of examples that lie elsewhere, shared with others."""
-
-    examples: Examples
-    rows: Tensor
-
-    def take(self) -> Examples:
-        """A copy of the rows."""
-        return self.examples.take(self.rows)
-
-    def __reduce__(
-        self,
-    ) -> tuple[Any, ...]:  # between processes rows go as an array: tensors would each take a file handle
-        return _share, (self.examples, self.rows.numpy())
-
-
-def _share(examples: Examples, rows: np.ndarray) -> Share:
-    return Share(examples, torch.from_numpy(rows))
-
-
 class FederatedData:
     """Who holds what, served as columns of tensors through a participant's own preprocessing.
 
-    Raw arrays stay as they are and are shared; clients are rows of them until asked for. Made by `federate`.
+    Raw arrays stay as they are and are shared; clients are rows of them until asked for, and where they draw for
+    themselves not even that. Made by `federate`.
     """
 
     def __init__(
         self,
         task: Task,
         name: str,
-        clients: Mapping[str, ClientSettings],
-        private: Mapping[str, Mapping[str, Share]],
+        clients: Population,
+        private: Private,
         public: Mapping[str, Share],
         seed: int,
         simulated: bool = False,
@@ -69,17 +50,21 @@ class FederatedData:
         self.task, self.name, self.simulated, self.about = task, name, simulated, about
         self.notes = list(notes)
         """Lines on how the data was read and dealt that a user has to see before the run."""
-        self.client_ids = sorted(clients)
         self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
         """Shape of a raw example of the common set, without the batch."""
-        self._settings, self._private, self._public, self._seed = dict(clients), private, public, seed
-        self._views: dict[str, Preprocess] = {}
+        self._settings, self._private, self._public, self._seed = clients, private, public, seed
+        self._views: Recent[Preprocess] = Recent()
         self._public_columns, self._private_columns = ColumnCache(cache_bytes), ColumnCache(cache_bytes)
 
     @property
+    def client_ids(self) -> list[str]:
+        """All clients, sorted; a list of them is made."""
+        return sorted(self._settings)
+
+    @property
     def n_train(self) -> int:
-        """Rows of all clients' training splits."""
-        return sum(self.n_rows(client, "train") for client in self.client_ids)
+        """Rows of all clients' training splits; where clients draw for themselves, of the pool that they draw from."""
+        return self._private.n_train
 
     @property
     def n_proxy(self) -> int:
@@ -93,7 +78,11 @@ class FederatedData:
 
     def n_rows(self, client: str, split: str) -> int:
         """Rows of a client's train, validation or test split."""
-        return len(self._private[client][split].rows)
+        return self._private.count(client, split)
+
+    def with_one_row(self) -> list[str]:
+        """Clients with a single row to train on."""
+        return self._private.with_one_row()
 
     def label_counts(self, client: str) -> Tensor:
         """How often each label occurs in a client's training split, floats `[outputs]`.
@@ -112,11 +101,10 @@ class FederatedData:
 
     def preprocess(self, client: str) -> Preprocess:
         """How the client sees every example; statistics of its `own` are those of its training rows."""
-        if client not in self._views:
-            config = self._settings[client].preprocess
-            train = self._raw(client, "train").x if config.normalize == "own" else None
-            self._views[client] = Preprocess.resolve(config, train, f"client '{client}': preprocess")
-        return self._views[client]
+        config, where = self._settings[client].preprocess, f"client '{client}': preprocess"
+        if config.normalize != "own":
+            return Preprocess.resolve(config, where=where)
+        return self._views.get(client, lambda: Preprocess.resolve(config, self._raw(client, "train").x, where))
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
         """How the server sees examples; it has no rows of its own, so `own` statistics are those of the public sets."""
@@ -148,7 +136,7 @@ class FederatedData:
 
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""
-        shares = [*self._public.values(), *(s for splits in self._private.values() for s in splits.values())]
+        shares = [*self._public.values(), *(share for _, share in self._private.places())]
         for examples in {id(s.examples): s.examples for s in shares}.values():
             for tensor in (examples.x, examples.y):
                 if tensor is not None:
@@ -163,9 +151,7 @@ class FederatedData:
         """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
         (and configuration) have the same data."""
         digest = hashlib.sha256(repr((self.task.kind, self.task.outputs)).encode())
-        places = [(("", name), share) for name, share in self._public.items()]
-        for client in self.client_ids:
-            places += [((client, name), share) for name, share in self._private[client].items()]
+        places = [(("", name), share) for name, share in self._public.items()] + self._private.places()
         for place, share in sorted(places, key=lambda entry: entry[0]):
             tensors = [t for t in (share.examples.x, share.examples.y) if t is not None]
             digest.update(repr((place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in tensors])).encode())
@@ -187,10 +173,11 @@ class FederatedData:
         return columns
 
     def _pool(self, through: Preprocess) -> Columns:
-        parts = [self._see(self._raw(client, "train"), through) for client in self.client_ids]
-        shapes = {client: tuple(p["x"].shape[1:]) for client, p in zip(self.client_ids, parts, strict=True)}
+        ids = self.client_ids
+        parts = [self._see(self._raw(client, "train"), through) for client in ids]
+        shapes = {client: tuple(p["x"].shape[1:]) for client, p in zip(ids, parts, strict=True)}
         if len(set(shapes.values())) > 1:
-            owner = next((c for c in self.client_ids if self.preprocess(c) == through), None)
+            owner = next((c for c in ids if self.preprocess(c) == through), None)
             where = "server.preprocess" if owner is None else f"clients: '{owner}': preprocess"
             raise UserError(
                 f"{where}: all clients' rows are pooled through this view, and differ in shape then ({shapes}); "

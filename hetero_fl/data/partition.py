@@ -38,6 +38,12 @@ class Deal:
     seed: int
     fewest: int
 
+    @property
+    def alpha(self) -> float:
+        """The concentration."""
+        assert self.config.alpha is not None  # the schema has filled it in
+        return self.config.alpha
+
     def rows(self) -> int:
         """Number of rows to deal."""
         return len(self.strata)
@@ -91,7 +97,7 @@ def deal(
     if config.min_size * len(sizes) > len(y):
         raise UserError(
             f"{WHERE}.min_size: found {config.min_size}, but {len(y)} training rows are left for {len(sizes)} clients; "
-            f"at most {len(y) // len(sizes)}"
+            f"at most {len(y) // len(sizes)}, unless they share rows ({WHERE}.kind: drawn)"
         )
     if config.kind.startswith("python:"):
         return own_partition(y, group, config, sizes, task, seed, patient)
@@ -113,7 +119,7 @@ def iid(d: Deal) -> list[Tensor]:
 @partition("quantity")
 def quantity(d: Deal) -> list[Tensor]:
     """Rows at random, numbers of rows skewed: shares ~ Dirichlet(alpha · K · size share)."""
-    share = d.draws("quantity").dirichlet(d.config.alpha * len(d.share) * d.share)
+    share = d.draws("quantity").dirichlet(d.alpha * len(d.share) * d.share)
     counts = apportion(d.rows(), share, d.fewest)
     return list(d.shuffled(torch.arange(d.rows()), "quantity").split(counts.tolist()))
 
@@ -125,9 +131,7 @@ def dirichlet(d: Deal) -> list[Tensor]:
     short clients take rows at random from the largest."""
     classes, counts = np.unique(d.strata.numpy(), return_counts=True)
     for attempt in range(TRIES):
-        proportions = d.draws("dirichlet", attempt).dirichlet(
-            d.config.alpha * len(d.share) * d.share, size=len(classes)
-        )
+        proportions = d.draws("dirichlet", attempt).dirichlet(d.alpha * len(d.share) * d.share, size=len(classes))
         cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
         cuts[:, -1] = counts
         dealt = np.diff(cuts, axis=1, prepend=0)  # [classes, clients]

@@ -52,6 +52,13 @@ def with_test(dataset: Dataset) -> Dataset:
     return replace(dataset, train=dataset.train.take(train), test=dataset.train.take(test))
 
 
+def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:
+    """How many of a client's rows are in each split, where no patients have to stay whole."""
+    count = {name: max(1, round(part * rows)) if part else 0 for name, part in
+             (("validation", config.validation), ("test", config.test))}  # fmt: skip
+    return {"train": rows - sum(count.values()), **count}
+
+
 def split_client(
     rows: Tensor, config: SplitConfig, client: str, min_size: int, seed: int, patient: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -63,14 +70,13 @@ def split_client(
     Raises:
         UserError: too few rows or patients, with the client, its rows and the key that helps.
     """
-    count = {name: max(1, round(part * len(rows))) if part else 0 for name, part in
-             (("validation", config.validation), ("test", config.test))}  # fmt: skip
-    if len(rows) < FEWEST_TO_TRAIN + sum(count.values()):
+    count = split_counts(len(rows), config)
+    if count["train"] < FEWEST_TO_TRAIN:
         raise UserError(
             f"data.partition.min_size: found {min_size}, and client '{client}' has {len(rows)} rows, "
             "too few to split into train, validation and test; raise it, or give the client more"
         )
-    wanted = 1 + sum(c > 0 for c in count.values())
+    wanted = 1 + (count["validation"] > 0) + (count["test"] > 0)
     if patient is not None and (found := len(patient[rows].unique())) < wanted:
         raise UserError(
             f"data.patient: client '{client}' has rows of {found} patients, too few to split into train, validation and "

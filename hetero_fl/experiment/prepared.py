@@ -64,7 +64,7 @@ def prepare(
     clients = expand(config.clients)
     if config.clients.per_round is not None and config.clients.per_round > len(clients):
         raise UserError(f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients")
-    rare = [id for id, s in clients.items() if s.share_every > 1]
+    rare = [kind.first for kind in clients.kinds if kind.settings.share_every > 1]
     if config.clients.per_round is not None and rare:
         raise UserError(
             f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
@@ -85,7 +85,8 @@ def prepare(
     student = method.distils and data.n_proxy > 0
     federation = Federation.of(config, data, clients, student)
     method, derived = method.resolve(federation.cards)
-    federation = federation.with_models({id: method.architecture(card) for id, card in federation.cards.items()})
+    cards = federation.cards
+    federation = federation.with_models([method.architecture(cards[kind.first]) for kind in cards.kinds])
     name = config.algorithm["name"]
     config = config.model_copy(update={"algorithm": {"name": name, **method.model_dump(mode="json")}})
     notes = [*data.notes, *derived, *check(name, method, federation)]
@@ -93,7 +94,12 @@ def prepare(
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
         )
-    for own in {s.objective for s in clients.values()}:
+    if len(federation.readers) < len(clients):
+        notes.append(
+            f"the models of {len(federation.readers):,} of {len(clients):,} clients are read, each time the same "
+            "(evaluation.clients)"
+        )
+    for own in {kind.settings.objective for kind in clients.kinds}:
         own_objective(own, federation.task)
     choose_device(config.runtime.device)
     return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
@@ -107,7 +113,8 @@ def _inherited(path: str | None, federation: Federation) -> dict[str, SavedModel
         models = Run(path).models
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
-    fitting = {id: models[id] for id, card in federation.cards.items() if id in models and models[id].arch == card.arch}
+    known = sorted((place, id) for id in models if (place := federation.cards.clients.place(id)) is not None)
+    fitting = {id: models[id] for _, id in known if models[id].arch == federation.cards[id].arch}
     if not fitting:
         raise UserError(f"init_from: none of the models in {path} fits a client of this run (same id, same model)")
     return fitting

@@ -15,7 +15,7 @@ import hetero_fl
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.comparison_tables import Row, is_bound
 from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.reporting.wording import algorithm_base, home_rows, plural, span, uncertain
+from hetero_fl.reporting.wording import algorithm_base, home_rows, plural, population, span, uncertain
 
 Json = dict[str, Any]
 
@@ -44,7 +44,7 @@ def about(out: Path, rows: Sequence[Row]) -> About:
     home = warning = ""
     if runs:
         summary, details, config = runs[0].summary(), runs[0].details(), runs[0].config()
-        facts += [("Data", _data(summary, details)), ("Clients", _clients(summary, config))]
+        facts += [("Data", _data(summary, details)), ("Clients", _clients(summary, details, config))]
         tested = [home_rows(run.details()) for run in runs]
         home = f"At home: n = {span(n for found in tested for n in found.values())} test rows a client over all seeds."
         fewest = {client: min(found.get(client, n) for found in tested) for client, n in tested[0].items()}
@@ -84,7 +84,7 @@ def _data(summary: Json, details: Json) -> str:
     return f"{data['name']}{about}. {', '.join(parts)}."
 
 
-def _clients(summary: Json, config: Json) -> str:
+def _clients(summary: Json, details: Json, config: Json) -> str:
     kinds: dict[str, list[str]] = {}
     for client in summary["clients"]:
         kinds.setdefault(client["model"], []).append(client["id"])
@@ -94,8 +94,9 @@ def _clients(summary: Json, config: Json) -> str:
         groups.append(f"{len(ids)} × {model} ({named})")
     sampled = (config.get("clients") or {}).get("per_round")
     each = f"; {sampled} of them in a round" if sampled else ""
-    count, models = len(summary["clients"]), plural(len(kinds), "model")
-    return f"{plural(count, 'client')}, {models}{each}: {'; '.join(groups)}."
+    count, models = population(summary, details), plural(len(kinds), "model")
+    read = f"; {len(summary['clients']):,} of them read" if count > len(summary["clients"]) else ""
+    return f"{plural(count, 'client')}, {models}{each}{read}: {'; '.join(groups)}."
 
 
 def _jobs(out: Path) -> int | None:

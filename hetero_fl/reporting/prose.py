@@ -20,6 +20,7 @@ from hetero_fl.reporting.wording import (
     is_regression,
     last_scores,
     plural,
+    population,
     reached,
     selection,
     sentence,
@@ -55,8 +56,12 @@ def _setting(summary: Json, details: Json) -> str:
     models = ", ".join(f"{count} × {name}" for name, count in kinds.most_common(8)) + (" …" if len(kinds) > 8 else "")
     rows = sorted(client["n_train"] for client in summary["clients"])
     about = f": {details['about']}" if details.get("about") else ""
-    text = f"{plural(len(rows), 'client')} ({models}) took part. Data: {summary['data']['name']}{about}; "
-    text += f"{plural(sum(rows), 'training row')} in all" + (
+    there = population(summary, details)
+    who = f"{plural(there, 'client')} ({models}) took part"
+    if there > len(rows):
+        who = f"{plural(there, 'client')} could take part; all figures are of {len(rows):,} of them ({models}), drawn once"
+    text = f"{who}. Data: {summary['data']['name']}{about}; "
+    text += f"{plural(summary['data']['n_train'], 'training row')} in all" + (
         f", {rows[0]:,} to {rows[-1]:,} a client" if rows[1:] else ""
     )
     public = []

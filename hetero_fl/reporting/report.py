@@ -25,6 +25,7 @@ from hetero_fl.reporting.wording import (
     is_regression,
     last_scores,
     plural,
+    population,
     reached,
     selection,
     sentence,
@@ -62,7 +63,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     pictures = {name: path.read_bytes() for name, path in found.items() if path.is_file()} or plots.draw(run)
     subtitle = (
         f"{algorithm_name(summary['algorithm'])} · {summary['data']['name']} · "
-        f"{plural(len(summary['clients']), 'client')} · {plural(summary['rounds_completed'], 'round')} · "
+        f"{plural(population(summary, details), 'client')} · {plural(summary['rounds_completed'], 'round')} · "
         f"seed {summary['seed']}"
     )
     environment = [(key, _plain(value)) for key, value in run.environment().items()]

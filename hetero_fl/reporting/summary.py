@@ -12,6 +12,7 @@ from hetero_fl.config import Config
 from hetero_fl.metrics import selection_metric
 from hetero_fl.runtime.federation import Federation, describe_settings
 from hetero_fl.runtime.rounds import Readings, Record
+from hetero_fl.state import Card
 from hetero_fl.task import Task
 
 
@@ -63,7 +64,7 @@ class Patience:
 def summarise(
     config: Config, federation: Federation, history: Sequence[Record], traffic: Traffic, setup: float
 ) -> dict[str, Any]:
-    """The content of `summary.json`. `setup`: seconds before the first round."""
+    """The content of `summary.json`; its `clients` are those whose models were read. `setup`: seconds before the first round."""
     task, last = federation.task, [r for r in history if r.get("personal") or r.get("global")][-1]
 
     def both(which: str) -> dict[str, Any] | None:
@@ -98,7 +99,7 @@ def summarise(
                 "personal": last["clients"].get(id, {}).get("personal"),
                 "global": last["clients"].get(id, {}).get("global"),
             }
-            for id, card in federation.cards.items()
+            for id, card in _read(federation)
         ],
         "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
@@ -111,9 +112,10 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
     data = federation.data
     return {
         "labels": list(federation.task.label),
-        "label_counts": {id: data.label_counts(id).int().tolist() for id in federation.cards},
+        "population": len(federation.cards),
+        "label_counts": {id: data.label_counts(id).int().tolist() for id in federation.readers},
         "proxy": data.n_proxy,
-        "rows": {id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")} for id in federation.cards},
+        "rows": {id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")} for id in federation.readers},
         "clients": {
             id: {
                 "model": card.arch.id,
@@ -123,7 +125,7 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
                 "scanner": _short(describe_settings(card.settings).get("scanner", {})),
                 "settings": describe_settings(card.settings),
             }
-            for id, card in federation.cards.items()
+            for id, card in _read(federation)
         },
         "confusion": {id: r.confusion for id, r in readings.clients.items()},
         "calibration": {id: r.calibration for id, r in readings.clients.items()},
@@ -131,6 +133,11 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
         "about": data.about,
         "notes": list(notes),
     }
+
+
+def _read(federation: Federation) -> list[tuple[str, Card]]:
+    """The clients whose models were read, in the order of the configuration."""
+    return [(id, federation.cards[id]) for id in federation.readers]
 
 
 def _short(fields: dict[str, Any]) -> str:

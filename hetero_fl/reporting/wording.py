@@ -202,6 +202,11 @@ def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> 
     return first, {"mae": "r2", "auroc": "balanced_accuracy"}.get(first, "auroc")
 
 
+def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
+    """How many clients there were; the summary lists those whose models were read."""
+    return int(details.get("population", len(summary["clients"])))
+
+
 def home_rows(details: Mapping[str, Any]) -> dict[str, int]:
     """How many test rows each client has at home."""
     return {client: rows["test"] for client, rows in details["rows"].items()}

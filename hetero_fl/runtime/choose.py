@@ -64,7 +64,7 @@ def choose(config: Config, federation: Federation) -> Choice:
     """The choice for a run that begins. Raises UserError if the device is not here."""
     asked, device = config.runtime, choose_device(config.runtime.device)
     cohort = min(len(federation.cards), config.clients.per_round or len(federation.cards))
-    each = sum(map(work, federation.cards.values())) / len(federation.cards)
+    each = sum(work(federation.cards[id]) for id in federation.some) / len(federation.some)
     seconds = each * cohort * config.rounds / RATE
     available, limit = cores(), limit_of_threads()
     several = device.type == "cpu" and available > 1 and cohort > 1
@@ -102,11 +102,11 @@ def choose(config: Config, federation: Federation) -> Choice:
 def _worth_batching(federation: Federation, cohort: int, device: torch.device) -> int:
     """How many clients of a round share an architecture, if computing them together pays for most of the cohort; else 0."""
     groups: dict[Architecture, int] = {}
-    for card in federation.cards.values():
-        about = description(card.arch)
-        steps = card.settings.batch_size * about.forward_flops
+    for kind in federation.cards.kinds:
+        about = description(kind.arch)
+        steps = kind.settings.batch_size * about.forward_flops
         if device.type != "cpu" or (steps <= SMALL_STEP and about.parameters <= SMALL_MODEL):
-            groups[card.arch] = groups.get(card.arch, 0) + 1
+            groups[kind.arch] = groups.get(kind.arch, 0) + kind.count
     share = cohort / len(federation.cards)
     members = max((n * share for n in groups.values()), default=0.0)
     most = 2 * sum(groups.values()) > len(federation.cards)

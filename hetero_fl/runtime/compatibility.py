@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -13,14 +14,16 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
-from hetero_fl.state import floats, select
+from hetero_fl.state import Kind, floats, select
 from model_zoo import ModelError, is_batch_norm
+
+GATHERED = 10_000  # clients of whom a method may need everybody's rows or models in one place
 
 
 def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
     task, proxy = federation.task, federation.data.n_proxy
-    settings = [c.settings for c in federation.cards.values()]
+    settings = [kind.settings for kind in federation.cards.kinds]
     if task.kind not in algorithm.tasks:
         raise UserError(
             f"algorithm.name: {name} is for {', '.join(algorithm.tasks)}, but data.name has a {task.kind} task"
@@ -33,6 +36,11 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
         raise UserError(
             f"algorithm.name: {name} needs clients that share {' or '.join(sorted(shares))}, but no client's `shares` has it"
         )
+    if algorithm.everybody and len(federation.cards) > GATHERED:
+        raise UserError(
+            f"algorithm.name: {name} brings all clients' rows or models together, at most {GATHERED:,} of them; found "
+            f"{len(federation.cards):,} clients"
+        )
     _check_common(federation)
     _check_class_weights(federation)
     _check_extras(algorithm, federation)
@@ -44,13 +52,13 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     averages = travel <= {"model"} and algorithm.uploads.get("model") is not None
     if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:
         alone = _alone(algorithm, federation)
-        if len(alone) == len(federation.cards):
+        if sum(kind.count for kind in alone) == len(federation.cards):
             raise UserError(
                 f"algorithm.name: {name} averages parameters here, but no two clients send a tensor in common; give "
                 "clients the same `model`, let their `shares` overlap, or name common prefixes in clients.common"
             )
         if alone:
-            groups = dict.fromkeys(federation.cards[id].arch.id for id in alone)
+            groups = dict.fromkeys(kind.arch.id for kind in alone)
             notes.append(f"{name} averages within an architecture: {', '.join(groups)} stands alone")
     return notes
 
@@ -63,27 +71,30 @@ def _rehearse(algorithm: Algorithm, federation: Federation) -> None:
     """
     server, expectations = federation.server(), Expectations(algorithm, federation)
     algorithm.start(server)
-    for card in federation.cards.values():
+    for kind in federation.cards.kinds:
+        card = federation.cards[kind.first]
         expectations.of(card, broadcast(algorithm, server, card), 0)
 
 
-def _alone(algorithm: Algorithm, federation: Federation) -> list[str]:
+def _alone(algorithm: Algorithm, federation: Federation) -> list[Kind]:
     """The clients that send no tensor which another sends, too: averaging gives them nothing."""
-    sent = {}
-    for id, card in federation.cards.items():
-        tensors = floats(select(federation.initial(card.arch), algorithm.part(card.settings)))
-        sent[id] = {  # the owners of hetero_fl.aggregation.averaging
-            (n, tuple(t.shape), "" if federation.common and n.startswith(federation.common) else card.arch.id)
+    sent, owners = [], Counter[Any]()
+    for kind in federation.cards.kinds:
+        tensors = floats(select(federation.initial(kind.arch), algorithm.part(kind.settings)))
+        mine = {  # the owners of hetero_fl.aggregation.averaging
+            (n, tuple(t.shape), "" if federation.common and n.startswith(federation.common) else kind.arch.id)
             for n, t in tensors.items()
         }
-    owners = Counter(owner for mine in sent.values() for owner in mine)
-    return [id for id, mine in sent.items() if all(owners[owner] == 1 for owner in mine)]
+        owners.update(dict.fromkeys(mine, kind.count))
+        sent.append((kind, mine))
+    return [kind for kind, mine in sent if all(owners[owner] == 1 for owner in mine)]
 
 
 def _check_common(federation: Federation) -> None:
     if not federation.common:
         return
-    names = {n for arch in {c.arch for c in federation.cards.values()} for n in floats(federation.initial(arch))}
+    archs = {kind.arch for kind in federation.cards.kinds}
+    names = {n for arch in archs for n in floats(federation.initial(arch))}
     for prefix in federation.common:
         if not any(n.startswith(prefix) for n in names):
             first = {n.split(".")[0] + "." for n in names}
@@ -92,8 +103,8 @@ def _check_common(federation: Federation) -> None:
 
 def _check_class_weights(federation: Federation) -> None:
     task = federation.task
-    for id, card in federation.cards.items():
-        weights, where = card.settings.class_weights, f"clients: {id}: class_weights"
+    for kind in federation.cards.kinds:
+        weights, where = kind.settings.class_weights, f"clients: {kind.first}: class_weights"
         if weights is not None and task.kind != "multiclass":
             raise UserError(f"{where}: is for classes that exclude one another, but data.name has a {task.kind} task")
         if not isinstance(weights, list):
@@ -102,13 +113,19 @@ def _check_class_weights(federation: Federation) -> None:
             raise UserError(f"{where}: found {len(weights)} numbers for {task.outputs} classes")
         if min(weights) < 0:
             raise UserError(f"{where}: found {min(weights):g}; weights are 0 or more")
-        if not any(w * n for w, n in zip(weights, federation.counts(id).tolist(), strict=True)):
-            raise UserError(f"{where}: found {weights}, which is 0 for every training row of {id}; raise one")
+        if min(weights) > 0:
+            continue
+        for id in federation.some:
+            if federation.cards[id].settings is not kind.settings:
+                continue
+            if not any(w * n for w, n in zip(weights, federation.counts(id).tolist(), strict=True)):
+                where = f"clients: {id}: class_weights"
+                raise UserError(f"{where}: found {weights}, which is 0 for every training row of {id}; raise one")
 
 
 def _check_extras(algorithm: Algorithm, federation: Federation) -> None:
     """Build every model that the method adds once."""
-    for arch in dict.fromkeys(card.arch for card in federation.cards.values()):
+    for arch in dict.fromkeys(kind.arch for kind in federation.cards.kinds):
         try:
             for extra in algorithm.extras(arch).values():
                 extra.check()
@@ -132,16 +149,18 @@ def _check_batches(algorithm: Algorithm, federation: Federation) -> None:
 
 def _single_batches(algorithm: Algorithm, federation: Federation) -> Iterator[tuple[str, Architecture]]:
     """Where models are trained on batches of one: the key at fault, and the model."""
-    for id, card in federation.cards.items():
-        alone = "batch_size: found 1" if card.settings.batch_size == 1 else "data: found 1 training row"
-        if card.settings.batch_size == 1 or card.n == 1:
-            yield from (
-                (f"clients: {id}: {alone}", arch) for arch in (card.arch, *algorithm.extras(card.arch).values())
-            )
+    for kind in federation.cards.kinds:
+        if kind.settings.batch_size == 1:
+            for arch in (kind.arch, *algorithm.extras(kind.arch).values()):
+                yield f"clients: {kind.first}: batch_size: found 1", arch
+    for id in federation.data.with_one_row():
+        own = federation.cards[id].arch
+        for arch in (own, *algorithm.extras(own).values()):
+            yield f"clients: {id}: data: found 1 training row", arch
     size, proxy = getattr(algorithm, "proxy_batch_size", None), federation.data.n_proxy
     if size is not None and proxy and min(size, proxy) == 1:
         where = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"
-        for card in federation.cards.values():
-            yield where, card.arch
+        for kind in federation.cards.kinds:
+            yield where, kind.arch
         if federation.student is not None:
             yield where, federation.student

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,15 +11,18 @@ from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ClientSettings, ModelConfig
+from hetero_fl.config.population import Population
 from hetero_fl.config.schema import Config
 from hetero_fl.data import FederatedData, Preprocess
 from hetero_fl.errors import UserError
 from hetero_fl.runtime.store import Private
-from hetero_fl.state import Card, Clock, Participant, copied
+from hetero_fl.seeding import sample
+from hetero_fl.state import Clock, Participant, Roster, copied
 from hetero_fl.task import Task
 from model_zoo import ModelError
 
 SERVER = "server"
+MANY, SOME = 1000, 100  # of more clients than MANY only SOME are read, if nothing else is said
 
 
 @dataclass
@@ -28,13 +31,15 @@ class Federation:
 
     task: Task
     data: FederatedData
-    cards: Mapping[str, Card]
+    cards: Roster
     server_settings: ClientSettings
     server_preprocess: Preprocess
     student: Architecture | None
     seed: int
     rounds: int
     common: tuple[str, ...] = ()
+    readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
+    some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
     @classmethod
@@ -43,17 +48,18 @@ class Federation:
     ) -> Federation:
         """Build and check every architecture once; `student`: whether the method can train one at the server.
 
-        Raises UserError naming the client whose model cannot be made.
+        Raises UserError naming the client whose model cannot be made, and for more readings than there are clients.
         """
-        cards = {}
+        population = Population.of(clients)
+        archs: list[Architecture] = []
         checked: set[Architecture] = set()
-        for id, settings in clients.items():
-            view = data.preprocess(id)
-            arch = architecture(settings.model[0], data, view)
-            if arch not in checked:
-                _check(arch, f"clients: {id}: model")
-                checked.add(arch)
-            cards[id] = Card(id, arch, data.n_rows(id, "train"), view, settings)
+        for kind in population.kinds:
+            view = Preprocess(kind.settings.preprocess.resize, kind.settings.preprocess.channels)
+            archs.append(architecture(kind.settings.model[0], data, view))
+            if archs[-1] not in checked:
+                _check(archs[-1], f"clients: {kind.first}: model")
+                checked.add(archs[-1])
+        cards = Roster(population, archs, data)
         server = config.server
         server_view = data.server_preprocess(server.preprocess)
         own = architecture(server.model, data, server_view) if server.model else None
@@ -62,15 +68,17 @@ class Federation:
         settings = ClientSettings(optimizer=server.optimizer)
         common = tuple(config.clients.common)
         return cls(
-            data.task, data, cards, settings, server_view, own if student else None, config.seed, config.rounds, common
-        )
+            data.task, data, cards, settings, server_view, own if student else None, config.seed, config.rounds, common,
+            _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
+        )  # fmt: skip
 
-    def with_models(self, archs: Mapping[str, Architecture]) -> Federation:
-        """The same federation, these clients with these models. Raises UserError naming one that cannot be made."""
-        for id, arch in archs.items():
-            if arch != self.cards[id].arch:
-                _check(arch, f"clients: {id}: model")
-        return replace(self, cards={id: replace(card, arch=archs[id]) for id, card in self.cards.items()})
+    def with_models(self, archs: Sequence[Architecture]) -> Federation:
+        """The same federation, each kind of clients with its one of these models. Raises UserError naming a client whose
+        model cannot be made."""
+        for kind, arch in zip(self.cards.kinds, archs, strict=True):
+            if arch != kind.arch:
+                _check(arch, f"clients: {kind.first}: model")
+        return replace(self, cards=Roster(self.cards.clients, archs, self.data))
 
     def initial(self, arch: Architecture) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""
@@ -108,7 +116,7 @@ class Federation:
 
     def server(self) -> Participant:
         """The server before the first round: a model for each architecture, and the student if one is asked for."""
-        archs = {c.arch.id: c.arch for c in self.cards.values()}
+        archs = {kind.arch.id: kind.arch for kind in self.cards.kinds}
         models = {slot: dict(self.initial(arch)) for slot, arch in sorted(archs.items())}
         if self.student is not None:
             archs["student"] = self.student
@@ -129,14 +137,25 @@ class Federation:
 
     def view_of(self, slot: str) -> Preprocess:
         """How a model at the server sees public examples: as the group's first client does, or as the server itself."""
-        members = [c for c in self.cards.values() if c.arch.id == slot]
-        return min(members, key=lambda c: c.id).preprocess if members else self.server_preprocess
+        members = [kind.first for kind in self.cards.kinds if kind.arch.id == slot]
+        return self.cards[min(members)].preprocess if members else self.server_preprocess
 
 
 def architecture(model: ModelConfig, data: FederatedData, view: Preprocess) -> Architecture:
     """The model of the configuration, for the shape in which its owner sees examples."""
     shape = view.shape(tuple(data.input_shape))
     return Architecture.of(model.name, data.task.outputs, shape, model.feature_dim, model.options, model.pretrained)
+
+
+def _drawn(clients: Population, asked: int | None, seed: int) -> list[str]:
+    """Everybody, or so many as are asked for, drawn once for the whole run."""
+    count = asked or (len(clients) if len(clients) <= MANY else SOME)
+    if count > len(clients):
+        raise UserError(f"evaluation.clients: found {count}, but there are {len(clients)} clients")
+    if count == len(clients):
+        return list(clients)
+    drawn = [clients.ids[i] for i in sample(len(clients), count, seed, "evaluation")]
+    return sorted(drawn, key=lambda id: clients.place(id) or (0, 0))
 
 
 def _check(arch: Architecture, where: str) -> None:

@@ -17,6 +17,7 @@ from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
 from hetero_fl.runtime.plans import carry_out
 from hetero_fl.runtime.rounds import draw_cohort
+from hetero_fl.state import Card
 
 
 @dataclass
@@ -52,7 +53,7 @@ def price(
             made.up[id] += up
         run.aggregate(cohort, round)
         if (round + 1) % every == 0 or round + 1 == rounds:
-            for id in federation.cards:
+            for id in federation.readers:
                 made.reading[id] += run.reading(id, round + 1)
     return made
 
@@ -64,7 +65,7 @@ class _DryRun:
         self.algorithm, self.federation = algorithm, federation
         self.server, self.expectations = federation.server(), Expectations(algorithm, federation)
         algorithm.start(self.server)
-        self._intervals = sorted({card.settings.share_every for card in federation.cards.values()})
+        self._intervals = sorted({kind.settings.share_every for kind in federation.cards.kinds})
         self._sizes: dict[Any, tuple[int, int]] = {}
         self._settled: set[Any] = set()  # after these the server's state has the form that it had before
         self._form = _form([self.server.models, self.server.state])
@@ -75,18 +76,21 @@ class _DryRun:
 
     def exchange(self, id: str, round: int) -> tuple[int, int]:
         """Bytes down to a client and up from it in that round."""
-        key, card = (id, self._at(round)), self.federation.cards[id]
+        at, card = self._at(round), self.federation.cards[id]
+        down = broadcast(self.algorithm, self.server, card)
+        key = (_alike(card, down), at)
         if key not in self._sizes:
-            down = broadcast(self.algorithm, self.server, card)
             up = self.expectations.upload(card, down, round)
             self._sizes[key] = (len(down.encode()), len(up.encode()))
         return self._sizes[key]
 
     def reading(self, id: str, round: int) -> int:
         """Bytes down to a client whose model is read before that round."""
-        key, card = (id, self._at(round), "reading"), replace(self.federation.cards[id], reading=True)
+        at, card = self._at(round), replace(self.federation.cards[id], reading=True)
+        down = broadcast(self.algorithm, self.server, card)
+        key = (_alike(card, down), at, "reading")
         if key not in self._sizes:
-            self._sizes[key] = (len(broadcast(self.algorithm, self.server, card).encode()), 0)
+            self._sizes[key] = (len(down.encode()), 0)
         return self._sizes[key][0]
 
     def aggregate(self, cohort: list[str], round: int) -> None:
@@ -103,6 +107,12 @@ class _DryRun:
         before, self._form = self._form, _form([self.server.models, self.server.state])
         if before == self._form:
             self._settled.add(key)
+
+
+def _alike(card: Card, down: Payload) -> tuple[Any, ...]:
+    """Clients with equal marks exchange equally much: a weight is written with the digits of their rows."""
+    items = {name: (down[name], down.item(name).weight) for name in down}
+    return card.arch, id(card.settings), card.n, _form(items)
 
 
 def _form(tree: Any) -> Any:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, TypeVar
 
-import torch
-
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Direct, Message, Messages, Replies, Traffic, hold_round
@@ -23,7 +21,7 @@ from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.site import Reading, Scores
-from hetero_fl.seeding import generator
+from hetero_fl.seeding import sample
 from hetero_fl.state import in_order
 
 T = TypeVar("T")
@@ -40,11 +38,10 @@ class Readings:
 
 def draw_cohort(federation: Federation, per_round: int | None, round: int) -> list[str]:
     """Everyone, or `per_round` clients drawn by the key of that round, in id order."""
-    ids = in_order(federation.cards)
+    ids = federation.cards.clients.ids
     if per_round is None or per_round >= len(ids):
-        return ids
-    drawn = torch.randperm(len(ids), generator=generator(federation.seed, round, "cohort"))
-    return [ids[i] for i in sorted(drawn[:per_round].tolist())]
+        return list(ids)
+    return [ids[i] for i in sample(len(ids), per_round, federation.seed, round, "cohort")]
 
 
 class Rounds:
@@ -154,13 +151,13 @@ class Rounds:
     # Evaluation --------------------------------------------------------------------------------------------------
     @told()
     def evaluate(self, details: bool = False, save: Callable[[str, bytes], None] | None = None) -> Readings:
-        """Read every client's model, sampled or not, as it would be used now; and the server's own.
+        """Read the models of the federation's readers, in this cohort or not, as they would be used now; and the server's.
 
         What they receive for it is what they would receive next, and is counted like any other transfer. `details`: all
         that a report shows; each model (see `SavedModel.encode`) is then handed to `save` as it comes, and not kept.
         """
         self._clock(self.completed)
-        ids = in_order(self.federation.cards)
+        ids = in_order(self.federation.readers)
         bodies = self.broadcasts(ids, reading=True)
 
         def counted(client: str) -> bytes:

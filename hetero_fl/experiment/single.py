@@ -14,7 +14,7 @@ from hetero_fl.data import Dataset
 from hetero_fl.environment import describe_environment
 from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment.course import Callback, carry_out, present
-from hetero_fl.experiment.guard import leave_if_importing
+from hetero_fl.children import leave_if_importing
 from hetero_fl.experiment.prepared import Prepared, prepare
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from hetero_fl.children import leave_if_importing
 from hetero_fl.config import Config, difference, resolved
 from hetero_fl.data import Dataset
 from hetero_fl.environment import describe_environment
 from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment.course import Callback, carry_out, present
-from hetero_fl.children import leave_if_importing
 from hetero_fl.experiment.prepared import Prepared, prepare
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
 from hetero_fl.runtime.choose import Choice, choose
+from hetero_fl.runtime.engines import engine
 
 
 def run(
@@ -56,27 +57,27 @@ def run(
 
 def _run_in(path: Path, prepared: Prepared, resume: bool, callbacks: Sequence[Callback], quiet: bool) -> None:
     config = prepared.config
-    choice = choose(config, prepared.federation)
-    if resume and (path / "config.yaml").exists():
-        directory = _reopen(path, config)
+    directory = _reopen(path, config) if resume and (path / "config.yaml").exists() else None
+    began = directory.environment()["choice"] if directory is not None else None
+    with engine(config.runtime, began["executor"] if began else config.runtime.executor):
         # The same bits need the same executor, threads and device, whatever this machine would choose.
-        choice = Choice.recorded(directory.environment()["choice"], config.runtime)
-    else:
-        environment = describe_environment(choice.record())
-        directory = RunDirectory.create(path, config=resolved(config), environment=environment)
-    torch.set_num_threads(choice.server_threads)
-    if resume and (directory.path / "summary.json").exists():
-        present(config, directory)
-        return
-    with Progress(directory.log, quiet) as progress:
-        carry_out(prepared, directory, choice, progress, callbacks)
+        choice = Choice.recorded(began, config.runtime) if began else choose(config, prepared.federation)
+        torch.set_num_threads(choice.server_threads)
+        if directory is None:
+            environment = describe_environment(choice.record())
+            directory = RunDirectory.create(path, config=resolved(config), environment=environment)
+        elif (directory.path / "summary.json").exists():
+            present(config, directory)
+            return
+        with Progress(directory.log, quiet) as progress:
+            carry_out(prepared, directory, choice, progress, callbacks)
 
 
 def _deciding(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same when a run is resumed: all but memory and workers, which decide no result."""
+    """What has to be the same when a run is resumed: all but memory, workers and cluster, which decide no result."""
     return {
         **recorded,
-        "runtime": {k: v for k, v in recorded["runtime"].items() if k not in ("store_memory", "workers")},
+        "runtime": {k: v for k, v in recorded["runtime"].items() if k not in ("store_memory", "workers", "address")},
     }
 
 

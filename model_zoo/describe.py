@@ -21,7 +21,8 @@ from .split import is_batch_norm
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """``forward_flops`` are the floating-point operations of one example's forward pass, a multiply-add being two."""
+    """``forward_flops`` are the floating-point operations of one example's forward pass, a multiply-add being two;
+    ``convolution_flops`` those of them in convolutions."""
 
     name: str
     parameters: int
@@ -29,6 +30,7 @@ class ModelDescription:
     head_parameters: int
     feature_dim: int
     forward_flops: int
+    convolution_flops: int
     has_batch_norm: bool
     summary: str
 
@@ -80,14 +82,15 @@ def describe(
     """
     with torch.random.fork_rng(devices=[]):
         model = create_model(name, num_classes, in_channels, input_size, feature_dim, **options).eval()
-    example = torch.zeros(make_shape(in_channels, input_size).batch(1))
+    flops, convolutions = _flops(model, torch.zeros(make_shape(in_channels, input_size).batch(1)))
     return ModelDescription(
         name=name,
         parameters=count(model),
         backbone_parameters=count(model.backbone),
         head_parameters=count(model.head),
         feature_dim=model.feature_dim,
-        forward_flops=_flops(model, example),
+        forward_flops=flops,
+        convolution_flops=convolutions,
         has_batch_norm=any(is_batch_norm(module) for module in model.modules()),
         summary=summary_of(name) + _enlarged(model),
     )
@@ -98,10 +101,12 @@ def count(module: nn.Module) -> int:
     return sum(math.prod(p.shape) for p in module.parameters())
 
 
-def _flops(model: nn.Module, example: torch.Tensor) -> int:
+def _flops(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     # oneDNN runs an LSTM as one kernel that the counter does not know; its switch may warn about TF32 on CPUs.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
             model(example)
-    return int(counter.get_total_flops())
+    by_kind = counter.get_flop_counts()["Global"]
+    convolutions = sum(int(n) for kind, n in by_kind.items() if "convolution" in str(kind))
+    return int(counter.get_total_flops()), convolutions

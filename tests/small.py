@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from hetero_fl.experiment import prepare
-from hetero_fl.runtime.choose import choose, make_executor
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
 from hetero_fl.state import Participant
@@ -47,8 +46,7 @@ def rounds_of(source: dict[str, Any], held: int | None = None, store: Store | No
     """The run of a configuration, after so many rounds (all of them by default), in memory only unless a store is given."""
     torch.set_num_threads(1)
     prepared = prepare(source)
-    executor = make_executor(choose(prepared.config, prepared.federation), prepared.method, prepared.federation, store)
-    rounds = Rounds(prepared.method, prepared.federation, executor, prepared.config.clients.per_round)
+    rounds = prepared.rounds(store=store)
     for _ in range(prepared.config.rounds if held is None else held):
         rounds.round()
     return rounds

@@ -35,7 +35,7 @@ class RuntimeConfig(Section):
     mode: choice("sync") = Field(  # type: ignore[valid-type]
         "sync", description="rounds that wait for the whole cohort"
     )
-    executor: choice("auto", "serial", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
+    executor: choice("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
         "auto",
         description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
     )
@@ -49,6 +49,9 @@ class RuntimeConfig(Section):
         description="worker processes (executors that have them); none: as many as cores; changes no result; "
         "with torchrun, its processes but the first",
     )
+    chunk: PositiveInt | None = Field(
+        None, description="clients of one architecture computed together at most; none: 128 if batched, else 1"
+    )
     threads: PositiveInt | None = Field(None, description="threads of a process; none: chosen from cores and models")
     device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]
         "auto", description="auto: the first GPU if there is one"
@@ -56,6 +59,9 @@ class RuntimeConfig(Section):
     store_memory: NonNegativeInt = Field(
         1024,
         description="MiB of clients' private state held in memory, the rest lies on disk; may change when a run is resumed",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: products in half the bits (autocast), parameters and losses as ever; for GPUs"
     )
     divergence: Literal["skip", "stop"] = Field(
         "skip", description="a client whose loss is no longer finite: leave it out of the round, or end the run"

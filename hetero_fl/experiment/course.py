@@ -20,8 +20,7 @@ from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
 from hetero_fl.runtime.checkpoint import Checkpoints
-from hetero_fl.runtime.choose import Choice, make_executor
-from hetero_fl.runtime.executor import Executor
+from hetero_fl.runtime.choose import Choice
 from hetero_fl.runtime.rounds import Readings, Record, Rounds, record_readings
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.saved import SavedModel
@@ -35,27 +34,24 @@ def carry_out(
     """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
     begun, config = time.perf_counter(), prepared.config
     store = Store(directory.path / "checkpoint", config.runtime.store_memory << 20)
-    executor = make_executor(choice, prepared.method, prepared.federation, store)
+    rounds = prepared.rounds(choice, store, progress.log)
+    rounds.executor.watch(progress.task)
     try:
-        _hold(prepared, directory, executor, choice, progress, callbacks, begun)
+        _hold(prepared, directory, rounds, choice, progress, callbacks, begun)
     finally:
-        executor.close()
+        rounds.executor.close()
 
 
 def _hold(
     prepared: Prepared,
     directory: RunDirectory,
-    executor: Executor,
+    rounds: Rounds,
     choice: Choice,
     progress: Progress,
     callbacks: Sequence[Callback],
     begun: float,
 ) -> None:
     config = prepared.config
-    executor.watch(progress.task)
-    rounds = Rounds(
-        prepared.method, prepared.federation, executor, config.clients.per_round, config.runtime.divergence == "stop"
-    )
     checkpoints = Checkpoints(rounds.store, progress.log)
     fingerprint = prepared.data.content_hash()
 

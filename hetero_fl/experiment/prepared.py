@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.run import Run
+from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.store import Store
 from hetero_fl.saved import SavedModel
 
 
@@ -34,6 +37,20 @@ class Prepared:
     def name(self) -> str:
         """The algorithm's name."""
         return str(self.config.algorithm["name"])
+
+    def rounds(
+        self,
+        choice: Choice | None = None,
+        store: Store | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Rounds:
+        """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
+        unless a choice is. Close its executor afterwards.
+        """
+        choice, clients = choice or choose(self.config, self.federation), self.config.clients
+        executor = make_executor(choice, self.method, self.federation, store, say)
+        stop = self.config.runtime.divergence == "stop"
+        return Rounds(self.method, self.federation, executor, clients.per_round, stop)
 
 
 def prepare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from hetero_fl.objectives import Batch
 from hetero_fl.plan import Draws, Fit
 from hetero_fl.runtime.dropout import GOLDEN, MASK
 from hetero_fl.seeding import Key, generator, key
-from hetero_fl.state import Participant
+from hetero_fl.state import Columns, Participant
 
 
 def index_batches(n: int, fit: Fit, stream: tuple[Key, ...], work: float = 1.0) -> list[Tensor]:
@@ -36,6 +37,17 @@ def index_batches(n: int, fit: Fit, stream: tuple[Key, ...], work: float = 1.0) 
     return list(order[: total * size].split(size))
 
 
+def step_count(n: int, fit: Fit, work: float = 1.0) -> int:
+    """How many steps a fit on `n` rows takes: the length of `index_batches`, before anything is drawn."""
+    if fit.steps is not None:
+        return max(1, int(fit.steps * work))
+    size = min(fit.batch_size, n)
+    each = -(-n // size)
+    if each > 1 and n - (each - 1) * size == 1:
+        each -= 1
+    return max(1, int(fit.epochs * each * work))
+
+
 class Batches:
     """The steps of one fit: `len()` of them, each a dropout key and a batch."""
 
@@ -47,28 +59,53 @@ class Batches:
                 raise ValueError("a fit on endless draws needs steps")
             self.count, self.examples = fit.steps, fit.steps * fit.data.size
             return
-        self.columns = {n: t.to(device) for n, t in fit.data.columns(participant).items()}
-        self.indices = index_batches(len(next(iter(self.columns.values()))), fit, self.stream, participant.work)
+        self.source = fit.data.columns(participant)
+        self.indices = index_batches(len(next(iter(self.source.values()))), fit, self.stream, participant.work)
         self.count, self.examples = len(self.indices), sum(map(len, self.indices))
+
+    @cached_property
+    def columns(self) -> Columns:
+        """All rows, on the device."""
+        return {n: t.to(self.device) for n, t in self.source.items()}
+
+    @cached_property
+    def dropout_key(self) -> int:
+        """From which those of the steps follow."""
+        return key(*self.stream, "dropout")
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        base = key(*self.stream, "dropout")
         for i in range(self.count):
-            yield (base + i * GOLDEN) & MASK, self._batch(i)
+            yield (self.dropout_key + i * GOLDEN) & MASK, self._batch(i)
 
     def _batch(self, i: int) -> Batch:
         if isinstance(self.fit.data, Draws):
-            columns = self.fit.data.draw(generator(*self.stream, i), self.fit.data.size)
-            batch = Batch({n: t.to(self.device) for n, t in columns.items()})
+            batch = Batch(self.draw(i))
         else:
             rows = self.indices[i].to(self.device)
             batch = Batch({n: t.index_select(0, rows) for n, t in self.columns.items()})
         if self.fit.augment is not None:
-            batch["x"] = augment(batch["x"], self.fit.augment, generator(*self.stream, "augment", i))
+            batch["x"] = self.augmented(batch["x"], i)
+        batch.update(self.beside(i))
+        return batch
+
+    def draw(self, i: int) -> Columns:
+        """The batch of step `i` of a fit on endless draws."""
+        assert isinstance(self.fit.data, Draws)
+        columns = self.fit.data.draw(generator(*self.stream, i), self.fit.data.size)
+        return {n: t.to(self.device) for n, t in columns.items()}
+
+    def augmented(self, x: Tensor, i: int) -> Tensor:
+        """The images of step `i`, changed as its key has it."""
+        assert self.fit.augment is not None
+        return augment(x, self.fit.augment, generator(*self.stream, "augment", i))
+
+    def beside(self, i: int) -> Columns:
+        """What is drawn beside the batch of step `i`, under the names that an objective reads."""
+        columns: Columns = {}
         for name, draws in self.fit.beside.items():
             drawn = draws.draw(generator(*self.stream, name, i), draws.size)
-            batch.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})
-        return batch
+            columns.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})
+        return columns

@@ -6,17 +6,18 @@ the same choice, and the same choice gives the same bits. docs/scaling.md states
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.architecture import Architecture
 from hetero_fl.channel.protocol import Direct
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.environment import choose_device, cores, limit_of_threads
-from hetero_fl.runtime.costs import RATE, work
+from hetero_fl.runtime.costs import RATE, description, work
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.crews.torchrun import Ranks
 from hetero_fl.runtime.engines import crew_size
@@ -29,6 +30,11 @@ from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Crew, Workers
 
 WORTH = 300.0  # seconds of one core, about, from which starting worker processes pays
+TOGETHER = 8  # clients of one architecture from which computing them together may pay on a CPU
+SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it does
+SMALL_MODEL = 1_000_000  # parameters up to which it does
+IN_PROCESS = ("serial", "batched")
+CHUNK = 128  # clients computed together at most: bounds memory
 MOST_THREADS = 4  # of one process: models of this size gain nothing from more
 
 
@@ -36,11 +42,12 @@ MOST_THREADS = 4  # of one process: models of this size gain nothing from more
 class Choice:
     """How a run is computed. All but `workers` decides its bits, and is kept when it is resumed."""
 
-    executor: str  # serial, or whose workers: processes, ray, torchrun
+    executor: str  # serial, batched; or whose workers: processes, ray, torchrun
     device: str
     threads: int  # of every process that computes clients
     server_threads: int  # of the process that computes the server
     chunk: int = 1  # clients of one architecture that are computed together
+    precision: str = "float32"
     workers: int = 1
     reasons: tuple[str, ...] = field(default=(), compare=False)
 
@@ -53,9 +60,9 @@ class Choice:
         """The choice that a run began with; the number of workers may be another when it goes on."""
         choice = cls(**{**record, "reasons": tuple(record["reasons"])})
         choose_device(choice.device)  # it has to be here, too
-        if choice.executor == "serial":
+        if choice.executor in IN_PROCESS:
             return choice
-        workers, _ = crew_size(choice.executor, config.workers, choice.threads, choice.workers)
+        workers, _ = crew_size(choice.executor, config.workers, choice.threads, choice.workers, cores())
         return replace(choice, workers=workers)
 
 
@@ -69,6 +76,8 @@ def choose(config: Config, federation: Federation) -> Choice:
     several = device.type == "cpu" and available > 1 and cohort > 1
     if asked.executor != "auto":
         executor, why = asked.executor, "runtime.executor"
+    elif group := _worth_batching(federation, cohort, device):
+        executor, why = "batched", f"small steps of {group} clients with one architecture"
     elif several and seconds >= WORTH:
         executor, why = "processes", f"about {seconds:.0f} s of training for one core, {available} cores"
     elif several:
@@ -84,28 +93,52 @@ def choose(config: Config, federation: Federation) -> Choice:
         reasons.append(f"{threads} threads: OMP_NUM_THREADS")
     else:
         server_threads = min(MOST_THREADS, available)
-        threads = server_threads if executor == "serial" else 1
+        threads = server_threads if executor in IN_PROCESS else 1
         reasons.append(
             f"{threads} threads where clients are computed, {server_threads} at the server: {available} cores"
         )
     workers = 1
-    if executor != "serial":
-        workers, why = crew_size(executor, asked.workers, threads, cohort)
+    if executor not in IN_PROCESS:
+        workers, why = crew_size(executor, asked.workers, threads, cohort, available)
         reasons.append(f"{workers} workers: {why}")
-    return Choice(executor, str(device), threads, server_threads, workers=workers, reasons=tuple(reasons))
+    chunk = asked.chunk or (CHUNK if executor == "batched" else 1)
+    return Choice(executor, str(device), threads, server_threads, chunk, asked.precision, workers, tuple(reasons))
 
 
-def make_executor(choice: Choice, algorithm: Algorithm, federation: Federation, store: Store | None = None) -> Executor:
-    """The executor of a choice."""
-    store, performer = store or Store(), make_performer(torch.device(choice.device))
-    if choice.executor == "serial":
+def _worth_batching(federation: Federation, cohort: int, device: torch.device) -> int:
+    """How many clients of a round share an architecture, if computing them together pays for most of the cohort; else 0."""
+    groups: dict[Architecture, int] = {}
+    for card in federation.cards.values():
+        about = description(card.arch)
+        steps = card.settings.batch_size * about.forward_flops
+        if device.type != "cpu" or (steps <= SMALL_STEP and about.parameters <= SMALL_MODEL):
+            groups[card.arch] = groups.get(card.arch, 0) + 1
+    share = cohort / len(federation.cards)
+    members = max((n * share for n in groups.values()), default=0.0)
+    most = 2 * sum(groups.values()) > len(federation.cards)
+    return int(members) if most and members >= (TOGETHER if device.type == "cpu" else 2) else 0
+
+
+def make_executor(
+    choice: Choice,
+    algorithm: Algorithm,
+    federation: Federation,
+    store: Store | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Executor:
+    """The executor of a choice; `say` is told of what it cannot do as chosen."""
+    store, performer = (
+        store or Store(),
+        make_performer(torch.device(choice.device), choice.chunk, choice.precision, say),
+    )
+    if choice.executor in IN_PROCESS:
         return InProcess(Site(algorithm, federation, store, performer, Direct()), choice.chunk)
     devices: tuple[str, ...] = (choice.device,)
-    if (
-        choice.device == "cuda" and choice.executor != "ray"
-    ):  # workers spread over all of them; Ray deals them out itself
+    if choice.device == "cuda" and choice.executor != "ray":  # spread over all of them; Ray deals them out itself
         devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-    setup = Setup(algorithm, federation, choice.threads, devices, torch.get_default_dtype())
+    setup = Setup(
+        algorithm, federation, choice.threads, devices, choice.chunk, choice.precision, torch.get_default_dtype()
+    )
     return Workers(_crew(choice, setup), federation.cards, store, performer, choice.chunk)
 
 

@@ -22,11 +22,15 @@ def mix(h: Tensor) -> Tensor:
 
 
 class KeyedDropout(TorchFunctionMode):
-    """While active, `F.dropout` draws its mask from a hash of (key, number of the call, position)."""
+    """While active, `F.dropout` draws its mask from a hash of (key, number of the call, position).
 
-    def __init__(self, key: int) -> None:
+    Inside `vmap` the key is a tensor (int64, one for each participant), and the masks are those of single runs. Rows that
+    pad a short batch come after the others, so they move no position.
+    """
+
+    def __init__(self, key: int | Tensor) -> None:
         super().__init__()
-        self.key = torch.tensor(key & MASK)
+        self.key = torch.as_tensor(key & MASK)
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -35,15 +35,15 @@ def engine(config: RuntimeConfig, executor: str) -> Iterator[None]:
         yield
 
 
-def crew_size(executor: str, asked: int | None, threads: int, most: int) -> tuple[int, str]:
-    """How many workers of so many threads an executor gets, and why; not more than `most` unless they are asked for.
+def crew_size(executor: str, asked: int | None, threads: int, most: int, available: int) -> tuple[int, str]:
+    """How many workers of so many threads an executor gets on so many cores, and why; not more than `most` unless asked.
 
     Raises UserError if a cluster has no room for them.
     """
     if executor == "torchrun":
         return ranks() - 1, "ranks but the first"
     if executor != "ray":
-        return asked or max(1, min(cores() // threads, most)), "runtime.workers" if asked else "cores"
+        return asked or max(1, min(available // threads, most)), "runtime.workers" if asked else "cores"
     from hetero_fl.runtime.crews.ray import cpus
 
     if (asked or 1) * threads > cpus():

@@ -36,6 +36,8 @@ class Setup:
     federation: Federation
     threads: int
     devices: tuple[str, ...]  # workers take them in turn
+    chunk: int = 1
+    precision: str = "float32"
     dtype: torch.dtype = torch.float32
 
 
@@ -84,7 +86,8 @@ class Worker:
     def site(self) -> Site:
         """Made with the first job, so that what goes wrong comes back with its results."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
-        return Site(self.setup.algorithm, self.setup.federation, self.store, make_performer(device), Direct())
+        performer = make_performer(device, self.setup.chunk, self.setup.precision)
+        return Site(self.setup.algorithm, self.setup.federation, self.store, performer, Direct())
 
     def do(self, job: Job) -> Done:
         """The job's results; an exception that is not a client's own divergence is among them, not raised."""

@@ -18,8 +18,8 @@ from hetero_fl.state import Participant
 class Serial:
     """One step after the other, on one device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.templates = Templates(device)
+    def __init__(self, device: torch.device, precision: str = "float32") -> None:
+        self.templates = Templates(device, precision)
 
     def perform(self, work: Work) -> list[Any]:
         """The results in order."""

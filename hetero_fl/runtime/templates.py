@@ -8,14 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.runtime.costs import channels_last
+from model_zoo import Outputs, SplitModel
 
 
 class Template:
     """A module whose tensors are overwritten, never replaced."""
 
-    def __init__(self, arch: Architecture, device: torch.device) -> None:
+    def __init__(self, arch: Architecture, device: torch.device, precision: str = "float32") -> None:
         with torch.random.fork_rng(devices=[]):
             self.module = arch.build().to(device)
+        if precision == "bfloat16":
+            _reduce(self.module, device)
+        if channels_last(arch):
+            self.module.to(memory_format=torch.channels_last)
         self.tensors: Mapping[str, Tensor] = self.module.state_dict()  # shares memory with the module
         self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
         self.drops = any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
@@ -35,12 +41,24 @@ class Template:
 class Templates:
     """Templates by (architecture, slot): two slots of one fit need two modules."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, precision: str = "float32") -> None:
+        self.device, self.precision = device, precision
         self.forked = [device] if device.type == "cuda" else []  # devices whose generators a fit borrows
         self._made: dict[tuple[Architecture, str], Template] = {}
 
     def __call__(self, arch: Architecture, slot: str = "") -> Template:
         if (arch, slot) not in self._made:
-            self._made[arch, slot] = Template(arch, self.device)
+            self._made[arch, slot] = Template(arch, self.device, self.precision)
         return self._made[arch, slot]
+
+
+def _reduce(module: SplitModel, device: torch.device) -> None:
+    """Let products be computed in bfloat16; parameters, losses and what comes out stay in float32."""
+    forward = module.forward
+
+    def mixed(x: Tensor) -> Outputs:
+        with torch.autocast(device.type, torch.bfloat16):
+            out = forward(x)
+        return Outputs(out.logits.float(), out.features.float())
+
+    module.forward = mixed  # type: ignore[method-assign]

@@ -25,9 +25,9 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
         ("data_path=x.npz", "did you mean 'data.path'?"),
         ("data.partition.path=x.npz", "did you mean 'data.path'?"),
         ("data.alpha=0.5", "data.alpha: unknown key; did you mean 'data.partition.alpha'?"),
-        ("data.size=100", "did you mean 'data.proxy.size'?"),
+        ("data.sizes=100", "did you mean 'size'?"),
         ("proxy_size=100", "did you mean 'data.proxy.size'?"),
-        ("data.partition.size=9", "did you mean 'min_size' or 'data.proxy.size'?"),
+        ("data.partition.size=9", "did you mean 'min_size' or 'data.size'?"),
         ("data.proxy.path=x.npz", "did you mean 'data.proxy.source.path'?"),
         ("clients.defaults.lr=0.1", "did you mean 'clients.defaults.optimizer.lr'?"),
         ("clients.groups.1.lr=0.1", "clients.groups.1.lr: unknown key; did you mean 'clients.groups.1.optimizer.lr'?"),
@@ -38,7 +38,7 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
         ("algorithm.rounds=3", "algorithm.rounds: unknown key; did you mean 'rounds'? (of fedmd)"),
         ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
         ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
-        ("runtime.qqq=1", "unknown key; choose from device, divergence, executor"),
+        ("runtime.qqq=1", "unknown key; choose from chunk, device, divergence, executor"),
     ],
 )
 def test_the_key_that_was_meant(override: str, meant: str) -> None:

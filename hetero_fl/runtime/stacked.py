@@ -1,0 +1,234 @@
+"""The training loop on stacked models: equal fits of many participants in one computation.
+
+The forward pass alone runs under `vmap`; the backward pass and the optimisers are the ordinary ones, on leaves
+`[participants, …]`. A participant's loss reads its own slice only, so the gradient of the sum of the losses is everyone's own
+gradient, and elementwise optimisers cannot tell a stack from single models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.plan import Fit, FitReport
+from hetero_fl.runtime.batches import Batches
+from hetero_fl.runtime.fitting import (
+    Kept,
+    Named,
+    diverged,
+    is_trained,
+    make_optimizer,
+    on_device,
+    restore,
+    set_rate,
+    snapshot,
+    split_name,
+)
+from hetero_fl.runtime.plans import Diverged
+from hetero_fl.runtime.stacked_batches import StackedBatches
+from hetero_fl.runtime.stacked_ops import StackedOps
+from hetero_fl.runtime.templates import Templates
+from hetero_fl.runtime.trees import stack_kept, stack_trees, take
+from hetero_fl.state import Participant
+from model_zoo.split import is_batch_norm
+
+Work = Sequence[tuple[Participant, Fit]]
+
+
+def fit_stacked(work: Work, templates: Templates) -> list[FitReport | Diverged]:
+    """Train equal fits of several participants in place; reports in order, `Diverged` where one is no longer finite.
+
+    Raises RuntimeError where the models or the objective cannot be batched; participants' models and states are then as
+    they were, only their streams have moved on.
+    """
+    batches = [Batches(participant, fit, templates.device) for participant, fit in work]
+    order = sorted(range(len(work)), key=lambda i: -batches[i].count)
+    stack = _Stack([work[i] for i in order], [batches[i] for i in order], templates)
+    stack.run()
+    results = dict(zip(order, stack.finish(), strict=True))
+    return [results[i] for i in range(len(work))]
+
+
+class _Stack:
+    """Fits in progress, the longest first; the first `active` of them still are in training."""
+
+    def __init__(self, work: Work, runs: list[Batches], templates: Templates) -> None:
+        self.work, self.fit, self.device = work, work[0][1], templates.device
+        self.batches = StackedBatches(runs, self.device)
+        first, fit = work[0][0], self.fit
+        self.templates = {slot: templates(first.arch[slot], slot) for slot in (*fit.train, *fit.frozen)}
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        for slot, template in self.templates.items():
+            template.module.train(slot in fit.train)
+            models = [participant.models[slot] for participant, _ in work]
+            self.tensors[slot] = {
+                n: torch.stack([m[n].detach() for m in models]).to(mine) for n, mine in template.tensors.items()
+            }
+        self.trained = [(s, n) for s, t in self.templates.items() for n in t.parameters if is_trained(fit, s, n)]
+        # BatchNorm's statistics are those of the whole batch: only batches of equal size may run together.
+        self.equal_sizes = any(is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules())
+        self.drops = any(t.drops for t in self.templates.values())
+        given, self.given_dims = stack_trees([f.given for _, f in work])
+        self.given = on_device(self.device, given)
+        self.drift = {
+            (s, n): torch.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
+            for s, n in self.trained
+            if n in fit.drift.get(s, {})
+        }
+        self.totals = torch.zeros(len(work), device=self.device)
+        self.kept: list[Kept] = [{} for _ in work]
+        self.leaves: Named = {}
+        self.everyone: dict[str, dict[str, Tensor]] = {}  # tensors of all who are still in training, leaves included
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    # Training ----------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """All steps of all fits."""
+        active, fit = 0, self.fit
+        for step in range(self.batches.counts[0]):
+            now = sum(count > step for count in self.batches.counts)
+            if now != active:
+                self._narrow(now, active)
+                active = now
+            assert self.optimizer is not None
+            if fit.anneal:
+                set_rate(self.optimizer, 0.5 * (1 + math.cos(math.pi * step / self.batches.counts[0])))
+            self._gradients(step, active)
+            if fit.optimizer.clip_norm:
+                self._clip(fit.optimizer.clip_norm)
+            self.optimizer.step()
+            if self.drift:
+                moved = [self.leaves[f"{s}:{n}"].detach() for s, n in self.drift]
+                torch._foreach_add_(moved, [d[:active] for d in self.drift.values()], alpha=-fit.optimizer.lr)
+        self._keep(0, active, self.optimizer, self.leaves)
+
+    def _narrow(self, now: int, before: int) -> None:
+        """Go on with the first `now` alone, on the same storage, optimiser's state included."""
+        old, leaves = self.optimizer, self.leaves
+        self.leaves = {f"{s}:{n}": self.tensors[s][n][:now].detach().requires_grad_() for s, n in self.trained}
+        self.everyone = self._with(
+            self.leaves, {s: {n: t[:now] for n, t in own.items()} for s, own in self.tensors.items()}
+        )
+        self.optimizer = make_optimizer(self.fit.optimizer, self.leaves)
+        if old is not None:
+            self._keep(now, before, old, leaves)
+            for key, leaf in leaves.items():
+                if leaf in old.state:
+                    self.optimizer.state[self.leaves[key]] = {
+                        n: v[:now] if isinstance(v, Tensor) and v.ndim else v for n, v in old.state[leaf].items()
+                    }
+        elif self.fit.keep:
+            saved = [p.state.get("optimizers", {}).get(self.fit.keep, {}) for p, _ in self.work]
+            restore(self.optimizer, self.leaves, stack_kept(saved))
+
+    def _gradients(self, step: int, active: int) -> None:
+        """Set the leaves' gradients, and count the losses."""
+        sizes = self.batches.sizes(step, active)
+        if not self.equal_sizes or len(set(sizes)) == 1:
+            for leaf in self.leaves.values():
+                leaf.grad = None
+            self._backward(step, slice(0, active), sizes, self.everyone)
+            return
+        parts: list[tuple[Tensor, Named]] = []
+        for size in sorted(set(sizes)):
+            who = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=self.device)
+            tensors = {s: {n: t[who] for n, t in own.items()} for s, own in self.tensors.items()}
+            leaves = {f"{s}:{n}": tensors[s][n].requires_grad_() for s, n in self.trained}
+            self._backward(step, who, [size] * len(who), tensors)
+            parts.append((who, leaves))
+            for s in self.fit.train:  # buffers were copied by the indexing: put them back
+                for n, t in self.tensors[s].items():
+                    if n not in self.templates[s].parameters:
+                        t[who] = tensors[s][n]
+        for key, leaf in self.leaves.items():
+            leaf.grad = None
+            grads = [(who, leaves[key].grad) for who, leaves in parts]
+            if all(grad is not None for _, grad in grads):
+                leaf.grad = torch.empty_like(leaf)
+                for who, grad in grads:
+                    leaf.grad[who] = grad  # type: ignore[assignment]  # none of them is None
+
+    @staticmethod
+    def _with(leaves: Named, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        for key, leaf in leaves.items():
+            slot, name = split_name(key)
+            tensors[slot][name] = leaf
+        return tensors
+
+    def _backward(self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]) -> None:
+        """Add the gradients of those participants' losses to the leaves among the tensors."""
+        columns, weight = self.batches.at(step, who, sizes)
+        keys = self.batches.keys(step, who) if self.drops else None
+        given = take(self.given, self.given_dims, who)
+        dims = (0, 0, None if keys is None else 0, self.given_dims, None if weight is None else 0)
+        losses = vmap(self._loss, dims, randomness="error")(tensors, columns, keys, given, weight)
+        losses.sum().backward()
+        self.totals[who] += losses.detach()
+
+    def _loss(
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        columns: Mapping[str, Tensor],
+        key: Tensor | None,
+        given: Mapping[str, Any],
+        weight: Tensor | None,
+    ) -> Tensor:
+        """The loss of one participant; runs under vmap."""
+        nets = Nets({slot: self._net(slot, own) for slot, own in tensors.items()})
+        batch = Batch(columns)
+        batch.weight = weight
+        with StackedOps(key):
+            return self.fit.objective.total(nets, batch, given)
+
+    def _net(self, slot: str, tensors: Mapping[str, Tensor]) -> Net:
+        template = self.templates[slot]
+        module = template.module
+        head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
+        return Net(
+            lambda x: functional_call(module, dict(tensors), (x,)),
+            lambda z: functional_call(module.head, head, (z,)),
+            {n: tensors[n] for n in template.parameters},
+        )
+
+    def _clip(self, norm: float) -> None:
+        """Each participant's whole gradient to at most this norm, as torch's `clip_grad_norm_` does it."""
+        grads = [leaf.grad for leaf in self.leaves.values() if leaf.grad is not None]
+        each = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
+        factor = (norm / (torch.linalg.vector_norm(each, dim=0) + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+
+    # The end -----------------------------------------------------------------------------------------------------
+    def _keep(self, begin: int, end: int, optimizer: torch.optim.Optimizer | None, leaves: Named) -> None:
+        """Note the optimiser's state of the participants who finish now."""
+        if self.fit.keep and optimizer is not None:
+            state = snapshot(optimizer, leaves)
+            for i in range(begin, end):
+                self.kept[i] = {
+                    k: {n: (v[i].clone() if v.ndim else v.clone()) for n, v in s.items()} for k, s in state.items()
+                }
+
+    def finish(self) -> list[FitReport | Diverged]:
+        """Hand the participants what they have become; results in the order of the work."""
+        norms = [torch.linalg.vector_norm(self.tensors[s][n].flatten(1), dim=1) for s, n in self.trained]
+        finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
+        totals = self.totals.tolist()
+        tensors = {s: {n: t.cpu() for n, t in self.tensors[s].items()} for s in self.fit.train}
+        results: list[FitReport | Diverged] = []
+        for i, (participant, fit) in enumerate(self.work):
+            steps = self.batches.counts[i]
+            if not finite[i]:
+                results.append(diverged(fit, totals[i] / steps))
+                continue
+            for slot, own in tensors.items():
+                participant.models[slot] = {n: t[i].clone() for n, t in own.items()}
+            if fit.keep:
+                participant.state.setdefault("optimizers", {})[fit.keep] = self.kept[i]
+            results.append(FitReport(steps, self.batches.runs[i].examples, totals[i] / steps))
+        return results

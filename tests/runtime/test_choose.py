@@ -1,0 +1,79 @@
+"""How a run is computed is chosen from what is known beforehand, and recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.architecture import Architecture
+from hetero_fl.experiment import prepare, run
+from hetero_fl.runtime import choose as module
+from hetero_fl.runtime.choose import Choice, choose
+from hetero_fl.runtime.costs import channels_last
+from tests.small import MIXED, config, rounds_of, same_bits
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> Choice:
+    monkeypatch.setattr(module, "cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    prepared = prepare(config("local", **{"runtime": {}, **changes}))
+    return choose(prepared.config, prepared.federation)
+
+
+def test_small_runs_stay_in_this_process_and_long_ones_get_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = chosen(monkeypatch, models=MIXED)
+    assert (few.executor, few.threads, few.workers) == ("serial", 2, 1)
+    many = chosen(monkeypatch, models=MIXED, rounds=1_000_000)
+    assert (many.executor, many.threads, many.server_threads, many.workers) == ("processes", 1, 2, 2)
+    assert chosen(monkeypatch, cores=1, models=MIXED, rounds=1_000_000).executor == "serial"
+    assert chosen(monkeypatch, clients=1, rounds=1_000_000).executor == "serial"
+
+
+def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"name": "digits", "partition": {"kind": "iid"}, "proxy": {"size": 0}}
+    crowd = chosen(monkeypatch, models="mlp", clients=12, data=data)
+    assert crowd.executor == "batched" and crowd.chunk == 128 and "12 clients" in crowd.reasons[0]
+    assert chosen(monkeypatch, models="mlp", clients=12, clients__per_round=4, data=data).executor == "serial"
+    large = {"name": "mlp", "hidden": [2000, 2000]}
+    assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
+
+
+def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = chosen(monkeypatch, runtime={"executor": "batched", "threads": 3, "chunk": 5})
+    assert (asked.executor, asked.threads, asked.chunk) == ("batched", 3, 5)
+
+
+def test_the_rule_for_channels_innermost() -> None:
+    def innermost(name: str, *shape: int) -> bool:
+        return channels_last(Architecture.of(name, 10, shape))
+
+    assert (
+        innermost("cnn_bn_small", 1, 28, 28) and innermost("fedavg_cnn", 3, 32, 32) and innermost("resnet20", 3, 32, 32)
+    )
+    assert not any(innermost(n, 1, 28, 28) for n in ("resnet18", "vit", "mlp", "gru"))
+
+
+def test_the_choice_is_recorded_and_kept_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = config("local", "mlp", clients=2, rounds=1, output={"plots": False, "report": False})
+    run(source, out=tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["choice"]
+    assert recorded["executor"] == "serial" and recorded["reasons"]
+    assert "serial executor" in (tmp_path / "run" / "log.txt").read_text()
+    again = Choice.recorded({**recorded, "threads": 7, "workers": 3}, prepare(source).config.runtime)
+    assert (again.threads, again.workers) == (7, 3)
+
+
+def test_bfloat16_keeps_parameters_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, reduced = (
+        rounds_of(config("fedavg", MIXED, clients=6, runtime={"threads": 1, "precision": p}))
+        for p in ("float32", "bfloat16")
+    )
+    for slot, tensors in reduced.server.models.items():
+        assert all(t.dtype == plain.server.models[slot][n].dtype for n, t in tensors.items())
+        assert not same_bits(tensors, plain.server.models[slot])
+        gap = [(t - plain.server.models[slot][n]).abs().max() for n, t in tensors.items() if t.is_floating_point()]
+        assert torch.stack(gap).max() < 0.2

@@ -43,34 +43,38 @@ def run(
     prepared = prepare(source, overrides, dataset)
     config = prepared.config
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if not (resume and (path / "config.yaml").exists()):
+    going_on = resume and (path / "config.yaml").exists()
+    if not going_on:
         check_vacant(path)  # before anything is put there
-    with locked(path):
-        try:
-            _run_in(path, prepared, resume, callbacks, quiet)
-        except KeyboardInterrupt as stop:
-            if (path / "config.yaml").exists():
-                raise Interrupted(path) from stop
-            raise
+    # The same bits need the same executor, threads and device, whatever this machine would choose.
+    began = RunDirectory.open(path).environment()["choice"] if going_on else None
+    try:
+        with engine(config.runtime, began["executor"] if began else config.runtime.executor):
+            choice = Choice.recorded(began, config.runtime) if began else choose(config, prepared.federation)
+            with locked(path):
+                _run_in(path, prepared, choice, resume, callbacks, quiet)
+    except KeyboardInterrupt as stop:
+        if (path / "config.yaml").exists():
+            raise Interrupted(path) from stop
+        raise
     return Run(path)
 
 
-def _run_in(path: Path, prepared: Prepared, resume: bool, callbacks: Sequence[Callback], quiet: bool) -> None:
+def _run_in(
+    path: Path, prepared: Prepared, choice: Choice, resume: bool, callbacks: Sequence[Callback], quiet: bool
+) -> None:
     config = prepared.config
-    directory = _reopen(path, config) if resume and (path / "config.yaml").exists() else None
-    began = directory.environment()["choice"] if directory is not None else None
-    with engine(config.runtime, began["executor"] if began else config.runtime.executor):
-        # The same bits need the same executor, threads and device, whatever this machine would choose.
-        choice = Choice.recorded(began, config.runtime) if began else choose(config, prepared.federation)
-        torch.set_num_threads(choice.server_threads)
-        if directory is None:
-            environment = describe_environment(choice.record())
-            directory = RunDirectory.create(path, config=resolved(config), environment=environment)
-        elif (directory.path / "summary.json").exists():
-            present(config, directory)
-            return
-        with Progress(directory.log, quiet) as progress:
-            carry_out(prepared, directory, choice, progress, callbacks)
+    if resume and (path / "config.yaml").exists():
+        directory = _reopen(path, config)
+    else:
+        environment = describe_environment(choice.record())
+        directory = RunDirectory.create(path, config=resolved(config), environment=environment)
+    torch.set_num_threads(choice.server_threads)
+    if resume and (directory.path / "summary.json").exists():
+        present(config, directory)
+        return
+    with Progress(directory.log, quiet) as progress:
+        carry_out(prepared, directory, choice, progress, callbacks)
 
 
 def _deciding(recorded: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.runtime.jobs import Done, Job, Setup, Worker
 
 PATIENCE = 600.0  # seconds in which a cluster has to make room for a worker
+ANSWER = 10.0  # seconds in which a cluster's head has to answer
 LOOK = 10.0  # seconds between two looks whether it has
 
 
@@ -102,6 +104,7 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     folder = tempfile.mkdtemp(prefix="hetero_fl-") if address == "local" else None
     own: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": folder} if folder else {}
@@ -116,6 +119,19 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not (host and colon and port.isdigit()) or "/" in host:
+        raise UserError(f"runtime.address: found '{address}'; write host:port of the cluster's head, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"runtime.address: found '{address}', where nothing answers ({error})") from None
 
 
 def cpus() -> int:

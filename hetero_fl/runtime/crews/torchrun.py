@@ -21,6 +21,7 @@ from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.jobs import Done, Job, Setup, Worker
 
 FOREVER = timedelta(days=20)  # a rank waits as long as another one works; torchrun itself notices who dies
+MEETING = timedelta(minutes=10)  # that ranks may take to come together
 LEAVING = 10.0  # seconds that ranks may take to end
 END = None  # in place of a job: the run is over
 _listeners: list[threading.Thread] = []  # of rank 0
@@ -39,16 +40,21 @@ def as_ranks(lead: Callable[[], int]) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it, and ends the others
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    dist.init_process_group("gloo", timeout=FOREVER)
-    if dist.get_rank() > 0:
+    store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+    # Addresses of an earlier attempt (torchrun --max-restarts) may still lie in the store, and lead nowhere.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FOREVER)
+    if rank > 0:
         _follow()
         return 0
     try:
         return lead()
     finally:
-        for rank in range(1, dist.get_world_size()):
+        for number in (signal.SIGINT, signal.SIGTERM):  # heard already, or too late
+            signal.signal(number, signal.SIG_IGN)
+        for other in range(1, size):
             with suppress(RuntimeError):  # it is gone
-                dist.send_object_list([END], dst=rank)
+                dist.send_object_list([END], dst=other)
         for listener in _listeners:
             listener.join(LEAVING)
         dist.destroy_process_group()

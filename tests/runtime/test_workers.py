@@ -152,8 +152,10 @@ def test_an_exception_in_a_worker_is_told_in_one_line(method: str, tmp_path: Pat
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_is_left_when_a_run_is_stopped(end: signal.Signals, tmp_path: Path) -> None:
-    source = config("fedavg", "mlp", rounds=100_000)
+@pytest.mark.parametrize("when", ["starting", "waiting"])
+def test_no_process_is_left_when_a_run_is_stopped(end: signal.Signals, when: str, tmp_path: Path) -> None:
+    """As workers start, or in the middle of a job that would take long."""
+    source = config("python:tests.runtime.slips:Waits", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 2}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
     process = subprocess.Popen(
@@ -162,8 +164,9 @@ def test_no_process_is_left_when_a_run_is_stopped(end: signal.Signals, tmp_path:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     ends = time.monotonic() + 60
-    while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < ends:
-        time.sleep(0.1)
+    while not (tmp_path / "waiting" if when == "waiting" else tmp_path / "out" / "checkpoint").exists():
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.02)
     assert len(members(process.pid)) >= 3
     if end is signal.SIGINT:
         os.killpg(process.pid, end)  # as a terminal does

@@ -76,8 +76,11 @@ def run_or_parse(line: str) -> None:
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{rest[0]}:", makefile, re.MULTILINE), line
         return
-    if first in ("git", "cd", "pip", ".ci/run", "tensorboard"):
+    if first in ("git", "cd", "pip", ".ci/run", "tensorboard", "ray"):
         return
+    if first == "torchrun":  # its own options, then a command of ours
+        script = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+        first, rest = "python", rest[script:]
     if first == "python":
         if rest[0] == "-m":
             assert rest[1] in ("model_zoo", "pytest"), line

@@ -16,6 +16,8 @@ from hetero_fl.errors import Interrupted, RunFailed, UserError
 # Before torch is loaded: threads that wait for one another must not spin, or two runs on one machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
+
 
 class Parser(argparse.ArgumentParser):
     """Mistakes on the command line are one line, as all of a user's mistakes are."""
@@ -25,12 +27,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Run a command. Returns 0 done, 1 the run failed, 2 a user's mistake, 130 interrupted with a checkpoint written."""
+    """Run a command. Returns 0 done, 1 the run failed, 2 a user's mistake, 130 interrupted with a checkpoint written.
+
+    Launched by torchrun, the first of its processes runs it, and the others compute for that one.
+    """
+    if LAUNCHED in os.environ:
+        from hetero_fl.runtime.crews.torchrun import as_ranks
+
+        return as_ranks(lambda: _main(argv, command))
+    return _main(argv, command)
+
+
+def _main(argv: Sequence[str] | None, command: str | None) -> int:
     from hetero_fl.cli import commands
 
     signal.signal(signal.SIGTERM, _interrupt)  # a cluster's polite way to stop a job
     arguments = list(sys.argv[1:] if argv is None else argv)
-    typed = [*(_script() if command else ["hetero-fl"]), *arguments]
+    typed = [*(_script() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
     try:
         prog = f"{command}.py" if command else f"hetero-fl {arguments[0]}" if arguments else ""
         if command is None and arguments and arguments[0] in commands.COMMANDS:
@@ -59,7 +72,10 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
 
 def _script() -> list[str]:
     """How the script was started, its arguments left out: `python scripts/train.py`."""
-    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    if LAUNCHED in os.environ:  # which has added: python -u
+        return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed[2:]]
+    return typed
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -38,12 +38,19 @@ class RuntimeConfig(Section):
     mode: choice("sync") = Field(  # type: ignore[valid-type]
         "sync", description="rounds that wait for the whole cohort"
     )
-    executor: choice("auto", "serial", "batched", "processes") = Field(  # type: ignore[valid-type]
+    executor: choice("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
         "auto",
         description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
     )
+    address: str | None = Field(
+        None,
+        description="of the Ray cluster, `auto` for the one that runs on this machine; none: what RAY_ADDRESS says, "
+        "else a cluster for this run alone; changes no result",
+    )
     workers: PositiveInt | None = Field(
-        None, description="worker processes (executors that have them); none: as many as cores; changes no result"
+        None,
+        description="worker processes (executors that have them); none: as many as cores; changes no result; "
+        "with torchrun, its processes but the first",
     )
     chunk: PositiveInt | None = Field(
         None, description="clients of one architecture computed together at most; none: 128 if batched, else 1"

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hetero_fl.algorithms import algorithm
+from hetero_fl.children import leave_if_importing
 from hetero_fl.config import difference, load_config, resolved
 from hetero_fl.config.load import read
 from hetero_fl.errors import Interrupted, RunFailed, UserError
-from hetero_fl.experiment.guard import leave_if_importing
 from hetero_fl.experiment.jobs import Job, Source, Variant, run_all
 from hetero_fl.experiment.single import prepare
 from hetero_fl.reporting.progress import Progress

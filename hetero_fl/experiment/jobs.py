@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.children import ADVICE, UNGUARDED, deaf_children
 from hetero_fl.errors import RunFailed, UserError
-from hetero_fl.experiment.guard import ADVICE, UNGUARDED
 from hetero_fl.experiment.single import run
 from hetero_fl.reporting.progress import Progress
 
@@ -62,7 +59,7 @@ def run_all(source: Source, base: list[str], work: list[Job], jobs: int, progres
     progress.log(f"{len(work)} runs, {jobs} at a time")
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(min(jobs, len(work)), multiprocessing.get_context("spawn")) as pool:
-        with _deaf_children():
+        with deaf_children():
             waiting = {pool.submit(run_one, source, [*base, *job.overrides], job.out): job for job in work}
         workers = [child for child in multiprocessing.active_children() if child not in others]
         try:
@@ -85,19 +82,6 @@ def run_all(source: Source, base: list[str], work: list[Job], jobs: int, progres
             pool.shutdown(cancel_futures=True)
             raise
     return failed
-
-
-@contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes started here do not hear Ctrl-C, which a terminal sends to all: the parent ends them, without tracebacks."""
-    if threading.current_thread() is not threading.main_thread():  # only there can it be set, or heard
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def run_one(source: Source, overrides: list[str], out: Path) -> None:

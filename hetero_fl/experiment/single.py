@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from hetero_fl.children import leave_if_importing
 from hetero_fl.config import Config, difference, resolved
 from hetero_fl.data import Dataset
 from hetero_fl.environment import describe_environment
 from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment.course import Callback, carry_out, present
-from hetero_fl.experiment.guard import leave_if_importing
 from hetero_fl.experiment.prepared import Prepared, prepare
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
 from hetero_fl.runtime.choose import Choice, choose
+from hetero_fl.runtime.engines import engine
 
 
 def run(
@@ -42,25 +43,29 @@ def run(
     prepared = prepare(source, overrides, dataset)
     config = prepared.config
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if not (resume and (path / "config.yaml").exists()):
+    going_on = resume and (path / "config.yaml").exists()
+    if not going_on:
         check_vacant(path)  # before anything is put there
-    with locked(path):
-        try:
-            _run_in(path, prepared, resume, callbacks, quiet)
-        except KeyboardInterrupt as stop:
-            if (path / "config.yaml").exists():
-                raise Interrupted(path) from stop
-            raise
+    # The same bits need the same executor, threads and device, whatever this machine would choose.
+    began = RunDirectory.open(path).environment()["choice"] if going_on else None
+    try:
+        with engine(config.runtime, began["executor"] if began else config.runtime.executor):
+            choice = Choice.recorded(began, config.runtime) if began else choose(config, prepared.federation)
+            with locked(path):
+                _run_in(path, prepared, choice, resume, callbacks, quiet)
+    except KeyboardInterrupt as stop:
+        if (path / "config.yaml").exists():
+            raise Interrupted(path) from stop
+        raise
     return Run(path)
 
 
-def _run_in(path: Path, prepared: Prepared, resume: bool, callbacks: Sequence[Callback], quiet: bool) -> None:
+def _run_in(
+    path: Path, prepared: Prepared, choice: Choice, resume: bool, callbacks: Sequence[Callback], quiet: bool
+) -> None:
     config = prepared.config
-    choice = choose(config, prepared.federation)
     if resume and (path / "config.yaml").exists():
         directory = _reopen(path, config)
-        # The same bits need the same executor, threads and device, whatever this machine would choose.
-        choice = Choice.recorded(directory.environment()["choice"], config.runtime)
     else:
         environment = describe_environment(choice.record())
         directory = RunDirectory.create(path, config=resolved(config), environment=environment)
@@ -73,10 +78,10 @@ def _run_in(path: Path, prepared: Prepared, resume: bool, callbacks: Sequence[Ca
 
 
 def _deciding(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same when a run is resumed: all but memory and workers, which decide no result."""
+    """What has to be the same when a run is resumed: all but memory, workers and cluster, which decide no result."""
     return {
         **recorded,
-        "runtime": {k: v for k, v in recorded["runtime"].items() if k not in ("store_memory", "workers")},
+        "runtime": {k: v for k, v in recorded["runtime"].items() if k not in ("store_memory", "workers", "address")},
     }
 
 

@@ -19,18 +19,21 @@ from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.environment import choose_device, cores, limit_of_threads
 from hetero_fl.runtime.costs import RATE, description, work
 from hetero_fl.runtime.crews.processes import Processes
+from hetero_fl.runtime.crews.torchrun import Ranks
+from hetero_fl.runtime.engines import crew_size
 from hetero_fl.runtime.executor import Executor, InProcess
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.jobs import Setup
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store
-from hetero_fl.runtime.workers import Workers
+from hetero_fl.runtime.workers import Crew, Workers
 
 WORTH = 300.0  # seconds of one core, about, from which starting worker processes pays
 TOGETHER = 8  # clients of one architecture from which computing them together may pay on a CPU
 SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it does
 SMALL_MODEL = 1_000_000  # parameters up to which it does
+IN_PROCESS = ("serial", "batched")
 CHUNK = 128  # clients computed together at most: bounds memory
 MOST_THREADS = 4  # of one process: models of this size gain nothing from more
 
@@ -39,7 +42,7 @@ MOST_THREADS = 4  # of one process: models of this size gain nothing from more
 class Choice:
     """How a run is computed. All but `workers` decides its bits, and is kept when it is resumed."""
 
-    executor: str  # serial, batched, processes
+    executor: str  # serial, batched; or whose workers: processes, ray, torchrun
     device: str
     threads: int  # of every process that computes clients
     server_threads: int  # of the process that computes the server
@@ -57,7 +60,10 @@ class Choice:
         """The choice that a run began with; the number of workers may be another when it goes on."""
         choice = cls(**{**record, "reasons": tuple(record["reasons"])})
         choose_device(choice.device)  # it has to be here, too
-        return replace(choice, workers=config.workers or choice.workers)
+        if choice.executor in IN_PROCESS:
+            return choice
+        workers, _ = crew_size(choice.executor, config.workers, choice.threads, choice.workers, cores())
+        return replace(choice, workers=workers)
 
 
 def choose(config: Config, federation: Federation) -> Choice:
@@ -87,14 +93,14 @@ def choose(config: Config, federation: Federation) -> Choice:
         reasons.append(f"{threads} threads: OMP_NUM_THREADS")
     else:
         server_threads = min(MOST_THREADS, available)
-        threads = 1 if executor == "processes" else server_threads
+        threads = server_threads if executor in IN_PROCESS else 1
         reasons.append(
             f"{threads} threads where clients are computed, {server_threads} at the server: {available} cores"
         )
     workers = 1
-    if executor == "processes":
-        workers = asked.workers or max(1, min(available // threads, cohort))
-        reasons.append(f"{workers} workers: {'runtime.workers' if asked.workers else 'cores'}")
+    if executor not in IN_PROCESS:
+        workers, why = crew_size(executor, asked.workers, threads, cohort, available)
+        reasons.append(f"{workers} workers: {why}")
     chunk = asked.chunk or (CHUNK if executor == "batched" else 1)
     return Choice(executor, str(device), threads, server_threads, chunk, asked.precision, workers, tuple(reasons))
 
@@ -125,12 +131,20 @@ def make_executor(
         store or Store(),
         make_performer(torch.device(choice.device), choice.chunk, choice.precision, say),
     )
-    if choice.executor == "processes":
-        devices: tuple[str, ...] = (choice.device,)
-        if choice.device == "cuda":  # workers spread over all of them
-            devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-        setup = Setup(
-            algorithm, federation, choice.threads, devices, choice.chunk, choice.precision, torch.get_default_dtype()
-        )
-        return Workers(Processes(setup, choice.workers), federation.cards, store, performer, choice.chunk)
-    return InProcess(Site(algorithm, federation, store, performer, Direct()), choice.chunk)
+    if choice.executor in IN_PROCESS:
+        return InProcess(Site(algorithm, federation, store, performer, Direct()), choice.chunk)
+    devices: tuple[str, ...] = (choice.device,)
+    if choice.device == "cuda" and choice.executor != "ray":  # spread over all of them; Ray deals them out itself
+        devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    setup = Setup(
+        algorithm, federation, choice.threads, devices, choice.chunk, choice.precision, torch.get_default_dtype()
+    )
+    return Workers(_crew(choice, setup), federation.cards, store, performer, choice.chunk)
+
+
+def _crew(choice: Choice, setup: Setup) -> Crew:
+    if choice.executor == "ray":
+        from hetero_fl.runtime.crews.ray import Actors  # an extra
+
+        return Actors(setup, choice.workers)
+    return Ranks(setup) if choice.executor == "torchrun" else Processes(setup, choice.workers)

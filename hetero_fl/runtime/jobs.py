@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,8 +17,9 @@ import torch
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Direct, Message
 from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.payload import PayloadError
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.hooks import told
+from hetero_fl.runtime.hooks import LONGEST, told
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.site import Reading, Site
@@ -68,6 +70,7 @@ class Done:
     seconds: dict[str, float] = field(default_factory=dict)  # of each client's chunk, shared out
     forgot: list[str] = field(default_factory=list)  # clients whose state this worker no longer holds
     error: Exception | None = None
+    trace: str = ""  # where it was raised
 
 
 class Worker:
@@ -76,16 +79,15 @@ class Worker:
     def __init__(self, setup: Setup, index: int) -> None:
         torch.set_num_threads(setup.threads)
         torch.set_default_dtype(setup.dtype)
-        device = torch.device(setup.devices[index % len(setup.devices)])
-        self.store = Store()
-        self.site = Site(
-            setup.algorithm,
-            setup.federation,
-            self.store,
-            make_performer(device, setup.chunk, setup.precision),
-            Direct(),
-        )
+        self.setup, self.index, self.store = setup, index, Store()
         self._used: OrderedDict[str, None] = OrderedDict()  # clients whose state is held, the last used at the end
+
+    @cached_property
+    def site(self) -> Site:
+        """Made with the first job, so that what goes wrong comes back with its results."""
+        device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
+        performer = make_performer(device, self.setup.chunk, self.setup.precision)
+        return Site(self.setup.algorithm, self.setup.federation, self.store, performer, Direct())
 
     def do(self, job: Job) -> Done:
         """The job's results; an exception that is not a client's own divergence is among them, not raised."""
@@ -95,11 +97,11 @@ class Worker:
                 begun = time.perf_counter()
                 self._chunk(job, chunk, done)
                 done.seconds.update(dict.fromkeys(chunk, (time.perf_counter() - begun) / len(chunk)))
-        except (UserError, RunFailed, Diverged) as error:
-            done.error = error
+        except (UserError, RunFailed, Diverged, PayloadError) as error:
+            done.error, done.trace = error, traceback.format_exc()
         except Exception as error:
-            done.error = RunFailed(f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            done.error.__cause__ = Remote(traceback.format_exc())
+            done.error = RunFailed(f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}")
+            done.trace = traceback.format_exc()
         done.forgot = self._make_room(job.clients)
         return done
 
@@ -134,4 +136,4 @@ class Worker:
 
 
 class Remote(Exception):
-    """A traceback from another process."""
+    """A traceback from another process: the cause of what is raised here. (Exceptions do not carry theirs across.)"""

@@ -8,7 +8,7 @@ cohort alone, so neither the number of workers nor who computes what, nor a deat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, Protocol
 
 from hetero_fl.channel.protocol import Message, Messages
@@ -16,7 +16,7 @@ from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.runtime.costs import Costs
 from hetero_fl.runtime.executor import Reply, chunks, drained
-from hetero_fl.runtime.jobs import Done, Job
+from hetero_fl.runtime.jobs import Done, Job, Remote
 from hetero_fl.runtime.plans import Performer
 from hetero_fl.runtime.site import Reading
 from hetero_fl.runtime.store import Store
@@ -54,6 +54,7 @@ class Workers:
         self.crew, self.cards, self.store, self.performer, self.chunk = crew, cards, store, performer, chunk
         self.costs = Costs(cards)
         self._held: dict[str, tuple[int, int | None]] = {}  # client -> (worker, stamp of the state that it holds)
+        self._busy: dict[int, Job] = {}  # what each worker is at; of an earlier task, if that was given up
         self._jobs = 0
         self._tell: Callable[[str], None] | None = None
 
@@ -77,30 +78,37 @@ class Workers:
     ) -> Iterator[tuple[Job, Done]]:
         """Have all tasks done; results as they come, private state staged."""
         queue = Queue(chunks(requests, self.cards, self.chunk), self.costs, self.crew.size)
-        running: dict[int, tuple[Job, list[list[str]]]] = {}
+        running: dict[int, list[list[str]]] = {}  # by number of the job
         deaths: dict[str, int] = {}
         while queue or running:
             for worker in range(self.crew.size):
-                if worker in running:
+                if worker in self._busy:
                     continue
                 part = queue.take(lambda client, w=worker: self._held.get(client, (w,))[0] == w)  # type: ignore[misc]
                 if part:
                     job = self._job(worker, kind, part, requests, round, details)
-                    running[worker] = (job, part)
+                    running[job.number], self._busy[worker] = part, job
                     self.crew.send(worker, job)
             worker, done = self.crew.receive()
-            job, part = running.pop(worker)
+            ended = self._busy.pop(worker, None)  # none: it was idle, and died
+            begun = running.pop(ended.number, None) if ended is not None else None
             if done is None:
-                self._mourn(worker, part, deaths)
-                queue.put_back(part)
+                self._disown(worker, self._held)
+                if begun is not None:
+                    self._mourn(begun[0][0], deaths)
+                    queue.put_back(begun)
+                continue
+            assert ended is not None
+            if done.error is not None or begun is None:
+                self._disown(worker, ended.clients)  # the state that it holds now is not what was committed
+            if begun is None:
                 continue
             if done.error is not None:
-                self._drain(running)
-                raise done.error
-            self._settle(worker, job, done)
-            queue.finished(part)
-            yield job, done
-            del job, done
+                raise done.error from (Remote(done.trace) if done.trace else None)
+            self._settle(worker, ended, done)
+            queue.finished(begun)
+            yield ended, done
+            del ended, done
 
     def _job(
         self,
@@ -112,6 +120,7 @@ class Workers:
         details: bool,
     ) -> Job:
         clients = [client for chunk in part for client in chunk]
+        sent = {client: requests[client] for client in clients}  # first: a method's hook may fail in it
         private: dict[str, bytes | None] = {}
         for client in clients:
             holding = (worker, self.store.stamp(client))
@@ -121,27 +130,25 @@ class Workers:
             if self._tell is not None:
                 self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
         self._jobs += 1
-        return Job(self._jobs, kind, round, part, {c: requests[c] for c in clients}, private, details)
+        return Job(self._jobs, kind, round, part, sent, private, details)
 
     def _settle(self, worker: int, job: Job, done: Done) -> None:
         for client, private in done.private.items():
             self._held[client] = (worker, self.store.stage(client, private))
-        for client in done.forgot:
-            if self._held.get(client, (None,))[0] == worker:
-                del self._held[client]
+        self._disown(worker, done.forgot)
         if job.kind == "answer":
             self.costs.learn(done.seconds)
 
-    def _mourn(self, worker: int, part: list[list[str]], deaths: dict[str, int]) -> None:
-        self._held = {c: held for c, held in self._held.items() if held[0] != worker}
-        first = part[0][0]
+    def _disown(self, worker: int, clients: Iterable[str]) -> None:
+        """The worker no longer has these clients' state."""
+        for client in list(clients):
+            if self._held.get(client, (None,))[0] == worker:
+                del self._held[client]
+
+    def _mourn(self, first: str, deaths: dict[str, int]) -> None:
         deaths[first] = deaths.get(first, 0) + 1
         if deaths[first] == DEATHS:
             raise RunFailed(f"{DEATHS} workers died on {first}; is there enough memory?")
-
-    def _drain(self, running: dict[int, tuple[Job, list[list[str]]]]) -> None:
-        while running:
-            running.pop(self.crew.receive()[0])
 
 
 class Queue:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from hetero_fl.children import UNGUARDED
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare, comparison, jobs, run
-from hetero_fl.experiment.guard import UNGUARDED
 from hetero_fl.reporting.rundir import locked
 from tests.small import config
 
@@ -78,7 +78,7 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
         [sys.executable, "script.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("hetero_fl.errors.UserError: compare starts processes that import")
+    assert ended.stderr.splitlines()[-1].startswith("hetero_fl.errors.UserError: processes are started that import")
     assert ended.stderr.count("Traceback") == 1 and "if __name__ == '__main__':" in ended.stderr.splitlines()[-1]
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
+import threading
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import torch.multiprocessing as mp
 
+from hetero_fl.children import ADVICE, UNGUARDED, deaf_children
+from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.runtime.jobs import Done, Job, Setup, Worker
+
+LEAVING = 5.0  # seconds that a process whose pipe is broken may take to end
 
 
 class Processes:
@@ -36,7 +43,7 @@ class Processes:
         dead = next(
             i for i, (process, connection) in enumerate(self._crew) if {process.sentinel, connection} & set(ready)
         )
-        self._end(dead)
+        self._bury(dead)
         self._crew[dead] = self._start(dead)
         return dead, None
 
@@ -50,21 +57,41 @@ class Processes:
         process = self._context.Process(
             target=work, args=(there, self._setup, index), daemon=True, name=f"hetero_fl worker {index}"
         )
-        process.start()
+        with deaf_children():
+            process.start()
         there.close()
         return process, here
+
+    def _bury(self, index: int) -> None:
+        """Give a dead worker's remains back. Raises UserError or RunFailed if another one would end in the same way."""
+        process, _ = self._crew[index]
+        process.join(LEAVING)  # its pipe breaks a moment before its status is known
+        self._end(index)
+        if process.exitcode == UNGUARDED:
+            raise UserError(ADVICE)
+        if process.exitcode is not None and process.exitcode >= 0:  # by itself, not by a signal
+            raise RunFailed(f"a worker process ended with status {process.exitcode}; it has printed why, if it knew")
 
     def _end(self, index: int) -> None:
         process, connection = self._crew[index]
         connection.close()
-        process.terminate()
+        process.kill()  # it keeps nothing
         process.join()
 
 
 def work(connection: Connection, setup: Setup, index: int) -> None:
     """A worker's life: jobs until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the run ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
     worker = Worker(setup, index)
     with contextlib.suppress(EOFError, OSError):
         while True:
             connection.send(worker.do(connection.recv()))
+
+
+def _follow_parent() -> None:
+    """End when the run has been killed, in the middle of a job too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,85 @@
+"""What the tests of every kind of worker have in common: everything that a run computes, and who is still there."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hetero_fl.codec import encode
+from hetero_fl.experiment import prepare
+from hetero_fl.runtime.executor import Executor, InProcess
+from hetero_fl.runtime.jobs import Setup, Worker
+from hetero_fl.runtime.performers import make_performer
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.store import Store
+from hetero_fl.runtime.workers import Crew, Workers
+from tests.small import MIXED, config
+
+METHODS = ["hybrid", "fedavg", "fd", "ensemble"]
+ROOT = Path(__file__).parents[2]
+
+
+def source(method: str, **changes: Any) -> dict[str, Any]:
+    """Four clients of three architectures, three of them in a round."""
+    return config(method, MIXED, clients=4, rounds=3, clients__per_round=3, server={"model": "linear"}, **changes)
+
+
+def setup_of(method: str | dict[str, Any]) -> Setup:
+    """What workers of such a run are given."""
+    prepared = prepare(source(method) if isinstance(method, str) else method)
+    return Setup(prepared.method, prepared.federation, 1, ("cpu",))
+
+
+def rounds_on(setup: Setup, crew: Crew | None, size: int = 1) -> Rounds:
+    """A run that begins, on the first `size` workers of a crew; without one in this process."""
+    executor: Executor
+    if crew is None:
+        executor = InProcess(Worker(setup, 0).site)
+    else:
+        crew.size = size
+        performer = make_performer(torch.device("cpu"))
+        executor = Workers(crew, setup.federation.cards, Store(), performer)
+    return Rounds(setup.algorithm, setup.federation, executor, 3)
+
+
+def outcome(rounds: Rounds, held: int = 3) -> dict[str, Any]:
+    """Everything that rounds and readings compute: models, private state, scores, losses, traffic."""
+    records = [rounds.round() for _ in range(held)]
+    read = rounds.evaluate(details=True)
+    return {
+        "records": [{k: v for k, v in record.items() if k != "seconds"} for record in records],
+        "run": encode(rounds.tree(), "run"),
+        "private": {client: rounds.store.encoded(client) for client in rounds.federation.cards},
+        "readings": read,
+    }
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that are still there."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def gone(session: int, seconds: float = 20) -> bool:
+    """Whether all processes of a session end in time."""
+    ends = time.monotonic() + seconds
+    while members(session) and time.monotonic() < ends:
+        time.sleep(0.1)
+    return not members(session)
+
+
+def environment() -> dict[str, str]:
+    """Of a command that is run in a process of its own."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,161 @@
+"""Runs on Ray, on a cluster of two nodes on this machine: same bits, whatever is lost on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.runtime.crews import ROOT, environment, gone, outcome, rounds_on, setup_of
+from tests.small import config
+
+pytest.importorskip("ray", reason="ray is not installed: pip install 'hetero_fl[ray]'")
+
+import ray
+from ray.cluster_utils import Cluster
+
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import run
+from hetero_fl.runtime.crews.ray import Actors, _place
+from hetero_fl.runtime.jobs import Job, Setup
+
+pytestmark = pytest.mark.filterwarnings("default")  # Ray's own warnings are none of ours
+MEMORY = 100 << 20  # bytes of a node's object store
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes; this process is connected to the first."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    node = {"num_cpus": 1, "object_store_memory": MEMORY}
+    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    made.add_node(**node)
+    ray.init(address=made.address, log_to_driver=False, logging_level=40)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    """Clients keep their heads."""
+    return setup_of("fedper")
+
+
+@pytest.fixture(scope="module")
+def want(setup: Setup) -> dict[str, Any]:
+    """What the run comes to in one process."""
+    return outcome(rounds_on(setup, None))
+
+
+def ask(crew: Actors, worker: int, what: Any) -> Any:
+    """Have a function called where a worker is."""
+    return ray.get(crew._crew[worker][0].__ray_call__.remote(lambda actor: what()))
+
+
+def node_id() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def once_sent(crew: Actors, monkeypatch: pytest.MonkeyPatch, act: Callable[[int], bool]) -> list[int]:
+    """Call `act` with the worker each time a job of a later round has been sent, until it says that it has done its part."""
+    send, done = crew.send, list[int]()
+
+    def watched(worker: int, job: Job) -> None:
+        send(worker, job)
+        if job.round == 1 and not done and act(worker):
+            done.append(worker)
+
+    monkeypatch.setattr(crew, "send", watched)
+    return done
+
+
+def test_same_bits_from_data_that_is_read_where_it_lies(cluster: Cluster, setup: Setup, want: dict[str, Any]) -> None:
+    placed = _place(setup)
+    raw, *copies = (s.federation.data._public["proxy"].examples.x for s in (setup, ray.get(placed), ray.get(placed)))
+    assert copies[0].data_ptr() == copies[1].data_ptr() and torch.equal(copies[0], raw)
+    crew = Actors(setup, 2)
+    assert ask(crew, 0, node_id) != ask(crew, 1, node_id)
+    assert outcome(rounds_on(setup, crew, 2)) == want
+    crew.close()
+    assert ray.is_initialized()  # the cluster is not the run's
+
+
+def test_a_worker_killed_and_a_node_lost_in_mid_round_change_nothing(
+    cluster: Cluster, setup: Setup, want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = Actors(setup, 2)
+    homes, pids = ([ask(crew, worker, f) for worker in (0, 1)] for f in (node_id, os.getpid))
+    second = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
+    assert set(homes) == {cluster.head_node.node_id, second.node_id}
+
+    def kill(worker: int) -> bool:
+        if homes[worker] != second.node_id:
+            os.kill(pids[worker], signal.SIGKILL)
+        return homes[worker] != second.node_id
+
+    def lose(worker: int) -> bool:
+        if homes[worker] == second.node_id:
+            cluster.remove_node(second, allow_graceful=False)
+        return homes[worker] == second.node_id
+
+    with monkeypatch.context() as patch:
+        killed = once_sent(crew, patch, kill)
+        assert outcome(rounds_on(setup, crew, 2)) == want
+    assert ask(crew, killed[0], os.getpid) not in pids
+    lost = once_sent(crew, monkeypatch, lose)
+    assert outcome(rounds_on(setup, crew, 2)) == want
+    assert ask(crew, lost[0], node_id) == cluster.head_node.node_id
+    crew.close()
+
+
+def test_more_workers_than_the_cluster_has_room_for(cluster: Cluster, tmp_path: Path) -> None:
+    source = config("fedavg", "mlp", runtime={"executor": "ray", "workers": 50, "threads": 2})
+    with pytest.raises(UserError, match=r"^runtime\.workers: found 50 of 2 threads, but the cluster has \d CPUs"):
+        run(source, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C ends the run, the workers and the cluster."""
+    source = config("fedavg", "mlp", rounds=100_000, runtime={"executor": "ray", "workers": 1, "threads": 1})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
+    folder = tempfile.mkdtemp(dir="/tmp")  # a short path: Ray's sockets lie in it
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out"],
+        cwd=tmp_path, env={**environment(), "TMPDIR": folder, "RAY_ADDRESS": ""}, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    ends = time.monotonic() + 120
+    while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < ends and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith("interrupted; to go on:")
+    assert [line.split()[0] for line in said.splitlines()[:3]] == ["ray", "1", "1"]  # the reasons, and nothing of Ray's
+    assert gone(process.pid) and not os.listdir(folder) and not naming(folder)
+    os.rmdir(folder)
+
+
+def naming(text: str) -> list[str]:
+    """Command lines of processes in which it stands."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if text in line:
+            found.append(line)
+    return found

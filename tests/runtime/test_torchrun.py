@@ -1,0 +1,115 @@
+"""Runs launched by torchrun: rank 0 is the run, the others its workers; however it ends, all of them end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.experiment import run
+from tests.runtime.crews import ROOT, environment
+from tests.small import MIXED, config
+
+TRAIN = str(ROOT / "scripts" / "train.py")
+
+
+def source(**changes: Any) -> dict[str, Any]:
+    quiet = {"plots": False, "report": False}
+    runtime = {"threads": 1, "executor": "torchrun"}
+    return config("hybrid", MIXED, clients=4, rounds=3, clients__per_round=3, output=quiet, runtime=runtime, **changes)
+
+
+def launch(folder: Path, *arguments: str, ranks: int = 3, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """torchrun with the command in that folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options, *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def at_work(out: Path) -> list[int]:
+    """The processes of a launched run by rank, found by what torchrun has set for them."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line, variables = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        known = dict(pair.split(b"=", 1) for pair in variables.split(b"\0") if b"=" in pair)
+        if str(out).encode() in line and b"TORCHELASTIC_RUN_ID" in known:
+            found[int(known[b"RANK"])] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def nobody(out: Path, seconds: float = 20) -> bool:
+    ends = time.monotonic() + seconds
+    while at_work(out) and time.monotonic() < ends:
+        time.sleep(0.1)
+    return not at_work(out)
+
+
+def models(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (out / "models").iterdir()}
+
+
+def test_same_bits_and_a_rank_that_dies_is_started_again(tmp_path: Path) -> None:
+    """torchrun ends a job of which a rank died; with restarts, --resume goes on by itself."""
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source()))
+    out = tmp_path / "out"
+    process = launch(
+        tmp_path, TRAIN, "--config", "c.yaml", "--resume", "--out", str(out), options=("--max-restarts", "1")
+    )
+    ends = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < ends:
+        time.sleep(0.02)
+    os.kill(at_work(out)[2], signal.SIGKILL)
+    printed, said = process.communicate(timeout=120)
+    assert process.returncode == 0 and printed == f"{out}\n", said
+    assert "resumed after round" in said and nobody(out)
+    serial = source()
+    serial["runtime"]["executor"] = "serial"
+    run(serial, out=tmp_path / "serial")
+    assert models(out) == models(tmp_path / "serial")
+
+
+def test_ctrl_c_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**source(), "rounds": 100_000}))
+    out = tmp_path / "out"
+    process = launch(tmp_path, TRAIN, "--config", "c.yaml", "--out", str(out))
+    ends = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < ends:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert nobody(out) and list((out / "checkpoint").glob("*.ckpt"))
+    assert said.count("interrupted; to go on: torchrun --nproc-per-node 3 ") == 1
+
+
+def test_a_users_mistake_is_one_line_by_rank_0(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source()))
+    process = launch(tmp_path, "-m", "hetero_fl.cli", "train", "--config", "c.yaml", "runtime.executor=serial")
+    _, said = process.communicate(timeout=90)
+    told = [line for line in said.splitlines() if line.startswith("error:")]
+    assert told == [
+        "error: runtime.executor: found 'serial', but torchrun started 3 processes; write runtime.executor=torchrun"
+    ]
+    assert process.returncode != 0 and "exitcode  : 2 " in said and not (tmp_path / "runs").exists()
+
+
+def test_without_torchrun_one_line_says_how_to_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hetero_fl.cli import main
+
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source()))
+    arguments = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]
+    assert main(arguments, command="train") == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "torchrun --nproc-per-node 3" in told and not (tmp_path / "out").exists()
+    assert main([*arguments, "--check"], command="train") == 0  # which needs nobody

@@ -1,0 +1,179 @@
+"""Worker processes: their number, the order, a death change no bit; whatever ends a run, no process is left."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.errors import RunFailed
+from hetero_fl.experiment import run
+from hetero_fl.runtime.costs import Costs
+from hetero_fl.runtime.crews.processes import Processes
+from hetero_fl.runtime.jobs import Job, Remote, Setup
+from tests.runtime.crews import METHODS, ROOT, environment, gone, members, outcome, rounds_on, setup_of
+from tests.small import config
+
+Made = tuple[Setup, Processes, dict[str, Any]]
+WILD = {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def made(request: pytest.FixtureRequest) -> Iterator[Made]:
+    """A method's workers, and what it computes without them."""
+    setup = setup_of(request.param)
+    crew = Processes(setup, size := 3 if request.param == "hybrid" else 2)
+    yield setup, crew, outcome(rounds_on(setup, None))
+    crew.size = size
+    crew.close()
+
+
+@pytest.fixture(scope="module")
+def fedper() -> Iterator[tuple[Setup, Processes]]:
+    """Workers of a method whose clients keep their heads; one of the clients always diverges."""
+    groups = [{"name": "calm", "count": 3, "model": "cnn_bn_small"}, WILD]
+    setup = setup_of(config("fedper", rounds=3, seed=1, clients__per_round=3, clients__groups=groups))
+    crew = Processes(setup, 2)
+    yield setup, crew
+    crew.close()
+
+
+def test_any_number_of_workers_in_any_order_computes_what_one_process_does(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, crew, want = made
+    most = crew.size
+    for size in range(1, most + 1):
+        assert outcome(rounds_on(setup, crew, size)) == want
+    for salt in range(2):
+        shuffled = lambda self, client, s=salt: hashlib.sha256(f"{s}{client}".encode()).digest()[0] / 255  # noqa: E731
+        monkeypatch.setattr(Costs, "of", shuffled)
+        assert outcome(rounds_on(setup, crew, most)) == want
+
+
+def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]:
+    """SIGKILL workers that are at work on jobs which `which` picks; the killed are listed."""
+    send, killed = crew.send, []
+
+    def send_and_kill(worker: int, job: Job) -> None:
+        send(worker, job)
+        if which(job):
+            process = crew._crew[worker][0]
+            killed.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(crew, "send", send_and_kill)
+    return killed
+
+
+def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None))
+    assert any("wild" in record["failed"] for record in want["records"])
+    killed = killing(crew, monkeypatch, lambda job: job.number in (2, 5))
+    assert outcome(rounds_on(setup, crew, 2)) == want and len(killed) == 2
+
+
+def test_an_idle_worker_that_dies_is_replaced(fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None), 1)
+    rounds = rounds_on(setup, crew, 2)
+    rounds.executor.crew.size = 1  # type: ignore[attr-defined]  # the second is not given anything
+    os.kill(crew._crew[1][0].pid or 0, signal.SIGKILL)
+    crew._crew[1][0].join()
+    assert outcome(rounds, 1) == want
+
+
+def test_a_task_that_is_given_up_leaves_no_trace(fedper: tuple[Setup, Processes]) -> None:
+    """A round that fails in the middle can be held once more: what was being computed for it is not used."""
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None))
+    rounds = rounds_on(setup, crew, 2)
+    receive, calls = rounds.receive, []
+
+    def fail_once(client: str, *rest: Any) -> Any:
+        calls.append(client)
+        if len(calls) == 4:  # the first upload of the second round
+            raise RunFailed("on purpose")
+        return receive(client, *rest)
+
+    rounds.receive = fail_once  # type: ignore[method-assign]
+    first = rounds.round()
+    with pytest.raises(RunFailed, match="on purpose"):
+        rounds.round()
+    rounds.store.discard()
+    rounds.traffic.up, rounds.traffic.down = first["up_bytes"], first["down_bytes"]
+    again = outcome(rounds, 2)
+    again["records"].insert(0, {k: v for k, v in first.items() if k != "seconds"})
+    assert again == want
+
+
+def test_three_deaths_on_one_client_end_the_run(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, crew = fedper
+    rounds = rounds_on(setup, crew, 2)
+    client = rounds.cohort(0)[0]
+    killed = killing(crew, monkeypatch, lambda job: client in job.clients)
+    with pytest.raises(RunFailed, match=rf"^3 workers died on {client}; is there enough memory\?$"):
+        rounds.round()
+    assert len(killed) == 3
+
+
+@pytest.mark.parametrize("method", ["Fails", "Leaves"])
+def test_an_exception_in_a_worker_is_told_in_one_line(method: str, tmp_path: Path) -> None:
+    source = config(f"python:tests.runtime.slips:{method}", "mlp")
+    source["runtime"] |= {"executor": "processes", "workers": 1 if method == "Leaves" else 2}
+    before = multiprocessing.active_children()
+    with pytest.raises(RunFailed) as told:
+        run(source, out=tmp_path / "workers")
+    assert set(multiprocessing.active_children()) <= set(before)
+    if method == "Leaves":
+        assert str(told.value) == "a worker process ended with status 3; it has printed why, if it knew"
+        return
+    assert isinstance(told.value.__cause__, Remote) and "ZeroDivisionError" in str(told.value.__cause__)
+    source["runtime"]["executor"] = "serial"
+    with pytest.raises(RunFailed) as here:
+        run(source, out=tmp_path / "here")
+    assert str(told.value) == str(here.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("when", ["starting", "waiting"])
+def test_no_process_is_left_when_a_run_is_stopped(end: signal.Signals, when: str, tmp_path: Path) -> None:
+    """As workers start, or in the middle of a job that would take long."""
+    source = config("python:tests.runtime.slips:Waits", "mlp")
+    source["runtime"] |= {"executor": "processes", "workers": 2}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out"],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    ends = time.monotonic() + 60
+    while not (tmp_path / "waiting" if when == "waiting" else tmp_path / "out" / "checkpoint").exists():
+        assert process.poll() is None and time.monotonic() < ends
+        time.sleep(0.02)
+    assert len(members(process.pid)) >= 3
+    if end is signal.SIGINT:
+        os.killpg(process.pid, end)  # as a terminal does
+    else:
+        process.send_signal(end)
+    _, said = process.communicate(timeout=60)
+    assert gone(process.pid)
+    if end is not signal.SIGKILL:
+        assert process.returncode == 130 and "Traceback" not in said
+        assert said.splitlines()[-1].startswith("interrupted; to go on:")

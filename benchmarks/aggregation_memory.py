@@ -110,7 +110,7 @@ def main() -> None:
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         models = float(done.stdout)
-        print(f"  {case}: {models:.1f} models; target {target:g}: {'met' if models <= target else 'missed'}")
+        print(f"  {case}: {models:.1f} models; target {target:g}: {'met' if round(models, 1) <= target else 'missed'}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from hetero_fl.runtime.store import Store
 from hetero_fl.state import Card
 
 DEATHS = 3  # of workers on the same job, after which the run ends
-AHEAD = 4  # tasks per worker that may be begun before the first missing one, in a large cohort
+AHEAD = 2  # tasks per worker that may be begun before the first missing one, in a large cohort
 LARGE = 16  # tasks per worker from which a cohort is large
 
 

@@ -20,7 +20,7 @@ from hetero_fl.errors import RunFailed
 from hetero_fl.experiment import run
 from hetero_fl.runtime.costs import Costs
 from hetero_fl.runtime.crews.processes import Processes
-from hetero_fl.runtime.jobs import Job, Remote, Setup
+from hetero_fl.runtime.jobs import Done, Job, Remote, Setup, Worker
 from tests.runtime.crews import METHODS, ROOT, environment, gone, members, outcome, rounds_on, setup_of
 from tests.small import config
 
@@ -96,25 +96,45 @@ def test_an_idle_worker_that_dies_is_replaced(fedper: tuple[Setup, Processes], m
     assert outcome(rounds, 1) == want
 
 
-def test_a_task_that_is_given_up_leaves_no_trace(fedper: tuple[Setup, Processes]) -> None:
+class Here:
+    """Workers in this process, whose results come in a known order: the first worker's first, later the last one's."""
+
+    def __init__(self, setup: Setup, size: int) -> None:
+        self.size, self.turned = size, False
+        self.workers, self.jobs = [Worker(setup, i) for i in range(size)], dict[int, Job]()
+
+    def send(self, worker: int, job: Job) -> None:
+        self.jobs[worker] = job
+
+    def receive(self) -> tuple[int, Done | None]:
+        worker = (max if self.turned else min)(self.jobs)
+        return worker, self.workers[worker].do(self.jobs.pop(worker))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def test_a_task_that_is_given_up_leaves_no_trace() -> None:
     """A round that fails in the middle can be held once more: what was being computed for it is not used."""
-    setup, crew = fedper
+    setup = setup_of("fedper")
     want = outcome(rounds_on(setup, None))
+    crew = Here(setup, 2)
     rounds = rounds_on(setup, crew, 2)
-    receive, calls = rounds.receive, []
+    first, receive, refused = rounds.round(), rounds.receive, list[str]()
 
     def fail_once(client: str, *rest: Any) -> Any:
-        calls.append(client)
-        if len(calls) == 4:  # the first upload of the second round
+        if not refused:
+            refused.append(client)
             raise RunFailed("on purpose")
         return receive(client, *rest)
 
-    rounds.receive = fail_once  # type: ignore[method-assign]
-    first = rounds.round()
+    rounds.receive, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
     with pytest.raises(RunFailed, match="on purpose"):
         rounds.round()
+    assert list(crew.jobs) == [1]  # still at work on a client of the round that failed
+    crew.turned = True
     rounds.store.discard()
-    rounds.traffic.up, rounds.traffic.down = first["up_bytes"], first["down_bytes"]
+    rounds.traffic.up, rounds.traffic.down = up, down
     again = outcome(rounds, 2)
     again["records"].insert(0, {k: v for k, v in first.items() if k != "seconds"})
     assert again == want

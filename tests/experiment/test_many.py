@@ -25,7 +25,7 @@ MILLION = 1_000_000
 
 def many(method: str = "fedavg", clients: int = MILLION, **changes: Any) -> dict[str, Any]:
     models = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [12]}]
-    partition = {"kind": "drawn", "alpha": 0.5, "rows": 40, "spread": 0.3}
+    partition = {"kind": "drawn", "alpha": 0.5, "rows": 160, "spread": 0.5}  # two digits of training rows, or three
     given = {
         "data__partition": partition,
         "data__train_limit": 700,

@@ -17,7 +17,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.channel.protocol import Direct
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.environment import choose_device, cores, limit_of_threads
-from hetero_fl.runtime.costs import RATE, description, work
+from hetero_fl.runtime.costs import RATE, description, recurrent, work
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.crews.torchrun import Ranks
 from hetero_fl.runtime.engines import crew_size
@@ -29,7 +29,7 @@ from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Crew, Workers
 
-WORTH = 20.0  # seconds of training for one core, about, from which starting worker processes pays
+WORTH = 15.0  # seconds of training for one core, about, from which starting worker processes pays
 TRAFFIC = 3e7  # bytes of parameters for such a second up to which it does: they are copied to the workers and back
 LARGE_STEP = (
     4e9  # floating-point operations of a step forward from which a second thread may help (benchmarks/threads.py)
@@ -125,6 +125,8 @@ def _worth_batching(federation: Federation, cohort: int, device: torch.device) -
     for kind in federation.cards.kinds:
         about = description(kind.arch)
         steps = kind.settings.batch_size * about.forward_flops
+        if recurrent(kind.arch):
+            continue
         if device.type != "cpu" or (steps <= SMALL_STEP and about.parameters <= SMALL_MODEL):
             groups[kind.arch] = groups.get(kind.arch, 0) + kind.count
     share = cohort / len(federation.cards)

@@ -52,6 +52,7 @@ def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatc
     crowd = chosen(monkeypatch, models="mlp", clients=12, data=data)
     assert crowd.executor == "batched" and crowd.chunk == 128 and "12 clients" in crowd.reasons[0]
     assert chosen(monkeypatch, models="mlp", clients=12, clients__per_round=4, data=data).executor == "serial"
+    assert chosen(monkeypatch, models="gru", clients=12, data=data).executor == "serial"
     large = {"name": "mlp", "hidden": [2000, 2000]}
     assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
 

@@ -30,7 +30,7 @@ from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Crew, Workers
 
 WORTH = 15.0  # seconds of training for one core, about, from which starting worker processes pays
-TRAFFIC = 3.5e7  # bytes of parameters for such a second up to which it does: they are copied to the workers and back
+TRAFFIC = 3e7  # bytes of parameters for such a second up to which it does: they are copied to the workers and back
 LARGE_STEP = (
     4e9  # floating-point operations of a step forward from which a second thread may help (benchmarks/threads.py)
 )

@@ -23,7 +23,7 @@ from hetero_fl.runtime.store import Store
 from hetero_fl.state import Card
 
 DEATHS = 3  # of workers on the same job, after which the run ends
-AHEAD = 2  # chunks per worker that may be begun before the first missing one, in a large cohort
+AHEAD = 4  # chunks per worker that may be begun before the first missing one, in a large cohort
 MOST = 2  # chunks in one job: their results come back together
 LARGE = 16  # tasks per worker from which a cohort is large
 

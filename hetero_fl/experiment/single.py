@@ -56,7 +56,8 @@ def run(
     try:
         with engine(config.runtime, began["executor"] if began else config.runtime.executor):
             choice = Choice.recorded(began, config.runtime) if began else choose(config, prepared.federation)
-            with locked(path):
+            with locked(path) as unheld:
+                prepared.notes[:0] = unheld
                 _run_in(path, prepared, choice, resume, callbacks, quiet)
     except KeyboardInterrupt as stop:
         if (path / "config.yaml").exists():

@@ -7,8 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hetero_fl.children import leave_if_importing
 from hetero_fl.config import Config, difference, resolved
 from hetero_fl.data import Dataset
@@ -75,7 +73,6 @@ def _run_in(
     else:
         environment = describe_environment(choice.record())
         directory = RunDirectory.create(path, config=resolved(config), environment=environment)
-    torch.set_num_threads(choice.server_threads)
     if resume and (directory.path / "summary.json").exists():
         present(config, directory)
         return

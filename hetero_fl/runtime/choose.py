@@ -147,7 +147,8 @@ def make_executor(
     store: Store | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Executor:
-    """The executor of a choice; `say` is told of what it cannot do as chosen."""
+    """The executor of a choice; `say` is told of what it cannot do as chosen. Sets this process's threads to the server's."""
+    torch.set_num_threads(choice.server_threads)
     store, performer = (
         store or Store(),
         make_performer(torch.device(choice.device), choice.chunk, choice.precision, say),

@@ -39,6 +39,7 @@ SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it d
 SMALL_MODEL = 1_000_000  # parameters up to which it does
 IN_PROCESS = ("serial", "batched")
 CHUNK = 128  # clients computed together at most: bounds memory
+PIECES = 8  # chunks that a group is cut into for workers, if they are then of TOGETHER clients or more
 MOST_THREADS = 4  # of one process: models of this size gain nothing from more
 
 
@@ -114,7 +115,11 @@ def choose(config: Config, federation: Federation) -> Choice:
     if executor not in IN_PROCESS:
         workers, why = crew_size(executor, asked.workers, threads, load.cohort, available)
         reasons.append(f"{workers} workers: {why}")
-    chunk = 1 if executor == "serial" else asked.chunk or (CHUNK if executor == "batched" else 1)
+    chunk = CHUNK if executor == "batched" else 1
+    if asked.executor == "auto" and executor == "processes" and group // PIECES >= TOGETHER:
+        chunk = min(CHUNK, group // PIECES)
+        reasons.append(f"{chunk} clients at a time: small steps of {group} clients with one architecture")
+    chunk = 1 if executor == "serial" else asked.chunk or chunk
     return Choice(executor, str(device), threads, server_threads, chunk, asked.precision, workers, tuple(reasons))
 
 

@@ -66,6 +66,9 @@ def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatc
     assert crowd.executor == "batched" and crowd.chunk == 128 and "12 clients" in crowd.reasons[0]
     assert chosen(monkeypatch, models="mlp", clients=12, clients__per_round=4, data=data).executor == "serial"
     assert chosen(monkeypatch, models="gru", clients=12, data=data).executor == "serial"
+    small = {**data, "partition": {"kind": "iid", "min_size": 5}}
+    many = chosen(monkeypatch, models="mlp", clients=70, rounds=1_000_000, clients__defaults=LONG, data=small)
+    assert (many.executor, many.chunk) == ("processes", 8) and "8 clients at a time" in many.reasons[-1]
     large = {"name": "mlp", "hidden": [2000, 2000]}
     assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
 

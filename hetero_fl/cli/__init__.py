@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import signal
@@ -18,6 +19,7 @@ from hetero_fl.errors import Interrupted, RunFailed, UserError
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 
 
@@ -61,6 +63,14 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
         return 2
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(
+            "failed: no space left on the disk; what was committed is kept, and --resume goes on from it",
+            file=sys.stderr,
+        )
         return 1
     except Interrupted as stop:
         program = typed[: len(typed) - len(arguments)]  # the subcommand is no longer among the arguments

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from hetero_fl.cli import main
 from hetero_fl.reporting.rundir import locked
+from hetero_fl.runtime.checkpoint import Checkpoints
 from hetero_fl.runtime.rounds import Rounds
 from tests.small import config
 
@@ -61,6 +64,20 @@ def test_the_line_of_an_interrupted_run_goes_on_with_it(
     assert main(["train", "--config", "c.yaml", "--out", "whole"]) == 0
     for path in (again / "models").iterdir():
         assert path.read_bytes() == (Path("whole") / "models" / path.name).read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_what_was_committed_is_gone_on_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_room = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as full:
+        full.setattr(Checkpoints, "save", Mock(side_effect=[Path("0"), no_room]))
+        assert main(["train", "--config", "c.yaml", "--out", "run"]) == 1
+        line = capsys.readouterr().err.strip()
+        assert line.splitlines()[-1].startswith("failed: no space left") and "Traceback" not in line
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) < 3
+    assert main(["train", "--resume", "--out", "run"]) == 0
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_script_is_named_as_it_was_started(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.seeding import key
-from model_zoo import ModelError, SplitModel, create_model
+from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 
 Tensors = dict[str, Tensor]
 
@@ -80,6 +80,13 @@ class Architecture:
         """Names of trainable tensors; the others are buffers (BatchNorm statistics and counters)."""
         with torch.random.fork_rng(devices=[]):
             return frozenset(n for n, _ in self.build().named_parameters())
+
+    @cached_property
+    def batch_norm_names(self) -> frozenset[str]:
+        """Names of all that BatchNorm layers hold, parameters and statistics; found by type, as names differ."""
+        with torch.random.fork_rng(devices=[]):
+            layers = [(path, m) for path, m in self.build().named_modules() if is_batch_norm(m)]
+        return frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict())
 
     @cached_property
     def width(self) -> int:

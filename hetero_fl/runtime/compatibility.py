@@ -13,7 +13,7 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
-from hetero_fl.state import floats, select
+from hetero_fl.state import floats
 from model_zoo import ModelError, is_batch_norm
 
 
@@ -41,7 +41,7 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
         _rehearse(algorithm, federation)
     notes = []
     travel = {n for n, s in algorithm.uploads.items() if s.share in given and (s.kind != "rows" or proxy)}
-    averages = travel <= {"model"} and algorithm.uploads.get("model") is not None
+    averages = "model" in algorithm.uploads and {algorithm.uploads[n].kind for n in travel} <= {"params", "update"}
     if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:
         alone = _alone(algorithm, federation)
         if len(alone) == len(federation.cards):
@@ -69,13 +69,12 @@ def _rehearse(algorithm: Algorithm, federation: Federation) -> None:
 
 def _alone(algorithm: Algorithm, federation: Federation) -> list[str]:
     """The clients that send no tensor which another sends, too: averaging gives them nothing."""
-    sent = {}
+    sent: dict[str, set[tuple[str, tuple[int, ...], str]]] = {}
     for id, card in federation.cards.items():
-        tensors = floats(select(federation.initial(card.arch), algorithm.part(card.settings)))
-        sent[id] = {  # the owners of hetero_fl.aggregation.averaging
-            (n, tuple(t.shape), "" if federation.common and n.startswith(federation.common) else card.arch.id)
-            for n, t in tensors.items()
-        }
+        tensors = algorithm.portion(card.arch, federation.initial(card.arch), algorithm.part(card.settings))
+        common = [n for n in tensors if federation.common and n.startswith(federation.common)]
+        sent[id] = {(n, (), algorithm.family(card)) for n in tensors if n not in common}
+        sent[id] |= {(n, tuple(tensors[n].shape), "") for n in common}  # the owners of hetero_fl.aggregation.averaging
     owners = Counter(owner for mine in sent.values() for owner in mine)
     return [id for id, mine in sent.items() if all(owners[owner] == 1 for owner in mine)]
 

@@ -82,6 +82,12 @@ class Architecture:
             return frozenset(n for n, _ in self.build().named_parameters())
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor by name. Raises ModelError where the model cannot be made."""
+        with torch.random.fork_rng(devices=[]):
+            return {n: tuple(t.shape) for n, t in self.build().state_dict().items()}
+
+    @cached_property
     def batch_norm_names(self) -> frozenset[str]:
         """Names of all that BatchNorm layers hold, parameters and statistics; found by type, as names differ."""
         with torch.random.fork_rng(devices=[]):

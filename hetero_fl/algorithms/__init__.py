@@ -10,6 +10,7 @@ from hetero_fl.algorithms.fedmd import FedMD
 from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
 from hetero_fl.algorithms.fedproto import FedProto
 from hetero_fl.algorithms.fml import FML
+from hetero_fl.algorithms.heterofl import HeteroFL
 from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.algorithms.local import Centralized, Ensemble, Local
 from hetero_fl.algorithms.partial import FedBABU, FedBN, FedPer, FedRep, LGFedAvg
@@ -36,6 +37,7 @@ __all__ = [
     "FedProx",
     "FedRep",
     "FedYogi",
+    "HeteroFL",
     "Hybrid",
     "Items",
     "LGFedAvg",

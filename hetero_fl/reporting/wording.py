@@ -93,6 +93,11 @@ ALGORITHMS = {
         "As FedAvg, and beside the shared model each client trained a personal one that is held close to it. At home the "
         "personal model is read, in common the shared one.",
     ),
+    "heterofl": (
+        "HeteroFL",
+        "One wide model took the place of the clients' own: each trained as many of its channels as its width allows, and "
+        "every weight was averaged over the clients that hold it.",
+    ),
     "fedmd": (
         "FedMD",
         "Clients sent their predictions on the public proxy set; each then learned from the mean prediction and from "

@@ -14,7 +14,7 @@ from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
 from tests.small import MIXED, config, rounds_of
 
-STATEFUL = ["scaffold", "fedavgm", "fedadam", "fedyogi", "fedbn", "fedrep", "fedbabu", "ditto"]
+STATEFUL = ["heterofl", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedbn", "fedrep", "fedbabu", "ditto"]
 
 
 def source(method: str) -> dict[str, Any]:

@@ -13,7 +13,19 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.runtime.price import price
 from tests.small import MIXED, config, rounds_of
 
-METHODS = ["local", "centralized", "ensemble", "fedavg", "scaffold", "fedadam", "fedper", "fedbn", "fedbabu", "ditto"]
+METHODS = [
+    "local",
+    "centralized",
+    "ensemble",
+    "fedavg",
+    "scaffold",
+    "heterofl",
+    "fedadam",
+    "fedper",
+    "fedbn",
+    "fedbabu",
+    "ditto",
+]
 METHODS += ["fedmd", "feddf", "fd", "hybrid"]
 
 

@@ -33,6 +33,7 @@ METHODS = [
     "fedrep",
     "fedbabu",
     "ditto",
+    "heterofl",
     "fedmd",
     "feddf",
     "fd",

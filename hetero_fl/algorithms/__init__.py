@@ -1,16 +1,20 @@
 """One short file per method or close family. Importing this package registers them all."""
 
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
+from hetero_fl.algorithms.ditto import Ditto
 from hetero_fl.algorithms.fd import FD
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.algorithms.fedkd import FedKD
 from hetero_fl.algorithms.fedmd import FedMD
+from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
 from hetero_fl.algorithms.fedproto import FedProto
 from hetero_fl.algorithms.fml import FML
+from hetero_fl.algorithms.heterofl import HeteroFL
 from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.algorithms.local import Centralized, Ensemble, Local
-from hetero_fl.algorithms.partial import FedPer, LGFedAvg
+from hetero_fl.algorithms.partial import FedBABU, FedBN, FedPer, FedRep, LGFedAvg
+from hetero_fl.algorithms.scaffold import Scaffold
 
 __all__ = [
     "FD",
@@ -18,17 +22,26 @@ __all__ = [
     "STUDENT",
     "Algorithm",
     "Centralized",
+    "Ditto",
     "Ensemble",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedBABU",
+    "FedBN",
     "FedDF",
     "FedKD",
     "FedMD",
     "FedPer",
     "FedProto",
     "FedProx",
+    "FedRep",
+    "FedYogi",
+    "HeteroFL",
     "Hybrid",
     "Items",
     "LGFedAvg",
     "Local",
+    "Scaffold",
     "algorithm",
 ]

@@ -90,6 +90,19 @@ class Algorithm(BaseModel):
         return {}
 
     # What travels ------------------------------------------------------------------------------------------------
+    def family(self, card: Card) -> str:
+        """Whose tensors may be averaged with this client's: the server's slot for them. Its architecture, as a rule."""
+        return card.arch.id
+
+    def stays(self, arch: Architecture) -> frozenset[str]:
+        """Names of tensors that stay with a client of this architecture, whatever part of its model travels."""
+        return frozenset()
+
+    def portion(self, arch: Architecture, tensors: Mapping[str, Tensor], part: Part) -> Tensors:
+        """The tensors of that part which do travel: the same at client and server."""
+        stays = self.stays(arch)
+        return {n: t for n, t in floats(select(tensors, part)).items() if n not in stays}
+
     def part(self, settings: ClientSettings) -> Part:
         """What this client shares of its model: the method's part, as far as the client is willing."""
         if "parameters" in settings.shares:
@@ -107,7 +120,8 @@ class Algorithm(BaseModel):
     def private(self, client: Participant) -> dict[str, Tensors]:
         """What of its models a client keeps between rounds: whatever the next broadcast does not replace."""
         replaced = self.takes(client.settings, 0) if client.settings.share_every == 1 else ()
-        kept = {**client.models, self.slot: without(client.models[self.slot], replaced)}
+        own, stays = client.models[self.slot], self.stays(client.arch[self.slot])
+        kept = {**client.models, self.slot: {**without(own, replaced), **{n: t for n, t in own.items() if n in stays}}}
         return {slot: tensors for slot, tensors in kept.items() if floats(tensors)}  # counters alone are not worth it
 
     @staticmethod
@@ -126,7 +140,7 @@ class Algorithm(BaseModel):
     def broadcast(self, server: Participant, card: Card) -> Items:
         """What the server sends to one client."""
         part = self.takes(card.settings, server.clock.round)
-        return {} if part == () else {"model": floats(select(server.models[card.arch.id], part))}
+        return {} if part == () else {"model": self.portion(card.arch, server.models[self.family(card)], part)}
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         """Make the model that this client would use now."""
@@ -212,9 +226,10 @@ class Algorithm(BaseModel):
         part = self.sends(client.settings, client.clock.round)
         if part == ():
             return {}
-        return {self.slot: Item(floats(select(client.models[self.slot], part)), self.weight_of(client), "params")}
+        tensors = self.portion(client.arch[self.slot], client.models[self.slot], part)
+        return {self.slot: Item(tensors, self.weight_of(client), "params")}
 
-    def weight_of(self, client: Participant) -> float:
+    def weight_of(self, client: Participant | Card) -> float:
         """The weight of a client's parameters in the mean: its training rows."""
         return float(client.n)
 

@@ -59,6 +59,45 @@ ALGORITHMS = {
     ),
     "fedper": ("FedPer", "Clients with the same model averaged its backbone; each kept a head of its own."),
     "lg_fedavg": ("LG-FedAvg", "Each client kept a backbone of its own; only the heads were averaged."),
+    "fedbn": (
+        "FedBN",
+        "Clients with the same model averaged it, but for its batch normalisation: each kept its own, fitted to how its "
+        "data looks.",
+    ),
+    "fedrep": (
+        "FedRep",
+        "Clients with the same model averaged its backbone; each first trained a head of its own on it, then the backbone "
+        "under that head.",
+    ),
+    "fedbabu": (
+        "FedBABU",
+        "Clients with the same model trained and averaged its backbone, under a head that nobody trains; before a model is "
+        "read, its client fine-tunes a copy on its own rows.",
+    ),
+    "scaffold": (
+        "SCAFFOLD",
+        "As FedAvg, and each step of a client's training was corrected by how its mean gradient differs from the "
+        "federation's, which both sides keep account of.",
+    ),
+    "fedavgm": ("FedAvgM", "As FedAvg, and the server kept moving in the direction of earlier rounds (momentum)."),
+    "fedadam": (
+        "FedAdam",
+        "As FedAvg, and the server followed the mean update with the Adam optimiser in place of taking it as it is.",
+    ),
+    "fedyogi": (
+        "FedYogi",
+        "As FedAvg, and the server followed the mean update with the Yogi optimiser in place of taking it as it is.",
+    ),
+    "ditto": (
+        "Ditto",
+        "As FedAvg, and beside the shared model each client trained a personal one that is held close to it. At home the "
+        "personal model is read, in common the shared one.",
+    ),
+    "heterofl": (
+        "HeteroFL",
+        "One wide model took the place of the clients' own: each trained as many of its channels as its width allows, and "
+        "every weight was averaged over the clients that hold it.",
+    ),
     "fedmd": (
         "FedMD",
         "Clients sent their predictions on the public proxy set; each then learned from the mean prediction and from "

@@ -13,7 +13,20 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.runtime.price import price
 from tests.small import MIXED, config, rounds_of
 
-METHODS = ["local", "centralized", "ensemble", "fedavg", "fedper", "fedmd", "feddf", "fd", "hybrid"]
+METHODS = [
+    "local",
+    "centralized",
+    "ensemble",
+    "fedavg",
+    "scaffold",
+    "heterofl",
+    "fedadam",
+    "fedper",
+    "fedbn",
+    "fedbabu",
+    "ditto",
+]
+METHODS += ["fedmd", "feddf", "fd", "hybrid"]
 
 
 def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:

@@ -4,9 +4,13 @@ from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
 from hetero_fl.algorithms.fd import FD
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
 from hetero_fl.algorithms.feddf import FedDF
+from hetero_fl.algorithms.fedgen import FedGen
+from hetero_fl.algorithms.fedgh import FedGH
 from hetero_fl.algorithms.fedkd import FedKD
 from hetero_fl.algorithms.fedmd import FedMD
+from hetero_fl.algorithms.fedmrl import FedMRL
 from hetero_fl.algorithms.fedproto import FedProto
+from hetero_fl.algorithms.fedtgp import FedTGP
 from hetero_fl.algorithms.fml import FML
 from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.algorithms.local import Centralized, Ensemble, Local
@@ -21,11 +25,15 @@ __all__ = [
     "Ensemble",
     "FedAvg",
     "FedDF",
+    "FedGH",
+    "FedGen",
     "FedKD",
     "FedMD",
+    "FedMRL",
     "FedPer",
     "FedProto",
     "FedProx",
+    "FedTGP",
     "Hybrid",
     "Items",
     "LGFedAvg",

@@ -14,6 +14,7 @@ from hetero_fl.runtime.price import price
 from tests.small import MIXED, config, rounds_of
 
 METHODS = ["local", "centralized", "ensemble", "fedavg", "fedper", "fedmd", "feddf", "fd", "hybrid"]
+METHODS += ["fedtgp", "fedgh", "fedgen", "fedmrl"]
 
 
 def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:

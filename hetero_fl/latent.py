@@ -15,7 +15,7 @@ NEAREST = 1e-12  # a squared distance: below it the root has no gradient to spea
 
 @dataclass(frozen=True)
 class AdaptiveMargin(Objective):
-    """−log softmax_y(−(‖x − P̂_c‖ + δ·[c = y])) of a client's prototype x of class y (Zhang et al. 2024, FedTGP, eq. 5).
+    """−log softmax_y(−(‖x − P̂_c‖ + δ·[c = y])) of a client's prototype x of class y (Zhang et al. 2024, FedTGP).
 
     P̂ = F(P̆): the rows of the slot `vectors` (a linear map of one-hot classes) through the network of the slot `slot`.
     given `one_hot` `[C, C]`, the identity, and `margin`, the number δ.
@@ -34,7 +34,7 @@ class AdaptiveMargin(Objective):
 @dataclass(frozen=True)
 class Generate(Objective):
     """Σ_k a_k(y)·CE(head_k(G(y, ε)), y) + η·exp(−mean_ij(mean|z_i − z_j| · mean(ε_i − ε_j)²)), z = G(y, ε) (Zhu et al. 2021,
-    FedGen, eq. 4; the second term is that of the authors' code: features are to differ where noise does).
+    FedGen, in the form of the authors' code: teachers weighted one by one, and features that differ where noise does).
 
     Columns `x` `[B, C + noise]`, one-hot class beside noise, and `y`. given `heads`, the teachers' `weight` `[K, C, d]` and
     `bias` `[K, C]`, and `say` `[K, C]`, the weight of each teacher's word on a class.
@@ -54,7 +54,7 @@ class Generate(Objective):
 
 @dataclass(frozen=True)
 class FromGenerator(Supervised):
-    """The task plus α·CE(head(G(ŷ, ε)), ŷ) on drawn classes ŷ (Zhu et al. 2021, FedGen, eq. 5), and, as the authors' code adds,
+    """The task plus α·CE(head(G(ŷ, ε)), ŷ) on drawn classes ŷ (Zhu et al. 2021, FedGen), and, as the authors' code adds,
     β·KL(head(G(y, ε)) ‖ model(x)) on the batch's own.
 
     Columns `fake_x` and `fake_y` as `Generate` has them; with β `noise_x` `[at least B, noise]` too, and given `one_hot`.

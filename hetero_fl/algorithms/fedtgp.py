@@ -23,7 +23,7 @@ VECTORS, PROTOTYPES = "vectors", "prototypes"  # at the server: P̆, a trainable
 class FedTGP(FedProto):
     """FedProto whose prototypes are P̂_c = F(P̆_c), with P̆ and F trained at the server: each client's own prototypes are to lie
     nearest to that of their class, by a margin δ = min(largest distance of two class centres, τ) (Zhang et al. 2024,
-    Algorithm 1, eq. 5 to 7; F is linear, ReLU, linear).
+    Algorithm 1; F is linear, ReLU, linear).
 
     A class centre is the plain mean of the clients' prototypes. The server starts from the last round's P̆ and F.
     """

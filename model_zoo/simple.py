@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -15,15 +16,23 @@ def linear(shape: Shape) -> Body:
     return nn.Flatten(), shape.numbers
 
 
-def mlp(shape: Shape, *, hidden: Sequence[int] = (128,), dropout: float = 0.0, scaler: float = 0.0) -> Body:
-    """Flatten, then Linear and ReLU for each width in ``hidden`` (and dropout after each, where asked for).
+def mlp(
+    shape: Shape,
+    *,
+    hidden: Sequence[int] = (128,),
+    dropout: float = 0.0,
+    norm: Literal["none", "batch"] = "none",
+    scaler: float = 0.0,
+) -> Body:
+    """Flatten, then Linear and ReLU for each width in ``hidden`` (BatchNorm between, dropout after, where asked for).
 
     ``scaler`` is that of :func:`model_zoo.split.scaled`, here and below.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     width = shape.numbers
     for wider in hidden:
-        layers += [nn.Linear(width, wider), nn.ReLU()]
+        between = [nn.BatchNorm1d(wider)] if norm == "batch" else []
+        layers += [nn.Linear(width, wider), *between, nn.ReLU()]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
         width = wider

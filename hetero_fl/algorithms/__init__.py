@@ -5,10 +5,14 @@ from hetero_fl.algorithms.ditto import Ditto
 from hetero_fl.algorithms.fd import FD
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
 from hetero_fl.algorithms.feddf import FedDF
+from hetero_fl.algorithms.fedgen import FedGen
+from hetero_fl.algorithms.fedgh import FedGH
 from hetero_fl.algorithms.fedkd import FedKD
 from hetero_fl.algorithms.fedmd import FedMD
+from hetero_fl.algorithms.fedmrl import FedMRL
 from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
 from hetero_fl.algorithms.fedproto import FedProto
+from hetero_fl.algorithms.fedtgp import FedTGP
 from hetero_fl.algorithms.fml import FML
 from hetero_fl.algorithms.heterofl import HeteroFL
 from hetero_fl.algorithms.hybrid import Hybrid
@@ -30,12 +34,16 @@ __all__ = [
     "FedBABU",
     "FedBN",
     "FedDF",
+    "FedGH",
+    "FedGen",
     "FedKD",
     "FedMD",
+    "FedMRL",
     "FedPer",
     "FedProto",
     "FedProx",
     "FedRep",
+    "FedTGP",
     "FedYogi",
     "HeteroFL",
     "Hybrid",

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.teachers import TeacherKind, opinion
-from hetero_fl.algorithms.base import STUDENT, Algorithm
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Items
 from hetero_fl.objectives import Digest
-from hetero_fl.payload import Item
+from hetero_fl.payload import Item, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
+from hetero_fl.seeding import generator
 from hetero_fl.state import Card, Participant
 
 TEACHER = "teacher"
+DRAWN = "drawn"  # the round whose rows the teacher speaks of
 
 
 class Distilling(Algorithm):
@@ -24,38 +27,80 @@ class Distilling(Algorithm):
     distils = True
 
     temperature: PositiveFloat = Field(2.0, description="T of the softened softmax")
-    teacher: TeacherKind = Field("mean", description="weight of a client's word: mean, samples, or contrast by class")
+    teacher: TeacherKind = Field(
+        "mean", description="weight of a client's word: mean, samples, contrast by class, entropy of each prediction"
+    )
+    proxy_rows: int | None = Field(
+        None, ge=2, description="proxy rows drawn anew each round; none, or more than there are: the whole set"
+    )
     proxy_batch_size: PositiveInt = Field(32, description="batch of every fit on the proxy set, at clients and server")
     student_epochs: PositiveInt = Field(2, description="epochs a round of the server's own student on the proxy set")
 
+    def rows(self, who: Participant, round: int | None = None) -> Tensor | None:
+        """Which proxy rows a round (by default this one) is about, int64 `[D]`; None for all.
+
+        Both sides draw them by the round's key, so that no index travels.
+        """
+        if self.proxy_rows is None:
+            return None
+        clock, total = who.clock, len(who.data("proxy", None)["x"])
+        draws = generator(clock.seed, clock.round if round is None else round, "proxy rows")
+        return torch.randperm(total, generator=draws)[: self.proxy_rows].sort().values
+
+    def remember(self, server: Participant, teacher: Tensor) -> None:
+        """Keep this round's teacher for the next broadcast."""
+        server.state[TEACHER] = teacher
+        if self.proxy_rows is not None:
+            server.state[DRAWN] = torch.tensor([server.clock.round])
+
+    @staticmethod
+    def remembered(server: Participant) -> Items:
+        """The teacher, if there is one, and where rows are drawn its round, which may not be the last."""
+        return {name: server.state[name] for name in (TEACHER, DRAWN) if name in server.state}
+
+    def taught(self, client: Participant, got: Payload) -> Tensor | None:
+        """The proxy rows that a received teacher speaks of; None for all."""
+        return self.rows(client, int(got[DRAWN]) if DRAWN in got else None)
+
     def opinion(self, client: Participant) -> Plan[Item]:
-        """The client's predictions on the proxy set with the weight of its word."""
-        logits = yield Predict("model", Rows("proxy"))
+        """The client's predictions on the round's proxy rows with the weight of its word."""
+        logits = yield Predict("model", Rows("proxy", self.rows(client)))
         counts = client.counts if "statistics" in client.settings.shares else None
         return opinion(client.task, self.teacher, logits, counts, client.n)
 
-    def digest(self, client: Participant, teacher: Tensor, epochs: int, **objective: object) -> Fit:
-        """The client follows the teacher on the proxy set."""
+    def digest(
+        self, client: Participant, teacher: Tensor, epochs: int, rows: Tensor | None = None, **objective: object
+    ) -> Fit:
+        """The client follows the teacher on the proxy set, or on some `rows` of it, to which the teacher is aligned."""
         follow = Digest(client.task.kind, self.temperature, **objective)  # type: ignore[arg-type]
-        rows = Rows("proxy", beside={TEACHER: teacher})
-        return self.fit(client, follow, rows, epochs=epochs, batch_size=self.proxy_batch_size, label="digest")
+        data = Rows("proxy", rows, beside={TEACHER: teacher})
+        return self.fit(client, follow, data, epochs=epochs, batch_size=self.proxy_batch_size, label="digest")
 
     def distil(self, server: Participant, teacher: Tensor, cards: Iterable[Card], epochs: int) -> Plan[None]:
-        """Distil the teacher into the model of each group that sent something, at the server."""
+        """Distil this round's teacher into the model of each group that sent something, at the server."""
         views = {c.arch.id: c.preprocess for c in sorted(cards, key=lambda c: c.id, reverse=True)}  # lowest id wins
-        yield [self.at_server(server, group, teacher, epochs, views[group]) for group in sorted(views)]
+        rows = self.rows(server)
+        yield [self.at_server(server, group, teacher, epochs, views[group], rows) for group in sorted(views)]
 
     def train_student(self, server: Participant, teacher: Tensor) -> Plan[None]:
-        """Distil the teacher into the server's own student, if one was asked for."""
+        """Distil this round's teacher into the server's own student, if one was asked for."""
         if STUDENT in server.models:
-            yield self.at_server(server, STUDENT, teacher, self.student_epochs)
+            yield self.at_server(server, STUDENT, teacher, self.student_epochs, rows=self.rows(server))
 
-    def at_server(self, server: Participant, slot: str, teacher: Tensor, epochs: int, view: object = None) -> Fit:
+    def at_server(
+        self,
+        server: Participant,
+        slot: str,
+        teacher: Tensor,
+        epochs: int,
+        view: object = None,
+        rows: Tensor | None = None,
+    ) -> Fit:
         """A fit of one of the server's models to the teacher on the proxy set; the student's optimiser lives on."""
         return Fit(
             {slot: None},
             Digest(server.task.kind, self.temperature, slot=slot),
-            Rows("proxy", beside={TEACHER: teacher}, through=view),
+            Rows("proxy", rows, beside={TEACHER: teacher}, through=view),
             epochs=epochs,
             batch_size=self.proxy_batch_size,
             optimizer=server.optimizer,

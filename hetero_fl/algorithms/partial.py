@@ -85,5 +85,5 @@ class FedBABU(FedPer):
         yield replace(self.fit(client, epochs=self.finetune_epochs, label="personalise"), train={"model": part})
 
     def server_slot(self, server: Participant) -> str | None:
-        trained = any(common_part(self.part(c.settings), BODY) for c in server.peers.values())
+        trained = any(common_part(self.part(kind.settings), BODY) for kind in server.peers.kinds)
         return next(iter(server.models)) if trained and len(server.models) == 1 else None  # the head is everybody's

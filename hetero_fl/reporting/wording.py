@@ -118,6 +118,22 @@ ALGORITHMS = {
         "Clients sent the mean features of each class; each pulled its own features towards the mean over all clients, "
         "and an example was given the class whose mean is nearest. No parameters were exchanged.",
     ),
+    "fedtgp": (
+        "FedTGP",
+        "Clients sent the mean features of each class; from these the server trained one prototype for each class, so "
+        "that classes stand apart. Each client pulled its own features towards them, and an example was given the class "
+        "whose prototype is nearest. No parameters were exchanged.",
+    ),
+    "fedgh": (
+        "FedGH",
+        "Clients sent the mean features of each class; on these the server trained one head, which all clients took in "
+        "place of their own. The rest of each model stayed at home.",
+    ),
+    "fedgen": (
+        "FedGen",
+        "Clients with the same model sent their parameters for averaging. From all heads the server trained a generator "
+        "of features for each class, and clients learned from what it draws beside their own rows.",
+    ),
     "fml": (
         "FML",
         "Each client trained its own model together with a small one, each learning from the other's predictions; only "
@@ -128,6 +144,11 @@ ALGORITHMS = {
         "Each client trained its own model together with a small one, each learning from the other's predictions and "
         "features, the more the better both were; only changes of the small one were sent, compressed, and averaged. At "
         "home a client's own model is read, in common the small one.",
+    ),
+    "fedmrl": (
+        "FedMRL",
+        "Each client trained its own model together with a small one, on features of both that a map of its own puts "
+        "together; only the small ones were sent and averaged. What is read is the client's own head on both features.",
     ),
     "hybrid": (
         "Hybrid",

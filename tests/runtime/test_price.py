@@ -27,6 +27,7 @@ METHODS = [
     "ditto",
 ]
 METHODS += ["fedmd", "feddf", "fd", "hybrid"]
+METHODS += ["fedtgp", "fedgh", "fedgen", "fedmrl"]
 
 
 def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:

@@ -58,6 +58,7 @@ class Algorithm(BaseModel):
     distils: ClassVar[bool] = False  # whether it can train a student at the server
     counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
     everybody: ClassVar[bool] = False  # whether it needs all clients' rows or models in one place
+    one_by_one: ClassVar[bool] = False  # whether clients with equal settings may get different models
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     reads: ClassVar[str] = (
         "after aggregation, as deployed with the next broadcast"  # when a model is read; tables say so

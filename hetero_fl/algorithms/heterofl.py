@@ -38,6 +38,8 @@ class HeteroFL(FedAvg):
 
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
 
+    one_by_one = True
+
     model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
         None,
         description="the wide model; none: the most frequent kind that the clients run and that can be narrowed, its widest",

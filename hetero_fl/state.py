@@ -183,7 +183,9 @@ class Participant:
 
 
 def copied(tree: Any) -> Any:
-    """A tree of dictionaries and lists that may be changed without changing the original; tensors are shared."""
+    """A tree of dictionaries, lists and tensors that may be changed without changing the original."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
     if isinstance(tree, dict):
         return {k: copied(v) for k, v in tree.items()}
     return [copied(v) for v in tree] if isinstance(tree, list) else tree

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from hetero_fl.config import dump
 from hetero_fl.experiment import Prepared
+from hetero_fl.runtime.choose import choose
 from hetero_fl.runtime.price import price
 
 
@@ -40,6 +41,8 @@ def print_check(prepared: Prepared) -> None:
     )
     for note in prepared.notes:
         console.print(f"note: {note}")
+    for reason in choose(config, federation).reasons:  # engines that are to be reached or launched are not tried here
+        console.print(f"computed by: {reason}")
 
 
 def _size(count: int) -> str:

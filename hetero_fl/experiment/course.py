@@ -61,7 +61,8 @@ def _hold(
         if saved["data"] != fingerprint:
             raise UserError(f"{directory.path}: the data is not what this run began with; restore it, or start anew")
         rounds.restore(saved["run"])
-        progress.log(f"resumed after round {rounds.completed}")
+        how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
+        progress.log(f"resumed after round {rounds.completed}; {how}")
     else:
         _start_from(prepared.inherited, rounds)
         checkpoints.save(0, state())

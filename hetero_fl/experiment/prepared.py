@@ -50,7 +50,11 @@ class Prepared:
         choice, clients = choice or choose(self.config, self.federation), self.config.clients
         executor = make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
-        return Rounds(self.method, self.federation, executor, clients.per_round, stop)
+        try:
+            return Rounds(self.method, self.federation, executor, clients.per_round, stop)
+        except BaseException:
+            executor.close()
+            raise
 
 
 def prepare(

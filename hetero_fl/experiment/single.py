@@ -40,7 +40,12 @@ def run(
     run itself cannot go on; Interrupted, a KeyboardInterrupt, once there is something to resume.
     """
     leave_if_importing()
-    prepared = prepare(source, overrides, dataset)
+    try:
+        prepared = prepare(source, overrides, dataset)
+    except KeyboardInterrupt as stop:
+        if resume and out is not None and (Path(out) / "config.yaml").exists():
+            raise Interrupted(Path(out)) from stop  # what lies there is still there
+        raise
     config = prepared.config
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
     going_on = resume and (path / "config.yaml").exists()

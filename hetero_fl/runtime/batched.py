@@ -124,7 +124,9 @@ def signature(participant: Participant, step: Step) -> Any:
     if not isinstance(step, Fit):
         x = step.data.columns(participant)["x"]
         plain = [step.readout, step.batch_size, getattr(step, "at_least", None)]
-        return (type(step), architecture_of(participant, step), *plain, _outline(x[:0]), len(x) == 0)
+        if not len(x):
+            return object()  # nothing to compute, together or alone
+        return (type(step), architecture_of(participant, step), *plain, _outline(x[:0]))
     data: Any = step.data.size if isinstance(step.data, Draws) else _rows(step.data.columns(participant))
     kept = participant.state.get("optimizers", {}).get(step.keep, {}) if step.keep else {}
     steps = tuple((k, *((n, float(v) if n == "step" else None) for n, v in s.items())) for k, s in kept.items())

@@ -57,7 +57,8 @@ class Batches:
         if isinstance(fit.data, Draws):
             if fit.steps is None:
                 raise ValueError("a fit on endless draws needs steps")
-            self.count, self.examples = fit.steps, fit.steps * fit.data.size
+            self.count = step_count(fit.data.size, fit, participant.work)
+            self.examples = self.count * fit.data.size
             return
         self.source = fit.data.columns(participant)
         self.indices = index_batches(len(next(iter(self.source.values()))), fit, self.stream, participant.work)

@@ -17,7 +17,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.channel.protocol import Direct
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.environment import choose_device, cores, limit_of_threads
-from hetero_fl.runtime.costs import RATE, description, work
+from hetero_fl.runtime.costs import RATE, description, recurrent, work
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.crews.torchrun import Ranks
 from hetero_fl.runtime.engines import crew_size
@@ -29,7 +29,11 @@ from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Crew, Workers
 
-WORTH = 300.0  # seconds of one core, about, from which starting worker processes pays
+WORTH = 15.0  # seconds of training for one core, about, from which starting worker processes pays
+TRAFFIC = 3e7  # bytes of parameters for such a second up to which it does: they are copied to the workers and back
+LARGE_STEP = (
+    4e9  # floating-point operations of a step forward from which a second thread may help (benchmarks/threads.py)
+)
 TOGETHER = 8  # clients of one architecture from which computing them together may pay on a CPU
 SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it does
 SMALL_MODEL = 1_000_000  # parameters up to which it does
@@ -70,16 +74,23 @@ def choose(config: Config, federation: Federation) -> Choice:
     """The choice for a run that begins. Raises UserError if the device is not here."""
     asked, device = config.runtime, choose_device(config.runtime.device)
     cohort = min(len(federation.cards), config.clients.per_round or len(federation.cards))
-    each = sum(work(federation.cards[id]) for id in federation.some) / len(federation.some)
-    seconds = each * cohort * config.rounds / RATE
+    some = [federation.cards[id] for id in federation.some]
+    each = sum(map(work, some)) / len(some) / RATE
+    seconds = each * cohort * config.rounds
+    traffic = sum(4 * description(card.arch).parameters for card in some) / len(some) / each
     available, limit = cores(), limit_of_threads()
     several = device.type == "cpu" and available > 1 and cohort > 1
     if asked.executor != "auto":
         executor, why = asked.executor, "runtime.executor"
+    elif several and seconds >= WORTH and traffic <= TRAFFIC:
+        executor, why = "processes", f"about {seconds:.0f} s of training for one core, {available} cores"
     elif group := _worth_batching(federation, cohort, device):
         executor, why = "batched", f"small steps of {group} clients with one architecture"
     elif several and seconds >= WORTH:
-        executor, why = "processes", f"about {seconds:.0f} s of training for one core, {available} cores"
+        executor, why = (
+            "serial",
+            f"models too large for so little training ({traffic / 1e6:.0f} MB a second) to travel to workers",
+        )
     elif several:
         executor, why = "serial", f"about {seconds:.0f} s of training for one core: workers would not pay"
     else:
@@ -92,10 +103,13 @@ def choose(config: Config, federation: Federation) -> Choice:
         threads = server_threads = limit
         reasons.append(f"{threads} threads: OMP_NUM_THREADS")
     else:
-        server_threads = min(MOST_THREADS, available)
+        step = max(some, key=work)
+        large = step.settings.batch_size * description(step.arch).forward_flops >= LARGE_STEP
+        server_threads = min(MOST_THREADS, available) if large else 1
         threads = server_threads if executor in IN_PROCESS else 1
+        size = "large enough" if large else "too small"
         reasons.append(
-            f"{threads} threads where clients are computed, {server_threads} at the server: {available} cores"
+            f"{threads} threads where clients are computed, {server_threads} at the server: steps are {size} for more"
         )
     workers = 1
     if executor not in IN_PROCESS:
@@ -111,6 +125,8 @@ def _worth_batching(federation: Federation, cohort: int, device: torch.device) -
     for kind in federation.cards.kinds:
         about = description(kind.arch)
         steps = kind.settings.batch_size * about.forward_flops
+        if recurrent(kind.arch):
+            continue
         if device.type != "cpu" or (steps <= SMALL_STEP and about.parameters <= SMALL_MODEL):
             groups[kind.arch] = groups.get(kind.arch, 0) + kind.count
     share = cohort / len(federation.cards)

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
+import torch
+from torch import nn
+
 from hetero_fl.architecture import Architecture
 from hetero_fl.state import Card
 from model_zoo import ModelDescription, describe
@@ -33,6 +36,13 @@ def channels_last(arch: Architecture) -> bool:
     about = description(arch)
     convolutional = 2 * about.convolution_flops >= about.forward_flops > 0
     return convolutional and about.forward_flops >= INTENSE * about.parameters
+
+
+@cache
+def recurrent(arch: Architecture) -> bool:
+    """Whether a model has recurrent layers, for which there is no computing together."""
+    with torch.random.fork_rng(devices=[]):
+        return any(isinstance(m, nn.RNNBase) for m in arch.build().modules())
 
 
 def work(card: Card) -> float:

@@ -55,6 +55,8 @@ class Expectations:
         s = card.settings
         key = (card.arch, tuple(s.shares), self.phase(s.share_every, round), _outline(broadcast))
         if key not in self._known:
+            if is_own(self.algorithm):  # may differ in every round: the last round's are of no more use
+                self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
             upload = self.upload(card, broadcast, round)
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]

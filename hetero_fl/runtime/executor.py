@@ -79,4 +79,6 @@ def chunks(ids: Iterable[str], cards: Mapping[str, Card], size: int) -> list[lis
     groups: dict[str, list[str]] = {}
     for id in ids:
         groups.setdefault(cards[id].arch.id, []).append(id)
-    return [members[i : i + size] for members in groups.values() for i in range(0, len(members), size)]
+    made = [members[i : i + size] for members in groups.values() for i in range(0, len(members), size)]
+    turn = {id: i for i, id in enumerate(ids)}
+    return sorted(made, key=lambda chunk: turn[chunk[0]])  # results wait for their turn: the nearest first

@@ -17,7 +17,7 @@ from hetero_fl.data import FederatedData, Preprocess
 from hetero_fl.errors import UserError
 from hetero_fl.runtime.store import Private
 from hetero_fl.seeding import sample
-from hetero_fl.state import Clock, Participant, Roster, copied
+from hetero_fl.state import Clock, Participant, Roster, copied, own
 from hetero_fl.task import Task
 from model_zoo import ModelError
 
@@ -62,13 +62,13 @@ class Federation:
         cards = Roster(population, archs, data)
         server = config.server
         server_view = data.server_preprocess(server.preprocess)
-        own = architecture(server.model, data, server_view) if server.model else None
-        if own is not None:
-            _check(own, "server.model")
+        student_arch = architecture(server.model, data, server_view) if server.model else None
+        if student_arch is not None:
+            _check(student_arch, "server.model")
         settings = ClientSettings(optimizer=server.optimizer)
         common = tuple(config.clients.common)
         return cls(
-            data.task, data, cards, settings, server_view, own if student else None, config.seed, config.rounds, common,
+            data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
             _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
         )  # fmt: skip
 
@@ -128,7 +128,7 @@ class Federation:
             id=SERVER,
             task=self.task,
             arch=archs,
-            models=models,
+            models={slot: own(tensors) for slot, tensors in models.items()},
             data=lambda name, through: self.data.columns(SERVER, name, through or self.server_preprocess),
             settings=self.server_settings,
             counts=torch.zeros(self.task.outputs),
@@ -141,7 +141,7 @@ class Federation:
     def view_of(self, slot: str) -> Preprocess:
         """How a model at the server sees public examples: as the group's first client does, or as the server itself."""
         members = [kind.first for kind in self.cards.kinds if kind.arch.id == slot]
-        return self.cards[min(members)].preprocess if members else self.server_preprocess
+        return self.cards[members[0]].preprocess if members else self.server_preprocess
 
 
 def architecture(model: ModelConfig, data: FederatedData, view: Preprocess) -> Architecture:

@@ -98,7 +98,8 @@ class Worker:
                 self._chunk(job, chunk, done)
                 done.seconds.update(dict.fromkeys(chunk, (time.perf_counter() - begun) / len(chunk)))
         except (UserError, RunFailed, Diverged, PayloadError) as error:
-            done.error, done.trace = error, traceback.format_exc()
+            known = type(error) in (UserError, RunFailed, Diverged, PayloadError)  # a user's own might not travel
+            done.error, done.trace = (error if known else RunFailed(str(error))), traceback.format_exc()
         except Exception as error:
             done.error = RunFailed(f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}")
             done.trace = traceback.format_exc()

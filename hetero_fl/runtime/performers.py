@@ -22,4 +22,8 @@ def make_performer(
 
     `say` is told of what cannot be.
     """
-    return Remembering(Serial(device, precision) if chunk == 1 else Batched(device, say, precision))
+    if chunk == 1:
+        serial = Serial(device, precision)
+        return Remembering(serial, serial)
+    batched = Batched(device, say, precision)
+    return Remembering(batched, batched.serial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -68,7 +69,8 @@ def carry_out_together(
         try:
             computed = performer.perform([(plans[i][0], step) for i, step in work])
         except Exception as error:  # raised where the steps were yielded: the traceback shows which they were
-            running[work[0][0]].throw(error)
+            with suppress(StopIteration):
+                running[work[0][0]].throw(error)
             raise
         for (i, step), result in zip(work, computed, strict=True):
             results[i].append(result)

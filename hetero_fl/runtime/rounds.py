@@ -22,7 +22,7 @@ from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.site import Reading, Scores
 from hetero_fl.seeding import sample
-from hetero_fl.state import in_order
+from hetero_fl.state import Card, in_order
 
 T = TypeVar("T")
 Record = dict[str, Any]  # a line of metrics.jsonl
@@ -73,7 +73,16 @@ class Rounds:
     @told()
     def round(self) -> Record:
         """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used, or if a
-        method of the user's own fails."""
+        method of the user's own fails; nothing that clients did in it is kept then."""
+        before = replace(self.traffic)
+        try:
+            return self._hold()
+        except BaseException:
+            self.store.discard()
+            self.traffic.up, self.traffic.down = before.up, before.down
+            raise
+
+    def _hold(self) -> Record:
         begun, index = time.perf_counter(), self.completed
         cohort, failed = self.cohort(index), {}
         losses: dict[str, float] = {}
@@ -107,7 +116,6 @@ class Rounds:
                 losses[client] = loss
             del payload
         if not uploads:
-            self.store.discard()
             raise RunFailed(
                 f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
             )
@@ -133,15 +141,20 @@ class Rounds:
 
         def make(client: str) -> bytes:
             card = self.federation.cards[client]
-            return encoded(broadcast(self.algorithm, self.server, replace(card, reading=True) if reading else card))
+            return encoded(self._broadcast(replace(card, reading=True) if reading else card))
 
         return Lazy(clients, make)
+
+    def _broadcast(self, card: Card) -> Payload:
+        """May be made several times, in any order: what it draws is keyed by the client, not by the turn."""
+        speaker = replace(self.server, id=f"{self.server.id} to {card.id}", uses={})
+        return broadcast(self.algorithm, speaker, card)
 
     def receive(self, client: str, data: bytes, round: int) -> Payload:
         """An upload, decoded and checked against what this client was to send. Raises PayloadError."""
         payload = Payload.decode(data)
         card = self.federation.cards[client]
-        expected = self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
+        expected = self.expectations.of(card, self._broadcast(card), round)
         check_upload(payload, self.algorithm.uploads, expected)
         return payload
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hetero_fl.architecture import Tensors
 from hetero_fl.codec import CodecError, decode, encode, nbytes
 from hetero_fl.errors import RunFailed
@@ -33,6 +35,14 @@ class Private:
     def encode(self) -> bytes:
         """Its bytes, as they are kept and as they travel between processes; none if there is nothing to keep."""
         return encode({"models": self.models, "state": self.state}, FORM) if self.models or self.state else b""
+
+    def settled(self) -> Private:
+        """As it would be read from its bytes: tensors in memory of their own, a tuple a list …"""
+        models = {
+            slot: {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+            for slot, tensors in self.models.items()
+        }
+        return Private(models, Private.decode(Private(state=self.state).encode()).state)
 
     @classmethod
     def decode(cls, data: bytes) -> Private:
@@ -106,14 +116,15 @@ class Store:
 
         Returns the stamp that it will have once it is committed.
         """
-        data = private.encode() if isinstance(private, Private) else private
         self.drop(client)
-        if not data:
+        if not private or (isinstance(private, Private) and not (private.models or private.state)):
             self._staged[client] = None
             return None
-        version = Version(next(self._stamps), self.open.append(data) if self.open is not None else None)
-        self._staged[client] = version
-        self._hold(version.stamp, data)
+        place = None
+        if self.open is not None:
+            place = self.open.append(private.encode() if isinstance(private, Private) else private)
+        version = self._staged[client] = Version(next(self._stamps), place)
+        self._hold(version.stamp, private.settled() if isinstance(private, Private) else private)
         return version.stamp
 
     def drop(self, client: str) -> None:

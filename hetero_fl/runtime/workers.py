@@ -23,7 +23,8 @@ from hetero_fl.runtime.store import Store
 from hetero_fl.state import Card
 
 DEATHS = 3  # of workers on the same job, after which the run ends
-AHEAD = 2  # tasks per worker that may be begun before the first missing one, in a large cohort
+AHEAD = 4  # chunks per worker that may be begun before the first missing one, in a large cohort
+MOST = 2  # chunks in one job: their results come back together
 LARGE = 16  # tasks per worker from which a cohort is large
 
 
@@ -100,7 +101,9 @@ class Workers:
                 continue
             assert ended is not None
             if done.error is not None or begun is None:
-                self._disown(worker, ended.clients)  # the state that it holds now is not what was committed
+                self._disown(
+                    worker, [*ended.clients, *done.forgot]
+                )  # the state that it holds now is not what was committed
             if begun is None:
                 continue
             if done.error is not None:
@@ -126,10 +129,11 @@ class Workers:
             holding = (worker, self.store.stamp(client))
             if self._held.get(client) != holding:
                 private[client] = self.store.encoded(client)
-                self._held[client] = holding
             if self._tell is not None:
                 self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
         self._jobs += 1
+        for client in private:  # only once nothing can fail any more
+            self._held[client] = (worker, self.store.stamp(client))
         return Job(self._jobs, kind, round, part, sent, private, details)
 
     def _settle(self, worker: int, job: Job, done: Done) -> None:
@@ -172,7 +176,7 @@ class Queue:
         near.sort(key=lambda part: (not held(part[0]), -self._costs[part[0]]))
         taken: list[list[str]] = []
         cost = 0.0
-        for part in near[: max(1, AHEAD)]:
+        for part in near[:MOST]:
             if taken and (cost + self._costs[part[0]] > self._least or not held(part[0])):
                 break
             taken.append(part)

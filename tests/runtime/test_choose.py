@@ -16,6 +16,8 @@ from hetero_fl.runtime.choose import Choice, choose
 from hetero_fl.runtime.costs import channels_last
 from tests.small import MIXED, config, rounds_of, same_bits
 
+LONG = {"epochs": 50}  # much training for each time that a model travels
+
 
 def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> Choice:
     monkeypatch.setattr(module, "cores", lambda: cores)
@@ -26,11 +28,23 @@ def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> C
 
 def test_small_runs_stay_in_this_process_and_long_ones_get_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     few = chosen(monkeypatch, models=MIXED)
-    assert (few.executor, few.threads, few.workers) == ("serial", 2, 1)
-    many = chosen(monkeypatch, models=MIXED, rounds=1_000_000)
-    assert (many.executor, many.threads, many.server_threads, many.workers) == ("processes", 1, 2, 2)
-    assert chosen(monkeypatch, cores=1, models=MIXED, rounds=1_000_000).executor == "serial"
+    assert (few.executor, few.threads, few.workers) == ("serial", 1, 1)
+    many = chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG)
+    assert (many.executor, many.threads, many.server_threads, many.workers) == ("processes", 1, 1, 2)
+    assert chosen(monkeypatch, cores=1, models=MIXED, rounds=1_000_000, clients__defaults=LONG).executor == "serial"
     assert chosen(monkeypatch, clients=1, rounds=1_000_000).executor == "serial"
+    monkeypatch.setattr(module, "TRAFFIC", 0.0)
+    assert chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG).executor == "serial"
+
+
+def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_STEP", 0.0)
+    few, many = (
+        chosen(monkeypatch, models=MIXED),
+        chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG),
+    )
+    assert (few.threads, few.server_threads) == (2, 2) and (many.threads, many.server_threads) == (1, 2)
+    assert chosen(monkeypatch, cores=16, models=MIXED).threads == 4
 
 
 def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +52,7 @@ def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatc
     crowd = chosen(monkeypatch, models="mlp", clients=12, data=data)
     assert crowd.executor == "batched" and crowd.chunk == 128 and "12 clients" in crowd.reasons[0]
     assert chosen(monkeypatch, models="mlp", clients=12, clients__per_round=4, data=data).executor == "serial"
+    assert chosen(monkeypatch, models="gru", clients=12, data=data).executor == "serial"
     large = {"name": "mlp", "hidden": [2000, 2000]}
     assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
 

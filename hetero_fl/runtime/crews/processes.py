@@ -20,7 +20,7 @@ LEAVING = 5.0  # seconds that a process whose pipe is broken may take to end
 
 
 class Processes:
-    """A crew of processes. Data lies in shared memory: sent once, and never copied."""
+    """A crew of processes. Examples lie in shared memory, and are never copied."""
 
     def __init__(self, setup: Setup, size: int) -> None:
         self.size = size

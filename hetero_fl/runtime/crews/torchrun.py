@@ -91,7 +91,7 @@ class Ranks:
         while True:
             try:
                 done = _received(worker + 1)
-            except RuntimeError:
+            except Exception:  # the rank is gone, or what it says cannot be read
                 done = None
             self._results.put((worker, done))
             if done is None:

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""What a second thread gains in one training step, by model and batch: the ground of `auto`'s rule for threads.
+
+    python benchmarks/threads.py
+
+Forward, backward and step of a bare loop, with one thread and with two, in turns; printed is the ratio of the medians. On two
+virtual cores that are one core's hyperthreads nothing here gains, and small steps lose much: waking a thread costs more
+than it saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from hetero_fl.architecture import Architecture
+from hetero_fl.runtime.costs import description
+from hetero_fl.runtime.templates import Template
+
+CASES = [
+    *(("mlp", (1, 28, 28), batch) for batch in (10, 32)),
+    *(("cnn_bn_small", (1, 28, 28), batch) for batch in (10, 32)),
+    ("cnn_bn_medium", (1, 28, 28), 32),
+    ("cnn_bn_large", (1, 28, 28), 32),
+    ("fedavg_cnn", (3, 32, 32), 10),
+    ("resnet8", (3, 32, 32), 32),
+    ("resnet18", (3, 32, 32), 32),
+    ("resnet18_small", (3, 32, 32), 32),
+]
+
+
+def main() -> None:
+    """Print a line for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    for name, shape, batch in CASES:
+        arch = Architecture.of(name, 10, shape)
+        module = Template(arch, torch.device("cpu")).module
+        optimizer = torch.optim.SGD(module.parameters(), 0.01, fused=True)
+        x, y = torch.rand(batch, *shape), torch.arange(batch) % 10
+        flops = batch * description(arch).forward_flops
+        steps = max(2, int(3e9 / flops))
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        for turn in range(options.turns + 1):
+            for threads, found in seconds.items():
+                torch.set_num_threads(threads)
+                begun = time.perf_counter()
+                for _ in range(steps):
+                    optimizer.zero_grad()
+                    F.cross_entropy(module(x).logits, y).backward()
+                    optimizer.step()
+                if turn:
+                    found.append((time.perf_counter() - begun) / steps)
+        one, two = (statistics.median(found) for found in seconds.values())
+        print(
+            f"{name:16} batch {batch}, {flops / 1e6:6.0f} MFLOP forward: {1e3 * one:7.2f} ms, two threads {two / one:.2f} of it"
+        )
+
+
+if __name__ == "__main__":
+    main()

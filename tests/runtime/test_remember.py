@@ -1,0 +1,138 @@
+"""Equal models are evaluated once, and what is remembered never decides a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.aggregation import Uploads
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.data.cache import ColumnCache
+from hetero_fl.experiment import prepare
+from hetero_fl.plan import ClassSums, Predict, Rows
+from hetero_fl.runtime.executor import chunks
+from hetero_fl.runtime.performers import make_performer
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.serial import Serial
+from hetero_fl.runtime.store import Private
+from hetero_fl.state import Participant
+from tests.small import MIXED, config, rounds_of
+
+CPU = torch.device("cpu")
+
+
+def clients(**changes: Any) -> list[Participant]:
+    rounds = rounds_of(config("fedavg", "mlp", clients=6, **changes), held=0)
+    return [rounds.federation.client(id, rounds.store.get(id), 0) for id in rounds.federation.cards]
+
+
+def test_equal_models_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Any] = []
+    perform = Serial.perform
+    monkeypatch.setattr(Serial, "perform", lambda self, work: computed.extend(work) or perform(self, work))
+    rounds = rounds_of(config("fedavg", "mlp", clients=6), held=1)
+    computed.clear()
+    rounds.evaluate()
+    common = [step for _, step in computed if isinstance(step, Predict) and step.data.name == "common_test"]  # type: ignore[union-attr]
+    assert len(common) == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_views_that_are_forgotten_are_not_mistaken_for_one_another(chunk: int) -> None:
+    """Columns that a cache lets go may leave their address to the next ones."""
+    people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
+    for participant in people:
+        participant.models["model"] = people[0].models["model"]
+    made = prepare(config("fedavg", "mlp", clients=6, clients__defaults={"preprocess": {"normalize": "own"}}))
+    made.federation.data._public_columns = ColumnCache(1)
+    fresh = [made.federation.client(p.id, Private(), 0) for p in people]
+    work = [(p, Predict("model", Rows("common_test"))) for p in fresh]
+    together = make_performer(CPU, chunk).perform(work)
+    for one, (p, step) in zip(together, work, strict=True):
+        assert torch.allclose(one, Serial(CPU).perform([(p, step)])[0], atol=1e-6)
+
+
+def test_a_model_changed_in_place_is_another_one() -> None:
+    (participant, *_), performer = clients(), make_performer(CPU)
+    step = Predict("model", Rows("common_test"))
+    before = performer.perform([(participant, step)])[0].clone()
+    for tensor in participant.models["model"].values():
+        tensor.mul_(2)
+    assert not torch.equal(performer.perform([(participant, step)])[0], before)
+
+
+def test_what_is_remembered_does_not_change_whom_others_are_computed_with() -> None:
+    people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
+    work = [(p, Predict("model", Rows("common_test"))) for p in people[:2]]
+    cold, warm = make_performer(CPU, 16), make_performer(CPU, 16)
+    warm.perform(work[:1])
+    assert all(torch.equal(a, b) for a, b in zip(cold.perform(work), warm.perform(work), strict=True))
+
+
+def test_predictions_on_no_rows_can_be_made_together() -> None:
+    work = [(p, Predict("model", Rows("train", rows=torch.tensor([], dtype=torch.int64)))) for p in clients()[:3]]
+    assert [tuple(z.shape) for z in make_performer(CPU, 16).perform(work)] == [(0, 10)] * 3
+    assert isinstance(work[0][1], Predict) and not isinstance(work[0][1], ClassSums)
+
+
+def test_chunks_stand_in_the_order_in_which_results_are_wanted() -> None:
+    rounds = rounds_of(config("local", MIXED, clients=6), held=0)
+    made = chunks(rounds.federation.cards, rounds.federation.cards, 2)
+    firsts = [list(rounds.federation.cards).index(chunk[0]) for chunk in made]
+    assert firsts == sorted(firsts) and sorted(id for chunk in made for id in chunk) == sorted(rounds.federation.cards)
+
+
+class Noisy(FedAvg):
+    """Its broadcast draws."""
+
+    def broadcast(self, server: Participant, card: Any) -> Any:
+        items = super().broadcast(server, card)
+        key = server.stream("noise")
+        noise = torch.randn((), generator=torch.Generator().manual_seed(hash(str(key)) % 2**31))
+        SEEN.append((card.id, float(noise)))
+        return items
+
+
+SEEN: list[tuple[str, float]] = []
+
+
+def test_what_a_broadcast_draws_is_the_clients_own_however_often_it_is_made() -> None:
+    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    SEEN.clear()
+    rounds.algorithm = rounds.expectations.algorithm = Noisy()
+    rounds.round()
+    drawn: dict[str, set[float]] = {}
+    for client, value in SEEN:
+        drawn.setdefault(client, set()).add(value)
+    assert len(SEEN) > len(drawn) and all(len(values) == 1 for values in drawn.values())
+    assert len(set.union(*drawn.values())) == len(drawn)
+
+
+class Failing(FedAvg):
+    """Its aggregation fails."""
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Iterator[Any]:  # type: ignore[override]
+        yield from ()
+        raise RuntimeError("no")
+
+
+def test_a_round_that_fails_leaves_nothing_behind() -> None:
+    rounds: Rounds = rounds_of(config("fedper", "mlp"), held=1)
+    tree, kept = rounds.tree(), {id: rounds.store.stamp(id) for id in rounds.federation.cards}
+    rounds.algorithm = rounds.expectations.algorithm = Failing()
+    with pytest.raises(Exception, match="no"):
+        rounds.round()
+    rounds.store.commit()
+    assert rounds.tree()["traffic"] == tree["traffic"]
+    assert {id: rounds.store.stamp(id) for id in rounds.federation.cards} == kept
+
+
+def test_state_handed_to_a_client_may_be_changed_in_place() -> None:
+    rounds = rounds_of(config("local", "mlp"), held=1)
+    private = rounds.store.get("site_1")
+    private.state["seen"] = torch.zeros(2)
+    rounds.federation.client("site_1", private, 1).state["seen"].add_(1)
+    assert torch.equal(private.state["seen"], torch.zeros(2))

@@ -19,7 +19,7 @@ help:
 	@echo "make medical   the main job: six hospitals, chest X-rays, into runs/"
 	@echo "make test      the tests"
 	@echo "make check     formatting, lint and types"
-	@echo "make compare   CONFIG=$(CONFIG) ALGORITHMS=… SEEDS=$(SEEDS), into $(OUT)"
+	@echo "make compare   CONFIG=$(CONFIG) ALGORITHMS=… SEEDS=$(SEEDS) SET=key=value, into $(OUT)"
 	@echo "make docs      docs/configuration.md, from the schema"
 	@echo "make clean     remove $(VENV) and caches, keep runs/"
 
@@ -35,7 +35,7 @@ check: $(VENV)/.installed-all
 	$(PY) -m mypy
 
 compare: $(VENV)/.installed
-	$(PY) scripts/compare.py --config $(CONFIG) --algorithms $(ALGORITHMS) --seeds $(SEEDS) --out $(OUT)
+	$(PY) scripts/compare.py --config $(CONFIG) --algorithms $(ALGORITHMS) --seeds $(SEEDS) --out $(OUT) $(SET)
 
 docs: $(VENV)/.installed
 	$(PY) scripts/describe_config.py

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.data import Dataset, load_source, make_images
 from hetero_fl.experiment import Prepared
-from hetero_fl.runtime.choose import choose, make_executor
 from hetero_fl.runtime.rounds import Rounds
 
 CLASSES = 10
@@ -65,11 +65,9 @@ def images(path: Path | None, rows: int) -> Dataset:
 
 
 def rounds_of(prepared: Prepared, **runtime: Any) -> Rounds:
-    """A run in memory, with other settings of `runtime` (executor, workers, threads)."""
+    """A run in memory, with other settings of `runtime` (executor, workers, threads); sets this process's threads to its own."""
     config = prepared.config.model_copy(update={"runtime": prepared.config.runtime.model_copy(update=runtime)})
-    choice = choose(config, prepared.federation)
-    executor = make_executor(choice, prepared.method, prepared.federation)
-    return Rounds(prepared.method, prepared.federation, executor, config.clients.per_round)
+    return replace(prepared, config=config).rounds()
 
 
 def now() -> float:
@@ -106,16 +104,25 @@ def print_ratios(
 
 
 class Ours:
-    """A run whose clients' losses are remembered, round by round."""
+    """A run whose clients' losses are remembered, round by round; its threads are its own, not the bare loop's.
 
-    def __init__(self, rounds: Rounds, evaluate: bool = False) -> None:
-        self.rounds, self.evaluate, self.losses = rounds, evaluate, list[list[float]]()
+    `evaluate`: a round ends with its evaluation. `runtime`: settings of `runtime` other than the prepared ones.
+    """
+
+    def __init__(self, prepared: Prepared, evaluate: bool = False, **runtime: Any) -> None:
+        others = torch.get_num_threads()
+        self.rounds, self.evaluate, self.losses = rounds_of(prepared, **runtime), evaluate, list[list[float]]()
+        self.threads = torch.get_num_threads()  # as its executor has just set them
+        torch.set_num_threads(others)
 
     def round(self) -> None:
-        """A round, with its evaluation if that is wanted."""
+        """A round."""
+        others = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
         self.losses.append(list(self.rounds.round()["train_loss"].values()))
         if self.evaluate:
             self.rounds.evaluate()
+        torch.set_num_threads(others)
 
 
 def agree(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from common import Ours, arguments, in_turns, parsed, print_ratios, rounds_of
+from common import Ours, arguments, in_turns, parsed, print_ratios
 
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
@@ -80,7 +80,7 @@ def main() -> None:
         runs = {}
         for name in [*fixed, "auto"]:
             runtime = {"workers": options.workers} if name == "processes" else {"threads": options.threads}
-            runs[name] = Ours(rounds_of(prepared, executor=name, **({} if name == "auto" else runtime)))
+            runs[name] = Ours(prepared, executor=name, **({} if name == "auto" else runtime))
         try:
             seconds = in_turns({name: run.round for name, run in runs.items()}, options.pairs)
         finally:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import Ours, agree, arguments, images, in_turns, parsed, print_ratios, rounds_of
+from common import Ours, agree, arguments, images, in_turns, parsed, print_ratios
 
 from hetero_fl.experiment import Prepared, prepare
 from hetero_fl.seeding import generator
 
 BATCH, STEPS, LR = 10, 5, 0.05
+TARGETS = {"serial": 1.05, "auto": 0.8, "two workers": None}
 
 
 def configuration(clients: int) -> dict[str, object]:
@@ -85,14 +86,17 @@ def main() -> None:
     clients = 4 if options.quick else 50
     prepared = prepare(configuration(clients), dataset=images(options.data, clients * BATCH * STEPS * 2))
     bare = Bare(prepared)
-    names = {"serial": 1.05, "auto": 0.8}
-    ours = {name: Ours(rounds_of(prepared, executor=name, threads=options.threads)) for name in names}
+    ours = {
+        "serial": Ours(prepared, executor="serial", threads=options.threads),
+        "auto": Ours(prepared, executor="auto"),
+        "two workers": Ours(prepared, executor="processes", workers=2),
+    }
     try:
         seconds = in_turns({"bare loop": bare.round, **{n: run.round for n, run in ours.items()}}, options.pairs)
     finally:
         for run in ours.values():
             run.rounds.executor.close()
-    print_ratios(f"FedAvg, {clients} clients x {STEPS} steps of {BATCH}, a round", seconds, "bare loop", names)
+    print_ratios(f"FedAvg, {clients} clients x {STEPS} steps of {BATCH}, a round", seconds, "bare loop", TARGETS)
     for name, run in ours.items():
         agree(name, run.losses, bare.losses)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 
 import torch
-from common import Ours, arguments, in_turns, parsed, print_ratios, rounds_of
+from common import Ours, arguments, in_turns, parsed, print_ratios
 from executors import configuration
 from torch.profiler import ProfilerActivity, profile
 
@@ -55,7 +55,7 @@ def main() -> None:
         configuration(clients, ROWS, {"model": "cnn_bn_small", "batch_size": 10}),
         dataset=dataset,
     )
-    runs = {name: Ours(rounds_of(prepared, executor=name, device="cuda")) for name in ("serial", "batched")}
+    runs = {name: Ours(prepared, executor=name, device="cuda") for name in ("serial", "batched")}
     seconds = in_turns({name: run.round for name, run in runs.items()}, options.pairs)
     title = f"{clients} small CNN clients of {ROWS} examples on {torch.cuda.get_device_name()}"
     print_ratios(title, seconds, "serial", {"batched": TARGET})

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 from bare import LOOPS
-from common import Ours, agree, arguments, images, in_turns, parsed, print_ratios, rounds_of
+from common import Ours, agree, arguments, images, in_turns, parsed, print_ratios
 
 from hetero_fl.experiment import prepare
 
@@ -54,8 +54,8 @@ def measure(method: str, clients: int, rows: int, options: argparse.Namespace) -
     prepared = prepare(configuration(method, clients, rows), dataset=images(options.data, rows * 2))
     bare = LOOPS[method](prepared)
     ours = {
-        "serial": Ours(rounds_of(prepared, executor="serial", threads=options.threads), True),
-        "two workers": Ours(rounds_of(prepared, executor="processes", workers=2, threads=1), True),
+        "serial": Ours(prepared, True, executor="serial", threads=options.threads),
+        "two workers": Ours(prepared, True, executor="processes", workers=2, threads=1),
     }
     try:
         seconds = in_turns({"bare loop": bare.round, **{n: run.round for n, run in ours.items()}}, options.pairs)

@@ -65,7 +65,9 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {out}: cannot be made ({error.strerror})") from None
-    with locked(out), Progress(out / "log.txt", quiet) as progress:
+    with locked(out) as unheld, Progress(out / "log.txt", quiet) as progress:
+        for line in unheld:
+            progress.log(line)
         for name, why in left_out.items():
             progress.log(f"left out {name}: {why}")
         plain = read(Path(source)) if isinstance(source, str | Path) else source  # the file may change while it runs

@@ -7,8 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hetero_fl.children import leave_if_importing
 from hetero_fl.config import Config, difference, resolved
 from hetero_fl.data import Dataset
@@ -56,7 +54,8 @@ def run(
     try:
         with engine(config.runtime, began["executor"] if began else config.runtime.executor):
             choice = Choice.recorded(began, config.runtime) if began else choose(config, prepared.federation)
-            with locked(path):
+            with locked(path) as unheld:
+                prepared.notes[:0] = unheld
                 _run_in(path, prepared, choice, resume, callbacks, quiet)
     except KeyboardInterrupt as stop:
         if (path / "config.yaml").exists():
@@ -74,7 +73,6 @@ def _run_in(
     else:
         environment = describe_environment(choice.record())
         directory = RunDirectory.create(path, config=resolved(config), environment=environment)
-    torch.set_num_threads(choice.server_threads)
     if resume and (directory.path / "summary.json").exists():
         present(config, directory)
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from hetero_fl.errors import UserError
 from hetero_fl.files import write_atomically
@@ -24,32 +24,39 @@ Json = dict[str, Any]
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made if it is not there, against other processes.
+def locked(folder: Path) -> Iterator[list[str]]:
+    """Hold a folder, which is made if it is not there, against other processes; yields lines for the log.
 
     The operating system ends the hold with the process, however that ends; the empty file `.lock` stays and means nothing.
-    Raises UserError if another process holds it, or it cannot be written to.
+    Where the file system has no locks nothing is held, and the line says so. Raises UserError if another process holds the
+    folder, or it cannot be written to.
     """
     _make(folder)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            lock.acquire()
-        if isinstance(
-            lock, SoftFileLock
-        ):  # a file system without locks; a file that outlives a kill is worse than none
-            lock.release()
+        held = _acquired(lock)
     except Timeout:
         raise UserError(f"{folder}: another process is at work there; let it end, or choose another --out") from None
-    except NotImplementedError:  # the same, as older releases of filelock tell it
-        pass
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out") from None
     try:
-        yield
+        yield [] if held else [f"{folder}: its file system has no locks; see to it that no second process works there"]
     finally:
         lock.release()
+
+
+def _acquired(lock: BaseFileLock) -> bool:
+    """Whether the operating system holds it now; not where the file system has no locks. Raises Timeout and OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flock not supported")  # told by the line in the log
+            lock.acquire()
+    except NotImplementedError:  # filelock before it took a plain file in place of a lock
+        return False
+    if isinstance(lock, SoftFileLock):  # a plain file outlives a kill: worse than none
+        lock.release()
+        return False
+    return True
 
 
 def check_vacant(path: Path) -> None:

@@ -30,10 +30,11 @@ from torch import Tensor
 from hetero_fl.architecture import Architecture
 from hetero_fl.plan import Draws, Fit, Step
 from hetero_fl.runtime.batches import step_count
+from hetero_fl.runtime.outputs import architecture_of
 from hetero_fl.runtime.plans import Work
 from hetero_fl.runtime.serial import Serial
 from hetero_fl.runtime.stacked import fit_stacked
-from hetero_fl.runtime.stacked_outputs import architecture_of, outputs_stacked
+from hetero_fl.runtime.stacked_outputs import outputs_stacked
 from hetero_fl.state import Columns, Participant
 
 # Bytes. Beyond 32 MB (glibc) every gradient is fresh memory from the system, whose page faults cost more than the product

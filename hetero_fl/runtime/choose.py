@@ -17,6 +17,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.channel.protocol import Direct
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.environment import choose_device, cores, limit_of_threads
+from hetero_fl.errors import UserError
 from hetero_fl.runtime.costs import RATE, description, recurrent, work
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.crews.torchrun import Ranks
@@ -115,7 +116,11 @@ def choose(config: Config, federation: Federation) -> Choice:
     if executor not in IN_PROCESS:
         workers, why = crew_size(executor, asked.workers, threads, cohort, available)
         reasons.append(f"{workers} workers: {why}")
-    chunk = asked.chunk or (CHUNK if executor == "batched" else 1)
+    if asked.executor == "serial" and (asked.chunk or 1) > 1:
+        raise UserError(
+            f"runtime.chunk: found {asked.chunk}, but the serial executor takes one client at a time; use batched"
+        )
+    chunk = 1 if executor == "serial" else asked.chunk or (CHUNK if executor == "batched" else 1)
     return Choice(executor, str(device), threads, server_threads, chunk, asked.precision, workers, tuple(reasons))
 
 
@@ -142,7 +147,8 @@ def make_executor(
     store: Store | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Executor:
-    """The executor of a choice; `say` is told of what it cannot do as chosen."""
+    """The executor of a choice; `say` is told of what it cannot do as chosen. Sets this process's threads to the server's."""
+    torch.set_num_threads(choice.server_threads)
     store, performer = (
         store or Store(),
         make_performer(torch.device(choice.device), choice.chunk, choice.precision, say),

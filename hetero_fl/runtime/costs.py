@@ -31,8 +31,11 @@ def channels_last(arch: Architecture) -> bool:
     """Whether a model is faster with its channels innermost (`benchmarks/layout.py`).
 
     On CPUs that takes 0.7 to 0.9 of the time for convolutions that use each weight at many places, and 1.2 to 1.4 for wide
-    ones on images of a few pixels, such as ResNet-18's last blocks at 28x28.
+    ones on images of a few pixels, such as ResNet-18's last blocks at 28x28. A user's own model stays as it is: a `view` of
+    features in its code counts on the plain layout.
     """
+    if arch.name.startswith("python:"):
+        return False
     about = description(arch)
     convolutional = 2 * about.convolution_flops >= about.forward_flops > 0
     return convolutional and about.forward_flops >= INTENSE * about.parameters

@@ -56,7 +56,11 @@ def snapshot(optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor]) 
     """The optimiser's state, in memory of its own."""
     copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
     return {
-        k: {n: torch.as_tensor(v).detach().to("cpu", copy=True) for n, v in s.items() if v is not None}
+        k: {
+            n: torch.as_tensor(v).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for n, v in s.items()
+            if v is not None
+        }
         for k, s in copy.items()
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hetero_fl.data.federated import PUBLIC
 from hetero_fl.plan import Predict, Rows, Step
+from hetero_fl.runtime.outputs import architecture_of, tensors_of
 from hetero_fl.runtime.plans import Performer, Work
 from hetero_fl.state import Participant
 
@@ -58,7 +59,7 @@ class Remembering:
     def _predict(self, place: Any, participant: Participant, step: Step) -> Tensor:
         assert isinstance(step, Predict)
         x = participant.data(step.data.name, step.data.through)["x"]  # type: ignore[union-attr]  # it has a place
-        tensors = participant.models[step.slot] if step.tensors is None else step.tensors
+        tensors = tensors_of(participant, step)
         known = self._known.get(place)
         if known is not None and known.answers(x, tensors):
             return known.outputs
@@ -78,4 +79,4 @@ def _place(participant: Participant, step: Step) -> Any:
     if rows.name not in PUBLIC or rows.rows is not None:
         return None
     shape = tuple(participant.data(rows.name, rows.through)["x"].shape)
-    return (step.arch or participant.arch[step.slot], rows.name, shape, step.readout, step.batch_size)
+    return (architecture_of(participant, step), rows.name, shape, step.readout, step.batch_size)

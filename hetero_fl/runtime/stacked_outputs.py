@@ -6,22 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from hetero_fl.architecture import Architecture
 from hetero_fl.plan import ClassSums, Predict
+from hetero_fl.runtime.outputs import architecture_of, class_sums, readout, tensors_of
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import Participant
 
 Work = Sequence[tuple[Participant, Predict | ClassSums]]
-
-
-def architecture_of(participant: Participant, step: Predict | ClassSums) -> Architecture:
-    """What the step's model is."""
-    return getattr(step, "arch", None) or participant.arch[step.slot]
 
 
 @torch.no_grad()
@@ -31,7 +25,7 @@ def outputs_stacked(work: Work, templates: Templates) -> list[Any]:
     outputs = _forward(work, [c["x"] for c in columns], templates)
     if isinstance(work[0][1], Predict):
         return outputs
-    return [_sums(v, c["y"], p.task.outputs) for v, c, (p, _) in zip(outputs, columns, work, strict=True)]
+    return [class_sums(v, c["y"], p.task.outputs) for v, c, (p, _) in zip(outputs, columns, work, strict=True)]
 
 
 def _forward(work: Work, inputs: Sequence[Tensor], templates: Templates) -> list[Tensor]:
@@ -40,7 +34,7 @@ def _forward(work: Work, inputs: Sequence[Tensor], templates: Templates) -> list
     template = templates(architecture_of(*work[0]), "")
     module = template.module.eval()
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
-    models = [_tensors(*work[i]) for i in order]
+    models = [tensors_of(*work[i]) for i in order]
     stacked = {
         n: torch.stack([m[n].detach() for m in models]).to(mine)
         for n, mine in template.tensors.items()
@@ -48,11 +42,7 @@ def _forward(work: Work, inputs: Sequence[Tensor], templates: Templates) -> list
     }
 
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        result = functional_call(module, dict(tensors), (x,))
-        if step.readout == "log_probabilities":
-            return F.log_softmax(result.logits, -1)
-        out: Tensor = getattr(result, step.readout)
-        return out
+        return readout(step, functional_call(module, dict(tensors), (x,)))
 
     x, shared = [inputs[i] for i in order], all(i is inputs[0] for i in inputs)
     found: list[list[Tensor]] = [[] for _ in order]
@@ -62,21 +52,9 @@ def _forward(work: Work, inputs: Sequence[Tensor], templates: Templates) -> list
         # Rows that fill up a shorter batch are nought; in evaluation mode no row sees another.
         batch = parts[0] if shared else pad_sequence(parts, batch_first=True)
         tensors = {n: t[:active] for n, t in stacked.items()}
-        out = vmap(outputs, (0, None if shared else 0), randomness="error")(tensors, batch.to(device))
-        at_least = getattr(step, "at_least", None)
-        out = (out if at_least is None else out.clamp(min=at_least)).cpu()
+        out = vmap(outputs, (0, None if shared else 0), randomness="error")(tensors, batch.to(device)).cpu()
         for i in range(active):
             found[i].append(out[i, : len(x[i]) - begin])
     whole = [torch.cat(parts) for parts in found]
     back = {i: whole[place] for place, i in enumerate(order)}
     return [back[i] for i in range(len(work))]
-
-
-def _tensors(participant: Participant, step: Predict | ClassSums) -> Mapping[str, Tensor]:
-    sent: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
-    return participant.models[step.slot] if sent is None else sent
-
-
-def _sums(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    sums = torch.zeros(classes, values.shape[1], dtype=values.dtype).index_add_(0, y, values)
-    return sums, torch.bincount(y, minlength=classes).to(values.dtype)

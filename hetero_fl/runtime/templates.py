@@ -34,8 +34,9 @@ class Template:
         return self.module
 
     def copy_out(self) -> Tensors:
-        """The module's tensors, in memory of their own."""
-        return {n: t.detach().to("cpu", copy=True) for n, t in self.tensors.items()}
+        """The module's tensors, in memory of their own; how they lie in the module is its own affair."""
+        plain = torch.contiguous_format
+        return {n: t.detach().to("cpu", copy=True, memory_format=plain) for n, t in self.tensors.items()}
 
 
 class Templates:

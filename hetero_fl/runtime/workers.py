@@ -96,7 +96,7 @@ class Workers:
             if done is None:
                 self._disown(worker, self._held)
                 if begun is not None:
-                    self._mourn(begun[0][0], deaths)
+                    self._mourn([client for chunk in begun for client in chunk], deaths)
                     queue.put_back(begun)
                 continue
             assert ended is not None
@@ -149,10 +149,12 @@ class Workers:
             if self._held.get(client, (None,))[0] == worker:
                 del self._held[client]
 
-    def _mourn(self, first: str, deaths: dict[str, int]) -> None:
-        deaths[first] = deaths.get(first, 0) + 1
-        if deaths[first] == DEATHS:
-            raise RunFailed(f"{DEATHS} workers died on {first}; is there enough memory?")
+    def _mourn(self, clients: Iterable[str], deaths: dict[str, int]) -> None:
+        """Which of a job's clients it was is not known: each is counted."""
+        for client in clients:
+            deaths[client] = deaths.get(client, 0) + 1
+            if deaths[client] == DEATHS:
+                raise RunFailed(f"{DEATHS} workers died on {client}; is there enough memory?")
 
 
 class Queue:

@@ -38,7 +38,7 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
         ("algorithm.rounds=3", "algorithm.rounds: unknown key; did you mean 'rounds'? (of fedmd)"),
         ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
         ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
-        ("runtime.qqq=1", "unknown key; choose from chunk, device, divergence, executor"),
+        ("runtime.qqq=1", "unknown key; choose from address, chunk, device"),
     ],
 )
 def test_the_key_that_was_meant(override: str, meant: str) -> None:

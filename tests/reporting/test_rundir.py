@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.rundir import LOCK, VERSION, RunDirectory, locked
@@ -179,8 +180,21 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(fcntl, "flock", missing)
     for _ in range(2):
-        with locked(tmp_path / "a"):
+        with locked(tmp_path / "a") as unheld:
             assert not list((tmp_path / "a").iterdir())  # nothing that could outlive a kill
+            assert unheld == [
+                f"{tmp_path / 'a'}: its file system has no locks; see to it that no second process works there"
+            ]
+
+    def older(self: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "_acquire", older)
+    with locked(tmp_path / "b") as unheld:
+        assert len(unheld) == 1
+    monkeypatch.undo()
+    with locked(tmp_path / "c") as unheld:
+        assert not unheld
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from hetero_fl.architecture import Architecture
+from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare, run
 from hetero_fl.runtime import choose as module
 from hetero_fl.runtime.choose import Choice, choose
@@ -60,6 +62,9 @@ def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatc
 def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = chosen(monkeypatch, runtime={"executor": "batched", "threads": 3, "chunk": 5})
     assert (asked.executor, asked.threads, asked.chunk) == ("batched", 3, 5)
+    assert chosen(monkeypatch, models=MIXED, runtime={"chunk": 16}).chunk == 1  # auto takes serial there
+    with pytest.raises(UserError, match=r"^runtime\.chunk: found 16, but the serial executor"):
+        chosen(monkeypatch, runtime={"executor": "serial", "chunk": 16})
 
 
 def test_the_rule_for_channels_innermost() -> None:
@@ -70,6 +75,28 @@ def test_the_rule_for_channels_innermost() -> None:
         innermost("cnn_bn_small", 1, 28, 28) and innermost("fedavg_cnn", 3, 32, 32) and innermost("resnet20", 3, 32, 32)
     )
     assert not any(innermost(n, 1, 28, 28) for n in ("resnet18", "vit", "mlp", "gru"))
+
+
+class Viewing(nn.Module):
+    """Features are flattened by `view`, as many write it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(*(nn.Conv2d(c, 16, 3, padding=1) for c in (channels, 16)), nn.AvgPool2d(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.convolutions(x)
+        return found.view(len(x), -1)
+
+
+class OwnModel(nn.Module):
+    def __init__(self, num_classes: int, in_channels: int, input_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.backbone, self.head = Viewing(in_channels), nn.Linear(64, num_classes)
+
+
+def test_a_model_of_ones_own_may_view_its_features() -> None:
+    rounds_of(config("fedavg", "python:tests.runtime.test_choose:OwnModel"), held=1).evaluate()
 
 
 def test_the_choice_is_recorded_and_kept_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,11 +56,18 @@ def test_twenty_kills(tmp_path: Path) -> None:
     assert plain.exitcode == 0
     want, records = models(tmp_path / "plain"), figures(tmp_path / "plain")
     assert len(want) == 5 and len(records) == 4
+    lines = (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
+    course = sum(sum(json.loads(line)["seconds"].values()) for line in lines)
     rng, mid = random.Random(os.urandom(8)), 0
     for i in range(KILLS):
         out = tmp_path / f"killed{i}"
         process = spawn(out)
-        time.sleep(rng.uniform(0.02, 0.97) * took)
+        if i % 2:  # at any moment, imports and pictures included; or while rounds are held
+            time.sleep(rng.uniform(0.02, 0.97) * took)
+        else:
+            while not (out / "metrics.jsonl").exists() and process.is_alive():
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.9) * course)
         process.kill()
         process.join()
         mid += (

@@ -113,8 +113,12 @@ class Algorithm(BaseModel):
         """Whether the client uploads in this round."""
         return (round + 1) % settings.share_every == 0
 
+    def phase(self, share_every: int, round: int, rounds: int) -> int:
+        """What of the round decides the form of an upload, besides the broadcast: those of equal phases are alike in form."""
+        return round % share_every
+
     def gives(self, client: Participant, share: str) -> bool:
-        """Whether the client uploads that kind of thing ("predictions", "statistics") in this round."""
+        """Whether the client uploads that kind of thing ("predictions", "statistics", "features") in this round."""
         return share in client.settings.shares and self.sharing(client.settings, client.clock.round)
 
     # The round, in its order -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hetero_fl.algorithms.base import Algorithm, Items
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ModelConfig, named
 from hetero_fl.errors import UserError
-from hetero_fl.mutual import Mutual, as_shape
+from hetero_fl.mutual import Mutual, as_shape, convertible
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows, Table
 from hetero_fl.state import Card, Participant, floats, in_order, select
@@ -53,7 +53,7 @@ class WithMentee(Algorithm):
         shape = tuple(self.mentee_input or min(shapes, key=lambda s: (-shapes[s], math.prod(s), s)))
         for id in in_order(cards):
             own = cards[id].arch.input_shape
-            if own != shape and (len(own) != 3 or len(shape) != 3 or len({own[0], shape[0]} | {1}) > 2):
+            if not convertible(own, shape):
                 raise UserError(f"algorithm.mentee_input: found {list(shape)}, but examples of {id} are {list(own)}")
         mentee = self.mentee or SMALL[len(shape)]
         notes = [] if self.mentee else [f"algorithm.mentee is {mentee.name}, for inputs {'x'.join(map(str, shape))}"]

@@ -1,6 +1,7 @@
 """One short file per method or close family. Importing this package registers them all."""
 
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
+from hetero_fl.algorithms.ds_fl import DSFL
 from hetero_fl.algorithms.fd import FD
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
 from hetero_fl.algorithms.feddf import FedDF
@@ -13,6 +14,7 @@ from hetero_fl.algorithms.local import Centralized, Ensemble, Local
 from hetero_fl.algorithms.partial import FedPer, LGFedAvg
 
 __all__ = [
+    "DSFL",
     "FD",
     "FML",
     "STUDENT",

@@ -10,6 +10,7 @@ from hetero_fl.algorithms.fedmd import FedMD
 from hetero_fl.algorithms.fedproto import FedProto
 from hetero_fl.algorithms.fml import FML
 from hetero_fl.algorithms.hybrid import Hybrid
+from hetero_fl.algorithms.kt_pfl import KTpFL
 from hetero_fl.algorithms.local import Centralized, Ensemble, Local
 from hetero_fl.algorithms.partial import FedPer, LGFedAvg
 
@@ -30,6 +31,7 @@ __all__ = [
     "FedProx",
     "Hybrid",
     "Items",
+    "KTpFL",
     "LGFedAvg",
     "Local",
     "algorithm",

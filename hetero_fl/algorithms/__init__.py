@@ -5,6 +5,7 @@ from hetero_fl.algorithms.ds_fl import DSFL
 from hetero_fl.algorithms.fd import FD
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
 from hetero_fl.algorithms.feddf import FedDF
+from hetero_fl.algorithms.fedgkt import FedGKT
 from hetero_fl.algorithms.fedkd import FedKD
 from hetero_fl.algorithms.fedmd import FedMD
 from hetero_fl.algorithms.fedproto import FedProto
@@ -24,6 +25,7 @@ __all__ = [
     "Ensemble",
     "FedAvg",
     "FedDF",
+    "FedGKT",
     "FedKD",
     "FedMD",
     "FedPer",

@@ -1,6 +1,7 @@
 """One short file per method or close family. Importing this package registers them all."""
 
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
+from hetero_fl.algorithms.dense import Dense
 from hetero_fl.algorithms.ds_fl import DSFL
 from hetero_fl.algorithms.fd import FD
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
@@ -22,6 +23,7 @@ __all__ = [
     "STUDENT",
     "Algorithm",
     "Centralized",
+    "Dense",
     "Ensemble",
     "FedAvg",
     "FedDF",

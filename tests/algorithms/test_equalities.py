@@ -61,7 +61,10 @@ def test_one_client_with_everything_is_centralised_training_bit_for_bit() -> Non
 
 @pytest.mark.parametrize(
     "algorithm",
-    ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "fedproto", "fml", "fedkd", "hybrid"],
+    [
+        *("fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "fedproto", "fml", "fedkd", "hybrid"),
+        *("ds_fl", "kt_pfl", "fedgkt", "dense"),
+    ],
 )
 def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
     groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]

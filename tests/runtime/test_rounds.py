@@ -32,6 +32,10 @@ METHODS = [
     "fml",
     "fedkd",
     "hybrid",
+    "ds_fl",
+    "kt_pfl",
+    "fedgkt",
+    "dense",
 ]
 
 

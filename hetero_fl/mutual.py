@@ -18,6 +18,12 @@ from model_zoo import Outputs
 SMALLEST = 1e-12  # a denominator: both models right and sure of it, to the last bit
 
 
+def convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether `as_shape` can turn examples of the one shape into the other: the same, or images of as many channels or one."""
+    images = len(shape) == len(other) == 3
+    return shape == other or (images and len({shape[0], other[0]} | {1}) <= 2)
+
+
 def as_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Examples `[B, …]` as examples of another shape `(channels, *size)`: images are resized (bilinear), then their channels
     averaged into one or one repeated. What has the shape is returned as it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +15,7 @@ from hetero_fl.config.clients import ClientSettings, OptimizerConfig
 from hetero_fl.config.population import Population
 from hetero_fl.lazy import Recent
 from hetero_fl.order import in_order as in_order
+from hetero_fl.order import natural
 from hetero_fl.seeding import Key
 from hetero_fl.task import Task
 
@@ -104,6 +106,14 @@ class Roster(Mapping[str, Card]):
     def kind(self, id: str) -> Kind:
         """The kind that a client is of."""
         return self.kinds[self.clients.kind(id).number if self._places is None else self._places[id]]
+
+    @property
+    def foremost(self) -> Kind:
+        """The kind of the first client, as people count, among those of the most frequent architecture."""
+        members = Counter[str]()
+        for kind in self.kinds:
+            members[kind.arch.id] += kind.count
+        return min(self.kinds, key=lambda kind: (-members[kind.arch.id], natural(kind.first)))
 
     def named(self, kinds: Sequence[Kind], most: int = 6) -> str:
         """The clients of these kinds for a reader: the first of them by name, and how many more there are."""

@@ -58,7 +58,6 @@ class Algorithm(BaseModel):
     distils: ClassVar[bool] = False  # whether it can train a student at the server
     counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
     everybody: ClassVar[bool] = False  # whether it needs all clients' rows or models in one place
-    one_by_one: ClassVar[bool] = False  # whether clients with equal settings may get different models
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     reads: ClassVar[str] = (
         "after aggregation, as deployed with the next broadcast"  # when a model is read; tables say so
@@ -80,6 +79,11 @@ class Algorithm(BaseModel):
         that do not fit the clients.
         """
         return self, []
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether clients with equal settings may get different models: then everybody's is asked for."""
+        return False
 
     def architecture(self, card: Card) -> Architecture:
         """The model that a client trains under this method: its own, unless all need something in common. Asked once for
@@ -130,8 +134,12 @@ class Algorithm(BaseModel):
         """Whether the client uploads in this round."""
         return (round + 1) % settings.share_every == 0
 
+    def phase(self, share_every: int, round: int, rounds: int) -> int:
+        """What of the round decides the form of an upload, besides the broadcast: those of equal phases are alike in form."""
+        return round % share_every
+
     def gives(self, client: Participant, share: str) -> bool:
-        """Whether the client uploads that kind of thing ("predictions", "statistics") in this round."""
+        """Whether the client uploads that kind of thing ("predictions", "statistics", "features") in this round."""
         return share in client.settings.shares and self.sharing(client.settings, client.clock.round)
 
     # The round, in its order -------------------------------------------------------------------------------------

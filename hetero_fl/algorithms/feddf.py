@@ -45,7 +45,7 @@ class FedDF(Distilling, FedAvg):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         whole = [u for u in uploads.having("model") if "logits" not in u.payload]
         whole = [u for u in whole if self.sends(u.card.settings, server.clock.round) is None]
-        rows = self.rows(server)
+        rows = self.drawn(server)
         logits = yield [
             Predict(
                 u.group,

@@ -41,5 +41,5 @@ class FedMD(Distilling):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         teacher = uploads.mean("logits")
         if teacher is not None:
-            self.remember(server, teacher)
+            self.remember(server, teacher=teacher)
             yield from self.train_student(server, teacher)

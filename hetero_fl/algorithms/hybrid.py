@@ -86,7 +86,7 @@ class Hybrid(Distilling, FedAvg):
         teacher = uploads.mean("logits")
         if teacher is None:
             return
-        self.remember(server, teacher)
+        self.remember(server, teacher=teacher)
         if self.distil_at != "client":
             yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)
         yield from self.train_student(server, teacher)

@@ -150,6 +150,26 @@ ALGORITHMS = {
         "Each client trained its own model together with a small one, on features of both that a map of its own puts "
         "together; only the small ones were sent and averaged. What is read is the client's own head on both features.",
     ),
+    "ds_fl": (
+        "DS-FL",
+        "Clients sent their class probabilities on public rows; each then learned from the mean of all, made more "
+        "decided, and from its own rows. No parameters were exchanged.",
+    ),
+    "kt_pfl": (
+        "KT-pFL",
+        "Clients sent their predictions on the public proxy set; the server learned for each client whom to listen to, "
+        "and each then learned from its own mixture of the others. No parameters were exchanged.",
+    ),
+    "fedgkt": (
+        "FedGKT",
+        "Clients sent the features, outputs and label of each of their rows; the server trained a large model on them, "
+        "and each side learned from the other's outputs. Examples are read by the client's features and the large model.",
+    ),
+    "dense": (
+        "DENSE",
+        "Clients trained alone and sent their models once, at the end; the server made examples from the models, taught "
+        "a student with their mean prediction on those, and gave the student to all.",
+    ),
     "hybrid": (
         "Hybrid",
         "Clients sent what they have in common: the parameters of shared layers were averaged, and predictions on the "

@@ -90,7 +90,7 @@ def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> No
     rounds = rounds_of(config("fedmd", MIXED, algorithm=settings), held=1)
     before, teacher = clients(rounds), rounds.server.state[TEACHER].clone()
     site = clients(rounds)["site_1"]
-    last, now = rounds.algorithm.rows(site, 0), rounds.algorithm.rows(site)
+    last, now = rounds.algorithm.drawn(site, 0), rounds.algorithm.drawn(site)
     assert teacher.shape == (25, 10) and len(set(last.tolist())) == len(set(now.tolist())) == 25
     assert not torch.equal(last, now) and rounds.server.state[DRAWN].tolist() == [0]
     rounds.round()
@@ -138,7 +138,7 @@ def test_an_old_teacher_is_followed_on_its_own_rows(method: str) -> None:
     client, got = clients(rounds)["site_1"], Payload(rounds.algorithm.broadcast(rounds.server, card))
     assert got[DRAWN].tolist() == [2]
     rows = rounds.algorithm.taught(client, got)
-    assert torch.equal(rows, rounds.algorithm.rows(client, 2))
+    assert torch.equal(rows, rounds.algorithm.drawn(client, 2))
     seen: list[Fit] = []
     perform = rounds.performer.perform
     rounds.performer.perform = lambda work: seen.extend(s for _, s in work if isinstance(s, Fit)) or perform(work)  # type: ignore[method-assign]

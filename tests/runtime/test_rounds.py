@@ -45,6 +45,10 @@ METHODS = [
     "fedkd",
     "fedmrl",
     "hybrid",
+    "ds_fl",
+    "kt_pfl",
+    "fedgkt",
+    "dense",
 ]
 
 

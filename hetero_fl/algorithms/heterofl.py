@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated
 
@@ -13,18 +12,17 @@ from torch import Tensor
 from hetero_fl.aggregation.averaging import corner, corner_means, step
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
-from hetero_fl.algorithms.family import choose_model, choose_widths, told
+from hetero_fl.algorithms.family import choose_model, choose_widths, derived, told
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.algorithms.masked_head import HEAD, packed, unpacked
+from hetero_fl.architecture import Architecture
 from hetero_fl.config.clients import ModelConfig, named
 from hetero_fl.errors import UserError
 from hetero_fl.objectives import Masked
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Plan, Predict, Rows
-from hetero_fl.state import Card, Participant
+from hetero_fl.state import Card, Participant, Roster
 from model_zoo import narrow
-
-HEAD = ("head.weight", "head.bias")
 
 
 @algorithm("heterofl")
@@ -37,8 +35,6 @@ class HeteroFL(FedAvg):
     """
 
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
-
-    one_by_one = True
 
     model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
         None,
@@ -53,16 +49,20 @@ class HeteroFL(FedAvg):
         False, description="hold the logits of classes that a client lacks at nought, and average their rows without it"
     )
 
-    def resolve(self, cards: Mapping[str, Card]) -> tuple[Algorithm, list[str]]:
+    @property
+    def one_by_one(self) -> bool:
+        return self.widths is not None
+
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
         model = self.model or choose_model(cards)
         widths = choose_widths(self.widths, model, cards)
-        views = sorted({card.arch.input_shape for card in cards.values()})
+        views = sorted({kind.arch.input_shape for kind in cards.kinds})
         if self.masked and len(views) > 1:
             raise UserError(
                 f"algorithm.masked: clients see examples of {len(views)} shapes ({views[0]} and {views[1]}), "
                 "whose models are averaged apart; masked is for one"
             )
-        return self.model_copy(update={"model": model, "widths": widths}), told(model, widths)
+        return self.model_copy(update={"model": model, "widths": widths}), told(model, widths, cards)
 
     # The family ----------------------------------------------------------------------------------------------------
     def wide(self, arch: Architecture) -> Architecture:
@@ -72,8 +72,9 @@ class HeteroFL(FedAvg):
         return Architecture.of(m.name, arch.outputs, arch.input_shape, m.feature_dim, m.options)
 
     def architecture(self, card: Card) -> Architecture:
-        assert isinstance(self.widths, dict)
-        wide, share = self.wide(card.arch), self.widths[card.id]
+        assert self.model is not None and not isinstance(self.widths, list)  # `resolve` has set them
+        wide = self.wide(card.arch)
+        share = derived(card.arch, self.model) if self.widths is None else self.widths[card.id]
         if share == 1:
             return wide
         name, options = narrow(wide.name, dict(wide.options), share, self.scaler)
@@ -87,7 +88,7 @@ class HeteroFL(FedAvg):
 
     # The round -----------------------------------------------------------------------------------------------------
     def start(self, server: Participant) -> None:
-        server.arch = {arch.id: arch for arch in (self.wide(card.arch) for card in server.peers.values())}
+        server.arch = {arch.id: arch for arch in (self.wide(kind.arch) for kind in server.peers.kinds)}
         server.models = {id: server.arch[id].initial(server.clock.seed) for id in sorted(server.arch)}
 
     def broadcast(self, server: Participant, card: Card) -> Items:
@@ -109,12 +110,8 @@ class HeteroFL(FedAvg):
     @staticmethod
     def present(client: Participant) -> Tensor:
         """1 for each class that the client has rows of, else 0, `[C]`; all 1 where it may not tell."""
-        has = (
-            client.counts > 0
-            if "statistics" in client.settings.shares
-            else torch.ones_like(client.counts, dtype=torch.bool)
-        )
-        return has.to(torch.get_default_dtype())
+        all_ = torch.ones(len(client.counts))
+        return (client.counts > 0).to(all_.dtype) if "statistics" in client.settings.shares else all_
 
     def share(self, client: Participant) -> Items:
         items = super().share(client)
@@ -123,11 +120,7 @@ class HeteroFL(FedAvg):
         model = dict(items["model"].values)
         weight, bias = model.pop(HEAD[0]), model.pop(HEAD[1])
         width = self.wide(client.arch["model"]).shapes[HEAD[0]][1]
-        # As wide as the wide head, so that heads of all widths add up: bias last, no weight where the client owns nothing.
-        values, say = weight.new_zeros(2, len(bias), width + 1)
-        values[:, : weight.shape[1]], values[:, width] = weight, bias
-        say[:, : weight.shape[1]], say[:, width] = 1, 1
-        say *= self.weight_of(client) * self.present(client)[:, None]
+        values, say = packed(weight, bias, width, self.weight_of(client) * self.present(client))
         return {"model": replace(items["model"], values=model), "head": Item(values, say, "params")}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -141,17 +134,9 @@ class HeteroFL(FedAvg):
             model = server.models[family]
             mean = corner_means(model, [(means[group], weights[group]) for group in groups])
             if head is not None:
-                mean |= self.heads(model, head, uploads.total("head")[1])
+                mean |= unpacked(model, head, uploads.total("head")[1])
             server.models[family] = step(model, mean, self.server_lr, server.arch[family].parameter_names)
         yield from ()
-
-    @staticmethod
-    def heads(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
-        """The head's means, where anybody had a say."""
-        width = mean.shape[1] - 1
-        now = torch.cat([model[HEAD[0]], model[HEAD[1]][:, None]], 1)
-        new = torch.where(weight > 0, mean, now)
-        return {HEAD[0]: new[:, :width].clone(), HEAD[1]: new[:, width].clone()}
 
     # Reading -------------------------------------------------------------------------------------------------------
     def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:

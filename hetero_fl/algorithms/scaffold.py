@@ -14,7 +14,7 @@ from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.clients import OptimizerConfig
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import FitReport, Plan
-from hetero_fl.state import Card, Part, Participant, in_order, select
+from hetero_fl.state import Card, Kind, Part, Participant, Roster, select
 
 CONTROL = "control"
 
@@ -24,8 +24,8 @@ class Scaffold(FedAvg):
     """Each local step is corrected by c − c_k, the federation's and the client's own mean gradient (Karimireddy et al. 2020,
     Algorithm 1, option II).
 
-    After K steps of rate η from x to y: c_k⁺ = c_k − c + (x − y)/(Kη), and the server's c moves by Σ w_k(c_k⁺ − c_k), w_k the
-    client's share of the whole population's weight (1/N where uniform, as in the paper). The correction follows the
+    After K steps of rate η from x to y: c_k⁺ = c_k − c + (x − y)/(Kη), and the server's c moves by |S|/N times the mean of
+    c_k⁺ − c_k over the S of N clients that took part, weighted as the models are (the paper: evenly). The correction follows the
     optimiser's step: inside the gradient, momentum would pile it up. A client whose optimiser is not SGD trains with SGD, as
     Kη says nothing of Adam's steps. c_k never leaves the client, its change does.
     """
@@ -35,11 +35,10 @@ class Scaffold(FedAvg):
     sgd_lr: PositiveFloat = Field(0.01, description="learning rate of SGD for clients whose optimiser is another")
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD for these clients")
 
-    def resolve(self, cards: Mapping[str, Card]) -> tuple[Algorithm, list[str]]:
-        other = [id for id in in_order(cards) if cards[id].settings.optimizer.name != "sgd"]
-        listed = ", ".join(other[:6]) + (f" and {len(other) - 6} more" if len(other) > 6 else "")
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+        other = [kind for kind in cards.kinds if kind.settings.optimizer.name != "sgd"]
         sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g}) in place of their own optimiser"
-        return self, [f"scaffold trains {listed} with {sgd}"] if other else []
+        return self, [f"scaffold trains {cards.named(other)} with {sgd}"] if other else []
 
     def optimizer(self, client: Participant) -> OptimizerConfig:
         """The client's SGD of this round, or the method's in place of another optimiser."""
@@ -88,7 +87,7 @@ class Scaffold(FedAvg):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
-        sent, all_ = self.weights(uploads.senders(CONTROL)), self.weights(server.peers.values())
+        sent, all_ = self.members(uploads.senders(CONTROL)), self.members(server.peers.kinds)
         for group, mean in uploads.mean_by_group(CONTROL).items():
             held = server.state[CONTROL][group]
             for n, change in mean.items():
@@ -96,20 +95,20 @@ class Scaffold(FedAvg):
                 held[n] = held[n] + share * change
         yield from ()
 
-    def weights(self, cards: Iterable[Card]) -> Counter[tuple[str, Part]]:
-        """The weight of these clients, by architecture and by the part of the model that they share."""
+    def members(self, clients: Iterable[Card | Kind]) -> Counter[tuple[str, Part]]:
+        """How many clients these are, by architecture and by the part of the model that they share."""
         total: Counter[tuple[str, Part]] = Counter()
-        for card in cards:
-            total[card.arch.id, self.part(card.settings)] += self.weight_of(card)  # type: ignore[assignment]
+        for c in clients:
+            total[c.arch.id, self.part(c.settings)] += c.count if isinstance(c, Kind) else 1
         return total
 
     @staticmethod
-    def owned(server: Participant, weights: Mapping[tuple[str, Part], float], group: str, name: str) -> float:
-        """The weight of those of them who share that tensor with the group."""
+    def owned(server: Participant, members: Mapping[tuple[str, Part], int], group: str, name: str) -> int:
+        """How many of them share that tensor with the group."""
         models, common = server.models, bool(server.common) and name.startswith(server.common)
         return sum(
-            weight
-            for (other, part), weight in weights.items()
+            count
+            for (other, part), count in members.items()
             if (part is None or name.startswith(part))
             and (
                 other == group

@@ -48,9 +48,11 @@ def test_a_round_by_hand(weighting: str) -> None:
         new = {n: mine[n] - c[n] + (x[n] - y[n]) / (steps * 0.05) for n in c}
         assert apart(rounds.store.get(id).state["control"], new) < 1e-9
         sent[group].append((weight[id], floats(y)))
-        everybody = sum(weight[i] for i, other in before.items() if other.arch["model"].id == group)
+        alike = [i for i, other in before.items() if other.arch["model"].id == group]
+        here = [i for i in alike if i in cohort]
+        share = len(here) / len(alike) * weight[id] / sum(weight[i] for i in here)
         for n in c:
-            change[group][n] += weight[id] / everybody * (new[n] - mine[n])
+            change[group][n] += share * (new[n] - mine[n])
     for group, members in sent.items():
         if members:
             average, names = mean(members), server.arch[group].parameter_names

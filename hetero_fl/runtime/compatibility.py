@@ -33,8 +33,10 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     shares = {spec.share for spec in algorithm.uploads.values()}
     given = {share for s in settings for share in s.shares} | {"parameters" for s in settings if "backbone" in s.shares}
     if shares and not shares & given:
+        needed = " or ".join(sorted(shares))
         raise UserError(
-            f"algorithm.name: {name} needs clients that share {' or '.join(sorted(shares))}, but no client's `shares` has it"
+            f"algorithm.name: {name} needs clients that share {needed}, but no client's `shares` has it; add it in "
+            "clients.defaults.shares, or to those who may send it"
         )
     if algorithm.everybody and len(federation.cards) > GATHERED:
         raise UserError(

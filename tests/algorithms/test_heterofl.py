@@ -182,6 +182,23 @@ def test_a_narrow_client_sends_and_receives_less() -> None:
     assert up[0.25][0] < 0.7 * up[1][0] and up[0.25][1] < 0.7 * up[1][1]
 
 
+def test_widths_of_thousands_follow_from_their_models() -> None:
+    models = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [4]}, {"name": "mlp", "hidden": [2]}]
+    drawn = {"kind": "drawn", "alpha": 0.5, "rows": 40}
+    few, many = (prepare(config("heterofl", models, n, data__partition=drawn)) for n in (999, 1002))
+    for prepared, known in ((few, True), (many, False)):
+        assert (prepared.config.algorithm["widths"] is not None) is known
+        cards = prepared.federation.cards
+        assert len(cards.kinds) == 3 and all("hidden" in dict(kind.arch.options) for kind in cards.kinds)
+        ids = list(cards.clients.ids)[:3]
+        assert [cards[id].arch.shapes["head.weight"] for id in ids] == [(10, 8), (10, 4), (10, 2)]
+    assert "all of it for site_0001, site_0004" in many.notes[0] and "and 330 more" in many.notes[0]
+    with pytest.raises(
+        UserError, match=r"^algorithm.widths: found 1,002 clients; .* for up to 1,000. Leave it out, and"
+    ):
+        prepare(config("heterofl", models, 1002, data__partition=drawn, algorithm__widths=[1, 0.5]))
+
+
 def test_mistakes_are_one_line() -> None:
     for settings, words in (
         ({"model": "gru", "widths": None}, "algorithm.model: gru has no narrower copies"),

@@ -59,7 +59,13 @@ SHARPENED = {
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("sharpen", "teacher", "bits"),
-    [("era", "mean", None), ("power", "samples", None), ("none", "mean", None), ("era", "mean", 1)],
+    [
+        ("era", "mean", None),
+        ("power", "samples", None),
+        ("none", "mean", None),
+        ("era", "mean", 1),
+        ("power", "entropy", 2),
+    ],
 )
 def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
     settings = {"sharpen": sharpen, "era_temperature": 0.2, "beta": 1.7, "teacher": teacher, "bits": bits}
@@ -75,8 +81,9 @@ def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         with torch.no_grad():
             p = model.eval()(public[drawn(1)]).logits.softmax(1)
-        said.append(p if bits is None else voted(p))
-        weights.append(client.n if teacher == "samples" else 1)
+        said.append({None: p, 1: voted(p), 2: quantised(p, 2) / 3}[bits])
+        sure = (p * p.log()).sum(1, keepdim=True).exp()
+        weights.append({"samples": client.n, "mean": 1, "entropy": sure}[teacher])
     mean = sum(w * p for w, p in zip(weights, said, strict=True)) / sum(weights)
     ours = rounds.server.state["teacher"].softmax(1)
     assert rounds.server.state["drawn"].tolist() == [1]

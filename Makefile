@@ -8,8 +8,8 @@ SEEDS ?= 0,1,2,3,4
 OUT ?= runs/compare-$(basename $(notdir $(CONFIG)))
 
 PY := $(VENV)/bin/python
-# Threads that wait for one another must not spin: two jobs on one machine would crawl.
-export OMP_WAIT_POLICY := PASSIVE
+# Threads that wait for one another spin for a moment only: two jobs on one machine would crawl.
+export GOMP_SPINCOUNT := 1000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:

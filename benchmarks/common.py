@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -46,6 +47,8 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options; threads are set."""
     global CPU_TIME
     options = parser.parse_args()
+    if "GOMP_SPINCOUNT" not in os.environ:  # as `hetero-fl` has it, which counts before torch is loaded: once more
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     CPU_TIME = options.cpu_time
     options.pairs = 1 if options.quick else options.pairs
     torch.set_num_threads(options.threads)

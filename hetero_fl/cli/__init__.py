@@ -13,8 +13,10 @@ from typing import NoReturn
 
 from hetero_fl.errors import Interrupted, RunFailed, UserError
 
-# Before torch is loaded: threads that wait for one another must not spin, or two runs on one machine crawl.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is loaded: threads that wait for one another spin for a moment only. As long as OpenMP has it by default, two
+# runs on one machine crawl; not at all, and a second thread is worth nothing (benchmarks/threads.py).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 

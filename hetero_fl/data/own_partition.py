@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,50 +11,41 @@ from hetero_fl.config.source import PartitionConfig
 from hetero_fl.data.patients import torn
 from hetero_fl.errors import UserError
 from hetero_fl.registry import imported
-from hetero_fl.task import Task
+
+WHERE = "data.partition.kind"
 
 
 def own_partition(
-    y: Tensor,
-    group: Tensor | None,
-    config: PartitionConfig,
-    sizes: Sequence[float],
-    task: Task,
-    seed: int,
-    patient: Tensor | None = None,
+    config: PartitionConfig, arguments: tuple[Any, ...], rows: int, clients: int, patient: Tensor | None
 ) -> list[Tensor]:
-    """Rows of each client as the function that `config.kind` names deals them; arguments and errors as of `deal`.
+    """Rows of each client as the function that `config.kind` names deals them, given the arguments.
 
-    The function itself gets no patients, but a deal that tears one apart is refused.
+    It gets no patients, but a deal that tears one apart is refused. Raises UserError for that and for whatever else it does.
     """
-    parts = _checked(_own(y, group, config, sizes, task, seed), config, len(y), len(sizes))
-    if patient is not None and (rows := torn(parts, patient)) is not None:
+    parts = _checked(_returned(config.kind, arguments), config, rows, clients)
+    if patient is not None and (pair := torn(parts, patient)) is not None:
         raise UserError(
-            f"data.partition.kind: {config.kind}: deals rows {rows[0]} and {rows[1]}, which are of one patient "
+            f"{WHERE}: {config.kind}: deals rows {pair[0]} and {pair[1]}, which are of one patient "
             "(data.patient), to two clients"
         )
     return parts
 
 
-def _own(
-    y: Tensor, group: Tensor | None, config: PartitionConfig, sizes: Sequence[float], task: Task, seed: int
-) -> object:
-    """What a user's own partition returns."""
-    where = "data.partition.kind"
-    function = imported(config.kind, where)
+def _returned(kind: str, arguments: tuple[Any, ...]) -> object:
+    function = imported(kind, WHERE)
     if not callable(function):
-        raise UserError(f"{where}: {config.kind} is not a function of (y, group, config, sizes, task, seed)")
+        raise UserError(f"{WHERE}: {kind} is not a function of (y, group, config, sizes, task, seed)")
     try:
-        return function(y, group, config, sizes, task, seed)
+        return function(*arguments)
     except UserError as error:
-        raise UserError(f"{where}: {config.kind}: {error}") from error
+        raise UserError(f"{WHERE}: {kind}: {error}") from error
     except Exception as error:  # a user's function may fail in any way; the reason goes into the one line
-        raise UserError(f"{where}: {config.kind} raised {type(error).__name__}: {error}") from error
+        raise UserError(f"{WHERE}: {kind} raised {type(error).__name__}: {error}") from error
 
 
 def _checked(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:
     """The rows that a user's own partition dealt, if they can be that."""
-    where = f"data.partition.kind: {config.kind}"
+    where = f"{WHERE}: {config.kind}"
     if not isinstance(parts, list | tuple) or len(parts) != clients:
         raise UserError(f"{where}: has to return a list of the rows of {clients} clients")
     try:

@@ -100,7 +100,7 @@ def deal(
             f"at most {len(y) // len(sizes)}, unless they share rows ({WHERE}.kind: drawn)"
         )
     if config.kind.startswith("python:"):
-        return own_partition(y, group, config, sizes, task, seed, patient)
+        return own_partition(config, (y, group, config, sizes, task, seed), len(y), len(sizes), patient)
     if config.kind not in _partitions:
         raise UserError(f"{WHERE}.kind: found '{config.kind}'{nearest(config.kind, _partitions)}")
     share = np.asarray(sizes, dtype=np.float64)

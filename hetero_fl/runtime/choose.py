@@ -30,16 +30,16 @@ from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Crew, Workers
 
-WORTH = 15.0  # seconds of training for one core, about, from which starting worker processes pays
-TRAFFIC = 3e7  # bytes of parameters for such a second up to which it does: they are copied to the workers and back
-LARGE_STEP = (
-    4e9  # floating-point operations of a step forward from which a second thread may help (benchmarks/threads.py)
-)
+START = 4.5  # seconds, about, until worker processes have started
+TRAFFIC = 3e8  # bytes of parameters for a second of training up to which workers pay: they are copied there and back
+LARGE_STEP = 5e7  # floating-point operations of a step forward from which a second thread helps (benchmarks/threads.py)
+WORKER, THREAD = 0.9, 0.5  # of a core's time that one more worker, and one more thread in large steps, gains
 TOGETHER = 8  # clients of one architecture from which computing them together may pay on a CPU
 SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it does
 SMALL_MODEL = 1_000_000  # parameters up to which it does
 IN_PROCESS = ("serial", "batched")
 CHUNK = 128  # clients computed together at most: bounds memory
+PIECES = 8  # chunks that a group is cut into for workers, if they are then of TOGETHER clients or more
 MOST_THREADS = 4  # of one process: models of this size gain nothing from more
 
 
@@ -71,57 +71,90 @@ class Choice:
         return replace(choice, workers=workers)
 
 
+@dataclass(frozen=True)
+class Load:
+    """A run's training, estimated."""
+
+    cohort: int  # clients in a round
+    seconds: float  # of all rounds, for one core
+    traffic: float  # bytes of parameters for each of these seconds
+    busy: float  # workers that would be busy: the costliest client keeps one to itself
+    step: float  # floating-point operations forward, of a step of the costliest client
+
+    @classmethod
+    def of(cls, config: Config, federation: Federation) -> Load:
+        """Of a large population, what is known of some of its clients stands for all."""
+        some = [federation.cards[id] for id in federation.some]
+        cohort = min(len(federation.cards), config.clients.per_round or len(federation.cards))
+        each = sum(map(work, some)) / len(some) / RATE
+        costliest = max(some, key=work)
+        return cls(
+            cohort,
+            each * cohort * config.rounds,
+            sum(4 * description(card.arch).parameters for card in some) / len(some) / each,
+            each * cohort / (work(costliest) / RATE),
+            costliest.settings.batch_size * description(costliest.arch).forward_flops,
+        )
+
+
 def choose(config: Config, federation: Federation) -> Choice:
     """The choice for a run that begins. Raises UserError if the device is not here."""
-    asked, device = config.runtime, choose_device(config.runtime.device)
-    cohort = min(len(federation.cards), config.clients.per_round or len(federation.cards))
-    some = [federation.cards[id] for id in federation.some]
-    each = sum(map(work, some)) / len(some) / RATE
-    seconds = each * cohort * config.rounds
-    traffic = sum(4 * description(card.arch).parameters for card in some) / len(some) / each
-    available, limit = cores(), limit_of_threads()
-    several = device.type == "cpu" and available > 1 and cohort > 1
-    if asked.executor != "auto":
-        executor, why = asked.executor, "runtime.executor"
-    elif several and seconds >= WORTH and traffic <= TRAFFIC:
-        executor, why = "processes", f"about {seconds:.0f} s of training for one core, {available} cores"
-    elif group := _worth_batching(federation, cohort, device):
-        executor, why = "batched", f"small steps of {group} clients with one architecture"
-    elif several and seconds >= WORTH:
-        executor, why = (
-            "serial",
-            f"models too large for so little training ({traffic / 1e6:.0f} MB a second) to travel to workers",
-        )
-    elif several:
-        executor, why = "serial", f"about {seconds:.0f} s of training for one core: workers would not pay"
-    else:
-        executor, why = "serial", f"one {'core' if device.type == 'cpu' else 'device'}, or one client at a time"
-    reasons = [f"{executor} executor: {why}"]
-    if asked.threads is not None:
-        threads = server_threads = asked.threads
-        reasons.append(f"{threads} threads: runtime.threads")
-    elif limit is not None:
-        threads = server_threads = limit
-        reasons.append(f"{threads} threads: OMP_NUM_THREADS")
-    else:
-        step = max(some, key=work)
-        large = step.settings.batch_size * description(step.arch).forward_flops >= LARGE_STEP
-        server_threads = min(MOST_THREADS, available) if large else 1
-        threads = server_threads if executor in IN_PROCESS else 1
-        size = "large enough" if large else "too small"
-        reasons.append(
-            f"{threads} threads where clients are computed, {server_threads} at the server: steps are {size} for more"
-        )
-    workers = 1
-    if executor not in IN_PROCESS:
-        workers, why = crew_size(executor, asked.workers, threads, cohort, available)
-        reasons.append(f"{workers} workers: {why}")
+    asked, device, available = config.runtime, choose_device(config.runtime.device), cores()
+    load = Load.of(config, federation)
+    group = _worth_batching(federation, load.cohort, device)
     if asked.executor == "serial" and (asked.chunk or 1) > 1:
         raise UserError(
             f"runtime.chunk: found {asked.chunk}, but the serial executor takes one client at a time; use batched"
         )
-    chunk = 1 if executor == "serial" else asked.chunk or (CHUNK if executor == "batched" else 1)
+    executor, why = ("", "runtime.executor") if asked.executor != "auto" else _executor(load, group, device, available)
+    executor = executor or asked.executor
+    together = max(1, group) if executor == "batched" else 1
+    threads, server_threads, size = _threads(asked, load, together, executor, available)
+    reasons = [f"{executor} executor: {why}", size]
+    workers = 1
+    if executor not in IN_PROCESS:
+        workers, why = crew_size(executor, asked.workers, threads, load.cohort, available)
+        reasons.append(f"{workers} workers: {why}")
+    chunk = CHUNK if executor == "batched" else 1
+    if asked.executor == "auto" and executor == "processes" and group // PIECES >= TOGETHER:
+        chunk = min(CHUNK, group // PIECES)
+        reasons.append(f"{chunk} clients at a time: small steps of {group} clients with one architecture")
+    chunk = 1 if executor == "serial" else asked.chunk or chunk
     return Choice(executor, str(device), threads, server_threads, chunk, asked.precision, workers, tuple(reasons))
+
+
+def _executor(load: Load, group: int, device: torch.device, available: int) -> tuple[str, str]:
+    """Which, and why."""
+    if device.type != "cpu" or available == 1 or load.cohort == 1:
+        if group:
+            return "batched", f"small steps of {group} clients with one architecture"
+        return "serial", f"one {'core' if device.type == 'cpu' else 'device'}, or one client at a time"
+    threads = 1 + THREAD * (min(MOST_THREADS, available) - 1) if load.step >= LARGE_STEP else 1.0
+    workers = WORKER * min(available, load.busy)
+    saved = load.seconds / threads - load.seconds / workers
+    about = f"about {load.seconds:.0f} s of training for one core"
+    if saved >= START and load.traffic <= TRAFFIC:
+        return "processes", f"{about}, {available} cores"
+    if group:
+        return "batched", f"small steps of {group} clients with one architecture"
+    if saved >= START:
+        rate = f"{load.traffic / 1e6:.0f} MB a second"
+        return "serial", f"models too large for so little training ({rate}) to travel to workers"
+    return "serial", f"{about}, of which workers would save no more than their start takes"
+
+
+def _threads(asked: RuntimeConfig, load: Load, together: int, executor: str, available: int) -> tuple[int, int, str]:
+    """Of a process that computes clients, and of the server's; and why."""
+    limit = limit_of_threads()
+    if asked.threads is not None:
+        return asked.threads, asked.threads, f"{asked.threads} threads: runtime.threads"
+    if limit is not None:
+        return limit, limit, f"{limit} threads: OMP_NUM_THREADS"
+    large = load.step * together >= LARGE_STEP
+    at_server = min(MOST_THREADS, available) if large else 1
+    threads = at_server if executor in IN_PROCESS else 1
+    size = f"steps are {'large enough' if large else 'too small'} for more than one"
+    return threads, at_server, f"{threads} threads where clients are computed, {at_server} at the server: {size}"
 
 
 def _worth_batching(federation: Federation, cohort: int, device: torch.device) -> int:

@@ -39,11 +39,22 @@ def test_small_runs_stay_in_this_process_and_long_ones_get_workers(monkeypatch: 
     assert chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG).executor == "serial"
 
 
+def test_workers_pay_only_where_they_save_more_than_their_start_against_threads() -> None:
+    def taken(seconds: float, busy: float, step: float, cores: int = 2) -> str:
+        return module._executor(module.Load(6, seconds, 1e7, busy, step), 0, torch.device("cpu"), cores)[0]
+
+    assert taken(20, 6, 1e6) == "processes" and taken(8, 6, 1e6) == "serial"
+    assert taken(100, 6, 1e9) == "processes" and taken(20, 6, 1e9) == "serial"  # two threads would do it in 13 s
+    assert taken(1000, 1.05, 1e6) == "serial"  # one client has nearly all of the work
+    assert taken(1000, 1.5, 1e6) == "processes" and taken(1000, 1.5, 1e9) == "serial"
+    assert taken(1000, 2.5, 1e9, cores=4) == "serial" and taken(1000, 4, 1e9, cores=4) == "processes"
+
+
 def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGE_STEP", 0.0)
     few, many = (
         chosen(monkeypatch, models=MIXED),
-        chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG),
+        chosen(monkeypatch, models=MIXED, clients=6, rounds=1_000_000, clients__defaults=LONG),
     )
     assert (few.threads, few.server_threads) == (2, 2) and (many.threads, many.server_threads) == (1, 2)
     assert chosen(monkeypatch, cores=16, models=MIXED).threads == 4
@@ -55,6 +66,9 @@ def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatc
     assert crowd.executor == "batched" and crowd.chunk == 128 and "12 clients" in crowd.reasons[0]
     assert chosen(monkeypatch, models="mlp", clients=12, clients__per_round=4, data=data).executor == "serial"
     assert chosen(monkeypatch, models="gru", clients=12, data=data).executor == "serial"
+    small = {**data, "partition": {"kind": "iid", "min_size": 5}}
+    many = chosen(monkeypatch, models="mlp", clients=70, rounds=1_000_000, clients__defaults=LONG, data=small)
+    assert (many.executor, many.chunk) == ("processes", 8) and "8 clients at a time" in many.reasons[-1]
     large = {"name": "mlp", "hidden": [2000, 2000]}
     assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
 

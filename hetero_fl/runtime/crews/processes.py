@@ -14,8 +14,10 @@ import torch.multiprocessing as mp
 
 from hetero_fl.children import ADVICE, UNGUARDED, deaf_children
 from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.runtime.crews.carrier import Carrier
 from hetero_fl.runtime.jobs import Done, Job, Setup, Worker
 
+BROADCASTS = 2  # that both sides remember: a worker's clients mostly receive the same
 LEAVING = 5.0  # seconds that a process whose pipe is broken may take to end
 
 
@@ -34,14 +36,14 @@ class Processes:
             self._crew[worker][1].send(job)
 
     def receive(self) -> tuple[int, Done | None]:
-        ends = {connection: i for i, (_, connection) in enumerate(self._crew)}
+        ends = {carrier.connection: i for i, (_, carrier) in enumerate(self._crew)}
         ready = wait([*ends, *(process.sentinel for process, _ in self._crew)])
         for end in ready:
             if isinstance(end, Connection):
                 with contextlib.suppress(OSError, EOFError):
-                    return ends[end], end.recv()
+                    return ends[end], self._crew[ends[end]][1].recv()
         dead = next(
-            i for i, (process, connection) in enumerate(self._crew) if {process.sentinel, connection} & set(ready)
+            i for i, (process, carrier) in enumerate(self._crew) if {process.sentinel, carrier.connection} & set(ready)
         )
         self._bury(dead)
         self._crew[dead] = self._start(dead)
@@ -52,7 +54,7 @@ class Processes:
             self._end(i)
         self._crew.clear()
 
-    def _start(self, index: int) -> tuple[BaseProcess, Connection]:
+    def _start(self, index: int) -> tuple[BaseProcess, Carrier]:
         here, there = self._context.Pipe()
         process = self._context.Process(
             target=work, args=(there, self._setup, index), daemon=True, name=f"hetero_fl worker {index}"
@@ -60,7 +62,7 @@ class Processes:
         with deaf_children():
             process.start()
         there.close()
-        return process, here
+        return process, Carrier(here, sent=BROADCASTS)
 
     def _bury(self, index: int) -> None:
         """Give a dead worker's remains back. Raises UserError or RunFailed if another one would end in the same way."""
@@ -73,8 +75,8 @@ class Processes:
             raise RunFailed(f"a worker process ended with status {process.exitcode}; it has printed why, if it knew")
 
     def _end(self, index: int) -> None:
-        process, connection = self._crew[index]
-        connection.close()
+        process, carrier = self._crew[index]
+        carrier.connection.close()
         process.kill()  # it keeps nothing
         process.join()
 
@@ -83,10 +85,10 @@ def work(connection: Connection, setup: Setup, index: int) -> None:
     """A worker's life: jobs until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    worker = Worker(setup, index)
+    worker, carrier = Worker(setup, index), Carrier(connection, got=BROADCASTS)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(worker.do(connection.recv()))
+            carrier.send(worker.do(carrier.recv()))
 
 
 def _follow_parent() -> None:

@@ -1,0 +1,143 @@
+"""Messages between two processes that speak in turn: over a pipe, but for long byte strings, which lie in shared memory.
+
+A pipe takes every byte through the kernel in small pieces, with both processes waiting; a model costs tens of milliseconds.
+In shared memory it is copied in and copied out. What the other side still has, as the broadcast of a group that was sent for
+another of its members, is named and not sent again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LONG = 2**16  # bytes from which a string does not travel through the pipe
+
+
+@dataclass(frozen=True)
+class Place:
+    """Stands for a long string: its number, and where it lies if it is new."""
+
+    number: int
+    start: int = 0
+    stop: int = 0
+
+
+class Carrier:
+    """One end of a connection. Sends and receives in turn: an answer shows that what was sent has been read.
+
+    Messages are dictionaries, lists and dataclasses, with strings of bytes anywhere among their values.
+
+    Args:
+        sent, got: how many of the last long strings that were sent and received are remembered; at the other end it is the
+            other way round.
+    """
+
+    def __init__(self, connection: Connection, sent: int = 0, got: int = 0) -> None:
+        self.connection = connection
+        self._ours, self._theirs = Memory(), Memory()
+        self._sent, self._got = Remembered(sent), Remembered(got)
+
+    def send(self, message: Any) -> None:
+        """Hand a message over. Raises OSError if nobody is there any more."""
+        new: list[bytes] = []
+        at = 0
+
+        def placed(value: Any) -> Any:
+            nonlocal at
+            if type(value) is not bytes or len(value) < LONG:
+                return value
+            if (number := self._sent.number(value)) is not None:
+                return Place(number)
+            new.append(value)
+            start, at = at, at + len(value)
+            return Place(self._sent.add(value), start, at)
+
+        message = changed(message, placed)
+        grown = self._ours.fill(new)
+        self._sent.trim()
+        self.connection.send((grown, message))
+
+    def recv(self) -> Any:
+        """The next message. Raises EOFError or OSError if none can come."""
+        grown, message = self.connection.recv()
+        if grown is not None:
+            self._theirs.tensor = grown
+
+        def found(value: Any) -> Any:
+            if type(value) is not Place:
+                return value
+            if value.stop:
+                self._got.add(self._theirs.read(value.start, value.stop))
+            return self._got.strings[value.number]
+
+        message = changed(message, found)
+        self._got.trim()
+        return message
+
+
+def changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The message with its values changed one by one; what holds them is made anew."""
+    if isinstance(value, dict):
+        return {k: changed(v, change) for k, v in value.items()}
+    if isinstance(value, list):
+        return [changed(v, change) for v in value]
+    if is_dataclass(value) and not isinstance(value, Place | type):
+        return replace(value, **{f.name: changed(getattr(value, f.name), change) for f in fields(value)})
+    return change(value)
+
+
+class Memory:
+    """A piece of shared memory, replaced by a larger one when it has become too small."""
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+
+    def fill(self, strings: list[bytes]) -> Tensor | None:
+        """Put the strings in, one after the other; the memory, if it is another one than before."""
+        size, grown = sum(map(len, strings)), None
+        if size and (self.tensor is None or len(self.tensor) < size):
+            self.tensor = grown = torch.empty(size, dtype=torch.uint8).share_memory_()
+        at = 0
+        for string in strings:
+            assert self.tensor is not None
+            memoryview(self.tensor.numpy().data)[at : at + len(string)] = string
+            at += len(string)
+        return grown
+
+    def read(self, start: int, stop: int) -> bytes:
+        """A string of one's own."""
+        assert self.tensor is not None
+        return bytes(memoryview(self.tensor.numpy().data)[start:stop])
+
+
+class Remembered:
+    """The last long strings that went one way, numbered. Both ends forget the same ones."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.strings: OrderedDict[int, bytes] = OrderedDict()
+        self._numbers: dict[int, int] = {}  # identity -> number; the strings are alive, so identities are theirs
+        self._next = 0
+
+    def add(self, string: bytes) -> int:
+        """One more; its number."""
+        number, self._next = self._next, self._next + 1
+        self.strings[number] = string
+        self._numbers[id(string)] = number
+        return number
+
+    def number(self, string: bytes) -> int | None:
+        """The number of this very string, if it is remembered."""
+        return self._numbers.get(id(string))
+
+    def trim(self) -> None:
+        """Forget the oldest. Between messages only: within one, all of its strings are known."""
+        while len(self.strings) > self.most:
+            _, string = self.strings.popitem(last=False)
+            del self._numbers[id(string)]

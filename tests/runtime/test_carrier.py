@@ -1,0 +1,78 @@
+"""Messages between processes: long strings lie in shared memory, and what the other side still has is only named."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+
+import pytest
+
+from hetero_fl.runtime.crews.carrier import LONG, Carrier
+
+
+def ends(remembered: int = 2) -> tuple[Carrier, Carrier]:
+    one, other = multiprocessing.Pipe()
+    return Carrier(one, sent=remembered), Carrier(other, got=remembered)
+
+
+def through_pipe(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the messages that this end puts into the pipe from now on."""
+    sizes: list[int] = []
+    plain = Connection._send_bytes  # type: ignore[attr-defined]
+
+    def counted(self: Connection, data: bytes) -> None:
+        if self is carrier.connection:
+            sizes.append(len(data))
+        plain(self, data)
+
+    monkeypatch.setattr(Connection, "_send_bytes", counted)
+    return sizes
+
+
+def test_any_message_arrives_whole_whatever_its_strings() -> None:
+    here, there = ends()
+    long, longer = bytes(range(256)) * (LONG // 256), b"x" * (3 * LONG + 1)
+    for message in ({"a": long, "b": [longer, b"short", long], "c": "text"}, [longer], b"", [b"y" * LONG, long]):
+        here.send(message)
+        assert there.recv() == message
+        there.send([message, len(message)])  # and back, through the other end's own memory
+        assert here.recv() == [message, len(message)]
+
+
+def test_memory_is_written_again_without_disturbing_what_was_read() -> None:
+    here, there = ends(remembered=0)
+    kept = []
+    for byte in b"abc":
+        here.send(bytes([byte]) * LONG)
+        kept.append(there.recv())
+    assert [string[:1] + string[-1:] for string in kept] == [b"aa", b"bb", b"cc"]
+
+
+def test_a_string_is_sent_once_while_the_other_side_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = ends()
+    first, second, third = (bytes([b]) * (LONG + b) for b in b"abc")
+    filled: list[int] = []
+    plain = here._ours.fill
+
+    def fill(strings: list[bytes]) -> object:
+        filled.append(len(strings))
+        return plain(strings)
+
+    monkeypatch.setattr(here._ours, "fill", fill)
+    got = []
+    for string in (first, second, first, second, third, second, first, third):
+        here.send([string, string])
+        got.append(there.recv())
+    assert [g[0] for g in got] == [first, second, first, second, third, second, first, third]
+    assert filled == [1, 1, 0, 0, 1, 0, 1, 0]  # the oldest of two is forgotten at both ends
+    equal = bytes(bytearray(third))
+    here.send(equal)  # another string, if an equal one
+    assert there.recv() == third and filled[-1] == 1
+
+
+def test_long_strings_do_not_go_through_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = ends()
+    sizes = through_pipe(here, monkeypatch)
+    here.send({"model": b"z" * (50 * LONG)})
+    assert len(there.recv()["model"]) == 50 * LONG
+    assert 0 < sum(sizes) < LONG

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.aggregation.averaging import corner_means
+from hetero_fl.algorithms.masked_head import packed, unpacked
 from hetero_fl.config import load_config
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare, run
@@ -108,6 +109,13 @@ def test_the_mask_changes_nothing_for_who_has_every_class() -> None:
     assert all((c.counts > 0).all() for c in clients(plain).values())
     for n in a:
         assert torch.allclose(a[n], b[n], rtol=0, atol=1e-6), n
+
+
+def test_a_class_that_nobody_has_keeps_its_row_of_the_head() -> None:
+    now = {"head.weight": torch.full((2, 3), 7.0), "head.bias": torch.full((2,), 8.0)}
+    values, say = packed(torch.ones(2, 1), torch.ones(2), 3, torch.tensor([5.0, 0.0]))
+    new = unpacked(now, values, say)
+    assert new["head.weight"].tolist() == [[1, 7, 7], [7, 7, 7]] and new["head.bias"].tolist() == [1, 8]
 
 
 def test_corner_means() -> None:

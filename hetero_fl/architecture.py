@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.seeding import key
-from model_zoo import ModelError, SplitModel, create_model
+from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 
 Tensors = dict[str, Tensor]
 
@@ -76,12 +76,22 @@ class Architecture:
     @property
     def parameter_names(self) -> frozenset[str]:
         """Names of trainable tensors; the others are buffers (BatchNorm statistics and counters)."""
-        return _built(self)[0]
+        return _built(self).parameters
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor by name. Raises ModelError where the model cannot be made."""
+        return _built(self).shapes
+
+    @property
+    def batch_norm_names(self) -> frozenset[str]:
+        """Names of all that BatchNorm layers hold, parameters and statistics; found by type, as names differ."""
+        return _built(self).batch_norm
 
     @property
     def width(self) -> int:
         """Width of the features. Raises ModelError where the model cannot be made."""
-        return _built(self)[1]
+        return _built(self).width
 
     def to_json(self) -> str:
         """As stored beside saved tensors."""
@@ -114,12 +124,28 @@ class Architecture:
             raise ModelError(f"{self.name} cannot be built with {dict(self.options)}: {error}") from None
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of a model without its values."""
+
+    parameters: frozenset[str]
+    width: int
+    shapes: Mapping[str, tuple[int, ...]]
+    batch_norm: frozenset[str]
+
+
 @lru_cache(maxsize=256)
-def _built(arch: Architecture) -> tuple[frozenset[str], int]:
-    """Names of parameters and width of features. Equal architectures are built once: methods derive them anew each round."""
+def _built(arch: Architecture) -> _Facts:
+    """Equal architectures are built once: methods derive them anew each round."""
     with torch.random.fork_rng(devices=[]):
         module = arch.build()
-    return frozenset(n for n, _ in module.named_parameters()), int(module.feature_dim)
+    layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
+    return _Facts(
+        frozenset(n for n, _ in module.named_parameters()),
+        int(module.feature_dim),
+        {n: tuple(t.shape) for n, t in module.state_dict().items()},
+        frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict()),
+    )
 
 
 @lru_cache(maxsize=16)

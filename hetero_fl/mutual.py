@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,12 @@ from hetero_fl.objectives import Batch, Given, Nets, Supervised, divergence
 from model_zoo import Outputs
 
 SMALLEST = 1e-12  # a denominator: both models right and sure of it, to the last bit
+
+
+def convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether `as_shape` can turn examples of the one shape into the other: the same, or images of as many channels or one."""
+    images = len(shape) == len(other) == 3
+    return shape == other or (images and len({shape[0], other[0]} | {1}) <= 2)
 
 
 def as_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -70,3 +77,23 @@ class AdaptiveMutual(Mutual):
         hidden = (t.features - nets[self.hidden](s.features).logits).square().mean(-1)
         weight = (batch.mean(mentor) + batch.mean(mentee)).detach().clamp(min=SMALLEST)
         return mentor + mentee + (apart + self.hidden_weight * hidden) / weight
+
+
+@dataclass(frozen=True)
+class Nested(Mutual):
+    """m_F·task(head_F(r)) + m_G·task(head_G(r[:d₁])), r = P·[g, f] of width d₂ (Yi et al. 2024, FedMRL); g are features of the
+    mentee G (width d₁), f those of the own model F (width d₂), P is the linear map of the slot `projection`.
+
+    `alpha` is m_F, `beta` m_G.
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    projection: str = "projection"
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        f, g = (outputs.features for outputs in self.both(nets, batch))
+        r = nets[self.projection](torch.cat([g, f], -1)).logits
+        fine, coarse = nets[self.slot].head(r), nets[self.mentee].head(r[..., : g.shape[-1]])
+        own = self.alpha * self.of(Outputs(fine, r), batch, given)
+        return own + self.beta * self.of(Outputs(coarse, r), batch, given)

@@ -151,6 +151,18 @@ class Supervised(Objective):
 
 
 @dataclass(frozen=True)
+class Masked(Supervised):
+    """The task with the logits of classes that are not there held at nought (Diao et al. 2021, HeteroFL, section 3).
+
+    given `present` `[C]` is 1 where the client has the class, else 0.
+    """
+
+    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        outputs = nets[self.slot](batch.x)
+        return self.of(outputs._replace(logits=outputs.logits * given["present"]), batch, given)
+
+
+@dataclass(frozen=True)
 class Proximal(Supervised):
     """The task plus (μ/2)·Σ‖θ − anchor‖² (Li et al. 2020, FedProx, eq. 2)."""
 

@@ -58,14 +58,16 @@ class ItemSpec:
     `private`: whether it is computed from private rows with no model in between that is released anyway.
     `share`: which of a client's `shares` must be given for it to leave.
     `ranks`: matrices in it are stacks of terms `[k, …]` whose number k depends on the values (hetero_fl.channel.lowrank).
+    `rows_of`: whose rows those of kind "rows" are: the proxy set's, or each of the sender's own training rows.
     """
 
     kind: Kind
     use: Literal["sum", "each"] = "sum"
     private: bool = False
-    share: Literal["parameters", "predictions", "statistics"] = "parameters"
+    share: Literal["parameters", "predictions", "statistics", "features"] = "parameters"
     ranks: bool = False
     across: bool = False
+    rows_of: Literal["proxy", "train"] = "proxy"
 
 
 class Payload(Mapping[str, Any]):

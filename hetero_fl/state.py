@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +15,7 @@ from hetero_fl.config.clients import ClientSettings, OptimizerConfig
 from hetero_fl.config.population import Population
 from hetero_fl.lazy import Recent
 from hetero_fl.order import in_order as in_order
+from hetero_fl.order import natural
 from hetero_fl.seeding import Key
 from hetero_fl.task import Task
 
@@ -86,19 +88,37 @@ class Roster(Mapping[str, Card]):
     be asked of `kinds`, which are few however many clients there are.
 
     Args:
-        archs: of each kind in `clients.kinds`.
+        archs: of each kind in `clients.kinds`; or of each client by id, where a method gives them models one by one.
         data: hetero_fl.data.FederatedData, which knows a client's rows and view.
     """
 
-    def __init__(self, clients: Population, archs: Sequence[Architecture], data: Any) -> None:
+    def __init__(
+        self, clients: Population, archs: Sequence[Architecture] | Mapping[str, Architecture], data: Any
+    ) -> None:
         self.clients, self._data = clients, data
-        self.kinds = [Kind(k.settings, a, k.first, k.count) for k, a in zip(clients.kinds, archs, strict=True)]
+        self._places: dict[str, int] | None = None  # of each client in `kinds`; none: as in `clients.kinds`
+        if isinstance(archs, Mapping):
+            self._places, self.kinds = _finer(clients, archs)
+        else:
+            self.kinds = [Kind(k.settings, a, k.first, k.count) for k, a in zip(clients.kinds, archs, strict=True)]
         self._cards: Recent[Card] = Recent()
+
+    def kind(self, id: str) -> Kind:
+        """The kind that a client is of."""
+        return self.kinds[self.clients.kind(id).number if self._places is None else self._places[id]]
+
+    @property
+    def foremost(self) -> Kind:
+        """The kind of the first client, as people count, among those of the most frequent architecture."""
+        members = Counter[str]()
+        for kind in self.kinds:
+            members[kind.arch.id] += kind.count
+        return min(self.kinds, key=lambda kind: (-members[kind.arch.id], natural(kind.first)))
 
     def named(self, kinds: Sequence[Kind], most: int = 6) -> str:
         """The clients of these kinds for a reader: the first of them by name, and how many more there are."""
         among, ids = {kind.first for kind in kinds}, self.clients.ids
-        here = (id for id in islice(ids, LOOKED) if self.kinds[self.clients.kind(id).number].first in among)
+        here = (id for id in islice(ids, LOOKED) if self.kind(id).first in among)
         shown = list(islice(here, most)) or in_order(among)[:most]
         more = sum(kind.count for kind in kinds) - len(shown)
         return ", ".join(shown) + (f" and {more:,} more" if more else "")
@@ -107,7 +127,7 @@ class Roster(Mapping[str, Card]):
         return self._cards.get(id, lambda: self._make(id))
 
     def _make(self, id: str) -> Card:
-        kind = self.kinds[self.clients.kind(id).number]
+        kind = self.kind(id)
         return Card(id, kind.arch, self._data.n_rows(id, "train"), self._data.preprocess(id), kind.settings)
 
     def __contains__(self, id: object) -> bool:
@@ -118,6 +138,16 @@ class Roster(Mapping[str, Card]):
 
     def __len__(self) -> int:
         return len(self.clients)
+
+
+def _finer(clients: Population, archs: Mapping[str, Architecture]) -> tuple[dict[str, int], list[Kind]]:
+    """Kinds where clients with the same settings have several architectures: each client's place, and the kinds."""
+    members: dict[tuple[int, Architecture], list[str]] = {}
+    for id in in_order(archs):
+        members.setdefault((clients.kind(id).number, archs[id]), []).append(id)
+    settings = [kind.settings for kind in clients.kinds]
+    places = {id: place for place, ids in enumerate(members.values()) for id in ids}
+    return places, [Kind(settings[number], arch, ids[0], len(ids)) for (number, arch), ids in members.items()]
 
 
 @dataclass

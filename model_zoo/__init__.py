@@ -21,6 +21,7 @@ from .errors import ModelError
 from .groups import group_models, list_groups
 from .registry import check_options, create_model, list_models, model_options
 from .split import Outputs, SplitModel, batch_norm_buffers, is_batch_norm
+from .widths import can_narrow, narrow, share_of
 
 __all__ = [
     "ModelDescription",
@@ -28,6 +29,7 @@ __all__ = [
     "Outputs",
     "SplitModel",
     "batch_norm_buffers",
+    "can_narrow",
     "check_options",
     "create_model",
     "describe",
@@ -36,4 +38,6 @@ __all__ = [
     "list_groups",
     "list_models",
     "model_options",
+    "narrow",
+    "share_of",
 ]

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from .shapes import Shape
-from .split import Body
+from .split import Body, scaled
 
 Norm = Literal["batch", "group", "none"]
 
@@ -70,11 +70,12 @@ def fedavg_cnn(shape: Shape) -> Body:
     return layers, 512
 
 
-def cnn(shape: Shape, *, width: int = 16, norm: Norm = "batch", dropout: float = 0.0) -> Body:
+def cnn(shape: Shape, *, width: int = 16, norm: Norm = "batch", dropout: float = 0.0, scaler: float = 0.0) -> Body:
     """Three 3x3 convolutions of ``width``, 2·``width`` and 4·``width`` channels, each with a norm and ReLU.
 
     2x2 max pooling after the first two, the mean over the pixels after the third: features of width 4·``width``,
-    whatever the image's size. Dropout, where asked for, acts on the features.
+    whatever the image's size. Dropout, where asked for, acts on the features; ``scaler`` as in
+    :func:`model_zoo.split.scaled`.
     """
 
     def block(channels: int, wider: int) -> list[nn.Module]:
@@ -94,4 +95,4 @@ def cnn(shape: Shape, *, width: int = 16, norm: Norm = "batch", dropout: float =
     ]
     if dropout > 0:
         layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers), 4 * width
+    return scaled(nn.Sequential(*layers), scaler), 4 * width

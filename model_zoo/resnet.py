@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .cnn import norm_2d
 from .errors import ModelError
 from .shapes import Shape
-from .split import Body
+from .split import Body, scaled
 
 Norm = Literal["batch", "group"]
 
@@ -47,6 +47,7 @@ def resnet(
     blocks: Sequence[int] = (1, 1, 1),
     stem: Literal["small", "imagenet"] = "small",
     norm: Norm = "batch",
+    scaler: float = 0.0,
 ) -> Body:
     """A residual network (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016).
 
@@ -56,6 +57,7 @@ def resnet(
         stem: ``small``, a 3x3 convolution that keeps the size (the paper's CIFAR form); ``imagenet``, a 7x7
             convolution and a max pooling that quarter it.
         norm: ``batch`` or ``group``.
+        scaler: as in :func:`model_zoo.split.scaled`.
 
     The features are the mean over the last stage's pixels: [B, widths[-1]]. With He's initial weights.
     """
@@ -85,4 +87,4 @@ def resnet(
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return backbone, channels
+    return scaled(backbone, scaler), channels

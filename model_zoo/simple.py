@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
 from .shapes import Shape
-from .split import Body
+from .split import Body, scaled
 
 
 def linear(shape: Shape) -> Body:
@@ -15,16 +16,27 @@ def linear(shape: Shape) -> Body:
     return nn.Flatten(), shape.numbers
 
 
-def mlp(shape: Shape, *, hidden: Sequence[int] = (128,), dropout: float = 0.0) -> Body:
-    """Flatten, then Linear and ReLU for each width in ``hidden`` (and dropout after each, where asked for)."""
+def mlp(
+    shape: Shape,
+    *,
+    hidden: Sequence[int] = (128,),
+    dropout: float = 0.0,
+    norm: Literal["none", "batch"] = "none",
+    scaler: float = 0.0,
+) -> Body:
+    """Flatten, then Linear and ReLU for each width in ``hidden`` (BatchNorm between, dropout after, where asked for).
+
+    ``scaler`` is that of :func:`model_zoo.split.scaled`, here and below.
+    """
     layers: list[nn.Module] = [nn.Flatten()]
     width = shape.numbers
     for wider in hidden:
-        layers += [nn.Linear(width, wider), nn.ReLU()]
+        between = [nn.BatchNorm1d(wider)] if norm == "batch" else []
+        layers += [nn.Linear(width, wider), *between, nn.ReLU()]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
         width = wider
-    return nn.Sequential(*layers), width
+    return scaled(nn.Sequential(*layers), scaler), width
 
 
 class _TableBlock(nn.Module):
@@ -43,10 +55,11 @@ class _TableBlock(nn.Module):
         return out
 
 
-def tabular(shape: Shape, *, width: int = 64, blocks: int = 2, dropout: float = 0.0) -> Body:
+def tabular(shape: Shape, *, width: int = 64, blocks: int = 2, dropout: float = 0.0, scaler: float = 0.0) -> Body:
     """A residual network for table rows [B, columns].
 
     Gorishniy et al., "Revisiting Deep Learning Models for Tabular Data" (NeurIPS 2021), section 3.2.
     """
     layers = [_TableBlock(width, dropout) for _ in range(blocks)]
-    return nn.Sequential(nn.Linear(shape.channels, width), *layers, nn.BatchNorm1d(width), nn.ReLU()), width
+    backbone = nn.Sequential(nn.Linear(shape.channels, width), *layers, nn.BatchNorm1d(width), nn.ReLU())
+    return scaled(backbone, scaler), width

@@ -60,6 +60,22 @@ def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitMode
     return SplitModel(backbone, nn.Linear(width, num_classes), width)
 
 
+def scaled(backbone: nn.Module, share: float) -> nn.Module:
+    """The backbone, what each of its convolutions and linear layers gives divided by ``share``; 0 leaves it as it is.
+
+    A narrow copy of a wide model sums over fewer channels: dividing by its share of them keeps the sums' size.
+    """
+
+    def divide(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out / share
+
+    if share:
+        for module in backbone.modules():
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+                module.register_forward_hook(divide)
+    return backbone
+
+
 def feature_width(backbone: nn.Module, shape: Shape) -> int:
     """The width of a foreign backbone's features, found by a dry run on two blank examples.
 

@@ -11,6 +11,7 @@ from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
 from hetero_fl.state import Participant
 
+QUICK = {"dense": {"synthesis_epochs": 2, "generator_steps": 3, "student_steps": 4, "synthetic_batch": 16}}
 MIXED = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
 
 
@@ -30,7 +31,7 @@ def config(method: str = "fedavg", models: Any = "cnn_bn_small", clients: int = 
             "defaults": {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "batch_size": 16},
             "groups": [{"name": "site", "count": clients, "model": models}],
         },
-        "algorithm": {"name": method},
+        "algorithm": {"name": method, **QUICK.get(method, {})},
         "runtime": {"threads": 1},
     }
     for path, value in changes.items():

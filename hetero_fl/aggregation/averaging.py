@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from hetero_fl.aggregation.sums import RunningMean
@@ -38,6 +39,31 @@ class OwnerMeans:
             group: {name: mean for name, owner in wanted.items() if (mean := self._means[owner].value) is not None}
             for group, wanted in self._groups.items()
         }
+
+
+def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Its leading slice of that shape, a view."""
+    return tensor[tuple(slice(0, size) for size in shape)]
+
+
+def corner_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> Tensors:
+    """The weighted mean of each element over its owners, where members hold leading slices of the current tensors.
+
+    Elements that nobody owns stay as they are; tensors that nobody sent are left out.
+    """
+    means: Tensors = {}
+    held: dict[str, Tensor] = {}
+    for tensors, weight in members:
+        for name, tensor in tensors.items():
+            if name not in means:
+                means[name], held[name] = current[name].clone(), torch.zeros_like(current[name])
+            mean, owned = corner(means[name], tensor.shape), corner(held[name], tensor.shape)
+            owned += weight
+            share = torch.where(
+                owned > 0, weight / owned, 0.0
+            )  # 1 for the first owner, whose value is taken to the bit
+            mean.copy_(torch.lerp(mean, tensor, share))
+    return means
 
 
 def step(current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]) -> Tensors:

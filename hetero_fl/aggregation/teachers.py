@@ -1,7 +1,8 @@
 """Consensus teachers: what each client says of the public rows, with the weight that its word has.
 
 Under label skew the plain mean of logits is ruled by whoever over-predicts its own majority. The contrast-weighted teacher
-lets a client speak on a class as far as it has seen both the class and something else.
+lets a client speak on a class as far as it has seen both the class and something else; the entropy-weighted one lets it speak
+on an example as far as it is sure.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from hetero_fl.payload import Item
 from hetero_fl.task import Task
 
-TeacherKind = Literal["mean", "samples", "contrast"]
+TeacherKind = Literal["mean", "samples", "contrast", "entropy"]
 CLIP = -8.0  # keeps one client's certainty about a class that it has never met from deciding
 FLOOR = 0.1  # a class on which nobody has contrast falls back to the plain mean
 
@@ -30,10 +31,27 @@ def opinion(task: Task, kind: TeacherKind, logits: Tensor, counts: Tensor | None
     """A client's predictions `[N, C]` as an item of the consensus.
 
     mean: logits, weight 1; samples: logits, weight n; contrast: max(log p, −8) with weight a_c by class (multi-label and
-    regression have no exclusive classes: there contrast is `samples`). A client that does not release its label counts
-    (None) speaks as if its n rows were spread evenly over the classes.
+    regression have no exclusive classes: there contrast is `samples`); entropy: logits, with weight `certainty` by row (by
+    row and label where labels exclude nothing; regression has no entropy: there it is `mean`). A client that does not
+    release its label counts (None) speaks as if its n rows were spread evenly over the classes.
     """
     if kind == "contrast" and task.kind == "multiclass":
         counts = torch.full((task.outputs,), n / task.outputs) if counts is None else counts
         return Item(F.log_softmax(logits, -1).clamp(min=CLIP), contrast(counts), "rows")
-    return Item(logits, 1.0 if kind == "mean" else float(n), "rows")
+    if kind == "entropy" and task.kind != "regression":
+        return Item(logits, certainty(task, logits), "rows")
+    return Item(logits, 1.0 if kind in ("mean", "entropy") else float(n), "rows")
+
+
+def certainty(task: Task, logits: Tensor) -> Tensor:
+    """exp(−H(p)) of each prediction, `[N, 1]`: 1 for certainty, 1/C for an even guess (C labels apart: `[N, C]`, of each
+    label's Bernoulli). One over the number of classes that the prediction still wavers between."""
+    if task.kind == "multilabel":
+        pairs = torch.stack([logits, torch.zeros_like(logits)], -1)
+        return _exp_minus_entropy(pairs)
+    return _exp_minus_entropy(logits)[:, None]
+
+
+def _exp_minus_entropy(logits: Tensor) -> Tensor:
+    log_p = F.log_softmax(logits, -1)
+    return (log_p.exp() * log_p).sum(-1).exp()

@@ -80,6 +80,11 @@ class Algorithm(BaseModel):
         """
         return self, []
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether clients with equal settings may get different models: then everybody's is asked for."""
+        return False
+
     def architecture(self, card: Card) -> Architecture:
         """The model that a client trains under this method: its own, unless all need something in common. Asked once for
         all clients with the same settings."""
@@ -90,6 +95,19 @@ class Algorithm(BaseModel):
         return {}
 
     # What travels ------------------------------------------------------------------------------------------------
+    def family(self, card: Card) -> str:
+        """Whose tensors may be averaged with this client's: the server's slot for them. Its architecture, as a rule."""
+        return card.arch.id
+
+    def stays(self, arch: Architecture) -> frozenset[str]:
+        """Names of tensors that stay with a client of this architecture, whatever part of its model travels."""
+        return frozenset()
+
+    def portion(self, arch: Architecture, tensors: Mapping[str, Tensor], part: Part) -> Tensors:
+        """The tensors of that part which do travel: the same at client and server."""
+        stays = self.stays(arch)
+        return {n: t for n, t in floats(select(tensors, part)).items() if n not in stays}
+
     def part(self, settings: ClientSettings) -> Part:
         """What this client shares of its model: the method's part, as far as the client is willing."""
         if "parameters" in settings.shares:
@@ -107,7 +125,8 @@ class Algorithm(BaseModel):
     def private(self, client: Participant) -> dict[str, Tensors]:
         """What of its models a client keeps between rounds: whatever the next broadcast does not replace."""
         replaced = self.takes(client.settings, 0) if client.settings.share_every == 1 else ()
-        kept = {**client.models, self.slot: without(client.models[self.slot], replaced)}
+        own, stays = client.models[self.slot], self.stays(client.arch[self.slot])
+        kept = {**client.models, self.slot: {**without(own, replaced), **{n: t for n, t in own.items() if n in stays}}}
         return {slot: tensors for slot, tensors in kept.items() if floats(tensors)}  # counters alone are not worth it
 
     @staticmethod
@@ -115,8 +134,12 @@ class Algorithm(BaseModel):
         """Whether the client uploads in this round."""
         return (round + 1) % settings.share_every == 0
 
+    def phase(self, share_every: int, round: int, rounds: int) -> int:
+        """What of the round decides the form of an upload, besides the broadcast: those of equal phases are alike in form."""
+        return round % share_every
+
     def gives(self, client: Participant, share: str) -> bool:
-        """Whether the client uploads that kind of thing ("predictions", "statistics") in this round."""
+        """Whether the client uploads that kind of thing ("predictions", "statistics", "features") in this round."""
         return share in client.settings.shares and self.sharing(client.settings, client.clock.round)
 
     # The round, in its order -------------------------------------------------------------------------------------
@@ -126,7 +149,7 @@ class Algorithm(BaseModel):
     def broadcast(self, server: Participant, card: Card) -> Items:
         """What the server sends to one client."""
         part = self.takes(card.settings, server.clock.round)
-        return {} if part == () else {"model": floats(select(server.models[card.arch.id], part))}
+        return {} if part == () else {"model": self.portion(card.arch, server.models[self.family(card)], part)}
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         """Make the model that this client would use now."""
@@ -212,9 +235,10 @@ class Algorithm(BaseModel):
         part = self.sends(client.settings, client.clock.round)
         if part == ():
             return {}
-        return {self.slot: Item(floats(select(client.models[self.slot], part)), self.weight_of(client), "params")}
+        tensors = self.portion(client.arch[self.slot], client.models[self.slot], part)
+        return {self.slot: Item(tensors, self.weight_of(client), "params")}
 
-    def weight_of(self, client: Participant) -> float:
+    def weight_of(self, client: Participant | Card) -> float:
         """The weight of a client's parameters in the mean: its training rows."""
         return float(client.n)
 

@@ -4,61 +4,107 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.teachers import TeacherKind, opinion
-from hetero_fl.algorithms.base import STUDENT, Algorithm
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Items
 from hetero_fl.objectives import Digest
-from hetero_fl.payload import Item
+from hetero_fl.payload import Item, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
+from hetero_fl.seeding import generator
 from hetero_fl.state import Card, Participant
 
 TEACHER = "teacher"
+DRAWN = "drawn"  # the round whose rows the teacher speaks of
 
 
-class Distilling(Algorithm):
-    """Settings and pieces of methods that distil a consensus on the proxy set (KL · T², Hinton et al. 2015)."""
+class OnProxy(Algorithm):
+    """Settings and pieces of methods that train towards a teacher on the proxy set (KL · T², Hinton et al. 2015)."""
 
     needs_proxy = True
     distils = True
 
     temperature: PositiveFloat = Field(2.0, description="T of the softened softmax")
-    teacher: TeacherKind = Field("mean", description="weight of a client's word: mean, samples, or contrast by class")
+    proxy_rows: int | None = Field(
+        None, ge=2, description="proxy rows drawn anew each round; none, or more than there are: the whole set"
+    )
     proxy_batch_size: PositiveInt = Field(32, description="batch of every fit on the proxy set, at clients and server")
     student_epochs: PositiveInt = Field(2, description="epochs a round of the server's own student on the proxy set")
 
-    def opinion(self, client: Participant) -> Plan[Item]:
-        """The client's predictions on the proxy set with the weight of its word."""
-        logits = yield Predict("model", Rows("proxy"))
-        counts = client.counts if "statistics" in client.settings.shares else None
-        return opinion(client.task, self.teacher, logits, counts, client.n)
+    # The proxy rows of a round -----------------------------------------------------------------------------------
+    def drawn(self, who: Participant, round: int | None = None) -> Tensor | None:
+        """Which proxy rows a round (by default this one) is about, int64 `[D]`; None for all.
 
-    def digest(self, client: Participant, teacher: Tensor, epochs: int, **objective: object) -> Fit:
-        """The client follows the teacher on the proxy set."""
+        Both sides draw them by the round's key, so that no index travels.
+        """
+        if self.proxy_rows is None or self.proxy_rows >= (total := len(who.data("proxy", None)["x"])):
+            return None
+        draws = generator(who.clock.seed, who.clock.round if round is None else round, "proxy rows")
+        return torch.randperm(total, generator=draws)[: self.proxy_rows].sort().values
+
+    def remember(self, server: Participant, **made: object) -> None:
+        """Keep what this round made, the teacher as a rule, for the next broadcasts, and the round with it."""
+        server.state.update(made)
+        if self.proxy_rows is not None:
+            server.state[DRAWN] = torch.tensor([server.clock.round])
+
+    @staticmethod
+    def remembered(server: Participant) -> Items:
+        """The teacher, if there is one, and where rows are drawn its round, which may not be the last."""
+        return {name: server.state[name] for name in (TEACHER, DRAWN) if name in server.state}
+
+    def taught(self, client: Participant, got: Payload) -> Tensor | None:
+        """The proxy rows that a received teacher speaks of; None for all."""
+        return self.drawn(client, int(got[DRAWN])) if DRAWN in got else None
+
+    # Training towards a teacher ----------------------------------------------------------------------------------
+    def digest(
+        self, client: Participant, teacher: Tensor, epochs: int, rows: Tensor | None = None, **objective: object
+    ) -> Fit:
+        """The client follows the teacher on the proxy set, or on some `rows` of it, to which the teacher is aligned."""
         follow = Digest(client.task.kind, self.temperature, **objective)  # type: ignore[arg-type]
-        rows = Rows("proxy", beside={TEACHER: teacher})
-        return self.fit(client, follow, rows, epochs=epochs, batch_size=self.proxy_batch_size, label="digest")
-
-    def distil(self, server: Participant, teacher: Tensor, cards: Iterable[Card], epochs: int) -> Plan[None]:
-        """Distil the teacher into the model of each group that sent something, at the server."""
-        views = {c.arch.id: c.preprocess for c in sorted(cards, key=lambda c: c.id, reverse=True)}  # lowest id wins
-        yield [self.at_server(server, group, teacher, epochs, views[group]) for group in sorted(views)]
+        data = Rows("proxy", rows, beside={TEACHER: teacher})
+        return self.fit(client, follow, data, epochs=epochs, batch_size=self.proxy_batch_size, label="digest")
 
     def train_student(self, server: Participant, teacher: Tensor) -> Plan[None]:
-        """Distil the teacher into the server's own student, if one was asked for."""
+        """Distil this round's teacher into the server's own student, if one was asked for."""
         if STUDENT in server.models:
             yield self.at_server(server, STUDENT, teacher, self.student_epochs)
 
     def at_server(self, server: Participant, slot: str, teacher: Tensor, epochs: int, view: object = None) -> Fit:
-        """A fit of one of the server's models to the teacher on the proxy set; the student's optimiser lives on."""
+        """A fit of one of the server's models to this round's teacher; the student's optimiser lives on."""
         return Fit(
             {slot: None},
             Digest(server.task.kind, self.temperature, slot=slot),
-            Rows("proxy", beside={TEACHER: teacher}, through=view),
+            Rows("proxy", self.drawn(server), beside={TEACHER: teacher}, through=view),
             epochs=epochs,
             batch_size=self.proxy_batch_size,
             optimizer=server.optimizer,
             keep=STUDENT if slot == STUDENT else None,
             label=f"distil {slot}",
         )
+
+
+class Distilling(OnProxy):
+    """Those whose teacher is a consensus: one for all, made of what each client says with the weight of its word."""
+
+    teacher: TeacherKind = Field(
+        "mean", description="weight of a client's word: mean, samples, contrast by class, entropy of each prediction"
+    )
+
+    def opinion(self, client: Participant) -> Plan[Item]:
+        """The client's predictions on the round's proxy rows with the weight of its word."""
+        logits = yield Predict("model", Rows("proxy", self.drawn(client)))
+        return opinion(client.task, self.teacher, logits, self.released(client), client.n)
+
+    @staticmethod
+    def released(client: Participant) -> Tensor | None:
+        """Its label counts, if it lets them out."""
+        return client.counts if "statistics" in client.settings.shares else None
+
+    def distil(self, server: Participant, teacher: Tensor, cards: Iterable[Card], epochs: int) -> Plan[None]:
+        """Distil this round's teacher into the model of each group that sent something, at the server."""
+        views = {c.arch.id: c.preprocess for c in sorted(cards, key=lambda c: c.id, reverse=True)}  # lowest id wins
+        yield [self.at_server(server, group, teacher, epochs, views[group]) for group in sorted(views)]

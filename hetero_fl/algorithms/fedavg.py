@@ -11,7 +11,7 @@ from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.objectives import Proximal
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Plan
-from hetero_fl.state import Participant, own
+from hetero_fl.state import Card, Participant, own
 
 
 @algorithm("fedavg")
@@ -24,7 +24,7 @@ class FedAvg(Algorithm):
     weighting: Literal["samples", "uniform"] = Field("samples", description="w_k = n_k / Σn, or all equal")
     server_lr: PositiveFloat = Field(1.0, description="λ: how far the server moves towards the mean")
 
-    def weight_of(self, client: Participant) -> float:
+    def weight_of(self, client: Participant | Card) -> float:
         return super().weight_of(client) if self.weighting == "samples" else 1.0
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

@@ -45,10 +45,11 @@ class FedDF(Distilling, FedAvg):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         whole = [u for u in uploads.having("model") if "logits" not in u.payload]
         whole = [u for u in whole if self.sends(u.card.settings, server.clock.round) is None]
+        rows = self.drawn(server)
         logits = yield [
             Predict(
                 u.group,
-                Rows("proxy", through=u.card.preprocess),
+                Rows("proxy", rows, through=u.card.preprocess),
                 tensors={**server.models[u.group], **u.payload["model"]},
                 arch=u.card.arch,
             )

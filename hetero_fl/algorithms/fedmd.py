@@ -29,16 +29,17 @@ class FedMD(Distilling):
     digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set before private training")
 
     def broadcast(self, server: Participant, card: Card) -> Items:
-        return {TEACHER: server.state[TEACHER]} if TEACHER in server.state and not card.reading else {}
+        return {} if card.reading else self.remembered(server)
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         if TEACHER in got:
-            yield self.digest(client, got[TEACHER], self.digest_epochs, distance=self.distance)
+            rows = self.taught(client, got)
+            yield self.digest(client, got[TEACHER], self.digest_epochs, rows, distance=self.distance)
         yield self.fit(client)
         return {"logits": (yield from self.opinion(client))} if self.gives(client, "predictions") else {}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         teacher = uploads.mean("logits")
         if teacher is not None:
-            server.state[TEACHER] = teacher
+            self.remember(server, teacher=teacher)
             yield from self.train_student(server, teacher)

@@ -16,7 +16,7 @@ from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.objectives import Rehearsal
 from hetero_fl.payload import ItemSpec, Payload
-from hetero_fl.plan import Draws, Fit, Plan
+from hetero_fl.plan import Draws, Fit, Plan, Rows
 from hetero_fl.state import Card, Columns, Part, Participant, common_part
 
 
@@ -52,19 +52,17 @@ class Hybrid(Distilling, FedAvg):
     def broadcast(self, server: Participant, card: Card) -> Items:
         items = super().broadcast(server, card)
         needed = self.distil_at != "server" or (self.rehearse and not card.reading)
-        if TEACHER in server.state and needed:
-            items[TEACHER] = server.state[TEACHER]
-        return items
+        return {**items, **self.remembered(server)} if needed else items
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         yield from super().deploy(client, got)
         if TEACHER in got and self.distil_at != "server":
-            yield self.digest(client, got[TEACHER], self.digest_epochs)
+            yield self.digest(client, got[TEACHER], self.digest_epochs, self.taught(client, got))
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
         if TEACHER in got and self.rehearse:
-            yield self.rehearsal(client, got[TEACHER])
+            yield self.rehearsal(client, got[TEACHER], self.taught(client, got))
         else:
             yield self.fit(client)
         items = self.share(client)
@@ -72,13 +70,13 @@ class Hybrid(Distilling, FedAvg):
             items["logits"] = yield from self.opinion(client)
         return items
 
-    def rehearsal(self, client: Participant, teacher: Tensor) -> Fit:
-        """Local training with a batch of public rows beside each of its own."""
-        public = client.data("proxy", None)["x"]
+    def rehearsal(self, client: Participant, teacher: Tensor, rows: Tensor | None = None) -> Fit:
+        """Local training with a batch of public rows (those, or all) beside each of its own."""
+        public = Rows("proxy", rows).columns(client)["x"]
 
         def draw(generator: torch.Generator, size: int) -> Columns:
-            rows = torch.randint(len(public), (size,), generator=generator)
-            return {"x": public[rows], TEACHER: teacher[rows]}
+            some = torch.randint(len(public), (size,), generator=generator)
+            return {"x": public[some], TEACHER: teacher[some]}
 
         objective = Rehearsal(client.task.kind, weight=self.rehearse, temperature=self.temperature)
         return self.fit(client, objective, beside={"public": Draws(draw, self.proxy_batch_size)})
@@ -88,7 +86,7 @@ class Hybrid(Distilling, FedAvg):
         teacher = uploads.mean("logits")
         if teacher is None:
             return
-        server.state[TEACHER] = teacher
+        self.remember(server, teacher=teacher)
         if self.distil_at != "client":
             yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)
         yield from self.train_student(server, teacher)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.objectives import Supervised
-from hetero_fl.order import natural
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
 from hetero_fl.state import Card, Participant, floats, in_order
@@ -90,11 +88,7 @@ class Centralized(Algorithm):
     @staticmethod
     def pool(server: Participant) -> Card:
         """The client whose architecture and settings the pooled model takes: the first of the most frequent architecture."""
-        kinds, members = sorted(server.peers.kinds, key=lambda kind: natural(kind.first)), Counter[str]()
-        for kind in kinds:
-            members[kind.arch.id] += kind.count
-        first = max(kinds, key=lambda kind: members[kind.arch.id])  # max keeps the first of equals
-        return server.peers[first.first]
+        return server.peers[server.peers.foremost.first]
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from ()

@@ -15,7 +15,7 @@ from hetero_fl.algorithms.base import Algorithm, Items
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ModelConfig, named
 from hetero_fl.errors import UserError
-from hetero_fl.mutual import Mutual, as_shape
+from hetero_fl.mutual import Mutual, as_shape, convertible
 from hetero_fl.order import natural
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows, Table
@@ -55,7 +55,7 @@ class WithMentee(Algorithm):
         shape = tuple(self.mentee_input or min(shapes, key=lambda s: (-shapes[s], math.prod(s), s)))
         for kind in sorted(cards.kinds, key=lambda kind: natural(kind.first)):
             own = kind.arch.input_shape
-            if own != shape and (len(own) != 3 or len(shape) != 3 or len({own[0], shape[0]} | {1}) > 2):
+            if not convertible(own, shape):
                 raise UserError(
                     f"algorithm.mentee_input: found {list(shape)}, but examples of {kind.first} are {list(own)}"
                 )

@@ -1,20 +1,89 @@
-"""Partial sharing: one mechanism, told apart by the part of the model that travels."""
+"""Partial sharing: one mechanism, told apart by the part of the model that travels and by when each part is trained."""
 
 from __future__ import annotations
 
-from hetero_fl.algorithms.base import algorithm
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from hetero_fl.algorithms.base import Items, algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.architecture import Architecture
+from hetero_fl.payload import Payload
+from hetero_fl.plan import Plan
+from hetero_fl.state import Participant, common_part
+
+BODY, HEAD = ("backbone.",), ("head.",)
 
 
 @algorithm("fedper")
 class FedPer(FedAvg):
     """The backbone is averaged, each client keeps its own head (Arivazhagan et al. 2019)."""
 
-    shared = ("backbone.",)
+    shared = BODY
 
 
 @algorithm("lg_fedavg")
 class LGFedAvg(FedAvg):
     """The head is averaged, each client keeps its own backbone (Liang et al. 2020, LG-FedAvg)."""
 
-    shared = ("head.",)
+    shared = HEAD
+
+
+@algorithm("fedbn")
+class FedBN(FedAvg):
+    """All but BatchNorm is averaged: each client keeps its layers' scales, shifts and statistics (Li et al. 2021,
+    Algorithm 1).
+
+    BatchNorm is found by type. A model without any is averaged as under FedAvg.
+    """
+
+    def stays(self, arch: Architecture) -> frozenset[str]:
+        return arch.batch_norm_names
+
+    def server_slot(self, server: Participant) -> str | None:
+        slot = super().server_slot(server)
+        return None if slot is None or self.stays(server.arch[slot]) else slot  # its BatchNorm was never trained
+
+
+@algorithm("fedrep")
+class FedRep(FedPer):
+    """As FedPer, each part trained by itself: the head on the backbone as received, then the backbone under the new head
+    (Collins et al. 2021, Algorithm 1)."""
+
+    head_epochs: PositiveInt | None = Field(
+        None, description="local epochs of the head; none: the client's own `epochs` or `steps`"
+    )
+    body_epochs: PositiveInt = Field(1, description="local epochs of the backbone, after the head")
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        yield from self.deploy(client, got)
+        epochs: dict[str, Any] = {} if self.head_epochs is None else {"epochs": self.head_epochs}
+        yield replace(self.fit(client, label="head", **epochs), train={"model": HEAD})
+        yield replace(self.fit(client, epochs=self.body_epochs), train={"model": BODY})
+        return self.share(client)
+
+
+@algorithm("fedbabu")
+class FedBABU(FedPer):
+    """The backbone alone is trained, under the head that all began with, and averaged; whoever uses the model fine-tunes it
+    on its own rows first (Oh et al. 2022, Algorithm 1 and section 5)."""
+
+    reads = "after aggregation and fine-tuning of the client's copy, in common too (the server's own: before it)"
+
+    finetune_epochs: PositiveInt = Field(5, description="epochs on the client's own rows before its model is used")
+    finetune: Literal["all", "head"] = Field("all", description="what fine-tuning moves: the whole model, or the head")
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        yield from self.deploy(client, got)
+        yield replace(self.fit(client), train={"model": BODY})
+        return self.share(client)
+
+    def personalise(self, client: Participant, got: Payload) -> Plan[None]:
+        part = None if self.finetune == "all" else HEAD
+        yield replace(self.fit(client, epochs=self.finetune_epochs, label="personalise"), train={"model": part})
+
+    def server_slot(self, server: Participant) -> str | None:
+        trained = any(common_part(self.part(kind.settings), BODY) for kind in server.peers.kinds)
+        return next(iter(server.models)) if trained and len(server.models) == 1 else None  # the head is everybody's

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 
 from hetero_fl.algorithms.base import Algorithm
 from hetero_fl.architecture import Architecture
+from hetero_fl.errors import UserError
 from hetero_fl.state import Card, Roster
 
 
@@ -31,3 +32,20 @@ class CommonWidth(Algorithm):
 
     def architecture(self, card: Card) -> Architecture:
         return card.arch if card.arch.width == self.feature_dim else replace(card.arch, feature_dim=self.feature_dim)
+
+
+class CommonHead(CommonWidth):
+    """Features of one width, and heads that fit one another: each a single linear layer."""
+
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+        for kind in cards.kinds:
+            need_linear_head(kind.first, kind.arch)
+        return super().resolve(cards)
+
+
+def need_linear_head(id: str, arch: Architecture) -> None:
+    """Raises UserError for a model whose head is anything but a linear layer with a bias."""
+    head = sorted(n for n in arch.parameter_names if n.startswith("head."))
+    if head != ["head.bias", "head.weight"]:
+        found = ", ".join(head) or "no parameters"
+        raise UserError(f"clients: {id}: model: its head has {found}; this method needs a linear layer with a bias")

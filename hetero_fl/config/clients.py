@@ -167,9 +167,10 @@ class ClientSettings(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
     scanner: ScannerConfig = ScannerConfig()
-    shares: list[choice("parameters", "backbone", "predictions", "statistics")] = Field(  # type: ignore[valid-type]
-        ["parameters", "predictions", "statistics"],
-        description="what may leave: all parameters, the backbone only, proxy predictions, class statistics",
+    shares: list[choice("parameters", "backbone", "predictions", "statistics", "features")] = Field(  # type: ignore[valid-type]
+        ["parameters", "predictions", "statistics", "features"],
+        description="what may leave: all parameters, the backbone only, proxy predictions, class statistics; features, "
+        "prediction and label of each private row (FedGKT)",
     )
     share_every: PositiveInt = Field(1, description="uploads in every n-th round only")
     size: PositiveFloat = Field(1.0, description="how much data it gets, relative to the others")

@@ -90,7 +90,10 @@ def prepare(
     federation = Federation.of(config, data, clients, student)
     method, derived = method.resolve(federation.cards)
     cards = federation.cards
-    federation = federation.with_models([method.architecture(cards[kind.first]) for kind in cards.kinds])
+    if method.one_by_one:
+        federation = federation.with_models({id: method.architecture(card) for id, card in cards.items()})
+    else:
+        federation = federation.with_models([method.architecture(cards[kind.first]) for kind in cards.kinds])
     name = config.algorithm["name"]
     config = config.model_copy(update={"algorithm": {"name": name, **method.model_dump(mode="json")}})
     notes = [*data.notes, *derived, *check(name, method, federation)]

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.errors import UserError
-from hetero_fl.reporting.wording import ALGORITHMS, algorithm_base, algorithm_name
+from hetero_fl.reporting.method_names import ALGORITHMS
+from hetero_fl.reporting.wording import algorithm_base, algorithm_name
 
 
 def docstring(label: str) -> str:

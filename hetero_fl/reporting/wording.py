@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hetero_fl.metrics import SMALLER_IS_BETTER, selection_metric
+from hetero_fl.reporting.method_names import ALGORITHMS
 from hetero_fl.task import Task
 
 MISSING = "–"
@@ -36,66 +37,6 @@ METRICS = {
 
 _PERCENT = {"accuracy", "balanced_accuracy", "macro_f1"}
 _DECIMAL = {"auroc", "average_precision", "r2"}
-
-ALGORITHMS = {
-    "local": ("Local", "Every client trained alone on its own rows; nothing was exchanged."),
-    "centralized": (
-        "Centralised",
-        "All rows were pooled and one model was trained on them: an upper bound, not federated.",
-    ),
-    "ensemble": (
-        "Ensemble",
-        "Every client trained alone; at prediction time the probabilities of all models are averaged: a bound, since "
-        "all models must be in one place.",
-    ),
-    "fedavg": (
-        "FedAvg",
-        "Clients with the same model sent their parameters; the server averaged them and sent them back.",
-    ),
-    "fedprox": (
-        "FedProx",
-        "Clients with the same model sent their parameters for averaging, and a penalty kept each client's training "
-        "close to the average it started from.",
-    ),
-    "fedper": ("FedPer", "Clients with the same model averaged its backbone; each kept a head of its own."),
-    "lg_fedavg": ("LG-FedAvg", "Each client kept a backbone of its own; only the heads were averaged."),
-    "fedmd": (
-        "FedMD",
-        "Clients sent their predictions on the public proxy set; each then learned from the mean prediction and from "
-        "its own rows. No parameters were exchanged.",
-    ),
-    "feddf": (
-        "FedDF",
-        "Clients sent their models; the server averaged those of one architecture, then taught each average with the "
-        "predictions of all clients on the public proxy set.",
-    ),
-    "fd": (
-        "FD",
-        "Clients sent the mean output for each class; each then learned from its own rows and from the others' mean "
-        "output for the class at hand.",
-    ),
-    "fedproto": (
-        "FedProto",
-        "Clients sent the mean features of each class; each pulled its own features towards the mean over all clients, "
-        "and an example was given the class whose mean is nearest. No parameters were exchanged.",
-    ),
-    "fml": (
-        "FML",
-        "Each client trained its own model together with a small one, each learning from the other's predictions; only "
-        "the small ones were sent and averaged. At home a client's own model is read, in common the small one.",
-    ),
-    "fedkd": (
-        "FedKD",
-        "Each client trained its own model together with a small one, each learning from the other's predictions and "
-        "features, the more the better both were; only changes of the small one were sent, compressed, and averaged. At "
-        "home a client's own model is read, in common the small one.",
-    ),
-    "hybrid": (
-        "Hybrid",
-        "Clients sent what they have in common: the parameters of shared layers were averaged, and predictions on the "
-        "public proxy set became a teacher from which every model learned, whatever its architecture.",
-    ),
-}
 
 
 def algorithm_base(label: str) -> str:

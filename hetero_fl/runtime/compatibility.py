@@ -14,7 +14,7 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
-from hetero_fl.state import Kind, floats, select
+from hetero_fl.state import Kind, floats
 from model_zoo import ModelError, is_batch_norm
 
 GATHERED = 10_000  # clients of whom a method may need everybody's rows or models in one place
@@ -33,8 +33,10 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     shares = {spec.share for spec in algorithm.uploads.values()}
     given = {share for s in settings for share in s.shares} | {"parameters" for s in settings if "backbone" in s.shares}
     if shares and not shares & given:
+        needed = " or ".join(sorted(shares))
         raise UserError(
-            f"algorithm.name: {name} needs clients that share {' or '.join(sorted(shares))}, but no client's `shares` has it"
+            f"algorithm.name: {name} needs clients that share {needed}, but no client's `shares` has it; add it in "
+            "clients.defaults.shares, or to those who may send it"
         )
     if algorithm.everybody and len(federation.cards) > GATHERED:
         raise UserError(
@@ -49,7 +51,7 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
         _rehearse(algorithm, federation)
     notes = []
     travel = {n for n, s in algorithm.uploads.items() if s.share in given and (s.kind != "rows" or proxy)}
-    averages = travel <= {"model"} and algorithm.uploads.get("model") is not None
+    averages = "model" in algorithm.uploads and {algorithm.uploads[n].kind for n in travel} <= {"params", "update"}
     if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:
         alone = _alone(algorithm, federation)
         if sum(kind.count for kind in alone) == len(federation.cards):
@@ -80,11 +82,11 @@ def _alone(algorithm: Algorithm, federation: Federation) -> list[Kind]:
     """The clients that send no tensor which another sends, too: averaging gives them nothing."""
     sent, owners = [], Counter[Any]()
     for kind in federation.cards.kinds:
-        tensors = floats(select(federation.initial(kind.arch), algorithm.part(kind.settings)))
-        mine = {  # the owners of hetero_fl.aggregation.averaging
-            (n, tuple(t.shape), "" if federation.common and n.startswith(federation.common) else kind.arch.id)
-            for n, t in tensors.items()
-        }
+        tensors = algorithm.portion(kind.arch, federation.initial(kind.arch), algorithm.part(kind.settings))
+        common = [n for n in tensors if federation.common and n.startswith(federation.common)]
+        family = algorithm.family(federation.cards[kind.first])
+        mine: set[tuple[str, tuple[int, ...], str]] = {(n, (), family) for n in tensors if n not in common}
+        mine |= {(n, tuple(tensors[n].shape), "") for n in common}  # the owners of hetero_fl.aggregation.averaging
         owners.update(dict.fromkeys(mine, kind.count))
         sent.append((kind, mine))
     return [kind for kind, mine in sent if all(owners[owner] == 1 for owner in mine)]

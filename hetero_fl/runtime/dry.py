@@ -53,7 +53,9 @@ class Expectations:
         Raises UserError if the method's `train` returns what it did not declare.
         """
         s = card.settings
-        key = (card.arch, tuple(s.shares), self.phase(s.share_every, round), _outline(broadcast))
+        own_rows = any(spec.rows_of == "train" for spec in self.algorithm.uploads.values())
+        phase = self.phase(s.share_every, round)
+        key = (card.arch, tuple(s.shares), phase, _outline(broadcast), card.n if own_rows else None)
         if key not in self._known:
             if is_own(self.algorithm):  # may differ in every round: the last round's are of no more use
                 self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
@@ -63,7 +65,7 @@ class Expectations:
 
     def phase(self, share_every: int, round: int) -> int:
         """What of the round a client's plan may depend on in form; of an own method's nothing is known."""
-        return round if is_own(self.algorithm) else round % share_every
+        return round if is_own(self.algorithm) else self.algorithm.phase(share_every, round, self.federation.rounds)
 
     def upload(self, card: Card, broadcast: Payload, round: int) -> Payload:
         """An upload as long as the real one, report included. Raises UserError as `of` does."""

@@ -72,13 +72,16 @@ class Federation:
             _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
         )  # fmt: skip
 
-    def with_models(self, archs: Sequence[Architecture]) -> Federation:
-        """The same federation, each kind of clients with its one of these models. Raises UserError naming a client whose
-        model cannot be made."""
-        for kind, arch in zip(self.cards.kinds, archs, strict=True):
-            if arch != kind.arch:
-                _check(arch, f"clients: {kind.first}: model")
-        return replace(self, cards=Roster(self.cards.clients, archs, self.data))
+    def with_models(self, archs: Sequence[Architecture] | Mapping[str, Architecture]) -> Federation:
+        """The same federation, each kind of clients (or each client, by id) with its one of these models.
+
+        Raises UserError naming a client whose model cannot be made.
+        """
+        known, cards = {kind.arch for kind in self.cards.kinds}, Roster(self.cards.clients, archs, self.data)
+        for kind in cards.kinds:
+            if kind.arch not in known:
+                _check(kind.arch, f"clients: {kind.first}: model")
+        return replace(self, cards=cards)
 
     def initial(self, arch: Architecture) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""

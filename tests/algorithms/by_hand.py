@@ -29,20 +29,40 @@ def module(arch, tensors: dict[str, Tensor]) -> nn.Module:
     return made.train()
 
 
-def train(client: Participant, parameters: list[nn.Parameter], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """One local epoch of SGD with momentum on the loss of (x, y), over the batches that the client's key draws."""
+def train(
+    client: Participant,
+    parameters: list[nn.Parameter],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    label: str = "train",
+    epochs: int = 1,
+    after: Callable[[], None] = lambda: None,
+) -> int:
+    """Local epochs of SGD with momentum on the loss of (x, y), over the batches that the client's key draws; returns the steps.
+
+    `after` is called after each.
+    """
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-    for x, y in batches(client):
+    steps = 0
+    for x, y in batches(client, label, epochs):
         optimizer.zero_grad()
         loss(x, y).backward()
         optimizer.step()
+        after()
+        steps += 1
+    return steps
 
 
-def batches(client: Participant) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one epoch of `train`."""
-    data, where = client.data("train", None), (client.clock.seed, client.clock.round, client.id, "train", 0)
-    for rows in index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), where):
+def batches(client: Participant, label: str = "train", epochs: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of the round's first fit of that label."""
+    data, where = client.data("train", None), (client.clock.seed, client.clock.round, client.id, label, 0)
+    for rows in index_batches(client.n, Fit({}, Supervised(), epochs=epochs, batch_size=BATCH), where):
         yield data["x"][rows], data["y"][rows]
+
+
+def mean(sent: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The weighted mean of named tensors."""
+    total = sum(w for w, _ in sent)
+    return {name: sum(w * t[name] for w, t in sent) / total for name in sent[0][1]}  # type: ignore[misc]
 
 
 def apart(ours: dict[str, Tensor], by_hand: nn.Module | dict[str, Tensor]) -> float:

@@ -7,6 +7,7 @@ import torch
 
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.state import floats
+from tests.runtime.test_rounds import METHODS
 from tests.small import MIXED, config, deployed, rounds_of, same_bits
 
 OFF = {"logit_adjustment": False, "teacher": "mean", "heads": "take", "distil_at": "client", "rehearse": 0.0}
@@ -59,10 +60,10 @@ def test_one_client_with_everything_is_centralised_training_bit_for_bit() -> Non
     assert same_bits(floats(fedavg.server.models[group]), floats(centralised.server.models[group]))
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedmd", "feddf", "fd", "fedproto", "fml", "fedkd", "hybrid"],
-)
+FEDERATED = [m for m in METHODS if m not in ("local", "centralized", "ensemble")]
+
+
+@pytest.mark.parametrize("algorithm", FEDERATED)
 def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
     groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]
     there = rounds_of(config(algorithm, clients__groups=groups))

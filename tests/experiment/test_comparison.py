@@ -40,7 +40,7 @@ def small(**changes: Any) -> dict[str, Any]:
         (["--seeds", ","], "--seeds: found none"),
         (["--seeds", "0,x"], "--seeds: found '0,x'"),
         (["--seeds", "0,-1"], "seed: found"),
-        (["--algorithms", ","], "--algorithms: found none; choose from all, fd, fedavg"),
+        (["--algorithms", ","], "--algorithms: found none; choose from all, dense, fedavg"),
         (["--jobs", "0"], "--jobs: found 0; take 1 or more"),
         (["--jobs", "-1"], "--jobs: found -1; take 1 or more"),
         (["--out", "a_file"], "--out: a_file is a file; name a folder"),

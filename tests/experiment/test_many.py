@@ -21,6 +21,20 @@ from hetero_fl.state import Roster
 from tests.small import config, rounds_of
 
 MILLION = 1_000_000
+STATEFUL = [
+    "fedavg",
+    "fedper",
+    "hybrid",
+    "fedproto",
+    "fml",
+    "scaffold",
+    "heterofl",
+    "ds_fl",
+    "kt_pfl",
+    "fedgkt",
+    "fedgen",
+    "dense",
+]
 
 
 def many(method: str = "fedavg", clients: int = MILLION, **changes: Any) -> dict[str, Any]:
@@ -48,7 +62,7 @@ def nobody_lists_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "__iter__", listed)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedper", "hybrid", "fedproto", "fml"])
+@pytest.mark.parametrize("method", STATEFUL)
 def test_a_run_with_a_million_clients(method: str, nobody_lists_everybody: None, tmp_path: Path) -> None:
     source = many(method, evaluation={"clients": 5}, clients__overrides=[{"match": "site_*7", "epochs": 2}])
     prepared = prepare(source)

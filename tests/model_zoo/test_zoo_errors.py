@@ -92,10 +92,10 @@ def test_the_smallest_images_are_really_the_smallest() -> None:
 
 
 def test_options_by_name() -> None:
-    assert model_options("cnn") == {"width": 16, "norm": "batch", "dropout": 0.0}
-    assert model_options("cnn_bn_small") == {"dropout": 0.0}
-    assert model_options("mlp") == {"hidden": (128,), "dropout": 0.0}
-    assert model_options("resnet20") == {"norm": "batch"}
+    assert model_options("cnn") == {"width": 16, "norm": "batch", "dropout": 0.0, "scaler": 0.0}
+    assert model_options("cnn_bn_small") == {"dropout": 0.0, "scaler": 0.0}
+    assert model_options("mlp") == {"hidden": (128,), "dropout": 0.0, "scaler": 0.0, "norm": "none"}
+    assert model_options("resnet20") == {"norm": "batch", "scaler": 0.0}
     assert model_options("resnet18") == model_options("linear") == {}
     assert model_options("timm:resnet10t") == {"drop_rate": None}
     with pytest.raises(ModelError, match="nearest is mlp"):

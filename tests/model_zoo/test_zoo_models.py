@@ -159,6 +159,9 @@ def test_weights_follow_the_global_seed() -> None:
 def test_options_change_the_model() -> None:
     assert make("mlp", hidden=[64, 32]).feature_dim == 32
     assert make("mlp", hidden=50).feature_dim == 50
+    normed = [type(m).__name__ for m in make("mlp", hidden=[6, 5], norm="batch", dropout=0.1).backbone]
+    assert normed == ["Flatten", *["Linear", "BatchNorm1d", "ReLU", "Dropout"] * 2]
+    assert not any(map(is_batch_norm, make("mlp").modules()))
     assert make("gru", hidden=20, layers=2).backbone.network.num_layers == 2
     assert len(make("vit", depth=3, patch=7).backbone.encoder.blocks) == 3
     assert make("transformer", width=32, heads=2).feature_dim == 32

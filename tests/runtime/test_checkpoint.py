@@ -176,10 +176,15 @@ def test_large_trees_are_written_in_pieces_and_are_not_in_memory_twice(
     assert all(same_bits(models[g], read["server"]["models"][g]) for g in models)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedmd", "fd", "feddf", "hybrid", "ensemble"])
+@pytest.mark.parametrize(
+    "method",
+    ["fedavg", "fedmd", "fd", "feddf", "hybrid", "ensemble", "ds_fl", "ds_fl cached", "kt_pfl", "fedgkt", "dense"],
+)
 @pytest.mark.parametrize("memory", [0, 1 << 30])
 def test_a_restored_run_goes_on_bit_for_bit_with_another_memory(method: str, memory: int, tmp_path: Path) -> None:
-    source = config(method, MIXED, clients=4, rounds=4, clients__per_round=2, server={"model": "linear"})
+    name, *cached = method.split()
+    source = config(name, MIXED, clients=4, rounds=4, clients__per_round=2, server={"model": "linear"})
+    source["algorithm"] |= {"proxy_rows": 30, "cache_life": 2} if cached else {}
     straight = rounds_of(source)
     first = rounds_of(source, held=2, store=Store(tmp_path, (1 << 30) - memory))
     first.evaluate()  # reading a model must leave no trace

@@ -13,7 +13,22 @@ from hetero_fl.experiment import prepare, run
 from hetero_fl.runtime.price import price
 from tests.small import MIXED, config, rounds_of
 
-METHODS = ["local", "centralized", "ensemble", "fedavg", "fedper", "fedmd", "feddf", "fd", "hybrid"]
+METHODS = [
+    "local",
+    "centralized",
+    "ensemble",
+    "fedavg",
+    "scaffold",
+    "heterofl",
+    "fedadam",
+    "fedper",
+    "fedbn",
+    "fedbabu",
+    "ditto",
+]
+METHODS += ["fedmd", "feddf", "fd", "hybrid"]
+METHODS += ["fedtgp", "fedgh", "fedgen", "fedmrl"]
+METHODS += ["ds_fl", "kt_pfl", "fedgkt", "dense"]
 
 
 def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -48,6 +63,12 @@ def test_sharing_now_and_then_and_evaluating_now_and_then(
 def test_a_cohort_that_is_drawn(method: str, every: int, tmp_path: Any) -> None:
     source = small(method, rounds=5, evaluation={"every": every}, clients__per_round=2)
     told, counted = told_and_counted(tmp_path, source)
+    assert told == counted and min(counted) > 0
+
+
+def test_a_cache_and_few_bits(tmp_path: Any) -> None:
+    algorithm = {"name": "ds_fl", "proxy_rows": 30, "cache_life": 3, "bits": 2}
+    told, counted = told_and_counted(tmp_path, small("ds_fl", rounds=6, clients__per_round=2, algorithm=algorithm))
     assert told == counted and min(counted) > 0
 
 

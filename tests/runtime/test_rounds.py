@@ -25,13 +25,30 @@ METHODS = [
     "fedprox",
     "fedper",
     "lg_fedavg",
+    "scaffold",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedbn",
+    "fedrep",
+    "fedbabu",
+    "ditto",
+    "heterofl",
     "fedmd",
     "feddf",
     "fd",
     "fedproto",
+    "fedtgp",
+    "fedgh",
+    "fedgen",
     "fml",
     "fedkd",
+    "fedmrl",
     "hybrid",
+    "ds_fl",
+    "kt_pfl",
+    "fedgkt",
+    "dense",
 ]
 
 
@@ -76,9 +93,9 @@ def test_a_model_is_read_as_training_will_find_it() -> None:
     read = deployed(rounds, "site_1").models["model"]
     found, fit = [], type(rounds.algorithm).rehearsal
 
-    def before(self: Any, client: Any, teacher: Any) -> Fit:
+    def before(self: Any, client: Any, *rest: Any) -> Fit:
         found.append(client.models["model"])
-        return fit(self, client, teacher)
+        return fit(self, client, *rest)
 
     rounds.algorithm = type("Watched", (type(rounds.algorithm),), {"rehearsal": before})(
         **rounds.algorithm.model_dump()

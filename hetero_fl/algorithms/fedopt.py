@@ -1,0 +1,96 @@
+"""Server optimisers: the mean update of a round is taken for a gradient, and the server follows it with a memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveFloat
+
+from hetero_fl.aggregation.averaging import step
+from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.base import algorithm
+from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.architecture import Tensors
+from hetero_fl.plan import Plan
+from hetero_fl.state import Participant
+
+
+class ServerOptimizer(FedAvg):
+    """Parameters move by an optimiser over Δ = Σ w_k θ_k − θ, within each architecture; buffers take the mean as it is, since
+    an extrapolated variance may be negative. What the optimiser remembers stays at the server.
+
+    Δ is what clients moved from the server's model of now. A tensor that nobody sends in a round does not move, and neither
+    does its memory.
+    """
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        memory: dict[str, Any] = server.state.setdefault("optimizer", {})
+        for group, mean in uploads.mean_by_group("model").items():
+            parameters, model = server.arch[group].parameter_names, server.models[group]
+            buffers = {n: t for n, t in mean.items() if n not in parameters}
+            held = memory.setdefault(group, {})
+            moved = self.moved(model, {n: t for n, t in mean.items() if n in parameters}, held)
+            server.models[group] = {**model, **buffers, **moved}
+        yield from ()
+
+    def moved(self, model: Tensors, mean: Tensors, held: dict[str, Tensors]) -> Tensors:
+        """The parameters after the step; `held` is the optimiser's memory, tensors by kind and name, to be updated."""
+        raise TypeError(f"{type(self).__name__} has no server optimiser")
+
+
+@algorithm("fedavgm")
+class FedAvgM(ServerOptimizer):
+    """Momentum at the server: v ← β·v + Δ, θ ← θ + λ·v (Hsu et al. 2019, section 4.2; Reddi et al. 2021)."""
+
+    momentum: float = Field(0.9, ge=0, lt=1, description="β: what is kept of the earlier updates")
+
+    def moved(self, model: Tensors, mean: Tensors, held: dict[str, Tensors]) -> Tensors:
+        velocity = held.setdefault("velocity", {})
+        ahead = step(model, mean, self.server_lr, mean)  # θ + λΔ: with β = 0 FedAvg to the bit
+        for n, average in mean.items():
+            earlier = self.momentum * velocity[n] if n in velocity else torch.zeros_like(average)
+            velocity[n] = earlier + (average - model[n])
+            ahead[n] = ahead[n] + self.server_lr * earlier
+        return {n: ahead[n] for n in mean}
+
+
+class Adaptive(ServerOptimizer):
+    """m ← β₁m + (1 − β₁)Δ, θ ← θ + λ·m/(√v + τ), v from Δ² as the method has it, τ² at first (Reddi et al. 2021, Algorithm 2);
+    no correction of the first rounds' bias, as in the paper."""
+
+    server_lr: PositiveFloat = Field(0.01, description="λ: about how far a parameter moves a round")
+    beta1: float = Field(0.9, ge=0, lt=1, description="β₁: what is kept of the mean update")
+    beta2: float = Field(0.99, ge=0, lt=1, description="β₂: what is kept of its square")
+    tau: PositiveFloat = Field(1e-3, description="τ: adaptivity, added to √v; small adapts more")
+
+    def moved(self, model: Tensors, mean: Tensors, held: dict[str, Tensors]) -> Tensors:
+        first, second = held.setdefault("first", {}), held.setdefault("second", {})
+        moved = {}
+        for n, average in mean.items():
+            change = average - model[n]
+            m, v = first.get(n, torch.zeros_like(change)), second.get(n, torch.full_like(change, self.tau**2))
+            first[n], second[n] = self.beta1 * m + (1 - self.beta1) * change, self.square(v, change.square())
+            moved[n] = model[n] + self.server_lr * first[n] / (second[n].sqrt() + self.tau)
+        return moved
+
+    def square(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """v after a round whose mean update has these squares."""
+        raise TypeError(f"{type(self).__name__} has no second moment")
+
+
+@algorithm("fedadam")
+class FedAdam(Adaptive):
+    """Adam at the server: v ← β₂v + (1 − β₂)Δ² (Reddi et al. 2021, Algorithm 2)."""
+
+    def square(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        return self.beta2 * v + (1 - self.beta2) * change
+
+
+@algorithm("fedyogi")
+class FedYogi(Adaptive):
+    """Yogi at the server: v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large update does not rule v (Reddi et al. 2021,
+    Algorithm 2)."""
+
+    def square(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        return v - (1 - self.beta2) * change * (v - change).sign()

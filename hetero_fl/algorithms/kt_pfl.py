@@ -1,0 +1,130 @@
+"""KT-pFL: each client has a teacher of its own, a mixture of all clients' predictions with weights that are learned."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.base import Items, algorithm
+from hetero_fl.algorithms.distillation import TEACHER, OnProxy
+from hetero_fl.architecture import Architecture
+from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.payload import ItemSpec, Payload
+from hetero_fl.plan import Fit, Plan, Predict, Rows, Table
+from hetero_fl.state import Card, Participant
+from hetero_fl.teaching import TINY, Coefficients
+
+MIX = "mix"  # a linear layer without bias whose row k is c_k
+
+
+@algorithm("kt_pfl")
+class KTpFL(OnProxy):
+    """Client k distils Σ_j c_kj p_j, p_j the softened predictions on the proxy set; the server learns c by gradient steps on
+    Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖² (Zhang et al. 2021, Algorithm 1).
+
+    Rows of c stay distributions: after each step they are projected onto the simplex. In a round in which only some take
+    part, c is learned among them, each row's weight on the absent stays, and teachers are mixtures of those present. The
+    server keeps `coefficients` `[S, S]` of the S clients `seen` so far; all others are 1/N.
+    """
+
+    shared = ()
+    uploads = {"predictions": ItemSpec("rows", use="each", private=True, share="predictions")}
+    tasks = ("multiclass",)
+    reads = "after private training and distillation, as in the paper"
+
+    temperature: PositiveFloat = 10.0
+    digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set after private training")
+    rho: NonNegativeFloat = Field(0.7, description="ρ: pull of the coefficients towards 1/N")
+    coefficient_lr: PositiveFloat = Field(0.01, description="learning rate of the coefficients")
+    coefficient_steps: NonNegativeInt = Field(
+        5, description="gradient steps on the coefficients a round; 0: plain means"
+    )
+
+    @staticmethod
+    def places(server: Participant, ids: list[str]) -> Tensor:
+        """Rows and columns of clients that were seen in c, int64."""
+        place = {id: i for i, id in enumerate(server.state["seen"])}
+        return torch.tensor([place[id] for id in ids])
+
+    def broadcast(self, server: Participant, card: Card) -> Items:
+        state = server.state
+        if card.reading or "senders" not in state:
+            return {}
+        weights = torch.ones(len(state["senders"]))
+        if card.id in state["seen"]:
+            weights = state["coefficients"][self.places(server, [card.id]), self.places(server, state["senders"])]
+        return {**self.remembered(server), TEACHER: self.mixture(shares(weights), state["predictions"])}
+
+    def mixture(self, weights: Tensor, p: Tensor) -> Tensor:
+        """Logits `[D, C]` whose softmax at temperature T is the mixture of predictions `[K, D, C]`."""
+        return self.temperature * torch.einsum("k,kdc->dc", weights, p).clamp(min=TINY).log()
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        yield from self.deploy(client, got)
+        yield self.fit(client)
+        if TEACHER in got:
+            yield self.digest(client, got[TEACHER], self.digest_epochs, self.taught(client, got))
+        if not self.gives(client, "predictions"):
+            return {}
+        logits = yield Predict("model", Rows("proxy", self.drawn(client)))
+        return {"predictions": (logits / self.temperature).softmax(-1)}
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        sent = uploads.having("predictions")
+        if not sent:
+            return
+        p, ids = torch.stack([u.payload["predictions"] for u in sent]), [u.client for u in sent]
+        c = self.grown(server, ids)
+        place = self.places(server, ids)
+        among = c[place][:, place]
+        if self.coefficient_steps:
+            learned = yield from self.learned(server, shares(among), p)
+            c[place[:, None], place] = learned * among.sum(1, keepdim=True)
+        self.remember(server, coefficients=c, predictions=p, senders=ids)
+        yield from self.train_student(server, self.mixture(torch.full((len(ids),), 1 / len(ids)), p))
+
+    @staticmethod
+    def grown(server: Participant, ids: list[str]) -> Tensor:
+        """c of all clients seen, these among them from now on."""
+        had, seen = server.state.get("coefficients"), server.state.get("seen", [])
+        known = set(seen)
+        server.state["seen"] = seen = [*seen, *(id for id in ids if id not in known)]
+        c = torch.full((len(seen), len(seen)), 1 / len(server.peers))
+        if had is not None:
+            c[: len(had), : len(had)] = had
+        return c
+
+    def learned(self, server: Participant, mix: Tensor, p: Tensor) -> Plan[Tensor]:
+        """Coefficients `[K, K]` after this round's gradient steps."""
+        k = len(mix)
+        server.arch[MIX] = Architecture.of("linear", k, (k,))
+        for _ in range(self.coefficient_steps):
+            server.models[MIX] = {"head.weight": mix.t().contiguous(), "head.bias": torch.zeros(k)}
+            yield Fit(
+                {MIX: ("head.weight",)},
+                Coefficients(self.temperature, self.rho),
+                Table({"x": torch.eye(k), "own": torch.arange(k)}),
+                batch_size=k,
+                optimizer=OptimizerConfig(name="sgd", lr=self.coefficient_lr * k),  # a sum over clients, not their mean
+                given={"predictions": p},
+                label="coefficients",
+            )
+            mix = on_simplex(server.models[MIX]["head.weight"].t())
+        del server.arch[MIX], server.models[MIX]
+        return mix
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Each row divided by its sum; equal shares where that is nought."""
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total > 0, weights / total.clamp(min=TINY), torch.full_like(weights, 1 / weights.shape[-1]))
+
+
+def on_simplex(rows: Tensor) -> Tensor:
+    """The nearest distribution to each row (Euclidean; Duchi et al. 2008, Figure 1)."""
+    u = rows.sort(-1, descending=True).values
+    excess = (u.cumsum(-1) - 1) / torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype)
+    last = (u > excess).sum(-1, keepdim=True) - 1
+    return (rows - excess.gather(-1, last)).clamp(min=0)

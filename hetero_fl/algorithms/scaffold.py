@@ -1,0 +1,117 @@
+"""SCAFFOLD: control variates against the drift of clients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from pydantic import Field, PositiveFloat
+
+from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.algorithms.fedavg import FedAvg
+from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.payload import Item, ItemSpec, Payload
+from hetero_fl.plan import FitReport, Plan
+from hetero_fl.state import Card, Kind, Part, Participant, Roster, select
+
+CONTROL = "control"
+
+
+@algorithm("scaffold")
+class Scaffold(FedAvg):
+    """Each local step is corrected by c − c_k, the federation's and the client's own mean gradient (Karimireddy et al. 2020,
+    Algorithm 1, option II).
+
+    After K steps of rate η from x to y: c_k⁺ = c_k − c + (x − y)/(Kη), and the server's c moves by |S|/N times the mean of
+    c_k⁺ − c_k over the S of N clients that took part, weighted as the models are (the paper: evenly). The correction follows the
+    optimiser's step: inside the gradient, momentum would pile it up. A client whose optimiser is not SGD trains with SGD, as
+    Kη says nothing of Adam's steps. c_k never leaves the client, its change does.
+    """
+
+    uploads = {"model": ItemSpec("params"), CONTROL: ItemSpec("update")}
+
+    sgd_lr: PositiveFloat = Field(0.01, description="learning rate of SGD for clients whose optimiser is another")
+    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD for these clients")
+
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+        other = [kind for kind in cards.kinds if kind.settings.optimizer.name != "sgd"]
+        sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g}) in place of their own optimiser"
+        return self, [f"scaffold trains {cards.named(other)} with {sgd}"] if other else []
+
+    def optimizer(self, client: Participant) -> OptimizerConfig:
+        """The client's SGD of this round, or the method's in place of another optimiser."""
+        config = client.settings.optimizer
+        if config.name != "sgd":
+            changes = {"name": "sgd", "lr": self.sgd_lr, "head_lr": None, "momentum": self.sgd_momentum}
+            config = config.model_copy(update=changes)
+        return config.at(client.clock.round, client.clock.rounds)
+
+    # The round -----------------------------------------------------------------------------------------------------
+    def start(self, server: Participant) -> None:
+        server.state[CONTROL] = {
+            group: {n: torch.zeros_like(model[n]) for n in model if n in server.arch[group].parameter_names}
+            for group, model in server.models.items()
+        }
+
+    def broadcast(self, server: Participant, card: Card) -> Items:
+        items = super().broadcast(server, card)
+        if "model" in items and not card.reading:
+            items[CONTROL] = select(server.state[CONTROL][card.arch.id], self.takes(card.settings, server.clock.round))
+        return items
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        yield from self.deploy(client, got)
+        model, optimizer = client.models["model"], self.optimizer(client)
+        names = client.arch["model"].parameter_names
+        shared = {n: t for n, t in select(model, self.part(client.settings)).items() if n in names}
+        mine = client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
+        if CONTROL in got or "since" not in client.state:  # with nothing received there is nothing to correct
+            client.state["since"] = {CONTROL: got.get(CONTROL, mine), "start": shared, "path": 0.0}
+        since = client.state["since"]  # kept until the client uploads, which may be rounds later (`share_every`)
+        # The runtime multiplies by lr: a head with a rate of its own gets its correction at that rate.
+        head = (optimizer.head_lr or optimizer.lr) / optimizer.lr
+        rates = {n: head if n.startswith("head.") else 1.0 for n in mine}
+        drift = {n: rates[n] * (c - mine[n]) for n, c in since[CONTROL].items()}
+        report: FitReport = yield self.fit(client, optimizer=optimizer, drift={"model": drift})
+        since["path"] += report.steps * optimizer.lr
+        items = self.share(client)
+        if items:
+            moved = {n: (x - client.models["model"][n]) / (since["path"] * rates[n]) for n, x in since["start"].items()}
+            client.state[CONTROL] = {n: mine[n] - since[CONTROL][n] + d for n, d in moved.items()}
+            change = {n: c - mine[n] for n, c in client.state[CONTROL].items()}
+            items[CONTROL] = Item(change, self.weight_of(client), "update")
+            del client.state["since"]
+        return items
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        yield from super().aggregate(server, uploads)
+        sent, all_ = self.members(uploads.senders(CONTROL)), self.members(server.peers.kinds)
+        for group, mean in uploads.mean_by_group(CONTROL).items():
+            held = server.state[CONTROL][group]
+            for n, change in mean.items():
+                share = self.owned(server, sent, group, n) / self.owned(server, all_, group, n)
+                held[n] = held[n] + share * change
+        yield from ()
+
+    def members(self, clients: Iterable[Card | Kind]) -> Counter[tuple[str, Part]]:
+        """How many clients these are, by architecture and by the part of the model that they share."""
+        total: Counter[tuple[str, Part]] = Counter()
+        for c in clients:
+            total[c.arch.id, self.part(c.settings)] += c.count if isinstance(c, Kind) else 1
+        return total
+
+    @staticmethod
+    def owned(server: Participant, members: Mapping[tuple[str, Part], int], group: str, name: str) -> int:
+        """How many of them share that tensor with the group."""
+        models, common = server.models, bool(server.common) and name.startswith(server.common)
+        return sum(
+            count
+            for (other, part), count in members.items()
+            if (part is None or name.startswith(part))
+            and (
+                other == group
+                or (common and name in models[other] and models[other][name].shape == models[group][name].shape)
+            )
+        )

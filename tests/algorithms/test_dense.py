@@ -1,0 +1,225 @@
+"""DENSE: the server's round by hand, the generator's objective, one upload, no data, and who reads what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import prepare
+from hetero_fl.objectives import Batch, Net, Nets, Supervised
+from hetero_fl.payload import Payload
+from hetero_fl.plan import Fit, Rows
+from hetero_fl.runtime.batches import index_batches
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.seeding import generator
+from hetero_fl.state import floats
+from hetero_fl.synthesis import BatchStatistics, Generator, Synthesis, seen
+from model_zoo import create_model, is_batch_norm
+from tests.algorithms.by_hand import apart, clients, module
+from tests.small import MIXED, config, deployed, rounds_of, same_bits
+
+FEW = {"synthesis_epochs": 2, "generator_steps": 3, "student_steps": 4, "synthetic_batch": 12, "noise": 5}
+
+
+def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
+    mine = {"name": "dense", **FEW, **settings}
+    return config("dense", models, clients, algorithm=mine, server={"optimizer": {"name": "sgd", "lr": 0.05}})
+
+
+def statistics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in evaluation mode, and the sum over BatchNorm layers of both distances, by hooks."""
+    found = [torch.zeros(())]
+
+    def note(layer: Any, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].transpose(0, 1).flatten(1)
+        found.append(((x.mean(1) - layer.running_mean) ** 2).sum().sqrt())
+        found.append(((x.var(1, correction=0) - layer.running_var) ** 2).sum().sqrt())
+
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if is_batch_norm(m)]
+    z = model(x).logits
+    for hook in hooks:
+        hook.remove()
+    return z, sum(found)  # type: ignore[return-value]
+
+
+def by_hand(teachers: list[nn.Module], student: nn.Module, x: Tensor, y: Tensor, bn: float, adv: float) -> Tensor:
+    said = [statistics(t, x) for t in teachers]
+    mean, s = sum(z for z, _ in said) / len(said), student(x).logits
+    p, q = mean.softmax(1), s.softmax(1)
+    kl = (p * (p.log() - q.log())).sum(1)
+    kl = torch.where(mean.argmax(1) == s.argmax(1), torch.zeros_like(kl), kl)
+    return F.cross_entropy(mean, y) + bn * sum(b for _, b in said) / len(said) - adv * kl.mean()
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_servers_round_by_hand() -> None:
+    rounds = rounds_of(federation(statistics_weight=0.7, adversarial_weight=0.3, student="site_2"), held=1)
+    rounds._clock(1)
+    sent = {}
+    for id, client in clients(rounds).items():
+        rounds.performer.perform([(client, rounds.algorithm.fit(client))])
+        sent[id] = module(client.arch["model"], client.models["model"]).eval()
+    card = rounds.federation.cards["site_2"]
+    student = module(card.arch, rounds.server.models[card.arch.id])
+    rounds.round()
+    imager_arch = rounds.algorithm.generator((1, 8, 8))
+    imager = module(imager_arch, imager_arch.initial(0))
+    adam, sgd = torch.optim.Adam(imager.parameters(), lr=1e-3), torch.optim.SGD(student.parameters(), lr=0.05)
+    teachers, pool, logits = list(sent.values()), [], []
+    for epoch in range(2):
+        draws = generator(0, 1, "server", "noise", epoch)
+        z = torch.randn(12, 5, generator=draws)
+        y = torch.randint(10, (12,), generator=draws)
+        for _ in range(3):
+            adam.zero_grad()
+            by_hand(teachers, student.eval(), imager(z).logits.view(12, 1, 8, 8), y, 0.7, 0.3).backward()
+            adam.step()
+        with torch.no_grad():
+            pool.append(imager(z).logits.view(12, 1, 8, 8))
+            logits.append(sum(t(pool[-1]).logits for t in teachers) / 3)
+        x, teacher = torch.cat(pool), torch.cat(logits)
+        for rows in index_batches(
+            len(x), Fit({}, Supervised(), steps=4, batch_size=12), (0, 1, "server", "student", epoch)
+        ):
+            sgd.zero_grad()
+            p, log_q = (teacher[rows] / 4).softmax(1), (student.train()(x[rows]).logits / 4).log_softmax(1)
+            (16 * (p * (p.log() - log_q)).sum(1).mean()).backward()
+            sgd.step()
+    assert apart(rounds.server.models[card.arch.id], student) < 1e-9
+    assert set(rounds.server.models) == {c.arch.id for c in rounds.federation.cards.values()}
+    assert set(rounds.server.state) == {"student"}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("bn", "adv"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.8)])
+def test_the_objective_term_by_term_and_stacked(bn: float, adv: float) -> None:
+    torch.manual_seed(1)
+    teachers = [create_model("cnn_bn_small", 10, 1, 8).eval(), create_model("cnn_gn_small", 10, 1, 8).eval()]
+    student, imager = create_model("mlp", 10, 1, 8).eval(), Generator(64, 5, (1, 8, 8))
+    nets = Nets({"a": Net.live(teachers[0]), "b": Net.live(teachers[1]), "s": Net.live(student)})
+    nets["generator"] = Net.live(imager)
+    view = ((1, 8, 8), None, None)
+    objective = Synthesis((1, 8, 8), (("a", view), ("b", view)), ("s", view), bn, adv)
+    z, y = torch.randn(9, 5), torch.arange(9)
+    total = objective.total(nets, Batch(x=z, y=y), {})
+    want = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, bn, adv)
+    assert torch.allclose(total, want, rtol=0, atol=1e-12)
+    alone = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, 0, 0)
+    assert bool((want - alone).abs() > 1e-4) == bool(bn + adv)
+    stacked = torch.vmap(lambda a: objective.total(nets, Batch(x=a, y=y), {}))(torch.stack([-z, z]))
+    assert torch.allclose(stacked[1], total, rtol=0, atol=1e-10)
+    nets["s"] = nets["a"]  # a student that says what its only teacher says is no adversary
+    agreed = Synthesis((1, 8, 8), (("a", view),), ("s", view), 0.0, 5.0).total(nets, Batch(x=z, y=y), {})
+    assert torch.allclose(agreed, F.cross_entropy(teachers[0](imager(z).logits.view(9, 1, 8, 8)).logits, y))
+
+
+def test_a_model_without_batch_norm_has_no_statistics_and_views_are_those_of_each() -> None:
+    with BatchStatistics() as found:
+        create_model("cnn_gn_small", 10, 1, 8)(torch.rand(4, 1, 8, 8))
+    assert found.apart == 0.0
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(seen(x, ((1, 8, 8), None, None)), x)
+    grown = seen(x, ((3, 12, 12), 0.5, 0.25))
+    want = (F.interpolate(x, size=(12, 12), mode="bilinear", align_corners=False).expand(-1, 3, 12, 12) - 0.5) / 0.25
+    assert torch.allclose(grown, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 14), (6,), (2, 15)])
+def test_a_generator_for_every_shape(shape: tuple[int, ...]) -> None:
+    size = int(torch.tensor(shape).prod())
+    made = Generator(size, 5, shape)(torch.randn(4, 5)).logits
+    assert made.shape == (4, size)
+    assert len(shape) != 3 or bool(((made >= 0) & (made <= 1)).all())
+
+
+def uploads(rounds: Rounds) -> list[dict[str, list[str]]]:
+    """What each client sends, by round."""
+    seen_: list[dict[str, list[str]]] = []
+    receive = rounds.receive
+
+    def note(client: str, data: bytes, index: int) -> Payload:
+        payload = receive(client, data, index)
+        seen_[-1][client] = list(payload)
+        return payload
+
+    rounds.receive = note  # type: ignore[method-assign]
+    while rounds.completed < rounds.federation.rounds:
+        seen_.append({})
+        rounds.round()
+    return seen_
+
+
+def test_models_travel_once_and_until_then_it_is_local() -> None:
+    source = {**federation(), "rounds": 3}
+    source["clients"]["overrides"] = [{"match": "site_3", "shares": ["backbone"]}]
+    rounds = rounds_of(source, held=0)
+    assert uploads(rounds) == [
+        {"site_1": [], "site_2": [], "site_3": []},
+        {"site_1": [], "site_2": [], "site_3": []},
+        {"site_1": ["model"], "site_2": ["model"], "site_3": []},  # half a model is no teacher
+    ]
+    local = rounds_of({**config("local", MIXED, 3), "rounds": 3})
+    for id in local.federation.cards:
+        assert same_bits(rounds.store.get(id).models["model"], local.store.get(id).models["model"])
+
+
+def test_the_server_sees_no_data() -> None:
+    rounds = rounds_of({**federation(), "data": {**federation()["data"], "proxy": {"size": 0}}}, held=1)
+
+    def refuse(name: str, through: Any) -> Any:
+        raise AssertionError(f"asked for {name}")
+
+    rounds.server.data = refuse
+    rounds.round()
+    assert "student" in rounds.server.state
+
+
+def test_everybody_uses_the_student_once_there_is_one() -> None:
+    source = federation(student="site_2")
+    source["clients"]["overrides"] = [{"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}]
+    rounds = rounds_of(source, held=1)
+    site = rounds.executor.site  # type: ignore[attr-defined]
+    before = deployed(rounds, "site_1")
+    assert before.arch.keys() == {"model"} and rounds.evaluate().server is None
+    rounds.round()
+    client, home = deployed(rounds, "site_1"), clients(rounds)["site_2"]
+    student = rounds.server.models[home.arch["model"].id]
+    with torch.no_grad():
+        want = module(home.arch["model"], student).eval()(home.data("common_test", None)["x"]).logits
+    assert torch.allclose(site.predict(client, Rows("common_test"), False), want, atol=1e-5)
+    readings = rounds.evaluate()
+    assert readings.server is not None
+    assert readings.server["global"]["accuracy"] == pytest.approx(
+        readings.clients["site_1"].scores["global"]["accuracy"]
+    )
+    assert "student" not in rounds.store.get("site_1").models
+    assert set(floats(student)) == set(
+        rounds.algorithm.broadcast(rounds.server, replace(rounds.federation.cards["site_1"], reading=True))["student"]
+    )
+
+
+def test_the_student_is_the_most_frequent_model_and_mistakes_are_one_line() -> None:
+    models = ["cnn_bn_small", "mlp", "mlp", "cnn_gn_small"]
+    prepared = prepare(federation(models, 4))
+    assert prepared.config.algorithm["student"] == "site_2" and "mlp" in prepared.notes[-1]
+    for student, words in (("site_9", "algorithm.student: found 'site_9'; did you mean"),):
+        with pytest.raises(UserError) as error:
+            prepare(federation(student=student))
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_student_learns_from_models_alone() -> None:
+    """Long enough, it is far better than by chance on examples that it has never seen."""
+    longer = {"synthesis_epochs": 8, "generator_steps": 12, "student_steps": 25, "synthetic_batch": 64, "noise": 32}
+    source = federation("cnn_bn_small", 2, **longer)
+    source["data"]["partition"] = {"kind": "iid"}
+    source["clients"]["defaults"]["epochs"] = 6
+    source["server"] = {"optimizer": {"name": "adam", "lr": 0.005}}
+    scores = rounds_of(source).evaluate().server
+    assert scores is not None and scores["global"]["accuracy"] > 0.3

@@ -1,0 +1,259 @@
+"""DS-FL: a round by hand with each of its options, the cache against a table of versions, the quantiser, limits."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.algorithms import DSFL
+from hetero_fl.channel.soft_labels import pack, quantised, unpack
+from hetero_fl.objectives import Digest
+from hetero_fl.payload import Item, Payload
+from hetero_fl.plan import Fit
+from hetero_fl.runtime.batches import index_batches
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.site import Site
+from hetero_fl.seeding import generator
+from hetero_fl.state import Participant
+from hetero_fl.task import Task
+from tests.algorithms.by_hand import apart, clients, module, train
+from tests.small import MIXED, config, rounds_of, same_bits
+
+DIGITS = Task("multiclass", 10)
+
+
+def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
+    return config("ds_fl", models, clients, algorithm={"name": "ds_fl", "proxy_rows": 40, **settings})
+
+
+def drawn(index: int) -> Tensor:
+    return torch.randperm(60, generator=generator(0, index, "proxy rows"))[:40].sort().values
+
+
+def follow(client: Participant, model: torch.nn.Module, x: Tensor, p: Tensor) -> None:
+    """One epoch of cross-entropy towards probabilities, over the batches that the client's key draws."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    where = (client.clock.seed, client.clock.round, client.id, "digest", 0)
+    for rows in index_batches(len(x), Fit({}, Digest(), batch_size=32), where):
+        optimizer.zero_grad()
+        (-(p[rows] * model(x[rows]).logits.log_softmax(1)).sum(1).mean()).backward()
+        optimizer.step()
+
+
+def voted(p: Tensor) -> Tensor:
+    return F.one_hot(p.argmax(1), 10).to(p.dtype)
+
+
+SHARPENED = {
+    "era": lambda p: (p / 0.2).softmax(1),
+    "power": lambda p: p**1.7 / (p**1.7).sum(1, keepdim=True),
+    "none": lambda p: p,
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("sharpen", "teacher", "bits"),
+    [
+        ("era", "mean", None),
+        ("power", "samples", None),
+        ("none", "mean", None),
+        ("era", "mean", 1),
+        ("power", "entropy", 2),
+    ],
+)
+def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
+    settings = {"sharpen": sharpen, "era_temperature": 0.2, "beta": 1.7, "teacher": teacher, "bits": bits}
+    rounds = rounds_of(federation(**settings), held=1)
+    before, consensus = clients(rounds), rounds.server.state["teacher"].softmax(1)
+    assert rounds.server.state["drawn"].tolist() == [0]
+    rounds.round()
+    said, weights = [], []
+    for id, client in before.items():
+        model, public = module(client.arch["model"], client.models["model"]), client.data("proxy", None)["x"]
+        follow(client, model, public[drawn(0)], consensus)
+        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        with torch.no_grad():
+            p = model.eval()(public[drawn(1)]).logits.softmax(1)
+        said.append({None: p, 1: voted(p), 2: quantised(p, 2) / 3}[bits])
+        sure = (p * p.log()).sum(1, keepdim=True).exp()
+        weights.append({"samples": client.n, "mean": 1, "entropy": sure}[teacher])
+    mean = sum(w * p for w, p in zip(weights, said, strict=True)) / sum(weights)
+    ours = rounds.server.state["teacher"].softmax(1)
+    assert rounds.server.state["drawn"].tolist() == [1]
+    assert float((ours - SHARPENED[sharpen](mean)).abs().max()) < 1e-9
+
+
+def test_entropy_is_reduced_on_probabilities_and_labels_are_sharpened_one_by_one() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    era = DSFL(era_temperature=0.1).sharpened(Task("multiclass", 3), p).softmax(1)
+    assert torch.allclose(era, (p / 0.1).exp() / (p / 0.1).exp().sum(1, keepdim=True), atol=1e-6)
+    labels = Task("multilabel", 3)
+    yes = DSFL(era_temperature=0.1).sharpened(labels, p).sigmoid()
+    assert torch.allclose(yes, torch.stack([p, 1 - p], -1).div(0.1).softmax(-1)[..., 0], atol=1e-6)
+    power = DSFL(sharpen="power", beta=2.0).sharpened(labels, p).sigmoid()
+    assert torch.allclose(power, p**2 / (p**2 + (1 - p) ** 2), atol=1e-6)
+    assert torch.allclose(DSFL(sharpen="none").sharpened(labels, p).sigmoid(), p, atol=1e-6)
+    sure = torch.tensor([[0.0, 1.0, 0.0]])  # votes in one bit
+    for task in (labels, Task("multiclass", 3)):
+        assert all(DSFL(sharpen=how).sharpened(task, sure).isfinite().all() for how in ("era", "power", "none"))
+
+
+def test_the_contrast_weighted_teacher_is_that_of_log_probabilities() -> None:
+    counts, g = torch.tensor([5.0, 0, 3]), torch.Generator().manual_seed(1)
+    z = 8 * torch.randn(4, 3, generator=g)
+    task = Task("multiclass", 3)
+    item = DSFL(teacher="contrast").said(task, z, counts, 8)
+    assert isinstance(item.values, Tensor)
+    assert torch.allclose(item.values, z.log_softmax(1).clamp(min=-8), atol=1e-4)
+    assert torch.allclose(torch.as_tensor(item.weight), counts * (1 - counts / 8) + 0.1)
+    ours = DSFL(teacher="contrast", sharpen="none").sharpened(task, item.values).softmax(1)
+    assert torch.allclose(ours, item.values.softmax(1), atol=1e-6)
+
+
+# The cache ---------------------------------------------------------------------------------------------------------
+
+
+def watched(rounds: Rounds, seen: dict[str, Payload]) -> None:
+    """Note what each client receives to train on."""
+    site: Site = rounds.executor.site  # type: ignore[attr-defined]
+    train_ = site._train
+
+    def note(broadcasts: Any, index: int) -> Any:
+        seen.update({c: Payload.decode(b) for c, b in broadcasts.items()})
+        return train_(broadcasts, index)
+
+    site._train = note  # type: ignore[method-assign]
+
+
+def test_only_rows_that_the_receiver_lacks_or_that_expired_travel() -> None:
+    life = 3
+    source = {**federation("mlp", 4, cache_life=life), "rounds": 8, "server": {"model": "linear"}}
+    source["clients"]["overrides"] = [{"match": "site_4", "shares": ["statistics"]}]  # receives, and says nothing
+    source["clients"]["per_round"] = 2
+    rounds, seen = rounds_of(source, held=0), {}
+    watched(rounds, seen)
+    made: dict[int, int] = {}  # row -> the round of the server's newest word on it
+    has: dict[str, dict[int, int]] = {id: {} for id in rounds.federation.cards}
+    asked_all, again, last = [], 0, -1
+    for index in range(8):
+        seen.clear()
+        due = [r for r in drawn(index).tolist() if r not in made or index - made[r] >= life]
+        again += sum(r in made for r in due)
+        words = rounds.server.state.get("teacher")
+        rounds.round()
+        for id, got in seen.items():
+            assert got["ask"].tolist() == due
+            if words is None:
+                continue
+            lacking = [r for r, version in sorted(made.items()) if has[id].get(r) != version]
+            assert got["new"].tolist() == lacking and len(got["teacher"]) == len(lacking)
+            has[id] = dict(made)
+            cache = rounds.store.get(id).state["cache"]
+            assert torch.equal(cache[list(made)], words[list(made)])
+        asked_all.append(len(due))
+        if any(id != "site_4" for id in seen):
+            made.update(dict.fromkeys(due, index))
+        if all(r in made and index - made[r] < life for r in drawn(index).tolist()):
+            last = index
+        assert rounds.server.state.get("drawn", torch.tensor([-1])).tolist() == [last]
+    assert asked_all[0] == 40 and min(asked_all) < 15 and again > 0
+    assert any(len(h) for h in has.values())
+
+
+def test_a_cache_that_forgets_at_once_is_none_bit_for_bit_and_a_longer_one_saves_bytes_both_ways() -> None:
+    plain, at_once, longer = (rounds_of({**federation("mlp", cache_life=life), "rounds": 5}) for life in (None, 1, 50))
+    for id in plain.federation.cards:
+        assert same_bits(plain.store.get(id).models["model"], at_once.store.get(id).models["model"])
+    assert not same_bits(plain.store.get("site_1").models["model"], longer.store.get("site_1").models["model"])
+    assert longer.traffic.up < 0.5 * plain.traffic.up and longer.traffic.down < 0.8 * plain.traffic.down
+
+
+def test_nobody_speaks_and_the_cache_goes_on() -> None:
+    source = federation("mlp", cache_life=4)
+    source["clients"]["defaults"]["share_every"] = 2
+    rounds = rounds_of({**source, "rounds": 3}, held=1)
+    assert not {"teacher", "drawn"} & set(rounds.server.state)  # nobody has spoken: nothing to learn from yet
+    for _ in range(2):  # in the second of them nobody speaks: the last consensus stays, on its own rows
+        rounds.round()
+        assert rounds.server.state["drawn"].tolist() == [1]
+
+
+# Few bits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_the_quantiser_finds_the_nearest_distribution(bits: int) -> None:
+    top = 2**bits - 1
+    every = torch.tensor([q for q in itertools.product(range(top + 1), repeat=4) if sum(q) == top]) / top
+    p = (2 * torch.randn(60, 4, generator=torch.Generator().manual_seed(bits))).softmax(1)
+    levels = quantised(p, bits)
+    assert (levels.sum(1) == top).all()
+    nearest = (p[:, None] - every).abs().sum(-1).min(1).values
+    assert torch.allclose((p - levels / top).abs().sum(1), nearest, atol=1e-5)
+    if bits == 1:
+        assert torch.equal(levels.argmax(1), p.argmax(1))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("classes", [1, 3, 10])
+def test_packing_loses_nothing(bits: int, classes: int) -> None:
+    levels = torch.randint(2**bits, (7, classes), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    packed = pack(levels, bits)
+    assert packed.shape == (7, -(-classes * bits // 8)) and torch.equal(unpack(packed, bits, classes), levels)
+
+
+def test_labels_are_rounded_one_by_one() -> None:
+    p = torch.tensor([[0.2, 0.9, 0.6]])
+    assert quantised(p, 1, sums_to_one=False).tolist() == [[0, 1, 1]]
+
+
+def test_a_bit_saves_what_it_promises_and_eight_change_little() -> None:
+    plain, one, eight = (rounds_of(federation("mlp", bits=bits), held=1) for bits in (None, 1, 8))
+    assert plain.traffic.up - one.traffic.up > 3 * 40 * (10 * 4 - 2) - 200
+    era = [r.server.state["teacher"] * 0.1 for r in (plain, eight)]
+    assert float((era[0] - era[1]).abs().max()) < 1 / 255
+
+
+# Limits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"sharpen": "power", "beta": 1.0}, {"sharpen": "none"}),
+        ({"proxy_rows": 60}, {"proxy_rows": 1000}),
+        ({"proxy_rows": 60}, {"proxy_rows": None}),
+        ({"sharpen": "era", "beta": 3.0}, {"sharpen": "era"}),
+    ],
+)
+def test_settings_that_must_be_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    a, b = rounds_of(federation("mlp", **one)), rounds_of(federation("mlp", **other))
+    assert all(same_bits(a.store.get(id).models["model"], b.store.get(id).models["model"]) for id in a.store.clients())
+
+
+def test_one_clients_consensus_is_its_own_word_and_many_of_it_the_same() -> None:
+    rounds = rounds_of(federation("mlp", 1, sharpen="none", proxy_rows=None), held=1)
+    (client,) = clients(rounds).values()
+    with torch.no_grad():
+        z = module(client.arch["model"], client.models["model"]).eval()(client.data("proxy", None)["x"]).logits
+    assert torch.allclose(rounds.server.state["teacher"].softmax(1), z.softmax(1), atol=1e-6)
+    assert "drawn" not in rounds.server.state  # all of them: nothing is drawn
+
+
+def test_what_the_server_needs_is_declared() -> None:
+    uses = {(b, c): DSFL(bits=b, cache_life=c).uploads for b in (None, 2) for c in (None, 5)}
+    assert {k: {n: s.use for n, s in u.items()} for k, u in uses.items()} == {
+        (None, None): {"probabilities": "sum"},
+        (None, 5): {"probabilities": "each"},
+        (2, None): {"codes": "each"},
+        (2, 5): {"codes": "each"},
+    }
+    assert all(s.private and s.share == "predictions" for u in uses.values() for s in u.values())
+    assert isinstance(DSFL().said(DIGITS, torch.zeros(2, 10), None, 5), Item)

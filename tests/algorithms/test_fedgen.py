@@ -1,0 +1,158 @@
+"""FedGen: a round by hand, both losses, its limits, and what is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.objectives import Supervised
+from hetero_fl.plan import Fit
+from hetero_fl.runtime.batches import index_batches
+from hetero_fl.seeding import generator
+from hetero_fl.state import Participant, floats
+from tests.algorithms.by_hand import BATCH, apart, clients, module, train
+from tests.small import MIXED, config, rounds_of, same_bits
+
+SETTINGS = {
+    "generator_steps": 4,
+    "generator_lr": 0.01,
+    "generator_hidden": 20,
+    "generator_batch_size": 6,
+    "noise_dim": 3,
+}
+
+
+def fedgen(models: Any = MIXED, **settings: Any) -> dict[str, Any]:
+    return config("fedgen", models, algorithm={"name": "fedgen", **SETTINGS, **settings})
+
+
+def drawn(labels: Tensor, *where: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes by their frequency and noise, as that key draws them; and what goes into the generator."""
+    g = generator(*where)
+    y = torch.multinomial(labels, 6, True, generator=g)
+    noise = torch.randn(6, 3, generator=g)
+    return y, noise, torch.cat([F.one_hot(y, 10).to(noise.dtype), noise], 1)
+
+
+@pytest.mark.usefixtures("float64")
+def test_two_rounds_of_the_generator_by_hand() -> None:
+    rounds, sent = rounds_of(fedgen(diversity=0.8), held=0), {}
+    receive = rounds.receive
+    rounds.receive = lambda c, *rest: sent.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    made = module(rounds.server.arch["generator"], rounds.server.models["generator"])
+    adam = torch.optim.Adam(made.parameters(), lr=0.01)  # one for the whole run
+    counts = torch.stack([rounds.federation.counts(id) for id in rounds.federation.cards])
+    for index in range(2):
+        sent.clear()
+        rounds.round()
+        heads = [(p["model"]["head.weight"], p["model"]["head.bias"]) for p in sent.values()]
+        for step in range(4):
+            y, noise, x = drawn(counts.sum(0), rounds.federation.seed, index, "server", "generator", 0, step)
+            z = made(x).logits
+            taught = torch.zeros(())
+            for k, (w, b) in enumerate(heads):
+                say = torch.tensor([float(counts[k, c] / counts[:, c].sum()) for c in y.tolist()])
+                taught = taught + (say * F.cross_entropy(z @ w.T + b, y, reduction="none")).mean()
+            alike = torch.zeros(())
+            for i in range(6):
+                for j in range(6):
+                    alike = alike + (z[i] - z[j]).abs().mean() * (noise[i] - noise[j]).square().mean()
+            adam.zero_grad()
+            (taught + 0.8 * torch.exp(-alike / 36)).backward()
+            adam.step()
+        assert apart(rounds.server.models["generator"], made) < 1e-9
+        assert torch.equal(rounds.server.state["labels"], counts.sum(0))
+
+
+def noises(client: Participant) -> list[Tensor]:
+    """β's noise of each step."""
+    where = (client.clock.seed, client.clock.round, client.id, "train", 0)
+    sizes = map(len, index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), where))
+    return [torch.randn(BATCH + 1, 3, generator=generator(*where, "noise", i))[:size] for i, size in enumerate(sizes)]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_the_clients_round_by_hand(beta: float) -> None:
+    rounds = rounds_of(fedgen(weight=0.6, latent_weight=beta, decay=0.5), held=1)
+    before, models = clients(rounds), {g: dict(t) for g, t in rounds.server.models.items()}
+    labels = rounds.server.state["labels"]
+    made = module(rounds.server.arch["generator"], models["generator"]).eval().requires_grad_(False)
+    rounds.round()
+    assert len({c.arch["model"].id for c in before.values()}) == 3  # so the mean is what each has sent
+    for client in before.values():
+        group = client.arch["model"].id
+        model, step, extra = module(client.arch["model"], models[group]), iter(range(999)), noises(client)
+        where = (client.clock.seed, 1, client.id, "train", 0, "fake")
+
+        def loss(x, y, model=model, step=step, extra=extra, where=where):
+            i = next(step)
+            fake, _, into = drawn(labels, *where, i)
+            z = model(x).logits
+            total = F.cross_entropy(z, y) + 0.5 * 0.6 * F.cross_entropy(model.head(made(into).logits), fake)
+            if beta:
+                like = model.head(made(torch.cat([F.one_hot(y, 10).to(z.dtype), extra[i]], 1)).logits).detach()
+                total = total + 0.5 * beta * F.kl_div(
+                    z.log_softmax(1), like.log_softmax(1), reduction="batchmean", log_target=True
+                )
+            return total
+
+        train(client, list(model.parameters()), loss)
+        assert apart(floats(rounds.server.models[group]), model) < 1e-9
+    assert not any("generator" in rounds.store.get(id).models for id in before)  # it comes anew each round
+
+
+@pytest.mark.usefixtures("float64")
+def test_without_what_is_drawn_it_is_fedavg() -> None:
+    fedavg, plain, more = (
+        rounds_of(s, held=3) for s in (config("fedavg"), fedgen("cnn_bn_small", weight=0.0), fedgen("cnn_bn_small"))
+    )
+    (group,) = fedavg.server.models
+    assert apart(plain.server.models[group], floats(fedavg.server.models[group])) < 1e-10
+    assert apart(more.server.models[group], floats(fedavg.server.models[group])) > 1e-5
+    assert more.algorithm.server_slot(more.server) == group
+
+
+def test_if_no_head_leaves_it_is_fedavg_of_backbones_bit_for_bit() -> None:
+    kept = {"shares": ["backbone", "statistics"], "optimizer": {"name": "sgd", "lr": 0.05}}
+    fedavg = rounds_of(config("fedavg", clients__defaults=kept))
+    ours = rounds_of({**fedgen("cnn_bn_small"), "clients": config(clients__defaults=kept)["clients"]})
+    (group,) = fedavg.server.models
+    assert same_bits(fedavg.server.models[group], ours.server.models[group]) and "labels" not in ours.server.state
+
+
+def test_who_releases_no_counts_speaks_as_if_its_rows_were_spread_evenly() -> None:
+    source = fedgen()
+    source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters"]}]
+    rounds = rounds_of(source, held=1)
+    cards, counts = rounds.federation.cards, rounds.federation.counts
+    want = counts("site_1") + counts("site_3") + cards["site_2"].n / 10
+    assert torch.allclose(rounds.server.state["labels"], want)
+
+
+def test_the_generator_travels_to_be_trained_on_and_not_to_be_read() -> None:
+    rounds = rounds_of(fedgen(), held=1)
+    card = rounds.federation.cards["site_1"]
+    assert set(rounds.algorithm.broadcast(rounds.server, card)) == {"model", "generator", "labels"}
+    assert set(rounds.algorithm.broadcast(rounds.server, replace(card, reading=True))) == {"model"}
+
+
+@pytest.mark.usefixtures("float64")
+def test_drawn_features_differ_where_noise_does_and_are_what_the_heads_take_for_their_class() -> None:
+    settings = {"generator_steps": 300, "generator_batch_size": 32, "diversity": 1.0}
+    rounds = rounds_of(fedgen("cnn_bn_small", **settings), held=2)
+    (group,) = [s for s in rounds.server.models if s != "generator"]
+    made = module(rounds.server.arch["generator"], rounds.server.models["generator"]).eval()
+    labels = rounds.server.state["labels"]
+    y, _, x = drawn(labels, "test")
+    with torch.no_grad():
+        z = made(x).logits
+    said = z @ rounds.server.models[group]["head.weight"].T + rounds.server.models[group]["head.bias"]
+    assert (said.argmax(1) == y).double().mean() > 0.6
+    same = made(torch.cat([x[:1, :10].repeat(40, 1), torch.randn(40, 3, generator=generator("n"))], 1)).logits
+    assert float(same.detach().std(0).mean()) > 1e-2

@@ -1,0 +1,148 @@
+"""FedGKT: a round by hand, its limits, and what of private rows leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.algorithms import FedGKT
+from hetero_fl.algorithms.fedgkt import LARGE
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import prepare
+from hetero_fl.objectives import Supervised
+from hetero_fl.payload import Payload
+from hetero_fl.plan import Fit, Rows
+from hetero_fl.runtime.batches import index_batches
+from tests.algorithms.by_hand import BATCH, apart, clients, module
+from tests.small import MIXED, config, deployed, rounds_of
+
+T = 2.5
+
+
+def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
+    mine = {"name": "fedgkt", "temperature": T, "server_model": {"name": "mlp", "hidden": [20]}, **settings}
+    return config("fedgkt", models, clients, algorithm=mine, server={"optimizer": {"name": "sgd", "lr": 0.05}})
+
+
+def taught(z: Tensor, y: Tensor, teacher: Tensor, weight: float, prior: Tensor | float = 0.0) -> Tensor:
+    p, q = (teacher / T).softmax(1), (z / T).softmax(1)
+    return F.cross_entropy(z + prior, y) + weight * T**2 * (p * (p / q).log()).sum(1).mean()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_a_round_by_hand(adjusted: bool) -> None:
+    settings = {"weight": 0.6, "server_epochs": 2, "server_batch_size": 50, "logit_adjustment": adjusted}
+    rounds = rounds_of(federation(**settings), held=1)
+    before, logits = clients(rounds), rounds.server.state["logits"]
+    large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE])
+    rounds.round()
+    sent = []
+    for id, client in before.items():
+        model, data = module(client.arch["model"], client.models["model"]), client.data("train", None)
+        prior = ((client.counts + 1) / (client.counts + 1).sum()).log() * adjusted
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for rows in index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), (0, 1, id, "train", 0)):
+            optimizer.zero_grad()
+            taught(model(data["x"][rows]).logits, data["y"][rows], logits[id][rows], 0.6, prior).backward()
+            optimizer.step()
+        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        with torch.no_grad():
+            z, h = model.eval()(data["x"])  # of the model as it is after this round's training
+        sent.append((h, z, data["y"], prior.expand(client.n, -1)))
+    h, z, y, prior = (torch.cat(column) for column in zip(*sent, strict=True))
+    optimizer = torch.optim.SGD(large.parameters(), lr=0.05)
+    fit = Fit({}, Supervised(), batch_size=50, epochs=2)
+    for rows in index_batches(len(y), fit, (0, 1, "server", "server", 0)):
+        optimizer.zero_grad()
+        taught(large(h[rows]).logits, y[rows], z[rows], 0.6, prior[rows]).backward()
+        optimizer.step()
+    assert apart(rounds.server.models[LARGE], large) < 1e-9
+    with torch.no_grad():
+        back = [large.eval()(h).logits for h, *_ in sent]
+    for id, mine in zip(before, back, strict=True):
+        assert float((rounds.server.state["logits"][id] - mine).abs().max()) < 1e-9
+
+
+@pytest.mark.usefixtures("float64")
+def test_without_the_servers_word_clients_train_as_under_local() -> None:
+    models = [{**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24} for m in MIXED]
+    local, alone, heard = (
+        rounds_of(s) for s in (config("local", models), federation(models, weight=0.0), federation(models, weight=1.0))
+    )
+    for id in local.federation.cards:
+        own = local.store.get(id).models["model"]
+        assert apart(alone.store.get(id).models["model"], own) < 1e-10
+        assert apart(heard.store.get(id).models["model"], own) > 1e-4
+
+
+@pytest.mark.parametrize("inference", ["server", "client"])
+def test_an_example_is_read_by_the_large_model_on_the_clients_features(inference: str) -> None:
+    rounds = rounds_of(federation(inference=inference), held=1)
+    client, site = deployed(rounds, "site_2"), rounds.executor.site  # type: ignore[attr-defined]
+    model = module(client.arch["model"], client.models["model"]).eval()
+    large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE]).eval()
+    with torch.no_grad():
+        z, h = model(client.data("common_test", None)["x"])
+        want = large(h).logits if inference == "server" else z
+    assert torch.allclose(site.predict(client, Rows("common_test"), False), want, atol=1e-5)
+    assert LARGE not in rounds.store.get("site_2").models  # it came for the reading alone
+
+
+def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shared() -> None:
+    specs = FedGKT.uploads
+    assert set(specs) == {"features", "logits", "labels"}
+    assert all(s.private and s.rows_of == "train" and s.share == "features" for s in specs.values())
+    assert any("label of every training row" in note for note in prepare(federation()).notes)
+    source = federation("mlp")
+    source["clients"]["overrides"] = [
+        {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}  # all that there was to share before
+    ]
+    rounds, seen = rounds_of(source, held=0), {}
+    receive = rounds.receive
+    rounds.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.round()
+    assert {c: len(p) for c, p in seen.items()} == {"site_1": 3, "site_2": 0, "site_3": 3}
+    assert {c: len(p["labels"]) for c, p in seen.items() if p} == {c: clients(rounds)[c].n for c in seen if seen[c]}
+    assert set(rounds.server.state["logits"]) == {"site_1", "site_3"}
+    source["clients"]["overrides"][0]["match"] = "*"
+    with pytest.raises(UserError, match="needs clients that share features"):
+        prepare(source)
+
+
+def test_a_row_too_few_is_refused() -> None:
+    rounds = rounds_of(federation("mlp"), held=0)
+    receive = rounds.receive
+
+    def short(client: str, data: bytes, index: int) -> Payload:
+        if client == "site_1":
+            payload = Payload.decode(data)
+            data = Payload({n: payload[n][1:] for n in payload}, payload.report).encode()
+        return receive(client, data, index)
+
+    rounds.receive = short  # type: ignore[method-assign]
+    assert list(rounds.round()["failed"]) == ["site_1"]
+
+
+def test_a_client_that_was_absent_gets_the_logits_of_its_last_round() -> None:
+    source = federation("mlp", 4)
+    source["clients"]["per_round"] = 2
+    rounds = rounds_of({**source, "rounds": 5}, held=0)
+    last: dict[str, Tensor] = {}
+    for index in range(5):
+        for id, card in rounds.federation.cards.items():
+            items = rounds.algorithm.broadcast(rounds.server, card)
+            assert list(items) == (["logits"] if id in last else [])
+            assert id not in last or torch.equal(items["logits"], last[id])
+        rounds.round()
+        last.update({id: rounds.server.state["logits"][id] for id in rounds.cohort(index)})
+
+
+def test_mistakes_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"algorithm.server_model: model lenet.*") as error:
+        prepare(federation(server_model={"name": "lenet"}))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,130 @@
+"""Server optimisers: each rule by hand over several rounds, limits, and what a round leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.payload import Item, Payload
+from hetero_fl.runtime.plans import carry_out
+from hetero_fl.state import floats
+from tests.algorithms.by_hand import apart, mean
+from tests.algorithms.test_references import trained
+from tests.small import MIXED, config, rounds_of, same_bits
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fedavgm": {"momentum": 0.8, "server_lr": 0.7},
+    "fedadam": {"beta1": 0.8, "beta2": 0.6, "tau": 0.01, "server_lr": 0.05},
+    "fedyogi": {"beta1": 0.8, "beta2": 0.6, "tau": 0.01, "server_lr": 0.05},
+}
+
+
+class Rule:
+    """The papers' rules for one tensor."""
+
+    def __init__(self, method: str) -> None:
+        self.method, self.s, self.m, self.v = method, SETTINGS[method], 0.0, None
+
+    def __call__(self, x: Tensor, delta: Tensor) -> Tensor:
+        s = self.s
+        if self.method == "fedavgm":
+            self.m = s["momentum"] * self.m + delta
+            return x + s["server_lr"] * self.m
+        b1, b2 = s["beta1"], s["beta2"]
+        v = torch.full_like(x, s["tau"] ** 2) if self.v is None else self.v
+        self.m = b1 * self.m + (1 - b1) * delta
+        if self.method == "fedadam":
+            self.v = b2 * v + (1 - b2) * delta**2
+        else:
+            self.v = v - (1 - b2) * delta**2 * torch.sign(v - delta**2)
+        return x + s["server_lr"] * self.m / (torch.sqrt(self.v) + s["tau"])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", SETTINGS)
+def test_three_rounds_by_hand(method: str) -> None:
+    algorithm = {"name": method, **SETTINGS[method]}
+    rounds = rounds_of(config(method, MIXED[:2], 4, algorithm=algorithm), held=0)
+    rules: dict[tuple[str, str], Rule] = {}
+    for index in range(3):
+        sent = {id: trained(rounds, id, index) for id in rounds.federation.cards}
+        before = {g: dict(m) for g, m in rounds.server.models.items()}
+        rounds.round()
+        for group, old in before.items():
+            members = [(p.n, u["model"]) for p, u in sent.values() if p.arch["model"].id == group]
+            assert len(members) == 2
+            want, average = {}, mean(members)
+            for n, t in average.items():
+                is_parameter = n in rounds.server.arch[group].parameter_names
+                want[n] = rules.setdefault((group, n), Rule(method))(old[n], t - old[n]) if is_parameter else t
+            assert apart(rounds.server.models[group], want) < 1e-9
+
+
+@pytest.mark.parametrize("momentum, equal", [(0.0, True), (0.5, False)])
+def test_fedavgm_without_momentum_is_fedavg_bit_for_bit(momentum: float, equal: bool) -> None:
+    fedavg = rounds_of(config("fedavg"))
+    fedavgm = rounds_of(config("fedavgm", algorithm={"name": "fedavgm", "momentum": momentum}))
+    (group,) = fedavg.server.models
+    assert same_bits(fedavg.server.models[group], fedavgm.server.models[group]) is equal
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["fedadam", "fedyogi"])
+def test_without_adaptivity_they_are_fedavg(method: str) -> None:
+    """τ so large that √v does not count: the step is λ·Δ / 2τ, as v begins at τ²."""
+    huge = {"tau": 1e9, "beta1": 0.0, "server_lr": 2e9}
+    fedavg, ours = (
+        rounds_of(config("fedavg")),
+        rounds_of(config(method, algorithm={"name": method, "beta2": 0.99999999, **huge})),
+    )
+    (group,) = fedavg.server.models
+    assert apart(floats(ours.server.models[group]), floats(fedavg.server.models[group])) < 1e-6
+
+
+@pytest.mark.usefixtures("float64")
+def test_yogi_forgets_a_large_update_slower_than_adam_and_agrees_with_it_where_v_stays() -> None:
+    seconds = {}
+    for method in ("fedadam", "fedyogi"):
+        rounds = rounds_of(config(method, "mlp", 1, algorithm={"name": method, "beta2": 0.9}), held=0)
+        (group, model), card = next(iter(rounds.server.models.items())), rounds.federation.cards["site"]
+        for size in (1.0, 0.01):
+            sent = {n: rounds.server.models[group][n] + size for n in floats(model)}
+            upload = Upload(card, Payload({"model": Item(sent, 1.0, "params")}))
+            uploads = Uploads([upload], rounds.algorithm.uploads)
+            carry_out(rounds.algorithm.aggregate(rounds.server, uploads), rounds.server, rounds.performer)
+        seconds[method] = float(rounds.server.state["optimizer"][group]["second"]["head.bias"].mean())
+    assert seconds["fedadam"] == pytest.approx(0.9 * (0.9e-6 + 0.1) + 0.1e-4, rel=1e-9)
+    assert seconds["fedyogi"] == pytest.approx(1e-6 + 0.1 - 0.1e-4, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_who_is_not_in_the_cohort_leaves_model_and_memory_alone(method: str) -> None:
+    rounds = rounds_of(config(method, MIXED, 4, clients__per_round=1, rounds=6), held=0)
+    seen = set()
+    for index in range(6):
+        (id,) = rounds.cohort(index)
+        mine = rounds.federation.cards[id].arch.id
+        models = {g: dict(m) for g, m in rounds.server.models.items()}
+        memory = {
+            g: {k: dict(t) for k, t in kinds.items()} for g, kinds in rounds.server.state.get("optimizer", {}).items()
+        }
+        rounds.round()
+        seen.add(mine)
+        for group in models:
+            assert same_bits(models[group], rounds.server.models[group]) is (group != mine)
+            for kind, tensors in memory.get(group, {}).items():
+                assert same_bits(tensors, rounds.server.state["optimizer"][group][kind]) is (group != mine)
+    assert len(seen) > 1 and rounds.server.state["optimizer"].keys() == seen
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_batch_norms_variance_stays_a_variance(method: str) -> None:
+    rounds = rounds_of(config(method, algorithm={"name": method, "server_lr": 3.0}))
+    (model,) = rounds.server.models.values()
+    assert all((t > 0).all() for n, t in model.items() if n.endswith("running_var"))
+    (memory,) = rounds.server.state["optimizer"].values()
+    assert memory and not any("running" in n for tensors in memory.values() for n in tensors)

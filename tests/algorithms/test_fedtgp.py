@@ -1,0 +1,187 @@
+"""FedTGP and FedGH: a round by hand, their limits, and what a server trains on class means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetero_fl.algorithms.fedtgp import largest_gap
+from hetero_fl.architecture import Architecture
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import prepare
+from hetero_fl.latent import AdaptiveMargin
+from hetero_fl.objectives import Batch, Net, Nets, Supervised
+from hetero_fl.plan import Fit
+from hetero_fl.runtime.batches import index_batches
+from hetero_fl.runtime.rounds import Rounds
+from model_zoo import SplitModel
+from tests.algorithms.by_hand import apart, clients, module, train
+from tests.small import MIXED, config, deployed, rounds_of, same_bits
+
+SERVER = {"server_epochs": 3, "server_lr": 0.05, "server_batch_size": 7}
+
+
+def class_means(model: nn.Module, data: dict[str, Tensor]) -> list[tuple[Tensor, int]]:
+    """The client's mean feature of each class that it has, after training."""
+    with torch.no_grad():
+        features = model.eval()(data["x"]).features
+    return [(features[data["y"] == c].mean(0), c) for c in range(10) if bool((data["y"] == c).any())]
+
+
+def server_batches(rounds: Rounds, label: str, sent: list[tuple[Tensor, int]]) -> list[tuple[Tensor, Tensor]]:
+    """The server's steps in round 2 on what was sent, as its key draws them."""
+    x, y = torch.stack([m for m, _ in sent]), torch.tensor([c for _, c in sent])
+    where = (rounds.federation.seed, 1, "server", label, 0)
+    plan = Fit({}, Supervised(), epochs=3, batch_size=7)
+    return [(x[rows], y[rows]) for rows in index_batches(len(y), plan, where)]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("tau", [100.0, 0.3])
+def test_a_round_of_fedtgp_by_hand(tau: float) -> None:
+    settings = {"name": "fedtgp", "weight": 0.7, "margin": tau, **SERVER}
+    rounds = rounds_of(config("fedtgp", MIXED, algorithm=settings), held=1)
+    before, server = clients(rounds), {s: dict(t) for s, t in rounds.server.models.items()}
+    prototypes, known = (rounds.server.state[n].clone() for n in ("prototypes", "known"))
+    width = prototypes.shape[1]
+    rounds.round()
+    sent: list[tuple[Tensor, int]] = []
+    for id, client in before.items():
+        model = module(client.arch["model"], client.models["model"])
+
+        def loss(x, y, model=model):
+            z, f = model(x)
+            pull = ((f - prototypes[y]) ** 2).sum(1) / width
+            return (F.cross_entropy(z, y, reduction="none") + 0.7 * pull * known[y]).sum() / len(y)
+
+        train(client, list(model.parameters()), loss)
+        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        sent += class_means(model, client.data("train", None))
+    centres = [torch.stack([m for m, c in sent if c == k]).mean(0) for k in sorted({c for _, c in sent})]
+    gap = max(float((a - b).square().sum().sqrt()) for a in centres for b in centres)
+    assert gap > 0.3  # so that the two τ differ
+    rows = server["vectors"]["head.weight"].T.clone().requires_grad_()  # P̆ [C, d]
+    names = ("backbone.1.weight", "backbone.1.bias", "head.weight", "head.bias")
+    w1, b1, w2, b2 = layers = [server["prototypes"][n].clone().requires_grad_() for n in names]
+    sgd = torch.optim.SGD([rows, *layers], lr=0.05)
+    for x, y in server_batches(rounds, "prototypes", sent):
+        p = F.relu(rows @ w1.T + b1) @ w2.T + b2
+        total = torch.zeros(())
+        for one, c in zip(x, y.tolist(), strict=True):
+            near = [-((one - p[k]).square().sum().sqrt() + (min(gap, tau) if k == c else 0.0)) for k in range(10)]
+            total = total - (near[c] - torch.stack(near).exp().sum().log())
+        sgd.zero_grad()
+        (total / len(y)).backward()
+        sgd.step()
+    want = (F.relu(rows @ w1.T + b1) @ w2.T + b2).detach()
+    assert torch.allclose(rounds.server.state["prototypes"], want, rtol=0, atol=1e-9)
+    assert not rounds.server.models["vectors"]["head.bias"].any()
+    assert rounds.server.state["known"].bool().tolist() == [
+        bool(known[k]) or k in {c for _, c in sent} for k in range(10)
+    ]
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_round_of_fedgh_by_hand() -> None:
+    rounds = rounds_of(config("fedgh", MIXED, algorithm={"name": "fedgh", **SERVER}), held=1)
+    before, head = clients(rounds), dict(rounds.server.models["head"])
+    rounds.round()
+    sent: list[tuple[Tensor, int]] = []
+    for id, client in before.items():
+        model = module(client.arch["model"], {**client.models["model"], **head})
+        train(client, list(model.parameters()), lambda x, y, model=model: F.cross_entropy(model(x).logits, y))
+        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        sent += class_means(model, client.data("train", None))
+    w, b = (head[n].clone().requires_grad_() for n in ("head.weight", "head.bias"))
+    sgd = torch.optim.SGD([w, b], lr=0.05)
+    for x, y in server_batches(rounds, "head", sent):
+        sgd.zero_grad()
+        F.cross_entropy(x @ w.T + b, y).backward()
+        sgd.step()
+    assert apart(rounds.server.models["head"], {"head.weight": w, "head.bias": b}) < 1e-9
+    read = deployed(rounds, "site_2").models["model"]
+    assert same_bits({n: read[n] for n in head}, rounds.server.models["head"])  # read with the head of all
+    kept = rounds.store.get("site_2").models["model"]
+    assert all(torch.equal(t, kept[n]) for n, t in read.items() if n.startswith("backbone."))
+
+
+def test_without_a_pull_fedtgp_trains_as_fedproto_and_what_is_pulled_to_differs() -> None:
+    runs = {
+        (m, w): rounds_of(config(m, MIXED, algorithm={"name": m, "weight": w}))
+        for m in ("fedproto", "fedtgp")
+        for w in (0.0, 1.0)
+    }
+    for id in runs["fedtgp", 0.0].federation.cards:
+        models = {key: r.store.get(id).models["model"] for key, r in runs.items()}
+        assert same_bits(models["fedproto", 0.0], models["fedtgp", 0.0])
+        assert not same_bits(models["fedproto", 1.0], models["fedtgp", 1.0])
+
+
+@pytest.mark.parametrize("method", ["fedtgp", "fedgh"])
+def test_who_shares_no_statistics_sends_nothing_and_if_nobody_sends_it_is_local(method: str) -> None:
+    source = config(method, MIXED)
+    source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
+    rounds, seen = rounds_of(source, held=0), {}
+    receive = rounds.receive
+    rounds.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.round()
+    assert {c: list(p) for c, p in seen.items()} == {"site_1": ["features"], "site_2": [], "site_3": ["features"]}
+    models = [{**m, "feature_dim": 32} if isinstance(m, dict) else m for m in MIXED]
+    later = {"share_every": 9, "optimizer": {"name": "sgd", "lr": 0.05}}
+    alone, local = (rounds_of(config(m, models, clients__defaults=later)) for m in (method, "local"))
+    for id in local.federation.cards:
+        assert same_bits(alone.store.get(id).models["model"], local.store.get(id).models["model"])
+
+
+def test_fedgh_gives_its_head_when_it_is_due() -> None:
+    source = {**config("fedgh", MIXED), "rounds": 5}
+    source["clients"]["defaults"]["share_every"] = 2
+    rounds, sent = rounds_of(source, held=0), []
+    for index in range(5):
+        rounds._clock(index)
+        sent.append(list(rounds.algorithm.broadcast(rounds.server, rounds.federation.cards["site_1"])))
+        rounds.round()
+    assert sent == [[], [], ["head"], [], ["head"]]
+
+
+def test_class_centres_count_clients_alike_and_only_who_has_the_class() -> None:
+    means = torch.tensor([[[0.0, 0], [4, 0], [9, 9]], [[2.0, 0], [99, 99], [9, 9]]])
+    has = torch.tensor([[True, True, False], [True, False, False]])
+    assert float(largest_gap(means, has)) == 3.0  # centres (1, 0) and (4, 0)
+    assert float(largest_gap(means, has & False)) == 0.0
+
+
+def test_the_margin_has_a_gradient_where_a_prototype_meets_its_mark_and_may_be_stacked() -> None:
+    torch.manual_seed(1)
+    linear: SplitModel = Architecture.of("linear", 4, (3,)).build()
+    mlp: SplitModel = Architecture.of("mlp", 4, (4,), options={"hidden": [4]}).build()
+    nets = Nets(vectors=Net.live(linear), prototypes=Net.live(mlp))
+    given = {"one_hot": torch.eye(3), "margin": torch.tensor(2.0)}
+    x = mlp(linear(torch.eye(3)).logits).logits.detach()  # every prototype just where it should be
+    objective, y = AdaptiveMargin(), torch.arange(3)
+    loss = objective.total(nets, Batch(x=x, y=y), given)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mlp.parameters())
+    both = torch.vmap(lambda x: objective.total(nets, Batch(x=x, y=y), given))(torch.stack([x + 1, x]))
+    assert torch.allclose(both[1], loss, atol=1e-6)
+
+
+class TwoLayers(SplitModel):
+    """A model whose head is more than a linear layer."""
+
+    def __init__(
+        self, num_classes: int, in_channels: int, input_size: tuple[int, ...], feature_dim: int | None
+    ) -> None:
+        head = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
+        super().__init__(nn.Flatten(), head, 64)
+
+
+@pytest.mark.parametrize("method", ["fedgh", "fedgen", "fedmrl"])
+def test_heads_that_do_not_fit_one_another_are_refused(method: str) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(config(method, ["mlp", f"python:{__name__}:TwoLayers"], clients=2))
+    assert str(error.value).startswith("clients: site_2: model: its head has head.0.bias") and "\n" not in str(
+        error.value
+    )

@@ -1,0 +1,139 @@
+"""KT-pFL: a round by hand, the projection, and the limits of what is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.algorithms.kt_pfl import on_simplex, shares
+from hetero_fl.objectives import Digest
+from hetero_fl.plan import Fit
+from hetero_fl.runtime.batches import index_batches
+from hetero_fl.runtime.plans import carry_out
+from hetero_fl.runtime.rounds import Rounds
+from tests.algorithms.by_hand import apart, clients, module, train
+from tests.small import MIXED, config, rounds_of
+
+T = 3.0
+
+
+def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
+    return config("kt_pfl", models, clients, algorithm={"name": "kt_pfl", "temperature": T, **settings})
+
+
+def nearest(row: list[float]) -> list[float]:
+    """The projection onto the simplex by bisection: max(v − t, 0) that sums to one."""
+    low, high = min(row) - 1, max(row)
+    for _ in range(200):
+        t = (low + high) / 2
+        low, high = (t, high) if sum(max(v - t, 0) for v in row) > 1 else (low, t)
+    return [max(v - low, 0) for v in row]
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_round_by_hand() -> None:
+    settings = {"rho": 0.4, "coefficient_lr": 0.2, "coefficient_steps": 3}
+    rounds = rounds_of(federation(**settings), held=1)
+    before, state = clients(rounds), dict(rounds.server.state)
+    rounds.round()
+    said = []
+    for k, (id, client) in enumerate(before.items()):
+        model, public = module(client.arch["model"], client.models["model"]), client.data("proxy", None)["x"]
+        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+        mixed = sum(state["coefficients"][k, j] * state["predictions"][j] for j in range(3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for rows in index_batches(60, Fit({}, Digest(), batch_size=32), (0, 1, id, "digest", 0)):
+            optimizer.zero_grad()
+            log_q = (model(public[rows]).logits / T).log_softmax(1)
+            (T**2 * (mixed[rows] * (mixed[rows].log() - log_q)).sum(1).mean()).backward()
+            optimizer.step()
+        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        with torch.no_grad():
+            said.append((model.eval()(public).logits / T).softmax(1))
+    c = state["coefficients"].clone()
+    for _ in range(3):
+        c.requires_grad_()
+        loss = torch.zeros(())
+        for k in range(3):
+            mixed = sum(c[k, j] * said[j] for j in range(3))
+            loss = loss + T**2 * (mixed * (mixed / said[k]).log()).sum(1).mean() + 0.4 * ((c[k] - 1 / 3) ** 2).sum()
+        (grad,) = torch.autograd.grad(loss, c)
+        c = torch.tensor([nearest(row) for row in (c - 0.2 * grad).tolist()])
+    assert float((rounds.server.state["coefficients"] - c).abs().max()) < 1e-9
+    assert float((c - state["coefficients"]).abs().max()) > 1e-4
+    assert float((rounds.server.state["predictions"] - torch.stack(said)).abs().max()) < 1e-9
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_projection_is_the_nearest_distribution() -> None:
+    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(2))
+    ours = on_simplex(rows)
+    assert torch.allclose(ours, torch.tensor([nearest(r) for r in rows.tolist()]), atol=1e-12)
+    assert torch.allclose(on_simplex(ours), ours, atol=1e-15)
+    assert torch.equal(shares(torch.tensor([[0.0, 0.0], [1.0, 3.0]])), torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+
+
+def learned(rounds: Rounds, p: Tensor, **settings: Any) -> Tensor:
+    method = rounds.algorithm.model_copy(update=settings)
+    mix = torch.full((len(p), len(p)), 1 / len(p))
+    return carry_out(method.learned(rounds.server, mix, p), rounds.server, rounds.performer)[0]
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_is_learned_in_the_limits() -> None:
+    rounds = rounds_of(federation("mlp"), held=0)
+    p = (3 * torch.randn(4, 50, 10, generator=torch.Generator().manual_seed(4))).softmax(-1)
+    p[1] = p[0]
+    uniform = torch.full((4, 4), 0.25)
+    alike = learned(rounds, p[:1].expand(4, -1, -1), coefficient_lr=0.1)
+    assert torch.allclose(alike, uniform, atol=1e-12)  # equal clients
+    steps = {"coefficient_lr": 0.02, "coefficient_steps": 200}
+    free, held = learned(rounds, p, rho=0.0, **steps), learned(rounds, p, rho=20.0, **steps)
+    assert (free.argmax(1)[2:] == torch.tensor([2, 3])).all()  # left to itself each learns to hear itself,
+    assert torch.allclose(free[0, 0], free[0, 1]) and free[0, 1] > 1.5 * free[0, 2]  # and its like as much
+    assert float((held - uniform).abs().max()) < 0.5 * float((free - uniform).abs().max())
+    assert torch.allclose(learned(rounds, p[:1]), torch.ones(1, 1))
+    assert "mix" not in rounds.server.models and "mix" not in rounds.server.arch
+
+
+@pytest.mark.usefixtures("float64")
+def test_without_learning_all_have_the_mean_as_their_teacher() -> None:
+    rounds = rounds_of(federation(coefficient_steps=0), held=1)
+    teachers = [rounds.algorithm.broadcast(rounds.server, c)["teacher"] for c in rounds.federation.cards.values()]
+    mean = rounds.server.state["predictions"].mean(0)
+    assert all(torch.allclose((t / T).softmax(1), mean, atol=1e-12) for t in teachers)
+    first = rounds_of(federation(), held=0)
+    local = rounds_of(config("local", MIXED, 3), held=1)
+    first.round()  # nobody has a teacher yet
+    for id in local.federation.cards:
+        assert apart(first.store.get(id).models["model"], local.store.get(id).models["model"]) == 0
+
+
+def test_those_who_are_absent_keep_their_weights() -> None:
+    source = federation("mlp", 4, coefficient_lr=0.3)
+    source["clients"]["per_round"] = 2
+    rounds = rounds_of({**source, "rounds": 6}, held=0)
+    ids, changed = list(rounds.federation.cards), 0
+
+    def coefficients() -> Tensor:
+        c, seen = torch.full((4, 4), 0.25), [ids.index(id) for id in rounds.server.state.get("seen", [])]
+        if seen:
+            c[torch.tensor(seen)[:, None], seen] = rounds.server.state["coefficients"]
+        return c
+
+    for index in range(6):
+        before = coefficients()
+        rounds.round()
+        assert set(rounds.server.state["seen"]) == {id for i in range(index + 1) for id in rounds.cohort(i)}
+        c, here = coefficients(), [ids.index(id) for id in rounds.cohort(index)]
+        away = [k for k in range(4) if k not in here]
+        assert torch.equal(c[away], before[away]) and torch.equal(c[:, away], before[:, away])
+        assert torch.allclose(c.sum(1), torch.ones(4), atol=1e-5) and (c >= 0).all()
+        changed += not torch.equal(c, before)
+        teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[ids[away[0]]])["teacher"]
+        assert torch.allclose((teacher / T).softmax(1).sum(1), torch.ones(60), atol=1e-5)
+    assert changed == 6

@@ -1,0 +1,156 @@
+"""SCAFFOLD: a round by hand, its limits, the head's own rate, other optimisers, and clients that upload now and then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.experiment import prepare
+from hetero_fl.state import floats
+from tests.algorithms.by_hand import apart, batches, clients, mean, module, train
+from tests.small import MIXED, config, rounds_of, same_bits
+
+UNIFORM = {"name": "scaffold", "weighting": "uniform", "server_lr": 0.8}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("weighting", ["uniform", "samples"])
+def test_a_round_by_hand(weighting: str) -> None:
+    algorithm = {**UNIFORM, "weighting": weighting}
+    rounds = rounds_of(config("scaffold", MIXED[:2], 6, algorithm=algorithm, clients__per_round=4), held=3)
+    before, server, cohort = clients(rounds), rounds.server, rounds.cohort(3)
+    models = {g: dict(m) for g, m in server.models.items()}
+    controls = {g: dict(c) for g, c in server.state["control"].items()}
+    weight = {id: 1 if weighting == "uniform" else c.n for id, c in before.items()}
+    assert len(cohort) < len(before) and any(t.abs().sum() > 0 for c in controls.values() for t in c.values())
+    rounds.round()
+    sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {g: [] for g in models}
+    change = {g: {n: torch.zeros_like(t) for n, t in c.items()} for g, c in controls.items()}
+    for id in cohort:
+        client, group = before[id], before[id].arch["model"].id
+        x, c = models[group], controls[group]
+        mine = client.state.get("control", {n: torch.zeros_like(t) for n, t in c.items()})
+        model = module(client.arch["model"], {**client.models["model"], **x})
+
+        @torch.no_grad()
+        def correct(model=model, c=c, mine=mine) -> None:
+            for n, p in model.named_parameters():
+                p -= 0.05 * (c[n] - mine[n])
+
+        parameters = list(model.parameters())
+        steps = train(client, parameters, lambda x, y, m=model: F.cross_entropy(m(x).logits, y), after=correct)
+        y = {n: t.detach() for n, t in model.state_dict().items()}
+        new = {n: mine[n] - c[n] + (x[n] - y[n]) / (steps * 0.05) for n in c}
+        assert apart(rounds.store.get(id).state["control"], new) < 1e-9
+        sent[group].append((weight[id], floats(y)))
+        alike = [i for i, other in before.items() if other.arch["model"].id == group]
+        here = [i for i in alike if i in cohort]
+        share = len(here) / len(alike) * weight[id] / sum(weight[i] for i in here)
+        for n in c:
+            change[group][n] += share * (new[n] - mine[n])
+    for group, members in sent.items():
+        if members:
+            average, names = mean(members), server.arch[group].parameter_names
+            moved = {
+                n: t if n not in names else models[group][n] + 0.8 * (t - models[group][n]) for n, t in average.items()
+            }
+            assert apart(server.models[group], moved) < 1e-9
+        want = {n: controls[group][n] + change[group][n] for n in change[group]}
+        assert apart(server.state["control"][group], want) < 1e-9
+
+
+def test_its_first_round_is_fedavgs_bit_for_bit_and_the_second_is_not() -> None:
+    for rounds, equal in ((1, True), (2, False)):
+        fedavg, scaffold = (rounds_of(config(m, MIXED[:2], 4, rounds=rounds)) for m in ("fedavg", "scaffold"))
+        for group in fedavg.server.models:
+            ours, theirs = floats(scaffold.server.models[group]), floats(fedavg.server.models[group])
+            assert same_bits(ours, theirs) is equal
+
+
+@pytest.mark.usefixtures("float64")
+def test_one_client_has_no_drift() -> None:
+    fedavg, scaffold = (rounds_of(config(m, clients=1, rounds=4)) for m in ("fedavg", "scaffold"))
+    (group,) = fedavg.server.models
+    assert apart(floats(scaffold.server.models[group]), floats(fedavg.server.models[group])) < 1e-11
+    c, mine = scaffold.server.state["control"][group], scaffold.store.get("site").state["control"]
+    assert apart(c, mine) < 1e-10 and max(float(t.abs().max()) for t in c.values()) > 1e-3
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("changes", [{}, {"clients__defaults__share_every": 2}, {"clients__per_round": 3}])
+def test_the_servers_control_is_the_mean_of_the_clients(changes: dict[str, Any]) -> None:
+    """The invariant that sums of differences keep, whoever took part when; those who never did count as nought."""
+    rounds = rounds_of(config("scaffold", "mlp", 5, algorithm=UNIFORM, rounds=4, **changes))
+    (control,) = rounds.server.state["control"].values()
+    mine = [rounds.store.get(id).state.get("control") for id in rounds.federation.cards]
+    assert any(mine)
+    for n, c in control.items():
+        want = sum(m[n] for m in mine if m) / 5
+        assert c.abs().sum() > 0 and torch.allclose(c, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_client_that_uploads_every_second_round_tells_its_mean_gradient_over_both() -> None:
+    source = config("scaffold", "mlp", 2, algorithm=UNIFORM, clients__defaults__share_every=2)
+    rounds = rounds_of(source, held=0)
+    start, path = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}, 0.0
+    for index in range(2):
+        client = clients(rounds)["site_1"]
+        path += 0.05 * -(-client.n // 16)
+        assert "control" not in client.state
+        rounds.round()
+        assert ("since" in rounds.store.get("site_1").state) is (index == 0)
+    kept = rounds.store.get("site_1")
+    want = {n: (start[n] - kept.models["model"][n]) / path for n in start}
+    assert apart(kept.state["control"], want) < 1e-9
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_heads_own_rate_scales_its_correction_and_its_control() -> None:
+    optimizer = {"name": "sgd", "lr": 0.05, "head_lr": 0.2}
+    rounds = rounds_of(config("scaffold", "mlp", 2, algorithm=UNIFORM, clients__defaults__optimizer=optimizer), held=1)
+    (model,), (control,) = rounds.server.models.values(), rounds.server.state["control"].values()
+    client, x, c = clients(rounds)["site_1"], dict(model), dict(control)
+    rounds.round()
+    mine, net = client.state["control"], module(client.arch["model"], x)
+    steps, rates = 0, {n: 0.2 if n.startswith("head.") else 0.05 for n in c}
+    for a, b in batches(client):
+        net.zero_grad()
+        F.cross_entropy(net(a).logits, b).backward()
+        with torch.no_grad():
+            for n, p in net.named_parameters():
+                p -= rates[n] * (p.grad + c[n] - mine[n])
+        steps += 1
+    want = {n: mine[n] - c[n] + (x[n] - p.detach()) / (steps * rates[n]) for n, p in net.named_parameters()}
+    assert apart(rounds.store.get("site_1").state["control"], want) < 1e-9
+
+
+def test_clients_with_adam_train_with_sgd_and_a_note_says_so() -> None:
+    adam = {"name": "adam", "lr": 0.002, "weight_decay": 0.01}
+    source = config("scaffold", "mlp", 3, clients__defaults__optimizer=adam)
+    source["clients"]["overrides"] = [{"match": "site_3", "optimizer": {"name": "sgd", "lr": 0.3}}]
+    prepared = prepare(source)
+    assert any("scaffold trains site_1, site_2 with sgd (lr 0.01, momentum 0.9)" in note for note in prepared.notes)
+    rounds = prepared.rounds()
+    used = {id: rounds.algorithm.optimizer(c) for id, c in clients(rounds).items()}  # type: ignore[operator]
+    assert {id: (o.name, o.lr, o.momentum) for id, o in used.items()} == {
+        "site_1": ("sgd", 0.01, 0.9), "site_2": ("sgd", 0.01, 0.9), "site_3": ("sgd", 0.3, 0.0)
+    }  # fmt: skip
+    assert used["site_1"].weight_decay == 0.01
+    assert not prepare(config("scaffold", "mlp")).notes
+
+
+def test_only_the_backbone_is_corrected_where_only_it_is_shared_and_no_control_travels_for_reading() -> None:
+    rounds = rounds_of(config("scaffold", "mlp", 3, clients__defaults__shares=["backbone"]), held=1)
+    state = rounds.store.get("site_1").state["control"]
+    assert state and all(n.startswith("backbone.") for n in state)
+    (control,) = rounds.server.state["control"].values()
+    assert all((t.abs().sum() > 0) == n.startswith("backbone.") for n, t in control.items())
+    card = rounds.federation.cards["site_1"]
+    for reading, items in ((True, {"model"}), (False, {"model", "control"})):
+        assert rounds.algorithm.broadcast(rounds.server, replace(card, reading=reading)).keys() == items

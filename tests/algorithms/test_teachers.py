@@ -1,0 +1,198 @@
+"""Weights of a teacher's members, proxy rows drawn anew each round, and logit adjustment in every method."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.aggregation.sums import mean_of
+from hetero_fl.aggregation.teachers import opinion
+from hetero_fl.algorithms.distillation import DRAWN, TEACHER
+from hetero_fl.objectives import log_prior
+from hetero_fl.payload import Payload
+from hetero_fl.plan import Fit, Rows
+from hetero_fl.runtime.plans import carry_out
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.task import Task
+from tests.algorithms.by_hand import apart, clients, module, train
+from tests.runtime.test_rounds import METHODS
+from tests.small import MIXED, config, deployed, rounds_of, same_bits
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_entropy_weighted_teacher() -> None:
+    logits = 3 * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(6))
+    ours = mean_of([opinion(Task("multiclass", 5), "entropy", z, None, 9) for z in logits])
+    for row in range(4):
+        say = []
+        for z in logits[:, row]:
+            p = z.softmax(0).tolist()
+            say.append(math.exp(sum(q * math.log(q) for q in p)))
+        want = sum(a * z for a, z in zip(say, logits[:, row], strict=True)) / sum(say)
+        assert torch.allclose(ours[row], want, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_entropy_of_labels_is_each_labels_own_and_regression_has_none() -> None:
+    logits = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(7))
+    ours = mean_of([opinion(Task("multilabel", 3), "entropy", z, None, 9) for z in logits])
+    p = logits.sigmoid()
+    say = (p * p.log() + (1 - p) * (1 - p).log()).exp()
+    assert torch.allclose(ours, (say * logits).sum(0) / say.sum(0), atol=1e-10)
+    plain = mean_of(
+        [opinion(Task("regression", 3), "entropy", z, None, n) for z, n in zip(logits, (2, 9), strict=True)]
+    )
+    assert torch.allclose(plain, logits.mean(0), atol=1e-12)
+
+
+def test_equal_members_and_one_member_are_their_own_teacher_whatever_the_weights() -> None:
+    z = 4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(8))
+    for kind in ("mean", "samples", "entropy"):
+        for count in (1, 3):
+            teacher = mean_of([opinion(Task("multiclass", 5), kind, z, None, n + 1) for n in range(count)])
+            assert torch.allclose(teacher, z, atol=1e-6), kind
+
+
+def test_a_sure_prediction_is_nan_nowhere() -> None:
+    sure = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]])
+    item = opinion(Task("multiclass", 3), "entropy", sure, None, 1)
+    assert torch.allclose(torch.as_tensor(item.weight), torch.tensor([[1.0], [1 / 3]]))
+
+
+@pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid", "ds_fl"])
+@pytest.mark.parametrize("teacher", ["samples", "contrast", "entropy"])
+def test_every_distilling_method_takes_every_weight(method: str, teacher: str) -> None:
+    plain, weighted = (
+        rounds_of(config(method, MIXED, algorithm={"name": method, "teacher": t}, server={"model": "linear"}))
+        for t in ("mean", teacher)
+    )
+    assert not same_bits(plain.server.models["student"], weighted.server.models["student"])
+
+
+# A round by hand, with rows drawn -----------------------------------------------------------------------------------
+
+
+def public(rounds: Rounds, id: str, rows: Tensor) -> Tensor:
+    return clients(rounds)[id].data("proxy", None)["x"][rows]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("distance", ["kl", "mae"])
+def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> None:
+    settings = {"name": "fedmd", "distance": distance, "proxy_rows": 25, "proxy_batch_size": 25, "teacher": "entropy"}
+    rounds = rounds_of(config("fedmd", MIXED, algorithm=settings), held=1)
+    before, teacher = clients(rounds), rounds.server.state[TEACHER].clone()
+    site = clients(rounds)["site_1"]
+    last, now = rounds.algorithm.drawn(site, 0), rounds.algorithm.drawn(site)
+    assert teacher.shape == (25, 10) and len(set(last.tolist())) == len(set(now.tolist())) == 25
+    assert not torch.equal(last, now) and rounds.server.state[DRAWN].tolist() == [0]
+    rounds.round()
+    top, bottom = torch.zeros(25, 10), torch.zeros(25, 1)
+    for id, client in before.items():
+        model = module(client.arch["model"], client.models["model"])
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        x = client.data("proxy", None)["x"]
+        z = model(x[last]).logits  # one batch; its order is of no account
+        kl = F.kl_div((z / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean") * 4
+        ((z - teacher).abs().mean() if distance == "mae" else kl).backward()
+        sgd.step()
+        train(client, list(model.parameters()), lambda x, y, model=model: F.cross_entropy(model(x).logits, y))
+        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        with torch.no_grad():
+            z = model.eval()(x[now]).logits
+        say = (z.softmax(1) * z.log_softmax(1)).sum(1, keepdim=True).exp()
+        top, bottom = top + say * z, bottom + say
+    assert torch.allclose(rounds.server.state[TEACHER], top / bottom, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid", "ds_fl", "kt_pfl"])
+def test_as_many_rows_as_there_are_is_the_whole_set_and_fewer_are_not(method: str) -> None:
+    whole, as_many, fewer = (
+        rounds_of(
+            config(method, MIXED, algorithm={"name": method, "proxy_rows": n}, server={"model": "linear"}, rounds=3)
+        )
+        for n in (None, 99, 20)
+    )
+    assert same_bits(whole.server.models["student"], as_many.server.models["student"])
+    assert not same_bits(whole.server.models["student"], fewer.server.models["student"])
+    if method != "feddf":
+        said = fewer.server.state["predictions" if method == "kt_pfl" else TEACHER]
+        assert fewer.traffic.up < whole.traffic.up and said.shape[-2:] == (20, 10)
+
+
+@pytest.mark.parametrize("method", ["fedmd", "hybrid", "ds_fl", "kt_pfl"])
+def test_an_old_teacher_is_followed_on_its_own_rows(method: str) -> None:
+    """Nobody speaks in round 4: in round 5 the teacher of round 3 is sent again, and its rows go with it."""
+    settings = {"name": method, "proxy_rows": 20}
+    source = {**config(method, MIXED, algorithm=settings), "rounds": 6}
+    source["clients"]["defaults"]["share_every"] = 3
+    rounds = rounds_of(source, held=4)
+    rounds._clock(4)
+    card = rounds.federation.cards["site_1"]
+    client, got = clients(rounds)["site_1"], Payload(rounds.algorithm.broadcast(rounds.server, card))
+    assert got[DRAWN].tolist() == [2]
+    rows = rounds.algorithm.taught(client, got)
+    assert torch.equal(rows, rounds.algorithm.drawn(client, 2))
+    seen: list[Fit] = []
+    perform = rounds.performer.perform
+    rounds.performer.perform = lambda work: seen.extend(s for _, s in work if isinstance(s, Fit)) or perform(work)  # type: ignore[method-assign]
+    carry_out(rounds.algorithm.train(client, got), client, rounds.performer)
+    if method != "hybrid":
+        (digest,) = (step for step in seen if step.label == "digest")
+        assert torch.equal(digest.data.rows, rows) and len(got[TEACHER]) == 20
+    else:
+        drawn = seen[0].beside["public"].draw(torch.Generator().manual_seed(1), 8)
+        pairs = {
+            tuple(x.flatten().tolist()): t for x, t in zip(public(rounds, "site_1", rows), got[TEACHER], strict=True)
+        }
+        assert all(
+            torch.equal(pairs[tuple(x.flatten().tolist())], t)
+            for x, t in zip(drawn["x"], drawn["teacher"], strict=True)
+        )
+
+
+# Logit adjustment ---------------------------------------------------------------------------------------------------
+
+
+BY_DISTANCE = ("fedproto", "fedtgp")  # unless they are told to read heads
+
+
+@pytest.mark.parametrize(
+    "settings", [*({"name": m} for m in METHODS), *({"name": m, "inference": "head"} for m in BY_DISTANCE)]
+)
+def test_every_method_honours_logit_adjustment(settings: dict[str, str]) -> None:
+    """Every fit on private rows adds log π of whoever they belong to; at home log π is added to logits that are read.
+
+    The distances to prototypes are no logits of that training, and are read as they are.
+    """
+    method, by_distance = settings["name"], settings["name"] in BY_DISTANCE and "inference" not in settings
+    source = config(method, MIXED, clients=4, algorithm={**settings, "logit_adjustment": True})
+    rounds = rounds_of(source, held=1)
+    fits: list[tuple[Any, Fit]] = []
+    perform = rounds.performer.perform
+    rounds.performer.perform = lambda work: fits.extend((p, s) for p, s in work if isinstance(s, Fit)) or perform(work)  # type: ignore[method-assign]
+    rounds.round()
+    private = [(p, f) for p, f in fits if isinstance(f.data, Rows) and f.data.name in ("train", "pooled")]
+    assert private
+    for participant, fit in private:
+        y = fit.data.columns(participant)["y"]
+        want = log_prior(participant.task, torch.bincount(y, minlength=10))
+        assert want is not None and torch.equal(fit.given["log_prior"], want)
+    for id in rounds.federation.cards:
+        site, client = rounds.executor.site, deployed(rounds, id)
+        adjusted = site.predict(client, Rows("test"), True)
+        site.algorithm = rounds.algorithm.model_copy(update={"logit_adjustment": False})
+        plain = site.predict(client, Rows("test"), True)
+        common = site.predict(client, Rows("common_test"), False)
+        site.algorithm = rounds.algorithm
+        assert torch.equal(site.predict(client, Rows("common_test"), False), common)
+        prior = log_prior(client.task, client.counts)
+        assert prior is not None
+        assert torch.allclose(adjusted - plain, (0 * prior if by_distance else prior).expand_as(plain), atol=1e-4)

@@ -128,19 +128,22 @@ def difference(row: Row, ours: Sequence[float]) -> str:
 def table_text(table: Table, jobs: Sequence[Job]) -> str:
     """A table in Markdown, with what differs below it."""
     extra = "classes held, last" if table.held else "best test round"
-    head = ["method", "published", "last", "selected", "last − published", extra, "seeds"]
+    head = ["method", "published", "last", "selected", "last − published", extra]
+    head += ["held − published", "seeds"] if table.held else ["seeds"]
     lines = [f"## {table.title}", "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in dict.fromkeys(job.row for job in jobs):
         done = [job for job in jobs if job.row == row and job.finished]
         last = [accuracy(job, "last") for job in done]
         published = "" if row.mean is None else f"{row.mean:.2f}" + (f" ± {row.deviation:.2f}" if row.deviation else "")
+        other = [(accuracy_held if table.held else best_test_round)(job) for job in done]
         cells = [
             row.method,
             published,
             spread(last),
             spread([accuracy(job, "best_by_validation") for job in done]) if done else "",
             difference(row, last),
-            spread([(accuracy_held if table.held else best_test_round)(job) for job in done]) if done else "",
+            spread(other) if done else "",
+            *([difference(row, other)] if table.held else []),
             ", ".join(str(job.seed) for job in done),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +125,28 @@ def difference(row: Row, ours: Sequence[float]) -> str:
     return f"{apart:+.2f} ({'within' if abs(apart) <= 2 * deviation else 'outside'} 2σ)"
 
 
+def given(mean: float | None, deviation: float | None) -> str:
+    """A paper's figure."""
+    return "" if mean is None else f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation else "")
+
+
+def against(row: Row, held: Sequence[float]) -> list[str]:
+    """The reading of the authors' code against what was published, and against what the authors had from mended code."""
+    mean, deviation = row.mended or (None, None)
+    again = replace(row, mean=mean, deviation=deviation)
+    return [difference(row, held), given(mean, deviation), difference(again, held)]
+
+
 def table_text(table: Table, jobs: Sequence[Job]) -> str:
     """A table in Markdown, with what differs below it."""
     extra = "classes held, last" if table.held else "best test round"
     head = ["method", "published", "last", "selected", "last − published", extra]
-    head += ["held − published", "seeds"] if table.held else ["seeds"]
+    head += ["held − published", "mended", "held − mended", "seeds"] if table.held else ["seeds"]
     lines = [f"## {table.title}", "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in dict.fromkeys(job.row for job in jobs):
         done = [job for job in jobs if job.row == row and job.finished]
         last = [accuracy(job, "last") for job in done]
-        published = "" if row.mean is None else f"{row.mean:.2f}" + (f" ± {row.deviation:.2f}" if row.deviation else "")
+        published = given(row.mean, row.deviation)
         other = [(accuracy_held if table.held else best_test_round)(job) for job in done]
         cells = [
             row.method,
@@ -143,7 +155,7 @@ def table_text(table: Table, jobs: Sequence[Job]) -> str:
             spread([accuracy(job, "best_by_validation") for job in done]) if done else "",
             difference(row, last),
             spread(other) if done else "",
-            *([difference(row, other)] if table.held else []),
+            *(against(row, other) if table.held else []),
             ", ".join(str(job.seed) for job in done),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -55,7 +55,7 @@ def test_figures_of_finished_runs(replication: ModuleType, tmp_path: Path) -> No
     (line,) = (line for line in replication.write(jobs, tmp_path).splitlines() if line.startswith("| FedGen"))
     assert line == (
         "| FedGen, α 0.1 | 93.03 ± 0.32 | 93.50 ± 0.71 | 92.50 ± 0.71 | +0.47 (within 2σ) | 75.00 ± 0.00 |"
-        " -18.03 (outside 2σ) | 0, 1 |"
+        " -18.03 (outside 2σ) | 95.68 ± 0.20 | -20.68 (outside 2σ) | 0, 1 |"
     )
     assert replication.estimate(jobs) == "fedgen: 1 of 3 runs to do, about 10 minutes"
     jobs = replication.jobs_of([niid], None, "", tmp_path)

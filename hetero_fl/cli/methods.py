@@ -43,7 +43,7 @@ def print_explained(names: Sequence[str], console: Console) -> None:
         for paragraph in (kind.__doc__ or "").strip().split("\n\n"):
             console.print(Text(" ".join(paragraph.split())))
         console.print(Text("; ".join(declared(kind)), style="dim"))
-        console.print(Text(f"read {kind.reads}", style="dim"))
+        console.print(Text(f"read: {kind.reads}", style="dim"))
         table = Table("setting", "default", "meaning")
         for key, field in kind.model_fields.items():
             table.add_row(key, Text(default(field)), Text(field.description or ""))

@@ -145,7 +145,10 @@ def test_each_method_has_one_section_and_its_page_all_settings(name: str) -> Non
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_index_says_what_the_class_declares(name: str) -> None:
-    (row,) = re.findall(rf"^\| \[`{name}`\]\((methods/\w+\.md)#{name}\) \|.*\| (.*?) \|$", INDEX.read_text(), re.M)
-    page, needed = row
+    (row,) = re.findall(
+        rf"^\| \[`{name}`\]\((methods/\w+\.md)#{name}\) \| `(\w+)\.py` \|.*\| (.*?) \|$", INDEX.read_text(), re.M
+    )
+    page, file, needed = row
+    assert algorithm[name].__module__ == f"hetero_fl.algorithms.{file}"
     assert f"## `{name}`" in (INDEX.parent / page).read_text(encoding="utf-8")
     assert needed == (in_words(needs(algorithm[name]())) or "–")

@@ -4,15 +4,17 @@
     GOMP_SPINCOUNT=1000 python benchmarks/threads.py
 
 Forward, backward and step of a bare loop, with one thread and with two, in turns; printed is the ratio of the medians. How long
-OpenMP's idle threads spin decides it. Time with two threads over one on two virtual cores, and two runs at once besides:
+OpenMP's idle threads spin decides it. Time with two threads over time with one, on two virtual cores:
 
-    GOMP_SPINCOUNT                1000    OpenMP's default    OMP_WAIT_POLICY=PASSIVE
-    mlp, batch 10                 1.44    0.99                3.2
+    GOMP_SPINCOUNT                1000    OpenMP's default
+    mlp, batch 10                 1.44    0.99
     cnn_bn_small, batch 32        0.99    0.83
     cnn_bn_medium, batch 32       0.75    0.62
-    fedavg_cnn, batch 10          0.68    0.82                0.93
-    resnet18, batch 32            0.63    0.61                0.93
-    two runs at once, resnet18    1.3     10 and more
+    fedavg_cnn, batch 10          0.68    0.82
+    resnet18, batch 32            0.63    0.61
+
+With OpenMP's default two runs at once take ten times as long as one (ResNet-18 in executors.py), with 1000 a third more; with
+`OMP_WAIT_POLICY=PASSIVE`, whose threads do not spin, a second thread gains at most a twentieth.
 """
 
 from __future__ import annotations

@@ -36,12 +36,12 @@ def compare(
 ) -> Path:
     """Run every algorithm with every seed and write table, figure and report into `out`.
 
-    `algorithms`: names or variants (`hybrid:teacher=mean`), or "all" for all that can mean something with this configuration,
-    shown best first; the others are named with the reason. `grid`: values to try for keys; each algorithm takes the point
-    with the best mean validation over the seeds. `jobs`: runs at a time, by default one per core with one thread each. A
-    script calls this under its `__main__` guard: the runs' processes import it. Raises UserError before anything runs if a
-    configuration is impossible or a run in `out` was made with another one; RunFailed, after the
-    others have ended, if a run fails.
+    `algorithms`: names or variants (`hybrid:teacher=mean`), and "all" for all that can mean something with this
+    configuration: then the best is shown first, and what is left out named with the reason. `grid`: values to try for
+    keys; each algorithm takes the point with the best mean validation over the seeds. `jobs`: runs at a time, by default
+    one per core with one thread each. A script calls this under its `__main__` guard: the runs' processes import it. Raises
+    UserError before anything runs if a configuration is impossible or a run in `out` was made with another one; RunFailed,
+    after the others have ended, if a run fails.
     """
     leave_if_importing()
     out, base, seeds = Path(out), list(overrides), list(dict.fromkeys(seeds))
@@ -54,8 +54,12 @@ def compare(
     config = load_config(source, base)
     for seed in seeds:
         load_config(source, [*base, f"seed={seed}"])
-    survey = algorithms == "all" or list(algorithms) == ["all"]
-    variants, left_out = _admitted(source, base, seeds[0]) if survey else (_variants(algorithms), {})
+    names = [n.strip() for n in (algorithms.split(",") if isinstance(algorithms, str) else algorithms)]
+    asked = [Variant.parse(n) for n in names if n and n != "all"]
+    admitted, left_out = _admitted(source, base, seeds[0]) if "all" in names else ([], {})
+    variants = list(dict.fromkeys([*admitted, *asked]))
+    if not variants:
+        raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")
     cores = os.cpu_count() or 1
     threads = config.runtime.threads or 1
     base += [] if config.runtime.threads else ["runtime.threads=1"]
@@ -64,8 +68,9 @@ def compare(
     ]
     work = [Job(v, p, s, out / "runs" / _folder(v, p, s)) for s in seeds for v in variants for p in points]
     _check_made_alike(source, base, work)
-    new = work[: 1 if survey and not grid else len(variants) * len(points)]  # of a survey all have been prepared
-    tasks = [prepare(source, [*base, *job.overrides]).federation.task for job in new]
+    once = work[: len(variants) * len(points)]
+    new = [job for job in once if grid or job.variant not in admitted]  # the others have been prepared
+    tasks = [prepare(source, [*base, *job.overrides]).federation.task for job in new or once[:1]]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,20 +100,12 @@ def compare(
         if j.point == chosen[j.variant]
     ]
     if rows:
-        shown = ranked(rows, tasks[0]) if survey else rows
+        shown = ranked(rows, tasks[0]) if admitted else rows
         write_comparison(out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing)
     if failed:
         first, why = next(iter(failed.items()))
         raise RunFailed(f"{len(failed)} of {len(work)} runs failed; {first.variant.label}, seed {first.seed}: {why}")
     return out
-
-
-def _variants(algorithms: Sequence[str] | str) -> list[Variant]:
-    names = algorithms.split(",") if isinstance(algorithms, str) else list(algorithms)
-    variants = list(dict.fromkeys(Variant.parse(n.strip()) for n in names if n.strip()))
-    if not variants:
-        raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")
-    return variants
 
 
 def _admitted(source: Source, base: list[str], seed: int) -> tuple[list[Variant], dict[str, str]]:

@@ -129,6 +129,17 @@ def test_all_is_whatever_the_configuration_admits(
     assert figures == sorted(figures, reverse=True)
 
 
+def test_variants_stand_beside_all(
+    tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(algorithm, "_known", {name: algorithm[name] for name in ("local", "fedavg", "fedprox")})
+    compare(small(), "all, fedprox:mu=1, fedprox", out=tmp_path / "out")
+    assert one_after_another == ["local-seed0", "fedavg-seed0", "fedprox-seed0", "fedprox_mu=1-seed0"]
+    with pytest.raises(UserError, match="mu"):
+        compare(small(), ["all", "fedprox:mu=-1"], out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_no_method_admits_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         compare(small(data__path=str(tmp_path / "nowhere.npz")), "all", out=tmp_path / "out")

@@ -43,7 +43,7 @@ def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     for axes, metric in zip(panels[:2], metrics, strict=True):
         for place, reading in enumerate(present):
             _dots(axes, rows, shown, reading, metric, 0.2 * (place - (len(present) - 1) / 2))
-        axes.set_title(sentence(METRICS[metric]))
+        axes.set_title(textwrap.fill(sentence(METRICS[metric]), 17))
     _bars(panels[2], [[row["up_bytes"] + row["down_bytes"] for row in _of(rows, a)] for a in shown.all], size)
     panels[2].set_title("Exchanged")
     _bars(panels[3], [[row["seconds_total"] for row in _of(rows, a)] for a in shown.all], duration)

@@ -30,7 +30,7 @@ def made(names: list[str], seeds: int, scale: float = 1.0) -> list[dict[str, Any
         for place, name in enumerate(names):
             row: dict[str, Any] = {"algorithm": name, "seed": seed, "seconds_total": 4000.0 * scale + 60 * place}
             for reading in ("personal", "global", "server"):
-                for metric in ("accuracy", "auroc", "balanced_accuracy"):
+                for metric in ("accuracy", "auroc", "balanced_accuracy", "mae", "r2"):
                     row[f"{reading}_last_{metric}"] = float(rng.uniform(0.2, 1.0))
             row |= {"up_bytes": 0 if name == "local" else int(10 ** rng.uniform(3, 9)), "down_bytes": 0}
             rows.append(row)
@@ -43,14 +43,17 @@ def panels(figure: Figure) -> dict[str, Axes]:
 
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("names", [ALL, LONG, ["local", "fedavg"]], ids=["all", "long names", "two"])
-def test_nothing_overlaps(names: list[str], seeds: int) -> None:
+@pytest.mark.parametrize(
+    "task", [Task("multiclass", 10), Task("multiclass", 2), Task("regression", 1)], ids=lambda t: t.kind
+)
+def test_nothing_overlaps(names: list[str], seeds: int, task: Task) -> None:
     with style.drawing():
-        figure = draw(made(names, seeds), Task("multiclass", 10), 2)
+        figure = draw(made(names, seeds), task, 2)
     assert figure.get_figwidth() <= style.WIDTH and figure.get_figheight() < 11
     shown = texts(figure)
     turned = [t for t in panels(figure)["Needs"].get_xticklabels() if t.get_text()] if "Needs" in panels(figure) else []
     assert all(t.get_fontsize() >= style.SMALLEST for t in [*shown, *turned])
-    boxes = [(t.get_text(), t.get_window_extent().padded(-1.5)) for t in [*shown, *turned]]
+    boxes = [(t.get_text(), t.get_window_extent().padded(1)) for t in [*shown, *turned]]
     for (first, a), (second, b) in combinations(boxes, 2):
         assert not a.overlaps(b), (first, second)
 

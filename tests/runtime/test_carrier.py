@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 import pytest
+import torch
 
 from hetero_fl.runtime.crews.carrier import LONG, Carrier
 
@@ -76,3 +78,20 @@ def test_long_strings_do_not_go_through_the_pipe(monkeypatch: pytest.MonkeyPatch
     here.send({"model": b"z" * (50 * LONG)})
     assert len(there.recv()["model"]) == 50 * LONG
     assert 0 < sum(sizes) < LONG
+
+
+def test_what_finds_no_room_in_shared_memory_goes_through_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = ends(remembered=1)
+    small, large, larger = (byte * size for byte, size in ((b"s", LONG), (b"l", 2 * LONG), (b"m", 3 * LONG)))
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    with ThreadPoolExecutor(1) as other:
+        for room, strings in ((True, [small]), (False, [large, larger]), (False, [larger, small]), (True, [large])):
+            if not room:
+                monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+            received = other.submit(there.recv)  # at the same time: a pipe holds little
+            here.send(strings)
+            assert received.result(timeout=60) == strings
+            monkeypatch.undo()

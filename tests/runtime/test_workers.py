@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment import run
 from hetero_fl.runtime.costs import Costs
+from hetero_fl.runtime.crews import carrier
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.jobs import Done, Job, Remote, Setup, Worker
 from tests.runtime.crews import METHODS, ROOT, environment, gone, members, outcome, rounds_on, setup_of
@@ -94,6 +96,55 @@ def test_an_idle_worker_that_dies_is_replaced(fedper: tuple[Setup, Processes], m
     os.kill(crew._crew[1][0].pid or 0, signal.SIGKILL)
     crew._crew[1][0].join()
     assert outcome(rounds, 1) == want
+
+
+@pytest.mark.parametrize("during", [Job, Done])
+def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch, during: type
+) -> None:
+    """As by Ctrl-C in a notebook, where the same rounds then go on."""
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None), 1)
+    rounds = rounds_on(setup, crew, 2)
+    before = {process.pid for process, _ in crew._crew}
+    plain, interrupted = carrier.changed, list[str]()
+
+    def changed(value: Any, change: Any) -> Any:
+        if isinstance(value, during) and not interrupted:
+            interrupted.append("once")
+            raise KeyboardInterrupt
+        return plain(value, change)
+
+    monkeypatch.setattr(carrier, "changed", changed)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.round()
+    assert outcome(rounds, 1) == want
+    assert len(before & {process.pid for process, _ in crew._crew}) == 1
+
+
+class Pipe:
+    """A connection that is not of the usual class, as on Windows."""
+
+    def __init__(self, plain: Any) -> None:
+        self.fileno, self.send, self.recv, self.close = plain.fileno, plain.send, plain.recv, plain.close
+
+
+def test_any_kind_of_connection_will_do(fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, crew = fedper
+    before = [process.pid for process, _ in crew._crew]
+    for _, end in crew._crew:
+        monkeypatch.setattr(end, "connection", Pipe(end.connection))
+    assert outcome(rounds_on(setup, crew, 2), 1) == outcome(rounds_on(setup, None), 1)
+    assert before == [process.pid for process, _ in crew._crew]
+
+
+def test_workers_without_shared_memory_for_the_data_end_the_run_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(RunFailed, match=r"^runtime\.executor: no shared memory for workers' data \(unable .*No space"):
+        Processes(setup_of("fedavg"), 2)
 
 
 class Here:

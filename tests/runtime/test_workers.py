@@ -165,6 +165,16 @@ class Here:
         """Nothing to give back."""
 
 
+def test_only_clients_with_private_state_are_remembered() -> None:
+    """Of a large population, everybody would be in the end."""
+    for method, some in (("fedavg", False), ("fedper", True)):
+        crew = Here(setup := setup_of(method), 2)
+        rounds = rounds_on(setup, crew, 2)
+        assert outcome(rounds, 2) == outcome(rounds_on(setup, None), 2)
+        assert bool(rounds.executor._held) is some  # type: ignore[attr-defined]
+        assert [bool(worker._used) for worker in crew.workers] == [some, some]
+
+
 def test_a_task_that_is_given_up_leaves_no_trace() -> None:
     """A round that fails in the middle can be held once more: what was being computed for it is not used."""
     setup = setup_of("fedper")

@@ -109,8 +109,7 @@ def choose(config: Config, federation: Federation) -> Choice:
         )
     executor, why = asked.executor, "runtime.executor"
     if executor == "auto":
-        threads = asked.threads or limit_of_threads()
-        executor, why = _executor(load, group, device, available, threads, asked.workers)
+        executor, why = _executor(load, group, device, available, asked.threads or limit_of_threads())
     together = max(1, group) if executor == "batched" else 1
     threads, server_threads, size = _threads(asked, load, together, executor, available)
     reasons = [f"{executor} executor: {why}", size]
@@ -130,10 +129,9 @@ def choose(config: Config, federation: Federation) -> Choice:
     return Choice(executor, str(device), threads, server_threads, chunk, asked.precision, workers, tuple(reasons))
 
 
-def _executor(
-    load: Load, group: int, device: torch.device, available: int, each: int | None = None, asked: int | None = None
-) -> tuple[str, str]:
-    """Which, and why; `each`: the threads that a process gets whatever it computes, `asked`: workers."""
+def _executor(load: Load, group: int, device: torch.device, available: int, each: int | None = None) -> tuple[str, str]:
+    """Which, and why; `each`: the threads that a process gets whatever it computes. (Workers that are asked for do not count:
+    their number changes no result.)"""
     if device.type != "cpu" or available == 1 or load.cohort == 1:
         if group:
             return "batched", f"small steps of {group} clients with one architecture"
@@ -142,8 +140,7 @@ def _executor(
     def speed(threads: int) -> float:
         return 1 + THREAD * (min(threads, available) - 1) if load.step >= LARGE_STEP else 1.0
 
-    size = min(asked or available, max(1, available // (each or 1)))
-    workers = WORKER * min(size, load.busy) * speed(each or 1)
+    workers = WORKER * min(max(1, available // (each or 1)), load.busy) * speed(each or 1)
     saved = load.seconds / speed(each or MOST_THREADS) - load.seconds / workers
     about = f"about {load.seconds:.0f} s of training for one core"
     if saved >= START and load.traffic <= TRAFFIC:

@@ -67,6 +67,7 @@ def test_a_string_is_sent_once_while_the_other_side_has_it(monkeypatch: pytest.M
         got.append(there.recv())
     assert [g[0] for g in got] == [first, second, first, second, third, second, first, third]
     assert filled == [1, 1, 0, 0, 1, 0, 1, 0]  # the oldest of two is forgotten at both ends
+    assert len(here._sent.strings) == len(there._got.strings) == 2
     equal = bytes(bytearray(third))
     here.send(equal)  # another string, if an equal one
     assert there.recv() == third and filled[-1] == 1

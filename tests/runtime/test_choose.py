@@ -50,20 +50,16 @@ def test_workers_pay_only_where_they_save_more_than_their_start_against_threads(
     assert taken(1000, 2.5, 1e9, cores=4) == "serial" and taken(1000, 4, 1e9, cores=4) == "processes"
 
 
-def test_workers_are_weighed_with_the_threads_and_the_number_that_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def taken(step: float, cores: int, each: int | None, asked: int | None = None) -> str:
-        load = module.Load(8, 20, 1e7, 8, step)
-        return module._executor(load, 0, torch.device("cpu"), cores, each, asked)[0]
+def test_workers_are_weighed_with_the_threads_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(step: float, cores: int, each: int | None) -> str:
+        return module._executor(module.Load(8, 20, 1e7, 8, step), 0, torch.device("cpu"), cores, each)[0]
 
     assert taken(1e6, 4, None) == taken(1e6, 4, 2) == "processes"  # of two threads each, two of them
     assert taken(1e6, 4, 4) == taken(1e9, 4, 4) == "serial"  # there is room for one worker
     assert taken(1e9, 2, None) == "serial" and taken(1e9, 2, 1) == "processes"  # against one thread, not two
-    assert taken(1e6, 4, None, 1) == "serial" and taken(1e6, 4, None, 2) == "processes"
     long: dict[str, Any] = {"models": MIXED, "rounds": 1_000_000, "clients__defaults": LONG}
     assert chosen(monkeypatch, runtime={"threads": 2}, **long).executor == "serial"
-    assert chosen(monkeypatch, runtime={"workers": 1}, **long).executor == "serial"
+    assert chosen(monkeypatch, runtime={"workers": 1}, **long).executor == "processes"  # their number changes no result
     monkeypatch.setattr(module, "limit_of_threads", lambda: 2)
     assert chosen(monkeypatch, **long).executor == "serial"
 

@@ -6,6 +6,7 @@ the same choice, and the same choice gives the same bits. docs/scaling.md states
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -110,14 +111,15 @@ def choose(config: Config, federation: Federation) -> Choice:
     executor, why = asked.executor, "runtime.executor"
     if executor == "auto":
         executor, why = _executor(load, group, device, available, asked.threads or limit_of_threads())
-    together = max(1, group) if executor == "batched" else 1
+    chunk = asked.chunk or (CHUNK if executor == "batched" else 1)
+    together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
     threads, server_threads, size = _threads(asked, load, together, executor, available)
     reasons = [f"{executor} executor: {why}", size]
     workers = 1
     if executor not in IN_PROCESS:
         workers, why = crew_size(executor, asked.workers, threads, load.cohort, available)
         reasons.append(f"{workers} workers: {why}")
-    chunk, pieces = asked.chunk or (CHUNK if executor == "batched" else 1), max(PIECES, available)
+    pieces = max(PIECES, available)
     if asked.executor == "auto" and executor == "processes" and not asked.chunk and group // pieces >= TOGETHER:
         chunk = min(CHUNK, group // pieces)
         reasons.append(f"{chunk} clients at a time: small steps of {group} clients with one architecture")
@@ -181,6 +183,15 @@ def _worth_batching(federation: Federation, cohort: int, device: torch.device) -
     members = max((n * share for n in groups.values()), default=0.0)
     most = 2 * sum(groups.values()) > len(federation.cards)
     return int(members) if most and members >= (TOGETHER if device.type == "cpu" else 2) else 0
+
+
+def _largest_group(federation: Federation, cohort: int) -> int:
+    """How many clients of a round can be computed together, about; 1 or more."""
+    groups = Counter[Architecture]()
+    for kind in federation.cards.kinds:
+        if not recurrent(kind.arch):
+            groups[kind.arch] += kind.count
+    return max(1, round(max(groups.values(), default=0) * cohort / len(federation.cards)))
 
 
 def make_executor(

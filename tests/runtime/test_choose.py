@@ -74,6 +74,17 @@ def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, cores=16, models=MIXED).threads == 4
 
 
+def test_threads_follow_from_the_steps_of_all_that_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"name": "digits", "partition": {"kind": "iid", "min_size": 5}, "proxy": {"size": 0}}
+
+    def threads(model: str, **runtime: Any) -> int:
+        return chosen(monkeypatch, models=model, clients=12, data=data, runtime=runtime).threads
+
+    # a step of one client takes 32 and 4 MFLOP; recurrent models are computed one after the other
+    assert threads("fedavg_cnn", executor="batched") == threads("fedavg_cnn", executor="batched", chunk=2) == 2
+    assert threads("fedavg_cnn", executor="batched", chunk=1) == threads("gru", executor="batched") == 1
+
+
 def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     data = {"name": "digits", "partition": {"kind": "iid"}, "proxy": {"size": 0}}
     crowd = chosen(monkeypatch, models="mlp", clients=12, data=data)

@@ -43,7 +43,8 @@ def made(request: pytest.FixtureRequest) -> Iterator[Made]:
 @pytest.fixture(scope="module")
 def fedper() -> Iterator[tuple[Setup, Processes]]:
     """Workers of a method whose clients keep their heads; one of the clients always diverges."""
-    groups = [{"name": "calm", "count": 3, "model": "cnn_bn_small"}, WILD]
+    large = {"name": "mlp", "hidden": [400]}  # travels through shared memory
+    groups = [{"name": "calm", "count": 3, "model": ["cnn_bn_small", large]}, WILD]
     setup = setup_of(config("fedper", rounds=3, seed=1, clients__per_round=3, clients__groups=groups))
     crew = Processes(setup, 2)
     yield setup, crew
@@ -86,6 +87,33 @@ def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
     assert any("wild" in record["failed"] for record in want["records"])
     killed = killing(crew, monkeypatch, lambda job: job.number in (2, 5))
     assert outcome(rounds_on(setup, crew, 2)) == want and len(killed) == 2
+
+
+def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one's first result names shared memory that is handed over as it is read: by nobody any more."""
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None), 1)
+    rounds, plain, killed = rounds_on(setup, crew, 2), crew.receive, list[int | None]()
+    for worker in range(2):
+        crew._end(worker)
+        crew._crew[worker] = crew._start(worker)
+
+    def receive() -> tuple[int, Done | None]:
+        for worker, job in busy.items():
+            process, end = crew._crew[worker]
+            if not killed and any(cards[c].arch.name == "mlp" and c != "wild" for c in job.clients):
+                assert end.connection.poll(60) and end._theirs.tensor is None
+                process.kill()
+                process.join()
+                killed.append(process.pid)
+        return plain()
+
+    monkeypatch.setattr(crew, "receive", receive)
+    busy, cards = rounds.executor._busy, setup.federation.cards  # type: ignore[attr-defined]
+    assert outcome(rounds, 1) == want and len(killed) == 1
+    assert not {process.pid for process, _ in crew._crew} & set(killed)
 
 
 def test_an_idle_worker_that_dies_is_replaced(fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch) -> None:

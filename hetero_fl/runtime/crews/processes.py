@@ -74,6 +74,7 @@ class Processes:
             pass
         except BaseException:
             process.kill()
+            process.join()
             raise
 
     def _start(self, index: int) -> tuple[BaseProcess, Carrier]:

@@ -4,8 +4,8 @@
     python benchmarks/fedgen_order.py --data DIR [--seeds 0,1,2] [--alpha 0.1]
 
 DIR holds `mnist.npz`. A bare loop over the data, model and settings of `configs/replication/fedgen_mnist.yaml`: clients keep
-their BatchNorm statistics, and each is read on the test images of its own classes. Batches come from rows sorted by class, in order,
-as in the code of the time, or shuffled. Printed: the last reading and the mean of the five best of forty, in percent.
+their BatchNorm statistics, and each is read on the test images of its own classes. Batches come from rows sorted by class, in
+order as in the code of the time, or shuffled. Printed: the last reading and the mean of the five best of forty, in percent.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ FEDGEN = Table(
     ),
     held=True,
     differs=(
-        "In the authors' code of the time training batches came in a fixed order, sorted by class: the loader did not shuffle. They "
-        "mended it in January 2022 (github.com/zhuangdizhu/FedGen, issue 7) and gave new figures for two rows: *mended*. "
+        "In the authors' code of the time training batches came in a fixed order, sorted by class: the loader did not shuffle. "
+        "They mended it in January 2022 (github.com/zhuangdizhu/FedGen, issue 7) and gave new figures for two rows: *mended*. "
         "Here batches are shuffled.",
         "The paper says *global test accuracy* and *half of the training set*. The authors' code takes 1,500 images of each "
         "class (15,000, a quarter), as here, reads each client's model on test images of the classes that the client has alone, "

@@ -65,8 +65,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+_one_core = False
+
+
+def take_one_core() -> None:
+    """Others like this process run beside it on the other cores: it shall count on one, whatever there are."""
+    global _one_core
+    _one_core = True
+
+
 def cores() -> int:
     """Those that this process may use."""
+    if _one_core:
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hetero_fl.algorithms import algorithm
 from hetero_fl.children import leave_if_importing
 from hetero_fl.config import difference, load_config, resolved
 from hetero_fl.config.load import read
+from hetero_fl.environment import cores
 from hetero_fl.errors import Interrupted, RunFailed, UserError
 from hetero_fl.experiment.jobs import Job, Source, Variant, run_all
 from hetero_fl.experiment.single import prepare
@@ -60,7 +60,6 @@ def compare(
     variants = list(dict.fromkeys([*admitted, *asked]))
     if not variants:
         raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")
-    cores = os.cpu_count() or 1
     threads = config.runtime.threads or 1
     base += [] if config.runtime.threads else ["runtime.threads=1"]
     points = [
@@ -82,7 +81,7 @@ def compare(
             progress.log(f"left out {name}: {why}")
         plain = read(Path(source)) if isinstance(source, str | Path) else source  # the file may change while it runs
         try:
-            failed = run_all(plain, base, work, jobs or max(1, cores // threads), progress)
+            failed = run_all(plain, base, work, jobs or max(1, cores() // threads), progress)
         except KeyboardInterrupt as stop:
             raise Interrupted(out) from stop
     done = [j for j in work if j not in failed]

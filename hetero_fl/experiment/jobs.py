@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.children import ADVICE, UNGUARDED, deaf_children
+from hetero_fl.environment import take_one_core
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.single import run
 from hetero_fl.reporting.progress import Progress
@@ -58,7 +59,8 @@ def run_all(source: Source, base: list[str], work: list[Job], jobs: int, progres
     failed: dict[Job, str] = {}
     progress.log(f"{len(work)} runs, {jobs} at a time")
     others = multiprocessing.active_children()
-    with ProcessPoolExecutor(min(jobs, len(work)), multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(work)), spawn, initializer=take_one_core) as pool:
         with deaf_children():
             waiting = {pool.submit(run_one, source, [*base, *job.overrides], job.out): job for job in work}
         workers = [child for child in multiprocessing.active_children() if child not in others]

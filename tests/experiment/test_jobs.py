@@ -63,6 +63,13 @@ def test_runs_made_with_other_settings_are_told_first(made: list[str], capsys: p
     assert "out: another process is at work there" in capsys.readouterr().err
 
 
+def test_runs_of_a_comparison_have_a_core_each(tmp_path: Path) -> None:
+    compare(small(), ["local"], [0, 1], out=tmp_path / "out", jobs=2)
+    for seed in (0, 1):
+        log = (tmp_path / f"out/runs/local-seed{seed}/log.txt").read_text()
+        assert "serial executor: one core" in log
+
+
 @pytest.mark.parametrize("call", [run, compare])
 def test_a_worker_that_imports_the_script_leaves(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)

@@ -129,3 +129,18 @@ def test_with_nobody_to_share_with_it_is_local_bit_for_bit(method: str) -> None:
         sent = ours.server.models[ours.federation.cards[id].arch.id]
         mine = {**sent, **ours.store.get(id).models.get("model", {})}
         assert same_bits(floats(local.store.get(id).models["model"]), floats(mine)) is alone
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_model_without_a_backbone_trains_what_it_has() -> None:
+    """Beside others: FedRep trains its head alone, FedBABU nothing before it is read."""
+    start = rounds_of(config("local", ["linear", MLP], 4), held=0)
+    (id, card), *_ = start.federation.cards.items()
+    local = rounds_of(config("local", ["linear", MLP], 4, clients__defaults__batch_size=500))
+    for method, want in (
+        ("fedrep", local.store.get(id).models["model"]),
+        ("fedbabu", start.federation.initial(card.arch)),
+    ):
+        ours = rounds_of(config(method, ["linear", MLP], 4, clients__defaults__batch_size=500))
+        assert apart(clients(ours)[id].models["model"], want) < 1e-12
+        assert ours.evaluate().clients[id].scores["personal"]

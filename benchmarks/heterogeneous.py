@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from bare import LOOPS
+from bare import LOOPS, LR
 from common import Ours, agree, arguments, images, in_turns, parsed, print_ratios
 
 from hetero_fl.experiment import prepare
@@ -41,7 +41,7 @@ def configuration(method: str, clients: int, rows: int) -> dict[str, object]:
             "count": clients,
             "defaults": {
                 "model": ["fedavg_cnn", "torchvision:resnet18"],
-                "optimizer": {"name": "sgd", "lr": 0.01},
+                "optimizer": {"name": "sgd", "lr": LR},
                 "batch_size": 32,
             },
         },

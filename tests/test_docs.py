@@ -16,11 +16,12 @@ import pytest
 import yaml
 
 from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms.needs import in_words, needs
 from hetero_fl.cli import commands, main
 from hetero_fl.config import load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -117,3 +118,37 @@ def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+# The methods ---------------------------------------------------------------------------------------------------------
+
+INDEX = ROOT / "docs" / "methods.md"
+BUILT_IN = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+
+
+def sections(name: str) -> list[tuple[str, str]]:
+    """(page, section) of each section of the pages below docs/methods/ whose heading is the name of the method."""
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "methods").glob("*.md"))]
+    heading = re.compile(rf"^## `{name}`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    return [(page, text) for page in pages for text in heading.findall(page)]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_each_method_has_one_section_and_its_page_all_settings(name: str) -> None:
+    ((page, text),) = sections(name)
+    for word in ("Travels:**", "Use it", "Settings:**" if "| --- |" not in text else "| setting |"):
+        assert word in text, word
+    assert "**Not**" in text or "and not,**" in text
+    missing = [key for key in algorithm[name].model_fields if not re.search(rf"`{key}\b", page)]
+    assert set(missing) <= {"logit_adjustment"}, "which all have, and hybrid.md explains"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_index_says_what_the_class_declares(name: str) -> None:
+    (row,) = re.findall(
+        rf"^\| \[`{name}`\]\((methods/\w+\.md)#{name}\) \| `(\w+)\.py` \|.*\| (.*?) \|$", INDEX.read_text(), re.M
+    )
+    page, file, needed = row
+    assert algorithm[name].__module__ == f"hetero_fl.algorithms.{file}"
+    assert f"## `{name}`" in (INDEX.parent / page).read_text(encoding="utf-8")
+    assert needed == (in_words(needs(algorithm[name]())) or "–")

@@ -45,6 +45,7 @@ class Algorithm(BaseModel):
     counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
     everybody: ClassVar[bool] = False  # whether it needs all clients' rows or models in one place
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
+    requires: ClassVar[tuple[str, ...]] = ()  # what it needs besides, in words that tables print; subclasses add to it
     reads: ClassVar[str] = (
         "after aggregation, as deployed with the next broadcast"  # when a model is read; tables say so
     )

@@ -28,7 +28,7 @@ class DataFree(Algorithm):
         30, description="steps of the generator on one batch of noise and labels, as in the paper"
     )
     student_steps: PositiveInt = Field(50, description="steps of the student on all batches so far, after each")
-    synthetic_batch: int = Field(64, ge=2, description="generated examples of a batch; the paper: 128")
+    synthetic_batch: int = Field(64, ge=2, description="generated examples of a batch")
     noise: PositiveInt = Field(64, description="width of the generator's input")
     generator_lr: PositiveFloat = Field(1e-3, description="its learning rate (Adam)")
     statistics_weight: NonNegativeFloat = Field(1.0, description="λ₁: weight of the BatchNorm statistics")

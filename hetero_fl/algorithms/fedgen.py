@@ -24,9 +24,11 @@ GENERATOR = "generator"
 
 @algorithm("fedgen")
 class FedGen(CommonHead, FedAvg):
-    """FedAvg within each architecture; besides, the server trains a generator G(y, ε) of features that the clients' heads take
-    for class y, each head weighted by its client's share of that class, and clients learn from what it draws (Zhu et al.
-    2021, Algorithm 1). Classes are drawn by their frequency among the round's clients.
+    """FedAvg within each architecture, and a generator G(y, ε) of features from which clients learn beside their own rows
+    (Zhu et al. 2021, Algorithm 1).
+
+    The server trains G to make what the clients' heads take for class y, each head weighted by its client's share of that
+    class. Classes are drawn by their frequency among the round's clients.
 
     Heads of all architectures teach the one generator. A client that does not release its label counts speaks as if its
     rows were spread evenly; one that keeps its head does not teach. G: linear, BatchNorm, ReLU, linear. The authors' code

@@ -27,9 +27,11 @@ ROWS = ("features", "logits", "labels")
 
 @algorithm("fedgkt")
 class FedGKT(CommonWidth):
-    """Clients train extractor and head on CE + λ·KL·T² towards the server's logits of their rows, and send features, logits
-    and label of every private row; the server trains a large model on those, CE + λ·KL·T² towards the clients' logits, and
-    sends its logits back (He et al. 2020, Algorithm 1).
+    """Clients send features, logits and label of every private row; the server trains a large model on those, and each side
+    learns from the other's logits (He et al. 2020, Algorithm 1).
+
+    Clients train extractor and head on CE + λ·KL·T² towards the server's logits of their rows, the server its model on the
+    same towards theirs, and sends its logits back.
 
     A client's own model, with features of the common width, is its extractor. An example is read by the server's model on
     the client's features. What each private row gives away is as much as its features tell of it.

@@ -21,14 +21,17 @@ PROJECTION = "projection"  # P: kept by the client
 
 @algorithm("fedmrl")
 class FedMRL(WithMentee):
-    """A small shared network G (features of width d₁) beside each client's own F (width d₂ > d₁): a private linear projection
-    takes both features to width d₂, all of which goes to F's head and the first d₁ to G's; both are trained on their
-    sum of losses, G alone is averaged (Yi et al. 2024, Algorithm 1).
+    """A small shared network G beside each client's own F, trained on features of both, one nested in the other; G alone is
+    averaged (Yi et al. 2024, Algorithm 1).
+
+    G's features have width d₁, F's d₂ > d₁. A private linear projection takes both to width d₂, all of which goes to F's head
+    and the first d₁ to G's; the loss is the sum of both.
 
     A client's model is all three: F's head on the projected features is what is read, at home and in common.
     """
 
     uploads = {MENTEE: ItemSpec("params", across=True)}
+    requires = ("linear heads",)
     reads = "own head on projected features, as deployed with the next broadcast (the models saved are clients' own F alone)"
 
     own_weight: NonNegativeFloat = Field(1.0, description="m_F: weight of the own head's loss")

@@ -21,9 +21,10 @@ VECTORS, PROTOTYPES = "vectors", "prototypes"  # at the server: P̆, a trainable
 
 @algorithm("fedtgp")
 class FedTGP(FedProto):
-    """FedProto whose prototypes are P̂_c = F(P̆_c), with P̆ and F trained at the server: each client's own prototypes are to lie
-    nearest to that of their class, by a margin δ = min(largest distance of two class centres, τ) (Zhang et al. 2024,
-    Algorithm 1; F is linear, ReLU, linear).
+    """FedProto whose prototypes are trained at the server, so that classes stand apart (Zhang et al. 2024, Algorithm 1).
+
+    P̂_c = F(P̆_c), F linear, ReLU, linear; P̆ and F are trained so that each client's own prototypes lie nearest to that of
+    their class, by a margin δ = min(largest distance of two class centres, τ).
 
     A class centre is the plain mean of the clients' prototypes. The server starts from the last round's P̆ and F.
     """

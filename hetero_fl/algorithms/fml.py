@@ -14,8 +14,8 @@ from hetero_fl.state import Participant
 
 @algorithm("fml")
 class FML(WithMentee):
-    """Each client trains its own model and a small shared one on its rows, each also towards the other's predictions (KL, both
-    ways); the shared one, the mentee, is averaged (Shen et al. 2020, Algorithm 1, there "meme model")."""
+    """Own model and a small shared one learn from the rows and from one another (KL, both ways); the shared one, the mentee, is
+    averaged (Shen et al. 2020, Algorithm 1, there "meme model")."""
 
     uploads = {MENTEE: ItemSpec("params", across=True)}
 

@@ -35,6 +35,7 @@ class HeteroFL(FedAvg):
     """
 
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
+    requires = ("one model family",)
 
     model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
         None,

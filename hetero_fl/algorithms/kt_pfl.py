@@ -21,8 +21,10 @@ MIX = "mix"  # a linear layer without bias whose row k is c_k
 
 @algorithm("kt_pfl")
 class KTpFL(OnProxy):
-    """Client k distils Σ_j c_kj p_j, p_j the softened predictions on the proxy set; the server learns c by gradient steps on
-    Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖² (Zhang et al. 2021, Algorithm 1).
+    """Each client distils its own mixture of all clients' predictions on the proxy set, with weights that the server learns
+    (Zhang et al. 2021, Algorithm 1).
+
+    Client k's teacher is Σ_j c_kj p_j, p_j softened; c takes gradient steps on Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖².
 
     Rows of c stay distributions: after each step they are projected onto the simplex. In a round in which only some take
     part, c is learned among them, each row's weight on the absent stays, and teachers are mixtures of those present. The

@@ -37,6 +37,7 @@ class WithMentee(Algorithm):
     """
 
     slot = MENTEE
+    requires = ("small common model",)
     reads = "own model at home, the mentee in common, as deployed with the next broadcast (the models saved are clients' own)"
 
     mentee: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(

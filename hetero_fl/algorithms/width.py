@@ -16,6 +16,8 @@ from hetero_fl.state import Card, Roster
 class CommonWidth(Algorithm):
     """A model whose features have another width ends in a projection to the common one; the others are as they were."""
 
+    requires = ("one feature width",)
+
     feature_dim: PositiveInt | None = Field(
         None, description="common width of the features; none: the most frequent of the clients', the widest of equals"
     )
@@ -36,6 +38,8 @@ class CommonWidth(Algorithm):
 
 class CommonHead(CommonWidth):
     """Features of one width, and heads that fit one another: each a single linear layer."""
+
+    requires = ("linear heads",)
 
     def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
         for kind in cards.kinds:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Setup = Callable[[argparse.ArgumentParser], None]
+HINT = "`hetero-fl methods` lists what algorithm.name may be: what each method does, sends and needs."
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,12 @@ def _nearby(out: Path) -> str:
 
 def _compare(parser: argparse.ArgumentParser) -> None:
     _configuration(parser)
-    parser.add_argument("--algorithms", required=True, metavar="A,B,…", help="names, or name:setting=value, or `all`")
+    parser.add_argument(
+        "--algorithms",
+        required=True,
+        metavar="A,B,…",
+        help="names, or name:setting=value; `all`: whatever this configuration admits",
+    )
     parser.add_argument("--seeds", default="0", metavar="0,1,…")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the comparison; finished runs in it are kept"
@@ -156,21 +162,21 @@ def print_scores(results: Mapping[str, Mapping[str, float | None]], title: str, 
 
 
 def _methods(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="explain these and their settings (default: all, a line each)"
+    )
     parser.set_defaults(carry_out=_carry_out_methods)
 
 
 def _carry_out_methods(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
 
-    from hetero_fl.algorithms import algorithm
+    from hetero_fl.cli.methods import print_explained, print_methods
 
-    table = Table("algorithm", "what it does", "settings")
-    for name in algorithm:
-        kind = algorithm[name]
-        first = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
-        table.add_row(name, first, ", ".join(kind.model_fields))
-    Console().print(table)
+    if options.names:
+        print_explained(options.names, Console())
+    else:
+        print_methods(Console())
     return 0
 
 
@@ -178,7 +184,7 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
     "train": ("one run: configuration in, finished run directory out", _train),
     "compare": ("algorithms × seeds: table, figure and report", _compare),
     "evaluate": ("score the saved models of a run on any data set", _evaluate),
-    "methods": ("the algorithms, a line each", _methods),
+    "methods": ("the algorithms, a line each: what it does, sends and needs", _methods),
 }
 
 
@@ -191,14 +197,16 @@ def _configuration(parser: argparse.ArgumentParser, required: bool = True) -> No
 def parser(command: str, prog: str) -> argparse.ArgumentParser:
     """The parser of one command."""
     about, setup = COMMANDS[command]
-    made = Parser(prog=prog, description=about, allow_abbrev=False)
+    made = Parser(prog=prog, description=about, epilog=HINT, allow_abbrev=False)
     setup(made)
     return made
 
 
 def all_parser() -> argparse.ArgumentParser:
     """The parser that tells which commands there are."""
-    made = Parser(prog="hetero-fl", description="Federated learning between participants whose models differ.")
+    made = Parser(
+        prog="hetero-fl", description="Federated learning between participants whose models differ.", epilog=HINT
+    )
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (about, _) in COMMANDS.items():
         commands.add_parser(name, help=about)

@@ -14,10 +14,12 @@ from hetero_fl.config.load import read
 from hetero_fl.errors import Interrupted, RunFailed, UserError
 from hetero_fl.experiment.jobs import Job, Source, Variant, run_all
 from hetero_fl.experiment.single import prepare
+from hetero_fl.reporting.comparison_columns import ranked
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
 from hetero_fl.reporting.summary import validation_score
+from hetero_fl.reporting.wording import algorithm_name
 from hetero_fl.task import Task
 
 
@@ -34,11 +36,12 @@ def compare(
 ) -> Path:
     """Run every algorithm with every seed and write table, figure and report into `out`.
 
-    `algorithms`: names or variants (`hybrid:teacher=mean`), or "all" for all that can mean something with this
-    configuration. `grid`: values to try for keys; each algorithm takes the point with the best mean validation over the
-    seeds. `jobs`: runs at a time, by default one per core with one thread each. A script calls this under its `__main__`
-    guard: the runs' processes import it. Raises UserError before anything runs if a configuration is impossible or a run in
-    `out` was made with another one; RunFailed, after the others have ended, if a run fails.
+    `algorithms`: names or variants (`hybrid:teacher=mean`), and "all" for all that can mean something with this
+    configuration: then the best is shown first, and what is left out named with the reason. `grid`: values to try for
+    keys; each algorithm takes the point with the best mean validation over the seeds. `jobs`: runs at a time, by default
+    one per core with one thread each. A script calls this under its `__main__` guard: the runs' processes import it. Raises
+    UserError before anything runs if a configuration is impossible or a run in `out` was made with another one; RunFailed,
+    after the others have ended, if a run fails.
     """
     leave_if_importing()
     out, base, seeds = Path(out), list(overrides), list(dict.fromkeys(seeds))
@@ -51,7 +54,12 @@ def compare(
     config = load_config(source, base)
     for seed in seeds:
         load_config(source, [*base, f"seed={seed}"])
-    variants, left_out = _variants(source, algorithms, base)
+    names = [n.strip() for n in (algorithms.split(",") if isinstance(algorithms, str) else algorithms)]
+    asked = [Variant.parse(n) for n in names if n and n != "all"]
+    admitted, left_out = _admitted(source, base, seeds[0]) if "all" in names else ([], {})
+    variants = list(dict.fromkeys([*admitted, *asked]))
+    if not variants:
+        raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")
     cores = os.cpu_count() or 1
     threads = config.runtime.threads or 1
     base += [] if config.runtime.threads else ["runtime.threads=1"]
@@ -60,7 +68,9 @@ def compare(
     ]
     work = [Job(v, p, s, out / "runs" / _folder(v, p, s)) for s in seeds for v in variants for p in points]
     _check_made_alike(source, base, work)
-    tasks = [prepare(source, [*base, *job.overrides]).federation.task for job in work[: len(variants) * len(points)]]
+    once = work[: len(variants) * len(points)]
+    new = [job for job in once if grid or job.variant not in admitted]  # the others have been prepared
+    tasks = [prepare(source, [*base, *job.overrides]).federation.task for job in new or once[:1]]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,7 +88,10 @@ def compare(
     done = [j for j in work if j not in failed]
     chosen = _choose(done, variants, points, tasks[0])
     notes = [f"{v.label}: {', '.join(p)} (chosen by validation)" for v, p in chosen.items() if p]
-    notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
+    missing = {algorithm_name(name): why for name, why in left_out.items()}
+    for job, why in failed.items():
+        told = [algorithm_name(job.variant.label), *job.point, f"seed {job.seed}"]
+        missing[", ".join(told)] = f"it failed: {why}"
     from hetero_fl.reporting.compare import comparison_row, write_comparison  # loads what draws
 
     rows = [
@@ -87,27 +100,25 @@ def compare(
         if j.point == chosen[j.variant]
     ]
     if rows:
-        write_comparison(out, rows, title=config.name, note="; ".join(notes), task=tasks[0])
+        shown = ranked(rows, tasks[0]) if admitted else rows
+        write_comparison(out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing)
     if failed:
         first, why = next(iter(failed.items()))
         raise RunFailed(f"{len(failed)} of {len(work)} runs failed; {first.variant.label}, seed {first.seed}: {why}")
     return out
 
 
-def _variants(source: Source, algorithms: Sequence[str] | str, base: list[str]) -> tuple[list[Variant], dict[str, str]]:
-    names = algorithms.split(",") if isinstance(algorithms, str) else list(algorithms)
-    if names != ["all"]:
-        variants = list(dict.fromkeys(Variant.parse(n.strip()) for n in names if n.strip()))
-        if not variants:
-            raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")
-        return variants, {}
+def _admitted(source: Source, base: list[str], seed: int) -> tuple[list[Variant], dict[str, str]]:
+    """The methods that this configuration admits, and why the others are refused."""
     kept, left_out = [], {}
     for name in algorithm:
         try:
-            prepare(source, [*base, f"algorithm.name={name}"])
+            prepare(source, [*base, f"algorithm.name={name}", f"seed={seed}"])
             kept.append(Variant.parse(name))
         except UserError as error:
             left_out[name] = str(error)
+    if not kept:  # then it is no matter of the method
+        raise UserError(next(iter(left_out.values())))
     return kept, left_out
 
 

@@ -8,14 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hetero_fl.algorithms.needs import ONE_BY_ONE
 from hetero_fl.metrics import metric_names
 from hetero_fl.reporting import comparison_plot, comparison_tables, comparison_text, style
 from hetero_fl.reporting.comparison_about import About, about
-from hetero_fl.reporting.comparison_tables import Row, Table
+from hetero_fl.reporting.comparison_columns import Row, entrants
+from hetero_fl.reporting.comparison_tables import Table
 from hetero_fl.reporting.methods import described
 from hetero_fl.reporting.report import embedded, render
 from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.reporting.wording import METRICS, READINGS, algorithm_name, duration, size
+from hetero_fl.reporting.wording import METRICS, MISSING, READINGS, algorithm_name, duration, size
 from hetero_fl.task import Task
 
 
@@ -41,27 +43,33 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_comparison(
-    out_dir: str | os.PathLike[str], rows: Sequence[Row], *, title: str, note: str, task: Task
+    out_dir: str | os.PathLike[str],
+    rows: Sequence[Row],
+    *,
+    title: str,
+    note: str,
+    task: Task,
+    missing: Mapping[str, str] | None = None,
 ) -> None:
     """Write table, figure and report of a comparison; one row a run, as `comparison_row` makes it.
 
     `algorithm` is a name, or one with settings of its own (`hybrid:teacher=mean`). Tables and picture keep the order of
     the rows, the bounds last. What it is about is read from `runs/` and `log.txt` in `out_dir`, as far as they are there.
-    Raises ValueError without rows.
+    `missing`: why a method, or a run of it, is not among the rows. Raises ValueError without rows.
     """
     if not rows:
         raise ValueError("a comparison needs at least one run")
     out = RunDirectory(out_dir)
     out.path.mkdir(parents=True, exist_ok=True)
     out.write_text("comparison.csv", _csv(rows, task))
-    known = about(out.path, rows)
+    known = about(out.path, rows, missing)
     tables = [comparison_tables.make_table(rows, task, moment, known.jobs, known.home) for moment in ("last", "best")]
     out.write_text("comparison.md", _markdown(tables, rows, known, title, note))
     labels = ("comparison-last", "comparison-selected")
     tex = [comparison_text.latex(table, label) for table, label in zip(tables, labels, strict=True)]
     out.write_text("comparison.tex", "% needs \\usepackage{booktabs}\n" + "\n\n".join(tex) + "\n")
     with style.drawing():
-        picture = style.png(comparison_plot.draw(rows, task))
+        picture = style.png(comparison_plot.draw(rows, task, known.jobs))
     (out.path / "comparison.png").write_bytes(picture)
     out.write_text("report.html", _html(tables, rows, known, picture, title, note))
 
@@ -87,13 +95,13 @@ def _markdown(tables: Sequence[Table], rows: Sequence[Row], known: About, title:
     parts += ["\n".join(f"- **{name}:** {text}" for name, text in known.facts), f"Made by `{known.command}`"]
     for table in tables:
         parts += [f"## {table.title}", comparison_text.markdown(table), table.caption]
-    methods = described(str(row["algorithm"]) for row in rows)
+    methods = described(entrants(rows).all)
     parts += ["## The methods", "\n".join(f"- **{name}:** {' '.join(filter(None, told))}" for name, *told in methods)]
     return "\n\n".join(parts) + "\n"
 
 
 def _html(tables: Sequence[Table], rows: Sequence[Row], known: About, picture: bytes, title: str, note: str) -> str:
-    algorithms = [str(row["algorithm"]) for row in rows]
+    shown = entrants(rows)
     first = tables[0].columns[:3]
     runs = [
         {
@@ -112,10 +120,14 @@ def _html(tables: Sequence[Table], rows: Sequence[Row], known: About, picture: b
         tables=tables,
         picture=embedded(picture),
         several=len({row["seed"] for row in rows}) > 1,
-        bounds=any(line.bound for line in tables[0].lines),
+        bounds=bool(shown.bounds),
+        baseline=algorithm_name(shown.baseline) if shown.baseline and len(shown.all) > 1 else "",
+        below=comparison_tables.BELOW,
+        missing=MISSING,
+        one_by_one=any(ONE_BY_ONE in line.needs for line in tables[0].lines),
         about=known,
         seconds=comparison_tables.seconds_note(known.jobs),
-        methods=described(algorithms),
+        methods=described(shown.all),
         run_columns=[c.title for c in first],
         runs=runs,
     )

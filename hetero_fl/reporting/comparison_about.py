@@ -6,14 +6,15 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hetero_fl
 from hetero_fl.errors import UserError
-from hetero_fl.reporting.comparison_tables import Row, is_bound
+from hetero_fl.reporting.comparison_columns import Row
+from hetero_fl.reporting.methods import is_bound
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.wording import algorithm_base, home_rows, plural, population, span, uncertain
 
@@ -34,8 +35,11 @@ class About:
     home: str
 
 
-def about(out: Path, rows: Sequence[Row]) -> About:
-    """Gather it for a comparison in `out`; facts whose files are missing are left out."""
+def about(out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None) -> About:
+    """Gather it for a comparison in `out`; facts whose files are missing are left out.
+
+    `missing`: what is not in it, and why.
+    """
     runs = _runs(out, rows)
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
@@ -57,6 +61,7 @@ def about(out: Path, rows: Sequence[Row]) -> About:
     facts += [("Seeds", ", ".join(map(str, seeds)))]
     if jobs is not None:
         facts += [("At a time", plural(jobs, "run"))]
+    facts += [(f"Without {name}", why) for name, why in (missing or {}).items()]
     return About(tuple(facts), warning, _command() or _call(labels, seeds), jobs, home)
 
 

@@ -1,9 +1,10 @@
-"""The picture of a comparison: every method at home and in common, and what it exchanged."""
+"""The picture of a comparison: every method at home and in common, what it exchanged, how long it took, what it needs."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,83 +13,127 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hetero_fl.reporting import style
-from hetero_fl.reporting.comparison_tables import Row, is_bound
-from hetero_fl.reporting.wording import METRICS, algorithm_name, byte_unit, sentence, size
+from hetero_fl.reporting.comparison_columns import Entrants, Row, entrants
+from hetero_fl.reporting.methods import needs
+from hetero_fl.reporting.wording import METRICS, algorithm_name, duration, sentence, size
 from hetero_fl.task import Task
 
 _WORDS = {"personal": "at home", "global": "in common", "server": "server's own model"}
+MANY = 16
+"""With more methods their lines move together, so that the picture stays on a page."""
 
 
-def draw(rows: Sequence[Row], task: Task) -> Figure:
-    """A line a method: mean and standard deviation over seeds at the last round, seeds as faint points, and bytes.
+def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
+    """A line a method: mean and standard deviation over seeds at the last round, seeds as faint points, bytes, time, needs.
 
-    The two metrics are those that the tables begin with. Bounds stand below a rule.
+    The two metrics are those that the tables begin with. The line to beat is dotted; bounds stand below a rule. `jobs`: so
+    many runs shared the machine (None: unknown).
     """
-    algorithms = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
-    federated = [a for a in algorithms if not is_bound(a)]
-    algorithms = [*federated, *(a for a in algorithms if is_bound(a))]
+    shown = entrants(rows)
     names = {"regression": ("mae", "r2"), "multilabel": ("auroc", "balanced_accuracy")}
-    shown = names.get(task.kind, ("balanced_accuracy", "auroc") if task.outputs == 2 else ("accuracy", "auroc"))
-    labels = [textwrap.fill(algorithm_name(a), 24, max_lines=3, placeholder=" …") for a in algorithms]
-    figure = style.figure(1.2 + 0.2 * len(algorithms) + 0.14 * sum(label.count("\n") + 1 for label in labels))
-    present = [r for r in _WORDS if any(row.get(f"{r}_last_{m}") is not None for row in rows for m in shown)]
-    panels = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
-    for axes, metric in zip(panels[:2], shown, strict=True):
+    metrics = names.get(task.kind, ("balanced_accuracy", "auroc") if task.outputs == 2 else ("accuracy", "auroc"))
+    labels = [textwrap.fill(algorithm_name(a), 24, max_lines=3, placeholder=" …") for a in shown.all]
+    wanted = Counter(word for a in shown.all for need in needs(a) for word in need)
+    needed = [word for word, _ in wanted.most_common()]
+    pitch, line = (0.2, 0.14) if len(labels) <= MANY else (0.12, 0.13)
+    height = 1.2 + pitch * len(labels) + line * sum(label.count("\n") + 1 for label in labels)
+    figure = style.figure(height + (0.07 * max(map(len, needed)) if needed else 0))
+    present = [r for r in _WORDS if any(row.get(f"{r}_last_{m}") is not None for row in rows for m in metrics)]
+    panels = figure.subplots(1, 5, sharey=True, width_ratios=(3, 3, 1.8, 1.8, max(0.4, 0.34 * len(needed))))
+    for axes, metric in zip(panels[:2], metrics, strict=True):
         for place, reading in enumerate(present):
-            _dots(axes, rows, algorithms, reading, metric, 0.2 * (place - (len(present) - 1) / 2))
-        axes.set_title(sentence(METRICS[metric]))
-    _bytes(panels[2], rows, algorithms)
-    panels[0].set_yticks(range(len(algorithms)), labels)
-    panels[0].set_ylim(len(algorithms) - 0.4, -0.6)
+            _dots(axes, rows, shown, reading, metric, 0.2 * (place - (len(present) - 1) / 2))
+        axes.set_title(textwrap.fill(sentence(METRICS[metric]), 17))
+    _bars(panels[2], [[row["up_bytes"] + row["down_bytes"] for row in _of(rows, a)] for a in shown.all], size)
+    panels[2].set_title("Exchanged")
+    _bars(panels[3], [[row["seconds_total"] for row in _of(rows, a)] for a in shown.all], duration)
+    panels[3].set_title("Time" if jobs == 1 else "Time, shared")
+    _matrix(panels[4], [needs(a) for a in shown.all], needed)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.4, -0.6)
     for axes in panels:
+        axes.title.set_fontsize(8.5)
         axes.grid(axis="y", visible=False)
-        if 0 < len(federated) < len(algorithms):
-            axes.axhline(len(federated) - 0.5, color=style.GREY, linewidth=0.8, linestyle=(0, (3, 3)))
-    handles = []
-    for reading in present:
-        look: dict[str, Any] = {"color": style.READING_COLOURS[reading], "marker": style.READING_MARKERS[reading]}
-        handles.append(Line2D([], [], markersize=5, linestyle="none", label=_WORDS[reading], **look))
-    if len({row["seed"] for row in rows}) > 1:
-        handles.append(Line2D([], [], color=style.GREY, linewidth=1.3, label="± std over seeds"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        for place in range(1, len(labels), 2):
+            axes.axhspan(place - 0.5, place + 0.5, color=style.BAND, linewidth=0, zorder=0)
+        if shown.federated and shown.bounds:
+            axes.axhline(len(shown.federated) - 0.5, color=style.GREY, linewidth=0.8, linestyle=(0, (3, 3)))
+        if axes is not panels[0]:
+            axes.tick_params(axis="y", length=0)
+    # Beside the words of the needs, which stand upright above their panel, there is room for it.
+    handles = _handles(rows, shown, present)
+    if needed:
+        figure.legend(handles=handles, loc="upper left", ncols=3)
+    else:
+        figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure
 
 
-def _dots(axes: Axes, rows: Sequence[Row], algorithms: Sequence[str], reading: str, metric: str, offset: float) -> None:
+def _of(rows: Sequence[Row], label: str) -> list[Row]:
+    return [row for row in rows if row["algorithm"] == label]
+
+
+def _dots(axes: Axes, rows: Sequence[Row], shown: Entrants, reading: str, metric: str, offset: float) -> None:
     key, colour = f"{reading}_last_{metric}", style.READING_COLOURS[reading]
-    for place, algorithm in enumerate(algorithms):
-        values = [row[key] for row in rows if row["algorithm"] == algorithm and row.get(key) is not None]
+    for place, label in enumerate(shown.all):
+        values = [row[key] for row in _of(rows, label) if row.get(key) is not None]
         if not values:
             continue
+        mean = float(np.mean(values))
+        if label == shown.baseline:
+            axes.axvline(mean, color=colour, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
         if len(values) > 1:
             axes.plot(values, [place + offset] * len(values), ".", markersize=5, color=colour, alpha=0.35, mew=0)
         axes.errorbar(
-            float(np.mean(values)),
+            mean,
             place + offset,
             xerr=float(np.std(values, ddof=1)) if len(values) > 1 else None,
             color=colour,
             marker=style.READING_MARKERS[reading],
             markersize=5,
             elinewidth=1.2,
-            markerfacecolor="white" if is_bound(algorithm) else colour,
+            markerfacecolor="white" if label in shown.bounds else colour,
         )
+    axes.xaxis.set_major_locator(style.ticks(4))
 
 
-def _bytes(axes: Axes, rows: Sequence[Row], algorithms: Sequence[str]) -> None:
-    means = []
-    for algorithm in algorithms:
-        totals = [row["up_bytes"] + row["down_bytes"] for row in rows if row["algorithm"] == algorithm]
-        means.append(float(np.mean(totals)))
-    factor, unit = byte_unit(max(means))
-    axes.barh(range(len(algorithms)), [m / factor for m in means], 0.6, color=style.LIGHT)
+def _bars(axes: Axes, values: Sequence[Sequence[float]], words: Callable[[float], str]) -> None:
+    """The mean of each method as a bar with its figure beside it; no axis, since the figures say it."""
+    means = [float(np.mean(v)) for v in values]
+    axes.barh(range(len(means)), means, 0.6, color=style.LIGHT)
     for place, mean in enumerate(means):
-        axes.annotate(
-            size(mean) if mean else "nothing",
-            (mean / factor, place),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-        )
-    axes.set_xlim(0, 1.45 * max(means) / factor or 1)
-    axes.set_title(f"Exchanged ({unit})" if max(means) else "Exchanged")
+        told = words(mean) if mean else "nothing"
+        axes.annotate(told, (mean, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_xlim(0, 2.3 * max(means) or 1)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+
+
+def _matrix(axes: Axes, found: Sequence[Sequence[tuple[str, ...]]], needed: Sequence[str]) -> None:
+    """A dot where a method needs what stands above; hollow ones are alternatives."""
+    for place, each in enumerate(found):
+        for need in each:
+            for word in need:
+                face = "white" if len(need) > 1 else style.INK
+                axes.plot(
+                    needed.index(word), place, "o", markersize=4.5, color=style.INK, markerfacecolor=face, mew=0.9
+                )
+    axes.set_xlim(-0.6, max(len(needed), 1) - 0.4)
+    axes.set_xticks(range(len(needed)), needed, rotation=90)
+    axes.xaxis.tick_top()
+    axes.tick_params(axis="x", length=0, labelsize=7.5)
+    axes.set_title("Needs" if needed else "")
+    axes.spines["bottom"].set_visible(False)
+
+
+def _handles(rows: Sequence[Row], shown: Entrants, present: Sequence[str]) -> list[Line2D]:
+    handles = []
+    for reading in present:
+        look: dict[str, Any] = {"color": style.READING_COLOURS[reading], "marker": style.READING_MARKERS[reading]}
+        handles.append(Line2D([], [], markersize=5, linestyle="none", label=_WORDS[reading], **look))
+    if len({row["seed"] for row in rows}) > 1:
+        handles.append(Line2D([], [], color=style.GREY, linewidth=1.3, label="± std over seeds"))
+    if shown.baseline and len(shown.all) > 1:
+        dotted: dict[str, Any] = {"color": style.GREY, "linewidth": 0.9, "linestyle": (0, (1, 1.5))}
+        handles.append(Line2D([], [], label=f"{algorithm_name(shown.baseline)}, the line to beat", **dotted))
+    return handles

@@ -3,82 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hetero_fl.reporting.comparison_columns import Column, Entrants, Row, columns_of, entrants
 from hetero_fl.reporting.comparison_notes import caption_of, p_value, seconds_note
-from hetero_fl.reporting.wording import (
-    METRICS,
-    MISSING,
-    READINGS,
-    algorithm_base,
-    algorithm_name,
-    better,
-    digits,
-    sentence,
-)
+from hetero_fl.reporting.methods import is_bound, needed
+from hetero_fl.reporting.wording import MISSING, algorithm_name, better, digits
 from hetero_fl.task import Task
 
-Row = Mapping[str, Any]
-
-BOUNDS = ("centralized", "ensemble")
-"""Methods that need all rows or all models in one place: the others are measured against them, not competing."""
-
-_WANTED: dict[str, list[tuple[str, str]]] = {
-    "binary": [
-        ("global", "balanced_accuracy"),
-        ("global", "auroc"),
-        ("global", "accuracy"),
-        ("personal", "accuracy"),
-        ("server", "balanced_accuracy"),
-    ],
-    "multiclass": [
-        ("global", "accuracy"),
-        ("global", "balanced_accuracy"),
-        ("global", "auroc"),
-        ("personal", "accuracy"),
-        ("server", "accuracy"),
-    ],
-    "multilabel": [
-        ("global", "auroc"),
-        ("global", "average_precision"),
-        ("global", "balanced_accuracy"),
-        ("personal", "auroc"),
-        ("server", "auroc"),
-    ],
-    "regression": [("global", "mae"), ("global", "rmse"), ("global", "r2"), ("personal", "mae"), ("server", "mae")],
-}
-
-
-def is_bound(label: str) -> bool:
-    """Does an algorithm's label name a bound?"""
-    return algorithm_base(label) in BOUNDS
-
-
-@dataclass(frozen=True)
-class Column:
-    """A metric column: where its values stand in a row, what it is called, which metric it is."""
-
-    key: str
-    title: str
-    metric: str
+BELOW = "↓"
+"""Marks figures below the line to beat."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One algorithm in one column: mean and sample standard deviation over seeds, None where there are none."""
+    """One algorithm in one column: mean and sample standard deviation over seeds, None where there are none; `below`: worse
+    than the line to beat."""
 
     mean: float | None
     deviation: float | None
     text: str
     best: bool = False
+    below: bool = False
 
 
 @dataclass(frozen=True)
 class Line:
-    """One algorithm's line: its cells, its p-value against the best (None: no test), megabytes and seconds a run."""
+    """One algorithm's line: its cells, its p-value against the best, megabytes and seconds a run, what it needs."""
 
     algorithm: str
     name: str
@@ -87,6 +40,7 @@ class Line:
     p: str
     megabytes: str
     seconds: str
+    needs: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +59,7 @@ class Table:
         """Names of all columns."""
         names = [column.title for column in self.columns]
         shared = f" ({self.jobs} runs at a time)" if self.jobs is not None and self.jobs > 1 else ""
-        return ["Method", *names, *(["p"] if self.tested else []), "MB", f"Seconds{shared}"]
+        return ["Method", *names, *(["p"] if self.tested else []), "MB", f"Seconds{shared}", "Needs"]
 
 
 def make_table(rows: Sequence[Row], task: Task, moment: str, jobs: int | None = None, home: str = "") -> Table:
@@ -113,10 +67,8 @@ def make_table(rows: Sequence[Row], task: Task, moment: str, jobs: int | None = 
 
     `jobs`: so many runs shared the machine (None: unknown). `home`: a sentence on the test rows at home.
     """
-    columns = _columns(rows, task, moment)
-    algorithms = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
-    federated = [a for a in algorithms if not is_bound(a)]
-    algorithms = [*federated, *(a for a in algorithms if is_bound(a))]
+    columns, shown = columns_of(rows, task, moment), entrants(rows)
+    algorithms, federated = list(shown.all), list(shown.federated)
     seeds = sorted({row["seed"] for row in rows})
     several = len(seeds) > 1
     values = {
@@ -126,6 +78,7 @@ def make_table(rows: Sequence[Row], task: Task, moment: str, jobs: int | None = 
     cells = {a: [_cell(list(values[a][c.key].values()), c.metric, several) for c in columns] for a in algorithms}
     for place, column in enumerate(columns):
         _mark_best(cells, federated, place, column.metric)
+        _mark_below(cells, shown, place, column.metric)
     leader = _leader(cells, federated, columns[0].metric) if columns else None
     lines = []
     for a in algorithms:
@@ -145,12 +98,15 @@ def make_table(rows: Sequence[Row], task: Task, moment: str, jobs: int | None = 
                 p,
                 _megabytes(float(np.mean(total))),
                 digits(float(np.mean([row["seconds_total"] for row in own]))),
+                needed(a) or MISSING,
             )
         )
     title = "Last round" if moment == "last" else "Round selected by validation"
     tested = any(line.p not in ("", "best") for line in lines)
     first, bounds = columns[0].title if columns else "", len(federated) < len(algorithms)
     caption = caption_of(first, seeds, [line.p for line in lines], bounds, task)
+    if any(cell.below for line in lines for cell in line.cells):
+        caption += f" {BELOW} worse than {algorithm_name(str(shown.baseline))}."
     if any(column.key.startswith("personal") for column in columns) and home:
         caption += f" {home}"
     return Table(title, columns, tuple(lines), f"{caption} {seconds_note(jobs)}", tested, jobs)
@@ -158,19 +114,6 @@ def make_table(rows: Sequence[Row], task: Task, moment: str, jobs: int | None = 
 
 def _of(rows: Sequence[Row], algorithm: str) -> list[Row]:
     return sorted((row for row in rows if row["algorithm"] == algorithm), key=lambda row: row["seed"])
-
-
-def _columns(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ...]:
-    """The columns that fit the task and that any row has a value for."""
-    kind = "binary" if task.kind == "multiclass" and task.outputs == 2 else task.kind
-    columns = []
-    for reading, metric in _WANTED[kind]:
-        key, name = f"{reading}_{moment}_{metric}", METRICS[metric]
-        title = f"Server's {name}" if reading == "server" else f"{sentence(name)} {READINGS[reading]}"
-        columns.append(Column(key, title, metric))
-        if reading == "personal":
-            columns.append(Column(f"{key}_worst", f"Worst client {READINGS[reading]}", metric))
-    return tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
 
 
 def _cell(values: list[float], metric: str, several: bool) -> Cell:
@@ -208,7 +151,18 @@ def _mark_best(cells: dict[str, list[Cell]], algorithms: list[str], place: int, 
     for a in algorithms:
         cell = cells[a][place]
         if cell.mean is not None and top is not None and _number(cell.mean, metric) == _number(top, metric):
-            cells[a][place] = Cell(cell.mean, cell.deviation, cell.text, best=True)
+            cells[a][place] = replace(cell, best=True)
+
+
+def _mark_below(cells: dict[str, list[Cell]], shown: Entrants, place: int, metric: str) -> None:
+    """Mark in a column whatever competes and is worse, as printed, than the line to beat."""
+    line = cells[shown.baseline][place].mean if shown.baseline else None
+    for a in shown.federated:
+        cell = cells[a][place]
+        if cell.mean is None or line is None or _number(cell.mean, metric) == _number(line, metric):
+            continue
+        if better(metric, line, cell.mean):
+            cells[a][place] = replace(cell, below=True)
 
 
 def _leader(cells: Mapping[str, Sequence[Cell]], algorithms: list[str], metric: str, place: int = 0) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from hetero_fl.reporting.comparison_tables import Table
+from hetero_fl.reporting.comparison_tables import BELOW, Cell, Table
 
 
 def markdown(table: Table) -> str:
@@ -15,15 +15,18 @@ def markdown(table: Table) -> str:
         return "| " + " | ".join(cells) + " |"
 
     width = len(table.header)
-    lines = [line(table.header), line(["---", *["---:"] * (width - 1)])]
+    lines = [line(table.header), line(["---", *["---:"] * (width - 2), "---"])]
     ruled = False
     for row in table.lines:
         if row.bound and not ruled:
             lines.append(line(["*Bounds*", *[""] * (width - 1)]))
             ruled = True
-        cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row.cells]
+        cells = [
+            f"**{cell.text}**" if cell.best else f"{cell.text} {BELOW}" if cell.below else cell.text
+            for cell in row.cells
+        ]
         extra = [row.p] if table.tested else []
-        lines.append(line([row.name.replace("|", "\\|"), *cells, *extra, row.megabytes, row.seconds]))
+        lines.append(line([row.name.replace("|", "\\|"), *cells, *extra, row.megabytes, row.seconds, row.needs]))
     return "\n".join(lines)
 
 
@@ -37,7 +40,7 @@ def latex(table: Table, label: str) -> str:
         f"\\caption{{{_escape(table.title)}. {_escape(table.caption)}}}",
         f"\\label{{tab:{label}}}",
         "\\small",
-        f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",
+        f"\\begin{{tabular}}{{l{'r' * (width - 2)}l}}",
         "\\toprule",
         " & ".join(header) + " \\\\",
         "\\midrule",
@@ -47,10 +50,17 @@ def latex(table: Table, label: str) -> str:
         if row.bound and not ruled:
             lines.append("\\midrule")
             ruled = True
-        cells = [f"\\textbf{{{_escape(cell.text)}}}" if cell.best else _escape(cell.text) for cell in row.cells]
+        cells = [_latex_cell(cell) for cell in row.cells]
         extra = [_escape(row.p)] if table.tested else []
-        lines.append(" & ".join([_escape(row.name), *cells, *extra, row.megabytes, row.seconds]) + " \\\\")
+        lines.append(
+            " & ".join([_escape(row.name), *cells, *extra, row.megabytes, row.seconds, _escape(row.needs)]) + " \\\\"
+        )
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = _escape(cell.text)
+    return f"\\textbf{{{text}}}" if cell.best else f"{text} {_escape(BELOW)}" if cell.below else text
 
 
 _TEX = {
@@ -62,6 +72,7 @@ _TEX = {
     "±": "$\\pm$",
     "–": "--",
     "²": "$^2$",
+    "↓": "$\\downarrow$",
     "⁶": "$^6$",
     "“": "\x60\x60",
     "”": "''",

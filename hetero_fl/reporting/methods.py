@@ -1,23 +1,61 @@
-"""What a method is, in words: a plain sentence for the built-in ones, and the first lines of its docstring for all."""
+"""What a method is, in words: a plain sentence for the built-in ones, the first lines of its docstring, what it declares."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pydantic import ValidationError
+
 from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.algorithms import needs as declared
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.method_names import ALGORITHMS
 from hetero_fl.reporting.wording import algorithm_base, algorithm_name
 
 
-def docstring(label: str) -> str:
-    """The first paragraph of a method's docstring as one line; empty where it has none, or cannot be imported here."""
+def method(label: str) -> type[Algorithm] | None:
+    """The class of a label's method; None where it cannot be imported here."""
     try:
         kind = algorithm[algorithm_base(label)]
     except UserError:
-        return ""
-    text = kind.__doc__ if isinstance(kind, type) and issubclass(kind, Algorithm) else None
-    return " ".join((text or "").strip().partition("\n\n")[0].split())
+        return None
+    return kind if isinstance(kind, type) and issubclass(kind, Algorithm) else None
+
+
+def is_bound(label: str) -> bool:
+    """Does a label name a bound, which others are measured against?"""
+    kind = method(label)
+    return kind is not None and declared.is_bound(kind)
+
+
+def is_baseline(label: str) -> bool:
+    """Does it name the line to beat, no federation at all?"""
+    kind = method(label)
+    return kind is not None and declared.is_baseline(kind)
+
+
+def needs(label: str) -> list[declared.Need]:
+    """What the method needs, with the settings of the label where they are plain."""
+    kind = method(label)
+    if kind is None:
+        return []
+    own = label[len(algorithm_base(label)) + 1 :].split(":")
+    settings = dict(pair for s in own if len(pair := s.split("=", 1)) == 2 and "." not in pair[0])
+    try:
+        return declared.needs(kind.model_validate(settings))
+    except ValidationError:  # a list, say, or a setting without a default
+        return declared.needs(kind.model_construct())
+
+
+def needed(label: str) -> str:
+    """The same in words, for a table."""
+    return declared.in_words(needs(label))
+
+
+def docstring(label: str) -> str:
+    """The first paragraph of a method's docstring as one line; empty where it has none, or cannot be imported here."""
+    kind = method(label)
+    return " ".join(((kind.__doc__ if kind else None) or "").strip().partition("\n\n")[0].split())
 
 
 def explained(label: str) -> str:
@@ -26,10 +64,13 @@ def explained(label: str) -> str:
     return ALGORITHMS[base][1] if base in ALGORITHMS else docstring(label)
 
 
-def described(labels: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(name, plain words, docstring) of each method, once, whatever the settings; one's own have a docstring only."""
+def described(labels: Iterable[str]) -> list[tuple[str, str, str, str]]:
+    """(name, plain words, docstring, when it is read) of each method, once, whatever the settings; one's own have no plain
+    words."""
     found = []
     for base in dict.fromkeys(map(algorithm_base, labels)):
         own = docstring(base) or ("" if base in ALGORITHMS else "It has no docstring.")
-        found.append((algorithm_name(base), ALGORITHMS[base][1] if base in ALGORITHMS else "", own))
+        kind = method(base)
+        read = f"Read: {kind.reads}." if kind else ""
+        found.append((algorithm_name(base), ALGORITHMS[base][1] if base in ALGORITHMS else "", own, read))
     return found

@@ -29,6 +29,7 @@ READING_COLOURS = {"personal": BLUE, "global": VERMILION, "server": GREEN}
 READING_MARKERS = {"personal": "o", "global": "s", "server": "^"}
 GREY = "#6B6B6B"
 LIGHT = "#C9CDD2"
+INK, BAND = "#222222", "#F4F5F7"
 
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -104,7 +105,7 @@ def bare(axes: Axes) -> None:
 
 def ink(shade: float) -> str:
     """The colour of writing on a cell of the map `Blues` at this shade (0 to 1)."""
-    return "white" if shade > 0.55 else "#222222"
+    return "white" if shade > 0.55 else INK
 
 
 def thinned(count: int, most: int) -> range:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hetero_fl.algorithms import algorithm
 from hetero_fl.cli import main
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import compare, comparison, jobs
@@ -109,3 +110,37 @@ def test_resume_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert line in capsys.readouterr().err.splitlines()
     assert main(asked, command="train") == 0
     assert line not in capsys.readouterr().err
+
+
+def test_all_is_whatever_the_configuration_admits(
+    tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {name: algorithm[name] for name in ("fedmd", "fedgkt", "fedavg", "centralized", "local")}
+    monkeypatch.setattr(algorithm, "_known", few)
+    shares = ["parameters", "predictions"]
+    compare(small(data__proxy__size=0, clients__defaults__shares=shares), "all", out=tmp_path / "out")
+    assert one_after_another == ["fedavg-seed0", "centralized-seed0", "local-seed0"]
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "- **Without FedMD:** algorithm.name: fedmd compares predictions on a proxy set" in text
+    assert "- **Without FedGKT:** algorithm.name: fedgkt needs clients that share features" in text
+    assert "left out fedmd: " in (tmp_path / "out" / "log.txt").read_text()
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    figures = [float(row["global_last_accuracy"]) for row in rows]
+    assert figures == sorted(figures, reverse=True)
+
+
+def test_variants_stand_beside_all(
+    tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(algorithm, "_known", {name: algorithm[name] for name in ("local", "fedavg", "fedprox")})
+    compare(small(), "all, fedprox:mu=1, fedprox", out=tmp_path / "out")
+    assert one_after_another == ["local-seed0", "fedavg-seed0", "fedprox-seed0", "fedprox_mu=1-seed0"]
+    with pytest.raises(UserError, match="mu"):
+        compare(small(), ["all", "fedprox:mu=-1"], out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_no_method_admits_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        compare(small(data__path=str(tmp_path / "nowhere.npz")), "all", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from scipy import stats
 
 from hetero_fl.metrics import CLASSIFICATION, REGRESSION
 from hetero_fl.reporting.compare import comparison_row, write_comparison
+from hetero_fl.reporting.comparison_columns import ranked
 from hetero_fl.reporting.comparison_tables import make_table
 from hetero_fl.reporting.comparison_text import latex, markdown
 from hetero_fl.reporting.rundir import RunDirectory
@@ -149,7 +150,7 @@ def test_p_of_fewer_than_five_seeds_is_no_finding() -> None:
 )
 def test_seconds_say_what_shared_the_machine(jobs: int | None, header: str, words: str) -> None:
     table = make_table(made(), BINARY, "last", jobs)
-    assert table.header[-1] == header and table.caption.endswith(words)
+    assert table.header[-2:] == [header, "Needs"] and table.caption.endswith(words)
 
 
 def test_columns_without_a_value_are_left_out_and_others_marked() -> None:
@@ -183,7 +184,7 @@ def test_latex_is_balanced_and_escaped() -> None:
     text = latex(make_table(rows, BINARY, "last"), "x")
     body = text.split("\\toprule")[1].split("\\bottomrule")[0]
     rows_of_table = [line for line in body.splitlines() if line.endswith("\\\\")]
-    columns = re.search(r"\{tabular\}\{(l r*)\}".replace(" ", ""), text)
+    columns = re.search(r"\{tabular\}\{(lr*l)\}", text)
     assert columns is not None
     assert {len(re.split(r"(?<!\\)&", line)) for line in rows_of_table} == {len(columns[1])}
     assert "Hybrid (keep\\_heads = no\\&yes)" in text and "\\midrule" in body.split("Hybrid")[1]
@@ -227,7 +228,8 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert "Two & <three>" in page.text and "A note." in page.text and "bounds" in page.text
     assert sum(tag == "b" for tag, _ in page.attributes) == 2 * 5 - 1 + 1, "one best in each column, and a caption"
-    assert len([row for row in page.cells if row[:1] == ["Hybrid "]]) == 2 + 5
+    assert len([row for row in page.cells if row[0].startswith("Hybrid ")]) == 2 + 5
+    assert page.text.count("needs proxy set or one architecture") == 1, "said once, in the first table"
 
 
 @pytest.mark.parametrize(
@@ -262,3 +264,46 @@ def test_a_row_from_a_summary(made_run: Callable[..., RunDirectory]) -> None:
     assert row["up_bytes"] + row["down_bytes"] == 2_880_000 and row["seconds_total"] == pytest.approx(10.8)
     assert not any(key.startswith("server") or key.endswith(("round", "_std", "_undefined")) for key in row)
     assert not any(key.startswith("global") and key.endswith("_worst") for key in row)
+
+
+def test_what_is_worse_than_the_line_to_beat_is_marked() -> None:
+    rows = made(["fedavg", "local", "hybrid", "ensemble"], seeds=[0, 1])
+    for row in rows:
+        row["global_last_auroc"] = {"fedavg": 0.5, "local": 0.6, "hybrid": 0.60004, "ensemble": 0.1}[row["algorithm"]]
+    table = make_table(rows, BINARY, "last")
+    assert [line.cells[1].below for line in table.lines] == [True, False, False, False], "printed alike, and the bounds"
+    assert "↓ worse than Local." in table.caption
+    assert "| 50.0 ± 0.0 ↓ |" in markdown(table) and "50.0 $\\pm$ 0.0 $\\downarrow$" in latex(table, "x")
+    errors = make_table(made(["local", "fedavg"], metrics=REGRESSION), VALUES, "last")
+    assert not any(cell.below for line in errors.lines for cell in line.cells), "FedAvg's errors are smaller"
+    without = make_table([row for row in rows if row["algorithm"] != "local"], BINARY, "last")
+    assert not any(cell.below for line in without.lines for cell in line.cells) and "↓" not in without.caption
+
+
+def test_needs_are_those_of_the_classes_with_their_settings() -> None:
+    rows = made(["local", "hybrid", "ensemble"], seeds=[0])
+    rows += [dict(rows[0], algorithm=name) for name in ("ds_fl:bits=1", "python:no.such:Thing")]
+    found = {line.algorithm: line.needs for line in make_table(rows, BINARY, "last").lines}
+    assert found["local"] == "–" and found["hybrid"] == "proxy set or one architecture"
+    assert found["ensemble"] == "all in one place, single uploads"
+    assert found["ds_fl:bits=1"] == "proxy set, single uploads" and found["python:no.such:Thing"] == "–"
+
+
+def test_the_best_comes_first() -> None:
+    rows = made(["fedavg", "centralized", "hybrid", "local"], seeds=[0, 1])
+    assert [row["algorithm"] for row in ranked(rows, TEN)] == [
+        name for name in ("centralized", "hybrid", "fedavg", "local") for _ in (0, 1)
+    ]
+    errors = made(["fedavg", "hybrid", "local"], seeds=[0], metrics=REGRESSION)
+    errors[0]["global_last_mae"] = None
+    assert [row["algorithm"] for row in ranked(errors, VALUES)] == ["hybrid", "local", "fedavg"]
+
+
+def test_what_is_missing_is_told_with_the_reason(tmp_path: Path) -> None:
+    why = {"FedGKT": "needs clients that share features", "FedMD, seed 1": "it failed: no proxy set"}
+    write_comparison(tmp_path, made(["local"], [0]), title="t", note="", task=TEN, missing=why)
+    page = Page((tmp_path / "report.html").read_text())
+    rows = {row[0].strip(): row for row in page.cells}
+    for name, reason in why.items():
+        assert rows[f"Without {name}"][1].strip() == reason
+        assert f"- **Without {name}:** {reason}" in (tmp_path / "comparison.md").read_text()

@@ -1,0 +1,100 @@
+"""`hetero-fl methods`: all of them, in the words of their docstrings, with what their classes declare."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.algorithms.needs import in_words, is_baseline, is_bound, needs, sends, summary, tasks
+from hetero_fl.cli import main
+from hetero_fl.payload import ItemSpec
+
+BUILT_IN = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+def test_all_have_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in BUILT_IN:
+        (place,) = [i for i, line in enumerate(lines) if line.split()[:1] == [name]]
+        assert lines[place].split(maxsplit=1)[1].strip() == summary(algorithm[name])
+        assert lines[place + 1].strip().startswith("sends ")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_line_is_a_whole_sentence_and_not_a_long_one(name: str) -> None:
+    text = summary(algorithm[name])
+    assert text.endswith(".") and 20 < len(text) <= 200, text
+    assert text.count("(") == text.count(")")
+
+
+def test_one_method_with_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "fedprox", "kt_pfl"]) == 0
+    out = capsys.readouterr().out
+    for name in ("fedprox", "kt_pfl"):
+        for key, field in algorithm[name].model_fields.items():
+            assert re.search(rf"{key}\s.*{re.escape(field.description or '')}", out), key
+    assert re.search(r"mu\s+│ 0\.01", out) and "needs proxy set, single uploads" in out
+
+
+def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "fedporx"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "fedporx" in line and "did you mean" in line and "fedprox" in line
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["compare", "--help"]])
+def test_help_leads_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(command)
+    assert "`hetero-fl methods` lists" in capsys.readouterr().out
+
+
+class Summed(Algorithm):
+    """Averages. More of it."""
+
+    uploads = {"model": ItemSpec("params")}
+    requires = ("a telescope",)
+
+
+class Looked(Summed):
+    uploads = {"model": ItemSpec("params", use="each"), "said": ItemSpec("rows", share="predictions")}
+    requires = ("patience",)
+    shared = ("backbone.",)
+    tasks = ("regression",)
+
+
+class OnRows(Summed):
+    needs_proxy = True
+
+
+class Either(Summed):
+    uploads = {"model": ItemSpec("params"), "said": ItemSpec("rows", share="predictions")}
+
+
+def test_needs_follow_from_the_declarations() -> None:
+    assert in_words(needs(Summed())) == "one architecture, a telescope"
+    assert in_words(needs(Looked())) == "a telescope, patience, single uploads"
+    assert in_words(needs(OnRows())) == "proxy set, a telescope"
+    assert in_words(needs(Either())) == "proxy set or one architecture, a telescope"
+    assert sends(Summed()) == ["parameters"] and sends(Looked()) == ["backbone parameters", "predictions"]
+    assert tasks(Summed()) == [] and tasks(Looked()) == ["regression"]
+    assert summary(Summed) == "Averages." and summary(Looked) == ""
+
+
+def test_settings_change_what_is_needed() -> None:
+    assert in_words(needs(algorithm["ds_fl"]())) == "proxy set"
+    assert in_words(needs(algorithm["ds_fl"].model_validate({"bits": 1}))) == "proxy set, single uploads"
+
+
+def test_bounds_and_the_line_to_beat() -> None:
+    assert {n for n in BUILT_IN if is_bound(algorithm[n])} == {"centralized", "ensemble"}
+    assert [n for n in BUILT_IN if is_baseline(algorithm[n])] == ["local"]
+    assert sends(algorithm["local"]()) == [] and sends(algorithm["centralized"]()) == ["all rows"]

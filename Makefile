@@ -9,7 +9,9 @@ OUT ?= runs/compare-$(basename $(notdir $(CONFIG)))
 
 PY := $(VENV)/bin/python
 # Threads that wait for one another spin for a moment only: two jobs on one machine would crawl.
-export GOMP_SPINCOUNT := 1000
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:

@@ -7,6 +7,7 @@ order, after one turn that is not counted. Printed are the median and the range 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -47,7 +48,9 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options; threads are set."""
     global CPU_TIME
     options = parser.parse_args()
-    if "GOMP_SPINCOUNT" not in os.environ:  # as `hetero-fl` has it, which counts before torch is loaded: once more
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(
+        os.environ
+    ):  # as `hetero-fl` has it, before torch is loaded: once more
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "1000"})
     CPU_TIME = options.cpu_time
     options.pairs = 1 if options.quick else options.pairs
@@ -140,7 +143,7 @@ def agree(
         sorted(abs(a - b) / max(1.0, abs(b)) for a, b in zip(*pair, strict=True))
         for pair in zip(ours[:2], bare[:2], strict=True)
     )
-    worst = max(first[-1], second[len(second) // 2])
+    worst = max(first[-1], second[len(second) // 2]) if all(map(math.isfinite, [*first, *second])) else math.nan
     if not worst <= tolerance:
         raise SystemExit(f"{what}: losses differ by {worst:.2g} from the bare loop's; no ratio means anything")
     print(f"  {what}: same losses as the bare loop to {worst:.1g}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import cnn, resnet, sequence, simple, vit
+from . import cnn, published, resnet, sequence, simple, vit
 from .errors import InputError, ModelError
 from .external import external_backbone
 from .shapes import KINDS, Kind, Shape, whole
@@ -99,6 +99,11 @@ MODELS: dict[str, Entry] = {
     "tabular": Entry("residual network for table rows (Gorishniy et al., 2021)", simple.tabular, ("table",)),
     "lenet": Entry("LeNet-5 with ReLU and max pooling (LeCun et al., 1998)", cnn.lenet, IMAGE, 12),
     "fedavg_cnn": Entry("two 5x5 convolutions and 512 units (McMahan et al., 2017)", cnn.fedavg_cnn, IMAGE, 4),
+    "niid_cnn": Entry("LeNet without padding, of NIID-Bench (Li et al., 2022)", published.niid_cnn, IMAGE, 16),
+    "fedproto_cnn": Entry(
+        "two 5x5 convolutions with dropout, and 50 units (Tan et al., 2022)", published.fedproto_cnn, IMAGE, 16
+    ),
+    "fedgen_cnn": Entry("two strided 3x3 convolutions, 32 features (Zhu et al., 2021)", published.fedgen_cnn, IMAGE),
     "cnn": Entry("three 3x3 convolutions of any width, with BatchNorm, GroupNorm or none", cnn.cnn, IMAGE, 4),
     "cnn_bn_small": _cnn("batch", 8, "small"),
     "cnn_bn_medium": _cnn("batch", 16, "medium"),

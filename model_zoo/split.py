@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .errors import InputError, ModelError, one_line
 from .shapes import Shape
 
-Body = tuple[nn.Module, int]
-"""A backbone and the width of its features."""
+Body = tuple[nn.Module, int] | tuple[nn.Module, int, float]
+"""A backbone, the width of its features, and the dropout of features on their way to the head, if there is any."""
 
 
 class Outputs(NamedTuple):
@@ -47,17 +47,29 @@ class SplitModel(nn.Module):
         return Outputs(self.head(features), features)
 
 
+class DroppedLinear(nn.Linear):
+    """A linear head on features of which a share ``p`` is dropped in training, while the model gives them whole."""
+
+    def __init__(self, width: int, num_classes: int, p: float) -> None:
+        super().__init__(width, num_classes)
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self.dropout(input))
+
+
 def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitModel:
     """Puts a linear head on a backbone.
 
     The rule for ``feature_dim``: where the backbone's width is another, a projection (Linear, then ReLU) to
     ``feature_dim`` becomes the end of the backbone; where it is that width already, nothing is added.
     """
-    backbone, width = body
+    backbone, width = body[0], body[1]
     if feature_dim is not None and feature_dim != width:
         projection = nn.Sequential(nn.Linear(width, feature_dim), nn.ReLU())
         backbone, width = nn.Sequential(OrderedDict(body=backbone, projection=projection)), feature_dim
-    return SplitModel(backbone, nn.Linear(width, num_classes), width)
+    head = DroppedLinear(width, num_classes, body[2]) if len(body) == 3 else nn.Linear(width, num_classes)
+    return SplitModel(backbone, head, width)
 
 
 def scaled(backbone: nn.Module, share: float) -> nn.Module:

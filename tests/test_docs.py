@@ -87,7 +87,7 @@ def run_or_parse(line: str) -> None:
             assert rest[1] in ("model_zoo", "pytest"), line
             return
         assert (ROOT / rest[0]).is_file(), line
-        if rest[0].startswith("examples/"):
+        if rest[0].startswith(("examples/", "benchmarks/")):
             return
         command = Path(rest.pop(0)).stem
     else:

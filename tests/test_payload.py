@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from safetensors import safe_open
 
 import hetero_fl
 from hetero_fl.codec import CodecError, decode, encode
@@ -79,6 +80,26 @@ def same(a: object, b: object) -> bool:
 @settings(max_examples=200, deadline=None)
 def test_any_tree_comes_back_as_it_was(tree: object) -> None:
     assert same(decode(encode(tree, "form"), "form"), tree)
+
+
+@given(trees)
+@settings(max_examples=100, deadline=None)
+def test_any_tree_is_a_file_for_the_librarys_own_readers(
+    tmp_path_factory: pytest.TempPathFactory, tree: object
+) -> None:
+    """Its tensors are aligned, so that they can be used in place."""
+    data = encode(tree, "form")
+    path = tmp_path_factory.mktemp("trees") / "tree.safetensors"
+    path.write_bytes(data)
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == header.pop("__metadata__") and sorted(file.keys()) == sorted(header)
+        for name, entry in header.items():
+            tensor = file.get_tensor(name)
+            begin, end = entry["data_offsets"]
+            assert list(tensor.shape) == entry["shape"] and tensor.nbytes == end - begin
+            assert (8 + size + begin) % tensor.itemsize == 0
 
 
 def test_the_form_is_checked() -> None:

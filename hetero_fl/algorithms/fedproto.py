@@ -37,7 +37,10 @@ class FedProto(CommonWidth):
     )
 
     weight: NonNegativeFloat = Field(1.0, description="λ: weight of the distance to the prototype")
-    inference: Literal["prototype", "head"] = Field("prototype", description="nearest prototype, or the model's head")
+    inference: Literal["prototype", "own", "head"] = Field(
+        "prototype",
+        description="nearest prototype; at home the nearest of its own classes only (the authors' code); or the model's head",
+    )
 
     def broadcast(self, server: Participant, card: Card) -> Items:
         return dict(server.state)
@@ -70,7 +73,11 @@ class FedProto(CommonWidth):
         if self.inference == "head" or "prototypes" not in client.state:
             return (yield from super().predict(client, rows, home))
         features = yield Predict("model", rows, readout="features")
-        return nearness(features, client.state["prototypes"], client.state["known"])
+        known = client.state["known"]
+        mine = known * (client.counts > 0).to(known.dtype)
+        if self.inference == "own" and home and bool(mine.any()):
+            known = mine
+        return nearness(features, client.state["prototypes"], known)
 
 
 def nearness(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:

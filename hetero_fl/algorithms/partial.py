@@ -39,13 +39,18 @@ class LGFedAvg(FedAvg):
 @algorithm("fedbn")
 class FedBN(FedAvg):
     """All but BatchNorm is averaged: each client keeps its layers' scales, shifts and statistics (Li et al. 2021,
-    Algorithm 1).
+    Algorithm 1), or the statistics alone (Andreux et al. 2020, SiloBN; also what averaging `parameters()` comes to).
 
     BatchNorm is found by type. A model without any is averaged as under FedAvg.
     """
 
+    keep: Literal["layers", "statistics"] = Field(
+        "layers", description="all of a BatchNorm layer stays, or its running mean and variance only"
+    )
+
     def stays(self, arch: Architecture) -> frozenset[str]:
-        return arch.batch_norm_names
+        names = arch.batch_norm_names
+        return names if self.keep == "layers" else names - arch.parameter_names
 
     def server_slot(self, server: Participant) -> str | None:
         slot = super().server_slot(server)

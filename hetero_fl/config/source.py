@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from hetero_fl.config.base import Section, choice
 
@@ -39,7 +39,19 @@ class PartitionConfig(Section):
         description="concentration, small is more skewed; dirichlet, quantity: 0.5 if not given; drawn: of each client's "
         "own mix of labels, rows at random if not given",
     )
+    cap: float | None = Field(
+        None,
+        ge=1,
+        description="dirichlet: a client that has so many times its part of the rows gets none of the further classes; "
+        "none: no bound",
+    )
     classes: PositiveInt = Field(2, description="classes: so many a client")
+    classes_spread: NonNegativeInt = Field(
+        0, description="classes: up to so many more or fewer, drawn for each client; two stay the fewest"
+    )
+    shots: PositiveInt | None = Field(
+        None, description="classes: a client gets so many rows of each, times its `size`, the rest stays out; none: all"
+    )
     min_size: PositiveInt = Field(20, description="fewest rows a client may get")
     rows: PositiveInt = Field(100, description="drawn: rows of a client, times its `size`")
     spread: float = Field(

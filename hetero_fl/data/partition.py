@@ -16,7 +16,7 @@ from torch import Tensor
 from hetero_fl.config.source import PartitionConfig
 from hetero_fl.data.own_partition import own_partition
 from hetero_fl.data.patients import commonest, fill_up, torn
-from hetero_fl.data.shares import among, apportion, holders, strata
+from hetero_fl.data.shares import among, apportion, cut, cut_below, holders, strata
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.seeding import generator, key
 from hetero_fl.task import Task
@@ -81,7 +81,7 @@ def deal(
     patient: Tensor | None = None,
 ) -> list[Tensor]:
     """Rows of each client: int64, sorted, disjoint, at least `config.min_size` each, and all rows together.
-    (Exceptions: `classes` with too few clients to hold every class leaves rows out, and a user's own partition,
+    (Exceptions: `classes` leaves rows out where too few clients hold every class, or with `shots`, and a user's own partition,
     `python:` and a function of the same arguments, may.)
 
     Args:
@@ -128,13 +128,15 @@ def quantity(d: Deal) -> list[Tensor]:
 def dirichlet(d: Deal) -> list[Tensor]:
     """Labels skewed: each class is dealt in proportions ~ Dirichlet(alpha · K · size share), drawn anew until nobody is
     short; with equal sizes the rule of Hsu et al., arXiv:1909.06335, and Li et al., ICDE 2022. After `TRIES` draws the
-    short clients take rows at random from the largest."""
+    short clients take rows at random from the largest. `config.cap`: who has reached so many times its part of the rows gets
+    none of the further classes, which the others share by their proportions; 1 is the rule of the latter's code."""
     classes, counts = np.unique(d.strata.numpy(), return_counts=True)
     for attempt in range(TRIES):
         proportions = d.draws("dirichlet", attempt).dirichlet(d.alpha * len(d.share) * d.share, size=len(classes))
-        cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
-        cuts[:, -1] = counts
-        dealt = np.diff(cuts, axis=1, prepend=0)  # [classes, clients]
+        if d.config.cap is None:
+            dealt = cut(proportions, counts)  # [classes, clients]
+        else:
+            dealt = cut_below(proportions, counts, d.config.cap * d.share * d.rows())
         if dealt.sum(0).min() >= d.fewest:
             break
     parts = _deal_classes(d, classes, dealt)
@@ -143,18 +145,33 @@ def dirichlet(d: Deal) -> list[Tensor]:
 
 @partition("classes")
 def by_classes(d: Deal) -> list[Tensor]:
-    """`config.classes` classes a client, as in McMahan et al., 2017; the rows of a class are dealt among its holders by
-    size. Every class has a holder if clients times classes suffice for that; else the rows of the others stay out.
+    """`config.classes` classes a client, as in McMahan et al., 2017, or as many as `config.classes_spread` allows. The rows of a
+    class are dealt among its holders by size; or, as in Tan et al., 2022, each holder gets `config.shots` of them and the rest
+    stays out. Every class has a holder if clients times classes suffice for that; else the rows of the others stay out.
     Drawn anew until nobody is short."""
     classes, counts = np.unique(d.strata.numpy(), return_counts=True)
     clients, each = len(d.share), d.config.classes
     if each > len(classes):
         raise UserError(f"{WHERE}.classes: found {each}, but the training rows have {len(classes)} classes")
+    few = max(min(2, each), each - d.config.classes_spread)
+    many = min(len(classes), each + d.config.classes_spread)
+    shots = None if d.config.shots is None else np.rint(d.config.shots * d.share * clients).astype(np.int64)
     for attempt in range(TRIES):
-        holds = holders(d.draws("classes", attempt), clients, len(classes), each)
-        dealt = np.stack([among(n, d.share * holds[:, c]) for c, n in enumerate(counts)])  # [classes, clients]
-        if dealt.sum(0).min() >= d.fewest:
+        draws = d.draws("classes", attempt)
+        numbers = np.full(clients, each) if few == many else draws.integers(few, many + 1, clients)
+        holds = holders(draws, numbers, len(classes))
+        if shots is None:
+            dealt = np.stack([among(n, d.share * holds[:, c]) for c, n in enumerate(counts)])  # [classes, clients]
+        else:
+            dealt = (holds * shots[:, None]).T
+        if (dealt.sum(1) <= counts).all() and dealt.sum(0).min() >= d.fewest:
             return _deal_classes(d, classes, dealt)
+    if shots is not None and (wanted := dealt.sum(1) - counts).max() > 0:
+        c = wanted.argmax()
+        raise UserError(
+            f"{WHERE}.shots: found {d.config.shots}; class {classes[c]} has {counts[c]} rows, and {holds[:, c].sum()} clients "
+            "are to hold it; lower it"
+        )
     raise _short_of_classes(d)
 
 

@@ -45,13 +45,32 @@ def among(rows: int, share: np.ndarray) -> np.ndarray:
     return counts
 
 
-def holders(draws: np.random.Generator, clients: int, classes: int, each: int) -> np.ndarray:
-    """bool `[clients, classes]`, `each` classes a client and as even over the classes as can be: always those that
-    fewest hold, at random among equals."""
-    holds = np.zeros((clients, classes), dtype=bool)
+def cut(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Whole numbers `[classes, clients]`, of `counts` `[classes]` rows each client's proportion, float `[classes, clients]`."""
+    cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
+    cuts[:, -1] = counts
+    return np.diff(cuts, axis=1, prepend=0)
+
+
+def cut_below(proportions: np.ndarray, counts: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """As `cut`, class by class: who has `most` `[clients]` rows or more gets none of the next class, which the others share by
+    their proportions. (The last class that somebody gets may carry it above.) `most` sums to all rows at least."""
+    dealt = np.zeros(proportions.shape, dtype=np.int64)
+    for c in range(len(counts)):
+        below = dealt.sum(0) < most
+        share = np.where(below, proportions[c], 0.0)
+        share = share if share.sum() > 0 else below.astype(float)
+        dealt[c] = cut(share[None] / share.sum(), counts[c : c + 1])[0]
+    return dealt
+
+
+def holders(draws: np.random.Generator, each: np.ndarray, classes: int) -> np.ndarray:
+    """bool `[clients, classes]`, `each` (int `[clients]`) classes a client and as even over the classes as can be: always those
+    that fewest hold, at random among equals."""
+    holds = np.zeros((len(each), classes), dtype=bool)
     held = np.zeros(classes)
-    for client in draws.permutation(clients):
-        chosen = np.lexsort((draws.random(classes), held))[:each]
+    for client in draws.permutation(len(each)):
+        chosen = np.lexsort((draws.random(classes), held))[: each[client]]
         holds[client, chosen] = True
         held[chosen] += 1
     return holds

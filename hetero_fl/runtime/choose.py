@@ -6,6 +6,7 @@ the same choice, and the same choice gives the same bits. docs/scaling.md states
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -39,7 +40,8 @@ SMALL_STEP = 2e7  # floating-point operations of a step forward up to which it d
 SMALL_MODEL = 1_000_000  # parameters up to which it does
 IN_PROCESS = ("serial", "batched")
 CHUNK = 128  # clients computed together at most: bounds memory
-PIECES = 8  # chunks that a group is cut into for workers, if they are then of TOGETHER clients or more
+PIECES = 8  # chunks, or one a core, that a group is cut into for workers, if they are then of TOGETHER clients or more
+USERS = {"workers": ("processes", "ray"), "chunk": ("batched", "processes", "ray", "torchrun"), "address": ("ray",)}
 MOST_THREADS = 4  # of one process: models of this size gain nothing from more
 
 
@@ -106,32 +108,42 @@ def choose(config: Config, federation: Federation) -> Choice:
         raise UserError(
             f"runtime.chunk: found {asked.chunk}, but the serial executor takes one client at a time; use batched"
         )
-    executor, why = ("", "runtime.executor") if asked.executor != "auto" else _executor(load, group, device, available)
-    executor = executor or asked.executor
-    together = max(1, group) if executor == "batched" else 1
+    executor, why = asked.executor, "runtime.executor"
+    if executor == "auto":
+        executor, why = _executor(load, group, device, available, asked.threads or limit_of_threads())
+    chunk = asked.chunk or (CHUNK if executor == "batched" else 1)
+    together = min(chunk, _largest_group(federation, load.cohort)) if executor == "batched" else 1
     threads, server_threads, size = _threads(asked, load, together, executor, available)
     reasons = [f"{executor} executor: {why}", size]
     workers = 1
     if executor not in IN_PROCESS:
         workers, why = crew_size(executor, asked.workers, threads, load.cohort, available)
         reasons.append(f"{workers} workers: {why}")
-    chunk = CHUNK if executor == "batched" else 1
-    if asked.executor == "auto" and executor == "processes" and group // PIECES >= TOGETHER:
-        chunk = min(CHUNK, group // PIECES)
+    pieces = max(PIECES, available)
+    if asked.executor == "auto" and executor == "processes" and not asked.chunk and group // pieces >= TOGETHER:
+        chunk = min(CHUNK, group // pieces)
         reasons.append(f"{chunk} clients at a time: small steps of {group} clients with one architecture")
-    chunk = 1 if executor == "serial" else asked.chunk or chunk
+    if executor == "serial":
+        chunk = 1
+    for key, users in USERS.items():
+        if getattr(asked, key) is not None and executor not in users:
+            reasons.append(f"runtime.{key} has no effect: it is for {', '.join(users)}")
     return Choice(executor, str(device), threads, server_threads, chunk, asked.precision, workers, tuple(reasons))
 
 
-def _executor(load: Load, group: int, device: torch.device, available: int) -> tuple[str, str]:
-    """Which, and why."""
+def _executor(load: Load, group: int, device: torch.device, available: int, each: int | None = None) -> tuple[str, str]:
+    """Which, and why; `each`: the threads that a process gets whatever it computes. (Workers that are asked for do not count:
+    their number changes no result.)"""
     if device.type != "cpu" or available == 1 or load.cohort == 1:
         if group:
             return "batched", f"small steps of {group} clients with one architecture"
         return "serial", f"one {'core' if device.type == 'cpu' else 'device'}, or one client at a time"
-    threads = 1 + THREAD * (min(MOST_THREADS, available) - 1) if load.step >= LARGE_STEP else 1.0
-    workers = WORKER * min(available, load.busy)
-    saved = load.seconds / threads - load.seconds / workers
+
+    def speed(threads: int) -> float:
+        return 1 + THREAD * (min(threads, available) - 1) if load.step >= LARGE_STEP else 1.0
+
+    workers = WORKER * min(max(1, available // (each or 1)), load.busy) * speed(each or 1)
+    saved = load.seconds / speed(each or MOST_THREADS) - load.seconds / workers
     about = f"about {load.seconds:.0f} s of training for one core"
     if saved >= START and load.traffic <= TRAFFIC:
         return "processes", f"{about}, {available} cores"
@@ -171,6 +183,15 @@ def _worth_batching(federation: Federation, cohort: int, device: torch.device) -
     members = max((n * share for n in groups.values()), default=0.0)
     most = 2 * sum(groups.values()) > len(federation.cards)
     return int(members) if most and members >= (TOGETHER if device.type == "cpu" else 2) else 0
+
+
+def _largest_group(federation: Federation, cohort: int) -> int:
+    """How many clients of a round can be computed together, about; 1 or more."""
+    groups = Counter[Architecture]()
+    for kind in federation.cards.kinds:
+        if not recurrent(kind.arch):
+            groups[kind.arch] += kind.count
+    return max(1, round(max(groups.values(), default=0) * cohort / len(federation.cards)))
 
 
 def make_executor(

@@ -126,8 +126,9 @@ class Worker:
     def _make_room(self, clients: list[str]) -> list[str]:
         """Forget the state of those who were not seen for longest, beyond the bound."""
         for client in clients:
-            self._used[client] = None
-            self._used.move_to_end(client)
+            self._used.pop(client, None)
+            if self.store.stamp(client) is not None:
+                self._used[client] = None
         forgot = []
         while self.store.held > HELD and self._used:
             forgot.append(self._used.popitem(last=False)[0])

@@ -54,7 +54,7 @@ class Workers:
     ) -> None:
         self.crew, self.cards, self.store, self.performer, self.chunk = crew, cards, store, performer, chunk
         self.costs = Costs(cards)
-        self._held: dict[str, tuple[int, int | None]] = {}  # client -> (worker, stamp of the state that it holds)
+        self._held: dict[str, tuple[int, int]] = {}  # client -> (worker, stamp of the state that it holds)
         self._busy: dict[int, Job] = {}  # what each worker is at; of an earlier task, if that was given up
         self._jobs = 0
         self._tell: Callable[[str], None] | None = None
@@ -126,22 +126,29 @@ class Workers:
         sent = {client: requests[client] for client in clients}  # first: a method's hook may fail in it
         private: dict[str, bytes | None] = {}
         for client in clients:
-            holding = (worker, self.store.stamp(client))
-            if self._held.get(client) != holding:
+            stamp = self.store.stamp(client)
+            if stamp is None or self._held.get(client) != (worker, stamp):
                 private[client] = self.store.encoded(client)
             if self._tell is not None:
                 self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
         self._jobs += 1
         for client in private:  # only once nothing can fail any more
-            self._held[client] = (worker, self.store.stamp(client))
+            self._hold(worker, client, self.store.stamp(client))
         return Job(self._jobs, kind, round, part, sent, private, details)
 
     def _settle(self, worker: int, job: Job, done: Done) -> None:
         for client, private in done.private.items():
-            self._held[client] = (worker, self.store.stage(client, private))
+            self._hold(worker, client, self.store.stage(client, private))
         self._disown(worker, done.forgot)
         if job.kind == "answer":
             self.costs.learn(done.seconds)
+
+    def _hold(self, worker: int, client: str, stamp: int | None) -> None:
+        """The worker has this client's state. Who has none costs nothing, and may go to any worker."""
+        if stamp is None:
+            self._held.pop(client, None)
+        else:
+            self._held[client] = (worker, stamp)
 
     def _disown(self, worker: int, clients: Iterable[str]) -> None:
         """The worker no longer has these clients' state."""

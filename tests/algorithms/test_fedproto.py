@@ -108,6 +108,9 @@ def test_models_are_read_by_their_distances_once_there_are_prototypes(home: bool
     state = rounds.server.state
     assert torch.allclose(read("head"), outputs.logits, atol=1e-5)
     assert torch.allclose(read("prototype"), nearness(outputs.features, state["prototypes"], state["known"]), atol=1e-5)
+    own = state["known"] * (client.counts > 0) if home else state["known"]
+    assert own.sum() > 0 and (client.counts == 0).any()
+    assert torch.allclose(read("own"), nearness(outputs.features, state["prototypes"], own), atol=1e-5)
 
 
 def test_a_class_that_nobody_sends_keeps_its_prototype() -> None:

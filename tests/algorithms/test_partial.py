@@ -69,6 +69,21 @@ def test_a_round_of_fedbn_by_hand() -> None:
         assert set(kept) == norm and all(torch.allclose(kept[n], state[n], rtol=0, atol=1e-9) for n in norm)
 
 
+def test_fedbn_may_keep_the_statistics_alone() -> None:
+    """The scales and shifts travel then; the running means and variances stay, and do not decide what others train."""
+    rounds = rounds_of(config("fedbn", BN, algorithm={"name": "fedbn", "keep": "statistics"}))
+    fedavg = rounds_of(config("fedavg", BN))
+    (group,) = rounds.server.models
+    for id, client in clients(rounds).items():
+        norm, learnt = is_norm(client), client.arch["model"].parameter_names
+        kept = rounds.store.get(id).models["model"]
+        assert set(kept) == norm - learnt
+        assert same_bits(
+            {n: rounds.server.models[group][n] for n in learnt}, {n: fedavg.server.models[group][n] for n in learnt}
+        )
+    assert rounds.evaluate().server is None
+
+
 def test_fedbn_without_batch_norm_is_fedavg_bit_for_bit_and_with_it_is_not() -> None:
     for model, equal in ((GN, True), (BN, False)):
         fedavg, fedbn = rounds_of(config("fedavg", model)), rounds_of(config("fedbn", model))

@@ -29,7 +29,7 @@ LAYERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("source", [*sorted((ROOT / "configs").glob("*.yaml")), *[{"clients": c} for c in LAYERS]])
+@pytest.mark.parametrize("source", [*sorted((ROOT / "configs").rglob("*.yaml")), *[{"clients": c} for c in LAYERS]])
 def test_what_is_kept_loads_to_the_same_clients(source: Path | dict[str, Any]) -> None:
     config = load_config(source)
     again = load_config(yaml.safe_load(dump(config)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hetero_fl.config.source import PartitionConfig
 from hetero_fl.data import deal, strata
-from hetero_fl.data.partition import apportion
+from hetero_fl.data.shares import apportion, cut_below
 from hetero_fl.errors import UserError
 from hetero_fl.task import Task
 
@@ -122,6 +122,49 @@ def test_classes_are_held_evenly_and_dealt_by_size() -> None:
         deal(y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, 0)
     with pytest.raises(UserError, match=r"data\.partition\.min_size: found 60"):
         deal(y[:140], None, PartitionConfig(kind="classes", classes=1, min_size=60), [1, 1], TEN, 0)
+
+
+def test_dirichlet_below_a_cap() -> None:
+    """Who has reached the cap gets none of a further class; the others share it by their proportions."""
+    y = torch.arange(10_000) % 10
+    for cap in (1.0, 2.0):
+        config = PartitionConfig(kind="dirichlet", alpha=0.1, cap=cap, min_size=1)
+        parts = deal(y, None, config, [1] * 10, TEN, 3)
+        held = counts(parts, y).double()
+        before = held.cumsum(1) - held
+        assert (held[before >= cap * 1000] == 0).all()
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(10_000))
+        free = deal(y, None, PartitionConfig(kind="dirichlet", alpha=0.1, min_size=1), [1] * 10, TEN, 3)
+        assert torch.equal(counts(parts, y)[:, 0], counts(free, y)[:, 0])  # nobody is full before the first class
+        assert held.sum(1).max() <= cap * 1000 + 1000 and (counts(free, y).sum(1).max() > held.sum(1).max() or cap == 2)
+    sized = deal(y, None, PartitionConfig(kind="dirichlet", alpha=0.1, cap=1, min_size=1), [1, 9], TEN, 0)
+    assert len(sized[0]) <= 1000 + 1000
+    loose = PartitionConfig(kind="dirichlet", alpha=0.1, cap=1e9, min_size=1)
+    assert all(torch.equal(a, b) for a, b in zip(deal(y, None, loose, [1] * 10, TEN, 3), free, strict=True))
+
+
+def test_cut_below_shares_a_class_by_the_proportions_of_those_who_are_not_full() -> None:
+    proportions, rows = np.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]), np.array([100, 100, 90])
+    dealt = cut_below(proportions, rows, np.array([50, 100, 200]))
+    assert dealt.tolist() == [[60, 30, 10], [0, 75, 25], [0, 0, 90]]
+    even = cut_below(proportions[[0, 2]], np.array([100, 90]), np.array([50, 200, 200]))
+    assert even.tolist() == [[60, 30, 10], [0, 45, 45]]  # nobody who is not full has a proportion of it: evenly
+
+
+def test_classes_may_differ_in_number_and_be_few_shot() -> None:
+    y = torch.arange(10_000) % 10
+    config = PartitionConfig(kind="classes", classes=3, classes_spread=2, shots=90)
+    parts = deal(y, None, config, [1] * 20, TEN, 0)
+    held = counts(parts, y)
+    many = (held > 0).sum(1)
+    assert set(many.tolist()) == {2, 3, 4, 5} and ((held == 0) | (held == 90)).all()
+    assert len(torch.cat(parts).unique()) == len(torch.cat(parts))
+    one = deal(y, None, PartitionConfig(kind="classes", classes=1, classes_spread=1), [1] * 20, TEN, 0)
+    assert set((counts(one, y) > 0).sum(1).tolist()) == {1, 2}
+    sized = deal(y, None, PartitionConfig(kind="classes", classes=2, shots=90), [1, 3], TEN, 0)
+    assert [len(p) for p in sized] == [90, 270]
+    with pytest.raises(UserError, match=r"data\.partition\.shots: found 600; class \d has 1000 rows, and \d clients"):
+        deal(y, None, PartitionConfig(kind="classes", classes=2, shots=600), [1] * 10, TEN, 0)
 
 
 def test_quantity_skews_sizes_and_not_labels() -> None:

@@ -20,6 +20,10 @@ COUNTS = [
     ("mlp", {"hidden": [200, 200]}, 199_210),  # McMahan et al. (2017): their 2NN
     ("lenet", {}, 61_706),
     ("fedavg_cnn", {}, 1_663_370),  # McMahan et al. (2017)
+    ("niid_cnn", {}, 44_426),  # Li et al. (2022)
+    ("fedproto_cnn", {}, 21_840),  # Tan et al. (2022)
+    ("fedproto_cnn", {"width": 22}, 260 + 250 * 22 + 22 + 16 * 22 * 50 + 50 + 510),
+    ("fedgen_cnn", {}, 26_434),  # Zhu et al. (2021)
     ("resnet20", {"channels": 3, "size": 32}, 272_474),  # He et al. (2016) give 0.27 M
     ("resnet8", {"channels": 3, "size": 32}, 78_042),
     ("resnet18_small", {"channels": 3, "size": 32}, 11_173_962),
@@ -159,3 +163,21 @@ def test_resnets_start_from_he_initial_weights() -> None:
     for conv in convolutions[1:]:
         fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
         assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
+
+
+def test_fedprotos_cnn_drops_channels_and_what_the_head_reads_but_gives_features_whole() -> None:
+    model = make("fedproto_cnn").train()
+    x = batch(1, 28, 28, n=64)
+    channels = model.backbone[:5](x)
+    gone = (channels == 0).flatten(2).all(-1)
+    assert 0.4 < gone.double().mean() < 0.6 and not (channels == 0).flatten(2).any(-1)[~gone].any()
+    logits, features = model(x)
+    assert not torch.allclose(F.linear(features, model.head.weight, model.head.bias), logits)
+    model.eval()
+    logits, features = model(x)
+    assert torch.equal(F.linear(features, model.head.weight, model.head.bias), logits)
+
+
+def test_fedgens_cnn_gives_features_of_either_sign() -> None:
+    features = make("fedgen_cnn")(batch(1, 28, 28, n=16)).features
+    assert features.shape == (16, 32) and (features < 0).any() and (features > 0).any()

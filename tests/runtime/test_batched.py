@@ -48,6 +48,17 @@ def test_batched_and_serial_runs_agree(method: str) -> None:
     source = config(
         method, MODELS, clients=6, server={"model": "linear"}, data__train_limit=420, data__partition__min_size=18
     )
+    agree(source)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["fedavg", "fedproto"])
+def test_dropped_channels_and_a_head_with_dropout_too(method: str) -> None:
+    agree(config(method, "fedproto_cnn", clients=3, clients__defaults__preprocess={"resize": 16}))
+
+
+def agree(source: dict[str, Any]) -> None:
+    """The course of a run batched and serial."""
     said: list[str] = []
     one, many = held(source, Serial(CPU)), held(source, Batched(CPU, said.append))
     assert said == []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 import pytest
+import torch
 
 from hetero_fl.runtime.crews.carrier import LONG, Carrier
 
@@ -65,6 +67,7 @@ def test_a_string_is_sent_once_while_the_other_side_has_it(monkeypatch: pytest.M
         got.append(there.recv())
     assert [g[0] for g in got] == [first, second, first, second, third, second, first, third]
     assert filled == [1, 1, 0, 0, 1, 0, 1, 0]  # the oldest of two is forgotten at both ends
+    assert len(here._sent.strings) == len(there._got.strings) == 2
     equal = bytes(bytearray(third))
     here.send(equal)  # another string, if an equal one
     assert there.recv() == third and filled[-1] == 1
@@ -76,3 +79,20 @@ def test_long_strings_do_not_go_through_the_pipe(monkeypatch: pytest.MonkeyPatch
     here.send({"model": b"z" * (50 * LONG)})
     assert len(there.recv()["model"]) == 50 * LONG
     assert 0 < sum(sizes) < LONG
+
+
+def test_what_finds_no_room_in_shared_memory_goes_through_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = ends(remembered=1)
+    small, large, larger = (byte * size for byte, size in ((b"s", LONG), (b"l", 2 * LONG), (b"m", 3 * LONG)))
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    with ThreadPoolExecutor(1) as other:
+        for room, strings in ((True, [small]), (False, [large, larger]), (False, [larger, small]), (True, [large])):
+            if not room:
+                monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+            received = other.submit(there.recv)  # at the same time: a pipe holds little
+            here.send(strings)
+            assert received.result(timeout=60) == strings
+            monkeypatch.undo()

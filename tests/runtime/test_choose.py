@@ -50,6 +50,20 @@ def test_workers_pay_only_where_they_save_more_than_their_start_against_threads(
     assert taken(1000, 2.5, 1e9, cores=4) == "serial" and taken(1000, 4, 1e9, cores=4) == "processes"
 
 
+def test_workers_are_weighed_with_the_threads_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(step: float, cores: int, each: int | None) -> str:
+        return module._executor(module.Load(8, 20, 1e7, 8, step), 0, torch.device("cpu"), cores, each)[0]
+
+    assert taken(1e6, 4, None) == taken(1e6, 4, 2) == "processes"  # of two threads each, two of them
+    assert taken(1e6, 4, 4) == taken(1e9, 4, 4) == "serial"  # there is room for one worker
+    assert taken(1e9, 2, None) == "serial" and taken(1e9, 2, 1) == "processes"  # against one thread, not two
+    long: dict[str, Any] = {"models": MIXED, "rounds": 1_000_000, "clients__defaults": LONG}
+    assert chosen(monkeypatch, runtime={"threads": 2}, **long).executor == "serial"
+    assert chosen(monkeypatch, runtime={"workers": 1}, **long).executor == "processes"  # their number changes no result
+    monkeypatch.setattr(module, "limit_of_threads", lambda: 2)
+    assert chosen(monkeypatch, **long).executor == "serial"
+
+
 def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGE_STEP", 0.0)
     few, many = (
@@ -58,6 +72,17 @@ def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (few.threads, few.server_threads) == (2, 2) and (many.threads, many.server_threads) == (1, 2)
     assert chosen(monkeypatch, cores=16, models=MIXED).threads == 4
+
+
+def test_threads_follow_from_the_steps_of_all_that_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"name": "digits", "partition": {"kind": "iid", "min_size": 5}, "proxy": {"size": 0}}
+
+    def threads(model: str, **runtime: Any) -> int:
+        return chosen(monkeypatch, models=model, clients=12, data=data, runtime=runtime).threads
+
+    # a step of one client takes 32 and 4 MFLOP; recurrent models are computed one after the other
+    assert threads("fedavg_cnn", executor="batched") == threads("fedavg_cnn", executor="batched", chunk=2) == 2
+    assert threads("fedavg_cnn", executor="batched", chunk=1) == threads("gru", executor="batched") == 1
 
 
 def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +94,10 @@ def test_many_small_clients_of_one_architecture_are_computed_together(monkeypatc
     small = {**data, "partition": {"kind": "iid", "min_size": 5}}
     many = chosen(monkeypatch, models="mlp", clients=70, rounds=1_000_000, clients__defaults=LONG, data=small)
     assert (many.executor, many.chunk) == ("processes", 8) and "8 clients at a time" in many.reasons[-1]
+    share = chosen(
+        monkeypatch, cores=16, models="mlp", clients=70, rounds=1_000_000, clients__defaults=LONG, data=small
+    )
+    assert (share.executor, share.chunk) == ("processes", 1)  # eight chunks would leave half of the cores without work
     large = {"name": "mlp", "hidden": [2000, 2000]}
     assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
 
@@ -79,6 +108,16 @@ def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, models=MIXED, runtime={"chunk": 16}).chunk == 1  # auto takes serial there
     with pytest.raises(UserError, match=r"^runtime\.chunk: found 16, but the serial executor"):
         chosen(monkeypatch, runtime={"executor": "serial", "chunk": 16})
+
+
+def test_settings_without_effect_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**runtime: Any) -> list[str]:
+        reasons = chosen(monkeypatch, models=MIXED, runtime=runtime).reasons
+        return [reason.split(" ")[0] for reason in reasons if "has no effect" in reason]
+
+    assert told(executor="serial", workers=2, address="auto") == ["runtime.workers", "runtime.address"]
+    assert told(chunk=16, workers=2) == ["runtime.workers", "runtime.chunk"]  # auto takes serial there
+    assert told(executor="batched", chunk=16) == told(executor="processes", workers=2, chunk=2) == []
 
 
 def test_the_rule_for_channels_innermost() -> None:

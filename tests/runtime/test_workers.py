@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment import run
 from hetero_fl.runtime.costs import Costs
+from hetero_fl.runtime.crews import carrier
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.jobs import Done, Job, Remote, Setup, Worker
 from tests.runtime.crews import METHODS, ROOT, environment, gone, members, outcome, rounds_on, setup_of
@@ -41,7 +43,8 @@ def made(request: pytest.FixtureRequest) -> Iterator[Made]:
 @pytest.fixture(scope="module")
 def fedper() -> Iterator[tuple[Setup, Processes]]:
     """Workers of a method whose clients keep their heads; one of the clients always diverges."""
-    groups = [{"name": "calm", "count": 3, "model": "cnn_bn_small"}, WILD]
+    large = {"name": "mlp", "hidden": [400]}  # travels through shared memory
+    groups = [{"name": "calm", "count": 3, "model": ["cnn_bn_small", large]}, WILD]
     setup = setup_of(config("fedper", rounds=3, seed=1, clients__per_round=3, clients__groups=groups))
     crew = Processes(setup, 2)
     yield setup, crew
@@ -86,6 +89,33 @@ def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
     assert outcome(rounds_on(setup, crew, 2)) == want and len(killed) == 2
 
 
+def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one's first result names shared memory that is handed over as it is read: by nobody any more."""
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None), 1)
+    rounds, plain, killed = rounds_on(setup, crew, 2), crew.receive, list[int | None]()
+    for worker in range(2):
+        crew._end(worker)
+        crew._crew[worker] = crew._start(worker)
+
+    def receive() -> tuple[int, Done | None]:
+        for worker, job in busy.items():
+            process, end = crew._crew[worker]
+            if not killed and any(cards[c].arch.name == "mlp" and c != "wild" for c in job.clients):
+                assert end.connection.poll(60) and end._theirs.tensor is None
+                process.kill()
+                process.join()
+                killed.append(process.pid)
+        return plain()
+
+    monkeypatch.setattr(crew, "receive", receive)
+    busy, cards = rounds.executor._busy, setup.federation.cards  # type: ignore[attr-defined]
+    assert outcome(rounds, 1) == want and len(killed) == 1
+    assert not {process.pid for process, _ in crew._crew} & set(killed)
+
+
 def test_an_idle_worker_that_dies_is_replaced(fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch) -> None:
     setup, crew = fedper
     want = outcome(rounds_on(setup, None), 1)
@@ -94,6 +124,55 @@ def test_an_idle_worker_that_dies_is_replaced(fedper: tuple[Setup, Processes], m
     os.kill(crew._crew[1][0].pid or 0, signal.SIGKILL)
     crew._crew[1][0].join()
     assert outcome(rounds, 1) == want
+
+
+@pytest.mark.parametrize("during", [Job, Done])
+def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch, during: type
+) -> None:
+    """As by Ctrl-C in a notebook, where the same rounds then go on."""
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None), 1)
+    rounds = rounds_on(setup, crew, 2)
+    before = [process for process, _ in crew._crew]
+    plain, interrupted = carrier.changed, list[str]()
+
+    def changed(value: Any, change: Any) -> Any:
+        if isinstance(value, during) and not interrupted:
+            interrupted.append("once")
+            raise KeyboardInterrupt
+        return plain(value, change)
+
+    monkeypatch.setattr(carrier, "changed", changed)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.round()
+    assert outcome(rounds, 1) == want
+    assert sorted(process.exitcode or 0 for process in before) == [-signal.SIGKILL, 0]
+
+
+class Pipe:
+    """A connection that is not of the usual class, as on Windows."""
+
+    def __init__(self, plain: Any) -> None:
+        self.fileno, self.send, self.recv, self.close = plain.fileno, plain.send, plain.recv, plain.close
+
+
+def test_any_kind_of_connection_will_do(fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, crew = fedper
+    before = [process.pid for process, _ in crew._crew]
+    for _, end in crew._crew:
+        monkeypatch.setattr(end, "connection", Pipe(end.connection))
+    assert outcome(rounds_on(setup, crew, 2), 1) == outcome(rounds_on(setup, None), 1)
+    assert before == [process.pid for process, _ in crew._crew]
+
+
+def test_workers_without_shared_memory_for_the_data_end_the_run_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(RunFailed, match=r"^runtime\.executor: no shared memory for workers' data \(unable .*No space"):
+        Processes(setup_of("fedavg"), 2)
 
 
 class Here:
@@ -112,6 +191,16 @@ class Here:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+def test_only_clients_with_private_state_are_remembered() -> None:
+    """Of a large population, everybody would be in the end."""
+    for method, some in (("fedavg", False), ("fedper", True)):
+        crew = Here(setup := setup_of(method), 2)
+        rounds = rounds_on(setup, crew, 2)
+        assert outcome(rounds, 2) == outcome(rounds_on(setup, None), 2)
+        assert bool(rounds.executor._held) is some  # type: ignore[attr-defined]
+        assert [bool(worker._used) for worker in crew.workers] == [some, some]
 
 
 def test_a_task_that_is_given_up_leaves_no_trace() -> None:

@@ -1,8 +1,8 @@
 """Messages between two processes that speak in turn: over a pipe, but for long byte strings, which lie in shared memory.
 
 A pipe takes every byte through the kernel in small pieces, with both processes waiting; a model costs tens of milliseconds.
-In shared memory it is copied in and copied out. What the other side still has, as the broadcast of a group that was sent for
-another of its members, is named and not sent again.
+In shared memory it is copied in and copied out; what finds no room there goes through the pipe after all. What the other side
+still has, as the broadcast of a group that was sent for another of its members, is named and not sent again.
 """
 
 from __future__ import annotations
@@ -59,21 +59,22 @@ class Carrier:
             return Place(self._sent.add(value), start, at)
 
         message = changed(message, placed)
-        grown = self._ours.fill(new)
+        told = self._ours.fill(new)
         self._sent.trim()
-        self.connection.send((grown, message))
+        self.connection.send((told, message))
 
     def recv(self) -> Any:
         """The next message. Raises EOFError or OSError if none can come."""
-        grown, message = self.connection.recv()
-        if grown is not None:
-            self._theirs.tensor = grown
+        told, message = self.connection.recv()
+        if isinstance(told, Tensor):
+            self._theirs.tensor = told
+        strings = memoryview(told) if isinstance(told, bytes) else self._theirs.view()
 
         def found(value: Any) -> Any:
             if type(value) is not Place:
                 return value
             if value.stop:
-                self._got.add(self._theirs.read(value.start, value.stop))
+                self._got.add(bytes(strings[value.start : value.stop]))  # one's own: the memory is written again
             return self._got.strings[value.number]
 
         message = changed(message, found)
@@ -98,22 +99,24 @@ class Memory:
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
 
-    def fill(self, strings: list[bytes]) -> Tensor | None:
-        """Put the strings in, one after the other; the memory, if it is another one than before."""
+    def fill(self, strings: list[bytes]) -> Tensor | bytes | None:
+        """Put the strings in, one after the other. What the other side has to be told: the memory, if it is another one than
+        before, or all of the strings, if there is no room for it (the shared memory of a container may be 64 MB)."""
         size, grown = sum(map(len, strings)), None
-        if size and (self.tensor is None or len(self.tensor) < size):
-            self.tensor = grown = torch.empty(size, dtype=torch.uint8).share_memory_()
-        at = 0
+        if size > len(self.view()):
+            try:
+                self.tensor = grown = torch.empty(size, dtype=torch.uint8).share_memory_()
+            except RuntimeError:
+                return b"".join(strings)
+        at, view = 0, self.view()
         for string in strings:
-            assert self.tensor is not None
-            memoryview(self.tensor.numpy().data)[at : at + len(string)] = string
+            view[at : at + len(string)] = string
             at += len(string)
         return grown
 
-    def read(self, start: int, stop: int) -> bytes:
-        """A string of one's own."""
-        assert self.tensor is not None
-        return bytes(memoryview(self.tensor.numpy().data)[start:stop])
+    def view(self) -> memoryview:
+        """Its bytes."""
+        return memoryview(b"") if self.tensor is None else memoryview(self.tensor.numpy().data)
 
 
 class Remembered:

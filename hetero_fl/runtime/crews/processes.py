@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -28,23 +29,31 @@ class Processes:
         self.size = size
         self._setup = setup
         self._context = mp.get_context("spawn")
-        setup.federation.data.share_memory()
-        self._crew = [self._start(i) for i in range(size)]
+        self._crew: list[tuple[BaseProcess, Carrier]] = []
+        try:
+            setup.federation.data.share_memory()
+        except RuntimeError as error:
+            raise RunFailed(
+                f"runtime.executor: no shared memory for workers' data ({error}); serial needs none"
+            ) from None
+        try:
+            for i in range(size):
+                self._crew.append(self._start(i))
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, worker: int, job: Job) -> None:
-        with contextlib.suppress(OSError):  # dead already: `receive` will tell
-            self._crew[worker][1].send(job)
+        with self._speaking(worker) as carrier:
+            carrier.send(job)
 
     def receive(self) -> tuple[int, Done | None]:
-        ends = {carrier.connection: i for i, (_, carrier) in enumerate(self._crew)}
-        ready = wait([*ends, *(process.sentinel for process, _ in self._crew)])
-        for end in ready:
-            if isinstance(end, Connection):
-                with contextlib.suppress(OSError, EOFError):
-                    return ends[end], self._crew[ends[end]][1].recv()
-        dead = next(
-            i for i, (process, carrier) in enumerate(self._crew) if {process.sentinel, carrier.connection} & set(ready)
-        )
+        ready: set[object] = set(wait([end for p, carrier in self._crew for end in (p.sentinel, carrier.connection)]))
+        for worker, (_, carrier) in enumerate(self._crew):
+            if carrier.connection in ready:
+                with self._speaking(worker):
+                    return worker, carrier.recv()
+        dead = next(i for i, (p, carrier) in enumerate(self._crew) if {p.sentinel, carrier.connection} & ready)
         self._bury(dead)
         self._crew[dead] = self._start(dead)
         return dead, None
@@ -53,6 +62,20 @@ class Processes:
         for i in range(len(self._crew)):
             self._end(i)
         self._crew.clear()
+
+    @contextlib.contextmanager
+    def _speaking(self, worker: int) -> Iterator[Carrier]:
+        """If it is dead, `receive` will tell. If this process is interrupted, the worker is ended: half of a message, or one
+        that is lost, leaves the two ends waiting for each other."""
+        process, carrier = self._crew[worker]
+        try:
+            yield carrier
+        except (OSError, EOFError):
+            pass
+        except BaseException:
+            process.kill()
+            process.join()
+            raise
 
     def _start(self, index: int) -> tuple[BaseProcess, Carrier]:
         here, there = self._context.Pipe()

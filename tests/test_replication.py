@@ -1,0 +1,73 @@
+"""The tables of benchmarks/replication.py: every row's configuration loads, figures are read and written as they should be."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hetero_fl.config import load_config
+from hetero_fl.config.roster import expand
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def replication(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return importlib.import_module("replication")
+
+
+def test_every_row_loads(replication: ModuleType, tmp_path: Path) -> None:
+    jobs = replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
+    assert len({job.path for job in jobs}) == len(jobs)
+    for job in jobs:
+        config = load_config(replication.CONFIGS / f"{job.table.config}.yaml", job.overrides(tmp_path))
+        assert config.data.path == str(tmp_path / job.table.file) and config.seed == job.seed
+        assert len(expand(config.clients)) in (10, 16, 20)
+        assert replication.FILE not in str(config.model_dump())
+
+
+def finish(job: object, last: float, held: list[list[int]]) -> None:
+    """A finished run's files: an accuracy, and one client's confusion matrix, of whose classes it has the first."""
+    path = job.path  # type: ignore[attr-defined]
+    path.mkdir(parents=True)
+    figures = {"last": {"accuracy": last}, "best_by_validation": {"accuracy": last - 0.01}}
+    summary = dict.fromkeys(("personal", "global", "server"), figures) | {"seconds": {"total": 600}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    details = {"label_counts": {"a": [5, 0]}, "confusion": {"a": {"global": held}}}
+    (path / "details.json").write_text(json.dumps(details))
+    records = [{"server": {"accuracy": last + 0.02}}, {"server": None}, {"server": {"accuracy": last}}]
+    (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def test_figures_of_finished_runs(replication: ModuleType, tmp_path: Path) -> None:
+    fedgen, niid = (replication.TABLES[name] for name in ("fedgen", "niid"))
+    jobs = replication.jobs_of([fedgen], [0, 1, 2], "FedGen, α 0.1", tmp_path)
+    assert [job.seed for job in jobs] == [0, 1, 2]
+    for job, last in zip(jobs[:2], (0.93, 0.94), strict=True):
+        finish(job, last, [[30, 10], [0, 99]])
+    (line,) = (line for line in replication.write(jobs, tmp_path).splitlines() if line.startswith("| FedGen"))
+    assert line == (
+        "| FedGen, α 0.1 | 93.03 ± 0.32 | 93.50 ± 0.71 | 92.50 ± 0.71 | +0.47 (within 2σ) | 75.00 ± 0.00 |"
+        " -18.03 (outside 2σ) | 95.68 ± 0.20 | -20.68 (outside 2σ) | 0, 1 |"
+    )
+    assert replication.estimate(jobs) == "fedgen: 1 of 3 runs to do, about 10 minutes"
+    jobs = replication.jobs_of([niid], None, "", tmp_path)
+    finish(jobs[0], 0.95, [])
+    text = replication.write(jobs, tmp_path)
+    assert "| FedAvg | 98.89 | 95.00 | 94.00 | -3.89 | 97.00 | 0 |" in text
+    assert "| SCAFFOLD | 99.07 | not run |  |  |  |  |" in text and text in (tmp_path / "replication.md").read_text()
+
+
+def test_a_difference_is_judged_by_the_papers_deviation_or_else_by_ours(replication: ModuleType) -> None:
+    row = replication.Row("x", (), 90.0, 1.0)
+    assert replication.difference(row, [92.5, 92.6]) == "+2.55 (outside 2σ)"
+    assert replication.difference(replication.Row("x", (), 90.0), [91.0, 93.0]) == "+2.00 (within 2σ)"
+    assert replication.difference(replication.Row("x", (), 90.0), [91.0]) == "+1.00"
+    assert replication.difference(replication.Row("x", ()), [91.0]) == ""

@@ -16,34 +16,20 @@ from torch import Tensor
 
 from hetero_fl.aggregation.averaging import step
 from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.own_objective import own_objective
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.errors import UserError
 from hetero_fl.made import watched
 from hetero_fl.objectives import Objective, Supervised, log_prior
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
-from hetero_fl.registry import Registry, imported
+from hetero_fl.registry import Registry
 from hetero_fl.state import Card, Part, Participant, Roster, common_part, floats, select, without
 from hetero_fl.task import Task
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
 algorithm: Registry[type[Algorithm]] = Registry("algorithm")
 Items = dict[str, Any]  # name -> Item, tensor or named tensors
-
-
-def own_objective(reference: str | None, task: Task) -> Objective:
-    """The local objective of a client: the supervised loss, or the user's own class, made with the kind of task.
-
-    Raises UserError if there is no such class.
-    """
-    if reference is None:
-        return Supervised(task.kind)
-    kind = imported(reference, "objective")
-    if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise UserError(f"objective: '{reference}' is no subclass of hetero_fl.objectives.Objective")
-    made: Objective = kind(task.kind)  # type: ignore[call-arg]  # the user's class is a dataclass with the kind first
-    return made
 
 
 class Algorithm(BaseModel):
@@ -95,6 +81,10 @@ class Algorithm(BaseModel):
         """The models that a client with this one has besides, by slot."""
         return {}
 
+    def called(self, card: Card) -> str:
+        """What a client trains, for a reader: the name of its model."""
+        return card.arch.name
+
     # What travels ------------------------------------------------------------------------------------------------
     def family(self, card: Card) -> str:
         """Whose tensors may be averaged with this client's: the server's slot for them. Its architecture, as a rule."""
@@ -138,6 +128,10 @@ class Algorithm(BaseModel):
     def phase(self, share_every: int, round: int, rounds: int) -> int:
         """What of the round decides the form of an upload, besides the broadcast: those of equal phases are alike in form."""
         return round % share_every
+
+    def dearest(self) -> Algorithm:
+        """The method as a bound on its bytes takes it: where a size follows from what is learnt, the largest."""
+        return self
 
     def gives(self, client: Participant, share: str) -> bool:
         """Whether the client uploads that kind of thing ("predictions", "statistics", "features") in this round."""

@@ -23,10 +23,12 @@ GENERATOR = "generator"
 class DataFree(Algorithm):
     """Settings and steps of a server that alternates between a generator of examples and a student."""
 
-    synthesis_epochs: PositiveInt = Field(20, description="alternations of generator and student")
-    generator_steps: PositiveInt = Field(30, description="steps of the generator on one batch of noise and labels")
+    synthesis_epochs: PositiveInt = Field(15, description="alternations of generator and student; the paper: 200")
+    generator_steps: PositiveInt = Field(
+        30, description="steps of the generator on one batch of noise and labels, as in the paper"
+    )
     student_steps: PositiveInt = Field(50, description="steps of the student on all batches so far, after each")
-    synthetic_batch: int = Field(128, ge=2, description="generated examples of a batch")
+    synthetic_batch: int = Field(64, ge=2, description="generated examples of a batch")
     noise: PositiveInt = Field(64, description="width of the generator's input")
     generator_lr: PositiveFloat = Field(1e-3, description="its learning rate (Adam)")
     statistics_weight: NonNegativeFloat = Field(1.0, description="λ₁: weight of the BatchNorm statistics")

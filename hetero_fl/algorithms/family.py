@@ -11,7 +11,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.config.clients import ModelConfig
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.order import in_order, natural
-from hetero_fl.state import Roster
+from hetero_fl.state import Card, Roster
 from model_zoo import can_narrow, share_of
 
 NARROWEST = 1 / 16  # as in Diao et al. 2021
@@ -96,6 +96,13 @@ def told(model: ModelConfig, widths: Mapping[str, float] | None, cards: Roster) 
             listed[width] = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
     parts = [f"{'all' if w == 1 else f'{w:g}'} of it for {listed[w]}" for w in sorted(listed, reverse=True)]
     return [f"algorithm.model is {model.name}, in place of clients' own models: {'; '.join(parts)}"]
+
+
+def slice_name(card: Card, wide: Architecture, widths: Mapping[str, float] | Sequence[float] | None) -> str:
+    """What a client trains, for a reader: the wide model's name, with the share of its channels where that is written down."""
+    if card.arch == wide:
+        return wide.name
+    return f"{wide.name} at {widths[card.id]:.3g}" if isinstance(widths, Mapping) else f"slice of {wide.name}"
 
 
 def derived(arch: Architecture, model: ModelConfig) -> float:

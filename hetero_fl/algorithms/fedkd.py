@@ -18,6 +18,7 @@ from hetero_fl.plan import Fit, Plan
 from hetero_fl.state import Card, Participant, Roster, floats, select
 
 HIDDEN = "hidden"  # W: from the mentee's features to the own model's, kept by the client
+WHOLE = 2.0  # an energy that no truncation keeps: updates travel as they are
 
 
 @algorithm("fedkd")
@@ -42,7 +43,10 @@ class FedKD(WithMentee):
 
     def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
         method, notes = super().resolve(cards)
-        return method, [*notes, "updates of rank one are what `--check` counts: true ranks follow from what is learnt"]
+        return method, [*notes, "ranks of updates follow from what is learnt: `--check` counts all of them whole"]
+
+    def dearest(self) -> Algorithm:
+        return self.model_copy(update={"energy_start": WHOLE, "energy_end": WHOLE})
 
     def extras(self, arch: Architecture) -> dict[str, Architecture]:
         mentee = self.small(arch.outputs)

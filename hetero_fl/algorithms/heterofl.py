@@ -12,7 +12,7 @@ from torch import Tensor
 from hetero_fl.aggregation.averaging import corner, corner_means, step
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
-from hetero_fl.algorithms.family import choose_model, choose_widths, derived, told
+from hetero_fl.algorithms.family import choose_model, choose_widths, derived, slice_name, told
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.masked_head import HEAD, packed, unpacked
 from hetero_fl.architecture import Architecture
@@ -60,8 +60,7 @@ class HeteroFL(FedAvg):
         views = sorted({kind.arch.input_shape for kind in cards.kinds})
         if self.masked and len(views) > 1:
             raise UserError(
-                f"algorithm.masked: clients see examples of {len(views)} shapes ({views[0]} and {views[1]}), "
-                "whose models are averaged apart; masked is for one"
+                f"algorithm.masked: clients see examples of {len(views)} shapes, averaged apart; it is for one: {views}"
             )
         return self.model_copy(update={"model": model, "widths": widths}), told(model, widths, cards)
 
@@ -75,11 +74,13 @@ class HeteroFL(FedAvg):
     def architecture(self, card: Card) -> Architecture:
         assert self.model is not None and not isinstance(self.widths, list)  # `resolve` has set them
         wide = self.wide(card.arch)
-        share = derived(card.arch, self.model) if self.widths is None else self.widths[card.id]
-        if share == 1:
+        if (share := derived(card.arch, self.model) if self.widths is None else self.widths[card.id]) == 1:
             return wide
         name, options = narrow(wide.name, dict(wide.options), share, self.scaler)
         return Architecture.of(name, wide.outputs, wide.input_shape, wide.feature_dim, options)
+
+    def called(self, card: Card) -> str:
+        return slice_name(card, self.wide(card.arch), self.widths)
 
     def family(self, card: Card) -> str:
         return self.wide(card.arch).id
@@ -143,8 +144,7 @@ class HeteroFL(FedAvg):
     def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
         if not home or not self.masks(client):
             return (yield from super().predict(client, rows, home))
-        logits = yield Predict("model", rows)
-        return self.with_prior(client, logits * self.present(client))
+        return self.with_prior(client, (yield Predict("model", rows)) * self.present(client))
 
     def server_slot(self, server: Participant) -> str | None:
         slot = super().server_slot(server)

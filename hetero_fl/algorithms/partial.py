@@ -23,6 +23,11 @@ class FedPer(FedAvg):
 
     shared = BODY
 
+    def fit_part(self, client: Participant, part: tuple[str, ...], **changes: Any) -> Plan[None]:
+        """Local training of that part alone; none where the model has nothing in it (`linear` has no backbone)."""
+        if any(n.startswith(part) for n in client.arch["model"].parameter_names):
+            yield replace(self.fit(client, **changes), train={"model": part})
+
 
 @algorithm("lg_fedavg")
 class LGFedAvg(FedAvg):
@@ -65,8 +70,8 @@ class FedRep(FedPer):
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
         epochs: dict[str, Any] = {} if self.head_epochs is None else {"epochs": self.head_epochs}
-        yield replace(self.fit(client, label="head", **epochs), train={"model": HEAD})
-        yield replace(self.fit(client, epochs=self.body_epochs), train={"model": BODY})
+        yield from self.fit_part(client, HEAD, label="head", **epochs)
+        yield from self.fit_part(client, BODY, epochs=self.body_epochs)
         return self.share(client)
 
 
@@ -82,7 +87,7 @@ class FedBABU(FedPer):
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
-        yield replace(self.fit(client), train={"model": BODY})
+        yield from self.fit_part(client, BODY)
         return self.share(client)
 
     def personalise(self, client: Participant, got: Payload) -> Plan[None]:

@@ -19,7 +19,7 @@ from hetero_fl.architecture import Tensors
 
 def compress(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
     """Each matrix by the fewest terms whose squared singular values sum to at least `energy` (0 to 1) of the whole, at least
-    one. Values must be finite."""
+    one. Above 1 no terms suffice, and all travel as their own numbers: the most that it can be. Values must be finite."""
     return {n: _terms(t.reshape(len(t), -1), energy) if t.ndim > 1 else t for n, t in tensors.items()}
 
 
@@ -36,11 +36,12 @@ def _rows_of_numbers(m: int, n: int) -> int:
 def _terms(matrix: Tensor, energy: float) -> Tensor:
     m, n = matrix.shape
     most = _rows_of_numbers(m, n)
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    kept = s.square().cumsum(0)
-    k = min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
-    if k < most:
-        return torch.cat([u[:, :k].T * s[:k, None], v[:k]], 1)
+    if energy <= 1:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        kept = s.square().cumsum(0)
+        k = min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
+        if k < most:
+            return torch.cat([u[:, :k].T * s[:k, None], v[:k]], 1)
     return F.pad(matrix.reshape(-1), (0, most * (m + n) - m * n)).reshape(most, m + n)
 
 

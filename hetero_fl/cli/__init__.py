@@ -38,14 +38,22 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     if LAUNCHED in os.environ:
         from hetero_fl.runtime.crews.torchrun import as_ranks
 
-        return as_ranks(lambda: _main(argv, command))
-    return _main(argv, command)
+        return as_ranks(lambda: _stoppable(argv, command))
+    return _stoppable(argv, command)
+
+
+def _stoppable(argv: Sequence[str] | None, command: str | None) -> int:
+    """`_main`, with SIGTERM, a cluster's polite way to stop a job, as Ctrl-C; the caller's own handler is put back."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _main(argv, command)
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _main(argv: Sequence[str] | None, command: str | None) -> int:
     from hetero_fl.cli import commands
 
-    signal.signal(signal.SIGTERM, _interrupt)  # a cluster's polite way to stop a job
     arguments = list(sys.argv[1:] if argv is None else argv)
     typed = [*(_script() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
     try:

@@ -23,13 +23,13 @@ def print_check(prepared: Prepared) -> None:
     for id in federation.some:
         card = federation.cards[id]
         sizes = (_size(cost.down[id] + cost.reading[id]), _size(cost.up[id]))
-        table.add_row(id, card.arch.name, str(card.n), f"{parameters[card.arch]:,}", *sizes)
+        table.add_row(id, prepared.method.called(card), str(card.n), f"{parameters[card.arch]:,}", *sizes)
     if others := len(federation.cards) - len(federation.some):
         table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)
     up, down, reading = cost.up.total(), cost.down.total(), cost.reading.total()
-    about = "at most " if config.evaluation.patience else "" if cost.exact else "about "
+    about = "at most " if config.evaluation.patience or cost.at_most else "" if cost.exact else "about "
     console.print(
         f"{about}{_size(up + down + reading)} in {config.rounds} rounds: {_size(up)} up, {_size(down + reading)} down, "
         f"{_size(reading)} of it to evaluate"

@@ -120,7 +120,7 @@ def _finish(
         readings = _read_whole(rounds, directory)
         rounds.traffic.down = traffic  # the same reading once more: nobody would send it again
     directory.write_json("details.json", details_of(prepared.federation, readings, prepared.notes, prepared.method))
-    summary = summarise(prepared.config, prepared.federation, history, rounds.traffic, setup)
+    summary = summarise(prepared.config, prepared.method, prepared.federation, history, rounds.traffic, setup)
     directory.write_json("summary.json", summary)
     present(prepared.config, directory)
     progress.finish(summary)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm, algorithm
-from hetero_fl.algorithms.base import own_objective
+from hetero_fl.algorithms.own_objective import own_objective
 from hetero_fl.config import Config, expand, load_config
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device

@@ -92,7 +92,7 @@ def _data(summary: Json, details: Json) -> str:
 def _clients(summary: Json, details: Json, config: Json) -> str:
     kinds: dict[str, list[str]] = {}
     for client in summary["clients"]:
-        kinds.setdefault(client["model"], []).append(client["id"])
+        kinds.setdefault(_own_model(client, details), []).append(client["id"])
     groups = []
     for model, ids in kinds.items():
         named = ", ".join(ids) if len(ids) <= NAMED else f"{ids[0]}, {ids[1]} … {ids[-1]}"
@@ -102,6 +102,12 @@ def _clients(summary: Json, details: Json, config: Json) -> str:
     count, models = population(summary, details), plural(len(kinds), "model")
     read = f"; {len(summary['clients']):,} of them read" if count > len(summary["clients"]) else ""
     return f"{plural(count, 'client')}, {models}{each}{read}: {'; '.join(groups)}."
+
+
+def _own_model(client: Json, details: Json) -> str:
+    """A client's model as configured, which some methods replace."""
+    configured = details["clients"].get(client["id"], {}).get("settings", {}).get("model")
+    return str(configured[0]["name"] if configured else client["model"])
 
 
 def _jobs(out: Path) -> int | None:

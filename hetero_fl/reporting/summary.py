@@ -62,7 +62,7 @@ class Patience:
 
 
 def summarise(
-    config: Config, federation: Federation, history: Sequence[Record], traffic: Traffic, setup: float
+    config: Config, method: Algorithm, federation: Federation, history: Sequence[Record], traffic: Traffic, setup: float
 ) -> dict[str, Any]:
     """The content of `summary.json`; its `clients` are those whose models were read. `setup`: seconds before the first round."""
     task, last = federation.task, [r for r in history if r.get("personal") or r.get("global")][-1]
@@ -93,7 +93,7 @@ def summarise(
         "clients": [
             {
                 "id": id,
-                "model": card.settings.model[0].name,
+                "model": method.called(card),
                 "parameters": sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names),
                 "n_train": card.n,
                 "personal": last["clients"].get(id, {}).get("personal"),

@@ -25,10 +25,12 @@ class Price:
     """Bytes of a whole run by client: up, down to train on, and down for evaluations only.
 
     `exact` for the methods of this package, as long as every client's every upload is used; what an own method sends may
-    depend on numbers (a weight's digits, a mask), so there it is about right.
+    depend on numbers (a weight's digits, a mask), so there it is about right. `at_most`: sizes follow from what is learnt,
+    and are counted at their largest.
     """
 
     exact: bool
+    at_most: bool = False
     up: Counter[str] = field(default_factory=Counter)
     down: Counter[str] = field(default_factory=Counter)
     reading: Counter[str] = field(default_factory=Counter)
@@ -42,7 +44,9 @@ def price(
 
     Raises UserError and RunFailed where the method itself would.
     """
-    made, run = Price(not is_own(algorithm)), _DryRun(algorithm, federation)
+    dearest = algorithm.dearest()
+    at_most = dearest != algorithm
+    made, run = Price(not is_own(algorithm) and not at_most, at_most), _DryRun(dearest, federation)
     if not algorithm.counted:
         return made
     for round in range(rounds):

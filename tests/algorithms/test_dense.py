@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from hetero_fl.seeding import generator
 from hetero_fl.state import floats
 from hetero_fl.synthesis import BatchStatistics, Generator, Synthesis, seen
 from model_zoo import create_model, is_batch_norm
-from tests.algorithms.by_hand import apart, clients, module
+from tests.algorithms.by_hand import apart, clients, module, train
 from tests.small import MIXED, config, deployed, rounds_of, same_bits
 
 FEW = {"synthesis_epochs": 2, "generator_steps": 3, "student_steps": 4, "synthetic_batch": 12, "noise": 5}
@@ -60,11 +61,11 @@ def by_hand(teachers: list[nn.Module], student: nn.Module, x: Tensor, y: Tensor,
 @pytest.mark.usefixtures("float64")
 def test_the_servers_round_by_hand() -> None:
     rounds = rounds_of(federation(statistics_weight=0.7, adversarial_weight=0.3, student="site_2"), held=1)
-    rounds._clock(1)
     sent = {}
     for id, client in clients(rounds).items():
-        rounds.performer.perform([(client, rounds.algorithm.fit(client))])
-        sent[id] = module(client.arch["model"], client.models["model"]).eval()
+        model = module(client.arch["model"], client.models["model"])
+        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+        sent[id] = model.eval()
     card = rounds.federation.cards["site_2"]
     student = module(card.arch, rounds.server.models[card.arch.id])
     rounds.round()
@@ -117,6 +118,23 @@ def test_the_objective_term_by_term_and_stacked(bn: float, adv: float) -> None:
     nets["s"] = nets["a"]  # a student that says what its only teacher says is no adversary
     agreed = Synthesis((1, 8, 8), (("a", view),), ("s", view), 0.0, 5.0).total(nets, Batch(x=z, y=y), {})
     assert torch.allclose(agreed, F.cross_entropy(teachers[0](imager(z).logits.view(9, 1, 8, 8)).logits, y))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_generator_is_led_only_to_where_student_and_teacher_name_different_classes() -> None:
+    torch.manual_seed(2)
+    teacher, imager = create_model("mlp", 10, 1, 8).eval(), Generator(64, 5, (1, 8, 8))
+    x, y, view = torch.randn(40, 5), torch.arange(40) % 10, ((1, 8, 8), None, None)
+    images, student = imager(x).logits.view(40, 1, 8, 8), copy.deepcopy(teacher)
+    with torch.no_grad():
+        z = teacher(images).logits
+        second, first = z.mean(0).argsort()[-2:]
+        student.head.bias[second] += (z[:, first] - z[:, second]).median()  # half of them change sides
+    agree = teacher(images).logits.argmax(1) == student(images).logits.argmax(1)
+    assert agree.any() and not agree.all()
+    nets = Nets(t=Net.live(teacher), s=Net.live(student), generator=Net.live(imager))
+    total = Synthesis((1, 8, 8), (("t", view),), ("s", view), 0.0, 0.8).total(nets, Batch(x=x, y=y), {})
+    assert torch.allclose(total, by_hand([teacher], student, images, y, 0, 0.8), rtol=0, atol=1e-12)
 
 
 def test_a_model_without_batch_norm_has_no_statistics_and_views_are_those_of_each() -> None:

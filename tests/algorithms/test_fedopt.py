@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.payload import Item, Payload
 from hetero_fl.runtime.plans import carry_out
 from hetero_fl.state import floats
-from tests.algorithms.by_hand import apart, mean
-from tests.algorithms.test_references import trained
+from tests.algorithms.by_hand import apart, clients, mean, module, train
 from tests.small import MIXED, config, rounds_of, same_bits
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -50,14 +50,18 @@ def test_three_rounds_by_hand(method: str) -> None:
     algorithm = {"name": method, **SETTINGS[method]}
     rounds = rounds_of(config(method, MIXED[:2], 4, algorithm=algorithm), held=0)
     rules: dict[tuple[str, str], Rule] = {}
-    for index in range(3):
-        sent = {id: trained(rounds, id, index) for id in rounds.federation.cards}
+    for _ in range(3):
         before = {g: dict(m) for g, m in rounds.server.models.items()}
+        sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {g: [] for g in before}
+        for client in clients(rounds).values():
+            group = client.arch["model"].id
+            model = module(client.arch["model"], before[group])
+            train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+            sent[group].append((client.n, floats(model.state_dict())))
         rounds.round()
         for group, old in before.items():
-            members = [(p.n, u["model"]) for p, u in sent.values() if p.arch["model"].id == group]
-            assert len(members) == 2
-            want, average = {}, mean(members)
+            assert len(sent[group]) == 2
+            want, average = {}, mean(sent[group])
             for n, t in average.items():
                 is_parameter = n in rounds.server.arch[group].parameter_names
                 want[n] = rules.setdefault((group, n), Rule(method))(old[n], t - old[n]) if is_parameter else t

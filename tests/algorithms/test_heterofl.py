@@ -155,6 +155,18 @@ def test_the_family_is_written_down_and_a_run_goes_on_with_it(tmp_path: Path) ->
     run(source, out=tmp_path / "run", resume=True)
 
 
+def test_the_summary_names_what_each_client_ran(tmp_path: Path) -> None:
+    source = config(
+        "heterofl", ["cnn_bn_large", "cnn_bn_small", "mlp"], output={"plots": False, "report": False}, rounds=1
+    )
+    finished = run(source, out=tmp_path / "run")
+    assert [client["model"] for client in finished.summary["clients"]] == [
+        "cnn_bn_large", "cnn_bn_large at 0.25", "cnn_bn_large at 0.25"
+    ]  # fmt: skip
+    few = [client["parameters"] for client in finished.summary["clients"]]
+    assert few[0] > 4 * few[1]
+
+
 def test_clients_that_see_other_shapes_have_a_wide_model_of_their_own() -> None:
     source = federation()
     source["clients"]["overrides"] = [{"match": "site_[45]", "preprocess": {"channels": 3, "resize": 12}}]

@@ -229,6 +229,9 @@ def test_ditto_reads_the_personal_model_at_home_and_the_shared_one_in_common(tmp
         site = rounds.executor.site  # type: ignore[attr-defined]
         home, common = site.predict(client, rows, True), site.predict(client, rows, False)
         assert torch.equal(home, common) is (id != trained)
+        personal = module(client.arch["model"], client.models[PERSONAL]).eval()
+        with torch.no_grad():
+            assert torch.allclose(home, personal(client.data("common_test", None)["x"]).logits, atol=1e-5)
         (shared,) = rounds.server.models.values()
         assert same_bits(client.models["model"], shared)
     path = tmp_path / "model.safetensors"

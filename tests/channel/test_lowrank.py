@@ -55,3 +55,10 @@ def test_vectors_and_numbers_stay_and_nought_has_one_term() -> None:
 @given(st.integers(1, 12))
 def test_any_number_of_rows_decodes(rows: int) -> None:
     assert restore({"w": torch.ones(rows, 9)}, {"w": torch.zeros(4, 5)})["w"].shape == (4, 5)
+
+
+def test_above_one_no_terms_suffice_and_nothing_is_larger() -> None:
+    tensors = {"still": torch.zeros(6, 7), "one": torch.ones(6, 7), "bias": torch.ones(3)}
+    packed = compress(tensors, 2.0)
+    assert packed["still"].shape == packed["one"].shape == (4, 13)
+    assert all(torch.equal(restore(packed, tensors)[n], t) for n, t in tensors.items())

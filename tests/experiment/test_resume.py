@@ -80,6 +80,17 @@ def test_a_full_disk_is_one_line_and_what_was_committed_is_gone_on_with(
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_the_callers_own_way_to_end_is_put_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = lambda number, frame: None  # noqa: E731
+    kept = signal.signal(signal.SIGTERM, mine)
+    try:
+        for arguments, status in ((["--config", "c.yaml", "--out", "a"], 0), (["--config", "none.yaml"], 2)):
+            assert main(["train", *arguments]) == status
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+
+
 def test_a_script_is_named_as_it_was_started(
     folder: Path, stopped_after: dict[int, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

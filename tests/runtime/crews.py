@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
+import threading
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,8 @@ import torch
 
 from hetero_fl.codec import encode
 from hetero_fl.experiment import prepare
+from hetero_fl.runtime.crews import processes
+from hetero_fl.runtime.crews.carrier import Carrier
 from hetero_fl.runtime.executor import Executor, InProcess
 from hetero_fl.runtime.jobs import Setup, Worker
 from hetero_fl.runtime.performers import make_performer
@@ -56,6 +63,32 @@ def outcome(rounds: Rounds, held: int = 3) -> dict[str, Any]:
         "private": {client: rounds.store.encoded(client) for client in rounds.federation.cards},
         "readings": read,
     }
+
+
+class Lent(processes.Processes):
+    """Processes that are started once, and go from run to run."""
+
+    def take(self, setup: Setup) -> None:
+        """From now on they work for this run."""
+        setup.federation.data.share_memory()
+        for _, carrier in self._crew:
+            carrier.send(bytes(ForkingPickler.dumps(setup)))
+        for _, carrier in self._crew:
+            assert carrier.recv() == "ready"
+
+
+def work_in_turn(connection: Connection, setup: Setup, index: int) -> None:
+    """A worker's life, but that a new setup may come, as bytes."""
+    threading.Thread(target=processes._follow_parent, daemon=True).start()
+    worker, carrier = Worker(setup, index), Carrier(connection, got=processes.BROADCASTS)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            got = carrier.recv()
+            if isinstance(got, bytes):
+                worker = Worker(pickle.loads(got), index)
+                carrier.send("ready")
+            else:
+                carrier.send(worker.do(got))
 
 
 def members(session: int) -> list[int]:

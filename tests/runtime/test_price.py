@@ -79,11 +79,24 @@ def test_every_method(method: str, tmp_path: Any) -> None:
     assert told == counted and any(counted) == (method not in ("local", "centralized"))
 
 
+def test_where_sizes_follow_from_what_is_learnt_the_price_is_the_most_that_it_can_be(tmp_path: Any) -> None:
+    source = small("fedkd", rounds=4, clients__per_round=3)
+    prepared = prepare(source)
+    cost = price(prepared.method, prepared.federation, 4, 3)
+    assert cost.at_most and not cost.exact
+    counted = run(source, out=tmp_path / "run").summary["communication"]
+    most = (cost.up.total(), cost.down.total() + cost.reading.total())
+    assert counted["up_bytes"] < most[0] and counted["down_bytes"] < most[1]
+    fml = rounds_of(small("fml", rounds=4, clients__per_round=3)).traffic
+    assert most[0] < 1.1 * fml.up  # no more than the mentee as it is, padding apart
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({}, "kB in 2 rounds"),
         ({"evaluation__patience": 3}, "at most "),
+        ({"algorithm__name": "fedkd"}, "at most "),
         ({"algorithm__name": "python:tests.algorithms.own_method:MedianTeacher"}, "about "),
     ],
 )

@@ -1,0 +1,82 @@
+"""FD: a round by hand with either teacher, and its limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.algorithms.by_hand import apart, clients, module, train
+from tests.small import MIXED, config, rounds_of, same_bits
+
+LAMBDA, T = 0.6, 2.5
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("teacher", ["mean", "contrast"])
+def test_a_round_by_hand(teacher: str) -> None:
+    settings = {"name": "fd", "weight": LAMBDA, "temperature": T, "teacher": teacher}
+    rounds = rounds_of(config("fd", MIXED, algorithm=settings, data__partition__alpha=0.2), held=1)
+    before, (target, known) = (
+        clients(rounds),
+        (rounds.server.state["consensus"][n].clone() for n in ("teacher", "known")),
+    )
+    rounds.round()
+    top, bottom = torch.zeros(10, 10), torch.zeros(10, 10)
+    for id, client in before.items():
+        model = module(client.arch["model"], client.models["model"])
+
+        def loss(x, y, model=model):
+            z = model(x).logits
+            p, log_q = (target[y] / T).softmax(1), (z / T).log_softmax(1)
+            kl = T**2 * (p * (p.log() - log_q)).sum(1)
+            return (F.cross_entropy(z, y, reduction="none") + LAMBDA * kl * known[y]).mean()
+
+        train(client, list(model.parameters()), loss)
+        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+        data = client.data("train", None)
+        with torch.no_grad():
+            z = model.eval()(data["x"]).logits  # of the model as it is after this round's training
+        n = client.counts
+        say = torch.ones(10) if teacher == "mean" else (n * (1 - n / n.sum()) + 0.1) / n.sum()
+        for row, y in zip(z if teacher == "mean" else z.log_softmax(1).clamp(min=-8), data["y"].tolist(), strict=True):
+            top[y] += say * row
+            bottom[y] += say
+    consensus, seen = rounds.server.state["consensus"], bottom[:, 0] > 0
+    assert torch.equal(consensus["known"].bool(), seen)
+    assert torch.allclose(consensus["teacher"][seen], (top / bottom)[seen], rtol=0, atol=1e-9)
+
+
+def models(rounds) -> dict[str, dict[str, Tensor]]:
+    return {id: rounds.store.get(id).models["model"] for id in rounds.federation.cards}
+
+
+@pytest.mark.usefixtures("float64")
+def test_without_a_teachers_weight_it_is_local_and_with_it_it_is_not() -> None:
+    local = models(rounds_of(config("local", MIXED)))
+    free, led = (models(rounds_of(config("fd", MIXED, algorithm={"name": "fd", "weight": w}))) for w in (0.0, 1.0))
+    for id, alone in local.items():
+        assert apart(free[id], alone) < 1e-10 and apart(led[id], alone) > 1e-4
+
+
+def test_if_nobody_tells_statistics_it_is_local_bit_for_bit() -> None:
+    later = {"share_every": 9, "optimizer": {"name": "sgd", "lr": 0.05}}
+    fd, local = (models(rounds_of(config(m, MIXED, clients__defaults=later))) for m in ("fd", "local"))
+    assert all(same_bits(fd[id], local[id]) for id in local)
+
+
+@pytest.mark.usefixtures("float64")
+def test_equal_counts_make_both_teachers_weigh_clients_alike() -> None:
+    """One client: whatever its weights, the consensus is its own mean, of logits or of clipped log p."""
+    plain, contrast = (
+        rounds_of(config("fd", clients=1, algorithm={"name": "fd", "teacher": t}), held=1) for t in ("mean", "contrast")
+    )
+    (client,) = clients(plain).values()
+    data, model = client.data("train", None), module(client.arch["model"], client.models["model"]).eval()
+    with torch.no_grad():
+        z = model(data["x"]).logits
+    for rounds, said in ((plain, z), (contrast, z.log_softmax(1).clamp(min=-8))):
+        for c in data["y"].unique():
+            want = said[data["y"] == c].mean(0)
+            assert torch.allclose(rounds.server.state["consensus"]["teacher"][c], want, rtol=0, atol=1e-9)

@@ -1,0 +1,42 @@
+"""Every method on worker processes: their number changes no bit of anything that a run computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from hetero_fl.runtime.crews import processes
+from tests.runtime.crews import Lent, outcome, rounds_on, setup_of, work_in_turn
+from tests.runtime.test_rounds import METHODS
+from tests.small import config
+
+MODELS = [{"name": "cnn", "width": 2, "norm": "batch"}, {"name": "mlp", "hidden": [12], "dropout": 0.3}, "linear"]
+
+
+def source(method: str) -> dict[str, Any]:
+    """Four clients of three architectures, three of them in a round; BatchNorm, dropout, and a student at the server."""
+    tiny = {"data__train_limit": 200, "data__proxy__size": 30, "data__test_limit": 30, "data__partition__min_size": 20}
+    return config(method, MODELS, 4, clients__per_round=3, server={"model": "linear"}, **tiny)
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Lent]:
+    """Three processes, started once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "work", work_in_turn)
+        made = Lent(setup_of(source("local")), 3)
+    yield made
+    made.size = 3
+    made.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_two_or_three_workers_compute_what_one_process_does(method: str, crew: Lent) -> None:
+    setup = setup_of(source(method))
+    want = outcome(rounds_on(setup, None), 2)
+    assert not any(record["failed"] for record in want["records"])
+    crew.take(setup)
+    for size in (1, 2, 3):
+        assert outcome(rounds_on(setup, crew, size), 2) == want

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 UNGUARDED = 64  # exit status of a process that found itself running the script once more
 ADVICE = (
@@ -33,6 +34,8 @@ def deaf_children() -> Iterator[None]:
     heard: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     block = getattr(signal, "pthread_sigmask", None)  # what is blocked in this thread is blocked in its children
+    if block:
+        resource_tracker.ensure_running()  # multiprocessing's own; started later, it would unblock the signal again
     mask = block(signal.SIG_BLOCK, {signal.SIGINT}) if block else None
     try:
         yield

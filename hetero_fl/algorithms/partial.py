@@ -38,10 +38,10 @@ class LGFedAvg(FedAvg):
 
 @algorithm("fedbn")
 class FedBN(FedAvg):
-    """All but BatchNorm is averaged: each client keeps its layers' scales, shifts and statistics (Li et al. 2021,
-    Algorithm 1), or the statistics alone (Andreux et al. 2020, SiloBN; also what averaging `parameters()` comes to).
+    """All but BatchNorm is averaged: each client keeps these layers (Li et al. 2021, Algorithm 1), or their statistics alone
+    (Andreux et al. 2020, SiloBN).
 
-    BatchNorm is found by type. A model without any is averaged as under FedAvg.
+    Averaging `parameters()` alone comes to the latter. BatchNorm is found by type. A model without any is averaged as under FedAvg.
     """
 
     keep: Literal["layers", "statistics"] = Field(

@@ -41,7 +41,8 @@ class FedBN(FedAvg):
     """All but BatchNorm is averaged: each client keeps these layers (Li et al. 2021, Algorithm 1), or their statistics alone
     (Andreux et al. 2020, SiloBN).
 
-    Averaging `parameters()` alone comes to the latter. BatchNorm is found by type. A model without any is averaged as under FedAvg.
+    Averaging `parameters()` alone comes to the latter. BatchNorm is found by type; a model without any is averaged as under
+    FedAvg.
     """
 
     keep: Literal["layers", "statistics"] = Field(

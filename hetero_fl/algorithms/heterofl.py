@@ -140,7 +140,6 @@ class HeteroFL(FedAvg):
             server.models[family] = step(model, mean, self.server_lr, server.arch[family].parameter_names)
         yield from ()
 
-    # Reading -------------------------------------------------------------------------------------------------------
     def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
         if not home or not self.masks(client):
             return (yield from super().predict(client, rows, home))

@@ -82,3 +82,15 @@ def chunks(ids: Iterable[str], cards: Mapping[str, Card], size: int) -> list[lis
     made = [members[i : i + size] for members in groups.values() for i in range(0, len(members), size)]
     turn = {id: i for i, id in enumerate(ids)}
     return sorted(made, key=lambda chunk: turn[chunk[0]])  # results wait for their turn: the nearest first
+
+
+def in_turn(ids: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Arrivals in the order of the ids; early ones wait, and who never comes is left out."""
+    waiting: dict[str, T] = {}
+    source = iter(arrivals)
+    for id in ids:
+        while id not in waiting and (arrival := next(source, None)) is not None:
+            waiting[arrival[0]] = arrival[1]
+            del arrival
+        if id in waiting:
+            yield id, waiting.pop(id)

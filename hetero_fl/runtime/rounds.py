@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
@@ -16,7 +16,7 @@ from hetero_fl.metrics import score, spread
 from hetero_fl.payload import Encoded, Payload, PayloadError, check_upload, loss_of
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
-from hetero_fl.runtime.executor import Executor, Reply
+from hetero_fl.runtime.executor import Executor, Reply, in_turn
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.plans import Diverged, carry_out
@@ -24,7 +24,6 @@ from hetero_fl.runtime.site import Reading, Scores
 from hetero_fl.seeding import sample
 from hetero_fl.state import Card, in_order
 
-T = TypeVar("T")
 Record = dict[str, Any]  # a line of metrics.jsonl
 
 
@@ -240,15 +239,3 @@ def record_readings(record: Record, readings: Readings) -> None:
         c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
         for c, r in readings.clients.items()
     }
-
-
-def in_turn(ids: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-    """Arrivals in the order of the ids; early ones wait, and who never comes is left out."""
-    waiting: dict[str, T] = {}
-    source = iter(arrivals)
-    for id in ids:
-        while id not in waiting and (arrival := next(source, None)) is not None:
-            waiting[arrival[0]] = arrival[1]
-            del arrival
-        if id in waiting:
-            yield id, waiting.pop(id)

@@ -13,8 +13,9 @@ OpenMP's idle threads spin decides it. Time with two threads over time with one,
     fedavg_cnn, batch 10          0.68    0.82
     resnet18, batch 32            0.63    0.61
 
-With OpenMP's default two runs at once take ten times as long as one (ResNet-18 in executors.py), with 1000 a third more; with
-`OMP_WAIT_POLICY=PASSIVE`, whose threads do not spin, a second thread gains at most a twentieth.
+Two runs at once on these two processors take a third longer than one with 1000, and nine times as long with 100000 (ResNet-18 of
+executors.py); the longer threads spin, the more they take from each other. With `OMP_WAIT_POLICY=PASSIVE` they do not spin, and
+executors.py has its serial rounds at most a twentieth faster with a second thread than with one.
 """
 
 from __future__ import annotations

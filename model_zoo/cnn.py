@@ -32,9 +32,14 @@ def lenet(shape: Shape) -> Body:
     After LeCun et al., "Gradient-based learning applied to document recognition" (1998). The first convolution pads
     by 2, so 28x28 is what the paper's 32x32 is.
     """
-    height, width = (s // 2 - 4 for s in shape.size)
+    return padded_lenet(shape, 2)
+
+
+def padded_lenet(shape: Shape, padding: int) -> Body:
+    """LeNet-5 whose first convolution pads by ``padding``."""
+    height, width = ((s + 2 * padding - 4) // 2 - 4 for s in shape.size)
     layers = nn.Sequential(
-        nn.Conv2d(shape.channels, 6, 5, padding=2),
+        nn.Conv2d(shape.channels, 6, 5, padding=padding),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5),

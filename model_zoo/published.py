@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .cnn import padded_lenet
 from .shapes import Shape
 from .split import Body
 
@@ -21,32 +22,13 @@ class ChannelDropout(nn.Module):
         return out
 
 
-def _after_two(side: int) -> int:
-    """The side of an image after two unpadded 5x5 convolutions, each with 2x2 max pooling."""
-    return ((side - 4) // 2 - 4) // 2
-
-
 def niid_cnn(shape: Shape) -> Body:
-    """Two 5x5 convolutions (6 and 16 channels, no padding), each with 2x2 max pooling, 120 and 84 hidden units.
+    """LeNet-5 without padding: two 5x5 convolutions (6 and 16 channels), each with 2x2 max pooling, 120 and 84 hidden units.
 
     Li et al., "Federated Learning on Non-IID Data Silos: An Experimental Study" (ICDE 2022), section 5: 44,426
     parameters for 28x28 grey images and 10 classes.
     """
-    height, width = map(_after_two, shape.size)
-    layers = nn.Sequential(
-        nn.Conv2d(shape.channels, 6, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * height * width, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-    )
-    return layers, 84
+    return padded_lenet(shape, 0)
 
 
 def fedproto_cnn(shape: Shape, *, width: int = 20) -> Body:
@@ -56,7 +38,7 @@ def fedproto_cnn(shape: Shape, *, width: int = 20) -> Body:
     "FedProto: Federated Prototype Learning across Heterogeneous Clients" (AAAI 2022), whose mixed clients have ``width``
     18, 20 and 22: 21,840 parameters for 28x28 grey images and 10 classes with 20.
     """
-    height, across = map(_after_two, shape.size)
+    height, across = (((s - 4) // 2 - 4) // 2 for s in shape.size)
     layers = nn.Sequential(
         nn.Conv2d(shape.channels, 10, 5),
         nn.MaxPool2d(2),

@@ -53,7 +53,9 @@ class RuntimeConfig(Section):
         "with torchrun, its processes but the first",
     )
     chunk: PositiveInt | None = Field(
-        None, description="clients of one architecture computed together at most; none: 128 if batched, else 1"
+        None,
+        description="clients of one architecture computed together at most; none: 128 if batched, a worker's share of a large "
+        "group if auto takes workers, else 1",
     )
     threads: PositiveInt | None = Field(None, description="threads of a process; none: chosen from cores and models")
     device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]

@@ -47,12 +47,9 @@ def locked(folder: Path) -> Iterator[list[str]]:
 
 def _acquired(lock: BaseFileLock) -> bool:
     """Whether the operating system holds it now; not where the file system has no locks. Raises Timeout and OSError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="flock not supported")  # told by the line in the log
-            lock.acquire()
-    except NotImplementedError:  # filelock before it took a plain file in place of a lock
-        return False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flock not supported")  # told by the line in the log
+        lock.acquire()
     if isinstance(lock, SoftFileLock):  # a plain file outlives a kill: worse than none
         lock.release()
         return False

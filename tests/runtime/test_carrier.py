@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -31,22 +32,28 @@ def through_pipe(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> list[int]
     return sizes
 
 
+def passed(message: Any, here: Carrier, there: Carrier) -> Any:
+    """What arrives of a message; received while it is sent, since a pipe holds little."""
+    with ThreadPoolExecutor(1) as other:
+        received = other.submit(there.recv)
+        here.send(message)
+        return received.result(timeout=60)
+
+
 def test_any_message_arrives_whole_whatever_its_strings() -> None:
     here, there = ends()
     long, longer = bytes(range(256)) * (LONG // 256), b"x" * (3 * LONG + 1)
     for message in ({"a": long, "b": [longer, b"short", long], "c": "text"}, [longer], b"", [b"y" * LONG, long]):
-        here.send(message)
-        assert there.recv() == message
-        there.send([message, len(message)])  # and back, through the other end's own memory
-        assert here.recv() == [message, len(message)]
+        assert passed(message, here, there) == message
+        back = [message, len(message)]
+        assert passed(back, there, here) == back  # through the other end's own memory
 
 
 def test_memory_is_written_again_without_disturbing_what_was_read() -> None:
     here, there = ends(remembered=0)
     kept = []
     for byte in b"abc":
-        here.send(bytes([byte]) * LONG)
-        kept.append(there.recv())
+        kept.append(passed(bytes([byte]) * LONG, here, there))
     assert [string[:1] + string[-1:] for string in kept] == [b"aa", b"bb", b"cc"]
 
 
@@ -63,21 +70,18 @@ def test_a_string_is_sent_once_while_the_other_side_has_it(monkeypatch: pytest.M
     monkeypatch.setattr(here._ours, "fill", fill)
     got = []
     for string in (first, second, first, second, third, second, first, third):
-        here.send([string, string])
-        got.append(there.recv())
+        got.append(passed([string, string], here, there))
     assert [g[0] for g in got] == [first, second, first, second, third, second, first, third]
     assert filled == [1, 1, 0, 0, 1, 0, 1, 0]  # the oldest of two is forgotten at both ends
     assert len(here._sent.strings) == len(there._got.strings) == 2
     equal = bytes(bytearray(third))
-    here.send(equal)  # another string, if an equal one
-    assert there.recv() == third and filled[-1] == 1
+    assert passed(equal, here, there) == third and filled[-1] == 1  # another string, if an equal one
 
 
 def test_long_strings_do_not_go_through_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = ends()
     sizes = through_pipe(here, monkeypatch)
-    here.send({"model": b"z" * (50 * LONG)})
-    assert len(there.recv()["model"]) == 50 * LONG
+    assert len(passed({"model": b"z" * (50 * LONG)}, here, there)["model"]) == 50 * LONG
     assert 0 < sum(sizes) < LONG
 
 
@@ -88,11 +92,8 @@ def test_what_finds_no_room_in_shared_memory_goes_through_the_pipe(monkeypatch: 
     def full(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
-    with ThreadPoolExecutor(1) as other:
-        for room, strings in ((True, [small]), (False, [large, larger]), (False, [larger, small]), (True, [large])):
-            if not room:
-                monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-            received = other.submit(there.recv)  # at the same time: a pipe holds little
-            here.send(strings)
-            assert received.result(timeout=60) == strings
-            monkeypatch.undo()
+    for room, strings in ((True, [small]), (False, [large, larger]), (False, [larger, small]), (True, [large])):
+        if not room:
+            monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+        assert passed(strings, here, there) == strings
+        monkeypatch.undo()

@@ -149,7 +149,8 @@ class Encoded:
 
     def __init__(self, most: int = 8) -> None:
         self.most = most
-        self._known: dict[Any, tuple[Payload, bytes]] = {}  # the payload keeps its tensors alive, so the memory stays theirs
+        # A payload keeps its tensors alive, so that nobody else gets their memory.
+        self._known: dict[Any, tuple[Payload, bytes]] = {}
 
     def __call__(self, payload: Payload) -> bytes:
         """The payload's bytes."""

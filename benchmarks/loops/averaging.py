@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loops.base import LR, READ, Loop, State, floats, load, only, predicted
 from torch import Tensor, nn
+
+from loops.base import LR, READ, Loop, State, floats, load, only, predicted
 
 
 class FedAvg(Loop):
@@ -101,7 +102,11 @@ class FedOpt(FedAvg):
         m, v = self.first.get(key, torch.zeros_like(change)), self.second.get(key, torch.full_like(change, s.tau**2))
         square = change.square()
         m = s.beta1 * m + (1 - s.beta1) * change
-        v = v - (1 - s.beta2) * square * (v - square).sign() if self.name == "fedyogi" else s.beta2 * v + (1 - s.beta2) * square
+        v = (
+            v - (1 - s.beta2) * square * (v - square).sign()
+            if self.name == "fedyogi"
+            else s.beta2 * v + (1 - s.beta2) * square
+        )
         self.first[key], self.second[key] = m, v
         return s.server_lr * m / (v.sqrt() + s.tau)
 

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from loops.averaging import copied
-from loops.base import BATCH, LR, READ, Loop, adam, descend, divergence, floats, load, predicted
 from torch import Tensor, nn
 
-from hetero_fl.seeding import generator
+from loops.base import READ, Loop, adam, descend, divergence, load, predicted
 
 
 class Ensemble(Loop):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from loops.averaging import FedAvg
 from loops.base import BATCH, READ, Loop, State, adam, descend, divergence, floats, load, predicted
-from torch import Tensor, nn
 
 TINY = 1e-12
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from loops.averaging import FedAvg
-from loops.base import READ, Loop, State, adam, descend, divergence, floats, load, predicted
 from torch import Tensor, nn
 
 from hetero_fl.algorithms.fedmrl import MENTEE, PROJECTION
 from hetero_fl.architecture import Architecture
+from loops.averaging import FedAvg
+from loops.base import READ, Loop, State, adam, descend, divergence, floats, load, predicted
 
 
 class FedGKT(Loop):

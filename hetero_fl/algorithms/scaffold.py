@@ -94,7 +94,7 @@ class Scaffold(FedAvg):
             held = server.state[CONTROL][group]
             for n, change in mean.items():
                 share = self.owned(server, sent, group, n) / self.owned(server, all_, group, n)
-                held[n] = held[n] + share * change
+                held[n] = (share * change).add_(held[n])
         yield from ()
 
     def members(self, clients: Iterable[Card | Kind]) -> Counter[tuple[str, Part]]:

@@ -53,7 +53,8 @@ class Serial:
         template = self.templates(architecture_of(participant, first), first.slot if own else "")
         # Counters do not travel, and evaluation ignores them.
         counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
-        module = template.load({**counters, **tensors_of(participant, first)}).eval()
+        module = template.load({**counters, **tensors_of(participant, first)})
+        template.set_mode(training=False)
         found: list[list[Tensor]] = [[] for _ in steps]
         for batch in first.data.columns(participant)["x"].split(first.batch_size):
             out = module(batch.to(self.templates.device))

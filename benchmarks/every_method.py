@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from common import CLASSES, Ours, arguments, in_turns, parsed
-from loops import averaging, bounds, distilling, features
+from loops import averaging, bounds, distilling, features, partial
 from loops.base import BATCH, LR, Loop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,12 +39,12 @@ LOOPS: dict[str, type[Loop]] = {
     "fedadam": averaging.FedOpt,
     "fedyogi": averaging.FedOpt,
     "scaffold": averaging.Scaffold,
-    "fedbn": averaging.FedBN,
-    "fedper": averaging.FedPer,
-    "fedrep": averaging.FedRep,
-    "fedbabu": averaging.FedBABU,
-    "lg_fedavg": averaging.LGFedAvg,
-    "ditto": averaging.Ditto,
+    "fedbn": partial.FedBN,
+    "fedper": partial.FedPer,
+    "fedrep": partial.FedRep,
+    "fedbabu": partial.FedBABU,
+    "lg_fedavg": partial.LGFedAvg,
+    "ditto": partial.Ditto,
     "heterofl": averaging.HeteroFL,
     "fedmd": distilling.FedMD,
     "feddf": distilling.FedDF,

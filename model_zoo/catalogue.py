@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import cnn, published, resnet, sequence, simple, vit
+from . import cnn, convolution, published, resnet, sequence, simple, vit
 from .errors import InputError, ModelError
 from .external import external_backbone
 from .shapes import KINDS, Kind, Shape, whole
@@ -135,5 +135,6 @@ MODELS: dict[str, Entry] = {
     "gru": Entry("gated recurrent units; images row by row", sequence.gru, SEQUENCE),
     "lstm": Entry("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
     "transformer": Entry("small transformer encoder; images row by row", sequence.transformer, SEQUENCE),
+    "cnn1d": Entry("dilated residual convolutions along a series; images row by row", convolution.cnn1d, SEQUENCE),
     "vit": Entry("small vision transformer (Dosovitskiy et al., 2021)", vit.vit, IMAGE),
 }

@@ -1,4 +1,7 @@
-"""How one participant sees every example: as floats, resized, with so many channels, normalised; in this order."""
+"""How one participant sees every example: as floats, resized, with so many channels, normalised; in this order.
+
+Models take channels first: a series `[N, T, F]`, as people store it, is seen as `[N, F, T]`.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +52,11 @@ class Preprocess:
         columns = 1 if image else train_x_raw.shape[-1]
         total, squares, rows = torch.zeros(columns).double(), torch.zeros(columns).double(), 0
         for chunk in train_x_raw.split(CHUNK):
-            values = view(chunk).double().reshape(-1, columns)
+            values = view.unnormalised(chunk).double().reshape(-1, columns)
             total, rows = total + values.sum(0), rows + len(values)
         mean = total / rows
         for chunk in train_x_raw.split(CHUNK):  # a second pass: a difference of large sums would lose the small ones
-            squares += (view(chunk).double().reshape(-1, columns) - mean).square().sum(0)
+            squares += (view.unnormalised(chunk).double().reshape(-1, columns) - mean).square().sum(0)
         std = torch.where(squares > 0, (squares / rows).sqrt(), 1.0)
         if image:
             return cls(config.resize, config.channels, float(mean), float(std))
@@ -61,27 +64,34 @@ class Preprocess:
 
     def __call__(self, x_raw: Tensor) -> Tensor:
         """Raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type; uint8 is divided by 255."""
-        dtype = torch.get_default_dtype()
-        shape = self.shape(tuple(x_raw.shape[1:]))
+        x = self.unnormalised(x_raw)
+        if self.mean is not None and self.std is not None:
+            x = (x - torch.tensor(self.mean, dtype=x.dtype)) / torch.tensor(self.std, dtype=x.dtype)
+        return (x.transpose(1, 2) if x.ndim == 3 else x).contiguous()
+
+    def unnormalised(self, x_raw: Tensor) -> Tensor:
+        """As they are seen but for the normalisation, axes as they lie in memory."""
+        dtype, shape = torch.get_default_dtype(), self.shape(tuple(x_raw.shape[1:]))
         x = x_raw.to(dtype) / 255 if x_raw.dtype == torch.uint8 else x_raw.to(dtype)
+        if x.ndim != 4:
+            return x
         if len(x) == 0:
             return x.new_zeros(0, *shape)
         if self.resize is not None and x.shape[-2:] != shape[-2:]:
             x = F.interpolate(x, size=shape[-2:], mode="bilinear", align_corners=False)
         if self.channels is not None and self.channels != x.shape[1]:
             x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, self.channels, -1, -1)
-        if self.mean is not None and self.std is not None:
-            x = (x - torch.tensor(self.mean, dtype=dtype)) / torch.tensor(self.std, dtype=dtype)
-        return x.contiguous()
+        return x
 
     def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
-        """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch.
+        """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch. That of a
+        series is (F, T) then, of `raw_shape` (T, F).
 
         Raises:
             UserError: resize or channels for what is no image; channels that cannot be made of what is there.
         """
         if self.resize is None and self.channels is None:
-            return raw_shape
+            return raw_shape[::-1] if len(raw_shape) == 2 else raw_shape
         if len(raw_shape) != 3:
             key = "resize" if self.resize is not None else "channels"
             raise UserError(f"{where}.{key}: is for images, but the examples have shape {raw_shape}; leave it out")

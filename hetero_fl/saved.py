@@ -41,7 +41,7 @@ class SavedModel:
             "form": FORM,
             "architecture": json.loads(self.arch.to_json()),
             "preprocess": self.preprocess,
-            "task": asdict(self.task),
+            "task": {name: value for name, value in asdict(self.task).items() if value != ""},
             "log_prior": self.log_prior,
         }
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
@@ -56,7 +56,8 @@ class SavedModel:
                 tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (it is no dictionary)
             if about["form"] != FORM:
                 raise UserError(f"{path}: found {about['form']!r}, this release reads {FORM!r}")
-            task = Task(about["task"]["kind"], about["task"]["outputs"], tuple(about["task"]["names"]))
+            named = about["task"]
+            task = Task(named["kind"], named["outputs"], tuple(named["names"]), named.get("unit", ""))
             view = {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
             prior = about["log_prior"]
             arch = Architecture.from_json(json.dumps(about["architecture"]))

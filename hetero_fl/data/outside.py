@@ -109,7 +109,7 @@ def _shown(names: list[str]) -> str:
 
 
 def match_columns(x: Tensor, found: tuple[str, ...], common: Dataset, where: str) -> tuple[Tensor, list[str]]:
-    """The columns `[N, F]` of the common set, in its order, and the names of those that it lacks. Unnamed ones stay.
+    """The columns (the last axis) of the common set, in its order, and the names of those that it lacks. Unnamed ones stay.
 
     Raises:
         UserError: a column of the common set is missing.
@@ -120,7 +120,7 @@ def match_columns(x: Tensor, found: tuple[str, ...], common: Dataset, where: str
         if name not in found:
             raise UserError(f"{where} has no column '{name}', the common set {common.name} has{nearest(name, found)}")
     places = [found.index(name) for name in common.columns]
-    return x[:, places], [name for name in found if name not in common.columns]
+    return x[..., places], [name for name in found if name not in common.columns]
 
 
 def load_unlabelled(config: SourceConfig, root: Path, where: str) -> tuple[Tensor, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SourceConfig
+from hetero_fl.config.source import SeriesConfig, SourceConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.outside import read_as
 from hetero_fl.errors import UserError, nearest
@@ -52,7 +52,7 @@ def evaluate(
                 f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
             )
         y = _renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
-        results[name] = score(model.task, model.logits(view(examples.x), home), y)
+        results[name] = score(model.task, model.logits(view(examples.x), home), y, examples.unit)
     return results
 
 
@@ -78,6 +78,8 @@ def _load(data: str, label: str | None, run: Run) -> Dataset:
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)
+    if data == known.get("name"):  # cut into windows as the run's own
+        source = source.model_copy(update={"series": SeriesConfig.model_validate(known.get("series") or {})})
     if path.exists():
         kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
         source = SourceConfig(name=kind, path=data, label=label)

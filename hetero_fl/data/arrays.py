@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.data.base import Dataset, Examples, check_examples, places
+from hetero_fl.data.layout import Block
 from hetero_fl.errors import UserError
 from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
@@ -20,6 +21,7 @@ def from_arrays(
     x: Any, y: Any, *, validation: tuple[Any, Any] | None = None, test: tuple[Any, Any] | None = None,
     group: Any = None, patient: Any = None, time: Any = None, unit: Any = None, task: Task | None = None,
     name: str = "arrays", simulated: bool = False, about: str = "", columns: tuple[str, ...] = (),
+    blocks: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> Dataset:  # fmt: skip
     """A data set of numpy arrays or tensors.
 
@@ -34,6 +36,8 @@ def from_arrays(
         time: when the target is, `[N]` of whole numbers (seconds since 1970, or any count that grows) or datetime64: train,
             validation and test are then cut by date, so they are not to be given.
         unit: of regression targets, `[N]`: what a row's targets are relative to. Errors are those of targets × unit.
+        columns: names of a table's columns, or of a series' channels.
+        blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also `join`.
         task: what is learned; none: read off the labels.
 
     Raises:
@@ -47,7 +51,7 @@ def from_arrays(
     task = task or _task(list(labels.values()), name)
     examples = {split: Examples(x, _targets(labels[split], task)) for split, x in zip(given, images, strict=True)}
     for split, found in examples.items():
-        check_examples(found, task, f"{name}: {split}")
+        check_examples(found, task, f"{name}: {split}", missing=True)  # whoever sees NaN without `indicate` is told
     train = examples["train"]
     if group is not None:
         column, names = places(_listed(group))
@@ -61,10 +65,11 @@ def from_arrays(
         train = replace(train, time=_times(time, name))
     if unit is not None:
         train = replace(train, unit=_tensor(unit, "unit").float())
-    check_examples(train, task, f"{name}: train")
+    check_examples(train, task, f"{name}: train", missing=True)
     return Dataset(
-        name, task, train, examples.get("validation"), examples.get("test"), simulated, about, columns, notes
-    )
+        name, task, train, examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
+        tuple(Block(title, tuple(shape)) for title, shape in blocks),
+    )  # fmt: skip
 
 
 def _times(values: Any, name: str) -> Tensor:

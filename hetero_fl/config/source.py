@@ -17,6 +17,10 @@ class SeriesConfig(Section):
     target: choice("value", "busy") = Field(  # type: ignore[valid-type]
         "value", description="the number itself; or whether it is above the `busy` share of the site's training period"
     )
+    level: choice("training", "week") = Field(  # type: ignore[valid-type]
+        "training",
+        description="what inputs and targets are relative to: the site's mean in training; or over the week up to now",
+    )
     busy: float = Field(0.8, gt=0, lt=1, description="busy: share of the training period's hours below the threshold")
     test: float = Field(0.2, gt=0, lt=1, description="the last part of the time, which is the common test set")
     validation: float = Field(0.05, gt=0, lt=1, description="the part before it, which selects a round")

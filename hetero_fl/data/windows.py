@@ -1,7 +1,7 @@
 """Series by the hour as examples: a window of the past, the hours to forecast as they were a week before, and what came next.
 
-Everything is relative to the site's own level, its mean in the training period, so that sites of any size have inputs and outputs
-in common; `Examples.unit` brings figures back. Nothing that decides a training row (level, scales, threshold) looks beyond the
+Everything is relative to a level, the site's own mean in the training period or that of the week up to now, so that sites of any
+size have inputs and outputs in common; `Examples.unit` brings figures back. Nothing that decides a training row (level, scales, threshold) looks beyond the
 end of the training period, and a row whose targets lie on both sides of a cut is in neither part.
 """
 
@@ -117,17 +117,22 @@ def _rows(site: Site, config: SeriesConfig, periods: Periods, task: Task) -> Exa
     window, horizons = config.window, np.array(config.horizons)
     now = np.arange(WEEK - horizons[0] + window - 1, len(site.value) - horizons[-1])  # the last hour that a row sees
     seen = now[:, None] + np.arange(1 - window, 1)
-    scale = level(site, periods)
-    value, past = site.value / scale, slice(0, max(0, periods.train + 1 - site.start))
+    past = slice(0, max(0, periods.train + 1 - site.start))
+    value, scale = site.value, np.full((len(now), 1), level(site, periods))
+    if config.level == "week":
+        week = value[now[:, None] + np.arange(1 - WEEK, 1)]
+        scale = np.where(np.isfinite(week).all(1), week.mean(1), np.nan)[:, None]
+        scale[scale <= 0] = np.nan  # nothing to be relative to: no row
     hour = (site.start + seen).astype(np.float64)
     day, weekly = 2 * np.pi * hour / 24, 2 * np.pi * (hour + 72) / WEEK  # 1970 began on a Thursday
-    columns = [value[seen], *(value[seen + h - WEEK] for h in horizons)]
+    columns = [value[seen] / scale, *(value[seen + h - WEEK] / scale for h in horizons)]
     known = columns.copy()
     columns += [np.sin(day), np.cos(day), np.sin(weekly), np.cos(weekly)]
     columns += [_deviations(column, past)[seen] for column in site.weather.T]
-    columns += [(column / scale)[seen] for column in site.lanes.T]
+    columns += [column[seen] / scale for column in site.lanes.T]
     ahead = now[:, None] + horizons
-    target, persistence, before = value[ahead], np.repeat(value[now][:, None], len(horizons), 1), value[ahead - WEEK]
+    target, before = value[ahead] / scale, value[ahead - WEEK] / scale
+    persistence = np.repeat(value[now][:, None] / scale, len(horizons), 1)
     whole = np.isfinite(np.concatenate([*known, target, persistence, before], 1)).all(1)
     said = {"persistence": persistence, "a week before": before}
     rows = Examples(
@@ -137,11 +142,15 @@ def _rows(site: Site, config: SeriesConfig, periods: Periods, task: Task) -> Exa
         baselines={name: torch.from_numpy(outputs[whole]).float() for name, outputs in said.items()},
     )
     if task.kind == "regression":
-        rows.unit = torch.full((len(rows),), scale)
+        rows.unit = torch.from_numpy(scale[whole, 0]).float()
         return rows
-    threshold = float(np.nanquantile(value[past], config.busy)) if len(value[past]) else math.inf
-    rows.y = _busy(torch.from_numpy(target[whole] > threshold), task)
-    rows.baselines = {name: _outputs(outputs > threshold, task) for name, outputs in rows.baselines.items()}
+    threshold = float(np.nanquantile(value[past], config.busy)) if np.isfinite(value[past]).any() else math.inf
+
+    def above(relative: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy((relative * scale)[whole] > threshold + 1e-9 * abs(threshold))
+
+    rows.y = _busy(above(target), task)
+    rows.baselines = {name: _outputs(above(outputs), task) for name, outputs in said.items()}
     return rows
 
 

@@ -1,8 +1,8 @@
 """Series by the hour as examples: a window of the past, the hours to forecast as they were a week before, and what came next.
 
 Everything is relative to a level, the site's own mean in the training period or that of the week up to now, so that sites of any
-size have inputs and outputs in common; `Examples.unit` brings figures back. Nothing that decides a training row (level, scales, threshold) looks beyond the
-end of the training period, and a row whose targets lie on both sides of a cut is in neither part.
+size have inputs and outputs in common; `Examples.unit` brings figures back. Nothing that decides a training row (level, scales,
+threshold) looks beyond the end of the training period, and a row whose targets lie on both sides of a cut is in neither part.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 from hetero_fl.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.client_plots import FEW
-from hetero_fl.reporting.methods import explained
+from hetero_fl.reporting.methods import explained, method
 from hetero_fl.reporting.score_plots import PANELS
 from hetero_fl.reporting.wording import (
     FEW_ROWS,
@@ -74,8 +74,12 @@ def _setting(summary: Json, details: Json) -> str:
 
 
 def _method(summary: Json) -> str:
-    what = explained(summary["algorithm"])
+    what, kind = explained(summary["algorithm"]), method(summary["algorithm"])
     parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
+    if kind is not None and kind.distils and is_regression(last_scores(summary)):
+        parts.append(
+            "For numbers, what is said of KL and T means squared error, and the teacher is a mean of forecasts."
+        )
     total = sum(summary["communication"].values())
     if total:
         rounds = plural(summary["rounds_completed"], "round")

@@ -139,8 +139,8 @@ MISTAKES = [
     ("text in a number", "data.path: PATH: row 8, column 'Vehicles': found 'many', not a number"),
     ("empty", "data.path: PATH: row 8, column 'Vehicles': missing value"),
     ("no date", "data.path: PATH: row 451, column 'DateTime': found 'yesterday', not a date such as"),
-    ("order", "data.path: PATH: row 412, column 'DateTime': found '01/01/2023 10:00' after '01/01/2023 11:00' of the same site '2'"),
-    ("twice", "data.path: PATH: row 7, column 'DateTime': found '01/01/2023 05:00' a second time for site '1'; it stands in row 6"),
+    ("order", "data.path: PATH: row 412, column 'DateTime': found '01/01/2023 10:00' after '01/01/2023 11:00' of"),
+    ("twice", "data.path: PATH: row 7, column 'DateTime': found '01/01/2023 05:00' a second time for site '1'; it"),
     ("gap", "data.path: PATH: row 21, column 'DateTime': 3 hours of site '1' missing before '01/01/2023 23:00'; fill them in"),
     ("minutes", "data.path: PATH: row 10, column 'DateTime': found '01/01/2023 09:20', not a whole number of hours"),
 ]  # fmt: skip

@@ -77,9 +77,7 @@ def _method(summary: Json) -> str:
     what, kind = explained(summary["algorithm"]), method(summary["algorithm"])
     parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
     if kind is not None and kind.distils and is_regression(last_scores(summary)):
-        parts.append(
-            "For numbers, what is said of KL and T means squared error, and the teacher is a mean of forecasts."
-        )
+        parts.append("Numbers are distilled by squared error towards their weighted mean.")
     total = sum(summary["communication"].values())
     if total:
         rounds = plural(summary["rounds_completed"], "round")

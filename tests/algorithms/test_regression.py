@@ -93,9 +93,9 @@ def test_the_distance_to_a_teacher_is_squared_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "weights"), [("mean", "equal"), ("entropy", "equal"), ("samples", "rows"), ("contrast", "rows")]
+    ("kind", "by_rows"), [("mean", False), ("entropy", False), ("samples", True), ("contrast", True)]
 )
-def test_the_teacher_is_the_weighted_mean_of_predictions(kind: str, weights: str) -> None:
+def test_the_teacher_is_the_weighted_mean_of_predictions(kind: str, by_rows: bool) -> None:
     run = held("fedmd", 1, same=False, teacher=kind)
     ids = run.federation.cards.clients.ids
     said = [run.executor.site.predict(deployed(run, id), Rows("proxy"), False) for id in ids]  # type: ignore[attr-defined]

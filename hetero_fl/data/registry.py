@@ -55,6 +55,11 @@ def list_sources() -> list[str]:
     return sorted(_sources)
 
 
+def takes(name: object, key: Key) -> bool:
+    """Whether the source of that name reads that key of the configuration itself."""
+    return name in _sources and key in _sources[str(name)].keys
+
+
 def load_source(config: SourceConfig, root: Path, where: str = "data", missing: bool = False) -> Dataset:
     """Load a source, or the .npz file (MedMNIST layout) that `config.path` puts in its place, and check every row.
 

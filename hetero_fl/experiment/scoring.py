@@ -11,6 +11,7 @@ from torch import Tensor
 from hetero_fl.config.source import SeriesConfig, SourceConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.outside import read_as
+from hetero_fl.data.registry import takes
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.metrics import score
 from hetero_fl.reporting.run import Run
@@ -52,7 +53,12 @@ def evaluate(
                 f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
             )
         y = _renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
-        results[name] = score(model.task, model.logits(view(examples.x), home), y, examples.unit)
+        x = view(examples.x)
+        if bool(x.isnan().any()):
+            raise UserError(
+                f"--data: {data} has missing values that {name} sees, whose preprocess.missing is not indicate"
+            )
+        results[name] = score(model.task, model.logits(x, home), y, examples.unit)
     return results
 
 
@@ -78,9 +84,13 @@ def _load(data: str, label: str | None, run: Run) -> Dataset:
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)
-    if data == known.get("name"):  # cut into windows as the run's own
-        source = source.model_copy(update={"series": SeriesConfig.model_validate(known.get("series") or {})})
-    if path.exists():
+    hourly = takes(known.get("name"), "series")
+    series = SeriesConfig.model_validate(known.get("series") or {}) if hourly else None
+    if data == known.get("name"):
+        source = source.model_copy(update={"series": series})
+    elif hourly and path.is_file():  # cut into windows as the run's own
+        source = SourceConfig(name=known["name"], path=data, label=label, group=known.get("group"), series=series)
+    elif path.exists():
         kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
         source = SourceConfig(name=kind, path=data, label=label)
         if kind == "image_folder":
@@ -91,7 +101,7 @@ def _load(data: str, label: str | None, run: Run) -> Dataset:
             whose = {key: known.get(key) for key in ("group", "patient") if known.get(key) in there}
             source = source.model_copy(update=whose)
     try:
-        return load_source(source, CACHE.expanduser(), "--data")
+        return load_source(source, CACHE.expanduser(), "--data", missing=True)
     except UserError as error:  # the key that is missing or too many is a flag here
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
 

@@ -30,7 +30,8 @@ def read_sites(frame: pd.DataFrame, path: Path, config: SeriesConfig, label: str
     """
     where = f"path: {path}"
     wanted = [("series.time", config.time), ("label", label), *([("group", group)] if group else [])]
-    named = [key for key in ("lanes", "weather") if key in config.model_fields_set]
+    plain = SeriesConfig()
+    named = [key for key in ("lanes", "weather") if getattr(config, key) != getattr(plain, key)]  # others may be absent
     wanted += [(f"series.{key}", column) for key in named for column in getattr(config, key)]
     for key, column in wanted:
         if column not in frame.columns:

@@ -3,9 +3,9 @@
 
     python benchmarks/multimodal.py [--seeds 0,1,2] [--out runs/multimodal] [key=value …]
 
-Runs `configs/medical_multimodal.yaml` once for each row of the table and each seed, one at a time, and writes `multimodal.md` and
-`multimodal.png` in --out after each; what has finished is not run again. All rows train with logit adjustment, so that they differ
-in what is seen and shared and in nothing else.
+Runs `configs/medical_multimodal.yaml` once for each row of the table and each seed, one at a time, and writes `multimodal.md`
+and `multimodal.png` in --out after each; what has finished is not run again. All rows train with logit adjustment, so that they
+differ in what is seen and shared and in nothing else.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import hetero_fl
-from hetero_fl.config.source import SourceConfig
-from hetero_fl.data import Dataset, load_source
-from hetero_fl.data.given import as_seen
-from hetero_fl.metrics import score
-from hetero_fl.reporting.run import Run
+import hetero_fl  # noqa: E402
+from hetero_fl.config.source import SourceConfig  # noqa: E402
+from hetero_fl.data import Dataset, load_source  # noqa: E402
+from hetero_fl.data.given import as_seen  # noqa: E402
+from hetero_fl.metrics import score  # noqa: E402
+from hetero_fl.reporting.run import Run  # noqa: E402
 
 ALONE = ["algorithm.name=local", "algorithm.logit_adjustment=true"]
 ROWS = {

@@ -65,8 +65,8 @@ class Branch(nn.Sequential):
 class Fuse(nn.Module):
     """One vector of several: what a learned embedding says in place of a block that is absent is part of it.
 
-    ``concat``: LayerNorm of the branches side by side, then Linear and ReLU. ``gated``: the sum of the branches, each with a weight
-    that a softmax gives it; an absent block's embedding competes with the others.
+    ``concat``: LayerNorm of the branches side by side, then Linear and ReLU. ``gated``: the sum of the branches, each with a
+    weight that a softmax gives it; an absent block's embedding competes with the others.
     """
 
     def __init__(self, blocks: int, width: int, how: Fusion) -> None:
@@ -138,9 +138,9 @@ def multimodal(
 ) -> Body:
     """A branch for each of ``blocks``, each giving ``width`` numbers, and their fusion to ``width`` features.
 
-    Tensors are called ``backbone.NAME.…`` by block, and ``backbone.fusion.…``. Images have ``image_width``, twice and four times
-    as many channels (:func:`model_zoo.cnn.cnn`), other blocks ``hidden`` units with ``dropout``. Without ``blocks`` the example is
-    one block, called after its kind. In place of a block that is absent stands an embedding that is learned; hiding blocks at
+    Tensors are called ``backbone.NAME.…`` by block, and ``backbone.fusion.…``. Images have ``image_width``, twice and four
+    times as many channels (:func:`model_zoo.cnn.cnn`), other blocks ``hidden`` units with ``dropout``. Without ``blocks`` the
+    example is one block, called after its kind. In place of a block that is absent stands an embedding that is learned; hiding blocks at
     random in training is the modality dropout of Neverova et al., "ModDrop" (TPAMI 2016).
 
     Raises:

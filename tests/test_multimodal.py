@@ -182,7 +182,7 @@ def test_parts_that_may_leave() -> None:
         UserError, match=r"shares: no tensor's name begins with 'backbone\.imag\.'; did you mean 'backbone.image.'"
     ):
         reduced("fedavg", "clients.defaults.shares=[backbone.imag.]")
-    with pytest.raises(UserError, match="found both 'backbone' and 'backbone.image.'; name the one that is meant"):
+    with pytest.raises(UserError, match=r"found both 'backbone' and 'backbone\.image\.'; name the one that is meant"):
         load_config(CONFIG, ["clients.defaults.shares=[backbone,backbone.image.]"])
     with pytest.raises(UserError, match="found 'backbones'; did you mean 'backbone'"):
         load_config(CONFIG, ["clients.defaults.shares=[backbones]"])

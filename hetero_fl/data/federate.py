@@ -157,7 +157,7 @@ def _proxy(
         rows = rows[~torch.isin(rows, held)]
         if dataset.train.patient is not None:
             rows = rows[~torch.isin(dataset.train.patient[rows], dataset.train.patient[held])]
-        public = limited(dataset.train.x[held], config.proxy.columns, dataset.layout, "data.proxy.columns")
+        public = limited(dataset.train.x[held], names, dataset.layout, "data.proxy.columns")
         return {"proxy": Share(Examples(public), torch.arange(len(held)))}, rows
     where = "data.proxy.source"
     x, columns, blocks = load_unlabelled(config.proxy.source, Path(config.root).expanduser(), where)

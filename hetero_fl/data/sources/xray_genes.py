@@ -6,9 +6,9 @@ with label y (0 normal, 1 pneumonia) at hospital h has expressions of 60 genes
     g = a W + b_h + e,    a_p = s_p (2y − 1) + z_p
 
 with 8 pathways, whose activities a are standard normal around a shift: pathways 0 to 3 respond to the disease (s = +0.7,
-−0.7, +0.5, −0.5), the others do not. W `[8, 60]` loads each gene on one or two pathways (weights from 0.6 to 1.2, either sign), so that profiles are of
-low rank; b_h is the batch effect of h's laboratory, a normal of σ 0.5 for each gene; e is noise of σ 1. A linear rule on the profiles alone reaches an
-AUROC of about 0.76, the images alone about 0.9 (a small CNN), which leaves both something to add.
+−0.7, +0.5, −0.5), the others do not. W `[8, 60]` loads each gene on one or two pathways (weights from 0.6 to 1.2, of either
+sign), so that profiles are of low rank; b_h is the batch effect of h's laboratory, a normal of σ 0.5 for each gene; e is noise
+of σ 1. Genes alone and images alone are then about equally good where a hospital has 200 patients, and each adds something.
 
 Whose patient it is, and what was measured: universities have both, 30% of their patients without genes; clinics have images,
 institutes genes alone. `HOSPITALS` gives the shares of patients, and how much likelier a healthy one is to go there.

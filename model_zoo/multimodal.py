@@ -140,8 +140,8 @@ def multimodal(
 
     Tensors are called ``backbone.NAME.…`` by block, and ``backbone.fusion.…``. Images have ``image_width``, twice and four
     times as many channels (:func:`model_zoo.cnn.cnn`), other blocks ``hidden`` units with ``dropout``. Without ``blocks`` the
-    example is one block, called after its kind. In place of a block that is absent stands an embedding that is learned; hiding blocks at
-    random in training is the modality dropout of Neverova et al., "ModDrop" (TPAMI 2016).
+    example is one block, called after its kind. In place of a block that is absent stands an embedding that is learned;
+    hiding blocks at random in training is the modality dropout of Neverova et al., "ModDrop" (TPAMI 2016).
 
     Raises:
         InputError: rows of another width than the blocks have (with an indicator for each, or without).

@@ -57,7 +57,8 @@ def join(
     whose = list(names(frame[by], where))
     ids = [str(value) for value in pictures.train.patient_names]
     _once(whose, where, by)
-    strangers = [i for i, id in enumerate(whose) if id not in set(ids)]
+    imaged = set(ids)
+    strangers = [i for i, id in enumerate(whose) if id not in imaged]
     if len(strangers) == len(whose):
         raise UserError(
             f"{where}: row 1, column '{by}': found '{whose[0]}', and no patient of the table has an image: {_shown(ids)}"
@@ -81,7 +82,7 @@ def join(
     if strangers:
         train = _with_labels(train, pictures, frame, strangers, whose, label, table_group, where)
     made = (Block(blocks[0], tuple(pictures.train.x.shape[1:])), Block(blocks[1], (len(used),)))
-    both = len(ids) - len(set(ids) - set(whose))
+    both = len(imaged & set(whose))
     note = (
         f"{name}: {len(ids)} patients with images, {len(whose)} in the table, {both} with both; columns {_shown(used)}"
     )

@@ -177,6 +177,30 @@ def test_institutes_go_their_own_way() -> None:
             assert alone.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in alone.items())
 
 
+@pytest.mark.parametrize("method", ["fedmd", "hybrid"])
+def test_who_sees_nothing_of_the_public_images_has_no_word_in_the_consensus(method: str) -> None:
+    silent, willing = (
+        reduced(method, f"clients.groups.2.shares={shares}", "algorithm.teacher=mean").rounds()
+        for shares in ("[]", "[predictions]")
+    )
+    silent.round()
+    willing.round()
+    assert torch.equal(silent.server.state["teacher"], willing.server.state["teacher"])
+
+
+def test_public_images_are_those_of_patients_who_have_one() -> None:
+    data = reduced("hybrid").data
+    x = data._public["proxy"].take().x
+    assert len(x) == 40 and not x[:, :784].isnan().any() and x[:, 784:].isnan().all()
+    private = torch.cat([share.take().x[:, :784] for _, share in data._private.places()])
+    private = private[~private[:, 0].isnan()]
+    assert (torch.cdist(x[:, :784], private) > 0).all()  # nobody's own
+    with pytest.raises(
+        UserError, match=r"data\.proxy\.size: found 400, but xray_genes has \d+ training rows with image"
+    ):
+        reduced("hybrid", "data.proxy.size=400")
+
+
 def test_a_model_is_told_what_its_hospital_sees() -> None:
     archs = {kind.first: kind.arch for kind in reduced("fedavg").federation.cards.kinds}
     blocks = {id: dict(arch.options)["blocks"] for id, arch in archs.items()}

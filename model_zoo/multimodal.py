@@ -56,7 +56,7 @@ class Branch(nn.Sequential):
                 nn.Linear(math.prod(shape), hidden),
                 nn.LayerNorm(hidden),
                 nn.ReLU(),
-                nn.Dropout(dropout),
+                nn.Dropout(dropout) if dropout > 0 else nn.Identity(),
                 nn.Linear(hidden, width),
                 nn.ReLU(),
             )
@@ -107,7 +107,7 @@ class Multimodal(nn.Module):
         self._shapes = dict(blocks)
         for name, shape in blocks:
             self.add_module(name, Branch(shape, image_width, hidden, width, dropout))
-        self.hide = nn.Dropout(drop if len(blocks) > 1 else 0.0)
+        self.hide = nn.Dropout(drop) if drop > 0 and len(blocks) > 1 else nn.Identity()
         self.fusion = Fuse(len(blocks), width, fusion)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Multimodal(nn.Module):
         sizes = [math.prod(shape) for shape in self._shapes.values()]
         values = x[:, : sum(sizes)].split(sizes, dim=1)
         parts = [
-            getattr(self, name)(block.reshape(-1, *shape))
+            getattr(self, name)(block.reshape(-1, *shape) if len(shape) == 3 else block)
             for (name, shape), block in zip(self._shapes.items(), values, strict=True)
         ]
         there = x.new_ones(len(x), len(sizes)) if x.shape[1] == sum(sizes) else 1 - x[:, sum(sizes) :]

@@ -60,8 +60,10 @@ def federate(
         rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"), dataset.train.patient, leave=0)
     public, rows = _proxy(dataset, config, rows, kinds, server, seed)
     if dataset.validation is None:
-        count = max(1, round(config.validation * len(rows)))
-        validation, rows = draw(rows, count, generator("data", seed, "common_validation"), dataset.train.patient)
+        validation = torch.zeros(0, dtype=torch.int64)
+        if config.validation:
+            count = max(1, round(config.validation * len(rows)))
+            validation, rows = draw(rows, count, generator("data", seed, "common_validation"), dataset.train.patient)
         public["common_validation"] = Share(dataset.train, validation)
     else:
         public["common_validation"] = Share(dataset.validation, torch.arange(len(dataset.validation)))
@@ -210,10 +212,15 @@ def _seen_shape(name: str, settings: ClientSettings, raw_shape: tuple[int, ...])
             raise UserError(
                 f"clients: '{name}': {setting}: is for images, but the examples have shape {raw_shape}; leave it out"
             )
-    config = settings.preprocess
-    seen = Preprocess(config.resize, config.channels).shape(raw_shape, f"clients: '{name}': preprocess")
+    where = f"clients: '{name}': preprocess"
+    seen = Preprocess.resolve(_fixed(settings.preprocess), where=where).shape(raw_shape, where)
     if image and settings.augment.crop >= min(seen[1:]):
         raise UserError(
             f"clients: '{name}': augment.crop: found {settings.augment.crop}; images have {min(seen[1:])} pixels"
         )
     return seen
+
+
+def _fixed(config: PreprocessConfig) -> PreprocessConfig:
+    """The same view as far as it is known before anybody has rows."""
+    return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config

@@ -18,7 +18,7 @@ CHUNK = 4096  # rows at a time when statistics are taken
 class Preprocess:
     """A view of raw examples. Equal views are one key in a cache.
 
-    `mean` and `std` are numbers, or a number for each column (the last axis) of tables and series.
+    `mean` and `std` are numbers, or a number for each column (the last axis) of tables and series, each channel of images.
     """
 
     resize: int | None = None
@@ -39,7 +39,9 @@ class Preprocess:
         """
         view = cls(config.resize, config.channels)
         if isinstance(config.normalize, Normalize):
-            return cls(config.resize, config.channels, config.normalize.mean, config.normalize.std)
+            fixed = (config.normalize.mean, config.normalize.std)
+            mean, std = (tuple(v) if isinstance(v, list) else v for v in fixed)
+            return cls(config.resize, config.channels, mean, std)
         if config.normalize is None:
             return view
         if train_x_raw is None or len(train_x_raw) == 0:
@@ -51,13 +53,13 @@ class Preprocess:
         for chunk in train_x_raw.split(CHUNK):
             values = view(chunk).double().reshape(-1, columns)
             total, rows = total + values.sum(0), rows + len(values)
-        mean = total / rows
+        middle = total / rows
         for chunk in train_x_raw.split(CHUNK):  # a second pass: a difference of large sums would lose the small ones
-            squares += (view(chunk).double().reshape(-1, columns) - mean).square().sum(0)
-        std = torch.where(squares > 0, (squares / rows).sqrt(), 1.0)
+            squares += (view(chunk).double().reshape(-1, columns) - middle).square().sum(0)
+        spread = torch.where(squares > 0, (squares / rows).sqrt(), 1.0)
         if image:
-            return cls(config.resize, config.channels, float(mean), float(std))
-        return cls(config.resize, config.channels, tuple(mean.tolist()), tuple(std.tolist()))
+            return cls(config.resize, config.channels, float(middle), float(spread))
+        return cls(config.resize, config.channels, tuple(middle.tolist()), tuple(spread.tolist()))
 
     def __call__(self, x_raw: Tensor) -> Tensor:
         """Raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type; uint8 is divided by 255."""
@@ -71,15 +73,32 @@ class Preprocess:
         if self.channels is not None and self.channels != x.shape[1]:
             x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, self.channels, -1, -1)
         if self.mean is not None and self.std is not None:
-            x = (x - torch.tensor(self.mean, dtype=dtype)) / torch.tensor(self.std, dtype=dtype)
+            x = (x - self._along(self.mean, x)) / self._along(self.std, x)
         return x.contiguous()
+
+    @staticmethod
+    def _along(value: float | tuple[float, ...], x: Tensor) -> Tensor:
+        """The numbers where they belong: along the channels of images, else along the columns."""
+        numbers = torch.tensor(value, dtype=x.dtype)
+        return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
 
     def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
         """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch.
 
         Raises:
-            UserError: resize or channels for what is no image; channels that cannot be made of what is there.
+            UserError: resize or channels for what is no image; channels that cannot be made of what is there; another
+                number of means or deviations than of channels or columns.
         """
+        seen = self._seen(raw_shape, where)
+        along, axis = (seen[0], "channels") if len(seen) == 3 else (seen[-1], "columns")
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if isinstance(value, tuple) and len(value) != along:
+                raise UserError(
+                    f"{where}.normalize.{name}: found {len(value)} numbers for {along} {axis}; give one, or {along}"
+                )
+        return seen
+
+    def _seen(self, raw_shape: tuple[int, ...], where: str) -> tuple[int, ...]:
         if self.resize is None and self.channels is None:
             return raw_shape
         if len(raw_shape) != 3:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,16 @@ class FederatedData:
             known = [*PUBLIC, *PRIVATE, "pooled"]
             raise KeyError(f"no set '{name}' of '{owner}'{nearest(name, known) if name not in known else ''}")
         return self._private_columns.get((owner, *key), lambda: self._see(self._raw(owner, name), through))
+
+    def raw(self, name: str) -> Tensor:
+        """The examples of a public set as they lie in memory, `[N, ...]`."""
+        return self._public[name].take().x
+
+    def private_rows(self) -> Iterator[Tensor]:
+        """Everybody's training rows as they lie in memory, client by client; where clients draw, the pool."""
+        for (_, split), share in self._private.places():
+            if split in ("train", "pool"):
+                yield share.take().x
 
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""

@@ -95,3 +95,13 @@ def test_one_client_with_everything_is_a_plain_training_loop_bit_for_bit(algorit
         (group,) = rounds.server.models
         plain: dict[str, Tensor] = {n: t.contiguous() for n, t in model.state_dict().items()}
         assert same_bits(floats(rounds.server.models[group]), floats(plain)), round
+
+
+def test_centralised_training_of_slices_in_order_is_one_client_with_the_whole_set_bit_for_bit() -> None:
+    in_order = {"kind": "in_order", "min_size": 2}
+    whole = {"data__partition": in_order, "data__split": {"validation": 0, "test": 0}, "data__proxy__size": 0}
+    centralised = rounds_of(config("centralized", MIXED[0], 4, **whole))
+    groups = [{"name": "site_1", "model": MIXED[0]}]  # the batches are drawn by the first client's name
+    alone = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **whole))
+    (group,) = alone.server.models
+    assert same_bits(floats(alone.server.models[group]), floats(centralised.server.models[group]))

@@ -16,7 +16,9 @@ def setup(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="FILE|NAME", help="the newcomer's: a local file or folder, or a source by name"
     )
     parser.add_argument("--model", metavar="NAME", help="of the zoo (default: the run's most frequent)")
-    parser.add_argument("--take", choices=("backbone", "teacher"), help="begin with (default: each that there is)")
+    parser.add_argument(
+        "--take", choices=("backbone", "teacher", "both"), help="begin with (default: each that there is)"
+    )
     parser.add_argument("--label", metavar="COLUMN", help="of a table: the column of labels (default: the run's own)")
     parser.add_argument("--patients", default="10,30,100,300", metavar="N,…", help="labelled (default: 10,30,100,300)")
     parser.add_argument("--seeds", default="0,1,2,3,4", metavar="0,1,…")

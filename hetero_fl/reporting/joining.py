@@ -11,16 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hetero_fl.algorithms.distillation import TEACHER
-from hetero_fl.algorithms.newcomer import BACKBONE, SCRATCH
+from hetero_fl.algorithms.newcomer import BACKBONE, BOTH, SCRATCH
 from hetero_fl.metrics import metric_names
 from hetero_fl.reporting import style
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.wording import METRICS, MISSING, digits, sentence
 from hetero_fl.task import Task
 
-WORDS = {SCRATCH: "from scratch", BACKBONE: "shared backbone", TEACHER: "consensus teacher"}
-COLOURS = {SCRATCH: style.GREY, BACKBONE: style.BLUE, TEACHER: style.VERMILION}
-MARKERS = {SCRATCH: "o", BACKBONE: "s", TEACHER: "^"}
+WORDS = {
+    SCRATCH: "from scratch",
+    BACKBONE: "shared backbone",
+    TEACHER: "consensus teacher",
+    BOTH: "backbone and teacher",
+}
+COLOURS = {SCRATCH: style.GREY, BACKBONE: style.BLUE, TEACHER: style.VERMILION, BOTH: style.GREEN}
+MARKERS = {SCRATCH: "o", BACKBONE: "s", TEACHER: "^", BOTH: "D"}
 _SHOWN = {"multiclass": ("accuracy", "balanced_accuracy", "auroc"), "multilabel": ("auroc", "balanced_accuracy"),
           "regression": ("mae", "r2")}  # fmt: skip
 Json = dict[str, Any]
@@ -62,7 +67,7 @@ def markdown(content: Json, task: Task) -> str:
     about = [
         f"# {content['model']} joins {content['run']}",
         f"A newcomer with the data {content['data']} begins with what a finished run of {content['algorithm']} leaves, and "
-        f"trains on with its own labelled {content['unit']}; from scratch it trains four times as long. Figures are of "
+        f"trains on with its own labelled {content['unit']}; from scratch it takes four times as many steps. Figures are of "
         f"{content['n_test']:,} test rows of its own, mean ± standard deviation over {len(content['seeds'])} seeds"
         f"{'' if task.kind == 'regression' else ', in percent'}. In bold what is better than from scratch by more than both "
         "standard deviations.",
@@ -127,5 +132,5 @@ def draw(content: Json, task: Task) -> Figure:
         axes.set_xlabel(f"labelled {content['unit']}")
         axes.set_title(sentence(METRICS[metric]))
     handles, words = panels[0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="outside lower center", ncols=4)
+    figure.legend(handles, words, loc="outside lower center", ncols=5)
     return figure

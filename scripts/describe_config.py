@@ -41,6 +41,7 @@ A configuration is a YAML file (or JSON, or a dictionary from Python). Every key
 - **Mistakes** are one line: the place, what was found, and the nearest valid key or value. Nothing is written.
 - `--check` prints the resolved configuration; a run keeps it as `config.yaml`.
 - **One's own** algorithm, model, data source or partition stands as `python:package.module:Name` in place of a name.
+- A JSON file with the ten keys of the classic tutorial is translated as it is read ([page](scenarios/cifar10.md)).
 - A model, where one is asked for, may be given by its name alone: `model: mlp` is `model: {name: mlp}`.
 """
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "table"}

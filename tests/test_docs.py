@@ -94,7 +94,8 @@ def run_or_parse(line: str) -> None:
     else:
         assert first == "hetero-fl", line
         command = rest.pop(0)
-    if command == "train" and ("--check" in rest or not LONG & set(rest)):
+    elsewhere = any(word.startswith("data.path=") for word in rest)  # data that is not here
+    if command == "train" and ("--check" in rest or not (elsewhere or LONG & set(rest))):
         assert main(rest, command) == 0, line
     elif command in commands.COMMANDS:
         commands.parser(command, command).parse_intermixed_args(rest)

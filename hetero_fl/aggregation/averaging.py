@@ -40,6 +40,13 @@ class OwnerMeans:
             for group, wanted in self._groups.items()
         }
 
+    def weights_by_group(self) -> dict[str, dict[str, float]]:
+        """The sum of the weights behind each of these means."""
+        return {
+            group: {name: self._means[owner].weight for name, owner in wanted.items()}
+            for group, wanted in self._groups.items()
+        }
+
 
 def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Its leading slice of that shape, a view."""
@@ -73,4 +80,18 @@ def step(current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]
     """
     trainable = set(parameters)
     moved = {n: m if rate == 1 or n not in trainable else current[n] + rate * (m - current[n]) for n, m in mean.items()}
+    return {**current, **moved}
+
+
+def add(
+    current: Tensors, mean: Tensors, owners: Mapping[str, float], factor: float, parameters: Iterable[str]
+) -> Tensors:
+    """current + factor·Σ_k(θ_k − current), which is a step of factor·K towards the mean of the K owners of each tensor.
+
+    Buffers move by the same rule, though not beyond the mean: a running variance that is extrapolated could be negative.
+    """
+    trainable, moved = set(parameters), {}
+    for name, tensor in mean.items():
+        rate = factor * owners[name] if name in trainable else min(1.0, factor * owners[name])
+        moved[name] = tensor if rate == 1 else current[name] + rate * (tensor - current[name])
     return {**current, **moved}

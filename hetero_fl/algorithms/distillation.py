@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hetero_fl.aggregation.teachers import TeacherKind, opinion
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items
-from hetero_fl.objectives import Digest
+from hetero_fl.objectives import Digest, Rehearsal
 from hetero_fl.payload import Item, Payload
-from hetero_fl.plan import Fit, Plan, Predict, Rows
+from hetero_fl.plan import Draws, Fit, Plan, Predict, Rows
 from hetero_fl.seeding import generator
-from hetero_fl.state import Card, Participant
+from hetero_fl.state import Card, Columns, Participant
 
 TEACHER = "teacher"
 DRAWN = "drawn"  # the round whose rows the teacher speaks of
@@ -72,6 +72,17 @@ class OnProxy(Algorithm):
         follow = Digest(client.task.kind, self.temperature, **objective)  # type: ignore[arg-type]
         data = Rows("proxy", rows, beside={TEACHER: teacher})
         return self.fit(client, follow, data, epochs=epochs, batch_size=self.proxy_batch_size, label="digest")
+
+    def rehearsal(self, client: Participant, teacher: Tensor, weight: float, rows: Tensor | None = None) -> Fit:
+        """Local training with a batch of public rows (those, or all) beside each of its own."""
+        public = Rows("proxy", rows).columns(client)["x"]
+
+        def draw(generator: torch.Generator, size: int) -> Columns:
+            some = torch.randint(len(public), (size,), generator=generator)
+            return {"x": public[some], TEACHER: teacher[some]}
+
+        objective = Rehearsal(client.task.kind, weight=weight, temperature=self.temperature)
+        return self.fit(client, objective, beside={"public": Draws(draw, self.proxy_batch_size)})
 
     def train_student(self, server: Participant, teacher: Tensor) -> Plan[None]:
         """Distil this round's teacher into the server's own student, if one was asked for."""

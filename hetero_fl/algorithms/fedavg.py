@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
+from hetero_fl.aggregation.averaging import add
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.objectives import Proximal
@@ -18,10 +19,13 @@ from hetero_fl.state import Card, Participant
 class FedAvg(Algorithm):
     """Weighted averaging of parameters: θ ← θ + λ(Σ w_k θ_k − θ) (McMahan et al. 2017, Algorithm 1).
 
-    On a mixed federation each tensor is averaged among the clients of one architecture.
+    On a mixed federation each tensor is averaged among the clients of one architecture. `weighting: sum` adds the clients'
+    changes up in place of their mean: θ ← θ + λ·Σ(θ_k − θ), for K senders a plain mean with λ·K.
     """
 
-    weighting: Literal["samples", "uniform"] = Field("samples", description="w_k = n_k / Σn, or all equal")
+    weighting: Literal["samples", "uniform", "sum"] = Field(
+        "samples", description="w_k = n_k / Σn, or all equal; sum: w_k = 1, changes are added up and λ is their factor"
+    )
     server_lr: PositiveFloat = Field(1.0, description="λ: how far the server moves towards the mean")
 
     def weight_of(self, client: Participant | Card) -> float:
@@ -30,6 +34,15 @@ class FedAvg(Algorithm):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         self.average(server, uploads, self.server_lr)
         yield from ()
+
+    def average(self, server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
+        if self.weighting != "sum":
+            return super().average(server, uploads, rate)
+        owners = uploads.weights_by_group("model")  # each weighs one
+        for group, mean in uploads.mean_by_group("model").items():
+            parameters = server.arch[group].parameter_names
+            server.models[group] = add(server.models[group], mean, owners[group], rate, parameters)
+        return None
 
 
 @algorithm("fedprox")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -23,6 +23,8 @@ class ServerOptimizer(FedAvg):
     Δ is what clients moved from the server's model of now. A tensor that nobody sends in a round does not move, and neither
     does its memory.
     """
+
+    weighting: Literal["samples", "uniform"] = Field("samples", description="w_k = n_k / Σn, or all equal")
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         memory: dict[str, Any] = server.state.setdefault("optimizer", {})

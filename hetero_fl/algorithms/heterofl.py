@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -37,9 +37,9 @@ class HeteroFL(FedAvg):
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
     requires = ("one model family",)
 
+    weighting: Literal["samples", "uniform"] = Field("samples", description="w_k = n_k / Σn, or all equal")
     model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
-        None,
-        description="the wide model; none: the most frequent kind that the clients run and that can be narrowed, its widest",
+        None, description="the wide model; none: the clients' most frequent kind that can be narrowed, its widest"
     )
     widths: dict[str, float] | list[float] | None = Field(
         None,

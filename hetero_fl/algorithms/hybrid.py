@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import Tensor
 
 from hetero_fl.aggregation.teachers import TeacherKind
 from hetero_fl.aggregation.uploads import Uploads
@@ -14,10 +12,9 @@ from hetero_fl.algorithms.base import Items, algorithm
 from hetero_fl.algorithms.distillation import TEACHER, Distilling
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.objectives import Rehearsal
 from hetero_fl.payload import ItemSpec, Payload
-from hetero_fl.plan import Draws, Fit, Plan, Rows
-from hetero_fl.state import Card, Columns, Part, Participant, common_part
+from hetero_fl.plan import Plan
+from hetero_fl.state import Card, Part, Participant, common_part
 
 
 @algorithm("hybrid")
@@ -62,24 +59,13 @@ class Hybrid(Distilling, FedAvg):
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
         if TEACHER in got and self.rehearse:
-            yield self.rehearsal(client, got[TEACHER], self.taught(client, got))
+            yield self.rehearsal(client, got[TEACHER], self.rehearse, self.taught(client, got))
         else:
             yield self.fit(client)
         items = self.share(client)
         if self.gives(client, "predictions"):
             items["logits"] = yield from self.opinion(client)
         return items
-
-    def rehearsal(self, client: Participant, teacher: Tensor, rows: Tensor | None = None) -> Fit:
-        """Local training with a batch of public rows (those, or all) beside each of its own."""
-        public = Rows("proxy", rows).columns(client)["x"]
-
-        def draw(generator: torch.Generator, size: int) -> Columns:
-            some = torch.randint(len(public), (size,), generator=generator)
-            return {"x": public[some], TEACHER: teacher[some]}
-
-        objective = Rehearsal(client.task.kind, weight=self.rehearse, temperature=self.temperature)
-        return self.fit(client, objective, beside={"public": Draws(draw, self.proxy_batch_size)})
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.cli import Parser
+from hetero_fl.cli import Parser, compare, join
 from hetero_fl.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ HINT = "`hetero-fl methods` lists what algorithm.name may be: what each method d
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    _configuration(parser, required=False)
+    _configuration(parser)
     parser.add_argument("--out", type=Path, help="run directory (default: runs/<name>-<timestamp>)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
     parser.add_argument(
@@ -62,52 +62,6 @@ def _nearby(out: Path) -> str:
     runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
     close = get_close_matches(out.name, runs, n=1)
     return f"; did you mean {out.parent / close[0]}?" if close else ""
-
-
-def _compare(parser: argparse.ArgumentParser) -> None:
-    _configuration(parser)
-    parser.add_argument(
-        "--algorithms",
-        required=True,
-        metavar="A,B,…",
-        help="names, or name:setting=value; `all`: whatever this configuration admits",
-    )
-    parser.add_argument("--seeds", default="0", metavar="0,1,…")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the comparison; finished runs in it are kept"
-    )
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: one per core, one thread each)")
-    parser.add_argument(
-        "--grid", action="append", default=[], metavar="key=a,b,c", help="tune each algorithm alike, by validation"
-    )
-    parser.set_defaults(carry_out=_carry_out_compare)
-
-
-def _carry_out_compare(options: argparse.Namespace) -> int:
-    from hetero_fl.experiment import compare
-
-    try:
-        seeds = [int(s) for s in options.seeds.split(",") if s.strip()]
-    except ValueError:
-        raise UserError(f"--seeds: found '{options.seeds}'; write whole numbers with commas, such as 0,1,2") from None
-    grid = {}
-    for entry in options.grid:
-        key, equals, values = entry.partition("=")
-        if not equals or not values:
-            raise UserError(f"--grid: found '{entry}'; write key=a,b,c")
-        grid[key] = values.split(",")
-    out = compare(
-        options.config,
-        options.algorithms,
-        seeds,
-        out=options.out,
-        overrides=options.overrides,
-        grid=grid,
-        jobs=options.jobs,
-        quiet=False,
-    )
-    print((out / "comparison.md").read_text(encoding="utf-8"))
-    return 0
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -184,15 +138,16 @@ def _carry_out_methods(options: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, tuple[str, Setup]] = {
     "train": ("one run: configuration in, finished run directory out", _train),
-    "compare": ("algorithms × seeds: table, figure and report", _compare),
+    "compare": ("algorithms × seeds: table, figure and report", compare.setup),
     "evaluate": ("score the saved models of a run on any data set", _evaluate),
+    "join": ("a newcomer begins with what a finished run leaves, and is compared with one from scratch", join.setup),
     "methods": ("the algorithms, a line each: what it does, sends and needs", _methods),
 }
 
 
-def _configuration(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    told = "YAML or JSON" if required else "YAML or JSON; with --resume, by default that of the run in --out"
-    parser.add_argument("--config", "-c", "--conf", type=Path, required=required, metavar="FILE", help=told)
+def _configuration(parser: argparse.ArgumentParser) -> None:
+    told = "YAML or JSON; with --resume, by default that of the run in --out"
+    parser.add_argument("--config", "-c", "--conf", type=Path, metavar="FILE", help=told)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the configuration")
 
 

@@ -111,8 +111,12 @@ class OptimizerLayer(OptimizerConfig):
 class Normalize(Section):
     """Pixel values p in 0..1 become (p − mean) / std."""
 
-    mean: float = Field(0.5, description="subtracted")
-    std: PositiveFloat = Field(0.25, description="divided by")
+    mean: float | Annotated[list[float], Field(min_length=1)] = Field(
+        0.5, description="subtracted; a list: of each channel of an image, each column of a table or series"
+    )
+    std: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
+        0.25, description="divided by; a list: as `mean`"
+    )
 
 
 class PreprocessConfig(Section):

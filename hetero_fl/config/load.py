@@ -13,18 +13,22 @@ from pydantic import ValidationError
 
 from hetero_fl.config.mistakes import describe
 from hetero_fl.config.schema import Config
+from hetero_fl.config.tutorial import is_tutorial, translated
 from hetero_fl.errors import UserError, nearest
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iterable[str] = ()) -> Config:
     """A checked configuration from a YAML or JSON file, a dictionary, or another configuration, with `key.path=value` overrides.
 
-    When an override names another algorithm than the file, the file's settings of its own algorithm are dropped. Raises
-    UserError, in one line that names the place, for everything that is wrong with it.
+    A file with the keys of the classic tutorial (see `hetero_fl.config.tutorial`) is translated. When an override names
+    another algorithm than the file, the file's settings of its own algorithm are dropped. Raises UserError, in one line that
+    names the place, for everything that is wrong with it.
     """
     where = str(source) if isinstance(source, str | Path) else "configuration"
     raw = read(Path(source)) if isinstance(source, str | Path) else _plain(source)
     overrides = list(overrides)
+    if is_tutorial(raw):
+        raw, overrides = translated(raw, overrides, where)
     named = [o.split("=", 1)[1].strip("'\" ") for o in overrides if o.startswith("algorithm.name=")]
     if named and isinstance(raw.get("algorithm"), dict) and raw["algorithm"].get("name") != named[-1]:
         raw = {**raw, "algorithm": {"name": named[-1]}}

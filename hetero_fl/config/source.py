@@ -75,10 +75,11 @@ class SourceConfig(Section):
 class PartitionConfig(Section):
     """How the training rows are dealt out to the clients."""
 
-    kind: choice("iid", "dirichlet", "classes", "quantity", "natural", "drawn", prefix="python:") = Field(  # type: ignore[valid-type]
+    kind: choice("iid", "in_order", "dirichlet", "classes", "quantity", "natural", "drawn", prefix="python:") = Field(  # type: ignore[valid-type]
         "iid",
-        description="rows at random; skewed labels; few classes a client; skewed numbers; a client for each group; each "
-        "client draws for itself, also what others have (for large populations); one's own",
+        description="rows at random; consecutive slices of the set, in the order of ids; skewed labels; few classes a client; "
+        "skewed numbers; a client for each group; each client draws for itself, also what others have (for large "
+        "populations); one's own",
     )
     alpha: PositiveFloat | None = Field(
         None,
@@ -148,4 +149,6 @@ class DataConfig(SourceConfig):
     partition: PartitionConfig = PartitionConfig()
     proxy: ProxyConfig = ProxyConfig()
     split: SplitConfig = SplitConfig()
-    validation: float = Field(0.1, gt=0, lt=1, description="share carved for common validation if the set has none")
+    validation: float = Field(
+        0.1, ge=0, lt=1, description="share carved for common validation if the set has none; 0: none is"
+    )

@@ -76,7 +76,7 @@ def federate(
     if config.train_limit is not None and config.train_limit < len(rows):
         rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"), dataset.train.patient, leave=0)
     public, rows = _proxy(dataset, config, rows, kinds, server, seed)
-    if dataset.validation is None and dataset.train.time is not None:
+    if dataset.validation is None and dataset.train.time is not None and config.validation:
         after, before = cut_by_date(dataset.train.time[rows], config.validation, dataset.span)
         validation, rows = rows[after], rows[before]
         if not len(validation) or not len(rows):
@@ -85,8 +85,10 @@ def federate(
             )
         public["common_validation"] = Share(dataset.train, validation)
     elif dataset.validation is None:
-        count = max(1, round(config.validation * len(rows)))
-        validation, rows = draw(rows, count, generator("data", seed, "common_validation"), dataset.train.patient)
+        validation = torch.zeros(0, dtype=torch.int64)
+        if config.validation:
+            count = max(1, round(config.validation * len(rows)))
+            validation, rows = draw(rows, count, generator("data", seed, "common_validation"), dataset.train.patient)
         public["common_validation"] = Share(dataset.train, validation)
     else:
         public["common_validation"] = Share(dataset.validation, torch.arange(len(dataset.validation)))
@@ -312,7 +314,7 @@ def _needed(config: PreprocessConfig, layout: Layout) -> Collection[str]:
 def _seen_shape(name: str, settings: ClientSettings, raw_shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
     """Shape of an example as a client sees it; refuses what its settings ask of examples that are no images."""
     where = f"clients: '{name}': preprocess"
-    seen = Preprocess.plain(settings.preprocess, layout, raw_shape, where).shape(raw_shape, where)
+    seen = Preprocess.resolve(_fixed(settings.preprocess), None, where, layout, raw_shape).shape(raw_shape, where)
     image = len(seen) == 3
     for setting, value, plain, given in (
         ("scanner", settings.scanner, ScannerConfig(), raw_shape),
@@ -327,3 +329,8 @@ def _seen_shape(name: str, settings: ClientSettings, raw_shape: tuple[int, ...],
             f"clients: '{name}': augment.crop: found {settings.augment.crop}; images have {min(seen[1:])} pixels"
         )
     return seen
+
+
+def _fixed(config: PreprocessConfig) -> PreprocessConfig:
+    """The same view as far as it is known before anybody has rows."""
+    return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -162,6 +162,16 @@ class FederatedData:
         """What stands beside the rows of a set of `columns`, row by row: times, units, baselines. It has no x."""
         share = self._public[name] if name in PUBLIC else self._private[owner][name]
         return replace(share.examples, x=torch.empty(len(share.examples), 0)).take(share.rows)
+
+    def raw(self, name: str) -> Tensor:
+        """The examples of a public set as they lie in memory, `[N, ...]`."""
+        return self._public[name].take().x
+
+    def private_rows(self) -> Iterator[Tensor]:
+        """Everybody's training rows as they lie in memory, client by client; where clients draw, the pool."""
+        for (_, split), share in self._private.places():
+            if split in ("train", "pool"):
+                yield share.take().x
 
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""

@@ -116,6 +116,12 @@ def iid(d: Deal) -> list[Tensor]:
     return list(d.shuffled(torch.arange(d.rows()), "iid").split(counts.tolist()))
 
 
+@partition("in_order")
+def in_order(d: Deal) -> list[Tensor]:
+    """Consecutive slices of the rows as they lie in the set, as long as the sizes say: the first client has the first."""
+    return list(torch.arange(d.rows()).split(apportion(d.rows(), d.share, d.fewest).tolist()))
+
+
 @partition("quantity")
 def quantity(d: Deal) -> list[Tensor]:
     """Rows at random, numbers of rows skewed: shares ~ Dirichlet(alpha · K · size share)."""
@@ -192,9 +198,8 @@ def natural(d: Deal) -> list[Tensor]:
 
 
 def _short_of_classes(d: Deal) -> UserError:
-    return UserError(
-        f"{WHERE}.min_size: found {d.config.min_size}; with {d.config.classes} classes a client some get fewer; lower it"
-    )
+    few = f"found {d.config.min_size}; with {d.config.classes} classes a client some get fewer; lower it"
+    return UserError(f"{WHERE}.min_size: {few}")
 
 
 def _deal_patients(d: Deal, patient: Tensor) -> list[Tensor]:

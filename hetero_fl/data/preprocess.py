@@ -25,9 +25,10 @@ NOTHING = Layout()
 class Preprocess:
     """A view of raw examples. Equal views are one key in a cache.
 
-    `mean` and `std` are numbers, or a number for each column (the last axis) of tables, series and rows of blocks. `raw` is
-    the shape of a raw example where the view knows it, `spans` the runs of columns that it takes (none: all), `blocks` the
-    blocks that are in them. One block alone is an example in the block's own shape, an image say, unless `missing` is set.
+    `mean` and `std` are numbers, or a number for each column (the last axis) of tables, series and rows of blocks, each channel
+    of images. `raw` is the shape of a raw example where the view knows it, `spans` the runs of columns that it takes (none:
+    all), `blocks` the blocks that are in them. One block alone is an example in the block's own shape, an image say, unless
+    `missing` is set.
     With `missing: indicate`, NaN becomes 0 after normalisation, and 1 where it was missing follows the columns: one a column,
     or one a block where there are blocks, which is missing where all of its values are.
     """
@@ -79,7 +80,9 @@ class Preprocess:
         """
         view = cls.plain(config, layout, raw, where)
         if isinstance(config.normalize, Normalize):
-            return replace(view, mean=config.normalize.mean, std=config.normalize.std)
+            fixed = (config.normalize.mean, config.normalize.std)
+            subtracted, divided = (tuple(v) if isinstance(v, list) else v for v in fixed)
+            return replace(view, mean=subtracted, std=divided)
         if config.normalize is None:
             return view
         if train_x_raw is None or len(train_x_raw) == 0:
@@ -123,7 +126,7 @@ class Preprocess:
         if len(x) == 0:
             return x.new_zeros(0, *shape)
         if self.mean is not None and self.std is not None:
-            x = (x - torch.tensor(self.mean, dtype=x.dtype)) / torch.tensor(self.std, dtype=x.dtype)
+            x = (x - self._along(self.mean, x)) / self._along(self.std, x)
         if self.missing is not None:
             gone = x.isnan()
             if self.blocks:
@@ -160,17 +163,34 @@ class Preprocess:
             return self.blocks[0].shape
         return raw_shape if self.spans is None else (*raw_shape[:-1], sum(stop - start for start, stop in self.spans))
 
+    @staticmethod
+    def _along(value: float | tuple[float, ...], x: Tensor) -> Tensor:
+        """The numbers where they belong: along the channels of images, else along the columns."""
+        numbers = torch.tensor(value, dtype=x.dtype)
+        return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
+
     def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
         """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch. That of a
         series is (columns, T), of `raw_shape` (T, F).
 
         Raises:
             UserError: resize or channels for what is no image; channels that cannot be made of what is there; images that
-                may lack pixels.
+                may lack pixels; another number of means or deviations than of channels or columns.
         """
         given = self._given(raw_shape)
         if self.missing is not None and len(given) == 3:
             raise UserError(f"{where}.missing: is for tables, series and blocks, not for images; leave it out")
+        seen = self._seen(given, where)
+        along, axis = (seen[0], "channels") if len(given) == 3 else (given[-1], "columns")
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if isinstance(value, tuple) and len(value) != along:
+                raise UserError(
+                    f"{where}.normalize.{name}: found {len(value)} numbers for {along} {axis}; give one, or {along}"
+                )
+        return seen
+
+    def _seen(self, given: tuple[int, ...], where: str) -> tuple[int, ...]:
+        """Shape of an example of which it takes what has that shape."""
         if self.resize is None and self.channels is None:
             marks = 0 if self.missing is None else len(self.blocks) or given[-1]
             seen = (*given[:-1], given[-1] + marks)

@@ -1,8 +1,9 @@
 """Runs, comparisons and scorings, from Python. The one place that knows every room."""
 
 from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.joining import join
 from hetero_fl.experiment.prepared import Prepared, prepare
 from hetero_fl.experiment.scoring import evaluate
 from hetero_fl.experiment.single import run
 
-__all__ = ["Prepared", "compare", "evaluate", "prepare", "run"]
+__all__ = ["Prepared", "compare", "evaluate", "join", "prepare", "run"]

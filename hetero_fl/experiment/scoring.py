@@ -34,7 +34,7 @@ def evaluate(
     run = run if isinstance(run, Run) else Run(run)
     if client is not None and client not in run.models:
         raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
-    dataset = _load(data, label, run)
+    dataset = load_as(run, data, label)
     named = dataset if Path(data).exists() else with_test(dataset)  # the rows that a federation on it holds out, too
     examples = named.test or named.train
     assert examples.y is not None  # load_source has checked it
@@ -60,12 +60,12 @@ def evaluate(
         if not bool(whole.all()):
             row = int((~whole).to(torch.uint8).argmax())
             raise UserError(f"--data: {data}: row {row}: a value is missing that the model of {name} has to see")
-        y = _renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
+        y = renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
         results[name] = score(model.task, model.logits(view(examples.x), home), y, examples.unit)
     return results
 
 
-def _renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
+def renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
     """Targets with the classes, or the columns, numbered as the model's are, where both are named."""
     if not found.names or not known.names or found.names == known.names:
         return y
@@ -80,7 +80,7 @@ def _renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
     return y[:, [found.names.index(name) for name in known.names]]
 
 
-def _load(data: str, label: str | None, run: Run) -> Dataset:
+def load_as(run: Run, data: str, label: str | None) -> Dataset:
     """The data set; a local file is read as the run read its own: for the same task, without its columns of groups and
     patients, images at the same size."""
     path, known = Path(data), run.directory.config().get("data") or {}

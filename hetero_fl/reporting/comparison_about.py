@@ -61,10 +61,13 @@ def about(out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = No
         summary, details, config = runs[0].summary(), runs[0].details(), runs[0].config()
         facts += [("Data", _data(summary, details)), ("Clients", _clients(summary, details, config))]
         tested = [home_rows(run.details()) for run in runs]
-        home = f"At home: n = {span(n for found in tested for n in found.values())} test rows a client over all seeds."
-        fewest = {client: min(found.get(client, n) for found in tested) for client, n in tested[0].items()}
-        home = f"{home} {uncertain(fewest)}".strip()
-        facts += [("Test rows at home", home.removeprefix("At home: "))]
+        if any(n for found in tested for n in found.values()):
+            home = (
+                f"At home: n = {span(n for found in tested for n in found.values())} test rows a client over all seeds."
+            )
+            fewest = {client: min(found.get(client, n) for found in tested) for client, n in tested[0].items()}
+            home = f"{home} {uncertain(fewest)}".strip()
+            facts += [("Test rows at home", home.removeprefix("At home: "))]
         completed = {run.summary()["rounds_completed"] for run in runs}
         facts += [("Rounds", span(completed) + (" (some runs stopped early)" if len(completed) > 1 else ""))]
         facts += _rules(summary, details)

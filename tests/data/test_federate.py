@@ -164,3 +164,21 @@ def test_too_few_rows() -> None:
     bare = one.model_copy(update={"split": SplitConfig(validation=0, test=0)})
     with pytest.raises(UserError, match="has 1 rows"):  # even then: nothing can be learned from one
         federate(numbered(), bare, THREE, 0)
+
+
+def test_in_order_goes_by_id_as_people_count_and_nothing_need_be_held_out() -> None:
+    names = [f"c{i}" for i in range(12)]
+    config = DataConfig(
+        partition=PartitionConfig(kind="in_order", min_size=2), split=SplitConfig(validation=0, test=0), validation=0
+    )
+    data = federate(numbered(204), config, dict.fromkeys(random.Random(1).sample(names, 12), PLAIN_CLIENT), 5)
+    assert [rows_of(data, name, "train") for name in names] == [list(range(17 * i, 17 * i + 17)) for i in range(12)]
+    assert rows_of(data, "", "common_validation") == [] and data.n_train == 204
+    patients = numbered(204, patient=[i // 2 for i in range(204)])
+    assert federate(patients, config, dict.fromkeys(names, PLAIN_CLIENT), 5).n_train == 204
+
+
+def test_as_many_means_as_channels() -> None:
+    wrong = ClientSettings(preprocess=PreprocessConfig(normalize={"mean": [0.1, 0.2], "std": 1.0}))
+    with pytest.raises(UserError, match=r"'a': preprocess\.normalize\.mean: found 2 numbers for 1 columns"):
+        federate(numbered(), DataConfig(), {**THREE, "a": wrong}, 0)

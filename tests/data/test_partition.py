@@ -28,7 +28,7 @@ def counts(parts: list[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(["iid", "dirichlet", "classes", "quantity"]),
+    kind=st.sampled_from(["iid", "in_order", "dirichlet", "classes", "quantity"]),
     sizes=st.lists(st.floats(0.05, 20), min_size=1, max_size=12),
     rows=st.integers(60, 400),
     min_size=st.integers(1, 5),
@@ -252,3 +252,10 @@ def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
         with pytest.raises(UserError) as refused:
             own(name)
         assert str(refused.value).startswith("data.partition.kind: ") and words in str(refused.value)
+
+
+def test_in_order_cuts_equal_slices_as_the_rows_lie() -> None:
+    parts = deal(labels(103), None, PartitionConfig(kind="in_order", min_size=1), [1.0] * 10, TEN, seed=3)
+    assert torch.equal(torch.cat(parts), torch.arange(103)) and {len(p) for p in parts} == {10, 11}
+    first, second = deal(labels(40), None, PartitionConfig(kind="in_order", min_size=1), [3.0, 1.0], TEN, seed=4)
+    assert torch.equal(first, torch.arange(30)) and torch.equal(second, torch.arange(30, 40))

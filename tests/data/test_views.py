@@ -119,6 +119,18 @@ class TestPreprocess:
         assert tuple(seen.shape[1:]) == Preprocess().shape((6, 3)) == (3, 6)
         assert torch.equal(seen[4, 2], series[4, :, 2])
 
+    def test_a_number_for_each_channel(self) -> None:
+        config = PreprocessConfig(normalize=Normalize(mean=[0.1, 0.2, 0.3], std=[0.5, 1.0, 2.0]))
+        x, view = images(channels=3), Preprocess.resolve(config)
+        plain = x.float() / 255
+        for c in range(3):
+            assert torch.equal(view(x)[:, c], (plain[:, c] - view.mean[c]) / view.std[c])  # type: ignore[index]
+        assert hash(view) == hash(Preprocess.resolve(config)) and view.shape((3, 12, 10)) == (3, 12, 10)
+        with pytest.raises(UserError, match=r"normalize\.mean: found 3 numbers for 1 channels; give one, or 1"):
+            view.shape((1, 12, 10))
+        columns = Preprocess.resolve(PreprocessConfig(normalize=Normalize(mean=[1.0, 2.0], std=1.0)))
+        assert torch.equal(columns(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 2))
+
     def test_float64_when_that_is_the_default(self) -> None:
         torch.set_default_dtype(torch.float64)
         try:

@@ -1,0 +1,137 @@
+"""What a finished run leaves to somebody who was not in it: a shared backbone, a consensus, and the public rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.config import Config, expand, load_config
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.population import Population
+from hetero_fl.data import Preprocess
+from hetero_fl.errors import UserError
+from hetero_fl.experiment.prepared import Prepared, prepare
+from hetero_fl.reporting.run import Run
+from hetero_fl.saved import SavedModel
+from hetero_fl.state import common_part
+from hetero_fl.task import Task
+
+BODY = ("backbone.",)
+
+
+@dataclass
+class Legacy:
+    """A finished run as a newcomer finds it. Only what clients were willing to share leaves it: the part of their models that
+    travelled, and predictions."""
+
+    run: Run
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's resolved configuration."""
+        return load_config(self.run.directory.config())
+
+    @cached_property
+    def clients(self) -> Population:
+        """Who took part."""
+        return expand(self.config.clients)
+
+    @cached_property
+    def method(self) -> Algorithm:
+        """The method, with the run's settings."""
+        settings = {k: v for k, v in self.config.algorithm.items() if k != "name"}
+        return algorithm[self.config.algorithm["name"]].model_validate(settings)
+
+    @cached_property
+    def models(self) -> dict[str, SavedModel]:
+        """The clients' models as they were used last."""
+        return {id: model for id, model in self.run.models.items() if id in self.clients}
+
+    @property
+    def task(self) -> Task:
+        """What was learned."""
+        return next(iter(self.models.values())).task
+
+    @property
+    def usual(self) -> str:
+        """The name of the most frequent model; of equals the first client's."""
+        return Counter(self.clients[id].model[0].name for id in self.models).most_common(1)[0][0]
+
+    def settings(self, name: str) -> tuple[ClientSettings, bool]:
+        """How somebody with a model of that name trains: as the first client of the run that has it; else by the run's
+        defaults, with that model's. Whether anybody has it is the second."""
+        for id in self.models:
+            if self.clients[id].model[0].name == name:
+                return self.clients[id], True
+        return self.config.clients.defaults, False
+
+    def backbone(self, arch: Architecture) -> Tensors | None:
+        """The mean of what clients with this architecture shared of their backbones; None if nobody did."""
+        if self.method.slot != "model":
+            return None
+        sent = []
+        for id, model in self.models.items():
+            part = common_part(self.method.part(self.clients[id]), BODY)
+            if model.arch == arch and part != ():
+                sent.append(self.method.portion(arch, model.tensors, part))
+        return {n: torch.stack([t[n] for t in sent]).mean(0) for n in sent[0]} if sent and sent[0] else None
+
+    def consensus(self, x: Tensor) -> Tensor:
+        """Logits `[N, outputs]` of all clients' models together, each through its own preprocessing, on raw rows: the log of
+        their mean probability; of regressions the mean."""
+        said = []
+        for model in self.models.values():
+            view = Preprocess(**model.preprocess)
+            found = view.shape(tuple(x.shape[1:]), "the run's preprocessing")
+            if found != model.arch.input_shape:
+                raise UserError(
+                    f"--data: examples are {found} to the run's models, which take {model.arch.input_shape}"
+                )
+            said.append(model.logits(view(x)))
+        if self.task.kind == "regression":
+            return torch.stack(said).mean(0)
+        if self.task.kind == "multilabel":
+            return torch.stack([z.sigmoid() for z in said]).mean(0).logit(eps=1e-7)
+        return torch.stack([z.log_softmax(-1) for z in said]).logsumexp(0) - torch.tensor(float(len(said))).log()
+
+    @cached_property
+    def data(self) -> Prepared | None:
+        """The run's data, dealt out as it was; None, with a note, where it cannot be had here."""
+        known: dict[str, Any] = self.run.summary["data"]
+        try:
+            prepared = prepare(self.config)
+        except UserError as error:
+            self.notes.append(f"the run's own data cannot be had here ({error})")
+            return None
+        data = prepared.data
+        found = {"name": data.name, "n_train": data.n_train, "n_proxy": data.n_proxy, "n_test": data.n_test}
+        if any(known[key] != value for key, value in found.items()):
+            self.notes.append("the run's own data is not what its configuration names now")
+            return None
+        return prepared
+
+    @property
+    def public(self) -> Tensor | None:
+        """The run's public rows, raw; None if it had none, or they cannot be had here."""
+        return self.data.data.raw("proxy") if self.data is not None and self.data.data.n_proxy else None
+
+    def seen(self, x: Tensor) -> int:
+        """How many of these raw rows somebody in the run has trained on."""
+        if self.data is None or tuple(x.shape[1:]) != self.data.data.input_shape:
+            return 0
+        known = {digest(row) for rows in self.data.data.private_rows() for row in rows}
+        return sum(digest(row) in known for row in x)
+
+
+def digest(row: Tensor) -> bytes:
+    """A row's fingerprint."""
+    return hashlib.sha256(row.contiguous().numpy().tobytes()).digest()

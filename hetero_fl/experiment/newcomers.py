@@ -1,0 +1,178 @@
+"""Newcomers with different numbers of labels, in a federation of their own in which each trains alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_fl.algorithms.distillation import TEACHER
+from hetero_fl.algorithms.newcomer import BACKBONE, BOTH, SCRATCH, Newcomer
+from hetero_fl.architecture import Tensors
+from hetero_fl.config import Config, expand, load_config
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.data import FederatedData, Preprocess, strata
+from hetero_fl.data.base import Examples
+from hetero_fl.data.patients import commonest
+from hetero_fl.data.private import Private, Share
+from hetero_fl.errors import UserError
+from hetero_fl.experiment.legacy import Legacy
+from hetero_fl.experiment.prepared import Prepared
+from hetero_fl.files import write_atomically
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.seeding import generator
+from hetero_fl.task import Task
+
+FEWEST_STEPS = 60  # of a training, however few examples there are
+LONGER = 4  # times the steps that a training from scratch gets: it has further to go
+OF_OTHERS = {
+    "scanner",
+    "data",
+    "size",
+    "shares",
+    "share_every",
+    "epochs",
+    "steps",
+}  # not taken over from a client of the run
+
+Given = dict[str, Tensors | Tensor]  # what is received, by name
+
+
+@dataclass(frozen=True)
+class Site:
+    """The newcomer: its examples, the numbers of labelled patients to try, what those are called, and how often each label
+    occurs (see `hetero_fl.data.strata`; of a patient with several the commonest)."""
+
+    train: Examples
+    test: Examples
+    counts: tuple[int, ...]
+    unit: str
+    task: Task
+
+    def rows(self, count: int, seed: int) -> Tensor:
+        """Rows of the first so many patients in an order drawn by the seed in which labels come evenly: any number has the
+        mix of all, and a larger one has the patients of a smaller."""
+        unit = torch.arange(len(self.train)) if self.train.patient is None else self.train.patient
+        unit = unit.unique(return_inverse=True)[1]
+        label = commonest(strata(labels(self.train), self.task), unit)
+        draws = torch.rand(len(label), generator=generator("join", seed, "labelled"), dtype=torch.float64)
+        place = torch.empty_like(draws)
+        for kind in label.unique():
+            mine = torch.nonzero(label == kind).squeeze(1)
+            place[mine[draws[mine].argsort()]] = (torch.arange(len(mine), dtype=torch.float64) + 0.5) / len(mine)
+        chosen = (place + 1e-4 * draws / len(label)).argsort()[:count]  # the draws decide between labels that are level
+        return torch.nonzero(torch.isin(unit, chosen)).squeeze(1)
+
+
+class Newcomers:
+    """One newcomer of each number of labels in a federation of its own, in which each trains alone."""
+
+    def __init__(
+        self, legacy: Legacy, site: Site, name: str, model: str, epochs: int, overrides: Sequence[str]
+    ) -> None:
+        self.legacy, self.site, self.name, self.model, self.epochs = legacy, site, name, model, epochs
+        settings, fits = legacy.settings(model)
+        taken = settings.model_dump(mode="json", exclude_unset=True)
+        self.defaults = {k: v for k, v in taken.items() if k not in OF_OTHERS} | ({} if fits else {"model": model})
+        self.overrides = [o if o.startswith("runtime.") else f"clients.defaults.{o}" for o in overrides]
+        self.transfer: Tensor | None = None
+        self.teacher_on = ""
+
+    def config(self, seed: int, times: int = 1) -> Config:
+        """The newcomers' configuration: as the run's client trains, for longer if `times` is above one."""
+        batch = int(self.defaults.get("batch_size", ClientSettings().batch_size))
+        groups = [
+            {"name": f"with_{n}", "steps": times * max(FEWEST_STEPS, self.epochs * -(-n // batch))}
+            for n in self.site.counts
+        ]
+        source = {
+            "name": "join",
+            "seed": seed,
+            "rounds": 1,
+            "clients": {"defaults": self.defaults, "groups": groups},
+            "runtime": {"executor": "serial", "device": self.legacy.config.runtime.device},
+        }
+        return load_config(source, self.overrides)
+
+    def federation(self, config: Config) -> tuple[FederatedData, Federation]:
+        """The newcomers and their rows; public rows if a teacher speaks of them."""
+        clients, site = expand(config.clients), self.site
+        none = torch.zeros(0, dtype=torch.int64)
+        private = {
+            f"with_{n}": {
+                "train": Share(site.train, site.rows(n, config.seed)),
+                "validation": Share(site.train, none),
+                "test": Share(site.test, torch.arange(len(site.test))),
+            }
+            for n in site.counts
+        }
+        public = {name: Share(site.test, none) for name in ("common_test", "common_validation")}  # all is at home
+        if self.transfer is not None:
+            public["proxy"] = Share(Examples(self.transfer), torch.arange(len(self.transfer)))
+        data = FederatedData(self.legacy.task, self.name, clients, Private(private), public, config.seed)
+        return data, Federation.of(config, data, clients, student=False)
+
+    def beginnings(self, take: str | None) -> dict[str, Given]:
+        """What a newcomer may begin with: nothing, and of the run what is asked for or can be had."""
+        _, federation = self.federation(self.config(0))
+        card = next(iter(federation.cards.values()))
+        begins: dict[str, Given] = {SCRATCH: {}}
+        if take not in (None, BACKBONE, TEACHER, BOTH):
+            raise UserError(f"--take: found '{take}'; choose from {BACKBONE}, {TEACHER}, {BOTH}")
+        if take != TEACHER:
+            backbone = self.legacy.backbone(card.arch)
+            if backbone is None:
+                why = f"nobody in {self.legacy.run.path} shared the backbone of a {card.arch.id}"
+                if take is not None:
+                    raise UserError(f"--take: {why}; take teacher, or --model {self.legacy.usual}")
+                self.legacy.notes.append(why)
+            else:
+                begins[BACKBONE] = {BACKBONE: backbone}
+        if take != BACKBONE:
+            self.transfer, self.teacher_on = self._transfer(card.preprocess)
+            begins[TEACHER] = {TEACHER: self.legacy.consensus(self.transfer)}
+        if BACKBONE in begins and TEACHER in begins:
+            begins[BOTH] = {**begins[BACKBONE], **begins[TEACHER]}
+        return begins if take is None else {way: begins[way] for way in (SCRATCH, take)}
+
+    def _transfer(self, view: Preprocess) -> tuple[Tensor, str]:
+        """The raw rows on which the teacher is heard, in words, too."""
+        public, own = self.legacy.public, self.site.train.x
+        if public is not None and view.shape(tuple(public.shape[1:])) == view.shape(tuple(own.shape[1:])):
+            return public, f"the run's {len(public):,} public rows"
+        if public is not None:
+            self.legacy.notes.append("the run's public rows have another shape than the newcomer's")
+        return own, f"the newcomer's own {len(own):,} training rows, without their labels"
+
+    def carry_out(self, seed: int, way: str, given: Given, keep: Path | None) -> list[dict[str, Any]]:
+        """Figures on the test rows for each number of labels; `keep`: where the model with the most goes."""
+        config = self.config(seed, LONGER if way == SCRATCH else 1)
+        data, federation = self.federation(config)
+        rounds = Prepared(config, Newcomer(), federation, data, [], {}).rounds()
+        last = f"with_{self.site.counts[-1]}"
+
+        def save(id: str, encoded: bytes) -> None:
+            if keep is not None and id == last:
+                keep.parent.mkdir(exist_ok=True)
+                write_atomically(keep, encoded)
+
+        try:
+            rounds.server.state.update(given)
+            rounds.round()
+            readings = rounds.evaluate(details=keep is not None, save=save if keep is not None else None)
+        finally:
+            rounds.executor.close()
+        found = {id: reading.scores["personal"] for id, reading in readings.clients.items()}
+        return [
+            {"patients": n, "rows": data.n_rows(f"with_{n}", "train"), **found[f"with_{n}"]} for n in self.site.counts
+        ]
+
+
+def labels(examples: Examples) -> Tensor:
+    """Targets of examples that have been checked to have some."""
+    assert examples.y is not None
+    return examples.y

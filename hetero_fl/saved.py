@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.architecture import Architecture, Tensors, frozen
 from hetero_fl.errors import UserError
 from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
@@ -41,7 +41,7 @@ class SavedModel:
             "form": FORM,
             "architecture": json.loads(self.arch.to_json()),
             "preprocess": self.preprocess,
-            "task": asdict(self.task),
+            "task": {name: value for name, value in asdict(self.task).items() if value != ""},
             "log_prior": self.log_prior,
         }
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
@@ -56,8 +56,9 @@ class SavedModel:
                 tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (it is no dictionary)
             if about["form"] != FORM:
                 raise UserError(f"{path}: found {about['form']!r}, this release reads {FORM!r}")
-            task = Task(about["task"]["kind"], about["task"]["outputs"], tuple(about["task"]["names"]))
-            view = {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
+            named = about["task"]
+            task = Task(named["kind"], named["outputs"], tuple(named["names"]), named.get("unit", ""))
+            view = {k: frozen(v) for k, v in about["preprocess"].items()}
             prior = about["log_prior"]
             arch = Architecture.from_json(json.dumps(about["architecture"]))
             return cls(tensors, arch, view, task, None if prior is None else tuple(prior))
@@ -84,7 +85,7 @@ class SavedModel:
 
         Args:
             x: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8, or as floats in 0..1 or 0..255; tables
-                `[N, F]`; series `[N, T, F]`.
+                `[N, F]`; series `[N, T, F]`. Of a model that sees some columns or blocks see `hetero_fl.data.given`.
 
         Raises:
             UserError: no numbers, another shape than expected, a range that could mean two things, NaN or infinity.
@@ -115,7 +116,7 @@ class SavedModel:
             return False
         resize, channels = self.preprocess.get("resize"), self.preprocess.get("channels")
         if len(seen) != 3 or (resize is None and channels is None):
-            return shape == seen
+            return shape == (seen[::-1] if len(seen) == 2 else seen)
         colours = shape[0] == seen[0] or (channels is not None and (channels == 1 or shape[0] == 1))
         return colours and (resize is not None or shape[1:] == seen[1:])
 
@@ -123,7 +124,7 @@ class SavedModel:
         """The shapes that fit, in words."""
         seen, where = self.arch.input_shape, self.preprocess
         if len(seen) != 3:
-            return f"(N, {', '.join(map(str, seen))})"
+            return f"(N, {', '.join(map(str, reversed(seen)))})"  # a series lies in memory with its steps first
         channels, height, width = map(str, seen)
         if where.get("channels") is not None:
             channels = "C" if where["channels"] == 1 else f"1 or {channels}"

@@ -10,6 +10,8 @@ from hetero_fl.data.augment import augment
 from hetero_fl.data.base import Columns, Dataset, Examples, check_examples
 from hetero_fl.data.federate import federate
 from hetero_fl.data.federated import FederatedData
+from hetero_fl.data.joined import join
+from hetero_fl.data.layout import Block, Layout
 from hetero_fl.data.partition import deal, partition, strata
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.registry import list_sources, load_source, source
@@ -18,10 +20,12 @@ from hetero_fl.data.sources.synthetic import make_images, make_table
 from hetero_fl.data.split import with_test
 
 __all__ = [
+    "Block",
     "Columns",
     "Dataset",
     "Examples",
     "FederatedData",
+    "Layout",
     "Preprocess",
     "apply_scanner",
     "augment",
@@ -29,6 +33,7 @@ __all__ = [
     "deal",
     "federate",
     "from_arrays",
+    "join",
     "list_sources",
     "load_source",
     "make_images",

@@ -14,7 +14,7 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.registry import imported
 from hetero_fl.task import Task
 
-Key = Literal["path", "label", "group", "patient", "task", "size"]
+Key = Literal["path", "label", "group", "patient", "task", "size", "series"]
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
 
@@ -24,25 +24,27 @@ class _Source:
     load: SourceFunction
     task: Task | None
     keys: tuple[str, ...]
+    generates: bool
 
 
 _sources: dict[str, _Source] = {}
 
 
 def source(
-    name: str, *, task: Task | None = None, keys: tuple[Key, ...] = ()
+    name: str, *, task: Task | None = None, keys: tuple[Key, ...] = (), generates: bool = False
 ) -> Callable[[SourceFunction], SourceFunction]:
     """Register a function as the source of that name.
 
     Args:
         task: what is learned, where it is the same for every file in this source's place (checked when `path` is set).
         keys: the keys of `SourceConfig` besides `name` that the function reads itself; `path` is then required.
+        generates: the function makes rows of its own where `path` is not set.
     """
 
     def register(load: SourceFunction) -> SourceFunction:
         if name in _sources:
             raise ValueError(f"there is a source '{name}' already")
-        _sources[name] = _Source(load, task, keys)
+        _sources[name] = _Source(load, task, keys, generates)
         return load
 
     return register
@@ -53,41 +55,49 @@ def list_sources() -> list[str]:
     return sorted(_sources)
 
 
-def load_source(config: SourceConfig, root: Path, where: str = "data") -> Dataset:
+def takes(name: object, key: Key) -> bool:
+    """Whether the source of that name reads that key of the configuration itself."""
+    return name in _sources and key in _sources[str(name)].keys
+
+
+def load_source(config: SourceConfig, root: Path, where: str = "data", missing: bool = False) -> Dataset:
     """Load a source, or the .npz file (MedMNIST layout) that `config.path` puts in its place, and check every row.
 
     Args:
         root: the folder for downloads.
         where: the section of the configuration that `config` is, for messages.
+        missing: whether values may be missing (NaN); somebody's view then has to say what becomes of them.
 
     Raises:
         UserError: unknown name, missing or unfitting key, missing or malformed data, failed download.
     """
     if config.name.startswith("python:"):
-        return _own(config, root, where)
+        return _own(config, root, where, missing)
     name = config.name.removeprefix("medmnist:")
     if name not in _sources:
         raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
     entry = _sources[name]
     local = config.path is not None and (config.path.endswith(".npz") or "path" not in entry.keys)
     takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
-    for key in ("label", "group", "patient", "task", "size"):
+    for key in ("label", "group", "patient", "task", "size", "series"):
         if getattr(config, key) is not None and key not in takes:
             raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
     try:
         if config.path is not None and local:
             dataset = read_npz(Path(config.path).expanduser(), name, entry.task, config.task, config.patient)
-        elif config.path is None and "path" in entry.keys:
+        elif config.path is None and "path" in entry.keys and not entry.generates:
             raise UserError(f"path: missing; {name} reads a local file or folder")
         else:
             dataset = entry.load(config, root)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
-    _check(dataset, f"{where}.name: {name}")
+    if dataset.gap and not missing:
+        raise UserError(f"{where}.{dataset.gap}; fill or drop them, or set preprocess.missing: indicate")
+    _check(dataset, f"{where}.name: {name}", missing)
     return dataset
 
 
-def _own(config: SourceConfig, root: Path, where: str) -> Dataset:
+def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
     """A user's own function in place of a source."""
     where = f"{where}.name"
     load = imported(config.name, where)
@@ -101,13 +111,13 @@ def _own(config: SourceConfig, root: Path, where: str) -> Dataset:
         raise UserError(f"{where}: {config.name} raised {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise UserError(f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset")
-    _check(dataset, f"{where}: {config.name}")
+    _check(dataset, f"{where}: {config.name}", missing)
     return dataset
 
 
-def _check(dataset: Dataset, where: str) -> None:
+def _check(dataset: Dataset, where: str, missing: bool) -> None:
     for split, examples in dataset.splits().items():
-        check_examples(examples, dataset.task, f"{where}: {split}")
+        check_examples(examples, dataset.task, f"{where}: {split}", missing=missing)
         if examples.x.shape[1:] != dataset.train.x.shape[1:]:
             found, expected = tuple(examples.x.shape[1:]), tuple(dataset.train.x.shape[1:])
             raise UserError(f"{where}: {split}: examples of shape {found}, but those of train have {expected}")

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SourceConfig
+from hetero_fl.config.source import SeriesConfig, SourceConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
+from hetero_fl.data.gaps import usable
 from hetero_fl.data.outside import read_as
+from hetero_fl.data.registry import takes
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.metrics import score
 from hetero_fl.reporting.run import Run
@@ -46,13 +48,20 @@ def evaluate(
                 f"the models of {run.path} are {model.task.kind} with {model.task.outputs}"
             )
         view = Preprocess(**model.preprocess)
-        found = view.shape(tuple(examples.x.shape[1:]))
+        raw = tuple(examples.x.shape[1:])
+        if view.raw not in (None, raw):
+            raise UserError(f"--data: examples of {data} are {raw}, the model of {name} was trained on {view.raw}")
+        found = view.shape(raw)
         if found != model.arch.input_shape:
             raise UserError(
                 f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
             )
+        whole = torch.ones(len(examples), dtype=torch.bool) if view.missing is not None else usable(examples.x, view)
+        if not bool(whole.all()):
+            row = int((~whole).to(torch.uint8).argmax())
+            raise UserError(f"--data: {data}: row {row}: a value is missing that the model of {name} has to see")
         y = renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
-        results[name] = score(model.task, model.logits(view(examples.x), home), y)
+        results[name] = score(model.task, model.logits(view(examples.x), home), y, examples.unit)
     return results
 
 
@@ -78,7 +87,13 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)
-    if path.exists():
+    hourly = takes(known.get("name"), "series")
+    series = SeriesConfig.model_validate(known.get("series") or {}) if hourly else None
+    if data == known.get("name"):
+        source = source.model_copy(update={"series": series})
+    elif hourly and path.is_file():  # cut into windows as the run's own
+        source = SourceConfig(name=known["name"], path=data, label=label, group=known.get("group"), series=series)
+    elif path.exists():
         kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
         source = SourceConfig(name=kind, path=data, label=label)
         if kind == "image_folder":
@@ -88,8 +103,10 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
             there = _columns(path)
             whose = {key: known.get(key) for key in ("group", "patient") if known.get(key) in there}
             source = source.model_copy(update=whose)
+    views = [model.preprocess for model in run.models.values()]
+    missing = any(view.get("missing") or view.get("spans") for view in views)
     try:
-        return load_source(source, CACHE.expanduser(), "--data")
+        return load_source(source, CACHE.expanduser(), "--data", missing)
     except UserError as error:  # the key that is missing or too many is a flag here
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
 

@@ -19,7 +19,7 @@ from hetero_fl.runtime.store import Private
 from hetero_fl.seeding import sample
 from hetero_fl.state import Clock, Participant, Roster, copied, own
 from hetero_fl.task import Task
-from model_zoo import ModelError
+from model_zoo import ModelError, model_options
 
 SERVER = "server"
 MANY, SOME = 1000, 100  # of more clients than MANY only SOME are read, if nothing else is said
@@ -54,7 +54,7 @@ class Federation:
         archs: list[Architecture] = []
         checked: set[Architecture] = set()
         for kind in population.kinds:
-            view = Preprocess(kind.settings.preprocess.resize, kind.settings.preprocess.channels)
+            view = data.plain(kind.settings.preprocess, f"clients: '{kind.first}': preprocess")
             archs.append(architecture(kind.settings.model[0], data, view))
             if archs[-1] not in checked:
                 _check(archs[-1], f"clients: {kind.first}: model")
@@ -107,7 +107,7 @@ class Federation:
             settings=card.settings,
             counts=self.counts(id),
             n=card.n,
-            has_proxy=self.data.n_proxy > 0,
+            has_proxy=self.data.has_proxy(card.preprocess),
             peers=self.cards,
             state=copied(private.state),
             clock=self.clock(round),
@@ -147,7 +147,16 @@ class Federation:
 def architecture(model: ModelConfig, data: FederatedData, view: Preprocess) -> Architecture:
     """The model of the configuration, for the shape in which its owner sees examples."""
     shape = view.shape(tuple(data.input_shape))
-    return Architecture.of(model.name, data.task.outputs, shape, model.feature_dim, model.options, model.pretrained)
+    options = _with_blocks(model, view)
+    return Architecture.of(model.name, data.task.outputs, shape, model.feature_dim, options, model.pretrained)
+
+
+def _with_blocks(model: ModelConfig, view: Preprocess) -> dict[str, Any]:
+    """The model's options; one that asks for `blocks` and was given none gets those that its owner sees."""
+    known = model_options(model.name)
+    if view.blocks and "blocks" not in model.options and known.get("blocks", 0) in ((), None):
+        return {**model.options, "blocks": tuple(tuple(block) for block in view.blocks)}
+    return model.options
 
 
 def _drawn(clients: Population, asked: int | None, seed: int) -> list[str]:

@@ -134,14 +134,15 @@ def test_training_draws_random_numbers_through_dropout_alone(name: str, monkeypa
     state = torch.get_rng_state()
     model.train()(batch(1, *size))
     assert torch.equal(torch.get_rng_state(), state)
-    calls = {"tabular": 4, "transformer": 4, "vit": 8}.get(name, 1)  # two in each block, where there are blocks
+    # in each block, where there are blocks; in multimodal it is for blocks that are no images
+    calls = {"tabular": 4, "transformer": 4, "vit": 8, "cnn1d": 3, "multimodal": 0}.get(name, 1)
     own = [0.5, 0.5] if name == "fedproto_cnn" else []
     assert rates == own + [0.4] * (calls if has_dropout else 0)
 
 
 @pytest.mark.parametrize("name", [n for n in list_models() if "dropout" in model_options(n)])
 def test_dropout_acts_in_training_only_and_its_absence_costs_no_call(name: str) -> None:
-    size: Size = (28, 28) if name in IMAGE_MODELS else ()
+    size: Size = (28, 28) if name in IMAGE_MODELS and name != "multimodal" else ()
     model = make(name, size=size, dropout=0.5).train()
     x = batch(1, *size)
     assert any(isinstance(m, nn.Dropout) for m in model.modules())
@@ -170,6 +171,8 @@ def test_options_change_the_model() -> None:
     assert make("gru", hidden=20, layers=2).backbone.network.num_layers == 2
     assert len(make("vit", depth=3, patch=7).backbone.encoder.blocks) == 3
     assert make("transformer", width=32, heads=2).feature_dim == 32
+    assert make("cnn1d", width=12, pool="last").feature_dim == 12
+    assert make("cnn1d", width=12, blocks=4, kernel=5, norm="batch").feature_dim == 24
     assert make("tabular", size=(), channels=5, width=16, blocks=3).feature_dim == 16
     assert make("resnet", widths=[8, 16], blocks=[2, 1]).feature_dim == 16
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hetero_fl.metrics import selection_metric
+from hetero_fl.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.reporting import style
 from hetero_fl.reporting.methods import is_bound
 from hetero_fl.reporting.wording import METRICS, READINGS, algorithm_name, sentence
@@ -50,9 +50,12 @@ def _draw(lines: Mapping[str, list[tuple[int, list[float]]]], metric: str) -> Fi
         mean = np.array([np.mean(values) for _, values in line])
         spread = np.array([np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in line])
         colour, dashed = COLOURS[place % len(COLOURS)], (0, (4, 2)) if is_bound(label) or place >= len(COLOURS) else "-"
-        name = textwrap.fill(algorithm_name(label), 40, max_lines=2, placeholder=" …")
+        name = textwrap.fill(algorithm_name(label), 44, max_lines=2, placeholder=" …")
         axes.plot(rounds, mean, color=colour, linestyle=dashed, label=name)
-        axes.fill_between(rounds, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        low, high = mean - spread, mean + spread
+        if metric not in SMALLER_IS_BETTER and metric != "r2":
+            low, high = low.clip(0, 1), high.clip(0, 1)  # shares
+        axes.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(style.ticks(8))
     axes.set_title(f"{sentence(METRICS[metric])} {READINGS['global']}")

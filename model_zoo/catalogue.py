@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import cnn, published, resnet, sequence, simple, vit
+from . import cnn, published, resnet, sequence, simple, text, vit
 from .errors import InputError, ModelError
 from .external import external_backbone
 from .shapes import KINDS, Kind, Shape, whole
@@ -16,6 +16,8 @@ from .split import Body
 
 IMAGE: tuple[Kind, ...] = ("image",)
 SEQUENCE: tuple[Kind, ...] = ("series", "image")
+TOKENS: tuple[Kind, ...] = ("tokens",)
+NAMES: dict[Kind, str] = {"table": "table rows", "series": "series", "image": "images", "tokens": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Entry:
 
     def check_shape(self, shape: Shape) -> None:
         if shape.kind not in self.kinds:
-            takes = " or ".join({"table": "table rows", "series": "series", "image": "images"}[k] for k in self.kinds)
+            takes = " or ".join(NAMES[k] for k in self.kinds)
             raise InputError(f"takes {takes}, found {shape}")
         if shape.kind == "image" and min(shape.size) < self.smallest:
             raise InputError(f"needs at least {self.smallest}x{self.smallest} pixels, found {shape}")
@@ -136,4 +138,7 @@ MODELS: dict[str, Entry] = {
     "lstm": Entry("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
     "transformer": Entry("small transformer encoder; images row by row", sequence.transformer, SEQUENCE),
     "vit": Entry("small vision transformer (Dosovitskiy et al., 2021)", vit.vit, IMAGE),
+    "text_gru": Entry("embedded words under gated recurrent units", text.text_gru, TOKENS),
+    "text_cnn": Entry("embedded words under causal convolutions (Bai et al., 2018)", text.text_cnn, TOKENS),
+    "text_transformer": Entry("embedded words under a small transformer", text.text_transformer, TOKENS),
 }

@@ -7,6 +7,24 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from hetero_fl.config.base import Section, choice
 
 
+class TextConfig(Section):
+    """How text becomes tokens. Words are numbered without a look at any client's text."""
+
+    predict: choice("next", "class") = Field(  # type: ignore[valid-type]
+        "next", description="the next word from those before it; or the class of a whole text"
+    )
+    length: PositiveInt = Field(
+        8, description="words that an example shows, the last ones of more; fewer are filled up from the left"
+    )
+    tokenizer: choice("words", "hashing") = Field(  # type: ignore[valid-type]
+        "words",
+        description="the most frequent words of the public text, all others are one unknown; or every word a number by its "
+        "hash, for which nobody's text is read",
+    )
+    vocabulary: PositiveInt = Field(1000, description="at most so many words; hashing: so many numbers")
+    public: str | None = Field(None, description="`text` with words: the file of public text from which they are taken")
+
+
 class SourceConfig(Section):
     """A data source by name, or a local file in its place."""
 
@@ -23,6 +41,9 @@ class SourceConfig(Section):
     )
     size: PositiveInt | None = Field(
         None, description="image folders: every image is scaled to so many pixels a side as it is read"
+    )
+    text: TextConfig | None = Field(
+        None, description="texts: how they become tokens; a proxy set's are as the common set's"
     )
 
 

@@ -16,6 +16,7 @@ from hetero_fl.data.registry import list_sources, load_source, source
 from hetero_fl.data.scanner import apply_scanner
 from hetero_fl.data.sources.synthetic import make_images, make_table
 from hetero_fl.data.split import with_test
+from hetero_fl.data.tokens import Vocabulary
 
 __all__ = [
     "Columns",
@@ -23,6 +24,7 @@ __all__ = [
     "Examples",
     "FederatedData",
     "Preprocess",
+    "Vocabulary",
     "apply_scanner",
     "augment",
     "check_examples",

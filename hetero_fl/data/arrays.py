@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.data.base import Dataset, Examples, check_examples, places
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
@@ -18,7 +19,7 @@ from hetero_fl.task import Task
 def from_arrays(
     x: Any, y: Any, *, validation: tuple[Any, Any] | None = None, test: tuple[Any, Any] | None = None,
     group: Any = None, patient: Any = None, task: Task | None = None, name: str = "arrays", simulated: bool = False,
-    about: str = "", columns: tuple[str, ...] = (),
+    about: str = "", columns: tuple[str, ...] = (), vocabulary: Vocabulary | None = None,
 ) -> Dataset:  # fmt: skip
     """A data set of numpy arrays or tensors.
 
@@ -31,6 +32,7 @@ def from_arrays(
         group: whose row it is, `[N]` of numbers or strings, for the natural partition.
         patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
         task: what is learned; none: read off the labels.
+        vocabulary: what the numbers mean where x is tokens, whole numbers `[N, T]` (see `Vocabulary.encode`).
 
     Raises:
         UserError: see `check_examples`; images whose range or order of axes could mean two things.
@@ -38,12 +40,16 @@ def from_arrays(
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
     labels = {split: _tensor(pair[1], split) for split, pair in given.items()}
-    xs = {split: as_numbers(pair[0], f"{name}: {split}: x") for split, pair in given.items()}
-    images, notes = _images({f"{name}: {split}: x": x for split, x in xs.items()})
+    notes: tuple[str, ...] = ()
+    if vocabulary is not None:
+        images = [_tensor(pair[0], f"{split}: x").long() for split, pair in given.items()]
+    else:
+        xs = {split: as_numbers(pair[0], f"{name}: {split}: x") for split, pair in given.items()}
+        images, notes = _images({f"{name}: {split}: x": x for split, x in xs.items()})
     task = task or _task(list(labels.values()), name)
     examples = {split: Examples(x, _targets(labels[split], task)) for split, x in zip(given, images, strict=True)}
     for split, found in examples.items():
-        check_examples(found, task, f"{name}: {split}")
+        check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary)
     train = examples["train"]
     if group is not None:
         column, names = places(_listed(group))
@@ -52,7 +58,16 @@ def from_arrays(
         column, names = places(_listed(patient))
         train = replace(train, patient=column, patient_names=names)
     return Dataset(
-        name, task, train, examples.get("validation"), examples.get("test"), simulated, about, columns, notes
+        name,
+        task,
+        train,
+        examples.get("validation"),
+        examples.get("test"),
+        simulated,
+        about,
+        columns,
+        notes,
+        vocabulary,
     )
 
 

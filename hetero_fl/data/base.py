@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.state import in_order
 from hetero_fl.task import Task
@@ -20,7 +21,8 @@ Columns = dict[str, Tensor]
 class Examples:
     """Raw examples as they lie in memory.
 
-    `x`: uint8 images `[N, C, H, W]`, or floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]` tables).
+    `x`: uint8 images `[N, C, H, W]`, floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]` tables), or tokens, int64
+    `[N, T]` below the data set's `vocabulary`.
     `y`: targets as `Task` defines them, or None where there are none to read.
     `group`: int64 `[N]`, whose row it is, as a place in `group_names`.
     `patient`: int64 `[N]`, of whom it was taken, as a place in `patient_names`; rows of one patient stay together.
@@ -66,7 +68,8 @@ class Dataset:
     """A data set: `train` is what gets dealt out; `validation` and `test`, where present, are the common ones.
 
     `simulated` says that generated data stands in for a real set. `columns` names the features of a table. `notes`: lines
-    about how the data was read that a user has to see before the run.
+    about how the data was read that a user has to see before the run. `vocabulary`: what the tokens mean, where x is tokens; all
+    models of a federation have this one.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Dataset:
     about: str = ""
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     def splits(self) -> dict[str, Examples]:
         """The splits that there are, by name."""
@@ -85,12 +89,18 @@ class Dataset:
         return {name: examples for name, examples in all_three.items() if examples is not None}
 
 
-def check_examples(examples: Examples, task: Task, where: str, names: tuple[str, str] = ("x", "y")) -> None:
+def check_examples(
+    examples: Examples,
+    task: Task,
+    where: str,
+    names: tuple[str, str] = ("x", "y"),
+    vocabulary: Vocabulary | None = None,
+) -> None:
     """Refuse examples that no model can learn from; `names` are the arrays' names in the source. Rows count from 0.
 
     Raises:
-        UserError: no rows; x of a wrong dtype or shape; x or y not finite; y missing, of a wrong dtype or shape, or out
-            of the task's range. One class only is allowed.
+        UserError: no rows; x of a wrong dtype or shape; x or y not finite, tokens outside the vocabulary; y missing, of a
+            wrong dtype or shape, or out of the task's range. One class only is allowed.
     """
     x, y = examples.x, examples.y
     x_name, y_name = names
@@ -100,11 +110,16 @@ def check_examples(examples: Examples, task: Task, where: str, names: tuple[str,
 
     if len(x) == 0:
         refuse(x_name, "found no rows")
-    if x.dtype == torch.uint8:
+    if vocabulary is not None:
+        if x.dtype != torch.int64 or x.ndim != 2 or 0 in x.shape:
+            refuse(x_name, f"found {_dtype(x)} of shape {tuple(x.shape)}; tokens are int64, rows x length")
+        if (row := _first(((x < 0) | (x >= vocabulary.size)).any(1))) is not None:
+            refuse(x_name, f"row {row} has a token out of range; they are 0 to {vocabulary.size - 1}")
+    elif x.dtype == torch.uint8:
         if x.ndim != 4 or 0 in x.shape:
             refuse(x_name, f"found shape {tuple(x.shape)}; images are rows x channels x height x width")
     elif not x.is_floating_point():
-        refuse(x_name, f"found {_dtype(x)}; choose uint8 (images) or floats")
+        refuse(x_name, f"found {_dtype(x)}; choose uint8 (images) or floats; tokens need a vocabulary")
     elif x.ndim < 2 or 0 in x.shape:
         refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
     elif (row := _first(~torch.isfinite(x).flatten(1).all(1))) is not None:

@@ -18,7 +18,7 @@ from hetero_fl.data.partition import deal
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Drawing, Private, Share
 from hetero_fl.data.registry import load_source
-from hetero_fl.data.split import draw, split_client, with_test
+from hetero_fl.data.split import draw, split_client, with_rare, with_test
 from hetero_fl.errors import UserError
 from hetero_fl.order import natural
 from hetero_fl.seeding import generator, key
@@ -48,13 +48,16 @@ def federate(
         UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
             where there are none.
     """
-    dataset = with_test(dataset)
+    dataset = with_rare(with_test(dataset))
     assert dataset.test is not None
     population = Population.of(clients)
     kinds = sorted(population.kinds, key=lambda kind: natural(kind.first))
     shape = tuple(dataset.train.x.shape[1:])
     for kind in kinds:
         _seen_shape(kind.first, kind.settings, shape)
+        if dataset.vocabulary is not None and kind.settings.preprocess.normalize is not None:
+            where = f"clients: '{kind.first}': preprocess.normalize"
+            raise UserError(f"{where}: is for numbers, but the examples are tokens; leave it out")
     rows = torch.arange(len(dataset.train))
     if config.train_limit is not None and config.train_limit < len(rows):
         rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"), dataset.train.patient, leave=0)
@@ -82,7 +85,7 @@ def federate(
     simulated = dataset.simulated
     for source, holders in holders_of.items():
         where = f"clients: '{holders[0]}': data"
-        own = load_source(read_as(source, dataset.task), Path(config.root).expanduser(), where)
+        own = load_source(read_as(source, dataset.task, config.text), Path(config.root).expanduser(), where)
         simulated |= own.simulated
         notes += [f"{where}: {note}" for note in own.notes]
         adopted = Dataset(own.name, dataset.task, adopt(own, dataset, where))
@@ -113,7 +116,7 @@ def federate(
         private[name] = {split: Share(share.examples, part) for split, part in parts.items()}
     return FederatedData(
         dataset.task, dataset.name, population, Private(private, drawing), public, seed, simulated, dataset.about,
-        cache_bytes, notes,
+        cache_bytes, notes, dataset.vocabulary,
     )  # fmt: skip
 
 
@@ -132,7 +135,8 @@ def _proxy(
         held, rows = draw(rows, size, draws, dataset.train.patient)
         return {"proxy": Share(Examples(dataset.train.x), held)}, rows
     where = "data.proxy.source"
-    x, columns = load_unlabelled(config.proxy.source, Path(config.root).expanduser(), where)
+    source = read_as(config.proxy.source, dataset.task, config.text)
+    x, columns = load_unlabelled(source, Path(config.root).expanduser(), where, dataset.vocabulary)
     x, _ = match_columns(x, columns, dataset, f"{where}: {config.proxy.source.name}")
     raw, common = tuple(x.shape[1:]), tuple(dataset.train.x.shape[1:])
     views = [

@@ -16,6 +16,7 @@ from hetero_fl.data.cache import ColumnCache
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Private, Share
 from hetero_fl.data.scanner import apply_scanner
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.lazy import Recent
 from hetero_fl.seeding import generator
@@ -46,12 +47,15 @@ class FederatedData:
         about: str = "",
         cache_bytes: int = CACHE_BYTES,
         notes: Sequence[str] = (),
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.task, self.name, self.simulated, self.about = task, name, simulated, about
         self.notes = list(notes)
         """Lines on how the data was read and dealt that a user has to see before the run."""
         self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
         """Shape of a raw example of the common set, without the batch."""
+        self.vocabulary = vocabulary
+        """What the tokens mean, the same for all models; None where examples are no tokens."""
         self._settings, self._private, self._public, self._seed = clients, private, public, seed
         self._views: Recent[Preprocess] = Recent()
         self._public_columns, self._private_columns = ColumnCache(cache_bytes), ColumnCache(cache_bytes)
@@ -108,6 +112,8 @@ class FederatedData:
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
         """How the server sees examples; it has no rows of its own, so `own` statistics are those of the public sets."""
+        if config.normalize is not None and self.vocabulary is not None:
+            raise UserError("server.preprocess.normalize: is for numbers, but the examples are tokens; leave it out")
         public = self._public.get("proxy", self._public["common_validation"])
         return Preprocess.resolve(config, public.take().x, "server.preprocess")
 

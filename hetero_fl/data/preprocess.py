@@ -60,7 +60,12 @@ class Preprocess:
         return cls(config.resize, config.channels, tuple(mean.tolist()), tuple(std.tolist()))
 
     def __call__(self, x_raw: Tensor) -> Tensor:
-        """Raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type; uint8 is divided by 255."""
+        """Raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type; uint8 is divided by 255.
+
+        Tokens (int64) stay as they are.
+        """
+        if x_raw.dtype == torch.int64:
+            return x_raw
         dtype = torch.get_default_dtype()
         shape = self.shape(tuple(x_raw.shape[1:]))
         x = x_raw.to(dtype) / 255 if x_raw.dtype == torch.uint8 else x_raw.to(dtype)

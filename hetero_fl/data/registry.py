@@ -14,7 +14,7 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.registry import imported
 from hetero_fl.task import Task
 
-Key = Literal["path", "label", "group", "patient", "task", "size"]
+Key = Literal["path", "label", "group", "patient", "task", "size", "text"]
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
 
@@ -71,7 +71,7 @@ def load_source(config: SourceConfig, root: Path, where: str = "data") -> Datase
     entry = _sources[name]
     local = config.path is not None and (config.path.endswith(".npz") or "path" not in entry.keys)
     takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
-    for key in ("label", "group", "patient", "task", "size"):
+    for key in ("label", "group", "patient", "task", "size", "text"):
         if getattr(config, key) is not None and key not in takes:
             raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
     try:
@@ -107,7 +107,7 @@ def _own(config: SourceConfig, root: Path, where: str) -> Dataset:
 
 def _check(dataset: Dataset, where: str) -> None:
     for split, examples in dataset.splits().items():
-        check_examples(examples, dataset.task, f"{where}: {split}")
+        check_examples(examples, dataset.task, f"{where}: {split}", vocabulary=dataset.vocabulary)
         if examples.x.shape[1:] != dataset.train.x.shape[1:]:
             found, expected = tuple(examples.x.shape[1:]), tuple(dataset.train.x.shape[1:])
             raise UserError(f"{where}: {split}: examples of shape {found}, but those of train have {expected}")

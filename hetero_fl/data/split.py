@@ -14,6 +14,7 @@ from hetero_fl.errors import UserError
 from hetero_fl.seeding import generator
 
 TEST_SHARE = 0.2
+RARE = 0.1  # of all rows
 FEWEST_TO_TRAIN = 2  # one row alone has no variance: BatchNorm cannot train on it
 
 
@@ -50,6 +51,17 @@ def with_test(dataset: Dataset) -> Dataset:
     draws = generator("data", dataset.name, "test")
     test, train = draw(torch.arange(len(dataset.train)), count, draws, dataset.train.patient)
     return replace(dataset, train=dataset.train.take(train), test=dataset.train.take(test))
+
+
+def with_rare(dataset: Dataset) -> Dataset:
+    """The data set, its task naming of two classes the one that less than a tenth of the training rows have."""
+    task, y = dataset.task, dataset.train.y
+    if y is None or task.kind != "multiclass" or task.outputs != 2 or task.rare is not None:
+        return dataset
+    counts = torch.bincount(y, minlength=2)
+    rare = int(counts.argmin())
+    scarce = 0 < counts[rare] < RARE * len(y)
+    return replace(dataset, task=replace(task, rare=rare)) if scarce else dataset
 
 
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:

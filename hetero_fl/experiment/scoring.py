@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SourceConfig
+from hetero_fl.config.source import SourceConfig, TextConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.outside import read_as
+from hetero_fl.data.tokens import TEXTS
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.metrics import score
 from hetero_fl.reporting.run import Run
@@ -51,6 +52,12 @@ def evaluate(
             raise UserError(
                 f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
             )
+        words = dataset.vocabulary.size if dataset.vocabulary else None
+        if words != model.arch.vocabulary:
+            one, other = (
+                "no tokens" if n is None else f"tokens of {n:,} kinds" for n in (words, model.arch.vocabulary)
+            )
+            raise UserError(f"--data: examples of {data} are {one}, the model of {name} takes {other}")
         y = _renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
         results[name] = score(model.task, model.logits(view(examples.x), home), y)
     return results
@@ -77,8 +84,11 @@ def _load(data: str, label: str | None, run: Run) -> Dataset:
     path, known = Path(data), run.directory.config().get("data") or {}
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
-    source = SourceConfig(name=data, label=label)
-    if path.exists():
+    text = TextConfig(**known["text"]) if known.get("text") else None
+    source = SourceConfig(name=data, label=label, text=text if data in TEXTS else None)
+    if path.exists() and known.get("name") in TEXTS and path.suffix != ".npz":
+        source = SourceConfig(name="text", path=data, text=text)
+    elif path.exists():
         kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
         source = SourceConfig(name=kind, path=data, label=label)
         if kind == "image_folder":

@@ -17,8 +17,9 @@ from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 Tensors = dict[str, Tensor]
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+def frozen(value: Any) -> Any:
+    """A value of which every list, however deep, is a tuple."""
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Architecture:
         vocabulary: int | None = None,
     ) -> Architecture:
         """An architecture from a configuration's plain values (lists become tuples, so that it can be hashed)."""
-        frozen = tuple(sorted((k, _frozen(v)) for k, v in (options or {}).items()))
-        return cls(name, outputs, tuple(input_shape), feature_dim, frozen, pretrained, vocabulary)
+        settled = tuple(sorted((k, frozen(v)) for k, v in (options or {}).items()))
+        return cls(name, outputs, tuple(input_shape), feature_dim, settled, pretrained, vocabulary)
 
     @property
     def sizes(self) -> tuple[int, int, tuple[int, ...], int | None]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.architecture import Architecture, Tensors, frozen
 from hetero_fl.errors import UserError
 from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
@@ -58,7 +58,7 @@ class SavedModel:
                 raise UserError(f"{path}: found {about['form']!r}, this release reads {FORM!r}")
             known = about["task"]
             task = Task(known["kind"], known["outputs"], tuple(known["names"]), known.get("rare"))
-            view = {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
+            view = {k: frozen(v) for k, v in about["preprocess"].items()}
             prior = about["log_prior"]
             arch = Architecture.from_json(json.dumps(about["architecture"]))
             return cls(tensors, arch, view, task, None if prior is None else tuple(prior))
@@ -85,7 +85,8 @@ class SavedModel:
 
         Args:
             x: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8, or as floats in 0..1 or 0..255; tables
-                `[N, F]`; series `[N, T, F]`; tokens `[N, T]` as `Vocabulary.encode` makes them.
+                `[N, F]`; series `[N, T, F]`; tokens `[N, T]` as `Vocabulary.encode` makes them. Of a model that sees
+                some columns or blocks see `hetero_fl.data.given`.
 
         Raises:
             UserError: no numbers, another shape than expected, a range that could mean two things, NaN or infinity.

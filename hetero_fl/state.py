@@ -71,6 +71,7 @@ class Card:
     preprocess: Any  # hetero_fl.data.Preprocess: how it sees public examples
     settings: ClientSettings
     reading: bool = False  # the broadcast is for evaluation only: nothing is trained on it
+    has_proxy: bool = True  # whether it sees anything of the proxy set; of no account without one
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Roster(Mapping[str, Card]):
 
     def _make(self, id: str) -> Card:
         kind = self.kind(id)
-        return Card(id, kind.arch, self._data.n_rows(id, "train"), self._data.preprocess(id), kind.settings)
+        data, view = self._data, self._data.preprocess(id)
+        return Card(id, kind.arch, data.n_rows(id, "train"), view, kind.settings, has_proxy=data.has_proxy(view))
 
     def __contains__(self, id: object) -> bool:
         return id in self.clients

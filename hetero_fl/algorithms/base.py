@@ -135,7 +135,8 @@ class Algorithm(BaseModel):
 
     def gives(self, client: Participant, share: str) -> bool:
         """Whether the client uploads that kind of thing ("predictions", "statistics", "features") in this round."""
-        return share in client.settings.shares and self.sharing(client.settings, client.clock.round)
+        able = share != "predictions" or client.has_proxy
+        return able and share in client.settings.shares and self.sharing(client.settings, client.clock.round)
 
     # The round, in its order -------------------------------------------------------------------------------------
     def start(self, server: Participant) -> None:

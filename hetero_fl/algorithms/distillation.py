@@ -51,9 +51,14 @@ class OnProxy(Algorithm):
             server.state[DRAWN] = torch.tensor([server.clock.round])
 
     @staticmethod
-    def remembered(server: Participant) -> Items:
-        """The teacher, if there is one, and where rows are drawn its round, which may not be the last."""
-        return {name: server.state[name] for name in (TEACHER, DRAWN) if name in server.state}
+    def remembered(server: Participant, card: Card) -> Items:
+        """The teacher, if there is one and the client sees what it speaks of, and where rows are drawn its round, which may
+        not be the last."""
+        return (
+            {}
+            if not card.has_proxy
+            else {name: server.state[name] for name in (TEACHER, DRAWN) if name in server.state}
+        )
 
     def taught(self, client: Participant, got: Payload) -> Tensor | None:
         """The proxy rows that a received teacher speaks of; None for all."""

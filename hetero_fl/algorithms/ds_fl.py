@@ -57,7 +57,7 @@ class DSFL(WithCache):
 
     # The round ---------------------------------------------------------------------------------------------------
     def broadcast(self, server: Participant, card: Card) -> Items:
-        return self.remembered(server) if self.cache_life is None else self.news(server, card)
+        return self.remembered(server, card) if self.cache_life is None else self.news(server, card)
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         yield from super().deploy(client, got)

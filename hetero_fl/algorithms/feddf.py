@@ -44,7 +44,7 @@ class FedDF(Distilling, FedAvg):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         whole = [u for u in uploads.having("model") if "logits" not in u.payload]
-        whole = [u for u in whole if self.sends(u.card.settings, server.clock.round) is None]
+        whole = [u for u in whole if u.card.has_proxy and self.sends(u.card.settings, server.clock.round) is None]
         rows = self.drawn(server)
         logits = yield [
             Predict(

@@ -29,7 +29,7 @@ class FedMD(Distilling):
     digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set before private training")
 
     def broadcast(self, server: Participant, card: Card) -> Items:
-        return {} if card.reading else self.remembered(server)
+        return {} if card.reading else self.remembered(server, card)
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         if TEACHER in got:

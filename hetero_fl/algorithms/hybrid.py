@@ -52,7 +52,7 @@ class Hybrid(Distilling, FedAvg):
     def broadcast(self, server: Participant, card: Card) -> Items:
         items = super().broadcast(server, card)
         needed = self.distil_at != "server" or (self.rehearse and not card.reading)
-        return {**items, **self.remembered(server)} if needed else items
+        return {**items, **self.remembered(server, card)} if needed else items
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         yield from super().deploy(client, got)
@@ -66,7 +66,7 @@ class Hybrid(Distilling, FedAvg):
         else:
             yield self.fit(client)
         items = self.share(client)
-        if client.has_proxy and self.gives(client, "predictions"):
+        if self.gives(client, "predictions"):
             items["logits"] = yield from self.opinion(client)
         return items
 

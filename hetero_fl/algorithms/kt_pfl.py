@@ -52,12 +52,12 @@ class KTpFL(OnProxy):
 
     def broadcast(self, server: Participant, card: Card) -> Items:
         state = server.state
-        if card.reading or "senders" not in state:
+        if card.reading or "senders" not in state or not card.has_proxy:
             return {}
         weights = torch.ones(len(state["senders"]))
         if card.id in state["seen"]:
             weights = state["coefficients"][self.places(server, [card.id]), self.places(server, state["senders"])]
-        return {**self.remembered(server), TEACHER: self.mixture(shares(weights), state["predictions"])}
+        return {**self.remembered(server, card), TEACHER: self.mixture(shares(weights), state["predictions"])}
 
     def mixture(self, weights: Tensor, p: Tensor) -> Tensor:
         """Logits `[D, C]` whose softmax at temperature T is the mixture of predictions `[K, D, C]`."""

@@ -40,10 +40,12 @@ class WithCache(Distilling):
 
     def news(self, server: Participant, card: Card) -> Items:
         """What this client is asked for, and what it lacks of the teacher."""
+        if not card.has_proxy:
+            return {}
         items: Items = {} if card.reading else {"ask": self.due(server).int()}
         if TEACHER in server.state:
             new = (self.made(server) >= server.state["held"].get(card.id, 0)).nonzero()[:, 0]
-            items |= self.remembered(server) | {"new": new.int(), TEACHER: server.state[TEACHER][new]}
+            items |= self.remembered(server, card) | {"new": new.int(), TEACHER: server.state[TEACHER][new]}
         return items
 
     def cached(self, server: Participant, uploads: Uploads, teacher: Tensor | None) -> Tensor | None:

@@ -116,13 +116,31 @@ class Normalize(Section):
 
 
 class PreprocessConfig(Section):
-    """How one participant sees every example, its own and the public ones: resize, then channels, then normalise."""
+    """How one participant sees every example, its own and the public ones: its columns, resize, channels, normalise; then
+    what is missing."""
 
+    columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="names of the columns (tables, series) or blocks (images and genes, say) that it has; none: all",
+    )
     resize: PositiveInt | None = Field(None, description="side in pixels (bilinear)")
     channels: Literal[1, 3] | None = Field(None, description="1: grey, 3: RGB")
     normalize: Normalize | Literal["own"] | None = Field(
         None, description="fixed mean and std, or `own`: those of the participant's training rows"
     )
+    missing: Literal["indicate"] | None = Field(
+        None,
+        description="indicate: a missing value (NaN) becomes 0 after normalising, and an indicator follows (1: it was missing), "
+        "one a column, or one a block where there are blocks; none: missing values are refused",
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _each_once(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError(f"found {value}; each at most once")
+        return value
 
 
 class AugmentConfig(Section):

@@ -93,6 +93,12 @@ class ProxyConfig(Section):
     source: SourceConfig | None = Field(
         None, description="another set in place of held-out rows (size: at most so many)"
     )
+    columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="columns or blocks that are public; the others are missing in it, and who sees them needs "
+        "`preprocess.missing: indicate`; none: all that it has",
+    )
 
 
 class SplitConfig(Section):

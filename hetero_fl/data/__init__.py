@@ -10,6 +10,7 @@ from hetero_fl.data.augment import augment
 from hetero_fl.data.base import Columns, Dataset, Examples, check_examples
 from hetero_fl.data.federate import federate
 from hetero_fl.data.federated import FederatedData
+from hetero_fl.data.layout import Block, Layout
 from hetero_fl.data.partition import deal, partition, strata
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.registry import list_sources, load_source, source
@@ -19,10 +20,12 @@ from hetero_fl.data.split import with_test
 from hetero_fl.data.tokens import Vocabulary
 
 __all__ = [
+    "Block",
     "Columns",
     "Dataset",
     "Examples",
     "FederatedData",
+    "Layout",
     "Preprocess",
     "Vocabulary",
     "apply_scanner",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.data.base import Dataset, Examples, check_examples, places
+from hetero_fl.data.layout import Block
 from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
@@ -19,7 +20,8 @@ from hetero_fl.task import Task
 def from_arrays(
     x: Any, y: Any, *, validation: tuple[Any, Any] | None = None, test: tuple[Any, Any] | None = None,
     group: Any = None, patient: Any = None, task: Task | None = None, name: str = "arrays", simulated: bool = False,
-    about: str = "", columns: tuple[str, ...] = (), vocabulary: Vocabulary | None = None,
+    about: str = "", columns: tuple[str, ...] = (),
+    blocks: Sequence[tuple[str, Sequence[int]]] = (), vocabulary: Vocabulary | None = None,
 ) -> Dataset:  # fmt: skip
     """A data set of numpy arrays or tensors.
 
@@ -31,6 +33,8 @@ def from_arrays(
         validation, test: (x, y) of the common sets, if there are any; otherwise they are carved from the training rows.
         group: whose row it is, `[N]` of numbers or strings, for the natural partition.
         patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
+        columns: names of a table's columns, or of a series' channels.
+        blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also `join`.
         task: what is learned; none: read off the labels.
         vocabulary: what the numbers mean where x is tokens, whole numbers `[N, T]` (see `Vocabulary.encode`).
 
@@ -49,7 +53,8 @@ def from_arrays(
     task = task or _task(list(labels.values()), name)
     examples = {split: Examples(x, _targets(labels[split], task)) for split, x in zip(given, images, strict=True)}
     for split, found in examples.items():
-        check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary)
+        # missing: whoever sees NaN without `indicate` is told
+        check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
     train = examples["train"]
     if group is not None:
         column, names = places(_listed(group))
@@ -58,17 +63,9 @@ def from_arrays(
         column, names = places(_listed(patient))
         train = replace(train, patient=column, patient_names=names)
     return Dataset(
-        name,
-        task,
-        train,
-        examples.get("validation"),
-        examples.get("test"),
-        simulated,
-        about,
-        columns,
-        notes,
-        vocabulary,
-    )
+        name, task, train, examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
+        tuple(Block(title, tuple(shape)) for title, shape in blocks), vocabulary=vocabulary,
+    )  # fmt: skip
 
 
 def _listed(values: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hetero_fl.data.layout import Block, Layout, check_blocks
 from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.state import in_order
@@ -67,9 +68,10 @@ def places(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
 class Dataset:
     """A data set: `train` is what gets dealt out; `validation` and `test`, where present, are the common ones.
 
-    `simulated` says that generated data stands in for a real set. `columns` names the features of a table. `notes`: lines
-    about how the data was read that a user has to see before the run. `vocabulary`: what the tokens mean, where x is tokens; all
-    models of a federation have this one.
+    `simulated` says that generated data stands in for a real set. `columns` names the features of a table, or the channels of
+    a series. `blocks` are the modalities of flat float rows `[N, D]`, in their order. `notes`: lines about how the data was
+    read that a user has to see before the run. `gap`: where the first missing value lies, for a line that refuses it.
+    `vocabulary`: what the tokens mean, where x is tokens; all models of a federation have this one.
     """
 
     name: str
@@ -81,7 +83,18 @@ class Dataset:
     about: str = ""
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    gap: str = ""
     vocabulary: Vocabulary | None = None
+
+    def __post_init__(self) -> None:
+        self.blocks = tuple(Block(str(name), tuple(shape)) for name, shape in self.blocks)
+        check_blocks(self.blocks, tuple(self.train.x.shape[1:]), self.name)
+
+    @property
+    def layout(self) -> Layout:
+        """The names along an example's last axis."""
+        return Layout(self.columns, self.blocks)
 
     def splits(self) -> dict[str, Examples]:
         """The splits that there are, by name."""
@@ -94,9 +107,11 @@ def check_examples(
     task: Task,
     where: str,
     names: tuple[str, str] = ("x", "y"),
+    missing: bool = False,
     vocabulary: Vocabulary | None = None,
 ) -> None:
     """Refuse examples that no model can learn from; `names` are the arrays' names in the source. Rows count from 0.
+    `missing`: NaN in x stands for a missing value, and is allowed but in images.
 
     Raises:
         UserError: no rows; x of a wrong dtype or shape; x or y not finite, tokens outside the vocabulary; y missing, of a
@@ -122,6 +137,9 @@ def check_examples(
         refuse(x_name, f"found {_dtype(x)}; choose uint8 (images) or floats; tokens need a vocabulary")
     elif x.ndim < 2 or 0 in x.shape:
         refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
+    elif missing and x.ndim < 4:
+        if (row := _first(torch.isinf(x).flatten(1).any(1))) is not None:
+            refuse(x_name, f"infinity in row {row}")
     elif (row := _first(~torch.isfinite(x).flatten(1).all(1))) is not None:
         refuse(x_name, f"NaN or infinity in row {row}")
 

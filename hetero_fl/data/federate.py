@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,18 @@ from hetero_fl.config.population import Kind, Population
 from hetero_fl.config.source import DataConfig, SourceConfig
 from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.federated import CACHE_BYTES, FederatedData
-from hetero_fl.data.outside import adopt, load_unlabelled, match_columns, match_groups, one_group_each, read_as
+from hetero_fl.data.gaps import check_gaps, check_view
+from hetero_fl.data.layout import Layout
+from hetero_fl.data.outside import (
+    adopt,
+    limited,
+    load_unlabelled,
+    match_blocks,
+    match_columns,
+    match_groups,
+    one_group_each,
+    read_as,
+)
 from hetero_fl.data.partition import deal
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Drawing, Private, Share
@@ -46,7 +57,7 @@ def federate(
 
     Raises:
         UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
-            where there are none.
+            where there are none; a missing value that somebody sees without `missing: indicate`.
     """
     dataset = with_rare(with_test(dataset))
     assert dataset.test is not None
@@ -54,10 +65,9 @@ def federate(
     kinds = sorted(population.kinds, key=lambda kind: natural(kind.first))
     shape = tuple(dataset.train.x.shape[1:])
     for kind in kinds:
-        _seen_shape(kind.first, kind.settings, shape)
-        if dataset.vocabulary is not None and kind.settings.preprocess.normalize is not None:
-            where = f"clients: '{kind.first}': preprocess.normalize"
-            raise UserError(f"{where}: is for numbers, but the examples are tokens; leave it out")
+        _seen_shape(kind.first, kind.settings, shape, dataset.layout)
+        if dataset.vocabulary is not None:
+            _check_tokens(kind.first, kind.settings.preprocess)
     rows = torch.arange(len(dataset.train))
     if config.train_limit is not None and config.train_limit < len(rows):
         rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"), dataset.train.patient, leave=0)
@@ -85,13 +95,16 @@ def federate(
     simulated = dataset.simulated
     for source, holders in holders_of.items():
         where = f"clients: '{holders[0]}': data"
-        own = load_source(read_as(source, dataset.task, config.text), Path(config.root).expanduser(), where)
+        own = load_source(
+            read_as(source, dataset.task, config.text), Path(config.root).expanduser(), where, missing=True
+        )
         simulated |= own.simulated
         notes += [f"{where}: {note}" for note in own.notes]
-        adopted = Dataset(own.name, dataset.task, adopt(own, dataset, where))
+        seen = {column for name in holders for column in _needed(population[name].preprocess, dataset.layout)}
+        adopted = Dataset(own.name, dataset.task, adopt(own, dataset, where, seen))
         for name in holders:
-            found = _seen_shape(name, population[name], tuple(adopted.train.x.shape[1:]))
-            expected = _seen_shape(name, population[name], shape)
+            found = _seen_shape(name, population[name], tuple(adopted.train.x.shape[1:]), dataset.layout)
+            expected = _seen_shape(name, population[name], shape, dataset.layout)
             if found != expected:
                 raise UserError(
                     f"clients: '{name}': data: examples of {own.name} have shape {found}, those of the common set "
@@ -114,9 +127,15 @@ def federate(
     for name, share in shares.items():
         parts = split_client(share.rows, config.split, name, config.partition.min_size, seed, share.examples.patient)
         private[name] = {split: Share(share.examples, part) for split, part in parts.items()}
+    everybody = Private(private, drawing)
+    notes += check_gaps(kinds, population, everybody, public, dataset.layout, dataset.gap)
+    if server is not None:
+        view = Preprocess.plain(server, dataset.layout, shape, "server.preprocess")
+        if view.missing is None:
+            check_view(public, view, dataset.layout, "server.preprocess", {}, dataset.gap)
     return FederatedData(
-        dataset.task, dataset.name, population, Private(private, drawing), public, seed, simulated, dataset.about,
-        cache_bytes, notes, dataset.vocabulary,
+        dataset.task, dataset.name, population, everybody, public, seed, simulated, dataset.about,
+        cache_bytes, notes, dataset.layout, dataset.vocabulary,
     )  # fmt: skip
 
 
@@ -133,19 +152,33 @@ def _proxy(
                 f"data.proxy.size: found {size}, but {dataset.name} has {len(rows)} training rows; take fewer"
             )
         held, rows = draw(rows, size, draws, dataset.train.patient)
-        return {"proxy": Share(Examples(dataset.train.x), held)}, rows
+        if config.proxy.columns is None:
+            return {"proxy": Share(Examples(dataset.train.x), held)}, rows
+        public = limited(dataset.train.x[held], config.proxy.columns, dataset.layout, "data.proxy.columns")
+        return {"proxy": Share(Examples(public), torch.arange(len(held)))}, rows
     where = "data.proxy.source"
-    source = read_as(config.proxy.source, dataset.task, config.text)
-    x, columns = load_unlabelled(source, Path(config.root).expanduser(), where, dataset.vocabulary)
-    x, _ = match_columns(x, columns, dataset, f"{where}: {config.proxy.source.name}")
+    source, root = read_as(config.proxy.source, dataset.task, config.text), Path(config.root).expanduser()
+    x, columns, blocks = load_unlabelled(source, root, where, dataset.vocabulary)
+    needed = {column for k in kinds for column in _needed(k.settings.preprocess, dataset.layout)}
+    name = f"{where}: {config.proxy.source.name}"
+    if blocks or dataset.blocks:
+        x = match_blocks(x, blocks, dataset, name, ())  # who sees nothing of it has no part in it
+    else:
+        x, _ = match_columns(x, columns, dataset, name, needed)
+    if config.proxy.columns is not None:
+        x = limited(x, config.proxy.columns, dataset.layout, "data.proxy.columns")
     raw, common = tuple(x.shape[1:]), tuple(dataset.train.x.shape[1:])
     views = [
-        (f"client '{k.first}'", *(_seen_shape(k.first, k.settings, s) for s in (raw, common)), "its preprocess")
+        (
+            f"client '{k.first}'",
+            *(_seen_shape(k.first, k.settings, s, dataset.layout) for s in (raw, common)),
+            "its preprocess",
+        )
         for k in kinds
     ]
     if server is not None:
-        view = Preprocess(server.resize, server.channels)
         place = "server.preprocess"
+        view = Preprocess.plain(server, dataset.layout, common, place)
         views.append(("the server", view.shape(raw, place), view.shape(common, place), place))
     for who, found, expected, section in views:
         if found != expected:
@@ -203,19 +236,33 @@ def _own_sources(config: DataConfig, clients: Population) -> dict[SourceConfig, 
     return holders
 
 
-def _seen_shape(name: str, settings: ClientSettings, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
+def _needed(config: PreprocessConfig, layout: Layout) -> Collection[str]:
+    """The columns or blocks that may not be missing: those that this view sees, unless it says what becomes of them then."""
+    if config.missing is not None:
+        return ()
+    return layout.names if config.columns is None else config.columns
+
+
+def _check_tokens(name: str, view: PreprocessConfig) -> None:
+    for name_of in ("normalize", "missing"):
+        if getattr(view, name_of) is not None:
+            where = f"clients: '{name}': preprocess.{name_of}"
+            raise UserError(f"{where}: is for numbers, but the examples are tokens; leave it out")
+
+
+def _seen_shape(name: str, settings: ClientSettings, raw_shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
     """Shape of an example as a client sees it; refuses what its settings ask of examples that are no images."""
-    image = len(raw_shape) == 3
-    for setting, value, plain in (
-        ("scanner", settings.scanner, ScannerConfig()),
-        ("augment", settings.augment, AugmentConfig()),
+    where = f"clients: '{name}': preprocess"
+    seen = Preprocess.plain(settings.preprocess, layout, raw_shape, where).shape(raw_shape, where)
+    image = len(seen) == 3
+    for setting, value, plain, given in (
+        ("scanner", settings.scanner, ScannerConfig(), raw_shape),
+        ("augment", settings.augment, AugmentConfig(), seen),
     ):
-        if value != plain and not image:
+        if value != plain and len(given) != 3:
             raise UserError(
-                f"clients: '{name}': {setting}: is for images, but the examples have shape {raw_shape}; leave it out"
+                f"clients: '{name}': {setting}: is for images, but the examples have shape {given}; leave it out"
             )
-    config = settings.preprocess
-    seen = Preprocess(config.resize, config.channels).shape(raw_shape, f"clients: '{name}': preprocess")
     if image and settings.augment.crop >= min(seen[1:]):
         raise UserError(
             f"clients: '{name}': augment.crop: found {settings.augment.crop}; images have {min(seen[1:])} pixels"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from hetero_fl.config.clients import PreprocessConfig
 from hetero_fl.config.population import Population
 from hetero_fl.data.base import Columns, Examples
 from hetero_fl.data.cache import ColumnCache
-from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.gaps import sees_nothing, usable
+from hetero_fl.data.layout import Layout
+from hetero_fl.data.preprocess import NOTHING, Preprocess
 from hetero_fl.data.private import Private, Share
 from hetero_fl.data.scanner import apply_scanner
 from hetero_fl.data.tokens import Vocabulary
@@ -47,6 +49,7 @@ class FederatedData:
         about: str = "",
         cache_bytes: int = CACHE_BYTES,
         notes: Sequence[str] = (),
+        layout: Layout = NOTHING,
         vocabulary: Vocabulary | None = None,
     ) -> None:
         self.task, self.name, self.simulated, self.about = task, name, simulated, about
@@ -54,10 +57,13 @@ class FederatedData:
         """Lines on how the data was read and dealt that a user has to see before the run."""
         self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
         """Shape of a raw example of the common set, without the batch."""
+        self.layout = layout
+        """The names of its columns, or of its blocks."""
         self.vocabulary = vocabulary
         """What the tokens mean, the same for all models; None where examples are no tokens."""
         self._settings, self._private, self._public, self._seed = clients, private, public, seed
         self._views: Recent[Preprocess] = Recent()
+        self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
         self._public_columns, self._private_columns = ColumnCache(cache_bytes), ColumnCache(cache_bytes)
 
     @property
@@ -107,15 +113,31 @@ class FederatedData:
         """How the client sees every example; statistics of its `own` are those of its training rows."""
         config, where = self._settings[client].preprocess, f"client '{client}': preprocess"
         if config.normalize != "own":
-            return Preprocess.resolve(config, where=where)
-        return self._views.get(client, lambda: Preprocess.resolve(config, self._raw(client, "train").x, where))
+            return Preprocess.resolve(config, None, where, self.layout, self.input_shape)
+        return self._views.get(
+            client,
+            lambda: Preprocess.resolve(config, self._raw(client, "train").x, where, self.layout, self.input_shape),
+        )
+
+    def plain(self, config: PreprocessConfig, where: str) -> Preprocess:
+        """The view of these examples that a configuration asks for, but for what is subtracted and divided by."""
+        return Preprocess.plain(config, self.layout, self.input_shape, where)
+
+    def has_proxy(self, through: Preprocess) -> bool:
+        """Whether there is a proxy set and this view sees anything of it."""
+        if through.raw is None or "proxy" not in self._public:
+            return "proxy" in self._public
+        key = (through.spans, through.blocks)
+        if key not in self._sees:
+            self._sees[key] = not sees_nothing(self._public["proxy"], through)
+        return self._sees[key]
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
         """How the server sees examples; it has no rows of its own, so `own` statistics are those of the public sets."""
         if config.normalize is not None and self.vocabulary is not None:
             raise UserError("server.preprocess.normalize: is for numbers, but the examples are tokens; leave it out")
         public = self._public.get("proxy", self._public["common_validation"])
-        return Preprocess.resolve(config, public.take().x, "server.preprocess")
+        return Preprocess.resolve(config, public.take().x, "server.preprocess", self.layout, self.input_shape)
 
     def columns(self, owner: str, name: str, through: Preprocess) -> Columns:
         """Examples as seen through a preprocessing: "x" in torch's default float type, and "y" except for the proxy.
@@ -126,7 +148,8 @@ class FederatedData:
         Args:
             owner: a client's id; "server" for "pooled"; of no account for a public set.
             name: train, validation, test; proxy, common_test, common_validation; or pooled, all clients' training rows
-                in the order of sorted ids, each client's as its scanner made them.
+                in the order of sorted ids, each client's as its scanner made them, but for those of which this view sees
+                nothing, or has to see all and does not.
         """
         key = (name, through, torch.get_default_dtype())
         if name in PUBLIC:
@@ -180,7 +203,7 @@ class FederatedData:
 
     def _pool(self, through: Preprocess) -> Columns:
         ids = self.client_ids
-        parts = [self._see(self._raw(client, "train"), through) for client in ids]
+        parts = [self._see(_usable(self._raw(client, "train"), through), through) for client in ids]
         shapes = {client: tuple(p["x"].shape[1:]) for client, p in zip(ids, parts, strict=True)}
         if len(set(shapes.values())) > 1:
             owner = next((c for c in ids if self.preprocess(c) == through), None)
@@ -190,6 +213,11 @@ class FederatedData:
                 "set its resize and channels"
             )
         return {name: torch.cat([part[name] for part in parts]) for name in ("x", "y")}
+
+
+def _usable(examples: Examples, through: Preprocess) -> Examples:
+    rows = usable(examples.x, through)
+    return examples if bool(rows.all()) else examples.take(rows.nonzero().squeeze(1))
 
 
 def _labels(examples: Examples) -> Tensor:

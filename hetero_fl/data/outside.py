@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hetero_fl.config.source import SourceConfig, TextConfig
 from hetero_fl.data.base import Dataset, Examples
+from hetero_fl.data.layout import Block, Layout, spans_of
 from hetero_fl.data.npz import read_images
 from hetero_fl.data.patients import torn
 from hetero_fl.data.registry import load_source
@@ -22,10 +24,11 @@ from hetero_fl.task import Task
 TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"
 
 
-def adopt(own: Dataset, common: Dataset, where: str) -> Examples:
+def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | None = None) -> Examples:
     """The training rows of a client's own set, with the classes and the columns numbered as the common set's are.
 
-    Named classes and columns are matched by name, and a client may lack classes; unnamed ones are matched by number.
+    Named classes and columns are matched by name, and a client may lack classes; unnamed ones are matched by number. It may
+    also lack columns that are not `needed` (none: all are).
 
     Raises:
         UserError: another kind of task, a class or a column that only one of the two has.
@@ -49,7 +52,9 @@ def adopt(own: Dataset, common: Dataset, where: str) -> Examples:
         raise UserError(f"{where}: {own.name} has {mine.outputs} {noun}, {both} {ours.outputs}")
     elif mine.kind != "multiclass" and mine.names and ours.names and mine.names != ours.names:
         raise UserError(f"{where}: {own.name} has targets {', '.join(mine.names)}, {both} {', '.join(ours.names)}")
-    x, extra = match_columns(own.train.x, own.columns, common, f"{where}: {own.name}")
+    if own.blocks or common.blocks:
+        return replace(own.train, x=match_blocks(own.train.x, own.blocks, common, f"{where}: {own.name}", needed), y=y)
+    x, extra = match_columns(own.train.x, own.columns, common, f"{where}: {own.name}", needed)
     if extra:
         raise UserError(f"{where}: {own.name} has column '{extra[0]}', {none}{nearest(extra[0], common.columns)}")
     return replace(own.train, x=x, y=y)
@@ -115,26 +120,69 @@ def _shown(names: list[str]) -> str:
     return ", ".join(f"'{n}'" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def match_columns(x: Tensor, found: tuple[str, ...], common: Dataset, where: str) -> tuple[Tensor, list[str]]:
-    """The columns `[N, F]` of the common set, in its order, and the names of those that it lacks. Unnamed ones stay.
+def match_columns(
+    x: Tensor, found: tuple[str, ...], common: Dataset, where: str, needed: Collection[str] | None = None
+) -> tuple[Tensor, list[str]]:
+    """The columns (last axis) of the common set, in its order, and the names of those that it lacks. Unnamed ones stay. A
+    column that is missing is NaN.
 
     Raises:
-        UserError: a column of the common set is missing.
+        UserError: a column of the common set is missing that is among the `needed` (none: all are).
     """
     if not found or not common.columns:
         return x, []
     for name in common.columns:
-        if name not in found:
+        if name not in found and (needed is None or name in needed):
             raise UserError(f"{where} has no column '{name}', the common set {common.name} has{nearest(name, found)}")
-    places = [found.index(name) for name in common.columns]
-    return x[:, places], [name for name in found if name not in common.columns]
+    x = torch.cat([x, x.new_full((*x.shape[:-1], 1), torch.nan)], -1) if set(common.columns) - set(found) else x
+    places = [found.index(name) if name in found else len(found) for name in common.columns]
+    return x[..., places], [name for name in found if name not in common.columns]
+
+
+def match_blocks(
+    x: Tensor, found: tuple[Block, ...], common: Dataset, where: str, needed: Collection[str] | None = None
+) -> Tensor:
+    """Rows `[N, D]` of the common set's blocks, matched by name; a set without blocks whose examples have the shape of one
+    block is that block. A block that is missing is NaN.
+
+    Raises:
+        UserError: a block that is `needed` (none: all are) is missing, or has another shape; a block that the common set
+            lacks.
+    """
+    if not found:
+        if tuple(x.shape[1:]) == tuple(common.train.x.shape[1:]):
+            return x
+        alike = [b for b in common.blocks if b.shape == tuple(x.shape[1:])]
+        found, x = tuple(alike[:1]), (x.float() / 255 if x.dtype == torch.uint8 else x).flatten(1)
+        if len(alike) != 1:
+            known = ", ".join(f"{b.name} {b.shape}" for b in common.blocks)
+            raise UserError(f"{where}: examples are no block of {common.name}, which has {known or 'none'}")
+    given = {b.name: x[:, start:stop] for b, (start, stop) in zip(found, spans_of(found), strict=True)}
+    shapes, ours = {b.name: b.shape for b in found}, {b.name: b.shape for b in common.blocks}
+    for name, shape in shapes.items():
+        if ours.get(name) != shape:
+            hint = nearest(name, ours) if name not in ours else f"; there it has shape {ours[name]}"
+            raise UserError(f"{where} has block '{name}' of shape {shape}, the common set {common.name} has none{hint}")
+    for name in ours:
+        if name not in given and (needed is None or name in needed):
+            raise UserError(f"{where} has no block '{name}', the common set {common.name} has{nearest(name, given)}")
+    return torch.cat([given.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common.blocks], 1)
+
+
+def limited(x: Tensor, names: Sequence[str], layout: Layout, where: str) -> Tensor:
+    """A copy in which only these columns or blocks are left; the others are NaN. Raises UserError for unknown names."""
+    public = torch.full_like(x, torch.nan)
+    for start, stop in layout.spans(names, where):
+        public[..., start:stop] = x[..., start:stop]
+    return public
 
 
 def load_unlabelled(
     config: SourceConfig, root: Path, where: str, vocabulary: Vocabulary | None = None
-) -> tuple[Tensor, tuple[str, ...]]:
-    """The training examples of a source and the names of its columns. No label leaves this function; those of local
-    files need not even be there: an .npz with `train_images` alone, a table without `label`, a folder of loose images.
+) -> tuple[Tensor, tuple[str, ...], tuple[Block, ...]]:
+    """The training examples of a source, the names of its columns, and its blocks. Values may be missing (NaN). No label
+    leaves this function; those of local files need not even be there: an .npz with `train_images` alone, a table without
+    `label`, a folder of loose images.
 
     Raises:
         UserError: see `load_source`; another vocabulary than that one.
@@ -144,15 +192,16 @@ def load_unlabelled(
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     if loose is None:
-        dataset = load_source(config, root, where)
+        dataset = load_source(config, root, where, missing=True)
         if dataset.vocabulary != vocabulary:
             raise UserError(f"{where}: {config.name} has another vocabulary than the common set: {TOKENS}")
-        return dataset.train.x, dataset.columns
+        return dataset.train.x, dataset.columns, dataset.blocks
     if vocabulary is not None:
         raise UserError(f"{where}.path: {config.path} holds no text, and the common set's examples are tokens")
-    if not bool(torch.isfinite(loose[0]).all()):
+    x, columns = loose
+    if bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any())):
         raise UserError(f"{where}.path: {config.path}: NaN or infinity among the examples")
-    return loose
+    return x, columns, ()
 
 
 def _loose(config: SourceConfig, path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
@@ -167,7 +216,7 @@ def _loose(config: SourceConfig, path: Path) -> tuple[Tensor, tuple[str, ...]] |
         from hetero_fl.data.sources.tabular import features
 
         frame, _ = decimal_commas(read_frame(path), f"path: {path}")
-        x, columns, _ = features(frame, f"path: {path}")
+        x, columns, _ = features(frame, f"path: {path}", [])
         return x, columns
     if config.name == "image_folder" and (files := image_files(path)) and all(f.parent == path for f in files):
         return read_image_files(files, config.size), ()

@@ -53,18 +53,19 @@ def list_sources() -> list[str]:
     return sorted(_sources)
 
 
-def load_source(config: SourceConfig, root: Path, where: str = "data") -> Dataset:
+def load_source(config: SourceConfig, root: Path, where: str = "data", missing: bool = False) -> Dataset:
     """Load a source, or the .npz file (MedMNIST layout) that `config.path` puts in its place, and check every row.
 
     Args:
         root: the folder for downloads.
         where: the section of the configuration that `config` is, for messages.
+        missing: whether values may be missing (NaN); somebody's view then has to say what becomes of them.
 
     Raises:
         UserError: unknown name, missing or unfitting key, missing or malformed data, failed download.
     """
     if config.name.startswith("python:"):
-        return _own(config, root, where)
+        return _own(config, root, where, missing)
     name = config.name.removeprefix("medmnist:")
     if name not in _sources:
         raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
@@ -83,11 +84,13 @@ def load_source(config: SourceConfig, root: Path, where: str = "data") -> Datase
             dataset = entry.load(config, root)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
-    _check(dataset, f"{where}.name: {name}")
+    if dataset.gap and not missing:
+        raise UserError(f"{where}.{dataset.gap}; fill or drop them, or set preprocess.missing: indicate")
+    _check(dataset, f"{where}.name: {name}", missing)
     return dataset
 
 
-def _own(config: SourceConfig, root: Path, where: str) -> Dataset:
+def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
     """A user's own function in place of a source."""
     where = f"{where}.name"
     load = imported(config.name, where)
@@ -101,13 +104,13 @@ def _own(config: SourceConfig, root: Path, where: str) -> Dataset:
         raise UserError(f"{where}: {config.name} raised {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise UserError(f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset")
-    _check(dataset, f"{where}: {config.name}")
+    _check(dataset, f"{where}: {config.name}", missing)
     return dataset
 
 
-def _check(dataset: Dataset, where: str) -> None:
+def _check(dataset: Dataset, where: str, missing: bool) -> None:
     for split, examples in dataset.splits().items():
-        check_examples(examples, dataset.task, f"{where}: {split}", vocabulary=dataset.vocabulary)
+        check_examples(examples, dataset.task, f"{where}: {split}", missing=missing, vocabulary=dataset.vocabulary)
         if examples.x.shape[1:] != dataset.train.x.shape[1:]:
             found, expected = tuple(examples.x.shape[1:]), tuple(dataset.train.x.shape[1:])
             raise UserError(f"{where}: {split}: examples of shape {found}, but those of train have {expected}")

@@ -81,7 +81,9 @@ def prepare(
         raise UserError(
             f"data.proxy.size: found {config.data.proxy.size}, but data.train_limit leaves {config.data.train_limit} rows"
         )
-    dataset = dataset or load_source(config.data, Path(config.data.root).expanduser())
+    views = [kind.settings.preprocess for kind in clients.kinds]
+    known = any(view.missing or view.columns for view in views)  # then federate looks at what each of them sees
+    dataset = dataset or load_source(config.data, Path(config.data.root).expanduser(), missing=known)
     settings = {k: v for k, v in config.algorithm.items() if k != "name"}
     method = algorithm[config.algorithm["name"]].model_validate(settings)
     own_view = config.server.preprocess if config.server.model and method.distils else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hetero_fl.data import Preprocess
+from hetero_fl.data.given import as_seen
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.saved import SavedModel
@@ -50,13 +50,14 @@ class Run:
         """Probabilities `[N, outputs]` (regression: values) of a client's model for raw examples.
 
         `x`: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1 (0..255 where that is
-        plain), tables `[N, F]`; they are preprocessed as that client does. `home`: read with the client's own label
+        plain), tables `[N, F]`; a dictionary of blocks, from which one may be absent if the model knows what to do then. They
+        are preprocessed as that client does. `home`: read with the client's own label
         frequencies, as on its own patients. Raises UserError for examples that the model cannot take.
         """
         if client not in self.models:
             raise UserError(f"{self.path}: found no model of '{client}'{nearest(client, self.models)}")
         model = self.models[client]
-        z = model.logits(Preprocess(**model.preprocess)(model.examples(x)), home)
+        z = model.logits(as_seen(model, x), home)
         if model.task.kind == "regression":
             return z
         return z.sigmoid() if model.task.kind == "multilabel" else z.softmax(-1)

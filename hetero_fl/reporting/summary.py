@@ -142,4 +142,6 @@ def _read(federation: Federation) -> list[tuple[str, Card]]:
 
 
 def _short(fields: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items() if v is not None)
+    shown = {k: v for k, v in fields.items() if v is not None and v != () and k not in ("raw", "spans")}
+    shown |= {"blocks": " and ".join(name for name, _ in shown["blocks"])} if "blocks" in shown else {}
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())

@@ -96,7 +96,7 @@ class Expectations:
             settings=card.settings,
             counts=torch.zeros(federation.task.outputs),
             n=card.n,
-            has_proxy=federation.data.n_proxy > 0,
+            has_proxy=federation.data.has_proxy(card.preprocess),
             peers=federation.cards,
             clock=federation.clock(round),
         )

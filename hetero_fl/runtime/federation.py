@@ -54,7 +54,7 @@ class Federation:
         archs: list[Architecture] = []
         checked: set[Architecture] = set()
         for kind in population.kinds:
-            view = Preprocess(kind.settings.preprocess.resize, kind.settings.preprocess.channels)
+            view = data.plain(kind.settings.preprocess, f"clients: '{kind.first}': preprocess")
             archs.append(architecture(kind.settings.model[0], data, view))
             if archs[-1] not in checked:
                 _check(archs[-1], f"clients: {kind.first}: model")
@@ -107,7 +107,7 @@ class Federation:
             settings=card.settings,
             counts=self.counts(id),
             n=card.n,
-            has_proxy=self.data.n_proxy > 0,
+            has_proxy=self.data.has_proxy(card.preprocess),
             peers=self.cards,
             state=copied(private.state),
             clock=self.clock(round),

@@ -55,8 +55,9 @@ def decimal_commas(frame: pd.DataFrame, where: str) -> tuple[pd.DataFrame, list[
     return frame.assign(**read), list(commas)
 
 
-def numbers(column: pd.Series, where: str) -> np.ndarray | None:
-    """A column as numbers, float64 `[N]`, or None if it is all text or dates. Raises UserError naming the row."""
+def numbers(column: pd.Series, where: str, gaps: list[str] | None = None) -> np.ndarray | None:
+    """A column as numbers, float64 `[N]`, or None if it is all text or dates. Raises UserError naming the row, but for
+    missing values where `gaps` is given: they are NaN, and a line on the first is added to it."""
     name = str(column.name)
     if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
         if not is_text(column):
@@ -71,9 +72,14 @@ def numbers(column: pd.Series, where: str) -> np.ndarray | None:
             remedy = f"; {REMEDY}" if re.search(r"\d[.,'’]\d", str(column.iloc[row])) else ""
             refuse(where, row, name, f"found '{column.iloc[row]}', not a number{remedy}")
         column = read
-    missing(column, where)
-    values = column.to_numpy(dtype=np.float64)
-    if (row := first(~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max))) is not None:
+    gap = gap_in(column, where)
+    if gap is not None:
+        if gaps is None:
+            raise UserError(f"{gap}; fill or drop them")
+        gaps.append(gap)
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    beyond = ~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max)
+    if (row := first(beyond & ~column.isna().to_numpy())) is not None:
         refuse(where, row, name, f"found {values[row]}, not a finite number")
     return values
 
@@ -102,11 +108,17 @@ def settled(column: pd.Series, where: str) -> pd.Series:
 
 def missing(column: pd.Series, where: str) -> None:
     """Raises UserError for a missing value."""
+    if (gap := gap_in(column, where)) is not None:
+        raise UserError(f"{gap}; fill or drop them")
+
+
+def gap_in(column: pd.Series, where: str) -> str | None:
+    """A line on the first missing value, if there is any."""
     gaps = column.isna()
-    if (row := first(gaps)) is not None:
-        refuse(
-            where, row, str(column.name), f"missing value ({int(gaps.sum())} in {len(gaps)} rows); fill or drop them"
-        )
+    row = first(gaps)
+    if row is None:
+        return None
+    return f"{where}: row {row + 1}, column '{column.name}': missing value ({int(gaps.sum())} in {len(gaps)} rows)"
 
 
 def is_text(column: pd.Series) -> bool:

@@ -56,7 +56,8 @@ def read_table(
     else:
         rest, commas = decimal_commas(rest, where)
         targets, rest = rest[labels], rest.drop(columns=labels)
-    x, columns, left_out = features(rest, where)
+    gaps: list[str] = []
+    x, columns, left_out = features(rest, where, gaps)
     task, y = _targets(targets, where, kind)
     examples = Examples(x, y, *whose.get("group", (None, ())), *whose.get("patient", (None, ())))
     about = f"table {path.name}, {len(columns)} columns" + (f"; left out: {', '.join(left_out)}" if left_out else "")
@@ -71,16 +72,20 @@ def read_table(
             f"table {path.name}: column '{name}' looks like a patient's number and repeats: name it in data.patient, or "
             f"rows of one patient are split between training and test{feature}"
         )
-    return Dataset("table", task, examples, about=about, columns=columns, notes=tuple(notes))
+    gap = gaps[0] if gaps else ""
+    return Dataset("table", task, examples, about=about, columns=columns, notes=tuple(notes), gap=gap)
 
 
-def features(frame: pd.DataFrame, where: str) -> tuple[Tensor, tuple[str, ...], dict[str, str]]:
-    """The columns of numbers as float32 `[N, F]`, their names, and the names of the others with what they are."""
+def features(
+    frame: pd.DataFrame, where: str, gaps: list[str] | None = None
+) -> tuple[Tensor, tuple[str, ...], dict[str, str]]:
+    """The columns of numbers as float32 `[N, F]`, their names, and the names of the others with what they are. Missing values
+    are NaN where `gaps` is given, which gets a line for each column that has some; else they are refused."""
     if len(frame) == 0:
         raise UserError(f"{where}: found no rows")
     read, left_out = {}, {}
     for name in frame.columns:
-        column = numbers(frame[name], where)
+        column = numbers(frame[name], where, gaps)
         if column is None:
             left_out[str(name)] = "text" if is_text(frame[name]) else str(frame[name].dtype)
         else:

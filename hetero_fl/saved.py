@@ -130,7 +130,7 @@ class SavedModel:
             return False
         resize, channels = self.preprocess.get("resize"), self.preprocess.get("channels")
         if len(seen) != 3 or (resize is None and channels is None):
-            return shape == seen
+            return shape == (seen[::-1] if len(seen) == 2 else seen)
         colours = shape[0] == seen[0] or (channels is not None and (channels == 1 or shape[0] == 1))
         return colours and (resize is not None or shape[1:] == seen[1:])
 
@@ -138,7 +138,7 @@ class SavedModel:
         """The shapes that fit, in words."""
         seen, where = self.arch.input_shape, self.preprocess
         if len(seen) != 3:
-            return f"(N, {', '.join(map(str, seen))})"
+            return f"(N, {', '.join(map(str, reversed(seen)))})"  # a series lies in memory with its steps first
         channels, height, width = map(str, seen)
         if where.get("channels") is not None:
             channels = "C" if where["channels"] == 1 else f"1 or {channels}"

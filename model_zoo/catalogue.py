@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import cnn, published, resnet, sequence, simple, text, vit
+from . import cnn, convolution, published, resnet, sequence, simple, text, vit
 from .errors import InputError, ModelError
 from .external import external_backbone
 from .shapes import KINDS, Kind, Shape, whole
@@ -137,6 +137,7 @@ MODELS: dict[str, Entry] = {
     "gru": Entry("gated recurrent units; images row by row", sequence.gru, SEQUENCE),
     "lstm": Entry("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
     "transformer": Entry("small transformer encoder; images row by row", sequence.transformer, SEQUENCE),
+    "cnn1d": Entry("dilated residual convolutions along a series; images row by row", convolution.cnn1d, SEQUENCE),
     "vit": Entry("small vision transformer (Dosovitskiy et al., 2021)", vit.vit, IMAGE),
     "text_gru": Entry("embedded words under gated recurrent units", text.text_gru, TOKENS),
     "text_cnn": Entry("embedded words under causal convolutions (Bai et al., 2018)", text.text_cnn, TOKENS),

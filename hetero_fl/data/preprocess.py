@@ -1,5 +1,8 @@
 """How one participant sees every example: the columns it has, as floats, resized, with so many channels, normalised; in this
-order, and last what is missing."""
+order, and last what is missing.
+
+Models take channels first: a series `[N, T, F]`, as people store it, is seen as `[N, F, T]`.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +136,7 @@ class Preprocess:
             else:
                 marks = gone
             x = torch.cat([x.masked_fill(gone, 0.0), marks.to(x.dtype)], dim=-1)
-        return x.contiguous()
+        return (x.transpose(1, 2) if x.ndim == 3 else x).contiguous()
 
     def _values(self, x_raw: Tensor) -> Tensor:
         """Raw examples with what the view takes of them, in its shape, not yet normalised."""
@@ -163,7 +166,8 @@ class Preprocess:
         return raw_shape if self.spans is None else (*raw_shape[:-1], sum(stop - start for start, stop in self.spans))
 
     def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
-        """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch.
+        """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch. That of a
+        series is (F, T) then, of `raw_shape` (T, F).
 
         Raises:
             UserError: resize or channels for what is no image; channels that cannot be made of what is there; images that
@@ -174,7 +178,8 @@ class Preprocess:
             raise UserError(f"{where}.missing: is for tables, series and blocks, not for images; leave it out")
         if self.resize is None and self.channels is None:
             marks = 0 if self.missing is None else len(self.blocks) or given[-1]
-            return (*given[:-1], given[-1] + marks)
+            seen = (*given[:-1], given[-1] + marks)
+            return seen[::-1] if len(seen) == 2 else seen
         if len(given) != 3:
             key = "resize" if self.resize is not None else "channels"
             raise UserError(f"{where}.{key}: is for images, but the examples have shape {given}; leave it out")

@@ -110,8 +110,14 @@ class TestPreprocess:
         assert isinstance(view.std, tuple) and view.std[2] == 1.0
         series = torch.randn(20, 6, 3)
         own = Preprocess.resolve(PreprocessConfig(normalize="own"), series)
-        assert isinstance(own.mean, tuple) and len(own.mean) == 3 and own(series).shape == series.shape
-        assert own(series).mean((0, 1)).abs().max() < 1e-5
+        assert isinstance(own.mean, tuple) and len(own.mean) == 3 and own(series).shape == (20, 3, 6)
+        assert own(series).mean((0, 2)).abs().max() < 1e-5
+
+    def test_a_series_is_seen_with_its_columns_as_channels(self) -> None:
+        series = torch.randn(20, 6, 3)
+        seen = Preprocess()(series)
+        assert tuple(seen.shape[1:]) == Preprocess().shape((6, 3)) == (3, 6)
+        assert torch.equal(seen[4, 2], series[4, :, 2])
 
     def test_float64_when_that_is_the_default(self) -> None:
         torch.set_default_dtype(torch.float64)

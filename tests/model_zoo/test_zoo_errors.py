@@ -53,6 +53,7 @@ WRONG: list[tuple[str, dict[str, Any], list[str]]] = [
     ("cnn_bn_small", {"input_size": (100,)}, ["takes images", "series of length 100"]),
     ("resnet18", {"input_size": ()}, ["takes images", "table row"]),
     ("timm:resnet10t", {"input_size": (9,)}, ["takes images", "series"]),
+    ("cnn1d", {"pool": "first"}, ["option pool", "first", "both, mean, last"]),
     ("gru", {"input_size": ()}, ["takes series or images", "table row"]),
     ("tabular", {}, ["takes table rows", "28x28"]),
     ("lenet", {"input_size": 11}, ["at least 12x12", "11x11"]),

@@ -135,7 +135,7 @@ def test_training_draws_random_numbers_through_dropout_alone(name: str, monkeypa
     state = torch.get_rng_state()
     model.train()(batch(1, *size))
     assert torch.equal(torch.get_rng_state(), state)
-    calls = {"tabular": 4, "transformer": 4, "vit": 8}.get(name, 1)  # two in each block, where there are blocks
+    calls = {"tabular": 4, "transformer": 4, "vit": 8, "cnn1d": 3}.get(name, 1)  # in each block, where there are blocks
     own = [0.5, 0.5] if name == "fedproto_cnn" else []
     assert rates == own + [0.4] * (calls if has_dropout else 0)
 
@@ -171,6 +171,8 @@ def test_options_change_the_model() -> None:
     assert make("gru", hidden=20, layers=2).backbone.network.num_layers == 2
     assert len(make("vit", depth=3, patch=7).backbone.encoder.blocks) == 3
     assert make("transformer", width=32, heads=2).feature_dim == 32
+    assert make("cnn1d", width=12, pool="last").feature_dim == 12
+    assert make("cnn1d", width=12, blocks=4, kernel=5, norm="batch").feature_dim == 24
     assert make("tabular", size=(), channels=5, width=16, blocks=3).feature_dim == 16
     assert make("resnet", widths=[8, 16], blocks=[2, 1]).feature_dim == 16
 

@@ -29,6 +29,7 @@ COUNTS = [
     ("resnet18_small", {"channels": 3, "size": 32}, 11_173_962),
     ("resnet18", {"classes": 1000, "channels": 3, "size": 64}, 11_689_512),
     ("gru", {}, 3 * 64 * (28 + 64 + 2) + 650),
+    ("cnn1d", {}, 28 * 32 + 32 + 3 * (3 * 32 * 32 + 32 + 64 + 32 * 32 + 32) + 650),
     ("lstm", {"hidden": 32, "layers": 2}, 4 * 32 * (28 + 32 + 2) + 4 * 32 * (32 + 32 + 2) + 330),
 ]
 
@@ -140,6 +141,21 @@ def test_images_are_read_row_by_row_and_series_point_by_point() -> None:
     assert torch.equal(model.features(x), outputs[:, -1])
 
 
+def test_dilation_doubles_from_block_to_block_and_reaches_to_both_sides() -> None:
+    """Which steps the middle one of 41 reads: 2 · (1 + 2 + 4) = 14 to each side with kernel 5, and no others."""
+    model = make("cnn1d", channels=2, size=(41,), width=8, blocks=3, kernel=5, norm="none").double()
+    series = batch(2, 41, n=1).double().requires_grad_()
+    steps = model.backbone.blocks(model.backbone.stem(series))
+    assert steps.shape == (1, 8, 41)
+    steps[..., 20].square().sum().backward()
+    read = series.grad.abs().sum((0, 1)) > 0
+    assert read.nonzero().flatten().tolist() == list(range(20 - 14, 20 + 14 + 1))
+    model.backbone.pool = "last"
+    assert torch.equal(model.backbone(series), steps.relu()[..., -1])
+    model.backbone.pool = "both"
+    assert torch.equal(model.backbone(series), torch.cat([steps.relu().mean(-1), steps.relu()[..., -1]], 1))
+
+
 def test_vit_tokens_are_the_patches() -> None:
     model = make("vit", channels=2, size=(8, 12), patch=4)
     seen: list[Tensor] = []
@@ -150,8 +166,8 @@ def test_vit_tokens_are_the_patches() -> None:
     assert torch.equal(seen[0], patches)
 
 
-@pytest.mark.parametrize("name", ["transformer", "vit"])
-def test_transformers_tell_positions_apart(name: str) -> None:
+@pytest.mark.parametrize("name", ["transformer", "vit", "cnn1d"])
+def test_positions_are_told_apart(name: str) -> None:
     model = make(name).double().eval()
     x = batch(1, 28, 28).double()
     turned = x.flip(2)  # the same rows in another order

@@ -25,6 +25,14 @@ class TextConfig(Section):
     public: str | None = Field(None, description="`text` with words: the file of public text from which they are taken")
 
 
+class WindowsConfig(Section):
+    """How a file of samples, a row each, is cut into windows."""
+
+    length: PositiveInt = Field(64, description="samples of a window")
+    step: PositiveInt | None = Field(None, description="samples from one window to the next; none: as many as it has")
+    time: str | None = Field(None, description="column of times, which have to run forward; it is no channel")
+
+
 class SourceConfig(Section):
     """A data source by name, or a local file in its place."""
 
@@ -42,6 +50,7 @@ class SourceConfig(Section):
     size: PositiveInt | None = Field(
         None, description="image folders: every image is scaled to so many pixels a side as it is read"
     )
+    windows: WindowsConfig | None = Field(None, description="`activity` from a table: how its samples become windows")
     text: TextConfig | None = Field(
         None, description="texts: how they become tokens; a proxy set's are as the common set's"
     )

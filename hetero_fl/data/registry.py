@@ -14,7 +14,7 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.registry import imported
 from hetero_fl.task import Task
 
-Key = Literal["path", "label", "group", "patient", "task", "size", "text"]
+Key = Literal["path", "label", "group", "patient", "task", "size", "text", "windows"]
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
 
@@ -24,25 +24,27 @@ class _Source:
     load: SourceFunction
     task: Task | None
     keys: tuple[str, ...]
+    generates: bool
 
 
 _sources: dict[str, _Source] = {}
 
 
 def source(
-    name: str, *, task: Task | None = None, keys: tuple[Key, ...] = ()
+    name: str, *, task: Task | None = None, keys: tuple[Key, ...] = (), generates: bool = False
 ) -> Callable[[SourceFunction], SourceFunction]:
     """Register a function as the source of that name.
 
     Args:
         task: what is learned, where it is the same for every file in this source's place (checked when `path` is set).
         keys: the keys of `SourceConfig` besides `name` that the function reads itself; `path` is then required.
+        generates: the function makes rows of its own where `path` is not set, and reads `.npz` files itself.
     """
 
     def register(load: SourceFunction) -> SourceFunction:
         if name in _sources:
             raise ValueError(f"there is a source '{name}' already")
-        _sources[name] = _Source(load, task, keys)
+        _sources[name] = _Source(load, task, keys, generates)
         return load
 
     return register
@@ -70,15 +72,16 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     if name not in _sources:
         raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
     entry = _sources[name]
-    local = config.path is not None and (config.path.endswith(".npz") or "path" not in entry.keys)
+    npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
+    local = npz or (config.path is not None and "path" not in entry.keys)
     takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
-    for key in ("label", "group", "patient", "task", "size", "text"):
+    for key in ("label", "group", "patient", "task", "size", "text", "windows"):
         if getattr(config, key) is not None and key not in takes:
             raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
     try:
         if config.path is not None and local:
             dataset = read_npz(Path(config.path).expanduser(), name, entry.task, config.task, config.patient)
-        elif config.path is None and "path" in entry.keys:
+        elif config.path is None and "path" in entry.keys and not entry.generates:
             raise UserError(f"path: missing; {name} reads a local file or folder")
         else:
             dataset = entry.load(config, root)

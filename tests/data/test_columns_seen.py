@@ -46,7 +46,7 @@ def test_columns_are_taken_in_the_order_of_the_data() -> None:
     assert torch.equal(seen(x), x[:, [0, 3]]) and seen == view(x, TABLE, columns=["age", "dose"])
     assert view(x, TABLE, columns=["crp", "bmi"]).spans == ((1, 3),)  # neighbours are one run
     series = torch.randn(5, 6, 4)
-    assert torch.equal(view(series, TABLE, columns=["bmi"])(series), series[..., 2:3])
+    assert torch.equal(view(series, TABLE, columns=["bmi"])(series), series[..., 2:3].mT)  # channels first
     assert view(series, TABLE, columns=["bmi"]).shape((6, 4)) == (6, 1)
 
 

@@ -1,5 +1,25 @@
 """The sources; importing this package registers them all. Nothing is downloaded before it is asked for."""
 
-from hetero_fl.data.sources import embedded, folder, medmnist_sets, phrases, synthetic, table, text, torchvision_sets
+from hetero_fl.data.sources import (
+    activity,
+    embedded,
+    folder,
+    medmnist_sets,
+    phrases,
+    synthetic,
+    table,
+    text,
+    torchvision_sets,
+)
 
-__all__ = ["embedded", "folder", "medmnist_sets", "phrases", "synthetic", "table", "text", "torchvision_sets"]
+__all__ = [
+    "activity",
+    "embedded",
+    "folder",
+    "medmnist_sets",
+    "phrases",
+    "synthetic",
+    "table",
+    "text",
+    "torchvision_sets",
+]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import cnn, convolution, published, resnet, sequence, simple, text, vit
+from . import cnn, columns, convolution, published, resnet, sequence, simple, text, vit
 from .errors import InputError, ModelError
 from .external import external_backbone
 from .shapes import KINDS, Kind, Shape, whole
@@ -99,6 +99,10 @@ MODELS: dict[str, Entry] = {
     "linear": Entry("logistic regression on the flattened input", simple.linear),
     "mlp": Entry("multi-layer perceptron with ReLU", simple.mlp),
     "tabular": Entry("residual network for table rows (Gorishniy et al., 2021)", simple.tabular, ("table",)),
+    "wide_deep": Entry(
+        "linear on crossed columns beside a perceptron (Cheng et al., 2016)", columns.wide_deep, ("table",)
+    ),
+    "ft_transformer": Entry("transformer over columns (Gorishniy et al., 2021)", columns.ft_transformer, ("table",)),
     "lenet": Entry("LeNet-5 with ReLU and max pooling (LeCun et al., 1998)", cnn.lenet, IMAGE, 12),
     "fedavg_cnn": Entry("two 5x5 convolutions and 512 units (McMahan et al., 2017)", cnn.fedavg_cnn, IMAGE, 4),
     "niid_cnn": Entry("LeNet without padding, of NIID-Bench (Li et al., 2022)", published.niid_cnn, IMAGE, 16),

@@ -29,7 +29,7 @@ from hetero_fl.data.partition import deal
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Drawing, Private, Share
 from hetero_fl.data.registry import load_source
-from hetero_fl.data.split import draw, split_client, with_rare, with_test
+from hetero_fl.data.split import check_classes, draw, split_client, with_rare, with_test
 from hetero_fl.errors import UserError
 from hetero_fl.order import natural
 from hetero_fl.seeding import generator, key
@@ -59,6 +59,7 @@ def federate(
         UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
             where there are none; a missing value that somebody sees without `missing: indicate`.
     """
+    check_classes(dataset, config)
     dataset = with_rare(with_test(dataset))
     assert dataset.test is not None
     population = Population.of(clients)

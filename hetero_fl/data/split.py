@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SplitConfig
+from hetero_fl.config.source import DataConfig, SplitConfig
 from hetero_fl.data.base import Dataset
 from hetero_fl.data.patients import draw_patients
 from hetero_fl.errors import UserError
@@ -62,6 +62,16 @@ def with_rare(dataset: Dataset) -> Dataset:
     rare = int(counts.argmin())
     scarce = 0 < counts[rare] < RARE * len(y)
     return replace(dataset, task=replace(task, rare=rare)) if scarce else dataset
+
+
+def check_classes(dataset: Dataset, config: DataConfig) -> None:
+    """Refuse a common set with one class only: nothing is to be told apart. (One client's own set may have one.)"""
+    task = dataset.task
+    if task.kind == "multiclass" and task.outputs < 2:
+        where = f"data.path: {config.path}" if config.path else f"data.name: {dataset.name}"
+        column = f"column '{config.label}'" if config.label else "labels"
+        what = f"found one class only, '{task.label[0]}', in all {len(dataset.train):,} rows"
+        raise UserError(f"{where}: {column}: {what}; there is nothing to tell apart")
 
 
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from hetero_fl.data.sources import (
     activity,
+    bank_fraud,
     embedded,
     folder,
     medmnist_sets,
@@ -14,6 +15,7 @@ from hetero_fl.data.sources import (
 
 __all__ = [
     "activity",
+    "bank_fraud",
     "embedded",
     "folder",
     "medmnist_sets",

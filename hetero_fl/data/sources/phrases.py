@@ -115,7 +115,7 @@ def phrases(config: SourceConfig, root: Path) -> Dataset:
         topics += [topic for _, topic in found]
         owners += [phone] * len(found)
     train, whose = examples_of(texts, topics, text, vocabulary)
-    train.group, train.group_names = torch.tensor(owners)[whose], tuple(f"phone_{i + 1}" for i in range(PHONES))
+    train.group, train.group_names = torch.tensor(owners)[whose], tuple(f"phone_{i + 1:02d}" for i in range(PHONES))
     validation, test = (_public(text, vocabulary, name, COMMON) for name in ("validation", "test"))
     task = task_of(text, vocabulary, TOPICS)
     return Dataset("phrases", task, train, validation, test, simulated=True, about=ABOUT, vocabulary=vocabulary)

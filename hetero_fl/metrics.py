@@ -50,7 +50,7 @@ def selection_metric(task: Task) -> tuple[str, int]:
     return ("balanced_accuracy" if task.kind == "multiclass" and task.rare is None else "auroc"), 1
 
 
-def score(task: Task, logits: Tensor, y: Tensor) -> Scores:
+def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> Scores:
     """Every metric of a task for the outputs `[N, C]` of one model and the targets of the same N examples.
 
     Multiclass (y `[N]`, classes): `accuracy`; `balanced_accuracy`, the mean recall over the classes in y; `macro_f1`
@@ -63,13 +63,17 @@ def score(task: Task, logits: Tensor, y: Tensor) -> Scores:
     Multilabel (y `[N, C]` of 0 and 1, decisions at probability 0.5): the same keys, each computed label by label and
     averaged over the labels for which it is defined; `accuracy` and `loss` over all N·C decisions.
 
-    Regression (y `[N, C]`): `mae`, `rmse`, `r2`, averaged over outputs (r2: those whose target varies).
+    Regression (y `[N, C]`): `mae`, `rmse`, `r2`, averaged over outputs (r2: those whose target varies), of outputs and targets
+    times `unit` `[N]` where that is given.
 
     All are None without examples, and where the outputs give no probabilities (NaN, +inf).
     Raises ValueError if the shapes do not fit the task.
     """
     _check(task, logits, y)
     outputs = logits.detach().double()
+    if unit is not None and task.kind == "regression":
+        by = unit.to(outputs.device).double()[:, None]
+        outputs, y = outputs * by, y.to(outputs.device) * by
     names = metric_names(task)
     if not len(outputs):
         return dict.fromkeys(names)

@@ -41,7 +41,7 @@ class SavedModel:
             "form": FORM,
             "architecture": json.loads(self.arch.to_json()),
             "preprocess": self.preprocess,
-            "task": asdict(self.task),
+            "task": {name: value for name, value in asdict(self.task).items() if value != ""},
             "log_prior": self.log_prior,
         }
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
@@ -56,8 +56,10 @@ class SavedModel:
                 tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (it is no dictionary)
             if about["form"] != FORM:
                 raise UserError(f"{path}: found {about['form']!r}, this release reads {FORM!r}")
-            known = about["task"]
-            task = Task(known["kind"], known["outputs"], tuple(known["names"]), known.get("rare"))
+            named = about["task"]
+            task = Task(
+                named["kind"], named["outputs"], tuple(named["names"]), named.get("unit", ""), named.get("rare")
+            )
             view = {k: frozen(v) for k, v in about["preprocess"].items()}
             prior = about["log_prior"]
             arch = Architecture.from_json(json.dumps(about["architecture"]))

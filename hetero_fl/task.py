@@ -13,12 +13,13 @@ class Task:
     """A learning task that a whole federation has in common.
 
     Targets `y` are int64 `[N]` of class numbers (multiclass), floats `[N, outputs]` of 0 and 1 (multilabel), or floats
-    `[N, outputs]` (regression).
+    `[N, outputs]` (regression). `unit` is what figures of a regression are counted in, if that has a name: `vehicles`.
     """
 
     kind: Literal["multiclass", "multilabel", "regression"]
     outputs: int
     names: tuple[str, ...] = ()
+    unit: str = ""
     rare: int | None = None
     """Of two classes the one that less than a tenth of all rows have: which models rank highest is then what counts."""
 

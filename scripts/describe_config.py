@@ -156,7 +156,7 @@ def _kind(annotation: Any, metadata: typing.Iterable[Any], seen: dict[type[BaseM
         return " or ".join(_kind(a, metadata, seen) for a in arguments if a is not type(None))
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in arguments)
-    if origin is list:
+    if origin in (list, tuple):
         return f"list of {_kind(arguments[0], [], seen)}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[`{seen[annotation]}`](#{_anchor(seen[annotation])})" if annotation in seen else "table"

@@ -27,7 +27,8 @@ class Local(Algorithm):
 
 @algorithm("ensemble")
 class Ensemble(Local):
-    """The mean softmax of all clients' models, each through its own preprocessing. An upper bound on what can be distilled.
+    """The mean softmax (regression: mean output) of all clients' models, each through its own preprocessing. An upper bound on
+    what can be distilled.
 
     Members train alone; every client would have to hold every other's model.
     """
@@ -35,7 +36,7 @@ class Ensemble(Local):
     uploads = {"member": ItemSpec("params", use="each")}
     counted = True
     everybody = True
-    reads = "mean softmax of all clients' models after private training (the models saved are the members)"
+    reads = "mean prediction of all clients' models after private training (the models saved are the members)"
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield self.fit(client)

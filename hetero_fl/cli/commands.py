@@ -128,11 +128,13 @@ def _carry_out_evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hetero_fl.experiment import evaluate
+    from hetero_fl.reporting.run import Run
 
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise UserError(f"--json: found {options.json}; name a file in a folder that exists")
     results = evaluate(options.run, options.data, options.client, options.home, options.label)
-    print_scores(results, f"{options.run} on {options.data}", Console())
+    unit = next(iter(Run(options.run).models.values())).task.unit
+    print_scores(results, f"{options.run} on {options.data}" + (f", errors in {unit}" if unit else ""), Console())
     if options.json:
         try:
             options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")

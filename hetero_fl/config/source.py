@@ -6,6 +6,51 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from hetero_fl.config.base import Section, choice
 
+WEEK = 168  # hours
+
+
+class SeriesConfig(Section):
+    """How series that are measured hour by hour become examples: the window that is seen, and what is forecast."""
+
+    window: int = Field(24, ge=1, le=WEEK, description="hours that an example shows, up to now")
+    horizons: tuple[PositiveInt, ...] = Field((1, 3, 6), min_length=1, description="so many hours ahead are forecast")
+    target: choice("value", "busy") = Field(  # type: ignore[valid-type]
+        "value", description="the number itself; or whether it is above the `busy` share of the site's training period"
+    )
+    level: choice("training", "week") = Field(  # type: ignore[valid-type]
+        "training",
+        description="what inputs and targets are relative to: the site's mean in training; or over the week up to now",
+    )
+    busy: float = Field(0.8, gt=0, lt=1, description="busy: share of the training period's hours below the threshold")
+    test: float = Field(0.2, gt=0, lt=1, description="the last part of the time, which is the common test set")
+    validation: float = Field(0.05, gt=0, lt=1, description="the part before it, which selects a round")
+    sites: tuple[str, ...] | None = Field(None, min_length=1, description="these sites only; none: all")
+    time: str = Field("DateTime", description="file: the column of dates")
+    format: str | None = Field(
+        None,
+        description="file: how dates are written, as `%d/%m/%Y %H:%M`; none: read off the dates, if one reading fits",
+    )
+    lanes: tuple[str, ...] = Field(
+        ("lane_1", "lane_2", "lane_3"),
+        description="file: columns of parts of the whole; missing ones are missing values",
+    )
+    weather: tuple[str, ...] = Field(
+        ("temperature", "rain"), description="file: columns of what else is measured; missing ones are missing values"
+    )
+    gaps: choice("refuse", "skip") = Field(  # type: ignore[valid-type]
+        "refuse", description="file: hours without a row are a mistake, or examples that would need them are left out"
+    )
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> SeriesConfig:
+        if self.validation + self.test >= 0.9:
+            raise ValueError(f"validation + test is {self.validation + self.test:g}; must leave time to train on")
+        if max(self.horizons) > WEEK:
+            raise ValueError(f"found horizons {list(self.horizons)}; at most {WEEK} hours, a week, ahead")
+        if len(set(self.horizons)) < len(self.horizons) or list(self.horizons) != sorted(self.horizons):
+            raise ValueError(f"found horizons {list(self.horizons)}; list each once, the nearest first")
+        return self
+
 
 class TextConfig(Section):
     """How text becomes tokens. Words are numbered without a look at any client's text."""
@@ -50,6 +95,7 @@ class SourceConfig(Section):
     size: PositiveInt | None = Field(
         None, description="image folders: every image is scaled to so many pixels a side as it is read"
     )
+    series: SeriesConfig | None = Field(None, description="series by the hour (`traffic`): windows and forecasts")
     windows: WindowsConfig | None = Field(None, description="`activity` from a table: how its samples become windows")
     text: TextConfig | None = Field(
         None, description="texts: how they become tokens; a proxy set's are as the common set's"

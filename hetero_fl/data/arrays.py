@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from hetero_fl.task import Task
 
 def from_arrays(
     x: Any, y: Any, *, validation: tuple[Any, Any] | None = None, test: tuple[Any, Any] | None = None,
-    group: Any = None, patient: Any = None, task: Task | None = None, name: str = "arrays", simulated: bool = False,
-    about: str = "", columns: tuple[str, ...] = (),
+    group: Any = None, patient: Any = None, time: Any = None, unit: Any = None, task: Task | None = None,
+    name: str = "arrays", simulated: bool = False, about: str = "", columns: tuple[str, ...] = (),
     blocks: Sequence[tuple[str, Sequence[int]]] = (), vocabulary: Vocabulary | None = None,
 ) -> Dataset:  # fmt: skip
     """A data set of numpy arrays or tensors.
@@ -33,6 +34,9 @@ def from_arrays(
         validation, test: (x, y) of the common sets, if there are any; otherwise they are carved from the training rows.
         group: whose row it is, `[N]` of numbers or strings, for the natural partition.
         patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
+        time: when the target is, `[N]` of whole numbers (seconds since 1970, or any count that grows) or datetime64: train,
+            validation and test are then cut by date, so they are not to be given.
+        unit: of regression targets, `[N]`: what a row's targets are relative to. Errors are those of targets × unit.
         columns: names of a table's columns, or of a series' channels.
         blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also `join`.
         task: what is learned; none: read off the labels.
@@ -62,10 +66,27 @@ def from_arrays(
     if patient is not None:
         column, names = places(_listed(patient))
         train = replace(train, patient=column, patient_names=names)
+    if time is not None:
+        if validation is not None or test is not None:
+            raise UserError(f"{name}: time: validation and test are cut by date; leave them out, or leave time out")
+        train = replace(train, time=_times(time, name))
+    if unit is not None:
+        train = replace(train, unit=_tensor(unit, "unit").float())
+    check_examples(train, task, f"{name}: train", missing=True, vocabulary=vocabulary)
     return Dataset(
         name, task, train, examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
         tuple(Block(title, tuple(shape)) for title, shape in blocks), vocabulary=vocabulary,
     )  # fmt: skip
+
+
+def _times(values: Any, name: str) -> Tensor:
+    """Whole numbers as they are, dates as seconds since 1970, int64 `[N]`."""
+    found = np.asarray(values)
+    if np.issubdtype(found.dtype, np.datetime64):
+        found = found.astype("datetime64[s]").astype(np.int64)
+    if not np.issubdtype(found.dtype, np.integer):
+        raise UserError(f"{name}: time: found {found.dtype}; want whole numbers or datetime64")
+    return torch.from_numpy(found.astype(np.int64))
 
 
 def _listed(values: Any) -> list[Any]:

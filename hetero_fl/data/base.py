@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class Examples:
     `y`: targets as `Task` defines them, or None where there are none to read.
     `group`: int64 `[N]`, whose row it is, as a place in `group_names`.
     `patient`: int64 `[N]`, of whom it was taken, as a place in `patient_names`; rows of one patient stay together.
+    `time`: int64 `[N]`, when the target is, in seconds since 1970 or any count that grows. It makes a set *dated*: train,
+    validation and test are cut by date, never drawn.
+    `unit`: floats `[N]`; figures of a regression are those of targets × unit, where targets are relative to a level of the row's
+    own (a site's mean, say).
+    `baselines`: what simple rules say of each row, as a model's outputs `[N, outputs]`, by name. Models never see them.
     """
 
     x: Tensor
@@ -35,9 +41,12 @@ class Examples:
     group_names: tuple[str, ...] = ()
     patient: Tensor | None = None
     patient_names: tuple[str, ...] = ()
+    time: Tensor | None = None
+    unit: Tensor | None = None
+    baselines: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, column in (("y", self.y), ("group", self.group), ("patient", self.patient)):
+        for name, column in [*((name, getattr(self, name)) for name in _BY_ROW), *self.baselines.items()]:
             if column is not None and len(column) != len(self.x):
                 raise UserError(f"found {len(self.x)} rows of x but {len(column)} of {name}")
 
@@ -46,14 +55,12 @@ class Examples:
 
     def take(self, rows: Tensor) -> Examples:
         """The rows (int64 `[M]`), in that order."""
-        return Examples(
-            self.x[rows],
-            None if self.y is None else self.y[rows],
-            None if self.group is None else self.group[rows],
-            self.group_names,
-            None if self.patient is None else self.patient[rows],
-            self.patient_names,
-        )
+        found: dict[str, Any] = {name: None if (c := getattr(self, name)) is None else c[rows] for name in _BY_ROW}
+        said = {name: outputs[rows] for name, outputs in self.baselines.items()}
+        return replace(self, x=self.x[rows], baselines=said, **found)
+
+
+_BY_ROW = ("y", "group", "patient", "time", "unit")
 
 
 def places(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
@@ -70,7 +77,8 @@ class Dataset:
 
     `simulated` says that generated data stands in for a real set. `columns` names the features of a table, or the channels of
     a series. `blocks` are the modalities of flat float rows `[N, D]`, in their order. `notes`: lines about how the data was
-    read that a user has to see before the run. `gap`: where the first missing value lies, for a line that refuses it.
+    read that a user has to see before the run. `gap`: where the first missing value lies, for a line that refuses it. `span`: of
+    a dated set whose rows have several targets, how long before `time`, which is the last one's, the first may be.
     `vocabulary`: what the tokens mean, where x is tokens; all models of a federation have this one.
     """
 
@@ -85,6 +93,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     gap: str = ""
+    span: int = 0
     vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
@@ -158,6 +167,28 @@ def check_examples(
             refuse(y_name, f"NaN or infinity in row {row}")
         if task.kind == "multilabel" and (row := _first(((y != 0) & (y != 1)).any(1))) is not None:
             refuse(y_name, f"row {row} is out of range; multilabel targets are 0 or 1")
+    _check_beside(examples, task, where)
+
+
+def _check_beside(examples: Examples, task: Task, where: str) -> None:
+    """Refuse times, units and baselines that do not fit the rows."""
+    time, unit = examples.time, examples.unit
+    if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
+        raise UserError(
+            f"{where}: time: found {_dtype(time)} of shape {tuple(time.shape)}; want int64 ({len(examples)},)"
+        )
+    if unit is not None:
+        if not unit.is_floating_point() or unit.ndim != 1:
+            raise UserError(
+                f"{where}: unit: found {_dtype(unit)} of shape {tuple(unit.shape)}; want floats ({len(examples)},)"
+            )
+        if task.kind != "regression":
+            raise UserError(f"{where}: unit: is of regression targets, but the task is {task.kind}")
+        if (row := _first(~(torch.isfinite(unit) & (unit > 0)))) is not None:
+            raise UserError(f"{where}: unit: found {float(unit[row]):g} in row {row}; units are above 0")
+    for name, outputs in examples.baselines.items():
+        if outputs.shape != (len(examples), task.outputs) or not bool(torch.isfinite(outputs).all()):
+            raise UserError(f"{where}: baseline {name}: want finite outputs of shape {(len(examples), task.outputs)}")
 
 
 def _first(bad: Tensor) -> int | None:

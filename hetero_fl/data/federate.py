@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessCo
 from hetero_fl.config.population import Kind, Population
 from hetero_fl.config.source import DataConfig, SourceConfig
 from hetero_fl.data.base import Dataset, Examples
+from hetero_fl.data.dated import cut_by_date, cut_rows, rows_of_groups
 from hetero_fl.data.federated import CACHE_BYTES, FederatedData
 from hetero_fl.data.gaps import check_gaps, check_view
 from hetero_fl.data.layout import Layout
@@ -50,7 +52,9 @@ def federate(
     clients without a source of their own. A source that clients name as their own is dealt out among those that name it
     (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
     Where the data says of whom each row is, no patient is in two of these places; numbers of rows are then near those
-    asked for. Clients whose partition is `drawn` get no rows here; they draw when they are asked for theirs.
+    asked for. Clients whose partition is `drawn` get no rows here; they draw when they are asked for theirs. A dated set is
+    cut by date wherever another is drawn from; in a natural partition a client's validation and test rows are its groups' rows
+    of the common sets, and a client's own dated source keeps the cuts that it has.
 
     Args:
         server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.
@@ -62,6 +66,8 @@ def federate(
     check_classes(dataset, config)
     dataset = with_rare(with_test(dataset))
     assert dataset.test is not None
+    if dataset.train.time is not None:
+        _check_dated(dataset, config)
     population = Population.of(clients)
     kinds = sorted(population.kinds, key=lambda kind: natural(kind.first))
     shape = tuple(dataset.train.x.shape[1:])
@@ -73,7 +79,15 @@ def federate(
     if config.train_limit is not None and config.train_limit < len(rows):
         rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"), dataset.train.patient, leave=0)
     public, rows = _proxy(dataset, config, rows, kinds, server, seed)
-    if dataset.validation is None:
+    if dataset.validation is None and dataset.train.time is not None:
+        after, before = cut_by_date(dataset.train.time[rows], config.validation, dataset.span)
+        validation, rows = rows[after], rows[before]
+        if not len(validation) or not len(rows):
+            raise UserError(
+                f"data.validation: found {config.validation:g}, for which {dataset.name} has too few rows to cut by date"
+            )
+        public["common_validation"] = Share(dataset.train, validation)
+    elif dataset.validation is None:
         count = max(1, round(config.validation * len(rows)))
         validation, rows = draw(rows, count, generator("data", seed, "common_validation"), dataset.train.patient)
         public["common_validation"] = Share(dataset.train, validation)
@@ -94,6 +108,13 @@ def federate(
         own_rows = {name for holders in holders_of.values() for name in holders}
         shares = _deal(dataset, rows, [n for n in population.ids if n not in own_rows], config, population, seed, notes)
     simulated = dataset.simulated
+    cut: dict[str, dict[str, Share]] = {}  # splits that are there already
+    if dataset.train.time is not None and config.partition.kind == "natural":
+        later = {
+            "validation": public["common_validation"],
+            "test": Share(dataset.test, torch.arange(len(dataset.test))),
+        }
+        cut = {name: {n: _of_groups(s, share) for n, s in later.items()} for name, share in shares.items()}
     for source, holders in holders_of.items():
         where = f"clients: '{holders[0]}': data"
         own = load_source(
@@ -116,6 +137,10 @@ def federate(
         every = torch.arange(len(adopted.train))
         if len(holders) == 1:  # its own file is its own, whatever groups are in it
             shares[holders[0]] = Share(adopted.train, every)
+            if own.train.time is not None and own.validation is not None and own.test is not None:
+                cuts = {"validation": own.validation, "test": own.test}
+                own_cut = {n: adopt(replace(own, train=part), dataset, where) for n, part in cuts.items()}
+                cut[holders[0]] = {n: Share(part, torch.arange(len(part))) for n, part in own_cut.items()}
         else:
             if drawing is not None:
                 raise UserError(
@@ -126,7 +151,16 @@ def federate(
 
     private = {}
     for name, share in shares.items():
-        parts = split_client(share.rows, config.split, name, config.partition.min_size, seed, share.examples.patient)
+        if name in cut:
+            private[name] = {"train": share, **cut[name]}
+            continue
+        if share.examples.time is not None:
+            both = (config.split.validation, config.split.test)
+            parts = cut_rows(share.rows, share.examples.time, both, dataset.span, f"data.split: client '{name}'")
+        else:
+            parts = split_client(
+                share.rows, config.split, name, config.partition.min_size, seed, share.examples.patient
+            )
         private[name] = {split: Share(share.examples, part) for split, part in parts.items()}
     everybody = Private(private, drawing)
     notes += check_gaps(kinds, population, everybody, public, dataset.layout, dataset.gap)
@@ -138,6 +172,27 @@ def federate(
         dataset.task, dataset.name, population, everybody, public, seed, simulated, dataset.about,
         cache_bytes, notes, dataset.layout, dataset.vocabulary,
     )  # fmt: skip
+
+
+def _check_dated(dataset: Dataset, config: DataConfig) -> None:
+    """Refuse (UserError) what would draw rows of a dated set, or tear it by other bounds."""
+    if config.partition.kind == "drawn":
+        raise UserError(
+            f"data.partition.kind: found drawn, but {dataset.name} is dated: its rows are cut by date, not drawn"
+        )
+    if dataset.train.patient is not None:
+        raise UserError(f"data.patient: {dataset.name} is dated: its rows are cut by date, patients cannot stay whole")
+    for name, part in dataset.splits().items():
+        if part.time is None:
+            raise UserError(f"data.name: {dataset.name}: train is dated, {name} is not")
+
+
+def _of_groups(later: Share, share: Share) -> Share:
+    """The rows of a common set that are of the groups which a client's rows are of."""
+    if later.examples.group is None:
+        raise UserError("data.partition.kind: natural needs the groups of validation and test rows of a dated set")
+    mine = rows_of_groups(later.examples, share.examples, share.rows)
+    return Share(later.examples, mine[torch.isin(mine, later.rows)])
 
 
 def _proxy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -163,6 +164,11 @@ class FederatedData:
             raise KeyError(f"no set '{name}' of '{owner}'{nearest(name, known) if name not in known else ''}")
         return self._private_columns.get((owner, *key), lambda: self._see(self._raw(owner, name), through))
 
+    def beside(self, owner: str, name: str) -> Examples:
+        """What stands beside the rows of a set of `columns`, row by row: times, units, baselines. It has no x."""
+        share = self._public[name] if name in PUBLIC else self._private[owner][name]
+        return replace(share.examples, x=torch.empty(len(share.examples), 0)).take(share.rows)
+
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""
         shares = [*self._public.values(), *(share for _, share in self._private.places())]
@@ -182,7 +188,8 @@ class FederatedData:
         digest = hashlib.sha256(repr((self.task.kind, self.task.outputs)).encode())
         places = [(("", name), share) for name, share in self._public.items()] + self._private.places()
         for place, share in sorted(places, key=lambda entry: entry[0]):
-            tensors = [t for t in (share.examples.x, share.examples.y) if t is not None]
+            each = share.examples
+            tensors = [t for t in (each.x, each.y, each.time, each.unit) if t is not None]
             digest.update(repr((place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in tensors])).encode())
             for rows in share.rows.split(HASH_ROWS):
                 for tensor in tensors:

@@ -14,9 +14,9 @@ from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.layout import Block, Layout, spans_of
 from hetero_fl.data.npz import read_images
 from hetero_fl.data.patients import torn
-from hetero_fl.data.registry import load_source
+from hetero_fl.data.registry import load_source, takes
 from hetero_fl.data.sources.folder import image_files, read_image_files
-from hetero_fl.data.tokens import TEXTS, Vocabulary
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.state import in_order
 from hetero_fl.task import Task
@@ -63,7 +63,7 @@ def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | N
 def read_as(source: SourceConfig, task: Task, text: TextConfig | None = None) -> SourceConfig:
     """The source of a table, to be read for the task that the others have, unless it says otherwise: one file of a
     federation may hold two of many classes, or whole numbers by chance. Texts are cut and numbered as the others' are."""
-    if source.name in TEXTS and source.text is None:
+    if takes(source.name, "text") and source.text is None:
         return source.model_copy(update={"text": text})
     if source.name != "table" or source.task is not None:
         return source

@@ -167,7 +167,7 @@ class Preprocess:
 
     def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
         """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch. That of a
-        series is (F, T) then, of `raw_shape` (T, F).
+        series is (columns, T), of `raw_shape` (T, F).
 
         Raises:
             UserError: resize or channels for what is no image; channels that cannot be made of what is there; images that

@@ -14,7 +14,7 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.registry import imported
 from hetero_fl.task import Task
 
-Key = Literal["path", "label", "group", "patient", "task", "size", "text", "windows"]
+Key = Literal["path", "label", "group", "patient", "task", "size", "series", "text", "windows"]
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
 
@@ -55,6 +55,11 @@ def list_sources() -> list[str]:
     return sorted(_sources)
 
 
+def takes(name: object, key: Key) -> bool:
+    """Whether the source of that name reads that key of the configuration itself."""
+    return name in _sources and key in _sources[str(name)].keys
+
+
 def load_source(config: SourceConfig, root: Path, where: str = "data", missing: bool = False) -> Dataset:
     """Load a source, or the .npz file (MedMNIST layout) that `config.path` puts in its place, and check every row.
 
@@ -75,7 +80,7 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
     local = npz or (config.path is not None and "path" not in entry.keys)
     takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
-    for key in ("label", "group", "patient", "task", "size", "text", "windows"):
+    for key in ("label", "group", "patient", "task", "size", "series", "text", "windows"):
         if getattr(config, key) is not None and key not in takes:
             raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
     try:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hetero_fl.config.source import DataConfig, SplitConfig
 from hetero_fl.data.base import Dataset
+from hetero_fl.data.dated import cut_by_date
 from hetero_fl.data.patients import draw_patients
 from hetero_fl.errors import UserError
 from hetero_fl.seeding import generator
@@ -39,12 +40,19 @@ def draw(
 
 
 def with_test(dataset: Dataset) -> Dataset:
-    """The data set itself if it has a test set, else with a fifth of its training rows as one.
+    """The data set itself if it has a test set, else with a fifth of its training rows as one; of a dated set, the rows of the
+    last fifth of its time.
 
     The draw depends on the set's name and size alone, so that all seeds of a comparison are read on the same test set.
     """
     if dataset.test is not None:
         return dataset
+    if (time := dataset.train.time) is not None:
+        later, before = cut_by_date(time, TEST_SHARE, dataset.span)
+        if not bool(later.any()) or not bool(before.any()):
+            raise UserError(f"data.name: {dataset.name}: found {len(time)} rows; too few to cut a test set off by date")
+        rows = [torch.nonzero(mask).squeeze(1) for mask in (before, later)]
+        return replace(dataset, train=dataset.train.take(rows[0]), test=dataset.train.take(rows[1]))
     count = round(TEST_SHARE * len(dataset.train))
     if count < 1:
         raise UserError(f"data.name: {dataset.name}: found {len(dataset.train)} rows; too few to set a test set apart")

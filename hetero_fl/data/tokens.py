@@ -14,8 +14,6 @@ from torch import Tensor
 
 EMPTY, UNKNOWN, FIRST = 0, 1, 2
 """No word, a word that is not in the vocabulary, the first word."""
-TEXTS = ("text", "phrases", "phrases_public")
-"""Sources of tokens."""
 WORD = re.compile(r"\w+(?:['’-]\w+)*|[.!?]")
 
 

@@ -73,6 +73,7 @@ def _hold(
     history = directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
     patience = Patience(prepared.federation.task, config.evaluation.patience, history)
     setup = time.perf_counter() - begun
+    progress.unit = prepared.federation.task.unit
     progress.start(config.rounds, len(prepared.federation.cards), rounds.completed)
     readings: Readings | None = None
     while rounds.completed < config.rounds and not patience.exhausted:
@@ -120,7 +121,7 @@ def _finish(
         readings = _read_whole(rounds, directory)
         rounds.traffic.down = traffic  # the same reading once more: nobody would send it again
     directory.write_json("details.json", details_of(prepared.federation, readings, prepared.notes, prepared.method))
-    summary = summarise(prepared.config, prepared.method, prepared.federation, history, rounds.traffic, setup)
+    summary = summarise(prepared.config, prepared.method, prepared.federation, history, rounds.traffic, setup, readings)
     directory.write_json("summary.json", summary)
     present(prepared.config, directory)
     progress.finish(summary)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SourceConfig, TextConfig
+from hetero_fl.config.source import SeriesConfig, SourceConfig, TextConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.outside import read_as
-from hetero_fl.data.tokens import TEXTS
+from hetero_fl.data.registry import takes
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.metrics import score
 from hetero_fl.reporting.run import Run
@@ -59,7 +59,12 @@ def evaluate(
             )
             raise UserError(f"--data: examples of {data} are {one}, the model of {name} takes {other}")
         y = _renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
-        results[name] = score(model.task, model.logits(view(examples.x), home), y)
+        x = view(examples.x)
+        if bool(x.isnan().any()):
+            raise UserError(
+                f"--data: {data} has missing values that {name} sees, whose preprocess.missing is not indicate"
+            )
+        results[name] = score(model.task, model.logits(x, home), y, examples.unit)
     return results
 
 
@@ -84,9 +89,15 @@ def _load(data: str, label: str | None, run: Run) -> Dataset:
     path, known = Path(data), run.directory.config().get("data") or {}
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
-    text = TextConfig(**known["text"]) if known.get("text") else None
-    source = SourceConfig(name=data, label=label, text=text if data in TEXTS else None)
-    if path.exists() and known.get("name") in TEXTS and path.suffix != ".npz":
+    source = SourceConfig(name=data, label=label)
+    hourly, worded = takes(known.get("name"), "series"), takes(known.get("name"), "text")
+    series = SeriesConfig.model_validate(known.get("series") or {}) if hourly else None
+    text = TextConfig.model_validate(known.get("text") or {}) if worded else None
+    if data == known.get("name") or (worded and takes(data, "text")):
+        source = source.model_copy(update={"series": series, "text": text})
+    elif hourly and path.is_file():  # cut into windows as the run's own
+        source = SourceConfig(name=known["name"], path=data, label=label, group=known.get("group"), series=series)
+    elif worded and path.exists() and path.suffix != ".npz":  # numbered as the run's own
         source = SourceConfig(name="text", path=data, text=text)
     elif path.exists():
         kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
@@ -99,7 +110,7 @@ def _load(data: str, label: str | None, run: Run) -> Dataset:
             whose = {key: known.get(key) for key in ("group", "patient") if known.get(key) in there}
             source = source.model_copy(update=whose)
     try:
-        return load_source(source, CACHE.expanduser(), "--data")
+        return load_source(source, CACHE.expanduser(), "--data", missing=True)
     except UserError as error:  # the key that is missing or too many is a flag here
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
 

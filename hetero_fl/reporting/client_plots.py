@@ -13,11 +13,11 @@ from matplotlib.lines import Line2D
 from hetero_fl.reporting import style
 from hetero_fl.reporting.wording import (
     FEW_ROWS,
-    METRICS,
     READING_WORDS,
     home_rows,
     is_regression,
     last_scores,
+    metric_name,
     plural,
     reached,
     selection,
@@ -43,11 +43,12 @@ def clients(summary: Json, details: Json) -> Figure:
     if details.get("rare") is not None:
         pair = first, "average_precision"
     if len(rows) > FEW:
-        return _against(rows, pair, tested)
+        return _against(rows, pair, tested, details.get("unit", ""))
     figure = style.figure(1.35 + 0.21 * len(rows))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, pair, strict=True):
         _dumbbells(axes, rows, name, tested)
+        axes.set_title(sentence(metric_name(name, details.get("unit", ""))))
     panels[0].set_yticks(range(len(rows)), [f"{style.shorten(row['id'])} (n = {tested[row['id']]})" for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     handles, words = panels[0].get_legend_handles_labels()
@@ -78,14 +79,13 @@ def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) 
         axes.plot(values[:, column], places, color=colour, label=READING_WORDS[reading], **look)
         if reading == "personal" and few.any():
             axes.plot(values[few, column], places[few], color=colour, markerfacecolor="white", **look)
-    axes.set_title(sentence(METRICS[name]))
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(style.ticks())
     if not np.isfinite(values).any():
         axes.text(0.5, 0.5, "undefined for every client", transform=axes.transAxes, ha="center")
 
 
-def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int]) -> Figure:
+def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], unit: str) -> Figure:
     figure = style.figure(3.8)
     models = sorted({row["model"] for row in rows})
     colours = dict(zip(models, style.CATEGORIES, strict=False)) if len(models) <= len(style.CATEGORIES) else {}
@@ -100,7 +100,7 @@ def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int]) ->
         if np.isfinite(values).any():
             ends = [np.nanmin(values), np.nanmax(values)]
             axes.plot(ends, ends, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        axes.set_title(sentence(METRICS[name]))
+        axes.set_title(sentence(metric_name(name, unit)))
         axes.set_xlabel(f"at home (n = {span(tested.values())})")
         axes.set_ylabel("in common")
         axes.xaxis.set_major_locator(style.ticks())

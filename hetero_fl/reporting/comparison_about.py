@@ -16,7 +16,18 @@ from hetero_fl.errors import UserError
 from hetero_fl.reporting.comparison_columns import Row
 from hetero_fl.reporting.methods import is_bound
 from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.reporting.wording import algorithm_base, home_rows, plural, population, span, uncertain
+from hetero_fl.reporting.wording import (
+    READINGS,
+    algorithm_base,
+    figure,
+    home_rows,
+    metric_name,
+    plural,
+    population,
+    selection,
+    span,
+    uncertain,
+)
 
 Json = dict[str, Any]
 
@@ -56,6 +67,7 @@ def about(out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = No
         facts += [("Test rows at home", home.removeprefix("At home: "))]
         completed = {run.summary()["rounds_completed"] for run in runs}
         facts += [("Rounds", span(completed) + (" (some runs stopped early)" if len(completed) > 1 else ""))]
+        facts += _rules(summary, details)
         if summary["data"]["simulated"]:
             warning = "Generated data stood in for the real set. These figures say nothing about real data."
     facts += [("Seeds", ", ".join(map(str, seeds)))]
@@ -63,6 +75,19 @@ def about(out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = No
         facts += [("At a time", plural(jobs, "run"))]
     facts += [(f"Without {name}", why) for name, why in (missing or {}).items()]
     return About(tuple(facts), warning, _command() or _call(labels, seeds), jobs, home)
+
+
+def _rules(summary: Json, details: Json) -> list[tuple[str, str]]:
+    """What simple rules reach on the same rows, where the data brings any."""
+    metric, told = selection(summary, details), []
+    for rule, readings in summary.get("baselines", {}).items():
+        found = [
+            f"{figure(readings[r].get(metric), metric)} {READINGS[r]}"
+            for r in ("personal", "global")
+            if readings.get(r)
+        ]
+        told.append(f"{rule} {', '.join(found)}")
+    return [("Simple rules", f"{metric_name(metric, details.get('unit', ''))}: {'; '.join(told)}")] if told else []
 
 
 def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:

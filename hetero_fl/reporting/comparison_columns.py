@@ -9,7 +9,7 @@ from typing import Any
 
 from hetero_fl.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.methods import is_baseline, is_bound
-from hetero_fl.reporting.wording import METRICS, READINGS, sentence
+from hetero_fl.reporting.wording import READINGS, metric_name, sentence
 from hetero_fl.task import Task
 
 Row = Mapping[str, Any]
@@ -111,7 +111,7 @@ def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ..
     """The columns that fit the task and that any row has a value for."""
     columns = []
     for reading, metric in _WANTED[_kind(task)]:
-        key, name = f"{reading}_{moment}_{metric}", METRICS[metric]
+        key, name = f"{reading}_{moment}_{metric}", metric_name(metric)
         title = f"Server's {name}" if reading == "server" else f"{sentence(name)} {READINGS[reading]}"
         columns.append(Column(key, title, metric))
         if reading == "personal":

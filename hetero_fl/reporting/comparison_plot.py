@@ -16,7 +16,7 @@ from hetero_fl.metrics import metric_names
 from hetero_fl.reporting import style
 from hetero_fl.reporting.comparison_columns import Entrants, Row, entrants
 from hetero_fl.reporting.methods import needs
-from hetero_fl.reporting.wording import METRICS, algorithm_name, duration, sentence, size
+from hetero_fl.reporting.wording import algorithm_name, duration, metric_name, sentence, size
 from hetero_fl.task import Task
 
 _WORDS = {"personal": "at home", "global": "in common", "server": "server's own model"}
@@ -46,7 +46,7 @@ def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     for axes, metric in zip(panels[:2], metrics, strict=True):
         for place, reading in enumerate(present):
             _dots(axes, rows, shown, reading, metric, 0.2 * (place - (len(present) - 1) / 2))
-        axes.set_title(textwrap.fill(sentence(METRICS[metric]), 17))
+        axes.set_title(textwrap.fill(sentence(metric_name(metric, task.unit)), 17))
     _bars(panels[2], [[row["up_bytes"] + row["down_bytes"] for row in _of(rows, a)] for a in shown.all], size)
     panels[2].set_title("Exchanged")
     _bars(panels[3], [[row["seconds_total"] for row in _of(rows, a)] for a in shown.all], duration)

@@ -47,6 +47,7 @@ class Progress:
         self._task, self._scores = Text("", style="dim"), Text("")
         self._rounds = self._done = self._first = 0
         self._began = 0.0
+        self.unit = ""  # of errors
 
     def __enter__(self) -> Progress:
         if self._log_path is not None:
@@ -86,7 +87,7 @@ class Progress:
         for client, reason in record["failed"].items():
             self.log(f"round {self._done}: {client} left out ({reason})")
         left = self._left()
-        figures = evaluated(record)
+        figures = evaluated(record, self.unit)
         if figures:
             line = f"round {self._done}/{self._rounds}  {figures}"
             self._write(line)
@@ -99,7 +100,8 @@ class Progress:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is over: its summary."""
         self._stop()
-        figures = evaluated({name: (summary[name] or {}).get("last") for name in ("personal", "global", "server")})
+        last = {name: (summary[name] or {}).get("last") for name in ("personal", "global", "server")}
+        figures = evaluated(last, self.unit)
         exchanged = summary["communication"]
         self.log(
             f"done: {plural(summary['rounds_completed'], 'round')} in {duration(summary['seconds']['total'])}, "

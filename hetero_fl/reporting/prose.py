@@ -8,17 +8,18 @@ from typing import Any
 
 from hetero_fl.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.client_plots import FEW
-from hetero_fl.reporting.methods import explained
+from hetero_fl.reporting.methods import explained, method
 from hetero_fl.reporting.score_plots import PANELS
 from hetero_fl.reporting.wording import (
     FEW_ROWS,
-    METRICS,
     READINGS,
     algorithm_name,
+    better,
     figure,
     home_rows,
     is_regression,
     last_scores,
+    metric_name,
     plural,
     population,
     reached,
@@ -73,8 +74,10 @@ def _setting(summary: Json, details: Json) -> str:
 
 
 def _method(summary: Json) -> str:
-    what = explained(summary["algorithm"])
+    what, kind = explained(summary["algorithm"]), method(summary["algorithm"])
     parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
+    if kind is not None and kind.distils and is_regression(last_scores(summary)):
+        parts.append("Numbers are distilled by squared error towards their weighted mean.")
     total = sum(summary["communication"].values())
     if total:
         rounds = plural(summary["rounds_completed"], "round")
@@ -89,7 +92,9 @@ def _method(summary: Json) -> str:
 
 def _outcome(summary: Json, details: Json) -> str:
     name = selection(summary, details)
-    parts = [f"All figures here are {METRICS[name]}, by which rounds are selected, after the last round."]
+    parts = [
+        f"All figures here are {metric_name(name, details.get('unit', ''))}, by which rounds are selected, after the last round."
+    ]
     if summary["personal"]:
         value = figure(summary["personal"]["last"][name], name)
         rows = f"n = {span(home_rows(details).values())} rows"
@@ -105,10 +110,26 @@ def _outcome(summary: Json, details: Json) -> str:
         )
     if summary["server"]:
         parts.append(f"There, the server's own model reaches {figure(summary['server']['last'][name], name)}.")
+    parts.append(_rules(summary, details, name))
     if name == "balanced_accuracy":
         classes = len(details["labels"])
         parts.append(f"Guessing among {classes} classes would give {100 / classes:.3g}%.")
     return " ".join(filter(None, parts))
+
+
+def _rules(summary: Json, details: Json, name: str) -> str:
+    """How many clients' models are better at home than each simple rule that the data brings."""
+    found = []
+    for rule, readings in summary.get("baselines", {}).items():
+        own = {i: r.get("personal", {}).get(rule, {}).get(name) for i, r in details["baselines"].items()}
+        both = [(reached(c, "personal", name), own.get(c["id"])) for c in summary["clients"]]
+        known = [(model, simple) for model, simple in both if model is not None and simple is not None]
+        if known:
+            beaten = sum(better(name, model, simple) for model, simple in known)
+            found.append(
+                f"“{rule}” reaches {figure(readings['personal'].get(name), name)}, {beaten} of {len(known)} models are better"
+            )
+    return f"Simple rules at home: {'; '.join(found)}." if found else ""
 
 
 def _worst(summary: Json, reading: str, name: str) -> str:
@@ -143,7 +164,7 @@ def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
             *entries,
             (
                 "Mean absolute error, root mean squared error",
-                "In the target's unit; the second weighs large errors more.",
+                f"In {details.get('unit') or 'the target’s unit'}; the second weighs large errors more.",
             ),
             ("R²", "The share of the target's variance that is explained: 1 is perfect, 0 is predicting the mean."),
         ]
@@ -192,7 +213,7 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
     chosen = f"All {many} clients together, then the {PANELS - 1} that are weakest {where}. " if many > PANELS else ""
     matrices = "All clients together, label by label. " if target(summary, details) == "multilabel" else chosen
     empty = ", and is empty where no test row is of that class"
-    against = METRICS[selection(summary, details)]
+    against = metric_name(selection(summary, details))
     hollow = f" n: test rows at home; hollow: fewer than {FEW_ROWS}." if summary["personal"] else ""
     if many > FEW:
         points = (
@@ -218,6 +239,11 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
         "communication": (
             f"Bytes against {against}",
             "Bytes are those of the encoded messages of all clients, summed from the first round.",
+        ),
+        "forecasts": (
+            "Truth and forecast",
+            "The last rows of each client's own test split in time; the output that is named. The dashed line is the simple rule "
+            "that is nearest there.",
         ),
         "confusion": (
             "Which class is taken for which",

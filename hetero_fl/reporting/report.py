@@ -24,6 +24,7 @@ from hetero_fl.reporting.wording import (
     home_rows,
     is_regression,
     last_scores,
+    metric_name,
     plural,
     population,
     reached,
@@ -112,7 +113,9 @@ def _tiles(summary: Json, details: Json) -> list[Json]:
         rows = (
             f"n = {span(home_rows(details).values())} test rows a client" if reading == "personal" else _common(summary)
         )
-        words = f"{sentence(METRICS[name])} " + {"server": "of the server's model"}.get(reading, READINGS[reading])
+        words = f"{sentence(metric_name(name, details.get('unit', '')))} " + {"server": "of the server's model"}.get(
+            reading, READINGS[reading]
+        )
         tiles.append({"name": words, "value": figure(scores.get(name), name), "more": more, "rows": rows})
     up, down = (summary["communication"][k] for k in ("up_bytes", "down_bytes"))
     more = f"{size(up)} up, {size(down)} down"
@@ -146,7 +149,14 @@ def _results(summary: Json, details: Json) -> Json:
         + "“Undefined” counts clients whose test rows lack what the metric needs (as a class, for AUROC); they are left "
         "out of the mean. " + (uncertain(home_rows(details)) if summary["personal"] else "")
     )
-    return {"columns": [sentence(METRICS[name]) for name in names], "rows": rows, "caption": caption}
+    for rule, readings in summary.get("baselines", {}).items():
+        for reading, scores in readings.items():
+            cells = [_cell(scores, name) for name in names]
+            rows.append(
+                {"name": sentence(rule), "more": ["a simple rule", READINGS[reading]], "cells": cells, "first": True}
+            )
+    titles = [sentence(metric_name(name, details.get("unit", ""))) for name in names]
+    return {"columns": titles, "rows": rows, "caption": caption}
 
 
 def _cell(scores: Mapping[str, Any], name: str) -> Json:
@@ -168,7 +178,10 @@ def _clients(summary: Json, details: Json) -> Json:
         {"name": "Shares", "text": True, "more": "own training settings"},
         {"name": "Preprocessing", "text": True, "more": "scanner"},
         {"name": "Rows", "text": False, "more": "train / validation / test"},
-        *({"name": sentence(METRICS[name]), "text": False, "more": READINGS[reading]} for reading, name in shown),
+        *(
+            {"name": sentence(metric_name(name, details.get("unit", ""))), "text": False, "more": READINGS[reading]}
+            for reading, name in shown
+        ),
     ]
     rows = []
     for client in summary["clients"]:
@@ -185,6 +198,10 @@ def _clients(summary: Json, details: Json) -> Json:
             home = reading == "personal"
             few = home and found != MISSING and parts["test"] < FEW_ROWS
             note = f"n = {parts['test']}" + (", uncertain" if few else "") if home else ""
+            rules = details.get("baselines", {}).get(client["id"], {}).get(reading, {})
+            note = ", ".join(
+                [*([note] if note else []), *(f"{r} {figure(s.get(name), name)}" for r, s in rules.items())]
+            )
             row.append({"value": found, "more": note, "few": few})
         rows.append([{"few": False, **cell} for cell in row])
     return {"columns": columns, "rows": rows}

@@ -15,11 +15,11 @@ from matplotlib.ticker import MaxNLocator
 
 from hetero_fl.reporting import style
 from hetero_fl.reporting.wording import (
-    METRICS,
     READING_WORDS,
     READINGS,
     byte_unit,
     headline_metrics,
+    metric_name,
     selection,
     sentence,
 )
@@ -36,7 +36,7 @@ def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
     for axes, name in zip(panels, names, strict=True):
         for reading in READINGS:
             _line(axes, reading, name, [r["round"] for r in rounds], rounds, summary)
-        axes.set_title(sentence(METRICS[name]))
+        axes.set_title(sentence(metric_name(name, details.get("unit", ""))))
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(style.ticks())
@@ -63,7 +63,7 @@ def communication(summary: Json, records: Sequence[Json], details: Json) -> Figu
     for reading in READINGS:
         _line(axes, reading, name, [x for _, x in kept], [r for r, _ in kept], summary, band=False)
     axes.set_xlabel(f"exchanged by all clients, up and down ({unit})")
-    axes.set_ylabel(METRICS[name])
+    axes.set_ylabel(metric_name(name, details.get("unit", "")))
     axes.xaxis.set_major_locator(style.ticks())
     axes.yaxis.set_major_locator(style.ticks())
     axes.set_xlim(left=0, right=1.04 * total[-1] / factor)

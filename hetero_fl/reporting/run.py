@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hetero_fl.data.given import as_seen
@@ -46,20 +47,21 @@ class Run:
             raise UserError(f"{self.path}: holds no models; the run has not finished")
         return {f.stem: SavedModel.load(f) for f in files}
 
-    def predict(self, client: str, x: Any, home: bool = True) -> Tensor:
+    def predict(self, client: str, x: Any, home: bool = True, unit: Any = None) -> Tensor:
         """Probabilities `[N, outputs]` (regression: values) of a client's model for raw examples.
 
         `x`: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1 (0..255 where that is
-        plain), tables `[N, F]`; a dictionary of blocks, from which one may be absent if the model knows what to do then. They
-        are preprocessed as that client does. `home`: read with the client's own label
-        frequencies, as on its own patients. Raises UserError for examples that the model cannot take.
+        plain), tables `[N, F]`, series `[N, T, F]`; a dictionary of blocks, from which one may be absent if the model knows what
+        to do then. They are preprocessed as that client does. `home`: read with the client's own label frequencies, as on its
+        own patients. `unit`: of a regression whose targets are relative to something, what each row's are relative to (`[N]` or
+        a number): values are then in the target's unit. Raises UserError for examples that the model cannot take.
         """
         if client not in self.models:
             raise UserError(f"{self.path}: found no model of '{client}'{nearest(client, self.models)}")
         model = self.models[client]
         z = model.logits(as_seen(model, x), home)
         if model.task.kind == "regression":
-            return z
+            return z if unit is None else z * torch.as_tensor(unit, dtype=z.dtype).reshape(-1, 1)
         return z.sigmoid() if model.task.kind == "multilabel" else z.softmax(-1)
 
     def plot(self) -> list[Path]:

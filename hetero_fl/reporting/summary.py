@@ -9,7 +9,7 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Traffic
 from hetero_fl.config import Config
-from hetero_fl.metrics import selection_metric
+from hetero_fl.metrics import selection_metric, spread
 from hetero_fl.runtime.federation import Federation, describe_settings
 from hetero_fl.runtime.rounds import Readings, Record
 from hetero_fl.state import Card
@@ -61,10 +61,32 @@ class Patience:
         return self.limit is not None and self.without >= self.limit
 
 
+def baselines_of(readings: Readings) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """What simple rules reach on the same rows: by name and reading, spread over the clients as a method's figures are."""
+    clients = readings.clients.items()
+    names = dict.fromkeys(name for _, r in clients for found in r.baselines.values() for name in found)
+    return {
+        name: {
+            reading: spread(
+                {id: r.baselines[reading][name] for id, r in clients if name in r.baselines.get(reading, {})}
+            )
+            for reading in ("personal", "global")
+        }
+        for name in names
+    }
+
+
 def summarise(
-    config: Config, method: Algorithm, federation: Federation, history: Sequence[Record], traffic: Traffic, setup: float
+    config: Config,
+    method: Algorithm,
+    federation: Federation,
+    history: Sequence[Record],
+    traffic: Traffic,
+    setup: float,
+    readings: Readings,
 ) -> dict[str, Any]:
-    """The content of `summary.json`; its `clients` are those whose models were read. `setup`: seconds before the first round."""
+    """The content of `summary.json`; its `clients` are those whose models were read. `setup`: seconds before the first round;
+    `readings`: the last ones, of which baselines are taken where the data has any."""
     task, last = federation.task, [r for r in history if r.get("personal") or r.get("global")][-1]
 
     def both(which: str) -> dict[str, Any] | None:
@@ -104,6 +126,7 @@ def summarise(
         "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
         "privacy": None,
+        **({"baselines": found} if (found := baselines_of(readings)) else {}),
     }
 
 
@@ -128,6 +151,9 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
             }
             for id, card in _read(federation)
         },
+        "unit": federation.task.unit,
+        "baselines": {id: r.baselines for id, r in readings.clients.items() if any(r.baselines.values())},
+        "forecast": {id: r.forecast for id, r in readings.clients.items() if r.forecast},
         "confusion": {id: r.confusion for id, r in readings.clients.items()},
         "calibration": {id: r.calibration for id, r in readings.clients.items()},
         "read": method.reads,

@@ -37,6 +37,7 @@ METRICS = {
     "r2": "R²",
 }
 
+_IN_UNIT = {"mae", "rmse"}
 _PERCENT = {"accuracy", "top3_accuracy", "balanced_accuracy", "macro_f1"}
 _DECIMAL = {"auroc", "average_precision", "r2"}
 
@@ -67,6 +68,11 @@ def figure(value: float | None, metric: str) -> str:
     if metric in _PERCENT:
         return f"{100 * value:.1f}%"
     return f"{value:.3f}" if metric in _DECIMAL else digits(value)
+
+
+def metric_name(metric: str, unit: str = "") -> str:
+    """What a metric is called, with the unit of the target where errors are counted in one: `mean absolute error (vehicles)`."""
+    return f"{METRICS[metric]} ({unit})" if unit and metric in _IN_UNIT else METRICS[metric]
 
 
 def digits(value: float, count: int = 3) -> str:
@@ -173,15 +179,19 @@ def uncertain(rows: Mapping[str, int]) -> str:
     return f"Uncertain, from fewer than {FEW_ROWS} test rows at home: {named}."
 
 
-def evaluated(record: Mapping[str, Any]) -> str:
-    """A round's figures in one line: `at home: accuracy 90.1%; in common: balanced accuracy 71.0%, AUROC 0.930`."""
+def evaluated(record: Mapping[str, Any], unit: str = "") -> str:
+    """A round's figures in one line: `at home: accuracy 90.1%; in common: balanced accuracy 71.0%, AUROC 0.930`. `unit`: of
+    errors."""
     parts = []
     for reading, words in READINGS.items():
         scores = record.get(reading)
         if not scores:
             continue
         names = _in_short(scores, reading)
-        known = [f"{METRICS[name]} {figure(scores.get(name), name)}" for name in names if scores.get(name) is not None]
+        after = f" {unit}" if is_regression(scores) and unit else ""
+        known = [
+            f"{METRICS[name]} {figure(scores.get(name), name)}{after}" for name in names if scores.get(name) is not None
+        ]
         if known:
             parts.append(f"{words}: {', '.join(known)}")
     return "; ".join(parts)

@@ -201,7 +201,8 @@ class Rounds:
             y = self.server.data(rows, view)["y"]
             if len(y):
                 (logits,) = self.performer.perform([(self.server, Predict(slot, Rows(rows, through=view)))])
-                scores[name] = score(self.federation.task, logits, y)
+                unit = self.federation.data.beside(self.server.id, rows).unit
+                scores[name] = score(self.federation.task, logits, y, unit)
         return scores
 
     # Crash safety ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from hetero_fl.channel.protocol import Message, Messages, Protocol, Talk
 from hetero_fl.metrics import calibration, confusion, score
 from hetero_fl.payload import Payload, report_of
 from hetero_fl.plan import Plan, Rows
+from hetero_fl.runtime.beside import baseline_scores, forecast
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together, training_loss
 from hetero_fl.runtime.store import Private, Store
@@ -39,6 +40,8 @@ class Reading:
     scores: dict[str, Scores] = field(default_factory=dict)
     confusion: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Scores]] = field(default_factory=dict)  # by reading and baseline
+    forecast: dict[str, Any] = field(default_factory=dict)  # at home, where rows are dated
     model: bytes = b""  # the deployed model, as `SavedModel.encode` gives it
 
 
@@ -119,20 +122,25 @@ class Site:
             some = {c: p for c, p in clients.items() if len(labels[c])}
             plans = {c: self.algorithm.predict(p, Rows(rows), home) for c, p in some.items()}
             for c, logits in self._run(plans, some).items():
-                readings[c].scores[name] = self._score(logits, labels[c])
+                beside = self.federation.data.beside(c, rows)
+                readings[c].scores[name] = self._score(logits, labels[c], beside.unit)
+                if details and name in ("personal", "global"):
+                    readings[c].baselines[name] = baseline_scores(task, beside, labels[c])
+                if details and name == "personal":
+                    readings[c].forecast = forecast(task, beside, labels[c], logits)
                 if details and name in ("personal", "global") and task.kind != "regression":
                     if task.outputs <= MOST_CONFUSED:
                         readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
                     readings[c].calibration[name] = calibration(task, logits, labels[c])
         return readings
 
-    def _score(self, logits: Tensor, y: Tensor) -> Scores:
+    def _score(self, logits: Tensor, y: Tensor, unit: Tensor | None) -> Scores:
         """Scores of the logits; those that several clients share are scored once."""
         known = self._common.get(id(logits))
         if known is None or known[0] is not logits:
             if len(self._common) >= 64:
                 self._common.clear()
-            known = self._common[id(logits)] = (logits, score(self.federation.task, logits, y))
+            known = self._common[id(logits)] = (logits, score(self.federation.task, logits, y, unit))
         return known[1]
 
     def predict(self, participant: Participant, rows: Rows, home: bool) -> Tensor:

@@ -11,6 +11,7 @@ from hetero_fl.data.sources import (
     table,
     text,
     torchvision_sets,
+    traffic,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "table",
     "text",
     "torchvision_sets",
+    "traffic",
 ]

@@ -63,7 +63,8 @@ def bank_fraud(config: SourceConfig, root: Path) -> Dataset:
         owners = torch.repeat_interleave(torch.arange(len(BANKS)), torch.tensor([len(part[1]) for part in parts]))
         sets.append(Examples(x, y, owners, tuple(BANKS)))
     task = Task("multiclass", 2, ("honest", "fraud"))
-    return Dataset("bank_fraud", task, *sets, simulated=True, about=ABOUT, columns=COLUMNS)
+    train, validation, test = sets
+    return Dataset("bank_fraud", task, train, validation, test, simulated=True, about=ABOUT, columns=COLUMNS)
 
 
 def payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndarray]:

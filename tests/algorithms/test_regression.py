@@ -1,0 +1,117 @@
+"""Regression under every method that allows it: squared error in place of KL, no softmax, the mean of predictions as teacher."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.data import Dataset, from_arrays
+from hetero_fl.experiment import prepare
+from hetero_fl.objectives import Digest, divergence
+from hetero_fl.plan import Rows
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.saved import SavedModel
+from tests.small import QUICK, deployed
+
+METHODS = [
+    name
+    for name in sorted(algorithm)
+    if "regression" in algorithm[name].tasks and algorithm[name].__module__[:9] == "hetero_fl"
+]
+KINDS = ("softmax", "log_softmax", "logsumexp", "sigmoid")
+
+
+def slopes(groups: list[str] | None = None) -> Dataset:
+    """Two targets, linear in four columns; units far from one."""
+    draws = torch.Generator().manual_seed(5)
+    x = torch.randn(240, 4, generator=draws)
+    y = x @ torch.randn(4, 2, generator=draws) / 2 + 1
+    return from_arrays(x, y, group=groups, unit=torch.linspace(50, 90, 240), name="slopes")
+
+
+def settings(method: str, same: bool, **own: Any) -> dict[str, Any]:
+    models = [{"name": "mlp", "hidden": [width]} for width in (12, 12 if same else 9, 12)]
+    return {
+        "rounds": 3,
+        "data": {"proxy": {"size": 40}},
+        "clients": {
+            "defaults": {"optimizer": {"name": "adam", "lr": 0.02}, "batch_size": 16, "preprocess": {"normalize": "own"}},
+            "groups": [{"name": "site", "count": 3, "model": models}],
+        },
+        "algorithm": {"name": method, **QUICK.get(method, {}), **own},
+        "runtime": {"threads": 1, "executor": "serial"},
+    }  # fmt: skip
+
+
+def held(method: str, rounds: int = 3, same: bool = True, **own: Any) -> Rounds:
+    run = prepare(settings(method, same, **own), dataset=slopes()).rounds()
+    for _ in range(rounds):
+        run.round()
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns_and_nothing_turns_predictions_into_probabilities(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("a prediction of a regression is made a probability")
+
+    for name in KINDS:
+        monkeypatch.setattr(Tensor, name, refused)
+        monkeypatch.setattr(torch, name, refused, raising=False)
+        monkeypatch.setattr(F, name, refused, raising=False)
+    for name in ("cross_entropy", "kl_div", "binary_cross_entropy_with_logits", "logsigmoid"):
+        monkeypatch.setattr(F, name, refused)
+    run = held(method)
+    scores = run.evaluate().clients
+    for reading in scores.values():
+        error = reading.scores["global"]["mae"]
+        assert error is not None and 0.5 < error < 60  # in the target's unit: about 70 times those of outputs
+
+
+@pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid"])
+def test_temperature_means_nothing(method: str) -> None:
+    """No T² and no division by T: the models are the same to the last bit."""
+    one, other = held(method, temperature=1.0), held(method, temperature=4.0)
+    for id in one.federation.cards.clients.ids:
+        a, b = deployed(one, id).models["model"], deployed(other, id).models["model"]
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_the_distance_to_a_teacher_is_squared_error() -> None:
+    student, teacher = torch.randn(5, 3), torch.randn(5, 3, requires_grad=True)
+    found = divergence("regression", student, teacher, 7.0)
+    assert torch.allclose(found, (student - teacher).square().mean(1)) and not found.requires_grad
+    assert Digest("regression").kind == "regression"
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_rows"), [("mean", False), ("entropy", False), ("samples", True), ("contrast", True)]
+)
+def test_the_teacher_is_the_weighted_mean_of_predictions(kind: str, by_rows: bool) -> None:
+    run = held("fedmd", 1, same=False, teacher=kind)
+    ids = run.federation.cards.clients.ids
+    said = [run.executor.site.predict(deployed(run, id), Rows("proxy"), False) for id in ids]  # type: ignore[attr-defined]
+    each = torch.tensor([float(run.federation.cards[id].n) if by_rows else 1.0 for id in ids])
+    mean = torch.einsum("k,knc->nc", each / each.sum(), torch.stack(said))
+    assert torch.allclose(run.server.state["teacher"], mean, atol=1e-6)
+
+
+def test_an_ensembles_word_is_the_mean() -> None:
+    run = held("ensemble", 1, same=False)
+    ids = run.federation.cards.clients.ids
+    client = deployed(run, ids[0])
+    whole = run.executor.site.predict(client, Rows("common_test"), False)  # type: ignore[attr-defined]
+    members = []
+    for id in ids:
+        card = run.federation.cards[id]
+        member = SavedModel(client.state["members"][id], card.arch, asdict(card.preprocess), run.federation.task)
+        members.append(member.logits(run.federation.data.columns(id, "common_test", card.preprocess)["x"]))
+    assert torch.allclose(whole, torch.stack(members).mean(0), atol=1e-6)

@@ -1,0 +1,139 @@
+"""The configuration `traffic_hetero` in a reduced form: two rounds, with all that a run leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.data import load_source
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import evaluate, prepare, run
+from hetero_fl.experiment.comparison import compare
+from hetero_fl.reporting.run import Run
+
+CONFIG = Path(__file__).parents[2] / "configs" / "traffic_hetero.yaml"
+SHORT = ["rounds=2", "clients.defaults.steps=4", "data.test_limit=150", "data.proxy.size=60", "runtime.threads=1"]
+CITIES = ["camera_1", "camera_2", "sensor_1", "sensor_2"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    torch.set_num_threads(1)
+    return run(CONFIG, overrides=SHORT, out=tmp_path_factory.mktemp("traffic") / "run")
+
+
+def test_figures_are_in_vehicles_and_rules_stand_beside_them(finished: Run) -> None:
+    summary, details = finished.summary, finished.directory.details()
+    assert summary["data"]["simulated"] and details["unit"] == "vehicles"
+    assert [c["id"] for c in summary["clients"]] == CITIES and set(summary["baselines"]) == {
+        "persistence",
+        "a week before",
+    }
+    own = {i: details["baselines"][i]["personal"]["a week before"]["mae"] for i in CITIES}
+    assert own["camera_1"] > 5 * own["sensor_1"] > 5 * own["sensor_2"] / 2  # by their volumes
+    week = summary["baselines"]["a week before"]["personal"]
+    assert week["mae"] == pytest.approx(np.mean(list(own.values()))) and week["mae_worst"] == max(own.values())
+    assert 100 < summary["personal"]["last"]["mae"] < 800 and summary["server"]["last"]["mae"] is not None
+    log = (finished.path / "log.txt").read_text()
+    assert " vehicles; in common: mean absolute error" in log and "training until 2022-" in log
+
+
+def test_forecasts_are_drawn_in_vehicles(finished: Run) -> None:
+    found = finished.directory.details()["forecast"]
+    data = prepare(CONFIG, SHORT).data
+    for city in CITIES:
+        beside, y = data.beside(city, "test"), data.columns(city, "test", data.preprocess(city))["y"]
+        assert beside.time is not None and beside.unit is not None
+        assert found[city]["time"] == sorted(beside.time.tolist())[-168:]
+        last = int(beside.time.argmax())
+        assert found[city]["truth"][2][-1] == pytest.approx(float(y[last, 2] * beside.unit[last]), rel=1e-5)
+        assert found[city]["truth"][2][-1] == pytest.approx(round(found[city]["truth"][2][-1]), abs=0.01)  # a count
+    assert (finished.path / "plots" / "forecasts.png").stat().st_size > 20_000
+    report = (finished.path / "report.html").read_text()
+    for words in ("Mean absolute error (vehicles)", "Persistence", "A week before", "Truth and forecast", "squared error",
+                  "In vehicles; the second weighs", "Generated data stood in"):  # fmt: skip
+        assert words in report
+
+
+def test_predictions_take_a_unit(finished: Run) -> None:
+    data = load_source(prepare(CONFIG, SHORT).config.data, Path(), missing=True)
+    test = data.test
+    assert test is not None and test.unit is not None and test.group is not None and test.y is not None
+    rows = torch.nonzero(test.group == 2).squeeze(1)
+    relative = finished.predict("sensor_1", test.x[rows])
+    counted = finished.predict("sensor_1", test.x[rows], unit=test.unit[rows])
+    assert torch.allclose(counted, relative * test.unit[rows, None])
+    error = float((counted - test.y[rows] * test.unit[rows, None]).abs().mean())
+    last = {c["id"]: c["personal"]["mae"] for c in finished.summary["clients"]}
+    assert error == pytest.approx(last["sensor_1"], rel=1e-5)
+
+
+def test_a_saved_run_is_scored_on_the_same_windows(finished: Run, tmp_path: Path) -> None:
+    found = evaluate(finished, "traffic", client="sensor_2")
+    assert found["sensor_2"]["mae"] is not None and found["sensor_2"]["mae"] > 20
+    path = junctions(tmp_path)
+    assert set(evaluate(finished, str(path))) == {*CITIES, "server"}
+    assert finished.models["server"].task.unit == "vehicles"
+
+
+def junctions(folder: Path, names: tuple[str, ...] = ("1", "2", "3", "4")) -> Path:
+    """A file of junctions that count for different times."""
+    draws, frames = np.random.default_rng(0), []
+    for place, name in enumerate(names):
+        begin, hours = 200 * place, 1400 - 200 * place
+        dates = pd.Timestamp("2023-01-01") + pd.to_timedelta(begin + np.arange(hours), unit="h")
+        count = draws.poisson((30 + 10 * place) * (1.2 + np.sin(np.arange(hours) * np.pi / 12)))
+        frames.append(pd.DataFrame({"DateTime": dates.strftime("%Y-%m-%d %H:%M"), "Junction": name, "Vehicles": count}))
+    path = folder / "junctions.csv"
+    pd.concat(frames).to_csv(path, index=False)
+    return path
+
+
+def test_a_file_takes_the_place_of_the_generated_junctions(tmp_path: Path) -> None:
+    done = run(
+        CONFIG, overrides=[*SHORT, f"data.path={junctions(tmp_path)}", "output.plots=false"], out=tmp_path / "run"
+    )
+    assert not done.summary["data"]["simulated"]
+    assert (
+        "'camera_1' gets '1', 'camera_2' gets '2', 'sensor_1' gets '3', 'sensor_2' gets '4'"
+        in (done.path / "log.txt").read_text()
+    )
+    with pytest.raises(UserError, match="natural found 3 groups for 4 clients"):
+        prepare(CONFIG, [*SHORT, f"data.path={junctions(tmp_path, ('1', '2', '3'))}"])
+
+
+@pytest.mark.parametrize("horizons", ["[1,3,6]", "[3]"])
+def test_busy_or_not(horizons: str, tmp_path: Path) -> None:
+    common = ["vehicles", "hour_sin", "hour_cos", "week_sin", "week_cos"]
+    plain = [f"clients.groups.{i}.preprocess.columns={common}" for i in (0, 1)]
+    plain += [f"server.preprocess.columns={common}", f"clients.defaults.preprocess.columns={common}"]
+    series = f"data.series={{target: busy, horizons: {horizons}}}"
+    public = f"data.proxy.source.series={{sites: [public], horizons: {horizons}}}"
+    done = run(CONFIG, overrides=[*SHORT, series, public, *plain], out=tmp_path / "run")
+    assert 0.3 < done.summary["personal"]["last"]["balanced_accuracy"] <= 1
+    week = done.summary["baselines"]["a week before"]["personal"]["balanced_accuracy"]
+    assert week > 0.75 > done.summary["baselines"]["persistence"]["personal"]["balanced_accuracy"]
+    assert done.models["sensor_1"].task.kind == ("multilabel" if "," in horizons else "multiclass")
+    assert (done.path / "plots" / "confusion.png").exists() and not (done.path / "plots" / "forecasts.png").exists()
+
+
+@pytest.mark.parametrize("name", ["fedavg", "feddf", "fml", "heterofl", "centralized", "ensemble", "ds_fl"])
+def test_a_method_is_ready_or_says_why_not(name: str) -> None:
+    try:
+        assert prepare(CONFIG, [*SHORT, f"algorithm.name={name}"]).config.algorithm["name"] == name
+    except UserError as error:
+        assert "regression" not in algorithm[name].tasks or str(error).startswith("algorithm.")
+
+
+def test_a_comparison_tells_the_rules_and_the_unit(tmp_path: Path) -> None:
+    compare(CONFIG, "local,fedmd", (0,), out=tmp_path / "c", overrides=[*SHORT, "output.plots=false"], jobs=1)
+    told = (tmp_path / "c" / "comparison.md").read_text()
+    assert (
+        "**Simple rules:** mean absolute error (vehicles): persistence " in told
+        and "Errors in vehicles, one seed" in told
+    )

@@ -142,14 +142,15 @@ class Payload(Mapping[str, Any]):
 
 
 class Encoded:
-    """Encodes payloads; equal ones, made of the very same tensors, once. Keeps the last few.
+    """Encodes payloads; equal ones, made of the very same memory, once. Keeps the last few.
 
     A model that a whole group receives is then encoded for the first of its members alone.
     """
 
     def __init__(self, most: int = 8) -> None:
         self.most = most
-        self._known: dict[Any, tuple[Payload, bytes]] = {}  # the payload keeps its tensors alive, so ids stay theirs
+        # A payload keeps its tensors alive, so that nobody else gets their memory.
+        self._known: dict[Any, tuple[Payload, bytes]] = {}
 
     def __call__(self, payload: Payload) -> bytes:
         """The payload's bytes."""
@@ -163,8 +164,10 @@ class Encoded:
 
 def _identity(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return tuple((n, id(t)) for n, t in value.items())
-    return id(value) if isinstance(value, Tensor) else value
+        return tuple((n, _identity(t)) for n, t in value.items())
+    if isinstance(value, Tensor):  # where it lies: views of one tensor, made anew for each client, are the same
+        return (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype) if value.numel() else id(value)
+    return value
 
 
 def report_of(loss: float | None) -> dict[str, str]:

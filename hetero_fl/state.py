@@ -180,8 +180,9 @@ class Participant:
     uses: dict[str, int] = field(default_factory=dict)
 
     def load(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the named tensors of a slot, keep its others."""
-        self.models[slot] = {**self.models[slot], **own(tensors)}
+        """Replace the named tensors of a slot, keep its others. They are shared with whoever gave them: a participant's tensors
+        are replaced, never changed in place."""
+        self.models[slot] = {**self.models[slot], **{n: t.detach() for n, t in tensors.items()}}
 
     def stream(self, label: str, as_id: str | None = None) -> tuple[Key, ...]:
         """The key of this round's next random stream with that label."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import cnn, columns, convolution, published, resnet, sequence, simple, text, vit
+from . import cnn, columns, convolution, multimodal, published, resnet, sequence, simple, text, vit
 from .errors import InputError, ModelError
 from .external import external_backbone
 from .shapes import KINDS, Kind, Shape, whole
@@ -60,6 +60,8 @@ class Entry:
 
 def check_value(name: str, value: Any, default: Any, hint: Any = None) -> Any:
     """``value``, if it fits: whole numbers, dropout rates (the only fractions), lists of whole numbers, choices."""
+    if hint == multimodal.Blocks:
+        return multimodal.checked_blocks(value)
     if isinstance(default, str):
         if value not in (choices := typing.get_args(hint)):
             raise ModelError(f"option {name}: found {value!r}, it is one of {', '.join(choices)}")
@@ -142,6 +144,9 @@ MODELS: dict[str, Entry] = {
     "lstm": Entry("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
     "transformer": Entry("small transformer encoder; images row by row", sequence.transformer, SEQUENCE),
     "cnn1d": Entry("dilated residual convolutions along a series; images row by row", convolution.cnn1d, SEQUENCE),
+    "multimodal": Entry(
+        "a branch for each block of a row, and a fusion that knows which are there", multimodal.multimodal
+    ),
     "vit": Entry("small vision transformer (Dosovitskiy et al., 2021)", vit.vit, IMAGE),
     "text_gru": Entry("embedded words under gated recurrent units", text.text_gru, TOKENS),
     "text_cnn": Entry("embedded words under causal convolutions (Bai et al., 2018)", text.text_cnn, TOKENS),

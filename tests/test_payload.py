@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import hetero_fl
 from hetero_fl.codec import CodecError, decode, encode
-from hetero_fl.payload import Item, ItemSpec, Payload, PayloadError, check_upload
+from hetero_fl.payload import Encoded, Item, ItemSpec, Payload, PayloadError, check_upload
 
 SPECS = {"model": ItemSpec("params"), "logits": ItemSpec("rows", share="predictions")}
 
@@ -238,3 +238,16 @@ def test_infinities_that_cancel_are_found() -> None:
     values = torch.tensor([float("inf"), -float("inf"), 1.0])
     with pytest.raises(PayloadError, match="not finite"):
         Payload.decode(Payload({"logits": values}).encode())
+
+
+def test_views_of_the_same_memory_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HeteroFL cuts each client's slice out of the wide model anew."""
+    made: list[Payload] = []
+    encode_one = Payload.encode
+    monkeypatch.setattr(Payload, "encode", lambda self: made.append(self) or encode_one(self))
+    wide, encoded = torch.randn(4, 6), Encoded()
+    slices = [wide[:2, :3], wide[:2, :3], wide[:3, :2], wide[:2], wide.t()[:2], wide[1:3, :3]]
+    bodies = [encoded(Payload({"model": {"w": t}})) for t in slices]
+    assert len(made) == 5
+    for body, t in zip(bodies, slices, strict=True):
+        assert torch.equal(Payload.decode(body)["model"]["w"], t)

@@ -101,9 +101,7 @@ class Algorithm(BaseModel):
 
     def part(self, settings: ClientSettings) -> Part:
         """What this client shares of its model: the method's part, as far as the client is willing."""
-        if "parameters" in settings.shares:
-            return self.shared
-        return common_part(self.shared, ("backbone.",)) if "backbone" in settings.shares else ()
+        return common_part(self.shared, settings.parts)
 
     def sends(self, settings: ClientSettings, round: int) -> Part:
         """What of its model the client uploads in this round."""
@@ -232,7 +230,7 @@ class Algorithm(BaseModel):
         if part == ():
             return {}
         tensors = self.portion(client.arch[self.slot], client.models[self.slot], part)
-        return {self.slot: Item(tensors, self.weight_of(client), "params")}
+        return {self.slot: Item(tensors, self.weight_of(client), "params")} if tensors else {}
 
     def weight_of(self, client: Participant | Card) -> float:
         """The weight of a client's parameters in the mean: its training rows."""

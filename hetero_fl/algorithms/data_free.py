@@ -23,9 +23,9 @@ GENERATOR = "generator"
 class DataFree(Algorithm):
     """Settings and steps of a server that alternates between a generator of examples and a student."""
 
-    synthesis_epochs: PositiveInt = Field(15, description="alternations of generator and student; the paper: 200")
+    synthesis_epochs: PositiveInt = Field(15, description="alternations of generator and student; the authors: 200")
     generator_steps: PositiveInt = Field(
-        30, description="steps of the generator on one batch of noise and labels, as in the paper"
+        30, description="steps of the generator on one batch of noise and labels, as the authors have it"
     )
     student_steps: PositiveInt = Field(50, description="steps of the student on all batches so far, after each")
     synthetic_batch: int = Field(64, ge=2, description="generated examples of a batch")

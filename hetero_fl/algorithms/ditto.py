@@ -13,7 +13,7 @@ from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.objectives import Proximal
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Plan, Predict, Rows
-from hetero_fl.state import Participant, own
+from hetero_fl.state import Participant
 
 PERSONAL = "personal"
 
@@ -37,12 +37,12 @@ class Ditto(FedAvg):
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         yield from super().deploy(client, got)
         client.arch[PERSONAL] = client.arch["model"]
-        client.models.setdefault(PERSONAL, own(client.models["model"]))
+        client.models.setdefault(PERSONAL, client.models["model"])
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
         towards = Proximal(client.task.kind, PERSONAL, mu=self.weight)
-        given = {"anchor": own(client.models["model"])}
+        given = {"anchor": client.models["model"]}
         epochs: dict[str, Any] = {} if self.personal_epochs is None else {"epochs": self.personal_epochs}
         personal = self.fit(client, towards, given=given, label=PERSONAL, **epochs)
         yield [self.fit(client), replace(personal, train={PERSONAL: None})]

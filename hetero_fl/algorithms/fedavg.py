@@ -11,7 +11,7 @@ from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.objectives import Proximal
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Plan
-from hetero_fl.state import Card, Participant, own
+from hetero_fl.state import Card, Participant
 
 
 @algorithm("fedavg")
@@ -40,6 +40,6 @@ class FedProx(FedAvg):
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
-        anchor = own(client.models["model"])
+        anchor = client.models["model"]
         yield self.fit(client, Proximal(client.task.kind, mu=self.mu), given={"anchor": anchor})
         return self.share(client)

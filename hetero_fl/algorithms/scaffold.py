@@ -73,13 +73,15 @@ class Scaffold(FedAvg):
         # The runtime multiplies by lr: a head with a rate of its own gets its correction at that rate.
         head = (optimizer.head_lr or optimizer.lr) / optimizer.lr
         rates = {n: head if n.startswith("head.") else 1.0 for n in mine}
-        drift = {n: rates[n] * (c - mine[n]) for n, c in since[CONTROL].items()}
+        drift = {n: c - mine[n] for n, c in since[CONTROL].items()}
+        drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}  # ours to change: it is fresh
         report: FitReport = yield self.fit(client, optimizer=optimizer, drift={"model": drift})
         since["path"] += report.steps * optimizer.lr
         items = self.share(client)
         if items:
-            moved = {n: (x - client.models["model"][n]) / (since["path"] * rates[n]) for n, x in since["start"].items()}
-            client.state[CONTROL] = {n: mine[n] - since[CONTROL][n] + d for n, d in moved.items()}
+            end = client.models["model"]
+            moved = {n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()}
+            client.state[CONTROL] = {n: (mine[n] - since[CONTROL][n]).add_(d) for n, d in moved.items()}
             change = {n: c - mine[n] for n, c in client.state[CONTROL].items()}
             items[CONTROL] = Item(change, self.weight_of(client), "update")
             del client.state["since"]
@@ -92,7 +94,7 @@ class Scaffold(FedAvg):
             held = server.state[CONTROL][group]
             for n, change in mean.items():
                 share = self.owned(server, sent, group, n) / self.owned(server, all_, group, n)
-                held[n] = held[n] + share * change
+                held[n] = (share * change).add_(held[n])
         yield from ()
 
     def members(self, clients: Iterable[Card | Kind]) -> Counter[tuple[str, Part]]:

@@ -185,20 +185,31 @@ class ClientSettings(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
     scanner: ScannerConfig = ScannerConfig()
-    shares: list[choice("parameters", "backbone", "predictions", "statistics", "features")] = Field(  # type: ignore[valid-type]
+    shares: list[choice("parameters", "backbone", "predictions", "statistics", "features", suffix=".")] = Field(  # type: ignore[valid-type]
         ["parameters", "predictions", "statistics", "features"],
-        description="what may leave: all parameters, the backbone only, proxy predictions, class statistics; features, "
-        "prediction and label of each private row (FedGKT)",
+        description="what may leave: all parameters, the backbone only, or the tensors whose names begin so "
+        "(`backbone.image.`; ends in a dot); proxy predictions, class statistics; features, prediction and label of each "
+        "private row (FedGKT)",
     )
     share_every: PositiveInt = Field(1, description="uploads in every n-th round only")
     size: PositiveFloat = Field(1.0, description="how much data it gets, relative to the others")
     data: SourceConfig | None = Field(None, description="its own source in place of a part of the common one")
+
+    @property
+    def parts(self) -> tuple[str, ...] | None:
+        """Prefixes of the tensors that may leave; None: all of them."""
+        if "parameters" in self.shares:
+            return None
+        return tuple("backbone." if s == "backbone" else s for s in self.shares if s == "backbone" or s.endswith("."))
 
     @field_validator("shares")
     @classmethod
     def _one_extent(cls, value: list[str]) -> list[str]:
         if {"parameters", "backbone"} <= set(value):
             raise ValueError("found both 'parameters' and 'backbone'; name the one that is meant")
+        if (parts := [share for share in value if share.endswith(".")]) and {"parameters", "backbone"} & set(value):
+            whole = next(share for share in value if share in ("parameters", "backbone"))
+            raise ValueError(f"found both '{whole}' and '{parts[0]}'; name the one that is meant")
         if len(set(value)) < len(value):
             raise ValueError(f"found {value}; each at most once")
         return value

@@ -10,6 +10,7 @@ from hetero_fl.data.augment import augment
 from hetero_fl.data.base import Columns, Dataset, Examples, check_examples
 from hetero_fl.data.federate import federate
 from hetero_fl.data.federated import FederatedData
+from hetero_fl.data.joined import join
 from hetero_fl.data.layout import Block, Layout
 from hetero_fl.data.partition import deal, partition, strata
 from hetero_fl.data.preprocess import Preprocess
@@ -34,6 +35,7 @@ __all__ = [
     "deal",
     "federate",
     "from_arrays",
+    "join",
     "list_sources",
     "load_source",
     "make_images",

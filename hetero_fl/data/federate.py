@@ -203,14 +203,21 @@ def _proxy(
     if config.proxy.source is None:
         if size == 0:
             return {}, rows
-        if size >= len(rows):
+        names, having = config.proxy.columns, rows
+        if names is not None:
+            having = rows[_with(dataset.train.x[rows], names, dataset.layout)]
+        if size >= len(having):
+            what = "" if names is None else f" with {' and '.join(names)}"
             raise UserError(
-                f"data.proxy.size: found {size}, but {dataset.name} has {len(rows)} training rows; take fewer"
+                f"data.proxy.size: found {size}, but {dataset.name} has {len(having)} training rows{what}; take fewer"
             )
-        held, rows = draw(rows, size, draws, dataset.train.patient)
-        if config.proxy.columns is None:
-            return {"proxy": Share(Examples(dataset.train.x), held)}, rows
-        public = limited(dataset.train.x[held], config.proxy.columns, dataset.layout, "data.proxy.columns")
+        held, rest = draw(having, size, draws, dataset.train.patient)
+        if names is None:
+            return {"proxy": Share(Examples(dataset.train.x), held)}, rest
+        rows = rows[~torch.isin(rows, held)]
+        if dataset.train.patient is not None:
+            rows = rows[~torch.isin(dataset.train.patient[rows], dataset.train.patient[held])]
+        public = limited(dataset.train.x[held], names, dataset.layout, "data.proxy.columns")
         return {"proxy": Share(Examples(public), torch.arange(len(held)))}, rows
     where = "data.proxy.source"
     source, root = read_as(config.proxy.source, dataset.task, config.text), Path(config.root).expanduser()
@@ -246,6 +253,15 @@ def _proxy(
     if 0 < size < len(x):
         held, _ = draw(held, size, draws)
     return {"proxy": Share(Examples(x), held)}, rows
+
+
+def _with(x: Tensor, names: list[str], layout: Layout) -> Tensor:
+    """bool `[N]`: rows of which something is there of each of these columns or blocks."""
+    found = torch.ones(len(x), dtype=torch.bool)
+    for name in names:
+        for start, stop in layout.spans([name], "data.proxy.columns"):
+            found &= ~x[..., start:stop].isnan().flatten(1).all(1)
+    return found
 
 
 def _deal(

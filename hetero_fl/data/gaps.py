@@ -33,8 +33,9 @@ def check_gaps(kinds: Iterable[Kind], clients: Population, private: Private, pub
         config, where = kind.settings.preprocess, f"clients: '{kind.first}': preprocess"
         view = Preprocess.plain(config, layout, tuple(public["common_test"].examples.x.shape[1:]), where)
         if "proxy" in public and sees_nothing(public["proxy"], view):
+            more = f" (and {kind.count - 1:,} more)" if kind.count > 1 else ""
             notes.append(
-                f"client '{kind.first}' sees nothing of the proxy set, and has no part in what is done with it"
+                f"client '{kind.first}'{more} sees nothing of the proxy set: it has no part in what is done with it"
             )
         if view.missing is not None:
             continue

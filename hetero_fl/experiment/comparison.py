@@ -127,8 +127,10 @@ def _check_made_alike(source: Source, base: list[str], work: list[Job]) -> None:
         if not (job.out / "config.yaml").exists():
             check_vacant(job.out)
             continue
-        now = resolved(load_config(source, [*base, *job.overrides]))
-        if differs := difference(RunDirectory.open(job.out).config(), now):
+        made, now = RunDirectory.open(job.out).config(), resolved(load_config(source, [*base, *job.overrides]))
+        derived = {k: v for k, v in made.get("algorithm", {}).items() if now["algorithm"].get(k, v) is None}
+        now["algorithm"] |= derived  # what is left open follows from the federation
+        if differs := difference(made, now):
             raise UserError(f"--out: {job.out} was made with other settings ({differs}); choose another --out")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hetero_fl.config.source import SeriesConfig, SourceConfig, TextConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
+from hetero_fl.data.gaps import usable
 from hetero_fl.data.outside import read_as
 from hetero_fl.data.registry import takes
 from hetero_fl.errors import UserError, nearest
@@ -47,7 +48,10 @@ def evaluate(
                 f"the models of {run.path} are {model.task.kind} with {model.task.outputs}"
             )
         view = Preprocess(**model.preprocess)
-        found = view.shape(tuple(examples.x.shape[1:]))
+        raw = tuple(examples.x.shape[1:])
+        if view.raw not in (None, raw):
+            raise UserError(f"--data: examples of {data} are {raw}, the model of {name} was trained on {view.raw}")
+        found = view.shape(raw)
         if found != model.arch.input_shape:
             raise UserError(
                 f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
@@ -58,13 +62,12 @@ def evaluate(
                 "no tokens" if n is None else f"tokens of {n:,} kinds" for n in (words, model.arch.vocabulary)
             )
             raise UserError(f"--data: examples of {data} are {one}, the model of {name} takes {other}")
+        whole = torch.ones(len(examples), dtype=torch.bool) if view.missing is not None else usable(examples.x, view)
+        if not bool(whole.all()):
+            row = int((~whole).to(torch.uint8).argmax())
+            raise UserError(f"--data: {data}: row {row}: a value is missing that the model of {name} has to see")
         y = _renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
-        x = view(examples.x)
-        if bool(x.isnan().any()):
-            raise UserError(
-                f"--data: {data} has missing values that {name} sees, whose preprocess.missing is not indicate"
-            )
-        results[name] = score(model.task, model.logits(x, home), y, examples.unit)
+        results[name] = score(model.task, model.logits(view(examples.x), home), y, examples.unit)
     return results
 
 
@@ -109,8 +112,10 @@ def _load(data: str, label: str | None, run: Run) -> Dataset:
             there = _columns(path)
             whose = {key: known.get(key) for key in ("group", "patient") if known.get(key) in there}
             source = source.model_copy(update=whose)
+    views = [model.preprocess for model in run.models.values()]
+    missing = any(view.get("missing") or view.get("spans") for view in views)
     try:
-        return load_source(source, CACHE.expanduser(), "--data", missing=True)
+        return load_source(source, CACHE.expanduser(), "--data", missing)
     except UserError as error:  # the key that is missing or too many is a flag here
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
 

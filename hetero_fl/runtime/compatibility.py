@@ -31,7 +31,7 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     if algorithm.needs_proxy and not proxy:
         raise UserError(f"algorithm.name: {name} compares predictions on a proxy set, but data.proxy.size is 0")
     shares = {spec.share for spec in algorithm.uploads.values()}
-    given = {share for s in settings for share in s.shares} | {"parameters" for s in settings if "backbone" in s.shares}
+    given = {share for s in settings for share in s.shares} | {"parameters" for s in settings if s.parts}
     if shares and not shares & given:
         needed = " or ".join(sorted(shares))
         raise UserError(
@@ -43,7 +43,7 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
             f"algorithm.name: {name} brings all clients' rows or models together, at most {GATHERED:,} of them; found "
             f"{len(federation.cards):,} clients"
         )
-    _check_common(federation)
+    _check_prefixes(name, algorithm, federation)
     _check_class_weights(federation)
     _check_extras(algorithm, federation)
     _check_batches(algorithm, federation)
@@ -92,15 +92,30 @@ def _alone(algorithm: Algorithm, federation: Federation) -> list[Kind]:
     return [kind for kind, mine in sent if all(owners[owner] == 1 for owner in mine)]
 
 
-def _check_common(federation: Federation) -> None:
-    if not federation.common:
+def _check_prefixes(name: str, algorithm: Algorithm, federation: Federation) -> None:
+    """Parts of models that are named by the first words of their tensors' names have to be there."""
+    kinds = federation.cards.kinds
+    wanted = dict.fromkeys(federation.common, "clients.common")
+    named = {p: f"clients: {k.first}: shares" for k in kinds for p in k.settings.shares if p.endswith(".")}
+    if not wanted and not named:
         return
-    archs = {kind.arch for kind in federation.cards.kinds}
-    names = {n for arch in archs for n in floats(federation.initial(arch))}
-    for prefix in federation.common:
+    names = {n for arch in {kind.arch for kind in kinds} for n in floats(federation.initial(arch))}
+    for prefix, where in (wanted | named).items():
         if not any(n.startswith(prefix) for n in names):
-            first = {n.split(".")[0] + "." for n in names}
-            raise UserError(f"clients.common: no tensor's name begins with '{prefix}'{nearest(prefix, first)}")
+            deep = prefix.count(".")
+            parts = {".".join(n.split(".")[:i]) + "." for n in names for i in range(1, max(1, deep) + 1)}
+            raise UserError(f"{where}: no tensor's name begins with '{prefix}'{nearest(prefix, parts)}")
+    if named and algorithm.slot != "model" and not any(_travels(algorithm, kind) for kind in kinds):
+        raise UserError(
+            f"algorithm.name: {name} averages a small model beside each client's own, of which no "
+            f"client's `shares` names a part; found '{next(iter(named))}'"
+        )
+
+
+def _travels(algorithm: Algorithm, kind: Kind) -> bool:
+    """Whether a client of this kind sends anything of its model in the method's slot."""
+    arch, part = algorithm.extras(kind.arch)[algorithm.slot], algorithm.part(kind.settings)
+    return any(part is None or n.startswith(part) for n in arch.shapes)
 
 
 def _check_class_weights(federation: Federation) -> None:

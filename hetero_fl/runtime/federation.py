@@ -19,7 +19,7 @@ from hetero_fl.runtime.store import Private
 from hetero_fl.seeding import sample
 from hetero_fl.state import Clock, Participant, Roster, copied, own
 from hetero_fl.task import Task
-from model_zoo import ModelError
+from model_zoo import ModelError, model_options
 
 SERVER = "server"
 MANY, SOME = 1000, 100  # of more clients than MANY only SOME are read, if nothing else is said
@@ -148,8 +148,16 @@ def architecture(model: ModelConfig, data: FederatedData, view: Preprocess) -> A
     """The model of the configuration, for the shape in which its owner sees examples."""
     shape = view.shape(tuple(data.input_shape))
     words = data.vocabulary.size if data.vocabulary else None
-    about = (model.feature_dim, model.options, model.pretrained, words)
+    about = (model.feature_dim, _with_blocks(model, view), model.pretrained, words)
     return Architecture.of(model.name, data.task.outputs, shape, *about)
+
+
+def _with_blocks(model: ModelConfig, view: Preprocess) -> dict[str, Any]:
+    """The model's options; one that asks for `blocks` and was given none gets those that its owner sees."""
+    known = model_options(model.name)
+    if view.blocks and "blocks" not in model.options and known.get("blocks", 0) in ((), None):
+        return {**model.options, "blocks": tuple(tuple(block) for block in view.blocks)}
+    return model.options
 
 
 def _drawn(clients: Population, asked: int | None, seed: int) -> list[str]:

@@ -3,7 +3,7 @@
 Predictions on public rows are kept for each (architecture, rows, view) with the model that made them, and given again where
 the next model has equal tensors. Comparing costs a pass over the model at most, and stops at the first difference. These
 predictions are computed one by one: what is known already must not decide with whom the others are computed, for the
-company changes the last bits.
+company changes the last bits. A model that somebody sent is known by its slot too: every member of an ensemble is asked once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hetero_fl.runtime.plans import Performer, Work
 from hetero_fl.state import Participant
 
 MOST = 16  # predictions kept, each with its model
+SENT = 128  # of models that somebody sent: whoever reads them holds them all in any case
 
 
 class Known:
@@ -45,6 +46,7 @@ class Remembering:
     def __init__(self, performer: Performer, public: Performer) -> None:
         self.performer, self.public = performer, public
         self._known: dict[Any, Known] = {}
+        self._sent: dict[Any, Known] = {}
 
     def perform(self, work: Work) -> list[Any]:
         """The results in order. A prediction may be the same tensor for several participants: it is not to be changed."""
@@ -60,14 +62,15 @@ class Remembering:
         assert isinstance(step, Predict)
         x = participant.data(step.data.name, step.data.through)["x"]  # type: ignore[union-attr]  # it has a place
         tensors = tensors_of(participant, step)
-        known = self._known.get(place)
+        kept, most = (self._known, MOST) if step.tensors is None else (self._sent, SENT)
+        known = kept.get(place)
         if known is not None and known.answers(x, tensors):
             return known.outputs
         outputs: Tensor = self.public.perform([(participant, step)])[0]
-        self._known.pop(place, None)
-        while len(self._known) >= MOST:
-            self._known.pop(next(iter(self._known)))
-        self._known[place] = Known(x, tensors, outputs)
+        kept.pop(place, None)
+        while len(kept) >= most:
+            kept.pop(next(iter(kept)))
+        kept[place] = Known(x, tensors, outputs)
         return outputs
 
 
@@ -79,4 +82,5 @@ def _place(participant: Participant, step: Step) -> Any:
     if rows.name not in PUBLIC or rows.rows is not None:
         return None
     shape = tuple(participant.data(rows.name, rows.through)["x"].shape)
-    return (architecture_of(participant, step), rows.name, shape, step.readout, step.batch_size)
+    sent = None if step.tensors is None else step.slot
+    return (architecture_of(participant, step), rows.name, shape, step.readout, step.batch_size, sent)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.plan import ClassSums, Fit, Predict, Step
+from hetero_fl.plan import ClassSums, Fit, Predict, Rows, Step, Table
 from hetero_fl.runtime.outputs import architecture_of, class_sums, readout, tensors_of
 from hetero_fl.runtime.plans import Diverged, Work
 from hetero_fl.runtime.templates import Templates
@@ -22,26 +22,54 @@ class Serial:
         self.templates = Templates(device, precision)
 
     def perform(self, work: Work) -> list[Any]:
-        """The results in order."""
-        return [self._perform(participant, step) for participant, step in work]
+        """The results in order; several outputs of one model on the same rows, asked for one after the other, take one pass."""
+        results: list[Any] = []
+        while len(results) < len(work):
+            begin = end = len(results)
+            while end < len(work) and (end == begin or one_pass(work[begin], work[end])):
+                end += 1
+            results += self._perform(work[begin:end])
+        return results
 
-    def _perform(self, participant: Participant, step: Step) -> Any:
-        if isinstance(step, Fit):
+    def _perform(self, work: Work) -> list[Any]:
+        participant, first = work[0]
+        if isinstance(first, Fit):
             try:
-                return fit_on_live_modules(participant, step, self.templates)
+                return [fit_on_live_modules(participant, first, self.templates)]
             except Diverged as failure:
-                return failure
-        outputs = self._outputs(participant, step)
-        if isinstance(step, Predict):
-            return outputs
-        return class_sums(outputs, step.data.columns(participant)["y"], participant.task.outputs)
+                return [failure]
+        steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]  # all are of one pass
+        return [
+            outputs
+            if isinstance(step, Predict)
+            else class_sums(outputs, step.data.columns(participant)["y"], participant.task.outputs)
+            for step, outputs in zip(steps, self._outputs(participant, steps), strict=True)
+        ]
 
     @torch.no_grad()
-    def _outputs(self, participant: Participant, step: Predict | ClassSums) -> Tensor:
-        own = getattr(step, "tensors", None) is None
-        template = self.templates(architecture_of(participant, step), step.slot if own else "")
+    def _outputs(self, participant: Participant, steps: list[Predict | ClassSums]) -> list[Tensor]:
+        first = steps[0]
+        own = getattr(first, "tensors", None) is None
+        template = self.templates(architecture_of(participant, first), first.slot if own else "")
         # Counters do not travel, and evaluation ignores them.
         counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
-        module = template.load({**counters, **tensors_of(participant, step)}).eval()
-        batches = step.data.columns(participant)["x"].split(step.batch_size)
-        return torch.cat([readout(step, module(batch.to(self.templates.device))).cpu() for batch in batches])
+        module = template.load({**counters, **tensors_of(participant, first)})
+        template.set_mode(training=False)
+        found: list[list[Tensor]] = [[] for _ in steps]
+        for batch in first.data.columns(participant)["x"].split(first.batch_size):
+            out = module(batch.to(self.templates.device))
+            for parts, step in zip(found, steps, strict=True):
+                parts.append(readout(step, out).cpu())
+        return [torch.cat(parts) for parts in found]
+
+
+def one_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:
+    """Whether both steps want outputs of the same model on the very same rows."""
+    (participant, a), (another, b) = one, other
+    if participant is not another or isinstance(a, Fit) or isinstance(b, Fit):
+        return False
+    if a.slot != b.slot or a.batch_size != b.batch_size or tensors_of(participant, a) is not tensors_of(another, b):
+        return False
+    if isinstance(a.data, Rows) and isinstance(b.data, Rows):
+        return (a.data.name, a.data.through) == (b.data.name, b.data.through) and a.data.rows is b.data.rows
+    return isinstance(a.data, Table) and isinstance(b.data, Table) and a.data.table["x"] is b.data.table["x"]

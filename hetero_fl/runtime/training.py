@@ -79,7 +79,7 @@ def _prepare(participant: Participant, fit: Fit, live: Mapping[str, Template]) -
     trainable: Named = {}
     for slot, template in live.items():
         template.load(participant.models[slot])
-        template.module.train(slot in fit.train)
+        template.set_mode(training=slot in fit.train)
         for name, parameter in template.parameters.items():
             parameter.grad = None
             parameter.requires_grad_(is_trained(fit, slot, name))

@@ -167,7 +167,7 @@ def test_public_rows_may_lack_blocks() -> None:
     assert seen["a"][:, 11].all() and not seen["a"][:, 10].any() and not seen["a"][:, 6:10].any()
     assert not seen["b"].isnan().any() and seen["c"][:, 4].all()
     assert [data.has_proxy(data.preprocess(c)) for c in clients] == [True, True, False]
-    assert data.notes == ["client 'c' sees nothing of the proxy set, and has no part in what is done with it"]
+    assert data.notes == ["client 'c' sees nothing of the proxy set: it has no part in what is done with it"]
     with pytest.raises(UserError, match=r"clients: 'a': preprocess\.missing: row \d+ of proxy has no value of 'genes'"):
         hospitals(x, BLOCKS, {**clients, "a": PreprocessConfig()}, proxy=ProxyConfig(size=20, columns=["image"]))
     with pytest.raises(UserError, match=r"data\.proxy\.columns: found 'images'; did you mean 'image'"):

@@ -16,6 +16,7 @@ import yaml
 
 from hetero_fl.children import UNGUARDED
 from hetero_fl.cli import main
+from hetero_fl.errors import UserError
 from hetero_fl.experiment import compare, comparison, jobs, run
 from hetero_fl.reporting.rundir import locked
 from tests.small import config
@@ -61,6 +62,23 @@ def test_runs_made_with_other_settings_are_told_first(made: list[str], capsys: p
     with locked(Path("out")):
         assert main(made, command="compare") == 2
     assert "out: another process is at work there" in capsys.readouterr().err
+
+
+def test_what_a_method_derives_is_no_other_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    method = "dense:synthesis_epochs=1:generator_steps=1:student_steps=1"
+    for seeds in ([0], [0, 1]):  # the second finds a student named where none was asked for
+        compare(small(), [method], seeds, out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"algorithm\.student: was 'site_1', is now 'site_2'"):
+        compare(small(), [f"{method}:student=site_2"], [0], out=moved(tmp_path / "out", method))
+
+
+def moved(out: Path, method: str) -> Path:
+    """The comparison's folder, with the first run under the name of one for which another student is asked."""
+    asked = comparison.Variant.parse(f"{method}:student=site_2")
+    name = comparison._folder(comparison.Variant.parse(method), (), 0)
+    (out / "runs" / name).rename(out / "runs" / comparison._folder(asked, (), 0))
+    return out
 
 
 def test_runs_of_a_comparison_have_a_core_each(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hetero_fl.algorithms import algorithm
 from hetero_fl.data import load_source
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import evaluate, prepare, run
-from hetero_fl.experiment.comparison import compare
+from hetero_fl.reporting.compare import comparison_row, write_comparison
 from hetero_fl.reporting.run import Run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "traffic_hetero.yaml"
@@ -130,9 +131,12 @@ def test_a_method_is_ready_or_says_why_not(name: str) -> None:
         assert "regression" not in algorithm[name].tasks or str(error).startswith("algorithm.")
 
 
-def test_a_comparison_tells_the_rules_and_the_unit(tmp_path: Path) -> None:
-    compare(CONFIG, "local,fedmd", (0,), out=tmp_path / "c", overrides=[*SHORT, "output.plots=false"], jobs=1)
-    told = (tmp_path / "c" / "comparison.md").read_text()
+def test_a_comparison_tells_the_rules_and_the_unit(finished: Run, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(finished.path, tmp_path / "runs" / "one")
+    rows, task = [comparison_row(finished.summary)], finished.models["server"].task
+    write_comparison(tmp_path, rows, title="traffic", note="", task=task)
+    told = (tmp_path / "comparison.md").read_text()
     assert (
         "**Simple rules:** mean absolute error (vehicles): persistence " in told
         and "Errors in vehicles, one seed" in told

@@ -136,3 +136,37 @@ def test_state_handed_to_a_client_may_be_changed_in_place() -> None:
     private.state["seen"] = torch.zeros(2)
     rounds.federation.client("site_1", private, 1).state["seen"].add_(1)
     assert torch.equal(private.state["seen"], torch.zeros(2))
+
+
+def test_every_member_of_an_ensemble_is_asked_once_about_the_common_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Any] = []
+    perform = Serial.perform
+    monkeypatch.setattr(Serial, "perform", lambda self, work: computed.extend(work) or perform(self, work))
+    rounds = rounds_of(config("ensemble", "mlp", clients=6), held=1)
+    computed.clear()
+    rounds.evaluate()
+    common = [step for _, step in computed if isinstance(step, Predict) and step.data.name == "common_test"]  # type: ignore[union-attr]
+    assert len(common) == 6
+
+
+def test_several_outputs_of_one_model_on_the_same_rows_take_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    participant, other, *_ = clients()
+    some = torch.arange(5)
+    work = [
+        (participant, Predict("model", readout="features")),
+        (participant, Predict("model")),
+        (participant, ClassSums("model", readout="features")),
+        (participant, Predict("model", Rows("train", rows=some))),  # other rows
+        (participant, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),  # another model
+        (other, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),  # another's rows
+    ]
+    serial, passes = Serial(CPU), []
+    alone = [serial.perform([one])[0] for one in work]
+    module = serial.templates(participant.arch["model"], "model").module
+    module.register_forward_hook(lambda *_: passes.append(1))
+    sent = serial.templates(participant.arch["model"], "").module
+    sent.register_forward_hook(lambda *_: passes.append(1))
+    together = serial.perform(work)
+    assert len(passes) == 4
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

@@ -12,6 +12,7 @@ from hetero_fl.data.sources import (
     text,
     torchvision_sets,
     traffic,
+    xray_genes,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "text",
     "torchvision_sets",
     "traffic",
+    "xray_genes",
 ]

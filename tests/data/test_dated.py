@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.source import DataConfig, PartitionConfig, ProxyConfig, SplitConfig
+from hetero_fl.config.source import DataConfig, PartitionConfig, ProxyConfig, SourceConfig, SplitConfig
 from hetero_fl.data import Dataset, FederatedData, federate, from_arrays, with_test
 from hetero_fl.data.dated import cut_by_date
 from hetero_fl.errors import UserError
@@ -127,3 +128,22 @@ def test_units_and_baselines_are_checked() -> None:
 def test_times_and_units_are_part_of_the_datas_hash() -> None:
     one, other = dated(unit=torch.ones(200)), dated(unit=torch.full((200,), 2.0))
     assert federated(one).content_hash() != federated(other).content_hash()
+
+
+def test_a_clients_own_dated_source_keeps_its_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_dated.py").write_text(
+        "import torch\n"
+        "from dataclasses import replace\n"
+        "from hetero_fl.data import from_arrays, with_test\n"
+        "def cut(config, root):\n"
+        "    t = torch.arange(1000, 1100)\n"
+        "    whole = with_test(from_arrays(t[:, None].float(), t.float(), time=t))\n"
+        "    rows = torch.arange(80)\n"
+        "    return replace(whole, train=whole.train.take(rows[:60]), validation=whole.train.take(rows[60:]))\n"
+    )
+    clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name="python:own_dated:cut"))}
+    data = federated(dated(), clients)
+    assert rows_of(data, "b", "train") == list(range(1000, 1060))
+    assert rows_of(data, "b", "validation") == list(range(1060, 1080))
+    assert rows_of(data, "b", "test") == list(range(1080, 1100))

@@ -26,7 +26,8 @@ def frozen(value: Any) -> Any:
 class Architecture:
     """A model of the zoo with everything that decides its shapes. Equal architectures have equal tensors.
 
-    `input_shape` is (channels, *size) as `model_zoo.create_model` takes it.
+    `input_shape` is (channels, *size) as `model_zoo.create_model` takes it; with a `vocabulary` (its size) examples are
+    tokens, and it is (length,).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Architecture:
     feature_dim: int | None = None
     options: tuple[tuple[str, Any], ...] = field(default=())
     pretrained: bool = False
+    vocabulary: int | None = None
 
     @classmethod
     def of(
@@ -45,10 +47,17 @@ class Architecture:
         feature_dim: int | None = None,
         options: Mapping[str, Any] | None = None,
         pretrained: bool = False,
+        vocabulary: int | None = None,
     ) -> Architecture:
         """An architecture from a configuration's plain values (lists become tuples, so that it can be hashed)."""
         settled = tuple(sorted((k, frozen(v)) for k, v in (options or {}).items()))
-        return cls(name, outputs, tuple(input_shape), feature_dim, settled, pretrained)
+        return cls(name, outputs, tuple(input_shape), feature_dim, settled, pretrained, vocabulary)
+
+    @property
+    def sizes(self) -> tuple[int, int, tuple[int, ...], int | None]:
+        """Outputs, channels, size and feature width, as `model_zoo.create_model` takes them."""
+        channels, *size = self.input_shape if self.vocabulary is None else (1, *self.input_shape)
+        return self.outputs, channels, tuple(size), self.feature_dim
 
     def build(self, pretrained: bool = False) -> SplitModel:
         """A new module, with weights from the global generator: call it inside `torch.random.fork_rng`.
@@ -56,11 +65,8 @@ class Architecture:
         `pretrained`: with the published weights, for a first start only; everybody else loads tensors into it. Raises
         `model_zoo.ModelError` where the model can not be made for this input.
         """
-        channels, *size = self.input_shape
         options = dict(self.options)
-        return create_model(
-            self.name, self.outputs, channels, tuple(size), self.feature_dim, pretrained=pretrained, **options
-        )
+        return create_model(self.name, *self.sizes, pretrained=pretrained, vocabulary=self.vocabulary, **options)
 
     def initial(self, seed: int) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""
@@ -70,6 +76,7 @@ class Architecture:
     def id(self) -> str:
         """One line that names the architecture: the name of its group at the server."""
         detail = [f"{'x'.join(map(str, self.input_shape))}->{self.outputs}"]
+        detail += [f"vocabulary={self.vocabulary}"] if self.vocabulary else []
         detail += [f"feature_dim={self.feature_dim}"] if self.feature_dim else []
         detail += [f"{k}={v}" for k, v in self.options] + (["pretrained"] if self.pretrained else [])
         return f"{self.name}({', '.join(detail)})"
@@ -110,6 +117,7 @@ class Architecture:
                 raw["feature_dim"],
                 dict(raw["options"]),
                 bool(raw["pretrained"]),
+                raw.get("vocabulary"),  # older files have none
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a description of an architecture: {error}") from None

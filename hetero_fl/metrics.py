@@ -20,19 +20,34 @@ Scores = dict[str, float | None]
 
 CLASSIFICATION = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "average_precision", "loss")
 REGRESSION = ("mae", "rmse", "r2")
-SMALLER_IS_BETTER = frozenset({"loss", "mae", "rmse"})
+RARE = ("auroc", "average_precision", "balanced_accuracy", "macro_f1", "accuracy", "loss")
+MANY = (
+    "accuracy",
+    "top3_accuracy",
+    "perplexity",
+    "balanced_accuracy",
+    "macro_f1",
+    "auroc",
+    "average_precision",
+    "loss",
+)
+SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """The metrics that `score` returns for a task, in the order of tables."""
-    return REGRESSION if task.kind == "regression" else CLASSIFICATION
+    """The metrics that `score` returns for a task, in the order of tables: those that lead come first."""
+    if task.kind == "regression":
+        return REGRESSION
+    return MANY if task.many else CLASSIFICATION if task.rare is None else RARE
 
 
 def selection_metric(task: Task) -> tuple[str, int]:
     """The metric by which validation selects a round, and its sign: +1 if larger is better, −1 if smaller is."""
     if task.kind == "regression":
         return "mae", -1
-    return ("balanced_accuracy" if task.kind == "multiclass" else "auroc"), 1
+    if task.many:
+        return "accuracy", 1
+    return ("balanced_accuracy" if task.kind == "multiclass" and task.rare is None else "auroc"), 1
 
 
 def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> Scores:
@@ -42,7 +57,8 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     over the classes in y or predicted (scikit-learn's default labels); `auroc`, of P(class 1) for two classes, else the
     mean of one-vs-rest over all classes, None unless every class is in y; `average_precision`, the mean of one-vs-rest
     over the classes in y, None if y holds one class only (it would be 1 whatever the scores); `loss`, the mean
-    cross-entropy.
+    cross-entropy. A task with a `rare` class: `average_precision` is that class's. Many classes: `top3_accuracy` besides,
+    how often the truth is among the three likeliest, and `perplexity`, the exponential of the loss.
 
     Multilabel (y `[N, C]` of 0 and 1, decisions at probability 0.5): the same keys, each computed label by label and
     averaged over the labels for which it is defined; `accuracy` and `loss` over all N·C decisions.
@@ -66,7 +82,18 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
         "multilabel": _multilabel,
         "regression": _regression,
     }
-    return dict(zip(names, _finite(compute[task.kind](outputs, y.to(outputs.device))), strict=True))
+    y = y.to(outputs.device)
+    found = dict(
+        zip(REGRESSION if task.kind == "regression" else CLASSIFICATION, compute[task.kind](outputs, y), strict=True)
+    )
+    if task.many:
+        loss, among = found["loss"], (outputs.topk(3).indices == y[:, None]).any(1)
+        known = loss is not None and bool(outputs.isfinite().all())
+        found["top3_accuracy"] = among.double().mean() if known else None
+        found["perplexity"] = loss.exp() if loss is not None else None
+    if task.rare is not None and found["average_precision"] is not None:
+        found["average_precision"] = _ranking(outputs.softmax(1).T[[task.rare]], (y == task.rare)[None])[1][0]
+    return dict(zip(names, _finite([found[name] for name in names]), strict=True))
 
 
 def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
@@ -77,14 +104,15 @@ def _multiclass(logits: Tensor, y: Tensor) -> list[Tensor | None]:
     truth = functional.one_hot(y, classes).T.bool()
     guess = functional.one_hot(p.argmax(1), classes).T.bool()
     hits, true, said = (truth & guess).sum(1).double(), truth.sum(1).double(), guess.sum(1).double()
-    area, precision = _ranking(p.T.contiguous(), truth)
-    area = area[1] if classes == 2 else area.mean()  # NaN unless every class is in y, and so None
+    there = true > 0
+    area, precision = _ranking(p.T[there], truth[there])  # of others there is nothing to rank
+    area = area[-1] if classes == 2 else area.mean()
     return [
         hits.sum() / len(y),
         _mean(hits / true, true > 0),
         _mean(2 * hits / (true + said), true + said > 0),
-        area,
-        _mean(precision, true > 0) if (true < len(y)).all() else None,
+        area if there.all() else None,
+        precision.mean() if (true < len(y)).all() else None,
         functional.cross_entropy(logits, y),
     ]
 

@@ -57,7 +57,9 @@ class SavedModel:
             if about["form"] != FORM:
                 raise UserError(f"{path}: found {about['form']!r}, this release reads {FORM!r}")
             named = about["task"]
-            task = Task(named["kind"], named["outputs"], tuple(named["names"]), named.get("unit", ""))
+            task = Task(
+                named["kind"], named["outputs"], tuple(named["names"]), named.get("unit", ""), named.get("rare")
+            )
             view = {k: frozen(v) for k, v in about["preprocess"].items()}
             prior = about["log_prior"]
             arch = Architecture.from_json(json.dumps(about["architecture"]))
@@ -85,11 +87,14 @@ class SavedModel:
 
         Args:
             x: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8, or as floats in 0..1 or 0..255; tables
-                `[N, F]`; series `[N, T, F]`. Of a model that sees some columns or blocks see `hetero_fl.data.given`.
+                `[N, F]`; series `[N, T, F]`; tokens `[N, T]` as `Vocabulary.encode` makes them. Of a model that sees
+                some columns or blocks see `hetero_fl.data.given`.
 
         Raises:
             UserError: no numbers, another shape than expected, a range that could mean two things, NaN or infinity.
         """
+        if self.arch.vocabulary is not None:
+            return self._tokens(x, self.arch.vocabulary)
         raw, where = as_numbers(x, "predict: x"), "predict: x"
         image = len(self.arch.input_shape) == 3
         if image and raw.ndim in (3, 4) and 0 not in raw.shape:
@@ -102,6 +107,17 @@ class SavedModel:
             row = int((~torch.isfinite(raw)).flatten(1).any(1).to(torch.uint8).argmax())
             raise UserError(f"{where}: NaN or infinity in row {row}")
         return in_range({where: raw})[0][where] if image else raw
+
+    def _tokens(self, x: Any, vocabulary: int) -> Tensor:
+        raw, where = torch.as_tensor(x), "predict: x"
+        if raw.is_floating_point() or tuple(raw.shape[1:]) != self.arch.input_shape:
+            found = f"{raw.dtype} of shape {tuple(raw.shape)}".removeprefix("torch.")
+            raise UserError(f"{where}: found {found}; this model takes whole numbers {self._expected()}")
+        bad = ((raw < 0) | (raw >= vocabulary)).any(1)
+        if bool(bad.any()):
+            row = int(bad.to(torch.uint8).argmax())
+            raise UserError(f"{where}: row {row} has a token out of range; they are 0 to {vocabulary - 1}")
+        return raw.long()
 
     def _channels_first(self, x: Tensor, where: str) -> Tensor:
         """Images with channels first: as the model takes them if it takes only one reading, else as the axes say."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MANY = 20  # classes
+
 
 @dataclass(frozen=True)
 class Task:
@@ -18,8 +20,15 @@ class Task:
     outputs: int
     names: tuple[str, ...] = ()
     unit: str = ""
+    rare: int | None = None
+    """Of two classes the one that less than a tenth of all rows have: which models rank highest is then what counts."""
 
     @property
     def label(self) -> tuple[str, ...]:
         """A name for each output."""
         return self.names or tuple(str(i) for i in range(self.outputs))
+
+    @property
+    def many(self) -> bool:
+        """Whether there are so many classes that a figure for each says little, and the first few guesses matter."""
+        return self.kind == "multiclass" and self.outputs >= MANY

@@ -12,6 +12,8 @@ from . import ModelError, describe, list_models
 from .catalogue import MODELS
 from .describe import readable
 
+WORDS = 1000  # of the vocabulary of the texts
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table and returns the exit status: 0, or 2 after one line about a mistake."""
@@ -37,15 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _table(names: list[str], classes: int, channels: int, size: int) -> Table:
-    table = Table(title=f"{classes} classes; images of {channels}x{size}x{size}, table rows of {size} columns")
+    title = f"{classes} classes; images of {channels}x{size}x{size}, table rows of {size} columns"
+    table = Table(title=f"{title}, texts of {size} words of {WORDS:,}")
     table.add_column("model", no_wrap=True)
     for heading in ("parameters", "features", "FLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("what it is")
     for name in names:
-        takes_images = "image" in MODELS[name].kinds
-        example = (channels, size) if takes_images else (size, ())
-        about = describe(name, classes, *example)
+        kinds = MODELS[name].kinds
+        if "tokens" in kinds:
+            about = describe(name, classes, 1, (size,), vocabulary=WORDS)
+        else:
+            about = describe(name, classes, *((channels, size) if "image" in kinds else (size, ())))
         table.add_row(
             name, f"{about.parameters:,}", str(about.feature_dim), readable(about.forward_flops), about.summary
         )

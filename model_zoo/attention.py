@@ -27,9 +27,13 @@ class SelfAttention(nn.Module):
         self.to_qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, absent: Tensor | None = None) -> Tensor:
+        """``absent`` [B, steps]: where there is nothing to look at."""
         q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        if absent is not None:  # not minus infinity: where nothing is there at all, that would be NaN
+            scores = scores.masked_fill(absent[:, None, None, :], -1e4)
+        weights = scores.softmax(-1)
         out: Tensor = self.out(rearrange(weights @ v, "b h n d -> b n (h d)"))
         return out
 
@@ -45,8 +49,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
+    def forward(self, x: Tensor, absent: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), absent))
         out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
         return out
 

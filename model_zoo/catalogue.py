@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import cnn, convolution, multimodal, published, resnet, sequence, simple, vit
+from . import cnn, columns, convolution, multimodal, published, resnet, sequence, simple, text, vit
 from .errors import InputError, ModelError
 from .external import external_backbone
 from .shapes import KINDS, Kind, Shape, whole
@@ -16,6 +16,8 @@ from .split import Body
 
 IMAGE: tuple[Kind, ...] = ("image",)
 SEQUENCE: tuple[Kind, ...] = ("series", "image")
+TOKENS: tuple[Kind, ...] = ("tokens",)
+NAMES: dict[Kind, str] = {"table": "table rows", "series": "series", "image": "images", "tokens": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Entry:
 
     def check_shape(self, shape: Shape) -> None:
         if shape.kind not in self.kinds:
-            takes = " or ".join({"table": "table rows", "series": "series", "image": "images"}[k] for k in self.kinds)
+            takes = " or ".join(NAMES[k] for k in self.kinds)
             raise InputError(f"takes {takes}, found {shape}")
         if shape.kind == "image" and min(shape.size) < self.smallest:
             raise InputError(f"needs at least {self.smallest}x{self.smallest} pixels, found {shape}")
@@ -99,6 +101,10 @@ MODELS: dict[str, Entry] = {
     "linear": Entry("logistic regression on the flattened input", simple.linear),
     "mlp": Entry("multi-layer perceptron with ReLU", simple.mlp),
     "tabular": Entry("residual network for table rows (Gorishniy et al., 2021)", simple.tabular, ("table",)),
+    "wide_deep": Entry(
+        "linear on crossed columns beside a perceptron (Cheng et al., 2016)", columns.wide_deep, ("table",)
+    ),
+    "ft_transformer": Entry("transformer over columns (Gorishniy et al., 2021)", columns.ft_transformer, ("table",)),
     "lenet": Entry("LeNet-5 with ReLU and max pooling (LeCun et al., 1998)", cnn.lenet, IMAGE, 12),
     "fedavg_cnn": Entry("two 5x5 convolutions and 512 units (McMahan et al., 2017)", cnn.fedavg_cnn, IMAGE, 4),
     "niid_cnn": Entry("LeNet without padding, of NIID-Bench (Li et al., 2022)", published.niid_cnn, IMAGE, 16),
@@ -142,4 +148,7 @@ MODELS: dict[str, Entry] = {
         "a branch for each block of a row, and a fusion that knows which are there", multimodal.multimodal
     ),
     "vit": Entry("small vision transformer (Dosovitskiy et al., 2021)", vit.vit, IMAGE),
+    "text_gru": Entry("embedded words under gated recurrent units", text.text_gru, TOKENS),
+    "text_cnn": Entry("embedded words under causal convolutions (Bai et al., 2018)", text.text_cnn, TOKENS),
+    "text_transformer": Entry("embedded words under a small transformer", text.text_transformer, TOKENS),
 }

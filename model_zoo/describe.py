@@ -74,6 +74,8 @@ def describe(
     in_channels: int = 1,
     input_size: int | Sequence[int] = 28,
     feature_dim: int | None = None,
+    *,
+    vocabulary: int | None = None,
     **options: Any,
 ) -> ModelDescription:
     """Builds the model once, in memory, and measures it; arguments and errors as :func:`create_model`'s.
@@ -81,8 +83,9 @@ def describe(
     The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        model = create_model(name, num_classes, in_channels, input_size, feature_dim, **options).eval()
-    flops, convolutions = _flops(model, torch.zeros(make_shape(in_channels, input_size).batch(1)))
+        sizes = (num_classes, in_channels, input_size, feature_dim)
+        model = create_model(name, *sizes, vocabulary=vocabulary, **options).eval()
+    flops, convolutions = _flops(model, make_shape(in_channels, input_size, vocabulary).blank(1))
     return ModelDescription(
         name=name,
         parameters=count(model),

@@ -10,7 +10,7 @@ from typing import Any
 from . import external, user
 from .catalogue import MODELS, check_value
 from .errors import InputError, ModelError, nearest
-from .shapes import make_shape, whole
+from .shapes import Shape, make_shape, whole
 from .split import SplitModel, assemble
 
 EXTERNAL = tuple(external.OPTIONS)
@@ -55,6 +55,7 @@ def create_model(
     feature_dim: int | None = None,
     *,
     pretrained: bool = False,
+    vocabulary: int | None = None,
     **options: Any,
 ) -> SplitModel:
     """Makes a model that is a backbone under a head.
@@ -69,6 +70,8 @@ def create_model(
         feature_dim: the common width of the features. Where the backbone has another width, a projection
             (Linear, then ReLU) ends it; None leaves the backbone's own width.
         pretrained: start from the library's published weights (torchvision's, timm's, and ``resnet18``).
+        vocabulary: how many different tokens there are, for models of text. ``input_size`` is then (L,), and the model takes
+            x of whole numbers [B, L] from 0 (no word: shorter texts are filled up with it from the left) to below it.
         options: the model's own, see :func:`model_options`.
 
     The initial weights come from torch's global generator, as every module's do: for weights that depend on a seed
@@ -78,7 +81,8 @@ def create_model(
         ModelError: one line, for anything that cannot be made as asked.
     """
     with _naming(name):
-        return _create(name, num_classes, in_channels, input_size, feature_dim, pretrained, options)
+        shape = make_shape(in_channels, input_size, vocabulary)
+        return _create(name, num_classes, shape, feature_dim, pretrained, options)
 
 
 @contextmanager
@@ -93,14 +97,12 @@ def _naming(name: str) -> Iterator[None]:
 def _create(
     name: str,
     num_classes: int,
-    in_channels: int,
-    input_size: int | Sequence[int],
+    shape: Shape,
     feature_dim: int | None,
     pretrained: bool,
     options: Mapping[str, Any],
 ) -> SplitModel:
     given = _checked_options(name, options)
-    shape = make_shape(in_channels, input_size)
     for argument, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
         if not whole(value) and not (argument == "feature_dim" and value is None):
             raise ModelError(f"{argument}: found {value!r}, a whole number of at least 1 is needed")

@@ -99,7 +99,7 @@ def feature_width(backbone: nn.Module, shape: Shape) -> int:
     backbone.eval()
     try:
         with torch.no_grad():
-            features = backbone(torch.zeros(shape.batch(2)))
+            features = backbone(shape.blank(2))
     except Exception as error:  # whatever a foreign model raises: it cannot take this input
         raise InputError(f"cannot take {shape}: {one_line(error)}") from error
     finally:

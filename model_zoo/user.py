@@ -17,8 +17,9 @@ from .errors import ModelError, nearest, one_line
 from .shapes import Shape
 from .split import SplitModel, feature_width
 
-STANDARD = ("num_classes", "in_channels", "input_size", "feature_dim")
-"""What :func:`build` passes by name, as far as the signature takes it; ``input_size`` is always a tuple."""
+STANDARD = ("num_classes", "in_channels", "input_size", "feature_dim", "vocabulary")
+"""What :func:`build` passes by name, as far as the signature takes it; ``input_size`` is always a tuple, ``vocabulary`` is
+None but for tokens."""
 
 
 def load(path: str) -> Callable[..., Any]:
@@ -63,8 +64,9 @@ def build(
     target = load(path)
     parameters = inspect.signature(target).parameters
     takes_any = options(target)[1]
-    values = (num_classes, shape.channels, shape.size, feature_dim)
-    arguments = {k: v for k, v in zip(STANDARD, values, strict=True) if k in parameters or takes_any} | dict(given)
+    values = (num_classes, shape.channels, shape.size, feature_dim, shape.vocabulary)
+    wanted = {k for k in STANDARD if k in parameters or (takes_any and (k != "vocabulary" or shape.vocabulary))}
+    arguments = {k: v for k, v in zip(STANDARD, values, strict=True) if k in wanted} | dict(given)
     if "pretrained" in parameters:
         arguments["pretrained"] = pretrained
     elif pretrained:

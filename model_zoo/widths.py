@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from . import cnn, resnet, simple
+from . import cnn, resnet, simple, text
 from .catalogue import MODELS
 from .errors import ModelError
 
@@ -20,6 +20,7 @@ _BUILDERS = {
     resnet.resnet: ("resnet", "widths"),
     simple.mlp: ("mlp", "hidden"),
     simple.tabular: ("tabular", "width"),
+    text.text_cnn: ("text_cnn", "width"),
 }
 
 

@@ -22,7 +22,13 @@ from hetero_fl.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LONG = {"configs/medical_hetero.yaml", "configs/medical_multimodal.yaml"}  # run elsewhere: here they are parsed
+LONG = {  # run elsewhere: here they are parsed
+    "configs/medical_hetero.yaml",
+    "configs/medical_multimodal.yaml",
+    "configs/finance_hetero.yaml",
+    "configs/text_hetero.yaml",
+    "configs/sensors_hetero.yaml",
+}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -44,6 +44,8 @@ class Dense(DataFree):
             raise UserError(f"algorithm.student: found '{self.student}'{nearest(self.student, islice(cards, LOOKED))}")
         student = self.student or cards.foremost.first
         arch = cards[student].arch
+        if arch.vocabulary:
+            raise UserError("algorithm.name: dense makes examples by their gradient, and the examples here are tokens")
         for kind in cards.kinds:
             own, shape = kind.arch.input_shape, arch.input_shape
             if not convertible(shape, own):

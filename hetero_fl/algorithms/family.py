@@ -16,7 +16,8 @@ from model_zoo import can_narrow, share_of
 
 NARROWEST = 1 / 16  # as in Diao et al. 2021
 LISTED = 1000  # clients, above which nobody's width is written down by id
-WIDE = {
+WIDE = {  # by the number of dimensions; 0: tokens
+    0: ModelConfig(name="text_cnn"),
     1: ModelConfig(name="mlp", hidden=[64]),
     2: ModelConfig(name="mlp", hidden=[64]),
     3: ModelConfig(name="cnn_gn_medium"),
@@ -33,7 +34,8 @@ def choose_model(cards: Roster) -> ModelConfig:
         if can_narrow(kind.arch.name):
             members[kind.arch] += kind.count
     if not members:
-        return WIDE[len(cards.kinds[0].arch.input_shape)]
+        example = cards.kinds[0].arch
+        return WIDE[0 if example.vocabulary else len(example.input_shape)]
     widest = {a: sum(n for other, n in members.items() if _share(other, a) is not None) for a in members}
     wide = max(widest, key=lambda a: (widest[a], numbers(a)))
     return ModelConfig(name=wide.name, feature_dim=wide.feature_dim, **dict(wide.options))
@@ -109,7 +111,8 @@ def derived(arch: Architecture, model: ModelConfig) -> float:
     """A client's share by its own model: that of a narrower copy of the wide one; of another the power of two nearest to the
     root of its part of the wide model's parameters, which grow with the square of the width.
     """
-    wide = Architecture.of(model.name, arch.outputs, arch.input_shape, model.feature_dim, model.options)
+    sizes = (arch.outputs, arch.input_shape, model.feature_dim)
+    wide = Architecture.of(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
     share = _share(arch, wide)
     if share is not None:
         return share

@@ -49,7 +49,7 @@ class FedKD(WithMentee):
         return self.model_copy(update={"energy_start": WHOLE, "energy_end": WHOLE})
 
     def extras(self, arch: Architecture) -> dict[str, Architecture]:
-        mentee = self.small(arch.outputs)
+        mentee = self.small(arch)
         return {MENTEE: mentee, HIDDEN: Architecture.of("linear", arch.width, (mentee.width,))}
 
     def broadcast(self, server: Participant, card: Card) -> Items:

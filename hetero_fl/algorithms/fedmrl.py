@@ -44,7 +44,7 @@ class FedMRL(WithMentee):
         for kind in cards.kinds:
             need_linear_head(kind.first, kind.arch)
         least = min(widths, key=widths.__getitem__)
-        width = made.small(cards[least].arch.outputs).width
+        width = made.small(cards[least].arch).width
         if width < widths[least]:
             return made, notes
         if made.mentee.feature_dim or widths[least] < 2:
@@ -58,7 +58,7 @@ class FedMRL(WithMentee):
         return made.model_copy(update={"mentee": mentee}), notes
 
     def extras(self, arch: Architecture) -> dict[str, Architecture]:
-        mentee = self.small(arch.outputs)
+        mentee = self.small(arch)
         return {MENTEE: mentee, PROJECTION: Architecture.of("linear", arch.width, (mentee.width + arch.width,))}
 
     def together(self, client: Participant) -> Fit:

@@ -69,7 +69,9 @@ class HeteroFL(FedAvg):
         """The wide model for what a client with this one sees."""
         assert self.model is not None  # `resolve` has set it
         m = self.model
-        return Architecture.of(m.name, arch.outputs, arch.input_shape, m.feature_dim, m.options)
+        return Architecture.of(
+            m.name, arch.outputs, arch.input_shape, m.feature_dim, m.options, vocabulary=arch.vocabulary
+        )
 
     def architecture(self, card: Card) -> Architecture:
         assert self.model is not None and not isinstance(self.widths, list)  # `resolve` has set them
@@ -77,7 +79,7 @@ class HeteroFL(FedAvg):
         if (share := derived(card.arch, self.model) if self.widths is None else self.widths[card.id]) == 1:
             return wide
         name, options = narrow(wide.name, dict(wide.options), share, self.scaler)
-        return Architecture.of(name, wide.outputs, wide.input_shape, wide.feature_dim, options)
+        return replace(wide, name=name, options=tuple(sorted(options.items())))
 
     def called(self, card: Card) -> str:
         return slice_name(card, self.wide(card.arch), self.widths)

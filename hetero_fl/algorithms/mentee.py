@@ -22,7 +22,8 @@ from hetero_fl.plan import Fit, Plan, Predict, Rows, Table
 from hetero_fl.state import Card, Participant, Roster, floats, select
 
 MENTEE = "mentee"
-SMALL = {
+SMALL = {  # by the number of dimensions; 0: tokens
+    0: ModelConfig(name="text_transformer"),
     1: ModelConfig(name="mlp", hidden=[64]),
     2: ModelConfig(name="transformer"),
     3: ModelConfig(name="cnn_gn_small"),
@@ -42,7 +43,8 @@ class WithMentee(Algorithm):
 
     mentee: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
         None,
-        description="architecture of the mentee; none: cnn_gn_small for images, transformer for series, mlp (64) for tables",
+        description="architecture of the mentee; none: cnn_gn_small for images, transformer for series, mlp (64) for tables, "
+        "text_transformer for tokens",
     )
     mentee_input: list[PositiveInt] | None = Field(
         None,
@@ -60,22 +62,23 @@ class WithMentee(Algorithm):
                 raise UserError(
                     f"algorithm.mentee_input: found {list(shape)}, but examples of {kind.first} are {list(own)}"
                 )
-        mentee = self.mentee or SMALL[len(shape)]
+        mentee = self.mentee or SMALL[0 if cards.kinds[0].arch.vocabulary else len(shape)]
         notes = [] if self.mentee else [f"algorithm.mentee is {mentee.name}, for inputs {'x'.join(map(str, shape))}"]
         return self.model_copy(update={"mentee": mentee, "mentee_input": list(shape)}), notes
 
     def extras(self, arch: Architecture) -> dict[str, Architecture]:
-        return {MENTEE: self.small(arch.outputs)}
+        return {MENTEE: self.small(arch)}
 
-    def small(self, outputs: int) -> Architecture:
-        """The mentee's architecture."""
+    def small(self, own: Architecture) -> Architecture:
+        """The mentee's architecture, beside that of anybody's own model: all have the same outputs and vocabulary."""
         assert self.mentee is not None and self.mentee_input is not None  # `resolve` has set them
         m = self.mentee
-        return Architecture.of(m.name, outputs, tuple(self.mentee_input), m.feature_dim, m.options, m.pretrained)
+        shape, about = tuple(self.mentee_input), (m.feature_dim, m.options, m.pretrained, own.vocabulary)
+        return Architecture.of(m.name, own.outputs, shape, *about)
 
     # The round -----------------------------------------------------------------------------------------------------
     def start(self, server: Participant) -> None:
-        server.arch[MENTEE] = self.small(server.task.outputs)
+        server.arch[MENTEE] = self.small(server.peers.kinds[0].arch)
         server.models[MENTEE] = server.arch[MENTEE].initial(server.clock.seed)
 
     def broadcast(self, server: Participant, card: Card) -> Items:

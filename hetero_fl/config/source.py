@@ -52,6 +52,32 @@ class SeriesConfig(Section):
         return self
 
 
+class TextConfig(Section):
+    """How text becomes tokens. Words are numbered without a look at any client's text."""
+
+    predict: choice("next", "class") = Field(  # type: ignore[valid-type]
+        "next", description="the next word from those before it; or the class of a whole text"
+    )
+    length: PositiveInt = Field(
+        8, description="words that an example shows, the last ones of more; fewer are filled up from the left"
+    )
+    tokenizer: choice("words", "hashing") = Field(  # type: ignore[valid-type]
+        "words",
+        description="the most frequent words of the public text, all others are one unknown; or every word a number by its "
+        "hash, for which nobody's text is read",
+    )
+    vocabulary: PositiveInt = Field(1000, description="at most so many words; hashing: so many numbers")
+    public: str | None = Field(None, description="`text` with words: the file of public text from which they are taken")
+
+
+class WindowsConfig(Section):
+    """How a file of samples, a row each, is cut into windows."""
+
+    length: PositiveInt = Field(64, description="samples of a window")
+    step: PositiveInt | None = Field(None, description="samples from one window to the next; none: as many as it has")
+    time: str | None = Field(None, description="column of times, which have to run forward; it is no channel")
+
+
 class SourceConfig(Section):
     """A data source by name, or a local file in its place."""
 
@@ -70,6 +96,10 @@ class SourceConfig(Section):
         None, description="image folders: every image is scaled to so many pixels a side as it is read"
     )
     series: SeriesConfig | None = Field(None, description="series by the hour (`traffic`): windows and forecasts")
+    windows: WindowsConfig | None = Field(None, description="`activity` from a table: how its samples become windows")
+    text: TextConfig | None = Field(
+        None, description="texts: how they become tokens; a proxy set's are as the common set's"
+    )
 
 
 class PartitionConfig(Section):

@@ -18,6 +18,7 @@ from hetero_fl.data.registry import list_sources, load_source, source
 from hetero_fl.data.scanner import apply_scanner
 from hetero_fl.data.sources.synthetic import make_images, make_table
 from hetero_fl.data.split import with_test
+from hetero_fl.data.tokens import Vocabulary
 
 __all__ = [
     "Block",
@@ -27,6 +28,7 @@ __all__ = [
     "FederatedData",
     "Layout",
     "Preprocess",
+    "Vocabulary",
     "apply_scanner",
     "augment",
     "check_examples",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hetero_fl.data.base import Dataset, Examples, check_examples, places
 from hetero_fl.data.layout import Block
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
@@ -21,7 +22,7 @@ def from_arrays(
     x: Any, y: Any, *, validation: tuple[Any, Any] | None = None, test: tuple[Any, Any] | None = None,
     group: Any = None, patient: Any = None, time: Any = None, unit: Any = None, task: Task | None = None,
     name: str = "arrays", simulated: bool = False, about: str = "", columns: tuple[str, ...] = (),
-    blocks: Sequence[tuple[str, Sequence[int]]] = (),
+    blocks: Sequence[tuple[str, Sequence[int]]] = (), vocabulary: Vocabulary | None = None,
 ) -> Dataset:  # fmt: skip
     """A data set of numpy arrays or tensors.
 
@@ -39,6 +40,7 @@ def from_arrays(
         columns: names of a table's columns, or of a series' channels.
         blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also `join`.
         task: what is learned; none: read off the labels.
+        vocabulary: what the numbers mean where x is tokens, whole numbers `[N, T]` (see `Vocabulary.encode`).
 
     Raises:
         UserError: see `check_examples`; images whose range or order of axes could mean two things.
@@ -46,12 +48,17 @@ def from_arrays(
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
     labels = {split: _tensor(pair[1], split) for split, pair in given.items()}
-    xs = {split: as_numbers(pair[0], f"{name}: {split}: x") for split, pair in given.items()}
-    images, notes = _images({f"{name}: {split}: x": x for split, x in xs.items()})
+    notes: tuple[str, ...] = ()
+    if vocabulary is not None:
+        images = [_tensor(pair[0], f"{split}: x").long() for split, pair in given.items()]
+    else:
+        xs = {split: as_numbers(pair[0], f"{name}: {split}: x") for split, pair in given.items()}
+        images, notes = _images({f"{name}: {split}: x": x for split, x in xs.items()})
     task = task or _task(list(labels.values()), name)
     examples = {split: Examples(x, _targets(labels[split], task)) for split, x in zip(given, images, strict=True)}
     for split, found in examples.items():
-        check_examples(found, task, f"{name}: {split}", missing=True)  # whoever sees NaN without `indicate` is told
+        # missing: whoever sees NaN without `indicate` is told
+        check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
     train = examples["train"]
     if group is not None:
         column, names = places(_listed(group))
@@ -65,10 +72,10 @@ def from_arrays(
         train = replace(train, time=_times(time, name))
     if unit is not None:
         train = replace(train, unit=_tensor(unit, "unit").float())
-    check_examples(train, task, f"{name}: train", missing=True)
+    check_examples(train, task, f"{name}: train", missing=True, vocabulary=vocabulary)
     return Dataset(
         name, task, train, examples.get("validation"), examples.get("test"), simulated, about, tuple(columns), notes,
-        tuple(Block(title, tuple(shape)) for title, shape in blocks),
+        tuple(Block(title, tuple(shape)) for title, shape in blocks), vocabulary=vocabulary,
     )  # fmt: skip
 
 

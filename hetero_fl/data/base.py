@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.data.layout import Block, Layout, check_blocks
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.state import in_order
 from hetero_fl.task import Task
@@ -22,7 +23,8 @@ Columns = dict[str, Tensor]
 class Examples:
     """Raw examples as they lie in memory.
 
-    `x`: uint8 images `[N, C, H, W]`, or floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]` tables).
+    `x`: uint8 images `[N, C, H, W]`, floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]` tables), or tokens, int64
+    `[N, T]` below the data set's `vocabulary`.
     `y`: targets as `Task` defines them, or None where there are none to read.
     `group`: int64 `[N]`, whose row it is, as a place in `group_names`.
     `patient`: int64 `[N]`, of whom it was taken, as a place in `patient_names`; rows of one patient stay together.
@@ -77,6 +79,7 @@ class Dataset:
     a series. `blocks` are the modalities of flat float rows `[N, D]`, in their order. `notes`: lines about how the data was
     read that a user has to see before the run. `gap`: where the first missing value lies, for a line that refuses it. `span`: of
     a dated set whose rows have several targets, how long before `time`, which is the last one's, the first may be.
+    `vocabulary`: what the tokens mean, where x is tokens; all models of a federation have this one.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Dataset:
     blocks: tuple[Block, ...] = ()
     gap: str = ""
     span: int = 0
+    vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
         self.blocks = tuple(Block(str(name), tuple(shape)) for name, shape in self.blocks)
@@ -108,14 +112,19 @@ class Dataset:
 
 
 def check_examples(
-    examples: Examples, task: Task, where: str, names: tuple[str, str] = ("x", "y"), missing: bool = False
+    examples: Examples,
+    task: Task,
+    where: str,
+    names: tuple[str, str] = ("x", "y"),
+    missing: bool = False,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     """Refuse examples that no model can learn from; `names` are the arrays' names in the source. Rows count from 0.
     `missing`: NaN in x stands for a missing value, and is allowed but in images.
 
     Raises:
-        UserError: no rows; x of a wrong dtype or shape; x or y not finite; y missing, of a wrong dtype or shape, or out
-            of the task's range. One class only is allowed.
+        UserError: no rows; x of a wrong dtype or shape; x or y not finite, tokens outside the vocabulary; y missing, of a
+            wrong dtype or shape, or out of the task's range. One class only is allowed.
     """
     x, y = examples.x, examples.y
     x_name, y_name = names
@@ -125,11 +134,16 @@ def check_examples(
 
     if len(x) == 0:
         refuse(x_name, "found no rows")
-    if x.dtype == torch.uint8:
+    if vocabulary is not None:
+        if x.dtype != torch.int64 or x.ndim != 2 or 0 in x.shape:
+            refuse(x_name, f"found {_dtype(x)} of shape {tuple(x.shape)}; tokens are int64, rows x length")
+        if (row := _first(((x < 0) | (x >= vocabulary.size)).any(1))) is not None:
+            refuse(x_name, f"row {row} has a token out of range; they are 0 to {vocabulary.size - 1}")
+    elif x.dtype == torch.uint8:
         if x.ndim != 4 or 0 in x.shape:
             refuse(x_name, f"found shape {tuple(x.shape)}; images are rows x channels x height x width")
     elif not x.is_floating_point():
-        refuse(x_name, f"found {_dtype(x)}; choose uint8 (images) or floats")
+        refuse(x_name, f"found {_dtype(x)}; choose uint8 (images) or floats; tokens need a vocabulary")
     elif x.ndim < 2 or 0 in x.shape:
         refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
     elif missing and x.ndim < 4:

@@ -31,7 +31,7 @@ from hetero_fl.data.partition import deal
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Drawing, Private, Share
 from hetero_fl.data.registry import load_source
-from hetero_fl.data.split import draw, split_client, with_test
+from hetero_fl.data.split import check_classes, draw, split_client, with_rare, with_test
 from hetero_fl.errors import UserError
 from hetero_fl.order import natural
 from hetero_fl.seeding import generator, key
@@ -63,7 +63,8 @@ def federate(
         UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
             where there are none; a missing value that somebody sees without `missing: indicate`.
     """
-    dataset = with_test(dataset)
+    check_classes(dataset, config)
+    dataset = with_rare(with_test(dataset))
     assert dataset.test is not None
     if dataset.train.time is not None:
         _check_dated(dataset, config)
@@ -72,6 +73,8 @@ def federate(
     shape = tuple(dataset.train.x.shape[1:])
     for kind in kinds:
         _seen_shape(kind.first, kind.settings, shape, dataset.layout)
+        if dataset.vocabulary is not None:
+            _check_tokens(kind.first, kind.settings.preprocess)
     rows = torch.arange(len(dataset.train))
     if config.train_limit is not None and config.train_limit < len(rows):
         rows, _ = draw(rows, config.train_limit, generator("data", seed, "train_limit"), dataset.train.patient, leave=0)
@@ -116,7 +119,9 @@ def federate(
         cut = {name: {n: _of_groups(s, share) for n, s in later.items()} for name, share in shares.items()}
     for source, holders in holders_of.items():
         where = f"clients: '{holders[0]}': data"
-        own = load_source(read_as(source, dataset.task), Path(config.root).expanduser(), where, missing=True)
+        own = load_source(
+            read_as(source, dataset.task, config.text), Path(config.root).expanduser(), where, missing=True
+        )
         simulated |= own.simulated
         notes += [f"{where}: {note}" for note in own.notes]
         seen = {column for name in holders for column in _needed(population[name].preprocess, dataset.layout)}
@@ -167,7 +172,7 @@ def federate(
             check_view(public, view, dataset.layout, "server.preprocess", {}, dataset.gap)
     return FederatedData(
         dataset.task, dataset.name, population, everybody, public, seed, simulated, dataset.about,
-        cache_bytes, notes, dataset.layout,
+        cache_bytes, notes, dataset.layout, dataset.vocabulary,
     )  # fmt: skip
 
 
@@ -217,7 +222,8 @@ def _proxy(
         public = limited(dataset.train.x[held], names, dataset.layout, "data.proxy.columns")
         return {"proxy": Share(Examples(public), torch.arange(len(held)))}, rows
     where = "data.proxy.source"
-    x, columns, blocks = load_unlabelled(config.proxy.source, Path(config.root).expanduser(), where)
+    source, root = read_as(config.proxy.source, dataset.task, config.text), Path(config.root).expanduser()
+    x, columns, blocks = load_unlabelled(source, root, where, dataset.vocabulary)
     needed = {column for k in kinds for column in _needed(k.settings.preprocess, dataset.layout)}
     name = f"{where}: {config.proxy.source.name}"
     if blocks or dataset.blocks:
@@ -309,6 +315,13 @@ def _needed(config: PreprocessConfig, layout: Layout) -> Collection[str]:
     if config.missing is not None:
         return ()
     return layout.names if config.columns is None else config.columns
+
+
+def _check_tokens(name: str, view: PreprocessConfig) -> None:
+    for name_of in ("normalize", "missing"):
+        if getattr(view, name_of) is not None:
+            where = f"clients: '{name}': preprocess.{name_of}"
+            raise UserError(f"{where}: is for numbers, but the examples are tokens; leave it out")
 
 
 def _seen_shape(name: str, settings: ClientSettings, raw_shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from hetero_fl.data.layout import Layout
 from hetero_fl.data.preprocess import NOTHING, Preprocess
 from hetero_fl.data.private import Private, Share
 from hetero_fl.data.scanner import apply_scanner
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.lazy import Recent
 from hetero_fl.seeding import generator
@@ -50,6 +51,7 @@ class FederatedData:
         cache_bytes: int = CACHE_BYTES,
         notes: Sequence[str] = (),
         layout: Layout = NOTHING,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.task, self.name, self.simulated, self.about = task, name, simulated, about
         self.notes = list(notes)
@@ -58,6 +60,8 @@ class FederatedData:
         """Shape of a raw example of the common set, without the batch."""
         self.layout = layout
         """The names of its columns, or of its blocks."""
+        self.vocabulary = vocabulary
+        """What the tokens mean, the same for all models; None where examples are no tokens."""
         self._settings, self._private, self._public, self._seed = clients, private, public, seed
         self._views: Recent[Preprocess] = Recent()
         self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
@@ -131,6 +135,8 @@ class FederatedData:
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
         """How the server sees examples; it has no rows of its own, so `own` statistics are those of the public sets."""
+        if config.normalize is not None and self.vocabulary is not None:
+            raise UserError("server.preprocess.normalize: is for numbers, but the examples are tokens; leave it out")
         public = self._public.get("proxy", self._public["common_validation"])
         return Preprocess.resolve(config, public.take().x, "server.preprocess", self.layout, self.input_shape)
 

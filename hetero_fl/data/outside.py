@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SourceConfig
+from hetero_fl.config.source import SourceConfig, TextConfig
 from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.layout import Block, Layout, spans_of
 from hetero_fl.data.npz import read_images
 from hetero_fl.data.patients import torn
-from hetero_fl.data.registry import load_source
+from hetero_fl.data.registry import load_source, takes
 from hetero_fl.data.sources.folder import image_files, read_image_files
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.state import in_order
 from hetero_fl.task import Task
+
+TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"
 
 
 def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | None = None) -> Examples:
@@ -33,6 +36,8 @@ def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | N
     mine, ours = own.task, common.task
     both = f"the common set {common.name} has"
     none = f"{both} none of that name"
+    if own.vocabulary != common.vocabulary:
+        raise UserError(f"{where}: {own.name} has another vocabulary than the common set {common.name}: {TOKENS}")
     if mine.kind != ours.kind:
         raise UserError(f"{where}: {own.name} is {mine.kind}, {both} a {ours.kind} task")
     y = own.train.y
@@ -55,9 +60,11 @@ def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | N
     return replace(own.train, x=x, y=y)
 
 
-def read_as(source: SourceConfig, task: Task) -> SourceConfig:
+def read_as(source: SourceConfig, task: Task, text: TextConfig | None = None) -> SourceConfig:
     """The source of a table, to be read for the task that the others have, unless it says otherwise: one file of a
-    federation may hold two of many classes, or whole numbers by chance."""
+    federation may hold two of many classes, or whole numbers by chance. Texts are cut and numbered as the others' are."""
+    if takes(source.name, "text") and source.text is None:
+        return source.model_copy(update={"text": text})
     if source.name != "table" or source.task is not None:
         return source
     return source.model_copy(update={"task": task.kind})
@@ -170,13 +177,15 @@ def limited(x: Tensor, names: Sequence[str], layout: Layout, where: str) -> Tens
     return public
 
 
-def load_unlabelled(config: SourceConfig, root: Path, where: str) -> tuple[Tensor, tuple[str, ...], tuple[Block, ...]]:
+def load_unlabelled(
+    config: SourceConfig, root: Path, where: str, vocabulary: Vocabulary | None = None
+) -> tuple[Tensor, tuple[str, ...], tuple[Block, ...]]:
     """The training examples of a source, the names of its columns, and its blocks. Values may be missing (NaN). No label
     leaves this function; those of local files need not even be there: an .npz with `train_images` alone, a table without
     `label`, a folder of loose images.
 
     Raises:
-        UserError: see `load_source`.
+        UserError: see `load_source`; another vocabulary than that one.
     """
     try:
         loose = None if config.path is None else _loose(config, Path(config.path).expanduser())
@@ -184,7 +193,11 @@ def load_unlabelled(config: SourceConfig, root: Path, where: str) -> tuple[Tenso
         raise UserError(f"{where}.{error}") from error
     if loose is None:
         dataset = load_source(config, root, where, missing=True)
+        if dataset.vocabulary != vocabulary:
+            raise UserError(f"{where}: {config.name} has another vocabulary than the common set: {TOKENS}")
         return dataset.train.x, dataset.columns, dataset.blocks
+    if vocabulary is not None:
+        raise UserError(f"{where}.path: {config.path} holds no text, and the common set's examples are tokens")
     x, columns = loose
     if bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any())):
         raise UserError(f"{where}.path: {config.path}: NaN or infinity among the examples")

@@ -120,7 +120,12 @@ class Preprocess:
         return sums
 
     def __call__(self, x_raw: Tensor) -> Tensor:
-        """Raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type; uint8 is divided by 255."""
+        """Raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type; uint8 is divided by 255.
+
+        Tokens (int64) stay as they are.
+        """
+        if x_raw.dtype == torch.int64:
+            return x_raw
         shape = self.shape(tuple(x_raw.shape[1:]))
         x = self._values(x_raw)
         if len(x) == 0:

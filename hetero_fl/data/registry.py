@@ -14,7 +14,7 @@ from hetero_fl.errors import UserError, nearest
 from hetero_fl.registry import imported
 from hetero_fl.task import Task
 
-Key = Literal["path", "label", "group", "patient", "task", "size", "series"]
+Key = Literal["path", "label", "group", "patient", "task", "size", "series", "text", "windows"]
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
 
@@ -38,7 +38,7 @@ def source(
     Args:
         task: what is learned, where it is the same for every file in this source's place (checked when `path` is set).
         keys: the keys of `SourceConfig` besides `name` that the function reads itself; `path` is then required.
-        generates: the function makes rows of its own where `path` is not set.
+        generates: the function makes rows of its own where `path` is not set, and reads `.npz` files itself.
     """
 
     def register(load: SourceFunction) -> SourceFunction:
@@ -77,9 +77,10 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     if name not in _sources:
         raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
     entry = _sources[name]
-    local = config.path is not None and (config.path.endswith(".npz") or "path" not in entry.keys)
+    npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
+    local = npz or (config.path is not None and "path" not in entry.keys)
     takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
-    for key in ("label", "group", "patient", "task", "size", "series"):
+    for key in ("label", "group", "patient", "task", "size", "series", "text", "windows"):
         if getattr(config, key) is not None and key not in takes:
             raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
     try:
@@ -117,7 +118,7 @@ def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset
 
 def _check(dataset: Dataset, where: str, missing: bool) -> None:
     for split, examples in dataset.splits().items():
-        check_examples(examples, dataset.task, f"{where}: {split}", missing=missing)
+        check_examples(examples, dataset.task, f"{where}: {split}", missing=missing, vocabulary=dataset.vocabulary)
         if examples.x.shape[1:] != dataset.train.x.shape[1:]:
             found, expected = tuple(examples.x.shape[1:]), tuple(dataset.train.x.shape[1:])
             raise UserError(f"{where}: {split}: examples of shape {found}, but those of train have {expected}")

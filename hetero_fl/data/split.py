@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SplitConfig
+from hetero_fl.config.source import DataConfig, SplitConfig
 from hetero_fl.data.base import Dataset
 from hetero_fl.data.dated import cut_by_date
 from hetero_fl.data.patients import draw_patients
@@ -15,6 +15,7 @@ from hetero_fl.errors import UserError
 from hetero_fl.seeding import generator
 
 TEST_SHARE = 0.2
+RARE = 0.1  # of all rows
 FEWEST_TO_TRAIN = 2  # one row alone has no variance: BatchNorm cannot train on it
 
 
@@ -58,6 +59,27 @@ def with_test(dataset: Dataset) -> Dataset:
     draws = generator("data", dataset.name, "test")
     test, train = draw(torch.arange(len(dataset.train)), count, draws, dataset.train.patient)
     return replace(dataset, train=dataset.train.take(train), test=dataset.train.take(test))
+
+
+def with_rare(dataset: Dataset) -> Dataset:
+    """The data set, its task naming of two classes the one that less than a tenth of the training rows have."""
+    task, y = dataset.task, dataset.train.y
+    if y is None or task.kind != "multiclass" or task.outputs != 2 or task.rare is not None:
+        return dataset
+    counts = torch.bincount(y, minlength=2)
+    rare = int(counts.argmin())
+    scarce = 0 < counts[rare] < RARE * len(y)
+    return replace(dataset, task=replace(task, rare=rare)) if scarce else dataset
+
+
+def check_classes(dataset: Dataset, config: DataConfig) -> None:
+    """Refuse a common set with one class only: nothing is to be told apart. (One client's own set may have one.)"""
+    task = dataset.task
+    if task.kind == "multiclass" and task.outputs < 2:
+        where = f"data.path: {config.path}" if config.path else f"data.name: {dataset.name}"
+        column = f"column '{config.label}'" if config.label else "labels"
+        what = f"found one class only, '{task.label[0]}', in all {len(dataset.train):,} rows"
+        raise UserError(f"{where}: {column}: {what}; there is nothing to tell apart")
 
 
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SeriesConfig, SourceConfig
+from hetero_fl.config.source import SeriesConfig, SourceConfig, TextConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.gaps import usable
 from hetero_fl.data.outside import read_as
@@ -56,6 +56,12 @@ def evaluate(
             raise UserError(
                 f"--data: examples of {data} are {found} to {name}, whose model takes {model.arch.input_shape}"
             )
+        words = dataset.vocabulary.size if dataset.vocabulary else None
+        if words != model.arch.vocabulary:
+            one, other = (
+                "no tokens" if n is None else f"tokens of {n:,} kinds" for n in (words, model.arch.vocabulary)
+            )
+            raise UserError(f"--data: examples of {data} are {one}, the model of {name} takes {other}")
         whole = torch.ones(len(examples), dtype=torch.bool) if view.missing is not None else usable(examples.x, view)
         if not bool(whole.all()):
             row = int((~whole).to(torch.uint8).argmax())
@@ -87,12 +93,15 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)
-    hourly = takes(known.get("name"), "series")
+    hourly, worded = takes(known.get("name"), "series"), takes(known.get("name"), "text")
     series = SeriesConfig.model_validate(known.get("series") or {}) if hourly else None
-    if data == known.get("name"):
-        source = source.model_copy(update={"series": series})
+    text = TextConfig.model_validate(known.get("text") or {}) if worded else None
+    if data == known.get("name") or (worded and takes(data, "text")):
+        source = source.model_copy(update={"series": series, "text": text})
     elif hourly and path.is_file():  # cut into windows as the run's own
         source = SourceConfig(name=known["name"], path=data, label=label, group=known.get("group"), series=series)
+    elif worded and path.exists() and path.suffix != ".npz":  # numbered as the run's own
+        source = SourceConfig(name="text", path=data, text=text)
     elif path.exists():
         kind = "image_folder" if path.is_dir() else "npz" if path.suffix == ".npz" else "table"
         source = SourceConfig(name=kind, path=data, label=label)

@@ -39,7 +39,9 @@ def clients(summary: Json, details: Json) -> Figure:
     """
     rows, tested = summary["clients"], home_rows(details)
     first = selection(summary, details)  # AUROC beside it would be undefined wherever a class is missing at home
-    pair = first, {"mae": "rmse", "auroc": "balanced_accuracy"}.get(first, "accuracy")
+    pair = first, {"mae": "rmse", "auroc": "balanced_accuracy", "accuracy": "top3_accuracy"}.get(first, "accuracy")
+    if details.get("rare") is not None:
+        pair = first, "average_precision"
     if len(rows) > FEW:
         return _against(rows, pair, tested, details.get("unit", ""))
     figure = style.figure(1.35 + 0.21 * len(rows))

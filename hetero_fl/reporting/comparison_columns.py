@@ -29,6 +29,21 @@ _WANTED: dict[str, list[tuple[str, str]]] = {
         ("personal", "accuracy"),
         ("server", "accuracy"),
     ],
+    "rare": [
+        ("global", "auroc"),
+        ("global", "average_precision"),
+        ("personal", "auroc"),
+        ("personal", "average_precision"),
+        ("server", "auroc"),
+    ],
+    "many": [
+        ("global", "accuracy"),
+        ("global", "top3_accuracy"),
+        ("global", "perplexity"),
+        ("personal", "accuracy"),
+        ("personal", "top3_accuracy"),
+        ("server", "accuracy"),
+    ],
     "multilabel": [
         ("global", "auroc"),
         ("global", "average_precision"),
@@ -86,11 +101,16 @@ def ranked(rows: Sequence[Row], task: Task) -> list[Row]:
     return sorted(rows, key=lambda row: place[str(row["algorithm"])])
 
 
+def _kind(task: Task) -> str:
+    if task.kind != "multiclass":
+        return task.kind
+    return "rare" if task.rare is not None else "many" if task.many else "binary" if task.outputs == 2 else "multiclass"
+
+
 def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ...]:
     """The columns that fit the task and that any row has a value for."""
-    kind = "binary" if task.kind == "multiclass" and task.outputs == 2 else task.kind
     columns = []
-    for reading, metric in _WANTED[kind]:
+    for reading, metric in _WANTED[_kind(task)]:
         key, name = f"{reading}_{moment}_{metric}", metric_name(metric)
         title = f"Server's {name}" if reading == "server" else f"{sentence(name)} {READINGS[reading]}"
         columns.append(Column(key, title, metric))

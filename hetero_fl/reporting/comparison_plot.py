@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hetero_fl.metrics import metric_names
 from hetero_fl.reporting import style
 from hetero_fl.reporting.comparison_columns import Entrants, Row, entrants
 from hetero_fl.reporting.methods import needs
@@ -32,6 +33,8 @@ def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     shown = entrants(rows)
     names = {"regression": ("mae", "r2"), "multilabel": ("auroc", "balanced_accuracy")}
     metrics = names.get(task.kind, ("balanced_accuracy", "auroc") if task.outputs == 2 else ("accuracy", "auroc"))
+    if task.many or task.rare is not None:
+        metrics = metric_names(task)[0], metric_names(task)[1]
     labels = [textwrap.fill(algorithm_name(a), 24, max_lines=3, placeholder=" …") for a in shown.all]
     wanted = Counter(word for a in shown.all for need in needs(a) for word in need)
     needed = [word for word, _ in wanted.most_common()]

@@ -168,6 +168,19 @@ def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
             ),
             ("R²", "The share of the target's variance that is explained: 1 is perfect, 0 is predicting the mean."),
         ]
+    precision = "The area under the precision-recall curve of each class, averaged over classes."
+    if (rare := details.get("rare")) is not None:
+        rare_one = details["labels"][rare]
+        precision = f"The area under the precision-recall curve of the rare class, {rare_one}: chance gives its share."
+    if "top3_accuracy" in last_scores(summary):
+        entries += [
+            ("Top-3 accuracy", "How often the truth is among the three likeliest classes."),
+            (
+                "Perplexity",
+                "The exponential of the cross-entropy: among so many equally likely classes a model that says as much would "
+                "have to guess.",
+            ),
+        ]
     return [
         *entries,
         (
@@ -184,7 +197,7 @@ def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
             "How often a case of a class is ranked above a case of another: 1 is perfect, 0.5 is chance. It judges the "
             "ranking only, not the threshold.",
         ),
-        ("Average precision", "The area under the precision-recall curve of each class, averaged over classes."),
+        ("Average precision", precision),
         (
             "Cross-entropy",
             "The mean negative log-probability of the truth: smaller is better, and overconfidence costs.",

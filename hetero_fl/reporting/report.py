@@ -10,11 +10,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hetero_fl.metrics import CLASSIFICATION, REGRESSION
+from hetero_fl.metrics import REGRESSION
 from hetero_fl.reporting import plots, prose, style
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.wording import (
     FEW_ROWS,
+    METRICS,
     MISSING,
     READINGS,
     algorithm_name,
@@ -129,7 +130,7 @@ def _common(summary: Json) -> str:
 
 
 def _results(summary: Json, details: Json) -> Json:
-    names = REGRESSION if is_regression(last_scores(summary)) else CLASSIFICATION
+    names = [name for name in last_scores(summary) if name in METRICS]
     rows = []
     for reading in READINGS:
         found = summary[reading]
@@ -170,8 +171,7 @@ def _cell(scores: Mapping[str, Any], name: str) -> Json:
 
 
 def _clients(summary: Json, details: Json) -> Json:
-    regression = is_regression(last_scores(summary))
-    shown = [(r, name) for r in ("personal", "global") for name in _client_metrics(r, regression)]
+    shown = [(r, name) for r in ("personal", "global") for name in _client_metrics(r, last_scores(summary))]
     columns: list[Json] = [
         {"name": "Client", "text": True, "more": "group"},
         {"name": "Model", "text": True, "more": "parameters"},
@@ -216,8 +216,12 @@ def _training(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None)
 
 
-def _client_metrics(reading: str, regression: bool) -> tuple[str, ...]:
-    if regression:
+def _client_metrics(reading: str, scores: Mapping[str, Any]) -> tuple[str, ...]:
+    if is_regression(scores):
         return REGRESSION
+    if "top3_accuracy" in scores:
+        return ("accuracy", "top3_accuracy", "perplexity")
+    if next(iter(scores)) == "auroc":
+        return ("auroc", "average_precision")
     both = ("accuracy", "balanced_accuracy")
     return both if reading == "personal" else (*both, "auroc")

@@ -87,7 +87,7 @@ def _line(
     if band and all(d is not None for d in deviation):
         low = [m - d for m, d in zip(mean, deviation, strict=True)]
         high = [m + d for m, d in zip(mean, deviation, strict=True)]
-        if name not in ("mae", "rmse"):
+        if name not in ("mae", "rmse", "perplexity"):
             high = [min(h, 1.0) for h in high]
         if len(at) > 1:
             axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
@@ -113,7 +113,7 @@ _SELECTED: dict[str, Any] = {
 
 def _headroom(axes: Axes, name: str) -> None:
     low, high = axes.get_ylim()
-    if name in ("accuracy", "balanced_accuracy", "auroc"):
+    if name in ("accuracy", "top3_accuracy", "balanced_accuracy", "auroc", "average_precision"):
         axes.set_ylim(max(0.0, low), min(1.0, max(high, low + 0.1)))
 
 

@@ -135,6 +135,7 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
     data = federation.data
     return {
         "labels": list(federation.task.label),
+        "rare": federation.task.rare,
         "population": len(federation.cards),
         "label_counts": {id: data.label_counts(id).int().tolist() for id in federation.readers},
         "proxy": data.n_proxy,

@@ -25,6 +25,8 @@ READING_WORDS = {
 
 METRICS = {
     "accuracy": "accuracy",
+    "top3_accuracy": "top-3 accuracy",
+    "perplexity": "perplexity",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
     "auroc": "AUROC",
@@ -36,7 +38,7 @@ METRICS = {
 }
 
 _IN_UNIT = {"mae", "rmse"}
-_PERCENT = {"accuracy", "balanced_accuracy", "macro_f1"}
+_PERCENT = {"accuracy", "top3_accuracy", "balanced_accuracy", "macro_f1"}
 _DECIMAL = {"auroc", "average_precision", "r2"}
 
 
@@ -140,13 +142,15 @@ def reached(client: Mapping[str, Any], reading: str, metric: str) -> float | Non
 def selection(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     """The metric by which validation selects rounds: the one that headline, story and pictures are about."""
     kind: Any = target(summary, details)
-    return selection_metric(Task(kind, len(details["labels"])))[0]
+    return selection_metric(Task(kind, len(details["labels"]), rare=details.get("rare")))[0]
 
 
 def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, str]:
     """The selection metric, and the one shown beside it."""
     first = selection(summary, details)
-    return first, {"mae": "r2", "auroc": "balanced_accuracy"}.get(first, "auroc")
+    if details.get("rare") is not None:
+        return first, "average_precision"
+    return first, {"mae": "r2", "auroc": "balanced_accuracy", "accuracy": "perplexity"}.get(first, "auroc")
 
 
 def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
@@ -183,12 +187,22 @@ def evaluated(record: Mapping[str, Any], unit: str = "") -> str:
         scores = record.get(reading)
         if not scores:
             continue
-        regression = is_regression(scores)
-        names = ("mae",) if regression else ("accuracy",) if reading == "personal" else ("balanced_accuracy", "auroc")
-        after = f" {unit}" if regression and unit else ""
+        names = _in_short(scores, reading)
+        after = f" {unit}" if is_regression(scores) and unit else ""
         known = [
             f"{METRICS[name]} {figure(scores.get(name), name)}{after}" for name in names if scores.get(name) is not None
         ]
         if known:
             parts.append(f"{words}: {', '.join(known)}")
     return "; ".join(parts)
+
+
+def _in_short(scores: Mapping[str, Any], reading: str) -> tuple[str, ...]:
+    """Which metrics a line has room for; the first of the scores is the one that leads."""
+    if is_regression(scores):
+        return ("mae",)
+    if "top3_accuracy" in scores:
+        return ("accuracy", "top3_accuracy", "perplexity")
+    if next(iter(scores)) == "auroc":
+        return ("auroc", "average_precision")
+    return ("accuracy",) if reading == "personal" else ("balanced_accuracy", "auroc")

@@ -23,8 +23,7 @@ INTENSE = 10  # operations on a parameter, for each example
 @cache
 def description(arch: Architecture) -> ModelDescription:
     """Parameters and arithmetic of a model."""
-    channels, *size = arch.input_shape
-    return describe(arch.name, arch.outputs, channels, tuple(size), arch.feature_dim, **dict(arch.options))
+    return describe(arch.name, *arch.sizes, vocabulary=arch.vocabulary, **dict(arch.options))
 
 
 def channels_last(arch: Architecture) -> bool:

@@ -147,8 +147,9 @@ class Federation:
 def architecture(model: ModelConfig, data: FederatedData, view: Preprocess) -> Architecture:
     """The model of the configuration, for the shape in which its owner sees examples."""
     shape = view.shape(tuple(data.input_shape))
-    options = _with_blocks(model, view)
-    return Architecture.of(model.name, data.task.outputs, shape, model.feature_dim, options, model.pretrained)
+    words = data.vocabulary.size if data.vocabulary else None
+    about = (model.feature_dim, _with_blocks(model, view), model.pretrained, words)
+    return Architecture.of(model.name, data.task.outputs, shape, *about)
 
 
 def _with_blocks(model: ModelConfig, view: Preprocess) -> dict[str, Any]:

@@ -30,6 +30,9 @@ READINGS = {  # what is read on which rows, and whether the client's own label f
 }
 
 
+MOST_CONFUSED = 100  # classes: of more nobody reads a matrix, and every client would have one
+
+
 @dataclass
 class Reading:
     """What an evaluation tells of one client. Only scores leave a real site; the rest is for a simulation's report."""
@@ -126,7 +129,8 @@ class Site:
                 if details and name == "personal":
                     readings[c].forecast = forecast(task, beside, labels[c], logits)
                 if details and name in ("personal", "global") and task.kind != "regression":
-                    readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
+                    if task.outputs <= MOST_CONFUSED:
+                        readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
                     readings[c].calibration[name] = calibration(task, logits, labels[c])
         return readings
 

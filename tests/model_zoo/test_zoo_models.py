@@ -18,6 +18,7 @@ from model_zoo.catalogue import MODELS
 
 IMAGE_MODELS = [name for name in list_models() if "image" in MODELS[name].kinds]
 SERIES_MODELS = [name for name in list_models() if "series" in MODELS[name].kinds]
+NUMBER_MODELS = [name for name in list_models() if "tokens" not in MODELS[name].kinds]
 TABLE_MODELS = [name for name in list_models() if "table" in MODELS[name].kinds]
 HEAVY = {"resnet18_small", "resnet18", "resnet10_imagenet"}
 UNPADDED = {"niid_cnn", "fedproto_cnn"}  # from 16x16 on
@@ -60,7 +61,7 @@ def test_forward_split_and_one_step(name: str, channels: int, size: Size) -> Non
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if n not in HEAVY])
+@pytest.mark.parametrize("name", [n for n in NUMBER_MODELS if n not in HEAVY])
 def test_feature_dim_adds_a_projection_that_ends_in_relu(name: str) -> None:
     size: Size = (28, 28) if name in IMAGE_MODELS else ()
     plain = make(name, size=size, channels=4)
@@ -89,7 +90,7 @@ def test_outputs_is_a_pytree() -> None:
     assert torch.equal(doubled.features, 2 * out.features)
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if n not in {"gru", "lstm", *HEAVY}])
+@pytest.mark.parametrize("name", [n for n in NUMBER_MODELS if n not in {"gru", "lstm", *HEAVY}])
 def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
     """Predictions, gradients and BatchNorm statistics of three stacked models, in float64."""
     side = 16 if name in UNPADDED else 12
@@ -119,7 +120,7 @@ def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
     assert {n for n in buffers if buffers[n].is_floating_point()} == batch_norm_buffers(models[0])
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if n not in HEAVY])
+@pytest.mark.parametrize("name", [n for n in NUMBER_MODELS if n not in HEAVY])
 def test_training_draws_random_numbers_through_dropout_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     size: Size = (28, 28) if name in IMAGE_MODELS else ()
     has_dropout = "dropout" in model_options(name)
@@ -135,12 +136,12 @@ def test_training_draws_random_numbers_through_dropout_alone(name: str, monkeypa
     model.train()(batch(1, *size))
     assert torch.equal(torch.get_rng_state(), state)
     # in each block, where there are blocks; in multimodal it is for blocks that are no images
-    calls = {"tabular": 4, "transformer": 4, "vit": 8, "cnn1d": 3, "multimodal": 0}.get(name, 1)
+    calls = {"wide_deep": 2, "ft_transformer": 4, "tabular": 4, "transformer": 4, "vit": 8, "cnn1d": 3, "multimodal": 0}.get(name, 1)
     own = [0.5, 0.5] if name == "fedproto_cnn" else []
     assert rates == own + [0.4] * (calls if has_dropout else 0)
 
 
-@pytest.mark.parametrize("name", [n for n in list_models() if "dropout" in model_options(n)])
+@pytest.mark.parametrize("name", [n for n in NUMBER_MODELS if "dropout" in model_options(n)])
 def test_dropout_acts_in_training_only_and_its_absence_costs_no_call(name: str) -> None:
     size: Size = (28, 28) if name in IMAGE_MODELS and name != "multimodal" else ()
     model = make(name, size=size, dropout=0.5).train()

@@ -16,6 +16,8 @@ ABLE = [name for name in list_models() if can_narrow(name)]
 
 def made(name: str, options: dict[str, Any]) -> nn.Module:
     kinds = MODELS[name].kinds
+    if "tokens" in kinds:
+        return create_model(name, 5, 1, (9,), vocabulary=30, **options)
     size: Any = (16, 16) if "image" in kinds else ()
     return create_model(name, 5, 3 if size else 7, size, **options)
 
@@ -46,11 +48,12 @@ def test_the_scaler_divides_what_every_layer_of_the_backbone_gives(name: str) ->
     plain.load_state_dict(scaled.state_dict())
     with torch.no_grad():
         for module in plain.backbone.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                 module.weight /= 0.5
                 if module.bias is not None:
                     module.bias /= 0.5
         x = torch.randn(4, *((3, 16, 16) if "image" in MODELS[name].kinds else (7,)))
+        x = torch.randint(30, (4, 9)) if "tokens" in MODELS[name].kinds else x
         assert torch.allclose(scaled(x).logits, plain(x).logits, rtol=1e-4, atol=1e-4)
 
 

@@ -22,9 +22,10 @@ class Hybrid(Distilling, FedAvg):
     """FedAvg over the owners of each tensor, and distillation (KL · T²) of the consensus on the proxy set, in one method.
 
     Each client says what it shares: all its parameters, its backbone, its proxy predictions, or several. Its defaults make
-    distillation hold under label skew: a logit-adjusted local loss (Menon et al. 2021), a contrast-weighted teacher, heads
-    that stay with their clients, and rehearsal: while a client trains on its own rows it goes on following the teacher on
-    public ones. (Digesting the teacher after receiving, `distil_at: both`, is what rehearsal replaces: it makes the
+    distillation hold under label skew: a logit-adjusted local loss (Menon et al. 2021), a contrast-weighted teacher, and
+    rehearsal: while a client trains on its own rows it goes on following the teacher on public ones. (Heads that stay with
+    their clients, `heads: keep`, are no longer needed then: a head is read under the backbone that it was distilled with.
+    Digesting the teacher after receiving, `distil_at: both`, is what rehearsal replaces: it makes the
     clients' next opinions alike, and the teacher learns nothing new from them.) Without a proxy set and in one group, with
     these off, it is FedAvg; with all-different architectures that digest at the clients it is FedMD.
     """
@@ -34,7 +35,7 @@ class Hybrid(Distilling, FedAvg):
 
     logit_adjustment: bool = True
     teacher: TeacherKind = "contrast"
-    heads: Literal["keep", "take"] = Field("keep", description="whether clients keep their own heads")
+    heads: Literal["take", "keep"] = Field("take", description="whether clients keep their own heads")
     distil_at: Literal["server", "client", "both"] = Field("server", description="where the teacher is distilled")
     rehearse: NonNegativeFloat = Field(
         0.5, description="weight of the teacher on public rows in local training; 0: none"

@@ -86,21 +86,23 @@ def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("heads", ["take", "keep"])
 @pytest.mark.parametrize("distil_at", ["server", "both"])
-def test_a_round_of_hybrid_by_hand(distil_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all that it has on: logit adjustment, contrast, heads kept, rehearsal; some clients share their backbone only."""
+def test_a_round_of_hybrid_by_hand(distil_at: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that it has on: logit adjustment, contrast, rehearsal; some clients share their backbone only."""
     monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
-    source = federation("hybrid", [BN, MLP], 5, distil_at=distil_at, rehearse=0.7)
+    source = federation("hybrid", [BN, MLP], 5, distil_at=distil_at, heads=heads, rehearse=0.7)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["backbone", "predictions"]}]
     rounds = rounds_of(source, held=2)
     models, target = {g: dict(t) for g, t in rounds.server.models.items()}, rounds.server.state["teacher"].clone()
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
     top, bottom, clipped = torch.zeros(60, 10), torch.zeros(10), 0
-    archs, heads = {}, {}
+    archs, kept = {}, {}
     for id, client in clients(rounds).items():
         arch, public = client.arch["model"], client.data("proxy", None)["x"]
-        body = {n: t for n, t in floats(models[arch.id]).items() if n.startswith("backbone.")}
-        model = module(arch, {**client.models["model"], **body})
+        whole = heads == "take" and id != "site_2"
+        taken = {n: t for n, t in floats(models[arch.id]).items() if whole or n.startswith("backbone.")}
+        model = module(arch, {**client.models["model"], **taken})
         if distil_at == "both":
             sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
             for rows in index_batches(60, Fit({}, Digest(), batch_size=25), (client.clock.seed, 2, id, "digest", 0)):
@@ -119,7 +121,9 @@ def test_a_round_of_hybrid_by_hand(distil_at: str, monkeypatch: pytest.MonkeyPat
         state = floats(model.state_dict())
         parts = ("backbone.",) if id == "site_2" else ("backbone.", "head.")
         sent[arch.id].append((client.n, {n: t for n, t in state.items() if n.startswith(parts)}))
-        heads[id], archs[arch.id] = {n: t for n, t in state.items() if n.startswith("head.")}, arch
+        archs[arch.id] = arch
+        if not whole:
+            kept[id] = {n: t for n, t in state.items() if n.startswith("head.")}
         say = contrast(torch.full((10,), client.n / 10) if id == "site_2" else client.counts)  # it tells no counts
         log_p = logits(model, public).log_softmax(1)
         clipped += int((log_p < CLIP).sum())
@@ -134,7 +138,8 @@ def test_a_round_of_hybrid_by_hand(distil_at: str, monkeypatch: pytest.MonkeyPat
         model = module(archs[group], average)  # type: ignore[arg-type]
         distil(rounds, 2, group, model, public, teacher, 2)
         assert apart(rounds.server.models[group], model) < 1e-9
-    for id, head in heads.items():
+    assert kept.keys() == ({"site_2"} if heads == "take" else set(rounds.federation.cards))
+    for id, head in kept.items():
         assert apart(rounds.store.get(id).models["model"], head) < 1e-9
 
 

@@ -50,7 +50,7 @@ def test_every_section_and_every_key_is_there(script: ModuleType) -> None:
         assert f"| `{name}` |" in page.split("## `clients.defaults.optimizer`")[1].split("\n## ")[0]
     assert "| `lr` | number, above 0 | `0.001` |" in page
     assert "| `name` | `sgd`, `adam`, `adamw` | `adam` |" in page
-    assert "### `hybrid`" in page and "| `heads` | `keep`, `take` | `keep` |" in page
+    assert "### `hybrid`" in page and "| `heads` | `take`, `keep` | `take` |" in page
 
 
 def test_a_method_that_somebody_registered_does_not_change_it(

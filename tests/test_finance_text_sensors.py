@@ -139,3 +139,9 @@ def test_average_precision_of_the_rare_class() -> None:
     )  # the mean of both classes
     alone = score(Task("multiclass", 2, rare=1), logits, torch.zeros(4, dtype=torch.int64))
     assert alone["average_precision"] is None and alone["auroc"] is None
+
+
+def test_a_perplexity_is_no_percentage() -> None:
+    from hetero_fl.reporting.comparison_tables import single
+
+    assert single(6.87, "perplexity") == "6.87" and single(0.687, "top3_accuracy").startswith("68.7")

@@ -38,7 +38,11 @@ def seconds_note(jobs: int | None) -> str:
 
 def caption_of(first: str, seeds: Sequence[int], found: Sequence[str], bounds: bool, task: Task) -> str:
     """What stands under a table; `first`: the column that p-values are about, `found`: those p-values."""
-    scale = f"Errors in {task.unit or 'the target’s unit'}" if task.kind == "regression" else "Metrics in percent"
+    scale = (
+        f"Errors in {task.unit or 'the target’s unit'}"
+        if task.kind == "regression"
+        else f"Metrics in percent{', but for the perplexity' if task.many else ''}"
+    )
     if len(seeds) > 1:
         text = f"{scale}, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. "
     else:

@@ -137,7 +137,7 @@ def single(value: float | None, metric: str) -> str:
 
 
 def _number(value: float, metric: str) -> str:
-    if metric in ("loss", "mae", "rmse"):
+    if metric in ("loss", "perplexity", "mae", "rmse"):
         return digits(value)
     return f"{value:.3f}" if metric == "r2" else f"{100 * value:.1f}"
 

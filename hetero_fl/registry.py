@@ -61,3 +61,19 @@ def imported(reference: str, where: str) -> Any:
         names = [n for n in vars(module) if not n.startswith("_")]
         raise UserError(f"{where}: module '{module_name}' has no '{name}'{nearest(name, names)}")
     return getattr(module, name)
+
+
+def called(reference: str, where: str, takes: str, arguments: tuple[Any, ...]) -> Any:
+    """What the function that `reference` names returns; `takes` says what it is given, for the line that refuses another thing.
+
+    Raises UserError, which begins with `where`, if it cannot be imported or called, and for whatever it raises.
+    """
+    function = imported(reference, where)
+    if not callable(function):
+        raise UserError(f"{where}: {reference} is not a function of ({takes})")
+    try:
+        return function(*arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {reference}: {error}") from error
+    except Exception as error:  # a user's function may fail in any way; the reason goes into the one line
+        raise UserError(f"{where}: {reference} raised {type(error).__name__}: {error}") from error

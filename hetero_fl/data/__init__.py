@@ -5,6 +5,7 @@ participant's columns through that participant's own preprocessing.
 """
 
 from hetero_fl.data import sources  # importing it registers them
+from hetero_fl.data.apart import with_test
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.augment import augment
 from hetero_fl.data.base import Columns, Dataset, Examples, check_examples
@@ -17,7 +18,6 @@ from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.registry import list_sources, load_source, source
 from hetero_fl.data.scanner import apply_scanner
 from hetero_fl.data.sources.synthetic import make_images, make_table
-from hetero_fl.data.split import with_test
 from hetero_fl.data.tokens import Vocabulary
 
 __all__ = [

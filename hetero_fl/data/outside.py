@@ -13,12 +13,10 @@ from hetero_fl.config.source import SourceConfig, TextConfig
 from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.layout import Block, Layout, spans_of
 from hetero_fl.data.npz import read_images
-from hetero_fl.data.patients import torn
 from hetero_fl.data.registry import load_source, takes
 from hetero_fl.data.sources.folder import image_files, read_image_files
 from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError, nearest
-from hetero_fl.state import in_order
 from hetero_fl.task import Task
 
 TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"
@@ -68,56 +66,6 @@ def read_as(source: SourceConfig, task: Task, text: TextConfig | None = None) ->
     if source.name != "table" or source.task is not None:
         return source
     return source.model_copy(update={"task": task.kind})
-
-
-def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
-    """Check that a natural partition's groups and the clients are the same by name; lines on who gets what if they have
-    no name in common, and go in the order in which people count.
-
-    Raises:
-        UserError: only some names are in both, or there are more of one than of the other.
-    """
-    strangers = [c for c in clients if c not in groups]
-    orphans = [g for g in in_order(groups) if g not in clients]
-    common = len(strangers) < len(clients)
-    if not strangers and (not orphans or not clients):
-        return []
-    if not common and len(clients) == 1:
-        return [f"{name}: client '{clients[0]}' gets the rows of all groups: {_shown(orphans)}"]
-    if not common and len(groups) == len(clients):
-        pairs = zip(clients, in_order(groups), strict=True)
-        return [f"{name}: no client is called as a group is; " + ", ".join(f"'{c}' gets '{g}'" for c, g in pairs)]
-    found = []
-    if strangers:
-        hint = nearest(strangers[0], orphans) if common else ""
-        found.append(f"no group for client {_shown(strangers)}{hint}")
-    if orphans:
-        hint = nearest(orphans[0], strangers) if common and not strangers else ""
-        found.append(f"no client for group {_shown(orphans)}{hint}")
-    raise UserError(
-        f"data.partition.kind: natural found {len(groups)} groups for {len(clients)} clients in {name}: "
-        f"{' and '.join(part.removesuffix('?') for part in found)}"
-    )
-
-
-def one_group_each(rows: Examples, name: str) -> None:
-    """Refuse a patient (UserError) who has rows in two groups: a natural partition would tear them apart."""
-    if rows.patient is None or rows.group is None:
-        return
-    pair = torn([torch.nonzero(rows.group == g).squeeze(1) for g in rows.group.unique()], rows.patient)
-    if pair is not None:
-        places = [int(rows.group[row]) for row in pair]
-        first, second = (rows.group_names[place] if rows.group_names else place for place in places)
-        who = int(rows.patient[pair[0]])
-        raise UserError(
-            f"data.patient: patient '{rows.patient_names[who] if rows.patient_names else who}' has rows in groups "
-            f"'{first}' and '{second}' of {name}: a natural partition cannot keep them together; where sites number their "
-            "own patients, put the site before the number"
-        )
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(f"'{n}'" for n in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def match_columns(

@@ -10,9 +10,10 @@ from torch import Tensor
 from hetero_fl.config.source import PartitionConfig
 from hetero_fl.data.patients import torn
 from hetero_fl.errors import UserError
-from hetero_fl.registry import imported
+from hetero_fl.registry import called
 
 WHERE = "data.partition.kind"
+TAKES = "y, group, config, sizes, task, seed"
 
 
 def own_partition(
@@ -22,25 +23,13 @@ def own_partition(
 
     It gets no patients, but a deal that tears one apart is refused. Raises UserError for that and for whatever else it does.
     """
-    parts = _checked(_returned(config.kind, arguments), config, rows, clients)
+    parts = _checked(called(config.kind, WHERE, TAKES, arguments), config, rows, clients)
     if patient is not None and (pair := torn(parts, patient)) is not None:
         raise UserError(
             f"{WHERE}: {config.kind}: deals rows {pair[0]} and {pair[1]}, which are of one patient "
             "(data.patient), to two clients"
         )
     return parts
-
-
-def _returned(kind: str, arguments: tuple[Any, ...]) -> object:
-    function = imported(kind, WHERE)
-    if not callable(function):
-        raise UserError(f"{WHERE}: {kind} is not a function of (y, group, config, sizes, task, seed)")
-    try:
-        return function(*arguments)
-    except UserError as error:
-        raise UserError(f"{WHERE}: {kind}: {error}") from error
-    except Exception as error:  # a user's function may fail in any way; the reason goes into the one line
-        raise UserError(f"{WHERE}: {kind} raised {type(error).__name__}: {error}") from error
 
 
 def _checked(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:

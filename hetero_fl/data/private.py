@@ -31,6 +31,11 @@ class Share:
     examples: Examples
     rows: Tensor
 
+    @classmethod
+    def whole(cls, examples: Examples) -> Share:
+        """All rows."""
+        return cls(examples, torch.arange(len(examples)))
+
     def take(self) -> Examples:
         """A copy of the rows."""
         return self.examples.take(self.rows)

@@ -11,7 +11,7 @@ from hetero_fl.config.source import SourceConfig
 from hetero_fl.data.base import Dataset, check_examples
 from hetero_fl.data.npz import read_npz
 from hetero_fl.errors import UserError, nearest
-from hetero_fl.registry import imported
+from hetero_fl.registry import called
 from hetero_fl.task import Task
 
 Key = Literal["path", "label", "group", "patient", "task", "size", "series", "text", "windows"]
@@ -101,15 +101,7 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
 def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
     """A user's own function in place of a source."""
     where = f"{where}.name"
-    load = imported(config.name, where)
-    if not callable(load):
-        raise UserError(f"{where}: {config.name} is not a function of (config, root)")
-    try:
-        dataset = load(config, root)
-    except UserError as error:
-        raise UserError(f"{where}: {config.name}: {error}") from error
-    except Exception as error:  # a user's function may fail in any way; the reason goes into the one line
-        raise UserError(f"{where}: {config.name} raised {type(error).__name__}: {error}") from error
+    dataset = called(config.name, where, "config, root", (config, root))
     if not isinstance(dataset, Dataset):
         raise UserError(f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset")
     _check(dataset, f"{where}: {config.name}", missing)

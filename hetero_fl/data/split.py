@@ -1,4 +1,4 @@
-"""Rows set apart: a test set for data that have none, and each client's own train, validation and test."""
+"""Rows drawn: some of a set's, and each client's own train, validation and test."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from torch import Tensor
 
 from hetero_fl.config.source import DataConfig, SplitConfig
 from hetero_fl.data.base import Dataset
-from hetero_fl.data.dated import cut_by_date
 from hetero_fl.data.patients import draw_patients
 from hetero_fl.errors import UserError
 from hetero_fl.seeding import generator
 
-TEST_SHARE = 0.2
 RARE = 0.1  # of all rows
 FEWEST_TO_TRAIN = 2  # one row alone has no variance: BatchNorm cannot train on it
 
@@ -37,28 +35,6 @@ def draw(
         return rows[drawn].sort().values, rows[~drawn].sort().values
     order = torch.randperm(len(rows), generator=draws)
     return rows[order[:count]].sort().values, rows[order[count:]].sort().values
-
-
-def with_test(dataset: Dataset) -> Dataset:
-    """The data set itself if it has a test set, else with a fifth of its training rows as one; of a dated set, the rows of the
-    last fifth of its time.
-
-    The draw depends on the set's name and size alone, so that all seeds of a comparison are read on the same test set.
-    """
-    if dataset.test is not None:
-        return dataset
-    if (time := dataset.train.time) is not None:
-        later, before = cut_by_date(time, TEST_SHARE, dataset.span)
-        if not bool(later.any()) or not bool(before.any()):
-            raise UserError(f"data.name: {dataset.name}: found {len(time)} rows; too few to cut a test set off by date")
-        rows = [torch.nonzero(mask).squeeze(1) for mask in (before, later)]
-        return replace(dataset, train=dataset.train.take(rows[0]), test=dataset.train.take(rows[1]))
-    count = round(TEST_SHARE * len(dataset.train))
-    if count < 1:
-        raise UserError(f"data.name: {dataset.name}: found {len(dataset.train)} rows; too few to set a test set apart")
-    draws = generator("data", dataset.name, "test")
-    test, train = draw(torch.arange(len(dataset.train)), count, draws, dataset.train.patient)
-    return replace(dataset, train=dataset.train.take(train), test=dataset.train.take(test))
 
 
 def with_rare(dataset: Dataset) -> Dataset:

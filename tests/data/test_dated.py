@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.source import DataConfig, PartitionConfig, ProxyConfig, SourceConfig, SplitConfig
 from hetero_fl.data import Dataset, FederatedData, federate, from_arrays, with_test
 from hetero_fl.data.dated import cut_by_date
@@ -147,3 +147,28 @@ def test_a_clients_own_dated_source_keeps_its_cuts(tmp_path: Path, monkeypatch: 
     assert rows_of(data, "b", "train") == list(range(1000, 1060))
     assert rows_of(data, "b", "validation") == list(range(1060, 1080))
     assert rows_of(data, "b", "test") == list(range(1080, 1100))
+
+
+def test_a_clients_own_dated_source_may_lack_what_the_client_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_columns.py").write_text(
+        "import torch\n"
+        "from hetero_fl.data import from_arrays\n"
+        "def cut(config, root):\n"
+        "    x = torch.arange(60.0)[:, None]\n"
+        "    parts = [(x[a:b], x[a:b, 0]) for a, b in ((0, 40), (40, 50), (50, 60))]\n"
+        "    made = from_arrays(*parts[0], validation=parts[1], test=parts[2], columns=['hour'])\n"
+        "    for part, a in ((made.train, 0), (made.validation, 40), (made.test, 50)):\n"
+        "        part.time = torch.arange(a, a + len(part))\n"
+        "    return made\n"
+    )
+    time = torch.arange(200)
+    common = from_arrays(torch.stack([time, time], 1).float(), time.float(), time=time, columns=["hour", "load"])
+    own = ClientSettings(
+        data=SourceConfig(name="python:own_columns:cut"), preprocess=PreprocessConfig(columns=["hour"])
+    )
+    data = federated(common, {"a": PLAIN_CLIENT, "b": own})
+    for split, first in (("validation", 40), ("test", 50)):
+        assert data.columns("b", split, PLAIN)["y"].flatten().tolist() == list(range(first, first + 10))

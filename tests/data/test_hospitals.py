@@ -10,7 +10,7 @@ import pytest
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.source import DataConfig, PartitionConfig, SourceConfig
 from hetero_fl.data import federate, load_source
-from hetero_fl.data.outside import match_groups
+from hetero_fl.data.groups import match_groups
 from hetero_fl.errors import UserError
 
 from .federations import PLAIN_CLIENT, numbered, rows_of

@@ -58,7 +58,7 @@ def from_own_sources(
         found.simulated |= own.simulated
         found.notes += [f"{where}: {note}" for note in own.notes]
         seen = needed((clients[name] for name in holders), common.layout)
-        adopted = Dataset(own.name, common.task, adopt(own, common, where, seen), span=common.span)
+        adopted = Dataset(own.name, common.task, adopt(own, common, where, seen), span=own.span)
         for name in holders:
             check_alike(raw_shape(adopted), f"clients: '{name}': data", own.name, {name: clients[name]}, common)
         if len(holders) > 1:

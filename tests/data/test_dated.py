@@ -149,6 +149,23 @@ def test_a_clients_own_dated_source_keeps_its_cuts(tmp_path: Path, monkeypatch: 
     assert rows_of(data, "b", "test") == list(range(1080, 1100))
 
 
+def test_a_clients_own_dated_source_is_cut_by_its_own_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets of a row reach three hours ahead; the common set's are of the hour itself."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_span.py").write_text(
+        "import torch\n"
+        "from dataclasses import replace\n"
+        "from hetero_fl.data import from_arrays\n"
+        "def whole(config, root):\n"
+        "    t = torch.arange(1000, 1100)\n"
+        "    return replace(from_arrays(t[:, None].float(), t.float(), time=t), span=3)\n"
+    )
+    clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name="python:own_span:whole"))}
+    data = federated(dated(), clients)
+    train, validation, test = (rows_of(data, "b", name) for name in ("train", "validation", "test"))
+    assert max(train) + 3 < min(validation) and max(validation) + 3 < min(test)
+
+
 def test_a_clients_own_dated_source_may_lack_what_the_client_does_not_see(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

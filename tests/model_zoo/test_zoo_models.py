@@ -136,7 +136,15 @@ def test_training_draws_random_numbers_through_dropout_alone(name: str, monkeypa
     model.train()(batch(1, *size))
     assert torch.equal(torch.get_rng_state(), state)
     # in each block, where there are blocks; in multimodal it is for blocks that are no images
-    several = {"wide_deep": 2, "ft_transformer": 4, "tabular": 4, "transformer": 4, "vit": 8, "cnn1d": 3, "multimodal": 0}
+    several = {
+        "wide_deep": 2,
+        "ft_transformer": 4,
+        "tabular": 4,
+        "transformer": 4,
+        "vit": 8,
+        "cnn1d": 3,
+        "multimodal": 0,
+    }
     calls = several.get(name, 1)
     own = [0.5, 0.5] if name == "fedproto_cnn" else []
     assert rates == own + [0.4] * (calls if has_dropout else 0)

@@ -53,7 +53,7 @@ def join(
         UserError: data, model or settings that do not fit the run; a backbone that nobody shared.
     """
     legacy, out = Legacy(run if isinstance(run, Run) else Run(run)), Path(out)
-    check_vacant(out)
+    check_vacant(out, besides="")  # nothing of it is gone on with
     dataset = data if isinstance(data, Dataset) else load_as(legacy.run, data, label)
     site = _site(dataset, legacy, patients)
     name = model or legacy.usual

@@ -216,6 +216,8 @@ def test_the_command(place: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--patients", "10", "--seeds", "0", "--epochs", "1", "--take", "teacher"]
     assert main([str(place / "run"), "--data", str(place / "new.npz"), "--model", "mlp", *quick], command="join") == 0
     assert "# mlp joins run" in capsys.readouterr().out and (place / "run" / "join-mlp" / "join.json").is_file()
+    assert main([str(place / "run"), "--data", str(place / "new.npz"), "--model", "mlp", *quick], command="join") == 2
+    assert capsys.readouterr().err.endswith("join-mlp: exists already; choose another --out\n")
 
 
 def test_a_band_of_shares_ends_where_they_do() -> None:

@@ -160,3 +160,9 @@ def test_the_index_says_what_the_class_declares(name: str) -> None:
     assert algorithm[name].__module__ == f"hetero_fl.algorithms.{file}"
     assert f"## `{name}`" in (INDEX.parent / page).read_text(encoding="utf-8")
     assert needed == (in_words(needs(algorithm[name]())) or "–")
+
+
+def test_every_scenario_has_a_row() -> None:
+    pages = (ROOT / "docs" / "scenarios" / "README.md").read_text().partition("## The pages")[2]
+    for page in (ROOT / "docs" / "scenarios").glob("[a-z]*.md"):
+        assert f"({page.name})" in pages

@@ -16,6 +16,8 @@ from hetero_fl.config.schema import Config
 from hetero_fl.config.tutorial import is_tutorial, translated
 from hetero_fl.errors import UserError, nearest
 
+SUFFIXES = (".yaml", ".yml", ".json")
+
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iterable[str] = ()) -> Config:
     """A checked configuration from a YAML or JSON file, a dictionary, or another configuration, with `key.path=value` overrides.
@@ -82,14 +84,15 @@ def read(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         raw = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
-        beside = [p.name for p in path.parent.glob("*.*")] if path.parent.is_dir() else []
+        beside = [p.name for p in path.parent.glob("*.*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file{nearest(path.name, beside) if beside else ''}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        json = " (or JSON; a comma between its entries?)" if path.suffix == ".json" else ""
+        raise UserError(f"{path}{line}: not YAML{json}: {getattr(error, 'problem', None) or error}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     if not isinstance(raw, dict):

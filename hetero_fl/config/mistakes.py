@@ -47,6 +47,8 @@ def describe(
 
 
 def _found(value: Any) -> str:
+    if isinstance(value, dict) and set(value) == {"name"}:
+        value = value["name"]  # as it was written
     text = "nothing" if value is None else repr(value)
     return text if len(text) < 60 else text[:57] + "…"
 

@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.mistakes import describe
 from hetero_fl.config.schema import Config
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.errors import UserError, nearest, similar
 
 SETS: dict[str, dict[str, Any]] = {
     "cifar": {
@@ -73,6 +73,8 @@ def translated(raw: Mapping[str, Any], overrides: Iterable[str], where: str) -> 
         key, equals, value = override.partition("=")
         if equals and key in KEYS:
             raw[key] = _value(override, value)
+        elif "." not in key and key not in Config.model_fields and (hint := similar(key, KEYS)):
+            raise UserError(f"{where}: {key}: unknown key{hint}")
         else:
             left.append(override)
     for key in raw:

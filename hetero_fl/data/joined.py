@@ -56,12 +56,14 @@ def join(
             raise UserError(f"{key}: {where} has no column '{column}'{nearest(column, map(str, frame.columns))}")
     whose = list(names(frame[by], where))
     ids = [str(value) for value in pictures.train.patient_names]
+    whose = _as_written(whose, ids)
     _once(whose, where, by)
     imaged = set(ids)
     strangers = [i for i, id in enumerate(whose) if id not in imaged]
     if len(strangers) == len(whose):
         raise UserError(
-            f"{where}: row 1, column '{by}': found '{whose[0]}', and no patient of the table has an image: {_shown(ids)}"
+            f"{where}: row 1, column '{by}': found '{whose[0]}', and no patient of the table has an image; "
+            f"images are of {_shown(ids)}"
         )
     if strangers and label is None:
         row = strangers[0]
@@ -102,6 +104,16 @@ def _frame(table: Any) -> tuple[pd.DataFrame, str]:
         return read_frame(path), str(path)
     except UserError as error:
         raise UserError(f"table: {str(error).removeprefix('path: ')}") from error
+
+
+def _as_written(whose: list[str], ids: list[str]) -> list[str]:
+    """The table's patients as the images' numbers are written: a file of numbers has lost the zeros of 0001."""
+    written = {_plain(id): id for id in ids}
+    return [written.get(_plain(id), id) for id in whose] if len(written) == len(ids) else whose
+
+
+def _plain(id: str) -> str:
+    return str(int(id)) if id.isascii() and id.isdigit() else id
 
 
 def _once(whose: list[str], where: str, by: str) -> None:

@@ -53,7 +53,7 @@ def join(
         UserError: data, model or settings that do not fit the run; a backbone that nobody shared.
     """
     legacy, out = Legacy(run if isinstance(run, Run) else Run(run)), Path(out)
-    check_vacant(out)
+    check_vacant(out, besides="")  # nothing of it is gone on with
     dataset = data if isinstance(data, Dataset) else load_as(legacy.run, data, label)
     site = _site(dataset, legacy, patients)
     name = model or legacy.usual
@@ -62,9 +62,8 @@ def join(
     seen = {split: legacy.seen(examples.x) for split, examples in (("training", site.train), ("test", site.test))}
     for split, count in seen.items():
         if count:
-            legacy.notes.append(
-                f"{count} of the newcomer's {split} rows are training rows of the run: figures flatter it"
-            )
+            verb = "is also in the run's" if count == 1 else "are also in the run's"
+            legacy.notes.append(f"{count} of the newcomer's {split} rows {verb} training rows: figures flatter it")
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     seeds = list(dict.fromkeys(seeds))

@@ -13,7 +13,7 @@ from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.gaps import usable
 from hetero_fl.data.outside import read_as
 from hetero_fl.data.registry import takes
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.errors import UserError, nearest, similar
 from hetero_fl.metrics import score
 from hetero_fl.reporting.run import Run
 from hetero_fl.task import Task
@@ -90,6 +90,11 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     """The data set; a local file is read as the run read its own: for the same task, without its columns of groups and
     patients, images at the same size."""
     path, known = Path(data), run.directory.config().get("data") or {}
+    if (
+        not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1)
+    ):  # no name of a source is written so
+        beside = [p.name for p in path.parent.glob("*.*")] if path.parent.is_dir() else []
+        raise UserError(f"--data: {data}: no such file or folder{similar(path.name, beside)}")
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)

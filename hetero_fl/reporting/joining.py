@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.newcomer import BACKBONE, BOTH, SCRATCH
-from hetero_fl.metrics import metric_names
+from hetero_fl.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.reporting import style
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.wording import METRICS, MISSING, digits, sentence
@@ -122,7 +122,10 @@ def draw(content: Json, task: Task) -> Figure:
             x, y = [e["patients"] for e in known], np.array([e[metric] for e in known])
             spread = np.array([e[f"{metric}_std"] or 0.0 for e in known])
             axes.plot(x, y, marker=MARKERS[way], color=COLOURS[way], label=WORDS[way])
-            axes.fill_between(x, y - spread, y + spread, color=COLOURS[way], alpha=0.18, linewidth=0)
+            low, high = y - spread, y + spread
+            if metric not in SMALLER_IS_BETTER and metric != "r2":
+                low, high = low.clip(0, 1), high.clip(0, 1)  # shares
+            axes.fill_between(x, low, high, color=COLOURS[way], alpha=0.18, linewidth=0)
         if content["consensus"][metric] is not None:
             axes.axhline(content["consensus"][metric], color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)),
                          label="the run's consensus, no labels")  # fmt: skip

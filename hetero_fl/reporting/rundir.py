@@ -56,10 +56,10 @@ def _acquired(lock: BaseFileLock) -> bool:
     return True
 
 
-def check_vacant(path: Path) -> None:
+def check_vacant(path: Path, besides: str = ", or --resume if it is an interrupted run") -> None:
     """Raises UserError if the path is taken by anything but an empty folder, or one whose creation was interrupted."""
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNFINISHED):
-        raise UserError(f"{path}: exists already; choose another --out, or --resume if it is an interrupted run")
+        raise UserError(f"{path}: exists already; choose another --out{besides}")
 
 
 def _make(folder: Path) -> None:

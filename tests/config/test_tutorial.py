@@ -61,7 +61,7 @@ def test_overrides_are_of_the_configuration_or_of_the_tutorials_own_keys() -> No
         ({"lr": "fast"}, "lr: found 'fast'"),
         ({"momentum": 1.5}, "momentum: found 1.5"),
         ({"lambda": -1}, "lambda: found -1"),
-        ({"model_name": "resnet81"}, "resnet81"),
+        ({"model_name": "resnet81"}, "model: found 'resnet81'; model resnet81: no such model; the nearest are"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -69,6 +69,24 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, changes: dict[str, Any], told
     with pytest.raises(UserError) as error:
         load_config(path)
     assert str(path) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_misspelt_key_of_the_tutorials_on_the_command_line() -> None:
+    with pytest.raises(UserError, match=r"conf.json: lamda: unknown key; did you mean 'lambda'"):
+        load_config(FILE, ["lamda=0.2"])
+    with pytest.raises(UserError, match=r"sed: unknown key; did you mean 'seed'"):
+        load_config(FILE, ["sed=2"])
+
+
+def test_json_that_is_none_and_a_file_that_is_not_there(tmp_path: Path) -> None:
+    path = conf(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "other.yaml")
+    assert str(error.value).endswith("no such file; choose from conf.json")
+    path.write_text(path.read_text().replace(", ", "\n", 1))
+    with pytest.raises(UserError, match=r"conf.json, line 2: not YAML \(or JSON; a comma"):
+        load_config(path)
 
 
 def test_a_json_file_of_our_own_keys_is_read_as_it_is(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_patients_without_an_image(tmp_path: Path) -> None:
         (
             TABLE.assign(patient=["x", "y", "z"]),
             {},
-            "row 1, column 'patient': found 'x', and no patient of the table has an image",
+            "row 1, column 'patient': found 'x', and no patient of the table has an image; images are of p1, p2",
         ),
         (TABLE.assign(egfr=["1", "two", "3"]), {}, "table: row 2, column 'egfr': found 'two', not a number"),
         (TABLE, {"by": "patiant"}, "by: table has no column 'patiant'; did you mean 'patient'"),
@@ -91,6 +91,17 @@ def test_mistakes_are_one_line(table: pd.DataFrame, changes: dict[str, Any], wor
     with pytest.raises(UserError) as refused:
         joined(table, **changes)
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_numbers_may_begin_with_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "genes.csv"
+    pd.DataFrame({"patient": ["0003", "0001", "0002"], "tp53": [0.5, 1.5, 2.5]}).to_csv(path, index=False)
+    whose = ["0001", "0002", "0002", "0003", "0004", "x5"]
+    found = join(IMAGES, Y, whose, path)
+    assert found.train.x[[0, 1, 3], 64].tolist() == [1.5, 2.5, 0.5] and found.train.x[4:, 64].isnan().all()
+    assert found.train.patient_names == ("0001", "0002", "0003", "0004", "x5")
+    with pytest.raises(UserError, match="found '3', of whom there is no image"):  # 1 and 0001 are two patients here
+        join(IMAGES, Y, ["1", *whose[:3], "2", "0001"], path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

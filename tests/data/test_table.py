@@ -127,14 +127,20 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "head.csv").write_text("x,result\n")
     (tmp_path / "text.csv").write_text("x,result\na,b\n")
     (tmp_path / "ragged.csv").write_text("x,result\n1,b\n1,2,3,4\n")
+    (tmp_path / "longer.csv").write_text("x,result\n1,b,\n2,c,\n")  # pandas would take the first cells as names of rows
+    (tmp_path / "twice.csv").write_text("x,x,result\n1,2,b\n2,3,c\n")
+    (tmp_path / "folder.csv").mkdir()
     (tmp_path / "latin.csv").write_bytes(b"x,result\n1,\xff\xfe\n")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "t.xlsx").write_bytes(b"")
     for name, words in (
-        ("empty.csv", "not a readable .csv file"),
+        ("empty.csv", "an empty file"),
         ("head.csv", "found no rows"),
         ("text.csv", "no column of numbers"),
-        ("ragged.csv", "not a readable .csv file"),
+        ("ragged.csv", "row 2: found 4 cells, one of them '3' beyond the last column, 'result'"),
+        ("longer.csv", "row 1: found 3 cells, one of them '' beyond the last column, 'result'"),
+        ("twice.csv", "header: column 'x' stands there 2 times"),
+        ("folder.csv", "a folder; name a file in it"),
         ("latin.csv", "not a readable .csv file"),
         ("bad.parquet", "not a readable .parquet file"),
         ("t.xlsx", "found '.xlsx'; choose .csv, .tsv or .parquet"),

@@ -18,7 +18,7 @@ from hetero_fl.data import from_arrays
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.legacy import Legacy
 from hetero_fl.experiment.newcomers import Site
-from hetero_fl.reporting.joining import ahead
+from hetero_fl.reporting.joining import ahead, draw
 from hetero_fl.saved import SavedModel
 from hetero_fl.state import floats
 from hetero_fl.task import Task
@@ -160,7 +160,7 @@ def test_rows_that_the_run_has_trained_on_are_told(place: Folder, tmp_path: Fold
     content = join(place, tmp_path / "out", data=str(place / "run.npz"), patients=(20,), seeds=(0,), take="both")
     assert {r["begins"] for r in content["rows"]} == {"scratch", "both"}
     (note,) = content["notes"]
-    assert "training rows are training rows of the run: figures flatter it" in note
+    assert "training rows are also in the run's training rows: figures flatter it" in note
 
 
 def test_patients_stay_whole_and_more_of_them_contain_fewer() -> None:
@@ -216,3 +216,15 @@ def test_the_command(place: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--patients", "10", "--seeds", "0", "--epochs", "1", "--take", "teacher"]
     assert main([str(place / "run"), "--data", str(place / "new.npz"), "--model", "mlp", *quick], command="join") == 0
     assert "# mlp joins run" in capsys.readouterr().out and (place / "run" / "join-mlp" / "join.json").is_file()
+    assert main([str(place / "run"), "--data", str(place / "new.npz"), "--model", "mlp", *quick], command="join") == 2
+    assert capsys.readouterr().err.endswith("join-mlp: exists already; choose another --out\n")
+
+
+def test_a_band_of_shares_ends_where_they_do() -> None:
+    row = {"begins": "scratch", **dict.fromkeys(("accuracy", "balanced_accuracy", "auroc"), 0.9)}
+    wide = {f"{m}_std": 0.2 for m in row if m != "begins"}
+    table = [{"patients": n, **row, **wide} for n in (10, 30)]
+    content = {"table": table, "rows": [row], "patients": [10, 30], "unit": "patients", "consensus": dict.fromkeys(row)}
+    for axes in draw(content, Task("multiclass", 2)).axes:
+        (band,) = axes.collections
+        assert band.get_paths()[0].vertices[:, 1].max() == 1

@@ -73,6 +73,8 @@ def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:
         evaluate(run, str(table))
     with pytest.raises(UserError, match=r"^--label: .* has no column 'y3'"):
         evaluate(run, str(table), label="y3")
+    with pytest.raises(UserError, match=r"^--data: .*/tt\.csv: no such file or folder; did you mean 't\.csv'\?"):
+        evaluate(run, str(tmp_path / "tt.csv"))
     with pytest.raises(UserError, match=r"^--label: found 'y', but digits takes none"):
         evaluate(run, "digits", label="y")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,8 @@ LOOK = 20  # rows below the header from which the separator is told
 def read_frame(path: Path) -> pd.DataFrame:
     """A CSV (comma or semicolon), TSV (tabulator) or Parquet file. Raises UserError."""
     where = f"path: {path}"
+    if path.is_dir():
+        raise UserError(f"{where}: a folder; name a file in it")
     if not path.is_file():
         raise UserError(f"{where}: no such file")
     kind = path.suffix.lower()
@@ -24,7 +27,9 @@ def read_frame(path: Path) -> pd.DataFrame:
     try:
         if kind == ".parquet":
             return pd.read_parquet(path)
-        return pd.read_csv(path, sep="\t" if kind == ".tsv" else _separator(path), low_memory=False)
+        separator = "\t" if kind == ".tsv" else _separator(path)
+        _check_cells(path, separator)
+        return pd.read_csv(path, sep=separator, low_memory=False)
     except ImportError as error:
         raise UserError(f"{where}: Parquet needs pyarrow; pip install 'hetero_fl[parquet]'") from error
     except UnicodeError as error:
@@ -33,6 +38,22 @@ def read_frame(path: Path) -> pd.DataFrame:
         ) from error
     except (ValueError, OSError, csv.Error) as error:  # pandas' and pyarrow's own errors are ValueErrors
         raise UserError(f"{where}: not a readable {kind} file ({type(error).__name__}: {error})") from error
+
+
+def _check_cells(path: Path, separator: str) -> None:
+    """Refuse what pandas reads otherwise than it is written: a name that stands twice, a row longer than the header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = filter(None, csv.reader(file, delimiter=separator))
+        header = next(rows, None)
+        if header is None:
+            raise UserError(f"path: {path}: an empty file")
+        for name, count in Counter(header).items():
+            if name and count > 1:
+                raise UserError(f"path: {path}: header: column '{name}' stands there {count} times")
+        for row, cells in enumerate(rows, 1):
+            if len(cells) > len(header):
+                found = f"found {len(cells)} cells, one of them '{cells[len(header)]}' beyond the last column"
+                raise UserError(f"path: {path}: row {row}: {found}, '{header[-1]}'")
 
 
 def _separator(path: Path) -> str:

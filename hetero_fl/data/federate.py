@@ -40,9 +40,9 @@ def federate(
     clients without a source of their own. A source that clients name as their own is dealt out among those that name it
     (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
     Where the data says of whom each row is, no patient is in two of these places; numbers of rows are then near those
-    asked for. Clients whose partition is `drawn` get no rows here; they draw when they are asked for theirs. Validation and test
-    of a dated set are cut by date (`train_limit` and a held-out proxy set are drawn from what is before); in a natural partition a
-    client's are its groups' rows of the common sets, and a client's own dated source keeps the cuts that it has.
+    asked for. Clients whose partition is `drawn` get no rows here; they draw when they are asked for theirs. Validation and
+    test of a dated set are cut by date (`train_limit` and a held-out proxy set are drawn from what is before); in a natural
+    partition a client's are its groups' rows of the common sets, and a client's own dated source keeps the cuts that it has.
 
     Args:
         server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.

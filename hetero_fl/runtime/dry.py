@@ -55,10 +55,11 @@ class Expectations:
         s = card.settings
         own_rows = any(spec.rows_of == "train" for spec in self.algorithm.uploads.values())
         phase = self.phase(s.share_every, round)
-        key = (card.arch, tuple(s.shares), card.has_proxy, phase, _outline(broadcast), card.n if own_rows else None)
+        shares = (tuple(s.shares), s.share_every, card.has_proxy)
+        key = (card.arch, shares, phase, _outline(broadcast), card.n if own_rows else None)
         if key not in self._known:
             if is_own(self.algorithm):  # may differ in every round: the last round's are of no more use
-                self._known = {k: v for k, v in self._known.items() if k[3] == key[3]}
+                self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
             upload = self.upload(card, broadcast, round)
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]

@@ -168,6 +168,12 @@ def test_heads_stay_where_they_are_meant_to_stay() -> None:
     assert rounds_of(config("fedavg")).store.clients() == []  # a client without private state costs nothing
 
 
+def test_clients_alike_but_for_when_they_share_are_each_asked_for_their_own() -> None:
+    now_and_then = [{"match": "site_1", "share_every": 2}]
+    rounds = rounds_of(config("fedavg", "mlp", 3, clients__overrides=now_and_then), held=0)
+    assert [rounds.round()["failed"] for _ in range(2)] == [{}, {}]
+
+
 def test_sharing_every_second_round() -> None:
     rounds = rounds_of(config("fedavg", clients__defaults={"share_every": 2}), held=0)
     (group,) = rounds.server.models

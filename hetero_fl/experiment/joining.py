@@ -11,7 +11,7 @@ from hetero_fl.data import Dataset, with_test
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.legacy import Legacy
 from hetero_fl.experiment.newcomers import Newcomers, Site, labels
-from hetero_fl.experiment.scoring import load_as, renumbered
+from hetero_fl.experiment.scoring import in_run_order, load_as, renumbered
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import check_vacant
 
@@ -53,7 +53,7 @@ def join(
     """
     legacy, out = Legacy(run if isinstance(run, Run) else Run(run)), Path(out)
     check_vacant(out)
-    dataset = data if isinstance(data, Dataset) else load_as(legacy.run, data, label)
+    dataset = in_run_order(data, legacy.run) if isinstance(data, Dataset) else load_as(legacy.run, data, label)
     site = _site(dataset, legacy, patients)
     name = model or legacy.usual
     plan = Newcomers(legacy, site, dataset.name, name, epochs, list(overrides))

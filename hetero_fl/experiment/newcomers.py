@@ -122,8 +122,9 @@ class Newcomers:
             public["proxy"] = Share(Examples(self.transfer), torch.arange(len(self.transfer)))
         own = Private(private)
         data = FederatedData(
-            self.legacy.task, self.name, clients, own, public, config.seed, layout=site.layout, vocabulary=site.vocabulary
-        )
+            self.legacy.task, self.name, clients, own, public, config.seed,
+            layout=site.layout, vocabulary=site.vocabulary,
+        )  # fmt: skip
         check_gaps(clients.kinds, clients, own, public, site.layout)
         return data, Federation.of(config, data, clients, student=False)
 

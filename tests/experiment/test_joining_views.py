@@ -68,12 +68,18 @@ def test_backbones_are_meant_over_those_who_sent_each_tensor() -> None:
 
 @pytest.mark.parametrize(
     ("name", "data", "model"),
-    [("finance_hetero", "bank_fraud", "wide_deep"), ("text_hetero", "phrases", "text_cnn"), ("traffic_hetero", "traffic", "cnn1d")],
-)  # fmt: skip
+    [
+        ("finance_hetero", "bank_fraud", "wide_deep"),
+        ("text_hetero", "phrases", "text_cnn"),
+        ("traffic_hetero", "traffic", "cnn1d"),
+    ],
+)
 def test_columns_tokens_and_units_are_the_newcomers_too(name: str, data: str, model: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     run = hetero_fl.run(CONFIGS / f"{name}.yaml", overrides=SHORT, out=tmp_path / "run")
     told = hetero_fl.join(run, data, model, out=tmp_path / "out", patients=(10,), seeds=(0,), epochs=1, take="teacher")
-    assert {row["begins"] for row in told["rows"]} == {"scratch", "teacher"} and told["teacher_on"].endswith("public rows")
+    assert {row["begins"] for row in told["rows"]} == {"scratch", "teacher"} and told["teacher_on"].endswith(
+        "public rows"
+    )
     if name == "traffic_hetero":  # vehicles, as the run's own figures are, of junctions with hundreds an hour
         assert told["consensus"]["mae"] > 10 and all(row["mae"] > 10 for row in told["rows"])

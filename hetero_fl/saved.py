@@ -26,7 +26,8 @@ class SavedModel:
     """A model of a finished run: tensors, what to build, how it sees examples, what its outputs mean.
 
     `preprocess` are the plain fields of `hetero_fl.data.Preprocess`; `log_prior` is added to the logits on the client's own
-    examples where the method trained with logit adjustment.
+    examples where the method trained with logit adjustment. `columns` name what lies along the last axis of raw examples,
+    where that has names: tables are matched by them.
     """
 
     tensors: Tensors
@@ -34,6 +35,7 @@ class SavedModel:
     preprocess: dict[str, Any]
     task: Task
     log_prior: tuple[float, ...] | None = None
+    columns: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         """The content of a `.safetensors` file; equal models give equal bytes."""
@@ -43,6 +45,7 @@ class SavedModel:
             "preprocess": self.preprocess,
             "task": {name: value for name, value in asdict(self.task).items() if value != ""},
             "log_prior": self.log_prior,
+            **({"columns": self.columns} if self.columns else {}),
         }
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
         return save(tensors, {"hetero_fl": json.dumps(about, sort_keys=True)})
@@ -63,7 +66,8 @@ class SavedModel:
             view = {k: frozen(v) for k, v in about["preprocess"].items()}
             prior = about["log_prior"]
             arch = Architecture.from_json(json.dumps(about["architecture"]))
-            return cls(tensors, arch, view, task, None if prior is None else tuple(prior))
+            named_columns = tuple(about.get("columns", ()))  # older files have none
+            return cls(tensors, arch, view, task, None if prior is None else tuple(prior), named_columns)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a saved model: {error}") from None
 

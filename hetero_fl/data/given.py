@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetero_fl.data.layout import Block
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.errors import UserError, nearest
-from hetero_fl.images import as_numbers
+from hetero_fl.images import as_bytes, as_numbers, in_range
 from hetero_fl.saved import SavedModel
 
 WHERE = "predict: x"
@@ -57,11 +58,29 @@ def _joined(given: Mapping[str, Any], view: Preprocess) -> Tensor:
             raise UserError(f"{WHERE}: found '{name}'{nearest(name, names)}")
     parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in given.items()}
     count = len(next(iter(parts.values()))) if parts else 0
-    dtype, rows = torch.get_default_dtype(), []
+    rows = []
     for block in view.blocks:
         part = parts.get(block.name, torch.full((count, block.size), torch.nan))
-        part = part.to(dtype) / 255 if part.dtype == torch.uint8 else part.to(dtype)
-        if len(part) != count or part[0:1].numel() != min(1, count) * block.size:
-            raise UserError(f"{WHERE}: {block.name}: found shape {tuple(part.shape)}; want ({count}, {block.shape})")
-        rows.append(part.reshape(count, block.size))
+        if len(part) != count:
+            raise UserError(f"{WHERE}: {block.name}: found {len(part)} rows, of {next(iter(parts))} {count}")
+        rows.append(_values(part, block))
     return torch.cat(rows, dim=1)
+
+
+def _values(part: Tensor, block: Block) -> Tensor:
+    """A block's values `[N, size]`; images may be as `SavedModel.examples` takes them, and are in 0..1 then."""
+    where = f"{WHERE}: {block.name}"
+    found, dtype = tuple(part.shape), torch.get_default_dtype()
+    if block.image:
+        part = as_bytes(part[:, None] if part.ndim == 3 else part, where)
+        last = part.ndim == 4 and tuple(part.shape[1:]) != block.shape
+        part = part.movedim(-1, 1) if last else part
+    if tuple(part.shape[1:]) not in (block.shape, (block.size,)):
+        raise UserError(f"{where}: found shape {found}; want ({len(part)}, {', '.join(map(str, block.shape))})")
+    if not block.image:
+        return part.reshape(len(part), block.size).to(dtype)
+    part = part.reshape(len(part), block.size)
+    gone = part.isnan().all(1)
+    there = in_range({where: part[~gone]})[0][where]
+    there = there.to(dtype) / 255 if there.dtype == torch.uint8 else there.to(dtype)
+    return there.new_full((len(part), block.size), torch.nan).masked_scatter(~gone[:, None], there)

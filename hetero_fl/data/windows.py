@@ -115,7 +115,10 @@ def level(site: Site, periods: Periods) -> float:
 def _rows(site: Site, config: SeriesConfig, periods: Periods, task: Task) -> Examples:
     """Every row of a site that has its window, the week before and its targets; `time` is the last target's."""
     window, horizons = config.window, np.array(config.horizons)
-    now = np.arange(WEEK - horizons[0] + window - 1, len(site.value) - horizons[-1])  # the last hour that a row sees
+    begin = WEEK - horizons[0] + window - 1
+    if config.level == "week":  # hours before the first would be read off the end
+        begin = max(begin, WEEK - 1)
+    now = np.arange(begin, len(site.value) - horizons[-1])  # the last hour that a row sees
     seen = now[:, None] + np.arange(1 - window, 1)
     past = slice(0, max(0, periods.train + 1 - site.start))
     value, scale = site.value, np.full((len(now), 1), level(site, periods))

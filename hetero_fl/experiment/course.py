@@ -151,7 +151,9 @@ def _read_whole(rounds: Rounds, directory: RunDirectory) -> Readings:
     if slot is not None:
         federation, server = rounds.federation, rounds.server
         view = asdict(federation.view_of(slot))
-        save("server", SavedModel(server.models[slot], server.arch[slot], view, federation.task).encode())
+        columns = federation.data.layout.columns
+        model = SavedModel(server.models[slot], server.arch[slot], view, federation.task, columns=columns)
+        save("server", model.encode())
     return readings
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hetero_fl.data import Dataset, with_test
-from hetero_fl.data.base import Examples
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.legacy import Legacy
 from hetero_fl.experiment.newcomers import Newcomers, Site, labels
-from hetero_fl.experiment.scoring import load_as, renumbered
-from hetero_fl.metrics import score
+from hetero_fl.experiment.scoring import in_run_order, load_as, renumbered
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import check_vacant
 
@@ -54,7 +53,7 @@ def join(
     """
     legacy, out = Legacy(run if isinstance(run, Run) else Run(run)), Path(out)
     check_vacant(out, besides="")  # nothing of it is gone on with
-    dataset = data if isinstance(data, Dataset) else load_as(legacy.run, data, label)
+    dataset = in_run_order(data, legacy.run) if isinstance(data, Dataset) else load_as(legacy.run, data, label)
     site = _site(dataset, legacy, patients)
     name = model or legacy.usual
     plan = Newcomers(legacy, site, dataset.name, name, epochs, list(overrides))
@@ -83,7 +82,7 @@ def join(
         "epochs": epochs,
         "n_test": len(site.test),
         "teacher_on": plan.teacher_on or None,
-        "consensus": score(legacy.task, legacy.consensus(site.test.x), labels(site.test)),
+        "consensus": plan.consensus(),
         "notes": legacy.notes,
         "rows": rows,
     }
@@ -105,7 +104,7 @@ def _site(dataset: Dataset, legacy: Legacy, patients: Sequence[int]) -> Site:
     parts = []
     for examples in (dataset.train, dataset.test):
         y = renumbered(labels(examples), dataset.task, task, f"--data: {dataset.name}")
-        parts.append(Examples(examples.x, y, patient=examples.patient, patient_names=examples.patient_names))
+        parts.append(replace(examples, y=y, group=None, group_names=()))
     train, test = parts
     whole = len(train) if train.patient is None else len(train.patient.unique())
     unit = "examples" if train.patient is None else "patients"
@@ -121,4 +120,4 @@ def _site(dataset: Dataset, legacy: Legacy, patients: Sequence[int]) -> Site:
         )
     if len(counts) < len(asked):
         legacy.notes.append(f"{dataset.name} has {whole} labelled {unit} to train on; larger numbers are left out")
-    return Site(train, test, counts, unit, task)
+    return Site(train, test, counts, unit, task, dataset.layout, dataset.vocabulary)

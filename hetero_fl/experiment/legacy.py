@@ -17,6 +17,7 @@ from hetero_fl.config import Config, expand, load_config
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
 from hetero_fl.data import Preprocess
+from hetero_fl.data.gaps import usable
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.prepared import Prepared, prepare
 from hetero_fl.reporting.run import Run
@@ -83,12 +84,14 @@ class Legacy:
             part = common_part(self.method.part(self.clients[id]), BODY)
             if model.arch == arch and part != ():
                 sent.append(self.method.portion(arch, model.tensors, part))
-        return {n: torch.stack([t[n] for t in sent]).mean(0) for n in sent[0]} if sent and sent[0] else None
+        names = dict.fromkeys(n for tensors in sent for n in tensors)
+        return {n: torch.stack([t[n] for t in sent if n in t]).mean(0) for n in names} or None
 
     def consensus(self, x: Tensor) -> Tensor:
         """Logits `[N, outputs]` of all clients' models together, each through its own preprocessing, on raw rows: the log of
-        their mean probability; of regressions the mean."""
-        said = []
+        their mean probability; of regressions the mean. Whose view has nothing of a row, or lacks what it has to see, says
+        nothing of it; NaN where all are silent."""
+        said, able = [], []
         for model in self.models.values():
             view = Preprocess(**model.preprocess)
             found = view.shape(tuple(x.shape[1:]), "the run's preprocessing")
@@ -96,12 +99,19 @@ class Legacy:
                 raise UserError(
                     f"--data: examples are {found} to the run's models, which take {model.arch.input_shape}"
                 )
+            able.append(usable(x, view))
             said.append(model.logits(view(x)))
+        sees = torch.stack(able)[..., None]
+        count = sees.sum(0)
+
+        def mean(values: Tensor) -> Tensor:
+            return values.masked_fill(~sees, 0.0).sum(0) / count
+
         if self.task.kind == "regression":
-            return torch.stack(said).mean(0)
+            return mean(torch.stack(said))
         if self.task.kind == "multilabel":
-            return torch.stack([z.sigmoid() for z in said]).mean(0).logit(eps=1e-7)
-        return torch.stack([z.log_softmax(-1) for z in said]).logsumexp(0) - torch.tensor(float(len(said))).log()
+            return mean(torch.stack(said).sigmoid()).logit(eps=1e-7)
+        return torch.stack(said).log_softmax(-1).masked_fill(~sees, -torch.inf).logsumexp(0) - count.log()
 
     @cached_property
     def data(self) -> Prepared | None:

@@ -17,12 +17,17 @@ from hetero_fl.config import Config, expand, load_config
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.data import FederatedData, Preprocess, strata
 from hetero_fl.data.base import Examples
+from hetero_fl.data.gaps import check_gaps, usable
+from hetero_fl.data.layout import Layout
 from hetero_fl.data.patients import commonest
+from hetero_fl.data.preprocess import NOTHING
 from hetero_fl.data.private import Private, Share
+from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.legacy import Legacy
 from hetero_fl.experiment.prepared import Prepared
 from hetero_fl.files import write_atomically
+from hetero_fl.metrics import Scores, score
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.seeding import generator
 from hetero_fl.task import Task
@@ -52,6 +57,8 @@ class Site:
     counts: tuple[int, ...]
     unit: str
     task: Task
+    layout: Layout = NOTHING
+    vocabulary: Vocabulary | None = None
 
     def rows(self, count: int, seed: int) -> Tensor:
         """Rows of the first so many patients in an order drawn by the seed in which labels come evenly: any number has the
@@ -113,7 +120,12 @@ class Newcomers:
         public = {name: Share(site.test, none) for name in ("common_test", "common_validation")}  # all is at home
         if self.transfer is not None:
             public["proxy"] = Share(Examples(self.transfer), torch.arange(len(self.transfer)))
-        data = FederatedData(self.legacy.task, self.name, clients, Private(private), public, config.seed)
+        own = Private(private)
+        data = FederatedData(
+            self.legacy.task, self.name, clients, own, public, config.seed,
+            layout=site.layout, vocabulary=site.vocabulary,
+        )  # fmt: skip
+        check_gaps(clients.kinds, clients, own, public, site.layout)
         return data, Federation.of(config, data, clients, student=False)
 
     def beginnings(self, take: str | None) -> dict[str, Given]:
@@ -133,8 +145,17 @@ class Newcomers:
             else:
                 begins[BACKBONE] = {BACKBONE: backbone}
         if take != BACKBONE:
-            self.transfer, self.teacher_on = self._transfer(card.preprocess)
-            begins[TEACHER] = {TEACHER: self.legacy.consensus(self.transfer)}
+            transfer, self.teacher_on = self._transfer(card.preprocess)
+            teacher = self.legacy.consensus(transfer)
+            heard = usable(transfer, card.preprocess) & ~teacher.isnan().any(1)
+            if bool(heard.any()):
+                self.transfer, begins[TEACHER] = transfer[heard], {TEACHER: teacher[heard]}
+            else:
+                why = f"of {self.teacher_on} there is none that both the newcomer and a model of the run see"
+                if take is not None:
+                    raise UserError(f"--take: {why}; take backbone")
+                self.legacy.notes.append(why)
+                self.teacher_on = ""
         if BACKBONE in begins and TEACHER in begins:
             begins[BOTH] = {**begins[BACKBONE], **begins[TEACHER]}
         return begins if take is None else {way: begins[way] for way in (SCRATCH, take)}
@@ -142,11 +163,21 @@ class Newcomers:
     def _transfer(self, view: Preprocess) -> tuple[Tensor, str]:
         """The raw rows on which the teacher is heard, in words, too."""
         public, own = self.legacy.public, self.site.train.x
-        if public is not None and view.shape(tuple(public.shape[1:])) == view.shape(tuple(own.shape[1:])):
+        fits = public is not None and view.shape(tuple(public.shape[1:])) == view.shape(tuple(own.shape[1:]))
+        if public is not None and fits and bool(usable(public, view).any()):
             return public, f"the run's {len(public):,} public rows"
         if public is not None:
-            self.legacy.notes.append("the run's public rows have another shape than the newcomer's")
+            why = "the newcomer sees nothing of the run's public rows"
+            self.legacy.notes.append(why if fits else "the run's public rows have another shape than the newcomer's")
         return own, f"the newcomer's own {len(own):,} training rows, without their labels"
+
+    def consensus(self) -> Scores:
+        """What all models of the run together reach on the test rows, those of which one of them sees anything."""
+        test = self.site.test
+        said = self.legacy.consensus(test.x)
+        heard = ~said.isnan().any(1)
+        unit = None if test.unit is None else test.unit[heard]
+        return score(self.legacy.task, said[heard], labels(test)[heard], unit)
 
     def carry_out(self, seed: int, way: str, given: Given, keep: Path | None) -> list[dict[str, Any]]:
         """Figures on the test rows for each number of labels; `keep`: where the model with the most goes."""

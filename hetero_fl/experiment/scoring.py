@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SeriesConfig, SourceConfig, TextConfig
+from hetero_fl.config.source import SeriesConfig, SourceConfig, TextConfig, WindowsConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.gaps import usable
-from hetero_fl.data.outside import read_as
+from hetero_fl.data.outside import match_columns, read_as
 from hetero_fl.data.registry import takes
 from hetero_fl.errors import UserError, nearest, similar
 from hetero_fl.metrics import score
@@ -98,13 +99,16 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)
-    hourly, worded = takes(known.get("name"), "series"), takes(known.get("name"), "text")
+    hourly, cut, worded = (takes(known.get("name"), key) for key in ("series", "windows", "text"))
     series = SeriesConfig.model_validate(known.get("series") or {}) if hourly else None
+    windows = WindowsConfig.model_validate(known["windows"]) if cut and known.get("windows") else None
     text = TextConfig.model_validate(known.get("text") or {}) if worded else None
     if data == known.get("name") or (worded and takes(data, "text")):
         source = source.model_copy(update={"series": series, "text": text})
-    elif hourly and path.is_file():  # cut into windows as the run's own
-        source = SourceConfig(name=known["name"], path=data, label=label, group=known.get("group"), series=series)
+    elif (hourly or cut) and path.is_file():  # cut into windows as the run's own
+        source = SourceConfig(
+            name=known["name"], path=data, label=label, group=known.get("group"), series=series, windows=windows
+        )
     elif worded and path.exists() and path.suffix != ".npz":  # numbered as the run's own
         source = SourceConfig(name="text", path=data, text=text)
     elif path.exists():
@@ -120,9 +124,28 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     views = [model.preprocess for model in run.models.values()]
     missing = any(view.get("missing") or view.get("spans") for view in views)
     try:
-        return load_source(source, CACHE.expanduser(), "--data", missing)
+        return in_run_order(load_source(source, CACHE.expanduser(), "--data", missing), run)
     except UserError as error:  # the key that is missing or too many is a flag here
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
+
+
+def in_run_order(dataset: Dataset, run: Run) -> Dataset:
+    """The set with the columns, by name, in the order that the run's models know; what none of them has to see may be missing."""
+    models = list(run.models.values())
+    known = next((model.columns for model in models if model.columns), ())
+    if not known or not dataset.columns or dataset.columns == known:
+        return dataset
+    needed: set[str] = set()
+    for model in models:
+        view = Preprocess(**model.preprocess)
+        if view.missing is None:
+            needed |= {name for a, b in view.spans or ((0, len(known)),) for name in known[a:b]}
+    like, found = replace(dataset, name=f"of {run.path}", columns=known), dataset.columns
+    parts: dict[str, Any] = {}
+    for split, examples in dataset.splits().items():
+        x, _ = match_columns(examples.x, found, like, f"--data: {dataset.name}", needed)
+        parts[split] = replace(examples, x=x)
+    return replace(dataset, columns=known, **parts)
 
 
 def _columns(path: Path) -> list[str]:

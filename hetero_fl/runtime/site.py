@@ -115,8 +115,9 @@ class Site:
                 view = view or self.federation.cards[c].preprocess
                 at_home = self.algorithm.with_prior(participant, torch.zeros(task.outputs))
                 prior = tuple(at_home.tolist()) if bool(at_home.any()) else None
-                saved = SavedModel(participant.models[slot], participant.arch[slot], asdict(view), task, prior)
-                readings[c].model = saved.encode()
+                tensors, arch = participant.models[slot], participant.arch[slot]
+                columns = self.federation.data.layout.columns
+                readings[c].model = SavedModel(tensors, arch, asdict(view), task, prior, columns).encode()
         for name, (rows, home) in READINGS.items():
             labels = {c: p.data(rows, None)["y"] for c, p in clients.items()}
             some = {c: p for c, p in clients.items() if len(labels[c])}

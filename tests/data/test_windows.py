@@ -57,6 +57,20 @@ def test_every_number_stands_where_it_should() -> None:
         assert np.allclose(train.baselines["a week before"][row].double() * mean, week, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "horizons"), [(1, (168,)), (6, (24, 48)), (24, (1,))])
+@pytest.mark.parametrize("level", ["training", "week"])
+def test_no_row_before_the_test_period_knows_anything_of_it(window: int, horizons: tuple[int, ...], level: str) -> None:
+    config = CONFIG.model_copy(update={"window": window, "horizons": horizons, "level": level})
+    one, later = site(), site()
+    begin = Periods.of([one], config).validation + 1 - one.start
+    later.value[begin:], later.lanes[begin:], later.weather[begin:] = 999.0, 9.0, 99.0
+    parts = [made([given], config).splits() for given in (one, later)]
+    for name in ("train", "validation"):
+        before, after = (part[name] for part in parts)
+        assert len(before) and torch.equal(before.x, after.x) and torch.equal(before.y, after.y)
+        assert torch.equal(before.unit, after.unit)
+
+
 def test_no_target_of_training_lies_in_a_later_period() -> None:
     data, periods = made([site(), site("b", 700, 300, 1)]), Periods.of([site()], CONFIG)
     assert data.validation is not None and data.test is not None and data.span == 3 * HOUR

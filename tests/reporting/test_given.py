@@ -40,12 +40,30 @@ def test_blocks_by_name_and_whole_rows(tmp_path: Any) -> None:
     assert alone.shape == (3, 21) and alone[:, 20].all() and not alone[:, 19].any()
     for x, words in (
         ({"gene": genes}, "found 'gene'; did you mean 'genes'"),
-        ({"genes": genes, "image": images[:2]}, r"genes: found shape \(3, 3\)|image: found shape"),
+        ({"genes": genes, "image": images[:2]}, "image: found 2 rows, of genes 3"),
         (images, r"found shape \(3, 1, 4, 4\); this model takes \(N, 19\), as the data set has them"),
         (rows / 0, "NaN or infinity in row 0"),
     ):
         with pytest.raises(UserError, match=words):
             as_seen(model, x)
+
+
+def test_images_among_blocks_are_read_as_images_alone_are(tmp_path: Any) -> None:
+    blocks = Layout(blocks=(Block("image", (3, 4, 4)), Block("marks", (3,))))
+    view = Preprocess.resolve(PreprocessConfig(missing="indicate"), None, "p", blocks, (51,))
+    arch = Architecture.of("linear", 2, view.shape((51,)))
+    model = SavedModel(arch.initial(0), arch, asdict(view), Task("multiclass", 2))
+    images, marks = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8), torch.randint(0, 2, (5, 3))
+    images[0, 0, 0, 0] = 255
+    want = as_seen(model, torch.cat([images.flatten(1) / 255, marks], 1))
+    for same in (images, images.float(), images / 255, images.long(), images.movedim(1, -1), images.flatten(1)):
+        assert torch.allclose(as_seen(model, {"image": same, "marks": marks.to(torch.uint8)}), want)
+    lacking = images.float()
+    lacking[2] = NAN
+    seen = as_seen(model, {"image": lacking, "marks": marks})
+    assert torch.allclose(seen[[0, 1, 3, 4]], want[[0, 1, 3, 4]]) and seen[2, 51] == 1
+    with pytest.raises(UserError, match="image: found floats from"):
+        as_seen(model, {"image": images.float() - 128, "marks": marks})
 
 
 def test_the_one_block_of_a_model(tmp_path: Any) -> None:

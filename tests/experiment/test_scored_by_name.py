@@ -1,0 +1,57 @@
+"""Saved models on files whose columns stand in another order, and on recordings that are cut as the run's were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import hetero_fl
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import evaluate
+
+
+def finished(folder: Path, **data: Any) -> hetero_fl.Run:
+    torch.set_num_threads(1)
+    view = data.pop("preprocess", {})
+    source = {
+        "name": "named",
+        "rounds": 1,
+        "data": {**data, "proxy": {"size": 20}},
+        "clients": {
+            "defaults": {"model": {"name": "mlp", "hidden": [8]}, "preprocess": {"normalize": "own", **view}},
+            "groups": [{"name": "c", "count": 2}],
+        },
+        "algorithm": {"name": "fedavg"},
+        "runtime": {"threads": 1, "executor": "serial"},
+        "output": {"plots": False, "report": False},
+    }
+    return hetero_fl.run(source, out=folder / "run")
+
+
+@pytest.mark.parametrize("view", [{}, {"columns": ["a", "b"]}, {"columns": ["a", "b"], "missing": "indicate"}])
+def test_columns_are_matched_by_name(view: dict[str, Any], tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 3)) * [1, 10, 100]
+    frame = pd.DataFrame(x, columns=["a", "b", "c"]).assign(y=(x[:, 0] > 0).astype(int))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame[["c", "y", "b", "a"]].to_csv(tmp_path / "turned.csv", index=False)
+    frame.drop(columns="a").to_csv(tmp_path / "less.csv", index=False)
+    run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
+    assert evaluate(run, str(tmp_path / "turned.csv")) == evaluate(run, str(tmp_path / "t.csv"))
+    if "missing" not in view:
+        with pytest.raises(UserError, match="--data: table has no column 'a', the common set of"):
+            evaluate(run, str(tmp_path / "less.csv"))
+
+
+def test_recordings_are_cut_as_the_runs_own(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    frame = pd.DataFrame(draws.normal(size=(2000, 2)), columns=["ax", "ay"])
+    frame["activity"] = np.repeat(["sit", "walk"] * 10, 100)
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    run = finished(tmp_path, name="activity", path=str(tmp_path / "r.csv"), windows={"length": 20})
+    found = evaluate(run, str(tmp_path / "r.csv"))
+    assert {"c_1", "c_2"} <= set(found) and found["c_1"]["accuracy"] is not None

@@ -65,7 +65,7 @@ def finished(folder: Folder, name: str, method: str, proxy: int = 120) -> None:
                 },
             ],
         },
-        "algorithm": {"name": method},
+        "algorithm": {"name": method, **({"heads": "keep"} if method == "hybrid" else {})},
         "runtime": {"executor": "serial", "threads": 1},
         "output": {"plots": False, "report": False},
     }

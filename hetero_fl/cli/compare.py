@@ -60,7 +60,7 @@ def carry_out(options: argparse.Namespace) -> int:
         out=out,
         overrides=[*(study.overrides if study else []), *options.overrides],
         grid=grid,
-        jobs=options.jobs or (study.jobs if study else None),
+        jobs=options.jobs if options.jobs is not None or study is None else study.jobs,
         quiet=False,
     )
     print((found / "comparison.md").read_text(encoding="utf-8"))

@@ -38,9 +38,9 @@ def small(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--seeds", ","], "--seeds: found none"),
+        (["--seeds", ","], "--seeds: found ','"),
         (["--seeds", "0,x"], "--seeds: found '0,x'"),
-        (["--seeds", "0,-1"], "seed: found"),
+        (["--seeds", "0,-1"], "--seeds: found '0,-1'"),
         (["--algorithms", ","], "--algorithms: found none; choose from all, dense, fedavg"),
         (["--jobs", "0"], "--jobs: found 0; take 1 or more"),
         (["--jobs", "-1"], "--jobs: found -1; take 1 or more"),

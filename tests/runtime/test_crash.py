@@ -24,7 +24,14 @@ CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "mat
 
 def source() -> dict[str, Any]:
     return config(
-        "hybrid", MIXED, clients=4, rounds=4, clients__per_round=3, server={"model": "mlp"}, output={"plots": False}
+        "hybrid",
+        MIXED,
+        clients=4,
+        rounds=4,
+        clients__per_round=3,
+        server={"model": "mlp"},
+        output={"plots": False},
+        algorithm__heads="keep",  # state of their own
     )
 
 

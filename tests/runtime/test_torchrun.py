@@ -23,7 +23,17 @@ TRAIN = str(ROOT / "scripts" / "train.py")
 def source(**changes: Any) -> dict[str, Any]:
     quiet = {"plots": False, "report": False}
     runtime = {"threads": 1, "executor": "torchrun"}
-    return config("hybrid", MIXED, clients=4, rounds=3, clients__per_round=3, output=quiet, runtime=runtime, **changes)
+    return config(
+        "hybrid",
+        MIXED,
+        clients=4,
+        rounds=3,
+        clients__per_round=3,
+        output=quiet,
+        runtime=runtime,
+        algorithm__heads="keep",
+        **changes,
+    )
 
 
 def launch(folder: Path, *arguments: str, ranks: int = 3, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:

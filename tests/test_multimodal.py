@@ -22,7 +22,8 @@ from hetero_fl.experiment import Prepared, prepare
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.batched import Batched
 from hetero_fl.runtime.executor import InProcess
-from hetero_fl.runtime.rounds import Rounds, record_readings
+from hetero_fl.runtime.readings import record_readings
+from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.serial import Serial
 from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store

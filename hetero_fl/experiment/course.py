@@ -19,7 +19,8 @@ from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
 from hetero_fl.runtime.checkpoint import Checkpoints
 from hetero_fl.runtime.choose import Choice
-from hetero_fl.runtime.rounds import Readings, Record, Rounds, record_readings
+from hetero_fl.runtime.readings import Readings, Record, record_readings
+from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.saved import SavedModel
 

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeGuard
 
-from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Direct, Message, Messages, Replies, Traffic, hold_round
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
-from hetero_fl.metrics import score, spread
-from hetero_fl.payload import Encoded, Payload, PayloadError, check_upload, loss_of
+from hetero_fl.metrics import score
+from hetero_fl.payload import Encoded, Payload, PayloadError
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.executor import Executor, Reply, in_turn
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
+from hetero_fl.runtime.intake import Intake
 from hetero_fl.runtime.plans import Diverged, carry_out
+from hetero_fl.runtime.readings import Readings, Record
 from hetero_fl.runtime.site import Reading, Scores
 from hetero_fl.seeding import sample
 from hetero_fl.state import Card, in_order
-
-Record = dict[str, Any]  # a line of metrics.jsonl
-
-
-@dataclass
-class Readings:
-    """An evaluation: each client's reading, and the server's scores on the common sets if it has a model."""
-
-    clients: dict[str, Reading]
-    server: dict[str, Scores] | None
 
 
 def draw_cohort(federation: Federation, per_round: int | None, round: int) -> list[str]:
@@ -59,6 +50,7 @@ class Rounds:
         self.store, self.performer = executor.store, executor.performer
         self.protocol, self.traffic = Direct(), Traffic()
         self.expectations = Expectations(algorithm, federation)
+        self.intake = Intake(self.expectations)
         self.server = federation.server()
         self.completed = 0
         with told():
@@ -84,7 +76,6 @@ class Rounds:
     def _hold(self) -> Record:
         begun, index = time.perf_counter(), self.completed
         cohort, failed = self.cohort(index), {}
-        losses: dict[str, float] = {}
         before = (self.traffic.up, self.traffic.down)
         self._clock(index)
 
@@ -101,25 +92,17 @@ class Rounds:
             return filter(usable, in_turn(list(requests), self.executor.answer(requests, index)))
 
         traffic = self.traffic if self.algorithm.counted else Traffic()
-        uploads = Uploads(specs=self.algorithm.uploads, common=self.server.common)
-        for client, body in hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic):
-            try:
-                payload = self.receive(client, body, index)
-            except PayloadError as error:
-                failed[client] = f"upload refused: {error}"
-                self.store.drop(client)
-                continue
-            del body  # a model's worth each: nobody holds one longer than need be
-            uploads.add(Upload(self.federation.cards[client], payload))
-            if (loss := loss_of(payload.report)) is not None:
-                losses[client] = loss
-            del payload
-        if not uploads:
+        arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic)
+        taken = self.intake.take(arrivals, self._broadcast, index)
+        for client, why in taken.refused.items():
+            failed[client] = f"upload refused: {why}"
+            self.store.drop(client)
+        if not taken.uploads:
             raise RunFailed(
                 f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
             )
         try:
-            carry_out(self.algorithm.aggregate(self.server, uploads), self.server, self.performer)
+            carry_out(self.algorithm.aggregate(self.server, taken.uploads), self.server, self.performer)
         except Diverged as error:
             raise RunFailed(f"round {index + 1}: training at the server diverged: {error}") from None
         self.store.commit()
@@ -128,7 +111,7 @@ class Rounds:
             "round": self.completed,
             "cohort": cohort,
             "failed": failed,
-            "train_loss": losses,
+            "train_loss": taken.losses,
             "up_bytes": self.traffic.up - before[0],
             "down_bytes": self.traffic.down - before[1],
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
@@ -148,14 +131,6 @@ class Rounds:
         """May be made several times, in any order: what it draws is keyed by the client, not by the turn."""
         speaker = replace(self.server, id=f"{self.server.id} to {card.id}", uses={})
         return broadcast(self.algorithm, speaker, card)
-
-    def receive(self, client: str, data: bytes, round: int) -> Payload:
-        """An upload, decoded and checked against what this client was to send. Raises PayloadError."""
-        payload = Payload.decode(data)
-        card = self.federation.cards[client]
-        expected = self.expectations.of(card, self._broadcast(card), round)
-        check_upload(payload, self.algorithm.uploads, expected)
-        return payload
 
     def _clock(self, round: int) -> None:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
@@ -219,24 +194,3 @@ class Rounds:
         self.completed = tree["completed"]
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.traffic = Traffic(**tree["traffic"])
-
-
-def record_readings(record: Record, readings: Readings) -> None:
-    """Set an evaluation's figures into a round's record."""
-    by_name = {
-        name: spread({c: r.scores[name] for c, r in readings.clients.items() if name in r.scores})
-        for name in ("personal", "global", "validation_personal", "validation_global")
-        if any(name in r.scores for r in readings.clients.values())
-    }
-    server = readings.server or {}
-    record["personal"], record["global"] = by_name.get("personal"), by_name.get("global")
-    record["server"] = server.get("global")
-    record["validation"] = {
-        "personal": by_name.get("validation_personal"),
-        "global": by_name.get("validation_global"),
-        "server": server.get("validation_global"),
-    }
-    record["clients"] = {
-        c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
-        for c, r in readings.clients.items()
-    }

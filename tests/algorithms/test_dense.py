@@ -159,14 +159,14 @@ def test_a_generator_for_every_shape(shape: tuple[int, ...]) -> None:
 def uploads(rounds: Rounds) -> list[dict[str, list[str]]]:
     """What each client sends, by round."""
     seen_: list[dict[str, list[str]]] = []
-    receive = rounds.receive
+    receive = rounds.intake.receive
 
-    def note(client: str, data: bytes, index: int) -> Payload:
-        payload = receive(client, data, index)
+    def note(client: str, data: bytes, asked: Any, index: int) -> Payload:
+        payload = receive(client, data, asked, index)
         seen_[-1][client] = list(payload)
         return payload
 
-    rounds.receive = note  # type: ignore[method-assign]
+    rounds.intake.receive = note  # type: ignore[method-assign]
     while rounds.completed < rounds.federation.rounds:
         seen_.append({})
         rounds.round()

@@ -103,8 +103,8 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
         {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}  # all that there was to share before
     ]
     rounds, seen = rounds_of(source, held=0), {}
-    receive = rounds.receive
-    rounds.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    receive = rounds.intake.receive
+    rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
     rounds.round()
     assert {c: len(p) for c, p in seen.items()} == {"site_1": 3, "site_2": 0, "site_3": 3}
     assert {c: len(p["labels"]) for c, p in seen.items() if p} == {c: clients(rounds)[c].n for c in seen if seen[c]}
@@ -116,15 +116,15 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
 
 def test_a_row_too_few_is_refused() -> None:
     rounds = rounds_of(federation("mlp"), held=0)
-    receive = rounds.receive
+    receive = rounds.intake.receive
 
-    def short(client: str, data: bytes, index: int) -> Payload:
+    def short(client: str, data: bytes, asked: Any, index: int) -> Payload:
         if client == "site_1":
             payload = Payload.decode(data)
             data = Payload({n: payload[n][1:] for n in payload}, payload.report).encode()
-        return receive(client, data, index)
+        return receive(client, data, asked, index)
 
-    rounds.receive = short  # type: ignore[method-assign]
+    rounds.intake.receive = short  # type: ignore[method-assign]
     assert list(rounds.round()["failed"]) == ["site_1"]
 
 

@@ -68,8 +68,8 @@ def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_t
             assert torch.equal(mine, rounds.federation.initial(card.arch)["head.weight"]) is not own_moves
     one = rounds_of(fedmrl(clients=1), held=1)
     seen: list[Any] = []
-    receive = one.receive
-    one.receive = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
+    receive = one.intake.receive
+    one.intake.receive = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
     one.round()
     assert same_bits(floats(one.server.models[MENTEE]), seen[0][MENTEE])
 

@@ -129,8 +129,8 @@ def test_who_shares_no_statistics_sends_nothing() -> None:
     source = config("fedproto", MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds, seen = rounds_of(source, held=0), {}
-    receive = rounds.receive
-    rounds.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    receive = rounds.intake.receive
+    rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
     rounds.round()
     assert {c: list(p) for c, p in seen.items()} == {"site_1": ["features"], "site_2": [], "site_3": ["features"]}
     whole = sum(p.nbytes for p in clients(rounds)["site_1"].models["model"].values())

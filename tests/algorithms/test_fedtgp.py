@@ -124,8 +124,8 @@ def test_who_shares_no_statistics_sends_nothing_and_if_nobody_sends_it_is_local(
     source = config(method, MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds, seen = rounds_of(source, held=0), {}
-    receive = rounds.receive
-    rounds.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    receive = rounds.intake.receive
+    rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
     rounds.round()
     assert {c: list(p) for c, p in seen.items()} == {"site_1": ["features"], "site_2": [], "site_3": ["features"]}
     models = [{**m, "feature_dim": 32} if isinstance(m, dict) else m for m in MIXED]

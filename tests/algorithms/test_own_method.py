@@ -39,8 +39,8 @@ def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
 def test_it_does_what_it_says() -> None:
     rounds = rounds_of(config("median_teacher", MIXED, rounds=1), held=0)
     seen = []
-    uploads_of = rounds.receive
-    rounds.receive = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
+    uploads_of = rounds.intake.receive
+    rounds.intake.receive = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
     rounds.round()
     want = torch.stack([p["logits"] for p in seen]).median(0).values
     assert torch.equal(rounds.server.state["teacher"], want)

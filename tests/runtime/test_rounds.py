@@ -14,7 +14,8 @@ from hetero_fl.experiment import prepare
 from hetero_fl.payload import Item, Payload
 from hetero_fl.plan import Fit
 from hetero_fl.reporting.summary import Patience
-from hetero_fl.runtime.rounds import Rounds, record_readings
+from hetero_fl.runtime.readings import record_readings
+from hetero_fl.runtime.rounds import Rounds
 from tests.small import MIXED, config, deployed, rounds_of, same_bits
 
 METHODS = [
@@ -70,13 +71,13 @@ def test_every_method_runs_on_a_mixed_federation_and_reading_leaves_no_trace(met
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_are_those_of_the_encoded_payloads(method: str) -> None:
     rounds = rounds_of(config(method, MIXED, clients=4), held=0)
-    up, receive = [], rounds.receive
+    up, receive = [], rounds.intake.receive
 
     def watched(client: str, data: bytes, *rest: Any) -> Payload:
         up.append(len(data))
         return receive(client, data, *rest)
 
-    rounds.receive = watched  # type: ignore[method-assign]
+    rounds.intake.receive = watched  # type: ignore[method-assign]
     rounds.round()
     if method in ("local", "centralized"):
         assert (rounds.traffic.up, rounds.traffic.down) == (0, 0)
@@ -195,8 +196,8 @@ def test_label_counts_do_not_leave_where_statistics_are_not_shared() -> None:
         ),
         [],
     )
-    receive = rounds.receive
-    rounds.receive = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
+    receive = rounds.intake.receive
+    rounds.intake.receive = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
     rounds.round()
     for payload in seen:
         weight = payload.item("logits").weight

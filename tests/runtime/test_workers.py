@@ -209,7 +209,7 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
     want = outcome(rounds_on(setup, None))
     crew = Here(setup, 2)
     rounds = rounds_on(setup, crew, 2)
-    first, receive, refused = rounds.round(), rounds.receive, list[str]()
+    first, receive, refused = rounds.round(), rounds.intake.receive, list[str]()
 
     def fail_once(client: str, *rest: Any) -> Any:
         if not refused:
@@ -217,7 +217,7 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
             raise RunFailed("on purpose")
         return receive(client, *rest)
 
-    rounds.receive, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
+    rounds.intake.receive, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
     with pytest.raises(RunFailed, match="on purpose"):
         rounds.round()
     assert list(crew.jobs) == [1]  # still at work on a client of the round that failed

@@ -1,0 +1,40 @@
+"""An evaluation's figures, and how they stand in a round's record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hetero_fl.metrics import spread
+from hetero_fl.runtime.site import Reading, Scores
+
+Record = dict[str, Any]  # a line of metrics.jsonl
+
+
+@dataclass
+class Readings:
+    """An evaluation: each client's reading, and the server's scores on the common sets if it has a model."""
+
+    clients: dict[str, Reading]
+    server: dict[str, Scores] | None
+
+
+def record_readings(record: Record, readings: Readings) -> None:
+    """Set an evaluation's figures into a round's record."""
+    by_name = {
+        name: spread({c: r.scores[name] for c, r in readings.clients.items() if name in r.scores})
+        for name in ("personal", "global", "validation_personal", "validation_global")
+        if any(name in r.scores for r in readings.clients.values())
+    }
+    server = readings.server or {}
+    record["personal"], record["global"] = by_name.get("personal"), by_name.get("global")
+    record["server"] = server.get("global")
+    record["validation"] = {
+        "personal": by_name.get("validation_personal"),
+        "global": by_name.get("validation_global"),
+        "server": server.get("validation_global"),
+    }
+    record["clients"] = {
+        c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
+        for c, r in readings.clients.items()
+    }

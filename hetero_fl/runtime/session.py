@@ -1,0 +1,143 @@
+"""A run in progress, whatever decides who is asked and when: its server, its clients' state, its traffic, its readings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.protocol import Direct, Traffic
+from hetero_fl.errors import RunFailed
+from hetero_fl.lazy import Lazy
+from hetero_fl.metrics import score
+from hetero_fl.payload import Encoded, Payload, PayloadError
+from hetero_fl.plan import Predict, Rows
+from hetero_fl.runtime.dry import Expectations
+from hetero_fl.runtime.executor import Executor, in_turn
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.hooks import broadcast, told
+from hetero_fl.runtime.intake import Intake
+from hetero_fl.runtime.plans import Diverged
+from hetero_fl.runtime.readings import Readings, Record
+from hetero_fl.runtime.site import Reading, Scores
+from hetero_fl.state import Card, in_order
+
+
+class Session(ABC):
+    """A run in progress. Its state is the server, the store and the traffic; everything else follows from the configuration."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        federation: Federation,
+        executor: Executor,
+        per_round: int | None = None,
+        stop_on_divergence: bool = False,
+    ) -> None:
+        self.algorithm, self.federation, self.executor = algorithm, federation, executor
+        self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
+        self.store, self.performer = executor.store, executor.performer
+        self.protocol, self.traffic = Direct(), Traffic()
+        self.expectations = Expectations(algorithm, federation)
+        self.intake = Intake(self.expectations)
+        self.server = federation.server()
+        self.completed = 0
+        with told():
+            algorithm.start(self.server)
+
+    @told()
+    def round(self) -> Record:
+        """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used, or if a
+        method of the user's own fails; nothing that clients did in it is kept then."""
+        before = replace(self.traffic)
+        try:
+            return self._hold()
+        except BaseException:
+            self.store.discard()
+            self.traffic.up, self.traffic.down = before.up, before.down
+            raise
+
+    @abstractmethod
+    def _hold(self) -> Record:
+        """The next round: whom to ask, what to make of the answers, and its line of `metrics.jsonl`."""
+
+    # What clients receive -----------------------------------------------------------------------------------------------
+    def broadcasts(self, clients: Collection[str], reading: bool = False) -> Mapping[str, bytes]:
+        """What the server sends to each, encoded when it is asked for; `reading`: to be read, not to be trained on."""
+        encoded = Encoded()
+
+        def make(client: str) -> bytes:
+            card = self.federation.cards[client]
+            return encoded(self._broadcast(replace(card, reading=True) if reading else card))
+
+        return Lazy(clients, make)
+
+    def _broadcast(self, card: Card) -> Payload:
+        """May be made several times, in any order: what it draws is keyed by the client, not by the turn."""
+        speaker = replace(self.server, id=f"{self.server.id} to {card.id}", uses={})
+        return broadcast(self.algorithm, speaker, card)
+
+    def _clock(self, round: int) -> None:
+        self.server.clock, self.server.uses = self.federation.clock(round), {}
+
+    # Evaluation --------------------------------------------------------------------------------------------------
+    @told()
+    def evaluate(self, details: bool = False, save: Callable[[str, bytes], None] | None = None) -> Readings:
+        """Read the models of the federation's readers, in this cohort or not, as they would be used now; and the server's.
+
+        What they receive for it is what they would receive next, and is counted like any other transfer. `details`: all
+        that a report shows; each model (see `SavedModel.encode`) is then handed to `save` as it comes, and not kept.
+        """
+        self._clock(self.completed)
+        ids = in_order(self.federation.readers)
+        bodies = self.broadcasts(ids, reading=True)
+
+        def counted(client: str) -> bytes:
+            body = bodies[client]
+            sizes[client] = len(body)
+            return body
+
+        sizes: dict[str, int] = {}
+        clients: dict[str, Reading] = {}
+        try:
+            for id, reading in in_turn(ids, self.executor.read(Lazy(ids, counted), self.completed, details)):
+                if save is not None:
+                    save(id, reading.model)
+                    reading.model = b""
+                clients[id] = reading
+        except (Diverged, PayloadError) as error:
+            raise RunFailed(f"round {self.completed}: a model cannot be evaluated: {error}") from None
+        if self.algorithm.counted:
+            self.traffic.down += sum(sizes.values())
+        return Readings(clients, self._read_server())
+
+    def _read_server(self) -> dict[str, Scores] | None:
+        slot = self.algorithm.server_slot(self.server)
+        if slot is None:
+            return None
+        view = self.federation.view_of(slot)
+        scores = {}
+        for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
+            y = self.server.data(rows, view)["y"]
+            if len(y):
+                (logits,) = self.performer.perform([(self.server, Predict(slot, Rows(rows, through=view)))])
+                unit = self.federation.data.beside(self.server.id, rows).unit
+                scores[name] = score(self.federation.task, logits, y, unit)
+        return scores
+
+    # Crash safety ------------------------------------------------------------------------------------------------
+    def tree(self) -> dict[str, Any]:
+        """With the store, everything that a later process needs to go on as if nothing had happened."""
+        return {
+            "completed": self.completed,
+            "server": {"models": self.server.models, "state": self.server.state},
+            "traffic": {"up": self.traffic.up, "down": self.traffic.down},
+        }
+
+    def restore(self, tree: dict[str, Any]) -> None:
+        """The reverse of `tree`."""
+        self.completed = tree["completed"]
+        self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
+        self.traffic = Traffic(**tree["traffic"])

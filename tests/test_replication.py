@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,13 +17,14 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def replication(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def replication(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return importlib.import_module("replication")
+    names = ("published", "replication_runs", "replication_tables", "replication")
+    return SimpleNamespace(**{k: v for name in names for k, v in vars(importlib.import_module(name)).items()})
 
 
-def test_every_row_loads(replication: ModuleType, tmp_path: Path) -> None:
+def test_every_row_loads(replication: SimpleNamespace, tmp_path: Path) -> None:
     jobs = replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
     assert len({job.path for job in jobs}) == len(jobs)
     for job in jobs:
@@ -46,7 +47,7 @@ def finish(job: object, last: float, held: list[list[int]]) -> None:
     (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
-def test_figures_of_finished_runs(replication: ModuleType, tmp_path: Path) -> None:
+def test_figures_of_finished_runs(replication: SimpleNamespace, tmp_path: Path) -> None:
     fedgen, niid = (replication.TABLES[name] for name in ("fedgen", "niid"))
     jobs = replication.jobs_of([fedgen], [0, 1, 2], "FedGen, α 0.1", tmp_path)
     assert [job.seed for job in jobs] == [0, 1, 2]
@@ -65,9 +66,28 @@ def test_figures_of_finished_runs(replication: ModuleType, tmp_path: Path) -> No
     assert "| SCAFFOLD | 99.07 | not run |  |  |  |  |" in text and text in (tmp_path / "replication.md").read_text()
 
 
-def test_a_difference_is_judged_by_the_papers_deviation_or_else_by_ours(replication: ModuleType) -> None:
+def test_a_difference_is_judged_by_the_papers_deviation_or_else_by_ours(replication: SimpleNamespace) -> None:
     row = replication.Row("x", (), 90.0, 1.0)
     assert replication.difference(row, [92.5, 92.6]) == "+2.55 (outside 2σ)"
     assert replication.difference(replication.Row("x", (), 90.0), [91.0, 93.0]) == "+2.00 (within 2σ)"
     assert replication.difference(replication.Row("x", (), 90.0), [91.0]) == "+1.00"
     assert replication.difference(replication.Row("x", ()), [91.0]) == ""
+
+
+def test_what_is_recorded_is_not_run_again(replication: SimpleNamespace, tmp_path: Path) -> None:
+    niid, file = replication.TABLES["niid"], tmp_path / "record.json"
+    first = replication.jobs_of([niid], None, "", tmp_path / "runs", replication.read_record(file))
+    finish(first[0], 0.95, [])
+    replication.write_record(file, first)
+    elsewhere = replication.jobs_of([niid], None, "", tmp_path / "none", replication.read_record(file))
+    assert [job.finished for job in elsewhere] == [True, False, False]
+    assert "| FedAvg | 98.89 | 95.00 | 94.00 | -3.89 | 97.00 | 0 |" in replication.write(elsewhere, tmp_path)
+    assert "2 of 3 runs to do" in replication.estimate(elsewhere)
+    finish(elsewhere[1], 0.5, [])
+    replication.write_record(file, elsewhere)
+    assert list(replication.read_record(file)) == ["niid: FedAvg, seed 0", "niid: SCAFFOLD, seed 0"]
+
+
+def test_the_record_knows_only_rows_that_there_are(replication: SimpleNamespace, tmp_path: Path) -> None:
+    keys = {job.key for job in replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)}
+    assert set(replication.read_record(ROOT / "docs" / "replication.json")) <= keys

@@ -76,6 +76,14 @@ def test_in_a_natural_partition_clients_have_their_groups_rows_of_the_common_cut
     assert limited.n_test == 5 and rows_of(limited, "a", "test") == rows_of(data, "a", "test")
 
 
+def test_a_group_that_comes_late_is_named() -> None:
+    groups = ["a", "b"] * 85 + ["c"] * 30
+    with pytest.raises(UserError, match="no client for group 'c'"):
+        federated(dated(groups=groups), dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL)
+    with pytest.raises(UserError, match="no training row of group 'c'"):
+        federated(dated(groups=groups), partition=NATURAL)
+
+
 def test_what_would_draw_is_refused() -> None:
     with pytest.raises(UserError, match=r"partition\.kind: found drawn, but arrays is dated"):
         federated(dated(), partition=PartitionConfig(kind="drawn", rows=20))

@@ -34,6 +34,11 @@ def config(method: str = "fedavg", models: Any = "cnn_bn_small", clients: int = 
         "algorithm": {"name": method, **QUICK.get(method, {})},
         "runtime": {"threads": 1},
     }
+    return changed(made, **changes)
+
+
+def changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The configuration with other values at some of its keys, `__` for dots; changed in place."""
     for path, value in changes.items():
         *parents, key = path.split("__")
         place = made

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loops.base import READ, Loop, adam, descend, divergence, load, predicted
+from loops.base import Loop, adam, descend, divergence, load, predicted
 
 
 class Ensemble(Loop):
     """The mean softmax of all models, each asked once about the common sets."""
 
     def read(self) -> None:
-        common: dict[str, Tensor] = {}
-        for i in range(len(self.cards)):
-            for name in READ:
-                if name == "test" or name not in common:
-                    said = [predicted(model, self.data[i][name]["x"]) for model in self.models]
-                    common[name] = torch.stack([z.log_softmax(-1) for z in said]).logsumexp(0)
-                self.score(i, name, common[name])
+        def said(x: Tensor) -> Tensor:
+            return torch.stack([predicted(model, x).log_softmax(-1) for model in self.models]).logsumexp(0)
+
+        self.read_of_one(said)
 
 
 class Centralized(Loop):
@@ -39,12 +37,7 @@ class Centralized(Loop):
         descend([self.model], (F.cross_entropy(self.model(x[rows]).logits, y[rows]) for rows in batches))
 
     def read(self) -> None:
-        common: dict[str, Tensor] = {}
-        for i in range(len(self.cards)):
-            for name in READ:
-                if name == "test" or name not in common:
-                    common[name] = predicted(self.model, self.data[i][name]["x"])
-                self.score(i, name, common[name])
+        self.read_of_one(partial(predicted, self.model))
 
 
 class Dense(Loop):
@@ -119,10 +112,5 @@ class Dense(Loop):
         return x if view.mean is None else (x - x.new_tensor(view.mean)) / x.new_tensor(view.std)
 
     def read(self) -> None:
-        common: dict[str, Tensor] = {}
-        for i in range(len(self.cards)):
-            for name in READ:
-                if name == "test" or name not in common:
-                    common[name] = predicted(self.student, self.data[i][name]["x"])
-                self.score(i, name, common[name])
+        self.read_of_one(partial(predicted, self.student))
         self.done = 0  # the last round is the only one that there is

@@ -23,13 +23,16 @@ def as_seen(model: SavedModel, x: Any) -> Tensor:
     """Raw examples as users have them (see `SavedModel.examples`), preprocessed for this model.
 
     Where the model sees named columns or blocks: whole rows as the data set has them; the values of its one block alone; or
-    a dictionary of blocks by name, each `[N, *shape]`, from which one that the model can do without may be absent. NaN is a
-    missing value.
+    a dictionary of blocks by name, each `[N, *shape]`, from which one that the model can do without may be absent. Of a data
+    frame, if the model knows the names of a table's columns, columns are taken by name, in any order; those that the model
+    does not see, or can do without, may be absent. NaN is a missing value.
 
     Raises:
         UserError: another shape or name, infinity, a missing value that the model has no answer to.
     """
     view = Preprocess(**model.preprocess)
+    if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
+        x = _by_name(x, model.columns, view)
     if isinstance(x, Mapping):
         rows, view = _joined(x, view), replace(view, raw=None, spans=None)
         return _checked(rows, view)
@@ -40,6 +43,23 @@ def as_seen(model: SavedModel, x: Any) -> Tensor:
             raise UserError(f"{WHERE}: found shape {tuple(np.shape(x))}; this model takes {wanted}")
         return replace(view, raw=None, spans=None, blocks=())(model.examples(x))
     return _checked(as_numbers(x, WHERE).to(torch.get_default_dtype()), view)
+
+
+def _by_name(frame: Any, known: tuple[str, ...], view: Preprocess) -> Tensor:
+    """The columns of a frame in the order of those that are known, `[N, F]`; NaN where one is absent."""
+    names = [str(name) for name in frame.columns]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{WHERE}: found column '{name}'{nearest(name, known)}")
+        if names.count(name) > 1:
+            raise UserError(f"{WHERE}: found column '{name}' {names.count(name)} times")
+    for name in view.names(known):
+        if name not in names and view.missing is None:
+            raise UserError(f"{WHERE}: no column '{name}', which this model sees")
+    rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
+    for name, column in zip(names, frame.columns, strict=True):
+        rows[:, known.index(name)] = as_numbers(frame[column], f"{WHERE}: {name}").to(rows.dtype)
+    return rows
 
 
 def _checked(rows: Tensor, view: Preprocess) -> Tensor:

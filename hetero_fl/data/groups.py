@@ -9,9 +9,8 @@ from torch import Tensor
 
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.source import DataConfig
-from hetero_fl.data.base import Dataset, Examples
+from hetero_fl.data.base import Dataset
 from hetero_fl.data.partition import deal
-from hetero_fl.data.patients import torn
 from hetero_fl.data.private import Share
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.state import in_order
@@ -36,8 +35,14 @@ def deal_out(
     if group is not None and train.group_names:
         found = [train.group_names[g] for g in group.unique().tolist()]
         if config.partition.kind == "natural":
-            notes += match_groups(found, names, dataset.name)
-            one_group_each(train.take(rows), dataset.name)
+            everywhere = all_groups(dataset)
+            notes += match_groups(everywhere, names, dataset.name)
+            if len(names) > 1 and (empty := in_order(set(everywhere) - set(found))):
+                raise UserError(
+                    f"data.partition.kind: natural: no training row of group {_shown(empty)} of {dataset.name} is left: all "
+                    "are for validation, test or the proxy set, or beyond data.train_limit"
+                )
+            one_group_each(dataset)
         if set(found) == set(names):  # groups that bear the clients' names go to them by name
             group = torch.tensor([names.index(n) if n in names else -1 for n in train.group_names])[group]
     if len(names) < 2:
@@ -78,20 +83,29 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
     )
 
 
-def one_group_each(rows: Examples, name: str) -> None:
-    """Refuse a patient (UserError) who has rows in two groups: a natural partition would tear them apart."""
-    if rows.patient is None or rows.group is None:
-        return
-    pair = torn([torch.nonzero(rows.group == g).squeeze(1) for g in rows.group.unique()], rows.patient)
-    if pair is not None:
-        places = [int(rows.group[row]) for row in pair]
-        first, second = (rows.group_names[place] if rows.group_names else place for place in places)
-        who = int(rows.patient[pair[0]])
-        raise UserError(
-            f"data.patient: patient '{rows.patient_names[who] if rows.patient_names else who}' has rows in groups "
-            f"'{first}' and '{second}' of {name}: a natural partition cannot keep them together; where sites number their "
-            "own patients, put the site before the number"
-        )
+def all_groups(dataset: Dataset) -> list[str]:
+    """The names of the groups of all rows, those of the common validation and test sets as well, in the order of people."""
+    parts = dataset.splits().values()
+    held = [(part.group, part.group_names) for part in parts if part.group is not None and part.group_names]
+    return in_order({names[g] for group, names in held for g in group.unique().tolist()})
+
+
+def one_group_each(dataset: Dataset) -> None:
+    """Refuse a patient (UserError) who has rows in two groups, whatever they are used for: a natural partition would tear
+    them apart."""
+    group_of: dict[str, str] = {}
+    for part in dataset.splits().values():
+        if part.patient is None or part.group is None:
+            continue
+        for who, group in torch.stack([part.patient, part.group], 1).unique(dim=0).tolist():
+            patient = part.patient_names[who] if part.patient_names else str(who)
+            name = part.group_names[group] if part.group_names else str(group)
+            if (first := group_of.setdefault(patient, name)) != name:
+                raise UserError(
+                    f"data.patient: patient '{patient}' has rows in groups '{first}' and '{name}' of {dataset.name}: a natural "
+                    "partition cannot keep them together; where sites number their own patients, put the site before the "
+                    "number"
+                )
 
 
 def _shown(names: list[str]) -> str:

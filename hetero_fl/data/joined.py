@@ -44,7 +44,7 @@ def join(
     from hetero_fl.data.sources.cells import decimal_commas, names  # loads pandas, which takes half a second
     from hetero_fl.data.sources.tabular import features
 
-    frame, where = _frame(table)
+    frame, where = _frame(table, (by, table_group))
     pictures = from_arrays(images, y, patient=patient, group=group, name=name)
     if pictures.train.x.ndim != 4:
         raise UserError(
@@ -92,7 +92,7 @@ def join(
     return Dataset(name, pictures.task, train, None, None, simulated, about, (), (*pictures.notes, note, *left), made)
 
 
-def _frame(table: Any) -> tuple[pd.DataFrame, str]:
+def _frame(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame, str]:
     import pandas as pd
 
     from hetero_fl.data.sources.frames import read_frame
@@ -101,7 +101,7 @@ def _frame(table: Any) -> tuple[pd.DataFrame, str]:
         return table.reset_index(drop=True), "table"
     path = Path(table).expanduser()
     try:
-        return read_frame(path), str(path)
+        return read_frame(path, names), str(path)
     except UserError as error:
         raise UserError(f"table: {str(error).removeprefix('path: ')}") from error
 

@@ -6,6 +6,7 @@ Models take channels first: a series `[N, T, F]`, as people store it, is seen as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -161,6 +162,10 @@ class Preprocess:
             return x_raw
         parts = [x_raw[..., start:stop] for start, stop in self.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def names(self, columns: Sequence[str]) -> list[str]:
+        """Those of all columns' names, in the data's order, that it takes."""
+        return [name for start, stop in self.spans or ((0, len(columns)),) for name in columns[start:stop]]
 
     def _given(self, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of what it takes, before `resize` and `channels`."""

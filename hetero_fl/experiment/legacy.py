@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,10 +138,16 @@ class Legacy:
         """How many of these raw rows somebody in the run has trained on."""
         if self.data is None or tuple(x.shape[1:]) != self.data.data.input_shape:
             return 0
-        known = {digest(row) for rows in self.data.data.private_rows() for row in rows}
-        return sum(digest(row) in known for row in x)
+        mine = as_bytes(x)
+        asked = set(mine)
+        known: set[bytes] = set()
+        for rows in self.data.data.private_rows():
+            known |= asked.intersection(as_bytes(rows))
+        return sum(map(known.__contains__, mine))
 
 
-def digest(row: Tensor) -> bytes:
-    """A row's fingerprint."""
-    return hashlib.sha256(row.contiguous().numpy().tobytes()).digest()
+def as_bytes(x: Tensor) -> list[bytes]:
+    """The bytes of each row."""
+    flat = np.ascontiguousarray(x.flatten(1).numpy())
+    found: list[bytes] = flat.view(np.dtype((np.void, flat.itemsize * flat.shape[1])))[:, 0].tolist()
+    return found

@@ -139,7 +139,7 @@ def in_run_order(dataset: Dataset, run: Run) -> Dataset:
     for model in models:
         view = Preprocess(**model.preprocess)
         if view.missing is None:
-            needed |= {name for a, b in view.spans or ((0, len(known)),) for name in known[a:b]}
+            needed.update(view.names(known))
     like, found = replace(dataset, name=f"of {run.path}", columns=known), dataset.columns
     parts: dict[str, Any] = {}
     for split, examples in dataset.splits().items():

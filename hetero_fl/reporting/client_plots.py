@@ -27,8 +27,8 @@ from hetero_fl.reporting.wording import (
 
 Json = dict[str, Any]
 
-FEW = 40
-"""So many clients can be named one by one."""
+FEW, MOST_LABELS = 40, 20
+"""So many clients, and so many labels, can be named one by one."""
 
 
 def clients(summary: Json, details: Json) -> Figure:
@@ -120,8 +120,8 @@ def labels(summary: Json, details: Json) -> Figure:
     """Who holds which labels.
 
     Up to forty clients: stacked bars for up to four classes, bubbles whose area is the count for up to twenty. More
-    clients or classes: the share of each label among a client's examples. Targets without classes: how many rows each
-    client has for training, validation and test.
+    clients or classes: the share of each label among a client's examples, of the twenty most frequent labels. Targets
+    without classes: how many rows each client has for training, validation and test.
     """
     counts, names = details["label_counts"], details["labels"]
     if is_regression(last_scores(summary)):
@@ -139,9 +139,14 @@ def labels(summary: Json, details: Json) -> Figure:
         order = np.lexsort(share.T[::-1])
         unit = "share of the client's examples"
         return _stacked_many(share, tuple(names), unit, order, f"ordered by their share of {names[0]}")
-    if len(names) <= 20 and len(ids) <= FEW:
+    if len(names) <= MOST_LABELS and len(ids) <= FEW:
         return _bubbles(ids, table, names)
-    return _shares(ids, share, names)
+    if len(names) <= MOST_LABELS:
+        return _shares(ids, share, names)
+    most = np.argsort(-table.sum(0), kind="stable")[:MOST_LABELS]
+    figure = _shares(ids, share[:, most], [names[c] for c in most])
+    figure.axes[0].set_title(f"The {MOST_LABELS} most frequent of {len(names)} labels")
+    return figure
 
 
 def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: str) -> Figure:
@@ -229,8 +234,7 @@ def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(share[order].T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     style.bare(axes)
-    shown = style.thinned(classes, 20)
-    axes.set_yticks(list(shown), [style.shorten(names[c], 14) for c in shown])
+    axes.set_yticks(range(classes), [style.shorten(name, 14) for name in names])
     if clients <= FEW:
         axes.set_xticks(range(clients), [style.shorten(ids[i], 14) for i in order], rotation=90)
     else:

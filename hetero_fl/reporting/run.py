@@ -51,10 +51,11 @@ class Run:
         """Probabilities `[N, outputs]` (regression: values) of a client's model for raw examples.
 
         `x`: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1 (0..255 where that is
-        plain), tables `[N, F]`, series `[N, T, F]`; a dictionary of blocks, from which one may be absent if the model knows what
-        to do then. They are preprocessed as that client does. `home`: read with the client's own label frequencies, as on its
-        own patients. `unit`: of a regression whose targets are relative to something, what each row's are relative to (`[N]` or
-        a number): values are then in the target's unit. Raises UserError for examples that the model cannot take.
+        plain), tables `[N, F]`, series `[N, T, F]`; a data frame, whose columns are found by their names; a dictionary of
+        blocks, from which one may be absent if the model knows what to do then. They are preprocessed as that client does.
+        `home`: read with the client's own label frequencies, as on its own patients. `unit`: of a regression whose targets are
+        relative to something, what each row's are relative to (`[N]` or a number): values are then in the target's unit.
+        Raises UserError for examples that the model cannot take.
         """
         if client not in self.models:
             raise UserError(f"{self.path}: found no model of '{client}'{nearest(client, self.models)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def test_in_a_natural_partition_clients_have_their_groups_rows_of_the_common_cut
     assert limited.n_test == 5 and rows_of(limited, "a", "test") == rows_of(data, "a", "test")
 
 
+def test_a_group_that_comes_late_is_named() -> None:
+    groups = ["a", "b"] * 85 + ["c"] * 30
+    with pytest.raises(UserError, match="no client for group 'c'"):
+        federated(dated(groups=groups), dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL)
+    with pytest.raises(UserError, match="no training row of group 'c'"):
+        federated(dated(groups=groups), partition=NATURAL)
+
+
 def test_what_would_draw_is_refused() -> None:
     with pytest.raises(UserError, match=r"partition\.kind: found drawn, but arrays is dated"):
         federated(dated(), partition=PartitionConfig(kind="drawn", rows=20))
@@ -130,62 +139,66 @@ def test_times_and_units_are_part_of_the_datas_hash() -> None:
     assert federated(one).content_hash() != federated(other).content_hash()
 
 
-def test_a_clients_own_dated_source_keeps_its_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+Written = Callable[[str, str], str]
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
+    """Writes a module of that name with a source `made` in it; returns how a configuration names it."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "own_dated.py").write_text(
-        "import torch\n"
-        "from dataclasses import replace\n"
-        "from hetero_fl.data import from_arrays, with_test\n"
-        "def cut(config, root):\n"
+    head = "import torch\nfrom dataclasses import replace\nfrom hetero_fl.data import from_arrays, with_test\n"
+
+    def write(module: str, made: str) -> str:
+        (tmp_path / f"{module}.py").write_text(head + made)
+        return f"python:{module}:made"
+
+    return write
+
+
+def test_a_clients_own_dated_source_keeps_its_cuts(written: Written) -> None:
+    own = written(
+        "own_dated",
+        "def made(config, root):\n"
         "    t = torch.arange(1000, 1100)\n"
         "    whole = with_test(from_arrays(t[:, None].float(), t.float(), time=t))\n"
         "    rows = torch.arange(80)\n"
-        "    return replace(whole, train=whole.train.take(rows[:60]), validation=whole.train.take(rows[60:]))\n"
+        "    return replace(whole, train=whole.train.take(rows[:60]), validation=whole.train.take(rows[60:]))\n",
     )
-    clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name="python:own_dated:cut"))}
+    clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name=own))}
     data = federated(dated(), clients)
     assert rows_of(data, "b", "train") == list(range(1000, 1060))
     assert rows_of(data, "b", "validation") == list(range(1060, 1080))
     assert rows_of(data, "b", "test") == list(range(1080, 1100))
 
 
-def test_a_clients_own_dated_source_is_cut_by_its_own_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clients_own_dated_source_is_cut_by_its_own_span(written: Written) -> None:
     """Targets of a row reach three hours ahead; the common set's are of the hour itself."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "own_span.py").write_text(
-        "import torch\n"
-        "from dataclasses import replace\n"
-        "from hetero_fl.data import from_arrays\n"
-        "def whole(config, root):\n"
+    own = written(
+        "own_span",
+        "def made(config, root):\n"
         "    t = torch.arange(1000, 1100)\n"
-        "    return replace(from_arrays(t[:, None].float(), t.float(), time=t), span=3)\n"
+        "    return replace(from_arrays(t[:, None].float(), t.float(), time=t), span=3)\n",
     )
-    clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name="python:own_span:whole"))}
+    clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name=own))}
     data = federated(dated(), clients)
     train, validation, test = (rows_of(data, "b", name) for name in ("train", "validation", "test"))
     assert max(train) + 3 < min(validation) and max(validation) + 3 < min(test)
 
 
-def test_a_clients_own_dated_source_may_lack_what_the_client_does_not_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "own_columns.py").write_text(
-        "import torch\n"
-        "from hetero_fl.data import from_arrays\n"
-        "def cut(config, root):\n"
+def test_a_clients_own_dated_source_may_lack_what_the_client_does_not_see(written: Written) -> None:
+    own = written(
+        "own_columns",
+        "def made(config, root):\n"
         "    x = torch.arange(60.0)[:, None]\n"
         "    parts = [(x[a:b], x[a:b, 0]) for a, b in ((0, 40), (40, 50), (50, 60))]\n"
-        "    made = from_arrays(*parts[0], validation=parts[1], test=parts[2], columns=['hour'])\n"
-        "    for part, a in ((made.train, 0), (made.validation, 40), (made.test, 50)):\n"
+        "    whole = from_arrays(*parts[0], validation=parts[1], test=parts[2], columns=['hour'])\n"
+        "    for part, a in ((whole.train, 0), (whole.validation, 40), (whole.test, 50)):\n"
         "        part.time = torch.arange(a, a + len(part))\n"
-        "    return made\n"
+        "    return whole\n",
     )
     time = torch.arange(200)
     common = from_arrays(torch.stack([time, time], 1).float(), time.float(), time=time, columns=["hour", "load"])
-    own = ClientSettings(
-        data=SourceConfig(name="python:own_columns:cut"), preprocess=PreprocessConfig(columns=["hour"])
-    )
-    data = federated(common, {"a": PLAIN_CLIENT, "b": own})
+    sees = PreprocessConfig(columns=["hour"])
+    data = federated(common, {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name=own), preprocess=sees)})
     for split, first in (("validation", 40), ("test", 50)):
         assert data.columns("b", split, PLAIN)["y"].flatten().tolist() == list(range(first, first + 10))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.source import DataConfig, PartitionConfig, SourceConfig
@@ -47,6 +49,21 @@ def test_a_misnamed_hospital_gets_nobody_elses_rows() -> None:
     whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
     assert whole.notes == ["arrays: client 'all' gets the rows of all groups: 'east', 'north', 'south'"]
     assert not federate(dataset, DataConfig(), {"est": PLAIN_CLIENT, "north": PLAIN_CLIENT}, 0).notes
+
+
+def test_a_hospital_without_training_rows_is_named() -> None:
+    """South has ten rows, and none of them is left to train on: it has no part in the common test set unnoticed."""
+    dataset = numbered(groups=["east"] * 100 + ["north"] * 90 + ["south"] * 10)
+    assert dataset.train.group_names == ("east", "north", "south")
+    dataset = replace(
+        dataset, train=dataset.train.take(torch.arange(190)), test=dataset.train.take(torch.arange(150, 200))
+    )
+    with pytest.raises(UserError, match="3 groups for 2 clients in arrays: no client for group 'south'"):
+        federate(dataset, NATURAL, dict.fromkeys(("east", "north"), PLAIN_CLIENT), 0)
+    with pytest.raises(UserError, match="natural: no training row of group 'south' of arrays is left"):
+        federate(dataset, NATURAL, dict.fromkeys(("east", "north", "south"), PLAIN_CLIENT), 0)
+    whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
+    assert whole.notes == ["arrays: client 'all' gets the rows of all groups: 'east', 'north', 'south'"]
 
 
 def test_labels_are_read_alike_in_the_files_of_all(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_numbers_may_begin_with_zeros(tmp_path: Path) -> None:
     found = join(IMAGES, Y, whose, path)
     assert found.train.x[[0, 1, 3], 64].tolist() == [1.5, 2.5, 0.5] and found.train.x[4:, 64].isnan().all()
     assert found.train.patient_names == ("0001", "0002", "0003", "0004", "x5")
-    with pytest.raises(UserError, match="found '3', of whom there is no image"):  # 1 and 0001 are two patients here
+    with pytest.raises(UserError, match="found '0003', of whom there is no image"):  # 1 and 0001 are two patients here
         join(IMAGES, Y, ["1", *whose[:3], "2", "0001"], path)
 
 

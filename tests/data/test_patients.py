@@ -148,11 +148,21 @@ def test_one_row_a_patient_is_like_none() -> None:
 
 def test_what_cannot_be_kept_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = torch.arange(200) // 2
-    groups = [("a", "b", "c")[i // 67] for i in range(200)]  # rows 66 and 67 are of two groups, but not of one patient
+    groups = ["a"] * 67 + ["b"] * 66 + ["c"] * 67  # rows 66 and 67 are of two groups, but not of one patient
     natural = DataConfig(partition=PartitionConfig(kind="natural"))
     federate(numbered(groups=groups, patient=(torch.arange(200) + 1) // 2), natural, THREE, 0)
     with pytest.raises(UserError, match="patient '33' has rows in groups 'a' and 'b'"):
         federate(numbered(groups=groups, patient=patient), natural, THREE, 0)
+    for row in (66, 132):  # whether the draws leave the two rows to be dealt out, or not
+        patients = [-1 if i in (row, row + 1) else i for i in range(200)]
+        for seed in range(3):
+            with pytest.raises(UserError, match="patient '-1' has rows in groups"):
+                federate(
+                    numbered(groups=groups, patient=patients),
+                    natural.model_copy(update={"train_limit": 60}),
+                    THREE,
+                    seed,
+                )
     with pytest.raises(UserError, match="2 patients are left for 3 clients"):
         deal(torch.zeros(200).long(), None, PartitionConfig(), [1] * 3, THREE_CLASSES, 0, patient // 50)
     with pytest.raises(UserError, match=r"data\.patient: found 1 patients; too few"):

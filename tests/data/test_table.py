@@ -44,6 +44,18 @@ def test_columns_of_numbers_are_features(csv: Path) -> None:
     assert dataset.about.endswith("left out: note")
 
 
+def test_sites_and_patients_are_called_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    cells = [("01", "007"), ("1", "7"), (" 01 ", "007"), ("1.0", "07")]
+    path.write_text("x,y,site,id\n" + "".join(f"{i},{i % 2},{a},{b}\n" for i, (a, b) in enumerate(cells)))
+    train = load_source(
+        SourceConfig(name="table", path=str(path), label="y", group="site", patient="id"), tmp_path
+    ).train
+    assert train.group is not None and train.patient is not None
+    assert [train.group_names[g] for g in train.group] == ["01", "1", "01", "1"]
+    assert [train.patient_names[p] for p in train.patient] == ["007", "7", "007", "07"]
+
+
 @pytest.mark.parametrize("name", ["t.tsv", "t.parquet"])
 def test_other_formats_hold_the_same(csv: Path, name: str) -> None:
     path = csv.with_name(name)

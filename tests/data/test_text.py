@@ -15,6 +15,7 @@ from hetero_fl.data.tokens import EMPTY, FIRST, UNKNOWN, split_words
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.task import Task
+from tests.small import changed
 
 HERE = Path(".")
 
@@ -167,13 +168,7 @@ def test_tokens_are_checked() -> None:
 
 def config(**changes: object) -> dict[str, object]:
     made = load_config("configs/text_hetero.yaml").model_dump(mode="json", exclude_unset=True)
-    for path, value in changes.items():
-        *parents, key = path.split("__")
-        place = made
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[key] = value
-    return made
+    return changed(made, **changes)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,20 @@ def test_rows_that_the_run_has_trained_on_are_told(place: Folder, tmp_path: Fold
     assert "training rows are also in the run's training rows: figures flatter it" in note
 
 
+def test_rows_are_looked_for_all_at_once(place: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    legacy = Legacy(hetero_fl.Run(place / "run"))
+    assert legacy.data is not None
+    held = list(legacy.data.data.private_rows())
+    other = torch.from_numpy(np.load(place / "new.npz")["train_images"])[:50, None]
+    asked = torch.cat([held[0][:3], held[0][:1], held[2][-2:], other])
+    taken: list[int] = []
+    numpy = torch.Tensor.numpy
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda self: taken.append(len(self)) or numpy(self))
+    assert legacy.seen(asked) == 6  # one of them twice
+    assert taken == [len(asked), *map(len, held)]
+    assert legacy.seen(asked[:, :, 1:]) == 0  # examples of another shape
+
+
 def test_patients_stay_whole_and_more_of_them_contain_fewer() -> None:
     patient = [i // 3 for i in range(90)]
     examples = from_arrays(torch.rand(90, 4), [0, 1] * 45, patient=patient).train

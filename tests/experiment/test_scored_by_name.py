@@ -47,6 +47,33 @@ def test_columns_are_matched_by_name(view: dict[str, Any], tmp_path: Path) -> No
             evaluate(run, str(tmp_path / "less.csv"))
 
 
+@pytest.mark.parametrize(
+    ("view", "absent"),
+    [({}, None), ({"columns": ["a", "b"]}, "c"), ({"columns": ["a", "b"], "missing": "indicate"}, "b")],
+)
+def test_predictions_on_a_frame_go_by_its_columns_names(
+    view: dict[str, Any], absent: str | None, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32) * [1, 10, 100]
+    frame = pd.DataFrame(x, columns=["a", "b", "c"])
+    frame.assign(y=(x[:, 0] > 0).astype(int)).to_csv(tmp_path / "t.csv", index=False)
+    run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
+    want = run.predict("c_1", x)
+    assert torch.equal(run.predict("c_1", frame[["c", "b", "a"]]), want)
+    if absent is not None:
+        gone = torch.tensor(frame.assign(**{absent: np.nan}).to_numpy())
+        assert torch.equal(run.predict("c_1", frame.drop(columns=absent)), run.predict("c_1", gone))
+    for wrong, words in (
+        (frame.rename(columns={"c": "bb"}), "predict: x: found column 'bb'; did you mean 'b'"),
+        (frame[["a", "b", "b"]], "predict: x: found column 'b' 2 times"),
+        (frame.assign(b="much"), "predict: x: b: not an array of numbers"),
+        *([] if "missing" in view else [(frame[["b", "c"]], "predict: x: no column 'a', which this model sees")]),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            run.predict("c_1", wrong)
+        assert "\n" not in str(refused.value)
+
+
 def test_recordings_are_cut_as_the_runs_own(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     frame = pd.DataFrame(draws.normal(size=(2000, 2)), columns=["ax", "ay"])

@@ -184,6 +184,19 @@ def test_labels_of_many_clients_are_shares(made_run: MakeRun) -> None:
     assert second.get_data().values == pytest.approx(np.ones(41))
 
 
+def test_of_many_labels_the_most_frequent_are_shown(made_run: MakeRun) -> None:
+    run = made_run(clients=5, kind="multiclass", classes=30)
+    details = run.details()
+    counts = np.array(list(details["label_counts"].values()))
+    axes = drawn(client_plots.labels, run.summary(), details).axes[0]
+    (image,) = axes.images
+    most = np.argsort(-counts.sum(0), kind="stable")[:20]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [details["labels"][c] for c in most]
+    assert axes.get_title(loc="left") == "The 20 most frequent of 30 labels"
+    share = counts / counts.sum(1, keepdims=True)  # of all that a client has, whatever is shown
+    assert np.sort(np.asarray(image.get_array()).sum(0)) == pytest.approx(np.sort(share[:, most].sum(1)))
+
+
 def test_bubbles_are_as_large_as_counts(made_run: MakeRun) -> None:
     run = made_run(clients=5, kind="multiclass", classes=10)
     counts = np.array(list(run.details()["label_counts"].values()))

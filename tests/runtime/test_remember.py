@@ -29,15 +29,25 @@ def clients(**changes: Any) -> list[Participant]:
     return [rounds.federation.client(id, rounds.store.get(id), 0) for id in rounds.federation.cards]
 
 
-def test_equal_models_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[Any] = []
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The work that `Serial` is given from now on: pairs of participant and step."""
+    seen: list[Any] = []
     perform = Serial.perform
-    monkeypatch.setattr(Serial, "perform", lambda self, work: computed.extend(work) or perform(self, work))
+    monkeypatch.setattr(Serial, "perform", lambda self, work: seen.extend(work) or perform(self, work))
+    return seen
+
+
+def predictions(work: list[Any], name: str) -> int:
+    """How many of the steps predict on the set of that name."""
+    return sum(isinstance(step, Predict) and step.data.name == name for _, step in work)  # type: ignore[union-attr]
+
+
+def test_equal_models_are_evaluated_once(computed: list[Any]) -> None:
     rounds = rounds_of(config("fedavg", "mlp", clients=6), held=1)
     computed.clear()
     rounds.evaluate()
-    common = [step for _, step in computed if isinstance(step, Predict) and step.data.name == "common_test"]  # type: ignore[union-attr]
-    assert len(common) == 1
+    assert predictions(computed, "common_test") == 1
 
 
 @pytest.mark.parametrize("chunk", [1, 16])
@@ -138,15 +148,11 @@ def test_state_handed_to_a_client_may_be_changed_in_place() -> None:
     assert torch.equal(private.state["seen"], torch.zeros(2))
 
 
-def test_every_member_of_an_ensemble_is_asked_once_about_the_common_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[Any] = []
-    perform = Serial.perform
-    monkeypatch.setattr(Serial, "perform", lambda self, work: computed.extend(work) or perform(self, work))
+def test_every_member_of_an_ensemble_is_asked_once_about_the_common_rows(computed: list[Any]) -> None:
     rounds = rounds_of(config("ensemble", "mlp", clients=6), held=1)
     computed.clear()
     rounds.evaluate()
-    common = [step for _, step in computed if isinstance(step, Predict) and step.data.name == "common_test"]  # type: ignore[union-attr]
-    assert len(common) == 6
+    assert predictions(computed, "common_test") == 6
 
 
 def test_several_outputs_of_one_model_on_the_same_rows_take_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pandas.api import types
 
 from hetero_fl.errors import UserError
 
+COUNTED = re.compile(r"([+-]?\d+)(?:\.0*)?")  # 1, 01 and 1.0
 WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
@@ -86,22 +87,29 @@ def numbers(column: pd.Series, where: str, gaps: list[str] | None = None) -> np.
 
 def names(column: pd.Series, where: str) -> pd.Series:
     """A column of labels, sites or patients as text that does not depend on how a file writes them: without spaces around
-    it, and 1 for 1.0. Raises UserError where a value is missing."""
-    column = settled(column, where)
+    it, and 1 for 1.0, but 01 is not 1 where the column is of text. Raises UserError where a value is missing."""
+    column = stripped(column, where)
     if types.is_float_dtype(column):
         whole = column == np.floor(column)
         return column.astype(str).where(~whole, column.where(whole, 0).astype(np.int64).astype(str))
-    return column.astype(str)
+    text = column.astype(str)
+    return text.str.replace(COUNTED, r"\1", regex=True) if text.str.fullmatch(COUNTED).all() else text
 
 
 def settled(column: pd.Series, where: str) -> pd.Series:
     """The column without spaces around text, and in numbers where every text is one. Raises UserError: missing value."""
+    column = stripped(column, where)
+    if is_text(column):
+        read = pd.to_numeric(column.astype(str), errors="coerce")
+        return column if not np.isfinite(read).all() else read
+    return column
+
+
+def stripped(column: pd.Series, where: str) -> pd.Series:
+    """The column without spaces around text. Raises UserError: missing value."""
     if is_text(column) or isinstance(column.dtype, pd.CategoricalDtype):
         text = column.astype(object).map(lambda value: value.strip() if isinstance(value, str) else value)
         column = text.mask(text == "")
-        missing(column, where)
-        read = pd.to_numeric(column.astype(str), errors="coerce")
-        return column if not np.isfinite(read).all() else read
     missing(column, where)
     return column
 

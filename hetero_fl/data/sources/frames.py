@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from hetero_fl.errors import UserError
 LOOK = 20  # rows below the header from which the separator is told
 
 
-def read_frame(path: Path) -> pd.DataFrame:
-    """A CSV (comma or semicolon), TSV (tabulator) or Parquet file. Raises UserError."""
+def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
+    """A CSV (comma or semicolon), TSV (tabulator) or Parquet file. Columns of `names` (of sites, patients; those that there
+    are) are read as they are written: site 01 is not 1. Raises UserError."""
     where = f"path: {path}"
     if path.is_dir():
         raise UserError(f"{where}: a folder; name a file in it")
@@ -29,7 +31,7 @@ def read_frame(path: Path) -> pd.DataFrame:
             return pd.read_parquet(path)
         separator = "\t" if kind == ".tsv" else _separator(path)
         _check_cells(path, separator)
-        return pd.read_csv(path, sep=separator, low_memory=False)
+        return pd.read_csv(path, sep=separator, low_memory=False, dtype=dict.fromkeys(filter(None, names), str))
     except ImportError as error:
         raise UserError(f"{where}: Parquet needs pyarrow; pip install 'hetero_fl[parquet]'") from error
     except UnicodeError as error:

@@ -34,7 +34,7 @@ def read_recorded(path: Path, windows: WindowsConfig, label: str | None = None, 
     """
     if path.suffix.lower() == ".npz":
         return _windows(path, label or "y", group or "person", group is not None)
-    return _cut(read_frame(path), path, windows, label or "activity", group)
+    return _cut(read_frame(path, (group or "person",)), path, windows, label or "activity", group)
 
 
 def _windows(path: Path, label: str, group: str, wanted: bool) -> Dataset:

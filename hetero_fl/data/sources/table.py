@@ -18,7 +18,7 @@ def table(config: SourceConfig, root: Path) -> Dataset:
     from hetero_fl.data.sources.tabular import read_table
 
     path = Path(str(config.path)).expanduser()
-    frame = read_frame(path)
+    frame = read_frame(path, (config.group, config.patient))
     if config.label is None:
         columns = ", ".join(map(str, frame.columns[:20]))
         raise UserError(f"label: missing; name the column of labels; choose from {columns}")

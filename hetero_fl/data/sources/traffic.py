@@ -68,7 +68,7 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
     from hetero_fl.data.sources.frames import read_frame  # pandas takes half a second to load: only where it is used
     from hetero_fl.data.sources.hourly import read_sites
 
-    frame = read_frame(path)
+    frame = read_frame(path, (group or "Junction",))
     group = group or ("Junction" if "Junction" in frame.columns else None)
     sites = read_sites(frame, path, series, label or "Vehicles", group)
     try:

@@ -8,17 +8,19 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.alike import Alike
 from hetero_fl.channel.protocol import Direct, Message, Messages, Replies, Traffic, hold_round
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score
-from hetero_fl.payload import Encoded, Payload, PayloadError
+from hetero_fl.payload import Payload, PayloadError
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.executor import Executor, Reply, in_turn
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.intake import Intake
+from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.readings import Readings, Record
 from hetero_fl.runtime.site import Reading, Scores
@@ -50,7 +52,8 @@ class Rounds:
         self.store, self.performer = executor.store, executor.performer
         self.protocol, self.traffic = Direct(), Traffic()
         self.expectations = Expectations(algorithm, federation)
-        self.intake = Intake(self.expectations)
+        self.links = Links(algorithm, federation)
+        self.intake = Intake(self.expectations, self.links)
         self.server = federation.server()
         self.completed = 0
         with told():
@@ -93,7 +96,8 @@ class Rounds:
 
         traffic = self.traffic if self.algorithm.counted else Traffic()
         arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic)
-        taken = self.intake.take(arrivals, self._broadcast, index)
+        heard = Alike(lambda payload: self.links.heard(index, payload, self.server.arch.values()))
+        taken = self.intake.take(arrivals, lambda card: heard(self._broadcast(card)), index)
         for client, why in taken.refused.items():
             failed[client] = f"upload refused: {why}"
             self.store.drop(client)
@@ -119,7 +123,9 @@ class Rounds:
 
     def broadcasts(self, clients: Collection[str], reading: bool = False) -> Mapping[str, bytes]:
         """What the server sends to each, encoded when it is asked for; `reading`: to be read, not to be trained on."""
-        encoded = Encoded()
+        encoded = Alike(
+            lambda payload: self.links.broadcast(self.server.clock.round, payload, self.server.arch.values())
+        )
 
         def make(client: str) -> bytes:
             card = self.federation.cards[client]

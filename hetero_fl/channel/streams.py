@@ -157,3 +157,12 @@ class Streams:
 def named(values: Tensor | Tensors) -> Tensors:
     """An item's tensors by name."""
     return values if isinstance(values, dict) else {ALONE: values}
+
+
+def sorts_of(spec: ItemSpec) -> set[Sort]:
+    """What the numbers of an item that is declared like this may be."""
+    if spec.ranks or spec.kind == "counts":
+        return set()
+    if spec.kind in ("params", "update"):
+        return {"change", "whole"}
+    return {"rows", "predictions"} if spec.kind == "rows" and spec.share == "predictions" else {"rows"}

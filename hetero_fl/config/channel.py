@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_serializer, model_validator
 
 from hetero_fl.config.base import Section
+from hetero_fl.errors import nearest
 
 SPARSE = ("topk", "randk", "lowrank")  # what they leave out of a change is nought at the receiver
 FORMATS = ("quantize", "half")  # how numbers are written: the end of a chain
@@ -71,8 +72,16 @@ class StageConfig(Section):
         return next(name for name in STAGES if getattr(self, name))
 
 
-def _worded(value: Any) -> Any:
-    return [{"half": True} if entry == "half" else entry for entry in value] if isinstance(value, list) else value
+def _worded(chain: Any) -> Any:
+    """A chain with the word `half` written out. Raises ValueError for other words and for what is no list."""
+    if not isinstance(chain, list | tuple):
+        raise ValueError(f"found {str(chain)[:60]!r}; a list of stages was meant, as [topk: 0.01, quantize: 8]")
+    for entry in chain:
+        if isinstance(entry, str) and entry in STAGES and entry != "half":
+            raise ValueError(f"found {entry!r} alone; it takes a number, as in [{entry}: 8]")
+        if isinstance(entry, str) and entry != "half":
+            raise ValueError(f"found {entry!r}{nearest(entry, STAGES)}")
+    return [{"half": True} if entry == "half" else entry for entry in chain]
 
 
 Chain = Annotated[tuple[StageConfig, ...], BeforeValidator(_worded)]

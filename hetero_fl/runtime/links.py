@@ -9,6 +9,7 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.architecture import Architecture
 from hetero_fl.channel.link import Link
 from hetero_fl.channel.stages import dearest, stages_of
+from hetero_fl.channel.streams import sorts_of
 from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.payload import Item, Payload
 from hetero_fl.runtime.federation import SERVER, Federation
@@ -68,3 +69,15 @@ class Links:
                 self._statistics[arch] = frozenset(arch.shapes) - arch.parameter_names
             found |= self._statistics[arch]
         return found
+
+
+def idle(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
+    """Lines on stages that find nothing to do in what clients of this method send."""
+    config = federation.channel
+    if not algorithm.counted:
+        return [f"channel is not used: {name} sends nothing"] if config.compress or config.compress_down else []
+    sorts = {sort for spec in algorithm.uploads.values() for sort in sorts_of(spec)}
+    stages = zip(config.compress, stages_of(config.compress, config.entropy), strict=True)
+    return [
+        f"channel.compress: {c.name} finds nothing to do in what {name} sends" for c, s in stages if not sorts & s.sorts
+    ]

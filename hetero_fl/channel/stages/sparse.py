@@ -63,7 +63,10 @@ class RandomK(Sparse):
     biased = False
 
     def _drawn(self, total: int, draw: Draw) -> Tensor:
-        return torch.randperm(total, generator=draw("randk"))[: self.kept(total)].sort().values
+        seed = int(torch.randint(2**63 - 1, (1,), generator=draw("randk")))
+        chosen = np.random.default_rng(seed).choice(total, self.kept(total), replace=False, shuffle=False)
+        chosen.sort()
+        return torch.from_numpy(chosen)
 
     def reduce(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         indices = self._drawn(len(numbers), draw)

@@ -99,6 +99,20 @@ def test_everything_sent_and_kept_is_everything_that_was_learnt() -> None:
         assert torch.allclose(cut.server.models[group][n][sent], t[sent], rtol=0, atol=1e-7)
 
 
+def test_numbers_drawn_at_random_arrive_where_they_were_taken_from() -> None:
+    source = config("fedavg", {"name": "mlp", "hidden": [24]}, 1)
+    start = rounds_of(source, held=0).server.models
+    dense, cut = rounds_of(source, held=1), rounds_of({**source, "channel": {"compress": [{"randk": 0.25}]}}, held=1)
+    (group,) = start
+    count = 0
+    for n, t in dense.server.models[group].items():
+        came = cut.server.models[group][n] - start[group][n]
+        assert torch.allclose(came[came != 0], 4 * (t - start[group][n])[came != 0], rtol=1e-2, atol=1e-6)
+        count += int((came != 0).sum())
+    total = sum(t.numel() for t in start[group].values())
+    assert 0.2 * total < count <= -(-total // 4)
+
+
 def kept_by(rounds: Any) -> dict[str, Any]:
     return {c: rounds.store.get(c).state.get(UNSENT, {}).get("model") for c in rounds.federation.cards}
 

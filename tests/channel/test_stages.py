@@ -76,6 +76,19 @@ def test_quantised_numbers_are_within_one_level_and_the_largest_is_exact(bits: i
                 assert g[p.abs().argmax()] == p[p.abs().argmax()]
 
 
+def test_what_rounding_to_the_nearest_level_leaves_is_exact_even_half_way_between_two() -> None:
+    """Half a level is made to lie at a power of two, where floating point changes its step, and both are moved bit by bit."""
+    for bits in (2, 3, 8, 16):
+        for moved in range(-12, 13):
+            most = (torch.tensor([2.0 ** (bits - 1) - 1]).view(torch.int32) + moved).view(torch.float32)
+            steps = (torch.tensor([0.5]).view(torch.int32) + torch.arange(-24, 25, dtype=torch.int32)).view(
+                torch.float32
+            )
+            numbers = torch.cat([most, steps, -steps, steps + 1])
+            back = there_and_back(numbers, [TopK(147), Quantize(bits)], layout=((148,),))
+            assert torch.equal((numbers - back).double(), numbers.double() - back.double())
+
+
 def test_so_many_bits_are_so_many_bits() -> None:
     numbers = vector(n=1000)
     for bits in range(1, 17):

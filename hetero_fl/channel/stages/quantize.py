@@ -14,8 +14,6 @@ from hetero_fl.channel.bits import pack, unpack
 from hetero_fl.channel.reader import Reader
 from hetero_fl.channel.stages.base import Draw, Format, Layout, count
 
-SHRINK = 1 - 2.0**-20  # halves go towards nought, whatever two divisions round to
-
 
 @dataclass(frozen=True)
 class Quantize(Format):
@@ -49,7 +47,7 @@ class Quantize(Format):
             level = share.add_(1).div_(2)
             level = (level >= 0.5).to(share.dtype) if chance is None else level.add_(chance).floor_()
             return level.nan_to_num_(0).clamp_(0, 1)
-        level = share.mul_(self._most * (SHRINK if chance is None else 1))
+        level = share.mul_(self._most)
         level = level.round_() if chance is None else level.add_(chance).floor_()
         return level.nan_to_num_(0).clamp_(-self._most, self._most).add_(self._most)
 

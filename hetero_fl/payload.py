@@ -20,7 +20,7 @@ from hetero_fl.codec import CodecError, decode, encode
 from hetero_fl.errors import nearest, similar
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
-KINDS = ("params", "update", "rows", "class_sums", "counts")
+KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
 FORM = "hetero_fl payload 1"
 
 
@@ -130,44 +130,21 @@ class Payload(Mapping[str, Any]):
     def decode(cls, data: bytes) -> Payload:
         """Read a payload that somebody sent. Raises PayloadError for anything malformed or not finite."""
         try:
-            tree = decode(data, FORM)
+            return cls.checked(decode(data, FORM))
+        except CodecError as error:
+            raise PayloadError(str(error)) from None
+
+    @classmethod
+    def checked(cls, tree: Any) -> Payload:
+        """A payload from a tree of plain values and tensors that somebody sent: `items`, each with values, weight and kind,
+        and a `report`. Raises PayloadError for anything malformed or not finite."""
+        try:
             items, report = tree["items"], tree["report"]
             if not isinstance(items, dict) or not isinstance(report, dict) or set(tree) != {"items", "report"}:
                 raise PayloadError("holds something else than items and a report")
             return cls({str(n): _item(n, raw) for n, raw in items.items()}, report)
-        except CodecError as error:
-            raise PayloadError(str(error)) from None
         except (KeyError, TypeError, AttributeError) as error:
             raise PayloadError(f"malformed: {type(error).__name__} {error}") from None
-
-
-class Encoded:
-    """Encodes payloads; equal ones, made of the very same memory, once. Keeps the last few.
-
-    A model that a whole group receives is then encoded for the first of its members alone.
-    """
-
-    def __init__(self, most: int = 8) -> None:
-        self.most = most
-        # A payload keeps its tensors alive, so that nobody else gets their memory.
-        self._known: dict[Any, tuple[Payload, bytes]] = {}
-
-    def __call__(self, payload: Payload) -> bytes:
-        """The payload's bytes."""
-        mark = tuple((n, i.kind, _identity(i.values), _identity(i.weight)) for n, i in payload.items_.items())
-        if mark not in self._known:
-            if len(self._known) >= self.most:
-                self._known.pop(next(iter(self._known)))
-            self._known[mark] = (payload, payload.encode())
-        return self._known[mark][1]
-
-
-def _identity(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return tuple((n, _identity(t)) for n, t in value.items())
-    if isinstance(value, Tensor):  # where it lies: views of one tensor, made anew for each client, are the same
-        return (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype) if value.numel() else id(value)
-    return value
 
 
 def report_of(loss: float | None) -> dict[str, str]:

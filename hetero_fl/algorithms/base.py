@@ -40,6 +40,9 @@ class Algorithm(BaseModel):
     shared: ClassVar[Part] = None  # the part of the model that travels: None all, () nothing, else prefixes
     slot: ClassVar[str] = "model"  # the client's slot that it is a part of
     uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
+    downloads: ClassVar[
+        Mapping[str, ItemSpec]
+    ] = {}  # what compression has to know of broadcast items beyond their kind
     needs_proxy: ClassVar[bool] = False
     distils: ClassVar[bool] = False  # whether it can train a student at the server
     counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would

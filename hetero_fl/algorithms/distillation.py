@@ -11,7 +11,7 @@ from torch import Tensor
 from hetero_fl.aggregation.teachers import TeacherKind, opinion
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items
 from hetero_fl.objectives import Digest, Rehearsal
-from hetero_fl.payload import Item, Payload
+from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Draws, Fit, Plan, Predict, Rows
 from hetero_fl.seeding import generator
 from hetero_fl.state import Card, Columns, Participant
@@ -25,6 +25,7 @@ class OnProxy(Algorithm):
 
     needs_proxy = True
     distils = True
+    downloads = {TEACHER: ItemSpec("rows", share="predictions")}
 
     temperature: PositiveFloat = Field(2.0, description="T of the softened softmax")
     proxy_rows: int | None = Field(

@@ -24,6 +24,7 @@ class FD(Algorithm):
 
     shared = ()
     uploads = {"class_logits": ItemSpec("class_sums", private=True, share="statistics")}
+    downloads = {"teacher": ItemSpec("rows", share="predictions")}
     tasks = ("multiclass",)
     reads = "after private training"
 

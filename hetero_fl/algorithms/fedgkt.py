@@ -39,6 +39,7 @@ class FedGKT(CommonWidth):
 
     shared = ()
     uploads = {name: ItemSpec("rows", "each", private=True, share="features", rows_of="train") for name in ROWS}
+    downloads = {"logits": ItemSpec("rows", share="predictions")}
     tasks = ("multiclass",)
     reads = (
         "after private training, by the server's model on the client's features (the models saved hold clients' heads)"

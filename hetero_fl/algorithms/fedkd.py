@@ -31,6 +31,7 @@ class FedKD(WithMentee):
     """
 
     uploads = {MENTEE: ItemSpec("update", use="each", ranks=True, across=True)}
+    downloads = {"change": ItemSpec("update", ranks=True)}
 
     hidden_weight: NonNegativeFloat = Field(1.0, description="weight of the distance between features")
     energy_start: float = Field(0.95, gt=0, le=1, description="share of an update's energy kept in the first round")

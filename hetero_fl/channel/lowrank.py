@@ -8,7 +8,8 @@ m + n, padded with nought. The number of rows tells which: terms are used only w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,13 @@ def compress(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
 def restore(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
     """The reverse of `compress`, in the shapes of `like`. Any `[k, m + n]` has a meaning."""
     return {n: _matrix(t, like[n]) if like[n].ndim > 1 else t for n, t in packed.items()}
+
+
+def widest(shape: Sequence[int]) -> tuple[int, int]:
+    """The shape of a packed matrix (a tensor of this shape, of two dimensions or more) that holds its own numbers: the most
+    rows that it can have, and their width."""
+    m, n = shape[0], math.prod(shape[1:])
+    return _rows_of_numbers(m, n), m + n
 
 
 def _rows_of_numbers(m: int, n: int) -> int:

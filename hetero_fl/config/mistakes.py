@@ -142,7 +142,7 @@ def _section(annotation: Any) -> Any:
     """The part of the schema that an annotation holds, if it holds one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (list, tuple, typing.Union, types.UnionType, typing.Annotated):
         return next(filter(None, map(_section, typing.get_args(annotation))), None)
     return None
 
@@ -151,4 +151,4 @@ def _entries(annotation: Any) -> Any:
     """The part of the schema that the entries of a list are, if it is one of these."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _entries(typing.get_args(annotation)[0])
-    return _section(annotation) if typing.get_origin(annotation) is list else None
+    return _section(annotation) if typing.get_origin(annotation) in (list, tuple) else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.population import Population
 from hetero_fl.config.schema import Config
@@ -40,6 +41,7 @@ class Federation:
     common: tuple[str, ...] = ()
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
     some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
+    channel: ChannelConfig = field(default_factory=ChannelConfig)
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
     @classmethod
@@ -70,6 +72,7 @@ class Federation:
         return cls(
             data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
             _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
+            config.channel,
         )  # fmt: skip
 
     def with_models(self, archs: Sequence[Architecture] | Mapping[str, Architecture]) -> Federation:

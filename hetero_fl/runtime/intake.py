@@ -9,6 +9,7 @@ from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.channel.protocol import Arrivals
 from hetero_fl.payload import Payload, PayloadError, check_upload, loss_of
 from hetero_fl.runtime.dry import Expectations
+from hetero_fl.runtime.links import Links
 from hetero_fl.state import Card
 
 
@@ -24,11 +25,11 @@ class Taken:
 class Intake:
     """Takes a round's arrivals one by one, so that the server never holds more of them than it needs."""
 
-    def __init__(self, expectations: Expectations) -> None:
-        self.expectations = expectations
+    def __init__(self, expectations: Expectations, links: Links) -> None:
+        self.expectations, self.links = expectations, links
 
     def take(self, arrivals: Arrivals, asked: Callable[[Card], Payload], round: int) -> Taken:
-        """All that arrived, in client-id order. `asked`: what a client was sent, on which it trained."""
+        """All that arrived, in client-id order. `asked`: what a client received, on which it trained."""
         federation, specs = self.expectations.federation, self.expectations.algorithm.uploads
         taken = Taken(Uploads(specs=specs, common=federation.common))
         for client, body in arrivals:
@@ -46,6 +47,9 @@ class Intake:
 
     def receive(self, client: str, data: bytes, asked: Callable[[Card], Payload], round: int) -> Payload:
         """An upload, decoded and checked against what this client was to send. Raises PayloadError."""
-        payload, card = Payload.decode(data), self.expectations.federation.cards[client]
-        check_upload(payload, self.expectations.algorithm.uploads, self.expectations.of(card, asked(card), round))
+        card = self.expectations.federation.cards[client]
+        got = asked(card)
+        like = self.expectations.of(card, got, round)
+        payload = self.links.uploaded(card, round, data, like, got)
+        check_upload(payload, self.expectations.algorithm.uploads, like)
         return payload

@@ -15,6 +15,7 @@ from hetero_fl.payload import Payload
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
+from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import carry_out
 from hetero_fl.runtime.rounds import draw_cohort
 from hetero_fl.state import Card
@@ -45,8 +46,9 @@ def price(
     Raises UserError and RunFailed where the method itself would.
     """
     dearest = algorithm.dearest()
-    at_most = dearest != algorithm
-    made, run = Price(not is_own(algorithm) and not at_most, at_most), _DryRun(dearest, federation)
+    run = _DryRun(dearest, federation)
+    at_most = dearest != algorithm or run.links.at_most
+    made = Price(not is_own(algorithm) and not at_most, at_most)
     if not algorithm.counted:
         return made
     for round in range(rounds):
@@ -68,6 +70,7 @@ class _DryRun:
     def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
         self.algorithm, self.federation = algorithm, federation
         self.server, self.expectations = federation.server(), Expectations(algorithm, federation)
+        self.links = Links(algorithm, federation, bound=True)
         algorithm.start(self.server)
         self._intervals = sorted({kind.settings.share_every for kind in federation.cards.kinds})
         self._sizes: dict[Any, tuple[int, int]] = {}
@@ -85,7 +88,8 @@ class _DryRun:
         key = (_alike(card, down), at)
         if key not in self._sizes:
             up = self.expectations.upload(card, down, round)
-            self._sizes[key] = (len(down.encode()), len(up.encode()))
+            sent = self.links.upload(card, round, up, down, {})
+            self._sizes[key] = (self._down(down, round), len(sent))
         return self._sizes[key]
 
     def reading(self, id: str, round: int) -> int:
@@ -94,8 +98,11 @@ class _DryRun:
         down = broadcast(self.algorithm, self.server, card)
         key = (_alike(card, down), at, "reading")
         if key not in self._sizes:
-            self._sizes[key] = (len(down.encode()), 0)
+            self._sizes[key] = (self._down(down, round), 0)
         return self._sizes[key][0]
+
+    def _down(self, payload: Payload, round: int) -> int:
+        return len(self.links.broadcast(round, payload, self.server.arch.values()))
 
     def aggregate(self, cohort: list[str], round: int) -> None:
         """The server's part of that round."""

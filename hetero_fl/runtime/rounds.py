@@ -50,7 +50,7 @@ class Rounds(Session):
 
         traffic = self.traffic if self.algorithm.counted else Traffic()
         arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic)
-        taken = self.intake.take(arrivals, self._broadcast, index)
+        taken = self.intake.take(arrivals, self.heard(index), index)
         for client, why in taken.refused.items():
             failed[client] = f"upload refused: {why}"
             self.store.drop(client)

@@ -8,17 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.alike import Alike
 from hetero_fl.channel.protocol import Direct, Traffic
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score
-from hetero_fl.payload import Encoded, Payload, PayloadError
+from hetero_fl.payload import Payload, PayloadError
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.executor import Executor, in_turn
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.intake import Intake
+from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.readings import Readings, Record
 from hetero_fl.runtime.site import Reading, Scores
@@ -41,7 +43,8 @@ class Session(ABC):
         self.store, self.performer = executor.store, executor.performer
         self.protocol, self.traffic = Direct(), Traffic()
         self.expectations = Expectations(algorithm, federation)
-        self.intake = Intake(self.expectations)
+        self.links = Links(algorithm, federation)
+        self.intake = Intake(self.expectations, self.links)
         self.server = federation.server()
         self.completed = 0
         with told():
@@ -66,13 +69,20 @@ class Session(ABC):
     # What clients receive -----------------------------------------------------------------------------------------------
     def broadcasts(self, clients: Collection[str], reading: bool = False) -> Mapping[str, bytes]:
         """What the server sends to each, encoded when it is asked for; `reading`: to be read, not to be trained on."""
-        encoded = Encoded()
+        encoded = Alike(
+            lambda payload: self.links.broadcast(self.server.clock.round, payload, self.server.arch.values())
+        )
 
         def make(client: str) -> bytes:
             card = self.federation.cards[client]
             return encoded(self._broadcast(replace(card, reading=True) if reading else card))
 
         return Lazy(clients, make)
+
+    def heard(self, round: int) -> Callable[[Card], Payload]:
+        """What each client makes of what it was sent in that round."""
+        heard = Alike(lambda payload: self.links.heard(round, payload, self.server.arch.values()))
+        return lambda card: heard(self._broadcast(card))
 
     def _broadcast(self, card: Card) -> Payload:
         """May be made several times, in any order: what it draws is keyed by the client, not by the turn."""

@@ -16,6 +16,7 @@ from hetero_fl.payload import Payload, report_of
 from hetero_fl.plan import Plan, Rows
 from hetero_fl.runtime.beside import baseline_scores, forecast
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together, training_loss
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.saved import SavedModel
@@ -53,6 +54,7 @@ class Site:
     ) -> None:
         self.algorithm, self.federation, self.store = algorithm, federation, store
         self.performer, self.protocol = performer, protocol
+        self.links = Links(algorithm, federation)
         self.watch: Callable[[str], None] | None = None  # told what is being done
         self._common: dict[int, tuple[Tensor, Scores]] = {}  # scores of logits that several clients share
 
@@ -80,7 +82,8 @@ class Site:
 
     def _train(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, bytes | Diverged]:
         clients = {c: self.federation.client(c, self.store.get(c), round) for c in broadcasts}
-        plans = [(p, self.algorithm.train(p, Payload.decode(broadcasts[c]))) for c, p in clients.items()]
+        got = {c: self.links.received(round, body) for c, body in broadcasts.items()}
+        plans = [(p, self.algorithm.train(p, got[c])) for c, p in clients.items()]
         uploads: dict[str, bytes | Diverged] = {}
         for outcome, (id, client) in zip(
             carry_out_together(plans, self.performer, self._telling), clients.items(), strict=True
@@ -88,14 +91,15 @@ class Site:
             if outcome.failure is not None:
                 uploads[id] = outcome.failure
                 continue
+            upload = Payload(outcome.get(), report_of(training_loss(outcome.reports)))
+            uploads[id] = self.links.upload(self.federation.cards[id], round, upload, got[id], client.state)
             self.store.stage(id, Private(self.algorithm.private(client), client.state))
-            uploads[id] = Payload(outcome.get(), report_of(training_loss(outcome.reports))).encode()
         return uploads
 
     def deployed(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, Participant]:
         """Copies of the clients with the models that they would use now, personalised. Raises Diverged if one does."""
         clients = {c: self.federation.client(c, self.store.get(c), round) for c in broadcasts}
-        got = {c: Payload.decode(body) for c, body in broadcasts.items()}
+        got = {c: self.links.received(round, body) for c, body in broadcasts.items()}
         for hook in (self.algorithm.deploy, self.algorithm.personalise):
             self._run({c: hook(p, got[c]) for c, p in clients.items()}, clients)
         return clients

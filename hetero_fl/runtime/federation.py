@@ -13,6 +13,7 @@ from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.population import Population
 from hetero_fl.config.schema import Config
+from hetero_fl.config.secure import SecureSumConfig
 from hetero_fl.data import FederatedData, Preprocess
 from hetero_fl.errors import UserError
 from hetero_fl.runtime.store import Private
@@ -38,6 +39,8 @@ class Federation:
     seed: int
     rounds: int
     common: tuple[str, ...] = ()
+    secure_sum: SecureSumConfig | None = None
+    cohort: int = 0  # clients in a round
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
     some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
     _initial: dict[str, Tensors] = field(default_factory=dict)
@@ -69,6 +72,7 @@ class Federation:
         common = tuple(config.clients.common)
         return cls(
             data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
+            config.channel.secure_sum, config.clients.per_round or len(population),
             _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
         )  # fmt: skip
 

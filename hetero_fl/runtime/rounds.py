@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.channel.protocol import Direct, Message, Messages, Replies, Traffic, hold_round
+from hetero_fl.channel.protocol import Message, Messages, Replies, Traffic, hold_round
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score
@@ -21,6 +21,7 @@ from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.intake import Intake
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.readings import Readings, Record
+from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.runtime.site import Reading, Scores
 from hetero_fl.seeding import sample
 from hetero_fl.state import Card, in_order
@@ -48,9 +49,9 @@ class Rounds:
         self.algorithm, self.federation, self.executor = algorithm, federation, executor
         self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
         self.store, self.performer = executor.store, executor.performer
-        self.protocol, self.traffic = Direct(), Traffic()
+        self.protocol, self.traffic = make_protocol(algorithm, federation), Traffic()
         self.expectations = Expectations(algorithm, federation)
-        self.intake = Intake(self.expectations)
+        self.intake = Intake(self.expectations, self.protocol)
         self.server = federation.server()
         self.completed = 0
         with told():
@@ -92,10 +93,10 @@ class Rounds:
             return filter(usable, in_turn(list(requests), self.executor.answer(requests, index)))
 
         traffic = self.traffic if self.algorithm.counted else Traffic()
-        arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic)
+        arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic, index)
         taken = self.intake.take(arrivals, self._broadcast, index)
         for client, why in taken.refused.items():
-            failed[client] = f"upload refused: {why}"
+            failed.setdefault(client, f"upload refused: {why}")
             self.store.drop(client)
         if not taken.uploads:
             raise RunFailed(

@@ -208,7 +208,9 @@ def make_executor(
         make_performer(torch.device(choice.device), choice.chunk, choice.precision, say),
     )
     if choice.executor in IN_PROCESS:
-        return InProcess(Site(algorithm, federation, store, performer, make_protocol(algorithm, federation)), choice.chunk)
+        return InProcess(
+            Site(algorithm, federation, store, performer, make_protocol(algorithm, federation)), choice.chunk
+        )
     devices: tuple[str, ...] = (choice.device,)
     if choice.device == "cuda" and choice.executor != "ray":  # spread over all of them; Ray deals them out itself
         devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))

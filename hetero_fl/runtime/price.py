@@ -11,12 +11,14 @@ import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.secure import SecureSum
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
 from hetero_fl.runtime.plans import carry_out
 from hetero_fl.runtime.rounds import draw_cohort
+from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.state import Card
 
 
@@ -68,6 +70,7 @@ class _DryRun:
     def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
         self.algorithm, self.federation = algorithm, federation
         self.server, self.expectations = federation.server(), Expectations(algorithm, federation)
+        self.protocol = make_protocol(algorithm, federation)
         algorithm.start(self.server)
         self._intervals = sorted({kind.settings.share_every for kind in federation.cards.kinds})
         self._sizes: dict[Any, tuple[int, int]] = {}
@@ -84,8 +87,10 @@ class _DryRun:
         down = broadcast(self.algorithm, self.server, card)
         key = (_alike(card, down), at)
         if key not in self._sizes:
-            up = self.expectations.upload(card, down, round)
-            self._sizes[key] = (len(down.encode()), len(up.encode()))
+            sizes = len(down.encode()), len(self.expectations.upload(card, down, round).encode())
+            if isinstance(self.protocol, SecureSum):
+                sizes = self.protocol.sizes(self.federation.cohort, round, sizes[0])
+            self._sizes[key] = sizes
         return self._sizes[key]
 
     def reading(self, id: str, round: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from hetero_fl.aggregation import Uploads
@@ -16,7 +17,7 @@ from hetero_fl.payload import Item
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast
-from hetero_fl.state import Card
+from hetero_fl.state import Card, Participant
 
 
 class Derived:
@@ -33,15 +34,23 @@ class Derived:
         intervals = sorted({kind.settings.share_every for kind in kinds})
         phase = tuple(self.expectations.phase(interval, round) for interval in intervals)
         if phase not in self._layouts:
-            server = self.federation.server()
-            server.clock = self.federation.clock(round)
-            self.algorithm.start(server)
-            cards = [self.federation.cards[kind.first] for kind in kinds]
-            forms = [
-                (c.arch.id, self.expectations.of(c, broadcast(self.algorithm, server, c), round)) for c in cards
-            ]
+            forms = [(self.group(kind.first), self.form(kind.first, round)) for kind in kinds]
             self._layouts[phase] = Layout.of(forms, self.algorithm.uploads, self.federation.common)
         return self._layouts[phase]
+
+    def form(self, client: str, round: int) -> Mapping[str, Item]:
+        """An upload as this client's would be in that round, from a server that has received nothing yet: of what it has
+        learnt by then, the form must not depend."""
+        card = self.federation.cards[client]
+        self.server.clock, self.server.uses = self.federation.clock(round), {}
+        return self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
+
+    @cached_property
+    def server(self) -> Participant:
+        """A server before the first round."""
+        server = self.federation.server()
+        self.algorithm.start(server)
+        return server
 
     def group(self, client: str) -> str:
         return self.federation.cards[client].arch.id

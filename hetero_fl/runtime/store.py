@@ -74,7 +74,9 @@ class Store:
         self._staged: dict[str, Version | None] = {}  # None: the client keeps nothing any more
         self._stamps = itertools.count()
         self._mark = 0  # the open segment's size at the last commit
-        self.notes: dict[str, bytes] = {}  # what clients remember from one exchange of a round to the next: never on disk
+        self.notes: dict[
+            str, bytes
+        ] = {}  # what clients remember from one exchange of a round to the next: never on disk
 
     def get(self, client: str) -> Private:
         """The state as committed; empty for a client that keeps nothing. Do not change it in place.

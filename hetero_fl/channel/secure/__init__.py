@@ -9,8 +9,10 @@ from typing import Protocol as Interface
 from hetero_fl.channel.protocol import Message, Messages, Replies, Summed, Talk
 from hetero_fl.channel.secure.client import Notes, Packer, answer
 from hetero_fl.channel.secure.fixed_point import FixedPoint
+from hetero_fl.channel.secure.graph import degree
 from hetero_fl.channel.secure.layout import Layout
 from hetero_fl.channel.secure.masks import Words
+from hetero_fl.channel.secure.messages import sizes
 from hetero_fl.channel.secure.server import Conversation
 from hetero_fl.config.secure import SecureSumConfig
 from hetero_fl.payload import Payload, PayloadError
@@ -42,9 +44,7 @@ class SecureSum:
         self.config, self.agreed = config, agreed
         self.survivors, self.fixed = config.survivors(cohort), FixedPoint.of(config, cohort)
 
-    def collect(
-        self, broadcasts: Mapping[str, bytes], round: int
-    ) -> Generator[Messages, Replies, Summed]:
+    def collect(self, broadcasts: Mapping[str, bytes], round: int) -> Generator[Messages, Replies, Summed]:
         """Raises RunFailed where too few stay."""
         layout = self.agreed.layout(round)
         held = Conversation(
@@ -70,6 +70,11 @@ class SecureSum:
     def vector(self, client: str, payload: Payload, layout: Layout, unit: float) -> Words:
         """The integers of an upload, before they are masked. Raises PayloadError for what has no place or is too large."""
         return self.fixed.encode(layout.pack(self.agreed.group(client), payload, unit))
+
+    def sizes(self, cohort: int, round: int, broadcast: int) -> tuple[int, int]:
+        """Bytes down to a client and up from it in a round of so many that nobody leaves, for a broadcast of that length."""
+        members = degree(cohort, self.survivors, self.config.neighbours) + 1
+        return sizes(members, self.agreed.layout(round).size, broadcast)
 
     def _digest(self, layout: Layout) -> bytes:
         return layout.digest_with(repr(self.fixed))

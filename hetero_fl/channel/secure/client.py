@@ -13,7 +13,16 @@ from hetero_fl.channel.protocol import Message, Talk
 from hetero_fl.channel.secure import keys, shamir
 from hetero_fl.channel.secure.masks import Words, mask
 from hetero_fl.channel.secure.messages import (
-    REQUESTS, SEALED, TAG, Arrays, Field, numbers_of, octets, read, row, write,
+    REQUESTS,
+    SEALED,
+    TAG,
+    Arrays,
+    Field,
+    numbers_of,
+    octets,
+    read,
+    row,
+    write,
 )  # fmt: skip
 from hetero_fl.payload import PayloadError
 

@@ -1,7 +1,7 @@
 """Who shares masks with whom: everybody with everybody, or a sparse random graph (Bell et al. 2020, SecAgg+).
 
-Clients stand in a circle in an order that the server draws; each is a neighbour of the k/2 on either side (a Harary graph with random
-labels, their section 3). A client's cost then grows with k, which grows with the logarithm of the cohort.
+Clients stand in a circle in an order that the server draws; each is a neighbour of the k/2 on either side (a Harary graph with
+random labels, their section 3). A client's cost then grows with k, which grows with the logarithm of the cohort.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import random
 from collections.abc import Sequence
 
 COLLUDING = 0.2  # share of clients that tell the server what they know, against whom a graph is still safe
-SECURITY, CORRECTNESS = 40, 20  # bits: chances of 2^-40 that an upload shows, of 2^-20 that an allowed dropout ends a round
+SECURITY, CORRECTNESS = (
+    40,
+    20,
+)  # bits: chances of 2^-40 that an upload shows, of 2^-20 that an allowed dropout ends a round
 
 
 def threshold_of(members: int) -> int:

@@ -1,7 +1,7 @@
 """Key agreement and sealing for the secure sum: X25519, HKDF-SHA256, AES-256-GCM (RFC 7748, 5869; NIST SP 800-38D).
 
-Keys are drawn from the operating system, never from the run's seed: whoever knows the seed could take every mask off. They live for
-one round.
+Keys are drawn from the operating system, never from the run's seed: whoever knows the seed could take every mask off. They live
+for one round.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Items of all clients in one common vector of numbers, so that a sum of vectors is a sum of items.
 
 Each tensor has a place for Σ w·v and one for Σ w: that of a model by its owner (the architecture group, or everybody), as in
-hetero_fl.aggregation.averaging. Every client sends the whole vector, with noughts where it owns nothing, so that neither its length nor
-its form tells what the client has. The last two numbers are the sum of training losses and how many told theirs.
+hetero_fl.aggregation.averaging. Every client sends the whole vector, with noughts where it owns nothing, so that neither its
+length nor its form tells what the client has. The last two numbers are the sum of training losses and how many told theirs.
 """
 
 from __future__ import annotations

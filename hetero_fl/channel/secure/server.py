@@ -57,7 +57,7 @@ class Conversation:
 
     def advertised(self, replies: Replies) -> None:
         """Exchange 1: the clients' public keys."""
-        for number, got in self._taken("keys", self.names, replies):
+        for number, got in self._taken("keys", self.names, replies, self._usable):
             self.public[number] = got["keys"]
         self._enough(self.public, "keys")
 
@@ -163,9 +163,7 @@ class Conversation:
                 self.left[client] = str(error)
         self.left.update(dict.fromkeys(silent, f"no answer to {ask!r} in the secure sum"))
 
-    def _opened(
-        self, ask: str, number: int, message: Message, check: Callable[[int, Arrays], None] | None
-    ) -> Arrays:
+    def _opened(self, ask: str, number: int, message: Message, check: Callable[[int, Arrays], None] | None) -> Arrays:
         if message.ask == "refused":
             raise PayloadError(f"it refused {ask!r}: {message.body[:200].decode(errors='replace')}")
         got = read(message.body, REPLIES[ask])
@@ -174,6 +172,10 @@ class Conversation:
         if check is not None:
             check(number, got)
         return got
+
+    def _usable(self, number: int, got: Arrays) -> None:
+        for public in got["keys"].reshape(2, keys.LENGTH):  # else its neighbours would all refuse
+            keys.agree(keys.new_key(), public.tobytes(), b"check")
 
     def _fitting(self, number: int, got: Arrays) -> None:
         if numbers_of(got["numbers"]) != [m for m in self.mates[number] if m != number]:

@@ -34,7 +34,9 @@ def split(secret: bytes, threshold: int, holders: Sequence[int]) -> list[bytes]:
 def combine(shares: Mapping[int, bytes]) -> bytes | None:
     """The secret of which these are shares, by holder; None if they are shares of nothing that `split` was given."""
     weights = _at_nought(tuple(shares))
-    total = sum(weight * int.from_bytes(share, "little") for weight, share in zip(weights, shares.values(), strict=True))
+    total = sum(
+        weight * int.from_bytes(share, "little") for weight, share in zip(weights, shares.values(), strict=True)
+    )
     return None if total % PRIME >= 2**256 else (total % PRIME).to_bytes(32, "little")
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hetero_fl.aggregation import Uploads
 from hetero_fl.channel.protocol import Message
+from hetero_fl.channel.secure import SecureSum
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment import prepare
+from hetero_fl.payload import PayloadError
 from hetero_fl.runtime.crews import processes
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.rounds import Rounds
@@ -117,7 +119,7 @@ def test_what_sends_nothing_runs_as_ever(method: str) -> None:
         ({"secure_sum": {"threshold": 0.5}}, "threshold: found 0.5; give a share above 0.5"),
         ({"secure_sum": {"threshold": 2.5}}, "threshold: found 2.5; give a share above 0.5"),
         ({"secure_sum": {"range": 1e19}}, r"range: found 1e\+19; sums over 4 clients leave 64-bit integers"),
-        ({"secure_sum": {"fraction_bits": 45}}, "fraction_bits: found 45; with .* range 65536 .* choose 44 or fewer"),
+        ({"secure_sum": {"fraction_bits": 45}}, "fraction_bits: found 45; with .*range 65536 .* choose 44 or fewer"),
         ({"secure_sum": {"neighbours": 3}}, "neighbours: found 3; .* choose 2 or 4"),
         ({"secure_sum": {"neighbors": 2}}, "neighbors.*did you mean 'neighbours'"),
     ],
@@ -146,7 +148,7 @@ def test_the_reports_tell_the_mean_loss_alone_and_uploads_nothing_single(monkeyp
 
     monkeypatch.setattr(type(rounds.algorithm), "aggregate", watched)
     record, plain = rounds.round(), rounds_of(config("hybrid", MIXED, 4), held=0).round()
-    (uploads,) = seen
+    uploads, _ = seen
     losses = plain["train_loss"].values()
     assert record["train_loss"] == {"mean": pytest.approx(sum(losses) / len(losses), rel=1e-9)}
     assert len(uploads) == 4 and [c.id for c in uploads.senders("logits")] == [f"site_{i}" for i in (1, 2, 3, 4)]
@@ -187,11 +189,25 @@ def test_too_few_fail_the_round_in_one_line_and_nothing_is_kept(monkeypatch: pyt
     assert {c: rounds.store.encoded(c) for c in rounds.federation.cards} == before and not rounds.store.notes
 
 
-def test_who_refuses_after_training_does_not_keep_what_it_staged() -> None:
-    rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 4.0}), held=0)
-    with pytest.raises(RunFailed, match="found .*, but channel.secure_sum.range is 4"):
+def test_what_is_out_of_range_is_told() -> None:
+    rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 0.25}), held=0)
+    with pytest.raises(RunFailed, match=r"found .*, but channel\.secure_sum\.range is 0\.25"):
         rounds.round()
     assert rounds.store.clients() == []
+
+
+def test_who_refuses_after_training_does_not_keep_what_it_staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = SecureSum.vector
+
+    def large(self: SecureSum, client: str, *rest: Any) -> Any:
+        if client == "site_2":
+            raise PayloadError("too large")
+        return vector(self, client, *rest)
+
+    monkeypatch.setattr(SecureSum, "vector", large)
+    rounds = rounds_of(secure("ditto", "mlp"), held=0)
+    assert rounds.round()["failed"] == {"site_2": "upload refused: it refused 'train': too large"}
+    assert rounds.store.clients() == ["site_1", "site_3", "site_4"]
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +240,7 @@ def test_state_travels_to_workers_for_training_only(crew: Lent, monkeypatch: pyt
     asks = {id(job): {m.ask for m in job.requests.values() if isinstance(m, Message)} for job in jobs}
     assert {ask for asked in asks.values() for ask in asked} == {"keys", "shares", "train", "unmask"}
     assert all(not job.private for job in jobs if asks[id(job)] != {"train"})
-    assert any(any(job.private.values()) for job in jobs)
+    assert any(job.private for job in jobs)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from hetero_fl.channel.protocol import Message, Talk
 from hetero_fl.channel.secure import keys, shamir
@@ -36,6 +37,7 @@ HELD: dict[str, Field] = {  # what a client remembers
     "numbers": (np.int32, (None,)),  # of its neighbourhood, itself among them
     "keys": (np.uint8, (None, 64)),  # their public keys: of shares and of masks
     "own": (np.uint8, (2, shamir.LENGTH)),  # its shares of its own secrets
+    "pairs": (np.uint8, (None, 32)),  # the keys in which shares are sealed, of each neighbour
     "mates": (np.int32, (None,)),  # neighbours with whom it shares a mask
     "sealed": (np.uint8, (None, SEALED)),  # their shares
 }
@@ -88,9 +90,11 @@ def _share(client: str, held: Arrays, got: Arrays, notes: Notes) -> bytes:
     pairs = [a + b for a, b in zip(*(shamir.split(s, threshold, numbers) for s in (masking, seed)), strict=True)]
     peers = [i for i, number in enumerate(numbers) if number != you]
     tag = held["tag"].tobytes()
-    sealed = [keys.seal(_pair_key(secret, public[i]), pairs[i], _about(tag, you, numbers[i])) for i in peers]
+    loaded = keys.loaded(secret)
+    shared = [keys.agree(loaded, public[i][:32], b"shares") for i in peers]
+    sealed = [keys.seal(key, pairs[i], _about(tag, you, numbers[i])) for key, i in zip(shared, peers, strict=True)]
     mine = pairs[numbers.index(you)]
-    now = {"head": got["head"], "numbers": got["numbers"], "keys": got["keys"]}
+    now = {"head": got["head"], "numbers": got["numbers"], "keys": got["keys"], "pairs": octets(*shared)}
     own = octets(mine[: shamir.LENGTH], mine[shamir.LENGTH :])
     _remember(client, notes, "train", {**held, **now, "own": own})
     others = np.array([numbers[i] for i in peers], np.int32)
@@ -110,7 +114,8 @@ def _streams(held: Arrays, got: Arrays) -> list[tuple[bytes, bool]]:
     if not 0 <= int(got["head"][0]) < 64:
         raise PayloadError("a unit of weights that is none")
     _, masking, seed = (bytes(s) for s in held["secrets"])
-    return [(seed, False), *(pair_mask(masking, public[m].tobytes(), you, m, held["tag"].tobytes()) for m in mates)]
+    key, tag = keys.loaded(masking), held["tag"].tobytes()
+    return [(seed, False), *(pair_mask(key, public[m].tobytes(), you, m, tag) for m in mates)]
 
 
 def _unmask(client: str, held: Arrays, got: Arrays, notes: Notes) -> bytes:
@@ -124,14 +129,17 @@ def _unmask(client: str, held: Arrays, got: Arrays, notes: Notes) -> bytes:
         raise PayloadError("survivors that are not my neighbours and I")
     if len(survivors) < threshold:
         raise PayloadError(f"{len(survivors)} survivors in my neighbourhood, {threshold} are needed")
-    public = dict(zip(held["numbers"].tolist(), held["keys"], strict=True))
+    others = [number for number in held["numbers"].tolist() if number != you]
+    pairs = dict(zip(others, held["pairs"], strict=True))
     sealed = dict(zip(held["mates"].tolist(), held["sealed"], strict=True))
     numbers, shares = [], []
     for number in (*survivors, *dropped):
         try:
-            key = b"" if number == you else _pair_key(held["secrets"][0].tobytes(), public[number].tobytes())
-            about = _about(held["tag"].tobytes(), number, you)
-            pair = held["own"].tobytes() if not key else keys.unseal(key, sealed[number].tobytes(), about)
+            if number == you:
+                pair = held["own"].tobytes()
+            else:
+                about = _about(held["tag"].tobytes(), number, you)
+                pair = keys.unseal(pairs[number].tobytes(), sealed[number].tobytes(), about)
         except PayloadError:
             continue  # its sender's fault: the others' shares may do
         numbers.append(number)
@@ -140,14 +148,10 @@ def _unmask(client: str, held: Arrays, got: Arrays, notes: Notes) -> bytes:
     return write({"tag": held["tag"], "numbers": np.array(numbers, np.int32), "shares": octets(*shares)})
 
 
-def pair_mask(private: bytes, public: bytes, mine: int, other: int, tag: bytes) -> tuple[bytes, bool]:
+def pair_mask(private: X25519PrivateKey, public: bytes, mine: int, other: int, tag: bytes) -> tuple[bytes, bool]:
     """The key of the mask that two clients share, and whether this one takes it off. `public`: both keys of the other."""
     low, high = sorted((mine, other))
     return keys.agree(private, public[32:], b"mask" + _about(tag, low, high)), mine == low
-
-
-def _pair_key(private: bytes, public: bytes) -> bytes:
-    return keys.agree(private, public[:32], b"shares")
 
 
 def _about(tag: bytes, first: int, second: int) -> bytes:

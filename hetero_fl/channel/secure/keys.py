@@ -33,16 +33,21 @@ def new_seed() -> bytes:
 
 def public(private: bytes) -> bytes:
     """The public key of a private one."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    return loaded(private).public_key().public_bytes_raw()
 
 
-def agree(private: bytes, other: bytes, purpose: bytes) -> bytes:
+def loaded(private: bytes) -> X25519PrivateKey:
+    """A private key ready to agree with many others: loading takes as long as agreeing."""
+    return X25519PrivateKey.from_private_bytes(private)
+
+
+def agree(private: X25519PrivateKey, other: bytes, purpose: bytes) -> bytes:
     """The key that two parties have in common for a purpose: the same from either side.
 
     Raises PayloadError for a public key of low order, with which anybody's result would be the same.
     """
     try:
-        secret = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(other))
+        secret = private.exchange(X25519PublicKey.from_public_bytes(other))
     except ValueError:
         raise PayloadError("a public key that is none") from None
     return HKDF(SHA256(), LENGTH, None, b"hetero_fl secure sum: " + purpose).derive(secret)

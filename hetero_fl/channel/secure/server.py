@@ -138,8 +138,8 @@ class Conversation:
                 streams.append((seed, True))
             elif others := [m for m in mates if m in summed]:
                 key = self._secret(number, shares, lambda s, n=number: self._is_key(n, s))  # type: ignore[misc]
-                pairs = [(m, pair_mask(key, self.public[m].tobytes(), number, m, self.tag)) for m in others]
-                streams += [(stream, off) for _, (stream, off) in pairs]  # as the one who left would have added them
+                loaded = keys.loaded(key)  # its masks are added as it would have done itself
+                streams += [pair_mask(loaded, self.public[m].tobytes(), number, m, self.tag) for m in others]
         mask(total, streams)
         return Summed([self.names[n] for n in summed], total, 2.0**self.unit, told)
 
@@ -175,7 +175,7 @@ class Conversation:
 
     def _usable(self, number: int, got: Arrays) -> None:
         for public in got["keys"].reshape(2, keys.LENGTH):  # else its neighbours would all refuse
-            keys.agree(keys.new_key(), public.tobytes(), b"check")
+            keys.agree(keys.loaded(keys.new_key()), public.tobytes(), b"check")
 
     def _fitting(self, number: int, got: Arrays) -> None:
         if numbers_of(got["numbers"]) != [m for m in self.mates[number] if m != number]:

@@ -184,16 +184,19 @@ def test_wrong_shares_are_noticed_and_others_taken() -> None:
             summed = party.hold(leaves, up=wrong(("site_3",)))
             assert np.array_equal(summed.total, party.plain(summed.clients))
         with pytest.raises(
-            RunFailed, match="of the . shares of site_1's secret too few are there or right, 4 are needed"
+            RunFailed, match=r"of the . shares of site_1's secret too few are there or right, 4 are needed"
         ):
             party.hold(leaves, up=wrong(("site_2", "site_3")))
 
 
 def test_sealed_shares_that_do_not_open_end_the_round_in_one_line() -> None:
     party = Party(5)
-    up = lambda c, m: (
-        changed(m, REPLIES, lambda got: got["sealed"].fill(7)) if (c, m.ask) == ("site_2", "shares") else m
-    )  # noqa: E731
+
+    def up(client: str, message: Message) -> Message:
+        if (client, message.ask) != ("site_2", "shares"):
+            return message
+        return changed(message, REPLIES, lambda got: got["sealed"].fill(7))
+
     with pytest.raises(RunFailed, match="of the 1 shares of site_2's secret too few") as error:
         party.hold(up=up)
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from hetero_fl.channel.secure import FixedPoint, Layout, keys, shamir
-from hetero_fl.channel.secure.graph import COLLUDING, _tail, degree, neighbourhoods, threshold_of
+from hetero_fl.channel.secure.graph import COLLUDING, _safe, _tail, degree, neighbourhoods, threshold_of
 from hetero_fl.channel.secure.layout import Place
 from hetero_fl.channel.secure.masks import BLOCK, mask
 from hetero_fl.config.secure import SecureSumConfig
@@ -21,14 +21,11 @@ from hetero_fl.payload import Item, ItemSpec, Payload, PayloadError
 
 
 def test_two_parties_agree_and_a_third_does_not() -> None:
-    a, b, c = (keys.new_key() for _ in range(3))
-    assert keys.agree(a, keys.public(b), b"x") == keys.agree(b, keys.public(a), b"x")
-    others = {
-        keys.agree(a, keys.public(b), b"x"),
-        keys.agree(a, keys.public(b), b"y"),
-        keys.agree(c, keys.public(b), b"x"),
-    }
-    assert len(others) == 3
+    secret = [keys.new_key() for _ in range(3)]
+    a, b, c = map(keys.loaded, secret)
+    at_a, at_b, _ = map(keys.public, secret)
+    assert keys.agree(a, at_b, b"x") == keys.agree(b, at_a, b"x")
+    assert len({keys.agree(a, at_b, b"x"), keys.agree(a, at_b, b"y"), keys.agree(c, at_b, b"x")}) == 3
     with pytest.raises(PayloadError, match="a public key that is none"):
         keys.agree(a, bytes(32), b"x")
 
@@ -38,12 +35,8 @@ def test_sealed_for_one_and_about_one_thing() -> None:
     sealed = keys.seal(key, plain, b"1 to 2")
     assert keys.unseal(key, sealed, b"1 to 2") == plain and keys.seal(key, plain, b"1 to 2") != sealed
     changed = sealed[:-1] + bytes([sealed[-1] ^ 1])
-    for k, s, about in (
-        (keys.new_seed(), sealed, b"1 to 2"),
-        (key, changed, b"1 to 2"),
-        (key, sealed, b"2 to 1"),
-        (key, b"", b""),
-    ):
+    wrong = [(keys.new_seed(), sealed, b"1 to 2"), (key, changed, b"1 to 2"), (key, sealed, b"2 to 1"), (key, b"", b"")]
+    for k, s, about in wrong:
         with pytest.raises(PayloadError, match="does not open"):
             keys.unseal(k, s, about)
 
@@ -104,7 +97,12 @@ def test_fixed_point_at_its_limit() -> None:
             fixed.encode(np.array([0.0, bad]))
 
 
-SPECS = {"model": ItemSpec("params"), "shared": ItemSpec("params", across=True), "rows": ItemSpec("rows"), "sums": ItemSpec("class_sums")}  # fmt: skip
+SPECS = {
+    "model": ItemSpec("params"),
+    "shared": ItemSpec("params", across=True),
+    "rows": ItemSpec("rows"),
+    "sums": ItemSpec("class_sums"),
+}
 
 
 def uploads() -> list[tuple[str, Payload]]:
@@ -164,7 +162,7 @@ def test_every_vector_has_one_length_whatever_its_owner_has() -> None:
     layout = Layout.of([(group, {n: p.item(n) for n in p}) for group, p in sent], SPECS)
     vectors = [layout.pack(group, payload, 8.0) for group, payload in (*sent, ("a", Payload()))]
     assert {len(v) for v in vectors} == {layout.size} and not vectors[-1].any()
-    with pytest.raises(PayloadError, match="item 'model': body.w: has no place in the secure sum"):
+    with pytest.raises(PayloadError, match=r"item 'model': head\.w: has no place in the secure sum"):
         layout.pack("c", sent[0][1], 8.0)
     with pytest.raises(PayloadError, match="item 'rows': a weight of shape"):
         layout.pack("a", Payload({"rows": Item(torch.zeros(4, 2), torch.ones(4, 1))}), 8.0)
@@ -187,4 +185,5 @@ def test_the_bound_against_the_exact_tail() -> None:
     assert _tail(99, 20, 10, 6) == pytest.approx(exact, rel=1e-9)
     k = degree(1000, 900)
     assert 1000 * _tail(999, math.ceil(COLLUDING * 1000), k, threshold_of(k + 1)) <= 2**-40
-    assert 1000 * 0.3 ** (k // 2) <= 2**-40 < 1000 * 0.3 ** (k // 2 - 1)  # here a broken circle is what decides
+    assert 1000 * 0.3 ** (k // 2) <= 2**-40
+    assert not _safe(1000, 900, k - 2)

@@ -13,11 +13,14 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Direct, Protocol, Summed
 from hetero_fl.channel.secure import FixedPoint, Layout, SecureSum
 from hetero_fl.channel.secure.layout import Place
+from hetero_fl.lazy import Recent
 from hetero_fl.payload import Item
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast
 from hetero_fl.state import Card, Participant
+
+RECENT = 8  # layouts that are kept
 
 
 class Derived:
@@ -26,17 +29,19 @@ class Derived:
     def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
         self.algorithm, self.federation = algorithm, federation
         self.expectations = Expectations(algorithm, federation)
-        self._layouts: dict[Any, Layout] = {}
+        self._layouts: Recent[Layout] = Recent(RECENT)
 
     def layout(self, round: int) -> Layout:
         """Of all families' uploads in that round. Rounds of one phase share it."""
         kinds = self.federation.cards.kinds
         intervals = sorted({kind.settings.share_every for kind in kinds})
         phase = tuple(self.expectations.phase(interval, round) for interval in intervals)
-        if phase not in self._layouts:
+
+        def make() -> Layout:
             forms = [(self.group(kind.first), self.form(kind.first, round)) for kind in kinds]
-            self._layouts[phase] = Layout.of(forms, self.algorithm.uploads, self.federation.common)
-        return self._layouts[phase]
+            return Layout.of(forms, self.algorithm.uploads, self.federation.common)
+
+        return self._layouts.get(phase, make)
 
     def form(self, client: str, round: int) -> Mapping[str, Item]:
         """An upload as this client's would be in that round, from a server that has received nothing yet: of what it has

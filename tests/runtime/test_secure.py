@@ -17,11 +17,13 @@ from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.payload import PayloadError
 from hetero_fl.runtime.crews import processes
+from hetero_fl.runtime.jobs import Job
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.rounds import Rounds
 from tests.runtime.crews import Lent, outcome, rounds_on, setup_of, work_in_turn
 from tests.runtime.test_price import told_and_counted
 from tests.runtime.test_rounds import METHODS
+from tests.runtime.test_workers import killing
 from tests.small import MIXED, config, rounds_of
 
 SINGLE = ["ensemble", "feddf", "fedtgp", "fedgh", "fedgen", "fedkd", "kt_pfl", "fedgkt", "dense"]
@@ -80,6 +82,7 @@ def test_every_method_that_sums_is_as_without(method: str, double: None) -> None
         ("fd", {"algorithm__teacher": "contrast"}),
         ("fedavg", {"algorithm__weighting": "sum", "clients__per_round": 3}),
         ("heterofl", {"algorithm__masked": True}),
+        ("hybrid", {"runtime": {"executor": "batched", "threads": 1}}),
         ("fedavg", {"channel__secure_sum": {"fraction_bits": 40, "range": 256, "threshold": 4, "neighbours": 2}}),
     ],
 )
@@ -228,6 +231,23 @@ def test_one_or_two_workers_compute_what_one_process_does(method: str, crew: Len
     crew.take(setup)
     for size in (1, 2):
         assert outcome(rounds_on(setup, crew, size), 2) == want
+
+
+def test_a_worker_killed_at_any_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes over knows the client's secrets, and nobody else's answer is asked for twice."""
+    setup = setup_of(secure("hybrid", rounds=3, clients__per_round=3, server={"model": "linear"}))
+    want, due = outcome(rounds_on(setup, None), 2), ["shares", "train", "unmask"]
+
+    def first_of_its_kind(job: Job) -> bool:
+        ask = next(iter(job.requests.values())).ask
+        return ask in due and not due.remove(ask)  # type: ignore[func-returns-value]
+
+    crew = processes.Processes(setup, 2)
+    try:
+        killed = killing(crew, monkeypatch, first_of_its_kind)
+        assert outcome(rounds_on(setup, crew, 2), 2) == want and len(killed) == 3
+    finally:
+        crew.close()
 
 
 def test_state_travels_to_workers_for_training_only(crew: Lent, monkeypatch: pytest.MonkeyPatch) -> None:

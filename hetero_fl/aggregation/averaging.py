@@ -27,11 +27,19 @@ class OwnerMeans:
 
     def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
         """One more model, or part of one."""
-        wanted = self._groups.setdefault(group, {})
+        self._groups.setdefault(group, {})
         for name, tensor in tensors.items():
-            shared = bool(self._common) and name.startswith(self._common)
-            owner = wanted[name] = (name, tuple(tensor.shape), "" if shared else group)
-            self._means.setdefault(owner, RunningMean()).add(tensor, weight)
+            self._means.setdefault(self._owner(group, name, tensor), RunningMean()).add(tensor, weight)
+
+    def put(self, group: str, name: str, mean: Tensor, weight: float) -> None:
+        """A tensor of that group whose mean over all its owners is known already, with the sum of their weights."""
+        self._means[self._owner(group, name, mean)] = RunningMean.of(mean, weight)
+
+    def _owner(self, group: str, name: str, tensor: Tensor) -> Owner:
+        shared = bool(self._common) and name.startswith(self._common)
+        owner = (name, tuple(tensor.shape), "" if shared else group)
+        self._groups.setdefault(group, {})[name] = owner
+        return owner
 
     def by_group(self) -> dict[str, Tensors]:
         """For each group the means of the tensors that its members sent; what nobody sent is left out."""

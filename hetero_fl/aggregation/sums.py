@@ -23,6 +23,13 @@ class RunningMean:
         self._value: Tensor | None = None
         self._own = False  # nobody else has seen the value: it may be changed in place
 
+    @classmethod
+    def of(cls, value: Tensor, weight: float) -> RunningMean:
+        """As if terms with this mean and this sum of weights had been added."""
+        made = cls()
+        made._value, made.weight = value, weight
+        return made
+
     @property
     def value(self) -> Tensor | None:
         """The mean so far; further terms do not change this tensor."""
@@ -72,6 +79,13 @@ class ItemSum:
             self._sums = self.total  # weights of both kinds under one name
         self._sums = (term, weight) if self._sums is None else (self._sums[0] + term, self._sums[1] + weight)
         return None
+
+    @classmethod
+    def of(cls, total: Tensor, weight: Tensor) -> ItemSum:
+        """As if whatever has these totals had been added."""
+        made = cls()
+        made._sums = total, weight
+        return made
 
     @property
     def mean(self) -> Tensor:

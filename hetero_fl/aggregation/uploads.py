@@ -60,6 +60,21 @@ class Uploads:
         for client in in_order(by_client):
             self.add(by_client[client])
 
+    @classmethod
+    def summed(
+        cls,
+        count: int,
+        senders: Mapping[str, list[Card]],
+        items: Mapping[str, ItemSum],
+        models: Mapping[str, OwnerMeans],
+        specs: Mapping[str, ItemSpec],
+    ) -> Uploads:
+        """The uploads of so many clients of which only the sums are known, by item; none of them is kept one by one."""
+        made = cls(specs=specs)
+        made._count, made._senders = count, dict(senders)
+        made._tensors, made._models = dict(items), dict(models)
+        return made
+
     def __len__(self) -> int:
         return self._count
 

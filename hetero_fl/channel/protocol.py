@@ -7,8 +7,9 @@ holds one of each, not a cohort's worth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
 from typing import Protocol as Interface
 
 from hetero_fl.lazy import Lazy
@@ -29,26 +30,42 @@ Arrivals = Iterable[tuple[str, bytes]]  # (client id, upload), in client-id orde
 Talk = Generator[bytes, bytes, Message]  # yields a broadcast, is sent the upload made of it, returns the reply
 
 
-class Protocol(Interface):
-    """The two sides of a round."""
+@dataclass
+class Summed:
+    """What a secure sum tells of a round: of the uploads only their sum, and who did not come to be in it and why.
 
-    def collect(self, broadcasts: Mapping[str, bytes]) -> Generator[Messages, Replies, Arrivals]:
+    `total`: integers modulo 2^64, uint64 `[L]`; `unit`: in parts of which weights stand in it.
+    """
+
+    clients: list[str]
+    total: Any
+    unit: float
+    left: dict[str, str] = field(default_factory=dict)
+
+
+class Protocol(Interface):
+    """The two sides of a round. The request that a client trains on is called "train"."""
+
+    def collect(self, broadcasts: Mapping[str, bytes], round: int) -> Generator[Messages, Replies, Arrivals | Summed]:
         """Server: yields requests, is sent the replies, returns what arrived."""
         ...
 
-    def answer(self, client: str, message: Message) -> Talk:
-        """Client: the reply to one request, with its own computation in between where the protocol has it."""
+    def answer(self, client: str, message: Message, round: int, notes: MutableMapping[str, bytes]) -> Talk:
+        """Client: the reply to one request, with its own computation in between where the protocol has it.
+
+        `notes`: what clients remember from one exchange of a round to the next, by id.
+        """
         ...
 
 
 class Direct:
     """One request, one answer."""
 
-    def collect(self, broadcasts: Mapping[str, bytes]) -> Generator[Messages, Replies, Arrivals]:
+    def collect(self, broadcasts: Mapping[str, bytes], round: int) -> Generator[Messages, Replies, Arrivals]:
         replies = yield Lazy(list(broadcasts), lambda client: Message("train", broadcasts[client]))
         return map(lambda reply: (reply[0], reply[1].body), replies)  # noqa: C417  (a generator would hold the last one)
 
-    def answer(self, client: str, message: Message) -> Talk:
+    def answer(self, client: str, message: Message, round: int, notes: MutableMapping[str, bytes]) -> Talk:
         upload = yield message.body
         return Message("upload", upload)
 
@@ -62,16 +79,18 @@ class Traffic:
 
 
 def hold_round(
-    protocol: Protocol, broadcasts: Mapping[str, bytes], exchange: Exchange, traffic: Traffic
-) -> Iterator[tuple[str, bytes]]:
-    """Drive a protocol to its end; the same for the simulator and for real machines. Uploads come in client-id order."""
-    conversation = protocol.collect(broadcasts)
+    protocol: Protocol, broadcasts: Mapping[str, bytes], exchange: Exchange, traffic: Traffic, round: int
+) -> Arrivals | Summed:
+    """Drive a protocol to its end; the same for the simulator and for real machines. Single uploads come in client-id order,
+    each when it is asked for."""
+    conversation = protocol.collect(broadcasts, round)
     try:
         requests = next(conversation)
         while True:
             requests = conversation.send(_counted(requests, exchange, traffic))
     except StopIteration as stop:
-        yield from stop.value
+        arrived: Arrivals | Summed = stop.value
+        return arrived
 
 
 def _counted(requests: Messages, exchange: Exchange, traffic: Traffic) -> Replies:

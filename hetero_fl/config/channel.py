@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_serializer, model_validator
 
 from hetero_fl.config.base import Section
+from hetero_fl.config.secure import SecureSumConfig
 from hetero_fl.errors import nearest
 
 SPARSE = ("topk", "randk", "lowrank")  # what they leave out of a change is nought at the receiver
@@ -100,6 +101,8 @@ class ChannelConfig(Section):
     entropy: bool = Field(
         False, description="topk: code the places of what is sent without loss, where that makes them shorter"
     )
+
+    secure_sum: SecureSumConfig | None = None
 
     @field_validator("compress", "compress_down")
     @classmethod

@@ -15,7 +15,6 @@ import torch
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.architecture import Architecture
-from hetero_fl.channel.protocol import Direct
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.environment import choose_device, cores, limit_of_threads
 from hetero_fl.errors import UserError
@@ -27,6 +26,7 @@ from hetero_fl.runtime.executor import Executor, InProcess
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.jobs import Setup
 from hetero_fl.runtime.performers import make_performer
+from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Crew, Workers
@@ -208,7 +208,9 @@ def make_executor(
         make_performer(torch.device(choice.device), choice.chunk, choice.precision, say),
     )
     if choice.executor in IN_PROCESS:
-        return InProcess(Site(algorithm, federation, store, performer, Direct()), choice.chunk)
+        return InProcess(
+            Site(algorithm, federation, store, performer, make_protocol(algorithm, federation)), choice.chunk
+        )
     devices: tuple[str, ...] = (choice.device,)
     if choice.device == "cuda" and choice.executor != "ray":  # spread over all of them; Ray deals them out itself
         devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))

@@ -15,6 +15,7 @@ from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
 from hetero_fl.runtime.links import idle
+from hetero_fl.runtime.secure_check import check_secure_sum
 from hetero_fl.state import Kind, floats
 from model_zoo import ModelError, is_batch_norm
 
@@ -50,7 +51,7 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     _check_batches(algorithm, federation)
     if is_own(algorithm):
         _rehearse(algorithm, federation)
-    notes = idle(name, algorithm, federation)
+    notes = [*idle(name, algorithm, federation), *check_secure_sum(name, algorithm, federation)]
     travel = {n for n, s in algorithm.uploads.items() if s.share in given and (s.kind != "rows" or proxy)}
     averages = "model" in algorithm.uploads and {algorithm.uploads[n].kind for n in travel} <= {"params", "update"}
     if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:

@@ -39,6 +39,7 @@ class Federation:
     seed: int
     rounds: int
     common: tuple[str, ...] = ()
+    cohort: int = 0  # clients in a round
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
     some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
     channel: ChannelConfig = field(default_factory=ChannelConfig)
@@ -71,6 +72,7 @@ class Federation:
         common = tuple(config.clients.common)
         return cls(
             data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
+            config.clients.per_round or len(population),
             _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
             config.channel,
         )  # fmt: skip

@@ -15,13 +15,14 @@ from typing import Literal
 import torch
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.channel.protocol import Direct, Message
+from hetero_fl.channel.protocol import Message
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.payload import PayloadError
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import LONGEST, told
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.plans import Diverged
+from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.runtime.site import Reading, Site
 from hetero_fl.runtime.store import Store
 
@@ -43,7 +44,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """Tasks of some clients, chunk by chunk. `private` has the state of those whose worker does not hold it already."""
+    """Tasks of some clients, chunk by chunk. `private` has the state of those whose worker does not hold it already, `notes`
+    what they remember of the round's earlier exchanges."""
 
     number: int
     kind: Literal["answer", "read"]
@@ -52,6 +54,7 @@ class Job:
     requests: dict[str, Message]
     private: dict[str, bytes | None]
     details: bool = False
+    notes: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def clients(self) -> list[str]:
@@ -67,6 +70,7 @@ class Done:
     replies: dict[str, Message | Diverged] = field(default_factory=dict)
     readings: dict[str, Reading] = field(default_factory=dict)
     private: dict[str, bytes] = field(default_factory=dict)  # as staged
+    notes: dict[str, bytes] = field(default_factory=dict)  # of all its clients that have any now
     seconds: dict[str, float] = field(default_factory=dict)  # of each client's chunk, shared out
     forgot: list[str] = field(default_factory=list)  # clients whose state this worker no longer holds
     error: Exception | None = None
@@ -87,7 +91,8 @@ class Worker:
         """Made with the first job, so that what goes wrong comes back with its results."""
         device = torch.device(self.setup.devices[self.index % len(self.setup.devices)])
         performer = make_performer(device, self.setup.chunk, self.setup.precision)
-        return Site(self.setup.algorithm, self.setup.federation, self.store, performer, Direct())
+        algorithm, federation = self.setup.algorithm, self.setup.federation
+        return Site(algorithm, federation, self.store, performer, make_protocol(algorithm, federation))
 
     def do(self, job: Job) -> Done:
         """The job's results; an exception that is not a client's own divergence is among them, not raised."""
@@ -117,7 +122,9 @@ class Worker:
             done.readings.update(self.site.read(bodies, job.round, job.details))
             return
         before = {c: self.store.stamp(c) for c in chunk}
+        self.store.notes.update({c: job.notes[c] for c in chunk if c in job.notes})
         done.replies.update(self.site.answer({c: job.requests[c] for c in chunk}, job.round))
+        done.notes.update(self.store.notes)
         self.store.commit()
         for client in chunk:
             if self.store.stamp(client) != before[client]:

@@ -27,14 +27,21 @@ class Links:
         up, down = (stages_of(chain, config.entropy) for chain in (config.compress, config.compress_down))
         self.at_most = bound and dearest(up) != up
         self.algorithm, self.seed = algorithm, federation.seed
+        self.summed = config.secure_sum is not None
         self.up = Link(dearest(up) if bound else up, algorithm.uploads, federation.task.outputs)
         self.down = Link(down, algorithm.downloads, federation.task.outputs)
         self._statistics: dict[Architecture, frozenset[str]] = {}
 
     # Up --------------------------------------------------------------------------------------------------------------
     def upload(self, card: Card, round: int, payload: Payload, got: Payload, memory: dict[str, Any]) -> bytes:
-        """A client's upload, which trained on what it `got`; `memory` is its private state."""
-        return self.up.send(payload, self._key(card.id, round), self._untouched(card), got, memory)
+        """A client's upload, which trained on what it `got`; `memory` is its private state.
+
+        What is to be summed in secret is rounded as the chain has it, and goes on as the numbers that the chain's end reads.
+        """
+        sent = self.up.send(payload, self._key(card.id, round), self._untouched(card), got, memory)
+        if not self.summed or self.up.streams is None:
+            return sent
+        return self.uploaded(card, round, sent, payload.items_, got).encode()
 
     def uploaded(self, card: Card, round: int, data: bytes, like: Mapping[str, Item], got: Payload) -> Payload:
         """The upload at the server, which knows what the client `got` and what its upload is `like`. Raises PayloadError."""

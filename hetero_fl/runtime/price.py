@@ -11,6 +11,7 @@ import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.secure import SecureSum
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
@@ -18,6 +19,7 @@ from hetero_fl.runtime.hooks import broadcast, is_own, told
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import carry_out
 from hetero_fl.runtime.rounds import draw_cohort
+from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.state import Card
 
 
@@ -71,6 +73,7 @@ class _DryRun:
         self.algorithm, self.federation = algorithm, federation
         self.server, self.expectations = federation.server(), Expectations(algorithm, federation)
         self.links = Links(algorithm, federation, bound=True)
+        self.protocol = make_protocol(algorithm, federation)
         algorithm.start(self.server)
         self._intervals = sorted({kind.settings.share_every for kind in federation.cards.kinds})
         self._sizes: dict[Any, tuple[int, int]] = {}
@@ -87,9 +90,11 @@ class _DryRun:
         down = broadcast(self.algorithm, self.server, card)
         key = (_alike(card, down), at)
         if key not in self._sizes:
-            up = self.expectations.upload(card, down, round)
-            sent = self.links.upload(card, round, up, down, {})
-            self._sizes[key] = (self._down(down, round), len(sent))
+            up, at_client = self.expectations.upload(card, down, round), self._down(down, round)
+            if isinstance(self.protocol, SecureSum):
+                self._sizes[key] = self.protocol.sizes(self.federation.cohort, round, at_client)
+            else:
+                self._sizes[key] = (at_client, len(self.links.upload(card, round, up, down, {})))
         return self._sizes[key]
 
     def reading(self, id: str, round: int) -> int:

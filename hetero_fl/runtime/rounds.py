@@ -49,10 +49,10 @@ class Rounds(Session):
             return filter(usable, in_turn(list(requests), self.executor.answer(requests, index)))
 
         traffic = self.traffic if self.algorithm.counted else Traffic()
-        arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic)
+        arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic, index)
         taken = self.intake.take(arrivals, self.heard(index), index)
         for client, why in taken.refused.items():
-            failed[client] = f"upload refused: {why}"
+            failed.setdefault(client, f"upload refused: {why}")
             self.store.drop(client)
         if not taken.uploads:
             raise RunFailed(

@@ -9,7 +9,7 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.alike import Alike
-from hetero_fl.channel.protocol import Direct, Traffic
+from hetero_fl.channel.protocol import Traffic
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score
@@ -23,6 +23,7 @@ from hetero_fl.runtime.intake import Intake
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.readings import Readings, Record
+from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.runtime.site import Reading, Scores
 from hetero_fl.state import Card, in_order
 
@@ -41,10 +42,10 @@ class Session(ABC):
         self.algorithm, self.federation, self.executor = algorithm, federation, executor
         self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
         self.store, self.performer = executor.store, executor.performer
-        self.protocol, self.traffic = Direct(), Traffic()
+        self.protocol, self.traffic = make_protocol(algorithm, federation), Traffic()
         self.expectations = Expectations(algorithm, federation)
         self.links = Links(algorithm, federation)
-        self.intake = Intake(self.expectations, self.links)
+        self.intake = Intake(self.expectations, self.links, self.protocol)
         self.server = federation.server()
         self.completed = 0
         with told():

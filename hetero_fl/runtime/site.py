@@ -70,7 +70,7 @@ class Site:
                 replies[client] = stop.value
 
         for client, request in requests.items():
-            go_on(client, self.protocol.answer(client, request), None)
+            go_on(client, self.protocol.answer(client, request, round, self.store.notes), None)
         while waiting:
             talks, waiting = waiting, {}
             for client, upload in self._train({c: broadcast for c, (_, broadcast) in talks.items()}, round).items():

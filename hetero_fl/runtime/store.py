@@ -74,6 +74,9 @@ class Store:
         self._staged: dict[str, Version | None] = {}  # None: the client keeps nothing any more
         self._stamps = itertools.count()
         self._mark = 0  # the open segment's size at the last commit
+        self.notes: dict[
+            str, bytes
+        ] = {}  # what clients remember from one exchange of a round to the next: never on disk
 
     def get(self, client: str) -> Private:
         """The state as committed; empty for a client that keeps nothing. Do not change it in place.
@@ -138,6 +141,7 @@ class Store:
             if version is not None:
                 self._kept[client] = version
         self._staged.clear()
+        self.notes.clear()
         self._mark = self.open.size if self.open is not None else 0
 
     def discard(self) -> None:
@@ -145,6 +149,7 @@ class Store:
         for version in self._staged.values():
             self._release(version)
         self._staged.clear()
+        self.notes.clear()
         if self.open is not None:
             self.open.cut(self._mark)
 

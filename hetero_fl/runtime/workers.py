@@ -127,6 +127,8 @@ class Workers:
         private: dict[str, bytes | None] = {}
         for client in clients:
             stamp = self.store.stamp(client)
+            if not _needs_state(kind, sent[client]):
+                continue
             if stamp is None or self._held.get(client) != (worker, stamp):
                 private[client] = self.store.encoded(client)
             if self._tell is not None:
@@ -134,14 +136,18 @@ class Workers:
         self._jobs += 1
         for client in private:  # only once nothing can fail any more
             self._hold(worker, client, self.store.stamp(client))
-        return Job(self._jobs, kind, round, part, sent, private, details)
+        notes = {client: self.store.notes[client] for client in clients if client in self.store.notes}
+        return Job(self._jobs, kind, round, part, sent, private, details, notes)
 
     def _settle(self, worker: int, job: Job, done: Done) -> None:
         for client, private in done.private.items():
             self._hold(worker, client, self.store.stage(client, private))
+        for client in job.clients:
+            self.store.notes.pop(client, None)
+        self.store.notes.update(done.notes)
         self._disown(worker, done.forgot)
         if job.kind == "answer":
-            self.costs.learn(done.seconds)
+            self.costs.learn({c: s for c, s in done.seconds.items() if _needs_state(job.kind, job.requests[c])})
 
     def _hold(self, worker: int, client: str, stamp: int | None) -> None:
         """The worker has this client's state. Who has none costs nothing, and may go to any worker."""
@@ -162,6 +168,11 @@ class Workers:
             deaths[client] = deaths.get(client, 0) + 1
             if deaths[client] == DEATHS:
                 raise RunFailed(f"{DEATHS} workers died on {client}; is there enough memory?")
+
+
+def _needs_state(kind: str, request: Message) -> bool:
+    """Whether a task reads a client's private state: in a protocol's other exchanges nothing is computed with it."""
+    return kind == "read" or request.ask == "train"
 
 
 class Queue:

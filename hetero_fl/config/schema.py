@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
+from hetero_fl.config.robust import AggregationConfig, AttacksConfig
 from hetero_fl.config.source import DataConfig
 
 
@@ -102,6 +103,8 @@ class Config(Section):
     algorithm: dict[str, Any] = Field(
         {"name": "fedavg"}, description="the method's name and its own settings beside it"
     )
+    aggregation: AggregationConfig = AggregationConfig()
+    attacks: AttacksConfig | None = Field(None, description="clients that lie, for studies; none: nobody does")
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()

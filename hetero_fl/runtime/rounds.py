@@ -102,12 +102,17 @@ class Rounds:
                 f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
             )
         try:
+            if taken.rules is not None:
+                copy = replace(self.server, models=dict(self.server.models), uses={})
+                carry_out(taken.uploads.prepare(copy), copy, self.performer)
             carry_out(self.algorithm.aggregate(self.server, taken.uploads), self.server, self.performer)
         except Diverged as error:
             raise RunFailed(f"round {index + 1}: training at the server diverged: {error}") from None
         self.store.commit()
         self.completed += 1
         return {
+            **({"too_few": taken.rules.too_few} if taken.rules is not None and taken.rules.too_few else {}),
+            **({"attacks": {"liars": taken.liars}} if self.federation.liars is not None else {}),
             "round": self.completed,
             "cohort": cohort,
             "failed": failed,
@@ -187,6 +192,7 @@ class Rounds:
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
+            "aggregation": self.intake.memory,
         }
 
     def restore(self, tree: dict[str, Any]) -> None:
@@ -194,3 +200,4 @@ class Rounds:
         self.completed = tree["completed"]
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.traffic = Traffic(**tree["traffic"])
+        self.intake.memory = tree["aggregation"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from hetero_fl.config.base import Section, choice
 
@@ -28,12 +28,19 @@ class AggregationConfig(Section):
     statistics: Literal["mean", "median"] = Field(
         "mean", description="of class sums (prototypes, logits by class); median: of the clients' class means"
     )
-    liars: NonNegativeInt | float = Field(
+    liars: int | float = Field(
         0.2, description="how many liars a rule has to bear: a number, or a share (below 0.5) of those whose word it is"
     )
     bound: PositiveFloat | None = Field(
         None, description="norm_bound: largest norm of a client's update; none: the median of theirs"
     )
+
+    @field_validator("liars")
+    @classmethod
+    def _number_or_share(cls, liars: int | float) -> int | float:
+        if liars < 0 or (isinstance(liars, float) and liars >= 0.5):
+            raise ValueError(f"found {liars}; write a whole number of liars, or a share of 0 to below 0.5")
+        return liars
 
     @property
     def plain(self) -> bool:

@@ -86,11 +86,11 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
         "clients": {
             "count": CLIENTS,
             "defaults": {
-                "model": "cnn_gn_small",
+                "model": "fedgen_cnn",
                 "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
                 "epochs": 2,
                 "batch_size": 20,
-                "preprocess": {"normalize": {"mean": 0.5, "std": 0.25}},
+                "preprocess": {"normalize": {"mean": 0.286, "std": 0.353}},
             },
         },
         "algorithm": {"name": case.method},

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from hetero_fl.data import Dataset, load_source
 from hetero_fl.config.source import SourceConfig
+from hetero_fl.data import Dataset, load_source
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment import prepare
 
@@ -66,7 +66,9 @@ def cases() -> Iterator[Case]:
         yield Case("hybrid", attack, "multi_krum", "spectral")
     yield Case("hybrid", "sign_flip")
     for attack in WORST:
-        yield from (Case("fedavg", attack, rule, share=0.4) for rule in ("mean", "median", "trimmed_mean", "multi_krum"))
+        yield from (
+            Case("fedavg", attack, rule, share=0.4) for rule in ("mean", "median", "trimmed_mean", "multi_krum")
+        )
     yield from (Case("hybrid", "collusion", "mean", predictions, 0.4) for predictions in ("mean", "median", "spectral"))
 
 
@@ -136,7 +138,9 @@ def _table(lines: list[dict[str, Any]], method: str, share: float) -> str:
     there = {(x["attack"], _rule(x)): x for x in lines if x["share"] == share}
     there |= {(HONEST, _rule(x)): x for x in lines if x["attack"] == HONEST}
     attacks = [a for a in (HONEST, *ON_UPDATES, *ON_ROWS) if any(key[0] == a for key in there)]
-    rules = [r for r in dict.fromkeys(_rule(x) for x in lines) if any(key[1] == r and key[0] != HONEST for key in there)]
+    rules = [
+        r for r in dict.fromkeys(_rule(x) for x in lines) if any(key[1] == r and key[0] != HONEST for key in there)
+    ]
     rows = [f"| {method}, {share:.0%} liars | " + " | ".join(rules) + " |", "| --- " * (len(rules) + 1) + "|"]
     for attack in attacks:
         found = {rule: there.get((attack, rule)) for rule in rules}
@@ -165,7 +169,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Fashion-MNIST as .npz (train_images, …)")
     parser.add_argument("--out", type=Path, default=Path("robustness.jsonl"), help="a line per run (robustness.jsonl)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name contains it, e.g. 'fedavg sign_flip'")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="runs whose name contains it, e.g. 'fedavg sign_flip'"
+    )
     parser.add_argument("--most", type=int, default=100, help="runs to carry out at most (100)")
     parser.add_argument("--alpha", type=float, default=10.0, help="label skew, Dirichlet (10)")
     parser.add_argument("--seed", type=int, default=0)

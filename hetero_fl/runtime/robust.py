@@ -14,12 +14,12 @@ from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.combining import PARAMETERS, RuledModels, Rules
 from hetero_fl.aggregation.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.channel.attacks import Attack, attack
+from hetero_fl.channel.attacks import Attack
 from hetero_fl.config import Config
 from hetero_fl.config.robust import AggregationConfig
 from hetero_fl.errors import UserError
 from hetero_fl.payload import Item, Payload
-from hetero_fl.registry import OWN
+from hetero_fl.registry import OWN, imported
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
@@ -69,11 +69,7 @@ def _check_names(config: Config, federation: Federation) -> None:
     if config.attacks is not None and config.attacks.name.startswith(OWN):
         found.append(("attacks.name", config.attacks.name, Attack))
     for key, value, base in found:
-        known = {Rule: rule, PredictionRule: prediction_rule, Attack: attack}[base]
-        try:
-            kind = known[value]  # type: ignore[index]  # a registry each
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
+        kind = imported(value, key)
         if not (isinstance(kind, type) and issubclass(kind, base)):
             raise UserError(f"{key}: '{value}' is no subclass of {base.__module__}.{base.__qualname__}")
 

@@ -28,7 +28,7 @@ def multi_krum(v, f):
 
 
 def bulyan(v, f):
-    left, chosen = [row for row in v], []
+    left, chosen = list(v), []
     for _ in range(len(v) - 2 * f):
         chosen.append(left.pop(int(np.argmin(krum_scores(np.array(left), f))) if len(left) > 1 else 0))
     made = []

@@ -53,7 +53,11 @@ def test_a_rule_acts_within_the_owners_of_a_tensor_and_weights_do_not_count(card
     large, small = max(groups, key=groups.count), min(groups, key=groups.count)
     values = iter([1.0, 2.0, 3.0, 4.0, 1e9])
     items = [
-        {"model": Item({"w": torch.full((2,), next(values) if g == large else 7.0)}, 1e6 if g == large else 1.0, "params")}
+        {
+            "model": Item(
+                {"w": torch.full((2,), next(values) if g == large else 7.0)}, 1e6 if g == large else 1.0, "params"
+            )
+        }
         for g in groups
     ]
     got = uploads(cards, items, rules(rule="median", liars=0))
@@ -99,7 +103,9 @@ def test_class_sums_take_the_median_of_class_means_where_enough_have_the_class(c
     terms = rules(statistics="median", liars=2)
     got = uploads(cards, items, terms)
     mean, (total, weight) = got.mean("features"), got.total("features")
-    assert torch.allclose(mean[0], means[:, 0].median(0).values) and torch.allclose(mean[1], means[2:, 1].median(0).values)
+    assert torch.allclose(mean[0], means[:, 0].median(0).values) and torch.allclose(
+        mean[1], means[2:, 1].median(0).values
+    )
     assert weight[:, 0].tolist() == [7, 5, 7] and torch.equal(total, mean * weight) and not terms.too_few
     few = rules(statistics="median", liars=3)
     assert uploads(cards, items, few).total("features")[1][:, 0].tolist() == [7, 0, 7]
@@ -153,7 +159,9 @@ def test_the_mean_is_the_mean_to_the_bit() -> None:
 
 
 def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
-    source = config("fedmd", MIXED[1], clients=5, aggregation={"predictions": "down_weight"}, data__partition__min_size=10)
+    source = config(
+        "fedmd", MIXED[1], clients=5, aggregation={"predictions": "down_weight"}, data__partition__min_size=10
+    )
     whole, first, second = rounds_of(source), rounds_of(source, held=1), rounds_of(source, held=0)
     second.store, second.executor.store = first.store, first.store
     assert set(first.tree()["aggregation"]["logits"]) == set(first.federation.cards)

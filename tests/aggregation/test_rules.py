@@ -106,7 +106,8 @@ def test_buffers_follow_the_selected_and_count_in_no_distance() -> None:
 
 def test_least_numbers_of_clients() -> None:
     least = {name: rule[name](AggregationConfig(rule=name)).least(3) for name in RULES if name != "mean"}
-    assert least == dict(median=7, trimmed_mean=7, krum=9, multi_krum=9, bulyan=15, norm_bound=7, fltrust=7)
+    assert least.pop("krum") == least.pop("multi_krum") == 9 and least.pop("bulyan") == 15
+    assert set(least.values()) == {7} and len(least) == 4
 
 
 # Predictions -----------------------------------------------------------------------------------------------------

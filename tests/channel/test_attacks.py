@@ -1,4 +1,4 @@
-"""Each attack changes what it says and nothing else; liars are drawn by the key, held together at the door, and left out of figures."""
+"""Each attack changes what it says and nothing else; liars are drawn by the key, held at the door, and left out of figures."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ def equal(a: Item, b: Item) -> bool:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_only_liars_send_something_else_and_only_what_the_attack_acts_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_liars_send_something_else_and_only_what_the_attack_acts_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = lying("hybrid", name)
     ours, theirs = sent(source, monkeypatch), sent(plain(source), monkeypatch)
     for id in ours:
@@ -161,7 +163,9 @@ def test_only_liars_send_something_else_and_only_what_the_attack_acts_on(name: s
         assert ours["site_2"].item("model").weight == theirs["site_2"].item("model").weight
 
 
-def test_liars_are_honest_before_their_round_and_the_reference_is_what_they_received(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_liars_are_honest_before_their_round_and_the_reference_is_what_they_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source = lying("fedavg", "sign_flip", from_round=2, strength=3)
     ours, theirs = sent(source, monkeypatch), sent(plain(source), monkeypatch)
     assert all(equal(ours[id].item("model"), theirs[id].item("model")) for id in ours)
@@ -192,6 +196,7 @@ def test_figures_are_of_the_honest_and_a_backdoors_success_is_read() -> None:
     x, y = (client.data("common_test", None)[n] for n in "xy")
     x = x[y != 1].clone()
     x[..., -2:, -2:] = client.data("common_test", None)["x"].max()
+
     def predict() -> Any:
         return (yield Predict("model", Table({"x": x})))
 

@@ -36,6 +36,7 @@ ON_ROWS = ("flipped", "confident_wrong", "targeted", "collusion")
 RULES = ("mean", "median", "trimmed_mean", "multi_krum", "norm_bound")
 FEWER = ("krum", "bulyan", "fltrust")
 PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
+STRENGTH = {"little_is_enough": 6.0}  # what theory lets pass, and twice a deviation, hurt no rule here, nor the mean
 WORST = ("sign_flip", "gaussian", "inner_product")
 
 
@@ -97,7 +98,9 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
         },
         "algorithm": {"name": case.method},
         "aggregation": {"rule": case.rule, "predictions": case.predictions, "liars": case.share},
-        "attacks": None if case.attack == HONEST else {"name": case.attack, "share": case.share},
+        "attacks": None
+        if case.attack == HONEST
+        else {"name": case.attack, "share": case.share, "strength": STRENGTH.get(case.attack)},
         "runtime": {"executor": "batched", "threads": 1, "device": "cpu"},
     }
 

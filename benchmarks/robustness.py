@@ -36,7 +36,7 @@ ON_ROWS = ("flipped", "confident_wrong", "targeted", "collusion")
 RULES = ("mean", "median", "trimmed_mean", "multi_krum", "norm_bound")
 FEWER = ("krum", "bulyan", "fltrust")
 PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
-STRENGTH = {"little_is_enough": 6.0}  # what theory lets pass, and twice a deviation, hurt no rule here, nor the mean
+STRENGTH = {"little_is_enough": 6.0}  # the z that theory lets pass (0.16), and 2, do not hurt even the mean
 WORST = ("sign_flip", "gaussian", "inner_product")
 
 

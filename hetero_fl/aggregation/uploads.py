@@ -2,7 +2,8 @@
 
 That rule is FedAvg within an architecture, partial sharing, and the mean of predictions at once. Uploads are added in
 client-id order, so that the order of arrival changes no bit, and are folded into means as they come; what a method declares
-with `use="each"` is kept whole besides.
+with `use="each"` is kept whole besides. Where liars have to be borne, another rule stands in for the mean
+(`hetero_fl.aggregation.rules`), and the methods do not know: for it, all that it governs is kept until it is asked for.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hetero_fl.aggregation.averaging import OwnerMeans
-from hetero_fl.aggregation.sums import ItemSum
+from hetero_fl.aggregation.combining import PARAMETERS, RuledItems, RuledModels, Rules
+from hetero_fl.aggregation.rules.root import root_models
+from hetero_fl.aggregation.sums import ItemSum, mean_of
 from hetero_fl.architecture import Tensors
 from hetero_fl.errors import UserError, nearest
-from hetero_fl.payload import ItemSpec, NoSuchItem, Payload
-from hetero_fl.state import Card, in_order
+from hetero_fl.payload import Item, ItemSpec, NoSuchItem, Payload
+from hetero_fl.plan import Plan
+from hetero_fl.state import Card, Participant, in_order
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,23 @@ class Uploads:
         uploads: in hand; more can be added, in client-id order.
         specs: what the method declares of its items; those used one by one are kept.
         common: prefixes of tensors that are averaged across architectures.
+        rules: what stands in for the mean; None: nothing does.
     """
 
     def __init__(
-        self, uploads: Iterable[Upload] = (), specs: Mapping[str, ItemSpec] | None = None, common: Sequence[str] = ()
+        self,
+        uploads: Iterable[Upload] = (),
+        specs: Mapping[str, ItemSpec] | None = None,
+        common: Sequence[str] = (),
+        rules: Rules | None = None,
     ) -> None:
-        self._specs, self._common = specs or {}, common
+        self._specs, self._common, self._rules = specs or {}, common, rules
+        self.combined: set[tuple[str, str]] = set()
+        """What was asked for in one piece: names of items, each with the kind of what it was combined as."""
         self._kept: list[Upload] = []
         self._senders: dict[str, list[Card]] = {}
-        self._tensors: dict[str, ItemSum] = {}
-        self._models: dict[str, OwnerMeans] = {}
+        self._tensors: dict[str, ItemSum | RuledItems] = {}
+        self._models: dict[str, OwnerMeans | RuledModels] = {}
         self._count = 0
         by_client = {u.client: u for u in uploads}
         for client in in_order(by_client):
@@ -86,7 +97,7 @@ class Uploads:
             self._senders.setdefault(name, []).append(upload.card)
             if self._spec(name).use == "each":
                 whole[name] = upload.payload.item(name)
-            else:
+            if self._spec(name).use != "each" or self._governed(name):
                 self._fold(name, upload)
         if any(spec.use == "each" for spec in self._specs.values()):
             self._kept.append(Upload(upload.card, Payload(whole)))
@@ -94,13 +105,24 @@ class Uploads:
     def _spec(self, name: str) -> ItemSpec:
         return self._specs.get(name, ItemSpec("params"))
 
+    def _governed(self, name: str) -> bool:
+        return self._rules is not None and self._rules.governs(self._spec(name))
+
     def _fold(self, name: str, upload: Upload) -> None:
-        item = upload.payload.item(name)
+        item, rules = upload.payload.item(name), self._rules if self._governed(name) else None
         if isinstance(item.values, Tensor):
-            self._tensors.setdefault(name, ItemSum()).add(item)
+            if name not in self._tensors:
+                whole = item.kind in PARAMETERS  # a tensor apart from its model: no rule is for these
+                self._tensors[name] = RuledItems(name, rules, self._senders[name]) if rules and not whole else ItemSum()
+            self._tensors[name].add(item)
         else:
+            if name not in self._models:
+                cards = self._senders[name]
+                self._models[name] = (
+                    RuledModels(name, rules, cards, self._common) if rules else OwnerMeans(self._common)
+                )
             group = "" if self._spec(name).across else upload.group
-            self._models.setdefault(name, OwnerMeans(self._common)).add(group, item.values, float(item.weight))
+            self._models[name].add(group, item.values, float(item.weight))
 
     def _folded(self, name: str) -> None:
         """Fold what was kept one by one, where its mean is asked for after all."""
@@ -121,6 +143,7 @@ class Uploads:
     def mean(self, name: str) -> Tensor | None:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
         self._folded(name)
+        self.combined.add((name, self._spec(name).kind))
         return self._tensors[name].mean if name in self._tensors else None
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
@@ -132,12 +155,38 @@ class Uploads:
         """For each architecture group the mean over the owners of each tensor that its members sent under that name; all
         under "" where the item was declared with `across`."""
         self._folded(name)
+        self.combined.add((name, "models"))
         return self._models[name].by_group() if name in self._models else {}
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
         """The sum of weights behind each tensor of `mean_by_group`."""
         self._folded(name)
         return self._models[name].weights_by_group() if name in self._models else {}
+
+    def consensus(self, name: str, said: Mapping[str, Item]) -> Tensor | None:
+        """What is made of one prediction `[N, C]` a client, by id, that the server has from single uploads (of their models,
+        of codes): as `mean` of items of kind "rows". `name`: what a rule remembers it by. None if nobody says anything."""
+        self.combined.add((name, "rows"))
+        ids = in_order(said)
+        if self._rules is None or not self._rules.governs(ItemSpec("rows")):
+            return mean_of([said[id] for id in ids]) if ids else None
+        cards = {upload.client: upload.card for upload in self._kept}
+        ruled = RuledItems(name, self._rules, [cards[id] for id in ids])
+        for id in ids:
+            ruled.add(said[id])
+        return ruled.mean if ids else None
+
+    def instead(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
+        """Others in place of these, under the same rules: what the server made of single uploads."""
+        made = Uploads(uploads, specs, rules=self._rules)
+        self.combined |= {(name, "models") for name in specs}
+        return made
+
+    def prepare(self, server: Participant) -> Plan[None]:
+        """What a rule has to compute before it is asked; on a copy of the server, which is not to be used afterwards."""
+        for models in self._models.values():
+            if isinstance(models, RuledModels) and models.rules.of_parameters.uses_root:
+                models.roots = yield from root_models(server, models.sent)
 
     @property
     def each(self) -> Iterator[Upload]:

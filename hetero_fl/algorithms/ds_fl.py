@@ -11,7 +11,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.sharpening import Sharpening, sharpened
-from hetero_fl.aggregation.sums import mean_of
 from hetero_fl.aggregation.teachers import CLIP, opinion
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
@@ -104,13 +103,13 @@ class DSFL(WithCache):
     def decoded(self, server: Participant, uploads: Uploads) -> Tensor | None:
         """The mean of what quantised uploads say."""
         assert self.bits is not None
-        items = []
+        said = {}
         for upload in uploads.having("codes"):
             item = upload.payload.item("codes")
             levels = unpack(item.values, self.bits, server.task.outputs)  # type: ignore[arg-type]  # rows are a tensor
             p = levels.to(torch.get_default_dtype()) / (2**self.bits - 1)
-            items.append(Item(self.spoken(server.task, p), item.weight))
-        return mean_of(items) if items else None
+            said[upload.client] = Item(self.spoken(server.task, p), item.weight)
+        return uploads.consensus("codes", said)
 
     def sharpened(self, task: Task, mean: Tensor) -> Tensor:
         """Logits of the teacher, from the mean of what was said."""

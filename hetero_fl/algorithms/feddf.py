@@ -5,7 +5,6 @@ from __future__ import annotations
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from hetero_fl.aggregation.sums import mean_of
 from hetero_fl.aggregation.teachers import opinion
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Items, algorithm
@@ -13,7 +12,7 @@ from hetero_fl.algorithms.distillation import Distilling
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Plan, Predict, Rows
-from hetero_fl.state import Participant, in_order
+from hetero_fl.state import Participant
 
 
 @algorithm("feddf")
@@ -58,8 +57,8 @@ class FedDF(Distilling, FedAvg):
         said = {u.client: self.opinion_of(server, u, z) for u, z in zip(whole, logits, strict=True)}
         said.update({u.client: u.payload.item("logits") for u in uploads.having("logits")})
         yield from super().aggregate(server, uploads)
-        if said:
-            teacher = mean_of([said[c] for c in in_order(said)])
+        teacher = uploads.consensus("logits", said)
+        if teacher is not None:
             yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)
             yield from self.train_student(server, teacher)
 

@@ -88,7 +88,7 @@ class FedKD(WithMentee):
         took = [u.client for u in uploads.each if self.takes(u.card.settings, server.clock.round) != ()]
         server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(took, version)}
         restored = (_restored(u, mentee) for u in uploads.having(MENTEE))
-        mean = self.mean(Uploads(restored, {MENTEE: ItemSpec("update", across=True)}))
+        mean = self.mean(uploads.instead(restored, {MENTEE: ItemSpec("update", across=True)}))
         if mean:
             change = compress(mean, self.energy(server))
             server.models[MENTEE] = {**mentee, **{n: mentee[n] + d for n, d in restore(change, mentee).items()}}

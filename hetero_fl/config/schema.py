@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
+from hetero_fl.config.robust import AggregationConfig, AttacksConfig
 from hetero_fl.config.source import DataConfig
 
 
@@ -104,6 +105,8 @@ class Config(Section):
         {"name": "fedavg"}, description="the method's name and its own settings beside it"
     )
     channel: ChannelConfig = ChannelConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    attacks: AttacksConfig | None = Field(None, description="clients that lie, for studies; none: nobody does")
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()

@@ -17,6 +17,7 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.robust import check_robustness
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
 from hetero_fl.saved import SavedModel
@@ -98,12 +99,17 @@ def prepare(
         federation = federation.with_models([method.architecture(cards[kind.first]) for kind in cards.kinds])
     name = config.algorithm["name"]
     config = config.model_copy(update={"algorithm": {"name": name, **method.model_dump(mode="json")}})
-    notes = [*data.notes, *derived, *check(name, method, federation)]
+    notes = [
+        *data.notes,
+        *derived,
+        *check(name, method, federation),
+        *check_robustness(name, config, method, federation),
+    ]
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
         )
-    if len(federation.readers) < len(clients):
+    if len(federation.readers) < len(clients) - (len(federation.liars.ids) if federation.liars else 0):
         notes.append(
             f"the models of {len(federation.readers):,} of {len(clients):,} clients are read, each time the same "
             "(evaluation.clients)"

@@ -126,8 +126,19 @@ def summarise(
         "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
         "privacy": None,
+        **({"attacks": attacked} if (attacked := attacks_of(federation, history)) else {}),
         **({"baselines": found} if (found := baselines_of(readings)) else {}),
     }
+
+
+def attacks_of(federation: Federation, history: Sequence[Record]) -> dict[str, Any]:
+    """Who lied how, where anybody did; `success`: of a backdoor, the share of the common test rows with its trigger that honest
+    clients' models took for the target when they were last read. All other figures are the honest clients'."""
+    liars = federation.liars
+    if liars is None:
+        return {}
+    success = [r["attacks"]["success"] for r in history if "success" in r["attacks"]]
+    return {"name": liars.config.name, "liars": liars.listed, "success": success[-1] if success else None}
 
 
 def details_of(federation: Federation, readings: Readings, notes: Sequence[str], method: Algorithm) -> dict[str, Any]:

@@ -64,6 +64,10 @@ class Expectations:
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]
 
+    def trained(self, card: Card, item: str) -> frozenset[str]:
+        """Names of the parameters of the model that an item of this client's holds: that of the slot of its name, or its own."""
+        return self.algorithm.extras(card.arch).get(item, card.arch).parameter_names
+
     def phase(self, share_every: int, round: int) -> int:
         """What of the round a client's plan may depend on in form; of an own method's nothing is known."""
         return round if is_own(self.algorithm) else self.algorithm.phase(share_every, round, self.federation.rounds)

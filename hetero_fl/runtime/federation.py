@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.channel.attacks import Liars
 from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.population import Population
+from hetero_fl.config.robust import AggregationConfig
 from hetero_fl.config.schema import Config
 from hetero_fl.data import FederatedData, Preprocess
 from hetero_fl.errors import UserError
 from hetero_fl.runtime.store import Private
 from hetero_fl.seeding import sample
-from hetero_fl.state import Clock, Participant, Roster, copied, own
+from hetero_fl.state import Clock, Columns, Participant, Roster, copied, own
 from hetero_fl.task import Task
 from model_zoo import ModelError, model_options
 
@@ -43,6 +45,8 @@ class Federation:
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
     some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
     channel: ChannelConfig = field(default_factory=ChannelConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    liars: Liars | None = None
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
     @classmethod
@@ -51,7 +55,8 @@ class Federation:
     ) -> Federation:
         """Build and check every architecture once; `student`: whether the method can train one at the server.
 
-        Raises UserError naming the client whose model cannot be made, and for more readings than there are clients.
+        Raises UserError naming the client whose model cannot be made, and for more readings than there are clients. Of liars,
+        if there are any, no model is read.
         """
         population = Population.of(clients)
         archs: list[Architecture] = []
@@ -70,11 +75,12 @@ class Federation:
             _check(student_arch, "server.model")
         settings = ClientSettings(optimizer=server.optimizer)
         common = tuple(config.clients.common)
+        liars = Liars.of(config.attacks, population, data.task, config.seed) if config.attacks else None
         return cls(
             data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
             config.clients.per_round or len(population),
-            _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
-            config.channel,
+            _honest(_drawn(population, config.evaluation.clients, config.seed), liars), _drawn(population, None, config.seed),
+            config.channel, config.aggregation, liars,
         )  # fmt: skip
 
     def with_models(self, archs: Sequence[Architecture] | Mapping[str, Architecture]) -> Federation:
@@ -103,14 +109,21 @@ class Federation:
         card = self.cards[id]
         models = {"model": {**self.initial(card.arch), **private.models.get("model", {})}}
         models |= {slot: dict(tensors) for slot, tensors in private.models.items() if slot != "model"}
+
+        def columns(name: str, through: Any) -> Columns:
+            return self.data.columns(id, name, through or card.preprocess)
+
+        seen = (
+            (columns, self.counts(id)) if self.liars is None else self.liars.seen(id, columns, self.counts(id), round)
+        )
         return Participant(
             id=id,
             task=self.task,
             arch={"model": card.arch},
             models=models,
-            data=lambda name, through: self.data.columns(id, name, through or card.preprocess),
+            data=seen[0],
             settings=card.settings,
-            counts=self.counts(id),
+            counts=seen[1],
             n=card.n,
             has_proxy=self.data.has_proxy(card.preprocess),
             peers=self.cards,
@@ -174,6 +187,13 @@ def _drawn(clients: Population, asked: int | None, seed: int) -> list[str]:
         return list(clients)
     drawn = [clients.ids[i] for i in sample(len(clients), count, seed, "evaluation")]
     return sorted(drawn, key=lambda id: clients.place(id) or (0, 0))
+
+
+def _honest(readers: list[str], liars: Liars | None) -> list[str]:
+    honest = [id for id in readers if liars is None or id not in liars.ids]
+    if not honest:
+        raise UserError("attacks: everybody whose model is read lies; leave some honest, or raise evaluation.clients")
+    return honest
 
 
 def _check(arch: Architecture, where: str) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.combining import Reference, Rules
+from hetero_fl.architecture import Tensors
 from hetero_fl.channel.protocol import Arrivals, Protocol, Summed
 from hetero_fl.channel.secure import SecureSum
 from hetero_fl.payload import Payload, PayloadError, check_upload, loss_of
@@ -17,26 +20,37 @@ from hetero_fl.state import Card
 
 @dataclass
 class Taken:
-    """What came of a round's arrivals: the uploads, the losses that clients told (of a secure sum the `mean` alone), and why
-    others were refused."""
+    """What came of a round's arrivals: the uploads, the losses that clients told (of a secure sum the `mean` alone), why others
+    were refused, who lied."""
 
     uploads: Uploads
     losses: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    liars: list[str] = field(default_factory=list)
+    rules: Rules | None = None
 
 
 class Intake:
-    """Takes a round's arrivals one by one, so that the server never holds more of them than it needs."""
+    """Takes a round's arrivals one by one, so that the server never holds more of them than it needs.
+
+    `memory`: what aggregation rules remember from round to round.
+    """
 
     def __init__(self, expectations: Expectations, links: Links, protocol: Protocol) -> None:
         self.expectations, self.links, self.protocol = expectations, links, protocol
+        self.memory: dict[str, Any] = {}
 
     def take(self, arrivals: Arrivals | Summed, asked: Callable[[Card], Payload], round: int) -> Taken:
-        """All that arrived, in client-id order. `asked`: what a client received, on which it trained."""
+        """All that arrived, in client-id order. `asked`: what a client received, on which it trained.
+
+        Simulated liars know one another's uploads: from the first of them on, all are held until the last has come.
+        """
         if isinstance(arrivals, Summed):
             return self.open(arrivals, asked, round)
         federation, specs = self.expectations.federation, self.expectations.algorithm.uploads
-        taken = Taken(Uploads(specs=specs, common=federation.common))
+        rules, reference = self.rules(asked), received(asked)
+        taken = Taken(Uploads(specs=specs, common=federation.common, rules=rules), rules=rules)
+        held: dict[str, Payload] = {}
         for client, body in arrivals:
             try:
                 payload = self.receive(client, body, asked, round)
@@ -44,10 +58,21 @@ class Intake:
                 taken.refused[client] = str(error)
                 continue
             del body  # a model's worth each: nobody holds one longer than need be
-            taken.uploads.add(Upload(federation.cards[client], payload))
             if (loss := loss_of(payload.report)) is not None:
                 taken.losses[client] = loss
+            if federation.liars is not None and federation.liars.lie(client, round):
+                taken.liars.append(client)
+            if taken.liars:
+                held[client] = payload
+            else:
+                taken.uploads.add(Upload(federation.cards[client], payload))
             del payload
+        if federation.liars is not None and taken.liars:
+            honest = {client: (federation.cards[client], held[client]) for client in taken.liars}
+            senders = len(taken.uploads) + len(held)
+            held |= federation.liars.forge(honest, round, senders, reference, self.expectations.trained)
+        for client, payload in held.items():
+            taken.uploads.add(Upload(federation.cards[client], payload))
         return taken
 
     def open(self, summed: Summed, asked: Callable[[Card], Payload], round: int) -> Taken:
@@ -58,6 +83,14 @@ class Intake:
         uploads, loss = opened(summed, self.protocol.agreed.layout(round), self.protocol.fixed, forms)
         return Taken(uploads, {} if loss is None else {"mean": loss}, dict(summed.left))
 
+    def rules(self, asked: Callable[[Card], Payload]) -> Rules | None:
+        """What stands in for the mean in this round, if anything does."""
+        federation = self.expectations.federation
+        if federation.aggregation.plain:
+            return None
+        terms = (federation.aggregation, federation.task, received(asked), self.expectations.trained)
+        return Rules(*terms, memory=self.memory)
+
     def receive(self, client: str, data: bytes, asked: Callable[[Card], Payload], round: int) -> Payload:
         """An upload, decoded and checked against what this client was to send. Raises PayloadError."""
         card = self.expectations.federation.cards[client]
@@ -66,3 +99,13 @@ class Intake:
         payload = self.links.uploaded(card, round, data, like, got)
         check_upload(payload, self.expectations.algorithm.uploads, like)
         return payload
+
+
+def received(asked: Callable[[Card], Payload]) -> Reference:
+    """The named tensors that a client was sent under an item's name; {} if none were."""
+
+    def reference(card: Card, name: str) -> Tensors:
+        sent = asked(card).items_.get(name)
+        return sent.values if sent is not None and isinstance(sent.values, dict) and sent.kind == "params" else {}
+
+    return reference

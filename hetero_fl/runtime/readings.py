@@ -34,6 +34,9 @@ def record_readings(record: Record, readings: Readings) -> None:
         "global": by_name.get("validation_global"),
         "server": server.get("validation_global"),
     }
+    stamped = [r.triggered for r in readings.clients.values() if r.triggered is not None]
+    if stamped:
+        record["attacks"]["success"] = sum(stamped) / len(stamped)
     record["clients"] = {
         c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
         for c, r in readings.clients.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TypeGuard
 
 from hetero_fl.channel.protocol import Message, Messages, Replies, Traffic, hold_round
@@ -59,6 +60,9 @@ class Rounds(Session):
                 f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
             )
         try:
+            if taken.rules is not None:
+                copy = replace(self.server, models=dict(self.server.models), uses={})
+                carry_out(taken.uploads.prepare(copy), copy, self.performer)
             carry_out(self.algorithm.aggregate(self.server, taken.uploads), self.server, self.performer)
         except Diverged as error:
             raise RunFailed(f"round {index + 1}: training at the server diverged: {error}") from None
@@ -71,5 +75,7 @@ class Rounds(Session):
             "train_loss": taken.losses,
             "up_bytes": self.traffic.up - before[0],
             "down_bytes": self.traffic.down - before[1],
+            **({"too_few": taken.rules.too_few} if taken.rules is not None and taken.rules.too_few else {}),
+            **({"attacks": {"liars": taken.liars}} if self.federation.liars is not None else {}),
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
         }

@@ -145,6 +145,7 @@ class Session(ABC):
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
+            "aggregation": self.intake.memory,
         }
 
     def restore(self, tree: dict[str, Any]) -> None:
@@ -152,3 +153,4 @@ class Session(ABC):
         self.completed = tree["completed"]
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.traffic = Traffic(**tree["traffic"])
+        self.intake.memory = tree["aggregation"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.attacks.liars import TRIGGERED
 from hetero_fl.channel.protocol import Message, Messages, Protocol, Talk
 from hetero_fl.metrics import calibration, confusion, score
 from hetero_fl.payload import Payload, report_of
@@ -43,6 +44,9 @@ class Reading:
     calibration: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, dict[str, Scores]] = field(default_factory=dict)  # by reading and baseline
     forecast: dict[str, Any] = field(default_factory=dict)  # at home, where rows are dated
+    triggered: float | None = (
+        None  # share of the common test rows with a backdoor's trigger that it takes for the target
+    )
     model: bytes = b""  # the deployed model, as `SavedModel.encode` gives it
 
 
@@ -137,6 +141,11 @@ class Site:
                     if task.outputs <= MOST_CONFUSED:
                         readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
                     readings[c].calibration[name] = calibration(task, logits, labels[c])
+        if self.federation.liars is not None and self.federation.liars.has_trigger:
+            target = self.federation.liars.config.target
+            plans = {c: self.algorithm.predict(p, Rows(TRIGGERED), False) for c, p in clients.items()}
+            for c, logits in self._run(plans, clients).items():
+                readings[c].triggered = float((logits.argmax(-1) == target).double().mean())
         return readings
 
     def _score(self, logits: Tensor, y: Tensor, unit: Tensor | None) -> Scores:

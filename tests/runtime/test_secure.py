@@ -274,3 +274,26 @@ def test_state_travels_to_workers_for_training_only(crew: Lent, monkeypatch: pyt
 def test_the_price_is_told_to_the_byte(method: str, changes: dict[str, Any], tmp_path: Path) -> None:
     told, counted = told_and_counted(tmp_path, secure(method, rounds=4, output=NO_REPORT, **changes))
     assert told == counted and min(counted) > 0
+
+
+@pytest.mark.parametrize("chain", [[{"quantize": 6}], ["half"]])
+def test_a_chain_that_rounds_goes_with_a_sum(chain: Any, double: None) -> None:
+    rounded = {"channel__compress": chain}
+    plain, summed = (rounds_of(made) for made in (config("hybrid", MIXED, 4, **rounded), secure("hybrid", **rounded)))
+    assert 0 < apart(plain, summed) < 1e-9
+    assert apart(plain, rounds_of(config("hybrid", MIXED, 4))) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "both"),
+    [
+        ({"channel__compress": [{"topk": 0.1}, {"quantize": 8}]}, ("channel.compress: found topk", "channel.secure_sum")),
+        ({"channel__compress": [{"randk": 0.1}]}, ("channel.compress: found randk", "quantize or half")),
+        ({"aggregation__rule": "median"}, ("aggregation.rule: median", "channel.secure_sum")),
+        ({"attacks": {"name": "sign_flip"}}, ("attacks.name: sign_flip", "channel.secure_sum")),
+    ],
+)  # fmt: skip
+def test_what_needs_single_uploads_is_refused_beside_a_sum(changes: dict[str, Any], both: tuple[str, str]) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(secure("fedavg", "mlp", **changes))
+    assert all(part in str(error.value) for part in both) and "\n" not in str(error.value)

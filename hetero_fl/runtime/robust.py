@@ -1,0 +1,231 @@
+"""Rules and attacks held against the method and the federation before anything is computed: what would have no effect, and
+rules that could not bear their liars, are refused in one line."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.aggregation.combining import PARAMETERS, RuledModels, Rules
+from hetero_fl.aggregation.rules import PredictionRule, Rule, prediction_rule, rule
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.attacks import Attack
+from hetero_fl.config import Config
+from hetero_fl.config.robust import AggregationConfig
+from hetero_fl.errors import UserError
+from hetero_fl.payload import Item, Payload
+from hetero_fl.registry import OWN, imported
+from hetero_fl.runtime.dry import Expectations
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.hooks import broadcast, told
+from hetero_fl.runtime.plans import carry_out
+from hetero_fl.runtime.rounds import draw_cohort
+
+KEYS = {"rule": "parameters", "predictions": "predictions", "statistics": "class sums"}
+WORDS = {"data": "labelled rows", "updates": "updates", "rows": "predictions"}
+
+
+def single_uploads(config: Config) -> str | None:
+    """The key, with its value, for whose sake the server has to see single uploads; None if sums will do."""
+    for key in KEYS:
+        if (value := getattr(config.aggregation, key)) != "mean":
+            return f"aggregation.{key}: {value}"
+    return None if config.attacks is None else f"attacks.name: {config.attacks.name}"
+
+
+@dataclass
+class Round:
+    """A round without computing, by kind of client: what a client of each sends, and what the server asked for in one piece."""
+
+    sent: dict[str, Mapping[str, Item]]  # by the kind's first client
+    combined: set[tuple[str, str]]
+    ranks: bool  # whether something is sent as factors
+
+
+def check_robustness(name: str, config: Config, algorithm: Algorithm, federation: Federation) -> list[str]:
+    """Raises UserError for rules and attacks that cannot work here; returns lines that tell what is not covered."""
+    key = single_uploads(config)
+    if key is None:
+        return []
+    if federation.channel.secure_sum is not None:
+        raise UserError(
+            f"{key}: needs single uploads, but channel.secure_sum tells only their sum; leave one of them out"
+        )
+    _check_names(config, federation)
+    if algorithm.everybody or not algorithm.uploads:
+        raise UserError(f"{key}: {name} has no uploads that a federation would combine; take another algorithm.name")
+    held = _dry_round(algorithm, federation)
+    notes = [] if config.aggregation.plain else _check_rules(name, config, algorithm, federation, held)
+    return [*notes, *_check_attacks(name, federation, held)]
+
+
+def _check_names(config: Config, federation: Federation) -> None:
+    found: list[tuple[str, str, type]] = []
+    if config.aggregation.rule.startswith(OWN):
+        found.append(("aggregation.rule", config.aggregation.rule, Rule))
+    if config.aggregation.predictions.startswith(OWN):
+        found.append(("aggregation.predictions", config.aggregation.predictions, PredictionRule))
+    if config.attacks is not None and config.attacks.name.startswith(OWN):
+        found.append(("attacks.name", config.attacks.name, Attack))
+    for key, value, base in found:
+        kind = imported(value, key)
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            raise UserError(f"{key}: '{value}' is no subclass of {base.__module__}.{base.__qualname__}")
+
+
+@told()
+def _dry_round(algorithm: Algorithm, federation: Federation) -> Round:
+    """The first round in which everybody sends, with one client of each kind."""
+    intervals = {kind.settings.share_every for kind in federation.cards.kinds}
+    index = min(math.lcm(*intervals), federation.rounds) - 1
+    server, expectations = federation.server(), Expectations(algorithm, federation)
+    server.clock = federation.clock(index)
+    algorithm.start(server)
+    sent, uploads = {}, []
+    for kind in federation.cards.kinds:
+        card = federation.cards[kind.first]
+        sent[card.id] = expectations.of(card, broadcast(algorithm, server, card), index)
+        uploads.append(Upload(card, Payload(dict(sent[card.id]))))
+    round = Uploads(uploads, algorithm.uploads, federation.common)
+    carry_out(algorithm.aggregate(server, round), server, expectations.performer)
+    return Round(sent, round.combined, any(spec.ranks for spec in algorithm.uploads.values()))
+
+
+# Rules ---------------------------------------------------------------------------------------------------------------
+def _check_rules(name: str, config: Config, algorithm: Algorithm, federation: Federation, held: Round) -> list[str]:
+    terms = config.aggregation
+    kinds = {"rule": "models", "predictions": "rows", "statistics": "class_sums"}
+    asked = {key: sorted(n for n, how in held.combined if how == kind) for key, kind in kinds.items()}
+    values = {key: str(getattr(terms, key)) for key in KEYS}
+    for key, items in asked.items():
+        if values[key] != "mean" and not items:
+            raise UserError(
+                f"aggregation.{key}: found '{values[key]}', but {name} combines no {KEYS[key]} that clients send here; "
+                "leave it at 'mean'"
+            )
+    apart = [n for n, how in held.combined if how in PARAMETERS]
+    if terms.rule != "mean" and apart:
+        raise UserError(
+            f"aggregation.rule: found '{terms.rule}', but {name} averages '{apart[0]}' apart from its model"
+        )
+    if (
+        terms.predictions != "mean"
+        and prediction_rule[terms.predictions].exclusive
+        and federation.task.kind != "multiclass"
+    ):
+        raise UserError(
+            f"aggregation.predictions: {terms.predictions} is for classes that exclude one another, but data.name has a "
+            f"{federation.task.kind} task"
+        )
+    if terms.rule != "mean" and rule[terms.rule].uses_root:
+        _check_root(terms, algorithm, federation, asked["rule"])
+    hows: dict[str, Rule | PredictionRule] = {}
+    if terms.rule != "mean":
+        hows["rule"] = rule[terms.rule](terms)
+    if terms.predictions != "mean":
+        hows["predictions"] = prediction_rule[terms.predictions](terms)
+    if terms.statistics != "mean":
+        hows["statistics"] = Rule(terms)  # the median's needs
+    for count in _cohorts(config, federation):
+        for key, how in hows.items():
+            for item in asked[key]:
+                for who, senders in _owners(item, key, held, count, algorithm, federation):
+                    _bears(f"aggregation.{key}: {values[key]}", how, terms, who, senders)
+    return [
+        f"aggregation.{key} is mean: a liar among the senders of {', '.join(items)} is not held back"
+        for key, items in asked.items()
+        if items and values[key] == "mean"
+    ]
+
+
+def _check_root(terms: AggregationConfig, algorithm: Algorithm, federation: Federation, items: list[str]) -> None:
+    """The server's own update is made of whole models on the proxy set."""
+    where, cards = f"aggregation.rule: {terms.rule}", [federation.cards[kind.first] for kind in federation.cards.kinds]
+    if not all(card.has_proxy for card in cards):
+        raise UserError(
+            f"{where} compares with what the server makes of the proxy set; found data.proxy.size 0, or a client without"
+        )
+    whole = all(algorithm.part(c.settings) is None and algorithm.takes(c.settings, 0) is None for c in cards)
+    if items != ["model"] or not whole or federation.common or any(algorithm.family(c) != c.arch.id for c in cards):
+        raise UserError(f"{where} is for whole models averaged by architecture; take another rule, or FedAvg, Hybrid")
+
+
+def _cohorts(config: Config, federation: Federation) -> Iterator[Counter[str]]:
+    """Of every round's cohort that is unlike the ones before, how many are of each kind (by its first client)."""
+    seen: set[frozenset[tuple[str, int]]] = set()
+    per_round = config.clients.per_round
+    for index in range(federation.rounds if per_round is not None else 1):
+        count = Counter(federation.cards.kind(id).first for id in draw_cohort(federation, per_round, index))
+        if (mark := frozenset(count.items())) not in seen:
+            seen.add(mark)
+            yield count
+
+
+def _owners(
+    item: str, key: str, held: Round, count: Counter[str], algorithm: Algorithm, federation: Federation
+) -> Iterator[tuple[str, int]]:
+    """How many of a cohort send an item, or for models each block of it; with words for whose it is."""
+    senders = [first for first in held.sent if item in held.sent[first]]
+    if key != "rule":
+        spec = algorithm.uploads.get(item)
+        made = spec is not None and spec.use == "each"  # predictions that the server makes of models are voices, too
+        yield item, sum(count[first] for first in (held.sent if made else senders))
+        return
+    cards = [federation.cards[first] for first in senders]
+    models = RuledModels(item, Rules(federation.aggregation, federation.task), cards, federation.common)
+    for first, card in zip(senders, cards, strict=True):
+        values = held.sent[first][item].values
+        across = algorithm.uploads[item].across
+        models.add("" if across else card.arch.id, values if isinstance(values, dict) else {}, 1.0)
+    for (group, places), owners in models.blocks().items():
+        if total := sum(count[senders[place]] for place in places):
+            yield f"{owners[0][0]} of {group}" if group else owners[0][0], total
+
+
+def _bears(key: str, how: Rule | PredictionRule, terms: AggregationConfig, who: str, senders: int) -> None:
+    liars = terms.liars_among(senders)
+    if senders < (least := how.least(liars)):
+        raise UserError(
+            f"{key} bears {liars} liars (aggregation.liars: {terms.liars:g}) among {least} clients or more, but {senders} send "
+            f"{who}; lower aggregation.liars, or take another rule"
+        )
+
+
+# Attacks -------------------------------------------------------------------------------------------------------------
+def _check_attacks(name: str, federation: Federation, held: Round) -> list[str]:
+    liars, task = federation.liars, federation.task
+    if liars is None:
+        return []
+    config, acts_on = liars.config, liars.attack.acts_on
+    where = f"attacks.name: {config.name}"
+    items = [item for sent in held.sent.values() for item in sent.values()]
+    rows = [i for i in items if i.kind == "rows" and isinstance(i.values, Tensor) and i.values.is_floating_point()]
+    updates = [i for i in items if i.kind in ("params", "update", "class_sums")]
+    there = {"data": True, "rows": bool(rows), "updates": bool(updates)}
+    if acts_on and not any(there[what] for what in acts_on):
+        raise UserError(
+            f"{where} acts on {' and '.join(WORDS[w] for w in sorted(acts_on))}, of which {name} sends none here"
+        )
+    if "updates" in acts_on and held.ranks:
+        raise UserError(f"{where}: {name} sends factors of updates, which it cannot forge; take label_flip")
+    if "data" in acts_on and task.kind == "regression":
+        raise UserError(f"{where} is for classes, but data.name has a regression task")
+    if liars.has_trigger and task.kind != "multiclass":
+        raise UserError(f"{where} is for classes that exclude one another, but data.name has a {task.kind} task")
+    if liars.has_trigger and any(len(kind.arch.input_shape) != 3 for kind in federation.cards.kinds):
+        raise UserError(f"{where} stamps images, but examples of data.name are none to every client")
+    classes = [config.target, *(config.pairs or {}), *(config.pairs or {}).values()]
+    if task.kind == "multiclass" and max(classes) >= task.outputs:
+        key = "target" if config.target >= task.outputs else "pairs"
+        raise UserError(f"attacks.{key}: found class {max(classes)}, but there are {task.outputs}, from 0")
+    listed = liars.listed
+    shown = ", ".join(listed[:6]) + (f" and {len(listed) - 6:,} more" if len(listed) > 6 else "")
+    return [
+        f"{len(listed):,} of {len(federation.cards):,} clients lie ({config.name}, from round {config.from_round}): {shown}; all "
+        "figures are means over the honest"
+    ]

@@ -135,6 +135,23 @@ class Rounds:
     def _clock(self, round: int) -> None:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
 
+    @told()
+    def ask(self, client: str, round: int) -> tuple[Payload, Payload]:
+        """What one client receives in a round, and what arrives of its answer if the server sees it by itself; nothing is kept.
+
+        Raises RunFailed if the client diverges, PayloadError if the answer is not what was asked for.
+        """
+        self._clock(round)
+        bodies = dict(self.broadcasts([client]))
+        request = {client: Message("train", bodies[client])}
+        try:
+            ((_, reply),) = self.executor.answer(request, round)
+        finally:
+            self.store.discard()
+        if isinstance(reply, Diverged):
+            raise RunFailed(f"round {round + 1}: {client} diverged: {reply}")
+        return Payload.decode(bodies[client]), self.intake.receive(client, reply.body, self._broadcast, round)
+
     # Evaluation --------------------------------------------------------------------------------------------------
     @told()
     def evaluate(self, details: bool = False, save: Callable[[str, bytes], None] | None = None) -> Readings:

@@ -18,6 +18,8 @@ Json = dict[str, Any]
 ATTACKS = {"loss": "by the loss", "lira": "with shadow models"}
 COLOURS = {"loss": style.GREY, "lira": style.VERMILION}
 LABELS = {"read": "read off it", "misread": "misread", "known": "known"}
+EXACT = 99.0  # dB and more
+LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dot"}  # a client each
 MOST_COLUMNS = 8  # of pictures beside one another
 
 
@@ -71,7 +73,7 @@ def inversion_rows(content: Json) -> list[list[str]]:
             r["client"],
             str(r["step"]),
             "none: the mean image" if r["way"] == "blind" else r["way"],
-            f"{r['psnr']:.1f}",
+            "exact" if r["psnr"] >= EXACT else f"{r['psnr']:.1f}",
             f"{r['ssim']:.2f}",
             LABELS.get(r.get("label", ""), ""),
         ]
@@ -100,21 +102,25 @@ def draw(content: Json, pictures: list[Json]) -> bytes:
 def _membership(part: FigureBase, rows: list[Json]) -> None:
     curves, areas = part.subplots(1, 2, width_ratios=[1, 1.25])
     clients = list(dict.fromkeys(r["client"] for r in rows))
-    lines = ["-", "--", ":", "-."]
     for r in rows:
         alarms, hits = np.array(r["curve"]).T
         curves.plot(
-            alarms, hits, color=COLOURS[r["attack"]], linestyle=lines[clients.index(r["client"]) % 4], linewidth=1.2
+            alarms,
+            hits,
+            color=COLOURS[r["attack"]],
+            linestyle=list(LINES)[clients.index(r["client"]) % 4],
+            linewidth=1.2,
         )
     curves.plot([0, 1], [0, 1], color=style.LIGHT, linewidth=0.9, zorder=0)
     curves.set(xlim=(0, 1), ylim=(0, 1), xlabel="false alarms", ylabel="members found", title="Who was a member?")
-    names = [f"{style.shorten(r['client'])}, {ATTACKS[r['attack']]}" for r in rows]
+    words = list(LINES.values())
+    names = [
+        f"{style.shorten(r['client'])} ({words[clients.index(r['client']) % 4]})\n{ATTACKS[r['attack']]}" for r in rows
+    ]
     for place, r in enumerate(rows):
         areas.errorbar(r["auroc"], place, xerr=2 * r["auroc_se"], fmt="o", color=COLOURS[r["attack"]], capsize=2.5)
     areas.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)))
-    areas.set_yticks(
-        range(len(rows)), [f"{n} ({lines[clients.index(r['client']) % 4]})" for n, r in zip(names, rows, strict=True)]
-    )
+    areas.set_yticks(range(len(rows)), names)
     areas.set(ylim=(len(rows) - 0.4, -0.6), xlabel="AUROC ± 2 s.e.; dotted: chance", title="How well can it be told?")
 
 
@@ -131,7 +137,8 @@ def _images(part: FigureBase, columns: list[tuple[Json, int]], ways: list[str], 
             image = images[i].movedim(0, -1).numpy().clip(0, 1)
             axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
             if line:
-                axes.set_xlabel(f"{psnr[picture['client'], picture['step'], way]:.1f} dB", labelpad=1, fontsize=7.5)
+                value = psnr[picture["client"], picture["step"], way]
+                axes.set_xlabel("exact" if value >= EXACT else f"{value:.1f} dB", labelpad=1, fontsize=7.5)
             else:
                 axes.set_title(style.shorten(picture["client"], 12), fontsize=8, fontweight="normal", loc="center")
             if column == 0:

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from hetero_fl.architecture import Tensors
 from hetero_fl.data import Preprocess
 from hetero_fl.data.resampled import as_made
+from hetero_fl.experiment.auditing.likeness import likeness, matched
 from hetero_fl.experiment.auditing.upload import Upload, upload
 from hetero_fl.experiment.prepared import Prepared
 from hetero_fl.objectives import Batch, Net, Nets
@@ -29,11 +29,10 @@ from hetero_fl.seeding import Key, generator
 from model_zoo import SplitModel
 
 STEPS, RATE = 800, 0.1
-SMOOTH = 1e-2  # weight of the total variation
-RESTARTS = 2
+SMOOTH = (0.01, 0.05, 0.2)  # weights of the total variation: a beginning for each
 Protect = Callable[[Tensors], Tensors]
 Say = Callable[[str], None]
-EXACT = 1e-5  # of the cosine's distance: nothing is left to find
+ENOUGH = 1e-3  # of the cosine's distance: no further beginning is tried
 
 
 class Inverter:
@@ -71,7 +70,7 @@ class Inverter:
         )
         return 1 - F.cosine_similarity(flat, self.wanted, dim=0, eps=1e-12)
 
-    def descend(self, start: Tensor, steps: int = STEPS) -> Tensor:
+    def descend(self, start: Tensor, smooth: float = SMOOTH[0], steps: int = STEPS) -> Tensor:
         """Adam on the sign of the gradient, its rate lowered three times (Geiping et al. 2020, section 5)."""
         pixels = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=RATE)
@@ -79,7 +78,7 @@ class Inverter:
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, marks, gamma=0.1)
         best, least = start, math.inf
         for _ in range(steps):
-            cost = self.distance(pixels, through=True) + SMOOTH * variation(pixels)
+            cost = self.distance(pixels, through=True) + smooth * variation(pixels)
             if float(cost.detach()) < least:
                 best, least = pixels.detach().clone(), float(cost.detach())
             (slope,) = torch.autograd.grad(cost, [pixels])
@@ -91,18 +90,21 @@ class Inverter:
         return best
 
     def search(self, shape: tuple[int, ...], *key: Key, steps: int = STEPS) -> tuple[Tensor, float]:
-        """The best images of several beginnings, `[B, *shape]`, and their distance; beginnings are drawn by the key."""
+        """The best images of several beginnings, `[B, *shape]`, and their distance; beginnings are drawn by the key.
+
+        How smooth images are is not known beforehand: each beginning takes another weight, and the upload decides.
+        """
         found: list[tuple[float, Tensor]] = []
         exact = first_layer_input(self.module, self.upload.gradient) if len(self.labels) == 1 else None
         if exact is not None:
             low, high = (self.seen(torch.full((1, *shape), value)).flatten() for value in (0.0, 1.0))
             pixels = ((exact - low) / (high - low)).reshape(1, *shape).clamp(0, 1)
             found.append((float(self.distance(pixels)), pixels))
-        for restart in range(RESTARTS):
-            if found and min(found, key=lambda f: f[0])[0] < EXACT:
+        for smooth in SMOOTH:
+            if found and min(found, key=lambda f: f[0])[0] < ENOUGH:
                 break
-            start = torch.rand(len(self.labels), *shape, generator=generator(*key, restart))
-            pixels = self.descend(start, steps)
+            start = torch.rand(len(self.labels), *shape, generator=generator(*key, str(smooth)))
+            pixels = self.descend(start, smooth, steps)
             found.append((float(self.distance(pixels)), pixels))
         least, best = min(found, key=lambda f: f[0])
         return best, least
@@ -138,34 +140,6 @@ def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
 def variation(pixels: Tensor) -> Tensor:
     """Mean absolute difference of neighbours, of images `[B, C, H, W]`."""
     return (pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()).nan_to_num()
-
-
-def psnr(found: Tensor, true: Tensor) -> float:
-    """Peak signal-to-noise ratio of images in 0..1, dB; at most 100."""
-    return float(-10 * (found - true).square().mean().clamp(min=1e-10).log10())
-
-
-def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
-    """Structural similarity of images `[C, H, W]` in 0..1, the mean over windows (Wang et al. 2004, eq. 13); 1 for equal ones."""
-    window = min(window, *true.shape[-2:])
-    a, b = found[None].double(), true[None].double()
-
-    def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, window, stride=1)
-
-    n = window**2 / (window**2 - 1)
-    ma, mb = mean(a), mean(b)
-    va, vb, both = (n * (mean(x * y) - p * q) for x, y, p, q in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb)))
-    c1, c2 = 0.01**2, 0.03**2
-    return float(((2 * ma * mb + c1) * (2 * both + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean())
-
-
-def matched(found: Tensor, true: Tensor) -> Tensor:
-    """The reconstructions in the order of the originals that they are nearest to: a sum over the batch has no order."""
-    cost = (found[:, None] - true[None]).square().flatten(2).mean(2)
-    turns = permutations(range(len(true)))
-    best = min(turns, key=lambda turn: float(sum(cost[i, j] for j, i in enumerate(turn))))
-    return found[list(best)]
 
 
 @dataclass(frozen=True)
@@ -214,15 +188,6 @@ def invert(
             )  # fmt: skip
             say(f"{client}, step {number + 1} of {images}, {way}: PSNR {figures[-1]['psnr']:.1f} dB")
         yield Inverted(true, found, blind, figures)
-
-
-def likeness(found: Tensor, true: Tensor) -> dict[str, float]:
-    """PSNR and SSIM, the mean over a step's images."""
-    pairs = list(zip(found, true, strict=True))
-    return {
-        "psnr": sum(psnr(a, b) for a, b in pairs) / len(pairs),
-        "ssim": sum(ssim(a, b) for a, b in pairs) / len(pairs),
-    }
 
 
 def _ends(x: Tensor, view: Preprocess) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from hetero_fl.experiment import prepare
-from hetero_fl.experiment.auditing.inversion import (
-    Inverter,
-    first_layer_input,
-    invert,
-    matched,
-    psnr,
-    read_labels,
-    ssim,
-)
+from hetero_fl.experiment.auditing.inversion import Inverter, first_layer_input, invert, read_labels
+from hetero_fl.experiment.auditing.likeness import matched, psnr, ssim
 from hetero_fl.experiment.auditing.upload import refusal, upload
 from tests.small import config
 

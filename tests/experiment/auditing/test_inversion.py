@@ -43,6 +43,14 @@ def test_the_upload_of_one_step_is_the_gradient_of_the_loss() -> None:
     assert float(inverter.distance(data["x"][rows].flip(-1))) > 0.01
 
 
+def test_the_attacker_has_the_clients_own_loss_not_that_of_a_dry_run() -> None:
+    prepared = prepare(config("hybrid", models="mlp"))  # its loss depends on the client's label frequencies
+    row = torch.tensor([4])
+    data = prepared.data.columns("site_1", "train", prepared.federation.cards["site_1"].preprocess)
+    inverter = Inverter(upload(prepared, "site_1", row), data["y"][row], lambda pixels: pixels)
+    assert float(inverter.distance(data["x"][row])) == pytest.approx(0, abs=1e-5)
+
+
 def test_descent_finds_what_the_first_layer_does_not_tell() -> None:
     prepared = prepare(config(models="fedavg_cnn"))
     client, row = "site_1", torch.tensor([2])

@@ -23,6 +23,7 @@ from hetero_fl.config import load_config
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONG = {  # run elsewhere: here they are parsed
+    "runs/xray_lenet",
     "configs/medical_hetero.yaml",
     "configs/medical_multimodal.yaml",
     "configs/finance_hetero.yaml",

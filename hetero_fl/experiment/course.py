@@ -65,7 +65,7 @@ def _hold(
         how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
         progress.log(f"resumed after round {rounds.completed}; {how}")
     else:
-        _start_from(prepared.inherited, rounds)
+        start_from(prepared.inherited, rounds)
         checkpoints.save(0, state())
         for note in [*prepared.notes, *choice.reasons]:
             progress.log(note)
@@ -158,7 +158,7 @@ def _read_whole(rounds: Rounds, directory: RunDirectory) -> Readings:
     return readings
 
 
-def _start_from(models: Mapping[str, SavedModel], rounds: Rounds) -> None:
+def start_from(models: Mapping[str, SavedModel], rounds: Rounds) -> None:
     """Begin with another run's models: each client with its own, each group at the server with the mean of its members'."""
     groups: dict[str, list[SavedModel]] = {}
     for id, model in models.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.alike import Alike
-from hetero_fl.channel.protocol import Traffic
+from hetero_fl.channel.protocol import Message, Traffic
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score
@@ -92,6 +92,23 @@ class Session(ABC):
 
     def _clock(self, round: int) -> None:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
+
+    @told()
+    def ask(self, client: str, round: int) -> tuple[Payload, Payload]:
+        """What one client receives in a round, and what arrives of its answer if the server sees it by itself; nothing is kept.
+
+        Raises RunFailed if the client diverges, PayloadError if the answer is not what was asked for.
+        """
+        self._clock(round)
+        bodies = dict(self.broadcasts([client]))
+        try:
+            ((_, reply),) = self.executor.answer({client: Message("train", bodies[client])}, round)
+        finally:
+            self.store.discard()
+        if isinstance(reply, Diverged):
+            raise RunFailed(f"round {round + 1}: {client} diverged: {reply}")
+        got = self.links.received(round, bodies[client])
+        return got, self.intake.receive(client, reply.body, self.heard(round), round)
 
     # Evaluation --------------------------------------------------------------------------------------------------
     @told()

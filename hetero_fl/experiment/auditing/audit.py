@@ -1,0 +1,175 @@
+"""What a finished run gives away: membership of its training rows, and images out of a client's upload."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hetero_fl.config import Config
+from hetero_fl.data import Dataset
+from hetero_fl.errors import UserError, nearest
+from hetero_fl.experiment.auditing.inversion import Protect, Say, invert
+from hetero_fl.experiment.auditing.membership import confidence, likelihood_ratio, loss_score, verdict
+from hetero_fl.experiment.auditing.shadows import answers, candidates, shadow_seed, targets, train_shadow
+from hetero_fl.experiment.auditing.upload import refusal
+from hetero_fl.experiment.prepared import Prepared, prepare
+from hetero_fl.reporting.run import Run
+from hetero_fl.runtime.checkpoint import read_checkpoint
+
+CLIENTS, SHADOWS, IMAGES = 2, 4, 3
+PROTECTIONS = ("channel", "privacy")  # sections of the configuration that change what an upload tells
+Attack = Literal["membership", "inversion", "both"]
+Json = dict[str, Any]
+
+
+def audit(
+    run: Run | str | Path,
+    *,
+    clients: Sequence[str] | None = None,
+    attack: Attack = "both",
+    shadows: int = SHADOWS,
+    images: int = IMAGES,
+    batch: int = 1,
+    seed: int = 0,
+    protect: Protect | None = None,
+    dataset: Dataset | None = None,
+    out: str | Path | None = None,
+    say: Say = lambda line: None,
+) -> Json:
+    """Attack a finished run and write `audit.json`, `audit.png`, `images.png` and `audit.html`; returns the content of the first.
+
+    Args:
+        clients: whose rows are sought (ids); none: the first two.
+        attack: membership inference, gradient inversion, or both; of both, what cannot be tried is left out with a note.
+        shadows: how often the run is held again with other rows; even, 4 at least; 0: the attack by the loss alone.
+        images: how many steps are inverted, of each client; `batch` images in each.
+        seed: of the audit's own draws.
+        protect: what becomes of an update (named tensors, sent minus received) on its way, as a trial; shown beside.
+        dataset: the run's examples, if it was given them in memory.
+        out: the folder; none: `audit` in the run's own.
+
+    Raises:
+        UserError: no finished run, other data than the run's, an unknown client, a number that makes no sense, or an attack
+            that was asked for by name and cannot be tried.
+    """
+    begun = time.perf_counter()
+    run = run if isinstance(run, Run) else Run(run)
+    if attack not in ("membership", "inversion", "both"):
+        raise UserError(f"--attack: found '{attack}'{nearest(attack, ['membership', 'inversion', 'both'])}")
+    if shadows and (shadows < 4 or shadows % 2):
+        raise UserError(
+            f"--shadows: found {shadows}; take an even number from 4 on, or 0 for the attack by the loss alone"
+        )
+    if not 1 <= batch <= 4 or images < 1:
+        raise UserError(f"--batch, --images: found {batch} and {images}; take 1 to 4 images a step, and 1 step or more")
+    summary, models = run.summary, run.models
+    chosen = list(dict.fromkeys(clients)) if clients else [c for c in models if c != "server"][:CLIENTS]
+    for client in chosen:
+        if client not in models or client == "server":
+            raise UserError(
+                f"--clients: {run.path} has no model of '{client}'{nearest(client, set(models) - {'server'})}"
+            )
+    prepared = prepare(run.path / "config.yaml", dataset=dataset)
+    _check_data(run, prepared)
+    notes: list[str] = []
+    content: Json = {
+        "run": summary["name"], "algorithm": summary["algorithm"], "data": summary["data"]["name"], "seed": seed,
+        "rounds": summary["rounds_completed"], "privacy": summary.get("privacy"), "clients": chosen, "shadows": shadows,
+        "membership": [], "inversion": [], "notes": notes,
+    }  # fmt: skip
+    pictures: list[Json] = []
+    if attack != "inversion":
+        content["membership"] = _membership(run, prepared, chosen, shadows, seed, notes, say)
+    if attack != "membership":
+        found, pictures = _inversion(prepared, chosen, images, batch, seed, protect, dataset, notes, say)
+        content["inversion"] = found
+        if not found and attack == "inversion":
+            raise UserError(f"--attack: found inversion; {notes[0]}")
+    content["seconds"] = time.perf_counter() - begun
+    from hetero_fl.reporting.auditing import write_audit  # loads what draws
+
+    folder = Path(out) if out is not None else run.path / "audit"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_audit(folder, content, pictures)
+    return content
+
+
+def _check_data(run: Run, prepared: Prepared) -> None:
+    """Members are told from others by the data: it has to be what the run was trained on."""
+    checkpoints = sorted((run.path / "checkpoint").glob("round-*.ckpt"))
+    if checkpoints and read_checkpoint(checkpoints[-1])[0]["data"] != prepared.data.content_hash():
+        raise UserError(f"{run.path}: the data is not what this run was trained on; restore it, or pass it as dataset=")
+
+
+# Membership ------------------------------------------------------------------------------------------------------------
+def _membership(
+    run: Run, prepared: Prepared, clients: Sequence[str], shadows: int, seed: int, notes: list[str], say: Say
+) -> list[Json]:
+    data, rounds = prepared.data, run.summary["rounds_completed"]
+    task = data.task
+    asked = {client: candidates(data, client, seed) for client in clients}
+    if any(c.examples.time is not None for c in asked.values()):
+        notes.append(
+            "rows are cut by date: non-members are later than members, so that the attack by the loss may tell dates apart"
+        )
+    halves = {client: c.halves(shadows, seed, client) for client, c in asked.items()} if shadows else {}
+    said: dict[str, list[Tensor]] = {client: [] for client in clients}
+    if shadows:
+        seconds = run.summary["seconds"]["training"]
+        say(f"{shadows} shadow runs of {rounds} rounds; the run itself trained for {seconds:.0f} s")
+    for s in range(shadows):
+        begun = time.perf_counter()
+        train = {client: c.training(halves[client][s]) for client, c in asked.items()}
+        models = train_shadow(prepared, train, shadow_seed(seed, s), rounds, lambda line: None)
+        for client, c in asked.items():
+            said[client].append(confidence(task, answers(models[client], c.examples), targets(c.examples)))
+        say(f"shadow {s + 1} of {shadows}: {time.perf_counter() - begun:.0f} s")
+    found = []
+    for client, c in asked.items():
+        logits, y = answers(run.models[client], c.examples), targets(c.examples)
+        scores = {"loss": loss_score(task, logits, y)}
+        if shadows:
+            scores["lira"] = likelihood_ratio(confidence(task, logits, y), torch.stack(said[client]), halves[client])
+        for name, values in scores.items():
+            result = verdict(values, c.member, "audit", seed, client, name)
+            rows = {"client": client, "attack": name, "members": int(c.member.sum()), "others": int((~c.member).sum())}
+            found.append({**rows, **asdict(result), "at_chance": result.at_chance})
+    return found
+
+
+# Inversion -------------------------------------------------------------------------------------------------------------
+def _inversion(
+    prepared: Prepared, clients: Sequence[str], images: int, batch: int, seed: int,
+    protect: Protect | None, dataset: Dataset | None, notes: list[str], say: Say,
+) -> tuple[list[Json], list[Json]]:  # fmt: skip
+    """Figures of each step, and its pictures: originals and reconstructions by way."""
+    bare = unprotected(prepared.config)
+    ways: dict[str, tuple[Prepared, Protect | None]] = {"as trained": (prepared, None)}
+    if bare != prepared.config:
+        ways = {"without protection": (prepare(bare, dataset=dataset), None), **ways}
+    if protect is not None:
+        ways["with protect"] = (prepared, protect)
+    found, pictures = [], []
+    for client in clients:
+        if why := refusal(prepared, client):
+            notes.append(why)
+            continue
+        for number, step in enumerate(invert(ways, client, images, batch, seed, say), 1):
+            pictures.append(
+                {"client": client, "step": number, "true": step.true, "found": step.found, "blind": step.blind}
+            )
+            found += [{"client": client, "step": number, **row} for row in step.rows]
+    return found, pictures
+
+
+def unprotected(config: Config) -> Config:
+    """The configuration without what protects an upload."""
+    there = [name for name in PROTECTIONS if name in Config.model_fields]
+    plain = {name: Config.model_fields[name].get_default(call_default_factory=True) for name in there}
+    return config.model_copy(update=plain)

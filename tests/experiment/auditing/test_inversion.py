@@ -1,0 +1,121 @@
+"""Images out of gradients: exactly where theory says so, and what is read off on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.experiment import prepare
+from hetero_fl.experiment.auditing.inversion import Inverter, first_layer_input, invert, read_labels
+from hetero_fl.experiment.auditing.likeness import matched, psnr, ssim
+from hetero_fl.experiment.auditing.upload import refusal, upload
+from tests.small import config
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_the_gradient_of_a_linear_model_gives_the_image_away_exactly() -> None:
+    for model in ("linear", "mlp"):
+        prepared = prepare(config(models=model))
+        step = next(invert({"as trained": (prepared, None)}, "site_1", images=1, batch=1, seed=0, say=quiet))
+        assert step.rows[1]["label"] == "read"
+        assert step.rows[1]["psnr"] > 60 > 20 > step.rows[0]["psnr"]
+        assert torch.allclose(step.found["as trained"], step.true, atol=2e-3)
+
+
+def test_the_upload_of_one_step_is_the_gradient_of_the_loss() -> None:
+    prepared = prepare(config(models="cnn_gn_small"))
+    card, rows = prepared.federation.cards["site_1"], torch.tensor([4, 9])
+    found = upload(prepared, "site_1", rows)
+    data = prepared.data.columns("site_1", "train", card.preprocess)
+    module = card.arch.build()
+    module.load_state_dict(prepared.federation.initial(card.arch))
+    torch.nn.functional.cross_entropy(module(data["x"][rows]).logits, data["y"][rows]).backward()
+    assert found.gradient.keys() == dict(module.named_parameters()).keys()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(found.gradient[name], parameter.grad, atol=1e-5), name
+    inverter = Inverter(found, data["y"][rows], lambda pixels: pixels)
+    assert float(inverter.distance(data["x"][rows])) == pytest.approx(0, abs=1e-5)
+    assert float(inverter.distance(data["x"][rows].flip(-1))) > 0.01
+
+
+def test_the_attacker_has_the_clients_own_loss_not_that_of_a_dry_run() -> None:
+    prepared = prepare(config("hybrid", models="mlp"))  # its loss depends on the client's label frequencies
+    row = torch.tensor([4])
+    data = prepared.data.columns("site_1", "train", prepared.federation.cards["site_1"].preprocess)
+    inverter = Inverter(upload(prepared, "site_1", row), data["y"][row], lambda pixels: pixels)
+    assert float(inverter.distance(data["x"][row])) == pytest.approx(0, abs=1e-5)
+
+
+def test_descent_finds_what_the_first_layer_does_not_tell() -> None:
+    prepared = prepare(config(models="fedavg_cnn"))
+    client, row = "site_1", torch.tensor([2])
+    found = upload(prepared, client, row)
+    data = prepared.data.columns(client, "train", prepared.federation.cards[client].preprocess)
+    true, label = data["x"][row], read_labels(found, "multiclass")
+    assert label is not None and torch.equal(label, data["y"][row])
+    inverter = Inverter(found, label, lambda pixels: pixels)
+    assert first_layer_input(inverter.module, found.gradient) is None
+    start = torch.rand(true.shape, generator=torch.Generator().manual_seed(0))
+    image = inverter.descend(start, steps=150)
+    assert float(inverter.distance(image)) < float(inverter.distance(start)) / 10
+    assert psnr(image, true) > psnr(start, true) + 3
+
+
+def test_noise_on_the_update_hides_the_image() -> None:
+    prepared = prepare(config(models="mlp"))
+
+    def noisy(update: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        draws = torch.Generator().manual_seed(0)
+        return {n: t + 0.02 * torch.randn(t.shape, generator=draws) for n, t in update.items()}
+
+    data = prepared.data.columns("site_1", "train", prepared.federation.cards["site_1"].preprocess)
+    row = torch.tensor([0])
+    true, quality = data["x"][row], {}
+    for name, protect in {"plain": None, "noisy": noisy}.items():
+        found = upload(prepared, "site_1", row, protect)
+        inverter = Inverter(found, data["y"][row], lambda pixels: pixels)
+        image, distance = inverter.search((1, 8, 8), "test", steps=40)
+        assert distance == pytest.approx(float(inverter.distance(image)), abs=1e-6)
+        quality[name] = psnr(image, true)
+    assert quality["plain"] > 60
+    assert quality["noisy"] < 12
+
+
+def test_who_shares_no_parameters_or_has_no_images_is_told_so() -> None:
+    prepared = prepare(config("fedmd"))
+    assert (
+        refusal(prepared, "site_1")
+        == "fedmd: 'site_1' sends no parameters of its model; there is no gradient to invert"
+    )
+    assert refusal(prepare(config("local")), "site_1") is not None
+    assert refusal(prepare(config("fedper")), "site_1") is None
+
+
+def test_without_the_head_labels_are_known_and_not_read() -> None:
+    found = upload(prepare(config("fedper", models="mlp")), "site_1", torch.tensor([0]))
+    assert all(n.startswith("backbone.") for n in found.gradient)
+    assert read_labels(found, "multiclass") is None
+
+
+def test_similarity_is_the_mean_over_windows() -> None:
+    a, b = np.random.default_rng(0).random((2, 9, 10))
+    found = []
+    for i in range(3):
+        for j in range(4):
+            p, q = (x[i : i + 7, j : j + 7].ravel() for x in (a, b))
+            (vp, both), (_, vq) = np.cov(p, q)
+            shape = (2 * both + 0.03**2) / (vp + vq + 0.03**2)
+            found.append((2 * p.mean() * q.mean() + 0.01**2) / (p.mean() ** 2 + q.mean() ** 2 + 0.01**2) * shape)
+    assert ssim(torch.tensor(a)[None], torch.tensor(b)[None]) == pytest.approx(np.mean(found))
+
+
+def test_equal_images_are_alike_and_a_batch_is_put_in_order() -> None:
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert ssim(images[0], images[0]) == pytest.approx(1)
+    assert psnr(images[0], images[0] + 0.1) == pytest.approx(20, abs=1e-4)
+    assert torch.equal(matched(images[[2, 0, 1]], images), images)

@@ -153,7 +153,10 @@ def _inversion(
     ways: dict[str, tuple[Prepared, Protect | None]] = {"as trained": (prepared, None)}
     if bare != prepared.config:
         ways = {"without protection": (prepare(bare, dataset=dataset), None), **ways}
-    if protect is not None:
+    if prepared.config.channel.secure_sum is not None:
+        del ways["as trained"]
+        notes.append("channel.secure_sum: the server sees no single upload; shown is what one would give away without it")
+    if protect is not None and "as trained" in ways:
         ways["with protect"] = (prepared, protect)
     found, pictures = [], []
     for client in clients:

@@ -16,10 +16,16 @@ from hetero_fl.lazy import Lazy
 
 @dataclass(frozen=True)
 class Message:
-    """One transfer between server and client: what is asked, and encoded bytes."""
+    """One transfer between server and client: what is asked, and encoded bytes.
+
+    A request names the task's `round` (the server's version, where a run is asynchronous), and how often the client was asked
+    in that round before: by both its random draws are keyed.
+    """
 
     ask: str
     body: bytes
+    round: int = 0
+    again: int = 0
 
 
 Messages = Mapping[str, Message]  # client id -> message

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TypeGuard
 
 from hetero_fl.channel.protocol import Message, Messages, Replies, Traffic, hold_round
 from hetero_fl.errors import RunFailed
+from hetero_fl.lazy import Lazy
 from hetero_fl.runtime.executor import Reply, in_turn
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.plans import Diverged, carry_out
@@ -46,7 +48,8 @@ class Rounds(Session):
             return False
 
         def exchange(requests: Messages) -> Replies:
-            return filter(usable, in_turn(list(requests), self.executor.answer(requests, index)))
+            of_now = Lazy(requests.keys(), lambda client: replace(requests[client], round=index))
+            return filter(usable, in_turn(list(requests), self.executor.answer(of_now)))
 
         traffic = self.traffic if self.algorithm.counted else Traffic()
         arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic)

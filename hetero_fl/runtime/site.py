@@ -56,10 +56,11 @@ class Site:
         self.watch: Callable[[str], None] | None = None  # told what is being done
         self._common: dict[int, tuple[Tensor, Scores]] = {}  # scores of logits that several clients share
 
-    def answer(self, requests: Messages, round: int) -> dict[str, Message | Diverged]:
+    def answer(self, requests: Messages) -> dict[str, Message | Diverged]:
         """The clients' replies to one request of the protocol each; a `Diverged` where training did."""
         replies: dict[str, Message | Diverged] = {}
         waiting: dict[str, tuple[Talk, bytes]] = {}
+        asked: dict[str, tuple[int, int]] = {}  # each task's round, and how often before
 
         def go_on(client: str, talk: Talk, upload: bytes | None) -> None:
             try:
@@ -68,18 +69,21 @@ class Site:
                 replies[client] = stop.value
 
         for client, request in requests.items():
+            asked[client] = (request.round, request.again)
             go_on(client, self.protocol.answer(client, request), None)
         while waiting:
             talks, waiting = waiting, {}
-            for client, upload in self._train({c: broadcast for c, (_, broadcast) in talks.items()}, round).items():
+            for client, upload in self._train({c: broadcast for c, (_, broadcast) in talks.items()}, asked).items():
                 if isinstance(upload, Diverged):
                     replies[client] = upload
                 else:
                     go_on(client, talks[client][0], upload)
         return replies
 
-    def _train(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, bytes | Diverged]:
-        clients = {c: self.federation.client(c, self.store.get(c), round) for c in broadcasts}
+    def _train(
+        self, broadcasts: Mapping[str, bytes], asked: Mapping[str, tuple[int, int]]
+    ) -> dict[str, bytes | Diverged]:
+        clients = {c: self.federation.client(c, self.store.get(c), *asked[c]) for c in broadcasts}
         plans = [(p, self.algorithm.train(p, Payload.decode(broadcasts[c]))) for c, p in clients.items()]
         uploads: dict[str, bytes | Diverged] = {}
         for outcome, (id, client) in zip(

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
+from hetero_fl.config.devices import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.config.source import DataConfig
 
 
@@ -103,6 +104,9 @@ class Config(Section):
         {"name": "fedavg"}, description="the method's name and its own settings beside it"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
+    devices: DevicesConfig | None = Field(None, description="none: nobody's time is simulated")
+    faults: FaultsConfig | None = Field(None, description="none: nothing goes wrong on purpose")
+    cohort: CohortConfig = CohortConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
     init_from: str | None = Field(None, description="a run directory whose models this run starts from")

@@ -124,6 +124,11 @@ class Uploads:
         self._folded(name)
         return self._models[name].weights_by_group() if name in self._models else {}
 
+    def counts_by_group(self, name: str) -> dict[str, dict[str, int]]:
+        """How many uploads are behind each tensor of `mean_by_group`."""
+        self._folded(name)
+        return self._models[name].counts_by_group() if name in self._models else {}
+
     @property
     def each(self) -> Iterator[Upload]:
         """The single uploads, with the items that were declared with `use="each"`.

@@ -5,7 +5,9 @@ from hetero_fl.algorithms.dense import Dense
 from hetero_fl.algorithms.ditto import Ditto
 from hetero_fl.algorithms.ds_fl import DSFL
 from hetero_fl.algorithms.fd import FD
+from hetero_fl.algorithms.fedasync import FedAsync
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
+from hetero_fl.algorithms.fedbuff import FedBuff
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.algorithms.fedgen import FedGen
 from hetero_fl.algorithms.fedgh import FedGH
@@ -35,10 +37,12 @@ __all__ = [
     "Ditto",
     "Ensemble",
     "FedAdam",
+    "FedAsync",
     "FedAvg",
     "FedAvgM",
     "FedBABU",
     "FedBN",
+    "FedBuff",
     "FedDF",
     "FedGH",
     "FedGKT",

@@ -10,6 +10,7 @@ from hetero_fl.config.base import Section, choice
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
 from hetero_fl.config.devices import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.config.source import DataConfig
+from hetero_fl.config.staleness import StalenessConfig
 
 
 class ServerConfig(Section):
@@ -36,9 +37,15 @@ class EvaluationConfig(Section):
 class RuntimeConfig(Section):
     """Where and how a run computes. Threads are part of the result's bits, the number of workers is not."""
 
-    mode: choice("sync") = Field(  # type: ignore[valid-type]
-        "sync", description="rounds that wait for the whole cohort"
+    mode: choice("sync", "async") = Field(  # type: ignore[valid-type]
+        "sync",
+        description="sync: rounds that wait for the whole cohort; async: clients.per_round clients train at any time, each at its "
+        "own pace, and the server aggregates when enough uploads have come",
     )
+    buffer: PositiveInt | None = Field(
+        None, description="async: uploads after which the server aggregates; none: as many as clients train at a time"
+    )
+    staleness: StalenessConfig = StalenessConfig()
     executor: choice("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
         "auto",
         description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",

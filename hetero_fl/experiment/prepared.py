@@ -14,11 +14,17 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.run import Run
+from hetero_fl.runtime.asynchronous import Asynchronous
 from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
+from hetero_fl.runtime.devices import Devices
+from hetero_fl.runtime.faults import Faults
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.pace import set_pace
 from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Store
+from hetero_fl.runtime.timing import Timing
 from hetero_fl.saved import SavedModel
 
 
@@ -43,7 +49,7 @@ class Prepared:
         choice: Choice | None = None,
         store: Store | None = None,
         say: Callable[[str], None] = lambda line: None,
-    ) -> Rounds:
+    ) -> Session:
         """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
         unless a choice is. Close its executor afterwards.
         """
@@ -51,7 +57,14 @@ class Prepared:
         executor = make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
-            return Rounds(self.method, self.federation, executor, clients.per_round, stop)
+            if self.config.runtime.mode == "sync":
+                return Rounds(self.method, self.federation, executor, clients.per_round, stop)
+            devices = Devices.of(self.federation, self.config.devices)
+            return Asynchronous(
+                self.method, self.federation, executor, clients.per_round, stop,
+                timing=Timing(devices), faults=Faults(self.config.faults, devices),
+                buffer=self.config.runtime.buffer, staleness=self.config.runtime.staleness,
+            )  # fmt: skip
         except BaseException:
             executor.close()
             raise
@@ -99,6 +112,8 @@ def prepare(
     name = config.algorithm["name"]
     config = config.model_copy(update={"algorithm": {"name": name, **method.model_dump(mode="json")}})
     notes = [*data.notes, *derived, *check(name, method, federation)]
+    config, federation, paced = set_pace(config, method, federation)
+    notes += paced
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"

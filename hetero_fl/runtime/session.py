@@ -59,6 +59,11 @@ class Session(ABC):
             self.traffic.up, self.traffic.down = before.up, before.down
             raise
 
+    @property
+    def turn(self) -> int:
+        """The round that comes next, from 0: what the server sends and draws is keyed by it."""
+        return self.completed
+
     @abstractmethod
     def _hold(self) -> Record:
         """The next round: whom to ask, what to make of the answers, and its line of `metrics.jsonl`."""
@@ -90,7 +95,7 @@ class Session(ABC):
         What they receive for it is what they would receive next, and is counted like any other transfer. `details`: all
         that a report shows; each model (see `SavedModel.encode`) is then handed to `save` as it comes, and not kept.
         """
-        self._clock(self.completed)
+        self._clock(self.turn)
         ids = in_order(self.federation.readers)
         bodies = self.broadcasts(ids, reading=True)
 
@@ -102,7 +107,7 @@ class Session(ABC):
         sizes: dict[str, int] = {}
         clients: dict[str, Reading] = {}
         try:
-            for id, reading in in_turn(ids, self.executor.read(Lazy(ids, counted), self.completed, details)):
+            for id, reading in in_turn(ids, self.executor.read(Lazy(ids, counted), self.turn, details)):
                 if save is not None:
                     save(id, reading.model)
                     reading.model = b""

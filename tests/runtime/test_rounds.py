@@ -46,6 +46,8 @@ METHODS = [
     "fedkd",
     "fedmrl",
     "hybrid",
+    "fedasync",
+    "fedbuff",
     "ds_fl",
     "kt_pfl",
     "fedgkt",

@@ -16,6 +16,7 @@ from hetero_fl.errors import UserError
 from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
+from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
@@ -51,7 +52,8 @@ class Prepared:
         executor = make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
-            return Rounds(self.method, self.federation, executor, clients.per_round, stop)
+            conditions = Conditions.of(self.federation, self.config)
+            return Rounds(self.method, self.federation, executor, clients.per_round, stop, conditions)
         except BaseException:
             executor.close()
             raise
@@ -111,6 +113,7 @@ def prepare(
     for own in {kind.settings.objective for kind in clients.kinds}:
         own_objective(own, federation.task)
     choose_device(config.runtime.device)
+    Conditions.of(federation, config)  # for what is wrong with them
     return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
 
 

@@ -65,21 +65,26 @@ class Site:
             try:
                 waiting[client] = (talk, next(talk) if upload is None else talk.send(upload))
             except StopIteration as stop:
-                replies[client] = stop.value
+                replies[client] = stop.value.sealed()
 
         for client, request in requests.items():
             go_on(client, self.protocol.answer(client, request), None)
         while waiting:
             talks, waiting = waiting, {}
-            for client, upload in self._train({c: broadcast for c, (_, broadcast) in talks.items()}, round).items():
+            work = {c: requests[c].work for c in talks}
+            for client, upload in self._train({c: b for c, (_, b) in talks.items()}, round, work).items():
                 if isinstance(upload, Diverged):
                     replies[client] = upload
                 else:
                     go_on(client, talks[client][0], upload)
         return replies
 
-    def _train(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, bytes | Diverged]:
+    def _train(
+        self, broadcasts: Mapping[str, bytes], round: int, work: Mapping[str, float]
+    ) -> dict[str, bytes | Diverged]:
         clients = {c: self.federation.client(c, self.store.get(c), round) for c in broadcasts}
+        for id, client in clients.items():
+            client.work = work[id]
         plans = [(p, self.algorithm.train(p, Payload.decode(broadcasts[c]))) for c, p in clients.items()]
         uploads: dict[str, bytes | Diverged] = {}
         for outcome, (id, client) in zip(

@@ -35,8 +35,8 @@ class Stale(Algorithm):
 
 @algorithm("fedasync")
 class FedAsync(Stale):
-    """Asynchronous mixing: θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k for every upload as it comes, τ being the versions that were made since
-    the client was given θ (Xie et al. 2019, Algorithm 1).
+    """Asynchronous mixing: θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k for every upload as it comes, τ being the versions that were made
+    since the client was given its task (Xie et al. 2019, Algorithm 1).
 
     On a mixed federation an upload moves the model of its architecture. s(τ) = 1/(1 + τ) is the polynomial with a = 1. Runs
     asynchronously whatever `runtime.mode` says.

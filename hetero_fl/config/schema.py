@@ -39,8 +39,8 @@ class RuntimeConfig(Section):
 
     mode: choice("sync", "async") = Field(  # type: ignore[valid-type]
         "sync",
-        description="sync: rounds that wait for the whole cohort; async: clients.per_round clients train at any time, each at its "
-        "own pace, and the server aggregates when enough uploads have come",
+        description="sync: rounds that wait for the whole cohort; async: clients.per_round clients train at any time, each at "
+        "its own pace, and the server aggregates when enough uploads have come",
     )
     buffer: PositiveInt | None = Field(
         None, description="async: uploads after which the server aggregates; none: as many as clients train at a time"

@@ -17,14 +17,12 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.asynchronous import Asynchronous
 from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
-from hetero_fl.runtime.devices import Devices
-from hetero_fl.runtime.faults import Faults
+from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.pace import set_pace
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Store
-from hetero_fl.runtime.timing import Timing
 from hetero_fl.saved import SavedModel
 
 
@@ -57,14 +55,11 @@ class Prepared:
         executor = make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
-            if self.config.runtime.mode == "sync":
-                return Rounds(self.method, self.federation, executor, clients.per_round, stop)
-            devices = Devices.of(self.federation, self.config.devices)
-            return Asynchronous(
-                self.method, self.federation, executor, clients.per_round, stop,
-                timing=Timing(devices), faults=Faults(self.config.faults, devices),
-                buffer=self.config.runtime.buffer, staleness=self.config.runtime.staleness,
-            )  # fmt: skip
+            conditions, runtime = Conditions.of(self.federation, self.config), self.config.runtime
+            about = (self.method, self.federation, executor, clients.per_round, stop, conditions)
+            if runtime.mode == "sync":
+                return Rounds(*about)
+            return Asynchronous(*about, buffer=runtime.buffer, staleness=runtime.staleness)
         except BaseException:
             executor.close()
             raise
@@ -126,6 +121,7 @@ def prepare(
     for own in {kind.settings.objective for kind in clients.kinds}:
         own_objective(own, federation.task)
     choose_device(config.runtime.device)
+    Conditions.of(federation, config)  # for what is wrong with them
     return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 from hetero_fl.aggregation import Upload, Uploads
@@ -20,29 +19,28 @@ from hetero_fl.channel.protocol import Message
 from hetero_fl.config.staleness import StalenessConfig
 from hetero_fl.errors import RunFailed
 from hetero_fl.order import natural
-from hetero_fl.payload import Encoded, Payload, PayloadError, loss_of
+from hetero_fl.payload import Encoded, Payload, PayloadError
+from hetero_fl.runtime.conditions import Conditions
+from hetero_fl.runtime.deliveries import befallen
 from hetero_fl.runtime.executor import Executor
-from hetero_fl.runtime.faults import Faults
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.queue import Queue, Task, as_bytes, as_tensor
 from hetero_fl.runtime.readings import Record
+from hetero_fl.runtime.rounds import CHANGED
 from hetero_fl.runtime.session import Session
-from hetero_fl.runtime.timing import Timing
+from hetero_fl.runtime.tally import Tally
 from hetero_fl.seeding import sample
 
 PATIENCE = 100  # tasks in a row for each place that may come to nothing by fate, before the run ends
 
 
-@dataclass
-class Tally:
-    """What a round's worth of events came to."""
+class _Nothing(Exception):
+    """Why nothing came of a task: by `fate`, or by the `client`, which would do the same again."""
 
-    cohort: list[str] = field(default_factory=list)  # whose uploads were taken, in the order in which they came
-    failed: dict[str, str] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
-    staleness: Counter[int] = field(default_factory=Counter)
+    def __init__(self, why: str, cause: str) -> None:
+        super().__init__(why)
+        self.cause = cause
 
 
 class Asynchronous(Session):
@@ -61,20 +59,18 @@ class Asynchronous(Session):
         executor: Executor,
         per_round: int | None = None,
         stop_on_divergence: bool = False,
+        conditions: Conditions | None = None,
         *,
-        timing: Timing,
-        faults: Faults,
         buffer: int | None = None,
         staleness: StalenessConfig | None = None,
     ) -> None:
-        super().__init__(algorithm, federation, executor, per_round, stop_on_divergence)
-        self.timing, self.faults = timing, faults
+        super().__init__(algorithm, federation, executor, per_round, stop_on_divergence, conditions)
         self.ids = federation.cards.clients.ids
         self.places = min(per_round or len(self.ids), len(self.ids))
         self.goal = algorithm.goal or buffer or self.places
         self.staleness = algorithm.discount or staleness or StalenessConfig()
         self.queue = Queue()
-        self.now, self.version, self.given = 0.0, 0, 0  # simulated seconds, aggregations, tasks
+        self.version, self.given = 0, 0  # aggregations, tasks
         self._buffer: list[tuple[str, Payload]] = []
         self._asked: Counter[str] = Counter()  # tasks of this version by client
         self._fillings = 0  # of places, in this version
@@ -87,7 +83,7 @@ class Asynchronous(Session):
 
     # Events ------------------------------------------------------------------------------------------------------
     def _hold(self) -> Record:
-        begun, start, tally = time.perf_counter(), self.now, Tally()
+        begun, tally = time.perf_counter(), Tally(self.now)
         before = (self.traffic.up, self.traffic.down)
         while len(tally.cohort) < self.places:
             if not len(self.queue) or self.queue.due > self.now:  # whatever ends together has ended
@@ -98,16 +94,9 @@ class Asynchronous(Session):
             self.now = task.ends
             self._end(task, tally)
         self.completed += 1
-        counts = {"invited": sum(tally.counts.values()), **{k: tally.counts[k] for k in ("arrived", "failed", "late")}}
         return {
             "round": self.completed,
-            "cohort": tally.cohort,
-            "failed": tally.failed,
-            "train_loss": tally.losses,
-            "simulated": {"start": start, "end": self.now},
-            "counts": counts,
-            "version": self.version,
-            "staleness": {str(versions): n for versions, n in sorted(tally.staleness.items())},
+            **tally.record(self.now, self.version),
             "up_bytes": self.traffic.up - before[0],
             "down_bytes": self.traffic.down - before[1],
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
@@ -131,16 +120,16 @@ class Asynchronous(Session):
         number, again, card = self.given, self._asked[client], self.federation.cards[client]
         self.given, self._asked[client] = number + 1, again + 1
         payload = self._broadcast(card)
-        body, fate = self._encoded(payload), self.faults.fate(client, number)
-        up = self.expectations.size(card, payload, self.version)
-        stages = self.timing.stages(client, len(body), up, self.now, number)
+        body, fate = self._encoded(payload), self.conditions.faults.fate(client, number)
+        up = self.upload_bytes(card, payload, self.version)
+        stages = self.conditions.timing.stages(client, len(body), up, self.now, number)
         ends = {
             "before": stages.received,
             "during": stages.received + fate.share * (stages.trained - stages.received),
             "after": stages.trained,
         }.get(fate.what, stages.arrived + fate.by)
         self._count(down=len(body))
-        return Task(number, client, place, self.version, again, self.now, ends, body, fate)
+        return Task(number, client, place, self.version, again, self.now, ends, body, up, fate)
 
     def _compute(self) -> None:
         """Whatever is in flight and will have an effect, together."""
@@ -150,49 +139,50 @@ class Asynchronous(Session):
             if isinstance(reply, Diverged):
                 tasks[client].diverged = str(reply)
             else:
-                tasks[client].upload = reply.body
+                tasks[client].upload = reply
 
     def _end(self, task: Task, tally: Tally) -> None:
-        """A task ends: its upload arrives, or nothing does."""
-        if task.fate.fails:
-            return self._nothing(task, tally, task.fate.why, "fate")
-        if task.diverged is not None:
-            if self.stop_on_divergence:
-                raise RunFailed(f"round {self.completed + 1}: {task.client} diverged: {task.diverged}")
-            return self._nothing(task, tally, task.diverged, "itself")
-        assert task.upload is not None
-        self._count(up=len(task.upload) * (2 if task.fate.what == "twice" else 1))  # the second one is of no effect
+        """A task ends. Its upload enters the buffer, and what its client keeps is settled; or nothing comes of it. Raises
+        RunFailed if that is all that ever happens."""
         try:
-            payload = self.intake.receive(
-                task.client, task.upload, lambda card: Payload.decode(task.broadcast), task.version
-            )
-        except PayloadError as error:
+            payload = self._arrival(task)
+        except _Nothing as nothing:
             self.store.drop(task.client)
-            return self._nothing(task, tally, f"upload refused: {error}", "itself")
-        return self._take(task, payload, tally)
-
-    def _take(self, task: Task, payload: Payload, tally: Tally) -> None:
-        """An upload enters the buffer, and what its client keeps is settled."""
+            tally.lost(task, str(nothing))
+            self._barren[nothing.cause] += 1
+            if self._barren["client"] >= self.places or self._barren["fate"] >= PATIENCE * self.places:
+                tasks, first = sum(self._barren.values()), (task.client, str(nothing))
+                raise RunFailed(f"round {self.completed + 1}: no usable upload from {tasks} tasks; {first}") from None
+            return
         versions = self.version - task.version
         self.store.commit([task.client])
         self._barren.clear()
-        tally.cohort.append(task.client)
-        tally.counts["arrived"] += 1
-        tally.staleness[versions] += 1
-        if (loss := loss_of(payload.report)) is not None:
-            tally.losses[task.client] = loss
+        tally.took(task, payload, versions)
         self._buffer.append((task.client, discounted(payload, self.staleness.weight(versions))))
         if len(self._buffer) >= self.goal:
             self._aggregate()
 
-    def _nothing(self, task: Task, tally: Tally, why: str, cause: str) -> None:
-        """A task came to nothing; its place is free. Raises RunFailed if that is all that ever happens."""
-        tally.failed[task.client] = why
-        tally.counts["failed"] += 1
-        self._barren[cause] += 1
-        if self._barren["itself"] >= self.places or self._barren["fate"] >= PATIENCE * self.places:
-            tasks = sum(self._barren.values())
-            raise RunFailed(f"round {self.completed + 1}: no usable upload from {tasks} tasks; {(task.client, why)}")
+    def _arrival(self, task: Task) -> Payload:
+        """The task's upload as it arrives, if it is what was sent and what was asked for. Raises _Nothing."""
+        if task.fate.fails:
+            self._count(up=task.up_bytes if task.fate.what == "lost" else 0)
+            raise _Nothing(task.fate.why, "fate")
+        if task.diverged is not None:
+            if self.stop_on_divergence:
+                raise RunFailed(f"round {self.completed + 1}: {task.client} diverged: {task.diverged}")
+            raise _Nothing(task.diverged, "client")
+        sent = iter([(task.client, task.upload or Message("upload", b""))])
+        came = list(befallen(sent, {task.client: task.fate}, self.federation.seed, "changed", task.number))
+        arrivals = [message for _, message in came if isinstance(message, Message)]
+        self._count(up=sum(len(message.body) for message in arrivals))
+        upload = arrivals[0]  # the same once more is known by the task's number, and dropped
+        if not upload.intact:
+            raise _Nothing(CHANGED, "fate")
+        asked = Payload.decode(task.broadcast)
+        try:
+            return self.intake.receive(task.client, upload.body, lambda card: asked, task.version)
+        except PayloadError as error:
+            raise _Nothing(f"upload refused: {error}", "client") from None
 
     def _aggregate(self) -> None:
         """The buffer becomes the next version."""
@@ -217,7 +207,8 @@ class Asynchronous(Session):
     # Crash safety ------------------------------------------------------------------------------------------------
     def tree(self) -> dict[str, Any]:
         return super().tree() | {
-            "clock": [self.now, self.version, self.given, self._fillings],
+            "now": self.now,
+            "count": [self.version, self.given, self._fillings],
             "asked": dict(self._asked),
             "barren": dict(self._barren),
             "buffer": [[client, as_tensor(payload.encode())] for client, payload in self._buffer],
@@ -226,7 +217,7 @@ class Asynchronous(Session):
 
     def restore(self, tree: dict[str, Any]) -> None:
         super().restore(tree)
-        self.now, self.version, self.given, self._fillings = tree["clock"]
+        self.version, self.given, self._fillings = tree["count"]
         self._asked, self._barren = Counter(tree["asked"]), Counter(tree["barren"])
         self._buffer = [(client, Payload.decode(as_bytes(body))) for client, body in tree["buffer"]]
-        self.queue = Queue.of(tree["queue"], self.faults.fate)
+        self.queue = Queue.of(tree["queue"], self.conditions.faults.fate)

@@ -46,7 +46,6 @@ class Expectations:
     def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
         self.algorithm, self.federation, self.performer = algorithm, federation, Dry()
         self._known: dict[Any, dict[str, Item]] = {}
-        self._sizes: dict[Any, int] = {}
 
     def of(self, card: Card, broadcast: Payload, round: int) -> Mapping[str, Item]:
         """An upload of the right form; its numbers mean nothing. Clients alike share one.
@@ -64,13 +63,6 @@ class Expectations:
             upload = self.upload(card, broadcast, round)
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]
-
-    def size(self, card: Card, broadcast: Payload, round: int) -> int:
-        """Bytes of the upload that the client will make of this broadcast, encoded. Clients alike are measured once."""
-        key = (alike(card, broadcast), self.phase(card.settings.share_every, round))
-        if key not in self._sizes:
-            self._sizes[key] = len(self.upload(card, broadcast, round).encode())
-        return self._sizes[key]
 
     def phase(self, share_every: int, round: int) -> int:
         """What of the round a client's plan may depend on in form; of an own method's nothing is known."""
@@ -109,21 +101,6 @@ class Expectations:
             peers=federation.cards,
             clock=federation.clock(round),
         )
-
-
-def alike(card: Card, down: Payload) -> tuple[Any, ...]:
-    """Clients with equal marks exchange equally much: a weight is written with the digits of their rows."""
-    items = {name: (down[name], down.item(name).weight) for name in down}
-    return card.arch, id(card.settings), card.n, form(items)
-
-
-def form(tree: Any) -> Any:
-    """Names, shapes and dtypes of a tree: all that its encoded length depends on, but for plain values."""
-    if isinstance(tree, torch.Tensor):
-        return tuple(tree.shape), tree.dtype
-    if isinstance(tree, Mapping):
-        return tuple((name, form(value)) for name, value in tree.items())
-    return tuple(map(form, tree)) if isinstance(tree, list | tuple) else repr(tree)
 
 
 def _outline(payload: Payload) -> tuple[Any, ...]:

@@ -36,6 +36,9 @@ class Fate:
         return TOLD[self.what]
 
 
+FINE = Fate()
+
+
 class Faults:
     """The fates of all tasks, by probability; a machine's own chance of failing comes on top."""
 
@@ -53,4 +56,4 @@ class Faults:
             below += chance
             if drawn < below:
                 return Fate(what, by=self.config.delay if what == "late" else 0.0, share=share)  # type: ignore[arg-type]
-        return Fate()
+        return FINE

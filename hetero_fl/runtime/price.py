@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.payload import Payload
-from hetero_fl.runtime.dry import Expectations, alike, form
+from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
+from hetero_fl.runtime.invitation import draw_cohort
 from hetero_fl.runtime.plans import carry_out
-from hetero_fl.runtime.rounds import draw_cohort
+from hetero_fl.state import Card
 
 
 @dataclass
@@ -68,7 +72,7 @@ class _DryRun:
         self._intervals = sorted({kind.settings.share_every for kind in federation.cards.kinds})
         self._sizes: dict[Any, tuple[int, int]] = {}
         self._settled: set[Any] = set()  # after these the server's state has the form that it had before
-        self._form = form([self.server.models, self.server.state])
+        self._form = _form([self.server.models, self.server.state])
 
     def _at(self, round: int) -> tuple[Any, ...]:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
@@ -78,7 +82,7 @@ class _DryRun:
         """Bytes down to a client and up from it in that round."""
         at, card = self._at(round), self.federation.cards[id]
         down = broadcast(self.algorithm, self.server, card)
-        key = (alike(card, down), at)
+        key = (_alike(card, down), at)
         if key not in self._sizes:
             up = self.expectations.upload(card, down, round)
             self._sizes[key] = (len(down.encode()), len(up.encode()))
@@ -88,7 +92,7 @@ class _DryRun:
         """Bytes down to a client whose model is read before that round."""
         at, card = self._at(round), replace(self.federation.cards[id], reading=True)
         down = broadcast(self.algorithm, self.server, card)
-        key = (alike(card, down), at, "reading")
+        key = (_alike(card, down), at, "reading")
         if key not in self._sizes:
             self._sizes[key] = (len(down.encode()), 0)
         return self._sizes[key][0]
@@ -104,6 +108,21 @@ class _DryRun:
             uploads.append(Upload(card, Payload(dict(items))))
         plan = self.algorithm.aggregate(self.server, Uploads(uploads, self.algorithm.uploads, self.server.common))
         carry_out(plan, self.server, self.expectations.performer)
-        before, self._form = self._form, form([self.server.models, self.server.state])
+        before, self._form = self._form, _form([self.server.models, self.server.state])
         if before == self._form:
             self._settled.add(key)
+
+
+def _alike(card: Card, down: Payload) -> tuple[Any, ...]:
+    """Clients with equal marks exchange equally much: a weight is written with the digits of their rows."""
+    items = {name: (down[name], down.item(name).weight) for name in down}
+    return card.arch, id(card.settings), card.n, _form(items)
+
+
+def _form(tree: Any) -> Any:
+    """Names, shapes and dtypes of a tree: all that its encoded length depends on, but for plain values."""
+    if isinstance(tree, torch.Tensor):
+        return tuple(tree.shape), tree.dtype
+    if isinstance(tree, Mapping):
+        return tuple((name, _form(value)) for name, value in tree.items())
+    return tuple(map(_form, tree)) if isinstance(tree, list | tuple) else repr(tree)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hetero_fl.channel.protocol import Message
 from hetero_fl.runtime.faults import Fate
 
 
@@ -32,8 +33,9 @@ class Task:
     begun: float
     ends: float
     broadcast: bytes
+    up_bytes: int
     fate: Fate
-    upload: bytes | None = None
+    upload: Message | None = None
     diverged: str | None = None
 
     @property
@@ -103,11 +105,11 @@ class Queue:
         rows = []
         for t in self:
             at = broadcasts.setdefault(t.broadcast, len(broadcasts))
-            rows.append([t.number, t.client, t.place, t.version, t.again, t.begun, t.ends, at, t.diverged])
+            rows.append([t.number, t.client, t.place, t.version, t.again, t.begun, t.ends, at, t.up_bytes, t.diverged])
         return {
             "tasks": rows,
             "broadcasts": {str(at): as_tensor(body) for body, at in broadcasts.items()},
-            "uploads": {str(t.number): as_tensor(t.upload) for t in self if t.upload is not None},
+            "uploads": {str(t.number): as_tensor(t.upload.body) for t in self if t.upload is not None},
         }
 
     @classmethod
@@ -115,10 +117,11 @@ class Queue:
         """The reverse of `tree`. `fates(client, number)`: what befalls a task, which is drawn by the key and not kept."""
         queue = cls()
         broadcasts = {int(at): as_bytes(body) for at, body in tree["broadcasts"].items()}
-        for number, client, place, version, again, begun, ends, at, diverged in tree["tasks"]:
-            upload = tree["uploads"].get(str(number))
-            task = Task(number, client, place, version, again, begun, ends, broadcasts[at], fates(client, number))
-            task.upload, task.diverged = None if upload is None else as_bytes(upload), diverged
+        for number, client, place, version, again, begun, ends, at, up, diverged in tree["tasks"]:
+            when, fate = (version, again, begun, ends), fates(client, number)
+            task = Task(number, client, place, *when, broadcasts[at], up, fate, diverged=diverged)
+            if (upload := tree["uploads"].get(str(number))) is not None:
+                task.upload = Message("upload", as_bytes(upload)).sealed()
             queue.push(task)
         return queue
 

@@ -60,30 +60,31 @@ class Site:
         """The clients' replies to one request of the protocol each; a `Diverged` where training did."""
         replies: dict[str, Message | Diverged] = {}
         waiting: dict[str, tuple[Talk, bytes]] = {}
-        asked: dict[str, tuple[int, int]] = {}  # each task's round, and how often before
 
         def go_on(client: str, talk: Talk, upload: bytes | None) -> None:
             try:
                 waiting[client] = (talk, next(talk) if upload is None else talk.send(upload))
             except StopIteration as stop:
-                replies[client] = stop.value
+                replies[client] = stop.value.sealed()
 
         for client, request in requests.items():
-            asked[client] = (request.round, request.again)
             go_on(client, self.protocol.answer(client, request), None)
         while waiting:
             talks, waiting = waiting, {}
-            for client, upload in self._train({c: broadcast for c, (_, broadcast) in talks.items()}, asked).items():
+            bodies = {c: broadcast for c, (_, broadcast) in talks.items()}
+            for client, upload in self._train(bodies, requests).items():
                 if isinstance(upload, Diverged):
                     replies[client] = upload
                 else:
                     go_on(client, talks[client][0], upload)
         return replies
 
-    def _train(
-        self, broadcasts: Mapping[str, bytes], asked: Mapping[str, tuple[int, int]]
-    ) -> dict[str, bytes | Diverged]:
-        clients = {c: self.federation.client(c, self.store.get(c), *asked[c]) for c in broadcasts}
+    def _train(self, broadcasts: Mapping[str, bytes], requests: Messages) -> dict[str, bytes | Diverged]:
+        clients = {}
+        for id in broadcasts:
+            asked = requests[id]
+            clients[id] = self.federation.client(id, self.store.get(id), asked.round, asked.again)
+            clients[id].work = asked.work
         plans = [(p, self.algorithm.train(p, Payload.decode(broadcasts[c]))) for c, p in clients.items()]
         uploads: dict[str, bytes | Diverged] = {}
         for outcome, (id, client) in zip(

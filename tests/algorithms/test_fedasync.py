@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from hetero_fl.payload import Payload
+from hetero_fl.runtime.queue import Task
 from hetero_fl.runtime.store import Private
 from hetero_fl.state import floats
 from tests.algorithms import by_hand
@@ -110,8 +112,14 @@ def test_a_version_is_not_trained_on_twice_in_the_same_way() -> None:
     """The fast client comes back before there is a new version: other batches, another upload."""
     run = session(config("fedbuff", algorithm={"name": "fedbuff", "buffer": 3}), seconds=lambda id, _: SECONDS[id])
     seen = []
-    take = run._take
-    run._take = lambda task, payload, tally: (seen.append((task, payload)), take(task, payload, tally))[1]  # type: ignore[method-assign,func-returns-value]
+    arrival = run._arrival
+
+    def seeing(task: Task) -> Payload:
+        payload = arrival(task)
+        seen.append((task, payload))
+        return payload
+
+    run._arrival = seeing  # type: ignore[method-assign]
     run.round()
     (first, one), (second, two) = [(task, payload) for task, payload in seen if task.client == "site_1"]
     assert (first.version, first.again, second.version, second.again) == (0, 0, 0, 1)

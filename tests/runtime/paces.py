@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from hetero_fl.experiment import prepare
@@ -66,7 +67,7 @@ def session(
     if executor is not None:
         run.executor, run.store, run.performer = executor, executor.store, executor.performer
     if seconds is not None:
-        run.timing = Paced(seconds)
+        run.conditions = replace(run.conditions, timing=Paced(seconds))
     if fates is not None:
-        run.faults = Fated(fates)  # type: ignore[assignment]
+        run.conditions = replace(run.conditions, faults=Fated(fates))  # type: ignore[arg-type]
     return run

@@ -15,9 +15,10 @@ import pytest
 
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
+from tests.runtime import paces
 from tests.small import MIXED, config
 
-KILLS = 20
+KILLS = 10  # in either mode
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
 
@@ -35,12 +36,22 @@ def source() -> dict[str, Any]:
     )
 
 
-def go_on(out: str) -> None:
-    run(source(), out=out, resume=True)
+def at_any_time() -> dict[str, Any]:
+    """The same clients at their own pace, with all that can go wrong."""
+    made = source()
+    made["runtime"] |= {"mode": "async", "buffer": 2}
+    return {**made, "devices": paces.SLOW, "faults": paces.FAULTS}
 
 
-def spawn(out: Path) -> Any:
-    process = CONTEXT.Process(target=go_on, args=(str(out),))
+MODES = {"sync": source, "async": at_any_time}
+
+
+def go_on(out: str, mode: str) -> None:
+    run(MODES[mode](), out=out, resume=True)
+
+
+def spawn(out: Path, mode: str) -> Any:
+    process = CONTEXT.Process(target=go_on, args=(str(out), mode))
     process.start()
     return process
 
@@ -54,10 +65,11 @@ def figures(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
 
 
-def test_twenty_kills(tmp_path: Path) -> None:
-    spawn(tmp_path / "warm").join()  # the server process imports once; this pays for it
+@pytest.mark.parametrize("mode", MODES)
+def test_twenty_kills(mode: str, tmp_path: Path) -> None:
+    spawn(tmp_path / "warm", mode).join()  # the server process imports once; this pays for it
     begun = time.monotonic()
-    plain = spawn(tmp_path / "plain")
+    plain = spawn(tmp_path / "plain", mode)
     plain.join()
     took = time.monotonic() - begun
     assert plain.exitcode == 0
@@ -68,7 +80,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
     rng, mid = random.Random(os.urandom(8)), 0
     for i in range(KILLS):
         out = tmp_path / f"killed{i}"
-        process = spawn(out)
+        process = spawn(out, mode)
         if i % 2:  # at any moment, imports and pictures included; or while rounds are held
             time.sleep(rng.uniform(0.02, 0.97) * took)
         else:
@@ -82,12 +94,12 @@ def test_twenty_kills(tmp_path: Path) -> None:
             and (out / "checkpoint").exists()
             and not (out / "summary.json").exists()
         )
-        again = spawn(out)
+        again = spawn(out, mode)
         again.join()
         assert again.exitcode == 0
         assert models(out) == want and figures(out) == records, f"kill {i}"
         assert (out / "report.html").exists() and not list(out.glob(".*.tmp"))
-    assert mid >= 3  # some of them did hit the run itself
+    assert mid >= 2  # some of them did hit the run itself
 
 
 def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the_key(tmp_path: Path) -> None:

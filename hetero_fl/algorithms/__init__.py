@@ -15,6 +15,7 @@ from hetero_fl.algorithms.fedgkt import FedGKT
 from hetero_fl.algorithms.fedkd import FedKD
 from hetero_fl.algorithms.fedmd import FedMD
 from hetero_fl.algorithms.fedmrl import FedMRL
+from hetero_fl.algorithms.fednova import FedNova
 from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
 from hetero_fl.algorithms.fedproto import FedProto
 from hetero_fl.algorithms.fedtgp import FedTGP
@@ -50,6 +51,7 @@ __all__ = [
     "FedKD",
     "FedMD",
     "FedMRL",
+    "FedNova",
     "FedPer",
     "FedProto",
     "FedProx",

@@ -199,7 +199,7 @@ class ClientSettings(Section):
     share_every: PositiveInt = Field(1, description="uploads in every n-th round only")
     size: PositiveFloat = Field(1.0, description="how much data it gets, relative to the others")
     data: SourceConfig | None = Field(None, description="its own source in place of a part of the common one")
-    device: DeviceConfig = DeviceConfig()
+    machine: DeviceConfig = DeviceConfig()
 
     @property
     def parts(self) -> tuple[str, ...] | None:

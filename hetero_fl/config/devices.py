@@ -64,7 +64,7 @@ class DeviceConfig(Section):
 
 
 class DevicesConfig(DeviceConfig):
-    """The clients' machines, for simulated time; `clients.groups[].device` and overrides have the last word."""
+    """The clients' machines, for simulated time; `clients.groups[].machine` and overrides have the last word."""
 
     file: str | None = Field(
         None,

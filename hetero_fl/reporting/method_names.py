@@ -44,6 +44,11 @@ ALGORITHMS = {
         "As FedAvg, and each step of a client's training was corrected by how its mean gradient differs from the "
         "federation's, which both sides keep account of.",
     ),
+    "fednova": (
+        "FedNova",
+        "As FedAvg, and each client's change was divided by the length of its path (its steps) before the mean was taken, so "
+        "that who trains longer does not pull further.",
+    ),
     "fedavgm": ("FedAvgM", "As FedAvg, and the server kept moving in the direction of earlier rounds (momentum)."),
     "fedadam": (
         "FedAdam",

@@ -35,7 +35,7 @@ class Conditions:
     def of(cls, federation: Federation, config: Config) -> Conditions:
         """The conditions that a configuration describes. Raises UserError for policies that have nothing to go by."""
         policy, per_round = config.cohort, config.clients.per_round
-        own = any(kind.settings.device != DeviceConfig() for kind in federation.cards.kinds)
+        own = any(kind.settings.machine != DeviceConfig() for kind in federation.cards.kinds)
         if (policy.over_selection > 1 or policy.sampling == "oort") and per_round is None:
             key = "over_selection" if policy.over_selection > 1 else "sampling: oort"
             raise UserError(f"cohort.{key}: chooses among clients, but clients.per_round is not given: all are invited")

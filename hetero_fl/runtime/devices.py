@@ -108,7 +108,7 @@ class Devices:
 
     def device(self, id: str) -> Device:
         """A client's machine. Raises KeyError for a stranger."""
-        own, seed = self.federation.cards.kind(id).settings.device, self.federation.seed
+        own, seed = self.federation.cards.kind(id).settings.machine, self.federation.seed
         trace = self._trace(id)
         found: dict[str, float] = {}
         for name in NUMBERS:

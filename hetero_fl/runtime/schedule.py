@@ -45,18 +45,23 @@ class Schedule:
 
     @property
     def wasted(self) -> int:
-        """Bytes that were sent for nothing: lost and late uploads, and second copies."""
-        sent = [c for c, t in self.tasks.items() if t.fate.what == "lost" or (c in self.late and t.ends < math.inf)]
+        """Bytes that were sent for nothing: of lost and delayed uploads and second copies. Who is merely slow gives up when the
+        round is closed."""
+        sent = [
+            c
+            for c, task in self.tasks.items()
+            if task.fate.what == "lost" or (task.fate.what == "late" and c in self.late)
+        ]
         again = [c for c in self.asked if self.tasks[c].fate.what == "twice"]
         return sum(self.tasks[client].up_bytes for client in [*sent, *again])
 
     def record(self, failed: Collection[str]) -> list[list[object]]:
-        """Each task as `[client, start, end, what came of it]`, seconds; one that the server never saw end goes on to the end
-        of the round. `failed`: those that did, the refused ones among them."""
+        """Each task as `[client, start, end, what came of it]`, seconds; none goes on beyond the round's end. `failed`: those
+        that did, the refused ones among them."""
         rows: list[list[object]] = []
         for client, task in self.tasks.items():
             what = "failed" if client in failed else "late" if client in self.late else "arrived"
-            rows.append([client, self.start, task.ends if task.ends < math.inf else self.end, what])
+            rows.append([client, self.start, min(task.ends, self.end), what])
         return rows
 
 

@@ -52,7 +52,7 @@ def test_a_groups_own_device_has_the_last_word(tmp_path: Path) -> None:
     traces = tmp_path / "traces.csv"
     traces.write_text("client,up,online\nfast,7,0-10;20-30\n,9,\n")
     groups = [
-        {"name": "slow", "model": "mlp", "device": {"speed": 5, "availability": {"share": 0.5, "phase": 0.75}}},
+        {"name": "slow", "model": "mlp", "machine": {"speed": 5, "availability": {"share": 0.5, "phase": 0.75}}},
         {"name": "fast", "model": "mlp"},
     ]
     made = devices(federation(clients__groups=groups), speed=100, file=str(traces))

@@ -27,6 +27,7 @@ METHODS = [
     "fedper",
     "lg_fedavg",
     "scaffold",
+    "fednova",
     "fedavgm",
     "fedadam",
     "fedyogi",

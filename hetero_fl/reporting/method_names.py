@@ -58,6 +58,16 @@ ALGORITHMS = {
         "FedYogi",
         "As FedAvg, and the server followed the mean update with the Yogi optimiser in place of taking it as it is.",
     ),
+    "fedasync": (
+        "FedAsync",
+        "Clients with the same model trained at their own pace; whenever one sent its parameters, the server moved its model "
+        "towards them, the less the older the model that they were made from.",
+    ),
+    "fedbuff": (
+        "FedBuff",
+        "Clients with the same model trained at their own pace and sent how they changed it; whenever enough had come, the "
+        "server added their mean, in which older ones count for less.",
+    ),
     "ditto": (
         "Ditto",
         "As FedAvg, and beside the shared model each client trained a personal one that is held close to it. At home the "

@@ -251,6 +251,10 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
             f"The tasks of the first {ROUNDS} rounds, from invitation to arrival or failure; of many clients, the {SHOWN} most "
             "often invited.",
         ),
+        "staleness": (
+            "How stale uploads were",
+            "Versions that the server made between giving out a task and taking its upload: the more, the less it counted.",
+        ),
         "forecasts": (
             "Truth and forecast",
             "The last rows of each client's own test split in time; the output that is named. The dashed line is the simple rule "

@@ -1,4 +1,5 @@
-"""A run in simulated time: `time` (metrics by hours, and what came of the invitations) and `tasks` (who was at it when)."""
+"""A run in simulated time: `time` (metrics by hours, and what came of the invitations), `tasks` (who was at it when) and, of an
+asynchronous one, `staleness` (how old uploads were)."""
 
 from __future__ import annotations
 
@@ -115,4 +116,25 @@ def tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure | Non
         loc="outside lower center",
         ncols=4,
     )
+    return figure
+
+
+def staleness(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+    """How many versions the server had made before each upload was taken; None of a synchronous run."""
+    found = Counter[int]()
+    for record in records:
+        found.update({int(versions): count for versions, count in record.get("staleness", {}).items()})
+    if not found:
+        return None
+    figure = style.figure(2.6, style.COLUMN)
+    axes = figure.subplots()
+    mean = sum(versions * count for versions, count in found.items()) / found.total()
+    axes.bar(list(found), list(found.values()), 0.9, color=style.CATEGORIES[0], linewidth=0)
+    axes.axvline(mean, color=style.INK, linewidth=0.9, linestyle=(0, (4, 2)), label=f"mean {mean:.1f}")
+    axes.set_xlabel("versions made since the task was given out")
+    axes.set_ylabel("uploads taken")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(axis="x", visible=False)
+    axes.legend(frameon=False)
     return figure

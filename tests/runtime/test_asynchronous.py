@@ -24,6 +24,7 @@ SUMS = [
     "fedadam",
     "fedyogi",
     "scaffold",
+    "fednova",
     "fedper",
     "lg_fedavg",
     "fedbn",

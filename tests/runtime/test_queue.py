@@ -14,7 +14,7 @@ from tests.runtime.paces import session
 from tests.small import config
 
 SOURCE = config(
-    "fedper", ["linear", {"name": "mlp", "hidden": [8]}], 3, rounds=9, data__train_limit=180, data__partition__min_size=15,
+    "fedper", {"name": "mlp", "hidden": [8]}, 3, rounds=9, data__train_limit=180, data__partition__min_size=15,
     data__proxy__size=0, runtime={"threads": 1, "mode": "async", "buffer": 2},
 )  # fmt: skip
 SECONDS = st.lists(st.floats(0.1, 10), min_size=64, max_size=64)

@@ -60,15 +60,14 @@ class Algorithm(BaseModel):
         super().__init_subclass__(**kwargs)
         watched(cls)
 
-    # Asynchronous running ----------------------------------------------------------------------------------------
     @property
     def goal(self) -> int | None:
-        """Uploads after which the server aggregates; None: as many as `runtime.buffer` says, a cohort's by default."""
+        """Asynchronous: uploads after which the server aggregates; None: what `runtime.buffer` says."""
         return None
 
     @property
     def discount(self) -> StalenessConfig | None:
-        """What a stale upload is worth; None: what `runtime.staleness` says."""
+        """Asynchronous: what a stale upload is worth; None: what `runtime.staleness` says."""
         return None
 
     # What the method needs besides -------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
 
 Twelve clients of three architectures on Fashion-MNIST, speeds ten-fold apart (configs/fashion_devices.yaml). The synchronous run
 sets the mark: its accuracy in common after the last round, less one point. Printed is when each way first gets there, when it
-stays (every later evaluation is above it, too), and what share that is of the time which the synchronous run takes to its end, and
-to the same mark. Target: at most 0.5 of either. `--out` gets the curves as JSON and a figure.
+stays (every later evaluation is above it, too), and what share that is of the time which the synchronous run takes to its end,
+and to the same mark. Target: at most 0.5 of either. `--out` gets the curves as JSON and a figure.
 """
 
 from __future__ import annotations

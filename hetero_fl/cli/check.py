@@ -31,15 +31,8 @@ def print_check(prepared: Prepared) -> None:
     console = Console()
     console.print(table)
     up, down, reading = cost.up.total(), cost.down.total(), cost.reading.total()
-    about = (
-        "about "
-        if held.simulated
-        else "at most "
-        if config.evaluation.patience or cost.at_most
-        else ""
-        if cost.exact
-        else "about "
-    )
+    at_most = config.evaluation.patience or cost.at_most
+    about = "about " if held.simulated or not (at_most or cost.exact) else "at most " if at_most else ""
     console.print(
         f"{about}{_size(up + down + reading)} in {config.rounds} rounds: {_size(up)} up, {_size(down + reading)} down, "
         f"{_size(reading)} of it to evaluate"

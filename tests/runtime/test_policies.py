@@ -260,6 +260,8 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
     refused(r"cohort\.over_selection: .*devices", cohort={"over_selection": 1.3}, clients__per_round=2)
     refused(r"cohort\.sampling: oort", cohort={"sampling": "oort"})
     refused(r"cohort\.least: found 3", cohort={"least": 3}, clients__per_round=2)
+    notes = prepare(config("fedavg", "mlp", 4, faults={"late": 0.1}, cohort={"sampling": "available"})).notes
+    assert any("faults.late" in note for note in notes) and any("cohort.sampling" in note for note in notes)
     refused(r"devices\.file: nowhere\.csv", devices={"file": "nowhere.csv"})
 
 

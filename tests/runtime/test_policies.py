@@ -16,6 +16,7 @@ from hetero_fl.runtime.deliveries import flipped
 from hetero_fl.runtime.readings import Record
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.schedule import local_steps
+from tests.runtime.test_rounds import poisoned
 from tests.small import MIXED, config, rounds_of, same_bits
 
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0.9}, "down": 1e6}
@@ -212,6 +213,15 @@ def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
         held({**source, "cohort": {"least": 2, "too_few": "fail"}})
     with pytest.raises(RunFailed, match=r"no usable upload from 3 clients, 2 times"):
         held({**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}})
+
+
+def test_of_a_round_that_is_skipped_after_training_clients_keep_nothing() -> None:
+    rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), held=1)
+    before = {id: rounds.store.stamp(id) for id in rounds.federation.cards}
+    poisoned(rounds, "site_1")
+    record = rounds.round()
+    assert record["skipped"] and len(record["train_loss"]) == 2 and "counts" not in record
+    assert {id: rounds.store.stamp(id) for id in rounds.federation.cards} == before
 
 
 @pytest.mark.parametrize("sampling", ["available", "oort"])

@@ -121,7 +121,7 @@ def prepare(
     for own in {kind.settings.objective for kind in clients.kinds}:
         own_objective(own, federation.task)
     choose_device(config.runtime.device)
-    Conditions.of(federation, config)  # for what is wrong with them
+    notes += Conditions.of(federation, config).notes()
     return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
 
 

@@ -100,7 +100,7 @@ def tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure | Non
     for what, colour in OUTCOMES.items():
         bars = [(turn[c], a / factor, b / factor) for c, a, b, found in rows if c in turn and found == what]
         places, starts, widths = [b[0] for b in bars], [b[1] for b in bars], [b[2] - b[1] for b in bars]
-        axes.barh(places, widths, 0.7, left=starts, color=colour, edgecolor="white", linewidth=0.4)
+        axes.barh(places, widths, 0.7, left=starts, color=colour, edgecolor="white", linewidth=0.2)
     for record in told:
         axes.axvline(
             record["simulated"]["end"] / factor, color=style.GREY, linewidth=0.6, linestyle=(0, (2, 2)), zorder=0

@@ -60,3 +60,13 @@ class Conditions:
     def too_few(self) -> str:
         """What is done about a round with too few uploads."""
         return str(self.policy.too_few or ("skip" if self.simulated else "fail"))
+
+    def notes(self) -> list[str]:
+        """What is possible but perhaps not meant."""
+        policy, lines = self.policy, []
+        waits = policy.deadline is None and policy.over_selection == 1
+        if waits and self.faults.config.late:
+            lines.append("faults.late: without cohort.deadline or over_selection a round waits for what is late")
+        if policy.sampling == "available" and self.per_round is None:
+            lines.append("cohort.sampling: without clients.per_round everybody who is online is invited")
+        return lines

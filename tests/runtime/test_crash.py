@@ -23,7 +23,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
 
 
-def source() -> dict[str, Any]:
+def source(**faults: Any) -> dict[str, Any]:
     return config(
         "hybrid",
         MIXED,
@@ -33,6 +33,9 @@ def source() -> dict[str, Any]:
         server={"model": "mlp"},
         output={"plots": False},
         algorithm__heads="keep",  # state of their own
+        devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
+        faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1, **faults},
+        cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
     )
 
 
@@ -100,6 +103,21 @@ def test_twenty_kills(mode: str, tmp_path: Path) -> None:
         assert models(out) == want and figures(out) == records, f"kill {i}"
         assert (out / "report.html").exists() and not list(out.glob(".*.tmp"))
     assert mid >= 2  # some of them did hit the run itself
+
+
+def killed(out: str) -> None:
+    run(source(server=[2, 3]), out=out, resume=True)
+
+
+def test_a_server_that_its_faults_kill_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    run(source(), out=tmp_path / "plain")
+    for exitcode in (-signal.SIGKILL, -signal.SIGKILL, 0):
+        process = CONTEXT.Process(target=killed, args=(str(tmp_path / "killed"),))
+        process.start()
+        process.join()
+        assert process.exitcode == exitcode
+    assert models(tmp_path / "plain") == models(tmp_path / "killed")
+    assert figures(tmp_path / "plain") == figures(tmp_path / "killed")
 
 
 def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the_key(tmp_path: Path) -> None:

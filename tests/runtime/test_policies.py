@@ -16,6 +16,7 @@ from hetero_fl.runtime.deliveries import flipped
 from hetero_fl.runtime.readings import Record
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.schedule import local_steps
+from tests.runtime.test_rounds import poisoned
 from tests.small import MIXED, config, rounds_of, same_bits
 
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0.9}, "down": 1e6}
@@ -214,6 +215,15 @@ def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
         held({**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}})
 
 
+def test_of_a_round_that_is_skipped_after_training_clients_keep_nothing() -> None:
+    rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), held=1)
+    before = {id: rounds.store.stamp(id) for id in rounds.federation.cards}
+    poisoned(rounds, "site_1")
+    record = rounds.round()
+    assert record["skipped"] and len(record["train_loss"]) == 2 and "counts" not in record
+    assert {id: rounds.store.stamp(id) for id in rounds.federation.cards} == before
+
+
 @pytest.mark.parametrize("sampling", ["available", "oort"])
 def test_only_those_online_are_invited(sampling: str) -> None:
     devices = {**SLOW, "availability": {"share": 0.4, "day": 600}}
@@ -260,6 +270,8 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
     refused(r"cohort\.over_selection: .*devices", cohort={"over_selection": 1.3}, clients__per_round=2)
     refused(r"cohort\.sampling: oort", cohort={"sampling": "oort"})
     refused(r"cohort\.least: found 3", cohort={"least": 3}, clients__per_round=2)
+    notes = prepare(config("fedavg", "mlp", 4, faults={"late": 0.1}, cohort={"sampling": "available"})).notes
+    assert any("faults.late" in note for note in notes) and any("cohort.sampling" in note for note in notes)
     refused(r"devices\.file: nowhere\.csv", devices={"file": "nowhere.csv"})
 
 

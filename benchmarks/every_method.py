@@ -39,6 +39,8 @@ LOOPS: dict[str, type[Loop]] = {
     "fedadam": averaging.FedOpt,
     "fedyogi": averaging.FedOpt,
     "scaffold": averaging.Scaffold,
+    "fedasync": averaging.FedAsync,
+    "fedbuff": averaging.FedBuff,
     "fedbn": partial.FedBN,
     "fedper": partial.FedPer,
     "fedrep": partial.FedRep,

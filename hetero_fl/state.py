@@ -54,11 +54,13 @@ def common_part(a: Part, b: Part) -> Part:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run stands. `round` counts from 0; random streams are keyed by it."""
+    """Where a run stands. `round` counts from 0; random streams are keyed by it, and by how often this participant trained in
+    that round before (`again`: where a run is asynchronous)."""
 
     seed: int = 0
     round: int = 0
     rounds: int = 1
+    again: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ class Participant:
     def stream(self, label: str, as_id: str | None = None) -> tuple[Key, ...]:
         """The key of this round's next random stream with that label."""
         n = self.uses[label] = self.uses.get(label, -1) + 1
-        return (self.clock.seed, self.clock.round, as_id or self.id, label, n)
+        anew = ("again", self.clock.again) if self.clock.again else ()
+        return (self.clock.seed, self.clock.round, as_id or self.id, label, n, *anew)
 
     @property
     def optimizer(self) -> OptimizerConfig:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hetero_fl.seeding import Key, generator
 from loops.base import LR, READ, Loop, State, floats, load, predicted
 
 
@@ -73,6 +74,51 @@ class FedProx(FedAvg):
 
     def local(self, i: int, module: nn.Module) -> None:
         self.train(i, module, near(module, copied(floats(module)), self.method.mu))
+
+
+class FedAsync(FedAvg):
+    """All are given out together and come together: taken one by one, each is a version staler than the one before."""
+
+    def start(self) -> None:
+        super().start()
+        self.version = 0
+
+    def draws(self, who: str, label: str, *more: Key, use: int = 0) -> torch.Generator:
+        return generator(self.federation.seed, self.version, who, label, use, *more)
+
+    def work(self) -> None:
+        sent = []
+        for i in range(len(self.cards)):
+            module = self.received(i)
+            self.local(i, module)
+            sent.append(copied(floats(module)))
+        with torch.no_grad():
+            self.version += self.take(sent)
+
+    def take(self, sent: list[State]) -> int:
+        """How many versions are made of what was sent."""
+        for stale, (card, end) in enumerate(zip(self.cards, sent, strict=True)):
+            rate = self.method.alpha * (1 + stale) ** -0.5
+            for name, tensor in self.shared[card.arch.id].items():
+                tensor.lerp_(end[name], rate)
+        return len(sent)
+
+
+class FedBuff(FedAsync):
+    """The same in buffers of K, of changes."""
+
+    def take(self, sent: list[State]) -> int:
+        began, size = {g: copied(shared) for g, shared in self.shared.items()}, self.method.buffer
+        for stale in range(len(sent) // size):
+            now = range(stale * size, (stale + 1) * size)
+            for group, shared in self.shared.items():
+                parameters = dict(self.modules[group].named_parameters())
+                ends = [sent[i] for i in now if self.cards[i].arch.id == group]
+                for name, tensor in shared.items() if ends else ():
+                    mean, s = torch.stack([end[name] for end in ends]).mean(0), (1 + stale) ** -0.5
+                    change = mean - (began[group][name] if name in parameters else tensor)
+                    tensor.add_(change, alpha=s * self.method.server_lr if name in parameters else s)
+        return len(sent) // size
 
 
 class FedOpt(FedAvg):

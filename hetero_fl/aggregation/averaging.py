@@ -55,6 +55,13 @@ class OwnerMeans:
             for group, wanted in self._groups.items()
         }
 
+    def counts_by_group(self) -> dict[str, dict[str, int]]:
+        """How many sent each of these tensors."""
+        return {
+            group: {name: self._means[owner].count for name, owner in wanted.items()}
+            for group, wanted in self._groups.items()
+        }
+
 
 def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Its leading slice of that shape, a view."""

@@ -96,6 +96,11 @@ class RuledModels:
             result.setdefault(group, {}).update({n: float(made[o][1]) for n, o in owners.items() if o in made})
         return result
 
+    def counts_by_group(self) -> dict[str, dict[str, int]]:
+        """As the weights: whoever sent a tensor counts once."""
+        weights = self.weights_by_group()
+        return {group: {name: int(weight) for name, weight in named.items()} for group, named in weights.items()}
+
     def _combined(self) -> dict[Owner, tuple[Tensor, int]]:
         if self._made is None:
             self._made = {}

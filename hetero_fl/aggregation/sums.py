@@ -18,7 +18,7 @@ class RunningMean:
     """Σ w·v / Σ w of tensors of one shape, for weights that are numbers; the plain mean while all weights are nought."""
 
     def __init__(self) -> None:
-        self.weight = 0.0
+        self.weight, self.count = 0.0, 0
         self._weightless = 0
         self._value: Tensor | None = None
         self._own = False  # nobody else has seen the value: it may be changed in place
@@ -38,6 +38,7 @@ class RunningMean:
 
     def add(self, value: Tensor, weight: float) -> None:
         """One more term. Terms are never changed in place, so the first may be somebody's own tensor."""
+        self.count += 1
         if weight == 0 and self.weight > 0:
             return
         if weight == 0:

@@ -163,6 +163,11 @@ class Uploads:
         self._folded(name)
         return self._models[name].weights_by_group() if name in self._models else {}
 
+    def counts_by_group(self, name: str) -> dict[str, dict[str, int]]:
+        """How many uploads are behind each tensor of `mean_by_group`."""
+        self._folded(name)
+        return self._models[name].counts_by_group() if name in self._models else {}
+
     def consensus(self, name: str, said: Mapping[str, Item]) -> Tensor | None:
         """What is made of one prediction `[N, C]` a client, by id, that the server has from single uploads (of their models,
         of codes): as `mean` of items of kind "rows". `name`: what a rule remembers it by. None if nobody says anything."""

@@ -5,7 +5,9 @@ from hetero_fl.algorithms.dense import Dense
 from hetero_fl.algorithms.ditto import Ditto
 from hetero_fl.algorithms.ds_fl import DSFL
 from hetero_fl.algorithms.fd import FD
+from hetero_fl.algorithms.fedasync import FedAsync
 from hetero_fl.algorithms.fedavg import FedAvg, FedProx
+from hetero_fl.algorithms.fedbuff import FedBuff
 from hetero_fl.algorithms.feddf import FedDF
 from hetero_fl.algorithms.fedgen import FedGen
 from hetero_fl.algorithms.fedgh import FedGH
@@ -13,6 +15,7 @@ from hetero_fl.algorithms.fedgkt import FedGKT
 from hetero_fl.algorithms.fedkd import FedKD
 from hetero_fl.algorithms.fedmd import FedMD
 from hetero_fl.algorithms.fedmrl import FedMRL
+from hetero_fl.algorithms.fednova import FedNova
 from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
 from hetero_fl.algorithms.fedproto import FedProto
 from hetero_fl.algorithms.fedtgp import FedTGP
@@ -35,10 +38,12 @@ __all__ = [
     "Ditto",
     "Ensemble",
     "FedAdam",
+    "FedAsync",
     "FedAvg",
     "FedAvgM",
     "FedBABU",
     "FedBN",
+    "FedBuff",
     "FedDF",
     "FedGH",
     "FedGKT",
@@ -46,6 +51,7 @@ __all__ = [
     "FedKD",
     "FedMD",
     "FedMRL",
+    "FedNova",
     "FedPer",
     "FedProto",
     "FedProx",

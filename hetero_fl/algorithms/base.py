@@ -19,6 +19,7 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.own_objective import own_objective
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.staleness import StalenessConfig
 from hetero_fl.made import watched
 from hetero_fl.objectives import Objective, Supervised, log_prior
 from hetero_fl.payload import Item, ItemSpec, Payload
@@ -49,6 +50,7 @@ class Algorithm(BaseModel):
     everybody: ClassVar[bool] = False  # whether it needs all clients' rows or models in one place
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     requires: ClassVar[tuple[str, ...]] = ()  # what it needs besides, in words that tables print; subclasses add to it
+    asynchronous: ClassVar[bool] = False  # whether it is for asynchronous running and for nothing else
     reads: ClassVar[str] = (
         "after aggregation, as deployed with the next broadcast"  # when a model is read; tables say so
     )
@@ -60,6 +62,16 @@ class Algorithm(BaseModel):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         watched(cls)
+
+    @property
+    def goal(self) -> int | None:
+        """Asynchronous: uploads after which the server aggregates; None: what `runtime.buffer` says."""
+        return None
+
+    @property
+    def discount(self) -> StalenessConfig | None:
+        """Asynchronous: what a stale upload is worth; None: what `runtime.staleness` says."""
+        return None
 
     # What the method needs besides -------------------------------------------------------------------------------
     def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:

@@ -7,8 +7,9 @@ holds one of each, not a cohort's worth.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from typing import Protocol as Interface
 
@@ -17,10 +18,29 @@ from hetero_fl.lazy import Lazy
 
 @dataclass(frozen=True)
 class Message:
-    """One transfer between server and client: what is asked, and encoded bytes."""
+    """One transfer between server and client: what is asked, and encoded bytes.
+
+    A request names the task's `round` (the server's version, where a run is asynchronous), and how often the client was asked
+    in that round before: by both its random draws are keyed.
+    `work`: the share of its steps that a client is asked to do. `check`: SHA-256 of the bytes as the sender had them, 32 bytes
+    beside those that are counted (about a millisecond for a megabyte on either side).
+    """
 
     ask: str
     body: bytes
+    round: int = 0
+    again: int = 0
+    work: float = 1.0
+    check: bytes | None = None
+
+    def sealed(self) -> Message:
+        """With the checksum of its bytes."""
+        return replace(self, check=hashlib.sha256(self.body).digest())
+
+    @property
+    def intact(self) -> bool:
+        """Whether its bytes are those that were sealed; of one that nobody sealed nothing is known."""
+        return self.check is None or self.check == hashlib.sha256(self.body).digest()
 
 
 Messages = Mapping[str, Message]  # client id -> message

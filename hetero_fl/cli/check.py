@@ -8,6 +8,7 @@ from rich.table import Table
 from hetero_fl.config import dump
 from hetero_fl.experiment import Prepared
 from hetero_fl.runtime.choose import choose
+from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.price import price
 
 
@@ -19,7 +20,8 @@ def print_check(prepared: Prepared) -> None:
     config, parameters = prepared.config, {}
     for arch in {kind.arch for kind in federation.cards.kinds}:
         parameters[arch] = sum(federation.initial(arch)[n].numel() for n in arch.parameter_names)
-    cost = price(prepared.method, federation, config.rounds, config.clients.per_round, config.evaluation.every)
+    held = Conditions.of(federation, config)
+    cost = price(prepared.method, federation, config.rounds, held.invited, config.evaluation.every)
     for id in federation.some:
         card = federation.cards[id]
         sizes = (_size(cost.down[id] + cost.reading[id]), _size(cost.up[id]))
@@ -29,7 +31,8 @@ def print_check(prepared: Prepared) -> None:
     console = Console()
     console.print(table)
     up, down, reading = cost.up.total(), cost.down.total(), cost.reading.total()
-    about = "at most " if config.evaluation.patience or cost.at_most else "" if cost.exact else "about "
+    at_most = config.evaluation.patience or cost.at_most
+    about = "about " if held.simulated or not (at_most or cost.exact) else "at most " if at_most else ""
     console.print(
         f"{about}{_size(up + down + reading)} in {config.rounds} rounds: {_size(up)} up, {_size(down + reading)} down, "
         f"{_size(reading)} of it to evaluate"

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from hetero_fl.config.base import Section, choice
+from hetero_fl.config.devices import DeviceConfig
 from hetero_fl.config.source import SourceConfig
 
 
@@ -198,6 +199,7 @@ class ClientSettings(Section):
     share_every: PositiveInt = Field(1, description="uploads in every n-th round only")
     size: PositiveFloat = Field(1.0, description="how much data it gets, relative to the others")
     data: SourceConfig | None = Field(None, description="its own source in place of a part of the common one")
+    machine: DeviceConfig = DeviceConfig()
 
     @property
     def parts(self) -> tuple[str, ...] | None:

@@ -9,8 +9,10 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
+from hetero_fl.config.devices import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.config.robust import AggregationConfig, AttacksConfig
 from hetero_fl.config.source import DataConfig
+from hetero_fl.config.staleness import StalenessConfig
 
 
 class ServerConfig(Section):
@@ -37,9 +39,15 @@ class EvaluationConfig(Section):
 class RuntimeConfig(Section):
     """Where and how a run computes. Threads are part of the result's bits, the number of workers is not."""
 
-    mode: choice("sync") = Field(  # type: ignore[valid-type]
-        "sync", description="rounds that wait for the whole cohort"
+    mode: choice("sync", "async") = Field(  # type: ignore[valid-type]
+        "sync",
+        description="sync: rounds that wait for the whole cohort; async: clients.per_round clients train at any time, each at "
+        "its own pace, and the server aggregates when enough uploads have come",
     )
+    buffer: PositiveInt | None = Field(
+        None, description="async: uploads after which the server aggregates; none: as many as clients train at a time"
+    )
+    staleness: StalenessConfig = StalenessConfig()
     executor: choice("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
         "auto",
         description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
@@ -108,6 +116,9 @@ class Config(Section):
     aggregation: AggregationConfig = AggregationConfig()
     attacks: AttacksConfig | None = Field(None, description="clients that lie, for studies; none: nobody does")
     evaluation: EvaluationConfig = EvaluationConfig()
+    devices: DevicesConfig | None = Field(None, description="none: nobody's time is simulated")
+    faults: FaultsConfig | None = Field(None, description="none: nothing goes wrong on purpose")
+    cohort: CohortConfig = CohortConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
     init_from: str | None = Field(None, description="a run directory whose models this run starts from")

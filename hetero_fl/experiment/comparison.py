@@ -92,16 +92,21 @@ def compare(
         told = [algorithm_name(job.variant.label), *job.point, f"seed {job.seed}"]
         missing[", ".join(told)] = f"it failed: {why}"
     from hetero_fl.reporting.compare import comparison_row, write_comparison  # loads what draws
-    from hetero_fl.reporting.comparison_curves import write_curves
+    from hetero_fl.reporting.comparison_curves import hours_to_reach, write_curves
 
     best = [j for j in done if j.point == chosen[j.variant]]
-    rows = [comparison_row(Run(j.out).summary) | {"algorithm": j.variant.label} for j in best]
+    reached = hours_to_reach([Run(j.out).metrics for j in best], tasks[0])
+    rows = [
+        comparison_row(Run(j.out).summary) | {"algorithm": j.variant.label} | hours
+        for j, hours in zip(best, reached, strict=True)
+    ]
     if rows:
         shown = ranked(rows, tasks[0]) if admitted else rows
         write_comparison(out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing)
         labels = dict.fromkeys(str(row["algorithm"]) for row in shown)
         histories = {a: [Run(j.out).metrics for j in best if j.variant.label == a] for a in labels}
         write_curves(out / "curves.png", histories, tasks[0])
+        write_curves(out / "curves_time.png", histories, tasks[0], timed=True)
     if failed:
         first, why = next(iter(failed.items()))
         raise RunFailed(f"{len(failed)} of {len(work)} runs failed; {first.variant.label}, seed {first.seed}: {why}")

@@ -20,7 +20,7 @@ from hetero_fl.reporting.tensorboard import writer_callback
 from hetero_fl.runtime.checkpoint import Checkpoints
 from hetero_fl.runtime.choose import Choice
 from hetero_fl.runtime.readings import Readings, Record, record_readings
-from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.saved import SavedModel
 
@@ -44,7 +44,7 @@ def carry_out(
 def _hold(
     prepared: Prepared,
     directory: RunDirectory,
-    rounds: Rounds,
+    rounds: Session,
     choice: Choice,
     progress: Progress,
     callbacks: Sequence[Callback],
@@ -97,7 +97,7 @@ def _hold(
     _finish(prepared, directory, rounds, readings, history, setup, progress)
 
 
-def _evaluate(rounds: Rounds, record: Record, directory: RunDirectory | None) -> Readings:
+def _evaluate(rounds: Session, record: Record, directory: RunDirectory | None) -> Readings:
     """`directory`: where the models go, if this is the last evaluation."""
     begun, down = time.perf_counter(), rounds.traffic.down
     readings = rounds.evaluate() if directory is None else _read_whole(rounds, directory)
@@ -110,7 +110,7 @@ def _evaluate(rounds: Rounds, record: Record, directory: RunDirectory | None) ->
 def _finish(
     prepared: Prepared,
     directory: RunDirectory,
-    rounds: Rounds,
+    rounds: Session,
     readings: Readings | None,
     history: list[Record],
     setup: float,
@@ -141,7 +141,7 @@ def present(config: Config, directory: RunDirectory) -> None:
         write_report(directory.path)
 
 
-def _read_whole(rounds: Rounds, directory: RunDirectory) -> Readings:
+def _read_whole(rounds: Session, directory: RunDirectory) -> Readings:
     """An evaluation with all that a report shows; every model, and the server's own, goes to its file as it comes."""
 
     def save(name: str, model: bytes) -> None:
@@ -158,7 +158,7 @@ def _read_whole(rounds: Rounds, directory: RunDirectory) -> Readings:
     return readings
 
 
-def start_from(models: Mapping[str, SavedModel], rounds: Rounds) -> None:
+def start_from(models: Mapping[str, SavedModel], rounds: Session) -> None:
     """Begin with another run's models: each client with its own, each group at the server with the mean of its members'."""
     groups: dict[str, list[SavedModel]] = {}
     for id, model in models.items():

@@ -42,6 +42,7 @@ OF_OTHERS = {
     "share_every",
     "epochs",
     "steps",
+    "machine",
 }  # not taken over from a client of the run
 
 Given = dict[str, Tensors | Tensor]  # what is received, by name

@@ -14,11 +14,15 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.run import Run
+from hetero_fl.runtime.asynchronous import Asynchronous
 from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
+from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.pace import set_pace
 from hetero_fl.runtime.robust import check_robustness
 from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Store
 from hetero_fl.saved import SavedModel
 
@@ -44,7 +48,7 @@ class Prepared:
         choice: Choice | None = None,
         store: Store | None = None,
         say: Callable[[str], None] = lambda line: None,
-    ) -> Rounds:
+    ) -> Session:
         """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
         unless a choice is. Close its executor afterwards.
         """
@@ -52,7 +56,11 @@ class Prepared:
         executor = make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
-            return Rounds(self.method, self.federation, executor, clients.per_round, stop)
+            conditions, runtime = Conditions.of(self.federation, self.config), self.config.runtime
+            about = (self.method, self.federation, executor, clients.per_round, stop, conditions)
+            if runtime.mode == "sync":
+                return Rounds(*about)
+            return Asynchronous(*about, buffer=runtime.buffer, staleness=runtime.staleness)
         except BaseException:
             executor.close()
             raise
@@ -105,6 +113,8 @@ def prepare(
         *check(name, method, federation),
         *check_robustness(name, config, method, federation),
     ]
+    config, federation, paced = set_pace(config, method, federation)
+    notes += paced
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
@@ -117,6 +127,7 @@ def prepare(
     for own in {kind.settings.objective for kind in clients.kinds}:
         own_objective(own, federation.task)
     choose_device(config.runtime.device)
+    notes += Conditions.of(federation, config).notes()
     return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
 
 

@@ -25,7 +25,8 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A run's row, from its `summary.json`.
 
     Keys: `algorithm`, `seed`; `{personal,global,server}_{last,best}_{metric}`, where there is such a reading, and for
-    the worst client at home `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`.
+    the worst client at home `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`;
+    `simulated_hours` where time was simulated.
     """
     row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
     for reading in READINGS:
@@ -39,6 +40,7 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "up_bytes": exchanged["up_bytes"],
         "down_bytes": exchanged["down_bytes"],
         "seconds_total": summary["seconds"]["total"],
+        **({"simulated_hours": told["seconds"] / 3600} if (told := summary.get("simulated")) else {}),
     }
 
 

@@ -44,6 +44,11 @@ ALGORITHMS = {
         "As FedAvg, and each step of a client's training was corrected by how its mean gradient differs from the "
         "federation's, which both sides keep account of.",
     ),
+    "fednova": (
+        "FedNova",
+        "As FedAvg, and each client's change was divided by the length of its path (its steps) before the mean was taken, so "
+        "that who trains longer does not pull further.",
+    ),
     "fedavgm": ("FedAvgM", "As FedAvg, and the server kept moving in the direction of earlier rounds (momentum)."),
     "fedadam": (
         "FedAdam",
@@ -52,6 +57,16 @@ ALGORITHMS = {
     "fedyogi": (
         "FedYogi",
         "As FedAvg, and the server followed the mean update with the Yogi optimiser in place of taking it as it is.",
+    ),
+    "fedasync": (
+        "FedAsync",
+        "Clients with the same model trained at their own pace; whenever one sent its parameters, the server moved its model "
+        "towards them, the less the older the model that they were made from.",
+    ),
+    "fedbuff": (
+        "FedBuff",
+        "Clients with the same model trained at their own pace and sent how they changed it; whenever enough had come, the "
+        "server added their mean, in which older ones count for less.",
     ),
     "ditto": (
         "Ditto",

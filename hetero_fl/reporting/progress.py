@@ -20,7 +20,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from hetero_fl.errors import RunFailed, UserError
-from hetero_fl.reporting.wording import duration, evaluated, plural, sentence, size
+from hetero_fl.reporting.wording import arrivals, duration, evaluated, plural, sentence, size
 
 
 class Progress:
@@ -84,8 +84,11 @@ class Progress:
     def round(self, record: Mapping[str, Any]) -> None:
         """A round is complete: the record of `metrics.jsonl`."""
         self._done = record["round"]
-        for client, reason in record["failed"].items():
-            self.log(f"round {self._done}: {client} left out ({reason})")
+        if "counts" not in record:  # else there may be many, and they are counted
+            for client, reason in record["failed"].items():
+                self.log(f"round {self._done}: {client} left out ({reason})")
+        elif told := arrivals(record):
+            self.log(f"round {self._done}: {told}")
         left = self._left()
         figures = evaluated(record, self.unit)
         if figures:

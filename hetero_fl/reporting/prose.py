@@ -10,6 +10,7 @@ from hetero_fl.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.client_plots import FEW
 from hetero_fl.reporting.methods import explained, method
 from hetero_fl.reporting.score_plots import PANELS
+from hetero_fl.reporting.time_plots import ROUNDS, SHOWN
 from hetero_fl.reporting.wording import (
     FEW_ROWS,
     READINGS,
@@ -39,7 +40,7 @@ def warnings(summary: Json, records: Sequence[Json]) -> list[str]:
     lines = []
     if summary["data"]["simulated"]:
         lines.append("Generated data stood in for the real set. These figures say nothing about real data.")
-    failed = [(r["round"], client, reason) for r in records for client, reason in r["failed"].items()]
+    failed = [(r["round"], c, reason) for r in records if "counts" not in r for c, reason in r["failed"].items()]
     if failed:
         listed = "; ".join(f"round {number}: {client} ({reason})" for number, client, reason in failed[:8])
         more = f"; and {len(failed) - 8} more, in log.txt" if len(failed) > 8 else ""
@@ -239,6 +240,20 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
         "communication": (
             f"Bytes against {against}",
             "Bytes are those of the encoded messages of all clients, summed from the first round.",
+        ),
+        "time": (
+            f"{sentence(against)} against simulated time",
+            "Left: by the simulated time at which each round ended. Right: what came of each round's invitations. Late is "
+            "who was not there when the round was closed.",
+        ),
+        "tasks": (
+            "Who was at it when",
+            f"The tasks of the first {ROUNDS} rounds, from invitation to arrival or failure; of many clients, the {SHOWN} most "
+            "often invited.",
+        ),
+        "staleness": (
+            "How stale uploads were",
+            "Versions that the server made between giving out a task and taking its upload: the more, the less it counted.",
         ),
         "forecasts": (
             "Truth and forecast",

@@ -122,7 +122,12 @@ def _tiles(summary: Json, details: Json) -> list[Json]:
     tiles.append({"name": "Exchanged in all", "value": size(up + down), "more": more, "rows": ""})
     seconds = summary["seconds"]
     more = f"{duration(seconds['training'])} of it training"
-    return [*tiles, {"name": "Time", "value": duration(seconds["total"]), "more": more, "rows": ""}]
+    tiles.append({"name": "Time", "value": duration(seconds["total"]), "more": more, "rows": ""})
+    if told := summary.get("simulated"):
+        counts = ", ".join(f"{told[w]:,} {w}" for w in ("invited", "arrived", "failed", "late"))
+        skipped = f"{plural(told['skipped'], 'round')} with too few" if told["skipped"] else ""
+        tiles.append({"name": "Simulated time", "value": duration(told["seconds"]), "more": counts, "rows": skipped})
+    return tiles
 
 
 def _common(summary: Json) -> str:

@@ -35,7 +35,7 @@ def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, names, strict=True):
         for reading in READINGS:
-            _line(axes, reading, name, [r["round"] for r in rounds], rounds, summary)
+            line(axes, reading, name, [r["round"] for r in rounds], rounds, summary)
         axes.set_title(sentence(metric_name(name, details.get("unit", ""))))
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -45,8 +45,8 @@ def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
         if len(rounds) == 1:
             axes.set_xlim(rounds[0]["round"] - 1, rounds[0]["round"] + 1)
             axes.set_xticks([rounds[0]["round"]])
-        _headroom(axes, name)
-    _legend(figure, summary, bands=True)
+        headroom(axes, name)
+    readings_legend(figure, summary, bands=True)
     return figure
 
 
@@ -61,18 +61,18 @@ def communication(summary: Json, records: Sequence[Json], details: Json) -> Figu
     figure = style.figure(3.4, style.COLUMN)
     axes = figure.subplots()
     for reading in READINGS:
-        _line(axes, reading, name, [x for _, x in kept], [r for r, _ in kept], summary, band=False)
+        line(axes, reading, name, [x for _, x in kept], [r for r, _ in kept], summary, band=False)
     axes.set_xlabel(f"exchanged by all clients, up and down ({unit})")
     axes.set_ylabel(metric_name(name, details.get("unit", "")))
     axes.xaxis.set_major_locator(style.ticks())
     axes.yaxis.set_major_locator(style.ticks())
     axes.set_xlim(left=0, right=1.04 * total[-1] / factor)
-    _headroom(axes, name)
-    _legend(figure, summary, bands=False)
+    headroom(axes, name)
+    readings_legend(figure, summary, bands=False)
     return figure
 
 
-def _line(
+def line(
     axes: Axes, reading: str, name: str, x: list[float], rounds: list[Json], summary: Json, band: bool = True
 ) -> None:
     """One reading's curve, its band, and its last and selected rounds; undefined rounds are left out."""
@@ -111,13 +111,15 @@ _SELECTED: dict[str, Any] = {
 }
 
 
-def _headroom(axes: Axes, name: str) -> None:
+def headroom(axes: Axes, name: str) -> None:
+    """Shares stay within 0 and 1, and a flat curve is not magnified."""
     low, high = axes.get_ylim()
     if name in ("accuracy", "top3_accuracy", "balanced_accuracy", "auroc", "average_precision"):
         axes.set_ylim(max(0.0, low), min(1.0, max(high, low + 0.1)))
 
 
-def _legend(figure: Figure, summary: Json, bands: bool) -> None:
+def readings_legend(figure: Figure, summary: Json, bands: bool, more: Sequence[Artist] = ()) -> None:
+    """Below a figure of readings: which is which. `more`: entries after those."""
     handles: list[Artist] = [
         Line2D([], [], color=style.READING_COLOURS[r], marker=style.READING_MARKERS[r], markersize=4, label=text)
         for r, text in READING_WORDS.items()
@@ -127,4 +129,5 @@ def _legend(figure: Figure, summary: Json, bands: bool) -> None:
         handles.append(Patch(color=style.GREY, alpha=0.2, linewidth=0, label="± one standard deviation over clients"))
     handles.append(Line2D([], [], color=style.GREY, marker="o", linestyle="none", markersize=6, label="last round"))
     handles.append(Line2D([], [], markeredgecolor=style.GREY, label="selected by validation", **_SELECTED))
+    handles += more
     figure.legend(handles=handles, loc="outside lower center", ncols=3 if figure.get_figwidth() > 6 else 1)

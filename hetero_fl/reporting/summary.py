@@ -61,6 +61,15 @@ class Patience:
         return self.limit is not None and self.without >= self.limit
 
 
+def simulated_of(history: Sequence[Record]) -> dict[str, Any]:
+    """Simulated seconds of a run, and what came of all invitations; empty where none were simulated."""
+    told = [r for r in history if "counts" in r]
+    if not told:
+        return {}
+    counts = {what: sum(r["counts"][what] for r in told) for what in told[0]["counts"]}
+    return {"seconds": told[-1]["simulated"]["end"], **counts, "skipped": sum(r.get("skipped", False) for r in told)}
+
+
 def baselines_of(readings: Readings) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """What simple rules reach on the same rows: by name and reading, spread over the clients as a method's figures are."""
     clients = readings.clients.items()
@@ -127,6 +136,7 @@ def summarise(
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
         "privacy": None,
         **({"attacks": attacked} if (attacked := attacks_of(federation, history)) else {}),
+        **({"simulated": told} if (told := simulated_of(history)) else {}),
         **({"baselines": found} if (found := baselines_of(readings)) else {}),
     }
 

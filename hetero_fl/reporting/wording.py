@@ -105,6 +105,21 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit in which simulated times up to this one read best, as (seconds of one unit, name)."""
+    units = [(2 * 86400.0, 86400.0, "days"), (3600.0, 3600.0, "hours"), (300.0, 60.0, "minutes")]
+    return next(((factor, name) for least, factor, name in units if seconds >= least), (1.0, "seconds"))
+
+
+def arrivals(record: Mapping[str, Any]) -> str:
+    """What came of a round's invitations: `10 invited, 7 arrived, 2 failed, 1 late`; empty where all arrived."""
+    counts = record.get("counts") or {}
+    if not counts or counts["invited"] == counts["arrived"]:
+        return ""
+    told = [f"{counts[what]} {what}" for what in ("invited", "arrived", "failed", "late") if counts[what]]
+    return ", ".join(told) + ("; too few, nothing was changed" if record.get("skipped") else "")
+
+
 def plural(count: int, noun: str) -> str:
     """`1 round`, `12 rounds`, `2,000 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

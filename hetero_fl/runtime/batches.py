@@ -39,13 +39,18 @@ def index_batches(n: int, fit: Fit, stream: tuple[Key, ...], work: float = 1.0) 
 
 def step_count(n: int, fit: Fit, work: float = 1.0) -> int:
     """How many steps a fit on `n` rows takes: the length of `index_batches`, before anything is drawn."""
-    if fit.steps is not None:
-        return max(1, int(fit.steps * work))
-    size = min(fit.batch_size, n)
+    return max(1, int(whole_steps(n, fit.batch_size, fit.epochs, fit.steps) * work))
+
+
+def whole_steps(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
+    """How many steps a fit on `n` rows takes where there is time for all of them."""
+    if steps is not None:
+        return steps
+    size = min(batch_size, n)
     each = -(-n // size)
     if each > 1 and n - (each - 1) * size == 1:
         each -= 1
-    return max(1, int(fit.epochs * each * work))
+    return epochs * each
 
 
 class Batches:

@@ -23,7 +23,7 @@ from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.segments import OpenSegment, Place, Segment
 from hetero_fl.runtime.store import Store
 
-FORM = "hetero_fl checkpoint 2"
+FORM = "hetero_fl checkpoint 3"
 PIECE = 16 << 20  # bytes: larger trees are written and read in pieces, so that they are not in memory twice
 KEPT = 2
 
@@ -45,7 +45,7 @@ class Checkpoints:
         assert segment is not None
         self.store.gather(replaced=path)
         pieces = _write(dict(tree), segment)
-        segment.seal(path, _head(pieces, self.store.places(), segment, path.name))
+        segment.seal(path, _head(pieces, self.store.places(), self.store.waiting(), segment, path.name))
         self.store.sealed()
         for later in [p for p in self._files() if p.name > path.name]:
             later.unlink()  # damaged ones that the run has gone back behind
@@ -57,16 +57,16 @@ class Checkpoints:
 
         None if there is no checkpoint. Raises RunFailed if there are checkpoints and none of them is whole.
         """
-        self.store.restore({})
+        self.store.restore({}, {})
         OpenSegment(self.folder).path.unlink(missing_ok=True)  # of a process that was killed
         files = self._files()
         for i, path in reversed(list(enumerate(files))):
             try:
-                tree, places = read_checkpoint(path)
+                tree, places, waiting = read_checkpoint(path)
             except (CodecError, OSError) as error:
                 self.log(f"{path.name} is damaged ({error})" + ("; using the one before it" if i else ""))
                 continue
-            self.store.restore(places)
+            self.store.restore(places, waiting)
             return tree
         if files:
             raise RunFailed(f"{self.folder}: no whole checkpoint is left; start anew with another --out")
@@ -87,43 +87,52 @@ class Checkpoints:
                 path.unlink()
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
-    """The tree in a checkpoint file, and where each client's private state lies; all of it verified.
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Place], dict[str, Place | None]]:
+    """The tree in a checkpoint file, and where each client's private state lies, committed and staged; all of it verified.
 
     Raises CodecError if a single byte of it, here or in an older file, is not what was written; OSError if a file is gone.
     """
-    pieces, places = _read_head(path)
+    pieces, places, waiting = _read_head(path)
     tree: dict[str, Any] = _read(pieces, Segment.open(path))
-    for place in places.values():
+    for place in (*places.values(), *(place for place in waiting.values() if place is not None)):
         place.segment.verify(place)
-    return tree, places
+    return tree, places, waiting
 
 
 # The head: pieces of the tree by their keys, and the clients with the places of their state, in order ------------------
-def _head(pieces: Any, places: Mapping[str, Place], segment: Segment, name: str) -> bytes:
-    names = {p.segment: p.segment.path.name for p in places.values()} | {
-        segment: name
-    }  # it has its own name only later
+def _head(
+    pieces: Any, places: Mapping[str, Place], waiting: Mapping[str, Place | None], segment: Segment, name: str
+) -> bytes:
+    staged = {c: p for c, p in waiting.items() if p is not None}
+    names = {p.segment: p.segment.path.name for p in (*places.values(), *staged.values())}
+    names[segment] = name  # it has its own name only later
     files = sorted(set(names.values()))
-    rows = [(files.index(names[p.segment]), p.offset, p.length) for p in places.values()]
-    tree = {
-        "tree": pieces,
-        "files": files,
-        "clients": list(places),
-        "places": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
-        "digests": _bytes_tensor(b"".join(p.digest for p in places.values())),
-    }
+
+    def rows(of: Mapping[str, Place]) -> dict[str, Any]:
+        lie = [(files.index(names[p.segment]), p.offset, p.length) for p in of.values()]
+        return {
+            "clients": list(of),
+            "places": torch.tensor(lie, dtype=torch.int64).reshape(-1, 3),
+            "digests": _bytes_tensor(b"".join(p.digest for p in of.values())),
+        }
+
+    nothing = [c for c, p in waiting.items() if p is None]
+    tree = {"tree": pieces, "files": files, **rows(places), "waiting": rows(staged), "nothing": nothing}
     return encode(tree, FORM)
 
 
-def _read_head(path: Path) -> tuple[Any, dict[str, Place]]:
+def _read_head(path: Path) -> tuple[Any, dict[str, Place], dict[str, Place | None]]:
     head = decode(Segment.open(path).head(), FORM)
     segments = [Segment.open(path.with_name(name)) for name in head["files"]]
-    digests = head["digests"].numpy().tobytes()
-    places = {}
-    for i, (client, (file, offset, length)) in enumerate(zip(head["clients"], head["places"].tolist(), strict=True)):
-        places[client] = Place(segments[file], offset, length, digests[32 * i : 32 * (i + 1)])
-    return head["tree"], places
+
+    def places(of: Mapping[str, Any]) -> dict[str, Place]:
+        digests, lie = of["digests"].numpy().tobytes(), zip(of["clients"], of["places"].tolist(), strict=True)
+        return {
+            client: Place(segments[file], offset, length, digests[32 * i : 32 * (i + 1)])
+            for i, (client, (file, offset, length)) in enumerate(lie)
+        }
+
+    return head["tree"], places(head), {**places(head["waiting"]), **dict.fromkeys(head["nothing"])}
 
 
 def _bytes_tensor(data: bytes) -> Tensor:

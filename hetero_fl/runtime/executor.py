@@ -25,8 +25,8 @@ class Executor(Protocol):
     store: Store  # clients' private state; what a task writes is staged here by the time its reply comes
     performer: Performer  # for the server's own plans, in this process
 
-    def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Reply]]:
-        """The clients' replies to one request each, in any order."""
+    def answer(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
+        """The clients' replies to one request each, in any order; tasks of several rounds may be computed together."""
         ...
 
     def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
@@ -49,9 +49,9 @@ class InProcess:
         self.site, self.chunk = site, chunk
         self.store, self.performer = site.store, site.performer
 
-    def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Reply]]:
+    def answer(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
         for ids in chunks(requests, self.site.federation.cards, self.chunk):
-            yield from drained(self.site.answer({c: requests[c] for c in ids}, round))
+            yield from drained(self.site.answer({c: requests[c] for c in ids}))
 
     def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
         for ids in chunks(broadcasts, self.site.federation.cards, self.chunk):

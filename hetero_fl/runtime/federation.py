@@ -100,11 +100,11 @@ class Federation:
             self._initial[arch.id] = arch.initial(self.seed)
         return self._initial[arch.id]
 
-    def clock(self, round: int) -> Clock:
-        """Where the run stands in that round (from 0)."""
-        return Clock(self.seed, round, self.rounds)
+    def clock(self, round: int, again: int = 0) -> Clock:
+        """Where the run stands in that round (from 0), for somebody who trained in it so often before."""
+        return Clock(self.seed, round, self.rounds, again)
 
-    def client(self, id: str, private: Private, round: int) -> Participant:
+    def client(self, id: str, private: Private, round: int, again: int = 0) -> Participant:
         """A client, with what it keeps privately, ready for one task of that round."""
         card = self.cards[id]
         models = {"model": {**self.initial(card.arch), **private.models.get("model", {})}}
@@ -128,7 +128,7 @@ class Federation:
             has_proxy=self.data.has_proxy(card.preprocess),
             peers=self.cards,
             state=copied(private.state),
-            clock=self.clock(round),
+            clock=self.clock(round, again),
         )
 
     def counts(self, id: str) -> Tensor:

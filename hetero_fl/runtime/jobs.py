@@ -49,7 +49,6 @@ class Job:
 
     number: int
     kind: Literal["answer", "read"]
-    round: int
     chunks: list[list[str]]
     requests: dict[str, Message]
     private: dict[str, bytes | None]
@@ -118,12 +117,12 @@ class Worker:
                 self.store.stage(client, job.private[client] or b"")
         self.store.commit()
         if job.kind == "read":
-            bodies = {c: job.requests[c].body for c in chunk}
-            done.readings.update(self.site.read(bodies, job.round, job.details))
+            bodies, (round,) = {c: job.requests[c].body for c in chunk}, {job.requests[c].round for c in chunk}
+            done.readings.update(self.site.read(bodies, round, job.details))
             return
         before = {c: self.store.stamp(c) for c in chunk}
         self.store.notes.update({c: job.notes[c] for c in chunk if c in job.notes})
-        done.replies.update(self.site.answer({c: job.requests[c] for c in chunk}, job.round))
+        done.replies.update(self.site.answer({c: job.requests[c] for c in chunk}))
         done.notes.update(self.store.notes)
         self.store.commit()
         for client in chunk:

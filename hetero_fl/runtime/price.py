@@ -16,9 +16,9 @@ from hetero_fl.payload import Payload
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, is_own, told
+from hetero_fl.runtime.invitation import draw_cohort
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import carry_out
-from hetero_fl.runtime.rounds import draw_cohort
 from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.state import Card
 

@@ -23,8 +23,8 @@ from hetero_fl.registry import OWN, imported
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
+from hetero_fl.runtime.invitation import draw_cohort
 from hetero_fl.runtime.plans import carry_out
-from hetero_fl.runtime.rounds import draw_cohort
 
 KEYS = {"rule": "parameters", "predictions": "predictions", "statistics": "class sums"}
 WORDS = {"data": "labelled rows", "updates": "updates", "rows": "predictions"}

@@ -2,80 +2,197 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from dataclasses import replace
-from typing import TypeGuard
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
 
+from hetero_fl.aggregation import Uploads
 from hetero_fl.channel.protocol import Message, Messages, Replies, Traffic, hold_round
 from hetero_fl.errors import RunFailed
+from hetero_fl.lazy import Lazy
+from hetero_fl.runtime.deliveries import befallen, once
 from hetero_fl.runtime.executor import Reply, in_turn
-from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.intake import Taken
+from hetero_fl.runtime.invitation import Invitation
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.readings import Record
+from hetero_fl.runtime.schedule import Schedule, ideal, schedule
 from hetero_fl.runtime.session import Session
-from hetero_fl.seeding import sample
+
+CHANGED = "upload refused: its bytes are not those that were sent"
 
 
-def draw_cohort(federation: Federation, per_round: int | None, round: int) -> list[str]:
-    """Everyone, or `per_round` clients drawn by the key of that round, in id order."""
-    ids = federation.cards.clients.ids
-    if per_round is None or per_round >= len(ids):
-        return list(ids)
-    return [ids[i] for i in sample(len(ids), per_round, federation.seed, round, "cohort")]
+@dataclass
+class Held:
+    """One attempt at a round: its tasks, what was taken, and why the others' uploads were not."""
+
+    schedule: Schedule
+    taken: Taken = field(default_factory=lambda: Taken(Uploads()))
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """invited = arrived + failed + late."""
+        invited, late = len(self.schedule.tasks), len(self.schedule.late)
+        return Counter(invited=invited, arrived=invited - late - len(self.failed), failed=len(self.failed), late=late)
 
 
 class Rounds(Session):
-    """Rounds that wait for the whole cohort."""
+    """Rounds that wait for their cohort, or for as much of it as the policy wants."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.invitation = Invitation(self.conditions)
 
     def cohort(self, round: int) -> list[str]:
-        """Who takes part in that round: everyone, or `per_round` of them drawn by the key, in id order."""
-        return draw_cohort(self.federation, self.per_round, round)
+        """Who is invited to that round, were it held now: everyone, or some of them drawn by the key, in id order."""
+        return self.invitation.draw(round, 0, self.now)[0]
 
     def _hold(self) -> Record:
-        begun, index = time.perf_counter(), self.completed
-        cohort, failed = self.cohort(index), {}
-        before = (self.traffic.up, self.traffic.down)
+        begun, start, before = time.perf_counter(), self.now, (self.traffic.up, self.traffic.down)
+        tries = [self._attempt(0)]
+        while self._too_few(tries[-1]) and self.conditions.too_few == "repeat":
+            if len(tries) == self.conditions.policy.attempts:
+                break
+            self.store.discard()
+            tries.append(self._attempt(len(tries)))
+        held, skipped = tries[-1], self._too_few(tries[-1])
+        if skipped:
+            self._give_up(held, len(tries))
+        else:
+            self._aggregate(held.taken)
+        self._be_killed()
+        self.store.commit()
+        self.completed += 1
+        return {
+            "round": self.completed,
+            "cohort": list(held.schedule.tasks),
+            "failed": {client: why for each in tries for client, why in each.failed.items()},
+            "train_loss": held.taken.losses,
+            "up_bytes": self.traffic.up - before[0],
+            "down_bytes": self.traffic.down - before[1],
+            **self._robustness(held.taken),
+            "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
+            **({"simulated": {"start": start, "end": self.now}, **_told(tries)} if self.conditions.simulated else {}),
+            **({"skipped": True} if skipped else {}),
+        }
+
+    # One attempt ---------------------------------------------------------------------------------------------------
+    def _attempt(self, attempt: int) -> Held:
+        """Invite a cohort, have those train whose uploads will be there in time, and take these; simulated time passes."""
+        index = self.completed
         self._clock(index)
+        cohort, at = self.invitation.draw(index, attempt, self.now)
+        if not self.conditions.simulated:
+            held = Held(ideal(cohort))
+            self._exchange(held, 0)
+            return held
+        bodies, task = self.broadcasts(cohort), number(index, attempt)
+        cards = self.federation.cards
+        sizes = {c: (len(bodies[c]), self.upload_bytes(cards[c], self._broadcast(cards[c]), index)) for c in cohort}
+        plan = schedule(cohort, self.conditions, sizes.__getitem__, at, task)
+        held = Held(plan, failed=dict(plan.failed))
+        if plan.expected >= self.conditions.policy.least:
+            self._exchange(held, task)
+        else:  # nothing would be made of what they compute
+            held.failed |= {c: CHANGED for c in plan.asked if plan.tasks[c].fate.what == "corrupted"}
+        self.now = plan.end
+        self.invitation.learn(plan, held.taken.losses, index)
+        if self.algorithm.counted:
+            computed = set(plan.asked) if plan.expected >= self.conditions.policy.least else set()
+            self.traffic.down += sum(down for c, (down, _) in sizes.items() if c not in computed)
+            self.traffic.up += plan.wasted + sum(sizes[c][1] for c in plan.asked if c not in computed)
+        return held
+
+    def _exchange(self, held: Held, task: int) -> None:
+        """Broadcast, training, and what comes of it."""
+        index, plan, failed = self.completed, held.schedule, held.failed
+        traffic = self.traffic if self.algorithm.counted else Traffic()
+        fates = {client: plan.tasks[client].fate for client in plan.asked}
 
         def usable(arrival: tuple[str, Reply]) -> TypeGuard[tuple[str, Message]]:
             client, reply = arrival
             if not isinstance(reply, Diverged):
-                return True
+                if reply.intact:
+                    return True
+                failed[client] = CHANGED
+                self.store.drop(client)
+                traffic.up += len(reply.body)
+                return False
             failed[client] = str(reply)
             if self.stop_on_divergence:
                 raise RunFailed(f"round {index + 1}: {client} diverged: {reply}")
             return False
 
         def exchange(requests: Messages) -> Replies:
-            return filter(usable, in_turn(list(requests), self.executor.answer(requests, index)))
+            given = Lazy(requests.keys(), lambda c: replace(requests[c], round=index, work=plan.tasks[c].work))
+            replies = in_turn(list(requests), self.executor.answer(given))
+            if any(fate.what in ("twice", "corrupted") for fate in fates.values()):
+                replies = once(befallen(replies, fates, self.federation.seed, "changed", task))
+            return filter(usable, replies)
 
-        traffic = self.traffic if self.algorithm.counted else Traffic()
-        arrivals = hold_round(self.protocol, self.broadcasts(cohort), exchange, traffic, index)
-        taken = self.intake.take(arrivals, self.heard(index), index)
-        for client, why in taken.refused.items():
+        arrivals = hold_round(self.protocol, self.broadcasts(plan.asked), exchange, traffic, index)
+        held.taken = self.intake.take(arrivals, self.heard(index), index)
+        for client, why in held.taken.refused.items():
             failed.setdefault(client, f"upload refused: {why}")
             self.store.drop(client)
-        if not taken.uploads:
-            raise RunFailed(
-                f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
-            )
+
+    # What is made of it --------------------------------------------------------------------------------------------
+    def _too_few(self, held: Held) -> bool:
+        return len(held.taken.uploads) < self.conditions.policy.least
+
+    def _aggregate(self, taken: Taken) -> None:
         try:
             if taken.rules is not None:
                 copy = replace(self.server, models=dict(self.server.models), uses={})
                 carry_out(taken.uploads.prepare(copy), copy, self.performer)
             carry_out(self.algorithm.aggregate(self.server, taken.uploads), self.server, self.performer)
         except Diverged as error:
-            raise RunFailed(f"round {index + 1}: training at the server diverged: {error}") from None
-        self.store.commit()
-        self.completed += 1
-        return {
-            "round": self.completed,
-            "cohort": cohort,
-            "failed": failed,
-            "train_loss": taken.losses,
-            "up_bytes": self.traffic.up - before[0],
-            "down_bytes": self.traffic.down - before[1],
-            **({"too_few": taken.rules.too_few} if taken.rules is not None and taken.rules.too_few else {}),
-            **({"attacks": {"liars": taken.liars}} if self.federation.liars is not None else {}),
-            "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
-        }
+            raise RunFailed(f"round {self.completed + 1}: training at the server diverged: {error}") from None
+
+    def _robustness(self, taken: Taken) -> dict[str, Any]:
+        """What a record says of rules that bear liars, and of liars."""
+        few = {"too_few": taken.rules.too_few} if taken.rules is not None and taken.rules.too_few else {}
+        return {**few, **({"attacks": {"liars": taken.liars}} if self.federation.liars is not None else {})}
+
+    def _give_up(self, held: Held, tries: int) -> None:
+        """A round that changes nothing; or RunFailed, where that is the policy."""
+        if self.conditions.too_few == "skip":
+            return self.store.discard()
+        found, least = len(held.taken.uploads), self.conditions.policy.least
+        what = f"{found} of at least {least} usable uploads" if least > 1 else "no usable upload"
+        raise RunFailed(
+            f"round {self.completed + 1}: {what} from {len(held.schedule.tasks)} clients"
+            f"{f', {tries} times' if tries > 1 else ''}; {next(iter(held.failed.items()), '')}"
+        )
+
+    def _be_killed(self) -> None:
+        """As `faults.server` has it; the process that takes the run over there goes on."""
+        if self.completed + 1 in self.conditions.faults.config.server and self.resumed != self.completed:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # Crash safety --------------------------------------------------------------------------------------------------
+    def tree(self) -> dict[str, Any]:
+        known = self.invitation.tree()
+        return {**super().tree(), **({"invitation": known} if known else {})}
+
+    def restore(self, tree: dict[str, Any]) -> None:
+        super().restore(tree)
+        self.invitation.restore(tree.get("invitation", {}))
+
+
+def number(round: int, attempt: int) -> int:
+    """Of the tasks of one attempt at a round: of the first one the round's own."""
+    return attempt << 32 | round
+
+
+def _told(tries: list[Held]) -> dict[str, Any]:
+    """What `metrics.jsonl` says of the tasks."""
+    counts: Counter[str] = sum((held.counts for held in tries), Counter())
+    names = ("invited", "arrived", "failed", "late")
+    repeated = {"attempts": len(tries)} if len(tries) > 1 else {}
+    tasks = [row for held in tries for row in held.schedule.record(held.failed)]
+    return {"counts": {name: counts[name] for name in names}, **repeated, "tasks": tasks}

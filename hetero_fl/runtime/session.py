@@ -13,8 +13,9 @@ from hetero_fl.channel.protocol import Message, Traffic
 from hetero_fl.errors import RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.metrics import score
-from hetero_fl.payload import Payload, PayloadError
+from hetero_fl.payload import Item, Payload, PayloadError, report_of
 from hetero_fl.plan import Predict, Rows
+from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.executor import Executor, in_turn
 from hetero_fl.runtime.federation import Federation
@@ -38,16 +39,21 @@ class Session(ABC):
         executor: Executor,
         per_round: int | None = None,
         stop_on_divergence: bool = False,
+        conditions: Conditions | None = None,
     ) -> None:
         self.algorithm, self.federation, self.executor = algorithm, federation, executor
         self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
+        self.conditions = conditions or Conditions.ideal(federation, per_round)
+        self.now = 0.0  # simulated seconds since the run began
+        self.resumed: int | None = None  # the round after which this process took the run over
         self.store, self.performer = executor.store, executor.performer
         self.protocol, self.traffic = make_protocol(algorithm, federation), Traffic()
         self.expectations = Expectations(algorithm, federation)
-        self.links = Links(algorithm, federation)
+        self.links, self.bounds = Links(algorithm, federation), Links(algorithm, federation, bound=True)
         self.intake = Intake(self.expectations, self.links, self.protocol)
         self.server = federation.server()
         self.completed = 0
+        self._lengths: dict[int, tuple[Mapping[str, Item], int]] = {}  # of uploads, by the example that they follow
         with told():
             algorithm.start(self.server)
 
@@ -55,13 +61,18 @@ class Session(ABC):
     def round(self) -> Record:
         """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used, or if a
         method of the user's own fails; nothing that clients did in it is kept then."""
-        before = replace(self.traffic)
+        before, now = replace(self.traffic), self.now
         try:
             return self._hold()
         except BaseException:
             self.store.discard()
-            self.traffic.up, self.traffic.down = before.up, before.down
+            self.traffic.up, self.traffic.down, self.now = before.up, before.down, now
             raise
+
+    @property
+    def turn(self) -> int:
+        """The round that comes next, from 0: what the server sends and draws is keyed by it."""
+        return self.completed
 
     @abstractmethod
     def _hold(self) -> Record:
@@ -90,6 +101,15 @@ class Session(ABC):
         speaker = replace(self.server, id=f"{self.server.id} to {card.id}", uses={})
         return broadcast(self.algorithm, speaker, card)
 
+    def upload_bytes(self, card: Card, broadcast: Payload, round: int) -> int:
+        """Bytes of the upload that a client will make of this broadcast, its report included (but for the digits of a weight)."""
+        like = self.expectations.of(card, broadcast, round)
+        known = self._lengths.get(id(like))
+        if known is None or known[0] is not like:
+            length = len(self.bounds.upload(card, round, Payload(dict(like), report_of(0.0)), broadcast, {}))
+            known = self._lengths[id(like)] = (like, length)
+        return known[1]
+
     def _clock(self, round: int) -> None:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
 
@@ -102,7 +122,7 @@ class Session(ABC):
         self._clock(round)
         bodies = dict(self.broadcasts([client]))
         try:
-            ((_, reply),) = self.executor.answer({client: Message("train", bodies[client])}, round)
+            ((_, reply),) = self.executor.answer({client: Message("train", bodies[client], round)})
         finally:
             self.store.discard()
         if isinstance(reply, Diverged):
@@ -118,7 +138,7 @@ class Session(ABC):
         What they receive for it is what they would receive next, and is counted like any other transfer. `details`: all
         that a report shows; each model (see `SavedModel.encode`) is then handed to `save` as it comes, and not kept.
         """
-        self._clock(self.completed)
+        self._clock(self.turn)
         ids = in_order(self.federation.readers)
         bodies = self.broadcasts(ids, reading=True)
 
@@ -130,7 +150,7 @@ class Session(ABC):
         sizes: dict[str, int] = {}
         clients: dict[str, Reading] = {}
         try:
-            for id, reading in in_turn(ids, self.executor.read(Lazy(ids, counted), self.completed, details)):
+            for id, reading in in_turn(ids, self.executor.read(Lazy(ids, counted), self.turn, details)):
                 if save is not None:
                     save(id, reading.model)
                     reading.model = b""
@@ -163,11 +183,13 @@ class Session(ABC):
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
             "aggregation": self.intake.memory,
+            **({"now": self.now} if self.conditions.simulated else {}),
         }
 
     def restore(self, tree: dict[str, Any]) -> None:
         """The reverse of `tree`."""
-        self.completed = tree["completed"]
+        self.completed = self.resumed = tree["completed"]
+        self.now = tree.get("now", 0.0)
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.traffic = Traffic(**tree["traffic"])
         self.intake.memory = tree["aggregation"]

@@ -62,7 +62,7 @@ class Site:
         self.watch: Callable[[str], None] | None = None  # told what is being done
         self._common: dict[int, tuple[Tensor, Scores]] = {}  # scores of logits that several clients share
 
-    def answer(self, requests: Messages, round: int) -> dict[str, Message | Diverged]:
+    def answer(self, requests: Messages) -> dict[str, Message | Diverged]:
         """The clients' replies to one request of the protocol each; a `Diverged` where training did."""
         replies: dict[str, Message | Diverged] = {}
         waiting: dict[str, tuple[Talk, bytes]] = {}
@@ -71,22 +71,26 @@ class Site:
             try:
                 waiting[client] = (talk, next(talk) if upload is None else talk.send(upload))
             except StopIteration as stop:
-                replies[client] = stop.value
+                replies[client] = stop.value.sealed()
 
         for client, request in requests.items():
-            go_on(client, self.protocol.answer(client, request, round, self.store.notes), None)
+            go_on(client, self.protocol.answer(client, request, request.round, self.store.notes), None)
         while waiting:
             talks, waiting = waiting, {}
-            for client, upload in self._train({c: broadcast for c, (_, broadcast) in talks.items()}, round).items():
+            bodies = {c: broadcast for c, (_, broadcast) in talks.items()}
+            for client, upload in self._train(bodies, requests).items():
                 if isinstance(upload, Diverged):
                     replies[client] = upload
                 else:
                     go_on(client, talks[client][0], upload)
         return replies
 
-    def _train(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, bytes | Diverged]:
-        clients = {c: self.federation.client(c, self.store.get(c), round) for c in broadcasts}
-        got = {c: self.links.received(round, body) for c, body in broadcasts.items()}
+    def _train(self, broadcasts: Mapping[str, bytes], requests: Messages) -> dict[str, bytes | Diverged]:
+        clients, got = {}, {}
+        for id, body in broadcasts.items():
+            asked = requests[id]
+            clients[id] = self.federation.client(id, self.store.get(id), asked.round, asked.again)
+            clients[id].work, got[id] = asked.work, self.links.received(asked.round, body)
         plans = [(p, self.algorithm.train(p, got[c])) for c, p in clients.items()]
         uploads: dict[str, bytes | Diverged] = {}
         for outcome, (id, client) in zip(
@@ -96,7 +100,9 @@ class Site:
                 uploads[id] = outcome.failure
                 continue
             upload = Payload(outcome.get(), report_of(training_loss(outcome.reports)))
-            uploads[id] = self.links.upload(self.federation.cards[id], round, upload, got[id], client.state)
+            uploads[id] = self.links.upload(
+                self.federation.cards[id], requests[id].round, upload, got[id], client.state
+            )
             self.store.stage(id, Private(self.algorithm.private(client), client.state))
         return uploads
 

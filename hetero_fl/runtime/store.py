@@ -1,4 +1,4 @@
-"""Private state of clients between rounds: staged while a round runs, committed with it and not before.
+"""Private state of clients between rounds: staged by a task, committed when the server has used its upload and not before.
 
 State lives encoded, in a segment on disk (`segments.py`) that the round's checkpoint then closes; what was used last is also
 held in memory, up to a bound. What comes out is always what the bytes say, so neither the bound nor a resume changes a result.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class Store:
 
     # A round -----------------------------------------------------------------------------------------------------
     def stage(self, client: str, private: Private | bytes) -> int | None:
-        """State written in a round that has not ended yet; as bytes if it comes from another process.
+        """State written by a task whose upload is not used yet; as bytes if it comes from another process.
 
         Returns the stamp that it will have once it is committed.
         """
@@ -134,13 +134,13 @@ class Store:
         """Forget what one client staged: the server did not take its upload."""
         self._release(self._staged.pop(client, None))
 
-    def commit(self) -> None:
-        """Make what was staged the state; the round has ended."""
-        for client, version in self._staged.items():
+    def commit(self, clients: Collection[str] | None = None) -> None:
+        """Make what was staged the state: of these clients, whose uploads were used; of all, as the round has ended."""
+        for client in list(self._staged) if clients is None else [c for c in clients if c in self._staged]:
+            version = self._staged.pop(client)
             self._release(self._kept.pop(client, None))
             if version is not None:
                 self._kept[client] = version
-        self._staged.clear()
         self.notes.clear()
         self._mark = self.open.size if self.open is not None else 0
 
@@ -157,6 +157,10 @@ class Store:
     def places(self) -> dict[str, Place]:
         """Where the committed state of each client lies."""
         return {c: v.place for c, v in sorted(self._kept.items()) if v.place is not None}
+
+    def waiting(self) -> dict[str, Place | None]:
+        """Where the staged state of each client lies, None for one that keeps nothing any more: of tasks in flight."""
+        return {c: v.place if v is not None else None for c, v in sorted(self._staged.items())}
 
     def gather(self, replaced: Path) -> None:
         """Before a checkpoint: copy what is still live out of segments that hold little else, and out of `replaced`.
@@ -193,12 +197,12 @@ class Store:
         if self.folder is not None:
             self.open, self._mark = OpenSegment(self.folder), 0
 
-    def restore(self, places: Mapping[str, Place]) -> None:
-        """Set the state to what a checkpoint holds, and forget everything else."""
+    def restore(self, places: Mapping[str, Place], waiting: Mapping[str, Place | None]) -> None:
+        """Set the state, and what is staged, to what a checkpoint holds, and forget everything else."""
         self._held.clear()
-        self._staged.clear()
         self.held = 0
         self._kept = {c: Version(next(self._stamps), place) for c, place in places.items()}
+        self._staged = {c: place and Version(next(self._stamps), place) for c, place in waiting.items()}
         self.sealed()
 
     # Memory ------------------------------------------------------------------------------------------------------

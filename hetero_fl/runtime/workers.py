@@ -59,13 +59,13 @@ class Workers:
         self._jobs = 0
         self._tell: Callable[[str], None] | None = None
 
-    def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Reply]]:
-        for _, done in self._do("answer", requests, round):
+    def answer(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
+        for _, done in self._do("answer", requests):
             yield from drained(done.replies)
 
     def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
-        requests = Lazy(broadcasts.keys(), lambda client: Message("read", broadcasts[client]))
-        for _, done in self._do("read", requests, round, details):
+        requests = Lazy(broadcasts.keys(), lambda client: Message("read", broadcasts[client], round))
+        for _, done in self._do("read", requests, details):
             yield from done.readings.items()
 
     def watch(self, listener: Callable[[str], None] | None) -> None:
@@ -75,7 +75,7 @@ class Workers:
         self.crew.close()
 
     def _do(
-        self, kind: Literal["answer", "read"], requests: Messages, round: int, details: bool = False
+        self, kind: Literal["answer", "read"], requests: Messages, details: bool = False
     ) -> Iterator[tuple[Job, Done]]:
         """Have all tasks done; results as they come, private state staged."""
         queue = Queue(chunks(requests, self.cards, self.chunk), self.costs, self.crew.size)
@@ -87,7 +87,7 @@ class Workers:
                     continue
                 part = queue.take(lambda client, w=worker: self._held.get(client, (w,))[0] == w)  # type: ignore[misc]
                 if part:
-                    job = self._job(worker, kind, part, requests, round, details)
+                    job = self._job(worker, kind, part, requests, details)
                     running[job.number], self._busy[worker] = part, job
                     self.crew.send(worker, job)
             worker, done = self.crew.receive()
@@ -119,7 +119,6 @@ class Workers:
         kind: Literal["answer", "read"],
         part: list[list[str]],
         requests: Messages,
-        round: int,
         details: bool,
     ) -> Job:
         clients = [client for chunk in part for client in chunk]
@@ -137,7 +136,7 @@ class Workers:
         for client in private:  # only once nothing can fail any more
             self._hold(worker, client, self.store.stamp(client))
         notes = {client: self.store.notes[client] for client in clients if client in self.store.notes}
-        return Job(self._jobs, kind, round, part, sent, private, details, notes)
+        return Job(self._jobs, kind, part, sent, private, details, notes)
 
     def _settle(self, worker: int, job: Job, done: Done) -> None:
         for client, private in done.private.items():

@@ -54,7 +54,9 @@ def train(
 
 def batches(client: Participant, label: str = "train", epochs: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of the round's first fit of that label."""
-    data, where = client.data("train", None), (client.clock.seed, client.clock.round, client.id, label, 0)
+    clock = client.clock
+    data, where = client.data("train", None), (clock.seed, clock.round, client.id, label, 0)
+    where += ("again", clock.again) if clock.again else ()  # one more task of a version, where runs are asynchronous
     for rows in index_batches(client.n, Fit({}, Supervised(), epochs=epochs, batch_size=BATCH), where):
         yield data["x"][rows], data["y"][rows]
 

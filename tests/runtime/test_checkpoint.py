@@ -91,7 +91,7 @@ def test_damage_in_an_older_file_is_noticed_where_state_is_live_and_nowhere_else
         with pytest.raises(CodecError, match=r"round-000000\.ckpt does not match"):
             read_checkpoint(tmp_path / "round-000002.ckpt")
     store = Store(tmp_path)
-    store.restore({"b": live})
+    store.restore({"b": live}, {})
     with pytest.raises(RunFailed, match="the private state of b is damaged on disk"):
         store.get("b")
     first.write_bytes(whole[:dead] + bytes([whole[dead] ^ 1]) + whole[dead + 1 :])

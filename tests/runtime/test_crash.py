@@ -15,14 +15,15 @@ import pytest
 
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
+from tests.runtime import paces
 from tests.small import MIXED, config
 
-KILLS = 20
+KILLS = 10  # in either mode
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
 
 
-def source() -> dict[str, Any]:
+def source(**faults: Any) -> dict[str, Any]:
     return config(
         "hybrid",
         MIXED,
@@ -32,15 +33,28 @@ def source() -> dict[str, Any]:
         server={"model": "mlp"},
         output={"plots": False},
         algorithm__heads="keep",  # state of their own
+        devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
+        faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1, **faults},
+        cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
     )
 
 
-def go_on(out: str) -> None:
-    run(source(), out=out, resume=True)
+def at_any_time() -> dict[str, Any]:
+    """The same clients at their own pace, with all that can go wrong."""
+    made = source()
+    made["runtime"] |= {"mode": "async", "buffer": 2}
+    return {**made, "devices": paces.SLOW, "faults": paces.FAULTS}
 
 
-def spawn(out: Path) -> Any:
-    process = CONTEXT.Process(target=go_on, args=(str(out),))
+MODES = {"sync": source, "async": at_any_time}
+
+
+def go_on(out: str, mode: str) -> None:
+    run(MODES[mode](), out=out, resume=True)
+
+
+def spawn(out: Path, mode: str) -> Any:
+    process = CONTEXT.Process(target=go_on, args=(str(out), mode))
     process.start()
     return process
 
@@ -54,10 +68,11 @@ def figures(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
 
 
-def test_twenty_kills(tmp_path: Path) -> None:
-    spawn(tmp_path / "warm").join()  # the server process imports once; this pays for it
+@pytest.mark.parametrize("mode", MODES)
+def test_twenty_kills(mode: str, tmp_path: Path) -> None:
+    spawn(tmp_path / "warm", mode).join()  # the server process imports once; this pays for it
     begun = time.monotonic()
-    plain = spawn(tmp_path / "plain")
+    plain = spawn(tmp_path / "plain", mode)
     plain.join()
     took = time.monotonic() - begun
     assert plain.exitcode == 0
@@ -68,7 +83,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
     rng, mid = random.Random(os.urandom(8)), 0
     for i in range(KILLS):
         out = tmp_path / f"killed{i}"
-        process = spawn(out)
+        process = spawn(out, mode)
         if i % 2:  # at any moment, imports and pictures included; or while rounds are held
             time.sleep(rng.uniform(0.02, 0.97) * took)
         else:
@@ -82,12 +97,27 @@ def test_twenty_kills(tmp_path: Path) -> None:
             and (out / "checkpoint").exists()
             and not (out / "summary.json").exists()
         )
-        again = spawn(out)
+        again = spawn(out, mode)
         again.join()
         assert again.exitcode == 0
         assert models(out) == want and figures(out) == records, f"kill {i}"
         assert (out / "report.html").exists() and not list(out.glob(".*.tmp"))
-    assert mid >= 3  # some of them did hit the run itself
+    assert mid >= 2  # some of them did hit the run itself
+
+
+def killed(out: str) -> None:
+    run(source(server=[2, 3]), out=out, resume=True)
+
+
+def test_a_server_that_its_faults_kill_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    run(source(), out=tmp_path / "plain")
+    for exitcode in (-signal.SIGKILL, -signal.SIGKILL, 0):
+        process = CONTEXT.Process(target=killed, args=(str(tmp_path / "killed"),))
+        process.start()
+        process.join()
+        assert process.exitcode == exitcode
+    assert models(tmp_path / "plain") == models(tmp_path / "killed")
+    assert figures(tmp_path / "plain") == figures(tmp_path / "killed")
 
 
 def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the_key(tmp_path: Path) -> None:

@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from hetero_fl.runtime.crews import processes
+from hetero_fl.runtime.performers import make_performer
+from hetero_fl.runtime.store import Store
+from hetero_fl.runtime.workers import Workers
+from tests.runtime import paces
 from tests.runtime.crews import Lent, outcome, rounds_on, setup_of, work_in_turn
 from tests.runtime.test_rounds import METHODS
 from tests.small import config
@@ -40,3 +45,17 @@ def test_one_two_or_three_workers_compute_what_one_process_does(method: str, cre
     crew.take(setup)
     for size in (1, 2, 3):
         assert outcome(rounds_on(setup, crew, size), 2) == want
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fedproto", "fedasync", "fedbuff"])
+def test_nor_do_they_in_an_asynchronous_run_in_which_everything_goes_wrong(method: str, crew: Lent) -> None:
+    """Tasks of several versions, computed together."""
+    made = paces.source(method, **({"algorithm__heads": "keep"} if method == "hybrid" else {"runtime__buffer": None}))
+    want = outcome(paces.session(made))
+    assert sum(record["counts"]["failed"] for record in want["records"]) > 1
+    setup = setup_of(made)
+    crew.take(setup)
+    for size in (1, 2, 3):
+        crew.size = size
+        workers = Workers(crew, setup.federation.cards, Store(), make_performer(torch.device("cpu")))
+        assert outcome(paces.session(made, workers)) == want

@@ -19,6 +19,7 @@ METHODS = [
     "ensemble",
     "fedavg",
     "scaffold",
+    "fednova",
     "heterofl",
     "fedadam",
     "fedper",

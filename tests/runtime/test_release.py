@@ -26,10 +26,10 @@ def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     answer, add = rounds.executor.answer, Uploads.add
     seen = {"made": [], "added": []}
 
-    def tracked(requests: Messages, round: int) -> Iterator[tuple[str, Any]]:
+    def tracked(requests: Messages) -> Iterator[tuple[str, Any]]:
         for client in requests:
             seen["made"].append(len(alive))
-            ((_, reply),) = answer({client: requests[client]}, round)
+            ((_, reply),) = answer({client: requests[client]})
             assert isinstance(reply, Message)
             body = Body(reply.body)
             alive.append(id(body))
@@ -58,7 +58,7 @@ def test_the_executor_holds_no_upload_that_it_has_handed_on() -> None:
         return handed[-1]
 
     site.answer = kept
-    left = [len(handed[0]) for _ in rounds.executor.answer(requests(rounds), 0)]
+    left = [len(handed[0]) for _ in rounds.executor.answer(requests(rounds))]
     assert left == [3, 2, 1, 0]
 
 

@@ -155,7 +155,9 @@ def _inversion(
         ways = {"without protection": (prepare(bare, dataset=dataset), None), **ways}
     if prepared.config.channel.secure_sum is not None:
         del ways["as trained"]
-        notes.append("channel.secure_sum: the server sees no single upload; shown is what one would give away without it")
+        notes.append(
+            "channel.secure_sum: the server sees no single upload; shown is what one would give away without it"
+        )
     if protect is not None and "as trained" in ways:
         ways["with protect"] = (prepared, protect)
     found, pictures = [], []

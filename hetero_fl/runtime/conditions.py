@@ -1,0 +1,72 @@
+"""The conditions under which a run is held: clients' machines, what goes wrong, and how a round deals with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hetero_fl.config.devices import CohortConfig, DeviceConfig
+from hetero_fl.config.schema import Config
+from hetero_fl.errors import UserError
+from hetero_fl.runtime.devices import Devices
+from hetero_fl.runtime.faults import Faults
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.timing import Timing
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """`simulated`: whether rounds take simulated time and arrivals are counted."""
+
+    policy: CohortConfig
+    devices: Devices
+    timing: Timing
+    faults: Faults
+    per_round: int | None  # clients whose uploads a round is meant to have; none: everybody's
+    simulated: bool
+
+    @classmethod
+    def ideal(cls, federation: Federation, per_round: int | None = None) -> Conditions:
+        """Nothing takes time and nothing goes wrong."""
+        devices = Devices.of(federation, None)
+        return cls(CohortConfig(), devices, Timing(devices), Faults(None, devices), per_round, False)
+
+    @classmethod
+    def of(cls, federation: Federation, config: Config) -> Conditions:
+        """The conditions that a configuration describes. Raises UserError for policies that have nothing to go by."""
+        policy, per_round = config.cohort, config.clients.per_round
+        own = any(kind.settings.machine != DeviceConfig() for kind in federation.cards.kinds)
+        if (policy.over_selection > 1 or policy.sampling == "oort") and per_round is None:
+            key = "over_selection" if policy.over_selection > 1 else "sampling: oort"
+            raise UserError(f"cohort.{key}: chooses among clients, but clients.per_round is not given: all are invited")
+        if policy.over_selection > 1 and config.devices is None and not own:
+            raise UserError("cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time")
+        if policy.least > (per_round or len(federation.cards)):
+            raise UserError(f"cohort.least: found {policy.least}, but {per_round or len(federation.cards)} are invited")
+        devices = Devices.of(federation, config.devices)
+        faults = Faults(config.faults, devices)
+        simulated = own or any(found is not None for found in (config.devices, config.faults, policy.deadline))
+        return cls(policy, devices, Timing(devices), faults, per_round, simulated)
+
+    @property
+    def invited(self) -> int:
+        """How many clients are invited to a round."""
+        everybody = len(self.devices.federation.cards)
+        if self.per_round is None:
+            return everybody
+        return min(everybody, math.ceil(self.policy.over_selection * self.per_round - 1e-9))
+
+    @property
+    def too_few(self) -> str:
+        """What is done about a round with too few uploads."""
+        return str(self.policy.too_few or ("skip" if self.simulated else "fail"))
+
+    def notes(self) -> list[str]:
+        """What is possible but perhaps not meant."""
+        policy, lines = self.policy, []
+        waits = policy.deadline is None and policy.over_selection == 1
+        if waits and self.faults.config.late:
+            lines.append("faults.late: without cohort.deadline or over_selection a round waits for what is late")
+        if policy.sampling == "available" and self.per_round is None:
+            lines.append("cohort.sampling: without clients.per_round everybody who is online is invited")
+        return lines

@@ -1,0 +1,65 @@
+"""Whether a run waits for its cohorts or is asynchronous, and what cannot be: refused in one line that names both keys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.config import Config
+from hetero_fl.errors import UserError
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.robust import single_uploads
+
+
+def set_pace(config: Config, method: Algorithm, federation: Federation) -> tuple[Config, Federation, list[str]]:
+    """The configuration and the federation with the mode that the method has, and lines that say what was decided.
+
+    An asynchronous run has as many versions as its uploads make: learning rates move along them. Raises UserError for what
+    cannot run asynchronously, and for its settings in a run that does not.
+    """
+    runtime, name, notes = config.runtime, config.algorithm["name"], []
+    if method.asynchronous and runtime.mode == "sync":
+        runtime = runtime.model_copy(update={"mode": "async"})
+        config = config.model_copy(update={"runtime": runtime})
+        notes.append(f"runtime.mode is async: {name} aggregates uploads as they come")
+    if runtime.mode == "sync":
+        if runtime.buffer is not None:
+            raise UserError(f"runtime.buffer: found {runtime.buffer}, but a synchronous round takes its whole cohort")
+        return config, federation, notes
+    _check(config, method, federation)
+    places = config.clients.per_round or len(federation.cards)
+    goal = method.goal or runtime.buffer or places
+    if config.devices is None:
+        notes.append("without `devices` no task takes any time: all that are given out together end together")
+    return config, replace(federation, rounds=max(1, math.ceil(config.rounds * places / goal))), notes
+
+
+def _check(config: Config, method: Algorithm, federation: Federation) -> None:
+    name, kinds = config.algorithm["name"], federation.cards.kinds
+    if method.everybody or any(spec.use == "each" for spec in method.uploads.values()):
+        raise UserError(
+            f"runtime.mode: async cannot be combined with algorithm.name: {name}, which needs the uploads of one cohort "
+            "side by side; others are weighted by staleness and summed"
+        )
+    if config.channel.secure_sum is not None:
+        raise UserError(
+            "runtime.mode: async cannot be combined with channel.secure_sum, which sums one cohort's uploads"
+        )
+    if (key := single_uploads(config)) is not None:
+        raise UserError(f"runtime.mode: async cannot be combined with {key}: both look at the uploads of one cohort")
+    rows = getattr(method, "proxy_rows", None)
+    if rows is not None and rows < federation.data.n_proxy:
+        raise UserError(
+            f"algorithm.proxy_rows: found {rows}, drawn anew each round; with runtime.mode=async predictions of different "
+            f"versions meet, so they have to be of the same rows: leave it out, or lower data.proxy.size"
+        )
+    rare = [kind.first for kind in kinds if kind.settings.share_every > 1]
+    if rare:
+        raise UserError(f"runtime.mode: async cannot be combined with share_every ({rare[0]}): there are no rounds")
+    if method.goal is not None and config.runtime.buffer is not None:
+        own = f"its own is algorithm.buffer: {method.goal}" if method.goal > 1 else "which aggregates after each upload"
+        raise UserError(f"runtime.buffer: found {config.runtime.buffer}, but algorithm.name is {name}: {own}")
+    waits = config.cohort.model_fields_set - {"least"} if config.cohort != type(config.cohort)() else set()
+    if waits:
+        raise UserError(f"cohort.{min(waits)}: is for rounds that wait for a cohort; runtime.mode is async")

@@ -1,0 +1,142 @@
+"""FedAsync and FedBuff against event loops written by hand, in float64."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.payload import Payload
+from hetero_fl.runtime.queue import Task
+from hetero_fl.runtime.store import Private
+from hetero_fl.state import floats
+from tests.algorithms import by_hand
+from tests.runtime.paces import session
+from tests.small import config
+
+pytestmark = pytest.mark.usefixtures("float64")
+SECONDS = {"site_1": 1.0, "site_2": math.e, "site_3": 2 * math.pi}  # no two tasks ever end together
+ARRIVALS = 9  # three rounds
+
+
+def trained(run: Any, id: str, version: int, again: int, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A client's model after its local epoch from `start`, by a plain loop."""
+    client = run.federation.client(id, Private(), version, again)
+    net = by_hand.module(client.arch["model"], start)
+    by_hand.train(client, list(net.parameters()), lambda x, y: torch.nn.functional.cross_entropy(net(x).logits, y))
+    return floats({n: t.detach().clone() for n, t in net.state_dict().items()})
+
+
+def events(run: Any, start: dict[str, torch.Tensor], goal: int, mix: Any) -> dict[str, torch.Tensor]:
+    """The server's model after all arrivals: `mix(model, [(staleness, start, end)])` makes each next version."""
+    model, version, number, buffer, asked = start, 0, 0, [], dict.fromkeys(SECONDS, 0)
+    flight: list[Any] = []
+
+    def give(id: str, now: float) -> None:
+        nonlocal number
+        heapq.heappush(flight, (now + SECONDS[id], number, id, version, asked[id], model))
+        number, asked[id] = number + 1, asked[id] + 1
+
+    for id in SECONDS:
+        give(id, 0.0)
+    for _ in range(ARRIVALS):
+        now, _, id, began, again, got = heapq.heappop(flight)
+        buffer.append((version - began, got, trained(run, id, began, again, got)))
+        if len(buffer) == goal:
+            model, version, buffer = mix(model, buffer), version + 1, []
+            asked = dict.fromkeys(SECONDS, 0)
+        give(id, now)
+    return model
+
+
+WEIGHTS = {
+    "constant": lambda t: 1.0,
+    "polynomial": lambda t: 1 / math.sqrt(1 + t),
+    "hinge": lambda t: 1.0 if t <= 1 else 1 / (10 * (t - 1) + 1),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_fedasync(kind: str) -> None:
+    run = session(
+        config("fedasync", rounds=3, algorithm={"name": "fedasync", "alpha": 0.7, "staleness": kind, "b": 1}),
+        seconds=lambda id, _: SECONDS[id],
+    )
+    (group,) = run.server.models
+    start = floats(run.server.models[group])
+    records = [run.round() for _ in range(3)]
+
+    def mix(model: Any, buffer: Any) -> Any:
+        ((stale, _, end),) = buffer
+        rate = 0.7 * WEIGHTS[kind](stale)
+        return {n: (1 - rate) * model[n] + rate * end[n] for n in model}
+
+    assert by_hand.apart(run.server.models[group], events(run, start, 1, mix)) < 1e-10
+    assert run.version == ARRIVALS and max(map(int, records[-1]["staleness"])) > 1
+
+
+@pytest.mark.parametrize("goal", [1, 2, 4])
+def test_fedbuff(goal: int) -> None:
+    run = session(
+        config("fedbuff", rounds=3, algorithm={"name": "fedbuff", "buffer": goal, "server_lr": 0.8}),
+        seconds=lambda id, _: SECONDS[id],
+    )
+    (group,) = run.server.models
+    start, names = floats(run.server.models[group]), run.server.arch[group].parameter_names
+    again = 0
+    for _ in range(3):
+        run.round()
+        again = max(again, *(task.again for task in run.queue))
+
+    def mix(model: Any, buffer: Any) -> Any:
+        s = [1 / math.sqrt(1 + stale) for stale, _, _ in buffer]
+        made = {}
+        for n in model:
+            if n in names:
+                made[n] = model[n] + 0.8 / goal * sum(
+                    w * (end[n] - got[n]) for w, (_, got, end) in zip(s, buffer, strict=True)
+                )
+            else:  # a variance: towards the clients', by Σs/K of the way
+                mean = sum(w * end[n] for w, (_, _, end) in zip(s, buffer, strict=True)) / sum(s)
+                made[n] = model[n] + sum(s) / goal * (mean - model[n])
+        return made
+
+    assert by_hand.apart(run.server.models[group], events(run, start, goal, mix)) < 1e-10
+    assert run.version == ARRIVALS // goal and (again > 0 or goal < 4)
+
+
+def test_a_version_is_not_trained_on_twice_in_the_same_way() -> None:
+    """The fast client comes back before there is a new version: other batches, another upload."""
+    run = session(config("fedbuff", algorithm={"name": "fedbuff", "buffer": 3}), seconds=lambda id, _: SECONDS[id])
+    seen = []
+    arrival = run._arrival
+
+    def seeing(task: Task) -> Payload:
+        payload = arrival(task)
+        seen.append((task, payload))
+        return payload
+
+    run._arrival = seeing  # type: ignore[method-assign]
+    run.round()
+    (first, one), (second, two) = [(task, payload) for task, payload in seen if task.client == "site_1"]
+    assert (first.version, first.again, second.version, second.again) == (0, 0, 0, 1)
+    assert first.broadcast == second.broadcast
+    assert any(not torch.equal(one["model"][n], two["model"][n]) for n in one["model"])
+
+
+def test_a_pull_towards_what_was_received() -> None:
+    plain, pulled = (
+        session(config("fedasync", algorithm={"name": "fedasync", "rho": rho}), seconds=lambda id, _: SECONDS[id])
+        for rho in (0.0, 5.0)
+    )
+    (group,) = plain.server.models
+    start = floats(plain.server.models[group])
+    names = plain.server.arch[group].parameter_names
+    far = []
+    for run in (plain, pulled):
+        run.round()
+        far.append(sum(float((run.server.models[group][n] - start[n]).square().sum()) for n in names))
+    assert far[1] < 0.5 * far[0]

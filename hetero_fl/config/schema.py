@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
+from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.source import DataConfig
 
 
@@ -102,6 +103,7 @@ class Config(Section):
     algorithm: dict[str, Any] = Field(
         {"name": "fedavg"}, description="the method's name and its own settings beside it"
     )
+    privacy: PrivacyConfig | None = Field(None, description="differential privacy; none: nothing is noised")
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()

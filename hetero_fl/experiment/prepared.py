@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.environment import choose_device
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.run import Run
+from hetero_fl.runtime.budget import Budget
 from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.private_checks import check_privacy
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
 from hetero_fl.saved import SavedModel
@@ -32,6 +34,7 @@ class Prepared:
     data: FederatedData
     notes: list[str]
     inherited: dict[str, SavedModel]  # models of another run to start from, by client
+    budget: Budget | None = None  # of a private run
 
     @property
     def name(self) -> str:
@@ -99,6 +102,7 @@ def prepare(
     name = config.algorithm["name"]
     config = config.model_copy(update={"algorithm": {"name": name, **method.model_dump(mode="json")}})
     notes = [*data.notes, *derived, *check(name, method, federation)]
+    config, federation, budget = _private(config, method, federation)
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
@@ -111,7 +115,18 @@ def prepare(
     for own in {kind.settings.objective for kind in clients.kinds}:
         own_objective(own, federation.task)
     choose_device(config.runtime.device)
-    return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
+    return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation), budget)
+
+
+def _private(config: Config, method: Algorithm, federation: Federation) -> tuple[Config, Federation, Budget | None]:
+    """The same with privacy's noise solved for, and what each round will have spent; None without privacy."""
+    if config.privacy is None:
+        return config, federation, None
+    check_privacy(config.algorithm["name"], method, federation)
+    budget = Budget.of(config.privacy, method, federation, config.rounds, config.clients.per_round)
+    privacy = budget.solved()
+    federation = replace(federation, privacy=privacy)
+    return config.model_copy(update={"privacy": privacy}), federation, replace(budget, privacy=privacy)
 
 
 def _inherited(path: str | None, federation: Federation) -> dict[str, SavedModel]:

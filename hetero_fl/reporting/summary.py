@@ -125,7 +125,7 @@ def summarise(
         ],
         "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
-        "privacy": None,
+        "privacy": history[-1].get("privacy"),
         **({"baselines": found} if (found := baselines_of(readings)) else {}),
     }
 

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.channel.privacy.counts import noised_counts
+from hetero_fl.channel.privacy.noise import Noise
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.population import Population
+from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.schema import Config
 from hetero_fl.data import FederatedData, Preprocess
 from hetero_fl.errors import UserError
@@ -40,6 +43,8 @@ class Federation:
     common: tuple[str, ...] = ()
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
     some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
+    privacy: PrivacyConfig | None = None
+    noise: Noise = Noise(("privacy", 0))  # a deployment's participants draw theirs from the system
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
     @classmethod
@@ -70,6 +75,7 @@ class Federation:
         return cls(
             data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
             _drawn(population, config.evaluation.clients, config.seed), _drawn(population, None, config.seed),
+            config.privacy, Noise.keyed(config.seed),
         )  # fmt: skip
 
     def with_models(self, archs: Sequence[Architecture] | Mapping[str, Architecture]) -> Federation:
@@ -114,8 +120,11 @@ class Federation:
         )
 
     def counts(self, id: str) -> Tensor:
-        """Label counts of a client's training rows, `[outputs]`, in the default dtype."""
-        return self.data.label_counts(id).to(torch.get_default_dtype())
+        """Label counts of a client's training rows, `[outputs]`, in the default dtype; with noise where records are private."""
+        counts = self.data.label_counts(id).to(torch.get_default_dtype())
+        if self.privacy is None or self.privacy.unit != "record":
+            return counts
+        return noised_counts(counts, self.task.kind, self.privacy, self.noise, id)
 
     def server(self) -> Participant:
         """The server before the first round: a model for each architecture, and the student if one is asked for."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.privacy.accounting import Charge
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
@@ -46,15 +47,15 @@ def price(
     """
     dearest = algorithm.dearest()
     at_most = dearest != algorithm
-    made, run = Price(not is_own(algorithm) and not at_most, at_most), _DryRun(dearest, federation)
+    made, run = Price(not is_own(algorithm) and not at_most, at_most), DryRun(dearest, federation)
     if not algorithm.counted:
         return made
     for round in range(rounds):
         cohort = draw_cohort(federation, per_round, round)
         for id in cohort:
-            down, up = run.exchange(id, round)
-            made.down[id] += down
-            made.up[id] += up
+            exchanged = run.exchange(id, round)
+            made.down[id] += exchanged.down
+            made.up[id] += exchanged.up
         run.aggregate(cohort, round)
         if (round + 1) % every == 0 or round + 1 == rounds:
             for id in federation.readers:
@@ -62,7 +63,15 @@ def price(
     return made
 
 
-class _DryRun:
+class Exchanged(NamedTuple):
+    """Bytes down to a client and up from it, and what it spends of its privacy."""
+
+    down: int
+    up: int
+    charges: tuple[Charge, ...] = ()
+
+
+class DryRun:
     """A server whose state has the right form. What was measured is measured again only where the form has changed."""
 
     def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
@@ -70,7 +79,7 @@ class _DryRun:
         self.server, self.expectations = federation.server(), Expectations(algorithm, federation)
         algorithm.start(self.server)
         self._intervals = sorted({kind.settings.share_every for kind in federation.cards.kinds})
-        self._sizes: dict[Any, tuple[int, int]] = {}
+        self._sizes: dict[Any, Exchanged] = {}
         self._settled: set[Any] = set()  # after these the server's state has the form that it had before
         self._form = _form([self.server.models, self.server.state])
 
@@ -78,14 +87,14 @@ class _DryRun:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
         return (self._form, *(self.expectations.phase(interval, round) for interval in self._intervals))
 
-    def exchange(self, id: str, round: int) -> tuple[int, int]:
-        """Bytes down to a client and up from it in that round."""
+    def exchange(self, id: str, round: int) -> Exchanged:
+        """What a client's part in that round comes to."""
         at, card = self._at(round), self.federation.cards[id]
         down = broadcast(self.algorithm, self.server, card)
         key = (_alike(card, down), at)
         if key not in self._sizes:
-            up = self.expectations.upload(card, down, round)
-            self._sizes[key] = (len(down.encode()), len(up.encode()))
+            up, charges = self.expectations.rehearsed(card, down, round)
+            self._sizes[key] = Exchanged(len(down.encode()), len(up.encode()), tuple(charges))
         return self._sizes[key]
 
     def reading(self, id: str, round: int) -> int:
@@ -94,8 +103,8 @@ class _DryRun:
         down = broadcast(self.algorithm, self.server, card)
         key = (_alike(card, down), at, "reading")
         if key not in self._sizes:
-            self._sizes[key] = (len(down.encode()), 0)
-        return self._sizes[key][0]
+            self._sizes[key] = Exchanged(len(down.encode()), 0)
+        return self._sizes[key].down
 
     def aggregate(self, cohort: list[str], round: int) -> None:
         """The server's part of that round."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hetero_fl.aggregation.averaging import OwnerMeans
+from hetero_fl.aggregation.noised import SumNoise
 from hetero_fl.aggregation.sums import ItemSum
 from hetero_fl.architecture import Tensors
 from hetero_fl.errors import UserError, nearest
@@ -45,12 +46,17 @@ class Uploads:
         uploads: in hand; more can be added, in client-id order.
         specs: what the method declares of its items; those used one by one are kept.
         common: prefixes of tensors that are averaged across architectures.
+        noise: what is added to every sum, and what takes the place of its weight.
     """
 
     def __init__(
-        self, uploads: Iterable[Upload] = (), specs: Mapping[str, ItemSpec] | None = None, common: Sequence[str] = ()
+        self,
+        uploads: Iterable[Upload] = (),
+        specs: Mapping[str, ItemSpec] | None = None,
+        common: Sequence[str] = (),
+        noise: SumNoise | None = None,
     ) -> None:
-        self._specs, self._common = specs or {}, common
+        self._specs, self._common, self._noise = specs or {}, common, noise
         self._kept: list[Upload] = []
         self._senders: dict[str, list[Card]] = {}
         self._tensors: dict[str, ItemSum] = {}
@@ -106,22 +112,31 @@ class Uploads:
     def mean(self, name: str) -> Tensor | None:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
         self._folded(name)
+        if self._noise is not None and self._noise.sends(name):
+            return self._noise.mean(name, self._tensors[name].total if name in self._tensors else None)
         return self._tensors[name].mean if name in self._tensors else None
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
         """(Σ values·weight, Σ weight) of the single-tensor items of that name. Raises KeyError if nobody sent it."""
         self._folded(name)
+        if self._noise is not None and self._noise.sends(name):
+            return self._noise.total(name, self._tensors[name].total if name in self._tensors else None)
         return self._tensors[name].total
 
     def mean_by_group(self, name: str) -> dict[str, Tensors]:
         """For each architecture group the mean over the owners of each tensor that its members sent under that name; all
         under "" where the item was declared with `across`."""
         self._folded(name)
-        return self._models[name].by_group() if name in self._models else {}
+        means = self._models[name].by_group() if name in self._models else {}
+        if self._noise is None:
+            return means
+        return self._noise.by_group(name, means, self._models[name].weights_by_group() if name in self._models else {})
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
         """The sum of weights behind each tensor of `mean_by_group`."""
         self._folded(name)
+        if self._noise is not None:
+            return self._noise.weights_by_group(name)
         return self._models[name].weights_by_group() if name in self._models else {}
 
     @property

@@ -71,6 +71,10 @@ class PrivacyConfig(Section):
                 raise ValueError(f"{names[0]} belongs to unit: {unit}, not {self.unit}")
         return self
 
+    def provisional(self) -> PrivacyConfig:
+        """The section with some noise multiplier, for rehearsals in which no number matters."""
+        return self.model_copy(update={"noise_multiplier": self.noise_multiplier or 1.0})
+
     @property
     def z(self) -> float:
         """The noise multiplier, once it is known."""

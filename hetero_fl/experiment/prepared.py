@@ -17,8 +17,10 @@ from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.budget import Budget
 from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
+from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.private_checks import check_privacy
+from hetero_fl.runtime.private_sums import PrivateSums
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
 from hetero_fl.saved import SavedModel
@@ -93,6 +95,8 @@ def prepare(
     data = federate(dataset, config.data, clients, config.seed, server=own_view)
     student = method.distils and data.n_proxy > 0
     federation = Federation.of(config, data, clients, student)
+    if config.privacy is not None:
+        federation = replace(federation, privacy=config.privacy.provisional())
     method, derived = method.resolve(federation.cards)
     cards = federation.cards
     if method.one_by_one:
@@ -126,6 +130,7 @@ def _private(config: Config, method: Algorithm, federation: Federation) -> tuple
     budget = Budget.of(config.privacy, method, federation, config.rounds, config.clients.per_round)
     privacy = budget.solved()
     federation = replace(federation, privacy=privacy)
+    PrivateSums(Expectations(method, federation), config.clients.per_round).check()
     return config.model_copy(update={"privacy": privacy}), federation, replace(budget, privacy=privacy)
 
 

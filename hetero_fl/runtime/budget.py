@@ -48,7 +48,7 @@ class Budget:
                 held[before] -= 1
                 held[spent[id]] += 1
             after.append(frozenset(history for history, count in held.items() if count > 0))
-            if algorithm.uploads and cohort:
+            if algorithm.uploads:
                 run.aggregate(cohort, round)
         return cls(privacy, tuple(after))
 

@@ -44,7 +44,9 @@ class Federation:
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
     some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
     privacy: PrivacyConfig | None = None
-    noise: Noise = Noise(("privacy", 0))  # a deployment's participants draw theirs from the system
+    noise: Noise = field(
+        default_factory=lambda: Noise.keyed(0)
+    )  # a deployment's participants draw theirs from the system
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
     @classmethod

@@ -9,6 +9,7 @@ from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.channel.protocol import Arrivals
 from hetero_fl.payload import Payload, PayloadError, check_upload, loss_of
 from hetero_fl.runtime.dry import Expectations
+from hetero_fl.runtime.private_sums import PrivateSums
 from hetero_fl.state import Card
 
 
@@ -24,13 +25,14 @@ class Taken:
 class Intake:
     """Takes a round's arrivals one by one, so that the server never holds more of them than it needs."""
 
-    def __init__(self, expectations: Expectations) -> None:
-        self.expectations = expectations
+    def __init__(self, expectations: Expectations, sums: PrivateSums) -> None:
+        self.expectations, self.sums = expectations, sums
 
     def take(self, arrivals: Arrivals, asked: Callable[[Card], Payload], round: int) -> Taken:
         """All that arrived, in client-id order. `asked`: what a client was sent, on which it trained."""
-        federation, specs = self.expectations.federation, self.expectations.algorithm.uploads
-        taken = Taken(Uploads(specs=specs, common=federation.common))
+        federation, specs = self.expectations.federation, self.expectations.protection.specs
+        noise = self.sums.noise(asked, round)
+        taken = Taken(Uploads(specs=specs, common=federation.common, noise=noise))
         for client, body in arrivals:
             try:
                 payload = self.receive(client, body, asked, round)
@@ -47,5 +49,5 @@ class Intake:
     def receive(self, client: str, data: bytes, asked: Callable[[Card], Payload], round: int) -> Payload:
         """An upload, decoded and checked against what this client was to send. Raises PayloadError."""
         payload, card = Payload.decode(data), self.expectations.federation.cards[client]
-        check_upload(payload, self.expectations.algorithm.uploads, self.expectations.of(card, asked(card), round))
+        check_upload(payload, self.expectations.protection.specs, self.expectations.of(card, asked(card), round))
         return payload

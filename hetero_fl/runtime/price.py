@@ -109,13 +109,15 @@ class DryRun:
     def aggregate(self, cohort: list[str], round: int) -> None:
         """The server's part of that round."""
         key = (self._at(round), tuple(cohort))
-        if key in self._settled:
+        if key in self._settled or not cohort:
             return
         uploads = []
         for card in map(self.federation.cards.__getitem__, cohort):
             items = self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
             uploads.append(Upload(card, Payload(dict(items))))
-        plan = self.algorithm.aggregate(self.server, Uploads(uploads, self.algorithm.uploads, self.server.common))
+        plan = self.algorithm.aggregate(
+            self.server, Uploads(uploads, self.expectations.protection.specs, self.server.common)
+        )
         carry_out(plan, self.server, self.expectations.performer)
         before, self._form = self._form, _form([self.server.models, self.server.state])
         if before == self._form:

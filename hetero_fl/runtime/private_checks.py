@@ -104,9 +104,7 @@ def _reads_rows(expectations: Expectations, client: Participant, plan: Plan[None
     return bool(tally.charges[client.id])
 
 
-def _check_whole(
-    name: str, algorithm: Algorithm, federation: Federation, where: str, privacy: PrivacyConfig
-) -> None:
+def _check_whole(name: str, algorithm: Algorithm, federation: Federation, where: str, privacy: PrivacyConfig) -> None:
     """A client's whole upload is bounded: sums, in a form that tells nothing, from what it received the same round."""
     items = travelling(algorithm, federation)
     if isinstance(privacy.clip, dict):
@@ -133,3 +131,23 @@ def _check_whole(
                 f"clients: {kind.first}: model: found {kind.arch.name}, whose BatchNorm statistics would be noised, with "
                 f"{where}; take {group_norm(kind.arch.name)}, or fedbn, where they stay"
             )
+    _check_form(name, algorithm, federation, where)
+
+
+@told()
+def _check_form(name: str, algorithm: Algorithm, federation: Federation, where: str) -> None:
+    """Only floats can be noised, and parameters are to start from something."""
+    expectations, server = Expectations(algorithm, federation), federation.server()
+    algorithm.start(server)
+    for kind in federation.cards.kinds:
+        card = federation.cards[kind.first]
+        for item, sent in expectations.of(card, broadcast(algorithm, server, card), 0).items():
+            whole = sent.values if isinstance(sent.values, dict) else {item: sent.values}
+            if any(not t.is_floating_point() for t in whole.values()):
+                raise UserError(
+                    f"{where}, but '{item}' of algorithm.name: {name} holds whole numbers, to which no noise fits"
+                )
+            if sent.kind == "params" and not isinstance(sent.values, dict):
+                raise UserError(
+                    f"{where}, but '{item}' of algorithm.name: {name} is no change of what a client received"
+                )

@@ -78,7 +78,9 @@ class Guard(Tally):
         clients: whose plans are carried out. Their private rows are readable from now on inside of steps only.
     """
 
-    def __init__(self, performer: Performer, privacy: PrivacyConfig, noise: Noise, clients: Sequence[Participant]) -> None:
+    def __init__(
+        self, performer: Performer, privacy: PrivacyConfig, noise: Noise, clients: Sequence[Participant]
+    ) -> None:
         super().__init__(performer, privacy.statistics_noise)
         self.privacy, self.noise = privacy, noise
         assert not isinstance(privacy.clip, Mapping)
@@ -128,7 +130,9 @@ def closed(data: Data) -> Data:
 
     def public(name: str, through: Any) -> Columns:
         if name not in PUBLIC:
-            raise UserError(f"privacy.unit: record: the method reads '{name}' outside of its steps, where nothing is noised")
+            raise UserError(
+                f"privacy.unit: record: the method reads '{name}' outside of its steps, where nothing is noised"
+            )
         return data(name, through)
 
     return public

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.privacy.accounting import Charge
@@ -16,6 +18,15 @@ from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.plans import Performer
 from hetero_fl.runtime.private_steps import Guard, Tally
 from hetero_fl.state import Participant
+
+WITHIN = "within_clip"  # of each item, whether it was within its bound
+FACTOR = "clip "  # before an item's name: the factor on its bound, in a broadcast's report
+
+
+def factors_of(received: Payload) -> dict[str, float]:
+    """The factors on bounds that came with a broadcast."""
+    told = {n.removeprefix(FACTOR): str(v) for n, v in received.report.items() if n.startswith(FACTOR)}
+    return {name: float(factor) for name, factor in told.items()}
 
 
 def travelling(algorithm: Algorithm, federation: Federation) -> dict[str, ItemSpec]:
@@ -36,14 +47,18 @@ class Protection:
 
     privacy: PrivacyConfig | None
     noise: Noise
-    items: int  # that an upload may have
+    specs: Mapping[str, ItemSpec]  # of all that an upload may have
+    items: tuple[str, ...]  # those of them that the method sends here, sorted
     kind: str  # of the task
 
     @classmethod
     def of(cls, algorithm: Algorithm, federation: Federation) -> Protection:
         """As the federation has it."""
-        items = max(1, len(travelling(algorithm, federation)))
-        return cls(federation.privacy, federation.noise, items, federation.task.kind)
+        privacy, specs = federation.privacy, dict(algorithm.uploads)
+        if privacy is not None and privacy.adaptive_clip is not None:
+            specs[WITHIN] = ItemSpec("counts", private=True)
+        items = tuple(sorted(travelling(algorithm, federation)))
+        return cls(privacy, federation.noise, specs, items, federation.task.kind)
 
     @property
     def unit(self) -> str:
@@ -76,21 +91,36 @@ class Protection:
         privacy = self.privacy
         if privacy is None or privacy.unit == "record":
             return upload
+        factors = factors_of(received)
+
+        def bound(name: str) -> float:
+            return privacy.bound(name) * factors.get(name, 1.0)
+
         if privacy.unit == "client":
-            return released(upload, received, privacy.bound)[0]
+            released_, within = released(upload, received, bound)
+            if privacy.adaptive_clip is not None and upload:
+                # A bit less one half moves a sum by one half (Andrew et al. 2021, section 3).
+                bits = torch.tensor([float(within.get(name, True)) - 0.5 for name in self.items])
+                released_.items_[WITHIN] = Item(bits, 1.0, "counts")
+            return released_
         stream = client.stream("release")
 
         def add(name: str, item: Item) -> Item:
             deviation = self.deviation(name)
             return noised(item, deviation, lambda like, sd, part: self.noise.normal(like, sd, *stream, name, part))
 
-        return released(upload, received, privacy.bound, add)[0]
+        return released(upload, received, bound, add)[0]
 
-    def deviation(self, name: str) -> float:
+    def deviation(self, name: str, factor: float = 1.0, z: float | None = None) -> float:
         """Standard deviation of the noise on one item: z·√m·C; local: twice that, for any upload may take another's place."""
         assert self.privacy is not None
         twice = 2 if self.privacy.unit == "local" else 1
-        return twice * self.privacy.z * self.items**0.5 * self.privacy.bound(name)
+        return twice * (z or self.privacy.z) * len(self.items) ** 0.5 * self.privacy.bound(name) * factor
+
+    @staticmethod
+    def told(factors: Mapping[str, float]) -> dict[str, str]:
+        """Bounds' factors as they go with a broadcast: to the bit, in a fixed width."""
+        return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}
 
     def report(self, loss: float | None) -> dict[str, str]:
         """What goes with an upload: where anything is private, a training loss is not told."""

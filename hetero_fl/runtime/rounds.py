@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
+import torch
+
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Direct, Message, Messages, Replies, Traffic, hold_round
 from hetero_fl.errors import RunFailed
@@ -20,6 +22,7 @@ from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.intake import Intake
 from hetero_fl.runtime.plans import Diverged, carry_out
+from hetero_fl.runtime.private_sums import PrivateSums
 from hetero_fl.runtime.readings import Readings, Record
 from hetero_fl.runtime.site import Reading, Scores
 from hetero_fl.seeding import sample
@@ -27,8 +30,13 @@ from hetero_fl.state import Card, in_order
 
 
 def draw_cohort(federation: Federation, per_round: int | None, round: int) -> list[str]:
-    """Everyone, or `per_round` clients drawn by the key of that round, in id order."""
+    """Everyone, or `per_round` clients drawn by the key of that round, in id order; as many on average where each takes part
+    by a draw of its own (`privacy.poisson_cohorts`)."""
     ids = federation.cards.clients.ids
+    if per_round is not None and federation.privacy is not None and federation.privacy.poisson_cohorts:
+        draws = federation.noise.generator(round, "cohort")
+        taken = torch.rand(len(ids), generator=draws, dtype=torch.float64) < per_round / len(ids)
+        return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
     if per_round is None or per_round >= len(ids):
         return list(ids)
     return [ids[i] for i in sample(len(ids), per_round, federation.seed, round, "cohort")]
@@ -50,7 +58,8 @@ class Rounds:
         self.store, self.performer = executor.store, executor.performer
         self.protocol, self.traffic = Direct(), Traffic()
         self.expectations = Expectations(algorithm, federation)
-        self.intake = Intake(self.expectations)
+        self.sums = PrivateSums(self.expectations, per_round)
+        self.intake = Intake(self.expectations, self.sums)
         self.server = federation.server()
         self.completed = 0
         with told():
@@ -97,7 +106,7 @@ class Rounds:
         for client, why in taken.refused.items():
             failed[client] = f"upload refused: {why}"
             self.store.drop(client)
-        if not taken.uploads:
+        if cohort and not taken.uploads:
             raise RunFailed(
                 f"round {index + 1}: no usable upload from {len(cohort)} clients; {next(iter(failed.items()), '')}"
             )
@@ -105,6 +114,7 @@ class Rounds:
             carry_out(self.algorithm.aggregate(self.server, taken.uploads), self.server, self.performer)
         except Diverged as error:
             raise RunFailed(f"round {index + 1}: training at the server diverged: {error}") from None
+        self.sums.adapt(taken.uploads)
         self.store.commit()
         self.completed += 1
         return {
@@ -130,7 +140,7 @@ class Rounds:
     def _broadcast(self, card: Card) -> Payload:
         """May be made several times, in any order: what it draws is keyed by the client, not by the turn."""
         speaker = replace(self.server, id=f"{self.server.id} to {card.id}", uses={})
-        return broadcast(self.algorithm, speaker, card)
+        return self.sums.announce(broadcast(self.algorithm, speaker, card))
 
     def _clock(self, round: int) -> None:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
@@ -187,6 +197,7 @@ class Rounds:
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
+            "bounds": self.sums.tree(),
         }
 
     def restore(self, tree: dict[str, Any]) -> None:
@@ -194,3 +205,4 @@ class Rounds:
         self.completed = tree["completed"]
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.traffic = Traffic(**tree["traffic"])
+        self.sums.restore(tree["bounds"])

@@ -61,9 +61,8 @@ def test_gradients_are_those_of_opacus(model: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sampled = GradSampleModule(module)
-        optimizer = DPOptimizer(
-            torch.optim.SGD(sampled.parameters(), 1.0), noise_multiplier=0.0, max_grad_norm=0.5, expected_batch_size=len(columns["y"])
-        )  # fmt: skip
+        plain, n = torch.optim.SGD(sampled.parameters(), 1.0), len(columns["y"])
+        optimizer = DPOptimizer(plain, noise_multiplier=0.0, max_grad_norm=0.5, expected_batch_size=n)
         F.cross_entropy(sampled(columns["x"]).logits, columns["y"]).backward()
         optimizer.pre_step()
     expected = {n.removeprefix("_module."): p.grad for n, p in sampled.named_parameters()}

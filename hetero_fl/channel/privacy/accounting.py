@@ -128,7 +128,9 @@ def opacus_accountants() -> dict[str, Any]:
             warnings.simplefilter("ignore")
             from opacus import accountants
     except ImportError:
-        raise UserError("privacy: accounting needs opacus, which is not here; pip install 'hetero_fl[privacy]'") from None
+        raise UserError(
+            "privacy: accounting needs opacus, which is not here; pip install 'hetero_fl[privacy]'"
+        ) from None
     return vars(accountants)
 
 

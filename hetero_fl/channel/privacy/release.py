@@ -39,7 +39,10 @@ def noised(item: Item, deviation: float, draw: Draw) -> Item:
 
 
 def released(
-    payload: Payload, received: Payload, bounds: Callable[[str], float], noise: Callable[[str, Item], Item] | None = None
+    payload: Payload,
+    received: Payload,
+    bounds: Callable[[str], float],
+    noise: Callable[[str, Item], Item] | None = None,
 ) -> tuple[Payload, dict[str, bool]]:
     """The upload with every item clipped (and noised, where `noise(name, item)` is given), and which were within bounds."""
     items, within = {}, {}

@@ -44,11 +44,18 @@ class PrivacyConfig(Section):
         description="largest L2 norm: of a row's gradient (record), of a client's update (client, local); there by item, too: "
         "{model: 1, logits: 50}",
     )
+    sample_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="record: chance of each row to be in a step; none: batch_size over the client's rows. One rate for all gives "
+        "them one ε, and large clients large batches",
+    )
     statistics_clip: PositiveFloat = Field(
         10.0, description="record: largest L2 norm of what a row adds to class statistics (features, logits)"
     )
     statistics_noise: PositiveFloat = Field(
-        8.0,
+        4.0,
         description="record: noise multiplier of class statistics and label counts, in units of `noise_multiplier`: they see "
         "every row, training a sample",
     )
@@ -65,10 +72,10 @@ class PrivacyConfig(Section):
             raise ValueError("needs target_epsilon or noise_multiplier")
         if self.unit == "record" and isinstance(self.clip, dict):
             raise ValueError("clip: by item is for unit: client or local; a row's gradient has one bound")
-        only = {"client": [n for n in ("poisson_cohorts", "adaptive_clip") if getattr(self, n)]}
-        for unit, names in only.items():
-            if names and self.unit != unit:
-                raise ValueError(f"{names[0]} belongs to unit: {unit}, not {self.unit}")
+        for unit, names in {"record": ("sample_rate",), "client": ("poisson_cohorts", "adaptive_clip")}.items():
+            for name in names:
+                if getattr(self, name) and self.unit != unit:
+                    raise ValueError(f"{name} belongs to unit: {unit}, not {self.unit}")
         return self
 
     def provisional(self) -> PrivacyConfig:

@@ -30,24 +30,26 @@ MEMORY = 64 * 2**20  # bytes of single gradients at a time; a model of which tha
 APART = 0x85EBCA6B  # between the dropout keys of one step's examples
 
 
-def sampling(n: int, fit: Fit, work: float = 1.0) -> tuple[float, int]:
-    """(q, steps) of a private fit on n rows: q = batch / n, and an epoch is round(n / batch) steps, as opacus counts."""
-    size = min(fit.batch_size, n)
-    steps = fit.steps if fit.steps is not None else fit.epochs * max(1, round(n / size))
-    return size / n, max(1, int(steps * work))
+def sampling(n: int, fit: Fit, work: float = 1.0, rate: float | None = None) -> tuple[float, int]:
+    """(q, steps) of a private fit on n rows: q = batch / n unless given, and an epoch is round(1 / q) steps."""
+    rate = rate or min(fit.batch_size, n) / n
+    steps = fit.steps if fit.steps is not None else fit.epochs * round(1 / rate)
+    return rate, max(1, int(steps * work))
 
 
 class PoissonBatches(Batches):
     """Each step takes each row with probability q, on its own."""
 
-    def __init__(self, participant: Participant, fit: Fit, device: torch.device, noise: Noise) -> None:
+    def __init__(
+        self, participant: Participant, fit: Fit, device: torch.device, noise: Noise, rate: float | None = None
+    ) -> None:
         assert not isinstance(fit.data, Draws)
-        self.noise = noise
+        self.noise, self.rate = noise, rate
         super().__init__(participant, fit, device)
         self.examples = round(self.expected * self.count)
 
     def _drawn(self, n: int, work: float) -> list[Tensor]:
-        rate, steps = sampling(n, self.fit, work)
+        rate, steps = sampling(n, self.fit, work, self.rate)
         self.expected = rate * n
         draws = self.noise.generator(*self.stream, "sample")
         return [(torch.rand(n, generator=draws, dtype=torch.float64) < rate).nonzero().squeeze(1) for _ in range(steps)]
@@ -62,12 +64,12 @@ class PrivateGradients:
     Models that `vmap` refuses, and large ones, are run row by row.
     """
 
-    def __init__(self, clip: float, z: float, noise: Noise) -> None:
-        self.clip, self.z, self.noise = clip, z, noise
+    def __init__(self, clip: float, z: float, noise: Noise, rate: float | None = None) -> None:
+        self.clip, self.z, self.noise, self.rate = clip, z, noise, rate
         self._refused: set[Any] = set()
 
     def batches(self, participant: Participant, fit: Fit, device: torch.device) -> PoissonBatches:
-        return PoissonBatches(participant, fit, device, self.noise)
+        return PoissonBatches(participant, fit, device, self.noise, self.rate)
 
     def set(self, live: Live, step: int, dropout_key: int, batch: Batch) -> Tensor:
         """(Σ clipped + N(0, (z·clip)²)) / expected, and the gradient of what is public. The loss would be a release: 0."""

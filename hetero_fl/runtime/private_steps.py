@@ -36,23 +36,22 @@ def is_private(step: Step) -> bool:
     return isinstance(step.data, Rows) and step.data.name not in PUBLIC
 
 
-def charge_of(participant: Participant, step: Step, statistics: float) -> Charge:
-    """What a private step costs; `statistics`: the noise of class sums over that of training. Raises UserError for a
-    prediction: a row's own output cannot be noised and be of use."""
+def charge_of(participant: Participant, step: Step, privacy: PrivacyConfig) -> Charge:
+    """What a private step costs. Raises UserError for a prediction: a row's own output cannot be noised and be of use."""
     n = len(next(iter(step.data.columns(participant).values())))  # type: ignore[union-attr]  # it is on Rows
     if isinstance(step, Fit):
-        rate, steps = sampling(n, step, participant.work)
+        rate, steps = sampling(n, step, participant.work, privacy.sample_rate)
         return Charge(rate, steps)
     if isinstance(step, ClassSums):
-        return Charge(1.0, scale=statistics)
+        return Charge(1.0, scale=privacy.statistics_noise)
     raise UserError("predicts on private rows, one by one")
 
 
 class Tally:
     """Hands every step on, and notes what private ones cost. Around a dry performer: the price of a plan in ε."""
 
-    def __init__(self, performer: Performer, statistics: float) -> None:
-        self.performer, self.statistics = performer, statistics
+    def __init__(self, performer: Performer, privacy: PrivacyConfig) -> None:
+        self.performer, self.privacy = performer, privacy
         self.charges: dict[str, list[Charge]] = defaultdict(list)
 
     @property
@@ -68,7 +67,7 @@ class Tally:
     def _note(self, work: Work) -> None:
         for participant, step in work:
             if is_private(step):
-                self.charges[participant.id].append(charge_of(participant, step, self.statistics))
+                self.charges[participant.id].append(charge_of(participant, step, self.privacy))
 
 
 class Guard(Tally):
@@ -81,10 +80,10 @@ class Guard(Tally):
     def __init__(
         self, performer: Performer, privacy: PrivacyConfig, noise: Noise, clients: Sequence[Participant]
     ) -> None:
-        super().__init__(performer, privacy.statistics_noise)
-        self.privacy, self.noise = privacy, noise
+        super().__init__(performer, privacy)
+        self.noise = noise
         assert not isinstance(privacy.clip, Mapping)
-        self._gradients = PrivateGradients(privacy.clip, privacy.z, noise)
+        self._gradients = PrivateGradients(privacy.clip, privacy.z, noise, privacy.sample_rate)
         self._data: dict[str, Data] = {}
         for client in clients:
             self._data[client.id], client.data = client.data, closed(client.data)

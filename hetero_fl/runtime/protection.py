@@ -75,7 +75,7 @@ class Protection:
         """Who notes what a dry run of a plan costs, where steps cost anything."""
         if self.privacy is None or self.unit != "record":
             return None
-        return Tally(performer, self.privacy.statistics_noise)
+        return Tally(performer, self.privacy)
 
     def charges(self, steps: Sequence[Charge], counted: bool, sent: bool) -> tuple[Charge, ...]:
         """What a round costs a client. `steps`: as a tally noted them; `counted`: whether its label counts were read; `sent`:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONG = {  # run elsewhere: here they are parsed
     "configs/medical_hetero.yaml",
+    "configs/medical_private.yaml",
     "configs/medical_multimodal.yaml",
     "configs/finance_hetero.yaml",
     "configs/text_hetero.yaml",

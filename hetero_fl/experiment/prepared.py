@@ -107,6 +107,8 @@ def prepare(
     config = config.model_copy(update={"algorithm": {"name": name, **method.model_dump(mode="json")}})
     notes = [*data.notes, *derived, *check(name, method, federation)]
     config, federation, budget = _private(config, method, federation)
+    if budget is not None:
+        notes.append(budget.told())
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hetero_fl.reporting import client_plots, forecast_plots, round_plots, score_plots, style
+from hetero_fl.reporting import client_plots, forecast_plots, privacy_plots, round_plots, score_plots, style
 from hetero_fl.reporting.rundir import RunDirectory
 
-NAMES = ("curves", "clients", "labels", "communication", "forecasts", "confusion", "calibration")
+NAMES = ("curves", "clients", "labels", "communication", "privacy", "forecasts", "confusion", "calibration")
 
 
 def draw(run: RunDirectory) -> dict[str, bytes]:
     """A finished run's pictures as PNG, by name, in the order of the report.
 
-    Left out: `communication` where nothing was exchanged, `forecasts` where rows have no dates, `confusion` and `calibration`
-    where targets are no classes.
+    Left out: `communication` where nothing was exchanged, `privacy` where nothing was protected, `forecasts` where rows have no
+    dates, `confusion` and `calibration` where targets are no classes.
     Raises UserError if a file of the run is missing.
     """
     summary, records, details = run.summary(), run.metrics(), run.details()
@@ -25,6 +25,7 @@ def draw(run: RunDirectory) -> dict[str, bytes]:
             client_plots.clients(summary, details),
             client_plots.labels(summary, details),
             round_plots.communication(summary, records, details),
+            privacy_plots.privacy(summary, records),
             forecast_plots.forecasts(summary, details),
             score_plots.confusion(summary, details),
             score_plots.calibration(summary, details),

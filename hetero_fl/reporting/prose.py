@@ -240,6 +240,10 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
             f"Bytes against {against}",
             "Bytes are those of the encoded messages of all clients, summed from the first round.",
         ),
+        "privacy": (
+            "Privacy spent",
+            "The largest ε of any client by round: what whoever sees all that left may have learnt of one record or client.",
+        ),
         "forecasts": (
             "Truth and forecast",
             "The last rows of each client's own test split in time; the output that is named. The dashed line is the simple rule "

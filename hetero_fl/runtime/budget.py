@@ -74,6 +74,15 @@ class Budget:
         privacy = self.privacy
         return worst(self.after[rounds - 1], privacy.z, privacy.delta, privacy.accountant)
 
+    def told(self) -> str:
+        """A line on what is protected, and how far."""
+        privacy, rounds = self.privacy, self.affordable()
+        of = {"record": "a training row", "client": "a client", "local": "a client, noised at home"}[privacy.unit]
+        return (
+            f"privacy of {of}: noise multiplier {privacy.z:g}, ε {self.epsilon(rounds):.3g} at δ {privacy.delta:g} after "
+            f"{rounds} rounds"
+        )
+
     def affordable(self) -> int:
         """How many rounds fit into the target; all of them where there is none."""
         target, low, high = self.privacy.target_epsilon, 0, len(self.after)

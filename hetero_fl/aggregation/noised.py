@@ -35,11 +35,13 @@ class Owned:
 class SumNoise:
     """The noise of one round, and what its sums are divided by. The same question has the same answer.
 
-    `deviation(item)`: of the noise on every number of the item's sum; `normal`: keyed draws of it.
+    `deviation(item)`: of the noise on every number of the item's sum; `normal`: keyed draws of it; `made_of(item, mean)`: what a
+    noised mean becomes.
     """
 
     deviation: Callable[[str], float]
     normal: Normal
+    made_of: Callable[[str, Tensor], Tensor] = lambda name, mean: mean
     _singles: dict[str, Owned] = field(default_factory=dict)
     _weights: dict[str, Tensor] = field(default_factory=dict)  # of class sums: their shape
     _owned: dict[str, dict[Owner, Owned]] = field(default_factory=dict)
@@ -82,7 +84,7 @@ class SumNoise:
     def mean(self, name: str, found: tuple[Tensor, Tensor] | None) -> Tensor:
         """The noised total over its weight; nought where that is."""
         values, weight = self.total(name, found)
-        return values / torch.where(weight > 0, weight, torch.ones_like(weight))
+        return self.made_of(name, values / torch.where(weight > 0, weight, torch.ones_like(weight)))
 
     # Named tensors -------------------------------------------------------------------------------------------------
     def by_group(

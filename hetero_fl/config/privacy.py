@@ -65,6 +65,11 @@ class PrivacyConfig(Section):
         "cohort has a fixed size and nothing is gained from sampling",
     )
     adaptive_clip: AdaptiveClipConfig | None = Field(None, description="client: the bound follows the norms")
+    votes: bool = Field(
+        False,
+        description="client: a prediction on a public row leaves as one vote; the class with most votes, after noise, is "
+        "the teacher's (PATE)",
+    )
 
     @model_validator(mode="after")
     def _one_goal(self) -> PrivacyConfig:
@@ -72,10 +77,15 @@ class PrivacyConfig(Section):
             raise ValueError("needs target_epsilon or noise_multiplier")
         if self.unit == "record" and isinstance(self.clip, dict):
             raise ValueError("clip: by item is for unit: client or local; a row's gradient has one bound")
-        for unit, names in {"record": ("sample_rate",), "client": ("poisson_cohorts", "adaptive_clip")}.items():
+        for unit, names in {
+            "record": ("sample_rate",),
+            "client": ("poisson_cohorts", "adaptive_clip", "votes"),
+        }.items():
             for name in names:
                 if getattr(self, name) and self.unit != unit:
                     raise ValueError(f"{name} belongs to unit: {unit}, not {self.unit}")
+        if self.votes and self.adaptive_clip is not None:
+            raise ValueError("votes: cannot be combined with adaptive_clip: all votes have one norm")
         return self
 
     def provisional(self) -> PrivacyConfig:

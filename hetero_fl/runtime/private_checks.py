@@ -111,6 +111,8 @@ def _check_whole(name: str, algorithm: Algorithm, federation: Federation, where:
         for item in privacy.clip:
             if item not in algorithm.uploads:
                 raise UserError(f"privacy.clip: {name} uploads no '{item}'{nearest(item, algorithm.uploads)}")
+    if privacy.votes and (federation.task.kind != "multiclass" or not any(spec.says for spec in items.values())):
+        raise UserError(f"privacy.votes: algorithm.name: {name} sends no word on classes that exclude one another here")
     for item, spec in items.items():
         if spec.ranks:
             raise UserError(f"{where}, but the shape of '{item}' of algorithm.name: {name} tells of its values")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.noised import SumNoise
 from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.channel.privacy.votes import elected
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.errors import UserError
 from hetero_fl.payload import Payload
@@ -54,7 +55,12 @@ class PrivateSums:
                 return self.sigma(privacy) * math.sqrt(len(self.factors))  # m bits, each as if it were one of m
             return self.protection.deviation(name, self.factors[name], self.z(privacy))
 
-        noise, specs = SumNoise(deviation, draw), self.protection.specs
+        specs = self.protection.specs
+
+        def elect(name: str, votes: Tensor) -> Tensor:
+            return elected(votes, specs[name].says) if privacy.votes and specs[name].says else votes
+
+        noise = SumNoise(deviation, draw, elect)
         for kind in federation.cards.kinds:
             card = federation.cards[kind.first]
             got = asked(card)

@@ -12,6 +12,7 @@ from hetero_fl.channel.privacy.accounting import Charge
 from hetero_fl.channel.privacy.counts import counts_charge
 from hetero_fl.channel.privacy.noise import Noise
 from hetero_fl.channel.privacy.release import noised, released
+from hetero_fl.channel.privacy.votes import voted
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.payload import Item, ItemSpec, Payload, report_of
 from hetero_fl.runtime.federation import Federation
@@ -96,6 +97,9 @@ class Protection:
         def bound(name: str) -> float:
             return privacy.bound(name) * factors.get(name, 1.0)
 
+        if privacy.votes:
+            for name in [n for n in upload if self.specs[n].says]:
+                upload.items_[name] = voted(upload.item(name), bound(name))
         if privacy.unit == "client":
             released_, within = released(upload, received, bound)
             if privacy.adaptive_clip is not None and upload:

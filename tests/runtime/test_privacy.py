@@ -54,6 +54,7 @@ def client_of(source: dict[str, Any]) -> Participant:
         (private("fedavg", {"delta": 1e-4}), "needs target_epsilon or noise_multiplier"),
         (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts belongs to unit: client"),
         (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "take more than 0.5"),
+        (private("fedavg", {**CLIENT, "votes": True}), "sends no word on classes"),
     ],
 )  # fmt: skip
 def test_refused_in_one_line_when_the_configuration_is_loaded(source: dict[str, Any], line: str) -> None:
@@ -215,6 +216,22 @@ def test_rows_and_class_sums_are_noised_as_sums() -> None:
         assert torch.allclose(a, b, atol=1e-4)
         loud = rounds_of(private(method, {**CLIENT, "clip": 1e3}), held=1)
         assert not torch.allclose(loud.server.state[name], a, atol=1e-2)
+
+
+def test_votes_elect_the_class_with_most() -> None:
+    """Without noise to speak of: the teacher is the plain majority of the clients' first choices."""
+    privacy = {**CLIENT, "noise_multiplier": 1e-9, "votes": True}
+    found = rounds_of(private("fedmd", privacy, clients=5), held=0)
+    site = found.executor.site  # type: ignore[attr-defined]
+    sent = [Payload.decode(u)["logits"] for u in site._train(found.broadcasts(found.cohort(0)), 0).values()]
+    assert all(float(votes.norm()) == pytest.approx(1.0, rel=1e-5) for votes in sent)  # the bound, whatever the rows
+    ballots = torch.stack([votes.argmax(-1) for votes in sent])
+    found.round()
+    teacher = found.server.state["teacher"]
+    most, second = torch.nn.functional.one_hot(ballots, 10).sum(0).topk(2).values.unbind(-1)
+    clear, majority = most > second, torch.nn.functional.one_hot(ballots, 10).sum(0).argmax(-1)
+    assert bool(clear.any()) and torch.equal(teacher.argmax(-1)[clear], majority[clear])
+    assert torch.allclose(teacher.exp().sum(-1), torch.ones(len(teacher)))
 
 
 def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:

@@ -65,10 +65,16 @@ class FromGenerator(Supervised):
     generator: str = "generator"
 
     def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        return self.private(nets, batch, given) + self.public(nets, batch, given)
+
+    def public(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        features = nets[self.generator](batch.fake_x).logits
+        return self.weight * F.cross_entropy(nets[self.slot].head(features), batch.fake_y)
+
+    def private(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
         net, generator = nets[self.slot], nets[self.generator]
         outputs = net(batch.x)
-        drawn = F.cross_entropy(net.head(generator(batch.fake_x).logits), batch.fake_y)
-        loss = self.of(outputs, batch, given) + self.weight * drawn
+        loss = self.of(outputs, batch, given)
         if self.latent_weight:
             noise = batch.noise_x[: len(batch.y)]
             alike = generator(torch.cat([given["one_hot"][batch.y], noise], 1)).logits

@@ -82,6 +82,15 @@ class Objective:
         """A number; never clipped, masked or weighted."""
         return 0.0
 
+    def private(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        """`[B]`, what of the loss reads the rows: it is clipped and noised where they are to stay private. All of it, unless an
+        objective says what `public` is."""
+        return self.loss(nets, batch, given)
+
+    def public(self, nets: Nets, batch: Batch, given: Given) -> Tensor | float:
+        """A number, what of the loss reads only columns that were drawn beside the rows (`Fit.beside`)."""
+        return 0.0
+
     def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
         """The number to minimise on this batch."""
         return batch.mean(self.loss(nets, batch, given)) + self.penalty(nets, given)
@@ -199,10 +208,14 @@ class Rehearsal(Supervised):
     temperature: float = 1.0
 
     def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        net = nets[self.slot]
-        private = self.of(net(batch.x), batch, given)
-        public = divergence(self.kind, net(batch.public_x).logits, batch.public_teacher, self.temperature)
-        return private + self.weight * public.mean()
+        return self.private(nets, batch, given) + self.public(nets, batch, given)
+
+    def private(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        return self.of(nets[self.slot](batch.x), batch, given)
+
+    def public(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+        logits = nets[self.slot](batch.public_x).logits
+        return self.weight * divergence(self.kind, logits, batch.public_teacher, self.temperature).mean()
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class ItemSpec:
     `private`: whether it is computed from private rows with no model in between that is released anyway.
     `share`: which of a client's `shares` must be given for it to leave.
     `ranks`: matrices in it are stacks of terms `[k, …]` whose number k depends on the values (hetero_fl.channel.lowrank).
+    `says`: what the rows are, where each is a word on the classes.
     `rows_of`: whose rows those of kind "rows" are: the proxy set's, or each of the sender's own training rows.
     """
 
@@ -68,6 +69,7 @@ class ItemSpec:
     ranks: bool = False
     across: bool = False
     rows_of: Literal["proxy", "train"] = "proxy"
+    says: Literal["", "logits", "probabilities"] = ""
 
 
 class Payload(Mapping[str, Any]):

@@ -25,6 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONG = {  # run elsewhere: here they are parsed
     "runs/xray_lenet",
     "configs/medical_hetero.yaml",
+    "configs/medical_private.yaml",
     "configs/medical_multimodal.yaml",
     "configs/finance_hetero.yaml",
     "configs/text_hetero.yaml",

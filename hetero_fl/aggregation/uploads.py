@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.averaging import OwnerMeans
 from hetero_fl.aggregation.combining import PARAMETERS, RuledItems, RuledModels, Rules
+from hetero_fl.aggregation.noised import SumNoise
 from hetero_fl.aggregation.rules.root import root_models
 from hetero_fl.aggregation.sums import ItemSum, mean_of
 from hetero_fl.architecture import Tensors
@@ -50,6 +51,7 @@ class Uploads:
         specs: what the method declares of its items; those used one by one are kept.
         common: prefixes of tensors that are averaged across architectures.
         rules: what stands in for the mean; None: nothing does.
+        noise: what is added to every sum, and what takes the place of its weight.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class Uploads:
         specs: Mapping[str, ItemSpec] | None = None,
         common: Sequence[str] = (),
         rules: Rules | None = None,
+        noise: SumNoise | None = None,
     ) -> None:
-        self._specs, self._common, self._rules = specs or {}, common, rules
+        self._specs, self._common, self._rules, self._noise = specs or {}, common, rules, noise
         self.combined: set[tuple[str, str]] = set()
         """What was asked for in one piece: names of items, each with the kind of what it was combined as."""
         self._kept: list[Upload] = []
@@ -79,9 +82,10 @@ class Uploads:
         items: Mapping[str, ItemSum],
         models: Mapping[str, OwnerMeans],
         specs: Mapping[str, ItemSpec],
+        noise: SumNoise | None = None,
     ) -> Uploads:
         """The uploads of so many clients of which only the sums are known, by item; none of them is kept one by one."""
-        made = cls(specs=specs)
+        made = cls(specs=specs, noise=noise)
         made._count, made._senders = count, dict(senders)
         made._tensors, made._models = dict(items), dict(models)
         return made
@@ -144,11 +148,15 @@ class Uploads:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
         self._folded(name)
         self.combined.add((name, self._spec(name).kind))
+        if self._noise is not None and self._noise.sends(name):
+            return self._noise.mean(name, self._tensors[name].total if name in self._tensors else None)
         return self._tensors[name].mean if name in self._tensors else None
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
         """(Σ values·weight, Σ weight) of the single-tensor items of that name. Raises KeyError if nobody sent it."""
         self._folded(name)
+        if self._noise is not None and self._noise.sends(name):
+            return self._noise.total(name, self._tensors[name].total if name in self._tensors else None)
         return self._tensors[name].total
 
     def mean_by_group(self, name: str) -> dict[str, Tensors]:
@@ -156,11 +164,16 @@ class Uploads:
         under "" where the item was declared with `across`."""
         self._folded(name)
         self.combined.add((name, "models"))
-        return self._models[name].by_group() if name in self._models else {}
+        means = self._models[name].by_group() if name in self._models else {}
+        if self._noise is None:
+            return means
+        return self._noise.by_group(name, means, self._models[name].weights_by_group() if name in self._models else {})
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
         """The sum of weights behind each tensor of `mean_by_group`."""
         self._folded(name)
+        if self._noise is not None:
+            return self._noise.weights_by_group(name)
         return self._models[name].weights_by_group() if name in self._models else {}
 
     def counts_by_group(self, name: str) -> dict[str, dict[str, int]]:

@@ -218,15 +218,18 @@ class Algorithm(BaseModel):
         base: dict[str, Any] = {"batch_size": s.batch_size, "optimizer": client.optimizer}
         base |= {} if "epochs" in changes else {"epochs": s.epochs, "steps": s.steps}
         base |= {"augment": s.augment.active} if data.name == "train" else {}
-        extra = self.local_given(client.task, client.counts, s) if isinstance(objective, Supervised) else {}
+        reads = isinstance(objective, Supervised) and self.reads_counts(client.task, s)
+        extra = self.local_given(client.task, client.counts, s) if reads else {}
         return Fit({"model": None}, objective, data, given={**extra, **(given or {})}, **{**base, **changes})
+
+    def reads_counts(self, task: Task, settings: ClientSettings) -> bool:
+        """Whether the supervised loss reads label counts; where rows are private that costs."""
+        return task.kind == "multiclass" and (self.logit_adjustment or settings.class_weights is not None)
 
     def local_given(self, task: Task, counts: Tensor, settings: ClientSettings) -> dict[str, Tensor]:
         """What the supervised loss on rows with these label counts reads besides the batch."""
-        given = {}
         prior = log_prior(task, counts) if self.logit_adjustment else None
-        if prior is not None:
-            given["log_prior"] = prior
+        given = {} if prior is None else {"log_prior": prior}
         weights = settings.class_weights
         if weights is not None and task.kind == "multiclass":
             n = counts.to(torch.get_default_dtype())

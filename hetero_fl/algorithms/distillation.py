@@ -116,10 +116,9 @@ class Distilling(OnProxy):
         logits = yield Predict("model", Rows("proxy", self.drawn(client)))
         return opinion(client.task, self.teacher, logits, self.released(client), client.n)
 
-    @staticmethod
-    def released(client: Participant) -> Tensor | None:
-        """Its label counts, if it lets them out."""
-        return client.counts if "statistics" in client.settings.shares else None
+    def released(self, client: Participant) -> Tensor | None:
+        """Its label counts, if the teacher weighs by them and it lets them out."""
+        return client.counts if self.teacher == "contrast" and "statistics" in client.settings.shares else None
 
     def distil(self, server: Participant, teacher: Tensor, cards: Iterable[Card], epochs: int) -> Plan[None]:
         """Distil this round's teacher into the model of each group that sent something, at the server."""

@@ -22,7 +22,7 @@ class FedMD(Distilling):
     """
 
     shared = ()
-    uploads = {"logits": ItemSpec("rows", private=True, share="predictions")}
+    uploads = {"logits": ItemSpec("rows", private=True, share="predictions", says="logits")}
     reads = "after private training, as in the paper"
 
     distance: Literal["kl", "mae"] = Field("kl", description="between a client's logits and the consensus")

@@ -31,7 +31,10 @@ class Hybrid(Distilling, FedAvg):
     """
 
     needs_proxy = False  # without one it averages only
-    uploads = {"model": ItemSpec("params"), "logits": ItemSpec("rows", private=True, share="predictions")}
+    uploads = {
+        "model": ItemSpec("params"),
+        "logits": ItemSpec("rows", private=True, share="predictions", says="logits"),
+    }
 
     logit_adjustment: bool = True
     teacher: TeacherKind = "contrast"

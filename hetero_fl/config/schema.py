@@ -10,6 +10,7 @@ from hetero_fl.config.base import Section, choice
 from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
 from hetero_fl.config.devices import CohortConfig, DevicesConfig, FaultsConfig
+from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robust import AggregationConfig, AttacksConfig
 from hetero_fl.config.source import DataConfig
 from hetero_fl.config.staleness import StalenessConfig
@@ -115,6 +116,7 @@ class Config(Section):
     channel: ChannelConfig = ChannelConfig()
     aggregation: AggregationConfig = AggregationConfig()
     attacks: AttacksConfig | None = Field(None, description="clients that lie, for studies; none: nobody does")
+    privacy: PrivacyConfig | None = Field(None, description="differential privacy; none: nothing is noised")
     evaluation: EvaluationConfig = EvaluationConfig()
     devices: DevicesConfig | None = Field(None, description="none: nobody's time is simulated")
     faults: FaultsConfig | None = Field(None, description="none: nothing goes wrong on purpose")

@@ -77,10 +77,14 @@ def _hold(
     progress.unit = prepared.federation.task.unit
     progress.start(config.rounds, len(prepared.federation.cards), rounds.completed)
     readings: Readings | None = None
-    while rounds.completed < config.rounds and not patience.exhausted:
+    planned = config.rounds if prepared.budget is None else prepared.budget.affordable()
+    while rounds.completed < planned and not patience.exhausted:
         record = rounds.round()
-        if rounds.completed % config.evaluation.every == 0 or rounds.completed == config.rounds:
-            last = rounds.completed == config.rounds
+        if prepared.budget is not None:
+            spent = prepared.budget.epsilon(rounds.completed)
+            record["privacy"] = {"epsilon": spent, "delta": prepared.budget.privacy.delta}
+        if rounds.completed % config.evaluation.every == 0 or rounds.completed == planned:
+            last = rounds.completed == planned
             readings = _evaluate(rounds, record, directory if last else None)
             patience.look(record)
             readings = readings if last else None
@@ -93,6 +97,11 @@ def _hold(
     if patience.exhausted:
         progress.log(
             f"stopped after round {rounds.completed}: no better validation in {config.evaluation.patience} evaluations"
+        )
+    if prepared.budget is not None and rounds.completed == planned < config.rounds:
+        over, target = prepared.budget.epsilon(planned + 1), prepared.budget.privacy.target_epsilon
+        progress.log(
+            f"stopped after round {planned}: the next would bring ε to {over:.3g}, above privacy.target_epsilon {target:g}"
         )
     _finish(prepared, directory, rounds, readings, history, setup, progress)
 

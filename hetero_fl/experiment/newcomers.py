@@ -127,7 +127,7 @@ class Newcomers:
             layout=site.layout, vocabulary=site.vocabulary,
         )  # fmt: skip
         check_gaps(clients.kinds, clients, own, public, site.layout)
-        return data, Federation.of(config, data, clients, student=False)
+        return data, Federation.of(config.model_copy(update={"privacy": None}), data, clients, student=False)
 
     def beginnings(self, take: str | None) -> dict[str, Given]:
         """What a newcomer may begin with: nothing, and of the run what is asked for or can be had."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ from hetero_fl.environment import choose_device
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.asynchronous import Asynchronous
+from hetero_fl.runtime.budget import Budget
 from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
 from hetero_fl.runtime.conditions import Conditions
+from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.pace import set_pace
+from hetero_fl.runtime.private_checks import check_plan, check_privacy
+from hetero_fl.runtime.private_sums import PrivateSums
 from hetero_fl.runtime.robust import check_robustness
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.session import Session
@@ -37,6 +41,7 @@ class Prepared:
     data: FederatedData
     notes: list[str]
     inherited: dict[str, SavedModel]  # models of another run to start from, by client
+    budget: Budget | None = None  # of a private run
 
     @property
     def name(self) -> str:
@@ -99,6 +104,8 @@ def prepare(
     data = federate(dataset, config.data, clients, config.seed, server=own_view)
     student = method.distils and data.n_proxy > 0
     federation = Federation.of(config, data, clients, student)
+    if config.privacy is not None:
+        federation = replace(federation, privacy=config.privacy.provisional())
     method, derived = method.resolve(federation.cards)
     cards = federation.cards
     if method.one_by_one:
@@ -115,6 +122,9 @@ def prepare(
     ]
     config, federation, paced = set_pace(config, method, federation)
     notes += paced
+    config, federation, budget = _private(config, method, federation)
+    if budget is not None:
+        notes.append(budget.told())
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
@@ -128,7 +138,20 @@ def prepare(
         own_objective(own, federation.task)
     choose_device(config.runtime.device)
     notes += Conditions.of(federation, config).notes()
-    return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation))
+    return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation), budget)
+
+
+def _private(config: Config, method: Algorithm, federation: Federation) -> tuple[Config, Federation, Budget | None]:
+    """The same with privacy's noise solved for, and what each round will have spent; None without privacy."""
+    if config.privacy is None:
+        return config, federation, None
+    check_plan(config)
+    check_privacy(config.algorithm["name"], method, federation)
+    budget = Budget.of(config.privacy, method, federation, config.rounds, config.clients.per_round)
+    privacy = budget.solved()
+    federation = replace(federation, privacy=privacy)
+    PrivateSums(Expectations(method, federation), config.clients.per_round).check()
+    return config.model_copy(update={"privacy": privacy}), federation, replace(budget, privacy=privacy)
 
 
 def _inherited(path: str | None, federation: Federation) -> dict[str, SavedModel]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hetero_fl.reporting import client_plots, forecast_plots, round_plots, score_plots, style, time_plots
+from hetero_fl.reporting import client_plots, forecast_plots, privacy_plots, round_plots, score_plots, style, time_plots
 from hetero_fl.reporting.rundir import RunDirectory
 
 NAMES = (
@@ -16,6 +16,7 @@ NAMES = (
     "time",
     "tasks",
     "staleness",
+    "privacy",
     "forecasts",
     "confusion",
     "calibration",
@@ -26,8 +27,8 @@ def draw(run: RunDirectory) -> dict[str, bytes]:
     """A finished run's pictures as PNG, by name, in the order of the report.
 
     Left out: `communication` where nothing was exchanged, `time` and `tasks` where no time was simulated, `staleness` where
-    rounds wait for their cohorts, `forecasts` where rows have no dates, `confusion` and `calibration` where targets are no
-    classes.
+    rounds wait for their cohorts, `privacy` where nothing was protected, `forecasts` where rows have no dates, `confusion` and
+    `calibration` where targets are no classes.
     Raises UserError if a file of the run is missing.
     """
     summary, records, details = run.summary(), run.metrics(), run.details()
@@ -40,6 +41,7 @@ def draw(run: RunDirectory) -> dict[str, bytes]:
             time_plots.time(summary, records, details),
             time_plots.tasks(summary, records, details),
             time_plots.staleness(summary, records, details),
+            privacy_plots.privacy(summary, records),
             forecast_plots.forecasts(summary, details),
             score_plots.confusion(summary, details),
             score_plots.calibration(summary, details),

@@ -104,7 +104,7 @@ class Progress:
         """The run is over: its summary."""
         self._stop()
         last = {name: (summary[name] or {}).get("last") for name in ("personal", "global", "server")}
-        figures = evaluated(last, self.unit)
+        figures = evaluated({**last, "privacy": summary.get("privacy")}, self.unit)
         exchanged = summary["communication"]
         self.log(
             f"done: {plural(summary['rounds_completed'], 'round')} in {duration(summary['seconds']['total'])}, "

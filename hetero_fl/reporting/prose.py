@@ -255,6 +255,10 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
             "How stale uploads were",
             "Versions that the server made between giving out a task and taking its upload: the more, the less it counted.",
         ),
+        "privacy": (
+            "Privacy spent",
+            "The largest ε of any client by round: what whoever sees all that left may have learnt of one record or client.",
+        ),
         "forecasts": (
             "Truth and forecast",
             "The last rows of each client's own test split in time; the output that is named. The dashed line is the simple rule "

@@ -32,6 +32,7 @@ from hetero_fl.reporting.wording import (
     sentence,
     size,
     span,
+    spent,
     uncertain,
 )
 
@@ -120,6 +121,10 @@ def _tiles(summary: Json, details: Json) -> list[Json]:
     up, down = (summary["communication"][k] for k in ("up_bytes", "down_bytes"))
     more = f"{size(up)} up, {size(down)} down"
     tiles.append({"name": "Exchanged in all", "value": size(up + down), "more": more, "rows": ""})
+    if summary.get("privacy"):
+        tiles.append(
+            {"name": "Privacy spent", "value": spent(summary["privacy"]), "more": "largest of any client", "rows": ""}
+        )
     seconds = summary["seconds"]
     more = f"{duration(seconds['training'])} of it training"
     tiles.append({"name": "Time", "value": duration(seconds["total"]), "more": more, "rows": ""})

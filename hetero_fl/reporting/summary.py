@@ -134,7 +134,7 @@ def summarise(
         ],
         "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
-        "privacy": None,
+        "privacy": history[-1].get("privacy"),
         **({"attacks": attacked} if (attacked := attacks_of(federation, history)) else {}),
         **({"simulated": told} if (told := simulated_of(history)) else {}),
         **({"baselines": found} if (found := baselines_of(readings)) else {}),

@@ -209,7 +209,14 @@ def evaluated(record: Mapping[str, Any], unit: str = "") -> str:
         ]
         if known:
             parts.append(f"{words}: {', '.join(known)}")
+    if parts and record.get("privacy"):
+        parts.append(spent(record["privacy"]))
     return "; ".join(parts)
+
+
+def spent(privacy: Mapping[str, Any]) -> str:
+    """`ε 7.98 at δ 1e-05`."""
+    return f"ε {digits(privacy['epsilon'])} at δ {privacy['delta']:g}"
 
 
 def _in_short(scores: Mapping[str, Any], reading: str) -> tuple[str, ...]:

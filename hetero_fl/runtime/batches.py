@@ -66,8 +66,11 @@ class Batches:
             self.examples = self.count * fit.data.size
             return
         self.source = fit.data.columns(participant)
-        self.indices = index_batches(len(next(iter(self.source.values()))), fit, self.stream, participant.work)
+        self.indices = self._drawn(len(next(iter(self.source.values()))), participant.work)
         self.count, self.examples = len(self.indices), sum(map(len, self.indices))
+
+    def _drawn(self, n: int, work: float) -> list[Tensor]:
+        return index_batches(n, self.fit, self.stream, work)
 
     @cached_property
     def columns(self) -> Columns:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.privacy.accounting import Charge
 from hetero_fl.errors import UserError
-from hetero_fl.payload import Item, Payload, PayloadError, report_of
+from hetero_fl.payload import Item, Payload, PayloadError
 from hetero_fl.plan import ClassSums, Fit, FitReport, Predict, Step
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import is_own
 from hetero_fl.runtime.plans import Work, carry_out, training_loss
+from hetero_fl.runtime.protection import Protection
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import Card, Columns, Participant
 
@@ -40,11 +42,23 @@ class Dry:
         return torch.zeros(classes, int(width)), torch.zeros(classes)
 
 
+class StandIn(Participant):
+    """A client of whom only the form is known; it notes whether its label counts are asked for."""
+
+    counted = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "counts":
+            self.counted = True
+        return super().__getattribute__(name)
+
+
 class Expectations:
     """What each client's upload must look like: names, shapes and dtypes, from a dry run of its plan on its broadcast."""
 
     def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
         self.algorithm, self.federation, self.performer = algorithm, federation, Dry()
+        self.protection = Protection.of(algorithm, federation)
         self._known: dict[Any, dict[str, Item]] = {}
 
     def of(self, card: Card, broadcast: Payload, round: int) -> Mapping[str, Item]:
@@ -74,16 +88,22 @@ class Expectations:
 
     def upload(self, card: Card, broadcast: Payload, round: int) -> Payload:
         """An upload as long as the real one, report included. Raises UserError as `of` does."""
-        client = self._stand_in(card, round)
-        items, reports = carry_out(self.algorithm.train(client, broadcast), client, self.performer)
+        return self.rehearsed(card, broadcast, round)[0]
+
+    def rehearsed(self, card: Card, broadcast: Payload, round: int) -> tuple[Payload, tuple[Charge, ...]]:
+        """Such an upload, and what making it costs of the client's privacy."""
+        client, protection = self.stand_in(card, round), self.protection
+        tally = protection.tally(self.performer)
+        items, reports = carry_out(self.algorithm.train(client, broadcast), client, tally or self.performer)
         try:
-            upload = Payload.of(items, self.algorithm.uploads)
+            upload = protection.release(client, Payload.of(items, self.algorithm.uploads), broadcast)
         except PayloadError as error:
             raise UserError(f"{type(self.algorithm).__name__}.train: {error}") from None
-        upload.report = dict(report_of(training_loss(reports)))
-        return upload
+        upload.report = dict(protection.report(training_loss(reports)))
+        steps = tally.charges[card.id] if tally else []
+        return upload, protection.charges(steps, client.counted, bool(upload))
 
-    def _stand_in(self, card: Card, round: int) -> Participant:
+    def stand_in(self, card: Card, round: int) -> StandIn:
         """A client as the server may imagine it: the public rows are real, the private ones are only counted."""
         federation = self.federation
 
@@ -92,7 +112,7 @@ class Expectations:
                 return federation.data.columns(card.id, name, through or card.preprocess)
             return {"x": torch.empty(card.n, 0), "y": torch.zeros(card.n, dtype=torch.int64)}
 
-        return Participant(
+        return StandIn(
             id=card.id,
             task=federation.task,
             arch={"model": card.arch},

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.channel.attacks import Liars
+from hetero_fl.channel.privacy.counts import noised_counts
+from hetero_fl.channel.privacy.noise import Noise
 from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.population import Population
+from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robust import AggregationConfig
 from hetero_fl.config.schema import Config
 from hetero_fl.data import FederatedData, Preprocess
@@ -47,6 +50,10 @@ class Federation:
     channel: ChannelConfig = field(default_factory=ChannelConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     liars: Liars | None = None
+    privacy: PrivacyConfig | None = None
+    noise: Noise = field(
+        default_factory=lambda: Noise.keyed(0)
+    )  # a deployment's participants draw theirs from the system
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
     @classmethod
@@ -80,7 +87,7 @@ class Federation:
             data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
             config.clients.per_round or len(population),
             _honest(_drawn(population, config.evaluation.clients, config.seed), liars), _drawn(population, None, config.seed),
-            config.channel, config.aggregation, liars,
+            config.channel, config.aggregation, liars, config.privacy, Noise.keyed(config.seed),
         )  # fmt: skip
 
     def with_models(self, archs: Sequence[Architecture] | Mapping[str, Architecture]) -> Federation:
@@ -132,8 +139,11 @@ class Federation:
         )
 
     def counts(self, id: str) -> Tensor:
-        """Label counts of a client's training rows, `[outputs]`, in the default dtype."""
-        return self.data.label_counts(id).to(torch.get_default_dtype())
+        """Label counts of a client's training rows, `[outputs]`, in the default dtype; with noise where records are private."""
+        counts = self.data.label_counts(id).to(torch.get_default_dtype())
+        if self.privacy is None or self.privacy.unit != "record":
+            return counts
+        return noised_counts(counts, self.task.kind, self.privacy, self.noise, id)
 
     def server(self) -> Participant:
         """The server before the first round: a model for each architecture, and the student if one is asked for."""

@@ -14,6 +14,7 @@ from hetero_fl.channel.secure import SecureSum
 from hetero_fl.payload import Payload, PayloadError, check_upload, loss_of
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.links import Links
+from hetero_fl.runtime.private_sums import PrivateSums
 from hetero_fl.runtime.secure import opened
 from hetero_fl.state import Card
 
@@ -36,8 +37,8 @@ class Intake:
     `memory`: what aggregation rules remember from round to round.
     """
 
-    def __init__(self, expectations: Expectations, links: Links, protocol: Protocol) -> None:
-        self.expectations, self.links, self.protocol = expectations, links, protocol
+    def __init__(self, expectations: Expectations, links: Links, protocol: Protocol, sums: PrivateSums) -> None:
+        self.expectations, self.links, self.protocol, self.sums = expectations, links, protocol, sums
         self.memory: dict[str, Any] = {}
 
     def take(self, arrivals: Arrivals | Summed, asked: Callable[[Card], Payload], round: int) -> Taken:
@@ -47,9 +48,12 @@ class Intake:
         """
         if isinstance(arrivals, Summed):
             return self.open(arrivals, asked, round)
-        federation, specs = self.expectations.federation, self.expectations.algorithm.uploads
+        federation, specs = self.expectations.federation, self.expectations.protection.specs
         rules, reference = self.rules(asked), received(asked)
-        taken = Taken(Uploads(specs=specs, common=federation.common, rules=rules), rules=rules)
+        taken = Taken(
+            Uploads(specs=specs, common=federation.common, rules=rules, noise=self.sums.noise(asked, round)),
+            rules=rules,
+        )
         held: dict[str, Payload] = {}
         for client, body in arrivals:
             try:
@@ -80,7 +84,8 @@ class Intake:
         assert isinstance(self.protocol, SecureSum)
         cards = [self.expectations.federation.cards[client] for client in summed.clients]
         forms = [(card, self.expectations.of(card, asked(card), round)) for card in cards]
-        uploads, loss = opened(summed, self.protocol.agreed.layout(round), self.protocol.fixed, forms)
+        layout, noise = self.protocol.agreed.layout(round), self.sums.noise(asked, round)
+        uploads, loss = opened(summed, layout, self.protocol.fixed, forms, noise)
         return Taken(uploads, {} if loss is None else {"mean": loss}, dict(summed.left))
 
     def rules(self, asked: Callable[[Card], Payload]) -> Rules | None:
@@ -97,7 +102,7 @@ class Intake:
         got = asked(card)
         like = self.expectations.of(card, got, round)
         payload = self.links.uploaded(card, round, data, like, got)
-        check_upload(payload, self.expectations.algorithm.uploads, like)
+        check_upload(payload, self.expectations.protection.specs, like)
         return payload
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.devices import uniform
@@ -22,8 +24,13 @@ PENALTY = 2.0  # exponent for those who are too slow (Oort's alpha)
 
 
 def draw_cohort(federation: Federation, count: int | None, round: int, attempt: int = 0) -> list[str]:
-    """Everyone, or `count` clients drawn by the key of that round and attempt, in id order."""
+    """Everyone, or `count` clients drawn by the key of that round and attempt, in id order; as many on average where each takes
+    part by a draw of its own (`privacy.poisson_cohorts`)."""
     ids = federation.cards.clients.ids
+    if count is not None and federation.privacy is not None and federation.privacy.poisson_cohorts:
+        draws = federation.noise.generator(round, "cohort")
+        taken = torch.rand(len(ids), generator=draws, dtype=torch.float64) < count / len(ids)
+        return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
     if count is None or count >= len(ids):
         return list(ids)
     return [ids[i] for i in sample(len(ids), count, federation.seed, round, "cohort", *_again(attempt))]

@@ -13,6 +13,7 @@ from hetero_fl.channel.streams import sorts_of
 from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.payload import Item, Payload
 from hetero_fl.runtime.federation import SERVER, Federation
+from hetero_fl.runtime.protection import Protection
 from hetero_fl.state import Card
 
 
@@ -28,7 +29,8 @@ class Links:
         self.at_most = bound and dearest(up) != up
         self.algorithm, self.seed = algorithm, federation.seed
         self.summed = config.secure_sum is not None
-        self.up = Link(dearest(up) if bound else up, algorithm.uploads, federation.task.outputs)
+        specs = Protection.of(algorithm, federation).specs
+        self.up = Link(dearest(up) if bound else up, specs, federation.task.outputs)
         self.down = Link(down, algorithm.downloads, federation.task.outputs)
         self._statistics: dict[Architecture, frozenset[str]] = {}
 

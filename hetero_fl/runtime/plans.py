@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from hetero_fl.plan import Fit, FitReport, Plan, Step
 from hetero_fl.runtime.running import Running
+from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import Participant
 
 T = TypeVar("T")
@@ -22,6 +23,11 @@ class Diverged(Exception):
 
 class Performer(Protocol):
     """Whoever computes steps; it may change the participants' models."""
+
+    @property
+    def templates(self) -> Templates:
+        """The live modules that it works with, on its device."""
+        ...
 
     def perform(self, work: Work) -> list[Any]:
         """The results in order; where a fit diverged, the `Diverged` stands in place of its result."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.channel.privacy.accounting import Charge
 from hetero_fl.channel.secure import SecureSum
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.dry import Expectations
@@ -48,7 +49,7 @@ def price(
     Raises UserError and RunFailed where the method itself would.
     """
     dearest = algorithm.dearest()
-    run = _DryRun(dearest, federation)
+    run = DryRun(dearest, federation)
     at_most = dearest != algorithm or run.links.at_most
     made = Price(not is_own(algorithm) and not at_most, at_most)
     if not algorithm.counted:
@@ -56,9 +57,9 @@ def price(
     for round in range(rounds):
         cohort = draw_cohort(federation, per_round, round)
         for id in cohort:
-            down, up = run.exchange(id, round)
-            made.down[id] += down
-            made.up[id] += up
+            exchanged = run.exchange(id, round)
+            made.down[id] += exchanged.down
+            made.up[id] += exchanged.up
         run.aggregate(cohort, round)
         if (round + 1) % every == 0 or round + 1 == rounds:
             for id in federation.readers:
@@ -66,7 +67,15 @@ def price(
     return made
 
 
-class _DryRun:
+class Exchanged(NamedTuple):
+    """Bytes down to a client and up from it, and what it spends of its privacy."""
+
+    down: int
+    up: int
+    charges: tuple[Charge, ...] = ()
+
+
+class DryRun:
     """A server whose state has the right form. What was measured is measured again only where the form has changed."""
 
     def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
@@ -76,7 +85,7 @@ class _DryRun:
         self.protocol = make_protocol(algorithm, federation)
         algorithm.start(self.server)
         self._intervals = sorted({kind.settings.share_every for kind in federation.cards.kinds})
-        self._sizes: dict[Any, tuple[int, int]] = {}
+        self._sizes: dict[Any, Exchanged] = {}
         self._settled: set[Any] = set()  # after these the server's state has the form that it had before
         self._form = _form([self.server.models, self.server.state])
 
@@ -84,17 +93,19 @@ class _DryRun:
         self.server.clock, self.server.uses = self.federation.clock(round), {}
         return (self._form, *(self.expectations.phase(interval, round) for interval in self._intervals))
 
-    def exchange(self, id: str, round: int) -> tuple[int, int]:
-        """Bytes down to a client and up from it in that round."""
+    def exchange(self, id: str, round: int) -> Exchanged:
+        """What a client's part in that round comes to."""
         at, card = self._at(round), self.federation.cards[id]
         down = broadcast(self.algorithm, self.server, card)
         key = (_alike(card, down), at)
         if key not in self._sizes:
-            up, at_client = self.expectations.upload(card, down, round), self._down(down, round)
+            up, charges = self.expectations.rehearsed(card, down, round)
+            at_client = self._down(down, round)
             if isinstance(self.protocol, SecureSum):
-                self._sizes[key] = self.protocol.sizes(self.federation.cohort, round, at_client)
+                sizes = self.protocol.sizes(self.federation.cohort, round, at_client)
             else:
-                self._sizes[key] = (at_client, len(self.links.upload(card, round, up, down, {})))
+                sizes = (at_client, len(self.links.upload(card, round, up, down, {})))
+            self._sizes[key] = Exchanged(*sizes, tuple(charges))
         return self._sizes[key]
 
     def reading(self, id: str, round: int) -> int:
@@ -103,8 +114,8 @@ class _DryRun:
         down = broadcast(self.algorithm, self.server, card)
         key = (_alike(card, down), at, "reading")
         if key not in self._sizes:
-            self._sizes[key] = (self._down(down, round), 0)
-        return self._sizes[key][0]
+            self._sizes[key] = Exchanged(self._down(down, round), 0)
+        return self._sizes[key].down
 
     def _down(self, payload: Payload, round: int) -> int:
         return len(self.links.broadcast(round, payload, self.server.arch.values()))
@@ -112,13 +123,15 @@ class _DryRun:
     def aggregate(self, cohort: list[str], round: int) -> None:
         """The server's part of that round."""
         key = (self._at(round), tuple(cohort))
-        if key in self._settled:
+        if key in self._settled or not cohort:
             return
         uploads = []
         for card in map(self.federation.cards.__getitem__, cohort):
             items = self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
             uploads.append(Upload(card, Payload(dict(items))))
-        plan = self.algorithm.aggregate(self.server, Uploads(uploads, self.algorithm.uploads, self.server.common))
+        plan = self.algorithm.aggregate(
+            self.server, Uploads(uploads, self.expectations.protection.specs, self.server.common)
+        )
         carry_out(plan, self.server, self.expectations.performer)
         before, self._form = self._form, _form([self.server.models, self.server.state])
         if before == self._form:

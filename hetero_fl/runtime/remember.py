@@ -19,6 +19,7 @@ from hetero_fl.data.federated import PUBLIC
 from hetero_fl.plan import Predict, Rows, Step
 from hetero_fl.runtime.outputs import architecture_of, tensors_of
 from hetero_fl.runtime.plans import Performer, Work
+from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import Participant
 
 MOST = 16  # predictions kept, each with its model
@@ -47,6 +48,11 @@ class Remembering:
         self.performer, self.public = performer, public
         self._known: dict[Any, Known] = {}
         self._sent: dict[Any, Known] = {}
+
+    @property
+    def templates(self) -> Templates:
+        """Those of whom it hands work to."""
+        return self.public.templates
 
     def perform(self, work: Work) -> list[Any]:
         """The results in order. A prediction may be the same tensor for several participants: it is not to be changed."""

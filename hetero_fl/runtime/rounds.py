@@ -142,7 +142,8 @@ class Rounds(Session):
 
     # What is made of it --------------------------------------------------------------------------------------------
     def _too_few(self, held: Held) -> bool:
-        return len(held.taken.uploads) < self.conditions.policy.least
+        """A cohort that nobody was drawn into (`privacy.poisson_cohorts`) is as good as any: its sum is noise."""
+        return bool(held.schedule.tasks) and len(held.taken.uploads) < self.conditions.policy.least
 
     def _aggregate(self, taken: Taken) -> None:
         try:
@@ -150,6 +151,7 @@ class Rounds(Session):
                 copy = replace(self.server, models=dict(self.server.models), uses={})
                 carry_out(taken.uploads.prepare(copy), copy, self.performer)
             carry_out(self.algorithm.aggregate(self.server, taken.uploads), self.server, self.performer)
+            self.sums.adapt(taken.uploads)
         except Diverged as error:
             raise RunFailed(f"round {self.completed + 1}: training at the server diverged: {error}") from None
 

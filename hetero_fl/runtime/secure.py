@@ -8,6 +8,7 @@ from typing import Any
 
 from hetero_fl.aggregation import Uploads
 from hetero_fl.aggregation.averaging import OwnerMeans
+from hetero_fl.aggregation.noised import SumNoise
 from hetero_fl.aggregation.sums import ItemSum
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Direct, Protocol, Summed
@@ -39,7 +40,7 @@ class Derived:
 
         def make() -> Layout:
             forms = [(self.group(kind.first), self.form(kind.first, round)) for kind in kinds]
-            return Layout.of(forms, self.algorithm.uploads, self.federation.common)
+            return Layout.of(forms, self.expectations.protection.specs, self.federation.common)
 
         return self._layouts.get(phase, make)
 
@@ -73,12 +74,16 @@ def make_protocol(algorithm: Algorithm, federation: Federation) -> Protocol:
 
 
 def opened(
-    summed: Summed, layout: Layout, fixed: FixedPoint, forms: Sequence[tuple[Card, Mapping[str, Item]]]
+    summed: Summed,
+    layout: Layout,
+    fixed: FixedPoint,
+    forms: Sequence[tuple[Card, Mapping[str, Item]]],
+    noise: SumNoise | None = None,
 ) -> tuple[Uploads, float | None]:
     """A round's uploads as far as their sums tell, and the mean training loss.
 
-    `forms`: of each client in the sum its card and what it was to send. An element that nobody has given weight to was sent
-    by nobody.
+    `forms`: of each client in the sum its card and what it was to send; `noise`: what makes the sums private. An element that
+    nobody has given weight to was sent by nobody.
     """
     vector, common = fixed.decode(summed.total), layout.common
     senders: dict[str, list[Card]] = {}
@@ -101,4 +106,4 @@ def opened(
                 across = layout.specs[place.item].across
                 held = models.setdefault(place.item, OwnerMeans(common))
                 held.put("" if across else card.arch.id, place.tensor, *means[place])
-    return Uploads.summed(len(forms), senders, items, models, layout.specs), layout.loss(vector)
+    return Uploads.summed(len(forms), senders, items, models, layout.specs, noise), layout.loss(vector)

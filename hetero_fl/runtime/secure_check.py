@@ -73,7 +73,7 @@ def _check_range(config: SecureSumConfig, cohort: int) -> None:
 def _alone(algorithm: Algorithm, federation: Federation) -> list[str]:
     """The clients of which a sum holds something that no other client sends: it tells that as it is."""
     derived, owners = Derived(algorithm, federation), Counter[Place]()
-    layout, sent = Layout(algorithm.uploads, federation.common), []
+    layout, sent = Layout(derived.expectations.protection.specs, federation.common), []
     for kind in federation.cards.kinds:
         form = derived.form(kind.first, kind.settings.share_every - 1)  # a round in which it shares
         sent.append((kind, layout.places(kind.arch.id, form)))

@@ -23,6 +23,7 @@ from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.intake import Intake
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged
+from hetero_fl.runtime.private_sums import PrivateSums
 from hetero_fl.runtime.readings import Readings, Record
 from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.runtime.site import Reading, Scores
@@ -50,7 +51,8 @@ class Session(ABC):
         self.protocol, self.traffic = make_protocol(algorithm, federation), Traffic()
         self.expectations = Expectations(algorithm, federation)
         self.links, self.bounds = Links(algorithm, federation), Links(algorithm, federation, bound=True)
-        self.intake = Intake(self.expectations, self.links, self.protocol)
+        self.sums = PrivateSums(self.expectations, per_round)
+        self.intake = Intake(self.expectations, self.links, self.protocol, self.sums)
         self.server = federation.server()
         self.completed = 0
         self._lengths: dict[int, tuple[Mapping[str, Item], int]] = {}  # of uploads, by the example that they follow
@@ -99,7 +101,7 @@ class Session(ABC):
     def _broadcast(self, card: Card) -> Payload:
         """May be made several times, in any order: what it draws is keyed by the client, not by the turn."""
         speaker = replace(self.server, id=f"{self.server.id} to {card.id}", uses={})
-        return broadcast(self.algorithm, speaker, card)
+        return self.sums.announce(broadcast(self.algorithm, speaker, card))
 
     def upload_bytes(self, card: Card, broadcast: Payload, round: int) -> int:
         """Bytes of the upload that a client will make of this broadcast, its report included (but for the digits of a weight)."""
@@ -183,6 +185,7 @@ class Session(ABC):
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
             "aggregation": self.intake.memory,
+            "bounds": self.sums.tree(),
             **({"now": self.now} if self.conditions.simulated else {}),
         }
 
@@ -193,3 +196,4 @@ class Session(ABC):
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.traffic = Traffic(**tree["traffic"])
         self.intake.memory = tree["aggregation"]
+        self.sums.restore(tree["bounds"])

@@ -13,12 +13,13 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.attacks.liars import TRIGGERED
 from hetero_fl.channel.protocol import Message, Messages, Protocol, Talk
 from hetero_fl.metrics import calibration, confusion, score
-from hetero_fl.payload import Payload, report_of
+from hetero_fl.payload import Payload
 from hetero_fl.plan import Plan, Rows
 from hetero_fl.runtime.beside import baseline_scores, forecast
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together, training_loss
+from hetero_fl.runtime.protection import Protection
 from hetero_fl.runtime.store import Private, Store
 from hetero_fl.saved import SavedModel
 from hetero_fl.state import Participant
@@ -59,6 +60,7 @@ class Site:
         self.algorithm, self.federation, self.store = algorithm, federation, store
         self.performer, self.protocol = performer, protocol
         self.links = Links(algorithm, federation)
+        self.protection = Protection.of(algorithm, federation)
         self.watch: Callable[[str], None] | None = None  # told what is being done
         self._common: dict[int, tuple[Tensor, Scores]] = {}  # scores of logits that several clients share
 
@@ -93,13 +95,15 @@ class Site:
             clients[id].work, got[id] = asked.work, self.links.received(asked.round, body)
         plans = [(p, self.algorithm.train(p, got[c])) for c, p in clients.items()]
         uploads: dict[str, bytes | Diverged] = {}
+        performer = self.protection.guarded(clients.values(), self.performer)
         for outcome, (id, client) in zip(
-            carry_out_together(plans, self.performer, self._telling), clients.items(), strict=True
+            carry_out_together(plans, performer, self._telling), clients.items(), strict=True
         ):
             if outcome.failure is not None:
                 uploads[id] = outcome.failure
                 continue
-            upload = Payload(outcome.get(), report_of(training_loss(outcome.reports)))
+            upload = self.protection.release(client, Payload(outcome.get()), got[id])
+            upload.report = self.protection.report(training_loss(outcome.reports))
             uploads[id] = self.links.upload(
                 self.federation.cards[id], requests[id].round, upload, got[id], client.state
             )

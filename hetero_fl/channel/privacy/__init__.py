@@ -1,0 +1,1 @@
+"""Differential privacy: noise, what is released with it, and what that costs."""

@@ -1,0 +1,175 @@
+"""DP-SGD: gradients of single examples, clipped, summed and noised (Abadi et al. 2016, Algorithm 1), for any objective.
+
+Each step sees a Poisson sample of the rows; the sum is divided by the expected number, never by the number that came. What
+reads no private row is not clipped: the objective's penalty, and what it makes of columns drawn beside the rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from hetero_fl.channel.privacy.noise import Noise, gaussian
+from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.plan import Draws, Fit
+from hetero_fl.runtime.batches import Batches
+from hetero_fl.runtime.dropout import MASK, KeyedDropout
+from hetero_fl.runtime.fitting import Named, split_name
+from hetero_fl.runtime.stacked_ops import StackedOps
+from hetero_fl.runtime.templates import Template
+from hetero_fl.runtime.training import Live
+from hetero_fl.state import Participant
+
+MEMORY = 64 * 2**20  # bytes of single gradients at a time; a model of which that holds one alone runs row by row
+APART = 0x85EBCA6B  # between the dropout keys of one step's examples
+
+
+def sampling(n: int, fit: Fit, work: float = 1.0, rate: float | None = None) -> tuple[float, int]:
+    """(q, steps) of a private fit on n rows: q = batch / n unless given, and an epoch is round(1 / q) steps."""
+    rate = rate or min(fit.batch_size, n) / n
+    steps = fit.steps if fit.steps is not None else fit.epochs * round(1 / rate)
+    return rate, max(1, int(steps * work))
+
+
+class PoissonBatches(Batches):
+    """Each step takes each row with probability q, on its own."""
+
+    def __init__(
+        self, participant: Participant, fit: Fit, device: torch.device, noise: Noise, rate: float | None = None
+    ) -> None:
+        assert not isinstance(fit.data, Draws)
+        self.noise, self.rate = noise, rate
+        super().__init__(participant, fit, device)
+        self.examples = round(self.expected * self.count)
+
+    def _drawn(self, n: int, work: float) -> list[Tensor]:
+        rate, steps = sampling(n, self.fit, work, self.rate)
+        self.expected = rate * n
+        draws = self.noise.generator(*self.stream, "sample")
+        return [(torch.rand(n, generator=draws, dtype=torch.float64) < rate).nonzero().squeeze(1) for _ in range(steps)]
+
+    def augmented(self, x: Tensor, i: int) -> Tensor:
+        return super().augmented(x, i) if len(x) else x
+
+
+class PrivateGradients:
+    """Gradients for `fit_on_live_modules` of which no row can be read: noise of z·clip on their sum.
+
+    Models that `vmap` refuses, and large ones, are run row by row.
+    """
+
+    def __init__(self, clip: float, z: float, noise: Noise, rate: float | None = None) -> None:
+        self.clip, self.z, self.noise, self.rate = clip, z, noise, rate
+        self._refused: set[Any] = set()
+
+    def batches(self, participant: Participant, fit: Fit, device: torch.device) -> PoissonBatches:
+        return PoissonBatches(participant, fit, device, self.noise, self.rate)
+
+    def set(self, live: Live, step: int, dropout_key: int, batch: Batch) -> Tensor:
+        """(Σ clipped + N(0, (z·clip)²)) / expected, and the gradient of what is public. The loss would be a release: 0."""
+        assert isinstance(live.batches, PoissonBatches)
+        total = self._clipped_sum(live, dropout_key, batch)
+        draws = self.noise.generator(*live.batches.stream, "noise", step)
+        for name, parameter in live.trainable.items():
+            parameter.grad = None
+            total[name].add_(gaussian(parameter, self.z * self.clip, draws)).div_(live.batches.expected)
+        with KeyedDropout(dropout_key) if live.drops else contextlib.nullcontext():
+            public = live.fit.objective.public(live.nets, batch, live.given)
+            public = public + live.fit.objective.penalty(live.nets, live.given)
+        if isinstance(public, Tensor) and public.requires_grad:
+            public.backward()
+        for name, parameter in live.trainable.items():
+            parameter.grad = total[name] if parameter.grad is None else parameter.grad.add_(total[name])
+        return torch.zeros((), device=next(iter(total.values())).device)
+
+    def _clipped_sum(self, live: Live, dropout_key: int, batch: Batch) -> Named:
+        columns = {n: t for n, t in batch.items() if n in live.batches.columns}
+        beside = {n: t for n, t in batch.items() if n not in columns}
+        count = len(next(iter(columns.values())))
+        keys = [(dropout_key + (i + 1) * APART) & MASK for i in range(count)]
+        total = {name: torch.zeros_like(p, requires_grad=False) for name, p in live.trainable.items()}
+        one = sum(p.numel() * p.element_size() for p in live.trainable.values())
+        size, family = max(1, MEMORY // max(1, one)), _family(live)
+        for begin in range(0, count, size):
+            part = {n: t[begin : begin + size] for n, t in columns.items()}
+            some = keys[begin : begin + size]
+            if len(some) > 1 and family not in self._refused:
+                try:
+                    self._add(total, _together(live, part, beside, some))
+                    continue
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, UserWarning):  # no rule under vmap
+                    self._refused.add(family)
+            for i, key in enumerate(some):
+                self._add(total, _alone(live, {n: t[i : i + 1] for n, t in part.items()}, beside, key))
+        return total
+
+    @torch.no_grad()
+    def _add(self, total: Named, each: Named) -> None:
+        """Clip gradients `[rows, …]`, over all that is trained together, and add them up."""
+        squares = torch.stack([g.flatten(1).square().sum(1) for g in each.values()]).sum(0)
+        factor = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        for name, gradients in each.items():
+            if len(factor) == 1:
+                total[name].add_(gradients[0] * factor[0])
+            else:
+                total[name].add_(torch.tensordot(factor.to(gradients), gradients, 1))
+
+
+def _together(live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Tensor], keys: list[int]) -> Named:
+    """Gradients of all rows, `[rows, …]`, in one computation: each has a leaf of its own (see stacked.py)."""
+    device = next(iter(live.trainable.values())).device
+    leaves = {name: p.detach().expand(len(keys), *p.shape).requires_grad_() for name, p in live.trainable.items()}
+    fixed = {
+        slot: {n: t.detach() for n, t in template.tensors.items() if f"{slot}:{n}" not in leaves}
+        for slot, template in live.modules.items()
+    }
+
+    def loss(own: Named, row: Mapping[str, Tensor], key: Tensor) -> Tensor:
+        tensors = {slot: dict(rest) for slot, rest in fixed.items()}
+        for name, tensor in own.items():
+            slot, parameter = split_name(name)
+            tensors[slot][parameter] = tensor
+        nets = Nets({slot: _net(live.modules[slot], tensors[slot]) for slot in live.modules})
+        batch = Batch({**{n: t[None] for n, t in row.items()}, **beside})
+        with StackedOps(key if live.drops else None):
+            return live.fit.objective.private(nets, batch, live.given).sum()
+
+    with warnings.catch_warnings():
+        # Where an operation has no batching rule, vmap may loop over the rows.
+        warnings.filterwarnings("error", message="There is a performance drop")
+        losses = vmap(loss, randomness="error")(leaves, dict(columns), torch.tensor(keys, device=device))
+    found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves.items(), found, strict=True)
+    return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
+
+
+def _alone(live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Tensor], key: int) -> Named:
+    """The gradient of one row, `[1, …]`, on the live modules."""
+    with KeyedDropout(key) if live.drops else contextlib.nullcontext():
+        loss = live.fit.objective.private(live.nets, Batch({**columns, **beside}), live.given).sum()
+    found = torch.autograd.grad(loss, list(live.trainable.values()), allow_unused=True)
+    pairs = zip(live.trainable.items(), found, strict=True)
+    return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
+
+
+def _net(template: Template, tensors: Mapping[str, Tensor]) -> Net:
+    module = template.module
+    head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
+    return Net(
+        lambda x: functional_call(module, dict(tensors), (x,)),
+        lambda z: functional_call(module.head, head, (z,)),
+        {n: tensors[n] for n in template.parameters},
+    )
+
+
+def _family(live: Live) -> Any:
+    """What decides whether vmap can take a fit."""
+    return tuple(map(id, live.modules.values())), repr(live.fit.objective)

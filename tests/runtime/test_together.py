@@ -1,0 +1,85 @@
+"""Protections, rules and time in one run: what goes together does, what does not is refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import prepare
+from tests.small import config, rounds_of
+
+GROUPED = ["cnn_gn_small", {"name": "mlp", "hidden": [24]}]
+RECORD = {"privacy": {"unit": "record", "noise_multiplier": 1.0, "clip": 1.0}}
+CLIENT = {"privacy": {"unit": "client", "noise_multiplier": 0.1, "clip": 1.0}}
+SECURE = {"channel__secure_sum": {}}
+ROUNDED = {"channel__compress": [{"quantize": 8}]}
+
+
+def models(**changes: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The server's models after two rounds."""
+    return rounds_of(config("hybrid", GROUPED, 4, **changes)).server.models
+
+
+def apart(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> float:
+    return max(float((a[slot][n] - b[slot][n]).abs().max()) for slot in a for n in a[slot])
+
+
+@pytest.mark.parametrize("protection", [{**RECORD, **ROUNDED}, CLIENT], ids=["records, rounded", "clients"])
+def test_noise_is_the_same_under_a_secure_sum(protection: dict[str, Any]) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        plain, summed = models(**protection), models(**protection, **SECURE)
+        assert 0 < apart(plain, summed) < 1e-7
+        assert apart(plain, models()) > 1e-3
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_private_run_with_time_and_faults_loses_nothing_of_its_ledger() -> None:
+    faulty = rounds_of(config("fedavg", GROUPED, 4, **RECORD, devices={}, faults={"lost": 0.5}), held=0)
+    records = [faulty.round() for _ in range(2)]
+    assert sum(record["counts"]["failed"] for record in records) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({**RECORD, "runtime__mode": "async"}, ("runtime.mode", "privacy.unit")),
+        ({**RECORD, "cohort": {"sampling": "oort"}, "devices": {}}, ("cohort.sampling: found oort", "privacy.unit")),
+        ({**RECORD, "cohort": {"too_few": "repeat"}}, ("cohort.too_few", "privacy.unit")),
+        ({**CLIENT, **ROUNDED}, ("channel.compress: found quantize", "privacy.unit: found client")),
+        ({**CLIENT, "aggregation__rule": "median"}, ("aggregation.rule: median", "privacy.unit: found client")),
+        ({**SECURE, "runtime__mode": "async"}, ("runtime.mode", "channel.secure_sum")),
+        ({"aggregation__rule": "median", "runtime__mode": "async"}, ("runtime.mode", "aggregation.rule: median")),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], parts: tuple[str, str]) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(config("fedavg", "cnn_gn_small", 6, **changes))
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedmd", "fedproto"])
+def test_compression_goes_with_rules_and_with_asynchronous_runs(method: str) -> None:
+    sparse = {"channel__compress": [{"topk": 0.2}, {"quantize": 8}], "channel__compress_down": ["half"]}
+    ruled = config(
+        method,
+        "cnn_gn_small",
+        6,
+        **sparse,
+        aggregation={"rule": "median", "predictions": "median", "statistics": "median"},
+    )
+    if method in ("fedmd", "fedproto"):
+        del ruled["aggregation"]["rule"]
+    if method != "hybrid":
+        ruled["aggregation"].pop("predictions" if method in ("fedavg", "fedproto") else "rule", None)
+    if method != "fedproto":
+        ruled["aggregation"].pop("statistics")
+    assert rounds_of(ruled).completed == 2
+    asked = config(method, "cnn_gn_small", 6, **sparse, runtime__mode="async", devices={}, clients__per_round=3)
+    held = rounds_of(asked)
+    again = rounds_of(asked)
+    assert all(torch.equal(t, again.server.models[s][n]) for s, m in held.server.models.items() for n, t in m.items())

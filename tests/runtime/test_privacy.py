@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from hetero_fl.channel.privacy.accounting import epsilon
 from hetero_fl.channel.privacy.noise import Noise
+from hetero_fl.channel.protocol import Message
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare, run
@@ -26,6 +28,12 @@ from tests.small import config, rounds_of, same_bits
 RECORD = {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}
 CPU = torch.device("cpu")
+
+
+def sent_by(site: Any, broadcasts: Mapping[str, bytes]) -> dict[str, Payload]:
+    """What clients answer to these broadcasts in the first round."""
+    replies = site.answer({client: Message("train", body, 0) for client, body in broadcasts.items()})
+    return {client: Payload.decode(reply.body) for client, reply in replies.items()}
 
 
 def private(method: str, privacy: dict[str, Any], models: Any = "cnn_gn_small", **changes: Any) -> dict[str, Any]:
@@ -201,7 +209,7 @@ def test_updates_are_clipped_to_their_bound() -> None:
     rounds = rounds_of(private("fedavg", {**CLIENT, "clip": 0.01}), held=0)
     site = rounds.executor.site  # type: ignore[attr-defined]
     body = rounds.broadcasts(["site_1"])["site_1"]
-    upload = Payload.decode(site._train({"site_1": body}, 0)["site_1"])
+    upload = sent_by(site, {"site_1": body})["site_1"]
     start = Payload.decode(body)["model"]
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
@@ -223,7 +231,7 @@ def test_votes_elect_the_class_with_most() -> None:
     privacy = {**CLIENT, "noise_multiplier": 1e-9, "votes": True}
     found = rounds_of(private("fedmd", privacy, clients=5), held=0)
     site = found.executor.site  # type: ignore[attr-defined]
-    sent = [Payload.decode(u)["logits"] for u in site._train(found.broadcasts(found.cohort(0)), 0).values()]
+    sent = [u["logits"] for u in sent_by(site, found.broadcasts(found.cohort(0))).values()]
     assert all(float(votes.norm()) == pytest.approx(1.0, rel=1e-5) for votes in sent)  # the bound, whatever the rows
     ballots = torch.stack([votes.argmax(-1) for votes in sent])
     found.round()
@@ -279,7 +287,7 @@ def test_local_noise_is_on_what_leaves() -> None:
     rounds = rounds_of(source, held=0)
     site = rounds.executor.site  # type: ignore[attr-defined]
     body = rounds.broadcasts(["site_1"])["site_1"]
-    upload, start = Payload.decode(site._train({"site_1": body}, 0)["site_1"]), Payload.decode(body)["model"]
+    upload, start = sent_by(site, {"site_1": body})["site_1"], Payload.decode(body)["model"]
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
     expected = 2 * 3.0 * 2**0.5 * 1e-6
     assert abs(float(moved.std()) / expected - 1) < 0.2  # float32 has few bits left beside the weights

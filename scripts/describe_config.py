@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 import types
 import typing
@@ -113,7 +114,7 @@ def meaning(model: type[BaseModel], name: str) -> str:
         if name in fields and (told := fields[name].description):
             return str(told).replace("|", "\\|")
     part = _part(model.model_fields[name].annotation)
-    return "" if part is None else _summary(part).split(". ")[0].rstrip(".")
+    return "" if part is None else re.split(r"(?<!et al)\. ", _summary(part))[0].rstrip(".")
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:

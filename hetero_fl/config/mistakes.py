@@ -41,15 +41,16 @@ def describe(
     if kind == "list_type" and isinstance(first["input"], dict):
         return f"{where}: found a table; a list was meant, each entry of which begins with a dash"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("Input should", "should")
-    if message.startswith("found"):
-        return f"{where}: {message}"
+    section = isinstance(first["input"], dict) and set(first["input"]) != {"name"}
+    if message.startswith("found") or (section and kind == "value_error"):
+        return f"{where}: {message}"  # of a whole section it says itself which keys it means
     return f"{where}: found {_found(first['input'])}; {message}"
 
 
 def _found(value: Any) -> str:
     if isinstance(value, dict) and set(value) == {"name"}:
         value = value["name"]  # as it was written
-    text = "nothing" if value is None else repr(value)
+    text = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) < 60 else text[:57] + "…"
 
 
@@ -64,7 +65,18 @@ def _table(where: str, section: Any, found: Any) -> str:
     key = next((k for k in ("name", "kind") if k in fields), None)
     if isinstance(found, str) and key:
         return f"a table was meant; did you mean '{where}.{key}'?"
+    if found is True and section and _complete(section):
+        return f"a table was meant: {{}} takes all defaults, its keys are {', '.join(fields)}"
     return f"a table was meant, with keys such as {', '.join(list(fields)[:5])}"
+
+
+def _complete(section: type[BaseModel]) -> bool:
+    """Whether a section may be left empty."""
+    try:
+        section()
+    except ValidationError:
+        return False
+    return True
 
 
 def _meant(key: str, here: list[str], place: list[str], own: Iterable[str]) -> str:

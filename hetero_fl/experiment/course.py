@@ -82,7 +82,8 @@ def _hold(
         record = rounds.round()
         if prepared.budget is not None:
             spent = prepared.budget.epsilon(rounds.completed)
-            record["privacy"] = {"epsilon": spent, "delta": prepared.budget.privacy.delta}
+            privacy = prepared.budget.privacy
+            record["privacy"] = {"epsilon": spent, "delta": privacy.delta, "unit": privacy.unit}
         if rounds.completed % config.evaluation.every == 0 or rounds.completed == planned:
             last = rounds.completed == planned
             readings = _evaluate(rounds, record, directory if last else None)

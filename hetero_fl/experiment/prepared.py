@@ -22,7 +22,7 @@ from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.pace import set_pace
-from hetero_fl.runtime.private_checks import check_plan, check_privacy
+from hetero_fl.runtime.private_checks import check_plan, check_privacy, weak_delta
 from hetero_fl.runtime.private_sums import PrivateSums
 from hetero_fl.runtime.robust import check_robustness
 from hetero_fl.runtime.rounds import Rounds
@@ -124,7 +124,7 @@ def prepare(
     notes += paced
     config, federation, budget = _private(config, method, federation)
     if budget is not None:
-        notes.append(budget.told())
+        notes += [budget.told(), *weak_delta(federation)]
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"

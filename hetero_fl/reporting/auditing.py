@@ -10,6 +10,7 @@ from matplotlib.figure import FigureBase
 from torch import Tensor
 
 from hetero_fl.reporting import style
+from hetero_fl.reporting.protections import WHOSE
 from hetero_fl.reporting.report import embedded, render
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.wording import algorithm_name, duration, plural
@@ -36,6 +37,7 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
         title=f"Audit of {content['run']}",
         subtitle=f"{algorithm_name(content['algorithm'])} · {content['data']} · {plural(content['rounds'], 'round')}",
         privacy=content["privacy"],
+        whose=WHOSE.get((content["privacy"] or {}).get("unit", ""), ""),
         membership=membership_rows(content),
         inversion=inversion_rows(content),
         shadows=content["shadows"],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hetero_fl.metrics import SMALLER_IS_BETTER
+from hetero_fl.reporting import protections
 from hetero_fl.reporting.client_plots import FEW
 from hetero_fl.reporting.methods import explained, method
 from hetero_fl.reporting.score_plots import PANELS
@@ -50,7 +51,7 @@ def warnings(summary: Json, records: Sequence[Json]) -> list[str]:
 
 def story(summary: Json, details: Json) -> list[str]:
     """What was done and what came out, in a few sentences."""
-    return [_setting(summary, details), _method(summary), _outcome(summary, details)]
+    return [_setting(summary, details), _method(summary, details), _outcome(summary, details)]
 
 
 def _setting(summary: Json, details: Json) -> str:
@@ -60,9 +61,12 @@ def _setting(summary: Json, details: Json) -> str:
     about = f": {details['about']}" if details.get("about") else ""
     there = population(summary, details)
     who = f"{plural(there, 'client')} ({models}) took part"
+    lying = protections.liars(summary.get("attacks"))
+    honest = there - len(summary["attacks"]["liars"]) if lying else there
     if there > len(rows):
-        who = f"{plural(there, 'client')} could take part; all figures are of {len(rows):,} of them ({models}), drawn once"
-    text = f"{who}. Data: {summary['data']['name']}{about}; "
+        drawn = ", drawn once" if honest > len(rows) else ""
+        who = f"{plural(there, 'client')} could take part; all figures are of {len(rows):,} of them ({models}){drawn}"
+    text = f"{who}. {lying and lying + ' '}Data: {summary['data']['name']}{about}; "
     text += f"{plural(summary['data']['n_train'], 'training row')} in all" + (
         f", {rows[0]:,} to {rows[-1]:,} a client" if rows[1:] else ""
     )
@@ -74,7 +78,7 @@ def _setting(summary: Json, details: Json) -> str:
     return f"{text}. {sentence('; '.join(public))}." if public else f"{text}."
 
 
-def _method(summary: Json) -> str:
+def _method(summary: Json, details: Json) -> str:
     what, kind = explained(summary["algorithm"]), method(summary["algorithm"])
     parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
     if kind is not None and kind.distils and is_regression(last_scores(summary)):
@@ -83,11 +87,7 @@ def _method(summary: Json) -> str:
     if total:
         rounds = plural(summary["rounds_completed"], "round")
         parts.append(f"Over {rounds} the encoded messages came to {size(total)}.")
-    privacy = summary["privacy"]
-    if privacy:
-        parts.append(f"Differential privacy: ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.1g}.")
-    else:
-        parts.append("No differential privacy was in force.")
+    parts += protections.told(summary, details)
     return " ".join(filter(None, parts))
 
 

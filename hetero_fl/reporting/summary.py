@@ -10,6 +10,7 @@ from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Traffic
 from hetero_fl.config import Config
 from hetero_fl.metrics import selection_metric, spread
+from hetero_fl.reporting.protections import protections_of
 from hetero_fl.runtime.federation import Federation, describe_settings
 from hetero_fl.runtime.readings import Readings, Record
 from hetero_fl.state import Card
@@ -180,6 +181,7 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
         "read": method.reads,
         "about": data.about,
         "notes": list(notes),
+        "protections": protections_of(federation),
     }
 
 

@@ -87,6 +87,16 @@ def idle(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
         return [f"channel is not used: {name} sends nothing"] if config.compress or config.compress_down else []
     sorts = {sort for spec in algorithm.uploads.values() for sort in sorts_of(spec)}
     stages = zip(config.compress, stages_of(config.compress, config.entropy), strict=True)
-    return [
+    notes = [
         f"channel.compress: {c.name} finds nothing to do in what {name} sends" for c, s in stages if not sorts & s.sorts
     ]
+    classes = federation.task.outputs
+    for key, chain in (("compress", config.compress), ("compress_down", config.compress_down)):
+        notes += [
+            f"channel.{key}: top_classes {c.top_classes} leaves predictions of {classes} classes as they are"
+            for c in chain
+            if c.top_classes is not None and c.top_classes + 1 >= classes
+        ]
+    if config.entropy and not any(c.topk for c in config.compress):
+        notes.append("channel.entropy is not used: it codes the places that topk sends")
+    return notes

@@ -56,6 +56,19 @@ def check_plan(config: Config) -> None:
         )
 
 
+def weak_delta(federation: Federation) -> list[str]:
+    """A line where δ would allow to give one of those protected away as it is: to publish a random one costs δ = 1/n."""
+    privacy = federation.privacy
+    if privacy is None:
+        return []
+    rows = privacy.unit == "record"
+    n = min(federation.cards[id].n for id in federation.some) if rows else len(federation.cards)
+    if privacy.delta * n < 1:
+        return []
+    whose = f"the {n} training rows of the smallest client" if rows else f"{n} clients"
+    return [f"privacy.delta: {privacy.delta:g} is not below one over {whose}: one of them may be given away whole"]
+
+
 def check_privacy(name: str, algorithm: Algorithm, federation: Federation) -> None:
     """Raises UserError for what differential privacy cannot be given to."""
     privacy = federation.privacy

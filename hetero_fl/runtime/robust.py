@@ -190,9 +190,13 @@ def _owners(
 def _bears(key: str, how: Rule | PredictionRule, terms: AggregationConfig, who: str, senders: int) -> None:
     liars = terms.liars_among(senders)
     if senders < (least := how.least(liars)):
+        most = max((f for f in range(senders) if how.least(f) <= senders), default=0)
+        help = "give a model to more clients, or leave the rule out"
+        if most:
+            help = f"aggregation.liars may be {most} at most"
         raise UserError(
-            f"{key} bears {liars} liars (aggregation.liars: {terms.liars:g}) among {least} clients or more, but {senders} send "
-            f"{who}; lower aggregation.liars, or take another rule"
+            f"{key} bears {liars} liar{'s' if liars != 1 else ''} (aggregation.liars: {terms.liars:g}) among {least} clients or "
+            f"more, but {senders} send {who}; {help}"
         )
 
 
@@ -219,6 +223,13 @@ def _check_attacks(name: str, federation: Federation, held: Round) -> list[str]:
         raise UserError(f"{where} is for classes that exclude one another, but data.name has a {task.kind} task")
     if liars.has_trigger and any(len(kind.arch.input_shape) != 3 for kind in federation.cards.kinds):
         raise UserError(f"{where} stamps images, but examples of data.name are none to every client")
+    if config.from_round > federation.rounds:
+        raise UserError(
+            f"attacks.from_round: found {config.from_round}, but the run ends with round {federation.rounds}: nobody would lie"
+        )
+    sides = [side for kind in federation.cards.kinds for side in kind.arch.input_shape[1:]] if liars.has_trigger else []
+    if sides and config.trigger > min(sides):
+        raise UserError(f"attacks.trigger: found {config.trigger}, but images have sides of {min(sides)} pixels")
     classes = [config.target, *(config.pairs or {}), *(config.pairs or {}).values()]
     if task.kind == "multiclass" and max(classes) >= task.outputs:
         key = "target" if config.target >= task.outputs else "pairs"

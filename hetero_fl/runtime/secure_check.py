@@ -33,7 +33,8 @@ def check_secure_sum(name: str, algorithm: Algorithm, federation: Federation) ->
             f"{' or '.join(ROUNDING)}, or leave one of the keys out"
         )
     if cohort < FEWEST:
-        raise UserError(f"{KEY}: found {cohort} clients in a round; a sum hides a part of it among {FEWEST} or more")
+        many = f"{cohort} client{'s' if cohort != 1 else ''}"
+        raise UserError(f"{KEY}: found {many} in a round; a sum hides a part of it among {FEWEST} or more")
     _check_threshold(config, cohort)
     _check_range(config, cohort)
     needed = degree(cohort, config.survivors(cohort))

@@ -38,7 +38,7 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
         ("algorithm.rounds=3", "algorithm.rounds: unknown key; did you mean 'rounds'? (of fedmd)"),
         ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
         ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
-        ("runtime.qqq=1", "unknown key; choose from address, chunk, device"),
+        ("runtime.qqq=1", "unknown key; choose from address, buffer, chunk, device"),
     ],
 )
 def test_the_key_that_was_meant(override: str, meant: str) -> None:
@@ -69,6 +69,12 @@ def test_the_key_that_was_meant(override: str, meant: str) -> None:
             "data: found [{'name': 'digits'}]; a table was meant: write its keys without dashes",
         ),
         ({"data": {"proxy": 100}}, "data.proxy: found 100; a table was meant, with keys such as size, source"),
+        (
+            {"channel": {"secure_sum": True}},
+            "channel.secure_sum: found true; a table was meant: {} takes all defaults, its keys are threshold,",
+        ),
+        ({"privacy": True}, "privacy: found true; a table was meant, with keys such as unit"),
+        ({"privacy": {"delta": 0.1}}, "privacy: needs target_epsilon or noise_multiplier"),
         ({"data": None}, "data: found nothing; a table was meant, with keys such as"),
         ({"clients": {"groups": {"a": {"count": 2}}}}, "clients.groups: found a table; a list was meant"),
         (

@@ -72,6 +72,15 @@ def test_refused_in_one_line_when_the_configuration_is_loaded(source: dict[str, 
     assert "privacy" in str(refusal.value)
 
 
+def test_a_delta_that_gives_somebody_away_is_told() -> None:
+    def told(privacy: dict[str, Any]) -> list[str]:
+        return [n for n in prepare(private("fedavg", privacy, clients=4)).notes if "privacy.delta" in n]
+
+    assert "privacy.delta: 0.25 is not below one over 4 clients" in told({**CLIENT, "delta": 0.25})[0]
+    assert "training rows of the smallest client" in told({**RECORD, "delta": 0.25})[0]
+    assert not told({**CLIENT, "delta": 0.24}) and not told(RECORD)
+
+
 def test_fedbn_keeps_its_statistics_at_home_and_may_have_batch_norm() -> None:
     prepare(private("fedbn", CLIENT, "cnn_bn_small"))
 
@@ -101,7 +110,7 @@ def test_records_of_a_run_tell_what_is_spent_and_the_run_stops_in_time(tmp_path:
     assert budget is not None
     assert spent == sorted(spent) and spent[-1] <= 5.0 < budget.epsilon(len(spent) + 1)
     assert 0 < len(lines) < 6
-    assert ended.summary["privacy"] == {"epsilon": spent[-1], "delta": 1e-4}
+    assert ended.summary["privacy"] == {"epsilon": spent[-1], "delta": 1e-4, "unit": "record"}
     assert "stopped after round" in (tmp_path / "run" / "log.txt").read_text()
     assert all(not line["train_loss"] for line in lines)  # a loss would be a release
     # What the ledger says is what the clients' own numbers give.

@@ -55,6 +55,7 @@ def test_values_that_are_none() -> None:
 def test_a_rule_with_fewer_clients_than_it_needs(rule: str, liars: int, least: int) -> None:
     words = f"aggregation.rule: {rule} bears {liars} liars (aggregation.liars: {liars}) among {least} clients or more, but 7"
     refused(words, aggregation={"rule": rule, "liars": liars})
+    refused(f"aggregation.liars may be {liars - 1} at most", aggregation={"rule": rule, "liars": liars})
     assert prepare(small(aggregation={"rule": rule, "liars": liars - 1})).config.aggregation.rule == rule
 
 
@@ -122,6 +123,8 @@ def test_attacks_on_predictions_that_nobody_sends(name: str) -> None:
 def test_attacks_that_do_not_fit() -> None:
     refused("fedkd sends factors of updates", "fedkd", attacks={"name": "sign_flip"})
     refused("attacks.target: found class 10, but there are 10", attacks={"name": "backdoor", "target": 10})
+    refused("attacks.trigger: found 9, but images have sides of 8", attacks={"name": "backdoor", "trigger": 9})
+    refused("attacks.from_round: found 9, but the run ends", attacks={"name": "scaled", "from_round": 9})
     refused("attacks.pairs: found class 11", attacks={"name": "label_flip", "pairs": {0: 11}})
     refused(
         "everybody whose model is read lies", attacks={"name": "scaled", "clients": [f"site_{i}" for i in range(1, 8)]}

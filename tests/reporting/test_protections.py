@@ -1,0 +1,62 @@
+"""A report says at its top what protected whom from whom, and who lied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hetero_fl.experiment import prepare
+from hetero_fl.reporting import prose
+from hetero_fl.reporting.protections import liars, protections_of, told
+from tests.small import config
+
+SPENT = {"epsilon": 3.456, "delta": 1e-5}
+
+
+def details(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
+    return {"protections": protections_of(prepare(config(method, "cnn_gn_small", 5, **changes)).federation)}
+
+
+def test_whose_privacy_it_is() -> None:
+    assert told({"privacy": None}, {}) == ["No differential privacy was in force."]
+    for unit, whose in {
+        "record": "of each training row",
+        "client": "of each client",
+        "local": "noised at home",
+    }.items():
+        (line,) = told({"privacy": {**SPENT, "unit": unit}}, details())
+        assert line.startswith("Differential privacy of each") and whose in line
+        assert line.endswith(": ε = 3.46 at δ = 1e-05.")
+    assert told({"privacy": SPENT}, {}) == ["Differential privacy: ε = 3.46 at δ = 1e-05."]  # of an older run
+
+
+def test_channel_and_rules_are_told() -> None:
+    channel = {"compress": [{"topk": 0.05}, {"quantize": 8, "bucket": 64}], "compress_down": ["half"]}
+    rules = {"predictions": "spectral", "rule": "median"}
+    lines = told({"privacy": None}, details(channel=channel, aggregation=rules))[1:]
+    assert lines == [
+        "Parameters by median, predictions by spectral: combined so that a few liars cannot decide.",
+        "What clients sent was compressed: topk 0.05, quantize 8 bucket 64.",
+        "What the server sent was compressed: half.",
+    ]
+    assert "no single one" in told({"privacy": None}, details(channel={"secure_sum": {}}))[1]
+
+
+def test_liars_are_named_and_not_taken_for_clients_that_were_not_drawn() -> None:
+    attacks = {"name": "backdoor", "liars": ["site_2"], "success": 0.25}
+    assert liars(None) == ""
+    assert liars(attacks) == (
+        "1 client lied (backdoor): site_2; the backdoor opened on 25.0% of the test rows of other classes. All figures are "
+        "of honest clients."
+    )
+    assert liars({"name": "scaled", "liars": list("abcdefgh"), "success": None}).startswith(
+        "8 clients lied (scaled): a, b, c, d, e, f and 2 more."
+    )
+    read = [{"id": f"site_{i}", "model": "mlp", "n_train": 9} for i in (1, 3)]
+    for there, drawn in ((3, False), (4, True)):
+        summary = {
+            "clients": read, "attacks": attacks, "algorithm": "fedavg", "rounds_completed": 1, "privacy": None,
+            "communication": {"up_bytes": 1, "down_bytes": 1}, "global": None, "personal": None, "server": None,
+            "data": {"name": "digits", "n_train": 18, "n_test": 0},
+        }  # fmt: skip
+        setting = prose._setting(summary, {"population": there, "proxy": 0, "about": ""})
+        assert "site_2" in setting and ("drawn once" in setting) == drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,36 @@ def test_updates_are_clipped_to_their_bound() -> None:
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
     assert upload.item("model").weight == 1.0 and upload.report == {}
+
+
+def test_what_is_common_to_models_that_began_apart_moves_by_bounded_updates() -> None:
+    """Two architectures start a common head from different numbers: taking part, a client moves it by its clip over the expected
+    number at most, not by how far the two heads are apart."""
+    models = [{"name": "mlp", "hidden": [32, 24]}, {"name": "mlp", "hidden": [16, 24]}]
+    quiet = {**CLIENT, "noise_multiplier": 1e-9, "clip": 0.1}
+    for secure in ({}, {"channel__secure_sum": {}}):
+        rounds = rounds_of(private("fedavg", quiet, models, clients=5, clients__common=["head."], **secure), held=0)
+        heads = [dict(model) for model in rounds.server.models.values()]
+        assert float((heads[0]["head.weight"] - heads[1]["head.weight"]).norm()) > 1
+        failing(rounds, "site_2")
+        rounds.round()
+        for before, model in zip(heads, rounds.server.models.values(), strict=True):
+            moved = torch.cat([(model[n] - before[n]).flatten() for n in before if n.startswith("head.")])
+            assert 0 < float(moved.norm()) < 0.1
+
+
+def failing(rounds: Any, client: str) -> None:
+    """This client's training comes to nothing."""
+    site = rounds.executor.site
+    release = site.protection.release
+
+    def released(participant: Participant, *rest: Any) -> Payload:
+        upload = release(participant, *rest)
+        if participant.id == client:
+            upload = Payload({n: replace(upload.item(n), weight=-1.0) for n in upload})
+        return upload
+
+    object.__setattr__(site.protection, "release", released)
 
 
 def test_rows_and_class_sums_are_noised_as_sums() -> None:

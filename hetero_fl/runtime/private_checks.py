@@ -45,6 +45,11 @@ def check_plan(config: Config) -> None:
             )
     if privacy.unit == "client" and (key := single_uploads(config)) is not None:
         raise UserError(f"{key}: cannot be had with {where}: noise is added to sums; take unit: record or local")
+    if privacy.poisson_cohorts and config.channel.secure_sum is not None:
+        raise UserError(
+            "privacy.poisson_cohorts: cannot be had with channel.secure_sum, which is agreed on for cohorts of one size; leave "
+            "one of them out"
+        )
     if privacy.unit == "client" and config.channel.compress:
         raise UserError(
             f"channel.compress: found {config.channel.compress[0].name}, which changes uploads after they were bounded, with "

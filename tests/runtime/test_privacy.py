@@ -305,6 +305,9 @@ def test_poisson_cohorts_are_of_any_size_and_cheaper() -> None:
     rounds.completed = empty
     before = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}
     rounds.round()  # nobody came: the noise comes all the same
+    timed = rounds_of(private("fedavg", {**CLIENT, "poisson_cohorts": True}, devices={}, **changes), held=0)
+    timed.completed = empty
+    assert timed.round()["counts"]["invited"] == 0
     after = next(iter(rounds.server.models.values()))
     assert all(not torch.equal(before[n], t) for n, t in after.items())
 

@@ -169,6 +169,30 @@ def test_class_sums_are_clipped_and_noised() -> None:
     assert bool((keeper.perform([(client, step)])[0][1] >= 0).all())
 
 
+def test_a_row_that_is_not_finite_does_not_spoil_class_sums() -> None:
+    client = client_of(private("fedproto", RECORD))
+    columns = client.data("train", None)
+    columns = {**columns, "x": torch.cat([columns["x"][:1] * float("inf"), columns["x"][1:]])}
+    client.data = lambda name, through: columns
+    sums, counts = guard(client).perform([(client, ClassSums("model", readout="features"))])[0]
+    assert bool(sums.isfinite().all()) and bool(counts.isfinite().all())
+
+
+def test_rows_that_a_plan_reads_when_it_is_made_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` need not be a generator itself: what it does before it returns one is outside of all steps, too."""
+    rounds = rounds_of(private("fedavg", RECORD), held=0)
+    method = rounds.algorithm
+    train = type(method).train
+
+    def eager(self: Any, client: Participant, got: Payload) -> Any:
+        client.data("train", None)
+        return train(self, client, got)
+
+    monkeypatch.setattr(type(method), "train", eager)
+    with pytest.raises(UserError, match="outside of its steps"):
+        rounds.round()
+
+
 def test_label_counts_are_noised_once_and_for_all() -> None:
     prepared = prepare(private("hybrid", RECORD))
     known = prepared.federation.counts("site_1")

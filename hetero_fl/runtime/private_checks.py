@@ -33,6 +33,11 @@ def check_plan(config: Config) -> None:
         raise UserError(
             f"runtime.mode: found async, with {where}; what is spent is planned for cohorts, round by round"
         )
+    if config.init_from is not None:
+        raise UserError(
+            f"init_from: found {config.init_from}, with {where}; what those models know of private rows is not counted in ε; "
+            "leave one of them out"
+        )
     more = {
         "cohort.sampling": cohort.sampling if cohort.sampling != "uniform" else None,
         "cohort.over_selection": cohort.over_selection if cohort.over_selection > 1 else None,

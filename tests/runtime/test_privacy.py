@@ -64,6 +64,7 @@ def client_of(source: dict[str, Any]) -> Participant:
         (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts belongs to unit: client"),
         (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "take more than 0.5"),
         (private("fedavg", {**CLIENT, "votes": True}), "sends no word on classes"),
+        (private("fedavg", RECORD, init_from="runs/other"), "init_from: found runs/other"),
     ],
 )  # fmt: skip
 def test_refused_in_one_line_when_the_configuration_is_loaded(source: dict[str, Any], line: str) -> None:

@@ -28,7 +28,7 @@ from tests.small import MIXED, config, rounds_of
 
 SINGLE = ["ensemble", "feddf", "fedtgp", "fedgh", "fedgen", "fedkd", "kt_pfl", "fedgkt", "dense"]
 NOTHING = ["local", "centralized"]
-SUMMED = [m for m in METHODS if m not in (*SINGLE, *NOTHING)]
+SUMMED = [m for m in METHODS if m not in (*SINGLE, *NOTHING, "fedasync", "fedbuff")]  # these two have no cohort
 NO_REPORT = {"plots": False, "report": False}
 
 

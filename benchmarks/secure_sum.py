@@ -42,6 +42,9 @@ class Cohort:
     def group(self, client: str) -> str:
         return "a"
 
+    def noise(self, *about: object) -> None:
+        """Nobody adds any."""
+
     def rows(self, client: str) -> int:
         return 1
 
@@ -80,7 +83,7 @@ def held(clients: int, numbers: int, neighbours: int | None, leaving: int) -> No
     assert isinstance(summed, Summed) and len(summed.clients) == clients - leaving
     layout, plain = cohort.layout(0), np.zeros(numbers + 3, np.uint64)
     for client in summed.clients:
-        plain += protocol.vector(client, cohort.upload(client), layout, summed.unit)
+        plain += protocol.vector(client, cohort.upload(client), layout, summed.unit, 0)
     assert np.array_equal(summed.total, plain)
     server, each = seconds - cohort.busy, 1e3 * cohort.busy / clients
     print(

@@ -71,6 +71,12 @@ class PrivacyConfig(Section):
         "the teacher's (PATE)",
     )
 
+    distributed: bool = Field(
+        False,
+        description="client: under channel.secure_sum each client adds a share of the noise, so that not even the server sees a "
+        "sum without it; enough as long as `threshold` clients stay and add theirs",
+    )
+
     @model_validator(mode="after")
     def _one_goal(self) -> PrivacyConfig:
         if self.target_epsilon is None and self.noise_multiplier is None:
@@ -79,11 +85,13 @@ class PrivacyConfig(Section):
             raise ValueError("clip: by item is for unit: client or local; a row's gradient has one bound")
         for unit, names in {
             "record": ("sample_rate",),
-            "client": ("poisson_cohorts", "adaptive_clip", "votes"),
+            "client": ("poisson_cohorts", "adaptive_clip", "votes", "distributed"),
         }.items():
             for name in names:
                 if getattr(self, name) and self.unit != unit:
                     raise ValueError(f"{name} belongs to unit: {unit}, not {self.unit}")
+        if self.distributed and self.adaptive_clip is not None:
+            raise ValueError("distributed: cannot be combined with adaptive_clip, whose counts the server noises")
         if self.votes and self.adaptive_clip is not None:
             raise ValueError("votes: cannot be combined with adaptive_clip: all votes have one norm")
         return self

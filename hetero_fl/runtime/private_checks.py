@@ -48,6 +48,10 @@ def check_plan(config: Config) -> None:
             raise UserError(
                 f"{name}: found {value}, with {where}; who takes part has to be known before the run, to be accounted"
             )
+    if privacy.distributed and config.channel.secure_sum is None:
+        raise UserError(
+            "privacy.distributed: needs channel.secure_sum: of a single upload the server would see all but a little noise"
+        )
     if privacy.unit == "client" and (key := single_uploads(config)) is not None:
         raise UserError(f"{key}: cannot be had with {where}: noise is added to sums; take unit: record or local")
     if privacy.poisson_cohorts and config.channel.secure_sum is not None:

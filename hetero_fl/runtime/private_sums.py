@@ -51,6 +51,8 @@ class PrivateSums:
             return normal(like, deviation, "server", round, *parts)
 
         def deviation(name: str) -> float:
+            if privacy.distributed:
+                return 0.0  # it is in what came
             if name == WITHIN:
                 return self.sigma(privacy) * math.sqrt(len(self.factors))  # m bits, each as if it were one of m
             return self.protection.deviation(name, self.factors[name], self.z(privacy))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import cached_property
 from typing import Any
+
+import numpy as np
+import torch
 
 from hetero_fl.aggregation import Uploads
 from hetero_fl.aggregation.averaging import OwnerMeans
@@ -60,6 +65,22 @@ class Derived:
 
     def group(self, client: str) -> str:
         return self.federation.cards[client].arch.id
+
+    def noise(self, client: str, round: int, layout: Layout, unit: float, shares: int) -> np.ndarray | None:
+        """A client's share of the noise on sums (`privacy.distributed`), on every number of the vector that is noised at the
+        server otherwise, its own or not: N(0, deviation² / shares), of which so many and more are noise enough."""
+        protection = self.expectations.protection
+        if protection.privacy is None or not protection.privacy.distributed:
+            return None
+        vector = np.zeros(layout.size)
+        for place, slot in layout.slots.items():
+            values, weights = slot.parts(place)
+            counted = layout.specs[place.item].kind == "class_sums"  # its weights count private rows
+            parts = slice(values.start, weights.stop) if counted else values
+            draws = self.federation.noise.generator("share", round, client, *map(str, astuple(place)))
+            drawn = torch.randn(parts.stop - parts.start, generator=draws, dtype=torch.float64)
+            vector[parts] = drawn.numpy() * (protection.deviation(place.item) / math.sqrt(shares) / unit)
+        return vector
 
     def rows(self, client: str) -> int:
         return self.federation.cards[client].n

@@ -83,3 +83,27 @@ def test_compression_goes_with_rules_and_with_asynchronous_runs(method: str) -> 
     held = rounds_of(asked)
     again = rounds_of(asked)
     assert all(torch.equal(t, again.server.models[s][n]) for s, m in held.server.models.items() for n, t in m.items())
+
+
+def test_shares_of_noise_add_up_to_the_noise_of_the_sum() -> None:
+    """Four clients, of whom three have to stay: the variance is 4/3 of what the server would add."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        z, clip, clients = 0.5, 2.0, 4
+        noise = {"unit": "client", "clip": clip}
+        runs = [
+            rounds_of(config("fedavg", "cnn_gn_small", clients, **SECURE, privacy={**noise, **more}, rounds=1))
+            for more in ({"noise_multiplier": z, "distributed": True}, {"noise_multiplier": 1e-9})
+        ]
+        ((_, noisy),), ((_, exact),) = (run.server.models.items() for run in runs)
+        drawn = torch.cat([(noisy[n] - exact[n]).flatten() for n in noisy if noisy[n].is_floating_point()])
+        expected = z * clip * (4 / 3) ** 0.5 / clients
+        assert abs(float(drawn.std()) / expected - 1) < 5 / (2 * len(drawn)) ** 0.5
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_shares_of_noise_need_a_secure_sum() -> None:
+    alone = {"privacy": {"unit": "client", "noise_multiplier": 1.0, "distributed": True}}
+    with pytest.raises(UserError, match=r"privacy\.distributed: needs channel\.secure_sum"):
+        prepare(config("fedavg", "cnn_gn_small", 4, **alone))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Generator, Mapping
 from typing import Protocol as Interface
 
+import numpy as np
+
 from hetero_fl.channel.protocol import Message, Messages, Replies, Summed, Talk
 from hetero_fl.channel.secure.client import Notes, Packer, answer
 from hetero_fl.channel.secure.fixed_point import FixedPoint
@@ -27,6 +29,10 @@ class Agreed(Interface):
 
     def group(self, client: str) -> str:
         """The architecture group of a client."""
+        ...
+
+    def noise(self, client: str, round: int, layout: Layout, unit: float, shares: int) -> np.ndarray | None:
+        """What a client adds to its vector so that as many such shares are the noise of the sum; None: nothing."""
         ...
 
     def rows(self, client: str) -> int:
@@ -63,13 +69,15 @@ class SecureSum:
             layout = self.agreed.layout(round)
             if digest != self._digest(layout):
                 raise PayloadError("another layout of the sum than agreed")
-            return lambda upload, unit: self.vector(client, Payload.decode(upload), layout, unit)
+            return lambda upload, unit: self.vector(client, Payload.decode(upload), layout, unit, round)
 
         return (yield from answer(client, message, notes, packer))
 
-    def vector(self, client: str, payload: Payload, layout: Layout, unit: float) -> Words:
+    def vector(self, client: str, payload: Payload, layout: Layout, unit: float, round: int) -> Words:
         """The integers of an upload, before they are masked. Raises PayloadError for what has no place or is too large."""
-        return self.fixed.encode(layout.pack(self.agreed.group(client), payload, unit))
+        packed = layout.pack(self.agreed.group(client), payload, unit)
+        noise = self.agreed.noise(client, round, layout, unit, self.survivors)
+        return self.fixed.encode(packed if noise is None else packed + noise)
 
     def sizes(self, cohort: int, round: int, broadcast: int) -> tuple[int, int]:
         """Bytes down to a client and up from it in a round of so many that nobody leaves, for a broadcast of that length."""

@@ -31,6 +31,10 @@ class RunFailed(Exception):
     """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
 
 
+class GivenUp(RunFailed):
+    """A round's protocol ended without a result: fewer took part to its end than it needs. Nothing of the round was learnt."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, after which what lies in `path` can be gone on with."""
 

@@ -189,6 +189,7 @@ class RuledItems:
     def _predictions(self) -> tuple[Tensor, Tensor] | None:
         how = prediction_rule[self.rules.config.predictions](self.rules.config)
         said = torch.stack([item.values for item in self._items if isinstance(item.values, Tensor)])
+        dtype, said = said.dtype, said.double()  # sums and squares of the largest numbers that can be sent stay finite
         liars = self.rules.config.liars_among(len(said))
         if len(said) < how.least(liars):
             self.rules.too_few.setdefault(self.name, []).append("")
@@ -199,4 +200,4 @@ class RuledItems:
         made = how.combine(said - level, liars, [card.id for card in self.senders], memory)
         if apart:  # as a row of probabilities sums to one again
             made = made - made.mean(-1, keepdim=True) + middle(level)
-        return made, torch.tensor(float(len(said)), dtype=made.dtype)
+        return made.to(dtype), torch.tensor(float(len(said)), dtype=dtype)

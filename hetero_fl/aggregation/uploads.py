@@ -167,7 +167,8 @@ class Uploads:
         means = self._models[name].by_group() if name in self._models else {}
         if self._noise is None:
             return means
-        return self._noise.by_group(name, means, self._models[name].weights_by_group() if name in self._models else {})
+        weights = self._models[name].weights_by_group() if name in self._models else {}
+        return self._noise.by_group(name, means, weights, self._senders.get(name, []))
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
         """The sum of weights behind each tensor of `mean_by_group`."""

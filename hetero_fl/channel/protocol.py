@@ -67,7 +67,7 @@ class Protocol(Interface):
     """The two sides of a round. The request that a client trains on is called "train"."""
 
     def collect(self, broadcasts: Mapping[str, bytes], round: int) -> Generator[Messages, Replies, Arrivals | Summed]:
-        """Server: yields requests, is sent the replies, returns what arrived."""
+        """Server: yields requests, is sent the replies, returns what arrived. Raises GivenUp where that can be nothing."""
         ...
 
     def answer(self, client: str, message: Message, round: int, notes: MutableMapping[str, bytes]) -> Talk:

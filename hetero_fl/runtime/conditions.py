@@ -43,6 +43,13 @@ class Conditions:
             raise UserError("cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time")
         if policy.least > (per_round or len(federation.cards)):
             raise UserError(f"cohort.least: found {policy.least}, but {per_round or len(federation.cards)} are invited")
+        secret = config.channel.secure_sum
+        if policy.too_few == "repeat" and secret is not None and policy.least > secret.survivors(federation.cohort):
+            raise UserError(
+                f"cohort.least: found {policy.least}, with cohort.too_few: repeat and channel.secure_sum, which opens sums of "
+                f"{secret.survivors(federation.cohort)}: of two sums of a round the difference tells single uploads; take no "
+                "more, or too_few: skip"
+            )
         devices = Devices.of(federation, config.devices)
         faults = Faults(config.faults, devices)
         simulated = own or any(found is not None for found in (config.devices, config.faults, policy.deadline))

@@ -33,6 +33,11 @@ def check_plan(config: Config) -> None:
         raise UserError(
             f"runtime.mode: found async, with {where}; what is spent is planned for cohorts, round by round"
         )
+    if config.init_from is not None:
+        raise UserError(
+            f"init_from: found {config.init_from}, with {where}; what those models know of private rows is not counted in ε; "
+            "leave one of them out"
+        )
     more = {
         "cohort.sampling": cohort.sampling if cohort.sampling != "uniform" else None,
         "cohort.over_selection": cohort.over_selection if cohort.over_selection > 1 else None,
@@ -49,6 +54,11 @@ def check_plan(config: Config) -> None:
         )
     if privacy.unit == "client" and (key := single_uploads(config)) is not None:
         raise UserError(f"{key}: cannot be had with {where}: noise is added to sums; take unit: record or local")
+    if privacy.poisson_cohorts and config.channel.secure_sum is not None:
+        raise UserError(
+            "privacy.poisson_cohorts: cannot be had with channel.secure_sum, which is agreed on for cohorts of one size; leave "
+            "one of them out"
+        )
     if privacy.unit == "client" and config.channel.compress:
         raise UserError(
             f"channel.compress: found {config.channel.compress[0].name}, which changes uploads after they were bounded, with "

@@ -116,6 +116,10 @@ class PrivateGradients:
         """Clip gradients `[rows, …]`, over all that is trained together, and add them up."""
         squares = torch.stack([g.flatten(1).square().sum(1) for g in each.values()]).sum(0)
         factor = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        if not bool(
+            (here := squares.isfinite()).all()
+        ):  # such a row would end the fit, and so tell of itself: it counts nought
+            factor, each = factor.where(here, 0), {n: g.where(_beside(here, g), 0) for n, g in each.items()}
         for name, gradients in each.items():
             if len(factor) == 1:
                 total[name].add_(gradients[0] * factor[0])
@@ -158,6 +162,11 @@ def _alone(live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Tenso
     found = torch.autograd.grad(loss, list(live.trainable.values()), allow_unused=True)
     pairs = zip(live.trainable.items(), found, strict=True)
     return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
+
+
+def _beside(rows: Tensor, like: Tensor) -> Tensor:
+    """`[rows]` in a shape that broadcasts against `[rows, …]`."""
+    return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _net(template: Template, tensors: Mapping[str, Tensor]) -> Net:

@@ -116,6 +116,9 @@ class Guard(Tally):
         asked = Predict(step.slot, step.data, of, step.batch_size)
         (raw,) = self.performer.perform([(participant, asked)])
         values = readout(step, Outputs(logits=raw, features=raw))
+        values = values.where(
+            values.norm(dim=-1, keepdim=True).isfinite(), 0
+        )  # else one row could spoil the sum, and tell
         values = values * (clip / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
         sums, counts = class_sums(values, step.data.columns(participant)["y"], classes)
         draws = (*participant.stream("class sums"), "noise")

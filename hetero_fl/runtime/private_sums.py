@@ -62,14 +62,14 @@ class PrivateSums:
         def elect(name: str, votes: Tensor) -> Tensor:
             return elected(votes, specs[name].says) if privacy.votes and specs[name].says else votes
 
-        noise = SumNoise(deviation, draw, elect)
+        noise = SumNoise(deviation, draw, lambda card: federation.cards.kind(card.id).first, elect)
         for kind in federation.cards.kinds:
             card = federation.cards[kind.first]
             got = asked(card)
             for name, like in self.expectations.of(card, got, round).items():
                 before = got.item(name) if name in got else None
                 group = "" if specs[name].across else card.arch.id
-                noise.expect(name, like, before, kind.count * self.share, group, federation.common)
+                noise.expect(name, like, before, kind.count * self.share, card, group, federation.common)
         return noise
 
     def check(self) -> None:

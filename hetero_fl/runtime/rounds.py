@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from hetero_fl.aggregation import Uploads
 from hetero_fl.channel.protocol import Message, Messages, Replies, Traffic, hold_round
-from hetero_fl.errors import RunFailed
+from hetero_fl.errors import GivenUp, RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.runtime.deliveries import befallen, once
 from hetero_fl.runtime.executor import Reply, in_turn
@@ -27,11 +27,12 @@ CHANGED = "upload refused: its bytes are not those that were sent"
 
 @dataclass
 class Held:
-    """One attempt at a round: its tasks, what was taken, and why the others' uploads were not."""
+    """One attempt at a round: its tasks, what was taken, why the others' uploads were not, and why the protocol was given up."""
 
     schedule: Schedule
     taken: Taken = field(default_factory=lambda: Taken(Uploads()))
     failed: dict[str, str] = field(default_factory=dict)
+    given_up: GivenUp | None = None
 
     @property
     def counts(self) -> Counter[str]:
@@ -134,7 +135,12 @@ class Rounds(Session):
                 replies = once(befallen(replies, fates, self.federation.seed, "changed", task))
             return filter(usable, replies)
 
-        arrivals = hold_round(self.protocol, self.broadcasts(plan.asked), exchange, traffic, index)
+        try:
+            arrivals = hold_round(self.protocol, self.broadcasts(plan.asked), exchange, traffic, index)
+        except GivenUp as error:
+            held.given_up = error
+            failed.update({c: "the round was given up" for c in plan.asked if c not in failed})
+            return
         held.taken = self.intake.take(arrivals, self.heard(index), index)
         for client, why in held.taken.refused.items():
             failed.setdefault(client, f"upload refused: {why}")
@@ -164,6 +170,8 @@ class Rounds(Session):
         """A round that changes nothing; or RunFailed, where that is the policy."""
         if self.conditions.too_few == "skip":
             return self.store.discard()
+        if held.given_up is not None:
+            raise held.given_up
         found, least = len(held.taken.uploads), self.conditions.policy.least
         what = f"{found} of at least {least} usable uploads" if least > 1 else "no usable upload"
         raise RunFailed(

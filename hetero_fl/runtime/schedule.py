@@ -83,8 +83,8 @@ def schedule(cohort: Sequence[str], conditions: Conditions, sizes: Sizes, at: fl
     good = [t for t in tasks.values() if not t.fate.fails and t.fate.what != "corrupted" and t.ends <= closing]
     good.sort(key=lambda task: (task.ends, turn[task.client]))
     wanted = min(len(cohort), conditions.per_round or len(cohort))
-    waited = min(closing, max(task.ends for task in tasks.values()))
-    end = good[wanted - 1].ends if len(good) >= wanted else waited
+    waited = min(closing, max((task.ends for task in tasks.values()), default=at))
+    end = good[wanted - 1].ends if good and len(good) >= wanted else waited
     taken = {task.client for task in good[:wanted]}
     made = Schedule(tasks, at, end, [])
     for client, task in tasks.items():

@@ -93,9 +93,11 @@ class Site:
             asked = requests[id]
             clients[id] = self.federation.client(id, self.store.get(id), asked.round, asked.again)
             clients[id].work, got[id] = asked.work, self.links.received(asked.round, body)
-        plans = [(p, self.algorithm.train(p, got[c])) for c, p in clients.items()]
-        uploads: dict[str, bytes | Diverged] = {}
         performer = self.protection.guarded(clients.values(), self.performer)
+        plans = [
+            (p, self.algorithm.train(p, got[c])) for c, p in clients.items()
+        ]  # own ones may read rows when they are made
+        uploads: dict[str, bytes | Diverged] = {}
         for outcome, (id, client) in zip(
             carry_out_together(plans, performer, self._telling), clients.items(), strict=True
         ):

@@ -168,3 +168,15 @@ def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
     second.restore(first.tree())
     first.round()
     assert first.tree()["aggregation"] == whole.tree()["aggregation"]
+
+
+@pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])
+def test_the_largest_numbers_of_all_are_borne(name: str, cards: list[Any]) -> None:
+    """An upload is finite, but the sum of a row of it need not be."""
+    most = torch.finfo(torch.float32).max
+    said = torch.randn(7, 6, 4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    said[0], said[0, :, 0] = most, -most
+    terms = rules(predictions=name, liars=1)
+    for _ in range(2):
+        got = uploads(cards, [{"logits": Item(row)} for row in said], terms).mean("logits")
+        assert got is not None and got.dtype == torch.float32 and float(got.abs().max()) < 5

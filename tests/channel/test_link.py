@@ -130,7 +130,7 @@ def test_top_k_of_one_per_cent_in_eight_bits_is_at_most_1_6_per_cent_of_the_cnn(
     [[{"topk": 0.1}], [{"topk": 0.1}, {"quantize": 8}], [{"topk": 0.9}, {"quantize": 3}], [{"topk": 0.9}, "half"]],
 )
 def test_what_was_not_sent_is_kept_to_the_last_bit(chain: list[Any]) -> None:
-    """decoded + kept = update + kept before, as real numbers: float64 holds these sums of float32 exactly."""
+    """decoded + kept, in exact numbers, is the float32 sum of update and kept before (float64 holds sums of two float32)."""
     by, memory, kept = link(*chain), dict[str, Any](), torch.zeros(1000)
     for round in range(30):
         start, moved = (

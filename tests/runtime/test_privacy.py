@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def client_of(source: dict[str, Any]) -> Participant:
         (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts belongs to unit: client"),
         (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "take more than 0.5"),
         (private("fedavg", {**CLIENT, "votes": True}), "sends no word on classes"),
+        (private("fedavg", RECORD, init_from="runs/other"), "init_from: found runs/other"),
     ],
 )  # fmt: skip
 def test_refused_in_one_line_when_the_configuration_is_loaded(source: dict[str, Any], line: str) -> None:
@@ -177,6 +179,30 @@ def test_class_sums_are_clipped_and_noised() -> None:
     assert bool((keeper.perform([(client, step)])[0][1] >= 0).all())
 
 
+def test_a_row_that_is_not_finite_does_not_spoil_class_sums() -> None:
+    client = client_of(private("fedproto", RECORD))
+    columns = client.data("train", None)
+    columns = {**columns, "x": torch.cat([columns["x"][:1] * float("inf"), columns["x"][1:]])}
+    client.data = lambda name, through: columns
+    sums, counts = guard(client).perform([(client, ClassSums("model", readout="features"))])[0]
+    assert bool(sums.isfinite().all()) and bool(counts.isfinite().all())
+
+
+def test_rows_that_a_plan_reads_when_it_is_made_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` need not be a generator itself: what it does before it returns one is outside of all steps, too."""
+    rounds = rounds_of(private("fedavg", RECORD), held=0)
+    method = rounds.algorithm
+    train = type(method).train
+
+    def eager(self: Any, client: Participant, got: Payload) -> Any:
+        client.data("train", None)
+        return train(self, client, got)
+
+    monkeypatch.setattr(type(method), "train", eager)
+    with pytest.raises(UserError, match="outside of its steps"):
+        rounds.round()
+
+
 def test_label_counts_are_noised_once_and_for_all() -> None:
     prepared = prepare(private("hybrid", RECORD))
     known = prepared.federation.counts("site_1")
@@ -223,6 +249,36 @@ def test_updates_are_clipped_to_their_bound() -> None:
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
     assert upload.item("model").weight == 1.0 and upload.report == {}
+
+
+def test_what_is_common_to_models_that_began_apart_moves_by_bounded_updates() -> None:
+    """Two architectures start a common head from different numbers: taking part, a client moves it by its clip over the expected
+    number at most, not by how far the two heads are apart."""
+    models = [{"name": "mlp", "hidden": [32, 24]}, {"name": "mlp", "hidden": [16, 24]}]
+    quiet = {**CLIENT, "noise_multiplier": 1e-9, "clip": 0.1}
+    for secure in ({}, {"channel__secure_sum": {}}):
+        rounds = rounds_of(private("fedavg", quiet, models, clients=5, clients__common=["head."], **secure), held=0)
+        heads = [dict(model) for model in rounds.server.models.values()]
+        assert float((heads[0]["head.weight"] - heads[1]["head.weight"]).norm()) > 1
+        failing(rounds, "site_2")
+        rounds.round()
+        for before, model in zip(heads, rounds.server.models.values(), strict=True):
+            moved = torch.cat([(model[n] - before[n]).flatten() for n in before if n.startswith("head.")])
+            assert 0 < float(moved.norm()) < 0.1
+
+
+def failing(rounds: Any, client: str) -> None:
+    """This client's training comes to nothing."""
+    site = rounds.executor.site
+    release = site.protection.release
+
+    def released(participant: Participant, *rest: Any) -> Payload:
+        upload = release(participant, *rest)
+        if participant.id == client:
+            upload = Payload({n: replace(upload.item(n), weight=-1.0) for n in upload})
+        return upload
+
+    object.__setattr__(site.protection, "release", released)
 
 
 def test_rows_and_class_sums_are_noised_as_sums() -> None:
@@ -283,6 +339,9 @@ def test_poisson_cohorts_are_of_any_size_and_cheaper() -> None:
     rounds.completed = empty
     before = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}
     rounds.round()  # nobody came: the noise comes all the same
+    timed = rounds_of(private("fedavg", {**CLIENT, "poisson_cohorts": True}, devices={}, **changes), held=0)
+    timed.completed = empty
+    assert timed.round()["counts"]["invited"] == 0
     after = next(iter(rounds.server.models.values()))
     assert all(not torch.equal(before[n], t) for n, t in after.items())
 

@@ -142,6 +142,27 @@ def test_the_penalty_and_what_is_public_are_not_clipped() -> None:
     assert all(torch.allclose(found[n], p.grad, atol=1e-6) for n, p in module.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("value", [float("inf"), 1e30])
+def test_a_row_without_a_finite_gradient_counts_nought(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one row could end the fit, which is seen whatever the noise. Together and row by row."""
+    import hetero_fl.runtime.private_fit as private_fit
+
+    def spoilt(rows: int) -> dict[str, Tensor]:
+        participant = client("mlp")
+        columns = {n: t[:rows].clone() for n, t in participant.data("train", None).items()}
+        columns["x"][0] *= value
+        participant.data = lambda name, through: columns
+        return moved(participant, whole(participant), clip=0.2)
+
+    found = spoilt(24)
+    monkeypatch.setattr(private_fit, "MEMORY", 1)
+    one_by_one = spoilt(24)
+    alone = spoilt(1)
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in alone.values())
+    assert all(torch.allclose(found[n], t, atol=1e-6) for n, t in one_by_one.items())
+    assert sum(float(t.square().sum()) for t in found.values()) > 0
+
+
 class Silent(Objective):
     """A loss without a gradient to speak of."""
 

@@ -28,7 +28,7 @@ from tests.small import MIXED, config, rounds_of
 
 SINGLE = ["ensemble", "feddf", "fedtgp", "fedgh", "fedgen", "fedkd", "kt_pfl", "fedgkt", "dense"]
 NOTHING = ["local", "centralized"]
-SUMMED = [m for m in METHODS if m not in (*SINGLE, *NOTHING)]
+SUMMED = [m for m in METHODS if m not in (*SINGLE, *NOTHING, "fedasync", "fedbuff")]  # these two have no cohort
 NO_REPORT = {"plots": False, "report": False}
 
 
@@ -192,6 +192,19 @@ def test_too_few_fail_the_round_in_one_line_and_nothing_is_kept(monkeypatch: pyt
     assert {c: rounds.store.encoded(c) for c in rounds.federation.cards} == before and not rounds.store.notes
 
 
+@pytest.mark.parametrize("too_few", ["skip", "repeat", None])
+def test_a_sum_that_is_given_up_is_a_round_with_too_few(too_few: str | None) -> None:
+    """Of five clients whose uploads are lost half the time four seldom are left: such rounds are skipped, or tried again."""
+    more: dict[str, Any] = {"cohort": {"too_few": too_few, "attempts": 100}} if too_few else {}
+    rounds = rounds_of(secure("fedper", "mlp", clients=5, faults={"lost": 0.4}, **more), held=0)
+    records = [rounds.round() for _ in range(5)]
+    assert any(r.get("skipped") or r.get("attempts", 1) > 1 for r in records)
+    assert [bool(r.get("skipped")) for r in records] == [r["counts"]["arrived"] < 4 for r in records]
+    for record in records:
+        counts = record["counts"]
+        assert counts["invited"] == counts["arrived"] + counts["failed"] == 5 * record.get("attempts", 1)
+
+
 def test_what_is_out_of_range_is_told() -> None:
     rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 0.25}), held=0)
     with pytest.raises(RunFailed, match=r"found .*, but channel\.secure_sum\.range is 0\.25"):
@@ -291,6 +304,9 @@ def test_a_chain_that_rounds_goes_with_a_sum(chain: Any, double: None) -> None:
         ({"channel__compress": [{"randk": 0.1}]}, ("channel.compress: found randk", "quantize or half")),
         ({"aggregation__rule": "median"}, ("aggregation.rule: median", "channel.secure_sum")),
         ({"attacks": {"name": "sign_flip"}}, ("attacks.name: sign_flip", "channel.secure_sum")),
+        ({"cohort": {"least": 4, "too_few": "repeat"}, "faults": {"lost": 0.1}}, ("cohort.least", "channel.secure_sum")),
+        ({"clients__per_round": 3, "privacy": {"unit": "client", "noise_multiplier": 1.0, "poisson_cohorts": True}},
+         ("privacy.poisson_cohorts", "channel.secure_sum")),
     ],
 )  # fmt: skip
 def test_what_needs_single_uploads_is_refused_beside_a_sum(changes: dict[str, Any], both: tuple[str, str]) -> None:

@@ -51,7 +51,7 @@ class SecureSum:
         self.survivors, self.fixed = config.survivors(cohort), FixedPoint.of(config, cohort)
 
     def collect(self, broadcasts: Mapping[str, bytes], round: int) -> Generator[Messages, Replies, Summed]:
-        """Raises RunFailed where too few stay."""
+        """Raises GivenUp where too few stay."""
         layout = self.agreed.layout(round)
         held = Conversation(
             broadcasts, self.survivors, self.config.neighbours, (self._digest(layout), layout.size),

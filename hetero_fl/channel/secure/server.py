@@ -17,7 +17,7 @@ from hetero_fl.channel.secure.client import pair_mask
 from hetero_fl.channel.secure.graph import degree, neighbourhoods, threshold_of
 from hetero_fl.channel.secure.masks import Words, mask
 from hetero_fl.channel.secure.messages import REPLIES, TAG, Arrays, numbers_of, read, row, write
-from hetero_fl.errors import RunFailed
+from hetero_fl.errors import GivenUp
 from hetero_fl.lazy import Lazy
 from hetero_fl.payload import PayloadError
 
@@ -194,7 +194,7 @@ class Conversation:
     def _enough(self, there: Iterable[int], ask: str) -> None:
         if (count := len(list(there))) < self.survivors:
             client, why = next(iter(self.left.items()), ("nobody", "left"))
-            raise RunFailed(
+            raise GivenUp(
                 f"round {self.round + 1}: the secure sum is given up at {ask!r}: {count} of {len(self.names)} clients are "
                 f"left, channel.secure_sum.threshold asks for {self.survivors} ({client}: {why})"
             )
@@ -206,7 +206,7 @@ class Conversation:
             found = shamir.combine(dict((held + held)[start : start + self.threshold]))
             if found is not None and right(found):
                 return found
-        raise RunFailed(
+        raise GivenUp(
             f"round {self.round + 1}: the secure sum is given up at 'unmask': of the {len(held)} shares of "
             f"{self.names[number]}'s secret too few are there or right, {self.threshold} are needed"
         )

@@ -16,7 +16,7 @@ import pytest
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
 from tests.runtime import paces
-from tests.small import MIXED, config
+from tests.small import MIXED, TOP, config
 
 KILLS = 10  # in either mode
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -36,6 +36,7 @@ def source(**faults: Any) -> dict[str, Any]:
         devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
         faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1, **faults},
         cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
+        channel=TOP,  # and what they have not sent yet
     )
 
 

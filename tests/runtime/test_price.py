@@ -15,7 +15,7 @@ from hetero_fl.runtime.price import Price, price
 from hetero_fl.runtime.rehearsal import price_of_queue
 from tests.runtime.paces import source as paced
 from tests.runtime.test_asynchronous import SUMS
-from tests.small import MIXED, config, rounds_of
+from tests.small import MIXED, TOP, config, rounds_of
 
 METHODS = [
     "local",
@@ -132,7 +132,6 @@ def test_what_an_own_method_sends_may_depend_on_the_round() -> None:
 
 
 # Asynchronous runs --------------------------------------------------------------------------------------------------
-TOP: dict[str, Any] = {"compress": [{"topk": 0.1}, {"quantize": 8}]}
 
 
 def rehearsed_and_counted(source: dict[str, Any]) -> tuple[Price, list[int], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from hetero_fl.aggregation.averaging import tie
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.algorithms.fedasync import Stale
@@ -63,11 +64,13 @@ class FedBuff(Stale):
             model = server.models[group]
             moved = {n: model[n] + self.server_lr * shares[group][n] * change for n, change in mean.items()}
             server.models[group] = {**model, **moved}
+        tie(server.models, server.common, shares)
         shares = mean_weights(uploads, BUFFERS)
         for group, mean in uploads.mean_by_group(BUFFERS).items():
             model = server.models[group]
             near = {n: model[n].lerp(tensor, shares[group][n]) for n, tensor in mean.items()}
             server.models[group] = {**model, **near}
+        tie(server.models, server.common, shares)
         yield from ()
 
 

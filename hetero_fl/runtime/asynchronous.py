@@ -72,7 +72,7 @@ class Asynchronous(Session):
         self.staleness = algorithm.discount or staleness or StalenessConfig()
         self.queue = Queue()
         self.version, self.given = 0, 0  # aggregations, tasks
-        self._buffer: list[tuple[str, Payload]] = []
+        self._buffer: list[tuple[str, Payload, float]] = []  # what came from whom, and what staleness leaves of it
         self._asked: Counter[str] = Counter()  # tasks of this version by client
         self._fillings = 0  # of places, in this version
         self._barren: Counter[str] = Counter()  # tasks that came to nothing since the last upload was taken
@@ -159,7 +159,7 @@ class Asynchronous(Session):
         self.store.commit([task.client])
         self._barren.clear()
         tally.took(task, payload, versions)
-        self._buffer.append((task.client, discounted(payload, self.staleness.weight(versions))))
+        self._buffer.append((task.client, payload, self.staleness.weight(versions)))
         if len(self._buffer) >= self.goal:
             self._aggregate()
 
@@ -188,8 +188,8 @@ class Asynchronous(Session):
     def _aggregate(self) -> None:
         """The buffer becomes the next version."""
         self._clock(self.version)
-        cards = self.federation.cards  # by id, and of one client as they came
-        self._combine([Upload(cards[c], p) for c, p in sorted(self._buffer, key=lambda entry: natural(entry[0]))])
+        cards, came = self.federation.cards, sorted(self._buffer, key=lambda entry: natural(entry[0]))
+        self._combine([Upload(cards[c], discounted(payload, worth), worth) for c, payload, worth in came])
         self._buffer.clear()
         self._asked.clear()
         self._fillings = 0
@@ -223,7 +223,7 @@ class Asynchronous(Session):
             "count": [self.version, self.given, self._fillings],
             "asked": dict(self._asked),
             "barren": dict(self._barren),
-            "buffer": [[client, as_tensor(payload.encode())] for client, payload in self._buffer],
+            "buffer": [[client, as_tensor(payload.encode()), worth] for client, payload, worth in self._buffer],
             "queue": self.queue.tree(),
         }
 
@@ -232,5 +232,5 @@ class Asynchronous(Session):
         self.version, self.given, self._fillings = tree["count"]
         self._encoded = self._encoder()
         self._asked, self._barren = Counter(tree["asked"]), Counter(tree["barren"])
-        self._buffer = [(client, Payload.decode(as_bytes(body))) for client, body in tree["buffer"]]
+        self._buffer = [(client, Payload.decode(as_bytes(body)), worth) for client, body, worth in tree["buffer"]]
         self.queue = Queue.of(tree["queue"], self.conditions.faults.fate)

@@ -162,3 +162,16 @@ def interrupted_run(out: str) -> None:
 
     Rounds.round = round_then_interrupt  # type: ignore[method-assign]
     sys.exit(main(["--config", str(path), "--out", out], command="train"))
+
+
+def test_nor_is_one_with_another_file_of_devices(tmp_path: Path) -> None:
+    file = tmp_path / "devices.csv"
+    file.write_text("speed\n1e6\n")
+    made = config("fedavg", "mlp", rounds=2, devices={"file": str(file)}, output={"plots": False, "report": False})
+    run(made, out=tmp_path / "a")
+    (tmp_path / "a" / "summary.json").unlink()
+    file.write_text("speed\n2e6\n")
+    with pytest.raises(UserError, match=r"^devices\.file: .*devices\.csv is not what this run began with"):
+        run(made, out=tmp_path / "a", resume=True)
+    file.write_text("speed\n1000000\n")
+    run(made, out=tmp_path / "a", resume=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hetero_fl.algorithms.fednova import path
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.state import floats
 from tests.algorithms.by_hand import apart, clients, module, train
 from tests.small import MIXED, config, rounds_of

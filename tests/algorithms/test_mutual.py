@@ -16,7 +16,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare, run
 from hetero_fl.mutual import AdaptiveMutual, Mutual, as_shape
-from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.nets import Batch, Net, Nets
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Rows
 from hetero_fl.runtime.plans import carry_out

@@ -44,7 +44,7 @@ def at_any_time() -> dict[str, Any]:
     """The same clients at their own pace, with all that can go wrong."""
     made = source()
     made["runtime"] |= {"mode": "async", "buffer": 2}
-    return {**made, "devices": paces.SLOW, "faults": paces.FAULTS}
+    return {**made, "devices": paces.SLOW, "faults": paces.FAULTS, "cohort": {}}
 
 
 MODES = {"sync": source, "async": at_any_time}

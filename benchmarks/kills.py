@@ -1,99 +1,162 @@
 #!/usr/bin/env python3
 """SIGKILL at random moments: resumed runs end with the models of uninterrupted ones, byte for byte.
 
-    python benchmarks/kills.py [--kills 100]
+    python benchmarks/kills.py [--kills 100] [--each 5] [--out DIR]
 
-Hybrid on scikit-learn's digits, clients with heads of their own; in turn serial, batched, with worker processes, and asynchronous
-with faults. Each run is killed once (half of them while rounds are held), resumed, and its models and figures are compared.
+Hybrid with top-k on scikit-learn's digits, four clients of three architectures with heads of their own; in turn serial, batched,
+with worker processes, and asynchronous with faults. A run is killed `--each` times, at any moment from its start on, is
+resumed after each, and its models and figures are compared with those of a run that nobody killed. With `--out`, where the
+count is kept, the same command goes on where it was left.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
-BASE = ["rounds=4", "algorithm.heads=keep", "output.plots=false", "output.report=false", "runtime.threads=1"]
-SLOW = [
-    "devices.speed.median=1e7",
-    "devices.speed.sigma=0.9",
-    "faults.lost=0.1",
-    "faults.corrupted=0.1",
-    "faults.twice=0.1",
-]
-KINDS = {
-    "serial": ["runtime.executor=serial"],
-    "batched": ["runtime.executor=batched"],
-    "processes": ["runtime.executor=processes", "runtime.workers=2"],
-    "asynchronous": ["runtime.executor=serial", "runtime.mode=async", "runtime.buffer=2", *SLOW],
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hetero_fl.experiment import run
+
+Source = dict[str, Any]
+CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all runs
+CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets"])
+SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5}
+FAULTS = {"before": 0.05, "during": 0.05, "lost": 0.1, "late": 0.1, "twice": 0.1, "corrupted": 0.1, "delay": 5.0}
+KINDS: dict[str, Source] = {
+    "serial": {"runtime": {"executor": "serial"}},
+    "batched": {"runtime": {"executor": "batched"}},
+    "processes": {"runtime": {"executor": "processes", "workers": 2}},
+    "asynchronous": {
+        "runtime": {"executor": "serial", "mode": "async", "buffer": 2},
+        "devices": SLOW,
+        "faults": FAULTS,
+    },
 }
 
 
-def start(out: Path, kind: str) -> subprocess.Popen[bytes]:
-    """A run, or what is left of it, in a process of its own."""
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "train.py"),
-        "--config",
-        str(ROOT / "configs" / "digits_quickstart.yaml"),
-    ]
-    resume = ["--resume"] if (out / "config.yaml").exists() else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(
-        [*command, "--out", str(out), *resume, *BASE, *KINDS[kind]], env=environment, stderr=quiet, stdout=quiet
-    )
+def source(kind: str) -> Source:
+    """The configuration of that kind of run."""
+    models = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
+    made: Source = {
+        "name": "kills",
+        "rounds": 8,
+        "data": {
+            "name": "digits",
+            "train_limit": 330,
+            "test_limit": 90,
+            "partition": {"kind": "dirichlet", "alpha": 0.5, "min_size": 30},
+            "proxy": {"size": 60},
+        },
+        "clients": {
+            "per_round": 3,
+            "defaults": {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "batch_size": 16},
+            "groups": [{"name": "site", "count": 4, "model": models}],
+        },
+        "algorithm": {"name": "hybrid", "heads": "keep"},
+        "channel": {"compress": [{"topk": 0.1}, {"quantize": 8}]},
+        "output": {"plots": False, "report": False},
+        **KINDS[kind],
+    }
+    made["runtime"] = {"threads": 1, **made["runtime"]}
+    return made
 
 
-def left(out: Path) -> tuple[dict[str, bytes], list[dict[str, object]]]:
+def go_on(kind: str, out: str) -> None:
+    """A run, or what is left of it."""
+    run(source(kind), out=out, resume=True)
+
+
+def start(kind: str, out: Path) -> Any:
+    """The same in a process of its own."""
+    process = CONTEXT.Process(target=go_on, args=(kind, str(out)))
+    process.start()
+    return process
+
+
+def left(out: Path) -> tuple[dict[str, bytes], list[Source]]:
     """Models and figures of a finished run."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figures = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
     return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}, figures
 
 
+def whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]], float]:
+    """What is left of a run that nobody kills, and how long it took; the first one, which may have to wait for imports, apart."""
+    for name in ("first", "whole"):
+        out, begun = folder / f"{name}-{kind}", time.monotonic()
+        shutil.rmtree(out, ignore_errors=True)
+        process = start(kind, out)
+        process.join()
+        if process.exitcode != 0:
+            raise SystemExit(f"{kind}: the uninterrupted run failed")
+        took = time.monotonic() - begun
+    return left(out), took
+
+
+def kill(process: Any, out: Path) -> tuple[int, int]:
+    """1 if it was alive until then, and 1 if in the middle of rounds."""
+    process.kill()
+    process.join()
+    hit = process.exitcode == -signal.SIGKILL
+    mid = hit and any((out / "checkpoint").glob("*.ckpt")) and not (out / "summary.json").exists()
+    return int(hit), int(mid)
+
+
 def main() -> None:
     """Kill, resume, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="in all")
+    parser.add_argument("--each", type=int, default=5, help="of one run, at most")
+    parser.add_argument("--out", type=Path, help="where the count is kept; none: nowhere")
     options = parser.parse_args()
-    rng, wrong, mid = random.Random(os.urandom(8)), 0, 0
-    with tempfile.TemporaryDirectory() as folder:
-        want, took = {}, {}
-        for kind in KINDS:
-            begun, out = time.monotonic(), Path(folder) / kind
-            if start(out, kind).wait() != 0:
-                raise SystemExit(f"{kind}: the uninterrupted run failed")
-            want[kind], took[kind] = left(out), time.monotonic() - begun
-        for i in range(options.kills):
-            kind, out = list(KINDS)[i % len(KINDS)], Path(folder) / f"killed{i}"
-            process = start(out, kind)
-            if i // len(KINDS) % 2:
-                time.sleep(rng.uniform(0, 0.95) * took[kind])
-            else:
-                while not (out / "metrics.jsonl").exists() and process.poll() is None:
-                    time.sleep(0.002)
-                time.sleep(rng.uniform(0, 0.3) * took[kind])
-            process.kill()
-            mid += (
-                process.wait() == -signal.SIGKILL
-                and (out / "checkpoint").exists()
-                and not (out / "summary.json").exists()
-            )
-            same = start(out, kind).wait() == 0 and left(out) == want[kind]
-            wrong += not same
-            if not same:
-                print(f"kill {i} ({kind}): the resumed run is another one", flush=True)
-    print(f"{options.kills} kills, {mid} of them in the middle of rounds: {wrong} resumed runs differ")
-    sys.exit(bool(wrong))
+    rng = random.Random(os.urandom(8))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        tally_file = folder / "tally.json"
+        tally = {"kills": 0, "mid": 0, "runs": 0, "wrong": 0}
+        if tally_file.exists():
+            tally = json.loads(tally_file.read_text())
+        references = {kind: whole(kind, folder) for kind in KINDS}
+        while tally["kills"] < options.kills:
+            kind, out = list(KINDS)[tally["runs"] % len(KINDS)], folder / "killed"
+            shutil.rmtree(out, ignore_errors=True)
+            (want, took), hits, mids = references[kind], 0, 0
+            while hits < min(options.each, options.kills - tally["kills"]):
+                process = start(kind, out)
+                time.sleep(rng.uniform(0, 0.8) * took)
+                hit, mid = kill(process, out)
+                hits, mids = hits + hit, mids + mid
+                if not hit:  # it had ended before
+                    break
+            process = start(kind, out)
+            process.join()
+            same = process.exitcode == 0 and left(out) == want
+            tally = {
+                "kills": tally["kills"] + hits,
+                "mid": tally["mid"] + mids,
+                "runs": tally["runs"] + 1,
+                "wrong": tally["wrong"] + (not same),
+            }
+            tally_file.write_text(json.dumps(tally))
+            print(f"{kind}: {hits} kills, {mids} in mid-run, {'the same' if same else 'ANOTHER run'}", flush=True)
+    print(
+        "{kills} kills of {runs} runs, {mid} of them in the middle of rounds: {wrong} resumed runs differ".format(
+            **tally
+        )
+    )
+    sys.exit(bool(tally["wrong"]))
 
 
 if __name__ == "__main__":

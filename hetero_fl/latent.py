@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.objectives import Batch, Given, Nets, Objective, Supervised, divergence
+from hetero_fl.nets import Batch, Given, Nets
+from hetero_fl.objectives import Objective, Supervised, divergence
 
 NEAREST = 1e-12  # a squared distance: below it the root has no gradient to speak of, and at nought none at all
 

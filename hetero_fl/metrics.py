@@ -1,4 +1,4 @@
-"""How good scores are: per model (`score`, `confusion`, `calibration`) and over many clients (`spread`).
+"""How good scores are, per model: `score`, `confusion`, `calibration`; over many clients see `hetero_fl.spread`.
 
 All figures are fractions (or in the unit of the target, for errors), computed in float64. A figure that is not defined
 is None, never NaN.
@@ -7,7 +7,7 @@ is None, never NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -215,29 +215,6 @@ def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[s
         "accuracy": _finite((hits / count).unbind()),
         "count": [int(c) for c in count],
     }
-
-
-def spread(values: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | int | None]:
-    """Over clients: for each metric m the mean as `m`, the population standard deviation `m_std`, and `m_worst`.
-
-    The worst is the minimum, for errors and losses the maximum. Undefined values are left out, and counted as
-    `m_undefined` where there are any; a metric that is defined for no client has None in all three. The order of
-    clients changes no bit.
-    """
-    found: dict[str, float | int | None] = {}
-    for name in dict.fromkeys(name for scores in values.values() for name in scores):
-        given = [scores.get(name) for scores in values.values()]
-        known = [float(v) for v in given if v is not None and math.isfinite(v)]
-        if known:
-            mean = math.fsum(known) / len(known)
-            found[name] = mean
-            found[f"{name}_std"] = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / len(known))
-            found[f"{name}_worst"] = max(known) if name in SMALLER_IS_BETTER else min(known)
-        else:
-            found |= dict.fromkeys((name, f"{name}_std", f"{name}_worst"))
-        if len(known) < len(given):
-            found[f"{name}_undefined"] = len(given) - len(known)
-    return found
 
 
 def _check(task: Task, logits: Tensor, y: Tensor) -> None:

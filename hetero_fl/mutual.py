@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.objectives import Batch, Given, Nets, Supervised, divergence
+from hetero_fl.nets import Batch, Given, Nets
+from hetero_fl.objectives import Supervised, divergence
 from model_zoo import Outputs
 
 SMALLEST = 1e-12  # a denominator: both models right and sure of it, to the last bit

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
-from hetero_fl.config.clients import AugmentConfig, OptimizerConfig
+from hetero_fl.config.clients import AugmentConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.made import Made, note
 from hetero_fl.objectives import Objective
 from hetero_fl.state import Columns, Part, Participant

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from hetero_fl.architecture import Architecture, Tensors
-from hetero_fl.config.clients import ClientSettings, OptimizerConfig
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.config.population import Population
 from hetero_fl.lazy import Recent
 from hetero_fl.order import in_order as in_order

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hetero_fl.mutual import as_shape
-from hetero_fl.objectives import Batch, Given, Nets, Objective
+from hetero_fl.nets import Batch, Given, Nets
+from hetero_fl.objectives import Objective
 from model_zoo import SplitModel
 
 Number = float | tuple[float, ...] | None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hetero_fl.objectives import Batch, Given, Nets, Objective, Supervised, divergence
+from hetero_fl.nets import Batch, Given, Nets
+from hetero_fl.objectives import Objective, Supervised, divergence
 
 TINY = 1e-12  # of a probability, before its logarithm
 

@@ -11,6 +11,9 @@ from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
 from hetero_fl.state import Participant
 
+TOP: dict[str, Any] = {
+    "compress": [{"topk": 0.1}, {"quantize": 8}]
+}  # a channel that has clients keep what they did not send
 QUICK = {"dense": {"synthesis_epochs": 2, "generator_steps": 3, "student_steps": 4, "synthetic_batch": 16}}
 MIXED = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
 

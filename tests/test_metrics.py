@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from torch.nn.functional import one_hot
 
-from hetero_fl.metrics import CLASSIFICATION, calibration, confusion, score, selection_metric, spread
+from hetero_fl.metrics import CLASSIFICATION, calibration, confusion, score, selection_metric
+from hetero_fl.spread import spread
 from hetero_fl.task import Task
 
 BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 4)

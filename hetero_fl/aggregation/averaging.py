@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -61,6 +62,22 @@ class OwnerMeans:
             group: {name: self._means[owner].count for name, owner in wanted.items()}
             for group, wanted in self._groups.items()
         }
+
+
+def tie(
+    models: dict[str, Tensors], common: Sequence[str], moved: Mapping[str, Iterable[str]] = MappingProxyType({})
+) -> None:
+    """What groups have in common becomes one tensor: one that `moved` (names by group), else the first group's.
+
+    For methods that add changes: means of models meet by themselves, sums of changes only where they begin equal.
+    """
+    first: dict[tuple[str, torch.Size], Tensor] = {}
+    for group, names in [*moved.items(), *models.items()]:
+        for name in names if common else ():
+            if name.startswith(tuple(common)):
+                first.setdefault((name, models[group][name].shape), models[group][name])
+    for group, model in models.items():
+        models[group] = {name: first.get((name, tensor.shape), tensor) for name, tensor in model.items()}
 
 
 def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:

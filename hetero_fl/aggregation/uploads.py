@@ -27,10 +27,11 @@ from hetero_fl.state import Card, Participant, in_order
 
 @dataclass(frozen=True)
 class Upload:
-    """What one client sent."""
+    """What one client sent. `worth`: what its staleness has left of every weight in it."""
 
     card: Card
     payload: Payload
+    worth: float = 1.0
 
     @property
     def client(self) -> str:
@@ -67,6 +68,7 @@ class Uploads:
         """What was asked for in one piece: names of items, each with the kind of what it was combined as."""
         self._kept: list[Upload] = []
         self._senders: dict[str, list[Card]] = {}
+        self._worths: dict[str, list[float]] = {}
         self._tensors: dict[str, ItemSum | RuledItems] = {}
         self._models: dict[str, OwnerMeans | RuledModels] = {}
         self._count = 0
@@ -99,6 +101,7 @@ class Uploads:
         whole = {}
         for name in upload.payload:
             self._senders.setdefault(name, []).append(upload.card)
+            self._worths.setdefault(name, []).append(upload.worth)
             if self._spec(name).use == "each":
                 whole[name] = upload.payload.item(name)
             if self._spec(name).use != "each" or self._governed(name):
@@ -143,6 +146,11 @@ class Uploads:
         """Who sent the item. As below, raises NoSuchItem (a KeyError) for one that the method does not declare."""
         self._declared(name)
         return list(self._senders.get(name, []))
+
+    def worths(self, name: str) -> list[float]:
+        """The `worth` of each of the senders' uploads; 1 in a round."""
+        self._declared(name)
+        return list(self._worths.get(name, [1.0] * len(self._senders.get(name, []))))
 
     def mean(self, name: str) -> Tensor | None:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""

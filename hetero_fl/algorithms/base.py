@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from hetero_fl.aggregation.averaging import step
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.own_objective import own_objective
+from hetero_fl.algorithms.own_objective import local_given, own_objective
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.staleness import StalenessConfig
@@ -41,9 +40,7 @@ class Algorithm(BaseModel):
     shared: ClassVar[Part] = None  # the part of the model that travels: None all, () nothing, else prefixes
     slot: ClassVar[str] = "model"  # the client's slot that it is a part of
     uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
-    downloads: ClassVar[
-        Mapping[str, ItemSpec]
-    ] = {}  # what compression has to know of broadcast items beyond their kind
+    downloads: ClassVar[Mapping[str, ItemSpec]] = {}  # what compression has to know of broadcast items
     needs_proxy: ClassVar[bool] = False
     distils: ClassVar[bool] = False  # whether it can train a student at the server
     counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
@@ -51,9 +48,7 @@ class Algorithm(BaseModel):
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     requires: ClassVar[tuple[str, ...]] = ()  # what it needs besides, in words that tables print; subclasses add to it
     asynchronous: ClassVar[bool] = False  # whether it is for asynchronous running and for nothing else
-    reads: ClassVar[str] = (
-        "after aggregation, as deployed with the next broadcast"  # when a model is read; tables say so
-    )
+    reads: ClassVar[str] = "after aggregation, as deployed with the next broadcast"  # when a model is, for tables
 
     logit_adjustment: bool = Field(
         False, description="train on z + log π with the client's own label frequencies π; at home read z + log π"
@@ -219,23 +214,12 @@ class Algorithm(BaseModel):
         base |= {} if "epochs" in changes else {"epochs": s.epochs, "steps": s.steps}
         base |= {"augment": s.augment.active} if data.name == "train" else {}
         reads = isinstance(objective, Supervised) and self.reads_counts(client.task, s)
-        extra = self.local_given(client.task, client.counts, s) if reads else {}
+        extra = local_given(client.task, client.counts, s, self.logit_adjustment) if reads else {}
         return Fit({"model": None}, objective, data, given={**extra, **(given or {})}, **{**base, **changes})
 
     def reads_counts(self, task: Task, settings: ClientSettings) -> bool:
         """Whether the supervised loss reads label counts; where rows are private that costs."""
         return task.kind == "multiclass" and (self.logit_adjustment or settings.class_weights is not None)
-
-    def local_given(self, task: Task, counts: Tensor, settings: ClientSettings) -> dict[str, Tensor]:
-        """What the supervised loss on rows with these label counts reads besides the batch."""
-        prior = log_prior(task, counts) if self.logit_adjustment else None
-        given = {} if prior is None else {"log_prior": prior}
-        weights = settings.class_weights
-        if weights is not None and task.kind == "multiclass":
-            n = counts.to(torch.get_default_dtype())
-            w = 1 / n.clamp(min=1) if weights == "balanced" else torch.tensor(weights, dtype=n.dtype)
-            given["class_weights"] = w * n.sum() / (w * n).sum()  # the mean over the training rows is one
-        return given
 
     def with_prior(self, client: Participant, logits: Tensor) -> Tensor:
         """z + log π where the method trains with logit adjustment, else z."""

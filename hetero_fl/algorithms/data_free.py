@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hetero_fl.algorithms.base import STUDENT, Algorithm
 from hetero_fl.architecture import Architecture
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.objectives import Digest
 from hetero_fl.plan import Fit, Table
 from hetero_fl.seeding import generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from hetero_fl.aggregation.averaging import add
+from hetero_fl.aggregation.averaging import add, tie
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.config.staleness import Kind, StalenessConfig
@@ -15,7 +15,10 @@ from hetero_fl.state import Card, Participant
 
 
 class Stale(Algorithm):
-    """Methods that are for asynchronous running, and say themselves what a stale upload is worth."""
+    """Methods that are for asynchronous running, and say themselves what a stale upload is worth.
+
+    What architectures have in common (`clients.common`) is one at the server, whichever of them moves it.
+    """
 
     asynchronous = True
 
@@ -28,6 +31,9 @@ class Stale(Algorithm):
     @property
     def discount(self) -> StalenessConfig:
         return StalenessConfig(kind=self.staleness, a=self.a, b=self.b)
+
+    def start(self, server: Participant) -> None:
+        tie(server.models, server.common)
 
     def weight_of(self, client: Participant | Card) -> float:
         return 1.0  # so that what arrives weighs s(τ)
@@ -62,4 +68,5 @@ class FedAsync(Stale):
         for group, mean in uploads.mean_by_group("model").items():
             parameters = server.arch[group].parameter_names
             server.models[group] = add(server.models[group], mean, owners[group], self.alpha, parameters)
+        tie(server.models, server.common, owners)
         yield from ()

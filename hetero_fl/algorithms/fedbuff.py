@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from hetero_fl.aggregation.averaging import tie
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.algorithms.fedasync import Stale
@@ -17,8 +18,8 @@ PAPER = 10  # K
 
 @algorithm("fedbuff")
 class FedBuff(Stale):
-    """Buffered asynchronous aggregation: clients send Δ_k = θ_k − θ as they received it; of every K of them the server makes
-    θ ← θ + λ·Σ s(τ_k)·Δ_k / K with s = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1 and section 3).
+    """Buffered asynchronous aggregation: clients send Δ_k = θ_k − θ as received; of every K the server makes
+    θ ← θ + λ·Σ s(τ_k)·Δ_k / K, s = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1).
 
     On a mixed federation the sum and its divisor are those of each architecture in the buffer.
     BatchNorm's statistics move towards the clients' by the same weights, though never past them: a variance plus changes of
@@ -63,11 +64,13 @@ class FedBuff(Stale):
             model = server.models[group]
             moved = {n: model[n] + self.server_lr * shares[group][n] * change for n, change in mean.items()}
             server.models[group] = {**model, **moved}
+        tie(server.models, server.common, shares)
         shares = mean_weights(uploads, BUFFERS)
         for group, mean in uploads.mean_by_group(BUFFERS).items():
             model = server.models[group]
             near = {n: model[n].lerp(tensor, shares[group][n]) for n, tensor in mean.items()}
             server.models[group] = {**model, **near}
+        tie(server.models, server.common, shares)
         yield from ()
 
 

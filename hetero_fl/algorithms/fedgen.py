@@ -13,7 +13,7 @@ from hetero_fl.algorithms.base import Items, algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.width import CommonHead
 from hetero_fl.architecture import Architecture
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.latent import FromGenerator, Generate
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Draws, Fit, Plan

@@ -9,7 +9,7 @@ from hetero_fl.algorithms.base import Items, algorithm
 from hetero_fl.algorithms.fedtgp import each_mean
 from hetero_fl.algorithms.width import CommonHead
 from hetero_fl.architecture import Architecture
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.objectives import Supervised
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import ClassSums, Fit, Plan, Table

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from pydantic import Field, PositiveFloat
 
+from hetero_fl.aggregation.averaging import tie
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import FitReport, Plan
 from hetero_fl.state import Card, Participant
@@ -34,11 +35,7 @@ class FedNova(Algorithm):
         return super().weight_of(client) if self.weighting == "samples" else 1.0
 
     def start(self, server: Participant) -> None:
-        """Tensors that are common to several architectures begin equal: all of them then move by the same change."""
-        first: dict[tuple[str, torch.Size], torch.Tensor] = {}
-        for group, model in server.models.items():
-            common = {n: t for n, t in model.items() if server.common and n.startswith(server.common)}
-            server.models[group] = {**model, **{n: first.setdefault((n, t.shape), t) for n, t in common.items()}}
+        tie(server.models, server.common)
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
@@ -61,6 +58,7 @@ class FedNova(Algorithm):
             model, names = server.models[group], server.arch[group].parameter_names
             effective = {n: paths[group][n] * (rate * self.server_lr if n in names else 1.0) for n in mean}
             server.models[group] = {**model, **{n: model[n] + effective[n] * change for n, change in mean.items()}}
+        tie(server.models, server.common, paths)  # those of whom nobody was in the cohort, too
 
 
 def path(steps: int, optimizer: OptimizerConfig) -> float:

@@ -10,7 +10,7 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import algorithm
 from hetero_fl.algorithms.fedproto import FedProto
 from hetero_fl.architecture import Architecture
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.latent import AdaptiveMargin
 from hetero_fl.payload import Item, ItemSpec
 from hetero_fl.plan import Fit, Plan, Predict, Table

@@ -130,8 +130,8 @@ class HeteroFL(FedAvg):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         weights: dict[str, float] = {}
         families: dict[str, dict[str, None]] = {}
-        for card in uploads.senders("model"):
-            weights[card.arch.id] = weights.get(card.arch.id, 0.0) + self.weight_of(card)
+        for card, worth in zip(uploads.senders("model"), uploads.worths("model"), strict=True):
+            weights[card.arch.id] = weights.get(card.arch.id, 0.0) + worth * self.weight_of(card)
             families.setdefault(self.family(card), {})[card.arch.id] = None
         means, head = uploads.mean_by_group("model"), uploads.mean("head")
         for family, groups in families.items():

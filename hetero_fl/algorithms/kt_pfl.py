@@ -10,7 +10,7 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
 from hetero_fl.algorithms.distillation import TEACHER, OnProxy
 from hetero_fl.architecture import Architecture
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.payload import ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows, Table
 from hetero_fl.state import Card, Participant

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.algorithms.own_objective import local_given
 from hetero_fl.objectives import Supervised
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Fit, Plan, Predict, Rows
@@ -105,7 +106,7 @@ class Centralized(Algorithm):
             {card.arch.id: None},
             Supervised(server.task.kind, slot=card.arch.id),
             rows,
-            given=self.local_given(server.task, counts, s),
+            given=local_given(server.task, counts, s, self.logit_adjustment),
             augment=s.augment.active,
             epochs=s.epochs,
             steps=s.steps,

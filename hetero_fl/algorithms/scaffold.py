@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import FitReport, Plan
 from hetero_fl.state import Card, Kind, Part, Participant, Roster, select

@@ -10,6 +10,7 @@ from hetero_fl.experiment import Prepared
 from hetero_fl.runtime.choose import choose
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.price import price
+from hetero_fl.runtime.rehearsal import price_of_queue
 
 
 def print_check(prepared: Prepared) -> None:
@@ -21,7 +22,11 @@ def print_check(prepared: Prepared) -> None:
     for arch in {kind.arch for kind in federation.cards.kinds}:
         parameters[arch] = sum(federation.initial(arch)[n].numel() for n in arch.parameter_names)
     held = Conditions.of(federation, config)
-    cost = price(prepared.method, federation, config.rounds, held.invited, config.evaluation.every)
+    waits = config.runtime.mode == "sync"
+    if waits:
+        cost = price(prepared.method, federation, config.rounds, held.invited, config.evaluation.every)
+    else:
+        cost = price_of_queue(prepared.method, federation, config)
     for id in federation.some:
         card = federation.cards[id]
         sizes = (_size(cost.down[id] + cost.reading[id]), _size(cost.up[id]))
@@ -32,7 +37,7 @@ def print_check(prepared: Prepared) -> None:
     console.print(table)
     up, down, reading = cost.up.total(), cost.down.total(), cost.reading.total()
     at_most = config.evaluation.patience or cost.at_most
-    about = "about " if held.simulated or not (at_most or cost.exact) else "at most " if at_most else ""
+    about = "about " if (waits and held.simulated) or not (at_most or cost.exact) else "at most " if at_most else ""
     console.print(
         f"{about}{_size(up + down + reading)} in {config.rounds} rounds: {_size(up)} up, {_size(down + reading)} down, "
         f"{_size(reading)} of it to evaluate"

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings, OptimizerConfig
+from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings
 from hetero_fl.config.matching import Pattern
 from hetero_fl.config.mistakes import describe
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.config.population import Layer, Members, Over, Population
 from hetero_fl.errors import UserError
 from hetero_fl.order import Series

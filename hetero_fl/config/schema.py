@@ -8,8 +8,9 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.channel import ChannelConfig
-from hetero_fl.config.clients import ClientsConfig, ModelConfig, OptimizerConfig, PreprocessConfig, named
+from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, named
 from hetero_fl.config.devices import CohortConfig, DevicesConfig, FaultsConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robust import AggregationConfig, AttacksConfig
 from hetero_fl.config.source import DataConfig

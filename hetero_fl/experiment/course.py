@@ -52,15 +52,17 @@ def _hold(
 ) -> None:
     config = prepared.config
     checkpoints = Checkpoints(rounds.store, progress.log)
-    fingerprint = prepared.data.content_hash()
+    fingerprint, traces = prepared.data.content_hash(), rounds.conditions.devices.fingerprint
 
     def state() -> dict[str, Any]:
-        return {"run": rounds.tree(), "data": fingerprint, "choice": choice.record()}
+        return {"run": rounds.tree(), "data": fingerprint, "traces": traces, "choice": choice.record()}
 
     saved = checkpoints.newest()
     if saved is not None:
         if saved["data"] != fingerprint:
             raise UserError(f"{directory.path}: the data is not what this run began with; restore it, or start anew")
+        if saved.get("traces", "") != traces:
+            raise UserError(f"devices.file: {config.devices and config.devices.file} is not what this run began with")
         rounds.restore(saved["run"])
         how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
         progress.log(f"resumed after round {rounds.completed}; {how}")

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hetero_fl.metrics import REGRESSION
 from hetero_fl.reporting import plots, prose, style
+from hetero_fl.reporting.captions import captions
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.wording import (
     FEW_ROWS,
@@ -81,7 +82,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         glossary=prose.glossary(summary, details),
         pictures=[
             {"title": title, "caption": caption, **embedded(pictures[name])}
-            for name, (title, caption) in prose.captions(summary, details).items()
+            for name, (title, caption) in captions(summary, details).items()
             if name in pictures
         ],
         exchanged="communication" in pictures,

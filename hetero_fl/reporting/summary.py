@@ -9,10 +9,11 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Traffic
 from hetero_fl.config import Config
-from hetero_fl.metrics import selection_metric, spread
+from hetero_fl.metrics import selection_metric
 from hetero_fl.reporting.protections import protections_of
 from hetero_fl.runtime.federation import Federation, describe_settings
 from hetero_fl.runtime.readings import Readings, Record
+from hetero_fl.spread import spread
 from hetero_fl.state import Card
 from hetero_fl.task import Task
 

@@ -36,7 +36,7 @@ from hetero_fl.seeding import sample
 PATIENCE = 100  # tasks in a row for each place that may come to nothing by fate, before the run ends
 
 
-class _Nothing(Exception):
+class Nothing(Exception):
     """Why nothing came of a task: by `fate`, or by the `client`, which would do the same again."""
 
     def __init__(self, why: str, cause: str) -> None:
@@ -72,7 +72,7 @@ class Asynchronous(Session):
         self.staleness = algorithm.discount or staleness or StalenessConfig()
         self.queue = Queue()
         self.version, self.given = 0, 0  # aggregations, tasks
-        self._buffer: list[tuple[str, Payload]] = []
+        self._buffer: list[tuple[str, Payload, float]] = []  # what came from whom, and what staleness leaves of it
         self._asked: Counter[str] = Counter()  # tasks of this version by client
         self._fillings = 0  # of places, in this version
         self._barren: Counter[str] = Counter()  # tasks that came to nothing since the last upload was taken
@@ -129,7 +129,7 @@ class Asynchronous(Session):
             "during": stages.received + fate.share * (stages.trained - stages.received),
             "after": stages.trained,
         }.get(fate.what, stages.arrived + fate.by)
-        self._count(down=len(body))
+        self._count(client, down=len(body))
         return Task(number, client, place, self.version, again, self.now, ends, body, up, fate)
 
     def _compute(self) -> None:
@@ -147,7 +147,7 @@ class Asynchronous(Session):
         RunFailed if that is all that ever happens."""
         try:
             payload = self._arrival(task)
-        except _Nothing as nothing:
+        except Nothing as nothing:
             self.store.drop(task.client)
             tally.lost(task, str(nothing))
             self._barren[nothing.cause] += 1
@@ -159,54 +159,59 @@ class Asynchronous(Session):
         self.store.commit([task.client])
         self._barren.clear()
         tally.took(task, payload, versions)
-        self._buffer.append((task.client, discounted(payload, self.staleness.weight(versions))))
+        self._buffer.append((task.client, payload, self.staleness.weight(versions)))
         if len(self._buffer) >= self.goal:
             self._aggregate()
 
     def _arrival(self, task: Task) -> Payload:
-        """The task's upload as it arrives, if it is what was sent and what was asked for. Raises _Nothing."""
+        """The task's upload as it arrives, if it is what was sent and what was asked for. Raises Nothing."""
         if task.fate.fails:
-            self._count(up=task.up_bytes if task.fate.what == "lost" else 0)
-            raise _Nothing(task.fate.why, "fate")
+            self._count(task.client, up=task.up_bytes if task.fate.what == "lost" else 0)
+            raise Nothing(task.fate.why, "fate")
         if task.diverged is not None:
             if self.stop_on_divergence:
                 raise RunFailed(f"round {self.completed + 1}: {task.client} diverged: {task.diverged}")
-            raise _Nothing(task.diverged, "client")
+            raise Nothing(task.diverged, "client")
         sent = iter([(task.client, task.upload or Message("upload", b""))])
         came = list(befallen(sent, {task.client: task.fate}, self.federation.seed, "changed", task.number))
         arrivals = [message for _, message in came if isinstance(message, Message)]
-        self._count(up=sum(len(message.body) for message in arrivals))
+        self._count(task.client, up=sum(len(message.body) for message in arrivals))
         upload = arrivals[0]  # the same once more is known by the task's number, and dropped
         if not upload.intact:
-            raise _Nothing(CHANGED, "fate")
+            raise Nothing(CHANGED, "fate")
         asked = self.links.received(task.version, task.broadcast)
         try:
             return self.intake.receive(task.client, upload.body, lambda card: asked, task.version)
         except PayloadError as error:
-            raise _Nothing(f"upload refused: {error}", "client") from None
+            raise Nothing(f"upload refused: {error}", "client") from None
 
     def _aggregate(self) -> None:
         """The buffer becomes the next version."""
         self._clock(self.version)
-        uploads = Uploads(specs=self.algorithm.uploads, common=self.federation.common)
-        for client, payload in sorted(self._buffer, key=lambda entry: natural(entry[0])):  # of one client as they came
-            uploads.add(Upload(self.federation.cards[client], payload))
-        try:
-            carry_out(self.algorithm.aggregate(self.server, uploads), self.server, self.performer)
-        except Diverged as error:
-            raise RunFailed(f"round {self.completed + 1}: training at the server diverged: {error}") from None
+        cards, came = self.federation.cards, sorted(self._buffer, key=lambda entry: natural(entry[0]))
+        self._combine([Upload(cards[c], discounted(payload, worth), worth) for c, payload, worth in came])
         self._buffer.clear()
         self._asked.clear()
         self._fillings = 0
         self.version += 1
         self._encoded = self._encoder()
 
+    def _combine(self, sent: list[Upload]) -> None:
+        uploads = Uploads(specs=self.algorithm.uploads, common=self.federation.common)
+        for upload in sent:
+            uploads.add(upload)
+        try:
+            carry_out(self.algorithm.aggregate(self.server, uploads), self.server, self.performer)
+        except Diverged as error:
+            raise RunFailed(f"round {self.completed + 1}: training at the server diverged: {error}") from None
+
     def _encoder(self) -> Alike[bytes]:
         """Of this version's broadcasts, whose random draws are keyed by it."""
         archs = self.server.arch.values()
         return Alike(lambda payload: self.links.broadcast(self.version, payload, archs))
 
-    def _count(self, up: int = 0, down: int = 0) -> None:
+    def _count(self, client: str, up: int = 0, down: int = 0) -> None:
+        """Bytes that a client sends or receives."""
         if self.algorithm.counted:
             self.traffic.up += up
             self.traffic.down += down
@@ -218,7 +223,7 @@ class Asynchronous(Session):
             "count": [self.version, self.given, self._fillings],
             "asked": dict(self._asked),
             "barren": dict(self._barren),
-            "buffer": [[client, as_tensor(payload.encode())] for client, payload in self._buffer],
+            "buffer": [[client, as_tensor(payload.encode()), worth] for client, payload, worth in self._buffer],
             "queue": self.queue.tree(),
         }
 
@@ -227,5 +232,5 @@ class Asynchronous(Session):
         self.version, self.given, self._fillings = tree["count"]
         self._encoded = self._encoder()
         self._asked, self._barren = Counter(tree["asked"]), Counter(tree["barren"])
-        self._buffer = [(client, Payload.decode(as_bytes(body))) for client, body in tree["buffer"]]
+        self._buffer = [(client, Payload.decode(as_bytes(body)), worth) for client, body, worth in tree["buffer"]]
         self.queue = Queue.of(tree["queue"], self.conditions.faults.fate)

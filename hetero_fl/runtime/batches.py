@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.data.augment import augment
-from hetero_fl.objectives import Batch
+from hetero_fl.nets import Batch
 from hetero_fl.plan import Draws, Fit
 from hetero_fl.runtime.dropout import GOLDEN, MASK
 from hetero_fl.seeding import Key, generator, key

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ from hetero_fl.runtime.federation import Federation
 from hetero_fl.seeding import Key, key
 
 NUMBERS = ("speed", "up", "down", "jitter", "failure")
+TAKES = ("speed", "up", "down")  # what time follows from
 COLUMNS = ("client", *NUMBERS, "online")
 DAY = 86400.0
 Spans = tuple[tuple[float, float], ...]  # [from, to) in seconds of the day, in order and apart
@@ -126,6 +129,28 @@ class Devices:
         else:
             online = _stretch(hours, uniform(seed, "device", id, "phase")) if hours is not None else ()
         return Device(**found, online=online, day=day)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the file of traces says, by its content."""
+        rows = sorted(self._named.items()), self._drawn
+        return hashlib.sha256(repr(rows).encode()).hexdigest() if any(rows) else ""
+
+    def paces(self) -> Iterator[tuple[str, bool, bool]]:
+        """For each kind of client, with each row of traces that it may have: an id, whether its tasks take time while it is
+        online, and whether it always is."""
+        named = Counter(self.federation.cards.kind(id).first for id in self._named)
+        found = [(id, self.federation.cards.kind(id), row) for id, row in self._named.items()]
+        for kind in self.federation.cards.kinds:
+            if kind.count > named[kind.first]:
+                found += [(kind.first, kind, row) for row in self._drawn or [Trace()]]
+        for id, kind, trace in found:
+            own = kind.settings.machine
+            takes = any(getattr(s, n) for s in (own, self.config) for n in TAKES)
+            takes = takes or any(trace.get(n, math.inf) < math.inf for n in TAKES)
+            hours = own.availability or self.config.availability
+            spans = trace.get("online") if own.availability is None else None
+            yield id, takes, spans is None and (hours is None or hours.share == 1)
 
     def _trace(self, id: str) -> Mapping[str, Any]:
         if id in self._named:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.plan import Fit
 from hetero_fl.runtime.plans import Diverged
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config import Config
 from hetero_fl.errors import UserError
+from hetero_fl.runtime.devices import Devices
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.robust import single_uploads
 
@@ -60,6 +61,22 @@ def _check(config: Config, method: Algorithm, federation: Federation) -> None:
     if method.goal is not None and config.runtime.buffer is not None:
         own = f"its own is algorithm.buffer: {method.goal}" if method.goal > 1 else "which aggregates after each upload"
         raise UserError(f"runtime.buffer: found {config.runtime.buffer}, but algorithm.name is {name}: {own}")
+    _check_time(config, federation)
     waits = config.cohort.model_fields_set - {"least"} if config.cohort != type(config.cohort)() else set()
     if waits:
         raise UserError(f"cohort.{min(waits)}: is for rounds that wait for a cohort; runtime.mode is async")
+
+
+def _check_time(config: Config, federation: Federation) -> None:
+    """Whoever takes no time among others who do has every turn, and time stands still."""
+    paces = list(Devices.of(federation, config.devices).paces())
+    instant = next((id for id, takes, _ in paces if not takes), None)
+    if instant is None:
+        return
+    late = config.faults is not None and config.faults.late > 0
+    if late or any(takes or not always for _, takes, always in paces):
+        where = "faults.late" if late else "devices"
+        raise UserError(
+            f"{where}: tasks of {instant} take no time, so with runtime.mode=async it would have every turn before anybody "
+            "who does take some; give everybody a speed, up or down (`devices`, `machine`)"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -122,17 +122,22 @@ class DryRun:
 
     def aggregate(self, cohort: list[str], round: int) -> None:
         """The server's part of that round."""
-        key = (self._at(round), tuple(cohort))
-        if key in self._settled or not cohort:
+        self.combine(cohort, round, lambda: [self.expected(self.federation.cards[id], round) for id in cohort])
+
+    def expected(self, card: Card, round: int) -> Upload:
+        """An upload of the form that the client's has in that round."""
+        items = self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
+        return Upload(card, Payload(dict(items)))
+
+    def combine(self, senders: list[str], round: int, sent: Callable[[], list[Upload]]) -> None:
+        """The server's part where these clients' uploads have come, in the order of their ids."""
+        key = (self._at(round), tuple(senders))
+        if key in self._settled or not senders:
             return
-        uploads = []
-        for card in map(self.federation.cards.__getitem__, cohort):
-            items = self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
-            uploads.append(Upload(card, Payload(dict(items))))
-        plan = self.algorithm.aggregate(
-            self.server, Uploads(uploads, self.expectations.protection.specs, self.server.common)
-        )
-        carry_out(plan, self.server, self.expectations.performer)
+        uploads = Uploads(specs=self.expectations.protection.specs, common=self.server.common)
+        for upload in sent():
+            uploads.add(upload)
+        carry_out(self.algorithm.aggregate(self.server, uploads), self.server, self.expectations.performer)
         before, self._form = self._form, _form([self.server.models, self.server.state])
         if before == self._form:
             self._settled.add(key)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from hetero_fl.channel.privacy.noise import Noise, gaussian
-from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.nets import Batch, Net, Nets
 from hetero_fl.plan import Draws, Fit
 from hetero_fl.runtime.batches import Batches
 from hetero_fl.runtime.dropout import MASK, KeyedDropout

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hetero_fl.metrics import spread
 from hetero_fl.runtime.site import Reading, Scores
+from hetero_fl.spread import spread
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.nets import Batch, Net, Nets
 from hetero_fl.plan import Fit, FitReport
 from hetero_fl.runtime.batches import Batches
 from hetero_fl.runtime.fitting import (

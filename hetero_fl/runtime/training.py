@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.nets import Batch, Net, Nets
 from hetero_fl.plan import Fit, FitReport
 from hetero_fl.runtime.batches import Batches
 from hetero_fl.runtime.dropout import KeyedDropout

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare
-from hetero_fl.objectives import Batch, Net, Nets, Supervised
+from hetero_fl.nets import Batch, Net, Nets
+from hetero_fl.objectives import Supervised
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Fit, Rows
 from hetero_fl.runtime.batches import index_batches

@@ -140,3 +140,51 @@ def test_a_pull_towards_what_was_received() -> None:
         run.round()
         far.append(sum(float((run.server.models[group][n] - start[n]).square().sum()) for n in names))
     assert far[1] < 0.5 * far[0]
+
+
+@pytest.mark.parametrize(("method", "buffer"), [("fedbuff", 1), ("fedbuff", 3), ("fedasync", None)])
+def test_a_part_that_is_common_to_architectures_stays_common(method: str, buffer: int | None) -> None:
+    models = [{"name": "mlp", "hidden": [24], "feature_dim": 16}, {"name": "mlp", "hidden": [12], "feature_dim": 16}]
+    algorithm = {"name": method, **({"buffer": buffer} if buffer else {})}
+    run = session(
+        config(method, models, clients__common=["head."], algorithm=algorithm), seconds=lambda id, _: SECONDS[id]
+    )
+    start = [dict(model) for model in run.server.models.values()]
+    run.round()
+    one, other = run.server.models.values()
+    for name in ("head.weight", "head.bias"):
+        assert torch.equal(start[0][name], start[1][name]) and torch.equal(one[name], other[name])
+        assert not torch.equal(start[0][name], one[name])
+
+
+def test_heterofl_weighs_widths_by_rows_and_staleness() -> None:
+    """Two widths in a buffer, the second's upload made of an older version: to its corner the mean by n·s(τ)."""
+    wide = {"name": "mlp", "hidden": [16]}
+    made = config("heterofl", wide, clients=3, algorithm={"name": "heterofl", "model": wide, "widths": [1, 0.5, 0.5]})
+    made["runtime"] |= {"mode": "async", "buffer": 2, "staleness": {"kind": "polynomial", "a": 1.0}}
+    run = session(made, seconds=lambda id, _: SECONDS[id])
+    combined = []
+    combine = run._combine
+
+    def seeing(sent: list[Any]) -> None:
+        before = next(iter(run.server.models.values()))
+        combine(sent)
+        combined.append((before, sent, next(iter(run.server.models.values()))))
+
+    run._combine = seeing  # type: ignore[method-assign]
+    for _ in range(2):
+        run.round()
+    name, stale = "backbone.1.bias", 0
+    for before, sent, after in combined:
+        assert name in after
+        total, count = torch.zeros_like(before[name]), torch.zeros_like(before[name])
+        for upload in sent:
+            bias = upload.payload["model"][name]
+            weight = upload.card.n * upload.worth
+            assert float(upload.payload.item("model").weight) == pytest.approx(weight)
+            total[: len(bias)] += weight * bias
+            count[: len(bias)] += weight
+            stale += upload.worth < 1 and len({u.card.arch for u in sent}) == 2
+        want = torch.where(count > 0, total / count.clamp(min=1e-9), before[name])
+        assert float((after[name] - want).abs().max()) < 1e-12
+    assert stale

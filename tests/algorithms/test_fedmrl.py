@@ -14,7 +14,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.mutual import Nested
-from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.nets import Batch, Net, Nets
 from hetero_fl.plan import Rows
 from hetero_fl.state import floats
 from tests.algorithms.by_hand import apart, clients, module, train

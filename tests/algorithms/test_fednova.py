@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hetero_fl.algorithms.fednova import path
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.state import floats
 from tests.algorithms.by_hand import apart, clients, module, train
 from tests.small import MIXED, config, rounds_of
@@ -84,11 +84,12 @@ def test_clients_that_share_now_and_then_divide_by_the_whole_path() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_part_that_is_common_to_architectures_stays_common() -> None:
+@pytest.mark.parametrize("cohort", [4, 1])
+def test_a_part_that_is_common_to_architectures_stays_common(cohort: int) -> None:
     models = [
         {"name": "mlp", "hidden": [24], "feature_dim": 16},
         {"name": "cnn", "width": 4, "norm": "group", "feature_dim": 16},
     ]
-    rounds = rounds_of(config("fednova", models, 4, clients__common=["head."]))
+    rounds = rounds_of(config("fednova", models, 4, clients__common=["head."], clients__per_round=cohort))
     one, other = rounds.server.models.values()
     assert torch.equal(one["head.weight"], other["head.weight"])

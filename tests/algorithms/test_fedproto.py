@@ -12,7 +12,8 @@ from hetero_fl.algorithms.fedproto import nearness
 from hetero_fl.architecture import Architecture
 from hetero_fl.config import load_config
 from hetero_fl.experiment import prepare, run
-from hetero_fl.objectives import Batch, Net, Nets, PrototypePull
+from hetero_fl.nets import Batch, Net, Nets
+from hetero_fl.objectives import PrototypePull
 from hetero_fl.plan import Rows
 from tests.algorithms.by_hand import apart, clients, module, train
 from tests.small import MIXED, config, deployed, rounds_of

@@ -12,7 +12,8 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.latent import AdaptiveMargin
-from hetero_fl.objectives import Batch, Net, Nets, Supervised
+from hetero_fl.nets import Batch, Net, Nets
+from hetero_fl.objectives import Supervised
 from hetero_fl.plan import Fit
 from hetero_fl.runtime.batches import index_batches
 from hetero_fl.runtime.rounds import Rounds

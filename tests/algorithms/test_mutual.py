@@ -16,7 +16,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare, run
 from hetero_fl.mutual import AdaptiveMutual, Mutual, as_shape
-from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.nets import Batch, Net, Nets
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Rows
 from hetero_fl.runtime.plans import carry_out
@@ -161,8 +161,9 @@ def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked(objecti
 
 
 def test_fedkd_sends_changes_to_whoever_holds_the_last_mentee_and_the_whole_to_others() -> None:
-    rounds = rounds_of({**federation("fedkd", clients=3), "rounds": 6}, held=0)
-    rounds.per_round = 2
+    source = federation("fedkd", clients=3)
+    source["clients"]["per_round"] = 2
+    rounds = rounds_of({**source, "rounds": 6}, held=0)
     whole = {n: t.clone() for n, t in floats(rounds.server.models[MENTEE]).items()}
     held: dict[str, int] = {}
     kinds = set()

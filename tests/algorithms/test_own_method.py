@@ -12,7 +12,8 @@ import torch
 from hetero_fl.algorithms import algorithm
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
-from hetero_fl.objectives import Batch, Given, Nets, Supervised
+from hetero_fl.nets import Batch, Given, Nets
+from hetero_fl.objectives import Supervised
 from tests.algorithms import own_method
 from tests.small import MIXED, config, rounds_of, same_bits
 

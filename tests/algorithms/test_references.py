@@ -13,8 +13,10 @@ from torch import nn
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.sums import mean_of
 from hetero_fl.aggregation.teachers import opinion
+from hetero_fl.algorithms.own_objective import local_given
 from hetero_fl.architecture import Architecture
-from hetero_fl.objectives import Batch, ClassDigest, Digest, Net, Nets, Proximal, Supervised, divergence, log_prior
+from hetero_fl.nets import Batch, Net, Nets
+from hetero_fl.objectives import ClassDigest, Digest, Proximal, Supervised, divergence, log_prior
 from hetero_fl.payload import Item, Payload
 from hetero_fl.plan import ClassSums, Fit, Rows
 from hetero_fl.runtime.batches import index_batches
@@ -248,7 +250,7 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
 def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
     rounds = rounds_of(config("local", clients__defaults={"class_weights": "balanced"}), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    weights = rounds.algorithm.local_given(client.task, client.counts, client.settings)["class_weights"]
+    weights = local_given(client.task, client.counts, client.settings, False)["class_weights"]
     y = client.data("train", None)["y"]
     assert math.isclose(weights[y].mean().item(), 1.0, abs_tol=1e-12)
     per_class = {c: weights[y][y == c].sum().item() for c in y.unique().tolist()}

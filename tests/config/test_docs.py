@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from hetero_fl.config import Config
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "describe_config.py"

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hetero_fl.metrics import spread
 from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.spread import spread
 
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
 MODELS = ("cnn_bn_small", "cnn_bn_small", "resnet18", "resnet18", "cnn_bn_medium", "cnn_bn_medium")

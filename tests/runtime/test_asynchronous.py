@@ -14,7 +14,7 @@ from hetero_fl.runtime.faults import Fate
 from hetero_fl.runtime.store import Store
 from tests.runtime.crews import outcome
 from tests.runtime.paces import session, source
-from tests.small import MIXED, config, rounds_of
+from tests.small import MIXED, TOP, config, rounds_of
 
 SUMS = [
     "local",
@@ -45,10 +45,13 @@ def bits(run: Any) -> dict[str, Any]:
 
 
 # The synchronous limit ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
 @pytest.mark.parametrize("cohort", [None, 2])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"])
-def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(method: str, cohort: int | None) -> None:
-    changes: dict[str, Any] = {"clients__per_round": cohort} if cohort else {}
+def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
+    method: str, cohort: int | None, channel: dict[str, Any]
+) -> None:
+    changes: dict[str, Any] = {"channel": channel, **({"clients__per_round": cohort} if cohort else {})}
     if method == "fedavg":
         changes["algorithm"] = {"name": "fedavg", "weighting": "uniform"}
     made = config(method, MIXED, clients=4, rounds=3, server={"model": "linear"}, **changes)
@@ -105,9 +108,14 @@ def test_what_goes_wrong_before_an_upload_is_sent_is_never_computed() -> None:
 
 # However it is interrupted ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("executor", ["serial", "batched"])
-@pytest.mark.parametrize("method", ["hybrid", "fedbuff", "fedproto"])
-def test_from_every_checkpoint_it_goes_on_with_the_same_bits(tmp_path: Path, method: str, executor: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "channel"), [("hybrid", {}), ("hybrid", TOP), ("fedbuff", {}), ("fedbuff", TOP), ("fedproto", {})]
+)
+def test_from_every_checkpoint_it_goes_on_with_the_same_bits(
+    tmp_path: Path, method: str, channel: dict[str, Any], executor: str
+) -> None:
     changes: dict[str, Any] = {"algorithm__heads": "keep"} if method == "hybrid" else {}
+    changes["channel"] = channel
     made = source(method, runtime={"threads": 1, "mode": "async", "executor": executor}, **changes)
     plain = prepare(made).rounds(store=Store(tmp_path / "a"))
     records = [plain.round() for _ in range(4)]

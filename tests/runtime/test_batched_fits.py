@@ -13,8 +13,10 @@ from torch import Tensor
 import hetero_fl.runtime.batched as batched_module
 import hetero_fl.runtime.stacked_ops as stacked_ops
 from hetero_fl.architecture import Architecture
-from hetero_fl.config.clients import AugmentConfig, ClientSettings, OptimizerConfig
-from hetero_fl.objectives import Batch, Digest, Nets, Objective, Rehearsal, Supervised, divergence
+from hetero_fl.config.clients import AugmentConfig, ClientSettings
+from hetero_fl.config.optimizer import OptimizerConfig
+from hetero_fl.nets import Batch, Nets
+from hetero_fl.objectives import Digest, Objective, Rehearsal, Supervised, divergence
 from hetero_fl.plan import ClassSums, Draws, Fit, FitReport, Predict, Rows, Step, Table
 from hetero_fl.runtime.batched import Batched
 from hetero_fl.runtime.batches import index_batches, step_count

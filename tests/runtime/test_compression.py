@@ -17,9 +17,8 @@ from hetero_fl.runtime.price import price
 from hetero_fl.runtime.store import Store
 from tests.runtime.crews import Lent, outcome, rounds_on, setup_of, work_in_turn
 from tests.runtime.test_rounds import METHODS
-from tests.small import MIXED, config, rounds_of, same_bits
+from tests.small import MIXED, TOP, config, rounds_of, same_bits
 
-TOP: dict[str, Any] = {"compress": [{"topk": 0.1}, {"quantize": 8}]}
 BOTH: dict[str, Any] = {
     "compress": [{"randk": 0.3}, {"top_classes": 3}, {"quantize": 6, "bucket": 100}],
     "compress_down": [{"top_classes": 3}, "half"],

@@ -16,7 +16,7 @@ import pytest
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
 from tests.runtime import paces
-from tests.small import MIXED, config
+from tests.small import MIXED, TOP, config
 
 KILLS = 10  # in either mode
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -36,6 +36,7 @@ def source(**faults: Any) -> dict[str, Any]:
         devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
         faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1, **faults},
         cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
+        channel=TOP,  # and what they have not sent yet
     )
 
 
@@ -43,7 +44,7 @@ def at_any_time() -> dict[str, Any]:
     """The same clients at their own pace, with all that can go wrong."""
     made = source()
     made["runtime"] |= {"mode": "async", "buffer": 2}
-    return {**made, "devices": paces.SLOW, "faults": paces.FAULTS}
+    return {**made, "devices": paces.SLOW, "faults": paces.FAULTS, "cohort": {}}
 
 
 MODES = {"sync": source, "async": at_any_time}
@@ -161,3 +162,16 @@ def interrupted_run(out: str) -> None:
 
     Rounds.round = round_then_interrupt  # type: ignore[method-assign]
     sys.exit(main(["--config", str(path), "--out", out], command="train"))
+
+
+def test_nor_is_one_with_another_file_of_devices(tmp_path: Path) -> None:
+    file = tmp_path / "devices.csv"
+    file.write_text("speed\n1e6\n")
+    made = config("fedavg", "mlp", rounds=2, devices={"file": str(file)}, output={"plots": False, "report": False})
+    run(made, out=tmp_path / "a")
+    (tmp_path / "a" / "summary.json").unlink()
+    file.write_text("speed\n2e6\n")
+    with pytest.raises(UserError, match=r"^devices\.file: .*devices\.csv is not what this run began with"):
+        run(made, out=tmp_path / "a", resume=True)
+    file.write_text("speed\n1000000\n")
+    run(made, out=tmp_path / "a", resume=True)

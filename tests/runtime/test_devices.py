@@ -154,3 +154,46 @@ def test_what_cannot_be_is_refused() -> None:
         prepare(config("fedavg", devices={"speed": "fast"}))
     with pytest.raises(UserError, match=r"devices\.sped.*speed"):
         prepare(config("fedavg", devices={"sped": 3}))
+
+
+# Whose tasks take time ------------------------------------------------------------------------------------------------
+def test_the_fingerprint_is_that_of_what_a_file_says(tmp_path: Path) -> None:
+    made, file = federation(), tmp_path / "a.csv"
+    prints = []
+    for text in ("speed,up\n5,6\n", "speed,up\n5.0, 6\n", "speed,up\n5,7\n", "client,speed,up\nsite_1,5,6\n"):
+        file.write_text(text)
+        prints.append(devices(made, file=str(file)).fingerprint)
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+    assert devices(made).fingerprint == devices(made, speed=5).fingerprint == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "who"),
+    [
+        ({}, None),
+        ({"devices": {"speed": 1e6}}, None),
+        ({"devices": {"up": 1e6, "availability": {"share": 0.5}}}, None),
+        ({"devices": {"failure": 0.5}}, None),
+        ({"devices": {"availability": {"share": 0.5}}}, "devices: tasks of site_1"),
+        ({"clients__overrides": [{"match": "site_2", "machine": {"speed": 5}}]}, "devices: tasks of site_1"),
+        ({"traces": "client,speed\nsite_2,5\n"}, "devices: tasks of site_1"),
+        ({"traces": "client,speed\nsite_1,5\nsite_2,5\nsite_3,5\n"}, None),
+        ({"traces": 'speed,up\n5,\n,""\n'}, "devices: tasks of site_1"),
+        ({"traces": "speed,up\n5,\n,6\n"}, None),
+        ({"faults": {"late": 0.1}}, "faults.late: tasks of site_1"),
+        ({"faults": {"late": 0.1}, "devices": {"speed": 1e6}}, None),
+    ],
+)
+def test_nobody_is_instant_among_those_who_take_time(changes: dict[str, Any], who: str | None, tmp_path: Path) -> None:
+    changes = dict(changes)
+    if (text := changes.pop("traces", None)) is not None:
+        (tmp_path / "a.csv").write_text(text)
+        changes["devices"] = {"file": str(tmp_path / "a.csv")}
+    source = config("fedavg", "mlp", 3, **changes)
+    prepare(source)
+    source["runtime"]["mode"] = "async"
+    if who is None:
+        prepare(source)
+    else:
+        with pytest.raises(UserError, match=rf"^{who} take no time"):
+            prepare(source)

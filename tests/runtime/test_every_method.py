@@ -15,7 +15,7 @@ from hetero_fl.runtime.workers import Workers
 from tests.runtime import paces
 from tests.runtime.crews import Lent, outcome, rounds_on, setup_of, work_in_turn
 from tests.runtime.test_rounds import METHODS
-from tests.small import config
+from tests.small import TOP, config
 
 MODELS = [{"name": "cnn", "width": 2, "norm": "batch"}, {"name": "mlp", "hidden": [12], "dropout": 0.3}, "linear"]
 
@@ -47,10 +47,15 @@ def test_one_two_or_three_workers_compute_what_one_process_does(method: str, cre
         assert outcome(rounds_on(setup, crew, size), 2) == want
 
 
+@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
 @pytest.mark.parametrize("method", ["hybrid", "fedproto", "fedasync", "fedbuff"])
-def test_nor_do_they_in_an_asynchronous_run_in_which_everything_goes_wrong(method: str, crew: Lent) -> None:
+def test_nor_do_they_in_an_asynchronous_run_in_which_everything_goes_wrong(
+    method: str, channel: dict[str, Any], crew: Lent
+) -> None:
     """Tasks of several versions, computed together."""
-    made = paces.source(method, **({"algorithm__heads": "keep"} if method == "hybrid" else {"runtime__buffer": None}))
+    made = paces.source(
+        method, **({"algorithm__heads": "keep"} if method == "hybrid" else {"runtime__buffer": None}), channel=channel
+    )
     want = outcome(paces.session(made))
     assert sum(record["counts"]["failed"] for record in want["records"]) > 1
     setup = setup_of(made)

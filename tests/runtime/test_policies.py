@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hetero_fl.channel.link import UNSENT
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.runtime.deliveries import flipped
@@ -17,7 +18,7 @@ from hetero_fl.runtime.readings import Record
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.schedule import local_steps
 from tests.runtime.test_rounds import poisoned
-from tests.small import MIXED, config, rounds_of, same_bits
+from tests.small import MIXED, TOP, config, rounds_of, same_bits
 
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0.9}, "down": 1e6}
 MANY = {"kind": "iid", "min_size": 10}  # clients that share the few rows
@@ -31,12 +32,9 @@ def held(source: dict[str, Any]) -> tuple[Rounds, list[Record]]:
 
 def equal(one: Rounds, other: Rounds) -> bool:
     """Whether two runs have the same server and the same private state."""
-    kept = [{id: r.store.get(id) for id in r.federation.cards} for r in (one, other)]
-    return all(same_bits(one.server.models[slot], other.server.models[slot]) for slot in one.server.models) and all(
-        kept[0][id].models.keys() == kept[1][id].models.keys()
-        and all(same_bits(kept[0][id].models[s], kept[1][id].models[s]) for s in kept[0][id].models)
-        for id in kept[0]
-    )
+    kept = [{id: r.store.encoded(id) for id in r.federation.cards} for r in (one, other)]
+    models = one.server.models
+    return kept[0] == kept[1] and all(same_bits(models[slot], other.server.models[slot]) for slot in models)
 
 
 def arithmetic(record: Record) -> None:
@@ -149,22 +147,25 @@ def test_every_fault_at_once_adds_up_too_and_none_is_averaged_in() -> None:
     assert len(told) == 5 and any("bytes" in why for why in told)
 
 
-def same_as_uninvited(faults: dict[str, float], method: str) -> None:
-    """A round with these faults against one in which those whom they befell were not there at all."""
-    source = config(method, MIXED, clients=6, rounds=1, seed=3)
-    befallen, (record,) = held({**source, "faults": faults})
-    assert 0 < record["counts"]["arrived"] < 6
-    gone = {client for client, _, _, what in record["tasks"] if what != "arrived"}
+def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, Any]) -> None:
+    """Rounds with these faults against some in which those whom they befell were not there at all."""
+    source = config(method, MIXED, clients=6, rounds=2, seed=3, channel=channel)
+    befallen, records = held({**source, "faults": faults, "cohort": {"deadline": 60}})
     without = rounds_of(source, held=0)
-    without.invitation.draw = lambda *a: ([id for id in without.federation.cards if id not in gone], 0.0)  # type: ignore[method-assign]
-    without.round()
+    for record in records:
+        assert 0 < record["counts"]["arrived"] < 6
+        came = sorted(client for client, _, _, what in record["tasks"] if what == "arrived")
+        without.invitation.draw = lambda *a, came=came: (came, 0.0)  # type: ignore[method-assign,misc]
+        without.round()
     assert equal(befallen, without)
+    assert not channel or sum(UNSENT in befallen.store.get(id).state for id in befallen.federation.cards) > 1
 
 
 @pytest.mark.parametrize("method", ["fedper", "hybrid"])
-@pytest.mark.parametrize("fault", ["before", "after", "lost", "corrupted"])
-def test_a_task_that_comes_to_nothing_leaves_no_trace(fault: str, method: str) -> None:
-    same_as_uninvited({fault: 0.5}, method)
+@pytest.mark.parametrize("fault", ["before", "after", "lost", "late", "corrupted"])
+@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
+def test_a_task_that_comes_to_nothing_leaves_no_trace(fault: str, method: str, channel: dict[str, Any]) -> None:
+    same_as_uninvited({fault: 0.5}, method, channel)
 
 
 def test_a_second_copy_changes_nothing_but_the_bytes() -> None:
@@ -278,7 +279,7 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_give_the_same_bits(workers: int) -> None:
     source = config(
-        "hybrid", MIXED, clients=6, algorithm__heads="keep", devices=SLOW, faults=EVERY, clients__per_round=4,
+        "hybrid", MIXED, clients=6, algorithm__heads="keep", devices=SLOW, faults=EVERY, clients__per_round=4, channel=TOP,
         cohort={"deadline": 40, "partial_work": True, "over_selection": 1.3, "too_few": "repeat"},
     )  # fmt: skip
     serial, records = held(source)

@@ -9,9 +9,13 @@ import yaml
 
 from hetero_fl.algorithms import FedAvg
 from hetero_fl.cli import main
+from hetero_fl.cli.check import _size
 from hetero_fl.experiment import prepare, run
-from hetero_fl.runtime.price import price
-from tests.small import MIXED, config, rounds_of
+from hetero_fl.runtime.price import Price, price
+from hetero_fl.runtime.rehearsal import price_of_queue
+from tests.runtime.paces import source as paced
+from tests.runtime.test_asynchronous import SUMS
+from tests.small import MIXED, TOP, config, rounds_of
 
 METHODS = [
     "local",
@@ -125,3 +129,46 @@ def test_what_an_own_method_sends_may_depend_on_the_round() -> None:
     assert [rounds.round()["failed"] for _ in range(3)] == [{}] * 3
     cost = price(rounds.algorithm, rounds.federation, 3, every=1)
     assert (cost.up.total(), cost.exact) == (rounds.traffic.up, False)
+
+
+# Asynchronous runs --------------------------------------------------------------------------------------------------
+
+
+def rehearsed_and_counted(source: dict[str, Any]) -> tuple[Price, list[int], list[int]]:
+    prepared = prepare(source)
+    c = prepared.config
+    cost, rounds = price_of_queue(prepared.method, prepared.federation, c), prepared.rounds()
+    for round in range(1, c.rounds + 1):
+        rounds.round()
+        if round % c.evaluation.every == 0 or round == c.rounds:
+            rounds.evaluate()
+    told = [cost.up.total(), cost.down.total() + cost.reading.total()]
+    return cost, told, [rounds.traffic.up, rounds.traffic.down]
+
+
+@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
+@pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"] + ["fedbuff", "fedasync"])
+def test_an_asynchronous_run_costs_what_its_rehearsal_does_with_whatever_goes_wrong(
+    method: str, channel: dict[str, Any]
+) -> None:
+    made = paced(method, channel=channel)
+    if method in ("fedbuff", "fedasync"):
+        del made["runtime"]["buffer"]
+    cost, told, counted = rehearsed_and_counted(made)
+    assert cost.exact and told == counted and any(counted) == (method != "local")
+
+
+def test_where_sizes_follow_from_the_numbers_the_rehearsal_is_the_most_that_it_can_be() -> None:
+    made = paced("fedavg", channel={**TOP, "entropy": True}, faults={}, devices={"speed": 1e6})
+    cost, told, counted = rehearsed_and_counted(made)
+    assert cost.at_most and not cost.exact and counted[0] < told[0]
+
+
+def test_the_check_of_an_asynchronous_run_rehearses_it(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    source = paced("fedavg")
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(source))
+    assert main(["--config", str(path), "--check"], command="train") == 0
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 3 rounds: " in text]
+    cost, _, counted = rehearsed_and_counted(source)
+    assert line.startswith(_size(sum(counted))) and cost.up.keys() == set(prepare(source).federation.cards)

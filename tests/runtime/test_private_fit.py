@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.channel.privacy.noise import Noise
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.experiment import prepare
 from hetero_fl.mutual import Mutual
-from hetero_fl.objectives import Batch, Given, Net, Nets, Objective, Proximal, Rehearsal, Supervised
+from hetero_fl.nets import Batch, Given, Net, Nets
+from hetero_fl.objectives import Objective, Proximal, Rehearsal, Supervised
 from hetero_fl.plan import Draws, Fit, Rows
 from hetero_fl.runtime.private_fit import PoissonBatches, PrivateGradients, sampling
 from hetero_fl.runtime.store import Private

@@ -11,7 +11,7 @@ from hetero_fl.runtime.asynchronous import Asynchronous
 from hetero_fl.runtime.faults import FINE, Fate
 from hetero_fl.runtime.queue import Queue, Task
 from tests.runtime.paces import session
-from tests.small import config
+from tests.small import TOP, config
 
 SOURCE = config(
     "fedper", {"name": "mlp", "hidden": [8]}, 3, rounds=9, data__train_limit=180, data__partition__min_size=15,
@@ -21,9 +21,12 @@ SECONDS = st.lists(st.floats(0.1, 10), min_size=64, max_size=64)
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def after(seconds: list[float], fates: dict[int, Fate]) -> tuple[Asynchronous, dict[str, Any]]:
+CHANNELS = st.sampled_from([{}, TOP])  # without, and with something unsent kept
+
+
+def after(seconds: list[float], fates: dict[int, Fate], channel: dict[str, Any]) -> tuple[Asynchronous, dict[str, Any]]:
     """A run after two rounds, and all that server and clients have then."""
-    run = session(SOURCE, seconds=lambda id, task: seconds[task % 64], fates=fates)
+    run = session({**SOURCE, "channel": channel}, seconds=lambda id, task: seconds[task % 64], fates=fates)
     counts = [run.round()["counts"] for _ in range(2)]
     assert all(c["invited"] == c["arrived"] + c["failed"] + c["late"] for c in counts)
     models = {slot: {n: t.numpy().tobytes() for n, t in m.items()} for slot, m in run.server.models.items()}
@@ -35,30 +38,34 @@ def after(seconds: list[float], fates: dict[int, Fate]) -> tuple[Asynchronous, d
 
 
 @QUICK
-@given(SECONDS, st.sets(st.integers(0, 12)))
-def test_what_comes_twice_counts_once(seconds: list[float], twice: set[int]) -> None:
-    plain, once = after(seconds, {})
-    run, again = after(seconds, {number: Fate("twice") for number in twice})
+@given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
+def test_what_comes_twice_counts_once(seconds: list[float], twice: set[int], channel: dict[str, Any]) -> None:
+    plain, once = after(seconds, {}, channel)
+    run, again = after(seconds, {number: Fate("twice") for number in twice}, channel)
     assert again == once
     assert run.traffic.down == plain.traffic.down and run.traffic.up >= plain.traffic.up
 
 
 @QUICK
-@given(SECONDS, st.sets(st.integers(0, 12)))
-def test_what_is_changed_on_its_way_is_as_good_as_lost(seconds: list[float], bad: set[int]) -> None:
-    _, lost = after(seconds, {number: Fate("lost") for number in bad})
-    _, changed = after(seconds, {number: Fate("corrupted") for number in bad})
+@given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
+def test_what_is_changed_on_its_way_is_as_good_as_lost(
+    seconds: list[float], bad: set[int], channel: dict[str, Any]
+) -> None:
+    _, lost = after(seconds, {number: Fate("lost") for number in bad}, channel)
+    _, changed = after(seconds, {number: Fate("corrupted") for number in bad}, channel)
     assert changed == lost
 
 
 @QUICK
-@given(SECONDS, st.sets(st.integers(0, 12)), st.floats(0.1, 20))
-def test_what_is_late_is_as_if_the_client_had_been_slow(seconds: list[float], late: set[int], by: float) -> None:
+@given(SECONDS, st.sets(st.integers(0, 12)), st.floats(0.1, 20), CHANNELS)
+def test_what_is_late_is_as_if_the_client_had_been_slow(
+    seconds: list[float], late: set[int], by: float, channel: dict[str, Any]
+) -> None:
     slow = [s + (by if i in late else 0.0) for i, s in enumerate(seconds)]
-    _, one = after(seconds, {number: Fate("late", by=by) for number in late})
-    run, _ = after(slow, {})
+    _, one = after(seconds, {number: Fate("late", by=by) for number in late}, channel)
+    run, _ = after(slow, {}, channel)
     if run.given <= 64:  # durations repeat after that
-        assert one["models"] == after(slow, {})[1]["models"]
+        assert one["models"] == after(slow, {}, channel)[1]["models"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.floats(0, 5)), max_size=40), st.data())

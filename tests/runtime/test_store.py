@@ -76,21 +76,21 @@ class Machine(RuleBasedStateMachine):
     def save(self, server: int) -> None:
         self.round += 1
         self.checkpoints.save(self.round, {"round": self.round, "server": torch.zeros(server)})
-        self.saved = [*self.saved[-1:], dict(self.kept)]
+        self.saved = [*self.saved[-1:], (dict(self.kept), dict(self.staged))]
 
     @rule()
     @precondition(lambda self: self.saved)
     def save_the_same_round_again(self) -> None:
         self.checkpoints.save(self.round, {"round": self.round})
-        self.saved[-1] = dict(self.kept)
+        self.saved[-1] = (dict(self.kept), dict(self.staged))
 
     @rule(memory=MEMORY)
     def crash(self, memory: int) -> None:
         self.start(memory)
         tree = self.checkpoints.newest()
         assert (tree is None) == (not self.saved) and (tree is None or tree["round"] == self.round)
-        self.kept = dict(self.saved[-1]) if self.saved else {}
-        self.staged.clear()
+        kept, staged = self.saved[-1] if self.saved else ({}, {})
+        self.kept, self.staged = dict(kept), dict(staged)
 
     @rule(memory=MEMORY, at=st.floats(0, 0.999))
     @precondition(lambda self: len(self.saved) == 2)

@@ -24,7 +24,7 @@ from hetero_fl.data.resampled import as_made
 from hetero_fl.experiment.auditing.likeness import likeness, matched
 from hetero_fl.experiment.auditing.upload import Upload, upload
 from hetero_fl.experiment.prepared import Prepared
-from hetero_fl.objectives import Batch, Net, Nets
+from hetero_fl.nets import Batch, Net, Nets
 from hetero_fl.seeding import Key, generator
 from model_zoo import SplitModel
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.architecture import Architecture, Tensors
-from hetero_fl.config.clients import OptimizerConfig
+from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.course import start_from
 from hetero_fl.experiment.prepared import Prepared
-from hetero_fl.objectives import Given, Objective
+from hetero_fl.nets import Given
+from hetero_fl.objectives import Objective
 from hetero_fl.payload import Payload
 from hetero_fl.plan import Fit, Plan, Rows, Step
 from hetero_fl.state import Participant, own

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hetero_fl.experiment import run
 
 Source = dict[str, Any]
+ROUNDS = 8
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all runs
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets"])
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5}
@@ -50,7 +51,7 @@ def source(kind: str) -> Source:
     models = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "cnn", "width": 4, "norm": "group"}]
     made: Source = {
         "name": "kills",
-        "rounds": 8,
+        "rounds": ROUNDS,
         "data": {
             "name": "digits",
             "train_limit": 330,
@@ -104,6 +105,12 @@ def whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]
     return left(out), took
 
 
+def held(out: Path) -> int:
+    """Rounds of a run so far."""
+    lines = out / "metrics.jsonl"
+    return len(lines.read_bytes().splitlines()) if lines.exists() else 0
+
+
 def kill(process: Any, out: Path) -> tuple[int, int]:
     """1 if it was alive until then, and 1 if in the middle of rounds."""
     process.kill()
@@ -134,8 +141,10 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             (want, took), hits, mids = references[kind], 0, 0
             while hits < min(options.each, options.kills - tally["kills"]):
-                process = start(kind, out)
-                time.sleep(rng.uniform(0, 0.8) * took)
+                process, goal = start(kind, out), held(out) + rng.choice((0, 1, 1))
+                while held(out) < goal and process.is_alive():
+                    time.sleep(0.002)
+                time.sleep(rng.uniform(0, 1.5 if goal else 6) * took / ROUNDS)
                 hit, mid = kill(process, out)
                 hits, mids = hits + hit, mids + mid
                 if not hit:  # it had ended before

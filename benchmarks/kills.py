@@ -32,7 +32,7 @@ from hetero_fl.experiment import run
 Source = dict[str, Any]
 ROUNDS = 8
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all runs
-CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "torch._dynamo"])  # which optimisers load
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5}
 FAULTS = {"before": 0.05, "during": 0.05, "lost": 0.1, "late": 0.1, "twice": 0.1, "corrupted": 0.1, "delay": 5.0}
 KINDS: dict[str, Source] = {

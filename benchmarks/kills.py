@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """SIGKILL at random moments: resumed runs end with the models of uninterrupted ones, byte for byte.
 
-    python benchmarks/kills.py [--kills 100] [--each 5] [--out DIR]
+    python benchmarks/kills.py [--kills 100] [--each 5] [--kinds serial batched …] [--out DIR]
 
 Hybrid with top-k on scikit-learn's digits, four clients of three architectures with heads of their own; in turn serial, batched,
 with worker processes, and asynchronous with faults. A run is killed `--each` times, at any moment from its start on, is
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,7 +32,7 @@ from hetero_fl.experiment import run
 Source = dict[str, Any]
 ROUNDS = 8
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all runs
-CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "torch._dynamo"])  # which optimisers load
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5}
 FAULTS = {"before": 0.05, "during": 0.05, "lost": 0.1, "late": 0.1, "twice": 0.1, "corrupted": 0.1, "delay": 5.0}
 KINDS: dict[str, Source] = {
@@ -93,16 +94,14 @@ def left(out: Path) -> tuple[dict[str, bytes], list[Source]]:
 
 
 def whole(kind: str, folder: Path) -> tuple[tuple[dict[str, bytes], list[Source]], float]:
-    """What is left of a run that nobody kills, and how long it took; the first one, which may have to wait for imports, apart."""
-    for name in ("first", "whole"):
-        out, begun = folder / f"{name}-{kind}", time.monotonic()
-        shutil.rmtree(out, ignore_errors=True)
-        process = start(kind, out)
-        process.join()
-        if process.exitcode != 0:
-            raise SystemExit(f"{kind}: the uninterrupted run failed")
-        took = time.monotonic() - begun
-    return left(out), took
+    """What is left of a run that nobody kills, and the seconds of one of its rounds; held once, and kept in the folder."""
+    out = folder / f"whole-{kind}"
+    process = start(kind, out)
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"{kind}: the uninterrupted run failed")
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return left(out), median(sum(json.loads(line)["seconds"].values()) for line in lines)
 
 
 def held(out: Path) -> int:
@@ -126,6 +125,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="in all")
     parser.add_argument("--each", type=int, default=5, help="of one run, at most")
     parser.add_argument("--out", type=Path, help="where the count is kept; none: nowhere")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of runs, in turn")
     options = parser.parse_args()
     rng = random.Random(os.urandom(8))
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,16 +135,16 @@ def main() -> None:
         tally = {"kills": 0, "mid": 0, "runs": 0, "wrong": 0}
         if tally_file.exists():
             tally = json.loads(tally_file.read_text())
-        references = {kind: whole(kind, folder) for kind in KINDS}
+        references = {kind: whole(kind, folder) for kind in options.kinds}
         while tally["kills"] < options.kills:
-            kind, out = list(KINDS)[tally["runs"] % len(KINDS)], folder / "killed"
+            kind, out = options.kinds[tally["runs"] % len(options.kinds)], folder / "killed"
             shutil.rmtree(out, ignore_errors=True)
             (want, took), hits, mids = references[kind], 0, 0
             while hits < min(options.each, options.kills - tally["kills"]):
                 process, goal = start(kind, out), held(out) + rng.choice((0, 1, 1))
                 while held(out) < goal and process.is_alive():
                     time.sleep(0.002)
-                time.sleep(rng.uniform(0, 1.5 if goal else 6) * took / ROUNDS)
+                time.sleep(rng.uniform(0, 1.5 if goal else 10) * took)
                 hit, mid = kill(process, out)
                 hits, mids = hits + hit, mids + mid
                 if not hit:  # it had ended before

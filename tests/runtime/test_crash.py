@@ -20,7 +20,7 @@ from tests.small import MIXED, TOP, config
 
 KILLS = 10  # in either mode
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure"])
+CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"])
 
 
 def source(**faults: Any) -> dict[str, Any]:

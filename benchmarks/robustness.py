@@ -36,7 +36,7 @@ ON_ROWS = ("flipped", "confident_wrong", "targeted", "collusion")
 RULES = ("mean", "median", "trimmed_mean", "multi_krum", "norm_bound")
 FEWER = ("krum", "bulyan", "fltrust")
 PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
-# Chosen for their effect on the mean: of little_is_enough the z that theory lets pass (0.16), and 2, do not hurt; of noise 10 times
+# Chosen for their effect: of little_is_enough the z that theory lets pass (0.16), and 2, do not hurt; noise of 10 times
 # the update costs 2 points.
 STRENGTH = {"little_is_enough": 6.0, "gaussian": 100.0}
 WORST = ("sign_flip", "gaussian", "inner_product")

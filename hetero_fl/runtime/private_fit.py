@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from hetero_fl.channel.privacy.noise import Noise, gaussian
-from hetero_fl.nets import Batch, Net, Nets
+from hetero_fl.nets import Batch, Nets
 from hetero_fl.plan import Draws, Fit
 from hetero_fl.runtime.batches import Batches
 from hetero_fl.runtime.dropout import MASK, KeyedDropout
 from hetero_fl.runtime.fitting import Named, split_name
 from hetero_fl.runtime.stacked_ops import StackedOps
-from hetero_fl.runtime.templates import Template
 from hetero_fl.runtime.training import Live
 from hetero_fl.state import Participant
 
@@ -141,7 +140,7 @@ def _together(live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Te
         for name, tensor in own.items():
             slot, parameter = split_name(name)
             tensors[slot][parameter] = tensor
-        nets = Nets({slot: _net(live.modules[slot], tensors[slot]) for slot in live.modules})
+        nets = Nets({slot: live.modules[slot].net(tensors[slot]) for slot in live.modules})
         batch = Batch({**{n: t[None] for n, t in row.items()}, **beside})
         with StackedOps(key if live.drops else None):
             return live.fit.objective.private(nets, batch, live.given).sum()
@@ -167,16 +166,6 @@ def _alone(live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Tenso
 def _beside(rows: Tensor, like: Tensor) -> Tensor:
     """`[rows]` in a shape that broadcasts against `[rows, …]`."""
     return rows.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _net(template: Template, tensors: Mapping[str, Tensor]) -> Net:
-    module = template.module
-    head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
-    return Net(
-        lambda x: functional_call(module, dict(tensors), (x,)),
-        lambda z: functional_call(module.head, head, (z,)),
-        {n: tensors[n] for n in template.parameters},
-    )
 
 
 def _family(live: Live) -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
-from hetero_fl.nets import Batch, Net, Nets
+from hetero_fl.nets import Batch, Nets
 from hetero_fl.plan import Fit, FitReport
 from hetero_fl.runtime.batches import Batches
 from hetero_fl.runtime.fitting import (
@@ -180,21 +180,11 @@ class _Stack:
         weight: Tensor | None,
     ) -> Tensor:
         """The loss of one participant; runs under vmap."""
-        nets = Nets({slot: self._net(slot, own) for slot, own in tensors.items()})
+        nets = Nets({slot: self.templates[slot].net(own) for slot, own in tensors.items()})
         batch = Batch(columns)
         batch.weight = weight
         with StackedOps(key):
             return self.fit.objective.total(nets, batch, given)
-
-    def _net(self, slot: str, tensors: Mapping[str, Tensor]) -> Net:
-        template = self.templates[slot]
-        module = template.module
-        head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
-        return Net(
-            lambda x: functional_call(module, dict(tensors), (x,)),
-            lambda z: functional_call(module.head, head, (z,)),
-            {n: tensors[n] for n in template.parameters},
-        )
 
     def _clip(self, norm: float) -> None:
         """Each participant's whole gradient to at most this norm, as torch's `clip_grad_norm_` does it."""

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.nets import Net
 from hetero_fl.runtime.costs import channels_last
 from model_zoo import Outputs, SplitModel
 
@@ -44,6 +46,15 @@ class Template:
         """The module's tensors, in memory of their own; how they lie in the module is its own affair."""
         plain = torch.contiguous_format
         return {n: t.detach().to("cpu", copy=True, memory_format=plain) for n, t in self.tensors.items()}
+
+    def net(self, tensors: Mapping[str, Tensor]) -> Net:
+        """The module as a function of these tensors, its own left alone."""
+        head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
+        return Net(
+            lambda x: functional_call(self.module, dict(tensors), (x,)),
+            lambda z: functional_call(self.module.head, head, (z,)),
+            {n: tensors[n] for n in self.parameters},
+        )
 
 
 class Templates:

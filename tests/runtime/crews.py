@@ -7,11 +7,13 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from hetero_fl.codec import encode
@@ -116,3 +118,14 @@ def gone(session: int, seconds: float = 20) -> bool:
 def environment() -> dict[str, str]:
     """Of a command that is run in a process of its own."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def lent(setup: Setup, size: int) -> Iterator[Lent]:
+    """So many processes, started once for many tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "work", work_in_turn)
+        made = Lent(setup, size)
+    yield made
+    made.size = size
+    made.close()

@@ -11,7 +11,7 @@ from hetero_fl.runtime.asynchronous import Asynchronous
 from hetero_fl.runtime.executor import Executor
 from hetero_fl.runtime.faults import Fate
 from hetero_fl.runtime.timing import Stages, Timing
-from tests.small import MIXED, config
+from tests.small import MIXED, changed, config
 
 FAULTS = {"before": 0.1, "during": 0.1, "after": 0.1, "lost": 0.1, "late": 0.1, "twice": 0.1, "corrupted": 0.1}
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5, "down": 1e6, "jitter": 0.3}
@@ -23,18 +23,7 @@ def source(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
         method, MIXED, clients=4, rounds=3, clients__per_round=3, server={"model": "linear"},
         devices=SLOW, faults={**FAULTS, "delay": 5.0}, runtime={"threads": 1, "mode": "async", "buffer": 2},
     )  # fmt: skip
-    return config_with(made, **changes)
-
-
-def config_with(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """The configuration with keys changed, `__` for dots."""
-    for path, value in changes.items():
-        *parents, key = path.split("__")
-        place = made
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[key] = value
-    return made
+    return changed(made, **changes)
 
 
 class Paced(Timing):

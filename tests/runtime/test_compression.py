@@ -12,10 +12,9 @@ from hetero_fl.channel.link import UNSENT
 from hetero_fl.experiment import prepare, run
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.checkpoint import Checkpoints
-from hetero_fl.runtime.crews import processes
 from hetero_fl.runtime.price import price
 from hetero_fl.runtime.store import Store
-from tests.runtime.crews import Lent, outcome, rounds_on, setup_of, work_in_turn
+from tests.runtime.crews import Lent, lent, outcome, rounds_on, setup_of
 from tests.runtime.test_rounds import METHODS
 from tests.small import MIXED, TOP, config, rounds_of, same_bits
 
@@ -154,13 +153,8 @@ def test_a_run_that_is_gone_on_with_ends_with_the_same_bits(tmp_path: Any) -> No
 
 @pytest.fixture(scope="module")
 def crew() -> Iterator[Lent]:
-    """Two processes, started once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "work", work_in_turn)
-        made = Lent(setup_of("local"), 2)
-    yield made
-    made.size = 2
-    made.close()
+    with lent(setup_of("local"), 2) as made:
+        yield made
 
 
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "scaffold", "ds_fl"])

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.runtime.crews import processes
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Workers
 from tests.runtime import paces
-from tests.runtime.crews import Lent, outcome, rounds_on, setup_of, work_in_turn
+from tests.runtime.crews import Lent, lent, outcome, rounds_on, setup_of
 from tests.runtime.test_rounds import METHODS
 from tests.small import TOP, config
 
@@ -28,13 +27,8 @@ def source(method: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def crew() -> Iterator[Lent]:
-    """Three processes, started once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "work", work_in_turn)
-        made = Lent(setup_of(source("local")), 3)
-    yield made
-    made.size = 3
-    made.close()
+    with lent(setup_of(source("local")), 3) as made:
+        yield made
 
 
 @pytest.mark.parametrize("method", METHODS)

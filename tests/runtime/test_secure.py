@@ -20,7 +20,7 @@ from hetero_fl.runtime.crews import processes
 from hetero_fl.runtime.jobs import Job
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.rounds import Rounds
-from tests.runtime.crews import Lent, outcome, rounds_on, setup_of, work_in_turn
+from tests.runtime.crews import Lent, lent, outcome, rounds_on, setup_of
 from tests.runtime.test_price import told_and_counted
 from tests.runtime.test_rounds import METHODS
 from tests.runtime.test_workers import killing
@@ -228,12 +228,8 @@ def test_who_refuses_after_training_does_not_keep_what_it_staged(monkeypatch: py
 
 @pytest.fixture(scope="module")
 def crew() -> Iterator[Lent]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "work", work_in_turn)
-        made = Lent(setup_of("local"), 2)
-    yield made
-    made.size = 2
-    made.close()
+    with lent(setup_of("local"), 2) as made:
+        yield made
 
 
 @pytest.mark.parametrize("method", ["hybrid", "ditto", "fedproto", "scaffold"])

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from common import CLASSES, Ours, arguments, in_turns, parsed
-from loops import averaging, bounds, distilling, features, partial
+from loops import averaging, bounds, distilling, features, normalised, partial
 from loops.base import BATCH, LR, Loop
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +39,7 @@ LOOPS: dict[str, type[Loop]] = {
     "fedadam": averaging.FedOpt,
     "fedyogi": averaging.FedOpt,
     "scaffold": averaging.Scaffold,
+    "fednova": normalised.FedNova,
     "fedasync": averaging.FedAsync,
     "fedbuff": averaging.FedBuff,
     "fedbn": partial.FedBN,

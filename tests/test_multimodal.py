@@ -35,7 +35,8 @@ REDUCED = [
     "clients.defaults.epochs=1", "clients.defaults.model.image_width=4", "runtime.threads=1", "runtime.executor=serial",
 ]  # fmt: skip
 RUN = {"local", "fedavg", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedbn", "fedper", "fedrep", "fedbabu", "ditto",
-       "fedmd", "feddf", "ds_fl", "kt_pfl", "fedgen", "hybrid", "centralized", "ensemble"}  # fmt: skip
+       "fedmd", "feddf", "ds_fl", "kt_pfl", "fedgen", "hybrid", "centralized", "ensemble",
+       "fednova", "fedasync", "fedbuff"}  # fmt: skip
 REFUSED = ("share", "examples of", "algorithm.widths")  # what it would need stays at home, or is not the same for all
 
 

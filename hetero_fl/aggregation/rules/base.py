@@ -83,7 +83,7 @@ class Rule:
 
     def combine(self, block: Block, liars: int) -> Tensors:
         """One tensor for each name of the block, in the dtype of what was sent."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no combine")
 
 
 class PredictionRule:
@@ -103,7 +103,7 @@ class PredictionRule:
 
         `clients`: their ids; `memory`: what the rule remembers from round to round, plain numbers by id.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no combine")
 
 
 rule: Registry[type[Rule]] = Registry("aggregation rule")

@@ -22,7 +22,7 @@ class OnPredictions(Attack):
 
     def lie(self, rows: Tensor, scene: Scene) -> Tensor:
         """The false rows `[L, N, C]`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no lie")
 
 
 @attack("flipped")

@@ -14,17 +14,13 @@ from typing import Any
 
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.staleness import discounted
-from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.alike import Alike
 from hetero_fl.channel.protocol import Message
 from hetero_fl.config.staleness import StalenessConfig
 from hetero_fl.errors import RunFailed
 from hetero_fl.order import natural
 from hetero_fl.payload import Payload, PayloadError
-from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.deliveries import befallen
-from hetero_fl.runtime.executor import Executor
-from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.queue import Queue, Task, as_bytes, as_tensor
 from hetero_fl.runtime.readings import Record
@@ -54,22 +50,13 @@ class Asynchronous(Session):
     """
 
     def __init__(
-        self,
-        algorithm: Algorithm,
-        federation: Federation,
-        executor: Executor,
-        per_round: int | None = None,
-        stop_on_divergence: bool = False,
-        conditions: Conditions | None = None,
-        *,
-        buffer: int | None = None,
-        staleness: StalenessConfig | None = None,
+        self, *args: Any, buffer: int | None = None, staleness: StalenessConfig | None = None, **more: Any
     ) -> None:
-        super().__init__(algorithm, federation, executor, per_round, stop_on_divergence, conditions)
-        self.ids = federation.cards.clients.ids
-        self.places = min(per_round or len(self.ids), len(self.ids))
-        self.goal = algorithm.goal or buffer or self.places
-        self.staleness = algorithm.discount or staleness or StalenessConfig()
+        super().__init__(*args, **more)
+        self.ids = self.federation.cards.clients.ids
+        self.places = min(self.per_round or len(self.ids), len(self.ids))
+        self.goal = self.algorithm.goal or buffer or self.places
+        self.staleness = self.algorithm.discount or staleness or StalenessConfig()
         self.queue = Queue()
         self.version, self.given = 0, 0  # aggregations, tasks
         self._buffer: list[tuple[str, Payload, float]] = []  # what came from whom, and what staleness leaves of it

@@ -54,7 +54,7 @@ class Rehearsal(Asynchronous):
     def __init__(self, algorithm: Algorithm, federation: Federation, config: Config) -> None:
         runtime, conditions = config.runtime, Conditions.of(federation, config)
         super().__init__(
-            algorithm, federation, Nobody(), config.clients.per_round, conditions=conditions,  # type: ignore[arg-type]
+            algorithm, federation, Nobody(), config.clients.per_round, conditions=conditions,
             buffer=runtime.buffer, staleness=runtime.staleness,
         )  # fmt: skip
         self.price, self.dry = Price(exact=True), DryRun(algorithm, federation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ def federate(
     seed: int,
     cache_bytes: int = CACHE_BYTES,
     server: PreprocessConfig | None = None,
+    absent: Collection[str] = (),
 ) -> FederatedData:
     """Split a data set among clients. The order of `clients` changes nothing.
 
@@ -46,6 +47,7 @@ def federate(
 
     Args:
         server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.
+        absent: clients that get no rows here: theirs lie on machines of their own.
 
     Raises:
         UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
@@ -65,15 +67,16 @@ def federate(
     public = proxy | common
 
     notes = list(dataset.notes)
-    holders_of = own_sources(config, population)
-    owners = {name for holders in holders_of.values() for name in holders}
+    everywhere = own_sources(config, population)
+    holders_of = {source: held for source, who in everywhere.items() if (held := [c for c in who if c not in absent])}
+    owners = {name for holders in everywhere.values() for name in holders}
+    names = [name for name in population.ids if name not in owners and name not in absent]
     drawing: Drawing | None = None
     private: dict[str, Splits] = {}
-    if config.partition.kind == "drawn":
+    if config.partition.kind == "drawn" and names:
         drawing = Drawing(Share(dataset.train, rows), dataset.task, config.partition, config.split, population, seed)
         drawing.check()
-    else:
-        names = [name for name in population.ids if name not in owners]
+    elif names:
         shares = deal_out(dataset, rows, names, config, population, seed, notes)
         private = how.clients(shares, _later(dataset, public), config, seed)
     owned = from_own_sources(holders_of, dataset, config, population, seed)

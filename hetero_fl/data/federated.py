@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from hetero_fl.data.cache import ColumnCache
 from hetero_fl.data.gaps import sees_nothing, usable
 from hetero_fl.data.layout import Layout
 from hetero_fl.data.preprocess import NOTHING, Preprocess
-from hetero_fl.data.private import Private, Share
+from hetero_fl.data.private import Private, Share, fingerprint
 from hetero_fl.data.scanner import apply_scanner
 from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError, nearest
@@ -28,7 +28,6 @@ from hetero_fl.task import Task
 PRIVATE = ("train", "validation", "test")
 PUBLIC = ("proxy", "common_test", "common_validation")
 CACHE_BYTES = 512 * 2**20
-HASH_ROWS = 8192
 
 
 class FederatedData:
@@ -98,8 +97,10 @@ class FederatedData:
     def label_counts(self, client: str) -> Tensor:
         """How often each label occurs in a client's training split, floats `[outputs]`.
 
-        Multilabel: rows where the label is 1. Regression: all rows, for each target.
+        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients elsewhere: see `tells_labels`.
         """
+        if client in self._private.told:
+            return torch.tensor(self._private.told[client].labels)
         share = self._private[client]["train"]
         y = _labels(share.examples)[share.rows]
         if self.task.kind == "multiclass":
@@ -110,9 +111,15 @@ class FederatedData:
             counts = torch.full((self.task.outputs,), len(y))
         return counts.to(torch.get_default_dtype())
 
+    def tells_labels(self, client: str) -> bool:
+        """Whether its label counts are known here: everybody's are, but those of clients elsewhere that keep them."""
+        return client not in self._private.told or self._private.told[client].labels is not None
+
     def preprocess(self, client: str) -> Preprocess:
         """How the client sees every example; statistics of its `own` are those of its training rows."""
         config, where = self._settings[client].preprocess, f"client '{client}': preprocess"
+        if client in self._private.told and (view := self._private.told[client].view) is not None:
+            return view
         if config.normalize != "own":
             return Preprocess.resolve(config, None, where, self.layout, self.input_shape)
         return self._views.get(
@@ -179,6 +186,23 @@ class FederatedData:
             if split in ("train", "pool"):
                 yield share.take().x
 
+    def public_hash(self) -> str:
+        """SHA-256 over the public sets: equal for all who have the same."""
+        return fingerprint((self.task.kind, self.task.outputs), sorted(self._public.items()))
+
+    def elsewhere(self, private: Private) -> FederatedData:
+        """The same with these rows in place of those that everybody has: what lies on one machine of several."""
+        held = copy.copy(self)
+        held._private, held._views, held._sees = private, Recent(), {}
+        held._public_columns = ColumnCache(self._public_columns.limit)
+        held._private_columns = ColumnCache(self._private_columns.limit)
+        return held
+
+    @property
+    def private(self) -> Private:
+        """Whose rows are which."""
+        return self._private
+
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""
         shares = [*self._public.values(), *(share for _, share in self._private.places())]
@@ -195,16 +219,10 @@ class FederatedData:
     def content_hash(self) -> str:
         """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
         (and configuration) have the same data."""
-        digest = hashlib.sha256(repr((self.task.kind, self.task.outputs)).encode())
-        places = [(("", name), share) for name, share in self._public.items()] + self._private.places()
-        for place, share in sorted(places, key=lambda entry: entry[0]):
-            each = share.examples
-            tensors = [t for t in (each.x, each.y, each.time, each.unit) if t is not None]
-            digest.update(repr((place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in tensors])).encode())
-            for rows in share.rows.split(HASH_ROWS):
-                for tensor in tensors:
-                    digest.update(tensor[rows].contiguous().numpy().data)
-        return digest.hexdigest()
+        places: list[tuple[object, Share]] = [(("", name), share) for name, share in self._public.items()]
+        places = sorted([*places, *self._private.places()], key=lambda entry: entry[0])
+        told = [(client, told.hash) for client, told in sorted(self._private.told.items())]
+        return fingerprint((self.task.kind, self.task.outputs, *told), places)
 
     def _raw(self, client: str, split: str) -> Examples:
         """A client's rows as its own device made them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from hetero_fl.config.population import Population
 from hetero_fl.config.source import PartitionConfig, SplitConfig
 from hetero_fl.data.base import Examples
+from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.shares import among, strata
 from hetero_fl.data.split import FEWEST_TO_TRAIN, split_counts
 from hetero_fl.errors import UserError
@@ -21,6 +23,7 @@ from hetero_fl.lazy import Recent
 from hetero_fl.seeding import key
 from hetero_fl.task import Task
 
+HASH_ROWS = 8192
 SPLITS_KEPT = 1024  # clients whose drawn rows are kept
 
 
@@ -153,14 +156,38 @@ def _filled(count: int, mix: np.ndarray, room: np.ndarray) -> np.ndarray:
     return found
 
 
-class Private(Mapping[str, Mapping[str, Share]]):
-    """Each client's train, validation and test rows."""
+@dataclass(frozen=True)
+class Told:
+    """What a client whose rows lie on another machine says of them.
 
-    def __init__(self, dealt: Mapping[str, Mapping[str, Share]], drawing: Drawing | None = None) -> None:
-        self.dealt, self.drawing = dealt, drawing
+    Args:
+        rows: how many each split has.
+        hash: SHA-256 over them: the same rows, the same hash.
+        view: its own preprocessing, where that depends on its rows.
+        labels: label counts of its training rows, if it tells them.
+    """
+
+    rows: Mapping[str, int]
+    hash: str
+    view: Preprocess | None = None
+    labels: tuple[float, ...] | None = None
+
+
+class Private(Mapping[str, Mapping[str, Share]]):
+    """Each client's train, validation and test rows; of those whose rows lie elsewhere, what they told."""
+
+    def __init__(
+        self,
+        dealt: Mapping[str, Mapping[str, Share]],
+        drawing: Drawing | None = None,
+        told: Mapping[str, Told] | None = None,
+    ) -> None:
+        self.dealt, self.drawing, self.told = dealt, drawing, told or {}
 
     def count(self, client: str, split: str) -> int:
         """Rows of one split, without drawing them."""
+        if client in self.told:
+            return self.told[client].rows[split]
         if client in self.dealt or self.drawing is None:
             return len(self.dealt[client][split].rows)
         return self.drawing.counts(client)[split]
@@ -169,11 +196,15 @@ class Private(Mapping[str, Mapping[str, Share]]):
     def n_train(self) -> int:
         """Rows of all training splits; where clients draw for themselves, of the pool that they draw from."""
         dealt = sum(len(splits["train"].rows) for splits in self.dealt.values())
-        return dealt + (len(self.drawing.pool.rows) if self.drawing else 0)
+        return dealt + self._told("train") + (len(self.drawing.pool.rows) if self.drawing else 0)
+
+    def _told(self, split: str) -> int:
+        return sum(told.rows[split] for told in self.told.values())
 
     def with_one_row(self) -> list[str]:
         """Clients with a single row to train on: whoever draws has more."""
-        return [client for client, splits in self.dealt.items() if len(splits["train"].rows) == 1]
+        counts = {client: len(splits["train"].rows) for client, splits in self.dealt.items()}
+        return [c for c, n in (counts | {c: t.rows["train"] for c, t in self.told.items()}).items() if n == 1]
 
     def places(self) -> list[tuple[tuple[str, str], Share]]:
         """All rows that anybody has, and where."""
@@ -195,3 +226,16 @@ class Private(Mapping[str, Mapping[str, Share]]):
 
     def __len__(self) -> int:
         return len(self.dealt if self.drawing is None else self.drawing.clients)
+
+
+def fingerprint(about: object, places: Iterable[tuple[object, Share]]) -> str:
+    """SHA-256 over sets of rows and where they belong: examples, labels, times and units."""
+    digest = hashlib.sha256(repr(about).encode())
+    for place, share in places:
+        each = share.examples
+        tensors = [t for t in (each.x, each.y, each.time, each.unit) if t is not None]
+        digest.update(repr((place, len(share.rows), [(t.dtype, tuple(t.shape[1:])) for t in tensors])).encode())
+        for rows in share.rows.split(HASH_ROWS):
+            for tensor in tensors:
+                digest.update(tensor[rows].contiguous().numpy().data)
+    return digest.hexdigest()

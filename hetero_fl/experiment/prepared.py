@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,22 +71,10 @@ class Prepared:
             raise
 
 
-def prepare(
-    source: str | Path | Mapping[str, Any] | Config, overrides: Iterable[str] = (), dataset: Dataset | None = None
-) -> Prepared:
-    """Load, build and check everything; trains and writes nothing. `dataset`: examples in memory in place of `data.name`.
-
-    Raises UserError for whatever is wrong.
-    """
-    config = load_config(source, overrides)
+def deal(config: Config, dataset: Dataset | None = None, absent: Collection[str] = ()) -> FederatedData:
+    """The data as the configuration has it: loaded, split into public and private, dealt out. `absent`: clients whose rows lie
+    on machines of their own. Raises UserError for whatever is wrong with it."""
     clients = expand(config.clients)
-    if config.clients.per_round is not None and config.clients.per_round > len(clients):
-        raise UserError(f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients")
-    rare = [kind.first for kind in clients.kinds if kind.settings.share_every > 1]
-    if config.clients.per_round is not None and rare:
-        raise UserError(
-            f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
-        )
     if (
         config.data.train_limit is not None
         and config.data.proxy.source is None
@@ -98,10 +86,41 @@ def prepare(
     views = [kind.settings.preprocess for kind in clients.kinds]
     known = any(view.missing or view.columns for view in views)  # then federate looks at what each of them sees
     dataset = dataset or load_source(config.data, Path(config.data.root).expanduser(), missing=known)
+    own_view = config.server.preprocess if config.server.model and _method(config).distils else None
+    return federate(dataset, config.data, clients, config.seed, server=own_view, absent=absent)
+
+
+def _method(config: Config) -> Algorithm:
     settings = {k: v for k, v in config.algorithm.items() if k != "name"}
-    method = algorithm[config.algorithm["name"]].model_validate(settings)
-    own_view = config.server.preprocess if config.server.model and method.distils else None
-    data = federate(dataset, config.data, clients, config.seed, server=own_view)
+    method: Algorithm = algorithm[config.algorithm["name"]].model_validate(settings)
+    return method
+
+
+def prepare(
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Iterable[str] = (),
+    dataset: Dataset | None = None,
+    data: FederatedData | None = None,
+) -> Prepared:
+    """Load, build and check everything; trains and writes nothing.
+
+    Args:
+        dataset: examples in memory in place of `data.name`.
+        data: what `deal` made of the same configuration, all of it or what one of several machines has.
+
+    Raises:
+        UserError: whatever is wrong.
+    """
+    config = load_config(source, overrides)
+    clients = expand(config.clients)
+    if config.clients.per_round is not None and config.clients.per_round > len(clients):
+        raise UserError(f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients")
+    rare = [kind.first for kind in clients.kinds if kind.settings.share_every > 1]
+    if config.clients.per_round is not None and rare:
+        raise UserError(
+            f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
+        )
+    method, data = _method(config), data or deal(config, dataset)
     student = method.distils and data.n_proxy > 0
     federation = Federation.of(config, data, clients, student)
     if config.privacy is not None:

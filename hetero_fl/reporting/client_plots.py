@@ -121,10 +121,10 @@ def labels(summary: Json, details: Json) -> Figure:
 
     Up to forty clients: stacked bars for up to four classes, bubbles whose area is the count for up to twenty. More
     clients or classes: the share of each label among a client's examples, of the twenty most frequent labels. Targets
-    without classes: how many rows each client has for training, validation and test.
+    without classes, and where no client tells its labels: how many rows each client has for training, validation and test.
     """
     counts, names = details["label_counts"], details["labels"]
-    if is_regression(last_scores(summary)):
+    if is_regression(last_scores(summary)) or not counts:
         parts = ("train", "validation", "test")
         table = np.array([[rows[part] for part in parts] for rows in details["rows"].values()], dtype=float)
         if len(table) > FEW:

@@ -160,7 +160,9 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
         "labels": list(federation.task.label),
         "rare": federation.task.rare,
         "population": len(federation.cards),
-        "label_counts": {id: data.label_counts(id).int().tolist() for id in federation.readers},
+        "label_counts": {
+            id: data.label_counts(id).int().tolist() for id in federation.readers if data.tells_labels(id)
+        },
         "proxy": data.n_proxy,
         "rows": {id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")} for id in federation.readers},
         "clients": {

@@ -203,6 +203,11 @@ class FederatedData:
         """Whose rows are which."""
         return self._private
 
+    @property
+    def public(self) -> Mapping[str, Share]:
+        """The proxy set, if there is one, and the common sets."""
+        return self._public
+
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""
         shares = [*self._public.values(), *(share for _, share in self._private.places())]
@@ -219,10 +224,9 @@ class FederatedData:
     def content_hash(self) -> str:
         """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
         (and configuration) have the same data."""
-        places: list[tuple[object, Share]] = [(("", name), share) for name, share in self._public.items()]
-        places = sorted([*places, *self._private.places()], key=lambda entry: entry[0])
+        places = [(("", name), share) for name, share in self._public.items()] + self._private.places()
         told = [(client, told.hash) for client, told in sorted(self._private.told.items())]
-        return fingerprint((self.task.kind, self.task.outputs, *told), places)
+        return fingerprint((self.task.kind, self.task.outputs, *told), sorted(places, key=lambda p: p[0]))
 
     def _raw(self, client: str, split: str) -> Examples:
         """A client's rows as its own device made them."""

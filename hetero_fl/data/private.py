@@ -228,7 +228,7 @@ class Private(Mapping[str, Mapping[str, Share]]):
         return len(self.dealt if self.drawing is None else self.drawing.clients)
 
 
-def fingerprint(about: object, places: Iterable[tuple[object, Share]]) -> str:
+def fingerprint(about: object, places: Iterable[tuple[Any, Share]]) -> str:
     """SHA-256 over sets of rows and where they belong: examples, labels, times and units."""
     digest = hashlib.sha256(repr(about).encode())
     for place, share in places:

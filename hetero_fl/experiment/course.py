@@ -11,7 +11,7 @@ import torch
 
 from hetero_fl.config import Config
 from hetero_fl.errors import UserError
-from hetero_fl.experiment.prepared import Prepared
+from hetero_fl.experiment.prepared import Engage, Prepared
 from hetero_fl.files import write_atomically
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.rundir import RunDirectory
@@ -28,12 +28,17 @@ Callback = Callable[[Record], None]
 
 
 def carry_out(
-    prepared: Prepared, directory: RunDirectory, choice: Choice, progress: Progress, callbacks: Sequence[Callback]
+    prepared: Prepared,
+    directory: RunDirectory,
+    choice: Choice,
+    progress: Progress,
+    callbacks: Sequence[Callback],
+    engage: Engage | None = None,
 ) -> None:
     """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
     begun, config = time.perf_counter(), prepared.config
     store = Store(directory.path / "checkpoint", config.runtime.store_memory << 20)
-    rounds = prepared.rounds(choice, store, progress.log)
+    rounds = prepared.rounds(choice, store, progress.log, engage)
     rounds.executor.watch(progress.task)
     try:
         _hold(prepared, directory, rounds, choice, progress, callbacks, begun)
@@ -157,7 +162,8 @@ def _read_whole(rounds: Session, directory: RunDirectory) -> Readings:
     """An evaluation with all that a report shows; every model, and the server's own, goes to its file as it comes."""
 
     def save(name: str, model: bytes) -> None:
-        write_atomically(directory.path / "models" / f"{name}.safetensors", model)
+        if model:  # a real site may keep its own
+            write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
     readings = rounds.evaluate(details=True, save=save)
     slot = rounds.algorithm.server_slot(rounds.server)

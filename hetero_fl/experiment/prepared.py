@@ -20,6 +20,7 @@ from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.dry import Expectations
+from hetero_fl.runtime.executor import Executor
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.pace import set_pace
 from hetero_fl.runtime.private_checks import check_plan, check_privacy, weak_delta
@@ -29,6 +30,9 @@ from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Store
 from hetero_fl.saved import SavedModel
+
+
+Engage = Callable[["Prepared", Choice, Store], Executor]  # has somebody else compute the clients
 
 
 @dataclass
@@ -53,12 +57,16 @@ class Prepared:
         choice: Choice | None = None,
         store: Store | None = None,
         say: Callable[[str], None] = lambda line: None,
+        engage: Engage | None = None,
     ) -> Session:
         """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
-        unless a choice is. Close its executor afterwards.
+        unless a choice is, and here unless somebody else is engaged for it. Close its executor afterwards.
         """
         choice, clients = choice or choose(self.config, self.federation), self.config.clients
-        executor = make_executor(choice, self.method, self.federation, store, say)
+        if engage is not None:
+            executor = engage(self, choice, store or Store())
+        else:
+            executor = make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
             conditions, runtime = Conditions.of(self.federation, self.config), self.config.runtime

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from hetero_fl.data import Dataset
 from hetero_fl.environment import describe_environment
 from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment.course import Callback, carry_out, present
-from hetero_fl.experiment.prepared import Prepared, prepare
+from hetero_fl.experiment.prepared import Engage, Prepared, prepare
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
 from hetero_fl.runtime.choose import Choice, choose
 from hetero_fl.runtime.engines import engine
+
+NODES = "nodes"  # the executor of a run across machines
 
 
 def run(
@@ -44,6 +47,19 @@ def run(
         if resume and out is not None and (Path(out) / "config.yaml").exists():
             raise Interrupted(Path(out)) from stop  # what lies there is still there
         raise
+    return hold(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
+
+
+def hold(
+    prepared: Prepared,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = True,
+    engage: Engage | None = None,
+) -> Run:
+    """Carry out what was prepared (see `run`); `engage`: who computes the clients, if not this machine."""
     config = prepared.config
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
     going_on = resume and (path / "config.yaml").exists()
@@ -51,12 +67,17 @@ def run(
         check_vacant(path)  # before anything is put there
     # The same bits need the same executor, threads and device, whatever this machine would choose.
     began = RunDirectory.open(path).environment()["choice"] if going_on else None
+    if began and (began["executor"] == NODES) != (engage is not None):
+        raise UserError(f"{path}: --resume: this run was begun {'on nodes' if engage is None else 'on one machine'}; go on so")
     try:
-        with engine(config.runtime, began["executor"] if began else config.runtime.executor):
-            choice = Choice.recorded(began, config.runtime) if began else choose(config, prepared.federation)
+        with engine(config.runtime, began["executor"] if began else NODES if engage else config.runtime.executor):
+            if began:
+                choice = Choice.recorded(began, config.runtime)
+            else:
+                choice = choose(config, prepared.federation) if engage is None else choose_for_nodes(prepared)
             with locked(path) as unheld:
                 prepared.notes[:0] = unheld
-                _run_in(path, prepared, choice, resume, callbacks, quiet)
+                _run_in(path, prepared, choice, resume, callbacks, quiet, engage)
     except KeyboardInterrupt as stop:
         if (path / "config.yaml").exists():
             raise Interrupted(path) from stop
@@ -64,8 +85,24 @@ def run(
     return Run(path)
 
 
+def choose_for_nodes(prepared: Prepared) -> Choice:
+    """What a run across machines computes with: one client at a time, with as many threads as a simulation would have here."""
+    config = prepared.config
+    asked = config.runtime.executor if config.runtime.executor in ("serial", "processes") else "auto"
+    runtime = config.runtime.model_copy(update={"executor": asked, "chunk": None})
+    chosen = choose(config.model_copy(update={"runtime": runtime}), prepared.federation)
+    reasons = (f"on nodes, {chosen.threads} threads each",)
+    return replace(chosen, executor=NODES, chunk=1, workers=len(prepared.federation.cards), reasons=reasons)
+
+
 def _run_in(
-    path: Path, prepared: Prepared, choice: Choice, resume: bool, callbacks: Sequence[Callback], quiet: bool
+    path: Path,
+    prepared: Prepared,
+    choice: Choice,
+    resume: bool,
+    callbacks: Sequence[Callback],
+    quiet: bool,
+    engage: Engage | None,
 ) -> None:
     config = prepared.config
     if resume and (path / "config.yaml").exists():
@@ -77,7 +114,7 @@ def _run_in(
         present(config, directory)
         return
     with Progress(directory.log, quiet) as progress:
-        carry_out(prepared, directory, choice, progress, callbacks)
+        carry_out(prepared, directory, choice, progress, callbacks, engage)
 
 
 def _deciding(recorded: dict[str, Any]) -> dict[str, Any]:

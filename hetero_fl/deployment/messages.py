@@ -1,0 +1,97 @@
+"""What server and nodes say to each other: plain trees as bytes, never pickle, and what is read is checked.
+
+A node is asked, in this order, `hello` (who are you?), `terms` (this is the configuration: what do you tell of your rows?),
+`roster` (this is who takes part: are you ready?); then, for each task, `do`; at the end, `leave`. It answers `here`, `told`, `ready`,
+`done`; or `lacks` (the public sets), `unready` (it was started anew since), `failed` (its training diverged), `refused` (it
+will not, and why).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+
+from hetero_fl import __version__
+from hetero_fl.architecture import frozen
+from hetero_fl.codec import CodecError, decode, encode
+from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.private import Told
+from hetero_fl.deployment.transport import Envelope, Head
+from hetero_fl.runtime.site import Reading
+
+PROTOCOL = 1  # of these messages: another number, another language
+FORM = f"deployment {PROTOCOL}"
+
+
+class Refused(Exception):
+    """A message that is not as it should be, or that asks for what is not granted; in one line."""
+
+
+def message(ask: str, body: Any = None, **head: Any) -> Envelope:
+    """A message with a tree as its body."""
+    return Envelope({"ask": ask, **head}, b"" if body is None else encode(body, FORM))
+
+
+def body_of(envelope: Envelope) -> Any:
+    """The tree in a message's body. Raises Refused if it is none."""
+    try:
+        return decode(envelope.body, FORM)
+    except CodecError as error:
+        raise Refused(f"'{envelope.head.get('ask')}': {error}") from None
+
+
+def told_apart(head: Head, name: str, kind: type) -> Any:
+    """A value of a message's head. Raises Refused if it is missing or of another type."""
+    value = head.get(name)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise Refused(f"'{head.get('ask')}': {name}: found {value!r}; expected {kind.__name__}")
+    return value
+
+
+def versions() -> dict[str, Any]:
+    """What both sides have to have alike."""
+    return {"protocol": PROTOCOL, "package": __version__, "torch": torch.__version__}
+
+
+def differing(head: Head) -> str:
+    """A line on the first version that another participant has otherwise; empty if all are the same."""
+    for name, own in versions().items():
+        if head.get(name) != own:
+            return f"{name} {head.get(name)}, but {own} here"
+    return ""
+
+
+# Trees ---------------------------------------------------------------------------------------------------------------
+def told_tree(told: Told) -> dict[str, Any]:
+    """What a client told, as plain values."""
+    view = None if told.view is None else asdict(told.view)
+    return {"rows": dict(told.rows), "hash": told.hash, "view": view, "labels": told.labels}
+
+
+def told_of(tree: Mapping[str, Any]) -> Told:
+    """The reverse of `told_tree`. Raises Refused."""
+    try:
+        rows = {name: int(tree["rows"][name]) for name in ("train", "validation", "test")}
+        view = None if tree["view"] is None else Preprocess(**{k: frozen(v) for k, v in tree["view"].items()})
+        labels = None if tree["labels"] is None else tuple(float(n) for n in tree["labels"])
+        return Told(rows, str(tree["hash"]), view, labels)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(f"what a node tells of its rows cannot be read ({type(error).__name__}: {error})") from None
+
+
+def reading_tree(reading: Reading) -> dict[str, Any]:
+    """What a node tells of its model, as plain values."""
+    tree = {field.name: getattr(reading, field.name) for field in fields(reading)}
+    return {**tree, "model": torch.frombuffer(bytearray(reading.model), dtype=torch.uint8) if reading.model else None}
+
+
+def reading_of(tree: Mapping[str, Any]) -> Reading:
+    """The reverse of `reading_tree`. Raises Refused."""
+    try:
+        model = tree["model"]
+        return Reading(**{**tree, "model": b"" if model is None else model.numpy().tobytes()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"a reading cannot be read ({type(error).__name__}: {error})") from None

@@ -18,7 +18,7 @@ from hetero_fl.data.federated import FederatedData
 from hetero_fl.data.gaps import check_gaps
 from hetero_fl.data.layout import Block, Layout
 from hetero_fl.data.own_sources import from_own_sources
-from hetero_fl.data.private import Private, Share
+from hetero_fl.data.private import Private, Share, fingerprint
 from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.task import Task
@@ -71,6 +71,11 @@ class Pack:
             {name: Examples(**columns) for name, columns in tree["public"].items()},
         )  # fmt: skip
 
+    def hash(self) -> str:
+        """What `FederatedData.public_hash` says of the same sets."""
+        shares = [(name, Share.whole(examples)) for name, examples in sorted(self.public.items())]
+        return fingerprint((self.task.kind, self.task.outputs), shares)
+
     def held_by(
         self, client: str, config: DataConfig, clients: Mapping[str, ClientSettings], seed: int
     ) -> FederatedData:
@@ -85,7 +90,10 @@ class Pack:
         common = Dataset(self.name, self.task, some, columns=self.layout.columns, blocks=self.layout.blocks,
                          vocabulary=self.vocabulary)  # fmt: skip
         owned = from_own_sources({source: [client]}, common, config, population, seed)
-        private, public = Private(owned.private), {name: Share.whole(examples) for name, examples in self.public.items()}
+        private, public = (
+            Private(owned.private),
+            {name: Share.whole(examples) for name, examples in self.public.items()},
+        )
         gaps = check_gaps([population.kind(client)], population, private, public, self.layout)
         return FederatedData(
             self.task, self.name, population, private, public, seed, self.simulated or owned.simulated, self.about,

@@ -1,9 +1,9 @@
 """What server and nodes say to each other: plain trees as bytes, never pickle, and what is read is checked.
 
 A node is asked, in this order, `hello` (who are you?), `terms` (this is the configuration: what do you tell of your rows?),
-`roster` (this is who takes part: are you ready?); then, for each task, `do`; at the end, `leave`. It answers `here`, `told`, `ready`,
-`done`; or `lacks` (the public sets), `unready` (it was started anew since), `failed` (its training diverged), `refused` (it
-will not, and why).
+`roster` (this is who takes part: are you ready?); then, for each task, `do`; at the end, `leave`. It answers `here`, `told`,
+`ready`, `done`; or `lacks` (the public sets), `unready` (it was started anew since), `failed` (its training diverged),
+`refused` (it will not, and why).
 """
 
 from __future__ import annotations
@@ -40,15 +40,20 @@ def body_of(envelope: Envelope) -> Any:
     try:
         return decode(envelope.body, FORM)
     except CodecError as error:
-        raise Refused(f"'{envelope.head.get('ask')}': {error}") from None
+        raise Refused(f"{envelope.head.get('ask')!r}: {error}") from None
 
 
 def told_apart(head: Head, name: str, kind: type) -> Any:
     """A value of a message's head. Raises Refused if it is missing or of another type."""
     value = head.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise Refused(f"'{head.get('ask')}': {name}: found {value!r}; expected {kind.__name__}")
+        raise Refused(f"{head.get('ask')!r}: {name}: found {value!r}; expected {kind.__name__}")
     return value
+
+
+def reason(answer: Envelope) -> str:
+    """Why an answer is not the one that was hoped for."""
+    return str(answer.head.get("why", answer.head.get("ask")))
 
 
 def versions() -> dict[str, Any]:
@@ -60,7 +65,7 @@ def differing(head: Head) -> str:
     """A line on the first version that another participant has otherwise; empty if all are the same."""
     for name, own in versions().items():
         if head.get(name) != own:
-            return f"{name} {head.get(name)}, but {own} here"
+            return f"{name} {head.get(name)!r}, but {own!r} here"
     return ""
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 
-from hetero_fl.deployment.messages import body_of, differing, message
+from hetero_fl.deployment.messages import Refused, body_of, differing, message
 from hetero_fl.deployment.transport import Envelope, Transport
 from hetero_fl.runtime.plans import Diverged
 
@@ -92,6 +92,8 @@ class Post:
                     self._push(flight, flight.talk.send(answer), end, flying)
                 except StopIteration as stop:
                     yield flight.client, stop.value
+                except Refused as error:
+                    yield flight.client, Absent(str(error))
 
     def close(self) -> None:
         """Tell everybody that it is over, and let them go."""
@@ -128,13 +130,18 @@ class Post:
             why = "the configuration has no such client"
         if not why and answer.head.get("ask") != "here":
             why = str(answer.head.get("why", "it does not say who it is"))
+        said: dict[str, object] = {}
+        try:
+            said = body_of(answer) if not why else {}
+        except Refused as error:
+            why = str(error)
         self._met[node] = "" if why else client
         if why:
             self.say(f"refused a node that says it is '{client}': {why}")
             self.transport.push(node, message("leave", why=why), 10.0)
             return
         self.say(f"{client} is here" + (" again" if client in self.here else ""))
-        self.node_of[client], self.here[client] = node, body_of(answer)
+        self.node_of[client], self.here[client] = node, said
 
     # Messages --------------------------------------------------------------------------------------------------------
     def _push(self, flight: Flight, envelope: Envelope, end: float, flying: dict[str, Flight]) -> None:

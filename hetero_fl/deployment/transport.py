@@ -54,6 +54,7 @@ class Loopback:
         self._waiting: dict[str, int] = {}  # message -> node
         self._answers: dict[str, Envelope | None] = {}
         self._changed = threading.Condition()
+        self._working = threading.Lock()  # one at a time: torch's generator is the process's
 
     def join(self, handle: Handle) -> int:
         """A node comes. Returns its number."""
@@ -105,7 +106,8 @@ class Loopback:
         while (given := inbox.get()) is not None:
             message, envelope = given
             try:
-                answer: Envelope | None = handle(envelope)
+                with self._working:
+                    answer: Envelope | None = handle(envelope)
             except Exception:  # as a node whose process has died
                 answer = None
             with self._changed:

@@ -31,7 +31,6 @@ from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Store
 from hetero_fl.saved import SavedModel
 
-
 Engage = Callable[["Prepared", Choice, Store], Executor]  # has somebody else compute the clients
 
 

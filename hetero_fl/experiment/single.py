@@ -68,7 +68,9 @@ def hold(
     # The same bits need the same executor, threads and device, whatever this machine would choose.
     began = RunDirectory.open(path).environment()["choice"] if going_on else None
     if began and (began["executor"] == NODES) != (engage is not None):
-        raise UserError(f"{path}: --resume: this run was begun {'on nodes' if engage is None else 'on one machine'}; go on so")
+        raise UserError(
+            f"{path}: --resume: this run was begun {'on nodes' if engage is None else 'on one machine'}; go on so"
+        )
     try:
         with engine(config.runtime, began["executor"] if began else NODES if engage else config.runtime.executor):
             if began:

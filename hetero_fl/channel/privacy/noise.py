@@ -29,7 +29,12 @@ class Noise:
     @classmethod
     def of_the_system(cls) -> Noise:
         """Of a deployment: 256 bits from the operating system, which nobody else may learn."""
-        return cls(("privacy", os.urandom(32).hex()))
+        return cls.of_a_secret(os.urandom(32))
+
+    @classmethod
+    def of_a_secret(cls, secret: bytes) -> Noise:
+        """Of a deployment that keeps such bits."""
+        return cls(("privacy", secret.hex()))
 
     def generator(self, *parts: Key) -> torch.Generator:
         """For the draws that the parts name."""

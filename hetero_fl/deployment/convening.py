@@ -1,0 +1,125 @@
+"""Before the first round: everybody comes, hears the configuration, tells how many rows it has, and prepares for the run.
+
+What is the same for all follows from the configuration at each machine by itself; the server knows of the clients' rows what
+they told, and the fingerprint shows that all mean the same federation.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from hetero_fl.config import Config, expand, load_config, resolved
+from hetero_fl.data import FederatedData
+from hetero_fl.data.elsewhere import held_at
+from hetero_fl.data.pack import Pack
+from hetero_fl.data.private import Told
+from hetero_fl.deployment.messages import Refused, body_of, message, reason, told_of, told_tree
+from hetero_fl.deployment.post import Absent, Post, Talk
+from hetero_fl.deployment.roll import fingerprint_of
+from hetero_fl.errors import RunFailed
+from hetero_fl.experiment.prepared import Prepared, deal, prepare
+from hetero_fl.experiment.single import choose_for_nodes
+
+PREPARING = 600.0  # seconds that a node may take to load its data
+
+
+@dataclass
+class Convened:
+    """A federation whose members have met. `run` is its name, which no other run has."""
+
+    post: Post
+    config: Config
+    public: FederatedData
+    run: str
+    told: dict[str, Told] = field(default_factory=dict)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The run as the server knows it, once everybody has told of its rows."""
+        return prepare(self.config, data=held_at(self.public, None, self.told))
+
+    @cached_property
+    def _roster(self) -> dict[str, Any]:
+        threads = choose_for_nodes(self.prepared).threads
+        told = {client: told_tree(told) for client, told in self.told.items()}
+        return {"told": told, "fingerprint": fingerprint_of(self.prepared), "threads": threads}
+
+    @cached_property
+    def _pack(self) -> torch.Tensor:
+        return torch.frombuffer(bytearray(Pack.of(self.public).encode()), dtype=torch.uint8)
+
+    # Conversations with one node ---------------------------------------------------------------------------------------
+    def asking_terms(self, client: str) -> Talk:
+        """What a client tells of its rows; it must be what it told before."""
+        tree = {"config": resolved(self.config), "public": self.public.public_hash()}
+        answer = yield message("terms", tree, run=self.run)
+        if answer.head.get("ask") == "lacks":
+            answer = yield message("terms", {**tree, "pack": self._pack}, run=self.run)
+        if answer.head.get("ask") != "told":
+            return answer
+        told = told_of(body_of(answer))
+        if client in self.told and self.told[client].hash != told.hash:
+            raise Refused("its rows are not those that it began with")
+        self.told[client] = told
+        return answer
+
+    def asking_ready(self) -> Talk:
+        """Whether a client is ready, now that all have told."""
+        return (yield message("roster", self._roster, run=self.run))
+
+    def preparing(self, client: str) -> Talk:
+        """All of it anew, with a node that was started since. Raises Refused if it is not ready then."""
+        answer = yield from self.asking_terms(client)
+        if answer.head.get("ask") == "told":
+            answer = yield from self.asking_ready()
+        if answer.head.get("ask") != "ready":
+            raise Refused(reason(answer))
+        return answer
+
+
+def convene(config: Config, post: Post, wait: float, run: str | None = None) -> Convened:
+    """Meet everybody whom the configuration names.
+
+    Args:
+        wait: seconds until all have to be there.
+        run: the name of the run that is gone on with.
+
+    Raises:
+        UserError: what is wrong with the configuration or the server's own data.
+        RunFailed: somebody is missing, or refuses.
+    """
+    ids = list(expand(config.clients))
+    if missing := post.gather(wait):
+        raise RunFailed(f"not there after {wait:g} s: {', '.join(missing[:6])}{' …' if len(missing) > 6 else ''}")
+    own = [{"match": id, **settings} for id in ids if (settings := _settings(post.here[id]))]
+    if own:
+        plain = resolved(config)
+        plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *own]
+        config = load_config(plain)
+    convened = Convened(post, config, deal(config, absent=ids), run or secrets.token_hex(16))
+    _all(post, {id: _bound(convened.asking_terms, id) for id in ids}, "told")
+    _all(post, dict.fromkeys(ids, convened.asking_ready), "ready")
+    return convened
+
+
+def _settings(here: Mapping[str, object]) -> dict[str, Any]:
+    found = here.get("settings", {})
+    return found if isinstance(found, dict) else {}
+
+
+def _bound(talk: Callable[[str], Talk], client: str) -> Callable[[], Talk]:
+    return lambda: talk(client)
+
+
+def _all(post: Post, talks: Mapping[str, Callable[[], Talk]], wanted: str) -> None:
+    for client, answer in post.converse(talks, PREPARING):
+        if isinstance(answer, Absent):
+            raise RunFailed(f"{client}: {answer}")
+        if answer.head.get("ask") != wanted:
+            raise RunFailed(f"{client} refuses: {reason(answer)}")

@@ -1,0 +1,228 @@
+"""A site's side of a federation: answers the server's messages with its own data, models and state.
+
+Tasks are computed by the same `Worker` that computes them in a worker process of a simulation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hetero_fl.channel.privacy.noise import Noise
+from hetero_fl.channel.protocol import Message
+from hetero_fl.codec import CodecError, decode, encode
+from hetero_fl.config import Config, expand, load_config
+from hetero_fl.data import FederatedData
+from hetero_fl.data.elsewhere import held_at, told_by
+from hetero_fl.data.pack import Pack
+from hetero_fl.deployment.messages import (
+    FORM,
+    Refused,
+    body_of,
+    message,
+    reading_tree,
+    told_apart,
+    told_of,
+    told_tree,
+    versions,
+)  # fmt: skip
+from hetero_fl.deployment.roll import fingerprint_of
+from hetero_fl.deployment.site_file import SiteConfig
+from hetero_fl.deployment.transport import Envelope
+from hetero_fl.deployment.vault import Vault
+from hetero_fl.environment import choose_device
+from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.prepared import deal, prepare
+from hetero_fl.runtime.jobs import Job, Setup, Worker
+from hetero_fl.runtime.plans import Diverged
+from hetero_fl.runtime.site import Reading
+
+TRAIN = "train"
+
+
+@dataclass
+class Joined:
+    """The run that a node takes part in."""
+
+    run: str
+    config: Config
+    data: FederatedData
+    vault: Vault
+    worker: Worker | None = None  # once the roster is known
+
+
+class Node:
+    """One client of a federation.
+
+    Args:
+        folder: where it keeps what must outlive its process.
+        say: told, in one line, of what it is asked and of what it refuses.
+    """
+
+    def __init__(self, site: SiteConfig, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self.site, self.folder, self.say = site, folder, say
+        self.joined: Joined | None = None
+        self.left: str | None = None  # why it was let go, once it was
+        self._turn = threading.Lock()  # one message at a time: the same one may come twice
+        self._jobs = 0
+
+    def handle(self, envelope: Envelope) -> Envelope:
+        """The answer to a message; what is wrong with it, or with this site, is one."""
+        answers = {
+            "hello": self._hello, "terms": self._terms, "roster": self._roster, "do": self._do, "leave": self._leave,
+        }  # fmt: skip
+        with self._turn:
+            try:
+                ask = told_apart(envelope.head, "ask", str)
+                if ask not in answers:
+                    raise Refused(f"asked for '{ask}', which this release does not know")
+                return answers[ask](envelope)
+            except (Refused, UserError, RunFailed) as error:
+                self.say(f"refused: {error}")
+                return message("refused", why=str(error))
+
+    # Joining ---------------------------------------------------------------------------------------------------------
+    def _hello(self, envelope: Envelope) -> Envelope:
+        return message("here", {"settings": self.site.settings()}, client=self.site.client, **versions())
+
+    def _terms(self, envelope: Envelope) -> Envelope:
+        """What this site tells of its rows, under a configuration."""
+        me, run, tree = self.site.client, told_apart(envelope.head, "run", str), body_of(envelope)
+        config = load_config(tree["config"])
+        clients = expand(config.clients)
+        if me not in clients:
+            raise Refused(f"the configuration has no client '{me}'")
+        if self.site.data is None:
+            data = deal(config)
+            if data.public_hash() != tree["public"]:
+                raise Refused("the public sets that its configuration names are not the server's")
+        else:
+            pack = self._pack(tree)
+            if pack is None:
+                return message("lacks")
+            own = clients[me].model_copy(update={"data": self.site.data})
+            data = pack.held_by(me, config.data, {**clients, me: own}, config.seed)
+        own_view = clients[me].preprocess.normalize == "own"
+        told = told_by(data, me, own_view, self.site.tells.labels)
+        self.joined = Joined(run, config, data, Vault(self.folder / "runs" / _plain(run)))
+        return message("told", told_tree(told))
+
+    def _pack(self, tree: Any) -> Pack | None:
+        """The public sets that the server has named by their hash: from this message, or kept from an earlier one."""
+        public, kept = str(tree["public"]), Vault(self.folder / "public")
+        data = tree["pack"].numpy().tobytes() if tree.get("pack") is not None else kept.read(_plain(public))
+        if data is None:
+            return None
+        try:
+            pack = Pack.decode(data)
+        except (CodecError, KeyError, TypeError, ValueError) as error:
+            raise Refused(f"the public sets cannot be read ({error})") from None
+        if pack.hash() != public:
+            raise Refused("the public sets are not those that were named")
+        kept.write(_plain(public), data)
+        return pack
+
+    def _roster(self, envelope: Envelope) -> Envelope:
+        """Everything about the run is known now: prepare for it."""
+        joined, tree = self._in(envelope), body_of(envelope)
+        told = {client: told_of(each) for client, each in tree["told"].items()}
+        prepared = prepare(joined.config, data=held_at(joined.data, self.site.client, told))
+        if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
+            raise Refused("this site makes other clients of the configuration than the server does")
+        noise = Noise.of_a_secret(joined.vault.secret("noise"))
+        federation = replace(prepared.federation, noise=noise)
+        device = choose_device(self.site.device or joined.config.runtime.device)
+        threads = min(int(tree["threads"]), self.site.threads or int(tree["threads"]))
+        setup = Setup(prepared.method, federation, threads, (str(device),), 1, joined.config.runtime.precision)
+        joined.worker = Worker(setup, 0)
+        self.say(f"ready: {joined.config.name}, {joined.config.algorithm['name']}, {joined.config.rounds} rounds")
+        return message("ready", fingerprint=found)
+
+    def _leave(self, envelope: Envelope) -> Envelope:
+        self.left, self.joined = str(envelope.head.get("why", "")), None
+        self.say("let go" + (f": {self.left}" if self.left else ""))
+        return message("left")
+
+    # Tasks -----------------------------------------------------------------------------------------------------------
+    def _do(self, envelope: Envelope) -> Envelope:
+        head = envelope.head
+        if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
+            return message("unready")
+        vault, task = self.joined.vault, told_apart(head, "task", str)
+        if told_apart(head, "expires", float) < time.time():
+            raise Refused(f"task {task[:12]} has expired")
+        if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"]["task"] == task:
+            return Envelope(known["head"], known["body"].numpy().tobytes())
+        kind, base = told_apart(head, "kind", str), told_apart(head, "base", str)
+        asked = Message(
+            told_apart(head, "what", str), envelope.body, told_apart(head, "round", int), told_apart(head, "again", int),
+            told_apart(head, "work", float),
+        )  # fmt: skip
+        if kind == "read":
+            return self._read(asked, base, bool(head.get("details", False)), task)
+        answer = self._answer(asked, base, task)
+        body = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
+        vault.write("answer", encode({"head": answer.head, "body": body}, FORM))
+        return answer
+
+    def _answer(self, asked: Message, base: str, task: str) -> Envelope:
+        """An exchange of the round's protocol."""
+        assert self.joined is not None and self.joined.worker is not None
+        me, vault, worker = self.site.client, self.joined.vault, self.joined.worker
+        notes = vault.read("notes")
+        private: dict[str, bytes | None] = {me: vault.state(base)} if asked.ask == TRAIN else {}
+        job = self._job("answer", asked, private, notes={} if notes is None else {me: notes})
+        done = worker.do(job)
+        if done.error is not None:
+            raise Refused(f"{asked.ask}: {done.error}")
+        if me in done.notes:
+            vault.write("notes", done.notes[me])
+        else:
+            vault.drop("notes")
+        reply = done.replies[me]
+        if isinstance(reply, Diverged):
+            return message("failed", why=str(reply), task=task)
+        state = vault.keep(done.private[me]) if me in done.private else base
+        check = hashlib.sha256(reply.body).hexdigest()
+        return Envelope({"ask": "done", "task": task, "what": reply.ask, "state": state, "check": check}, reply.body)
+
+    def _read(self, asked: Message, base: str, details: bool, task: str) -> Envelope:
+        """What its model is worth: scores, and what else this site tells."""
+        assert self.joined is not None and self.joined.worker is not None
+        job = self._job("read", asked, {self.site.client: self.joined.vault.state(base)}, details)
+        done = self.joined.worker.do(job)
+        if done.error is not None:
+            raise Refused(f"evaluation: {done.error}")
+        return message("done", reading_tree(self._told_of(done.readings[self.site.client])), task=task)
+
+    def _told_of(self, reading: Reading) -> Reading:
+        tells = self.site.tells
+        if not tells.model:
+            reading = replace(reading, model=b"")
+        return reading if tells.details else replace(reading, confusion={}, calibration={}, forecast={})
+
+    def _job(self, kind: Any, asked: Message, private: dict[str, bytes | None], details: bool = False,
+             notes: dict[str, bytes] | None = None) -> Job:  # fmt: skip
+        self._jobs += 1
+        me = self.site.client
+        return Job(self._jobs, kind, [[me]], {me: asked}, private, details, notes or {})
+
+    def _in(self, envelope: Envelope) -> Joined:
+        run = told_apart(envelope.head, "run", str)
+        if self.joined is None or self.joined.run != run:
+            raise Refused(f"this site is not in run {run[:12]}")
+        return self.joined
+
+
+def _plain(name: str) -> str:
+    """A name from outside as one of a file. Raises Refused for one that is none."""
+    if not (name.isalnum() and len(name) <= 64):
+        raise Refused(f"found the name {name[:80]!r}")
+    return name

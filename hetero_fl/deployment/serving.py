@@ -1,0 +1,93 @@
+"""The server's side of a federation: nodes come, and a run is carried out with them as in a simulation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hetero_fl.config import Config, expand, load_config
+from hetero_fl.deployment.convening import convene
+from hetero_fl.deployment.post import Post
+from hetero_fl.deployment.remote import Remote
+from hetero_fl.deployment.transport import Transport
+from hetero_fl.errors import UserError
+from hetero_fl.experiment.course import Callback
+from hetero_fl.experiment.prepared import Prepared
+from hetero_fl.experiment.single import hold
+from hetero_fl.files import write_atomically
+from hetero_fl.reporting.run import Run
+from hetero_fl.runtime.choose import Choice
+from hetero_fl.runtime.executor import Executor
+from hetero_fl.runtime.performers import make_performer
+from hetero_fl.runtime.store import Store
+
+IDENTITY = "federation.json"  # in the run directory: which run nodes know it as
+
+
+def serve(
+    source: str | Path | Mapping[str, Any] | Config,
+    transport: Transport,
+    *,
+    out: Path,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+    wait: float = 120.0,
+    deadline: float = 3600.0,
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = True,
+) -> Run:
+    """Carry out a run with the nodes that a transport reaches; leaves the run directory that a simulation leaves.
+
+    Args:
+        wait: seconds until all clients of the configuration have to be there.
+        deadline: seconds that a node may take for a task.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the call.
+        RunFailed: nodes are missing or refuse before the first round, or the run itself cannot go on.
+        Interrupted: once there is something to resume.
+    """
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    config = load_config(source, overrides)
+    _check(config)
+    post = Post(transport, list(expand(config.clients)), say)
+    try:
+        convened = convene(config, post, wait, _identity(out) if resume else None)
+
+        def engage(prepared: Prepared, choice: Choice, store: Store) -> Executor:
+            torch.set_num_threads(choice.server_threads)
+            write_atomically(out / IDENTITY, json.dumps({"run": convened.run}).encode())
+            performer = make_performer(torch.device(choice.device), 1, choice.precision)
+            return Remote(convened, store, performer, deadline)
+
+        return hold(convened.prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet, engage=engage)
+    finally:
+        post.close()
+
+
+def _check(config: Config) -> None:
+    """Refuse (UserError) what only a simulation has."""
+    if config.attacks is not None:
+        raise UserError("attacks: found some, but nobody's part in a federation is simulated; leave it out")
+    if config.init_from is not None:
+        raise UserError("init_from: models of another run lie at its clients; not possible in a federation yet")
+    if config.algorithm["name"] in ("centralized", "ensemble"):
+        raise UserError(
+            f"algorithm.name: {config.algorithm['name']} wants everybody's rows or models in one place; it is for simulations"
+        )
+
+
+def _identity(out: Path) -> str | None:
+    try:
+        return str(json.loads((out / IDENTITY).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,103 @@
+"""What a node keeps of a run: its private state by content, what it remembers within a round, its last answer.
+
+States are named by their SHA-256 and never changed. The server says from which one a task starts, so that neither a crash at
+either side nor a round that is repeated can leave the two with different ideas of what a client's state is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from hetero_fl.deployment.messages import Refused
+from hetero_fl.errors import UserError
+from hetero_fl.files import write_atomically
+
+KEPT = 4  # states: two checkpoints of the server's may name one each, and a task in flight leaves one
+NONCE = 12  # bytes
+
+
+class Cipher:
+    """AES-256-GCM, so that a disk that is lost tells nothing. Each file is bound to its name."""
+
+    def __init__(self, key: bytes) -> None:
+        self._box = AESGCM(key)
+
+    @classmethod
+    def of(cls, path: Path) -> Cipher:
+        """With the key in a file, which is made if it is not there. Raises UserError if it is no key."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(AESGCM.generate_key(256))
+        key = path.read_bytes()
+        if len(key) != 32:
+            raise UserError(f"{path}: found {len(key)} bytes; a key has 32")
+        return cls(key)
+
+    def seal(self, data: bytes, name: str) -> bytes:
+        nonce = secrets.token_bytes(NONCE)
+        return nonce + self._box.encrypt(nonce, data, name.encode())
+
+    def open(self, data: bytes, name: str) -> bytes:
+        """Raises InvalidTag for bytes that were changed, or that were sealed with another key or name."""
+        return self._box.decrypt(data[:NONCE], data[NONCE:], name.encode())
+
+
+class Vault:
+    """Files of one run in one folder, readable by their owner alone."""
+
+    def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
+        self.folder, self.cipher = folder, cipher
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def state(self, name: str) -> bytes:
+        """A private state by its name; none has the empty one. Raises Refused if it is not there, or damaged."""
+        if not name:
+            return b""
+        data = self.read(f"state-{name}")
+        if data is None or hashlib.sha256(data).hexdigest() != name:
+            raise Refused(f"the private state that this task starts from ({name[:12]}) is not here any more")
+        os.utime(self.folder / f"state-{name}")
+        return data
+
+    def keep(self, data: bytes) -> str:
+        """Keep a private state; its name. The oldest that nobody has asked for goes."""
+        if not data:
+            return ""
+        name = hashlib.sha256(data).hexdigest()
+        self.write(f"state-{name}", data)
+        files = sorted(self.folder.glob("state-*"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        for file in files[KEPT:]:
+            file.unlink(missing_ok=True)
+        return name
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None if it is not there or was damaged."""
+        try:
+            data = (self.folder / name).read_bytes()
+            return data if self.cipher is None else self.cipher.open(data, name)
+        except (FileNotFoundError, InvalidTag):
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a file in one step."""
+        write_atomically(self.folder / name, data if self.cipher is None else self.cipher.seal(data, name))
+
+    def drop(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def secret(self, name: str) -> bytes:
+        """256 bits of the system's, drawn once and kept."""
+        found = self.read(name)
+        if found is None:
+            found = secrets.token_bytes(32)
+            self.write(name, found)
+        return found

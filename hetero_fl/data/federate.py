@@ -70,13 +70,12 @@ def federate(
     everywhere = own_sources(config, population)
     holders_of = {source: held for source, who in everywhere.items() if (held := [c for c in who if c not in absent])}
     owners = {name for holders in everywhere.values() for name in holders}
-    names = [name for name in population.ids if name not in owners and name not in absent]
     drawing: Drawing | None = None
     private: dict[str, Splits] = {}
-    if config.partition.kind == "drawn" and names:
+    if config.partition.kind == "drawn" and not absent:
         drawing = Drawing(Share(dataset.train, rows), dataset.task, config.partition, config.split, population, seed)
         drawing.check()
-    elif names:
+    elif names := [name for name in population.ids if name not in owners and name not in absent]:
         shares = deal_out(dataset, rows, names, config, population, seed, notes)
         private = how.clients(shares, _later(dataset, public), config, seed)
     owned = from_own_sources(holders_of, dataset, config, population, seed)

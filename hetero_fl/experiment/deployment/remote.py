@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from hetero_fl.channel.protocol import Direct, Message, Messages
-from hetero_fl.deployment.convening import Convened
-from hetero_fl.deployment.messages import Refused, body_of, reading_of, reason, told_apart
-from hetero_fl.deployment.post import Absent, Talk
-from hetero_fl.deployment.transport import Envelope, Head
 from hetero_fl.errors import RunFailed
+from hetero_fl.experiment.deployment.convening import Convened
+from hetero_fl.experiment.deployment.messages import Refused, body_of, reading_of, reason, told_apart
+from hetero_fl.experiment.deployment.post import Absent, Talk
+from hetero_fl.experiment.deployment.transport import Envelope, Head
 from hetero_fl.runtime.executor import Reply
 from hetero_fl.runtime.plans import Diverged, Performer
 from hetero_fl.runtime.secure import make_protocol

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 
-from hetero_fl.deployment.messages import Refused, body_of, differing, message
-from hetero_fl.deployment.transport import Envelope, Transport
+from hetero_fl.experiment.deployment.messages import Refused, body_of, differing, message
+from hetero_fl.experiment.deployment.transport import Envelope, Transport
 from hetero_fl.runtime.plans import Diverged
 
 LOOK = 0.5  # seconds between two looks at who is there

@@ -19,7 +19,7 @@ from hetero_fl.architecture import frozen
 from hetero_fl.codec import CodecError, decode, encode
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Told
-from hetero_fl.deployment.transport import Envelope, Head
+from hetero_fl.experiment.deployment.transport import Envelope, Head
 from hetero_fl.runtime.site import Reading
 
 PROTOCOL = 1  # of these messages: another number, another language

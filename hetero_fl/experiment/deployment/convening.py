@@ -19,10 +19,10 @@ from hetero_fl.data import FederatedData
 from hetero_fl.data.elsewhere import held_at
 from hetero_fl.data.pack import Pack
 from hetero_fl.data.private import Told
-from hetero_fl.deployment.messages import Refused, body_of, message, reason, told_of, told_tree
-from hetero_fl.deployment.post import Absent, Post, Talk
-from hetero_fl.deployment.roll import fingerprint_of
 from hetero_fl.errors import RunFailed
+from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reason, told_of, told_tree
+from hetero_fl.experiment.deployment.post import Absent, Post, Talk
+from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.prepared import Prepared, deal, prepare
 from hetero_fl.experiment.single import choose_for_nodes
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from hetero_fl.config import Config, expand, load_config
-from hetero_fl.deployment.convening import convene
-from hetero_fl.deployment.post import Post
-from hetero_fl.deployment.remote import Remote
-from hetero_fl.deployment.transport import Transport
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.course import Callback
+from hetero_fl.experiment.deployment.convening import convene
+from hetero_fl.experiment.deployment.post import Post
+from hetero_fl.experiment.deployment.remote import Remote
+from hetero_fl.experiment.deployment.transport import Transport
 from hetero_fl.experiment.prepared import Prepared
 from hetero_fl.experiment.single import hold
 from hetero_fl.files import write_atomically

@@ -14,8 +14,8 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hetero_fl.deployment.messages import Refused
 from hetero_fl.errors import UserError
+from hetero_fl.experiment.deployment.messages import Refused
 from hetero_fl.files import write_atomically
 
 KEPT = 4  # states: two checkpoints of the server's may name one each, and a task in flight leaves one

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.serving import serve
-from hetero_fl.deployment.site_file import SiteConfig, TellsConfig
-from hetero_fl.deployment.transport import Loopback
 from hetero_fl.experiment import run
+from hetero_fl.experiment.deployment.node import Node
+from hetero_fl.experiment.deployment.serving import serve
+from hetero_fl.experiment.deployment.site_file import SiteConfig, TellsConfig
+from hetero_fl.experiment.deployment.transport import Loopback
 from hetero_fl.reporting.run import Run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 QUICK = ["rounds=2", "runtime.executor=serial", "runtime.threads=1", "output.plots=false", "output.report=false"]
 ALL = TellsConfig(labels=True, details=True, model=True)
 

@@ -22,7 +22,9 @@ from hetero_fl.config import Config, expand, load_config
 from hetero_fl.data import FederatedData
 from hetero_fl.data.elsewhere import held_at, told_by
 from hetero_fl.data.pack import Pack
-from hetero_fl.deployment.messages import (
+from hetero_fl.environment import choose_device
+from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.deployment.messages import (
     FORM,
     Refused,
     body_of,
@@ -33,12 +35,10 @@ from hetero_fl.deployment.messages import (
     told_tree,
     versions,
 )  # fmt: skip
-from hetero_fl.deployment.roll import fingerprint_of
-from hetero_fl.deployment.site_file import SiteConfig
-from hetero_fl.deployment.transport import Envelope
-from hetero_fl.deployment.vault import Vault
-from hetero_fl.environment import choose_device
-from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.deployment.roll import fingerprint_of
+from hetero_fl.experiment.deployment.site_file import SiteConfig
+from hetero_fl.experiment.deployment.transport import Envelope
+from hetero_fl.experiment.deployment.vault import Vault
 from hetero_fl.experiment.prepared import deal, prepare
 from hetero_fl.runtime.jobs import Job, Setup, Worker
 from hetero_fl.runtime.plans import Diverged

@@ -109,9 +109,13 @@ def load_node_key(path: Path) -> EllipticCurvePrivateKey:
     except TypeError:
         raise UserError(f"{path}: the key is locked with a passphrase; a node needs one without") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise UserError(f"{path}: no private key is found here; make_node_key or ssh-keygen -t ecdsa makes one") from None
+        raise UserError(
+            f"{path}: no private key is found here; make_node_key or ssh-keygen -t ecdsa makes one"
+        ) from None
     if not isinstance(key, EllipticCurvePrivateKey):
-        raise UserError(f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)")
+        raise UserError(
+            f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)"
+        )
     return key
 
 
@@ -125,7 +129,9 @@ def load_public_key(path: Path) -> PublicKey:
         hint = "this is the private one; the server is given the file ….pub" if b"PRIVATE" in data else "no public key"
         raise UserError(f"{path}: {hint}") from None
     if not isinstance(key, EllipticCurvePublicKey):
-        raise UserError(f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)")
+        raise UserError(
+            f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)"
+        )
     return key
 
 

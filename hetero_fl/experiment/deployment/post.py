@@ -15,6 +15,7 @@ from hetero_fl.experiment.deployment.transport import Envelope, Transport
 from hetero_fl.runtime.plans import Diverged
 
 LOOK = 0.5  # seconds between two looks at who is there
+FAREWELL = 5.0  # seconds, at most, for telling nodes that a run is over
 
 Talk = Generator[Envelope, Envelope, Envelope]
 
@@ -95,10 +96,13 @@ class Post:
                 except Refused as error:
                     yield flight.client, Absent(str(error))
 
-    def close(self) -> None:
-        """Tell everybody that it is over, and let them go."""
-        for node in self.node_of.values():
-            self.transport.push(node, message("leave"), 10.0)
+    def close(self, over: bool) -> None:
+        """Let everybody go; told of it are they if the run is over: of one that was interrupted they wait for the rest."""
+        if over:
+            told = {self.transport.push(node, message("leave"), FAREWELL) for node in self.node_of.values()}
+            end = time.monotonic() + FAREWELL
+            while told and (left := end - time.monotonic()) > 0:
+                told -= self.transport.pull(told, left).keys()
         self.transport.close()
 
     # Who is there ----------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Remote:
         self._tell = listener
 
     def close(self) -> None:
-        self.post.close()
+        """Nodes are let go by who convened them."""
 
     # Conversations -----------------------------------------------------------------------------------------------------
     def _asking(self, client: str, requests: Messages, turn: str) -> Callable[[], Talk]:

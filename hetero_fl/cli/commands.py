@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.cli import Parser, audit, compare, federate, join
+from hetero_fl.cli import Parser, audit, compare, federate, join, server, status
 from hetero_fl.cli.asked import check_run, options_of_run, print_finished
 from hetero_fl.errors import UserError
 
@@ -108,6 +108,10 @@ def _carry_out_methods(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, tuple[str, Setup]] = {
     "train": ("one run: configuration in, finished run directory out", _train),
     "federate": ("the same by a real federation on this machine, a process for each client", federate.setup),
+    "server": ("a run with nodes on other machines", server.setup_server),
+    "node": ("one site of such a run, on a machine of its own", server.setup_node),
+    "certificates": ("what the machines of a federation know each other by", server.setup_certificates),
+    "status": ("how a run across machines stands: nodes, round, figures", status.setup),
     "compare": ("algorithms × seeds: table, figure and report", compare.setup),
     "evaluate": ("score the saved models of a run on any data set", _evaluate),
     "join": ("a newcomer begins with what a finished run leaves, and is compared with one from scratch", join.setup),

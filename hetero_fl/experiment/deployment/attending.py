@@ -69,7 +69,7 @@ class _Attended:
         answer = self._node.handle(envelope)
         if head.get("ask") == "do":
             took, said = time.monotonic() - began, answer.head.get("ask")
-            about = f"round {head.get('round')}: {head.get('what')}: {said}"
+            about = f"round {head.get('round')}: {head.get('what')!s}: {said!s}"
             sizes = {"bytes_in": len(envelope.body), "bytes_out": len(answer.body)}
             line = f"{about} in {took:.2f} s, {sizes['bytes_in']:,} bytes came, {sizes['bytes_out']:,} went"
             self._log(line, run=head.get("run"), round=head.get("round"), seconds=round(took, 3), **sizes)
@@ -103,11 +103,18 @@ def _ending(log: Log, stop: threading.Event) -> Iterator[None]:
         yield
         return
 
+    asked = False
+
     def end(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
+        asked = True
+        threading.Thread(target=_asked_to_stop).start()  # this thread may hold the locks of the log and the event
+
+    def _asked_to_stop() -> None:
         log("stopping after the task in hand; once more: at once")
-        threading.Thread(target=stop.set).start()  # this thread may hold the event's own lock
+        stop.set()
 
     before = signal.signal(signal.SIGTERM, end)
     try:

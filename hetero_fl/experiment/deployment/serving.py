@@ -74,10 +74,11 @@ def serve(
         status = status or Status(out, clients)
 
         def tell(line: str) -> None:
-            status.happened(line, post.node_of)
+            status.happened(line)
             say(line)
 
         post = Post(transport, clients, tell)
+        status.watch(lambda: post.node_of)
     except BaseException:
         transport.close()
         raise

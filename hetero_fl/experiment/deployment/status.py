@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ class Status:
 
     def __init__(self, path: Path, clients: Collection[str]) -> None:
         self._path, self._changing = path, threading.RLock()
-        self._here: dict[str, float] = {}  # client -> since when
-        self._gone: dict[str, float | None] = dict.fromkeys(clients)
+        self._present: Callable[[], Collection[str]] = tuple
+        self._nodes: dict[str, tuple[bool, float | None]] = dict.fromkeys(clients, (False, None))  # here? since when?
         self._events: list[dict[str, Any]] = []
         self._tree: dict[str, Any] = {
             "phase": "waiting", "run": None, "name": None, "algorithm": None, "rounds": 0, "round": 0,
@@ -52,14 +52,14 @@ class Status:
             self._tree |= known
             self._write()
 
-    def happened(self, line: str, here: Collection[str]) -> None:
-        """Something happened, and these are here now."""
+    def watch(self, present: Callable[[], Collection[str]]) -> None:
+        """Whom to ask who is here."""
+        self._present = present
+
+    def happened(self, line: str) -> None:
+        """Something happened."""
         with self._changing:
-            now = time.time()
-            self._gone |= {client: now for client in self._here if client not in here}
-            self._here = {client: self._here.get(client, now) for client in here}
-            self._gone = {client: since for client, since in self._gone.items() if client not in here}
-            self._events = [*self._events, {"time": now, "message": line}][-EVENTS:]
+            self._events = [*self._events, {"time": time.time(), "message": line}][-EVENTS:]
             self._write()
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -82,9 +82,12 @@ class Status:
     def tree(self) -> dict[str, Any]:
         """All of it as plain values; times are seconds since 1970, `seconds` those of the last round."""
         with self._changing:
-            nodes = {client: {"here": True, "since": since} for client, since in self._here.items()}
-            nodes |= {client: {"here": False, "since": since} for client, since in self._gone.items()}
-            return {**self._tree, "nodes": dict(sorted(nodes.items())), "events": self._events, "updated": time.time()}
+            now, present = time.time(), set(self._present())
+            for client, (here, _) in self._nodes.items():
+                if here != (client in present):
+                    self._nodes[client] = not here, now
+            nodes = {client: {"here": here, "since": since} for client, (here, since) in sorted(self._nodes.items())}
+            return {**self._tree, "nodes": nodes, "events": self._events, "updated": now}
 
     def prometheus(self) -> str:
         """The same in Prometheus's text format."""
@@ -150,7 +153,7 @@ def _alive(tree: Mapping[str, Any]) -> bool:
     return True
 
 
-def _family(name: str, kind: str, about: str, samples: list[tuple[Mapping[str, Any], float]]) -> str:
+def _family(name: str, kind: str, about: str, samples: Sequence[tuple[Mapping[str, Any], float]]) -> str:
     name = f"hetero_fl_{name}"
     lines = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
     for labels, value in samples:

@@ -1,4 +1,4 @@
-"""A server's small window: `/healthz`, `/metrics` for Prometheus and `/status` as JSON, over plain HTTP, for whoever watches it."""
+"""A server's small window: `/healthz`, `/metrics` for Prometheus, `/status` as JSON, over plain HTTP, for whoever watches it."""
 
 from __future__ import annotations
 

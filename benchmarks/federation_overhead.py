@@ -3,9 +3,9 @@
 
     python benchmarks/federation_overhead.py [--nodes 4] [--pairs 10] [--bytes 0] [--out FILE]
 
-Both sides have a SuperLink and nodes in processes of their own on this machine; a round sends every node one message and has one
-answer of each. Flower's is an ordinary ServerApp and ClientApp that do nothing, under SuperNodes as they come. It is timed twice: as it is
-shipped (`send_and_receive`), and with what its settings allow: SuperExec looks for work every 0.05 s
+Both sides have a SuperLink and nodes in processes of their own on this machine; a round sends every node one message and has
+one answer of each. Flower's is an ordinary ServerApp and ClientApp that do nothing, under SuperNodes as they come. It is timed
+twice: as it is shipped (`send_and_receive`), and with what its settings allow: SuperExec looks for work every 0.05 s
 (FLWR_SUPEREXEC_TASK_POLL_INTERVAL), and the ServerApp asks for answers as often. The two sides take turns.
 """
 
@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import httpx
 
-from hetero_fl.deployment.certificates import load_node_key, make_node_key
-from hetero_fl.deployment.flower import FlowerTransport, Superlink, serve
-from hetero_fl.deployment.flower.superlink import _free_port
-from hetero_fl.deployment.transport import Envelope
+from hetero_fl.experiment.deployment.certificates import load_node_key, make_node_key
+from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink, serve
+from hetero_fl.experiment.deployment.flower.superlink import _free_port
+from hetero_fl.experiment.deployment.transport import Envelope
 
 PROJECT = """\
 [project]

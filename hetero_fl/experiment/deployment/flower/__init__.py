@@ -9,12 +9,12 @@ server sends is ever executed there.
 The clients are Flower's inner ones: the extra `flower` in pyproject.toml holds to the version that this was written for.
 """
 
-from hetero_fl.deployment.flower.installed import check_installed
+from hetero_fl.experiment.deployment.flower.installed import check_installed
 
 check_installed()  # before anything of Flower is imported
 
-from hetero_fl.deployment.flower.node import serve  # noqa: E402
-from hetero_fl.deployment.flower.superlink import Superlink  # noqa: E402
-from hetero_fl.deployment.flower.transport import FlowerTransport  # noqa: E402
+from hetero_fl.experiment.deployment.flower.node import serve  # noqa: E402
+from hetero_fl.experiment.deployment.flower.superlink import Superlink  # noqa: E402
+from hetero_fl.experiment.deployment.flower.transport import FlowerTransport  # noqa: E402
 
 __all__ = ["FlowerTransport", "Superlink", "serve"]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hetero_fl.deployment import certificates
-from hetero_fl.deployment.certificates import (
+from hetero_fl.errors import UserError
+from hetero_fl.experiment.deployment import certificates
+from hetero_fl.experiment.deployment.certificates import (
     ServerFiles,
     check_server_files,
     load_node_key,
@@ -20,7 +21,6 @@ from hetero_fl.deployment.certificates import (
     make_server_files,
     public_bytes,
 )
-from hetero_fl.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_what_is_made_holds(files: ServerFiles) -> None:
 
 def test_what_is_there_is_not_overwritten(files: ServerFiles, tmp_path: Path) -> None:
     before = files.key.read_bytes()
-    with pytest.raises(UserError, match="authority.pem is there already"):
+    with pytest.raises(UserError, match=r"authority.pem is there already"):
         make_server_files(files.key.parent, ["fl.example.org"])
     assert files.key.read_bytes() == before
     make_node_key(tmp_path / "a")
@@ -72,9 +72,9 @@ def test_dates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_files(files: ServerFiles, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.pem: the server's certificate can not be read \(No such file"):
         check_server_files(ServerFiles(files.authority, tmp_path / "none.pem", files.key))
-    with pytest.raises(UserError, match="server.key: no certificate in PEM"):
+    with pytest.raises(UserError, match=r"server.key: no certificate in PEM"):
         check_server_files(ServerFiles(files.authority, files.key, files.key))
-    with pytest.raises(UserError, match="server.pem: no private key in PEM"):
+    with pytest.raises(UserError, match=r"server.pem: no private key in PEM"):
         check_server_files(ServerFiles(files.authority, files.certificate, files.certificate))
 
 

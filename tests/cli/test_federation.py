@@ -97,7 +97,7 @@ def started(*arguments: str | Path, cwd: Path, log: Path) -> Iterator[subprocess
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(cwd), "OMP_NUM_THREADS": "1"}
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "hetero_fl.cli", *map(str, arguments)],
+            [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "hetero_fl.cli", *map(str, arguments)],
             cwd=cwd, env=environment, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:

@@ -32,6 +32,9 @@ class ServerAtConfig(Section):
         description="the certificate of who vouches for the server; none: nothing is encrypted, for one machine alone",
     )
     key: str = Field("key", description="this site's private key; the server has the public one")
+    public: str | None = Field(
+        None, description="the server's public key: what it did not sign is refused; none: nothing is signed"
+    )
 
 
 class SiteConfig(Section):
@@ -73,7 +76,7 @@ def load_site(path: str | Path) -> tuple[SiteConfig, Path]:
     if site.server is not None:
         files = {
             n: str((path.parent / f).resolve())
-            for n in ("authority", "key")
+            for n in ("authority", "key", "public")
             if (f := getattr(site.server, n)) is not None
         }
         site = site.model_copy(update={"server": site.server.model_copy(update=files)})

@@ -46,11 +46,13 @@ def test_what_is_made_fits_together(net: Path) -> None:
         assert site.server.address == "fl.example.org:9092"
         key = load_node_key(Path(site.server.key))
         assert public_bytes(key.public_key()) == public_bytes(load_public_key(Path(public)))
-        assert site.server.authority is not None
+        assert site.server.authority is not None and site.server.public is not None and server.key is not None
+        signs = load_node_key(Path(server.key)).public_key()
+        assert public_bytes(signs) == public_bytes(load_public_key(Path(site.server.public)))
         assert Path(site.server.authority).read_bytes() == (net / "server" / "authority.pem").read_bytes()
     secret = [path for path in net.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()]
     assert {str(path.relative_to(net)) for path in secret} == {
-        "authority/authority.key", "server/server.key", "north/key", "south/key",
+        "authority/authority.key", "server/server.key", "server/sign", "north/key", "south/key",
     }  # fmt: skip
     if os.name == "posix":
         assert all(path.stat().st_mode & 0o077 == 0 for path in secret)

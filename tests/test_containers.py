@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ def test_what_the_image_is_built_from_is_the_package() -> None:
     assert ignored[0] == "*" and {f"!{source}" for source in copied} == {
         line for line in ignored if line.startswith("!")
     }
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needed = [project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"]
     needed += [pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]]

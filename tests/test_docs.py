@@ -1,7 +1,7 @@
 """The code in README.md and docs/: every block is run, in the order of its page, and every command is parsed.
 
-A block whose first line is a comment with a file's name is that file. YAML has to load as a configuration, `server.yaml` and `site.yaml`
-as what they are.
+A block whose first line is a comment with a file's name is that file. YAML has to load as a configuration, `server.yaml` and
+`site.yaml` as what they are.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.devices import uniform

@@ -125,11 +125,12 @@ class Post:
 
     def _meet(self, node: int, answer: Envelope) -> None:
         """A node has said who it is."""
-        client, why = str(answer.head.get("client", "")), differing(answer.head)
+        client, why = str(answer.head.get("client", "")), ""
+        if answer.head.get("ask") != "here":
+            why = str(answer.head.get("why", "it does not say who it is"))
+        why = why or differing(answer.head)
         if not why and client not in self.clients:
             why = "the configuration has no such client"
-        if not why and answer.head.get("ask") != "here":
-            why = str(answer.head.get("why", "it does not say who it is"))
         said: dict[str, object] = {}
         try:
             said = body_of(answer) if not why else {}

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hetero_fl.channel.privacy.noise import SecretNoise
 from hetero_fl.config import Config, expand, load_config
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.course import Callback
 from hetero_fl.experiment.deployment.convening import convene
+from hetero_fl.experiment.deployment.identity import ServerKeys, Signed
 from hetero_fl.experiment.deployment.post import Post
 from hetero_fl.experiment.deployment.remote import Remote
 from hetero_fl.experiment.deployment.transport import Transport
+from hetero_fl.experiment.deployment.vault import Vault
 from hetero_fl.experiment.prepared import Prepared
 from hetero_fl.experiment.single import hold
 from hetero_fl.files import write_atomically
@@ -40,12 +44,14 @@ def serve(
     deadline: float = 3600.0,
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
+    keys: ServerKeys | None = None,
 ) -> Run:
     """Carry out a run with the nodes that a transport reaches; leaves the run directory that a simulation leaves.
 
     Args:
         wait: seconds until all clients of the configuration have to be there.
         deadline: seconds that a node may take for a task.
+        keys: with which messages are signed, and answers checked; none: for rehearsals on one machine.
 
     Raises:
         UserError: a mistake in the configuration, the data or the call.
@@ -59,6 +65,8 @@ def serve(
 
     config = load_config(source, overrides)
     _check(config)
+    if keys is not None:
+        transport = Signed(transport, keys, say)
     post = Post(transport, list(expand(config.clients)), say)
     try:
         convened = convene(config, post, wait, _identity(out) if resume else None)
@@ -66,9 +74,17 @@ def serve(
         def engage(prepared: Prepared, choice: Choice, store: Store) -> Executor:
             torch.set_num_threads(choice.server_threads)
             write_atomically(out / IDENTITY, json.dumps({"run": convened.run}).encode())
+            # What is drawn at the server must not follow from the seed, which every node is told.
+            prepared.federation = replace(
+                prepared.federation, noise=SecretNoise(Vault(out / "secrets").secret("noise"))
+            )
             performer = make_performer(torch.device(choice.device), 1, choice.precision)
             return Remote(convened, store, performer, deadline)
 
+        if keys is None:
+            convened.prepared.notes.append(
+                "no keys were given: messages are not signed, and anybody may speak for anybody"
+            )
         return hold(convened.prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet, engage=engage)
     finally:
         post.close()

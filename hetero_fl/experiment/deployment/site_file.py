@@ -13,6 +13,7 @@ from hetero_fl.config.load import read
 from hetero_fl.config.mistakes import describe
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.errors import UserError
+from hetero_fl.experiment.deployment.limits import AllowsConfig
 
 
 class TellsConfig(Section):
@@ -38,6 +39,11 @@ class SiteConfig(Section):
     device: str | None = Field(None, description="where it computes; none: as the server's configuration has it")
     threads: PositiveInt | None = Field(None, description="at most so many; none: as many as the server says")
     tells: TellsConfig = TellsConfig()
+    allows: AllowsConfig = AllowsConfig()
+    encrypt: str | None = Field(
+        None,
+        description="file with the key under which its folder is encrypted, made if it is not there; relative to this file",
+    )
 
     def settings(self) -> dict[str, Any]:
         """What of a client's settings it decides itself."""
@@ -57,4 +63,6 @@ def load_site(path: str | Path) -> tuple[SiteConfig, Path]:
     if site.data is not None and site.data.path is not None and not Path(site.data.path).is_absolute():
         own = site.data.model_copy(update={"path": str((path.parent / site.data.path).resolve())})
         site = site.model_copy(update={"data": own})
+    if site.encrypt is not None:
+        site = site.model_copy(update={"encrypt": str((path.parent / site.encrypt).resolve())})
     return site, (path.parent / site.folder).resolve()

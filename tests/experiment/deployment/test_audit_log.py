@@ -19,7 +19,9 @@ Lines = list[bytes]
 def written(path: Path, count: int = 6) -> Path:
     log = AuditLog(path)
     for i in range(count):
-        log.append(run="r", round=i, ask="do", what="train", out=10 + i, kinds=["model: params"], outcome="done", **{"in": i})
+        log.append(
+            run="r", round=i, ask="do", what="train", out=10 + i, kinds=["model: params"], outcome="done", **{"in": i}
+        )
     return path
 
 
@@ -87,7 +89,7 @@ def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
     assert len(verify(path)) == 7
     log = AuditLog(path)
     log.append(ask="do", outcome="done", out=1, **{"in": 1})
-    assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries) == 8
+    assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries()) == 8
 
 
 def test_two_writers_make_one_chain(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     log.append(ask="do", what="train", out=0, outcome="refused: no", **common)
     log.append(ask="do", what="read", out=3, outcome="done", **common)
     log.append(ask="do", what="train", out=1, outcome="done", **{**common, "run": "another"})
-    found = totals(log.entries, "r")
+    found = totals(log.entries(), "r")
     assert (found.up, found.down) == (7, 15)
 
 

@@ -103,7 +103,7 @@ class ServerKeys:
         owner: dict[bytes, str] = {}
         for client, key in self.clients.items():
             if (other := owner.setdefault(public_bytes(key), client)) != client:
-                raise UserError(f"keys: '{client}' and '{other}' have one key; each needs its own")
+                raise UserError(f"keys: '{other}' and '{client}' have one key; each needs its own")
 
     @classmethod
     def load(cls, own: Path, clients: Mapping[str, Path]) -> ServerKeys:

@@ -27,7 +27,7 @@ class AllowsConfig(Section):
     )
     epochs: PositiveFloat | None = Field(None, description="most passes over its rows in one task")
     steps: PositiveInt | None = Field(None, description="most optimiser steps in one task")
-    upload_bytes: PositiveInt | None = Field(None, description="most bytes of one answer")
+    upload_bytes: PositiveInt | None = Field(None, description="most bytes of one upload")
     total_bytes: PositiveInt | None = Field(None, description="most bytes of all its answers, in all runs together")
     secure_sum_only: bool = Field(False, description="whether an upload may leave in a secure sum alone")
     cohort: PositiveInt | None = Field(

@@ -264,7 +264,7 @@ class Node:
         if isinstance(reply, Diverged):
             return message("failed", why=str(reply), task=task)
         self._line.setdefault("kinds", [reply.ask])  # an upload has said more of itself
-        self.joined.policy.check_size(len(reply.body))
+        self.joined.policy.check_size(len(reply.body), upload=True)
         state = vault.keep(done.private[me]) if me in done.private else base
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope({"ask": "done", "task": task, "what": reply.ask, "state": state, "check": check}, reply.body)
@@ -278,7 +278,7 @@ class Node:
             raise Refused(f"evaluation: {done.error}")
         told = self._told_of(done.readings[self.site.client])
         answer = message("done", reading_tree(told), task=task)
-        self.joined.policy.check_size(len(answer.body))
+        self.joined.policy.check_size(len(answer.body), upload=False)
         self._line["kinds"] = ["scores", *(["confusion"] if told.confusion else []), *(["model"] if told.model else [])]
         return answer
 

@@ -242,9 +242,10 @@ class Policy:
             elif share not in shares:
                 raise UserError(f"shares: '{name}' needs {share}; this site shares {', '.join(shares) or 'nothing'}")
 
-    def check_size(self, size: int) -> None:
+    def check_size(self, size: int, upload: bool) -> None:
         """An answer of so many bytes. Raises Refused."""
-        _at_most("bytes of this answer", size, "upload_bytes", self.allows.upload_bytes)
+        if upload:
+            _at_most("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
         _at_most("bytes of all answers with this one", self.account.sent + size, "total_bytes", self.allows.total_bytes)
 
     def kinds(self, payload: Payload) -> list[str]:

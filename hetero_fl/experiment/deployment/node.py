@@ -87,6 +87,9 @@ class Node:
     ) -> None:
         self.site, self.folder, self.say, self.keys = site, folder, say, keys
         self.cipher = None if site.encrypt is None else Cipher.of(Path(site.encrypt))
+        for each in (folder, folder / "runs"):
+            each.mkdir(parents=True, exist_ok=True)
+            each.chmod(0o700)
         self.log = AuditLog(folder / "audit.jsonl")
         self._line: Entry = {}  # what the log will say of the message in hand
         self.joined: Joined | None = None
@@ -220,6 +223,8 @@ class Node:
             return message("unready")
         vault, account, task = self.joined.vault, self.joined.account, _plain(told_apart(head, "task", str))
         kind, base = told_apart(head, "kind", str), told_apart(head, "base", str)
+        if kind not in ("answer", "read"):
+            raise Refused(f"asked to '{kind[:20]}', which this release does not know")
         asked = Message(
             told_apart(head, "what", str), envelope.body, told_apart(head, "round", int), told_apart(head, "again", int),
             told_apart(head, "work", float),

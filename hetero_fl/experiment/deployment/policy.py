@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -257,8 +256,12 @@ class Policy:
 
 # Pieces --------------------------------------------------------------------------------------------------------------
 def _at_most(what: str, found: float | None, key: str, most: float | None) -> None:
-    if most is not None and found is not None and (found > most or math.isnan(found)):
-        raise Refused(f"{what}: found {found:,}; this site's allows.{key} is {most:,}")
+    if most is not None and found is not None and (found > most):
+        raise Refused(f"{what}: found {_plain(found)}; this site's allows.{key} is {_plain(most)}")
+
+
+def _plain(number: float) -> str:
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 def _covered(share: str, allowed: Sequence[str]) -> bool:

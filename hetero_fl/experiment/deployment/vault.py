@@ -102,8 +102,10 @@ class Vault:
         (self.folder / name).unlink(missing_ok=True)
 
     def secret(self, name: str) -> bytes:
-        """256 bits of the system's, drawn once and kept."""
+        """256 bits of the system's, drawn once and kept. Raises UserError if they are there and cannot be read."""
         found = self.read(name)
+        if found is None and (self.folder / name).exists():
+            raise UserError(f"{self.folder / name}: it cannot be opened with this key, or was damaged")
         if found is None:
             found = secrets.token_bytes(32)
             self.write(name, found)

@@ -1,4 +1,4 @@
-"""Who said it: nobody speaks for another, nothing is changed, repeated or late without being refused, in one line at who refuses."""
+"""Who said it: nobody speaks for another, and what is changed, repeated or late is refused, in one line at who refuses."""
 
 from __future__ import annotations
 

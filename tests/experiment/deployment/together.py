@@ -31,7 +31,10 @@ class Federation:
         self.said: list[str] = []
         self.nodes = {
             id: Node(
-                SiteConfig.model_validate({"client": id, **(sites or {}).get(id, {})}), folder / id, self.said.append, **more
+                SiteConfig.model_validate({"client": id, **(sites or {}).get(id, {})}),
+                folder / id,
+                self.said.append,
+                **more,
             )
             for id in SITES
         }

@@ -1,4 +1,4 @@
-"""A site's limits: what a server may not ask, in the configuration and task by task, is refused in one line that names the key."""
+"""A site's limits: what a server may not ask, in the configuration or task by task, is refused, naming the key."""
 
 from __future__ import annotations
 

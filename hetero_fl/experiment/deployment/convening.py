@@ -21,10 +21,12 @@ from hetero_fl.data.pack import Pack
 from hetero_fl.data.private import Told
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reason, told_of, told_tree
-from hetero_fl.experiment.deployment.post import Absent, Post, Talk
+from hetero_fl.experiment.deployment.post import Post
 from hetero_fl.experiment.deployment.roll import fingerprint_of
+from hetero_fl.experiment.deployment.talks import Talk
 from hetero_fl.experiment.prepared import Prepared, deal, prepare
 from hetero_fl.experiment.single import choose_for_nodes
+from hetero_fl.runtime.executor import Absent
 
 PREPARING = 600.0  # seconds that a node may take to load its data
 
@@ -57,7 +59,8 @@ class Convened:
     # Conversations with one node ---------------------------------------------------------------------------------------
     def asking_terms(self, client: str) -> Talk:
         """What a client tells of its rows; it must be what it told before."""
-        tree = {"config": resolved(self.config), "public": self.public.public_hash()}
+        config = {**resolved(self.config), "init_from": None}  # a folder of the server's; see `Remote.give`
+        tree = {"config": config, "public": self.public.public_hash()}
         answer = yield message("terms", tree, run=self.run)
         if answer.head.get("ask") == "lacks":
             answer = yield message("terms", {**tree, "pack": self._pack}, run=self.run)

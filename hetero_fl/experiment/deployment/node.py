@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,12 @@ from hetero_fl.experiment.deployment.messages import (
 from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.transport import Envelope
-from hetero_fl.experiment.deployment.vault import Vault
+from hetero_fl.experiment.deployment.vault import Lost, Vault
 from hetero_fl.experiment.prepared import deal, prepare
 from hetero_fl.runtime.jobs import Job, Setup, Worker
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.site import Reading
+from hetero_fl.runtime.store import Private
 
 TRAIN = "train"
 
@@ -76,7 +77,8 @@ class Node:
     def handle(self, envelope: Envelope) -> Envelope:
         """The answer to a message; what is wrong with it, or with this site, is one."""
         answers = {
-            "hello": self._hello, "terms": self._terms, "roster": self._roster, "do": self._do, "leave": self._leave,
+            "hello": self._hello, "terms": self._terms, "roster": self._roster, "keep": self._keep, "do": self._do,
+            "leave": self._leave,
         }  # fmt: skip
         with self._turn:
             try:
@@ -84,6 +86,9 @@ class Node:
                 if ask not in answers:
                     raise Refused(f"asked for '{ask}', which this release does not know")
                 return answers[ask](envelope)
+            except Lost as error:
+                self.say(f"lost: {error}")
+                return message("lost", why=str(error))
             except (Refused, UserError, RunFailed) as error:
                 self.say(f"refused: {error}")
                 return message("refused", why=str(error))
@@ -150,6 +155,17 @@ class Node:
         self.say("let go" + (f": {self.left}" if self.left else ""))
         return message("left")
 
+    def _keep(self, envelope: Envelope) -> Envelope:
+        """A private state to begin with, from another run of the server's."""
+        if self.joined is None or self.joined.worker is None or self.joined.run != envelope.head.get("run"):
+            return message("unready")
+        state = body_of(envelope)["state"].numpy().tobytes()
+        try:
+            Private.decode(state)
+        except (CodecError, TypeError) as error:
+            raise Refused(f"the state to begin with cannot be read ({error})") from None
+        return message("kept", state=self.joined.vault.keep(state))
+
     # Tasks -----------------------------------------------------------------------------------------------------------
     def _do(self, envelope: Envelope) -> Envelope:
         head = envelope.head
@@ -167,13 +183,14 @@ class Node:
         )  # fmt: skip
         if kind == "read":
             return self._read(asked, base, bool(head.get("details", False)), task)
-        answer = self._answer(asked, base, task)
+        spare = [_plain(name) for name in told_apart(head, "spare", str).split(",") if name]
+        answer = self._answer(asked, base, task, spare)
         body = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
         vault.write("answer", encode({"head": answer.head, "body": body}, FORM))
         return answer
 
-    def _answer(self, asked: Message, base: str, task: str) -> Envelope:
-        """An exchange of the round's protocol."""
+    def _answer(self, asked: Message, base: str, task: str, spare: Collection[str]) -> Envelope:
+        """An exchange of the round's protocol; states to be `spare`d are those to which the server may go back."""
         assert self.joined is not None and self.joined.worker is not None
         me, vault, worker = self.site.client, self.joined.vault, self.joined.worker
         notes = vault.read("notes")
@@ -189,7 +206,7 @@ class Node:
         reply = done.replies[me]
         if isinstance(reply, Diverged):
             return message("failed", why=str(reply), task=task)
-        state = vault.keep(done.private[me]) if me in done.private else base
+        state = vault.keep(done.private[me], spare) if me in done.private else base
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope({"ask": "done", "task": task, "what": reply.ask, "state": state, "check": check}, reply.body)
 

@@ -14,7 +14,7 @@ from hetero_fl.config import Config, expand, load_config
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.course import Callback
 from hetero_fl.experiment.deployment.convening import convene
-from hetero_fl.experiment.deployment.post import Post
+from hetero_fl.experiment.deployment.post import NUDGE, PATIENCE, Post
 from hetero_fl.experiment.deployment.remote import Remote
 from hetero_fl.experiment.deployment.transport import Transport
 from hetero_fl.experiment.prepared import Prepared
@@ -22,7 +22,7 @@ from hetero_fl.experiment.single import hold
 from hetero_fl.files import write_atomically
 from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.choose import Choice
-from hetero_fl.runtime.executor import Executor
+from hetero_fl.runtime.conditions import unused
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.store import Store
 
@@ -38,6 +38,8 @@ def serve(
     overrides: Iterable[str] = (),
     wait: float = 120.0,
     deadline: float = 3600.0,
+    patience: float = PATIENCE,
+    nudge: float = NUDGE,
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
 ) -> Run:
@@ -45,7 +47,9 @@ def serve(
 
     Args:
         wait: seconds until all clients of the configuration have to be there.
-        deadline: seconds that a node may take for a task.
+        deadline: seconds that a node may take for a task; `cohort.deadline` can ask for fewer.
+        patience: seconds that a node which has gone is waited for, as long as enough others are there.
+        nudge: seconds of silence after which a node is asked whether it is there.
 
     Raises:
         UserError: a mistake in the configuration, the data or the call.
@@ -59,15 +63,18 @@ def serve(
 
     config = load_config(source, overrides)
     _check(config)
-    post = Post(transport, list(expand(config.clients)), say)
+    post = Post(transport, list(expand(config.clients)), say, patience, nudge)
     try:
         convened = convene(config, post, wait, _identity(out) if resume else None)
 
-        def engage(prepared: Prepared, choice: Choice, store: Store) -> Executor:
+        def engage(prepared: Prepared, choice: Choice, store: Store) -> Remote:
             torch.set_num_threads(choice.server_threads)
             write_atomically(out / IDENTITY, json.dumps({"run": convened.run}).encode())
             performer = make_performer(torch.device(choice.device), 1, choice.precision)
-            return Remote(convened, store, performer, deadline)
+            seconds = min(deadline, config.cohort.deadline or deadline)
+            return Remote(convened, store, performer, seconds, _need(prepared))
+
+        convened.prepared.notes.extend(unused(convened.prepared.federation, config))
 
         return hold(convened.prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet, engage=engage)
     finally:
@@ -78,12 +85,16 @@ def _check(config: Config) -> None:
     """Refuse (UserError) what only a simulation has."""
     if config.attacks is not None:
         raise UserError("attacks: found some, but nobody's part in a federation is simulated; leave it out")
-    if config.init_from is not None:
-        raise UserError("init_from: models of another run lie at its clients; not possible in a federation yet")
     if config.algorithm["name"] in ("centralized", "ensemble"):
         raise UserError(
             f"algorithm.name: {config.algorithm['name']} wants everybody's rows or models in one place; it is for simulations"
         )
+
+
+def _need(prepared: Prepared) -> int:
+    """Clients without whom nothing comes of a round."""
+    secret, cohort = prepared.config.channel.secure_sum, prepared.federation.cohort
+    return max(prepared.config.cohort.least, secret.survivors(cohort) if secret is not None else 1)
 
 
 def _identity(out: Path) -> str | None:

@@ -77,7 +77,7 @@ class Conditions:
     @property
     def too_few(self) -> str:
         """What is done about a round with too few uploads."""
-        return str(self.policy.too_few or ("skip" if self.simulated else "fail"))
+        return str(self.policy.too_few or ("skip" if self.simulated or self.here is not None else "fail"))
 
     def notes(self) -> list[str]:
         """What is possible but perhaps not meant."""

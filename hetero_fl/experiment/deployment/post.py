@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from hetero_fl.experiment.deployment.messages import Refused, body_of, differing, message
-from hetero_fl.experiment.deployment.talks import LOOK, Talk, Talks
+from hetero_fl.experiment.deployment.talks import LOOK, SETTLE, Talk, Talks
 from hetero_fl.experiment.deployment.transport import Envelope, Transport
 from hetero_fl.runtime.executor import Absent
 
 PATIENCE = 60.0  # seconds that a node which has gone is waited for, as long as others are there
+GREETING = 60.0  # seconds that a node may take to say who it is, before it is asked again
 NUDGE = 30.0  # seconds of silence after which a node is asked whether it is there; then twice as many, and so on
 
 
@@ -36,7 +37,7 @@ class Post:
         self.here: dict[str, dict[str, object]] = {}  # what each said when it came
         self._began, self._gone = time.monotonic(), dict[str, float]()  # when somebody went
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
-        self._greetings: dict[str, int] = {}
+        self._greetings: dict[str, tuple[int, float]] = {}  # message -> node, and when it was sent
 
     def gather(self, seconds: float) -> list[str]:
         """Wait until everybody is here, or so long. Returns who is missing."""
@@ -82,8 +83,8 @@ class Post:
     # Who is there ----------------------------------------------------------------------------------------------------
     @property
     def greeting(self) -> bool:
-        """Whether somebody has come of whom it is not known yet who it is."""
-        return bool(self._greetings)
+        """Whether somebody has just come of whom it is not known yet who it is."""
+        return any(time.monotonic() - sent < SETTLE for _, sent in self._greetings.values())
 
     def away(self, client: str) -> float:
         """Seconds for which a client has been gone; nought if it is here."""
@@ -94,9 +95,14 @@ class Post:
         there = self.transport.nodes()
         for node in [n for n in self._met if n not in there]:
             self.forget(node)
+        now = time.monotonic()
+        self._greetings = {
+            m: (n, sent) for m, (n, sent) in self._greetings.items() if n in there and now - sent < GREETING
+        }
+        greeted = {node for node, _ in self._greetings.values()}
         for node in there:
-            if node not in self._met and node not in self._greetings.values():
-                self._greetings[self.transport.push(node, message("hello"), 60.0)] = node
+            if node not in self._met and node not in greeted:
+                self._greetings[self.transport.push(node, message("hello"), GREETING)] = node, now
 
     def forget(self, node: int) -> None:
         """A node has gone, or has lost what it was given; if it is there it is greeted anew."""
@@ -135,7 +141,7 @@ class Post:
         """Answers to messages on their way; who answered a greeting is met."""
         came = self.transport.pull([*numbers, *self._greetings], wait)
         for number in [n for n in came if n in self._greetings]:
-            node, answer = self._greetings.pop(number), came.pop(number)
+            (node, _), answer = self._greetings.pop(number), came.pop(number)
             if answer is not None:
                 self._meet(node, answer)
         return came

@@ -26,7 +26,7 @@ from hetero_fl.runtime.conditions import unused
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.store import Store
 
-IDENTITY = "federation.json"  # in the run directory: which run nodes know it as
+IDENTITY = "federation.json"  # in the run directory: which run nodes know it as, and what they told
 
 
 def serve(
@@ -69,7 +69,7 @@ def serve(
 
         def engage(prepared: Prepared, choice: Choice, store: Store) -> Remote:
             torch.set_num_threads(choice.server_threads)
-            write_atomically(out / IDENTITY, json.dumps({"run": convened.run}).encode())
+            write_atomically(out / IDENTITY, json.dumps(convened.known()).encode())
             performer = make_performer(torch.device(choice.device), 1, choice.precision)
             seconds = min(deadline, config.cohort.deadline or deadline)
             return Remote(convened, store, performer, seconds, _need(prepared))
@@ -97,8 +97,9 @@ def _need(prepared: Prepared) -> int:
     return max(prepared.config.cohort.least, secret.survivors(cohort) if secret is not None else 1)
 
 
-def _identity(out: Path) -> str | None:
+def _identity(out: Path) -> dict[str, Any] | None:
     try:
-        return str(json.loads((out / IDENTITY).read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError):
+        known: dict[str, Any] = json.loads((out / IDENTITY).read_text(encoding="utf-8"))
+        return known
+    except (OSError, ValueError):
         return None

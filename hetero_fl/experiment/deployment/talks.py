@@ -182,12 +182,13 @@ class Talks:
     def _give_up(self) -> None:
         """On those whose time is over, and on those who are gone for longer than the post is patient."""
         now, here = time.monotonic(), self._answered | (self._errands.keys() & self.post.node_of.keys())
+        patient = len(here) < self.need or self.post.greeting
         for client, errand in list(self._errands.items()):
             if errand.end <= now:
                 late = client in self._flying
                 why = f"no answer within {errand.seconds:g} s" if late else "its node is not there"
                 self._end(client, (Late if late else Absent)(why))
-            elif client in self._waiting and len(here) >= self.need and self.post.away(client) > self.post.patience:
+            elif client in self._waiting and not patient and self.post.away(client) > self.post.patience:
                 self._end(client, Absent("its node is not there"))
 
     def _end(self, client: str, what: Envelope | Absent) -> None:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from hetero_fl.experiment.deployment.site_file import SiteConfig, TellsConfig
 from hetero_fl.experiment.deployment.transport import Envelope, Loopback
 from hetero_fl.experiment.deployment.vault import Vault
 from hetero_fl.reporting.run import Run
-from hetero_fl.runtime.site import Site
 
 ALL = TellsConfig(labels=True, details=True, model=True)
 QUICK = {"output": {"plots": False, "report": False}}
@@ -33,26 +32,64 @@ class Died(Exception):
 LOST = Envelope({"ask": "lost on its way"})
 
 
+class Killed(BaseException):
+    """The server's process has ended."""
+
+
 class Losing(Loopback):
-    """Some answers never come, and nobody is told."""
+    """Some answers never come, and nobody is told. The server dies at its message of number `last`; whoever uses the transport
+    after that is another process, once `last` has been set anew."""
+
+    last: int | None = None
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        if self.last is not None:
+            self.last -= 1
+            if self.last <= 0:
+                raise Killed
+        return super().push(node, envelope, within)
+
+    def close(self) -> None:
+        if self.last is None or self.last > 0:
+            super().close()
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         return {number: answer for number, answer in super().pull(numbers, wait).items() if answer is not LOST}
 
 
+class InOrder(Losing):
+    """Answers come in the order in which messages were sent, whoever is quicker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[str] = []
+
+    def push(self, node: int, envelope: Envelope, within: float) -> str:
+        self.sent.append(super().push(node, envelope, within))
+        return self.sent[-1]
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        first = [n for n in self.sent if n in numbers][:1]
+        found = super().pull(first, wait)
+        self.sent = [n for n in self.sent if n not in found]
+        return found
+
+
 class Sites:
     """Nodes of some clients on a transport within this process; `folder` outlives them.
 
-    `kills`: what befalls a node at a message: it dies `before` it looks at it, `during` (having remembered what it must, not having
-    answered), `after` (its answer is lost with it). Or the message is lost on its way (`unheard`), or its answer (`lost`); or that
-    takes `slow` seconds. Once each. `away`: seconds until a node that died is back; None: never.
+    `kills`: what befalls a node at a message. It dies `before` it looks at it, `during` (it has remembered what it must, and has
+    not answered) or `after` (its answer is lost with it); the message is lost on its way (`unheard`), or its answer (`lost`); or
+    that takes `slow` seconds. Once each. `away`: seconds until a node that died is back; None: never.
     """
 
     def __init__(
         self, clients: list[str], folder: Path, kills: Mapping[Point, str] | None = None, away: float | None = 0.0,
         slow: float = 3.0,
+        transport: Losing | None = None,
     ) -> None:  # fmt: skip
-        self.transport, self.folder, self.kills, self.away, self.slow = Losing(), folder, dict(kills or {}), away, slow
+        self.transport, self.folder = transport or Losing(), folder
+        self.kills, self.away, self.slow = dict(kills or {}), away, slow
         self.asked: Counter[Point] = Counter()
         self.nodes: dict[str, int] = {}
         for client in clients:
@@ -81,7 +118,9 @@ class Sites:
             return LOST
         if fate == "slow":
             answer = node.handle(envelope)
+            self.transport._working.release()  # the others go on
             time.sleep(self.slow)
+            self.transport._working.acquire()
             return answer
         try:
             if fate == "before":
@@ -115,27 +154,22 @@ def unable_to_answer() -> Iterator[None]:
         Vault.write = write  # type: ignore[method-assign]
 
 
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
-    """How often each client has trained in each round, at whatever node."""
-    counts: Counter[tuple[str, int]] = Counter()
-    train = Site._train
-
-    def counted(self: Site, broadcasts: Any, requests: Any) -> Any:
-        counts.update((client, requests[client].round) for client in broadcasts)
-        return train(self, broadcasts, requests)
-
-    monkeypatch.setattr(Site, "_train", counted)
-    return counts
-
-
-def federation(made: dict[str, Any], sites: Sites, out: Path, **more: Any) -> Run:
-    """The run of a configuration on these sites."""
+def federation(
+    made: dict[str, Any], sites: Sites, out: Path, deaths: Sequence[int] = (), closing: bool = True, **more: Any
+) -> Run:
+    """The run of a configuration on these sites. The server dies when it has sent so many messages, and is started again."""
     more = {"wait": 20.0, "deadline": 60.0, "patience": 0.3, **more}
     try:
-        return serve({**made, **QUICK}, sites.transport, out=out, **more)
+        for last in deaths:
+            sites.transport.last = last
+            with pytest.raises(Killed):
+                serve({**made, **QUICK}, sites.transport, out=out, resume=True, **more)
+        sites.transport.last = None if closing else sites.transport.last
+        return serve({**made, **QUICK}, sites.transport, out=out, resume=True, **more)
     finally:
-        sites.transport.close()
+        if closing:
+            sites.transport.last = None
+            sites.transport.close()
 
 
 def records(run: Run) -> list[dict[str, Any]]:

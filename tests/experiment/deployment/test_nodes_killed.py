@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import run
-from tests.experiment.deployment.sites import QUICK, Point, Sites, federation, models, records, same, trained  # noqa: F401
+from tests.experiment.deployment.sites import QUICK, Point, Sites, federation, records, same
 from tests.small import MIXED, TOP, config
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
@@ -29,7 +29,7 @@ def secret(rounds: int) -> dict[str, Any]:
 def test_direct_at_broadcast_in_training_at_upload(
     tmp_path: Path,
     trained: Counter[tuple[str, int]],
-    away: float,  # noqa: F811
+    away: float,
 ) -> None:
     kills: dict[Point, str] = {
         ("site_1", 0, "train"): "before",
@@ -65,12 +65,11 @@ def test_secure_sum_without_who_died_between_remembering_and_answering(tmp_path:
     # keys: drawn anew, as nobody has seen the others; unmask: its vector is in the sum already
     assert counts == [(4, []), (3, ["site_2"]), (3, ["site_3"]), (4, []), (4, []), (4, [])]
     assert "out of turn" in records(there)[1]["failed"]["site_2"]
-    assert len(models(there)) == 4
 
 
 def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
     tmp_path: Path,
-    trained: Counter[tuple[str, int]],  # noqa: F811
+    trained: Counter[tuple[str, int]],
 ) -> None:
     kills = {("site_1", 0, "train"): "unheard", ("site_2", 0, "train"): "lost", ("site_3", 1, "train"): "slow"}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)

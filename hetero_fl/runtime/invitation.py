@@ -64,7 +64,9 @@ class Invitation:
         return in_order(chosen), at
 
     def _online(self, count: int, round: int, attempt: int, at: float) -> tuple[list[str], float]:
-        """Clients who are online, of a sample large enough; and when they are."""
+        """Clients who are online, of a sample large enough; and when they are. Where time is real: who is there, now."""
+        if self.conditions.here is not None:
+            return in_order(self.conditions.here()), at
         ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
         looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
         day = 0.0

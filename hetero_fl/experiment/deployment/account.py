@@ -22,7 +22,7 @@ class Account:
 
     run: str
     sent: int = 0  # bytes of all answers to everybody
-    asked: set[bytes] = field(default_factory=set)  # this run's tasks that came, by what was asked
+    answered: set[bytes] = field(default_factory=set)  # this run's tasks that were carried out, by what was asked
     trained: set[bytes] = field(default_factory=set)  # those of them that it trained for
     tasks: OrderedDict[str, bytes] = field(default_factory=OrderedDict)  # by the server's name, the newest at the end
     once: set[str] = field(default_factory=set)  # what was released for the whole of this run
@@ -45,12 +45,13 @@ class Account:
             return
         self.once.update(c["once"] for c in charges if c["once"])
         asked = bytes.fromhex(entry["asked"])
-        self.asked.add(asked)
         self.tasks[entry["task"]] = asked
         if len(self.tasks) > KNOWN:
             self.tasks.popitem(last=False)
-        if entry.get("what") == TRAIN and entry["outcome"] in ANSWERED:
-            self.trained.add(asked)
+        if entry["outcome"] in ANSWERED:
+            self.answered.add(asked)
+            if entry.get("what") == TRAIN:
+                self.trained.add(asked)
 
     def with_(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
         """What will have been spent with these, too."""

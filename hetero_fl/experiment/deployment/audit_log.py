@@ -105,10 +105,17 @@ class Totals:
 
 
 def totals(entries: Iterable[Entry], run: str | None = None) -> Totals:
-    """Sums over the tasks of a run (None: of all): what came with them, and what left in uploads. What a message that was sent
-    again brought and took is in the log, but not here."""
-    some = [e for e in entries if e["ask"] == "do" and e["outcome"] != AGAIN and (run is None or e.get("run") == run)]
-    return Totals(sum(e["out"] for e in some if e.get("what") != "read"), sum(e["in"] for e in some))
+    """Sums over the tasks of a run (None: of all): what came with them, and what left in uploads. A task is counted when it first
+    comes, its upload when that first leaves; that it was sent again, or before its node could take it, is in the log alone."""
+    came: dict[str, int] = {}
+    left: dict[str, int] = {}
+    for entry in entries:
+        if "asked" not in entry or entry["outcome"].startswith("lost") or run not in (None, entry.get("run")):
+            continue
+        came.setdefault(entry["asked"], entry["in"])
+        if entry.get("what") != "read" and entry["outcome"] in ("done", AGAIN):
+            left.setdefault(entry["asked"], entry["out"])
+    return Totals(sum(left.values()), sum(came.values()))
 
 
 # The chain -----------------------------------------------------------------------------------------------------------

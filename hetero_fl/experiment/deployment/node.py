@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,13 @@ from hetero_fl.experiment.deployment.policy import Policy, check_config, check_r
 from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.transport import Envelope
-from hetero_fl.experiment.deployment.vault import Cipher, Vault
+from hetero_fl.experiment.deployment.vault import Cipher, Lost, Vault
 from hetero_fl.experiment.prepared import deal, prepare
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.jobs import Job, Setup, Worker
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.site import Reading
+from hetero_fl.runtime.store import Private
 
 
 @dataclass
@@ -100,7 +101,8 @@ class Node:
     def handle(self, envelope: Envelope) -> Envelope:
         """The answer to a message; what is wrong with it, or with this site, is one."""
         answers = {
-            "hello": self._hello, "terms": self._terms, "roster": self._roster, "do": self._do, "leave": self._leave,
+            "hello": self._hello, "terms": self._terms, "roster": self._roster, "keep": self._keep, "do": self._do,
+            "leave": self._leave,
         }  # fmt: skip
         with self._turn:
             head = envelope.head
@@ -117,6 +119,9 @@ class Node:
                     raise Refused(f"asked for '{ask}', which this release does not know")
                 answer = answers[ask](envelope)
                 self._put_down(answer)
+            except Lost as error:
+                self.say(f"lost: {error}")
+                answer = self._without("lost", str(error))
             except (Refused, UserError, RunFailed) as error:
                 answer = self._refusal(str(error))
             except Exception as error:  # of a message nobody would send who means well; or the disk is full
@@ -132,11 +137,13 @@ class Node:
 
     def _refusal(self, why: str) -> Envelope:
         self.say(f"refused: {why}")
-        answer = message("refused", why=why)
-        self._line = {k: v for k, v in self._line.items() if k not in ("kinds", "spent")} | {
-            "outcome": f"refused: {why}"
-        }
-        with contextlib.suppress(OSError):  # then it is said, at least; nothing of this site's leaves with it
+        return self._without("refused", why)
+
+    def _without(self, ask: str, why: str) -> Envelope:
+        """An answer with which nothing of this site's leaves."""
+        answer = message(ask, why=why)
+        self._line = {k: v for k, v in self._line.items() if k not in ("kinds", "spent")} | {"outcome": f"{ask}: {why}"}
+        with contextlib.suppress(OSError):  # the disk may be full: then it is said, at least
             self._put_down(answer)
         return answer
 
@@ -216,13 +223,24 @@ class Node:
         self.say("let go" + (f": {self.left}" if self.left else ""))
         return message("left")
 
+    def _keep(self, envelope: Envelope) -> Envelope:
+        """A private state to begin with, from another run of the server's."""
+        if self.joined is None or self.joined.worker is None or self.joined.run != envelope.head.get("run"):
+            return message("unready")
+        state = body_of(envelope)["state"].numpy().tobytes()
+        try:
+            Private.decode(state)
+        except (CodecError, TypeError) as error:
+            raise Refused(f"the state to begin with cannot be read ({error})") from None
+        return message("kept", state=self.joined.vault.keep(state))
+
     # Tasks -----------------------------------------------------------------------------------------------------------
     def _do(self, envelope: Envelope) -> Envelope:
         head = envelope.head
         if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
             return message("unready")
         vault, account, task = self.joined.vault, self.joined.account, _plain(told_apart(head, "task", str))
-        kind, base = told_apart(head, "kind", str), told_apart(head, "base", str)
+        kind, base = told_apart(head, "kind", str), told_apart(head, "base", str) and _plain(str(head["base"]))
         if kind not in ("answer", "read"):
             raise Refused(f"asked to '{kind[:20]}', which this release does not know")
         asked = Message(
@@ -235,24 +253,25 @@ class Node:
             raise Refused(f"task {task[:12]} has expired")
         if account.tasks.get(task, digest) != digest:
             raise Refused(f"task {task[:12]} came before, and asked for something else")
-        if digest in account.asked:
+        if digest in account.answered:
             self._line["outcome"] = AGAIN
-        if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"]["task"] == task:
-            return Envelope(known["head"], known["body"].numpy().tobytes())
         assert self.joined.policy is not None  # it comes with the worker
-        spent = self.joined.policy.check(kind, asked, digest)
-        if spent:
+        if spent := self.joined.policy.check(kind, asked, digest):
             self._line["spent"] = spent
+        if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"]["task"] == task:
+            self._line["kinds"] = ["what was answered before"]
+            return Envelope(known["head"], known["body"].numpy().tobytes())
         self.joined.noise.task = digest
         if kind == "read":
             return self._read(asked, base, bool(head.get("details", False)), task)
-        answer = self._answer(asked, base, task)
+        spare = [_plain(name) for name in told_apart(head, "spare", str).split(",") if name]
+        answer = self._answer(asked, base, task, spare)
         body = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
         vault.write("answer", encode({"head": answer.head, "body": body}, FORM))
         return answer
 
-    def _answer(self, asked: Message, base: str, task: str) -> Envelope:
-        """An exchange of the round's protocol."""
+    def _answer(self, asked: Message, base: str, task: str, spare: Collection[str]) -> Envelope:
+        """An exchange of the round's protocol; states to be `spare`d are those to which the server may go back."""
         assert self.joined is not None and self.joined.worker is not None and self.joined.policy is not None
         me, vault, worker = self.site.client, self.joined.vault, self.joined.worker
         notes = vault.read("notes")
@@ -270,7 +289,7 @@ class Node:
             return message("failed", why=str(reply), task=task)
         self._line.setdefault("kinds", [reply.ask])  # an upload has said more of itself
         self.joined.policy.check_size(len(reply.body), upload=True)
-        state = vault.keep(done.private[me]) if me in done.private else base
+        state = vault.keep(done.private[me], spare) if me in done.private else base
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope({"ask": "done", "task": task, "what": reply.ask, "state": state, "check": check}, reply.body)
 

@@ -17,7 +17,7 @@ from hetero_fl.errors import UserError
 from hetero_fl.experiment.course import Callback
 from hetero_fl.experiment.deployment.convening import convene
 from hetero_fl.experiment.deployment.identity import ServerKeys, Signed
-from hetero_fl.experiment.deployment.post import Post
+from hetero_fl.experiment.deployment.post import NUDGE, PATIENCE, Post
 from hetero_fl.experiment.deployment.remote import Remote
 from hetero_fl.experiment.deployment.transport import Transport
 from hetero_fl.experiment.deployment.vault import Vault
@@ -26,11 +26,11 @@ from hetero_fl.experiment.single import hold
 from hetero_fl.files import write_atomically
 from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.choose import Choice
-from hetero_fl.runtime.executor import Executor
+from hetero_fl.runtime.conditions import unused
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.store import Store
 
-IDENTITY = "federation.json"  # in the run directory: which run nodes know it as
+IDENTITY = "federation.json"  # in the run directory: which run nodes know it as, and what they told
 
 
 def serve(
@@ -42,6 +42,8 @@ def serve(
     overrides: Iterable[str] = (),
     wait: float = 120.0,
     deadline: float = 3600.0,
+    patience: float = PATIENCE,
+    nudge: float = NUDGE,
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
     keys: ServerKeys | None = None,
@@ -50,7 +52,9 @@ def serve(
 
     Args:
         wait: seconds until all clients of the configuration have to be there.
-        deadline: seconds that a node may take for a task.
+        deadline: seconds that a node may take for a task; `cohort.deadline` can ask for fewer.
+        patience: seconds that a node which has gone is waited for, as long as enough others are there.
+        nudge: seconds of silence after which a node is asked whether it is there.
         keys: with which messages are signed, and answers checked; none: for rehearsals on one machine.
 
     Raises:
@@ -67,19 +71,22 @@ def serve(
     _check(config)
     if keys is not None:
         transport = Signed(transport, keys, say)
-    post = Post(transport, list(expand(config.clients)), say)
+    post = Post(transport, list(expand(config.clients)), say, patience, nudge)
     try:
         convened = convene(config, post, wait, _identity(out) if resume else None)
 
-        def engage(prepared: Prepared, choice: Choice, store: Store) -> Executor:
+        def engage(prepared: Prepared, choice: Choice, store: Store) -> Remote:
             torch.set_num_threads(choice.server_threads)
-            write_atomically(out / IDENTITY, json.dumps({"run": convened.run}).encode())
+            write_atomically(out / IDENTITY, json.dumps(convened.known()).encode())
             # What is drawn at the server must not follow from the seed, which every node is told.
             prepared.federation = replace(
                 prepared.federation, noise=SecretNoise(Vault(out / "secrets").secret("noise"))
             )
             performer = make_performer(torch.device(choice.device), 1, choice.precision)
-            return Remote(convened, store, performer, deadline)
+            seconds = min(deadline, config.cohort.deadline or deadline)
+            return Remote(convened, store, performer, seconds, _need(prepared))
+
+        convened.prepared.notes.extend(unused(convened.prepared.federation, config))
 
         if keys is None:
             convened.prepared.notes.append(
@@ -94,16 +101,21 @@ def _check(config: Config) -> None:
     """Refuse (UserError) what only a simulation has."""
     if config.attacks is not None:
         raise UserError("attacks: found some, but nobody's part in a federation is simulated; leave it out")
-    if config.init_from is not None:
-        raise UserError("init_from: models of another run lie at its clients; not possible in a federation yet")
     if config.algorithm["name"] in ("centralized", "ensemble"):
         raise UserError(
             f"algorithm.name: {config.algorithm['name']} wants everybody's rows or models in one place; it is for simulations"
         )
 
 
-def _identity(out: Path) -> str | None:
+def _need(prepared: Prepared) -> int:
+    """Clients without whom nothing comes of a round."""
+    secret, cohort = prepared.config.channel.secure_sum, prepared.federation.cohort
+    return max(prepared.config.cohort.least, secret.survivors(cohort) if secret is not None else 1)
+
+
+def _identity(out: Path) -> dict[str, Any] | None:
     try:
-        return str(json.loads((out / IDENTITY).read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError):
+        known: dict[str, Any] = json.loads((out / IDENTITY).read_text(encoding="utf-8"))
+        return known
+    except (OSError, ValueError):
         return None

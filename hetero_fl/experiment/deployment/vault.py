@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -20,6 +21,10 @@ from hetero_fl.files import write_atomically
 
 KEPT = 4  # states: two checkpoints of the server's may name one each, and a task in flight leaves one
 NONCE = 12  # bytes
+
+
+class Lost(Refused):
+    """A private state that should be here is not."""
 
 
 class Cipher:
@@ -64,24 +69,25 @@ class Vault:
         folder.chmod(0o700)
 
     def state(self, name: str) -> bytes:
-        """A private state by its name; none has the empty one. Raises Refused if it is not there, or damaged."""
+        """A private state by its name; none has the empty one. Raises Lost if it is not there, or damaged."""
         if not name:
             return b""
         data = self.read(f"state-{name}")
         if data is None or hashlib.sha256(data).hexdigest() != name:
-            raise Refused(f"the private state that this task starts from ({name[:12]}) is not here any more")
+            raise Lost(f"the private state that this task starts from ({name[:12]}) is not here any more")
         os.utime(self.folder / f"state-{name}")
         return data
 
-    def keep(self, data: bytes) -> str:
-        """Keep a private state; its name. The oldest that nobody has asked for goes."""
+    def keep(self, data: bytes, spare: Collection[str] = ()) -> str:
+        """Keep a private state; its name. The oldest that nobody has asked for goes, but for those to be spared."""
         if not data:
             return ""
         name = hashlib.sha256(data).hexdigest()
         self.write(f"state-{name}", data)
         files = sorted(self.folder.glob("state-*"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in files[KEPT:]:
-            file.unlink(missing_ok=True)
+            if file.name.removeprefix("state-") not in spare:
+                file.unlink(missing_ok=True)
         return name
 
     def read(self, name: str) -> bytes | None:

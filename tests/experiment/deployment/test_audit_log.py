@@ -112,13 +112,17 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     common = {"run": "r", "round": 0, "in": 5}
     log.append(ask="terms", out=99, outcome="told", **common)
-    log.append(ask="do", what="train", out=7, outcome="done", **common)
-    log.append(ask="do", what="train", out=7, outcome="again", **common)
-    log.append(ask="do", what="train", out=0, outcome="refused: no", **common)
-    log.append(ask="do", what="read", out=3, outcome="done", **common)
-    log.append(ask="do", what="train", out=1, outcome="done", **{**common, "run": "another"})
+    train = {"ask": "do", "what": "train", **common}
+    log.append(out=0, outcome="unready", **train)
+    log.append(out=0, outcome="lost: it is not here", asked="a0", **train)
+    log.append(out=7, outcome="done", asked="a", **train)
+    log.append(out=7, outcome="again", asked="a", **train)
+    log.append(out=0, outcome="refused: no", asked="b", **train)
+    log.append(out=9, outcome="done", asked="b", **train)
+    log.append(out=3, outcome="done", asked="c", **{**train, "what": "read"})
+    log.append(out=1, outcome="done", asked="d", **{**train, "run": "another"})
     found = totals(log.entries(), "r")
-    assert (found.up, found.down) == (7, 15)
+    assert (found.up, found.down) == (16, 15)
 
 
 def test_a_missing_log_is_one_line(tmp_path: Path) -> None:

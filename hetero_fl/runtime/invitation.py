@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.devices import uniform
@@ -28,8 +26,8 @@ def draw_cohort(federation: Federation, count: int | None, round: int, attempt: 
     part by a draw of its own (`privacy.poisson_cohorts`)."""
     ids = federation.cards.clients.ids
     if count is not None and federation.privacy is not None and federation.privacy.poisson_cohorts:
-        draws = federation.noise.generator(round, "cohort")
-        taken = torch.rand(len(ids), generator=draws, dtype=torch.float64) < count / len(ids)
+        draws = federation.noise.stream(round, "cohort")
+        taken = draws.uniform(len(ids)) < count / len(ids)
         return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
     if count is None or count >= len(ids):
         return list(ids)
@@ -66,7 +64,9 @@ class Invitation:
         return in_order(chosen), at
 
     def _online(self, count: int, round: int, attempt: int, at: float) -> tuple[list[str], float]:
-        """Clients who are online, of a sample large enough; and when they are."""
+        """Clients who are online, of a sample large enough; and when they are. Where time is real: who is there, now."""
+        if self.conditions.here is not None:
+            return in_order(self.conditions.here()), at
         ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
         looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
         day = 0.0

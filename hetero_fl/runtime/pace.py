@@ -31,7 +31,7 @@ def set_pace(config: Config, method: Algorithm, federation: Federation) -> tuple
     _check(config, method, federation)
     places = config.clients.per_round or len(federation.cards)
     goal = method.goal or runtime.buffer or places
-    if config.devices is None:
+    if config.devices is None and not federation.data.apart:
         notes.append("without `devices` no task takes any time: all that are given out together end together")
     return config, replace(federation, rounds=max(1, math.ceil(config.rounds * places / goal))), notes
 
@@ -68,7 +68,9 @@ def _check(config: Config, method: Algorithm, federation: Federation) -> None:
 
 
 def _check_time(config: Config, federation: Federation) -> None:
-    """Whoever takes no time among others who do has every turn, and time stands still."""
+    """Whoever takes no time among others who do has every turn, and time stands still; on machines of their own it does not."""
+    if federation.data.apart:
+        return
     paces = list(Devices.of(federation, config.devices).paces())
     instant = next((id for id, takes, _ in paces if not takes), None)
     if instant is None:

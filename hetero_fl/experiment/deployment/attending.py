@@ -12,7 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 from hetero_fl.errors import RunFailed, UserError
-from hetero_fl.experiment.deployment.certificates import load_node_key
+from hetero_fl.experiment.deployment.certificates import load_node_key, load_public_key
+from hetero_fl.experiment.deployment.identity import NodeKeys
 from hetero_fl.experiment.deployment.log import Log, Told
 from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.site_file import load_site
@@ -40,11 +41,12 @@ def attend(path: Path, once: bool = False) -> bool:
 
     key = load_node_key(Path(site.server.key))
     log = Log(site.logs, client=site.client)
+    keys = None if site.server.public is None else NodeKeys(key, load_public_key(Path(site.server.public)))
     stop, hurried = threading.Event(), False
-    attended = _Attended(Node(site, folder, log), log, stop, once)
     with locked(folder) as unheld, _heard(log), _ending(log, stop):
         for line in unheld:
             log(line)
+        attended = _Attended(Node(site, folder, log, keys), log, stop, once)
         log(f"{site.client}: looking for the server at {site.server.address}")
         authority = None if site.server.authority is None else Path(site.server.authority)
         try:

@@ -46,6 +46,9 @@ class ServerConfig(Section):
     )
     wait: PositiveFloat = Field(600.0, description="seconds until all clients have to be there")
     deadline: PositiveFloat = Field(3600.0, description="seconds that a node may take for a task")
+    patience: PositiveFloat = Field(
+        60.0, description="seconds that a node which has gone is waited for while others are there"
+    )
     metrics: MetricsConfig | None = Field(None, description="none: no such port is open")
     logs: choice("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
 

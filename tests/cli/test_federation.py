@@ -180,7 +180,7 @@ def test_machines_of_their_own(tmp_path: Path) -> None:
     port, watched = (free_port() for _ in range(2))
     edit(net / "server" / "server.yaml", host="127.0.0.1", port=port, logs="json", metrics={"port": watched})
     for client in ("site_1", "site_2"):
-        about = {"address": f"127.0.0.1:{port}", "authority": "authority.pem", "key": "key"}
+        about = {"address": f"127.0.0.1:{port}", "authority": "authority.pem", "key": "key", "public": "server.pub"}
         edit(
             net / client / "site.yaml",
             server=about,

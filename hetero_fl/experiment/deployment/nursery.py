@@ -54,6 +54,7 @@ def main() -> int:
 def _warm(config: dict[str, Any]) -> None:
     """Load what all nodes will need: libraries of models and data, files. What is wrong with it is theirs to tell."""
     import torch
+    import torch._dynamo  # which optimisers load at their first step
 
     from hetero_fl.experiment.prepared import prepare
 

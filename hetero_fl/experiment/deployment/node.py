@@ -53,6 +53,10 @@ from hetero_fl.runtime.site import Reading
 from hetero_fl.runtime.store import Private
 
 
+# What is raised for a message that nobody would send who means well, or where the disk is full.
+JUNK = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
+
+
 @dataclass
 class Joined:
     """The run that a node takes part in."""
@@ -124,7 +128,7 @@ class Node:
                 answer = self._without("lost", str(error))
             except (Refused, UserError, RunFailed) as error:
                 answer = self._refusal(str(error))
-            except Exception as error:  # of a message nobody would send who means well; or the disk is full
+            except JUNK as error:
                 answer = self._refusal(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return answer if self.keys is None else self.keys.sign(answer, envelope, self.site.client)
 

@@ -160,7 +160,7 @@ READINGS: dict[str, tuple[Change, str]] = {
     "a confusion": (reading(lambda t: t.update(confusion={"personal": [[1, 2], [3, 4]]})), "another form"),
     "a calibration": (reading(lambda t: t.update(calibration={"personal": {"ece": 0.1}})), "found ece"),
     "many baselines": (
-        reading(lambda t: t.update(baselines={"personal": dict.fromkeys(map(str, range(99)), {})})),
+        reading(lambda t: t.update(baselines={"personal": {str(i): {} for i in range(99)}})),
         "few",
     ),
     "a forecast": (
@@ -278,9 +278,9 @@ def test_a_state_is_a_hash(name: str) -> None:
 def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
     ask: str, change: Change, said: str, tmp_path: Path
 ) -> None:
-    always: Callable[[Handle], Handle] = lambda handle: (
-        lambda e: change(handle(e)) if e.head["ask"] == ask else handle(e)
-    )  # noqa: E731
+    def always(handle: Handle) -> Handle:
+        return lambda e: change(handle(e)) if e.head["ask"] == ask else handle(e)
+
     with pytest.raises(RunFailed) as caught:
         Federation(tmp_path).serve(small(models="linear"), {"site_3": always}, wait=1.0)
     assert said in str(caught.value) and len(str(caught.value)) < 600

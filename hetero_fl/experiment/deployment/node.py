@@ -28,6 +28,7 @@ from hetero_fl.environment import choose_device
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.account import TRAIN, Account
 from hetero_fl.experiment.deployment.audit_log import AGAIN, AuditLog, Entry
+from hetero_fl.experiment.deployment.hearing import hear_told
 from hetero_fl.experiment.deployment.identity import NodeKeys
 from hetero_fl.experiment.deployment.messages import (
     FORM,
@@ -36,7 +37,6 @@ from hetero_fl.experiment.deployment.messages import (
     message,
     reading_tree,
     told_apart,
-    told_of,
     told_tree,
     versions,
 )  # fmt: skip
@@ -51,6 +51,10 @@ from hetero_fl.runtime.jobs import Job, Setup, Worker
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.site import Reading
 from hetero_fl.runtime.store import Private
+
+
+# What is raised for a message that nobody would send who means well, or where the disk is full.
+JUNK = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
 
 
 @dataclass
@@ -124,7 +128,7 @@ class Node:
                 answer = self._without("lost", str(error))
             except (Refused, UserError, RunFailed) as error:
                 answer = self._refusal(str(error))
-            except Exception as error:  # of a message nobody would send who means well; or the disk is full
+            except JUNK as error:
                 answer = self._refusal(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return answer if self.keys is None else self.keys.sign(answer, envelope, self.site.client)
 
@@ -204,7 +208,7 @@ class Node:
     def _roster(self, envelope: Envelope) -> Envelope:
         """Everything about the run is known now: prepare for it."""
         joined, tree = self._in(envelope), body_of(envelope)
-        told = {client: told_of(each) for client, each in tree["told"].items()}
+        told = {client: hear_told(each, joined.data.task.outputs) for client, each in tree["told"].items()}
         prepared = prepare(joined.config, data=held_at(joined.data, self.site.client, told))
         if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
             raise Refused("this site makes other clients of the configuration than the server does")
@@ -264,7 +268,7 @@ class Node:
         self.joined.noise.task = digest
         if kind == "read":
             return self._read(asked, base, bool(head.get("details", False)), task)
-        spare = [_plain(name) for name in told_apart(head, "spare", str).split(",") if name]
+        spare = [_plain(name) for name in str(head.get("spare", "")).split(",") if name]
         answer = self._answer(asked, base, task, spare)
         body = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
         vault.write("answer", encode({"head": answer.head, "body": body}, FORM))

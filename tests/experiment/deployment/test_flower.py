@@ -25,6 +25,7 @@ from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.certificates import load_node_key, make_node_key, make_server_files, public_bytes
 from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink, serve
 from hetero_fl.experiment.deployment.flower.installed import check_installed
+from hetero_fl.experiment.deployment.flower.messages import SMALL
 from hetero_fl.experiment.deployment.flower.superlink import _taken
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 
@@ -92,7 +93,7 @@ def answer(transport: FlowerTransport, message: str) -> Envelope | None:
 
 def test_messages_go_both_ways(transport: FlowerTransport, keys: Keys) -> None:
     head = {"text": "ä", "whole": -(2**60), "real": 0.1, "truth": True, "bytes": b"\0\xff"}
-    bodies = [b"", b"x", os.urandom(12_000_000)]
+    bodies = [b"", os.urandom(SMALL), os.urandom(SMALL + 1), os.urandom(12_000_000)]
     address = transport._superlink.address
     with (
         node(address, keys["north"], lambda e: Envelope({**e.head, "by": "north"}, e.body[::-1])),

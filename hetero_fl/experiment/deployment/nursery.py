@@ -10,7 +10,6 @@ import json
 import os
 import select
 import signal
-import sys
 import threading
 import traceback
 from contextlib import suppress
@@ -99,4 +98,4 @@ def _last_words(site: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # somebody waits, and there is nothing to put in order

@@ -80,7 +80,9 @@ class _RunLog(Log):
 
     def __call__(self, line: str, **about: object) -> None:
         tree = self._status.tree()
-        super().__call__(line, run=tree["run"], round=tree["round"], phase=tree["phase"], **about)
+        named = [client for client in tree["nodes"] if line.startswith(f"{client} ") or f"'{client}'" in line]
+        client = named[0] if len(named) == 1 else None
+        super().__call__(line, run=tree["run"], round=tree["round"], phase=tree["phase"], client=client, **about)
 
     def round(self, record: Record) -> None:
         """A round is complete. (For a reader there is the line on its figures.)"""

@@ -80,7 +80,8 @@ def shown(entries: Iterable[Entry]) -> list[str]:
     made = []
     for entry in entries:
         what = " ".join(str(entry[name]) for name in ("ask", "what") if entry.get(name))
-        turn = f"round {entry['round'] + 1}" if isinstance(entry.get("round"), int) else ""
+        number = entry.get("round")  # models are read when a round is complete
+        turn = f"round {number + (entry.get('what') != 'read')}" if isinstance(number, int) else ""
         sent = ", ".join(entry.get("kinds", ()))
         sizes = f"{entry['in']:,} in, {entry['out']:,} out" + (f" ({sent})" if sent else "")
         parts = (

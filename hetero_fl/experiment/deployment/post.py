@@ -131,8 +131,9 @@ class Post:
             self.say(f"refused a node that says it is {client[:80]!r}: {why}")
             self.transport.push(node, message("leave", why=why), 10.0)
             return
-        self.say(f"{client} is here" + (" again" if client in self.here else ""))
+        again = " again" if client in self.here else ""
         self.node_of[client], self.here[client] = node, said
+        self.say(f"{client} is here{again}")
 
     # Messages --------------------------------------------------------------------------------------------------------
     def push(self, node: int, envelope: Envelope, within: float) -> str:

@@ -37,7 +37,7 @@ def attend(path: Path, once: bool = False) -> bool:
     site, folder = load_site(path)
     if site.server is None:
         raise UserError(f"{path}: server: missing; it says whom this site answers (address, authority, key)")
-    import torch._dynamo  # which optimisers load at their first step: better now than in a round
+    import torch._dynamo  # noqa: F401 which optimisers load at their first step: better now than in a round
 
     from hetero_fl.experiment.deployment.flower import serve
 

@@ -391,7 +391,7 @@ def test_mistakes_in_a_sites_file_are_one_line(written: str, said: str, tmp_path
 
 def test_the_file_of_the_page_is_one(tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "trust.md").read_text(encoding="utf-8")
-    file = tmp_path / "hospital_a.yaml"
+    file = tmp_path / "site.yaml"
     file.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
     site, folder = load_site(file)
     assert (

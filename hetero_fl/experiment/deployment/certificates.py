@@ -47,8 +47,8 @@ class ServerFiles:
 def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl") -> ServerFiles:
     """An authority of one's own and a certificate of the server's for these host names and addresses, in a folder.
 
-    `authority.pem` is what nodes are given; `authority.key` makes further certificates and belongs elsewhere. Raises UserError if the
-    folder has them already.
+    `authority.pem` is what nodes are given; `authority.key` makes further certificates and belongs elsewhere. Raises UserError
+    if the folder has them already.
     """
     files = ServerFiles(folder / "authority.pem", folder / "server.pem", folder / "server.key")
     if there := [f for f in (files.authority, files.certificate, files.key) if f.exists()]:
@@ -109,9 +109,13 @@ def load_node_key(path: Path) -> EllipticCurvePrivateKey:
     except TypeError:
         raise UserError(f"{path}: the key is locked with a passphrase; a node needs one without") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise UserError(f"{path}: no private key is found here; make_node_key or ssh-keygen -t ecdsa makes one") from None
+        raise UserError(
+            f"{path}: no private key is found here; make_node_key or ssh-keygen -t ecdsa makes one"
+        ) from None
     if not isinstance(key, EllipticCurvePrivateKey):
-        raise UserError(f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)")
+        raise UserError(
+            f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)"
+        )
     return key
 
 
@@ -125,12 +129,14 @@ def load_public_key(path: Path) -> PublicKey:
         hint = "this is the private one; the server is given the file ….pub" if b"PRIVATE" in data else "no public key"
         raise UserError(f"{path}: {hint}") from None
     if not isinstance(key, EllipticCurvePublicKey):
-        raise UserError(f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)")
+        raise UserError(
+            f"{path}: found another kind of key; a node's is of the kind ecdsa (ssh-keygen -t ecdsa -b 384)"
+        )
     return key
 
 
 def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
-    """Raises UserError with what is wrong: a file, a date, a host name that is missing, a key or an authority of something else."""
+    """Raises UserError with what is wrong: a file, a date, a host name, a key or an authority of something else."""
     authority = _certificate(files.authority, "the authority's certificate")
     certificate = _certificate(files.certificate, "the server's certificate")
     for path, one in ((files.authority, authority), (files.certificate, certificate)):

@@ -10,6 +10,7 @@ from hetero_fl.experiment.deployment.talks import LOOK, SETTLE, Talk, Talks
 from hetero_fl.experiment.deployment.transport import Envelope, Transport
 from hetero_fl.runtime.executor import Absent
 
+FAREWELL = 5.0  # seconds, at most, for telling nodes that a run is over
 PATIENCE = 60.0  # seconds that a node which has gone is waited for, as long as others are there
 GREETING = 60.0  # seconds that a node may take to say who it is, before it is asked again
 NUDGE = 30.0  # seconds of silence after which a node is asked whether it is there; then twice as many, and so on
@@ -71,10 +72,13 @@ class Post:
             yield ended
             del ended  # a model's worth
 
-    def close(self) -> None:
-        """Tell everybody that it is over, and let them go."""
-        for node in self.node_of.values():
-            self.transport.push(node, message("leave"), 10.0)
+    def close(self, over: bool) -> None:
+        """Let everybody go; told of it are they if the run is over: of one that was interrupted they wait for the rest."""
+        if over:
+            told = {self.transport.push(node, message("leave"), FAREWELL) for node in self.node_of.values()}
+            end = time.monotonic() + FAREWELL
+            while told and (left := end - time.monotonic()) > 0:
+                told -= self.transport.pull(told, left).keys()
         self.transport.close()
 
     # Who is there ----------------------------------------------------------------------------------------------------

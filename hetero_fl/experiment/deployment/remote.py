@@ -71,7 +71,7 @@ class Remote:
         self._tell = listener
 
     def close(self) -> None:
-        self.post.close()
+        """Nodes are let go by who convened them."""
 
     # Clients on machines of their own ------------------------------------------------------------------------------------
     def here(self) -> Collection[str]:

@@ -12,6 +12,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
     ObjectTree,
     PullObjectRequest,
     PullObjectResponse,
@@ -23,6 +24,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -30,13 +32,19 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
 
-from hetero_fl.experiment.deployment.transport import Envelope
+from hetero_fl.experiment.deployment.transport import Envelope, Head
 
 SERVER = Node(node_id=SUPERLINK_NODE_ID)
 KIND = "query"  # Flower wants one of its own
 HEAD, BODY = "head", "body"
+SMALL = 2**16  # bytes; a body of no more goes with the head, which saves six of fourteen calls each way
 COMING = 60.0  # seconds within which the parts of a message that is announced must have come
 
 
@@ -47,7 +55,7 @@ class Client(Protocol):
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse: ...
 
-    def ConfirmMessageReceived(self, request: ConfirmMessageReceivedRequest) -> object: ...
+    def ConfirmMessageReceived(self, request: ConfirmMessageReceivedRequest) -> ConfirmMessageReceivedResponse: ...
 
 
 def to_node(envelope: Envelope, run: int, node: int, within: float) -> Message:
@@ -95,19 +103,25 @@ def answer_to(message: Message, answer: Envelope | None, after: float) -> Messag
 
 
 def _content(envelope: Envelope) -> RecordDict:
-    body = envelope.body
+    head, body = ConfigRecord(dict(envelope.head)), envelope.body
+    if len(body) <= SMALL:
+        return RecordDict({HEAD: head, BODY: ConfigRecord({BODY: body})})
     array = Array(dtype="uint8", shape=(len(body),), stype="bytes", data=body)
-    return RecordDict({HEAD: ConfigRecord(dict(envelope.head)), BODY: ArrayRecord({BODY: array} if body else {})})
+    return RecordDict({HEAD: head, BODY: ArrayRecord({BODY: array})})
 
 
 def envelope_of(message: Message) -> Envelope | None:
     """What a message holds; None if it says that something failed, or was not made by `to_node` or `answer_to`."""
     if not message.has_content():
         return None
-    head, body = message.content.config_records.get(HEAD), message.content.array_records.get(BODY)
-    if head is None or body is None:
+    small, large = message.content.config_records, message.content.array_records
+    try:
+        head = small[HEAD]
+        body = large[BODY][BODY].data if BODY in large else small[BODY][BODY]
+    except KeyError:
         return None
-    return Envelope(dict(head), body[BODY].data if BODY in body else b"")
+    plain: Head = {name: value for name, value in head.items() if not isinstance(value, list)}
+    return Envelope(plain, body) if len(plain) == len(head) and isinstance(body, bytes) else None
 
 
 def announced(message: Message) -> tuple[Proto, ObjectTree]:
@@ -128,16 +142,21 @@ def send_parts(client: Client, node: Node, message: Message, session: str, wante
 
 
 def fetch(client: Client, node: Node, run: int, tree: ObjectTree) -> Message:
-    """A whole message. Raises ObjectPullError if a part of it never comes."""
-    message = pull_and_inflate_object_from_tree(
-        tree,
+    """A whole message. Raises ObjectPullError if a part of it never comes, or they make no message."""
+    parts = pull_objects(
+        [part.object_id for part in iterate_object_tree(tree)],
         make_pull_object_fn_protobuf(client.PullObject, node, run),
-        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run),
-        return_type=Message,
         max_time=COMING,
         max_tries_per_object=None,
         initial_backoff=0.02,  # Flower's is a second: a message is announced a moment before its parts are there
         backoff_cap=1.0,
     )
+    make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run)(tree.object_id)
+    try:
+        message = inflate_object_from_contents(tree.object_id, parts)
+    except Exception as error:  # whatever somebody has sent
+        raise ObjectPullError(tree.object_id, f"it is no message: {error}") from None
+    if not isinstance(message, Message):
+        raise ObjectPullError(tree.object_id, "it is no message")
     message.metadata.__dict__["_message_id"] = tree.object_id
     return message

@@ -24,17 +24,19 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPu
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.certificates import public_bytes
 from hetero_fl.experiment.deployment.flower.calls import Over, Refused, Unreachable, calling
 from hetero_fl.experiment.deployment.flower.messages import announced, answer_to, envelope_of, fetch, send_parts
 from hetero_fl.experiment.deployment.flower.pace import Pace
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
-from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-BEAT = 4.0  # seconds between signs of life; after twice the least interval that Flower allows (10 s) a node counts as gone
+BEAT = (
+    4.0  # seconds between signs of life; after twice the least interval that Flower allows (10 s) a node counts as gone
+)
 AGAIN = 0.5, 5.0  # seconds, first and longest, until a server that is away is tried again
 
 
@@ -63,11 +65,11 @@ def serve(
     """
     stop = stop or threading.Event()
     with _Member(address, key, authority, memory) as member:
-        refused, rest = None, AGAIN[0]
+        refused, rest, said = None, AGAIN[0], ""
         while not stop.is_set():
             try:
                 member.join()
-                refused, rest = None, AGAIN[0]
+                refused, rest, said = None, AGAIN[0], ""
                 member.work(handle, stop)
             except Refused as error:
                 refused = refused or time.monotonic()
@@ -78,7 +80,9 @@ def serve(
                     ) from None
                 stop.wait(AGAIN[0])
             except (Unreachable, Over) as error:
-                log.info("waiting for the server: %s", error)
+                if str(error) != said:
+                    log.warning("waiting for the server; %s", error)
+                said = str(error)
                 stop.wait(rest)
                 rest = min(rest * 2, AGAIN[1])
 
@@ -86,9 +90,7 @@ def serve(
 class _Member:
     """This node as Flower knows it."""
 
-    def __init__(
-        self, address: str, key: EllipticCurvePrivateKey, authority: Path | None, memory: Path | None
-    ) -> None:
+    def __init__(self, address: str, key: EllipticCurvePrivateKey, authority: Path | None, memory: Path | None) -> None:
         self._address, self._memory = address, memory
         self._public = public_bytes(key.public_key())
         context = ssl.create_default_context(cafile=authority) if authority else False
@@ -119,7 +121,8 @@ class _Member:
         with self._joining, calling(self._address):
             if self._node is not None:
                 with suppress(Refused), calling(self._address):
-                    return self._alive(self._node)
+                    self._alive(self._node)
+                    return
                 self._node = None
             elif (number := self._remembered()) is not None:  # of a process that was killed: the server shall notice
                 with suppress(Refused), calling(self._address):
@@ -165,12 +168,14 @@ class _Member:
             try:
                 with calling(self._address):
                     got = self._client.PushMessages(request)
-                    return send_parts(self._client, node, answer, got.session_id, got.objects_to_push)
+                    send_parts(self._client, node, answer, got.session_id, got.objects_to_push)
+                return
             except Unreachable:
                 if time.monotonic() > until or stop.wait(AGAIN[0]):
                     raise
             except (Over, ObjectPushError):
-                return log.info("nobody waits for an answer any more")
+                log.info("nobody waits for an answer any more")
+                return
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
@@ -179,9 +184,7 @@ class _Member:
                     self.join()
 
     def _alive(self, node: Node) -> None:
-        self._client.SendNodeHeartbeat(
-            SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
-        )
+        self._client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL))
 
     def _remembered(self) -> int | None:
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-SHORTEST, LONGEST = 0.02, 1.0  # seconds
-SLOWER = 1.15  # a factor from one question to the next: the longest pause after thirty, five seconds in all
+SHORTEST, LONGEST = 0.02, 0.5  # seconds
+SLOWER = 1.15  # a factor from one question to the next: the longest pause after 24, three seconds in all
 
 
 class Pace:

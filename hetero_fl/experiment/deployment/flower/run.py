@@ -23,9 +23,9 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
+from hetero_fl.errors import RunFailed
 from hetero_fl.experiment.deployment.flower.calls import Over, Refused, Unreachable, calling
 from hetero_fl.experiment.deployment.flower.superlink import Superlink
-from hetero_fl.errors import RunFailed
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 BEAT = 10.0  # seconds between signs of life; Flower ends a run that gives none for a minute

@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx
 from flwr.common.constant import FLWR_HOME, ISOLATION_MODE_PROCESS
 
-from hetero_fl.experiment.deployment.certificates import ServerFiles
 from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.deployment.certificates import ServerFiles
 
 STARTING = 120.0  # seconds; two of them are usual
 LAUNCH = Path(__file__).with_name("launch.py")
@@ -39,7 +39,9 @@ class Superlink:
         self, host: str = "127.0.0.1", port: int = 0, files: ServerFiles | None = None, log: Path | None = None
     ) -> None:
         if files is None and host not in ("127.0.0.1", "localhost", "::1"):
-            raise UserError(f"server.host: {host} can be reached from elsewhere, which needs certificates; or 127.0.0.1")
+            raise UserError(
+                f"server.host: {host} can be reached from elsewhere, which needs certificates; or 127.0.0.1"
+            )
         self.secret = secrets.token_bytes(32)
         self.files = files
         self._host = host

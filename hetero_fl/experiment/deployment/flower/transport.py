@@ -13,6 +13,7 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
+from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.certificates import PublicKey, public_bytes
 from hetero_fl.experiment.deployment.flower.calls import Over, Refused, Unreachable, calling
 from hetero_fl.experiment.deployment.flower.messages import SERVER, announced, envelope_of, fetch, send_parts, to_node
@@ -20,9 +21,9 @@ from hetero_fl.experiment.deployment.flower.pace import Pace
 from hetero_fl.experiment.deployment.flower.run import Run
 from hetero_fl.experiment.deployment.flower.superlink import Superlink
 from hetero_fl.experiment.deployment.transport import Envelope
-from hetero_fl.errors import RunFailed
 
 LOOK = 1.0  # seconds between looks at who is there, while answers are waited for
+LINGER = 3.0  # seconds at the end in which nodes may take and answer the last messages
 TRIES, REST = 5, 0.5  # of a call that nobody answers; seconds between them
 
 T = TypeVar("T")
@@ -40,8 +41,8 @@ class _Sent:
 class FlowerTransport:
     """Takes a SuperLink over, and closes it. `keys`: the public key of every node that may take part, by its name.
 
-    A node is who holds the key, under whatever number Flower gives it; others that connect are not seen. If the SuperLink dies it is
-    started anew, once and again: nodes come back by themselves, and of all messages under way it is said that no answer will come.
+    A node is who holds the key, under whatever number Flower gives it; others that connect are not seen. If the SuperLink dies
+    it is started anew: nodes come back by themselves, and of all messages under way it is said that no answer will come.
     """
 
     def __init__(self, superlink: Superlink, keys: Mapping[str, PublicKey]) -> None:
@@ -50,6 +51,8 @@ class FlowerTransport:
         self._here: dict[int, tuple[str, str]] = {}  # number -> name, since when
         self._sent: dict[str, _Sent] = {}
         self._forgotten: set[str] = set()  # messages of which it has been said that no answer will come
+        self._pace = Pace()
+        self._closed = False
         self._never = itertools.count(1)
         try:
             self._run = self._begin()
@@ -63,6 +66,8 @@ class FlowerTransport:
 
     def names(self) -> Mapping[int, str]:
         """The same, with the name whose key each holds."""
+        if self._closed:
+            return {}
         found = self._call(lambda run: run.client.GetNodes(GetNodesRequest())).nodes
         self._here = {
             node.node_id: (self._names[node.public_key], node.last_activated_at)
@@ -75,7 +80,7 @@ class FlowerTransport:
         """Hand over a message, which is of no use after so many seconds. Returns its number."""
         if node not in self._here:
             self.names()
-        if node not in self._here:
+        if node not in self._here or self._closed:
             return f"never-{next(self._never)}"
 
         def send(run: Run) -> str:
@@ -94,11 +99,12 @@ class FlowerTransport:
         if not number.startswith("never-"):
             since = self._here[node][1] if node in self._here else ""
             self._sent[number] = _Sent(node, since, time.monotonic() + within)
+            self._pace.reset()
         return number
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Answers that have come, waiting up to so many seconds for the first; None where none will ever come."""
-        end, pace, look = time.monotonic() + wait, Pace(), time.monotonic() + LOOK
+        end, look = time.monotonic() + wait, time.monotonic() + LOOK
         while True:
             answers: dict[str, Envelope | None] = {n: None for n in numbers if n not in self._sent}
             if asked := [n for n in numbers if n in self._sent]:
@@ -107,16 +113,28 @@ class FlowerTransport:
                 answers, look = self._gone(asked), time.monotonic() + LOOK
             for number in answers:
                 self._sent.pop(number, None)
+            if answers:
+                self._pace.reset()
             left = end - time.monotonic()
             if answers or left <= 0 or not numbers:
                 return answers
-            time.sleep(min(pace.next(), left))
+            time.sleep(min(self._pace.next(), left))
 
     def close(self) -> None:
-        """End the run and the SuperLink. Nodes go on looking for a server."""
+        """End the run and the SuperLink, when the last messages have been taken. Nodes go on looking for a server."""
+        if self._closed:
+            return
         try:
+            end = time.monotonic() + LINGER
+            while self._sent and time.monotonic() < end:
+                self.pull(list(self._sent), end - time.monotonic())
             self._run.close()
+        except (RunFailed, UserError):
+            pass  # it is over in any case
         finally:
+            self._closed = True
+            self._here.clear()
+            self._sent.clear()
             self._superlink.close()
 
     def _answers(self, asked: list[str]) -> dict[str, Envelope | None]:

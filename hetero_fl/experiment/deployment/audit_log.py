@@ -61,9 +61,10 @@ class AuditLog:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o600)
 
     def _set_head(self, count: int, last: str) -> None:
+        # Not flushed to disk: after a loss of power it may be behind the lines, never ahead.
         handle = os.open(_head_of(self.path), os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(handle, "wb") as file:
-            file.write(f"{count} {last}".ljust(HEAD - 1).encode() + b"\n")  # may be behind after a loss of power, never ahead
+            file.write(f"{count} {last}".ljust(HEAD - 1).encode() + b"\n")
 
 
 def verify(path: Path) -> list[Entry]:

@@ -52,7 +52,6 @@ from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.site import Reading
 from hetero_fl.runtime.store import Private
 
-
 # What is raised for a message that nobody would send who means well, or where the disk is full.
 JUNK = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
 

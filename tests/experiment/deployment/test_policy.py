@@ -158,6 +158,11 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"algorithm": {"name": "fedrep"}},
         "this task's epochs: found {}; this site's allows.epochs is 1",
     ),
+    "epochs of a plan in a secure sum": (
+        {"epochs": 1},
+        {"algorithm": {"name": "fedrep"}, **SECURE},
+        "this task's epochs: found {}; this site's allows.epochs is 1",
+    ),
     "steps of a plan": ({"steps": 1}, {}, "this task's steps: found {}; this site's allows.steps is 1"),
 }
 

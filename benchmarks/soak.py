@@ -4,7 +4,7 @@
     python benchmarks/soak.py [--rounds 500] [--restarts 0.05] [--out FILE.csv]
 
 Four nodes in processes of their own with tiny models and private heads, compressed uploads and residuals. After each round a node
-is killed with probability `--restarts` and started anew. Every `--every` rounds the memory (resident, private) and the open files
+is killed with probability `--restarts` and started anew. Every `--every` rounds the memory and the open files
 of the server and of each node are taken. Reported is the slope over rounds with its standard error, of the server after
 `--warm` rounds, and of nodes over all stretches between two restarts, each with a level of its own.
 """
@@ -52,9 +52,10 @@ def source(rounds: int) -> dict[str, Any]:
 
 
 def memory(pid: int) -> float:
-    """MiB that a process has for itself."""
+    """MiB that a process has, but for what lies in files; pages that it shares with the one it was forked from included, as
+    merely reading an object makes them its own."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 def files(pid: int) -> int:

@@ -81,8 +81,7 @@ def _hold(
             progress.log(note)
     directory.rewind_metrics(rounds.completed)
     listeners = [*callbacks, *([writer_callback(directory.path)] if config.output.tensorboard else [])]
-    history = directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
-    patience = Patience(prepared.federation.task, config.evaluation.patience, history)
+    patience = Patience(prepared.federation.task, config.evaluation.patience, _history(directory))
     setup = time.perf_counter() - begun
     progress.unit = prepared.federation.task.unit
     progress.start(config.rounds, len(prepared.federation.cards), rounds.completed)
@@ -101,7 +100,6 @@ def _hold(
             readings = readings if last else None
         directory.append_metrics(record)
         save()
-        history.append(record)
         for callback in listeners:
             callback(record)
         progress.round(record)
@@ -114,7 +112,12 @@ def _hold(
         progress.log(
             f"stopped after round {planned}: the next would bring ε to {over:.3g}, above privacy.target_epsilon {target:g}"
         )
-    _finish(prepared, directory, rounds, readings, history, setup, progress)
+    _finish(prepared, directory, rounds, readings, _history(directory), setup, progress)
+
+
+def _history(directory: RunDirectory) -> list[Record]:
+    """The records so far; they are not held in memory while a run goes on, however long."""
+    return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
 def _evaluate(rounds: Session, record: Record, directory: RunDirectory | None) -> Readings:

@@ -1,6 +1,7 @@
 """The client's side of the secure sum: four answers, each given once a round (Bonawitz et al. 2017, figure 4).
 
-Between them a client remembers its secrets in `notes`: private, never on disk, forgotten when the round ends.
+Between them a client remembers its secrets in `notes`: private, forgotten when the round ends, on disk only in a deployment, in
+the folder of a node that may be killed between two of them.
 """
 
 from __future__ import annotations

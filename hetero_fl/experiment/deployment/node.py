@@ -191,7 +191,7 @@ class Node:
 
     def _pack(self, tree: Any) -> Pack | None:
         """The public sets that the server has named by their hash: from this message, or kept from an earlier one."""
-        public, kept = str(tree["public"]), Vault(self.folder / "public")
+        public, kept = str(tree["public"]), Vault(self.folder / "public", self.cipher)
         data = tree["pack"].numpy().tobytes() if tree.get("pack") is not None else kept.read(_plain(public))
         if data is None:
             return None

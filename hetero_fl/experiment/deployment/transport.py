@@ -102,6 +102,8 @@ class Loopback:
                 if (left := end - time.monotonic()) <= 0:
                     break
                 self._changed.wait(left)
+            for number in found:
+                self._ends.pop(number, None)
         return found
 
     def close(self) -> None:

@@ -158,6 +158,11 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"algorithm": {"name": "fedrep"}},
         "this task's epochs: found {}; this site's allows.epochs is 1",
     ),
+    "epochs of a plan in a secure sum": (
+        {"epochs": 1},
+        {"algorithm": {"name": "fedrep"}, **SECURE},
+        "this task's epochs: found {}; this site's allows.epochs is 1",
+    ),
     "steps of a plan": ({"steps": 1}, {}, "this task's steps: found {}; this site's allows.steps is 1"),
 }
 
@@ -387,3 +392,16 @@ def test_mistakes_in_a_sites_file_are_one_line(written: str, said: str, tmp_path
     with pytest.raises(UserError) as caught:
         load_site(file)
     assert str(file) in str(caught.value) and said in str(caught.value)
+
+
+def test_the_file_of_the_page_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "trust.md").read_text(encoding="utf-8")
+    file = tmp_path / "site.yaml"
+    file.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    site, folder = load_site(file)
+    assert (
+        site.allows.privacy is not None
+        and site.allows.privacy.epsilon == 8
+        and folder == (tmp_path / "state").resolve()
+    )
+    assert all(getattr(site.allows, key) is not None for key in type(site.allows).model_fields)

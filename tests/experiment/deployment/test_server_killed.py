@@ -12,6 +12,7 @@ import pytest
 from hetero_fl.experiment import run
 from hetero_fl.experiment.deployment.vault import KEPT, Lost, Vault
 from tests.experiment.deployment.sites import QUICK, Killed, Sites, federation, records, same
+from tests.experiment.deployment.test_secrets import Heard
 from tests.small import MIXED, TOP, config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
@@ -73,6 +74,17 @@ def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path) -> None:
     back = [lambda record: sites.start("site_3") if record["round"] == 2 else None]
     there = records(federation(made, sites, tmp_path / "there", wait=1.0, callbacks=back))
     assert [record.get("unread") for record in there] == [None, {"site_3": "its node is not there"}, None]
+
+
+def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -> None:
+    """From the second round on those of the two newest checkpoints; of a server started anew, of the one that it has read."""
+    heard = Heard()
+    federation(KINDS["hybrid"], Sites(CLIENTS, tmp_path / "sites", transport=heard), tmp_path / "there")
+    for node in {node for node, _ in heard.tasks}:
+        heads = [envelope.head for to, envelope in heard.tasks if to == node]
+        bases = [str(head["base"]) for head in heads]
+        assert bases[0] == "" and len(set(bases)) == 3
+        assert [set(str(head["spare"]).split(",")) for head in heads] == [{""}, {bases[1]}, {bases[1], bases[2]}]
 
 
 def test_states_that_checkpoints_name_are_spared(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def draw_cohort(federation: Federation, count: int | None, round: int, attempt: 
     part by a draw of its own (`privacy.poisson_cohorts`)."""
     ids = federation.cards.clients.ids
     if count is not None and federation.privacy is not None and federation.privacy.poisson_cohorts:
-        draws = federation.noise.generator(round, "cohort")
-        taken = torch.rand(len(ids), generator=draws, dtype=torch.float64) < count / len(ids)
+        draws = federation.noise.stream(round, "cohort")
+        taken = draws.uniform(len(ids)) < count / len(ids)
         return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
     if count is None or count >= len(ids):
         return list(ids)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hetero_fl.channel.privacy.noise import Noise
+from hetero_fl.channel.privacy.noise import SecretNoise
 from hetero_fl.channel.protocol import Message
 from hetero_fl.codec import CodecError, decode, encode
 from hetero_fl.config import Config, expand, load_config
@@ -136,7 +136,7 @@ class Node:
         prepared = prepare(joined.config, data=held_at(joined.data, self.site.client, told))
         if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
             raise Refused("this site makes other clients of the configuration than the server does")
-        noise = Noise.of_a_secret(joined.vault.secret("noise"))
+        noise = SecretNoise(joined.vault.secret("noise"))
         federation = replace(prepared.federation, noise=noise)
         device = choose_device(self.site.device or joined.config.runtime.device)
         threads = min(int(tree["threads"]), self.site.threads or int(tree["threads"]))

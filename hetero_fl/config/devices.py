@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -84,7 +84,7 @@ class FaultsConfig(Section):
     twice: Chance = Field(0.0, description="its upload comes twice; the second one is recognised and dropped")
     corrupted: Chance = Field(0.0, description="bytes of its upload are changed on the way; it is refused")
     delay: PositiveFloat = Field(3600.0, description="seconds of `late`")
-    server: list[NonNegativeInt] = Field(
+    server: list[PositiveInt] = Field(
         [],
         description="rounds (from 1) in which the server is killed before they are committed; --resume goes on there",
     )
@@ -129,6 +129,10 @@ class CohortConfig(Section):
         "`faults` or a deadline are simulated, else fail",
     )
     attempts: PositiveInt = Field(10, description="too_few: repeat: how often a round is tried before the run fails")
+
+    def invited(self, per_round: int | None, clients: int) -> int:
+        """How many of so many clients are invited to a round."""
+        return clients if per_round is None else min(clients, math.ceil(self.over_selection * per_round - 1e-9))
 
     @model_validator(mode="after")
     def _a_deadline_to_meet(self) -> CohortConfig:

@@ -62,7 +62,8 @@ def _check(config: Config, method: Algorithm, federation: Federation) -> None:
         own = f"its own is algorithm.buffer: {method.goal}" if method.goal > 1 else "which aggregates after each upload"
         raise UserError(f"runtime.buffer: found {config.runtime.buffer}, but algorithm.name is {name}: {own}")
     _check_time(config, federation)
-    waits = config.cohort.model_fields_set - {"least"} if config.cohort != type(config.cohort)() else set()
+    plain = type(config.cohort)()
+    waits = [name for name in type(plain).model_fields if getattr(config.cohort, name) != getattr(plain, name)]
     if waits:
         raise UserError(f"cohort.{min(waits)}: is for rounds that wait for a cohort; runtime.mode is async")
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import itertools
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from hetero_fl.aggregation import Uploads
-from hetero_fl.channel.protocol import Message, Messages, Replies, Traffic, hold_round
+from hetero_fl.channel.protocol import Message, Messages, Replies, Traffic, both_ways, hold_round
 from hetero_fl.errors import GivenUp, RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.runtime.deliveries import befallen, once
@@ -65,7 +64,7 @@ class Rounds(Session):
             self._give_up(held, len(tries))
         else:
             self._aggregate(held.taken)
-        self._be_killed()
+        self._may_be_killed()
         self.store.commit()
         self.completed += 1
         return {
@@ -92,21 +91,34 @@ class Rounds(Session):
             self._exchange(held, 0)
             return held
         bodies, task = self.broadcasts(cohort), number(index, attempt)
-        cards = self.federation.cards
-        sizes = {c: (len(bodies[c]), self.upload_bytes(cards[c], self._broadcast(cards[c]), index)) for c in cohort}
-        plan = schedule(cohort, self.conditions, sizes.__getitem__, at, task)
+        sizes = {c: self._sizes(c, len(bodies[c]), len(cohort)) for c in cohort}
+        plan = schedule(cohort, self.conditions, lambda c: both_ways(sizes[c].values()), at, task)
         held = Held(plan, failed=dict(plan.failed))
-        if plan.expected >= self.conditions.policy.least:
+        useful = plan.expected >= self.conditions.policy.least
+        if useful:
             self._exchange(held, task)
         else:  # nothing would be made of what they compute
             held.failed |= {c: CHANGED for c in plan.asked if plan.tasks[c].fate.what == "corrupted"}
         self.now = plan.end
         self.invitation.learn(plan, held.taken.losses, index)
         if self.algorithm.counted:
-            computed = set(plan.asked) if plan.expected >= self.conditions.policy.least else set()
-            self.traffic.down += sum(down for c, (down, _) in sizes.items() if c not in computed)
-            self.traffic.up += plan.wasted + sum(sizes[c][1] for c in plan.asked if c not in computed)
+            self.traffic.up += sum(sizes[c]["train"][1] for c in plan.in_vain)
+            untold = [
+                c for c in cohort if not useful or c not in self._partners(plan)
+            ]  # of whom nothing is counted yet
+            self.traffic.down += sum(both_ways(sizes[c].values())[0] for c in untold)
+            self.traffic.up += sum(both_ways(sizes[c].values())[1] for c in untold if c in plan.asked)
         return held
+
+    def _sizes(self, client: str, broadcast: int, cohort: int) -> dict[str, tuple[int, int]]:
+        """Bytes down and up of all that the round asks of a client, known before anything is computed."""
+        card, round = self.federation.cards[client], self.completed
+        alone = 0 if self.protocol.setup else self.upload_bytes(card, self._broadcast(card), round)
+        return self.protocol.sizes(cohort, round, broadcast, alone)
+
+    def _partners(self, plan: Schedule) -> list[str]:
+        """With whom the protocol begins: those whose uploads will come, or all, where they exchange something before."""
+        return list(plan.tasks) if self.protocol.setup else plan.asked
 
     def _exchange(self, held: Held, task: int) -> None:
         """Broadcast, training, and what comes of it."""
@@ -128,22 +140,29 @@ class Rounds(Session):
                 raise RunFailed(f"round {index + 1}: {client} diverged: {reply}")
             return False
 
+        turn = itertools.count(-len(self.protocol.setup))  # 0: the exchange in which they train
+
         def exchange(requests: Messages) -> Replies:
-            given = Lazy(requests.keys(), lambda c: replace(requests[c], round=index, work=plan.tasks[c].work))
-            replies = in_turn(list(requests), self.executor.answer(given))
-            if any(fate.what in ("twice", "corrupted") for fate in fates.values()):
+            at = next(turn)
+            there = [c for c in requests if plan.answers(c, setup=at < 0)]
+            for gone in [c for c in requests if c not in set(there)]:
+                requests[gone]  # is sent, and counted, all the same
+            given = Lazy(there, lambda c: replace(requests[c], round=index, work=plan.tasks[c].work))
+            replies = in_turn(there, self.executor.answer(given))
+            if at == 0 and any(fate.what in ("twice", "corrupted") for fate in fates.values()):
                 replies = once(befallen(replies, fates, self.federation.seed, "changed", task))
             return filter(usable, replies)
 
         try:
-            arrivals = hold_round(self.protocol, self.broadcasts(plan.asked), exchange, traffic, index)
+            arrivals = hold_round(self.protocol, self.broadcasts(self._partners(plan)), exchange, traffic, index)
         except GivenUp as error:
             held.given_up = error
             failed.update({c: "the round was given up" for c in plan.asked if c not in failed})
             return
         held.taken = self.intake.take(arrivals, self.heard(index), index)
         for client, why in held.taken.refused.items():
-            failed.setdefault(client, f"upload refused: {why}")
+            if client in plan.asked:  # what became of the others is known
+                failed.setdefault(client, f"upload refused: {why}")
             self.store.drop(client)
 
     # What is made of it --------------------------------------------------------------------------------------------
@@ -174,15 +193,12 @@ class Rounds(Session):
             raise held.given_up
         found, least = len(held.taken.uploads), self.conditions.policy.least
         what = f"{found} of at least {least} usable uploads" if least > 1 else "no usable upload"
+        invited, late = len(held.schedule.tasks), len(held.schedule.late)
+        why = next(iter(held.failed.items()), f"{late} of them late" if late else "")
         raise RunFailed(
-            f"round {self.completed + 1}: {what} from {len(held.schedule.tasks)} clients"
-            f"{f', {tries} times' if tries > 1 else ''}; {next(iter(held.failed.items()), '')}"
+            f"round {self.completed + 1}: {what} from {invited} client{'s' if invited != 1 else ''}"
+            f"{f', {tries} times' if tries > 1 else ''}{f'; {why}' if why else ''}"
         )
-
-    def _be_killed(self) -> None:
-        """As `faults.server` has it; the process that takes the run over there goes on."""
-        if self.completed + 1 in self.conditions.faults.config.server and self.resumed != self.completed:
-            os.kill(os.getpid(), signal.SIGKILL)
 
     # Crash safety --------------------------------------------------------------------------------------------------
     def tree(self) -> dict[str, Any]:

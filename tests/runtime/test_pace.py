@@ -53,6 +53,7 @@ def test_rows_of_different_versions_are_never_mixed() -> None:
             "runtime.mode: async cannot be combined with share_every",
         ),
         ({"runtime": ASYNC, "cohort": {"deadline": 9.0}}, "cohort.deadline: is for rounds that wait"),
+        ({"runtime": ASYNC, "cohort": {"least": 2}}, "cohort.least: is for rounds that wait"),
         ({"runtime": ASYNC, "cohort": {"sampling": "available"}}, "cohort.sampling: is for rounds that wait"),
     ],
 )

@@ -20,6 +20,7 @@ from hetero_fl.reporting.wording import (
     plural,
     sentence,
 )
+from hetero_fl.task import MANY
 
 FORM = "hetero_fl export 1"
 SHOWN = {
@@ -60,6 +61,7 @@ def facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
             "about": details.get("about", ""),
             "clients": details.get("population", len(summary["clients"])),
             "partition": (config.get("data") or {}).get("partition") or {},
+            "own_source": any("data" in c["settings"] for c in details["clients"].values()),
             "rows": details["rows"].get(name),
         },
         "privacy": summary["privacy"],
@@ -158,16 +160,16 @@ def _limits(told: Json, lied: str) -> list[str]:
 def _use(file: Json, told: Mapping[str, Any]) -> str:
     if not file["checked"]:
         return (
-            f"`{file['name']}` is tensors alone, the run's own file: the architecture is built by `model_zoo`, and hetero_fl reads it "
-            "(`SavedModel.load(FILE).module()` in `hetero_fl.saved`; raw examples: `hetero_fl.Run(RUN).predict`). Nothing here "
-            "scores it without the two; ONNX and TorchScript files need neither."
+            f"`{file['name']}` is tensors alone, the run's own file: the architecture is built by `model_zoo`, and hetero_fl "
+            "reads it (`SavedModel.load(FILE).module()` in `hetero_fl.saved`; for raw examples `hetero_fl.Run(RUN).predict`). "
+            "Nothing here scores it without the two; ONNX and TorchScript files need neither."
         )
     need = "numpy and onnxruntime" if file["format"] == "onnx" else "numpy and torch"
     data = "FILE.csv" if told["inputs"][0]["kind"] in ("row", "tokens") and not told["inputs"][1:] else "FILE.npz"
     sizes, apart = ", ".join(map(str, file["checked"]["batches"])), file["checked"]["largest_difference"]
     return (
-        f"`{file['name']}` needs {need}, and nothing of hetero_fl. Run again after it was written, on drawn examples in batches of "
-        f"{sizes}, it was at most {apart:.1e} from the run's own predictions.\n\n"
+        f"`{file['name']}` needs {need}, and nothing of hetero_fl. Run again after it was written, on drawn examples in "
+        f"batches of {sizes}, it was at most {apart:.1e} from the run's own predictions.\n\n"
         f"```console\npython score.py --model {file['name']} --data {data}\n```"
     )
 
@@ -193,7 +195,8 @@ def _inputs(told: Mapping[str, Any]) -> str:
 
 
 def _output(told: Mapping[str, Any]) -> str:
-    output, names = told["output"], ", ".join(told["names"])
+    output, names = told["output"], ", ".join(told["names"][:MANY])
+    names += f" … (all {len(told['names']):,} in the `.json`)" if told["names"][MANY:] else ""
     text = f"Output `{output['name']}`, batch × {output['shape'][1]}, {output['dtype']}: {names}."
     if told["relative"]:
         times = f", which gives {told['unit']}" if told["unit"] else ""
@@ -206,9 +209,8 @@ def _output(told: Mapping[str, Any]) -> str:
 def _data(data: Json, model: Json) -> str:
     partition = data["partition"]
     extra = SHOWN.get(partition.get("kind", ""))
-    how = (
-        f"partition {partition['kind']}" + (f", {extra} {partition[extra]}" if extra else "") if partition else "given"
-    )
+    how = f"partition {partition.get('kind')}" + (f", {extra} {partition[extra]}" if extra else "")
+    how += "; some brought data of their own" if data["own_source"] else ""
     lines = [
         f"{sentence(data['name'])}{': ' + data['about'] if data['about'] else ''}. {plural(data['n_train'], 'training row')} of "
         f"{plural(data['clients'], 'client')} ({how}), {plural(data['n_proxy'], 'proxy row')}, "

@@ -99,7 +99,7 @@ def _told() -> Iterator[None]:
     follows might be fixed to the examples, which is found out afterwards by batches of other sizes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is (deprecated|not supported)", FutureWarning)
         warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)  # by a GRU
         warnings.filterwarnings(
             "ignore", "# The axis name: batch will not be used", UserWarning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated
 
@@ -31,8 +32,12 @@ class QuantityConfig(Section):
 
 def _fixed(value: object) -> object:
     """A plain number: everybody's."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"median": value, "sigma": 0.0} if plain else value
+    if isinstance(value, dict | QuantityConfig):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        found = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+        raise ValueError(f"found {found}; give a number, or {{median, sigma}} to draw from")
+    return {"median": value, "sigma": 0.0}
 
 
 Quantity = Annotated[QuantityConfig, BeforeValidator(_fixed)]
@@ -137,5 +142,5 @@ class CohortConfig(Section):
     @model_validator(mode="after")
     def _a_deadline_to_meet(self) -> CohortConfig:
         if self.partial_work and self.deadline is None:
-            raise ValueError("partial_work needs a deadline")
+            raise ValueError("found partial_work without a deadline; give cohort.deadline, in simulated seconds")
         return self

@@ -4,7 +4,8 @@
     python benchmarks/kills.py [--kills 100] [--each 5] [--kinds serial batched …] [--out DIR]
 
 Hybrid with top-k on scikit-learn's digits, four clients of three architectures with heads of their own; in turn serial, batched,
-with worker processes, and asynchronous with faults. A run is killed `--each` times, at any moment from its start on, is
+with worker processes, asynchronous with faults; and as federations of processes, where the server is killed and, but in the secure
+sum, nodes are as well, and what they come to is compared with a simulation. A run is killed `--each` times, at any moment from its start on, is
 resumed after each, and its models and figures are compared with those of a run that nobody killed. With `--out`, where the
 count is kept, the same command goes on where it was left.
 """
@@ -27,10 +28,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from unix_socket import UnixSocket, start_node
+
 from hetero_fl.experiment import run
+from hetero_fl.experiment.deployment.serving import serve
 
 Source = dict[str, Any]
 ROUNDS = 8
+CLIENTS = [f"site_{i}" for i in range(1, 5)]
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, for all runs
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "torch._dynamo"])  # which optimisers load
 SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5}
@@ -44,7 +49,15 @@ KINDS: dict[str, Source] = {
         "devices": SLOW,
         "faults": FAULTS,
     },
+    "federation": {"runtime": {"executor": "serial"}},
+    "secure": {
+        "runtime": {"executor": "serial"},
+        "algorithm": {"name": "fedavg"},
+        "channel": {"secure_sum": {"threshold": 2}},
+    },
 }
+FEDERATED = ("federation", "secure")
+TIMED = ("seconds", "wall", "tasks", "counts")  # what tells of real time, or only of federations
 
 
 def source(kind: str) -> Source:
@@ -74,14 +87,17 @@ def source(kind: str) -> Source:
     return made
 
 
-def go_on(kind: str, out: str) -> None:
-    """A run, or what is left of it."""
-    run(source(kind), out=out, resume=True)
+def go_on(kind: str, out: str, socket: str) -> None:
+    """A run, or what is left of it: with the nodes that come to the socket, if there is one."""
+    if socket:
+        serve(source(kind), UnixSocket(Path(socket)), out=Path(out), resume=True, wait=300.0)
+    else:
+        run(source(kind), out=out, resume=True)
 
 
-def start(kind: str, out: Path) -> Any:
+def start(kind: str, out: Path, socket: str = "") -> Any:
     """The same in a process of its own."""
-    process = CONTEXT.Process(target=go_on, args=(kind, str(out)))
+    process = CONTEXT.Process(target=go_on, args=(kind, str(out), socket))
     process.start()
     return process
 
@@ -89,7 +105,7 @@ def start(kind: str, out: Path) -> Any:
 def left(out: Path) -> tuple[dict[str, bytes], list[Source]]:
     """Models and figures of a finished run."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figures = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    figures = [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
     return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}, figures
 
 
@@ -119,6 +135,27 @@ def kill(process: Any, out: Path) -> tuple[int, int]:
     return int(hit), int(mid)
 
 
+class Sites:
+    """The nodes of a federation, which outlive its server."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket, self.folder = folder / "socket", folder / "sites"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.processes = {client: start_node(self.socket, client, self.folder) for client in CLIENTS}
+
+    def restart(self, client: str) -> None:
+        """Kill a node, and start it anew."""
+        self.processes[client].kill()
+        self.processes[client].join()
+        self.processes[client] = start_node(self.socket, client, self.folder)
+
+    def close(self) -> None:
+        """End all of them."""
+        for process in self.processes.values():
+            process.kill()
+            process.join()
+
+
 def main() -> None:
     """Kill, resume, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -140,17 +177,24 @@ def main() -> None:
             kind, out = options.kinds[tally["runs"] % len(options.kinds)], folder / "killed"
             shutil.rmtree(out, ignore_errors=True)
             (want, took), hits, mids = references[kind], 0, 0
+            sites = Sites(folder) if kind in FEDERATED else None
+            socket = str(sites.socket) if sites is not None else ""
             while hits < min(options.each, options.kills - tally["kills"]):
-                process, goal = start(kind, out), held(out) + rng.choice((0, 1, 1))
+                process, goal = start(kind, out, socket), held(out) + rng.choice((0, 1, 1))
                 while held(out) < goal and process.is_alive():
                     time.sleep(0.002)
                 time.sleep(rng.uniform(0, 1.5 if goal else 10) * took)
+                if kind == "federation" and sites is not None and rng.random() < 0.5:
+                    sites.restart(rng.choice(CLIENTS))
+                    time.sleep(rng.uniform(0, took))
                 hit, mid = kill(process, out)
                 hits, mids = hits + hit, mids + mid
                 if not hit:  # it had ended before
                     break
-            process = start(kind, out)
+            process = start(kind, out, socket)
             process.join()
+            if sites is not None:
+                sites.close()
             same = process.exitcode == 0 and left(out) == want
             tally = {
                 "kills": tally["kills"] + hits,

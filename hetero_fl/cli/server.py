@@ -32,15 +32,32 @@ def _serve(options: argparse.Namespace) -> int:
 
 def setup_node(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--site", type=Path, metavar="FILE", required=True, help=f"this site's own file; {MAKES}")
+    parser.add_argument("--site", type=Path, metavar="FILE", help=f"this site's own file; {MAKES}")
     parser.add_argument("--once", action="store_true", help="end when a run is over (default: wait for the next one)")
+    parser.add_argument(
+        "--audit", type=Path, metavar="FILE", help="print a node's log, audit.jsonl in its folder, and check it"
+    )
     parser.set_defaults(carry_out=_attend)
 
 
 def _attend(options: argparse.Namespace) -> int:
+    if options.audit is not None:
+        return _audit(options.audit)
+    if options.site is None:
+        raise UserError(f"--site is missing: name a file ({MAKES}); or --audit")
     from hetero_fl.experiment.deployment.attending import attend
 
     return 130 if attend(options.site, options.once) else 0
+
+
+def _audit(path: Path) -> int:
+    from hetero_fl.experiment.deployment.audit_log import shown, totals, verify
+
+    entries = verify(path)
+    print(*shown(entries), sep="\n")
+    sums = totals(entries)
+    print(f"whole: {len(entries):,} messages; of tasks {sums.down:,} bytes came, {sums.up:,} went")
+    return 0
 
 
 def setup_certificates(parser: argparse.ArgumentParser) -> None:

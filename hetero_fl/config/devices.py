@@ -122,7 +122,8 @@ class CohortConfig(Section):
         1.0, ge=1, description="invite so many times clients.per_round and take the first per_round to arrive"
     )
     deadline: PositiveFloat | None = Field(
-        None, description="simulated seconds after which a round is closed; none: it waits for everybody"
+        None,
+        description="seconds after which a round is closed, simulated or, in a federation, real; none: it waits for everybody",
     )
     partial_work: bool = Field(
         False, description="who would miss the deadline trains as many steps as there is time for, and is on time"
@@ -131,7 +132,7 @@ class CohortConfig(Section):
     too_few: choice("repeat", "skip", "fail") | None = Field(  # type: ignore[valid-type]
         None,
         description="fewer than `least`: invite anew, leave the server as it is, or end the run; none: skip where `devices`, "
-        "`faults` or a deadline are simulated, else fail",
+        "`faults` or a deadline are simulated, and in a federation; else fail",
     )
     attempts: PositiveInt = Field(10, description="too_few: repeat: how often a round is tried before the run fails")
 

@@ -111,6 +111,11 @@ class FederatedData:
             counts = torch.full((self.task.outputs,), len(y))
         return counts.to(torch.get_default_dtype())
 
+    @property
+    def apart(self) -> bool:
+        """Whether others' rows are on machines of their own."""
+        return bool(self._private.told)
+
     def tells_labels(self, client: str) -> bool:
         """Whether its label counts are known here: everybody's are, but those of clients elsewhere that keep them."""
         return client not in self._private.told or self._private.told[client].labels is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -59,8 +58,11 @@ def _hold(
     checkpoints = Checkpoints(rounds.store, progress.log)
     fingerprint, traces = prepared.data.content_hash(), rounds.conditions.devices.fingerprint
 
-    def state() -> dict[str, Any]:
-        return {"run": rounds.tree(), "data": fingerprint, "traces": traces, "choice": choice.record()}
+    def save() -> None:
+        run = rounds.tree()
+        state = {"run": run, "data": fingerprint, "traces": traces, "choice": choice.record()}
+        checkpoints.save(rounds.completed, state)
+        rounds.saved()
 
     saved = checkpoints.newest()
     if saved is not None:
@@ -69,11 +71,12 @@ def _hold(
         if saved.get("traces", "") != traces:
             raise UserError(f"devices.file: {config.devices and config.devices.file} is not what this run began with")
         rounds.restore(saved["run"])
+        rounds.saved()
         how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
         progress.log(f"resumed after round {rounds.completed}; {how}")
     else:
         start_from(prepared.inherited, rounds)
-        checkpoints.save(0, state())
+        save()
         for note in [*prepared.notes, *choice.reasons]:
             progress.log(note)
     directory.rewind_metrics(rounds.completed)
@@ -97,7 +100,7 @@ def _hold(
             patience.look(record)
             readings = readings if last else None
         directory.append_metrics(record)
-        checkpoints.save(rounds.completed, state())
+        save()
         history.append(record)
         for callback in listeners:
             callback(record)
@@ -179,9 +182,14 @@ def _read_whole(rounds: Session, directory: RunDirectory) -> Readings:
 def start_from(models: Mapping[str, SavedModel], rounds: Session) -> None:
     """Begin with another run's models: each client with its own, each group at the server with the mean of its members'."""
     groups: dict[str, list[SavedModel]] = {}
-    for id, model in models.items():
-        rounds.store.stage(id, Private({"model": model.tensors}))
+    for model in models.values():
         groups.setdefault(model.arch.id, []).append(model)
+    states = {id: Private({"model": model.tensors}) for id, model in models.items()}
+    if rounds.apart is not None:
+        rounds.apart.give(states)
+    else:
+        for id, private in states.items():
+            rounds.store.stage(id, private)
     rounds.store.commit()
     for group, members in groups.items():
         for name, tensor in rounds.server.models[group].items():

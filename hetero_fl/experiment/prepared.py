@@ -20,8 +20,9 @@ from hetero_fl.runtime.choose import Choice, choose, make_executor
 from hetero_fl.runtime.compatibility import check
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.dry import Expectations
-from hetero_fl.runtime.executor import Executor
+from hetero_fl.runtime.executor import Apart
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.live import Live
 from hetero_fl.runtime.pace import set_pace
 from hetero_fl.runtime.private_checks import check_plan, check_privacy, weak_delta
 from hetero_fl.runtime.private_sums import PrivateSums
@@ -31,7 +32,7 @@ from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Store
 from hetero_fl.saved import SavedModel
 
-Engage = Callable[["Prepared", Choice, Store], Executor]  # has somebody else compute the clients
+Engage = Callable[["Prepared", Choice, Store], Apart]  # has somebody else compute the clients
 
 
 @dataclass
@@ -62,17 +63,17 @@ class Prepared:
         unless a choice is, and here unless somebody else is engaged for it. Close its executor afterwards.
         """
         choice, clients = choice or choose(self.config, self.federation), self.config.clients
-        if engage is not None:
-            executor = engage(self, choice, store or Store())
-        else:
-            executor = make_executor(choice, self.method, self.federation, store, say)
+        apart = engage(self, choice, store or Store()) if engage is not None else None
+        executor = apart or make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
-            conditions, runtime = Conditions.of(self.federation, self.config), self.config.runtime
+            conditions = Conditions.of(self.federation, self.config, apart.here if apart is not None else None)
+            runtime = self.config.runtime
             about = (self.method, self.federation, executor, clients.per_round, stop, conditions)
             if runtime.mode == "sync":
                 return Rounds(*about)
-            return Asynchronous(*about, buffer=runtime.buffer, staleness=runtime.staleness)
+            kind = Asynchronous if apart is None else Live
+            return kind(*about, buffer=runtime.buffer, staleness=runtime.staleness)
         except BaseException:
             executor.close()
             raise

@@ -84,11 +84,13 @@ class Progress:
     def round(self, record: Mapping[str, Any]) -> None:
         """A round is complete: the record of `metrics.jsonl`."""
         self._done = record["round"]
-        if "counts" not in record:  # else there may be many, and they are counted
+        if "simulated" not in record:  # else there may be many, and they are counted
             for client, reason in record["failed"].items():
                 self.log(f"round {self._done}: {client} left out ({reason})")
-        elif told := arrivals(record):
+        if told := arrivals(record):
             self.log(f"round {self._done}: {told}")
+        for client, reason in record.get("unread", {}).items():
+            self.log(f"round {self._done}: {client} not read ({reason})")
         left = self._left()
         figures = evaluated(record, self.unit)
         if figures:

@@ -9,6 +9,7 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.protocol import Traffic
 from hetero_fl.config import Config
+from hetero_fl.errors import RunFailed
 from hetero_fl.metrics import selection_metric
 from hetero_fl.reporting.protections import protections_of
 from hetero_fl.runtime.federation import Federation, describe_settings
@@ -63,13 +64,15 @@ class Patience:
         return self.limit is not None and self.without >= self.limit
 
 
-def simulated_of(history: Sequence[Record]) -> dict[str, Any]:
-    """Simulated seconds of a run, and what came of all invitations; empty where none were simulated."""
+def timed_of(history: Sequence[Record]) -> dict[str, Any]:
+    """Seconds of a run, under `simulated` or, of a federation of machines, `wall`, and what came of all invitations; empty where
+    nobody took any time."""
     told = [r for r in history if "counts" in r]
     if not told:
         return {}
     counts = {what: sum(r["counts"][what] for r in told) for what in told[0]["counts"]}
-    return {"seconds": told[-1]["simulated"]["end"], **counts, "skipped": sum(r.get("skipped", False) for r in told)}
+    time = "simulated" if "simulated" in told[-1] else "wall"
+    return {time: {"seconds": told[-1][time]["end"], **counts, "skipped": sum(r.get("skipped", False) for r in told)}}
 
 
 def baselines_of(readings: Readings) -> dict[str, dict[str, dict[str, float | int | None]]]:
@@ -98,7 +101,10 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of `summary.json`; its `clients` are those whose models were read. `setup`: seconds before the first round;
     `readings`: the last ones, of which baselines are taken where the data has any."""
-    task, last = federation.task, [r for r in history if r.get("personal") or r.get("global")][-1]
+    task, read = federation.task, [r for r in history if r.get("personal") or r.get("global")]
+    if not read:
+        raise RunFailed("nobody's model could be read in any round")
+    last = read[-1]
 
     def both(which: str) -> dict[str, Any] | None:
         if not last.get(which):
@@ -138,7 +144,7 @@ def summarise(
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
         "privacy": history[-1].get("privacy"),
         **({"attacks": attacked} if (attacked := attacks_of(federation, history)) else {}),
-        **({"simulated": told} if (told := simulated_of(history)) else {}),
+        **timed_of(history),
         **({"baselines": found} if (found := baselines_of(readings)) else {}),
     }
 

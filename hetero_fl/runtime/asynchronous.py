@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from hetero_fl.aggregation import Upload, Uploads
@@ -21,6 +22,7 @@ from hetero_fl.errors import RunFailed
 from hetero_fl.order import natural
 from hetero_fl.payload import Payload, PayloadError
 from hetero_fl.runtime.deliveries import befallen
+from hetero_fl.runtime.faults import Fate
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.queue import Queue, Task, as_bytes, as_tensor
 from hetero_fl.runtime.readings import Record
@@ -74,34 +76,42 @@ class Asynchronous(Session):
         begun, tally = time.perf_counter(), Tally(self.now)
         before = (self.traffic.up, self.traffic.down)
         while len(tally.cohort) < self.places:
-            if not len(self.queue) or self.queue.due > self.now:  # whatever ends together has ended
-                self._fill()
-            if not self.queue.first.computed:
-                self._compute()
-            task = self.queue.pop()
+            task = self._next()
             self.now = task.ends
             self._end(task, tally)
         self._may_be_killed()
         self.completed += 1
         return {
             "round": self.completed,
-            **tally.record(self.now, self.version),
+            **tally.record(self.now, self.version, "simulated" if self.apart is None else "wall"),
             "up_bytes": self.traffic.up - before[0],
             "down_bytes": self.traffic.down - before[1],
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
         }
 
+    def _next(self) -> Task:
+        """The next task to end; vacant places are filled before."""
+        if not len(self.queue) or self.queue.due > self.now:  # whatever ends together has ended
+            self._fill()
+        if not self.queue.first.computed:
+            self._compute()
+        return self.queue.pop()
+
+    def _idle(self) -> tuple[int, Callable[[int], int]]:
+        """How many clients can be given a task, and what place each of them in turn has among all."""
+        return len(self.ids) - len(self.queue), self.queue.idle
+
     def _fill(self) -> None:
         """Give every vacant place to an idle client, all of them drawn together: who is alone in being idle is drawn."""
-        vacant = self.places - len(self.queue)
+        idle, place_of = self._idle()
+        vacant = min(self.places - len(self.queue), idle)
         if not vacant:
             return
         self._clock(self.version)
         anew = (self._fillings,) if self._fillings else ()  # the first is drawn as a synchronous cohort is
-        idle = len(self.ids) - len(self.queue)
         ranks = sample(idle, vacant, self.federation.seed, self.version, "cohort", *anew)
         self._fillings += 1
-        for place in [self.queue.idle(rank) for rank in ranks]:
+        for place in [place_of(rank) for rank in ranks]:
             self.queue.push(self._task(self.ids[place], place))
 
     def _task(self, client: str, place: int) -> Task:
@@ -111,19 +121,23 @@ class Asynchronous(Session):
         payload = self._broadcast(card)
         body, fate = self._encoded(payload), self.conditions.faults.fate(client, number)
         up = self.upload_bytes(card, payload, self.version)
-        stages = self.conditions.timing.stages(client, len(body), up, self.now, number)
-        ends = {
+        self._count(client, down=len(body))
+        ends = self._due(client, len(body), up, number, fate)
+        return Task(number, client, place, self.version, again, self.now, ends, body, up, fate)
+
+    def _due(self, client: str, down: int, up: int, number: int, fate: Fate) -> float:
+        """When a task that is given out now will end."""
+        stages = self.conditions.timing.stages(client, down, up, self.now, number)
+        return {
             "before": stages.received,
             "during": stages.received + fate.share * (stages.trained - stages.received),
             "after": stages.trained,
         }.get(fate.what, stages.arrived + fate.by)
-        self._count(client, down=len(body))
-        return Task(number, client, place, self.version, again, self.now, ends, body, up, fate)
 
     def _compute(self) -> None:
         """Whatever is in flight and will have an effect, together."""
         tasks = {task.client: task for task in self.queue.take_open()}
-        requests = {c: Message("train", task.broadcast, task.version, task.again) for c, task in tasks.items()}
+        requests = {client: task.request for client, task in tasks.items()}
         for client, reply in self.executor.answer(requests):
             if isinstance(reply, Diverged):
                 tasks[client].diverged = str(reply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,7 +19,8 @@ LOOKED = 1000  # clients among whom somebody quick enough is looked for
 
 @dataclass(frozen=True)
 class Conditions:
-    """`simulated`: whether rounds take simulated time and arrivals are counted."""
+    """`simulated`: whether rounds take simulated time and arrivals are counted; `here`: where clients are on their own machines
+    and time is real, who is there now."""
 
     policy: CohortConfig
     devices: Devices
@@ -26,6 +28,7 @@ class Conditions:
     faults: Faults
     per_round: int | None  # clients whose uploads a round is meant to have; none: everybody's
     simulated: bool
+    here: Callable[[], Collection[str]] | None = None
 
     @classmethod
     def ideal(cls, federation: Federation, per_round: int | None = None) -> Conditions:
@@ -34,14 +37,19 @@ class Conditions:
         return cls(CohortConfig(), devices, Timing(devices), Faults(None, devices), per_round, False)
 
     @classmethod
-    def of(cls, federation: Federation, config: Config) -> Conditions:
-        """The conditions that a configuration describes. Raises UserError for policies that have nothing to go by."""
-        policy, per_round = config.cohort, config.clients.per_round
+    def of(
+        cls, federation: Federation, config: Config, here: Callable[[], Collection[str]] | None = None
+    ) -> Conditions:
+        """The conditions that a configuration describes. Raises UserError for policies that have nothing to go by.
+
+        Where clients are on machines of their own, what would be simulated is left out.
+        """
+        policy, per_round, apart = config.cohort, config.clients.per_round, federation.data.apart
         own = any(kind.settings.machine != DeviceConfig() for kind in federation.cards.kinds)
         if (policy.over_selection > 1 or policy.sampling == "oort") and per_round is None:
             key = "over_selection" if policy.over_selection > 1 else "sampling: oort"
             raise UserError(f"cohort.{key}: chooses among clients, but clients.per_round is not given: all are invited")
-        if policy.over_selection > 1 and config.devices is None and not own:
+        if policy.over_selection > 1 and config.devices is None and not own and not apart:
             raise UserError("cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time")
         if policy.least > (per_round or len(federation.cards)):
             raise UserError(f"cohort.least: found {policy.least}, but {per_round or len(federation.cards)} are invited")
@@ -65,6 +73,9 @@ class Conditions:
                 f"{secret.survivors(federation.cohort)}: of two sums of a round the difference tells single uploads; take no "
                 "more, or too_few: skip"
             )
+        if apart:
+            devices = Devices.of(federation, None)
+            return cls(policy, devices, Timing(devices), Faults(None, devices), per_round, False, here)
         devices = Devices.of(federation, config.devices)
         faults = Faults(config.faults, devices)
         simulated = own or any(found is not None for found in (config.devices, config.faults, policy.deadline))
@@ -78,10 +89,12 @@ class Conditions:
     @property
     def too_few(self) -> str:
         """What is done about a round with too few uploads."""
-        return str(self.policy.too_few or ("skip" if self.simulated else "fail"))
+        return str(self.policy.too_few or ("skip" if self.simulated or self.here is not None else "fail"))
 
     def notes(self) -> list[str]:
         """What is possible but perhaps not meant."""
+        if self.devices.federation.data.apart:
+            return []
         policy, lines, machines = self.policy, [], list(self.devices.paces())
         waits = policy.deadline is None and policy.over_selection == 1
         if waits and self.faults.config.late:
@@ -114,3 +127,11 @@ class Conditions:
             return []
         what = "a single step" if policy.partial_work else "training"
         return [f"cohort.deadline: found {policy.deadline:g} s, but {what} takes the quickest client {quickest:.3g} s"]
+
+
+def unused(federation: Federation, config: Config) -> list[str]:
+    """What a configuration says for simulations, and a run on machines of its own has no use for; in one line, if anything."""
+    found = [name for name in ("devices", "faults") if getattr(config, name) is not None]
+    found += ["machine"] if any(kind.settings.machine != DeviceConfig() for kind in federation.cards.kinds) else []
+    found += ["cohort.partial_work"] if config.cohort.partial_work else []
+    return [f"not used, as nobody's time is simulated: {', '.join(found)}"] if found else []

@@ -1,4 +1,4 @@
-"""Who computes a cohort's tasks: the interface that rounds use, and the executor that stays in this process.
+"""Who computes a cohort's tasks: the interfaces that runs use, and the executor that stays in this process.
 
 An executor is handed requests by client id and gives replies in whatever order they come. Clients are put together in
 chunks that follow from their ids and architectures alone, never from workers or the clock: the same chunks, the same bits.
@@ -6,17 +6,25 @@ chunks that follow from their ids and architectures alone, never from workers or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from hetero_fl.channel.protocol import Message, Messages
 from hetero_fl.runtime.plans import Diverged, Performer
 from hetero_fl.runtime.site import Reading, Site
-from hetero_fl.runtime.store import Store
+from hetero_fl.runtime.store import Private, Store
 from hetero_fl.state import Card, in_order
 
 T = TypeVar("T")
 Reply = Message | Diverged
+
+
+class Absent(Diverged):
+    """A client that gave no answer: it is not there, or refuses. Only where clients are on machines of their own."""
+
+
+class Late(Absent):
+    """A client that had not answered when the time was over."""
 
 
 class Executor(Protocol):
@@ -29,7 +37,9 @@ class Executor(Protocol):
         """The clients' replies to one request each, in any order; tasks of several rounds may be computed together."""
         ...
 
-    def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
+    def read(
+        self, broadcasts: Mapping[str, bytes], round: int, details: bool
+    ) -> Iterator[tuple[str, Reading | Absent]]:
         """The clients' readings (see `Site.read`), in any order. Raises Diverged."""
         ...
 
@@ -39,6 +49,34 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give everything back; the executor is of no use afterwards."""
+        ...
+
+
+class Apart(Executor, Protocol):
+    """An executor whose clients are on machines of their own: real time passes, and they come and go."""
+
+    def here(self) -> Collection[str]:
+        """The clients that are there now."""
+        ...
+
+    def dispatch(self, client: str, request: Message) -> None:
+        """Have one client's task done beside others."""
+        ...
+
+    def next(self, wait: float) -> tuple[str, Reply] | None:
+        """The next reply to what was dispatched; None if none comes in so many seconds."""
+        ...
+
+    def give(self, states: Mapping[str, Private]) -> None:
+        """Hand clients the private state that they begin with; it is staged. Raises RunFailed."""
+        ...
+
+    def saved(self) -> None:
+        """A checkpoint has been written: what it names must be there if the run falls back to it."""
+        ...
+
+    def anew(self) -> list[str]:
+        """Clients that have lost their private state since this was last asked, and begin anew."""
         ...
 
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.devices import uniform
@@ -66,7 +64,10 @@ class Invitation:
         return in_order(chosen), at
 
     def _online(self, count: int, round: int, attempt: int, at: float) -> tuple[list[str], float]:
-        """Clients who are online, of a sample large enough, and when they are: as many as a round needs, if they ever are."""
+        """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
+        if they ever are. Where time is real: who is there, now."""
+        if self.conditions.here is not None:
+            return in_order(self.conditions.here()), at
         ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
         looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
         first: tuple[list[str], float] | None = None

@@ -48,7 +48,7 @@ def set_pace(config: Config, method: Algorithm, federation: Federation) -> tuple
         (method.discount, "algorithm") if method.discount is not None else (runtime.staleness, "runtime.staleness")
     )
     notes += [f"{key}.{setting} is not used: staleness is {section.kind}" for setting in section.unused]
-    if config.devices is None:
+    if config.devices is None and not federation.data.apart:
         notes.append("without `devices` no task takes any time: all that are given out together end together")
     return config, replace(federation, rounds=max(1, math.ceil(config.rounds * places / goal))), notes
 
@@ -86,7 +86,9 @@ def _check(config: Config, method: Algorithm, federation: Federation) -> None:
 
 
 def _check_time(config: Config, federation: Federation) -> None:
-    """Whoever takes no time among others who do has every turn, and time stands still."""
+    """Whoever takes no time among others who do has every turn, and time stands still; on machines of their own it does not."""
+    if federation.data.apart:
+        return
     paces = list(Devices.of(federation, config.devices).paces())
     instant = next((id for id, takes, _ in paces if not takes), None)
     if instant is None:

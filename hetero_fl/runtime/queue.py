@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from hetero_fl.runtime.faults import Fate
 
 @dataclass
 class Task:
-    """One client's task, from when it is given out until its upload arrives or fails to.
+    """One client's task, from when it is given out until its upload arrives or fails to. Where time is real, `ends` is infinite
+    until it has ended.
 
     `place`: the client's among all ids; `version`: the server's when the task was given out; `again`: how many tasks of that
     version the client had before; `begun` and `ends` in simulated seconds. What it uploads, or why it cannot, stands in
@@ -37,6 +39,11 @@ class Task:
     fate: Fate
     upload: Message | None = None
     diverged: str | None = None
+
+    @property
+    def request(self) -> Message:
+        """What the client is asked."""
+        return Message("train", self.broadcast, self.version, self.again)
 
     @property
     def computed(self) -> bool:
@@ -64,16 +71,21 @@ class Queue:
 
     @property
     def due(self) -> float:
-        """When the next task ends."""
-        return self._ends[0][0]
+        """When the next task ends; infinite where that is not known of any."""
+        return self._ends[0][0] if self._ends else math.inf
 
     def push(self, task: Task) -> None:
         """One more; its client must be idle."""
-        heapq.heappush(self._ends, (task.ends, task.number))
         self._tasks[task.number] = task
+        if task.ends < math.inf:
+            self.settle(task)
         insort(self._busy, task.place)
         if not task.computed:
             self._open[task.number] = task
+
+    def settle(self, task: Task) -> None:
+        """It is known now when this one ends."""
+        heapq.heappush(self._ends, (task.ends, task.number))
 
     @property
     def first(self) -> Task:

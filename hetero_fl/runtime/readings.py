@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hetero_fl.runtime.site import Reading, Scores
@@ -13,10 +13,12 @@ Record = dict[str, Any]  # a line of metrics.jsonl
 
 @dataclass
 class Readings:
-    """An evaluation: each client's reading, and the server's scores on the common sets if it has a model."""
+    """An evaluation: each client's reading, the server's scores on the common sets if it has a model, and why clients on machines
+    of their own could not be read, whose scores are in no mean."""
 
     clients: dict[str, Reading]
     server: dict[str, Scores] | None
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 def record_readings(record: Record, readings: Readings) -> None:
@@ -41,3 +43,5 @@ def record_readings(record: Record, readings: Readings) -> None:
         c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
         for c, r in readings.clients.items()
     }
+    if readings.absent:
+        record["unread"] = readings.absent

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from hetero_fl.aggregation import Uploads
-from hetero_fl.channel.protocol import Message, Messages, Replies, Traffic, both_ways, hold_round
+from hetero_fl.channel.protocol import Message, Messages, Replies, Summed, Traffic, both_ways, hold_round
 from hetero_fl.errors import GivenUp, RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.runtime.deliveries import befallen, once
-from hetero_fl.runtime.executor import Reply, in_turn
+from hetero_fl.runtime.executor import Absent, Late, Reply, in_turn
 from hetero_fl.runtime.intake import Taken
 from hetero_fl.runtime.invitation import Invitation
 from hetero_fl.runtime.plans import Diverged, carry_out
 from hetero_fl.runtime.readings import Record
 from hetero_fl.runtime.schedule import Schedule, ideal, schedule
 from hetero_fl.runtime.session import Session
+from hetero_fl.state import in_order
 
+UPLOADS = ("upload", "train")  # as the protocols call what comes of training
 CHANGED = "upload refused: its bytes are not those that were sent"
 
 
@@ -52,6 +56,8 @@ class Rounds(Session):
         return self.invitation.draw(round, 0, self.now)[0]
 
     def _hold(self) -> Record:
+        if self.apart is not None:
+            self.now = self.real()
         begun, start, before = time.perf_counter(), self.now, (self.traffic.up, self.traffic.down)
         tries = [self._attempt(0)]
         while self._too_few(tries[-1]) and self.conditions.too_few == "repeat":
@@ -77,6 +83,7 @@ class Rounds(Session):
             **self._robustness(held.taken),
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
             **({"simulated": {"start": start, "end": self.now}, **_told(tries)} if self.conditions.simulated else {}),
+            **self._lived(start, tries),
             **({"skipped": True} if skipped else {}),
         }
 
@@ -87,8 +94,11 @@ class Rounds(Session):
         self._clock(index)
         cohort, at = self.invitation.draw(index, attempt, self.now)
         if not self.conditions.simulated:
-            held = Held(ideal(cohort))
+            held = Held(ideal(cohort, at))
             self._exchange(held, 0)
+            if self.apart is not None:
+                self.now = held.schedule.end = self.real()
+                self.invitation.learn(held.schedule, held.taken.losses, index)
             return held
         bodies, task = self.broadcasts(cohort), number(index, attempt)
         sizes = {c: self._sizes(c, len(bodies[c]), len(cohort)) for c in cohort}
@@ -135,8 +145,11 @@ class Rounds(Session):
                 self.store.drop(client)
                 traffic.up += len(reply.body)
                 return False
-            failed[client] = str(reply)
-            if self.stop_on_divergence:
+            if isinstance(reply, Late):
+                plan.late.append(client)
+            else:
+                failed[client] = str(reply)
+            if self.stop_on_divergence and not isinstance(reply, Absent):
                 raise RunFailed(f"round {index + 1}: {client} diverged: {reply}")
             return False
 
@@ -148,7 +161,8 @@ class Rounds(Session):
             for gone in [c for c in requests if c not in set(there)]:
                 requests[gone]  # is sent, and counted, all the same
             given = Lazy(there, lambda c: replace(requests[c], round=index, work=plan.tasks[c].work))
-            replies = in_turn(there, self.executor.answer(given))
+            answers = self.executor.answer(given)
+            replies = in_turn(there, answers if self.apart is None else self._timely(plan, there, answers))
             if at == 0 and any(fate.what in ("twice", "corrupted") for fate in fates.values()):
                 replies = once(befallen(replies, fates, self.federation.seed, "changed", task))
             return filter(usable, replies)
@@ -157,13 +171,42 @@ class Rounds(Session):
             arrivals = hold_round(self.protocol, self.broadcasts(self._partners(plan)), exchange, traffic, index)
         except GivenUp as error:
             held.given_up = error
-            failed.update({c: "the round was given up" for c in plan.asked if c not in failed})
+            failed.update({c: "the round was given up" for c in plan.asked if c not in failed and c not in plan.late})
             return
+        if isinstance(arrivals, Summed):  # whoever left later is in the sum all the same
+            plan.late = [c for c in plan.late if c not in arrivals.clients]
+            for client in arrivals.clients:
+                failed.pop(client, None)
         held.taken = self.intake.take(arrivals, self.heard(index), index)
         for client, why in held.taken.refused.items():
-            if client in plan.asked:  # what became of the others is known
-                failed.setdefault(client, f"upload refused: {why}")
             self.store.drop(client)
+            if client in plan.asked and client not in plan.late:  # what became of the others is known
+                failed.setdefault(client, f"upload refused: {why}")
+
+    def _timely(
+        self, plan: Schedule, asked: Collection[str], answers: Iterator[tuple[str, Reply]]
+    ) -> Iterator[tuple[str, Reply]]:
+        """Where time is real: the answers until there are as many uploads as are wanted. Whoever is still at it then is late."""
+        still, uploads = dict.fromkeys(asked), 0
+        wanted = min(len(plan.tasks), self.conditions.per_round or len(plan.tasks))
+        for client, reply in answers:
+            plan.tasks[client] = replace(plan.tasks[client], ends=self.real())
+            del still[client]
+            uploads += isinstance(reply, Message) and reply.ask in UPLOADS
+            yield client, reply
+            del reply  # a model's worth
+            if uploads == wanted < len(plan.tasks):
+                break
+        for client in in_order(still):
+            plan.late.append(client)
+            plan.tasks[client] = replace(plan.tasks[client], ends=math.inf)
+
+    def _lived(self, start: float, tries: list[Held]) -> dict[str, Any]:
+        """What a record says of a round that took real time."""
+        if self.apart is None:
+            return {}
+        anew = {"anew": lost} if (lost := self.apart.anew()) else {}
+        return {"wall": {"start": start, "end": self.now}, **_told(tries), **anew}
 
     # What is made of it --------------------------------------------------------------------------------------------
     def _too_few(self, held: Held) -> bool:

@@ -68,9 +68,9 @@ class Schedule:
         return rows
 
 
-def ideal(cohort: Sequence[str]) -> Schedule:
-    """Nothing takes time, and all are on time."""
-    return Schedule({client: Task(client) for client in cohort}, 0.0, 0.0, list(cohort))
+def ideal(cohort: Sequence[str], at: float = 0.0) -> Schedule:
+    """Nothing takes time, as far as is known before, and all are on time."""
+    return Schedule({client: Task(client) for client in cohort}, at, at, list(cohort))
 
 
 def schedule(cohort: Sequence[str], conditions: Conditions, sizes: Sizes, at: float, number: int) -> Schedule:

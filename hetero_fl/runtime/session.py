@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.alike import Alike
@@ -19,7 +20,7 @@ from hetero_fl.payload import Item, Payload, PayloadError, report_of
 from hetero_fl.plan import Predict, Rows
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.dry import Expectations
-from hetero_fl.runtime.executor import Executor, in_turn
+from hetero_fl.runtime.executor import Absent, Apart, Executor, in_turn
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.hooks import broadcast, told
 from hetero_fl.runtime.intake import Intake
@@ -47,7 +48,9 @@ class Session(ABC):
         self.algorithm, self.federation, self.executor = algorithm, federation, executor
         self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
         self.conditions = conditions or Conditions.ideal(federation, per_round)
-        self.now = 0.0  # simulated seconds since the run began
+        self.now = (
+            0.0  # seconds since the run began: simulated ones, or real ones where clients are on machines of their own
+        )
         self.resumed: int | None = None  # the round after which this process took the run over
         self.store, self.performer = executor.store, executor.performer
         self.protocol, self.traffic = make_protocol(algorithm, federation), Traffic()
@@ -58,8 +61,23 @@ class Session(ABC):
         self.server = federation.server()
         self.completed = 0
         self._lengths: dict[int, tuple[Mapping[str, Item], int]] = {}  # of uploads, by the example that they follow
+        self._before = time.monotonic()  # the moment from which real seconds are counted
         with told():
             algorithm.start(self.server)
+
+    @property
+    def apart(self) -> Apart | None:
+        """The executor, if clients are on machines of their own."""
+        return cast(Apart, self.executor) if self.conditions.here is not None else None
+
+    def real(self) -> float:
+        """Seconds since the run began, those between a crash and a resume left out."""
+        return time.monotonic() - self._before
+
+    def saved(self) -> None:
+        """A checkpoint has been written, or read."""
+        if self.apart is not None:
+            self.apart.saved()
 
     @told()
     def round(self) -> Record:
@@ -158,8 +176,12 @@ class Session(ABC):
 
         sizes: dict[str, int] = {}
         clients: dict[str, Reading] = {}
+        absent: dict[str, str] = {}
         try:
             for id, reading in in_turn(ids, self.executor.read(Lazy(ids, counted), self.turn, details)):
+                if isinstance(reading, Absent):
+                    absent[id] = str(reading)
+                    continue
                 if save is not None:
                     save(id, reading.model)
                     reading.model = b""
@@ -168,7 +190,7 @@ class Session(ABC):
             raise RunFailed(f"round {self.completed}: a model cannot be evaluated: {error}") from None
         if self.algorithm.counted:
             self.traffic.down += sum(sizes.values())
-        return Readings(clients, self._read_server())
+        return Readings(clients, self._read_server(), absent)
 
     def _read_server(self) -> dict[str, Scores] | None:
         slot = self.algorithm.server_slot(self.server)
@@ -193,13 +215,14 @@ class Session(ABC):
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
             "aggregation": self.intake.memory,
             "bounds": self.sums.tree(),
-            **({"now": self.now} if self.conditions.simulated else {}),
+            **({"now": self.now} if self.conditions.simulated or self.apart is not None else {}),
         }
 
     def restore(self, tree: dict[str, Any]) -> None:
         """The reverse of `tree`."""
         self.completed = self.resumed = tree["completed"]
         self.now = tree.get("now", 0.0)
+        self._before = time.monotonic() - self.now
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.traffic = Traffic(**tree["traffic"])
         self.intake.memory = tree["aggregation"]

@@ -36,14 +36,14 @@ class Tally:
         self.failed[task.client] = why
         self.tasks.append([task.client, task.begun, task.ends, "failed"])
 
-    def record(self, now: float, version: int) -> Record:
-        """What `metrics.jsonl` says of it. Nobody is late: whatever comes, comes into the next version."""
+    def record(self, now: float, version: int, time: str) -> Record:
+        """What `metrics.jsonl` says of it; `time`: its kind. Nobody is late: whatever comes, comes into the next version."""
         arrived, invited = len(self.cohort), len(self.tasks)
         return {
             "cohort": self.cohort,
             "failed": self.failed,
             "train_loss": self.losses,
-            "simulated": {"start": self.start, "end": now},
+            time: {"start": self.start, "end": now},
             "counts": {"invited": invited, "arrived": arrived, "failed": invited - arrived, "late": 0},
             "tasks": self.tasks,
             "version": version,

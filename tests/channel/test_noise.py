@@ -1,4 +1,4 @@
-"""Noise: in a simulation what torch's generator gives under the run's key; in a deployment a keystream that nobody can predict."""
+"""Noise: in a simulation what torch's generator gives under the run's key; in a deployment a secret keystream."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_secret_draws_have_the_distribution_that_is_asked_for(count: int) -> Non
     half = count // 2 + 1
     assert abs(float((z[: half - 1] * z[half:]).mean())) < 5 / math.sqrt(half)  # of one radius each, cosine and sine
     u = SecretNoise(SECRET).stream("u").uniform(count)
-    assert 0 <= float(u.min()) and float(u.max()) < 1
+    assert float(u.min()) >= 0 and float(u.max()) < 1
     assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * count)
 
 

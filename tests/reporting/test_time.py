@@ -14,7 +14,7 @@ from hetero_fl.reporting.comparison_curves import hours_to_reach, write_curves
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.reporting.summary import simulated_of
+from hetero_fl.reporting.summary import timed_of
 from hetero_fl.reporting.wording import arrivals, time_unit
 from hetero_fl.task import Task
 
@@ -36,7 +36,7 @@ def timed(run: RunDirectory, each: float = 40.0) -> RunDirectory:
         now += each
     records[1]["skipped"] = True
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    run.write_json("summary.json", {**run.summary(), "simulated": simulated_of(records)})
+    run.write_json("summary.json", {**run.summary(), **timed_of(records)})
     return run
 
 

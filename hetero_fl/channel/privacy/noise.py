@@ -98,8 +98,8 @@ class SecretNoise:
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
         told = value.detach().cpu().contiguous()
         about = hashlib.sha256(told.numpy().reshape(-1).view(np.uint8).data).hexdigest()
-        key = (str(told.dtype), *map(int, told.shape), about, float(deviation).hex())
-        return self._draws("value", *key, *parts).normal(value, deviation)
+        form = f"{told.dtype} {tuple(told.shape)}"
+        return self._draws("value", form, about, float(deviation).hex(), *parts).normal(value, deviation)
 
     def _draws(self, *parts: Key) -> Draws:
         made = HKDF(SHA256(), 32, None, b"hetero_fl noise " + repr(parts).encode())
@@ -135,4 +135,3 @@ class SecretDraws:
         """Whole numbers below 2^53, as float64."""
         stream = self._cipher.update(bytes(8 * count))
         return (np.frombuffer(stream, "<u8") >> np.uint64(11)).astype(np.float64)
-

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 from hetero_fl.errors import RunFailed, UserError
-from hetero_fl.experiment.deployment.certificates import load_node_key
+from hetero_fl.experiment.deployment.certificates import load_node_key, load_public_key
+from hetero_fl.experiment.deployment.identity import NodeKeys
 from hetero_fl.experiment.deployment.log import Log, Told
 from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.site_file import load_site
@@ -40,11 +41,12 @@ def attend(path: Path, once: bool = False) -> bool:
 
     key = load_node_key(Path(site.server.key))
     log = Log(site.logs, client=site.client)
+    keys = None if site.server.public is None else NodeKeys(key, load_public_key(Path(site.server.public)))
     stop, hurried = threading.Event(), False
-    attended = _Attended(Node(site, folder, log), log, stop, once)
     with locked(folder) as unheld, _heard(log), _ending(log, stop):
         for line in unheld:
             log(line)
+        attended = _Attended(Node(site, folder, log, keys), log, stop, once)
         log(f"{site.client}: looking for the server at {site.server.address}")
         authority = None if site.server.authority is None else Path(site.server.authority)
         try:
@@ -68,16 +70,20 @@ class _Attended:
         began, head = time.monotonic(), envelope.head
         answer = self._node.handle(envelope)
         if head.get("ask") == "do":
-            took, said = time.monotonic() - began, answer.head.get("ask")
-            about = f"round {head.get('round')}: {head.get('what')!s}: {said!s}"
-            sizes = {"bytes_in": len(envelope.body), "bytes_out": len(answer.body)}
-            line = f"{about} in {took:.2f} s, {sizes['bytes_in']:,} bytes came, {sizes['bytes_out']:,} went"
-            self._log(line, run=head.get("run"), round=head.get("round"), seconds=round(took, 3), **sizes)
+            self._log_task(envelope, answer, time.monotonic() - began)
         if head.get("ask") == "leave":
             self.refused = str(head.get("why", ""))
             if self.refused or self._once:
                 self._stop.set()
         return answer
+
+    def _log_task(self, asked: Envelope, answer: Envelope, seconds: float) -> None:
+        what = str(asked.head.get("what"))
+        number = int(str(asked.head.get("round", 0))) + (what != "read")  # models are read when a round is complete
+        sizes = {"bytes_in": len(asked.body), "bytes_out": len(answer.body)}
+        line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
+        line += f", {sizes['bytes_in']:,} bytes came, {sizes['bytes_out']:,} went"
+        self._log(line, run=asked.head.get("run"), round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
 
 
 @contextmanager

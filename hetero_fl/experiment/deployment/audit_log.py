@@ -28,16 +28,13 @@ Entry = dict[str, Any]
 
 
 class AuditLog:
-    """A log that is written on. `entries`: all its lines, those of earlier processes too.
-
-    Raises UserError for one that was tampered with: what it counts cannot be counted on.
-    """
+    """A log that is written on. Raises UserError for one that was tampered with: what it counts cannot be counted on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._alone():
-            self.entries, count, last = _read(path)
+            _, count, last = _read(path)
             if path.exists() and path.stat().st_size > (whole := _whole(path)):
                 os.truncate(path, whole)  # half a line of a process that was killed; nothing has left with it
             self._set_head(count, last)
@@ -54,8 +51,11 @@ class AuditLog:
                 file.flush()
                 os.fsync(file.fileno())
             self._set_head(count + 1, _hash(line))
-        self.entries.append(entry)
         return entry
+
+    def entries(self) -> list[Entry]:
+        """All lines, those of earlier processes too. Raises UserError as above."""
+        return _read(self.path)[0]
 
     def _alone(self) -> FileLock:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o600)
@@ -83,7 +83,15 @@ def shown(entries: Iterable[Entry]) -> list[str]:
         turn = f"round {entry['round'] + 1}" if isinstance(entry.get("round"), int) else ""
         sent = ", ".join(entry.get("kinds", ()))
         sizes = f"{entry['in']:,} in, {entry['out']:,} out" + (f" ({sent})" if sent else "")
-        parts = (str(entry["n"]), entry["time"], str(entry.get("run", ""))[:8], turn, what, sizes, str(entry["outcome"]))
+        parts = (
+            str(entry["n"]),
+            entry["time"],
+            str(entry.get("run", ""))[:8],
+            turn,
+            what,
+            sizes,
+            str(entry["outcome"]),
+        )
         made.append("  ".join(part for part in parts if part))
     return made
 
@@ -97,10 +105,17 @@ class Totals:
 
 
 def totals(entries: Iterable[Entry], run: str | None = None) -> Totals:
-    """Sums over the tasks of a run (None: of all): what came with them, and what left in uploads. What a message that was sent
-    again brought and took is in the log, but not here."""
-    some = [e for e in entries if e["ask"] == "do" and e["outcome"] != AGAIN and (run is None or e.get("run") == run)]
-    return Totals(sum(e["out"] for e in some if e.get("what") != "read"), sum(e["in"] for e in some))
+    """Sums over the tasks of a run (None: of all): what came with them, and what left in uploads. A task is counted when it first
+    comes, its upload when that first leaves; that it was sent again, or before its node could take it, is in the log alone."""
+    came: dict[str, int] = {}
+    left: dict[str, int] = {}
+    for entry in entries:
+        if "asked" not in entry or entry["outcome"].startswith("lost") or run not in (None, entry.get("run")):
+            continue
+        came.setdefault(entry["asked"], entry["in"])
+        if entry.get("what") != "read" and entry["outcome"] in ("done", AGAIN):
+            left.setdefault(entry["asked"], entry["out"])
+    return Totals(sum(left.values()), sum(came.values()))
 
 
 # The chain -----------------------------------------------------------------------------------------------------------
@@ -130,7 +145,9 @@ def _read(path: Path) -> tuple[list[Entry], int, str]:
             raise UserError(f"{path}: line {number}: it was changed after it had been written")
     if not count <= len(lines) <= count + 1:
         what = f"{count} lines were written, {len(lines)} are there"
-        raise UserError(f"{path}: line {min(count, len(lines)) + 1}: {what}; the end was cut off, or something was put to it")
+        raise UserError(
+            f"{path}: line {min(count, len(lines)) + 1}: {what}; the end was cut off, or something was put to it"
+        )
     return entries, len(lines), last
 
 

@@ -21,10 +21,12 @@ from hetero_fl.data.pack import Pack
 from hetero_fl.data.private import Told
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reason, told_of, told_tree
-from hetero_fl.experiment.deployment.post import Absent, Post, Talk
+from hetero_fl.experiment.deployment.post import Post
 from hetero_fl.experiment.deployment.roll import fingerprint_of
+from hetero_fl.experiment.deployment.talks import Talk
 from hetero_fl.experiment.prepared import Prepared, deal, prepare
 from hetero_fl.experiment.single import choose_for_nodes
+from hetero_fl.runtime.executor import Absent
 
 PREPARING = 600.0  # seconds that a node may take to load its data
 
@@ -37,7 +39,13 @@ class Convened:
     config: Config
     public: FederatedData
     run: str
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each decides itself
     told: dict[str, Told] = field(default_factory=dict)
+
+    def known(self) -> dict[str, Any]:
+        """What a server that is started anew has to know, as plain values."""
+        told = {client: told_tree(told) for client, told in self.told.items()}
+        return {"run": self.run, "settings": self.settings, "told": told}
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -57,7 +65,8 @@ class Convened:
     # Conversations with one node ---------------------------------------------------------------------------------------
     def asking_terms(self, client: str) -> Talk:
         """What a client tells of its rows; it must be what it told before."""
-        tree = {"config": resolved(self.config), "public": self.public.public_hash()}
+        config = {**resolved(self.config), "init_from": None}  # a folder of the server's; see `Remote.give`
+        tree = {"config": config, "public": self.public.public_hash()}
         answer = yield message("terms", tree, run=self.run)
         if answer.head.get("ask") == "lacks":
             answer = yield message("terms", {**tree, "pack": self._pack}, run=self.run)
@@ -83,28 +92,37 @@ class Convened:
         return answer
 
 
-def convene(config: Config, post: Post, wait: float, run: str | None = None) -> Convened:
+def convene(config: Config, post: Post, wait: float, known: Mapping[str, Any] | None = None) -> Convened:
     """Meet everybody whom the configuration names.
 
     Args:
         wait: seconds until all have to be there.
-        run: the name of the run that is gone on with.
+        known: of the run that is gone on with (see `Convened.known`): who is not there may come later, if anybody is.
 
     Raises:
         UserError: what is wrong with the configuration or the server's own data.
         RunFailed: somebody is missing, or refuses.
     """
     ids = list(expand(config.clients))
-    if missing := post.gather(wait):
+    missing = post.gather(wait)
+    if missing and (known is None or len(missing) == len(ids)):
         raise RunFailed(f"not there after {wait:g} s: {', '.join(missing[:6])}{' …' if len(missing) > 6 else ''}")
-    own = [{"match": id, **settings} for id in ids if (settings := _settings(post.here[id]))]
+    before = known["settings"] if known is not None else {}
+    told_by = {id: _settings(post.here[id]) if id in post.here else before.get(id, {}) for id in ids}
+    own = [{"match": id, **settings} for id, settings in told_by.items() if settings]
     if own:
         plain = resolved(config)
         plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *own]
         config = load_config(plain)
-    convened = Convened(post, config, deal(config, absent=ids), run or secrets.token_hex(16))
-    _all(post, {id: _bound(convened.asking_terms, id) for id in ids}, "told")
-    _all(post, dict.fromkeys(ids, convened.asking_ready), "ready")
+    run = str(known["run"]) if known is not None else secrets.token_hex(16)
+    convened = Convened(post, config, deal(config, absent=ids), run, told_by)
+    if known is not None:
+        convened.told |= {id: told_of(tree) for id, tree in known["told"].items()}
+    here = [id for id in ids if id not in missing]
+    _all(post, {id: _bound(convened.asking_terms, id) for id in here}, "told")
+    _all(post, dict.fromkeys(here, convened.asking_ready), "ready")
+    for id in missing:
+        post.say(f"{id} is not there; going on without it")
     return convened
 
 
@@ -118,7 +136,7 @@ def _bound(talk: Callable[[str], Talk], client: str) -> Callable[[], Talk]:
 
 
 def _all(post: Post, talks: Mapping[str, Callable[[], Talk]], wanted: str) -> None:
-    for client, answer in post.converse(talks, PREPARING):
+    for client, answer in post.converse(talks, PREPARING, len(talks)):
         if isinstance(answer, Absent):
             raise RunFailed(f"{client}: {answer}")
         if answer.head.get("ask") != wanted:

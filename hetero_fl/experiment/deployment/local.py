@@ -14,6 +14,7 @@ from hetero_fl.beside import Beside
 from hetero_fl.config import Config, expand, load_config, resolved
 from hetero_fl.experiment.course import Callback
 from hetero_fl.experiment.deployment.certificates import make_node_key
+from hetero_fl.experiment.deployment.identity import ServerKeys
 from hetero_fl.experiment.deployment.serving import check_deployable, serve
 from hetero_fl.experiment.deployment.transport import Transport
 from hetero_fl.experiment.single import default_out
@@ -55,16 +56,19 @@ def federate(
         nursery.tell(resolved(config))
         superlink = Superlink()
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
+        own = make_node_key(scratch / "server")
         keys, sites = {}, []
         for client in expand(config.clients):
             keys[client] = make_node_key(scratch / client / "key").public_key()
-            about = {"address": superlink.address, "key": "key"}
+            about = {"address": superlink.address, "key": "key", "public": str(scratch / "server.pub")}
             folder = str((path / SITES / client).resolve())
             sites.append(scratch / client / "site.yaml")
             sites[-1].write_text(yaml.safe_dump({"client": client, "folder": folder, "tells": TELLS, "server": about}))
         transport = _Watched(FlowerTransport(superlink, keys), nursery)
         nursery.tell([str(site) for site in sites])
-        return serve(config, transport, out=path, resume=resume, callbacks=callbacks, quiet=quiet)
+        return serve(
+            config, transport, out=path, resume=resume, callbacks=callbacks, quiet=quiet, keys=ServerKeys(own, keys)
+        )
 
 
 class _Watched:

@@ -1,9 +1,9 @@
 """What server and nodes say to each other: plain trees as bytes, never pickle, and what is read is checked.
 
 A node is asked, in this order, `hello` (who are you?), `terms` (this is the configuration: what do you tell of your rows?),
-`roster` (this is who takes part: are you ready?); then, for each task, `do`; at the end, `leave`. It answers `here`, `told`,
-`ready`, `done`; or `lacks` (the public sets), `unready` (it was started anew since), `failed` (its training diverged),
-`refused` (it will not, and why).
+`roster` (this is who takes part: are you ready?); `keep` (begin with this model of another run); then, for each task, `do`; at
+the end, `leave`. It answers `here`, `told`, `ready`, `kept`, `done`; or `lacks` (the public sets), `unready` (it was started anew
+since), `lost` (the private state that the task starts from), `failed` (its training diverged), `refused` (it will not, and why).
 """
 
 from __future__ import annotations

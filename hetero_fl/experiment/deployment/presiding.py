@@ -13,7 +13,8 @@ from typing import TextIO, cast
 from rich.console import Console
 
 from hetero_fl.config import Config, expand, load_config
-from hetero_fl.experiment.deployment.certificates import ServerFiles, check_server_files, load_public_key
+from hetero_fl.experiment.deployment.certificates import ServerFiles, check_server_files, load_node_key, load_public_key
+from hetero_fl.experiment.deployment.identity import ServerKeys
 from hetero_fl.experiment.deployment.log import Lines, Log
 from hetero_fl.experiment.deployment.server_file import load_server
 from hetero_fl.experiment.deployment.serving import check_deployable, serve
@@ -48,7 +49,8 @@ def preside(
     if (made := server.certificates) is not None:
         files = ServerFiles(Path(made.authority), Path(made.certificate), Path(made.key))
         check_server_files(files)
-    keys = {client: load_public_key(Path(path)) for client, path in server.nodes.items()}
+    nodes = {client: load_public_key(Path(path)) for client, path in server.nodes.items()}
+    keys = None if server.key is None else ServerKeys(load_node_key(Path(server.key)), nodes)
     path = default_out(config) if out is None else out
     from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink
 
@@ -60,11 +62,12 @@ def preside(
             log(f"status, metrics and health: http://{server.metrics.host}:{port}")
         superlink = Superlink(server.host, server.port, files)
         log(f"waiting at {server.host}:{superlink.port} for {', '.join(expand(config.clients))}")
-        transport = FlowerTransport(superlink, keys)
+        transport = FlowerTransport(superlink, nodes)
         ending = stack.enter_context(_ending(status, log))
         return serve(
             config, transport, out=path, resume=resume, wait=server.wait, deadline=server.deadline,
             callbacks=[log.round, ending], quiet=False, say=log, status=status, console=log.console(),
+            keys=keys, patience=server.patience,
         )  # fmt: skip
 
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import torch
 
 from hetero_fl.channel.protocol import Direct, Message, Messages
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment.deployment.convening import Convened
-from hetero_fl.experiment.deployment.messages import Refused, body_of, reading_of, reason, told_apart
-from hetero_fl.experiment.deployment.post import Absent, Talk
+from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reading_of, reason, told_apart
+from hetero_fl.experiment.deployment.talks import Talk, Talks
 from hetero_fl.experiment.deployment.transport import Envelope, Head
-from hetero_fl.runtime.executor import Reply
+from hetero_fl.runtime.checkpoint import KEPT
+from hetero_fl.runtime.executor import Absent, Reply
 from hetero_fl.runtime.plans import Diverged, Performer
 from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.runtime.site import Reading
 from hetero_fl.runtime.store import Private, Store
+from hetero_fl.state import in_order
 
 AT = "at"  # where the store has a state's name
 TRIES = 3  # times that a node may have to be prepared anew for one task
@@ -31,37 +36,69 @@ class Remote:
     """Has tasks done by nodes.
 
     Args:
-        deadline: seconds that a node may take for a task; who takes longer is not in the round.
+        deadline: seconds that a node may take for a task; who takes longer is late.
+        need: clients without whom nothing can come of a round; whoever has gone is waited for while there are fewer.
     """
 
-    def __init__(self, convened: Convened, store: Store, performer: Performer, deadline: float) -> None:
+    def __init__(self, convened: Convened, store: Store, performer: Performer, deadline: float, need: int = 1) -> None:
         self.convened, self.post = convened, convened.post
-        self.store, self.performer, self.deadline = store, performer, deadline
+        self.store, self.performer, self.deadline, self.need = store, performer, deadline, need
         federation = convened.prepared.federation
         self._direct = isinstance(make_protocol(convened.prepared.method, federation), Direct)
         self._tell: Callable[[str], None] | None = None
+        self._beside = Talks(self.post)  # what was dispatched
+        self._lost: list[str] = []  # clients that began anew
+        self._named: deque[dict[str, str]] = deque(maxlen=KEPT)  # the states that checkpoints name, the newest last
 
     def answer(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
         # What is repeated must be the same where an upload is all that there is, so that nothing is trained or noised twice,
         # and must not where secrets are drawn for it: they are for one sum.
         turn = "" if self._direct else secrets.token_hex(16)
         talks = {client: self._asking(client, requests, turn) for client in requests}
-        for client, answer in self.post.converse(talks, self.deadline):
+        for client, answer in self.post.converse(talks, self.deadline, self.need):
             yield client, self._reply(client, answer)
+            del answer  # a model's worth
 
-    def read(self, broadcasts: Mapping[str, bytes], round: int, details: bool) -> Iterator[tuple[str, Reading]]:
+    def read(
+        self, broadcasts: Mapping[str, bytes], round: int, details: bool
+    ) -> Iterator[tuple[str, Reading | Absent]]:
         talks = {client: self._reading(client, broadcasts, round, details) for client in broadcasts}
-        for client, answer in self.post.converse(talks, self.deadline):
-            if isinstance(answer, Envelope) and answer.head.get("ask") == "done":
-                yield client, reading_of(body_of(answer))
-            else:
-                raise RunFailed(f"{client}: its model cannot be read: {_why(answer)}")
+        for client, answer in self.post.converse(talks, self.deadline, 1):
+            yield client, _read(answer)
 
     def watch(self, listener: Callable[[str], None] | None) -> None:
         self._tell = listener
 
     def close(self) -> None:
         """Nodes are let go by who convened them."""
+
+    # Clients on machines of their own ------------------------------------------------------------------------------------
+    def here(self) -> Collection[str]:
+        return self.post.node_of.keys()
+
+    def dispatch(self, client: str, request: Message) -> None:
+        self._beside.add(client, self._asking(client, {client: request}, ""), self.deadline)
+
+    def next(self, wait: float) -> tuple[str, Reply] | None:
+        if not len(self._beside):
+            self.post.gather_some(wait)
+            return None
+        ended = self._beside.next(wait)
+        return None if ended is None else (ended[0], self._reply(*ended))
+
+    def give(self, states: Mapping[str, Private]) -> None:
+        talks = {client: self._giving(client, private) for client, private in states.items()}
+        for client, answer in self.post.converse(talks, self.deadline, len(talks)):
+            if isinstance(answer, Absent) or answer.head.get("ask") != "kept":
+                raise RunFailed(f"{client}: it does not take the model that it should begin with: {_why(answer)}")
+            self.store.stage(client, Private(state={AT: told_apart(answer.head, "state", str)}))
+
+    def saved(self) -> None:
+        self._named.append({client: self._at(client) for client in self.store.clients()})
+
+    def anew(self) -> list[str]:
+        lost, self._lost = self._lost, []
+        return in_order(dict.fromkeys(lost))
 
     # Conversations -----------------------------------------------------------------------------------------------------
     def _asking(self, client: str, requests: Messages, turn: str) -> Callable[[], Talk]:
@@ -80,23 +117,45 @@ class Remote:
 
         return talk
 
+    def _giving(self, client: str, private: Private) -> Callable[[], Talk]:
+        def talk() -> Talk:
+            state = torch.frombuffer(bytearray(private.encode()), dtype=torch.uint8)
+            envelope = message("keep", {"state": state}, run=self.convened.run)
+            for _ in range(TRIES):
+                if (answer := (yield envelope)).head.get("ask") != "unready":
+                    break
+                yield from self.convened.preparing(client)
+            return answer
+
+        return talk
+
     def _task(self, client: str, kind: str, request: Message, turn: str, about: Head) -> Talk:
-        """Have one task done; a node that was started anew is prepared first."""
+        """Have one task done; a node that was started anew is prepared first, one that has lost its state begins anew."""
         if self._tell is not None:
             self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
-        base, run = str(self.store.get(client).state.get(AT, "")), self.convened.run
-        parts = (run, client, kind, sorted(about.items()), base, turn, hashlib.sha256(request.body).hexdigest())
-        task = hashlib.sha256(repr(parts).encode()).hexdigest()
-        expires = time.time() + self.deadline
-        head: Head = {"ask": "do", "run": run, "task": task, "kind": kind, "base": base, "expires": expires, **about}
+        base, run = self._at(client), self.convened.run
+        spare = ",".join(sorted({named[client] for named in self._named if client in named}))
+        hashed, expires = hashlib.sha256(request.body).hexdigest(), time.time() + self.deadline
         for _ in range(TRIES):
-            answer = yield Envelope(head, request.body)
-            if answer.head.get("ask") != "unready":
-                if answer.head.get("ask") in ("done", "failed") and answer.head.get("task") != task:
-                    raise Refused("its answer is to another task")
-                return answer
-            yield from self.convened.preparing(client)
+            parts = (run, client, kind, sorted(about.items()), base, turn, hashed)
+            task = hashlib.sha256(repr(parts).encode()).hexdigest()
+            head: Head = {"ask": "do", "run": run, "task": task, "kind": kind, "base": base, "expires": expires}
+            answer = yield Envelope({**head, "spare": spare, **about}, request.body)
+            if (said := answer.head.get("ask")) in ("done", "failed") and answer.head.get("task") != task:
+                raise Refused("its answer is to another task")
+            if said == "lost" and base:
+                base = ""
+                self._lost.append(client)
+                self.post.say(f"{client} has lost its private state, and begins anew")
+            elif said == "unready":
+                yield from self.convened.preparing(client)
+            else:
+                break
         return answer
+
+    def _at(self, client: str) -> str:
+        """The name of a client's committed state."""
+        return str(self.store.get(client).state.get(AT, ""))
 
     def _reply(self, client: str, answer: Envelope | Absent) -> Reply:
         """What a node's answer is worth; its new state is staged."""
@@ -114,6 +173,15 @@ class Remote:
         if state:
             self.store.stage(client, Private(state={AT: state}))
         return Message(what, answer.body, check=digest)
+
+
+def _read(answer: Envelope | Absent) -> Reading | Absent:
+    if isinstance(answer, Absent):
+        return answer
+    try:
+        return reading_of(body_of(answer)) if answer.head.get("ask") == "done" else Absent(reason(answer))
+    except Refused as error:
+        return Absent(str(error))
 
 
 def _why(answer: Envelope | Absent) -> str:

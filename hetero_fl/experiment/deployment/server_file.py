@@ -38,11 +38,17 @@ class ServerConfig(Section):
     certificates: CertificatesConfig | None = Field(
         None, description="none: nothing is encrypted, for this machine alone"
     )
+    key: str | None = Field(
+        None, description="private key with which it signs what it says, as sites know it; none: nothing is signed"
+    )
     nodes: dict[str, str] = Field(
         min_length=1, description="client -> file with the public key of its node; relative to the server's file"
     )
     wait: PositiveFloat = Field(600.0, description="seconds until all clients have to be there")
     deadline: PositiveFloat = Field(3600.0, description="seconds that a node may take for a task")
+    patience: PositiveFloat = Field(
+        60.0, description="seconds that a node which has gone is waited for while others are there"
+    )
     metrics: MetricsConfig | None = Field(None, description="none: no such port is open")
     logs: choice("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
 
@@ -64,6 +70,8 @@ def load_server(path: str | Path) -> ServerConfig:
         raise UserError(f"{path}: {describe(error, raw, ServerConfig)}") from None
     base = path.parent.resolve()
     changes: dict[str, object] = {"nodes": {client: str(base / file) for client, file in server.nodes.items()}}
+    if server.key is not None:
+        changes["key"] = str(base / server.key)
     if server.certificates is not None:
         made = {name: str(base / file) for name, file in server.certificates.model_dump().items()}
         changes["certificates"] = CertificatesConfig(**made)

@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hetero_fl.channel.privacy.noise import SecretNoise
 from hetero_fl.config import Config, expand, load_config
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.course import Callback
 from hetero_fl.experiment.deployment.convening import convene
-from hetero_fl.experiment.deployment.post import Post
+from hetero_fl.experiment.deployment.identity import ServerKeys, Signed
+from hetero_fl.experiment.deployment.post import NUDGE, PATIENCE, Post
 from hetero_fl.experiment.deployment.remote import Remote
 from hetero_fl.experiment.deployment.status import Status
 from hetero_fl.experiment.deployment.transport import Transport
+from hetero_fl.experiment.deployment.vault import Vault
 from hetero_fl.experiment.prepared import Prepared
 from hetero_fl.experiment.single import hold
 from hetero_fl.files import write_atomically
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory, check_vacant
 from hetero_fl.runtime.choose import Choice
-from hetero_fl.runtime.executor import Executor
+from hetero_fl.runtime.conditions import unused
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.readings import Record
 from hetero_fl.runtime.store import Store
@@ -32,7 +36,7 @@ from hetero_fl.runtime.store import Store
 if TYPE_CHECKING:
     from rich.console import Console
 
-IDENTITY = "federation.json"  # in the run directory: which run nodes know it as
+IDENTITY = "federation.json"  # in the run directory: which run nodes know it as, and what they told
 
 
 def serve(
@@ -44,8 +48,11 @@ def serve(
     overrides: Iterable[str] = (),
     wait: float = 120.0,
     deadline: float = 3600.0,
+    patience: float = PATIENCE,
+    nudge: float = NUDGE,
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
+    keys: ServerKeys | None = None,
     say: Callable[[str], None] = lambda line: None,
     status: Status | None = None,
     console: Console | None = None,
@@ -54,7 +61,10 @@ def serve(
 
     Args:
         wait: seconds until all clients of the configuration have to be there.
-        deadline: seconds that a node may take for a task.
+        deadline: seconds that a node may take for a task; `cohort.deadline` can ask for fewer.
+        patience: seconds that a node which has gone is waited for, as long as enough others are there.
+        nudge: seconds of silence after which a node is asked whether it is there.
+        keys: with which messages are signed, and answers checked; none: for rehearsals on one machine.
         say: told, in one line, of whoever comes, goes or is refused.
         status: kept up to date.
         console: where the run's progress is shown, if not in a terminal.
@@ -77,7 +87,9 @@ def serve(
             status.happened(line)
             say(line)
 
-        post = Post(transport, clients, tell)
+        if keys is not None:
+            transport = Signed(transport, keys, tell)
+        post = Post(transport, clients, tell, patience, nudge)
         status.watch(lambda: post.node_of)
     except BaseException:
         transport.close()
@@ -90,12 +102,20 @@ def serve(
             for record in _before(out) if resume else []:
                 status.record(record)
 
-            def engage(prepared: Prepared, choice: Choice, store: Store) -> Executor:
+            def engage(prepared: Prepared, choice: Choice, store: Store) -> Remote:
                 torch.set_num_threads(choice.server_threads)
-                write_atomically(out / IDENTITY, json.dumps({"run": convened.run}).encode())
+                write_atomically(out / IDENTITY, json.dumps(convened.known()).encode())
+                # What is drawn at the server must not follow from the seed, which every node is told.
+                noise = SecretNoise(Vault(out / "secrets").secret("noise"))
+                prepared.federation = replace(prepared.federation, noise=noise)
                 performer = make_performer(torch.device(choice.device), 1, choice.precision)
-                return Remote(convened, store, performer, deadline)
+                seconds = min(deadline, config.cohort.deadline or deadline)
+                return Remote(convened, store, performer, seconds, _need(prepared))
 
+            notes = convened.prepared.notes
+            notes += unused(convened.prepared.federation, config)
+            if keys is None:
+                notes.append("no keys were given: messages are not signed, and anybody may speak for anybody")
             told = [status.record, *callbacks]
             run = hold(
                 convened.prepared, out=out, resume=resume, callbacks=told, quiet=quiet, engage=engage, console=console
@@ -131,16 +151,21 @@ def check_deployable(config: Config) -> None:
     """Refuse (UserError) what only a simulation has."""
     if config.attacks is not None:
         raise UserError("attacks: found some, but nobody's part in a federation is simulated; leave it out")
-    if config.init_from is not None:
-        raise UserError("init_from: models of another run lie at its clients; not possible in a federation yet")
     if config.algorithm["name"] in ("centralized", "ensemble"):
         raise UserError(
             f"algorithm.name: {config.algorithm['name']} wants everybody's rows or models in one place; it is for simulations"
         )
 
 
-def _identity(out: Path) -> str | None:
+def _need(prepared: Prepared) -> int:
+    """Clients without whom nothing comes of a round."""
+    secret, cohort = prepared.config.channel.secure_sum, prepared.federation.cohort
+    return max(prepared.config.cohort.least, secret.survivors(cohort) if secret is not None else 1)
+
+
+def _identity(out: Path) -> dict[str, Any] | None:
     try:
-        return str(json.loads((out / IDENTITY).read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError):
+        known: dict[str, Any] = json.loads((out / IDENTITY).read_text(encoding="utf-8"))
+        return known
+    except (OSError, ValueError):
         return None

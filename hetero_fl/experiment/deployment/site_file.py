@@ -13,6 +13,7 @@ from hetero_fl.config.load import read
 from hetero_fl.config.mistakes import describe
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.errors import UserError
+from hetero_fl.experiment.deployment.limits import AllowsConfig
 
 
 class TellsConfig(Section):
@@ -32,6 +33,9 @@ class ServerAtConfig(Section):
         description="the certificate of who vouches for the server; none: nothing is encrypted, for one machine alone",
     )
     key: str = Field("key", description="this site's private key; the server has the public one")
+    public: str | None = Field(
+        None, description="the server's public key: what it did not sign is refused; none: nothing is signed"
+    )
 
 
 class SiteConfig(Section):
@@ -49,6 +53,11 @@ class SiteConfig(Section):
     device: str | None = Field(None, description="where it computes; none: as the server's configuration has it")
     threads: PositiveInt | None = Field(None, description="at most so many; none: as many as the server says")
     tells: TellsConfig = TellsConfig()
+    allows: AllowsConfig = AllowsConfig()
+    encrypt: str | None = Field(
+        None,
+        description="file with the key under which its folder is encrypted, made if it is not there; relative to this file",
+    )
     server: ServerAtConfig | None = Field(None, description="whom it answers; `hetero-fl node` needs it")
     logs: choice("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
 
@@ -70,10 +79,12 @@ def load_site(path: str | Path) -> tuple[SiteConfig, Path]:
     if site.data is not None and site.data.path is not None and not Path(site.data.path).is_absolute():
         own = site.data.model_copy(update={"path": str((path.parent / site.data.path).resolve())})
         site = site.model_copy(update={"data": own})
+    if site.encrypt is not None:
+        site = site.model_copy(update={"encrypt": str((path.parent / site.encrypt).resolve())})
     if site.server is not None:
         files = {
             n: str((path.parent / f).resolve())
-            for n in ("authority", "key")
+            for n in ("authority", "key", "public")
             if (f := getattr(site.server, n)) is not None
         }
         site = site.model_copy(update={"server": site.server.model_copy(update=files)})

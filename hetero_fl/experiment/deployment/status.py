@@ -131,7 +131,7 @@ def read_status(folder: Path) -> dict[str, Any]:
         if tree["phase"] not in ("done", "failed", "interrupted") and not _alive(tree):
             tree["phase"] = "gone"
     except FileNotFoundError:
-        what = "the status of a run across machines" if folder.is_dir() else "folder"
+        what = "status of a run across machines" if folder.is_dir() else "folder"
         raise UserError(
             f"{folder}: no {what} is here; name a run directory, or the address of a server's metrics"
         ) from None

@@ -32,7 +32,8 @@ class Transport(Protocol):
         ...
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
-        """Hand over a message, which is of no use after so many seconds. Returns its number."""
+        """Hand over a message, which is of no use after so many seconds: an answer that nobody has had by then may be thrown
+        away. Returns its number."""
         ...
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
@@ -53,6 +54,7 @@ class Loopback:
         self._numbers, self._messages = itertools.count(1), itertools.count(1)
         self._waiting: dict[str, int] = {}  # message -> node
         self._answers: dict[str, Envelope | None] = {}
+        self._ends: dict[str, float] = {}  # when an answer is of no use any more
         self._changed = threading.Condition()
         self._working = threading.Lock()  # one at a time: torch's generator is the process's
 
@@ -80,8 +82,12 @@ class Loopback:
             return list(self._nodes)
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
-        message = str(next(self._messages))
+        message, now = str(next(self._messages)), time.monotonic()
         with self._changed:
+            for old in [m for m, end in self._ends.items() if end < now]:
+                del self._ends[old]
+                self._answers.pop(old, None)
+            self._ends[message] = now + within
             if node not in self._nodes:
                 self._answers[message] = None
             else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -20,6 +21,10 @@ from hetero_fl.files import write_atomically
 
 KEPT = 4  # states: two checkpoints of the server's may name one each, and a task in flight leaves one
 NONCE = 12  # bytes
+
+
+class Lost(Refused):
+    """A private state that should be here is not."""
 
 
 class Cipher:
@@ -36,9 +41,14 @@ class Cipher:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(AESGCM.generate_key(256))
-        key = path.read_bytes()
+        try:
+            key = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: the key cannot be read ({error.strerror})") from None
         if len(key) != 32:
             raise UserError(f"{path}: found {len(key)} bytes; a key has 32")
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            raise UserError(f"{path}: others can read this key; chmod 600 {path}")
         return cls(key)
 
     def seal(self, data: bytes, name: str) -> bytes:
@@ -56,26 +66,28 @@ class Vault:
     def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
         self.folder, self.cipher = folder, cipher
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
 
     def state(self, name: str) -> bytes:
-        """A private state by its name; none has the empty one. Raises Refused if it is not there, or damaged."""
+        """A private state by its name; none has the empty one. Raises Lost if it is not there, or damaged."""
         if not name:
             return b""
         data = self.read(f"state-{name}")
         if data is None or hashlib.sha256(data).hexdigest() != name:
-            raise Refused(f"the private state that this task starts from ({name[:12]}) is not here any more")
+            raise Lost(f"the private state that this task starts from ({name[:12]}) is not here any more")
         os.utime(self.folder / f"state-{name}")
         return data
 
-    def keep(self, data: bytes) -> str:
-        """Keep a private state; its name. The oldest that nobody has asked for goes."""
+    def keep(self, data: bytes, spare: Collection[str] = ()) -> str:
+        """Keep a private state; its name. The oldest that nobody has asked for goes, but for those to be spared."""
         if not data:
             return ""
         name = hashlib.sha256(data).hexdigest()
         self.write(f"state-{name}", data)
         files = sorted(self.folder.glob("state-*"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for file in files[KEPT:]:
-            file.unlink(missing_ok=True)
+            if file.name.removeprefix("state-") not in spare:
+                file.unlink(missing_ok=True)
         return name
 
     def read(self, name: str) -> bytes | None:
@@ -88,15 +100,18 @@ class Vault:
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a file in one step."""
-        write_atomically(self.folder / name, data if self.cipher is None else self.cipher.seal(data, name))
+        data = data if self.cipher is None else self.cipher.seal(data, name)
+        write_atomically(self.folder / name, data, private=True)
 
     def drop(self, name: str) -> None:
         """Remove a file, if it is there."""
         (self.folder / name).unlink(missing_ok=True)
 
     def secret(self, name: str) -> bytes:
-        """256 bits of the system's, drawn once and kept."""
+        """256 bits of the system's, drawn once and kept. Raises UserError if they are there and cannot be read."""
         found = self.read(name)
+        if found is None and (self.folder / name).exists():
+            raise UserError(f"{self.folder / name}: it cannot be opened with this key, or was damaged")
         if found is None:
             found = secrets.token_bytes(32)
             self.write(name, found)

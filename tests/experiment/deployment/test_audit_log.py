@@ -19,7 +19,9 @@ Lines = list[bytes]
 def written(path: Path, count: int = 6) -> Path:
     log = AuditLog(path)
     for i in range(count):
-        log.append(run="r", round=i, ask="do", what="train", out=10 + i, kinds=["model: params"], outcome="done", **{"in": i})
+        log.append(
+            run="r", round=i, ask="do", what="train", out=10 + i, kinds=["model: params"], outcome="done", **{"in": i}
+        )
     return path
 
 
@@ -87,7 +89,7 @@ def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
     assert len(verify(path)) == 7
     log = AuditLog(path)
     log.append(ask="do", outcome="done", out=1, **{"in": 1})
-    assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries) == 8
+    assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries()) == 8
 
 
 def test_two_writers_make_one_chain(tmp_path: Path) -> None:
@@ -110,13 +112,17 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     common = {"run": "r", "round": 0, "in": 5}
     log.append(ask="terms", out=99, outcome="told", **common)
-    log.append(ask="do", what="train", out=7, outcome="done", **common)
-    log.append(ask="do", what="train", out=7, outcome="again", **common)
-    log.append(ask="do", what="train", out=0, outcome="refused: no", **common)
-    log.append(ask="do", what="read", out=3, outcome="done", **common)
-    log.append(ask="do", what="train", out=1, outcome="done", **{**common, "run": "another"})
-    found = totals(log.entries, "r")
-    assert (found.up, found.down) == (7, 15)
+    train = {"ask": "do", "what": "train", **common}
+    log.append(out=0, outcome="unready", **train)
+    log.append(out=0, outcome="lost: it is not here", asked="a0", **train)
+    log.append(out=7, outcome="done", asked="a", **train)
+    log.append(out=7, outcome="again", asked="a", **train)
+    log.append(out=0, outcome="refused: no", asked="b", **train)
+    log.append(out=9, outcome="done", asked="b", **train)
+    log.append(out=3, outcome="done", asked="c", **{**train, "what": "read"})
+    log.append(out=1, outcome="done", asked="d", **{**train, "run": "another"})
+    found = totals(log.entries(), "r")
+    assert (found.up, found.down) == (16, 15)
 
 
 def test_a_missing_log_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Many rounds of a federation whose nodes are killed at random: does memory grow, is anything left over?
+
+    python benchmarks/soak.py [--rounds 500] [--restarts 0.05] [--out FILE.csv]
+
+Four nodes in processes of their own with tiny models and private heads, compressed uploads and residuals. After each round a node
+is killed with probability `--restarts` and started anew. Every `--every` rounds the memory (resident, private) and the open files
+of the server and of each node are taken. Reported is the slope over rounds with its standard error, of the server after
+`--warm` rounds, and of nodes over all stretches between two restarts, each with a level of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from unix_socket import UnixSocket, start_node
+
+from hetero_fl.experiment.deployment.serving import serve
+
+CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
+Stretch = list[tuple[int, float]]  # (round, value) of one process
+
+
+def source(rounds: int) -> dict[str, Any]:
+    """Rounds that are as cheap as can be, with everything in them that keeps state."""
+    return {
+        "name": "soak",
+        "rounds": rounds,
+        "data": {"name": "digits", "train_limit": 200, "test_limit": 40, "proxy": {"size": 20}},
+        "clients": {
+            "defaults": {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "batch_size": 32},
+            "groups": [{"name": "site", "count": 4, "model": [{"name": "mlp", "hidden": [16]}, "cnn_bn_small"]}],
+        },
+        "algorithm": {"name": "hybrid", "heads": "keep"},
+        "channel": {"compress": [{"topk": 0.1}]},
+        "evaluation": {"every": 25},
+        "runtime": {"threads": 1},
+        "output": {"plots": False, "report": False},
+    }
+
+
+def memory(pid: int) -> float:
+    """MiB that a process has for itself."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def files(pid: int) -> int:
+    """Open files and sockets of a process."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def children() -> int:
+    """Processes below this one."""
+    found, count = {os.getpid()}, 0
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = stat.read_text().split(" ", 1)
+            parents[int(pid)] = int(rest.rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+        count += len(more)
+    return count
+
+
+def slope(stretches: Sequence[Stretch]) -> tuple[float, float, int]:
+    """Least squares with one slope and a level for each stretch: (slope, standard error, samples)."""
+    centred = []
+    for stretch in stretches:
+        if len(stretch) > 1:
+            x, y = (sum(v) / len(stretch) for v in zip(*stretch, strict=True))
+            centred += [(a - x, b - y) for a, b in stretch]
+    free = len(centred) - 1 - sum(len(s) > 1 for s in stretches)
+    square = sum(a * a for a, _ in centred)
+    if free < 1 or not square:
+        return math.nan, math.nan, len(centred)
+    rate = sum(a * b for a, b in centred) / square
+    rest = sum((b - rate * a) ** 2 for a, b in centred)
+    return rate, math.sqrt(rest / free / square), len(centred)
+
+
+def main() -> None:
+    """Run, sample, tell."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--restarts", type=float, default=0.05, help="probability that a node is killed after a round")
+    parser.add_argument("--every", type=int, default=5, help="rounds between two samples")
+    parser.add_argument("--warm", type=int, default=50, help="rounds of the server, and of a node, that are left out")
+    parser.add_argument("--out", type=Path, help="where all samples go, as CSV")
+    options = parser.parse_args()
+    rng, began, before = random.Random(0), time.perf_counter(), (children(), files(os.getpid()))
+    samples: list[tuple[int, str, int, float, int]] = []  # round, who, pid, MiB, files
+    restarts = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        transport = UnixSocket(folder / "socket")
+        nodes = {client: start_node(folder / "socket", client, folder / "sites") for client in CLIENTS}
+
+        def look(record: dict[str, Any]) -> None:
+            nonlocal restarts
+            if record["round"] % options.every == 0:
+                for who, pid in [("server", os.getpid()), *((c, p.pid) for c, p in nodes.items())]:
+                    samples.append((record["round"], who, pid, memory(pid), files(pid)))
+            if rng.random() < options.restarts:
+                client = rng.choice(CLIENTS)
+                nodes[client].kill()
+                nodes[client].join()
+                nodes[client] = start_node(folder / "socket", client, folder / "sites")
+                restarts += 1
+
+        run = serve(source(options.rounds), transport, out=folder / "run", wait=300.0, callbacks=[look])
+        counts = run.summary["wall"]
+        for node in nodes.values():
+            node.kill()
+            node.join()
+        left = sum(path.stat().st_size for path in (folder / "sites").rglob("*") if path.is_file()) / 2**20
+        time.sleep(1.0)
+    after = children(), files(os.getpid())
+    if options.out is not None:
+        with options.out.open("w", newline="") as file:
+            csv.writer(file).writerows([("round", "who", "pid", "MiB", "files"), *samples])
+    report(samples, options.warm)
+    seconds = time.perf_counter() - began
+    print(f"{options.rounds} rounds in {seconds:.0f} s, {restarts} restarts; {counts}")
+    print(f"processes below this one and its open files: before {before}, after {after}; sites' folders {left:.1f} MiB")
+
+
+def report(samples: Sequence[tuple[int, str, int, float, int]], warm: int) -> None:
+    """The table of slopes."""
+    print("| | MiB, median | KiB a round | files, most | files a round | samples |\n|---|---|---|---|---|---|")
+    for who, ours in (("server", True), ("nodes", False)):
+        sets: dict[int, list[tuple[int, float, int]]] = {}
+        for number, name, pid, mib, opened in samples:
+            if (name == "server") == ours:
+                sets.setdefault(pid, []).append((number, mib, opened))
+        kept = [[s for s in rows if s[0] - rows[0][0] >= warm] for rows in sets.values()]
+        rate, error, count = slope([[(n, 1024 * mib) for n, mib, _ in rows] for rows in kept])
+        opened, wrong, _ = slope([[(n, float(f)) for n, _, f in rows] for rows in kept])
+        every = sorted(mib for rows in kept for _, mib, _ in rows)
+        most = max((f for rows in kept for _, _, f in rows), default=0)
+        middle = every[len(every) // 2] if every else math.nan
+        print(f"| {who} | {middle:.0f} | {rate:.2f} ± {error:.2f} | {most} | {opened:.4f} ± {wrong:.4f} | {count} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Asynchronous runs in real time: the order in which uploads come decides everything, and the rest is the simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.errors import RunFailed
+from hetero_fl.experiment import run
+from hetero_fl.experiment.course import _evaluate
+from hetero_fl.experiment.deployment.messages import Refused
+from hetero_fl.experiment.deployment.node import Node
+from hetero_fl.experiment.deployment.transport import Envelope
+from hetero_fl.runtime import asynchronous, live
+from tests.experiment.deployment.sites import QUICK, InOrder, Losing, Sites, federation, figures, models, records, same
+from tests.runtime.paces import session
+from tests.small import MIXED, TOP, config
+
+CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
+
+
+def source(method: str = "hybrid", clients: int = 4, places: int = 3) -> dict[str, Any]:
+    own = {"algorithm__heads": "keep"} if method == "hybrid" else {}
+    runtime = {"threads": 1, "mode": "async", "executor": "serial", **({} if method == "fedbuff" else {"buffer": 2})}
+    return config(
+        method, MIXED, clients=clients, rounds=3, clients__per_round=places, channel=TOP, runtime=runtime, **own
+    )
+
+
+def without(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = ("seconds", "wall", "simulated", "tasks")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def test_one_node_alone_is_the_simulation(tmp_path: Path) -> None:
+    made = source(clients=1, places=1)
+    there = federation(made, Sites(["site"], tmp_path / "sites"), tmp_path / "there")
+    here = run({**made, **QUICK}, out=tmp_path / "here")
+    assert without(records(there)) == without(records(here)) and models(there) == models(here)
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fedbuff"])
+def test_in_the_same_order_it_is_the_simulation(method: str, tmp_path: Path) -> None:
+    made = source(method)
+    there = federation(made, Sites(CLIENTS, tmp_path / "sites", transport=InOrder()), tmp_path / "there")
+    pace, told = session(made, seconds=lambda id, task: 10 + task / 1000), []
+    for _ in range(3):
+        told.append(pace.round())
+        _evaluate(pace, told[-1], None)
+    assert without(records(there)) == without(told)
+    assert any(record["staleness"].keys() - {"0"} for record in told)  # there was something to be out of order
+
+
+def test_tasks_in_flight_when_the_server_dies_are_asked_again(tmp_path: Path) -> None:
+    plain = federation(source(), Sites(CLIENTS, tmp_path / "a", transport=InOrder()), tmp_path / "plain")
+    sites = Sites(CLIENTS, tmp_path / "b", transport=InOrder())
+    killed = federation(source(), sites, tmp_path / "killed", deaths=[14, 17, 22, 20])
+    assert without(records(killed)) == without(records(plain)) and models(killed) == models(plain)
+
+
+def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
+    kills = {("site_1", 0, "train"): "before", ("site_2", 0, "train"): "during"}
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, away=1.0)
+    there = federation(source(places=4), sites, tmp_path / "there", patience=0.1)
+    assert len(records(there)) == 3 and not sites.kills
+    assert all(record["counts"]["arrived"] == 4 for record in records(there))
+    failed = {client: why for record in records(there) for client, why in record["failed"].items()}
+    assert set(failed) <= {"site_1", "site_2"} and set(failed.values()) <= {"its node is not there"}
+    assert {"site_1", "site_2"} <= {client for record in records(there) for client in record["cohort"]}
+
+
+def test_nodes_that_refuse_everything_are_asked_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Node, envelope: Envelope) -> Envelope:
+        raise Refused("not today")
+
+    monkeypatch.setattr(Node, "_do", refuse)
+    monkeypatch.setattr(live, "LOOK", 0.01)
+    monkeypatch.setattr(asynchronous, "PATIENCE", 3)
+    with pytest.raises(RunFailed, match=r"round 1: no usable upload from 9 tasks; \('site_\d', 'not today'\)"):
+        federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
+
+
+def test_models_of_another_run_are_where_the_nodes_begin(tmp_path: Path) -> None:
+    first = run({**config("hybrid", MIXED, rounds=1), **QUICK}, out=tmp_path / "first")
+    made = config("hybrid", MIXED, rounds=2, algorithm__heads="keep", init_from=str(first.path))
+    there = federation(made, Sites(CLIENTS[:3], tmp_path / "sites", transport=Losing()), tmp_path / "there")
+    here = run({**made, **QUICK}, out=tmp_path / "here")
+    same(there, here)
+    assert figures(there) != figures(run({**made, **QUICK, "init_from": None}, out=tmp_path / "anew"))

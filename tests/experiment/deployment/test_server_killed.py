@@ -1,0 +1,65 @@
+"""The server dies in the middle of rounds, and goes on: the same bits as without. Bytes are counted once for each task of the
+rounds that were committed; what is said again after a crash is not."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.experiment import run
+from tests.experiment.deployment.sites import QUICK, Killed, Sites, federation, records, same
+from tests.small import MIXED, TOP, config
+
+CLIENTS = ["site_1", "site_2", "site_3"]
+KINDS: dict[str, dict[str, Any]] = {
+    "hybrid": config("hybrid", MIXED, rounds=3, channel=TOP, algorithm__heads="keep"),
+    "fedavg": config("fedavg", rounds=3, clients__per_round=2),
+    "secure sum": config("fedavg", rounds=3, channel={"secure_sum": {"threshold": 2}}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_any_message_and_again(kind: str, tmp_path: Path) -> None:
+    made, draw = KINDS[kind], random.Random(kind)
+    sites = Sites(CLIENTS, tmp_path / "sites")
+    # 9 messages until all are ready; then 3 to 12 a round, and 3 to read
+    deaths = [11, *(9 + draw.randint(1, 14) for _ in range(3))]
+    same(federation(made, sites, tmp_path / "there", deaths), run({**made, **QUICK}, out=tmp_path / "here"))
+
+
+def test_a_checkpoint_that_falls_back_finds_the_states_that_it_names(tmp_path: Path) -> None:
+    made = KINDS["hybrid"]
+    sites = Sites(CLIENTS, tmp_path / "sites")
+    out = tmp_path / "there"
+
+    def die(record: dict[str, Any]) -> None:
+        if record["round"] == 2:
+            newest = out / "checkpoint" / "round-000002.ckpt"
+            newest.write_bytes(newest.read_bytes()[:-1])
+            sites.transport.last = 0
+            raise Killed
+
+    with pytest.raises(Killed):
+        federation(made, sites, out, callbacks=[die])
+    sites = Sites(CLIENTS, tmp_path / "sites")
+    there = federation(made, sites, out)
+    assert "is damaged" in (out / "log.txt").read_text() and not any("anew" in record for record in records(there))
+    same(there, run({**made, **QUICK}, out=tmp_path / "here"))
+
+
+def test_who_has_lost_its_state_begins_anew_and_is_counted(tmp_path: Path) -> None:
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def lose(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
+                file.unlink()
+
+    lines: list[str] = []
+    there = federation(KINDS["hybrid"], sites, tmp_path / "there", callbacks=[lose])
+    assert [record.get("anew") for record in records(there)] == [None, ["site_2"], None]
+    assert all(record["counts"]["arrived"] == 3 for record in records(there))
+    assert not lines

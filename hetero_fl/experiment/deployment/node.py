@@ -28,6 +28,7 @@ from hetero_fl.environment import choose_device
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.account import TRAIN, Account
 from hetero_fl.experiment.deployment.audit_log import AGAIN, AuditLog, Entry
+from hetero_fl.experiment.deployment.hearing import hear_told
 from hetero_fl.experiment.deployment.identity import NodeKeys
 from hetero_fl.experiment.deployment.messages import (
     FORM,
@@ -36,7 +37,6 @@ from hetero_fl.experiment.deployment.messages import (
     message,
     reading_tree,
     told_apart,
-    told_of,
     told_tree,
     versions,
 )  # fmt: skip
@@ -204,7 +204,7 @@ class Node:
     def _roster(self, envelope: Envelope) -> Envelope:
         """Everything about the run is known now: prepare for it."""
         joined, tree = self._in(envelope), body_of(envelope)
-        told = {client: told_of(each) for client, each in tree["told"].items()}
+        told = {client: hear_told(each, joined.data.task.outputs) for client, each in tree["told"].items()}
         prepared = prepare(joined.config, data=held_at(joined.data, self.site.client, told))
         if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
             raise Refused("this site makes other clients of the configuration than the server does")

@@ -22,6 +22,7 @@ from hetero_fl.config import Config
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.experiment.deployment.account import TRAIN, Account
+from hetero_fl.experiment.deployment.hearing import strings
 from hetero_fl.experiment.deployment.limits import AllowsConfig, BudgetConfig
 from hetero_fl.experiment.deployment.messages import Refused
 from hetero_fl.experiment.deployment.site_file import SiteConfig
@@ -44,7 +45,7 @@ def check_raw(tree: object, allows: AllowsConfig) -> dict[str, Any]:
     """A configuration before it is read: to read one that names code is to import that. Raises Refused."""
     if not isinstance(tree, dict):
         raise Refused("the configuration is none")
-    for key, value in _strings(tree, ()):
+    for key, value in strings(tree):
         if value.startswith(OWN) and value not in allows.own_code:
             raise Refused(
                 f"{key}: found {value[:80]}; this site runs no code by name but allows.own_code {allows.own_code}"
@@ -157,8 +158,11 @@ class Policy:
     # Before it is done
     def check(self, kind: str, asked: Message, digest: bytes) -> list[dict[str, Any]]:
         """A task. Returns what it will spend of the site's privacy. Raises Refused, naming the key."""
-        rounds = self.prepared.config.rounds
-        if not 0 <= asked.round <= rounds or asked.again < 0:
+        rounds, ends = (
+            self.prepared.config.rounds,
+            self.prepared.config.runtime.mode == "sync",
+        )  # versions have no end known
+        if not 0 <= asked.round <= (rounds if ends else asked.round) or asked.again < 0:
             raise Refused(f"round {asked.round + 1} of {rounds}, for the {asked.again + 1}th time")
         if not 0 < asked.work <= 1:
             raise Refused(f"work: found {asked.work:g}, a share of the steps that were agreed; it is at most 1")
@@ -282,15 +286,3 @@ def _check_named(name: str, values: Tensors | None, shares: Sequence[str]) -> No
             raise UserError(
                 f"shares: '{name}' holds {tensor or 'parameters'}; this site shares {', '.join(shares) or 'nothing'}"
             )
-
-
-def _strings(tree: object, at: tuple[str, ...]) -> Iterable[tuple[str, str]]:
-    if isinstance(tree, str):
-        yield ".".join(at), tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _strings(str(key), at)
-            yield from _strings(value, (*at, str(key)))
-    elif isinstance(tree, list | tuple):
-        for number, value in enumerate(tree):
-            yield from _strings(value, (*at, str(number)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from hetero_fl.experiment.deployment.messages import Refused, body_of, differing, message
+from hetero_fl.experiment.deployment.messages import Refused, body_of, differing, message, reason
 from hetero_fl.experiment.deployment.talks import LOOK, SETTLE, Talk, Talks
 from hetero_fl.experiment.deployment.transport import Envelope, Transport
 from hetero_fl.runtime.executor import Absent
@@ -35,7 +35,7 @@ class Post:
         self.transport, self.clients, self.say = transport, frozenset(clients), say
         self.patience, self.nudge = patience, nudge
         self.node_of: dict[str, int] = {}
-        self.here: dict[str, dict[str, object]] = {}  # what each said when it came
+        self.here: dict[str, object] = {}  # what each said when it came
         self._began, self._gone = time.monotonic(), dict[str, float]()  # when somebody went
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
         self._greetings: dict[str, tuple[int, float]] = {}  # message -> node, and when it was sent
@@ -120,18 +120,18 @@ class Post:
         """A node has said who it is."""
         client, why = str(answer.head.get("client", "")), ""
         if answer.head.get("ask") != "here":
-            why = str(answer.head.get("why", "it does not say who it is"))
+            why = reason(answer) if "why" in answer.head else "it does not say who it is"
         why = why or differing(answer.head)
         if not why and client not in self.clients:
             why = "the configuration has no such client"
-        said: dict[str, object] = {}
+        said: object = None
         try:
-            said = body_of(answer) if not why else {}
+            said = body_of(answer) if not why else None
         except Refused as error:
             why = str(error)
         self._met[node] = "" if why else client
         if why:
-            self.say(f"refused a node that says it is '{client}': {why}")
+            self.say(f"refused a node that says it is {client[:80]!r}: {why}")
             self.transport.push(node, message("leave", why=why), 10.0)
             return
         self.say(f"{client} is here" + (" again" if client in self.here else ""))

@@ -78,6 +78,13 @@ def children() -> int:
     return count
 
 
+def end(process: Any) -> None:
+    """Kill a process, and leave nothing of it."""
+    process.kill()
+    process.join()
+    process.close()
+
+
 def slope(stretches: Sequence[Stretch]) -> tuple[float, float, int]:
     """Least squares with one slope and a level for each stretch: (slope, standard error, samples)."""
     centred = []
@@ -103,11 +110,13 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=50, help="rounds of the server, and of a node, that are left out")
     parser.add_argument("--out", type=Path, help="where all samples go, as CSV")
     options = parser.parse_args()
-    rng, began, before = random.Random(0), time.perf_counter(), (children(), files(os.getpid()))
+    rng, began = random.Random(0), time.perf_counter()
     samples: list[tuple[int, str, int, float, int]] = []  # round, who, pid, MiB, files
     restarts = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        end(start_node(folder / "nobody", "nobody", folder / "nobody"))  # what starting processes takes for itself
+        before = children(), files(os.getpid())
         transport = UnixSocket(folder / "socket")
         nodes = {client: start_node(folder / "socket", client, folder / "sites") for client in CLIENTS}
 
@@ -118,16 +127,14 @@ def main() -> None:
                     samples.append((record["round"], who, pid, memory(pid), files(pid)))
             if rng.random() < options.restarts:
                 client = rng.choice(CLIENTS)
-                nodes[client].kill()
-                nodes[client].join()
+                end(nodes[client])
                 nodes[client] = start_node(folder / "socket", client, folder / "sites")
                 restarts += 1
 
         run = serve(source(options.rounds), transport, out=folder / "run", wait=300.0, callbacks=[look])
         counts = run.summary["wall"]
         for node in nodes.values():
-            node.kill()
-            node.join()
+            end(node)
         left = sum(path.stat().st_size for path in (folder / "sites").rglob("*") if path.is_file()) / 2**20
         time.sleep(1.0)
     after = children(), files(os.getpid())

@@ -96,7 +96,7 @@ class UnixSocket:
                     if number in self._waiting:
                         self._answers[number] = answer
                         self._changed.notify_all()
-        except (OSError, EOFError):
+        except (OSError, EOFError, TypeError):  # TypeError: closed by the other thread while this one was reading
             self._lose(node)
 
     def _lose(self, node: int) -> None:

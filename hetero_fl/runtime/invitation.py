@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.conditions import Conditions
-from hetero_fl.runtime.devices import uniform
+from hetero_fl.runtime.devices import DAY, uniform
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.schedule import Schedule
 from hetero_fl.seeding import Key, sample
 from hetero_fl.state import in_order
 
 LOOKED_AT = (1000, 20)  # clients, or so many times those who are wanted: among them somebody online is looked for
+LONGEST, LOOK = 2 * DAY, 1.0  # real seconds: how long the server waits if nobody is there, and how often it looks
 WAIT, PATIENCE = 1 / 24, 48  # of a day: how long the server waits if nobody is online, and how often
 EXPLORE, DECAY, LEAST = 0.9, 0.98, 0.2  # share of newcomers in the first round, its factor by round, its least (Oort)
 CUT = 0.95  # of the last chosen utility: who has less is not drawn (Oort)
@@ -67,7 +69,12 @@ class Invitation:
         """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
         if they ever are. Where time is real: who is there, now."""
         if self.conditions.here is not None:
-            return in_order(self.conditions.here()), at
+            until = time.monotonic() + LONGEST
+            while not (there := in_order(self.conditions.here())):
+                if time.monotonic() > until:
+                    raise RunFailed(f"round {round + 1}: nobody was there for {LONGEST / 3600:g} hours")
+                time.sleep(LOOK)
+            return there, at
         ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
         looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
         first: tuple[list[str], float] | None = None

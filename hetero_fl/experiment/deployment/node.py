@@ -264,7 +264,7 @@ class Node:
         self.joined.noise.task = digest
         if kind == "read":
             return self._read(asked, base, bool(head.get("details", False)), task)
-        spare = [_plain(name) for name in told_apart(head, "spare", str).split(",") if name]
+        spare = [_plain(name) for name in str(head.get("spare", "")).split(",") if name]
         answer = self._answer(asked, base, task, spare)
         body = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
         vault.write("answer", encode({"head": answer.head, "body": body}, FORM))

@@ -37,6 +37,7 @@ class Post:
         self.node_of: dict[str, int] = {}
         self.here: dict[str, object] = {}  # what each said when it came
         self._began, self._gone = time.monotonic(), dict[str, float]()  # when somebody went
+        self._refreshed = 0.0
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
         self._greetings: dict[str, tuple[int, float]] = {}  # message -> node, and when it was sent
 
@@ -53,16 +54,12 @@ class Post:
                 time.sleep(min(LOOK / 5, left))
         return []
 
-    def gather_some(self, seconds: float) -> None:
-        """Wait until anybody is here, or so long."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+    def refresh(self) -> None:
+        """See who has come and who has gone, if that was not done just now."""
+        if time.monotonic() - self._refreshed > LOOK:
+            self._refreshed = time.monotonic()
             self.look()
-            if self.node_of:
-                return
-            self.pull((), min(LOOK, left))
-            if not self._greetings:
-                time.sleep(max(0.0, min(LOOK / 5, end - time.monotonic())))
+            self.pull((), 0.0)
 
     def converse(
         self, talks: Mapping[str, Callable[[], Talk]], seconds: float, need: int = 0

@@ -75,15 +75,13 @@ class Remote:
 
     # Clients on machines of their own ------------------------------------------------------------------------------------
     def here(self) -> Collection[str]:
+        self.post.refresh()
         return self.post.node_of.keys()
 
     def dispatch(self, client: str, request: Message) -> None:
         self._beside.add(client, self._asking(client, {client: request}, ""), self.deadline)
 
     def next(self, wait: float) -> tuple[str, Reply] | None:
-        if not len(self._beside):
-            self.post.gather_some(wait)
-            return None
         ended = self._beside.next(wait)
         return None if ended is None else (ended[0], self._reply(*ended))
 

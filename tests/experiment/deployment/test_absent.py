@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hetero_fl.reporting.report import write_report
 from tests.experiment.deployment.sites import Point, Sites, federation, models, records
 from tests.small import config
 
@@ -37,6 +38,7 @@ def test_five_of_twenty_down(tmp_path: Path) -> None:
     assert last["personal"]["accuracy"] == pytest.approx(sum(read) / 16)
     assert len(models(there)) == 17  # and the server's
     assert there.summary["wall"]["failed"] == 9 and there.summary["rounds_completed"] == 3
+    write_report(there.path)  # of those who were read
 
 
 @pytest.mark.parametrize("secret", [False, True], ids=["direct", "secure sum"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,21 @@ def test_tasks_in_flight_when_the_server_dies_are_asked_again(tmp_path: Path) ->
 
 def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
     kills = {("site_1", 0, "train"): "before", ("site_2", 0, "train"): "during"}
-    sites = Sites(CLIENTS, tmp_path / "sites", kills, away=1.0)
-    there = federation(source(places=4), sites, tmp_path / "there", patience=0.1)
-    assert len(records(there)) == 3 and not sites.kills
-    assert all(record["counts"]["arrived"] == 4 for record in records(there))
-    failed = {client: why for record in records(there) for client, why in record["failed"].items()}
-    assert set(failed) <= {"site_1", "site_2"} and set(failed.values()) <= {"its node is not there"}
-    assert {"site_1", "site_2"} <= {client for record in records(there) for client in record["cohort"]}
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, away=None)
+
+    def back(record: dict[str, Any]) -> None:
+        if record["round"] == 2:
+            sites.start("site_1")
+            sites.start("site_2")
+        time.sleep(0.2 * (record["round"] >= 2))  # for them to come
+
+    made = {**source(places=4), "rounds": 10, "evaluation": {"every": 10}}
+    there = records(federation(made, sites, tmp_path / "there", patience=0.1, callbacks=[back]))
+    assert len(there) == 10 and not sites.kills
+    assert all(record["counts"]["arrived"] == 4 for record in there)
+    failed = {client: why for record in there for client, why in record["failed"].items()}
+    assert failed == dict.fromkeys(("site_1", "site_2"), "its node is not there")
+    assert {"site_1", "site_2"} <= {client for record in there[2:] for client in record["cohort"]}
 
 
 def test_nodes_that_refuse_everything_are_asked_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

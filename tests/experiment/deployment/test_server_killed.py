@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import run
+from hetero_fl.experiment.deployment.vault import KEPT, Lost, Vault
 from tests.experiment.deployment.sites import QUICK, Killed, Sites, federation, records, same
 from tests.small import MIXED, TOP, config
 
@@ -58,8 +59,30 @@ def test_who_has_lost_its_state_begins_anew_and_is_counted(tmp_path: Path) -> No
             for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
                 file.unlink()
 
-    lines: list[str] = []
     there = federation(KINDS["hybrid"], sites, tmp_path / "there", callbacks=[lose])
     assert [record.get("anew") for record in records(there)] == [None, ["site_2"], None]
     assert all(record["counts"]["arrived"] == 3 for record in records(there))
-    assert not lines
+
+
+def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path) -> None:
+    made, sites = KINDS["fedavg"], Sites(CLIENTS, tmp_path / "sites")
+    sites.transport.last = 9 + 2 + 3 + 1  # all are ready, a round and its reading, and one task of the next
+    with pytest.raises(Killed):
+        federation(made, sites, tmp_path / "there", closing=False)
+    sites.stop("site_3")
+    back = [lambda record: sites.start("site_3") if record["round"] == 2 else None]
+    there = records(federation(made, sites, tmp_path / "there", wait=1.0, callbacks=back))
+    assert [record.get("unread") for record in there] == [None, {"site_3": "its node is not there"}, None]
+
+
+def test_states_that_checkpoints_name_are_spared(tmp_path: Path) -> None:
+    vault = Vault(tmp_path)
+    first = vault.keep(b"first")
+    names = [vault.keep(bytes([i]), spare=[first]) for i in range(2 * KEPT)]
+    assert vault.state(first) == b"first" and vault.state(names[-KEPT]) == bytes([KEPT])
+    with pytest.raises(Lost, match="is not here any more"):
+        vault.state(names[0])
+    for i in range(KEPT):
+        vault.keep(bytes([i]))
+    with pytest.raises(Lost):
+        vault.state(first)

@@ -164,7 +164,7 @@ def main() -> None:
                 if way != "synchronous":
                     until, rounds = options.share * mark_of(runs)[1], 40 * options.rounds
                 changes = [change.format(deadline=1.5 * middle) for change in WAYS[way]]
-                kept.write_text(json.dumps(hold([*base, *changes], until, rounds)))
+                kept.write_text(json.dumps(hold([*base, *changes, *options.overrides], until, rounds)))
             runs[way] = json.loads(kept.read_text())
             (mark, whole), curve = mark_of(runs), runs[way]["curve"]
             at, last = reached(curve, mark), curve[-1]

@@ -113,11 +113,9 @@ class Rounds(Session):
         self.invitation.learn(plan, held.taken.losses, index)
         if self.algorithm.counted:
             self.traffic.up += sum(sizes[c]["train"][1] for c in plan.in_vain)
-            untold = [
-                c for c in cohort if not useful or c not in self._partners(plan)
-            ]  # of whom nothing is counted yet
-            self.traffic.down += sum(both_ways(sizes[c].values())[0] for c in untold)
-            self.traffic.up += sum(both_ways(sizes[c].values())[1] for c in untold if c in plan.asked)
+            counted = set(self._partners(plan)) if useful else set()
+            self.traffic.down += sum(both_ways(sizes[c].values())[0] for c in cohort if c not in counted)
+            self.traffic.up += sum(both_ways(sizes[c].values())[1] for c in plan.asked if c not in counted)
         return held
 
     def _sizes(self, client: str, broadcast: int, cohort: int) -> dict[str, tuple[int, int]]:
@@ -153,12 +151,14 @@ class Rounds(Session):
                 raise RunFailed(f"round {index + 1}: {client} diverged: {reply}")
             return False
 
+        asked = set(plan.asked)
         turn = itertools.count(-len(self.protocol.setup))  # 0: the exchange in which they train
 
         def exchange(requests: Messages) -> Replies:
             at = next(turn)
-            there = [c for c in requests if plan.answers(c, setup=at < 0)]
-            for gone in [c for c in requests if c not in set(there)]:
+            answering = plan.there if at < 0 else asked
+            there = [c for c in requests if c in answering]
+            for gone in [c for c in requests if c not in answering]:
                 requests[gone]  # is sent, and counted, all the same
             given = Lazy(there, lambda c: replace(requests[c], round=index, work=plan.tasks[c].work))
             answers = self.executor.answer(given)
@@ -180,7 +180,7 @@ class Rounds(Session):
         held.taken = self.intake.take(arrivals, self.heard(index), index)
         for client, why in held.taken.refused.items():
             self.store.drop(client)
-            if client in plan.asked and client not in plan.late:  # what became of the others is known
+            if client in asked and client not in plan.late:  # what became of the others is known
                 failed.setdefault(client, f"upload refused: {why}")
 
     def _timely(

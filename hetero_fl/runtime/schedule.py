@@ -42,10 +42,10 @@ class Schedule:
         """Uploads that can be used, as long as nobody diverges."""
         return sum(self.tasks[client].fate.what != "corrupted" for client in self.asked)
 
-    def answers(self, client: str, setup: bool) -> bool:
-        """Whether anything comes of what a client is asked: to train, and whatever follows it; or (`setup`) before that, where
-        whoever does not fail before training is still there."""
-        return self.tasks[client].fate.what != "before" if setup else client in self.asked
+    @property
+    def there(self) -> set[str]:
+        """Who is there until it trains, and answers what a protocol asks before that: whoever does not fail before it."""
+        return {client for client, task in self.tasks.items() if task.fate.what != "before"}
 
     @property
     def in_vain(self) -> list[str]:

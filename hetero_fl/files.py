@@ -6,13 +6,18 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file: written beside it, flushed to disk, then renamed. Its folder is made if it is not there."""
+def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
+    """Replace a file: written beside it, flushed to disk, then renamed. Its folder is made if it is not there.
+
+    `private`: readable by its owner alone, at every moment.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Always the same temporary name: what a crash leaves behind is overwritten, not piled up.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        if private:
+            temporary.unlink(missing_ok=True)  # one that a crash left may be readable by others
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """The code in README.md and docs/: every block is run, in the order of its page, and every command is parsed.
 
-A block whose first line is a comment with a file's name is that file. Other YAML has to load as a configuration.
+A block whose first line is a comment with a file's name is that file. YAML has to load as a configuration, `server.yaml` and
+`site.yaml` as what they are.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +21,8 @@ from hetero_fl.algorithms import algorithm
 from hetero_fl.algorithms.needs import in_words, needs
 from hetero_fl.cli import commands, main
 from hetero_fl.config import load_config
+from hetero_fl.experiment.deployment.server_file import load_server
+from hetero_fl.experiment.deployment.site_file import load_site
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,6 +35,7 @@ LONG = {  # run elsewhere: here they are parsed
     "configs/text_hetero.yaml",
     "configs/sensors_hetero.yaml",
 }
+OF_A_FEDERATION: dict[str, Callable[[Any], object]] = {"server.yaml": load_server, "site.yaml": load_site}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -65,7 +70,7 @@ def test_every_block_runs(page: Path, elsewhere: Path) -> None:
         if language == "python" and file is None:
             exec(compile(text, f"{page.name}", "exec"), names)
         elif language == "yaml":
-            load_config(file or yaml.safe_load(text))
+            OF_A_FEDERATION.get(file or "", load_config)(file or yaml.safe_load(text))
         elif language == "console":
             for line in commands_in(text):
                 run_or_parse(line)
@@ -109,6 +114,11 @@ def run_or_parse(line: str) -> None:
         commands.parser(command, command).parse_intermixed_args(rest)
     else:
         assert (ROOT / "scripts" / f"{command}.py").is_file(), line
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda p: p.stem)
+def test_a_page_begins_with_its_title(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").startswith("# ")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

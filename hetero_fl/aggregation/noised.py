@@ -24,7 +24,7 @@ from hetero_fl.architecture import Tensors
 from hetero_fl.payload import Item
 from hetero_fl.state import Card
 
-Normal = Callable[..., Tensor]  # (like, standard deviation, *what for)
+Normal = Callable[..., Tensor]  # (what it is put on, standard deviation, *what for)
 
 
 @dataclass
@@ -131,7 +131,8 @@ class SumNoise:
                     one = self._owned[name][owner]
                     share = weights[group][tensor] / one.expected
                     moved[owner] = (means[group][tensor] - one.centre(there)) * share
-        noise = {owner: self._noise(name, owner) for tensors in groups.values() for owner, _ in tensors.values()}
+        owners = {owner for tensors in groups.values() for owner, _ in tensors.values()}
+        noise = {owner: self._noise(name, owner, moved.get(owner)) for owner in owners}
         return {
             group: {
                 tensor: self._from(self._owned[name][owner].starts[kind], moved.get(owner)) + noise[owner]
@@ -140,9 +141,11 @@ class SumNoise:
             for group, tensors in groups.items()
         }
 
-    def _noise(self, name: str, owner: Owner) -> Tensor:
+    def _noise(self, name: str, owner: Owner, moved: Tensor | None) -> Tensor:
+        """On the mean update, nought if nobody sent any."""
         one = self._owned[name][owner]
-        return self.normal(one.first, self.deviation(name) / one.expected, name, *map(str, owner))
+        like = torch.zeros_like(one.first) if moved is None else moved.to(one.first.dtype)
+        return self.normal(like, self.deviation(name) / one.expected, name, *map(str, owner))
 
     @staticmethod
     def _from(start: Tensor, moved: Tensor | None) -> Tensor:

@@ -83,6 +83,7 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
     except Interrupted as stop:
         program = typed[: len(typed) - len(arguments)]  # the subcommand is no longer among the arguments
         again = typed if command == "compare" else [*program, "--resume", "--out", str(stop.path)]
+        again += ["--server", str(options.server)] if command == "server" else []
         print(f"interrupted; to go on: {shlex.join(again)}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.cli import Parser, audit, compare, join
+from hetero_fl.cli import Parser, audit, compare, export, federate, join, server, status
+from hetero_fl.cli.asked import check_run, options_of_run, print_finished
 from hetero_fl.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,47 +20,17 @@ HINT = "`hetero-fl methods` lists what algorithm.name may be: what each method d
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    _configuration(parser)
-    parser.add_argument("--out", type=Path, help="run directory (default: runs/<name>-<timestamp>)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
-    parser.add_argument(
-        "--check", action="store_true", help="print the resolved configuration and what the run will cost"
-    )
+    options_of_run(parser)
     parser.set_defaults(carry_out=_carry_out_train)
 
 
 def _carry_out_train(options: argparse.Namespace) -> int:
-    from hetero_fl.experiment import prepare, run
-
-    if options.resume and options.out is None:
-        raise UserError("--resume: which run? name its directory with --out")
-    begun = options.resume and (options.out / "config.yaml").is_file()
-    if options.config is None and not begun:
-        if options.resume:
-            raise UserError(
-                f"--out: {options.out} is no run to go on with{_nearby(options.out)} (a new one needs --config)"
-            )
-        raise UserError("--config is missing: name a file (see --help)")
-    source = options.config or options.out / "config.yaml"
-    if options.check:
-        from hetero_fl.cli.check import print_check
-
-        print_check(prepare(source, options.overrides))
+    if (source := check_run(options)) is None:
         return 0
-    if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
-        print(f"nothing to resume in {options.out}: starting{_nearby(options.out)}", file=sys.stderr)
-    finished = run(source, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False)
-    if (finished.path / "report.html").exists():
-        print(f"report: {finished.path / 'report.html'}", file=sys.stderr)
-    print(finished.path)
+    from hetero_fl.experiment import run
+
+    print_finished(run(source, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False))
     return 0
-
-
-def _nearby(out: Path) -> str:
-    """A run directory beside it whose name is nearly that of one that is not there."""
-    runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
-    close = get_close_matches(out.name, runs, n=1)
-    return f"; did you mean {out.parent / close[0]}?" if close else ""
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -138,18 +107,18 @@ def _carry_out_methods(options: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, tuple[str, Setup]] = {
     "train": ("one run: configuration in, finished run directory out", _train),
+    "federate": ("the same by a real federation on this machine, a process for each client", federate.setup),
+    "server": ("a run with nodes on other machines", server.setup_server),
+    "node": ("one site of such a run, on a machine of its own", server.setup_node),
+    "certificates": ("what the machines of a federation know each other by", server.setup_certificates),
+    "status": ("how a run across machines stands: nodes, round, figures", status.setup),
     "compare": ("algorithms × seeds: table, figure and report", compare.setup),
     "evaluate": ("score the saved models of a run on any data set", _evaluate),
     "join": ("a newcomer begins with what a finished run leaves, and is compared with one from scratch", join.setup),
     "audit": ("what a finished run gives away: who was a member, and images out of an upload", audit.setup),
+    "export": ("models of a finished run as files that predict without this package, each with a card", export.setup),
     "methods": ("the algorithms, a line each: what it does, sends and needs", _methods),
 }
-
-
-def _configuration(parser: argparse.ArgumentParser) -> None:
-    told = "YAML or JSON; with --resume, by default that of the run in --out"
-    parser.add_argument("--config", "-c", "--conf", type=Path, metavar="FILE", help=told)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the configuration")
 
 
 def parser(command: str, prog: str) -> argparse.ArgumentParser:

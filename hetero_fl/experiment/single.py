@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetero_fl.children import leave_if_importing
 from hetero_fl.config import Config, difference, resolved
@@ -17,9 +17,12 @@ from hetero_fl.experiment.course import Callback, carry_out, present
 from hetero_fl.experiment.prepared import Engage, Prepared, prepare
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.rundir import RunDirectory, check_vacant, locked
+from hetero_fl.reporting.rundir import LOG, RunDirectory, check_vacant, locked
 from hetero_fl.runtime.choose import Choice, choose
 from hetero_fl.runtime.engines import engine
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 NODES = "nodes"  # the executor of a run across machines
 
@@ -50,6 +53,11 @@ def run(
     return hold(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
 
 
+def default_out(config: Config) -> Path:
+    """Where a run goes that is started now."""
+    return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
 def hold(
     prepared: Prepared,
     *,
@@ -58,10 +66,12 @@ def hold(
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
     engage: Engage | None = None,
+    console: Console | None = None,
 ) -> Run:
-    """Carry out what was prepared (see `run`); `engage`: who computes the clients, if not this machine."""
+    """Carry out what was prepared (see `run`); `engage`: who computes the clients, if not this machine; `console`: where what is
+    shown goes, if not to a terminal."""
     config = prepared.config
-    path = Path(out) if out is not None else Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    path = Path(out) if out is not None else default_out(config)
     going_on = resume and (path / "config.yaml").exists()
     if not going_on:
         check_vacant(path)  # before anything is put there
@@ -79,7 +89,7 @@ def hold(
                 choice = choose(config, prepared.federation) if engage is None else choose_for_nodes(prepared)
             with locked(path) as unheld:
                 prepared.notes[:0] = unheld
-                _run_in(path, prepared, choice, resume, callbacks, quiet, engage)
+                _run_in(path, prepared, choice, resume, callbacks, engage, Progress(path / LOG, quiet, console))
     except KeyboardInterrupt as stop:
         if (path / "config.yaml").exists():
             raise Interrupted(path) from stop
@@ -103,8 +113,8 @@ def _run_in(
     choice: Choice,
     resume: bool,
     callbacks: Sequence[Callback],
-    quiet: bool,
     engage: Engage | None,
+    shown: Progress,
 ) -> None:
     config = prepared.config
     if resume and (path / "config.yaml").exists():
@@ -115,7 +125,7 @@ def _run_in(
     if resume and (directory.path / "summary.json").exists():
         present(config, directory)
         return
-    with Progress(directory.log, quiet) as progress:
+    with shown as progress:
         carry_out(prepared, directory, choice, progress, callbacks, engage)
 
 

@@ -17,8 +17,9 @@ from hetero_fl.errors import UserError
 from hetero_fl.files import write_atomically
 
 VERSION = 1
-LOCK = ".lock"
-UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK}  # of a creation cut short
+LOCK, LOG = ".lock", "log.txt"
+SITES = "sites"  # of a federation on one machine: what its nodes keep
+UNFINISHED = {"environment.json", ".environment.json.tmp", ".config.yaml.tmp", LOCK, SITES}  # of a creation cut short
 
 Json = dict[str, Any]
 
@@ -112,7 +113,7 @@ class RunDirectory:
     @property
     def log(self) -> Path:
         """Where the log lines go."""
-        return self.path / "log.txt"
+        return self.path / LOG
 
     @property
     def plots(self) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hetero_fl.architecture import Architecture, Tensors
 from hetero_fl.channel.attacks import Liars
 from hetero_fl.channel.privacy.counts import noised_counts
-from hetero_fl.channel.privacy.noise import Noise
+from hetero_fl.channel.privacy.noise import KeyedNoise, Noise
 from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.config.clients import ClientSettings, ModelConfig
 from hetero_fl.config.population import Population
@@ -44,7 +44,7 @@ class Federation:
     seed: int
     rounds: int
     common: tuple[str, ...] = ()
-    cohort: int = 0  # clients in a round
+    cohort: int = 0  # clients invited to a round
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
     some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
     channel: ChannelConfig = field(default_factory=ChannelConfig)
@@ -52,7 +52,7 @@ class Federation:
     liars: Liars | None = None
     privacy: PrivacyConfig | None = None
     noise: Noise = field(
-        default_factory=lambda: Noise.keyed(0)
+        default_factory=lambda: KeyedNoise(0)
     )  # a deployment's participants draw theirs from the system
     _initial: dict[str, Tensors] = field(default_factory=dict)
 
@@ -85,9 +85,9 @@ class Federation:
         liars = Liars.of(config.attacks, population, data.task, config.seed) if config.attacks else None
         return cls(
             data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
-            config.clients.per_round or len(population),
+            config.cohort.invited(config.clients.per_round, len(population)),
             _honest(_drawn(population, config.evaluation.clients, config.seed), liars), _drawn(population, None, config.seed),
-            config.channel, config.aggregation, liars, config.privacy, Noise.keyed(config.seed),
+            config.channel, config.aggregation, liars, config.privacy, KeyedNoise(config.seed),
         )  # fmt: skip
 
     def with_models(self, archs: Sequence[Architecture] | Mapping[str, Architecture]) -> Federation:

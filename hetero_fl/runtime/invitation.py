@@ -7,8 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from hetero_fl.errors import RunFailed
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.devices import DAY, uniform
@@ -30,8 +28,8 @@ def draw_cohort(federation: Federation, count: int | None, round: int, attempt: 
     part by a draw of its own (`privacy.poisson_cohorts`)."""
     ids = federation.cards.clients.ids
     if count is not None and federation.privacy is not None and federation.privacy.poisson_cohorts:
-        draws = federation.noise.generator(round, "cohort")
-        taken = torch.rand(len(ids), generator=draws, dtype=torch.float64) < count / len(ids)
+        draws = federation.noise.stream(round, "cohort")
+        taken = draws.uniform(len(ids)) < count / len(ids)
         return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
     if count is None or count >= len(ids):
         return list(ids)
@@ -68,7 +66,8 @@ class Invitation:
         return in_order(chosen), at
 
     def _online(self, count: int, round: int, attempt: int, at: float) -> tuple[list[str], float]:
-        """Clients who are online, of a sample large enough; and when they are. Where time is real: who is there, now."""
+        """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
+        if they ever are. Where time is real: who is there, now."""
         if self.conditions.here is not None:
             until = time.monotonic() + LONGEST
             while not (there := in_order(self.conditions.here())):
@@ -78,15 +77,17 @@ class Invitation:
             return there, at
         ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
         looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
-        day = 0.0
+        first: tuple[list[str], float] | None = None
         for wait in range(PATIENCE):
             drawn = sample(len(ids), looked, self.federation.seed, round, "online", wait, *_again(attempt))
             machines = {ids[i]: device(ids[i]) for i in drawn}
             here = [id for id, machine in machines.items() if machine.awake(at) == at]
-            if here:
+            if len(here) >= self.conditions.policy.least:
                 return here, at
-            day = max(machine.day for machine in machines.values())
-            at += WAIT * day
+            first = first or ((here, at) if here else None)
+            at += WAIT * max(machine.day for machine in machines.values())
+        if first is not None:
+            return first
         raise RunFailed(f"round {round + 1}: none of {looked:,} clients is online at any time of two days")
 
     def _needed(self, online: list[str], count: int, round: int, attempt: int) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from hetero_fl.channel.privacy.noise import Noise, gaussian
+from hetero_fl.channel.privacy.noise import Noise
 from hetero_fl.nets import Batch, Nets
 from hetero_fl.plan import Draws, Fit
 from hetero_fl.runtime.batches import Batches
@@ -50,8 +50,8 @@ class PoissonBatches(Batches):
     def _drawn(self, n: int, work: float) -> list[Tensor]:
         rate, steps = sampling(n, self.fit, work, self.rate)
         self.expected = rate * n
-        draws = self.noise.generator(*self.stream, "sample")
-        return [(torch.rand(n, generator=draws, dtype=torch.float64) < rate).nonzero().squeeze(1) for _ in range(steps)]
+        draws = self.noise.stream(*self.stream, "sample")
+        return [(draws.uniform(n) < rate).nonzero().squeeze(1) for _ in range(steps)]
 
     def augmented(self, x: Tensor, i: int) -> Tensor:
         return super().augmented(x, i) if len(x) else x
@@ -74,10 +74,10 @@ class PrivateGradients:
         """(Σ clipped + N(0, (z·clip)²)) / expected, and the gradient of what is public. The loss would be a release: 0."""
         assert isinstance(live.batches, PoissonBatches)
         total = self._clipped_sum(live, dropout_key, batch)
-        draws = self.noise.generator(*live.batches.stream, "noise", step)
+        draws = self.noise.stream(*live.batches.stream, "noise", step)
         for name, parameter in live.trainable.items():
             parameter.grad = None
-            total[name].add_(gaussian(parameter, self.z * self.clip, draws)).div_(live.batches.expected)
+            total[name].add_(draws.normal(parameter, self.z * self.clip)).div_(live.batches.expected)
         with KeyedDropout(dropout_key) if live.drops else contextlib.nullcontext():
             public = live.fit.objective.public(live.nets, batch, live.given)
             public = public + live.fit.objective.penalty(live.nets, live.given)

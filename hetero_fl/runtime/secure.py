@@ -77,8 +77,8 @@ class Derived:
             values, weights = slot.parts(place)
             counted = layout.specs[place.item].kind == "class_sums"  # its weights count private rows
             parts = slice(values.start, weights.stop) if counted else values
-            draws = self.federation.noise.generator("share", round, client, *map(str, astuple(place)))
-            drawn = torch.randn(parts.stop - parts.start, generator=draws, dtype=torch.float64)
+            draws = self.federation.noise.stream("share", round, client, *map(str, astuple(place)))
+            drawn = draws.normal(torch.empty(parts.stop - parts.start, dtype=torch.float64), 1.0)
             vector[parts] = drawn.numpy() * (protection.deviation(place.item) / math.sqrt(shares) / unit)
         return vector
 

@@ -62,6 +62,7 @@ class Site:
         self.links = Links(algorithm, federation)
         self.protection = Protection.of(algorithm, federation)
         self.watch: Callable[[str], None] | None = None  # told what is being done
+        self.leaving: Callable[[str, Payload], None] = lambda client, upload: None  # may refuse an upload, by raising
         self._common: dict[int, tuple[Tensor, Scores]] = {}  # scores of logits that several clients share
 
     def answer(self, requests: Messages) -> dict[str, Message | Diverged]:
@@ -106,9 +107,9 @@ class Site:
                 continue
             upload = self.protection.release(client, Payload(outcome.get()), got[id])
             upload.report = self.protection.report(training_loss(outcome.reports))
-            uploads[id] = self.links.upload(
-                self.federation.cards[id], requests[id].round, upload, got[id], client.state
-            )
+            self.leaving(id, upload)
+            card, asked = self.federation.cards[id], requests[id]
+            uploads[id] = self.links.upload(card, asked.round, upload, got[id], client.state, asked.again)
             self.store.stage(id, Private(self.algorithm.private(client), client.state))
         return uploads
 

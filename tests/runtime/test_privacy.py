@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hetero_fl.channel.privacy.accounting import epsilon
-from hetero_fl.channel.privacy.noise import Noise
+from hetero_fl.channel.privacy.noise import KeyedNoise
 from hetero_fl.channel.protocol import Message
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.errors import UserError
@@ -141,7 +141,7 @@ def test_statistics_are_charged_every_round() -> None:
 
 def guard(client: Participant, **changes: Any) -> Guard:
     privacy = PrivacyConfig(**{**RECORD, "statistics_clip": 1.0, **changes})
-    return Guard(make_performer(CPU), privacy, Noise.keyed(0), [client])
+    return Guard(make_performer(CPU), privacy, KeyedNoise(0), [client])
 
 
 def test_private_rows_are_read_inside_of_steps_only() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.channel.privacy.noise import Noise
+from hetero_fl.channel.privacy.noise import KeyedNoise, Noise, SecretNoise
 from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.experiment import prepare
 from hetero_fl.mutual import Mutual
@@ -26,7 +26,7 @@ from hetero_fl.state import Participant
 from tests.small import config
 
 CPU = torch.device("cpu")
-NOISE = Noise.keyed(0)
+NOISE = KeyedNoise(0)
 SGD = OptimizerConfig(name="sgd", lr=1.0)
 
 
@@ -197,14 +197,14 @@ def test_sampling_is_counted_as_opacus_does() -> None:
 
 def test_only_the_secret_decides_the_noise_of_a_deployment() -> None:
     fit = Fit({"model": None}, Supervised(), Rows(), batch_size=16, steps=2, optimizer=SGD)
-    secret = Noise.of_the_system()
+    secret = SecretNoise()
 
     def trained(noise: Noise) -> Tensor:
         participant = client()
         fit_on_live_modules(participant, fit, Templates(CPU), PrivateGradients(1.0, 1.0, noise))
         return participant.models["model"]["head.bias"]
 
-    assert torch.equal(trained(NOISE), trained(Noise.keyed(0)))
+    assert torch.equal(trained(NOISE), trained(KeyedNoise(0)))
     assert torch.equal(trained(secret), trained(secret))
-    different = [trained(noise) for noise in (NOISE, Noise.keyed(1), secret, Noise.of_the_system())]
+    different = [trained(noise) for noise in (NOISE, KeyedNoise(1), secret, SecretNoise())]
     assert all(not torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])

@@ -46,7 +46,13 @@ def added(history: History, charges: Iterable[Charge]) -> History:
 
 def epsilon(history: History, z: float, delta: float, accountant: str = "prv") -> float:
     """ε of a history at noise multiplier z. Raises UserError if opacus is not installed."""
-    return _epsilon(tuple((scale * z, rate, steps) for scale, rate, steps in history), delta, accountant)
+    return epsilon_of(tuple((scale * z, rate, steps) for scale, rate, steps in history), delta, accountant)
+
+
+def epsilon_of(mechanisms: History, delta: float, accountant: str = "prv") -> float:
+    """ε of mechanisms with a noise multiplier each, `(noise, rate, steps)`, sorted. Raises UserError if opacus is not
+    installed."""
+    return _epsilon(mechanisms, delta, accountant)
 
 
 def worst(histories: Iterable[History], z: float, delta: float, accountant: str = "prv") -> float:

@@ -7,7 +7,7 @@ they told, and the fingerprint shows that all mean the same federation.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,8 @@ from hetero_fl.data.elsewhere import held_at
 from hetero_fl.data.pack import Pack
 from hetero_fl.data.private import Told
 from hetero_fl.errors import RunFailed
-from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reason, told_of, told_tree
+from hetero_fl.experiment.deployment.hearing import hear_settings, hear_told, strings
+from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reason, told_tree
 from hetero_fl.experiment.deployment.post import Post
 from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.deployment.talks import Talk
@@ -72,7 +73,7 @@ class Convened:
             answer = yield message("terms", {**tree, "pack": self._pack}, run=self.run)
         if answer.head.get("ask") != "told":
             return answer
-        told = told_of(body_of(answer))
+        told = hear_told(body_of(answer), self.public.task.outputs)
         if client in self.told and self.told[client].hash != told.hash:
             raise Refused("its rows are not those that it began with")
         self.told[client] = told
@@ -107,8 +108,9 @@ def convene(config: Config, post: Post, wait: float, known: Mapping[str, Any] | 
     missing = post.gather(wait)
     if missing and (known is None or len(missing) == len(ids)):
         raise RunFailed(f"not there after {wait:g} s: {', '.join(missing[:6])}{' …' if len(missing) > 6 else ''}")
+    names = {value for _, value in strings(resolved(config))}
     before = known["settings"] if known is not None else {}
-    told_by = {id: _settings(post.here[id]) if id in post.here else before.get(id, {}) for id in ids}
+    told_by = {id: _settings(id, post.here[id], names) if id in post.here else before.get(id, {}) for id in ids}
     own = [{"match": id, **settings} for id, settings in told_by.items() if settings]
     if own:
         plain = resolved(config)
@@ -117,7 +119,7 @@ def convene(config: Config, post: Post, wait: float, known: Mapping[str, Any] | 
     run = str(known["run"]) if known is not None else secrets.token_hex(16)
     convened = Convened(post, config, deal(config, absent=ids), run, told_by)
     if known is not None:
-        convened.told |= {id: told_of(tree) for id, tree in known["told"].items()}
+        convened.told |= {id: hear_told(tree, convened.public.task.outputs) for id, tree in known["told"].items()}
     here = [id for id in ids if id not in missing]
     _all(post, {id: _bound(convened.asking_terms, id) for id in here}, "told")
     _all(post, dict.fromkeys(here, convened.asking_ready), "ready")
@@ -126,9 +128,11 @@ def convene(config: Config, post: Post, wait: float, known: Mapping[str, Any] | 
     return convened
 
 
-def _settings(here: Mapping[str, object]) -> dict[str, Any]:
-    found = here.get("settings", {})
-    return found if isinstance(found, dict) else {}
+def _settings(client: str, here: object, names: Collection[str]) -> dict[str, Any]:
+    try:
+        return hear_settings(here, names)
+    except Refused as error:
+        raise RunFailed(f"{client}: refused: {error}") from None
 
 
 def _bound(talk: Callable[[str], Talk], client: str) -> Callable[[], Talk]:

@@ -8,22 +8,20 @@ since), `lost` (the private state that the task starts from), `failed` (its trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 
 from hetero_fl import __version__
-from hetero_fl.architecture import frozen
 from hetero_fl.codec import CodecError, decode, encode
-from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Told
 from hetero_fl.experiment.deployment.transport import Envelope, Head
 from hetero_fl.runtime.site import Reading
 
 PROTOCOL = 1  # of these messages: another number, another language
 FORM = f"deployment {PROTOCOL}"
+LONGEST = 400  # characters of a reason
 
 
 class Refused(Exception):
@@ -52,8 +50,8 @@ def told_apart(head: Head, name: str, kind: type) -> Any:
 
 
 def reason(answer: Envelope) -> str:
-    """Why an answer is not the one that was hoped for."""
-    return str(answer.head.get("why", answer.head.get("ask")))
+    """Why an answer is not the one that was hoped for: one line, whatever it says."""
+    return " ".join(str(answer.head.get("why", answer.head.get("ask"))).split())[:LONGEST]
 
 
 def versions() -> dict[str, Any]:
@@ -65,7 +63,7 @@ def differing(head: Head) -> str:
     """A line on the first version that another participant has otherwise; empty if all are the same."""
     for name, own in versions().items():
         if head.get(name) != own:
-            return f"{name} {head.get(name)!r}, but {own!r} here"
+            return f"{name} {head.get(name)!r:.60}, but {own!r} here"
     return ""
 
 
@@ -76,27 +74,7 @@ def told_tree(told: Told) -> dict[str, Any]:
     return {"rows": dict(told.rows), "hash": told.hash, "view": view, "labels": told.labels}
 
 
-def told_of(tree: Mapping[str, Any]) -> Told:
-    """The reverse of `told_tree`. Raises Refused."""
-    try:
-        rows = {name: int(tree["rows"][name]) for name in ("train", "validation", "test")}
-        view = None if tree["view"] is None else Preprocess(**{k: frozen(v) for k, v in tree["view"].items()})
-        labels = None if tree["labels"] is None else tuple(float(n) for n in tree["labels"])
-        return Told(rows, str(tree["hash"]), view, labels)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Refused(f"what a node tells of its rows cannot be read ({type(error).__name__}: {error})") from None
-
-
 def reading_tree(reading: Reading) -> dict[str, Any]:
     """What a node tells of its model, as plain values."""
     tree = {field.name: getattr(reading, field.name) for field in fields(reading)}
     return {**tree, "model": torch.frombuffer(bytearray(reading.model), dtype=torch.uint8) if reading.model else None}
-
-
-def reading_of(tree: Mapping[str, Any]) -> Reading:
-    """The reverse of `reading_tree`. Raises Refused."""
-    try:
-        model = tree["model"]
-        return Reading(**{**tree, "model": b"" if model is None else model.numpy().tobytes()})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Refused(f"a reading cannot be read ({type(error).__name__}: {error})") from None

@@ -5,7 +5,9 @@ Tasks are computed by the same `Worker` that computes them in a worker process o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import hmac
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hetero_fl.channel.privacy.noise import Noise
+from hetero_fl.channel.privacy.noise import SecretNoise
 from hetero_fl.channel.protocol import Message
 from hetero_fl.codec import CodecError, decode, encode
 from hetero_fl.config import Config, expand, load_config
@@ -24,6 +26,10 @@ from hetero_fl.data.elsewhere import held_at, told_by
 from hetero_fl.data.pack import Pack
 from hetero_fl.environment import choose_device
 from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.deployment.account import TRAIN, Account
+from hetero_fl.experiment.deployment.audit_log import AGAIN, AuditLog, Entry
+from hetero_fl.experiment.deployment.hearing import hear_told
+from hetero_fl.experiment.deployment.identity import NodeKeys
 from hetero_fl.experiment.deployment.messages import (
     FORM,
     Refused,
@@ -31,21 +37,20 @@ from hetero_fl.experiment.deployment.messages import (
     message,
     reading_tree,
     told_apart,
-    told_of,
     told_tree,
     versions,
 )  # fmt: skip
+from hetero_fl.experiment.deployment.policy import Policy, check_config, check_raw, digest_of, mark_of
 from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.transport import Envelope
-from hetero_fl.experiment.deployment.vault import Lost, Vault
+from hetero_fl.experiment.deployment.vault import Cipher, Lost, Vault
 from hetero_fl.experiment.prepared import deal, prepare
+from hetero_fl.payload import Payload
 from hetero_fl.runtime.jobs import Job, Setup, Worker
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.site import Reading
 from hetero_fl.runtime.store import Private
-
-TRAIN = "train"
 
 
 @dataclass
@@ -56,7 +61,10 @@ class Joined:
     config: Config
     data: FederatedData
     vault: Vault
+    account: Account
+    noise: SecretNoise
     worker: Worker | None = None  # once the roster is known
+    policy: Policy | None = None  # likewise
 
 
 class Node:
@@ -65,10 +73,26 @@ class Node:
     Args:
         folder: where it keeps what must outlive its process.
         say: told, in one line, of what it is asked and of what it refuses.
+        keys: of whoever is spoken with; none: nothing is signed.
+
+    Raises:
+        UserError: its log was tampered with, or the key of its folder is none.
     """
 
-    def __init__(self, site: SiteConfig, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
-        self.site, self.folder, self.say = site, folder, say
+    def __init__(
+        self,
+        site: SiteConfig,
+        folder: Path,
+        say: Callable[[str], None] = lambda line: None,
+        keys: NodeKeys | None = None,
+    ) -> None:
+        self.site, self.folder, self.say, self.keys = site, folder, say, keys
+        self.cipher = None if site.encrypt is None else Cipher.of(Path(site.encrypt))
+        for each in (folder, folder / "runs"):
+            each.mkdir(parents=True, exist_ok=True)
+            each.chmod(0o700)
+        self.log = AuditLog(folder / "audit.jsonl")
+        self._line: Entry = {}  # what the log will say of the message in hand
         self.joined: Joined | None = None
         self.left: str | None = None  # why it was let go, once it was
         self._turn = threading.Lock()  # one message at a time: the same one may come twice
@@ -81,17 +105,47 @@ class Node:
             "leave": self._leave,
         }  # fmt: skip
         with self._turn:
+            head = envelope.head
+            self._line = {
+                "run": str(head.get("run", ""))[:64],
+                "ask": str(head.get("ask"))[:20],
+                "in": len(envelope.body),
+            }
             try:
-                ask = told_apart(envelope.head, "ask", str)
+                if self.keys is not None:
+                    self.keys.check(envelope, self.site.client)
+                ask = told_apart(head, "ask", str)
                 if ask not in answers:
                     raise Refused(f"asked for '{ask}', which this release does not know")
-                return answers[ask](envelope)
+                answer = answers[ask](envelope)
+                self._put_down(answer)
             except Lost as error:
                 self.say(f"lost: {error}")
-                return message("lost", why=str(error))
+                answer = self._without("lost", str(error))
             except (Refused, UserError, RunFailed) as error:
-                self.say(f"refused: {error}")
-                return message("refused", why=str(error))
+                answer = self._refusal(str(error))
+            except Exception as error:  # of a message nobody would send who means well; or the disk is full
+                answer = self._refusal(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return answer if self.keys is None else self.keys.sign(answer, envelope, self.site.client)
+
+    def _put_down(self, answer: Envelope) -> None:
+        """Into the log, before the answer leaves."""
+        outcome = self._line.pop("outcome", str(answer.head.get("ask")))
+        entry = self.log.append(**self._line, out=len(answer.body), outcome=outcome)
+        if self.joined is not None:
+            self.joined.account.take(entry)
+
+    def _refusal(self, why: str) -> Envelope:
+        self.say(f"refused: {why}")
+        return self._without("refused", why)
+
+    def _without(self, ask: str, why: str) -> Envelope:
+        """An answer with which nothing of this site's leaves."""
+        answer = message(ask, why=why)
+        self._line = {k: v for k, v in self._line.items() if k not in ("kinds", "spent")} | {"outcome": f"{ask}: {why}"}
+        with contextlib.suppress(OSError):  # the disk may be full: then it is said, at least
+            self._put_down(answer)
+        return answer
 
     # Joining ---------------------------------------------------------------------------------------------------------
     def _hello(self, envelope: Envelope) -> Envelope:
@@ -100,10 +154,12 @@ class Node:
     def _terms(self, envelope: Envelope) -> Envelope:
         """What this site tells of its rows, under a configuration."""
         me, run, tree = self.site.client, told_apart(envelope.head, "run", str), body_of(envelope)
-        config = load_config(tree["config"])
+        raw = check_raw(tree["config"], self.site.allows)
+        config = load_config(raw).model_copy(update={"init_from": None})  # a folder of the server's
         clients = expand(config.clients)
         if me not in clients:
             raise Refused(f"the configuration has no client '{me}'")
+        check_config(config, self.site, clients[me])
         if self.site.data is None:
             data = deal(config)
             if data.public_hash() != tree["public"]:
@@ -116,7 +172,18 @@ class Node:
             data = pack.held_by(me, config.data, {**clients, me: own}, config.seed)
         own_view = clients[me].preprocess.normalize == "own"
         told = told_by(data, me, own_view, self.site.tells.labels)
-        self.joined = Joined(run, config, data, Vault(self.folder / "runs" / _plain(run)))
+        vault = Vault(self.folder / "runs" / _plain(run), self.cipher)
+        mark = mark_of(raw, told.hash)
+        if (known := vault.read("terms")) is None:
+            vault.write("terms", mark)
+        elif known != mark:
+            raise Refused("the configuration, or this site's rows, are not those with which it began this run")
+        secret = vault.secret("noise")
+        if self.site.allows.privacy is not None:  # who guesses all rows but one could try the last against a plain hash
+            told = replace(told, hash=hmac.new(secret, told.hash.encode(), hashlib.sha256).hexdigest())
+        self.joined = Joined(run, config, data, vault, Account.of(self.log.entries(), run), SecretNoise(secret))
+        self._line["kinds"] = ["numbers of rows", "a hash of them", *(["label counts"] if told.labels else [])]
+        self._line["kinds"] += ["preprocessing"] if told.view else []
         return message("told", told_tree(told))
 
     def _pack(self, tree: Any) -> Pack | None:
@@ -137,16 +204,17 @@ class Node:
     def _roster(self, envelope: Envelope) -> Envelope:
         """Everything about the run is known now: prepare for it."""
         joined, tree = self._in(envelope), body_of(envelope)
-        told = {client: told_of(each) for client, each in tree["told"].items()}
+        told = {client: hear_told(each, joined.data.task.outputs) for client, each in tree["told"].items()}
         prepared = prepare(joined.config, data=held_at(joined.data, self.site.client, told))
         if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
             raise Refused("this site makes other clients of the configuration than the server does")
-        noise = Noise.of_a_secret(joined.vault.secret("noise"))
-        federation = replace(prepared.federation, noise=noise)
+        federation = replace(prepared.federation, noise=joined.noise)
         device = choose_device(self.site.device or joined.config.runtime.device)
         threads = min(int(tree["threads"]), self.site.threads or int(tree["threads"]))
         setup = Setup(prepared.method, federation, threads, (str(device),), 1, joined.config.runtime.precision)
         joined.worker = Worker(setup, 0)
+        joined.policy = Policy(self.site, prepared, joined.account)
+        joined.worker.site.leaving = self._leaving
         self.say(f"ready: {joined.config.name}, {joined.config.algorithm['name']}, {joined.config.rounds} rounds")
         return message("ready", fingerprint=found)
 
@@ -171,16 +239,29 @@ class Node:
         head = envelope.head
         if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
             return message("unready")
-        vault, task = self.joined.vault, told_apart(head, "task", str)
-        if told_apart(head, "expires", float) < time.time():
-            raise Refused(f"task {task[:12]} has expired")
-        if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"]["task"] == task:
-            return Envelope(known["head"], known["body"].numpy().tobytes())
-        kind, base = told_apart(head, "kind", str), told_apart(head, "base", str)
+        vault, account, task = self.joined.vault, self.joined.account, _plain(told_apart(head, "task", str))
+        kind, base = told_apart(head, "kind", str), told_apart(head, "base", str) and _plain(str(head["base"]))
+        if kind not in ("answer", "read"):
+            raise Refused(f"asked to '{kind[:20]}', which this release does not know")
         asked = Message(
             told_apart(head, "what", str), envelope.body, told_apart(head, "round", int), told_apart(head, "again", int),
             told_apart(head, "work", float),
         )  # fmt: skip
+        digest = digest_of(kind, asked, base)
+        self._line |= {"round": asked.round, "what": asked.ask[:20], "task": task, "asked": digest.hex()}
+        if told_apart(head, "expires", float) < time.time():
+            raise Refused(f"task {task[:12]} has expired")
+        if account.tasks.get(task, digest) != digest:
+            raise Refused(f"task {task[:12]} came before, and asked for something else")
+        if digest in account.answered:
+            self._line["outcome"] = AGAIN
+        assert self.joined.policy is not None  # it comes with the worker
+        if spent := self.joined.policy.check(kind, asked, digest):
+            self._line["spent"] = spent
+        if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"]["task"] == task:
+            self._line["kinds"] = ["what was answered before"]
+            return Envelope(known["head"], known["body"].numpy().tobytes())
+        self.joined.noise.task = digest
         if kind == "read":
             return self._read(asked, base, bool(head.get("details", False)), task)
         spare = [_plain(name) for name in str(head.get("spare", "")).split(",") if name]
@@ -191,7 +272,7 @@ class Node:
 
     def _answer(self, asked: Message, base: str, task: str, spare: Collection[str]) -> Envelope:
         """An exchange of the round's protocol; states to be `spare`d are those to which the server may go back."""
-        assert self.joined is not None and self.joined.worker is not None
+        assert self.joined is not None and self.joined.worker is not None and self.joined.policy is not None
         me, vault, worker = self.site.client, self.joined.vault, self.joined.worker
         notes = vault.read("notes")
         private: dict[str, bytes | None] = {me: vault.state(base)} if asked.ask == TRAIN else {}
@@ -206,18 +287,30 @@ class Node:
         reply = done.replies[me]
         if isinstance(reply, Diverged):
             return message("failed", why=str(reply), task=task)
+        self._line.setdefault("kinds", [reply.ask])  # an upload has said more of itself
+        self.joined.policy.check_size(len(reply.body), upload=True)
         state = vault.keep(done.private[me], spare) if me in done.private else base
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope({"ask": "done", "task": task, "what": reply.ask, "state": state, "check": check}, reply.body)
 
     def _read(self, asked: Message, base: str, details: bool, task: str) -> Envelope:
         """What its model is worth: scores, and what else this site tells."""
-        assert self.joined is not None and self.joined.worker is not None
+        assert self.joined is not None and self.joined.worker is not None and self.joined.policy is not None
         job = self._job("read", asked, {self.site.client: self.joined.vault.state(base)}, details)
         done = self.joined.worker.do(job)
         if done.error is not None:
             raise Refused(f"evaluation: {done.error}")
-        return message("done", reading_tree(self._told_of(done.readings[self.site.client])), task=task)
+        told = self._told_of(done.readings[self.site.client])
+        answer = message("done", reading_tree(told), task=task)
+        self.joined.policy.check_size(len(answer.body), upload=False)
+        self._line["kinds"] = ["scores", *(["confusion"] if told.confusion else []), *(["model"] if told.model else [])]
+        return answer
+
+    def _leaving(self, client: str, upload: Payload) -> None:
+        """An upload that is about to be encoded."""
+        assert self.joined is not None and self.joined.policy is not None
+        self.joined.policy.check_upload(upload)
+        self._line["kinds"] = self.joined.policy.kinds(upload)
 
     def _told_of(self, reading: Reading) -> Reading:
         tells = self.site.tells

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from hetero_fl.experiment.deployment.messages import Refused, body_of, differing, message
+from hetero_fl.experiment.deployment.messages import Refused, body_of, differing, message, reason
 from hetero_fl.experiment.deployment.talks import LOOK, SETTLE, Talk, Talks
 from hetero_fl.experiment.deployment.transport import Envelope, Transport
 from hetero_fl.runtime.executor import Absent
 
+FAREWELL = 5.0  # seconds, at most, for telling nodes that a run is over
 PATIENCE = 60.0  # seconds that a node which has gone is waited for, as long as others are there
 GREETING = 60.0  # seconds that a node may take to say who it is, before it is asked again
 NUDGE = 30.0  # seconds of silence after which a node is asked whether it is there; then twice as many, and so on
@@ -34,7 +35,7 @@ class Post:
         self.transport, self.clients, self.say = transport, frozenset(clients), say
         self.patience, self.nudge = patience, nudge
         self.node_of: dict[str, int] = {}
-        self.here: dict[str, dict[str, object]] = {}  # what each said when it came
+        self.here: dict[str, object] = {}  # what each said when it came
         self._began, self._gone = time.monotonic(), dict[str, float]()  # when somebody went
         self._refreshed = 0.0
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
@@ -71,10 +72,13 @@ class Post:
             yield ended
             del ended  # a model's worth
 
-    def close(self) -> None:
-        """Tell everybody that it is over, and let them go."""
-        for node in self.node_of.values():
-            self.transport.push(node, message("leave"), 10.0)
+    def close(self, over: bool) -> None:
+        """Let everybody go; told of it are they if the run is over: of one that was interrupted they wait for the rest."""
+        if over:
+            told = {self.transport.push(node, message("leave"), FAREWELL) for node in self.node_of.values()}
+            end = time.monotonic() + FAREWELL
+            while told and (left := end - time.monotonic()) > 0:
+                told -= self.transport.pull(told, left).keys()
         self.transport.close()
 
     # Who is there ----------------------------------------------------------------------------------------------------
@@ -111,19 +115,20 @@ class Post:
 
     def _meet(self, node: int, answer: Envelope) -> None:
         """A node has said who it is."""
-        client, why = str(answer.head.get("client", "")), differing(answer.head)
+        client, why = str(answer.head.get("client", "")), ""
+        if answer.head.get("ask") != "here":
+            why = reason(answer) if "why" in answer.head else "it does not say who it is"
+        why = why or differing(answer.head)
         if not why and client not in self.clients:
             why = "the configuration has no such client"
-        if not why and answer.head.get("ask") != "here":
-            why = str(answer.head.get("why", "it does not say who it is"))
-        said: dict[str, object] = {}
+        said: object = None
         try:
-            said = body_of(answer) if not why else {}
+            said = body_of(answer) if not why else None
         except Refused as error:
             why = str(error)
         self._met[node] = "" if why else client
         if why:
-            self.say(f"refused a node that says it is '{client}': {why}")
+            self.say(f"refused a node that says it is {client[:80]!r}: {why}")
             self.transport.push(node, message("leave", why=why), 10.0)
             return
         self.say(f"{client} is here" + (" again" if client in self.here else ""))

@@ -17,7 +17,8 @@ import torch
 from hetero_fl.channel.protocol import Direct, Message, Messages
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment.deployment.convening import Convened
-from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reading_of, reason, told_apart
+from hetero_fl.experiment.deployment.hearing import hear_reading, hear_state
+from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reason, told_apart
 from hetero_fl.experiment.deployment.talks import Talk, Talks
 from hetero_fl.experiment.deployment.transport import Envelope, Head
 from hetero_fl.runtime.checkpoint import KEPT
@@ -64,13 +65,13 @@ class Remote:
     ) -> Iterator[tuple[str, Reading | Absent]]:
         talks = {client: self._reading(client, broadcasts, round, details) for client in broadcasts}
         for client, answer in self.post.converse(talks, self.deadline, 1):
-            yield client, _read(answer)
+            yield client, self._read(client, answer)
 
     def watch(self, listener: Callable[[str], None] | None) -> None:
         self._tell = listener
 
     def close(self) -> None:
-        self.post.close()
+        """Nodes are let go by who convened them."""
 
     # Clients on machines of their own ------------------------------------------------------------------------------------
     def here(self) -> Collection[str]:
@@ -89,7 +90,7 @@ class Remote:
         for client, answer in self.post.converse(talks, self.deadline, len(talks)):
             if isinstance(answer, Absent) or answer.head.get("ask") != "kept":
                 raise RunFailed(f"{client}: it does not take the model that it should begin with: {_why(answer)}")
-            self.store.stage(client, Private(state={AT: told_apart(answer.head, "state", str)}))
+            self.store.stage(client, Private(state={AT: hear_state(told_apart(answer.head, "state", str))}))
 
     def saved(self) -> None:
         self._named.append({client: self._at(client) for client in self.store.clients()})
@@ -155,31 +156,35 @@ class Remote:
         """The name of a client's committed state."""
         return str(self.store.get(client).state.get(AT, ""))
 
+    def _read(self, client: str, answer: Envelope | Absent) -> Reading | Absent:
+        """A reading; of a client that tells something else it is left out."""
+        if isinstance(answer, Absent):
+            return answer
+        prepared = self.convened.prepared
+        try:
+            if answer.head.get("ask") != "done":
+                return Absent(reason(answer))
+            return hear_reading(body_of(answer), client, prepared.federation, prepared.method)
+        except Refused as error:
+            self.post.say(f"{client}: {error}")
+            return Absent(str(error))
+
     def _reply(self, client: str, answer: Envelope | Absent) -> Reply:
         """What a node's answer is worth; its new state is staged."""
         if isinstance(answer, Absent):
             return answer
         if answer.head.get("ask") == "failed":
-            return Diverged(str(answer.head.get("why")))
+            return Diverged(reason(answer))
         if answer.head.get("ask") != "done":
             return Absent(reason(answer))
         try:
             what, state, check = (told_apart(answer.head, name, str) for name in ("what", "state", "check"))
-            digest = bytes.fromhex(check)
+            state, digest = hear_state(state), bytes.fromhex(check)
         except (Refused, ValueError) as error:
             return Absent(f"its answer cannot be read: {error}")
         if state:
             self.store.stage(client, Private(state={AT: state}))
         return Message(what, answer.body, check=digest)
-
-
-def _read(answer: Envelope | Absent) -> Reading | Absent:
-    if isinstance(answer, Absent):
-        return answer
-    try:
-        return reading_of(body_of(answer)) if answer.head.get("ask") == "done" else Absent(reason(answer))
-    except Refused as error:
-        return Absent(str(error))
 
 
 def _why(answer: Envelope | Absent) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import Field, PositiveInt, ValidationError
 
-from hetero_fl.config.base import Section
+from hetero_fl.config.base import Section, choice
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, PreprocessConfig
 from hetero_fl.config.load import read
 from hetero_fl.config.mistakes import describe
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.errors import UserError
+from hetero_fl.experiment.deployment.limits import AllowsConfig
 
 
 class TellsConfig(Section):
@@ -21,6 +22,20 @@ class TellsConfig(Section):
     labels: bool = Field(False, description="how often each label occurs in its training rows")
     details: bool = Field(False, description="confusion matrix and calibration on its test rows")
     model: bool = Field(False, description="its model after the last round, for the run directory")
+
+
+class ServerAtConfig(Section):
+    """The server that it answers to, and how both know each other; files are relative to the site's."""
+
+    address: str = Field(pattern=r"^.+:\d+$", description="host:port")
+    authority: str | None = Field(
+        None,
+        description="the certificate of who vouches for the server; none: nothing is encrypted, for one machine alone",
+    )
+    key: str = Field("key", description="this site's private key; the server has the public one")
+    public: str | None = Field(
+        None, description="the server's public key: what it did not sign is refused; none: nothing is signed"
+    )
 
 
 class SiteConfig(Section):
@@ -38,6 +53,13 @@ class SiteConfig(Section):
     device: str | None = Field(None, description="where it computes; none: as the server's configuration has it")
     threads: PositiveInt | None = Field(None, description="at most so many; none: as many as the server says")
     tells: TellsConfig = TellsConfig()
+    allows: AllowsConfig = AllowsConfig()
+    encrypt: str | None = Field(
+        None,
+        description="file with the key under which its folder is encrypted, made if it is not there; relative to this file",
+    )
+    server: ServerAtConfig | None = Field(None, description="whom it answers; `hetero-fl node` needs it")
+    logs: choice("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
 
     def settings(self) -> dict[str, Any]:
         """What of a client's settings it decides itself."""
@@ -57,4 +79,13 @@ def load_site(path: str | Path) -> tuple[SiteConfig, Path]:
     if site.data is not None and site.data.path is not None and not Path(site.data.path).is_absolute():
         own = site.data.model_copy(update={"path": str((path.parent / site.data.path).resolve())})
         site = site.model_copy(update={"data": own})
+    if site.encrypt is not None:
+        site = site.model_copy(update={"encrypt": str((path.parent / site.encrypt).resolve())})
+    if site.server is not None:
+        files = {
+            n: str((path.parent / f).resolve())
+            for n in ("authority", "key", "public")
+            if (f := getattr(site.server, n)) is not None
+        }
+        site = site.model_copy(update={"server": site.server.model_copy(update=files)})
     return site, (path.parent / site.folder).resolve()

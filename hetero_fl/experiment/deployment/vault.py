@@ -41,9 +41,14 @@ class Cipher:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(AESGCM.generate_key(256))
-        key = path.read_bytes()
+        try:
+            key = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: the key cannot be read ({error.strerror})") from None
         if len(key) != 32:
             raise UserError(f"{path}: found {len(key)} bytes; a key has 32")
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            raise UserError(f"{path}: others can read this key; chmod 600 {path}")
         return cls(key)
 
     def seal(self, data: bytes, name: str) -> bytes:
@@ -61,6 +66,7 @@ class Vault:
     def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
         self.folder, self.cipher = folder, cipher
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
 
     def state(self, name: str) -> bytes:
         """A private state by its name; none has the empty one. Raises Lost if it is not there, or damaged."""
@@ -94,15 +100,18 @@ class Vault:
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a file in one step."""
-        write_atomically(self.folder / name, data if self.cipher is None else self.cipher.seal(data, name))
+        data = data if self.cipher is None else self.cipher.seal(data, name)
+        write_atomically(self.folder / name, data, private=True)
 
     def drop(self, name: str) -> None:
         """Remove a file, if it is there."""
         (self.folder / name).unlink(missing_ok=True)
 
     def secret(self, name: str) -> bytes:
-        """256 bits of the system's, drawn once and kept."""
+        """256 bits of the system's, drawn once and kept. Raises UserError if they are there and cannot be read."""
         found = self.read(name)
+        if found is None and (self.folder / name).exists():
+            raise UserError(f"{self.folder / name}: it cannot be opened with this key, or was damaged")
         if found is None:
             found = secrets.token_bytes(32)
             self.write(name, found)

@@ -1,0 +1,63 @@
+"""What `train`, `federate` and `server` have alike: which run, where, whether it is gone on with."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hetero_fl.errors import UserError
+
+if TYPE_CHECKING:
+    from hetero_fl.reporting.run import Run
+
+
+def options_of_run(parser: argparse.ArgumentParser) -> None:
+    """A configuration, changes to it, a run directory."""
+    told = "YAML or JSON; with --resume, by default that of the run in --out"
+    parser.add_argument("--config", "-c", "--conf", type=Path, metavar="FILE", help=told)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the configuration")
+    parser.add_argument("--out", type=Path, help="run directory (default: runs/<name>-<timestamp>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    parser.add_argument(
+        "--check", action="store_true", help="print the resolved configuration and what the run will cost"
+    )
+
+
+def check_run(options: argparse.Namespace) -> Path | None:
+    """The configuration of the run that is asked for; None if it was only to be checked, and is. Raises UserError."""
+    if options.resume and options.out is None:
+        raise UserError("--resume: which run? name its directory with --out")
+    begun = options.resume and (options.out / "config.yaml").is_file()
+    if options.config is None and not begun:
+        if options.resume:
+            raise UserError(
+                f"--out: {options.out} is no run to go on with{_nearby(options.out)} (a new one needs --config)"
+            )
+        raise UserError("--config is missing: name a file (see --help)")
+    source: Path = options.config or options.out / "config.yaml"
+    if options.check:
+        from hetero_fl.cli.check import print_check
+        from hetero_fl.experiment import prepare
+
+        print_check(prepare(source, options.overrides))
+        return None
+    if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
+        print(f"nothing to resume in {options.out}: starting{_nearby(options.out)}", file=sys.stderr)
+    return source
+
+
+def print_finished(finished: Run) -> None:
+    """Where the results of a run are."""
+    if (finished.path / "report.html").exists():
+        print(f"report: {finished.path / 'report.html'}", file=sys.stderr)
+    print(finished.path)
+
+
+def _nearby(out: Path) -> str:
+    """A run directory beside it whose name is nearly that of one that is not there."""
+    runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
+    close = get_close_matches(out.name, runs, n=1)
+    return f"; did you mean {out.parent / close[0]}?" if close else ""

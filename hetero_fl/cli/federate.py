@@ -1,0 +1,31 @@
+"""`hetero-fl federate`: what `train` does, by a real federation on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from hetero_fl.beside import Beside
+from hetero_fl.cli.asked import check_run, options_of_run, print_finished
+
+NURSERY = "hetero_fl.experiment.deployment.nursery"
+
+
+def setup(parser: argparse.ArgumentParser) -> None:
+    """The command's options: those of `train`."""
+    options_of_run(parser)
+    parser.set_defaults(carry_out=carry_out)
+
+
+def carry_out(options: argparse.Namespace) -> int:
+    """Parse, call, print."""
+    if (source := check_run(options)) is None:
+        return 0
+    nursery = Beside(NURSERY)  # before torch is loaded here: the nodes load it in the same time
+    with nursery:
+        from hetero_fl.experiment.deployment.local import federate
+
+        finished = federate(
+            source, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False, nursery=nursery
+        )
+    print_finished(finished)
+    return 0

@@ -1,0 +1,80 @@
+"""`hetero-fl server` and `hetero-fl node`: the two sides of a federation, for machines of their own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hetero_fl.cli.asked import check_run, options_of_run, print_finished
+from hetero_fl.errors import UserError
+
+MAKES = "`hetero-fl certificates` makes one"
+
+
+def setup_server(parser: argparse.ArgumentParser) -> None:
+    """The command's options: those of `train`, and the server's own file."""
+    options_of_run(parser)
+    parser.add_argument("--server", type=Path, metavar="FILE", help=f"where it listens, who may come; {MAKES}")
+    parser.set_defaults(carry_out=_serve)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if (source := check_run(options)) is None:
+        return 0
+    if options.server is None:
+        raise UserError(f"--server is missing: name a file ({MAKES})")
+    from hetero_fl.experiment.deployment.presiding import preside
+
+    asked = {"out": options.out, "resume": options.resume, "overrides": options.overrides}
+    print_finished(preside(source, options.server, **asked))
+    return 0
+
+
+def setup_node(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--site", type=Path, metavar="FILE", help=f"this site's own file; {MAKES}")
+    parser.add_argument("--once", action="store_true", help="end when a run is over (default: wait for the next one)")
+    parser.add_argument(
+        "--audit", type=Path, metavar="FILE", help="print a node's log, audit.jsonl in its folder, and check it"
+    )
+    parser.set_defaults(carry_out=_attend)
+
+
+def _attend(options: argparse.Namespace) -> int:
+    if options.audit is not None:
+        return _audit(options.audit)
+    if options.site is None:
+        raise UserError(f"--site is missing: name a file ({MAKES}); or --audit")
+    from hetero_fl.experiment.deployment.attending import attend
+
+    return 130 if attend(options.site, options.once) else 0
+
+
+def _audit(path: Path) -> int:
+    from hetero_fl.experiment.deployment.audit_log import shown, totals, verify
+
+    entries = verify(path)
+    print(*shown(entries), sep="\n")
+    sums = totals(entries)
+    print(f"whole: {len(entries):,} messages; of tasks {sums.down:,} bytes came, {sums.up:,} went")
+    return 0
+
+
+def setup_certificates(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="a new folder: one for the server in it, one for each site"
+    )
+    parser.add_argument(
+        "--host", action="append", required=True, metavar="NAME", help="name or address of the server (several: again)"
+    )
+    parser.add_argument("--clients", required=True, metavar="A,B,…", help="the clients of the configuration")
+    parser.set_defaults(carry_out=_equip)
+
+
+def _equip(options: argparse.Namespace) -> int:
+    from hetero_fl.experiment.deployment.equipment import equip
+
+    for path in equip(options.folder, options.host, [name.strip() for name in options.clients.split(",")]):
+        print(path)
+    return 0

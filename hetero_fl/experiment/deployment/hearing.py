@@ -1,0 +1,241 @@
+"""What nodes tell is taken apart here: of the right form, in bounds, and about what was asked, or it is refused in one line.
+
+Scores cannot be checked for truth: only a node sees its test rows. But they can be kept from being anything else than scores.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.architecture import frozen
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.mistakes import describe
+from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.private import Told
+from hetero_fl.errors import UserError
+from hetero_fl.experiment.deployment.messages import Refused
+from hetero_fl.metrics import SMALLER_IS_BETTER, metric_names
+from hetero_fl.registry import OWN
+from hetero_fl.runtime.beside import STRETCH
+from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.site import READINGS, Reading, Scores
+from hetero_fl.saved import SavedModel
+from hetero_fl.state import Card
+from hetero_fl.task import Task
+
+OWN_SETTINGS = ("model", "preprocess", "augment", "shares")  # of a client, which its site decides
+MOST_ROWS = 2**40
+LONGEST = 128  # characters of a name
+MOST_NAMES = 32
+BINS = 15  # of a calibration
+FREE = ("r2",)  # metrics that may be below nought
+HEARD = {"scores", "confusion", "calibration", "baselines", "forecast", "triggered", "model"}
+
+
+def hear_settings(tree: Any, names: Collection[str]) -> dict[str, Any]:
+    """What a node decides itself of its client's settings. `names`: python:module:Name that the server's own configuration has; a
+    node has it run no others. Raises Refused."""
+    found = tree.get("settings") if isinstance(tree, dict) else None
+    if not isinstance(found, dict) or (odd := set(found) - set(OWN_SETTINGS)):
+        raise Refused(
+            f"it wants to decide {', '.join(sorted(odd)) if isinstance(found, dict) else 'nobody knows what'}"[:200]
+        )
+    for key, value in strings(found):
+        if value.startswith(OWN) and value not in names:
+            raise Refused(f"{key}: found {value[:LONGEST]}, code that this server's configuration does not name")
+    try:
+        ClientSettings.model_validate(found)
+    except ValidationError as error:
+        raise Refused(describe(error, found, ClientSettings)) from None
+    return found
+
+
+def hear_state(name: str) -> str:
+    """The name of a private state: a SHA-256, or none. Raises Refused."""
+    if name and not (len(name) == 64 and set(name) <= set("0123456789abcdef")):
+        raise Refused(f"found the state {name[:LONGEST]!r}")
+    return name
+
+
+def strings(tree: object, at: str = "") -> Iterator[tuple[str, str]]:
+    """All strings of a tree, keys too, and where they stand."""
+    if isinstance(tree, str):
+        yield at, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from strings(str(key), at)
+            yield from strings(value, f"{at}.{key}" if at else str(key))
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from strings(value, f"{at}.{number}" if at else str(number))
+
+
+def hear_told(tree: Any, outputs: int) -> Told:
+    """What a client tells of its rows. `outputs`: of the task. Raises Refused."""
+    try:
+        rows = {name: _whole(tree["rows"][name], MOST_ROWS) for name in ("train", "validation", "test")}
+        if not rows["train"]:
+            raise Refused("it tells of no rows to train on")
+        labels = None if tree["labels"] is None else tuple(float(_number(n, 0.0)) for n in tree["labels"])
+        if labels is not None and len(labels) != outputs:
+            raise Refused(f"it tells counts of {len(labels)} labels; the task has {outputs}")
+        view = None if tree["view"] is None else Preprocess(**{k: frozen(v) for k, v in tree["view"].items()})
+        for number in (view.mean, view.std) if view is not None else ():
+            for each in number if isinstance(number, tuple) else (number,):
+                _number(0.0 if each is None else each, -math.inf)
+        return Told(rows, _name(tree["hash"]), view, labels)
+    except Refused as error:
+        raise Refused(f"what it tells of its rows is refused: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(f"what it tells of its rows cannot be read ({type(error).__name__}: {error})") from None
+
+
+def hear_reading(tree: Any, client: str, federation: Federation, method: Algorithm) -> Reading:
+    """What a client tells of its model. Raises Refused."""
+    try:
+        return _reading(tree, federation.task, federation.cards[client], method)
+    except (Refused, UserError) as error:
+        raise Refused(f"its reading is refused: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise Refused(f"its reading cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _reading(tree: Any, task: Task, card: Card, method: Algorithm) -> Reading:
+    if set(tree) != HEARD:
+        raise Refused(f"found {', '.join(sorted(map(str, tree)))[:120]}")
+    if tree["triggered"] is not None:
+        raise Refused("it tells of a trigger; nobody lies in a federation")
+    model = tree["model"]
+    return Reading(
+        scores=_by_name(tree["scores"], READINGS, lambda s: _scores(s, task)),
+        confusion=_by_name(tree["confusion"], READINGS, lambda c: _confusion(c, task)),
+        calibration=_by_name(tree["calibration"], READINGS, _calibration),
+        baselines=_by_name(tree["baselines"], READINGS, lambda each: _by_name(each, None, lambda s: _scores(s, task))),
+        forecast=_forecast(tree["forecast"], task),
+        model=b"" if model is None else _model(model, task, card, method),
+    )
+
+
+def _scores(found: Any, task: Task) -> Scores:
+    known = metric_names(task)
+
+    def one(name: str, value: Any) -> float | None:
+        least = -math.inf if name in FREE else 0.0
+        most = math.inf if name in SMALLER_IS_BETTER else 1.0 + 1e-9
+        return None if value is None else _number(value, least, most)
+
+    return {name: one(name, value) for name, value in _named(found, known).items()}
+
+
+def _confusion(found: Any, task: Task) -> list[Any]:
+    n = task.outputs
+    shape = (n, n) if task.kind == "multiclass" else (n, 2, 2)
+    return _table(found, shape, lambda v: _whole(v, MOST_ROWS))
+
+
+def _calibration(found: Any) -> dict[str, Any]:
+    named = _named(found, ("ece", "confidence", "accuracy", "count"))
+
+    def share(value: Any) -> float | None:
+        return None if value is None else _number(value, 0.0, 1.0 + 1e-9)
+
+    bins = {name: _table(named[name], (BINS,), share) for name in ("confidence", "accuracy")}
+    return {
+        "ece": share(named["ece"]),
+        **bins,
+        "count": _table(named["count"], (BINS,), lambda v: _whole(v, MOST_ROWS)),
+    }
+
+
+def _forecast(found: Any, task: Task) -> dict[str, Any]:
+    if not found:
+        return {}
+    named = _named(found, ("time", "truth", "predicted", "baselines"))
+    rows = len(named["time"])
+    if not 0 < rows <= STRETCH:
+        raise Refused(f"a forecast of {rows} rows")
+
+    def columns(values: Any) -> list[Any]:
+        return _table(values, (task.outputs, rows), lambda v: _number(v, -math.inf))
+
+    return {
+        "time": _table(named["time"], (rows,), lambda v: _number(v, -math.inf)),
+        "truth": columns(named["truth"]),
+        "predicted": columns(named["predicted"]),
+        "baselines": _by_name(named["baselines"], None, columns),
+    }
+
+
+def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
+    """A model of the kind that this client has, in a file that can be read."""
+    if not isinstance(found, Tensor):
+        raise Refused("a model that is no bytes")
+    data = found.numpy().tobytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        path.write_bytes(data)
+        try:
+            saved = SavedModel.load(path)
+        except UserError:
+            raise Refused("what should be its model is none") from None
+    if saved.task != task or saved.arch not in (card.arch, *method.extras(card.arch).values()):
+        raise Refused(f"a model of another kind than it has ({saved.arch.name[:LONGEST]})")
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}
+    if any(saved.arch.shapes.get(name) != shape for name, shape in shapes.items()):
+        raise Refused("a model whose tensors are not those of its kind")
+    if saved.arch.parameter_names - shapes.keys():
+        raise Refused("a model of which tensors are missing")
+    if not all(bool(t.isfinite().all()) for t in saved.tensors.values() if t.is_floating_point()):
+        raise Refused("a model that is not finite")
+    return data
+
+
+# Pieces --------------------------------------------------------------------------------------------------------------
+def _named(found: Any, known: tuple[str, ...]) -> Mapping[str, Any]:
+    if not isinstance(found, dict) or set(found) != set(known):
+        what = ", ".join(map(str, found))[:120] if isinstance(found, dict) else type(found).__name__
+        raise Refused(f"found {what}; expected {', '.join(known)}")
+    return found
+
+
+def _by_name(found: Any, known: Mapping[str, Any] | None, each: Callable[[Any], Any]) -> dict[str, Any]:
+    if not isinstance(found, dict) or len(found) > MOST_NAMES:
+        raise Refused(f"found {type(found).__name__}, not a few named values")
+    if known is not None and (odd := [name for name in found if name not in known]):
+        raise Refused(f"found {odd[0][:LONGEST]!r}; expected {', '.join(known)}")
+    return {_name(name): each(value) for name, value in found.items()}
+
+
+def _name(found: Any) -> str:
+    if not isinstance(found, str) or not found.isprintable() or not 0 < len(found) <= LONGEST:
+        raise Refused(f"found the name {str(found)[:LONGEST]!r}")
+    return found
+
+
+def _number(found: Any, least: float, most: float = math.inf) -> float:
+    """As it was told, to the bit."""
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        raise Refused(f"found {str(found)[:LONGEST]!r}, no finite number")
+    if not least <= found <= most:
+        raise Refused(f"found {found:g}; expected {least:g} to {most:g}")
+    return found
+
+
+def _whole(found: Any, most: int) -> int:
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found <= most:
+        raise Refused(f"found {str(found)[:LONGEST]!r}, no number of rows")
+    return found
+
+
+def _table(found: Any, shape: tuple[int, ...], each: Callable[[Any], Any]) -> list[Any]:
+    if not isinstance(found, list) or len(found) != shape[0]:
+        raise Refused(f"found another form than {' by '.join(map(str, shape))} numbers")
+    return [each(value) if len(shape) == 1 else _table(value, shape[1:], each) for value in found]

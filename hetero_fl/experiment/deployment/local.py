@@ -1,0 +1,83 @@
+"""A real federation on one machine: server, transport and a process for each client, all of it gone when the run is."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hetero_fl.beside import Beside
+from hetero_fl.config import Config, expand, load_config, resolved
+from hetero_fl.experiment.course import Callback
+from hetero_fl.experiment.deployment.certificates import make_node_key
+from hetero_fl.experiment.deployment.identity import ServerKeys
+from hetero_fl.experiment.deployment.serving import check_deployable, serve
+from hetero_fl.experiment.deployment.transport import Transport
+from hetero_fl.experiment.single import default_out
+from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.rundir import SITES, check_vacant, locked
+
+NURSERY = "hetero_fl.experiment.deployment.nursery"
+TELLS = {"labels": True, "details": True, "model": True}  # all of it: nobody is a stranger here
+
+
+def federate(
+    source: str | Path | Mapping[str, Any] | Config,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = True,
+    nursery: Beside | None = None,
+) -> Run:
+    """`hetero_fl.experiment.run`, carried out by a process for each client; what these keep is in `OUT/sites`.
+
+    `nursery`: the process that starts them, if it has been begun already.
+
+    Raises:
+        UserError, RunFailed, Interrupted: as `run` does; Flower is not installed.
+    """
+    from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink
+
+    with nursery or Beside(NURSERY) as nursery, ExitStack() as stack:
+        config = load_config(source, overrides)
+        check_deployable(config)
+        path = default_out(config) if out is None else Path(out)
+        if resume and (path / "config.yaml").exists():
+            with locked(path):  # nobody else is at work there
+                pass
+        else:
+            check_vacant(path)
+        nursery.tell(resolved(config))
+        superlink = Superlink()
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
+        own = make_node_key(scratch / "server")
+        keys, sites = {}, []
+        for client in expand(config.clients):
+            keys[client] = make_node_key(scratch / client / "key").public_key()
+            about = {"address": superlink.address, "key": "key", "public": str(scratch / "server.pub")}
+            folder = str((path / SITES / client).resolve())
+            sites.append(scratch / client / "site.yaml")
+            sites[-1].write_text(yaml.safe_dump({"client": client, "folder": folder, "tells": TELLS, "server": about}))
+        transport = _Watched(FlowerTransport(superlink, keys), nursery)
+        nursery.tell([str(site) for site in sites])
+        return serve(
+            config, transport, out=path, resume=resume, callbacks=callbacks, quiet=quiet, keys=ServerKeys(own, keys)
+        )
+
+
+class _Watched:
+    """A transport to nodes that are our own: it fails when they do, instead of waiting for them."""
+
+    def __init__(self, transport: Transport, nursery: Beside) -> None:
+        self._transport, self._nursery = transport, nursery
+        self.push, self.pull, self.close = transport.push, transport.pull, transport.close
+
+    def nodes(self) -> Collection[int]:
+        self._nursery.check()
+        return self._transport.nodes()

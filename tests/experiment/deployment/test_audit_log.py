@@ -1,0 +1,130 @@
+"""The audit log: whatever is done to its lines is found, and named by line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hetero_fl.errors import UserError
+from hetero_fl.experiment.deployment.audit_log import AuditLog, shown, totals, verify
+
+Lines = list[bytes]
+
+
+def written(path: Path, count: int = 6) -> Path:
+    log = AuditLog(path)
+    for i in range(count):
+        log.append(
+            run="r", round=i, ask="do", what="train", out=10 + i, kinds=["model: params"], outcome="done", **{"in": i}
+        )
+    return path
+
+
+def changed(line: bytes) -> bytes:
+    return json.dumps({**json.loads(line), "out": 0}, ensure_ascii=False).encode() + b"\n"
+
+
+FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
+    "the first is changed": (lambda ls: [changed(ls[0]), *ls[1:]], "line 1: it was changed"),
+    "one in the middle is changed": (lambda ls: [*ls[:2], changed(ls[2]), *ls[3:]], "line 3: it was changed"),
+    "the last is changed": (lambda ls: [*ls[:-1], changed(ls[-1])], "line 6: it was changed"),
+    "one is no JSON": (lambda ls: [*ls[:3], b"\n", *ls[4:]], "line 4: it was changed"),
+    "the first is removed": (lambda ls: ls[1:], "line 1: found number 2"),
+    "one is removed": (lambda ls: [*ls[:3], *ls[4:]], "line 4: found number 5"),
+    "two are swapped": (lambda ls: [ls[0], ls[2], ls[1], *ls[3:]], "line 2: found number 3"),
+    "the last is cut off": (lambda ls: ls[:-1], "line 6: 6 lines were written, 5 are there"),
+    "all are gone": (lambda ls: [], "line 1: 6 lines were written, 0 are there"),
+    "the end is half a line": (lambda ls: [*ls[:-1], ls[-1][:20]], "line 6: 6 lines were written"),
+    "one is put to it twice": (lambda ls: [*ls, ls[-1]], "line 7: found number 6"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_done_to_a_line_is_found(fault: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "audit.jsonl")
+    assert len(verify(path)) == 6
+    change, said = FAULTS[fault]
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    for reads in (verify, AuditLog):
+        with pytest.raises(UserError) as caught:
+            reads(path)
+        assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_every_single_bit_counts(tmp_path: Path) -> None:
+    path = written(tmp_path / "audit.jsonl", 3)
+    data, draws = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        at, bit = draws.randrange(len(data)), 1 << draws.randrange(8)
+        path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+        with pytest.raises(UserError, match="line"):
+            verify(path)
+
+
+@pytest.mark.parametrize("head", [b"", b"5 " + b"a" * 64 + b"\n", b"junk\n", None])
+def test_the_head_is_not_to_be_touched_either(head: bytes | None, tmp_path: Path) -> None:
+    path = written(tmp_path / "audit.jsonl")
+    there = tmp_path / "audit.jsonl.head"
+    there.unlink()
+    if head is not None:
+        there.write_bytes(head)
+    with pytest.raises(UserError, match="line"):
+        verify(path)
+
+
+def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
+    """It may have written a line and not the head, or half a line."""
+    path = written(tmp_path / "audit.jsonl")
+    head = (tmp_path / "audit.jsonl.head").read_bytes()
+    AuditLog(path).append(ask="do", outcome="done", out=1, **{"in": 1})
+    (tmp_path / "audit.jsonl.head").write_bytes(head)
+    assert len(verify(path)) == 7
+    with path.open("ab") as file:
+        file.write(b'{"n": 8, "ti')
+    assert len(verify(path)) == 7
+    log = AuditLog(path)
+    log.append(ask="do", outcome="done", out=1, **{"in": 1})
+    assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries()) == 8
+
+
+def test_two_writers_make_one_chain(tmp_path: Path) -> None:
+    """A node that was given up and its successor may both still write."""
+    path = tmp_path / "audit.jsonl"
+    one, other = AuditLog(path), AuditLog(path)
+    for log in (one, other, one, other):
+        log.append(ask="do", outcome="done", out=1, **{"in": 1})
+    assert len(verify(path)) == 4
+
+
+def test_only_its_owner_may_read_it_and_people_can(tmp_path: Path) -> None:
+    path = written(tmp_path / "state" / "audit.jsonl", 2)
+    assert all(os.stat(p).st_mode & 0o077 == 0 for p in (path, path.parent, path.with_name("audit.jsonl.head")))
+    lines = shown(verify(path))
+    assert "round 2" in lines[1] and "do train" in lines[1] and "1 in, 11 out (model: params)" in lines[1]
+
+
+def test_totals_count_each_task_once(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    common = {"run": "r", "round": 0, "in": 5}
+    log.append(ask="terms", out=99, outcome="told", **common)
+    train = {"ask": "do", "what": "train", **common}
+    log.append(out=0, outcome="unready", **train)
+    log.append(out=0, outcome="lost: it is not here", asked="a0", **train)
+    log.append(out=7, outcome="done", asked="a", **train)
+    log.append(out=7, outcome="again", asked="a", **train)
+    log.append(out=0, outcome="refused: no", asked="b", **train)
+    log.append(out=9, outcome="done", asked="b", **train)
+    log.append(out=3, outcome="done", asked="c", **{**train, "what": "read"})
+    log.append(out=1, outcome="done", asked="d", **{**train, "run": "another"})
+    found = totals(log.entries(), "r")
+    assert (found.up, found.down) == (16, 15)
+
+
+def test_a_missing_log_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        verify(tmp_path / "audit.jsonl")

@@ -1,0 +1,128 @@
+"""The files of a server and of its sites: what is made, and what is wrong with one, in a line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.cli import main
+from hetero_fl.errors import UserError
+from hetero_fl.experiment.deployment.certificates import (
+    ServerFiles,
+    check_server_files,
+    load_node_key,
+    load_public_key,
+    public_bytes,
+)
+from hetero_fl.experiment.deployment.server_file import load_server
+from hetero_fl.experiment.deployment.site_file import load_site
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "net"
+    assert (
+        main(
+            ["certificates", str(folder), "--host", "fl.example.org", "--host", "10.0.0.7", "--clients", "north, south"]
+        )
+        == 0
+    )
+    return folder
+
+
+def test_what_is_made_fits_together(net: Path) -> None:
+    server = load_server(net / "server" / "server.yaml")
+    assert (server.host, server.port, list(server.nodes)) == ("0.0.0.0", 9092, ["north", "south"])
+    assert server.certificates is not None
+    files = ServerFiles(*(Path(server.certificates.model_dump()[name]) for name in ("authority", "certificate", "key")))
+    check_server_files(files, ["fl.example.org", "10.0.0.7"])
+    for client, public in server.nodes.items():
+        site, folder = load_site(net / client / "site.yaml")
+        assert site.client == client and folder == (net / client / "state").resolve() and site.server is not None
+        assert site.server.address == "fl.example.org:9092"
+        key = load_node_key(Path(site.server.key))
+        assert public_bytes(key.public_key()) == public_bytes(load_public_key(Path(public)))
+        assert site.server.authority is not None and site.server.public is not None and server.key is not None
+        signs = load_node_key(Path(server.key)).public_key()
+        assert public_bytes(signs) == public_bytes(load_public_key(Path(site.server.public)))
+        assert Path(site.server.authority).read_bytes() == (net / "server" / "authority.pem").read_bytes()
+    secret = [path for path in net.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()]
+    assert {str(path.relative_to(net)) for path in secret} == {
+        "authority/authority.key", "server/server.key", "server/sign", "north/key", "south/key",
+    }  # fmt: skip
+    if os.name == "posix":
+        assert all(path.stat().st_mode & 0o077 == 0 for path in secret)
+
+
+@pytest.mark.parametrize(
+    ("clients", "line"),
+    [("north,../south", "'../south'"), ("server,north", "'server'"), ("a,a", "'a' is named twice"), ("", "found ''")],
+)
+def test_names_that_are_none(clients: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certificates", str(tmp_path / "net"), "--host", "here", "--clients", clients]) == 2
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == 1 and not (tmp_path / "net").exists()
+
+
+def test_nothing_is_overwritten(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certificates", str(net), "--host", "here", "--clients", "north"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+SERVER: dict[str, Any] = {"nodes": {"north": "north.pub"}}
+SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"prot": 1}, "prot: unknown key; did you mean 'port'?"),
+        ({"port": 70000}, "port: found 70000; should be less than or equal to 65535"),
+        ({"nodes": {}}, "nodes: found {}; Dictionary should have at least 1 item"),
+        ({"nodes": ["north"]}, "nodes: found ['north']"),
+        ({"certificates": "server.pem"}, "certificates: found 'server.pem'; a table was meant"),
+        ({"certificates": {"certificat": "a"}}, "certificates.certificat: unknown key; did you mean 'certificate'?"),
+        ({"wait": -1}, "wait: found -1"),
+        ({"logs": "jsn"}, "logs: found 'jsn'; did you mean 'json'?"),
+        ({"metrics": {"port": "x"}}, "metrics.port: found 'x'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_servers_file_is_one_line(change: dict[str, Any], line: str, tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(yaml.safe_dump({**SERVER, **change}))
+    with pytest.raises(UserError) as raised:
+        load_server(path)
+    assert str(raised.value).startswith(f"{path}: {line}") and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"clint": "north"}, "clint: unknown key; did you mean 'client'?"),
+        ({"server": {"adress": "here:1"}}, "server.adress: unknown key; did you mean 'address'?"),
+        ({"server": {"address": "here"}}, "server.address: found 'here'"),
+        ({"server": {}}, "server.address: missing"),
+        ({"logs": "yaml"}, "logs: found 'yaml'; choose from json, text"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_sites_file_is_one_line(change: dict[str, Any], line: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump({**SITE, **change}))
+    with pytest.raises(UserError) as raised:
+        load_site(path)
+    assert str(raised.value).startswith(f"{path}: {line}") and "\n" not in str(raised.value)
+
+
+def test_a_client_without_a_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(yaml.safe_dump({"nodes": {"north": "north.pub", "suoth": "south.pub"}}))
+    server = load_server(path)
+    server.check_clients(["north"], path)  # others may be there for other runs
+    with pytest.raises(
+        UserError, match=r"nodes: no key for 'south', a client of the configuration; did you mean 'suoth'\?"
+    ):
+        server.check_clients(["north", "south"], path)

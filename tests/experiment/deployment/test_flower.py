@@ -1,0 +1,267 @@
+"""Messages over Flower, with its SuperLink as a process: what comes through, and what is left when somebody dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.deployment.certificates import load_node_key, make_node_key, make_server_files, public_bytes
+from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink, serve
+from hetero_fl.experiment.deployment.flower.installed import check_installed
+from hetero_fl.experiment.deployment.flower.superlink import _taken
+from hetero_fl.experiment.deployment.transport import Envelope, Handle
+
+SOON = 60.0  # seconds; this machine may be busy
+
+
+class Keys(dict[str, EllipticCurvePrivateKey]):
+    """Of nodes, by name; and where they lie."""
+
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    folder = tmp_path_factory.mktemp("keys")
+    keys = Keys({name: make_node_key(folder / name) for name in ("north", "south", "stranger")})
+    keys.folder = folder
+    return keys
+
+
+def over(superlink: Superlink, keys: Keys) -> FlowerTransport:
+    return FlowerTransport(superlink, {name: keys[name].public_key() for name in ("north", "south")})
+
+
+@pytest.fixture(scope="module")
+def transport(keys: Keys) -> Iterator[FlowerTransport]:
+    made = over(Superlink(), keys)
+    yield made
+    made.close()
+
+
+@contextmanager
+def node(address: str, key: EllipticCurvePrivateKey, handle: Handle, **more: object) -> Iterator[None]:
+    """A node in a thread."""
+    stop = threading.Event()
+    thread = threading.Thread(target=serve, args=(handle, address, key), kwargs={"stop": stop, **more})
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def until(what: Callable[[], object]) -> None:
+    end = time.monotonic() + SOON
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def who(transport: FlowerTransport, name: str) -> int:
+    """The number of a node, waited for."""
+    until(lambda: name in transport.names().values())
+    return next(number for number, other in transport.names().items() if other == name)
+
+
+def answer(transport: FlowerTransport, message: str) -> Envelope | None:
+    end = time.monotonic() + SOON
+    while time.monotonic() < end:
+        if got := transport.pull([message], 1.0):
+            return got[message]
+    raise AssertionError("no answer, and no word that there will be none")
+
+
+def test_messages_go_both_ways(transport: FlowerTransport, keys: Keys) -> None:
+    head = {"text": "ä", "whole": -(2**60), "real": 0.1, "truth": True, "bytes": b"\0\xff"}
+    bodies = [b"", b"x", os.urandom(12_000_000)]
+    address = transport._superlink.address
+    with (
+        node(address, keys["north"], lambda e: Envelope({**e.head, "by": "north"}, e.body[::-1])),
+        node(address, keys["south"], lambda e: Envelope({**e.head, "by": "south"}, e.body)),
+    ):
+        there = {name: who(transport, name) for name in ("north", "south")}
+        for body in bodies:
+            sent = {transport.push(number, Envelope(head, body), SOON): name for name, number in there.items()}
+            for message, name in sent.items():
+                assert answer(transport, message) == Envelope(
+                    {**head, "by": name}, body[::-1] if name == "north" else body
+                )
+    until(lambda: not transport.nodes())  # who stops says so
+
+
+def test_what_never_comes(transport: FlowerTransport, keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
+    def handle(envelope: Envelope) -> Envelope:
+        if envelope.head["do"] == "fail":
+            raise ValueError("on purpose")
+        time.sleep(1.5)
+        return envelope
+
+    with node(transport._superlink.address, keys["north"], handle):
+        north = who(transport, "north")
+        assert answer(transport, transport.push(north, Envelope({"do": "fail"}), SOON)) is None
+        assert "on purpose" in caplog.text
+        assert answer(transport, transport.push(north, Envelope({"do": "be late"}), 0.5)) is None
+        assert answer(transport, transport.push(north, Envelope({"do": "be in time"}), SOON)) is not None
+    assert transport.pull([transport.push(north + 1, Envelope(), SOON)], 0.0) != {}
+    assert transport.pull(["of another run"], 0.0) == {"of another run": None}
+    began = time.monotonic()
+    assert transport.pull([], 5.0) == {} and time.monotonic() - began < 1.0
+
+
+def never_answers(address: str, key: Path, memory: Path, busy: Path) -> None:
+    """A node in a process of its own, to be killed at work."""
+
+    def handle(_: Envelope) -> Envelope:
+        busy.touch()
+        time.sleep(1000)
+        raise AssertionError
+
+    serve(handle, address, load_node_key(key), memory=memory)
+
+
+def test_a_node_that_is_killed_comes_back(transport: FlowerTransport, keys: Keys, tmp_path: Path) -> None:
+    address, memory, busy = transport._superlink.address, tmp_path / "memory", tmp_path / "busy"
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=never_answers, args=(address, keys.folder / "south", memory, busy), daemon=True)
+    try:
+        process.start()
+        south = who(transport, "south")
+        lost = transport.push(south, Envelope(), 1000)
+        until(busy.exists)
+        assert transport.pull([lost], 1.5) == {}  # it works, as far as anybody knows
+    finally:
+        process.kill()
+        process.join()
+    with node(address, keys["south"], lambda envelope: envelope, memory=memory):
+        began = time.monotonic()
+        assert answer(transport, lost) is None  # what it had been given died with it
+        assert time.monotonic() - began < 10.0  # sooner than the heartbeat tells
+        assert who(transport, "south") == south  # recognised
+        assert answer(transport, transport.push(south, Envelope({"a": 1}), SOON)) == Envelope({"a": 1})
+
+
+def test_a_superlink_that_is_killed_is_replaced(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hetero_fl.experiment.deployment.flower import superlink as module
+
+    monkeypatch.setattr(module, "TOO_SOON", 0.0)
+    transport, go_on = over(Superlink(), keys), threading.Event()
+
+    def handle(envelope: Envelope) -> Envelope:
+        if envelope.head:
+            go_on.wait(SOON)
+        return envelope
+
+    try:
+        with node(transport._superlink.address, keys["north"], handle):
+            under_way = transport.push(who(transport, "north"), Envelope({"slow": True}), SOON)
+            assert transport.pull([under_way], 1.0) == {}
+            os.kill(transport._superlink.pid, signal.SIGKILL)
+            assert answer(transport, under_way) is None
+            go_on.set()
+            assert answer(transport, transport.push(who(transport, "north"), Envelope(), SOON)) == Envelope()
+            monkeypatch.setattr(module, "TOO_SOON", 1e9)
+            os.kill(transport._superlink.pid, signal.SIGKILL)
+            with pytest.raises(RunFailed, match="SuperLink has died again; it"):
+                until(transport.nodes)
+    finally:
+        transport.close()
+
+
+def test_who_is_let_in(keys: Keys, tmp_path: Path) -> None:
+    import httpx
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+    files = make_server_files(tmp_path / "server", ["localhost", "127.0.0.1"])
+    other = make_server_files(tmp_path / "other", ["127.0.0.1"])
+    transport = over(Superlink(files=files), keys)
+    address, echo = transport._superlink.address, lambda envelope: envelope
+    try:
+        with node(address, keys["north"], echo, authority=files.authority):
+            north = who(transport, "north")
+            assert answer(transport, transport.push(north, Envelope({"a": 1}, b"b"), SOON)) == Envelope({"a": 1}, b"b")
+            with pytest.raises(UserError, match=r"does not admit this node .* its key is not among those"):
+                serve(echo, address, keys["stranger"], files.authority, patience=1.0)
+            with pytest.raises(UserError, match=r"server's certificate is refused \(.*self-signed|unable to get local"):
+                serve(echo, address, keys["south"], other.authority)
+            # Flower's own door stands open to who reaches it: a stranger who registers there is not seen all the same.
+            with ControlHttpClient(f"https://{address}", verify=transport._superlink.verification()) as control:
+                control.RegisterNode(RegisterNodeRequest(public_key=public_bytes(keys["stranger"].public_key())))
+            with node(address, keys["stranger"], echo, authority=files.authority):
+                time.sleep(1.5)
+                assert transport.names() == {north: "north"}
+        # Nobody sends messages without the secret: that door is shut.
+        with RuntimeHttpClient(f"https://{address}", verify=transport._superlink.verification()) as runtime:
+            with pytest.raises(httpx.HTTPStatusError) as refusal:
+                runtime.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-serverapp"]))
+            assert refusal.value.response.status_code == 401
+    finally:
+        transport.close()
+
+
+def test_what_stands_in_the_way_is_told() -> None:
+    with pytest.raises(UserError, match=r"0.0.0.0 can be reached from elsewhere, which needs certificates"):
+        Superlink("0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        with pytest.raises(UserError, match=rf"server.port: {port} is taken \(Address already in use\)"):
+            Superlink(port=port)
+
+
+def test_another_flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hetero_fl.experiment.deployment.flower.installed.version", lambda _: "1.40.0")
+    with pytest.raises(
+        UserError, match=r"flwr 1.40.0 is installed; pip install 'hetero_fl\[flower\]' brings flwr 1.41"
+    ):
+        check_installed()
+
+    def missing(_: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr("hetero_fl.experiment.deployment.flower.installed.version", missing)
+    with pytest.raises(UserError, match="Flower is not installed"):
+        check_installed()
+
+
+KILLED = """
+import time
+from hetero_fl.experiment.deployment.flower import Superlink
+superlink = Superlink()
+print(superlink.pid, superlink.port, superlink._scratch, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_nothing_is_left_of_a_server_that_is_killed() -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        pid, port, scratch = process.stdout.readline().split()
+        assert Path(scratch).is_dir()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    until(lambda: not Path(scratch).exists() and not _taken("127.0.0.1", int(port)))
+    until(lambda: not Path(f"/proc/{pid}").exists())

@@ -1,0 +1,306 @@
+"""Nodes that answer anything at all: it costs them their part in the round or the reading, and nobody else anything."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.codec import encode
+from hetero_fl.errors import RunFailed
+from hetero_fl.experiment.deployment.hearing import hear_reading, hear_settings, hear_state, hear_told
+from hetero_fl.experiment.deployment.messages import FORM, Refused, body_of, message
+from hetero_fl.experiment.deployment.transport import Envelope, Handle
+from hetero_fl.experiment.prepared import prepare
+from hetero_fl.payload import Item, Payload
+from tests.experiment.deployment.together import Federation, small
+
+Change = Callable[[Envelope], Envelope]
+
+
+def head(**changes: Any) -> Change:
+    return lambda e: Envelope({n: v for n, v in {**e.head, **changes}.items() if v is not None}, e.body)
+
+
+def body(data: bytes) -> Change:
+    return lambda e: Envelope({**e.head, "check": hashlib.sha256(data).hexdigest()}, data)
+
+
+def payload(change: Callable[[dict[str, Item]], dict[str, Any]]) -> Change:
+    """An upload with other items, well sealed."""
+
+    def changes(e: Envelope) -> Envelope:
+        sent = Payload.decode(e.body)
+        return body(Payload(change(dict(sent.items_)), sent.report).encode())(e)
+
+    return changes
+
+
+def tensors(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Change:
+    def changes(items: dict[str, Item]) -> dict[str, Any]:
+        model = items["model"]
+        assert isinstance(model.values, dict)
+        return {"model": replace(model, values={n: change(n, t) for n, t in model.values.items()})}
+
+    return payload(changes)
+
+
+def tree(**changes: Any) -> Change:
+    """An upload as a tree of its own making."""
+
+    def changes_(e: Envelope) -> Envelope:
+        items = Payload.decode(e.body).items_
+        made = {n: {"values": i.values, "weight": i.weight, "kind": i.kind, **changes} for n, i in items.items()}
+        return body(encode({"items": made, "report": {}}, "hetero_fl payload 1"))(e)
+
+    return changes_
+
+
+UPLOADS: dict[str, tuple[Change, str]] = {
+    "another answer": (head(ask="quite another"), "quite another"),
+    "no answer": (lambda e: Envelope(), "None"),
+    "many words": (head(ask="refused", why="no\n" * 10_000), "no no no"),
+    "a reason that is a number": (head(ask="refused", why=7), "7"),
+    "another task's": (head(task="0" * 64), "its answer is to another task"),
+    "no state": (head(state=None), "its answer cannot be read: 'done': state"),
+    "a state that is a path": (head(state="../../../etc/passwd"), "found the state '../../../etc/passwd'"),
+    "a state that is a number": (head(state=5), "its answer cannot be read: 'done': state: found 5"),
+    "a kind that is a number": (head(what=1.5), "its answer cannot be read: 'done': what"),
+    "a checksum that is none": (head(check="zz"), "its answer cannot be read"),
+    "another checksum": (head(check="0" * 64), "its bytes are not those that were sent"),
+    "a checksum that is true": (head(check=True), "its answer cannot be read"),
+    "nothing": (body(b""), "upload refused: 0 bytes are too few"),
+    "junk": (body(b"\x08" + b"\0" * 7 + b"{" * 8), "upload refused: malformed"),
+    "a long header": (body(b"\xff" * 64), "upload refused: the declared header is longer"),
+    "a tree of something else": (body(encode([1, 2], FORM)), "upload refused: found 'deployment 1'"),
+    "NaN": (tensors(lambda n, t: t * math.nan if t.is_floating_point() else t), "is not finite"),
+    "infinity": (tensors(lambda n, t: t + math.inf if t.is_floating_point() else t), "is not finite"),
+    "other shapes": (tensors(lambda n, t: t.flatten()), "was agreed"),
+    "other types": (tensors(lambda n, t: t.double()), "dtype"),
+    "huge": (tensors(lambda n, t: torch.zeros(3_000_000)), "was agreed"),
+    "other tensors": (payload(lambda i: {"model": Item({"x": torch.zeros(1)}, 1.0, "params")}), "other tensors"),
+    "one tensor": (payload(lambda i: {"model": Item(torch.zeros(1), 1.0, "params")}), "another structure"),
+    "another item": (payload(lambda i: {**i, "more": torch.zeros(1)}), "was not asked for"),
+    "another kind": (payload(lambda i: {"model": replace(i["model"], kind="update")}), "of kind 'update'"),
+    "a negative weight": (tree(weight=-1.0), "weight"),
+    "an endless weight": (tree(weight=math.inf), "weight"),
+    "a weight that is text": (tree(weight="much"), "weight"),
+    "a kind unknown": (tree(kind="thing"), "unknown kind"),
+    "values that are text": (tree(values="all"), "neither a tensor nor named tensors"),
+}
+
+
+def by_turn(ask: str, changes: list[Change]) -> Callable[[Handle], Handle]:
+    """Answers to the n-th question of this sort are changed by the n-th change."""
+
+    def between(handle: Handle) -> Handle:
+        left = list(changes)
+
+        def handles(envelope: Envelope) -> Envelope:
+            answer = handle(envelope)
+            return left.pop(0)(answer) if envelope.head.get("what", envelope.head["ask"]) == ask else answer
+
+        return handles
+
+    return between
+
+
+def test_hostile_uploads_cost_their_sender_the_round(tmp_path: Path) -> None:
+    """One sort of them each round."""
+    count = len(UPLOADS)
+    federation = Federation(tmp_path)
+    made = small(models="linear", rounds=count, evaluation__every=count)
+    run = federation.serve(made, {"site_3": by_turn("train", [change for change, _ in UPLOADS.values()])})
+    assert run.summary["rounds_completed"] == count
+    for (name, (_, said)), record in zip(UPLOADS.items(), run.metrics, strict=True):
+        assert list(record["failed"]) == ["site_3"] and said in record["failed"]["site_3"], (name, record["failed"])
+        assert len(record["failed"]["site_3"]) < 500 and "\n" not in record["failed"]["site_3"]
+    assert set(run.metrics[-1]["clients"]) == {"site_1", "site_2", "site_3"}
+
+
+def reading(change: Callable[[dict[str, Any]], Any]) -> Change:
+    def changes(e: Envelope) -> Envelope:
+        told = copy.deepcopy(body_of(e))
+        changed = change(told)
+        return Envelope(e.head, message("x", told if changed is None else changed).body)
+
+    return changes
+
+
+def scores(**changes: Any) -> Change:
+    return reading(lambda t: t["scores"]["personal"].update(changes))
+
+
+READINGS: dict[str, tuple[Change, str]] = {
+    "nothing": (lambda e: Envelope(e.head), "'done':"),
+    "junk": (lambda e: Envelope(e.head, b"x" * 100), "'done':"),
+    "another answer": (head(ask="junk"), "junk"),
+    "a list": (reading(lambda t: [1, 2]), "its reading"),
+    "nothing of it": (reading(lambda t: {}), "its reading is refused: found"),
+    "more of it": (reading(lambda t: t.update(more=1)), "its reading is refused: found"),
+    "NaN": (scores(accuracy=math.nan), "no finite number"),
+    "better than all": (scores(accuracy=1.5), "found 1.5; expected 0 to 1"),
+    "endless": (scores(loss=math.inf), "no finite number"),
+    "a loss below nought": (scores(loss=-1.0), "found -1"),
+    "text": (scores(accuracy="<script>"), "no finite number"),
+    "true": (scores(accuracy=True), "no finite number"),
+    "a score of its own": (scores(mine=1.0), "its reading is refused: found"),
+    "scores of something else": (reading(lambda t: t["scores"].update(other={})), "'other'"),
+    "scores that are none": (reading(lambda t: t.update(scores=3)), "not a few named values"),
+    "a trigger": (reading(lambda t: t.update(triggered=0.5)), "nobody lies"),
+    "a confusion": (reading(lambda t: t.update(confusion={"personal": [[1, 2], [3, 4]]})), "another form"),
+    "a calibration": (reading(lambda t: t.update(calibration={"personal": {"ece": 0.1}})), "found ece"),
+    "many baselines": (
+        reading(lambda t: t.update(baselines={"personal": dict.fromkeys(map(str, range(99)), {})})),
+        "few",
+    ),
+    "a forecast": (
+        reading(lambda t: t.update(forecast={"time": [], "truth": [], "predicted": [], "baselines": {}})),
+        "0 rows",
+    ),
+    "a model": (
+        reading(lambda t: t.update(model=torch.zeros(9, dtype=torch.uint8))),
+        "what should be its model is none",
+    ),
+    "a model that is text": (reading(lambda t: t.update(model="x")), "a model that is no bytes"),
+}
+
+
+def test_hostile_readings_are_left_out_and_counted(tmp_path: Path) -> None:
+    """One sort of them each round, the last one with all that a report shows."""
+    count = len(READINGS)
+    federation = Federation(tmp_path)
+    made = small(models="linear", rounds=count, evaluation__every=1)
+    run = federation.serve(made, {"site_3": by_turn("read", [change for change, _ in READINGS.values()])})
+    assert run.summary["rounds_completed"] == count
+    for (name, (_, why)), record in zip(READINGS.items(), run.metrics, strict=True):
+        assert set(record["clients"]) == {"site_1", "site_2"}, name
+        assert list(record["unread"]) == ["site_3"] and why in record["unread"]["site_3"], (name, record["unread"])
+    assert not (run.path / "models" / "site_3.safetensors").exists()
+    json.loads((run.path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"found {name}"))
+
+
+# Before the first round ----------------------------------------------------------------------------------------------
+TOLD: dict[str, Any] = {
+    "rows": {"train": 9, "validation": 2, "test": 3},
+    "hash": "a" * 64,
+    "view": None,
+    "labels": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows": {"train": -1, "validation": 2, "test": 3}}, "found '-1', no number of rows"),
+        ({"rows": {"train": 0, "validation": 2, "test": 3}}, "no rows to train on"),
+        ({"rows": {"train": True, "validation": 2, "test": 3}}, "found 'True'"),
+        ({"rows": {"train": 2.5, "validation": 2, "test": 3}}, "found '2.5'"),
+        ({"rows": {"train": 10**30, "validation": 2, "test": 3}}, "no number of rows"),
+        ({"rows": {"train": 3}}, "cannot be read (KeyError"),
+        ({"rows": None}, "cannot be read (TypeError"),
+        ({"hash": "a" * 1000}, "found the name"),
+        ({"hash": 5}, "found the name '5'"),
+        ({"hash": "a\nb"}, "found the name"),
+        ({"labels": [1.0, 2.0]}, "counts of 2 labels; the task has 3"),
+        ({"labels": [1.0, math.nan, 1.0]}, "no finite number"),
+        ({"labels": [1.0, -1.0, 1.0]}, "found -1"),
+        ({"labels": ["a", "b", "c"]}, "no finite number"),
+        ({"labels": 7}, "cannot be read (TypeError"),
+        ({"view": {"nothing": 1}}, "cannot be read (TypeError"),
+        ({"view": {"mean": math.inf}}, "no finite number"),
+        ({"view": {"std": "x"}}, "no finite number"),
+        ({"view": 3}, "cannot be read"),
+    ],
+)
+def test_what_a_node_tells_of_its_rows_is_checked(changes: dict[str, Any], said: str) -> None:
+    assert hear_told(TOLD, 3).rows == TOLD["rows"]
+    with pytest.raises(Refused) as caught:
+        hear_told({**TOLD, **changes}, 3)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("tree_", [None, 3, [], "x", {}])
+def test_a_tree_that_is_none_is_refused(tree_: Any) -> None:
+    for hears in (lambda: hear_told(tree_, 3), lambda: hear_settings(tree_, ())):
+        with pytest.raises(Refused):
+            hears()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"epochs": 1000}, "it wants to decide epochs"),
+        ({"data": {"path": "/etc/passwd"}}, "it wants to decide data"),
+        (
+            {"model": "python:os:system"},
+            "model: found python:os:system, code that this server's configuration does not name",
+        ),
+        ({"model": {"name": "python:os:system"}}, "model.name: found python:os:system"),
+        ({"model": 3}, "model"),
+        ({"shares": ["everything"]}, "shares"),
+    ],
+)
+def test_a_node_decides_its_own_settings_and_no_others(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        hear_settings({"settings": settings}, ())
+    assert hear_settings({"settings": {"model": "python:os:system"}}, ("python:os:system",))
+    assert hear_settings({"settings": {"shares": ["predictions"]}}, ()) == {"shares": ["predictions"]}
+
+
+@pytest.mark.parametrize("name", ["..", "A" * 64, "a" * 63, "é" * 64, "/"])
+def test_a_state_is_a_hash(name: str) -> None:
+    with pytest.raises(Refused):
+        hear_state(name)
+    assert hear_state("") == "" and hear_state("a" * 64) == "a" * 64
+
+
+@pytest.mark.parametrize(
+    ("ask", "change", "said"),
+    [
+        ("terms", reading(lambda t: t["rows"].update(train=-5)), "site_3: what it tells of its rows is refused"),
+        ("terms", lambda e: Envelope(e.head, b"junk"), "site_3: 'told':"),
+        ("hello", reading(lambda t: t.update(settings={"epochs": 99})), "site_3: refused: it wants to decide epochs"),
+        ("hello", lambda e: Envelope({**e.head, "client": "\x1b[2J" * 99}, e.body), "not there after 1 s: site_3"),
+        ("hello", lambda e: Envelope({**e.head, "torch": "x" * 10_000}, e.body), "not there after 1 s: site_3"),
+        ("roster", lambda e: Envelope({"ask": ["ready"]}, b""), "site_3 refuses"),  # type: ignore[dict-item]
+    ],
+)
+def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
+    ask: str, change: Change, said: str, tmp_path: Path
+) -> None:
+    always: Callable[[Handle], Handle] = lambda handle: (
+        lambda e: change(handle(e)) if e.head["ask"] == ask else handle(e)
+    )  # noqa: E731
+    with pytest.raises(RunFailed) as caught:
+        Federation(tmp_path).serve(small(models="linear"), {"site_3": always}, wait=1.0)
+    assert said in str(caught.value) and len(str(caught.value)) < 600
+
+
+# Honest ones ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "method", ["hybrid", "fml", "fedkd", "heterofl", "fedmrl", "fedgen", "lg_fedavg", "ditto", "fedgkt"]
+)
+def test_honest_readings_of_every_sort_of_model_are_heard(method: str, tmp_path: Path) -> None:
+    """With all details and the model itself, as a simulation's site tells them."""
+    prepared = prepare(small(method, "cnn_gn_small", rounds=1))
+    if method not in algorithm:
+        pytest.skip(f"{method} is none of this release's")
+    rounds = prepared.rounds()
+    rounds.round()
+    found = rounds.executor.read(rounds.broadcasts(["site_1"], reading=True), 1, True)
+    (told,) = [r for _, r in found]
+    from hetero_fl.experiment.deployment.messages import reading_tree
+
+    heard = hear_reading(reading_tree(told), "site_1", rounds.federation, rounds.algorithm)
+    assert heard == told and heard.model and heard.confusion
+    rounds.executor.close()

@@ -1,0 +1,247 @@
+"""Who said it: nobody speaks for another, and what is changed, repeated or late is refused, in one line at who refuses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
+
+from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.deployment.audit_log import verify
+from hetero_fl.experiment.deployment.certificates import make_node_key
+from hetero_fl.experiment.deployment.identity import NodeKeys, ServerKeys, Signed
+from hetero_fl.experiment.deployment.node import Node
+from hetero_fl.experiment.deployment.post import Post
+from hetero_fl.experiment.deployment.site_file import SiteConfig
+from hetero_fl.experiment.deployment.transport import Envelope, Handle, Loopback
+from tests.experiment.deployment.together import SITES, Federation, small
+
+SERVER, *OWN = (generate_private_key(SECP384R1()) for _ in range(4))
+KEYS = dict(zip(SITES, OWN, strict=True))
+PINNED = ServerKeys(SERVER, {id: key.public_key() for id, key in KEYS.items()})
+
+
+def keys_of(id: str, **other: Any) -> NodeKeys:
+    return replace(NodeKeys(KEYS[id], SERVER.public_key()), _seen={}, **other)
+
+
+class Meeting:
+    """A server that meets a single node, which says it is site_1."""
+
+    def __init__(self, tmp_path: Path, keys: NodeKeys | None = None, server: ServerKeys = PINNED, **site: Any) -> None:
+        self.said: list[str] = []  # by the server
+        self.refused: list[str] = []  # by the node
+        found = SiteConfig.model_validate({"client": "site_1", **site})
+        self.node = Node(found, tmp_path / "site", self.refused.append, keys or keys_of("site_1"))
+        self.transport, self.server = Loopback(), server
+
+    def met(self, between: Callable[[Handle], Handle] = lambda handle: handle) -> bool:
+        """Whether the server takes the node for site_1."""
+        transport = Signed(self.transport, self.server, self.said.append)
+        post = Post(transport, SITES, self.said.append)
+        self.transport.join(between(self.node.handle))
+        try:
+            post.gather(0.8)
+            return "site_1" in post.node_of
+        finally:
+            self.transport.close()
+
+
+def test_a_node_with_its_key_is_met(tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path)
+    assert meeting.met() and meeting.said[0] == "site_1 is here" and not meeting.refused
+
+
+def test_an_unknown_node_is_refused(tmp_path: Path) -> None:
+    server = ServerKeys(SERVER, {id: PINNED.clients[id] for id in SITES[1:]})
+    meeting = Meeting(tmp_path, server=server)
+    assert not meeting.met()
+    assert meeting.said[0] == "refused an answer in the name of 'site_1': unknown: no key is known of 'site_1'"
+
+
+def test_a_node_that_says_it_is_another_client_is_refused(tmp_path: Path) -> None:
+    """It is known to the server, by a key of its own; that does not let it speak for site_1."""
+    meeting = Meeting(tmp_path, keys_of("site_2"))
+    assert not meeting.met()
+    assert "in the name of 'site_1': a message that 'site_1' did not sign so" in meeting.said[0]
+
+
+def test_a_server_with_another_key_is_refused_by_the_node(tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path, server=replace(PINNED, own=generate_private_key(SECP384R1())))
+    assert not meeting.met()
+    assert "a message that the server did not sign so: another key, or changed on its way" in meeting.refused[0]
+    assert verify(tmp_path / "site" / "audit.jsonl")[0]["outcome"] == meeting.refused[0]
+
+
+def test_a_server_that_does_not_sign_is_refused_by_the_node(tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path)
+    answer = meeting.node.handle(Envelope({"ask": "hello"}))
+    assert answer.head["why"] == "a message of the server that is not signed"
+
+
+CHANGES: dict[str, Callable[[Envelope], Envelope]] = {
+    "the head": lambda e: Envelope({**e.head, "protocol": 7}, e.body),
+    "a new key of the head": lambda e: Envelope({**e.head, "more": True}, e.body),
+    "the payload": lambda e: Envelope(e.head, e.body[:-1] + bytes([e.body[-1] ^ 1])),
+    "a payload that is cut": lambda e: Envelope(e.head, e.body[:-1]),
+    "the signature": lambda e: Envelope({**e.head, "signature": b"0" * 103}, e.body),
+    "no signature": lambda e: Envelope({n: v for n, v in e.head.items() if n != "signature"}, e.body),
+    "a signature that is text": lambda e: Envelope({**e.head, "signature": "x"}, e.body),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_answer_that_was_changed_is_refused(change: str, tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path)
+    assert not meeting.met(lambda handle: lambda asked: CHANGES[change](handle(asked)))
+    assert "refused an answer in the name of 'site_1'" in meeting.said[0] and "sign" in meeting.said[0]
+
+
+@pytest.mark.parametrize("change", ["a new key of the head", "the signature", "no signature"])
+def test_a_message_that_was_changed_is_refused(change: str, tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path)
+    assert not meeting.met(lambda handle: lambda asked: handle(CHANGES[change](asked)))
+    assert "sign" in meeting.refused[0]
+
+
+def test_a_message_that_comes_once_more_is_refused(tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path)
+
+    def replaying(handle: Handle) -> Handle:
+        def handles(asked: Envelope) -> Envelope:
+            answer = handle(asked)
+            assert handle(asked).head["ask"] == "refused"
+            return answer
+
+        return handles
+
+    assert meeting.met(replaying) and meeting.refused[0].endswith("is replayed: this very message came before")
+
+
+def test_an_answer_to_another_message_is_refused(tmp_path: Path) -> None:
+    """What a node has said once is no answer to what it is asked now, whoever says it again."""
+    said: list[Envelope] = []
+    assert Meeting(tmp_path).met(lambda handle: lambda asked: said.append(handle(asked)) or said[-1])
+    meeting = Meeting(tmp_path / "again")
+    assert not meeting.met(lambda handle: lambda asked: said[0])
+    assert meeting.said[0].endswith("replayed: it answers another message than the one that is open")
+
+
+def test_an_expired_message_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = Meeting(tmp_path)
+    now = time.time()
+
+    def late(handle: Handle) -> Handle:
+        def handles(asked: Envelope) -> Envelope:
+            with monkeypatch.context() as clock:
+                clock.setattr(time, "time", lambda: now + 1000)
+                return handle(asked)
+
+        return handles
+
+    assert not meeting.met(late)
+    assert "'hello' has expired" in meeting.refused[0]
+
+
+def test_an_expired_answer_is_refused() -> None:
+    """However slow the transport was: the server asks for no answer after its time."""
+    said: list[str] = []
+    loopback = Loopback()
+    keys = keys_of("site_1")
+    node = loopback.join(lambda asked: keys.sign(Envelope({"ask": "here"}), asked, "site_1"))
+    signed = Signed(loopback, PINNED, said.append)
+    number = signed.push(node, Envelope({"ask": "hello"}), 0.2)
+    time.sleep(0.4)
+    answer = signed.pull([number], 1.0)[number]
+    loopback.close()
+    assert answer is not None and answer.head["ask"] == "refused" and "expired" in said[0]
+
+
+def test_an_answer_from_another_node_is_refused() -> None:
+    """A node that met the server as site_2 gives site_1's answers from then on, signed by site_1."""
+    said: list[str] = []
+    loopback, keys = Loopback(), {id: keys_of(id) for id in SITES}
+    as_who = ["site_2", "site_1"]
+    node = loopback.join(lambda asked: keys[who := as_who.pop(0)].sign(Envelope({"ask": "here"}), asked, who))
+    signed = Signed(loopback, PINNED, said.append)
+    for expected in ("here", "refused"):
+        number = signed.push(node, Envelope({"ask": "hello" if expected == "here" else "terms"}), 5.0)
+        answer = signed.pull([number], 5.0)[number]
+        assert answer is not None and answer.head["ask"] == expected
+    loopback.close()
+    assert said == ["refused an answer in the name of 'site_1': its node is known as 'site_2'"]
+
+
+def test_a_message_for_another_client_is_refused(tmp_path: Path) -> None:
+    keys = keys_of("site_1")
+    sent: list[Envelope] = []
+    loopback = Loopback()
+    other = keys_of("site_2")
+
+    def handle(asked: Envelope) -> Envelope:
+        sent.append(asked)
+        return other.sign(Envelope({"ask": "here"}), asked, "site_2")
+
+    node = loopback.join(handle)
+    signed = Signed(loopback, PINNED, lambda line: None)
+    for ask in ("hello", "terms"):
+        signed.pull([signed.push(node, Envelope({"ask": ask}), 5.0)], 5.0)
+    loopback.close()
+    site = Node(SiteConfig(client="site_1"), tmp_path, keys=keys)
+    assert site.handle(sent[1]).head["why"] == "'terms' is for 'site_2'"
+
+
+def test_two_clients_with_one_key_are_a_mistake() -> None:
+    with pytest.raises(UserError, match="'site_1' and 'site_2' have one key"):
+        ServerKeys(SERVER, {"site_1": OWN[0].public_key(), "site_2": OWN[0].public_key()})
+
+
+def test_keys_are_read_from_their_files(tmp_path: Path) -> None:
+    make_node_key(tmp_path / "server"), make_node_key(tmp_path / "site_1")
+    node = NodeKeys.load(tmp_path / "site_1", tmp_path / "server.pub")
+    server = ServerKeys.load(tmp_path / "server", {"site_1": tmp_path / "site_1.pub"})
+    assert Meeting(tmp_path, node, server).met()
+    with pytest.raises(UserError, match="the private one"):
+        NodeKeys.load(tmp_path / "site_1", tmp_path / "server")
+
+
+def test_a_signed_run_is_the_run_and_says_nothing_of_missing_keys(tmp_path: Path) -> None:
+    federation = Federation(tmp_path / "signed")
+    for id, node in federation.nodes.items():
+        node.keys = keys_of(id)
+    with_keys = federation.serve(small(), keys=PINNED)
+    without = Federation(tmp_path / "plain").serve(small())
+    for key in ("personal", "global", "clients", "communication"):
+        assert with_keys.summary[key] == without.summary[key]
+    note = "no keys were given: messages are not signed"
+    assert note in (without.path / "log.txt").read_text() and note not in (with_keys.path / "log.txt").read_text()
+
+
+def test_an_upload_that_is_changed_on_its_way_costs_the_client_its_round_and_nobody_else(tmp_path: Path) -> None:
+    federation = Federation(tmp_path)
+    for id, node in federation.nodes.items():
+        node.keys = keys_of(id)
+
+    def changing(handle: Handle) -> Handle:
+        def handles(asked: Envelope) -> Envelope:
+            answer = handle(asked)
+            return CHANGES["the payload"](answer) if asked.head.get("what") == "train" else answer
+
+        return handles
+
+    run = federation.serve(small(), {"site_2": changing}, keys=PINNED)
+    assert all(list(line["failed"]) == ["site_2"] for line in run.metrics)
+    assert "did not sign so" in run.metrics[0]["failed"]["site_2"]
+
+
+def test_without_its_node_a_run_does_not_begin(tmp_path: Path) -> None:
+    federation = Federation(tmp_path)
+    for id, node in federation.nodes.items():
+        node.keys = keys_of("site_1" if id == "site_3" else id)  # registered, but as somebody else
+    with pytest.raises(RunFailed, match="not there after 1 s: site_3"):
+        federation.serve(small(), keys=PINNED, wait=1.0)

@@ -1,0 +1,179 @@
+"""What is around a run across machines: who is told what, how it is ended, whose rows these are."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hetero_fl.config.source import SourceConfig
+from hetero_fl.errors import Interrupted, RunFailed
+from hetero_fl.experiment import run
+from hetero_fl.experiment.deployment import messages
+from hetero_fl.experiment.deployment.attending import _Attended, _ending
+from hetero_fl.experiment.deployment.log import Log
+from hetero_fl.experiment.deployment.node import Node
+from hetero_fl.experiment.deployment.presiding import _ending as _server_ending
+from hetero_fl.experiment.deployment.serving import serve
+from hetero_fl.experiment.deployment.site_file import SiteConfig, TellsConfig
+from hetero_fl.experiment.deployment.status import Status, read_status
+from hetero_fl.experiment.deployment.transport import Envelope, Loopback
+from hetero_fl.reporting.run import Run
+from tests.small import changed, config
+
+ALL = TellsConfig(labels=True, details=True, model=True)
+QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
+
+
+class Sites:
+    """Nodes of `site_1` … over a loopback of their own, with what they logged."""
+
+    def __init__(self, folder: Path, sites: list[SiteConfig], once: bool = False) -> None:
+        self.folder, self.sites, self.once = folder, sites, once
+        self.stops: list[threading.Event] = []
+        self.lines: list[str] = []
+        self.refused: list[_Attended] = []
+
+    def gathered(self, change: Callable[[Envelope], Envelope] = lambda envelope: envelope) -> Loopback:
+        """All of them, at a new server. `change`: of an answer of the first's."""
+        loopback = Loopback()
+        for index, site in enumerate(self.sites):
+            self.stops.append(threading.Event())
+            log = Log()
+            log.__class__ = type("Kept", (Log,), {"__call__": lambda _, line, **about: self.lines.append(line)})
+            node = Node(site, self.folder / site.client, log)
+            attended = _Attended(node, log, self.stops[-1], self.once)
+            self.refused.append(attended)
+            asked = attended.handle
+            loopback.join((lambda e, asked=asked: change(asked(e))) if index == 0 else asked)
+        return loopback
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Sites:
+    clients = ["site_1", "site_2", "site_3"]
+    return Sites(tmp_path / "sites", [SiteConfig(client=client, tells=ALL) for client in clients])
+
+
+def same_models(a: Run, b: Run) -> bool:
+    files = sorted(path.name for path in (a.path / "models").iterdir())
+    assert len(files) >= 3 and files == sorted(path.name for path in (b.path / "models").iterdir())
+    return all((a.path / "models" / f).read_bytes() == (b.path / "models" / f).read_bytes() for f in files)
+
+
+def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> None:
+    said: list[str] = []
+    finished = serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=10, say=said.append)
+    tree = read_status(tmp_path / "out")
+    assert tree["phase"] == "done" and tree["round"] == 2
+    assert all(node["here"] for node in tree["nodes"].values()) and len(tree["nodes"]) == 3
+    up, down = (sum(record[name] for record in finished.metrics) for name in ("up_bytes", "down_bytes"))
+    assert (tree["up_bytes"], tree["down_bytes"]) == (up, down)
+    assert sorted(said) == [f"site_{i} is here" for i in (1, 2, 3)] == sorted(e["message"] for e in tree["events"])
+    assert sites.lines.count("let go") == 3
+    assert not any(stop.is_set() for stop in sites.stops), "a node waits for the next run"
+
+
+def test_a_node_of_another_version_is_refused_in_one_line(sites: Sites, tmp_path: Path) -> None:
+    def older(answer: Envelope) -> Envelope:
+        if answer.head["ask"] == "here":
+            return Envelope({**answer.head, "torch": "1.0"}, answer.body)
+        return answer
+
+    said: list[str] = []
+    with pytest.raises(RunFailed, match="not there after 1 s: site_1"):
+        serve(config(**QUIET), sites.gathered(older), out=tmp_path / "out", wait=1, say=said.append)
+    line = f"torch '1.0', but '{messages.versions()['torch']}' here"
+    assert f"refused a node that says it is 'site_1': {line}" in said
+    assert sites.refused[0].refused == line and sites.stops[0].is_set(), "its process ends, and says why"
+    assert not sites.stops[1].is_set()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_ends_a_server_after_the_round_in_hand(signals: int, sites: Sites, tmp_path: Path) -> None:
+    """Once more: at once, and the round is held again. What is left is gone on with to the same bits."""
+    source, out = config(rounds=3, **QUIET), tmp_path / "out"
+    status, log = Status(out, ["site_1", "site_2", "site_3"]), Log("json")
+
+    def term(answer: Envelope) -> Envelope:
+        if answer.head.get("what") == "upload" and status.tree()["phase"] == "running" and status.round == 1:
+            signal.raise_signal(signal.SIGTERM)
+            while status.tree()["phase"] == "running":
+                time.sleep(0.01)
+            if signals == 2:
+                signal.raise_signal(signal.SIGTERM)
+        return answer
+
+    with _server_ending(status, log) as after_round, pytest.raises(Interrupted):
+        loopback = sites.gathered(term)
+        serve(source, loopback, out=out, wait=10, callbacks=[after_round], status=status)
+    held = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert held == ([1, 2] if signals == 1 else [1])
+    assert read_status(out)["phase"] == "interrupted"
+    assert "let go" not in sites.lines, "nodes wait for a server that was interrupted"
+    resumed = serve(source, sites.gathered(), out=out, resume=True, wait=10)
+    assert same_models(resumed, run(source, out=tmp_path / "simulation"))
+    assert read_status(out)["up_bytes"] == sum(record["up_bytes"] for record in resumed.metrics)
+
+
+def test_sigterm_at_a_node_is_polite_once() -> None:
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), _ending(Log("json"), stop):
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.wait(10)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_once_ends_a_node_when_a_run_is_over_but_not_when_one_is_interrupted(sites: Sites, tmp_path: Path) -> None:
+    sites.once = True
+
+    def stop(record: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=10, callbacks=[stop])
+    assert not any(stop.is_set() for stop in sites.stops)
+    serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", resume=True, wait=10)
+    assert all(stop.is_set() for stop in sites.stops[3:]) and not any(sites.refused[i].refused for i in range(6))
+
+
+@pytest.fixture
+def own_files(tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """A part of the digits for each of three sites; `public` is another."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = digits.images.astype(np.float32) / 16, digits.target
+    parts = {"public": (0, 500), "site_1": (500, 700), "site_2": (700, 1000), "site_3": (1000, 1400)}
+    for name, (first, last) in parts.items():
+        more = {"test_images": images[1400:], "test_labels": labels[1400:]} if name == "public" else {}
+        train = {"train_images": images[first:last], "train_labels": labels[first:last]}
+        np.savez(tmp_path / f"{name}.npz", **train, **more)
+    yield {name: tmp_path / f"{name}.npz" for name in parts}
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fedavg"])
+def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
+    method: str, own_files: dict[str, Path], tmp_path: Path
+) -> None:
+    source = config(method, **QUIET)
+    source["data"] = {"name": "npz", "path": str(own_files["public"]), "proxy": {"size": 100}}
+    clients = ["site_1", "site_2", "site_3"]
+    theirs = {client: SourceConfig(name="npz", path=str(own_files[client])) for client in clients}
+    far = Sites(tmp_path / "sites", [SiteConfig(client=c, tells=ALL, data=theirs[c]) for c in clients])
+    there = serve(source, far.gathered(), out=tmp_path / "federation", wait=10)
+    each = [{"match": client, "data": {"name": "npz", "path": theirs[client].path}} for client in clients]
+    here = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
+    for key in ("personal", "global", "server", "clients", "communication"):
+        assert there.summary[key] == here.summary[key], key
+    assert same_models(there, here)

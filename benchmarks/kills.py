@@ -3,13 +3,11 @@
 
     python benchmarks/kills.py [--kills 100] [--each 5] [--kinds serial batched …] [--out DIR]
 
-Hybrid with top-k on scikit-learn's digits, four clients of three architectures with heads of their own; in turn serial, batched,
-with worker processes, and asynchronous with faults. A run is killed `--each` times, at any moment from its start on, is
-resumed after each, and its models and figures are compared with those of a run that nobody killed. With `--out`, where the
-count is kept, the same command goes on where it was left.
-
-The kinds `federation` and `secure` (FedAvg with a secure sum) have a process for each client, and are compared with simulations.
-There the server is killed; in the first of them a node is as well, every other time, just before.
+Hybrid with top-k on scikit-learn's digits, four clients of three architectures with heads of their own; in turn serial,
+batched, with worker processes, asynchronous with faults; and as federations of processes, where the server is killed and, but in
+the secure sum, nodes are as well, and what they come to is compared with a simulation. A run is killed `--each` times, at any
+moment from its start on, is resumed after each, and its models and figures are compared with those of a run that nobody killed.
+With `--out`, where the count is kept, the same command goes on where it was left.
 """
 
 from __future__ import annotations

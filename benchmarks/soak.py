@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import math
 import os
 import random
@@ -30,6 +31,7 @@ from unix_socket import UnixSocket, start_node
 from hetero_fl.experiment.deployment.serving import serve
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
+LIBC = ctypes.CDLL("libc.so.6")
 Stretch = list[tuple[int, float]]  # (round, value) of one process
 
 
@@ -124,6 +126,7 @@ def main() -> None:
         def look(record: dict[str, Any]) -> None:
             nonlocal restarts
             if record["round"] % options.every == 0:
+                LIBC.malloc_trim(0)  # what the server's allocator keeps for later use tells nothing
                 for who, pid in [("server", os.getpid()), *((c, p.pid) for c, p in nodes.items())]:
                     samples.append((record["round"], who, pid, memory(pid), files(pid)))
             if rng.random() < options.restarts:

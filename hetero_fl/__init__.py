@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "audit", "compare", "evaluate", "join", "load_config", "prepare", "run"]
+__all__ = ["Run", "audit", "compare", "evaluate", "export", "join", "load_config", "prepare", "run"]
 
 if TYPE_CHECKING:
     from hetero_fl.config import load_config
-    from hetero_fl.experiment import audit, compare, evaluate, join, prepare, run
+    from hetero_fl.experiment import audit, compare, evaluate, export, join, prepare, run
     from hetero_fl.reporting.run import Run
 
 

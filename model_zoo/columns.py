@@ -84,7 +84,7 @@ class _ColumnTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.unsqueeze(-1) * self.scale + self.shift
-        steps = self.blocks(torch.cat([tokens, self.read.expand(len(x), -1, -1)], 1))
+        steps = self.blocks(torch.cat([tokens, self.read.expand(x.shape[0], -1, -1)], 1))
         features: Tensor = self.norm(steps[:, -1]).relu()
         return features
 

@@ -118,7 +118,7 @@ class Multimodal(nn.Module):
             getattr(self, name)(block.reshape(-1, *shape) if len(shape) == 3 else block)
             for (name, shape), block in zip(self._shapes.items(), values, strict=True)
         ]
-        there = x.new_ones(len(x), len(sizes)) if x.shape[1] == sum(sizes) else 1 - x[:, sum(sizes) :]
+        there = x.new_ones(x.shape[0], len(sizes)) if x.shape[1] == sum(sizes) else 1 - x[:, sum(sizes) :]
         kept = self.hide(there)
         kept = torch.where(kept.sum(1, keepdim=True) > 0, kept, there)  # who would see nothing sees what there is
         fused: Tensor = self.fusion(torch.stack(parts, dim=1), kept > 0)

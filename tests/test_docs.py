@@ -116,6 +116,11 @@ def run_or_parse(line: str) -> None:
         assert (ROOT / "scripts" / f"{command}.py").is_file(), line
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda p: p.stem)
+def test_a_page_begins_with_its_title(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").startswith("# ")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

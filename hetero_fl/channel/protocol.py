@@ -64,7 +64,15 @@ class Summed:
 
 
 class Protocol(Interface):
-    """The two sides of a round. The request that a client trains on is called "train"."""
+    """The two sides of a round. The request that a client trains on is called "train"; `setup`: the requests before it, for
+    which it has to be there, too."""
+
+    setup: tuple[str, ...]
+
+    def sizes(self, cohort: int, round: int, broadcast: int, upload: int) -> dict[str, tuple[int, int]]:
+        """Bytes down to a client and up from it by request, in a round of so many that nobody leaves; `broadcast`, `upload`: of
+        these alone."""
+        ...
 
     def collect(self, broadcasts: Mapping[str, bytes], round: int) -> Generator[Messages, Replies, Arrivals | Summed]:
         """Server: yields requests, is sent the replies, returns what arrived. Raises GivenUp where that can be nothing."""
@@ -81,6 +89,11 @@ class Protocol(Interface):
 class Direct:
     """One request, one answer."""
 
+    setup: tuple[str, ...] = ()
+
+    def sizes(self, cohort: int, round: int, broadcast: int, upload: int) -> dict[str, tuple[int, int]]:
+        return {"train": (broadcast, upload)}
+
     def collect(self, broadcasts: Mapping[str, bytes], round: int) -> Generator[Messages, Replies, Arrivals]:
         replies = yield Lazy(list(broadcasts), lambda client: Message("train", broadcasts[client]))
         return map(lambda reply: (reply[0], reply[1].body), replies)  # noqa: C417  (a generator would hold the last one)
@@ -88,6 +101,12 @@ class Direct:
     def answer(self, client: str, message: Message, round: int, notes: MutableMapping[str, bytes]) -> Talk:
         upload = yield message.body
         return Message("upload", upload)
+
+
+def both_ways(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Bytes down and bytes up of several exchanges together."""
+    down, up = zip(*sizes, strict=True)
+    return sum(down), sum(up)
 
 
 @dataclass

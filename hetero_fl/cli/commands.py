@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.cli import Parser, audit, compare, federate, join, server, status
+from hetero_fl.cli import Parser, audit, compare, export, federate, join, server, status
 from hetero_fl.cli.asked import check_run, options_of_run, print_finished
 from hetero_fl.errors import UserError
 
@@ -116,6 +116,7 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
     "evaluate": ("score the saved models of a run on any data set", _evaluate),
     "join": ("a newcomer begins with what a finished run leaves, and is compared with one from scratch", join.setup),
     "audit": ("what a finished run gives away: who was a member, and images out of an upload", audit.setup),
+    "export": ("models of a finished run as files that predict without this package, each with a card", export.setup),
     "methods": ("the algorithms, a line each: what it does, sends and needs", _methods),
 }
 

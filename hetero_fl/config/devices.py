@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Annotated
 
 from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -31,8 +32,12 @@ class QuantityConfig(Section):
 
 def _fixed(value: object) -> object:
     """A plain number: everybody's."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"median": value, "sigma": 0.0} if plain else value
+    if isinstance(value, dict | QuantityConfig):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        found = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+        raise ValueError(f"found {found}; give a number, or {{median, sigma}} to draw from")
+    return {"median": value, "sigma": 0.0}
 
 
 Quantity = Annotated[QuantityConfig, BeforeValidator(_fixed)]
@@ -84,7 +89,7 @@ class FaultsConfig(Section):
     twice: Chance = Field(0.0, description="its upload comes twice; the second one is recognised and dropped")
     corrupted: Chance = Field(0.0, description="bytes of its upload are changed on the way; it is refused")
     delay: PositiveFloat = Field(3600.0, description="seconds of `late`")
-    server: list[NonNegativeInt] = Field(
+    server: list[PositiveInt] = Field(
         [],
         description="rounds (from 1) in which the server is killed before they are committed; --resume goes on there",
     )
@@ -131,8 +136,12 @@ class CohortConfig(Section):
     )
     attempts: PositiveInt = Field(10, description="too_few: repeat: how often a round is tried before the run fails")
 
+    def invited(self, per_round: int | None, clients: int) -> int:
+        """How many of so many clients are invited to a round."""
+        return clients if per_round is None else min(clients, math.ceil(self.over_selection * per_round - 1e-9))
+
     @model_validator(mode="after")
     def _a_deadline_to_meet(self) -> CohortConfig:
         if self.partial_work and self.deadline is None:
-            raise ValueError("partial_work needs a deadline")
+            raise ValueError("found partial_work without a deadline; give cohort.deadline, in simulated seconds")
         return self

@@ -40,6 +40,8 @@ def describe(
         return f"{where}: found {_found(first['input'])}; {_table(where, _section_at(model, place), first['input'])}"
     if kind == "list_type" and isinstance(first["input"], dict):
         return f"{where}: found a table; a list was meant, each entry of which begins with a dash"
+    if kind == "list_type" and isinstance(first["input"], int | float | str):
+        return f"{where}: found {_found(first['input'])}; a list was meant: [{first['input']}]"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("Input should", "should")
     section = isinstance(first["input"], dict) and set(first["input"]) != {"name"}
     if message.startswith("found") or (section and kind == "value_error"):
@@ -63,6 +65,8 @@ def _table(where: str, section: Any, found: Any) -> str:
     if isinstance(found, list):
         return "a table was meant: write its keys without dashes"
     key = next((k for k in ("name", "kind") if k in fields), None)
+    if key is None and "file" in fields and isinstance(found, str) and "." in found:
+        key = "file"
     if isinstance(found, str) and key:
         return f"a table was meant; did you mean '{where}.{key}'?"
     if found is True and section and _complete(section):

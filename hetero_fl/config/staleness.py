@@ -22,6 +22,12 @@ class StalenessConfig(Section):
     a: NonNegativeFloat | None = Field(None, description="how steep; none: 0.5 of the polynomial, 10 of the hinge")
     b: NonNegativeInt = Field(4, description="of the hinge: versions that cost nothing")
 
+    @property
+    def unused(self) -> list[str]:
+        """What is set, and means nothing to this kind."""
+        steep = ["a"] if self.kind == "constant" and self.a is not None else []
+        return [*steep, *(["b"] if self.kind != "hinge" and self.b != StalenessConfig().b else [])]
+
     def weight(self, staleness: int) -> float:
         """s(τ), 1 for an upload that is not stale."""
         a = STEEPNESS[self.kind] if self.a is None else self.a

@@ -183,6 +183,7 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
             for id, card in _read(federation)
         },
         "unit": federation.task.unit,
+        "relative": data.beside("", "common_test").unit is not None,
         "baselines": {id: r.baselines for id, r in readings.clients.items() if any(r.baselines.values())},
         "forecast": {id: r.forecast for id, r in readings.clients.items() if r.forecast},
         "confusion": {id: r.confusion for id, r in readings.clients.items()},

@@ -79,6 +79,7 @@ class Asynchronous(Session):
             task = self._next()
             self.now = task.ends
             self._end(task, tally)
+        self._may_be_killed()
         self.completed += 1
         return {
             "round": self.completed,
@@ -182,7 +183,7 @@ class Asynchronous(Session):
             raise Nothing(CHANGED, "fate")
         asked = self.links.received(task.version, task.broadcast)
         try:
-            return self.intake.receive(task.client, upload.body, lambda card: asked, task.version)
+            return self.intake.receive(task.client, upload.body, lambda card: asked, task.version, task.again)
         except PayloadError as error:
             raise Nothing(f"upload refused: {error}", "client") from None
 

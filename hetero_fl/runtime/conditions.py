@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import islice
 
-from hetero_fl.config.devices import CohortConfig, DeviceConfig
+from hetero_fl.config.devices import CohortConfig, DeviceConfig, FaultsConfig
 from hetero_fl.config.schema import Config
 from hetero_fl.errors import UserError
 from hetero_fl.runtime.devices import Devices
 from hetero_fl.runtime.faults import Faults
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.timing import Timing
+from hetero_fl.runtime.timing import Timing, local_steps
+
+LOOKED = 1000  # clients among whom somebody quick enough is looked for
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,20 @@ class Conditions:
             raise UserError("cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time")
         if policy.least > (per_round or len(federation.cards)):
             raise UserError(f"cohort.least: found {policy.least}, but {per_round or len(federation.cards)} are invited")
-        secret = config.channel.secure_sum
+        last, secret = max(config.faults.server, default=0) if config.faults else 0, config.channel.secure_sum
+        if last > config.rounds:
+            raise UserError(f"faults.server: found {last}, but the run has {config.rounds} rounds")
+        if policy.sampling == "oort" and secret is not None:
+            raise UserError(
+                "cohort.sampling: oort goes by each client's training loss, of which channel.secure_sum tells the mean alone; "
+                "take available or uniform, or leave channel.secure_sum out"
+            )
+        if secret is not None and per_round is not None and secret.survivors(federation.cohort) > per_round:
+            raise UserError(
+                f"cohort.over_selection: found {policy.over_selection:g}; of {federation.cohort} invited clients the first "
+                f"{per_round} are taken, but channel.secure_sum.threshold asks for {secret.survivors(federation.cohort)} to "
+                "stay: no round would be opened; take a smaller over_selection or threshold"
+            )
         if policy.too_few == "repeat" and secret is not None and policy.least > secret.survivors(federation.cohort):
             raise UserError(
                 f"cohort.least: found {policy.least}, with cohort.too_few: repeat and channel.secure_sum, which opens sums of "
@@ -69,10 +84,7 @@ class Conditions:
     @property
     def invited(self) -> int:
         """How many clients are invited to a round."""
-        everybody = len(self.devices.federation.cards)
-        if self.per_round is None:
-            return everybody
-        return min(everybody, math.ceil(self.policy.over_selection * self.per_round - 1e-9))
+        return self.policy.invited(self.per_round, len(self.devices.federation.cards))
 
     @property
     def too_few(self) -> str:
@@ -83,13 +95,38 @@ class Conditions:
         """What is possible but perhaps not meant."""
         if self.devices.federation.data.apart:
             return []
-        policy, lines = self.policy, []
+        policy, lines, machines = self.policy, [], list(self.devices.paces())
         waits = policy.deadline is None and policy.over_selection == 1
         if waits and self.faults.config.late:
             lines.append("faults.late: without cohort.deadline or over_selection a round waits for what is late")
         if policy.sampling == "available" and self.per_round is None:
             lines.append("cohort.sampling: without clients.per_round everybody who is online is invited")
-        return lines
+        if policy.sampling == "available" and all(always for _, _, always in machines):
+            lines.append(
+                "cohort.sampling: available, but everybody is always online (`devices.availability`): as uniform"
+            )
+        instant = all(always and not takes for _, takes, always in machines) and self.faults.config == FaultsConfig()
+        if policy.deadline is not None and instant:
+            lines.append(
+                "cohort.deadline: nobody takes any time, so nobody misses it; give `devices` a speed, up or down"
+            )
+        if self.faults.config.delay != FaultsConfig().delay and not self.faults.config.late:
+            lines.append("faults.delay: is for uploads that are late, but faults.late is 0")
+        if policy.attempts != CohortConfig().attempts and policy.too_few != "repeat":
+            lines.append("cohort.attempts: is for cohort.too_few: repeat")
+        return [*lines, *self._hopeless()]
+
+    def _hopeless(self) -> list[str]:
+        """A deadline that training alone would miss, whoever is invited."""
+        policy, cards = self.policy, self.devices.federation.cards
+        if policy.deadline is None:
+            return []
+        least = {id: local_steps(cards[id]) if policy.partial_work else 1 for id in islice(cards, LOOKED)}
+        quickest = min(self.timing.computing(id, 0) / steps for id, steps in least.items())
+        if quickest <= policy.deadline:
+            return []
+        what = "a single step" if policy.partial_work else "training"
+        return [f"cohort.deadline: found {policy.deadline:g} s, but {what} takes the quickest client {quickest:.3g} s"]
 
 
 def unused(federation: Federation, config: Config) -> list[str]:

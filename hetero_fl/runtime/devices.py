@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from itertools import islice
 from statistics import NormalDist
 from typing import Any
 
 from hetero_fl.config.devices import AvailabilityConfig, DevicesConfig, QuantityConfig
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.traces import NUMBERS, TAKES, Spans, Trace, read_traces
 from hetero_fl.seeding import Key, key
 
-NUMBERS = ("speed", "up", "down", "jitter", "failure")
-TAKES = ("speed", "up", "down")  # what time follows from
-COLUMNS = ("client", *NUMBERS, "online")
 DAY = 86400.0
-Spans = tuple[tuple[float, float], ...]  # [from, to) in seconds of the day, in order and apart
-Trace = dict[str, Any]
+NAMED = 20  # clients among whom a name that was misspelt is looked for
 
 
 def uniform(*parts: Key) -> float:
@@ -106,7 +101,10 @@ class Devices:
                     f"devices.file: {config.file}: online until {row['online'][-1][1]:g} of a day of {day:g} seconds"
                 )
             if row.get("client") and row["client"] not in federation.cards:
-                raise UserError(f"devices.file: {config.file}: no client is called '{row['client']}'")
+                known = islice(federation.cards, NAMED)
+                raise UserError(
+                    f"devices.file: {config.file}: no client is called '{row['client']}'{nearest(row['client'], known)}"
+                )
         return cls(federation, config, traces)
 
     def device(self, id: str) -> Device:
@@ -167,49 +165,3 @@ def _stretch(hours: AvailabilityConfig, drawn: float) -> Spans:
     start = (drawn if hours.phase is None else hours.phase) * hours.day
     end = start + hours.share * hours.day
     return ((start, end),) if end <= hours.day else ((0.0, end - hours.day), (start, hours.day))
-
-
-def read_traces(path: str) -> list[Trace]:
-    """The rows of a CSV of devices. Raises UserError in one line that names the file and the row."""
-    try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            names = [name.strip() for name in rows.fieldnames or ()]
-            if unknown := [name for name in names if name not in COLUMNS]:
-                raise UserError(f"devices.file: {path}: unknown column '{unknown[0]}'{nearest(unknown[0], COLUMNS)}")
-            made = [_trace(path, number, row) for number, row in enumerate(rows, 2)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"devices.file: {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not made:
-        raise UserError(f"devices.file: {path}: no rows")
-    return made
-
-
-def _trace(path: str, number: int, row: Mapping[str | None, Any]) -> Trace:
-    made: Trace = {}
-    for name, text in row.items():
-        if name is None or text is None:
-            raise UserError(f"devices.file: {path}, row {number}: not as many values as columns")
-        name, text = name.strip(), text.strip()
-        try:
-            if text:
-                made[name] = text if name == "client" else _spans(text) if name == "online" else _number(name, text)
-        except ValueError:
-            raise UserError(f"devices.file: {path}, row {number}, column {name}: found '{text}'") from None
-    return made
-
-
-def _number(name: str, text: str) -> float:
-    value = float(text)
-    lowest, highest = (0.0, 1.0) if name == "failure" else (0.0, math.inf)
-    if not lowest <= value <= highest or (value == 0 and name in ("speed", "up", "down")):
-        raise ValueError(text)
-    return value
-
-
-def _spans(text: str) -> Spans:
-    spans = sorted((float(a), float(b)) for a, b in (part.split("-") for part in text.split(";")))
-    apart = all(a[1] <= b[0] for a, b in pairwise(spans))
-    if not apart or not all(0 <= start < end for start, end in spans):
-        raise ValueError(text)
-    return tuple(spans)

@@ -44,7 +44,7 @@ class Federation:
     seed: int
     rounds: int
     common: tuple[str, ...] = ()
-    cohort: int = 0  # clients in a round
+    cohort: int = 0  # clients invited to a round
     readers: Sequence[str] = ()  # the clients whose models are read, in the order of the configuration
     some: Sequence[str] = ()  # those who stand for all where everybody would have to be asked; all of up to MANY
     channel: ChannelConfig = field(default_factory=ChannelConfig)
@@ -85,7 +85,7 @@ class Federation:
         liars = Liars.of(config.attacks, population, data.task, config.seed) if config.attacks else None
         return cls(
             data.task, data, cards, settings, server_view, student_arch if student else None, config.seed, config.rounds, common,
-            config.clients.per_round or len(population),
+            config.cohort.invited(config.clients.per_round, len(population)),
             _honest(_drawn(population, config.evaluation.clients, config.seed), liars), _drawn(population, None, config.seed),
             config.channel, config.aggregation, liars, config.privacy, KeyedNoise(config.seed),
         )  # fmt: skip

@@ -96,12 +96,15 @@ class Intake:
         terms = (federation.aggregation, federation.task, received(asked), self.expectations.trained)
         return Rules(*terms, memory=self.memory)
 
-    def receive(self, client: str, data: bytes, asked: Callable[[Card], Payload], round: int) -> Payload:
-        """An upload, decoded and checked against what this client was to send. Raises PayloadError."""
+    def receive(
+        self, client: str, data: bytes, asked: Callable[[Card], Payload], round: int, again: int = 0
+    ) -> Payload:
+        """An upload, decoded and checked against what this client was to send. `again`: how often it was asked in that round
+        before. Raises PayloadError."""
         card = self.expectations.federation.cards[client]
         got = asked(card)
         like = self.expectations.of(card, got, round)
-        payload = self.links.uploaded(card, round, data, like, got)
+        payload = self.links.uploaded(card, round, data, like, got, again)
         check_upload(payload, self.expectations.protection.specs, like)
         return payload
 

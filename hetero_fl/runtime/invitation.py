@@ -66,7 +66,8 @@ class Invitation:
         return in_order(chosen), at
 
     def _online(self, count: int, round: int, attempt: int, at: float) -> tuple[list[str], float]:
-        """Clients who are online, of a sample large enough; and when they are. Where time is real: who is there, now."""
+        """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
+        if they ever are. Where time is real: who is there, now."""
         if self.conditions.here is not None:
             until = time.monotonic() + LONGEST
             while not (there := in_order(self.conditions.here())):
@@ -76,15 +77,17 @@ class Invitation:
             return there, at
         ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
         looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
-        day = 0.0
+        first: tuple[list[str], float] | None = None
         for wait in range(PATIENCE):
             drawn = sample(len(ids), looked, self.federation.seed, round, "online", wait, *_again(attempt))
             machines = {ids[i]: device(ids[i]) for i in drawn}
             here = [id for id, machine in machines.items() if machine.awake(at) == at]
-            if here:
+            if len(here) >= self.conditions.policy.least:
                 return here, at
-            day = max(machine.day for machine in machines.values())
-            at += WAIT * day
+            first = first or ((here, at) if here else None)
+            at += WAIT * max(machine.day for machine in machines.values())
+        if first is not None:
+            return first
         raise RunFailed(f"round {round + 1}: none of {looked:,} clients is online at any time of two days")
 
     def _needed(self, online: list[str], count: int, round: int, attempt: int) -> list[str]:

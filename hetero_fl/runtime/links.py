@@ -14,6 +14,7 @@ from hetero_fl.config.channel import ChannelConfig
 from hetero_fl.payload import Item, Payload
 from hetero_fl.runtime.federation import SERVER, Federation
 from hetero_fl.runtime.protection import Protection
+from hetero_fl.seeding import Key
 from hetero_fl.state import Card
 
 
@@ -35,19 +36,24 @@ class Links:
         self._statistics: dict[Architecture, frozenset[str]] = {}
 
     # Up --------------------------------------------------------------------------------------------------------------
-    def upload(self, card: Card, round: int, payload: Payload, got: Payload, memory: dict[str, Any]) -> bytes:
-        """A client's upload, which trained on what it `got`; `memory` is its private state.
+    def upload(
+        self, card: Card, round: int, payload: Payload, got: Payload, memory: dict[str, Any], again: int = 0
+    ) -> bytes:
+        """A client's upload, which trained on what it `got`; `memory` is its private state. `again`: how often it was asked in
+        that round before, for draws of their own.
 
         What is to be summed in secret is rounded as the chain has it, and goes on as the numbers that the chain's end reads.
         """
-        sent = self.up.send(payload, self._key(card.id, round), self._untouched(card), got, memory)
+        sent = self.up.send(payload, self._key(card.id, round, again), self._untouched(card), got, memory)
         if not self.summed or self.up.streams is None:
             return sent
-        return self.uploaded(card, round, sent, payload.items_, got).encode()
+        return self.uploaded(card, round, sent, payload.items_, got, again).encode()
 
-    def uploaded(self, card: Card, round: int, data: bytes, like: Mapping[str, Item], got: Payload) -> Payload:
+    def uploaded(
+        self, card: Card, round: int, data: bytes, like: Mapping[str, Item], got: Payload, again: int = 0
+    ) -> Payload:
         """The upload at the server, which knows what the client `got` and what its upload is `like`. Raises PayloadError."""
-        return self.up.receive(data, self._key(card.id, round), self._untouched(card), got, like)
+        return self.up.receive(data, self._key(card.id, round, again), self._untouched(card), got, like)
 
     def _untouched(self, card: Card) -> frozenset[str]:
         return self._buffers([card.arch, *self.algorithm.extras(card.arch).values()])
@@ -67,8 +73,8 @@ class Links:
             return payload
         return self.received(round, self.broadcast(round, payload, archs))
 
-    def _key(self, sender: str, round: int) -> tuple[int, int, str, str]:
-        return self.seed, round, sender, "link"
+    def _key(self, sender: str, round: int, again: int = 0) -> tuple[Key, ...]:
+        return (self.seed, round, sender, "link", *(("again", again) if again else ()))
 
     def _buffers(self, archs: Iterable[Architecture]) -> frozenset[str]:
         """Names of what is no parameter (running means and variances): averaged as it is, never cut or rounded."""

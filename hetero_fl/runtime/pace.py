@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config import Config
+from hetero_fl.config.staleness import StalenessConfig
 from hetero_fl.errors import UserError
 from hetero_fl.runtime.devices import Devices
 from hetero_fl.runtime.federation import Federation
@@ -27,10 +28,26 @@ def set_pace(config: Config, method: Algorithm, federation: Federation) -> tuple
     if runtime.mode == "sync":
         if runtime.buffer is not None:
             raise UserError(f"runtime.buffer: found {runtime.buffer}, but a synchronous round takes its whole cohort")
+        if runtime.staleness != StalenessConfig():
+            raise UserError(
+                "runtime.staleness: nothing is stale in synchronous rounds; write runtime.mode=async, or leave this out"
+            )
         return config, federation, notes
     _check(config, method, federation)
     places = config.clients.per_round or len(federation.cards)
-    goal = method.goal or runtime.buffer or places
+    goal, uploads = method.goal or runtime.buffer or places, config.rounds * places
+    if goal > uploads:
+        key = "algorithm.buffer" if method.goal else "runtime.buffer"
+        raise UserError(
+            f"{key}: found {goal}, but {config.rounds} rounds of {places} clients take {uploads} uploads: there would be no new "
+            f"version; choose {uploads} or fewer"
+        )
+    if method.discount is not None and runtime.staleness != StalenessConfig():
+        raise UserError(f"runtime.staleness: is not used: {name} has its own, algorithm.staleness")
+    section, key = (
+        (method.discount, "algorithm") if method.discount is not None else (runtime.staleness, "runtime.staleness")
+    )
+    notes += [f"{key}.{setting} is not used: staleness is {section.kind}" for setting in section.unused]
     if config.devices is None and not federation.data.apart:
         notes.append("without `devices` no task takes any time: all that are given out together end together")
     return config, replace(federation, rounds=max(1, math.ceil(config.rounds * places / goal))), notes
@@ -62,7 +79,8 @@ def _check(config: Config, method: Algorithm, federation: Federation) -> None:
         own = f"its own is algorithm.buffer: {method.goal}" if method.goal > 1 else "which aggregates after each upload"
         raise UserError(f"runtime.buffer: found {config.runtime.buffer}, but algorithm.name is {name}: {own}")
     _check_time(config, federation)
-    waits = config.cohort.model_fields_set - {"least"} if config.cohort != type(config.cohort)() else set()
+    plain = type(config.cohort)()
+    waits = [name for name in type(plain).model_fields if getattr(config.cohort, name) != getattr(plain, name)]
     if waits:
         raise UserError(f"cohort.{min(waits)}: is for rounds that wait for a cohort; runtime.mode is async")
 

@@ -12,7 +12,7 @@ import torch
 from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.privacy.accounting import Charge
-from hetero_fl.channel.secure import SecureSum
+from hetero_fl.channel.protocol import both_ways
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.federation import Federation
@@ -101,11 +101,9 @@ class DryRun:
         if key not in self._sizes:
             up, charges = self.expectations.rehearsed(card, down, round)
             at_client = self._down(down, round)
-            if isinstance(self.protocol, SecureSum):
-                sizes = self.protocol.sizes(self.federation.cohort, round, at_client)
-            else:
-                sizes = (at_client, len(self.links.upload(card, round, up, down, {})))
-            self._sizes[key] = Exchanged(*sizes, tuple(charges))
+            alone = 0 if self.protocol.setup else len(self.links.upload(card, round, up, down, {}))
+            sizes = self.protocol.sizes(self.federation.cohort, round, at_client, alone)
+            self._sizes[key] = Exchanged(*both_ways(sizes.values()), tuple(charges))
         return self._sizes[key]
 
     def reading(self, id: str, round: int) -> int:

@@ -81,6 +81,9 @@ class Rehearsal(Asynchronous):
             raise Nothing(CHANGED, "fate")
         return payload
 
+    def _may_be_killed(self) -> None:
+        """Not in a rehearsal."""
+
     def _combine(self, sent: list[Upload]) -> None:
         self.dry.combine([upload.client for upload in sent], self.version, lambda: sent)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from hetero_fl.aggregation import Uploads
-from hetero_fl.channel.protocol import Message, Messages, Replies, Summed, Traffic, hold_round
+from hetero_fl.channel.protocol import Message, Messages, Replies, Summed, Traffic, both_ways, hold_round
 from hetero_fl.errors import GivenUp, RunFailed
 from hetero_fl.lazy import Lazy
 from hetero_fl.runtime.deliveries import befallen, once
@@ -71,7 +70,7 @@ class Rounds(Session):
             self._give_up(held, len(tries))
         else:
             self._aggregate(held.taken)
-        self._be_killed()
+        self._may_be_killed()
         self.store.commit()
         self.completed += 1
         return {
@@ -102,21 +101,32 @@ class Rounds(Session):
                 self.invitation.learn(held.schedule, held.taken.losses, index)
             return held
         bodies, task = self.broadcasts(cohort), number(index, attempt)
-        cards = self.federation.cards
-        sizes = {c: (len(bodies[c]), self.upload_bytes(cards[c], self._broadcast(cards[c]), index)) for c in cohort}
-        plan = schedule(cohort, self.conditions, sizes.__getitem__, at, task)
+        sizes = {c: self._sizes(c, len(bodies[c]), len(cohort)) for c in cohort}
+        plan = schedule(cohort, self.conditions, lambda c: both_ways(sizes[c].values()), at, task)
         held = Held(plan, failed=dict(plan.failed))
-        if plan.expected >= self.conditions.policy.least:
+        useful = plan.expected >= self.conditions.policy.least
+        if useful:
             self._exchange(held, task)
         else:  # nothing would be made of what they compute
             held.failed |= {c: CHANGED for c in plan.asked if plan.tasks[c].fate.what == "corrupted"}
         self.now = plan.end
         self.invitation.learn(plan, held.taken.losses, index)
         if self.algorithm.counted:
-            computed = set(plan.asked) if plan.expected >= self.conditions.policy.least else set()
-            self.traffic.down += sum(down for c, (down, _) in sizes.items() if c not in computed)
-            self.traffic.up += plan.wasted + sum(sizes[c][1] for c in plan.asked if c not in computed)
+            self.traffic.up += sum(sizes[c]["train"][1] for c in plan.in_vain)
+            counted = set(self._partners(plan)) if useful else set()
+            self.traffic.down += sum(both_ways(sizes[c].values())[0] for c in cohort if c not in counted)
+            self.traffic.up += sum(both_ways(sizes[c].values())[1] for c in plan.asked if c not in counted)
         return held
+
+    def _sizes(self, client: str, broadcast: int, cohort: int) -> dict[str, tuple[int, int]]:
+        """Bytes down and up of all that the round asks of a client, known before anything is computed."""
+        card, round = self.federation.cards[client], self.completed
+        alone = 0 if self.protocol.setup else self.upload_bytes(card, self._broadcast(card), round)
+        return self.protocol.sizes(cohort, round, broadcast, alone)
+
+    def _partners(self, plan: Schedule) -> list[str]:
+        """With whom the protocol begins: those whose uploads will come, or all, where they exchange something before."""
+        return list(plan.tasks) if self.protocol.setup else plan.asked
 
     def _exchange(self, held: Held, task: int) -> None:
         """Broadcast, training, and what comes of it."""
@@ -141,16 +151,24 @@ class Rounds(Session):
                 raise RunFailed(f"round {index + 1}: {client} diverged: {reply}")
             return False
 
+        asked = set(plan.asked)
+        turn = itertools.count(-len(self.protocol.setup))  # 0: the exchange in which they train
+
         def exchange(requests: Messages) -> Replies:
-            given = Lazy(requests.keys(), lambda c: replace(requests[c], round=index, work=plan.tasks[c].work))
+            at = next(turn)
+            answering = plan.there if at < 0 else asked
+            there = [c for c in requests if c in answering]
+            for gone in [c for c in requests if c not in answering]:
+                requests[gone]  # is sent, and counted, all the same
+            given = Lazy(there, lambda c: replace(requests[c], round=index, work=plan.tasks[c].work))
             answers = self.executor.answer(given)
-            replies = in_turn(list(requests), answers if self.apart is None else self._timely(plan, requests, answers))
-            if any(fate.what in ("twice", "corrupted") for fate in fates.values()):
+            replies = in_turn(there, answers if self.apart is None else self._timely(plan, there, answers))
+            if at == 0 and any(fate.what in ("twice", "corrupted") for fate in fates.values()):
                 replies = once(befallen(replies, fates, self.federation.seed, "changed", task))
             return filter(usable, replies)
 
         try:
-            arrivals = hold_round(self.protocol, self.broadcasts(plan.asked), exchange, traffic, index)
+            arrivals = hold_round(self.protocol, self.broadcasts(self._partners(plan)), exchange, traffic, index)
         except GivenUp as error:
             held.given_up = error
             failed.update({c: "the round was given up" for c in plan.asked if c not in failed and c not in plan.late})
@@ -162,7 +180,7 @@ class Rounds(Session):
         held.taken = self.intake.take(arrivals, self.heard(index), index)
         for client, why in held.taken.refused.items():
             self.store.drop(client)
-            if client not in plan.late:
+            if client in asked and client not in plan.late:  # what became of the others is known
                 failed.setdefault(client, f"upload refused: {why}")
 
     def _timely(
@@ -218,15 +236,12 @@ class Rounds(Session):
             raise held.given_up
         found, least = len(held.taken.uploads), self.conditions.policy.least
         what = f"{found} of at least {least} usable uploads" if least > 1 else "no usable upload"
+        invited, late = len(held.schedule.tasks), len(held.schedule.late)
+        why = next(iter(held.failed.items()), f"{late} of them late" if late else "")
         raise RunFailed(
-            f"round {self.completed + 1}: {what} from {len(held.schedule.tasks)} clients"
-            f"{f', {tries} times' if tries > 1 else ''}; {next(iter(held.failed.items()), '')}"
+            f"round {self.completed + 1}: {what} from {invited} client{'s' if invited != 1 else ''}"
+            f"{f', {tries} times' if tries > 1 else ''}{f'; {why}' if why else ''}"
         )
-
-    def _be_killed(self) -> None:
-        """As `faults.server` has it; the process that takes the run over there goes on."""
-        if self.completed + 1 in self.conditions.faults.config.server and self.resumed != self.completed:
-            os.kill(os.getpid(), signal.SIGKILL)
 
     # Crash safety --------------------------------------------------------------------------------------------------
     def tree(self) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from hetero_fl.runtime.batches import whole_steps
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.faults import FINE, Fate
-from hetero_fl.state import Card, in_order
+from hetero_fl.runtime.timing import local_steps
+from hetero_fl.state import in_order
 
 Sizes = Callable[[str], tuple[int, int]]  # client id -> bytes down, bytes up
 
@@ -23,7 +23,6 @@ class Task:
     fate: Fate = FINE
     work: float = 1.0
     ends: float = 0.0
-    up_bytes: int = 0
 
 
 @dataclass
@@ -44,16 +43,20 @@ class Schedule:
         return sum(self.tasks[client].fate.what != "corrupted" for client in self.asked)
 
     @property
-    def wasted(self) -> int:
-        """Bytes that were sent for nothing: of lost and delayed uploads and second copies. Who is merely slow gives up when the
+    def there(self) -> set[str]:
+        """Who is there until it trains, and answers what a protocol asks before that: whoever does not fail before it."""
+        return {client for client, task in self.tasks.items() if task.fate.what != "before"}
+
+    @property
+    def in_vain(self) -> list[str]:
+        """Whose uploads were sent for nothing: lost and delayed ones, and second copies. Who is merely slow gives up when the
         round is closed."""
         sent = [
             c
             for c, task in self.tasks.items()
             if task.fate.what == "lost" or (task.fate.what == "late" and c in self.late)
         ]
-        again = [c for c in self.asked if self.tasks[c].fate.what == "twice"]
-        return sum(self.tasks[client].up_bytes for client in [*sent, *again])
+        return [*sent, *(c for c in self.asked if self.tasks[c].fate.what == "twice")]
 
     def record(self, failed: Collection[str]) -> list[list[object]]:
         """Each task as `[client, start, end, what came of it]`, seconds; none goes on beyond the round's end. `failed`: those
@@ -102,7 +105,7 @@ def _task(id: str, conditions: Conditions, size: tuple[int, int], at: float, num
     if conditions.policy.partial_work:
         work = timing.share_in_time(id, *size, at, number, closing)
         if int(work * local_steps(conditions.devices.federation.cards[id])) < 1:
-            return Task(id, fate, 0.0, math.inf, size[1])  # no time for a single step
+            return Task(id, fate, 0.0, math.inf)  # no time for a single step
     stages = timing.stages(id, *size, at, number, work)
     arrived = min(stages.arrived, closing) if work < 1 else stages.arrived  # round-off makes nobody late
     ends = {
@@ -111,10 +114,4 @@ def _task(id: str, conditions: Conditions, size: tuple[int, int], at: float, num
         "after": stages.trained,
         "lost": arrived if closing == math.inf else math.inf,
     }
-    return Task(id, fate, work, ends.get(fate.what, arrived + fate.by), size[1])
-
-
-def local_steps(card: Card) -> int:
-    """Steps of a client's whole local training in a round."""
-    s = card.settings
-    return whole_steps(card.n, s.batch_size, s.epochs, s.steps)
+    return Task(id, fate, work, ends.get(fate.what, arrived + fate.by))

@@ -108,9 +108,8 @@ class Site:
             upload = self.protection.release(client, Payload(outcome.get()), got[id])
             upload.report = self.protection.report(training_loss(outcome.reports))
             self.leaving(id, upload)
-            uploads[id] = self.links.upload(
-                self.federation.cards[id], requests[id].round, upload, got[id], client.state
-            )
+            card, asked = self.federation.cards[id], requests[id]
+            uploads[id] = self.links.upload(card, asked.round, upload, got[id], client.state, asked.again)
             self.store.stage(id, Private(self.algorithm.private(client), client.state))
         return uploads
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hetero_fl.runtime.batches import whole_steps
 from hetero_fl.runtime.costs import work as operations
 from hetero_fl.runtime.devices import Devices, log_normal
+from hetero_fl.state import Card
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,9 @@ class Timing:
         spare = device.time_until(at, deadline) - down_bytes / device.down - up_bytes / device.up
         whole = self.computing(id, task)
         return 1.0 if spare >= whole else max(0.0, spare / whole)
+
+
+def local_steps(card: Card) -> int:
+    """Steps of a client's whole local training in a round."""
+    s = card.settings
+    return whole_steps(card.n, s.batch_size, s.epochs, s.steps)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from hetero_fl.config.devices import FaultsConfig
 from hetero_fl.experiment import prepare
 from hetero_fl.runtime.asynchronous import Asynchronous
 from hetero_fl.runtime.executor import Executor
@@ -40,7 +41,7 @@ class Fated:
     """Fates by task number; the others are fine."""
 
     def __init__(self, fates: Mapping[int, Fate]) -> None:
-        self.fates = fates
+        self.fates, self.config = fates, FaultsConfig()
 
     def fate(self, id: str, task: int) -> Fate:
         return self.fates.get(task, Fate())

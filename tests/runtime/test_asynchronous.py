@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,34 @@ def test_from_every_checkpoint_it_goes_on_with_the_same_bits(
 
 def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+# What befalls tasks --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.6, 0.9])
+def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_up(chance: float) -> None:
+    faults = dict.fromkeys(("before", "during", "after", "lost", "corrupted"), chance / 5)
+    run = session(source("fedper", rounds=5, faults={**faults, "late": 0.05, "twice": 0.05, "delay": 5.0}))
+    records = [run.round() for _ in range(5)]
+    for record in records:
+        counts, found = record["counts"], Counter(what for *_, what in record["tasks"])
+        assert counts["invited"] == counts["arrived"] + counts["failed"] + counts["late"] == len(record["tasks"])
+        assert (counts["arrived"], counts["late"]) == (3, 0) and found["failed"] == counts["failed"]
+        assert all(begun <= ends <= record["simulated"]["end"] for _, begun, ends, _ in record["tasks"])
+    failed = sum(record["counts"]["failed"] for record in records)
+    tasks = sum(record["counts"]["invited"] for record in records)
+    assert abs(failed / tasks - chance) < 0.25 and (chance > 0) == (failed > 0)
+
+
+def test_two_tasks_of_one_version_draw_by_themselves_on_the_channel() -> None:
+    made = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
+    made["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
+    run = session(made, seconds=lambda id, _: PACE[id])
+    link, keys = run.executor.site.links.up, list[Any]()  # type: ignore[attr-defined]
+    send = link.send
+    link.send = lambda payload, key, *rest: (keys.append(key), send(payload, key, *rest))[1]
+    records = [run.round() for _ in range(2)]
+    assert not any(record["failed"] for record in records) and run.version == 1
+    assert len(keys) > 3 and len(set(keys)) == len(keys)
 
 
 # What ends it -------------------------------------------------------------------------------------------------------

@@ -106,14 +106,16 @@ def test_twenty_kills(mode: str, tmp_path: Path) -> None:
     assert mid >= 2  # some of them did hit the run itself
 
 
-def killed(out: str) -> None:
-    run(source(server=[2, 3]), out=out, resume=True)
+def killed(out: str, mode: str) -> None:
+    made = MODES[mode]()
+    run({**made, "faults": {**made["faults"], "server": [2, 3]}}, out=out, resume=True)
 
 
-def test_a_server_that_its_faults_kill_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    run(source(), out=tmp_path / "plain")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_server_that_its_faults_kill_goes_on_with_the_same_bits(mode: str, tmp_path: Path) -> None:
+    run(MODES[mode](), out=tmp_path / "plain")
     for exitcode in (-signal.SIGKILL, -signal.SIGKILL, 0):
-        process = CONTEXT.Process(target=killed, args=(str(tmp_path / "killed"),))
+        process = CONTEXT.Process(target=killed, args=(str(tmp_path / "killed"), mode))
         process.start()
         process.join()
         assert process.exitcode == exitcode

@@ -13,10 +13,11 @@ from hetero_fl.config.devices import CohortConfig, DevicesConfig, FaultsConfig
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.runtime.costs import work
-from hetero_fl.runtime.devices import Device, Devices, read_traces
+from hetero_fl.runtime.devices import Device, Devices
 from hetero_fl.runtime.faults import Faults
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.timing import Timing
+from hetero_fl.runtime.traces import read_traces
 from tests.small import config
 
 
@@ -65,12 +66,21 @@ def test_a_groups_own_device_has_the_last_word(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("sped\n1\n", "column 'sped'.*'speed'"),
-        ("speed\n0\n", "row 2, column speed: found '0'"),
+        ("speed\n0\n", "row 2, column speed: found '0'; write a number above 0"),
         ("speed\nfast\n", "found 'fast'"),
         ("online\n5-1\n", "found '5-1'"),
+        ("online\n8:00-18:00\n", "found '8:00-18:00'; write stretches of seconds of the day"),
         ("online\n0-5;4-9\n", "found '0-5;4-9'"),
-        ("failure\n1.5\n", "found '1.5'"),
-        ("speed,up\n1\n", "row 2: not as many"),
+        ("online\n0-inf\n", "found '0-inf'"),
+        ("failure\n1.5\n", "found '1.5'; write a chance from 0 to 1"),
+        ("failure\n10%\n", "found '10%'"),
+        ("speed,up\n1\n", "row 2: fewer values than columns"),
+        ("speed\n1,5e9\n", "row 2: more values than columns"),
+        ("online\n0-5,6-9\n", "row 2: more values than columns; .*semicolons between stretches"),
+        ("client;speed\na;1\n", "found a semicolon between the columns' names; separate them with commas"),
+        ("speed,up,speed\n1,2,3\n", "two columns are called 'speed'"),
+        ("client,speed\nsite_1,1\nsite_2,1\nsite_1,2\n", "two rows are of client 'site_1'"),
+        ("client,speed\nsite1,1\n", "no client is called 'site1'; did you mean 'site_1'"),
         ("speed\n", "no rows"),
         ("client,speed\nnobody,1\n", "no client is called 'nobody'"),
         ("online\n0-90000\n", "90000 of a day of 86400"),
@@ -150,8 +160,14 @@ def test_what_cannot_be_is_refused() -> None:
         CohortConfig(partial_work=True)
     with pytest.raises(UserError, match=r"devices.speed.median: found -1"):
         prepare(config("fedavg", devices={"speed": {"median": -1}}))
-    with pytest.raises(UserError, match=r"devices.speed.*found 'fast'"):
+    with pytest.raises(UserError, match=r"devices.speed: found 'fast'; give a number, or {median, sigma}"):
         prepare(config("fedavg", devices={"speed": "fast"}))
+    with pytest.raises(UserError, match=r"devices.up: found \[1, 2\]; give a number"):
+        prepare(config("fedavg", devices={"up": [1, 2]}))
+    with pytest.raises(UserError, match=r"devices: found 'd.csv'; .* did you mean 'devices.file'"):
+        prepare(config("fedavg", devices="d.csv"))
+    with pytest.raises(UserError, match=r"faults.server: found 2; a list was meant: \[2\]"):
+        prepare(config("fedavg", faults={"server": 2}))
     with pytest.raises(UserError, match=r"devices\.sped.*speed"):
         prepare(config("fedavg", devices={"sped": 3}))
 

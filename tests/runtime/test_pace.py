@@ -48,16 +48,30 @@ def test_rows_of_different_versions_are_never_mixed() -> None:
     "changes, line",
     [
         ({"runtime": {"buffer": 3}}, "runtime.buffer: found 3, but a synchronous round"),
+        ({"runtime": {"staleness": {"a": 1.0}}}, "runtime.staleness: nothing is stale in synchronous rounds"),
+        ({"runtime": {**ASYNC, "buffer": 7}}, "runtime.buffer: found 7, but 2 rounds of 3 clients take 6 uploads"),
         (
             {"runtime": ASYNC, "clients__defaults__share_every": 2},
             "runtime.mode: async cannot be combined with share_every",
         ),
         ({"runtime": ASYNC, "cohort": {"deadline": 9.0}}, "cohort.deadline: is for rounds that wait"),
+        ({"runtime": ASYNC, "cohort": {"least": 2}}, "cohort.least: is for rounds that wait"),
         ({"runtime": ASYNC, "cohort": {"sampling": "available"}}, "cohort.sampling: is for rounds that wait"),
     ],
 )
 def test_settings_of_the_other_mode_are_refused(changes: dict[str, Any], line: str) -> None:
     assert refused(config("fedavg", **changes)).startswith(line)
+
+
+def test_settings_of_another_staleness_are_told_or_refused() -> None:
+    section = {**ASYNC, "staleness": {"kind": "constant", "a": 3.0, "b": 2}}
+    notes = prepare(config("fedavg", runtime=section)).notes
+    assert [n for n in notes if "staleness is constant" in n] == [
+        f"runtime.staleness.{key} is not used: staleness is constant" for key in "ab"
+    ]
+    assert "algorithm.b is not used: staleness is polynomial" in prepare(config("fedasync", algorithm__b=2)).notes
+    line = refused(config("fedbuff", clients=4, runtime={"staleness": {"a": 1.0}}))
+    assert line == "runtime.staleness: is not used: fedbuff has its own, algorithm.staleness"
 
 
 def test_a_buffer_has_one_key() -> None:

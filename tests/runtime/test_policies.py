@@ -16,7 +16,7 @@ from hetero_fl.experiment import prepare
 from hetero_fl.runtime.deliveries import flipped
 from hetero_fl.runtime.readings import Record
 from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.runtime.schedule import local_steps
+from hetero_fl.runtime.timing import local_steps
 from tests.runtime.test_rounds import poisoned
 from tests.small import MIXED, TOP, config, rounds_of, same_bits
 
@@ -216,6 +216,24 @@ def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
         held({**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}})
 
 
+def test_a_round_without_enough_says_what_became_of_them() -> None:
+    source = config("fedavg", "mlp", 4, devices=SLOW, cohort={"deadline": 1e-3, "too_few": "fail"})
+    with pytest.raises(RunFailed, match=r"^round 1: no usable upload from 4 clients; 4 of them late$"):
+        held(source)
+
+
+def test_a_round_begins_when_as_many_are_online_as_it_needs() -> None:
+    devices = {"speed": 1e7, "availability": {"share": 0.25, "day": 240}}
+    source = config(
+        "fedavg", "mlp", 8, rounds=3, clients__per_round=3, devices=devices, data__partition=MANY,
+        cohort={"sampling": "available", "least": 2, "too_few": "fail"},
+    )  # fmt: skip
+    rounds, records = held(source)
+    assert all(record["counts"]["invited"] >= 2 for record in records)
+    seen = [rounds.conditions.devices.device(id) for id in rounds.federation.cards]
+    assert any(sum(d.awake(10.0 * k) == 10.0 * k for d in seen) < 2 for k in range(24))  # at times they are fewer
+
+
 def test_of_a_round_that_is_skipped_after_training_clients_keep_nothing() -> None:
     rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), held=1)
     before = {id: rounds.store.stamp(id) for id in rounds.federation.cards}
@@ -263,16 +281,44 @@ def test_oort_prefers_those_with_high_losses_who_are_quick() -> None:
 
 
 def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
-    def refused(said: str, **changes: Any) -> None:
+    def refused(said: str, clients: int = 4, **changes: Any) -> None:
         with pytest.raises(UserError, match=said):
-            prepare(config("fedavg", "mlp", 4, **changes))
+            prepare(config("fedavg", "mlp", clients, **changes))
 
     refused(r"cohort\.over_selection: .*clients\.per_round", cohort={"over_selection": 1.3}, devices=SLOW)
     refused(r"cohort\.over_selection: .*devices", cohort={"over_selection": 1.3}, clients__per_round=2)
     refused(r"cohort\.sampling: oort", cohort={"sampling": "oort"})
     refused(r"cohort\.least: found 3", cohort={"least": 3}, clients__per_round=2)
+    refused(r"faults\.server: found 9, but the run has 2 rounds", faults={"server": [1, 9]})
+    refused(r"faults\.server\.0: found 0", faults={"server": [0]})
+    oort = {"sampling": "oort"}
+    refused(
+        r"cohort\.sampling: oort .* channel\.secure_sum", cohort=oort, clients__per_round=3, channel={"secure_sum": {}}
+    )
+    many = {
+        "cohort": {"over_selection": 2},
+        "clients": 8,
+        "clients__per_round": 4,
+        "devices": SLOW,
+        "data__partition": MANY,
+    }
+    refused(r"cohort\.over_selection: found 2; of 8 .* asks for 6", channel={"secure_sum": {}}, **many)
     notes = prepare(config("fedavg", "mlp", 4, faults={"late": 0.1}, cohort={"sampling": "available"})).notes
     assert any("faults.late" in note for note in notes) and any("cohort.sampling" in note for note in notes)
+    for changes, line in [
+        ({"cohort": {"sampling": "available"}, "clients__per_round": 2}, "cohort.sampling: available, but everybody"),
+        ({"cohort": {"deadline": 9}}, "cohort.deadline: nobody takes any time"),
+        ({"cohort": {"deadline": 1e-3}, "devices": SLOW}, "cohort.deadline: found 0.001 s, but training takes"),
+        (
+            {"cohort": {"deadline": 1e-6, "partial_work": True}, "devices": SLOW},
+            "cohort.deadline: found 1e-06 s, but a single",
+        ),
+        ({"faults": {"delay": 9}}, "faults.delay: is for uploads that are late"),
+        ({"cohort": {"attempts": 3}}, "cohort.attempts: is for cohort.too_few: repeat"),
+    ]:
+        plain = prepare(config("fedavg", "mlp", 4, devices=SLOW, cohort={"deadline": 60})).notes
+        assert any(note.startswith(line) for note in prepare(config("fedavg", "mlp", 4, **changes)).notes)
+        assert not any(note.startswith(line) for note in plain), line
     refused(r"devices\.file: nowhere\.csv", devices={"file": "nowhere.csv"})
 
 

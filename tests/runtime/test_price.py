@@ -167,7 +167,8 @@ def test_where_sizes_follow_from_the_numbers_the_rehearsal_is_the_most_that_it_c
 def test_the_check_of_an_asynchronous_run_rehearses_it(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     source = paced("fedavg")
     path = tmp_path / "a.yaml"
-    path.write_text(yaml.safe_dump(source))
+    killed = {**source["faults"], "server": [2]}  # not while it is only rehearsed
+    path.write_text(yaml.safe_dump({**source, "faults": killed}))
     assert main(["--config", str(path), "--check"], command="train") == 0
     (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 3 rounds: " in text]
     cost, _, counted = rehearsed_and_counted(source)

@@ -17,8 +17,10 @@ import pytest
 import torch
 import yaml
 
+from tests.runtime import paces
 from tests.runtime.crews import ROOT, environment, gone, outcome, rounds_on, setup_of
-from tests.small import config
+from tests.runtime.test_crash import figures, models
+from tests.small import TOP, config
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'hetero_fl[ray]'")
 
@@ -118,6 +120,29 @@ def test_a_worker_killed_and_a_node_lost_in_mid_round_change_nothing(
     assert outcome(rounds_on(setup, crew, 2)) == want
     assert lost and cluster.list_all_nodes() == [cluster.head_node]
     crew.close()
+
+
+def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    """Asynchronous, with tasks in flight: Hybrid with heads of their own and top-k, everything going wrong."""
+    made = paces.source(
+        "hybrid", algorithm__heads="keep", channel=TOP, rounds=4, output={"plots": False, "report": False}
+    )
+    run(made, out=tmp_path / "plain")
+    made["runtime"] |= {"executor": "ray", "workers": 1, "address": cluster.address}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(made))
+    driver = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out"],
+        cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    ends = time.monotonic() + 120
+    while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < ends and driver.poll() is None:
+        time.sleep(0.01)
+    os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL and not (tmp_path / "out" / "summary.json").exists()
+    run(made, out=tmp_path / "out", resume=True)
+    assert "resumed after round" in (tmp_path / "out" / "log.txt").read_text()
+    assert models(tmp_path / "out") == models(tmp_path / "plain")
+    assert figures(tmp_path / "out") == figures(tmp_path / "plain")
 
 
 def test_more_workers_than_the_cluster_has_room_for(cluster: Cluster, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ class SecureSum:
     Training stands in the third exchange, so that whoever drops out or diverges in it costs the others nothing.
     """
 
+    setup: tuple[str, ...] = ("keys", "shares")
+
     def __init__(self, config: SecureSumConfig, cohort: int, agreed: Agreed) -> None:
         self.config, self.agreed = config, agreed
         self.survivors, self.fixed = config.survivors(cohort), FixedPoint.of(config, cohort)
@@ -79,8 +81,8 @@ class SecureSum:
         noise = self.agreed.noise(client, round, layout, unit, self.survivors)
         return self.fixed.encode(packed if noise is None else packed + noise)
 
-    def sizes(self, cohort: int, round: int, broadcast: int) -> tuple[int, int]:
-        """Bytes down to a client and up from it in a round of so many that nobody leaves, for a broadcast of that length."""
+    def sizes(self, cohort: int, round: int, broadcast: int, upload: int) -> dict[str, tuple[int, int]]:
+        """How long an upload would be by itself is of no account: everybody sends the vector of all."""
         members = degree(cohort, self.survivors, self.config.neighbours) + 1
         return sizes(members, self.agreed.layout(round).size, broadcast)
 

@@ -89,9 +89,9 @@ def row(string: bytes) -> np.ndarray:
     return np.frombuffer(bytearray(string), np.uint8)
 
 
-def sizes(members: int, numbers: int, broadcast: int) -> tuple[int, int]:
-    """Bytes down to a client and up from it in a round that nobody leaves: with so many members of its neighbourhood, itself
-    among them, numbers in the vector, and bytes of the broadcast."""
+def sizes(members: int, numbers: int, broadcast: int) -> dict[str, tuple[int, int]]:
+    """Bytes down to a client and up from it by request, in a round that nobody leaves: with so many members of its
+    neighbourhood, itself among them, numbers in the vector, and bytes of the broadcast."""
     free = {"vector": numbers, "broadcast": broadcast, "dropped": 0}
 
     def size(ask: str, fields: Mapping[str, Field]) -> int:
@@ -99,5 +99,4 @@ def sizes(members: int, numbers: int, broadcast: int) -> tuple[int, int]:
         shapes = {n: [free.get(n, peers) if d is None else d for d in shape] for n, (_, shape) in fields.items()}
         return len(write({n: np.zeros(shapes[n], dtype) for n, (dtype, _) in fields.items()}))
 
-    down, up = (sum(size(ask, fields) for ask, fields in side.items()) for side in (REQUESTS, REPLIES))
-    return down, up
+    return {ask: (size(ask, fields), size(ask, REPLIES[ask])) for ask, fields in REQUESTS.items()}

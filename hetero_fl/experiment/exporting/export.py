@@ -1,0 +1,180 @@
+"""From a finished run to files that predict without it: written, run again, compared with the run, described."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hetero_fl.errors import UserError, nearest
+from hetero_fl.experiment.exporting import formats, score
+from hetero_fl.experiment.exporting.graph import OUTPUTS, Exported
+from hetero_fl.experiment.exporting.inputs import as_predicted, drawn, inputs_of
+from hetero_fl.files import write_atomically
+from hetero_fl.reporting.card import FORM, facts, markdown
+from hetero_fl.reporting.run import Run
+from hetero_fl.saved import SavedModel
+from hetero_fl.seeding import generator
+
+FOLLOWED = 3  # examples on which a graph is followed
+BATCHES = (1, 2, 7)  # sizes that it then has to take, too
+TOLERANCE = 1e-5
+ROWS = "rows"
+
+Say = Callable[[str], None]
+
+
+class File(NamedTuple):
+    """An exported model, its card, and how far it was from the run's predictions at most (None: it is no graph)."""
+
+    model: Path
+    card: Path
+    largest_difference: float | None
+
+
+def export(
+    run: Run | str | Path,
+    client: str | None = None,
+    format: str = "onnx",
+    out: str | Path | None = None,
+    home: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, File]:
+    """Write models of a finished run as files for use without this package; returns them by client id.
+
+    ONNX and TorchScript files hold the preprocessing too: they take raw examples (`Input`), any number at once, and give
+    probabilities, or values of a regression. Each is run again before it is kept, and has to agree with `Run.predict` within
+    1e-5. Beside it lie `NAME.md` and `NAME.json`, which say what it is, and `score.py`, which needs no hetero_fl. A safetensors
+    file is tensors alone, for `model_zoo`.
+
+    Args:
+        client: a client's id, or "server"; None: all models.
+        format: onnx, torchscript or safetensors.
+        out: the folder, by default `export` in the run's.
+        home: with the client's own label frequencies, as on its own patients (`Run.predict`'s default); the file is then called
+            `NAME-home`.
+
+    Raises:
+        UserError: no such model; a model that cannot be written in this format, or would predict otherwise there.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    if format not in formats.SUFFIXES:
+        raise UserError(f"--format: found '{format}'{nearest(format, formats.SUFFIXES)}")
+    if client is not None and client not in run.models:
+        raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
+    if home and format == "safetensors":
+        raise UserError("--home: a safetensors file holds the label frequencies beside the tensors; leave it out")
+    formats.check_installed(format)
+    folder = run.path / "export" if out is None else Path(out)
+    made = {}
+    for name, model in run.models.items():
+        if client is None or name == client:
+            made[name] = _one(run, name, model, format, folder, home)
+            say(f"{name}: {made[name].model.name}{_told(made[name])}")
+    if format != "safetensors":
+        _write(folder / "score.py", Path(score.__file__).read_bytes())
+    return made
+
+
+def _one(run: Run, name: str, model: SavedModel, format: str, folder: Path, home: bool) -> File:
+    largest = None
+    if format == "safetensors":
+        content = (run.path / "models" / f"{name}.safetensors").read_bytes()
+    else:
+        content = _written(name, model, format, home)
+        largest = _compared(run, name, formats.read(content, format), format, home)
+    stem = f"{name}-home" if home else name
+    file = folder / f"{stem}{formats.SUFFIXES[format]}"
+    card = folder / f"{stem}.json"
+    source = _sha256((run.path / "models" / f"{name}.safetensors").read_bytes())
+    checked = None if largest is None else {"batches": list(BATCHES), "largest_difference": largest}
+    entry = {"name": file.name, "format": format, "sha256": _sha256(content), "checked": checked}
+    files = [*(f for f in _beside(card, source) if f["format"] != format), entry]
+    told = facts(run, name, {"files": files, "source_sha256": source, "home": home, **interface(model)})
+    _write(file, content)
+    _write(card, (json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    _write(card.with_suffix(".md"), markdown(told).encode())
+    return File(file, card.with_suffix(".md"), largest)
+
+
+def _beside(card: Path, source: str) -> list[dict[str, Any]]:
+    """What a card that lies there says of the same model in other formats."""
+    try:
+        told = json.loads(card.read_text(encoding="utf-8"))
+        return list(told["files"]) if (told["form"], told["source_sha256"]) == (FORM, source) else []
+    except (OSError, ValueError, TypeError, KeyError):  # none, or no card
+        return []
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def interface(model: SavedModel) -> dict[str, Any]:
+    """What a file takes and gives, in plain fields; it is written into the file, too."""
+    return {
+        "inputs": [one.record() for one in inputs_of(model)],
+        "output": {"name": OUTPUTS[model.task.kind], "shape": ["batch", model.task.outputs], "dtype": "float32"},
+        "task": model.task.kind,
+        "names": list(model.task.label),
+    }
+
+
+def _written(name: str, model: SavedModel, format: str, home: bool) -> bytes:
+    examples = drawn(model, FOLLOWED, generator("export", ROWS, FOLLOWED))
+    try:
+        return formats.written(Exported(model, home), examples, format, interface(model))
+    except Exception as error:  # an operation of a model of whatever origin that the format has not
+        raise UserError(f"{name}: {model.arch.name} cannot be written as {format}: {_root(error)}") from error
+
+
+def _compared(run: Run, name: str, scorer: formats.Scorer, format: str, home: bool) -> float:
+    """The largest difference to the run's own predictions, relative to them where they are larger than 1."""
+    model, largest = run.models[name], 0.0
+    for size in BATCHES:
+        given = drawn(model, size, generator("export", ROWS, size))
+        wanted = run.predict(name, as_predicted(model, given), home)
+        try:
+            found = scorer(given)
+        except Exception as error:  # what a runtime raises for a size that the graph is fixed to
+            raise UserError(
+                f"{name}: {model.arch.name} as {format} takes no batch of {size} (a model of one's own reads x.shape[0], "
+                f"not len(x)): {_root(error)}"
+            ) from error
+        largest = max(largest, _apart(found, wanted))
+    if not largest <= TOLERANCE:
+        raise UserError(
+            f"{name}: {model.arch.name} as {format} predicts otherwise than the run does, by {largest:.2g}; nothing is written"
+        )
+    return largest
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    apart = (found - wanted).abs() / wanted.abs().clamp(min=1)
+    return float(apart.nan_to_num(nan=torch.inf).max())
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _told(file: File) -> str:
+    apart = file.largest_difference
+    return "" if apart is None else f", at most {apart:.1e} from the run's predictions"
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"--out: {path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""The `hetero-fl export` command, for a checkout; `--help` tells its options."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hetero_fl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(command="export"))

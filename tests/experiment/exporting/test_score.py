@@ -1,0 +1,188 @@
+"""The script that lies beside an export: it needs nothing of this project, and says what is wrong in one line."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.experiment.exporting import formats, score
+from hetero_fl.experiment.exporting.export import interface
+from hetero_fl.experiment.exporting.inputs import drawn
+from hetero_fl.saved import SavedModel
+from hetero_fl.seeding import generator
+from tests.experiment.exporting.cases import CASES
+from tests.experiment.exporting.test_graphs import file_of, installed, predicted
+
+SCRIPT = Path(score.__file__)
+ALONE = (  # as on a machine that has neither of our packages
+    "import runpy, sys; sys.modules.update(hetero_fl=None, model_zoo=None); sys.argv.pop(0); "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def put(folder: Path, name: str, format: str = "torchscript") -> Path:
+    file = folder / f"{name}{formats.SUFFIXES[format]}"
+    file.write_bytes(file_of(CASES[name], format, home=True))
+    return file
+
+
+def rows_of(text: str) -> tuple[list[str], np.ndarray[Any, Any], list[str]]:
+    header, *rows = list(csv.reader(text.splitlines()))
+    numbers = np.array([[float(v) for v in row[1:5]] for row in rows])
+    return header, numbers, [row[-1] for row in rows]
+
+
+def test_it_imports_nothing_but_what_it_says() -> None:
+    names = set()
+    for node in ast.walk(ast.parse(SCRIPT.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime", "torch"}
+
+
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_it_runs_without_this_project(tmp_path: Path, format: str) -> None:
+    installed(format)
+    model, x = CASES["cnn_gn_resized"], torch.randint(0, 256, (601, 9, 11), dtype=torch.uint8)
+    np.savez(tmp_path / "x.npz", test_images=x.numpy(), test_labels=np.zeros(601))
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        ALONE,
+        str(SCRIPT),
+        "--model",
+        str(put(tmp_path, "cnn_gn_resized", format)),
+    ]
+    done = subprocess.run([*command, "--data", str(tmp_path / "x.npz")], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    header, found, likeliest = rows_of(done.stdout)
+    wanted = predicted(model, ((x[:, None].float() / 255),), True)
+    assert header == ["row", "0", "1", "2", "3", "prediction"] and len(found) == 601
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
+    assert likeliest == [str(int(i)) for i in wanted.argmax(1)]
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["score.py", *map(str, words)])
+    return score.main()
+
+
+def told(model: SavedModel, x: tuple[torch.Tensor, ...], out: Path) -> None:
+    """That a written table holds the model's predictions."""
+    np.testing.assert_allclose(rows_of(out.read_text())[1], predicted(model, x, True).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_by_names_with_gaps_and_columns_that_nobody_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = CASES["tabular_with_gaps"], tmp_path / "out.csv"
+    (x,) = drawn(model, 9, generator("table"))
+    weight, pulse, glucose = ([f"{v:.9g}" if v == v else "" for v in column.tolist()] for column in x.T)
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerow(["glucose", "name", "weight", "pulse"])
+        csv.writer(file).writerows(zip(glucose, "abcdefghi", weight, pulse, strict=True))
+    assert (
+        scored(monkeypatch, "--model", put(tmp_path, "tabular_with_gaps"), "--data", tmp_path / "x.csv", "--out", out)
+        == 0
+    )
+    told(model, (x,), out)
+    assert out.read_text().startswith("row,0,1,2,3\n"), "of several labels there is no likeliest"
+
+
+def test_values_are_multiplied_by_their_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = CASES["mlp_of_columns"], tmp_path / "out.csv"
+    (x,) = drawn(model, 4, generator("table"))
+    np.savez(tmp_path / "x.npz", row=x.numpy())
+    file = put(tmp_path, "mlp_of_columns")
+    assert scored(monkeypatch, "--model", file, "--data", tmp_path / "x.npz", "--out", out, "--unit", 350) == 0
+    wanted = 350 * predicted(model, (x,), True)
+    np.testing.assert_allclose(rows_of(out.read_text())[1], wanted.numpy(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["text_gru", "cnn1d_with_gaps", "multimodal_with_gaps", "resnet_of_grey"])
+def test_arrays_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model, out = CASES[name], tmp_path / "out.csv"
+    x = drawn(model, 6, generator("arrays"))
+    names = [one["name"] for one in interface(model)["inputs"]]
+    np.savez(tmp_path / "x.npz", **{n: part.numpy() for n, part in zip(names, x, strict=True)})
+    assert scored(monkeypatch, "--model", put(tmp_path, name), "--data", tmp_path / "x.npz", "--out", out) == 0
+    told(model, x, out)
+
+
+def test_a_block_that_is_absent_and_channels_that_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = CASES["multimodal_with_gaps"], tmp_path / "out.csv"
+    image = torch.rand(5, 1, 12, 12)
+    np.savez(tmp_path / "x.npz", image=image.movedim(1, -1).numpy())
+    assert (
+        scored(
+            monkeypatch, "--model", put(tmp_path, "multimodal_with_gaps"), "--data", tmp_path / "x.npz", "--out", out
+        )
+        == 0
+    )
+    told(model, (image, torch.full((5, 6), torch.nan)), out)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("vit", {"image": np.full((3, 12, 12), 2.0)}, "row 1: found no number from 0 to 1"),
+        ("vit", {"image": np.full((3, 12, 12), 300)}, "whole numbers from 300 to 300"),
+        ("vit", {"image": np.zeros((3, 12, 13))}, "found shape (3, 1, 12, 13); wanted (N, 1, 12, 12)"),
+        ("vit", {"image": np.zeros((0, 12, 12))}, "has no rows"),
+        ("vit", {"image": np.array(["a"])}, "an array of numbers is needed"),
+        ("vit", {"a": np.zeros(2), "b": np.zeros(2)}, "found a, b; an array image is needed"),
+        ("text_gru", {"tokens": np.full((2, 9), 30)}, "row 1: found no number from 0 to 29"),
+        ("text_gru", {"tokens": np.full((2, 9), 0.5)}, "row 1: found no number from 0 to 29"),
+        ("lstm", {"x": np.full((2, 20, 3), np.nan)}, "row 1: found no number, or infinity"),
+        ("multimodal", {"image": np.zeros((2, 1, 12, 12))}, "arrays image, genes are needed"),
+        ("mlp_of_columns", "weight,pulse\n1,2\n", "no column 'glucose'; found weight, pulse"),
+        ("mlp_of_columns", "weight,pulse,glucose\n1,2,x\n", "row 1, column 'glucose': found 'x', not a number"),
+        ("mlp_of_columns", "weight,pulse,glucose\n1,2,3\n1,2\n", "row 2: found 2 cells below 3 names"),
+        ("mlp_of_columns", "weight,pulse,glucose\n1,2,3\n1,,2\n", "row 2: found no number, or infinity"),
+        ("lstm", "a,b,c\n1,2,3\n", "this model takes series, which need a .npz file"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    data: Any,
+    words: str,
+) -> None:
+    file = tmp_path / ("x.csv" if isinstance(data, str) else "x.npz")
+    if isinstance(data, str):
+        file.write_text(data)
+    else:
+        np.savez(file, **data)
+    assert scored(monkeypatch, "--model", put(tmp_path, name), "--data", file) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err
+
+
+def test_a_model_of_somebody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, words in (
+        ("m.safetensors", "tensors alone"),
+        ("m.pt", "m.pt"),
+        ("m.txt", ".onnx or .pt"),
+        ("no.pt", "no such"),
+    ):
+        if name != "no.pt":
+            (tmp_path / name).write_bytes(b"something")
+        assert scored(monkeypatch, "--model", tmp_path / name, "--data", "x.npz") == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err

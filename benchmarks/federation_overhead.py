@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds of a round of a real federation in which nobody computes: our messages, and Flower's own empty round.
 
-    python benchmarks/federation_overhead.py [--nodes 4] [--pairs 10] [--bytes 0] [--out FILE]
+    python benchmarks/federation_overhead.py [--nodes 4] [--pairs 5] [--bytes 0] [--out FILE]
 
 Both sides have a SuperLink and nodes in processes of their own on this machine; a round sends every node one message and has
 one answer of each. Flower's is an ordinary ServerApp and ClientApp that do nothing, under SuperNodes as they come. It is timed
@@ -208,7 +208,7 @@ def _wait(there: Callable[[], Any], started: list[subprocess.Popen[bytes]], logs
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=10, help="timed rounds of each side, after two not counted (10)")
+    parser.add_argument("--pairs", type=int, default=5, help="timed rounds of each side, after one not counted (5)")
     parser.add_argument("--bytes", type=int, default=0, help="of each message, either way (0)")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args()
@@ -216,7 +216,11 @@ def main() -> None:
     with ours(options.nodes, options.bytes) as mine:
         for name, pause in (("as shipped", 0.0), ("tuned", 0.05)):
             with flowers(options.nodes, options.bytes, pause) as theirs:
-                pairs = [(mine(), theirs()) for _ in range(options.pairs + 2)][2:]
+                pairs = []
+                for turn in range(options.pairs + 1):
+                    one = mine(), theirs()
+                    print(f"  {name}, {turn or 'not counted'}: {one[0]:.3f} {one[1]:.3f}", flush=True)
+                    pairs += [one] if turn else []
             a, b = ([pair[i] for pair in pairs] for i in (0, 1))
             ratios = [x / y for x, y in pairs]
             figures[name] = {"ours": a, "flower": b}

@@ -35,7 +35,7 @@ from hetero_fl.files import write_atomically
 log = logging.getLogger(__name__)
 
 BEAT = (
-    4.0  # seconds between signs of life; after twice the least interval that Flower allows (10 s) a node counts as gone
+    4.0  # seconds between signs of life; a node counts as gone after twice the least interval that Flower allows (10 s)
 )
 AGAIN = 0.5, 5.0  # seconds, first and longest, until a server that is away is tried again
 

@@ -69,7 +69,7 @@ class Run:
         self._beats = threading.Thread(target=self._beat, args=(superlink.address,), daemon=True)
         self._beats.start()
 
-    def close(self, timeout: float = 2.0) -> None:
+    def close(self) -> None:
         """Say that it is over, if anybody still listens."""
         self._ended.set()
         self._beats.join()

@@ -85,7 +85,7 @@ class Superlink:
         if self._process.poll() is None:
             return False
         if time.monotonic() - self._started < TOO_SOON:
-            raise RunFailed(f"Flower's SuperLink has died again; {self._last_words()}")
+            raise RunFailed(f"Flower's SuperLink has died within {TOO_SOON:.0f} s of its start; {self._last_words()}")
         self._start()
         return True
 

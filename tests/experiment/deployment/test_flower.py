@@ -20,12 +20,14 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app.message import make_message
 
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.certificates import load_node_key, make_node_key, make_server_files, public_bytes
 from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink, serve
 from hetero_fl.experiment.deployment.flower.installed import check_installed
-from hetero_fl.experiment.deployment.flower.messages import SMALL
+from hetero_fl.experiment.deployment.flower.messages import SMALL, answer_to, envelope_of, to_node
 from hetero_fl.experiment.deployment.flower.superlink import _taken
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 
@@ -219,6 +221,19 @@ def test_who_is_let_in(keys: Keys, tmp_path: Path) -> None:
             assert refusal.value.response.status_code == 401
     finally:
         transport.close()
+
+
+def test_messages_of_somebody_else() -> None:
+    ours = to_node(Envelope({"a": 1}, b"b"), 1, 2, 3.0)
+    assert envelope_of(ours) == Envelope({"a": 1}, b"b")
+    for content in (
+        RecordDict({"head": ConfigRecord({"a": 1})}),
+        RecordDict({"head": ConfigRecord({"a": [1]}), "body": ConfigRecord({"body": b""})}),
+        RecordDict({"head": ConfigRecord(), "body": ConfigRecord({"body": 1})}),
+        RecordDict({"body": ArrayRecord()}),
+    ):
+        assert envelope_of(make_message(ours.metadata, content=content)) is None
+    assert envelope_of(answer_to(ours, None, 1.0)) is None
 
 
 def test_what_stands_in_the_way_is_told() -> None:

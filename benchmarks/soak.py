@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Many rounds of a federation whose nodes are killed at random: does memory grow, is anything left over?
 
-    python benchmarks/soak.py [--rounds 500] [--restarts 0.05] [--out FILE.csv]
+    python benchmarks/soak.py [--flower] [--rounds 500] [--restarts 0.05] [--out FILE.csv]
 
 Four nodes in processes of their own with tiny models and private heads, compressed uploads and residuals. After each round a node
 is killed with probability `--restarts` and started anew. Every `--every` rounds the memory and the open files
@@ -17,10 +17,12 @@ import ctypes
 import math
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from unix_socket import UnixSocket, start_node
 
 from hetero_fl.experiment.deployment.serving import serve
+from hetero_fl.reporting.run import Run
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
 LIBC = ctypes.CDLL("libc.so.6")
+RESOURCES = "multiprocessing"  # processes of Python's own
+Pids = Callable[[], list[tuple[str, Any]]]
+Kill = Callable[[random.Random], None]
+Go = Callable[[dict[str, Any], Path, Callable[[dict[str, Any]], None]], Run]
 Stretch = list[tuple[int, float]]  # (round, value) of one process
 
 
@@ -81,6 +88,70 @@ def children() -> int:
     return count
 
 
+def below(parent: int) -> list[int]:
+    """The processes that one has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):
+            pid, rest = stat.read_text().split(" ", 1)
+            if int(rest.rpartition(")")[2].split()[1]) == parent:
+                found.append(int(pid))
+    return found
+
+
+def ports() -> int:
+    """Ports of this machine at which somebody listens."""
+    return sum(line.split()[3] == "0A" for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+
+
+@contextmanager
+def sockets(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
+    """Nodes on Unix sockets."""
+    transport = UnixSocket(folder / "socket")
+    nodes = {client: start_node(folder / "socket", client, folder / "sites") for client in CLIENTS}
+
+    def kill(rng: random.Random) -> None:
+        client = rng.choice(CLIENTS)
+        end(nodes[client])
+        nodes[client] = start_node(folder / "socket", client, folder / "sites")
+
+    def go(made: dict[str, Any], out: Path, look: Callable[[dict[str, Any]], None]) -> Run:
+        return serve(made, transport, out=out, wait=300.0, callbacks=[look])
+
+    yield lambda: [(client, process.pid) for client, process in nodes.items()], kill, go
+    for node in nodes.values():
+        end(node)
+
+
+@contextmanager
+def flower(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
+    """Nodes that speak with Flower's SuperLink, each started again by the nursery when it was killed."""
+    from hetero_fl.beside import Beside
+    from hetero_fl.experiment.deployment.local import NURSERY, federate
+
+    nursery = Beside(NURSERY)
+    pid = nursery._process.pid
+
+    def pids() -> list[tuple[str, int]]:
+        links = [("superlink", child) for child in below(os.getpid()) if child != pid and RESOURCES not in told(child)]
+        return [*(("node", child) for child in below(pid)), *links]
+
+    def kill(rng: random.Random) -> None:
+        os.kill(rng.choice(below(pid)), signal.SIGKILL)
+
+    def go(made: dict[str, Any], out: Path, look: Callable[[dict[str, Any]], None]) -> Run:
+        return federate(made, out=out, callbacks=[look], nursery=nursery)
+
+    yield pids, kill, go
+
+
+def told(pid: int) -> str:
+    """How a process was started."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return RESOURCES
+
+
 def end(process: Any) -> None:
     """Kill a process, and leave nothing of it."""
     process.kill()
@@ -111,54 +182,55 @@ def main() -> None:
     parser.add_argument("--restarts", type=float, default=0.05, help="probability that a node is killed after a round")
     parser.add_argument("--every", type=int, default=5, help="rounds between two samples")
     parser.add_argument("--warm", type=int, default=50, help="rounds of the server, and of a node, that are left out")
+    parser.add_argument("--flower", action="store_true", help="through Flower, with signed messages; else Unix sockets")
     parser.add_argument("--out", type=Path, help="where all samples go, as CSV")
     options = parser.parse_args()
     rng, began = random.Random(0), time.perf_counter()
     samples: list[tuple[int, str, int, float, int]] = []  # round, who, pid, MiB, files
     restarts = 0
+    if not options.flower:
+        end(start_node(Path("nowhere"), "nobody", Path("nowhere")))  # what starting processes takes for itself
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        end(start_node(folder / "nobody", "nobody", folder / "nobody"))  # what starting processes takes for itself
-        before = children(), files(os.getpid())
-        transport = UnixSocket(folder / "socket")
-        nodes = {client: start_node(folder / "socket", client, folder / "sites") for client in CLIENTS}
+        held = flower(folder) if options.flower else sockets(folder)
+        before = children(), files(os.getpid()), ports()
+        with held as (pids, kill, go):
 
-        def look(record: dict[str, Any]) -> None:
-            nonlocal restarts
-            if record["round"] % options.every == 0:
-                LIBC.malloc_trim(0)  # what the server's allocator keeps for later use tells nothing
-                for who, pid in [("server", os.getpid()), *((c, p.pid) for c, p in nodes.items())]:
-                    samples.append((record["round"], who, pid, memory(pid), files(pid)))
-            if rng.random() < options.restarts:
-                client = rng.choice(CLIENTS)
-                end(nodes[client])
-                nodes[client] = start_node(folder / "socket", client, folder / "sites")
-                restarts += 1
+            def look(record: dict[str, Any]) -> None:
+                nonlocal restarts
+                if record["round"] % options.every == 0:
+                    LIBC.malloc_trim(0)  # what the server's allocator keeps for later use tells nothing
+                    for who, pid in [("server", os.getpid()), *pids()]:
+                        with suppress(OSError):  # it was killed just now
+                            samples.append((record["round"], who, pid, memory(pid), files(pid)))
+                if rng.random() < options.restarts:
+                    kill(rng)
+                    restarts += 1
 
-        run = serve(source(options.rounds), transport, out=folder / "run", wait=300.0, callbacks=[look])
-        counts = run.summary["wall"]
-        for node in nodes.values():
-            end(node)
-        left = sum(path.stat().st_size for path in (folder / "sites").rglob("*") if path.is_file()) / 2**20
+            counts = go(source(options.rounds), folder / "run", look).summary["wall"]
+        left = sum(path.stat().st_size for path in folder.rglob("sites/**/*") if path.is_file()) / 2**20
         time.sleep(1.0)
-    after = children(), files(os.getpid())
+    after = children(), files(os.getpid()), ports()
     if options.out is not None:
         with options.out.open("w", newline="") as file:
             csv.writer(file).writerows([("round", "who", "pid", "MiB", "files"), *samples])
     report(samples, options.warm)
     seconds = time.perf_counter() - began
     print(f"{options.rounds} rounds in {seconds:.0f} s, {restarts} restarts; {counts}")
-    print(f"processes below this one and its open files: before {before}, after {after}; sites' folders {left:.1f} MiB")
+    print(f"processes below this one, its open files, ports listened at: before {before}, after {after}")
+    print(f"sites' folders at the end: {left:.1f} MiB")
 
 
 def report(samples: Sequence[tuple[int, str, int, float, int]], warm: int) -> None:
     """The table of slopes."""
     print("| | MiB, median | KiB a round | files, most | files a round | samples |\n|---|---|---|---|---|---|")
-    for who, ours in (("server", True), ("nodes", False)):
+    for who in ("server", "superlink", "nodes"):
         sets: dict[int, list[tuple[int, float, int]]] = {}
         for number, name, pid, mib, opened in samples:
-            if (name == "server") == ours:
+            if (name if name in ("server", "superlink") else "nodes") == who:
                 sets.setdefault(pid, []).append((number, mib, opened))
+        if not sets:
+            continue
         kept = [[s for s in rows if s[0] - rows[0][0] >= warm] for rows in sets.values()]
         rate, error, count = slope([[(n, 1024 * mib) for n, mib, _ in rows] for rows in kept])
         opened, wrong, _ = slope([[(n, float(f)) for n, _, f in rows] for rows in kept])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hetero_fl.errors import RunFailed
@@ -69,12 +69,7 @@ class Invitation:
         """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
         if they ever are. Where time is real: who is there, now."""
         if self.conditions.here is not None:
-            until = time.monotonic() + LONGEST
-            while not (there := in_order(self.conditions.here())):
-                if time.monotonic() > until:
-                    raise RunFailed(f"round {round + 1}: nobody was there for {LONGEST / 3600:g} hours")
-                time.sleep(LOOK)
-            return there, at
+            return self._there(self.conditions.here, round), at
         ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
         looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
         first: tuple[list[str], float] | None = None
@@ -89,6 +84,18 @@ class Invitation:
         if first is not None:
             return first
         raise RunFailed(f"round {round + 1}: none of {looked:,} clients is online at any time of two days")
+
+    def _there(self, here: Callable[[], Collection[str]], round: int) -> list[str]:
+        """Who is there, once enough are that something can come of a round."""
+        secret, until = self.federation.channel.secure_sum, time.monotonic() + LONGEST
+        least = max(self.conditions.policy.least, secret.survivors(self.federation.cohort) if secret is not None else 1)
+        while len(there := in_order(here())) < least:
+            if time.monotonic() > until:
+                raise RunFailed(
+                    f"round {round + 1}: {len(there)} of {least} clients were there for {LONGEST / 3600:g} hours"
+                )
+            time.sleep(LOOK)
+        return there
 
     def _needed(self, online: list[str], count: int, round: int, attempt: int) -> list[str]:
         """Oort's choice among those online: known ones by utility, and some newcomers."""

@@ -37,7 +37,6 @@ class Post:
         self.node_of: dict[str, int] = {}
         self.here: dict[str, object] = {}  # what each said when it came
         self._began, self._gone = time.monotonic(), dict[str, float]()  # when somebody went
-        self._refreshed = 0.0
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
         self._greetings: dict[str, tuple[int, float]] = {}  # message -> node, and when it was sent
 
@@ -55,11 +54,9 @@ class Post:
         return []
 
     def refresh(self) -> None:
-        """See who has come and who has gone, if that was not done just now."""
-        if time.monotonic() - self._refreshed > LOOK:
-            self._refreshed = time.monotonic()
-            self.look()
-            self.pull((), 0.0)
+        """See who has come and who has gone."""
+        self.look()
+        self.pull((), 0.0)
 
     def converse(
         self, talks: Mapping[str, Callable[[], Talk]], seconds: float, need: int = 0

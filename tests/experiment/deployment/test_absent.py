@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,19 @@ def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path) -> N
     sites = Sites(CLIENTS, tmp_path / "others", {("site_1", 0, "train"): "before"}, away=3.0)
     there = federation(made, sites, tmp_path / "skipped", patience=0.1, deadline=1.5)
     assert records(there)[0].get("skipped") and records(there)[2]["counts"]["arrived"] == 3
+
+
+def test_available_are_those_who_are_there_once_enough_are(tmp_path: Path) -> None:
+    cohort = {"sampling": "available", "least": 2}
+    made = config("fedavg", "linear", rounds=3, clients__per_round=3, cohort=cohort, evaluation={"every": 3})
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def go(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            sites.stop("site_1")
+            sites.stop("site_2")
+            threading.Timer(1.0, sites.start, ["site_2"]).start()
+
+    there = records(federation(made, sites, tmp_path / "there", patience=0.1, callbacks=[go]))
+    assert [record["cohort"] for record in there] == [CLIENTS, CLIENTS[1:], CLIENTS[1:]]
+    assert not any(record["failed"] for record in there) and list(there[2]["unread"]) == ["site_1"]

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from hetero_fl.config import load_config
 from hetero_fl.config.roster import expand
@@ -91,3 +93,47 @@ def test_what_is_recorded_is_not_run_again(replication: SimpleNamespace, tmp_pat
 def test_the_record_knows_only_rows_that_there_are(replication: SimpleNamespace, tmp_path: Path) -> None:
     keys = {job.key for job in replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)}
     assert set(replication.read_record(ROOT / "docs" / "replication.json")) <= keys
+
+
+class Told(torch.nn.Module):
+    """A model that answers what its image says: the head's class, and one feature."""
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.eye(10)[x[:, 0].long()], features=x[:, 1:])
+
+
+def test_fedprotos_authors_count_on_from_client_to_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from fedproto_setting import Client, readings
+
+    def client(y: list[int], head: list[int], features: list[float]) -> Client:
+        tests = {"these": (torch.tensor([head, features], dtype=torch.float32).T, torch.tensor(y))}
+        return Client(torch.empty(0), torch.tensor([0, 1]), tests, Told())
+
+    prototypes = torch.arange(10.0)[:, None]  # of classes that the client has not the nearest is never taken
+    found = readings([client([0, 1], [0, 1], [0, 0.2]), client([0, 1], [1, 0], [0, 9])], prototypes, "these")
+    assert found["head"].tolist() == [100, 0] and found["own prototypes"].tolist() == [50, 100]
+    assert found["authors' count"].tolist() == [75, 62.5]
+    assert readings([client([0, 1], [0, 0], [0, 0])], None, "these")["authors' count"].tolist() == [50]
+
+
+def test_fedprotos_setting_by_hand_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import fedproto_setting as setting
+
+    labels = np.repeat(np.arange(10), 12).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (120, 28, 28), dtype=np.uint8)
+    data = {f"{part}_{what}": v for part in ("train", "test") for what, v in (("images", images), ("labels", labels))}
+    monkeypatch.setattr(setting, "BLOCK", 4)
+    monkeypatch.setattr(setting, "CLIENTS", 3)
+    monkeypatch.setattr(setting, "TESTS", {"few": ("test", 0, 4)})
+    torch.manual_seed(0)
+    clients = setting.clients_of(data, setting.AUTHORS)
+    for place, client in enumerate(clients):  # its own block of the rows of each class
+        wanted = np.concatenate([images[labels == c][4 * place :] for c in client.y.unique().tolist()])
+        assert torch.equal(client.x[:, 0], (torch.from_numpy(wanted) / 255 - 0.1307) / 0.3081)
+    before = clients[0].model.state_dict()["head.weight"].clone()
+    prototypes = setting.course(clients, setting.AUTHORS, 2)
+    assert prototypes[clients[0].y].abs().sum(1).min() > 0
+    assert not torch.equal(before, clients[0].model.state_dict()["head.weight"])
+    assert set(setting.readings(clients, prototypes, "few")) == {"head", "own prototypes", "authors' count"}

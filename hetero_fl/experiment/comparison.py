@@ -136,6 +136,10 @@ def _check_made_alike(source: Source, base: list[str], work: list[Job]) -> None:
         made, now = RunDirectory.open(job.out).config(), resolved(load_config(source, [*base, *job.overrides]))
         derived = {k: v for k, v in made.get("algorithm", {}).items() if now["algorithm"].get(k, v) is None}
         now["algorithm"] |= derived  # what is left open follows from the federation
+        if algorithm[now["algorithm"]["name"]].asynchronous:
+            now["runtime"]["mode"] = "async"  # whatever was asked for
+        if now["privacy"] is not None and now["privacy"]["noise_multiplier"] is None and made.get("privacy"):
+            now["privacy"]["noise_multiplier"] = made["privacy"].get("noise_multiplier")  # follows from the target
         if differs := difference(made, now):
             raise UserError(f"--out: {job.out} was made with other settings ({differs}); choose another --out")
 

@@ -73,6 +73,20 @@ def test_what_a_method_derives_is_no_other_setting(tmp_path: Path, monkeypatch: 
         compare(small(), [f"{method}:student=site_2"], [0], out=moved(tmp_path / "out", method))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("fedasync", {}), ("fedavg", {"privacy": {"unit": "record", "target_epsilon": 8.0}})],
+    ids=["mode", "noise"],
+)
+def test_what_a_run_derives_is_no_other_setting(
+    name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    for seeds in ([0], [0, 1]):
+        out = compare(small(**changes), [name], seeds, out=tmp_path / "out")
+    assert len(list((out / "runs").iterdir())) == 2
+
+
 def moved(out: Path, method: str) -> Path:
     """The comparison's folder, with the first run under the name of one for which another student is asked."""
     asked = comparison.Variant.parse(f"{method}:student=site_2")

@@ -100,8 +100,16 @@ def below(parent: int) -> list[int]:
 
 
 def ports() -> int:
-    """Ports of this machine at which somebody listens."""
-    return sum(line.split()[3] == "0A" for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    """Ports at which this process or one below it listens."""
+    held, more = {os.getpid()}, {os.getpid()}
+    while more := {child for pid in more for child in below(pid)} - held:
+        held |= more
+    owned = set()
+    for pid in held:
+        with suppress(OSError):
+            owned |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(line[3] == "0A" and f"socket:[{line[9]}]" in owned for line in lines)
 
 
 @contextmanager

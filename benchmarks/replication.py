@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Published tables, repeated: what the papers say, and what comes out here.
 
-    python benchmarks/replication.py --data DIR [--tables fedgen,fedproto,niid,ordering] [--seeds 0,1,2] [--out DIR]
+    python benchmarks/replication.py --data DIR [--tables fedgen,fedproto,…] [--seeds 0,1,2] [--out DIR]
 
 DIR holds `mnist.npz` and `cifar10.npz` in the MedMNIST layout (train_images, train_labels, test_images, test_labels). Prints how
 long it will take, carries out what has not finished, one run at a time, and after each writes `replication.md` in --out and its

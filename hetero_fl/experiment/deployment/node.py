@@ -176,11 +176,13 @@ class Node:
         own_view = clients[me].preprocess.normalize == "own"
         told = told_by(data, me, own_view, self.site.tells.labels)
         vault = Vault(self.folder / "runs" / _plain(run), self.cipher)
-        mark = mark_of(raw, told.hash)
+        mark = mark_of(raw, told.hash, str(tree["public"]))
         if (known := vault.read("terms")) is None:
             vault.write("terms", mark)
         elif known != mark:
-            raise Refused("the configuration, or this site's rows, are not those with which it began this run")
+            raise Refused(
+                "the configuration, the public sets or this site's rows are not those with which it began this run"
+            )
         secret = vault.secret("noise")
         if self.site.allows.privacy is not None:  # who guesses all rows but one could try the last against a plain hash
             told = replace(told, hash=hmac.new(secret, told.hash.encode(), hashlib.sha256).hexdigest())
@@ -211,6 +213,10 @@ class Node:
         prepared = prepare(joined.config, data=held_at(joined.data, self.site.client, told))
         if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
             raise Refused("this site makes other clients of the configuration than the server does")
+        others = hashlib.sha256(repr(sorted(told.items())).encode()).digest()
+        if joined.vault.read("roster") not in (None, others):
+            raise Refused("what is said of the others' rows is not what was said when it began this run")
+        joined.vault.write("roster", others)
         federation = replace(prepared.federation, noise=joined.noise)
         device = choose_device(self.site.device or joined.config.runtime.device)
         threads = min(int(tree["threads"]), self.site.threads or int(tree["threads"]))
@@ -292,7 +298,7 @@ class Node:
             return message("failed", why=str(reply), task=task)
         self._line.setdefault("kinds", [reply.ask])  # an upload has said more of itself
         self.joined.policy.check_size(len(reply.body), upload=True)
-        state = vault.keep(done.private[me], spare) if me in done.private else base
+        state = vault.keep(done.private[me], spare) if me in done.private else ""  # by what was not trained, none
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope({"ask": "done", "task": task, "what": reply.ask, "state": state, "check": check}, reply.body)
 

@@ -105,12 +105,13 @@ def _check_privacy(config: Config, site: SiteConfig) -> None:
         raise Refused("tells.model: true tells a model that nobody noised, with allows.privacy and privacy.unit local")
 
 
-def mark_of(tree: Mapping[str, Any], rows: str) -> bytes:
-    """What must be the same whenever a site takes part in a run: its configuration, but for what decides no result, and its
-    rows. Another one under the same name could be made to tell the difference between two answers."""
+def mark_of(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
+    """What must be the same whenever a site takes part in a run: its configuration, but for what decides no result, its rows, and
+    the public sets, these two by their hashes. Another one under the same name could be made to tell the difference between two
+    answers."""
     runtime = tree.get("runtime")
     kept = {k: v for k, v in runtime.items() if k not in FREE} if isinstance(runtime, dict) else runtime
-    told = json.dumps([{**tree, "runtime": kept, "init_from": None}, rows], sort_keys=True, default=str)
+    told = json.dumps([{**tree, "runtime": kept, "init_from": None}, rows, public], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).digest()
 
 

@@ -16,7 +16,7 @@ from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.audit_log import verify
 from hetero_fl.experiment.deployment.messages import Refused, message
 from hetero_fl.experiment.deployment.node import Node
-from hetero_fl.experiment.deployment.policy import check_config, check_raw
+from hetero_fl.experiment.deployment.policy import check_config, check_raw, mark_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig, load_site
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 from hetero_fl.payload import Item, Payload
@@ -301,7 +301,7 @@ def test_another_configuration_under_the_same_name_is_refused(asked: Asked) -> N
     tree = body_of(terms)
     tree["config"]["clients"]["defaults"]["batch_size"] = 8
     said = asked.why("terms", body=message("terms", tree).body)
-    assert said == "the configuration, or this site's rows, are not those with which it began this run"
+    assert said == "the configuration, the public sets or this site's rows are not those with which it began this run"
     tree = body_of(terms)
     tree["config"]["runtime"]["workers"] = 7
     assert asked.again("terms", body=message("terms", tree).body).head["ask"] == "told"
@@ -320,6 +320,23 @@ def test_a_roster_that_makes_others_of_the_clients_is_refused(asked: Asked) -> N
     tree = body_of(asked.said["roster"])
     tree["told"]["site_2"]["rows"]["train"] += 1
     assert asked.why("roster", body=message("roster", tree).body).startswith("this site makes other clients")
+
+
+def test_other_public_sets_under_the_same_name_are_refused() -> None:
+    """A model distilled from another proxy set has other gradients, under the same noise."""
+    marks = {mark_of(small(), rows, public) for rows in "ab" for public in "cd"}
+    assert len(marks) == 4
+
+
+def test_another_roster_under_the_same_name_is_refused(asked: Asked) -> None:
+    """The noise multiplier follows from everybody's rows, and with two scales of one noise the noise is known."""
+    from hetero_fl.experiment.deployment.messages import body_of
+
+    tree = body_of(asked.said["roster"])
+    tree["told"]["site_2"]["rows"]["test"] += 1  # no part of the fingerprint, which the server could make fit anyway
+    said = asked.why("roster", body=message("roster", tree).body)
+    assert said == "what is said of the others' rows is not what was said when it began this run"
+    assert asked.again("roster").head["ask"] == "ready"
 
 
 def test_what_a_site_does_not_share_does_not_leave_whatever_a_plan_makes(asked: Asked) -> None:

@@ -19,7 +19,7 @@ CLIENTS = ["site_1", "site_2", "site_3"]
 KINDS: dict[str, dict[str, Any]] = {
     "hybrid": config("hybrid", MIXED, rounds=3, channel=TOP, algorithm__heads="keep"),
     "fedavg": config("fedavg", rounds=3, clients__per_round=2),
-    "secure sum": config("fedavg", rounds=3, channel={"secure_sum": {"threshold": 2}}),
+    "secure sum": config("fedper", rounds=3, channel={"secure_sum": {"threshold": 2}}),
 }
 
 

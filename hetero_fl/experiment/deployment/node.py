@@ -44,7 +44,7 @@ from hetero_fl.experiment.deployment.policy import Policy, check_config, check_r
 from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.transport import Envelope
-from hetero_fl.experiment.deployment.vault import Cipher, Lost, Vault
+from hetero_fl.experiment.deployment.vault import KEPT, Cipher, Lost, Vault
 from hetero_fl.experiment.prepared import deal, prepare
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.jobs import Job, Setup, Worker
@@ -269,14 +269,16 @@ class Node:
             self._line["spent"] = spent
         if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"]["task"] == task:
             self._line["kinds"] = ["what was answered before"]
-            return Envelope(known["head"], known["body"].numpy().tobytes())
+            body = known["body"].numpy().tobytes()
+            self.joined.policy.check_size(len(body), upload=True)
+            return Envelope(known["head"], body)
         self.joined.noise.task = digest
         if kind == "read":
             return self._read(asked, base, bool(head.get("details", False)), task)
-        spare = [_plain(name) for name in str(head.get("spare", "")).split(",") if name]
+        spare = [_plain(name) for name in str(head.get("spare", "")).split(",") if name][:KEPT]
         answer = self._answer(asked, base, task, spare)
-        body = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
-        vault.write("answer", encode({"head": answer.head, "body": body}, FORM))
+        data = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
+        vault.write("answer", encode({"head": answer.head, "body": data}, FORM))
         return answer
 
     def _answer(self, asked: Message, base: str, task: str, spare: Collection[str]) -> Envelope:

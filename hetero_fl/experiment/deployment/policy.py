@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ from hetero_fl.registry import OWN
 from hetero_fl.runtime.batches import step_count
 from hetero_fl.runtime.dry import Dry, Expectations
 from hetero_fl.runtime.links import Links
-from hetero_fl.runtime.plans import Work
+from hetero_fl.runtime.plans import Work, carry_out
 from hetero_fl.runtime.protection import WITHIN
 
 OWN_KEYS = ("model", "preprocess", "augment")  # which a configuration has as the site's file has them, or not at all
@@ -167,18 +167,33 @@ class Policy:
             raise Refused(f"round {asked.round + 1} of {rounds}, for the {asked.again + 1}th time")
         if not 0 < asked.work <= 1:
             raise Refused(f"work: found {asked.work:g}, a share of the steps that were agreed; it is at most 1")
-        if self.secure and kind == "answer" and self.allows.cohort is not None:
+        if kind == "read":
+            self._check_length(lambda: self._rehearsed_reading(asked), 1.0)
+            return []
+        if asked.ask not in (REQUESTS if self.secure else (TRAIN,)):  # without exchanges, whatever is asked is trained on
+            raise Refused(f"asked for '{asked.ask[:20]}', which is nothing that this run's uploads need")
+        if self.secure and self.allows.cohort is not None:
             self._check_sum(asked, self.allows.cohort)
-        if kind != "answer" or asked.ask != TRAIN or digest in self.account.trained:
+        if asked.ask != TRAIN or digest in self.account.trained:
             return []  # the same again costs, and tells, nothing
         if self.allows.rounds is not None and (trained := len(self.account.trained)) >= self.allows.rounds:
             raise Refused(f"allows.rounds: this site has trained {trained} times in this run, and is asked once more")
-        if self.allows.privacy is None and self.allows.epochs is None and self.allows.steps is None:
-            return []
-        watch, charges = self._rehearsed(asked)
-        _at_most("this task's epochs", round(watch.epochs * asked.work, 3), "epochs", self.allows.epochs)
-        _at_most("this task's steps", int(watch.steps * asked.work), "steps", self.allows.steps)
+        charges: list[Charge] = []
+        self._check_length(lambda: charges.extend(self._rehearsed(asked)), asked.work)
         return [] if self.allows.privacy is None else self._afforded(charges, self.allows.privacy)
+
+    def _check_length(self, rehearse: Callable[[], object], work: float) -> None:
+        """How long a task would train. `rehearse`: goes through it; where nothing is limited that is left out."""
+        allows, watch = self.allows, self._watch
+        if allows.privacy is None and allows.epochs is None and allows.steps is None:
+            return
+        watch.steps, watch.epochs = 0, 0.0
+        try:
+            rehearse()
+        except Exception as error:  # what a plan makes of what it was sent may be anything
+            raise Refused(f"what was sent cannot be trained on ({type(error).__name__}: {error})") from None
+        _at_most("this task's epochs", round(watch.epochs * work, 3), "epochs", allows.epochs)
+        _at_most("this task's steps", int(watch.steps * work), "steps", allows.steps)
 
     def _check_sum(self, asked: Message, least: int) -> None:
         """Of how many clients a sum would be told."""
@@ -195,21 +210,26 @@ class Policy:
             )
 
     @cached_property
+    def _watch(self) -> Watch:
+        return Watch()
+
+    @cached_property
     def _expectations(self) -> Expectations:
         made = Expectations(self.prepared.method, self.prepared.federation)
-        made.performer = Watch()
+        made.performer = self._watch
         return made
 
-    def _rehearsed(self, asked: Message) -> tuple[Watch, tuple[Charge, ...]]:
-        watch = self._expectations.performer
-        assert isinstance(watch, Watch)
-        watch.steps, watch.epochs = 0, 0.0
-        try:
-            body = read_secure(asked.body, REQUESTS[TRAIN])["broadcast"].tobytes() if self.secure else asked.body
-            got = self.links.received(asked.round, body)
-            return watch, self._expectations.rehearsed(self.card, got, asked.round)[1]
-        except Exception as error:  # what a plan makes of what it was sent may be anything
-            raise Refused(f"what was sent cannot be trained on ({type(error).__name__}: {error})") from None
+    def _rehearsed(self, asked: Message) -> tuple[Charge, ...]:
+        """A task that trains; what it would spend."""
+        body = read_secure(asked.body, REQUESTS[TRAIN])["broadcast"].tobytes() if self.secure else asked.body
+        got = self.links.received(asked.round, body)
+        return self._expectations.rehearsed(self.card, got, asked.round)[1]
+
+    def _rehearsed_reading(self, asked: Message) -> None:
+        """One that makes the model which is read."""
+        client, got = self._expectations.stand_in(self.card, asked.round), self.links.received(asked.round, asked.body)
+        for hook in (self.prepared.method.deploy, self.prepared.method.personalise):
+            carry_out(hook(client, got), client, self._watch)
 
     def _afforded(self, charges: Iterable[Charge], budget: BudgetConfig) -> list[dict[str, Any]]:
         privacy = self.prepared.federation.privacy

@@ -179,6 +179,25 @@ def test_a_task_that_a_site_does_not_allow_is_refused_and_the_run_goes_on(case: 
     assert [line["out"] for line in asked] == [0]
 
 
+def test_a_reading_that_trains_more_than_a_site_allows_is_refused(tmp_path: Path) -> None:
+    site = {"allows": {"epochs": 2}}
+    longer = {"algorithm": {"name": "fedbabu", "finetune_epochs": 3}}
+    (record,) = Federation(tmp_path, {"site_1": site}).serve(small(rounds=1, **longer)).metrics
+    assert not record["failed"]
+    assert record["unread"] == {"site_1": "this task's epochs: found 3; this site's allows.epochs is 2"}
+
+
+def test_bytes_of_an_answer_that_is_given_again_are_counted(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, {}, rounds=1)
+    size = len(asked.again("train").body)
+    sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
+    allows = asked.node.site.allows.model_copy(update={"total_bytes": sent + size})
+    assert asked.node.joined is not None and asked.node.joined.policy is not None
+    asked.node.joined.policy.allows = allows
+    assert len(asked.again("train").body) == size
+    assert "bytes of all answers with this one" in asked.why("train")
+
+
 def test_bytes_in_all_are_counted_over_runs_and_restarts(tmp_path: Path) -> None:
     Federation(tmp_path).serve(small(rounds=1))
     sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
@@ -242,6 +261,12 @@ class Asked:
         said = self.said[what]
         return self.node.handle(Envelope({**said.head, **head}, said.body if body is None else body))
 
+    def called(self, name: str, what: str) -> Envelope:
+        """What was asked under that name, by another."""
+        said = self.said[name]
+        head = {**said.head, "what": what, "task": f"f{what}"}
+        return self.node.handle(Envelope(head, said.body))
+
     def why(self, *args: Any, **head: Any) -> str:
         answer = self.again(*args, **head)
         assert answer.head["ask"] == "refused" and answer.body == message("refused").body
@@ -263,6 +288,13 @@ def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with
     assert asked.again("train").head["ask"] == "done"
     for change in ({"body": asked.said["train"].body + b" "}, {"round": 0}, {"work": 0.5}, {"base": other("a")}):
         assert asked.why("train", **change).endswith("came before, and asked for something else")
+
+
+@pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
+def test_training_is_training_whatever_it_is_called(asked: Asked, what: str) -> None:
+    """It would be neither limited nor charged."""
+    line = f"asked for '{what}', which is nothing that this run's uploads need"
+    assert asked.called("train", what).head["why"] == line
 
 
 def test_a_task_that_has_expired_is_refused(asked: Asked) -> None:

@@ -40,9 +40,10 @@ from hetero_fl.experiment.deployment.messages import (
     told_tree,
     versions,
 )  # fmt: skip
-from hetero_fl.experiment.deployment.policy import Policy, check_config, check_raw, digest_of, mark_of
+from hetero_fl.experiment.deployment.policy import Policy, digest_of
 from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig
+from hetero_fl.experiment.deployment.terms import check_config, check_raw, mark_of
 from hetero_fl.experiment.deployment.transport import Envelope
 from hetero_fl.experiment.deployment.vault import KEPT, Cipher, Lost, Vault
 from hetero_fl.experiment.prepared import deal, prepare

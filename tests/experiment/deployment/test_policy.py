@@ -16,8 +16,8 @@ from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.audit_log import verify
 from hetero_fl.experiment.deployment.messages import Refused, message
 from hetero_fl.experiment.deployment.node import Node
-from hetero_fl.experiment.deployment.policy import check_config, check_raw, mark_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig, load_site
+from hetero_fl.experiment.deployment.terms import check_config, check_raw, mark_of
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 from hetero_fl.payload import Item, Payload
 from tests.experiment.deployment.together import SITES, Federation, small

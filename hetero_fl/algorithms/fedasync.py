@@ -22,7 +22,7 @@ class Stale(Algorithm):
 
     asynchronous = True
 
-    staleness: Kind = Field(  # type: ignore[valid-type]
+    staleness: Kind = Field(
         "polynomial", description="s(τ): constant 1; (1 + τ)^−a; hinge: 1 up to τ = b, 1/(a·(τ − b) + 1) after it"
     )
     a: NonNegativeFloat | None = Field(None, description="how steep s is; none: 0.5 of the polynomial, 10 of the hinge")

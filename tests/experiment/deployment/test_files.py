@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -20,7 +21,9 @@ from hetero_fl.experiment.deployment.certificates import (
     public_bytes,
 )
 from hetero_fl.experiment.deployment.server_file import load_server
+from hetero_fl.experiment.deployment.serving import serve
 from hetero_fl.experiment.deployment.site_file import load_site
+from hetero_fl.reporting.rundir import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +165,15 @@ def test_a_client_without_a_key_is_named(tmp_path: Path) -> None:
         UserError, match=r"nodes: no key for 'south', a client of the configuration; did you mean 'suoth'\?"
     ):
         server.check_clients(["north", "south"], path)
+
+
+def test_a_simulation_is_not_gone_on_with_on_nodes_and_nobody_is_waited_for(tmp_path: Path) -> None:
+    choice = {"executor": "serial", "threads": 1, "device": "cpu"}
+    run = RunDirectory.create(tmp_path / "run", config={"name": "a"}, environment={"choice": choice})
+    transport = Mock()
+    with pytest.raises(
+        UserError, match=r"--resume: this run was begun on one machine; hetero-fl train goes on with it"
+    ):
+        serve({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
+    transport.close.assert_called_once_with()
+    transport.push.assert_not_called()

@@ -15,7 +15,7 @@ from hetero_fl.data.joined import join
 from hetero_fl.data.layout import Block, Layout
 from hetero_fl.data.partition import deal, partition, strata
 from hetero_fl.data.preprocess import Preprocess
-from hetero_fl.data.registry import list_sources, load_source, source
+from hetero_fl.data.registry import check_source, list_sources, load_source, source
 from hetero_fl.data.scanner import apply_scanner
 from hetero_fl.data.sources.synthetic import make_images, make_table
 from hetero_fl.data.tokens import Vocabulary
@@ -32,6 +32,7 @@ __all__ = [
     "apply_scanner",
     "augment",
     "check_examples",
+    "check_source",
     "deal",
     "federate",
     "from_arrays",

@@ -60,6 +60,14 @@ def takes(name: object, key: Key) -> bool:
     return name in _sources and key in _sources[str(name)].keys
 
 
+def check_source(config: SourceConfig, where: str = "data") -> None:
+    """Raises UserError for a name that is none, or a path at which there is nothing; nothing is read."""
+    if not config.name.startswith("python:"):
+        _entry(config, where)
+    if config.path is not None and not Path(config.path).expanduser().exists():
+        raise UserError(f"{where}.path: {config.path}: no such file or folder")
+
+
 def load_source(config: SourceConfig, root: Path, where: str = "data", missing: bool = False) -> Dataset:
     """Load a source, or the .npz file (MedMNIST layout) that `config.path` puts in its place, and check every row.
 
@@ -73,10 +81,7 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     """
     if config.name.startswith("python:"):
         return _own(config, root, where, missing)
-    name = config.name.removeprefix("medmnist:")
-    if name not in _sources:
-        raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
-    entry = _sources[name]
+    name, entry = _entry(config, where)
     npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
     local = npz or (config.path is not None and "path" not in entry.keys)
     takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
@@ -96,6 +101,13 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
         raise UserError(f"{where}.{dataset.gap}; fill or drop them, or set preprocess.missing: indicate")
     _check(dataset, f"{where}.name: {name}", missing)
     return dataset
+
+
+def _entry(config: SourceConfig, where: str) -> tuple[str, _Source]:
+    name = config.name.removeprefix("medmnist:")
+    if name not in _sources:
+        raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
+    return name, _sources[name]
 
 
 def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:

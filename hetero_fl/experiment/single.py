@@ -58,6 +58,15 @@ def default_out(config: Config) -> Path:
     return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def check_begun(path: Path, on_nodes: bool) -> dict[str, Any]:
+    """What a run that is gone on with was begun with: executor, threads, device. Raises UserError if it was the other way."""
+    began: dict[str, Any] = RunDirectory.open(path).environment()["choice"]
+    if (began["executor"] == NODES) != on_nodes:
+        how = "on one machine; hetero-fl train" if on_nodes else "on nodes; hetero-fl federate or server"
+        raise UserError(f"{path}: --resume: this run was begun {how} goes on with it")
+    return began
+
+
 def hold(
     prepared: Prepared,
     *,
@@ -76,11 +85,7 @@ def hold(
     if not going_on:
         check_vacant(path)  # before anything is put there
     # The same bits need the same executor, threads and device, whatever this machine would choose.
-    began = RunDirectory.open(path).environment()["choice"] if going_on else None
-    if began and (began["executor"] == NODES) != (engage is not None):
-        raise UserError(
-            f"{path}: --resume: this run was begun {'on nodes' if engage is None else 'on one machine'}; go on so"
-        )
+    began = check_begun(path, engage is not None) if going_on else None
     try:
         with engine(config.runtime, began["executor"] if began else NODES if engage else config.runtime.executor):
             if began:

@@ -44,7 +44,9 @@ class Run:
         """The models by client id, and "server" if the server has one."""
         files = sorted((self.path / "models").glob("*.safetensors"))
         if not files:
-            raise UserError(f"{self.path}: holds no models; the run has not finished")
+            over = (self.path / "summary.json").exists()
+            why = "no site tells its own (tells.model in a site's file)" if over else "the run has not finished"
+            raise UserError(f"{self.path}: holds no models; {why}")
         return {f.stem: SavedModel.load(f) for f in files}
 
     def predict(self, client: str, x: Any, home: bool = True, unit: Any = None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.errors import UserError
+from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import LOCK, VERSION, RunDirectory, locked
 
 
@@ -87,6 +88,15 @@ def test_foreign_folders_are_refused_in_one_line(
 def test_a_missing_summary_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"summary.json: cannot be read \(No such file"):
         create(tmp_path / "a").summary()
+
+
+def test_why_a_run_holds_no_models(tmp_path: Path) -> None:
+    run = create(tmp_path / "a")
+    with pytest.raises(UserError, match="holds no models; the run has not finished"):
+        _ = Run(run.path).models
+    run.write_json("summary.json", {})
+    with pytest.raises(UserError, match=r"holds no models; no site tells its own \(tells.model in a site's file\)"):
+        _ = Run(run.path).models
 
 
 def test_nan_never_reaches_a_file(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from hetero_fl.data import check_source
 from hetero_fl.errors import RunFailed, UserError
-from hetero_fl.experiment.deployment.certificates import load_node_key, load_public_key
+from hetero_fl.experiment.deployment.certificates import check_authority, load_node_key, load_public_key
 from hetero_fl.experiment.deployment.identity import NodeKeys
 from hetero_fl.experiment.deployment.log import Log, Told
 from hetero_fl.experiment.deployment.node import Node
@@ -37,6 +38,14 @@ def attend(path: Path, once: bool = False) -> bool:
     site, folder = load_site(path)
     if site.server is None:
         raise UserError(f"{path}: server: missing; it says whom this site answers (address, authority, key)")
+    if site.data is not None:  # before a server counts on it
+        try:
+            check_source(site.data)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    authority = None if site.server.authority is None else Path(site.server.authority)
+    if authority is not None:
+        check_authority(authority)
     import torch._dynamo  # noqa: F401 which optimisers load at their first step: better now than in a round
 
     from hetero_fl.experiment.deployment.flower import serve
@@ -50,7 +59,6 @@ def attend(path: Path, once: bool = False) -> bool:
             log(line)
         attended = _Attended(Node(site, folder, log, keys), log, stop, once)
         log(f"{site.client}: looking for the server at {site.server.address}")
-        authority = None if site.server.authority is None else Path(site.server.authority)
         try:
             serve(attended.handle, site.server.address, key, authority, folder / NUMBER, stop=stop)
         except KeyboardInterrupt:

@@ -98,9 +98,11 @@ def public_bytes(key: PublicKey) -> bytes:
 # --- given -------------------------------------------------------------------------------------------------------------------
 
 
-def load_node_key(path: Path) -> EllipticCurvePrivateKey:
-    """A node's private key. Raises UserError if it is none that Flower takes, or others on this machine can read it."""
-    data = _read(path, "a node's private key")
+def load_node_key(path: Path, whose: str = "a node's") -> EllipticCurvePrivateKey:
+    """A node's private key, or the server's. Raises UserError if it is none that Flower takes, or others here can read it."""
+    data = _read(path, f"{whose} private key")
+    if b"PRIVATE" not in data and data.startswith((b"ecdsa-", b"ssh-", b"-----BEGIN PUBLIC")):
+        raise UserError(f"{path}: this is the public key; the private one is the file without .pub")
     if os.name == "posix" and path.stat().st_mode & 0o077:
         raise UserError(f"{path}: others can read this private key; chmod 600 {path}")
     try:
@@ -155,6 +157,11 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
     for host in hosts:
         if host not in named and f"*.{host.partition('.')[2]}" not in named:
             raise UserError(f"{files.certificate}: made out to {', '.join(named) or 'nobody'}, not to {host}")
+
+
+def check_authority(path: Path) -> None:
+    """Raises UserError if the certificate that a node was given is none, or is no longer valid."""
+    _check_dates(path, _certificate(path, "the authority's certificate"))
 
 
 def _certificate(path: Path, what: str) -> x509.Certificate:

@@ -50,7 +50,7 @@ def preside(
         files = ServerFiles(Path(made.authority), Path(made.certificate), Path(made.key))
         check_server_files(files)
     nodes = {client: load_public_key(Path(path)) for client, path in server.nodes.items()}
-    keys = None if server.key is None else ServerKeys(load_node_key(Path(server.key)), nodes)
+    keys = None if server.key is None else ServerKeys(load_node_key(Path(server.key), "the server's"), nodes)
     path = default_out(config) if out is None else out
     from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink
 

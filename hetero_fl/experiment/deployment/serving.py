@@ -23,7 +23,7 @@ from hetero_fl.experiment.deployment.status import Status
 from hetero_fl.experiment.deployment.transport import Transport
 from hetero_fl.experiment.deployment.vault import Vault
 from hetero_fl.experiment.prepared import Prepared
-from hetero_fl.experiment.single import hold
+from hetero_fl.experiment.single import check_begun, hold
 from hetero_fl.files import write_atomically
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import RunDirectory, check_vacant
@@ -78,8 +78,10 @@ def serve(
     try:
         config = load_config(source, overrides)
         check_deployable(config)
-        if not (resume and (out / "config.yaml").exists()):
-            check_vacant(out)  # before anybody is waited for
+        if resume and (out / "config.yaml").exists():  # before anybody is waited for
+            check_begun(out, on_nodes=True)
+        else:
+            check_vacant(out)
         clients = list(expand(config.clients))
         status = status or Status(out, clients)
 

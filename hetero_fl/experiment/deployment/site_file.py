@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, PreprocessConfig
@@ -27,7 +27,7 @@ class TellsConfig(Section):
 class ServerAtConfig(Section):
     """The server that it answers to, and how both know each other; files are relative to the site's."""
 
-    address: str = Field(pattern=r"^.+:\d+$", description="host:port")
+    address: str = Field(description="host:port")
     authority: str | None = Field(
         None,
         description="the certificate of who vouches for the server; none: nothing is encrypted, for one machine alone",
@@ -36,6 +36,16 @@ class ServerAtConfig(Section):
     public: str | None = Field(
         None, description="the server's public key: what it did not sign is refused; none: nothing is signed"
     )
+
+    @field_validator("address")
+    @classmethod
+    def _whole(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if not host or "://" in host or not port.isdecimal():
+            raise ValueError("write host:port, such as fl.example.org:9092")
+        if not 0 < int(port) <= 65535:
+            raise ValueError("a port is a number from 1 to 65535")
+        return address
 
 
 class SiteConfig(Section):
@@ -76,8 +86,8 @@ def load_site(path: str | Path) -> tuple[SiteConfig, Path]:
         ClientSettings.model_validate(site.settings())
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error, raw, SiteConfig)}") from None
-    if site.data is not None and site.data.path is not None and not Path(site.data.path).is_absolute():
-        own = site.data.model_copy(update={"path": str((path.parent / site.data.path).resolve())})
+    if site.data is not None and site.data.path is not None:
+        own = site.data.model_copy(update={"path": str((path.parent / Path(site.data.path).expanduser()).resolve())})
         site = site.model_copy(update={"data": own})
     if site.encrypt is not None:
         site = site.model_copy(update={"encrypt": str((path.parent / site.encrypt).resolve())})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -16,10 +17,13 @@ from hetero_fl.experiment.deployment.certificates import (
     check_server_files,
     load_node_key,
     load_public_key,
+    make_node_key,
     public_bytes,
 )
 from hetero_fl.experiment.deployment.server_file import load_server
+from hetero_fl.experiment.deployment.serving import serve
 from hetero_fl.experiment.deployment.site_file import load_site
+from hetero_fl.reporting.rundir import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,9 @@ def test_a_mistake_in_the_servers_file_is_one_line(change: dict[str, Any], line:
     [
         ({"clint": "north"}, "clint: unknown key; did you mean 'client'?"),
         ({"server": {"adress": "here:1"}}, "server.adress: unknown key; did you mean 'address'?"),
-        ({"server": {"address": "here"}}, "server.address: found 'here'"),
+        ({"server": {"address": "here"}}, "server.address: found 'here'; write host:port"),
+        ({"server": {"address": "https://here:1"}}, "server.address: found 'https://here:1'; write host:port"),
+        ({"server": {"address": "here:99999"}}, "server.address: found 'here:99999'; a port is a number from 1 to"),
         ({"server": {}}, "server.address: missing"),
         ({"logs": "yaml"}, "logs: found 'yaml'; choose from json, text"),
     ],
@@ -117,6 +123,39 @@ def test_a_mistake_in_a_sites_file_is_one_line(change: dict[str, Any], line: str
     assert str(raised.value).startswith(f"{path}: {line}") and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"data": {"name": "npz", "path": "dta.npz"}}, "{site}: data.path: {folder}/dta.npz: no such file or folder"),
+        ({"data": {"name": "nzp", "path": "site.yaml"}}, "{site}: data.name: found 'nzp'; did you mean 'npz'?"),
+        ({"authority": "nope.pem"}, "{folder}/nope.pem: the authority's certificate can not be read (No such file"),
+        ({"authority": "key"}, "{folder}/key: no certificate in PEM is found here"),
+        ({"key": "key.pub"}, "{folder}/key.pub: this is the public key; the private one is the file without .pub"),
+    ],
+)
+def test_a_node_looks_at_what_its_file_names_before_it_looks_for_a_server(
+    change: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    folder = tmp_path.resolve()
+    make_node_key(folder / "key")
+    about = {"address": "127.0.0.1:1", "key": "key", **{k: v for k, v in change.items() if k != "data"}}
+    path = folder / "site.yaml"
+    path.write_text(yaml.safe_dump({**SITE, "server": about, **{k: v for k, v in change.items() if k == "data"}}))
+    assert main(["node", "--site", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: " + line.format(site=path, folder=folder)) and err.count("\n") == 1
+    assert not (folder / "state").exists()
+
+
+def test_the_home_folder_of_a_sites_data_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump({**SITE, "data": {"name": "npz", "path": "~/rows.npz"}}))
+    site, _ = load_site(path)
+    assert site.data is not None and site.data.path == str(tmp_path.resolve() / "rows.npz")
+
+
 def test_a_client_without_a_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "server.yaml"
     path.write_text(yaml.safe_dump({"nodes": {"north": "north.pub", "suoth": "south.pub"}}))
@@ -126,3 +165,15 @@ def test_a_client_without_a_key_is_named(tmp_path: Path) -> None:
         UserError, match=r"nodes: no key for 'south', a client of the configuration; did you mean 'suoth'\?"
     ):
         server.check_clients(["north", "south"], path)
+
+
+def test_a_simulation_is_not_gone_on_with_on_nodes_and_nobody_is_waited_for(tmp_path: Path) -> None:
+    choice = {"executor": "serial", "threads": 1, "device": "cpu"}
+    run = RunDirectory.create(tmp_path / "run", config={"name": "a"}, environment={"choice": choice})
+    transport = Mock()
+    with pytest.raises(
+        UserError, match=r"--resume: this run was begun on one machine; hetero-fl train goes on with it"
+    ):
+        serve({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
+    transport.close.assert_called_once_with()
+    transport.push.assert_not_called()

@@ -28,7 +28,6 @@ from hetero_fl.experiment.deployment.certificates import load_node_key, make_nod
 from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink, serve
 from hetero_fl.experiment.deployment.flower.installed import check_installed
 from hetero_fl.experiment.deployment.flower.messages import SMALL, answer_to, envelope_of, to_node
-from hetero_fl.experiment.deployment.flower.superlink import _taken
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 
 SOON = 60.0  # seconds; this machine may be busy
@@ -77,6 +76,16 @@ def until(what: Callable[[], object]) -> None:
     while not what():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def who(transport: FlowerTransport, name: str) -> int:
@@ -241,8 +250,18 @@ def test_what_stands_in_the_way_is_told() -> None:
         Superlink("0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
-        with pytest.raises(UserError, match=rf"server.port: {port} is taken \(Address already in use\)"):
+        with pytest.raises(UserError, match=rf"server.port: {port} cannot be had \(Address already in use\)"):
             Superlink(port=port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
+@pytest.mark.parametrize("port", [0, 9092])
+def test_a_host_that_is_not_this_machine_is_told_from_a_port_that_is_taken(
+    host: str, port: int, tmp_path: Path
+) -> None:
+    files = make_server_files(tmp_path, [host])
+    with pytest.raises(UserError, match=rf"server.host: {host} is no address of this machine \(.*\); 0.0.0.0 is all"):
+        Superlink(host, port, files)
 
 
 def test_another_flower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,5 +298,5 @@ def test_nothing_is_left_of_a_server_that_is_killed() -> None:
         process.kill()
         process.wait()
         process.stdout.close()
-    until(lambda: not Path(scratch).exists() and not _taken("127.0.0.1", int(port)))
+    until(lambda: not Path(scratch).exists() and _free(int(port)))
     until(lambda: not Path(f"/proc/{pid}").exists())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -49,9 +50,7 @@ class Superlink:
         self._log = log or self._scratch / "superlink.log"
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            self.port = port or _free_port(host)
-            if port and (holder := _taken(host, port)):
-                raise UserError(f"server.port: {port} is taken ({holder}); another, or 0 for any that is free")
+            self.port = _port(host, port)
             self._start()
         except BaseException:
             self.close()
@@ -150,21 +149,21 @@ class Superlink:
         return "it said nothing"
 
 
-def _free_port(host: str) -> int:
+def _port(host: str, port: int) -> int:
+    """The port, or any that is free for 0. Raises UserError, naming host or port, if nobody can listen there."""
     with _socket(host) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _taken(host: str, port: int) -> str:
-    """Why a port cannot be had, nothing if it can."""
-    with _socket(host) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if port:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            return error.strerror or str(error)
-    return ""
+            why = error.strerror or str(error)
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(
+                    f"server.host: {host} is no address of this machine ({why}); 0.0.0.0 is all that it has"
+                ) from None
+            raise UserError(f"server.port: {port} cannot be had ({why}); another, or 0 for any that is free") from None
+        return int(probe.getsockname()[1])
 
 
 def _socket(host: str) -> socket.socket:

@@ -148,7 +148,7 @@ needs_processes = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks f
 def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C after a round, with a node that was killed before; then the rest, to the same bits; then a kill."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    source = config("hybrid", rounds=3, clients=2, **QUIET)
+    source = config("hybrid", rounds=12, clients=2, **QUIET)  # it must not be over before it is interrupted
     written(tmp_path, source)
     log, metrics = tmp_path / "log", tmp_path / "out" / "metrics.jsonl"
     with started("federate", "--config", "small.yaml", "--out", "out", cwd=tmp_path, log=log) as process:

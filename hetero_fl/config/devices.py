@@ -7,6 +7,7 @@ import math
 from typing import Annotated
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -18,13 +19,26 @@ from pydantic import (
 from hetero_fl.config.base import Section, choice
 
 Chance = Annotated[float, Field(ge=0, le=1)]
+WIDEST = 10.0  # sigma: beyond it clients differ by more than anything that computes
+
+
+def _of_the_logarithm(value: float) -> float:
+    """A spread in the quantity's own unit is meant where it is this large."""
+    if value > WIDEST:
+        raise ValueError(
+            f"found {value:g}; it is of the natural logarithm, at most {WIDEST:g}: with 0.9 the middle 80 % differ ten-fold"
+        )
+    return value
+
+
+Spread = Annotated[NonNegativeFloat, AfterValidator(_of_the_logarithm)]
 
 
 class QuantityConfig(Section):
     """A number of each client's own, drawn once by the key: log-normal."""
 
     median: PositiveFloat = Field(description="half of the clients have less")
-    sigma: NonNegativeFloat = Field(
+    sigma: Spread = Field(
         0.0,
         description="standard deviation of the natural logarithm; 0: all the same; 0.9: the middle 80 % differ ten-fold",
     )
@@ -61,7 +75,7 @@ class DeviceConfig(Section):
     )
     up: Quantity | None = Field(None, description="bytes a second to the server; a number, or `{median, sigma}`")
     down: Quantity | None = Field(None, description="bytes a second from the server; a number, or `{median, sigma}`")
-    jitter: NonNegativeFloat | None = Field(
+    jitter: Spread | None = Field(
         None, description="how much the same training takes now more, now less time: sigma of a log-normal factor"
     )
     availability: AvailabilityConfig | None = Field(None, description="none: always online")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from hetero_fl.config.base import Section
+from hetero_fl.config.base import Section, choice
 
-Kind = Literal["constant", "polynomial", "hinge"]
+Kind = choice("constant", "polynomial", "hinge")
 STEEPNESS = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0}  # a, as Xie et al. have it
 
 
 class StalenessConfig(Section):
     """s(τ), τ being the versions that the server has made since the client was given its task (Xie et al. 2019, section 5.2)."""
 
-    kind: Kind = Field(
+    kind: Kind = Field(  # type: ignore[valid-type]
         "polynomial",
         description="constant: 1; polynomial: (1 + τ)^−a; hinge: 1 up to τ = b, 1/(a·(τ − b) + 1) after it",
     )

@@ -154,8 +154,10 @@ class Asynchronous(Session):
             tally.lost(task, str(nothing))
             self._barren[nothing.cause] += 1
             if self._barren["client"] >= self.places or self._barren["fate"] >= PATIENCE * self.places:
-                tasks, first = sum(self._barren.values()), (task.client, str(nothing))
-                raise RunFailed(f"round {self.completed + 1}: no usable upload from {tasks} tasks; {first}") from None
+                tasks = sum(self._barren.values())
+                raise RunFailed(
+                    f"round {self.completed + 1}: no usable upload from {tasks} tasks; {task.client}: {nothing}"
+                ) from None
             return
         versions = self.version - task.version
         self.store.commit([task.client])

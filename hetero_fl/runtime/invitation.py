@@ -77,7 +77,7 @@ class Invitation:
             drawn = sample(len(ids), looked, self.federation.seed, round, "online", wait, *_again(attempt))
             machines = {ids[i]: device(ids[i]) for i in drawn}
             here = [id for id, machine in machines.items() if machine.awake(at) == at]
-            if len(here) >= self.conditions.policy.least:
+            if len(here) >= self._enough:
                 return here, at
             first = first or ((here, at) if here else None)
             at += WAIT * max(machine.day for machine in machines.values())
@@ -85,10 +85,15 @@ class Invitation:
             return first
         raise RunFailed(f"round {round + 1}: none of {looked:,} clients is online at any time of two days")
 
+    @property
+    def _enough(self) -> int:
+        """Clients without whom nothing can come of a round."""
+        secret = self.federation.channel.secure_sum
+        return max(self.conditions.policy.least, secret.survivors(self.federation.cohort) if secret is not None else 1)
+
     def _there(self, here: Callable[[], Collection[str]], round: int) -> list[str]:
         """Who is there, once enough are that something can come of a round."""
-        secret, until = self.federation.channel.secure_sum, time.monotonic() + LONGEST
-        least = max(self.conditions.policy.least, secret.survivors(self.federation.cohort) if secret is not None else 1)
+        least, until = self._enough, time.monotonic() + LONGEST
         while len(there := in_order(here())) < least:
             if time.monotonic() > until:
                 raise RunFailed(

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from hetero_fl.errors import RunFailed
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.asynchronous import Asynchronous, Nothing
 from hetero_fl.runtime.executor import Absent
 from hetero_fl.runtime.faults import Fate
+from hetero_fl.runtime.invitation import LONGEST
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.queue import Task
 from hetero_fl.runtime.readings import Record
@@ -38,8 +40,11 @@ class Live(Asynchronous):
 
     def _next(self) -> Task:
         assert self.apart is not None
+        until = time.monotonic() + LONGEST
         while math.isinf(self.queue.due):
             self._fill()
+            if not len(self.queue) and time.monotonic() > until:
+                raise RunFailed(f"round {self.completed + 1}: nobody was there for {LONGEST / 3600:g} hours")
             for task in self.queue.take_open():
                 self.apart.dispatch(task.client, task.request)
             if (came := self.apart.next(LOOK)) is None:

@@ -48,6 +48,11 @@ def set_pace(config: Config, method: Algorithm, federation: Federation) -> tuple
         (method.discount, "algorithm") if method.discount is not None else (runtime.staleness, "runtime.staleness")
     )
     notes += [f"{key}.{setting} is not used: staleness is {section.kind}" for setting in section.unused]
+    if goal == 1 and method.discount is None and section.kind != "constant":
+        notes.append(
+            "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and the mean of one is that one "
+            "whatever its weight; fedasync moves the server less the staler an upload is"
+        )
     if config.devices is None and not federation.data.apart:
         notes.append("without `devices` no task takes any time: all that are given out together end together")
     return config, replace(federation, rounds=max(1, math.ceil(config.rounds * places / goal))), notes

@@ -94,11 +94,11 @@ class Rounds(Session):
         self._clock(index)
         cohort, at = self.invitation.draw(index, attempt, self.now)
         if not self.conditions.simulated:
-            held = Held(ideal(cohort, at))
+            held = Held(ideal(cohort, at if self.apart is None else self.real()))
             self._exchange(held, 0)
             if self.apart is not None:
                 self.now = held.schedule.end = self.real()
-                self.invitation.learn(held.schedule, held.taken.losses, index)
+            self.invitation.learn(held.schedule, held.taken.losses, index)
             return held
         bodies, task = self.broadcasts(cohort), number(index, attempt)
         sizes = {c: self._sizes(c, len(bodies[c]), len(cohort)) for c in cohort}
@@ -237,7 +237,8 @@ class Rounds(Session):
         found, least = len(held.taken.uploads), self.conditions.policy.least
         what = f"{found} of at least {least} usable uploads" if least > 1 else "no usable upload"
         invited, late = len(held.schedule.tasks), len(held.schedule.late)
-        why = next(iter(held.failed.items()), f"{late} of them late" if late else "")
+        told = (f"{client}: {why}" for client, why in held.failed.items())
+        why = next(told, f"{late} of them late" if late else "")
         raise RunFailed(
             f"round {self.completed + 1}: {what} from {invited} client{'s' if invited != 1 else ''}"
             f"{f', {tries} times' if tries > 1 else ''}{f'; {why}' if why else ''}"

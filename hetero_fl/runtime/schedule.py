@@ -70,7 +70,7 @@ class Schedule:
 
 def ideal(cohort: Sequence[str], at: float = 0.0) -> Schedule:
     """Nothing takes time, as far as is known before, and all are on time."""
-    return Schedule({client: Task(client) for client in cohort}, at, at, list(cohort))
+    return Schedule({client: Task(client, ends=at) for client in cohort}, at, at, list(cohort))
 
 
 def schedule(cohort: Sequence[str], conditions: Conditions, sizes: Sizes, at: float, number: int) -> Schedule:

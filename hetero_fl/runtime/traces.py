@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.config.devices import WIDEST
 from hetero_fl.errors import UserError, nearest
 
 TAKES = ("speed", "up", "down")  # what time follows from
@@ -16,7 +18,7 @@ NUMBERS = (*TAKES, "jitter", "failure")
 COLUMNS = ("client", *NUMBERS, "online")
 MEANT = {
     **dict.fromkeys(TAKES, "a number above 0, such as 1.0e+8"),
-    "jitter": "a number from 0 on",
+    "jitter": f"a number from 0 to {WIDEST:g}",
     "failure": "a chance from 0 to 1",
     "online": "stretches of seconds of the day, in order and apart, such as 0-21600;64800-86400",
 }
@@ -37,8 +39,8 @@ def read_traces(path: str) -> list[Trace]:
         raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     if not made:
         raise UserError(f"{where}: no rows")
-    whose = [row["client"] for row in made if "client" in row]
-    if again := next((id for i, id in enumerate(whose) if id in whose[:i]), None):
+    whose = Counter(row["client"] for row in made if "client" in row)
+    if again := next((id for id, rows in whose.items() if rows > 1), None):
         raise UserError(f"{where}: two rows are of client '{again}'; give each client one")
     return made
 
@@ -75,7 +77,7 @@ def _trace(where: str, row: Mapping[str | None, Any]) -> Trace:
 
 def _number(name: str, text: str) -> float:
     value = float(text)
-    lowest, highest = (0.0, 1.0) if name == "failure" else (0.0, math.inf)
+    lowest, highest = 0.0, {"failure": 1.0, "jitter": WIDEST}.get(name, math.inf)
     if not lowest <= value <= highest or (value == 0 and name in TAKES):
         raise ValueError(text)
     return value

@@ -69,6 +69,15 @@ def test_settings_of_another_staleness_are_told_or_refused() -> None:
     assert [n for n in notes if "staleness is constant" in n] == [
         f"runtime.staleness.{key} is not used: staleness is constant" for key in "ab"
     ]
+    one = {"threads": 1, "mode": "async", "buffer": 1}
+    for changes, told in [
+        ({"runtime": one}, True),
+        ({"runtime": {**one, "buffer": 2}}, False),
+        ({"runtime": {**one, "staleness": {"kind": "constant"}}}, False),
+        ({"method": "fedasync"}, False),
+    ]:
+        notes = prepare(config(**{"method": "fedavg", **changes})).notes
+        assert any(note.startswith("runtime.staleness has no effect") for note in notes) == told
     assert "algorithm.b is not used: staleness is polynomial" in prepare(config("fedasync", algorithm__b=2)).notes
     line = refused(config("fedbuff", clients=4, runtime={"staleness": {"a": 1.0}}))
     assert line == "runtime.staleness: is not used: fedbuff has its own, algorithm.staleness"

@@ -280,6 +280,33 @@ def test_oort_prefers_those_with_high_losses_who_are_quick() -> None:
     assert all(math.isfinite(v) for known in fresh.invitation.known.values() for v in known)
 
 
+def test_oort_learns_from_losses_where_nobody_takes_any_time() -> None:
+    source = config(
+        "fedavg", "mlp", 8, rounds=3, clients__per_round=3, cohort={"sampling": "oort"}, data__partition=MANY
+    )
+    rounds, records = held(source)
+    assert set(rounds.invitation.known) == {id for record in records for id in record["cohort"]}
+    last = records[-1]
+    for id in last["cohort"]:
+        worth, seconds, round = rounds.invitation.known[id]
+        assert worth == rounds.federation.cards[id].n * last["train_loss"][id] and (seconds, round) == (0.0, 2.0)
+    again = rounds_of(source, held=0)
+    again.invitation.restore(rounds.invitation.tree())
+    assert again.invitation.draw(3, 0, 0.0) == rounds.invitation.draw(3, 0, 0.0)
+
+
+def test_a_round_waits_for_as_many_as_its_secure_sum_needs() -> None:
+    def online(**changes: Any) -> int:
+        source = config(
+            "fedavg", "mlp", 8, clients__per_round=5, devices={**SLOW, "availability": {"share": 0.4, "day": 600}},
+            cohort={"sampling": "available"}, data__partition=MANY, **changes,
+        )  # fmt: skip
+        rounds = rounds_of(source, held=0)
+        return min(len(rounds.invitation.draw(round, 0, 0.0)[0]) for round in range(6))
+
+    assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
+
+
 def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
     def refused(said: str, clients: int = 4, **changes: Any) -> None:
         with pytest.raises(UserError, match=said):
@@ -303,6 +330,13 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
         "data__partition": MANY,
     }
     refused(r"cohort\.over_selection: found 2; of 8 .* asks for 6", channel={"secure_sum": {}}, **many)
+    refused(
+        r"devices\.speed\.sigma: found 5e\+07; it is of the natural", devices={"speed": {"median": 1e8, "sigma": 5e7}}
+    )
+    refused(
+        r"staleness\.kind: found 'poly'; choose from constant, hinge, polynomial",
+        runtime={"mode": "async", "staleness": {"kind": "poly"}},
+    )
     notes = prepare(config("fedavg", "mlp", 4, faults={"late": 0.1}, cohort={"sampling": "available"})).notes
     assert any("faults.late" in note for note in notes) and any("cohort.sampling" in note for note in notes)
     for changes, line in [

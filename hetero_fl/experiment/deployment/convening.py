@@ -76,7 +76,7 @@ class Convened:
         told = hear_told(body_of(answer), self.public.task.outputs)
         if client in self.told and self.told[client].hash != told.hash:
             raise Refused("its rows are not those that it began with")
-        self.told[client] = told
+        self.told.setdefault(client, told)  # nodes take no second roster in one run
         return answer
 
     def asking_ready(self) -> Talk:

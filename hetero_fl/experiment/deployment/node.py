@@ -40,11 +40,12 @@ from hetero_fl.experiment.deployment.messages import (
     told_tree,
     versions,
 )  # fmt: skip
-from hetero_fl.experiment.deployment.policy import Policy, check_config, check_raw, digest_of, mark_of
+from hetero_fl.experiment.deployment.policy import Policy, digest_of
 from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig
+from hetero_fl.experiment.deployment.terms import check_config, check_raw, mark_of
 from hetero_fl.experiment.deployment.transport import Envelope
-from hetero_fl.experiment.deployment.vault import Cipher, Lost, Vault
+from hetero_fl.experiment.deployment.vault import KEPT, Cipher, Lost, Vault
 from hetero_fl.experiment.prepared import deal, prepare
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.jobs import Job, Setup, Worker
@@ -176,11 +177,13 @@ class Node:
         own_view = clients[me].preprocess.normalize == "own"
         told = told_by(data, me, own_view, self.site.tells.labels)
         vault = Vault(self.folder / "runs" / _plain(run), self.cipher)
-        mark = mark_of(raw, told.hash)
+        mark = mark_of(raw, told.hash, str(tree["public"]))
         if (known := vault.read("terms")) is None:
             vault.write("terms", mark)
         elif known != mark:
-            raise Refused("the configuration, or this site's rows, are not those with which it began this run")
+            raise Refused(
+                "the configuration, the public sets or this site's rows are not those with which it began this run"
+            )
         secret = vault.secret("noise")
         if self.site.allows.privacy is not None:  # who guesses all rows but one could try the last against a plain hash
             told = replace(told, hash=hmac.new(secret, told.hash.encode(), hashlib.sha256).hexdigest())
@@ -211,6 +214,10 @@ class Node:
         prepared = prepare(joined.config, data=held_at(joined.data, self.site.client, told))
         if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
             raise Refused("this site makes other clients of the configuration than the server does")
+        others = hashlib.sha256(repr(sorted(told.items())).encode()).digest()
+        if joined.vault.read("roster") not in (None, others):
+            raise Refused("what is said of the others' rows is not what was said when it began this run")
+        joined.vault.write("roster", others)
         federation = replace(prepared.federation, noise=joined.noise)
         device = choose_device(self.site.device or joined.config.runtime.device)
         threads = min(int(tree["threads"]), self.site.threads or int(tree["threads"]))
@@ -263,14 +270,16 @@ class Node:
             self._line["spent"] = spent
         if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"]["task"] == task:
             self._line["kinds"] = ["what was answered before"]
-            return Envelope(known["head"], known["body"].numpy().tobytes())
+            body = known["body"].numpy().tobytes()
+            self.joined.policy.check_size(len(body), upload=True)
+            return Envelope(known["head"], body)
         self.joined.noise.task = digest
         if kind == "read":
             return self._read(asked, base, bool(head.get("details", False)), task)
-        spare = [_plain(name) for name in str(head.get("spare", "")).split(",") if name]
+        spare = [_plain(name) for name in str(head.get("spare", "")).split(",") if name][:KEPT]
         answer = self._answer(asked, base, task, spare)
-        body = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
-        vault.write("answer", encode({"head": answer.head, "body": body}, FORM))
+        data = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
+        vault.write("answer", encode({"head": answer.head, "body": data}, FORM))
         return answer
 
     def _answer(self, asked: Message, base: str, task: str, spare: Collection[str]) -> Envelope:
@@ -292,7 +301,7 @@ class Node:
             return message("failed", why=str(reply), task=task)
         self._line.setdefault("kinds", [reply.ask])  # an upload has said more of itself
         self.joined.policy.check_size(len(reply.body), upload=True)
-        state = vault.keep(done.private[me], spare) if me in done.private else base
+        state = vault.keep(done.private[me], spare) if me in done.private else ""  # by what was not trained, none
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope({"ask": "done", "task": task, "what": reply.ask, "state": state, "check": check}, reply.body)
 

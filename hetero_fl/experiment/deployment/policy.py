@@ -7,8 +7,7 @@ would spend. What is made of it in earnest is looked at again, item by item, bef
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,100 +17,20 @@ from hetero_fl.channel.privacy.accounting import Charge, epsilon_of
 from hetero_fl.channel.protocol import Message
 from hetero_fl.channel.secure.messages import REQUESTS
 from hetero_fl.channel.secure.messages import read as read_secure
-from hetero_fl.config import Config
-from hetero_fl.config.clients import ClientSettings
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.experiment.deployment.account import TRAIN, Account
-from hetero_fl.experiment.deployment.hearing import strings
-from hetero_fl.experiment.deployment.limits import AllowsConfig, BudgetConfig
+from hetero_fl.experiment.deployment.limits import BudgetConfig
 from hetero_fl.experiment.deployment.messages import Refused
 from hetero_fl.experiment.deployment.site_file import SiteConfig
+from hetero_fl.experiment.deployment.terms import at_most
 from hetero_fl.experiment.prepared import Prepared
 from hetero_fl.payload import Payload, PayloadError
 from hetero_fl.plan import Draws, Fit
-from hetero_fl.registry import OWN
 from hetero_fl.runtime.batches import step_count
 from hetero_fl.runtime.dry import Dry, Expectations
 from hetero_fl.runtime.links import Links
-from hetero_fl.runtime.plans import Work
+from hetero_fl.runtime.plans import Work, carry_out
 from hetero_fl.runtime.protection import WITHIN
-
-OWN_KEYS = ("model", "preprocess", "augment")  # which a configuration has as the site's file has them, or not at all
-FREE = ("store_memory", "workers", "address")  # of `runtime`: what may differ when a run is resumed
-
-
-# The configuration ---------------------------------------------------------------------------------------------------
-def check_raw(tree: object, allows: AllowsConfig) -> dict[str, Any]:
-    """A configuration before it is read: to read one that names code is to import that. Raises Refused."""
-    if not isinstance(tree, dict):
-        raise Refused("the configuration is none")
-    for key, value in strings(tree):
-        if value.startswith(OWN) and value not in allows.own_code:
-            raise Refused(
-                f"{key}: found {value[:80]}; this site runs no code by name but allows.own_code {allows.own_code}"
-            )
-    return tree
-
-
-def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> None:
-    """A configuration against a site's file. `settings`: this client's. Raises Refused, naming both keys."""
-    allows, me, name = site.allows, site.client, config.algorithm["name"]
-    if allows.methods is not None and name not in allows.methods:
-        raise Refused(f"algorithm.name: found {name}; this site's allows.methods are {', '.join(allows.methods)}")
-    _at_most("rounds", config.rounds, "rounds", allows.rounds)
-    _at_most(f"clients: {me}: epochs", None if settings.steps else settings.epochs, "epochs", allows.epochs)
-    _at_most(f"clients: {me}: steps", settings.steps, "steps", allows.steps)
-    own = ClientSettings.model_validate(site.settings())
-    for key in OWN_KEYS:
-        if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
-            raise Refused(f"clients: {me}: {key}: is not what this site's file has")
-    if site.shares is not None and (more := [s for s in settings.shares if not _covered(s, own.shares)]):
-        raise Refused(
-            f"clients: {me}: shares: found {', '.join(more)}; this site shares {', '.join(own.shares) or 'nothing'}"
-        )
-    secure = config.channel.secure_sum
-    if secure is None and allows.secure_sum_only:
-        raise Refused(
-            "channel.secure_sum: found none; this site's allows.secure_sum_only lets uploads leave in no other way"
-        )
-    if secure is not None and allows.cohort is not None:
-        found = secure.survivors(config.clients.per_round or len_of(config))
-        if found < allows.cohort:
-            raise Refused(
-                f"channel.secure_sum.threshold: lets a sum of {found} clients be told; this site's allows.cohort is "
-                f"{allows.cohort}"
-            )
-    if allows.privacy is not None:
-        _check_privacy(config, site)
-
-
-def len_of(config: Config) -> int:
-    """How many clients a configuration has."""
-    from hetero_fl.config import expand
-
-    return len(expand(config.clients))
-
-
-def _check_privacy(config: Config, site: SiteConfig) -> None:
-    privacy = config.privacy
-    where = "this site's allows.privacy counts noise that it adds itself"
-    if privacy is None:
-        raise Refused(f"privacy: found none; {where}")
-    if privacy.unit == "client":
-        raise Refused(f"privacy.unit: found client, whose noise others add; {where}: record or local")
-    if site.tells.labels:
-        raise Refused("tells.labels: true tells counts as they are, with allows.privacy; leave one of them out")
-    if site.tells.model and privacy.unit == "local":
-        raise Refused("tells.model: true tells a model that nobody noised, with allows.privacy and privacy.unit local")
-
-
-def mark_of(tree: Mapping[str, Any], rows: str) -> bytes:
-    """What must be the same whenever a site takes part in a run: its configuration, but for what decides no result, and its
-    rows. Another one under the same name could be made to tell the difference between two answers."""
-    runtime = tree.get("runtime")
-    kept = {k: v for k, v in runtime.items() if k not in FREE} if isinstance(runtime, dict) else runtime
-    told = json.dumps([{**tree, "runtime": kept, "init_from": None}, rows], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).digest()
 
 
 def digest_of(kind: str, asked: Message, base: str) -> bytes:
@@ -121,7 +40,6 @@ def digest_of(kind: str, asked: Message, base: str) -> bytes:
     return hashlib.sha256(repr(about).encode()).digest()
 
 
-# Tasks ---------------------------------------------------------------------------------------------------------------
 class Watch(Dry):
     """Notes how long a plan would train."""
 
@@ -166,18 +84,35 @@ class Policy:
             raise Refused(f"round {asked.round + 1} of {rounds}, for the {asked.again + 1}th time")
         if not 0 < asked.work <= 1:
             raise Refused(f"work: found {asked.work:g}, a share of the steps that were agreed; it is at most 1")
-        if self.secure and kind == "answer" and self.allows.cohort is not None:
+        if kind == "read":
+            self._check_length(lambda: self._rehearsed_reading(asked), 1.0)
+            return []
+        if asked.ask not in (
+            REQUESTS if self.secure else (TRAIN,)
+        ):  # without exchanges, whatever is asked is trained on
+            raise Refused(f"asked for '{asked.ask[:20]}', which is nothing that this run's uploads need")
+        if self.secure and self.allows.cohort is not None:
             self._check_sum(asked, self.allows.cohort)
-        if kind != "answer" or asked.ask != TRAIN or digest in self.account.trained:
+        if asked.ask != TRAIN or digest in self.account.trained:
             return []  # the same again costs, and tells, nothing
         if self.allows.rounds is not None and (trained := len(self.account.trained)) >= self.allows.rounds:
             raise Refused(f"allows.rounds: this site has trained {trained} times in this run, and is asked once more")
-        if self.allows.privacy is None and self.allows.epochs is None and self.allows.steps is None:
-            return []
-        watch, charges = self._rehearsed(asked)
-        _at_most("this task's epochs", round(watch.epochs * asked.work, 3), "epochs", self.allows.epochs)
-        _at_most("this task's steps", int(watch.steps * asked.work), "steps", self.allows.steps)
+        charges: list[Charge] = []
+        self._check_length(lambda: charges.extend(self._rehearsed(asked)), asked.work)
         return [] if self.allows.privacy is None else self._afforded(charges, self.allows.privacy)
+
+    def _check_length(self, rehearse: Callable[[], object], work: float) -> None:
+        """How long a task would train. `rehearse`: goes through it; where nothing is limited that is left out."""
+        allows, watch = self.allows, self._watch
+        if allows.privacy is None and allows.epochs is None and allows.steps is None:
+            return
+        watch.steps, watch.epochs = 0, 0.0
+        try:
+            rehearse()
+        except Exception as error:  # what a plan makes of what it was sent may be anything
+            raise Refused(f"what was sent cannot be trained on ({type(error).__name__}: {error})") from None
+        at_most("this task's epochs", round(watch.epochs * work, 3), "epochs", allows.epochs)
+        at_most("this task's steps", int(watch.steps * work), "steps", allows.steps)
 
     def _check_sum(self, asked: Message, least: int) -> None:
         """Of how many clients a sum would be told."""
@@ -194,21 +129,26 @@ class Policy:
             )
 
     @cached_property
+    def _watch(self) -> Watch:
+        return Watch()
+
+    @cached_property
     def _expectations(self) -> Expectations:
         made = Expectations(self.prepared.method, self.prepared.federation)
-        made.performer = Watch()
+        made.performer = self._watch
         return made
 
-    def _rehearsed(self, asked: Message) -> tuple[Watch, tuple[Charge, ...]]:
-        watch = self._expectations.performer
-        assert isinstance(watch, Watch)
-        watch.steps, watch.epochs = 0, 0.0
-        try:
-            body = read_secure(asked.body, REQUESTS[TRAIN])["broadcast"].tobytes() if self.secure else asked.body
-            got = self.links.received(asked.round, body)
-            return watch, self._expectations.rehearsed(self.card, got, asked.round)[1]
-        except Exception as error:  # what a plan makes of what it was sent may be anything
-            raise Refused(f"what was sent cannot be trained on ({type(error).__name__}: {error})") from None
+    def _rehearsed(self, asked: Message) -> tuple[Charge, ...]:
+        """A task that trains; what it would spend."""
+        body = read_secure(asked.body, REQUESTS[TRAIN])["broadcast"].tobytes() if self.secure else asked.body
+        got = self.links.received(asked.round, body)
+        return self._expectations.rehearsed(self.card, got, asked.round)[1]
+
+    def _rehearsed_reading(self, asked: Message) -> None:
+        """One that makes the model which is read."""
+        client, got = self._expectations.stand_in(self.card, asked.round), self.links.received(asked.round, asked.body)
+        for hook in (self.prepared.method.deploy, self.prepared.method.personalise):
+            carry_out(hook(client, got), client, self._watch)
 
     def _afforded(self, charges: Iterable[Charge], budget: BudgetConfig) -> list[dict[str, Any]]:
         privacy = self.prepared.federation.privacy
@@ -248,33 +188,14 @@ class Policy:
     def check_size(self, size: int, upload: bool) -> None:
         """An answer of so many bytes. Raises Refused."""
         if upload:
-            _at_most("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
-        _at_most("bytes of all answers with this one", self.account.sent + size, "total_bytes", self.allows.total_bytes)
+            at_most("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
+        at_most("bytes of all answers with this one", self.account.sent + size, "total_bytes", self.allows.total_bytes)
 
     def kinds(self, payload: Payload) -> list[str]:
         """What of an upload leaves, for the log."""
         items = [f"{name}: {payload.item(name).kind}" for name in payload]
         said = items + (["training loss"] if payload.report else [])
         return [f"masked sum of {', '.join(said)}"] if self.secure else said
-
-
-# Pieces --------------------------------------------------------------------------------------------------------------
-def _at_most(what: str, found: float | None, key: str, most: float | None) -> None:
-    if most is not None and found is not None and (found > most):
-        raise Refused(f"{what}: found {_plain(found)}; this site's allows.{key} is {_plain(most)}")
-
-
-def _plain(number: float) -> str:
-    return f"{int(number):,}" if number == int(number) else f"{number:g}"
-
-
-def _covered(share: str, allowed: Sequence[str]) -> bool:
-    """Whether a share is one of these, or a part of one."""
-    if share in allowed:
-        return True
-    part = "backbone." if share == "backbone" else share
-    wider = ["backbone." if a == "backbone" else a for a in allowed if a == "backbone" or a.endswith(".")]
-    return part.endswith(".") and ("parameters" in allowed or any(part.startswith(w) for w in wider))
 
 
 def _check_named(name: str, values: Tensors | None, shares: Sequence[str]) -> None:

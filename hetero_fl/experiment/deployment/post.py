@@ -13,6 +13,9 @@ from hetero_fl.runtime.executor import Absent
 FAREWELL = 5.0  # seconds, at most, for telling nodes that a run is over
 PATIENCE = 60.0  # seconds that a node which has gone is waited for, as long as others are there
 GREETING = 60.0  # seconds that a node may take to say who it is, before it is asked again
+SKEW = (
+    10.0  # seconds by which clocks may differ: to a node that was busy, a greeting that is waited for has not expired
+)
 NUDGE = 30.0  # seconds of silence after which a node is asked whether it is there; then twice as many, and so on
 
 
@@ -100,7 +103,7 @@ class Post:
         greeted = {node for node, _ in self._greetings.values()}
         for node in there:
             if node not in self._met and node not in greeted:
-                self._greetings[self.transport.push(node, message("hello"), GREETING)] = node, now
+                self._greetings[self.transport.push(node, message("hello"), GREETING + SKEW)] = node, now
 
     def forget(self, node: int) -> None:
         """A node has gone, or has lost what it was given; if it is there it is greeted anew."""

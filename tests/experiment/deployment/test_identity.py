@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 
 from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.experiment.deployment import identity
 from hetero_fl.experiment.deployment.audit_log import verify
 from hetero_fl.experiment.deployment.certificates import make_node_key
 from hetero_fl.experiment.deployment.identity import NodeKeys, ServerKeys, Signed
 from hetero_fl.experiment.deployment.node import Node
-from hetero_fl.experiment.deployment.post import Post
+from hetero_fl.experiment.deployment.post import GREETING, Post
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.transport import Envelope, Handle, Loopback
 from tests.experiment.deployment.together import SITES, Federation, small
@@ -55,6 +57,21 @@ class Meeting:
 def test_a_node_with_its_key_is_met(tmp_path: Path) -> None:
     meeting = Meeting(tmp_path)
     assert meeting.met() and meeting.said[0] == "site_1 is here" and not meeting.refused
+
+
+def test_a_node_that_was_busy_and_whose_clock_is_ahead_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to the greeting just before the server sends another: to be refused then would end its process."""
+
+    def ahead(handle: Handle) -> Handle:
+        def handles(envelope: Envelope) -> Envelope:
+            with monkeypatch.context() as patch:
+                patch.setattr(identity, "time", SimpleNamespace(time=lambda: time.time() + GREETING + 5.0))
+                return handle(envelope)
+
+        return handles
+
+    meeting = Meeting(tmp_path)
+    assert meeting.met(ahead) and not meeting.refused
 
 
 def test_an_unknown_node_is_refused(tmp_path: Path) -> None:

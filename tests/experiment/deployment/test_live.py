@@ -87,7 +87,15 @@ def test_nodes_that_refuse_everything_are_asked_for_a_while(tmp_path: Path, monk
     monkeypatch.setattr(Node, "_do", refuse)
     monkeypatch.setattr(live, "LOOK", 0.01)
     monkeypatch.setattr(asynchronous, "PATIENCE", 3)
-    with pytest.raises(RunFailed, match=r"round 1: no usable upload from 9 tasks; \('site_\d', 'not today'\)"):
+    with pytest.raises(RunFailed, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"):
+        federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
+
+
+def test_an_empty_place_is_not_waited_at_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "LOOK", 0.01)
+    monkeypatch.setattr(live, "LONGEST", 0.1)
+    monkeypatch.setattr(live.Live, "_idle", lambda self: (0, self.queue.idle))
+    with pytest.raises(RunFailed, match="round 1: nobody was there for"):
         federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
 
 

@@ -22,7 +22,8 @@ def hybrid(rounds: int) -> dict[str, Any]:
 
 
 def secret(rounds: int) -> dict[str, Any]:
-    return config("fedavg", clients=4, rounds=rounds, channel={"secure_sum": {"threshold": 3}})
+    """With private heads, too, which exchanges before and after the training must leave as they are."""
+    return config("fedper", clients=4, rounds=rounds, channel={"secure_sum": {"threshold": 3}})
 
 
 @pytest.mark.parametrize("away", [0.0, 1.0], ids=["at once", "after a while"])

@@ -16,8 +16,8 @@ from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.audit_log import verify
 from hetero_fl.experiment.deployment.messages import Refused, message
 from hetero_fl.experiment.deployment.node import Node
-from hetero_fl.experiment.deployment.policy import check_config, check_raw
 from hetero_fl.experiment.deployment.site_file import SiteConfig, load_site
+from hetero_fl.experiment.deployment.terms import check_config, check_raw, mark_of
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 from hetero_fl.payload import Item, Payload
 from tests.experiment.deployment.together import SITES, Federation, small
@@ -179,6 +179,25 @@ def test_a_task_that_a_site_does_not_allow_is_refused_and_the_run_goes_on(case: 
     assert [line["out"] for line in asked] == [0]
 
 
+def test_a_reading_that_trains_more_than_a_site_allows_is_refused(tmp_path: Path) -> None:
+    site = {"allows": {"epochs": 2}}
+    longer = {"algorithm": {"name": "fedbabu", "finetune_epochs": 3}}
+    (record,) = Federation(tmp_path, {"site_1": site}).serve(small(rounds=1, **longer)).metrics
+    assert not record["failed"]
+    assert record["unread"] == {"site_1": "this task's epochs: found 3; this site's allows.epochs is 2"}
+
+
+def test_bytes_of_an_answer_that_is_given_again_are_counted(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, {}, rounds=1)
+    size = len(asked.again("train").body)
+    sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
+    allows = asked.node.site.allows.model_copy(update={"total_bytes": sent + size})
+    assert asked.node.joined is not None and asked.node.joined.policy is not None
+    asked.node.joined.policy.allows = allows
+    assert len(asked.again("train").body) == size
+    assert "bytes of all answers with this one" in asked.why("train")
+
+
 def test_bytes_in_all_are_counted_over_runs_and_restarts(tmp_path: Path) -> None:
     Federation(tmp_path).serve(small(rounds=1))
     sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
@@ -242,6 +261,12 @@ class Asked:
         said = self.said[what]
         return self.node.handle(Envelope({**said.head, **head}, said.body if body is None else body))
 
+    def called(self, name: str, what: str) -> Envelope:
+        """What was asked under that name, by another."""
+        said = self.said[name]
+        head = {**said.head, "what": what, "task": f"f{what}"}
+        return self.node.handle(Envelope(head, said.body))
+
     def why(self, *args: Any, **head: Any) -> str:
         answer = self.again(*args, **head)
         assert answer.head["ask"] == "refused" and answer.body == message("refused").body
@@ -263,6 +288,13 @@ def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with
     assert asked.again("train").head["ask"] == "done"
     for change in ({"body": asked.said["train"].body + b" "}, {"round": 0}, {"work": 0.5}, {"base": other("a")}):
         assert asked.why("train", **change).endswith("came before, and asked for something else")
+
+
+@pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
+def test_training_is_training_whatever_it_is_called(asked: Asked, what: str) -> None:
+    """It would be neither limited nor charged."""
+    line = f"asked for '{what}', which is nothing that this run's uploads need"
+    assert asked.called("train", what).head["why"] == line
 
 
 def test_a_task_that_has_expired_is_refused(asked: Asked) -> None:
@@ -301,7 +333,7 @@ def test_another_configuration_under_the_same_name_is_refused(asked: Asked) -> N
     tree = body_of(terms)
     tree["config"]["clients"]["defaults"]["batch_size"] = 8
     said = asked.why("terms", body=message("terms", tree).body)
-    assert said == "the configuration, or this site's rows, are not those with which it began this run"
+    assert said == "the configuration, the public sets or this site's rows are not those with which it began this run"
     tree = body_of(terms)
     tree["config"]["runtime"]["workers"] = 7
     assert asked.again("terms", body=message("terms", tree).body).head["ask"] == "told"
@@ -320,6 +352,23 @@ def test_a_roster_that_makes_others_of_the_clients_is_refused(asked: Asked) -> N
     tree = body_of(asked.said["roster"])
     tree["told"]["site_2"]["rows"]["train"] += 1
     assert asked.why("roster", body=message("roster", tree).body).startswith("this site makes other clients")
+
+
+def test_other_public_sets_under_the_same_name_are_refused() -> None:
+    """A model distilled from another proxy set has other gradients, under the same noise."""
+    marks = {mark_of(small(), rows, public) for rows in "ab" for public in "cd"}
+    assert len(marks) == 4
+
+
+def test_another_roster_under_the_same_name_is_refused(asked: Asked) -> None:
+    """The noise multiplier follows from everybody's rows, and with two scales of one noise the noise is known."""
+    from hetero_fl.experiment.deployment.messages import body_of
+
+    tree = body_of(asked.said["roster"])
+    tree["told"]["site_2"]["rows"]["test"] += 1  # no part of the fingerprint, which the server could make fit anyway
+    said = asked.why("roster", body=message("roster", tree).body)
+    assert said == "what is said of the others' rows is not what was said when it began this run"
+    assert asked.again("roster").head["ask"] == "ready"
 
 
 def test_what_a_site_does_not_share_does_not_leave_whatever_a_plan_makes(asked: Asked) -> None:

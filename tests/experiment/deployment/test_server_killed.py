@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import run
+from hetero_fl.experiment.deployment.transport import Envelope
 from hetero_fl.experiment.deployment.vault import KEPT, Lost, Vault
 from tests.experiment.deployment.sites import QUICK, Killed, Sites, federation, records, same
 from tests.experiment.deployment.test_secrets import Heard
@@ -19,7 +20,7 @@ CLIENTS = ["site_1", "site_2", "site_3"]
 KINDS: dict[str, dict[str, Any]] = {
     "hybrid": config("hybrid", MIXED, rounds=3, channel=TOP, algorithm__heads="keep"),
     "fedavg": config("fedavg", rounds=3, clients__per_round=2),
-    "secure sum": config("fedavg", rounds=3, channel={"secure_sum": {"threshold": 2}}),
+    "secure sum": config("fedper", rounds=3, channel={"secure_sum": {"threshold": 2}}),
 }
 
 
@@ -85,6 +86,24 @@ def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -
         bases = [str(head["base"]) for head in heads]
         assert bases[0] == "" and len(set(bases)) == 3
         assert [set(str(head["spare"]).split(",")) for head in heads] == [{""}, {bases[1]}, {bases[1], bases[2]}]
+
+
+def test_no_more_states_are_spared_than_a_server_may_go_back_to(tmp_path: Path) -> None:
+    """Else it could have a disk filled."""
+    every: dict[str, list[str]] = {}
+
+    class Greedy(Heard):
+        def push(self, node: int, envelope: Envelope, within: float) -> str:
+            if envelope.head["ask"] == "do":
+                known = every.setdefault(str(node), [])
+                known.append(str(envelope.head["base"]))
+                envelope = Envelope({**envelope.head, "spare": ",".join(known)}, envelope.body)
+            return super().push(node, envelope, within)
+
+    made = {**KINDS["hybrid"], "rounds": 3 * KEPT, "evaluation": {"every": 3 * KEPT}}
+    federation(made, Sites(CLIENTS, tmp_path / "sites", transport=Greedy()), tmp_path / "there")
+    (folder,) = (tmp_path / "sites" / "site_1" / "runs").iterdir()
+    assert len(list(folder.glob("state-*"))) <= 2 * KEPT
 
 
 def test_states_that_checkpoints_name_are_spared(tmp_path: Path) -> None:

@@ -7,29 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import hmac
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hetero_fl.channel.privacy.noise import SecretNoise
 from hetero_fl.channel.protocol import Message
 from hetero_fl.codec import CodecError, decode, encode
-from hetero_fl.config import Config, expand, load_config
-from hetero_fl.data import FederatedData
-from hetero_fl.data.elsewhere import held_at, told_by
-from hetero_fl.data.pack import Pack
-from hetero_fl.environment import choose_device
 from hetero_fl.errors import RunFailed, UserError
-from hetero_fl.experiment.deployment.account import TRAIN, Account
+from hetero_fl.experiment.deployment.account import TRAIN
 from hetero_fl.experiment.deployment.audit_log import AGAIN, AuditLog, Entry
-from hetero_fl.experiment.deployment.hearing import hear_told
 from hetero_fl.experiment.deployment.identity import NodeKeys
+from hetero_fl.experiment.deployment.joined import MODEL, Joined, begin, plain
 from hetero_fl.experiment.deployment.messages import (
     FORM,
     Refused,
@@ -40,35 +33,18 @@ from hetero_fl.experiment.deployment.messages import (
     told_tree,
     versions,
 )  # fmt: skip
-from hetero_fl.experiment.deployment.policy import Policy, digest_of
-from hetero_fl.experiment.deployment.roll import fingerprint_of
+from hetero_fl.experiment.deployment.policy import digest_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig
-from hetero_fl.experiment.deployment.terms import check_config, check_raw, mark_of
 from hetero_fl.experiment.deployment.transport import Envelope
-from hetero_fl.experiment.deployment.vault import KEPT, Cipher, Lost, Vault
-from hetero_fl.experiment.prepared import deal, prepare
+from hetero_fl.experiment.deployment.vault import KEPT, Cipher, Lost
 from hetero_fl.payload import Payload
-from hetero_fl.runtime.jobs import Job, Setup, Worker
+from hetero_fl.runtime.jobs import Job
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.site import Reading
 from hetero_fl.runtime.store import Private
 
 # What is raised for a message that nobody would send who means well, or where the disk is full.
 JUNK = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
-
-
-@dataclass
-class Joined:
-    """The run that a node takes part in."""
-
-    run: str
-    config: Config
-    data: FederatedData
-    vault: Vault
-    account: Account
-    noise: SecretNoise
-    worker: Worker | None = None  # once the roster is known
-    policy: Policy | None = None  # likewise
 
 
 class Node:
@@ -157,74 +133,19 @@ class Node:
 
     def _terms(self, envelope: Envelope) -> Envelope:
         """What this site tells of its rows, under a configuration."""
-        me, run, tree = self.site.client, told_apart(envelope.head, "run", str), body_of(envelope)
-        raw = check_raw(tree["config"], self.site.allows)
-        config = load_config(raw).model_copy(update={"init_from": None})  # a folder of the server's
-        clients = expand(config.clients)
-        if me not in clients:
-            raise Refused(f"the configuration has no client '{me}'")
-        check_config(config, self.site, clients[me])
-        if self.site.data is None:
-            data = deal(config)
-            if data.public_hash() != tree["public"]:
-                raise Refused("the public sets that its configuration names are not the server's")
-        else:
-            pack = self._pack(tree)
-            if pack is None:
-                return message("lacks")
-            own = clients[me].model_copy(update={"data": self.site.data})
-            data = pack.held_by(me, config.data, {**clients, me: own}, config.seed)
-        own_view = clients[me].preprocess.normalize == "own"
-        told = told_by(data, me, own_view, self.site.tells.labels)
-        vault = Vault(self.folder / "runs" / _plain(run), self.cipher)
-        mark = mark_of(raw, told.hash, str(tree["public"]))
-        if (known := vault.read("terms")) is None:
-            vault.write("terms", mark)
-        elif known != mark:
-            raise Refused(
-                "the configuration, the public sets or this site's rows are not those with which it began this run"
-            )
-        secret = vault.secret("noise")
-        if self.site.allows.privacy is not None:  # who guesses all rows but one could try the last against a plain hash
-            told = replace(told, hash=hmac.new(secret, told.hash.encode(), hashlib.sha256).hexdigest())
-        self.joined = Joined(run, config, data, vault, Account.of(self.log.entries(), run), SecretNoise(secret))
+        run = told_apart(envelope.head, "run", str)
+        found = begin(self.site, self.folder, self.cipher, self.log.entries(), run, body_of(envelope))
+        if found is None:
+            return message("lacks")
+        self.joined, told = found
         self._line["kinds"] = ["numbers of rows", "a hash of them", *(["label counts"] if told.labels else [])]
         self._line["kinds"] += ["preprocessing"] if told.view else []
         return message("told", told_tree(told))
 
-    def _pack(self, tree: Any) -> Pack | None:
-        """The public sets that the server has named by their hash: from this message, or kept from an earlier one."""
-        public, kept = str(tree["public"]), Vault(self.folder / "public", self.cipher)
-        data = tree["pack"].numpy().tobytes() if tree.get("pack") is not None else kept.read(_plain(public))
-        if data is None:
-            return None
-        try:
-            pack = Pack.decode(data)
-        except (CodecError, KeyError, TypeError, ValueError) as error:
-            raise Refused(f"the public sets cannot be read ({error})") from None
-        if pack.hash() != public:
-            raise Refused("the public sets are not those that were named")
-        kept.write(_plain(public), data)
-        return pack
-
     def _roster(self, envelope: Envelope) -> Envelope:
         """Everything about the run is known now: prepare for it."""
-        joined, tree = self._in(envelope), body_of(envelope)
-        told = {client: hear_told(each, joined.data.task.outputs) for client, each in tree["told"].items()}
-        prepared = prepare(joined.config, data=held_at(joined.data, self.site.client, told))
-        if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
-            raise Refused("this site makes other clients of the configuration than the server does")
-        others = hashlib.sha256(repr(sorted(told.items())).encode()).digest()
-        if joined.vault.read("roster") not in (None, others):
-            raise Refused("what is said of the others' rows is not what was said when it began this run")
-        joined.vault.write("roster", others)
-        federation = replace(prepared.federation, noise=joined.noise)
-        device = choose_device(self.site.device or joined.config.runtime.device)
-        threads = min(int(tree["threads"]), self.site.threads or int(tree["threads"]))
-        setup = Setup(prepared.method, federation, threads, (str(device),), 1, joined.config.runtime.precision)
-        joined.worker = Worker(setup, 0)
-        joined.policy = Policy(self.site, prepared, joined.account)
-        joined.worker.site.leaving = self._leaving
+        joined = self._in(envelope)
+        found = joined.prepare(self.site, body_of(envelope), self._leaving)
         self.say(f"ready: {joined.config.name}, {joined.config.algorithm['name']}, {joined.config.rounds} rounds")
         return message("ready", fingerprint=found)
 
@@ -249,8 +170,8 @@ class Node:
         head = envelope.head
         if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
             return message("unready")
-        vault, account, task = self.joined.vault, self.joined.account, _plain(told_apart(head, "task", str))
-        kind, base = told_apart(head, "kind", str), told_apart(head, "base", str) and _plain(str(head["base"]))
+        vault, account, task = self.joined.vault, self.joined.account, plain(told_apart(head, "task", str))
+        kind, base = told_apart(head, "kind", str), told_apart(head, "base", str) and plain(str(head["base"]))
         if kind not in ("answer", "read"):
             raise Refused(f"asked to '{kind[:20]}', which this release does not know")
         asked = Message(
@@ -276,7 +197,7 @@ class Node:
         self.joined.noise.task = digest
         if kind == "read":
             return self._read(asked, base, bool(head.get("details", False)), task)
-        spare = [_plain(name) for name in str(head.get("spare", "")).split(",") if name][:KEPT]
+        spare = [plain(name) for name in str(head.get("spare", "")).split(",") if name][:KEPT]
         answer = self._answer(asked, base, task, spare)
         data = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
         vault.write("answer", encode({"head": answer.head, "body": data}, FORM))
@@ -312,7 +233,10 @@ class Node:
         done = self.joined.worker.do(job)
         if done.error is not None:
             raise Refused(f"evaluation: {done.error}")
-        told = self._told_of(done.readings[self.site.client])
+        reading = done.readings[self.site.client]
+        if reading.model:  # at the end of the run: it is this site's own, whoever else may have it
+            self.joined.vault.write(MODEL, reading.model)
+        told = self._told_of(reading)
         answer = message("done", reading_tree(told), task=task)
         self.joined.policy.check_size(len(answer.body), upload=False)
         self._line["kinds"] = ["scores", *(["confusion"] if told.confusion else []), *(["model"] if told.model else [])]
@@ -341,10 +265,3 @@ class Node:
         if self.joined is None or self.joined.run != run:
             raise Refused(f"this site is not in run {run[:12]}")
         return self.joined
-
-
-def _plain(name: str) -> str:
-    """A name from outside as one of a file. Raises Refused for one that is none."""
-    if not (name.isalnum() and len(name) <= 64):
-        raise Refused(f"found the name {name[:80]!r}")
-    return name

@@ -44,3 +44,16 @@ def test_digits(name: str, loopback: Loopback, tmp_path: Path) -> None:
     assert len(files) >= 4 and files == sorted(p.name for p in (there.path / "models").iterdir())
     for file in files:
         assert (here.path / "models" / file).read_bytes() == (there.path / "models" / file).read_bytes()
+
+
+def test_what_a_site_keeps_to_itself_lies_at_home(loopback: Loopback, tmp_path: Path) -> None:
+    config, changes = ROOT / "configs" / "digits_quickstart.yaml", [*QUICK, "rounds=1"]
+    clients = ["cnn_1", "cnn_2", "mlp", "vit"]
+    for client in clients:
+        loopback.join(Node(SiteConfig(client=client), tmp_path / "sites" / client).handle)
+    there = serve(config, loopback, out=tmp_path / "federation", wait=10, overrides=changes)
+    here = run(config, out=tmp_path / "simulation", overrides=changes)
+    assert not [path for path in (there.path / "models").glob("*") if path.stem in clients]
+    for client in clients:
+        (kept,) = (tmp_path / "sites" / client / "runs").glob("*/model.safetensors")
+        assert kept.read_bytes() == (here.path / "models" / f"{client}.safetensors").read_bytes()

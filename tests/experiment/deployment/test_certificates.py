@@ -88,7 +88,7 @@ def test_a_nodes_key(tmp_path: Path) -> None:
     assert public.read_text().startswith("ecdsa-sha2-nistp384 ") and public.read_text().endswith(" north\n")
     with pytest.raises(UserError, match=r"north: this is the private one; the server is given the file ….pub"):
         load_public_key(path)
-    with pytest.raises(UserError, match=r"north.pub: .*(others can read|no private key)"):
+    with pytest.raises(UserError, match=r"north.pub: this is the public key; the private one is the file without .pub"):
         load_node_key(public)
     path.chmod(0o644)
     with pytest.raises(UserError, match="north: others can read this private key; chmod 600"):

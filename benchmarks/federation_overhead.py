@@ -32,7 +32,7 @@ import httpx
 
 from hetero_fl.experiment.deployment.certificates import load_node_key, make_node_key
 from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink, serve
-from hetero_fl.experiment.deployment.flower.superlink import _free_port
+from hetero_fl.experiment.deployment.flower.superlink import free_port
 from hetero_fl.experiment.deployment.transport import Envelope
 
 PROJECT = """\
@@ -139,7 +139,7 @@ def ours(nodes: int, size: int) -> Iterator[Callable[[], float]]:
 def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]]:
     """A federation of Flower's own, and what times a round of it. `pause` 0: as it is shipped."""
     scratch = Path(tempfile.mkdtemp())
-    tools, port = Path(sys.executable).parent, _free_port("127.0.0.1")
+    tools, port = Path(sys.executable).parent, free_port("127.0.0.1", 0)
     environment = {**os.environ, "FLWR_HOME": str(scratch / "home"), "PATH": f"{tools}:{os.environ['PATH']}"}
     if pause:
         environment["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(pause)
@@ -166,7 +166,7 @@ def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]
         start("flower-superlink", "--insecure", "--port", str(port), "--disable-runtime-dependency-installation")
         _wait(lambda: httpx.get(f"http://127.0.0.1:{port}/health").is_success, started, scratch)
         for _ in range(nodes):
-            own = str(_free_port("127.0.0.1"))
+            own = str(free_port("127.0.0.1", 0))
             start("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", own)
         settings = f'folder="{scratch}" nodes={nodes} bytes={size} pause={pause}'
         start("flwr", "run", str(app), "here", "--run-config", settings)

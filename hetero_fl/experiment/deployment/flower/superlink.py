@@ -50,7 +50,7 @@ class Superlink:
         self._log = log or self._scratch / "superlink.log"
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            self.port = _port(host, port)
+            self.port = free_port(host, port)
             self._start()
         except BaseException:
             self.close()
@@ -149,7 +149,7 @@ class Superlink:
         return "it said nothing"
 
 
-def _port(host: str, port: int) -> int:
+def free_port(host: str, port: int) -> int:
     """The port, or any that is free for 0. Raises UserError, naming host or port, if nobody can listen there."""
     with _socket(host) as probe:
         if port:

@@ -36,6 +36,16 @@ class CodecError(ValueError):
     """Bytes that are not a tree of this format, in one line."""
 
 
+def as_tensor(data: bytes) -> Tensor:
+    """Bytes as a leaf of a tree: uint8 `[N]`."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def as_bytes(data: Tensor) -> bytes:
+    """The reverse of `as_tensor`."""
+    return data.numpy().tobytes()
+
+
 def encode(tree: Tree, form: str) -> bytes:
     """The tree as bytes. `form` names what it is ("payload 1"); `decode` asks for the same.
 

@@ -17,6 +17,7 @@ from hetero_fl.aggregation import Upload, Uploads
 from hetero_fl.aggregation.staleness import discounted
 from hetero_fl.channel.alike import Alike
 from hetero_fl.channel.protocol import Message
+from hetero_fl.codec import as_bytes, as_tensor
 from hetero_fl.config.staleness import StalenessConfig
 from hetero_fl.errors import RunFailed
 from hetero_fl.order import natural
@@ -24,7 +25,7 @@ from hetero_fl.payload import Payload, PayloadError
 from hetero_fl.runtime.deliveries import befallen
 from hetero_fl.runtime.faults import Fate
 from hetero_fl.runtime.plans import Diverged, carry_out
-from hetero_fl.runtime.queue import Queue, Task, as_bytes, as_tensor
+from hetero_fl.runtime.queue import Queue, Task
 from hetero_fl.runtime.readings import Record
 from hetero_fl.runtime.rounds import CHANGED
 from hetero_fl.runtime.session import Session

@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from hetero_fl.channel.protocol import Message
+from hetero_fl.codec import as_bytes, as_tensor
 from hetero_fl.runtime.faults import Fate
 
 
@@ -136,13 +133,3 @@ class Queue:
                 task.upload = Message("upload", as_bytes(upload)).sealed()
             queue.push(task)
         return queue
-
-
-def as_tensor(data: bytes) -> Tensor:
-    """Bytes as checkpoints hold them."""
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-
-
-def as_bytes(data: Tensor) -> bytes:
-    """The reverse of `as_tensor`."""
-    return data.numpy().tobytes()

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from hetero_fl.codec import as_tensor
 from hetero_fl.config import Config, expand, load_config, resolved
 from hetero_fl.data import FederatedData
 from hetero_fl.data.elsewhere import held_at
@@ -60,8 +61,8 @@ class Convened:
         return {"told": told, "fingerprint": fingerprint_of(self.prepared), "threads": threads}
 
     @cached_property
-    def _pack(self) -> torch.Tensor:
-        return torch.frombuffer(bytearray(Pack.of(self.public).encode()), dtype=torch.uint8)
+    def _pack(self) -> Tensor:
+        return as_tensor(Pack.of(self.public).encode())
 
     # Conversations with one node ---------------------------------------------------------------------------------------
     def asking_terms(self, client: str) -> Talk:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.architecture import frozen
+from hetero_fl.codec import as_bytes
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.mistakes import describe
 from hetero_fl.data.preprocess import Preprocess
@@ -178,7 +179,7 @@ def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
     """A model of the kind that this client has, in a file that can be read."""
     if not isinstance(found, Tensor):
         raise Refused("a model that is no bytes")
-    data = found.numpy().tobytes()
+    data = as_bytes(found)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)

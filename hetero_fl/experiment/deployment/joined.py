@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.channel.privacy.noise import SecretNoise
-from hetero_fl.codec import CodecError
+from hetero_fl.codec import CodecError, as_bytes
 from hetero_fl.config import Config, expand, load_config
 from hetero_fl.data import FederatedData
 from hetero_fl.data.elsewhere import held_at, told_by
@@ -110,7 +110,7 @@ def begin(
 def _pack(kept: Vault, tree: Any) -> Pack | None:
     """The public sets that the server has named by their hash: from this message, or kept from an earlier one."""
     public = str(tree["public"])
-    data = tree["pack"].numpy().tobytes() if tree.get("pack") is not None else kept.read(plain(public))
+    data = as_bytes(tree["pack"]) if tree.get("pack") is not None else kept.read(plain(public))
     if data is None:
         return None
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hetero_fl import __version__
-from hetero_fl.codec import CodecError, decode, encode
+from hetero_fl.codec import CodecError, as_tensor, decode, encode
 from hetero_fl.data.private import Told
 from hetero_fl.experiment.deployment.transport import Envelope, Head
 from hetero_fl.runtime.site import Reading
@@ -77,4 +77,4 @@ def told_tree(told: Told) -> dict[str, Any]:
 def reading_tree(reading: Reading) -> dict[str, Any]:
     """What a node tells of its model, as plain values."""
     tree = {field.name: getattr(reading, field.name) for field in fields(reading)}
-    return {**tree, "model": torch.frombuffer(bytearray(reading.model), dtype=torch.uint8) if reading.model else None}
+    return {**tree, "model": as_tensor(reading.model) if reading.model else None}

@@ -14,10 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hetero_fl.channel.protocol import Message
-from hetero_fl.codec import CodecError, decode, encode
+from hetero_fl.codec import CodecError, as_bytes, as_tensor, decode, encode
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.account import TRAIN
 from hetero_fl.experiment.deployment.audit_log import AGAIN, AuditLog, Entry
@@ -158,7 +156,7 @@ class Node:
         """A private state to begin with, from another run of the server's."""
         if self.joined is None or self.joined.worker is None or self.joined.run != envelope.head.get("run"):
             return message("unready")
-        state = body_of(envelope)["state"].numpy().tobytes()
+        state = as_bytes(body_of(envelope)["state"])
         try:
             Private.decode(state)
         except (CodecError, TypeError) as error:
@@ -191,7 +189,7 @@ class Node:
             self._line["spent"] = spent
         if (kept := vault.read("answer")) is not None and (known := decode(kept, FORM))["head"]["task"] == task:
             self._line["kinds"] = ["what was answered before"]
-            body = known["body"].numpy().tobytes()
+            body = as_bytes(known["body"])
             self.joined.policy.check_size(len(body), upload=True)
             return Envelope(known["head"], body)
         self.joined.noise.task = digest
@@ -199,8 +197,7 @@ class Node:
             return self._read(asked, base, bool(head.get("details", False)), task)
         spare = [plain(name) for name in str(head.get("spare", "")).split(",") if name][:KEPT]
         answer = self._answer(asked, base, task, spare)
-        data = torch.frombuffer(bytearray(answer.body), dtype=torch.uint8) if answer.body else torch.empty(0).byte()
-        vault.write("answer", encode({"head": answer.head, "body": data}, FORM))
+        vault.write("answer", encode({"head": answer.head, "body": as_tensor(answer.body)}, FORM))
         return answer
 
     def _answer(self, asked: Message, base: str, task: str, spare: Collection[str]) -> Envelope:

@@ -136,10 +136,6 @@ class Post:
         self.say(f"{client} is here{again}")
 
     # Messages --------------------------------------------------------------------------------------------------------
-    def push(self, node: int, envelope: Envelope, within: float) -> str:
-        """Send a message; its number."""
-        return self.transport.push(node, envelope, within)
-
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Answers to messages on their way; who answered a greeting is met."""
         came = self.transport.pull([*numbers, *self._greetings], wait)

@@ -12,9 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-import torch
-
 from hetero_fl.channel.protocol import Direct, Message, Messages
+from hetero_fl.codec import as_tensor
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment.deployment.convening import Convened
 from hetero_fl.experiment.deployment.hearing import hear_reading, hear_state
@@ -118,8 +117,7 @@ class Remote:
 
     def _giving(self, client: str, private: Private) -> Callable[[], Talk]:
         def talk() -> Talk:
-            state = torch.frombuffer(bytearray(private.encode()), dtype=torch.uint8)
-            envelope = message("keep", {"state": state}, run=self.convened.run)
+            envelope = message("keep", {"state": as_tensor(private.encode())}, run=self.convened.run)
             for _ in range(TRIES):
                 if (answer := (yield envelope)).head.get("ask") != "unready":
                     break

@@ -134,7 +134,7 @@ class Talks:
         self._push(flight)
 
     def _push(self, flight: Flight) -> None:
-        flight.numbers.add(self.post.push(flight.node, flight.envelope, self._left(flight.client)))
+        flight.numbers.add(self.post.transport.push(flight.node, flight.envelope, self._left(flight.client)))
 
     def _left(self, client: str) -> float:
         return max(1.0, self._errands[client].end - time.monotonic())
@@ -146,7 +146,7 @@ class Talks:
             flight.ping, flight.answered = None, False
             self._push(flight)
         else:  # once more, if it has been asked: the question may be lost as well
-            flight.ping = self.post.push(flight.node, message("hello"), self._left(flight.client))
+            flight.ping = self.post.transport.push(flight.node, message("hello"), self._left(flight.client))
         flight.pause *= 2
         flight.again = now + flight.pause
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -62,6 +63,14 @@ def test_what_is_made_fits_together(net: Path) -> None:
         assert all(path.stat().st_mode & 0o077 == 0 for path in secret)
 
 
+def refused(load: Callable[[Path], object], content: dict[str, Any], line: str, path: Path) -> None:
+    """A file with this content is refused with this line, which names it first."""
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError) as raised:
+        load(path)
+    assert str(raised.value).startswith(f"{path}: {line}") and "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("clients", "line"),
     [("north,../south", "'../south'"), ("server,north", "'server'"), ("a,a", "'a' is named twice"), ("", "found ''")],
@@ -96,11 +105,7 @@ SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_servers_file_is_one_line(change: dict[str, Any], line: str, tmp_path: Path) -> None:
-    path = tmp_path / "server.yaml"
-    path.write_text(yaml.safe_dump({**SERVER, **change}))
-    with pytest.raises(UserError) as raised:
-        load_server(path)
-    assert str(raised.value).startswith(f"{path}: {line}") and "\n" not in str(raised.value)
+    refused(load_server, {**SERVER, **change}, line, tmp_path / "server.yaml")
 
 
 @pytest.mark.parametrize(
@@ -116,11 +121,7 @@ def test_a_mistake_in_the_servers_file_is_one_line(change: dict[str, Any], line:
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_sites_file_is_one_line(change: dict[str, Any], line: str, tmp_path: Path) -> None:
-    path = tmp_path / "site.yaml"
-    path.write_text(yaml.safe_dump({**SITE, **change}))
-    with pytest.raises(UserError) as raised:
-        load_site(path)
-    assert str(raised.value).startswith(f"{path}: {line}") and "\n" not in str(raised.value)
+    refused(load_site, {**SITE, **change}, line, tmp_path / "site.yaml")
 
 
 @pytest.mark.parametrize(

@@ -65,15 +65,18 @@ def test_any_number_of_workers_in_any_order_computes_what_one_process_does(
 
 
 def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]:
-    """SIGKILL workers that are at work on jobs which `which` picks; the killed are listed."""
+    """SIGKILL workers that have jobs which `which` picks, and no result of them yet; the killed are listed."""
     send, killed = crew.send, []
 
     def send_and_kill(worker: int, job: Job) -> None:
+        process = crew._crew[worker][0]
+        if not which(job):
+            send(worker, job)
+            return
+        killed.append(process.pid)
+        os.kill(process.pid, signal.SIGSTOP)  # or it might answer before it dies
         send(worker, job)
-        if which(job):
-            process = crew._crew[worker][0]
-            killed.append(process.pid)
-            os.kill(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(crew, "send", send_and_kill)
     return killed

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from hetero_fl.runtime.conditions import Conditions
+from hetero_fl.runtime.devices import uniform
 from hetero_fl.runtime.faults import FINE, Fate
 from hetero_fl.runtime.timing import local_steps
-from hetero_fl.state import in_order
 
 Sizes = Callable[[str], tuple[int, int]]  # client id -> bytes down, bytes up
 
@@ -82,10 +82,13 @@ def schedule(cohort: Sequence[str], conditions: Conditions, sizes: Sizes, at: fl
     policy = conditions.policy
     closing = math.inf if policy.deadline is None else at + policy.deadline
     tasks = {client: _task(client, conditions, sizes(client), at, number, closing) for client in cohort}
-    turn = {client: i for i, client in enumerate(in_order(cohort))}
     good = [t for t in tasks.values() if not t.fate.fails and t.fate.what != "corrupted" and t.ends <= closing]
-    good.sort(key=lambda task: (task.ends, turn[task.client]))
     wanted = min(len(cohort), conditions.per_round or len(cohort))
+    if len(good) > wanted:  # equal machines: by a draw of each round, or the same ones would always be first
+        seed = conditions.devices.federation.seed
+        good.sort(key=lambda task: (task.ends, uniform(seed, "turn", task.client, number)))
+    else:
+        good.sort(key=lambda task: task.ends)
     waited = min(closing, max((task.ends for task in tasks.values()), default=at))
     end = good[wanted - 1].ends if good and len(good) >= wanted else waited
     taken = {task.client for task in good[:wanted]}

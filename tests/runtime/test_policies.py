@@ -90,6 +90,17 @@ def test_over_selection_takes_the_first_to_arrive() -> None:
         assert record["simulated"]["end"] == ends[3][0] and len(record["train_loss"]) == 4
 
 
+def test_of_equal_machines_other_ones_are_first_from_round_to_round() -> None:
+    """By id, whoever comes last in the roster would never be heard."""
+    same: dict[str, Any] = {"clients__defaults__steps": 1, "devices": {"speed": 1e6}}
+    source = config("fedavg", "mlp", 4, rounds=12, clients__per_round=2, cohort={"over_selection": 2}, **same)
+    _, records = held(source)
+    assert all(len({end for _, _, end, _ in record["tasks"]}) == 1 for record in records)
+    heard = Counter(client for record in records for client, _, _, what in record["tasks"] if what == "arrived")
+    assert sum(heard.values()) == 24 and len(heard) == 4 and max(heard.values()) < 12
+    assert [r["tasks"] for r in held(source)[1]] == [r["tasks"] for r in records]
+
+
 @pytest.mark.parametrize("method", ["fedprox", "fednova", "hybrid"])
 def test_partial_work_has_everybody_on_time_with_as_many_steps_as_there_is_time_for(method: str) -> None:
     source = config(method, "mlp", 4, devices={"speed": {"median": 1e6, "sigma": 0.9}}, clients__defaults__epochs=3)

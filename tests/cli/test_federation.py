@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import yaml
 from hetero_fl.cli import main
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
+from tests.cli.waiting import SIGN
 from tests.small import config
 
 ROOT = Path(__file__).parents[2]
 QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
 PATIENCE = 300.0  # seconds: this machine may be busy
+WAITING = "tests.cli.waiting"  # in place of the command: it waits after a round, to be ended
 
 
 @pytest.fixture
@@ -92,12 +95,14 @@ def test_check_is_that_of_train(file: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @contextmanager
-def started(*arguments: str | Path, cwd: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    *arguments: str | Path, cwd: Path, log: Path, module: str = "hetero_fl.cli"
+) -> Iterator[subprocess.Popen[bytes]]:
     """A command of ours in a process group of its own, at whose end nothing is left of it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(cwd), "OMP_NUM_THREADS": "1"}
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "hetero_fl.cli", *map(str, arguments)],
+            [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", module, *map(str, arguments)],
             cwd=cwd, env=environment, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
@@ -148,11 +153,11 @@ needs_processes = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks f
 def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C after a round, with a node that was killed before; then the rest, to the same bits; then a kill."""
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    source = config("hybrid", rounds=12, clients=2, **QUIET)  # it must not be over before it is interrupted
+    source = config("hybrid", rounds=4, clients=2, **QUIET)
     written(tmp_path, source)
-    log, metrics = tmp_path / "log", tmp_path / "out" / "metrics.jsonl"
-    with started("federate", "--config", "small.yaml", "--out", "out", cwd=tmp_path, log=log) as process:
-        until(lambda: metrics.exists() or process.poll() is not None, log)
+    log, waits = tmp_path / "log", {"cwd": tmp_path, "log": tmp_path / "log", "module": WAITING}
+    with started("federate", "--config", "small.yaml", "--out", "out", **waits) as process:
+        until(lambda: (tmp_path / SIGN).exists() or process.poll() is not None, log)
         os.killpg(process.pid, signal.SIGINT)
         assert ended(process, log) == 130, log.read_text()
     assert "interrupted; to go on:" in log.read_text() and "federate --resume --out out" in log.read_text()
@@ -163,8 +168,9 @@ def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_pa
         assert ended(process, log) == 0, log.read_text()
     assert log.read_text().splitlines()[-1] == "out"
     same(Run(tmp_path / "out"), run(source, out=tmp_path / "simulation"))
-    with started("federate", "--config", "small.yaml", "--out", "killed", cwd=tmp_path, log=log) as process:
+    with started("federate", "--config", "small.yaml", "--out", "killed", **waits) as process:
         until(lambda: len(relatives(tmp_path)) >= 5 or process.poll() is not None, log)
+        assert process.poll() is None, log.read_text()
         process.kill()
     until(lambda: not relatives(tmp_path), log)
 
@@ -177,7 +183,7 @@ def test_machines_of_their_own(tmp_path: Path) -> None:
     written(tmp_path, source)
     net, log, out = tmp_path / "net", tmp_path / "log", tmp_path / "out"
     assert main(["certificates", str(net), "--host", "127.0.0.1", "--clients", "site_1,site_2"]) == 0
-    port, watched = (free_port() for _ in range(2))
+    port, watched = free_ports(2)
     edit(net / "server" / "server.yaml", host="127.0.0.1", port=port, logs="json", metrics={"port": watched})
     for client in ("site_1", "site_2"):
         about = {"address": f"127.0.0.1:{port}", "authority": "authority.pem", "key": "key", "public": "server.pub"}
@@ -192,8 +198,8 @@ def test_machines_of_their_own(tmp_path: Path) -> None:
     node_of = {client: ("node", "--site", net / client / "site.yaml", "--once") for client in logs}
     with started(*node_of["site_1"], cwd=tmp_path, log=logs["site_1"]) as first:
         with started(*node_of["site_2"], cwd=tmp_path, log=logs["site_2"]) as second:
-            with started(*serving, cwd=tmp_path, log=log) as server:
-                until(lambda: (out / "metrics.jsonl").exists() or server.poll() is not None, log)
+            with started(*serving, cwd=tmp_path, log=log, module=WAITING) as server:
+                until(lambda: (tmp_path / SIGN).exists() or server.poll() is not None, log)
                 os.kill(server.pid, signal.SIGTERM)
                 assert ended(server, log) == 130, log.read_text()
             os.kill(second.pid, signal.SIGTERM)
@@ -222,7 +228,13 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Of those that no system gives out by itself, so that nobody else has them a moment later."""
+    found = list[int]()
+    for port in random.sample(range(10_000, 30_000), 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found

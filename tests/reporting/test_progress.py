@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from hetero_fl.reporting import progress as module
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.rundir import RunDirectory
 
@@ -64,8 +66,12 @@ def test_an_error_puts_the_terminal_in_order(tmp_path: Path) -> None:
 
 
 def test_stdout_stays_free_and_quiet_is_quiet(
-    made_run: Callable[..., RunDirectory], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    made_run: Callable[..., RunDirectory],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))  # what is left is in the lines
     run = made_run(rounds=2)
     play(run, Progress(tmp_path / "loud.txt"))
     captured = capsys.readouterr()

@@ -7,7 +7,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -30,6 +30,7 @@ from tests.small import MIXED, config
 
 METHODS = ["hybrid", "fedavg", "fd", "ensemble"]
 ROOT = Path(__file__).parents[2]
+PATIENCE = 300.0  # seconds for what has to happen: this machine may be busy
 
 
 def source(method: str, **changes: Any) -> dict[str, Any]:
@@ -107,12 +108,19 @@ def members(session: int) -> list[int]:
     return found
 
 
-def gone(session: int, seconds: float = 20) -> bool:
-    """Whether all processes of a session end in time."""
-    ends = time.monotonic() + seconds
-    while members(session) and time.monotonic() < ends:
-        time.sleep(0.1)
-    return not members(session)
+def comes(what: Callable[[], object], pause: float = 0.02) -> bool:
+    """Whether it comes to be so, however slow the machine is."""
+    ends = time.monotonic() + PATIENCE
+    while not what():
+        if time.monotonic() > ends:
+            return False
+        time.sleep(pause)
+    return True
+
+
+def gone(session: int) -> bool:
+    """Whether all processes of a session end."""
+    return comes(lambda: not members(session), 0.1)
 
 
 def environment() -> dict[str, str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from hetero_fl.algorithms import algorithm
 
-FedAvg = algorithm["fedavg"]
+FedAvg, Hybrid = algorithm["fedavg"], algorithm["hybrid"]
 
 
 class Fails(FedAvg):  # type: ignore[misc,valid-type]
@@ -36,4 +39,18 @@ class Waits(FedAvg):  # type: ignore[misc,valid-type]
         if client.id == "site_1" and client.clock.round == 1:
             Path("waiting").touch()
             time.sleep(1000)
+        return (yield from super().train(client, got))
+
+
+class Held(Hybrid):  # type: ignore[misc,valid-type]
+    """Hybrid that is in the middle of its second round until somebody kills it: a run that cannot be over before."""
+
+    sign: str = Field("", description="file with the number of a process that waits; none waits once it is there")
+
+    def train(self, client: Any, got: Any) -> Any:
+        if client.clock.round >= 1 and not Path(self.sign).exists():
+            written = Path(f"{self.sign}.{os.getpid()}")
+            written.write_text(str(os.getpid()))
+            written.replace(self.sign)
+            time.sleep(10_000)
         return (yield from super().train(client, got))

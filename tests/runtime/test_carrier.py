@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hetero_fl.runtime.crews.carrier import LONG, Carrier
+from tests.runtime.crews import PATIENCE
 
 
 def ends(remembered: int = 2) -> tuple[Carrier, Carrier]:
@@ -37,7 +38,7 @@ def passed(message: Any, here: Carrier, there: Carrier) -> Any:
     with ThreadPoolExecutor(1) as other:
         received = other.submit(there.recv)
         here.send(message)
-        return received.result(timeout=60)
+        return received.result(timeout=PATIENCE)
 
 
 def test_any_message_arrives_whole_whatever_its_strings() -> None:

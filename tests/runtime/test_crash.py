@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: a resumed run ends with the models of an uninterrupted one, byte for byte."""
+"""SIGKILL at random moments, and at known ones: a resumed run ends with the models of an uninterrupted one, byte for byte."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ import pytest
 
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
+from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.runtime.session import Session
 from tests.runtime import paces
 from tests.small import MIXED, TOP, config
 
-KILLS = 10  # in either mode
+KILLS = 10  # in either mode, at random; and at
+POINTS = {
+    "clients have trained, nothing is committed": (Session, "_may_be_killed"),
+    "its line is written, its checkpoint is not": (RunDirectory, "append_metrics"),
+}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"])
 
@@ -54,8 +60,25 @@ def go_on(out: str, mode: str) -> None:
     run(MODES[mode](), out=out, resume=True)
 
 
-def spawn(out: Path, mode: str) -> Any:
-    process = CONTEXT.Process(target=go_on, args=(str(out), mode))
+def wait_at(point: str, out: str, mode: str) -> None:
+    """The same, which in its second round waits at this point to be killed."""
+    owner, name = POINTS[point]
+    plain, calls = getattr(owner, name), list[int]()
+
+    def waits(*given: Any) -> None:
+        plain(*given)
+        calls.append(1)
+        if len(calls) == 2:
+            Path(f"{out}.waits").touch()
+            time.sleep(10_000)
+
+    setattr(owner, name, waits)
+    go_on(out, mode)
+
+
+def spawn(out: Path, mode: str, at: str | None = None) -> Any:
+    target, given = (go_on, (str(out), mode)) if at is None else (wait_at, (at, str(out), mode))
+    process = CONTEXT.Process(target=target, args=given)
     process.start()
     return process
 
@@ -70,7 +93,7 @@ def figures(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_twenty_kills(mode: str, tmp_path: Path) -> None:
+def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
     spawn(tmp_path / "warm", mode).join()  # the server process imports once; this pays for it
     begun = time.monotonic()
     plain = spawn(tmp_path / "plain", mode)
@@ -81,11 +104,14 @@ def test_twenty_kills(mode: str, tmp_path: Path) -> None:
     assert len(want) == 5 and len(records) == 4
     lines = (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
     course = sum(sum(json.loads(line)["seconds"].values()) for line in lines)
-    rng, mid = random.Random(os.urandom(8)), 0
-    for i in range(KILLS):
+    rng = random.Random(os.urandom(8))
+    for i, at in enumerate([*(None for _ in range(KILLS)), *POINTS]):
         out = tmp_path / f"killed{i}"
-        process = spawn(out, mode)
-        if i % 2:  # at any moment, imports and pictures included; or while rounds are held
+        process = spawn(out, mode, at)
+        if at is not None:
+            while not Path(f"{out}.waits").exists() and process.is_alive():
+                time.sleep(0.002)
+        elif i % 2:  # at any moment, imports and pictures included; or while rounds are held
             time.sleep(rng.uniform(0.02, 0.97) * took)
         else:
             while not (out / "metrics.jsonl").exists() and process.is_alive():
@@ -93,17 +119,13 @@ def test_twenty_kills(mode: str, tmp_path: Path) -> None:
             time.sleep(rng.uniform(0, 0.9) * course)
         process.kill()
         process.join()
-        mid += (
-            process.exitcode == -signal.SIGKILL
-            and (out / "checkpoint").exists()
-            and not (out / "summary.json").exists()
-        )
+        ended = process.exitcode != -signal.SIGKILL or (out / "summary.json").exists()
+        assert at is None or not ended, at  # there it hits the run itself, however quick that is
         again = spawn(out, mode)
         again.join()
         assert again.exitcode == 0
         assert models(out) == want and figures(out) == records, f"kill {i}"
         assert (out / "report.html").exists() and not list(out.glob(".*.tmp"))
-    assert mid >= 2  # some of them did hit the run itself
 
 
 def killed(out: str, mode: str) -> None:

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from tests.runtime import paces
-from tests.runtime.crews import ROOT, environment, gone, outcome, rounds_on, setup_of
+from tests.runtime.crews import PATIENCE, ROOT, comes, environment, gone, outcome, rounds_on, setup_of
 from tests.runtime.test_crash import figures, models
 from tests.small import TOP, config
 
@@ -70,14 +70,26 @@ def node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def once_sent(crew: Actors, monkeypatch: pytest.MonkeyPatch, act: Callable[[int], bool]) -> list[int]:
-    """Call `act` with the worker each time a job of a later round has been sent, until it says that it has done its part."""
+def when_sent(
+    crew: Actors,
+    monkeypatch: pytest.MonkeyPatch,
+    mine: Callable[[int], bool],
+    pids: list[int],
+    act: Callable[[], object],
+) -> list[int]:
+    """Do it once a worker that is `mine` has been sent a job of a later round, and can have answered nothing."""
     send, done = crew.send, list[int]()
 
     def watched(worker: int, job: Job) -> None:
+        if {request.round for request in job.requests.values()} != {1} or done or not mine(worker):
+            send(worker, job)
+            return
+        done.append(worker)
+        os.kill(pids[worker], signal.SIGSTOP)  # or it might answer before
         send(worker, job)
-        if {request.round for request in job.requests.values()} == {1} and not done and act(worker):
-            done.append(worker)
+        act()
+        with suppress(ProcessLookupError):  # it may have gone with its node
+            os.kill(pids[worker], signal.SIGKILL)
 
     monkeypatch.setattr(crew, "send", watched)
     return done
@@ -102,24 +114,36 @@ def test_a_worker_killed_and_a_node_lost_in_mid_round_change_nothing(
     second = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
     assert set(homes) == {cluster.head_node.node_id, second.node_id}
 
-    def kill(worker: int) -> bool:
-        if homes[worker] != second.node_id:
-            os.kill(pids[worker], signal.SIGKILL)
-        return homes[worker] != second.node_id
-
-    def lose(worker: int) -> bool:
-        if homes[worker] == second.node_id:
-            cluster.remove_node(second, allow_graceful=False)
-        return homes[worker] == second.node_id
-
     with monkeypatch.context() as patch:
-        killed = once_sent(crew, patch, kill)
+        killed = when_sent(crew, patch, lambda worker: homes[worker] != second.node_id, pids, lambda: None)
         assert outcome(rounds_on(setup, crew, 2)) == want
     assert ask(crew, killed[0], os.getpid) not in pids
-    lost = once_sent(crew, monkeypatch, lose)
+
+    def lose() -> None:
+        cluster.remove_node(second, allow_graceful=False)
+        # Until the cluster knows, it would put the worker's successors where nothing is any more.
+        assert comes(lambda: not any(node["Alive"] and node["NodeID"] == second.node_id for node in ray.nodes()))
+
+    lost = when_sent(crew, monkeypatch, lambda worker: homes[worker] == second.node_id, pids, lose)
     assert outcome(rounds_on(setup, crew, 2)) == want
     assert lost and cluster.list_all_nodes() == [cluster.head_node]
     crew.close()
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+from hetero_fl.cli import main
+from hetero_fl.runtime.session import Session
+
+def wait(self):
+    if self.completed == 1:  # a second round is held, and not committed
+        Path("waits").touch()
+        time.sleep(10_000)
+
+Session._may_be_killed = wait
+sys.exit(main(sys.argv[1:], command="train"))
+"""
 
 
 def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
@@ -131,12 +155,10 @@ def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(cluster: Cluster, t
     made["runtime"] |= {"executor": "ray", "workers": 1, "address": cluster.address}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(made))
     driver = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out"],
+        [sys.executable, "-c", WAITS, "--config", "c.yaml", "--out", "out"],
         cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    ends = time.monotonic() + 120
-    while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < ends and driver.poll() is None:
-        time.sleep(0.01)
+    assert comes(lambda: (tmp_path / "waits").exists() or driver.poll() is not None)
     os.killpg(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL and not (tmp_path / "out" / "summary.json").exists()
     run(made, out=tmp_path / "out", resume=True)
@@ -162,15 +184,13 @@ def test_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
         cwd=tmp_path, env={**environment(), "TMPDIR": folder, "RAY_ADDRESS": ""}, stderr=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    ends = time.monotonic() + 120
-    while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < ends and process.poll() is None:
-        time.sleep(0.1)
+    assert comes(lambda: (tmp_path / "out" / "metrics.jsonl").exists() or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in said, said
     assert said.splitlines()[-1].startswith("interrupted; to go on:")
     assert [line.split()[0] for line in said.splitlines()[:3]] == ["ray", "1", "1"]  # the reasons, and nothing of Ray's
-    assert gone(process.pid) and not list(Path(folder).glob("hetero_fl-*")) and not naming(folder)
+    assert gone(process.pid) and not list(Path(folder).glob("hetero_fl-*")) and comes(lambda: not naming(folder), 0.1)
     shutil.rmtree(folder)
 
 

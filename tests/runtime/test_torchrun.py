@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import yaml
 
 from hetero_fl.experiment import run
-from tests.runtime.crews import ROOT, environment
+from tests.runtime.crews import PATIENCE, ROOT, comes, environment
 from tests.small import MIXED, config
 
 TRAIN = str(ROOT / "scripts" / "train.py")
@@ -59,11 +58,8 @@ def at_work(out: Path) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def nobody(out: Path, seconds: float = 20) -> bool:
-    ends = time.monotonic() + seconds
-    while at_work(out) and time.monotonic() < ends:
-        time.sleep(0.1)
-    return not at_work(out)
+def nobody(out: Path) -> bool:
+    return comes(lambda: not at_work(out), 0.1)
 
 
 def models(out: Path) -> dict[str, bytes]:
@@ -71,22 +67,22 @@ def models(out: Path) -> dict[str, bytes]:
 
 
 def test_same_bits_and_a_rank_that_dies_is_started_again(tmp_path: Path) -> None:
-    """torchrun ends a job of which a rank died; with restarts, --resume goes on by itself."""
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source()))
+    """torchrun ends a job of which a rank died; with restarts, --resume goes on by itself. It dies in the middle of a task."""
+    sign, held = tmp_path / "sign", source()
+    held["algorithm"] |= {"name": "python:tests.runtime.slips:Held", "sign": str(sign)}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(held))
     out = tmp_path / "out"
     process = launch(
         tmp_path, TRAIN, "--config", "c.yaml", "--resume", "--out", str(out), options=("--max-restarts", "1")
     )
-    ends = time.monotonic() + 90
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < ends:
-        time.sleep(0.02)
-    os.kill(at_work(out)[2], signal.SIGKILL)
-    printed, said = process.communicate(timeout=120)
+    assert comes(lambda: sign.exists() or process.poll() is not None) and sign.exists(), process.communicate()
+    assert (out / "metrics.jsonl").exists() and int(sign.read_text()) in at_work(out)[1:]
+    os.kill(int(sign.read_text()), signal.SIGKILL)
+    printed, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and printed == f"{out}\n", said
     assert "resumed after round" in said and nobody(out)
-    serial = source()
-    serial["runtime"]["executor"] = "serial"
-    run(serial, out=tmp_path / "serial")
+    held["runtime"]["executor"] = "serial"
+    run(held, out=tmp_path / "serial")
     assert models(out) == models(tmp_path / "serial")
 
 
@@ -94,11 +90,9 @@ def test_ctrl_c_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**source(), "rounds": 100_000}))
     out = tmp_path / "out"
     process = launch(tmp_path, TRAIN, "--config", "c.yaml", "--out", str(out))
-    ends = time.monotonic() + 90
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < ends:
-        time.sleep(0.02)
+    assert comes(lambda: (out / "metrics.jsonl").exists() or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert nobody(out) and list((out / "checkpoint").glob("*.ckpt"))
     assert said.count("interrupted; to go on: torchrun --nproc-per-node 3 ") == 1
 
@@ -106,7 +100,7 @@ def test_ctrl_c_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
 def test_a_users_mistake_is_one_line_by_rank_0(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(source()))
     process = launch(tmp_path, "-m", "hetero_fl.cli", "train", "--config", "c.yaml", "runtime.executor=serial")
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=PATIENCE)
     told = [line for line in said.splitlines() if line.startswith("error:")]
     assert told == [
         "error: runtime.executor: found 'serial', but torchrun started 3 processes; write runtime.executor=torchrun"

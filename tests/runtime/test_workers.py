@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,21 @@ import yaml
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment import run
 from hetero_fl.runtime.costs import Costs
-from hetero_fl.runtime.crews import carrier
+from hetero_fl.runtime.crews import carrier, processes
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.jobs import Done, Job, Remote, Setup, Worker
-from tests.runtime.crews import METHODS, ROOT, environment, gone, members, outcome, rounds_on, setup_of
+from tests.runtime.crews import (
+    METHODS,
+    PATIENCE,
+    ROOT,
+    comes,
+    environment,
+    gone,
+    members,
+    outcome,
+    rounds_on,
+    setup_of,
+)
 from tests.small import config
 
 Made = tuple[Setup, Processes, dict[str, Any]]
@@ -107,7 +117,7 @@ def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
         for worker, job in busy.items():
             process, end = crew._crew[worker]
             if not killed and any(cards[c].arch.name == "mlp" and c != "wild" for c in job.clients):
-                assert end.connection.poll(60) and end._theirs.tensor is None
+                assert end.connection.poll(PATIENCE) and end._theirs.tensor is None
                 process.kill()
                 process.join()
                 killed.append(process.pid)
@@ -245,7 +255,10 @@ def test_three_deaths_on_one_client_end_the_run(
 
 
 @pytest.mark.parametrize("method", ["Fails", "Leaves"])
-def test_an_exception_in_a_worker_is_told_in_one_line(method: str, tmp_path: Path) -> None:
+def test_an_exception_in_a_worker_is_told_in_one_line(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LEAVING", PATIENCE)  # however long it takes to end: else it is killed
     source = config(f"python:tests.runtime.slips:{method}", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 1 if method == "Leaves" else 2}
     before = multiprocessing.active_children()
@@ -275,16 +288,14 @@ def test_no_process_is_left_when_a_run_is_stopped(end: signal.Signals, when: str
         cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    ends = time.monotonic() + 60
-    while not (tmp_path / "waiting" if when == "waiting" else tmp_path / "out" / "checkpoint").exists():
-        assert process.poll() is None and time.monotonic() < ends
-        time.sleep(0.02)
+    there = tmp_path / "waiting" if when == "waiting" else tmp_path / "out" / "checkpoint"
+    assert comes(lambda: there.exists() or process.poll() is not None) and process.poll() is None
     assert len(members(process.pid)) >= 3
     if end is signal.SIGINT:
         os.killpg(process.pid, end)  # as a terminal does
     else:
         process.send_signal(end)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert gone(process.pid)
     if end is not signal.SIGKILL:
         assert process.returncode == 130 and "Traceback" not in said

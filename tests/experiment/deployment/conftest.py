@@ -7,7 +7,33 @@ from typing import Any
 
 import pytest
 
+from hetero_fl.experiment.deployment import post, talks
+from hetero_fl.runtime.executor import Absent, Late
 from hetero_fl.runtime.site import Site
+from tests.experiment.deployment.sites import LONG, Clock
+
+
+@pytest.fixture(autouse=True)
+def in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has come has time to say who it is, and who is let go to take that in, however slow the machine."""
+    monkeypatch.setattr(post, "SETTLE", LONG)
+    monkeypatch.setattr(post, "FAREWELL", LONG)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The server's from now on."""
+    clock, end = Clock(), talks.Talks._end
+
+    def ended(self: talks.Talks, client: str, what: Any) -> None:
+        end(self, client, what)
+        if isinstance(what, Absent | Late):
+            clock.late.add(client)
+
+    monkeypatch.setattr(talks.Talks, "_end", ended)
+    for module in (post, talks):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hetero_fl.reporting.run import Run
 
 ALL = TellsConfig(labels=True, details=True, model=True)
 QUICK = {"output": {"plots": False, "report": False}}
+LONG = 300.0  # seconds: for what has to happen, however slow the machine is
 Point = tuple[str, int, str]  # client, round, what it is asked
 
 
@@ -36,25 +37,65 @@ class Killed(BaseException):
     """The server's process has ended."""
 
 
+class Clock:
+    """The server's: time that a test has pass passes at once, and no other deadline does, however slow the machine is."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        self.late: set[str] = set()  # clients on whom the server has given up
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def forward(self) -> None:
+        """Past whatever the server waits for."""
+        self.ahead += 2 * LONG
+
+    def after(self, count: int, said: list[str]) -> Callable[[str], None]:
+        """What a server may say its lines to, which are kept: when there are so many, nobody else comes in time."""
+
+        def say(line: str) -> None:
+            said.append(line)
+            if len(said) == count:
+                self.forward()
+
+        return say
+
+
 class Losing(Loopback):
     """Some answers never come, and nobody is told. The server dies at its message of number `last`; whoever uses the transport
-    after that is another process, once `last` has been set anew."""
+    after that is another process, once `last` has been set anew. `open`: the nodes that were sent something whose answer the
+    server has not had."""
 
     last: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: dict[str, int] = {}
 
     def push(self, node: int, envelope: Envelope, within: float) -> str:
         if self.last is not None:
             self.last -= 1
             if self.last <= 0:
                 raise Killed
-        return super().push(node, envelope, within)
+        with self._changed:
+            number = super().push(node, envelope, within)
+            self.open[number] = node
+        return number
 
     def close(self) -> None:
         if self.last is None or self.last > 0:
             super().close()
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
-        return {number: answer for number, answer in super().pull(numbers, wait).items() if answer is not LOST}
+        found = super().pull(numbers, wait)
+        with self._changed:
+            for number in found:
+                self.open.pop(number, None)
+        return {number: answer for number, answer in found.items() if answer is not LOST}
 
 
 class InOrder(Losing):
@@ -79,18 +120,24 @@ class Sites:
     """Nodes of some clients on a transport within this process; `folder` outlives them.
 
     `kills`: what befalls a node at a message. It dies `before` it looks at it, `during` (it has remembered what it must, and has
-    not answered) or `after` (its answer is lost with it); the message is lost on its way (`unheard`), or its answer (`lost`); or
-    that takes `slow` seconds. Once each. `away`: seconds until a node that died is back; None: never.
+    not answered) or `after` (its answer is lost with it); the message is lost on its way (`unheard`), or its answer (`lost`);
+    that takes `slow` seconds; it answers `last`, when the server has all the others' answers, or `late`, when its time is over,
+    too; or it is `missing`: it dies, and that time passes. Once each. `away`: seconds until a node that died is back; None:
+    never. `clock`: by which that time passes.
     """
 
     def __init__(
         self, clients: list[str], folder: Path, kills: Mapping[Point, str] | None = None, away: float | None = 0.0,
         slow: float = 3.0,
-        transport: Losing | None = None,
+        transport: Losing | None = None, clock: Clock | None = None,
     ) -> None:  # fmt: skip
-        self.transport, self.folder = transport or Losing(), folder
+        self.transport, self.folder, self.clock = transport or Losing(), folder, clock or Clock()
         self.kills, self.away, self.slow = dict(kills or {}), away, slow
         self.asked: Counter[Point] = Counter()
+        self.done: set[Point] = set()  # what has been answered, or never will be
+        self.held: set[str] = set()  # who does not answer before the others
+        self.passed: set[tuple[int, str]] = set()  # for what time has passed
+        self._passing = threading.Lock()
         self.nodes: dict[str, int] = {}
         for client in clients:
             self.start(client)
@@ -110,7 +157,9 @@ class Sites:
         self.asked[point] += 1
         fate = self.kills.pop(point, None)
         if fate is None:
-            return node.handle(envelope)
+            answer = node.handle(envelope)
+            self.done.add(point)
+            return answer
         if fate == "unheard":
             return LOST
         if fate == "lost":
@@ -122,8 +171,20 @@ class Sites:
             time.sleep(self.slow)
             self.transport._working.acquire()
             return answer
+        if fate in ("last", "late"):
+            self.held.add(client)
+            answer = node.handle(envelope)
+            self.done.add(point)
+            self.transport._working.release()
+            self._after_the_others(point, fate == "late")
+            self.held.discard(client)
+            self.transport._working.acquire()
+            return answer
         try:
-            if fate == "before":
+            if fate == "missing":
+                self.done.add(point)
+                threading.Thread(target=self._after_the_others, args=[point, True], daemon=True).start()
+            if fate in ("before", "missing"):
                 raise Died
             if fate == "during":
                 with unable_to_answer():
@@ -132,9 +193,35 @@ class Sites:
             raise Died
         except Died:
             self.stop(client)
-            if self.away is not None:
+            if fate != "missing" and self.away is not None:
                 threading.Timer(self.away, self.start, [client]).start()
             raise
+
+    def _after_the_others(self, point: Point, over: bool) -> None:
+        """Wait until the server has had all answers to this but those of who holds them back; `over`: and until it has given up
+        on this client, since its time has passed."""
+        client, *what = point
+        clients = list(self.nodes)
+        until(lambda: all((other, *what) in self.done for other in clients) and self._all_had())
+        if over:
+            with self._passing:
+                if tuple(what) not in self.passed:
+                    self.passed.add(tuple(what))  # type: ignore[arg-type]
+                    self.clock.forward()
+            until(lambda: client in self.clock.late)
+
+    def _all_had(self) -> bool:
+        held = {self.nodes.get(client) for client in self.held}
+        with self.transport._changed:
+            return held >= set(self.transport.open.values())
+
+
+def until(what: Callable[[], object]) -> None:
+    """Wait until it is so."""
+    end = time.monotonic() + LONG
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -158,7 +245,7 @@ def federation(
     made: dict[str, Any], sites: Sites, out: Path, deaths: Sequence[int] = (), closing: bool = True, **more: Any
 ) -> Run:
     """The run of a configuration on these sites. The server dies when it has sent so many messages, and is started again."""
-    more = {"wait": 20.0, "deadline": 60.0, "patience": 0.3, **more}
+    more = {"wait": LONG, "deadline": LONG, "patience": 0.3, **more}
     try:
         for last in deaths:
             sites.transport.last = last

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.reporting.report import write_report
-from tests.experiment.deployment.sites import Point, Sites, federation, models, records
+from tests.experiment.deployment.sites import LONG, Clock, Point, Sites, federation, models, records
 from tests.small import config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
@@ -43,13 +43,13 @@ def test_five_of_twenty_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("secret", [False, True], ids=["direct", "secure sum"])
-def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(tmp_path: Path, secret: bool) -> None:
+def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(tmp_path: Path, secret: bool, clock: Clock) -> None:
     """The same run as one in which it was down for that round."""
-    kills: dict[Point, str] = {("site_2", 1, "train"): "slow"}
-    made = config("fedavg", "linear", rounds=3, cohort={"deadline": 2.0}, evaluation={"every": 3})
+    kills: dict[Point, str] = {("site_2", 1, "train"): "late"}
+    made = config("fedavg", "linear", rounds=3, cohort={"deadline": LONG}, evaluation={"every": 3})
     if secret:
         made["channel"] = {"secure_sum": {"threshold": 2}}
-    late = records(federation(made, Sites(CLIENTS, tmp_path / "a", kills, slow=3.0), tmp_path / "late"))
+    late = records(federation(made, Sites(CLIENTS, tmp_path / "a", kills, clock=clock), tmp_path / "late"))
     assert [r["counts"]["late"] for r in late] == [0, 1, 0] and not any(r["failed"] for r in late)
     assert [r["counts"]["arrived"] for r in late] == [3, 2, 3]
     assert [row[0] for row in late[1]["tasks"] if row[3] == "late"] == ["site_2"]
@@ -62,7 +62,7 @@ def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(tmp_path: Path
 
 
 def test_the_first_to_arrive_are_taken(tmp_path: Path) -> None:
-    kills: dict[Point, str] = {("site_1", 0, "train"): "slow"}
+    kills: dict[Point, str] = {("site_1", 0, "train"): "last"}
     made = config(
         "fedavg", "linear", rounds=2, clients__per_round=2, cohort={"over_selection": 1.5, "sampling": "oort"}
     )
@@ -71,7 +71,7 @@ def test_the_first_to_arrive_are_taken(tmp_path: Path) -> None:
     assert [row[3] for row in there[0]["tasks"]] == ["late", "arrived", "arrived"]
 
 
-def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path) -> None:
+def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path, clock: Clock) -> None:
     made = config("fedavg", "linear", rounds=3, cohort={"least": 3}, evaluation={"every": 3})
     made["devices"] = {"up": 1e6}
     kills: dict[Point, str] = {("site_1", 0, "train"): "before", ("site_2", 1, "train"): "before"}
@@ -79,8 +79,9 @@ def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path) -> N
     there = federation(made, sites, tmp_path / "there", patience=0.1)
     assert [r["counts"]["arrived"] for r in records(there)] == [3, 3, 3]
     assert "not used, as nobody's time is simulated: devices" in (there.path / "log.txt").read_text()
-    sites = Sites(CLIENTS, tmp_path / "others", {("site_1", 0, "train"): "before"}, away=3.0)
-    there = federation(made, sites, tmp_path / "skipped", patience=0.1, deadline=1.5)
+    sites = Sites(CLIENTS, tmp_path / "others", {("site_1", 0, "train"): "missing"}, clock=clock)
+    back = [lambda record: sites.start("site_1") if record["round"] == 1 else None]
+    there = federation(made, sites, tmp_path / "skipped", patience=0.1, callbacks=back)
     assert records(there)[0].get("skipped") and records(there)[2]["counts"]["arrived"] == 3
 
 

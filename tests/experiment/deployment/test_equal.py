@@ -14,6 +14,7 @@ from hetero_fl.experiment.deployment.serving import serve
 from hetero_fl.experiment.deployment.site_file import SiteConfig, TellsConfig
 from hetero_fl.experiment.deployment.transport import Loopback
 from hetero_fl.reporting.run import Run
+from tests.experiment.deployment.sites import LONG
 
 ROOT = Path(__file__).parents[3]
 QUICK = ["rounds=2", "runtime.executor=serial", "runtime.threads=1", "output.plots=false", "output.report=false"]
@@ -30,7 +31,7 @@ def loopback() -> Iterator[Loopback]:
 def in_federation(loopback: Loopback, tmp_path: Path, clients: list[str], **more: Any) -> Run:
     for client in clients:
         loopback.join(Node(SiteConfig(client=client, tells=ALL), tmp_path / "sites" / client).handle)
-    return serve(transport=loopback, out=tmp_path / "federation", wait=10, **more)
+    return serve(transport=loopback, out=tmp_path / "federation", wait=LONG, **more)
 
 
 @pytest.mark.parametrize("name", ["hybrid", "fedavg", "fedmd", "fedproto"])
@@ -51,7 +52,7 @@ def test_what_a_site_keeps_to_itself_lies_at_home(loopback: Loopback, tmp_path: 
     clients = ["cnn_1", "cnn_2", "mlp", "vit"]
     for client in clients:
         loopback.join(Node(SiteConfig(client=client), tmp_path / "sites" / client).handle)
-    there = serve(config, loopback, out=tmp_path / "federation", wait=10, overrides=changes)
+    there = serve(config, loopback, out=tmp_path / "federation", wait=LONG, overrides=changes)
     here = run(config, out=tmp_path / "simulation", overrides=changes)
     assert not [path for path in (there.path / "models").glob("*") if path.stem in clients]
     for client in clients:

@@ -22,6 +22,7 @@ from hetero_fl.experiment.deployment.messages import FORM, Refused, body_of, mes
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 from hetero_fl.experiment.prepared import prepare
 from hetero_fl.payload import Item, Payload
+from tests.experiment.deployment.sites import Clock
 from tests.experiment.deployment.together import Federation, small
 
 Change = Callable[[Envelope], Envelope]
@@ -270,19 +271,19 @@ def test_a_state_is_a_hash(name: str) -> None:
         ("terms", reading(lambda t: t["rows"].update(train=-5)), "site_3: what it tells of its rows is refused"),
         ("terms", lambda e: Envelope(e.head, b"junk"), "site_3: 'told':"),
         ("hello", reading(lambda t: t.update(settings={"epochs": 99})), "site_3: refused: it wants to decide epochs"),
-        ("hello", lambda e: Envelope({**e.head, "client": "\x1b[2J" * 99}, e.body), "not there after 1 s: site_3"),
-        ("hello", lambda e: Envelope({**e.head, "torch": "x" * 10_000}, e.body), "not there after 1 s: site_3"),
+        ("hello", lambda e: Envelope({**e.head, "client": "\x1b[2J" * 99}, e.body), "not there after 300 s: site_3"),
+        ("hello", lambda e: Envelope({**e.head, "torch": "x" * 10_000}, e.body), "not there after 300 s: site_3"),
         ("roster", lambda e: Envelope({"ask": ["ready"]}, b""), "site_3 refuses"),  # type: ignore[dict-item]
     ],
 )
 def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
-    ask: str, change: Change, said: str, tmp_path: Path
+    ask: str, change: Change, said: str, tmp_path: Path, clock: Clock
 ) -> None:
     def always(handle: Handle) -> Handle:
         return lambda e: change(handle(e)) if e.head["ask"] == ask else handle(e)
 
     with pytest.raises(RunFailed) as caught:
-        Federation(tmp_path).serve(small(models="linear"), {"site_3": always}, wait=1.0)
+        Federation(tmp_path).serve(small(models="linear"), {"site_3": always}, say=clock.after(3, []))
     assert said in str(caught.value) and len(str(caught.value)) < 600
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.post import GREETING, Post
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.transport import Envelope, Handle, Loopback
+from tests.experiment.deployment.sites import LONG, Clock, until
 from tests.experiment.deployment.together import SITES, Federation, small
 
 SERVER, *OWN = (generate_private_key(SECP384R1()) for _ in range(4))
@@ -32,6 +33,19 @@ def keys_of(id: str, **other: Any) -> NodeKeys:
     return replace(NodeKeys(KEYS[id], SERVER.public_key()), _seen={}, **other)
 
 
+class Heard(Loopback):
+    """Counts the answers that the server has had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = 0
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        found = super().pull(numbers, wait)
+        self.heard += len(found)
+        return found
+
+
 class Meeting:
     """A server that meets a single node, which says it is site_1."""
 
@@ -40,7 +54,7 @@ class Meeting:
         self.refused: list[str] = []  # by the node
         found = SiteConfig.model_validate({"client": "site_1", **site})
         self.node = Node(found, tmp_path / "site", self.refused.append, keys or keys_of("site_1"))
-        self.transport, self.server = Loopback(), server
+        self.transport, self.server = Heard(), server
 
     def met(self, between: Callable[[Handle], Handle] = lambda handle: handle) -> bool:
         """Whether the server takes the node for site_1."""
@@ -48,7 +62,7 @@ class Meeting:
         post = Post(transport, SITES, self.said.append)
         self.transport.join(between(self.node.handle))
         try:
-            post.gather(0.8)
+            until(lambda: post.gather(0.1) and self.transport.heard)  # others never come
             return "site_1" in post.node_of
         finally:
             self.transport.close()
@@ -174,7 +188,7 @@ def test_an_expired_answer_is_refused() -> None:
     signed = Signed(loopback, PINNED, said.append)
     number = signed.push(node, Envelope({"ask": "hello"}), 0.2)
     time.sleep(0.4)
-    answer = signed.pull([number], 1.0)[number]
+    answer = signed.pull([number], LONG)[number]
     loopback.close()
     assert answer is not None and answer.head["ask"] == "refused" and "expired" in said[0]
 
@@ -187,8 +201,8 @@ def test_an_answer_from_another_node_is_refused() -> None:
     node = loopback.join(lambda asked: keys[who := as_who.pop(0)].sign(Envelope({"ask": "here"}), asked, who))
     signed = Signed(loopback, PINNED, said.append)
     for expected in ("here", "refused"):
-        number = signed.push(node, Envelope({"ask": "hello" if expected == "here" else "terms"}), 5.0)
-        answer = signed.pull([number], 5.0)[number]
+        number = signed.push(node, Envelope({"ask": "hello" if expected == "here" else "terms"}), LONG)
+        answer = signed.pull([number], LONG)[number]
         assert answer is not None and answer.head["ask"] == expected
     loopback.close()
     assert said == ["refused an answer in the name of 'site_1': its node is known as 'site_2'"]
@@ -207,7 +221,7 @@ def test_a_message_for_another_client_is_refused(tmp_path: Path) -> None:
     node = loopback.join(handle)
     signed = Signed(loopback, PINNED, lambda line: None)
     for ask in ("hello", "terms"):
-        signed.pull([signed.push(node, Envelope({"ask": ask}), 5.0)], 5.0)
+        signed.pull([signed.push(node, Envelope({"ask": ask}), LONG)], LONG)
     loopback.close()
     site = Node(SiteConfig(client="site_1"), tmp_path, keys=keys)
     assert site.handle(sent[1]).head["why"] == "'terms' is for 'site_2'"
@@ -256,9 +270,9 @@ def test_an_upload_that_is_changed_on_its_way_costs_the_client_its_round_and_nob
     assert "did not sign so" in run.metrics[0]["failed"]["site_2"]
 
 
-def test_without_its_node_a_run_does_not_begin(tmp_path: Path) -> None:
+def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> None:
     federation = Federation(tmp_path)
     for id, node in federation.nodes.items():
         node.keys = keys_of("site_1" if id == "site_3" else id)  # registered, but as somebody else
-    with pytest.raises(RunFailed, match="not there after 1 s: site_3"):
-        federation.serve(small(), keys=PINNED, wait=1.0)
+    with pytest.raises(RunFailed, match="not there after 300 s: site_3"):
+        federation.serve(small(), keys=PINNED, say=clock.after(3, []))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,18 @@ from hetero_fl.experiment.deployment.messages import Refused
 from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.transport import Envelope
 from hetero_fl.runtime import asynchronous, live
-from tests.experiment.deployment.sites import QUICK, InOrder, Losing, Sites, federation, figures, models, records, same
+from tests.experiment.deployment.sites import (
+    QUICK,
+    InOrder,
+    Losing,
+    Sites,
+    federation,
+    figures,
+    models,
+    records,
+    same,
+    until,
+)
 from tests.runtime.paces import session
 from tests.small import MIXED, TOP, config
 
@@ -65,19 +75,25 @@ def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
     kills = {("site_1", 0, "train"): "before", ("site_2", 0, "train"): "during"}
     sites = Sites(CLIENTS, tmp_path / "sites", kills, away=None)
 
+    gone = ("site_1", "site_2")
+
     def back(record: dict[str, Any]) -> None:
         if record["round"] == 2:
-            sites.start("site_1")
-            sites.start("site_2")
-        time.sleep(0.2 * (record["round"] >= 2))  # for them to come
+            sites.asked.clear()
+            for client in gone:
+                sites.start(client)
+        if record["round"] == 4:  # greeted since
+            until(lambda: all(sites.asked[client, -1, "hello"] for client in gone))
+        if record["round"] == 6:  # met and given tasks since, which the rounds that are left hear of
+            until(lambda: {client for client, round, what in sites.done if what == "train"} >= set(gone))
 
     made = {**source(places=4), "rounds": 10, "evaluation": {"every": 10}}
     there = records(federation(made, sites, tmp_path / "there", patience=0.1, callbacks=[back]))
     assert len(there) == 10 and not sites.kills
     assert all(record["counts"]["arrived"] == 4 for record in there)
     failed = {client: why for record in there for client, why in record["failed"].items()}
-    assert failed == dict.fromkeys(("site_1", "site_2"), "its node is not there")
-    assert {"site_1", "site_2"} <= {client for record in there[2:] for client in record["cohort"]}
+    assert failed == dict.fromkeys(gone, "its node is not there")
+    assert set(gone) <= {client for record in there[2:] for client in record["cohort"]}
 
 
 def test_nodes_that_refuse_everything_are_asked_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from hetero_fl.channel.secure.messages import REQUESTS, read
 from hetero_fl.experiment.deployment.transport import Envelope
-from tests.experiment.deployment.sites import Killed, Losing, Sites, federation, records
+from tests.experiment.deployment.sites import LONG, Clock, Killed, Losing, Sites, federation, records
 from tests.small import config
 
 CLIENTS = ["site_1", "site_2", "site_3"]
@@ -34,9 +34,9 @@ class Heard(Losing):
 
     def again(self, node: int, envelope: Envelope) -> Envelope:
         """As another task with the same words."""
-        head = {**envelope.head, "task": "another" + str(envelope.head["task"])[7:], "expires": time.time() + 60}
+        head = {**envelope.head, "task": "another" + str(envelope.head["task"])[7:], "expires": time.time() + LONG}
         self.last = None
-        number = Losing.push(self, node, replace(envelope, head=head), 60.0)
+        number = Losing.push(self, node, replace(envelope, head=head), LONG)
         while not (found := self.pull([number], 1.0)):
             pass
         answer = found[number]
@@ -83,11 +83,11 @@ def test_no_exchange_is_answered_for_another_sum(heard: Heard, tmp_path: Path) -
     assert [r["counts"]["arrived"] for r in records(done)] == [3, 3, 3]
 
 
-def test_a_repeated_round_has_secrets_of_its_own(heard: Heard, tmp_path: Path) -> None:
-    """Two of three are slow: the sum is given up, and tried once more."""
-    made = {**MADE, "cohort": {"least": 2, "too_few": "repeat", "attempts": 3, "deadline": 2.0}, "rounds": 1}
-    kills = {("site_1", 0, "shares"): "slow", ("site_2", 0, "shares"): "slow"}
-    sites = Sites(CLIENTS, tmp_path / "sites", kills, slow=2.5, transport=heard)
+def test_a_repeated_round_has_secrets_of_its_own(heard: Heard, tmp_path: Path, clock: Clock) -> None:
+    """Two of three are late: the sum is given up, and tried once more."""
+    made = {**MADE, "cohort": {"least": 2, "too_few": "repeat", "attempts": 3, "deadline": LONG}, "rounds": 1}
+    kills = {("site_1", 0, "shares"): "late", ("site_2", 0, "shares"): "late"}
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, transport=heard, clock=clock)
     (record,) = records(federation(made, sites, tmp_path / "there"))
     assert record["attempts"] == 2 and record["counts"]["arrived"] == 3
     seen: dict[bytes, set[str]] = {}

@@ -12,7 +12,7 @@ import pytest
 from hetero_fl.experiment import run
 from hetero_fl.experiment.deployment.transport import Envelope
 from hetero_fl.experiment.deployment.vault import KEPT, Lost, Vault
-from tests.experiment.deployment.sites import QUICK, Killed, Sites, federation, records, same
+from tests.experiment.deployment.sites import QUICK, Clock, Killed, Sites, federation, records, same
 from tests.experiment.deployment.test_secrets import Heard
 from tests.small import MIXED, TOP, config
 
@@ -66,14 +66,14 @@ def test_who_has_lost_its_state_begins_anew_and_is_counted(tmp_path: Path) -> No
     assert all(record["counts"]["arrived"] == 3 for record in records(there))
 
 
-def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path) -> None:
+def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock) -> None:
     made, sites = KINDS["fedavg"], Sites(CLIENTS, tmp_path / "sites")
     sites.transport.last = 9 + 2 + 3 + 1  # all are ready, a round and its reading, and one task of the next
     with pytest.raises(Killed):
         federation(made, sites, tmp_path / "there", closing=False)
     sites.stop("site_3")
     back = [lambda record: sites.start("site_3") if record["round"] == 2 else None]
-    there = records(federation(made, sites, tmp_path / "there", wait=1.0, callbacks=back))
+    there = records(federation(made, sites, tmp_path / "there", say=clock.after(2, []), callbacks=back))
     assert [record.get("unread") for record in there] == [None, {"site_3": "its node is not there"}, None]
 
 

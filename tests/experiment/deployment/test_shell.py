@@ -26,6 +26,7 @@ from hetero_fl.experiment.deployment.site_file import SiteConfig, TellsConfig
 from hetero_fl.experiment.deployment.status import Status, read_status
 from hetero_fl.experiment.deployment.transport import Envelope, Loopback
 from hetero_fl.reporting.run import Run
+from tests.experiment.deployment.sites import LONG, Clock
 from tests.small import changed, config
 
 ALL = TellsConfig(labels=True, details=True, model=True)
@@ -70,7 +71,7 @@ def same_models(a: Run, b: Run) -> bool:
 
 def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> None:
     said: list[str] = []
-    finished = serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=10, say=said.append)
+    finished = serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, say=said.append)
     tree = read_status(tmp_path / "out")
     assert tree["phase"] == "done" and tree["round"] == 2
     assert all(node["here"] for node in tree["nodes"].values()) and len(tree["nodes"]) == 3
@@ -81,18 +82,18 @@ def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> No
     assert not any(stop.is_set() for stop in sites.stops), "a node waits for the next run"
 
 
-def test_a_node_of_another_version_is_refused_in_one_line(sites: Sites, tmp_path: Path) -> None:
+def test_a_node_of_another_version_is_refused_in_one_line(sites: Sites, tmp_path: Path, clock: Clock) -> None:
     def older(answer: Envelope) -> Envelope:
         if answer.head["ask"] == "here":
             return Envelope({**answer.head, "torch": "1.0"}, answer.body)
         return answer
 
     said: list[str] = []
-    with pytest.raises(RunFailed, match="not there after 1 s: site_1"):
-        serve(config(**QUIET), sites.gathered(older), out=tmp_path / "out", wait=1, say=said.append)
+    with pytest.raises(RunFailed, match="not there after 300 s: site_1"):
+        serve(config(**QUIET), sites.gathered(older), out=tmp_path / "out", wait=LONG, say=clock.after(3, said))
     line = f"torch '1.0', but '{messages.versions()['torch']}' here"
     assert f"refused a node that says it is 'site_1': {line}" in said
-    assert sites.refused[0].refused == line and sites.stops[0].is_set(), "its process ends, and says why"
+    assert sites.stops[0].wait(LONG) and sites.refused[0].refused == line, "its process ends, and says why"
     assert not sites.stops[1].is_set()
     assert not (tmp_path / "out").exists()
 
@@ -114,12 +115,12 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(signals: int, sites: Site
 
     with _server_ending(status, log) as after_round, pytest.raises(Interrupted):
         loopback = sites.gathered(term)
-        serve(source, loopback, out=out, wait=10, callbacks=[after_round], status=status)
+        serve(source, loopback, out=out, wait=LONG, callbacks=[after_round], status=status)
     held = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert held == ([1, 2] if signals == 1 else [1])
     assert read_status(out)["phase"] == "interrupted"
     assert "let go" not in sites.lines, "nodes wait for a server that was interrupted"
-    resumed = serve(source, sites.gathered(), out=out, resume=True, wait=10)
+    resumed = serve(source, sites.gathered(), out=out, resume=True, wait=LONG)
     assert same_models(resumed, run(source, out=tmp_path / "simulation"))
     assert read_status(out)["up_bytes"] == sum(record["up_bytes"] for record in resumed.metrics)
 
@@ -129,7 +130,7 @@ def test_sigterm_at_a_node_is_polite_once() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), _ending(Log("json"), stop):
         signal.raise_signal(signal.SIGTERM)
-        assert stop.wait(10)
+        assert stop.wait(LONG)
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -141,9 +142,9 @@ def test_once_ends_a_node_when_a_run_is_over_but_not_when_one_is_interrupted(sit
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=10, callbacks=[stop])
+        serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, callbacks=[stop])
     assert not any(stop.is_set() for stop in sites.stops)
-    serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", resume=True, wait=10)
+    serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", resume=True, wait=LONG)
     assert all(stop.is_set() for stop in sites.stops[3:]) and not any(sites.refused[i].refused for i in range(6))
 
 
@@ -171,7 +172,7 @@ def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
     clients = ["site_1", "site_2", "site_3"]
     theirs = {client: SourceConfig(name="npz", path=str(own_files[client])) for client in clients}
     far = Sites(tmp_path / "sites", [SiteConfig(client=c, tells=ALL, data=theirs[c]) for c in clients])
-    there = serve(source, far.gathered(), out=tmp_path / "federation", wait=10)
+    there = serve(source, far.gathered(), out=tmp_path / "federation", wait=LONG)
     each = [{"match": client, "data": {"name": "npz", "path": theirs[client].path}} for client in clients]
     here = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
     for key in ("personal", "global", "server", "clients", "communication"):

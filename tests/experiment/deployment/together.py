@@ -11,6 +11,7 @@ from hetero_fl.experiment.deployment.serving import serve
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.transport import Envelope, Handle, Loopback
 from hetero_fl.reporting.run import Run
+from tests.experiment.deployment.sites import LONG
 from tests.small import config
 
 SITES = ("site_1", "site_2", "site_3")
@@ -45,7 +46,7 @@ class Federation:
             for id, node in self.nodes.items():
                 handle: Handle = node.handle
                 self.transport.join((between or {}).get(id, lambda h: h)(handle))
-            return serve(source, **{"transport": self.transport, "out": self.folder / "run", "wait": 20.0, **more})
+            return serve(source, **{"transport": self.transport, "out": self.folder / "run", "wait": LONG, **more})
         finally:
             self.transport.close()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import gc
 import math
 import os
 import random
@@ -207,7 +208,8 @@ def main() -> None:
             def look(record: dict[str, Any]) -> None:
                 nonlocal restarts
                 if record["round"] % options.every == 0:
-                    LIBC.malloc_trim(0)  # what the server's allocator keeps for later use tells nothing
+                    gc.collect()  # cycles that wait for the collector, and what the allocator keeps for later, tell nothing:
+                    LIBC.malloc_trim(0)  # so of the server; nodes are taken as they are
                     for who, pid in [("server", os.getpid()), *pids()]:
                         with suppress(OSError):  # it was killed just now
                             samples.append((record["round"], who, pid, memory(pid), files(pid)))

@@ -27,6 +27,7 @@ from tests.small import config
 ROOT = Path(__file__).parents[2]
 QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
 PATIENCE = 300.0  # seconds: this machine may be busy
+PYTHON = ("-X", "faulthandler", "-W", "error", "-W", "ignore::DeprecationWarning")
 WAITING = "tests.cli.waiting"  # in place of the command: it waits after a round, to be ended
 
 
@@ -102,7 +103,7 @@ def started(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(cwd), "OMP_NUM_THREADS": "1"}
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", module, *map(str, arguments)],
+            [sys.executable, *PYTHON, "-m", module, *map(str, arguments)],
             cwd=cwd, env=environment, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
@@ -120,9 +121,13 @@ def until(what: Callable[[], object], *logs: Path) -> None:
 
 
 def ended(process: subprocess.Popen[bytes], log: Path) -> int:
-    until(lambda: process.poll() is not None, log)
-    assert process.returncode is not None
-    return process.returncode
+    """Its exit status. If it does not end, the log has where its threads are."""
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        process.wait()
+        raise AssertionError(log.read_text()) from None
 
 
 def relatives(folder: Path) -> list[str]:

@@ -138,18 +138,13 @@ class FedDF(FedAvg):
 
 
 class Hybrid(FedDF):
-    """Backbones travel; logit-adjusted local training with rehearsal; a contrast-weighted teacher."""
+    """Averages, each distilled; logit-adjusted local training with rehearsal; a contrast-weighted teacher."""
 
     def start(self) -> None:
         super().start()
         self.teacher: Any = None
         self.priors = [((n + 1) / (n + 1).sum()).log() for n in self.counts]
         self.say = [n * (1 - n / n.sum()) + 0.1 for n in self.counts]
-        self.heads: list[State] = [{} for _ in self.cards]
-
-    def received(self, i: int) -> nn.Module:
-        group = self.cards[i].arch.id
-        return load(self.modules[group], self.shared[group], self.heads[i])
 
     def local(self, i: int, module: nn.Module) -> None:
         public, s, id = self.data[i]["proxy"]["x"], self.method, self.cards[i].id
@@ -163,7 +158,6 @@ class Hybrid(FedDF):
             return own + s.rehearse * apart
 
         self.train(i, module, loss)
-        self.heads[i] = {n: t.clone() for n, t in floats(module).items() if n.startswith("head.")}
         self.said.append(self.opinion(i, predicted(module, public)))
 
     def opinion(self, i: int, logits: Tensor) -> Tensor:
@@ -172,9 +166,5 @@ class Hybrid(FedDF):
     def consensus(self) -> Tensor:
         return torch.stack(self.said).sum(0) / torch.stack(self.say).sum(0)
 
-    def read(self) -> None:
-        for i in range(len(self.cards)):
-            module = self.received(i)
-            for name in READ:
-                logits = predicted(module, self.data[i][name]["x"])
-                self.score(i, name, logits + self.priors[i] if name == "test" else logits)
+    def score(self, i: int, name: str, logits: Tensor) -> None:
+        super().score(i, name, logits + self.priors[i] if name == "test" else logits)

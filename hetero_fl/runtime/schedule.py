@@ -84,11 +84,8 @@ def schedule(cohort: Sequence[str], conditions: Conditions, sizes: Sizes, at: fl
     tasks = {client: _task(client, conditions, sizes(client), at, number, closing) for client in cohort}
     good = [t for t in tasks.values() if not t.fate.fails and t.fate.what != "corrupted" and t.ends <= closing]
     wanted = min(len(cohort), conditions.per_round or len(cohort))
-    if len(good) > wanted:  # equal machines: by a draw of each round, or the same ones would always be first
-        seed = conditions.devices.federation.seed
-        good.sort(key=lambda task: (task.ends, uniform(seed, "turn", task.client, number)))
-    else:
-        good.sort(key=lambda task: task.ends)
+    seed = conditions.devices.federation.seed  # of equal machines other ones are first from round to round
+    good.sort(key=lambda task: (task.ends, uniform(seed, "turn", task.client, number)))
     waited = min(closing, max((task.ends for task in tasks.values()), default=at))
     end = good[wanted - 1].ends if good and len(good) >= wanted else waited
     taken = {task.client for task in good[:wanted]}

@@ -13,9 +13,7 @@ from hetero_fl.runtime.executor import Absent
 FAREWELL = 5.0  # seconds, at most, for telling nodes that a run is over
 PATIENCE = 60.0  # seconds that a node which has gone is waited for, as long as others are there
 GREETING = 60.0  # seconds that a node may take to say who it is, before it is asked again
-SKEW = (
-    10.0  # seconds by which clocks may differ: to a node that was busy, a greeting that is waited for has not expired
-)
+SKEW = 10.0  # seconds by which clocks may differ: a greeting that is waited for has not expired at a node that was busy
 NUDGE = 30.0  # seconds of silence after which a node is asked whether it is there; then twice as many, and so on
 
 

@@ -64,7 +64,8 @@ def rounds_of(source: dict[str, Any], held: int | None = None, store: Store | No
 def deployed(rounds: Rounds, id: str) -> Participant:
     """The client with the model that it would use now."""
     site = rounds.executor.site  # type: ignore[attr-defined]  # of a run in this process
-    return site.deployed(rounds.broadcasts([id], reading=True), rounds.completed)[id]
+    body = rounds.broadcasts([id], reading=True)[id]
+    return site.deployed({id: site.links.received(rounds.completed, body)}, rounds.completed)[id]
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -28,6 +28,7 @@ from hetero_fl.runtime.serial import Serial
 from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store
 from tests.runtime.test_rounds import METHODS
+from tests.small import deployed
 
 CONFIG = Path(__file__).parents[1] / "configs" / "medical_multimodal.yaml"
 REDUCED = [
@@ -151,9 +152,8 @@ def test_what_is_shared_is_the_same_for_all_who_have_images() -> None:
     prepared = reduced("fedavg")
     rounds = prepared.rounds()
     rounds.round()
-    site = rounds.executor.site  # type: ignore[attr-defined]  # of a run in this process
     ids = list(prepared.federation.cards)
-    models = {id: site.deployed(rounds.broadcasts([id], reading=True), 1)[id].models["model"] for id in ids}
+    models = {id: deployed(rounds, id).models["model"] for id in ids}
     image = {id: {n: t for n, t in m.items() if n.startswith("backbone.image.")} for id, m in models.items()}
     having = [id for id in ids if not id.startswith("institute")]
     first = image[having[0]]

@@ -22,8 +22,8 @@ class Message:
 
     A request names the task's `round` (the server's version, where a run is asynchronous), and how often the client was asked
     in that round before: by both its random draws are keyed.
-    `work`: the share of its steps that a client is asked to do. `check`: SHA-256 of the bytes as the sender had them, 32 bytes
-    beside those that are counted (about a millisecond for a megabyte on either side).
+    `work`: the share of its steps that a client is asked to do. `check`: SHA-256 of the bytes as the sender had them, where they
+    leave its machine or may be changed on the way, 32 bytes beside those that are counted (a millisecond for two megabytes).
     """
 
     ask: str

@@ -20,7 +20,7 @@ def befallen(
     for client, reply in replies:
         what = fates[client].what
         if isinstance(reply, Message) and what == "corrupted":
-            reply = replace(reply, body=flipped(reply.body, *parts, client))
+            reply = replace(reply.sealed(), body=flipped(reply.body, *parts, client))
         yield client, reply
         if what == "twice":
             yield client, reply

@@ -130,6 +130,6 @@ class Queue:
             when, fate = (version, again, begun, ends), fates(client, number)
             task = Task(number, client, place, *when, broadcasts[at], up, fate, diverged=diverged)
             if (upload := tree["uploads"].get(str(number))) is not None:
-                task.upload = Message("upload", as_bytes(upload)).sealed()
+                task.upload = Message("upload", as_bytes(upload))
             queue.push(task)
         return queue

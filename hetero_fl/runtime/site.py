@@ -17,6 +17,7 @@ from hetero_fl.payload import Payload
 from hetero_fl.plan import Plan, Rows
 from hetero_fl.runtime.beside import baseline_scores, forecast
 from hetero_fl.runtime.federation import Federation
+from hetero_fl.runtime.lent import Lent
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together, training_loss
 from hetero_fl.runtime.protection import Protection
@@ -60,6 +61,7 @@ class Site:
         self.algorithm, self.federation, self.store = algorithm, federation, store
         self.performer, self.protocol = performer, protocol
         self.links = Links(algorithm, federation)
+        self.lent = Lent(self.links.received)
         self.protection = Protection.of(algorithm, federation)
         self.watch: Callable[[str], None] | None = None  # told what is being done
         self.leaving: Callable[[str, Payload], None] = lambda client, upload: None  # may refuse an upload, by raising
@@ -67,6 +69,7 @@ class Site:
 
     def answer(self, requests: Messages) -> dict[str, Message | Diverged]:
         """The clients' replies to one request of the protocol each; a `Diverged` where training did."""
+        self.lent.forget()
         replies: dict[str, Message | Diverged] = {}
         waiting: dict[str, tuple[Talk, bytes]] = {}
 
@@ -74,7 +77,7 @@ class Site:
             try:
                 waiting[client] = (talk, next(talk) if upload is None else talk.send(upload))
             except StopIteration as stop:
-                replies[client] = stop.value.sealed()
+                replies[client] = stop.value
 
         for client, request in requests.items():
             go_on(client, self.protocol.answer(client, request, request.round, self.store.notes), None)
@@ -113,10 +116,9 @@ class Site:
             self.store.stage(id, Private(self.algorithm.private(client), client.state))
         return uploads
 
-    def deployed(self, broadcasts: Mapping[str, bytes], round: int) -> dict[str, Participant]:
+    def deployed(self, got: Mapping[str, Payload], round: int) -> dict[str, Participant]:
         """Copies of the clients with the models that they would use now, personalised. Raises Diverged if one does."""
-        clients = {c: self.federation.client(c, self.store.get(c), round) for c in broadcasts}
-        got = {c: self.links.received(round, body) for c, body in broadcasts.items()}
+        clients = {c: self.federation.client(c, self.store.get(c), round) for c in got}
         for hook in (self.algorithm.deploy, self.algorithm.personalise):
             self._run({c: hook(p, got[c]) for c, p in clients.items()}, clients)
         return clients
@@ -128,7 +130,10 @@ class Site:
         """
         for client in broadcasts:
             self._telling(client, "evaluation")
-        clients = self.deployed(broadcasts, round)
+        with self.lent.to(broadcasts, round) as got:
+            return self._read(self.deployed(got, round), details)
+
+    def _read(self, clients: Mapping[str, Participant], details: bool) -> dict[str, Reading]:
         readings, task = {c: Reading() for c in clients}, self.federation.task
         if details:
             for c, participant in clients.items():

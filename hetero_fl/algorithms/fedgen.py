@@ -35,6 +35,7 @@ class FedGen(CommonHead, FedAvg):
     takes weight 10 and latent_weight 10, both with decay 0.98.
     """
 
+    features_leave = False  # G makes its own
     uploads = {
         "model": ItemSpec("params", use="each"),
         "counts": ItemSpec("counts", use="each", private=True, share="statistics"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
@@ -17,6 +18,7 @@ class CommonWidth(Algorithm):
     """A model whose features have another width ends in a projection to the common one; the others are as they were."""
 
     requires = ("one feature width",)
+    features_leave: ClassVar[bool] = True  # the clients', row by row or as means of classes
 
     feature_dim: PositiveInt | None = Field(
         None, description="common width of the features; none: the most frequent of the clients', the widest of equals"
@@ -27,6 +29,8 @@ class CommonWidth(Algorithm):
         for kind in cards.kinds:
             widths[kind.arch.width] += kind.count
         width = self.feature_dim or max(widths, key=lambda w: (widths[w], w))
+        for kind in cards.kinds if self.features_leave else []:
+            need_features(kind.first, kind.arch, width)
         other = [kind for kind in cards.kinds if kind.arch.width != width]
         listed = cards.named(other)
         notes = [f"algorithm.feature_dim is {width}: the models of {listed} end in a projection to it"] if other else []
@@ -45,6 +49,15 @@ class CommonHead(CommonWidth):
         for kind in cards.kinds:
             need_linear_head(kind.first, kind.arch)
         return super().resolve(cards)
+
+
+def need_features(id: str, arch: Architecture, width: int) -> None:
+    """Raises UserError for a model whose features are the example itself: sent, they would be the client's data."""
+    if arch.width == width and not any(name.startswith("backbone.") for name in arch.parameter_names):
+        raise UserError(
+            f"clients: {id}: model: the features of '{arch.name}' are the example itself, and this method sends features; "
+            "choose one that learns its own, such as mlp, or set algorithm.feature_dim to another width"
+        )
 
 
 def need_linear_head(id: str, arch: Architecture) -> None:

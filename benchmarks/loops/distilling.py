@@ -66,7 +66,7 @@ class DSFL(Public):
 
 
 class KTpFL(Public):
-    """Each client's own mixture of all predictions."""
+    """Each client's own mixture of all predictions, digested before private training, and before a copy is read."""
 
     def start(self) -> None:
         super().start()
@@ -76,10 +76,9 @@ class KTpFL(Public):
     def work(self) -> None:
         said, t = [], self.method.temperature
         for i, model in enumerate(self.models):
-            self.train(i, model)
             if self.said is not None:
-                teacher = t * torch.einsum("k,kdc->dc", self.weights[i], self.said).clamp(min=TINY).log()
-                self.digest(i, model, teacher)
+                self.digest(i, model, self.mixture(i))
+            self.train(i, model)
             said.append((predicted(model, self.public(i)) / t).softmax(-1))
         self.said = p = torch.stack(said)
         log_p, s, k = p.clamp(min=TINY).log(), self.method, len(p)
@@ -92,6 +91,18 @@ class KTpFL(Public):
             loss.backward()
             optimizer.step()
             self.weights = self.projected(c.detach())
+
+    def mixture(self, i: int) -> Tensor:
+        """What a client follows."""
+        assert self.said is not None
+        return self.method.temperature * torch.einsum("k,kdc->dc", self.weights[i], self.said).clamp(min=TINY).log()
+
+    def read(self) -> None:
+        for i, model in enumerate(self.models):
+            used = deepcopy(model)
+            self.digest(i, used, self.mixture(i))
+            for name in READ:
+                self.score(i, name, predicted(used, self.data[i][name]["x"]))
 
     @staticmethod
     def projected(rows: Tensor) -> Tensor:

@@ -69,9 +69,8 @@ class HeteroFL(FedAvg):
         """The wide model for what a client with this one sees."""
         assert self.model is not None  # `resolve` has set it
         m = self.model
-        return Architecture.of(
-            m.name, arch.outputs, arch.input_shape, m.feature_dim, m.options, vocabulary=arch.vocabulary
-        )
+        about = (m.feature_dim, m.options)
+        return Architecture.of(m.name, arch.outputs, arch.input_shape, *about, vocabulary=arch.vocabulary)
 
     def architecture(self, card: Card) -> Architecture:
         assert self.model is not None and not isinstance(self.widths, list)  # `resolve` has set them
@@ -122,9 +121,8 @@ class HeteroFL(FedAvg):
         if not items or not self.masks(client) or HEAD[0] not in items["model"].values:
             return items
         model = dict(items["model"].values)
-        weight, bias = model.pop(HEAD[0]), model.pop(HEAD[1])
-        width = self.wide(client.arch["model"]).shapes[HEAD[0]][1]
-        values, say = packed(weight, bias, width, self.weight_of(client) * self.present(client))
+        width, say = self.wide(client.arch["model"]).shapes[HEAD[0]][1], self.weight_of(client) * self.present(client)
+        values, say = packed(model.pop(HEAD[0]), model.pop(HEAD[1]), width, say)
         return {"model": replace(items["model"], values=model), "head": Item(values, say, "params")}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:

@@ -25,6 +25,7 @@ class KTpFL(OnProxy):
     (Zhang et al. 2021, Algorithm 1).
 
     Client k's teacher is Σ_j c_kj p_j, p_j softened; c takes gradient steps on Σ_k KL(Σ_j c_kj p_j ‖ p_k)·T² + ρ‖c_k − 1/N‖².
+    Predictions are sent after private training and before distillation, or clients would repeat what they were told.
 
     Rows of c stay distributions: after each step they are projected onto the simplex. In a round in which only some take
     part, c is learned among them, each row's weight on the absent stays, and teachers are mixtures of those present. The
@@ -34,10 +35,10 @@ class KTpFL(OnProxy):
     shared = ()
     uploads = {"predictions": ItemSpec("rows", use="each", private=True, share="predictions")}
     tasks = ("multiclass",)
-    reads = "after private training and distillation, as in the paper"
+    reads = "after distillation of the newest mixture, as deployed with the next broadcast"
 
     temperature: PositiveFloat = 10.0
-    digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set after private training")
+    digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set, after receiving")
     rho: NonNegativeFloat = Field(0.7, description="ρ: pull of the coefficients towards 1/N")
     coefficient_lr: PositiveFloat = Field(0.01, description="learning rate of the coefficients")
     coefficient_steps: NonNegativeInt = Field(
@@ -52,7 +53,7 @@ class KTpFL(OnProxy):
 
     def broadcast(self, server: Participant, card: Card) -> Items:
         state = server.state
-        if card.reading or "senders" not in state or not card.has_proxy:
+        if "senders" not in state or not card.has_proxy:
             return {}
         weights = torch.ones(len(state["senders"]))
         if card.id in state["seen"]:
@@ -63,11 +64,14 @@ class KTpFL(OnProxy):
         """Logits `[D, C]` whose softmax at temperature T is the mixture of predictions `[K, D, C]`."""
         return self.temperature * torch.einsum("k,kdc->dc", weights, p).clamp(min=TINY).log()
 
+    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
+        yield from super().deploy(client, got)
+        if TEACHER in got:
+            yield self.digest(client, got[TEACHER], self.digest_epochs, self.taught(client, got))
+
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
         yield self.fit(client)
-        if TEACHER in got:
-            yield self.digest(client, got[TEACHER], self.digest_epochs, self.taught(client, got))
         if not self.gives(client, "predictions"):
             return {}
         logits = yield Predict("model", Rows("proxy", self.drawn(client)))

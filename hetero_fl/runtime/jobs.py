@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -74,6 +74,11 @@ class Done:
     forgot: list[str] = field(default_factory=list)  # clients whose state this worker no longer holds
     error: Exception | None = None
     trace: str = ""  # where it was raised
+
+    def sealed(self) -> Done:
+        """With the checksums of its messages: as it leaves a worker that may be on another machine."""
+        replies = {c: r.sealed() if isinstance(r, Message) else r for c, r in self.replies.items()}
+        return replace(self, replies=replies)
 
 
 class Worker:

@@ -28,10 +28,13 @@ class Copy:
 
 class Lent:
     """Decoded broadcasts of a reading. Each is in one client's hands at a time, in dictionaries of that client's own, and is
-    lent again only if nobody changed a tensor in place: nothing passes from client to client."""
+    lent again only if nobody changed a tensor in place: nothing passes from client to client.
 
-    def __init__(self, decode: Callable[[int, bytes], Payload]) -> None:
-        self._decode = decode
+    `most`: broadcasts kept. None for code that may write past a tensor's version (`.data`, `.numpy()`): all are decoded anew.
+    """
+
+    def __init__(self, decode: Callable[[int, bytes], Payload], most: int = MOST) -> None:
+        self._decode, self._most = decode, most
         self._idle: list[Copy] = []
 
     @contextmanager
@@ -39,7 +42,7 @@ class Lent:
         """What each of these clients was sent. Raises PayloadError."""
         copies = {client: self._take(round, body) for client, body in broadcasts.items()}
         yield {client: own(copy.payload) for client, copy in copies.items()}
-        self._idle = [*copies.values(), *self._idle][:MOST]
+        self._idle = [*copies.values(), *self._idle][: self._most]
 
     def forget(self) -> None:
         """Give the memory back."""

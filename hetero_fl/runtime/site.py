@@ -17,7 +17,8 @@ from hetero_fl.payload import Payload
 from hetero_fl.plan import Plan, Rows
 from hetero_fl.runtime.beside import baseline_scores, forecast
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.lent import Lent
+from hetero_fl.runtime.hooks import is_own
+from hetero_fl.runtime.lent import MOST, Lent
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged, Performer, carry_out, carry_out_together, training_loss
 from hetero_fl.runtime.protection import Protection
@@ -61,7 +62,7 @@ class Site:
         self.algorithm, self.federation, self.store = algorithm, federation, store
         self.performer, self.protocol = performer, protocol
         self.links = Links(algorithm, federation)
-        self.lent = Lent(self.links.received)
+        self.lent = Lent(self.links.received, 0 if is_own(algorithm) else MOST)
         self.protection = Protection.of(algorithm, federation)
         self.watch: Callable[[str], None] | None = None  # told what is being done
         self.leaving: Callable[[str, Payload], None] = lambda client, upload: None  # may refuse an upload, by raising

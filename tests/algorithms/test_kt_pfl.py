@@ -16,7 +16,7 @@ from hetero_fl.runtime.batches import index_batches
 from hetero_fl.runtime.plans import carry_out
 from hetero_fl.runtime.rounds import Rounds
 from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, rounds_of
+from tests.small import MIXED, config, deployed, rounds_of
 
 T = 3.0
 
@@ -34,8 +34,19 @@ def nearest(row: list[float]) -> list[float]:
     return [max(v - low, 0) for v in row]
 
 
+def follow(model: torch.nn.Module, x: Tensor, mixed: Tensor, where: tuple[Any, ...]) -> None:
+    """One epoch of KL·T² from a mixture, over the batches that the client's key draws."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for rows in index_batches(60, Fit({}, Digest(), batch_size=32), where):
+        optimizer.zero_grad()
+        log_q = (model(x[rows]).logits / T).log_softmax(1)
+        (T**2 * (mixed[rows] * (mixed[rows].log() - log_q)).sum(1).mean()).backward()
+        optimizer.step()
+
+
 @pytest.mark.usefixtures("float64")
 def test_a_round_by_hand() -> None:
+    """Distillation, private training, and predictions as they are then."""
     settings = {"rho": 0.4, "coefficient_lr": 0.2, "coefficient_steps": 3}
     rounds = rounds_of(federation(**settings), held=1)
     before, state = clients(rounds), dict(rounds.server.state)
@@ -43,14 +54,9 @@ def test_a_round_by_hand() -> None:
     said = []
     for k, (id, client) in enumerate(before.items()):
         model, public = module(client.arch["model"], client.models["model"]), client.data("proxy", None)["x"]
-        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
         mixed = sum(state["coefficients"][k, j] * state["predictions"][j] for j in range(3))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        for rows in index_batches(60, Fit({}, Digest(), batch_size=32), (0, 1, id, "digest", 0)):
-            optimizer.zero_grad()
-            log_q = (model(public[rows]).logits / T).log_softmax(1)
-            (T**2 * (mixed[rows] * (mixed[rows].log() - log_q)).sum(1).mean()).backward()
-            optimizer.step()
+        follow(model, public, mixed, (0, 1, id, "digest", 0))
+        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         with torch.no_grad():
             said.append((model.eval()(public).logits / T).softmax(1))
@@ -66,6 +72,21 @@ def test_a_round_by_hand() -> None:
     assert float((rounds.server.state["coefficients"] - c).abs().max()) < 1e-9
     assert float((c - state["coefficients"]).abs().max()) > 1e-4
     assert float((rounds.server.state["predictions"] - torch.stack(said)).abs().max()) < 1e-9
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_client_is_read_after_distilling_its_newest_mixture() -> None:
+    source = federation("mlp", coefficient_lr=0.2)
+    source["clients"]["per_round"] = 2
+    rounds = rounds_of(source, held=1)
+    state = rounds.server.state
+    assert len(state["seen"]) == 2  # the third took no part: it reads the plain mean
+    for id, client in clients(rounds).items():
+        model, public = module(client.arch["model"], client.models["model"]), client.data("proxy", None)["x"]
+        at = state["seen"].index(id) if id in state["seen"] else None
+        c = torch.full((2,), 0.5) if at is None else state["coefficients"][at] / state["coefficients"][at].sum()
+        follow(model, public, torch.einsum("k,kdc->dc", c, state["predictions"]), (0, 1, id, "digest", 0))
+        assert apart(deployed(rounds, id).models["model"], model) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")

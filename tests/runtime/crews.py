@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from hetero_fl.channel.protocol import Message
 from hetero_fl.codec import encode
 from hetero_fl.experiment import prepare
 from hetero_fl.runtime.crews import processes
 from hetero_fl.runtime.crews.carrier import Carrier
 from hetero_fl.runtime.executor import Executor, InProcess
-from hetero_fl.runtime.jobs import Setup, Worker
+from hetero_fl.runtime.jobs import Done, Job, Setup, Worker
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.store import Store
@@ -54,6 +55,18 @@ def rounds_on(setup: Setup, crew: Crew | None, size: int = 1) -> Rounds:
         performer = make_performer(torch.device("cpu"))
         executor = Workers(crew, setup.federation.cards, Store(), performer)
     return Rounds(setup.algorithm, setup.federation, executor, 3)
+
+
+def first_job(setup: Setup) -> Job:
+    """A client's task of the first round."""
+    (client, body), *_ = rounds_on(setup, None).broadcasts(["site_1"]).items()
+    return Job(0, "answer", [[client]], {client: Message("train", body)}, {})
+
+
+def left_sealed(done: Done) -> bool:
+    """Whether every reply carries the checksum of its bytes."""
+    replies = [reply for reply in done.replies.values() if isinstance(reply, Message)]
+    return done.error is None and bool(replies) and all(r.check is not None and r.intact for r in replies)
 
 
 def outcome(rounds: Rounds, held: int = 3) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hetero_fl.algorithms import algorithm
 from hetero_fl.runtime.performers import make_performer
 from hetero_fl.runtime.store import Store
 from hetero_fl.runtime.workers import Workers
@@ -58,3 +61,10 @@ def test_nor_do_they_in_an_asynchronous_run_in_which_everything_goes_wrong(
         crew.size = size
         workers = Workers(crew, setup.federation.cards, Store(), make_performer(torch.device("cpu")))
         assert outcome(paces.session(made, workers)) == want
+
+
+def test_each_is_read_in_one_sitting() -> None:
+    own = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+    for name in own:
+        file = Path(inspect.getfile(algorithm[name]))
+        assert len(file.read_text().splitlines()) <= 150, f"{name}: {file.name}"

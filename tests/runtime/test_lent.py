@@ -126,3 +126,27 @@ def test_clients_that_spoil_what_they_received_spoil_nobody_elses(chunk: int) ->
             found |= {c: r.scores for c, r in site.read({c: bodies[c] for c in group}, 1).items()}
         losses.append(found)
     assert losses[0] == losses[1]
+
+
+class Unseen(FedAvg):
+    """A user's own, whose clients change what they received where no version tells of it."""
+
+    def personalise(self, client: Participant, got: Payload) -> Plan[None]:
+        for tensor in got["model"].values():
+            tensor.data.mul_(0.5)
+            tensor.numpy()[...] += 1
+        client.load("model", got["model"])
+        yield from ()
+
+
+def test_a_method_of_the_users_own_may_write_where_no_version_tells(decode: Counted) -> None:
+    rounds = rounds_of(config(f"python:{__name__}:Unseen", MIXED, clients=6), held=1)
+    site = rounds.executor.site  # type: ignore[attr-defined]
+    (first, body), *_ = rounds.broadcasts(list(rounds.federation.cards), reading=True).items()
+    want = Payload.decode(body)
+    site.read({first: body}, 1)
+    with site.lent.to({first: body}, 1) as got:
+        assert all(torch.equal(t, want["model"][n]) for n, t in got[first]["model"].items())
+    lent = Lent(decode, 0)
+    read(lent, BODIES[0])["model"]["w"].data.add_(1)
+    assert read(lent, BODIES[0])["model"]["w"].tolist() == [0.0] * 3 and decode.times == 2

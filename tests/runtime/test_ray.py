@@ -18,7 +18,18 @@ import torch
 import yaml
 
 from tests.runtime import paces
-from tests.runtime.crews import PATIENCE, ROOT, comes, environment, gone, outcome, rounds_on, setup_of
+from tests.runtime.crews import (
+    PATIENCE,
+    ROOT,
+    comes,
+    environment,
+    first_job,
+    gone,
+    left_sealed,
+    outcome,
+    rounds_on,
+    setup_of,
+)
 from tests.runtime.test_crash import figures, models
 from tests.small import TOP, config
 
@@ -29,7 +40,7 @@ from ray.cluster_utils import Cluster
 
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
-from hetero_fl.runtime.crews.ray import Actors, _place
+from hetero_fl.runtime.crews.ray import Actor, Actors, _place
 from hetero_fl.runtime.jobs import Job, Setup
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own warnings are none of ours
@@ -104,6 +115,10 @@ def test_same_bits_from_data_that_is_read_where_it_lies(cluster: Cluster, setup:
     assert outcome(rounds_on(setup, crew, 2)) == want
     crew.close()
     assert ray.is_initialized()  # the cluster is not the run's
+
+
+def test_what_leaves_a_machine_carries_its_checksum(setup: Setup) -> None:
+    assert left_sealed(Actor(setup, 0).do(first_job(setup)))
 
 
 def test_a_worker_killed_and_a_node_lost_in_mid_round_change_nothing(

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from hetero_fl.experiment import run
-from tests.runtime.crews import PATIENCE, ROOT, comes, environment
+from hetero_fl.runtime.crews import torchrun
+from hetero_fl.runtime.jobs import Done
+from tests.runtime.crews import PATIENCE, ROOT, comes, environment, first_job, left_sealed, setup_of
 from tests.small import MIXED, config
 
 TRAIN = str(ROOT / "scripts" / "train.py")
@@ -42,6 +44,26 @@ def launch(folder: Path, *arguments: str, ranks: int = 3, options: tuple[str, ..
         command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
+
+
+class Sent(Exception):
+    """In place of the next job."""
+
+
+def test_what_a_rank_sends_carries_its_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of a job may be on several machines."""
+    setup, sent = setup_of("fedavg"), list[Done]()
+
+    def send(done: list[Done], dst: int) -> None:
+        sent.extend(done)
+        raise Sent
+
+    monkeypatch.setattr(torchrun, "_received", lambda source: setup)
+    monkeypatch.setattr(torchrun, "_listen_to_lead", lambda jobs: jobs.put(first_job(setup)))
+    monkeypatch.setattr("torch.distributed.send_object_list", send)
+    with pytest.raises(Sent):
+        torchrun._follow()
+    assert left_sealed(sent[0])
 
 
 def at_work(out: Path) -> list[int]:

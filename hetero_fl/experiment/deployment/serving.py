@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hetero_fl.algorithms import algorithm
 from hetero_fl.channel.privacy.noise import SecretNoise
 from hetero_fl.config import Config, expand, load_config
 from hetero_fl.errors import UserError
@@ -153,10 +154,9 @@ def check_deployable(config: Config) -> None:
     """Refuse (UserError) what only a simulation has."""
     if config.attacks is not None:
         raise UserError("attacks: found some, but nobody's part in a federation is simulated; leave it out")
-    if config.algorithm["name"] in ("centralized", "ensemble"):
-        raise UserError(
-            f"algorithm.name: {config.algorithm['name']} wants everybody's rows or models in one place; it is for simulations"
-        )
+    name = config.algorithm["name"]
+    if algorithm[name].everybody:
+        raise UserError(f"algorithm.name: {name} wants everybody's rows or models in one place; it is for simulations")
 
 
 def _need(prepared: Prepared) -> int:

@@ -90,7 +90,7 @@ class Actor:
 
     def do(self, job: Job) -> Done:
         """See `Worker.do`."""
-        return self._worker.do(job)
+        return self._worker.do(job).sealed()
 
 
 @contextmanager

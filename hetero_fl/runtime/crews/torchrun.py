@@ -113,7 +113,7 @@ def _follow() -> None:
     worker = Worker(setup, int(os.environ.get("LOCAL_RANK", "0")))
     threading.Thread(target=_listen_to_lead, args=(jobs,), daemon=True).start()
     while True:
-        dist.send_object_list([worker.do(jobs.get())], dst=0)
+        dist.send_object_list([worker.do(jobs.get()).sealed()], dst=0)
 
 
 def _listen_to_lead(jobs: queue.SimpleQueue[Job]) -> None:

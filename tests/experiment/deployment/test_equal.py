@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from hetero_fl.algorithms import Centralized
+from hetero_fl.errors import UserError
 from hetero_fl.experiment import run
 from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.serving import serve
@@ -15,6 +17,7 @@ from hetero_fl.experiment.deployment.site_file import SiteConfig, TellsConfig
 from hetero_fl.experiment.deployment.transport import Loopback
 from hetero_fl.reporting.run import Run
 from tests.experiment.deployment.sites import LONG
+from tests.small import config
 
 ROOT = Path(__file__).parents[3]
 QUICK = ["rounds=2", "runtime.executor=serial", "runtime.threads=1", "output.plots=false", "output.report=false"]
@@ -58,3 +61,14 @@ def test_what_a_site_keeps_to_itself_lies_at_home(loopback: Loopback, tmp_path: 
     for client in clients:
         (kept,) = (tmp_path / "sites" / client / "runs").glob("*/model.safetensors")
         assert kept.read_bytes() == (here.path / "models" / f"{client}.safetensors").read_bytes()
+
+
+class Pooled(Centralized):
+    """A user's own that has everybody's rows."""
+
+
+@pytest.mark.parametrize("name", ["centralized", "ensemble", f"python:{__name__}:Pooled"])
+def test_who_needs_everybodys_rows_in_one_place_is_refused(name: str, loopback: Loopback, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"algorithm\.name: {name} wants everybody's rows or models in one place"):
+        serve(config(name), loopback, out=tmp_path / "out", wait=0.1)
+    assert not (tmp_path / "out").exists()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
+from hetero_fl.architecture import Architecture
+from hetero_fl.codec import nbytes
 from hetero_fl.config import dump
 from hetero_fl.experiment import Prepared
 from hetero_fl.runtime.choose import choose
 from hetero_fl.runtime.conditions import Conditions
-from hetero_fl.runtime.price import price
+from hetero_fl.runtime.price import DryRun, price
 from hetero_fl.runtime.rehearsal import price_of_queue
 
 
@@ -19,8 +23,9 @@ def print_check(prepared: Prepared) -> None:
     federation = prepared.federation
     table = Table("client", "model", "rows", "parameters", "down", "up", title=f"cost of {prepared.name}")
     config, parameters = prepared.config, {}
-    for arch in {kind.arch for kind in federation.cards.kinds}:
-        parameters[arch] = sum(federation.initial(arch)[n].numel() for n in arch.parameter_names)
+    archs = {kind.arch: [kind.arch, *prepared.method.extras(kind.arch).values()] for kind in federation.cards.kinds}
+    for arch in archs:
+        parameters[arch] = _parameters(arch)
     held = Conditions.of(federation, config)
     waits = config.runtime.mode == "sync"
     if waits:
@@ -42,8 +47,8 @@ def print_check(prepared: Prepared) -> None:
         f"{about}{_size(up + down + reading)} in {config.rounds} rounds: {_size(up)} up, {_size(down + reading)} down, "
         f"{_size(reading)} of it to evaluate"
     )
-    largest = max(parameters.values()) * 4
-    groups = sum(t.numel() for a in parameters for t in federation.initial(a).values()) * 4
+    largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4  # with those that the method adds
+    groups = nbytes(list(DryRun(prepared.method, federation).server.models.values()))
     console.print(
         f"memory for models, about: {_size(groups)} at the server, {_size(4 * largest)} for the client being trained"
     )
@@ -51,6 +56,10 @@ def print_check(prepared: Prepared) -> None:
         console.print(f"note: {note}")
     for reason in choose(config, federation).reasons:  # engines that are to be reached or launched are not tried here
         console.print(f"computed by: {reason}")
+
+
+def _parameters(arch: Architecture) -> int:
+    return sum(math.prod(arch.shapes[name]) for name in arch.parameter_names)
 
 
 def _size(count: int) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.algorithms.needs import in_words, needs, sends, summary, tasks
+from hetero_fl.config.words import default, meaning, values
 
 
 def print_methods(console: Console) -> None:
@@ -28,7 +28,10 @@ def print_methods(console: Console) -> None:
 
 def declared(kind: type[Algorithm]) -> Iterator[str]:
     """What follows from the class: `sends parameters`, `needs one architecture`, `for multi-class`."""
-    method = kind()
+    try:
+        method = kind()
+    except ValidationError:  # a setting without a default
+        method = kind.model_construct()
     yield f"sends {', '.join(sends(method)) or 'nothing'}"
     if needed := needs(method):
         yield f"needs {in_words(needed)}"
@@ -44,15 +47,9 @@ def print_explained(names: Sequence[str], console: Console) -> None:
             console.print(Text(" ".join(paragraph.split())))
         console.print(Text("; ".join(declared(kind)), style="dim"))
         console.print(Text(f"read: {kind.reads}", style="dim"))
-        table = Table("setting", "default", "meaning")
+        table = Table("setting", "values", "default", "meaning")
         for key, field in kind.model_fields.items():
-            table.add_row(key, Text(default(field)), Text(field.description or ""))
+            given = "" if field.is_required() else default(field)
+            told = (values(field.annotation, field.metadata), given, meaning(kind, key))
+            table.add_row(key, *(Text(words.replace("`", "")) for words in told))
         console.print(table)
-
-
-def default(field: FieldInfo) -> str:
-    """A setting's default as one writes it in a configuration."""
-    value: Any = field.get_default(call_default_factory=True)
-    if value is None:
-        return "none"
-    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "name", value))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hetero_fl.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.reporting import style
@@ -84,7 +85,7 @@ def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axi
             low, high = low.clip(0, 1), high.clip(0, 1)  # shares
         axes.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel(axis)
-    axes.xaxis.set_major_locator(style.ticks(8))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1) if axis == "round" else style.ticks(8))
     axes.set_title(f"{sentence(METRICS[metric])} {READINGS['global']}")
     figure.legend(loc="outside right center")
     return figure

@@ -41,7 +41,8 @@ def test_one_method_with_its_settings(capsys: pytest.CaptureFixture[str]) -> Non
     for name in ("fedprox", "kt_pfl"):
         for key, field in algorithm[name].model_fields.items():
             assert re.search(rf"{key}\s.*{re.escape(field.description or '')}", out), key
-    assert re.search(r"mu\s+│ 0\.01", out) and "needs proxy set, single uploads" in out
+    assert re.search(r"mu\s+│ number, at least 0\s+│ 0\.01", out) and "samples, uniform, sum" in out
+    assert "needs proxy set, single uploads" in out
 
 
 def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,3 +99,18 @@ def test_bounds_and_the_line_to_beat() -> None:
     assert {n for n in BUILT_IN if is_bound(algorithm[n])} == {"centralized", "ensemble"}
     assert [n for n in BUILT_IN if is_baseline(algorithm[n])] == ["local"]
     assert sends(algorithm["local"]()) == [] and sends(algorithm["centralized"]()) == ["all rows"]
+
+
+class Odd(Algorithm):
+    """Its settings are of types that no built-in method has."""
+
+    by_client: dict[str, float] = {}
+    kinds: tuple[int, ...] = (1, 2)
+    must: complex
+
+
+def test_a_method_of_ones_own_is_explained_whatever_its_settings_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", f"python:{__name__}:Odd"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"by_client\s+│ table", out) and re.search(r"must\s+│ complex\s+│\s+│", out)
+    assert re.search(r"kinds\s+│ list of whole number\s+│ \[1, 2\]", out)

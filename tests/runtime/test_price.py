@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hetero_fl.cli.check import _size
 from hetero_fl.experiment import prepare, run
 from hetero_fl.runtime.price import Price, price
 from hetero_fl.runtime.rehearsal import price_of_queue
+from model_zoo import create_model
 from tests.runtime.paces import source as paced
 from tests.runtime.test_asynchronous import SUMS
 from tests.small import MIXED, TOP, config, rounds_of
@@ -173,3 +175,18 @@ def test_the_check_of_an_asynchronous_run_rehearses_it(tmp_path: Any, capsys: py
     (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 3 rounds: " in text]
     cost, _, counted = rehearsed_and_counted(source)
     assert line.startswith(_size(sum(counted))) and cost.up.keys() == set(prepare(source).federation.cards)
+
+
+@pytest.mark.parametrize("mentee", ["cnn_bn_small", "mlp"])
+def test_the_check_counts_the_models_that_a_method_adds(
+    mentee: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the server what is averaged, at a client its own model and the shared one, for each also gradient and moments."""
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(config("fml", algorithm={"name": "fml", "mentee": mentee})))
+    assert main(["--config", str(path), "--check"], command="train") == 0
+    (told,) = re.findall(r"about: (\S+) kB at the server, (\S+) kB", " ".join(capsys.readouterr().out.split()))
+    models = [create_model(name, 10, 1, 8) for name in ("cnn_bn_small", mentee)]
+    trained = sum(p.numel() for model in models for p in model.parameters())
+    held = sum(t.numel() for model in models for t in model.state_dict().values())
+    assert [float(t) for t in told] == pytest.approx([4e-3 * held, 16e-3 * trained], rel=0.02)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hetero_fl.data import from_arrays
+from hetero_fl.experiment import prepare
 from hetero_fl.objectives import Supervised
 from hetero_fl.plan import Fit, Rows
 from hetero_fl.runtime.batches import index_batches
@@ -72,16 +74,39 @@ def test_an_ensemble_of_one_is_local() -> None:
 
 
 @pytest.mark.usefixtures("float64")
+def test_the_ensembles_word_on_labels_is_the_mean_probability_of_each() -> None:
+    draws = torch.Generator().manual_seed(3)
+    x = torch.randn(240, 4, generator=draws)
+    y = (x @ torch.randn(4, 3, generator=draws) > 0).double()
+    source = config("ensemble", [{"name": "mlp", "hidden": [width]} for width in (12, 9, 12)], 3)
+    rounds = prepare({**source, "data": {"proxy": {"size": 40}}}, dataset=from_arrays(x, y)).rounds()
+    rounds.round()
+    members = {id: module(c.arch["model"], c.models["model"]) for id, c in clients(rounds).items()}
+    p = sum(said(rounds, id, model).sigmoid() for id, model in members.items()) / 3
+    assert rounds.federation.task.kind == "multilabel"
+    for home in (False, True):
+        assert predicted(rounds, "site_1", home).sigmoid().allclose(p, rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("float64")
 def test_two_rounds_of_centralised_training_by_hand() -> None:
     cnn, mlp, _ = MIXED
-    rounds = rounds_of(config("centralized", [cnn, mlp, mlp], 3, clients__defaults__epochs=2), held=0)
+    source = config("centralized", [cnn, mlp, mlp], 3, clients__defaults__epochs=2)
+    source["clients"]["defaults"]["optimizer"].update(schedule="linear", gamma=0.4)
+    views = {"site_1": (0.1, 0.5), "site_2": (0.3, 0.2), "site_3": (0.3, 0.2)}
+    source["clients"]["overrides"] = [
+        {"match": id, "preprocess": {"normalize": {"mean": mean, "std": std}}} for id, (mean, std) in views.items()
+    ]
+    rounds = rounds_of(source, held=0)
     sites = clients(rounds)
-    x, y = (torch.cat([client.data("train", None)[name] for client in sites.values()]) for name in ("x", "y"))
-    arch = sites["site_2"].arch["model"]  # the most frequent
+    arch = sites["site_2"].arch["model"]  # the most frequent, and all rows through its view
+    seen = {id: client.data("train", None) for id, client in sites.items()}
+    x = torch.cat([((seen[id]["x"] * std + mean) - 0.3) / 0.2 for id, (mean, std) in views.items()])
+    y = torch.cat([columns["y"] for columns in seen.values()])
     model = module(arch, rounds.federation.initial(arch))
-    for index in range(2):
+    for index, lr in enumerate((0.05, 0.02)):
         rounds.round()
-        sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         fit = Fit({}, Supervised(), epochs=2, batch_size=BATCH)
         for rows in index_batches(len(y), fit, (rounds.federation.seed, index, "site_1", "train", 0)):
             sgd.zero_grad()
@@ -90,6 +115,6 @@ def test_two_rounds_of_centralised_training_by_hand() -> None:
         assert apart(rounds.server.models[arch.id], model) < 1e-9
     for id in sites:
         for home in (False, True):
-            assert predicted(rounds, id, home).allclose(said(rounds, id, model), rtol=0, atol=1e-9)
+            assert predicted(rounds, id, home).allclose(said(rounds, "site_2", model), rtol=0, atol=1e-9)
     assert rounds.server.models.keys() - {arch.id}
     assert (rounds.traffic.up, rounds.traffic.down) == (0, 0)

@@ -27,11 +27,12 @@ from tests.algorithms.by_hand import apart, clients, module, train
 from tests.small import MIXED, config, deployed, rounds_of, same_bits
 
 FEW = {"synthesis_epochs": 2, "generator_steps": 3, "student_steps": 4, "synthetic_batch": 12, "noise": 5}
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}  # of the student, whose momentum lives on from batch to batch
 
 
 def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
     mine = {"name": "dense", **FEW, **settings}
-    return config("dense", models, clients, algorithm=mine, server={"optimizer": {"name": "sgd", "lr": 0.05}})
+    return config("dense", models, clients, algorithm=mine, server={"optimizer": SGD})
 
 
 def statistics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,8 @@ def test_the_servers_round_by_hand() -> None:
     rounds.round()
     imager_arch = rounds.algorithm.generator((1, 8, 8))
     imager = module(imager_arch, imager_arch.initial(0))
-    adam, sgd = torch.optim.Adam(imager.parameters(), lr=1e-3), torch.optim.SGD(student.parameters(), lr=0.05)
+    adam = torch.optim.Adam(imager.parameters(), lr=1e-3)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
     teachers, pool, logits = list(sent.values()), [], []
     for epoch in range(2):
         draws = generator(0, 1, "server", "noise", epoch)

@@ -58,18 +58,27 @@ def contrast(counts: Tensor) -> Tensor:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("teacher", ["mean", "samples", "contrast"])
 def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of one architecture see the public rows each in its own way; the last keeps its model, and speaks for itself."""
     monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
-    rounds = rounds_of(federation("feddf", [BN, MLP], teacher=teacher), held=1)
+    source = federation("feddf", [BN, MLP], 5, teacher=teacher)
+    views = {"site_2": (0.3, 0.2), "site_3": (0.1, 0.5)}
+    source["clients"]["overrides"] = [
+        {"match": "site_5", "shares": ["predictions", "statistics"]},
+        *({"match": id, "preprocess": {"normalize": {"mean": m, "std": s}}} for id, (m, s) in views.items()),
+    ]
+    rounds = rounds_of(source, held=1)
     models = {group: dict(tensors) for group, tensors in rounds.server.models.items()}
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
     top, bottom, clipped = torch.zeros(60, 10), torch.zeros(10), 0
-    archs = {}
-    for client in clients(rounds).values():
+    archs, seen = {}, {}
+    for id, client in clients(rounds).items():
         arch = client.arch["model"]
-        model = module(arch, models[arch.id])
+        model = module(arch, client.models["model"] if id == "site_5" else models[arch.id])
         train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
-        sent[arch.id].append((client.n, floats(model.state_dict())))
+        if id != "site_5":
+            sent[arch.id].append((client.n, floats(model.state_dict())))
         public, archs[arch.id] = client.data("proxy", None)["x"], arch
+        seen.setdefault(arch.id, public)  # the group's, as its first client sees them
         z = logits(model, public)
         clipped += int((z.log_softmax(1) < CLIP).sum())
         weight = {"mean": torch.ones(10), "samples": client.n * torch.ones(10), "contrast": contrast(client.counts)}
@@ -80,9 +89,27 @@ def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch)
     for group, members in sent.items():
         model = module(archs[group], mean(members))
         start = {n: t.clone() for n, t in model.state_dict().items()}
-        distil(rounds, 1, group, model, public, top / bottom, 2)
+        distil(rounds, 1, group, model, seen[group], top / bottom, 2)
         assert apart(start, model) > 1e-4  # it has moved away from the average
         assert apart(rounds.server.models[group], model) < 1e-9
+
+
+@pytest.mark.usefixtures("float64")
+def test_two_rounds_of_the_servers_student_by_hand() -> None:
+    source = federation("hybrid", [BN, MLP], student_epochs=2)
+    source["server"] = {"model": MLP, "optimizer": {"name": "sgd", "lr": 0.03, "momentum": 0.9}}
+    rounds = rounds_of(source, held=0)
+    student = module(rounds.server.arch["student"], rounds.server.models["student"])
+    sgd = torch.optim.SGD(student.parameters(), lr=0.03, momentum=0.9)  # its momentum lives on
+    x, fit = rounds.server.data("proxy", None)["x"], Fit({}, Digest(), epochs=2, batch_size=25)
+    for index in range(2):
+        rounds.round()
+        teacher = rounds.server.state["teacher"]
+        for rows in index_batches(len(x), fit, (rounds.federation.seed, index, "server", "distil student", 0)):
+            sgd.zero_grad()
+            kl(teacher[rows], student(x[rows]).logits).backward()
+            sgd.step()
+        assert apart(rounds.server.models["student"], student) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")

@@ -25,7 +25,9 @@ T = 2.5
 
 def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
     mine = {"name": "fedgkt", "temperature": T, "server_model": {"name": "mlp", "hidden": [20]}, **settings}
-    return config("fedgkt", models, clients, algorithm=mine, server={"optimizer": {"name": "sgd", "lr": 0.05}})
+    return config(
+        "fedgkt", models, clients, algorithm=mine, server={"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}
+    )
 
 
 def taught(z: Tensor, y: Tensor, teacher: Tensor, weight: float, prior: Tensor | float = 0.0) -> Tensor:
@@ -35,37 +37,39 @@ def taught(z: Tensor, y: Tensor, teacher: Tensor, weight: float, prior: Tensor |
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("adjusted", [False, True])
-def test_a_round_by_hand(adjusted: bool) -> None:
+def test_two_rounds_by_hand(adjusted: bool) -> None:
     settings = {"weight": 0.6, "server_epochs": 2, "server_batch_size": 50, "logit_adjustment": adjusted}
-    rounds = rounds_of(federation(**settings), held=1)
-    before, logits = clients(rounds), rounds.server.state["logits"]
+    rounds = rounds_of(federation(**settings), held=0)
     large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE])
-    rounds.round()
-    sent = []
-    for id, client in before.items():
-        model, data = module(client.arch["model"], client.models["model"]), client.data("train", None)
-        prior = ((client.counts + 1) / (client.counts + 1).sum()).log() * adjusted
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        for rows in index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), (0, 1, id, "train", 0)):
-            optimizer.zero_grad()
-            taught(model(data["x"][rows]).logits, data["y"][rows], logits[id][rows], 0.6, prior).backward()
-            optimizer.step()
-        assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+    server = torch.optim.SGD(large.parameters(), lr=0.05, momentum=0.9)  # its momentum lives on
+    logits = {id: torch.zeros(client.n, 10) for id, client in clients(rounds).items()}
+    for index, weight in enumerate((0.0, 0.6)):  # in the first round nobody has heard the server
+        before = clients(rounds)
+        rounds.round()
+        sent = []
+        for id, client in before.items():
+            model, data = module(client.arch["model"], client.models["model"]), client.data("train", None)
+            prior = ((client.counts + 1) / (client.counts + 1).sum()).log() * adjusted
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+            for rows in index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), (0, index, id, "train", 0)):
+                optimizer.zero_grad()
+                taught(model(data["x"][rows]).logits, data["y"][rows], logits[id][rows], weight, prior).backward()
+                optimizer.step()
+            assert apart(rounds.store.get(id).models["model"], model) < 1e-9
+            with torch.no_grad():
+                z, h = model.eval()(data["x"])  # of the model as it is after this round's training
+            sent.append((h, z, data["y"], prior.expand(client.n, -1)))
+        h, z, y, prior = (torch.cat(column) for column in zip(*sent, strict=True))
+        fit = Fit({}, Supervised(), batch_size=50, epochs=2)
+        for rows in index_batches(len(y), fit, (0, index, "server", "server", 0)):
+            server.zero_grad()
+            taught(large.train()(h[rows]).logits, y[rows], z[rows], 0.6, prior[rows]).backward()
+            server.step()
+        assert apart(rounds.server.models[LARGE], large) < 1e-9
         with torch.no_grad():
-            z, h = model.eval()(data["x"])  # of the model as it is after this round's training
-        sent.append((h, z, data["y"], prior.expand(client.n, -1)))
-    h, z, y, prior = (torch.cat(column) for column in zip(*sent, strict=True))
-    optimizer = torch.optim.SGD(large.parameters(), lr=0.05)
-    fit = Fit({}, Supervised(), batch_size=50, epochs=2)
-    for rows in index_batches(len(y), fit, (0, 1, "server", "server", 0)):
-        optimizer.zero_grad()
-        taught(large(h[rows]).logits, y[rows], z[rows], 0.6, prior[rows]).backward()
-        optimizer.step()
-    assert apart(rounds.server.models[LARGE], large) < 1e-9
-    with torch.no_grad():
-        back = [large.eval()(h).logits for h, *_ in sent]
-    for id, mine in zip(before, back, strict=True):
-        assert float((rounds.server.state["logits"][id] - mine).abs().max()) < 1e-9
+            logits = {id: large.eval()(h).logits for id, (h, *_) in zip(before, sent, strict=True)}
+        for id, mine in logits.items():
+            assert float((rounds.server.state["logits"][id] - mine).abs().max()) < 1e-9
 
 
 @pytest.mark.usefixtures("float64")

@@ -120,8 +120,10 @@ def test_a_class_that_nobody_has_keeps_its_row_of_the_head() -> None:
 
 def test_corner_means() -> None:
     now = {"w": torch.full((3, 3), 9.0), "unsent": torch.ones(2)}
-    got = corner_means(now, [({"w": torch.ones(2, 2)}, 1.0), ({"w": torch.full((1, 2), 4.0)}, 2.0)])
-    assert got.keys() == {"w"} and got["w"].tolist() == [[3, 3, 9], [1, 1, 9], [9, 9, 9]]
+    wide, narrow = ({"w": torch.ones(2, 2)}, 1.0), ({"w": torch.full((1, 2), 4.0)}, 2.0)
+    for members in ([wide, narrow], [narrow, wide]):  # whoever comes first, only its own elements have it for an owner
+        got = corner_means(now, members)
+        assert got.keys() == {"w"} and got["w"].tolist() == [[3, 3, 9], [1, 1, 9], [9, 9, 9]]
     assert now["w"].eq(9).all()
 
 

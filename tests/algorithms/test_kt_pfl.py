@@ -127,6 +127,10 @@ def test_without_learning_all_have_the_mean_as_their_teacher() -> None:
     teachers = [rounds.algorithm.broadcast(rounds.server, c)["teacher"] for c in rounds.federation.cards.values()]
     mean = rounds.server.state["predictions"].mean(0)
     assert all(torch.allclose((t / T).softmax(1), mean, atol=1e-12) for t in teachers)
+    state = rounds.server.state  # and so has whoever gives those present no weight at all
+    state["coefficients"] = torch.zeros_like(state["coefficients"])
+    teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards["site_1"])["teacher"]
+    assert torch.allclose((teacher / T).softmax(1), mean, atol=1e-12)
     first = rounds_of(federation(), held=0)
     local = rounds_of(config("local", MIXED, 3), held=1)
     first.round()  # nobody has a teacher yet

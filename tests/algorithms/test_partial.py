@@ -158,6 +158,8 @@ def test_a_round_of_fedbabu_by_hand(finetune: str) -> None:
         arch = client.arch["model"]
         begun = rounds.federation.initial(arch)
         assert all(torch.equal(rounds.server.models[arch.id][n], begun[n]) for n in begun if n.startswith("head."))
+        travels = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[id])["model"]
+        assert travels.keys() == sent[arch.id][0][1].keys()  # equal heads would average to the same, at a cost
         tuned = received(rounds, client)
         parameters = [p for n, p in tuned.named_parameters() if finetune == "all" or n.startswith("head.")]
         train(client, parameters, entropy(tuned), "personalise", 2)

@@ -12,7 +12,7 @@ from hetero_fl.config import difference, load_config, resolved
 from hetero_fl.config.load import read
 from hetero_fl.environment import cores
 from hetero_fl.errors import Interrupted, RunFailed, UserError
-from hetero_fl.experiment.jobs import Job, Source, Variant, run_all
+from hetero_fl.experiment.jobs import Job, Point, Source, Variant, run_all
 from hetero_fl.experiment.single import prepare
 from hetero_fl.reporting.comparison_columns import ranked
 from hetero_fl.reporting.progress import Progress
@@ -85,7 +85,8 @@ def compare(
         except KeyboardInterrupt as stop:
             raise Interrupted(out) from stop
     done = [j for j in work if j not in failed]
-    chosen = _choose(done, variants, points, tasks[0])
+    scores = _validations(done, tasks[0]) if len(points) > 1 else {}
+    chosen = _choose(scores, variants, points)
     notes = [f"{v.label}: {', '.join(p)} (chosen by validation)" for v, p in chosen.items() if p]
     missing = {algorithm_name(name): why for name, why in left_out.items()}
     for job, why in failed.items():
@@ -93,16 +94,25 @@ def compare(
         missing[", ".join(told)] = f"it failed: {why}"
     from hetero_fl.reporting.compare import comparison_row, write_comparison  # loads what draws
     from hetero_fl.reporting.comparison_curves import hours_to_reach, write_curves
+    from hetero_fl.reporting.comparison_tuning import Candidate
 
     best = [j for j in done if j.point == chosen[j.variant]]
     reached = hours_to_reach([Run(j.out).metrics for j in best], tasks[0])
     rows = [
-        comparison_row(Run(j.out).summary) | {"algorithm": j.variant.label} | hours
+        _values(j.point) | comparison_row(Run(j.out).summary) | {"algorithm": j.variant.label} | hours
         for j, hours in zip(best, reached, strict=True)
     ]
     if rows:
         shown = ranked(rows, tasks[0]) if admitted else rows
-        write_comparison(out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing)
+        tried = [
+            Candidate(v.label, p, scores.get((v, p)), p == chosen[v])
+            for v in variants
+            for p in points
+            if len(points) > 1
+        ]
+        write_comparison(
+            out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing, tried=tried
+        )
         labels = dict.fromkeys(str(row["algorithm"]) for row in shown)
         histories = {a: [Run(j.out).metrics for j in best if j.variant.label == a] for a in labels}
         write_curves(out / "curves.png", histories, tasks[0])
@@ -144,22 +154,29 @@ def _check_made_alike(source: Source, base: list[str], work: list[Job]) -> None:
             raise UserError(f"--out: {job.out} was made with other settings ({differs}); choose another --out")
 
 
-def _folder(variant: Variant, point: tuple[str, ...], seed: int) -> str:
+def _folder(variant: Variant, point: Point, seed: int) -> str:
     parts = [variant.label, *point, f"seed{seed}"]
     return "-".join("".join(c if c.isalnum() or c in "._=" else "_" for c in part) for part in parts)
 
 
-def _choose(
-    done: list[Job], variants: list[Variant], points: list[tuple[str, ...]], task: Task
-) -> dict[Variant, tuple[str, ...]]:
-    """For each variant the grid point with the best mean validation over its seeds; ties to the first."""
-    if len(points) == 1:
-        return dict.fromkeys(variants, points[0])
-    scores: dict[tuple[Variant, tuple[str, ...]], list[float]] = {}
+def _values(point: Point) -> dict[str, str]:
+    """A point's values under their keys."""
+    return {key: value for key, _, value in (entry.partition("=") for entry in point)}
+
+
+def _validations(done: list[Job], task: Task) -> dict[tuple[Variant, Point], float]:
+    """The mean validation of each variant at each grid point over its seeds; larger is better."""
+    scores: dict[tuple[Variant, Point], list[float]] = {}
     for job in done:
         scores.setdefault((job.variant, job.point), []).append(_validation(Run(job.out), task))
-    mean = {key: sum(values) / len(values) for key, values in scores.items()}
-    return {v: max(points, key=lambda p: mean.get((v, p), float("-inf"))) for v in variants}
+    return {key: sum(values) / len(values) for key, values in scores.items()}
+
+
+def _choose(
+    scores: Mapping[tuple[Variant, Point], float], variants: list[Variant], points: list[Point]
+) -> dict[Variant, Point]:
+    """For each variant the grid point with the best validation; ties to the first."""
+    return {v: max(points, key=lambda p: scores.get((v, p), float("-inf"))) for v in variants}
 
 
 def _validation(finished: Run, task: Task) -> float:

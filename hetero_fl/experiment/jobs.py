@@ -17,6 +17,8 @@ from hetero_fl.experiment.single import run
 from hetero_fl.reporting.progress import Progress
 
 Source = str | Path | Mapping[str, Any]
+Point = tuple[str, ...]
+"""A point of a grid: key=value for each of its keys."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Job:
     """One run of a comparison."""
 
     variant: Variant
-    point: tuple[str, ...]  # of the grid: key=value
+    point: Point
     seed: int
     out: Path
 

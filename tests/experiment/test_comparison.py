@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from hetero_fl.algorithms import algorithm
 from hetero_fl.cli import main
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import compare, comparison, jobs
+from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.wording import algorithm_name
 from tests.small import config
 
 
@@ -73,9 +76,32 @@ def test_the_grid_without_test_rows_at_home(tmp_path: Path, one_after_another: l
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
     compare(small(data__split={"test": 0}), "local", out=tmp_path / "out", grid=grid)
     assert len(one_after_another) == 2
-    assert (
-        "clients.defaults.optimizer.lr=0.05 (chosen by validation)" in (tmp_path / "out" / "comparison.md").read_text()
-    )
+    told = "clients.defaults.optimizer.lr=0.05 (chosen by validation)"
+    written = {p.name: p.read_text() for p in (tmp_path / "out").glob("*.*") if p.suffix != ".png"}
+    assert told in written["comparison.md"] and told in written["report.html"]
+    assert written["comparison.tex"].count(f"local: {told}.") == 2
+    (row,) = csv.DictReader(written["comparison.csv"].splitlines())
+    assert row["clients.defaults.optimizer.lr"] == "0.05"
+
+
+def test_the_candidates_are_shown_with_their_validation(tmp_path: Path, one_after_another: list[str]) -> None:
+    grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
+    compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)
+    out = tmp_path / "out"
+    text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
+    section = text.partition("## The values that were tried")[2].partition("## The methods")[0]
+    for name in ("local", "fedavg"):
+        for value in ("1e-9", "0.05"):
+            both = []
+            for seed in (0, 1):
+                point = f"clients.defaults.optimizer.lr={value.replace('-', '_')}"
+                both.append(Run(out / "runs" / f"{name}-{point}-seed{seed}").metrics[-1]["validation"])
+            scores = [v[which]["balanced_accuracy"] for v in both for which in ("personal", "global")]
+            shown = f"{100 * fmean(scores):.1f}"
+            (line,) = [row for row in section.splitlines() if algorithm_name(name) in row and f"lr={value} " in row]
+            assert line.split("|")[3].strip() in (shown, f"**{shown}**")
+            assert f'<td class="text">clients.defaults.optimizer.lr={value}</td>' in page
+        assert section.count("**") == 4
 
 
 def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,7 +120,8 @@ def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPat
     done = [jobs.Job(variant, p, 0, Path(name)) for p, name in zip(points, ("first", "second"), strict=True)]
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
         task = Task(kind, 3)  # type: ignore[arg-type]
-        assert comparison._choose(done, [variant], points, task) == {variant: points[best]}
+        scores = comparison._validations(done, task)
+        assert comparison._choose(scores, [variant], points) == {variant: points[best]}
 
 
 def test_from_python_too(tmp_path: Path) -> None:

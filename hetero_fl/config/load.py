@@ -114,7 +114,15 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         config = OmegaConf.create(raw)
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-        OmegaConf.update(config, key, typing.cast("dict[str, Any]", parsed)["value"], merge=True)
+        OmegaConf.update(config, key, _spaced(typing.cast("dict[str, Any]", parsed)["value"]), merge=True)
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise UserError(f"{override}: {key} cannot be set: {str(error).splitlines()[0]}") from None
+
+
+def _spaced(value: Any) -> Any:
+    """`{a:1,b:2}` as if written `{a: 1, b: 2}`: to YAML it has two keys without a value."""
+    if not (isinstance(value, dict) and value):
+        return value
+    tight = all(v is None and isinstance(k, str) and ":" in k for k, v in value.items())
+    return {k.split(":", 1)[0]: yaml.safe_load(k.split(":", 1)[1]) for k in value} if tight else value

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hetero_fl.algorithms import algorithm
+from hetero_fl.brackets import pieces
 from hetero_fl.children import leave_if_importing
 from hetero_fl.config import difference, load_config, resolved
 from hetero_fl.config.load import read
@@ -54,7 +55,7 @@ def compare(
     config = load_config(source, base)
     for seed in seeds:
         load_config(source, [*base, f"seed={seed}"])
-    names = [n.strip() for n in (algorithms.split(",") if isinstance(algorithms, str) else algorithms)]
+    names = [n.strip() for n in (pieces(algorithms, ",") if isinstance(algorithms, str) else algorithms)]
     asked = [Variant.parse(n) for n in names if n and n != "all"]
     admitted, left_out = _admitted(source, base, seeds[0]) if "all" in names else ([], {})
     variants = list(dict.fromkeys([*admitted, *asked]))

@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from hetero_fl.algorithms import algorithm
+from hetero_fl.brackets import pieces
 from hetero_fl.cli import main
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import compare, comparison, jobs
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.wording import algorithm_name
+from hetero_fl.reporting.wording import algorithm_base, algorithm_name
 from tests.small import config
 
 
@@ -122,6 +123,44 @@ def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPat
         task = Task(kind, 3)  # type: ignore[arg-type]
         scores = comparison._validations(done, task)
         assert comparison._choose(scores, [variant], points) == {variant: points[best]}
+
+
+def test_a_list_is_not_split_within_brackets(tmp_path: Path, one_after_another: list[str]) -> None:
+    asked = "local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},heterofl:widths={site_1:1,site_2:0.5}:model=mlp"
+    compare(small(), asked, out=tmp_path / "out", grid={})
+    assert len(one_after_another) == 3
+    widths = [Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"] for name in one_after_another]
+    assert widths[1]["widths"] == widths[2]["widths"] == {"site_1": 1.0, "site_2": 0.5}
+    assert widths[1]["model"]["hidden"] == [8, 8]
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    assert [row["algorithm"] for row in rows] == pieces(asked, ",")
+
+
+@pytest.mark.parametrize(
+    ("label", "base", "name"),
+    [
+        ("fml:mentee={name: mlp, hidden: [16]}:beta=1", "fml", "FML (mentee = {name: mlp, hidden: [16]}, beta = 1)"),
+        ("python:a.b:Own:net={name: mlp}:mu=1", "python:a.b:Own", "Own (net = {name: mlp}, mu = 1)"),
+    ],
+)
+def test_the_settings_of_a_label(label: str, base: str, name: str) -> None:
+    assert algorithm_base(label) == base and algorithm_name(label) == name
+    variant = jobs.Variant.parse(label)
+    assert variant.overrides[0] == f"algorithm.name={base}" and len(variant.overrides) == 3
+
+
+def test_a_grid_takes_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def told(*_: Any, **options: Any) -> Path:
+        asked.update(options)
+        (tmp_path / "comparison.md").write_text("")
+        return tmp_path
+
+    monkeypatch.setattr("hetero_fl.experiment.compare", told)
+    command = ["--config", "c.yaml", "--algorithms", "heterofl", "--out", "o", "--grid", "algorithm.widths=[1,0.5],[1]"]
+    assert main(command, command="compare") == 0
+    assert asked["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
 
 
 def test_from_python_too(tmp_path: Path) -> None:

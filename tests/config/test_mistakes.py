@@ -22,6 +22,8 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
     [
         ("data.paht=x.npz", "data.paht: unknown key; did you mean 'path'?"),
         ("path=x.npz", "path: unknown key; did you mean 'data.path'?"),
+        ("round=3", "round: unknown key; did you mean 'rounds'?"),
+        ("clients.round=3", "clients.round: unknown key; did you mean 'clients.per_round'?"),
         ("data_path=x.npz", "did you mean 'data.path'?"),
         ("data.partition.path=x.npz", "did you mean 'data.path'?"),
         ("data.alpha=0.5", "data.alpha: unknown key; did you mean 'data.partition.alpha'?"),

@@ -18,6 +18,8 @@ from hetero_fl.task import Task
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
 """Our name of a split: its name in the file."""
 PATIENT = "patient"
+TABLES = (".csv", ".tsv", ".parquet")
+"""Files that the source `table` reads."""
 
 
 def read_npz(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.data.base import Dataset, check_examples
-from hetero_fl.data.npz import read_npz
+from hetero_fl.data.npz import TABLES, read_npz
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.registry import called
 from hetero_fl.task import Task
@@ -106,7 +106,10 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
 def _entry(config: SourceConfig, where: str) -> tuple[str, _Source]:
     name = config.name.removeprefix("medmnist:")
     if name not in _sources:
-        raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
+        kind = f".{name.lower().removeprefix('.')}"
+        hint = f"; did you mean 'table'? It reads {kind} files" if kind in TABLES else ""
+        hint = hint or nearest(config.name, _sources, "hetero_fl.data.list_sources()")
+        raise UserError(f"{where}.name: found '{config.name}'{hint}")
     return name, _sources[name]
 
 

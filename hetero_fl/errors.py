@@ -6,9 +6,11 @@ import os
 import sysconfig
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+LOOKED = 1000  # so many files of a folder at most are compared with the name of one that is not there
 _OTHERS = (  # this project, Python and what was installed
     *(os.path.join(folder, "") for folder in (PACKAGE, PACKAGE.parent / "model_zoo")),
     *(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib")),
@@ -70,6 +72,14 @@ def nearest(found: object, choices: Iterable[str], all_of: str = "") -> str:
     more = f", … ({all_of} has all)" if all_of else ", …"
     shown = ", ".join(names[:20]) + (more if len(names) > 20 else "")
     return f"; choose from {shown}" if names else ""
+
+
+def beside(path: Path) -> str:
+    """`; did you mean 'x'?` if what is beside a file that is not there has nearly its name, else nothing."""
+    try:
+        return similar(path.name, [p.name for p in islice(path.parent.iterdir(), LOOKED)])
+    except OSError:
+        return ""
 
 
 def is_users(file: str) -> bool:

@@ -117,7 +117,18 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         OmegaConf.update(config, key, _spaced(typing.cast("dict[str, Any]", parsed)["value"]), merge=True)
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError) as error:
-        raise UserError(f"{override}: {key} cannot be set: {str(error).splitlines()[0]}") from None
+        why = _beyond(raw, key) or str(error).splitlines()[0]
+        raise UserError(f"{override}: {key} cannot be set: {why}") from None
+
+
+def _beyond(value: Any, key: str) -> str:
+    """How many entries the list has that a path leads out of; empty where there is none."""
+    steps = key.split(".")
+    for at, step in enumerate(steps):
+        if isinstance(value, list) and step.isdigit() and int(step) >= len(value):
+            return f"found {step}, but {'.'.join(steps[:at])} has {len(value)}, and the first is 0"
+        value = value.get(step) if isinstance(value, dict) else value[int(step)] if step.isdigit() else None
+    return ""
 
 
 def _spaced(value: Any) -> Any:

@@ -90,6 +90,16 @@ def test_lists_tables_and_plain_values(tree: dict[str, Any], line: str) -> None:
     assert line in said(tree)
 
 
+@pytest.mark.parametrize(("names", "count"), [("ab", 2), ("a", 1)])
+def test_an_entry_that_there_is_not(names: str, count: int) -> None:
+    override = "clients.groups.7.model=mlp"
+    line = said({"clients": {"groups": [{"name": n} for n in names]}}, override)
+    assert (
+        line
+        == f"{override}: clients.groups.7.model cannot be set: found 7, but clients.groups has {count}, and the first is 0"
+    )
+
+
 def test_a_list_in_a_tables_place_by_override() -> None:
     assert "a table was meant" in said({}, "data=[1,2]")
     assert "data" in said({"data": [1]}, "data.path=x.npz")

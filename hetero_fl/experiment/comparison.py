@@ -70,7 +70,7 @@ def compare(
     _check_made_alike(source, base, work)
     once = work[: len(variants) * len(points)]
     new = [job for job in once if grid or job.variant not in admitted]  # the others have been prepared
-    tasks = [prepare(source, [*base, *job.overrides]).federation.task for job in new or once[:1]]
+    tasks = [_task(source, base, job) for job in new or once[:1]]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,6 +136,19 @@ def _admitted(source: Source, base: list[str], seed: int) -> tuple[list[Variant]
     if not kept:  # then it is no matter of the method
         raise UserError(next(iter(left_out.values())))
     return kept, left_out
+
+
+def _task(source: Source, base: list[str], job: Job) -> Task:
+    """What a run learns. Raises UserError, which says by which option the key was set, if the run is impossible."""
+    try:
+        return prepare(source, [*base, *job.overrides]).federation.task
+    except UserError as error:
+        line = str(error)
+        for option, overrides in (("--algorithms", job.variant.overrides), ("--grid", job.point)):
+            for override in overrides:
+                if line.startswith(f"{override}: "):
+                    raise UserError(f"{option}: {line.removeprefix(f'{override}: ')}") from None
+        raise
 
 
 def _check_made_alike(source: Source, base: list[str], work: list[Job]) -> None:

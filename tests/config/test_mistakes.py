@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +99,26 @@ def test_an_entry_that_there_is_not(names: str, count: int) -> None:
         line
         == f"{override}: clients.groups.7.model cannot be set: found 7, but clients.groups has {count}, and the first is 0"
     )
+
+
+def test_the_line_says_where_the_key_was_set(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("rounds: two\nalgorithm: {name: fedprox, mu: x}\n")
+    for overrides, told in (
+        ([], f"{file}: rounds: found 'two'"),
+        (["seed=1"], f"{file}: rounds: found 'two'"),
+        (["rounds=1", "rounds=three"], "rounds=three: rounds: found 'three'"),
+        (["rounds=1", "algorithm.seed=1"], "algorithm.seed=1: algorithm.seed: unknown key"),
+        (["rounds=1"], f"{file}: algorithm.mu: found 'x'"),
+        (
+            ["rounds=1", "algorithm={name: fedprox, mu: -1}"],
+            "algorithm={name: fedprox, mu: -1}: algorithm.mu: found -1",
+        ),
+        (["rounds=1", "algorithm.name=fedvag"], "algorithm.name=fedvag: algorithm.name: found algorithm 'fedvag'"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_config(file, overrides)
+        assert str(error.value).startswith(told)
 
 
 def test_a_list_in_a_tables_place_by_override() -> None:

@@ -143,7 +143,7 @@ def _beyond(value: Any, key: str) -> str:
 
 def _spaced(value: Any) -> Any:
     """`{a:1,b:2}` as if written `{a: 1, b: 2}`: to YAML it has two keys without a value."""
-    if not (isinstance(value, dict) and value):
+    if not isinstance(value, dict):
         return value
-    tight = all(v is None and isinstance(k, str) and ":" in k for k, v in value.items())
-    return {k.split(":", 1)[0]: yaml.safe_load(k.split(":", 1)[1]) for k in value} if tight else value
+    tight = {k: str(k).split(":", 1) for k, v in value.items() if v is None and ":" in str(k)}
+    return dict((tight[k][0], yaml.safe_load(tight[k][1])) if k in tight else (k, v) for k, v in value.items())

@@ -136,7 +136,7 @@ def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_list_is_not_split_within_brackets(tmp_path: Path, one_after_another: list[str]) -> None:
-    asked = "local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},heterofl:widths={site_1:1,site_2:0.5}:model=mlp"
+    asked = 'local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},heterofl:widths={site_1:1,"site_2":0.5}:model=mlp'
     compare(small(), asked, out=tmp_path / "out", grid={})
     assert len(one_after_another) == 3
     widths = [Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"] for name in one_after_another]

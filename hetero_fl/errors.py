@@ -6,9 +6,11 @@ import os
 import sysconfig
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+LOOKED = 1000  # so many files of a folder at most are compared with the name of one that is not there
 _OTHERS = (  # this project, Python and what was installed
     *(os.path.join(folder, "") for folder in (PACKAGE, PACKAGE.parent / "model_zoo")),
     *(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib")),
@@ -44,18 +46,40 @@ class Interrupted(KeyboardInterrupt):
 
 
 def similar(found: object, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'?` if one of the choices is close to what was found, else nothing."""
-    close = get_close_matches(str(found), sorted(map(str, choices)), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    """`; did you mean 'x'?` if one of the choices is close to what was found, else nothing.
+
+    Neither case nor `-` and `_` count: KT-pFL is kt_pfl. Of what is close, the same letters in another order come first.
+    """
+    names = {_plain(name): name for name in sorted(map(str, choices), reverse=True)}
+    word = _plain(str(found))
+    close = get_close_matches(word, names, n=3, cutoff=0.6)
+    swapped = [name for name in close if sorted(name) == sorted(word)]
+    return f"; did you mean '{names[(swapped or close)[0]]}'?" if close else ""
 
 
-def nearest(found: object, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'?` if one of the choices is close to what was found, else the choices themselves."""
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def nearest(found: object, choices: Iterable[str], all_of: str = "") -> str:
+    """`; did you mean 'x'?` if one of the choices is close to what was found, else the choices themselves.
+
+    `all_of`: what lists all of them, for where they are more than a line holds.
+    """
     names = sorted(map(str, choices))
     if hint := similar(found, names):
         return hint
-    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    more = f", … ({all_of} has all)" if all_of else ", …"
+    shown = ", ".join(names[:20]) + (more if len(names) > 20 else "")
     return f"; choose from {shown}" if names else ""
+
+
+def beside(path: Path) -> str:
+    """`; did you mean 'x'?` if what is beside a file that is not there has nearly its name, else nothing."""
+    try:
+        return similar(path.name, [p.name for p in islice(path.parent.iterdir(), LOOKED)])
+    except OSError:
+        return ""
 
 
 def is_users(file: str) -> bool:

@@ -15,10 +15,10 @@ OWN = "python:"
 
 
 class Registry(Generic[T]):
-    """Names to objects of one kind; `registry("name")` is a decorator that adds one."""
+    """Names to objects of one kind; `registry("name")` is a decorator that adds one. `all_of`: what lists them all."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, all_of: str = "") -> None:
+        self.kind, self._all_of = kind, all_of
         self._known: dict[str, T] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         if name.startswith(OWN):
             return imported(name, self.kind)
         if name not in self._known:
-            raise UserError(f"found {self.kind} '{name}'{nearest(name, self._known)}")
+            raise UserError(f"found {self.kind} '{name}'{nearest(name, self._known, self._all_of)}")
         return self._known[name]
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hetero_fl.brackets import pieces
 from hetero_fl.cli.join import numbers
 from hetero_fl.errors import UserError
 
@@ -52,7 +53,7 @@ def carry_out(options: argparse.Namespace) -> int:
         key, equals, values = entry.partition("=")
         if not equals or not values:
             raise UserError(f"--grid: found '{entry}'; write key=a,b,c")
-        grid[key] = values.split(",")
+        grid[key] = pieces(values, ",")
     found = compare(
         config,
         algorithms,

@@ -39,31 +39,41 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe(error, raw, own=_own_keys(raw))}") from None
-    return config.model_copy(update={"algorithm": _algorithm(config.algorithm, where)})
+        raise _placed(describe(error, raw, own=_own_keys(raw)), overrides, where) from None
+    try:
+        return config.model_copy(update={"algorithm": _algorithm(config.algorithm)})
+    except UserError as error:
+        raise _placed(str(error), overrides, where) from None
 
 
-def _algorithm(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The algorithm's settings, complete with its defaults."""
+def _placed(line: str, overrides: Iterable[str], where: str) -> UserError:
+    """A mistake at a key, with where that key was set: by an override, if one names it, else in the source `where`."""
+    key = line.partition(": ")[0]
+    for override in overrides:
+        named = override.partition("=")[0]
+        where = override if key == named or key.startswith(f"{named}.") else where
+    return UserError(f"{where}: {line}")
+
+
+def _algorithm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The algorithm's settings, complete with its defaults. Raises UserError with the key's place."""
     from hetero_fl.algorithms import Algorithm, algorithm
 
     if "name" not in settings and (close := get_close_matches("name", settings, n=1)):
-        raise UserError(f"{where}: algorithm.{close[0]}: unknown key; did you mean 'name'?")
+        raise UserError(f"algorithm.{close[0]}: unknown key; did you mean 'name'?")
     if not isinstance(settings.get("name"), str):
-        raise UserError(f"{where}: algorithm.name: found {settings.get('name')!r}; choose from {', '.join(algorithm)}")
+        raise UserError(f"algorithm.name: found {settings.get('name')!r}; choose from {', '.join(algorithm)}")
     try:
         kind = algorithm[settings["name"]]
     except UserError as error:
-        raise UserError(f"{where}: algorithm.name: {error}") from None
+        raise UserError(f"algorithm.name: {error}") from None
     if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
-        raise UserError(
-            f"{where}: algorithm.name: '{settings['name']}' is no subclass of hetero_fl.algorithms.Algorithm"
-        )
+        raise UserError(f"algorithm.name: '{settings['name']}' is no subclass of hetero_fl.algorithms.Algorithm")
     own = {k: v for k, v in settings.items() if k != "name"}
     try:
         return {"name": settings["name"], **kind.model_validate(own).model_dump()}
     except ValidationError as error:
-        raise UserError(f"{where}: {describe(error, own, kind, ['algorithm'])} (of {settings['name']})") from None
+        raise UserError(f"{describe(error, own, kind, ['algorithm'])} (of {settings['name']})") from None
 
 
 def _own_keys(raw: Mapping[str, Any]) -> list[str]:
@@ -114,7 +124,26 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         config = OmegaConf.create(raw)
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-        OmegaConf.update(config, key, typing.cast("dict[str, Any]", parsed)["value"], merge=True)
+        OmegaConf.update(config, key, _spaced(typing.cast("dict[str, Any]", parsed)["value"]), merge=True)
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError) as error:
-        raise UserError(f"{override}: {key} cannot be set: {str(error).splitlines()[0]}") from None
+        why = _beyond(raw, key) or str(error).splitlines()[0]
+        raise UserError(f"{override}: {key} cannot be set: {why}") from None
+
+
+def _beyond(value: Any, key: str) -> str:
+    """How many entries the list has that a path leads out of; empty where there is none."""
+    steps = key.split(".")
+    for at, step in enumerate(steps):
+        if isinstance(value, list) and step.isdigit() and int(step) >= len(value):
+            return f"found {step}, but {'.'.join(steps[:at])} has {len(value)}, and the first is 0"
+        value = value.get(step) if isinstance(value, dict) else value[int(step)] if step.isdigit() else None
+    return ""
+
+
+def _spaced(value: Any) -> Any:
+    """`{a:1,b:2}` as if written `{a: 1, b: 2}`: to YAML it has two keys without a value."""
+    if not isinstance(value, dict):
+        return value
+    tight = {k: str(k).split(":", 1) for k, v in value.items() if v is None and ":" in str(k)}
+    return dict((tight[k][0], yaml.safe_load(tight[k][1])) if k in tight else (k, v) for k, v in value.items())

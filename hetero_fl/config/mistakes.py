@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from hetero_fl.config.schema import Config
 from hetero_fl.errors import nearest
 
+MISSPELT = 0.85  # how alike a key of the same place must be to stand before one of another place that ends the same
 ELSEWHERE = 0.75  # how alike a misspelt key must be to one of another place, of which there are many
 TABLE = {"model_type", "model_attributes_type", "dict_type"}  # pydantic's names for: a table was meant
 
@@ -88,7 +89,8 @@ def _meant(key: str, here: list[str], place: list[str], own: Iterable[str]) -> s
     close = get_close_matches(key, here, n=1, cutoff=0.6)
     known = list(dict.fromkeys([*_paths(Config), *(("algorithm", k) for k in own)]))
     there = [p for p in known if p[-1] == key]
-    if not there and (joined := [p for p in known if _joined(p).endswith(_joined([key]))]):
+    misspelt = get_close_matches(key, here, n=1, cutoff=MISSPELT)  # round is nearer to rounds than to clients.per_round
+    if not there and not misspelt and (joined := [p for p in known if _joined(p).endswith(_joined([key]))]):
         there, close = joined, []  # data_path is nearer to data.path than to data
     if not there and not close:
         alike = get_close_matches(key, [p[-1] for p in known], n=1, cutoff=ELSEWHERE)

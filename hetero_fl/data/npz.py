@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hetero_fl.data.base import Dataset, Examples, check_examples, places
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.errors import UserError, beside, nearest
 from hetero_fl.images import COLOURS, MOST_CHANNELS, as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
 """Our name of a split: its name in the file."""
 PATIENT = "patient"
+TABLES = (".csv", ".tsv", ".parquet")
+"""Files that the source `table` reads."""
 
 
 def read_npz(
@@ -83,12 +86,21 @@ def read_images(path: Path) -> Tensor:
 def _read(path: Path, wanted: list[str], where: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """The wanted arrays as far as they are there, and the names of all arrays. Nothing else is unpacked."""
     if not path.is_file():
-        raise UserError(f"{where}: no such file")
+        raise UserError(f"{where}: no such file{beside(path)}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in wanted if name in archive.files}, list(archive.files)
     except Exception as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
-        raise UserError(f"{where}: not a readable .npz file ({type(error).__name__}: {error})") from error
+        raise UserError(f"{where}: not a readable .npz file{unreadable(path, error)}") from error
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Why a file is no .npz; numpy's own words would advise to unpickle whatever it is."""
+    if not is_zipfile(path):
+        return ": it is no whole archive of arrays, as numpy.savez writes it"
+    if "pickle" in str(error):
+        return ": it has an array of Python objects; save numbers"
+    return f" ({type(error).__name__}: {error})"
 
 
 def _pair(arrays: dict[str, np.ndarray], split: str, where: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,8 @@ from typing import Literal
 
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.data.base import Dataset, check_examples
-from hetero_fl.data.npz import read_npz
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.data.npz import TABLES, read_npz
+from hetero_fl.errors import UserError, beside, nearest
 from hetero_fl.registry import called
 from hetero_fl.task import Task
 
@@ -65,7 +65,7 @@ def check_source(config: SourceConfig, where: str = "data") -> None:
     if not config.name.startswith("python:"):
         _entry(config, where)
     if config.path is not None and not Path(config.path).expanduser().exists():
-        raise UserError(f"{where}.path: {config.path}: no such file or folder")
+        raise UserError(f"{where}.path: {config.path}: no such file or folder{beside(Path(config.path).expanduser())}")
 
 
 def load_source(config: SourceConfig, root: Path, where: str = "data", missing: bool = False) -> Dataset:
@@ -88,9 +88,12 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     for key in ("label", "group", "patient", "task", "size", "series", "text", "windows"):
         if getattr(config, key) is not None and key not in takes:
             raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
+    file = Path(config.path or "").expanduser()
+    if (local or name == "npz") and file.suffix.lower() in TABLES and file.is_file():
+        raise UserError(f"{where}.path: {config.path}: no .npz file; `{where}.name: table` reads it")
     try:
         if config.path is not None and local:
-            dataset = read_npz(Path(config.path).expanduser(), name, entry.task, config.task, config.patient)
+            dataset = read_npz(file, name, entry.task, config.task, config.patient)
         elif config.path is None and "path" in entry.keys and not entry.generates:
             raise UserError(f"path: missing; {name} reads a local file or folder")
         else:
@@ -106,7 +109,10 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
 def _entry(config: SourceConfig, where: str) -> tuple[str, _Source]:
     name = config.name.removeprefix("medmnist:")
     if name not in _sources:
-        raise UserError(f"{where}.name: found '{config.name}'{nearest(config.name, _sources)}")
+        kind = f".{name.lower().removeprefix('.')}"
+        hint = f"; did you mean 'table'? It reads {kind} files" if kind in TABLES else ""
+        hint = hint or nearest(config.name, _sources, "hetero_fl.data.list_sources()")
+        raise UserError(f"{where}.name: found '{config.name}'{hint}")
     return name, _sources[name]
 
 

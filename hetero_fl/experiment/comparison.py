@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hetero_fl.algorithms import algorithm
+from hetero_fl.brackets import pieces
 from hetero_fl.children import leave_if_importing
 from hetero_fl.config import difference, load_config, resolved
 from hetero_fl.config.load import read
 from hetero_fl.environment import cores
 from hetero_fl.errors import Interrupted, RunFailed, UserError
-from hetero_fl.experiment.jobs import Job, Source, Variant, run_all
+from hetero_fl.experiment.jobs import Job, Point, Source, Variant, run_all
 from hetero_fl.experiment.single import prepare
 from hetero_fl.reporting.comparison_columns import ranked
 from hetero_fl.reporting.progress import Progress
@@ -54,7 +55,7 @@ def compare(
     config = load_config(source, base)
     for seed in seeds:
         load_config(source, [*base, f"seed={seed}"])
-    names = [n.strip() for n in (algorithms.split(",") if isinstance(algorithms, str) else algorithms)]
+    names = [n.strip() for n in (pieces(algorithms, ",") if isinstance(algorithms, str) else algorithms)]
     asked = [Variant.parse(n) for n in names if n and n != "all"]
     admitted, left_out = _admitted(source, base, seeds[0]) if "all" in names else ([], {})
     variants = list(dict.fromkeys([*admitted, *asked]))
@@ -69,7 +70,7 @@ def compare(
     _check_made_alike(source, base, work)
     once = work[: len(variants) * len(points)]
     new = [job for job in once if grid or job.variant not in admitted]  # the others have been prepared
-    tasks = [prepare(source, [*base, *job.overrides]).federation.task for job in new or once[:1]]
+    tasks = [_task(source, base, job) for job in new or once[:1]]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,7 +86,8 @@ def compare(
         except KeyboardInterrupt as stop:
             raise Interrupted(out) from stop
     done = [j for j in work if j not in failed]
-    chosen = _choose(done, variants, points, tasks[0])
+    scores = _validations(done, tasks[0]) if len(points) > 1 else {}
+    chosen = _choose(scores, variants, points)
     notes = [f"{v.label}: {', '.join(p)} (chosen by validation)" for v, p in chosen.items() if p]
     missing = {algorithm_name(name): why for name, why in left_out.items()}
     for job, why in failed.items():
@@ -93,16 +95,25 @@ def compare(
         missing[", ".join(told)] = f"it failed: {why}"
     from hetero_fl.reporting.compare import comparison_row, write_comparison  # loads what draws
     from hetero_fl.reporting.comparison_curves import hours_to_reach, write_curves
+    from hetero_fl.reporting.comparison_tuning import Candidate
 
     best = [j for j in done if j.point == chosen[j.variant]]
     reached = hours_to_reach([Run(j.out).metrics for j in best], tasks[0])
     rows = [
-        comparison_row(Run(j.out).summary) | {"algorithm": j.variant.label} | hours
+        _values(j.point) | comparison_row(Run(j.out).summary) | {"algorithm": j.variant.label} | hours
         for j, hours in zip(best, reached, strict=True)
     ]
     if rows:
         shown = ranked(rows, tasks[0]) if admitted else rows
-        write_comparison(out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing)
+        tried = [
+            Candidate(v.label, p, scores.get((v, p)), p == chosen[v])
+            for v in variants
+            for p in points
+            if len(points) > 1
+        ]
+        write_comparison(
+            out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing, tried=tried
+        )
         labels = dict.fromkeys(str(row["algorithm"]) for row in shown)
         histories = {a: [Run(j.out).metrics for j in best if j.variant.label == a] for a in labels}
         write_curves(out / "curves.png", histories, tasks[0])
@@ -127,6 +138,19 @@ def _admitted(source: Source, base: list[str], seed: int) -> tuple[list[Variant]
     return kept, left_out
 
 
+def _task(source: Source, base: list[str], job: Job) -> Task:
+    """What a run learns. Raises UserError, which says by which option the key was set, if the run is impossible."""
+    try:
+        return prepare(source, [*base, *job.overrides]).federation.task
+    except UserError as error:
+        line = str(error)
+        for option, overrides in (("--algorithms", job.variant.overrides), ("--grid", job.point)):
+            for override in overrides:
+                if line.startswith(f"{override}: "):
+                    raise UserError(f"{option}: {line.removeprefix(f'{override}: ')}") from None
+        raise
+
+
 def _check_made_alike(source: Source, base: list[str], work: list[Job]) -> None:
     """Raises UserError, before anything runs, for a run directory that is there and was made with other settings."""
     for job in work:
@@ -144,22 +168,29 @@ def _check_made_alike(source: Source, base: list[str], work: list[Job]) -> None:
             raise UserError(f"--out: {job.out} was made with other settings ({differs}); choose another --out")
 
 
-def _folder(variant: Variant, point: tuple[str, ...], seed: int) -> str:
+def _folder(variant: Variant, point: Point, seed: int) -> str:
     parts = [variant.label, *point, f"seed{seed}"]
     return "-".join("".join(c if c.isalnum() or c in "._=" else "_" for c in part) for part in parts)
 
 
-def _choose(
-    done: list[Job], variants: list[Variant], points: list[tuple[str, ...]], task: Task
-) -> dict[Variant, tuple[str, ...]]:
-    """For each variant the grid point with the best mean validation over its seeds; ties to the first."""
-    if len(points) == 1:
-        return dict.fromkeys(variants, points[0])
-    scores: dict[tuple[Variant, tuple[str, ...]], list[float]] = {}
+def _values(point: Point) -> dict[str, str]:
+    """A point's values under their keys."""
+    return {key: value for key, _, value in (entry.partition("=") for entry in point)}
+
+
+def _validations(done: list[Job], task: Task) -> dict[tuple[Variant, Point], float]:
+    """The mean validation of each variant at each grid point over its seeds; larger is better."""
+    scores: dict[tuple[Variant, Point], list[float]] = {}
     for job in done:
         scores.setdefault((job.variant, job.point), []).append(_validation(Run(job.out), task))
-    mean = {key: sum(values) / len(values) for key, values in scores.items()}
-    return {v: max(points, key=lambda p: mean.get((v, p), float("-inf"))) for v in variants}
+    return {key: sum(values) / len(values) for key, values in scores.items()}
+
+
+def _choose(
+    scores: Mapping[tuple[Variant, Point], float], variants: list[Variant], points: list[Point]
+) -> dict[Variant, Point]:
+    """For each variant the grid point with the best validation; ties to the first."""
+    return {v: max(points, key=lambda p: scores.get((v, p), float("-inf"))) for v in variants}
 
 
 def _validation(finished: Run, task: Task) -> float:

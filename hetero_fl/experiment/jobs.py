@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.brackets import pieces
 from hetero_fl.children import ADVICE, UNGUARDED, deaf_children
 from hetero_fl.environment import take_one_core
 from hetero_fl.errors import RunFailed, UserError
@@ -17,6 +18,8 @@ from hetero_fl.experiment.single import run
 from hetero_fl.reporting.progress import Progress
 
 Source = str | Path | Mapping[str, Any]
+Point = tuple[str, ...]
+"""A point of a grid: key=value for each of its keys."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """From the command line's form. Settings are those of the algorithm, or full key paths."""
-        name, *settings = text.split(":")
+        name, *settings = pieces(text, ":")
         if name == "python":  # python:package.module:Class:setting=value
-            name, settings = ":".join(text.split(":")[:3]), text.split(":")[3:]
+            name, settings = ":".join([name, *settings[:2]]), settings[2:]
         for setting in settings:
             if "=" not in setting:
                 raise UserError(f"--algorithms: '{text}': write name:setting=value, found '{setting}'")
@@ -44,7 +47,7 @@ class Job:
     """One run of a comparison."""
 
     variant: Variant
-    point: tuple[str, ...]  # of the grid: key=value
+    point: Point
     seed: int
     out: Path
 

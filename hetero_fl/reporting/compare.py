@@ -14,6 +14,7 @@ from hetero_fl.reporting import comparison_plot, comparison_tables, comparison_t
 from hetero_fl.reporting.comparison_about import About, about
 from hetero_fl.reporting.comparison_columns import Row, entrants
 from hetero_fl.reporting.comparison_tables import Table
+from hetero_fl.reporting.comparison_tuning import Candidate, Tuning, tuning
 from hetero_fl.reporting.methods import described
 from hetero_fl.reporting.report import embedded, render
 from hetero_fl.reporting.rundir import RunDirectory
@@ -52,12 +53,14 @@ def write_comparison(
     note: str,
     task: Task,
     missing: Mapping[str, str] | None = None,
+    tried: Sequence[Candidate] = (),
 ) -> None:
     """Write table, figure and report of a comparison; one row a run, as `comparison_row` makes it.
 
     `algorithm` is a name, or one with settings of its own (`hybrid:teacher=mean`). Tables and picture keep the order of
     the rows, the bounds last. What it is about is read from `runs/` and `log.txt` in `out_dir`, as far as they are there.
-    `missing`: why a method, or a run of it, is not among the rows. Raises ValueError without rows.
+    `missing`: why a method, or a run of it, is not among the rows. `tried`: the candidates of a grid, where there was one;
+    `note`: what was chosen among them, which stands below the title and in the captions in LaTeX. Raises ValueError without rows.
     """
     if not rows:
         raise ValueError("a comparison needs at least one run")
@@ -66,14 +69,15 @@ def write_comparison(
     out.write_text("comparison.csv", _csv(rows, task))
     known = about(out.path, rows, missing)
     tables = [comparison_tables.make_table(rows, task, moment, known.jobs, known.home) for moment in ("last", "best")]
-    out.write_text("comparison.md", _markdown(tables, rows, known, title, note))
+    grid = tuning(tried, task)
+    out.write_text("comparison.md", _markdown(tables, rows, known, title, note, grid))
     labels = ("comparison-last", "comparison-selected")
-    tex = [comparison_text.latex(table, label) for table, label in zip(tables, labels, strict=True)]
+    tex = [comparison_text.latex(table, label, note) for table, label in zip(tables, labels, strict=True)]
     out.write_text("comparison.tex", "% needs \\usepackage{booktabs}\n" + "\n\n".join(tex) + "\n")
     with style.drawing():
         picture = style.png(comparison_plot.draw(rows, task, known.jobs))
     (out.path / "comparison.png").write_bytes(picture)
-    out.write_text("report.html", _html(tables, rows, known, picture, title, note))
+    out.write_text("report.html", _html(tables, rows, known, picture, title, note, grid))
 
 
 def columns(rows: Sequence[Row], task: Task) -> list[str]:
@@ -92,17 +96,29 @@ def _csv(rows: Sequence[Row], task: Task) -> str:
     return buffer.getvalue()
 
 
-def _markdown(tables: Sequence[Table], rows: Sequence[Row], known: About, title: str, note: str) -> str:
+def _markdown(
+    tables: Sequence[Table], rows: Sequence[Row], known: About, title: str, note: str, grid: Tuning | None
+) -> str:
     parts = [f"# {title}", *([note] if note else []), *([known.warning] if known.warning else [])]
     parts += ["\n".join(f"- **{name}:** {text}" for name, text in known.facts), f"Made by `{known.command}`"]
     for table in tables:
         parts += [f"## {table.title}", comparison_text.markdown(table), table.caption]
+    if grid:
+        parts += [f"## {grid.title}", comparison_text.markdown_tuning(grid), grid.caption]
     methods = described(entrants(rows).all)
     parts += ["## The methods", "\n".join(f"- **{name}:** {' '.join(filter(None, told))}" for name, *told in methods)]
     return "\n\n".join(parts) + "\n"
 
 
-def _html(tables: Sequence[Table], rows: Sequence[Row], known: About, picture: bytes, title: str, note: str) -> str:
+def _html(
+    tables: Sequence[Table],
+    rows: Sequence[Row],
+    known: About,
+    picture: bytes,
+    title: str,
+    note: str,
+    grid: Tuning | None,
+) -> str:
     shown = entrants(rows)
     first = tables[0].columns[:3]
     runs = [
@@ -120,6 +136,7 @@ def _html(tables: Sequence[Table], rows: Sequence[Row], known: About, picture: b
         title=title,
         note=note,
         tables=tables,
+        grid=grid,
         picture=embedded(picture),
         several=len({row["seed"] for row in rows}) > 1,
         bounds=bool(shown.bounds),

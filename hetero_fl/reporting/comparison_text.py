@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from hetero_fl.reporting.comparison_tables import BELOW, Cell, Table
+from hetero_fl.reporting.comparison_tuning import Tuning
 
 
 def markdown(table: Table) -> str:
@@ -30,14 +31,24 @@ def markdown(table: Table) -> str:
     return "\n".join(lines)
 
 
-def latex(table: Table, label: str) -> str:
-    """The table in LaTeX, for the package booktabs."""
+def markdown_tuning(grid: Tuning) -> str:
+    """The candidates of a grid in GitHub's Markdown."""
+    lines = [f"| {' | '.join(grid.header)} |", "| --- | --- | ---: |"]
+    for name, values, text, chosen in grid.lines:
+        cells = [name.replace("|", "\\|"), values.replace("|", "\\|"), f"**{text}**" if chosen else text]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def latex(table: Table, label: str, note: str = "") -> str:
+    """The table in LaTeX, for the package booktabs; `note`: a sentence more in its caption."""
     width = len(table.header)
+    caption = f"{table.title}. {table.caption}" + (f" {note}." if note else "")
     header = [_escape(name) if name != "p" else "$p$" for name in table.header]
     lines = [
         "\\begin{table}",
         "\\centering",
-        f"\\caption{{{_escape(table.title)}. {_escape(table.caption)}}}",
+        f"\\caption{{{_escape(caption)}}}",
         f"\\label{{tab:{label}}}",
         "\\small",
         f"\\begin{{tabular}}{{l{'r' * (width - 2)}l}}",

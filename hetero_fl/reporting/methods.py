@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.algorithms import needs as declared
+from hetero_fl.brackets import pieces
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.method_names import ALGORITHMS
 from hetero_fl.reporting.wording import algorithm_base, algorithm_name
@@ -39,7 +40,7 @@ def needs(label: str) -> list[declared.Need]:
     kind = method(label)
     if kind is None:
         return []
-    own = label[len(algorithm_base(label)) + 1 :].split(":")
+    own = pieces(label[len(algorithm_base(label)) + 1 :], ":")
     settings = dict(pair for s in own if len(pair := s.split("=", 1)) == 2 and "." not in pair[0])
     try:
         return declared.needs(kind.model_validate(settings))

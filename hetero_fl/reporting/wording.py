@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hetero_fl.brackets import pieces
 from hetero_fl.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.reporting.method_names import ALGORITHMS
 from hetero_fl.task import Task
@@ -44,7 +45,7 @@ _DECIMAL = {"auroc", "average_precision", "r2"}
 
 def algorithm_base(label: str) -> str:
     """The method of a label: `hybrid` of `hybrid:teacher=mean`, `python:module:Class` of `python:module:Class:lr=1`."""
-    parts = label.split(":")
+    parts = pieces(label, ":")
     return ":".join(parts[:3]) if parts[0] == "python" else parts[0]
 
 
@@ -52,7 +53,7 @@ def algorithm_name(label: str) -> str:
     """A method's name as papers write it, one's own method by the name of its class; then settings of its own."""
     base = algorithm_base(label)
     name = ALGORITHMS[base][0] if base in ALGORITHMS else base.rsplit(":", 1)[-1]
-    settings = label[len(base) + 1 :].replace(":", ", ").replace("=", " = ")
+    settings = ", ".join(" = ".join(s.split("=", 1)) for s in pieces(label[len(base) + 1 :], ":"))
     return f"{name} ({settings})" if settings else name
 
 

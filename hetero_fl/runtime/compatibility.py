@@ -31,7 +31,10 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
             f"algorithm.name: {name} is for {', '.join(algorithm.tasks)}, but data.name has a {task.kind} task"
         )
     if algorithm.needs_proxy and not proxy:
-        raise UserError(f"algorithm.name: {name} compares predictions on a proxy set, but data.proxy.size is 0")
+        raise UserError(
+            f"algorithm.name: {name} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0, so that "
+            "so many training rows are public, or name another set in data.proxy.source"
+        )
     shares = {spec.share for spec in algorithm.uploads.values()}
     given = {share for s in settings for share in s.shares} | {"parameters" for s in settings if s.parts}
     if shares and not shares & given:

@@ -9,6 +9,8 @@ import pytest
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.algorithms.needs import in_words, is_baseline, is_bound, needs, sends, summary, tasks
 from hetero_fl.cli import main
+from hetero_fl.config import load_config
+from hetero_fl.errors import UserError
 from hetero_fl.payload import ItemSpec
 
 BUILT_IN = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
@@ -49,6 +51,31 @@ def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "fedporx"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "fedporx" in line and "did you mean" in line and "fedprox" in line
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("SCAFFOLD", "scaffold"),
+        ("KT-pFL", "kt_pfl"),
+        ("DS-FL", "ds_fl"),
+        ("FedGKT", "fedgkt"),
+        ("DENSE", "dense"),
+        ("LOCAL", "local"),
+        ("LG-FedAvg", "lg_fedavg"),
+        ("fedpotro", "fedproto"),
+    ],
+)
+def test_a_name_as_papers_print_it(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", typed]) == 2
+    assert capsys.readouterr().err.endswith(f"found algorithm '{typed}'; did you mean '{meant}'?\n")
+    with pytest.raises(UserError, match=f"algorithm.name: found algorithm '{typed}'; did you mean '{meant}'"):
+        load_config({}, [f"algorithm.name={typed}"])
+
+
+def test_names_that_are_too_many_for_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "qqq"]) == 2
+    assert capsys.readouterr().err.endswith("fedmrl, … (`hetero-fl methods` has all)\n")
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["compare", "--help"]])

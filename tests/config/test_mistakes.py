@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
     [
         ("data.paht=x.npz", "data.paht: unknown key; did you mean 'path'?"),
         ("path=x.npz", "path: unknown key; did you mean 'data.path'?"),
+        ("round=3", "round: unknown key; did you mean 'rounds'?"),
+        ("clients.round=3", "clients.round: unknown key; did you mean 'clients.per_round'?"),
         ("data_path=x.npz", "did you mean 'data.path'?"),
         ("data.partition.path=x.npz", "did you mean 'data.path'?"),
         ("data.alpha=0.5", "data.alpha: unknown key; did you mean 'data.partition.alpha'?"),
@@ -86,6 +89,36 @@ def test_the_key_that_was_meant(override: str, meant: str) -> None:
 )
 def test_lists_tables_and_plain_values(tree: dict[str, Any], line: str) -> None:
     assert line in said(tree)
+
+
+@pytest.mark.parametrize(("names", "count"), [("ab", 2), ("a", 1)])
+def test_an_entry_that_there_is_not(names: str, count: int) -> None:
+    override = "clients.groups.7.model=mlp"
+    line = said({"clients": {"groups": [{"name": n} for n in names]}}, override)
+    assert (
+        line
+        == f"{override}: clients.groups.7.model cannot be set: found 7, but clients.groups has {count}, and the first is 0"
+    )
+
+
+def test_the_line_says_where_the_key_was_set(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("rounds: two\nalgorithm: {name: fedprox, mu: x}\n")
+    for overrides, told in (
+        ([], f"{file}: rounds: found 'two'"),
+        (["seed=1"], f"{file}: rounds: found 'two'"),
+        (["rounds=1", "rounds=three"], "rounds=three: rounds: found 'three'"),
+        (["rounds=1", "algorithm.seed=1"], "algorithm.seed=1: algorithm.seed: unknown key"),
+        (["rounds=1"], f"{file}: algorithm.mu: found 'x'"),
+        (
+            ["rounds=1", "algorithm={name: fedprox, mu: -1}"],
+            "algorithm={name: fedprox, mu: -1}: algorithm.mu: found -1",
+        ),
+        (["rounds=1", "algorithm.name=fedvag"], "algorithm.name=fedvag: algorithm.name: found algorithm 'fedvag'"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_config(file, overrides)
+        assert str(error.value).startswith(told)
 
 
 def test_a_list_in_a_tables_place_by_override() -> None:

@@ -137,6 +137,22 @@ def test_files_that_are_none(tmp_path: Path, npz: Any) -> None:
             load(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["npz", "chest_xray"])
+def test_numpys_advice_is_not_passed_on(name: str, tmp_path: Path, npz: Any) -> None:
+    for file in ("mine.csv", "mine.npz"):
+        (tmp_path / file).write_text("a,b,label\n1,2,0\n3,4,1\n")
+    pickled = npz(train_labels=np.array([None] * 30))
+    for path, told in (
+        (tmp_path / "mine.csv", "no .npz file; `data.name: table` reads it"),
+        (tmp_path / "mine.npz", "not a readable .npz file: it is no whole archive of arrays, as numpy.savez writes it"),
+        (pickled, "not a readable .npz file: it has an array of Python objects; save numbers"),
+        (tmp_path / "mine.cvs", "no such file; did you mean 'mine.csv'?"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_source(SourceConfig(name=name, path=str(path)), tmp_path)
+        assert str(error.value) == f"data.path: {path}: {told}"
+
+
 def test_damaged_files_are_noticed(npz: Any) -> None:
     path = npz()
     whole = path.read_bytes()

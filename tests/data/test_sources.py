@@ -86,6 +86,10 @@ def test_unknown_names_get_the_nearest() -> None:
         load_source(SourceConfig(name="chest_xry"), Path())
     with pytest.raises(UserError, match="did you mean 'pathmnist'"):
         load_source(SourceConfig(name="medmnist:pathmnst"), Path())
+    with pytest.raises(UserError, match=r"found 'csv'; did you mean 'table'\? It reads \.csv files$"):
+        load_source(SourceConfig(name="csv"), Path())
+    with pytest.raises(UserError, match=r"choose from .*, … \(hetero_fl\.data\.list_sources\(\) has all\)$"):
+        load_source(SourceConfig(name="qqqq"), Path())
     assert {"chest_xray", "digits", "cifar100", "chestmnist", "npz", "table", "image_folder"} <= set(list_sources())
 
 

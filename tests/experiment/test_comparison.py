@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import yaml
 
 from hetero_fl.algorithms import algorithm
+from hetero_fl.brackets import pieces
 from hetero_fl.cli import main
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import compare, comparison, jobs
+from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.wording import algorithm_base, algorithm_name
 from tests.small import config
 
 
@@ -47,6 +51,16 @@ def small(**changes: Any) -> dict[str, Any]:
         (["--out", "a_file"], "--out: a_file is a file; name a folder"),
         (["--out", "a_file/below"], "--out: a_file/below: cannot be made"),
         (["--grid", "rounds"], "--grid: found 'rounds'"),
+        (["--grid", "rounds=1,two"], "error: --grid: rounds: found 'two'; should be"),
+        (
+            ["--algorithms", "local,fedvag"],
+            "error: --algorithms: algorithm.name: found algorithm 'fedvag'; did you mean",
+        ),
+        (
+            ["--algorithms", "fedprox:mv=1"],
+            "error: --algorithms: algorithm.mv: unknown key; choose from logit_adjustment, mu",
+        ),
+        (["rounds=two"], "error: rounds=two: rounds: found 'two'; should be"),
     ],
 )
 def test_wrong_flags(
@@ -73,9 +87,32 @@ def test_the_grid_without_test_rows_at_home(tmp_path: Path, one_after_another: l
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
     compare(small(data__split={"test": 0}), "local", out=tmp_path / "out", grid=grid)
     assert len(one_after_another) == 2
-    assert (
-        "clients.defaults.optimizer.lr=0.05 (chosen by validation)" in (tmp_path / "out" / "comparison.md").read_text()
-    )
+    told = "clients.defaults.optimizer.lr=0.05 (chosen by validation)"
+    written = {p.name: p.read_text() for p in (tmp_path / "out").glob("*.*") if p.suffix != ".png"}
+    assert told in written["comparison.md"] and told in written["report.html"]
+    assert written["comparison.tex"].count(f"local: {told}.") == 2
+    (row,) = csv.DictReader(written["comparison.csv"].splitlines())
+    assert row["clients.defaults.optimizer.lr"] == "0.05"
+
+
+def test_the_candidates_are_shown_with_their_validation(tmp_path: Path, one_after_another: list[str]) -> None:
+    grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
+    compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)
+    out = tmp_path / "out"
+    text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
+    section = text.partition("## The values that were tried")[2].partition("## The methods")[0]
+    for name in ("local", "fedavg"):
+        for value in ("1e-9", "0.05"):
+            both = []
+            for seed in (0, 1):
+                point = f"clients.defaults.optimizer.lr={value.replace('-', '_')}"
+                both.append(Run(out / "runs" / f"{name}-{point}-seed{seed}").metrics[-1]["validation"])
+            scores = [v[which]["balanced_accuracy"] for v in both for which in ("personal", "global")]
+            shown = f"{100 * fmean(scores):.1f}"
+            (line,) = [row for row in section.splitlines() if algorithm_name(name) in row and f"lr={value} " in row]
+            assert line.split("|")[3].strip() in (shown, f"**{shown}**")
+            assert f'<td class="text">clients.defaults.optimizer.lr={value}</td>' in page
+        assert section.count("**") == 4
 
 
 def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,7 +131,46 @@ def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPat
     done = [jobs.Job(variant, p, 0, Path(name)) for p, name in zip(points, ("first", "second"), strict=True)]
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
         task = Task(kind, 3)  # type: ignore[arg-type]
-        assert comparison._choose(done, [variant], points, task) == {variant: points[best]}
+        scores = comparison._validations(done, task)
+        assert comparison._choose(scores, [variant], points) == {variant: points[best]}
+
+
+def test_a_list_is_not_split_within_brackets(tmp_path: Path, one_after_another: list[str]) -> None:
+    asked = 'local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},heterofl:widths={site_1:1,"site_2":0.5}:model=mlp'
+    compare(small(), asked, out=tmp_path / "out", grid={})
+    assert len(one_after_another) == 3
+    widths = [Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"] for name in one_after_another]
+    assert widths[1]["widths"] == widths[2]["widths"] == {"site_1": 1.0, "site_2": 0.5}
+    assert widths[1]["model"]["hidden"] == [8, 8]
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    assert [row["algorithm"] for row in rows] == pieces(asked, ",")
+
+
+@pytest.mark.parametrize(
+    ("label", "base", "name"),
+    [
+        ("fml:mentee={name: mlp, hidden: [16]}:beta=1", "fml", "FML (mentee = {name: mlp, hidden: [16]}, beta = 1)"),
+        ("python:a.b:Own:net={name: mlp}:mu=1", "python:a.b:Own", "Own (net = {name: mlp}, mu = 1)"),
+    ],
+)
+def test_the_settings_of_a_label(label: str, base: str, name: str) -> None:
+    assert algorithm_base(label) == base and algorithm_name(label) == name
+    variant = jobs.Variant.parse(label)
+    assert variant.overrides[0] == f"algorithm.name={base}" and len(variant.overrides) == 3
+
+
+def test_a_grid_takes_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def told(*_: Any, **options: Any) -> Path:
+        asked.update(options)
+        (tmp_path / "comparison.md").write_text("")
+        return tmp_path
+
+    monkeypatch.setattr("hetero_fl.experiment.compare", told)
+    command = ["--config", "c.yaml", "--algorithms", "heterofl", "--out", "o", "--grid", "algorithm.widths=[1,0.5],[1]"]
+    assert main(command, command="compare") == 0
+    assert asked["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
 
 
 def test_from_python_too(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ def test_public_batches_of_one_and_batch_norm(method: str) -> None:
     refused("found 1, but cnn_bn_small", method, GROUP_NORM, algorithm__proxy_batch_size=1, server=student)
 
 
+@pytest.mark.parametrize("method", ["fedmd", "feddf", "kt_pfl"])
+def test_who_needs_a_proxy_set_is_told_how_to_have_one(method: str) -> None:
+    refused(
+        f"{method} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0",
+        method,
+        data__proxy__size=0,
+    )
+    accepted(method, data__proxy__size=10)
+
+
 def test_without_a_proxy_set_its_batch_does_not_matter() -> None:
     accepted("hybrid", data__proxy__size=0, algorithm__proxy_batch_size=1)
 

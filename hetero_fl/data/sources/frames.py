@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, beside
 
 LOOK = 20  # rows below the header from which the separator is told
 
@@ -22,7 +22,7 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
     if path.is_dir():
         raise UserError(f"{where}: a folder; name a file in it")
     if not path.is_file():
-        raise UserError(f"{where}: no such file")
+        raise UserError(f"{where}: no such file{beside(path)}")
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".parquet"):
         raise UserError(f"{where}: found '{kind}'; choose .csv, .tsv or .parquet")

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hetero_fl.config.source import WindowsConfig
 from hetero_fl.data.base import Dataset, Examples, places
+from hetero_fl.data.npz import unreadable
 from hetero_fl.data.sources.cells import decimal_commas, first, names, numbers, refuse
 from hetero_fl.data.sources.frames import read_frame
 from hetero_fl.data.sources.tabular import features
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.errors import UserError, beside, nearest
 from hetero_fl.task import Task
 
 
@@ -40,12 +41,12 @@ def read_recorded(path: Path, windows: WindowsConfig, label: str | None = None, 
 def _windows(path: Path, label: str, group: str, wanted: bool) -> Dataset:
     where = f"path: {path}"
     if not path.is_file():
-        raise UserError(f"{where}: no such file")
+        raise UserError(f"{where}: no such file{beside(path)}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
-        raise UserError(f"{where}: not a readable .npz file ({type(error).__name__}: {error})") from error
+        raise UserError(f"{where}: not a readable .npz file{unreadable(path, error)}") from error
     for name in ("x", label, *((group,) if wanted else ())):
         if name not in arrays:
             raise UserError(f"{where}: no array '{name}'{nearest(name, arrays)}")

@@ -12,7 +12,7 @@ from hetero_fl.config.source import SourceConfig, TextConfig
 from hetero_fl.data.base import Dataset, Examples, places
 from hetero_fl.data.registry import source
 from hetero_fl.data.tokens import Vocabulary, split_words
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, beside
 from hetero_fl.order import in_order
 from hetero_fl.task import Task
 
@@ -96,7 +96,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"path: {path}: no such file or folder")
+        raise UserError(f"path: {path}: no such file or folder{beside(path)}")
     found = {file.name: file for file in path.glob("*.txt")}
     if not found:
         raise UserError(f"path: {path}: found no .txt file in this folder")

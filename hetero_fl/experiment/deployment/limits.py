@@ -43,7 +43,7 @@ class AllowsConfig(Section):
 
         for name in self.methods or ():
             if name not in algorithm and not name.startswith("python:"):
-                raise ValueError(f"found method '{name}'{nearest(name, algorithm)}")
+                raise ValueError(f"found method '{name}'{nearest(name, algorithm, '`hetero-fl methods`')}")
         for name in self.own_code:
             if not name.startswith("python:"):
                 raise ValueError(f"found own_code '{name}'; write python:package.module:Name")

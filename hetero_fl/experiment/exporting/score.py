@@ -91,7 +91,8 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         else:
             raise Mistake(f"--data: found {path.name}; a .npz or .csv file is needed")
     except (OSError, ValueError) as error:
-        raise Mistake(f"--data: {path}: {error}") from None
+        why = "no archive of arrays of numbers" if "pickle" in str(error) else error  # numpy would have it unpickled
+        raise Mistake(f"--data: {path}: {why}") from None
     given = {one["name"]: fitted(found[one["name"]], one, f"--data: {path}: {one['name']}") for one in inputs}
     if len({len(x) for x in given.values()}) > 1:
         raise Mistake(f"--data: {path}: found {', '.join(f'{len(x)} rows of {n}' for n, x in given.items())}")

@@ -194,7 +194,9 @@ def test_all_is_whatever_the_configuration_admits(
     few = {name: algorithm[name] for name in ("fedmd", "fedgkt", "fedavg", "centralized", "local")}
     monkeypatch.setattr(algorithm, "_known", few)
     shares = ["parameters", "predictions"]
-    compare(small(data__proxy__size=0, clients__defaults__shares=shares), "all", out=tmp_path / "out")
+    source = small(data__proxy__size=0, clients__defaults__shares=shares)
+    source["clients"]["groups"][0]["model"] = "mlp"  # whose features are its own
+    compare(source, "all", out=tmp_path / "out")
     assert one_after_another == ["fedavg-seed0", "centralized-seed0", "local-seed0"]
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "- **Without FedMD:** algorithm.name: fedmd compares predictions on a proxy set" in text

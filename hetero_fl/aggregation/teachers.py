@@ -2,11 +2,13 @@
 
 Under label skew the plain mean of logits is ruled by whoever over-predicts its own majority. The contrast-weighted teacher
 lets a client speak on a class as far as it has seen both the class and something else; the entropy-weighted one lets it speak
-on an example as far as it is sure.
+on an example as far as it is sure. Whatever the weights, a class that only weak models know can be lost in the consensus;
+`aligned` brings it back.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -50,6 +52,19 @@ def certainty(task: Task, logits: Tensor) -> Tensor:
         pairs = torch.stack([logits, torch.zeros_like(logits)], -1)
         return _exp_minus_entropy(pairs)
     return _exp_minus_entropy(logits)[:, None]
+
+
+def aligned(teacher: Tensor, log_q: Tensor, strength: float, balanced: bool) -> Tensor:
+    """The teacher `[N, C]` with b_c = strength·(log q_c − log p̄_c) added to each class: p̄, its mean prediction over all rows,
+    moves towards the label frequencies q (`log_q`: `[C]`). `balanced`: the teacher has no prior in it, as after logit-adjusted
+    training, and is read with log q added; else it is read as it is.
+
+    A class that is lost in the consensus is learned by nobody, whose next words then are worse still: the bias breaks that
+    circle (distribution alignment: Berthelot et al., ICLR 2020, section 3.1, there of probabilities with strength 1; the
+    condition is that of Saerens et al., Neural Computation 2002, equation 2.4).
+    """
+    log_p = (teacher + log_q if balanced else teacher).log_softmax(-1)
+    return teacher + strength * (log_q - (log_p.logsumexp(0) - math.log(len(log_p))))
 
 
 def _exp_minus_entropy(logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from hetero_fl.aggregation.teachers import opinion
 from hetero_fl.aggregation.uploads import Upload, Uploads
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import Distilling
+from hetero_fl.algorithms.distillation import COUNTS, Distilling
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Plan, Predict, Rows
@@ -21,13 +21,13 @@ class FedDF(Distilling, FedAvg):
     goes back (Lin et al. 2020, Algorithm 3).
 
     A client whose whole model does not leave the house sends its proxy logits itself: the same teacher. Label counts
-    travel only for the contrast-weighted teacher.
+    travel only for the contrast-weighted teacher, and for one that is aligned.
     """
 
     uploads = {
         "model": ItemSpec("params", use="each"),
         "logits": ItemSpec("rows", use="each", private=True, share="predictions"),
-        "counts": ItemSpec("counts", use="each", private=True, share="statistics"),
+        COUNTS: ItemSpec("counts", use="each", private=True, share="statistics"),
     }
 
     distil_epochs: PositiveInt = Field(2, description="epochs of each group's average on the proxy set")
@@ -38,8 +38,8 @@ class FedDF(Distilling, FedAvg):
         if not whole and self.gives(client, "predictions"):
             items["logits"] = yield from self.opinion(client)
         elif whole and self.teacher == "contrast" and self.gives(client, "statistics"):
-            items["counts"] = Item(client.counts, kind="counts")
-        return items
+            items[COUNTS] = Item(client.counts, kind="counts")
+        return {**items, **self.labels(client)}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         whole = [u for u in uploads.having("model") if "logits" not in u.payload]
@@ -59,9 +59,10 @@ class FedDF(Distilling, FedAvg):
         yield from super().aggregate(server, uploads)
         teacher = uploads.consensus("logits", said)
         if teacher is not None:
+            teacher = self.aligned(server, uploads, teacher)
             yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)
             yield from self.train_student(server, teacher)
 
     def opinion_of(self, server: Participant, upload: Upload, logits: Tensor) -> Item:
         """The word of a client whose model the server holds."""
-        return opinion(server.task, self.teacher, logits, upload.payload.get("counts"), upload.card.n)
+        return opinion(server.task, self.teacher, logits, upload.payload.get(COUNTS), upload.card.n)

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER, Distilling
+from hetero_fl.algorithms.distillation import COUNTS, TEACHER, Distilling
 from hetero_fl.payload import ItemSpec, Payload
 from hetero_fl.plan import Plan
 from hetero_fl.state import Card, Participant
@@ -22,7 +22,10 @@ class FedMD(Distilling):
     """
 
     shared = ()
-    uploads = {"logits": ItemSpec("rows", private=True, share="predictions", says="logits")}
+    uploads = {
+        "logits": ItemSpec("rows", private=True, share="predictions", says="logits"),
+        COUNTS: ItemSpec("counts", private=True, share="statistics"),
+    }
     reads = "after private training, as in the paper"
 
     distance: Literal["kl", "mae"] = Field("kl", description="between a client's logits and the consensus")
@@ -36,10 +39,13 @@ class FedMD(Distilling):
             rows = self.taught(client, got)
             yield self.digest(client, got[TEACHER], self.digest_epochs, rows, distance=self.distance)
         yield self.fit(client)
-        return {"logits": (yield from self.opinion(client))} if self.gives(client, "predictions") else {}
+        if not self.gives(client, "predictions"):
+            return {}
+        return {"logits": (yield from self.opinion(client)), **self.labels(client)}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         teacher = uploads.mean("logits")
         if teacher is not None:
+            teacher = self.aligned(server, uploads, teacher)
             self.remember(server, teacher=teacher)
             yield from self.train_student(server, teacher)

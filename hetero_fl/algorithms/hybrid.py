@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from hetero_fl.aggregation.teachers import TeacherKind
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER, Distilling
+from hetero_fl.algorithms.distillation import COUNTS, TEACHER, Distilling
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.payload import ItemSpec, Payload
@@ -34,6 +34,7 @@ class Hybrid(Distilling, FedAvg):
     uploads = {
         "model": ItemSpec("params"),
         "logits": ItemSpec("rows", private=True, share="predictions", says="logits"),
+        COUNTS: ItemSpec("counts", private=True, share="statistics"),
     }
 
     logit_adjustment: bool = True
@@ -69,6 +70,7 @@ class Hybrid(Distilling, FedAvg):
         items = self.share(client)
         if self.gives(client, "predictions"):
             items["logits"] = yield from self.opinion(client)
+            items |= self.labels(client)
         return items
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -76,6 +78,7 @@ class Hybrid(Distilling, FedAvg):
         teacher = uploads.mean("logits")
         if teacher is None:
             return
+        teacher = self.aligned(server, uploads, teacher)
         self.remember(server, teacher=teacher)
         if self.distil_at != "client":
             yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)

@@ -1,0 +1,159 @@
+"""A teacher moved towards the clients' label frequencies: the rule by hand, its limits, whose counts it knows, every method."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero_fl.aggregation.teachers import aligned
+from hetero_fl.algorithms.distillation import LABELS, TEACHER, Distilling
+from hetero_fl.experiment import prepare
+from hetero_fl.runtime.rounds import Rounds
+from tests.algorithms.test_regression import settings, slopes
+from tests.small import MIXED, config, rounds_of, same_bits
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    return ((counts + 1) / (counts + 1).sum()).log()
+
+
+def held(method: str, rounds: int = 1, changes: dict[str, Any] | None = None, **own: Any) -> Rounds:
+    source = config(method, MIXED, 4, **(changes or {}))
+    source["algorithm"].update(own)
+    return rounds_of(source, held=rounds)
+
+
+def counts_of(rounds: Rounds, *ids: str) -> Tensor:
+    return sum((rounds.federation.counts(id) for id in ids or rounds.federation.cards), torch.zeros(10))
+
+
+# The rule -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_the_rule_by_hand(balanced: bool, strength: float) -> None:
+    z = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    q = [0.4, 0.3, 0.2, 0.1]
+    shares = [0.0] * 4
+    for row in z.tolist():
+        weights = [math.exp(v) * (p if balanced else 1) for v, p in zip(row, q, strict=True)]
+        shares = [s + w / sum(weights) / 6 for s, w in zip(shares, weights, strict=True)]
+    want = z + torch.tensor([strength * math.log(p / s) for p, s in zip(q, shares, strict=True)])
+    assert torch.allclose(aligned(z, torch.tensor(q).log(), strength, balanced), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_again_and_again_the_mean_prediction_becomes_the_frequencies_and_then_nothing_moves(balanced: bool) -> None:
+    z = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
+    log_q = frequencies(torch.tensor([40.0, 3, 10, 10]))
+    for _ in range(2000):
+        z = aligned(z, log_q, 0.5, balanced)
+    read = z + log_q if balanced else z
+    assert torch.allclose(read.softmax(1).mean(0), log_q.exp(), atol=1e-10)
+    assert torch.allclose(aligned(z, log_q, 1.0, balanced), z, atol=1e-9)
+
+
+def test_a_class_that_nobody_names_any_more_comes_back() -> None:
+    own = torch.eye(3).repeat_interleave(10, 0)  # thirty rows of three classes
+    z = 4 * own + torch.tensor([0.0, 0.0, -5.0])  # the third is known best on its own rows, and first on none
+    even = torch.full((3,), 1 / 3).log()
+    assert z.argmax(1).bincount(minlength=3).tolist() == [20, 10, 0]
+    assert aligned(z, even, 0.5, True).argmax(1).equal(own.argmax(1))
+
+
+def test_certainty_far_beyond_what_a_float_holds_is_nan_nowhere() -> None:
+    z = torch.tensor([[1e4, 0.0, -1e4], [1e4, 0.0, 0.0]])
+    assert aligned(z, torch.full((3,), 1 / 3).log(), 1.0, True).isfinite().all()
+
+
+# In a federation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("fedmd", {}),
+        ("fedmd", {"logit_adjustment": True, "teacher": "contrast"}),
+        ("hybrid", {}),
+        ("hybrid", {"logit_adjustment": False, "teacher": "mean"}),
+        ("hybrid", {"proxy_rows": 20}),
+        ("ds_fl", {"sharpen": "none"}),
+        ("ds_fl", {"sharpen": "none", "teacher": "contrast", "logit_adjustment": True}),
+        ("ds_fl", {"sharpen": "none", "bits": 4}),
+    ],
+)
+def test_the_teacher_of_the_first_round_is_the_plain_one_aligned(method: str, own: dict[str, Any]) -> None:
+    plain, moved = held(method, **own), held(method, align=0.5, **own)
+    log_q = frequencies(counts_of(moved))
+    want = aligned(plain.server.state[TEACHER], log_q, 0.5, own.get("logit_adjustment", method == "hybrid"))
+    ours = moved.server.state[TEACHER]
+    assert torch.allclose(ours.log_softmax(1), want.log_softmax(1), atol=1e-9)
+    assert not torch.allclose(ours, plain.server.state[TEACHER], atol=0.01)
+
+
+@pytest.mark.parametrize("teacher", ["mean", "contrast"])
+def test_of_feddf_too(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which has the counts of those whose models it runs for its contrast-weighted teacher already."""
+    seen: list[Tensor] = []
+    distil = Distilling.distil
+    monkeypatch.setattr(Distilling, "distil", lambda self, *a: seen.append(a[1]) or distil(self, *a))
+    changes = {"clients__overrides": [{"match": "site_2", "shares": ["predictions", "statistics"]}]}
+    held("feddf", changes=changes, teacher=teacher)
+    moved = held("feddf", changes=changes, teacher=teacher, align=1.0)
+    log_q = frequencies(counts_of(moved))
+    assert len(seen) == 2 and torch.allclose(seen[1], aligned(seen[0], log_q, 1.0, False), atol=1e-9)
+
+
+def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
+    silent = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
+    rounds = held("hybrid", 0, {"clients__per_round": 2, "clients__overrides": silent, "rounds": 3}, align=0.5)
+    want = torch.zeros(10)
+    for _ in range(3):
+        cohort = rounds.round()["cohort"]
+        want = want + counts_of(rounds, *(id for id in cohort if id != "site_2")) * any(id != "site_2" for id in cohort)
+        assert torch.equal(rounds.server.state[LABELS], want)
+    assert want.sum() > 0
+
+
+def test_where_nobody_tells_labels_nothing_is_moved() -> None:
+    silent = {"clients__defaults__shares": ["parameters", "predictions"]}
+    plain, moved = held("hybrid", 2, silent), held("hybrid", 2, silent, align=0.5)
+    assert same_bits({"t": plain.server.state[TEACHER]}, {"t": moved.server.state[TEACHER]})
+
+
+def test_without_alignment_no_counts_travel() -> None:
+    for method in ("fedmd", "feddf", "hybrid", "ds_fl"):
+        assert held(method, align=0.5).traffic.up > held(method).traffic.up
+        assert LABELS not in held(method).server.state
+
+
+def test_a_regression_has_no_classes_to_align() -> None:
+    runs = [prepare(settings("hybrid", True, align=align), dataset=slopes()).rounds() for align in (0.0, 1.0)]
+    for run in runs:
+        run.round()
+    plain, moved = (run.server.state[TEACHER] for run in runs)
+    assert torch.equal(plain, moved) and runs[0].traffic.up == runs[1].traffic.up
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fedmd", "ds_fl"])
+def test_under_a_secure_sum(method: str) -> None:
+    plain = held(method, 2, align=0.5)
+    summed = held(method, 2, {"channel__secure_sum": {}}, align=0.5)
+    assert torch.equal(plain.server.state[LABELS], summed.server.state[LABELS])
+    assert torch.allclose(plain.server.state[TEACHER], summed.server.state[TEACHER], atol=1e-8)
+
+
+@pytest.mark.parametrize("unit", ["record", "client", "local"])
+def test_noised_counts_are_none_below_nought(unit: str) -> None:
+    noise = {"unit": unit, "noise_multiplier": 3.0, "delta": 1e-4}
+    rounds = rounds_of(config("hybrid", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5))
+    assert bool((rounds.server.state[LABELS] >= 0).all()) and bool(rounds.server.state[TEACHER].isfinite().all())
+    told = rounds.server.state[LABELS]
+    assert not torch.allclose(told, told.round(), atol=1e-3)  # nobody's true counts leave

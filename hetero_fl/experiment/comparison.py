@@ -56,8 +56,9 @@ def compare(
     for seed in seeds:
         load_config(source, [*base, f"seed={seed}"])
     names = [n.strip() for n in (pieces(algorithms, ",") if isinstance(algorithms, str) else algorithms)]
-    asked = [Variant.parse(n) for n in names if n and n != "all"]
-    admitted, left_out = _admitted(source, base, seeds[0]) if "all" in names else ([], {})
+    everything = any(n.lower() == "all" for n in names)
+    asked = [Variant.parse(n) for n in names if n and n.lower() != "all"]
+    admitted, left_out = _admitted(source, base, seeds[0]) if everything else ([], {})
     variants = list(dict.fromkeys([*admitted, *asked]))
     if not variants:
         raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")

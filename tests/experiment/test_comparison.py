@@ -196,7 +196,7 @@ def test_all_is_whatever_the_configuration_admits(
     shares = ["parameters", "predictions"]
     source = small(data__proxy__size=0, clients__defaults__shares=shares)
     source["clients"]["groups"][0]["model"] = "mlp"  # whose features are its own
-    compare(source, "all", out=tmp_path / "out")
+    compare(source, "ALL", out=tmp_path / "out")
     assert one_after_another == ["fedavg-seed0", "centralized-seed0", "local-seed0"]
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "- **Without FedMD:** algorithm.name: fedmd compares predictions on a proxy set" in text

@@ -60,8 +60,8 @@ def aligned(teacher: Tensor, log_q: Tensor, strength: float, balanced: bool) -> 
     training, and is read with log q added; else it is read as it is.
 
     A class that is lost in the consensus is learned by nobody, whose next words then are worse still: the bias breaks that
-    circle (distribution alignment: Berthelot et al., ICLR 2020, section 3.1, there of probabilities with strength 1; the
-    condition is that of Saerens et al., Neural Computation 2002, equation 2.4).
+    circle (distribution alignment: Berthelot et al., ICLR 2020, section 3.1, there of probabilities with strength 1; p̄ = q is
+    where the EM of Saerens et al., Neural Computation 2002, stands still).
     """
     log_p = (teacher + log_q if balanced else teacher).log_softmax(-1)
     return teacher + strength * (log_q - (log_p.logsumexp(0) - math.log(len(log_p))))

@@ -147,6 +147,10 @@ class Uploads:
         self._declared(name)
         return list(self._senders.get(name, []))
 
+    def heard_of(self, name: str) -> bool:
+        """Whether there is something to combine: somebody sent it or, where noise hides who did, somebody may have."""
+        return bool(self.senders(name)) or (self._noise is not None and self._noise.sends(name))
+
     def worths(self, name: str) -> list[float]:
         """The `worth` of each of the senders' uploads; 1 in a round."""
         self._declared(name)
@@ -163,6 +167,8 @@ class Uploads:
     def total(self, name: str) -> tuple[Tensor, Tensor]:
         """(Σ values·weight, Σ weight) of the single-tensor items of that name. Raises KeyError if nobody sent it."""
         self._folded(name)
+        if self._spec(name).kind == "counts":
+            self.combined.add((name, "counts"))
         if self._noise is not None and self._noise.sends(name):
             return self._noise.total(name, self._tensors[name].total if name in self._tensors else None)
         return self._tensors[name].total

@@ -8,10 +8,9 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from hetero_fl.aggregation.teachers import TeacherKind, aligned, opinion
-from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.aggregation.teachers import TeacherKind, opinion
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items
-from hetero_fl.objectives import Digest, Rehearsal, log_prior
+from hetero_fl.objectives import Digest, Rehearsal
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Draws, Fit, Plan, Predict, Rows
 from hetero_fl.seeding import generator
@@ -19,8 +18,6 @@ from hetero_fl.state import Card, Columns, Participant
 
 TEACHER = "teacher"
 DRAWN = "drawn"  # the round whose rows the teacher speaks of
-COUNTS = "counts"
-LABELS = "labels"  # how many of each class there were in all uploads so far
 
 
 class OnProxy(Algorithm):
@@ -114,10 +111,6 @@ class Distilling(OnProxy):
         "mean", description="weight of a client's word: mean, samples, contrast by class, entropy of each prediction"
     )
 
-    align: float = Field(
-        0.0, ge=0, le=1, description="how far the teacher moves towards the clients' label frequencies; 0: not at all"
-    )
-
     def opinion(self, client: Participant) -> Plan[Item]:
         """The client's predictions on the round's proxy rows with the weight of its word."""
         logits = yield Predict("model", Rows("proxy", self.drawn(client)))
@@ -126,20 +119,6 @@ class Distilling(OnProxy):
     def released(self, client: Participant) -> Tensor | None:
         """Its label counts, if the teacher weighs by them and it lets them out."""
         return client.counts if self.teacher == "contrast" and "statistics" in client.settings.shares else None
-
-    def labels(self, client: Participant) -> Items:
-        """Its label counts, if the teacher is aligned to those of all and it lets them out."""
-        wanted = self.align > 0 and client.task.kind == "multiclass" and self.gives(client, "statistics")
-        return {COUNTS: Item(client.counts, kind="counts")} if wanted else {}
-
-    def aligned(self, server: Participant, uploads: Uploads, teacher: Tensor) -> Tensor:
-        """The teacher, aligned to the labels of all uploads so far: those of one small cohort may lack a class."""
-        if not self.align or not (uploads.senders(COUNTS) or LABELS in server.state):
-            return teacher
-        if uploads.senders(COUNTS):
-            server.state[LABELS] = uploads.total(COUNTS)[0].clamp(min=0) + server.state.get(LABELS, 0)
-        log_q = log_prior(server.task, server.state[LABELS])
-        return teacher if log_q is None else aligned(teacher, log_q, self.align, self.logit_adjustment)
 
     def distil(self, server: Participant, teacher: Tensor, cards: Iterable[Card], epochs: int) -> Plan[None]:
         """Distil this round's teacher into the model of each group that sent something, at the server."""

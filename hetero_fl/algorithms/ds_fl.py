@@ -10,11 +10,11 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from hetero_fl.aggregation.sharpening import TINY, Sharpening, sharpened
+from hetero_fl.aggregation.sharpening import Sharpening, sharpened
 from hetero_fl.aggregation.teachers import CLIP, opinion
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import COUNTS, TEACHER
+from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.row_cache import WithCache
 from hetero_fl.channel.soft_labels import pack, quantised, unpack
 from hetero_fl.payload import Item, ItemSpec, Payload
@@ -52,8 +52,7 @@ class DSFL(WithCache):
         """Sums will do, unless codes have to be read or who received what has to be known."""
         use: Literal["each", "sum"] = "sum" if self.bits is None and self.cache_life is None else "each"
         name = "probabilities" if self.bits is None else "codes"
-        labels = {COUNTS: ItemSpec("counts", private=True, share="statistics")} if self.align else {}
-        return {name: ItemSpec("rows", use, private=True, share="predictions"), **labels}
+        return {name: ItemSpec("rows", use, private=True, share="predictions")}
 
     # The round ---------------------------------------------------------------------------------------------------
     def broadcast(self, server: Participant, card: Card) -> Items:
@@ -74,10 +73,9 @@ class DSFL(WithCache):
         z = yield Predict("model", Rows("proxy", asked))
         said = self.said(client.task, z, self.released(client), client.n)
         if self.bits is None:
-            return {"probabilities": said, **self.labels(client)}
+            return {"probabilities": said}
         p, exclusive = probabilities(client.task, z), client.task.kind == "multiclass"
-        codes = Item(pack(quantised(p, self.bits, exclusive), self.bits), said.weight, "rows")
-        return {"codes": codes, **self.labels(client)}
+        return {"codes": Item(pack(quantised(p, self.bits, exclusive), self.bits), said.weight, "rows")}
 
     def said(self, task: Task, logits: Tensor, counts: Tensor | None, n: int) -> Item:
         """Probabilities, or for the contrast-weighted teacher their clipped logarithm, with the weight of the client's word."""
@@ -94,7 +92,7 @@ class DSFL(WithCache):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mean = uploads.mean("probabilities") if self.bits is None else self.decoded(server, uploads)
-        teacher = None if mean is None else self.sharpened(server.task, self.moved(server, uploads, mean))
+        teacher = None if mean is None else self.sharpened(server.task, mean)
         if self.cache_life is not None:
             teacher = self.cached(server, uploads, teacher)
         elif teacher is not None:
@@ -112,14 +110,6 @@ class DSFL(WithCache):
             p = levels.to(torch.get_default_dtype()) / (2**self.bits - 1)
             said[upload.client] = Item(self.spoken(server.task, p), item.weight)
         return uploads.consensus("codes", said)
-
-    def moved(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
-        """The mean of what was said, aligned."""
-        if not self.align or server.task.kind != "multiclass":
-            return mean
-        if self.of_logarithms(server.task):
-            return self.aligned(server, uploads, mean)
-        return self.aligned(server, uploads, mean.clamp(min=TINY).log()).softmax(-1)
 
     def sharpened(self, task: Task, mean: Tensor) -> Tensor:
         """Logits of the teacher, from the mean of what was said."""

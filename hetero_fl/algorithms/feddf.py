@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hetero_fl.aggregation.teachers import opinion
 from hetero_fl.aggregation.uploads import Upload, Uploads
+from hetero_fl.algorithms.alignment import COUNTS, Aligning
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import COUNTS, Distilling
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.payload import Item, ItemSpec, Payload
 from hetero_fl.plan import Plan, Predict, Rows
@@ -16,7 +16,7 @@ from hetero_fl.state import Participant
 
 
 @algorithm("feddf")
-class FedDF(Distilling, FedAvg):
+class FedDF(Aligning, FedAvg):
     """Each architecture's average is the start, the mean of all clients' logits on the proxy set the teacher; the result
     goes back (Lin et al. 2020, Algorithm 3).
 
@@ -37,9 +37,12 @@ class FedDF(Distilling, FedAvg):
         whole = self.sends(client.settings, client.clock.round) is None
         if not whole and self.gives(client, "predictions"):
             items["logits"] = yield from self.opinion(client)
+            items |= self.told_labels(client)
         elif whole and self.teacher == "contrast" and self.gives(client, "statistics"):
             items[COUNTS] = Item(client.counts, kind="counts")
-        return {**items, **self.labels(client)}
+        elif whole:
+            items |= self.told_labels(client)
+        return items
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         whole = [u for u in uploads.having("model") if "logits" not in u.payload]
@@ -59,7 +62,7 @@ class FedDF(Distilling, FedAvg):
         yield from super().aggregate(server, uploads)
         teacher = uploads.consensus("logits", said)
         if teacher is not None:
-            teacher = self.aligned(server, uploads, teacher)
+            teacher = self.moved(server, uploads, teacher)
             yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)
             yield from self.train_student(server, teacher)
 

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, PositiveInt
 
 from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.alignment import Aligning
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import COUNTS, TEACHER, Distilling
+from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.payload import ItemSpec, Payload
 from hetero_fl.plan import Plan
 from hetero_fl.state import Card, Participant
 
 
 @algorithm("fedmd")
-class FedMD(Distilling):
+class FedMD(Aligning):
     """Clients digest the consensus of proxy logits, then train on private data (Li & Wang 2019, Algorithm 1).
 
     The authors' code takes the mean absolute error of logits; KL with T = 2 is what our comparisons use.
     """
 
     shared = ()
-    uploads = {
-        "logits": ItemSpec("rows", private=True, share="predictions", says="logits"),
-        COUNTS: ItemSpec("counts", private=True, share="statistics"),
-    }
     reads = "after private training, as in the paper"
 
     distance: Literal["kl", "mae"] = Field("kl", description="between a client's logits and the consensus")
     digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set before private training")
+
+    @property
+    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # what travels follows from the settings
+        """Label counts go with the rest where the teacher is aligned."""
+        return {
+            "logits": ItemSpec("rows", private=True, share="predictions", says="logits"),
+            **self.label_counts(),
+        }
 
     def broadcast(self, server: Participant, card: Card) -> Items:
         return {} if card.reading else self.remembered(server, card)
@@ -41,11 +47,11 @@ class FedMD(Distilling):
         yield self.fit(client)
         if not self.gives(client, "predictions"):
             return {}
-        return {"logits": (yield from self.opinion(client)), **self.labels(client)}
+        return {"logits": (yield from self.opinion(client)), **self.told_labels(client)}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         teacher = uploads.mean("logits")
         if teacher is not None:
-            teacher = self.aligned(server, uploads, teacher)
+            teacher = self.moved(server, uploads, teacher)
             self.remember(server, teacher=teacher)
             yield from self.train_student(server, teacher)

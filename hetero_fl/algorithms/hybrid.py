@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from hetero_fl.aggregation.teachers import TeacherKind
 from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.alignment import Aligning
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import COUNTS, TEACHER, Distilling
+from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.payload import ItemSpec, Payload
@@ -18,7 +20,7 @@ from hetero_fl.state import Card, Part, Participant, common_part
 
 
 @algorithm("hybrid")
-class Hybrid(Distilling, FedAvg):
+class Hybrid(Aligning, FedAvg):
     """FedAvg over the owners of each tensor, and distillation (KL · T²) of the consensus on the proxy set, in one method.
 
     Each client says what it shares: all its parameters, its backbone, its proxy predictions, or several. Its defaults make
@@ -31,11 +33,6 @@ class Hybrid(Distilling, FedAvg):
     """
 
     needs_proxy = False  # without one it averages only
-    uploads = {
-        "model": ItemSpec("params"),
-        "logits": ItemSpec("rows", private=True, share="predictions", says="logits"),
-        COUNTS: ItemSpec("counts", private=True, share="statistics"),
-    }
 
     logit_adjustment: bool = True
     teacher: TeacherKind = "contrast"
@@ -46,6 +43,15 @@ class Hybrid(Distilling, FedAvg):
     )
     distil_epochs: PositiveInt = Field(3, description="epochs of each group's average on the proxy set, at the server")
     digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set at the client, after receiving")
+
+    @property
+    def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # what travels follows from the settings
+        """Label counts go with the rest where the teacher is aligned."""
+        return {
+            "model": ItemSpec("params"),
+            "logits": ItemSpec("rows", private=True, share="predictions", says="logits"),
+            **self.label_counts(),
+        }
 
     def takes(self, settings: ClientSettings, round: int) -> Part:
         part = super().takes(settings, round)
@@ -70,7 +76,7 @@ class Hybrid(Distilling, FedAvg):
         items = self.share(client)
         if self.gives(client, "predictions"):
             items["logits"] = yield from self.opinion(client)
-            items |= self.labels(client)
+            items |= self.told_labels(client)
         return items
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -78,7 +84,7 @@ class Hybrid(Distilling, FedAvg):
         teacher = uploads.mean("logits")
         if teacher is None:
             return
-        teacher = self.aligned(server, uploads, teacher)
+        teacher = self.moved(server, uploads, teacher)
         self.remember(server, teacher=teacher)
         if self.distil_at != "client":
             yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)

@@ -35,7 +35,8 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
             f"algorithm.name: {name} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0, so that "
             "so many training rows are public, or name another set in data.proxy.source"
         )
-    shares = {spec.share for spec in algorithm.uploads.values()}
+    said = {n: spec for n, spec in algorithm.uploads.items() if spec.kind != "counts"}  # these go with something else
+    shares = {spec.share for spec in said.values()}
     given = {share for s in settings for share in s.shares} | {"parameters" for s in settings if s.parts}
     if shares and not shares & given:
         needed = " or ".join(sorted(shares))
@@ -55,8 +56,8 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     if is_own(algorithm):
         _rehearse(algorithm, federation)
     notes = [*idle(name, algorithm, federation), *check_secure_sum(name, algorithm, federation)]
-    travel = {n for n, s in algorithm.uploads.items() if s.share in given and (s.kind != "rows" or proxy)}
-    averages = "model" in algorithm.uploads and {algorithm.uploads[n].kind for n in travel} <= {"params", "update"}
+    travel = {s.kind for s in said.values() if s.share in given and (s.kind != "rows" or proxy)}
+    averages = "model" in said and travel <= {"params", "update"}
     if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:
         alone = _alone(algorithm, federation)
         if sum(kind.count for kind in alone) == len(federation.cards):

@@ -102,6 +102,7 @@ def _check_rules(name: str, config: Config, algorithm: Algorithm, federation: Fe
     kinds = {"rule": "models", "predictions": "rows", "statistics": "class_sums"}
     asked = {key: sorted(n for n, how in held.combined if how == kind) for key, kind in kinds.items()}
     values = {key: str(getattr(terms, key)) for key in KEYS}
+    summed = {n for n, how in held.combined if how == "counts"}
     for key, items in asked.items():
         if values[key] != "mean" and not items:
             raise UserError(
@@ -140,7 +141,7 @@ def _check_rules(name: str, config: Config, algorithm: Algorithm, federation: Fe
         f"aggregation.{key} is mean: a liar among the senders of {', '.join(items)} is not held back"
         for key, items in asked.items()
         if items and values[key] == "mean"
-    ]
+    ] + [f"{item} are summed as they are told: a liar's are not held back" for item in sorted(summed)]
 
 
 def _check_root(terms: AggregationConfig, algorithm: Algorithm, federation: Federation, items: list[str]) -> None:

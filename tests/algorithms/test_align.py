@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hetero_fl.aggregation import Uploads
 from hetero_fl.aggregation.teachers import aligned
-from hetero_fl.algorithms.distillation import LABELS, TEACHER, Distilling
+from hetero_fl.algorithms.alignment import LABELS
+from hetero_fl.algorithms.distillation import TEACHER, Distilling
 from hetero_fl.experiment import prepare
+from hetero_fl.plan import Fit
 from hetero_fl.runtime.rounds import Rounds
 from tests.algorithms.test_regression import settings, slopes
 from tests.small import MIXED, config, rounds_of, same_bits
@@ -84,9 +87,6 @@ def test_certainty_far_beyond_what_a_float_holds_is_nan_nowhere() -> None:
         ("hybrid", {}),
         ("hybrid", {"logit_adjustment": False, "teacher": "mean"}),
         ("hybrid", {"proxy_rows": 20}),
-        ("ds_fl", {"sharpen": "none"}),
-        ("ds_fl", {"sharpen": "none", "teacher": "contrast", "logit_adjustment": True}),
-        ("ds_fl", {"sharpen": "none", "bits": 4}),
     ],
 )
 def test_the_teacher_of_the_first_round_is_the_plain_one_aligned(method: str, own: dict[str, Any]) -> None:
@@ -98,17 +98,27 @@ def test_the_teacher_of_the_first_round_is_the_plain_one_aligned(method: str, ow
     assert not torch.allclose(ours, plain.server.state[TEACHER], atol=0.01)
 
 
+@pytest.mark.parametrize("method", ["feddf", "fedmd", "hybrid"])
 @pytest.mark.parametrize("teacher", ["mean", "contrast"])
-def test_of_feddf_too(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which has the counts of those whose models it runs for its contrast-weighted teacher already."""
+def test_whatever_is_distilled_at_the_server_is_distilled_from_the_aligned_teacher(
+    method: str, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Tensor] = []
-    distil = Distilling.distil
-    monkeypatch.setattr(Distilling, "distil", lambda self, *a: seen.append(a[1]) or distil(self, *a))
-    changes = {"clients__overrides": [{"match": "site_2", "shares": ["predictions", "statistics"]}]}
-    held("feddf", changes=changes, teacher=teacher)
-    moved = held("feddf", changes=changes, teacher=teacher, align=1.0)
-    log_q = frequencies(counts_of(moved))
-    assert len(seen) == 2 and torch.allclose(seen[1], aligned(seen[0], log_q, 1.0, False), atol=1e-9)
+    at_server = Distilling.at_server
+
+    def spied(self: Distilling, server: Any, slot: str, teacher: Tensor, *rest: Any) -> Fit:
+        seen.append(teacher)
+        return at_server(self, server, slot, teacher, *rest)
+
+    monkeypatch.setattr(Distilling, "at_server", spied)
+    shares = ["predictions", "statistics"]  # FedDF runs the models of the others
+    changes = {"clients__overrides": [{"match": "site_2", "shares": shares}], "server__model": "linear"}
+    held(method, changes=changes, teacher=teacher)
+    plain = seen.pop()
+    seen.clear()
+    moved = held(method, changes=changes, teacher=teacher, align=1.0)
+    want = aligned(plain, frequencies(counts_of(moved)), 1.0, method == "hybrid")
+    assert len(seen) == (1 if method == "fedmd" else 3) and all(torch.allclose(t, want, atol=1e-9) for t in seen)
 
 
 def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
@@ -122,6 +132,15 @@ def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
     assert want.sum() > 0
 
 
+def test_a_cohort_that_tells_nothing_is_aligned_by_what_was_told_before() -> None:
+    rounds = held("fedmd", 1, align=0.5)
+    algorithm, server, known = rounds.algorithm, rounds.server, rounds.server.state[LABELS].clone()
+    teacher = torch.randn(60, 10, generator=torch.Generator().manual_seed(3))
+    ours = algorithm.moved(server, Uploads(specs=algorithm.uploads), teacher)  # type: ignore[attr-defined]
+    assert torch.equal(ours, aligned(teacher, frequencies(known), 0.5, False))
+    assert torch.equal(server.state[LABELS], known)
+
+
 def test_where_nobody_tells_labels_nothing_is_moved() -> None:
     silent = {"clients__defaults__shares": ["parameters", "predictions"]}
     plain, moved = held("hybrid", 2, silent), held("hybrid", 2, silent, align=0.5)
@@ -129,9 +148,12 @@ def test_where_nobody_tells_labels_nothing_is_moved() -> None:
 
 
 def test_without_alignment_no_counts_travel() -> None:
-    for method in ("fedmd", "feddf", "hybrid", "ds_fl"):
+    for method in ("fedmd", "feddf", "hybrid"):
         assert held(method, align=0.5).traffic.up > held(method).traffic.up
         assert LABELS not in held(method).server.state
+        assert (
+            method == "feddf" or "counts" not in held(method, 0).algorithm.uploads
+        )  # noise is shared among what is declared
 
 
 def test_a_regression_has_no_classes_to_align() -> None:
@@ -142,7 +164,7 @@ def test_a_regression_has_no_classes_to_align() -> None:
     assert torch.equal(plain, moved) and runs[0].traffic.up == runs[1].traffic.up
 
 
-@pytest.mark.parametrize("method", ["hybrid", "fedmd", "ds_fl"])
+@pytest.mark.parametrize("method", ["hybrid", "fedmd"])
 def test_under_a_secure_sum(method: str) -> None:
     plain = held(method, 2, align=0.5)
     summed = held(method, 2, {"channel__secure_sum": {}}, align=0.5)
@@ -151,9 +173,32 @@ def test_under_a_secure_sum(method: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ["record", "client", "local"])
-def test_noised_counts_are_none_below_nought(unit: str) -> None:
+def test_counts_that_noise_leaves_below_nought_are_taken_for_nought(unit: str) -> None:
     noise = {"unit": unit, "noise_multiplier": 3.0, "delta": 1e-4}
     rounds = rounds_of(config("hybrid", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5))
-    assert bool((rounds.server.state[LABELS] >= 0).all()) and bool(rounds.server.state[TEACHER].isfinite().all())
+    assert bool(rounds.server.state[TEACHER].isfinite().all())
     told = rounds.server.state[LABELS]
     assert not torch.allclose(told, told.round(), atol=1e-3)  # nobody's true counts leave
+    if unit == "client":
+        assert bool((told < 0).any())  # kept as it came, so that noise evens out over the rounds
+
+
+def test_under_noise_on_sums_nothing_tells_whether_somebody_was_there() -> None:
+    """Only one client tells labels: its cohorts and those without it change what the server knows alike."""
+    only = [{"match": "site_[123]", "shares": ["parameters", "predictions"]}]
+    noise = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "poisson_cohorts": True}
+    changes = {"clients__overrides": only, "clients__per_round": 2, "rounds": 4}
+    rounds = rounds_of(config("fedmd", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5, **changes), held=0)
+    known, there = torch.zeros(10), []
+    for _ in range(4):
+        there.append("site_4" in rounds.round()["cohort"])
+        assert not torch.equal(rounds.server.state[LABELS], known)
+        known = rounds.server.state[LABELS].clone()
+    assert set(there) == {True, False}
+
+
+def test_that_no_rule_holds_back_a_liars_counts_is_said() -> None:
+    rule = {"aggregation__predictions": "median"}
+    line = "counts are summed as they are told: a liar's are not held back"
+    assert line in prepare(config("fedmd", MIXED, 4, algorithm__align=0.5, **rule)).notes
+    assert line not in prepare(config("fedmd", MIXED, 4, **rule)).notes

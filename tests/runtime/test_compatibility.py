@@ -80,6 +80,15 @@ def test_what_counts_is_what_is_sent() -> None:
     accepted("feddf", DIFFERENT)  # distils, whatever it averages
 
 
+@pytest.mark.parametrize("align", [0.0, 0.5])
+def test_label_counts_are_no_word_of_their_own(align: float) -> None:
+    words = "no two clients send a tensor in common"
+    refused(words, "hybrid", DIFFERENT, data__proxy__size=0, algorithm__align=align)
+    for method, needed in (("fedmd", "predictions"), ("feddf", "parameters or predictions")):
+        silent = {"clients__defaults__shares": ["statistics"], "algorithm__align": align}
+        refused(f"{method} needs clients that share {needed}", method, **silent)
+
+
 def test_common_prefixes() -> None:
     hidden = [{"name": "mlp", "hidden": [8, n]} for n in (4, 6, 8)]
     refused("no two clients", "fedavg", hidden)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from hetero_fl.aggregation.sharpening import Sharpening, sharpened
+from hetero_fl.aggregation.sharpening import TINY, Sharpening, sharpened
 from hetero_fl.aggregation.teachers import CLIP, opinion
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
@@ -52,7 +52,7 @@ class DSFL(WithCache):
         """Sums will do, unless codes have to be read or who received what has to be known."""
         use: Literal["each", "sum"] = "sum" if self.bits is None and self.cache_life is None else "each"
         name = "probabilities" if self.bits is None else "codes"
-        return {name: ItemSpec("rows", use, private=True, share="predictions")}
+        return {name: ItemSpec("rows", use, private=True, share="predictions"), **self.label_counts()}
 
     # The round ---------------------------------------------------------------------------------------------------
     def broadcast(self, server: Participant, card: Card) -> Items:
@@ -73,9 +73,10 @@ class DSFL(WithCache):
         z = yield Predict("model", Rows("proxy", asked))
         said = self.said(client.task, z, self.released(client), client.n)
         if self.bits is None:
-            return {"probabilities": said}
+            return {"probabilities": said, **self.told_labels(client)}
         p, exclusive = probabilities(client.task, z), client.task.kind == "multiclass"
-        return {"codes": Item(pack(quantised(p, self.bits, exclusive), self.bits), said.weight, "rows")}
+        codes = Item(pack(quantised(p, self.bits, exclusive), self.bits), said.weight, "rows")
+        return {"codes": codes, **self.told_labels(client)}
 
     def said(self, task: Task, logits: Tensor, counts: Tensor | None, n: int) -> Item:
         """Probabilities, or for the contrast-weighted teacher their clipped logarithm, with the weight of the client's word."""
@@ -92,7 +93,7 @@ class DSFL(WithCache):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mean = uploads.mean("probabilities") if self.bits is None else self.decoded(server, uploads)
-        teacher = None if mean is None else self.sharpened(server.task, mean)
+        teacher = None if mean is None else self.sharpened(server.task, self.held_to_labels(server, uploads, mean))
         if self.cache_life is not None:
             teacher = self.cached(server, uploads, teacher)
         elif teacher is not None:
@@ -110,6 +111,14 @@ class DSFL(WithCache):
             p = levels.to(torch.get_default_dtype()) / (2**self.bits - 1)
             said[upload.client] = Item(self.spoken(server.task, p), item.weight)
         return uploads.consensus("codes", said)
+
+    def held_to_labels(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
+        """The mean of what was said, aligned before it is sharpened."""
+        if not self.align or server.task.kind != "multiclass":
+            return mean
+        if self.of_logarithms(server.task):
+            return self.moved(server, uploads, mean)
+        return self.moved(server, uploads, mean.clamp(min=TINY).log()).softmax(-1)
 
     def sharpened(self, task: Task, mean: Tensor) -> Tensor:
         """Logits of the teacher, from the mean of what was said."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.alignment import Aligning
 from hetero_fl.algorithms.base import Items
-from hetero_fl.algorithms.distillation import TEACHER, Distilling
+from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.payload import Payload
 from hetero_fl.state import Card, Participant
 
 MADE = "made"
 
 
-class WithCache(Distilling):
+class WithCache(Aligning):
     """A row is asked for, and sent, only where the receiver lacks it or it is too old (Azuma et al. 2025, SCARLET).
 
     The server's cache is `teacher` `[D, C]` with the round in which each row was `made`, and for each client seen the round
@@ -23,6 +24,14 @@ class WithCache(Distilling):
     """
 
     cache_life: PositiveInt | None = Field(None, description="rounds until a row is asked for again; none: no cache")
+
+    @model_validator(mode="after")
+    def _whole_rounds(self) -> WithCache:
+        if self.align and self.cache_life is not None:
+            raise ValueError(
+                "align needs what is said of all rows of a round, but with cache_life few are asked for; leave one of them out"
+            )
+        return self
 
     # At the server -----------------------------------------------------------------------------------------------
     def due(self, server: Participant) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from hetero_fl.aggregation import Uploads
 from hetero_fl.aggregation.teachers import aligned
+from hetero_fl.algorithms import algorithm
 from hetero_fl.algorithms.alignment import LABELS
 from hetero_fl.algorithms.distillation import TEACHER, Distilling
+from hetero_fl.errors import UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.plan import Fit
 from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.task import Task
 from tests.algorithms.test_regression import settings, slopes
 from tests.small import MIXED, config, rounds_of, same_bits
 
@@ -87,6 +91,9 @@ def test_certainty_far_beyond_what_a_float_holds_is_nan_nowhere() -> None:
         ("hybrid", {}),
         ("hybrid", {"logit_adjustment": False, "teacher": "mean"}),
         ("hybrid", {"proxy_rows": 20}),
+        ("ds_fl", {"sharpen": "none"}),
+        ("ds_fl", {"sharpen": "none", "teacher": "contrast", "logit_adjustment": True}),
+        ("ds_fl", {"sharpen": "none", "bits": 4}),
     ],
 )
 def test_the_teacher_of_the_first_round_is_the_plain_one_aligned(method: str, own: dict[str, Any]) -> None:
@@ -121,6 +128,28 @@ def test_whatever_is_distilled_at_the_server_is_distilled_from_the_aligned_teach
     assert len(seen) == (1 if method == "fedmd" else 3) and all(torch.allclose(t, want, atol=1e-9) for t in seen)
 
 
+def test_ds_fl_sharpens_what_is_aligned() -> None:
+    """Of probabilities p: entropy reduction of softmax(log p + b), b as of the teacher that is not sharpened."""
+    plain = held("ds_fl", sharpen="none").server.state[TEACHER].softmax(1)
+    moved = held("ds_fl", align=0.5)
+    p = aligned(plain.log(), frequencies(counts_of(moved)), 0.5, False).softmax(1)
+    assert torch.allclose(moved.server.state[TEACHER].softmax(1), (p / 0.1).softmax(1), atol=1e-9)
+
+
+def test_a_cache_of_which_few_rows_are_asked_for_is_not_aligned() -> None:
+    words = "align needs what is said of all rows of a round, but with cache_life few are asked for"
+    with pytest.raises(UserError, match=words):
+        prepare(config("ds_fl", MIXED, algorithm__align=0.5, algorithm__cache_life=2))
+
+
+def test_labels_beside_one_another_are_not_aligned() -> None:
+    method = algorithm["ds_fl"](align=1.0)
+    server = held("ds_fl", 0).server
+    many = replace(server, task=Task("multilabel", 10), state={LABELS: torch.arange(10.0)})
+    p = torch.rand(60, 10, generator=torch.Generator().manual_seed(4))
+    assert method.held_to_labels(many, Uploads(specs=method.uploads), p) is p
+
+
 def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
     silent = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds = held("hybrid", 0, {"clients__per_round": 2, "clients__overrides": silent, "rounds": 3}, align=0.5)
@@ -148,7 +177,7 @@ def test_where_nobody_tells_labels_nothing_is_moved() -> None:
 
 
 def test_without_alignment_no_counts_travel() -> None:
-    for method in ("fedmd", "feddf", "hybrid"):
+    for method in ("fedmd", "feddf", "hybrid", "ds_fl"):
         assert held(method, align=0.5).traffic.up > held(method).traffic.up
         assert LABELS not in held(method).server.state
         assert (
@@ -164,7 +193,7 @@ def test_a_regression_has_no_classes_to_align() -> None:
     assert torch.equal(plain, moved) and runs[0].traffic.up == runs[1].traffic.up
 
 
-@pytest.mark.parametrize("method", ["hybrid", "fedmd"])
+@pytest.mark.parametrize("method", ["hybrid", "fedmd", "ds_fl"])
 def test_under_a_secure_sum(method: str) -> None:
     plain = held(method, 2, align=0.5)
     summed = held(method, 2, {"channel__secure_sum": {}}, align=0.5)

@@ -40,7 +40,7 @@ class FedDF(Aligning, FedAvg):
             items |= self.told_labels(client)
         elif whole and self.teacher == "contrast" and self.gives(client, "statistics"):
             items[COUNTS] = Item(client.counts, kind="counts")
-        elif whole:
+        elif whole and client.has_proxy:  # else its model has no voice in the teacher
             items |= self.told_labels(client)
         return items
 

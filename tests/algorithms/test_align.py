@@ -136,6 +136,10 @@ def test_ds_fl_sharpens_what_is_aligned() -> None:
     assert torch.allclose(moved.server.state[TEACHER].softmax(1), (p / 0.1).softmax(1), atol=1e-9)
 
 
+def test_a_class_without_a_vote_leaves_the_teacher_finite() -> None:
+    assert held("ds_fl", 2, align=0.5, bits=1).server.state[TEACHER].isfinite().all()
+
+
 def test_a_cache_of_which_few_rows_are_asked_for_is_not_aligned() -> None:
     words = "align needs what is said of all rows of a round, but with cache_life few are asked for"
     with pytest.raises(UserError, match=words):

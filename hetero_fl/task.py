@@ -29,6 +29,13 @@ class Task:
         return self.names or tuple(str(i) for i in range(self.outputs))
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """Labels that the classes are named after, if these are other integers than the class numbers; else nothing."""
+        whole = self.kind == "multiclass" and all(name.isascii() and name.isdigit() for name in self.names)
+        found = tuple(map(int, self.names)) if whole else ()
+        return () if found == tuple(range(len(found))) else found
+
+    @property
     def many(self) -> bool:
         """Whether there are so many classes that a figure for each says little, and the first few guesses matter."""
         return self.kind == "multiclass" and self.outputs >= MANY

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.data.base import Dataset, Examples, check_examples, places
+from hetero_fl.data.base import MOST_NUMBERED_CLASSES, Dataset, Examples, check_examples, places
 from hetero_fl.data.layout import Block
 from hetero_fl.data.tokens import Vocabulary
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, nearest
 from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
 from hetero_fl.task import Task
 
+Kind = Literal["multiclass", "multilabel", "regression"]
+SHOWN = 8  # classes that a warning lists
+
 
 def from_arrays(
-    x: Any, y: Any, *, validation: tuple[Any, Any] | None = None, test: tuple[Any, Any] | None = None,
-    group: Any = None, patient: Any = None, time: Any = None, unit: Any = None, task: Task | None = None,
-    name: str = "arrays", simulated: bool = False, about: str = "", columns: tuple[str, ...] = (),
-    blocks: Sequence[tuple[str, Sequence[int]]] = (), vocabulary: Vocabulary | None = None,
+    x: Any, y: Any, *, validation: tuple[Any, Any] | None = None,
+    test: tuple[Any, Any] | None = None, group: Any = None, patient: Any = None, time: Any = None,
+    unit: Any = None, task: Task | Kind | None = None, num_classes: int | None = None,
+    name: str = "arrays", simulated: bool = False, about: str = "",
+    columns: tuple[str, ...] = (), blocks: Sequence[tuple[str, Sequence[int]]] = (),
+    vocabulary: Vocabulary | None = None,
 ) -> Dataset:  # fmt: skip
     """A data set of numpy arrays or tensors.
 
     Args:
         x: images `[N, C, H, W]`, `[N, H, W, C]` or, as whole numbers, `[N, H, W]`: uint8, or floats in 0..1 or 0..255; or
             floats `[N, T, F]` (series) or `[N, F]` (a table).
-        y: whole numbers `[N]` (classes, from 0), truth values `[N, L]` (multilabel), or floats `[N]`, `[N, L]`
-            (multilabel if all are 0 or 1 and L > 1, else regression).
+        y: Labels. Integers `[N]` are classes; if they do not start at 0 or have gaps, the classes are the labels that
+            occur, sorted, and are named after them. Zeros and ones `[N, L]` are `L` labels per row (multilabel), or
+            classes if every row has exactly one 1. Other floats are regression targets, unless they are few different
+            whole numbers (classes). Each reading that could be another one is a `UserWarning` and a line in the run's
+            log.
         validation, test: (x, y) of the common sets, if there are any; otherwise they are carved from the training rows.
         group: whose row it is, `[N]` of numbers or strings, for the natural partition.
         patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
@@ -39,11 +48,14 @@ def from_arrays(
         unit: of regression targets, `[N]`: what a row's targets are relative to. Errors are those of targets × unit.
         columns: names of a table's columns, or of a series' channels.
         blocks: (name, shape) of the modalities that lie side by side in rows `[N, D]`; see also `join`.
-        task: what is learned; none: read off the labels.
+        task: What is learned, instead of what the labels look like: a `Task` (labels are then taken as they are),
+            "multiclass", "multilabel" or "regression".
+        num_classes: Number of classes; integer labels are then class numbers from 0, whether or not all occur.
         vocabulary: what the numbers mean where x is tokens, whole numbers `[N, T]` (see `Vocabulary.encode`).
 
     Raises:
-        UserError: see `check_examples`; images whose range or order of axes could mean two things.
+        UserError: see `check_examples`; images whose range or order of axes could mean two things; labels that do not
+            fit `task` or `num_classes`.
     """
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
@@ -54,7 +66,13 @@ def from_arrays(
     else:
         xs = {split: as_numbers(pair[0], f"{name}: {split}: x") for split, pair in given.items()}
         images, notes = _images({f"{name}: {split}: x": x for split, x in xs.items()})
-    task = task or _task(list(labels.values()), name)
+    if not isinstance(task, Task):
+        task, labels, doubts = _read_labels(labels, task, num_classes, unit is not None, name)
+        for line in doubts:
+            warnings.warn(line, UserWarning, stacklevel=2)
+        notes += tuple(doubts)
+    elif num_classes is not None:
+        raise UserError(f"{name}: num_classes: found {num_classes}, but task has {task.outputs} outputs; leave one out")
     examples = {split: Examples(x, _targets(labels[split], task)) for split, x in zip(given, images, strict=True)}
     for split, found in examples.items():
         # missing: whoever sees NaN without `indicate` is told
@@ -117,15 +135,93 @@ def _turned(before: Tensor, after: Tensor) -> bool:
     return before.ndim == 4 and before.shape != after.shape
 
 
-def _task(labels: list[Tensor], name: str) -> Task:
-    first = labels[0]
-    if first.ndim not in (1, 2) or first.numel() == 0:
-        raise UserError(f"{name}: train: y: found shape {tuple(first.shape)}; want (N,) or (N, L)")
-    width = first.shape[1] if first.ndim == 2 else 1
-    if first.is_floating_point() or (first.ndim == 2 and width > 1):
-        binary = width > 1 and all(bool(((y == 0) | (y == 1)).all()) for y in labels)
-        return Task("multilabel" if binary else "regression", width)
-    return Task("multiclass", max(int(y.max()) for y in labels if y.numel()) + 1)
+def _read_labels(
+    labels: Mapping[str, Tensor], kind: str | None, num_classes: int | None, has_unit: bool, name: str
+) -> tuple[Task, dict[str, Tensor], list[str]]:
+    """Return the task, the targets of each split, and a line on each reading that could be another one."""
+    if kind is not None and kind not in get_args(Kind):
+        raise UserError(f"{name}: task: found '{kind}'{nearest(kind, get_args(Kind))}")
+    if num_classes is not None and kind not in (None, "multiclass"):
+        raise UserError(f"{name}: num_classes: found {num_classes}, but task is {kind}; leave one out")
+    if num_classes is not None and num_classes < 2:
+        raise UserError(f"{name}: num_classes: found {num_classes}; must be >= 2")
+    y = {split: _narrow(found, f"{name}: {split}: y") for split, found in labels.items()}
+    doubts: list[str] = []
+    width = 1 if y["train"].ndim == 1 else y["train"].shape[1]
+    for split, found in y.items():
+        if found.shape[1:] != y["train"].shape[1:]:
+            raise UserError(f"{name}: {split}: y: found shape {tuple(found.shape)}, but train has {width} columns")
+    if kind is None and num_classes is not None:
+        kind = "multiclass"
+    if kind is None:
+        kind, doubts = _kind(list(y.values()), has_unit, name)
+    if kind == "multiclass" and width == 1:
+        whole = {split: _class_numbers(found, f"{name}: {split}: y") for split, found in y.items()}
+        return _classes(whole, num_classes, doubts, name)
+    if kind == "multiclass":
+        if not _one_hot(list(y.values())) or num_classes not in (None, width):
+            raise UserError(f"{name}: y: found {width} columns of labels, but a row of a multiclass task has one class")
+        return Task("multiclass", width), {split: found.long().argmax(1) for split, found in y.items()}, doubts
+    return Task("multilabel" if kind == "multilabel" else "regression", width), y, doubts
+
+
+def _narrow(y: Tensor, where: str) -> Tensor:
+    """Return labels `[N]` or `[N, L]` with L > 1."""
+    if y.ndim not in (1, 2) or y.numel() == 0:
+        raise UserError(f"{where}: found shape {tuple(y.shape)}; want (N,) or (N, L)")
+    return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+
+
+def _kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
+    """Return what the labels of all splits look like, and a line if they could be something else."""
+    if y[0].ndim == 2:
+        if _one_hot(y):
+            line = f"every row has exactly one 1: read as {y[0].shape[1]} classes; pass task='multilabel' for labels"
+            return "multiclass", [f"{name}: y: {line} that are independent of each other"]
+        binary = all(bool(((found == 0) | (found == 1)).all()) for found in y)
+        return ("multilabel" if binary else "regression"), []
+    if not y[0].is_floating_point():
+        return "multiclass", []
+    values = torch.cat(y).double()
+    count = len(values.unique())
+    whole = bool((values.isfinite() & (values == values.floor())).all())
+    if has_unit or not whole or not 2 <= count <= min(MOST_NUMBERED_CLASSES, len(values) - 1):
+        return "regression", []
+    line = f"{count} different whole numbers, as floats: read as classes; pass task='regression' for numbers"
+    return "multiclass", [f"{name}: y: {line}"]
+
+
+def _one_hot(y: list[Tensor]) -> bool:
+    return all(bool(((found == 0) | (found == 1)).all() and (found.double().sum(1) == 1).all()) for found in y)
+
+
+def _class_numbers(y: Tensor, where: str) -> Tensor:
+    if y.is_floating_point() and bool((bad := ~(y.isfinite() & (y == y.floor()))).any()):
+        row = int(bad.to(torch.uint8).argmax())
+        raise UserError(f"{where}: label {float(y[row]):g} in row {row} is no class number")
+    return y.long()
+
+
+def _classes(
+    y: dict[str, Tensor], num_classes: int | None, doubts: list[str], name: str
+) -> tuple[Task, dict[str, Tensor], list[str]]:
+    """Return integer labels as class numbers from 0, named after the labels where these are other numbers."""
+    if num_classes is not None:
+        return Task("multiclass", num_classes), y, doubts
+    for split, found in y.items():
+        if bool((found < 0).any()):
+            row = int((found < 0).to(torch.uint8).argmax())
+            label = f"label {int(found[row])} in row {row} is out of range"
+            raise UserError(f"{name}: {split}: y: {label}; number classes from 0")
+    values = torch.cat(list(y.values())).unique()
+    if int(values[-1]) == len(values) - 1:
+        return Task("multiclass", len(values)), y, doubts
+    pairs = [f"{label} as class {place}" for place, label in enumerate(values[:SHOWN].tolist())]
+    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
+    remedy = f"pass num_classes={int(values[-1]) + 1} to keep the numbers, task='regression' for regression targets"
+    line = f"{name}: y: read as {len(values)} classes: {', '.join(pairs)}{more}; {remedy}"
+    task = Task("multiclass", len(values), tuple(str(label) for label in values.tolist()))
+    return task, {split: torch.searchsorted(values, found) for split, found in y.items()}, [*doubts, line]
 
 
 def _targets(y: Tensor, task: Task) -> Tensor:

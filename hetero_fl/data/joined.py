@@ -155,13 +155,12 @@ def _with_labels(
     assert old.y is not None and old.patient is not None
     if given is None:
         raise UserError(f"{where}: column '{label}' is text; class numbers are needed")
+    classes = {float(name): place for place, name in enumerate(pictures.task.label)}
     for row in strangers:
-        if given[row] not in range(pictures.task.outputs):
-            found = f"{given[row]:g}"
-            raise UserError(
-                f"{where}: row {row + 1}, column '{label}': found {found}; classes are 0 to {pictures.task.outputs - 1}"
-            )
-    y = torch.cat([old.y, torch.tensor([int(given[row]) for row in strangers])])
+        if given[row] not in classes:
+            found = f"found {given[row]:g}; classes of the images are {_shown(pictures.task.label)}"
+            raise UserError(f"{where}: row {row + 1}, column '{label}': {found}")
+    y = torch.cat([old.y, torch.tensor([classes[given[row]] for row in strangers])])
     owners = [old.patient_names[i] for i in old.patient.tolist()] + [whose[row] for row in strangers]
     patient, patient_names = places(owners)
     if old.group is None:

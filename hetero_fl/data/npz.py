@@ -50,6 +50,7 @@ def read_npz(
         raise UserError(f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}")
     known = task is not None
     task = task or _task([y for _, y in raw.values()], where, kind)
+    notes = () if known or kind is not None else _doubts([y for _, y in raw.values()], task, f"{where}: train_labels")
     read = _images({f"{where}: {SPLITS[s]}_images": x for s, (x, _) in raw.items()}, table=not known)
     splits = {}
     for (split, (x, y)), pixels in zip(raw.items(), read, strict=True):
@@ -69,7 +70,7 @@ def read_npz(
     elif patient is not None:
         raise UserError(f"patient: {path} has no array '{patient}'{nearest(patient, names)}")
     about = f"local file {path.name}"
-    return Dataset(name, task, splits["train"], splits.get("validation"), splits.get("test"), about=about)
+    return Dataset(name, task, splits["train"], splits.get("validation"), splits.get("test"), about=about, notes=notes)
 
 
 def read_images(path: Path) -> Tensor:
@@ -142,6 +143,18 @@ def _task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
             "number the classes from 0"
         )
     return Task("multiclass", int(max(values[-1], 0)) + 1)
+
+
+def _doubts(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
+    """Return a line if the labels of all splits could mean something else."""
+    y = np.concatenate(labels)
+    if task.kind == "multiclass" and (absent := sorted(set(range(task.outputs)) - set(y[:, 0].astype(int).tolist()))):
+        listed = ", ".join(map(str, absent))
+        return (f"{where}: {task.outputs} classes, numbered from 0, of which {listed} do not occur",)
+    if task.kind == "multilabel" and bool((y.sum(1) == 1).all()):
+        remedy = "if they are classes, save one column of class numbers"
+        return (f"{where}: every row has exactly one 1: read as multilabel; {remedy}",)
+    return ()
 
 
 def _targets(y: np.ndarray, task: Task, where: str) -> Tensor:

@@ -45,6 +45,8 @@ def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | N
             if name not in ours.names:
                 raise UserError(f"{where}: {own.name} has class '{name}', {none}{nearest(name, ours.names)}")
         y = torch.tensor([ours.names.index(name) for name in mine.names])[y]
+    elif ours.numbers and not mine.names:
+        y = from_labels(y, ours, f"{where}: {own.name}")
     elif mine.outputs != ours.outputs and (mine.names or mine.kind != "multiclass" or mine.outputs > ours.outputs):
         noun = "classes" if mine.kind == "multiclass" else "targets"
         raise UserError(f"{where}: {own.name} has {mine.outputs} {noun}, {both} {ours.outputs}")
@@ -56,6 +58,20 @@ def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | N
     if extra:
         raise UserError(f"{where}: {own.name} has column '{extra[0]}', {none}{nearest(extra[0], common.columns)}")
     return replace(own.train, x=x, y=y)
+
+
+def from_labels(y: Tensor, task: Task, where: str) -> Tensor:
+    """Return the classes of a task that are named after these integer labels.
+
+    Raises:
+        UserError: A label that no class is named after.
+    """
+    numbers = torch.tensor(task.numbers)
+    known = torch.isin(y, numbers)
+    if not bool(known.all()):
+        row = int((~known).to(torch.uint8).argmax())
+        raise UserError(f"{where}: found label {int(y[row])} in row {row}{nearest(int(y[row]), task.names)}")
+    return (y[:, None] == numbers).to(torch.uint8).argmax(1)
 
 
 def read_as(source: SourceConfig, task: Task, text: TextConfig | None = None) -> SourceConfig:

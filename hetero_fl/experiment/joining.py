@@ -11,7 +11,7 @@ from hetero_fl.data import Dataset, with_test
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.legacy import Legacy
 from hetero_fl.experiment.newcomers import Newcomers, Site, labels
-from hetero_fl.experiment.scoring import in_run_order, load_as, renumbered
+from hetero_fl.experiment.scoring import comparable, in_run_order, load_as, renumbered
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import check_vacant
 
@@ -94,7 +94,7 @@ def join(
 
 def _site(dataset: Dataset, legacy: Legacy, patients: Sequence[int]) -> Site:
     task = legacy.task
-    if (dataset.task.kind, dataset.task.outputs) != (task.kind, task.outputs):
+    if not comparable(dataset.task, task):
         raise UserError(
             f"--data: {dataset.name} is {dataset.task.kind} with {dataset.task.outputs} outputs, the run's models are "
             f"{task.kind} with {task.outputs}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from hetero_fl.config.source import SeriesConfig, SourceConfig, TextConfig, WindowsConfig
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.gaps import usable
-from hetero_fl.data.outside import match_columns, read_as
+from hetero_fl.data.outside import from_labels, match_columns, read_as
 from hetero_fl.data.registry import takes
 from hetero_fl.errors import UserError, nearest, similar
 from hetero_fl.metrics import score
@@ -43,7 +43,7 @@ def evaluate(
     for name, model in run.models.items():
         if client is not None and name != client:
             continue
-        if (dataset.task.kind, dataset.task.outputs) != (model.task.kind, model.task.outputs):
+        if not comparable(dataset.task, model.task):
             raise UserError(
                 f"--data: {data} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
                 f"the models of {run.path} are {model.task.kind} with {model.task.outputs}"
@@ -72,8 +72,18 @@ def evaluate(
     return results
 
 
+def comparable(found: Task, known: Task) -> bool:
+    """Whether targets of one task can be those of the other; unnamed labels may be those that classes are named after."""
+    if found.kind == known.kind == "multiclass" and known.numbers and not found.names:
+        return True
+    return (found.kind, found.outputs) == (known.kind, known.outputs)
+
+
 def renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
-    """Targets with the classes, or the columns, numbered as the model's are, where both are named."""
+    """Targets with the classes, or the columns, numbered as the model's are, where both are named; unnamed labels are found
+    among those that the model's classes are named after, if they are named after integers."""
+    if known.numbers and not found.names:
+        return from_labels(y, known, where)
     if not found.names or not known.names or found.names == known.names:
         return y
     for name in found.names:

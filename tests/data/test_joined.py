@@ -54,11 +54,22 @@ def test_patients_without_an_image(tmp_path: Path) -> None:
         ({"table_group": None}, "table_group: missing; images have groups"),
         ({"label": None}, "genes.csv: row 4, column 'patient': found 'q9', of whom there is no image"),
         ({"label": "note"}, "genes.csv: column 'note' is text; class numbers are needed"),
-        ({"label": "egfr"}, "genes.csv: row 4, column 'egfr': found 8; classes are 0 to 1"),
+        ({"label": "egfr"}, "genes.csv: row 4, column 'egfr': found 8; classes of the images are 0, 1"),
     ):
         with pytest.raises(UserError) as refused:
             joined(path, **{"label": "ill", "group": list("aaaabb"), "table_group": "site", **changes})
         assert words in str(refused.value)
+
+
+def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(tmp_path: Path) -> None:
+    more = pd.concat([TABLE.assign(ill=[1, 1, 2]), pd.DataFrame({"patient": ["q9"], "tp53": [7.0], "ill": [2]})])
+    more.to_csv(tmp_path / "genes.csv", index=False)
+
+    with pytest.warns(UserWarning, match="1 as class 0, 2 as class 1"):
+        found = join(IMAGES, np.array(Y) + 1, WHOSE, tmp_path / "genes.csv", columns=["tp53"], label="ill")
+
+    assert found.task.names == ("1", "2")
+    assert found.train.y is not None and found.train.y.tolist() == [*Y, 1]
 
 
 @pytest.mark.parametrize(

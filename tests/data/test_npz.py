@@ -64,6 +64,22 @@ def test_task_is_read_off_the_labels(npz: Any, labels: np.ndarray, kind: str, ou
     assert np.allclose(dataset.train.y.numpy().squeeze(), labels)
 
 
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (np.arange(30) % 3 + 1, "train_labels: 4 classes, numbered from 0, of which 0 do not occur"),
+        (np.array([0, 1, 3] * 10), "train_labels: 4 classes, numbered from 0, of which 2 do not occur"),
+        (np.eye(3, dtype=np.uint8)[np.arange(30) % 3], "train_labels: every row has exactly one 1: read as multilabel"),
+    ],
+)
+def test_labels_that_could_mean_something_else_are_said(npz: Any, labels: np.ndarray, note: str) -> None:
+    none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
+    path = npz(train_labels=labels, **none)
+
+    assert [line for line in load(path).notes if note in line]
+    assert read_npz(path, "npz", Task("multiclass", 4) if labels.ndim == 1 else Task("multilabel", 3)).notes == ()
+
+
 def test_rows_of_a_table_in_place_of_images_only_where_no_set_is_named(npz: Any) -> None:
     rows = {f"{s}_images": np.zeros((n, 4)) for s, n in (("train", 30), ("val", 6), ("test", 9))}
     assert load(npz(**rows)).train.x.shape == (30, 4)

@@ -153,8 +153,8 @@ def test_from_arrays() -> None:
     assert dataset.test is not None and dataset.test.x.shape == (2, 1, 8, 8) and dataset.validation is None
     table = torch.randn(6, 3, dtype=torch.float64)
     assert from_arrays(table, np.random.default_rng(0).normal(size=6)).task == Task("regression", 1)
-    assert from_arrays(table, np.eye(3)[y]).task == Task("multilabel", 3)
-    assert from_arrays(table, np.eye(3, dtype=bool)[y]).task == Task("multilabel", 3)
+    assert from_arrays(table, 1 - np.eye(3)[y]).task == Task("multilabel", 3)
+    assert from_arrays(table, ~np.eye(3, dtype=bool)[y]).task == Task("multilabel", 3)
     assert from_arrays(table, y, task=Task("multiclass", 5)).task.outputs == 5
     assert from_arrays(table, y).train.x.dtype == torch.float32
     for bad in ([0, 1, -1, 0, 1, 2], ["a"] * 6, [0.0] * 5, [[[0]]] * 6):

@@ -12,12 +12,11 @@ import torch
 from pandas.api import types
 from torch import Tensor
 
-from hetero_fl.data.base import Dataset, Examples, places
+from hetero_fl.data.base import MOST_NUMBERED_CLASSES, Dataset, Examples, places
 from hetero_fl.data.sources.cells import decimal_commas, is_text, names, numbers, settled
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.task import Task
 
-MOST_NUMBERED_CLASSES = 20
 SHOWN = 20  # columns that a note lists
 PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
 

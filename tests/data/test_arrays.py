@@ -1,0 +1,165 @@
+"""What `from_arrays` learns from labels, and what it says where they could mean two things."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hetero_fl
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.source import DataConfig, SourceConfig
+from hetero_fl.data import Dataset, federate, from_arrays
+from hetero_fl.errors import UserError
+from hetero_fl.task import Task
+
+X = np.random.default_rng(0).normal(size=(12, 3))
+ONE_TO_THREE = np.array([1, 2, 3] * 4)
+
+
+def made_with_warning(message: str, y: Any, **settings: Any) -> Dataset:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = from_arrays(X, y, **settings)
+    assert re.search(message, str(caught[0].message)) and caught[0].category is UserWarning
+    assert all("\n" not in str(w.message) and w.filename == __file__ for w in caught)
+    assert [str(w.message) for w in caught] == list(dataset.notes)
+    return dataset
+
+
+def targets(dataset: Dataset) -> list[Any]:
+    assert dataset.train.y is not None
+    return dataset.train.y.tolist()
+
+
+def test_from_arrays_maps_labels_that_do_not_start_at_zero() -> None:
+    dataset = made_with_warning(
+        r"arrays: y: read as 3 classes: 1 as class 0, 2 as class 1, 3 as class 2; pass num_classes=4 .* task='regression'",
+        ONE_TO_THREE,
+    )
+
+    assert dataset.task == Task("multiclass", 3, ("1", "2", "3"))
+    assert targets(dataset) == [0, 1, 2] * 4
+
+
+def test_from_arrays_maps_gaps_over_all_splits() -> None:
+    y = np.array([0, 2] * 6)
+
+    dataset = made_with_warning("0 as class 0, 2 as class 1, 5 as class 2", y, test=(X[:1], [5]))
+
+    assert dataset.task.names == ("0", "2", "5")
+    assert dataset.test is not None and dataset.test.y is not None and dataset.test.y.tolist() == [2]
+
+
+def test_from_arrays_lists_the_first_classes_of_many() -> None:
+    made_with_warning(r"10 as class 0, .* 17 as class 7 and 4 more; pass num_classes=22", np.arange(12) + 10)
+
+
+@pytest.mark.parametrize(
+    ("y", "settings", "task"),
+    [
+        (ONE_TO_THREE, {"num_classes": 4}, Task("multiclass", 4)),
+        (ONE_TO_THREE, {"task": Task("multiclass", 4)}, Task("multiclass", 4)),
+        (ONE_TO_THREE, {"task": "regression"}, Task("regression", 1)),
+        (ONE_TO_THREE - 1, {}, Task("multiclass", 3)),
+        (ONE_TO_THREE - 1, {"num_classes": 5}, Task("multiclass", 5)),
+        (ONE_TO_THREE > 1, {}, Task("multiclass", 2)),
+        (np.eye(3)[ONE_TO_THREE - 1], {"task": "multilabel"}, Task("multilabel", 3)),
+        (np.eye(3)[ONE_TO_THREE - 1], {"task": "multiclass"}, Task("multiclass", 3)),
+        (1 - np.eye(3)[ONE_TO_THREE - 1], {}, Task("multilabel", 3)),
+        (ONE_TO_THREE - 1.0, {"task": "multiclass"}, Task("multiclass", 3)),
+        (ONE_TO_THREE - 1.0, {"num_classes": 3}, Task("multiclass", 3)),
+        (ONE_TO_THREE - 1.0, {"task": "regression"}, Task("regression", 1)),
+        (ONE_TO_THREE - 1.0, {"unit": np.ones(12)}, Task("regression", 1)),
+        (ONE_TO_THREE - 0.5, {}, Task("regression", 1)),
+        (np.arange(12.0), {}, Task("regression", 1)),
+        (np.zeros(12), {}, Task("regression", 1)),
+    ],
+)
+def test_from_arrays_is_silent_where_nothing_is_in_doubt(y: Any, settings: dict[str, Any], task: Task) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = from_arrays(X, y, **settings)
+
+    assert dataset.task == task and dataset.notes == ()
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float32, bool])
+def test_from_arrays_reads_one_hot_rows_as_classes(dtype: type) -> None:
+    rows = np.eye(3)[ONE_TO_THREE - 1].astype(dtype)
+
+    dataset = made_with_warning("every row has exactly one 1: read as 3 classes; pass task='multilabel'", rows)
+
+    assert dataset.task == Task("multiclass", 3)
+    assert targets(dataset) == [0, 1, 2] * 4
+
+
+def test_from_arrays_reads_few_whole_floats_as_classes() -> None:
+    dataset = made_with_warning("3 different whole numbers, as floats: read as classes; pass task='regression'",
+                                torch.tensor(ONE_TO_THREE - 1.0))  # fmt: skip
+
+    assert dataset.task == Task("multiclass", 3) and targets(dataset) == [0, 1, 2] * 4
+
+
+def test_from_arrays_maps_floats_as_well() -> None:
+    dataset = made_with_warning("as floats: read as classes", ONE_TO_THREE * 2.0)
+
+    assert dataset.task.names == ("2", "4", "6")
+    assert dataset.notes[1].startswith("arrays: y: read as 3 classes: 2 as class 0")
+
+
+@pytest.mark.parametrize(
+    ("y", "settings", "message"),
+    [
+        ([0, 1, -1] * 4, {}, "y: label -1 in row 2 is out of range; number classes from 0"),
+        (ONE_TO_THREE, {"num_classes": 3}, "label 3 in row 2 is out of range; classes are 0 to 2"),
+        (ONE_TO_THREE, {"task": "clasification"}, "task: found 'clasification'; did you mean|choose from"),
+        (ONE_TO_THREE, {"num_classes": 4, "task": "regression"}, "num_classes: found 4, but task is regression"),
+        (ONE_TO_THREE, {"num_classes": 1}, "num_classes: found 1; must be >= 2"),
+        (ONE_TO_THREE - 0.5, {"task": "multiclass"}, "label 0.5 in row 0 is no class number"),
+        (np.ones((12, 3)), {"task": "multiclass"}, "3 columns of labels, but a row of a multiclass task has one class"),
+        (np.full((12, 2), 0.5), {"task": "multilabel"}, "multilabel targets are 0 or 1"),
+    ],
+)
+def test_from_arrays_refuses_labels_that_contradict_the_task(y: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_arrays(X, y, **settings)
+
+
+def test_a_run_names_the_classes_that_labels_stood_for(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32)
+    with pytest.warns(UserWarning, match="1 as class 0"):
+        data = from_arrays(x, np.array([1, 2, 3] * 40))
+
+    run = hetero_fl.run(
+        {"rounds": 1, "clients": {"groups": [{"name": "a", "model": "tabular"}]}, "algorithm": {"name": "local"},
+         "output": {"plots": False, "report": False}},
+        dataset=data, out=tmp_path / "run", quiet=True,
+    )  # fmt: skip
+
+    assert run.models["a"].task.names == ("1", "2", "3")
+    assert "1 as class 0" in (tmp_path / "run" / "log.txt").read_text()
+    known = np.array([1, 2] * 20)
+    np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known + 1)
+    expected = float((run.predict("a", x[:40], home=False).argmax(1).numpy() == known).mean())
+    assert hetero_fl.evaluate(run, str(tmp_path / "new.npz"))["a"]["accuracy"] == pytest.approx(expected)
+    np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known - 1)
+    with pytest.raises(UserError, match="found label 0 in row 0; choose from 1, 2, 3"):
+        hetero_fl.evaluate(run, str(tmp_path / "new.npz"))
+
+
+def test_a_clients_own_labels_are_those_that_the_classes_are_named_after(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    with pytest.warns(UserWarning, match="1 as class 0"):
+        common = from_arrays(x, np.array([1, 2, 3] * 20))
+    np.savez(tmp_path / "own.npz", train_images=x, train_labels=np.array([1, 2] * 30))
+    own = ClientSettings(data=SourceConfig(name="npz", path=str(tmp_path / "own.npz")))
+
+    data = federate(common, DataConfig(), {"own": own, "other": ClientSettings()}, 0)
+
+    assert data.label_counts("own")[2] == 0 and (data.label_counts("own")[:2] > 10).all()

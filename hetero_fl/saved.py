@@ -27,7 +27,8 @@ class SavedModel:
 
     `preprocess` are the plain fields of `hetero_fl.data.Preprocess`; `log_prior` is added to the logits on the client's own
     examples where the method trained with logit adjustment. `columns` name what lies along the last axis of raw examples,
-    where that has names: tables are matched by them.
+    where that has names: tables are matched by them. `categories` are the text columns, with their values, that some of
+    these encode.
     """
 
     tensors: Tensors
@@ -36,6 +37,7 @@ class SavedModel:
     task: Task
     log_prior: tuple[float, ...] | None = None
     columns: tuple[str, ...] = ()
+    categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def encode(self) -> bytes:
         """The content of a `.safetensors` file; equal models give equal bytes."""
@@ -46,6 +48,7 @@ class SavedModel:
             "task": {name: value for name, value in asdict(self.task).items() if value != ""},
             "log_prior": self.log_prior,
             **({"columns": self.columns} if self.columns else {}),
+            **({"categories": self.categories} if self.categories else {}),
         }
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
         return save(tensors, {"hetero_fl": json.dumps(about, sort_keys=True)})
@@ -67,7 +70,8 @@ class SavedModel:
             prior = about["log_prior"]
             arch = Architecture.from_json(json.dumps(about["architecture"]))
             named_columns = tuple(about.get("columns", ()))  # older files have none
-            return cls(tensors, arch, view, task, None if prior is None else tuple(prior), named_columns)
+            categories = tuple((column, tuple(values)) for column, values in about.get("categories", ()))
+            return cls(tensors, arch, view, task, None if prior is None else tuple(prior), named_columns, categories)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a saved model: {error}") from None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from hetero_fl.config.base import Section, choice
 
@@ -92,6 +94,11 @@ class SourceConfig(Section):
     task: choice("multiclass", "multilabel", "regression") | None = Field(  # type: ignore[valid-type]
         None, description="tables and `.npz`: what is learned, in place of what the labels look like"
     )
+    categories: dict[str, tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...]] | None = Field(
+        None,
+        description="tables: columns that become an indicator, 0 or 1, per value, and these values; none: the text columns with "
+        "fewer than 20 different values in the common file; `{}`: no column",
+    )
     size: PositiveInt | None = Field(
         None, description="image folders: every image is scaled to so many pixels a side as it is read"
     )
@@ -100,6 +107,21 @@ class SourceConfig(Section):
     text: TextConfig | None = Field(
         None, description="texts: how they become tokens; a proxy set's are as the common set's"
     )
+
+    @field_validator("categories")
+    @classmethod
+    def _listed_once(cls, categories: dict[str, tuple[str, ...]] | None) -> dict[str, tuple[str, ...]] | None:
+        for column, values in (categories or {}).items():
+            if (
+                not values
+                or len(set(values)) < len(values)
+                or any(value != value.strip() or not value for value in values)
+            ):
+                raise ValueError(f"found {list(values)} for '{column}'; list each value once, without spaces around it")
+        return categories
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
 
 class PartitionConfig(Section):

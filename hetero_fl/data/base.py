@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.data.layout import Block, Layout, check_blocks
+from hetero_fl.data.layout import Block, Categories, Layout, check_blocks
 from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError
 from hetero_fl.state import in_order
@@ -78,10 +78,11 @@ class Dataset:
     """A data set: `train` is what gets dealt out; `validation` and `test`, where present, are the common ones.
 
     `simulated` says that generated data stands in for a real set. `columns` names the features of a table, or the channels of
-    a series. `blocks` are the modalities of flat float rows `[N, D]`, in their order. `notes`: lines about how the data was
-    read that a user has to see before the run. `gap`: where the first missing value lies, for a line that refuses it. `span`: of
-    a dated set whose rows have several targets, how long before `time`, which is the last one's, the first may be.
-    `vocabulary`: what the tokens mean, where x is tokens; all models of a federation have this one.
+    a series; `categories` are the text columns that some of them encode. `blocks` are the modalities of flat float rows
+    `[N, D]`, in their order. `notes`: lines about how the data was read that a user has to see before the run. `gap`: where
+    the first missing value lies, for a line that refuses it. `span`: of a dated set whose rows have several targets, how long
+    before `time`, which is the last one's, the first may be. `vocabulary`: what the tokens mean, where x is tokens; all models
+    of a federation have this one.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Dataset:
     gap: str = ""
     span: int = 0
     vocabulary: Vocabulary | None = None
+    categories: Categories = ()
 
     def __post_init__(self) -> None:
         self.blocks = tuple(Block(str(name), tuple(shape)) for name, shape in self.blocks)
@@ -105,7 +107,7 @@ class Dataset:
     @property
     def layout(self) -> Layout:
         """The names along an example's last axis."""
-        return Layout(self.columns, self.blocks)
+        return Layout(self.columns, self.blocks, self.categories)
 
     def splits(self) -> dict[str, Examples]:
         """The splits that there are, by name."""

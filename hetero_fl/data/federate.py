@@ -19,7 +19,7 @@ from hetero_fl.data.own_sources import from_own_sources, own_sources
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Drawing, Private, Share
 from hetero_fl.data.public import common_sets, proxy_set
-from hetero_fl.data.split import check_classes, draw, with_rare
+from hetero_fl.data.split import check_categories, check_classes, draw, with_rare
 from hetero_fl.data.views_of import check_settings, raw_shape
 from hetero_fl.order import natural
 from hetero_fl.seeding import generator
@@ -54,6 +54,7 @@ def federate(
             where there are none; a missing value that somebody sees without `missing: indicate`.
     """
     check_classes(dataset, config)
+    check_categories(dataset, config)
     dataset = with_rare(with_test(dataset))
     how = apart(dataset)
     how.check(config)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.data.layout import Block
+from hetero_fl.data.layout import Block, indicators
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.errors import UserError, nearest
 from hetero_fl.images import as_bytes, as_numbers, in_range
@@ -25,14 +25,14 @@ def as_seen(model: SavedModel, x: Any) -> Tensor:
     Where the model sees named columns or blocks: whole rows as the data set has them; the values of its one block alone; or
     a dictionary of blocks by name, each `[N, *shape]`, from which one that the model can do without may be absent. Of a data
     frame, if the model knows the names of a table's columns, columns are taken by name, in any order; those that the model
-    does not see, or can do without, may be absent. NaN is a missing value.
+    does not see, or can do without, may be absent, and text columns are encoded as the run's were. NaN is a missing value.
 
     Raises:
         UserError: another shape or name, infinity, a missing value that the model has no answer to.
     """
     view = Preprocess(**model.preprocess)
     if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
-        x = _by_name(x, model.columns, view)
+        x = _by_name(x, model, view)
     if isinstance(x, Mapping):
         rows, view = _joined(x, view), replace(view, raw=None, spans=None)
         return _checked(rows, view)
@@ -45,21 +45,35 @@ def as_seen(model: SavedModel, x: Any) -> Tensor:
     return _checked(as_numbers(x, WHERE).to(torch.get_default_dtype()), view)
 
 
-def _by_name(frame: Any, known: tuple[str, ...], view: Preprocess) -> Tensor:
+def _by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     """The columns of a frame in the order of those that are known, `[N, F]`; NaN where one is absent."""
     names = [str(name) for name in frame.columns]
+    known, categories = model.columns, dict(model.categories)
+    encoded = {name: column for column, values in categories.items() for name in indicators(column, values)}
     for name in names:
-        if name not in known:
-            raise UserError(f"{WHERE}: found column '{name}'{nearest(name, known)}")
+        if name not in known and name not in categories:
+            raise UserError(f"{WHERE}: found column '{name}'{nearest(name, [*known, *categories])}")
         if names.count(name) > 1:
             raise UserError(f"{WHERE}: found column '{name}' {names.count(name)} times")
     for name in view.names(known):
-        if name not in names and view.missing is None:
-            raise UserError(f"{WHERE}: no column '{name}', which this model sees")
+        if name not in names and encoded.get(name) not in names and view.missing is None:
+            raise UserError(f"{WHERE}: no column '{encoded.get(name, name)}', which this model sees")
     rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
     for name, column in zip(names, frame.columns, strict=True):
-        rows[:, known.index(name)] = as_numbers(frame[column], f"{WHERE}: {name}").to(rows.dtype)
+        if name in categories:
+            places = [known.index(one) for one in indicators(name, categories[name])]
+            rows[:, places] = _indicated(frame[column], categories[name]).to(rows.dtype)
+        else:
+            rows[:, known.index(name)] = as_numbers(frame[column], f"{WHERE}: {name}").to(rows.dtype)
     return rows
+
+
+def _indicated(column: Any, values: tuple[str, ...]) -> Tensor:
+    import pandas as pd
+
+    from hetero_fl.data.sources.cells import indicated
+
+    return torch.from_numpy(indicated(pd.Series(np.asarray(column)), values))
 
 
 def _checked(rows: Tensor, view: Preprocess) -> Tensor:

@@ -12,7 +12,14 @@ from hetero_fl.errors import UserError, nearest
 
 Spans = tuple[tuple[int, int], ...]
 """Runs of columns of the last axis, each from its first to before its last."""
+Categories = tuple[tuple[str, tuple[str, ...]], ...]
+"""Text columns of a table that are encoded as indicators, each with its values in their order."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+def indicators(column: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the columns that say 1 where a text column has a value, else 0."""
+    return tuple(f"{column}={value}" for value in values)
 
 
 class Block(NamedTuple):
@@ -34,21 +41,37 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The names of what lies along an example's last axis: columns, or blocks; neither where nothing has a name."""
+    """The names of what lies along an example's last axis: columns, or blocks; neither where nothing has a name.
+
+    The indicators of a text column (`categories`) lie next to each other and go by that column's name.
+    """
 
     columns: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
+    categories: Categories = ()
+
+    @property
+    def encoded(self) -> dict[str, str]:
+        """The text column that each indicator stands for."""
+        return {name: column for column, values in self.categories for name in indicators(column, values)}
 
     @property
     def names(self) -> tuple[str, ...]:
         """What a view may choose from."""
-        return tuple(b.name for b in self.blocks) or self.columns
+        encoded = self.encoded
+        columns = dict.fromkeys(encoded.get(name, name) for name in self.columns)
+        return tuple(b.name for b in self.blocks) or tuple(columns)
 
     @property
     def ends(self) -> dict[str, tuple[int, int]]:
         """Where each named column or block begins and ends."""
         if not self.blocks:
-            return {name: (i, i + 1) for i, name in enumerate(self.columns)}
+            found: dict[str, tuple[int, int]] = {}
+            encoded = self.encoded
+            for i, indicator in enumerate(self.columns):
+                name = encoded.get(indicator, indicator)
+                found[name] = (found.get(name, (i, i))[0], i + 1)
+            return found
         return {b.name: span for b, span in zip(self.blocks, spans_of(self.blocks), strict=True)}
 
     def spans(self, names: Sequence[str], where: str) -> Spans:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hetero_fl.config.source import SourceConfig, TextConfig
 from hetero_fl.data.base import Dataset, Examples
-from hetero_fl.data.layout import Block, Layout, spans_of
+from hetero_fl.data.layout import Block, Categories, Layout, spans_of
 from hetero_fl.data.npz import read_images
 from hetero_fl.data.registry import load_source, takes
 from hetero_fl.data.sources.folder import image_files, read_image_files
@@ -54,6 +54,10 @@ def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | N
         raise UserError(f"{where}: {own.name} has targets {', '.join(mine.names)}, {both} {', '.join(ours.names)}")
     if own.blocks or common.blocks:
         return replace(own.train, x=match_blocks(own.train.x, own.blocks, common, f"{where}: {own.name}", needed), y=y)
+    if any(pair not in common.categories for pair in own.categories):
+        raise UserError(
+            f"{where}.categories: {own.name} encodes other values than the common set {common.name}; set data.categories alone"
+        )
     x, extra = match_columns(own.train.x, own.columns, common, f"{where}: {own.name}", needed)
     if extra:
         raise UserError(f"{where}: {own.name} has column '{extra[0]}', {none}{nearest(extra[0], common.columns)}")
@@ -74,33 +78,45 @@ def from_labels(y: Tensor, task: Task, where: str) -> Tensor:
     return (y[:, None] == numbers).to(torch.uint8).argmax(1)
 
 
-def read_as(source: SourceConfig, task: Task, text: TextConfig | None = None) -> SourceConfig:
-    """The source of a table, to be read for the task that the others have, unless it says otherwise: one file of a
-    federation may hold two of many classes, or whole numbers by chance. Texts are cut and numbered as the others' are."""
+def read_as(
+    source: SourceConfig, task: Task, text: TextConfig | None = None, categories: Categories = ()
+) -> SourceConfig:
+    """Return the source of a table, to be read for the task that the others have, unless it says otherwise: one file of a
+    federation may hold two of many classes, or whole numbers by chance. Text columns are encoded by the common `categories`,
+    whatever values this file has; texts are cut and numbered as the others' are."""
     if takes(source.name, "text") and source.text is None:
         return source.model_copy(update={"text": text})
-    if source.name != "table" or source.task is not None:
+    if source.name != "table":
         return source
-    return source.model_copy(update={"task": task.kind})
+    common = {"task": task.kind, "categories": dict(categories)}
+    return source.model_copy(update={key: value for key, value in common.items() if getattr(source, key) is None})
 
 
 def match_columns(
     x: Tensor, found: tuple[str, ...], common: Dataset, where: str, needed: Collection[str] | None = None
 ) -> tuple[Tensor, list[str]]:
     """The columns (last axis) of the common set, in its order, and the names of those that it lacks. Unnamed ones stay. A
-    column that is missing is NaN.
+    column that is missing is NaN; an indicator whose text column is there has another value in every row, and is 0.
 
     Raises:
         UserError: a column of the common set is missing that is among the `needed` (none: all are).
     """
     if not found or not common.columns:
         return x, []
-    for name in common.columns:
-        if name not in found and (needed is None or name in needed):
-            raise UserError(f"{where} has no column '{name}', the common set {common.name} has{nearest(name, found)}")
-    x = torch.cat([x, x.new_full((*x.shape[:-1], 1), torch.nan)], -1) if set(common.columns) - set(found) else x
-    places = [found.index(name) if name in found else len(found) for name in common.columns]
-    return x[..., places], [name for name in found if name not in common.columns]
+    encoded = common.layout.encoded
+    known = tuple(f"{column}=" for column, _ in common.categories)
+    there = {encoded[name] for name in found if name in encoded}
+    absent = [name for name in common.columns if name not in found and encoded.get(name) not in there]
+    for name in absent:
+        column = encoded.get(name, name)
+        if needed is None or name in needed or column in needed:
+            raise UserError(
+                f"{where} has no column '{column}', the common set {common.name} has{nearest(column, found)}"
+            )
+    gap = x.new_full((*x.shape[:-1], 1), torch.nan)
+    x = torch.cat([x, gap, torch.zeros_like(gap)], -1) if set(common.columns) - set(found) else x
+    places = [found.index(n) if n in found else len(found) + (n not in absent) for n in common.columns]
+    return x[..., places], [name for name in found if name not in common.columns and not name.startswith(known)]
 
 
 def match_blocks(
@@ -179,8 +195,9 @@ def _loose(config: SourceConfig, path: Path) -> tuple[Tensor, tuple[str, ...]] |
         from hetero_fl.data.sources.frames import read_frame
         from hetero_fl.data.sources.tabular import features
 
-        frame, _ = decimal_commas(read_frame(path), f"path: {path}")
-        x, columns, _ = features(frame, f"path: {path}", [])
+        categories = config.categories or {}
+        frame, _ = decimal_commas(read_frame(path, categories), f"path: {path}", categories)
+        x, columns, _ = features(frame, f"path: {path}", [], categories)
         return x, columns
     if config.name == "image_folder" and (files := image_files(path)) and all(f.parent == path for f in files):
         return read_image_files(files, config.size), ()

@@ -53,7 +53,8 @@ def from_own_sources(
     found = Owned({}, [], False)
     for source, holders in holders_of.items():
         where = f"clients: '{holders[0]}': data"
-        read, root = read_as(source, common.task, config.text), Path(config.root).expanduser()
+        read = read_as(source, common.task, config.text, common.categories)
+        root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)
         found.simulated |= own.simulated
         found.notes += [f"{where}: {note}" for note in own.notes]

@@ -50,7 +50,8 @@ class Pack:
         return encode(
             {
                 "name": self.name, "about": self.about, "simulated": self.simulated, "task": vars(self.task),
-                "columns": self.layout.columns, "blocks": [[b.name, b.shape] for b in self.layout.blocks],
+                "columns": self.layout.columns, "categories": self.layout.categories,
+                "blocks": [[b.name, b.shape] for b in self.layout.blocks],
                 "vocabulary": None if words is None else {"words": words.words, "buckets": words.buckets},
                 "public": {name: _columns(examples) for name, examples in self.public.items()},
             },
@@ -66,7 +67,7 @@ class Pack:
         return cls(
             tree["name"], tree["about"], tree["simulated"],
             Task(**{**tree["task"], "names": tuple(tree["task"]["names"])}),
-            Layout(tuple(tree["columns"]), blocks),
+            Layout(tuple(tree["columns"]), blocks, tuple((c, tuple(v)) for c, v in tree.get("categories", ()))),
             None if words is None else Vocabulary(tuple(words["words"]), words["buckets"]),
             {name: Examples(**columns) for name, columns in tree["public"].items()},
         )  # fmt: skip
@@ -88,7 +89,7 @@ class Pack:
             raise UserError("data: name this site's own file")
         population, some = Population.of(clients), self.public["common_test"]
         common = Dataset(self.name, self.task, some, columns=self.layout.columns, blocks=self.layout.blocks,
-                         vocabulary=self.vocabulary)  # fmt: skip
+                         vocabulary=self.vocabulary, categories=self.layout.categories)  # fmt: skip
         owned = from_own_sources({source: [client]}, common, config, population, seed)
         private, public = (
             Private(owned.private),

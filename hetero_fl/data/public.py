@@ -89,7 +89,8 @@ def _from_elsewhere(
 ) -> Share:
     """Loaded from a source of its own, and matched to the common set; all of it, or as many rows as are asked for."""
     where, size = "data.proxy.source", config.proxy.size
-    read, root = read_as(source, dataset.task, config.text), Path(config.root).expanduser()
+    read = read_as(source, dataset.task, config.text, dataset.categories)
+    root = Path(config.root).expanduser()
     x, columns, blocks = load_unlabelled(read, root, where, dataset.vocabulary)
     name = f"{where}: {source.name}"
     if blocks or dataset.blocks:

@@ -14,7 +14,7 @@ from hetero_fl.errors import UserError, beside, nearest
 from hetero_fl.registry import called
 from hetero_fl.task import Task
 
-Key = Literal["path", "label", "group", "patient", "task", "size", "series", "text", "windows"]
+Key = Literal["path", "label", "group", "patient", "task", "categories", "size", "series", "text", "windows"]
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
 
@@ -60,6 +60,11 @@ def takes(name: object, key: Key) -> bool:
     return name in _sources and key in _sources[str(name)].keys
 
 
+def needs_path(name: str) -> bool:
+    """Return whether the source of that name reads a local file or folder, and has nothing without one."""
+    return takes(name, "path") and not _sources[name].generates
+
+
 def check_source(config: SourceConfig, where: str = "data") -> None:
     """Raises UserError for a name that is none, or a path at which there is nothing; nothing is read."""
     if not config.name.startswith("python:"):
@@ -85,7 +90,7 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
     local = npz or (config.path is not None and "path" not in entry.keys)
     takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
-    for key in ("label", "group", "patient", "task", "size", "series", "text", "windows"):
+    for key in ("label", "group", "patient", "task", "categories", "size", "series", "text", "windows"):
         if getattr(config, key) is not None and key not in takes:
             raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
     file = Path(config.path or "").expanduser()

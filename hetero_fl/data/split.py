@@ -10,7 +10,7 @@ from torch import Tensor
 from hetero_fl.config.source import DataConfig, SplitConfig
 from hetero_fl.data.base import Dataset
 from hetero_fl.data.patients import draw_patients
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, nearest
 from hetero_fl.seeding import generator
 
 RARE = 0.1  # of all rows
@@ -56,6 +56,16 @@ def check_classes(dataset: Dataset, config: DataConfig) -> None:
         column = f"column '{config.label}'" if config.label else "labels"
         what = f"found one class only, '{task.label[0]}', in all {len(dataset.train):,} rows"
         raise UserError(f"{where}: {column}: {what}; there is nothing to tell apart")
+
+
+def check_categories(dataset: Dataset, config: DataConfig) -> None:
+    """Refuse (UserError) a column of `data.categories` that the common set has no feature of."""
+    encoded = dict(dataset.categories)
+    for column in config.categories or {}:
+        if column not in encoded:
+            raise UserError(
+                f"data.categories: {dataset.name} has no column '{column}' among its features{nearest(column, dataset.columns)}"
+            )
 
 
 def split_counts(rows: int, config: SplitConfig) -> dict[str, int]:

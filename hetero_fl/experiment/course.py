@@ -176,8 +176,10 @@ def _read_whole(rounds: Session, directory: RunDirectory) -> Readings:
     if slot is not None:
         federation, server = rounds.federation, rounds.server
         view = asdict(federation.view_of(slot))
-        columns = federation.data.layout.columns
-        model = SavedModel(server.models[slot], server.arch[slot], view, federation.task, columns=columns)
+        layout = federation.data.layout
+        model = SavedModel(
+            server.models[slot], server.arch[slot], view, federation.task, None, layout.columns, layout.categories
+        )
         save("server", model.encode())
     return readings
 

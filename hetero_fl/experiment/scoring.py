@@ -127,7 +127,8 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
         if kind == "image_folder":
             source = source.model_copy(update={"size": known.get("size")})
         elif kind == "table":
-            source = read_as(source, next(iter(run.models.values())).task)
+            model = next(iter(run.models.values()))
+            source = read_as(source, model.task, categories=model.categories)
             there = _columns(path)
             whose = {key: known.get(key) for key in ("group", "patient") if known.get(key) in there}
             source = source.model_copy(update=whose)
@@ -143,6 +144,7 @@ def in_run_order(dataset: Dataset, run: Run) -> Dataset:
     """The set with the columns, by name, in the order that the run's models know; what none of them has to see may be missing."""
     models = list(run.models.values())
     known = next((model.columns for model in models if model.columns), ())
+    categories = next((model.categories for model in models if model.columns), ())
     if not known or not dataset.columns or dataset.columns == known:
         return dataset
     needed: set[str] = set()
@@ -150,12 +152,13 @@ def in_run_order(dataset: Dataset, run: Run) -> Dataset:
         view = Preprocess(**model.preprocess)
         if view.missing is None:
             needed.update(view.names(known))
-    like, found = replace(dataset, name=f"of {run.path}", columns=known), dataset.columns
+    like = replace(dataset, name=f"of {run.path}", columns=known, categories=categories)
+    found = dataset.columns
     parts: dict[str, Any] = {}
     for split, examples in dataset.splits().items():
         x, _ = match_columns(examples.x, found, like, f"--data: {dataset.name}", needed)
         parts[split] = replace(examples, x=x)
-    return replace(dataset, columns=known, **parts)
+    return replace(dataset, columns=known, categories=categories, **parts)
 
 
 def _columns(path: Path) -> list[str]:

@@ -143,8 +143,9 @@ class Site:
                 at_home = self.algorithm.with_prior(participant, torch.zeros(task.outputs))
                 prior = tuple(at_home.tolist()) if bool(at_home.any()) else None
                 tensors, arch = participant.models[slot], participant.arch[slot]
-                columns = self.federation.data.layout.columns
-                readings[c].model = SavedModel(tensors, arch, asdict(view), task, prior, columns).encode()
+                layout = self.federation.data.layout
+                saved = SavedModel(tensors, arch, asdict(view), task, prior, layout.columns, layout.categories)
+                readings[c].model = saved.encode()
         for name, (rows, home) in READINGS.items():
             labels = {c: p.data(rows, None)["y"] for c, p in clients.items()}
             some = {c: p for c, p in clients.items() if len(labels[c])}

@@ -22,9 +22,10 @@ def load(path: Path, text: str, label: str = "ill", task: str | None = None) -> 
 def test_semicolons_and_decimal_commas(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     found = load(path, "\ufeffcrp;dose;age;note;ill\n0,5;1,250;30;a;no\n-12,25;3,500;41;b;yes\n")
-    assert found.train.x.tolist() == [[0.5, 1.25, 30], [-12.25, 3.5, 41]]
+    assert found.train.x.tolist() == [[0.5, 1.25, 30, 1, 0], [-12.25, 3.5, 41, 0, 1]]
     assert found.notes == (
-        "table t.csv: label ill; columns used: crp, dose, age; left out: note (text); decimal commas in crp, dose",
+        "table t.csv: label ill; columns used: crp, dose, age, note; encoded as indicators: note (a, b); left out: none; "
+        "decimal commas in crp, dose",
     )
     assert load(path, 'crp,ill\n"0,5",1\n7,0\n').train.x.tolist() == [[0.5], [7]]
     assert load(path, "age;dose, mg;ill\n3;4;0\n5;6;1\n").columns == ("age", "dose, mg")

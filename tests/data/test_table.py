@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,8 +24,8 @@ FRAME = pd.DataFrame(
 )
 
 
-def load(path: Path, label: str | None = "result", group: str | None = None) -> Dataset:
-    return load_source(SourceConfig(name="table", path=str(path), label=label, group=group), path.parent)
+def load(path: Path, label: str | None = "result", group: str | None = None, **settings: Any) -> Dataset:
+    return load_source(SourceConfig(name="table", path=str(path), label=label, group=group, **settings), path.parent)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def csv(tmp_path: Path) -> Path:
 
 
 def test_columns_of_numbers_are_features(csv: Path) -> None:
-    dataset = load(csv, group="site")
+    dataset = load(csv, group="site", categories={})
     assert dataset.columns == ("age", "dose", "smoker", "score")
     assert dataset.train.x.tolist() == [[30, 0.5, 1, 1.25], [41, 1.5, 0, 2.5], [52, 2.5, 1, 3.75], [63, 3.5, 0, 5]]
     assert dataset.task.names == ("ill", "well")
@@ -91,7 +92,7 @@ def test_many_whole_numbers_are_a_regression_target(tmp_path: Path) -> None:
 
 
 def test_several_labels(csv: Path, tmp_path: Path) -> None:
-    dataset = load(csv, "age, score")
+    dataset = load(csv, "age, score", categories={})
     assert (dataset.task.kind, dataset.task.names, dataset.columns) == (
         "regression",
         ("age", "score"),
@@ -137,7 +138,7 @@ def test_bad_columns_are_named(csv: Path) -> None:
 def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "head.csv").write_text("x,result\n")
-    (tmp_path / "text.csv").write_text("x,result\na,b\n")
+    (tmp_path / "text.csv").write_text("x,result\n" + "".join(f"a{i},b\n" for i in range(20)))
     (tmp_path / "ragged.csv").write_text("x,result\n1,b\n1,2,3,4\n")
     (tmp_path / "longer.csv").write_text("x,result\n1,b,\n2,c,\n")  # pandas would take the first cells as names of rows
     (tmp_path / "twice.csv").write_text("x,x,result\n1,2,b\n2,3,c\n")

@@ -112,7 +112,9 @@ def test_what_a_table_uses_is_said_before_the_run(tmp_path: Path) -> None:
     data = {"name": "table", "path": str(tmp_path / "t.csv"), "label": "ill", "partition": {"min_size": 5}}
     clients = {"groups": [{"name": "a", "count": 2, "model": "mlp"}]}
     notes = prepare({"data": data, "clients": clients, "algorithm": {"name": "fedavg"}}).notes
-    assert notes[0] == "table t.csv: label ill; columns used: u, patient; left out: ward (text)"
+    assert notes[0] == (
+        "table t.csv: label ill; columns used: u, ward, patient; encoded as indicators: ward (a, b, c); left out: none"
+    )
     assert "name it in data.patient" in notes[1] and len(notes) == 2
 
 

@@ -1,4 +1,4 @@
-"""Tables: a CSV, TSV or Parquet file, a row per example, columns of numbers, one or several columns of labels."""
+"""Tables: a CSV, TSV or Parquet file, a row per example, columns of numbers or categories, one or several of labels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hetero_fl.data.registry import source
 from hetero_fl.errors import UserError
 
 
-@source("table", keys=("path", "label", "group", "patient", "task"))
+@source("table", keys=("path", "label", "group", "patient", "task", "categories"))
 def table(config: SourceConfig, root: Path) -> Dataset:
     """The rows of a file; see `read_table`. `config.label` names the labels, `config.group` whose row it is,
-    `config.patient` of whom, `config.task` what is learned."""
+    `config.patient` of whom, `config.task` what is learned, `config.categories` which text columns are encoded."""
     from hetero_fl.data.sources.frames import read_frame  # pandas takes half a second to load: only where it is used
     from hetero_fl.data.sources.tabular import read_table
 
     path = Path(str(config.path)).expanduser()
-    frame = read_frame(path, (config.group, config.patient))
+    frame = read_frame(path, (config.group, config.patient, *(config.categories or ())))
     if config.label is None:
         columns = ", ".join(map(str, frame.columns[:20]))
         raise UserError(f"label: missing; name the column of labels; choose from {columns}")
-    return read_table(frame, path, config.label, config.group, config.patient, config.task)
+    return read_table(frame, path, config.label, config.group, config.patient, config.task, config.categories)

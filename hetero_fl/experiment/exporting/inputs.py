@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hetero_fl.data.layout import Block
+from hetero_fl.data.layout import Block, Categories, indicators
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.saved import SavedModel
 
@@ -19,7 +19,8 @@ Sizes = tuple[int | str, ...]
 class Input:
     """One input: its name, its shape without the batch (a word is a size that is free), what its numbers are.
 
-    `columns` are the names along the last axis, where those are known; `gaps`: NaN is a missing value, and no mistake;
+    `columns` are the names along the last axis, where those are known; `categories` the text columns that some of them
+    encode, with their values; `gaps`: NaN is a missing value, and no mistake;
     `tokens`: how many different ones there are.
     """
 
@@ -29,6 +30,7 @@ class Input:
     columns: tuple[str, ...] = ()
     gaps: bool = False
     tokens: int = 0
+    categories: Categories = ()
 
     @property
     def dtype(self) -> str:
@@ -45,7 +47,8 @@ class Input:
             return f"pixels from 0 to 1 (bytes divided by 255), channels first{missing}"
         if self.kind == "series":
             return f"steps × columns, the newest step last, in the units of the data{missing}"
-        return f"a value a column, in the units of the data{missing}"
+        encoded = "; NAME=VALUE is 1 where column NAME has that value, else 0" if self.categories else ""
+        return f"a value a column, in the units of the data{encoded}{missing}"
 
     def record(self) -> dict[str, Any]:
         """Plain fields, for JSON."""
@@ -57,6 +60,7 @@ class Input:
             "meaning": self.meaning,
         }
         fields |= {"columns": list(self.columns)} if self.columns else {}
+        fields |= {"categories": {c: list(v) for c, v in self.categories}} if self.categories else {}
         fields |= {"gaps": True} if self.gaps else {}
         return fields | ({"tokens": self.tokens} if self.tokens else {})
 
@@ -83,7 +87,9 @@ def inputs_of(model: SavedModel) -> tuple[Input, ...]:
     names = tuple(view.names(model.columns)) if model.columns else ()
     columns = seen[0] if view.raw is None else view.taken(torch.empty(0, view.raw[-1])).shape[-1]
     kind: Literal["series", "row"] = "series" if len(seen) == 2 else "row"
-    return (Input(kind, kind, (*seen[:0:-1], columns), names, gaps),)  # a series lies in memory with its steps first
+    categories = tuple(pair for pair in model.categories if set(indicators(*pair)) <= set(names))
+    shape = (*seen[:0:-1], columns)  # a series lies in memory with its steps first
+    return (Input(kind, kind, shape, names, gaps, categories=categories),)
 
 
 def as_predicted(model: SavedModel, given: tuple[Tensor, ...]) -> Any:

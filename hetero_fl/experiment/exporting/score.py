@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -125,6 +126,17 @@ def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         )
     with path.open(newline="", encoding="utf-8-sig") as file:
         header, *lines = [row for row in csv.reader(file) if row] or [[]]
+    for i, line in enumerate(lines):
+        if len(line) != len(header):
+            raise Mistake(f"--data: {path}: row {i + 1}: found {len(line)} cells below {len(header)} names")
+    for name, categories in one.get("categories", {}).items():
+        if name in header:
+            place = header.index(name)
+            header += [f"{name}={category}" for category in categories]
+            for line in lines:
+                line += [str(float(_plain(line[place], categories) == category)) for category in categories]
+        elif not one.get("gaps"):
+            raise Mistake(f"--data: {path}: no column '{name}'; found {', '.join(header)}")
     wanted = one.get("columns") or header
     for name in wanted:
         if name not in header and not one.get("gaps"):
@@ -132,10 +144,8 @@ def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     places = [header.index(name) if name in header else None for name in wanted]
     values = np.full((len(lines), len(wanted)), np.nan)
     for i, line in enumerate(lines):
-        if len(line) != len(header):
-            raise Mistake(f"--data: {path}: row {i + 1}: found {len(line)} cells below {len(header)} names")
-        for j, place in enumerate(places):
-            cell = "" if place is None else line[place].strip()
+        for j, column in enumerate(places):
+            cell = "" if column is None else line[column].strip()
             try:
                 values[i, j] = float(cell) if cell else np.nan
             except ValueError:
@@ -143,6 +153,13 @@ def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
                     f"--data: {path}: row {i + 1}, column '{wanted[j]}': found '{cell}', not a number"
                 ) from None
     return {one["name"]: values}
+
+
+def _plain(cell: str, categories: list[str]) -> str:
+    """A cell without spaces around it; 1.0 is 1 where no category is called 1.0."""
+    cell = cell.strip()
+    whole = re.fullmatch(r"([+-]?\d+)\.0*", cell)
+    return whole[1] if whole and cell not in categories else cell
 
 
 def fitted(x: Any, one: dict[str, Any], where: str) -> Any:

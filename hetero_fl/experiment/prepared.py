@@ -11,6 +11,7 @@ from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.algorithms.own_objective import own_objective
 from hetero_fl.config import Config, expand, load_config
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
+from hetero_fl.data.pooled import has_common_source, pool
 from hetero_fl.environment import choose_device
 from hetero_fl.errors import UserError
 from hetero_fl.reporting.run import Run
@@ -93,8 +94,16 @@ def deal(config: Config, dataset: Dataset | None = None, absent: Collection[str]
         )
     views = [kind.settings.preprocess for kind in clients.kinds]
     known = any(view.missing or view.columns for view in views)  # then federate looks at what each of them sees
-    dataset = dataset or load_source(config.data, Path(config.data.root).expanduser(), missing=known)
     own_view = config.server.preprocess if config.server.model and _method(config).distils else None
+    if dataset is None and not has_common_source(config.data):
+        if absent:
+            raise UserError(
+                "data.path: missing; without a common file the test set is drawn from all clients' files, which real sites do "
+                "not bring together; name a common file"
+            )
+        dataset, pooled, members = pool(config.data, clients, known)
+        return federate(dataset, pooled, members, config.seed, server=own_view)
+    dataset = dataset or load_source(config.data, Path(config.data.root).expanduser(), missing=known)
     return federate(dataset, config.data, clients, config.seed, server=own_view, absent=absent)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from hetero_fl.config.source import SourceConfig
-from hetero_fl.errors import Interrupted, RunFailed
+from hetero_fl.errors import Interrupted, RunFailed, UserError
 from hetero_fl.experiment import run
 from hetero_fl.experiment.deployment import messages
 from hetero_fl.experiment.deployment.attending import _Attended, _ending
@@ -178,3 +179,26 @@ def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
     for key in ("personal", "global", "server", "clients", "communication"):
         assert there.summary[key] == here.summary[key], key
     assert same_models(there, here)
+
+
+def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path) -> None:
+    wards = {"public": ["A", "B"], "site_1": ["A", "C"], "site_2": ["B"], "site_3": ["1", "2"]}
+    for seed, (name, values) in enumerate(wards.items()):
+        draws = np.random.default_rng(seed)
+        table = pd.DataFrame({"crp": draws.normal(size=80), "ward": draws.choice(values, 80)})
+        table.assign(ill=np.where(table.crp > 0, "yes", "no")).to_csv(tmp_path / f"{name}.csv", index=False)
+    groups = [{"name": "site", "count": 3, "model": "tabular"}]
+    data = {"name": "table", "path": str(tmp_path / "public.csv"), "label": "ill", "proxy": {"size": 20}}
+    source = {**config("fedmd", **QUIET), "data": data, "clients": {"groups": groups}}
+    theirs = {c: {"name": "table", "path": str(tmp_path / f"{c}.csv"), "label": "ill"} for c in wards if c != "public"}
+    sites = [SiteConfig(client=c, tells=ALL, data=SourceConfig(**theirs[c])) for c in theirs]
+
+    there = serve(source, Sites(tmp_path / "sites", sites).gathered(), out=tmp_path / "federation", wait=LONG)
+    each = [{"match": client, "data": theirs[client]} for client in theirs]
+    here = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
+
+    assert same_models(there, here)
+    assert there.models["site_1"].categories == (("ward", ("A", "B")),)
+    del source["data"]["path"]
+    with pytest.raises(UserError, match=r"^data\.path: missing; .* which real sites do not bring together"):
+        serve(source, Sites(tmp_path / "others", sites).gathered(), out=tmp_path / "none", wait=LONG)

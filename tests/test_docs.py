@@ -134,6 +134,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert target[1:] in anchors(page), target
 
 
+def test_architecture_lists_each_package_once() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| `(hetero_fl/\w*/?)`", text, re.MULTILINE)
+
+    assert len(rooms) > 6 and len(rooms) == len(set(rooms))
+
+
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)

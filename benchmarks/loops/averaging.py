@@ -215,8 +215,8 @@ class HeteroFL(FedAvg):
                     if self.stays(card.arch, name):
                         self.kept[i][name] = tensor.clone()
                     else:
-                        corner(total[name], tensor).add_(tensor, alpha=float(card.n))
-                        corner(owned[name], tensor).add_(float(card.n))
+                        corner(total[name], tensor).add_(tensor)
+                        corner(owned[name], tensor).add_(1)
         for name, now in self.wide.items():
             self.wide[name] = torch.where(owned[name] > 0, total[name] / owned[name].clamp(min=1), now)
 

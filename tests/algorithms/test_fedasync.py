@@ -160,7 +160,8 @@ def test_a_part_that_is_common_to_architectures_stays_common(method: str, buffer
 def test_heterofl_weighs_widths_by_rows_and_staleness() -> None:
     """Two widths in a buffer, the second's upload made of an older version: to its corner the mean by n·s(τ)."""
     wide = {"name": "mlp", "hidden": [16]}
-    made = config("heterofl", wide, clients=3, algorithm={"name": "heterofl", "model": wide, "widths": [1, 0.5, 0.5]})
+    algorithm = {"name": "heterofl", "model": wide, "widths": [1, 0.5, 0.5], "weighting": "samples"}
+    made = config("heterofl", wide, clients=3, algorithm=algorithm)
     made["runtime"] |= {"mode": "async", "buffer": 2, "staleness": {"kind": "polynomial", "a": 1.0}}
     run = session(made, seconds=lambda id, _: SECONDS[id])
     combined = []

@@ -42,8 +42,9 @@ def forward(t: dict[str, Tensor], x: Tensor, share: float) -> Tensor:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("scaler", [False, True])
-def test_a_round_by_hand(masked: bool, scaler: bool) -> None:
-    source = federation(masked=masked, scaler=scaler)
+@pytest.mark.parametrize("weighting", [None, "uniform", "samples"])
+def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> None:
+    source = federation(masked=masked, scaler=scaler, **({} if weighting is None else {"weighting": weighting}))
     source["clients"] |= {"per_round": 2, "overrides": [RAGGED]}
     source["data"]["partition"]["alpha"] = 0.1
     rounds = rounds_of(source, held=3)
@@ -74,14 +75,15 @@ def test_a_round_by_hand(masked: bool, scaler: bool) -> None:
 
         train(client, parameters, loss)
         statistics[id] = {n: t for n, t in tensors.items() if "running" in n}
+        weight = client.n if weighting == "samples" else 1  # the authors count each owner once
         for n in total:
             t = tensors[n].detach()
             place = tuple(slice(0, s) for s in t.shape)
             own = torch.ones_like(t)
             if masked and n.startswith("head."):
                 own[~has] = 0
-            total[n][place] += client.n * own * t
-            count[n][place] += client.n * own
+            total[n][place] += weight * own * t
+            count[n][place] += weight * own
     rounds.round()
     assert any((c == 0).any() for c in count.values())
     want = {n: torch.where(count[n] > 0, total[n] / count[n].clamp(min=1), wide[n]) for n in total}
@@ -93,12 +95,14 @@ def test_a_round_by_hand(masked: bool, scaler: bool) -> None:
 
 def test_at_full_width_it_is_fedavg_bit_for_bit() -> None:
     wide = {"name": "cnn", "width": 4, "norm": "group"}
-    fedavg = rounds_of(config("fedavg", wide))
-    for settings, equal in (({}, True), ({"widths": [1, 1, 0.5]}, False)):
-        ours = rounds_of(config("heterofl", wide, algorithm={"name": "heterofl", **settings}))
-        (group,) = fedavg.server.models
-        (slot,) = ours.server.models
-        assert slot == group and same_bits(ours.server.models[slot], fedavg.server.models[group]) is equal
+    for weighting in ("uniform", "samples"):
+        fedavg = rounds_of(config("fedavg", wide, algorithm={"name": "fedavg", "weighting": weighting}))
+        for settings, equal in (({}, True), ({"widths": [1, 1, 0.5]}, False)):
+            algorithm = {"name": "heterofl", "weighting": weighting, **settings}
+            ours = rounds_of(config("heterofl", wide, algorithm=algorithm))
+            (group,) = fedavg.server.models
+            (slot,) = ours.server.models
+            assert slot == group and same_bits(ours.server.models[slot], fedavg.server.models[group]) is equal
 
 
 def test_the_mask_changes_nothing_for_who_has_every_class() -> None:

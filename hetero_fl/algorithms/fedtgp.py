@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
@@ -27,10 +27,15 @@ class FedTGP(FedProto):
     their class, by a margin δ = min(largest distance of two class centres, τ).
 
     A class centre is the plain mean of the clients' prototypes. The server starts from the last round's P̆ and F.
+
+    λ is that of the authors' script; the paper says 0.1. Deviations from the authors' code: δ is the
+    paper's largest distance of two class centres, where the code takes each class' nearest neighbor
+    and then the largest; and P̆ starts uniform within ±1/√C, where the code draws it standard normal.
     """
 
     uploads = {"features": ItemSpec("class_sums", use="each", private=True, share="statistics")}
 
+    weight: NonNegativeFloat = Field(10.0, description="λ: weight of the distance to the prototype")
     margin: PositiveFloat = Field(100.0, description="τ: largest margin δ")
     server_epochs: PositiveInt = Field(100, description="epochs a round on the clients' prototypes, at the server")
     server_lr: PositiveFloat = Field(0.01, description="learning rate of SGD at the server")

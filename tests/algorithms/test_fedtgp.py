@@ -41,8 +41,10 @@ def server_batches(rounds: Rounds, label: str, sent: list[tuple[Tensor, int]]) -
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("tau", [100.0, 0.3])
-def test_a_round_of_fedtgp_by_hand(tau: float) -> None:
-    settings = {"name": "fedtgp", "weight": 0.7, "margin": tau, **SERVER}
+@pytest.mark.parametrize("weight", [None, 0.7])
+def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
+    settings = {"name": "fedtgp", "margin": tau, **SERVER, **({} if weight is None else {"weight": weight})}
+    pulled = 10.0 if weight is None else weight  # λ of the authors' script
     rounds = rounds_of(config("fedtgp", MIXED, algorithm=settings), held=1)
     before, server = clients(rounds), {s: dict(t) for s, t in rounds.server.models.items()}
     prototypes, known = (rounds.server.state[n].clone() for n in ("prototypes", "known"))
@@ -55,7 +57,7 @@ def test_a_round_of_fedtgp_by_hand(tau: float) -> None:
         def loss(x, y, model=model):
             z, f = model(x)
             pull = ((f - prototypes[y]) ** 2).sum(1) / width
-            return (F.cross_entropy(z, y, reduction="none") + 0.7 * pull * known[y]).sum() / len(y)
+            return (F.cross_entropy(z, y, reduction="none") + pulled * pull * known[y]).sum() / len(y)
 
         train(client, list(model.parameters()), loss)
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9

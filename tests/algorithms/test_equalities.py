@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from hetero_fl.plan import Predict, Rows
+from hetero_fl.runtime.readings import record_readings
 from hetero_fl.state import floats
 from tests.runtime.test_rounds import METHODS
 from tests.small import MIXED, config, deployed, rounds_of, same_bits
@@ -27,6 +30,37 @@ def test_hybrid_of_all_different_architectures_is_fedmd_with_kl_bit_for_bit() ->
         ours = hybrid.server.models[card.arch.id]  # the mean over one owner is what that owner sent
         assert same_bits(floats(fedmd.store.get(id).models["model"]), floats(ours))
     assert torch.equal(fedmd.server.state["teacher"], hybrid.server.state["teacher"])
+
+
+@pytest.mark.parametrize("proxy_rows", [None, 40])
+def test_hybrid_without_proxy_replay_is_feddf_with_its_loss_and_teacher_bit_for_bit(proxy_rows: int | None) -> None:
+    """Models and metrics of every round, two clients of each architecture, four of six a round."""
+    same = {"distil_epochs": 3, "proxy_rows": proxy_rows}
+    hybrid = {"name": "hybrid", "rehearse": 0.0, **same}
+    feddf = {"name": "feddf", "logit_adjustment": True, "teacher": "contrast", **same}
+
+    ours, theirs = history(hybrid), history(feddf)
+
+    assert ours == theirs
+    assert history({**hybrid, "rehearse": 0.5}) != theirs
+    assert history({**feddf, "logit_adjustment": False}) != theirs
+    assert history({**feddf, "teacher": "mean"}) != theirs
+
+
+def history(algorithm: dict[str, Any]) -> list[Any]:
+    """After each of four rounds: scores, training losses, and the bytes of the server's and all clients' models."""
+    source = config(algorithm["name"], MIXED, clients=6, rounds=4, clients__per_round=4, algorithm=algorithm)
+    source["data"]["train_limit"] = 500
+    rounds = rounds_of(source, held=0)
+    found: list[Any] = []
+    for _ in range(4):
+        record = rounds.round()
+        record_readings(record, rounds.evaluate())
+        models = dict(rounds.server.models)
+        models |= {id: deployed(rounds, id).models["model"] for id in rounds.federation.cards}
+        bits = {(slot, n): t.numpy().tobytes() for slot, tensors in models.items() for n, t in tensors.items()}
+        found.append([record[key] for key in ("cohort", "train_loss", "global", "personal", "clients")] + [bits])
+    return found
 
 
 def test_each_change_changes_something() -> None:

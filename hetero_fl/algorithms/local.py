@@ -28,8 +28,7 @@ class Local(Algorithm):
 
 @algorithm("ensemble")
 class Ensemble(Local):
-    """The mean softmax (regression: mean output) of all clients' models, each through its own preprocessing. An upper bound on
-    what can be distilled.
+    """The mean softmax (regression: mean output) of all clients' models, each through its own preprocessing.
 
     Members train alone; every client would have to hold every other's model.
     """

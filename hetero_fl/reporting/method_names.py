@@ -6,7 +6,7 @@ ALGORITHMS = {
     "local": ("Local", "Every client trained alone on its own rows; nothing was exchanged."),
     "centralized": (
         "Centralised",
-        "All rows were pooled and one model was trained on them: an upper bound, not federated.",
+        "All rows were pooled and one model was trained on them: a reference point, not federated.",
     ),
     "ensemble": (
         "Ensemble",

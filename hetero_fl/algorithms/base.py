@@ -68,6 +68,11 @@ class Algorithm(BaseModel):
         """Asynchronous: what a stale upload is worth; None: what `runtime.staleness` says."""
         return None
 
+    @property
+    def reads_proxy_labels(self) -> bool:
+        """Whether clients train on the labels of the proxy set; they are there only with `data.proxy.labels`."""
+        return False
+
     # What the method needs besides -------------------------------------------------------------------------------
     def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
         """The method with the settings that were left open derived from the federation, and lines that say so.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER, OnProxy
+from hetero_fl.algorithms.distillation import TEACHER
+from hetero_fl.algorithms.initial_phase import InitialPhase
 from hetero_fl.architecture import Architecture
 from hetero_fl.config.optimizer import OptimizerConfig
 from hetero_fl.payload import ItemSpec, Payload
@@ -20,7 +21,7 @@ MIX = "mix"  # a linear layer without bias whose row k is c_k
 
 
 @algorithm("kt_pfl")
-class KTpFL(OnProxy):
+class KTpFL(InitialPhase):
     """Each client distils its own mixture of all clients' predictions on the proxy set, with weights that the server learns
     (Zhang et al. 2021, Algorithm 1).
 
@@ -30,6 +31,9 @@ class KTpFL(OnProxy):
     Rows of c stay distributions: after each step they are projected onto the simplex. In a round in which only some take
     part, c is learned among them, each row's weight on the absent stays, and teachers are mixtures of those present. The
     server keeps `coefficients` `[S, S]` of the S clients `seen` so far; all others are 1/N.
+
+    Deviation: the authors train each model on its own rows before round 1; here that is off by
+    default (`initial_phase`), and with it the first round has its usual local epochs besides.
     """
 
     shared = ()
@@ -38,6 +42,7 @@ class KTpFL(OnProxy):
     reads = "after distillation of the newest mixture, as deployed with the next broadcast"
 
     temperature: PositiveFloat = 10.0
+    initial_private_epochs: PositiveInt = Field(1, description="initial phase: epochs on the client's own rows")
     digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set, after receiving")
     rho: NonNegativeFloat = Field(0.7, description="ρ: pull of the coefficients towards 1/N")
     coefficient_lr: PositiveFloat = Field(0.01, description="learning rate of the coefficients")
@@ -70,6 +75,7 @@ class KTpFL(OnProxy):
             yield self.digest(client, got[TEACHER], self.digest_epochs, self.taught(client, got))
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        yield from self.initial_training(client)
         yield from self.deploy(client, got)
         yield self.fit(client)
         if not self.gives(client, "predictions"):

@@ -7,6 +7,7 @@ from hetero_fl.algorithms.base import Algorithm
 Need = tuple[str, ...]  # one thing, or alternatives of which any will do
 
 EVERYTHING, PROXY, ALIKE, ONE_BY_ONE = "all in one place", "proxy set", "one architecture", "single uploads"
+LABELED_PROXY = "labeled proxy set"
 SHARES = {
     "parameters": "parameters",
     "predictions": "predictions",
@@ -32,7 +33,7 @@ def needs(method: Algorithm) -> list[Need]:
     alike = _averages(method) and kind.family is Algorithm.family
     found: list[Need] = [(EVERYTHING,)] if kind.everybody else []
     if kind.needs_proxy:
-        found.append((PROXY,))
+        found.append((LABELED_PROXY if method.reads_proxy_labels else PROXY,))
     elif alike:
         found.append((PROXY, ALIKE) if any(spec.kind == "rows" for spec in uploads.values()) else (ALIKE,))
     found += [(word,) for each in reversed(kind.__mro__) for word in vars(each).get("requires", ())]

@@ -165,7 +165,7 @@ class PartitionConfig(Section):
 
 
 class ProxyConfig(Section):
-    """The public set on which predictions are compared. Its labels are never read."""
+    """The public set on which predictions are compared. Its labels are read only where `labels` says so."""
 
     size: int = Field(0, ge=0, description="rows held out of the training data before anything is dealt out; 0: none")
     source: SourceConfig | None = Field(
@@ -176,6 +176,9 @@ class ProxyConfig(Section):
         min_length=1,
         description="columns or blocks that are public; the others are missing in it, and who sees them needs "
         "`preprocess.missing: indicate`; none: all that it has",
+    )
+    labels: bool = Field(
+        False, description="keep its labels; only the initial phase of fedmd (`algorithm.initial_phase`) trains on them"
     )
 
 

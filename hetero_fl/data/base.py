@@ -18,7 +18,7 @@ from hetero_fl.task import Task
 MOST_NUMBERED_CLASSES = 20  # more different numbers than that are regression targets
 
 Columns = dict[str, Tensor]
-"""Tensors aligned on dim 0: "x" and, unless it is a proxy set, "y"."""
+"""Tensors aligned on dim 0: "x" and, unless it is a proxy set without labels, "y"."""
 
 
 @dataclass

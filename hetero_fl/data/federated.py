@@ -1,4 +1,4 @@
-"""Data as a federation holds it: each client's own rows, a public proxy set without labels, the common sets."""
+"""Data as a federation holds it: each client's own rows, a public proxy set, as a rule without labels, the common sets."""
 
 from __future__ import annotations
 
@@ -82,6 +82,11 @@ class FederatedData:
         return len(self._public["proxy"].rows) if "proxy" in self._public else 0
 
     @property
+    def has_proxy_labels(self) -> bool:
+        """Whether there is a proxy set whose labels may be read."""
+        return "proxy" in self._public and self._public["proxy"].examples.y is not None
+
+    @property
     def n_test(self) -> int:
         """Rows of the common test set."""
         return len(self._public["common_test"].rows)
@@ -153,7 +158,8 @@ class FederatedData:
         return Preprocess.resolve(config, public.take().x, "server.preprocess", self.layout, self.input_shape)
 
     def columns(self, owner: str, name: str, through: Preprocess) -> Columns:
-        """Examples as seen through a preprocessing: "x" in torch's default float type, and "y" except for the proxy.
+        """Examples as seen through a preprocessing: "x" in torch's default float type, and "y", for the proxy only where
+        its labels are kept.
 
         The tensors are shared with later callers and must not be changed. They are kept as long as there is room,
         public and private ones apart (`cache_bytes` each), so that public sets usually stay for the whole run.
@@ -265,5 +271,5 @@ def _usable(examples: Examples, through: Preprocess) -> Examples:
 
 
 def _labels(examples: Examples) -> Tensor:
-    assert examples.y is not None  # every set but the proxy was checked to have labels
+    assert examples.y is not None  # every private set was checked to have labels
     return examples.y

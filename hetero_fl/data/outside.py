@@ -31,6 +31,26 @@ def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | N
     Raises:
         UserError: another kind of task, a class or a column that only one of the two has.
     """
+    y = match_labels(own, common, where)
+    if own.blocks or common.blocks:
+        return replace(own.train, x=match_blocks(own.train.x, own.blocks, common, f"{where}: {own.name}", needed), y=y)
+    if any(pair not in common.categories for pair in own.categories):
+        raise UserError(
+            f"{where}.categories: {own.name} encodes other values than the common set {common.name}; set data.categories alone"
+        )
+    x, extra = match_columns(own.train.x, own.columns, common, f"{where}: {own.name}", needed)
+    if extra:
+        none = f"the common set {common.name} has none of that name"
+        raise UserError(f"{where}: {own.name} has column '{extra[0]}', {none}{nearest(extra[0], common.columns)}")
+    return replace(own.train, x=x, y=y)
+
+
+def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
+    """Return the targets of a set's training rows, with classes numbered as the common set's are.
+
+    Raises:
+        UserError: Another vocabulary, another kind of task, or a class that the common set lacks.
+    """
     mine, ours = own.task, common.task
     both = f"the common set {common.name} has"
     none = f"{both} none of that name"
@@ -52,16 +72,7 @@ def adopt(own: Dataset, common: Dataset, where: str, needed: Collection[str] | N
         raise UserError(f"{where}: {own.name} has {mine.outputs} {noun}, {both} {ours.outputs}")
     elif mine.kind != "multiclass" and mine.names and ours.names and mine.names != ours.names:
         raise UserError(f"{where}: {own.name} has targets {', '.join(mine.names)}, {both} {', '.join(ours.names)}")
-    if own.blocks or common.blocks:
-        return replace(own.train, x=match_blocks(own.train.x, own.blocks, common, f"{where}: {own.name}", needed), y=y)
-    if any(pair not in common.categories for pair in own.categories):
-        raise UserError(
-            f"{where}.categories: {own.name} encodes other values than the common set {common.name}; set data.categories alone"
-        )
-    x, extra = match_columns(own.train.x, own.columns, common, f"{where}: {own.name}", needed)
-    if extra:
-        raise UserError(f"{where}: {own.name} has column '{extra[0]}', {none}{nearest(extra[0], common.columns)}")
-    return replace(own.train, x=x, y=y)
+    return y
 
 
 def from_labels(y: Tensor, task: Task, where: str) -> Tensor:
@@ -182,6 +193,25 @@ def load_unlabelled(
     if bool(torch.isinf(x).any()) or (x.ndim > 2 and bool(torch.isnan(x).any())):
         raise UserError(f"{where}.path: {config.path}: NaN or infinity among the examples")
     return x, columns, ()
+
+
+def load_labeled(config: SourceConfig, root: Path, where: str, common: Dataset) -> tuple[Dataset, Tensor]:
+    """Load a public set whose labels are to be read, and its labels as the common set numbers them.
+
+    Args:
+        config: The source of the public set.
+        root: The folder for downloads.
+        where: The configuration's key of the source, for messages.
+        common: The common data set.
+
+    Raises:
+        UserError: See `load_source` and `match_labels`; labels are missing or do not match.
+    """
+    try:
+        own = load_source(config, root, where, missing=True)
+        return own, match_labels(own, common, where)
+    except UserError as error:
+        raise UserError(f"data.proxy.labels: found true, but {error}") from error
 
 
 def _loose(config: SourceConfig, path: Path) -> tuple[Tensor, tuple[str, ...]] | None:

@@ -1,6 +1,6 @@
 """The public sets of a federation as bytes, for participants that do not have the data set that they come from.
 
-Only what is public is in it: the proxy set (without labels), the common validation and test sets, and what the task is.
+Only what is public is in it: the proxy set (as a rule without labels), the common validation and test sets, and what the task is.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hetero_fl.config.source import DataConfig, SourceConfig
 from hetero_fl.data.apart import Apart
 from hetero_fl.data.base import Dataset, Examples
 from hetero_fl.data.layout import Layout
-from hetero_fl.data.outside import limited, load_unlabelled, match_blocks, match_columns, read_as
+from hetero_fl.data.outside import limited, load_labeled, load_unlabelled, match_blocks, match_columns, read_as
 from hetero_fl.data.private import Share
 from hetero_fl.data.split import draw
 from hetero_fl.data.views_of import check_alike, needed
@@ -50,8 +50,8 @@ def proxy_set(
     server: PreprocessConfig | None,
     seed: int,
 ) -> tuple[dict[str, Share], Tensor]:
-    """The proxy set, if there is one, and the training rows (of `rows`, int64 `[M]`) that are left. It has no labels, and
-    which rows it takes depends on none."""
+    """The proxy set, if there is one, and the training rows (of `rows`, int64 `[M]`) that are left. It has labels only where
+    the configuration asks for them, and which rows it takes depends on none."""
     draws = generator("data", seed, "proxy")
     if config.proxy.source is not None:
         return {"proxy": _from_elsewhere(config.proxy.source, dataset, config, kinds, server, draws)}, rows
@@ -71,12 +71,14 @@ def _held_out(dataset: Dataset, config: DataConfig, rows: Tensor, draws: torch.G
             f"data.proxy.size: found {size}, but {dataset.name} has {len(having)} training rows{what}; take fewer"
         )
     held, rest = draw(having, size, draws, train.patient)
+    y = train.y if config.proxy.labels else None
     if names is None:
-        return Share(Examples(train.x), held), rest
+        return Share(Examples(train.x, y), held), rest
     rows = rows[~torch.isin(rows, held)]
     if train.patient is not None:
         rows = rows[~torch.isin(train.patient[rows], train.patient[held])]
-    return Share.whole(Examples(limited(train.x[held], names, dataset.layout, COLUMNS))), rows
+    public = limited(train.x[held], names, dataset.layout, COLUMNS)
+    return Share.whole(Examples(public, None if y is None else y[held])), rows
 
 
 def _from_elsewhere(
@@ -91,7 +93,12 @@ def _from_elsewhere(
     where, size = "data.proxy.source", config.proxy.size
     read = read_as(source, dataset.task, config.text, dataset.categories)
     root = Path(config.root).expanduser()
-    x, columns, blocks = load_unlabelled(read, root, where, dataset.vocabulary)
+    y: Tensor | None = None
+    if config.proxy.labels:
+        own, y = load_labeled(read, root, where, dataset)
+        x, columns, blocks = own.train.x, own.columns, own.blocks
+    else:
+        x, columns, blocks = load_unlabelled(read, root, where, dataset.vocabulary)
     name = f"{where}: {source.name}"
     if blocks or dataset.blocks:
         x = match_blocks(x, blocks, dataset, name, ())  # who sees nothing of it has no part in it
@@ -101,7 +108,7 @@ def _from_elsewhere(
         x = limited(x, config.proxy.columns, dataset.layout, COLUMNS)
     clients = {kind.first: kind.settings for kind in kinds}
     check_alike(tuple(x.shape[1:]), where, source.name, clients, dataset, server)
-    proxy = Share.whole(Examples(x))
+    proxy = Share.whole(Examples(x, y))
     return Share(proxy.examples, draw(proxy.rows, size, draws)[0]) if 0 < size < len(x) else proxy
 
 

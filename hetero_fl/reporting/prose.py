@@ -68,7 +68,8 @@ def _setting(summary: Json, details: Json) -> str:
     if summary["global"]:
         public.append(f"the common test set has {plural(summary['data']['n_test'], 'row')}")
     if details["proxy"]:
-        public.append(f"the public proxy set has {plural(details['proxy'], 'row')}, whose labels are never read")
+        read = "clients train on once" if details.get("proxy_labels") else "are never read"
+        public.append(f"the public proxy set has {plural(details['proxy'], 'row')}, whose labels {read}")
     return f"{text}. {sentence('; '.join(public))}." if public else f"{text}."
 
 

@@ -170,6 +170,7 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
             id: data.label_counts(id).int().tolist() for id in federation.readers if data.tells_labels(id)
         },
         "proxy": data.n_proxy,
+        "proxy_labels": method.reads_proxy_labels,
         "rows": {id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")} for id in federation.readers},
         "clients": {
             id: {

@@ -35,6 +35,11 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
             f"algorithm.name: {name} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0, so that "
             "so many training rows are public, or name another set in data.proxy.source"
         )
+    if algorithm.reads_proxy_labels and not federation.data.has_proxy_labels:
+        raise UserError(
+            f"algorithm.initial_phase: found true, with which {name} trains on labels of the proxy set, but "
+            "data.proxy.labels is false; set it to true, or algorithm.initial_public_epochs to 0"
+        )
     said = {n: spec for n, spec in algorithm.uploads.items() if spec.kind != "counts"}  # these go with something else
     shares = {spec.share for spec in said.values()}
     given = {share for s in settings for share in s.shares} | {"parameters" for s in settings if s.parts}
@@ -56,6 +61,10 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     if is_own(algorithm):
         _rehearse(algorithm, federation)
     notes = [*idle(name, algorithm, federation), *check_secure_sum(name, algorithm, federation)]
+    if algorithm.reads_proxy_labels:
+        notes.append(
+            f"{name} trains on the labels of the proxy set before a client's first round (algorithm.initial_phase)"
+        )
     travel = {s.kind for s in said.values() if s.share in given and (s.kind != "rows" or proxy)}
     averages = "model" in said and travel <= {"params", "update"}
     if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:

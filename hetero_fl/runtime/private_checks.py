@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hetero_fl.algorithms import Algorithm
+from hetero_fl.algorithms.initial_phase import InitialPhase
 from hetero_fl.architecture import Architecture
 from hetero_fl.channel.privacy.accounting import opacus_accountants
 from hetero_fl.config import Config
@@ -95,6 +96,11 @@ def check_privacy(name: str, algorithm: Algorithm, federation: Federation) -> No
                 f"clients: {kind.first}: preprocess.normalize: found own, statistics of private rows that nobody noised; "
                 f"give fixed numbers with {PRIVACY}"
             )
+    if privacy.unit == "record" and isinstance(algorithm, InitialPhase) and algorithm.initial_phase:
+        raise UserError(
+            f"algorithm.initial_phase: found true, with {where}: its epochs on private rows are not accounted; set it to "
+            "false, or take unit: client or local"
+        )
     items = travelling(algorithm, federation)
     for item, spec in items.items():
         if spec.kind == "rows" and spec.rows_of == "train":

@@ -90,6 +90,21 @@ def test_labels_of_the_proxy_set_are_never_read(images: Dataset) -> None:
     assert not identical(plain, third) and plain.content_hash() != third.content_hash()
 
 
+def test_labels_of_the_proxy_set_are_kept_where_the_configuration_asks_for_them(images: Dataset) -> None:
+    assert images.train.y is not None
+    plain = view(images)
+    size = len(plain._public["proxy"].rows)
+
+    labeled = view(images, proxy=ProxyConfig(size=size, labels=True))
+
+    columns = labeled.columns("one", "proxy", PLAIN)
+    assert torch.equal(columns["x"], plain.columns("one", "proxy", PLAIN)["x"])
+    assert torch.equal(columns["y"], images.train.y[plain._public["proxy"].rows])
+    assert labeled.has_proxy_labels and not plain.has_proxy_labels
+    for name in ("common_test", "common_validation"):
+        assert torch.equal(labeled.columns("one", name, PLAIN)["x"], plain.columns("one", name, PLAIN)["x"])
+
+
 def test_limits_are_kept_and_test_rows_are_alike_for_all_seeds() -> None:
     config = DataConfig(train_limit=100, test_limit=15, proxy=ProxyConfig(size=20))
     first, second = (federate(numbered(), config, THREE, seed) for seed in (0, 1))

@@ -54,6 +54,33 @@ def test_labels_of_another_proxy_set_are_never_read(images: Dataset, npz: Any) -
         view(images, proxy=ProxyConfig(source=source))
 
 
+def test_labels_of_another_proxy_set_are_matched_to_the_common_classes(tmp_path: Path) -> None:
+    common, other = tmp_path / "common.csv", tmp_path / "public.csv"
+    pd.DataFrame({"a": range(40), "kind": ["cat", "dog"] * 20}).to_csv(common, index=False)
+    pd.DataFrame({"a": range(6), "kind": ["dog", "dog", "dog", "cat", "dog", "dog"]}).to_csv(other, index=False)
+    source = SourceConfig(name="table", path=str(other), label="kind")
+    dataset = load_source(SourceConfig(name="table", path=str(common), label="kind"), tmp_path)
+    config = DataConfig(
+        proxy=ProxyConfig(source=source, labels=True), partition=PartitionConfig(kind="iid", min_size=2)
+    )
+
+    data = federate(replace(dataset, test=dataset.train), config, {"a": ClientSettings()}, 0)
+
+    assert data.has_proxy_labels
+    assert data.columns("a", "proxy", data.preprocess("a"))["y"].tolist() == [1, 1, 1, 0, 1, 1]
+
+
+def test_a_proxy_set_without_labels_is_refused_where_they_are_asked_for(images: Dataset, npz: Any) -> None:
+    path = npz("unlabeled.npz", train_labels=None)
+    clients = {"a": ClientSettings(preprocess=PreprocessConfig(resize=16))}
+    proxy = ProxyConfig(source=SourceConfig(name="npz", path=str(path)), labels=True)
+
+    with pytest.raises(UserError, match=r"^data\.proxy\.labels: found true, .*no array 'train_labels'") as error:
+        view(images, clients=clients, proxy=proxy)
+
+    assert "\n" not in str(error.value)
+
+
 def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: Path) -> None:
     clients = {n: ClientSettings(preprocess=PreprocessConfig(resize=16, channels=1)) for n in "ab"}
     assert view(images, clients=clients, proxy=ProxyConfig(source=SourceConfig(name="digits"), size=99)).n_proxy == 99

@@ -19,6 +19,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "fedgen", "latent_weight": 0.5, "decay": 0.9},
     {"name": "fedmrl"},
     {"name": "fedmd", "proxy_rows": 20, "teacher": "entropy"},
+    {"name": "fedmd", "initial_phase": True, "initial_public_epochs": 2, "initial_private_epochs": 2},
+    {"name": "kt_pfl", "initial_phase": True},
     {"name": "hybrid", "proxy_rows": 20},
 ]
 
@@ -36,7 +38,9 @@ def everything(rounds: Rounds) -> dict[tuple[Any, ...], Any]:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["name"])
 def test_a_run_that_is_taken_up_again_is_one_that_never_stopped(settings: dict[str, Any], tmp_path: Path) -> None:
-    source = config(settings["name"], MIXED, clients=4, clients__per_round=3, algorithm=settings, rounds=4)
+    source = config(
+        settings["name"], MIXED, clients=4, clients__per_round=3, algorithm=settings, rounds=4, data__proxy__labels=True
+    )
     plain = rounds_of(source)
     first = rounds_of(source, held=2, store=Store(tmp_path))
     Checkpoints(first.store, pytest.fail).save(2, {"run": first.tree()})

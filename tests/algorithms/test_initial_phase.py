@@ -1,0 +1,260 @@
+"""The initial phase of FedMD and KT-pFL: its epochs by hand, once for each client, and off it changes no bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms.needs import in_words, needs
+from hetero_fl.errors import UserError
+from hetero_fl.experiment import prepare, run
+from hetero_fl.objectives import Supervised
+from hetero_fl.payload import Item, Payload
+from hetero_fl.plan import Fit, Plan
+from hetero_fl.reporting.prose import story
+from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.runtime.batches import index_batches
+from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.state import Participant
+from tests.algorithms.by_hand import apart, clients, module, train
+from tests.algorithms.test_kt_pfl import T, follow
+from tests.runtime import paces
+from tests.runtime.crews import lent, outcome, rounds_on, setup_of
+from tests.runtime.test_batched import agree
+from tests.small import MIXED, config, rounds_of, same_bits
+
+ON = {"initial_phase": True, "initial_private_epochs": 2}
+PHASE = ("initial public", "initial private")
+
+
+def federation(method: str = "fedmd", clients: int = 4, per_round: int = 2, **changes: Any) -> dict[str, Any]:
+    """Some of the clients a round, so that they first take part in different ones."""
+    settings = {"name": method, **ON, **({"initial_public_epochs": 3} if method == "fedmd" else {})}
+    labels = method == "fedmd"
+    source = config(method, MIXED, clients, rounds=4, clients__per_round=per_round, data__proxy__labels=labels)
+    return {**source, "algorithm": {**settings, **changes}}
+
+
+def watched(rounds: Rounds) -> Counter[str]:
+    """How often each client begins a fit of each label: counts `site_1: initial private`."""
+    seen: Counter[str] = Counter()
+    rounds.executor.site.watch = lambda line: seen.update([line])  # type: ignore[attr-defined]
+    return seen
+
+
+def step_through(model: nn.Module, x: Tensor, y: Tensor, batch: int, epochs: int, where: tuple[Any, ...]) -> None:
+    """Epochs of SGD with momentum on cross-entropy, in the batches of that key."""
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for rows in index_batches(len(y), Fit({}, Supervised(), epochs=epochs, batch_size=batch), where):
+        sgd.zero_grad()
+        F.cross_entropy(model(x[rows]).logits, y[rows]).backward()
+        sgd.step()
+
+
+def cross_entropy(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: F.cross_entropy(model(x).logits, y)
+
+
+@pytest.mark.usefixtures("float64")
+def test_fedmds_first_round_by_hand_for_clients_that_begin_in_different_rounds() -> None:
+    """Labeled public rows, own rows, then the usual round; a client that took part before has the usual round alone."""
+    rounds = rounds_of(federation(), held=0)
+    taken_part: set[str] = set()
+    kinds = set()
+    for index in range(4):
+        before, teacher = clients(rounds), rounds.server.state.get("teacher")
+        cohort = rounds.round()["cohort"]
+        for id in cohort:
+            client, model = before[id], module(before[id].arch["model"], before[id].models["model"])
+            public, own = client.data("proxy", None), client.data("train", None)
+            if id not in taken_part:
+                step_through(model, public["x"], public["y"], 32, 3, (0, index, id, "initial public", 0))
+                step_through(model, own["x"], own["y"], 16, 2, (0, index, id, "initial private", 0))
+            if teacher is not None:
+                digest(model, public["x"], teacher, (0, index, id, "digest", 0))
+            train(client, list(model.parameters()), cross_entropy(model))
+            assert apart(rounds.store.get(id).models["model"], model) < 1e-9, (index, id)
+            kinds.add((id in taken_part, teacher is None))
+        taken_part |= set(cohort)
+    assert kinds == {(False, True), (False, False), (True, False)}  # each way to begin a round came
+
+
+def digest(model: nn.Module, x: Tensor, teacher: Tensor, where: tuple[Any, ...]) -> None:
+    """One epoch towards the consensus, KL · T² with T = 2."""
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for rows in index_batches(len(x), Fit({}, Supervised(), batch_size=32), where):
+        sgd.zero_grad()
+        log_q, p = (model(x[rows]).logits / 2).log_softmax(1), (teacher[rows] / 2).softmax(1)
+        (F.kl_div(log_q, p, reduction="batchmean") * 4).backward()
+        sgd.step()
+
+
+@pytest.mark.usefixtures("float64")
+def test_kt_pfls_first_round_by_hand() -> None:
+    """Own rows first, then the mixture, if there is one, then the usual epochs."""
+    rounds = rounds_of(federation("kt_pfl", temperature=T), held=0)
+    taken_part: set[str] = set()
+    late = 0
+    for index in range(3):
+        before, state = clients(rounds), dict(rounds.server.state)
+        cohort = rounds.round()["cohort"]
+        for id in cohort:
+            client, model = before[id], module(before[id].arch["model"], before[id].models["model"])
+            own = client.data("train", None)
+            if id not in taken_part:
+                step_through(model, own["x"], own["y"], 16, 2, (0, index, id, "initial private", 0))
+                late += index > 0
+            if "senders" in state:
+                place = {name: i for i, name in enumerate(state["seen"])}
+                weights = torch.ones(len(state["senders"]))
+                if id in place:
+                    weights = state["coefficients"][place[id], [place[name] for name in state["senders"]]]
+                mixed = ((weights / weights.sum())[:, None, None] * state["predictions"]).sum(0)
+                follow(model, client.data("proxy", None)["x"], mixed, (0, index, id, "digest", 0))
+            train(client, list(model.parameters()), cross_entropy(model))
+            assert apart(rounds.store.get(id).models["model"], model) < 1e-9, (index, id)
+        taken_part |= set(cohort)
+    assert late
+
+
+@pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
+def test_off_it_changes_no_bit_and_leaves_nothing_behind(method: str) -> None:
+    plain = rounds_of(config(method, MIXED))
+    off = rounds_of(config(method, MIXED, algorithm={"name": method, "initial_phase": False}, data__proxy__labels=True))
+    on = rounds_of(config(method, MIXED, algorithm={"name": method, **ON}, data__proxy__labels=True))
+
+    for id in plain.federation.cards:
+        assert plain.store.encoded(id) == off.store.encoded(id)
+        assert not same_bits(plain.store.get(id).models["model"], on.store.get(id).models["model"])
+        assert "initial_phase" not in plain.store.get(id).state
+
+
+@pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
+def test_each_client_has_it_once_in_its_first_round(method: str) -> None:
+    rounds = rounds_of(federation(method), held=0)
+    seen = watched(rounds)
+    taken_part: Counter[str] = Counter()
+    labels = PHASE if method == "fedmd" else PHASE[1:]
+
+    for _ in range(4):
+        taken_part.update(rounds.round()["cohort"])
+        for id in rounds.federation.cards:
+            assert [seen[f"{id}: {label}"] for label in labels] == [min(1, taken_part[id])] * len(labels)
+
+    assert max(taken_part.values()) > 1
+
+
+def test_a_client_whose_first_upload_is_refused_has_it_again() -> None:
+    """Nothing of that round is kept, so its next one is its first."""
+    rounds = rounds_of(federation(per_round=4), held=0)
+    seen = watched(rounds)
+    spoil_first_upload(rounds, "site_1")
+
+    assert list(rounds.round()["failed"]) == ["site_1"]
+    rounds.round()
+    rounds.round()
+
+    assert {id: seen[f"{id}: initial private"] for id in rounds.federation.cards} == {
+        "site_1": 2, "site_2": 1, "site_3": 1, "site_4": 1
+    }  # fmt: skip
+
+
+def spoil_first_upload(rounds: Rounds, id: str) -> None:
+    """Let what a client sends in the first round arrive with a NaN in it."""
+    method = type(rounds.algorithm)
+
+    def train(self: Any, client: Participant, got: Payload) -> Plan[Any]:
+        items = yield from method.train(self, client, got)
+        if client.id == id and client.clock.round == 0:
+            spoiled = items["logits"].values.clone()
+            spoiled[0, 0] = float("nan")
+            items["logits"] = Item(spoiled, items["logits"].weight, "rows")
+        return items
+
+    rounds.algorithm = type("Spoiled", (method,), {"train": train})(**rounds.algorithm.model_dump())
+    rounds.executor.site.algorithm = rounds.expectations.algorithm = rounds.algorithm  # type: ignore[attr-defined]
+
+
+def test_without_public_epochs_no_labels_are_needed() -> None:
+    source = federation(initial_public_epochs=0)
+    source["data"]["proxy"]["labels"] = False
+    rounds = rounds_of(source, held=0)
+    seen = watched(rounds)
+
+    (first, *_) = rounds.round()["cohort"]
+
+    assert seen[f"{first}: initial private"] == 1 and seen[f"{first}: initial public"] == 0
+
+
+@pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
+def test_workers_compute_what_one_process_does(method: str) -> None:
+    setup = setup_of(federation(method, per_round=3))
+    want = outcome(rounds_on(setup, None))
+    with lent(setup, 2) as crew:
+        crew.take(setup)
+        for size in (1, 2):
+            assert outcome(rounds_on(setup, crew, size)) == want
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
+def test_batched_and_serial_runs_agree(method: str) -> None:
+    agree({**federation(method, clients=6, per_round=6), "rounds": 3})
+
+
+def test_an_asynchronous_run_has_it_once_for_each_client_too() -> None:
+    source = paces.source("fedmd", algorithm=federation()["algorithm"], data__proxy__labels=True, faults={})
+    session = paces.session(source)
+    seen = watched(session)
+
+    for _ in range(3):
+        session.round()
+
+    begun = {line.partition(":")[0] for line in seen}
+    assert len(begun) > 2 and sum(seen.values()) > 3 * len(begun)
+    assert all(seen[f"{id}: initial private"] == 1 for id in begun)
+
+
+def test_what_it_needs_is_declared() -> None:
+    fedmd, kt_pfl = algorithm["fedmd"], algorithm["kt_pfl"]
+
+    assert in_words(needs(fedmd())) == "proxy set"
+    assert in_words(needs(fedmd(initial_phase=True))) == "labeled proxy set"
+    assert in_words(needs(fedmd(initial_phase=True, initial_public_epochs=0))) == "proxy set"
+    assert in_words(needs(kt_pfl(initial_phase=True))) == "proxy set, single uploads"
+    assert any("trains on the labels of the proxy set" in note for note in prepare(federation()).notes)
+
+
+def test_the_report_says_whether_labels_of_the_proxy_set_were_read(tmp_path: Path) -> None:
+    off = {"name": "fedmd"}
+    for settings, words in ((federation()["algorithm"], "clients train on once"), (off, "are never read")):
+        source = {**federation(), "rounds": 1, "algorithm": settings, "output": {"plots": False, "report": False}}
+        run(source, out=tmp_path / words.split()[0])
+        written = RunDirectory(tmp_path / words.split()[0])
+        assert f"60 rows, whose labels {words}" in story(written.summary(), written.details())[0]
+
+
+def test_a_proxy_set_without_labels_and_private_records_are_refused_in_one_line() -> None:
+    source = federation()
+    source["data"]["proxy"]["labels"] = False
+    with pytest.raises(
+        UserError, match=r"^algorithm\.initial_phase: found true, .*data\.proxy\.labels is false"
+    ) as error:
+        prepare(source)
+    assert "\n" not in str(error.value)
+
+    private = {**federation("kt_pfl"), "privacy": {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}}
+    private["clients"]["groups"][0]["model"] = "mlp"
+    with pytest.raises(
+        UserError, match=r"^algorithm\.initial_phase: found true, with privacy\.unit: found record"
+    ) as error:
+        prepare(private)
+    assert "\n" not in str(error.value)

@@ -41,8 +41,12 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
             "The two readings of each client's model after the last round. The line between them is the gap." + hollow
         )
     held = ("Who holds which labels", "The rows that each client trains on, by label.")
-    if regression:
-        held = ("Who holds how much", "The rows of each client, by use.")
+    private = bool(summary.get("privacy"))
+    if regression or not details["label_counts"]:
+        left_out = " Label counts are left out: this run protects them." if private else ""
+        held = ("Who holds how much", f"The rows of each client, by use.{left_out}")
+    if private:
+        empty += ". Local test splits are left out: their matrices would add up to label counts"
     return {
         "curves": (
             "Learning curves",

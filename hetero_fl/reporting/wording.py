@@ -142,7 +142,10 @@ def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def target(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """The kind of target: `multiclass`, `multilabel` (a 2 × 2 confusion for each label) or `regression`."""
+    """Return the kind of target: `multiclass`, `multilabel` or `regression`."""
+    if "kind" in details:
+        return str(details["kind"])
+    # Older runs do not record it; multilabel targets have a 2 × 2 confusion matrix for each label.
     if is_regression(last_scores(summary)):
         return "regression"
     matrices = (matrix for found in details["confusion"].values() for matrix in (found or {}).values())

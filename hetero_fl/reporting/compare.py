@@ -27,7 +27,7 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A run's row, from its `summary.json`.
 
     Keys: `algorithm`, `seed`; `{personal,global,server}_{last,best}_{metric}`, where there is such a reading, and for
-    the worst client at home `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`;
+    the worst client on local tests `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`;
     `simulated_hours` where time was simulated.
     """
     row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
@@ -76,7 +76,7 @@ def write_comparison(
     out.write_text("comparison.md", _markdown(tables, rows, known, title, note, grid, settings))
     labels = ("comparison-last", "comparison-selected")
     tex = [comparison_text.latex(table, label, note) for table, label in zip(tables, labels, strict=True)]
-    out.write_text("comparison.tex", "% needs \\usepackage{booktabs}\n" + "\n\n".join(tex) + "\n")
+    out.write_text("comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n")
     with style.drawing():
         picture = style.png(comparison_plot.draw(rows, task, known.jobs))
     (out.path / "comparison.png").write_bytes(picture)

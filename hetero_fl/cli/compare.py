@@ -54,6 +54,10 @@ def carry_out(options: argparse.Namespace) -> int:
         if not equals or not values:
             raise UserError(f"--grid: found '{entry}'; write key=a,b,c")
         grid[key] = pieces(values, ",")
+    origins = {}
+    if study is not None:
+        own = study.overrides if options.algorithms else [*study.overrides, *study.algorithms]
+        origins = dict.fromkeys(own, f"study {options.study.name}")
     found = compare(
         config,
         algorithms,
@@ -63,6 +67,7 @@ def carry_out(options: argparse.Namespace) -> int:
         grid=grid,
         jobs=options.jobs if options.jobs is not None or study is None else study.jobs,
         quiet=False,
+        origins=origins,
     )
     print((found / "comparison.md").read_text(encoding="utf-8"))
     return 0

@@ -76,6 +76,15 @@ def _algorithm(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{describe(error, own, kind, ['algorithm'])} (of {settings['name']})") from None
 
 
+def written_algorithm(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
+    """Return the `algorithm` section as the source writes it, without defaults."""
+    raw = read(Path(source)) if isinstance(source, str | Path) else _plain(source)
+    if is_tutorial(raw):
+        raw, _ = translated(raw, [], str(source))
+    section = raw.get("algorithm")
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
 def _own_keys(raw: Mapping[str, Any]) -> list[str]:
     """The settings of the algorithm that a configuration names, whatever else is wrong with it."""
     from hetero_fl.algorithms import algorithm

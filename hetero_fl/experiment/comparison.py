@@ -13,6 +13,7 @@ from hetero_fl.config import difference, load_config, resolved
 from hetero_fl.config.load import read
 from hetero_fl.environment import cores
 from hetero_fl.errors import Interrupted, RunFailed, UserError
+from hetero_fl.experiment.comparison_settings import used_settings
 from hetero_fl.experiment.jobs import Job, Point, Source, Variant, run_all
 from hetero_fl.experiment.single import prepare
 from hetero_fl.reporting.comparison_columns import ranked
@@ -34,13 +35,15 @@ def compare(
     grid: Mapping[str, Sequence[str]] | None = None,
     jobs: int | None = None,
     quiet: bool = True,
+    origins: Mapping[str, str] | None = None,
 ) -> Path:
     """Run every algorithm with every seed and write table, figure and report into `out`.
 
     `algorithms`: names or variants (`hybrid:teacher=mean`), and "all" for all that can mean something with this
     configuration: then the best is shown first, and what is left out named with the reason. `grid`: values to try for
     keys; each algorithm takes the point with the best mean validation over the seeds. `jobs`: runs at a time, by default
-    one per core with one thread each. A script calls this under its `__main__` guard: the runs' processes import it. Raises
+    one per core with one thread each. `origins`: where entries of `algorithms` and `overrides` were written, if not in this
+    call; the comparison tells it. A script calls this under its `__main__` guard: the runs' processes import it. Raises
     UserError before anything runs if a configuration is impossible or a run in `out` was made with another one; RunFailed,
     after the others have ended, if a run fails.
     """
@@ -82,6 +85,12 @@ def compare(
         for name, why in left_out.items():
             progress.log(f"left out {name}: {why}")
         plain = read(Path(source)) if isinstance(source, str | Path) else source  # the file may change while it runs
+        file = Path(source).name if isinstance(source, str | Path) else "the configuration"
+        before = used_settings(plain, base, dict.fromkeys(variants, ()), origins or {}, file)
+        for methods, text in before.lines():
+            progress.log(f"settings of {methods}: {text}")
+        if before.note:
+            progress.log(before.note)
         try:
             failed = run_all(plain, base, work, jobs or max(1, cores() // threads), progress)
         except KeyboardInterrupt as stop:
@@ -112,9 +121,12 @@ def compare(
             for p in points
             if len(points) > 1
         ]
+        by = "grid, chosen by validation" if len(points) > 1 else "grid"
+        settings = used_settings(plain, base, {j.variant: j.point for j in best}, origins or {}, file, by)
         write_comparison(
-            out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing, tried=tried
-        )
+            out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing, tried=tried,
+            settings=settings,
+        )  # fmt: skip
         labels = dict.fromkeys(str(row["algorithm"]) for row in shown)
         histories = {a: [Run(j.out).metrics for j in best if j.variant.label == a] for a in labels}
         write_curves(out / "curves.png", histories, tasks[0])

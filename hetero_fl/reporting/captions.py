@@ -26,14 +26,16 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
     regression = is_regression(last_scores(summary))
     many = len(summary["clients"])
     where = READINGS["global" if summary["global"] else "personal"]
-    chosen = f"All {many} clients together, then the {PANELS - 1} that are weakest {where}. " if many > PANELS else ""
+    chosen = (
+        f"All {many} clients together, then the {PANELS - 1} that are weakest on the {where}. " if many > PANELS else ""
+    )
     matrices = "All clients together, label by label. " if target(summary, details) == "multilabel" else chosen
     empty = ", and is empty where no test row is of that class"
     against = metric_name(selection(summary, details))
-    hollow = f" n: test rows at home; hollow: fewer than {FEW_ROWS}." if summary["personal"] else ""
+    hollow = f" n: local test rows; hollow: fewer than {FEW_ROWS}." if summary["personal"] else ""
     if many > FEW:
         points = (
-            "A point is a client, coloured by its model; on the dashed line it does as well in common as at home."
+            "A point is a client, coloured by its model; on the dashed line it does equally well on both tests."
             + hollow
         )
     else:
@@ -41,8 +43,12 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
             "The two readings of each client's model after the last round. The line between them is the gap." + hollow
         )
     held = ("Who holds which labels", "The rows that each client trains on, by label.")
-    if regression:
-        held = ("Who holds how much", "The rows of each client, by use.")
+    private = bool(summary.get("privacy"))
+    if regression or not details["label_counts"]:
+        left_out = " Label counts are left out: this run protects them." if private else ""
+        held = ("Who holds how much", f"The rows of each client, by use.{left_out}")
+    if private:
+        empty += ". Local test splits are left out: their matrices would add up to label counts"
     return {
         "curves": (
             "Learning curves",
@@ -50,7 +56,7 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
             "deviation over clients, so it shows how far they are apart, not how certain the mean is. A "
             "metric that is undefined for every client has no curve.",
         ),
-        "clients": ("Every client, at home and in common", points),
+        "clients": ("Every client, local and global test", points),
         "labels": held,
         "communication": (
             f"Bytes against {against}",

@@ -1,4 +1,4 @@
-"""What each client has and reaches: `clients` (metrics at home and in common) and `labels` (who holds which labels)."""
+"""What each client has and reaches: `clients` (metrics on local and global test) and `labels` (who holds which labels)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hetero_fl.reporting import style
 from hetero_fl.reporting.wording import (
     FEW_ROWS,
     READING_WORDS,
+    READINGS,
     home_rows,
     is_regression,
     last_scores,
@@ -32,13 +33,15 @@ FEW, MOST_LABELS = 40, 20
 
 
 def clients(summary: Json, details: Json) -> Figure:
-    """Two metrics of each client's model, at home and in common, at the last round.
+    """Two metrics of each client's model, on local and global test, at the last round.
 
-    Up to 40 clients: a line each, two points joined, with the number n of test rows at home. More: a point each, home
-    against common. Hollow: fewer than 20 rows at home.
+    Up to 40 clients: a line each, two points joined, with the number n of local test rows. More: a point each, local
+    against global. Hollow: fewer than 20 local test rows.
     """
     rows, tested = summary["clients"], home_rows(details)
-    first = selection(summary, details)  # AUROC beside it would be undefined wherever a class is missing at home
+    first = selection(
+        summary, details
+    )  # AUROC beside it would be undefined where a class is missing in a local test split
     pair = first, {"mae": "rmse", "auroc": "balanced_accuracy", "accuracy": "top3_accuracy"}.get(first, "accuracy")
     if details.get("rare") is not None:
         pair = first, "average_precision"
@@ -66,7 +69,7 @@ def _hollow(tested: dict[str, int]) -> Line2D | None:
     if not any(0 < count < FEW_ROWS for count in tested.values()):
         return None
     look: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "markeredgecolor": style.GREY}
-    return Line2D([], [], linestyle="none", label=f"uncertain: n < {FEW_ROWS} at home", **look)
+    return Line2D([], [], linestyle="none", label=f"uncertain: n < {FEW_ROWS} local test rows", **look)
 
 
 def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) -> None:
@@ -101,8 +104,8 @@ def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
             ends = [np.nanmin(values), np.nanmax(values)]
             axes.plot(ends, ends, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         axes.set_title(sentence(metric_name(name, unit)))
-        axes.set_xlabel(f"at home (n = {span(tested.values())})")
-        axes.set_ylabel("in common")
+        axes.set_xlabel(f"{READINGS['personal']} (n = {span(tested.values())})")
+        axes.set_ylabel(READINGS["global"])
         axes.xaxis.set_major_locator(style.ticks())
         axes.yaxis.set_major_locator(style.ticks())
         axes.set_aspect("equal", adjustable="datalim")

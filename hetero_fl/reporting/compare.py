@@ -13,6 +13,7 @@ from hetero_fl.metrics import metric_names
 from hetero_fl.reporting import comparison_plot, comparison_tables, comparison_text, style
 from hetero_fl.reporting.comparison_about import About, about
 from hetero_fl.reporting.comparison_columns import Row, entrants
+from hetero_fl.reporting.comparison_settings import TITLE, UsedSettings
 from hetero_fl.reporting.comparison_tables import Table
 from hetero_fl.reporting.comparison_tuning import Candidate, Tuning, tuning
 from hetero_fl.reporting.methods import described
@@ -26,7 +27,7 @@ def comparison_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A run's row, from its `summary.json`.
 
     Keys: `algorithm`, `seed`; `{personal,global,server}_{last,best}_{metric}`, where there is such a reading, and for
-    the worst client at home `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`;
+    the worst client on local tests `personal_{last,best}_{metric}_worst`; `up_bytes`, `down_bytes`, `seconds_total`;
     `simulated_hours` where time was simulated.
     """
     row: dict[str, Any] = {"algorithm": summary["algorithm"], "seed": summary["seed"]}
@@ -54,13 +55,15 @@ def write_comparison(
     task: Task,
     missing: Mapping[str, str] | None = None,
     tried: Sequence[Candidate] = (),
+    settings: UsedSettings | None = None,
 ) -> None:
     """Write table, figure and report of a comparison; one row a run, as `comparison_row` makes it.
 
     `algorithm` is a name, or one with settings of its own (`hybrid:teacher=mean`). Tables and picture keep the order of
     the rows, the bounds last. What it is about is read from `runs/` and `log.txt` in `out_dir`, as far as they are there.
     `missing`: why a method, or a run of it, is not among the rows. `tried`: the candidates of a grid, where there was one;
-    `note`: what was chosen among them, which stands below the title and in the captions in LaTeX. Raises ValueError without rows.
+    `note`: what was chosen among them, which stands below the title and in the captions in LaTeX. `settings`: those of each
+    method that are not its defaults. Raises ValueError without rows.
     """
     if not rows:
         raise ValueError("a comparison needs at least one run")
@@ -70,14 +73,14 @@ def write_comparison(
     known = about(out.path, rows, missing)
     tables = [comparison_tables.make_table(rows, task, moment, known.jobs, known.home) for moment in ("last", "best")]
     grid = tuning(tried, task)
-    out.write_text("comparison.md", _markdown(tables, rows, known, title, note, grid))
+    out.write_text("comparison.md", _markdown(tables, rows, known, title, note, grid, settings))
     labels = ("comparison-last", "comparison-selected")
     tex = [comparison_text.latex(table, label, note) for table, label in zip(tables, labels, strict=True)]
-    out.write_text("comparison.tex", "% needs \\usepackage{booktabs}\n" + "\n\n".join(tex) + "\n")
+    out.write_text("comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n")
     with style.drawing():
         picture = style.png(comparison_plot.draw(rows, task, known.jobs))
     (out.path / "comparison.png").write_bytes(picture)
-    out.write_text("report.html", _html(tables, rows, known, picture, title, note, grid))
+    out.write_text("report.html", _html(tables, rows, known, picture, title, note, grid, settings))
 
 
 def columns(rows: Sequence[Row], task: Task) -> list[str]:
@@ -97,7 +100,13 @@ def _csv(rows: Sequence[Row], task: Task) -> str:
 
 
 def _markdown(
-    tables: Sequence[Table], rows: Sequence[Row], known: About, title: str, note: str, grid: Tuning | None
+    tables: Sequence[Table],
+    rows: Sequence[Row],
+    known: About,
+    title: str,
+    note: str,
+    grid: Tuning | None,
+    settings: UsedSettings | None,
 ) -> str:
     parts = [f"# {title}", *([note] if note else []), *([known.warning] if known.warning else [])]
     parts += ["\n".join(f"- **{name}:** {text}" for name, text in known.facts), f"Made by `{known.command}`"]
@@ -105,6 +114,9 @@ def _markdown(
         parts += [f"## {table.title}", comparison_text.markdown(table), table.caption]
     if grid:
         parts += [f"## {grid.title}", comparison_text.markdown_tuning(grid), grid.caption]
+    if settings:
+        parts += [f"## {TITLE}", *([settings.note] if settings.note else [])]
+        parts += ["\n".join(f"- **{methods}:** {text}" for methods, text in settings.lines())]
     methods = described(entrants(rows).all)
     parts += ["## The methods", "\n".join(f"- **{name}:** {' '.join(filter(None, told))}" for name, *told in methods)]
     return "\n\n".join(parts) + "\n"
@@ -118,6 +130,7 @@ def _html(
     title: str,
     note: str,
     grid: Tuning | None,
+    settings: UsedSettings | None,
 ) -> str:
     shown = entrants(rows)
     first = tables[0].columns[:3]
@@ -137,6 +150,7 @@ def _html(
         note=note,
         tables=tables,
         grid=grid,
+        settings=settings,
         picture=embedded(picture),
         several=len({row["seed"] for row in rows}) > 1,
         bounds=bool(shown.bounds),

@@ -63,11 +63,11 @@ def about(out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = No
         tested = [home_rows(run.details()) for run in runs]
         if any(n for found in tested for n in found.values()):
             home = (
-                f"At home: n = {span(n for found in tested for n in found.values())} test rows a client over all seeds."
+                f"Local test: n = {span(n for found in tested for n in found.values())} rows a client over all seeds."
             )
             fewest = {client: min(found.get(client, n) for found in tested) for client, n in tested[0].items()}
             home = f"{home} {uncertain(fewest)}".strip()
-            facts += [("Test rows at home", home.removeprefix("At home: "))]
+            facts += [("Local test rows", home.removeprefix("Local test: "))]
         completed = {run.summary()["rounds_completed"] for run in runs}
         facts += [("Rounds", span(completed) + (" (some runs stopped early)" if len(completed) > 1 else ""))]
         facts += _rules(summary, details)
@@ -85,7 +85,7 @@ def _rules(summary: Json, details: Json) -> list[tuple[str, str]]:
     metric, told = selection(summary, details), []
     for rule, readings in summary.get("baselines", {}).items():
         found = [
-            f"{figure(readings[r].get(metric), metric)} {READINGS[r]}"
+            f"{READINGS[r]} {figure(readings[r].get(metric), metric)}"
             for r in ("personal", "global")
             if readings.get(r)
         ]
@@ -112,7 +112,7 @@ def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
 def _data(summary: Json, details: Json) -> str:
     data, about = summary["data"], f": {details['about']}" if details.get("about") else ""
     parts = [plural(data["n_train"], "training row")]
-    parts += [f"{data['n_test']:,} in the common test set"] if data["n_test"] else []
+    parts += [f"{data['n_test']:,} in the global test set"] if data["n_test"] else []
     parts += [f"{data['n_proxy']:,} in the public proxy set"] if data["n_proxy"] else []
     return f"{data['name']}{about}. {', '.join(parts)}."
 

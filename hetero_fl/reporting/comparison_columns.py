@@ -9,59 +9,40 @@ from typing import Any
 
 from hetero_fl.metrics import SMALLER_IS_BETTER
 from hetero_fl.reporting.methods import is_baseline, is_bound
-from hetero_fl.reporting.wording import READINGS, metric_name, sentence
+from hetero_fl.reporting.wording import READINGS, metric_name, sentence, tested_metric
 from hetero_fl.task import Task
 
 Row = Mapping[str, Any]
 
-_WANTED: dict[str, list[tuple[str, str]]] = {
-    "binary": [
-        ("global", "balanced_accuracy"),
-        ("global", "auroc"),
-        ("global", "accuracy"),
-        ("personal", "accuracy"),
-        ("server", "balanced_accuracy"),
-    ],
-    "multiclass": [
-        ("global", "accuracy"),
-        ("global", "balanced_accuracy"),
-        ("global", "auroc"),
-        ("personal", "accuracy"),
-        ("server", "accuracy"),
-    ],
-    "rare": [
-        ("global", "auroc"),
-        ("global", "average_precision"),
-        ("personal", "auroc"),
-        ("personal", "average_precision"),
-        ("server", "auroc"),
-    ],
-    "many": [
-        ("global", "accuracy"),
-        ("global", "top3_accuracy"),
-        ("global", "perplexity"),
-        ("personal", "accuracy"),
-        ("personal", "top3_accuracy"),
-        ("server", "accuracy"),
-    ],
-    "multilabel": [
-        ("global", "auroc"),
-        ("global", "average_precision"),
-        ("global", "balanced_accuracy"),
-        ("personal", "auroc"),
-        ("server", "auroc"),
-    ],
-    "regression": [("global", "mae"), ("global", "rmse"), ("global", "r2"), ("personal", "mae"), ("server", "mae")],
+
+@dataclass(frozen=True)
+class _Shown:
+    """Metrics of a kind of task: the same on global and local tests; of which the worst client is shown; the server's."""
+
+    metrics: tuple[str, ...]
+    worst: str
+    server: str
+
+
+_SHOWN = {
+    "binary": _Shown(("balanced_accuracy", "auroc", "accuracy"), "accuracy", "balanced_accuracy"),
+    "multiclass": _Shown(("accuracy", "balanced_accuracy", "auroc"), "accuracy", "accuracy"),
+    "rare": _Shown(("auroc", "average_precision"), "auroc", "auroc"),
+    "many": _Shown(("accuracy", "top3_accuracy", "perplexity"), "accuracy", "accuracy"),
+    "multilabel": _Shown(("auroc", "average_precision", "balanced_accuracy"), "auroc", "auroc"),
+    "regression": _Shown(("mae", "rmse", "r2"), "mae", "mae"),
 }
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric column: where its values stand in a row, what it is called, which metric it is."""
+    """A metric column: where its values are in a row, its title, its metric; its test set and its title below that."""
 
     key: str
     title: str
     metric: str
+    group: str
+    short: str
 
 
 @dataclass(frozen=True)
@@ -107,13 +88,33 @@ def _kind(task: Task) -> str:
     return "rare" if task.rare is not None else "many" if task.many else "binary" if task.outputs == 2 else "multiclass"
 
 
+def metrics_of(task: Task) -> tuple[str, ...]:
+    """Return the metrics that a comparison shows, each on global and local tests."""
+    return _SHOWN[_kind(task)].metrics
+
+
 def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ...]:
-    """The columns that fit the task and that any row has a value for."""
+    """Return the columns that fit the task and that any row has a value for.
+
+    Args:
+        rows: One row for each run.
+        task: What the runs learn.
+        moment: `last` or `best`.
+    """
+    shown = _SHOWN[_kind(task)]
     columns = []
-    for reading, metric in _WANTED[_kind(task)]:
-        key, name = f"{reading}_{moment}_{metric}", metric_name(metric)
-        title = f"Server's {name}" if reading == "server" else f"{sentence(name)} {READINGS[reading]}"
-        columns.append(Column(key, title, metric))
-        if reading == "personal":
-            columns.append(Column(f"{key}_worst", f"Worst client {READINGS[reading]}", metric))
+    for reading in ("global", "personal"):
+        for metric in shown.metrics:
+            columns.append(_column(f"{reading}_{moment}_{metric}", reading, metric))
+    name = metric_name(shown.worst)
+    worst = f"Worst client's {READINGS['personal']} {name}", f"Worst client's {name}"
+    group = sentence(READINGS["personal"])
+    columns.append(Column(f"personal_{moment}_{shown.worst}_worst", worst[0], shown.worst, group, worst[1]))
+    columns.append(_column(f"server_{moment}_{shown.server}", "server", shown.server))
     return tuple(c for c in columns if any(row.get(c.key) is not None for row in rows))
+
+
+def _column(key: str, reading: str, metric: str) -> Column:
+    name, group = metric_name(metric), sentence(READINGS[reading])
+    title = f"Server's {name}" if reading == "server" else tested_metric(reading, metric)
+    return Column(key, title, metric, group, sentence(name))

@@ -1,4 +1,4 @@
-"""How the methods of a comparison get where they are: the figure in common against rounds, mean and spread over seeds."""
+"""How the methods of a comparison get where they are: global test figures against rounds, mean and spread over seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from hetero_fl.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.reporting import style
 from hetero_fl.reporting.methods import is_bound
-from hetero_fl.reporting.wording import METRICS, READINGS, algorithm_name, sentence
+from hetero_fl.reporting.wording import algorithm_name, tested_metric
 from hetero_fl.task import Task
 
 History = Sequence[Mapping[str, Any]]  # the records of one run
@@ -37,8 +37,9 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[History]], task: T
 
 
 def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, float]]:
-    """For each run the simulated hours until its clients' models, in common, first reach what every run reaches: the worst run's
-    best figure, cut to two decimals. Empty where a run has no simulated time or no such figure.
+    """Return for each run the simulated hours until its global test figure is what every run reaches.
+
+    That is the best figure of the worst run, cut to two decimals. Empty if a run has no simulated time or no such figure.
     """
     metric = _metric(task)
     sign = -1 if metric in SMALLER_IS_BETTER else 1
@@ -86,6 +87,6 @@ def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axi
         axes.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel(axis)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1) if axis == "round" else style.ticks(8))
-    axes.set_title(f"{sentence(METRICS[metric])} {READINGS['global']}")
+    axes.set_title(tested_metric("global", metric))
     figure.legend(loc="outside right center")
     return figure

@@ -1,4 +1,4 @@
-"""The picture of a comparison: every method at home and in common, what it exchanged, how long it took, what it needs."""
+"""The picture of a comparison: every method on global and local tests, what it exchanged, how long it took, what it needs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hetero_fl.metrics import metric_names
 from hetero_fl.reporting import style
-from hetero_fl.reporting.comparison_columns import Entrants, Row, entrants
+from hetero_fl.reporting.comparison_columns import Entrants, Row, entrants, metrics_of
 from hetero_fl.reporting.methods import needs
-from hetero_fl.reporting.wording import algorithm_name, duration, metric_name, sentence, size
+from hetero_fl.reporting.wording import READING_WORDS, READINGS, algorithm_name, duration, metric_name, sentence, size
 from hetero_fl.task import Task
 
-_WORDS = {"personal": "at home", "global": "in common", "server": "server's own model"}
+LABEL_WIDTH = 25
+"""Letters on a line of a method's name."""
+
 MANY = 16
 """With more methods their lines move together, so that the picture stays on a page."""
 
@@ -27,31 +28,32 @@ MANY = 16
 def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     """A line a method: mean and standard deviation over seeds at the last round, seeds as faint points, bytes, time, needs.
 
-    The two metrics are those that the tables begin with. The line to beat is dotted; bounds stand below a rule. `jobs`: so
+    The metrics are those of the tables. The line to beat is dotted; bounds stand below a rule. `jobs`: so
     many runs shared the machine (None: unknown).
     """
     shown = entrants(rows)
-    names = {"regression": ("mae", "r2"), "multilabel": ("auroc", "balanced_accuracy")}
-    metrics = names.get(task.kind, ("balanced_accuracy", "auroc") if task.outputs == 2 else ("accuracy", "auroc"))
-    if task.many or task.rare is not None:
-        metrics = metric_names(task)[0], metric_names(task)[1]
-    labels = [textwrap.fill(algorithm_name(a), 24, max_lines=3, placeholder=" …") for a in shown.all]
+    metrics = [
+        m for m in metrics_of(task) if any(row.get(f"{r}_last_{m}") is not None for row in rows for r in READINGS)
+    ]
+    labels = [_label(a) for a in shown.all]
     wanted = Counter(word for a in shown.all for need in needs(a) for word in need)
     needed = [word for word, _ in wanted.most_common()]
     pitch, line = (0.2, 0.14) if len(labels) <= MANY else (0.12, 0.13)
     height = 1.2 + pitch * len(labels) + line * sum(label.count("\n") + 1 for label in labels)
     figure = style.figure(height + (0.07 * max(map(len, needed)) if needed else 0))
-    present = [r for r in _WORDS if any(row.get(f"{r}_last_{m}") is not None for row in rows for m in metrics)]
-    panels = figure.subplots(1, 5, sharey=True, width_ratios=(3, 3, 1.8, 1.8, max(0.4, 0.34 * len(needed))))
-    for axes, metric in zip(panels[:2], metrics, strict=True):
+    present = [r for r in READINGS if any(row.get(f"{r}_last_{m}") is not None for row in rows for m in metrics)]
+    widths = [*(2.4 for _ in metrics), 1.7, 1.7, max(0.4, 0.34 * len(needed))]
+    panels = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
+    *scores, exchanged, time, needs_axes = panels
+    for axes, metric in zip(scores, metrics, strict=True):
         for place, reading in enumerate(present):
             _dots(axes, rows, shown, reading, metric, 0.2 * (place - (len(present) - 1) / 2))
-        axes.set_title(textwrap.fill(sentence(metric_name(metric, task.unit)), 17))
-    _bars(panels[2], [[row["up_bytes"] + row["down_bytes"] for row in _of(rows, a)] for a in shown.all], size)
-    panels[2].set_title("Exchanged")
-    _bars(panels[3], [[row["seconds_total"] for row in _of(rows, a)] for a in shown.all], duration)
-    panels[3].set_title("Time" if jobs == 1 else "Time, shared")
-    _matrix(panels[4], [needs(a) for a in shown.all], needed)
+        axes.set_title(textwrap.fill(sentence(metric_name(metric, task.unit)), 12))
+    _bars(exchanged, [[row["up_bytes"] + row["down_bytes"] for row in _of(rows, a)] for a in shown.all], size)
+    exchanged.set_title("Bytes")
+    _bars(time, [[row["seconds_total"] for row in _of(rows, a)] for a in shown.all], duration)
+    time.set_title("Time" if jobs == 1 else "Time,\nshared")
+    _matrix(needs_axes, [needs(a) for a in shown.all], needed)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
     for axes in panels:
@@ -70,6 +72,13 @@ def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     else:
         figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure
+
+
+def _label(label: str) -> str:
+    """Return the name of a method on at most three lines, each setting whole if it fits."""
+    whole = algorithm_name(label).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    lines = textwrap.wrap(whole, LABEL_WIDTH, max_lines=3, placeholder=" …")
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _of(rows: Sequence[Row], label: str) -> list[Row]:
@@ -97,7 +106,7 @@ def _dots(axes: Axes, rows: Sequence[Row], shown: Entrants, reading: str, metric
             elinewidth=1.2,
             markerfacecolor="white" if label in shown.bounds else colour,
         )
-    axes.xaxis.set_major_locator(style.ticks(4))
+    axes.xaxis.set_major_locator(style.ticks(3))
 
 
 def _bars(axes: Axes, values: Sequence[Sequence[float]], words: Callable[[float], str]) -> None:
@@ -133,7 +142,7 @@ def _handles(rows: Sequence[Row], shown: Entrants, present: Sequence[str]) -> li
     handles = []
     for reading in present:
         look: dict[str, Any] = {"color": style.READING_COLOURS[reading], "marker": style.READING_MARKERS[reading]}
-        handles.append(Line2D([], [], markersize=5, linestyle="none", label=_WORDS[reading], **look))
+        handles.append(Line2D([], [], markersize=5, linestyle="none", label=READING_WORDS[reading], **look))
     if len({row["seed"] for row in rows}) > 1:
         handles.append(Line2D([], [], color=style.GREY, linewidth=1.3, label="± std over seeds"))
     if shown.baseline and len(shown.all) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -57,15 +58,25 @@ class Table:
     @property
     def header(self) -> list[str]:
         """Names of all columns."""
-        names = [column.title for column in self.columns]
+        return ["Method", *(column.title for column in self.columns), *self.others]
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the columns after the metrics."""
         shared = f" ({self.jobs} runs at a time)" if self.jobs is not None and self.jobs > 1 else ""
-        return ["Method", *names, *(["p"] if self.tested else []), "MB", f"Seconds{shared}", "Needs"]
+        return [*(["p"] if self.tested else []), "MB", f"Seconds{shared}", "Needs"]
+
+    @property
+    def groups(self) -> list[tuple[str, list[str]]]:
+        """Test sets in the order of the columns, each with the titles of its columns."""
+        by_group = groupby(self.columns, key=lambda column: column.group)
+        return [(group, [column.short for column in columns]) for group, columns in by_group]
 
 
 def make_table(rows: Sequence[Row], task: Task, moment: str, jobs: int | None = None, home: str = "") -> Table:
     """The table of the `last` round or of the one selected by validation (`best`).
 
-    `jobs`: so many runs shared the machine (None: unknown). `home`: a sentence on the test rows at home.
+    `jobs`: so many runs shared the machine (None: unknown). `home`: a sentence on the local test rows.
     """
     columns, shown = columns_of(rows, task, moment), entrants(rows)
     algorithms, federated = list(shown.all), list(shown.federated)

@@ -41,19 +41,23 @@ def markdown_tuning(grid: Tuning) -> str:
 
 
 def latex(table: Table, label: str, note: str = "") -> str:
-    """The table in LaTeX, for the package booktabs; `note`: a sentence more in its caption."""
+    """The table in LaTeX, for the packages booktabs and graphicx; `note`: a sentence more in its caption."""
     width = len(table.header)
     caption = f"{table.title}. {table.caption}" + (f" {note}." if note else "")
-    header = [_escape(name) if name != "p" else "$p$" for name in table.header]
+    # How many runs shared the machine is in the caption.
+    others = ["$p$" if name == "p" else _escape(name.partition(" (")[0]) for name in table.others]
     lines = [
         "\\begin{table}",
         "\\centering",
         f"\\caption{{{_escape(caption)}}}",
         f"\\label{{tab:{label}}}",
-        "\\small",
+        "\\footnotesize",
+        "\\setlength{\\tabcolsep}{3pt}",
+        # A table that is wider than the text is scaled down to it.
+        "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
         f"\\begin{{tabular}}{{l{'r' * (width - 2)}l}}",
         "\\toprule",
-        " & ".join(header) + " \\\\",
+        *_latex_header(table, others),
         "\\midrule",
     ]
     ruled = False
@@ -66,7 +70,21 @@ def latex(table: Table, label: str, note: str = "") -> str:
         lines.append(
             " & ".join([_escape(row.name), *cells, *extra, row.megabytes, row.seconds, _escape(row.needs)]) + " \\\\"
         )
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}}", "\\end{table}"])
+
+
+def _latex_header(table: Table, others: Sequence[str]) -> list[str]:
+    """Return two lines: the test sets over their columns, then the names of all columns."""
+    above = [""]
+    rules = []
+    names = ["Method"]
+    for group, titles in table.groups:
+        start = len(names) + 1
+        above.append(f"\\multicolumn{{{len(titles)}}}{{c}}{{{_escape(group)}}}")
+        rules.append(f"\\cmidrule(lr){{{start}-{start + len(titles) - 1}}}")
+        names += [_escape(title) for title in titles]
+    above += [""] * len(others)
+    return [" & ".join(above) + " \\\\", " ".join(rules), " & ".join([*names, *others]) + " \\\\"]
 
 
 def _latex_cell(cell: Cell) -> str:

@@ -46,7 +46,7 @@ def tuning(candidates: Sequence[Candidate], task: Task) -> Tuning | None:
         lines.append((algorithm_name(c.algorithm), ", ".join(c.point), text, c.chosen))
     name = metric_name(metric)
     caption = (
-        f"{name[:1].upper()}{name[1:]} on validation rows at the end of a run, the mean of at home and in common and over "
+        f"{name[:1].upper()}{name[1:]} on validation rows at the end of a run, the mean of local and global ones, over "
         "the seeds. Of each method the best candidate was chosen, of equal ones the first; test rows had no part in it."
     )
     return Tuning(TITLE, ("Method", "Values", "Validation"), tuple(lines), caption)

@@ -5,7 +5,7 @@ from __future__ import annotations
 ALGORITHMS = {
     "local": ("Local", "Every client trained alone on its own rows; nothing was exchanged."),
     "centralized": (
-        "Centralised",
+        "Centralized",
         "All rows were pooled and one model was trained on them: a reference point, not federated.",
     ),
     "ensemble": (
@@ -70,8 +70,8 @@ ALGORITHMS = {
     ),
     "ditto": (
         "Ditto",
-        "As FedAvg, and beside the shared model each client trained a personal one that is held close to it. At home the "
-        "personal model is read, in common the shared one.",
+        "As FedAvg, and beside the shared model each client trained a personal one that is held close to it. On local tests "
+        "the personal model is read, on the global test the shared one.",
     ),
     "heterofl": (
         "HeteroFL",
@@ -107,7 +107,7 @@ ALGORITHMS = {
     "fedgh": (
         "FedGH",
         "Clients sent the mean features of each class; on these the server trained one head, which all clients took in "
-        "place of their own. The rest of each model stayed at home.",
+        "place of their own. The rest of each model stayed with its client.",
     ),
     "fedgen": (
         "FedGen",
@@ -117,13 +117,13 @@ ALGORITHMS = {
     "fml": (
         "FML",
         "Each client trained its own model together with a small one, each learning from the other's predictions; only "
-        "the small ones were sent and averaged. At home a client's own model is read, in common the small one.",
+        "the small ones were sent and averaged. On local tests a client's own model is read, on the global test the small one.",
     ),
     "fedkd": (
         "FedKD",
         "Each client trained its own model together with a small one, each learning from the other's predictions and "
-        "features, the more the better both were; only changes of the small one were sent, compressed, and averaged. At "
-        "home a client's own model is read, in common the small one.",
+        "features, the more the better both were; only changes of the small one were sent, compressed, and averaged. On "
+        "local tests a client's own model is read, on the global test the small one.",
     ),
     "fedmrl": (
         "FedMRL",

@@ -66,7 +66,7 @@ def _setting(summary: Json, details: Json) -> str:
     )
     public = []
     if summary["global"]:
-        public.append(f"the common test set has {plural(summary['data']['n_test'], 'row')}")
+        public.append(f"the global test set has {plural(summary['data']['n_test'], 'row')}")
     if details["proxy"]:
         read = "clients train on once" if details.get("proxy_labels") else "are never read"
         public.append(f"the public proxy set has {plural(details['proxy'], 'row')}, whose labels {read}")
@@ -101,7 +101,7 @@ def _outcome(summary: Json, details: Json) -> str:
     if summary["global"]:
         value = figure(summary["global"]["last"][name], name)
         parts.append(
-            f"On the common test set (n = {summary['data']['n_test']:,}) it reaches {value}"
+            f"On the global test set (n = {summary['data']['n_test']:,}) it reaches {value}"
             f"{_worst(summary, 'global', name)}."
         )
     if summary["server"]:
@@ -114,7 +114,7 @@ def _outcome(summary: Json, details: Json) -> str:
 
 
 def _rules(summary: Json, details: Json, name: str) -> str:
-    """How many clients' models are better at home than each simple rule that the data brings."""
+    """How many clients' models are better on local tests than each simple rule that the data brings."""
     found = []
     for rule, readings in summary.get("baselines", {}).items():
         own = {i: r.get("personal", {}).get(rule, {}).get(name) for i, r in details["baselines"].items()}
@@ -125,7 +125,7 @@ def _rules(summary: Json, details: Json, name: str) -> str:
             found.append(
                 f"“{rule}” reaches {figure(readings['personal'].get(name), name)}, {beaten} of {len(known)} models are better"
             )
-    return f"Simple rules at home: {'; '.join(found)}." if found else ""
+    return f"Simple rules on local tests: {'; '.join(found)}." if found else ""
 
 
 def _worst(summary: Json, reading: str, name: str) -> str:
@@ -142,12 +142,12 @@ def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
     entries = []
     if summary["personal"]:
         own = "Each client's model on the client's own test split, which had no part in training or selection."
-        entries.append(("At home", own))
+        entries.append(("Local test", own))
     if summary["global"]:
-        one = "Each client's model on the common test set, which is the same for all, seen through that client's preprocessing."
-        entries.append(("In common", one))
+        one = "Each client's model on the global test set, which is the same for all, seen through that client's preprocessing."
+        entries.append(("Global test", one))
     if summary["server"]:
-        entries.append(("Server", "The server's own model on the common test set."))
+        entries.append(("Server", "The server's own model on the global test set."))
     if details.get("read"):
         entries.append(("When models are read", sentence(details["read"]) + "."))
     chosen = (

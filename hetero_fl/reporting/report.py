@@ -34,6 +34,7 @@ from hetero_fl.reporting.wording import (
     size,
     span,
     spent,
+    tested_metric,
     uncertain,
 )
 
@@ -115,9 +116,10 @@ def _tiles(summary: Json, details: Json) -> list[Json]:
         rows = (
             f"n = {span(home_rows(details).values())} test rows a client" if reading == "personal" else _common(summary)
         )
-        words = f"{sentence(metric_name(name, details.get('unit', '')))} " + {"server": "of the server's model"}.get(
-            reading, READINGS[reading]
-        )
+        unit = details.get("unit", "")
+        words = tested_metric(reading, name, unit)
+        if reading == "server":
+            words = f"{sentence(metric_name(name, unit))} of the server's model"
         tiles.append({"name": words, "value": figure(scores.get(name), name), "more": more, "rows": rows})
     up, down = (summary["communication"][k] for k in ("up_bytes", "down_bytes"))
     more = f"{size(up)} up, {size(down)} down"
@@ -147,7 +149,7 @@ def _results(summary: Json, details: Json) -> Json:
         found = summary[reading]
         if not found:
             continue
-        where = {"personal": "At home", "global": "In common", "server": "Server"}[reading]
+        where = sentence(READINGS[reading])
         for moment in ("last", "best_by_validation"):
             scores = found[moment]
             more = "last round" if moment == "last" else f"round {scores['round']}, selected by validation"

@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 
 def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
-    """The selection metric and one more by round: mean over clients at home and in common (band: ± std), and the server's."""
+    """The selection metric and one more by round: mean over clients on local and global test (band: ± std), and the server's."""
     figure = style.figure(3.1)
     rounds = [r for r in records if r.get("personal") or r.get("global")]
     names = headline_metrics(summary, details)

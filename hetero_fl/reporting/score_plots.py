@@ -17,7 +17,7 @@ from hetero_fl.reporting.wording import READINGS, home_rows, reached, selection
 Json = dict[str, Any]
 
 PANELS = 12
-"""So many clients fit one figure; of more, the weakest in common are shown after all together."""
+"""So many clients fit one figure; of more, the weakest on the global test are shown after all together."""
 
 ALL = "all clients"
 
@@ -26,8 +26,8 @@ def confusion(summary: Json, details: Json) -> Figure | None:
     """Confusion matrices after the last round, each row as shares of its true class; None for targets without classes.
 
     Classes stand in the task's order everywhere, and one colour scale (0 to 100%) serves all matrices. Up to six
-    clients: at home, with the number n of test rows, above in common. Up to twelve: in common. More: all clients
-    together, then the eleven weakest. Multilabel targets: all clients together in common, a matrix a label (the first
+    clients: local test, with the number n of rows, above global test. Up to twelve: global test. More: all clients
+    together, then the eleven weakest. Multilabel targets: all clients together, global test, a matrix a label (the first
     sixteen).
     """
     by_client = _ordered(details["confusion"], summary)
@@ -50,10 +50,12 @@ def confusion(summary: Json, details: Json) -> Figure | None:
     for first in range(0, len(ids), columns):
         block: list[str | None] = [*ids[first : first + columns]]
         block += [None] * (columns - len(block))
-        for reading, words in ((home, "at home"), (common, "in common")):
+        for reading, words in ((home, READINGS["personal"]), (common, READINGS["global"])):
             if reading:
                 below = reading is common and bool(home)
-                titles = ["" if below or i is None else f"{i}\nn = {tested[i]} at home" if home else i for i in block]
+                titles = [
+                    "" if below or i is None else f"{i}\nlocal test n = {tested[i]}" if home else i for i in block
+                ]
                 panels += [(t, words, reading.get(i) if i else None) for t, i in zip(titles, block, strict=True)]
     return _matrices(panels, names, columns, 1.0 if columns > 4 else 1.35 if len(names) <= 4 else 1.75)
 
@@ -205,7 +207,7 @@ def _ordered(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any]:
 
 
 def _with_all(by_client: Mapping[str, Any], summary: Json, details: Json, join: Any) -> dict[str, Any]:
-    """All clients if they fit; else their sum, then the weakest on the common test set (without one, at home)."""
+    """All clients if they fit; else their sum, then the weakest on the global test set (without one, on local tests)."""
     if len(by_client) <= PANELS:
         return dict(by_client)
     whole: Any = None

@@ -160,15 +160,24 @@ def attacks_of(federation: Federation, history: Sequence[Record]) -> dict[str, A
 
 
 def details_of(federation: Federation, readings: Readings, notes: Sequence[str], method: Algorithm) -> dict[str, Any]:
-    """The content of `details.json`: what a report shows of each client."""
+    """Return the content of `details.json`: what a report shows of each client.
+
+    Label counts are left out if the run is private: nothing accounts for their release.
+
+    Args:
+        federation: The clients, their data and their protections.
+        readings: The last evaluation, with details.
+        notes: What preparation noted, one line each.
+        method: The algorithm; it says when its models are read.
+    """
     data = federation.data
+    tells_labels = [id for id in federation.readers if federation.privacy is None and data.tells_labels(id)]
     return {
+        "kind": federation.task.kind,
         "labels": list(federation.task.label),
         "rare": federation.task.rare,
         "population": len(federation.cards),
-        "label_counts": {
-            id: data.label_counts(id).int().tolist() for id in federation.readers if data.tells_labels(id)
-        },
+        "label_counts": {id: data.label_counts(id).int().tolist() for id in tells_labels},
         "proxy": data.n_proxy,
         "proxy_labels": method.reads_proxy_labels,
         "rows": {id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")} for id in federation.readers},

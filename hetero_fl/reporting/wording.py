@@ -16,11 +16,11 @@ MISSING = "–"
 FEW_ROWS = 20
 """A figure from fewer test rows is marked as uncertain: one row more that is right moves it by over five points."""
 
-READINGS = {"personal": "at home", "global": "in common", "server": "server"}
+READINGS = {"personal": "local test", "global": "global test", "server": "server"}
 
 READING_WORDS = {
-    "personal": "at home (own test split)",
-    "global": "in common (common test set)",
+    "personal": "local test (own test split)",
+    "global": "global test (one set for all)",
     "server": "server's own model",
 }
 
@@ -74,6 +74,11 @@ def figure(value: float | None, metric: str) -> str:
 def metric_name(metric: str, unit: str = "") -> str:
     """What a metric is called, with the unit of the target where errors are counted in one: `mean absolute error (vehicles)`."""
     return f"{METRICS[metric]} ({unit})" if unit and metric in _IN_UNIT else METRICS[metric]
+
+
+def tested_metric(reading: str, metric: str, unit: str = "") -> str:
+    """Return what a metric is called on a test set: `Global test accuracy`, `Local test mean absolute error (vehicles)`."""
+    return sentence(f"{READINGS[reading]} {metric_name(metric, unit)}")
 
 
 def digits(value: float, count: int = 3) -> str:
@@ -142,7 +147,10 @@ def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def target(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """The kind of target: `multiclass`, `multilabel` (a 2 × 2 confusion for each label) or `regression`."""
+    """Return the kind of target: `multiclass`, `multilabel` or `regression`."""
+    if "kind" in details:
+        return str(details["kind"])
+    # Older runs do not record it; multilabel targets have a 2 × 2 confusion matrix for each label.
     if is_regression(last_scores(summary)):
         return "regression"
     matrices = (matrix for found in details["confusion"].values() for matrix in (found or {}).values())
@@ -175,7 +183,7 @@ def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
 
 
 def home_rows(details: Mapping[str, Any]) -> dict[str, int]:
-    """How many test rows each client has at home."""
+    """Return how many local test rows each client has."""
     return {client: rows["test"] for client, rows in details["rows"].items()}
 
 
@@ -187,16 +195,16 @@ def span(counts: Iterable[int]) -> str:
 
 
 def uncertain(rows: Mapping[str, int]) -> str:
-    """A sentence on the clients whose figures at home come from few rows; empty where there are none."""
+    """Return a sentence on clients with few local test rows; empty if there are none."""
     few = [client for client, count in rows.items() if 0 < count < FEW_ROWS]
     if not few:
         return ""
     named = ", ".join(few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
-    return f"Uncertain, from fewer than {FEW_ROWS} test rows at home: {named}."
+    return f"Uncertain, from fewer than {FEW_ROWS} local test rows: {named}."
 
 
 def evaluated(record: Mapping[str, Any], unit: str = "") -> str:
-    """A round's figures in one line: `at home: accuracy 90.1%; in common: balanced accuracy 71.0%, AUROC 0.930`. `unit`: of
+    """A round's figures in one line: `local test: accuracy 90.1%; global test: balanced accuracy 71.0%, AUROC 0.930`. `unit`: of
     errors."""
     parts = []
     for reading, words in READINGS.items():

@@ -138,10 +138,15 @@ class Federation:
             clock=self.clock(round, again),
         )
 
+    @property
+    def counts_are_noised(self) -> bool:
+        """Whether clients know their label counts with noise only: where privacy protects records."""
+        return self.privacy is not None and self.privacy.unit == "record"
+
     def counts(self, id: str) -> Tensor:
         """Label counts of a client's training rows, `[outputs]`, in the default dtype; with noise where records are private."""
         counts = self.data.label_counts(id).to(torch.get_default_dtype())
-        if self.privacy is None or self.privacy.unit != "record":
+        if self.privacy is None or not self.counts_are_noised:
             return counts
         return noised_counts(counts, self.task.kind, self.privacy, self.noise, id)
 

@@ -136,12 +136,15 @@ class Site:
 
     def _read(self, clients: Mapping[str, Participant], details: bool) -> dict[str, Reading]:
         readings, task = {c: Reading() for c in clients}, self.federation.task
+        private = self.federation.privacy is not None
         if details:
             for c, participant in clients.items():
                 slot, view = self.algorithm.used(participant)
                 view = view or self.federation.cards[c].preprocess
                 at_home = self.algorithm.with_prior(participant, torch.zeros(task.outputs))
-                prior = tuple(at_home.tolist()) if bool(at_home.any()) else None
+                # Exact label frequencies of a private client stay out of its model's file.
+                tells_prior = bool(at_home.any()) and (not private or self.federation.counts_are_noised)
+                prior = tuple(at_home.tolist()) if tells_prior else None
                 tensors, arch = participant.models[slot], participant.arch[slot]
                 layout = self.federation.data.layout
                 saved = SavedModel(tensors, arch, asdict(view), task, prior, layout.columns, layout.categories)
@@ -155,10 +158,11 @@ class Site:
                 readings[c].scores[name] = self._score(logits, labels[c], beside.unit)
                 if details and name in ("personal", "global"):
                     readings[c].baselines[name] = baseline_scores(task, beside, labels[c])
-                if details and name == "personal":
+                if details and name == "personal" and not private:
                     readings[c].forecast = forecast(task, beside, labels[c], logits)
                 if details and name in ("personal", "global") and task.kind != "regression":
-                    if task.outputs <= MOST_CONFUSED:
+                    # The rows of a local confusion matrix add up to the client's label counts.
+                    if task.outputs <= MOST_CONFUSED and not (private and name == "personal"):
                         readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
                     readings[c].calibration[name] = calibration(task, logits, labels[c])
         if self.federation.liars is not None and self.federation.liars.has_trigger:

@@ -69,7 +69,7 @@ def test_a_study_runs_in_one_command_and_options_win(
     data = f"data.path={images(tmp_path / 'set.npz', 28, 28)}"
     assert main(["--study", "configs/small.yaml", "--seeds", "3", data], command="compare") == 0
     told = capsys.readouterr().out
-    assert "FedAvg (clients.per_round = 2)" in told and "- **Seeds:** 3" in told and "Test rows at home" not in told
+    assert "FedAvg (clients.per_round = 2)" in told and "- **Seeds:** 3" in told and "Local test rows" not in told
     assert (tmp_path / "runs" / "small" / "curves.png").stat().st_size > 5000
     assert {p.name[-1] for p in (tmp_path / "runs" / "small" / "runs").iterdir()} == {"3"}
 

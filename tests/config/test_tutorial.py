@@ -111,4 +111,4 @@ def test_it_runs(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
     assert len(run.summary["clients"]) == 5 and run.summary["server"]["last"]["accuracy"] is not None
     assert [c["n_train"] for c in run.summary["clients"]] == [10] * 5 and run.summary["personal"] is None
     assert [len(record["cohort"]) for record in run.metrics] == [2, 2]
-    assert "in common" in (run.path / "report.html").read_text()
+    assert "Global test" in (run.path / "report.html").read_text()

@@ -100,7 +100,7 @@ def test_the_candidates_are_shown_with_their_validation(tmp_path: Path, one_afte
     compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)
     out = tmp_path / "out"
     text, page = (out / "comparison.md").read_text(), (out / "report.html").read_text()
-    section = text.partition("## The values that were tried")[2].partition("## The methods")[0]
+    section = text.partition("## The values that were tried")[2].partition("## Settings")[0]
     for name in ("local", "fedavg"):
         for value in ("1e-9", "0.05"):
             both = []

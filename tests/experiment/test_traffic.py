@@ -41,7 +41,7 @@ def test_figures_are_in_vehicles_and_rules_stand_beside_them(finished: Run) -> N
     assert week["mae"] == pytest.approx(np.mean(list(own.values()))) and week["mae_worst"] == max(own.values())
     assert 100 < summary["personal"]["last"]["mae"] < 800 and summary["server"]["last"]["mae"] is not None
     log = (finished.path / "log.txt").read_text()
-    assert " vehicles; in common: mean absolute error" in log and "training until 2022-" in log
+    assert " vehicles; global test: mean absolute error" in log and "training until 2022-" in log
 
 
 def test_forecasts_are_drawn_in_vehicles(finished: Run) -> None:

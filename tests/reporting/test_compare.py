@@ -18,10 +18,11 @@ from hetero_fl.reporting.comparison_columns import ranked
 from hetero_fl.reporting.comparison_tables import make_table
 from hetero_fl.reporting.comparison_text import latex, markdown
 from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.task import Task
+from hetero_fl.task import MANY, Task
 
 from .test_report import Page
 
+GUESSES = ("accuracy", "top3_accuracy", "perplexity")
 BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 14)
 VALUES = Task("regression", 1)
 LEVELS = {"local": 0.6, "fedavg": 0.65, "hybrid": 0.8, "centralized": 0.9, "ensemble": 0.85}
@@ -162,19 +163,48 @@ def test_columns_without_a_value_are_left_out_and_others_marked() -> None:
             row["server_last_balanced_accuracy"] = 0.5
     table = make_table(rows, BINARY, "last")
     assert [c.title for c in table.columns] == [
-        "Balanced accuracy in common",
-        "Accuracy in common",
-        "Accuracy at home",
+        "Global test balanced accuracy",
+        "Global test accuracy",
+        "Local test balanced accuracy",
+        "Local test AUROC",
+        "Local test accuracy",
         "Server's balanced accuracy",
     ]
-    assert [line.cells[3].text for line in table.lines] == ["–", "50.0 ± 0.0"]
+    assert [line.cells[-1].text for line in table.lines] == ["–", "50.0 ± 0.0"]
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "shown", "worst"),
+    [
+        (BINARY, CLASSIFICATION, ["balanced_accuracy", "auroc", "accuracy"], "accuracy"),
+        (TEN, CLASSIFICATION, ["accuracy", "balanced_accuracy", "auroc"], "accuracy"),
+        (LABELS, CLASSIFICATION, ["auroc", "average_precision", "balanced_accuracy"], "auroc"),
+        (VALUES, REGRESSION, ["mae", "rmse", "r2"], "mae"),
+        (Task("multiclass", 2, rare=1), CLASSIFICATION, ["auroc", "average_precision"], "auroc"),
+        (Task("multiclass", MANY), GUESSES, list(GUESSES), "accuracy"),
+    ],
+)
+def test_columns_have_the_same_metrics_on_both_test_sets(
+    task: Task, metrics: Sequence[str], shown: list[str], worst: str
+) -> None:
+    rows = made(["local", "hybrid"], metrics=metrics)
+    for row in rows:
+        row[f"personal_last_{worst}_worst"] = 0.5
+
+    table = make_table(rows, task, "last")
+
+    keys = [f"{reading}_last_{metric}" for reading in ("global", "personal") for metric in shown]
+    assert [column.key for column in table.columns] == [*keys, f"personal_last_{worst}_worst"]
+    (globally, first), (locally, second) = table.groups
+    assert (globally, locally) == ("Global test", "Local test")
+    assert second[:-1] == first and second[-1].startswith("Worst client's")
 
 
 def test_markdown_sets_bounds_apart() -> None:
     lines = markdown(make_table(made(), BINARY, "last")).splitlines()
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert len({len(row) for row in cells}) == 1
-    assert [row[0] for row in cells[2:]] == ["Local", "FedAvg", "Hybrid", "*Bounds*", "Centralised", "Ensemble"]
+    assert [row[0] for row in cells[2:]] == ["Local", "FedAvg", "Hybrid", "*Bounds*", "Centralized", "Ensemble"]
     assert re.fullmatch(r"\*\*\d\d\.\d ± \d\.\d\*\*", cells[4][1])
     assert "**" not in lines[2] + lines[6] + lines[7]
 
@@ -183,10 +213,12 @@ def test_latex_is_balanced_and_escaped() -> None:
     rows = made(["local", "hybrid:keep_heads=no&yes", "centralized"], metrics=CLASSIFICATION)
     text = latex(make_table(rows, BINARY, "last"), "x")
     body = text.split("\\toprule")[1].split("\\bottomrule")[0]
-    rows_of_table = [line for line in body.splitlines() if line.endswith("\\\\")]
+    groups, *rows_of_table = [line for line in body.splitlines() if line.endswith("\\\\")]
     columns = re.search(r"\{tabular\}\{(lr*l)\}", text)
     assert columns is not None
     assert {len(re.split(r"(?<!\\)&", line)) for line in rows_of_table} == {len(columns[1])}
+    assert "\\multicolumn{3}{c}{Global test} & \\multicolumn{3}{c}{Local test}" in groups
+    assert "\\cmidrule(lr){2-4} \\cmidrule(lr){5-7}" in body
     assert "Hybrid (keep\\_heads = no\\&yes)" in text and "\\midrule" in body.split("Hybrid")[1]
     assert re.search(r"\\textbf\{\d\d\.\d \$\\pm\$ \d\.\d\}", text) and "10$^6$" in text
     assert text.count("{") == text.count("}") and all(ord(c) < 128 for c in text)
@@ -227,7 +259,7 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert "Two & <three>" in page.text and "A note." in page.text and "bounds" in page.text
-    assert sum(tag == "b" for tag, _ in page.attributes) == 2 * 5 - 1 + 1, "one best in each column, and a caption"
+    assert sum(tag == "b" for tag, _ in page.attributes) == 2 * 7 - 1 + 1, "one best in each column, and a caption"
     assert len([row for row in page.cells if row[0].startswith("Hybrid ")]) == 2 + 5
     assert page.text.count("needs proxy set or one architecture") == 1, "said once, in the first table"
 

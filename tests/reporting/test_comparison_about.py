@@ -39,15 +39,15 @@ def test_facts_are_those_of_the_runs(tmp_path: Path) -> None:
     found = about(tmp_path, rows)
     facts = dict(found.facts)
     assert facts["Data"].startswith("chest_xray: PneumoniaMNIST, CC BY 4.0. ")
-    assert facts["Data"].endswith(" training rows, 624 in the common test set, 500 in the public proxy set.")
+    assert facts["Data"].endswith(" training rows, 624 in the global test set, 500 in the public proxy set.")
     assert facts["Clients"].startswith("6 clients, 2 models: 4 × cnn_bn_small (hospital_1, hospital_2, ") or facts[
         "Clients"
     ].startswith("6 clients, 3 models: 2 × cnn_bn_small (hospital_1, hospital_2); 2 × resnet18 (hospital_3, ")
     assert (facts["Rounds"], facts["Seeds"]) == ("3", "0")
     assert found.jobs == 2, "no more than there are runs"
     tested = [r["test"] for r in RunDirectory.open(tmp_path / "runs" / "local-seed0").details()["rows"].values()]
-    assert found.home.startswith(f"At home: n = {min(tested)} to {max(tested)} test rows a client over all seeds.")
-    assert f"hospital_{tested.index(min(tested)) + 1}" in facts["Test rows at home"] and min(tested) < 20
+    assert found.home.startswith(f"Local test: n = {min(tested)} to {max(tested)} rows a client over all seeds.")
+    assert f"hospital_{tested.index(min(tested)) + 1}" in facts["Local test rows"] and min(tested) < 20
     assert not found.warning
 
 

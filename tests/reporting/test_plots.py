@@ -152,7 +152,7 @@ def test_clients_at_home_and_in_common(made_run: MakeRun) -> None:
     home, hollow = lines(figure, 0, style.READING_COLOURS["personal"])
     assert np.isnan(home[0][2]) and home[0][3] == summary["clients"][3]["personal"]["balanced_accuracy"]
     assert hollow.tolist() == [[home[0][3]], [3]], "19 rows are few, 20 are not"
-    assert [text.get_text() for text in figure.legends[0].texts][2:] == ["uncertain: n < 20 at home"]
+    assert [text.get_text() for text in figure.legends[0].texts][2:] == ["uncertain: n < 20 local test rows"]
 
 
 def test_many_clients_are_points_and_few_rows_hollow(made_run: MakeRun) -> None:
@@ -165,7 +165,7 @@ def test_many_clients_are_points_and_few_rows_hollow(made_run: MakeRun) -> None:
         sum(len(c.get_offsets()) for c in figure.axes[0].collections if (len(c.get_facecolor()) > 0) == filled)
         for filled in (True, False)
     )
-    assert (full, hollow) == (45, 5) and figure.axes[0].get_xlabel() == "at home (n = 7 to 30)"
+    assert (full, hollow) == (45, 5) and figure.axes[0].get_xlabel() == "local test (n = 7 to 30)"
 
 
 def test_labels_show_every_count(made_run: MakeRun) -> None:
@@ -237,7 +237,7 @@ def test_confusion_has_one_order_of_clients_and_classes_and_one_scale(made_run: 
     assert len([axes for axes in figure.axes if not axes.images]) == 1, "one colour bar"
     tested = {i: rows["test"] for i, rows in details["rows"].items()}
     titles = [axes.get_title(loc="center") for axes in panels if axes.get_title(loc="center")]
-    assert titles == [f"{c['id']}\nn = {tested[c['id']]} at home" for c in summary["clients"]]
+    assert titles == [f"{c['id']}\nlocal test n = {tested[c['id']]}" for c in summary["clients"]]
     assert [t.get_text() for t in panels[0].get_yticklabels()] == details["labels"]
     assert [t.get_text() for t in panels[-1].get_xticklabels()] == details["labels"]
     matrix = np.array(details["confusion"]["hospital_4"]["global"], dtype=float)
@@ -272,7 +272,7 @@ def test_calibration_of_all_clients_is_that_of_their_pooled_predictions(made_run
     sums = [np.nansum(np.array([f[k] for f in found], dtype=float) * count, 0) for k in ("confidence", "accuracy")]
     error = np.abs(sums[0] - sums[1]).sum() / count.sum()
     words = [text.get_text() for text in figure.axes[0].texts]
-    assert f"ECE in common {error:.3f}" in words
+    assert f"ECE global test {error:.3f}" in words
     kept = count.sum(0) > 0
     curve = lines(figure, 0, style.READING_COLOURS["global"])[0]
     assert curve == pytest.approx(np.array(sums)[:, kept] / count.sum(0)[kept])

@@ -91,10 +91,10 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
     run = made_run()
     page, summary = read(run), run.summary()
     common = summary["global"]["last"]
-    assert f"Balanced accuracy in common {100 * common['balanced_accuracy']:.1f}%" in page.text
+    assert f"Global test balanced accuracy {100 * common['balanced_accuracy']:.1f}%" in page.text
     assert f"worst {100 * common['balanced_accuracy_worst']:.1f}%" in page.text
     home = summary["personal"]["last"]["balanced_accuracy"]
-    assert f"Balanced accuracy at home {100 * home:.1f}%" in page.text
+    assert f"Local test balanced accuracy {100 * home:.1f}%" in page.text
     assert (
         f"Balanced accuracy of the server's model {100 * summary['server']['last']['balanced_accuracy']:.1f}%"
         in page.text
@@ -137,7 +137,7 @@ def test_undefined_figures_are_counted(made_run: MakeRun) -> None:
     missing = run.summary()["personal"]["last"]["auroc_undefined"]
     assert missing > 0
     page = read(run)
-    assert f"undefined: {missing}" in next(row for row in page.cells if row[0].startswith("At home"))[4]
+    assert f"undefined: {missing}" in next(row for row in page.cells if row[0].startswith("Local test"))[4]
 
 
 def test_figures_of_few_rows_are_marked(made_run: MakeRun) -> None:
@@ -154,7 +154,7 @@ def test_figures_of_few_rows_are_marked(made_run: MakeRun) -> None:
     rows = {row[0].strip(): row for row in page.cells}
     assert rows["hospital_2 small"][5].strip().endswith("% n = 19, uncertain")
     assert rows["hospital_3 large"][5].strip().endswith("% n = 20") and "n =" not in rows["hospital_2 small"][7]
-    assert "Uncertain, from fewer than 20 test rows at home: hospital_2." in page.text
+    assert "Uncertain, from fewer than 20 local test rows: hospital_2." in page.text
     assert "n = 19 to 60 test rows a client" in page.text and "n = 624 test rows" in page.text
 
 

@@ -68,6 +68,6 @@ def test_a_round_in_a_line() -> None:
         "global": {"accuracy": 0.7, "balanced_accuracy": 0.6, "auroc": None},
         "server": None,
     }
-    assert evaluated(record) == "at home: accuracy 90.0%; in common: balanced accuracy 60.0%"
-    assert evaluated({"personal": {"mae": 1.5, "r2": 0.1}}) == "at home: mean absolute error 1.50"
+    assert evaluated(record) == "local test: accuracy 90.0%; global test: balanced accuracy 60.0%"
+    assert evaluated({"personal": {"mae": 1.5, "r2": 0.1}}) == "local test: mean absolute error 1.50"
     assert evaluated({}) == ""

@@ -1,0 +1,131 @@
+"""A comparison says which method ran with which settings, and where each was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.cli import main
+from hetero_fl.experiment import compare
+from hetero_fl.experiment.comparison_settings import used_settings
+from hetero_fl.experiment.jobs import Variant
+from hetero_fl.reporting.comparison_settings import Setting
+from tests.reporting.test_report import Page
+from tests.small import config
+
+FILE = {"name": "hybrid", "temperature": 2.0, "heads": "keep"}
+"""The file's own method; 2.0 is the default of `temperature`."""
+
+
+def small(algorithm: dict[str, Any] = FILE) -> dict[str, Any]:
+    source = config(models="linear", clients=2, rounds=1, output={"plots": False, "report": False})
+    return {**source, "algorithm": algorithm}
+
+
+def settings_of(
+    label: str,
+    overrides: tuple[str, ...] = (),
+    point: tuple[str, ...] = (),
+    origins: dict[str, str] | None = None,
+) -> tuple[Setting, ...]:
+    used = used_settings(small(), list(overrides), {Variant.parse(label): point}, origins or {})
+    ((_, found),) = used.methods
+    return found
+
+
+@pytest.mark.parametrize("label", ["local", "fedavg", "feddf"])
+def test_used_settings_of_another_method_are_its_defaults(label: str) -> None:
+    assert settings_of(label) == ()
+
+
+def test_used_settings_name_file_variant_override_and_grid() -> None:
+    found = settings_of(
+        "hybrid:rehearse=0:clients.per_round=1", ("algorithm.align=0.5",), ("algorithm.distil_epochs=7",)
+    )
+
+    assert set(found) == {
+        Setting("heads", "keep", "algorithm section of the configuration"),
+        Setting("align", "0.5", "override"),
+        Setting("rehearse", "0.0", "variant"),
+        Setting("clients.per_round", "1", "variant"),
+        Setting("distil_epochs", "7", "grid"),
+    }
+
+
+def test_used_settings_take_the_last_word() -> None:
+    (found,) = settings_of("hybrid:heads=take", point=("algorithm.heads=keep",))
+    assert found == Setting("heads", "keep", "grid")
+    assert settings_of("hybrid:heads=take") == ()
+
+
+def test_used_settings_of_a_study_say_so() -> None:
+    found = settings_of("fedprox:mu=0.5", origins={"fedprox:mu=0.5": "study small.yaml"})
+    assert found == (Setting("mu", "0.5", "study small.yaml"),)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "labels", "told"),
+    [
+        (
+            FILE,
+            ["local", "hybrid", "hybrid:rehearse=0"],
+            "The settings in the algorithm section of the configuration (temperature = 2.0, heads = keep) were applied to "
+            "Hybrid only; every other method starts from its own defaults.",
+        ),
+        (
+            FILE,
+            ["local"],
+            "The settings in the algorithm section of the configuration (temperature = 2.0, heads = keep) are those of Hybrid, "
+            "which is not compared: every method starts from its own defaults.",
+        ),
+        ({"name": "fedavg"}, ["local", "fedavg"], ""),
+    ],
+)
+def test_note_says_which_method_the_file_settings_went_to(
+    algorithm: dict[str, Any], labels: list[str], told: str
+) -> None:
+    used = used_settings(small(algorithm), [], {Variant.parse(label): () for label in labels}, {})
+    assert used.note == told
+
+
+def test_compare_prints_and_writes_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small()))
+    command = ["--config", str(tmp_path / "small.yaml"), "--algorithms", "local,fedprox:mu=0.5,fedavg,hybrid"]
+    grid = ["--grid", "clients.defaults.optimizer.lr=0.01,0.02", "--jobs", "2"]
+
+    assert main([*command, *grid, "--out", str(tmp_path / "out")], command="compare") == 0
+
+    console = capsys.readouterr().err
+    note = "were applied to Hybrid only; every other method starts from its own defaults."
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    written = (tmp_path / "out" / "comparison.md").read_text()
+    for text in (console, written, page.text):
+        assert note in text and "algorithm section of small.yaml" in text
+    assert "settings of Local, FedAvg: defaults" in console
+    assert "settings of FedProx (mu = 0.5): mu = 0.5 (variant)" in console
+    assert "settings of Hybrid: heads = keep (algorithm section of small.yaml)" in console
+    section = written.partition("## Settings")[2].partition("## The methods")[0]
+    (hybrid,) = [line for line in section.splitlines() if line.startswith("- **Hybrid:**")]
+    assert "heads = keep (algorithm section of small.yaml); clients.defaults.optimizer.lr = 0.0" in hybrid
+    assert hybrid.endswith("(grid, chosen by validation)")
+
+
+def test_compare_names_the_study_as_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small()))
+    study = {"config": "small.yaml", "algorithms": ["local:logit_adjustment=true", "fedavg"], "jobs": 1}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({**study, "overrides": ["algorithm.logit_adjustment=true"]}))
+
+    assert main(["--study", str(tmp_path / "both.yaml"), "--out", str(tmp_path / "out")], command="compare") == 0
+
+    told = capsys.readouterr().err
+    assert "settings of FedAvg: logit_adjustment = true (study both.yaml)" in told
+    assert "logit_adjustment = true): logit_adjustment = true (study both.yaml)" in told
+    assert "are those of Hybrid, which is not compared" in told
+
+
+def test_compare_from_python_takes_settings_from_a_dictionary(tmp_path: Path) -> None:
+    out = compare(small(), "local,hybrid", out=tmp_path / "out", jobs=1)
+    assert "heads = keep (algorithm section of the configuration)" in (out / "comparison.md").read_text()

@@ -3,7 +3,9 @@
 PYTHON := $(or $(PYTHON),python3)
 VENV ?= .venv
 CONFIG ?= configs/medical_hetero.yaml
-ALGORITHMS ?= local,fedavg,fedprox,fedper,lg_fedavg,fedmd,feddf,fd,hybrid,centralized,ensemble
+ALGORITHMS ?= local,fedavg,fedprox,fedper,lg_fedavg,fedmd,feddf,fd,hybrid,centralized,ensemble,$\
+  local:logit_adjustment=true,fedavg:logit_adjustment=true,fedmd:logit_adjustment=true,feddf:logit_adjustment=true,$\
+  feddf:logit_adjustment=true:teacher=contrast,centralized:logit_adjustment=true
 SEEDS ?= 0,1,2,3,4
 OUT ?= runs/compare-$(basename $(notdir $(CONFIG)))
 
@@ -15,13 +17,14 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help medical test check compare docs clean
+.PHONY: help medical test check compare tables docs clean
 
 help:
 	@echo "make medical   the main job: six hospitals, chest X-rays, into runs/"
 	@echo "make test      the tests"
 	@echo "make check     formatting, lint and types"
 	@echo "make compare   CONFIG=$(CONFIG) ALGORITHMS=… SEEDS=$(SEEDS) SET=key=value, into $(OUT)"
+	@echo "make tables    the result tables of README.md, from docs/results; FROM=\"FOLDER …\" archives comparisons first"
 	@echo "make docs      docs/configuration.md, from the schema"
 	@echo "make clean     remove $(VENV) and caches, keep runs/"
 
@@ -38,6 +41,9 @@ check: $(VENV)/.installed-all
 
 compare: $(VENV)/.installed
 	$(PY) scripts/compare.py --config $(CONFIG) --algorithms $(ALGORITHMS) --seeds $(SEEDS) --out $(OUT) $(SET)
+
+tables: $(VENV)/.installed
+	$(PY) scripts/result_tables.py $(if $(FROM),--archive $(FROM))
 
 docs: $(VENV)/.installed
 	$(PY) scripts/describe_config.py

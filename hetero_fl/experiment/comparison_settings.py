@@ -62,7 +62,7 @@ def _defaults(name: str) -> dict[str, Any]:
     kind: type[Algorithm] = algorithm[name]
     try:
         return kind().model_dump()
-    except ValidationError:  # a method of the user's that cannot do without a setting
+    except ValidationError:  # a custom method with a required setting
         return kind.model_construct().model_dump()
 
 

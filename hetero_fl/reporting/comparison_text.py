@@ -44,7 +44,8 @@ def latex(table: Table, label: str, note: str = "") -> str:
     """The table in LaTeX, for the packages booktabs and graphicx; `note`: a sentence more in its caption."""
     width = len(table.header)
     caption = f"{table.title}. {table.caption}" + (f" {note}." if note else "")
-    others = [_escape(name) if name != "p" else "$p$" for name in table.others]
+    # How many runs shared the machine is in the caption.
+    others = ["$p$" if name == "p" else _escape(name.partition(" (")[0]) for name in table.others]
     lines = [
         "\\begin{table}",
         "\\centering",

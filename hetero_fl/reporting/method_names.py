@@ -5,7 +5,7 @@ from __future__ import annotations
 ALGORITHMS = {
     "local": ("Local", "Every client trained alone on its own rows; nothing was exchanged."),
     "centralized": (
-        "Centralised",
+        "Centralized",
         "All rows were pooled and one model was trained on them: an upper bound, not federated.",
     ),
     "ensemble": (

@@ -204,7 +204,7 @@ def test_markdown_sets_bounds_apart() -> None:
     lines = markdown(make_table(made(), BINARY, "last")).splitlines()
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert len({len(row) for row in cells}) == 1
-    assert [row[0] for row in cells[2:]] == ["Local", "FedAvg", "Hybrid", "*Bounds*", "Centralised", "Ensemble"]
+    assert [row[0] for row in cells[2:]] == ["Local", "FedAvg", "Hybrid", "*Bounds*", "Centralized", "Ensemble"]
     assert re.fullmatch(r"\*\*\d\d\.\d ± \d\.\d\*\*", cells[4][1])
     assert "**" not in lines[2] + lines[6] + lines[7]
 

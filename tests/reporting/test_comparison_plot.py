@@ -63,7 +63,7 @@ def test_every_method_has_its_line_and_its_needs() -> None:
         found = panels(draw(made(ALL, 1), Task("multiclass", 10), 1))
     assert list(found) == ["Accuracy", "Balanced\naccuracy", "AUROC", "Bytes", "Time", "Needs"]
     labels = [t.get_text() for t in found["Accuracy"].get_yticklabels()]
-    assert sorted(labels) == sorted(map(algorithm_name, ALL)) and labels[-2:] == ["Ensemble", "Centralised"]
+    assert sorted(labels) == sorted(map(algorithm_name, ALL)) and labels[-2:] == ["Ensemble", "Centralized"]
     words = [t.get_text() for t in found["Needs"].get_xticklabels()]
     dots = {
         (labels[int(y)], words[int(x)], line.get_markerfacecolor() == "white")

@@ -68,7 +68,7 @@ def documents(path: Path) -> list[Any]:
 
 
 def disclosed(folder: Path, counts: dict[str, list[int]]) -> set[str]:
-    """Where the files of a run hold somebody's label counts or label frequencies, as numbers, as text or as bytes."""
+    """Where the files of a run hold a client's label counts or label frequencies, as numbers, as text or as bytes."""
     found = set()
     task = prepare(source_of(ADJUSTED, None)).federation.task
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):

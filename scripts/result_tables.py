@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Write the result tables of README.md and their picture from the runs that are archived in docs/results.
+
+python scripts/result_tables.py --archive runs/readme runs/homogeneous   # archive comparisons, then write
+python scripts/result_tables.py                                          # write
+python scripts/result_tables.py --check                                  # status 1 if README.md is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hetero_fl.brackets import pieces  # noqa: E402
+from hetero_fl.reporting import comparison_plot, style  # noqa: E402
+from hetero_fl.reporting.comparison_tables import Cell, Line, Table, make_table  # noqa: E402
+from hetero_fl.reporting.methods import is_bound, method  # noqa: E402
+from hetero_fl.reporting.rundir import RunDirectory  # noqa: E402
+from hetero_fl.reporting.wording import MISSING, algorithm_base, algorithm_name  # noqa: E402
+from hetero_fl.task import Task  # noqa: E402
+
+README = ROOT / "README.md"
+ARCHIVE = ROOT / "docs" / "results"
+PICTURES = {"medical_hetero": ROOT / "docs" / "images" / "medical_hetero.png"}
+TASK = Task("multiclass", 2)
+SHORT = {"logit_adjustment=true": "LA", "teacher=contrast": "contrast teacher"}
+ADJUSTED = "*With LA*"
+BOUNDS = "*Bounds*"
+WORST = "Worst client, local test"
+TEXT = ("algorithm", "commit")
+
+Row = dict[str, Any]
+
+
+def archive(folder: Path, commit: str) -> None:
+    """Copy the per-run figures of a comparison to docs/results, under the name of its configuration.
+
+    Args:
+        folder: The folder of a finished comparison.
+        commit: The commit that its runs were made with; it becomes the last column.
+    """
+    name = RunDirectory.open(sorted((folder / "runs").iterdir())[0]).config()["name"]
+    with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
+        rows = [{**row, "commit": commit} for row in csv.DictReader(file)]
+    ARCHIVE.mkdir(exist_ok=True)
+    with open(ARCHIVE / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def archived(name: str) -> list[Row]:
+    """Return the rows of an archived comparison, figures as numbers; a missing one is None."""
+    with open(ARCHIVE / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(key: str, text: str) -> Any:
+    if key in TEXT:
+        return text
+    if key == "seed":
+        return int(text)
+    return float(text) if text else None
+
+
+def section(rows: list[Row]) -> str:
+    """Return the table of the last round as README.md has it, with a line on p-values and origin below.
+
+    The columns are those of `comparison.md` without the server's own model, p-values, seconds and needs; mean and standard
+    deviation are not spaced: nine columns then fit the width of a GitHub page without scrolling. Methods with logit
+    adjustment have a group of their own, so that what a component adds is not read as what a method adds.
+    """
+    table = make_table(rows, TASK, "last")
+    kept = [place for place, column in enumerate(table.columns) if not column.key.startswith("server")]
+    titles = [table.columns[place].title for place in kept]
+    header = ["Method", *(WORST if title.startswith("Worst") else title for title in titles), "MB"]
+    lines = [_joined(header), _joined(["---", *("---:" for _ in header[1:])])]
+    groups: dict[str, list[Line]] = {"": [], ADJUSTED: [], BOUNDS: []}
+    for line in table.lines:
+        groups[BOUNDS if is_bound(line.algorithm) else ADJUSTED if _is_adjusted(line.algorithm) else ""].append(line)
+    for title, members in groups.items():
+        if title and members:
+            lines.append(_joined([title, *("" for _ in header[1:])]))
+        for line in members:
+            cells = [_cell(line.cells[place], table.columns[place].key) for place in kept]
+            lines.append(_joined([_name(line.algorithm), *cells, line.megabytes]))
+    return "\n".join([*lines, "", _origin(table, rows)])
+
+
+def _joined(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(cell: Cell, key: str) -> str:
+    text = cell.text.replace(" ± ", "±")
+    if key.endswith("_worst") and cell.mean is not None and cell.deviation is not None:
+        # A single client's accuracy, on as few as 18 rows: decimals would say nothing.
+        text = f"{100 * cell.mean:.0f}±{100 * cell.deviation:.0f}"
+    return f"**{text}**" if cell.best else text
+
+
+def _name(label: str) -> str:
+    """Return the name of a method with its settings in short: `FedDF + LA + contrast teacher`."""
+    base = algorithm_base(label)
+    settings = pieces(label[len(base) + 1 :], ":")
+    if all(setting in SHORT for setting in settings):
+        return " + ".join([algorithm_name(base), *(SHORT[setting] for setting in settings)])
+    return algorithm_name(label)
+
+
+def _is_adjusted(label: str) -> bool:
+    """Return whether a method trains with logit adjustment, by a setting or by default."""
+    kind = method(label)
+    return "logit_adjustment=true" in label or (kind is not None and kind().logit_adjustment)
+
+
+def _origin(table: Table, rows: list[Row]) -> str:
+    best = next((line for line in table.lines if line.p == "best"), None)
+    parts = []
+    if best is not None and table.tested:
+        found = ", ".join(f"{_name(line.algorithm)} {line.p}" for line in table.lines if line.p not in ("", "best"))
+        first = table.columns[0].title
+        parts.append(
+            f"p (two-sided t-test on “{first}”, paired by seed, uncorrected, against {_name(best.algorithm)}): {found}."
+        )
+    commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in rows))
+    parts.append(f"Commit {commits}; every run: [CSV](docs/results/{{name}}.csv).")
+    return " ".join(parts).replace(f" {MISSING}", " too few seeds")
+
+
+def written(text: str) -> str:
+    """Return README.md's text with every marked table as the archive has it."""
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"]
+        if not (ARCHIVE / f"{name}.csv").exists():
+            return match[0]
+        return f"{match['begin']}\n{section(archived(name)).replace('{name}', name)}\n{match['end']}"
+
+    return re.sub(
+        r"(?P<begin><!-- results: (?P<name>\w+) .*?-->)\n.*?(?P<end><!-- end of results -->)",
+        replaced,
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> int:
+    """Archive, check or write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--archive", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished comparisons")
+    parser.add_argument("--commit", help="commit of the archived runs (default: the current one)")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    for folder in options.archive:
+        archive(folder, options.commit or _current_commit())
+    text = README.read_text(encoding="utf-8")
+    made = written(text)
+    if options.check:
+        return int(made != text)
+    README.write_text(made, encoding="utf-8")
+    for name, path in PICTURES.items():
+        if not (ARCHIVE / f"{name}.csv").exists():
+            continue
+        with style.drawing():
+            path.write_bytes(style.png(comparison_plot.draw(archived(name), TASK)))
+    return 0
+
+
+def _current_commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

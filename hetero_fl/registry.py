@@ -5,20 +5,29 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.own_code import OWN
 
 T = TypeVar("T")
-OWN = "python:"
 
 
 class Registry(Generic[T]):
-    """Names to objects of one kind; `registry("name")` is a decorator that adds one. `all_of`: what lists them all."""
+    """Names to classes of one kind; `registry("name")` is a decorator that adds one.
 
-    def __init__(self, kind: str, all_of: str = "") -> None:
-        self.kind, self._all_of = kind, all_of
+    Args:
+        kind: What they are called in error messages.
+        base: Returns the class that a user's own class has to be derived from.
+        all_of: What lists all names, for error messages.
+    """
+
+    def __init__(self, kind: str, base: Callable[[], type], all_of: str = "") -> None:
+        self.kind = kind
+        self._base = base
+        self._all_of = all_of
         self._known: dict[str, T] = {}
 
     def __call__(self, name: str) -> Callable[[T], T]:
@@ -35,18 +44,44 @@ class Registry(Generic[T]):
         return name in self._known
 
     def __getitem__(self, name: str) -> T:
-        """The thing of that name. Raises UserError with the nearest name."""
+        """Return the class of that name; a reference, which has to be permitted already, is imported.
+
+        Raises UserError with the nearest name.
+        """
         if name.startswith(OWN):
-            return imported(name, self.kind)
+            found: T = imported(name, self.kind, self._base())
+            return found
         if name not in self._known:
             raise UserError(f"found {self.kind} '{name}'{nearest(name, self._known, self._all_of)}")
         return self._known[name]
 
+    def loaded(self, name: str) -> T | None:
+        """Return the class of that name, or None; unlike `registry[name]` this imports nothing.
 
-def imported(reference: str, where: str) -> Any:
-    """What `python:package.module:Name` names; the working folder may hold the module.
+        A user's own class is found if its module has been imported before.
+        """
+        if not name.startswith(OWN):
+            return self._known.get(name)
+        module_name, _, attribute = name.removeprefix(OWN).partition(":")
+        found: Any = getattr(sys.modules.get(module_name), attribute, None) if attribute else None
+        if not (isinstance(found, type) and issubclass(found, self._base())):
+            return None
+        return cast("T", found)
 
-    Raises UserError, which begins with `where`, if it is malformed, the module does not import, or has no such name.
+
+def imported(reference: str, where: str, base: type | None = None, takes: str | None = None) -> Any:
+    """Import what `python:package.module:Name` names; the working folder may hold the module.
+
+    The caller has made sure that this code may run (see `hetero_fl.own_code`).
+
+    Args:
+        reference: The name.
+        where: Begins error messages.
+        base: Subclasses of this class are accepted.
+        takes: The arguments of a function; functions are accepted if this is given and the named module defines them.
+
+    Raises:
+        UserError: The reference is malformed, the module does not import or has no such name, or it names anything else.
     """
     module_name, _, name = reference.removeprefix(OWN).partition(":")
     if not module_name or not name:
@@ -60,17 +95,34 @@ def imported(reference: str, where: str) -> Any:
     if not hasattr(module, name):
         names = [n for n in vars(module) if not n.startswith("_")]
         raise UserError(f"{where}: module '{module_name}' has no '{name}'{nearest(name, names)}")
-    return getattr(module, name)
+    found = getattr(module, name)
+    if base is not None and isinstance(found, type) and issubclass(found, base):
+        return found
+    if takes is not None and isinstance(found, types.FunctionType):
+        if found.__module__ == module_name:
+            return found
+        raise UserError(
+            f"{where}: '{reference}' is not defined in '{module_name}'; write {OWN}{found.__module__}:{found.__name__}"
+        )
+    accepted = [] if takes is None else [f"no function of ({takes}) that '{module_name}' defines"]
+    accepted += [f"no subclass of {base.__module__}.{base.__qualname__}"] if base is not None else []
+    raise UserError(f"{where}: '{reference}' is {' and '.join(accepted)}")
 
 
-def called(reference: str, where: str, takes: str, arguments: tuple[Any, ...]) -> Any:
-    """What the function that `reference` names returns; `takes` says what it is given, for the line that refuses another thing.
+def called(reference: str, where: str, takes: str, arguments: tuple[Any, ...], base: type | None = None) -> Any:
+    """Return what the function that a reference names returns.
 
-    Raises UserError, which begins with `where`, if it cannot be imported or called, and for whatever it raises.
+    Args:
+        reference: The name, which has to be permitted already.
+        where: Begins error messages.
+        takes: The names of the arguments, for error messages.
+        arguments: The arguments.
+        base: Subclasses of this class are accepted in place of a function.
+
+    Raises:
+        UserError: It cannot be imported or called, or raises anything.
     """
-    function = imported(reference, where)
-    if not callable(function):
-        raise UserError(f"{where}: {reference} is not a function of ({takes})")
+    function = imported(reference, where, base, takes)
     try:
         return function(*arguments)
     except UserError as error:

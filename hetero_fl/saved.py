@@ -16,6 +16,7 @@ from torch import Tensor
 from hetero_fl.architecture import Architecture, Tensors, frozen
 from hetero_fl.errors import UserError
 from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.task import Task
 
 FORM = "hetero_fl model 1"
@@ -54,14 +55,18 @@ class SavedModel:
         return save(tensors, {"hetero_fl": json.dumps(about, sort_keys=True)})
 
     @classmethod
-    def load(cls, path: Path) -> SavedModel:
-        """Read a file. Raises UserError if it is none of ours."""
+    def load(cls, path: Path, allow_code: bool | CodePermission = False) -> SavedModel:
+        """Read a file.
+
+        Raises UserError if it is none of ours, or if its model is a user's own class and `allow_code` does not permit that.
+        """
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["hetero_fl"])
                 tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (it is no dictionary)
             if about["form"] != FORM:
                 raise UserError(f"{path}: found {about['form']!r}, this release reads {FORM!r}")
+            CodePermission.of(allow_code).check(references(about), str(path))
             named = about["task"]
             task = Task(
                 named["kind"], named["outputs"], tuple(named["names"]), named.get("unit", ""), named.get("rare")

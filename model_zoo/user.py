@@ -1,4 +1,4 @@
-"""A user's own model: ``python:package.module:Class``, a class or a function that returns a model."""
+"""A user's own model: ``python:package.module:Class``, a subclass of ``torch.nn.Module``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STANDARD = ("num_classes", "in_channels", "input_size", "feature_dim", "vocabula
 None but for tokens."""
 
 
-def load(path: str) -> Callable[..., Any]:
-    """``package.module:Class`` to what it names. Raises :class:`ModelError`."""
+def load(path: str) -> type[nn.Module]:
+    """Import the class that ``package.module:Class`` names. Raises :class:`ModelError` if it is no ``nn.Module``."""
     module_name, colon, attribute = path.partition(":")
     if not (colon and module_name and attribute):
         raise ModelError(f"found {path!r}, the form is python:package.module:Class")
@@ -34,11 +34,12 @@ def load(path: str) -> Callable[..., Any]:
     except Exception as error:  # a user's module may raise anything while it is imported
         raise ModelError(f"{module_name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
     target = getattr(module, attribute, None)
-    if not callable(target):
-        known = [name for name, value in vars(module).items() if callable(value)]
-        raise ModelError(f"{module_name} has no class or function {attribute}{nearest(attribute, known)}")
-    found: Callable[..., Any] = target
-    return found
+    if target is None:
+        known = [name for name, value in vars(module).items() if isinstance(value, type)]
+        raise ModelError(f"{module_name} has no class {attribute}{nearest(attribute, known)}")
+    if not (isinstance(target, type) and issubclass(target, nn.Module)):
+        raise ModelError(f"{attribute} of {module_name} is no subclass of torch.nn.Module")
+    return target
 
 
 def options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
@@ -56,9 +57,9 @@ def options(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
 def build(
     path: str, shape: Shape, num_classes: int, feature_dim: int | None, pretrained: bool, given: Mapping[str, Any]
 ) -> SplitModel:
-    """Calls the user's class or function, and checks what it returns with a dry run on two blank examples.
+    """Make a model of the user's class, and check it with a dry run on two blank examples.
 
-    It may return a :class:`SplitModel`, or any module with ``.backbone`` and ``.head``, which is wrapped into one.
+    It may be a :class:`SplitModel`, or any module with ``.backbone`` and ``.head``, which is wrapped into one.
     Raises :class:`ModelError`.
     """
     target = load(path)
@@ -86,7 +87,7 @@ def _wrap(made: Any, shape: Shape) -> SplitModel:
     backbone, head = getattr(made, "backbone", None), getattr(made, "head", None)
     if not (isinstance(made, nn.Module) and isinstance(backbone, nn.Module) and isinstance(head, nn.Module)):
         raise ModelError(
-            f"found {type(made).__name__}; it must return a model_zoo.SplitModel, or a module with .backbone and .head"
+            f"found {type(made).__name__}; it must be a model_zoo.SplitModel, or a module with .backbone and .head"
         )
     width = feature_width(backbone, shape)
     if not isinstance(made, SplitModel):

@@ -37,7 +37,8 @@ A configuration is a YAML file (or JSON, or a dictionary from Python). Every key
   algorithm, the file's settings of its own algorithm are dropped.
 - **Mistakes** are one line: the place, what was found, and the nearest valid key or value. Nothing is written.
 - `--check` prints the resolved configuration; a run keeps it as `config.yaml`.
-- **One's own** algorithm, model, data source or partition stands as `python:package.module:Name` in place of a name.
+- **Your own** algorithm, model, data source or partition stands as `python:package.module:Name` in place of a name; it runs with
+  `--allow-code` ([why](trust.md#code-from-configuration-files)).
 - A JSON file with the ten keys of the classic tutorial is translated as it is read ([page](scenarios/cifar10.md)).
 - A model, where one is asked for, may be given by its name alone: `model: mlp` is `model: {name: mlp}`.
 """

@@ -28,7 +28,7 @@ from hetero_fl.state import Card, Part, Participant, Roster, common_part, floats
 from hetero_fl.task import Task
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
-algorithm: Registry[type[Algorithm]] = Registry("algorithm", all_of="`hetero-fl methods`")
+algorithm: Registry[type[Algorithm]] = Registry("algorithm", lambda: Algorithm, all_of="`hetero-fl methods`")
 Items = dict[str, Any]  # name -> Item, tensor or named tensors
 
 

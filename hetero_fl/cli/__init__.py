@@ -84,6 +84,7 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
         program = typed[: len(typed) - len(arguments)]  # the subcommand is no longer among the arguments
         again = typed if command == "compare" else [*program, "--resume", "--out", str(stop.path)]
         again += ["--server", str(options.server)] if command == "server" else []
+        again += ["--allow-code"] if options.allow_code and "--allow-code" not in again else []
         print(f"interrupted; to go on: {shlex.join(again)}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What `train`, `federate` and `server` have alike: which run, where, whether it is gone on with."""
+"""What `train`, `federate` and `server` have alike, and the permission to run code that files name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetero_fl.errors import UserError
+from hetero_fl.own_code import OWN, CodePermission
 
 if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
@@ -24,10 +25,30 @@ def options_of_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="print the resolved configuration and what the run will cost"
     )
+    option_of_code(parser)
 
 
-def check_run(options: argparse.Namespace) -> Path | None:
-    """The configuration of the run that is asked for; None if it was only to be checked, and is. Raises UserError."""
+def option_of_code(parser: argparse.ArgumentParser) -> None:
+    """Add `--allow-code`."""
+    told = "run the code that a file or an option names as python:module:Name (default: ask in a terminal, else refuse)"
+    parser.add_argument("--allow-code", action="store_true", help=told)
+
+
+def permission_of(options: argparse.Namespace) -> CodePermission:
+    """Return the permission that `--allow-code` gives; without the flag, a question in a terminal gives it."""
+    in_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    return CodePermission(everything=options.allow_code, ask=_ask if in_terminal else None)
+
+
+def _ask(where: str, key: str, reference: str) -> bool:
+    module, _, name = reference.removeprefix(OWN).partition(":")
+    place = "".join(c if c.isprintable() else "?" for c in ": ".join(filter(None, [where, key])))
+    print(f"{place} names code: {name} of module {module}. Run it? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def check_run(options: argparse.Namespace, permission: CodePermission) -> Path | None:
+    """Return the configuration of the run that is asked for; None if it was only to be checked, and is. Raises UserError."""
     if options.resume and options.out is None:
         raise UserError("--resume: which run? name its directory with --out")
     begun = options.resume and (options.out / "config.yaml").is_file()
@@ -39,10 +60,15 @@ def check_run(options: argparse.Namespace) -> Path | None:
         raise UserError("--config is missing: name a file (see --help)")
     source: Path = options.config or options.out / "config.yaml"
     if options.check:
-        from hetero_fl.cli.check import print_check
+        from hetero_fl.cli.check import print_check, print_draft
+        from hetero_fl.config.load import draft_config
         from hetero_fl.experiment import prepare
 
-        print_check(prepare(source, options.overrides))
+        draft = draft_config(source, options.overrides)
+        if refused := dict(permission.refused(draft.code, draft.where)):
+            print_draft(draft.config, refused)
+        else:
+            print_check(prepare(source, options.overrides, allow_code=permission))
         return None
     if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
         print(f"nothing to resume in {options.out}: starting{_nearby(options.out)}", file=sys.stderr)

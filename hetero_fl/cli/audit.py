@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from hetero_fl.cli.asked import option_of_code, permission_of
+
 
 def setup(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -27,6 +29,7 @@ def setup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images in a step, 1 to 4 (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the audit's own draws (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for figures, picture and report (default: RUN/audit)")
+    option_of_code(parser)
     parser.set_defaults(carry_out=carry_out)
 
 
@@ -49,6 +52,7 @@ def carry_out(options: argparse.Namespace) -> int:
         seed=options.seed,
         out=out,
         say=lambda line: print(line, file=sys.stderr),
+        allow_code=permission_of(options),
     )
     for title, columns, rows in (
         ("membership inference", MEMBERSHIP, membership_rows(content)),

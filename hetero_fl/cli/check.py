@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from itertools import islice
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hetero_fl.architecture import Architecture
 from hetero_fl.codec import nbytes
-from hetero_fl.config import dump
+from hetero_fl.config import Config, dump, expand
 from hetero_fl.experiment import Prepared
 from hetero_fl.runtime.choose import choose
 from hetero_fl.runtime.conditions import Conditions
+from hetero_fl.runtime.federation import SOME
 from hetero_fl.runtime.price import DryRun, price
 from hetero_fl.runtime.rehearsal import price_of_queue
+
+UNKNOWN = "unknown"
 
 
 def print_check(prepared: Prepared) -> None:
@@ -56,6 +62,28 @@ def print_check(prepared: Prepared) -> None:
         console.print(f"note: {note}")
     for reason in choose(config, federation).reasons:  # engines that are to be reached or launched are not tried here
         console.print(f"computed by: {reason}")
+
+
+def print_draft(config: Config, refused: Mapping[str, str]) -> None:
+    """Print a configuration that names code which may not run: nothing is built, so no size is known.
+
+    Args:
+        config: The configuration.
+        refused: The references to code, each with its key.
+    """
+    print(dump(config))
+    clients = expand(config.clients)
+    title = Text(f"cost of {config.algorithm.get('name')}")
+    table = Table("client", "model", "rows", "parameters", "down", "up", title=title)
+    for client in islice(clients, SOME):
+        table.add_row(client, Text(clients[client].model[0].name), *[UNKNOWN] * 4)
+    if len(clients) > SOME:
+        table.add_row(f"and {len(clients) - SOME:,} more", *[""] * 5)
+    console = Console()
+    console.print(table)
+    for reference, key in refused.items():
+        note = f"note: {key} names code, {reference}; sizes are unknown without --allow-code"
+        console.print(Text(note), soft_wrap=True)
 
 
 def _parameters(arch: Architecture) -> int:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetero_fl.cli import Parser, audit, compare, export, federate, join, server, status
-from hetero_fl.cli.asked import check_run, options_of_run, print_finished
+from hetero_fl.cli.asked import check_run, option_of_code, options_of_run, permission_of, print_finished
 from hetero_fl.errors import UserError
+from hetero_fl.own_code import references
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,11 +26,20 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 
 def _carry_out_train(options: argparse.Namespace) -> int:
-    if (source := check_run(options)) is None:
+    permission = permission_of(options)
+    if (source := check_run(options, permission)) is None:
         return 0
     from hetero_fl.experiment import run
 
-    print_finished(run(source, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False))
+    finished = run(
+        source,
+        out=options.out,
+        resume=options.resume,
+        overrides=options.overrides,
+        quiet=False,
+        allow_code=permission,
+    )
+    print_finished(finished)
     return 0
 
 
@@ -44,6 +54,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--client", help="only this client's model")
     parser.add_argument("--home", action="store_true", help="read with the client's own label frequencies")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    option_of_code(parser)
     parser.set_defaults(carry_out=_carry_out_evaluate)
 
 
@@ -55,8 +66,10 @@ def _carry_out_evaluate(options: argparse.Namespace) -> int:
 
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise UserError(f"--json: found {options.json}; name a file in a folder that exists")
-    results = evaluate(options.run, options.data, options.client, options.home, options.label)
-    unit = next(iter(Run(options.run).models.values())).task.unit
+    permission = permission_of(options)
+    run = Run(options.run, permission)
+    results = evaluate(run, options.data, options.client, options.home, options.label, allow_code=permission)
+    unit = next(iter(run.models.values())).task.unit
     print_scores(results, f"{options.run} on {options.data}" + (f", errors in {unit}" if unit else ""), Console())
     if options.json:
         try:
@@ -90,6 +103,7 @@ def _methods(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="explain these and their settings (default: all, a line each)"
     )
+    option_of_code(parser)
     parser.set_defaults(carry_out=_carry_out_methods)
 
 
@@ -98,6 +112,7 @@ def _carry_out_methods(options: argparse.Namespace) -> int:
 
     from hetero_fl.cli.methods import print_explained, print_methods
 
+    permission_of(options).check(dict.fromkeys(references(options.names), "NAME"), "")
     if options.names:
         print_explained(options.names, Console())
     else:

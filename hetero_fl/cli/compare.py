@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetero_fl.brackets import pieces
+from hetero_fl.cli.asked import option_of_code, permission_of
 from hetero_fl.cli.join import numbers
 from hetero_fl.errors import UserError
 
@@ -36,6 +37,7 @@ def setup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", action="append", default=[], metavar="key=a,b,c", help="tune each algorithm alike, by validation"
     )
+    option_of_code(parser)
     parser.set_defaults(carry_out=carry_out)
 
 
@@ -68,6 +70,7 @@ def carry_out(options: argparse.Namespace) -> int:
         jobs=options.jobs if options.jobs is not None or study is None else study.jobs,
         quiet=False,
         origins=origins,
+        allow_code=permission_of(options),
     )
     print((found / "comparison.md").read_text(encoding="utf-8"))
     return 0

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from hetero_fl.cli.asked import option_of_code, permission_of
+
 
 def setup(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -14,6 +16,7 @@ def setup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="onnx", metavar="NAME", help="onnx (default), torchscript or safetensors")
     parser.add_argument("--home", action="store_true", help="with the client's own label frequencies")
     parser.add_argument("--out", type=Path, help="folder for models, cards and score.py (default: RUN/export)")
+    option_of_code(parser)
     parser.set_defaults(carry_out=carry_out)
 
 
@@ -28,6 +31,7 @@ def carry_out(options: argparse.Namespace) -> int:
         options.out,
         options.home,
         say=lambda line: print(line, file=sys.stderr),
+        allow_code=permission_of(options),
     )
     print(next(iter(made.values())).model.parent)
     return 0

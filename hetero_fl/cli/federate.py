@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hetero_fl.beside import Beside
-from hetero_fl.cli.asked import check_run, options_of_run, print_finished
+from hetero_fl.cli.asked import check_run, options_of_run, permission_of, print_finished
 
 NURSERY = "hetero_fl.experiment.deployment.nursery"
 
@@ -18,14 +18,21 @@ def setup(parser: argparse.ArgumentParser) -> None:
 
 def carry_out(options: argparse.Namespace) -> int:
     """Parse, call, print."""
-    if (source := check_run(options)) is None:
+    permission = permission_of(options)
+    if (source := check_run(options, permission)) is None:
         return 0
     nursery = Beside(NURSERY)  # before torch is loaded here: the nodes load it in the same time
     with nursery:
         from hetero_fl.experiment.deployment.local import federate
 
         finished = federate(
-            source, out=options.out, resume=options.resume, overrides=options.overrides, quiet=False, nursery=nursery
+            source,
+            out=options.out,
+            resume=options.resume,
+            overrides=options.overrides,
+            quiet=False,
+            nursery=nursery,
+            allow_code=permission,
         )
     print_finished(finished)
     return 0

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hetero_fl.cli.asked import option_of_code, permission_of
 from hetero_fl.errors import UserError
 
 
@@ -29,6 +30,7 @@ def setup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="the newcomer's settings: optimizer.lr=…"
     )
+    option_of_code(parser)
     parser.set_defaults(carry_out=carry_out)
 
 
@@ -41,7 +43,8 @@ def carry_out(options: argparse.Namespace) -> int:
     patients, seeds = (numbers(f"--{name}", getattr(options, name)) for name in ("patients", "seeds"))
     if options.epochs < 1:
         raise UserError(f"--epochs: found {options.epochs}; take 1 or more")
-    run = Run(options.run)
+    permission = permission_of(options)
+    run = Run(options.run, permission)
     model = options.model or Legacy(run).usual
     named = "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
     out = options.out or options.run / f"join-{named}"
@@ -57,6 +60,7 @@ def carry_out(options: argparse.Namespace) -> int:
         epochs=options.epochs,
         overrides=options.overrides,
         say=lambda line: print(line, file=sys.stderr),
+        allow_code=permission,
     )
     print((out / "join.md").read_text(encoding="utf-8"))
     print(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hetero_fl.cli.asked import check_run, options_of_run, print_finished
+from hetero_fl.cli.asked import check_run, option_of_code, options_of_run, permission_of, print_finished
 from hetero_fl.errors import UserError
 
 MAKES = "`hetero-fl certificates` makes one"
@@ -19,14 +19,22 @@ def setup_server(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    if (source := check_run(options)) is None:
+    permission = permission_of(options)
+    if (source := check_run(options, permission)) is None:
         return 0
     if options.server is None:
         raise UserError(f"--server is missing: name a file ({MAKES})")
     from hetero_fl.experiment.deployment.presiding import preside
 
-    asked = {"out": options.out, "resume": options.resume, "overrides": options.overrides}
-    print_finished(preside(source, options.server, **asked))
+    finished = preside(
+        source,
+        options.server,
+        out=options.out,
+        resume=options.resume,
+        overrides=options.overrides,
+        allow_code=permission,
+    )
+    print_finished(finished)
     return 0
 
 
@@ -37,6 +45,7 @@ def setup_node(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--audit", type=Path, metavar="FILE", help="print a node's log, audit.jsonl in its folder, and check it"
     )
+    option_of_code(parser)
     parser.set_defaults(carry_out=_attend)
 
 
@@ -47,7 +56,7 @@ def _attend(options: argparse.Namespace) -> int:
         raise UserError(f"--site is missing: name a file ({MAKES}); or --audit")
     from hetero_fl.experiment.deployment.attending import attend
 
-    return 130 if attend(options.site, options.once) else 0
+    return 130 if attend(options.site, options.once, permission_of(options)) else 0
 
 
 def _audit(path: Path) -> int:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.devices import DeviceConfig
 from hetero_fl.config.optimizer import OptimizerConfig, OptimizerLayer
 from hetero_fl.config.source import SourceConfig
+from hetero_fl.own_code import CONTEXT, OWN
 
 
 class ModelConfig(Section):
@@ -24,9 +34,12 @@ class ModelConfig(Section):
     pretrained: bool = Field(False, description="published weights (timm: and torchvision: models)")
 
     @model_validator(mode="after")
-    def _options_exist(self) -> ModelConfig:
+    def _options_exist(self, info: ValidationInfo) -> ModelConfig:
+        """Check the options; those of a user's own model only in a context that permits to import it."""
         from model_zoo import ModelError, check_options
 
+        if self.name.startswith(OWN) and not (info.context or {}).get(CONTEXT):
+            return self
         try:
             check_options(self.name, self.options)
         except ModelError as error:

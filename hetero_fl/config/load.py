@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,79 @@ from hetero_fl.config.mistakes import describe
 from hetero_fl.config.schema import Config
 from hetero_fl.config.tutorial import is_tutorial, translated
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.own_code import CONTEXT, CodePermission, references
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iterable[str] = ()) -> Config:
-    """A checked configuration from a YAML or JSON file, a dictionary, or another configuration, with `key.path=value` overrides.
+Source = str | Path | Mapping[str, Any] | Config
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A configuration of the right form whose algorithm has not been looked up; nothing that it names is imported.
+
+    Args:
+        config: The configuration.
+        raw: The same as plain values, as they were written.
+        overrides: Overrides that are part of it.
+        source: The file, for error messages.
+    """
+
+    config: Config
+    raw: dict[str, Any]
+    overrides: list[str]
+    source: str
+
+    @property
+    def code(self) -> dict[str, str]:
+        """References to code, each with the key that names it."""
+        written = references(self.raw)
+        return {name: written.get(name, key) for name, key in references(self.config.model_dump()).items()}
+
+    def where(self, key: str) -> str:
+        """Return where a key was set: the last override that names it, else the file."""
+        where = self.source
+        for override in self.overrides:
+            named = override.partition("=")[0]
+            where = override if key == named or key.startswith(f"{named}.") else where
+        return where
+
+    def error(self, line: str) -> UserError:
+        """Return the error for a line that begins with a key, after the place where the key was set."""
+        return UserError(f"{self.where(line.partition(': ')[0])}: {line}")
+
+
+def load_config(source: Source, overrides: Iterable[str] = (), allow_code: bool | CodePermission = False) -> Config:
+    """Load and check a configuration.
 
     A file with the keys of the classic tutorial (see `hetero_fl.config.tutorial`) is translated. When an override names
-    another algorithm than the file, the file's settings of its own algorithm are dropped. Raises UserError, in one line that
-    names the place, for everything that is wrong with it.
+    another algorithm than the file, the file's settings of its own algorithm are dropped.
+
+    Args:
+        source: A YAML or JSON file, a dictionary, or another configuration.
+        overrides: Changes, `key.path=value`.
+        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in a dictionary or in
+            `overrides` are the caller's own and always allowed.
+
+    Raises:
+        UserError: In one line that names the place, for everything that is wrong with the configuration.
     """
+    overrides = list(overrides)
+    draft = draft_config(source, overrides)
+    permission = CodePermission.of(allow_code).with_written(source, overrides)
+    permission.check(draft.code, draft.where)
+    config = draft.config
+    if draft.code:
+        try:
+            config = Config.model_validate(draft.raw, context={CONTEXT: True})
+        except ValidationError as error:
+            raise draft.error(describe(error, draft.raw)) from None
+    return config.model_copy(update={"algorithm": _algorithm(draft, permission)})
+
+
+def draft_config(source: Source, overrides: Iterable[str] = ()) -> Draft:
+    """Read a configuration and check its form, without importing anything that it names. Raises UserError."""
     where = str(source) if isinstance(source, str | Path) else "configuration"
     raw = read(Path(source)) if isinstance(source, str | Path) else _plain(source)
     overrides = list(overrides)
@@ -37,43 +100,42 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Iter
     for override in overrides:
         raw = _override(raw, override)
     try:
-        config = Config.model_validate(raw)
+        return Draft(Config.model_validate(raw), raw, overrides, where)
     except ValidationError as error:
-        raise _placed(describe(error, raw, own=_own_keys(raw)), overrides, where) from None
+        unread = Draft(Config(), raw, overrides, where)
+        raise unread.error(describe(error, raw, own=_own_keys(raw))) from None
+
+
+def _algorithm(draft: Draft, permission: CodePermission) -> dict[str, Any]:
+    """Return the algorithm's settings, complete with its defaults. Raises UserError with the key's place."""
     try:
-        return config.model_copy(update={"algorithm": _algorithm(config.algorithm)})
+        settings = _settings(draft.config.algorithm)
     except UserError as error:
-        raise _placed(str(error), overrides, where) from None
-
-
-def _placed(line: str, overrides: Iterable[str], where: str) -> UserError:
-    """A mistake at a key, with where that key was set: by an override, if one names it, else in the source `where`."""
-    key = line.partition(": ")[0]
-    for override in overrides:
-        named = override.partition("=")[0]
-        where = override if key == named or key.startswith(f"{named}.") else where
-    return UserError(f"{where}: {line}")
-
-
-def _algorithm(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The algorithm's settings, complete with its defaults. Raises UserError with the key's place."""
-    from hetero_fl.algorithms import Algorithm, algorithm
-
-    if "name" not in settings and (close := get_close_matches("name", settings, n=1)):
-        raise UserError(f"algorithm.{close[0]}: unknown key; did you mean 'name'?")
-    if not isinstance(settings.get("name"), str):
-        raise UserError(f"algorithm.name: found {settings.get('name')!r}; choose from {', '.join(algorithm)}")
+        raise draft.error(str(error)) from None
+    found = {name: f"algorithm.{key}" for name, key in references(settings).items()}
+    permission.check(found, draft.where)
     try:
-        kind = algorithm[settings["name"]]
+        return _settings(draft.config.algorithm, {CONTEXT: True}) if found else settings
+    except UserError as error:
+        raise draft.error(str(error)) from None
+
+
+def _settings(given: Mapping[str, Any], context: Mapping[str, bool] | None = None) -> dict[str, Any]:
+    from hetero_fl.algorithms import algorithm
+
+    if "name" not in given and (close := get_close_matches("name", given, n=1)):
+        raise UserError(f"algorithm.{close[0]}: unknown key; did you mean 'name'?")
+    if not isinstance(given.get("name"), str):
+        raise UserError(f"algorithm.name: found {given.get('name')!r}; choose from {', '.join(algorithm)}")
+    try:
+        kind = algorithm[given["name"]]
     except UserError as error:
         raise UserError(f"algorithm.name: {error}") from None
-    if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
-        raise UserError(f"algorithm.name: '{settings['name']}' is no subclass of hetero_fl.algorithms.Algorithm")
-    own = {k: v for k, v in settings.items() if k != "name"}
+    own = {k: v for k, v in given.items() if k != "name"}
     try:
-        return {"name": settings["name"], **kind.model_validate(own).model_dump()}
+        return {"name": given["name"], **kind.model_validate(own, context=context).model_dump()}
     except ValidationError as error:
-        raise UserError(f"{describe(error, own, kind, ['algorithm'])} (of {settings['name']})") from None
+        raise UserError(f"{describe(error, own, kind, ['algorithm'])} (of {given['name']})") from None
 
 
 def written_algorithm(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:

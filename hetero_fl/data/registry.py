@@ -124,7 +124,7 @@ def _entry(config: SourceConfig, where: str) -> tuple[str, _Source]:
 def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
     """A user's own function in place of a source."""
     where = f"{where}.name"
-    dataset = called(config.name, where, "config, root", (config, root))
+    dataset = called(config.name, where, "config, root", (config, root), Dataset)
     if not isinstance(dataset, Dataset):
         raise UserError(f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset")
     _check(dataset, f"{where}: {config.name}", missing)

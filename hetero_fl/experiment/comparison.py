@@ -16,6 +16,7 @@ from hetero_fl.errors import Interrupted, RunFailed, UserError
 from hetero_fl.experiment.comparison_settings import used_settings
 from hetero_fl.experiment.jobs import Job, Point, Source, Variant, run_all
 from hetero_fl.experiment.single import prepare
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.comparison_columns import ranked
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
@@ -36,16 +37,29 @@ def compare(
     jobs: int | None = None,
     quiet: bool = True,
     origins: Mapping[str, str] | None = None,
+    allow_code: bool | CodePermission = False,
 ) -> Path:
     """Run every algorithm with every seed and write table, figure and report into `out`.
 
-    `algorithms`: names or variants (`hybrid:teacher=mean`), and "all" for all that can mean something with this
-    configuration: then the best is shown first, and what is left out named with the reason. `grid`: values to try for
-    keys; each algorithm takes the point with the best mean validation over the seeds. `jobs`: runs at a time, by default
-    one per core with one thread each. `origins`: where entries of `algorithms` and `overrides` were written, if not in this
-    call; the comparison tells it. A script calls this under its `__main__` guard: the runs' processes import it. Raises
-    UserError before anything runs if a configuration is impossible or a run in `out` was made with another one; RunFailed,
-    after the others have ended, if a run fails.
+    A script calls this under its `__main__` guard: the runs' processes import it.
+
+    Args:
+        source: A configuration file or a dictionary.
+        algorithms: Names or variants (`hybrid:teacher=mean`), and "all" for all that can mean something with this
+            configuration: then the best is shown first, and what is left out named with the reason.
+        seeds: Each algorithm runs with each of them.
+        out: The folder.
+        overrides: Changes to the configuration, `key.path=value`.
+        grid: Values to try for keys; each algorithm takes the point with the best mean validation over the seeds.
+        jobs: Runs at a time; None: one per core, with one thread each.
+        quiet: Show no progress.
+        origins: Where entries of `algorithms` and `overrides` were written, if not in this call; the
+            comparison states it.
+        allow_code: Whether code that a file names may run (see `hetero_fl.load_config`).
+
+    Raises:
+        UserError: Before anything runs: a configuration is impossible, or a run in `out` was made with another one.
+        RunFailed: After the others have ended: a run fails.
     """
     leave_if_importing()
     out, base, seeds = Path(out), list(overrides), list(dict.fromkeys(seeds))
@@ -55,13 +69,14 @@ def compare(
         raise UserError(f"--jobs: found {jobs}; take 1 or more")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")
-    config = load_config(source, base)
+    permission = CodePermission.of(allow_code)
+    config = load_config(source, base, permission)
     for seed in seeds:
-        load_config(source, [*base, f"seed={seed}"])
+        load_config(source, [*base, f"seed={seed}"], permission)
     names = [n.strip() for n in (pieces(algorithms, ",") if isinstance(algorithms, str) else algorithms)]
     everything = any(n.lower() == "all" for n in names)
     asked = [Variant.parse(n) for n in names if n and n.lower() != "all"]
-    admitted, left_out = _admitted(source, base, seeds[0]) if everything else ([], {})
+    admitted, left_out = _admitted(source, base, seeds[0], permission) if everything else ([], {})
     variants = list(dict.fromkeys([*admitted, *asked]))
     if not variants:
         raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")
@@ -71,10 +86,10 @@ def compare(
         tuple(f"{k}={v}" for k, v in zip(grid or {}, p, strict=True)) for p in itertools.product(*(grid or {}).values())
     ]
     work = [Job(v, p, s, out / "runs" / _folder(v, p, s)) for s in seeds for v in variants for p in points]
-    _check_made_alike(source, base, work)
+    _check_made_alike(source, base, work, permission)
     once = work[: len(variants) * len(points)]
     new = [job for job in once if grid or job.variant not in admitted]  # the others have been prepared
-    tasks = [_task(source, base, job) for job in new or once[:1]]
+    tasks = [_task(source, base, job, permission) for job in new or once[:1]]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,8 +106,9 @@ def compare(
             progress.log(f"settings of {methods}: {text}")
         if before.note:
             progress.log(before.note)
+        written = permission.with_written(source, [o for job in work for o in [*base, *job.overrides]])
         try:
-            failed = run_all(plain, base, work, jobs or max(1, cores() // threads), progress)
+            failed = run_all(plain, base, work, jobs or max(1, cores() // threads), progress, written)
         except KeyboardInterrupt as stop:
             raise Interrupted(out) from stop
     done = [j for j in work if j not in failed]
@@ -137,12 +153,14 @@ def compare(
     return out
 
 
-def _admitted(source: Source, base: list[str], seed: int) -> tuple[list[Variant], dict[str, str]]:
+def _admitted(
+    source: Source, base: list[str], seed: int, permission: CodePermission
+) -> tuple[list[Variant], dict[str, str]]:
     """The methods that this configuration admits, and why the others are refused."""
     kept, left_out = [], {}
     for name in algorithm:
         try:
-            prepare(source, [*base, f"algorithm.name={name}", f"seed={seed}"])
+            prepare(source, [*base, f"algorithm.name={name}", f"seed={seed}"], allow_code=permission)
             kept.append(Variant.parse(name))
         except UserError as error:
             left_out[name] = str(error)
@@ -151,10 +169,10 @@ def _admitted(source: Source, base: list[str], seed: int) -> tuple[list[Variant]
     return kept, left_out
 
 
-def _task(source: Source, base: list[str], job: Job) -> Task:
+def _task(source: Source, base: list[str], job: Job, permission: CodePermission) -> Task:
     """What a run learns. Raises UserError, which says by which option the key was set, if the run is impossible."""
     try:
-        return prepare(source, [*base, *job.overrides]).federation.task
+        return prepare(source, [*base, *job.overrides], allow_code=permission).federation.task
     except UserError as error:
         line = str(error)
         for option, overrides in (("--algorithms", job.variant.overrides), ("--grid", job.point)):
@@ -164,13 +182,14 @@ def _task(source: Source, base: list[str], job: Job) -> Task:
         raise
 
 
-def _check_made_alike(source: Source, base: list[str], work: list[Job]) -> None:
+def _check_made_alike(source: Source, base: list[str], work: list[Job], permission: CodePermission) -> None:
     """Raises UserError, before anything runs, for a run directory that is there and was made with other settings."""
     for job in work:
         if not (job.out / "config.yaml").exists():
             check_vacant(job.out)
             continue
-        made, now = RunDirectory.open(job.out).config(), resolved(load_config(source, [*base, *job.overrides]))
+        made = RunDirectory.open(job.out).config()
+        now = resolved(load_config(source, [*base, *job.overrides], permission))
         derived = {k: v for k, v in made.get("algorithm", {}).items() if now["algorithm"].get(k, v) is None}
         now["algorithm"] |= derived  # what is left open follows from the federation
         if algorithm[now["algorithm"]["name"]].asynchronous:

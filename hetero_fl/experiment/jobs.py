@@ -15,6 +15,7 @@ from hetero_fl.children import ADVICE, UNGUARDED, deaf_children
 from hetero_fl.environment import take_one_core
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.single import run
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.progress import Progress
 
 Source = str | Path | Mapping[str, Any]
@@ -57,7 +58,14 @@ class Job:
         return [*self.variant.overrides, *self.point, f"seed={self.seed}"]
 
 
-def run_all(source: Source, base: list[str], work: list[Job], jobs: int, progress: Progress) -> dict[Job, str]:
+def run_all(
+    source: Source,
+    base: list[str],
+    work: list[Job],
+    jobs: int,
+    progress: Progress,
+    allow_code: bool | CodePermission = False,
+) -> dict[Job, str]:
     """Carry the runs out, some at a time, in processes of their own. Returns the failed ones with the reason."""
     failed: dict[Job, str] = {}
     progress.log(f"{len(work)} runs, {jobs} at a time")
@@ -65,7 +73,7 @@ def run_all(source: Source, base: list[str], work: list[Job], jobs: int, progres
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(work)), spawn, initializer=take_one_core) as pool:
         with deaf_children():
-            waiting = {pool.submit(run_one, source, [*base, *job.overrides], job.out): job for job in work}
+            waiting = {pool.submit(run_one, source, [*base, *job.overrides], job.out, allow_code): job for job in work}
         workers = [child for child in multiprocessing.active_children() if child not in others]
         try:
             for done, future in enumerate(as_completed(waiting), 1):
@@ -89,6 +97,6 @@ def run_all(source: Source, base: list[str], work: list[Job], jobs: int, progres
     return failed
 
 
-def run_one(source: Source, overrides: list[str], out: Path) -> None:
+def run_one(source: Source, overrides: list[str], out: Path, allow_code: bool | CodePermission = False) -> None:
     """A run in a process of its own; one that was interrupted goes on, one that has finished is left alone."""
-    run(source, out=out, resume=True, overrides=overrides)
+    run(source, out=out, resume=True, overrides=overrides, allow_code=allow_code)

@@ -12,6 +12,7 @@ from hetero_fl.errors import UserError
 from hetero_fl.experiment.legacy import Legacy
 from hetero_fl.experiment.newcomers import Newcomers, Site, labels
 from hetero_fl.experiment.scoring import comparable, in_run_order, load_as, renumbered
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import check_vacant
 
@@ -31,6 +32,7 @@ def join(
     epochs: int = EPOCHS,
     overrides: Iterable[str] = (),
     say: Callable[[str], None] = lambda line: None,
+    allow_code: bool | CodePermission = False,
 ) -> dict[str, Any]:
     """Let a newcomer begin with what a finished run leaves, and compare that with training from scratch.
 
@@ -47,16 +49,19 @@ def join(
         patients: numbers of labelled patients (of examples, where the data does not say whose they are).
         epochs: of fine-tuning, though at least 60 steps; from scratch four times as many.
         overrides: settings of the newcomer as of a client, `optimizer.lr=0.0005`, or of `runtime`.
+        allow_code: Whether code that the run's files name may run.
 
     Raises:
         UserError: data, model or settings that do not fit the run; a backbone that nobody shared.
     """
-    legacy, out = Legacy(run if isinstance(run, Run) else Run(run)), Path(out)
+    legacy, out = Legacy(Run.of(run, allow_code)), Path(out)
+    overrides = list(overrides)
+    CodePermission.of(allow_code).check_written(references({"--data": data, "--model": model, "overrides": overrides}))
     check_vacant(out, besides="")  # nothing of it is gone on with
     dataset = in_run_order(data, legacy.run) if isinstance(data, Dataset) else load_as(legacy.run, data, label)
     site = _site(dataset, legacy, patients)
     name = model or legacy.usual
-    plan = Newcomers(legacy, site, dataset.name, name, epochs, list(overrides))
+    plan = Newcomers(legacy, site, dataset.name, name, epochs, overrides)
     begins = plan.beginnings(take)
     seen = {split: legacy.seen(examples.x) for split, examples in (("training", site.train), ("test", site.test))}
     for split, count in seen.items():

@@ -39,7 +39,7 @@ class Legacy:
     @cached_property
     def config(self) -> Config:
         """The run's resolved configuration."""
-        return load_config(self.run.directory.config())
+        return load_config(self.run.path / "config.yaml", allow_code=self.run.permission)
 
     @cached_property
     def clients(self) -> Population:

@@ -14,6 +14,7 @@ from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.pooled import has_common_source, pool
 from hetero_fl.environment import choose_device
 from hetero_fl.errors import UserError
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.asynchronous import Asynchronous
 from hetero_fl.runtime.budget import Budget
@@ -118,17 +119,22 @@ def prepare(
     overrides: Iterable[str] = (),
     dataset: Dataset | None = None,
     data: FederatedData | None = None,
+    allow_code: bool | CodePermission = False,
 ) -> Prepared:
     """Load, build and check everything; trains and writes nothing.
 
     Args:
+        source: A file, a dictionary or a configuration.
+        overrides: Changes, `key.path=value`.
         dataset: examples in memory in place of `data.name`.
         data: what `deal` made of the same configuration, all of it or what one of several machines has.
+        allow_code: Whether code that a file names may run (see `load_config`).
 
     Raises:
         UserError: whatever is wrong.
     """
-    config = load_config(source, overrides)
+    config = load_config(source, overrides, allow_code)
+    permission = CodePermission.of(allow_code).extended(references(config.model_dump()))
     clients = expand(config.clients)
     if config.clients.per_round is not None and config.clients.per_round > len(clients):
         raise UserError(f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients")
@@ -174,7 +180,9 @@ def prepare(
         own_objective(own, federation.task)
     choose_device(config.runtime.device)
     notes += Conditions.of(federation, config).notes()
-    return Prepared(config, method, federation, data, notes, _inherited(config.init_from, federation), budget)
+    return Prepared(
+        config, method, federation, data, notes, _inherited(config.init_from, federation, permission), budget
+    )
 
 
 def _private(config: Config, method: Algorithm, federation: Federation) -> tuple[Config, Federation, Budget | None]:
@@ -190,12 +198,12 @@ def _private(config: Config, method: Algorithm, federation: Federation) -> tuple
     return config.model_copy(update={"privacy": privacy}), federation, replace(budget, privacy=privacy)
 
 
-def _inherited(path: str | None, federation: Federation) -> dict[str, SavedModel]:
+def _inherited(path: str | None, federation: Federation, permission: CodePermission) -> dict[str, SavedModel]:
     """The models of another run that fit clients of this one: same id, same architecture."""
     if path is None:
         return {}
     try:
-        models = Run(path).models
+        models = Run(path, permission).models
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     known = sorted((place, id) for id in models if (place := federation.cards.clients.place(id)) is not None)

@@ -16,6 +16,7 @@ from hetero_fl.data.outside import from_labels, match_columns, read_as
 from hetero_fl.data.registry import takes
 from hetero_fl.errors import UserError, nearest, similar
 from hetero_fl.metrics import score
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.run import Run
 from hetero_fl.task import Task
 
@@ -23,16 +24,30 @@ CACHE = Path("~/.cache/hetero_fl")
 
 
 def evaluate(
-    run: Run | str | Path, data: str, client: str | None = None, home: bool = False, label: str | None = None
+    run: Run | str | Path,
+    data: str,
+    client: str | None = None,
+    home: bool = False,
+    label: str | None = None,
+    allow_code: bool | CodePermission = False,
 ) -> dict[str, dict[str, Any]]:
-    """Metrics by model (client id, or "server") on the test split of a data set, or on all of a local file without one.
+    """Return metrics by model (client id, or "server") on a data set: on its test split, or on all of a local file without one.
 
-    `data`: a source's name, or a local file (`.npz` in the MedMNIST layout, a table, an image folder); `client`: that model
-    only; `home`: read as on the client's own examples (with its label frequencies); `label`: a table's column of labels
-    (several: comma between them; by default that of the run's own configuration). Named classes and targets are matched by
-    name, unnamed ones by number. Raises UserError if the set does not fit the models.
+    Named classes and targets are matched by name, unnamed ones by number.
+
+    Args:
+        run: A finished run.
+        data: A source's name, or a local file (`.npz` in the MedMNIST layout, a table, an image folder).
+        client: Only this client's model.
+        home: Read as on the client's own examples, with its label frequencies.
+        label: A table's column of labels (several: comma between them); None: that of the run's configuration.
+        allow_code: Whether code that the run's files name may run.
+
+    Raises:
+        UserError: The set does not fit the models.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = Run.of(run, allow_code)
+    CodePermission.of(allow_code).check_written(references({"--data": data}))
     if client is not None and client not in run.models:
         raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
     dataset = load_as(run, data, label)

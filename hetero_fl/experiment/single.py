@@ -15,6 +15,7 @@ from hetero_fl.environment import describe_environment
 from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment.course import Callback, carry_out, present
 from hetero_fl.experiment.prepared import Engage, Prepared, prepare
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import LOG, RunDirectory, check_vacant, locked
@@ -36,16 +37,29 @@ def run(
     callbacks: Sequence[Callback] = (),
     dataset: Dataset | None = None,
     quiet: bool = True,
+    allow_code: bool | CodePermission = False,
 ) -> Run:
-    """Carry out a run and leave its directory behind; `resume` goes on from the newest whole checkpoint.
+    """Carry out a run and leave its directory behind.
 
-    `callbacks` are called with each round's record (a line of `metrics.jsonl`) once it is safe on disk. Raises UserError
-    for a mistake in the configuration, the data or the call, or while another process is at work in `out`; RunFailed if the
-    run itself cannot go on; Interrupted, a KeyboardInterrupt, once there is something to resume.
+    Args:
+        source: A configuration file, a dictionary or a configuration.
+        out: The run directory; None: `runs/<name>-<time>`.
+        resume: Go on from the newest whole checkpoint in `out`.
+        overrides: Changes to the configuration, `key.path=value`.
+        callbacks: Called with each round's record (a line of `metrics.jsonl`) once it is safe on disk.
+        dataset: Examples in memory in place of `data.name`.
+        quiet: Show no progress.
+        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in a dictionary or in
+            `overrides` are the caller's own and always allowed.
+
+    Raises:
+        UserError: A mistake in the configuration, the data or the call; another process is at work in `out`.
+        RunFailed: The run itself cannot go on.
+        Interrupted: A KeyboardInterrupt, once there is something to resume.
     """
     leave_if_importing()
     try:
-        prepared = prepare(source, overrides, dataset)
+        prepared = prepare(source, overrides, dataset, allow_code=allow_code)
     except KeyboardInterrupt as stop:
         if resume and out is not None and (Path(out) / "config.yaml").exists():
             raise Interrupted(Path(out)) from stop  # what lies there is still there
@@ -99,7 +113,7 @@ def hold(
         if (path / "config.yaml").exists():
             raise Interrupted(path) from stop
         raise
-    return Run(path)
+    return Run(path, CodePermission(granted=references(config.model_dump())))
 
 
 def choose_for_nodes(prepared: Prepared) -> Choice:

@@ -9,18 +9,13 @@ from pydantic import ValidationError
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.algorithms import needs as declared
 from hetero_fl.brackets import pieces
-from hetero_fl.errors import UserError
 from hetero_fl.reporting.method_names import ALGORITHMS
 from hetero_fl.reporting.wording import algorithm_base, algorithm_name
 
 
 def method(label: str) -> type[Algorithm] | None:
-    """The class of a label's method; None where it cannot be imported here."""
-    try:
-        kind = algorithm[algorithm_base(label)]
-    except UserError:
-        return None
-    return kind if isinstance(kind, type) and issubclass(kind, Algorithm) else None
+    """Return the class of a label's method; None for a user's own method whose module this process has not imported."""
+    return algorithm.loaded(algorithm_base(label))
 
 
 def is_bound(label: str) -> bool:
@@ -54,7 +49,7 @@ def needed(label: str) -> str:
 
 
 def docstring(label: str) -> str:
-    """The first paragraph of a method's docstring as one line; empty where it has none, or cannot be imported here."""
+    """The first paragraph of a method's docstring as one line; empty where it has none, or is not known here."""
     kind = method(label)
     return " ".join(((kind.__doc__ if kind else None) or "").strip().partition("\n\n")[0].split())
 

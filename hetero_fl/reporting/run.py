@@ -11,15 +11,32 @@ from torch import Tensor
 
 from hetero_fl.data.given import as_seen
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.saved import SavedModel
 
 
 class Run:
-    """The directory of a finished run. Raises UserError if it is none."""
+    """The directory of a finished run.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: The directory.
+        allow_code: Whether code that its files name (`python:package.module:Name`) may run, such as a user's model.
+
+    Raises:
+        UserError: There is no run directory at the path.
+    """
+
+    def __init__(self, path: str | Path, allow_code: bool | CodePermission = False) -> None:
         self.directory = RunDirectory.open(path)
+        self.permission = CodePermission.of(allow_code)
+
+    @classmethod
+    def of(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
+        """Return the run at a path; for a `Run`, itself, or with `allow_code` another one with that permission."""
+        if isinstance(run, Run) and (not allow_code or run.permission is allow_code):
+            return run
+        return cls(run.path if isinstance(run, Run) else run, allow_code)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -47,7 +64,7 @@ class Run:
             over = (self.path / "summary.json").exists()
             why = "no site tells its own (tells.model in a site's file)" if over else "the run has not finished"
             raise UserError(f"{self.path}: holds no models; {why}")
-        return {f.stem: SavedModel.load(f) for f in files}
+        return {f.stem: SavedModel.load(f, self.permission) for f in files}
 
     def predict(self, client: str, x: Any, home: bool = True, unit: Any = None) -> Tensor:
         """Probabilities `[N, outputs]` (regression: values) of a client's model for raw examples.

@@ -93,15 +93,17 @@ def test_fedbn_without_batch_norm_is_fedavg_bit_for_bit_and_with_it_is_not() -> 
 
 
 def test_batch_norm_is_found_by_type() -> None:
-    assert Architecture.of("python:tests.algorithms.test_partial:odd", 10, (1, 8, 8)).batch_norm_names == {
+    assert Architecture.of("python:tests.algorithms.test_partial:Odd", 10, (1, 8, 8)).batch_norm_names == {
         f"backbone.steady.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     }
 
 
-def odd(num_classes: int) -> SplitModel:
+class Odd(SplitModel):
     """A model whose BatchNorm is not called so, and which has something else that is."""
-    parts = OrderedDict(flat=torch.nn.Flatten(), bn=torch.nn.Linear(64, 8), steady=torch.nn.BatchNorm1d(8))
-    return SplitModel(torch.nn.Sequential(parts), torch.nn.Linear(8, num_classes), 8)
+
+    def __init__(self, num_classes: int) -> None:
+        parts = OrderedDict(flat=torch.nn.Flatten(), bn=torch.nn.Linear(64, 8), steady=torch.nn.BatchNorm1d(8))
+        super().__init__(torch.nn.Sequential(parts), torch.nn.Linear(8, num_classes), 8)
 
 
 @pytest.mark.usefixtures("float64")

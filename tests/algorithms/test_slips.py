@@ -255,7 +255,7 @@ def test_the_traceback_goes_to_the_log_and_the_status_is_one(
 ) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(source(AsksForAnother)))
-    assert main(["--config", str(path), "--out", str(tmp_path / "run")], command="train") == 1
+    assert main(["--config", str(path), "--out", str(tmp_path / "run"), "--allow-code"], command="train") == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("failed: ") and "in aggregate: NoSuchItem" in said
     log = (tmp_path / "run" / "log.txt").read_text()

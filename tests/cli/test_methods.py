@@ -137,7 +137,7 @@ class Odd(Algorithm):
 
 
 def test_a_method_of_ones_own_is_explained_whatever_its_settings_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", f"python:{__name__}:Odd"]) == 0
+    assert main(["methods", "--allow-code", f"python:{__name__}:Odd"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"by_client\s+│ table", out) and re.search(r"must\s+│ complex\s+│\s+│", out)
     assert re.search(r"kinds\s+│ list of whole number\s+│ \[1, 2\]", out)

@@ -80,9 +80,9 @@ def test_names_sort_as_people_count() -> None:
 def test_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [])
-    (tmp_path / "mine_for_import.py").write_text("value = 7\n")
+    (tmp_path / "mine_for_import.py").write_text("def value(): return 7\n")
     (tmp_path / "broken_for_import.py").write_text("1 / 0\n")
-    assert imported("python:mine_for_import:value", "data.name") == 7
+    assert imported("python:mine_for_import:value", "data.name", takes="")() == 7
     for reference, words in (
         ("python:mine_for_import", "write python:package.module:Name"),
         ("python:mine_for_import:valu", "did you mean 'value'?"),

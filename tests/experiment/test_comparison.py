@@ -25,7 +25,7 @@ def one_after_another(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs in this process; returns the folders of those that ran."""
     ran: list[str] = []
 
-    def run_all(source: Any, base: list[str], work: list[jobs.Job], at_a_time: int, progress: Any) -> dict[Any, str]:
+    def run_all(source: Any, base: list[str], work: list[jobs.Job], *others: Any) -> dict[Any, str]:
         for job in work:
             jobs.run_one(source, [*base, *job.overrides], job.out)
             ran.append(job.out.name)

@@ -205,18 +205,37 @@ class Parts(nn.Module):
         self.backbone = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(4, num_classes)
 
-def anything(**given):
-    made = Whole(given["num_classes"], given["in_channels"], given["input_size"])
-    made.given = given
-    return made
+class Anything(Whole):
+    def __init__(self, **given):
+        super().__init__(given["num_classes"], given["in_channels"], given["input_size"])
+        self.given = given
 
-def wrong_head(num_classes): return Parts(num_classes + 1)
-def headless(num_classes): return nn.Linear(3, num_classes)
-def no_module(num_classes): return 5
-def wrong_width(num_classes): return SplitModel(Parts(2).backbone, nn.Linear(4, num_classes), 5)
-def odd_head(num_classes): return SplitModel(Parts(2).backbone, nn.Linear(7, num_classes), 4)
-def broken(num_classes): raise KeyError("first line\\nsecond line")
-def maps(num_classes): return SplitModel(nn.Conv2d(1, 4, 3), nn.Linear(4, num_classes), 4)
+class WrongHead(Parts):
+    def __init__(self, num_classes):
+        super().__init__(num_classes + 1)
+
+class Headless(nn.Linear):
+    def __init__(self, num_classes):
+        super().__init__(3, num_classes)
+
+class WrongWidth(SplitModel):
+    def __init__(self, num_classes):
+        super().__init__(Parts(2).backbone, nn.Linear(4, num_classes), 5)
+
+class OddHead(SplitModel):
+    def __init__(self, num_classes):
+        super().__init__(Parts(2).backbone, nn.Linear(7, num_classes), 4)
+
+class Broken(nn.Module):
+    def __init__(self, num_classes):
+        raise KeyError("first line\\nsecond line")
+
+class Maps(SplitModel):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(1, 4, 3), nn.Linear(4, num_classes), 4)
+
+def function(num_classes): return Parts(num_classes)
+number = 5
 """
 
 
@@ -243,26 +262,27 @@ def test_own_module_with_backbone_and_head_is_wrapped(own: str) -> None:
     assert model(torch.randn(2, 1, 28, 28)).logits.shape == (2, 3)
 
 
-def test_own_function_that_takes_anything(own: str) -> None:
-    model = create_model(own + "anything", 3, input_size=4, depth=7)
+def test_own_class_that_takes_anything(own: str) -> None:
+    model = create_model(own + "Anything", 3, input_size=4, depth=7)
     assert model.given == {
         "num_classes": 3, "in_channels": 1, "input_size": (4, 4), "feature_dim": None, "depth": 7
     }  # fmt: skip
 
 
 WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
-    ("Whol", {}, r"has no class or function Whol; the nearest is Whole"),
+    ("Whol", {}, r"has no class Whol; the nearest is Whole"),
     ("Whole", {"slop": 0.1}, r"unknown option slop; the nearest is slope; it takes slope"),
     ("Parts", {"feature_dim": 9}, r"feature_dim=9 was asked for, its features have width 4"),
     ("Parts", {"pretrained": True}, r"pretrained: it has no such argument"),
     ("Parts", {"input_size": ()}, r"cannot take a table row of 1 columns: "),
-    ("wrong_head", {}, r"must give logits of shape \(2, 3\) for two examples, it gave \(2, 4\)"),
-    ("odd_head", {}, r"its head cannot take features of width 4: "),
-    ("headless", {}, r"found Linear; it must return a model_zoo.SplitModel, or a module with .backbone and .head"),
-    ("no_module", {}, r"found int; it must return"),
-    ("wrong_width", {}, r"its feature_dim says 5, its features have width 4"),
-    ("broken", {}, r"could not be made: KeyError: "),
-    ("maps", {}, r"\[batch, D\]; for 2 examples it gave \(2, 4, 26, 26\)"),
+    ("WrongHead", {}, r"must give logits of shape \(2, 3\) for two examples, it gave \(2, 4\)"),
+    ("OddHead", {}, r"its head cannot take features of width 4: "),
+    ("Headless", {}, r"found Headless; it must be a model_zoo.SplitModel, or a module with .backbone and .head"),
+    ("function", {}, r"function of zoo_own_models is no subclass of torch\.nn\.Module"),
+    ("number", {}, r"number of zoo_own_models is no subclass of torch\.nn\.Module"),
+    ("WrongWidth", {}, r"its feature_dim says 5, its features have width 4"),
+    ("Broken", {}, r"could not be made: KeyError: "),
+    ("Maps", {}, r"\[batch, D\]; for 2 examples it gave \(2, 4, 26, 26\)"),
 ]
 
 

@@ -95,7 +95,15 @@ def test_same_bits_and_a_rank_that_dies_is_started_again(tmp_path: Path) -> None
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(held))
     out = tmp_path / "out"
     process = launch(
-        tmp_path, TRAIN, "--config", "c.yaml", "--resume", "--out", str(out), options=("--max-restarts", "1")
+        tmp_path,
+        TRAIN,
+        "--config",
+        "c.yaml",
+        "--resume",
+        "--out",
+        str(out),
+        "--allow-code",
+        options=("--max-restarts", "1"),
     )
     assert comes(lambda: sign.exists() or process.poll() is not None) and sign.exists(), process.communicate()
     assert (out / "metrics.jsonl").exists() and int(sign.read_text()) in at_work(out)[1:]

@@ -106,8 +106,8 @@ class PredictionRule:
         raise TypeError(f"{type(self).__name__} defines no combine")
 
 
-rule: Registry[type[Rule]] = Registry("aggregation rule")
-prediction_rule: Registry[type[PredictionRule]] = Registry("aggregation rule of predictions")
+rule: Registry[type[Rule]] = Registry("aggregation rule", lambda: Rule)
+prediction_rule: Registry[type[PredictionRule]] = Registry("aggregation rule of predictions", lambda: PredictionRule)
 
 
 def middle(values: Tensor, liars: int | None = None) -> Tensor:

@@ -66,4 +66,4 @@ class Attack:
         return None
 
 
-attack: Registry[type[Attack]] = Registry("attack")
+attack: Registry[type[Attack]] = Registry("attack", lambda: Attack)

@@ -19,6 +19,7 @@ from hetero_fl.experiment.auditing.membership import confidence, likelihood_rati
 from hetero_fl.experiment.auditing.shadows import answers, candidates, shadow_seed, targets, train_shadow
 from hetero_fl.experiment.auditing.upload import refusal
 from hetero_fl.experiment.prepared import Prepared, prepare
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.checkpoint import read_checkpoint
 
@@ -41,6 +42,7 @@ def audit(
     dataset: Dataset | None = None,
     out: str | Path | None = None,
     say: Say = lambda line: None,
+    allow_code: bool | CodePermission = False,
 ) -> Json:
     """Attack a finished run and write `audit.json`, `audit.png`, `images.png` and `audit.html`; returns the content of the first.
 
@@ -53,13 +55,14 @@ def audit(
         protect: what becomes of an update (named tensors, sent minus received) on its way, as a trial; shown beside.
         dataset: the run's examples, if it was given them in memory.
         out: the folder; none: `audit` in the run's own.
+        allow_code: Whether code that the run's files name may run.
 
     Raises:
         UserError: no finished run, other data than the run's, an unknown client, a number that makes no sense, or an attack
             that was asked for by name and cannot be tried.
     """
     begun = time.perf_counter()
-    run = run if isinstance(run, Run) else Run(run)
+    run = Run.of(run, allow_code)
     if attack not in ("membership", "inversion", "both"):
         raise UserError(f"--attack: found '{attack}'{nearest(attack, ['membership', 'inversion', 'both'])}")
     if shadows and (shadows < 4 or shadows % 2):
@@ -75,7 +78,7 @@ def audit(
             raise UserError(
                 f"--clients: {run.path} has no model of '{client}'{nearest(client, set(models) - {'server'})}"
             )
-    prepared = prepare(run.path / "config.yaml", dataset=dataset)
+    prepared = prepare(run.path / "config.yaml", dataset=dataset, allow_code=run.permission)
     _check_data(run, prepared)
     notes: list[str] = []
     content: Json = {

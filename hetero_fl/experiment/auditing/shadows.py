@@ -116,7 +116,7 @@ def train_shadow(
             course.evaluate(details=True, save=save)
         finally:
             course.executor.close()
-        return {id: SavedModel.load(Path(folder) / f"{id}.safetensors") for id in train}
+        return {id: SavedModel.load(Path(folder) / f"{id}.safetensors", allow_code=True) for id in train}
 
 
 def shadow_seed(seed: int, shadow: int) -> int:

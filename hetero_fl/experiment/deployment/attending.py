@@ -19,23 +19,26 @@ from hetero_fl.experiment.deployment.log import Log, Told
 from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.site_file import load_site
 from hetero_fl.experiment.deployment.transport import Envelope
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.rundir import locked
 
 NUMBER = "number"  # of this node at the transport; in the site's folder
 
 
-def attend(path: Path, once: bool = False) -> bool:
+def attend(path: Path, once: bool = False, allow_code: bool | CodePermission = False) -> bool:
     """Answer the server that a site's file names until SIGTERM comes, and finish the task in hand; at once if it comes again, or
     Ctrl-C. Returns whether a task may have been left so.
 
     Args:
+        path: The site's file.
         once: end when a run is over, too.
+        allow_code: Whether code may run that the site's file names: its own, and what `allows.own_code` lets a server name.
 
     Raises:
         UserError: what is wrong with the file or what it names; Flower is missing; the server is not who it should be.
         RunFailed: the server will not have this site.
     """
-    site, folder = load_site(path)
+    site, folder = load_site(path, allow_code)
     if site.server is None:
         raise UserError(f"{path}: server: missing; it says whom this site answers (address, authority, key)")
     if site.data is not None:  # before a server counts on it

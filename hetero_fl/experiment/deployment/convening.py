@@ -21,13 +21,14 @@ from hetero_fl.data.elsewhere import held_at
 from hetero_fl.data.pack import Pack
 from hetero_fl.data.private import Told
 from hetero_fl.errors import RunFailed
-from hetero_fl.experiment.deployment.hearing import hear_settings, hear_told, strings
+from hetero_fl.experiment.deployment.hearing import hear_settings, hear_told
 from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reason, told_tree
 from hetero_fl.experiment.deployment.post import Post
 from hetero_fl.experiment.deployment.roll import fingerprint_of
 from hetero_fl.experiment.deployment.talks import Talk
 from hetero_fl.experiment.prepared import Prepared, deal, prepare
 from hetero_fl.experiment.single import choose_for_nodes
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.runtime.executor import Absent
 
 PREPARING = 600.0  # seconds that a node may take to load its data
@@ -109,14 +110,14 @@ def convene(config: Config, post: Post, wait: float, known: Mapping[str, Any] | 
     missing = post.gather(wait)
     if missing and (known is None or len(missing) == len(ids)):
         raise RunFailed(f"not there after {wait:g} s: {', '.join(missing[:6])}{' …' if len(missing) > 6 else ''}")
-    names = {value for _, value in strings(resolved(config))}
+    names = references(config.model_dump())
     before = known["settings"] if known is not None else {}
     told_by = {id: _settings(id, post.here[id], names) if id in post.here else before.get(id, {}) for id in ids}
     own = [{"match": id, **settings} for id, settings in told_by.items() if settings]
     if own:
         plain = resolved(config)
         plain["clients"]["overrides"] = [*plain["clients"]["overrides"], *own]
-        config = load_config(plain)
+        config = load_config(plain, allow_code=CodePermission(granted=names))
     run = str(known["run"]) if known is not None else secrets.token_hex(16)
     convened = Convened(post, config, deal(config, absent=ids), run, told_by)
     if known is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from hetero_fl.data.private import Told
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.messages import Refused
 from hetero_fl.metrics import SMALLER_IS_BETTER, metric_names
-from hetero_fl.registry import OWN
+from hetero_fl.own_code import OWN, strings
 from hetero_fl.runtime.beside import STRETCH
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.site import READINGS, Reading, Scores
@@ -64,19 +64,6 @@ def hear_state(name: str) -> str:
     if name and not (len(name) == 64 and set(name) <= set("0123456789abcdef")):
         raise Refused(f"found the state {name[:LONGEST]!r}")
     return name
-
-
-def strings(tree: object, at: str = "") -> Iterator[tuple[str, str]]:
-    """All strings of a tree, keys too, and where they stand."""
-    if isinstance(tree, str):
-        yield at, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from strings(str(key), at)
-            yield from strings(value, f"{at}.{key}" if at else str(key))
-    elif isinstance(tree, list | tuple):
-        for number, value in enumerate(tree):
-            yield from strings(value, f"{at}.{number}" if at else str(number))
 
 
 def hear_told(tree: Any, outputs: int) -> Told:
@@ -184,7 +171,9 @@ def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
         try:
-            saved = SavedModel.load(path)
+            saved = SavedModel.load(
+                path, allow_code=True
+            )  # nothing is built before it is known to be this client's model
         except UserError:
             raise Refused("what should be its model is none") from None
     if saved.task != task or saved.arch not in (card.arch, *method.extras(card.arch).values()):

@@ -27,6 +27,7 @@ from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.terms import check_config, check_raw, mark_of
 from hetero_fl.experiment.deployment.vault import Cipher, Vault
 from hetero_fl.experiment.prepared import deal, prepare
+from hetero_fl.own_code import CodePermission
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.jobs import Setup, Worker
 
@@ -76,7 +77,8 @@ def begin(
     Raises Refused for what the site does not grant, and for another configuration than it heard before.
     """
     me, raw = site.client, check_raw(tree["config"], site.allows)
-    config = load_config(raw).model_copy(update={"init_from": None})  # a folder of the server's
+    permission = CodePermission(granted=site.allows.own_code)
+    config = load_config(raw, allow_code=permission).model_copy(update={"init_from": None})  # a folder of the server's
     clients = expand(config.clients)
     if me not in clients:
         raise Refused(f"the configuration has no client '{me}'")

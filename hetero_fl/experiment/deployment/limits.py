@@ -21,7 +21,10 @@ class AllowsConfig(Section):
     """Limits of a site, against which every configuration, task and answer is checked before it goes on."""
 
     methods: list[str] | None = Field(None, description="values of algorithm.name; none: any")
-    own_code: list[str] = Field([], description="python:module:Name that a configuration may have this site run")
+    own_code: list[str] = Field(
+        [],
+        description="python:module:Name that a server's configuration may have this site run; the node needs `--allow-code`",
+    )
     rounds: PositiveInt | None = Field(
         None, description="most rounds of a run, and most times that it trains in one; none: no limit, here and below"
     )

@@ -18,6 +18,7 @@ from hetero_fl.experiment.deployment.identity import ServerKeys
 from hetero_fl.experiment.deployment.serving import check_deployable, serve
 from hetero_fl.experiment.deployment.transport import Transport
 from hetero_fl.experiment.single import default_out
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import SITES, check_vacant, locked
 
@@ -34,10 +35,12 @@ def federate(
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
     nursery: Beside | None = None,
+    allow_code: bool | CodePermission = False,
 ) -> Run:
     """`hetero_fl.experiment.run`, carried out by a process for each client; what these keep is in `OUT/sites`.
 
-    `nursery`: the process that starts them, if it has been begun already.
+    `nursery`: the process that starts them, if it has been begun already. `allow_code` permits the clients' processes to run
+    the code that the configuration names, too.
 
     Raises:
         UserError, RunFailed, Interrupted: as `run` does; Flower is not installed.
@@ -45,7 +48,7 @@ def federate(
     from hetero_fl.experiment.deployment.flower import FlowerTransport, Superlink
 
     with nursery or Beside(NURSERY) as nursery, ExitStack() as stack:
-        config = load_config(source, overrides)
+        config = load_config(source, overrides, allow_code)
         check_deployable(config)
         path = default_out(config) if out is None else Path(out)
         if resume and (path / "config.yaml").exists():
@@ -58,12 +61,14 @@ def federate(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
         own = make_node_key(scratch / "server")
         keys, sites = {}, []
+        allows = {"own_code": list(references(config.model_dump()))}
         for client in expand(config.clients):
             keys[client] = make_node_key(scratch / client / "key").public_key()
-            about = {"address": superlink.address, "key": "key", "public": str(scratch / "server.pub")}
+            server = {"address": superlink.address, "key": "key", "public": str(scratch / "server.pub")}
             folder = str((path / SITES / client).resolve())
             sites.append(scratch / client / "site.yaml")
-            sites[-1].write_text(yaml.safe_dump({"client": client, "folder": folder, "tells": TELLS, "server": about}))
+            about = {"client": client, "folder": folder, "tells": TELLS, "server": server, "allows": allows}
+            sites[-1].write_text(yaml.safe_dump(about))
         transport = _Watched(FlowerTransport(superlink, keys), nursery)
         nursery.tell([str(site) for site in sites])
         return serve(

@@ -21,6 +21,7 @@ from hetero_fl.experiment.deployment.serving import check_deployable, serve
 from hetero_fl.experiment.deployment.status import Status
 from hetero_fl.experiment.deployment.window import window
 from hetero_fl.experiment.single import default_out
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.run import Run
 from hetero_fl.runtime.readings import Record
 
@@ -32,17 +33,26 @@ def preside(
     out: Path | None = None,
     resume: bool = False,
     overrides: Iterable[str] = (),
+    allow_code: bool | CodePermission = False,
 ) -> Run:
     """Carry out a run with nodes on other machines, as the server's `file` says.
 
     SIGTERM ends it after the round in hand, with its checkpoint; once more, or Ctrl-C: at once, with that of the round before.
+
+    Args:
+        source: The configuration.
+        file: The server's own file.
+        out: The run directory; None: `runs/<name>-<time>`.
+        resume: Go on from the newest whole checkpoint in `out`.
+        overrides: Changes to the configuration, `key.path=value`.
+        allow_code: Whether code that a file names may run at the server (see `hetero_fl.load_config`).
 
     Raises:
         UserError: what is wrong with one of the files, or what it names; Flower is missing; a port is taken.
         RunFailed, Interrupted: as `serve` does.
     """
     server = load_server(file)
-    config = load_config(source, overrides)
+    config = load_config(source, overrides, allow_code)
     check_deployable(config)
     server.check_clients(list(expand(config.clients)), file)
     files = None

@@ -14,6 +14,7 @@ from hetero_fl.config.mistakes import describe
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.limits import AllowsConfig
+from hetero_fl.own_code import CONTEXT, CodePermission, references
 
 
 class TellsConfig(Section):
@@ -77,13 +78,18 @@ class SiteConfig(Section):
         return {name: value for name, value in own.items() if value is not None}
 
 
-def load_site(path: str | Path) -> tuple[SiteConfig, Path]:
-    """A site's file and its folder. Raises UserError, in one line, for everything that is wrong with it."""
+def load_site(path: str | Path, allow_code: bool | CodePermission = False) -> tuple[SiteConfig, Path]:
+    """Return a site's file and its folder.
+
+    Raises UserError, in one line, for everything that is wrong with it, and for code that it names, for itself or in
+    `allows`, unless `allow_code` permits that.
+    """
     path = Path(path)
     raw = read(path)
     try:
         site = SiteConfig.model_validate(raw)
-        ClientSettings.model_validate(site.settings())
+        CodePermission.of(allow_code).check(references(site.model_dump()), str(path))
+        ClientSettings.model_validate(site.settings(), context={CONTEXT: True})
     except ValidationError as error:
         raise UserError(f"{path}: {describe(error, raw, SiteConfig)}") from None
     if site.data is not None and site.data.path is not None:

@@ -16,6 +16,7 @@ from hetero_fl.experiment.exporting import formats, score
 from hetero_fl.experiment.exporting.graph import OUTPUTS, Exported
 from hetero_fl.experiment.exporting.inputs import as_predicted, drawn, inputs_of
 from hetero_fl.files import write_atomically
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.card import FORM, facts, markdown
 from hetero_fl.reporting.run import Run
 from hetero_fl.saved import SavedModel
@@ -44,6 +45,7 @@ def export(
     out: str | Path | None = None,
     home: bool = False,
     say: Say = lambda line: None,
+    allow_code: bool | CodePermission = False,
 ) -> dict[str, File]:
     """Write models of a finished run as files for use without this package; returns them by client id.
 
@@ -58,11 +60,12 @@ def export(
         out: the folder, by default `export` in the run's.
         home: with the client's own label frequencies, as on its own patients (`Run.predict`'s default); the file is then called
             `NAME-home`.
+        allow_code: Whether code that the run's files name may run.
 
     Raises:
         UserError: no such model; a model that cannot be written in this format, or would predict otherwise there.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = Run.of(run, allow_code)
     if format not in formats.SUFFIXES:
         raise UserError(f"--format: found '{format}'{nearest(format, formats.SUFFIXES)}")
     if client is not None and client not in run.models:

@@ -275,4 +275,4 @@ def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> 
     for id, node in federation.nodes.items():
         node.keys = keys_of("site_1" if id == "site_3" else id)  # registered, but as somebody else
     with pytest.raises(RunFailed, match="not there after 300 s: site_3"):
-        federation.serve(small(), keys=PINNED, say=clock.after(3, []))
+        federation.serve(small(), keys=PINNED, say=clock.after(4, []))

@@ -19,10 +19,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.hashes import SHA384
 
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, one_line
 from hetero_fl.experiment.deployment.certificates import PublicKey, load_node_key, load_public_key, public_bytes
 from hetero_fl.experiment.deployment.messages import Refused, told_apart
-from hetero_fl.experiment.deployment.transport import Envelope, Head, Transport
+from hetero_fl.experiment.deployment.transport import Envelope, Head, Transport, Unread
 
 SIGNATURE = "signature"
 NUMBER, TO, UNTIL = "number", "to", "until"  # of a message of the server's
@@ -154,10 +154,12 @@ class Signed:
         self.transport.close()
 
     def _heard(self, number: str, answer: Envelope) -> Envelope:
+        if isinstance(answer, Unread):
+            return answer
         try:
             return self._checked(self._sent.pop(number, None), answer)
         except Refused as error:
-            client = str(answer.head.get(FROM, ""))[:80]
+            client = one_line(answer.head.get(FROM, ""), 80)
             self.say(f"refused an answer in the name of '{client}': {error}")
             return Envelope({"ask": "refused", "client": client, "why": str(error)})
 

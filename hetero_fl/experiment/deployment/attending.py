@@ -57,7 +57,7 @@ def attend(path: Path, once: bool = False) -> bool:
     with locked(folder) as unheld, _heard(log), _ending(log, stop):
         for line in unheld:
             log(line)
-        attended = _Attended(Node(site, folder, log, keys), log, stop, once)
+        attended = _Attended(Node(site, folder, log, keys, key), log, stop, once)
         log(f"{site.client}: looking for the server at {site.server.address}")
         try:
             serve(

@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
 from hetero_fl.channel.protocol import Message
 from hetero_fl.codec import CodecError, as_bytes, as_tensor, decode, encode
 from hetero_fl.errors import RunFailed, UserError, one_line
 from hetero_fl.experiment.deployment.account import TRAIN
 from hetero_fl.experiment.deployment.audit_log import AGAIN, AuditLog, Entry
-from hetero_fl.experiment.deployment.identity import NodeKeys
+from hetero_fl.experiment.deployment.identity import LOG, NodeKeys
 from hetero_fl.experiment.deployment.joined import MODEL, Joined, begin, plain
 from hetero_fl.experiment.deployment.messages import (
     FORM,
@@ -50,6 +52,7 @@ class Node:
         folder: where it keeps what must outlive its process.
         say: told, in one line, of what it is asked and of what it refuses.
         keys: of whoever is spoken with; none: no message is signed.
+        key: this site's own, with which its log is signed; none: that of `keys`, if there are any.
 
     Raises:
         UserError: its log was tampered with, or the key of its folder is none.
@@ -61,13 +64,14 @@ class Node:
         folder: Path,
         say: Callable[[str], None] = lambda line: None,
         keys: NodeKeys | None = None,
+        key: EllipticCurvePrivateKey | None = None,
     ) -> None:
         self.site, self.folder, self.say, self.keys = site, folder, say, keys
         self.cipher = None if site.encrypt is None else Cipher.of(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)
-        self.log = AuditLog(folder / "audit.jsonl")
+        self.log = AuditLog(folder / "audit.jsonl", keys.own if key is None and keys is not None else key)
         self._line: Entry = {}  # what the log will say of the message in hand
         self.joined: Joined | None = None
         self.left: str | None = None  # why it was let go, once it was
@@ -106,6 +110,8 @@ class Node:
                 answer = self._refusal(f"{type(error).__name__}: {one_line(error, 200)}")
             if self.keys is None:
                 return answer
+            with contextlib.suppress(UserError):
+                answer = Envelope({**answer.head, LOG: self.log.head}, answer.body)
             return self.keys.sign(answer, envelope, self.site.client)
 
     def _put_down(self, answer: Envelope) -> None:

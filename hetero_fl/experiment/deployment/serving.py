@@ -95,7 +95,8 @@ def serve(
 
         transport = Bounded(transport, message_bytes)
         if keys is not None:
-            transport = Signed(transport, keys, tell)
+            transport = signed = Signed(transport, keys, tell)
+            status.watch_logs(lambda: signed.logs)
         post = Post(transport, clients, tell, patience, nudge)
         status.watch(lambda: post.node_of)
     except BaseException:

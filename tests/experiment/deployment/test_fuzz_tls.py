@@ -124,7 +124,7 @@ def test_run_over_tls_ends_well_with_a_hostile_site(
     assert "a message of more than 4,194,304 bytes" in failed[3]["site_3"]
     assert all(why.isprintable() and len(why) < 500 for each in failed for why in each.values())
     for site in SITES:
-        assert verify(net.folder / site / "state" / "audit.jsonl")
+        assert verify(net.folder / site / "state" / "audit.jsonl", net.public[site])
 
 
 def sendable(head: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,8 @@ def test_node_over_tls_answers_a_hostile_server(
             assert answer is not None
         assert answer.head["ask"] == "here"
         net.transport.close()
-    assert len(verify(net.folder / "site_1" / "state" / "audit.jsonl")) == len(asked)
+    assert len(verify(net.folder / "site_1" / "state" / "audit.jsonl", net.public["site_1"])) == len(asked)
+    assert signed.logs["site_1"].startswith(f"{len(asked)}:")
 
 
 # Parts of a message --------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
+from hetero_fl.errors import one_line
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
@@ -29,11 +31,18 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DEEPEST = 12
+# A header is parsed only within these bounds: a value takes up to a hundred bytes of memory, however few its text has.
+MOST_HEADER_BYTES = 2**24
+MOST_HEADER_VALUES = 2**19  # names and values, roughly; a tensor takes about fifteen
+MOST_REASON = 240  # characters of a CodecError
 Tree = Any  # dict[str, Tree] | list[Tree] | Tensor | str | int | float | bool | None
 
 
 class CodecError(ValueError):
-    """Bytes that are not a tree of this format, in one line."""
+    """Bytes that are not a tree of this format, in one short printable line."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message, MOST_REASON))
 
 
 def as_tensor(data: bytes) -> Tensor:
@@ -102,10 +111,20 @@ def nbytes(tree: Tree) -> int:
     return 0
 
 
-def decode(data: bytes, form: str) -> Tree:
-    """The reverse of `encode`. Tensors own their memory. Raises CodecError, in one line, for anything malformed."""
+def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
+    """Read what `encode` wrote. Tensors own their memory.
+
+    Args:
+        data: The bytes; nothing of them is trusted.
+        form: What the tree is, as it was given to `encode`.
+        bounded: Whether headers over MOST_HEADER_BYTES or MOST_HEADER_VALUES are refused before they are parsed. Files that
+            this process's own run directory holds may have longer ones.
+
+    Raises:
+        CodecError: The bytes are malformed or out of bounds.
+    """
     try:
-        head = json.loads(_metadata(data)["hetero_fl"])
+        head = read_json(_metadata(data, bounded)["hetero_fl"], bounded)
         if head["form"] != form:
             raise CodecError(f"found {str(head['form'])[:40]!r} where '{form}' was expected")
         tensors = {n: _tensor(a) for n, a in deserialize(data)}
@@ -116,18 +135,49 @@ def decode(data: bytes, form: str) -> Tree:
         raise CodecError(f"malformed: {type(error).__name__} {str(error)[:120]}") from None
 
 
-def _metadata(data: bytes) -> dict[str, str]:
+def read_json(text: str | bytes, bounded: bool = True) -> Any:
+    """Parse JSON that somebody sent, within the bounds of a header.
+
+    Raises:
+        CodecError: The text is too long or has too many values.
+        ValueError, RecursionError: It is not JSON or not UTF-8, is nested too deeply, or has a lone surrogate in a string.
+    """
+    if bounded and len(text) > MOST_HEADER_BYTES:
+        raise CodecError(f"a header of {len(text):,} bytes; at most {MOST_HEADER_BYTES:,} are read")
+    text = text if isinstance(text, str) else str(text, "utf-8")
+    values = sum(text.count(mark) for mark in ",:[{")
+    if bounded and values > MOST_HEADER_VALUES:
+        raise CodecError(f"a header of {values:,} values; at most {MOST_HEADER_VALUES:,} are read")
+    found = json.loads(text)
+    if "\\ud" in text.lower():  # the only way in for a lone surrogate; a pair of them is one character
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def check_header(data: bytes) -> None:
+    """Raise CodecError if the bytes are not a safetensors file of ours whose header can be parsed within bounds."""
+    try:
+        read_json(_metadata(data, bounded=True)["hetero_fl"])
+    except CodecError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CodecError(f"malformed header: {type(error).__name__}") from None
+
+
+def _metadata(data: bytes, bounded: bool) -> dict[str, Any]:
     if len(data) < 8:
         raise CodecError(f"{len(data)} bytes are too few")
     size = int.from_bytes(data[:8], "little")
     if size > len(data) - 8:
         raise CodecError("the declared header is longer than the data")
     try:
-        header = json.loads(data[8 : 8 + size])
+        header = read_json(data[8 : 8 + size], bounded)
         metadata = header.get("__metadata__") or {}
         if not isinstance(metadata, dict):
             raise TypeError("no metadata")
         return metadata
+    except CodecError:
+        raise
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CodecError(f"malformed header: {type(error).__name__}") from None
 
@@ -137,7 +187,7 @@ def _tensor(entry: dict[str, Any]) -> Tensor:
         raise CodecError(f"dtype {entry['dtype']!r} does not travel")
     dtype = DTYPES[entry["dtype"]]
     raw = entry["data"]
-    if entry["dtype"] == "BOOL" and max(raw, default=0) > 1:
+    if entry["dtype"] == "BOOL" and np.frombuffer(raw, np.uint8).max(initial=0) > 1:
         raise CodecError("a truth value that is neither 0 nor 1")
     array = np.frombuffer(bytearray(raw) if isinstance(raw, bytes) else raw, dtype).reshape(entry["shape"])
     return torch.from_numpy(array)

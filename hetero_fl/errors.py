@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+MOST_CHARACTERS = 400  # of a line that quotes what another participant sent
 LOOKED = 1000  # so many files of a folder at most are compared with the name of one that is not there
 _OTHERS = (  # this project, Python and what was installed
     *(os.path.join(folder, "") for folder in (PACKAGE, PACKAGE.parent / "model_zoo")),
@@ -43,6 +44,30 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self.path = path
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters, lone surrogates and invisible characters escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: object, most: int = MOST_CHARACTERS) -> str:
+    """Return text that another participant may have written as one short printable line.
+
+    Whitespace is collapsed. Control characters, lone surrogates and invisible characters are escaped, so that the line can be
+    encoded as UTF-8 and cannot move a terminal's cursor. What is longer than `most` characters is cut and ends with an ellipsis.
+
+    Args:
+        text: Anything; its `str` is used.
+        most: Length of the result, at most.
+
+    Example:
+        >>> one_line("a\\n\\x1b[2Jb")
+        'a \\\\x1b[2Jb'
+    """
+    words = " ".join(str(text)[: 8 * most].split())
+    line = printable(words)
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def similar(found: object, choices: Iterable[str]) -> str:

@@ -17,15 +17,23 @@ from torch import Tensor
 
 from hetero_fl.architecture import Tensors
 from hetero_fl.codec import CodecError, decode, encode
-from hetero_fl.errors import nearest, similar
+from hetero_fl.errors import nearest, one_line, similar
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
 FORM = "hetero_fl payload 1"
+MOST_REASON = 240  # characters of a PayloadError
+MOST_REPORTED = 64  # values in a report: a loss, factors by item
+LONGEST_REPORTED = 256  # characters of a name or a value in it
+SPARE_BYTES = 2**16  # of a message, beside its tensors
+SPARE_TENSOR_BYTES = 2**10  # of a message for each of its tensors: name, shape, where it lies
 
 
 class PayloadError(ValueError):
-    """A payload that is malformed, or not what was agreed; one line."""
+    """A payload that is malformed, or not what was agreed; one short printable line."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message, MOST_REASON))
 
 
 class NoSuchItem(KeyError):
@@ -140,13 +148,13 @@ class Payload(Mapping[str, Any]):
     def checked(cls, tree: Any) -> Payload:
         """A payload from a tree of plain values and tensors that somebody sent: `items`, each with values, weight and kind,
         and a `report`. Raises PayloadError for anything malformed or not finite."""
-        try:
-            items, report = tree["items"], tree["report"]
-            if not isinstance(items, dict) or not isinstance(report, dict) or set(tree) != {"items", "report"}:
-                raise PayloadError("holds something else than items and a report")
-            return cls({str(n): _item(n, raw) for n, raw in items.items()}, report)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PayloadError(f"malformed: {type(error).__name__} {error}") from None
+        if not isinstance(tree, dict) or set(tree) != {"items", "report"}:
+            raise PayloadError("holds something else than items and a report")
+        items, report = tree["items"], tree["report"]
+        if not isinstance(items, dict) or not isinstance(report, dict):
+            raise PayloadError("holds something else than items and a report")
+        _check_report(report)
+        return cls({name: _item(name, raw) for name, raw in items.items()}, report)
 
 
 def report_of(loss: float | None) -> dict[str, str]:
@@ -160,9 +168,20 @@ def loss_of(report: Mapping[str, Any]) -> float | None:
     """The finite loss that a report tells, if it does."""
     try:
         loss = float(report["loss"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return loss if math.isfinite(loss) else None
+
+
+def _check_report(report: Mapping[str, Any]) -> None:
+    """Raise PayloadError for a report that is more than a few short values."""
+    if len(report) > MOST_REPORTED:
+        raise PayloadError(f"reports {len(report)} values; at most {MOST_REPORTED} are read")
+    for name, value in report.items():
+        if not isinstance(value, str | int | float | None) or (isinstance(value, int) and value.bit_length() > 64):
+            raise PayloadError(f"reports {name!r}: found {type(value).__name__}, no plain value")
+        if len(name) > LONGEST_REPORTED or (isinstance(value, str) and len(value) > LONGEST_REPORTED):
+            raise PayloadError(f"reports {name!r}: more than {LONGEST_REPORTED} characters")
 
 
 def _item(name: str, raw: Any) -> Item:
@@ -170,7 +189,7 @@ def _item(name: str, raw: Any) -> Item:
         raise PayloadError(f"item {name!r} has no values, weight and kind")
     values, weight, kind = raw["values"], raw["weight"], raw["kind"]
     if kind not in KINDS:
-        raise PayloadError(f"item {name!r} is of unknown kind {str(kind)[:20]!r}")
+        raise PayloadError(f"item {name!r} is of unknown kind {one_line(kind, 20)!r}")
     if isinstance(values, dict):
         if not all(isinstance(t, Tensor) for t in values.values()):
             raise PayloadError(f"item {name!r} holds something else than tensors")
@@ -194,6 +213,33 @@ def _finite(tensor: Tensor) -> bool:
     """Whether all elements are. A sum carries every NaN and infinity and takes a twentieth of the time of looking at each;
     a sum that overflowed has to look."""
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
+
+
+def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:
+    """Raise PayloadError for a message that is too long to be the agreed upload, before it is read.
+
+    The bound is three times the bytes of the agreed tensors, whatever the channel makes of them, and something for names.
+
+    Args:
+        size: Bytes of the message.
+        specs: What the method declares of its items.
+        like: For each item an example of the right names, shapes and dtypes.
+    """
+    most = SPARE_BYTES
+    for name, item in like.items():
+        tensors = list(item.values.values()) if isinstance(item.values, dict) else [item.values]
+        tensors += [item.weight] if isinstance(item.weight, Tensor) else []
+        ranks = name in specs and specs[name].ranks
+        most += sum(SPARE_TENSOR_BYTES + 3 * _most_bytes(tensor, ranks) for tensor in tensors)
+    if size > most:
+        raise PayloadError(f"{size:,} bytes; what was agreed takes at most {most:,}")
+
+
+def _most_bytes(tensor: Tensor, ranks: bool) -> int:
+    """Bytes of a tensor; where it may be a stack of any number of terms `[k, m + n]`, of the most that are of use, mn/(m + n)."""
+    if ranks and tensor.ndim == 2:
+        return (tensor.shape[1] // 4 + 1) * tensor.shape[1] * tensor.itemsize
+    return tensor.nbytes
 
 
 def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:

@@ -15,6 +15,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -23,13 +24,14 @@ from hetero_fl.architecture import Tensors
 from hetero_fl.channel.reader import Reader
 from hetero_fl.channel.stages.base import Format, Stage
 from hetero_fl.channel.streams import Form, Streams, named
-from hetero_fl.codec import CodecError, decode, encode
+from hetero_fl.codec import CodecError, decode, encode, read_json
 from hetero_fl.payload import Item, ItemSpec, Payload, PayloadError
 from hetero_fl.seeding import Key
 
 MARK = b"hfl1"
 WEIGHT = "weight 1"
 LARGEST_LAYOUT = 1 << 22  # bytes of JSON
+MOST_NUMBERS = 1 << 30  # in a message that tells its own layout: of few that are sent, all are made
 UNSENT = "unsent"  # where a sender keeps, in its private state, what it has not sent yet
 
 
@@ -158,7 +160,9 @@ def _weight_of(source: Reader) -> Any:
 
 def _json(raw: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(raw)
+        found = read_json(raw)
+    except CodecError as error:
+        raise PayloadError(f"report or layout: {error}") from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -172,4 +176,8 @@ def _told(layout: bytes) -> dict[str, Form | None]:
         raw = zlib.decompressobj().decompress(layout, LARGEST_LAYOUT)
     except zlib.error:
         raise PayloadError("the layout is malformed") from None
-    return {name: Form.read(form) for name, form in _json(raw).items()}
+    forms = {name: Form.read(form) for name, form in _json(raw).items()}
+    numbers = sum(prod(shape) for form in forms.values() for shape in form.shapes.values())
+    if numbers > MOST_NUMBERS:
+        raise PayloadError(f"a layout of {numbers:,} numbers; at most {MOST_NUMBERS:,} are read")
+    return dict(forms)

@@ -45,13 +45,22 @@ def setup_node(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--audit", type=Path, metavar="FILE", help="print a node's log, audit.jsonl in its folder, and check it"
     )
+    parser.add_argument(
+        "--key",
+        type=Path,
+        metavar="FILE",
+        help="with --audit: the node's public key (….pub), which shows who wrote the log",
+    )
+    parser.add_argument(
+        "--head", metavar="N:HASH", help="with --audit: what was noted of the log earlier, which must still be in it"
+    )
     option_of_code(parser)
     parser.set_defaults(carry_out=_attend)
 
 
 def _attend(options: argparse.Namespace) -> int:
     if options.audit is not None:
-        return _audit(options.audit)
+        return _audit(options.audit, options.key, options.head)
     if options.site is None:
         raise UserError(f"--site is missing: name a file ({MAKES}); or --audit")
     from hetero_fl.experiment.deployment.attending import attend
@@ -59,13 +68,17 @@ def _attend(options: argparse.Namespace) -> int:
     return 130 if attend(options.site, options.once, permission_of(options)) else 0
 
 
-def _audit(path: Path) -> int:
-    from hetero_fl.experiment.deployment.audit_log import shown, totals, verify
+def _audit(path: Path, key: Path | None, head: str | None) -> int:
+    from hetero_fl.experiment.deployment.audit_log import head_of, shown, totals, verify
+    from hetero_fl.experiment.deployment.certificates import load_public_key
 
-    entries = verify(path)
+    entries = verify(path, None if key is None else load_public_key(key), head)
     print(*shown(entries), sep="\n")
     sums = totals(entries)
     print(f"whole: {len(entries):,} messages; of tasks {sums.down:,} bytes came, {sums.up:,} went")
+    print(f"head: {head_of(path)}")
+    if key is None:
+        print("signatures were not checked, so lines may have been appended; --key names the site's public key")
     return 0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,27 +49,30 @@ def carry_out(options: argparse.Namespace) -> int:
 
 def print_status(tree: Mapping[str, Any], console: Console) -> None:
     """A few lines: the run, its figures, a row for each node, what happened last."""
+    from rich.text import Text
+
     from hetero_fl.reporting.wording import duration, evaluated, plural, size
+
+    def show(line: str, indent: str = "") -> None:
+        console.print(Text(indent + printable(line)))
 
     now, versions = time.time(), tree["versions"]
     told = "waiting for the nodes" if tree["phase"] == "waiting" else tree["phase"]
     if tree["phase"] == "gone":
         told = "its process has gone; --resume goes on"
-    console.print(f"{tree['name']}, {tree['algorithm']}: {told}, round {tree['round']} of {tree['rounds']}")
+    show(f"{tree['name']}, {tree['algorithm']}: {told}, round {tree['round']} of {tree['rounds']}")
     if figures := evaluated(tree):
-        console.print(figures)
+        show(figures)
     line = f"{size(tree['up_bytes'])} up, {size(tree['down_bytes'])} down"
     line += f"; {plural(tree['failures'], 'upload')} asked for and not used" if tree["failures"] else ""
     line += f"; the last round took {duration(tree['seconds'])}" if tree["seconds"] is not None else ""
     line += f"; ε {tree['epsilon']:.3g}" if tree["epsilon"] is not None else ""
-    console.print(line)
-    console.print(
-        f"versions: hetero_fl {versions['package']}, torch {versions['torch']}, messages {versions['protocol']}"
-    )
+    show(line)
+    show(f"versions: hetero_fl {versions['package']}, torch {versions['torch']}, messages {versions['protocol']}")
     width = max(map(len, tree["nodes"]), default=0)
     for client, node in tree["nodes"].items():
         since = "" if node["since"] is None else f" for {duration(max(0.0, tree['updated'] - node['since']))}"
         word = "here" if node["here"] else "gone" if node["since"] is not None else "has not come"
-        console.print(f"  {client:{width}}  {word}{since}")
+        show(f"{client:{width}}  {word}{since}", "  ")
     for event in tree["events"][-5:]:
-        console.print(f"  {duration(max(0.0, now - event['time']))} ago: {event['message']}")
+        show(f"{duration(max(0.0, now - event['time']))} ago: {event['message']}", "  ")

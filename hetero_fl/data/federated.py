@@ -141,6 +141,11 @@ class FederatedData:
         """The view of these examples that a configuration asks for, but for what is subtracted and divided by."""
         return Preprocess.plain(config, self.layout, self.input_shape, where)
 
+    def own_view(self, client: str) -> Preprocess | None:
+        """The client's view but for mean and deviation, where these are of its own rows (`normalize: own`); else None."""
+        config = self._settings[client].preprocess
+        return self.plain(config, f"client '{client}': preprocess") if config.normalize == "own" else None
+
     def has_proxy(self, through: Preprocess) -> bool:
         """Whether there is a proxy set and this view sees anything of it."""
         if through.raw is None or "proxy" not in self._public:

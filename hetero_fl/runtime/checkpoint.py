@@ -81,7 +81,9 @@ class Checkpoints:
         for path in self._files()[-KEPT:]:
             needed.add(path)
             with suppress(CodecError, OSError):  # a damaged one needs nothing any more
-                needed |= {path.with_name(name) for name in decode(Segment.open(path).head(), FORM)["files"]}
+                needed |= {
+                    path.with_name(name) for name in decode(Segment.open(path).head(), FORM, bounded=False)["files"]
+                }
         for path in self._files():
             if path not in needed:
                 path.unlink()
@@ -122,7 +124,7 @@ def _head(
 
 
 def _read_head(path: Path) -> tuple[Any, dict[str, Place], dict[str, Place | None]]:
-    head = decode(Segment.open(path).head(), FORM)
+    head = decode(Segment.open(path).head(), FORM, bounded=False)
     segments = [Segment.open(path.with_name(name)) for name in head["files"]]
 
     def places(of: Mapping[str, Any]) -> dict[str, Place]:
@@ -151,4 +153,4 @@ def _read(pieces: Any, segment: Segment) -> Any:
     if isinstance(pieces, dict):
         return {key: _read(value, segment) for key, value in pieces.items()}
     offset, length, digest = pieces
-    return decode(Place(segment, offset, length, bytes.fromhex(digest)).read(), FORM)
+    return decode(Place(segment, offset, length, bytes.fromhex(digest)).read(), FORM, bounded=False)

@@ -11,7 +11,7 @@ from hetero_fl.aggregation.combining import Reference, Rules
 from hetero_fl.architecture import Tensors
 from hetero_fl.channel.protocol import Arrivals, Protocol, Summed
 from hetero_fl.channel.secure import SecureSum
-from hetero_fl.payload import Payload, PayloadError, check_upload, loss_of
+from hetero_fl.payload import Payload, PayloadError, check_size, check_upload, loss_of
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.private_sums import PrivateSums
@@ -103,9 +103,10 @@ class Intake:
         before. Raises PayloadError."""
         card = self.expectations.federation.cards[client]
         got = asked(card)
-        like = self.expectations.of(card, got, round)
+        like, specs = self.expectations.of(card, got, round), self.expectations.protection.specs
+        check_size(len(data), specs, like)
         payload = self.links.uploaded(card, round, data, like, got, again)
-        check_upload(payload, self.expectations.protection.specs, like)
+        check_upload(payload, specs, like)
         return payload
 
 

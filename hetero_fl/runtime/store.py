@@ -45,9 +45,9 @@ class Private:
         return Private(models, Private.decode(Private(state=self.state).encode()).state)
 
     @classmethod
-    def decode(cls, data: bytes) -> Private:
-        """The reverse of `encode`. Raises CodecError."""
-        return cls(**decode(data, FORM)) if data else cls()
+    def decode(cls, data: bytes, bounded: bool = False) -> Private:
+        """The reverse of `encode`; `bounded`: what somebody else sent. Raises CodecError, TypeError if it is something else."""
+        return cls(**decode(data, FORM, bounded)) if data else cls()
 
 
 @dataclass

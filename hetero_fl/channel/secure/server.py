@@ -16,10 +16,10 @@ from hetero_fl.channel.secure import keys, shamir
 from hetero_fl.channel.secure.client import pair_mask
 from hetero_fl.channel.secure.graph import degree, neighbourhoods, threshold_of
 from hetero_fl.channel.secure.masks import Words, mask
-from hetero_fl.channel.secure.messages import REPLIES, TAG, Arrays, numbers_of, read, row, write
+from hetero_fl.channel.secure.messages import REPLIES, SEALED, TAG, Arrays, numbers_of, read, row, write
 from hetero_fl.errors import GivenUp
 from hetero_fl.lazy import Lazy
-from hetero_fl.payload import PayloadError
+from hetero_fl.payload import SPARE_BYTES, PayloadError
 
 
 @dataclass
@@ -166,6 +166,9 @@ class Conversation:
     def _opened(self, ask: str, number: int, message: Message, check: Callable[[int, Arrays], None] | None) -> Arrays:
         if message.ask == "refused":
             raise PayloadError(f"it refused {ask!r}: {message.body[:200].decode(errors='replace')}")
+        most = SPARE_BYTES + 8 * self.layout[1] + 2 * SEALED * len(self.names)
+        if len(message.body) > most:
+            raise PayloadError(f"{len(message.body):,} bytes; an answer to {ask!r} takes at most {most:,}")
         got = read(message.body, REPLIES[ask])
         if message.ask != ask or got["tag"].tobytes() != self.tag:
             raise PayloadError("a message of another round or exchange")

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from hetero_fl.data import check_source
-from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.errors import RunFailed, UserError, one_line
 from hetero_fl.experiment.deployment.certificates import check_authority, load_node_key, load_public_key
 from hetero_fl.experiment.deployment.identity import NodeKeys
 from hetero_fl.experiment.deployment.log import Log, Told
@@ -60,10 +60,13 @@ def attend(path: Path, once: bool = False, allow_code: bool | CodePermission = F
     with locked(folder) as unheld, _heard(log), _ending(log, stop):
         for line in unheld:
             log(line)
-        attended = _Attended(Node(site, folder, log, keys), log, stop, once)
+        attended = _Attended(Node(site, folder, log, keys, key), log, stop, once)
         log(f"{site.client}: looking for the server at {site.server.address}")
         try:
-            serve(attended.handle, site.server.address, key, authority, folder / NUMBER, stop=stop)
+            serve(
+                attended.handle, site.server.address, key, authority, folder / NUMBER, stop=stop,
+                most=site.message_bytes,
+            )  # fmt: skip
         except KeyboardInterrupt:
             hurried = True
     log(f"{site.client}: has said goodbye")
@@ -85,18 +88,21 @@ class _Attended:
         if head.get("ask") == "do":
             self._log_task(envelope, answer, time.monotonic() - began)
         if head.get("ask") == "leave":
-            self.refused = str(head.get("why", ""))
+            self.refused = one_line(head.get("why", ""))
             if self.refused or self._once:
                 self._stop.set()
         return answer
 
     def _log_task(self, asked: Envelope, answer: Envelope, seconds: float) -> None:
-        what = str(asked.head.get("what"))
-        number = int(str(asked.head.get("round", 0))) + (what != "read")  # models are read when a round is complete
+        what = one_line(asked.head.get("what"), 20)
+        run = one_line(asked.head.get("run", ""), 64)
+        turn = asked.head.get("round")
+        # Models are read when a round is complete.
+        number = turn + (what != "read") if isinstance(turn, int) else 0
         sizes = {"bytes_in": len(asked.body), "bytes_out": len(answer.body)}
         line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
         line += f", {sizes['bytes_in']:,} bytes came, {sizes['bytes_out']:,} went"
-        self._log(line, run=asked.head.get("run"), round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
+        self._log(line, run=run, round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
 
 
 @contextmanager

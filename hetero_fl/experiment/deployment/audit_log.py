@@ -1,8 +1,9 @@
 """What was asked of a site and what left it: a JSON line a message, each with the SHA-256 of the line before it.
 
-The number of lines and the hash of the last one stand in a second file, `….head`, so that an end that was cut off is missed, too.
-Whoever can write both files can write another history; they are for a site's own eyes, and for whoever is shown a copy of the
-head. A line is on disk before the answer that it tells of leaves; what was spent is counted from the lines.
+With the node's key each line is signed, and the signature of the last one covers all before it: without the key nobody can
+change, insert or append a line. The number of lines and the hash of the last one are in a second file, `….head`, so that an end
+that was cut off is noticed. Whoever can write both files can still go back to an earlier end; a copy of the head elsewhere shows
+that. A line is on disk before the answer that it tells of leaves; what was spent is counted from the lines.
 """
 
 from __future__ import annotations
@@ -16,25 +17,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.hashes import SHA384
 from filelock import FileLock
 
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, one_line
 
 FIRST = "0" * 64  # before the first line
 HEAD = 96  # bytes of the head: a number and a hash, in a fixed width, so that it is replaced in one write
+ABOUT = b"hetero_fl audit line\n"  # before what is signed: no message passes for a line
+SIGNED = b', "signature": "'  # between a line's content and its signature, in hexadecimal digits
+LONGEST = 500  # characters of a text in a line
+MOST_LISTED = 32  # texts of a list in a line
 AGAIN = "again"  # the outcome of a message that had been answered before
 
 Entry = dict[str, Any]
 
 
 class AuditLog:
-    """A log that is written on. Raises UserError for one that was tampered with: what it counts cannot be counted on."""
+    """A log that is written on.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: The file.
+        key: The node's private key, with which lines are signed; none: they are not.
+
+    Raises:
+        UserError: It was tampered with: what it counts cannot be counted on.
+    """
+
+    def __init__(self, path: Path, key: EllipticCurvePrivateKey | None = None) -> None:
+        self.path, self._key = path, key
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._alone():
-            _, count, last = _read(path)
+            _, count, last = _read(path, None if key is None else key.public_key())
             if path.exists() and path.stat().st_size > (whole := _whole(path)):
                 os.truncate(path, whole)  # half a line of a process that was killed; nothing has left with it
             self._set_head(count, last)
@@ -43,8 +59,9 @@ class AuditLog:
         """Put down a message. Raises OSError if it cannot be."""
         with self._alone():
             count, last = _head(self.path)
-            entry: Entry = {"n": count + 1, "time": _now(), **about, "before": last}
-            line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            short = {name: _shortened(value) for name, value in about.items()}
+            entry: Entry = {"n": count + 1, "time": _now(), **short, "before": last}
+            line = self._signed(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(line)
@@ -55,7 +72,18 @@ class AuditLog:
 
     def entries(self) -> list[Entry]:
         """All lines, those of earlier processes too. Raises UserError as above."""
-        return _read(self.path)[0]
+        return _read(self.path, None if self._key is None else self._key.public_key())[0]
+
+    @property
+    def head(self) -> str:
+        """The number of lines and the hash of the last one, `N:HASH`, for whoever keeps a copy of it."""
+        return ":".join(map(str, _head(self.path)))
+
+    def _signed(self, line: bytes) -> bytes:
+        if self._key is None:
+            return line
+        signature = self._key.sign(ABOUT + line, ECDSA(SHA384()))
+        return line[:-1] + SIGNED + signature.hex().encode() + b'"}'
 
     def _alone(self) -> FileLock:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o600)
@@ -67,11 +95,25 @@ class AuditLog:
             file.write(f"{count} {last}".ljust(HEAD - 1).encode() + b"\n")
 
 
-def verify(path: Path) -> list[Entry]:
-    """The entries of a log. Raises UserError, naming the line, for one that was changed, removed, moved or cut off."""
+def verify(path: Path, key: EllipticCurvePublicKey | None = None, head: str | None = None) -> list[Entry]:
+    """Read the entries of a log and check them.
+
+    Args:
+        path: The file.
+        key: The public key of the node that wrote it; without it a line that somebody appended is not noticed.
+        head: `N:HASH` as it was noted at an earlier time: line N must be the same still.
+
+    Raises:
+        UserError: A line was changed, removed, moved, cut off, or not written with that key; the line is named.
+    """
     if not path.exists() and not _head_of(path).exists():
         raise UserError(f"{path}: no such file; a node keeps its log beside its state, as audit.jsonl")
-    return _read(path)[0]
+    return _read(path, key, head)[0]
+
+
+def head_of(path: Path) -> str:
+    """`N:HASH` of a log that was verified."""
+    return ":".join(map(str, _read(path)[1:]))
 
 
 def shown(entries: Iterable[Entry]) -> list[str]:
@@ -119,15 +161,18 @@ def totals(entries: Iterable[Entry], run: str | None = None) -> Totals:
 
 
 # The chain -----------------------------------------------------------------------------------------------------------
-def _read(path: Path) -> tuple[list[Entry], int, str]:
+def _read(
+    path: Path, key: EllipticCurvePublicKey | None = None, noted: str | None = None
+) -> tuple[list[Entry], int, str]:
     """Entries, how many, and the hash of the last line. Whole lines beyond the head, and half a one, are those of a process
-    that was killed as it wrote."""
+    that was killed as it wrote; with a `key`, if they are signed."""
     data = path.read_bytes() if path.exists() else b""
     lines = data.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     count, head = _head(path)
     entries: list[Entry] = []
+    hashes: list[str] = []
     last = FIRST
     for number, line in enumerate(lines, 1):
         try:
@@ -143,10 +188,42 @@ def _read(path: Path) -> tuple[list[Entry], int, str]:
         last = _hash(line)
         if number == count and last != head:
             raise UserError(f"{path}: line {number}: it was changed after it had been written")
+        hashes.append(last)
     if len(lines) < count:
         what = f"{count} lines were written, {len(lines)} are there"
         raise UserError(f"{path}: line {len(lines) + 1}: {what}; the end was cut off")
+    if key is not None and lines:
+        _check_signature(path, lines, key)
+    if noted is not None:
+        _check_noted(path, hashes, noted)
     return entries, len(lines), last
+
+
+def _check_signature(path: Path, lines: list[bytes], key: EllipticCurvePublicKey) -> None:
+    """Raise UserError unless the last line, and through its hashes every line before it, is of the holder of this key."""
+    line, _, signature = lines[-1].rpartition(SIGNED)
+    try:
+        key.verify(bytes.fromhex(signature.decode().removesuffix('"}\n')), ABOUT + line + b"}", ECDSA(SHA384()))
+    except (InvalidSignature, ValueError):
+        raise UserError(f"{path}: line {len(lines)}: it is not signed with this site's key") from None
+
+
+def _check_noted(path: Path, hashes: list[str], noted: str) -> None:
+    """Raise UserError unless the line whose number and hash were noted is still there."""
+    number, _, found = noted.partition(":")
+    if not number.isdecimal() or len(found) != len(FIRST):
+        raise UserError(f"head: found '{one_line(noted, 90)}'; expected N:HASH as `hetero-fl node --audit` prints it")
+    if int(number) > len(hashes):
+        raise UserError(f"{path}: line {number} was noted, {len(hashes)} lines are there; the end was cut off")
+    if int(number) and hashes[int(number) - 1] != found:
+        raise UserError(f"{path}: line {number}: it is not the one that was noted; another history was written")
+
+
+def _shortened(value: Any) -> Any:
+    """A value without long texts: what a server sends can be as long as it likes."""
+    if isinstance(value, str):
+        return one_line(value, LONGEST)
+    return [_shortened(each) for each in value[:MOST_LISTED]] if isinstance(value, list) else value
 
 
 def _head(path: Path) -> tuple[int, str]:

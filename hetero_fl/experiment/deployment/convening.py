@@ -75,11 +75,15 @@ class Convened:
             answer = yield message("terms", {**tree, "pack": self._pack}, run=self.run)
         if answer.head.get("ask") != "told":
             return answer
-        told = hear_told(body_of(answer), self.public.task.outputs)
+        told = self.hear(client, body_of(answer))
         if client in self.told and self.told[client].hash != told.hash:
             raise Refused("its rows are not those that it began with")
         self.told.setdefault(client, told)  # nodes take no second roster in one run
         return answer
+
+    def hear(self, client: str, tree: Any) -> Told:
+        """Read what a client tells of its rows. Raises Refused."""
+        return hear_told(tree, self.public.task.outputs, self.public.own_view(client))
 
     def asking_ready(self) -> Talk:
         """Whether a client is ready, now that all have told."""
@@ -121,7 +125,7 @@ def convene(config: Config, post: Post, wait: float, known: Mapping[str, Any] | 
     run = str(known["run"]) if known is not None else secrets.token_hex(16)
     convened = Convened(post, config, deal(config, absent=ids), run, told_by)
     if known is not None:
-        convened.told |= {id: hear_told(tree, convened.public.task.outputs) for id, tree in known["told"].items()}
+        convened.told |= {id: convened.hear(id, tree) for id, tree in known["told"].items()}
     here = [id for id in ids if id not in missing]
     _all(post, {id: _bound(convened.asking_terms, id) for id in here}, "told")
     _all(post, dict.fromkeys(here, convened.asking_ready), "ready")

@@ -8,21 +8,24 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.architecture import frozen
-from hetero_fl.codec import as_bytes
+from hetero_fl.codec import DTYPES, CodecError, as_bytes, check_header
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.mistakes import describe
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Told
 from hetero_fl.errors import UserError
-from hetero_fl.experiment.deployment.messages import Refused
+from hetero_fl.experiment.deployment.messages import JUNK, Refused
 from hetero_fl.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.own_code import OWN, strings
 from hetero_fl.runtime.beside import STRETCH
@@ -37,6 +40,7 @@ MOST_ROWS = 2**40
 LONGEST = 128  # characters of a name
 MOST_NAMES = 32
 BINS = 15  # of a calibration
+TRAVELLING = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in DTYPES.values()}
 FREE = ("r2",)  # metrics that may be below nought
 HEARD = {"scores", "confusion", "calibration", "baselines", "forecast", "triggered", "model"}
 
@@ -45,6 +49,7 @@ def hear_settings(tree: Any, names: Collection[str]) -> dict[str, Any]:
     """What a node decides itself of its client's settings. `names`: python:module:Name that the server's own configuration has; a
     node has it run no others. Raises Refused."""
     found = tree.get("settings") if isinstance(tree, dict) else None
+    _check_plain(found)
     if not isinstance(found, dict) or (odd := set(found) - set(OWN_SETTINGS)):
         raise Refused(
             f"it wants to decide {', '.join(sorted(odd)) if isinstance(found, dict) else 'nobody knows what'}"[:200]
@@ -56,6 +61,8 @@ def hear_settings(tree: Any, names: Collection[str]) -> dict[str, Any]:
         ClientSettings.model_validate(found)
     except ValidationError as error:
         raise Refused(describe(error, found, ClientSettings)) from None
+    except JUNK as error:
+        raise Refused(f"its settings cannot be read ({type(error).__name__}: {error})") from None
     return found
 
 
@@ -66,9 +73,19 @@ def hear_state(name: str) -> str:
     return name
 
 
-def hear_told(tree: Any, outputs: int) -> Told:
-    """What a client tells of its rows. `outputs`: of the task. Raises Refused."""
+def hear_told(tree: Any, outputs: int, own: Preprocess | None = None) -> Told:
+    """Read what a client tells of its rows.
+
+    Args:
+        tree: What came.
+        outputs: Of the task.
+        own: The client's view but for mean and deviation, which only it can know; None if it has none to tell.
+
+    Raises:
+        Refused: It is something else.
+    """
     try:
+        _check_plain(tree)
         rows = {name: _whole(tree["rows"][name], MOST_ROWS) for name in ("train", "validation", "test")}
         if not rows["train"]:
             raise Refused("it tells of no rows to train on")
@@ -76,29 +93,36 @@ def hear_told(tree: Any, outputs: int) -> Told:
         if labels is not None and len(labels) != outputs:
             raise Refused(f"it tells counts of {len(labels)} labels; the task has {outputs}")
         view = None if tree["view"] is None else Preprocess(**{k: frozen(v) for k, v in tree["view"].items()})
+        if (view is None) != (own is None):
+            raise Refused(f"it tells {'no' if view is None else 'a'} view of its own")
         for number in (view.mean, view.std) if view is not None else ():
             for each in number if isinstance(number, tuple) else (number,):
                 _number(0.0 if each is None else each, -math.inf)
+        if view is not None and replace(view, mean=None, std=None) != own:
+            raise Refused("it tells another view than the configuration asks for")
         return Told(rows, _name(tree["hash"]), view, labels)
     except Refused as error:
         raise Refused(f"what it tells of its rows is refused: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except JUNK as error:
         raise Refused(f"what it tells of its rows cannot be read ({type(error).__name__}: {error})") from None
 
 
 def hear_reading(tree: Any, client: str, federation: Federation, method: Algorithm) -> Reading:
     """What a client tells of its model. Raises Refused."""
+    card = federation.cards[client]
     try:
-        return _reading(tree, federation.task, federation.cards[client], method)
+        if not isinstance(tree, dict) or set(tree) != HEARD:
+            what = ", ".join(sorted(tree)) if isinstance(tree, dict) else type(tree).__name__
+            raise Refused(f"found {what[:120]}")
+        _check_plain({**tree, "model": None})
+        return _reading(tree, federation.task, card, method)
     except (Refused, UserError) as error:
         raise Refused(f"its reading is refused: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except JUNK as error:
         raise Refused(f"its reading cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _reading(tree: Any, task: Task, card: Card, method: Algorithm) -> Reading:
-    if set(tree) != HEARD:
-        raise Refused(f"found {', '.join(sorted(map(str, tree)))[:120]}")
+def _reading(tree: Mapping[str, Any], task: Task, card: Card, method: Algorithm) -> Reading:
     if tree["triggered"] is not None:
         raise Refused("it tells of a trigger; nobody lies in a federation")
     model = tree["model"]
@@ -167,6 +191,10 @@ def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
     if not isinstance(found, Tensor):
         raise Refused("a model that is no bytes")
     data = as_bytes(found)
+    try:
+        check_header(data)
+    except CodecError:
+        raise Refused("what should be its model is none") from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
@@ -183,9 +211,20 @@ def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
         raise Refused("a model whose tensors are not those of its kind")
     if saved.arch.parameter_names - shapes.keys():
         raise Refused("a model of which tensors are missing")
+    if odd := [t.dtype for t in saved.tensors.values() if t.dtype not in TRAVELLING]:
+        raise Refused(f"a model with tensors of {odd[0]}")
     if not all(bool(t.isfinite().all()) for t in saved.tensors.values() if t.is_floating_point()):
         raise Refused("a model that is not finite")
     return data
+
+
+def _check_plain(tree: Any) -> None:
+    """Raise Refused if there is a tensor where plain values are expected: to walk through one takes a step for each number."""
+    if isinstance(tree, Tensor):
+        raise Refused("found a tensor; expected plain values")
+    if isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            _check_plain(value)
 
 
 # Pieces --------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -19,14 +20,16 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.hashes import SHA384
 
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, one_line
 from hetero_fl.experiment.deployment.certificates import PublicKey, load_node_key, load_public_key, public_bytes
 from hetero_fl.experiment.deployment.messages import Refused, told_apart
-from hetero_fl.experiment.deployment.transport import Envelope, Head, Transport
+from hetero_fl.experiment.deployment.transport import Envelope, Head, Transport, Unread
 
 SIGNATURE = "signature"
 NUMBER, TO, UNTIL = "number", "to", "until"  # of a message of the server's
 FROM, ANSWERS = "client", "answers"  # of an answer
+LOG = "log"  # of an answer: the head of the site's audit log, with the line on this very answer
+HEAD = re.compile(r"(\d{1,12}):[0-9a-f]{64}")
 
 
 # Signatures ----------------------------------------------------------------------------------------------------------
@@ -129,6 +132,7 @@ class Signed:
 
     def __init__(self, transport: Transport, keys: ServerKeys, say: Callable[[str], None]) -> None:
         self.transport, self.keys, self.say = transport, keys, say
+        self.logs: dict[str, str] = {}  # client -> the head of its audit log, as its last answer had it
         self._who: dict[int, str] = {}  # node -> the client whose key it holds
         self._sent: dict[str, Sent] = {}
 
@@ -154,10 +158,12 @@ class Signed:
         self.transport.close()
 
     def _heard(self, number: str, answer: Envelope) -> Envelope:
+        if isinstance(answer, Unread):
+            return answer
         try:
             return self._checked(self._sent.pop(number, None), answer)
         except Refused as error:
-            client = str(answer.head.get(FROM, ""))[:80]
+            client = one_line(answer.head.get(FROM, ""), 80)
             self.say(f"refused an answer in the name of '{client}': {error}")
             return Envelope({"ask": "refused", "client": client, "why": str(error)})
 
@@ -175,7 +181,17 @@ class Signed:
             self._who[sent.node] = known = client
         if known != client:
             raise Refused(f"its node is known as '{known or 'nobody'}'")
-        return Envelope({n: v for n, v in answer.head.items() if n not in (SIGNATURE, ANSWERS)}, answer.body)
+        self._note_log(client, str(answer.head.get(LOG, "")))
+        return Envelope({n: v for n, v in answer.head.items() if n not in (SIGNATURE, ANSWERS, LOG)}, answer.body)
+
+    def _note_log(self, client: str, head: str) -> None:
+        """Keep the head of a site's audit log, which nobody at the site can change here."""
+        if (found := HEAD.fullmatch(head)) is None:
+            return
+        before = HEAD.fullmatch(self.logs.get(client, ""))
+        if before is not None and int(found[1]) < int(before[1]):
+            self.say(f"the audit log of '{client}' has {found[1]} lines; it had {before[1]}")
+        self.logs[client] = head
 
     def _forget(self) -> None:
         """Messages to which no answer would be taken any more."""

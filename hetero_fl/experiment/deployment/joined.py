@@ -31,6 +31,7 @@ from hetero_fl.own_code import CodePermission
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.jobs import Setup, Worker
 
+MOST_THREADS = 1024
 MODEL = "model.safetensors"  # in the folder of a run: what the site uses after the last round
 
 
@@ -52,7 +53,8 @@ class Joined:
 
         `leaving` is told of each upload before it is encoded. Raises Refused if the server means another federation.
         """
-        told = {client: hear_told(each, self.data.task.outputs) for client, each in tree["told"].items()}
+        outputs = self.data.task.outputs
+        told = {id: hear_told(each, outputs, self.data.own_view(id)) for id, each in tree["told"].items()}
         prepared = prepare(self.config, data=held_at(self.data, site.client, told))
         if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
             raise Refused("this site makes other clients of the configuration than the server does")
@@ -62,7 +64,9 @@ class Joined:
         self.vault.write("roster", others)
         federation = replace(prepared.federation, noise=self.noise)
         device = choose_device(site.device or self.config.runtime.device)
-        threads = min(int(tree["threads"]), site.threads or int(tree["threads"]))
+        if not 1 <= (threads := int(tree["threads"])) <= MOST_THREADS:
+            raise Refused(f"threads: found {threads}; expected 1 to {MOST_THREADS}")
+        threads = min(threads, site.threads or threads)
         setup = Setup(prepared.method, federation, threads, (str(device),), 1, self.config.runtime.precision)
         self.worker, self.policy = Worker(setup, 0), Policy(site, prepared, self.account)
         self.worker.site.leaving = leaving

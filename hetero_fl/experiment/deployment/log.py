@@ -10,6 +10,10 @@ import threading
 from datetime import datetime, timezone
 from typing import Any, TextIO
 
+from hetero_fl.errors import one_line
+
+LONGEST = 2000  # characters of a message
+
 
 class Log:
     """Writes a line for everything that happens.
@@ -25,7 +29,7 @@ class Log:
 
     def __call__(self, line: str, **about: Any) -> None:
         """One thing that happened."""
-        line = " ".join(line.split())
+        line = one_line(line, LONGEST)
         if self.form == "json":
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             known = {name: value for name, value in {**self.about, **about}.items() if value is not None}

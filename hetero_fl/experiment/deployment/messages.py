@@ -16,16 +16,23 @@ import torch
 from hetero_fl import __version__
 from hetero_fl.codec import CodecError, as_tensor, decode, encode
 from hetero_fl.data.private import Told
+from hetero_fl.errors import one_line
 from hetero_fl.experiment.deployment.transport import Envelope, Head
 from hetero_fl.runtime.site import Reading
 
 PROTOCOL = 1  # of these messages: another number, another language
 FORM = f"deployment {PROTOCOL}"
-LONGEST = 400  # characters of a reason
+
+
+# What is raised where a message is taken apart that nobody would send who means well.
+JUNK = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class Refused(Exception):
-    """A message that is not as it should be, or that asks for what is not granted; in one line."""
+    """A message that is not as it should be, or that asks for what is not granted; one short printable line."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message))
 
 
 def message(ask: str, body: Any = None, **head: Any) -> Envelope:
@@ -38,20 +45,20 @@ def body_of(envelope: Envelope) -> Any:
     try:
         return decode(envelope.body, FORM)
     except CodecError as error:
-        raise Refused(f"{envelope.head.get('ask')!r}: {error}") from None
+        raise Refused(f"{envelope.head.get('ask')!r:.60}: {error}") from None
 
 
 def told_apart(head: Head, name: str, kind: type) -> Any:
     """A value of a message's head. Raises Refused if it is missing or of another type."""
     value = head.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise Refused(f"{head.get('ask')!r}: {name}: found {value!r}; expected {kind.__name__}")
+        raise Refused(f"{head.get('ask')!r:.60}: {name}: found {value!r:.60}; expected {kind.__name__}")
     return value
 
 
 def reason(answer: Envelope) -> str:
-    """Why an answer is not the one that was hoped for: one line, whatever it says."""
-    return " ".join(str(answer.head.get("why", answer.head.get("ask"))).split())[:LONGEST]
+    """Return why an answer is not the one that was hoped for: one short printable line, whatever it says."""
+    return one_line(answer.head.get("why", answer.head.get("ask")))
 
 
 def versions() -> dict[str, Any]:

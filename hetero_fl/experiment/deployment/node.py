@@ -14,15 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
 from hetero_fl.channel.protocol import Message
 from hetero_fl.codec import CodecError, as_bytes, as_tensor, decode, encode
-from hetero_fl.errors import RunFailed, UserError
+from hetero_fl.errors import RunFailed, UserError, one_line
 from hetero_fl.experiment.deployment.account import TRAIN
 from hetero_fl.experiment.deployment.audit_log import AGAIN, AuditLog, Entry
-from hetero_fl.experiment.deployment.identity import NodeKeys
+from hetero_fl.experiment.deployment.identity import LOG, NodeKeys
 from hetero_fl.experiment.deployment.joined import MODEL, Joined, begin, plain
 from hetero_fl.experiment.deployment.messages import (
     FORM,
+    JUNK,
     Refused,
     body_of,
     message,
@@ -33,16 +36,13 @@ from hetero_fl.experiment.deployment.messages import (
 )  # fmt: skip
 from hetero_fl.experiment.deployment.policy import digest_of
 from hetero_fl.experiment.deployment.site_file import SiteConfig
-from hetero_fl.experiment.deployment.transport import Envelope
+from hetero_fl.experiment.deployment.transport import Envelope, fault_of
 from hetero_fl.experiment.deployment.vault import KEPT, Cipher, Lost
 from hetero_fl.payload import Payload
 from hetero_fl.runtime.jobs import Job
 from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.site import Reading
 from hetero_fl.runtime.store import Private
-
-# What is raised for a message that nobody would send who means well, or where the disk is full.
-JUNK = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
 
 
 class Node:
@@ -51,7 +51,8 @@ class Node:
     Args:
         folder: where it keeps what must outlive its process.
         say: told, in one line, of what it is asked and of what it refuses.
-        keys: of whoever is spoken with; none: nothing is signed.
+        keys: of whoever is spoken with; none: no message is signed.
+        key: this site's own, with which its log is signed; none: that of `keys`, if there are any.
 
     Raises:
         UserError: its log was tampered with, or the key of its folder is none.
@@ -63,13 +64,14 @@ class Node:
         folder: Path,
         say: Callable[[str], None] = lambda line: None,
         keys: NodeKeys | None = None,
+        key: EllipticCurvePrivateKey | None = None,
     ) -> None:
         self.site, self.folder, self.say, self.keys = site, folder, say, keys
         self.cipher = None if site.encrypt is None else Cipher.of(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)
-        self.log = AuditLog(folder / "audit.jsonl")
+        self.log = AuditLog(folder / "audit.jsonl", keys.own if key is None and keys is not None else key)
         self._line: Entry = {}  # what the log will say of the message in hand
         self.joined: Joined | None = None
         self.left: str | None = None  # why it was let go, once it was
@@ -85,11 +87,13 @@ class Node:
         with self._turn:
             head = envelope.head
             self._line = {
-                "run": str(head.get("run", ""))[:64],
-                "ask": str(head.get("ask"))[:20],
+                "run": one_line(head.get("run", ""), 64),
+                "ask": one_line(head.get("ask"), 20),
                 "in": len(envelope.body),
             }
             try:
+                if why := fault_of(envelope, self.site.message_bytes):
+                    raise Refused(why)
                 if self.keys is not None:
                     self.keys.check(envelope, self.site.client)
                 ask = told_apart(head, "ask", str)
@@ -102,9 +106,13 @@ class Node:
                 answer = self._without("lost", str(error))
             except (Refused, UserError, RunFailed) as error:
                 answer = self._refusal(str(error))
-            except JUNK as error:
-                answer = self._refusal(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            return answer if self.keys is None else self.keys.sign(answer, envelope, self.site.client)
+            except (*JUNK, OSError) as error:  # the disk may be full
+                answer = self._refusal(f"{type(error).__name__}: {one_line(error, 200)}")
+            if self.keys is None:
+                return answer
+            with contextlib.suppress(UserError):
+                answer = Envelope({**answer.head, LOG: self.log.head}, answer.body)
+            return self.keys.sign(answer, envelope, self.site.client)
 
     def _put_down(self, answer: Envelope) -> None:
         """Into the log, before the answer leaves."""
@@ -114,6 +122,7 @@ class Node:
             self.joined.account.take(entry)
 
     def _refusal(self, why: str) -> Envelope:
+        why = one_line(why)
         self.say(f"refused: {why}")
         return self._without("refused", why)
 
@@ -148,7 +157,7 @@ class Node:
         return message("ready", fingerprint=found)
 
     def _leave(self, envelope: Envelope) -> Envelope:
-        self.left, self.joined = str(envelope.head.get("why", "")), None
+        self.left, self.joined = one_line(envelope.head.get("why", "")), None
         self.say("let go" + (f": {self.left}" if self.left else ""))
         return message("left")
 
@@ -158,7 +167,7 @@ class Node:
             return message("unready")
         state = as_bytes(body_of(envelope)["state"])
         try:
-            Private.decode(state)
+            Private.decode(state, bounded=True)
         except (CodecError, TypeError) as error:
             raise Refused(f"the state to begin with cannot be read ({error})") from None
         return message("kept", state=self.joined.vault.keep(state))
@@ -177,7 +186,7 @@ class Node:
             told_apart(head, "work", float),
         )  # fmt: skip
         digest = digest_of(kind, asked, base)
-        self._line |= {"round": asked.round, "what": asked.ask[:20], "task": task, "asked": digest.hex()}
+        self._line |= {"round": asked.round, "what": one_line(asked.ask, 20), "task": task, "asked": digest.hex()}
         if told_apart(head, "expires", float) < time.time():
             raise Refused(f"task {task[:12]} has expired")
         if account.tasks.get(task, digest) != digest:

@@ -72,12 +72,12 @@ def preside(
             log(f"status, metrics and health: http://{server.metrics.host}:{port}")
         superlink = Superlink(server.host, server.port, files)
         log(f"waiting at {server.host}:{superlink.port} for {', '.join(expand(config.clients))}")
-        transport = FlowerTransport(superlink, nodes)
+        transport = FlowerTransport(superlink, nodes, server.message_bytes)
         ending = stack.enter_context(_ending(status, log))
         return serve(
             config, transport, out=path, resume=resume, wait=server.wait, deadline=server.deadline,
             callbacks=[log.round, ending], quiet=False, say=log, status=status, console=log.console(),
-            keys=keys, patience=server.patience,
+            keys=keys, patience=server.patience, message_bytes=server.message_bytes,
         )  # fmt: skip
 
 

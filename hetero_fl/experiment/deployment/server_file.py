@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from pydantic import Field, PositiveFloat, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from hetero_fl.config.base import Section, choice
 from hetero_fl.config.load import read
 from hetero_fl.config.mistakes import describe
 from hetero_fl.errors import UserError, similar
+from hetero_fl.experiment.deployment.transport import MESSAGE_BYTES
 
 
 class CertificatesConfig(Section):
@@ -50,6 +51,9 @@ class ServerConfig(Section):
         60.0, description="seconds that a node which has gone is waited for while others are there"
     )
     metrics: MetricsConfig | None = Field(None, description="none: no such port is open")
+    message_bytes: PositiveInt = Field(
+        MESSAGE_BYTES, description="most bytes of a node's answer; a longer one is refused before it is read"
+    )
     logs: choice("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
 
     def check_clients(self, clients: Collection[str], where: Path) -> None:

@@ -14,14 +14,14 @@ import torch
 from hetero_fl.algorithms import algorithm
 from hetero_fl.channel.privacy.noise import SecretNoise
 from hetero_fl.config import Config, expand, load_config
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, one_line
 from hetero_fl.experiment.course import Callback
 from hetero_fl.experiment.deployment.convening import convene
 from hetero_fl.experiment.deployment.identity import ServerKeys, Signed
 from hetero_fl.experiment.deployment.post import NUDGE, PATIENCE, Post
 from hetero_fl.experiment.deployment.remote import Remote
 from hetero_fl.experiment.deployment.status import Status
-from hetero_fl.experiment.deployment.transport import Transport
+from hetero_fl.experiment.deployment.transport import MESSAGE_BYTES, Bounded, Transport
 from hetero_fl.experiment.deployment.vault import Vault
 from hetero_fl.experiment.prepared import Prepared
 from hetero_fl.experiment.single import check_begun, hold
@@ -57,6 +57,7 @@ def serve(
     say: Callable[[str], None] = lambda line: None,
     status: Status | None = None,
     console: Console | None = None,
+    message_bytes: int = MESSAGE_BYTES,
 ) -> Run:
     """Carry out a run with the nodes that a transport reaches; leaves the run directory that a simulation leaves.
 
@@ -69,6 +70,7 @@ def serve(
         say: told, in one line, of whoever comes, goes or is refused.
         status: kept up to date.
         console: where the run's progress is shown, if not in a terminal.
+        message_bytes: bytes of a node's answer, at most; a longer one is refused before it is read.
 
     Raises:
         UserError: a mistake in the configuration, the data or the call.
@@ -87,11 +89,14 @@ def serve(
         status = status or Status(out, clients)
 
         def tell(line: str) -> None:
+            line = one_line(line)
             status.happened(line)
             say(line)
 
+        transport = Bounded(transport, message_bytes)
         if keys is not None:
-            transport = Signed(transport, keys, tell)
+            transport = signed = Signed(transport, keys, tell)
+            status.watch_logs(lambda: signed.logs)
         post = Post(transport, clients, tell, patience, nudge)
         status.watch(lambda: post.node_of)
     except BaseException:

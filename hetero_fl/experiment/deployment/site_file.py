@@ -14,6 +14,7 @@ from hetero_fl.config.mistakes import describe
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.limits import AllowsConfig
+from hetero_fl.experiment.deployment.transport import MESSAGE_BYTES
 from hetero_fl.own_code import CONTEXT, CodePermission, references
 
 
@@ -71,6 +72,9 @@ class SiteConfig(Section):
     )
     server: ServerAtConfig | None = Field(None, description="whom it answers; `hetero-fl node` needs it")
     logs: choice("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
+    message_bytes: PositiveInt = Field(
+        MESSAGE_BYTES, description="most bytes of a message of the server's; a longer one is refused before it is read"
+    )
 
     def settings(self) -> dict[str, Any]:
         """What of a client's settings it decides itself."""

@@ -33,6 +33,7 @@ class Status:
     def __init__(self, path: Path, clients: Collection[str]) -> None:
         self._path, self._changing = path, threading.RLock()
         self._present: Callable[[], Collection[str]] = tuple
+        self._logs: Callable[[], Mapping[str, str]] = dict
         self._nodes: dict[str, tuple[bool, float | None]] = dict.fromkeys(clients, (False, None))  # here? since when?
         self._events: list[dict[str, Any]] = []
         self._tree: dict[str, Any] = {
@@ -55,6 +56,10 @@ class Status:
     def watch(self, present: Callable[[], Collection[str]]) -> None:
         """Whom to ask who is here."""
         self._present = present
+
+    def watch_logs(self, logs: Callable[[], Mapping[str, str]]) -> None:
+        """Whom to ask for the heads of sites' audit logs."""
+        self._logs = logs
 
     def happened(self, line: str) -> None:
         """Something happened."""
@@ -86,7 +91,11 @@ class Status:
             for client, (here, _) in self._nodes.items():
                 if here != (client in present):
                     self._nodes[client] = not here, now
-            nodes = {client: {"here": here, "since": since} for client, (here, since) in sorted(self._nodes.items())}
+            logs = self._logs()
+            nodes = {
+                client: {"here": here, "since": since, **({"log": logs[client]} if client in logs else {})}
+                for client, (here, since) in sorted(self._nodes.items())
+            }
             return {**self._tree, "nodes": nodes, "events": self._events, "updated": now}
 
     def prometheus(self) -> str:

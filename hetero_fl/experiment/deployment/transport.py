@@ -12,6 +12,10 @@ from typing import Protocol
 
 Head = dict[str, str | int | float | bool | bytes]
 
+MESSAGE_BYTES = 2**30  # of one message, unless a server's or a site's file says otherwise
+MOST_HEAD_ENTRIES = 32
+MOST_HEAD_BYTES = 2**16
+
 
 @dataclass(frozen=True)
 class Envelope:
@@ -19,6 +23,37 @@ class Envelope:
 
     head: Head = field(default_factory=dict)
     body: bytes = b""
+
+
+class Unread(Envelope):
+    """What stands for an answer that was not taken, and why. Made at this side, never carried."""
+
+    @classmethod
+    def because(cls, why: str) -> Unread:
+        return cls({"ask": "refused", "why": why})
+
+
+def fault_of(envelope: Envelope, most: int) -> str:
+    """Return what is out of bounds in a message, before anything in it is used; empty if nothing is.
+
+    A head is a few plain values that can be encoded as UTF-8; a body has at most `most` bytes.
+    """
+    head, size = envelope.head, 0
+    if len(envelope.body) > most:
+        return f"a message of {len(envelope.body):,} bytes; at most {most:,} are read"
+    if len(head) > MOST_HEAD_ENTRIES:
+        return f"a head of {len(head)} entries; at most {MOST_HEAD_ENTRIES} are read"
+    for name, value in head.items():
+        if not isinstance(name, str) or not isinstance(value, str | int | float | bytes):
+            return f"a head with {type(value).__name__} in it; expected plain values"
+        if isinstance(value, int) and value.bit_length() > 64:
+            return f"a head with a number of {value.bit_length()} bits; expected at most 64"
+        try:
+            size += len(name.encode()) + len(value.encode() if isinstance(value, str) else b"")
+        except UnicodeEncodeError:
+            return "a head whose text is not valid Unicode"
+        size += len(value) if isinstance(value, bytes) else 8
+    return f"a head of {size:,} bytes; at most {MOST_HEAD_BYTES:,} are read" if size > MOST_HEAD_BYTES else ""
 
 
 Handle = Callable[[Envelope], Envelope]
@@ -44,6 +79,27 @@ class Transport(Protocol):
     def close(self) -> None:
         """Give everything back."""
         ...
+
+
+class Bounded:
+    """A transport whose answers are within bounds; `Unread` takes the place of others.
+
+    Args:
+        transport: The transport that carries the messages.
+        most: Bytes of an answer's body, at most.
+    """
+
+    def __init__(self, transport: Transport, most: int) -> None:
+        self.transport, self.most = transport, most
+        self.nodes, self.push, self.close = transport.nodes, transport.push, transport.close
+
+    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+        """As any transport."""
+        return {n: None if a is None else self._taken(a) for n, a in self.transport.pull(numbers, wait).items()}
+
+    def _taken(self, answer: Envelope) -> Envelope:
+        why = fault_of(answer, self.most)
+        return Unread.because(why) if why else answer
 
 
 class Loopback:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.messages import Refused
-from hetero_fl.files import write_atomically
+from hetero_fl.files import sync_folder, write_atomically
 
 KEPT = 4  # states: two checkpoints of the server's may name one each, and a task in flight leaves one
 NONCE = 12  # bytes
@@ -37,10 +37,7 @@ class Cipher:
     def of(cls, path: Path) -> Cipher:
         """With the key in a file, which is made if it is not there. Raises UserError if it is no key."""
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(AESGCM.generate_key(256))
+            _make_key(path)
         try:
             key = path.read_bytes()
         except OSError as error:
@@ -58,6 +55,19 @@ class Cipher:
     def open(self, data: bytes, name: str) -> bytes:
         """Raises InvalidTag for bytes that were changed, or that were sealed with another key or name."""
         return self._box.decrypt(data[:NONCE], data[NONCE:], name.encode())
+
+
+def _make_key(path: Path) -> None:
+    """Write a new key, on disk when this returns: what it seals would be lost with it."""
+    new = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(AESGCM.generate_key(256))
+        file.flush()
+        os.fsync(file.fileno())
+    for folder in (path.parent, *(made.parent for made in new)):
+        sync_folder(folder)
 
 
 class Vault:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,31 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short").chmod(0o600)
     with pytest.raises(UserError, match="found 31 bytes; a key has 32"):
         Node(SiteConfig(client="a", encrypt=str(tmp_path / "short")), tmp_path / "site")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are in /proc")
+def test_the_key_is_on_disk_before_anything_that_it_seals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File and folders: after a loss of power there must not be sealed data whose key was only in memory."""
+    done: list[str] = []
+    synced, replaced = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{handle}"))
+        synced(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        done.append(str(target))
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    key = tmp_path / "safe" / "keys" / "a"
+    node = Node(SiteConfig(client="a", encrypt=str(key)), tmp_path / "site")
+    Vault(tmp_path / "site" / "runs" / "r", node.cipher).secret("noise")
+
+    sealed = done.index(str(tmp_path / "site" / "runs" / "r" / "noise"))
+    for path in (key, key.parent, key.parent.parent, tmp_path):
+        assert str(path) in done[:sealed], path
 
 
 def test_the_key_is_named_relative_to_the_sites_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -9,11 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 
+from hetero_fl.cli import main
 from hetero_fl.errors import UserError
-from hetero_fl.experiment.deployment.audit_log import AuditLog, shown, totals, verify
+from hetero_fl.experiment.deployment.audit_log import FIRST, AuditLog, head_of, shown, totals, verify
+from hetero_fl.experiment.deployment.certificates import make_node_key
 
 Lines = list[bytes]
+KEY = generate_private_key(SECP384R1())
 
 
 def written(path: Path, count: int = 6) -> Path:
@@ -128,3 +133,98 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
 def test_a_missing_log_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         verify(tmp_path / "audit.jsonl")
+
+
+# Signatures ----------------------------------------------------------------------------------------------------------
+ABOUT = {"ask": "do", "outcome": "done", "out": 1, "in": 1}
+
+
+def signed(path: Path, count: int = 3) -> AuditLog:
+    log = AuditLog(path, KEY)
+    for _ in range(count):
+        log.append(**ABOUT)
+    return log
+
+
+def forged(path: Path, **changes: object) -> bytes:
+    """One more line as the log would have it, with a correct number and hash, by somebody without the key."""
+    last = path.read_bytes().splitlines(keepends=True)[-1]
+    entry = {**json.loads(last), "n": json.loads(last)["n"] + 1, "before": hashlib.sha256(last).hexdigest(), **changes}
+    return json.dumps(entry).encode() + b"\n"
+
+
+def test_verify_finds_an_appended_line(tmp_path: Path) -> None:
+    path = signed(tmp_path / "audit.jsonl").path
+    assert len(verify(path, KEY.public_key())) == 3
+    line = forged(path, out=10**9)
+
+    path.write_bytes(path.read_bytes() + line)
+    path.with_name("audit.jsonl.head").write_text(f"4 {hashlib.sha256(line).hexdigest()}")
+
+    for reads in (lambda: verify(path, KEY.public_key()), lambda: AuditLog(path, KEY)):
+        with pytest.raises(UserError, match="line 4: it is not signed with this site's key"):
+            reads()
+
+
+def test_verify_finds_another_history(tmp_path: Path) -> None:
+    """All lines rewritten with correct hashes, signed with another key, or not at all."""
+    path = signed(tmp_path / "audit.jsonl").path
+    for key in (generate_private_key(SECP384R1()), None):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        AuditLog(path, key).append(**ABOUT)
+        with pytest.raises(UserError, match="line 1: it is not signed with this site's key"):
+            verify(path, KEY.public_key())
+
+
+def test_signed_log_of_a_killed_process_goes_on(tmp_path: Path) -> None:
+    path = signed(tmp_path / "audit.jsonl").path
+    head = path.with_name("audit.jsonl.head").read_bytes()
+    AuditLog(path, KEY).append(**ABOUT)
+    path.with_name("audit.jsonl.head").write_bytes(head)
+
+    AuditLog(path, KEY).append(**ABOUT)
+
+    assert len(verify(path, KEY.public_key())) == 5
+
+
+def test_noted_head_shows_that_a_log_went_back(tmp_path: Path) -> None:
+    """Who can write both files can cut the end off; who noted the head sees it."""
+    log = signed(tmp_path / "audit.jsonl")
+    noted, files = log.head, [(path, path.read_bytes()) for path in (log.path, log.path.with_name("audit.jsonl.head"))]
+    log.append(**ABOUT)
+    later = log.head
+    assert len(verify(log.path, KEY.public_key(), noted)) == 4 and later == head_of(log.path)
+
+    for path, data in files:
+        path.write_bytes(data)
+
+    assert len(verify(log.path, KEY.public_key(), noted)) == 3
+    with pytest.raises(UserError, match="line 4 was noted, 3 lines are there"):
+        verify(log.path, KEY.public_key(), later)
+    with pytest.raises(UserError, match="line 3: it is not the one that was noted"):
+        verify(log.path, KEY.public_key(), f"3:{FIRST}")
+    with pytest.raises(UserError, match="expected N:HASH"):
+        verify(log.path, KEY.public_key(), "\x1b[2J")
+
+
+def test_node_audit_checks_signatures_with_the_public_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, key = tmp_path / "state" / "audit.jsonl", make_node_key(tmp_path / "key")
+    log = AuditLog(path, key)
+    log.append(**ABOUT)
+    asked = ["node", "--audit", str(path), "--key", str(tmp_path / "key.pub"), "--head", log.head]
+    assert main(asked) == 0 and f"head: {log.head}" in capsys.readouterr().out
+    assert main(asked[:3]) == 0 and "signatures were not checked" in capsys.readouterr().out
+
+    path.write_bytes(path.read_bytes() + forged(path))
+
+    assert main(asked) == 2 and "line 2: it is not signed" in capsys.readouterr().err
+
+
+def test_log_line_is_short_whatever_is_put_down(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.append(
+        **{**ABOUT, "outcome": "refused: " + "x" * 20_000_000, "kinds": ["y" * 10**6] * 1000, "run": "\ud800\x1b"}
+    )
+    assert log.path.stat().st_size < 20_000
+    assert verify(log.path)[0]["run"] == "\\ud800\\x1b"

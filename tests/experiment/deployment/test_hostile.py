@@ -16,6 +16,7 @@ import torch
 
 from hetero_fl.algorithms import algorithm
 from hetero_fl.codec import encode
+from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment.deployment.hearing import hear_reading, hear_settings, hear_state, hear_told
 from hetero_fl.experiment.deployment.messages import FORM, Refused, body_of, message
@@ -153,6 +154,7 @@ READINGS: dict[str, tuple[Change, str]] = {
     "endless": (scores(loss=math.inf), "no finite number"),
     "a loss below nought": (scores(loss=-1.0), "found -1"),
     "text": (scores(accuracy="<script>"), "no finite number"),
+    "a number without end": (scores(accuracy=10**400), "cannot be read (OverflowError"),
     "true": (scores(accuracy=True), "no finite number"),
     "a score of its own": (scores(mine=1.0), "its reading is refused: found"),
     "scores of something else": (reading(lambda t: t["scores"].update(other={})), "'other'"),
@@ -221,12 +223,17 @@ TOLD: dict[str, Any] = {
         ({"view": {"mean": math.inf}}, "no finite number"),
         ({"view": {"std": "x"}}, "no finite number"),
         ({"view": 3}, "cannot be read"),
+        ({"view": {"resize": 10**6}}, "another view than the configuration asks for"),
+        ({"rows": torch.zeros(3)}, "found a tensor"),
+        ({"labels": [10**400, 1, 1]}, "cannot be read (OverflowError"),
     ],
 )
 def test_what_a_node_tells_of_its_rows_is_checked(changes: dict[str, Any], said: str) -> None:
-    assert hear_told(TOLD, 3).rows == TOLD["rows"]
+    own = Preprocess() if changes.get("view") else None
+    told = {**TOLD, "view": {"mean": 0.5, "std": 1.0}} if own else TOLD
+    assert hear_told(told, 3, own).rows == TOLD["rows"]
     with pytest.raises(Refused) as caught:
-        hear_told({**TOLD, **changes}, 3)
+        hear_told({**TOLD, **changes}, 3, own)
     assert said in str(caught.value)
 
 

@@ -14,12 +14,13 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_pri
 
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment import identity
-from hetero_fl.experiment.deployment.audit_log import verify
+from hetero_fl.experiment.deployment.audit_log import AuditLog, verify
 from hetero_fl.experiment.deployment.certificates import make_node_key
 from hetero_fl.experiment.deployment.identity import NodeKeys, ServerKeys, Signed
 from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.post import GREETING, Post
 from hetero_fl.experiment.deployment.site_file import SiteConfig
+from hetero_fl.experiment.deployment.status import read_status
 from hetero_fl.experiment.deployment.transport import Envelope, Handle, Loopback
 from tests.experiment.deployment.sites import LONG, Clock, until
 from tests.experiment.deployment.together import SITES, Federation, small
@@ -275,4 +276,26 @@ def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> 
     for id, node in federation.nodes.items():
         node.keys = keys_of("site_1" if id == "site_3" else id)  # registered, but as somebody else
     with pytest.raises(RunFailed, match="not there after 300 s: site_3"):
-        federation.serve(small(), keys=PINNED, say=clock.after(3, []))
+        federation.serve(small(), keys=PINNED, say=clock.after(4, []))
+
+
+def test_server_keeps_the_heads_of_audit_logs(tmp_path: Path) -> None:
+    """With it a site's log that went back to an earlier end is found."""
+    federation = Federation(tmp_path)
+    for id, node in federation.nodes.items():
+        node.keys = keys_of(id)
+        node.log = AuditLog(node.log.path, KEYS[id])
+
+    federation.serve(small(rounds=1), keys=PINNED)
+
+    told = read_status(tmp_path / "run")["nodes"]
+    for id in SITES:
+        assert len(verify(tmp_path / id / "audit.jsonl", PINNED.clients[id], told[id]["log"])) > 3
+
+
+def test_server_says_that_an_audit_log_went_back(tmp_path: Path) -> None:
+    said: list[str] = []
+    signed = Signed(Loopback(), PINNED, said.append)
+    for head in (f"7:{'a' * 64}", "junk", f"5:{'b' * 64}"):
+        signed._note_log("site_1", head)
+    assert said == ["the audit log of 'site_1' has 5 lines; it had 7"]

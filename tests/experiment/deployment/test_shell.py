@@ -202,3 +202,9 @@ def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path)
     del source["data"]["path"]
     with pytest.raises(UserError, match=r"^data\.path: missing; .* which real sites do not bring together"):
         serve(source, Sites(tmp_path / "others", sites).gathered(), out=tmp_path / "none", wait=LONG)
+
+
+def test_attended_node_answers_a_task_whose_round_is_no_number(sites: Sites) -> None:
+    sites.gathered().close()
+    answer = sites.refused[0].handle(Envelope({"ask": "do", "run": "r", "round": "first", "what": "\x1b[2J"}))
+    assert answer.head["ask"] == "unready" and "\\x1b[2J: unready" in sites.lines[-1]

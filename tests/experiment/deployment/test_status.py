@@ -15,8 +15,10 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from rich.console import Console
 
 from hetero_fl.cli import main
+from hetero_fl.cli.status import print_status
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.log import Lines, Log, Told
 from hetero_fl.experiment.deployment.status import FILE, Status, read_status
@@ -165,3 +167,20 @@ def test_what_the_transport_repeats_is_told_once() -> None:
     for line in ("waiting", "waiting", "joined"):
         handler.emit(logging.LogRecord("any", logging.INFO, "", 0, line, None, None))
     assert [line.split("  ")[1] for line in stream.getvalue().splitlines()] == ["waiting", "joined"]
+
+
+def test_print_status_shows_what_happened_as_it_is(status: Status) -> None:
+    """No markup, and nothing that a terminal obeys: lines quote what nodes say."""
+    shown = io.StringIO()
+    tree = {**status.tree(), "events": [{"time": 0.0, "message": "refused: [/red]\x1b[2J"}]}
+
+    print_status(tree, Console(file=shown, force_terminal=True, width=200))
+
+    assert "refused: [/red]\\x1b[2J" in shown.getvalue()
+
+
+def test_log_line_is_printable_and_of_bounded_length() -> None:
+    for form in ("text", "json"):
+        stream = io.StringIO()
+        Log(form, stream)("a\x1b[2J\ud800\n" + "b" * 10**6)
+        assert "a\\x1b[2J\\ud800" in stream.getvalue().replace("\\\\", "\\") and len(stream.getvalue()) < 2200

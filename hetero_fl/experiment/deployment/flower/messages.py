@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import (
@@ -23,6 +26,8 @@ from flwr.proto.message_pb2 import Message as Proto
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_body,
+    get_object_head_values_from_object_content,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
@@ -39,13 +44,19 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 
-from hetero_fl.experiment.deployment.transport import Envelope, Head
+from hetero_fl.experiment.deployment.transport import MESSAGE_BYTES, Envelope, Head
 
 SERVER = Node(node_id=SUPERLINK_NODE_ID)
 KIND = "query"  # Flower wants one of its own
 HEAD, BODY = "head", "body"
 SMALL = 2**16  # bytes; a body of no more goes with the head, which saves six of fourteen calls each way
 COMING = 60.0  # seconds within which the parts of a message that is announced must have come
+MOST_PARTS = 64  # of a message, beside one for every PART_BYTES of its body
+PART_BYTES = 2**20  # of a part that is not a piece of a body, at most
+
+
+class TooLong(ObjectPullError):
+    """A message that is longer than what is read."""
 
 
 class Client(Protocol):
@@ -118,7 +129,7 @@ def envelope_of(message: Message) -> Envelope | None:
     try:
         head = small[HEAD]
         body = large[BODY][BODY].data if BODY in large else small[BODY][BODY]
-    except KeyError:
+    except (KeyError, AttributeError, TypeError):
         return None
     plain: Head = {name: value for name, value in head.items() if not isinstance(value, list)}
     return Envelope(plain, body) if len(plain) == len(head) and isinstance(body, bytes) else None
@@ -141,22 +152,81 @@ def send_parts(client: Client, node: Node, message: Message, session: str, wante
         )
 
 
-def fetch(client: Client, node: Node, run: int, tree: ObjectTree) -> Message:
-    """A whole message. Raises ObjectPullError if a part of it never comes, or they make no message."""
-    parts = pull_objects(
-        [part.object_id for part in iterate_object_tree(tree)],
-        make_pull_object_fn_protobuf(client.PullObject, node, run),
-        max_time=COMING,
-        max_tries_per_object=None,
-        initial_backoff=0.02,  # Flower's is a second: a message is announced a moment before its parts are there
-        backoff_cap=1.0,
-    )
-    make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run)(tree.object_id)
+def fetch(client: Client, node: Node, run: int, tree: ObjectTree, most: int = MESSAGE_BYTES) -> Message:
+    """Fetch a whole message.
+
+    Args:
+        client: The client of the API that has it.
+        node: Who fetches it.
+        run: Flower's number of the run.
+        tree: The list of its parts, as it was announced.
+        most: Bytes of its body, at most.
+
+    Raises:
+        TooLong: It is longer, which is noticed before all of it is in memory.
+        ObjectPullError: A part of it never comes, or the parts make no message.
+    """
+    confirm = make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run)
     try:
+        parts = pull_objects(
+            _listed(tree, most),
+            _bounded(make_pull_object_fn_protobuf(client.PullObject, node, run), most),
+            max_time=COMING,
+            max_tries_per_object=None,
+            initial_backoff=0.02,  # Flower's is a second: a message is announced a moment before its parts are there
+            backoff_cap=1.0,
+        )
+    except TooLong:
+        confirm(tree.object_id)  # else it would be kept for as long as the run lasts
+        raise
+    confirm(tree.object_id)
+    try:
+        _check_parts(parts, most)
         message = inflate_object_from_contents(tree.object_id, parts)
+    except TooLong:
+        raise
     except Exception as error:  # whatever somebody has sent
         raise ObjectPullError(tree.object_id, f"it is no message: {error}") from None
     if not isinstance(message, Message):
         raise ObjectPullError(tree.object_id, "it is no message")
     message.metadata.__dict__["_message_id"] = tree.object_id
     return message
+
+
+def _listed(tree: ObjectTree, most: int) -> list[str]:
+    """Numbers of a message's parts. Raises TooLong if there are more than a message of so many bytes has."""
+    numbers = [part.object_id for part in iterate_object_tree(tree)]
+    if len(numbers) > MOST_PARTS + most // PART_BYTES:
+        raise TooLong(tree.object_id, f"it has {len(numbers)} parts")
+    return numbers
+
+
+def _bounded(pull: Callable[[str], bytes], most: int) -> Callable[[str], bytes]:
+    """The same function, which raises TooLong once parts of more than so many bytes have come."""
+    counting = threading.Lock()
+    left = most + PART_BYTES
+
+    def pull_bounded(number: str) -> bytes:
+        nonlocal left
+        content = pull(number)
+        with counting:
+            left -= len(content)
+            if left < 0:
+                raise TooLong(number, f"a message of more than {most:,} bytes")
+        return content
+
+    return pull_bounded
+
+
+def _check_parts(parts: dict[str, bytes], most: int) -> None:
+    """Raise TooLong where few bytes would become many: an array may name a piece any number of times."""
+    for number, content in parts.items():
+        kind, pieces, _ = get_object_head_values_from_object_content(content)
+        if kind == ArrayChunk.__qualname__:
+            continue
+        if len(content) > PART_BYTES:
+            raise TooLong(number, f"a part of {len(content):,} bytes; at most {PART_BYTES:,} are read")
+        if kind == Array.__qualname__:
+            order = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            if (size := sum(len(parts[pieces[place]]) for place in order)) > most + PART_BYTES:
+                raise TooLong(number, f"a message of {size:,} bytes; at most {most:,} are read")

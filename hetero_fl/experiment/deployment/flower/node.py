@@ -27,9 +27,16 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.certificates import public_bytes
 from hetero_fl.experiment.deployment.flower.calls import Over, Refused, Unreachable, calling
-from hetero_fl.experiment.deployment.flower.messages import announced, answer_to, envelope_of, fetch, send_parts
+from hetero_fl.experiment.deployment.flower.messages import (
+    TooLong,
+    announced,
+    answer_to,
+    envelope_of,
+    fetch,
+    send_parts,
+)  # fmt: skip
 from hetero_fl.experiment.deployment.flower.pace import Pace
-from hetero_fl.experiment.deployment.transport import Envelope, Handle
+from hetero_fl.experiment.deployment.transport import MESSAGE_BYTES, Envelope, Handle
 from hetero_fl.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -48,6 +55,7 @@ def serve(
     memory: Path | None = None,
     patience: float = 60.0,
     stop: threading.Event | None = None,
+    most: int = MESSAGE_BYTES,
 ) -> None:
     """Answer every message that comes for the holder of `key`, until `stop` is set.
 
@@ -59,12 +67,13 @@ def serve(
         authority: A file with the certificate of who vouches for the server; without it nothing is encrypted.
         memory: A file for the number that Flower gave this node. With it a node that was killed comes back at once; without, only
             when the server has noticed that it was gone (20 s).
+        most: Bytes of a message, at most; a longer one is not read.
 
     Raises:
         UserError: the server is not who it should be, or does not know the key.
     """
     stop = stop or threading.Event()
-    with _Member(address, key, authority, memory) as member:
+    with _Member(address, key, authority, memory, most) as member:
         refused, rest, said = None, AGAIN[0], ""
         while not stop.is_set():
             try:
@@ -90,8 +99,10 @@ def serve(
 class _Member:
     """This node as Flower knows it."""
 
-    def __init__(self, address: str, key: EllipticCurvePrivateKey, authority: Path | None, memory: Path | None) -> None:
-        self._address, self._memory = address, memory
+    def __init__(
+        self, address: str, key: EllipticCurvePrivateKey, authority: Path | None, memory: Path | None, most: int
+    ) -> None:
+        self._address, self._memory, self._most = address, memory, most
         self._public = public_bytes(key.public_key())
         context = ssl.create_default_context(cafile=authority) if authority else False
         self._client = FleetHttpClient(
@@ -148,9 +159,11 @@ class _Member:
             began = time.monotonic()
             try:
                 with calling(self._address):
-                    message = fetch(
-                        self._client, node, got.messages_list[0].metadata.run_id, got.message_object_trees[0]
-                    )
+                    run, tree = got.messages_list[0].metadata.run_id, got.message_object_trees[0]
+                    message = fetch(self._client, node, run, tree, self._most)
+            except TooLong as error:
+                log.warning("a message was not read (message_bytes): %s", error)
+                continue
             except ObjectPullError:
                 log.warning("a message was announced that never came whole")
                 continue

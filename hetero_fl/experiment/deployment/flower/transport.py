@@ -16,11 +16,19 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPu
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment.certificates import PublicKey, public_bytes
 from hetero_fl.experiment.deployment.flower.calls import Over, Refused, Unreachable, calling
-from hetero_fl.experiment.deployment.flower.messages import SERVER, announced, envelope_of, fetch, send_parts, to_node
+from hetero_fl.experiment.deployment.flower.messages import (
+    SERVER,
+    TooLong,
+    announced,
+    envelope_of,
+    fetch,
+    send_parts,
+    to_node,
+)  # fmt: skip
 from hetero_fl.experiment.deployment.flower.pace import Pace
 from hetero_fl.experiment.deployment.flower.run import Run
 from hetero_fl.experiment.deployment.flower.superlink import Superlink
-from hetero_fl.experiment.deployment.transport import Envelope
+from hetero_fl.experiment.deployment.transport import MESSAGE_BYTES, Envelope, Unread
 
 LOOK = 1.0  # seconds between looks at who is there, while answers are waited for
 LINGER = 3.0  # seconds at the end in which nodes may take and answer the last messages
@@ -39,14 +47,15 @@ class _Sent:
 
 
 class FlowerTransport:
-    """Takes a SuperLink over, and closes it. `keys`: the public key of every node that may take part, by its name.
+    """Takes a SuperLink over, and closes it. `keys`: the public key of every node that may take part, by its name; `most`: bytes
+    of an answer, at most.
 
     A node is who holds the key, under whatever number Flower gives it; others that connect are not seen. If the SuperLink dies
     it is started anew: nodes come back by themselves, and of all messages under way it is said that no answer will come.
     """
 
-    def __init__(self, superlink: Superlink, keys: Mapping[str, PublicKey]) -> None:
-        self._superlink = superlink
+    def __init__(self, superlink: Superlink, keys: Mapping[str, PublicKey], most: int = MESSAGE_BYTES) -> None:
+        self._superlink, self._most = superlink, most
         self._names = {public_bytes(key): name for name, key in keys.items()}
         self._here: dict[int, tuple[str, str]] = {}  # number -> name, since when
         self._sent: dict[str, _Sent] = {}
@@ -160,7 +169,9 @@ class FlowerTransport:
 
     def _fetched(self, tree: ObjectTree) -> Envelope | None:
         try:
-            return self._call(lambda run: envelope_of(fetch(run.client, SERVER, run.number, tree)))
+            return self._call(lambda run: envelope_of(fetch(run.client, SERVER, run.number, tree, self._most)))
+        except TooLong as error:
+            return Unread.because(str(error))
         except ObjectPullError:  # the node went away while it was sending
             return None
 

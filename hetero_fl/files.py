@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+
+CHUNK = 1 << 20  # bytes in memory while a file is hashed
 
 
 def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
@@ -26,6 +29,15 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content as hexadecimal digits. Raises OSError if it cannot be read."""
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            checksum.update(chunk)
+    return checksum.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,6 +22,19 @@ from hetero_fl.task import Task
 FORM = "hetero_fl model 1"
 
 
+def read_model_file(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Return what a model file says of its model, and the tensors; runs no code. Raises UserError if it is none of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})["hetero_fl"])
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        if about["form"] != FORM:
+            raise UserError(f"{path}: found {about['form']!r}, this release reads {FORM!r}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a saved model: {error}") from None
+    return about, tensors
+
+
 @dataclass(frozen=True)
 class SavedModel:
     """A model of a finished run: tensors, what to build, how it sees examples, what its outputs mean.
@@ -61,11 +74,7 @@ class SavedModel:
         Raises UserError if it is none of ours, or if its model is a user's own class and `allow_code` does not permit that.
         """
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["hetero_fl"])
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (it is no dictionary)
-            if about["form"] != FORM:
-                raise UserError(f"{path}: found {about['form']!r}, this release reads {FORM!r}")
+            about, tensors = read_model_file(path)
             CodePermission.of(allow_code).check(references(about), str(path))
             named = about["task"]
             task = Task(

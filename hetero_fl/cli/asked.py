@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hetero_fl.errors import UserError
 from hetero_fl.own_code import OWN, CodePermission
+from hetero_fl.reporting.rundir import has_run
 
 if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
@@ -51,7 +52,7 @@ def check_run(options: argparse.Namespace, permission: CodePermission) -> Path |
     """Return the configuration of the run that is asked for; None if it was only to be checked, and is. Raises UserError."""
     if options.resume and options.out is None:
         raise UserError("--resume: which run? name its directory with --out")
-    begun = options.resume and (options.out / "config.yaml").is_file()
+    begun = options.resume and has_run(options.out)
     if options.config is None and not begun:
         if options.resume:
             raise UserError(

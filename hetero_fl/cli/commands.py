@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.cli import Parser, audit, compare, export, federate, join, server, status
+from hetero_fl.cli import Parser, audit, compare, export, federate, integrity, join, server, status
 from hetero_fl.cli.asked import check_run, option_of_code, options_of_run, permission_of, print_finished
 from hetero_fl.errors import UserError
 from hetero_fl.own_code import references
@@ -132,6 +132,7 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
     "join": ("a newcomer begins with what a finished run leaves, and is compared with one from scratch", join.setup),
     "audit": ("what a finished run gives away: who was a member, and images out of an upload", audit.setup),
     "export": ("models of a finished run as files that predict without this package, each with a card", export.setup),
+    "check": ("whether a run directory is whole: every line, checksum, model and checkpoint", integrity.setup),
     "methods": ("the algorithms, a line each: what it does, sends and needs", _methods),
 }
 

@@ -10,6 +10,7 @@ import yaml
 from hetero_fl.config.schema import Config
 
 SHOWN = 3  # differences told one by one
+FREE = ("store_memory", "workers", "address")  # keys of `runtime` that change no result
 ABSENT = object()
 
 
@@ -27,6 +28,17 @@ def resolved(config: Config) -> dict[str, Any]:
 def dump(config: Config) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def deciding(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plain configuration without what may change when a run is resumed.
+
+    That is what changes no result: memory, workers, cluster.
+    """
+    kept = dict(plain)
+    if isinstance(runtime := plain.get("runtime"), Mapping):
+        kept["runtime"] = {key: value for key, value in runtime.items() if key not in FREE}
+    return kept
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -12,10 +13,12 @@ from hetero_fl.config import Config
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.prepared import Engage, Prepared
 from hetero_fl.files import write_atomically
+from hetero_fl.reporting.integrity import check_resumable, identity
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
+from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.checkpoint import Checkpoints
 from hetero_fl.runtime.choose import Choice
 from hetero_fl.runtime.readings import Readings, Record, record_readings
@@ -58,14 +61,18 @@ def _hold(
     checkpoints = Checkpoints(rounds.store, progress.log)
     fingerprint, traces = prepared.data.content_hash(), rounds.conditions.devices.fingerprint
 
+    about: dict[str, Any] = {}
+
     def save() -> None:
-        run = rounds.tree()
-        state = {"run": run, "data": fingerprint, "traces": traces, "choice": choice.record()}
+        state = {"run": rounds.tree(), "data": fingerprint, "traces": traces, "choice": choice.record()}
+        state["directory"] = about | {"metrics": directory.metrics_checksum()}
         checkpoints.save(rounds.completed, state)
         rounds.saved()
 
+    planned = config.rounds if prepared.budget is None else prepared.budget.affordable()
     saved = checkpoints.newest()
     if saved is not None:
+        check_resumable(directory, saved)
         if saved["data"] != fingerprint:
             raise UserError(f"{directory.path}: the data is not what this run began with; restore it, or start anew")
         if saved.get("traces", "") != traces:
@@ -74,19 +81,24 @@ def _hold(
         rounds.saved()
         how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
         progress.log(f"resumed after round {rounds.completed}; {how}")
-    else:
+    elif lines := directory.lines():
+        raise UserError(
+            f"{directory.path / 'checkpoint'}: missing, although metrics.jsonl has {plural(len(lines), 'round')}; "
+            "restore it, or start a new run with another --out"
+        )
+    directory.rewind_metrics(rounds.completed)
+    about |= {**identity(directory), "rounds": config.rounds}
+    if saved is None:
         start_from(prepared.inherited, rounds)
         save()
         for note in [*prepared.notes, *choice.reasons]:
             progress.log(note)
-    directory.rewind_metrics(rounds.completed)
     listeners = [*callbacks, *([writer_callback(directory.path)] if config.output.tensorboard else [])]
     patience = Patience(prepared.federation.task, config.evaluation.patience, _history(directory))
     setup = time.perf_counter() - begun
     progress.unit = prepared.federation.task.unit
     progress.start(config.rounds, len(prepared.federation.cards), rounds.completed)
     readings: Readings | None = None
-    planned = config.rounds if prepared.budget is None else prepared.budget.affordable()
     while rounds.completed < planned and not patience.exhausted:
         record = rounds.round()
         if prepared.budget is not None:
@@ -146,7 +158,7 @@ def _finish(
         rounds.traffic.down = traffic  # the same reading once more: nobody would send it again
     directory.write_json("details.json", details_of(prepared.federation, readings, prepared.notes, prepared.method))
     summary = summarise(prepared.config, prepared.method, prepared.federation, history, rounds.traffic, setup, readings)
-    directory.write_json("summary.json", summary)
+    directory.finish(summary)
     present(prepared.config, directory)
     progress.finish(summary)
 

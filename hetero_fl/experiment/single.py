@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -9,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetero_fl.children import leave_if_importing
-from hetero_fl.config import Config, difference, resolved
+from hetero_fl.config import Config, deciding, difference, resolved
 from hetero_fl.data import Dataset
 from hetero_fl.environment import describe_environment
 from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment.course import Callback, carry_out, present
 from hetero_fl.experiment.prepared import Engage, Prepared, prepare
 from hetero_fl.own_code import CodePermission, references
+from hetero_fl.reporting.integrity import inspect
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.rundir import LOG, RunDirectory, check_vacant, locked
+from hetero_fl.reporting.rundir import LOG, RunDirectory, check_vacant, has_run, locked
 from hetero_fl.runtime.choose import Choice, choose
 from hetero_fl.runtime.engines import engine
 
@@ -74,11 +76,17 @@ def default_out(config: Config) -> Path:
 
 def check_begun(path: Path, on_nodes: bool) -> dict[str, Any]:
     """What a run that is gone on with was begun with: executor, threads, device. Raises UserError if it was the other way."""
-    began: dict[str, Any] = RunDirectory.open(path).environment()["choice"]
+    began = RunDirectory.open(path).environment().get("choice")
+    if not isinstance(began, dict) or not isinstance(began.get("executor"), str):
+        raise _no_choice(path)
     if (began["executor"] == NODES) != on_nodes:
         how = "on one machine; hetero-fl train" if on_nodes else "on nodes; hetero-fl federate or server"
         raise UserError(f"{path}: --resume: this run was begun {how} goes on with it")
     return began
+
+
+def _no_choice(path: Path) -> UserError:
+    return UserError(f"{path / 'environment.json'}: choice does not say how the run was computed")
 
 
 def hold(
@@ -95,7 +103,7 @@ def hold(
     shown goes, if not to a terminal."""
     config = prepared.config
     path = Path(out) if out is not None else default_out(config)
-    going_on = resume and (path / "config.yaml").exists()
+    going_on = resume and has_run(path)
     if not going_on:
         check_vacant(path)  # before anything is put there
     # The same bits need the same executor, threads and device, whatever this machine would choose.
@@ -103,7 +111,10 @@ def hold(
     try:
         with engine(config.runtime, began["executor"] if began else NODES if engage else config.runtime.executor):
             if began:
-                choice = Choice.recorded(began, config.runtime)
+                try:
+                    choice = Choice.recorded(began, config.runtime)
+                except (TypeError, KeyError):
+                    raise _no_choice(path) from None
             else:
                 choice = choose(config, prepared.federation) if engage is None else choose_for_nodes(prepared)
             with locked(path) as unheld:
@@ -138,27 +149,27 @@ def _run_in(
     config = prepared.config
     if resume and (path / "config.yaml").exists():
         directory = _reopen(path, config)
+        if directory.finished:
+            inspect(path).require_whole()
+            present(config, directory)
+            shown.log(f"{path}: {_finished(directory, config.rounds)}")
+            return
     else:
-        environment = describe_environment(choice.record())
+        environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
         directory = RunDirectory.create(path, config=resolved(config), environment=environment)
-    if resume and (directory.path / "summary.json").exists():
-        present(config, directory)
-        return
     with shown as progress:
         carry_out(prepared, directory, choice, progress, callbacks, engage)
 
 
-def _deciding(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same when a run is resumed: all but memory, workers and cluster, which decide no result."""
-    return {
-        **recorded,
-        "runtime": {k: v for k, v in recorded["runtime"].items() if k not in ("store_memory", "workers", "address")},
-    }
+def _finished(directory: RunDirectory, planned: int) -> str:
+    completed = directory.summary()["rounds_completed"]
+    rounds = f"{completed} of {planned} rounds" if completed < planned else f"{planned} rounds"
+    return f"this run has finished, after {rounds}"
 
 
 def _reopen(path: Path, config: Config) -> RunDirectory:
     """The run directory of an interrupted run. Raises UserError naming the keys that differ."""
     directory = RunDirectory.open(path)
-    if differs := difference(_deciding(directory.config()), _deciding(resolved(config))):
+    if differs := difference(deciding(directory.config()), deciding(resolved(config))):
         raise UserError(f"{path}: --resume with another configuration: {differs}")
     return directory

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hetero_fl.data.given import as_seen
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.files import sha256_of
 from hetero_fl.own_code import CodePermission
+from hetero_fl.reporting.integrity import CHANGED, inspect
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.saved import SavedModel
 
@@ -19,16 +21,19 @@ from hetero_fl.saved import SavedModel
 class Run:
     """The directory of a finished run.
 
+    Opening it reads every file but models and checkpoints, of which a model is checked when it is first used.
+
     Args:
         path: The directory.
         allow_code: Whether code that its files name (`python:package.module:Name`) may run, such as a user's model.
 
     Raises:
-        UserError: There is no run directory at the path.
+        UserError: There is no run directory at the path, or something in it is missing or damaged.
     """
 
     def __init__(self, path: str | Path, allow_code: bool | CodePermission = False) -> None:
         self.directory = RunDirectory.open(path)
+        inspect(path, thorough=False).require_whole()
         self.permission = CodePermission.of(allow_code)
 
     @classmethod
@@ -59,11 +64,15 @@ class Run:
     @cached_property
     def models(self) -> dict[str, SavedModel]:
         """The models by client id, and "server" if the server has one."""
-        files = sorted((self.path / "models").glob("*.safetensors"))
+        files = self.directory.model_files()
         if not files:
             over = (self.path / "summary.json").exists()
             why = "no site tells its own (tells.model in a site's file)" if over else "the run has not finished"
             raise UserError(f"{self.path}: holds no models; {why}")
+        sums = self.directory.checksums()
+        for name in (f"models/{f.name}" for f in files):
+            if name in sums and sha256_of(self.path / name) != sums[name]:
+                raise UserError(f"{self.path / name}: {CHANGED}")
         return {f.stem: SavedModel.load(f, self.permission) for f in files}
 
     def predict(self, client: str, x: Any, home: bool = True, unit: Any = None) -> Tensor:

@@ -41,7 +41,7 @@ class Checkpoints:
 
         Raises RunFailed if private state in an older file has been damaged.
         """
-        path, segment = self.folder / f"round-{round:06}.ckpt", self.store.open
+        path, segment = self.folder / checkpoint_name(round), self.store.open
         assert segment is not None
         self.store.gather(replaced=path)
         pieces = _write(dict(tree), segment)
@@ -57,9 +57,14 @@ class Checkpoints:
 
         None if there is no checkpoint. Raises RunFailed if there are checkpoints and none of them is whole.
         """
-        self.store.restore({}, {})
         OpenSegment(self.folder).path.unlink(missing_ok=True)  # of a process that was killed
         files = self._files()
+        if (tree := self._newest_of(files)) is None and files:
+            raise RunFailed(f"{self.folder}: no whole checkpoint is left; start anew with another --out")
+        return tree
+
+    def _newest_of(self, files: list[Path]) -> dict[str, Any] | None:
+        self.store.restore({}, {})
         for i, path in reversed(list(enumerate(files))):
             try:
                 tree, places, waiting = read_checkpoint(path)
@@ -68,12 +73,10 @@ class Checkpoints:
                 continue
             self.store.restore(places, waiting)
             return tree
-        if files:
-            raise RunFailed(f"{self.folder}: no whole checkpoint is left; start anew with another --out")
         return None
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("round-*.ckpt"))
+        return checkpoint_files(self.folder)
 
     def _prune(self) -> None:
         """Remove the files to which neither of the two newest checkpoints refers."""
@@ -87,6 +90,16 @@ class Checkpoints:
         for path in self._files():
             if path not in needed:
                 path.unlink()
+
+
+def checkpoint_name(completed: int) -> str:
+    """Return the file name of the checkpoint after so many rounds."""
+    return f"round-{completed:06}.ckpt"
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest last."""
+    return sorted(folder.glob("round-*.ckpt"))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Place], dict[str, Place | None]]:

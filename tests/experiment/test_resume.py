@@ -9,7 +9,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -69,9 +68,15 @@ def test_the_line_of_an_interrupted_run_goes_on_with_it(
 def test_a_full_disk_is_one_line_and_what_was_committed_is_gone_on_with(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    no_room = OSError(errno.ENOSPC, "No space left on device")
+    save = Checkpoints.save
+
+    def save_while_there_is_room(self: Checkpoints, round: int, tree: Any) -> Path:
+        if round:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, round, tree)
+
     with monkeypatch.context() as full:
-        full.setattr(Checkpoints, "save", Mock(side_effect=[Path("0"), no_room]))
+        full.setattr(Checkpoints, "save", save_while_there_is_room)
         assert main(["train", "--config", "c.yaml", "--out", "run"]) == 1
         line = capsys.readouterr().err.strip()
         assert line.splitlines()[-1].startswith("failed: no space left") and "Traceback" not in line

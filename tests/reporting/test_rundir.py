@@ -94,7 +94,9 @@ def test_why_a_run_holds_no_models(tmp_path: Path) -> None:
     run = create(tmp_path / "a")
     with pytest.raises(UserError, match="holds no models; the run has not finished"):
         _ = Run(run.path).models
-    run.write_json("summary.json", {})
+    run.append_metrics({"round": 1})
+    run.write_json("details.json", {})
+    run.finish({"rounds_completed": 1})
     with pytest.raises(UserError, match=r"holds no models; no site tells its own \(tells.model in a site's file\)"):
         _ = Run(run.path).models
 

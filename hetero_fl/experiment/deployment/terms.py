@@ -9,13 +9,13 @@ from typing import Any
 
 from hetero_fl.config import Config, expand
 from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.record import FREE
 from hetero_fl.experiment.deployment.limits import AllowsConfig
 from hetero_fl.experiment.deployment.messages import Refused
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.own_code import OWN, strings
 
 OWN_KEYS = ("model", "preprocess", "augment")  # which a configuration has as the site's file has them, or not at all
-FREE = ("store_memory", "workers", "address")  # of `runtime`: what may differ when a run is resumed
 
 
 def check_raw(tree: object, allows: AllowsConfig) -> dict[str, Any]:

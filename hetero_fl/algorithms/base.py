@@ -48,6 +48,7 @@ class Algorithm(BaseModel):
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     requires: ClassVar[tuple[str, ...]] = ()  # what it needs besides, in words that tables print; subclasses add to it
     asynchronous: ClassVar[bool] = False  # whether it is for asynchronous running and for nothing else
+    one_shot: ClassVar[bool] = False  # whether clients upload once, in the last round: such a run cannot be extended
     reads: ClassVar[str] = "after aggregation, as deployed with the next broadcast"  # when a model is, for tables
 
     logit_adjustment: bool = Field(

@@ -33,6 +33,7 @@ class Dense(DataFree):
     shared = None
     uploads = {"model": ItemSpec("params", use="each")}
     tasks = ("multiclass",)
+    one_shot = True
     reads = "own model until the last round, then the server's student, through its own preprocessing"
 
     student: str | None = Field(

@@ -33,9 +33,9 @@ def dump(config: Config) -> str:
 def deciding(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return a plain configuration without what may change when a run is resumed.
 
-    That is what changes no result: memory, workers, cluster.
+    That is what changes no result (memory, workers, cluster), and `rounds`, which may grow.
     """
-    kept = dict(plain)
+    kept = {key: value for key, value in plain.items() if key != "rounds"}
     if isinstance(runtime := plain.get("runtime"), Mapping):
         kept["runtime"] = {key: value for key, value in runtime.items() if key not in FREE}
     return kept

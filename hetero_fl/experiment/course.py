@@ -77,6 +77,8 @@ def _hold(
             raise UserError(f"{directory.path}: the data is not what this run began with; restore it, or start anew")
         if saved.get("traces", "") != traces:
             raise UserError(f"devices.file: {config.devices and config.devices.file} is not what this run began with")
+        if saved["run"]["completed"] < planned:
+            saved = _reopened(directory, checkpoints, saved, config.evaluation.every)
         rounds.restore(saved["run"])
         rounds.saved()
         how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
@@ -87,7 +89,9 @@ def _hold(
             "restore it, or start a new run with another --out"
         )
     directory.rewind_metrics(rounds.completed)
-    about |= {**identity(directory), "rounds": config.rounds}
+    extended = _extend(directory, saved, config.rounds, progress)
+    prepared.notes += extended
+    about |= {**identity(directory), "rounds": config.rounds, "extended": extended}
     if saved is None:
         start_from(prepared.inherited, rounds)
         save()
@@ -125,6 +129,36 @@ def _hold(
             f"stopped after round {planned}: the next would bring ε to {over:.3g}, above privacy.target_epsilon {target:g}"
         )
     _finish(prepared, directory, rounds, readings, _history(directory), setup, progress)
+
+
+def _reopened(directory: RunDirectory, checkpoints: Checkpoints, saved: dict[str, Any], every: int) -> dict[str, Any]:
+    """Prepare a run directory for more rounds; returns the checkpoint from which they follow.
+
+    The last round of a shorter run was evaluated whatever `evaluation.every` says. In the longer run it is not, so that
+    round is repeated from the checkpoint before it.
+    """
+    directory.reopen()
+    completed = saved["run"]["completed"]
+    if completed % every and "validation" in directory.metrics()[completed - 1]:
+        return checkpoints.back_before(completed) or checkpoints.newest() or saved
+    return saved
+
+
+def _extend(directory: RunDirectory, saved: Mapping[str, Any] | None, rounds: int, progress: Progress) -> list[str]:
+    """Write the number of rounds to `config.yaml` if it has grown; returns a line for each time that it has."""
+    recorded = directory.config()
+    if recorded.get("rounds") != rounds:
+        directory.write_config({**recorded, "rounds": rounds})
+    if saved is None:
+        return []
+    about = saved.get("directory", {})
+    extended = list(about.get("extended", []))
+    if (planned := about.get("rounds", recorded.get("rounds", rounds))) < rounds:
+        completed = saved["run"]["completed"]
+        line = f"extended from {planned} to {rounds} rounds after round {completed}; schedules use the new total"
+        progress.log(line)
+        extended.append(line)
+    return extended
 
 
 def _history(directory: RunDirectory) -> list[Record]:

@@ -148,12 +148,13 @@ def _run_in(
 ) -> None:
     config = prepared.config
     if resume and (path / "config.yaml").exists():
-        directory = _reopen(path, config)
+        directory = _reopen(path, prepared, engage is not None)
         if directory.finished:
             inspect(path).require_whole()
-            present(config, directory)
-            shown.log(f"{path}: {_finished(directory, config.rounds)}")
-            return
+            if config.rounds == directory.config().get("rounds", config.rounds):
+                present(config, directory)
+                shown.log(f"{path}: {_finished(directory, config.rounds)}")
+                return
     else:
         environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
         directory = RunDirectory.create(path, config=resolved(config), environment=environment)
@@ -164,12 +165,27 @@ def _run_in(
 def _finished(directory: RunDirectory, planned: int) -> str:
     completed = directory.summary()["rounds_completed"]
     rounds = f"{completed} of {planned} rounds" if completed < planned else f"{planned} rounds"
-    return f"this run has finished, after {rounds}"
+    return f"this run has finished, after {rounds}; add `rounds=N` to extend it"
 
 
-def _reopen(path: Path, config: Config) -> RunDirectory:
-    """The run directory of an interrupted run. Raises UserError naming the keys that differ."""
-    directory = RunDirectory.open(path)
-    if differs := difference(deciding(directory.config()), deciding(resolved(config))):
+def _reopen(path: Path, prepared: Prepared, on_nodes: bool) -> RunDirectory:
+    """The run directory of a run that is resumed, or extended. Raises UserError naming the keys that differ."""
+    directory, config = RunDirectory.open(path), prepared.config
+    old = directory.config()
+    planned = old.get("rounds", config.rounds)
+    if not isinstance(planned, int):
+        raise UserError(f"{path / 'config.yaml'}: rounds: expected an integer, got {planned!r}")
+    if config.rounds != planned:
+        changed = f"{path}: rounds: was {planned}, is now {config.rounds}"
+        if config.rounds < planned:
+            raise UserError(f"{changed}; a run that is resumed may have more rounds, not fewer")
+        if prepared.method.one_shot:
+            raise UserError(f"{changed}; {prepared.name} is a one-shot method, whose runs cannot be extended")
+        if on_nodes:
+            raise UserError(f"{changed}; a run on nodes cannot be extended, its sites agreed to {planned}")
+    if differs := difference(deciding(old), deciding(resolved(config))):
         raise UserError(f"{path}: --resume with another configuration: {differs}")
+    affordable = prepared.budget.affordable() if prepared.budget is not None else config.rounds
+    if config.rounds > planned >= affordable:
+        raise UserError(f"{changed}; privacy.target_epsilon allows {affordable}")
     return directory

@@ -219,6 +219,13 @@ class RunDirectory:
         self.write_text(CHECKSUMS, "".join(lines))
         self.write_text("summary.json", text)
 
+    def reopen(self) -> None:
+        """Remove what finishing has left: more rounds follow. The summary goes first, the rest is incomplete without it."""
+        for name in ("summary.json", CHECKSUMS, "details.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for path in (*self.model_files(), *(p for name in DERIVED for p in self.path.glob(name))):
+            path.unlink()
+
     def model_files(self) -> list[Path]:
         """Return the files of the saved models, sorted."""
         return sorted((self.path / "models").glob("*.safetensors"))

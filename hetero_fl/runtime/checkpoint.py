@@ -63,6 +63,18 @@ class Checkpoints:
             raise RunFailed(f"{self.folder}: no whole checkpoint is left; start anew with another --out")
         return tree
 
+    def back_before(self, completed: int) -> dict[str, Any] | None:
+        """Return the newest whole tree after fewer rounds, its private state in the store, and delete later checkpoints.
+
+        Returns None, and deletes nothing, if there is none; the store then holds nothing.
+        """
+        files = [path for path in self._files() if path.name < checkpoint_name(completed)]
+        tree = self._newest_of(files)
+        if tree is not None:
+            for later in self._files()[len(files) :]:
+                later.unlink()
+        return tree
+
     def _newest_of(self, files: list[Path]) -> dict[str, Any] | None:
         self.store.restore({}, {})
         for i, path in reversed(list(enumerate(files))):

@@ -101,7 +101,7 @@ def compare(
             progress.log(f"left out {name}: {why}")
         plain = read(Path(source)) if isinstance(source, str | Path) else source  # the file may change while it runs
         file = Path(source).name if isinstance(source, str | Path) else "the configuration"
-        before = used_settings(plain, base, dict.fromkeys(variants, ()), origins or {}, file)
+        before = used_settings(plain, base, dict.fromkeys(variants, ()), origins or {}, file, allow_code=permission)
         for methods, text in before.lines():
             progress.log(f"settings of {methods}: {text}")
         if before.note:
@@ -138,7 +138,7 @@ def compare(
             if len(points) > 1
         ]
         by = "grid, chosen by validation" if len(points) > 1 else "grid"
-        settings = used_settings(plain, base, {j.variant: j.point for j in best}, origins or {}, file, by)
+        settings = used_settings(plain, base, {j.variant: j.point for j in best}, origins or {}, file, by, permission)
         write_comparison(
             out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing, tried=tried,
             settings=settings,

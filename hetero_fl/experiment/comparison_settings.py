@@ -11,6 +11,7 @@ from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.config import load_config
 from hetero_fl.config.load import written_algorithm
 from hetero_fl.experiment.jobs import Point, Source, Variant
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.comparison_settings import Setting, UsedSettings
 from hetero_fl.reporting.wording import algorithm_base, algorithm_name
 
@@ -24,6 +25,7 @@ def used_settings(
     origins: Mapping[str, str],
     file: str = "the configuration",
     grid: str = "grid",
+    allow_code: bool | CodePermission = False,
 ) -> UsedSettings:
     """Return the settings of every variant that differ from its method's defaults.
 
@@ -34,6 +36,7 @@ def used_settings(
         origins: Where labels of variants and overrides were written, if not in the call: a study's name, say.
         file: What the configuration is called.
         grid: What settings of a grid point are said to come from.
+        allow_code: Whether code that the configuration names may run (see `hetero_fl.load_config`).
     """
     section = f"{SECTION} section of {file}"
     methods = []
@@ -41,7 +44,7 @@ def used_settings(
         written = [(override, origins.get(override, "override")) for override in base]
         written += [(override, origins.get(variant.label, "variant")) for override in variant.overrides]
         written += [(override, grid) for override in point]
-        settings = load_config(source, [override for override, _ in written]).algorithm
+        settings = load_config(source, [override for override, _ in written], allow_code).algorithm
         defaults = _defaults(settings["name"])
         found = [
             Setting(key, _plain(value), _origin(f"{SECTION}.{key}", written, section))

@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
+from hetero_fl.errors import UserError
 from hetero_fl.experiment import compare
 from hetero_fl.experiment.comparison_settings import used_settings
 from hetero_fl.experiment.jobs import Variant
+from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.comparison_settings import Setting
 from tests.reporting.test_report import Page
 from tests.small import config
@@ -129,3 +131,31 @@ def test_compare_names_the_study_as_the_source(tmp_path: Path, capsys: pytest.Ca
 def test_compare_from_python_takes_settings_from_a_dictionary(tmp_path: Path) -> None:
     out = compare(small(), "local,hybrid", out=tmp_path / "out", jobs=1)
     assert "heads = keep (algorithm section of the configuration)" in (out / "comparison.md").read_text()
+
+
+OWN_METHOD = """
+from hetero_fl.algorithms.fedavg import FedAvg
+
+
+class Mine(FedAvg):
+    \"\"\"FedAvg with a setting of its own.\"\"\"
+
+    strength: float = 1.0
+"""
+
+
+def test_used_settings_run_no_code_without_permission() -> None:
+    own = Variant.parse("python:not_there:Mine")
+    with pytest.raises(UserError, match="--allow-code"):
+        used_settings(small(), [], {own: ()}, {}, allow_code=CodePermission())
+
+
+def test_compare_lists_the_settings_of_a_custom_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_settings.py").write_text(OWN_METHOD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    labels = ["local", "python:mine_settings:Mine:strength=3"]
+    out = compare(small(), labels, out=tmp_path / "out", jobs=1, allow_code=True)
+
+    assert "- **Mine (strength = 3):** strength = 3.0 (variant)" in (out / "comparison.md").read_text()

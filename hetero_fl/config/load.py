@@ -5,7 +5,6 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from hetero_fl.config.mistakes import describe
 from hetero_fl.config.schema import Config
 from hetero_fl.config.tutorial import is_tutorial, translated
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.errors import UserError, beside, closest
 from hetero_fl.own_code import CONTEXT, CodePermission, references
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -123,8 +122,8 @@ def _algorithm(draft: Draft, permission: CodePermission) -> dict[str, Any]:
 def _settings(given: Mapping[str, Any], context: Mapping[str, bool] | None = None) -> dict[str, Any]:
     from hetero_fl.algorithms import algorithm
 
-    if "name" not in given and (close := get_close_matches("name", given, n=1)):
-        raise UserError(f"algorithm.{close[0]}: unknown key; did you mean 'name'?")
+    if "name" not in given and (meant := closest("name", given)) is not None:
+        raise UserError(f"algorithm.{meant}: unknown key; did you mean 'name'?")
     if not isinstance(given.get("name"), str):
         raise UserError(f"algorithm.name: found {given.get('name')!r}; choose from {', '.join(algorithm)}")
     try:
@@ -165,8 +164,7 @@ def read(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         raw = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
-        beside = [p.name for p in path.parent.glob("*.*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such file{nearest(path.name, beside) if beside else ''}") from None
+        raise UserError(f"{path}: no such file{beside(path, SUFFIXES)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

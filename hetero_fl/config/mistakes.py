@@ -5,16 +5,13 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from hetero_fl.config.schema import Config
-from hetero_fl.errors import nearest
+from hetero_fl.errors import abbreviated, closest, misspelled, nearest
 
-MISSPELT = 0.85  # how alike a key of the same place must be to stand before one of another place that ends the same
-ELSEWHERE = 0.75  # how alike a misspelt key must be to one of another place, of which there are many
 TABLE = {"model_type", "model_attributes_type", "dict_type"}  # pydantic's names for: a table was meant
 
 
@@ -86,15 +83,19 @@ def _complete(section: type[BaseModel]) -> bool:
 
 def _meant(key: str, here: list[str], place: list[str], own: Iterable[str]) -> str:
     """The key of this place that is nearest, and one of the same name elsewhere, with its full path."""
-    close = get_close_matches(key, here, n=1, cutoff=0.6)
     known = list(dict.fromkeys([*_paths(Config), *(("algorithm", k) for k in own)]))
     there = [p for p in known if p[-1] == key]
-    misspelt = get_close_matches(key, here, n=1, cutoff=MISSPELT)  # round is nearer to rounds than to clients.per_round
-    if not there and not misspelt and (joined := [p for p in known if _joined(p).endswith(_joined([key]))]):
-        there, close = joined, []  # data_path is nearer to data.path than to data
-    if not there and not close:
-        alike = get_close_matches(key, [p[-1] for p in known], n=1, cutoff=ELSEWHERE)
-        there = [p for p in known if alike and p[-1] == alike[0]]
+    near = misspelled(key, here)
+    joined = [p for p in known if _joined(p).endswith(_joined([key]))]
+    if near is None and not there and joined:
+        there = joined  # data_path is data.path, not data
+    elif near is None:
+        near = abbreviated(key, here)
+    of_method = place[:1] == ["algorithm"]  # a method's settings have little to do with other sections
+    if near is None and not there and not of_method:
+        alike = closest(key, [p[-1] for p in known])
+        there = [p for p in known if p[-1] == alike]
+    close = [] if near is None else [near]
     if there:
         path = max(there, key=lambda p: _common(p, place))  # of several the first, as the schema lists them
         i = _common(path, place)

@@ -42,6 +42,9 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
         ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
         ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
         ("runtime.qqq=1", "unknown key; choose from address, buffer, chunk, device"),
+        ("algorithm.temp=3", "algorithm.temp: unknown key; did you mean 'temperature'? (of fedmd)"),
+        ("algorithm.windws=3", "algorithm.windws: unknown key; choose from "),
+        ("data.partition.kind=non-iid", "data.partition.kind: found 'non-iid'; choose from classes, dirichlet, drawn,"),
     ],
 )
 def test_the_key_that_was_meant(override: str, meant: str) -> None:

@@ -345,7 +345,7 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
         r"devices\.speed\.sigma: found 5e\+07; it is of the natural", devices={"speed": {"median": 1e8, "sigma": 5e7}}
     )
     refused(
-        r"staleness\.kind: found 'poly'; choose from constant, hinge, polynomial",
+        r"staleness\.kind: found 'poly'; did you mean 'polynomial'\?",
         runtime={"mode": "async", "staleness": {"kind": "poly"}},
     )
     notes = prepare(config("fedavg", "mlp", 4, faults={"late": 0.1}, cohort={"sampling": "available"})).notes

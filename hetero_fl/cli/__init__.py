@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from hetero_fl.errors import Interrupted, RunFailed, UserError
+from hetero_fl.errors import Interrupted, RunFailed, UserError, nearest, similar
 
 # Before torch is loaded: threads that wait for one another spin for a moment only. As long as OpenMP has it by default, two
 # runs on one machine crawl; not at all, and a second thread is worth nothing (benchmarks/threads.py).
@@ -26,8 +27,29 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 class Parser(argparse.ArgumentParser):
     """Mistakes on the command line are one line, as all of a user's mistakes are."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", int, _integer)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse a command's arguments. Raises UserError, with the option that was probably meant, for one that there is not."""
+        known = self._option_string_actions
+        for argument in itertools.takewhile(lambda text: text != "--", arguments):
+            option = argument.partition("=")[0]
+            if option.startswith("--") and option not in known:
+                names = [name for name in known if name.startswith("--")]
+                raise UserError(f"unknown option {option}{similar(option, names)} (see {self.prog} --help)")
+        return self.parse_intermixed_args(arguments)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got '{text}'") from None
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -60,10 +82,14 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
         prog = f"{command}.py" if command else f"hetero-fl {arguments[0]}" if arguments else ""
         if command is None and arguments and arguments[0] in commands.COMMANDS:
             command = arguments.pop(0)
+        if command is None and arguments and not arguments[0].startswith("-"):
+            raise UserError(
+                f"unknown command '{arguments[0]}'{nearest(arguments[0], commands.COMMANDS)} (see hetero-fl --help)"
+            )
         if command is None:
             commands.all_parser().parse_args(arguments or ["--help"])
             return 0
-        options = commands.parser(command, prog).parse_intermixed_args(arguments)
+        options = commands.parser(command, prog).parse(arguments)
         carry_out: Callable[[argparse.Namespace], int] = options.carry_out
         return carry_out(options)
     except UserError as error:

@@ -130,6 +130,46 @@ def test_the_line_says_where_the_key_was_set(tmp_path: Path) -> None:
         assert str(error.value).startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["privacy.delta=0.1"], "privacy.delta=0.1: privacy: needs target_epsilon or noise_multiplier"),
+        (["seed=1", "data.split.test=0.9", "rounds=2"], "data.split.test=0.9: data.split: validation + test is 1.05"),
+        (
+            ["clients.groups.0.fraction=0.5"],
+            "clients.groups.0.fraction=0.5: clients.groups.0: found count and fraction",
+        ),
+        (["data.validation=0.5", "data.split={test: 0.9}"], "data.split={test: 0.9}: data.split: validation + test"),
+    ],
+)
+def test_load_config_blames_an_override_for_its_section(overrides: list[str], told: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("clients: {groups: [{name: a, count: 2}]}\n")
+
+    with pytest.raises(UserError) as error:
+        load_config(file, overrides)
+
+    assert str(error.value).startswith(told)
+
+
+def test_load_config_blames_the_file_for_its_own_sections(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("privacy: {delta: 0.1}\n")
+
+    with pytest.raises(UserError) as error:
+        load_config(file, ["rounds=2", "clients.groups=[{name: a}]", "clients.groups.0.count=3"])
+
+    assert str(error.value).startswith(f"{file}: privacy: needs target_epsilon")
+
+
+def test_load_config_refuses_an_integer_that_python_cannot_read(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"rounds: {'9' * 5000}\n")
+
+    with pytest.raises(UserError, match=r"c\.yaml: cannot be read: "):
+        load_config(file)
+
+
 def test_a_list_in_a_tables_place_by_override() -> None:
     assert "data: expected a table, got [1, 2]" in said({}, "data=[1,2]")
     assert "data" in said({"data": [1]}, "data.path=x.npz")

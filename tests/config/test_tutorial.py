@@ -72,10 +72,14 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, changes: dict[str, Any], told
 
 
 def test_a_misspelt_key_of_the_tutorials_on_the_command_line() -> None:
-    with pytest.raises(UserError, match=r"conf.json: lamda: unknown key; did you mean 'lambda'"):
+    with pytest.raises(UserError, match=r"^lamda=0.2: lamda: unknown key; did you mean 'lambda'"):
         load_config(FILE, ["lamda=0.2"])
     with pytest.raises(UserError, match=r"sed: unknown key; did you mean 'seed'"):
         load_config(FILE, ["sed=2"])
+    with pytest.raises(UserError, match=r"^k=0: k: must be > 0, got 0"):
+        load_config(FILE, ["k=0"])
+    with pytest.raises(UserError, match=r"^no_models=2: k: found \d+, but no_models is 2"):
+        load_config(FILE, ["no_models=2"])
 
 
 def test_json_that_is_none_and_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ ERRORS_OF_NODE: dict[str, set[str]] = {
             "no-info",
             "nullable",
             "union",
+            "with-info",
         )
     },
 }

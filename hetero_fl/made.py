@@ -10,13 +10,13 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, FunctionType, GeneratorType
 from typing import Any
 
-from hetero_fl.errors import PACKAGE, is_users
+from hetero_fl.errors import PACKAGE, UserError, is_users
 
 RUNTIME = os.path.join(PACKAGE, "runtime", "")
 
@@ -54,11 +54,13 @@ def note(what: str, plan: Generator[Any, Any, Any] | None = None) -> Made | None
     return noting[-1]
 
 
-def watched(kind: type) -> None:
-    """Let the class's plans (generator functions) note when they are called."""
+def watched(kind: type, hooks: Collection[str] = ()) -> None:
+    """Let the class's plans (generator functions) note when they are called; `hooks`: methods that have to return plans."""
     for name, function in list(vars(kind).items()):
         if inspect.isgeneratorfunction(function):
             setattr(kind, name, _watched(function))
+        elif name in hooks and inspect.isfunction(function):
+            setattr(kind, name, _checked(function))
 
 
 def _watched(function: Callable[..., Generator[Any, Any, Any]]) -> Callable[..., Generator[Any, Any, Any]]:
@@ -67,6 +69,24 @@ def _watched(function: Callable[..., Generator[Any, Any, Any]]) -> Callable[...,
         plan = function(*args, **kwargs)
         note(f"the plan {function.__name__}(…)", plan)
         return plan
+
+    return make
+
+
+def _checked(function: FunctionType) -> Callable[..., Generator[Any, Any, Any]]:
+    """A hook without a `yield`: it may hand on another plan. Raises UserError if it returns anything else."""
+
+    @functools.wraps(function)
+    def make(self: Any, *args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        plan = function(self, *args, **kwargs)
+        if isinstance(plan, GeneratorType):
+            return plan
+        code = function.__code__
+        returned = "nothing" if plan is None else f"a {type(plan).__name__}"
+        raise UserError(
+            f"{type(self).__name__}.{function.__name__} ({code.co_filename}, line {code.co_firstlineno}): returned {returned}, "
+            "expected a plan; write `yield` before each compute step, or `yield from ()` before the return if there is none"
+        )
 
     return make
 

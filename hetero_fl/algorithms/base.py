@@ -29,6 +29,7 @@ from hetero_fl.task import Task
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
 algorithm: Registry[type[Algorithm]] = Registry("algorithm", lambda: Algorithm, all_of="`hetero-fl methods`")
+PLANS = ("deploy", "train", "aggregate", "personalise", "predict")  # the hooks that return plans
 Items = dict[str, Any]  # name -> Item, tensor or named tensors
 
 
@@ -57,7 +58,7 @@ class Algorithm(BaseModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        watched(cls)
+        watched(cls, PLANS)
 
     @property
     def goal(self) -> int | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
 import os
+import select
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
-from hetero_fl.errors import Interrupted, RunFailed, UserError
+from hetero_fl.errors import Interrupted, RunFailed, UserError, nearest, similar
 
 # Before torch is loaded: threads that wait for one another spin for a moment only. As long as OpenMP has it by default, two
 # runs on one machine crawl; not at all, and a second thread is worth nothing (benchmarks/threads.py).
@@ -26,8 +28,29 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 class Parser(argparse.ArgumentParser):
     """Mistakes on the command line are one line, as all of a user's mistakes are."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", int, _integer)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse a command's arguments. Raises UserError, with the option that was probably meant, for one that there is not."""
+        known = self._option_string_actions
+        for argument in itertools.takewhile(lambda text: text != "--", arguments):
+            option = argument.partition("=")[0]
+            if option.startswith("--") and option not in known:
+                names = [name for name in known if name.startswith("--")]
+                raise UserError(f"unknown option {option}{similar(option, names)} (see {self.prog} --help)")
+        return self.parse_intermixed_args(arguments)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got '{text}'") from None
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -52,20 +75,55 @@ def _stoppable(argv: Sequence[str] | None, command: str | None) -> int:
 
 
 def _main(argv: Sequence[str] | None, command: str | None) -> int:
+    """`_carry_out`; if what reads stdout or stderr is gone (`| head`), it ends without a word, with SIGPIPE's status."""
+    try:
+        return _carry_out(argv, command)
+    except (BrokenPipeError, SystemExit) as error:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+        by_rich = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+        if not by_rich and (isinstance(error, SystemExit) or not closed):  # or a pipe to another process
+            raise
+        for stream in closed:  # what is still buffered goes nowhere, also when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _is_closed(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe that nobody reads any longer."""
+    try:
+        descriptor = -1 if stream is None else stream.fileno()
+    except (OSError, ValueError):  # no file
+        return False
+    if descriptor < 0:
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
     from hetero_fl.cli import commands
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     typed = [*(_script() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
     try:
-        prog = f"{command}.py" if command else f"hetero-fl {arguments[0]}" if arguments else ""
-        if command is None and arguments and arguments[0] in commands.COMMANDS:
-            command = arguments.pop(0)
-        if command is None:
-            commands.all_parser().parse_args(arguments or ["--help"])
-            return 0
-        options = commands.parser(command, prog).parse_intermixed_args(arguments)
-        carry_out: Callable[[argparse.Namespace], int] = options.carry_out
-        return carry_out(options)
+        try:
+            prog = f"{command}.py" if command else f"hetero-fl {arguments[0]}" if arguments else ""
+            if command is None and arguments and arguments[0] in commands.COMMANDS:
+                command = arguments.pop(0)
+            if command is None and arguments and not arguments[0].startswith("-"):
+                raise UserError(
+                    f"unknown command '{arguments[0]}'{nearest(arguments[0], commands.COMMANDS)} (see hetero-fl --help)"
+                )
+            if command is None:
+                commands.all_parser().parse_args(arguments or ["--help"])
+                return 0
+            options = commands.parser(command, prog).parse(arguments)
+            carry_out: Callable[[argparse.Namespace], int] = options.carry_out
+            return carry_out(options)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

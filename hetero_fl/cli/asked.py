@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, closest
 from hetero_fl.own_code import OWN, CodePermission
 from hetero_fl.reporting.rundir import has_run
 
@@ -86,5 +85,5 @@ def print_finished(finished: Run) -> None:
 def _nearby(out: Path) -> str:
     """A run directory beside it whose name is nearly that of one that is not there."""
     runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
-    close = get_close_matches(out.name, runs, n=1)
-    return f"; did you mean {out.parent / close[0]}?" if close else ""
+    meant = closest(out.name, runs)
+    return "" if meant is None else f"; did you mean {out.parent / meant}?"

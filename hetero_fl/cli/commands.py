@@ -137,7 +137,7 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
 }
 
 
-def parser(command: str, prog: str) -> argparse.ArgumentParser:
+def parser(command: str, prog: str) -> Parser:
     """The parser of one command."""
     about, setup = COMMANDS[command]
     made = Parser(prog=prog, description=about, epilog=HINT, allow_abbrev=False)

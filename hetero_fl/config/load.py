@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from hetero_fl.config.mistakes import describe
 from hetero_fl.config.schema import Config
 from hetero_fl.config.tutorial import is_tutorial, translated
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.errors import UserError, beside, closest
 from hetero_fl.own_code import CONTEXT, CodePermission, references
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -33,12 +32,14 @@ class Draft:
         raw: The same as plain values, as they were written.
         overrides: Overrides that are part of it.
         source: The file, for error messages.
+        written: What the file has, without overrides.
     """
 
     config: Config
     raw: dict[str, Any]
     overrides: list[str]
     source: str
+    written: dict[str, Any]
 
     @property
     def code(self) -> dict[str, str]:
@@ -55,8 +56,24 @@ class Draft:
         return where
 
     def error(self, line: str) -> UserError:
-        """Return the error for a line that begins with a key, after the place where the key was set."""
-        return UserError(f"{self.where(line.partition(': ')[0])}: {line}")
+        """Return the error for a line that begins with a key, after the place where the key was set.
+
+        If the error is one of a section as a whole, this is the last override within it without which the error is not made.
+        """
+        key = line.partition(": ")[0]
+        where = self.where(key)
+        if where == self.source and not references([self.raw, self.written]):  # which may not be imported to find out
+            where = self._override_in(key, line) or where
+        return UserError(f"{where}: {line}")
+
+    def _override_in(self, section: str, line: str) -> str | None:
+        inside = [o for o in self.overrides if section == "here" or o.startswith(f"{section}.")]
+        if not inside or _mistake(self.written, []) == line:
+            return None
+        for override in reversed(inside):
+            if _mistake(self.written, [o for o in self.overrides if o != override]) != line:
+                return override
+        return None
 
 
 def load_config(source: Source, overrides: Iterable[str] = (), allow_code: bool | CodePermission = False) -> Config:
@@ -94,16 +111,34 @@ def draft_config(source: Source, overrides: Iterable[str] = ()) -> Draft:
     overrides = list(overrides)
     if is_tutorial(raw):
         raw, overrides = translated(raw, overrides, where)
+    made = _applied(raw, overrides)
+    try:
+        return Draft(Config.model_validate(made), made, overrides, where, raw)
+    except ValidationError as error:
+        unread = Draft(Config(), made, overrides, where, raw)
+        raise unread.error(describe(error, made, own=_own_keys(made))) from None
+
+
+def _applied(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a configuration with its overrides. Raises UserError for one that cannot be applied."""
     named = [o.split("=", 1)[1].strip("'\" ") for o in overrides if o.startswith("algorithm.name=")]
     if named and isinstance(raw.get("algorithm"), dict) and raw["algorithm"].get("name") != named[-1]:
         raw = {**raw, "algorithm": {"name": named[-1]}}
     for override in overrides:
         raw = _override(raw, override)
+    return raw
+
+
+def _mistake(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """Return what is wrong with a configuration that names no code, None if nothing is."""
     try:
-        return Draft(Config.model_validate(raw), raw, overrides, where)
+        made = _applied(raw, overrides)
+        _settings(Config.model_validate(made).algorithm)
     except ValidationError as error:
-        unread = Draft(Config(), raw, overrides, where)
-        raise unread.error(describe(error, raw, own=_own_keys(raw))) from None
+        return describe(error, made, own=_own_keys(made))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _algorithm(draft: Draft, permission: CodePermission) -> dict[str, Any]:
@@ -123,8 +158,8 @@ def _algorithm(draft: Draft, permission: CodePermission) -> dict[str, Any]:
 def _settings(given: Mapping[str, Any], context: Mapping[str, bool] | None = None) -> dict[str, Any]:
     from hetero_fl.algorithms import algorithm
 
-    if "name" not in given and (close := get_close_matches("name", given, n=1)):
-        raise UserError(f"algorithm.{close[0]}: unknown key; did you mean 'name'?")
+    if "name" not in given and (meant := closest("name", given)) is not None:
+        raise UserError(f"algorithm.{meant}: unknown key; did you mean 'name'?")
     if not isinstance(given.get("name"), str):
         raise UserError(f"algorithm.name: found {given.get('name')!r}; choose from {', '.join(algorithm)}")
     try:
@@ -165,8 +200,7 @@ def read(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         raw = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
-        beside = [p.name for p in path.parent.glob("*.*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such file{nearest(path.name, beside) if beside else ''}") from None
+        raise UserError(f"{path}: no such file{beside(path, SUFFIXES)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -176,6 +210,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{line}: not YAML{json}: {getattr(error, 'problem', None) or error}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # an integer with thousands of digits
+        raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: found a {type(raw).__name__} where a table of keys was expected")
     return typing.cast("dict[str, Any]", raw)

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from hetero_fl.config.schema import Config
-from hetero_fl.errors import nearest
+from hetero_fl.errors import abbreviated, closest, misspelled, nearest, similar
 
-MISSPELT = 0.85  # how alike a key of the same place must be to stand before one of another place that ends the same
-ELSEWHERE = 0.75  # how alike a misspelt key must be to one of another place, of which there are many
-TABLE = {"model_type", "model_attributes_type", "dict_type"}  # pydantic's names for: a table was meant
+TABLE = {"model_type", "model_attributes_type", "dict_type"}  # pydantic's errors where a table was expected
+LIST = {"list_type", "tuple_type"}
+EXPECTED = {  # by pydantic's error; those of one value under several types are joined with "or"
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    **dict.fromkeys(("string_type", "string_unicode", "path_type"), "text"),
+    **dict.fromkeys(LIST, "a list"),
+    **dict.fromkeys(TABLE, "a table"),
+    "none_required": "nothing",
+}
+LIMITS = {
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be >= {ge}",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "string_too_short": "expected at least {min_length} characters",
+    "string_too_long": "expected at most {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+    "too_short": "expected at least {min_length} entries",
+    "too_long": "expected at most {max_length} entries",
+    "is_instance_of": "expected {class}",
+}
+OWN = {"value_error", "assertion_error"}  # raised by this project's validators, in its own words
 
 
 def describe(
@@ -37,42 +61,80 @@ def describe(
         return f"{'.'.join([*at, *place, key])}: unknown key{meant}"
     if kind == "missing":
         return f"{'.'.join([*at, *place, str(first['loc'][-1])])}: missing"
-    if kind in TABLE:
-        return f"{where}: found {_found(first['input'])}; {_table(where, _section_at(model, place), first['input'])}"
-    if kind == "list_type" and isinstance(first["input"], dict):
-        return f"{where}: found a table; a list was meant, each entry of which begins with a dash"
-    if kind == "list_type" and isinstance(first["input"], int | float | str):
-        return f"{where}: found {_found(first['input'])}; a list was meant: [{first['input']}]"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("Input should", "should")
-    section = isinstance(first["input"], dict) and set(first["input"]) != {"name"}
-    if message.startswith("found") or (section and kind == "value_error"):
-        return f"{where}: {message}"  # of a whole section it says itself which keys it means
-    return f"{where}: found {_found(first['input'])}; {message}"
+    same = [problem for problem in problems if _place(problem["loc"], raw) == place]
+    return f"{where}: {_wrong(same, where, _section_at(model, place))}"
+
+
+def _wrong(problems: Sequence[ErrorDetails], where: str, section: type[BaseModel] | None) -> str:
+    """What is wrong with a value, from all problems that pydantic has with it: several if it may be of several types."""
+    beyond_type = [p for p in problems if p["type"] not in EXPECTED and p["type"] != "literal_error"]
+    first = (beyond_type or problems)[0]
+    kind, value, context = first["type"], first["input"], first.get("ctx", {})
+    if kind in OWN:
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        of_section = isinstance(value, dict) and set(value) != {"name"}  # it says itself which keys it means
+        return message if message.startswith("found") or of_section else f"found {_found(value)}; {message}"
+    if kind == "invalid_key" or first["loc"][-1:] == ("[key]",):
+        key = [part for part in first["loc"] if part != "[key]"][-1]
+        return f"expected text as a key, got {_found(key)}"
+    if kind in LIMITS:
+        plain = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in context.items()}
+        return f"{_singular(LIMITS[kind].format(**plain))}, got {_found(value)}"
+    if beyond_type:
+        return f"found {_found(value)}; {first['msg']}"  # a type that only a user's own method has
+    kinds = {p["type"] for p in problems}
+    expected = " or ".join(dict.fromkeys(_expected(p) for p in problems))
+    line = f"expected {expected}, got {'a table' if kinds <= LIST and isinstance(value, dict) else _found(value)}"
+    if kinds <= TABLE:
+        return f"{line}; {_table(where, section, value)}"
+    if kinds <= LIST and isinstance(value, dict):
+        return f"{line}; each entry of a list begins with a dash"
+    if kinds <= LIST and isinstance(value, int | float | str):
+        return f"{line}; write [{value}]"
+    if "literal_error" in kinds:
+        return line + similar(value, re.findall(r"'([^']*)'", expected))
+    return line
+
+
+def _expected(problem: ErrorDetails) -> str:
+    """What a value should have been."""
+    if problem["type"] == "literal_error":
+        return str(problem["ctx"]["expected"])
+    return EXPECTED[problem["type"]]
+
+
+def _singular(text: str) -> str:
+    return text.replace(" 1 characters", " 1 character").replace(" 1 entries", " 1 entry")
 
 
 def _found(value: Any) -> str:
     if isinstance(value, dict) and set(value) == {"name"}:
         value = value["name"]  # as it was written
-    text = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    if value is None:
+        return "nothing"
+    try:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # Python refuses to write out an integer with thousands of digits
+        return "a very large integer"
     return text if len(text) < 60 else text[:57] + "…"
 
 
 def _table(where: str, section: Any, found: Any) -> str:
-    """What to say where a table of keys was meant and a list or a plain value stands."""
+    """How to write a table of keys where a list or a plain value stands."""
     fields = section.model_fields if section else {"name": None}
     listed = [k for k, f in fields.items() if f and _entries(f.annotation) is not None]
     if isinstance(found, list) and listed:
-        return f"a table was meant; did you mean '{where}.{listed[0]}'?"
+        return f"did you mean '{where}.{listed[0]}'?"
     if isinstance(found, list):
-        return "a table was meant: write its keys without dashes"
+        return "write its keys without dashes"
     key = next((k for k in ("name", "kind") if k in fields), None)
     if key is None and "file" in fields and isinstance(found, str) and "." in found:
         key = "file"
     if isinstance(found, str) and key:
-        return f"a table was meant; did you mean '{where}.{key}'?"
+        return f"did you mean '{where}.{key}'?"
     if found is True and section and _complete(section):
-        return f"a table was meant: {{}} takes all defaults, its keys are {', '.join(fields)}"
-    return f"a table was meant, with keys such as {', '.join(list(fields)[:5])}"
+        return f"{{}} takes all defaults, its keys are {', '.join(fields)}"
+    return f"its keys are {', '.join(list(fields)[:5])}" + (", …" if len(fields) > 5 else "")
 
 
 def _complete(section: type[BaseModel]) -> bool:
@@ -86,15 +148,19 @@ def _complete(section: type[BaseModel]) -> bool:
 
 def _meant(key: str, here: list[str], place: list[str], own: Iterable[str]) -> str:
     """The key of this place that is nearest, and one of the same name elsewhere, with its full path."""
-    close = get_close_matches(key, here, n=1, cutoff=0.6)
     known = list(dict.fromkeys([*_paths(Config), *(("algorithm", k) for k in own)]))
     there = [p for p in known if p[-1] == key]
-    misspelt = get_close_matches(key, here, n=1, cutoff=MISSPELT)  # round is nearer to rounds than to clients.per_round
-    if not there and not misspelt and (joined := [p for p in known if _joined(p).endswith(_joined([key]))]):
-        there, close = joined, []  # data_path is nearer to data.path than to data
-    if not there and not close:
-        alike = get_close_matches(key, [p[-1] for p in known], n=1, cutoff=ELSEWHERE)
-        there = [p for p in known if alike and p[-1] == alike[0]]
+    near = misspelled(key, here)
+    joined = [p for p in known if _joined(p).endswith(_joined([key]))]
+    if near is None and not there and joined:
+        there = joined  # data_path is data.path, not data
+    elif near is None:
+        near = abbreviated(key, here)
+    of_method = place[:1] == ["algorithm"]  # a method's settings have little to do with other sections
+    if near is None and not there and not of_method:
+        alike = closest(key, [p[-1] for p in known])
+        there = [p for p in known if p[-1] == alike]
+    close = [] if near is None else [near]
     if there:
         path = max(there, key=lambda p: _common(p, place))  # of several the first, as the schema lists them
         i = _common(path, place)

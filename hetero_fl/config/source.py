@@ -186,7 +186,7 @@ class SplitConfig(Section):
     """How each client splits its own rows; fractions of them."""
 
     validation: float = Field(0.15, ge=0, lt=1, description="selects a round")
-    test: float = Field(0.25, ge=0, lt=1, description='"at home" is measured on these')
+    test: float = Field(0.25, ge=0, lt=1, description="the local test is on these")
 
     @model_validator(mode="after")
     def _leaves_some(self) -> SplitConfig:

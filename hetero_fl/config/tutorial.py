@@ -69,12 +69,14 @@ def translated(raw: Mapping[str, Any], overrides: Iterable[str], where: str) -> 
     Raises UserError, in one line, for a key that is missing or unknown and a value that none can have.
     """
     raw, left = dict(raw), []
+    given: dict[str, str] = {}  # the overrides of the tutorial's keys
     for override in overrides:
         key, equals, value = override.partition("=")
         if equals and key in KEYS:
             raw[key] = _value(override, value)
+            given[key] = override
         elif "." not in key and key not in Config.model_fields and (hint := similar(key, KEYS)):
-            raise UserError(f"{where}: {key}: unknown key{hint}")
+            raise UserError(f"{override}: {key}: unknown key{hint}")
         else:
             left.append(override)
     for key in raw:
@@ -87,9 +89,12 @@ def translated(raw: Mapping[str, Any], overrides: Iterable[str], where: str) -> 
     try:
         read = Tutorial.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe(error, raw, Tutorial)}") from None
+        line = describe(error, raw, Tutorial)
+        raise UserError(f"{given.get(line.partition(': ')[0], where)}: {line}") from None
     if read.k > read.no_models:
-        raise UserError(f"{where}: k: found {read.k}, but no_models is {read.no_models}")
+        raise UserError(
+            f"{given.get('k') or given.get('no_models', where)}: k: found {read.k}, but no_models is {read.no_models}"
+        )
     return _configuration(read), left
 
 

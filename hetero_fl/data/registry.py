@@ -116,7 +116,7 @@ def _entry(config: SourceConfig, where: str) -> tuple[str, _Source]:
     if name not in _sources:
         kind = f".{name.lower().removeprefix('.')}"
         hint = f"; did you mean 'table'? It reads {kind} files" if kind in TABLES else ""
-        hint = hint or nearest(config.name, _sources, "hetero_fl.data.list_sources()")
+        hint = hint or nearest(name, _sources, "hetero_fl.data.list_sources()")
         raise UserError(f"{where}.name: found '{config.name}'{hint}")
     return name, _sources[name]
 

@@ -14,7 +14,7 @@ from hetero_fl.data import Dataset, Preprocess, load_source, with_test
 from hetero_fl.data.gaps import usable
 from hetero_fl.data.outside import from_labels, match_columns, read_as
 from hetero_fl.data.registry import takes
-from hetero_fl.errors import UserError, nearest, similar
+from hetero_fl.errors import UserError, beside, nearest
 from hetero_fl.metrics import score
 from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.run import Run
@@ -119,8 +119,7 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     if (
         not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1)
     ):  # no name of a source is written so
-        beside = [p.name for p in path.parent.glob("*.*")] if path.parent.is_dir() else []
-        raise UserError(f"--data: {data}: no such file or folder{similar(path.name, beside)}")
+        raise UserError(f"--data: {data}: no such file or folder{beside(path)}")
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)

@@ -20,7 +20,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from hetero_fl.errors import RunFailed, UserError
-from hetero_fl.reporting.wording import arrivals, duration, evaluated, plural, sentence, size
+from hetero_fl.reporting.wording import arrivals, duration, evaluated, final, plural, sentence, size
 
 
 class Progress:
@@ -105,8 +105,7 @@ class Progress:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is over: its summary."""
         self._stop()
-        last = {name: (summary[name] or {}).get("last") for name in ("personal", "global", "server")}
-        figures = evaluated({**last, "privacy": summary.get("privacy")}, self.unit)
+        figures = final(summary, self.unit)
         exchanged = summary["communication"]
         self.log(
             f"done: {plural(summary['rounds_completed'], 'round')} in {duration(summary['seconds']['total'])}, "

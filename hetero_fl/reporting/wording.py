@@ -204,23 +204,29 @@ def uncertain(rows: Mapping[str, int]) -> str:
 
 
 def evaluated(record: Mapping[str, Any], unit: str = "") -> str:
-    """A round's figures in one line: `local test: accuracy 90.1%; global test: balanced accuracy 71.0%, AUROC 0.930`. `unit`: of
-    errors."""
+    """Return a round's figures in one line, the same metrics for every test set.
+
+    For example `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy 71.0%, AUROC 0.930`. A metric
+    that is undefined on one of the test sets is shown there as missing; one that is undefined on all of them is left out.
+    `unit`: of errors.
+    """
+    scored = {words: record[reading] for reading, words in READINGS.items() if record.get(reading)}
+    wanted = _in_short(next(iter(scored.values()))) if scored else ()
+    names = [name for name in wanted if any(scores.get(name) is not None for scores in scored.values())]
     parts = []
-    for reading, words in READINGS.items():
-        scores = record.get(reading)
-        if not scores:
-            continue
-        names = _in_short(scores, reading)
+    for words, scores in scored.items() if names else ():
         after = f" {unit}" if is_regression(scores) and unit else ""
-        known = [
-            f"{METRICS[name]} {figure(scores.get(name), name)}{after}" for name in names if scores.get(name) is not None
-        ]
-        if known:
-            parts.append(f"{words}: {', '.join(known)}")
+        told = (f"{METRICS[name]} {figure(scores.get(name), name)}{after}" for name in names)
+        parts.append(f"{words}: {', '.join(told)}")
     if parts and record.get("privacy"):
         parts.append(spent(record["privacy"]))
     return "; ".join(parts)
+
+
+def final(summary: Mapping[str, Any], unit: str = "") -> str:
+    """Return the figures after the last round of a finished run in one line (see `evaluated`)."""
+    last = {reading: (summary[reading] or {}).get("last") for reading in READINGS}
+    return evaluated({**last, "privacy": summary.get("privacy")}, unit)
 
 
 def spent(privacy: Mapping[str, Any]) -> str:
@@ -228,7 +234,7 @@ def spent(privacy: Mapping[str, Any]) -> str:
     return f"ε {digits(privacy['epsilon'])} at δ {privacy['delta']:g}"
 
 
-def _in_short(scores: Mapping[str, Any], reading: str) -> tuple[str, ...]:
+def _in_short(scores: Mapping[str, Any]) -> tuple[str, ...]:
     """Which metrics a line has room for; the first of the scores is the one that leads."""
     if is_regression(scores):
         return ("mae",)
@@ -236,4 +242,4 @@ def _in_short(scores: Mapping[str, Any], reading: str) -> tuple[str, ...]:
         return ("accuracy", "top3_accuracy", "perplexity")
     if next(iter(scores)) == "auroc":
         return ("auroc", "average_precision")
-    return ("accuracy",) if reading == "personal" else ("balanced_accuracy", "auroc")
+    return ("balanced_accuracy", "auroc")

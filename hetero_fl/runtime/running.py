@@ -19,8 +19,7 @@ class Running(Generic[T]):
     def __init__(self, plan: Plan[T]) -> None:
         if not isinstance(plan, GeneratorType):
             raise UserError(
-                f"a method's hook is no plan (it gave {type(plan).__name__}): every hook that may compute yields; "
-                "end it with `yield from ()`"
+                f"expected a plan, got {type(plan).__name__}; a plan is what a function with `yield` returns"
             )
         self.plan, self.made = plan, list[Made]()
 

@@ -122,6 +122,53 @@ def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> No
         own(train=train).round()
 
 
+def train_without_yield(self: Any, client: Any, got: Any) -> Any:
+    self.fit(client)
+    return self.share(client)
+
+
+def aggregate_without_yield(self: Any, server: Any, uploads: Any) -> None:
+    self.average(server, uploads)
+
+
+@pytest.mark.parametrize(
+    ("hook", "function", "returned"),
+    [("train", train_without_yield, "a dict"), ("aggregate", aggregate_without_yield, "nothing")],
+)
+def test_hook_without_yield_is_named_with_class_file_and_line(
+    hook: str, function: Callable[..., Any], returned: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        own(**{hook: function}).round()
+
+    assert str(error.value) == (
+        f"Mine.{function.__name__} {line_of(function, 0)}: returned {returned}, expected a plan; write `yield` before "
+        "each compute step, or `yield from ()` before the return if there is none"
+    )
+
+
+def test_hook_without_yield_may_hand_on_another_plan() -> None:
+    def train(self: Any, client: Any, got: Any) -> Any:
+        return FedAvg.train(self, client, got)
+
+    assert own(train=train).round()["failed"] == {}
+
+
+class ReturnsItems(FedAvg):
+    def train(self, client: Any, got: Any) -> Any:
+        return self.share(client)
+
+
+def test_hook_without_yield_is_refused_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(source(ReturnsItems)))
+
+    assert main(["--config", str(path), "--out", str(tmp_path / "run")], command="train") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ReturnsItems.train (") and "test_slips.py, line " in told and told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def source(method: type, **changes: Any) -> dict[str, Any]:
     """A configuration that runs a method of this file's."""
     return config(f"python:{__name__}:{method.__name__}", "mlp", **changes)

@@ -79,7 +79,7 @@ def test_a_study_runs_in_one_command_and_options_win(
     [
         ("config: a.yaml\n", "algorithms: missing"),
         ("config: a.yaml\nalgorithms: [fedavg]\nseed: [0]\n", "seed: unknown key; did you mean 'seeds'?"),
-        ("config: a.yaml\nalgorithms: [fedavg]\nseeds: [x]\n", "seeds.0: found 'x'"),
+        ("config: a.yaml\nalgorithms: [fedavg]\nseeds: [x]\n", "seeds.0: expected an integer, got 'x'"),
         ("config: no.yaml\nalgorithms: [fedavg]\n", "no.yaml: no such file"),
     ],
 )

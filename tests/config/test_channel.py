@@ -34,8 +34,8 @@ def test_a_chain_is_written_as_a_list_of_stages_and_comes_back_from_a_resolved_c
     [
         ({"compress": [{"topkk": 0.01}]}, "channel.compress.0.topkk: unknown key; did you mean 'topk'?"),
         ({"compress": [{"topk": 1.5}]}, "channel.compress.0.topk: found 1.5; a share below 1, or a whole number"),
-        ({"compress": [{"topk": 0}]}, "channel.compress.0.topk: found 0; should be greater than 0"),
-        ({"compress": [{"quantize": 17}]}, "channel.compress.0.quantize: found 17; should be less than or equal to 16"),
+        ({"compress": [{"topk": 0}]}, "channel.compress.0.topk: must be > 0, got 0"),
+        ({"compress": [{"quantize": 17}]}, "channel.compress.0.quantize: must be <= 16, got 17"),
         ({"compress": ["halv"]}, "channel.compress: found 'halv'; did you mean 'half'?"),
         ({"compress": ["topk"]}, "channel.compress: found 'topk' alone; it takes a number"),
         (

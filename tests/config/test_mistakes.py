@@ -42,6 +42,9 @@ def said(tree: dict[str, Any], *overrides: str) -> str:
         ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
         ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
         ("runtime.qqq=1", "unknown key; choose from address, buffer, chunk, device"),
+        ("algorithm.temp=3", "algorithm.temp: unknown key; did you mean 'temperature'? (of fedmd)"),
+        ("algorithm.windws=3", "algorithm.windws: unknown key; choose from "),
+        ("data.partition.kind=non-iid", "data.partition.kind: found 'non-iid'; choose from classes, dirichlet, drawn,"),
     ],
 )
 def test_the_key_that_was_meant(override: str, meant: str) -> None:
@@ -52,39 +55,45 @@ def test_the_key_that_was_meant(override: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("tree", "line"),
     [
-        ({"data": "digits"}, "data: found 'digits'; a table was meant; did you mean 'data.name'?"),
+        ({"data": "digits"}, "data: expected a table, got 'digits'; did you mean 'data.name'?"),
         (
             {"data": {"partition": "iid"}},
-            "data.partition: found 'iid'; a table was meant; did you mean 'data.partition.kind'?",
+            "data.partition: expected a table, got 'iid'; did you mean 'data.partition.kind'?",
         ),
-        ({"algorithm": "fedmd"}, "algorithm: found 'fedmd'; a table was meant; did you mean 'algorithm.name'?"),
-        ({"algorithm": [{"name": "fedmd"}]}, "a table was meant: write its keys without dashes"),
+        ({"algorithm": "fedmd"}, "algorithm: expected a table, got 'fedmd'; did you mean 'algorithm.name'?"),
+        (
+            {"algorithm": [{"name": "fedmd"}]},
+            "algorithm: expected a table, got [{'name': 'fedmd'}]; write its keys without dashes",
+        ),
         (
             {"clients": [{"name": "a"}]},
-            "clients: found [{'name': 'a'}]; a table was meant; did you mean 'clients.groups'?",
+            "clients: expected a table, got [{'name': 'a'}]; did you mean 'clients.groups'?",
         ),
         (
             {"clients": {"defaults": {"optimizer": [{"lr": 0.1}]}}},
-            "clients.defaults.optimizer: found [{'lr': 0.1}]; a table",
+            "clients.defaults.optimizer: expected a table, got [{'lr': 0.1}]; write",
         ),
         (
             {"data": [{"name": "digits"}]},
-            "data: found [{'name': 'digits'}]; a table was meant: write its keys without dashes",
+            "data: expected a table, got [{'name': 'digits'}]; write its keys without dashes",
         ),
-        ({"data": {"proxy": 100}}, "data.proxy: found 100; a table was meant, with keys such as size, source"),
+        ({"data": {"proxy": 100}}, "data.proxy: expected a table, got 100; its keys are size, source, columns"),
         (
             {"channel": {"secure_sum": True}},
-            "channel.secure_sum: found true; a table was meant: {} takes all defaults, its keys are threshold,",
+            "channel.secure_sum: expected a table, got true; {} takes all defaults, its keys are threshold,",
         ),
-        ({"privacy": True}, "privacy: found true; a table was meant, with keys such as unit"),
+        ({"privacy": True}, "privacy: expected a table, got true; its keys are unit"),
         ({"privacy": {"delta": 0.1}}, "privacy: needs target_epsilon or noise_multiplier"),
-        ({"data": None}, "data: found nothing; a table was meant, with keys such as"),
-        ({"clients": {"groups": {"a": {"count": 2}}}}, "clients.groups: found a table; a list was meant"),
+        ({"data": None}, "data: expected a table, got nothing; its keys are"),
+        (
+            {"clients": {"groups": {"a": {"count": 2}}}},
+            "clients.groups: expected a list, got a table; each entry of a list begins with a dash",
+        ),
         (
             {"clients": {"groups": ["a"]}},
-            "clients.groups.0: found 'a'; a table was meant; did you mean 'clients.groups.0.name'?",
+            "clients.groups.0: expected a table, got 'a'; did you mean 'clients.groups.0.name'?",
         ),
-        ({"clients": {"defaults": {"shares": {"a": 1}}}}, "clients.defaults.shares: found a table; a list was meant"),
+        ({"clients": {"defaults": {"shares": {"a": 1}}}}, "clients.defaults.shares: expected a list, got a table;"),
     ],
 )
 def test_lists_tables_and_plain_values(tree: dict[str, Any], line: str) -> None:
@@ -105,14 +114,14 @@ def test_the_line_says_where_the_key_was_set(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("rounds: two\nalgorithm: {name: fedprox, mu: x}\n")
     for overrides, told in (
-        ([], f"{file}: rounds: found 'two'"),
-        (["seed=1"], f"{file}: rounds: found 'two'"),
-        (["rounds=1", "rounds=three"], "rounds=three: rounds: found 'three'"),
+        ([], f"{file}: rounds: expected an integer, got 'two'"),
+        (["seed=1"], f"{file}: rounds: expected an integer, got 'two'"),
+        (["rounds=1", "rounds=three"], "rounds=three: rounds: expected an integer, got 'three'"),
         (["rounds=1", "algorithm.seed=1"], "algorithm.seed=1: algorithm.seed: unknown key"),
-        (["rounds=1"], f"{file}: algorithm.mu: found 'x'"),
+        (["rounds=1"], f"{file}: algorithm.mu: expected a number, got 'x'"),
         (
             ["rounds=1", "algorithm={name: fedprox, mu: -1}"],
-            "algorithm={name: fedprox, mu: -1}: algorithm.mu: found -1",
+            "algorithm={name: fedprox, mu: -1}: algorithm.mu: must be >= 0, got -1",
         ),
         (["rounds=1", "algorithm.name=fedvag"], "algorithm.name=fedvag: algorithm.name: found algorithm 'fedvag'"),
     ):
@@ -121,7 +130,47 @@ def test_the_line_says_where_the_key_was_set(tmp_path: Path) -> None:
         assert str(error.value).startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["privacy.delta=0.1"], "privacy.delta=0.1: privacy: needs target_epsilon or noise_multiplier"),
+        (["seed=1", "data.split.test=0.9", "rounds=2"], "data.split.test=0.9: data.split: validation + test is 1.05"),
+        (
+            ["clients.groups.0.fraction=0.5"],
+            "clients.groups.0.fraction=0.5: clients.groups.0: found count and fraction",
+        ),
+        (["data.validation=0.5", "data.split={test: 0.9}"], "data.split={test: 0.9}: data.split: validation + test"),
+    ],
+)
+def test_load_config_blames_an_override_for_its_section(overrides: list[str], told: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("clients: {groups: [{name: a, count: 2}]}\n")
+
+    with pytest.raises(UserError) as error:
+        load_config(file, overrides)
+
+    assert str(error.value).startswith(told)
+
+
+def test_load_config_blames_the_file_for_its_own_sections(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("privacy: {delta: 0.1}\n")
+
+    with pytest.raises(UserError) as error:
+        load_config(file, ["rounds=2", "clients.groups=[{name: a}]", "clients.groups.0.count=3"])
+
+    assert str(error.value).startswith(f"{file}: privacy: needs target_epsilon")
+
+
+def test_load_config_refuses_an_integer_that_python_cannot_read(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"rounds: {'9' * 5000}\n")
+
+    with pytest.raises(UserError, match=r"c\.yaml: cannot be read: "):
+        load_config(file)
+
+
 def test_a_list_in_a_tables_place_by_override() -> None:
-    assert "a table was meant" in said({}, "data=[1,2]")
+    assert "data: expected a table, got [1, 2]" in said({}, "data=[1,2]")
     assert "data" in said({"data": [1]}, "data.path=x.npz")
     assert "clients" in said({"clients": {"groups": {"a": 1}}}, "clients.groups.0.epochs=3")

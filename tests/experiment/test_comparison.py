@@ -51,16 +51,16 @@ def small(**changes: Any) -> dict[str, Any]:
         (["--out", "a_file"], "--out: a_file is a file; name a folder"),
         (["--out", "a_file/below"], "--out: a_file/below: cannot be made"),
         (["--grid", "rounds"], "--grid: found 'rounds'"),
-        (["--grid", "rounds=1,two"], "error: --grid: rounds: found 'two'; should be"),
+        (["--grid", "rounds=1,two"], "error: --grid: rounds: expected an integer, got 'two'"),
         (
             ["--algorithms", "local,fedvag"],
             "error: --algorithms: algorithm.name: found algorithm 'fedvag'; did you mean",
         ),
         (
             ["--algorithms", "fedprox:mv=1"],
-            "error: --algorithms: algorithm.mv: unknown key; choose from logit_adjustment, mu",
+            "error: --algorithms: algorithm.mv: unknown key; did you mean 'mu'? (of fedprox)",
         ),
-        (["rounds=two"], "error: rounds=two: rounds: found 'two'; should be"),
+        (["rounds=two"], "error: rounds=two: rounds: expected an integer, got 'two'"),
     ],
 )
 def test_wrong_flags(

@@ -33,8 +33,9 @@ def test_quiet_lines_one_for_each_evaluated_round(made_run: Callable[..., RunDir
     assert lines[0] == "6 clients, 5 rounds"
     assert lines[1].startswith("round 2: hospital_2 left out (its loss is no longer finite)")
     assert [line.split()[1] for line in lines[2:-1]] == ["2/5", "4/5", "5/5"]
-    assert "global test: balanced accuracy" in lines[2] and " left)" in lines[2] and " left)" not in lines[4]
-    assert lines[-1].startswith("done: 5 rounds in 14 s, 1.2 MB up and 2.4 MB down; local test: accuracy")
+    assert "local test: balanced accuracy" in lines[2] and "global test: balanced accuracy" in lines[2]
+    assert " left)" in lines[2] and " left)" not in lines[4]
+    assert lines[-1].startswith("done: 5 rounds in 14 s, 1.2 MB up and 2.4 MB down; local test: balanced accuracy")
     logged = (tmp_path / "log.txt").read_text().splitlines()
     assert len(logged) == len(lines)
     assert logged[-1].endswith(lines[-1]) and logged[0][:2] == "20"
@@ -53,7 +54,7 @@ def test_the_live_display_shows_rounds_task_and_scores(made_run: Callable[..., R
     play(run, Progress(tmp_path / "log.txt", console=Console(file=shown, force_terminal=True, width=100, height=20)))
     text = shown.getvalue()
     assert "hospital_1: training" in text and "3/3" in text
-    assert "Local test: accuracy" in text, "the newest figures stand below the bar"
+    assert "Local test: balanced accuracy" in text, "the newest figures stand below the bar"
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor is hidden once and shown again"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from hetero_fl.reporting.wording import (
@@ -62,12 +64,36 @@ def test_plural_and_better() -> None:
     assert better("mae", 1, 2) and better("auroc", 2, 1) and not better("loss", 2, 1)
 
 
-def test_a_round_in_a_line() -> None:
+def test_evaluated_shows_the_same_metrics_for_both_test_sets() -> None:
     record = {
         "personal": {"accuracy": 0.9, "balanced_accuracy": 0.8, "auroc": None},
-        "global": {"accuracy": 0.7, "balanced_accuracy": 0.6, "auroc": None},
+        "global": {"accuracy": 0.7, "balanced_accuracy": 0.6, "auroc": 0.75},
         "server": None,
     }
-    assert evaluated(record) == "local test: accuracy 90.0%; global test: balanced accuracy 60.0%"
-    assert evaluated({"personal": {"mae": 1.5, "r2": 0.1}}) == "local test: mean absolute error 1.50"
-    assert evaluated({}) == ""
+
+    assert evaluated(record) == (
+        "local test: balanced accuracy 80.0%, AUROC –; global test: balanced accuracy 60.0%, AUROC 0.750"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (
+            {"personal": {"accuracy": 0.9, "balanced_accuracy": 0.8, "auroc": None}},
+            "local test: balanced accuracy 80.0%",
+        ),
+        (
+            {"personal": {"mae": 1.5, "r2": 0.1}, "server": {"mae": 2.0, "r2": 0.0}},
+            "local test: mean absolute error 1.50; server: mean absolute error 2.00",
+        ),
+        (
+            {"personal": {"auroc": 0.5, "average_precision": 0.2}, "global": {"auroc": 0.6, "average_precision": 0.3}},
+            "local test: AUROC 0.500, average precision 0.200; global test: AUROC 0.600, average precision 0.300",
+        ),
+        ({"global": {"accuracy": None, "balanced_accuracy": None, "auroc": None}}, ""),
+        ({}, ""),
+    ],
+)
+def test_evaluated_of_other_tasks(record: dict[str, Any], line: str) -> None:
+    assert evaluated(record) == line

@@ -158,15 +158,15 @@ def test_what_cannot_be_is_refused() -> None:
         FaultsConfig(before=0.6, lost=0.6)
     with pytest.raises(ValueError, match="deadline"):
         CohortConfig(partial_work=True)
-    with pytest.raises(UserError, match=r"devices.speed.median: found -1"):
+    with pytest.raises(UserError, match=r"devices.speed.median: must be > 0, got -1"):
         prepare(config("fedavg", devices={"speed": {"median": -1}}))
     with pytest.raises(UserError, match=r"devices.speed: found 'fast'; give a number, or {median, sigma}"):
         prepare(config("fedavg", devices={"speed": "fast"}))
     with pytest.raises(UserError, match=r"devices.up: found \[1, 2\]; give a number"):
         prepare(config("fedavg", devices={"up": [1, 2]}))
-    with pytest.raises(UserError, match=r"devices: found 'd.csv'; .* did you mean 'devices.file'"):
+    with pytest.raises(UserError, match=r"devices: expected a table, got 'd.csv'; did you mean 'devices.file'"):
         prepare(config("fedavg", devices="d.csv"))
-    with pytest.raises(UserError, match=r"faults.server: found 2; a list was meant: \[2\]"):
+    with pytest.raises(UserError, match=r"faults.server: expected a list, got 2; write \[2\]"):
         prepare(config("fedavg", faults={"server": 2}))
     with pytest.raises(UserError, match=r"devices\.sped.*speed"):
         prepare(config("fedavg", devices={"sped": 3}))

@@ -328,7 +328,7 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
     refused(r"cohort\.sampling: oort", cohort={"sampling": "oort"})
     refused(r"cohort\.least: found 3", cohort={"least": 3}, clients__per_round=2)
     refused(r"faults\.server: found 9, but the run has 2 rounds", faults={"server": [1, 9]})
-    refused(r"faults\.server\.0: found 0", faults={"server": [0]})
+    refused(r"faults\.server\.0: must be > 0, got 0", faults={"server": [0]})
     oort = {"sampling": "oort"}
     refused(
         r"cohort\.sampling: oort .* channel\.secure_sum", cohort=oort, clients__per_round=3, channel={"secure_sum": {}}
@@ -345,7 +345,7 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
         r"devices\.speed\.sigma: found 5e\+07; it is of the natural", devices={"speed": {"median": 1e8, "sigma": 5e7}}
     )
     refused(
-        r"staleness\.kind: found 'poly'; choose from constant, hinge, polynomial",
+        r"staleness\.kind: found 'poly'; did you mean 'polynomial'\?",
         runtime={"mode": "async", "staleness": {"kind": "poly"}},
     )
     notes = prepare(config("fedavg", "mlp", 4, faults={"late": 0.1}, cohort={"sampling": "available"})).notes

@@ -119,7 +119,7 @@ def test_what_cannot_be_inverted_is_noted_or_refused_by_name(run: hetero_fl.Run,
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--clients", "sight_1"], "has no model of 'sight_1'; did you mean 'site_1'?"),
+        (["--clients", "siet_1"], "has no model of 'siet_1'; did you mean 'site_1'?"),
         (["--shadows", "3"], "--shadows: found 3; take an even number from 4 on"),
         (["--batch", "9"], "--batch, --images: found 9"),
         (["--attack", "members"], "--attack: found 'members'; did you mean 'membership'?"),

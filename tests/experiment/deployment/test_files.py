@@ -94,14 +94,14 @@ SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
     ("change", "line"),
     [
         ({"prot": 1}, "prot: unknown key; did you mean 'port'?"),
-        ({"port": 70000}, "port: found 70000; should be less than or equal to 65535"),
-        ({"nodes": {}}, "nodes: found {}; Dictionary should have at least 1 item"),
-        ({"nodes": ["north"]}, "nodes: found ['north']"),
-        ({"certificates": "server.pem"}, "certificates: found 'server.pem'; a table was meant"),
+        ({"port": 70000}, "port: must be <= 65535, got 70000"),
+        ({"nodes": {}}, "nodes: expected at least 1 entry, got {}"),
+        ({"nodes": ["north"]}, "nodes: expected a table, got ['north']"),
+        ({"certificates": "server.pem"}, "certificates: expected a table, got 'server.pem'"),
         ({"certificates": {"certificat": "a"}}, "certificates.certificat: unknown key; did you mean 'certificate'?"),
-        ({"wait": -1}, "wait: found -1"),
+        ({"wait": -1}, "wait: must be > 0, got -1"),
         ({"logs": "jsn"}, "logs: found 'jsn'; did you mean 'json'?"),
-        ({"metrics": {"port": "x"}}, "metrics.port: found 'x'"),
+        ({"metrics": {"port": "x"}}, "metrics.port: expected an integer, got 'x'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_servers_file_is_one_line(change: dict[str, Any], line: str, tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
     [
         ("allows: {method: [fedavg]}", "allows.method: unknown key; did you mean 'methods'?"),
         ("allows: {methods: [fedavgg]}", "allows: found method 'fedavgg'; did you mean 'fedavg'"),
-        ("allows: {rounds: 0}", "allows.rounds: found 0"),
+        ("allows: {rounds: 0}", "allows.rounds: must be > 0, got 0"),
         ("allows: {privacy: {delta: 1e-5}}", "allows.privacy.epsilon: missing"),
         ("allows: {own_code: [os]}", "allows: found own_code 'os'; write python:"),
     ],

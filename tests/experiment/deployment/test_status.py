@@ -24,7 +24,14 @@ from hetero_fl.experiment.deployment.log import Lines, Log, Told
 from hetero_fl.experiment.deployment.status import FILE, Status, read_status
 from hetero_fl.experiment.deployment.window import look, window
 
-SCORES = {"accuracy": 0.75, "accuracy_std": 0.1, "accuracy_worst": 0.6, "auroc": None, "auroc_undefined": 2}
+SCORES = {
+    "accuracy": 0.75,
+    "balanced_accuracy": 0.7,
+    "accuracy_std": 0.1,
+    "accuracy_worst": 0.6,
+    "auroc": None,
+    "auroc_undefined": 2,
+}
 
 
 def record(round: int, **more: Any) -> dict[str, Any]:
@@ -50,7 +57,11 @@ def test_what_it_tells(status: Status) -> None:
     tree = status.tree()
     assert tree["nodes"]["north"]["here"] and tree["nodes"]["south"] == {"here": False, "since": None}
     assert (tree["round"], tree["up_bytes"], tree["down_bytes"], tree["failures"]) == (1, 1000, 2000, 1)
-    assert (tree["seconds"], tree["epsilon"], tree["personal"]) == (2.0, 1.25, {"accuracy": 0.75, "auroc": None})
+    assert (tree["seconds"], tree["epsilon"], tree["personal"]) == (
+        2.0,
+        1.25,
+        {"accuracy": 0.75, "balanced_accuracy": 0.7, "auroc": None},
+    )
     assert [event["message"] for event in tree["events"]] == ["north is here"]
     present.clear()
     gone = status.tree()["nodes"]["north"]
@@ -71,7 +82,7 @@ def test_prometheus(status: Status) -> None:
         "hetero_fl_privacy_epsilon 1.25", 'hetero_fl_score{of="personal",metric="accuracy"} 0.75',
     ):  # fmt: skip
         assert line in lines
-    assert len([line for line in lines if "score" in line]) == 1  # an undefined figure is none
+    assert len([line for line in lines if "score" in line]) == 2  # an undefined figure is none
     (about,) = [line for line in lines if "info" in line]
     assert 'name="a \\"run\\""' in about and 'run="beef"' in about
     families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
@@ -127,7 +138,7 @@ def test_the_command(status: Status, tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     for words in (
         'a "run", hybrid: running, round 2 of 3',
-        "accuracy 75.0%",
+        "local test: balanced accuracy 70.0%",
         "1 upload asked for and not used",
         "torch '1'",
     ):

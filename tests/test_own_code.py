@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from hetero_fl.experiment.deployment.site_file import SiteConfig, load_site
 from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.methods import described, method
 from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.rundir import RunDirectory
 from tests.small import changed, config
 
 TRAP = """
@@ -267,6 +269,15 @@ def test_python_compares_methods_that_the_program_names(trap: str, monkeypatch: 
         hetero_fl.compare(file, ["local"], out="other")
 
 
+def test_a_file_that_changes_while_a_comparison_starts_runs_no_code(trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(config("local", "mlp", 2, rounds=1, **BARE))
+    later = config("fml", "mlp", 2, rounds=1, **BARE, algorithm={"name": "fml", "mentee": f"{trap}Net"})
+    monkeypatch.setattr("hetero_fl.experiment.comparison.read", lambda path: later)
+    with pytest.raises(UserError, match="which names code"):
+        hetero_fl.compare(file, ["fml"], out="all")
+    assert not Path("imported").exists()
+
+
 def test_a_permission_for_another_process_asks_nothing() -> None:
     asked = CodePermission(granted=["python:a:B"], ask=lambda *_: True)
     copied = pickle.loads(pickle.dumps(asked))
@@ -325,22 +336,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def crafted(run: Path, name: str, what: str) -> None:
-    """A copy of a run, as `run` in the working folder, whose `config` or `models` name code."""
-    import shutil
-
+    """Make a copy of a run, as `run` in the working folder, whose `config` or `models` name code; checksums are right."""
     shutil.copytree(run, "run")
     if what == "config":
         made = yaml.safe_load(Path("run/config.yaml").read_text())
         made["clients"]["groups"][0]["model"] = [{"name": name}]
         Path("run/config.yaml").write_text(yaml.safe_dump(made))
-        return
-    for path in Path("run/models").iterdir():
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["hetero_fl"])
-            tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
-        about["architecture"]["name"] = name
-        about["architecture"]["options"] = []
-        save_file(tensors, path, {"hetero_fl": json.dumps(about)})
+    else:
+        for path in Path("run/models").iterdir():
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["hetero_fl"])
+                tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
+            about["architecture"]["name"] = name
+            about["architecture"]["options"] = []
+            save_file(tensors, path, {"hetero_fl": json.dumps(about)})
+    directory = RunDirectory.open("run")
+    directory.finish(directory.summary())
 
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {

@@ -100,15 +100,15 @@ def compare(
         for name, why in left_out.items():
             progress.log(f"left out {name}: {why}")
         plain = read(Path(source)) if isinstance(source, str | Path) else source  # the file may change while it runs
+        permitted = permission.with_written(source, [o for job in work for o in [*base, *job.overrides]])
         file = Path(source).name if isinstance(source, str | Path) else "the configuration"
-        before = used_settings(plain, base, dict.fromkeys(variants, ()), origins or {}, file, allow_code=permission)
+        before = used_settings(plain, base, dict.fromkeys(variants, ()), origins or {}, file, allow_code=permitted)
         for methods, text in before.lines():
             progress.log(f"settings of {methods}: {text}")
         if before.note:
             progress.log(before.note)
-        written = permission.with_written(source, [o for job in work for o in [*base, *job.overrides]])
         try:
-            failed = run_all(plain, base, work, jobs or max(1, cores() // threads), progress, written)
+            failed = run_all(plain, base, work, jobs or max(1, cores() // threads), progress, permitted)
         except KeyboardInterrupt as stop:
             raise Interrupted(out) from stop
     done = [j for j in work if j not in failed]
@@ -138,7 +138,8 @@ def compare(
             if len(points) > 1
         ]
         by = "grid, chosen by validation" if len(points) > 1 else "grid"
-        settings = used_settings(plain, base, {j.variant: j.point for j in best}, origins or {}, file, by, permission)
+        points_of = {j.variant: j.point for j in best}
+        settings = used_settings(plain, base, points_of, origins or {}, file, by, permitted)
         write_comparison(
             out, shown, title=config.name, note="; ".join(notes), task=tasks[0], missing=missing, tried=tried,
             settings=settings,

@@ -154,22 +154,23 @@ def same(a: Run, b: Run) -> None:
 needs_processes = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 
 
-def test_federate_runs_code_with_permission_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "own_method_of_nodes.py").write_text(
-        "from hetero_fl.algorithms import FedAvg\n\nclass Mine(FedAvg):\n    pass\n"
-    )
-    name = "python:own_method_of_nodes:Mine"
-    file = written(tmp_path, config(name, "linear", 2, rounds=1, **QUIET))
-    command = ["federate", "--config", str(file), "--out", "out"]
-    assert f"found '{name}', which names code; pass --allow-code" in told(command, capsys)
-    assert main([*command, "--allow-code"]) == 0
-    assert Run("out").summary["algorithm"] == name
-    assert set(Run("out").models) == {"server", "site_1", "site_2"}
+    code = "from hetero_fl.algorithms import FedAvg\n\nclass Mine(FedAvg):\n    pass\n"
+    (tmp_path / "own_method_of_nodes.py").write_text(code)
+    name, log = "python:own_method_of_nodes:Mine", tmp_path / "log.txt"
+    written(tmp_path, config(name, "linear", 2, rounds=1, **QUIET))
+    command = ["federate", "--config", "small.yaml", "--out", "out"]
+
+    with started(*command, cwd=tmp_path, log=log) as process:
+        assert ended(process, log) == 2, log.read_text()
+    assert f"found '{name}', which names code; pass --allow-code" in log.read_text()
+    with started(*command, "--allow-code", cwd=tmp_path, log=log) as process:
+        assert ended(process, log) == 0, log.read_text()
+
+    run_of_nodes = Run(tmp_path / "out")
+    assert run_of_nodes.summary["algorithm"] == name
+    assert set(run_of_nodes.models) == {"server", "site_1", "site_2"}
 
 
 @needs_processes

@@ -199,9 +199,8 @@ def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
         try:
-            saved = SavedModel.load(
-                path, allow_code=True
-            )  # nothing is built before it is known to be this client's model
+            # Nothing is built before it is known to be this client's model.
+            saved = SavedModel.load(path, allow_code=True)
         except UserError:
             raise Refused("what should be its model is none") from None
     if saved.task != task or saved.arch not in (card.arch, *method.extras(card.arch).values()):

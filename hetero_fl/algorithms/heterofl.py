@@ -27,23 +27,17 @@ from model_zoo import narrow
 
 @algorithm("heterofl")
 class HeteroFL(FedAvg):
-    """Each client trains the leading channels of one wide model; each element of it becomes the mean over the clients whose
-    slice it is in (Diao et al. 2021, Algorithm 1).
+    """Train leading slices of one wide model; average each element over its owners (Diao et al. 2021, Algorithm 1).
 
-    Each owner counts once, as in the authors' code; `weighting: samples` weighs owners by their
-    training rows. Deviation: the mask of absent classes is off by default, and on in the paper
-    where labels are skewed.
-
-    BatchNorm is static: batches normalise themselves, its scales and shifts are averaged, and statistics, which differ by
-    width, stay with the client, as it reads its own narrow model. The scaler acts then, too, for the same reason.
+    Each owner counts once, as in the authors' code. Deviation: the mask of absent classes is off by default. BatchNorm is
+    static: batches are normalized by their own statistics, which differ by width and stay with the client; scales and shifts
+    are averaged. Each client is evaluated with its own narrow model, so the scaler is applied there as well.
     """
 
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
     requires = ("one model family",)
 
-    weighting: Literal["uniform", "samples"] = Field(
-        "uniform", description="each owner of an element counts once, as in the authors' code, or as n_k"
-    )
+    weighting: Literal["uniform", "samples"] = Field("uniform", description="each owner counts once, or as n_k")
     model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
         None, description="the wide model; none: the clients' most frequent kind that can be narrowed, its widest"
     )

@@ -112,7 +112,7 @@ def test_the_check_says_how_sure_it_is(
 ) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(small("fedavg", **changes)))
-    assert main(["--config", str(path), "--check"], command="train") == 0
+    assert main(["--config", str(path), "--check", "--allow-code"], command="train") == 0
     (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 2 rounds: " in text]
     assert words in line and line.startswith(("at most ", "about ")) == bool(changes)
 

@@ -59,7 +59,7 @@ def compare(
 
     Raises:
         UserError: Before anything runs: a configuration is impossible, or a run in `out` was made with another one.
-        RunFailed: After the others have ended: a run fails.
+        RunFailed: After the others have ended: runs failed; a line for each of them.
     """
     leave_if_importing()
     out, base, seeds = Path(out), list(overrides), list(dict.fromkeys(seeds))
@@ -149,8 +149,8 @@ def compare(
         write_curves(out / "curves.png", histories, tasks[0])
         write_curves(out / "curves_time.png", histories, tasks[0], timed=True)
     if failed:
-        first, why = next(iter(failed.items()))
-        raise RunFailed(f"{len(failed)} of {len(work)} runs failed; {first.variant.label}, seed {first.seed}: {why}")
+        lines = (f"{job}: {' '.join(why.split())}" for job, why in failed.items())
+        raise RunFailed("\n".join([f"{len(failed)} of {len(work)} runs failed", *lines]))
     return out
 
 

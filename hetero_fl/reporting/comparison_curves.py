@@ -44,7 +44,7 @@ def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, f
     metric = _metric(task)
     sign = -1 if metric in SMALLER_IS_BETTER else 1
     curves = [[(x, values[0]) for x, values in _line([history], metric, timed=True)] for history in histories]
-    if not all(curves):
+    if not curves or not all(curves):
         return [{} for _ in histories]
     worst = min(max(sign * value for _, value in curve) for curve in curves)
     target = math.floor(100 * worst + 1e-9) / 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,3 +147,58 @@ def test_an_interrupted_comparison_tells_its_own_command(tmp_path: Path) -> None
     for folder in (tmp_path / "out" / "runs").iterdir():
         with locked(folder):  # nobody is at work there any more
             pass
+
+
+def compared(folder: Path, *flags: str) -> int:
+    file = folder / "c.yaml"
+    file.write_text(yaml.safe_dump(small()))
+    asked = ["--config", str(file), "--algorithms", "local,fedavg", "--out", str(folder / "out"), "--jobs", "1"]
+    return main([*asked, *flags], command="compare")
+
+
+def test_compare_shows_scores_and_remaining_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = r"local test: balanced accuracy \d+\.\d%.*; global test: balanced accuracy \d+\.\d%.*"
+
+    assert compared(tmp_path) == 0
+    first, last = capsys.readouterr().err.splitlines()[-2:]
+    assert re.fullmatch(rf"1/2 local seed 0: {figures} \(about [\d.]+ s left\)", first)
+    assert re.fullmatch(rf"2/2 fedavg seed 0: {figures}", last) and "left" not in last
+    logged = (tmp_path / "out" / "log.txt").read_text()
+    assert first in logged and last in logged
+
+    assert compared(tmp_path, "--algorithms", "local") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("1/1")]
+    assert re.fullmatch(rf"1/1 local seed 0 \(finished before\): {figures}", line) and "left" not in line
+
+
+def test_compare_ends_with_a_line_for_each_failed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diverging = ["clients.defaults.optimizer.lr=1e30", "runtime.divergence=stop"]
+
+    assert compared(tmp_path, *diverging) == 1
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert lines[-3] == "failed: 2 of 2 runs failed"
+    assert [line.partition(": ")[0] for line in lines[-2:]] == ["local seed 0", "fedavg seed 0"]
+    assert told.out == "" and "Traceback" not in told.err
+    assert [line for line in lines if line.startswith("2/2 fedavg seed 0: failed: ")]
+
+
+def test_schedule_shares_the_remaining_runs_among_the_jobs(tmp_path: Path) -> None:
+    def finish(job: jobs.Job) -> None:
+        job.out.mkdir()
+        (job.out / "config.yaml").write_text("{}")
+        (job.out / "summary.json").write_text('{"seconds": {"total": 10.0}}')
+
+    work = [jobs.Job(jobs.Variant.parse("local"), (), seed, tmp_path / str(seed)) for seed in range(6)]
+    finish(work[0])
+    schedule = jobs._Schedule(work, 2)
+
+    assert schedule.left_after(work[0]) == "", "runs that had finished say nothing about the time"
+    finish(work[1])
+    assert schedule.left_after(work[1]) == "(about 20 s left)", "four runs, two at a time"
+    assert schedule.left_after(work[2]) == "(about 15 s left)", "a failed run is not waited for"
+    for job in work[3:5]:
+        finish(job)
+        left = schedule.left_after(job)
+    assert left == "(about 10 s left)"
+    assert schedule.left_after(work[5]) == ""

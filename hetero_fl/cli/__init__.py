@@ -10,6 +10,7 @@ import select
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -21,6 +22,8 @@ from hetero_fl.errors import Interrupted, RunFailed, UserError, nearest, similar
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+VERBOSE = {"-v", "--verbose"}
+ANYWHERE = {*VERBOSE, "-q", "--quiet"}  # options that may also stand before the command
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 
@@ -33,14 +36,18 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, _integer)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse a command's arguments. Raises UserError, with the option that was probably meant, for one that there is not."""
+        """Parse a command's arguments. Raises UserError."""
+        self.check_options(arguments)
+        return self.parse_intermixed_args(arguments)
+
+    def check_options(self, arguments: Sequence[str]) -> None:
+        """Raise UserError, with the option that was probably meant, for an option that there is not."""
         known = self._option_string_actions
         for argument in itertools.takewhile(lambda text: text != "--", arguments):
             option = argument.partition("=")[0]
             if option.startswith("--") and option not in known:
                 names = [name for name in known if name.startswith("--")]
                 raise UserError(f"unknown option {option}{similar(option, names)} (see {self.prog} --help)")
-        return self.parse_intermixed_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -54,7 +61,10 @@ def _integer(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Run a command. Returns 0 done, 1 the run failed, 2 a user's mistake, 130 interrupted with a checkpoint written.
+    """Run a command and return its exit status.
+
+    0: done. 1: the run failed. 2: a mistake of the user. 130: interrupted, with a checkpoint written. 141: the output
+    was no longer read.
 
     Launched by torchrun, the first of its processes runs it, and the others compute for that one.
     """
@@ -105,6 +115,10 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
     from hetero_fl.cli import commands
 
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if command is None:  # hetero-fl --quiet train
+        before = list(itertools.takewhile(ANYWHERE.__contains__, arguments))
+        arguments = [*arguments[len(before) :][:1], *before, *arguments[len(before) + 1 :]]
+    verbose = not VERBOSE.isdisjoint(arguments)
     typed = [*(_script() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
     try:
         try:
@@ -112,11 +126,12 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
             if command is None and arguments and arguments[0] in commands.COMMANDS:
                 command = arguments.pop(0)
             if command is None and arguments and not arguments[0].startswith("-"):
-                raise UserError(
-                    f"unknown command '{arguments[0]}'{nearest(arguments[0], commands.COMMANDS)} (see hetero-fl --help)"
-                )
+                hint = nearest(arguments[0], commands.COMMANDS)
+                raise UserError(f"unknown command '{arguments[0]}'{hint} (see hetero-fl --help)")
             if command is None:
-                commands.all_parser().parse_args(arguments or ["--help"])
+                everything = commands.all_parser()
+                everything.check_options(arguments)
+                everything.parse_args(arguments or ["--help"])
                 return 0
             options = commands.parser(command, prog).parse(arguments)
             carry_out: Callable[[argparse.Namespace], int] = options.carry_out
@@ -125,10 +140,10 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error("error", error, verbose)
         return 2
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        _print_error("failed", error, verbose)
         return 1
     except OSError as error:
         if error.errno not in FULL:
@@ -148,6 +163,18 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
     except KeyboardInterrupt:
         print("interrupted; there is nothing yet to go on from", file=sys.stderr)
         return 130
+
+
+def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
+    """Print an error in one line; before it, if wished, the tracebacks of all that led to it."""
+    led_to: list[BaseException] = []
+    cause: BaseException | None = error if verbose else None
+    while cause is not None and cause not in led_to:
+        led_to.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in reversed(led_to):
+        traceback.print_exception(cause, chain=False)
+    print(f"{kind}: {error}", file=sys.stderr)
 
 
 def _script() -> list[str]:

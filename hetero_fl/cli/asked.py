@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hetero_fl import __version__
 from hetero_fl.errors import UserError, closest
 from hetero_fl.own_code import OWN, CodePermission
 from hetero_fl.reporting.rundir import has_run
 
 if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
+
+
+def options_of_all(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes."""
+    parser.add_argument("--version", action="version", version=f"hetero-fl {__version__}")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="print the tracebacks of an error and its causes before it"
+    )
+
+
+def say_of(options: argparse.Namespace) -> Callable[[str], None]:
+    """Return what prints a notice to stderr, or does nothing with `--quiet`."""
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(line, file=sys.stderr)
+
+    return say
 
 
 def options_of_run(parser: argparse.ArgumentParser) -> None:
@@ -71,14 +92,14 @@ def check_run(options: argparse.Namespace, permission: CodePermission) -> Path |
             print_check(prepare(source, options.overrides, allow_code=permission))
         return None
     if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
-        print(f"nothing to resume in {options.out}: starting{_nearby(options.out)}", file=sys.stderr)
+        say_of(options)(f"nothing to resume in {options.out}: starting{_nearby(options.out)}")
     return source
 
 
-def print_finished(finished: Run) -> None:
-    """Where the results of a run are."""
+def print_finished(finished: Run, say: Callable[[str], None]) -> None:
+    """Print where the results of a run are."""
     if (finished.path / "report.html").exists():
-        print(f"report: {finished.path / 'report.html'}", file=sys.stderr)
+        say(f"report: {finished.path / 'report.html'}")
     print(finished.path)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from hetero_fl.cli.asked import option_of_code, permission_of
+from hetero_fl.cli.asked import option_of_code, permission_of, say_of
 
 
 def setup(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,7 @@ def carry_out(options: argparse.Namespace) -> int:
         batch=options.batch,
         seed=options.seed,
         out=out,
-        say=lambda line: print(line, file=sys.stderr),
+        say=say_of(options),
         allow_code=permission_of(options),
     )
     for title, columns, rows in (
@@ -64,7 +63,7 @@ def carry_out(options: argparse.Namespace) -> int:
                 table.add_row(*row)
             Console().print(table)
     for note in content["notes"]:
-        print(note, file=sys.stderr)
-    print(f"report: {out / 'audit.html'}", file=sys.stderr)
+        say_of(options)(note)
+    say_of(options)(f"report: {out / 'audit.html'}")
     print(out)
     return 0

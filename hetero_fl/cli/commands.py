@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetero_fl.cli import Parser, audit, compare, export, federate, integrity, join, server, status
-from hetero_fl.cli.asked import check_run, option_of_code, options_of_run, permission_of, print_finished
+from hetero_fl.cli.asked import (
+    check_run,
+    option_of_code,
+    options_of_all,
+    options_of_run,
+    permission_of,
+    print_finished,
+    say_of,
+)
 from hetero_fl.errors import UserError
 from hetero_fl.own_code import references
 
@@ -36,10 +44,10 @@ def _carry_out_train(options: argparse.Namespace) -> int:
         out=options.out,
         resume=options.resume,
         overrides=options.overrides,
-        quiet=False,
+        quiet=options.quiet,
         allow_code=permission,
     )
-    print_finished(finished)
+    print_finished(finished, say_of(options))
     return 0
 
 
@@ -142,14 +150,16 @@ def parser(command: str, prog: str) -> Parser:
     about, setup = COMMANDS[command]
     made = Parser(prog=prog, description=about, epilog=HINT, allow_abbrev=False)
     setup(made)
+    options_of_all(made)
     return made
 
 
-def all_parser() -> argparse.ArgumentParser:
+def all_parser() -> Parser:
     """The parser that tells which commands there are."""
     made = Parser(
         prog="hetero-fl", description="Federated learning between participants whose models differ.", epilog=HINT
     )
+    options_of_all(made)
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (about, _) in COMMANDS.items():
         commands.add_parser(name, help=about)

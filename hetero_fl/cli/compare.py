@@ -68,7 +68,7 @@ def carry_out(options: argparse.Namespace) -> int:
         overrides=[*(study.overrides if study else []), *options.overrides],
         grid=grid,
         jobs=options.jobs if options.jobs is not None or study is None else study.jobs,
-        quiet=False,
+        quiet=options.quiet,
         origins=origins,
         allow_code=permission_of(options),
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from hetero_fl.cli.asked import option_of_code, permission_of
+from hetero_fl.cli.asked import option_of_code, permission_of, say_of
 
 
 def setup(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,7 @@ def carry_out(options: argparse.Namespace) -> int:
         options.format,
         options.out,
         options.home,
-        say=lambda line: print(line, file=sys.stderr),
+        say=say_of(options),
         allow_code=permission_of(options),
     )
     print(next(iter(made.values())).model.parent)

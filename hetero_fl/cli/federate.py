@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hetero_fl.beside import Beside
-from hetero_fl.cli.asked import check_run, options_of_run, permission_of, print_finished
+from hetero_fl.cli.asked import check_run, options_of_run, permission_of, print_finished, say_of
 
 NURSERY = "hetero_fl.experiment.deployment.nursery"
 
@@ -30,9 +30,9 @@ def carry_out(options: argparse.Namespace) -> int:
             out=options.out,
             resume=options.resume,
             overrides=options.overrides,
-            quiet=False,
+            quiet=options.quiet,
             nursery=nursery,
             allow_code=permission,
         )
-    print_finished(finished)
+    print_finished(finished, say_of(options))
     return 0

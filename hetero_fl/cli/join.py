@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from hetero_fl.cli.asked import option_of_code, permission_of
+from hetero_fl.cli.asked import option_of_code, permission_of, say_of
 from hetero_fl.errors import UserError
 
 
@@ -59,7 +58,7 @@ def carry_out(options: argparse.Namespace) -> int:
         seeds=seeds,
         epochs=options.epochs,
         overrides=options.overrides,
-        say=lambda line: print(line, file=sys.stderr),
+        say=say_of(options),
         allow_code=permission,
     )
     print((out / "join.md").read_text(encoding="utf-8"))

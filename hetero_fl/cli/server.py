@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hetero_fl.cli.asked import check_run, option_of_code, options_of_run, permission_of, print_finished
+from hetero_fl.cli.asked import check_run, option_of_code, options_of_run, permission_of, print_finished, say_of
 from hetero_fl.errors import UserError
 
 MAKES = "`hetero-fl certificates` makes one"
@@ -33,8 +33,9 @@ def _serve(options: argparse.Namespace) -> int:
         resume=options.resume,
         overrides=options.overrides,
         allow_code=permission,
+        quiet=options.quiet,
     )
-    print_finished(finished)
+    print_finished(finished, say_of(options))
     return 0
 
 
@@ -65,7 +66,7 @@ def _attend(options: argparse.Namespace) -> int:
         raise UserError(f"--site is missing: name a file ({MAKES}); or --audit")
     from hetero_fl.experiment.deployment.attending import attend
 
-    return 130 if attend(options.site, options.once, permission_of(options)) else 0
+    return 130 if attend(options.site, options.once, permission_of(options), options.quiet) else 0
 
 
 def _audit(path: Path, key: Path | None, head: str | None) -> int:

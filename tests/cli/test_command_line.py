@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import hetero_fl
 from hetero_fl.cli import main
 from hetero_fl.cli.commands import COMMANDS
 
@@ -20,7 +21,7 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
     ("arguments", "line"),
     [
         (["trian", "-c", "x.yaml"], "error: unknown command 'trian'; did you mean 'train'? (see hetero-fl --help)"),
-        (["run"], "error: unknown command 'run'; choose from audit, certificates, compare, evaluate,"),
+        (["run"], "error: unknown command 'run'; choose from audit, certificates, check, compare,"),
         (["train", "--conifg", "x.yaml"], "unknown option --conifg; did you mean '--config'? (see hetero-fl train"),
         (["train", "--conifg=x.yaml"], "unknown option --conifg; did you mean '--config'?"),
         (["train", "--chekc", "-c", "x.yaml"], "unknown option --chekc; did you mean '--check'?"),
@@ -38,6 +39,51 @@ def test_parser_suggests_what_was_meant(arguments: list[str], line: str, capsys:
 def test_parser_suggests_to_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--conifg", "x.yaml"], command="train") == 2
     assert "unknown option --conifg; did you mean '--config'? (see train.py --help)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"), [(["--version"], None), (["--version"], "train"), (["audit", "--version"], None)]
+)
+def test_version_is_that_of_the_package(
+    arguments: list[str], command: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments, command=command)
+
+    assert ended.value.code == 0 and capsys.readouterr().out == f"hetero-fl {hetero_fl.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--quiet", "train"], ["train", "-q"]])
+def test_quiet_leaves_results_alone(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    run = ["--config", DIGITS, "--out", str(out), "--resume", "rounds=1"]
+
+    assert main([*arguments, *run]) == 0
+    assert capsys.readouterr() == (f"{out}\n", "")
+    assert "round 1/1" in (out / "log.txt").read_text(), "the log of the run is written all the same"
+
+
+def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-q", "train", "--config", "nope.yaml"]) == 2
+    assert capsys.readouterr() == ("", "error: nope.yaml: no such file\n")
+
+
+@pytest.mark.parametrize("arguments", [["-v", "train"], ["train", "--verbose"]])
+def test_verbose_prints_the_tracebacks_of_all_causes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--config", "nope.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("Traceback (most recent call last)") == 2 and "FileNotFoundError" in told
+    assert told.index("FileNotFoundError") < told.index("hetero_fl.errors.UserError")
+    assert told.splitlines()[-1] == "error: nope.yaml: no such file"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_the_common_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+
+    told = capsys.readouterr().out
+    assert all(option in told for option in ("--version", "-q, --quiet", "-v, --verbose"))
 
 
 def without_reader(*arguments: str, stream: str, unbuffered: bool = False) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ from hetero_fl.reporting.rundir import locked
 NUMBER = "number"  # of this node at the transport; in the site's folder
 
 
-def attend(path: Path, once: bool = False, allow_code: bool | CodePermission = False) -> bool:
+def attend(path: Path, once: bool = False, allow_code: bool | CodePermission = False, quiet: bool = False) -> bool:
     """Answer the server that a site's file names until SIGTERM comes, and finish the task in hand; at once if it comes again, or
     Ctrl-C. Returns whether a task may have been left so.
 
@@ -33,6 +33,7 @@ def attend(path: Path, once: bool = False, allow_code: bool | CodePermission = F
         path: The site's file.
         once: end when a run is over, too.
         allow_code: Whether code may run that the site's file names: its own, and what `allows.own_code` lets a server name.
+        quiet: Write no log to stderr.
 
     Raises:
         UserError: what is wrong with the file or what it names; Flower is missing; the server is not who it should be.
@@ -55,6 +56,7 @@ def attend(path: Path, once: bool = False, allow_code: bool | CodePermission = F
 
     key = load_node_key(Path(site.server.key))
     log = Log(site.logs, client=site.client)
+    log.quiet = quiet
     keys = None if site.server.public is None else NodeKeys(key, load_public_key(Path(site.server.public)))
     stop, hurried = threading.Event(), False
     with locked(folder) as unheld, _heard(log), _ending(log, stop):

@@ -26,6 +26,7 @@ class Log:
     def __init__(self, form: str = "text", stream: TextIO | None = None, **about: Any) -> None:
         self.form, self.about = form, {name: value for name, value in about.items() if value is not None}
         self._stream, self._writing = stream, threading.Lock()
+        self.quiet = False  # then nothing is written
 
     def __call__(self, line: str, **about: Any) -> None:
         """One thing that happened."""
@@ -36,6 +37,8 @@ class Log:
             line = json.dumps({"time": now, "message": line, **known}, ensure_ascii=False)
         else:
             line = f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}"
+        if self.quiet:
+            return
         with self._writing:
             print(line, file=self._stream or sys.stderr, flush=True)
 

@@ -34,6 +34,7 @@ def preside(
     resume: bool = False,
     overrides: Iterable[str] = (),
     allow_code: bool | CodePermission = False,
+    quiet: bool = False,
 ) -> Run:
     """Carry out a run with nodes on other machines, as the server's `file` says.
 
@@ -46,6 +47,7 @@ def preside(
         resume: Go on from the newest whole checkpoint in `out`.
         overrides: Changes to the configuration, `key.path=value`.
         allow_code: Whether code that a file names may run at the server (see `hetero_fl.load_config`).
+        quiet: Write no log to stderr.
 
     Raises:
         UserError: what is wrong with one of the files, or what it names; Flower is missing; a port is taken.
@@ -66,6 +68,7 @@ def preside(
 
     status = Status(path, list(expand(config.clients)))
     log = _RunLog(server.logs, status)
+    log.quiet = quiet
     with ExitStack() as stack:
         if server.metrics is not None:
             port = stack.enter_context(window(status, server.metrics.host, server.metrics.port))
@@ -76,7 +79,7 @@ def preside(
         ending = stack.enter_context(_ending(status, log))
         return serve(
             config, transport, out=path, resume=resume, wait=server.wait, deadline=server.deadline,
-            callbacks=[log.round, ending], quiet=False, say=log, status=status, console=log.console(),
+            callbacks=[log.round, ending], quiet=quiet, say=log, status=status, console=log.console(),
             keys=keys, patience=server.patience, message_bytes=server.message_bytes,
         )  # fmt: skip
 

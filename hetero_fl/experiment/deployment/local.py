@@ -13,7 +13,7 @@ import yaml
 from hetero_fl.beside import Beside
 from hetero_fl.config import Config, expand, load_config, resolved
 from hetero_fl.experiment.course import Callback
-from hetero_fl.experiment.deployment.certificates import make_node_key
+from hetero_fl.experiment.deployment.certificates import load_node_key, make_node_key
 from hetero_fl.experiment.deployment.identity import ServerKeys
 from hetero_fl.experiment.deployment.serving import check_deployable, serve
 from hetero_fl.experiment.deployment.transport import Transport
@@ -63,11 +63,13 @@ def federate(
         keys, sites = {}, []
         allows = {"own_code": list(references(config.model_dump()))}
         for client in expand(config.clients):
-            keys[client] = make_node_key(scratch / client / "key").public_key()
-            server = {"address": superlink.address, "key": "key", "public": str(scratch / "server.pub")}
             folder = str((path / SITES / client).resolve())
-            sites.append(scratch / client / "site.yaml")
+            key = Path(folder) / "key"  # beside the log that it signs: a resumed run goes on with both
+            keys[client] = (load_node_key(key) if key.exists() else make_node_key(key)).public_key()
+            server = {"address": superlink.address, "key": str(key), "public": str(scratch / "server.pub")}
             about = {"client": client, "folder": folder, "tells": TELLS, "server": server, "allows": allows}
+            sites.append(scratch / client / "site.yaml")
+            sites[-1].parent.mkdir()
             sites[-1].write_text(yaml.safe_dump(about))
         transport = _Watched(FlowerTransport(superlink, keys), nursery)
         nursery.tell([str(site) for site in sites])

@@ -163,7 +163,7 @@ def test_hook_without_yield_is_refused_before_the_run(tmp_path: Path, capsys: py
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(source(ReturnsItems)))
 
-    assert main(["--config", str(path), "--out", str(tmp_path / "run")], command="train") == 2
+    assert main(["--config", str(path), "--allow-code", "--out", str(tmp_path / "run")], command="train") == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ReturnsItems.train (") and "test_slips.py, line " in told and told.count("\n") == 1
     assert not (tmp_path / "run").exists()

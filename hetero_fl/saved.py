@@ -53,6 +53,13 @@ class SavedModel:
     columns: tuple[str, ...] = ()
     categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
+    def __repr__(self) -> str:
+        values = sum(tensor.numel() for tensor in self.tensors.values())
+        return (
+            f"SavedModel({self.arch.name!r}: {self.task.kind} with {self.arch.outputs} outputs, input "
+            f"{list(self.arch.input_shape)}, {values:,} values in {len(self.tensors)} tensors)"
+        )
+
     def encode(self) -> bytes:
         """The content of a `.safetensors` file; equal models give equal bytes."""
         about = {

@@ -52,6 +52,11 @@ class Examples:
             if column is not None and len(column) != len(self.x):
                 raise UserError(f"found {len(self.x)} rows of x but {len(column)} of {name}")
 
+    def __repr__(self) -> str:
+        columns = {name: getattr(self, name) for name in ("x", *_BY_ROW)}
+        shapes = (f"{name} {_shape(column)}" for name, column in columns.items() if column is not None)
+        return f"Examples({len(self):,} rows: {', '.join(shapes)})"
+
     def __len__(self) -> int:
         return len(self.x)
 
@@ -63,6 +68,12 @@ class Examples:
 
 
 _BY_ROW = ("y", "group", "patient", "time", "unit")
+
+
+def _shape(column: Tensor) -> str:
+    """The type and shape of a row: `uint8 [1, 28, 28]`; of a single value the type alone."""
+    name = str(column.dtype).removeprefix("torch.")
+    return f"{name} {list(column.shape[1:])}" if column.ndim > 1 else name
 
 
 def places(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
@@ -103,6 +114,14 @@ class Dataset:
     def __post_init__(self) -> None:
         self.blocks = tuple(Block(str(name), tuple(shape)) for name, shape in self.blocks)
         check_blocks(self.blocks, tuple(self.train.x.shape[1:]), self.name)
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{name} {len(examples):,}" for name, examples in self.splits().items())
+        simulated = ", simulated" if self.simulated else ""
+        return (
+            f"Dataset({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, x {_shape(self.train.x)}; "
+            f"rows: {splits}{simulated})"
+        )
 
     @property
     def layout(self) -> Layout:

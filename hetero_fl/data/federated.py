@@ -66,6 +66,12 @@ class FederatedData:
         self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
         self._public_columns, self._private_columns = ColumnCache(cache_bytes), ColumnCache(cache_bytes)
 
+    def __repr__(self) -> str:
+        return (
+            f"FederatedData({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, {len(self._settings):,} clients; "
+            f"rows: train {self.n_train:,}, proxy {self.n_proxy:,}, test {self.n_test:,})"
+        )
+
     @property
     def client_ids(self) -> list[str]:
         """All clients, sorted; a list of them is made."""

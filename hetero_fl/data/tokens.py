@@ -32,6 +32,9 @@ class Vocabulary:
     words: tuple[str, ...] = ()
     buckets: int = 0
 
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.size:,} tokens, {'hashed' if self.buckets else f'{len(self.words):,} words'})"
+
     @classmethod
     def of(cls, public: Iterable[Sequence[str]], most: int) -> Vocabulary:
         """The most frequent words of public texts, equally frequent ones by the alphabet; a word said once is not taken."""

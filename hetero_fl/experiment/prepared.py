@@ -16,6 +16,7 @@ from hetero_fl.environment import choose_device
 from hetero_fl.errors import UserError
 from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.asynchronous import Asynchronous
 from hetero_fl.runtime.budget import Budget
 from hetero_fl.runtime.choose import Choice, choose, make_executor
@@ -48,6 +49,11 @@ class Prepared:
     notes: list[str]
     inherited: dict[str, SavedModel]  # models of another run to start from, by client
     budget: Budget | None = None  # of a private run
+
+    def __repr__(self) -> str:
+        clients = plural(len(self.federation.cards), "client")
+        rounds = plural(self.config.rounds, "round")
+        return f"Prepared({self.config.name!r}: {self.name}, {clients}, {rounds}; {self.data!r})"
 
     @property
     def name(self) -> str:

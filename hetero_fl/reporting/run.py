@@ -15,6 +15,7 @@ from hetero_fl.files import sha256_of
 from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.integrity import CHANGED, inspect
 from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.wording import algorithm_name, final, plural, population
 from hetero_fl.saved import SavedModel
 
 
@@ -44,7 +45,17 @@ class Run:
         return cls(run.path if isinstance(run, Run) else run, allow_code)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        if not (self.path / "summary.json").exists():
+            return f"Run({str(self.path)!r}: not finished)"
+        summary, details = self.summary, self.directory.details()
+        done = plural(summary["rounds_completed"], "round")
+        about = f"{algorithm_name(summary['algorithm'])} on {summary['data']['name']}, {done}"
+        return "\n".join(
+            [
+                f"Run({str(self.path)!r}: {about}, {plural(population(summary, details), 'client')}, seed {summary['seed']};",
+                f"    {final(summary, details.get('unit', ''))})",
+            ]
+        )
 
     @property
     def path(self) -> Path:

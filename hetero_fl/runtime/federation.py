@@ -54,7 +54,7 @@ class Federation:
     noise: Noise = field(
         default_factory=lambda: KeyedNoise(0)
     )  # a deployment's participants draw theirs from the system
-    _initial: dict[str, Tensors] = field(default_factory=dict)
+    _initial: dict[str, Tensors] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.seeding import sample, seed_torch
+from hetero_fl.seeding import key, sample, seed_torch
 from tests.small import config, rounds_of
 
 
@@ -28,19 +28,25 @@ def test_training_takes_no_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None
     rounds.round()
 
 
+def test_key_tells_its_parts_and_their_types_apart() -> None:
+    assert len({key("ab", "c"), key("a", "bc"), key("abc"), key("a", "b", "c")}) == 4
+    assert key(1, 12) != key(11, 2)
+    assert key(1) != key("1")
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(1, 10**12), st.integers(0, 60), st.integers(0, 9))
-def test_a_sample_is_sorted_and_without_doubles(total: int, count: int, key: int) -> None:
+def test_a_sample_is_sorted_and_without_doubles(total: int, count: int, seed: int) -> None:
     count = min(count, total)
-    drawn = sample(total, count, key)
+    drawn = sample(total, count, seed)
     assert len(set(drawn)) == len(drawn) == count and drawn == sorted(drawn)
-    assert all(0 <= d < total for d in drawn) and drawn == sample(total, count, key)
+    assert all(0 <= d < total for d in drawn) and drawn == sample(total, count, seed)
 
 
 def test_every_subset_is_as_likely_as_any_other() -> None:
     found: dict[tuple[int, ...], int] = {}
-    for key in range(6000):
-        subset = tuple(sample(5, 3, "test", key))
+    for seed in range(6000):
+        subset = tuple(sample(5, 3, "test", seed))
         found[subset] = found.get(subset, 0) + 1
     assert len(found) == 10
     assert sum((n - 600) ** 2 / 600 for n in found.values()) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001

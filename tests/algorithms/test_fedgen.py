@@ -79,7 +79,7 @@ def noises(client: Participant) -> list[Tensor]:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("beta", [0.0, 0.4])
 def test_the_clients_round_by_hand(beta: float) -> None:
-    rounds = rounds_of(fedgen(weight=0.6, latent_weight=beta, decay=0.5), held=1)
+    rounds = rounds_of(fedgen(weight=0.6, latent_weight=beta, decay=0.5), held=2)
     before, models = clients(rounds), {g: dict(t) for g, t in rounds.server.models.items()}
     labels = rounds.server.state["labels"]
     made = module(rounds.server.arch["generator"], models["generator"]).eval().requires_grad_(False)
@@ -88,16 +88,16 @@ def test_the_clients_round_by_hand(beta: float) -> None:
     for client in before.values():
         group = client.arch["model"].id
         model, step, extra = module(client.arch["model"], models[group]), iter(range(999)), noises(client)
-        where = (client.clock.seed, 1, client.id, "train", 0, "fake")
+        where = (client.clock.seed, 2, client.id, "train", 0, "fake")
 
         def loss(x, y, model=model, step=step, extra=extra, where=where):
             i = next(step)
             fake, _, into = drawn(labels, *where, i)
             z = model(x).logits
-            total = F.cross_entropy(z, y) + 0.5 * 0.6 * F.cross_entropy(model.head(made(into).logits), fake)
+            total = F.cross_entropy(z, y) + 0.25 * 0.6 * F.cross_entropy(model.head(made(into).logits), fake)
             if beta:
                 like = model.head(made(torch.cat([F.one_hot(y, 10).to(z.dtype), extra[i]], 1)).logits).detach()
-                total = total + 0.5 * beta * F.kl_div(
+                total = total + 0.25 * beta * F.kl_div(
                     z.log_softmax(1), like.log_softmax(1), reduction="batchmean", log_target=True
                 )
             return total

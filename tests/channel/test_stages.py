@@ -63,6 +63,15 @@ def test_random_k_sends_so_many_of_the_numbers_at_the_rate_of_keeping_and_every_
     assert (share - 28 / n).abs().max() < 5 * math.sqrt(28 / n * (1 - 28 / n) / 2000)
 
 
+def test_chain_undoes_its_stages_from_the_last_to_the_first() -> None:
+    row, column = torch.arange(6.0), torch.linspace(1, 2, 5)
+    numbers = torch.outer(row, column).reshape(-1)  # one term of 6 + 5 numbers, of which one is 0
+
+    back = there_and_back(numbers, [LowRank(0.99), TopK(10)], layout=((6, 5),))
+
+    torch.testing.assert_close(back, numbers)
+
+
 @pytest.mark.parametrize("bits", range(2, 17))
 @pytest.mark.parametrize("bucket", [None, 7])
 def test_quantised_numbers_are_within_one_level_and_the_largest_is_exact(bits: int, bucket: int | None) -> None:

@@ -60,6 +60,10 @@ def test_a_difference_is_told_by_its_leaf() -> None:
     assert differences({}, rounds=3) == "rounds: was 10, is now 3"
 
 
+def test_difference_tells_a_key_that_is_gone() -> None:
+    assert difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {}}) == "b.c: was 2, is now not given"
+
+
 def test_three_differences_and_a_count() -> None:
     said = differences({"epochs": 2, "steps": 5}, rounds=3, seed=4, evaluation={"every": 2})
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,6 +16,21 @@ SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}
 
 def roster(**clients: Any) -> dict[str, ClientSettings]:
     return expand(load_config({"clients": clients}).clients)
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ([{"name": n, "fraction": 1 / 3} for n in "abc"], {"a": 3, "b": 3, "c": 4}),
+        ([{"name": "a", "count": 4}, {"name": "b"}, {"name": "c", "count": 1}], {"a": 4, "b": 5, "c": 1}),
+    ],
+)
+def test_expand_gives_clients_that_are_left_to_the_group_without_a_count(
+    groups: list[dict[str, Any]], members: dict[str, int]
+) -> None:
+    clients = roster(count=10, groups=groups)
+
+    assert Counter(id[0] for id in clients) == members
 
 
 @pytest.mark.parametrize("layer", ["group", "override"])

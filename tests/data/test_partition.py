@@ -75,6 +75,11 @@ def test_apportion(total: int, share: list[float], at_least: int) -> None:
         assert (abs(found - exact) < 1).all()
 
 
+def test_apportion_gives_the_rest_to_the_largest_remainders() -> None:
+    assert apportion(10, np.array([0.32, 0.25, 0.43])).tolist() == [3, 3, 4]
+    assert apportion(5, np.array([1.0, 1.0, 1.0])).tolist() == [2, 2, 1]
+
+
 def test_dirichlet_is_as_skewed_as_alpha_says() -> None:
     y = labels(20_000)
     for alpha, low, high in ((0.1, 0.55, 1.0), (1.0, 0.22, 0.4), (100.0, 0.1, 0.16)):

@@ -322,6 +322,17 @@ def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:
     assert all(same_bits(t, later.server.models[s]) for s, t in rounds.server.models.items())
 
 
+def test_adaptive_clip_leaves_the_sum_what_counting_does_not_spend() -> None:
+    """Noise on the sum and on the counts together costs what `noise_multiplier` says."""
+    privacy = {**CLIENT, "noise_multiplier": 0.8, "adaptive_clip": {"noise": 0.6}}
+
+    sums = rounds_of(private("fedavg", privacy), held=0).sums
+
+    assert sums.privacy is not None
+    spent = sums.z(sums.privacy) ** -2 + (2 * 0.6) ** -2  # counts move by 1/2
+    assert spent == pytest.approx(0.8**-2)
+
+
 def test_poisson_cohorts_are_of_any_size_and_cheaper() -> None:
     changes: dict[str, Any] = {"clients": 6, "rounds": 8, "clients__per_round": 2}
     poisson = prepare(private("fedavg", {**CLIENT, "poisson_cohorts": True, "accountant": "rdp"}, **changes))

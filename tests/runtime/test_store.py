@@ -164,6 +164,20 @@ def test_a_discarded_round_takes_nothing_with_it(tmp_path: Path, monkeypatch: py
     assert store.get("a").state == {"n": 1}
 
 
+def test_discard_cuts_off_what_was_staged_on_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path, 0)
+    store.stage("a", private(1, 700))
+    store.commit()
+    assert store.open is not None
+    before = store.open.path.stat().st_size
+
+    store.stage("b", private(2, 700))
+    assert store.open.path.stat().st_size > before
+    store.discard()
+
+    assert store.open.path.stat().st_size == before
+
+
 def test_a_checkpoint_of_the_same_round_replaces_the_file_and_not_its_state(tmp_path: Path) -> None:
     store = Store(tmp_path, 0)
     checkpoints = Checkpoints(store, pytest.fail)

@@ -150,6 +150,22 @@ def test_hostile_requests(ask: str, change: Callable[[Arrays], None], why: str) 
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
 
+def test_threshold_of_exactly_half_is_refused() -> None:
+    """Each half of the holders could open one of a client's two secrets."""
+    party = Party(4)
+
+    def halve(got: Arrays) -> None:
+        got["head"][1] = 2
+
+    def down(client: str, message: Message) -> Message:
+        first = (client, message.ask) == ("site_1", "shares")
+        return changed(message, REQUESTS, halve) if first else message
+
+    summed = party.hold(down=down)
+
+    assert "more than half" in summed.left["site_1"]
+
+
 @pytest.mark.parametrize(
     ("ask", "change", "why"),
     [

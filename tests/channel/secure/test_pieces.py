@@ -41,14 +41,19 @@ def test_sealed_for_one_and_about_one_thing() -> None:
             keys.unseal(k, s, about)
 
 
-def test_any_threshold_of_holders_and_no_fewer() -> None:
+@pytest.mark.parametrize("threshold", [2, 3, 4])
+def test_any_threshold_of_holders_and_no_fewer(threshold: int) -> None:
     secret, holders = b"\xff" * 32, [1, 4, 5, 9, 200]
-    shares = dict(zip(holders, shamir.split(secret, 3, holders), strict=True))
-    for some in itertools.combinations(holders, 3):
+    shares = dict(zip(holders, shamir.split(secret, threshold, holders), strict=True))
+    for some in itertools.combinations(holders, threshold):
         assert shamir.combine({h: shares[h] for h in some}) == secret
     assert shamir.combine(shares) == secret
-    for some in itertools.combinations(holders, 2):
+    for some in itertools.combinations(holders, threshold - 1):
         assert shamir.combine({h: shares[h] for h in some}) != secret
+
+
+def test_holders_and_thresholds_that_make_no_shares_are_refused() -> None:
+    secret = b"\xff" * 32
     for threshold, who in ((3, [1, 1, 2]), (3, [0, 1, 2]), (4, [1, 2, 3]), (0, [1])):
         with pytest.raises(ValueError, match="distinct numbers"):
             shamir.split(secret, threshold, who)

@@ -1,0 +1,1 @@
+"""Small bugs that the quick tests must find."""

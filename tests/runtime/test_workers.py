@@ -284,7 +284,7 @@ def test_no_process_is_left_when_a_run_is_stopped(end: signal.Signals, when: str
     source["runtime"] |= {"executor": "processes", "workers": 2}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out"],
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out", "--allow-code"],
         cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-# `make medical` and `make test` work from a fresh clone: they set up .venv, once, and then run.
+# `make medical` and `make test` work from a fresh clone: each sets up .venv on first use, then runs.
 
 PYTHON := $(or $(PYTHON),python3)
 VENV ?= .venv
@@ -17,11 +17,15 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help medical test check compare tables docs clean
+.PHONY: help medical test test-all coverage frozen-bits mutants check compare tables docs clean
 
 help:
 	@echo "make medical   the main job: six hospitals, chest X-rays, into runs/"
-	@echo "make test      the tests"
+	@echo "make test      the quick tests, in parallel; run them before every commit"
+	@echo "make test-all  all tests: also crashes, notebooks, commands of the documentation, real federations"
+	@echo "make coverage  all tests, with line coverage per package"
+	@echo "make frozen-bits COMMIT=…  compare models, metrics and bytes with those of a commit, bit for bit"
+	@echo "make mutants   put small bugs into the code and check that the tests find each one"
 	@echo "make check     formatting, lint and types"
 	@echo "make compare   CONFIG=$(CONFIG) ALGORITHMS=… SEEDS=$(SEEDS) SET=key=value, into $(OUT)"
 	@echo "make tables    the result tables of README.md, from docs/results; FROM=\"FOLDER …\" archives comparisons first"
@@ -31,8 +35,24 @@ help:
 medical: $(VENV)/.installed
 	$(PY) scripts/train.py --config configs/medical_hetero.yaml
 
+# Workers start with a contiguous share of the tests, so that fixtures of a module are rarely built twice.
+PYTEST := $(PY) -m pytest --numprocesses auto --dist worksteal
+
 test: $(VENV)/.installed-all
-	$(PY) -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed-all
+	$(PYTEST)
+
+coverage: $(VENV)/.installed-all
+	$(PYTEST) $(if $(QUICK),-m "not slow") --cov --cov-report=
+	$(PY) -m coverage report
+
+frozen-bits: $(VENV)/.installed-all
+	$(PY) -m tests.frozen_bits $(COMMIT)
+
+mutants: $(VENV)/.installed-all
+	$(PY) -m tests.mutants
 
 check: $(VENV)/.installed-all
 	$(PY) -m ruff check .

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
+
+# Test processes run next to one another, and so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

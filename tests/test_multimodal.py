@@ -28,7 +28,7 @@ from hetero_fl.runtime.serial import Serial
 from hetero_fl.runtime.site import Site
 from hetero_fl.runtime.store import Store
 from tests.runtime.test_rounds import METHODS
-from tests.small import deployed
+from tests.small import deployed, same_bits
 
 CONFIG = Path(__file__).parents[1] / "configs" / "medical_multimodal.yaml"
 REDUCED = [
@@ -188,6 +188,19 @@ def test_who_sees_nothing_of_the_public_images_has_no_word_in_the_consensus(meth
     silent.round()
     willing.round()
     assert torch.equal(silent.server.state["teacher"], willing.server.state["teacher"])
+
+
+def test_feddf_gives_no_voice_to_models_that_see_nothing_of_the_public_images() -> None:
+    silent, willing = (
+        reduced("feddf", f"clients.groups.2.shares={shares}", "algorithm.teacher=mean").rounds()
+        for shares in ("[]", "[parameters]")
+    )
+    silent.round()
+    willing.round()
+
+    seeing = [silent.federation.cards[id].arch.id for id in ("university_1", "clinic_1")]
+    for group in seeing:
+        assert same_bits(silent.server.models[group], willing.server.models[group])
 
 
 def test_public_images_are_those_of_patients_who_have_one() -> None:

@@ -163,11 +163,11 @@ def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
         "fedmd", MIXED[1], clients=5, aggregation={"predictions": "down_weight"}, data__partition__min_size=10
     )
     whole, first, second = rounds_of(source), rounds_of(source, held=1), rounds_of(source, held=0)
-    second.store, second.executor.store = first.store, first.store
+    second.store = second.executor.store = second.executor.site.store = first.store
     assert set(first.tree()["aggregation"]["logits"]) == set(first.federation.cards)
     second.restore(first.tree())
-    first.round()
-    assert first.tree()["aggregation"] == whole.tree()["aggregation"]
+    second.round()
+    assert second.tree()["aggregation"] == whole.tree()["aggregation"]
 
 
 @pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])

@@ -92,6 +92,16 @@ def test_a_study_that_is_wrong_is_one_line(
     assert told in line and not (tmp_path / "out").exists()
 
 
+def test_options_of_compare_override_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base.yaml").write_text("rounds: 1\n")
+    (tmp_path / "study.yaml").write_text("config: base.yaml\nalgorithms: [of_the_study]\n")
+    given = ["--study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+
+    assert main(["compare", *given, "--algorithms", "of_the_option"]) == 2
+
+    assert "'of_the_option'" in capsys.readouterr().err
+
+
 def test_without_a_study_compare_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     for given, missing in ((["--algorithms", "local", "--out", "x"], "--config"), (["--config", "x.yaml"], "--out")):
         assert main(["compare", *given]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hetero_fl import Run, evaluate, run
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.data import load_source, with_test
 from hetero_fl.errors import UserError
+from hetero_fl.experiment.course import start_from
 from hetero_fl.metrics import score
 from tests.small import MIXED, config, rounds_of
 
@@ -84,6 +86,22 @@ def test_a_run_starts_from_anothers_models(finished: Run, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="init_from"):
         run(config("local", "vit", init_from=str(finished.path)), out=tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_start_from_begins_groups_at_the_mean_of_their_members(finished: Run) -> None:
+    rounds = rounds_of(config("fedavg", MIXED, clients=4, data__test_limit=None), held=0)
+    models = {id: finished.models[id] for id in rounds.federation.cards}
+    group = models["site_1"].arch.id
+    first, second = (id for id, model in models.items() if model.arch.id == group)
+    shifted = {n: t + 1 if t.is_floating_point() else t for n, t in models[second].tensors.items()}
+    models[second] = replace(models[second], tensors=shifted)
+
+    start_from(models, rounds)
+
+    for name, tensor in models[first].tensors.items():
+        if tensor.is_floating_point():
+            mean = (tensor + shifted[name]) / 2
+            torch.testing.assert_close(rounds.server.models[group][name], mean)
 
 
 def test_callbacks_see_each_round_once_it_is_safe(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hetero_fl.cli import main
 from hetero_fl.cli.commands import print_scores
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import evaluate, prepare
+from hetero_fl.experiment.scoring import renumbered
 from hetero_fl.metrics import CLASSIFICATION
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.saved import SavedModel
@@ -59,6 +60,15 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
         evaluate(run, other)
     unnamed = saved(tmp_path / "unnamed", Task("multiclass", 2), (1, 4, 4), [1.0, 0.0])
     assert evaluate(unnamed, data)["a"]["auroc"] == 1.0  # without names, by number
+
+
+def test_renumbered_gives_classes_the_numbers_that_the_models_know() -> None:
+    found = Task("multiclass", 3, ("a", "b", "c"))
+    known = Task("multiclass", 3, ("b", "c", "a"))
+
+    y = renumbered(torch.tensor([0, 1, 2, 0]), found, known, "--data")
+
+    assert y.tolist() == [2, 0, 1, 2]
 
 
 def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:

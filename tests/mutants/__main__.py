@@ -2,8 +2,9 @@
 
     python -m tests.mutants [--only PATTERN] [--jobs N] [--slow]
 
-A mutant survives if its tests pass. One that no longer applies, because its function or its text is
-gone, fails the run like a survivor. The exit status is 0 if all mutants were killed.
+The tests must pass without a mutant; this is checked first. A mutant survives if its tests pass. One
+that no longer applies, because its function or its text is gone, fails the run like a survivor. The
+exit status is 0 if all mutants were killed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -26,6 +28,7 @@ import yaml
 from tests.mutants.source import MutantError, find_functions, mutate
 
 ROOT = Path(__file__).resolve().parents[2]
+TIME_LIMIT = 900  # seconds; a mutant that makes its tests hang is killed
 LIST = Path(__file__).with_name("mutants.yaml")
 COPIED = ("hetero_fl", "model_zoo", "tests", "configs", "scripts", "examples", "benchmarks", "docs")
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "Makefile")
@@ -56,9 +59,14 @@ def main() -> int:
     mutants = [m for m in load() if fnmatch(m.function, options.only)]
     mutants = [m for m in mutants if options.slow or not m.slow]
     with tempfile.TemporaryDirectory() as folder:
+        copies = [_copy_tree(Path(folder) / str(number)) for number in range(options.jobs)]
+        tests = sorted({test for mutant in mutants for test in mutant.tests.split()})
+        if _run_tests(tests, copies[0], options.slow, "--numprocesses", str(options.jobs)) != 0:
+            print("the tests of the mutants fail without a mutant; run `make test` first")
+            return 1
         trees: SimpleQueue[Path] = SimpleQueue()
-        for number in range(options.jobs):
-            trees.put(_copy_tree(Path(folder) / str(number)))
+        for copy in copies:
+            trees.put(copy)
 
         def judge(mutant: Mutant) -> str:
             tree = trees.get()
@@ -100,7 +108,7 @@ def _judge(mutant: Mutant, tree: Path) -> str:
     started = time.monotonic()
     path.write_text(text, encoding="utf-8")
     try:
-        code = _run_tests(mutant, tree)
+        code = _run_tests(mutant.tests.split(), tree, mutant.slow, "--exitfirst")
     finally:
         path.write_text(original, encoding="utf-8")
     seconds = f"({time.monotonic() - started:.0f} s)"
@@ -109,20 +117,23 @@ def _judge(mutant: Mutant, tree: Path) -> str:
     return f"survived {seconds}" if code == 0 else f"broken run, exit {code}"
 
 
-def _run_tests(mutant: Mutant, tree: Path) -> int:
-    """Run the mutant's tests in the tree, up to the first failure; return pytest's exit status."""
-    marks = [] if mutant.slow else ["-m", "not slow"]
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *marks]
-    command = [sys.executable, "-B", "-m", "pytest", *options, *mutant.tests.split()]
+def _run_tests(tests: Sequence[str], tree: Path, slow: bool, *options: str) -> int:
+    """Run the tests in the tree; return pytest's exit status, or 1 if they do not end."""
+    marks = [] if slow else ["-m", "not slow"]
+    command = [sys.executable, "-B", "-m", "pytest", "-p", "no:cacheprovider", *options, *marks, *tests]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        command,
-        cwd=tree,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    ).returncode
+    try:
+        return subprocess.run(
+            command,
+            cwd=tree,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+            timeout=TIME_LIMIT,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return 1
 
 
 if __name__ == "__main__":

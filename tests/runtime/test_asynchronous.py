@@ -134,6 +134,33 @@ def test_from_every_checkpoint_it_goes_on_with_the_same_bits(
         assert without_seconds(told) == without_seconds(records)
 
 
+def test_resume_in_the_middle_of_a_version_asks_the_same_clients() -> None:
+    runtime = {"threads": 1, "mode": "async", "buffer": 8}
+    made = config("fedavg", "mlp", clients=8, rounds=3, clients__per_round=3, runtime=runtime)
+    whole, first, second = (session(made, seconds=lambda id, task: int(id[-1])) for _ in range(3))
+
+    records = [whole.round() for _ in range(3)]
+    first.round()
+    second.restore(first.tree())
+    resumed = [second.round() for _ in range(2)]
+
+    assert records[0]["version"] == 0
+    assert without_seconds(resumed) == without_seconds(records[1:])
+
+
+def test_uploads_of_a_version_are_combined_in_the_order_of_client_ids() -> None:
+    runtime = {"threads": 1, "mode": "async", "buffer": 4}
+    made = config("fedavg", "mlp", clients=4, runtime=runtime)
+    run = session(made, seconds=lambda id, task: 10 - int(id[-1]))
+    combined: list[str] = []
+    run._combine = lambda sent: combined.extend(u.client for u in sent)  # type: ignore[method-assign]
+
+    record = run.round()
+
+    assert record["cohort"] == ["site_4", "site_3", "site_2", "site_1"]
+    assert combined == sorted(record["cohort"])
+
+
 def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 

@@ -14,6 +14,7 @@ from hetero_fl.channel.link import UNSENT
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.runtime.deliveries import flipped
+from hetero_fl.runtime.invitation import PENALTY
 from hetero_fl.runtime.readings import Record
 from hetero_fl.runtime.rounds import Rounds
 from hetero_fl.runtime.timing import local_steps
@@ -289,6 +290,20 @@ def test_oort_prefers_those_with_high_losses_who_are_quick() -> None:
     fresh = rounds_of(source)
     assert 4 <= len(fresh.invitation.known) <= 8 and set(fresh.invitation.known) <= set(ids)
     assert all(math.isfinite(v) for known in fresh.invitation.known.values() for v in known)
+
+
+def test_oort_lowers_the_utility_of_clients_slower_than_the_median() -> None:
+    source = config(
+        "fedavg", "mlp", 12, clients__per_round=4, devices=SLOW, cohort={"sampling": "oort"}, data__partition=MANY
+    )
+    invitation = rounds_of(source, held=0).invitation
+    invitation.known = {"site_1": [10.0, 1.0, 0.0], "site_2": [10.0, 2.0, 0.0], "site_3": [10.0, 8.0, 0.0]}
+
+    utility = invitation.utilities(["site_1", "site_2", "site_3"], 1)
+
+    bonus = math.sqrt(0.1 * math.log(2))
+    assert utility["site_1"] == utility["site_2"] == pytest.approx(1 + bonus)
+    assert utility["site_3"] == pytest.approx((1 + bonus) * (2 / 8) ** PENALTY)
 
 
 def test_oort_learns_from_losses_where_nobody_takes_any_time() -> None:

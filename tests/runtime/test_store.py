@@ -144,6 +144,18 @@ def test_without_a_folder_it_is_the_same_in_memory() -> None:
         Checkpoints(store, pytest.fail)
 
 
+def test_commit_of_some_clients_leaves_the_others_staged() -> None:
+    store = Store(memory=0)
+    store.stage("a", private(1, 10))
+    store.stage("b", private(2, 10))
+
+    store.commit(["a", "c"])
+
+    assert store.encoded("a") == private(1, 10).encode()
+    assert store.encoded("b") is None
+    assert set(store.waiting()) == {"b"}
+
+
 def test_a_discarded_round_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what was committed before it and is in no checkpoint yet, nor what a failed checkpoint has moved."""
     store = Store(tmp_path, 0)

@@ -73,7 +73,9 @@ def test_rows_in_question_are_matched_and_every_one_is_in_half_of_the_shadows() 
     assert len({tuple(h.tolist()) for h in halves}) == 6
     for half in halves:
         assert (y[half].bincount(minlength=10) - y[~half].bincount(minlength=10)).abs().max() <= 1
-        assert abs(len(asked.training(half)) - len(train)) <= 5
+        training = asked.training(half)
+        assert abs(len(training) - len(train)) <= 5
+        assert torch.equal(training.x[len(asked.others) :], asked.examples.x[half])
 
 
 def test_a_patients_rows_are_in_or_out_together() -> None:

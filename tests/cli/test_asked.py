@@ -1,0 +1,13 @@
+"""Options that all commands share that hold a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from hetero_fl.cli import main
+
+
+def test_resume_needs_a_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "x.yaml", "--resume"]) == 2
+
+    assert "--resume: which run? name its directory with --out" in capsys.readouterr().err

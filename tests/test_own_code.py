@@ -193,6 +193,21 @@ def test_names_on_the_command_line_need_the_flag_too(trap: str, capsys: pytest.C
     assert not Path("imported").exists()
 
 
+def test_search_for_the_wrong_override_imports_nothing(trap: str) -> None:
+    overrides = [
+        "algorithm.align=true",
+        "algorithm.cache_life=3",
+        f"algorithm.name={trap}Method",
+        "algorithm.name=ds_fl",
+    ]
+    Path("plain.yaml").write_text(yaml.safe_dump(config("fedavg", "mlp", 2)))
+
+    with pytest.raises(UserError):
+        load_config("plain.yaml", overrides, allow_code=CodePermission())
+
+    assert not Path("imported").exists()
+
+
 def test_the_flag_permits_code(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(config(f"{trap}Method", f"{trap}Net", rounds=1, **BARE))
     assert main(["train", "--config", file, "--check", "--allow-code"]) == 0

@@ -15,7 +15,7 @@ from hetero_fl.config.mistakes import describe
 from hetero_fl.config.schema import Config
 from hetero_fl.config.tutorial import is_tutorial, translated
 from hetero_fl.errors import UserError, beside, closest
-from hetero_fl.own_code import CONTEXT, CodePermission, references
+from hetero_fl.own_code import CONTEXT, OWN, CodePermission, references
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -62,7 +62,9 @@ class Draft:
         """
         key = line.partition(": ")[0]
         where = self.where(key)
-        if where == self.source and not references([self.raw, self.written]):  # which may not be imported to find out
+        # The search applies other combinations of overrides, and must not import what one of them names.
+        names_code = bool(references([self.raw, self.written])) or any(OWN in o for o in self.overrides)
+        if where == self.source and not names_code:
             where = self._override_in(key, line) or where
         return UserError(f"{where}: {line}")
 

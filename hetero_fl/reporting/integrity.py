@@ -15,7 +15,7 @@ from hetero_fl.errors import UserError
 from hetero_fl.files import sha256_of
 from hetero_fl.reporting.rundir import ALWAYS, CHECKSUMS, METRICS, RunDirectory
 from hetero_fl.reporting.wording import plural
-from hetero_fl.runtime.checkpoint import KEPT, checkpoint_files, checkpoint_name, read_checkpoint
+from hetero_fl.runtime.checkpoint import KEPT, checkpoint_files, checkpoint_name, read_checkpoint, round_of
 from hetero_fl.saved import read_model_file
 
 NODES = "nodes"  # the executor of a run across machines, whose sites may keep their models
@@ -77,8 +77,8 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
         found.notes.append(f"{EARLIER}, without checksums: only form and number of its files are checked")
         if thorough and "summary.json" not in found.damage:
             _check_models(directory, found)
-    rounds = len(directory.lines())
-    expected = max(map(_round_of, checkpoints), default=0)
+    rounds = len(_lines(directory, found))
+    expected = max(map(round_of, checkpoints), default=0)
     if finished and "summary.json" not in found.damage:
         expected = directory.summary()["rounds_completed"]
     if rounds < expected and found.damage.get(METRICS) in (None, MISSING, CHANGED):
@@ -146,10 +146,13 @@ def _check_checksums(directory: RunDirectory, sums: Mapping[str, str], thorough:
             found.damage.setdefault(CHECKSUMS, f"has no checksum of {name}")
     for name, checksum in sums.items():
         path = directory.path / name
-        if not path.is_file():
-            found.damage[name] = MISSING
-        elif (thorough or path.suffix != ".safetensors") and sha256_of(path) != checksum:
-            found.damage.setdefault(name, CHANGED)
+        try:
+            if not path.exists():
+                found.damage[name] = MISSING
+            elif (thorough or path.suffix != ".safetensors") and sha256_of(path) != checksum:
+                found.damage.setdefault(name, CHANGED)
+        except OSError as error:
+            found.damage.setdefault(name, f"cannot be read ({error.strerror})")
     for path in directory.model_files():
         if f"models/{path.name}" not in sums:
             found.damage[f"models/{path.name}"] = "is not a model of this run"
@@ -190,6 +193,15 @@ def _derived(directory: RunDirectory) -> list[str]:
 
 
 # Rounds --------------------------------------------------------------------------------------------------------------
+def _lines(directory: RunDirectory, found: Inspection) -> list[bytes]:
+    """Return the lines of `metrics.jsonl`; none, which is noted as damage, if it cannot be read."""
+    try:
+        return directory.lines()
+    except UserError as error:
+        found.damage.setdefault(METRICS, _what(error, directory, METRICS))
+        return []
+
+
 def _too_few(directory: RunDirectory, rounds: int, expected: int) -> str:
     if not (directory.path / METRICS).exists():
         return f"{MISSING}; expected a line for each of {expected} rounds"
@@ -205,13 +217,16 @@ def _check_checkpoints(directory: RunDirectory, files: list[Path], least: int, f
         least: The round that the newest has to be of, if not a later one.
         found: Takes what is missing or damaged.
     """
-    if max(map(_round_of, files), default=-1) < least:
+    if max(map(round_of, files), default=-1) < least:
         found.damage[f"checkpoint/{checkpoint_name(least)}"] = MISSING
     for path in reversed(files[-KEPT:]):
         try:
             saved = read_checkpoint(path)[0]
         except (CodecError, OSError) as error:
-            reason = f"refers to {error.filename}, which is missing" if isinstance(error, OSError) else str(error)
+            reason = str(error)
+            if isinstance(error, OSError):
+                missing = isinstance(error, FileNotFoundError)
+                reason = f"refers to {error.filename}, which is missing" if missing else str(error.strerror)
             found.damage[f"checkpoint/{path.name}"] = f"damaged ({reason})"
             continue
         _compare(directory, saved, path.name, found)
@@ -229,7 +244,7 @@ def _compare(directory: RunDirectory, saved: Mapping[str, Any], name: str, found
         return
     if checkpoint_name(completed) != name:
         found.damage[f"checkpoint/{name}"] = f"holds the state after {plural(completed, 'round')}"
-    lines = directory.lines()
+    lines = _lines(directory, found)
     if len(lines) < completed:
         found.damage.setdefault(METRICS, _too_few(directory, len(lines), completed))
     elif known is not None and sha256(b"".join(lines[:completed])).hexdigest() != known["metrics"]:
@@ -268,10 +283,6 @@ def _state(directory: RunDirectory, rounds: int) -> str:
 def _computed(choice: Any) -> Any:
     """What decides the bits of a run's results in the record of how it is computed."""
     return {k: v for k, v in choice.items() if k not in FREE} if isinstance(choice, Mapping) else choice
-
-
-def _round_of(path: Path) -> int:
-    return int(path.stem.partition("-")[2])
 
 
 def _what(error: UserError, directory: RunDirectory, name: str) -> str:

@@ -190,11 +190,17 @@ class RunDirectory:
         self._written = hashlib.sha256(kept)
 
     def lines(self) -> list[bytes]:
-        """Return the complete lines of `metrics.jsonl` as bytes; none if there is no such file."""
+        """Return the complete lines of `metrics.jsonl` as bytes; none if there is no such file.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
         try:
             content = (self.path / METRICS).read_bytes()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise UserError(f"{self.path / METRICS}: cannot be read ({error.strerror})") from None
         return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
     def _checksum(self) -> hashlib._Hash:

@@ -9,6 +9,7 @@ has exactly two files, each complete in itself, and one with cohorts has at most
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from hetero_fl.runtime.store import Store
 FORM = "hetero_fl checkpoint 3"
 PIECE = 16 << 20  # bytes: larger trees are written and read in pieces, so that they are not in memory twice
 KEPT = 2
+_NAME = re.compile(r"round-(\d{6,})\.ckpt")
 
 
 class Checkpoints:
@@ -110,8 +112,19 @@ def checkpoint_name(completed: int) -> str:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest last."""
-    return sorted(folder.glob("round-*.ckpt"))
+    """Return the checkpoints in a folder, the newest last; files with other names are left out."""
+    return sorted((path for path in folder.glob("round-*.ckpt") if _NAME.fullmatch(path.name)), key=round_of)
+
+
+def round_of(path: Path) -> int:
+    """Return the number of rounds after which a checkpoint was written, from its file name.
+
+    Raises:
+        ValueError: If it is not the name of a checkpoint.
+    """
+    if (match := _NAME.fullmatch(path.name)) is None:
+        raise ValueError(f"{path}: expected a file name such as {checkpoint_name(1)}")
+    return int(match[1])
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Place], dict[str, Place | None]]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import hypothesis.strategies as st
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
 
 from hetero_fl.codec import encode
 from hetero_fl.experiment.deployment.identity import NodeKeys, signed
 from hetero_fl.experiment.deployment.messages import FORM
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 from hetero_fl.payload import FORM as PAYLOAD
+
+T = TypeVar("T")
 
 SURROGATES = st.sampled_from(["\ud800", "a\udfff", "\ud83dx"])
 CONTROLS = st.sampled_from(["\x1b[2J", "\u202eabc", "a\nb", "\x00", "[/red]", "<script>"])
@@ -144,12 +148,36 @@ def sealed(body: bytes) -> Answer:
     return {}, body, True
 
 
+def examples(strategy: st.SearchStrategy[T], count: int) -> list[T]:
+    """Return so many different examples of a strategy, the same ones in every run.
+
+    For tests that need all of them at once: the first example that `given` draws is the smallest one, a list of equals.
+    """
+    found: dict[str, T] = {}
+
+    @given(strategy)
+    @settings(max_examples=3 * count, derandomize=True, database=None, phases=[Phase.generate], deadline=None,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    def collect(example: T) -> None:
+        found.setdefault(repr(example), example)
+
+    collect()
+    assert len(found) >= count
+    return list(found.values())[-count:]
+
+
 def raises_only(expected: tuple[type[BaseException], ...], call: Callable[[], object]) -> BaseException | None:
-    """Call it; return what of the expected it raised, if it did. Whatever else it raises goes on."""
+    """Call it; return what of the expected it raised, if it did. Whatever else it raises goes on.
+
+    The call may take two seconds of processor time at most.
+    """
+    started = time.process_time()
     try:
         call()
     except expected as error:
         assert "\n" not in str(error) and len(str(error)) < 500
         str(error).encode()
         return error
+    finally:
+        assert time.process_time() - started < 2
     return None

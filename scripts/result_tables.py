@@ -141,8 +141,6 @@ def written(text: str) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         name = match["name"]
-        if not (ARCHIVE / f"{name}.csv").exists():
-            return match[0]
         return f"{match['begin']}\n{section(archived(name)).replace('{name}', name)}\n{match['end']}"
 
     return re.sub(
@@ -168,8 +166,6 @@ def main() -> int:
         return int(made != text)
     README.write_text(made, encoding="utf-8")
     for name, path in PICTURES.items():
-        if not (ARCHIVE / f"{name}.csv").exists():
-            continue
         with style.drawing():
             path.write_bytes(style.png(comparison_plot.draw(archived(name), TASK)))
     return 0

@@ -67,7 +67,6 @@ def runs_of(path: Path) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="the runs of medical_hetero are not archived yet")
 def test_readme_tables_have_archived_runs() -> None:
     marked = [name for name, _ in MARKED.findall((ROOT / "README.md").read_text(encoding="utf-8"))]
     assert marked == ["medical_hetero", "medical_homogeneous"]

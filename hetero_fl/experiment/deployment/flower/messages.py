@@ -219,7 +219,11 @@ def _bounded(pull: Callable[[str], bytes], most: int) -> Callable[[str], bytes]:
 
 
 def _check_parts(parts: dict[str, bytes], most: int) -> None:
-    """Raise TooLong where few bytes would become many: an array may name a piece any number of times."""
+    """Raise TooLong if the message would be longer than `most` bytes once its arrays are assembled.
+
+    A few bytes can become many: arrays may name the same chunk, each of them any number of times.
+    """
+    size = 0
     for number, content in parts.items():
         kind, pieces, _ = get_object_head_values_from_object_content(content)
         if kind == ArrayChunk.__qualname__:
@@ -228,5 +232,6 @@ def _check_parts(parts: dict[str, bytes], most: int) -> None:
             raise TooLong(number, f"a part of {len(content):,} bytes; at most {PART_BYTES:,} are read")
         if kind == Array.__qualname__:
             order = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            if (size := sum(len(parts[pieces[place]]) for place in order)) > most + PART_BYTES:
-                raise TooLong(number, f"a message of {size:,} bytes; at most {most:,} are read")
+            size += sum(len(parts[pieces[place]]) for place in order)
+            if size > most + PART_BYTES:
+                raise TooLong(number, f"a message of more than {most:,} bytes")

@@ -84,6 +84,16 @@ def flip(name: str) -> Damage:
     return damage
 
 
+def folder_at(name: str) -> Damage:
+    """Replace a file with a folder."""
+
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return damage
+
+
 def no_checkpoints(path: Path) -> None:
     shutil.rmtree(path / "checkpoint")
 
@@ -122,6 +132,7 @@ FINISHED = {
     "checksums missing": (remove(CHECKSUMS), "SHA256SUMS: missing or empty"),
     "checksums empty": (lambda path: (path / CHECKSUMS).write_text(""), "SHA256SUMS: missing or empty"),
     "choice missing": (replace("environment.json", '"choice"', '"chosen"'), "environment.json: "),
+    "lines in a folder": (folder_at("metrics.jsonl"), "metrics.jsonl: cannot be read (Is a directory)"),
 }
 DEEP = {
     "model damaged": (flip("models/site_2.safetensors"), "models/site_2.safetensors: is not what the run wrote"),
@@ -135,6 +146,10 @@ DEEP = {
         "checkpoint/round-000004.ckpt: holds the state after 3 rounds",
     ),
     "checkpoint damaged": (flip("checkpoint/round-000004.ckpt"), "checkpoint/round-000004.ckpt: damaged"),
+    "checkpoint in a folder": (
+        folder_at("checkpoint/round-000004.ckpt"),
+        "checkpoint/round-000004.ckpt: damaged (Is a directory)",
+    ),
 }
 DAMAGED = {**FINISHED, **DEEP}
 
@@ -205,6 +220,20 @@ def test_check_of_a_whole_run_is_one_line(made: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == told
 
 
+@pytest.mark.parametrize("name", ["round-000003 (1).ckpt", "round-copy.ckpt", "round-9.ckpt"])
+def test_files_with_other_names_are_no_checkpoints(name: str, made: Path, stopped: Path) -> None:
+    finished = Path(shutil.copytree(made / "finished", stopped.with_name("finished")))
+    for path in (stopped, finished):
+        shutil.copy(path / "checkpoint" / "round-000003.ckpt", path / "checkpoint" / name)
+        assert main(["check", str(path)]) == 0
+    assert Run(finished).summary["rounds_completed"] == 4
+
+    assert main(["train", "--resume", "--out", str(stopped)]) == 0
+
+    assert (stopped / "checkpoint" / name).exists()
+    assert main(["check", str(stopped)]) == 0
+
+
 def test_check_changes_nothing(finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
@@ -248,6 +277,7 @@ UNFINISHED = {
         "metrics.jsonl: is not what the run wrote (lines 1 to 3)",
     ),
     "line twice": (lines(lambda kept: [*kept[:2], *kept[1:]]), "metrics.jsonl: line 3 is of round 2; expected round 3"),
+    "lines in a folder": (folder_at("metrics.jsonl"), "metrics.jsonl: cannot be read (Is a directory)"),
     "checkpoints missing": (no_checkpoints, "checkpoint"),
     "environment": (replace("environment.json", '"chunk": 1', '"chunk": 2'), "environment.json: choice is not what"),
     "configuration": (

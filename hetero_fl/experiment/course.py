@@ -13,12 +13,11 @@ from hetero_fl.config import Config
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.prepared import Engage, Prepared
 from hetero_fl.files import write_atomically
-from hetero_fl.reporting.integrity import check_resumable, identity
+from hetero_fl.reporting.integrity import check_resumable, evidence_of_start, identity
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
-from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.checkpoint import Checkpoints
 from hetero_fl.runtime.choose import Choice
 from hetero_fl.runtime.readings import Readings, Record, record_readings
@@ -83,9 +82,9 @@ def _hold(
         rounds.saved()
         how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
         progress.log(f"resumed after round {rounds.completed}; {how}")
-    elif lines := directory.lines():
+    elif evidence := evidence_of_start(directory):
         raise UserError(
-            f"{directory.path / 'checkpoint'}: missing, although metrics.jsonl has {plural(len(lines), 'round')}; "
+            f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
             "restore it, or start a new run with another --out"
         )
     directory.rewind_metrics(rounds.completed)

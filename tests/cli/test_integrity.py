@@ -17,6 +17,7 @@ from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment import run
 from hetero_fl.reporting.rundir import CHECKSUMS, RunDirectory, locked
 from hetero_fl.runtime.checkpoint import Checkpoints
+from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Store
 from tests.small import config
 
@@ -298,6 +299,77 @@ def test_resume_refuses_a_damaged_unfinished_run(case: str, stopped: Path, capsy
 
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {stopped / said}")
+
+
+def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove("metrics.jsonl")(stopped)
+    no_checkpoints(stopped)
+
+    assert main(["check", str(stopped)]) == 2
+
+    told = [f"{stopped / 'metrics.jsonl'}: missing", f"{stopped / 'checkpoint'}: missing, although log.txt has rounds"]
+    assert capsys.readouterr().err.splitlines() == [f"error: {line}" for line in told]
+    assert main(["train", "--resume", "--out", str(stopped)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {told[1]}; restore it, or start a new run with another --out"
+
+
+@pytest.mark.parametrize("kept", ["details.json", CHECKSUMS, "models/server.safetensors", "log.txt"])
+def test_resume_never_restarts_a_run_that_left_results(
+    kept: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_checkpoints(finished)
+    for path in [*finished.rglob("*")]:
+        name = str(path.relative_to(finished))
+        if path.is_file() and name not in ("config.yaml", "environment.json", kept):
+            path.unlink()
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+    assert main(["check", str(finished)]) == 2
+    assert f"error: {finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(finished)]) == 2
+
+    assert f"{finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in before}
+    assert after == before
+
+
+def test_a_run_stopped_within_its_first_round_needs_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Session) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "round", stop)
+        with pytest.raises(Interrupted):
+            run(SOURCE, out=tmp_path / "a")
+    assert main(["check", str(tmp_path / "a")]) == 0
+    no_checkpoints(tmp_path / "a")
+    capsys.readouterr()
+
+    assert main(["check", str(tmp_path / "a")]) == 2
+
+    assert "checkpoint: missing, although log.txt says that the run has started" in capsys.readouterr().err
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Checkpoints, *given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", stop)
+        with pytest.raises(Interrupted):
+            run(SOURCE, out=tmp_path / "a")
+    assert main(["check", str(tmp_path / "a")]) == 0
+
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+
+    assert main(["check", str(tmp_path / "a")]) == 0
 
 
 @pytest.mark.parametrize("settings", ["other", "same"])

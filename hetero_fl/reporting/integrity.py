@@ -93,6 +93,7 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
         _check_checkpoints(directory, checkpoints, expected if finished else rounds - 1, found)
     found.state = _state(directory, rounds)
     found.notes += _derived(directory) if finished else []
+    found.notes += _spare(directory, checkpoints) if thorough else []
     return found
 
 
@@ -201,6 +202,19 @@ def _derived(directory: RunDirectory) -> list[str]:
         notes.append(f"{directory.plots}: no plots; `hetero_fl.Run({str(directory.path)!r}).plot()` draws them again")
     if output.get("report") and not (directory.path / "report.html").exists():
         notes.append(f"{directory.path / 'report.html'}: missing; `--resume` writes it again")
+    return notes
+
+
+def _spare(directory: RunDirectory, checkpoints: list[Path]) -> list[str]:
+    """Return a note for each of log and older checkpoint that is missing: the run can do without them."""
+    notes = []
+    rounds = {round_of(path) for path in checkpoints}
+    older = max(rounds, default=0) - 1
+    if older >= 0 and older not in rounds:
+        path = directory.path / "checkpoint" / checkpoint_name(older)
+        notes.append(f"{path}: missing; it is only used if {checkpoint_name(older + 1)} is damaged")
+    if rounds and not directory.log.exists():
+        notes.append(f"{directory.log}: missing; no other file depends on it")
     return notes
 
 

@@ -488,6 +488,24 @@ def test_plots_and_report_that_are_missing_are_no_damage(tmp_path: Path, capsys:
     assert (tmp_path / "a" / "report.html").exists() and list((tmp_path / "a" / "plots").iterdir())
 
 
+@pytest.mark.parametrize("case", ["finished", "stopped"])
+def test_a_missing_log_and_an_older_checkpoint_are_notes(
+    case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(made / case, tmp_path / "a"))
+    older, newest = sorted(file.name for file in (path / "checkpoint").iterdir())
+    (path / "checkpoint" / older).unlink()
+    (path / "log.txt").unlink()
+
+    assert main(["check", str(path)]) == 0
+
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {path / 'checkpoint' / older}: missing; it is only used if {newest} is damaged",
+        f"note: {path / 'log.txt'}: missing; no other file depends on it",
+    ]
+    assert main(["train", "--resume", "--out", str(path)]) == 0
+
+
 def test_checksums_are_those_of_sha256sum(made: Path) -> None:
     import hashlib
 

@@ -201,9 +201,14 @@ def _read(
 
 def _check_signature(path: Path, lines: list[bytes], key: EllipticCurvePublicKey) -> None:
     """Raise UserError unless the last line, and through its hashes every line before it, is of the holder of this key."""
-    line, _, signature = lines[-1].rpartition(SIGNED)
+    line, _, rest = lines[-1].rpartition(SIGNED)
     try:
-        key.verify(bytes.fromhex(signature.decode().removesuffix('"}\n')), ABOUT + line + b"}", ECDSA(SHA384()))
+        # Exactly as it was written: `bytes.fromhex` also reads capitals and spaces, which would change the line's hash.
+        digits = rest.decode().removesuffix('"}\n')
+        signature = bytes.fromhex(digits)
+        if signature.hex() != digits:
+            raise ValueError("expected lower-case hexadecimal digits")
+        key.verify(signature, ABOUT + line + b"}", ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
         raise UserError(f"{path}: line {len(lines)}: it is not signed with this site's key") from None
 

@@ -18,6 +18,7 @@ from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.summary import Patience, details_of, summarise
 from hetero_fl.reporting.tensorboard import writer_callback
+from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.checkpoint import Checkpoints
 from hetero_fl.runtime.choose import Choice
 from hetero_fl.runtime.readings import Readings, Record, record_readings
@@ -154,7 +155,9 @@ def _extend(directory: RunDirectory, saved: Mapping[str, Any] | None, rounds: in
     extended = list(about.get("extended", []))
     if (planned := about.get("rounds", recorded.get("rounds", rounds))) < rounds:
         completed = saved["run"]["completed"]
-        line = f"extended from {planned} to {rounds} rounds after round {completed}; schedules use the new total"
+        line = (
+            f"extended from {planned} to {plural(rounds, 'round')} after round {completed}; schedules use the new total"
+        )
         progress.log(line)
         extended.append(line)
     return extended

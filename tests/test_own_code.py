@@ -340,7 +340,7 @@ def test_a_question_shows_what_a_terminal_would_hide(trap: str, monkeypatch: pyt
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     monkeypatch.setattr("sys.stderr", said := Terminal())
     assert main(["train", "--config", name, "--out", "run"]) == 2
-    assert said.getvalue().startswith("small?[2K.yaml: clients.groups.0.model names code")
+    assert said.getvalue().startswith("small\\x1b[2K.yaml: clients.groups.0.model names code")
 
 
 # Run directories -----------------------------------------------------------------------------------------------------

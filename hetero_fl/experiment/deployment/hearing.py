@@ -27,7 +27,7 @@ from hetero_fl.data.private import Told
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.messages import JUNK, Refused
 from hetero_fl.metrics import SMALLER_IS_BETTER, metric_names
-from hetero_fl.own_code import OWN, strings
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.runtime.beside import STRETCH
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.site import READINGS, Reading, Scores
@@ -54,9 +54,8 @@ def hear_settings(tree: Any, names: Collection[str]) -> dict[str, Any]:
         raise Refused(
             f"it wants to decide {', '.join(sorted(odd)) if isinstance(found, dict) else 'nobody knows what'}"[:200]
         )
-    for key, value in strings(found):
-        if value.startswith(OWN) and value not in names:
-            raise Refused(f"{key}: found {value[:LONGEST]}, code that this server's configuration does not name")
+    for name, key in CodePermission(granted=names).refused(references(found), ""):
+        raise Refused(f"{key}: found {name[:LONGEST]}, code that this server's configuration does not name")
     try:
         ClientSettings.model_validate(found)
     except ValidationError as error:

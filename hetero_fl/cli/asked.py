@@ -1,4 +1,4 @@
-"""What `train`, `federate` and `server` have alike, and the permission to run code that files name."""
+"""Options shared by `train`, `federate` and `server`."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _one_hot(y: list[Tensor]) -> bool:
 def _class_numbers(y: Tensor, where: str) -> Tensor:
     if y.is_floating_point() and bool((bad := ~(y.isfinite() & (y == y.floor()))).any()):
         row = int(bad.to(torch.uint8).argmax())
-        raise UserError(f"{where}: label {float(y[row]):g} in row {row} is no class number")
+        raise UserError(f"{where}: label {float(y[row]):g} in row {row} is not a class number")
     return y.long()
 
 

@@ -131,7 +131,7 @@ def test_from_arrays_maps_floats_as_well() -> None:
         (ONE_TO_THREE, {"task": "clasification"}, "task: found 'clasification'; did you mean|choose from"),
         (ONE_TO_THREE, {"num_classes": 4, "task": "regression"}, "num_classes: found 4, but task is regression"),
         (ONE_TO_THREE, {"num_classes": 1}, "num_classes: found 1; must be >= 2"),
-        (ONE_TO_THREE - 0.5, {"task": "multiclass"}, "label 0.5 in row 0 is no class number"),
+        (ONE_TO_THREE - 0.5, {"task": "multiclass"}, "label 0.5 in row 0 is not a class number"),
         (np.ones((12, 3)), {"task": "multiclass"}, "3 columns of labels, but a row of a multiclass task has one class"),
         (np.full((12, 2), 0.5), {"task": "multilabel"}, "multilabel targets are 0 or 1"),
     ],

@@ -136,7 +136,7 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
 
 
 def read_json(text: str | bytes, bounded: bool = True) -> Any:
-    """Parse JSON that somebody sent, within the bounds of a header.
+    """Parse untrusted JSON, within the bounds of a header.
 
     Raises:
         CodecError: The text is too long or has too many values.

@@ -83,7 +83,7 @@ class CodePermission:
         return CodePermission(everything=True)
 
     def extended(self, granted: Iterable[str]) -> CodePermission:
-        """Return this permission with more references, whoever wrote them."""
+        """Return this permission with more references granted, no matter where they are written."""
         made = CodePermission(self.everything, self.granted.union(granted), self._ask)
         made._advice = self._advice
         return made

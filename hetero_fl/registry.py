@@ -104,9 +104,9 @@ def imported(reference: str, where: str, base: type | None = None, takes: str | 
         raise UserError(
             f"{where}: '{reference}' is not defined in '{module_name}'; write {OWN}{found.__module__}:{found.__name__}"
         )
-    accepted = [] if takes is None else [f"no function of ({takes}) that '{module_name}' defines"]
-    accepted += [f"no subclass of {base.__module__}.{base.__qualname__}"] if base is not None else []
-    raise UserError(f"{where}: '{reference}' is {' and '.join(accepted)}")
+    accepted = [] if takes is None else [f"a function of ({takes}) that '{module_name}' defines"]
+    accepted += [f"a subclass of {base.__module__}.{base.__qualname__}"] if base is not None else []
+    raise UserError(f"{where}: '{reference}' is not {' or '.join(accepted)}")
 
 
 def called(reference: str, where: str, takes: str, arguments: tuple[Any, ...], base: type | None = None) -> Any:

@@ -38,7 +38,7 @@ def load(path: str) -> type[nn.Module]:
         known = [name for name, value in vars(module).items() if isinstance(value, type)]
         raise ModelError(f"{module_name} has no class {attribute}{nearest(attribute, known)}")
     if not (isinstance(target, type) and issubclass(target, nn.Module)):
-        raise ModelError(f"{attribute} of {module_name} is no subclass of torch.nn.Module")
+        raise ModelError(f"{attribute} of {module_name} is not a subclass of torch.nn.Module")
     return target
 
 

@@ -6,6 +6,7 @@ import argparse
 import errno
 import itertools
 import os
+import re
 import select
 import shlex
 import signal
@@ -22,8 +23,9 @@ from hetero_fl.errors import Interrupted, RunFailed, UserError, nearest, similar
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-VERBOSE = {"-v", "--verbose"}
-ANYWHERE = {*VERBOSE, "-q", "--quiet"}  # options that may also stand before the command
+VERBOSE = re.compile(r"-q*v[qv]*|--verbose")
+ANYWHERE = re.compile(r"-[qv]+|--verbose|--quiet")  # options that may also stand before the command
+PIPE_CLOSED = 141  # 128 + SIGPIPE, which Windows does not have
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 
@@ -85,7 +87,7 @@ def _stoppable(argv: Sequence[str] | None, command: str | None) -> int:
 
 
 def _main(argv: Sequence[str] | None, command: str | None) -> int:
-    """`_carry_out`; if what reads stdout or stderr is gone (`| head`), it ends without a word, with SIGPIPE's status."""
+    """Run `_carry_out`; exit with status 141 if the reader of stdout or stderr has closed the pipe."""
     try:
         return _carry_out(argv, command)
     except (BrokenPipeError, SystemExit) as error:
@@ -95,11 +97,13 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
             raise
         for stream in closed:  # what is still buffered goes nowhere, also when the interpreter ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return 128 + signal.SIGPIPE
+    return PIPE_CLOSED
 
 
 def _is_closed(stream: TextIO | None) -> bool:
-    """Whether a stream is a pipe that nobody reads any longer."""
+    """Return whether a stream is a pipe whose reader has closed it; False where that cannot be told (Windows)."""
+    if not hasattr(select, "poll"):
+        return False
     try:
         descriptor = -1 if stream is None else stream.fileno()
     except (OSError, ValueError):  # no file
@@ -116,9 +120,9 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if command is None:  # hetero-fl --quiet train
-        before = list(itertools.takewhile(ANYWHERE.__contains__, arguments))
+        before = list(itertools.takewhile(ANYWHERE.fullmatch, arguments))
         arguments = [*arguments[len(before) :][:1], *before, *arguments[len(before) + 1 :]]
-    verbose = not VERBOSE.isdisjoint(arguments)
+    verbose = any(map(VERBOSE.fullmatch, arguments))  # until they are parsed
     typed = [*(_script() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
     try:
         try:
@@ -134,6 +138,7 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
                 everything.parse_args(arguments or ["--help"])
                 return 0
             options = commands.parser(command, prog).parse(arguments)
+            verbose = options.verbose
             carry_out: Callable[[argparse.Namespace], int] = options.carry_out
             return carry_out(options)
         finally:

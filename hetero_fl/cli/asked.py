@@ -1,4 +1,4 @@
-"""What `train`, `federate` and `server` have alike, and the permission to run code that files name."""
+"""Options shared by `train`, `federate` and `server`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetero_fl import __version__
-from hetero_fl.errors import UserError, closest
+from hetero_fl.errors import UserError, closest, printable
 from hetero_fl.own_code import OWN, CodePermission
 from hetero_fl.reporting.rundir import has_run
 
@@ -63,7 +63,7 @@ def permission_of(options: argparse.Namespace) -> CodePermission:
 
 def _ask(where: str, key: str, reference: str) -> bool:
     module, _, name = reference.removeprefix(OWN).partition(":")
-    place = "".join(c if c.isprintable() else "?" for c in ": ".join(filter(None, [where, key])))
+    place = printable(": ".join(filter(None, [where, key])))
     print(f"{place} names code: {name} of module {module}. Run it? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -58,7 +58,8 @@ class Draft:
     def error(self, line: str) -> UserError:
         """Return the error for a line that begins with a key, after the place where the key was set.
 
-        If the error is one of a section as a whole, this is the last override within it without which the error is not made.
+        If the error is one of a section as a whole, this is the last override within it without which the error is not made,
+        or the last one within it if each of several makes the error.
         """
         key = line.partition(": ")[0]
         where = self.where(key)
@@ -75,7 +76,8 @@ class Draft:
         for override in reversed(inside):
             if _mistake(self.written, [o for o in self.overrides if o != override]) != line:
                 return override
-        return None
+        outside = [o for o in self.overrides if o not in inside]
+        return inside[-1] if _mistake(self.written, outside) != line else None
 
 
 def load_config(source: Source, overrides: Iterable[str] = (), allow_code: bool | CodePermission = False) -> Config:

@@ -38,8 +38,8 @@ def from_arrays(
         y: Labels. Integers `[N]` are classes; if they do not start at 0 or have gaps, the classes are the labels that
             occur, sorted, and are named after them. Zeros and ones `[N, L]` are `L` labels per row (multilabel), or
             classes if every row has exactly one 1. Other floats are regression targets, unless they are few different
-            whole numbers (classes). Each reading that could be another one is a `UserWarning` and a line in the run's
-            log.
+            whole numbers, none below 0 (classes). Each reading that could be another one is a `UserWarning` and a line in
+            the run's log.
         validation, test: (x, y) of the common sets, if there are any; otherwise they are carved from the training rows.
         group: whose row it is, `[N]` of numbers or strings, for the natural partition.
         patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
@@ -187,6 +187,9 @@ def _kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
     whole = bool((values.isfinite() & (values == values.floor())).all())
     if has_unit or not whole or not 2 <= count <= min(MOST_NUMBERED_CLASSES, len(values) - 1):
         return "regression", []
+    if bool((values < 0).any()):
+        line = f"{count} different whole numbers, as floats, some below 0: read as regression targets"
+        return "regression", [f"{name}: y: {line}; number classes from 0 if they are classes"]
     line = f"{count} different whole numbers, as floats: read as classes; pass task='regression' for numbers"
     return "multiclass", [f"{name}: y: {line}"]
 
@@ -198,7 +201,7 @@ def _one_hot(y: list[Tensor]) -> bool:
 def _class_numbers(y: Tensor, where: str) -> Tensor:
     if y.is_floating_point() and bool((bad := ~(y.isfinite() & (y == y.floor()))).any()):
         row = int(bad.to(torch.uint8).argmax())
-        raise UserError(f"{where}: label {float(y[row]):g} in row {row} is no class number")
+        raise UserError(f"{where}: label {float(y[row]):g} in row {row} is not a class number")
     return y.long()
 
 
@@ -212,7 +215,8 @@ def _classes(
         if bool((found < 0).any()):
             row = int((found < 0).to(torch.uint8).argmax())
             label = f"label {int(found[row])} in row {row} is out of range"
-            raise UserError(f"{name}: {split}: y: {label}; number classes from 0")
+            remedy = "number classes from 0, or pass task='regression'"
+            raise UserError(f"{name}: {split}: y: {label}; {remedy}")
     values = torch.cat(list(y.values())).unique()
     if int(values[-1]) == len(values) - 1:
         return Task("multiclass", len(values)), y, doubts

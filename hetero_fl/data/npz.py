@@ -164,7 +164,7 @@ def _targets(y: np.ndarray, task: Task, where: str) -> Tensor:
         raise UserError(f"{where}: found {y.shape[1]} columns of labels; this set has one")
     if (fractions := y[:, 0] != np.floor(y[:, 0])).any():
         row = int(fractions.argmax())
-        raise UserError(f"{where}: label {y[row, 0]:g} in row {row} is no class number")
+        raise UserError(f"{where}: label {y[row, 0]:g} in row {row} is not a class number")
     return torch.from_numpy(y[:, 0].astype(np.int64))
 
 

@@ -17,6 +17,7 @@ from hetero_fl.data.registry import load_source, takes
 from hetero_fl.data.sources.folder import image_files, read_image_files
 from hetero_fl.data.tokens import Vocabulary
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.own_code import OWN
 from hetero_fl.task import Task
 
 TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"
@@ -216,7 +217,7 @@ def load_labeled(config: SourceConfig, root: Path, where: str, common: Dataset) 
 
 def _loose(config: SourceConfig, path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
     """The examples of a local file or folder that needs no labels, or None if it is none of that kind."""
-    if config.name.startswith("python:"):
+    if config.name.startswith(OWN):
         return None
     if path.suffix == ".npz":
         return read_images(path), ()

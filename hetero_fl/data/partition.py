@@ -18,6 +18,7 @@ from hetero_fl.data.own_partition import own_partition
 from hetero_fl.data.patients import commonest, fill_up, torn
 from hetero_fl.data.shares import among, apportion, cut, cut_below, holders, strata
 from hetero_fl.errors import UserError, nearest
+from hetero_fl.own_code import OWN
 from hetero_fl.seeding import generator, key
 from hetero_fl.task import Task
 
@@ -99,7 +100,7 @@ def deal(
             f"{WHERE}.min_size: found {config.min_size}, but {len(y)} training rows are left for {len(sizes)} clients; "
             f"at most {len(y) // len(sizes)}, unless they share rows ({WHERE}.kind: drawn)"
         )
-    if config.kind.startswith("python:"):
+    if config.kind.startswith(OWN):
         return own_partition(config, (y, group, config, sizes, task, seed), len(y), len(sizes), patient)
     if config.kind not in _partitions:
         raise UserError(f"{WHERE}.kind: found '{config.kind}'{nearest(config.kind, _partitions)}")

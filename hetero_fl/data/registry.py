@@ -11,6 +11,7 @@ from hetero_fl.config.source import SourceConfig
 from hetero_fl.data.base import Dataset, check_examples
 from hetero_fl.data.npz import TABLES, read_npz
 from hetero_fl.errors import UserError, beside, nearest
+from hetero_fl.own_code import OWN
 from hetero_fl.registry import called
 from hetero_fl.task import Task
 
@@ -67,7 +68,7 @@ def needs_path(name: str) -> bool:
 
 def check_source(config: SourceConfig, where: str = "data") -> None:
     """Raises UserError for a name that is none, or a path at which there is nothing; nothing is read."""
-    if not config.name.startswith("python:"):
+    if not config.name.startswith(OWN):
         _entry(config, where)
     if config.path is not None and not Path(config.path).expanduser().exists():
         raise UserError(f"{where}.path: {config.path}: no such file or folder{beside(Path(config.path).expanduser())}")
@@ -84,7 +85,7 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     Raises:
         UserError: unknown name, missing or unfitting key, missing or malformed data, failed download.
     """
-    if config.name.startswith("python:"):
+    if config.name.startswith(OWN):
         return _own(config, root, where, missing)
     name, entry = _entry(config, where)
     npz = config.path is not None and config.path.endswith(".npz") and not entry.generates

@@ -13,7 +13,7 @@ from hetero_fl.config import Config
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.prepared import Engage, Prepared
 from hetero_fl.files import write_atomically
-from hetero_fl.reporting.integrity import check_resumable, identity
+from hetero_fl.reporting.integrity import check_resumable, evidence_of_start, identity
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.summary import Patience, details_of, summarise
@@ -83,9 +83,9 @@ def _hold(
         rounds.saved()
         how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
         progress.log(f"resumed after round {rounds.completed}; {how}")
-    elif lines := directory.lines():
+    elif evidence := evidence_of_start(directory):
         raise UserError(
-            f"{directory.path / 'checkpoint'}: missing, although metrics.jsonl has {plural(len(lines), 'round')}; "
+            f"{directory.path / 'checkpoint'}: missing, although {evidence}; "
             "restore it, or start a new run with another --out"
         )
     directory.rewind_metrics(rounds.completed)
@@ -155,7 +155,9 @@ def _extend(directory: RunDirectory, saved: Mapping[str, Any] | None, rounds: in
     extended = list(about.get("extended", []))
     if (planned := about.get("rounds", recorded.get("rounds", rounds))) < rounds:
         completed = saved["run"]["completed"]
-        line = f"extended from {planned} to {rounds} rounds after round {completed}; schedules use the new total"
+        line = (
+            f"extended from {planned} to {plural(rounds, 'round')} after round {completed}; schedules use the new total"
+        )
         progress.log(line)
         extended.append(line)
     return extended

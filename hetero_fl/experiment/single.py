@@ -21,6 +21,8 @@ from hetero_fl.reporting.integrity import inspect
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.rundir import LOG, RunDirectory, check_vacant, has_run, locked
+from hetero_fl.reporting.summary import Patience
+from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.choose import Choice, choose
 from hetero_fl.runtime.engines import engine
 
@@ -153,7 +155,7 @@ def _run_in(
             inspect(path).require_whole()
             if config.rounds == directory.config().get("rounds", config.rounds):
                 present(config, directory)
-                shown.log(f"{path}: {_finished(directory, config.rounds)}")
+                shown.log(f"{path}: {_finished(directory, prepared, engage is not None)}")
                 return
     else:
         environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
@@ -162,10 +164,30 @@ def _run_in(
         carry_out(prepared, directory, choice, progress, callbacks, engage)
 
 
-def _finished(directory: RunDirectory, planned: int) -> str:
-    completed = directory.summary()["rounds_completed"]
-    rounds = f"{completed} of {planned} rounds" if completed < planned else f"{planned} rounds"
-    return f"this run has finished, after {rounds}; add `rounds=N` to extend it"
+def _finished(directory: RunDirectory, prepared: Prepared, on_nodes: bool) -> str:
+    """Return that a run has finished, and how to extend it if that is known to be possible."""
+    completed, planned = directory.summary()["rounds_completed"], prepared.config.rounds
+    rounds = f"{completed} of {plural(planned, 'round')}" if completed < planned else plural(planned, "round")
+    # What a further round would spend is known only once it is configured.
+    limited = prepared.budget is not None and prepared.budget.privacy.target_epsilon is not None
+    final = limited or _why_final(directory, prepared, planned, on_nodes)
+    return f"this run has finished, after {rounds}" + ("" if final else "; add `rounds=N` to extend it")
+
+
+def _why_final(directory: RunDirectory, prepared: Prepared, planned: int, on_nodes: bool) -> str:
+    """Return why a run cannot have more rounds than planned; empty if it can."""
+    config = prepared.config
+    if prepared.method.one_shot:
+        return f"{prepared.name} is a one-shot method, whose runs cannot be extended"
+    if on_nodes:
+        return f"a run on nodes cannot be extended, its sites agreed to {planned}"
+    if config.evaluation.patience is not None and directory.lines():
+        # The last round of a shorter run may be evaluated only because it is the last.
+        history = [record for record in directory.metrics() if record["round"] % config.evaluation.every == 0]
+        if Patience(prepared.federation.task, config.evaluation.patience, history).exhausted:
+            completed = history[-1]["round"]
+            return f"evaluation.patience ({config.evaluation.patience}) stopped the run after round {completed}"
+    return ""
 
 
 def _reopen(path: Path, prepared: Prepared, on_nodes: bool) -> RunDirectory:
@@ -179,10 +201,8 @@ def _reopen(path: Path, prepared: Prepared, on_nodes: bool) -> RunDirectory:
         changed = f"{path}: rounds: was {planned}, is now {config.rounds}"
         if config.rounds < planned:
             raise UserError(f"{changed}; a run that is resumed may have more rounds, not fewer")
-        if prepared.method.one_shot:
-            raise UserError(f"{changed}; {prepared.name} is a one-shot method, whose runs cannot be extended")
-        if on_nodes:
-            raise UserError(f"{changed}; a run on nodes cannot be extended, its sites agreed to {planned}")
+        if reason := _why_final(directory, prepared, planned, on_nodes):
+            raise UserError(f"{changed}; {reason}")
     if differs := difference(deciding(old), deciding(resolved(config))):
         raise UserError(f"{path}: --resume with another configuration: {differs}")
     affordable = prepared.budget.affordable() if prepared.budget is not None else config.rounds

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _Shown:
-    """Metrics of a kind of task: the same on global and local tests; of which the worst client is shown; the server's."""
+    """Metrics shown for a kind of task: on both test sets, for the worst client, and for the server's model."""
 
     metrics: tuple[str, ...]
     worst: str

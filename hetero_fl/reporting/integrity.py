@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -13,7 +14,7 @@ from hetero_fl.codec import CodecError
 from hetero_fl.config.record import deciding, difference
 from hetero_fl.errors import UserError
 from hetero_fl.files import sha256_of
-from hetero_fl.reporting.rundir import ALWAYS, CHECKSUMS, METRICS, RunDirectory
+from hetero_fl.reporting.rundir import ALWAYS, CHECKSUMS, LOG, METRICS, RunDirectory
 from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.checkpoint import KEPT, checkpoint_files, checkpoint_name, read_checkpoint, round_of
 from hetero_fl.saved import read_model_file
@@ -23,6 +24,8 @@ FREE = ("workers", "reasons")  # what may differ in the record of how a run is c
 CHANGED = "is not what the run wrote"
 MISSING = "missing"
 EARLIER = "the run was made by an earlier version"
+_LOGGED_ROUND = re.compile(r"^\S+ \S+  round \d+[/:]", re.MULTILINE)
+_LOGGED_START = re.compile(r"^\S+ \S+  [\d,]+ clients?, [\d,]+ rounds?\b", re.MULTILINE)
 
 
 @dataclass
@@ -69,6 +72,8 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
     except UserError as error:
         found.damage[CHECKSUMS] = _what(error, directory, CHECKSUMS)
     _check_readable(directory, found)
+    if _evidence_of_rounds(directory) and not (directory.path / METRICS).exists():
+        found.damage.setdefault(METRICS, MISSING)
     if sums and (finished or thorough):
         _check_checksums(directory, sums, thorough, found)
     elif finished and "run" in directory.environment():
@@ -88,6 +93,7 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
         _check_checkpoints(directory, checkpoints, expected if finished else rounds - 1, found)
     found.state = _state(directory, rounds)
     found.notes += _derived(directory) if finished else []
+    found.notes += _spare(directory, checkpoints) if thorough else []
     return found
 
 
@@ -102,6 +108,13 @@ def check_resumable(directory: RunDirectory, saved: Mapping[str, Any]) -> None:
     completed = saved["run"]["completed"]
     _compare(directory, saved, checkpoint_name(completed), found)
     found.require_whole()
+
+
+def evidence_of_start(directory: RunDirectory) -> str:
+    """Return which file shows that a run has written the checkpoint before its first round; empty if none does."""
+    if evidence := _evidence_of_rounds(directory):
+        return evidence
+    return f"{LOG} says that the run has started" if _LOGGED_START.search(_log(directory)) else ""
 
 
 def identity(directory: RunDirectory) -> dict[str, Any]:
@@ -192,6 +205,19 @@ def _derived(directory: RunDirectory) -> list[str]:
     return notes
 
 
+def _spare(directory: RunDirectory, checkpoints: list[Path]) -> list[str]:
+    """Return a note for each of log and older checkpoint that is missing: the run can do without them."""
+    notes = []
+    rounds = {round_of(path) for path in checkpoints}
+    older = max(rounds, default=0) - 1
+    if older >= 0 and older not in rounds:
+        path = directory.path / "checkpoint" / checkpoint_name(older)
+        notes.append(f"{path}: missing; it is only used if {checkpoint_name(older + 1)} is damaged")
+    if rounds and not directory.log.exists():
+        notes.append(f"{directory.log}: missing; no other file depends on it")
+    return notes
+
+
 # Rounds --------------------------------------------------------------------------------------------------------------
 def _lines(directory: RunDirectory, found: Inspection) -> list[bytes]:
     """Return the lines of `metrics.jsonl`; none, which is noted as damage, if it cannot be read."""
@@ -200,6 +226,25 @@ def _lines(directory: RunDirectory, found: Inspection) -> list[bytes]:
     except UserError as error:
         found.damage.setdefault(METRICS, _what(error, directory, METRICS))
         return []
+
+
+def _evidence_of_rounds(directory: RunDirectory) -> str:
+    """Return which file shows that a run has completed a round; empty if none does."""
+    metrics = directory.path / METRICS
+    if metrics.is_file() and metrics.stat().st_size > 0:
+        return f"{METRICS} has rounds"
+    left = [name for name in ("details.json", CHECKSUMS) if (directory.path / name).exists()]
+    left += [f"models/{path.name}" for path in directory.model_files()]
+    if left:
+        return f"{left[0]} exists"
+    return f"{LOG} has rounds" if _LOGGED_ROUND.search(_log(directory)) else ""
+
+
+def _log(directory: RunDirectory) -> str:
+    try:
+        return directory.log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _too_few(directory: RunDirectory, rounds: int, expected: int) -> str:
@@ -217,8 +262,11 @@ def _check_checkpoints(directory: RunDirectory, files: list[Path], least: int, f
         least: The round that the newest has to be of, if not a later one.
         found: Takes what is missing or damaged.
     """
-    if max(map(round_of, files), default=-1) < least:
+    newest = max(map(round_of, files), default=-1)
+    if newest < least:
         found.damage[f"checkpoint/{checkpoint_name(least)}"] = MISSING
+    elif not files and (evidence := evidence_of_start(directory)):
+        found.damage["checkpoint"] = f"{MISSING}, although {evidence}"
     for path in reversed(files[-KEPT:]):
         try:
             saved = read_checkpoint(path)[0]

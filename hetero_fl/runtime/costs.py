@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hetero_fl.architecture import Architecture
+from hetero_fl.own_code import OWN
 from hetero_fl.state import Card
 from model_zoo import ModelDescription, describe
 
@@ -33,7 +34,7 @@ def channels_last(arch: Architecture) -> bool:
     ones on images of a few pixels, such as ResNet-18's last blocks at 28x28. A user's own model stays as it is: a `view` of
     features in its code counts on the plain layout.
     """
-    if arch.name.startswith("python:"):
+    if arch.name.startswith(OWN):
         return False
     about = description(arch)
     convolutional = 2 * about.convolution_flops >= about.forward_flops > 0

@@ -46,7 +46,7 @@ class Private:
 
     @classmethod
     def decode(cls, data: bytes, bounded: bool = False) -> Private:
-        """The reverse of `encode`; `bounded`: what somebody else sent. Raises CodecError, TypeError if it is something else."""
+        """Decode what `encode` made; `bounded`: the data is untrusted. Raises CodecError, TypeError if it is something else."""
         return cls(**decode(data, FORM, bounded)) if data else cls()
 
 

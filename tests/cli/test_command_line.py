@@ -53,7 +53,7 @@ def test_version_is_that_of_the_package(
     assert ended.value.code == 0 and capsys.readouterr().out == f"hetero-fl {hetero_fl.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--quiet", "train"], ["train", "-q"]])
+@pytest.mark.parametrize("arguments", [["--quiet", "train"], ["-qv", "train"], ["train", "-q"]])
 def test_quiet_leaves_results_alone(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     run = ["--config", DIGITS, "--out", str(out), "--resume", "rounds=1"]
@@ -68,7 +68,7 @@ def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "error: nope.yaml: no such file\n")
 
 
-@pytest.mark.parametrize("arguments", [["-v", "train"], ["train", "--verbose"]])
+@pytest.mark.parametrize("arguments", [["-v", "train"], ["-qv", "train"], ["train", "-qv"], ["train", "--verbose"]])
 def test_verbose_prints_the_tracebacks_of_all_causes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--config", "nope.yaml"]) == 2
     told = capsys.readouterr().err
@@ -84,6 +84,19 @@ def test_every_command_takes_the_common_options(command: str, capsys: pytest.Cap
 
     told = capsys.readouterr().out
     assert all(option in told for option in ("--version", "-q, --quiet", "-v, --verbose"))
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_needs_nothing_that_windows_lacks(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("select.poll")
+    monkeypatch.delattr("signal.SIGPIPE")
+    with open(os.devnull, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+
+        with pytest.raises(SystemExit) as stop:
+            main(["train", option])
+
+    assert stop.value.code == 0
 
 
 def without_reader(*arguments: str, stream: str, unbuffered: bool = False) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from hetero_fl.errors import Interrupted, UserError
 from hetero_fl.experiment import run
 from hetero_fl.reporting.rundir import CHECKSUMS, RunDirectory, locked
 from hetero_fl.runtime.checkpoint import Checkpoints
+from hetero_fl.runtime.session import Session
 from hetero_fl.runtime.store import Store
 from tests.small import config
 
@@ -84,6 +85,16 @@ def flip(name: str) -> Damage:
     return damage
 
 
+def folder_at(name: str) -> Damage:
+    """Replace a file with a folder."""
+
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return damage
+
+
 def no_checkpoints(path: Path) -> None:
     shutil.rmtree(path / "checkpoint")
 
@@ -122,6 +133,7 @@ FINISHED = {
     "checksums missing": (remove(CHECKSUMS), "SHA256SUMS: missing or empty"),
     "checksums empty": (lambda path: (path / CHECKSUMS).write_text(""), "SHA256SUMS: missing or empty"),
     "choice missing": (replace("environment.json", '"choice"', '"chosen"'), "environment.json: "),
+    "lines in a folder": (folder_at("metrics.jsonl"), "metrics.jsonl: cannot be read (Is a directory)"),
 }
 DEEP = {
     "model damaged": (flip("models/site_2.safetensors"), "models/site_2.safetensors: is not what the run wrote"),
@@ -135,6 +147,10 @@ DEEP = {
         "checkpoint/round-000004.ckpt: holds the state after 3 rounds",
     ),
     "checkpoint damaged": (flip("checkpoint/round-000004.ckpt"), "checkpoint/round-000004.ckpt: damaged"),
+    "checkpoint in a folder": (
+        folder_at("checkpoint/round-000004.ckpt"),
+        "checkpoint/round-000004.ckpt: damaged (Is a directory)",
+    ),
 }
 DAMAGED = {**FINISHED, **DEEP}
 
@@ -205,6 +221,20 @@ def test_check_of_a_whole_run_is_one_line(made: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == told
 
 
+@pytest.mark.parametrize("name", ["round-000003 (1).ckpt", "round-copy.ckpt", "round-9.ckpt"])
+def test_files_with_other_names_are_no_checkpoints(name: str, made: Path, stopped: Path) -> None:
+    finished = Path(shutil.copytree(made / "finished", stopped.with_name("finished")))
+    for path in (stopped, finished):
+        shutil.copy(path / "checkpoint" / "round-000003.ckpt", path / "checkpoint" / name)
+        assert main(["check", str(path)]) == 0
+    assert Run(finished).summary["rounds_completed"] == 4
+
+    assert main(["train", "--resume", "--out", str(stopped)]) == 0
+
+    assert (stopped / "checkpoint" / name).exists()
+    assert main(["check", str(stopped)]) == 0
+
+
 def test_check_changes_nothing(finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
@@ -248,6 +278,7 @@ UNFINISHED = {
         "metrics.jsonl: is not what the run wrote (lines 1 to 3)",
     ),
     "line twice": (lines(lambda kept: [*kept[:2], *kept[1:]]), "metrics.jsonl: line 3 is of round 2; expected round 3"),
+    "lines in a folder": (folder_at("metrics.jsonl"), "metrics.jsonl: cannot be read (Is a directory)"),
     "checkpoints missing": (no_checkpoints, "checkpoint"),
     "environment": (replace("environment.json", '"chunk": 1', '"chunk": 2'), "environment.json: choice is not what"),
     "configuration": (
@@ -268,6 +299,77 @@ def test_resume_refuses_a_damaged_unfinished_run(case: str, stopped: Path, capsy
 
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {stopped / said}")
+
+
+def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove("metrics.jsonl")(stopped)
+    no_checkpoints(stopped)
+
+    assert main(["check", str(stopped)]) == 2
+
+    told = [f"{stopped / 'metrics.jsonl'}: missing", f"{stopped / 'checkpoint'}: missing, although log.txt has rounds"]
+    assert capsys.readouterr().err.splitlines() == [f"error: {line}" for line in told]
+    assert main(["train", "--resume", "--out", str(stopped)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {told[1]}; restore it, or start a new run with another --out"
+
+
+@pytest.mark.parametrize("kept", ["details.json", CHECKSUMS, "models/server.safetensors", "log.txt"])
+def test_resume_never_restarts_a_run_that_left_results(
+    kept: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_checkpoints(finished)
+    for path in [*finished.rglob("*")]:
+        name = str(path.relative_to(finished))
+        if path.is_file() and name not in ("config.yaml", "environment.json", kept):
+            path.unlink()
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+    assert main(["check", str(finished)]) == 2
+    assert f"error: {finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(finished)]) == 2
+
+    assert f"{finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in before}
+    assert after == before
+
+
+def test_a_run_stopped_within_its_first_round_needs_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Session) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "round", stop)
+        with pytest.raises(Interrupted):
+            run(SOURCE, out=tmp_path / "a")
+    assert main(["check", str(tmp_path / "a")]) == 0
+    no_checkpoints(tmp_path / "a")
+    capsys.readouterr()
+
+    assert main(["check", str(tmp_path / "a")]) == 2
+
+    assert "checkpoint: missing, although log.txt says that the run has started" in capsys.readouterr().err
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Checkpoints, *given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", stop)
+        with pytest.raises(Interrupted):
+            run(SOURCE, out=tmp_path / "a")
+    assert main(["check", str(tmp_path / "a")]) == 0
+
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+
+    assert main(["check", str(tmp_path / "a")]) == 0
 
 
 @pytest.mark.parametrize("settings", ["other", "same"])
@@ -384,6 +486,24 @@ def test_plots_and_report_that_are_missing_are_no_damage(tmp_path: Path, capsys:
     assert "plot()` draws them again" in told[0] and "`--resume` writes it again" in told[1]
     assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a" / "report.html").exists() and list((tmp_path / "a" / "plots").iterdir())
+
+
+@pytest.mark.parametrize("case", ["finished", "stopped"])
+def test_a_missing_log_and_an_older_checkpoint_are_notes(
+    case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(made / case, tmp_path / "a"))
+    older, newest = sorted(file.name for file in (path / "checkpoint").iterdir())
+    (path / "checkpoint" / older).unlink()
+    (path / "log.txt").unlink()
+
+    assert main(["check", str(path)]) == 0
+
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {path / 'checkpoint' / older}: missing; it is only used if {newest} is damaged",
+        f"note: {path / 'log.txt'}: missing; no other file depends on it",
+    ]
+    assert main(["train", "--resume", "--out", str(path)]) == 0
 
 
 def test_checksums_are_those_of_sha256sum(made: Path) -> None:

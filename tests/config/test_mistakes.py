@@ -139,6 +139,8 @@ def test_the_line_says_where_the_key_was_set(tmp_path: Path) -> None:
             ["clients.groups.0.fraction=0.5"],
             "clients.groups.0.fraction=0.5: clients.groups.0: found count and fraction",
         ),
+        (["foo.a=1", "foo.b=2", "rounds=2"], "foo.b=2: foo: unknown key"),
+        (["split.test=0.9", "split.validation=0.5"], "split.validation=0.5: split: unknown key; did you mean"),
         (["data.validation=0.5", "data.split={test: 0.9}"], "data.split={test: 0.9}: data.split: validation + test"),
     ],
 )

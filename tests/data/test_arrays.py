@@ -106,6 +106,16 @@ def test_from_arrays_reads_few_whole_floats_as_classes() -> None:
     assert dataset.task == Task("multiclass", 3) and targets(dataset) == [0, 1, 2] * 4
 
 
+@pytest.mark.parametrize("labels", [(-1.0, 1.0), (-2.0, -1.0, 0.0, 1.0, 2.0)])
+def test_from_arrays_reads_negative_floats_as_regression_targets(labels: tuple[float, ...]) -> None:
+    y = np.resize(labels, len(X))
+
+    dataset = made_with_warning("some below 0: read as regression targets; number classes from 0", y)
+
+    assert dataset.task == Task("regression", 1)
+    assert dataset.train.y is not None and dataset.train.y.flatten().tolist() == list(y)
+
+
 def test_from_arrays_maps_floats_as_well() -> None:
     dataset = made_with_warning("as floats: read as classes", ONE_TO_THREE * 2.0)
 
@@ -116,12 +126,12 @@ def test_from_arrays_maps_floats_as_well() -> None:
 @pytest.mark.parametrize(
     ("y", "settings", "message"),
     [
-        ([0, 1, -1] * 4, {}, "y: label -1 in row 2 is out of range; number classes from 0"),
+        ([0, 1, -1] * 4, {}, "y: label -1 in row 2 is out of range; number classes from 0, or pass task='regression'"),
         (ONE_TO_THREE, {"num_classes": 3}, "label 3 in row 2 is out of range; classes are 0 to 2"),
         (ONE_TO_THREE, {"task": "clasification"}, "task: found 'clasification'; did you mean|choose from"),
         (ONE_TO_THREE, {"num_classes": 4, "task": "regression"}, "num_classes: found 4, but task is regression"),
         (ONE_TO_THREE, {"num_classes": 1}, "num_classes: found 1; must be >= 2"),
-        (ONE_TO_THREE - 0.5, {"task": "multiclass"}, "label 0.5 in row 0 is no class number"),
+        (ONE_TO_THREE - 0.5, {"task": "multiclass"}, "label 0.5 in row 0 is not a class number"),
         (np.ones((12, 3)), {"task": "multiclass"}, "3 columns of labels, but a row of a multiclass task has one class"),
         (np.full((12, 2), 0.5), {"task": "multilabel"}, "multilabel targets are 0 or 1"),
     ],

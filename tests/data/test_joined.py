@@ -41,6 +41,14 @@ def test_every_image_gets_its_patients_row() -> None:
     )
 
 
+def test_columns_may_be_named_by_integers() -> None:
+    table = pd.DataFrame([[0.5, "1,5"], [1.5, "2,25"], [2.5, "3"]]).assign(patient=TABLE["patient"])
+
+    found = joined(table)
+
+    assert found.train.x[[0, 3], 64:].tolist() == [[1.5, 2.25], [0.5, 1.5]]
+
+
 def test_patients_without_an_image(tmp_path: Path) -> None:
     path = tmp_path / "genes.csv"
     more = pd.concat([TABLE.assign(ill=[0, 0, 1], site="a"), pd.DataFrame({"patient": ["q9"], "tp53": [7.0], "egfr": [8],

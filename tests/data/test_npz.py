@@ -114,7 +114,7 @@ FRACTION[11] = 0.5
         ),
         ({"train_labels": HIGH}, "train_labels: label 7 in row 11 is out of range; classes are 0 to 1"),
         ({"train_labels": -HIGH}, "train_labels: label -1 in row 1 is out of range"),
-        ({"train_labels": FRACTION}, "train_labels: label 0.5 in row 11 is no class number"),
+        ({"train_labels": FRACTION}, "train_labels: label 0.5 in row 11 is not a class number"),
         ({"test_labels": np.full(9, np.nan)}, "test_labels: NaN or infinity in row 0"),
         ({"train_labels": np.full(30, "x")}, "train_labels: found <U1; labels are numbers"),
         ({"train_labels": np.zeros((30, 2))}, "train_labels: found 2 columns"),

@@ -251,7 +251,7 @@ def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
         ("words", "whole numbers"),
         ("short", "deals 0 rows to a client"),
         ("divides", "divides raised ZeroDivisionError: division by zero"),
-        ("number", "is no function of (y, group"),
+        ("number", "is not a function of (y, group"),
         ("halvs", "did you mean 'halves'"),
     ):
         with pytest.raises(UserError) as refused:

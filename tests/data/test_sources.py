@@ -122,7 +122,7 @@ def test_own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("none", "returned int"),
         ("sorry", "no licence"),
         ("fails", "python:own_source:fails raised IndexError: list index"),
-        ("constant", r"is no function of \(config, root\) that 'own_source' defines"),
+        ("constant", r"is not a function of \(config, root\) that 'own_source' defines"),
         ("god", "'good'"),
     ):
         with pytest.raises(UserError, match=words):

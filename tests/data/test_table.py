@@ -9,6 +9,7 @@ import pytest
 
 from hetero_fl.config.source import SourceConfig
 from hetero_fl.data import Dataset, load_source
+from hetero_fl.data.sources.tabular import read_table
 from hetero_fl.errors import UserError
 
 FRAME = pd.DataFrame(
@@ -43,6 +44,16 @@ def test_columns_of_numbers_are_features(csv: Path) -> None:
     assert dataset.train.group is not None and dataset.train.group.tolist() == [1, 0, 0, 1]
     assert dataset.train.group_names == ("ward_2", "ward_10")
     assert dataset.about.endswith("left out: note")
+
+
+def test_columns_named_by_integers_are_features(tmp_path: Path) -> None:
+    frame = pd.DataFrame([[1, "a", "0,5"], [2, "b", "1,5"], [3, "a", "2,5"]]).assign(y=[0, 1, 0])
+
+    dataset = read_table(frame, tmp_path / "t.parquet", "y")
+
+    assert dataset.columns == ("0", "1=a", "1=b", "2")
+    assert dataset.train.x.tolist() == [[1, 1, 0, 0.5], [2, 0, 1, 1.5], [3, 1, 0, 2.5]]
+    assert "decimal commas in 2" in dataset.notes[0]
 
 
 def test_sites_and_patients_are_called_as_they_are_written(tmp_path: Path) -> None:

@@ -13,13 +13,11 @@ import torch
 
 from hetero_fl import Run
 from hetero_fl.cli import main
-from hetero_fl.config import load_config
-from hetero_fl.errors import Interrupted, UserError
+from hetero_fl.errors import Interrupted, RunFailed, UserError
 from hetero_fl.experiment import run
-from hetero_fl.experiment.prepared import prepare
-from hetero_fl.experiment.single import _reopen
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.runtime.checkpoint import Checkpoints
+from tests.experiment.deployment.together import SITES, Federation, small
 from tests.runtime import paces
 from tests.runtime.test_crash import figures, models
 from tests.small import MIXED, TOP, config
@@ -210,6 +208,8 @@ def test_a_one_shot_method_is_not_extended(tmp_path: Path, capsys: pytest.Captur
 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("rounds: was 1, is now 2; dense is a one-shot method, whose runs cannot be extended")
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().err.endswith("this run has finished, after 1 round\n")
 
 
 def test_a_run_whose_privacy_is_spent_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,13 +221,58 @@ def test_a_run_whose_privacy_is_spent_is_not_extended(tmp_path: Path, capsys: py
 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("rounds: was 2, is now 3; privacy.target_epsilon allows 2")
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().err.endswith("this run has finished, after 2 rounds\n")
 
 
-def test_a_run_on_nodes_is_not_extended(short: Path) -> None:
-    prepared = prepare(load_config(short / "config.yaml", ["rounds=7"]))
+def test_a_run_on_nodes_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Federation(tmp_path).serve(small(rounds=1)).path
+    with pytest.raises(RunFailed, match="site_1 refuses: the configuration"):
+        Federation(tmp_path).serve(small(rounds=2), resume=True)
+    forgetful = [tmp_path / site for site in SITES]
 
-    with pytest.raises(UserError, match="a run on nodes cannot be extended, its sites agreed to 4"):
-        _reopen(short, prepared, on_nodes=True)
+    for folder in forgetful:
+        shutil.rmtree(folder)
+    with pytest.raises(UserError) as refused:
+        Federation(tmp_path).serve(small(rounds=2), resume=True)
+
+    reason = "a run on nodes cannot be extended, its sites agreed to 1"
+    assert str(refused.value) == f"{path}: rounds: was 1, is now 2; {reason}"
+    capsys.readouterr()
+    for folder in forgetful:
+        shutil.rmtree(folder)
+    Federation(tmp_path).serve(small(rounds=1), resume=True, quiet=False)
+    assert capsys.readouterr().err.splitlines()[-1] == f"{path}: this run has finished, after 1 round"
+
+
+def test_a_run_that_patience_stopped_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = planned(config("local", "linear", 2, evaluation__patience=2), 30)
+    source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
+    completed = run(source, out=tmp_path / "a").summary["rounds_completed"]
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+
+    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=40"]) == 2
+
+    reason = f"evaluation.patience (2) stopped the run after round {completed}"
+    assert capsys.readouterr().err == f"error: {tmp_path / 'a'}: rounds: was 30, is now 40; {reason}\n"
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+    said = f"{tmp_path / 'a'}: this run has finished, after {completed} of 30 rounds\n"
+    assert capsys.readouterr().err == said
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
+    (tmp_path / "a" / "summary.json").unlink()
+    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=40"]) == 2
+
+
+def test_an_evaluation_of_the_last_round_only_does_not_stop_an_extension(tmp_path: Path) -> None:
+    """Rounds 2 and 3 are evaluated, the latter as the last; in a longer run it is not, and patience goes on."""
+    source = planned(config("local", "linear", 2, evaluation__patience=1, evaluation__every=2), 3)
+    source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
+    run(source, out=tmp_path / "a")
+
+    run({**source, "rounds": 6}, out=tmp_path / "a", resume=True)
+
+    run({**source, "rounds": 6}, out=tmp_path / "b")
+    assert results(tmp_path / "a") == results(tmp_path / "b")
 
 
 def test_a_damaged_run_is_not_extended(short: Path, capsys: pytest.CaptureFixture[str]) -> None:

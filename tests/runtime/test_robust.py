@@ -160,7 +160,7 @@ def test_ones_own_rules_and_attacks() -> None:
                    attacks={"name": f"{here}:Zeros"}, algorithm__distil_at="client", rounds=1)  # fmt: skip
     rounds = rounds_of(source)
     assert not rounds.server.state["teacher"].softmax(-1).std() > 1e-6
-    refused("is no subclass of hetero_fl.aggregation.rules.base.Rule", aggregation={"rule": f"{here}:Zeros"})
+    refused("is not a subclass of hetero_fl.aggregation.rules.base.Rule", aggregation={"rule": f"{here}:Zeros"})
     refused("attacks.name: module 'tests.runtime.test_robust' has no 'Zeroes'", attacks={"name": f"{here}:Zeroes"})
 
 

@@ -32,7 +32,7 @@ def decimal_commas(frame: pd.DataFrame, where: str, besides: Collection[str] = (
         UserError: no cell decides; another column of the table has decimal points that may be thousands then.
     """
     columns = {
-        str(name): frame[name].dropna().astype(str)
+        name: frame[name].dropna().astype(str)
         for name in frame.columns
         if str(name) not in besides and is_text(frame[name])
     }
@@ -46,7 +46,7 @@ def decimal_commas(frame: pd.DataFrame, where: str, besides: Collection[str] = (
     if all(texts[texts.str.contains(",")].str.fullmatch(THOUSANDS).all() for texts in commas.values()):
         name, texts = next(iter(commas.items()))
         row = int(frame[name].astype(str).str.contains(",").to_numpy().argmax())
-        refuse(where, row, name, f"found '{texts.loc[frame.index[row]]}', decimal comma or thousands? {REMEDY}")
+        refuse(where, row, str(name), f"found '{texts.loc[frame.index[row]]}', decimal comma or thousands? {REMEDY}")
     for name in frame.columns:
         if types.is_float_dtype(frame[name]):
             values = frame[name].dropna().to_numpy(dtype=np.float64)
@@ -60,8 +60,10 @@ def decimal_commas(frame: pd.DataFrame, where: str, besides: Collection[str] = (
                     f"{where}: column '{name}' has decimal points and column '{next(iter(commas))}' decimal commas: "
                     f"are the points thousands? {REMEDY}"
                 )
-    read = {name: frame[name].str.replace(",", ".").astype(np.float64) for name in commas}
-    return frame.assign(**read), list(commas)
+    frame = frame.copy(deep=False)
+    for name in commas:
+        frame[name] = frame[name].str.replace(",", ".").astype(np.float64)
+    return frame, list(map(str, commas))
 
 
 def numbers(column: pd.Series, where: str, gaps: list[str] | None = None, hint: str = "") -> np.ndarray | None:

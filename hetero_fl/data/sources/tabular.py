@@ -166,16 +166,18 @@ def features(
         raise UserError(f"{where}: found no rows")
     read: dict[str, np.ndarray] = {}
     left_out: dict[str, str] = {}
-    for name in map(str, frame.columns):
+    for key in frame.columns:
+        # A frame in memory or a Parquet file may have integers as names.
+        name = str(key)
         if name in (categories or {}):
             values = (categories or {})[name]
-            found = indicated(frame[name], values, notes)
+            found = indicated(frame[key], values, notes)
             added = dict(zip(indicators(name, values), found.T, strict=True))
         else:
-            column = numbers(frame[name], where, gaps)
+            column = numbers(frame[key], where, gaps)
             added = {} if column is None else {name: column}
             if column is None:
-                left_out[name] = _why_left_out(frame[name])
+                left_out[name] = _why_left_out(frame[key])
         for other in added:
             if other in read:
                 raise UserError(f"{where}: column '{other}' is there twice, once as an indicator; rename one")
@@ -225,11 +227,11 @@ def _classes(column: pd.Series) -> bool:
 
 def _patients(frame: pd.DataFrame) -> str | None:
     """A column that seems to say of whom a row is, several rows being of one patient. Two values are a mark, no names."""
-    for name in map(str, frame.columns):
-        if PATIENT.search(name) and 2 < frame[name].nunique() < len(frame):
+    for name in frame.columns:
+        if PATIENT.search(str(name)) and 2 < frame[name].nunique() < len(frame):
             column = frame[name]
             if not types.is_float_dtype(column) or bool((column == np.floor(column)).all()):
-                return name
+                return str(name)
     return None
 
 

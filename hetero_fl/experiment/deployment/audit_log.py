@@ -2,8 +2,8 @@
 
 With the node's key each line is signed, and the signature of the last one covers all before it: without the key nobody can
 change, insert or append a line. The number of lines and the hash of the last one are in a second file, `….head`, so that an end
-that was cut off is noticed. Whoever can write both files can still go back to an earlier end; a copy of the head elsewhere shows
-that. A line is on disk before the answer that it tells of leaves; what was spent is counted from the lines.
+that was cut off is noticed. A process that can write both files can still restore an earlier state; a copy of the head
+elsewhere shows that. A line is on disk before the answer that it tells of leaves; what was spent is counted from the lines.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AuditLog:
         key: The node's private key, with which lines are signed; none: they are not.
 
     Raises:
-        UserError: It was tampered with: what it counts cannot be counted on.
+        UserError: If the log was changed, so that its counts are not reliable.
     """
 
     def __init__(self, path: Path, key: EllipticCurvePrivateKey | None = None) -> None:
@@ -76,7 +76,7 @@ class AuditLog:
 
     @property
     def head(self) -> str:
-        """The number of lines and the hash of the last one, `N:HASH`, for whoever keeps a copy of it."""
+        """The number of lines and the hash of the last one, `N:HASH`; keep a copy of it elsewhere."""
         return ":".join(map(str, _head(self.path)))
 
     def _signed(self, line: bytes) -> bytes:
@@ -201,9 +201,14 @@ def _read(
 
 def _check_signature(path: Path, lines: list[bytes], key: EllipticCurvePublicKey) -> None:
     """Raise UserError unless the last line, and through its hashes every line before it, is of the holder of this key."""
-    line, _, signature = lines[-1].rpartition(SIGNED)
+    line, _, rest = lines[-1].rpartition(SIGNED)
     try:
-        key.verify(bytes.fromhex(signature.decode().removesuffix('"}\n')), ABOUT + line + b"}", ECDSA(SHA384()))
+        # Exactly as it was written: `bytes.fromhex` also reads capitals and spaces, which would change the line's hash.
+        digits = rest.decode().removesuffix('"}\n')
+        signature = bytes.fromhex(digits)
+        if signature.hex() != digits:
+            raise ValueError("expected lower-case hexadecimal digits")
+        key.verify(signature, ABOUT + line + b"}", ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
         raise UserError(f"{path}: line {len(lines)}: it is not signed with this site's key") from None
 

@@ -27,7 +27,7 @@ from hetero_fl.data.private import Told
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.messages import JUNK, Refused
 from hetero_fl.metrics import SMALLER_IS_BETTER, metric_names
-from hetero_fl.own_code import OWN, strings
+from hetero_fl.own_code import CodePermission, references
 from hetero_fl.runtime.beside import STRETCH
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.site import READINGS, Reading, Scores
@@ -51,12 +51,14 @@ def hear_settings(tree: Any, names: Collection[str]) -> dict[str, Any]:
     found = tree.get("settings") if isinstance(tree, dict) else None
     _check_plain(found)
     if not isinstance(found, dict) or (odd := set(found) - set(OWN_SETTINGS)):
-        raise Refused(
-            f"it wants to decide {', '.join(sorted(odd)) if isinstance(found, dict) else 'nobody knows what'}"[:200]
+        what = (
+            f"it wants to decide {', '.join(sorted(odd))}"
+            if isinstance(found, dict)
+            else "expected a table of settings"
         )
-    for key, value in strings(found):
-        if value.startswith(OWN) and value not in names:
-            raise Refused(f"{key}: found {value[:LONGEST]}, code that this server's configuration does not name")
+        raise Refused(what[:200])
+    for name, key in CodePermission(granted=names).refused(references(found), ""):
+        raise Refused(f"{key}: found {name[:LONGEST]}, code that this server's configuration does not name")
     try:
         ClientSettings.model_validate(found)
     except ValidationError as error:
@@ -194,7 +196,7 @@ def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
     try:
         check_header(data)
     except CodecError:
-        raise Refused("what should be its model is none") from None
+        raise Refused("expected a model file") from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
@@ -202,7 +204,7 @@ def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
             # Nothing is built before it is known to be this client's model.
             saved = SavedModel.load(path, allow_code=True)
         except UserError:
-            raise Refused("what should be its model is none") from None
+            raise Refused("expected a model file") from None
     if saved.task != task or saved.arch not in (card.arch, *method.extras(card.arch).values()):
         raise Refused(f"a model of another kind than it has ({saved.arch.name[:LONGEST]})")
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}

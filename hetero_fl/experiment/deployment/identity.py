@@ -132,7 +132,8 @@ class Signed:
 
     def __init__(self, transport: Transport, keys: ServerKeys, say: Callable[[str], None]) -> None:
         self.transport, self.keys, self.say = transport, keys, say
-        self.logs: dict[str, str] = {}  # client -> the head of its audit log, as its last answer had it
+        self.logs: dict[str, str] = {}  # client -> the head of its audit log with the most lines
+        self._last_logs: dict[str, str] = {}  # client -> the head that its last answer had
         self._who: dict[int, str] = {}  # node -> the client whose key it holds
         self._sent: dict[str, Sent] = {}
 
@@ -185,16 +186,29 @@ class Signed:
         return Envelope({n: v for n, v in answer.head.items() if n not in (SIGNATURE, ANSWERS, LOG)}, answer.body)
 
     def _note_log(self, client: str, head: str) -> None:
-        """Keep the head of a site's audit log, which nobody at the site can change here."""
-        if (found := HEAD.fullmatch(head)) is None:
+        """Keep the head of a site's audit log that has the most lines, and report one that contradicts an earlier one.
+
+        Nobody at the site can change it here: a log that was cut off, or written anew, does not verify against it.
+        """
+        if HEAD.fullmatch(head) is None:
             return
-        before = HEAD.fullmatch(self.logs.get(client, ""))
-        if before is not None and int(found[1]) < int(before[1]):
-            self.say(f"the audit log of '{client}' has {found[1]} lines; it had {before[1]}")
-        self.logs[client] = head
+        kept = self.logs.setdefault(client, head)
+        last = self._last_logs.get(client, head)
+        self._last_logs[client] = head
+        if _lines(head) < _lines(last):
+            self.say(f"the audit log of '{client}' has {_lines(head)} lines; it had {_lines(last)} (kept: {kept})")
+        elif any(_lines(head) == _lines(before) and head != before for before in (last, kept)):
+            self.say(f"line {_lines(head)} of the audit log of '{client}' was replaced: found {head} (kept: {kept})")
+        if _lines(head) > _lines(kept):
+            self.logs[client] = head
 
     def _forget(self) -> None:
         """Messages to which no answer would be taken any more."""
         if len(self._sent) > 4 * max(16, len(self._who)):
             now = time.time()
             self._sent = {n: sent for n, sent in self._sent.items() if sent.until >= now}
+
+
+def _lines(head: str) -> int:
+    """Return the number of lines of an audit log, from its head."""
+    return int(head.partition(":")[0])

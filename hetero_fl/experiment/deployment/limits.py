@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hetero_fl.config.base import Section
 from hetero_fl.errors import nearest
+from hetero_fl.own_code import OWN
 
 
 class BudgetConfig(Section):
@@ -45,9 +46,9 @@ class AllowsConfig(Section):
         from hetero_fl.algorithms import algorithm
 
         for name in self.methods or ():
-            if name not in algorithm and not name.startswith("python:"):
+            if name not in algorithm and not name.startswith(OWN):
                 raise ValueError(f"found method '{name}'{nearest(name, algorithm, '`hetero-fl methods`')}")
         for name in self.own_code:
-            if not name.startswith("python:"):
+            if not name.startswith(OWN):
                 raise ValueError(f"found own_code '{name}'; write python:package.module:Name")
         return self

@@ -24,7 +24,7 @@ PROTOCOL = 1  # of these messages: another number, another language
 FORM = f"deployment {PROTOCOL}"
 
 
-# What is raised where a message is taken apart that nobody would send who means well.
+# Exceptions raised while parsing a malformed message.
 JUNK = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 

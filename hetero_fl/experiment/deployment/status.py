@@ -58,7 +58,7 @@ class Status:
         self._present = present
 
     def watch_logs(self, logs: Callable[[], Mapping[str, str]]) -> None:
-        """Whom to ask for the heads of sites' audit logs."""
+        """Set the function that returns the audit log heads."""
         self._logs = logs
 
     def happened(self, line: str) -> None:

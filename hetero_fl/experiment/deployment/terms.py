@@ -13,7 +13,7 @@ from hetero_fl.config.record import FREE
 from hetero_fl.experiment.deployment.limits import AllowsConfig
 from hetero_fl.experiment.deployment.messages import Refused
 from hetero_fl.experiment.deployment.site_file import SiteConfig
-from hetero_fl.own_code import OWN, strings
+from hetero_fl.own_code import CodePermission, references
 
 OWN_KEYS = ("model", "preprocess", "augment")  # which a configuration has as the site's file has them, or not at all
 
@@ -22,11 +22,8 @@ def check_raw(tree: object, allows: AllowsConfig) -> dict[str, Any]:
     """A configuration before it is read: to read one that names code is to import that. Raises Refused."""
     if not isinstance(tree, dict):
         raise Refused("the configuration is none")
-    for key, value in strings(tree):
-        if value.startswith(OWN) and value not in allows.own_code:
-            raise Refused(
-                f"{key}: found {value[:80]}; this site runs no code by name but allows.own_code {allows.own_code}"
-            )
+    for name, key in CodePermission(granted=allows.own_code).refused(references(tree), ""):
+        raise Refused(f"{key}: found {name[:80]}; this site runs no code by name but allows.own_code {allows.own_code}")
     return tree
 
 

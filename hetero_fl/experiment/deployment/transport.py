@@ -26,7 +26,7 @@ class Envelope:
 
 
 class Unread(Envelope):
-    """What stands for an answer that was not taken, and why. Made at this side, never carried."""
+    """Placeholder for an answer that was refused."""
 
     @classmethod
     def because(cls, why: str) -> Unread:

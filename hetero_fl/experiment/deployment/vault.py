@@ -58,7 +58,7 @@ class Cipher:
 
 
 def _make_key(path: Path) -> None:
-    """Write a new key, on disk when this returns: what it seals would be lost with it."""
+    """Write a new key and flush it to disk."""
     new = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

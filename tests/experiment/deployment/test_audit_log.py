@@ -177,6 +177,21 @@ def test_verify_finds_another_history(tmp_path: Path) -> None:
             verify(path, KEY.public_key())
 
 
+@pytest.mark.parametrize("change", [lambda digits: digits[:2] + b" " + digits[2:], bytes.upper])
+def test_signatures_have_one_form(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = signed(tmp_path / "audit.jsonl").path
+    *before, last = path.read_bytes().splitlines(keepends=True)
+    line, _, digits = last.rpartition(b'"signature": "')
+    changed = line + b'"signature": "' + change(digits.removesuffix(b'"}\n')) + b'"}\n'
+    path.write_bytes(b"".join([*before, changed]))
+    head = path.with_name("audit.jsonl.head")
+    head.write_text(f"{len(before) + 1} {hashlib.sha256(changed).hexdigest()}".ljust(95) + "\n")
+    assert len(verify(path)) == 3
+
+    with pytest.raises(UserError, match="line 3: it is not signed with this site's key"):
+        verify(path, KEY.public_key())
+
+
 def test_signed_log_of_a_killed_process_goes_on(tmp_path: Path) -> None:
     path = signed(tmp_path / "audit.jsonl").path
     head = path.with_name("audit.jsonl.head").read_bytes()

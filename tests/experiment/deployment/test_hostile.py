@@ -172,7 +172,7 @@ READINGS: dict[str, tuple[Change, str]] = {
     ),
     "a model": (
         reading(lambda t: t.update(model=torch.zeros(9, dtype=torch.uint8))),
-        "what should be its model is none",
+        "expected a model file",
     ),
     "a model that is text": (reading(lambda t: t.update(model="x")), "a model that is no bytes"),
 }

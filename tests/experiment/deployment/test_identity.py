@@ -293,9 +293,59 @@ def test_server_keeps_the_heads_of_audit_logs(tmp_path: Path) -> None:
         assert len(verify(tmp_path / id / "audit.jsonl", PINNED.clients[id], told[id]["log"])) > 3
 
 
-def test_server_says_that_an_audit_log_went_back(tmp_path: Path) -> None:
+def head_of(count: int, digit: str) -> str:
+    """The head of an audit log of so many lines."""
+    return f"{count}:{digit * 64}"
+
+
+WENT_BACK = f"the audit log of 'site_1' has 3 lines; it had 5 (kept: {head_of(5, 'a')})"
+
+
+@pytest.mark.parametrize(
+    ("heads", "kept", "told"),
+    [
+        ([head_of(5, "a"), "junk", head_of(5, "a"), head_of(6, "b")], head_of(6, "b"), []),
+        ([head_of(5, "a"), head_of(3, "b"), head_of(4, "c")], head_of(5, "a"), [WENT_BACK]),
+        (
+            [head_of(5, "a"), head_of(5, "b")],
+            head_of(5, "a"),
+            [f"line 5 of the audit log of 'site_1' was replaced: found {head_of(5, 'b')} (kept: {head_of(5, 'a')})"],
+        ),
+        (
+            [head_of(5, "a"), head_of(3, "b"), head_of(5, "c"), head_of(6, "d")],
+            head_of(6, "d"),
+            [
+                WENT_BACK,
+                f"line 5 of the audit log of 'site_1' was replaced: found {head_of(5, 'c')} (kept: {head_of(5, 'a')})",
+            ],
+        ),
+    ],
+)
+def test_server_keeps_the_longest_audit_log_and_reports_another(heads: list[str], kept: str, told: list[str]) -> None:
     said: list[str] = []
     signed = Signed(Loopback(), PINNED, said.append)
-    for head in (f"7:{'a' * 64}", "junk", f"5:{'b' * 64}"):
+
+    for head in heads:
         signed._note_log("site_1", head)
-    assert said == ["the audit log of 'site_1' has 5 lines; it had 7"]
+
+    assert signed.logs == {"site_1": kept}
+    assert said == told
+
+
+def test_an_audit_log_that_went_back_is_an_event_of_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation(tmp_path)
+    for id, node in federation.nodes.items():
+        node.keys = keys_of(id)
+    heads = iter([head_of(5, "a"), head_of(3, "b")])
+    note = Signed._note_log
+
+    def forged(self: Signed, client: str, head: str) -> None:
+        note(self, client, next(heads, "") if client == "site_1" else head)
+
+    monkeypatch.setattr(Signed, "_note_log", forged)
+
+    federation.serve(small(rounds=1), keys=PINNED)
+
+    status = read_status(tmp_path / "run")
+    assert status["nodes"]["site_1"]["log"] == head_of(5, "a")
+    assert WENT_BACK in [event["message"] for event in status["events"]]

@@ -29,6 +29,7 @@ def held(name: str, *overrides: str) -> Rounds:
     return rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finance_hetero", "text_hetero", "sensors_hetero"])
 def test_two_rounds_and_what_they_leave(name: str, tmp_path: Path) -> None:
     finished = run(CONFIGS / f"{name}.yaml", overrides=[*SHORT, "evaluation.every=2"], out=tmp_path / "run")
@@ -92,6 +93,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_take_tokens(method: str) -> None:
     small = ["clients.defaults.steps=1", "data.proxy.size=40", f"algorithm.name={method}"]
@@ -100,6 +102,7 @@ def test_methods_take_tokens(method: str) -> None:
     assert rounds.completed == 2
 
 
+@pytest.mark.slow
 def test_models_of_tokens_can_be_computed_together() -> None:
     torch.set_default_dtype(torch.float64)
     try:

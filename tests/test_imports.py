@@ -44,6 +44,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_heavy_libraries_are_not_loaded_at_the_start(name: str) -> None:
     code, heavy = STARTS[name]

@@ -110,6 +110,7 @@ def leaked(prepared: Prepared) -> tuple[int, bool, int]:
     return len(np.intersect1d(secret, sent)), any(b"genes" in payload for payload in taken), sum(map(len, taken))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_no_gene_is_in_any_payload(method: str) -> None:
     try:
@@ -126,6 +127,7 @@ def test_no_gene_is_in_any_payload(method: str) -> None:
     assert total > 0 or method == "local"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid"])
 def test_the_search_finds_genes_that_leave(method: str) -> None:
     found, named, _ = leaked(reduced(method, "clients.defaults.shares=[parameters,predictions]"))

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "newcomer_set.py"
 EMBEDDED = Path(__file__).parents[1] / "hetero_fl" / "data" / "embedded" / "chest_xray.npz"
 
 
+@pytest.mark.slow
 def test_a_newcomer_has_what_is_not_embedded(tmp_path: Path) -> None:
     with np.load(EMBEDDED) as archive:
         embedded = dict(archive)

@@ -219,6 +219,7 @@ def test_the_flag_permits_code(trap: str, capsys: pytest.CaptureFixture[str]) ->
     assert main(["train", "--resume", "--out", "run", "--allow-code"]) == 0
 
 
+@pytest.mark.slow
 def test_processes_of_a_comparison_have_the_permission(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
     methods = f"local,{trap}Method"
@@ -274,6 +275,7 @@ def test_python_allows_what_the_program_itself_names(trap: str) -> None:
     assert load_config(file, allow_code=True).algorithm["name"] == f"{trap}Method"
 
 
+@pytest.mark.slow
 def test_python_compares_methods_that_the_program_names(trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     file = written(config("local", "mlp", 2, rounds=1, **BARE))

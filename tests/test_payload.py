@@ -210,6 +210,7 @@ def test_deep_nesting_is_refused() -> None:
         decode(encode(tree, "form"), "form")
 
 
+@pytest.mark.slow
 def test_nothing_in_the_packages_unpickles() -> None:
     """`pickle` and its kin are imported nowhere; `torch.load` only with weights_only=True."""
     root = Path(hetero_fl.__file__).parent

@@ -26,6 +26,7 @@ def replication(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(**{k: v for name in names for k, v in vars(importlib.import_module(name)).items()})
 
 
+@pytest.mark.slow
 def test_every_row_loads(replication: SimpleNamespace, tmp_path: Path) -> None:
     jobs = replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
     assert len({job.path for job in jobs}) == len(jobs)

@@ -205,6 +205,7 @@ def test_under_a_secure_sum(method: str) -> None:
     assert torch.allclose(plain.server.state[TEACHER], summed.server.state[TEACHER], atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["record", "client", "local"])
 def test_counts_that_noise_leaves_below_nought_are_taken_for_nought(unit: str) -> None:
     noise = {"unit": unit, "noise_multiplier": 3.0, "delta": 1e-4}

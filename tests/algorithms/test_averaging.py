@@ -105,6 +105,7 @@ LIMITS: dict[str, tuple[str, str, tuple[str, dict[str, Any]], tuple[str, dict[st
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("limit", LIMITS)
 def test_limits(limit: str) -> None:

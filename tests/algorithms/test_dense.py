@@ -235,6 +235,7 @@ def test_the_student_is_the_most_frequent_model_and_mistakes_are_one_line() -> N
         assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_student_learns_from_models_alone() -> None:
     """Long enough, it is far better than by chance on examples that it has never seen."""
     longer = {"synthesis_epochs": 8, "generator_steps": 12, "student_steps": 25, "synthetic_batch": 64, "noise": 32}

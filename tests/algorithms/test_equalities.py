@@ -32,6 +32,7 @@ def test_hybrid_of_all_different_architectures_is_fedmd_with_kl_bit_for_bit() ->
     assert torch.equal(fedmd.server.state["teacher"], hybrid.server.state["teacher"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proxy_rows", [None, 40])
 def test_hybrid_without_proxy_replay_is_feddf_with_its_loss_and_teacher_bit_for_bit(proxy_rows: int | None) -> None:
     """Models and metrics of every round, two clients of each architecture, four of six a round."""
@@ -97,6 +98,7 @@ def test_one_client_with_everything_is_centralised_training_bit_for_bit() -> Non
 FEDERATED = [m for m in METHODS if m not in ("local", "centralized", "ensemble")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", FEDERATED)
 def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
     groups = [{"name": n, "count": 2, "model": m} for n, m in zip("abc", MIXED, strict=True)]
@@ -119,6 +121,7 @@ def test_a_mean_with_server_rate_one_is_the_mean_itself() -> None:
     assert same_bits(plain.server.models[group], rate.server.models[group])
 
 
+@pytest.mark.slow
 def test_the_student_of_one_client_reaches_its_teacher() -> None:
     """Different architecture, public rows only: it ends by predicting as its teacher does."""
     source = config(

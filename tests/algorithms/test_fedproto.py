@@ -138,6 +138,7 @@ def test_who_shares_no_statistics_sends_nothing() -> None:
     assert rounds.traffic.up < whole
 
 
+@pytest.mark.slow
 def test_the_common_width_is_the_most_frequent_and_written_down(tmp_path: Path) -> None:
     models = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24, 32]}]
     prepared = prepare(config("fedproto", models, clients=3))

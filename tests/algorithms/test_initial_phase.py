@@ -194,6 +194,7 @@ def test_without_public_epochs_no_labels_are_needed() -> None:
     assert seen[f"{first}: initial private"] == 1 and seen[f"{first}: initial public"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
 def test_workers_compute_what_one_process_does(method: str) -> None:
     setup = setup_of(federation(method, per_round=3))

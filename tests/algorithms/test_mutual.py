@@ -222,6 +222,7 @@ def test_every_other_round(method: str) -> None:
     assert sent == [[[MENTEE], []], [[], [MENTEE]], [later, []], [[], [MENTEE]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fml", "fedkd"])
 def test_views_that_differ_in_shape(method: str, tmp_path: Path) -> None:
     source = config(method, MIXED, algorithm={"name": method}, rounds=1)

@@ -30,6 +30,7 @@ def test_it_is_the_code_of_the_docs() -> None:
     assert code in page
 
 
+@pytest.mark.slow
 def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
     assert "median_teacher" in algorithm
     by_name = run(config("median_teacher", MIXED), out=tmp_path / "a")

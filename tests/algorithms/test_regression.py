@@ -56,6 +56,7 @@ def held(method: str, rounds: int = 3, same: bool = True, **own: Any) -> Rounds:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns_and_nothing_turns_predictions_into_probabilities(
     method: str, monkeypatch: pytest.MonkeyPatch

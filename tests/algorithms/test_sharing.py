@@ -28,6 +28,7 @@ def everything(rounds: Rounds) -> bytes:
     return encode({"run": rounds.tree(), "clients": clients}, "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STATEFUL)
 def test_a_run_that_is_resumed_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
     whole = rounds_of(source(method))
@@ -43,6 +44,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(method: str, tmp_path: Pa
     assert everything(resumed) == everything(whole)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_no_bit(tmp_path: Path) -> None:
     models = []
     for executor in ("serial", "processes"):

@@ -112,6 +112,7 @@ def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> No
     assert torch.allclose(rounds.server.state[TEACHER], top / bottom, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid", "ds_fl", "kt_pfl"])
 def test_as_many_rows_as_there_are_is_the_whole_set_and_fewer_are_not(method: str) -> None:
     whole, as_many, fewer = (
@@ -164,6 +165,7 @@ def test_an_old_teacher_is_followed_on_its_own_rows(method: str) -> None:
 BY_DISTANCE = ("fedproto", "fedtgp")  # unless they are told to read heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [*({"name": m} for m in METHODS), *({"name": m, "inference": "head"} for m in BY_DISTANCE)]
 )

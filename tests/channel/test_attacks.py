@@ -145,6 +145,7 @@ def equal(a: Item, b: Item) -> bool:
     return all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_only_liars_send_something_else_and_only_what_the_attack_acts_on(
     name: str, monkeypatch: pytest.MonkeyPatch

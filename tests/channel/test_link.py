@@ -203,6 +203,7 @@ def hostile(rng: random.Random, by: Link, good: list[bytes], others: list[bytes]
     return by.send(Payload(items), KEY, PLAIN, GOT, {})
 
 
+@pytest.mark.slow
 def test_ten_thousand_malformed_uploads_are_refused_in_one_line_each_or_are_in_form() -> None:
     rng, refused = random.Random(0), 0
     chains = [link(*chain, entropy=i % 2 == 0) for i, chain in enumerate(CHAINS)]

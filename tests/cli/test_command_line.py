@@ -53,6 +53,7 @@ def test_version_is_that_of_the_package(
     assert ended.value.code == 0 and capsys.readouterr().out == f"hetero-fl {hetero_fl.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--quiet", "train"], ["-qv", "train"], ["train", "-q"]])
 def test_quiet_leaves_results_alone(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
@@ -112,6 +113,7 @@ def without_reader(*arguments: str, stream: str, unbuffered: bool = False) -> su
         os.close(writer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -128,12 +130,14 @@ def test_command_ends_quietly_where_nobody_reads(arguments: list[str]) -> None:
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.slow
 def test_command_ends_quietly_where_nobody_reads_unbuffered() -> None:
     ended = without_reader("methods", stream="stdout", unbuffered=True)
 
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.slow
 def test_run_ends_quietly_where_nobody_reads_its_progress(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = without_reader("train", "--config", DIGITS, "--out", str(run), "rounds=1", stream="stderr")

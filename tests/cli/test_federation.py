@@ -154,6 +154,7 @@ def same(a: Run, b: Run) -> None:
 needs_processes = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 
 
+@pytest.mark.slow
 def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
     code = "from hetero_fl.algorithms import FedAvg\n\nclass Mine(FedAvg):\n    pass\n"
@@ -173,6 +174,7 @@ def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
     assert set(run_of_nodes.models) == {"server", "site_1", "site_2"}
 
 
+@pytest.mark.slow
 @needs_processes
 def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C after a round, with a node that was killed before; then the rest, to the same bits; then a kill."""
@@ -199,6 +201,7 @@ def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_pa
     until(lambda: not relatives(tmp_path), log)
 
 
+@pytest.mark.slow
 @needs_processes
 def test_machines_of_their_own(tmp_path: Path) -> None:
     """TLS and keys; a node goes politely and comes back; the server is ended by SIGTERM, and goes on."""

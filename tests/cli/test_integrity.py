@@ -473,6 +473,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_resumed(
     assert RunDirectory(stopped).checksums()
 
 
+@pytest.mark.slow
 def test_plots_and_report_that_are_missing_are_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = config("fedavg", "linear", 2, rounds=1)
     run(source, out=tmp_path / "a")

@@ -51,6 +51,7 @@ def test_two_rounds_of_the_reduced_form(tmp_path: Path, name: str, shape: tuple[
     assert run.summary["server"]["last"]["accuracy"] is not None
 
 
+@pytest.mark.slow
 def test_a_study_runs_in_one_command_and_options_win(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_method_that_somebody_registered_does_not_change_it(
     assert script.page() == before
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_itself() -> None:
     subprocess.run([sys.executable, str(SCRIPT), "--check"], check=True, cwd="/", timeout=300)
 

@@ -95,6 +95,7 @@ def test_the_grid_without_test_rows_at_home(tmp_path: Path, one_after_another: l
     assert row["clients.defaults.optimizer.lr"] == "0.05"
 
 
+@pytest.mark.slow
 def test_the_candidates_are_shown_with_their_validation(tmp_path: Path, one_after_another: list[str]) -> None:
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
     compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)

@@ -93,6 +93,7 @@ def test_note_says_which_method_the_file_settings_went_to(
     assert used.note == told
 
 
+@pytest.mark.slow
 def test_compare_prints_and_writes_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small()))
     command = ["--config", str(tmp_path / "small.yaml"), "--algorithms", "local,fedprox:mu=0.5,fedavg,hybrid"]
@@ -115,6 +116,7 @@ def test_compare_prints_and_writes_the_settings(tmp_path: Path, capsys: pytest.C
     assert hybrid.endswith("(grid, chosen by validation)")
 
 
+@pytest.mark.slow
 def test_compare_names_the_study_as_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small()))
     study = {"config": "small.yaml", "algorithms": ["local:logit_adjustment=true", "fedavg"], "jobs": 1}
@@ -128,6 +130,7 @@ def test_compare_names_the_study_as_the_source(tmp_path: Path, capsys: pytest.Ca
     assert "are those of Hybrid, which is not compared" in told
 
 
+@pytest.mark.slow
 def test_compare_from_python_takes_settings_from_a_dictionary(tmp_path: Path) -> None:
     out = compare(small(), "local,hybrid", out=tmp_path / "out", jobs=1)
     assert "heads = keep (algorithm section of the configuration)" in (out / "comparison.md").read_text()
@@ -150,6 +153,7 @@ def test_used_settings_run_no_code_without_permission() -> None:
         used_settings(small(), [], {own: ()}, {}, allow_code=CodePermission())
 
 
+@pytest.mark.slow
 def test_compare_lists_the_settings_of_a_custom_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_settings.py").write_text(OWN_METHOD)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -66,6 +66,7 @@ def test_runs_made_with_other_settings_are_told_first(made: list[str], capsys: p
     assert "out: another process is at work there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_method_derives_is_no_other_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "run_all", one_after_another)
     method = "dense:synthesis_epochs=1:generator_steps=1:student_steps=1"
@@ -75,6 +76,7 @@ def test_what_a_method_derives_is_no_other_setting(tmp_path: Path, monkeypatch: 
         compare(small(), [f"{method}:student=site_2"], [0], out=moved(tmp_path / "out", method))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [("fedasync", {}), ("fedavg", {"privacy": {"unit": "record", "target_epsilon": 8.0}})],
@@ -97,6 +99,7 @@ def moved(out: Path, method: str) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_runs_of_a_comparison_have_a_core_each(tmp_path: Path) -> None:
     compare(small(), ["local"], [0, 1], out=tmp_path / "out", jobs=2)
     for seed in (0, 1):
@@ -112,6 +115,7 @@ def test_a_worker_that_imports_the_script_leaves(call: Any, monkeypatch: pytest.
     assert left.value.code == UNGUARDED and not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
     text = f"import hetero_fl\nhetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)\n"
     (tmp_path / "script.py").write_text(text)
@@ -127,6 +131,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals to a group of processes")
 def test_an_interrupted_comparison_tells_its_own_command(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
@@ -156,6 +161,7 @@ def compared(folder: Path, *flags: str) -> int:
     return main([*asked, *flags], command="compare")
 
 
+@pytest.mark.slow
 def test_compare_shows_scores_and_remaining_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = r"local test: balanced accuracy \d+\.\d%.*; global test: balanced accuracy \d+\.\d%.*"
 

@@ -144,6 +144,7 @@ def test_the_consensus_is_the_mean_prediction(place: Folder) -> None:
     assert torch.allclose(legacy.consensus(x).exp(), want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nobody_shared_a_backbone(place: Folder, tmp_path: Folder) -> None:
     with pytest.raises(UserError, match=r"--take: nobody in .* shared the backbone of a vit"):
         join(place, tmp_path / "a", "vit", take="backbone")

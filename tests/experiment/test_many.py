@@ -63,6 +63,7 @@ def nobody_lists_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "__iter__", listed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STATEFUL)
 def test_a_run_with_a_million_clients(method: str, nobody_lists_everybody: None, tmp_path: Path) -> None:
     source = many(method, evaluation={"clients": 5}, clients__overrides=[{"match": "site_*7", "epochs": 2}])

@@ -19,6 +19,7 @@ def test_the_list_is_whole() -> None:
     assert sorted(METHODS) == sorted(n for n in algorithm if algorithm[n].__module__.startswith("hetero_fl."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_by_its_name_alone(method: str, tmp_path: Path) -> None:
     """Three architectures, two rounds; of DENSE's many steps at the server only a few."""
@@ -43,6 +44,7 @@ def test_by_its_name_alone(method: str, tmp_path: Path) -> None:
     assert "arning" not in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_ready_for_the_main_job(method: str) -> None:
     assert prepare(CONFIGS / "medical_hetero.yaml", [f"algorithm.name={method}"]).config.algorithm["name"] == method

@@ -27,6 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(source, out=tmp_path_factory.mktemp("runs") / "a")
 
 
+@pytest.mark.slow
 def test_the_run_directory_is_complete(finished: Run) -> None:
     for name in FILES:
         assert (finished.path / name).stat().st_size > 0

@@ -31,6 +31,7 @@ def saved(folder: Path, task: Task, shape: tuple[int, ...], columns: list[float]
     weight = next(n for n, t in tensors.items() if t.ndim == 2)
     tensors[weight] += torch.tensor(columns)[:, None]
     run = RunDirectory.create(folder, config={}, environment={})
+    run.append_metrics({"round": 1})
     (run.path / "models").mkdir()
     (run.path / "models" / "a.safetensors").write_bytes(SavedModel(tensors, arch, {}, task).encode())
     return run.path

@@ -95,6 +95,7 @@ def junctions(folder: Path, names: tuple[str, ...] = ("1", "2", "3", "4")) -> Pa
     return path
 
 
+@pytest.mark.slow
 def test_a_file_takes_the_place_of_the_generated_junctions(tmp_path: Path) -> None:
     done = run(
         CONFIG, overrides=[*SHORT, f"data.path={junctions(tmp_path)}", "output.plots=false"], out=tmp_path / "run"
@@ -108,6 +109,7 @@ def test_a_file_takes_the_place_of_the_generated_junctions(tmp_path: Path) -> No
         prepare(CONFIG, [*SHORT, f"data.path={junctions(tmp_path, ('1', '2', '3'))}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("horizons", ["[1,3,6]", "[3]"])
 def test_busy_or_not(horizons: str, tmp_path: Path) -> None:
     common = ["vehicles", "hour_sin", "hour_cos", "week_sin", "week_cos"]

@@ -166,6 +166,7 @@ def test_small_groups_can_be_built_with_a_common_width(group: str) -> None:
     assert {create_model(name, 3, feature_dim=48).feature_dim for name in group_models(group)} == {48}
 
 
+@pytest.mark.slow
 def test_importing_the_package_brings_in_neither_library_nor_the_framework() -> None:
     code = (
         "import sys, model_zoo; model_zoo.create_model('cnn_bn_small', 10); model_zoo.list_models();"

@@ -33,6 +33,7 @@ SMALL = [  # name, channels, size, width of the features, enlarged to
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "channels", "size", "width", "enlarged"), SMALL)
 def test_small_images_of_any_channels(
     name: str, channels: int, size: Any, width: int, enlarged: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch

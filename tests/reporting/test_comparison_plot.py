@@ -41,6 +41,7 @@ def panels(figure: Figure) -> dict[str, Axes]:
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("names", [ALL, LONG, ["local", "fedavg"]], ids=["all", "long names", "two"])
 @pytest.mark.parametrize(

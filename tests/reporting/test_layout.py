@@ -42,6 +42,7 @@ def _outside(axis: Any) -> list[Text]:
     return [t for tick in [*axis.majorTicks, *axis.minorTicks] if tick not in drawn for t in (tick.label1, tick.label2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
 @pytest.mark.parametrize("clients", [6, 20, 60])
 @pytest.mark.parametrize(("classes", "kind"), [(2, "binary"), (10, "multiclass")], ids=["two", "ten"])

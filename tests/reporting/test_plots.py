@@ -22,6 +22,7 @@ MakeRun = Callable[..., RunDirectory]
 ALL = ["curves", "clients", "labels", "communication", "confusion", "calibration"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "names"),
     [
@@ -50,6 +51,7 @@ def test_every_kind_of_run(made_run: MakeRun, case: dict[str, Any], names: list[
     assert dict(rcParams) == before, "matplotlib's settings are the user's"
 
 
+@pytest.mark.slow
 def test_pictures_repeat_byte_for_byte(made_run: MakeRun) -> None:
     run = made_run(rounds=3)
     first = [path.read_bytes() for path in write_plots(run.path)]

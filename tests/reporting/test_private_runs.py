@@ -85,6 +85,7 @@ def disclosed(folder: Path, counts: dict[str, list[int]]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "privacy"),
     [
@@ -107,6 +108,7 @@ def test_private_run_directory_holds_no_label_counts(
     assert "label counts" in report.lower() and "Who holds which labels" not in report
 
 
+@pytest.mark.slow
 def test_public_run_directory_shows_label_counts(tmp_path: Path) -> None:
     source = source_of(ADJUSTED, None)
 
@@ -128,6 +130,7 @@ def test_pictures_of_a_private_run_show_rows_and_the_global_test_set(tmp_path: P
     assert {reading for found in details["confusion"].values() for reading in found} == {"global"}
 
 
+@pytest.mark.slow
 def test_private_run_shows_no_true_values_of_a_forecast(tmp_path: Path) -> None:
     config_file = Path(__file__).parents[2] / "configs" / "traffic_hetero.yaml"
     quick = ["rounds=1", "clients.defaults.steps=2", "data.test_limit=150", "data.proxy.size=60", "runtime.threads=1"]

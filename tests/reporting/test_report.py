@@ -60,6 +60,7 @@ def read(run: RunDirectory, pictures: bool = False) -> Page:
     return Page(write_report(run.path).read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -118,6 +119,7 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
     assert "Guessing among 2 classes would give 50%" in page.text
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_run(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
     drawn = [path.read_bytes() for path in write_plots(run.path)]

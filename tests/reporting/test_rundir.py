@@ -166,6 +166,7 @@ def hold(folder: str, held: Any) -> None:
         held.recv()
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_process_and_a_kill_frees_it(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -40,6 +40,7 @@ def timed(run: RunDirectory, each: float = 40.0) -> RunDirectory:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [3, 60])
 def test_a_run_in_simulated_time_has_its_pictures_and_its_report_says_so(made_run: MakeRun, clients: int) -> None:
     run = timed(made_run(clients=clients, rounds=20))
@@ -65,6 +66,7 @@ def test_the_pictures_show_the_tasks_of_the_file(made_run: MakeRun) -> None:
     assert both.axes[0].lines[0].get_xdata()[-1] == pytest.approx(40)
 
 
+@pytest.mark.slow
 def test_no_picture_where_no_time_passed(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
     assert time_plots.time(run.summary(), run.metrics(), run.details()) is None

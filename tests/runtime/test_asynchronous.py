@@ -46,7 +46,9 @@ def bits(run: Any) -> dict[str, Any]:
 
 
 # The synchronous limit ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
+@pytest.mark.parametrize(
+    "channel", [pytest.param({}, id="plain"), pytest.param(TOP, id="topk", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("cohort", [None, 2])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"])
 def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
@@ -72,6 +74,7 @@ def test_where_they_do_not_it_is_another() -> None:
     assert any(len(set(record["cohort"])) < 4 for record in records)  # the fast come twice, and the slow not at all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SUMS)
 def test_every_method_whose_uploads_are_summed_runs_and_can_be_read(method: str) -> None:
     extra = {"algorithm": {"name": "ds_fl", "proxy_rows": None}} if method == "ds_fl" else {}
@@ -108,6 +111,7 @@ def test_what_goes_wrong_before_an_upload_is_sent_is_never_computed() -> None:
 
 
 # However it is interrupted ------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["serial", "batched"])
 @pytest.mark.parametrize(
     ("method", "channel"), [("hybrid", {}), ("hybrid", TOP), ("fedbuff", {}), ("fedbuff", TOP), ("fedproto", {})]

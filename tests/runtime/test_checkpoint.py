@@ -176,6 +176,7 @@ def test_large_trees_are_written_in_pieces_and_are_not_in_memory_twice(
     assert all(same_bits(models[g], read["server"]["models"][g]) for g in models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     ["fedavg", "fedmd", "fd", "feddf", "hybrid", "ensemble", "ds_fl", "ds_fl cached", "kt_pfl", "fedgkt", "dense"],

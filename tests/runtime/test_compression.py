@@ -26,6 +26,7 @@ BOUNDS = ("local", "centralized")
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [TOP, BOTH], ids=["topk", "both"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_costs_what_was_told(method: str, channel: dict[str, Any]) -> None:
@@ -157,6 +158,7 @@ def crew() -> Iterator[Lent]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "scaffold", "ds_fl"])
 @pytest.mark.parametrize("channel", [TOP, BOTH], ids=["topk", "both"])
 def test_workers_change_no_bit(method: str, channel: dict[str, Any], crew: Lent) -> None:
@@ -196,6 +198,7 @@ def test_stages_without_work_are_told() -> None:
     assert any("local sends nothing" in note for note in prepare(config("local", MODELS, 4, channel=TOP)).notes)
 
 
+@pytest.mark.slow
 def test_bytes_of_metrics_and_summary_are_those_that_travel(tmp_path: Any) -> None:
     output = {"plots": False, "report": False}
     summaries = [

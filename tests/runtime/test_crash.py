@@ -92,6 +92,7 @@ def figures(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
     spawn(tmp_path / "warm", mode).join()  # the server process imports once; this pays for it
@@ -133,6 +134,7 @@ def killed(out: str, mode: str) -> None:
     run({**made, "faults": {**made["faults"], "server": [2, 3]}}, out=out, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_server_that_its_faults_kill_goes_on_with_the_same_bits(mode: str, tmp_path: Path) -> None:
     run(MODES[mode](), out=tmp_path / "plain")
@@ -145,6 +147,7 @@ def test_a_server_that_its_faults_kill_goes_on_with_the_same_bits(mode: str, tmp
     assert figures(tmp_path / "plain") == figures(tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the_key(tmp_path: Path) -> None:
     run(config("fedavg", rounds=1), out=tmp_path / "a")
     with pytest.raises(UserError, match=r"seed: was 0, is now 3$"):
@@ -153,6 +156,7 @@ def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the
         run(config("fedavg", rounds=1), out=tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
     interrupted = CONTEXT.Process(target=interrupted_run, args=(str(tmp_path / "a"),))
     interrupted.start()

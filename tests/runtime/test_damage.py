@@ -90,6 +90,7 @@ def blank(at: float) -> Callable[[bytes], bytes]:
 DAMAGE = st.one_of(st.builds(flip, PLACE, st.integers(0, 7)), st.builds(cut, PLACE), st.builds(blank, PLACE))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @example(flip(0.0))  # the first byte
 @example(lambda data: flip((len(data) - 1) / len(data), 7)(data))  # the last

@@ -46,6 +46,7 @@ def fated(fates: Mapping[str, Fate], **changes: Any) -> tuple[Rounds, dict[str, 
     return rounds, asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["before", "during", "after", "lost", "late", "corrupted", "twice"])
 def test_each_fault_strikes_at_its_place_in_the_exchanges(what: str) -> None:
     rounds, asked = fated({"site_2": Fate(what, by=100.0 if what == "late" else 0.0, share=0.5)})  # type: ignore[arg-type]
@@ -90,6 +91,7 @@ def test_too_many_dropouts_give_the_sum_up_and_nothing_is_kept() -> None:
     assert "unmask" not in asked["site_5"] and rounds.store.clients() == [] and not rounds.store.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", [{}, {"deadline": 1.5}, {"deadline": 1.5, "partial_work": True}, {"over_selection": 1.4}]
 )

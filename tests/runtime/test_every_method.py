@@ -34,6 +34,7 @@ def crew() -> Iterator[Lent]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_one_two_or_three_workers_compute_what_one_process_does(method: str, crew: Lent) -> None:
     setup = setup_of(source(method))
@@ -44,6 +45,7 @@ def test_one_two_or_three_workers_compute_what_one_process_does(method: str, cre
         assert outcome(rounds_on(setup, crew, size), 2) == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
 @pytest.mark.parametrize("method", ["hybrid", "fedproto", "fedasync", "fedbuff"])
 def test_nor_do_they_in_an_asynchronous_run_in_which_everything_goes_wrong(

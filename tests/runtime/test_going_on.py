@@ -36,6 +36,7 @@ def everything(rounds: Rounds) -> dict[tuple[Any, ...], Any]:
     return leaves({"run": rounds.tree(), **{id: {"models": p.models, "state": p.state} for id, p in kept.items()}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["name"])
 def test_a_run_that_is_taken_up_again_is_one_that_never_stopped(settings: dict[str, Any], tmp_path: Path) -> None:
     source = config(

@@ -173,6 +173,7 @@ def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, 
     assert not channel or sum(UNSENT in befallen.store.get(id).state for id in befallen.federation.cards) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedper", "hybrid"])
 @pytest.mark.parametrize("fault", ["before", "after", "lost", "late", "corrupted"])
 @pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
@@ -382,6 +383,7 @@ def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
     refused(r"devices\.file: nowhere\.csv", devices={"file": "nowhere.csv"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_give_the_same_bits(workers: int) -> None:
     source = config(

@@ -79,6 +79,7 @@ def test_a_cache_and_few_bits(tmp_path: Any) -> None:
     assert told == counted and min(counted) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, tmp_path: Any) -> None:
     source = config(method, MIXED, clients=4, output={"plots": False, "report": False})
@@ -148,6 +149,7 @@ def rehearsed_and_counted(source: dict[str, Any]) -> tuple[Price, list[int], lis
     return cost, told, [rounds.traffic.up, rounds.traffic.down]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"] + ["fedbuff", "fedasync"])
 def test_an_asynchronous_run_costs_what_its_rehearsal_does_with_whatever_goes_wrong(

@@ -121,6 +121,7 @@ def test_what_leaves_a_machine_carries_its_checksum(setup: Setup) -> None:
     assert left_sealed(Actor(setup, 0).do(first_job(setup)))
 
 
+@pytest.mark.slow
 def test_a_worker_killed_and_a_node_lost_in_mid_round_change_nothing(
     cluster: Cluster, setup: Setup, want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +162,7 @@ sys.exit(main(sys.argv[1:], command="train"))
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_is_killed_goes_on_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     """Asynchronous, with tasks in flight: Hybrid with heads of their own and top-k, everything going wrong."""
     made = paces.source(
@@ -189,6 +191,7 @@ def test_more_workers_than_the_cluster_has_room_for(cluster: Cluster, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
     """Ctrl-C ends the run, the workers and the cluster."""
     source = config("fedavg", "mlp", rounds=100_000, runtime={"executor": "ray", "workers": 1, "threads": 1})

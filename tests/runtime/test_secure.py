@@ -64,6 +64,7 @@ def apart(a: Rounds, b: Rounds) -> float:
     return max(float((x.double() - y.double()).abs().max()) if x.numel() else 0.0 for x, y in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SUMMED)
 def test_every_method_that_sums_is_as_without(method: str, double: None) -> None:
     student = {"server": {"model": "linear"}}
@@ -232,6 +233,7 @@ def crew() -> Iterator[Lent]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["hybrid", "ditto", "fedproto", "scaffold"])
 def test_one_or_two_workers_compute_what_one_process_does(method: str, crew: Lent) -> None:
     setup = setup_of(secure(method, rounds=3, clients__per_round=3, server={"model": "linear"}))
@@ -242,6 +244,7 @@ def test_one_or_two_workers_compute_what_one_process_does(method: str, crew: Len
         assert outcome(rounds_on(setup, crew, size), 2) == want
 
 
+@pytest.mark.slow
 def test_a_worker_killed_at_any_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever takes over knows the client's secrets, and nobody else's answer is asked for twice."""
     setup = setup_of(secure("hybrid", rounds=3, clients__per_round=3, server={"model": "linear"}))
@@ -272,6 +275,7 @@ def test_state_travels_to_workers_for_training_only(crew: Lent, monkeypatch: pyt
     assert any(job.private for job in jobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
@@ -293,6 +297,7 @@ def test_a_chain_that_rounds_goes_with_a_sum(chain: Any, double: None) -> None:
     assert apart(plain, rounds_of(config("hybrid", MIXED, 4))) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "both"),
     [

@@ -118,7 +118,7 @@ class Machine(RuleBasedStateMachine):
 Machine.TestCase.settings = settings(
     max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestStore = Machine.TestCase
+TestStore = pytest.mark.slow(Machine.TestCase)
 
 
 def test_without_a_folder_it_is_the_same_in_memory() -> None:

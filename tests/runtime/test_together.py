@@ -27,6 +27,7 @@ def apart(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Te
     return max(float((a[slot][n] - b[slot][n]).abs().max()) for slot in a for n in a[slot])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protection", [{**RECORD, **ROUNDED}, CLIENT], ids=["records, rounded", "clients"])
 def test_noise_is_the_same_under_a_secure_sum(protection: dict[str, Any]) -> None:
     torch.set_default_dtype(torch.float64)

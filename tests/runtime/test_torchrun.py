@@ -88,6 +88,7 @@ def models(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (out / "models").iterdir()}
 
 
+@pytest.mark.slow
 def test_same_bits_and_a_rank_that_dies_is_started_again(tmp_path: Path) -> None:
     """torchrun ends a job of which a rank died; with restarts, --resume goes on by itself. It dies in the middle of a task."""
     sign, held = tmp_path / "sign", source()
@@ -127,6 +128,7 @@ def test_ctrl_c_ends_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     assert said.count("interrupted; to go on: torchrun --nproc-per-node 3 ") == 1
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_one_line_by_rank_0(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(source()))
     process = launch(tmp_path, "-m", "hetero_fl.cli", "train", "--config", "c.yaml", "runtime.executor=serial")

@@ -61,6 +61,7 @@ def fedper() -> Iterator[tuple[Setup, Processes]]:
     crew.close()
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_in_any_order_computes_what_one_process_does(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]
     return killed
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
     fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
     assert outcome(rounds_on(setup, crew, 2)) == want and len(killed) == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
     fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +132,7 @@ def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
     assert not {process.pid for process, _ in crew._crew} & set(killed)
 
 
+@pytest.mark.slow
 def test_an_idle_worker_that_dies_is_replaced(fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch) -> None:
     setup, crew = fedper
     want = outcome(rounds_on(setup, None), 1)
@@ -139,6 +143,7 @@ def test_an_idle_worker_that_dies_is_replaced(fedper: tuple[Setup, Processes], m
     assert outcome(rounds, 1) == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("during", [Job, Done])
 def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
     fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch, during: type
@@ -242,6 +247,7 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
     assert again == want
 
 
+@pytest.mark.slow
 def test_three_deaths_on_one_client_end_the_run(
     fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +260,7 @@ def test_three_deaths_on_one_client_end_the_run(
     assert len(killed) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["Fails", "Leaves"])
 def test_an_exception_in_a_worker_is_told_in_one_line(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -275,6 +282,7 @@ def test_an_exception_in_a_worker_is_told_in_one_line(
     assert str(told.value) == str(here.value) and "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("when", ["starting", "waiting"])

@@ -40,6 +40,7 @@ def test_every_pattern_of_four_clients_leaving_at_any_exchange() -> None:
     assert sums == 1 + 4 * 4  # threshold 3: nobody leaves, or one at one of four exchanges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "threshold"), [(5, 0.51), (6, 0.6)])
 def test_every_number_of_clients_leaving_at_each_exchange(count: int, threshold: float) -> None:
     party, draw, sums = Party(count, threshold=threshold), random.Random(key("leaving", count)), 0

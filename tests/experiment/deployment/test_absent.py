@@ -15,6 +15,7 @@ from tests.small import config
 CLIENTS = ["site_1", "site_2", "site_3"]
 
 
+@pytest.mark.slow
 def test_five_of_twenty_down(tmp_path: Path) -> None:
     """From the second round on; one is back for the last."""
     clients = [f"site_{i:02}" for i in range(1, 21)]

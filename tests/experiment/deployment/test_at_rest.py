@@ -156,6 +156,7 @@ def test_the_servers_noise_follows_from_no_seed(tmp_path: Path) -> None:
     assert len(secrets[0]) == 32 and secrets[0] != secrets[1]
 
 
+@pytest.mark.slow
 def test_a_site_draws_its_own_noise_for_each_task(tmp_path: Path) -> None:
     """Asked twice in one round for different things, it does not put the same noise on both."""
     federation = Federation(tmp_path)

@@ -35,6 +35,7 @@ def told(run: Run) -> tuple[int, int]:
     return communication["up_bytes"], communication["down_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_logs_agree_with_the_server(case: str, tmp_path: Path) -> None:
     method, changes = CASES[case]

@@ -37,6 +37,7 @@ def in_federation(loopback: Loopback, tmp_path: Path, clients: list[str], **more
     return serve(transport=loopback, out=tmp_path / "federation", wait=LONG, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hybrid", "fedavg", "fedmd", "fedproto"])
 def test_digits(name: str, loopback: Loopback, tmp_path: Path) -> None:
     config, changes = ROOT / "configs" / "digits_quickstart.yaml", [*QUICK, f"algorithm.name={name}"]

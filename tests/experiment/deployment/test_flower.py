@@ -152,6 +152,7 @@ def never_answers(address: str, key: Path, memory: Path, busy: Path) -> None:
     serve(handle, address, load_node_key(key), memory=memory)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_comes_back(transport: FlowerTransport, keys: Keys, tmp_path: Path) -> None:
     address, memory, busy = transport._superlink.address, tmp_path / "memory", tmp_path / "busy"
     context = multiprocessing.get_context("spawn")
@@ -171,6 +172,7 @@ def test_a_node_that_is_killed_comes_back(transport: FlowerTransport, keys: Keys
         assert answer(transport, transport.push(south, Envelope({"a": 1}), SOON)) == Envelope({"a": 1})
 
 
+@pytest.mark.slow
 def test_a_superlink_that_is_killed_is_replaced(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     from hetero_fl.experiment.deployment.flower import superlink as module
 
@@ -198,6 +200,7 @@ def test_a_superlink_that_is_killed_is_replaced(keys: Keys, monkeypatch: pytest.
         transport.close()
 
 
+@pytest.mark.slow
 def test_who_is_let_in(keys: Keys, tmp_path: Path) -> None:
     import httpx
     from flwr.proto.control_pb2 import RegisterNodeRequest
@@ -288,6 +291,7 @@ time.sleep(1000)
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_server_that_is_killed() -> None:
     process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

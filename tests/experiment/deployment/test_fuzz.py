@@ -56,6 +56,7 @@ LIKE = {"model": Item({"w": torch.zeros(4, 3)}, 1.0, "params"), "logits": Item(t
 
 
 # What is parsed ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @given(bodies(PAYLOAD))
 @FUZZ
 def test_payload_of_any_bytes_is_read_or_refused(data: bytes) -> None:
@@ -276,6 +277,7 @@ def test_server_refuses_what_once_ended_it(tmp_path: Path) -> None:
         assert said in record["failed"]["site_3"], (name, record["failed"])
 
 
+@pytest.mark.slow
 @given(answers=st.lists(ANSWERS, min_size=12, max_size=12))
 @FEW
 def test_server_survives_any_answers(tmp_path_factory: pytest.TempPathFactory, answers: list[Answer]) -> None:

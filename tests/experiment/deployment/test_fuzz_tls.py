@@ -89,6 +89,7 @@ class Net:
             yield
 
 
+@pytest.mark.slow
 def test_run_over_tls_ends_well_with_a_hostile_site(tmp_path: Path) -> None:
     net = Net(tmp_path)
     long: list[Answer] = [sealed(bomb(MOST // 4)), ({"why": "x" * 10**6, "ask": "refused"}, None, False)]
@@ -135,6 +136,7 @@ def sendable(head: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@pytest.mark.slow
 def test_node_over_tls_answers_a_hostile_server(tmp_path: Path) -> None:
     net = Net(tmp_path)
     drawn = examples(st.tuples(HEADS, st.none() | bodies(PAYLOAD)), 50)

@@ -52,6 +52,7 @@ def test_one_node_alone_is_the_simulation(tmp_path: Path) -> None:
     assert without(records(there)) == without(records(here)) and models(there) == models(here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["hybrid", "fedbuff"])
 def test_in_the_same_order_it_is_the_simulation(method: str, tmp_path: Path) -> None:
     made = source(method)
@@ -64,6 +65,7 @@ def test_in_the_same_order_it_is_the_simulation(method: str, tmp_path: Path) -> 
     assert any(record["staleness"].keys() - {"0"} for record in told)  # there was something to be out of order
 
 
+@pytest.mark.slow
 def test_tasks_in_flight_when_the_server_dies_are_asked_again(tmp_path: Path) -> None:
     plain = federation(source(), Sites(CLIENTS, tmp_path / "a", transport=InOrder()), tmp_path / "plain")
     sites = Sites(CLIENTS, tmp_path / "b", transport=InOrder())

@@ -48,6 +48,7 @@ def test_direct_at_broadcast_in_training_at_upload(
     assert all(record["counts"] == {"invited": 4, "arrived": 4, "failed": 0, "late": 0} for record in records(there))
 
 
+@pytest.mark.slow
 def test_secure_sum_at_each_exchange_is_the_same_sum(tmp_path: Path) -> None:
     kills = {(f"site_{i + 1}", i, ask): ("before", "after")[i % 2] for i, ask in enumerate(EXCHANGES)}
     kills |= {(f"site_{4 - i}", i + 4, ask): ("after", "before")[i % 2] for i, ask in enumerate(EXCHANGES)}
@@ -81,6 +82,7 @@ def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
     same(there, run({**hybrid(2), **QUICK}, out=tmp_path / "here"))
 
 
+@pytest.mark.slow
 def test_a_lost_answer_in_each_exchange_of_a_secure_sum(tmp_path: Path) -> None:
     kills = {(f"site_{i + 1}", i, ask): "lost" for i, ask in enumerate(EXCHANGES)}
     sites = Sites(CLIENTS, tmp_path / "sites", kills)

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_any_message_and_again(kind: str, tmp_path: Path) -> None:
     made, draw = KINDS[kind], random.Random(kind)

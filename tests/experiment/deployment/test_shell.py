@@ -99,6 +99,7 @@ def test_a_node_of_another_version_is_refused_in_one_line(sites: Sites, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2])
 def test_sigterm_ends_a_server_after_the_round_in_hand(signals: int, sites: Sites, tmp_path: Path) -> None:
     """Once more: at once, and the round is held again. What is left is gone on with to the same bits."""
@@ -164,6 +165,7 @@ def own_files(tmp_path: Path) -> Iterator[dict[str, Path]]:
     yield {name: tmp_path / f"{name}.npz" for name in parts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["hybrid", "fedavg"])
 def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
     method: str, own_files: dict[str, Path], tmp_path: Path

@@ -40,6 +40,7 @@ def pixels(count: int) -> torch.Tensor:
     return torch.from_numpy(load_digits().images[:count] / 16).float()[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ("onnx", "torchscript"))
 def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(run: hetero_fl.Run, tmp_path: Path, format: str) -> None:
     installed(format)
@@ -58,6 +59,7 @@ def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(run: hetero_fl.Ru
     assert not torch.allclose(found, run.predict("site_2", x, home=False), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_x_rays_of_a_medical_run(tmp_path: Path) -> None:
     installed("onnx")
     source = config("fedmd", ["lenet", {"name": "resnet", "widths": [4, 8], "blocks": [1, 1]}], clients=2, **BARE)

@@ -48,6 +48,7 @@ def spoilt(model: SavedModel) -> list[tuple[int, float]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_file_predicts_as_the_model_does_for_batches_of_any_size_and_refuses_the_same_rows(

@@ -50,6 +50,7 @@ def test_it_imports_nothing_but_what_it_says() -> None:
     assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime", "torch"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])
 def test_it_runs_without_this_project(tmp_path: Path, format: str) -> None:
     installed(format)

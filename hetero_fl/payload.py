@@ -18,6 +18,7 @@ from torch import Tensor
 from hetero_fl.architecture import Tensors
 from hetero_fl.codec import CodecError, decode, encode
 from hetero_fl.errors import nearest, one_line, similar
+from hetero_fl.metrics import LARGEST_FIGURE
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
@@ -165,12 +166,12 @@ def report_of(loss: float | None) -> dict[str, str]:
 
 
 def loss_of(report: Mapping[str, Any]) -> float | None:
-    """The finite loss that a report tells, if it does."""
+    """Return the loss that a report tells, None if there is none of a magnitude up to `LARGEST_FIGURE`."""
     try:
         loss = float(report["loss"])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return loss if math.isfinite(loss) else None
+    return loss if abs(loss) <= LARGEST_FIGURE else None
 
 
 def _check_report(report: Mapping[str, Any]) -> None:

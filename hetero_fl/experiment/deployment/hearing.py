@@ -26,7 +26,7 @@ from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Told
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.messages import JUNK, Refused
-from hetero_fl.metrics import SMALLER_IS_BETTER, metric_names
+from hetero_fl.metrics import LARGEST_FIGURE, SMALLER_IS_BETTER, metric_names
 from hetero_fl.own_code import OWN, strings
 from hetero_fl.runtime.beside import STRETCH
 from hetero_fl.runtime.federation import Federation
@@ -89,7 +89,7 @@ def hear_told(tree: Any, outputs: int, own: Preprocess | None = None) -> Told:
         rows = {name: _whole(tree["rows"][name], MOST_ROWS) for name in ("train", "validation", "test")}
         if not rows["train"]:
             raise Refused("it tells of no rows to train on")
-        labels = None if tree["labels"] is None else tuple(float(_number(n, 0.0)) for n in tree["labels"])
+        labels = None if tree["labels"] is None else tuple(float(_number(n, 0.0, MOST_ROWS)) for n in tree["labels"])
         if labels is not None and len(labels) != outputs:
             raise Refused(f"it tells counts of {len(labels)} labels; the task has {outputs}")
         view = None if tree["view"] is None else Preprocess(**{k: frozen(v) for k, v in tree["view"].items()})
@@ -97,7 +97,7 @@ def hear_told(tree: Any, outputs: int, own: Preprocess | None = None) -> Told:
             raise Refused(f"it tells {'no' if view is None else 'a'} view of its own")
         for number in (view.mean, view.std) if view is not None else ():
             for each in number if isinstance(number, tuple) else (number,):
-                _number(0.0 if each is None else each, -math.inf)
+                _number(0.0 if each is None else each, -LARGEST_FIGURE)
         if view is not None and replace(view, mean=None, std=None) != own:
             raise Refused("it tells another view than the configuration asks for")
         return Told(rows, _name(tree["hash"]), view, labels)
@@ -140,8 +140,8 @@ def _scores(found: Any, task: Task) -> Scores:
     known = metric_names(task)
 
     def one(name: str, value: Any) -> float | None:
-        least = -math.inf if name in FREE else 0.0
-        most = math.inf if name in SMALLER_IS_BETTER else 1.0 + 1e-9
+        least = -LARGEST_FIGURE if name in FREE else 0.0
+        most = LARGEST_FIGURE if name in SMALLER_IS_BETTER else 1.0 + 1e-9
         return None if value is None else _number(value, least, most)
 
     return {name: one(name, value) for name, value in _named(found, known).items()}
@@ -248,12 +248,12 @@ def _name(found: Any) -> str:
     return found
 
 
-def _number(found: Any, least: float, most: float = math.inf) -> float:
+def _number(found: Any, least: float, most: float = LARGEST_FIGURE) -> float:
     """As it was told, to the bit."""
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         raise Refused(f"found {str(found)[:LONGEST]!r}, no finite number")
     if not least <= found <= most:
-        raise Refused(f"found {found:g}; expected {least:g} to {most:g}")
+        raise Refused(f"found {float(found):g}; expected {least:g} to {most:g}")
     return found
 
 

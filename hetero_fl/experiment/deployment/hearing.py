@@ -42,6 +42,7 @@ MOST_NAMES = 32
 BINS = 15  # of a calibration
 TRAVELLING = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in DTYPES.values()}
 FREE = ("r2",)  # metrics that may be below nought
+MOST_TIME = 2**63  # times are whole numbers of 64 bits, in whatever unit
 HEARD = {"scores", "confusion", "calibration", "baselines", "forecast", "triggered", "model"}
 
 
@@ -115,14 +116,15 @@ def hear_reading(tree: Any, client: str, federation: Federation, method: Algorit
             what = ", ".join(sorted(tree)) if isinstance(tree, dict) else type(tree).__name__
             raise Refused(f"found {what[:120]}")
         _check_plain({**tree, "model": None})
-        return _reading(tree, federation.task, card, method)
+        return _reading(tree, federation, card, method)
     except (Refused, UserError) as error:
         raise Refused(f"its reading is refused: {error}") from None
     except JUNK as error:
         raise Refused(f"its reading cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _reading(tree: Mapping[str, Any], task: Task, card: Card, method: Algorithm) -> Reading:
+def _reading(tree: Mapping[str, Any], federation: Federation, card: Card, method: Algorithm) -> Reading:
+    task = federation.task
     if tree["triggered"] is not None:
         raise Refused("it tells of a trigger; nobody lies in a federation")
     model = tree["model"]
@@ -131,7 +133,7 @@ def _reading(tree: Mapping[str, Any], task: Task, card: Card, method: Algorithm)
         confusion=_by_name(tree["confusion"], READINGS, lambda c: _confusion(c, task)),
         calibration=_by_name(tree["calibration"], READINGS, _calibration),
         baselines=_by_name(tree["baselines"], READINGS, lambda each: _by_name(each, None, lambda s: _scores(s, task))),
-        forecast=_forecast(tree["forecast"], task),
+        forecast=_forecast(tree["forecast"], federation),
         model=b"" if model is None else _model(model, task, card, method),
     )
 
@@ -167,19 +169,23 @@ def _calibration(found: Any) -> dict[str, Any]:
     }
 
 
-def _forecast(found: Any, task: Task) -> dict[str, Any]:
+def _forecast(found: Any, federation: Federation) -> dict[str, Any]:
+    task = federation.task
     if not found:
         return {}
+    dated = [share.examples.time is not None for share in federation.data.public.values() if len(share.rows)]
+    if task.kind != "regression" or federation.privacy is not None or (dated and not any(dated)):
+        raise Refused("a forecast, although the run has none")
     named = _named(found, ("time", "truth", "predicted", "baselines"))
     rows = len(named["time"])
     if not 0 < rows <= STRETCH:
         raise Refused(f"a forecast of {rows} rows")
 
     def columns(values: Any) -> list[Any]:
-        return _table(values, (task.outputs, rows), lambda v: _number(v, -math.inf))
+        return _table(values, (task.outputs, rows), lambda v: _number(v, -LARGEST_FIGURE))
 
     return {
-        "time": _table(named["time"], (rows,), lambda v: _number(v, -math.inf)),
+        "time": _table(named["time"], (rows,), lambda v: _number(v, -MOST_TIME, MOST_TIME)),
         "truth": columns(named["truth"]),
         "predicted": columns(named["predicted"]),
         "baselines": _by_name(named["baselines"], None, columns),

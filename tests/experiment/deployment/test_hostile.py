@@ -6,9 +6,11 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +18,18 @@ import torch
 
 from hetero_fl.algorithms import algorithm
 from hetero_fl.codec import encode
+from hetero_fl.data.base import Examples
 from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.private import Share
 from hetero_fl.errors import RunFailed
+from hetero_fl.experiment.deployment import hearing
 from hetero_fl.experiment.deployment.hearing import hear_reading, hear_settings, hear_state, hear_told
 from hetero_fl.experiment.deployment.messages import FORM, Refused, body_of, message
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 from hetero_fl.experiment.prepared import prepare
 from hetero_fl.payload import Item, Payload
+from hetero_fl.reporting import client_plots
+from hetero_fl.task import Task
 from tests.experiment.deployment.sites import Clock
 from tests.experiment.deployment.together import Federation, small
 
@@ -171,7 +178,7 @@ READINGS: dict[str, tuple[Change, str]] = {
     ),
     "a forecast": (
         reading(lambda t: t.update(forecast={"time": [], "truth": [], "predicted": [], "baselines": {}})),
-        "0 rows",
+        "a forecast, although the run has none",
     ),
     "a model": (
         reading(lambda t: t.update(model=torch.zeros(9, dtype=torch.uint8))),
@@ -193,6 +200,58 @@ def test_hostile_readings_are_left_out_and_counted(tmp_path: Path) -> None:
         assert list(record["unread"]) == ["site_3"] and why in record["unread"]["site_3"], (name, record["unread"])
     assert not (run.path / "models" / "site_3.safetensors").exists()
     json.loads((run.path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"found {name}"))
+
+
+FORECAST: dict[str, Any] = {
+    "time": [1e9, 2e9],
+    "truth": [[1.0, 2.0]],
+    "predicted": [[-1.5, 1e6]],
+    "baselines": {"persistence": [[0.0, 0.0]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"time": [1e9, 1.7e308]}, "found 1.7e+308"),
+        ({"time": [-1e30, 1e9]}, "found -1e+30"),
+        ({"truth": [[1.0, 1.7e308]]}, "found 1.7e+308"),
+        ({"predicted": [[1.0, -1.7e308]]}, "found -1.7e+308"),
+        ({"baselines": {"persistence": [[1.0, 2**1000]]}}, "found 1.07151e+301"),
+        ({"truth": [[1.0]]}, "another form"),
+    ],
+)
+def test_forecast_is_bounded(changes: dict[str, Any], said: str) -> None:
+    federation = dated_federation()
+
+    assert hearing._forecast(FORECAST, federation) == FORECAST
+    with pytest.raises(Refused, match=re.escape(said)):
+        hearing._forecast({**FORECAST, **changes}, federation)
+
+
+def test_forecast_is_refused_where_the_data_has_no_dates() -> None:
+    federation = dated_federation(dated=False)
+
+    with pytest.raises(Refused, match="a forecast, although the run has none"):
+        hearing._forecast(FORECAST, federation)
+
+
+def dated_federation(dated: bool = True) -> Any:
+    """A federation whose common test set is a regression with or without times."""
+    examples = Examples(torch.zeros(4, 2), torch.zeros(4, 1), time=torch.arange(4) if dated else None)
+    data = SimpleNamespace(public={"common_test": Share(examples, torch.arange(4))})
+    return SimpleNamespace(task=Task("regression", 1), data=data, privacy=None)
+
+
+def test_server_finishes_a_run_whose_pictures_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_plots, "clients", lambda *content: math.log10(0))
+    made = small(models="linear", rounds=1, output__plots=True, output__report=True)
+
+    run = Federation(tmp_path).serve(made)
+
+    assert run.summary["rounds_completed"] == 1 and (run.path / "details.json").exists()
+    assert (run.path / "report.html").exists() and not (run.path / "plots" / "clients.png").exists()
+    assert "the picture 'clients' cannot be drawn: ValueError" in (run.path / "log.txt").read_text()
 
 
 # Before the first round ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ bytes, and checked on arrival against what the method declared.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,6 @@ from torch import Tensor
 from hetero_fl.architecture import Tensors
 from hetero_fl.codec import CodecError, decode, encode
 from hetero_fl.errors import nearest, one_line, similar
-from hetero_fl.metrics import LARGEST_FIGURE
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
 KINDS: tuple[Kind, ...] = ("params", "update", "rows", "class_sums", "counts")
@@ -26,6 +24,7 @@ FORM = "hetero_fl payload 1"
 MOST_REASON = 240  # characters of a PayloadError
 MOST_REPORTED = 64  # values in a report: a loss, factors by item
 LONGEST_REPORTED = 256  # characters of a name or a value in it
+LARGEST = 1e18  # magnitude of a value or weight: the square of it is a float32
 SPARE_BYTES = 2**16  # of a message, beside its tensors
 SPARE_TENSOR_BYTES = 2**10  # of a message for each of its tensors: name, shape, where it lies
 
@@ -139,7 +138,7 @@ class Payload(Mapping[str, Any]):
 
     @classmethod
     def decode(cls, data: bytes) -> Payload:
-        """Read a payload that somebody sent. Raises PayloadError for anything malformed or not finite."""
+        """Read a payload that somebody sent. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
         try:
             return cls.checked(decode(data, FORM))
         except CodecError as error:
@@ -148,7 +147,7 @@ class Payload(Mapping[str, Any]):
     @classmethod
     def checked(cls, tree: Any) -> Payload:
         """A payload from a tree of plain values and tensors that somebody sent: `items`, each with values, weight and kind,
-        and a `report`. Raises PayloadError for anything malformed or not finite."""
+        and a `report`. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
         if not isinstance(tree, dict) or set(tree) != {"items", "report"}:
             raise PayloadError("holds something else than items and a report")
         items, report = tree["items"], tree["report"]
@@ -166,12 +165,12 @@ def report_of(loss: float | None) -> dict[str, str]:
 
 
 def loss_of(report: Mapping[str, Any]) -> float | None:
-    """Return the loss that a report tells, None if there is none of a magnitude up to `LARGEST_FIGURE`."""
+    """Return the loss that a report tells, None if there is none of a magnitude up to `LARGEST`."""
     try:
         loss = float(report["loss"])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return loss if abs(loss) <= LARGEST_FIGURE else None
+    return loss if abs(loss) <= LARGEST else None
 
 
 def _check_report(report: Mapping[str, Any]) -> None:
@@ -198,22 +197,31 @@ def _item(name: str, raw: Any) -> Item:
         raise PayloadError(f"item {name!r} is neither a tensor nor named tensors")
     tensors = values.values() if isinstance(values, dict) else [values]
     for t in (*tensors, weight) if isinstance(weight, Tensor) else tensors:
-        if t.is_floating_point() and not _finite(t):
-            raise PayloadError(f"item {name!r} is not finite")
+        if t.is_floating_point() and (fault := _fault(t)):
+            raise PayloadError(f"item {name!r} {fault}")
     if isinstance(weight, Tensor):
         if not weight.is_floating_point() or bool((weight < 0).any()):
             raise PayloadError(f"item {name!r} has a weight below nought")
-    elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
-        raise PayloadError(f"item {name!r} has a weight that is no number of nought or more")
+    elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= LARGEST:
+        raise PayloadError(f"item {name!r} has a weight that is no number from 0 to {LARGEST:g}")
     else:
         weight = float(weight)
     return Item(values, weight, kind)
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether all elements are. A sum carries every NaN and infinity and takes a twentieth of the time of looking at each;
-    a sum that overflowed has to look."""
-    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
+def _fault(tensor: Tensor) -> str:
+    """Return what is wrong with the values of a floating-point tensor; empty if nothing is.
+
+    The norm carries every NaN, infinity and large value, and takes no longer than a sum. Only where it is beyond `LARGEST`
+    every element is looked at.
+    """
+    if float(torch.linalg.vector_norm(tensor)) <= LARGEST:
+        return ""
+    low, high = map(float, tensor.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "is not finite"
+    largest = max(-low, high)
+    return f"holds a value of magnitude {largest:g}; at most {LARGEST:g} is taken" if largest > LARGEST else ""
 
 
 def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:

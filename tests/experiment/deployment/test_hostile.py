@@ -74,6 +74,12 @@ def tree(**changes: Any) -> Change:
     return changes_
 
 
+def one_huge(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[0] = -2e18
+    return changed
+
+
 UPLOADS: dict[str, tuple[Change, str]] = {
     "another answer": (head(ask="quite another"), "quite another"),
     "no answer": (lambda e: Envelope(), "None"),
@@ -93,6 +99,11 @@ UPLOADS: dict[str, tuple[Change, str]] = {
     "a tree of something else": (body(encode([1, 2], FORM)), "upload refused: found 'deployment 1'"),
     "NaN": (tensors(lambda n, t: t * math.nan if t.is_floating_point() else t), "is not finite"),
     "infinity": (tensors(lambda n, t: t + math.inf if t.is_floating_point() else t), "is not finite"),
+    "huge values": (
+        tensors(lambda n, t: torch.full_like(t, 3.4e38)),
+        "holds a value of magnitude 3.4e+38; at most 1e+18",
+    ),
+    "one huge value": (tensors(one_huge), "holds a value of magnitude 2e+18; at most 1e+18 is taken"),
     "other shapes": (tensors(lambda n, t: t.flatten()), "was agreed"),
     "other types": (tensors(lambda n, t: t.double()), "dtype"),
     "huge": (tensors(lambda n, t: torch.zeros(3_000_000)), "was agreed"),
@@ -102,6 +113,7 @@ UPLOADS: dict[str, tuple[Change, str]] = {
     "another kind": (payload(lambda i: {"model": replace(i["model"], kind="update")}), "of kind 'update'"),
     "a negative weight": (tree(weight=-1.0), "weight"),
     "an endless weight": (tree(weight=math.inf), "weight"),
+    "a huge weight": (tree(weight=1.7e308), "weight that is no number from 0 to 1e+18"),
     "a weight that is text": (tree(weight="much"), "weight"),
     "a kind unknown": (tree(kind="thing"), "unknown kind"),
     "values that are text": (tree(values="all"), "neither a tensor nor named tensors"),

@@ -272,13 +272,18 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         )
         if isinstance(want.values, dict) and set(want.values) != set(item.values):
             raise PayloadError(f"item {name!r} has other tensors than agreed")
-        for n, got, expected in (*pairs, ("weight", torch.as_tensor(item.weight), torch.as_tensor(want.weight))):
+        for n, got, expected in pairs:
             if expected is None:
                 raise PayloadError(f"item {name!r} has an unknown tensor {str(n)[:60]!r}")
-            free = specs[name].ranks and n != "weight" and got.ndim == expected.ndim == 2 and len(got) > 0
-            if got.shape[free:] != expected.shape[free:]:
-                raise PayloadError(
-                    f"item {name!r}, {n}: shape {tuple(got.shape)} where {tuple(expected.shape)} was agreed"
-                )
-            if got.dtype != expected.dtype and n != "weight":
+            free = specs[name].ranks and got.ndim == expected.ndim == 2 and len(got) > 0
+            _check_shape(f"item {name!r}, {n}", got.shape[free:] == expected.shape[free:], got, expected)
+            if got.dtype != expected.dtype:
                 raise PayloadError(f"item {name!r}, {n}: dtype {got.dtype} where {expected.dtype} was agreed")
+        # A weight may be a plain number or of another precision.
+        weight, agreed = torch.as_tensor(item.weight), torch.as_tensor(want.weight)
+        _check_shape(f"item {name!r}, weight", weight.shape == agreed.shape, weight, agreed)
+
+
+def _check_shape(what: str, fits: bool, got: Tensor, expected: Tensor) -> None:
+    if not fits:
+        raise PayloadError(f"{what}: shape {tuple(got.shape)} where {tuple(expected.shape)} was agreed")

@@ -272,3 +272,25 @@ def test_one_value_beyond_the_largest_is_refused(value: float, said: str) -> Non
 
     with pytest.raises(PayloadError, match=re.escape(said)):
         Payload.decode(Payload({"x": values}).encode())
+
+
+@pytest.mark.parametrize("name", ["weight", "head.weight"])
+def test_dtype_of_a_tensor_is_checked_whatever_its_name(name: str) -> None:
+    specs, like = {"model": ItemSpec("params")}, {"model": Item({name: torch.zeros(3)}, 1.0, "params")}
+
+    with pytest.raises(PayloadError, match="dtype torch.float64 where torch.float32 was agreed"):
+        check_upload(Payload({"model": {name: torch.zeros(3, dtype=torch.float64)}}), specs, like)
+
+
+def test_rank_of_a_factored_tensor_is_free_whatever_its_name() -> None:
+    specs, like = {"model": ItemSpec("update", ranks=True)}, {"model": Item({"weight": torch.zeros(3, 5)}, 1.0, "update")}
+
+    check_upload(Payload({"model": Item({"weight": torch.zeros(2, 5)}, 1.0, "update")}), specs, like)
+
+
+def test_weight_of_an_item_may_be_of_another_precision_but_not_shape() -> None:
+    specs, like = {"x": ItemSpec("rows")}, {"x": Item(torch.zeros(4, 2), torch.zeros(4, 1), "rows")}
+
+    check_upload(Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4, 1, dtype=torch.float64))}), specs, like)
+    with pytest.raises(PayloadError, match="item 'x', weight: shape"):
+        check_upload(Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4))}), specs, like)

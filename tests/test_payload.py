@@ -278,12 +278,15 @@ def test_one_value_beyond_the_largest_is_refused(value: float, said: str) -> Non
 def test_dtype_of_a_tensor_is_checked_whatever_its_name(name: str) -> None:
     specs, like = {"model": ItemSpec("params")}, {"model": Item({name: torch.zeros(3)}, 1.0, "params")}
 
-    with pytest.raises(PayloadError, match="dtype torch.float64 where torch.float32 was agreed"):
+    with pytest.raises(PayloadError, match=r"dtype torch\.float64 where torch\.float32 was agreed"):
         check_upload(Payload({"model": {name: torch.zeros(3, dtype=torch.float64)}}), specs, like)
 
 
 def test_rank_of_a_factored_tensor_is_free_whatever_its_name() -> None:
-    specs, like = {"model": ItemSpec("update", ranks=True)}, {"model": Item({"weight": torch.zeros(3, 5)}, 1.0, "update")}
+    specs, like = (
+        {"model": ItemSpec("update", ranks=True)},
+        {"model": Item({"weight": torch.zeros(3, 5)}, 1.0, "update")},
+    )
 
     check_upload(Payload({"model": Item({"weight": torch.zeros(2, 5)}, 1.0, "update")}), specs, like)
 

@@ -244,6 +244,17 @@ def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item
         raise PayloadError(f"{size:,} bytes; what was agreed takes at most {most:,}")
 
 
+def check_header(data: bytes, like: Mapping[str, Item]) -> None:
+    """Raise PayloadError for a message whose header is too long for the agreed upload, before it is parsed.
+
+    `like`: see `check_size`.
+    """
+    tensors = sum((len(i.values) if isinstance(i.values, dict) else 1) + 1 for i in like.values())
+    size, most = int.from_bytes(data[:8], "little"), SPARE_BYTES + SPARE_TENSOR_BYTES * tensors
+    if len(data) >= 8 and most < size <= len(data):
+        raise PayloadError(f"a header of {size:,} bytes; what was agreed takes at most {most:,}")
+
+
 def _most_bytes(tensor: Tensor, ranks: bool) -> int:
     """Bytes of a tensor; where it may be a stack of any number of terms `[k, m + n]`, of the most that are of use, mn/(m + n)."""
     if ranks and tensor.ndim == 2:

@@ -92,6 +92,8 @@ class Payload(Mapping[str, Any]):
                 value = Item(value, kind="rows" if isinstance(value, Tensor) else "params")
             self.items_[name] = value
         self.report = dict(report or {})
+        self.magnitude = 0.0
+        """The largest norm of its tensors, where it was read from bytes."""
 
     @classmethod
     def of(cls, items: Any, specs: Mapping[str, ItemSpec] | None = None) -> Payload:
@@ -131,6 +133,12 @@ class Payload(Mapping[str, Any]):
             raise NoSuchItem(f"no item {name!r} was sent, but {sent}{similar(name, self.items_)}")
         return self.items_[name]
 
+    def norm(self) -> float:
+        """Return the largest norm of its floating-point tensors."""
+        items = [i.values for i in self.items_.values()]
+        tensors = [t for v in items for t in (v.values() if isinstance(v, dict) else [v]) if t.is_floating_point()]
+        return max((float(torch.linalg.vector_norm(t)) for t in tensors), default=0.0)
+
     def encode(self) -> bytes:
         """As it travels; its length is what is counted."""
         items = {n: {"values": i.values, "weight": i.weight, "kind": i.kind} for n, i in self.items_.items()}
@@ -154,7 +162,11 @@ class Payload(Mapping[str, Any]):
         if not isinstance(items, dict) or not isinstance(report, dict):
             raise PayloadError("holds something else than items and a report")
         _check_report(report)
-        return cls({name: _item(name, raw) for name, raw in items.items()}, report)
+        payload = cls(report=report)
+        for name, raw in items.items():
+            payload.items_[name], norm = _item(name, raw)
+            payload.magnitude = max(payload.magnitude, norm)
+        return payload
 
 
 def report_of(loss: float | None) -> dict[str, str]:
@@ -184,7 +196,8 @@ def _check_report(report: Mapping[str, Any]) -> None:
             raise PayloadError(f"reports {name!r}: more than {LONGEST_REPORTED} characters")
 
 
-def _item(name: str, raw: Any) -> Item:
+def _item(name: str, raw: Any) -> tuple[Item, float]:
+    """Return the item and the largest norm of its tensors. Raises PayloadError."""
     if not isinstance(raw, dict) or set(raw) != {"values", "weight", "kind"}:
         raise PayloadError(f"item {name!r} has no values, weight and kind")
     values, weight, kind = raw["values"], raw["weight"], raw["kind"]
@@ -196,9 +209,10 @@ def _item(name: str, raw: Any) -> Item:
     elif not isinstance(values, Tensor):
         raise PayloadError(f"item {name!r} is neither a tensor nor named tensors")
     tensors = values.values() if isinstance(values, dict) else [values]
+    largest = 0.0
     for t in (*tensors, weight) if isinstance(weight, Tensor) else tensors:
-        if t.is_floating_point() and (fault := _fault(t)):
-            raise PayloadError(f"item {name!r} {fault}")
+        if t.is_floating_point():
+            largest = max(largest, _checked_norm(name, t))
     if isinstance(weight, Tensor):
         if not weight.is_floating_point() or bool((weight < 0).any()):
             raise PayloadError(f"item {name!r} has a weight below nought")
@@ -206,22 +220,24 @@ def _item(name: str, raw: Any) -> Item:
         raise PayloadError(f"item {name!r} has a weight that is no number from 0 to {LARGEST:g}")
     else:
         weight = float(weight)
-    return Item(values, weight, kind)
+    return Item(values, weight, kind), largest
 
 
-def _fault(tensor: Tensor) -> str:
-    """Return what is wrong with the values of a floating-point tensor; empty if nothing is.
+def _checked_norm(name: str, tensor: Tensor) -> float:
+    """Return the norm of a floating-point tensor of an item, infinity where it overflows.
 
     The norm carries every NaN, infinity and large value, and takes no longer than a sum. Only where it is beyond `LARGEST`
-    every element is looked at.
+    every element is looked at. Raises PayloadError for one that is not finite or beyond `LARGEST`.
     """
-    if float(torch.linalg.vector_norm(tensor)) <= LARGEST:
-        return ""
+    if (norm := float(torch.linalg.vector_norm(tensor))) <= LARGEST:
+        return norm
     low, high = map(float, tensor.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        return "is not finite"
+        raise PayloadError(f"item {name!r} is not finite")
     largest = max(-low, high)
-    return f"holds a value of magnitude {largest:g}; at most {LARGEST:g} is taken" if largest > LARGEST else ""
+    if largest > LARGEST:
+        raise PayloadError(f"item {name!r} holds a value of magnitude {largest:g}; at most {LARGEST:g} is taken")
+    return norm
 
 
 def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:
@@ -276,11 +292,11 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         want = like[name]
         if isinstance(want.values, dict) != isinstance(item.values, dict):
             raise PayloadError(f"item {name!r} has another structure than agreed")
-        pairs = (
-            [(n, t, want.values.get(n)) for n, t in item.values.items()]
-            if isinstance(item.values, dict) and isinstance(want.values, dict)
-            else [("values", item.values, want.values)]
-        )
+        pairs: list[tuple[str, Tensor, Tensor | None]] = []
+        if isinstance(item.values, dict) and isinstance(want.values, dict):
+            pairs = [(n, t, want.values.get(n)) for n, t in item.values.items()]
+        elif isinstance(item.values, Tensor) and isinstance(want.values, Tensor):
+            pairs = [("values", item.values, want.values)]
         if isinstance(want.values, dict) and set(want.values) != set(item.values):
             raise PayloadError(f"item {name!r} has other tensors than agreed")
         for n, got, expected in pairs:

@@ -120,7 +120,12 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def arrivals(record: Mapping[str, Any]) -> str:
-    """What came of a round's invitations: `10 invited, 7 arrived, 2 failed, 1 late`; empty where all arrived."""
+    """What came of a round's invitations: `10 invited, 7 arrived, 2 failed, 1 late`; empty where all arrived.
+
+    Of a round that was given up because training at the server diverged: why.
+    """
+    if diverged := record.get("diverged"):
+        return f"nothing was changed: {diverged}"
     counts = record.get("counts") or {}
     if not counts or counts["invited"] == counts["arrived"]:
         return ""

@@ -224,7 +224,7 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
 
 
 def _checked_norm(name: str, tensor: Tensor) -> float:
-    """Return the norm of a floating-point tensor of an item, infinity where it overflows.
+    """Return the norm of a floating-point tensor of an item.
 
     The norm carries every NaN, infinity and large value, and takes no longer than a sum. Only where it is beyond `LARGEST`
     every element is looked at. Raises PayloadError for one that is not finite or beyond `LARGEST`.
@@ -237,7 +237,7 @@ def _checked_norm(name: str, tensor: Tensor) -> float:
     largest = max(-low, high)
     if largest > LARGEST:
         raise PayloadError(f"item {name!r} holds a value of magnitude {largest:g}; at most {LARGEST:g} is taken")
-    return norm
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:

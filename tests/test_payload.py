@@ -297,3 +297,10 @@ def test_weight_of_an_item_may_be_of_another_precision_but_not_shape() -> None:
     check_upload(Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4, 1, dtype=torch.float64))}), specs, like)
     with pytest.raises(PayloadError, match="item 'x', weight: shape"):
         check_upload(Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4))}), specs, like)
+
+
+def test_magnitude_of_a_payload_is_its_largest_norm_even_where_float32_overflows() -> None:
+    small, large = torch.tensor([3.0, 4.0]), torch.full((10_000,), 9e17)
+
+    assert Payload.decode(Payload({"x": small}).encode()).magnitude == 5.0
+    assert Payload.decode(Payload({"x": small, "y": large}).encode()).magnitude == pytest.approx(9e19)

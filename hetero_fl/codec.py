@@ -32,8 +32,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DEEPEST = 12
 # A header is parsed only within these bounds: a value takes up to a hundred bytes of memory, however few its text has.
-MOST_HEADER_BYTES = 2**24
-MOST_HEADER_VALUES = 2**19  # names and values, roughly; a tensor takes about fifteen
+MOST_HEADER_BYTES = 2**22  # 10,000 tensors with names of 100 characters take 3 MB
+MOST_HEADER_VALUES = 2**18  # names and values, roughly; a tensor takes about thirteen
 MOST_REASON = 240  # characters of a CodecError
 Tree = Any  # dict[str, Tree] | list[Tree] | Tensor | str | int | float | bool | None
 

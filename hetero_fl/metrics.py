@@ -6,7 +6,6 @@ is None, never NaN.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +30,8 @@ MANY = (
     "average_precision",
     "loss",
 )
+LARGEST_FIGURE = 1e18
+"""A metric of larger magnitude is undefined: figures can be squared and summed over clients without overflow, in float32 too."""
 SMALLER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
 
 
@@ -66,7 +67,8 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     Regression (y `[N, C]`): `mae`, `rmse`, `r2`, averaged over outputs (r2: those whose target varies), of outputs and targets
     times `unit` `[N]` where that is given.
 
-    All are None without examples, and where the outputs give no probabilities (NaN, +inf).
+    All are None without examples, and where the outputs give no probabilities (NaN, +inf). A figure beyond
+    `LARGEST_FIGURE` is None.
     Raises ValueError if the shapes do not fit the task.
     """
     _check(task, logits, y)
@@ -232,4 +234,4 @@ def _mean(values: Tensor, which: Tensor) -> Tensor | None:
 
 def _finite(values: list[Tensor | None] | tuple[Tensor, ...]) -> list[float | None]:
     numbers = [None if v is None else float(v) for v in values]
-    return [v if v is not None and math.isfinite(v) else None for v in numbers]
+    return [v if v is not None and abs(v) <= LARGEST_FIGURE else None for v in numbers]

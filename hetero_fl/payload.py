@@ -7,7 +7,6 @@ bytes, and checked on arrival against what the method declared.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +24,7 @@ FORM = "hetero_fl payload 1"
 MOST_REASON = 240  # characters of a PayloadError
 MOST_REPORTED = 64  # values in a report: a loss, factors by item
 LONGEST_REPORTED = 256  # characters of a name or a value in it
+LARGEST = 1e18  # magnitude of a value or weight: the square of it is a float32
 SPARE_BYTES = 2**16  # of a message, beside its tensors
 SPARE_TENSOR_BYTES = 2**10  # of a message for each of its tensors: name, shape, where it lies
 
@@ -92,6 +92,8 @@ class Payload(Mapping[str, Any]):
                 value = Item(value, kind="rows" if isinstance(value, Tensor) else "params")
             self.items_[name] = value
         self.report = dict(report or {})
+        self.magnitude = 0.0
+        """The largest norm of its tensors, where it was read from bytes."""
 
     @classmethod
     def of(cls, items: Any, specs: Mapping[str, ItemSpec] | None = None) -> Payload:
@@ -131,6 +133,12 @@ class Payload(Mapping[str, Any]):
             raise NoSuchItem(f"no item {name!r} was sent, but {sent}{similar(name, self.items_)}")
         return self.items_[name]
 
+    def norm(self) -> float:
+        """Return the largest norm of its floating-point tensors."""
+        items = [i.values for i in self.items_.values()]
+        tensors = [t for v in items for t in (v.values() if isinstance(v, dict) else [v]) if t.is_floating_point()]
+        return max((float(torch.linalg.vector_norm(t)) for t in tensors), default=0.0)
+
     def encode(self) -> bytes:
         """As it travels; its length is what is counted."""
         items = {n: {"values": i.values, "weight": i.weight, "kind": i.kind} for n, i in self.items_.items()}
@@ -138,7 +146,7 @@ class Payload(Mapping[str, Any]):
 
     @classmethod
     def decode(cls, data: bytes) -> Payload:
-        """Read a payload that somebody sent. Raises PayloadError for anything malformed or not finite."""
+        """Read a payload that somebody sent. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
         try:
             return cls.checked(decode(data, FORM))
         except CodecError as error:
@@ -147,14 +155,18 @@ class Payload(Mapping[str, Any]):
     @classmethod
     def checked(cls, tree: Any) -> Payload:
         """A payload from a tree of plain values and tensors that somebody sent: `items`, each with values, weight and kind,
-        and a `report`. Raises PayloadError for anything malformed or not finite."""
+        and a `report`. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
         if not isinstance(tree, dict) or set(tree) != {"items", "report"}:
             raise PayloadError("holds something else than items and a report")
         items, report = tree["items"], tree["report"]
         if not isinstance(items, dict) or not isinstance(report, dict):
             raise PayloadError("holds something else than items and a report")
         _check_report(report)
-        return cls({name: _item(name, raw) for name, raw in items.items()}, report)
+        payload = cls(report=report)
+        for name, raw in items.items():
+            payload.items_[name], norm = _item(name, raw)
+            payload.magnitude = max(payload.magnitude, norm)
+        return payload
 
 
 def report_of(loss: float | None) -> dict[str, str]:
@@ -165,12 +177,12 @@ def report_of(loss: float | None) -> dict[str, str]:
 
 
 def loss_of(report: Mapping[str, Any]) -> float | None:
-    """The finite loss that a report tells, if it does."""
+    """Return the loss that a report tells, None if there is none of a magnitude up to `LARGEST`."""
     try:
         loss = float(report["loss"])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return loss if math.isfinite(loss) else None
+    return loss if abs(loss) <= LARGEST else None
 
 
 def _check_report(report: Mapping[str, Any]) -> None:
@@ -184,7 +196,8 @@ def _check_report(report: Mapping[str, Any]) -> None:
             raise PayloadError(f"reports {name!r}: more than {LONGEST_REPORTED} characters")
 
 
-def _item(name: str, raw: Any) -> Item:
+def _item(name: str, raw: Any) -> tuple[Item, float]:
+    """Return the item and the largest norm of its tensors. Raises PayloadError."""
     if not isinstance(raw, dict) or set(raw) != {"values", "weight", "kind"}:
         raise PayloadError(f"item {name!r} has no values, weight and kind")
     values, weight, kind = raw["values"], raw["weight"], raw["kind"]
@@ -196,23 +209,35 @@ def _item(name: str, raw: Any) -> Item:
     elif not isinstance(values, Tensor):
         raise PayloadError(f"item {name!r} is neither a tensor nor named tensors")
     tensors = values.values() if isinstance(values, dict) else [values]
+    largest = 0.0
     for t in (*tensors, weight) if isinstance(weight, Tensor) else tensors:
-        if t.is_floating_point() and not _finite(t):
-            raise PayloadError(f"item {name!r} is not finite")
+        if t.is_floating_point():
+            largest = max(largest, _checked_norm(name, t))
     if isinstance(weight, Tensor):
         if not weight.is_floating_point() or bool((weight < 0).any()):
             raise PayloadError(f"item {name!r} has a weight below nought")
-    elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
-        raise PayloadError(f"item {name!r} has a weight that is no number of nought or more")
+    elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= LARGEST:
+        raise PayloadError(f"item {name!r} has a weight that is no number from 0 to {LARGEST:g}")
     else:
         weight = float(weight)
-    return Item(values, weight, kind)
+    return Item(values, weight, kind), largest
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether all elements are. A sum carries every NaN and infinity and takes a twentieth of the time of looking at each;
-    a sum that overflowed has to look."""
-    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
+def _checked_norm(name: str, tensor: Tensor) -> float:
+    """Return the norm of a floating-point tensor of an item.
+
+    The norm carries every NaN, infinity and large value, and takes no longer than a sum. Only where it is beyond `LARGEST`
+    every element is looked at. Raises PayloadError for one that is not finite or beyond `LARGEST`.
+    """
+    if (norm := float(torch.linalg.vector_norm(tensor))) <= LARGEST:
+        return norm
+    low, high = map(float, tensor.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise PayloadError(f"item {name!r} is not finite")
+    largest = max(-low, high)
+    if largest > LARGEST:
+        raise PayloadError(f"item {name!r} holds a value of magnitude {largest:g}; at most {LARGEST:g} is taken")
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item]) -> None:
@@ -233,6 +258,17 @@ def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item
         most += sum(SPARE_TENSOR_BYTES + 3 * _most_bytes(tensor, ranks) for tensor in tensors)
     if size > most:
         raise PayloadError(f"{size:,} bytes; what was agreed takes at most {most:,}")
+
+
+def check_header(data: bytes, like: Mapping[str, Item]) -> None:
+    """Raise PayloadError for a message whose header is too long for the agreed upload, before it is parsed.
+
+    `like`: see `check_size`.
+    """
+    tensors = sum((len(i.values) if isinstance(i.values, dict) else 1) + 1 for i in like.values())
+    size, most = int.from_bytes(data[:8], "little"), SPARE_BYTES + SPARE_TENSOR_BYTES * tensors
+    if len(data) >= 8 and most < size <= len(data):
+        raise PayloadError(f"a header of {size:,} bytes; what was agreed takes at most {most:,}")
 
 
 def _most_bytes(tensor: Tensor, ranks: bool) -> int:
@@ -256,20 +292,25 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         want = like[name]
         if isinstance(want.values, dict) != isinstance(item.values, dict):
             raise PayloadError(f"item {name!r} has another structure than agreed")
-        pairs = (
-            [(n, t, want.values.get(n)) for n, t in item.values.items()]
-            if isinstance(item.values, dict) and isinstance(want.values, dict)
-            else [("values", item.values, want.values)]
-        )
+        pairs: list[tuple[str, Tensor, Tensor | None]] = []
+        if isinstance(item.values, dict) and isinstance(want.values, dict):
+            pairs = [(n, t, want.values.get(n)) for n, t in item.values.items()]
+        elif isinstance(item.values, Tensor) and isinstance(want.values, Tensor):
+            pairs = [("values", item.values, want.values)]
         if isinstance(want.values, dict) and set(want.values) != set(item.values):
             raise PayloadError(f"item {name!r} has other tensors than agreed")
-        for n, got, expected in (*pairs, ("weight", torch.as_tensor(item.weight), torch.as_tensor(want.weight))):
+        for n, got, expected in pairs:
             if expected is None:
                 raise PayloadError(f"item {name!r} has an unknown tensor {str(n)[:60]!r}")
-            free = specs[name].ranks and n != "weight" and got.ndim == expected.ndim == 2 and len(got) > 0
-            if got.shape[free:] != expected.shape[free:]:
-                raise PayloadError(
-                    f"item {name!r}, {n}: shape {tuple(got.shape)} where {tuple(expected.shape)} was agreed"
-                )
-            if got.dtype != expected.dtype and n != "weight":
+            free = specs[name].ranks and got.ndim == expected.ndim == 2 and len(got) > 0
+            _check_shape(f"item {name!r}, {n}", got.shape[free:] == expected.shape[free:], got, expected)
+            if got.dtype != expected.dtype:
                 raise PayloadError(f"item {name!r}, {n}: dtype {got.dtype} where {expected.dtype} was agreed")
+        # A weight may be a plain number or of another precision.
+        weight, agreed = torch.as_tensor(item.weight), torch.as_tensor(want.weight)
+        _check_shape(f"item {name!r}, weight", weight.shape == agreed.shape, weight, agreed)
+
+
+def _check_shape(what: str, fits: bool, got: Tensor, expected: Tensor) -> None:
+    if not fits:
+        raise PayloadError(f"{what}: shape {tuple(got.shape)} where {tuple(expected.shape)} was agreed")

@@ -206,3 +206,10 @@ def copied(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {k: copied(v) for k, v in tree.items()}
     return [copied(v) for v in tree] if isinstance(tree, list) else tree
+
+
+def contained(tree: Any) -> Any:
+    """Return a tree with dictionaries and lists of its own, whose tensors are those of the original."""
+    if isinstance(tree, dict):
+        return {k: contained(v) for k, v in tree.items()}
+    return [contained(v) for v in tree] if isinstance(tree, list) else tree

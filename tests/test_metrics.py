@@ -13,6 +13,7 @@ from sklearn import metrics as sk
 from torch.nn.functional import one_hot
 
 from hetero_fl.metrics import CLASSIFICATION, calibration, confusion, score, selection_metric
+from hetero_fl.payload import loss_of
 from hetero_fl.spread import spread
 from hetero_fl.task import Task
 
@@ -204,3 +205,23 @@ def test_spread_does_not_depend_on_the_order_of_clients() -> None:
 def test_selection() -> None:
     chosen = [selection_metric(task) for task in (BINARY, LABELS, VALUES)]
     assert chosen == [("balanced_accuracy", 1), ("auroc", 1), ("mae", -1)]
+
+
+def test_score_beyond_the_largest_figure_is_undefined() -> None:
+    y = torch.zeros(4, 1)
+
+    found = score(VALUES, torch.full((4, VALUES.outputs), 1e20, dtype=torch.float64), y.expand(4, VALUES.outputs))
+
+    assert found["mae"] is None and found["rmse"] is None
+
+
+def test_spread_leaves_out_figures_whose_squares_overflow() -> None:
+    found = spread({"a": {"loss": 1.7e308}, "b": {"loss": 1.0}, "c": {"loss": 2**1000}})
+
+    assert found == {"loss": 1.0, "loss_std": 0.0, "loss_worst": 1.0, "loss_undefined": 2}
+
+
+@pytest.mark.parametrize("loss", ["1.7e308", 1.7e308, -1e300, 2**63, "nan"])
+def test_loss_of_a_report_that_cannot_be_summed_is_none(loss: object) -> None:
+    assert loss_of({"loss": loss}) is None
+    assert loss_of({"loss": "2.5"}) == 2.5

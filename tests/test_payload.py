@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import random
+import re
 import resource
 from pathlib import Path
 
@@ -229,7 +231,7 @@ def test_nothing_in_the_packages_unpickles() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_value_that_is_not_finite_is_found_wherever_it_is(bad: float) -> None:
     for place in (0, 499, 999):
-        values = torch.full((1000,), 3e38)  # their sum overflows: that alone is no fault
+        values = torch.full((1000,), 9e17)  # their norm is beyond the bound: that alone is no fault
         Payload.decode(Payload({"logits": values}).encode())
         values[place] = bad
         with pytest.raises(PayloadError, match="not finite"):
@@ -251,3 +253,55 @@ def test_views_of_the_same_memory_are_encoded_once() -> None:
     assert len(made) == 5
     for body, t in zip(bodies, slices, strict=True):
         assert torch.equal(Payload.decode(body)["model"]["w"], t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_values_up_to_the_largest_are_taken(dtype: torch.dtype) -> None:
+    most = min(1e18, torch.finfo(dtype).max)
+    values = torch.full((100, 100), most, dtype=dtype)
+    values[0, 0] = -most
+
+    assert torch.equal(Payload.decode(Payload({"x": values}).encode())["x"], values)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(1.1e18, "magnitude 1.1e+18"), (-3.4e38, "magnitude 3.4e+38"), (math.nan, "is not finite")]
+)
+def test_one_value_beyond_the_largest_is_refused(value: float, said: str) -> None:
+    values = torch.zeros(100)
+    values[57] = value
+
+    with pytest.raises(PayloadError, match=re.escape(said)):
+        Payload.decode(Payload({"x": values}).encode())
+
+
+@pytest.mark.parametrize("name", ["weight", "head.weight"])
+def test_dtype_of_a_tensor_is_checked_whatever_its_name(name: str) -> None:
+    specs, like = {"model": ItemSpec("params")}, {"model": Item({name: torch.zeros(3)}, 1.0, "params")}
+
+    with pytest.raises(PayloadError, match=r"dtype torch\.float64 where torch\.float32 was agreed"):
+        check_upload(Payload({"model": {name: torch.zeros(3, dtype=torch.float64)}}), specs, like)
+
+
+def test_rank_of_a_factored_tensor_is_free_whatever_its_name() -> None:
+    specs, like = (
+        {"model": ItemSpec("update", ranks=True)},
+        {"model": Item({"weight": torch.zeros(3, 5)}, 1.0, "update")},
+    )
+
+    check_upload(Payload({"model": Item({"weight": torch.zeros(2, 5)}, 1.0, "update")}), specs, like)
+
+
+def test_weight_of_an_item_may_be_of_another_precision_but_not_shape() -> None:
+    specs, like = {"x": ItemSpec("rows")}, {"x": Item(torch.zeros(4, 2), torch.zeros(4, 1), "rows")}
+
+    check_upload(Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4, 1, dtype=torch.float64))}), specs, like)
+    with pytest.raises(PayloadError, match="item 'x', weight: shape"):
+        check_upload(Payload({"x": Item(torch.zeros(4, 2), torch.zeros(4))}), specs, like)
+
+
+def test_magnitude_of_a_payload_is_its_largest_norm_even_where_float32_overflows() -> None:
+    small, large = torch.tensor([3.0, 4.0]), torch.full((10_000,), 9e17)
+
+    assert Payload.decode(Payload({"x": small}).encode()).magnitude == 5.0
+    assert Payload.decode(Payload({"x": small, "y": large}).encode()).magnitude == pytest.approx(9e19)

@@ -25,7 +25,7 @@ from hetero_fl.channel.reader import Reader
 from hetero_fl.channel.stages.base import Format, Stage
 from hetero_fl.channel.streams import Form, Streams, named
 from hetero_fl.codec import CodecError, decode, encode, read_json
-from hetero_fl.payload import Item, ItemSpec, Payload, PayloadError
+from hetero_fl.payload import Item, ItemSpec, Payload, PayloadError, check_header
 from hetero_fl.seeding import Key
 
 MARK = b"hfl1"
@@ -101,6 +101,8 @@ class Link:
         Raises PayloadError for what is malformed, not of that form, or not finite; allocates no more than is expected.
         """
         if self.streams is None:
+            if like is not None:
+                check_header(data, like)
             return Payload.decode(data)
         source = Reader(data)
         if source.take(min(len(MARK), len(data))) != MARK:
@@ -125,6 +127,8 @@ class Link:
                 raise PayloadError(f"item {name[:60]!r}: {error}") from None
             items[name] = {"values": values, "weight": weight, "kind": form.kind}
         rest = bytes(source.rest())
+        if like is not None:
+            check_header(rest, like)
         for name, item in (Payload.decode(rest).items_ if rest else {}).items():
             if name in items:
                 raise PayloadError(f"item {name[:60]!r} was sent twice")

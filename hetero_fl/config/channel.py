@@ -80,6 +80,13 @@ def _worded(chain: Any) -> Any:
     for entry in chain:
         if isinstance(entry, str) and entry in STAGES and entry != "half":
             raise ValueError(f"found {entry!r} alone; it takes a number, as in [{entry}: 8]")
+        if isinstance(entry, dict) and "name" in entry:
+            named = entry["name"] if entry["name"] in STAGES else "topk"
+            share = {"topk": 0.01, "randk": 0.01, "lowrank": 0.9}.get(named, 8)
+            written = "half" if named == "half" else f"{{{named}: {share}}}"
+            raise ValueError(
+                f"found the key 'name'; a stage is its own key, as in {written}; choose from {', '.join(STAGES)}"
+            )
         if isinstance(entry, str) and entry != "half":
             raise ValueError(f"found {entry!r}{nearest(entry, STAGES)}")
     return [{"half": True} if entry == "half" else entry for entry in chain]

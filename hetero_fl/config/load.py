@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from hetero_fl.config.tutorial import is_tutorial, translated
 from hetero_fl.errors import UserError, beside, closest
 from hetero_fl.own_code import CONTEXT, OWN, CodePermission, references
 
+REFERENCE = re.compile(r"\$\{[^{}]*\}")
+RESOLVER = re.compile(r"\$\{[^{}]*:")
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -202,6 +205,7 @@ def read(path: Path) -> dict[str, Any]:
 
     try:
         loaded = OmegaConf.load(path)
+        _check_references(OmegaConf.to_container(loaded), str(path))
         raw = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{beside(path, SUFFIXES)}") from None
@@ -221,6 +225,21 @@ def read(path: Path) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", raw)
 
 
+def _check_references(tree: Any, where: str) -> None:
+    """Raise UserError for a `${resolver:…}` in a string of the tree: it could tell others what is in the environment."""
+    if isinstance(tree, dict | list):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            _check_references(each, where)
+    elif isinstance(tree, str):
+        text, rest = "", tree
+        while rest != text and "${" in rest:
+            if RESOLVER.search(rest):
+                raise UserError(
+                    f"{where}: found {tree[:60]!r}; ${{…}} refers to another key of the file, and to nothing else"
+                )
+            text, rest = rest, REFERENCE.sub("key", rest)
+
+
 def _plain(source: Mapping[str, Any] | Config) -> dict[str, Any]:
     return source.model_dump(exclude_unset=True) if isinstance(source, Config) else dict(source)
 
@@ -235,6 +254,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         config = OmegaConf.create(raw)
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+        _check_references([raw, parsed], override)
         OmegaConf.update(config, key, _spaced(typing.cast("dict[str, Any]", parsed)["value"]), merge=True)
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError) as error:

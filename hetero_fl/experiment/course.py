@@ -195,21 +195,24 @@ def _finish(
     directory.write_json("details.json", details_of(prepared.federation, readings, prepared.notes, prepared.method))
     summary = summarise(prepared.config, prepared.method, prepared.federation, history, rounds.traffic, setup, readings)
     directory.finish(summary)
-    present(prepared.config, directory)
+    present(prepared.config, directory, progress.log)
     progress.finish(summary)
 
 
-def present(config: Config, directory: RunDirectory) -> None:
-    """Pictures and report, unless a process that finished has left them."""
+def present(config: Config, directory: RunDirectory, say: Callable[[str], None]) -> None:
+    """Draw the pictures and the report, unless a process that finished has left them.
+
+    The run is finished whatever becomes of them: an error in a drawing is reported to `say` in one line.
+    """
     if (directory.path / "report.html").exists():
         return
     from hetero_fl.reporting.plots import write_plots  # not needed before the last round, and slow to load
     from hetero_fl.reporting.report import write_report
 
     if config.output.plots:
-        write_plots(directory.path)
+        write_plots(directory.path, say)
     if config.output.report:
-        write_report(directory.path)
+        write_report(directory.path, say)
 
 
 def _read_whole(rounds: Session, directory: RunDirectory) -> Readings:

@@ -154,7 +154,7 @@ def _run_in(
         if directory.finished:
             inspect(path).require_whole()
             if config.rounds == directory.config().get("rounds", config.rounds):
-                present(config, directory)
+                present(config, directory, shown.log)
                 shown.log(f"{path}: {_finished(directory, prepared, engage is not None)}")
                 return
     else:

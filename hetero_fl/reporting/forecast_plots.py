@@ -20,6 +20,9 @@ PANELS = 8
 FROM = 315_532_800
 """Times from here on (1980, in seconds) are dates; smaller ones are counts."""
 
+TO = 253_402_300_799
+"""The end of the year 9999, after which there are no dates."""
+
 
 def forecasts(summary: Json, details: Json) -> Figure | None:
     """Each client's own test rows, the last in time: truth, forecast, and of the simple rules the nearest. The output that is
@@ -40,7 +43,7 @@ def forecasts(summary: Json, details: Json) -> Figure | None:
 
 def _panel(axes: Axes, client: str, found: Json, details: Json) -> None:
     time, truth, said = np.array(found["time"]), np.array(found["truth"][-1]), np.array(found["predicted"][-1])
-    dated = bool((time >= FROM).all())
+    dated = bool(((time >= FROM) & (time <= TO)).all())
     places: Any = time.astype("datetime64[s]") if dated else time
     rules = {name: np.array(outputs[-1]) for name, outputs in found["baselines"].items()}
     axes.plot(places, truth, color=style.INK, linewidth=1.1, label="truth")

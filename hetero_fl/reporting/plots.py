@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from hetero_fl.errors import one_line
 from hetero_fl.reporting import client_plots, forecast_plots, privacy_plots, round_plots, score_plots, style, time_plots
 from hetero_fl.reporting.rundir import RunDirectory
 
@@ -23,39 +28,61 @@ NAMES = (
 )
 
 
-def draw(run: RunDirectory) -> dict[str, bytes]:
+def draw(run: RunDirectory, say: Callable[[str], None] | None = None) -> dict[str, bytes]:
     """A finished run's pictures as PNG, by name, in the order of the report.
 
     Left out: `communication` where nothing was exchanged, `time` and `tasks` where no time was simulated, `staleness` where
     rounds wait for their cohorts, `privacy` where nothing was protected, `forecasts` where rows have no dates, `confusion` and
     `calibration` where targets are no classes.
-    Raises UserError if a file of the run is missing.
+
+    Args:
+        run: The finished run.
+        say: Where a picture that cannot be drawn is reported in one line, and left out; None raises what went wrong.
+
+    Raises:
+        UserError: If a file of the run is missing.
     """
     summary, records, details = run.summary(), run.metrics(), run.details()
+    figures: tuple[Callable[[], Figure | None], ...] = (
+        lambda: round_plots.curves(summary, records, details),
+        lambda: client_plots.clients(summary, details),
+        lambda: client_plots.labels(summary, details),
+        lambda: round_plots.communication(summary, records, details),
+        lambda: time_plots.time(summary, records, details),
+        lambda: time_plots.tasks(summary, records, details),
+        lambda: time_plots.staleness(summary, records, details),
+        lambda: privacy_plots.privacy(summary, records),
+        lambda: forecast_plots.forecasts(summary, details),
+        lambda: score_plots.confusion(summary, details),
+        lambda: score_plots.calibration(summary, details),
+    )
+    pictures: dict[str, bytes] = {}
     with style.drawing():
-        figures = (
-            round_plots.curves(summary, records, details),
-            client_plots.clients(summary, details),
-            client_plots.labels(summary, details),
-            round_plots.communication(summary, records, details),
-            time_plots.time(summary, records, details),
-            time_plots.tasks(summary, records, details),
-            time_plots.staleness(summary, records, details),
-            privacy_plots.privacy(summary, records),
-            forecast_plots.forecasts(summary, details),
-            score_plots.confusion(summary, details),
-            score_plots.calibration(summary, details),
-        )
-        return {name: style.png(made) for name, made in zip(NAMES, figures, strict=True) if made is not None}
+        for name, make in zip(NAMES, figures, strict=True):
+            with reported(f"the picture {name!r} cannot be drawn", say):
+                if (made := make()) is not None:
+                    pictures[name] = style.png(made)
+    return pictures
 
 
-def write_plots(run_dir: str | os.PathLike[str]) -> list[Path]:
+@contextmanager
+def reported(what: str, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Report an error in one line that begins with `what`, and go on; without `say` it is raised."""
+    try:
+        yield
+    except Exception as error:
+        if say is None:
+            raise
+        say(one_line(f"{what}: {type(error).__name__}: {error}"))
+
+
+def write_plots(run_dir: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> list[Path]:
     """Draw a finished run's pictures into its `plots/`, and return their paths.
 
-    Raises UserError if the folder is no finished run.
+    `say`: see `draw`. Raises UserError if the folder is no finished run.
     """
     run = RunDirectory.open(run_dir)
-    pictures = draw(run)
+    pictures = draw(run, say)
     run.plots.mkdir(exist_ok=True)
     paths = {name: run.plots / f"{name}.png" for name in pictures}
     for name, content in pictures.items():

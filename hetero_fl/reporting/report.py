@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,26 @@ def embedded(picture: bytes) -> Json:
     return {"data": base64.b64encode(picture).decode("ascii"), "width": round(width * 140 / style.DPI)}
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
+def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> Path:
     """Write a finished run's `report.html` and return its path.
 
     It takes the pictures of `plots/`, or draws its own if there are none. Raises UserError if the folder is no finished
     run.
+
+    Args:
+        run_dir: The finished run.
+        say: Where a picture or a report that cannot be made is reported in one line; None raises what went wrong.
     """
     run = RunDirectory.open(run_dir)
+    with plots.reported("the report cannot be written", say):
+        run.write_text("report.html", _page(run, say))
+    return run.path / "report.html"
+
+
+def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
     summary, details, records = run.summary(), run.details(), run.metrics()
     found = {name: run.plots / f"{name}.png" for name in plots.NAMES}
-    pictures = {name: path.read_bytes() for name, path in found.items() if path.is_file()} or plots.draw(run)
+    pictures = {name: path.read_bytes() for name, path in found.items() if path.is_file()} or plots.draw(run, say)
     subtitle = (
         f"{algorithm_name(summary['algorithm'])} · {summary['data']['name']} · "
         f"{plural(population(summary, details), 'client')} · {plural(summary['rounds_completed'], 'round')} · "
@@ -72,7 +82,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     )
     environment = [(key, _plain(value)) for key, value in run.environment().items()]
     shown = run.path.name if run.path.is_absolute() else run.path.as_posix()
-    text = render(
+    return render(
         "report.html",
         title=summary["name"],
         subtitle=subtitle,
@@ -94,7 +104,6 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         notes=details["notes"],
         config=run.read_text("config.yaml"),
     )
-    return run.write_text("report.html", text)
 
 
 def _plain(value: Any) -> str:

@@ -38,6 +38,8 @@ METRICS = {
     "r2": "R²",
 }
 
+MOST_DECIMALS = 20
+
 _IN_UNIT = {"mae", "rmse"}
 _PERCENT = {"accuracy", "top3_accuracy", "balanced_accuracy", "macro_f1"}
 _DECIMAL = {"auroc", "average_precision", "r2"}
@@ -84,7 +86,7 @@ def tested_metric(reading: str, metric: str, unit: str = "") -> str:
 def digits(value: float, count: int = 3) -> str:
     """A number with so many digits that count, never as a power of ten: 0.0341, 2.80, 1234."""
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{value:.{max(0, count - before)}f}"
+    return f"{value:.{min(max(0, count - before), MOST_DECIMALS)}f}"
 
 
 def size(count: float) -> str:
@@ -118,7 +120,12 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def arrivals(record: Mapping[str, Any]) -> str:
-    """What came of a round's invitations: `10 invited, 7 arrived, 2 failed, 1 late`; empty where all arrived."""
+    """What came of a round's invitations: `10 invited, 7 arrived, 2 failed, 1 late`; empty where all arrived.
+
+    Of a round that was given up because training at the server diverged: why.
+    """
+    if diverged := record.get("diverged"):
+        return f"nothing was changed: {diverged}"
     counts = record.get("counts") or {}
     if not counts or counts["invited"] == counts["arrived"]:
         return ""

@@ -66,6 +66,7 @@ class Asynchronous(Session):
         self._asked: Counter[str] = Counter()  # tasks of this version by client
         self._fillings = 0  # of places, in this version
         self._barren: Counter[str] = Counter()  # tasks that came to nothing since the last upload was taken
+        self._given_up = ""  # why the newest aggregation of this round came to nothing
         self._encoded = self._encoder()
 
     @property
@@ -82,12 +83,14 @@ class Asynchronous(Session):
             self._end(task, tally)
         self._may_be_killed()
         self.completed += 1
+        given_up, self._given_up = self._given_up, ""
         return {
             "round": self.completed,
             **tally.record(self.now, self.version, "simulated" if self.apart is None else "wall"),
             "up_bytes": self.traffic.up - before[0],
             "down_bytes": self.traffic.down - before[1],
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
+            **({"diverged": given_up} if given_up else {}),
         }
 
     def _next(self) -> Task:
@@ -194,8 +197,12 @@ class Asynchronous(Session):
         """The buffer becomes the next version."""
         self._clock(self.version)
         cards, came = self.federation.cards, sorted(self._buffer, key=lambda entry: natural(entry[0]))
-        self._combine([Upload(cards[c], discounted(payload, worth), worth) for c, payload, worth in came])
+        sent = [Upload(cards[c], discounted(payload, worth), worth) for c, payload, worth in came]
+        given_up = self._tried(lambda: self._combine(sent), {c: payload.magnitude for c, payload, _ in came})
         self._buffer.clear()
+        if given_up:  # the version stays, and what clients keep, which they may have built on
+            self._given_up = given_up
+            return
         self._asked.clear()
         self._fillings = 0
         self.version += 1
@@ -205,10 +212,7 @@ class Asynchronous(Session):
         uploads = Uploads(specs=self.algorithm.uploads, common=self.federation.common)
         for upload in sent:
             uploads.add(upload)
-        try:
-            carry_out(self.algorithm.aggregate(self.server, uploads), self.server, self.performer)
-        except Diverged as error:
-            raise RunFailed(f"round {self.completed + 1}: training at the server diverged: {error}") from None
+        carry_out(self.algorithm.aggregate(self.server, uploads), self.server, self.performer)
 
     def _encoder(self) -> Alike[bytes]:
         """Of this version's broadcasts, whose random draws are keyed by it."""

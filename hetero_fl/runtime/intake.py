@@ -22,12 +22,13 @@ from hetero_fl.state import Card
 @dataclass
 class Taken:
     """What came of a round's arrivals: the uploads, the losses that clients told (of a secure sum the `mean` alone), why others
-    were refused, who lied."""
+    were refused, who lied, and the magnitude of each upload."""
 
     uploads: Uploads
     losses: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     liars: list[str] = field(default_factory=list)
+    magnitudes: dict[str, float] = field(default_factory=dict)
     rules: Rules | None = None
 
 
@@ -61,6 +62,7 @@ class Intake:
             except PayloadError as error:
                 taken.refused[client] = str(error)
                 continue
+            taken.magnitudes[client] = payload.magnitude
             del body  # a model's worth each: nobody holds one longer than need be
             if (loss := loss_of(payload.report)) is not None:
                 taken.losses[client] = loss
@@ -76,6 +78,7 @@ class Intake:
             senders = len(taken.uploads) + len(held)
             held |= federation.liars.forge(honest, round, senders, reference, self.expectations.trained)
         for client, payload in held.items():
+            taken.magnitudes[client] = payload.norm()  # of what was forged
             taken.uploads.add(Upload(federation.cards[client], payload))
         return taken
 

@@ -66,10 +66,13 @@ class Rounds(Session):
             self.store.discard()
             tries.append(self._attempt(len(tries)))
         held, skipped = tries[-1], self._too_few(tries[-1])
+        diverged = ""
         if skipped:
             self._give_up(held, len(tries))
         else:
-            self._aggregate(held.taken)
+            diverged = self._tried(lambda: self._aggregate(held.taken), held.taken.magnitudes)
+        if diverged:
+            self.store.discard()
         self._may_be_killed()
         self.store.commit()
         self.completed += 1
@@ -84,7 +87,8 @@ class Rounds(Session):
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
             **({"simulated": {"start": start, "end": self.now}, **_told(tries)} if self.conditions.simulated else {}),
             **self._lived(start, tries),
-            **({"skipped": True} if skipped else {}),
+            **({"skipped": True} if skipped or diverged else {}),
+            **({"diverged": diverged} if diverged else {}),
         }
 
     # One attempt ---------------------------------------------------------------------------------------------------
@@ -214,14 +218,11 @@ class Rounds(Session):
         return bool(held.schedule.tasks) and len(held.taken.uploads) < self.conditions.policy.least
 
     def _aggregate(self, taken: Taken) -> None:
-        try:
-            if taken.rules is not None:
-                copy = replace(self.server, models=dict(self.server.models), uses={})
-                carry_out(taken.uploads.prepare(copy), copy, self.performer)
-            carry_out(self.algorithm.aggregate(self.server, taken.uploads), self.server, self.performer)
-            self.sums.adapt(taken.uploads)
-        except Diverged as error:
-            raise RunFailed(f"round {self.completed + 1}: training at the server diverged: {error}") from None
+        if taken.rules is not None:
+            copy = replace(self.server, models=dict(self.server.models), uses={})
+            carry_out(taken.uploads.prepare(copy), copy, self.performer)
+        carry_out(self.algorithm.aggregate(self.server, taken.uploads), self.server, self.performer)
+        self.sums.adapt(taken.uploads)
 
     def _robustness(self, taken: Taken) -> dict[str, Any]:
         """What a record says of rules that bear liars, and of liars."""

@@ -22,7 +22,7 @@ from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.dry import Expectations
 from hetero_fl.runtime.executor import Absent, Apart, Executor, in_turn
 from hetero_fl.runtime.federation import Federation
-from hetero_fl.runtime.hooks import broadcast, told
+from hetero_fl.runtime.hooks import broadcast, is_own, told
 from hetero_fl.runtime.intake import Intake
 from hetero_fl.runtime.links import Links
 from hetero_fl.runtime.plans import Diverged
@@ -30,7 +30,9 @@ from hetero_fl.runtime.private_sums import PrivateSums
 from hetero_fl.runtime.readings import Readings, Record
 from hetero_fl.runtime.secure import make_protocol
 from hetero_fl.runtime.site import Reading, Scores
-from hetero_fl.state import Card, in_order
+from hetero_fl.state import Card, contained, copied, in_order
+
+MOST_DIVERGED = 3  # rounds in succession in which training at the server may diverge
 
 
 class Session(ABC):
@@ -60,6 +62,7 @@ class Session(ABC):
         self.intake = Intake(self.expectations, self.links, self.protocol, self.sums)
         self.server = federation.server()
         self.completed = 0
+        self.diverged = 0  # rounds in succession that were given up because training at the server diverged
         self._lengths: dict[int, tuple[Mapping[str, Item], int]] = {}  # of uploads, by the example that they follow
         self._before = time.monotonic()  # the moment from which real seconds are counted
         with told():
@@ -104,6 +107,40 @@ class Session(ABC):
     @abstractmethod
     def _hold(self) -> Record:
         """The next round: whom to ask, what to make of the answers, and its line of `metrics.jsonl`."""
+
+    # What the server makes of uploads --------------------------------------------------------------------------------------
+    def _tried(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
+        """Change the server by `aggregate`; if its training diverges, set it back to what it was and return why.
+
+        Args:
+            aggregate: Changes the server, the memory of rules and the bounds of private sums.
+            magnitudes: Of each upload, by client.
+
+        Raises:
+            RunFailed: If this has happened `MOST_DIVERGED` times in succession, or in every round of a shorter run, or if
+                `runtime.divergence` is `stop`.
+        """
+        keep = copied if is_own(self.algorithm) else contained  # only methods of this package replace all tensors
+        models, state = keep(self.server.models), keep(self.server.state)
+        arch, memory, sums = dict(self.server.arch), contained(self.intake.memory), self.sums.tree()
+        try:
+            aggregate()
+        except Diverged as error:
+            self.server.models, self.server.state, self.server.arch = models, state, arch
+            self.intake.memory = memory
+            self.sums.restore(sums)
+            self.diverged += 1
+            why = f"training at the server diverged: {error}"
+            if magnitudes and self.sums.privacy is None:
+                client = max(magnitudes, key=lambda c: magnitudes[c])
+                why += f"; the upload of {client} has the largest magnitude, {magnitudes[client]:.3g}"
+            most = min(MOST_DIVERGED, self.federation.rounds)
+            if self.diverged >= most or self.stop_on_divergence:
+                times = f", {self.diverged} times in succession" if self.diverged > 1 else ""
+                raise RunFailed(f"round {self.completed + 1}: {why}{times}") from None
+            return why
+        self.diverged = 0
+        return ""
 
     # What clients receive -----------------------------------------------------------------------------------------------
     def broadcasts(self, clients: Collection[str], reading: bool = False) -> Mapping[str, bytes]:
@@ -215,6 +252,7 @@ class Session(ABC):
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
             "aggregation": self.intake.memory,
             "bounds": self.sums.tree(),
+            **({"diverged": self.diverged} if self.diverged else {}),
             **({"now": self.now} if self.conditions.simulated or self.apart is not None else {}),
         }
 
@@ -222,6 +260,7 @@ class Session(ABC):
         """The reverse of `tree`."""
         self.completed = self.resumed = tree["completed"]
         self.now = tree.get("now", 0.0)
+        self.diverged = tree.get("diverged", 0)
         self._before = time.monotonic() - self.now
         self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
         self.traffic = Traffic(**tree["traffic"])

@@ -36,6 +36,14 @@ def test_a_chain_is_written_as_a_list_of_stages_and_comes_back_from_a_resolved_c
         ({"compress": [{"topk": 1.5}]}, "channel.compress.0.topk: found 1.5; a share below 1, or a whole number"),
         ({"compress": [{"topk": 0}]}, "channel.compress.0.topk: must be > 0, got 0"),
         ({"compress": [{"quantize": 17}]}, "channel.compress.0.quantize: must be <= 16, got 17"),
+        (
+            {"compress": [{"name": "topk"}]},
+            "channel.compress: found the key 'name'; a stage is its own key, as in {topk: 0.01}; choose from topk, randk",
+        ),
+        (
+            {"compress": [{"name": "halb"}]},
+            "channel.compress: found the key 'name'; a stage is its own key, as in {topk: 0.01}; choose from topk, randk",
+        ),
         ({"compress": ["halv"]}, "channel.compress: found 'halv'; did you mean 'half'?"),
         ({"compress": ["topk"]}, "channel.compress: found 'topk' alone; it takes a number"),
         (

@@ -48,3 +48,10 @@ def test_many_clients_and_none() -> None:
     summary, details = made()
     assert forecasts(summary, {**details, "forecast": {}}) is None
     assert forecasts(summary, {"labels": ["load"]}) is None
+
+
+def test_times_beyond_the_calendar_are_counts() -> None:
+    with style.drawing():
+        figure = forecasts(*made(begin=1_672_531_200_000_000_000))
+        assert figure is not None
+        style.png(figure)

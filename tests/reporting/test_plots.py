@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
 from hetero_fl.errors import UserError
-from hetero_fl.reporting import client_plots, round_plots, score_plots, style
+from hetero_fl.reporting import client_plots, prose, round_plots, score_plots, style
 from hetero_fl.reporting.plots import write_plots
+from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.rundir import RunDirectory
 from hetero_fl.reporting.wording import METRICS, sentence
 
@@ -64,6 +65,36 @@ def test_an_unfinished_run_has_no_pictures(made_run: MakeRun) -> None:
     with pytest.raises(UserError, match=r"summary.json"):
         write_plots(run.path)
     assert not run.plots.exists()
+
+
+def test_picture_that_cannot_be_drawn_is_reported_and_left_out(
+    made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = made_run(rounds=1), list[str]()
+
+    def fails(*content: Any) -> Figure:
+        raise OverflowError("cannot convert\nfloat infinity to integer")
+
+    monkeypatch.setattr(client_plots, "clients", fails)
+
+    paths = write_plots(run.path, said.append)
+
+    assert [path.stem for path in paths] == [name for name in ALL if name != "clients"]
+    assert said == ["the picture 'clients' cannot be drawn: OverflowError: cannot convert float infinity to integer"]
+    with pytest.raises(OverflowError):
+        write_plots(run.path)
+
+
+def test_report_that_cannot_be_made_is_reported(made_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, said = made_run(rounds=1), list[str]()
+    monkeypatch.setattr(prose, "story", lambda *content: 1 / 0)
+
+    write_report(run.path, said.append)
+
+    assert said == ["the report cannot be written: ZeroDivisionError: division by zero"]
+    assert not (run.path / "report.html").exists()
+    with pytest.raises(ZeroDivisionError):
+        write_report(run.path)
 
 
 def drawn(make: Callable[..., Figure | None], *content: Any) -> Figure:

@@ -32,6 +32,7 @@ def test_figures() -> None:
         "1234",
         "-2.80",
     ]
+    assert len(digits(5e-324)) < 30
 
 
 @pytest.mark.parametrize(

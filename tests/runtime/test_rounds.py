@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hetero_fl.aggregation import Uploads
+from hetero_fl.codec import decode, encode
 from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment import prepare
 from hetero_fl.payload import Item, Payload
-from hetero_fl.plan import Fit
+from hetero_fl.plan import Fit, Plan
 from hetero_fl.reporting.summary import Patience
+from hetero_fl.runtime.plans import Diverged
 from hetero_fl.runtime.readings import record_readings
 from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.runtime.session import Session
+from hetero_fl.state import Card, Participant, contained, copied
 from tests.small import MIXED, config, deployed, rounds_of, same_bits
 
 METHODS = [
@@ -147,10 +155,106 @@ def test_a_client_that_diverges_is_left_out_and_a_round_without_uploads_fails() 
         wild.round()
 
 
-def test_training_at_the_server_that_diverges_fails_in_one_line() -> None:
-    rounds = rounds_of(config("feddf", server={"optimizer": {"name": "sgd", "lr": 1e30}}), held=0)
+def diverging(rounds: Session, turns: Collection[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have training at the server diverge at these turns (from 0), after it has changed whatever it can."""
+    aggregate, turn = type(rounds.algorithm).aggregate, itertools.count()
+
+    def aggregates(method: Any, server: Participant, uploads: Uploads) -> Plan[None]:
+        yield from aggregate(method, server, uploads)
+        if next(turn) in turns:
+            server.models = {slot: {} for slot in server.models}
+            for each in server.state.values():
+                if isinstance(each, dict):
+                    each.clear()
+            server.state["more"], server.arch = 1, {}
+            raise Diverged("'student' is no longer finite (loss inf)")
+
+    monkeypatch.setattr(type(rounds.algorithm), "aggregate", aggregates)
+
+
+@pytest.mark.parametrize("method", ["fedavgm", "scaffold", "feddf", "fedkd", "fedbuff"])
+def test_round_whose_training_at_the_server_diverges_changes_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
+    rounds = rounds_of(config(method, rounds=4, **buffer), held=1)
+    loud(rounds, "site_2", monkeypatch)
+    before = copied([rounds.server.models, rounds.server.state])
+    diverging(rounds, [0], monkeypatch)
+
+    record = rounds.round()
+
+    assert encode([rounds.server.models, rounds.server.state], "x") == encode(before, "x")
+    assert record["diverged"].startswith("training at the server diverged: 'student' is no longer finite (loss inf)")
+    assert "the upload of site_2 has the largest magnitude, " in record["diverged"]
+    assert method == "fedbuff" or record["skipped"]
+    assert "diverged" not in rounds.round() and rounds.diverged == 0
+
+
+def loud(rounds: Session, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply what a client sends by a thousand."""
+    uploaded = rounds.links.uploaded
+
+    def louder(card: Card, *args: Any) -> Payload:
+        payload = uploaded(card, *args)
+        return Payload.decode(scaled(payload).encode()) if card.id == client else payload
+
+    monkeypatch.setattr(rounds.links, "uploaded", louder)
+
+
+def scaled(payload: Payload) -> Payload:
+    def values(found: Any) -> Any:
+        if isinstance(found, dict):
+            return {n: values(t) for n, t in found.items()}
+        return found * 1000 if found.is_floating_point() else found
+
+    return Payload({n: replace(i, values=values(i.values)) for n, i in payload.items_.items()}, payload.report)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedbuff"])
+def test_training_at_the_server_that_diverges_in_succession_fails_in_one_line(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
+    rounds = rounds_of(config(method, rounds=9, **buffer), held=0)
+    diverging(rounds, [0, 1, 3, 4, 5], monkeypatch)
+
+    while rounds.completed < 5:
+        rounds.round()
+    with pytest.raises(RunFailed, match=r"round 6: .*diverged.*the largest magnitude, .*, 3 times in succession$"):
+        rounds.round()
+
+
+def test_divergence_at_the_server_is_counted_across_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config("fedavg", rounds=9)
+    rounds = rounds_of(made, held=0)
+    diverging(rounds, [0, 1, 2], monkeypatch)
+    rounds.round()
+    rounds.round()
+    later = rounds_of(made, held=0)
+    later.restore(decode(encode(rounds.tree(), "x"), "x"))
+
+    with pytest.raises(RunFailed, match="3 times in succession"):
+        later.round()
+
+
+@pytest.mark.parametrize("stop", [{"rounds": 1}, {"rounds": 9, "runtime__divergence": "stop"}])
+def test_divergence_at_the_server_ends_a_run_of_one_round(stop: dict[str, Any]) -> None:
+    rounds = rounds_of(config("feddf", server={"optimizer": {"name": "sgd", "lr": 1e30}}, **stop), held=0)
+
     with pytest.raises(RunFailed, match="at the server diverged"):
         rounds.round()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_aggregation_changes_no_tensor_in_place(method: str) -> None:
+    rounds = rounds_of(config(method, rounds=3), held=1)
+    kept = contained([rounds.server.models, rounds.server.state])
+    before = encode(kept, "x")
+
+    rounds.round()
+
+    assert encode(kept, "x") == before
 
 
 def test_the_server_has_a_model_only_where_one_was_trained() -> None:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from hetero_fl.payload import PayloadError
 
+PRIME = 2**255 - 19
 LENGTH = 32  # bytes of a private key, a public key, an agreed key and a seed
 NONCE, MARK = 12, 16  # bytes that sealing adds
 
@@ -39,6 +40,13 @@ def public(private: bytes) -> bytes:
 def loaded(private: bytes) -> X25519PrivateKey:
     """A private key ready to agree with many others: loading takes as long as agreeing."""
     return X25519PrivateKey.from_private_bytes(private)
+
+
+def check(public: bytes) -> None:
+    """Raise PayloadError for a public key of low order, or one that is not written as RFC 7748 has it (below 2^255 − 19)."""
+    if int.from_bytes(public, "little") >= PRIME:
+        raise PayloadError("a public key that is none")
+    agree(loaded(new_key()), public, b"check")
 
 
 def agree(private: X25519PrivateKey, other: bytes, purpose: bytes) -> bytes:

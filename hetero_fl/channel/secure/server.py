@@ -43,6 +43,7 @@ class Conversation:
     tag: bytes = field(default_factory=lambda: os.urandom(TAG))
     names: dict[int, str] = field(init=False)
     public: dict[int, np.ndarray] = field(default_factory=dict)
+    known: set[bytes] = field(default_factory=set)  # public keys
     bound: dict[int, bytes] = field(default_factory=dict)  # commitments to seeds
     mates: dict[int, list[int]] = field(default_factory=dict)  # with whom each shares a mask
     threshold: int = 0  # shares that make a secret
@@ -59,6 +60,7 @@ class Conversation:
         """Exchange 1: the clients' public keys."""
         for number, got in self._taken("keys", self.names, replies, self._usable):
             self.public[number] = got["keys"]
+            self.known |= {public.tobytes() for public in got["keys"].reshape(2, keys.LENGTH)}
         self._enough(self.public, "keys")
 
     def invitations(self) -> Messages:
@@ -177,8 +179,12 @@ class Conversation:
         return got
 
     def _usable(self, number: int, got: Arrays) -> None:
-        for public in got["keys"].reshape(2, keys.LENGTH):  # else its neighbours would all refuse
-            keys.agree(keys.loaded(keys.new_key()), public.tobytes(), b"check")
+        # Its neighbors would all refuse what is refused here.
+        pair = [public.tobytes() for public in got["keys"].reshape(2, keys.LENGTH)]
+        for public in pair:
+            keys.check(public)
+        if pair[0] == pair[1] or not self.known.isdisjoint(pair):
+            raise PayloadError("a public key that is there twice")
 
     def _fitting(self, number: int, got: Arrays) -> None:
         if numbers_of(got["numbers"]) != [m for m in self.mates[number] if m != number]:

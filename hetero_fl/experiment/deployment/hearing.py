@@ -26,7 +26,7 @@ from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Told
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.messages import JUNK, Refused
-from hetero_fl.metrics import SMALLER_IS_BETTER, metric_names
+from hetero_fl.metrics import LARGEST_FIGURE, SMALLER_IS_BETTER, metric_names
 from hetero_fl.own_code import CodePermission, references
 from hetero_fl.runtime.beside import STRETCH
 from hetero_fl.runtime.federation import Federation
@@ -42,6 +42,7 @@ MOST_NAMES = 32
 BINS = 15  # of a calibration
 TRAVELLING = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in DTYPES.values()}
 FREE = ("r2",)  # metrics that may be below nought
+MOST_TIME = 2**63  # times are whole numbers of 64 bits, in whatever unit
 HEARD = {"scores", "confusion", "calibration", "baselines", "forecast", "triggered", "model"}
 
 
@@ -91,7 +92,7 @@ def hear_told(tree: Any, outputs: int, own: Preprocess | None = None) -> Told:
         rows = {name: _whole(tree["rows"][name], MOST_ROWS) for name in ("train", "validation", "test")}
         if not rows["train"]:
             raise Refused("it tells of no rows to train on")
-        labels = None if tree["labels"] is None else tuple(float(_number(n, 0.0)) for n in tree["labels"])
+        labels = None if tree["labels"] is None else tuple(float(_number(n, 0.0, MOST_ROWS)) for n in tree["labels"])
         if labels is not None and len(labels) != outputs:
             raise Refused(f"it tells counts of {len(labels)} labels; the task has {outputs}")
         view = None if tree["view"] is None else Preprocess(**{k: frozen(v) for k, v in tree["view"].items()})
@@ -99,7 +100,7 @@ def hear_told(tree: Any, outputs: int, own: Preprocess | None = None) -> Told:
             raise Refused(f"it tells {'no' if view is None else 'a'} view of its own")
         for number in (view.mean, view.std) if view is not None else ():
             for each in number if isinstance(number, tuple) else (number,):
-                _number(0.0 if each is None else each, -math.inf)
+                _number(0.0 if each is None else each, -LARGEST_FIGURE)
         if view is not None and replace(view, mean=None, std=None) != own:
             raise Refused("it tells another view than the configuration asks for")
         return Told(rows, _name(tree["hash"]), view, labels)
@@ -117,14 +118,15 @@ def hear_reading(tree: Any, client: str, federation: Federation, method: Algorit
             what = ", ".join(sorted(tree)) if isinstance(tree, dict) else type(tree).__name__
             raise Refused(f"found {what[:120]}")
         _check_plain({**tree, "model": None})
-        return _reading(tree, federation.task, card, method)
+        return _reading(tree, federation, card, method)
     except (Refused, UserError) as error:
         raise Refused(f"its reading is refused: {error}") from None
     except JUNK as error:
         raise Refused(f"its reading cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _reading(tree: Mapping[str, Any], task: Task, card: Card, method: Algorithm) -> Reading:
+def _reading(tree: Mapping[str, Any], federation: Federation, card: Card, method: Algorithm) -> Reading:
+    task = federation.task
     if tree["triggered"] is not None:
         raise Refused("it tells of a trigger; nobody lies in a federation")
     model = tree["model"]
@@ -133,7 +135,7 @@ def _reading(tree: Mapping[str, Any], task: Task, card: Card, method: Algorithm)
         confusion=_by_name(tree["confusion"], READINGS, lambda c: _confusion(c, task)),
         calibration=_by_name(tree["calibration"], READINGS, _calibration),
         baselines=_by_name(tree["baselines"], READINGS, lambda each: _by_name(each, None, lambda s: _scores(s, task))),
-        forecast=_forecast(tree["forecast"], task),
+        forecast=_forecast(tree["forecast"], federation),
         model=b"" if model is None else _model(model, task, card, method),
     )
 
@@ -142,8 +144,8 @@ def _scores(found: Any, task: Task) -> Scores:
     known = metric_names(task)
 
     def one(name: str, value: Any) -> float | None:
-        least = -math.inf if name in FREE else 0.0
-        most = math.inf if name in SMALLER_IS_BETTER else 1.0 + 1e-9
+        least = -LARGEST_FIGURE if name in FREE else 0.0
+        most = LARGEST_FIGURE if name in SMALLER_IS_BETTER else 1.0 + 1e-9
         return None if value is None else _number(value, least, most)
 
     return {name: one(name, value) for name, value in _named(found, known).items()}
@@ -169,19 +171,23 @@ def _calibration(found: Any) -> dict[str, Any]:
     }
 
 
-def _forecast(found: Any, task: Task) -> dict[str, Any]:
+def _forecast(found: Any, federation: Federation) -> dict[str, Any]:
+    task = federation.task
     if not found:
         return {}
+    dated = [share.examples.time is not None for share in federation.data.public.values() if len(share.rows)]
+    if task.kind != "regression" or federation.privacy is not None or (dated and not any(dated)):
+        raise Refused("a forecast, although the run has none")
     named = _named(found, ("time", "truth", "predicted", "baselines"))
     rows = len(named["time"])
     if not 0 < rows <= STRETCH:
         raise Refused(f"a forecast of {rows} rows")
 
     def columns(values: Any) -> list[Any]:
-        return _table(values, (task.outputs, rows), lambda v: _number(v, -math.inf))
+        return _table(values, (task.outputs, rows), lambda v: _number(v, -LARGEST_FIGURE))
 
     return {
-        "time": _table(named["time"], (rows,), lambda v: _number(v, -math.inf)),
+        "time": _table(named["time"], (rows,), lambda v: _number(v, -MOST_TIME, MOST_TIME)),
         "truth": columns(named["truth"]),
         "predicted": columns(named["predicted"]),
         "baselines": _by_name(named["baselines"], None, columns),
@@ -250,12 +256,12 @@ def _name(found: Any) -> str:
     return found
 
 
-def _number(found: Any, least: float, most: float = math.inf) -> float:
+def _number(found: Any, least: float, most: float = LARGEST_FIGURE) -> float:
     """As it was told, to the bit."""
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         raise Refused(f"found {str(found)[:LONGEST]!r}, no finite number")
     if not least <= found <= most:
-        raise Refused(f"found {found:g}; expected {least:g} to {most:g}")
+        raise Refused(f"found {float(found):g}; expected {least:g} to {most:g}")
     return found
 
 

@@ -193,6 +193,25 @@ def test_upload_much_longer_than_agreed_is_refused_unread() -> None:
         check_size(1_000_000, SPECS, LIKE)
 
 
+def test_header_much_longer_than_agreed_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    big = {
+        "model": Item({"w": torch.zeros(400_000)}, 1.0, "params")
+    }  # so long that a header of a megabyte is not too long
+    link, sent = Link(stages_of((), False), SPECS, 4), bomb(MOST_HEADER_VALUES // 4)
+    check_size(len(sent), SPECS, big)
+    assert len(link.receive(Payload(big).encode(), (0,), frozenset(), None, big)["model"]["w"]) == 400_000
+    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("parsed"))
+
+    with pytest.raises(PayloadError, match=r"a header of [\d,]+ bytes; what was agreed takes at most 67,584"):
+        link.receive(sent, (0,), frozenset(), None, big)
+
+
+@pytest.mark.parametrize("tree", [{f"layer.{i}.weight": torch.zeros(0) for i in range(34_000)}, [[]] * 262_000])
+def test_header_of_more_values_than_any_model_has_is_refused(tree: Any) -> None:
+    with pytest.raises(CodecError, match="at most"):
+        decode(encode(tree, PAYLOAD), PAYLOAD)
+
+
 def test_layout_of_many_numbers_is_refused_before_they_are_made() -> None:
     link = Link(stages_of(ChannelConfig(compress=[{"topk": 3}]).compress, False), {}, 4)
     sent = link.send(Payload({"m": Item({"w": torch.arange(40.0)}, 1.0, "update")}), (0,))

@@ -40,7 +40,8 @@ from hetero_fl.experiment.deployment.flower.messages import (
     get_all_nested_objects,
     to_node,
 )
-from hetero_fl.experiment.deployment.identity import NodeKeys, ServerKeys, Signed
+from hetero_fl.experiment.deployment.identity import NodeKeys, ServerKeys, Signed, signed
+from hetero_fl.experiment.deployment.messages import body_of, message
 from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.serving import serve as serve_run
 from hetero_fl.experiment.deployment.site_file import SiteConfig
@@ -98,16 +99,8 @@ def test_run_over_tls_ends_well_with_a_hostile_site(tmp_path: Path) -> None:
     handles = {site: net.node(site).handle for site in SITES}
     handles["site_3"] = hostile(handles["site_3"], answers, net.keys_of("site_3"))
     made = small(models="linear", rounds=len(answers), evaluation__every=len(answers))
-    working = threading.Lock()  # one at a time: torch's generator is the process's
 
-    def in_turn(handle: Handle) -> Handle:
-        def handles(envelope: Envelope) -> Envelope:
-            with working:
-                return handle(envelope)
-
-        return handles
-
-    with net.joined({site: in_turn(handle) for site, handle in handles.items()}):
+    with net.joined(in_turn(handles)):
         run = serve_run(
             made, net.transport, out=net.folder / "run", wait=LONG, deadline=LONG, keys=net.keys, message_bytes=MOST
         )
@@ -122,6 +115,42 @@ def test_run_over_tls_ends_well_with_a_hostile_site(tmp_path: Path) -> None:
     assert all(why.isprintable() and len(why) < 500 for each in failed for why in each.values())
     for site in SITES:
         assert verify(net.folder / site / "state" / "audit.jsonl", net.public[site])
+
+
+def in_turn(handles: dict[str, Handle]) -> dict[str, Handle]:
+    """The sites one at a time: torch's generator is the process's."""
+    working = threading.Lock()
+
+    def alone(handle: Handle) -> Handle:
+        def handles_one(envelope: Envelope) -> Envelope:
+            with working:
+                return handle(envelope)
+
+        return handles_one
+
+    return {site: alone(handle) for site, handle in handles.items()}
+
+
+def test_huge_score_over_tls_is_refused_by_name(tmp_path: Path) -> None:
+    net = Net(tmp_path)
+    handles = {site: net.node(site).handle for site in SITES}
+    honest = handles["site_3"]
+
+    def lies(asked: Envelope) -> Envelope:
+        answer = honest(asked)
+        if asked.head.get("kind") != "read":
+            return answer
+        told = body_of(answer)
+        told["scores"]["personal"]["loss"] = 1e200
+        kept = {name: value for name, value in answer.head.items() if name != "signature"}
+        return signed(Envelope(kept, message("done", told).body), net.private["site_3"], "node")
+
+    handles["site_3"] = lies
+    with net.joined(in_turn(handles)):
+        made = small(models="linear", rounds=1)
+        run = serve_run(made, net.transport, out=net.folder / "run", wait=LONG, deadline=LONG, keys=net.keys)
+
+    assert run.metrics[0]["unread"] == {"site_3": "its reading is refused: found 1e+200; expected 0 to 1e+18"}
 
 
 def sendable(head: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +18,18 @@ import torch
 
 from hetero_fl.algorithms import algorithm
 from hetero_fl.codec import encode
+from hetero_fl.data.base import Examples
 from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.private import Share
 from hetero_fl.errors import RunFailed
+from hetero_fl.experiment.deployment import hearing
 from hetero_fl.experiment.deployment.hearing import hear_reading, hear_settings, hear_state, hear_told
 from hetero_fl.experiment.deployment.messages import FORM, Refused, body_of, message
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 from hetero_fl.experiment.prepared import prepare
 from hetero_fl.payload import Item, Payload
+from hetero_fl.reporting import client_plots
+from hetero_fl.task import Task
 from tests.experiment.deployment.sites import Clock
 from tests.experiment.deployment.together import Federation, small
 
@@ -67,6 +74,12 @@ def tree(**changes: Any) -> Change:
     return changes_
 
 
+def one_huge(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[0] = -2e18
+    return changed
+
+
 UPLOADS: dict[str, tuple[Change, str]] = {
     "another answer": (head(ask="quite another"), "quite another"),
     "no answer": (lambda e: Envelope(), "None"),
@@ -86,6 +99,11 @@ UPLOADS: dict[str, tuple[Change, str]] = {
     "a tree of something else": (body(encode([1, 2], FORM)), "upload refused: found 'deployment 1'"),
     "NaN": (tensors(lambda n, t: t * math.nan if t.is_floating_point() else t), "is not finite"),
     "infinity": (tensors(lambda n, t: t + math.inf if t.is_floating_point() else t), "is not finite"),
+    "huge values": (
+        tensors(lambda n, t: torch.full_like(t, 3.4e38)),
+        "holds a value of magnitude 3.4e+38; at most 1e+18",
+    ),
+    "one huge value": (tensors(one_huge), "holds a value of magnitude 2e+18; at most 1e+18 is taken"),
     "other shapes": (tensors(lambda n, t: t.flatten()), "was agreed"),
     "other types": (tensors(lambda n, t: t.double()), "dtype"),
     "huge": (tensors(lambda n, t: torch.zeros(3_000_000)), "was agreed"),
@@ -95,6 +113,7 @@ UPLOADS: dict[str, tuple[Change, str]] = {
     "another kind": (payload(lambda i: {"model": replace(i["model"], kind="update")}), "of kind 'update'"),
     "a negative weight": (tree(weight=-1.0), "weight"),
     "an endless weight": (tree(weight=math.inf), "weight"),
+    "a huge weight": (tree(weight=1.7e308), "weight that is no number from 0 to 1e+18"),
     "a weight that is text": (tree(weight="much"), "weight"),
     "a kind unknown": (tree(kind="thing"), "unknown kind"),
     "values that are text": (tree(values="all"), "neither a tensor nor named tensors"),
@@ -153,6 +172,9 @@ READINGS: dict[str, tuple[Change, str]] = {
     "better than all": (scores(accuracy=1.5), "found 1.5; expected 0 to 1"),
     "endless": (scores(loss=math.inf), "no finite number"),
     "a loss below nought": (scores(loss=-1.0), "found -1"),
+    "a loss beyond squares": (scores(loss=1e200), "found 1e+200; expected 0 to 1e+18"),
+    "a loss beyond sums": (scores(loss=1.7e308), "found 1.7e+308; expected 0 to 1e+18"),
+    "an integer of a thousand bits": (scores(loss=2**1000), "found 1.07151e+301; expected 0 to 1e+18"),
     "text": (scores(accuracy="<script>"), "no finite number"),
     "a number without end": (scores(accuracy=10**400), "cannot be read (OverflowError"),
     "true": (scores(accuracy=True), "no finite number"),
@@ -168,7 +190,7 @@ READINGS: dict[str, tuple[Change, str]] = {
     ),
     "a forecast": (
         reading(lambda t: t.update(forecast={"time": [], "truth": [], "predicted": [], "baselines": {}})),
-        "0 rows",
+        "a forecast, although the run has none",
     ),
     "a model": (
         reading(lambda t: t.update(model=torch.zeros(9, dtype=torch.uint8))),
@@ -190,6 +212,58 @@ def test_hostile_readings_are_left_out_and_counted(tmp_path: Path) -> None:
         assert list(record["unread"]) == ["site_3"] and why in record["unread"]["site_3"], (name, record["unread"])
     assert not (run.path / "models" / "site_3.safetensors").exists()
     json.loads((run.path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"found {name}"))
+
+
+FORECAST: dict[str, Any] = {
+    "time": [1e9, 2e9],
+    "truth": [[1.0, 2.0]],
+    "predicted": [[-1.5, 1e6]],
+    "baselines": {"persistence": [[0.0, 0.0]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"time": [1e9, 1.7e308]}, "found 1.7e+308"),
+        ({"time": [-1e30, 1e9]}, "found -1e+30"),
+        ({"truth": [[1.0, 1.7e308]]}, "found 1.7e+308"),
+        ({"predicted": [[1.0, -1.7e308]]}, "found -1.7e+308"),
+        ({"baselines": {"persistence": [[1.0, 2**1000]]}}, "found 1.07151e+301"),
+        ({"truth": [[1.0]]}, "another form"),
+    ],
+)
+def test_forecast_is_bounded(changes: dict[str, Any], said: str) -> None:
+    federation = dated_federation()
+
+    assert hearing._forecast(FORECAST, federation) == FORECAST
+    with pytest.raises(Refused, match=re.escape(said)):
+        hearing._forecast({**FORECAST, **changes}, federation)
+
+
+def test_forecast_is_refused_where_the_data_has_no_dates() -> None:
+    federation = dated_federation(dated=False)
+
+    with pytest.raises(Refused, match="a forecast, although the run has none"):
+        hearing._forecast(FORECAST, federation)
+
+
+def dated_federation(dated: bool = True) -> Any:
+    """A federation whose common test set is a regression with or without times."""
+    examples = Examples(torch.zeros(4, 2), torch.zeros(4, 1), time=torch.arange(4) if dated else None)
+    data = SimpleNamespace(public={"common_test": Share(examples, torch.arange(4))})
+    return SimpleNamespace(task=Task("regression", 1), data=data, privacy=None)
+
+
+def test_server_finishes_a_run_whose_pictures_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_plots, "clients", lambda *content: math.log10(0))
+    made = small(models="linear", rounds=1, output__plots=True, output__report=True)
+
+    run = Federation(tmp_path).serve(made)
+
+    assert run.summary["rounds_completed"] == 1 and (run.path / "details.json").exists()
+    assert (run.path / "report.html").exists() and not (run.path / "plots" / "clients.png").exists()
+    assert "the picture 'clients' cannot be drawn: ValueError" in (run.path / "log.txt").read_text()
 
 
 # Before the first round ----------------------------------------------------------------------------------------------
@@ -217,11 +291,13 @@ TOLD: dict[str, Any] = {
         ({"labels": [1.0, 2.0]}, "counts of 2 labels; the task has 3"),
         ({"labels": [1.0, math.nan, 1.0]}, "no finite number"),
         ({"labels": [1.0, -1.0, 1.0]}, "found -1"),
+        ({"labels": [1.0, 1.7e308, 1.0]}, "found 1.7e+308"),
         ({"labels": ["a", "b", "c"]}, "no finite number"),
         ({"labels": 7}, "cannot be read (TypeError"),
         ({"view": {"nothing": 1}}, "cannot be read (TypeError"),
         ({"view": {"mean": math.inf}}, "no finite number"),
         ({"view": {"std": "x"}}, "no finite number"),
+        ({"view": {"mean": 1.7e308}}, "found 1.7e+308"),
         ({"view": 3}, "cannot be read"),
         ({"view": {"resize": 10**6}}, "another view than the configuration asks for"),
         ({"rows": torch.zeros(3)}, "found a tensor"),

@@ -157,7 +157,7 @@ def test_from_arrays() -> None:
     assert from_arrays(table, ~np.eye(3, dtype=bool)[y]).task == Task("multilabel", 3)
     assert from_arrays(table, y, task=Task("multiclass", 5)).task.outputs == 5
     assert from_arrays(table, y).train.x.dtype == torch.float32
-    for bad in ([0, 1, -1, 0, 1, 2], ["a"] * 6, [0.0] * 5, [[[0]]] * 6):
+    for bad in (["a"] * 5, [0.0] * 5, [[[0]]] * 6):
         with pytest.raises(UserError):
             from_arrays(table, bad)
     with pytest.raises(UserError, match="test: y: label 3"):

@@ -91,6 +91,8 @@ def _wrong(problems: Sequence[ErrorDetails], where: str, section: type[BaseModel
         return f"{line}; each entry of a list begins with a dash"
     if kinds <= LIST and isinstance(value, int | float | str):
         return f"{line}; write [{value}]"
+    if where == "seed" and isinstance(value, str | list):
+        return f"{line}; several seeds are for `hetero-fl compare --seeds 0,1`"
     if "literal_error" in kinds:
         return line + similar(value, re.findall(r"'([^']*)'", expected))
     return line

@@ -39,6 +39,7 @@ def carry_out(
 ) -> None:
     """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
     begun, config = time.perf_counter(), prepared.config
+    progress.log(prepared.headline)
     store = Store(directory.path / "checkpoint", config.runtime.store_memory << 20)
     rounds = prepared.rounds(choice, store, progress.log, engage)
     rounds.executor.watch(progress.task)

@@ -65,7 +65,7 @@ def test_quiet_leaves_results_alone(arguments: list[str], tmp_path: Path, capsys
 
 def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-q", "train", "--config", "nope.yaml"]) == 2
-    assert capsys.readouterr() == ("", "error: nope.yaml: no such file\n")
+    assert capsys.readouterr() == ("", "error: nope.yaml: no such file; found compose.yaml there\n")
 
 
 @pytest.mark.parametrize("arguments", [["-v", "train"], ["-qv", "train"], ["train", "-qv"], ["train", "--verbose"]])
@@ -74,7 +74,7 @@ def test_verbose_prints_the_tracebacks_of_all_causes(arguments: list[str], capsy
     told = capsys.readouterr().err
     assert told.count("Traceback (most recent call last)") == 2 and "FileNotFoundError" in told
     assert told.index("FileNotFoundError") < told.index("hetero_fl.errors.UserError")
-    assert told.splitlines()[-1] == "error: nope.yaml: no such file"
+    assert told.splitlines()[-1] == "error: nope.yaml: no such file; found compose.yaml there"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -172,6 +172,25 @@ def _meant(key: str, here: list[str], place: list[str], own: Iterable[str]) -> s
     return f"; did you mean {' or '.join(repr(c) for c in close)}?"
 
 
+def full_key(name: str) -> str | None:
+    """Return the full path of a configuration key, None if there is no such key; of a section the key that names its kind.
+
+    Args:
+        name: A path, or its last part. Of several keys of that name it is the one nearest to the root. `-` counts as `_`.
+
+    Example:
+        >>> full_key("rounds"), full_key("algorithm"), full_key("batch-size")
+        ('rounds', 'algorithm.name', 'clients.defaults.batch_size')
+    """
+    wanted = name.replace("-", "_")
+    if wanted.startswith("algorithm."):
+        return wanted
+    known = {".".join(path): path for path in _paths(Config)} | {"algorithm.name": ("algorithm", "name")}
+    alike = [key for key, path in known.items() if path[-1] == wanted and "0" not in path]
+    key = wanted if wanted in known else min(alike, key=lambda key: key.count("."), default=None)
+    return next((f"{key}.{kind}" for kind in ("name", "kind") if f"{key}.{kind}" in known), key)
+
+
 def _joined(path: Sequence[str]) -> str:
     """A path without the difference between `proxy_size` and `proxy.size`; the dot in front marks where a key begins."""
     return "." + ".".join(path).replace("_", ".").replace("-", ".").lower().lstrip(".")

@@ -136,7 +136,7 @@ def choose_for_nodes(prepared: Prepared) -> Choice:
     asked = config.runtime.executor if config.runtime.executor in ("serial", "processes") else "auto"
     runtime = config.runtime.model_copy(update={"executor": asked, "chunk": None})
     chosen = choose(config.model_copy(update={"runtime": runtime}), prepared.federation)
-    reasons = (f"on nodes, {chosen.threads} threads each",)
+    reasons = (f"on nodes, {plural(chosen.threads, 'thread')} each",)
     return replace(chosen, executor=NODES, chunk=1, workers=len(prepared.federation.cards), reasons=reasons)
 
 

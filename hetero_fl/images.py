@@ -36,7 +36,10 @@ def as_numbers(values: Any, where: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: not an array of numbers: {error}") from error
     if array.dtype.kind not in "buif":
-        raise UserError(f"{where}: not an array of numbers: found {array.dtype}")
+        found = f"{where}: not an array of numbers: found {array.dtype}"
+        if hasattr(values, "columns"):
+            raise UserError(f"{found}; save a data frame with text as a file, which data.name: table reads")
+        raise UserError(found)
     if array.dtype.kind in "bui" and array.dtype != np.uint8:
         array = array.astype(np.int64)
     elif array.dtype.kind == "f" and array.dtype.itemsize > 8:

@@ -31,7 +31,9 @@ class Task:
     @property
     def numbers(self) -> tuple[int, ...]:
         """Labels that the classes are named after, if these are other integers than the class numbers; else nothing."""
-        whole = self.kind == "multiclass" and all(name.isascii() and name.isdigit() for name in self.names)
+        whole = self.kind == "multiclass" and all(
+            name.isascii() and name.removeprefix("-").isdigit() for name in self.names
+        )
         found = tuple(map(int, self.names)) if whole else ()
         return () if found == tuple(range(len(found))) else found
 

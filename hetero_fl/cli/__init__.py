@@ -49,7 +49,24 @@ class Parser(argparse.ArgumentParser):
             option = argument.partition("=")[0]
             if option.startswith("--") and option not in known:
                 names = [name for name in known if name.startswith("--")]
-                raise UserError(f"unknown option {option}{similar(option, names)} (see {self.prog} --help)")
+                hint = similar(option, names) or self._override(arguments, argument)
+                raise UserError(f"unknown option {option}{hint} (see {self.prog} --help)")
+
+    def _override(self, arguments: Sequence[str], argument: str) -> str:
+        """Return `; did you mean rounds=3?` for an option that is a key of the configuration, else nothing."""
+        if (
+            not any(action.dest == "overrides" for action in self._actions)
+            or "--config" not in self._option_string_actions
+        ):
+            return ""
+        from hetero_fl.config.mistakes import full_key
+
+        option, equals, value = argument.partition("=")
+        key = full_key(option.removeprefix("--"))
+        following = arguments[arguments.index(argument) + 1 :][:1]
+        if not equals and following and not following[0].startswith("-"):
+            value = following[0]
+        return "" if key is None else f"; did you mean {key}={value or '…'}?"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

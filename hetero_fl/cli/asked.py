@@ -91,8 +91,8 @@ def check_run(options: argparse.Namespace, permission: CodePermission) -> Path |
         else:
             print_check(prepare(source, options.overrides, allow_code=permission))
         return None
-    if options.resume and not options.out.exists():  # the first turn of a job that is always started with --resume
-        say_of(options)(f"nothing to resume in {options.out}: starting{_nearby(options.out)}")
+    if options.resume and _is_vacant(options.out):  # the first turn of a job that is always started with --resume
+        say_of(options)(f"nothing to resume in {options.out}: starting a new run{_nearby(options.out)}")
     return source
 
 
@@ -108,3 +108,8 @@ def _nearby(out: Path) -> str:
     runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
     meant = closest(out.name, runs)
     return "" if meant is None else f"; did you mean {out.parent / meant}?"
+
+
+def _is_vacant(out: Path) -> bool:
+    """Return whether nothing exists at a place, or an empty folder."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))

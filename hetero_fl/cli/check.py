@@ -14,6 +14,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.codec import nbytes
 from hetero_fl.config import Config, dump, expand
 from hetero_fl.experiment import Prepared
+from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.choose import choose
 from hetero_fl.runtime.conditions import Conditions
 from hetero_fl.runtime.federation import SOME
@@ -50,7 +51,7 @@ def print_check(prepared: Prepared) -> None:
     at_most = config.evaluation.patience or cost.at_most
     about = "about " if (waits and held.simulated) or not (at_most or cost.exact) else "at most " if at_most else ""
     console.print(
-        f"{about}{_size(up + down + reading)} in {config.rounds} rounds: {_size(up)} up, {_size(down + reading)} down, "
+        f"{about}{_size(up + down + reading)} in {plural(config.rounds, 'round')}: {_size(up)} up, {_size(down + reading)} down, "
         f"{_size(reading)} of it to evaluate"
     )
     largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4  # with those that the method adds

@@ -76,7 +76,10 @@ def _carry_out_evaluate(options: argparse.Namespace) -> int:
         raise UserError(f"--json: found {options.json}; name a file in a folder that exists")
     permission = permission_of(options)
     run = Run(options.run, permission)
-    results = evaluate(run, options.data, options.client, options.home, options.label, allow_code=permission)
+    say = say_of(options)
+    results = evaluate(
+        run, options.data, options.client, options.home, options.label, permission, lambda note: say(f"note: {note}")
+    )
     unit = next(iter(run.models.values())).task.unit
     print_scores(results, f"{options.run} on {options.data}" + (f", errors in {unit}" if unit else ""), Console())
     if options.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,9 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 Source = str | Path | Mapping[str, Any] | Config
+Overrides = str | Mapping[str, Any] | Iterable[str]
+"""Changes to a configuration: one or several `key.path=value`, or a dictionary of them."""
+LISTED = 10  # files of a folder that an error names
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Draft:
         return inside[-1] if _mistake(self.written, outside) != line else None
 
 
-def load_config(source: Source, overrides: Iterable[str] = (), allow_code: bool | CodePermission = False) -> Config:
+def load_config(source: Source, overrides: Overrides = (), allow_code: bool | CodePermission = False) -> Config:
     """Load and check a configuration.
 
     A file with the keys of the classic tutorial (see `hetero_fl.config.tutorial`) is translated. When an override names
@@ -91,14 +95,14 @@ def load_config(source: Source, overrides: Iterable[str] = (), allow_code: bool 
 
     Args:
         source: A YAML or JSON file, a dictionary, or another configuration.
-        overrides: Changes, `key.path=value`.
+        overrides: Changes, `key.path=value`, or a dictionary of them.
         allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in a dictionary or in
             `overrides` are the caller's own and always allowed.
 
     Raises:
         UserError: In one line that names the place, for everything that is wrong with the configuration.
     """
-    overrides = list(overrides)
+    overrides = override_list(overrides)
     draft = draft_config(source, overrides)
     permission = CodePermission.of(allow_code).with_written(source, overrides)
     permission.check(draft.code, draft.where)
@@ -108,14 +112,45 @@ def load_config(source: Source, overrides: Iterable[str] = (), allow_code: bool 
             config = Config.model_validate(draft.raw, context={CONTEXT: True})
         except ValidationError as error:
             raise draft.error(describe(error, draft.raw)) from None
-    return config.model_copy(update={"algorithm": _algorithm(draft, permission)})
+    made = config.model_copy(update={"algorithm": _algorithm(draft, permission)})
+    if "algorithm" not in config.model_fields_set:
+        made.model_fields_set.discard("algorithm")  # the copy has it among the keys that were written
+    return made
 
 
-def draft_config(source: Source, overrides: Iterable[str] = ()) -> Draft:
+def override_list(overrides: Overrides) -> list[str]:
+    """Return overrides as a list of `key.path=value`.
+
+    Args:
+        overrides: One such text, several, or a dictionary from keys to values.
+
+    Raises:
+        UserError: If one of several is no text.
+
+    Example:
+        >>> override_list("rounds=1")
+        ['rounds=1']
+        >>> override_list({"rounds": 1, "data.name": "digits"})
+        ['rounds=1', 'data.name="digits"']
+    """
+    if isinstance(overrides, str):
+        return [overrides]
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    listed = list(overrides)
+    for override in listed:
+        if not isinstance(override, str):
+            raise UserError(f"overrides: expected texts key.path=value, got {override!r}")
+    return listed
+
+
+def draft_config(source: Source, overrides: Overrides = ()) -> Draft:
     """Read a configuration and check its form, without importing anything that it names. Raises UserError."""
     where = str(source) if isinstance(source, str | Path) else "configuration"
     raw = read(Path(source)) if isinstance(source, str | Path) else _plain(source)
-    overrides = list(overrides)
+    if not raw and isinstance(source, str | Path):
+        raise UserError(f"{where}: has no keys; name at least data, clients and algorithm")
+    overrides = override_list(overrides)
     if is_tutorial(raw):
         raw, overrides = translated(raw, overrides, where)
     made = _applied(raw, overrides)
@@ -208,7 +243,9 @@ def read(path: Path) -> dict[str, Any]:
         _check_references(OmegaConf.to_container(loaded), str(path))
         raw = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{beside(path, SUFFIXES)}") from None
+        raise UserError(f"{path}: no such file{beside(path, SUFFIXES) or _files(path.parent)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a file{_files(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -240,6 +277,16 @@ def _check_references(tree: Any, where: str) -> None:
             text, rest = rest, REFERENCE.sub("key", rest)
 
 
+def _files(folder: Path) -> str:
+    """Return the configuration files of a folder, for an error; empty if there are none."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
+    except OSError:
+        return ""
+    more = ", …" if len(names) > LISTED else ""
+    return f"; found {', '.join(names[:LISTED])}{more} there" if names else ""
+
+
 def _plain(source: Mapping[str, Any] | Config) -> dict[str, Any]:
     return source.model_dump(exclude_unset=True) if isinstance(source, Config) else dict(source)
 
@@ -250,7 +297,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{override}: an override is written key.path=value")
+        raise UserError(f"overrides: found '{override}'; an override is written key.path=value")
     try:
         config = OmegaConf.create(raw)
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
@@ -263,11 +310,21 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _beyond(value: Any, key: str) -> str:
-    """How many entries the list has that a path leads out of; empty where there is none."""
+    """Return what is wrong with a path that leads out of a list, or into it by another word than a number; else nothing."""
     steps = key.split(".")
     for at, step in enumerate(steps):
         if isinstance(value, list) and step.isdigit() and int(step) >= len(value):
             return f"found {step}, but {'.'.join(steps[:at])} has {len(value)}, and the first is 0"
+        if isinstance(value, list) and not step.isdigit():
+            place = ".".join(steps[:at])
+            names = {
+                str(entry["name"]): i for i, entry in enumerate(value) if isinstance(entry, dict) and "name" in entry
+            }
+            if (meant := step if step in names else closest(step, names)) is None:
+                known = "; ".join(f"{place}.{i} is '{name}'" for name, i in names.items())
+                return f"entries of {place} are numbered from 0" + (f", and {known}" if known else "")
+            written = ".".join([place, str(names[meant]), *steps[at + 1 :]])
+            return f"entries of {place} are numbered from 0, and '{meant}' is number {names[meant]}; write {written}"
         value = value.get(step) if isinstance(value, dict) else value[int(step)] if step.isdigit() else None
     return ""
 

@@ -91,6 +91,8 @@ def _wrong(problems: Sequence[ErrorDetails], where: str, section: type[BaseModel
         return f"{line}; each entry of a list begins with a dash"
     if kinds <= LIST and isinstance(value, int | float | str):
         return f"{line}; write [{value}]"
+    if where == "seed" and isinstance(value, str | list):
+        return f"{line}; several seeds are for `hetero-fl compare --seeds 0,1`"
     if "literal_error" in kinds:
         return line + similar(value, re.findall(r"'([^']*)'", expected))
     return line
@@ -168,6 +170,25 @@ def _meant(key: str, here: list[str], place: list[str], own: Iterable[str]) -> s
     if not close:
         return nearest(key, here)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?"
+
+
+def full_key(name: str) -> str | None:
+    """Return the full path of a configuration key, None if there is no such key; of a section the key that names its kind.
+
+    Args:
+        name: A path, or its last part. Of several keys of that name it is the one nearest to the root. `-` counts as `_`.
+
+    Example:
+        >>> full_key("rounds"), full_key("algorithm"), full_key("batch-size")
+        ('rounds', 'algorithm.name', 'clients.defaults.batch_size')
+    """
+    wanted = name.replace("-", "_")
+    if wanted.startswith("algorithm."):
+        return wanted
+    known = {".".join(path): path for path in _paths(Config)} | {"algorithm.name": ("algorithm", "name")}
+    alike = [key for key, path in known.items() if path[-1] == wanted and "0" not in path]
+    key = wanted if wanted in known else min(alike, key=lambda key: key.count("."), default=None)
+    return next((f"{key}.{kind}" for kind in ("name", "kind") if f"{key}.{kind}" in known), key)
 
 
 def _joined(path: Sequence[str]) -> str:

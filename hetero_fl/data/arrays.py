@@ -34,12 +34,13 @@ def from_arrays(
 
     Args:
         x: images `[N, C, H, W]`, `[N, H, W, C]` or, as whole numbers, `[N, H, W]`: uint8, or floats in 0..1 or 0..255; or
-            floats `[N, T, F]` (series) or `[N, F]` (a table).
+            floats `[N, T, F]` (series) or `[N, F]` (a table). Series of more than one channel need `columns`; without it they
+            could be images.
         y: Labels. Integers `[N]` are classes; if they do not start at 0 or have gaps, the classes are the labels that
-            occur, sorted, and are named after them. Zeros and ones `[N, L]` are `L` labels per row (multilabel), or
-            classes if every row has exactly one 1. Other floats are regression targets, unless they are few different
-            whole numbers, none below 0 (classes). Each reading that could be another one is a `UserWarning` and a line in
-            the run's log.
+            occur, sorted, and are named after them. Text `[N]` is classes, named after the labels. Zeros and ones `[N, L]`
+            are `L` labels per row (multilabel), or classes if every row has exactly one 1. Other floats are regression
+            targets, unless they are few different whole numbers, none below 0 (classes). Each reading that could be another
+            one is a `UserWarning` and a line in the run's log.
         validation, test: (x, y) of the common sets, if there are any; otherwise they are carved from the training rows.
         group: whose row it is, `[N]` of numbers or strings, for the natural partition.
         patient: of whom it is, `[N]` of numbers or strings; rows of one patient are never split up.
@@ -54,19 +55,22 @@ def from_arrays(
         vocabulary: what the numbers mean where x is tokens, whole numbers `[N, T]` (see `Vocabulary.encode`).
 
     Raises:
-        UserError: see `check_examples`; images whose range or order of axes could mean two things; labels that do not
-            fit `task` or `num_classes`.
+        UserError: see `check_examples`; images whose range or order of axes could mean two things; floats `[N, A, B]` that
+            could be images or series; labels that do not fit `task` or `num_classes`.
     """
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
-    labels = {split: _tensor(pair[1], split) for split, pair in given.items()}
+    labels, classes = _labels({split: pair[1] for split, pair in given.items()}, task, num_classes, name)
     notes: tuple[str, ...] = ()
     if vocabulary is not None:
         images = [_tensor(pair[0], f"{split}: x").long() for split, pair in given.items()]
     else:
         xs = {split: as_numbers(pair[0], f"{name}: {split}: x") for split, pair in given.items()}
+        _check_series({f"{name}: {split}: x": x for split, x in xs.items()}, tuple(columns))
         images, notes = _images({f"{name}: {split}: x": x for split, x in xs.items()})
-    if not isinstance(task, Task):
+    if classes and not isinstance(task, Task):
+        task = Task("multiclass", len(classes), classes)
+    elif not isinstance(task, Task):
         task, labels, doubts = _read_labels(labels, task, num_classes, unit is not None, name)
         for line in doubts:
             warnings.warn(line, UserWarning, stacklevel=2)
@@ -116,6 +120,73 @@ def _tensor(values: Any, split: str) -> Tensor:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{split}: not an array of numbers: {error}") from error
+
+
+def _labels(
+    given: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the labels of each split as numbers, and what the classes are called if the labels are text."""
+    texts = {split: text for split, y in given.items() if (text := _text(y, f"{name}: {split}: y")) is not None}
+    if not texts:
+        return {split: _tensor(y, split) for split, y in given.items()}, ()
+    for split in given:
+        if split not in texts:
+            raise UserError(f"{name}: {split}: y: found numbers, but other labels are text")
+    if isinstance(task, Task):
+        named = _named(texts, task, name)
+        return named, task.names
+    if task not in (None, "multiclass"):
+        raise UserError(f"{name}: task: found '{task}', but the labels are text; text labels are classes")
+    numbers, classes = places(label for text in texts.values() for label in text)
+    if num_classes not in (None, len(classes)):
+        raise UserError(f"{name}: num_classes: found {num_classes}, but {len(classes)} different labels occur")
+    split_up = numbers.split([len(text) for text in texts.values()])
+    return dict(zip(texts, split_up, strict=True)), classes
+
+
+def _text(y: Any, where: str) -> list[str] | None:
+    """Return labels `[N]` of text; None if they are no text."""
+    if isinstance(y, Tensor):
+        return None
+    try:
+        found = np.asarray(y)
+    except (TypeError, ValueError, RuntimeError):  # `_tensor` says what is wrong
+        return None
+    labels = found.ravel().tolist()
+    if not any(isinstance(label, str) for label in labels):
+        return None
+    if found.shape not in ((len(labels),), (len(labels), 1)):
+        raise UserError(f"{where}: found text of shape {found.shape}; want ({len(found)},)")
+    for row, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise UserError(f"{where}: found {label!r} in row {row}, but other labels are text")
+    return labels
+
+
+def _named(texts: Mapping[str, Sequence[str]], task: Task, name: str) -> dict[str, Tensor]:
+    """Return text labels as the numbers of a task's classes."""
+    if task.kind != "multiclass" or not task.names:
+        raise UserError(f"{name}: y: found text; give task the names of its classes, or leave it out")
+    for split, text in texts.items():
+        for row, label in enumerate(text):
+            if label not in task.names:
+                raise UserError(f"{name}: {split}: y: found '{label}' in row {row}{nearest(label, task.names)}")
+    return {split: torch.tensor([task.names.index(label) for label in text]) for split, text in texts.items()}
+
+
+def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
+    """Raise UserError for floats `[N, A, B]` that could be images or series; `columns` are names of a series' channels."""
+    for where, x in raw.items():
+        if x.ndim != 3 or not x.is_floating_point() or x.shape[-1] <= 1:
+            continue
+        found = f"{where}: found floats of shape {tuple(x.shape)}"
+        if not columns:
+            raise UserError(
+                f"{found}, images or series? pass x[:, None] for images, or columns=[...], the names of the "
+                f"{x.shape[-1]} channels, for series of {x.shape[1]} steps"
+            )
+        if len(columns) != x.shape[-1]:
+            raise UserError(f"{found}, but {len(columns)} columns; name each of the {x.shape[-1]} channels")
 
 
 def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
@@ -180,16 +251,19 @@ def _kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
             return "multiclass", [f"{name}: y: {line} that are independent of each other"]
         binary = all(bool(((found == 0) | (found == 1)).all()) for found in y)
         return ("multilabel" if binary else "regression"), []
-    if not y[0].is_floating_point():
-        return "multiclass", []
     values = torch.cat(y).double()
     count = len(values.unique())
+    if not y[0].is_floating_point():
+        if count > MOST_NUMBERED_CLASSES and bool((values < 0).any()):
+            found = f"found {count} different integers from {int(values.min())} to {int(values.max())}"
+            raise UserError(f"{name}: y: {found}; pass task='regression' for numbers, task='multiclass' for classes")
+        return "multiclass", []
     whole = bool((values.isfinite() & (values == values.floor())).all())
     if has_unit or not whole or not 2 <= count <= min(MOST_NUMBERED_CLASSES, len(values) - 1):
         return "regression", []
     if bool((values < 0).any()):
         line = f"{count} different whole numbers, as floats, some below 0: read as regression targets"
-        return "regression", [f"{name}: y: {line}; number classes from 0 if they are classes"]
+        return "regression", [f"{name}: y: {line}; pass task='multiclass' if they are classes"]
     line = f"{count} different whole numbers, as floats: read as classes; pass task='regression' for numbers"
     return "multiclass", [f"{name}: y: {line}"]
 
@@ -211,18 +285,13 @@ def _classes(
     """Return integer labels as class numbers from 0, named after the labels where these are other numbers."""
     if num_classes is not None:
         return Task("multiclass", num_classes), y, doubts
-    for split, found in y.items():
-        if bool((found < 0).any()):
-            row = int((found < 0).to(torch.uint8).argmax())
-            label = f"label {int(found[row])} in row {row} is out of range"
-            remedy = "number classes from 0, or pass task='regression'"
-            raise UserError(f"{name}: {split}: y: {label}; {remedy}")
     values = torch.cat(list(y.values())).unique()
-    if int(values[-1]) == len(values) - 1:
+    if int(values[0]) == 0 and int(values[-1]) == len(values) - 1:
         return Task("multiclass", len(values)), y, doubts
     pairs = [f"{label} as class {place}" for place, label in enumerate(values[:SHOWN].tolist())]
     more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
-    remedy = f"pass num_classes={int(values[-1]) + 1} to keep the numbers, task='regression' for regression targets"
+    keep = f"num_classes={int(values[-1]) + 1} to keep the numbers, " if int(values[0]) >= 0 else ""
+    remedy = f"pass {keep}task='regression' for regression targets"
     line = f"{name}: y: read as {len(values)} classes: {', '.join(pairs)}{more}; {remedy}"
     task = Task("multiclass", len(values), tuple(str(label) for label in values.tolist()))
     return task, {split: torch.searchsorted(values, found) for split, found in y.items()}, [*doubts, line]

@@ -164,9 +164,15 @@ def check_examples(
             refuse(x_name, f"row {row} has a token out of range; they are 0 to {vocabulary.size - 1}")
     elif x.dtype == torch.uint8:
         if x.ndim != 4 or 0 in x.shape:
-            refuse(x_name, f"found shape {tuple(x.shape)}; images are rows x channels x height x width")
+            wanted = "images are rows x channels x height x width"
+            if x.ndim == 2:
+                wanted += f'; for a table pass {x_name}.astype("float32")'
+            refuse(x_name, f"found shape {tuple(x.shape)}; {wanted}")
     elif not x.is_floating_point():
-        refuse(x_name, f"found {_dtype(x)}; choose uint8 (images) or floats; tokens need a vocabulary")
+        wanted = f'for a table pass {x_name}.astype("float32"); tokens need a vocabulary'
+        if x.ndim != 2:
+            wanted = "choose uint8 (images) or floats; tokens need a vocabulary"
+        refuse(x_name, f"found {_dtype(x)} of shape {tuple(x.shape)}; {wanted}")
     elif x.ndim < 2 or 0 in x.shape:
         refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
     elif missing and x.ndim < 4:

@@ -115,11 +115,25 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
 def _entry(config: SourceConfig, where: str) -> tuple[str, _Source]:
     name = config.name.removeprefix("medmnist:")
     if name not in _sources:
+        if reader := _reader(config.name):
+            remedy = f"set {where}.name: {reader} and {where}.path: {config.name}"
+            raise UserError(
+                f"{where}.name: found '{config.name}', a {'folder' if Path(name).is_dir() else 'file'}; {remedy}"
+            )
         kind = f".{name.lower().removeprefix('.')}"
         hint = f"; did you mean 'table'? It reads {kind} files" if kind in TABLES else ""
         hint = hint or nearest(name, _sources, "hetero_fl.data.list_sources()")
         raise UserError(f"{where}.name: found '{config.name}'{hint}")
     return name, _sources[name]
+
+
+def _reader(name: str) -> str:
+    """Return the source that reads a file or folder which was given as a source's name; empty if it is neither."""
+    path = Path(name)
+    if path.is_dir():
+        return "image_folder"
+    suffix = path.suffix.lower()
+    return "table" if suffix in TABLES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
 
 
 def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:

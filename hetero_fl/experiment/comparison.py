@@ -10,7 +10,7 @@ from hetero_fl.algorithms import algorithm
 from hetero_fl.brackets import pieces
 from hetero_fl.children import leave_if_importing
 from hetero_fl.config import difference, load_config, resolved
-from hetero_fl.config.load import read
+from hetero_fl.config.load import Overrides, override_list, read
 from hetero_fl.environment import cores
 from hetero_fl.errors import Interrupted, RunFailed, UserError
 from hetero_fl.experiment.comparison_settings import used_settings
@@ -32,7 +32,7 @@ def compare(
     seeds: Iterable[int] = (0,),
     *,
     out: str | Path,
-    overrides: Iterable[str] = (),
+    overrides: Overrides = (),
     grid: Mapping[str, Sequence[str]] | None = None,
     jobs: int | None = None,
     quiet: bool = True,
@@ -49,7 +49,7 @@ def compare(
             configuration: then the best is shown first, and what is left out named with the reason.
         seeds: Each algorithm runs with each of them.
         out: The folder.
-        overrides: Changes to the configuration, `key.path=value`.
+        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
         grid: Values to try for keys; each algorithm takes the point with the best mean validation over the seeds.
         jobs: Runs at a time; None: one per core, with one thread each.
         quiet: Show no progress.
@@ -62,7 +62,7 @@ def compare(
         RunFailed: After the others have ended: runs failed; a line for each of them.
     """
     leave_if_importing()
-    out, base, seeds = Path(out), list(overrides), list(dict.fromkeys(seeds))
+    out, base, seeds = Path(out), override_list(overrides), list(dict.fromkeys(seeds))
     if not seeds:
         raise UserError("--seeds: found none; write whole numbers with commas, such as 0,1,2")
     if jobs is not None and jobs < 1:

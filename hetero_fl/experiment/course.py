@@ -81,7 +81,7 @@ def _hold(
             saved = _reopened(directory, checkpoints, saved, config.evaluation.every)
         rounds.restore(saved["run"])
         rounds.saved()
-        how = f"{choice.executor} executor, {choice.threads} threads, {choice.workers} workers"
+        how = f"{choice.executor} executor, {plural(choice.threads, 'thread')}, {plural(choice.workers, 'worker')}"
         progress.log(f"resumed after round {rounds.completed}; {how}")
     elif evidence := evidence_of_start(directory):
         raise UserError(
@@ -95,7 +95,7 @@ def _hold(
     if saved is None:
         start_from(prepared.inherited, rounds)
         save()
-        for note in [*prepared.notes, *choice.reasons]:
+        for note in [prepared.headline, *prepared.notes, *choice.reasons]:
             progress.log(note)
     listeners = [*callbacks, *([writer_callback(directory.path)] if config.output.tensorboard else [])]
     patience = Patience(prepared.federation.task, config.evaluation.patience, _history(directory))

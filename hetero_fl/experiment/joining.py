@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hetero_fl.config.load import Overrides, override_list
 from hetero_fl.data import Dataset, with_test
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.legacy import Legacy
@@ -30,7 +31,7 @@ def join(
     patients: Sequence[int] = PATIENTS,
     seeds: Iterable[int] = SEEDS,
     epochs: int = EPOCHS,
-    overrides: Iterable[str] = (),
+    overrides: Overrides = (),
     say: Callable[[str], None] = lambda line: None,
     allow_code: bool | CodePermission = False,
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def join(
         UserError: data, model or settings that do not fit the run; a backbone that nobody shared.
     """
     legacy, out = Legacy(Run.of(run, allow_code)), Path(out)
-    overrides = list(overrides)
+    overrides = override_list(overrides)
     CodePermission.of(allow_code).check_written(references({"--data": data, "--model": model, "overrides": overrides}))
     check_vacant(out, besides="")  # nothing of it is gone on with
     dataset = in_run_order(data, legacy.run) if isinstance(data, Dataset) else load_as(legacy.run, data, label)
@@ -63,11 +64,9 @@ def join(
     name = model or legacy.usual
     plan = Newcomers(legacy, site, dataset.name, name, epochs, overrides)
     begins = plan.beginnings(take)
-    seen = {split: legacy.seen(examples.x) for split, examples in (("training", site.train), ("test", site.test))}
-    for split, count in seen.items():
-        if count:
-            verb = "is also in the run's" if count == 1 else "are also in the run's"
-            legacy.notes.append(f"{count} of the newcomer's {split} rows {verb} training rows: figures flatter it")
+    for split, examples in (("training", site.train), ("test", site.test)):
+        if note := legacy.overlap(examples.x, f"the newcomer's {split} rows", "it"):
+            legacy.notes.append(note)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     seeds = list(dict.fromkeys(seeds))

@@ -145,6 +145,18 @@ class Legacy:
             known |= asked.intersection(as_bytes(rows))
         return sum(map(known.__contains__, mine))
 
+    def overlap(self, x: Tensor, rows: str, whom: str) -> str:
+        """Return a note on raw rows that somebody in the run has trained on; empty if there are none.
+
+        Args:
+            x: The raw rows.
+            rows: What they are called.
+            whom: Who or what has too good figures because of them.
+        """
+        count = self.seen(x)
+        verb = "is also in the run's" if count == 1 else "are also in the run's"
+        return f"{count} of {rows} {verb} training rows: figures flatter {whom}" if count else ""
+
 
 def as_bytes(x: Tensor) -> list[bytes]:
     """The bytes of each row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.algorithms.own_objective import own_objective
 from hetero_fl.config import Config, expand, load_config
+from hetero_fl.config.load import Overrides
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
 from hetero_fl.data.pooled import has_common_source, pool
 from hetero_fl.environment import choose_device
@@ -49,6 +50,7 @@ class Prepared:
     notes: list[str]
     inherited: dict[str, SavedModel]  # models of another run to start from, by client
     budget: Budget | None = None  # of a private run
+    headline: str = ""  # data, method and number of clients, with what is a default
 
     def __repr__(self) -> str:
         clients = plural(len(self.federation.cards), "client")
@@ -122,7 +124,7 @@ def _method(config: Config) -> Algorithm:
 
 def prepare(
     source: str | Path | Mapping[str, Any] | Config,
-    overrides: Iterable[str] = (),
+    overrides: Overrides = (),
     dataset: Dataset | None = None,
     data: FederatedData | None = None,
     allow_code: bool | CodePermission = False,
@@ -131,7 +133,7 @@ def prepare(
 
     Args:
         source: A file, a dictionary or a configuration.
-        overrides: Changes, `key.path=value`.
+        overrides: Changes, `key.path=value`, or a dictionary of them.
         dataset: examples in memory in place of `data.name`.
         data: what `deal` made of the same configuration, all of it or what one of several machines has.
         allow_code: Whether code that a file names may run (see `load_config`).
@@ -144,6 +146,7 @@ def prepare(
     clients = expand(config.clients)
     if config.clients.per_round is not None and config.clients.per_round > len(clients):
         raise UserError(f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients")
+    headline = _headline(config, dataset, len(clients))
     rare = [kind.first for kind in clients.kinds if kind.settings.share_every > 1]
     if config.clients.per_round is not None and rare:
         raise UserError(
@@ -187,8 +190,23 @@ def prepare(
     choose_device(config.runtime.device)
     notes += Conditions.of(federation, config).notes()
     return Prepared(
-        config, method, federation, data, notes, _inherited(config.init_from, federation, permission), budget
+        config, method, federation, data, notes, _inherited(config.init_from, federation, permission), budget, headline
     )
+
+
+def _headline(config: Config, dataset: Dataset | None, clients: int) -> str:
+    """Return which data, method and number of clients a run has, each marked if it was not written."""
+    written = {"name", "count", "groups"}
+    data = f"data: {config.data.name if dataset is None else dataset.name}"
+    if dataset is None and not written & config.data.model_fields_set:
+        data += " (default)"
+    method = f"method: {config.algorithm['name']}"
+    if "algorithm" not in config.model_fields_set:
+        method += " (default)"
+    who = plural(clients, "client")
+    if not written & config.clients.model_fields_set:
+        who += " (default)"
+    return f"{data}; {method}; {who}"
 
 
 def _private(config: Config, method: Algorithm, federation: Federation) -> tuple[Config, Federation, Budget | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from hetero_fl.data.gaps import usable
 from hetero_fl.data.outside import from_labels, match_columns, read_as
 from hetero_fl.data.registry import takes
 from hetero_fl.errors import UserError, beside, nearest
+from hetero_fl.experiment.legacy import Legacy
 from hetero_fl.metrics import score
 from hetero_fl.own_code import CodePermission, references
 from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.wording import plural
 from hetero_fl.task import Task
 
 CACHE = Path("~/.cache/hetero_fl")
@@ -30,6 +34,7 @@ def evaluate(
     home: bool = False,
     label: str | None = None,
     allow_code: bool | CodePermission = False,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return metrics by model (client id, or "server") on a data set: on its test split, or on all of a local file without one.
 
@@ -42,6 +47,8 @@ def evaluate(
         home: Read as on the client's own examples, with its label frequencies.
         label: A table's column of labels (several: comma between them); None: that of the run's configuration.
         allow_code: Whether code that the run's files name may run.
+        say: Called with a note if rows of the set are also training rows of the run; None: the note is a `UserWarning`.
+            There is none if the run's own data cannot be had.
 
     Raises:
         UserError: The set does not fit the models.
@@ -84,6 +91,12 @@ def evaluate(
             raise UserError(f"--data: {data}: row {row}: a value is missing that the model of {name} has to see")
         y = renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
         results[name] = score(model.task, model.logits(view(examples.x), home), y, examples.unit)
+    rows = f"the {plural(len(examples), 'row')} of {data}"
+    if run.directory.finished and (note := Legacy(run).overlap(examples.x, rows, "the models")):
+        if say is None:
+            warnings.warn(note, UserWarning, stacklevel=2)
+        else:
+            say(note)
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hetero_fl.children import leave_if_importing
 from hetero_fl.config import Config, deciding, difference, resolved
+from hetero_fl.config.load import Overrides
 from hetero_fl.data import Dataset
 from hetero_fl.environment import describe_environment
 from hetero_fl.errors import Interrupted, UserError
@@ -37,7 +38,7 @@ def run(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    overrides: Iterable[str] = (),
+    overrides: Overrides = (),
     callbacks: Sequence[Callback] = (),
     dataset: Dataset | None = None,
     quiet: bool = True,
@@ -49,7 +50,7 @@ def run(
         source: A configuration file, a dictionary or a configuration.
         out: The run directory; None: `runs/<name>-<time>`.
         resume: Go on from the newest whole checkpoint in `out`.
-        overrides: Changes to the configuration, `key.path=value`.
+        overrides: Changes to the configuration, `key.path=value`, or a dictionary of them.
         callbacks: Called with each round's record (a line of `metrics.jsonl`) once it is safe on disk.
         dataset: Examples in memory in place of `data.name`.
         quiet: Show no progress.
@@ -135,7 +136,7 @@ def choose_for_nodes(prepared: Prepared) -> Choice:
     asked = config.runtime.executor if config.runtime.executor in ("serial", "processes") else "auto"
     runtime = config.runtime.model_copy(update={"executor": asked, "chunk": None})
     chosen = choose(config.model_copy(update={"runtime": runtime}), prepared.federation)
-    reasons = (f"on nodes, {chosen.threads} threads each",)
+    reasons = (f"on nodes, {plural(chosen.threads, 'thread')} each",)
     return replace(chosen, executor=NODES, chunk=1, workers=len(prepared.federation.cards), reasons=reasons)
 
 

@@ -31,6 +31,8 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
     )
     matrices = "All clients together, label by label. " if target(summary, details) == "multilabel" else chosen
     empty = ", and is empty where no test row is of that class"
+    several = summary["personal"] and many <= 6 and target(summary, details) != "multilabel"
+    headed = " n: local test rows of the client." if several else ""
     against = metric_name(selection(summary, details))
     hollow = f" n: local test rows; hollow: fewer than {FEW_ROWS}." if summary["personal"] else ""
     if many > FEW:
@@ -88,7 +90,7 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
         "confusion": (
             "Which class is taken for which",
             f"{matrices}After the last round. Classes are in the task's order, one colour scale for all; "
-            f"a row adds up to 100%{empty}.",
+            f"a row adds up to 100%{empty}.{headed}",
         ),
         "calibration": (
             "Confidence against accuracy",

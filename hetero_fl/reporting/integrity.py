@@ -23,6 +23,7 @@ NODES = "nodes"  # the executor of a run across machines, whose sites may keep t
 FREE = ("workers", "reasons")  # what may differ in the record of how a run is computed
 CHANGED = "is not what the run wrote"
 MISSING = "missing"
+FOREIGN = "is not a model of this run"
 EARLIER = "the run was made by an earlier version"
 _LOGGED_ROUND = re.compile(r"^\S+ \S+  round \d+[/:]", re.MULTILINE)
 _LOGGED_START = re.compile(r"^\S+ \S+  [\d,]+ clients?, [\d,]+ rounds?\b", re.MULTILINE)
@@ -94,6 +95,7 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
     found.state = _state(directory, rounds)
     found.notes += _derived(directory) if finished else []
     found.notes += _spare(directory, checkpoints) if thorough else []
+    found.notes += _remedy(directory, checkpoints, found) if thorough else []
     return found
 
 
@@ -168,7 +170,7 @@ def _check_checksums(directory: RunDirectory, sums: Mapping[str, str], thorough:
             found.damage.setdefault(name, f"cannot be read ({error.strerror})")
     for path in directory.model_files():
         if f"models/{path.name}" not in sums:
-            found.damage[f"models/{path.name}"] = "is not a model of this run"
+            found.damage[f"models/{path.name}"] = FOREIGN
 
 
 def _check_models(directory: RunDirectory, found: Inspection) -> None:
@@ -218,6 +220,20 @@ def _spare(directory: RunDirectory, checkpoints: list[Path]) -> list[str]:
     return notes
 
 
+def _remedy(directory: RunDirectory, checkpoints: list[Path], found: Inspection) -> list[str]:
+    """Return a note on how the damage can be repaired, or that it cannot; none if nothing is damaged."""
+    if not found.damage:
+        return []
+    if METRICS in found.damage:
+        return [f"{directory.path / METRICS}: no other file has its lines; the run cannot be repaired"]
+    if any(name.startswith(("checkpoint", "config.yaml", "environment.json")) for name in found.damage):
+        return []
+    if not checkpoints or not directory.finished or FOREIGN in found.damage.values():
+        return []
+    again = "models, details, checksums and summary are written again with the same results"
+    return [f"{directory.path}: delete summary.json and run `hetero-fl train --resume --out {directory.path}`; {again}"]
+
+
 # Rounds --------------------------------------------------------------------------------------------------------------
 def _lines(directory: RunDirectory, found: Inspection) -> list[bytes]:
     """Return the lines of `metrics.jsonl`; none, which is noted as damage, if it cannot be read."""
@@ -249,7 +265,7 @@ def _log(directory: RunDirectory) -> str:
 
 def _too_few(directory: RunDirectory, rounds: int, expected: int) -> str:
     if not (directory.path / METRICS).exists():
-        return f"{MISSING}; expected a line for each of {expected} rounds"
+        return f"{MISSING}; expected a line for each of {plural(expected, 'round')}"
     return f"found {plural(rounds, 'line')}; expected {expected}, one for each round"
 
 
@@ -325,7 +341,8 @@ def _state(directory: RunDirectory, rounds: int) -> str:
         planned = directory.config().get("rounds", "?")
     except UserError:
         planned = "?"
-    return f"not finished, {rounds} of {planned} rounds; `--resume` continues it"
+    total = plural(planned, "round") if isinstance(planned, int) else f"{planned} rounds"
+    return f"not finished, {rounds} of {total}; `--resume` continues it"
 
 
 def _computed(choice: Any) -> Any:

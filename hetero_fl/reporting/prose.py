@@ -185,7 +185,8 @@ def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
         ),
         (
             "Balanced accuracy",
-            "The share recognised of each class, averaged over classes: every class counts the same.",
+            "The share recognised of each class, averaged over the classes that occur in the test set: each counts the same. A "
+            "client's local test may lack classes; with one class only it is the accuracy on that class.",
         ),
         ("Macro F1", "The harmonic mean of precision and recall of each class, averaged over classes."),
         (

@@ -47,15 +47,15 @@ def confusion(summary: Json, details: Json) -> Figure | None:
     tested, ids, panels = home_rows(details), list(by_client), []
     roomy = len(names) > 4 or max(map(len, names)) > 11  # six in a row leave no room for these
     columns = -(-len(ids) // 2) if roomy and len(ids) > 3 else len(ids)
+    count = "n" if columns > 4 else "local test n"  # above narrow panels there is no room for more words
+    rows = {i: f"\n{count} = {tested[i]}" if home else "" for i in ids}
     for first in range(0, len(ids), columns):
         block: list[str | None] = [*ids[first : first + columns]]
         block += [None] * (columns - len(block))
         for reading, words in ((home, READINGS["personal"]), (common, READINGS["global"])):
             if reading:
                 below = reading is common and bool(home)
-                titles = [
-                    "" if below or i is None else f"{i}\nlocal test n = {tested[i]}" if home else i for i in block
-                ]
+                titles = ["" if below or i is None else f"{i}{rows[i]}" for i in block]
                 panels += [(t, words, reading.get(i) if i else None) for t, i in zip(titles, block, strict=True)]
     return _matrices(panels, names, columns, 1.0 if columns > 4 else 1.35 if len(names) <= 4 else 1.75)
 

@@ -18,6 +18,7 @@ from hetero_fl.architecture import Architecture
 from hetero_fl.config.schema import Config, RuntimeConfig
 from hetero_fl.environment import choose_device, cores, limit_of_threads
 from hetero_fl.errors import UserError
+from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.costs import RATE, description, recurrent, work
 from hetero_fl.runtime.crews.processes import Processes
 from hetero_fl.runtime.crews.torchrun import Ranks
@@ -159,14 +160,18 @@ def _threads(asked: RuntimeConfig, load: Load, together: int, executor: str, ava
     """Of a process that computes clients, and of the server's; and why."""
     limit = limit_of_threads()
     if asked.threads is not None:
-        return asked.threads, asked.threads, f"{asked.threads} threads: runtime.threads"
+        return asked.threads, asked.threads, f"{plural(asked.threads, 'thread')}: runtime.threads"
     if limit is not None:
-        return limit, limit, f"{limit} threads: OMP_NUM_THREADS"
+        return limit, limit, f"{plural(limit, 'thread')}: OMP_NUM_THREADS"
     large = load.step * together >= LARGE_STEP
     at_server = min(MOST_THREADS, available) if large else 1
     threads = at_server if executor in IN_PROCESS else 1
     size = f"steps are {'large enough' if large else 'too small'} for more than one"
-    return threads, at_server, f"{threads} threads where clients are computed, {at_server} at the server: {size}"
+    return (
+        threads,
+        at_server,
+        f"{plural(threads, 'thread')} where clients are computed, {at_server} at the server: {size}",
+    )
 
 
 def _worth_batching(federation: Federation, cohort: int, device: torch.device) -> int:

@@ -76,7 +76,8 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
             )
         if alone:
             groups = dict.fromkeys(kind.arch.id for kind in alone)
-            notes.append(f"{name} averages within an architecture: {', '.join(groups)} stands alone")
+            verb = "stands" if len(groups) == 1 else "stand"
+            notes.append(f"{name} averages within an architecture: {', '.join(groups)} {verb} alone")
     return notes
 
 

@@ -9,6 +9,7 @@ from itertools import islice
 from hetero_fl.config.devices import CohortConfig, DeviceConfig, FaultsConfig
 from hetero_fl.config.schema import Config
 from hetero_fl.errors import UserError
+from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.devices import Devices
 from hetero_fl.runtime.faults import Faults
 from hetero_fl.runtime.federation import Federation
@@ -55,7 +56,7 @@ class Conditions:
             raise UserError(f"cohort.least: found {policy.least}, but {per_round or len(federation.cards)} are invited")
         last, secret = max(config.faults.server, default=0) if config.faults else 0, config.channel.secure_sum
         if last > config.rounds:
-            raise UserError(f"faults.server: found {last}, but the run has {config.rounds} rounds")
+            raise UserError(f"faults.server: found {last}, but the run has {plural(config.rounds, 'round')}")
         if policy.sampling == "oort" and secret is not None:
             raise UserError(
                 "cohort.sampling: oort goes by each client's training loss, of which channel.secure_sum tells the mean alone; "

@@ -66,7 +66,7 @@ def test_quiet_leaves_results_alone(arguments: list[str], tmp_path: Path, capsys
 
 def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-q", "train", "--config", "nope.yaml"]) == 2
-    assert capsys.readouterr() == ("", "error: nope.yaml: no such file\n")
+    assert capsys.readouterr() == ("", "error: nope.yaml: no such file; found compose.yaml there\n")
 
 
 @pytest.mark.parametrize("arguments", [["-v", "train"], ["-qv", "train"], ["train", "-qv"], ["train", "--verbose"]])
@@ -75,7 +75,7 @@ def test_verbose_prints_the_tracebacks_of_all_causes(arguments: list[str], capsy
     told = capsys.readouterr().err
     assert told.count("Traceback (most recent call last)") == 2 and "FileNotFoundError" in told
     assert told.index("FileNotFoundError") < told.index("hetero_fl.errors.UserError")
-    assert told.splitlines()[-1] == "error: nope.yaml: no such file"
+    assert told.splitlines()[-1] == "error: nope.yaml: no such file; found compose.yaml there"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -163,3 +163,38 @@ def test_full_disk_under_stdout_is_one_line() -> None:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, env=environment)
 
     assert "Traceback" not in ended.stderr and ended.stderr.startswith("failed: no space left on the disk")
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        (["--rounds", "3"], "rounds=3"),
+        (["--rounds=3"], "rounds=3"),
+        (["--algorithm", "hybrid"], "algorithm.name=hybrid"),
+        (["--data.proxy.size", "50"], "data.proxy.size=50"),
+        (["--batch-size", "16"], "clients.defaults.batch_size=16"),
+        (["--rounds"], "rounds=…"),
+    ],
+)
+def test_an_option_that_is_a_configuration_key(
+    option: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--config", DIGITS, *option]) == 2
+
+    name = option[0].partition("=")[0]
+    line = f"error: unknown option {name}; did you mean {meant}? (see hetero-fl train --help)\n"
+    assert capsys.readouterr().err == line
+
+
+def test_the_first_line_of_a_run_names_what_is_a_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["data.train_limit=60", "data.test_limit=20", "clients.groups=[{name: a, model: linear}]"]
+    (tmp_path / "c.yaml").write_text("rounds: 1\noutput: {plots: false, report: false}\n")
+    command = ["train", "--config", str(tmp_path / "c.yaml"), "--out"]
+
+    assert main([*command, str(tmp_path / "a"), *few]) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert main([*command, str(tmp_path / "b"), *few, "data.name=digits", "algorithm.name=local"]) == 0
+    second = capsys.readouterr().err.splitlines()[0]
+
+    assert first == "data: chest_xray (default); method: fedavg (default); 1 client"
+    assert second == "data: digits; method: local; 1 client"

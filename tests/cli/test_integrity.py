@@ -206,10 +206,40 @@ def test_check_names_every_damaged_file(finished: Path, capsys: pytest.CaptureFi
 
     assert main(["check", str(finished)]) == 2
 
-    errors = capsys.readouterr().err.splitlines()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
     with pytest.raises(UserError, match="and 2 more"):
         Run(finished)
+
+
+@pytest.mark.parametrize("case", ["model missing", "details missing", "checksums missing", "summary edited"])
+def test_check_names_a_remedy_that_repairs_the_run(
+    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGED[case][0](finished)
+
+    assert main(["check", str(finished)]) == 2
+    note = capsys.readouterr().err.splitlines()[-1]
+    assert note.startswith(
+        f"note: {finished}: delete summary.json and run `hetero-fl train --resume --out {finished}`;"
+    )
+    (finished / "summary.json").unlink()
+    assert main(["train", "--quiet", "--resume", "--out", str(finished)]) == 0
+    assert main(["check", str(finished)]) == 0
+
+
+@pytest.mark.parametrize("case", ["lines missing", "line edited", "newest checkpoint missing", "model added"])
+def test_check_names_no_remedy_where_there_is_none(
+    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGED[case][0](finished)
+
+    assert main(["check", str(finished)]) == 2
+
+    told = capsys.readouterr().err
+    assert "delete summary.json" not in told
+    lost = f"note: {finished / 'metrics.jsonl'}: no other file has its lines; the run cannot be repaired"
+    assert (lost in told.splitlines()) == ("line" in case)
 
 
 def test_check_of_a_whole_run_is_one_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,7 +340,8 @@ def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
     assert main(["check", str(stopped)]) == 2
 
     told = [f"{stopped / 'metrics.jsonl'}: missing", f"{stopped / 'checkpoint'}: missing, although log.txt has rounds"]
-    assert capsys.readouterr().err.splitlines() == [f"error: {line}" for line in told]
+    lost = f"note: {stopped / 'metrics.jsonl'}: no other file has its lines; the run cannot be repaired"
+    assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in told), lost]
     assert main(["train", "--resume", "--out", str(stopped)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: {told[1]}; restore it, or start a new run with another --out"

@@ -110,6 +110,58 @@ def test_an_entry_that_there_is_not(names: str, count: int) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("clients.groups.cnn.model=mlp", "and 'cnn' is number 1; write clients.groups.1.model"),
+        ("clients.groups.cn.model=mlp", "and 'cnn' is number 1; write clients.groups.1.model"),
+        ("clients.groups.vit.model=mlp", "and clients.groups.0 is 'big'; clients.groups.1 is 'cnn'"),
+    ],
+)
+def test_an_entry_of_a_list_that_is_named(override: str, told: str) -> None:
+    line = said({"clients": {"groups": [{"name": "big"}, {"name": "cnn"}]}}, override)
+
+    key = override.partition("=")[0]
+    assert line == f"{override}: {key} cannot be set: entries of clients.groups are numbered from 0, {told}"
+
+
+@pytest.mark.parametrize("seeds", ["0,1", "[0,1]"])
+def test_several_seeds_are_for_compare(seeds: str) -> None:
+    assert said({}, f"seed={seeds}").endswith("; several seeds are for `hetero-fl compare --seeds 0,1`")
+
+
+def test_a_file_that_there_is_not_names_those_of_its_folder(tmp_path: Path) -> None:
+    for name in ("digits.yaml", "medical.json", "notes.md"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+
+    found = []
+    for path in (tmp_path / "zzz.yaml", tmp_path / "digit.yaml", tmp_path, tmp_path / "empty.yaml"):
+        with pytest.raises(UserError) as error:
+            load_config(path)
+        found.append(str(error.value).replace(f"{path}: ", ""))
+
+    listed = "found digits.yaml, empty.yaml, medical.json there"
+    assert found == [
+        f"no such file; {listed}",
+        "no such file; did you mean 'digits.yaml'?",
+        f"is a folder; name a file; {listed}",
+        "has no keys; name at least data, clients and algorithm",
+    ]
+
+
+def test_overrides_may_be_a_text_or_a_dictionary() -> None:
+    assert load_config({}, "rounds=1").rounds == 1
+    given = {"rounds": 2, "data.name": "digits", "algorithm": {"name": "fedprox", "mu": 0.5}, "privacy": None}
+    config = load_config({}, given)
+    assert (config.rounds, config.data.name, config.privacy) == (2, "digits", None)
+    assert config.algorithm["name"] == "fedprox" and config.algorithm["mu"] == 0.5
+    with pytest.raises(UserError, match=r"overrides: found 'rounds'; an override is written key.path=value"):
+        load_config({}, "rounds")
+    with pytest.raises(UserError, match=r"overrides: expected texts key.path=value, got 3"):
+        load_config({}, [3])  # type: ignore[list-item]
+
+
 def test_the_line_says_where_the_key_was_set(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("rounds: two\nalgorithm: {name: fedprox, mu: x}\n")

@@ -87,7 +87,7 @@ def test_json_that_is_none_and_a_file_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError) as error:
         load_config(tmp_path / "other.yaml")
-    assert str(error.value).endswith("other.yaml: no such file")
+    assert str(error.value).endswith("other.yaml: no such file; found conf.json there")
     path.write_text(path.read_text().replace(", ", "\n", 1))
     with pytest.raises(UserError, match=r"conf.json, line 2: not YAML \(or JSON; a comma"):
         load_config(path)

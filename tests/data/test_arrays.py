@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 import hetero_fl
 from hetero_fl.config.clients import ClientSettings
@@ -110,7 +112,9 @@ def test_from_arrays_reads_few_whole_floats_as_classes() -> None:
 def test_from_arrays_reads_negative_floats_as_regression_targets(labels: tuple[float, ...]) -> None:
     y = np.resize(labels, len(X))
 
-    dataset = made_with_warning("some below 0: read as regression targets; number classes from 0", y)
+    dataset = made_with_warning(
+        "some below 0: read as regression targets; pass task='multiclass' if they are classes", y
+    )
 
     assert dataset.task == Task("regression", 1)
     assert dataset.train.y is not None and dataset.train.y.flatten().tolist() == list(y)
@@ -126,7 +130,7 @@ def test_from_arrays_maps_floats_as_well() -> None:
 @pytest.mark.parametrize(
     ("y", "settings", "message"),
     [
-        ([0, 1, -1] * 4, {}, "y: label -1 in row 2 is out of range; number classes from 0, or pass task='regression'"),
+        ([0, 1, -1] * 4, {"num_classes": 2}, "y: label -1 in row 2 is out of range; classes are 0 to 1"),
         (ONE_TO_THREE, {"num_classes": 3}, "label 3 in row 2 is out of range; classes are 0 to 2"),
         (ONE_TO_THREE, {"task": "clasification"}, "task: found 'clasification'; did you mean|choose from"),
         (ONE_TO_THREE, {"num_classes": 4, "task": "regression"}, "num_classes: found 4, but task is regression"),
@@ -139,6 +143,106 @@ def test_from_arrays_maps_floats_as_well() -> None:
 def test_from_arrays_refuses_labels_that_contradict_the_task(y: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_arrays(X, y, **settings)
+
+
+@pytest.mark.parametrize("y", [np.where(ONE_TO_THREE > 1, 1, -1), torch.tensor([-1, 1, 1] * 4)])
+def test_from_arrays_names_classes_after_negative_integers(y: Any) -> None:
+    message = r"y: read as 2 classes: -1 as class 0, 1 as class 1; pass task='regression' for regression targets$"
+
+    dataset = made_with_warning(message, y)
+
+    assert dataset.task == Task("multiclass", 2, ("-1", "1"))
+    assert dataset.task.numbers == (-1, 1)
+    assert targets(dataset) == [0, 1, 1] * 4
+
+
+def test_from_arrays_reads_negative_floats_as_classes_on_request() -> None:
+    dataset = made_with_warning("-1 as class 0", np.resize([-1.0, 1.0], len(X)), task="multiclass")
+
+    assert dataset.task.names == ("-1", "1")
+
+
+def test_from_arrays_refuses_many_negative_integers_without_a_task() -> None:
+    x, y = np.zeros((30, 2)), np.arange(30) - 10
+
+    with pytest.raises(
+        UserError, match="found 30 different integers from -10 to 19; pass task='regression' for numbers"
+    ):
+        from_arrays(x, y)
+    assert from_arrays(x, y, task="regression").task == Task("regression", 1)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [np.array(["b", "a", "a"] * 4), ["b", "a", "a"] * 4, np.array([["b"], ["a"], ["a"]] * 4, dtype=object),
+     pd.Series(["b", "a", "a"] * 4)],
+)  # fmt: skip
+def test_from_arrays_names_classes_after_text(y: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = from_arrays(X, y, test=(X[:2], ["c", "a"]))
+
+    assert dataset.task == Task("multiclass", 3, ("a", "b", "c"))
+    assert targets(dataset) == [1, 0, 0] * 4
+    assert dataset.test is not None and dataset.test.y is not None and dataset.test.y.tolist() == [2, 0]
+
+
+def test_from_arrays_numbers_text_labels_as_the_task_does() -> None:
+    dataset = from_arrays(X, ["b", "a", "a"] * 4, task=Task("multiclass", 3, ("b", "c", "a")))
+
+    assert targets(dataset) == [0, 2, 2] * 4
+
+
+@pytest.mark.parametrize(
+    ("y", "settings", "message"),
+    [
+        (["a", "b", None] * 4, {}, "train: y: found None in row 2, but other labels are text"),
+        ([["a", "b"]] * 12, {}, r"train: y: found text of shape \(12, 2\); want \(12,\)"),
+        (["a", "b"] * 6, {"task": "regression"}, "task: found 'regression', but the labels are text"),
+        (["a", "b"] * 6, {"num_classes": 3}, "num_classes: found 3, but 2 different labels occur"),
+        (["a", "b"] * 6, {"test": (X[:2], [0, 1])}, "test: y: found numbers, but other labels are text"),
+        (
+            ["ill", "il"] * 6,
+            {"task": Task("multiclass", 2, ("ill", "well"))},
+            "found 'il' in row 1; did you mean 'ill'?",
+        ),
+        (["a", "b"] * 6, {"task": Task("multiclass", 2)}, "give task the names of its classes, or leave it out"),
+    ],
+)
+def test_from_arrays_refuses_text_labels_that_do_not_fit(y: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_arrays(X, y, **settings)
+
+
+@pytest.mark.parametrize("scale", [1 / 16, 1, 255 / 16, -1])
+def test_from_arrays_refuses_floats_that_could_be_images_or_series(scale: float) -> None:
+    x = load_digits().images[:12] * scale
+
+    with pytest.raises(
+        UserError, match=r"shape \(12, 8, 8\), images or series\? pass x\[:, None\] for images, or columns="
+    ):
+        from_arrays(x, ONE_TO_THREE - 1)
+    with pytest.raises(UserError, match="but 3 columns; name each of the 8 channels"):
+        from_arrays(x, ONE_TO_THREE - 1, columns=("a", "b", "c"))
+
+
+def test_from_arrays_reads_named_or_single_channels_as_series() -> None:
+    x = np.random.default_rng(0).random((12, 8, 8))
+
+    assert from_arrays(x, ONE_TO_THREE - 1, columns=tuple("abcdefgh")).train.x.shape == (12, 8, 8)
+    assert from_arrays(x[:, :, :1], ONE_TO_THREE - 1).train.x.shape == (12, 8, 1)
+    assert from_arrays(x[:, None], ONE_TO_THREE - 1).train.x.shape == (12, 1, 8, 8)
+
+
+def test_from_arrays_says_how_to_pass_a_table() -> None:
+    for dtype in (np.int64, np.uint8):
+        with pytest.raises(UserError, match=r'for a table pass x\.astype\("float32"\)'):
+            from_arrays(np.arange(36).reshape(12, 3).astype(dtype), ONE_TO_THREE - 1)
+    frame = pd.DataFrame({"age": range(12), "ward": ["A", "B"] * 6})
+    with pytest.raises(
+        UserError, match=r"found object; save a data frame with text as a file, which data\.name: table"
+    ):
+        from_arrays(frame, ONE_TO_THREE - 1)
 
 
 def test_a_run_names_the_classes_that_labels_stood_for(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_from_arrays() -> None:
     assert from_arrays(table, ~np.eye(3, dtype=bool)[y]).task == Task("multilabel", 3)
     assert from_arrays(table, y, task=Task("multiclass", 5)).task.outputs == 5
     assert from_arrays(table, y).train.x.dtype == torch.float32
-    for bad in ([0, 1, -1, 0, 1, 2], ["a"] * 6, [0.0] * 5, [[[0]]] * 6):
+    for bad in (["a"] * 5, [0.0] * 5, [[[0]]] * 6):
         with pytest.raises(UserError):
             from_arrays(table, bad)
     with pytest.raises(UserError, match="test: y: label 3"):
@@ -174,3 +174,21 @@ def test_a_fifth_becomes_the_test_set_where_there_is_none() -> None:
     assert with_test(dataset) is dataset
     with pytest.raises(UserError, match="too few"):
         with_test(from_arrays(x[:2], [0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("registry.csv", "a file; set data.name: table and data.path: registry.csv"),
+        ("mine.npz", "a file; set data.name: npz and data.path: mine.npz"),
+        ("scans", "a folder; set data.name: image_folder and data.path: scans"),
+    ],
+)
+def test_a_file_is_no_name_of_a_source(name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scans").mkdir()
+
+    with pytest.raises(UserError) as error:
+        load_source(SourceConfig(name=name), tmp_path)
+
+    assert str(error.value) == f"data.name: found '{name}', {told}"

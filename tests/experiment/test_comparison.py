@@ -182,7 +182,7 @@ def test_from_python_too(tmp_path: Path) -> None:
 def test_resume_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
     asked = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run"), "--resume"]
-    line = f"nothing to resume in {tmp_path / 'run'}: starting"
+    line = f"nothing to resume in {tmp_path / 'run'}: starting a new run"
     assert main(asked, command="train") == 0
     assert line in capsys.readouterr().err.splitlines()
     assert main(asked, command="train") == 0

@@ -126,7 +126,7 @@ def test_a_name_that_is_nearly_that_of_a_run(folder: Path, capsys: pytest.Captur
     said = "error: --out: runs/frist is no run to go on with; did you mean runs/first? (a new one needs --config)\n"
     assert capsys.readouterr().err == said and not Path("runs/frist").exists()
     assert main(["train", "--config", "c.yaml", "--resume", "--out", "runs/frist", "rounds=1"]) == 0
-    line = "nothing to resume in runs/frist: starting; did you mean runs/first?"
+    line = "nothing to resume in runs/frist: starting a new run; did you mean runs/first?"
     assert capsys.readouterr().err.splitlines()[0] == line
     assert main(["train"]) == 2
     assert "--config is missing" in capsys.readouterr().err

@@ -11,8 +11,12 @@ import pytest
 import torch
 
 import hetero_fl
+from hetero_fl.cli import main
 from hetero_fl.errors import UserError
 from hetero_fl.experiment import evaluate
+
+# The file that a run was trained on is scored, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
 
 
 def finished(folder: Path, **data: Any) -> hetero_fl.Run:
@@ -82,3 +86,23 @@ def test_recordings_are_cut_as_the_runs_own(tmp_path: Path) -> None:
     run = finished(tmp_path, name="activity", path=str(tmp_path / "r.csv"), windows={"length": 20})
     found = evaluate(run, str(tmp_path / "r.csv"))
     assert {"c_1", "c_2"} <= set(found) and found["c_1"]["accuracy"] is not None
+
+
+def test_scores_on_training_rows_come_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    frame = pd.DataFrame(x, columns=["a", "b"]).assign(y=(x[:, 0] > 0).astype(int))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.assign(a=-frame["a"]).to_csv(tmp_path / "new.csv", index=False)
+    run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y")
+    note = f"of the 200 rows of {tmp_path / 't.csv'} are also in the run's training rows: figures flatter the models"
+    trained = run.summary["data"]["n_train"]
+    assert 0 < trained < 200
+
+    with pytest.warns(UserWarning, match="training rows") as caught:
+        evaluate(run, str(tmp_path / "t.csv"))
+    assert main(["evaluate", str(run.path), "--data", str(tmp_path / "t.csv")]) == 0
+
+    assert [str(w.message) for w in caught] == [f"{trained} {note}"]
+    assert capsys.readouterr().err == f"note: {trained} {note}\n"
+    assert main(["evaluate", str(run.path), "--data", str(tmp_path / "new.csv")]) == 0
+    assert capsys.readouterr().err == ""

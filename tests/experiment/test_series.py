@@ -16,7 +16,7 @@ def waves(rows: int = 160, steps: int = 9) -> Dataset:
     """Two columns; the target is the first one's last step and the mean of the second."""
     x = torch.randn(rows, steps, 2, generator=torch.Generator().manual_seed(3))
     y = torch.stack([x[:, -1, 0], x[:, :, 1].mean(1)], 1)
-    return from_arrays(x, y, name="waves")
+    return from_arrays(x, y, columns=("first", "second"), name="waves")
 
 
 def test_models_read_series_along_their_steps(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -70,6 +70,22 @@ def test_nothing_overlaps(
             boxes.append(("the colour bar", bar.get_window_extent()))
         for (first, a), (second, b) in combinations(boxes, 2):
             assert not a.overlaps(b), (name, first, second)
+
+
+def test_headings_of_six_confusion_matrices_stand_apart(made_run: Callable[..., RunDirectory]) -> None:
+    run = made_run(clients=6, classes=2, kind="binary", rounds=1)
+    details = run.details()
+    details["rows"] = {client: {**rows, "test": 100} for client, rows in details["rows"].items()}
+    with style.drawing():
+        figure = score_plots.confusion(run.summary(), details)
+
+    assert figure is not None
+    texts(figure)
+    headings = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title(loc="center")]
+
+    assert len(headings) == 6
+    gaps = [right.x0 - left.x1 for left, right in pairwise(headings)]
+    assert min(gaps) > 0.1 * figure.dpi
 
 
 def test_names_of_one_family_stay_apart() -> None:

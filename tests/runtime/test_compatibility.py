@@ -104,6 +104,12 @@ def test_who_stands_alone_is_noted() -> None:
     assert note == "fedavg averages within an architecture: mlp(1x8x8->10, hidden=(12,)) stands alone"
 
 
+def test_several_that_stand_alone_are_noted_in_the_plural() -> None:
+    (note,) = accepted("fedavg", [*DIFFERENT[:2], "linear"], clients=4).notes  # the first and the fourth are alike
+
+    assert note.startswith("fedavg averages within an architecture: mlp(") and note.endswith(") stand alone")
+
+
 @pytest.mark.parametrize(
     ("weights", "words"),
     [

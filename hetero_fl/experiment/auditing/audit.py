@@ -21,6 +21,7 @@ from hetero_fl.experiment.auditing.upload import refusal
 from hetero_fl.experiment.prepared import Prepared, prepare
 from hetero_fl.own_code import CodePermission
 from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.wording import plural
 from hetero_fl.runtime.checkpoint import read_checkpoint
 
 CLIENTS, SHADOWS, IMAGES = 2, 4, 3
@@ -125,7 +126,7 @@ def _membership(
     said: dict[str, list[Tensor]] = {client: [] for client in clients}
     if shadows:
         seconds = run.summary["seconds"]["training"]
-        say(f"{shadows} shadow runs of {rounds} rounds; the run itself trained for {seconds:.0f} s")
+        say(f"{plural(shadows, 'shadow run')} of {plural(rounds, 'round')}; the run itself trained for {seconds:.0f} s")
     for s in range(shadows):
         begun = time.perf_counter()
         train = {client: c.training(halves[client][s]) for client, c in asked.items()}

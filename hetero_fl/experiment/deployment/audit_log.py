@@ -50,34 +50,54 @@ class AuditLog:
         self.path, self._key = path, key
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._alone():
-            _, count, last = _read(path, None if key is None else key.public_key())
+            _, self._count, self._last = _read(path, self._public)
             if path.exists() and path.stat().st_size > (whole := _whole(path)):
                 os.truncate(path, whole)  # half a line of a process that was killed; nothing has left with it
-            self._set_head(count, last)
+            self._set_head()
 
     def append(self, **about: Any) -> Entry:
-        """Put down a message. Raises OSError if it cannot be."""
+        """Write a line about a message and flush it to disk.
+
+        Raises:
+            OSError: If it cannot be written.
+            UserError: If the log was changed since this process read it.
+        """
         with self._alone():
-            count, last = _head(self.path)
+            if _head(self.path) != (self._count, self._last):
+                self._read_lines_of_others()
             short = {name: _shortened(value) for name, value in about.items()}
-            entry: Entry = {"n": count + 1, "time": _now(), **short, "before": last}
+            entry: Entry = {"n": self._count + 1, "time": _now(), **short, "before": self._last}
             line = self._signed(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-            self._set_head(count + 1, _hash(line))
+            self._count, self._last = self._count + 1, _hash(line)
+            self._set_head()
         return entry
 
     def entries(self) -> list[Entry]:
         """All lines, those of earlier processes too. Raises UserError as above."""
-        return _read(self.path, None if self._key is None else self._key.public_key())[0]
+        return _read(self.path, self._public)[0]
 
     @property
     def head(self) -> str:
         """The number of lines and the hash of the last one, `N:HASH`; keep a copy of it elsewhere."""
-        return ":".join(map(str, _head(self.path)))
+        return f"{self._count}:{self._last}"
+
+    @property
+    def _public(self) -> EllipticCurvePublicKey | None:
+        return None if self._key is None else self._key.public_key()
+
+    def _read_lines_of_others(self) -> None:
+        """Read lines that another process of this site has appended.
+
+        A new line vouches for all before it, so each of them must be signed, and the lines that this process knows must
+        still be there.
+        """
+        noted = f"{self._count}:{self._last}"
+        _, self._count, self._last = _read(self.path, self._public, noted, since=self._count)
 
     def _signed(self, line: bytes) -> bytes:
         if self._key is None:
@@ -88,11 +108,11 @@ class AuditLog:
     def _alone(self) -> FileLock:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o600)
 
-    def _set_head(self, count: int, last: str) -> None:
+    def _set_head(self) -> None:
         # Not flushed to disk: after a loss of power it may be behind the lines, never ahead.
         handle = os.open(_head_of(self.path), os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(handle, "wb") as file:
-            file.write(f"{count} {last}".ljust(HEAD - 1).encode() + b"\n")
+            file.write(f"{self._count} {self._last}".ljust(HEAD - 1).encode() + b"\n")
 
 
 def verify(path: Path, key: EllipticCurvePublicKey | None = None, head: str | None = None) -> list[Entry]:
@@ -162,10 +182,21 @@ def totals(entries: Iterable[Entry], run: str | None = None) -> Totals:
 
 # The chain -----------------------------------------------------------------------------------------------------------
 def _read(
-    path: Path, key: EllipticCurvePublicKey | None = None, noted: str | None = None
+    path: Path, key: EllipticCurvePublicKey | None = None, noted: str | None = None, since: int | None = None
 ) -> tuple[list[Entry], int, str]:
-    """Entries, how many, and the hash of the last line. Whole lines beyond the head, and half a one, are those of a process
-    that was killed as it wrote; with a `key`, if they are signed."""
+    """Read and check a log.
+
+    Whole lines beyond the head, and half a line, are those of a process that was killed while it wrote.
+
+    Args:
+        path: The file.
+        key: Public key of the site.
+        noted: `N:HASH` of a line that must be there.
+        since: Every line after this number must be signed; by default the last line.
+
+    Returns:
+        The entries, how many, and the hash of the last line.
+    """
     data = path.read_bytes() if path.exists() else b""
     lines = data.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
@@ -192,16 +223,19 @@ def _read(
     if len(lines) < count:
         what = f"{count} lines were written, {len(lines)} are there"
         raise UserError(f"{path}: line {len(lines) + 1}: {what}; the end was cut off")
-    if key is not None and lines:
-        _check_signature(path, lines, key)
+    if key is not None:
+        for number in range(len(lines) if since is None else since + 1, len(lines) + 1):
+            _check_signature(path, lines, number, key)
     if noted is not None:
         _check_noted(path, hashes, noted)
     return entries, len(lines), last
 
 
-def _check_signature(path: Path, lines: list[bytes], key: EllipticCurvePublicKey) -> None:
-    """Raise UserError unless the last line, and through its hashes every line before it, is of the holder of this key."""
-    line, _, rest = lines[-1].rpartition(SIGNED)
+def _check_signature(path: Path, lines: list[bytes], number: int, key: EllipticCurvePublicKey) -> None:
+    """Raise UserError unless the line of this number, from 1, is signed with this key. It vouches for all lines before it."""
+    if number == 0:
+        return
+    line, _, rest = lines[number - 1].rpartition(SIGNED)
     try:
         # Exactly as it was written: `bytes.fromhex` also reads capitals and spaces, which would change the line's hash.
         digits = rest.decode().removesuffix('"}\n')
@@ -210,7 +244,7 @@ def _check_signature(path: Path, lines: list[bytes], key: EllipticCurvePublicKey
             raise ValueError("expected lower-case hexadecimal digits")
         key.verify(signature, ABOUT + line + b"}", ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
-        raise UserError(f"{path}: line {len(lines)}: it is not signed with this site's key") from None
+        raise UserError(f"{path}: line {number}: it is not signed with this site's key") from None
 
 
 def _check_noted(path: Path, hashes: list[str], noted: str) -> None:
@@ -235,7 +269,7 @@ def _head(path: Path) -> tuple[int, str]:
     head = _head_of(path)
     try:
         count, last = head.read_text(encoding="ascii").split()
-        if len(last) == len(FIRST):
+        if count.isdecimal() and len(last) == len(FIRST):
             return int(count), last
     except FileNotFoundError:
         if not path.exists() or path.stat().st_size == 0:

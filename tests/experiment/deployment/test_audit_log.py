@@ -177,6 +177,46 @@ def test_verify_finds_another_history(tmp_path: Path) -> None:
             verify(path, KEY.public_key())
 
 
+def replaced(path: Path, lines: Lines) -> None:
+    """Write a log and a head that agree, as somebody can who has no private key."""
+    path.write_bytes(b"".join(lines))
+    head = f"{len(lines)} {hashlib.sha256(lines[-1]).hexdigest()}"
+    path.with_name(path.name + ".head").write_text(head.ljust(95) + "\n")
+
+
+def test_append_refuses_a_line_that_was_forged_while_the_node_runs(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    replaced(path, [*path.read_bytes().splitlines(keepends=True), forged(path)])
+
+    with pytest.raises(UserError, match="line 4: it is not signed"):
+        log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
+
+
+def test_append_refuses_a_history_that_was_rewritten_while_the_node_runs(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    lines: Lines = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        before = hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST
+        lines.append(json.dumps({**json.loads(line), "out": 0, "before": before}).encode() + b"\n")
+    replaced(path, lines)
+
+    with pytest.raises(UserError, match="line 3: it is not the one that was noted"):
+        log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
+
+
+def test_append_accepts_signed_lines_of_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    AuditLog(path, KEY).append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
+
+    log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
+
+    assert len(verify(path, KEY.public_key())) == 5
+    assert log.head == head_of(path)
+
+
 @pytest.mark.parametrize("change", [lambda digits: digits[:2] + b" " + digits[2:], bytes.upper])
 def test_signatures_have_one_form(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = signed(tmp_path / "audit.jsonl").path

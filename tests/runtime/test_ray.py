@@ -207,7 +207,8 @@ def test_a_cluster_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in said, said
     assert said.splitlines()[-1].startswith("interrupted; to go on:")
-    assert [line.split()[0] for line in said.splitlines()[:3]] == ["ray", "1", "1"]  # the reasons, and nothing of Ray's
+    first = [line.split()[0] for line in said.splitlines()[:4]]
+    assert first == ["data:", "ray", "1", "1"]  # the run, the reasons, and nothing of Ray's
     assert gone(process.pid) and not list(Path(folder).glob("hetero_fl-*")) and comes(lambda: not naming(folder), 0.1)
     shutil.rmtree(folder)
 

@@ -60,19 +60,24 @@ class SavedModel:
             f"{list(self.arch.input_shape)}, {values:,} values in {len(self.tensors)} tensors)"
         )
 
-    def encode(self) -> bytes:
-        """The content of a `.safetensors` file; equal models give equal bytes."""
+    def described(self) -> dict[str, Any]:
+        """Return the metadata of the model's file, as plain values of JSON."""
         about = {
             "form": FORM,
-            "architecture": json.loads(self.arch.to_json()),
+            "architecture": asdict(self.arch),
             "preprocess": self.preprocess,
             "task": {name: value for name, value in asdict(self.task).items() if value != ""},
             "log_prior": self.log_prior,
             **({"columns": self.columns} if self.columns else {}),
             **({"categories": self.categories} if self.categories else {}),
         }
+        described: dict[str, Any] = json.loads(json.dumps(about))
+        return described
+
+    def encode(self) -> bytes:
+        """The content of a `.safetensors` file; equal models give equal bytes."""
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
-        return save(tensors, {"hetero_fl": json.dumps(about, sort_keys=True)})
+        return save(tensors, {"hetero_fl": json.dumps(self.described(), sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path, allow_code: bool | CodePermission = False) -> SavedModel:

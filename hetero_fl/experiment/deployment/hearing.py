@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,21 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.architecture import frozen
+from hetero_fl.algorithms.dense import Dense
+from hetero_fl.architecture import Tensors, frozen
 from hetero_fl.codec import DTYPES, CodecError, as_bytes, check_header
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.mistakes import describe
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Told
-from hetero_fl.errors import UserError
+from hetero_fl.errors import UserError, one_line
 from hetero_fl.experiment.deployment.messages import JUNK, Refused
 from hetero_fl.metrics import LARGEST_FIGURE, SMALLER_IS_BETTER, metric_names
 from hetero_fl.own_code import CodePermission, references
 from hetero_fl.runtime.beside import STRETCH
 from hetero_fl.runtime.federation import Federation
 from hetero_fl.runtime.site import READINGS, Reading, Scores
-from hetero_fl.saved import SavedModel
+from hetero_fl.saved import SavedModel, read_model_file
 from hetero_fl.state import Card
 from hetero_fl.task import Task
 
@@ -136,7 +137,7 @@ def _reading(tree: Mapping[str, Any], federation: Federation, card: Card, method
         calibration=_by_name(tree["calibration"], READINGS, _calibration),
         baselines=_by_name(tree["baselines"], READINGS, lambda each: _by_name(each, None, lambda s: _scores(s, task))),
         forecast=_forecast(tree["forecast"], federation),
-        model=b"" if model is None else _model(model, task, card, method),
+        model=b"" if model is None else _model(model, federation, card, method),
     )
 
 
@@ -194,8 +195,12 @@ def _forecast(found: Any, federation: Federation) -> dict[str, Any]:
     }
 
 
-def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
-    """A model of the kind that this client has, in a file that can be read."""
+def _model(found: Any, federation: Federation, card: Card, method: Algorithm) -> bytes:
+    """Return a client's model as a file whose metadata the server writes itself; of what came, it keeps the tensors.
+
+    The metadata that came only says which of the kinds of model that this client may have it is. Nothing is built from it,
+    and no code that it names is imported.
+    """
     if not isinstance(found, Tensor):
         raise Refused("a model that is no bytes")
     data = as_bytes(found)
@@ -207,22 +212,46 @@ def _model(found: Any, task: Task, card: Card, method: Algorithm) -> bytes:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
         try:
-            # Nothing is built before it is known to be this client's model.
-            saved = SavedModel.load(path, allow_code=True)
+            about, tensors = read_model_file(path)
         except UserError:
             raise Refused("expected a model file") from None
-    if saved.task != task or saved.arch not in (card.arch, *method.extras(card.arch).values()):
-        raise Refused(f"a model of another kind than it has ({saved.arch.name[:LONGEST]})")
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}
+    saved = _expected_model(about, tensors, federation, card, method)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if any(saved.arch.shapes.get(name) != shape for name, shape in shapes.items()):
         raise Refused("a model whose tensors are not those of its kind")
     if saved.arch.parameter_names - shapes.keys():
         raise Refused("a model of which tensors are missing")
-    if odd := [t.dtype for t in saved.tensors.values() if t.dtype not in TRAVELLING]:
+    if odd := [t.dtype for t in tensors.values() if t.dtype not in TRAVELLING]:
         raise Refused(f"a model with tensors of {odd[0]}")
-    if not all(bool(t.isfinite().all()) for t in saved.tensors.values() if t.is_floating_point()):
+    if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
         raise Refused("a model that is not finite")
-    return data
+    return saved.encode()
+
+
+def _expected_model(
+    about: Mapping[str, Any], tensors: Tensors, federation: Federation, card: Card, method: Algorithm
+) -> SavedModel:
+    """Return the model that these metadata mean, described as the server knows it. Raises Refused if there is none."""
+    task, layout = federation.task, federation.data.layout
+    cards = [card]
+    if isinstance(method, Dense) and method.student is not None:
+        cards.append(federation.cards[method.student])  # once the student is trained, every client uses it
+    views = {(each.arch, each.preprocess): None for each in cards}
+    views |= {(arch, card.preprocess): None for arch in method.extras(card.arch).values()}
+    prior = about["log_prior"]
+    if prior is not None:
+        prior = tuple(_table(prior, (task.outputs,), lambda v: float(_number(v, -LARGEST_FIGURE))))
+    kinds = [
+        SavedModel(tensors, arch, asdict(view), task, prior, layout.columns, layout.categories) for arch, view in views
+    ]
+    named = about["architecture"]
+    same_kind = [kind for kind in kinds if kind.described()["architecture"] == named]
+    if not same_kind or kinds[0].described()["task"] != about["task"]:
+        raise Refused(f"a model of another kind than it has ({one_line(named['name'], LONGEST)})")
+    for kind in same_kind:
+        if kind.described()["preprocess"] == about["preprocess"]:
+            return kind
+    raise Refused("a model with a preprocessing that is not its client's")
 
 
 def _check_plain(tree: Any) -> None:

@@ -24,7 +24,7 @@ from hetero_fl.data.private import Share
 from hetero_fl.errors import RunFailed
 from hetero_fl.experiment.deployment import hearing
 from hetero_fl.experiment.deployment.hearing import hear_reading, hear_settings, hear_state, hear_told
-from hetero_fl.experiment.deployment.messages import FORM, Refused, body_of, message
+from hetero_fl.experiment.deployment.messages import FORM, Refused, body_of, message, reading_tree
 from hetero_fl.experiment.deployment.transport import Envelope, Handle
 from hetero_fl.experiment.prepared import prepare
 from hetero_fl.payload import Item, Payload
@@ -370,6 +370,82 @@ def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
     assert said in str(caught.value) and len(str(caught.value)) < 600
 
 
+# A model's metadata --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def told_model() -> Any:
+    """What a site tells at the end of a run, and the federation and the method."""
+    prepared = prepare(small(models="linear", rounds=1))
+    rounds = prepared.rounds()
+    rounds.round()
+    ((_, told),) = rounds.executor.read(rounds.broadcasts(["site_1"], reading=True), 1, True)
+    yield told, rounds.federation, rounds.algorithm
+    rounds.executor.close()
+
+
+def retold(told: Any, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """The reading of a site that changes the metadata of its model."""
+    length = int.from_bytes(told.model[:8], "little")
+    header = json.loads(told.model[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["hetero_fl"])
+    change(about)
+    header["__metadata__"]["hetero_fl"] = json.dumps(about)
+    changed = json.dumps(header).encode()
+    changed += b" " * (-len(changed) % 8)
+    model = len(changed).to_bytes(8, "little") + changed + told.model[8 + length :]
+    return reading_tree(replace(told, model=model))
+
+
+METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "columns": lambda a: a.update(columns=["python:os:system"]),
+    "categories": lambda a: a.update(categories=[["python:os:system", ["a"]]]),
+    "another key": lambda a: a.update(zzz="python:os:system"),
+    "many columns": lambda a: a.update(columns=["x"] * 1000),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_of_a_model_are_written_by_the_server(name: str, told_model: Any) -> None:
+    told, federation, method = told_model
+
+    heard = hear_reading(retold(told, METADATA[name]), "site_1", federation, method)
+
+    assert heard.model == told.model and b"python:" not in heard.model
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: a["architecture"].update(zzz="python:os:system"), "a model of another kind than it has"),
+        (lambda a: a["architecture"].update(name="python:os:system"), "a model of another kind than it has"),
+        (lambda a: a.update(architecture=3), "cannot be read"),
+        (lambda a: a["task"].update(unit="\x1b[2J"), "a model of another kind than it has"),
+        (lambda a: a["task"].update(zzz=1), "a model of another kind than it has"),
+        (lambda a: a["preprocess"].update({"python:os:system": 1}), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(zzz=1), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(resize=10**6), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(resize="x"), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(resize=-1), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(mean="a", std="b"), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(mean=math.nan), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(spans=[[0, 10**9]]), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(blocks=[[1, 2, 3]]), "a preprocessing that is not its client's"),
+        (lambda a: a.update(preprocess=[]), "a preprocessing that is not its client's"),
+        (lambda a: a.update(log_prior=["a"] * a["task"]["outputs"]), "no finite number"),
+        (lambda a: a.update(log_prior=[math.nan] * a["task"]["outputs"]), "no finite number"),
+        (lambda a: a.update(log_prior=[1.0] * 3), "another form"),
+        (lambda a: a.update(log_prior="abcdefghij"), "another form"),
+        (lambda a: a.pop("log_prior"), "cannot be read"),
+    ],
+)
+def test_metadata_that_the_server_does_not_expect_are_refused(
+    change: Callable[[dict[str, Any]], Any], said: str, told_model: Any
+) -> None:
+    told, federation, method = told_model
+
+    with pytest.raises(Refused, match=re.escape(said)):
+        hear_reading(retold(told, change), "site_1", federation, method)
+
+
 # Honest ones ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "method", ["hybrid", "fml", "fedkd", "heterofl", "fedmrl", "fedgen", "lg_fedavg", "ditto", "fedgkt"]
@@ -383,8 +459,6 @@ def test_honest_readings_of_every_sort_of_model_are_heard(method: str, tmp_path:
     rounds.round()
     found = rounds.executor.read(rounds.broadcasts(["site_1"], reading=True), 1, True)
     (told,) = [r for _, r in found]
-    from hetero_fl.experiment.deployment.messages import reading_tree
-
     heard = hear_reading(reading_tree(told), "site_1", rounds.federation, rounds.algorithm)
     assert heard == told and heard.model and heard.confusion
     rounds.executor.close()

@@ -21,7 +21,7 @@ from hetero_fl.data.elsewhere import held_at
 from hetero_fl.data.pack import Pack
 from hetero_fl.data.private import Told
 from hetero_fl.errors import RunFailed
-from hetero_fl.experiment.deployment.hearing import hear_settings, hear_told
+from hetero_fl.experiment.deployment.hearing import MOST_PIXELS, hear_settings, hear_told
 from hetero_fl.experiment.deployment.messages import Refused, body_of, message, reason, told_tree
 from hetero_fl.experiment.deployment.post import Post
 from hetero_fl.experiment.deployment.roll import fingerprint_of
@@ -116,7 +116,10 @@ def convene(config: Config, post: Post, wait: float, known: Mapping[str, Any] | 
         raise RunFailed(f"not there after {wait:g} s: {', '.join(missing[:6])}{' …' if len(missing) > 6 else ''}")
     names = references(config.model_dump())
     before = known["settings"] if known is not None else {}
-    told_by = {id: _settings(id, post.here[id], names) if id in post.here else before.get(id, {}) for id in ids}
+    largest = _largest_side(config)
+    told_by = {
+        id: _settings(id, post.here[id], names, largest) if id in post.here else before.get(id, {}) for id in ids
+    }
     own = [{"match": id, **settings} for id, settings in told_by.items() if settings]
     if own:
         plain = resolved(config)
@@ -134,9 +137,15 @@ def convene(config: Config, post: Post, wait: float, known: Mapping[str, Any] | 
     return convened
 
 
-def _settings(client: str, here: object, names: Collection[str]) -> dict[str, Any]:
+def _largest_side(config: Config) -> int:
+    """Return the side in pixels to which a node may resize: more than usual where the server's own configuration asks for it."""
+    views = [config.server.preprocess, *(settings.preprocess for settings in expand(config.clients).values())]
+    return max(MOST_PIXELS, *(view.resize or 0 for view in views))
+
+
+def _settings(client: str, here: object, names: Collection[str], largest: int) -> dict[str, Any]:
     try:
-        return hear_settings(here, names)
+        return hear_settings(here, names, largest)
     except Refused as error:
         raise RunFailed(f"{client}: refused: {error}") from None
 

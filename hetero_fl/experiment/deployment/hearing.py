@@ -38,6 +38,7 @@ from hetero_fl.task import Task
 
 OWN_SETTINGS = ("model", "preprocess", "augment", "shares")  # of a client, which its site decides
 MOST_ROWS = 2**40
+MOST_PIXELS = 1024  # of the side to which a site may resize, unless the server's own configuration has images as large
 LONGEST = 128  # characters of a name
 MOST_NAMES = 32
 BINS = 15  # of a calibration
@@ -47,9 +48,17 @@ MOST_TIME = 2**63  # times are whole numbers of 64 bits, in whatever unit
 HEARD = {"scores", "confusion", "calibration", "baselines", "forecast", "triggered", "model"}
 
 
-def hear_settings(tree: Any, names: Collection[str]) -> dict[str, Any]:
-    """What a node decides itself of its client's settings. `names`: python:module:Name that the server's own configuration has; a
-    node has it run no others. Raises Refused."""
+def hear_settings(tree: Any, names: Collection[str], largest: int = MOST_PIXELS) -> dict[str, Any]:
+    """Read what a node decides itself of its client's settings.
+
+    Args:
+        tree: What came.
+        names: `python:module:Name` that the server's own configuration has; a node has it run no others.
+        largest: Side in pixels to which a node may resize its images, at most.
+
+    Raises:
+        Refused: It is something else, or out of bounds.
+    """
     found = tree.get("settings") if isinstance(tree, dict) else None
     _check_plain(found)
     if not isinstance(found, dict) or (odd := set(found) - set(OWN_SETTINGS)):
@@ -62,7 +71,9 @@ def hear_settings(tree: Any, names: Collection[str]) -> dict[str, Any]:
     for name, key in CodePermission(granted=names).refused(references(found), ""):
         raise Refused(f"{key}: found {name[:LONGEST]}, code that this server's configuration does not name")
     try:
-        ClientSettings.model_validate(found)
+        resize = ClientSettings.model_validate(found).preprocess.resize
+        if resize is not None and resize > largest:
+            raise Refused(f"preprocess.resize: found {one_line(resize, LONGEST)}; expected at most {largest}")
     except ValidationError as error:
         raise Refused(describe(error, found, ClientSettings)) from None
     except JUNK as error:

@@ -341,6 +341,14 @@ def test_a_node_decides_its_own_settings_and_no_others(settings: dict[str, Any],
     assert hear_settings({"settings": {"shares": ["predictions"]}}, ()) == {"shares": ["predictions"]}
 
 
+def test_node_resizes_to_no_more_than_the_server_allows() -> None:
+    told = {"settings": {"preprocess": {"resize": 2000}}}
+
+    assert hear_settings(told, (), largest=2000) == told["settings"]
+    with pytest.raises(Refused, match="preprocess.resize: found 2000; expected at most 1024"):
+        hear_settings(told, ())
+
+
 @pytest.mark.parametrize("name", ["..", "A" * 64, "a" * 63, "é" * 64, "/"])
 def test_a_state_is_a_hash(name: str) -> None:
     with pytest.raises(Refused):
@@ -354,6 +362,11 @@ def test_a_state_is_a_hash(name: str) -> None:
         ("terms", reading(lambda t: t["rows"].update(train=-5)), "site_3: what it tells of its rows is refused"),
         ("terms", lambda e: Envelope(e.head, b"junk"), "site_3: 'told':"),
         ("hello", reading(lambda t: t.update(settings={"epochs": 99})), "site_3: refused: it wants to decide epochs"),
+        (
+            "hello",
+            reading(lambda t: t.update(settings={"preprocess": {"resize": 30_000}})),
+            "site_3: refused: preprocess.resize: found 30000; expected at most 1024",
+        ),
         ("hello", lambda e: Envelope({**e.head, "client": "\x1b[2J" * 99}, e.body), "not there after 300 s: site_3"),
         ("hello", lambda e: Envelope({**e.head, "torch": "x" * 10_000}, e.body), "not there after 300 s: site_3"),
         ("roster", lambda e: Envelope({"ask": ["ready"]}, b""), "site_3 refuses"),  # type: ignore[dict-item]

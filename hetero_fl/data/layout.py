@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hetero_fl.errors import UserError, nearest
+from hetero_fl.errors import UserError, nearest, printable
 
 Spans = tuple[tuple[int, int], ...]
 """Runs of columns of the last axis, each from its first to before its last."""
@@ -85,7 +85,7 @@ class Layout:
                 hint = (
                     nearest(name, self.names) if self.names else "; nothing of these examples has a name, leave it out"
                 )
-                raise UserError(f"{where}: found '{name}'{hint}")
+                raise UserError(f"{where}: found '{printable(name)}'{hint}")
         return merged(tuple(span for name, span in self.ends.items() if name in names))
 
 

@@ -21,7 +21,7 @@ from hetero_fl.codec import encode
 from hetero_fl.data.base import Examples
 from hetero_fl.data.preprocess import Preprocess
 from hetero_fl.data.private import Share
-from hetero_fl.errors import RunFailed
+from hetero_fl.errors import RunFailed, UserError
 from hetero_fl.experiment.deployment import hearing
 from hetero_fl.experiment.deployment.hearing import hear_reading, hear_settings, hear_state, hear_told
 from hetero_fl.experiment.deployment.messages import FORM, Refused, body_of, message, reading_tree
@@ -367,6 +367,11 @@ def test_a_state_is_a_hash(name: str) -> None:
             reading(lambda t: t.update(settings={"preprocess": {"resize": 30_000}})),
             "site_3: refused: preprocess.resize: found 30000; expected at most 1024",
         ),
+        (
+            "hello",
+            reading(lambda t: t.update(settings={"preprocess": {"columns": ["a\x1b[2J\u202e"]}})),
+            "found 'a\\x1b[2J\\u202e'",
+        ),
         ("hello", lambda e: Envelope({**e.head, "client": "\x1b[2J" * 99}, e.body), "not there after 300 s: site_3"),
         ("hello", lambda e: Envelope({**e.head, "torch": "x" * 10_000}, e.body), "not there after 300 s: site_3"),
         ("roster", lambda e: Envelope({"ask": ["ready"]}, b""), "site_3 refuses"),  # type: ignore[dict-item]
@@ -378,8 +383,9 @@ def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
     def always(handle: Handle) -> Handle:
         return lambda e: change(handle(e)) if e.head["ask"] == ask else handle(e)
 
-    with pytest.raises(RunFailed) as caught:
+    with pytest.raises((RunFailed, UserError)) as caught:
         Federation(tmp_path).serve(small(models="linear"), {"site_3": always}, say=clock.after(3, []))
+    assert str(caught.value).isprintable() and "site_3" in str(caught.value)
     assert said in str(caught.value) and len(str(caught.value)) < 600
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.channel.privacy.accounting import Charge
@@ -19,9 +21,14 @@ from hetero_fl.runtime.protection import Protection
 from hetero_fl.runtime.templates import Templates
 from hetero_fl.state import Card, Columns, Participant
 
+MOST_ZEROS = 2**24  # so many are tensors of their own, in which a method may write
+
 
 class Dry:
-    """A performer that answers every step with a result of the right shape: fits change nothing, predictions are nought."""
+    """A performer that answers every step with a result of the right shape: fits change nothing, predictions are nought.
+
+    Large results have one number in memory, whatever their shape: how many rows a client has is what it tells.
+    """
 
     def __init__(self) -> None:
         self.templates = Templates(torch.device("cpu"))
@@ -36,7 +43,7 @@ class Dry:
         arch = getattr(step, "arch", None) or participant.arch[step.slot]
         width = arch.outputs if step.readout != "features" else self.templates(arch).module.feature_dim
         if isinstance(step, Predict):
-            return torch.zeros(len(step.data.columns(participant)["x"]), int(width))
+            return zeros(len(step.data.columns(participant)["x"]), int(width))
         assert isinstance(step, ClassSums)
         classes = participant.task.outputs
         return torch.zeros(classes, int(width)), torch.zeros(classes)
@@ -64,7 +71,7 @@ class Expectations:
     def of(self, card: Card, broadcast: Payload, round: int) -> Mapping[str, Item]:
         """An upload of the right form; its numbers mean nothing. Clients alike share one.
 
-        Raises UserError if the method's `train` returns what it did not declare.
+        Raises UserError if the method's `train` returns what it did not declare, or if there is no memory for an upload.
         """
         s = card.settings
         own_rows = any(spec.rows_of == "train" for spec in self.algorithm.uploads.values())
@@ -74,7 +81,12 @@ class Expectations:
         if key not in self._known:
             if is_own(self.algorithm):  # may differ in every round: the last round's are of no more use
                 self._known = {k: v for k, v in self._known.items() if k[2] == key[2]}
-            upload = self.upload(card, broadcast, round)
+            try:
+                upload = self.upload(card, broadcast, round)
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "alloc" not in str(error):
+                    raise
+                raise UserError(f"{card.id}: an upload for {card.n:,} rows takes more memory than there is") from None
             self._known[key] = {n: upload.item(n) for n in upload}
         return self._known[key]
 
@@ -110,7 +122,7 @@ class Expectations:
         def data(name: str, through: Any) -> Columns:
             if name == "proxy":
                 return federation.data.columns(card.id, name, through or card.preprocess)
-            return {"x": torch.empty(card.n, 0), "y": torch.zeros(card.n, dtype=torch.int64)}
+            return {"x": torch.empty(card.n, 0), "y": zeros(card.n, dtype=torch.int64)}
 
         return StandIn(
             id=card.id,
@@ -125,6 +137,13 @@ class Expectations:
             peers=federation.cards,
             clock=federation.clock(round),
         )
+
+
+def zeros(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros of that shape; if there are many, all of them are one number in memory, and nothing can be written there."""
+    if math.prod(shape) <= MOST_ZEROS:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.zeros((), dtype=dtype).expand(shape)
 
 
 def _outline(payload: Payload) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ from hetero_fl.state import Card
 from hetero_fl.task import Task
 
 OWN_SETTINGS = ("model", "preprocess", "augment", "shares")  # of a client, which its site decides
-MOST_ROWS = 2**40
+MOST_ROWS = 2**31  # of one site
 MOST_PIXELS = 1024  # of the side to which a site may resize, unless the server's own configuration has images as large
 LONGEST = 128  # characters of a name
 MOST_NAMES = 32

@@ -283,6 +283,7 @@ TOLD: dict[str, Any] = {
         ({"rows": {"train": True, "validation": 2, "test": 3}}, "found 'True'"),
         ({"rows": {"train": 2.5, "validation": 2, "test": 3}}, "found '2.5'"),
         ({"rows": {"train": 10**30, "validation": 2, "test": 3}}, "no number of rows"),
+        ({"rows": {"train": 2**40, "validation": 2, "test": 3}}, "no number of rows"),
         ({"rows": {"train": 3}}, "cannot be read (KeyError"),
         ({"rows": None}, "cannot be read (TypeError"),
         ({"hash": "a" * 1000}, "found the name"),

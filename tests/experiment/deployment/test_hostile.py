@@ -346,7 +346,7 @@ def test_node_resizes_to_no_more_than_the_server_allows() -> None:
     told = {"settings": {"preprocess": {"resize": 2000}}}
 
     assert hear_settings(told, (), largest=2000) == told["settings"]
-    with pytest.raises(Refused, match="preprocess.resize: found 2000; expected at most 1024"):
+    with pytest.raises(Refused, match="found 2000; expected at most 1024"):
         hear_settings(told, ())
 
 

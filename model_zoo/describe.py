@@ -85,7 +85,12 @@ def describe(
     with torch.random.fork_rng(devices=[]):
         sizes = (num_classes, in_channels, input_size, feature_dim)
         model = create_model(name, *sizes, vocabulary=vocabulary, **options).eval()
-    flops, convolutions = _flops(model, make_shape(in_channels, input_size, vocabulary).blank(1))
+    enlarged = _enlarged(model)
+    # Tensors of the zoo's own models need no numbers, and so no memory, for operations to be counted.
+    device = "cpu" if ":" in name else "meta"
+    with torch.device(device):
+        example = make_shape(in_channels, input_size, vocabulary).blank(1)
+    flops, convolutions = _flops(model.to(device), example)
     return ModelDescription(
         name=name,
         parameters=count(model),
@@ -95,7 +100,7 @@ def describe(
         forward_flops=flops,
         convolution_flops=convolutions,
         has_batch_norm=any(is_batch_norm(module) for module in model.modules()),
-        summary=summary_of(name) + _enlarged(model),
+        summary=summary_of(name) + enlarged,
     )
 
 

@@ -39,6 +39,10 @@ def test_arithmetic_counted_by_hand(name: str, options: dict[str, int], flops: i
     assert describe(name, **options).forward_flops == flops
 
 
+def test_describing_takes_no_memory_for_images() -> None:
+    assert describe("cnn_gn_small", input_size=10**6).forward_flops > 10**12
+
+
 def test_describing_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     describe("timm:resnet10t")

@@ -68,11 +68,7 @@ class AuditLog:
             short = {name: _shortened(value) for name, value in about.items()}
             entry: Entry = {"n": self._count + 1, "time": _now(), **short, "before": self._last}
             line = self._signed(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            self._write(line)
             self._count, self._last = self._count + 1, _hash(line)
             self._set_head()
         return entry
@@ -98,6 +94,19 @@ class AuditLog:
         """
         noted = f"{self._count}:{self._last}"
         _, self._count, self._last = _read(self.path, self._public, noted, since=self._count)
+
+    def _write(self, line: bytes) -> None:
+        """Append a line to the file and flush it to disk; if that fails, remove what was written of it."""
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        before = os.fstat(handle).st_size
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self.path, before)
+            raise
 
     def _signed(self, line: bytes) -> bytes:
         if self._key is None:

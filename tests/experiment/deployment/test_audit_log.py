@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import random
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +97,27 @@ def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
     log = AuditLog(path)
     log.append(ask="do", outcome="done", out=1, **{"in": 1})
     assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries()) == 8
+
+
+def test_append_leaves_nothing_of_a_line_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 60, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            log.append(**ABOUT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    assert path.read_bytes() == before
+    log.append(**ABOUT)
+    AuditLog(path, KEY).append(**ABOUT)
+    assert len(verify(path, KEY.public_key())) == 5
 
 
 def test_two_writers_make_one_chain(tmp_path: Path) -> None:

@@ -50,9 +50,7 @@ class AuditLog:
         self.path, self._key = path, key
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._alone():
-            _, self._count, self._last = _read(path, self._public)
-            if path.exists() and path.stat().st_size > (whole := _whole(path)):
-                os.truncate(path, whole)  # half a line of a process that was killed; nothing has left with it
+            self._read()
             self._set_head()
 
     def append(self, **about: Any) -> Entry:
@@ -63,13 +61,14 @@ class AuditLog:
             UserError: If the log was changed since this process read it.
         """
         with self._alone():
-            if _head(self.path) != (self._count, self._last):
+            if _head(self.path) != (self._count, self._last) or _stamp(self.path) != self._stamp:
                 self._read_lines_of_others()
             short = {name: _shortened(value) for name, value in about.items()}
             entry: Entry = {"n": self._count + 1, "time": _now(), **short, "before": self._last}
             line = self._signed(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
             self._write(line)
             self._count, self._last = self._count + 1, _hash(line)
+            self._stamp = _stamp(self.path)
             self._set_head()
         return entry
 
@@ -87,13 +86,18 @@ class AuditLog:
         return None if self._key is None else self._key.public_key()
 
     def _read_lines_of_others(self) -> None:
-        """Read lines that another process of this site has appended.
+        """Read a file that has changed since: another process of this site may have appended lines.
 
         A new line vouches for all before it, so each of them must be signed, and the lines that this process knows must
         still be there.
         """
-        noted = f"{self._count}:{self._last}"
-        _, self._count, self._last = _read(self.path, self._public, noted, since=self._count)
+        self._read(f"{self._count}:{self._last}", since=self._count)
+
+    def _read(self, noted: str | None = None, since: int | None = None) -> None:
+        _, self._count, self._last = _read(self.path, self._public, noted, since)
+        if self.path.exists() and self.path.stat().st_size > (whole := _whole(self.path)):
+            os.truncate(self.path, whole)  # half a line of a process that was killed; nothing has left with it
+        self._stamp = _stamp(self.path)
 
     def _write(self, line: bytes) -> None:
         """Append a line to the file and flush it to disk; if that fails, remove what was written of it."""
@@ -291,6 +295,15 @@ def _head(path: Path) -> tuple[int, str]:
 
 def _head_of(path: Path) -> Path:
     return path.with_name(path.name + ".head")
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return the identity, size and modification time of a file, None if there is none: they differ after a change."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _whole(path: Path) -> int:

@@ -229,6 +229,46 @@ def test_append_refuses_a_history_that_was_rewritten_while_the_node_runs(tmp_pat
         log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: None, "line 1: 3 lines were written, 0 are there"),
+        (lambda data: data[:-20], "line 3: 3 lines were written, 2 are there"),
+        (lambda data: data.replace(b'"out": 1', b'"out": 9', 1), "line 1: it was changed"),
+        (lambda data: data + b'{"n": 4}\n', "line 4"),
+    ],
+    ids=["deleted", "cut off", "changed", "appended to"],
+)
+def test_append_refuses_a_log_that_was_changed_under_the_same_head(
+    change: Callable[[bytes], bytes | None], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    data = change(path.read_bytes())
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+    for _ in range(2):
+        with pytest.raises(UserError, match=said):
+            log.append(**ABOUT)
+
+    assert (path.read_bytes() if path.exists() else None) == data
+
+
+def test_append_cuts_off_half_a_line_of_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    with path.open("ab") as file:
+        file.write(b'{"n": 4, "ti')
+
+    log.append(**ABOUT)
+
+    assert len(verify(path, KEY.public_key())) == 4
+    assert AuditLog(path, KEY).head == log.head
+
+
 def test_append_accepts_signed_lines_of_another_process(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = signed(path)

@@ -18,6 +18,9 @@ from hetero_fl.cli import main
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.audit_log import FIRST, AuditLog, head_of, shown, totals, verify
 from hetero_fl.experiment.deployment.certificates import make_node_key
+from hetero_fl.experiment.deployment.node import Node
+from hetero_fl.experiment.deployment.site_file import SiteConfig
+from hetero_fl.experiment.deployment.transport import Envelope
 
 Lines = list[bytes]
 KEY = generate_private_key(SECP384R1())
@@ -324,6 +327,19 @@ def test_noted_head_shows_that_a_log_went_back(tmp_path: Path) -> None:
         verify(log.path, KEY.public_key(), f"3:{FIRST}")
     with pytest.raises(UserError, match="expected N:HASH"):
         verify(log.path, KEY.public_key(), "\x1b[2J")
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.head"])
+def test_node_refuses_messages_once_its_log_is_damaged(name: str, tmp_path: Path) -> None:
+    node = Node(SiteConfig(client="site_2"), tmp_path)
+    assert node.handle(Envelope({"ask": "hello"})).head["ask"] == "here"
+    (tmp_path / name).write_text("junk\n")
+
+    answer = node.handle(Envelope({"ask": "hello"}))
+
+    assert answer.head["ask"] == "refused"
+    assert "line 1" in str(answer.head["why"])
+    assert (tmp_path / name).read_text() == "junk\n"
 
 
 def test_node_audit_checks_signatures_with_the_public_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from hetero_fl.cli import main
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.audit_log import FIRST, AuditLog, head_of, shown, totals, verify
 from hetero_fl.experiment.deployment.certificates import make_node_key
+from hetero_fl.experiment.deployment.identity import NodeKeys
 from hetero_fl.experiment.deployment.node import Node
 from hetero_fl.experiment.deployment.site_file import SiteConfig
 from hetero_fl.experiment.deployment.transport import Envelope
@@ -340,6 +341,19 @@ def test_node_refuses_messages_once_its_log_is_damaged(name: str, tmp_path: Path
     assert answer.head["ask"] == "refused"
     assert "line 1" in str(answer.head["why"])
     assert (tmp_path / name).read_text() == "junk\n"
+
+
+@pytest.mark.parametrize("name", ["run", "ask", "number", "round"])
+def test_node_refuses_a_number_of_thousands_of_digits(name: str, tmp_path: Path) -> None:
+    server = generate_private_key(SECP384R1())
+    for keys in (None, NodeKeys(KEY, server.public_key())):
+        node = Node(SiteConfig(client="site_2"), tmp_path / str(keys is None), keys=keys)
+
+        answer = node.handle(Envelope({"ask": "hello", name: 10**5000}))
+
+        assert answer.head["ask"] == "refused"
+        assert "at most 64" in str(answer.head["why"])
+        assert len(verify(node.log.path)) == 1
 
 
 def test_node_audit_checks_signatures_with_the_public_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

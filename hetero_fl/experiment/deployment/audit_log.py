@@ -210,8 +210,7 @@ def _read(
     Returns:
         The entries, how many, and the hash of the last line.
     """
-    data = path.read_bytes() if path.exists() else b""
-    lines = data.splitlines(keepends=True)
+    lines = _bytes(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     count, head = _head(path)
@@ -222,7 +221,7 @@ def _read(
         try:
             entry = json.loads(line)
             found, before = entry["n"], entry["before"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}: line {number}: it was changed and cannot be read") from None
         if found != number:
             raise UserError(f"{path}: line {number}: found number {found} there; a line is missing, or was moved")
@@ -288,6 +287,8 @@ def _head(path: Path) -> tuple[int, str]:
         if not path.exists() or path.stat().st_size == 0:
             return 0, FIRST
         raise UserError(f"{path}: line 1: {head.name}, which says how many lines there are, is gone") from None
+    except OSError as error:
+        raise UserError(f"{head}: cannot be read ({error.strerror})") from None
     except ValueError:
         pass
     raise UserError(f"{path}: line 1: {head.name} was changed and cannot be read")
@@ -306,9 +307,19 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def _bytes(path: Path) -> bytes:
+    """Return a log's content, empty if there is no file. Raises UserError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def _whole(path: Path) -> int:
     """Bytes of the whole lines."""
-    return path.read_bytes().rfind(b"\n") + 1
+    return _bytes(path).rfind(b"\n") + 1
 
 
 def _hash(line: bytes) -> str:

@@ -45,6 +45,7 @@ FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
     "one in the middle is changed": (lambda ls: [*ls[:2], changed(ls[2]), *ls[3:]], "line 3: it was changed"),
     "the last is changed": (lambda ls: [*ls[:-1], changed(ls[-1])], "line 6: it was changed"),
     "one is no JSON": (lambda ls: [*ls[:3], b"\n", *ls[4:]], "line 4: it was changed"),
+    "one is nested too deeply": (lambda ls: [*ls[:3], b'{"a":' * 50_000 + b"\n", *ls[4:]], "line 4: it was changed"),
     "the first is removed": (lambda ls: ls[1:], "line 1: found number 2"),
     "one is removed": (lambda ls: [*ls[:3], *ls[4:]], "line 4: found number 5"),
     "two are swapped": (lambda ls: [ls[0], ls[2], ls[1], *ls[3:]], "line 2: found number 3"),
@@ -160,6 +161,16 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
 def test_a_missing_log_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         verify(tmp_path / "audit.jsonl")
+
+
+def test_a_log_or_head_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
+    for name in ("audit.jsonl", "audit.jsonl.head"):
+        path = written(tmp_path / name / "audit.jsonl", 1)
+        path.with_name(name).unlink()
+        path.with_name(name).mkdir()
+        for reads in (verify, AuditLog):
+            with pytest.raises(UserError, match=rf"{name}: cannot be read \(Is a directory\)$"):
+                reads(path)
 
 
 # Signatures ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePri
 from cryptography.hazmat.primitives.hashes import SHA384
 from filelock import FileLock
 
-from hetero_fl.errors import UserError, one_line
+from hetero_fl.errors import UserError, one_line, printable
 
 FIRST = "0" * 64  # before the first line
 HEAD = 96  # bytes of the head: a number and a hash, in a fixed width, so that it is replaced in one write
@@ -33,6 +33,14 @@ MOST_LISTED = 32  # texts of a list in a line
 AGAIN = "again"  # the outcome of a message that had been answered before
 
 Entry = dict[str, Any]
+
+# Fields of a line, and of each entry of `spent`.
+FIELDS: dict[str, type] = {
+    "n": int, "time": str, "in": int, "out": int, "outcome": str, "before": str,
+    "run": str, "ask": str, "what": str, "task": str, "asked": str, "round": int, "kinds": list, "spent": list,
+}  # fmt: skip
+REQUIRED = ("n", "time", "in", "out", "outcome", "before")
+CHARGE: dict[str, type] = {"noise": float, "rate": float, "steps": int}
 
 
 class AuditLog:
@@ -167,7 +175,7 @@ def shown(entries: Iterable[Entry]) -> list[str]:
             sizes,
             str(entry["outcome"]),
         )
-        made.append("  ".join(part for part in parts if part))
+        made.append(printable("  ".join(part for part in parts if part)))
     return made
 
 
@@ -218,14 +226,10 @@ def _read(
     hashes: list[str] = []
     last = FIRST
     for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            found, before = entry["n"], entry["before"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}: line {number}: it was changed and cannot be read") from None
-        if found != number:
-            raise UserError(f"{path}: line {number}: found number {found} there; a line is missing, or was moved")
-        if before != last:
+        entry = _entry(line, f"{path}: line {number}")
+        if entry["n"] != number:
+            raise UserError(f"{path}: line {number}: found number {entry['n']} there; a line is missing, or was moved")
+        if entry["before"] != last:
             raise UserError(f"{path}: line {max(1, number - 1)}: it was changed after it had been written")
         entries.append(entry)
         last = _hash(line)
@@ -241,6 +245,37 @@ def _read(
     if noted is not None:
         _check_noted(path, hashes, noted)
     return entries, len(lines), last
+
+
+def _entry(line: bytes, where: str) -> Entry:
+    """Return a line's entry. Raises UserError unless it has the fields that `append` writes, with their types."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: it was changed and cannot be read")
+    for name, kind in FIELDS.items():
+        if not _is(entry.get(name), kind) and (name in entry or name in REQUIRED):
+            found = one_line(entry[name], 60) if name in entry else "nothing"
+            raise UserError(f"{where}: {name}: found {found}; expected {kind.__name__}; it was changed")
+    if not all(isinstance(kind, str) for kind in entry.get("kinds", [])):
+        raise UserError(f"{where}: kinds: expected a list of str; it was changed")
+    for charge in entry.get("spent", []):
+        if not isinstance(charge, dict) or not all(_is(charge.get(name), kind) for name, kind in CHARGE.items()):
+            raise UserError(
+                f"{where}: spent: found {one_line(charge, 60)}; expected {', '.join(CHARGE)}; it was changed"
+            )
+    return entry
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value of a line has a type; an integer has at most 64 bits."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return kind in (int, float) and value.bit_length() <= 64
+    return isinstance(value, kind)
 
 
 def _check_signature(path: Path, lines: list[bytes], number: int, key: EllipticCurvePublicKey) -> None:

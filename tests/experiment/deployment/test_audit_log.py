@@ -173,6 +173,54 @@ def test_a_log_or_head_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
                 reads(path)
 
 
+def foreign(path: Path, entry: dict[str, object]) -> Path:
+    """Write a second line of any form with a correct number, hash and head."""
+    lines = written(path, 1).read_bytes().splitlines(keepends=True)
+    first = {
+        "n": 2,
+        "time": "now",
+        "in": 1,
+        "out": 1,
+        "outcome": "done",
+        "before": hashlib.sha256(lines[0]).hexdigest(),
+    }
+    made = {name: value for name, value in {**first, **entry}.items() if value is not None}
+    replaced(path, [*lines, json.dumps(made).encode() + b"\n"])
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"in": None}, {"time": None}, {"outcome": None}, {"out": True}, {"n": 2.0}, {"in": "x"}, {"kinds": 5},
+        {"kinds": [5]}, {"asked": [1]}, {"run": {}}, {"round": "1"}, {"round": 10**4200}, {"spent": [1]},
+        {"spent": [{"noise": "x", "rate": 1, "steps": 1}]}, {"outcome": "\ud800", "what": ["\ud800"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_node_audit_names_a_line_of_another_form(
+    entry: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = foreign(tmp_path / "audit.jsonl", entry)
+
+    assert main(["node", "--audit", str(path)]) == 2
+
+    error = capsys.readouterr().err
+    assert f"line 2: {next(iter(entry.keys() - {'outcome'}), 'outcome')}: " in error
+    assert error.count("\n") == 1
+
+
+def test_node_audit_escapes_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = dict.fromkeys(("time", "outcome", "run", "ask", "what"), "\x1b[2J\n\ud800")
+    path = foreign(tmp_path / "audit.jsonl", {**texts, "kinds": ["\x1b"], "round": 1})
+
+    assert main(["node", "--audit", str(path)]) == 0
+
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and printed.count("\\ud800") >= 4
+    printed.encode()
+
+
 # Signatures ----------------------------------------------------------------------------------------------------------
 ABOUT = {"ask": "do", "outcome": "done", "out": 1, "in": 1}
 

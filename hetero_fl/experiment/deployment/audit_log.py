@@ -29,6 +29,7 @@ HEAD = 96  # bytes of the head: a number and a hash, in a fixed width, so that i
 ABOUT = b"hetero_fl audit line\n"  # before what is signed: no message passes for a line
 SIGNED = b', "signature": "'  # between a line's content and its signature, in hexadecimal digits
 LONGEST = 500  # characters of a text in a line
+MOST_DIGITS = 18  # of a line's number
 MOST_LISTED = 32  # texts of a list in a line
 AGAIN = "again"  # the outcome of a message that had been answered before
 
@@ -147,7 +148,7 @@ def verify(path: Path, key: EllipticCurvePublicKey | None = None, head: str | No
     Raises:
         UserError: A line was changed, removed, moved, cut off, or not written with that key; the line is named.
     """
-    if not path.exists() and not _head_of(path).exists():
+    if not os.path.exists(path) and not os.path.exists(_head_of(path)):  # false also for a name that is too long
         raise UserError(f"{path}: no such file; a node keeps its log beside its state, as audit.jsonl")
     return _read(path, key, head)[0]
 
@@ -297,11 +298,11 @@ def _check_signature(path: Path, lines: list[bytes], number: int, key: EllipticC
 def _check_noted(path: Path, hashes: list[str], noted: str) -> None:
     """Raise UserError unless the line whose number and hash were noted is still there."""
     number, _, found = noted.partition(":")
-    if not number.isdecimal() or len(found) != len(FIRST):
+    if not number.isdecimal() or len(number) > MOST_DIGITS or len(found) != len(FIRST):
         raise UserError(f"head: found '{one_line(noted, 90)}'; expected N:HASH as `hetero-fl node --audit` prints it")
     if int(number) > len(hashes):
         raise UserError(f"{path}: line {number} was noted, {len(hashes)} lines are there; the end was cut off")
-    if int(number) and hashes[int(number) - 1] != found:
+    if [FIRST, *hashes][int(number)] != found:
         raise UserError(f"{path}: line {number}: it is not the one that was noted; another history was written")
 
 

@@ -159,8 +159,9 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_log_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        verify(tmp_path / "audit.jsonl")
+    for name in ("audit.jsonl", "x" * 5000):
+        with pytest.raises(UserError, match="no such file"):
+            verify(tmp_path / name)
 
 
 def test_a_log_or_head_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
@@ -426,6 +427,26 @@ def test_node_audit_checks_signatures_with_the_public_key(tmp_path: Path, capsys
     path.write_bytes(path.read_bytes() + forged(path))
 
     assert main(asked) == 2 and "line 2: it is not signed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("9" * 5000 + ":" + "a" * 64, "expected N:HASH"),
+        ("9" * 18 + ":" + "a" * 64, "the end was cut off"),
+        ("0:" + "f" * 64, "line 0: it is not the one that was noted"),
+    ],
+)
+def test_node_audit_refuses_a_head_that_never_was(
+    head: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(written(tmp_path / "audit.jsonl", 2))
+    assert main(["node", "--audit", path, "--head", f"0:{FIRST}"]) == 0
+
+    assert main(["node", "--audit", path, "--head", head]) == 2
+
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_log_line_is_short_whatever_is_put_down(tmp_path: Path) -> None:

@@ -85,9 +85,7 @@ def test_foreign_folders_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content", ["a: " + "[" * 3000, "a: 2001-99-99", "rounds: " + "9" * 5000, "a: [", "a: \x00"]
-)
+@pytest.mark.parametrize("content", ["a: " + "[" * 3000, "a: 2001-99-99", "rounds: " + "9" * 5000, "a: [", "a: \x00"])
 def test_a_config_that_cannot_be_read_is_one_line(content: str, tmp_path: Path) -> None:
     run = create(tmp_path / "a")
     (run.path / "config.yaml").write_text(content)

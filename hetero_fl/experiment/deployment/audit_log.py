@@ -57,9 +57,11 @@ class AuditLog:
 
     def __init__(self, path: Path, key: EllipticCurvePrivateKey | None = None) -> None:
         self.path, self._key = path, key
+        self._count, self._last = 0, FIRST
+        self._stamp: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._alone():
-            self._read()
+            self._catch_up()
             self._set_head()
 
     def append(self, **about: Any) -> Entry:
@@ -100,9 +102,9 @@ class AuditLog:
         A new line vouches for all before it, so each of them must be signed, and the lines that this process knows must
         still be there.
         """
-        self._read(f"{self._count}:{self._last}", since=self._count)
+        self._catch_up(f"{self._count}:{self._last}", since=self._count)
 
-    def _read(self, noted: str | None = None, since: int | None = None) -> None:
+    def _catch_up(self, noted: str | None = None, since: int | None = None) -> None:
         _, self._count, self._last = _read(self.path, self._public, noted, since)
         if self.path.exists() and self.path.stat().st_size > (whole := _whole(self.path)):
             os.truncate(self.path, whole)  # half a line of a process that was killed; nothing has left with it

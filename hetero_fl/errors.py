@@ -65,7 +65,12 @@ def one_line(text: object, most: int = MOST_CHARACTERS) -> str:
         >>> one_line("a\\n\\x1b[2Jb")
         'a \\\\x1b[2Jb'
     """
-    words = " ".join(str(text)[: 8 * most].split())
+    try:
+        whole = str(text)
+    except (ValueError, RecursionError):
+        # An integer of more than 4,300 digits, or deeply nested lists.
+        whole = f"({type(text).__name__} too large to show)"
+    words = " ".join(whole[: 8 * most].split())
     line = printable(words)
     return line if len(line) <= most else line[: most - 1] + "…"
 

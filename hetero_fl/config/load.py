@@ -257,6 +257,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     except ValueError as error:  # an integer with thousands of digits
         raise UserError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read: nested too deeply") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: found a {type(raw).__name__} where a table of keys was expected")
     return typing.cast("dict[str, Any]", raw)
@@ -304,7 +306,8 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         _check_references([raw, parsed], override)
         OmegaConf.update(config, key, _spaced(typing.cast("dict[str, Any]", parsed)["value"]), merge=True)
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError,
+            RecursionError) as error:  # fmt: skip
         why = _beyond(raw, key) or str(error).splitlines()[0]
         raise UserError(f"{override}: {key} cannot be set: {why}") from None
 

@@ -265,7 +265,7 @@ class RunDirectory:
         """`config.yaml`, resolved, as plain values."""
         try:
             content = yaml.safe_load(self.read_text("config.yaml"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # no such day, too many digits, nested too deeply
             raise UserError(f"{self.path / 'config.yaml'}: not YAML ({error})") from None
         return content if isinstance(content, dict) else {}
 

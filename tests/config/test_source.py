@@ -39,6 +39,17 @@ def test_environment_does_not_get_into_a_configuration(
             load_config(given, overrides)
 
 
+@pytest.mark.parametrize("value", ["${" * 500 + "b" + "}" * 500, "[" * 300 + "]" * 300])
+def test_a_value_that_is_nested_too_deeply_is_one_line(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: {value if value[0] == '[' else repr(value)}\n")
+
+    with pytest.raises(UserError, match=r"c.yaml: cannot be read: nested too deeply$"):
+        load_config(path)
+    with pytest.raises(UserError, match=r"name cannot be set: "):
+        load_config({}, [f"name={value}"])
+
+
 def test_reference_to_another_key_is_resolved(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text('name: "${algorithm.name}-compared"\nalgorithm: {name: fedavg}\n')

@@ -85,6 +85,17 @@ def test_foreign_folders_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["a: " + "[" * 3000, "a: 2001-99-99", "rounds: " + "9" * 5000, "a: [", "a: \x00"])
+def test_a_config_that_cannot_be_read_is_one_line(content: str, tmp_path: Path) -> None:
+    run = create(tmp_path / "a")
+    (run.path / "config.yaml").write_text(content)
+
+    with pytest.raises(UserError, match=r"a/config.yaml: not YAML \(") as error:
+        run.config()
+
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_summary_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"summary.json: cannot be read \(No such file"):
         create(tmp_path / "a").summary()

@@ -22,17 +22,26 @@ from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePri
 from cryptography.hazmat.primitives.hashes import SHA384
 from filelock import FileLock
 
-from hetero_fl.errors import UserError, one_line
+from hetero_fl.errors import UserError, one_line, printable
 
 FIRST = "0" * 64  # before the first line
 HEAD = 96  # bytes of the head: a number and a hash, in a fixed width, so that it is replaced in one write
 ABOUT = b"hetero_fl audit line\n"  # before what is signed: no message passes for a line
 SIGNED = b', "signature": "'  # between a line's content and its signature, in hexadecimal digits
 LONGEST = 500  # characters of a text in a line
+MOST_DIGITS = 18  # of a line's number
 MOST_LISTED = 32  # texts of a list in a line
 AGAIN = "again"  # the outcome of a message that had been answered before
 
 Entry = dict[str, Any]
+
+# Fields of a line, and of each entry of `spent`.
+FIELDS: dict[str, type] = {
+    "n": int, "time": str, "in": int, "out": int, "outcome": str, "before": str,
+    "run": str, "ask": str, "what": str, "task": str, "asked": str, "round": int, "kinds": list, "spent": list,
+}  # fmt: skip
+REQUIRED = ("n", "time", "in", "out", "outcome", "before")
+CHARGE: dict[str, type] = {"noise": float, "rate": float, "steps": int}
 
 
 class AuditLog:
@@ -48,11 +57,11 @@ class AuditLog:
 
     def __init__(self, path: Path, key: EllipticCurvePrivateKey | None = None) -> None:
         self.path, self._key = path, key
+        self._count, self._last = 0, FIRST
+        self._stamp: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._alone():
-            _, self._count, self._last = _read(path, self._public)
-            if path.exists() and path.stat().st_size > (whole := _whole(path)):
-                os.truncate(path, whole)  # half a line of a process that was killed; nothing has left with it
+            self._catch_up()
             self._set_head()
 
     def append(self, **about: Any) -> Entry:
@@ -63,17 +72,14 @@ class AuditLog:
             UserError: If the log was changed since this process read it.
         """
         with self._alone():
-            if _head(self.path) != (self._count, self._last):
+            if _head(self.path) != (self._count, self._last) or _stamp(self.path) != self._stamp:
                 self._read_lines_of_others()
             short = {name: _shortened(value) for name, value in about.items()}
             entry: Entry = {"n": self._count + 1, "time": _now(), **short, "before": self._last}
             line = self._signed(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            self._write(line)
             self._count, self._last = self._count + 1, _hash(line)
+            self._stamp = _stamp(self.path)
             self._set_head()
         return entry
 
@@ -91,13 +97,31 @@ class AuditLog:
         return None if self._key is None else self._key.public_key()
 
     def _read_lines_of_others(self) -> None:
-        """Read lines that another process of this site has appended.
+        """Read a file that has changed since: another process of this site may have appended lines.
 
         A new line vouches for all before it, so each of them must be signed, and the lines that this process knows must
         still be there.
         """
-        noted = f"{self._count}:{self._last}"
-        _, self._count, self._last = _read(self.path, self._public, noted, since=self._count)
+        self._catch_up(f"{self._count}:{self._last}", since=self._count)
+
+    def _catch_up(self, noted: str | None = None, since: int | None = None) -> None:
+        _, self._count, self._last = _read(self.path, self._public, noted, since)
+        if self.path.exists() and self.path.stat().st_size > (whole := _whole(self.path)):
+            os.truncate(self.path, whole)  # half a line of a process that was killed; nothing has left with it
+        self._stamp = _stamp(self.path)
+
+    def _write(self, line: bytes) -> None:
+        """Append a line to the file and flush it to disk; if that fails, remove what was written of it."""
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        before = os.fstat(handle).st_size
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self.path, before)
+            raise
 
     def _signed(self, line: bytes) -> bytes:
         if self._key is None:
@@ -126,7 +150,7 @@ def verify(path: Path, key: EllipticCurvePublicKey | None = None, head: str | No
     Raises:
         UserError: A line was changed, removed, moved, cut off, or not written with that key; the line is named.
     """
-    if not path.exists() and not _head_of(path).exists():
+    if not os.path.exists(path) and not os.path.exists(_head_of(path)):  # false also for a name that is too long
         raise UserError(f"{path}: no such file; a node keeps its log beside its state, as audit.jsonl")
     return _read(path, key, head)[0]
 
@@ -154,7 +178,7 @@ def shown(entries: Iterable[Entry]) -> list[str]:
             sizes,
             str(entry["outcome"]),
         )
-        made.append("  ".join(part for part in parts if part))
+        made.append(printable("  ".join(part for part in parts if part)))
     return made
 
 
@@ -197,8 +221,7 @@ def _read(
     Returns:
         The entries, how many, and the hash of the last line.
     """
-    data = path.read_bytes() if path.exists() else b""
-    lines = data.splitlines(keepends=True)
+    lines = _bytes(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     count, head = _head(path)
@@ -206,14 +229,10 @@ def _read(
     hashes: list[str] = []
     last = FIRST
     for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            found, before = entry["n"], entry["before"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: line {number}: it was changed and cannot be read") from None
-        if found != number:
-            raise UserError(f"{path}: line {number}: found number {found} there; a line is missing, or was moved")
-        if before != last:
+        entry = _entry(line, f"{path}: line {number}")
+        if entry["n"] != number:
+            raise UserError(f"{path}: line {number}: found number {entry['n']} there; a line is missing, or was moved")
+        if entry["before"] != last:
             raise UserError(f"{path}: line {max(1, number - 1)}: it was changed after it had been written")
         entries.append(entry)
         last = _hash(line)
@@ -229,6 +248,37 @@ def _read(
     if noted is not None:
         _check_noted(path, hashes, noted)
     return entries, len(lines), last
+
+
+def _entry(line: bytes, where: str) -> Entry:
+    """Return a line's entry. Raises UserError unless it has the fields that `append` writes, with their types."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: it was changed and cannot be read")
+    for name, kind in FIELDS.items():
+        if not _is(entry.get(name), kind) and (name in entry or name in REQUIRED):
+            found = one_line(entry[name], 60) if name in entry else "nothing"
+            raise UserError(f"{where}: {name}: found {found}; expected {kind.__name__}; it was changed")
+    if not all(isinstance(kind, str) for kind in entry.get("kinds", [])):
+        raise UserError(f"{where}: kinds: expected a list of str; it was changed")
+    for charge in entry.get("spent", []):
+        if not isinstance(charge, dict) or not all(_is(charge.get(name), kind) for name, kind in CHARGE.items()):
+            raise UserError(
+                f"{where}: spent: found {one_line(charge, 60)}; expected {', '.join(CHARGE)}; it was changed"
+            )
+    return entry
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value of a line has a type; an integer has at most 64 bits."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return kind in (int, float) and value.bit_length() <= 64
+    return isinstance(value, kind)
 
 
 def _check_signature(path: Path, lines: list[bytes], number: int, key: EllipticCurvePublicKey) -> None:
@@ -250,11 +300,11 @@ def _check_signature(path: Path, lines: list[bytes], number: int, key: EllipticC
 def _check_noted(path: Path, hashes: list[str], noted: str) -> None:
     """Raise UserError unless the line whose number and hash were noted is still there."""
     number, _, found = noted.partition(":")
-    if not number.isdecimal() or len(found) != len(FIRST):
+    if not number.isdecimal() or len(number) > MOST_DIGITS or len(found) != len(FIRST):
         raise UserError(f"head: found '{one_line(noted, 90)}'; expected N:HASH as `hetero-fl node --audit` prints it")
     if int(number) > len(hashes):
         raise UserError(f"{path}: line {number} was noted, {len(hashes)} lines are there; the end was cut off")
-    if int(number) and hashes[int(number) - 1] != found:
+    if [FIRST, *hashes][int(number)] != found:
         raise UserError(f"{path}: line {number}: it is not the one that was noted; another history was written")
 
 
@@ -275,6 +325,8 @@ def _head(path: Path) -> tuple[int, str]:
         if not path.exists() or path.stat().st_size == 0:
             return 0, FIRST
         raise UserError(f"{path}: line 1: {head.name}, which says how many lines there are, is gone") from None
+    except OSError as error:
+        raise UserError(f"{head}: cannot be read ({error.strerror})") from None
     except ValueError:
         pass
     raise UserError(f"{path}: line 1: {head.name} was changed and cannot be read")
@@ -284,9 +336,28 @@ def _head_of(path: Path) -> Path:
     return path.with_name(path.name + ".head")
 
 
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return the identity, size and modification time of a file, None if there is none: they differ after a change."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _bytes(path: Path) -> bytes:
+    """Return a log's content, empty if there is no file. Raises UserError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def _whole(path: Path) -> int:
     """Bytes of the whole lines."""
-    return path.read_bytes().rfind(b"\n") + 1
+    return _bytes(path).rfind(b"\n") + 1
 
 
 def _hash(line: bytes) -> str:

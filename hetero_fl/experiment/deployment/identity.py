@@ -90,7 +90,8 @@ class NodeKeys:
 
     def sign(self, answer: Envelope, asked: Envelope, client: str) -> Envelope:
         """An answer that holds for this message alone."""
-        head: Head = {**answer.head, FROM: client, ANSWERS: str(asked.head.get(NUMBER, ""))}
+        number = asked.head.get(NUMBER, "")
+        head: Head = {**answer.head, FROM: client, ANSWERS: number if isinstance(number, str) else ""}
         return signed(Envelope(head, answer.body), self.own, "node")
 
 

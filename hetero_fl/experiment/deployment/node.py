@@ -130,7 +130,9 @@ class Node:
         """An answer with which nothing of this site's leaves."""
         answer = message(ask, why=why)
         self._line = {k: v for k, v in self._line.items() if k not in ("kinds", "spent")} | {"outcome": f"{ask}: {why}"}
-        with contextlib.suppress(OSError):  # the disk may be full: then it is said, at least
+        with contextlib.suppress(
+            OSError, UserError
+        ):  # the disk may be full, the log damaged: then it is said, at least
             self._put_down(answer)
         return answer
 

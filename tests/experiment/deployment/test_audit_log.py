@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import random
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,10 @@ from hetero_fl.cli import main
 from hetero_fl.errors import UserError
 from hetero_fl.experiment.deployment.audit_log import FIRST, AuditLog, head_of, shown, totals, verify
 from hetero_fl.experiment.deployment.certificates import make_node_key
+from hetero_fl.experiment.deployment.identity import NodeKeys
+from hetero_fl.experiment.deployment.node import Node
+from hetero_fl.experiment.deployment.site_file import SiteConfig
+from hetero_fl.experiment.deployment.transport import Envelope
 
 Lines = list[bytes]
 KEY = generate_private_key(SECP384R1())
@@ -39,6 +45,7 @@ FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
     "one in the middle is changed": (lambda ls: [*ls[:2], changed(ls[2]), *ls[3:]], "line 3: it was changed"),
     "the last is changed": (lambda ls: [*ls[:-1], changed(ls[-1])], "line 6: it was changed"),
     "one is no JSON": (lambda ls: [*ls[:3], b"\n", *ls[4:]], "line 4: it was changed"),
+    "one is nested too deeply": (lambda ls: [*ls[:3], b'{"a":' * 50_000 + b"\n", *ls[4:]], "line 4: it was changed"),
     "the first is removed": (lambda ls: ls[1:], "line 1: found number 2"),
     "one is removed": (lambda ls: [*ls[:3], *ls[4:]], "line 4: found number 5"),
     "two are swapped": (lambda ls: [ls[0], ls[2], ls[1], *ls[3:]], "line 2: found number 3"),
@@ -97,6 +104,27 @@ def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
     assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries()) == 8
 
 
+def test_append_leaves_nothing_of_a_line_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 60, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            log.append(**ABOUT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    assert path.read_bytes() == before
+    log.append(**ABOUT)
+    AuditLog(path, KEY).append(**ABOUT)
+    assert len(verify(path, KEY.public_key())) == 5
+
+
 def test_two_writers_make_one_chain(tmp_path: Path) -> None:
     """A node that was given up and its successor may both still write."""
     path = tmp_path / "audit.jsonl"
@@ -131,8 +159,67 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_log_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        verify(tmp_path / "audit.jsonl")
+    for name in ("audit.jsonl", "x" * 5000):
+        with pytest.raises(UserError, match="no such file"):
+            verify(tmp_path / name)
+
+
+def test_a_log_or_head_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
+    for name in ("audit.jsonl", "audit.jsonl.head"):
+        path = written(tmp_path / name / "audit.jsonl", 1)
+        path.with_name(name).unlink()
+        path.with_name(name).mkdir()
+        for reads in (verify, AuditLog):
+            with pytest.raises(UserError, match=rf"{name}: cannot be read \(Is a directory\)$"):
+                reads(path)
+
+
+def foreign(path: Path, entry: dict[str, object]) -> Path:
+    """Write a second line of any form with a correct number, hash and head."""
+    lines = written(path, 1).read_bytes().splitlines(keepends=True)
+    first = {
+        "n": 2,
+        "time": "now",
+        "in": 1,
+        "out": 1,
+        "outcome": "done",
+        "before": hashlib.sha256(lines[0]).hexdigest(),
+    }
+    made = {name: value for name, value in {**first, **entry}.items() if value is not None}
+    replaced(path, [*lines, json.dumps(made).encode() + b"\n"])
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"in": None}, {"time": None}, {"outcome": None}, {"out": True}, {"n": 2.0}, {"in": "x"}, {"kinds": 5},
+        {"kinds": [5]}, {"asked": [1]}, {"run": {}}, {"round": "1"}, {"round": 10**4200}, {"spent": [1]},
+        {"spent": [{"noise": "x", "rate": 1, "steps": 1}]}, {"outcome": "\ud800", "what": ["\ud800"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_node_audit_names_a_line_of_another_form(
+    entry: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = foreign(tmp_path / "audit.jsonl", entry)
+
+    assert main(["node", "--audit", str(path)]) == 2
+
+    error = capsys.readouterr().err
+    assert f"line 2: {next(iter(entry.keys() - {'outcome'}), 'outcome')}: " in error
+    assert error.count("\n") == 1
+
+
+def test_node_audit_escapes_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = dict.fromkeys(("time", "outcome", "run", "ask", "what"), "\x1b[2J\n\ud800")
+    path = foreign(tmp_path / "audit.jsonl", {**texts, "kinds": ["\x1b"], "round": 1})
+
+    assert main(["node", "--audit", str(path)]) == 0
+
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and printed.count("\\ud800") >= 4
+    printed.encode()
 
 
 # Signatures ----------------------------------------------------------------------------------------------------------
@@ -206,6 +293,46 @@ def test_append_refuses_a_history_that_was_rewritten_while_the_node_runs(tmp_pat
         log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: None, "line 1: 3 lines were written, 0 are there"),
+        (lambda data: data[:-20], "line 3: 3 lines were written, 2 are there"),
+        (lambda data: data.replace(b'"out": 1', b'"out": 9', 1), "line 1: it was changed"),
+        (lambda data: data + b'{"n": 4}\n', "line 4"),
+    ],
+    ids=["deleted", "cut off", "changed", "appended to"],
+)
+def test_append_refuses_a_log_that_was_changed_under_the_same_head(
+    change: Callable[[bytes], bytes | None], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    data = change(path.read_bytes())
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+    for _ in range(2):
+        with pytest.raises(UserError, match=said):
+            log.append(**ABOUT)
+
+    assert (path.read_bytes() if path.exists() else None) == data
+
+
+def test_append_cuts_off_half_a_line_of_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    with path.open("ab") as file:
+        file.write(b'{"n": 4, "ti')
+
+    log.append(**ABOUT)
+
+    assert len(verify(path, KEY.public_key())) == 4
+    assert AuditLog(path, KEY).head == log.head
+
+
 def test_append_accepts_signed_lines_of_another_process(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = signed(path)
@@ -263,6 +390,32 @@ def test_noted_head_shows_that_a_log_went_back(tmp_path: Path) -> None:
         verify(log.path, KEY.public_key(), "\x1b[2J")
 
 
+@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.head"])
+def test_node_refuses_messages_once_its_log_is_damaged(name: str, tmp_path: Path) -> None:
+    node = Node(SiteConfig(client="site_2"), tmp_path)
+    assert node.handle(Envelope({"ask": "hello"})).head["ask"] == "here"
+    (tmp_path / name).write_text("junk\n")
+
+    answer = node.handle(Envelope({"ask": "hello"}))
+
+    assert answer.head["ask"] == "refused"
+    assert "line 1" in str(answer.head["why"])
+    assert (tmp_path / name).read_text() == "junk\n"
+
+
+@pytest.mark.parametrize("name", ["run", "ask", "number", "round"])
+def test_node_refuses_a_number_of_thousands_of_digits(name: str, tmp_path: Path) -> None:
+    server = generate_private_key(SECP384R1())
+    for keys in (None, NodeKeys(KEY, server.public_key())):
+        node = Node(SiteConfig(client="site_2"), tmp_path / str(keys is None), keys=keys)
+
+        answer = node.handle(Envelope({"ask": "hello", name: 10**5000}))
+
+        assert answer.head["ask"] == "refused"
+        assert "at most 64" in str(answer.head["why"])
+        assert len(verify(node.log.path)) == 1
+
+
 def test_node_audit_checks_signatures_with_the_public_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, key = tmp_path / "state" / "audit.jsonl", make_node_key(tmp_path / "key")
     log = AuditLog(path, key)
@@ -274,6 +427,26 @@ def test_node_audit_checks_signatures_with_the_public_key(tmp_path: Path, capsys
     path.write_bytes(path.read_bytes() + forged(path))
 
     assert main(asked) == 2 and "line 2: it is not signed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("9" * 5000 + ":" + "a" * 64, "expected N:HASH"),
+        ("9" * 18 + ":" + "a" * 64, "the end was cut off"),
+        ("0:" + "f" * 64, "line 0: it is not the one that was noted"),
+    ],
+)
+def test_node_audit_refuses_a_head_that_never_was(
+    head: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(written(tmp_path / "audit.jsonl", 2))
+    assert main(["node", "--audit", path, "--head", f"0:{FIRST}"]) == 0
+
+    assert main(["node", "--audit", path, "--head", head]) == 2
+
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_log_line_is_short_whatever_is_put_down(tmp_path: Path) -> None:

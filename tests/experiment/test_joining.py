@@ -77,6 +77,7 @@ def join(place: Folder, out: Folder, model: str | None = None, run: str = "run",
     return hetero_fl.join(place / run, options.pop("data", str(place / "new.npz")), model, out=out, **options)
 
 
+@pytest.mark.slow
 def test_what_is_written(place: Folder, tmp_path: Folder) -> None:
     content = join(place, tmp_path / "out")
     assert content["model"] == "cnn_gn_small" and content["notes"] == []

@@ -70,8 +70,8 @@ def test_backbones_are_meant_over_those_who_sent_each_tensor() -> None:
     ("name", "data", "model"),
     [
         ("finance_hetero", "bank_fraud", "wide_deep"),
-        ("text_hetero", "phrases", "text_cnn"),
-        ("traffic_hetero", "traffic", "cnn1d"),
+        pytest.param("text_hetero", "phrases", "text_cnn", marks=pytest.mark.slow),
+        pytest.param("traffic_hetero", "traffic", "cnn1d", marks=pytest.mark.slow),
     ],
 )
 def test_columns_tokens_and_units_are_the_newcomers_too(name: str, data: str, model: str, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_the_area_counts_pairs_and_its_error_is_the_bootstrap_of_both_sides() ->
     assert area == pytest.approx(pairs)
 
 
+@pytest.mark.slow
 def test_chance_is_within_two_standard_errors_about_as_often_as_it_should() -> None:
     member = torch.arange(80) < 40
     verdicts = [verdict(normal(80, seed=seed), member, "test", seed).at_chance for seed in range(40)]

@@ -131,6 +131,7 @@ def in_turn(handles: dict[str, Handle]) -> dict[str, Handle]:
     return {site: alone(handle) for site, handle in handles.items()}
 
 
+@pytest.mark.slow
 def test_huge_score_over_tls_is_refused_by_name(tmp_path: Path) -> None:
     net = Net(tmp_path)
     handles = {site: net.node(site).handle for site in SITES}

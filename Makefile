@@ -15,6 +15,8 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start hundreds of processes that import the same modules: compile each module once.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DELETE_ON_ERROR:
 .PHONY: help medical test test-all coverage frozen-bits mutants check compare tables docs clean

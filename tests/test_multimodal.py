@@ -134,6 +134,7 @@ def test_the_search_finds_genes_that_leave(method: str) -> None:
     assert named and found > 1000
 
 
+@pytest.mark.slow
 def test_the_search_finds_values(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = reduced("fedmd")
     said = type(prepared.method).opinion
@@ -169,6 +170,7 @@ def test_what_is_shared_is_the_same_for_all_who_have_images() -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(genes) for b in genes[:i])
 
 
+@pytest.mark.slow
 def test_institutes_go_their_own_way() -> None:
     """Nothing of theirs is shared, and they see nothing of the public images: as without a federation."""
     ways = [reduced(method, "algorithm.logit_adjustment=false").rounds() for method in ("local", "hybrid", "fedmd")]
@@ -181,6 +183,7 @@ def test_institutes_go_their_own_way() -> None:
             assert alone.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in alone.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "hybrid"])
 def test_who_sees_nothing_of_the_public_images_has_no_word_in_the_consensus(method: str) -> None:
     silent, willing = (
@@ -237,6 +240,7 @@ def test_parts_that_may_leave() -> None:
         load_config(CONFIG, ["clients.defaults.shares=[backbones]"])
 
 
+@pytest.mark.slow
 def test_hiding_blocks_is_the_same_in_lockstep() -> None:
     """Batched and serial runs, in which the draws of dropout are keyed."""
     torch.set_default_dtype(torch.float64)

@@ -142,6 +142,7 @@ def test_the_generator_travels_to_be_trained_on_and_not_to_be_read() -> None:
     assert set(rounds.algorithm.broadcast(rounds.server, replace(card, reading=True))) == {"model"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_drawn_features_differ_where_noise_does_and_are_what_the_heads_take_for_their_class() -> None:
     settings = {"generator_steps": 300, "generator_batch_size": 32, "diversity": 1.0}

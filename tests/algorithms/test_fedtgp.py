@@ -110,6 +110,7 @@ def test_a_round_of_fedgh_by_hand() -> None:
     assert all(torch.equal(t, kept[n]) for n, t in read.items() if n.startswith("backbone."))
 
 
+@pytest.mark.slow
 def test_without_a_pull_fedtgp_trains_as_fedproto_and_what_is_pulled_to_differs() -> None:
     runs = {
         (m, w): rounds_of(config(m, MIXED, algorithm={"name": m, "weight": w}))

@@ -205,6 +205,7 @@ def test_workers_compute_what_one_process_does(method: str) -> None:
             assert outcome(rounds_on(setup, crew, size)) == want
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
 def test_batched_and_serial_runs_agree(method: str) -> None:

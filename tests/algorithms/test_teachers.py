@@ -66,6 +66,7 @@ def test_a_sure_prediction_is_nan_nowhere() -> None:
     assert torch.allclose(torch.as_tensor(item.weight), torch.tensor([[1.0], [1 / 3]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid", "ds_fl"])
 @pytest.mark.parametrize("teacher", ["samples", "contrast", "entropy"])
 def test_every_distilling_method_takes_every_weight(method: str, teacher: str) -> None:

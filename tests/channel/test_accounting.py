@@ -56,6 +56,7 @@ def test_gaussians_compose_exactly() -> None:
     assert gaussian_epsilon(1e-9, 1e-5) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
 def test_the_noise_is_solved_for(accountant: str) -> None:
     histories = [((1.0, 0.2, 30), (8.0, 1.0, 1)), ((1.0, 0.1, 60),)]

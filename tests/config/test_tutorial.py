@@ -104,9 +104,8 @@ def test_a_json_file_of_our_own_keys_is_read_as_it_is(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"), [pytest.param("cifar", (32, 32, 3), marks=pytest.mark.slow), ("mnist", (28, 28))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "shape"), [("cifar", (32, 32, 3)), ("mnist", (28, 28))])
 def test_it_runs(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
     draws = np.random.default_rng(0)
     x, y = draws.integers(0, 256, (70, *shape), dtype=np.uint8), np.arange(70) % 10

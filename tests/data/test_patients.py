@@ -76,6 +76,7 @@ def test_no_patient_is_in_two_places(
     assert data.n_proxy <= max(proxy, max(sizes)) and (data.n_proxy > 0) == (proxy > 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     sizes=PATIENTS,

@@ -136,6 +136,7 @@ def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPat
         assert comparison._choose(scores, [variant], points) == {variant: points[best]}
 
 
+@pytest.mark.slow
 def test_a_list_is_not_split_within_brackets(tmp_path: Path, one_after_another: list[str]) -> None:
     asked = 'local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},heterofl:widths={site_1:1,"site_2":0.5}:model=mlp'
     compare(small(), asked, out=tmp_path / "out", grid={})
@@ -208,6 +209,7 @@ def test_all_is_whatever_the_configuration_admits(
     assert figures == sorted(figures, reverse=True)
 
 
+@pytest.mark.slow
 def test_variants_stand_beside_all(
     tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

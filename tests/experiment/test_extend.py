@@ -79,6 +79,7 @@ def test_an_extended_run_equals_one_planned_longer(case: str, made: Path, tmp_pa
     assert main(["check", str(extended)]) == 0
 
 
+@pytest.mark.slow
 def test_extending_twice_equals_extending_once(short: Path, made: Path) -> None:
     source = CASES["fedavg, evaluated at times"]
 

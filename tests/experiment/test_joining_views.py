@@ -66,12 +66,13 @@ def test_backbones_are_meant_over_those_who_sent_each_tensor() -> None:
     assert found["backbone.a"].tolist() == [0.5, 0.5] and found["backbone.b"].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data", "model"),
     [
         ("finance_hetero", "bank_fraud", "wide_deep"),
-        pytest.param("text_hetero", "phrases", "text_cnn", marks=pytest.mark.slow),
-        pytest.param("traffic_hetero", "traffic", "cnn1d", marks=pytest.mark.slow),
+        ("text_hetero", "phrases", "text_cnn"),
+        ("traffic_hetero", "traffic", "cnn1d"),
     ],
 )
 def test_columns_tokens_and_units_are_the_newcomers_too(name: str, data: str, model: str, tmp_path: Path) -> None:

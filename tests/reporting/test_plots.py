@@ -85,6 +85,7 @@ def test_picture_that_cannot_be_drawn_is_reported_and_left_out(
         write_plots(run.path)
 
 
+@pytest.mark.slow
 def test_report_that_cannot_be_made_is_reported(made_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run, said = made_run(rounds=1), list[str]()
     monkeypatch.setattr(prose, "story", lambda *content: 1 / 0)

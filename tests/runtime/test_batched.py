@@ -21,6 +21,7 @@ from tests.runtime.test_rounds import METHODS
 from tests.small import config
 
 CPU = torch.device("cpu")
+QUICK = {"fedavg", "scaffold", "fedprox", "ditto", "heterofl", "fedmd", "feddf", "fd", "fml", "fedproto", "hybrid"}
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24], "dropout": 0.3}]
 
 
@@ -43,7 +44,7 @@ def tensors(rounds: Rounds) -> dict[tuple[str, str, str], Tensor]:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_batched_and_serial_runs_agree(method: str) -> None:
     source = config(
         method, MODELS, clients=6, server={"model": "linear"}, data__train_limit=420, data__partition__min_size=18

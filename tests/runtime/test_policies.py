@@ -48,6 +48,7 @@ def arithmetic(record: Record) -> None:
     assert all(record["simulated"]["start"] <= start <= end for _, start, end, _ in tasks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedper"])
 def test_devices_alone_change_nothing_but_the_clock(method: str) -> None:
     plain, records = held(config(method, MIXED, clients=4))

@@ -65,6 +65,7 @@ def test_sharing_now_and_then_and_evaluating_now_and_then(
     assert told == counted and min(counted) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "ensemble"])
 def test_a_cohort_that_is_drawn(method: str, every: int, tmp_path: Any) -> None:

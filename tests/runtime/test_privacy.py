@@ -87,6 +87,7 @@ def test_fedbn_keeps_its_statistics_at_home_and_may_have_batch_norm() -> None:
     prepare(private("fedbn", CLIENT, "cnn_bn_small"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["local", "fedprox", "scaffold", "fedproto", "fd", "fml", "fedgen", "hybrid", "ditto", "feddf"]
 )

@@ -73,6 +73,7 @@ def test_every_method_that_sums_is_as_without(method: str, double: None) -> None
     assert not summed.store.notes  # no secret outlives its round
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
@@ -193,6 +194,7 @@ def test_too_few_fail_the_round_in_one_line_and_nothing_is_kept(monkeypatch: pyt
     assert {c: rounds.store.encoded(c) for c in rounds.federation.cards} == before and not rounds.store.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("too_few", ["skip", "repeat", None])
 def test_a_sum_that_is_given_up_is_a_round_with_too_few(too_few: str | None) -> None:
     """Of five clients whose uploads are lost half the time four seldom are left: such rounds are skipped, or tried again."""

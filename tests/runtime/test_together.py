@@ -39,6 +39,7 @@ def test_noise_is_the_same_under_a_secure_sum(protection: dict[str, Any]) -> Non
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_a_private_run_with_time_and_faults_loses_nothing_of_its_ledger() -> None:
     faulty = rounds_of(config("fedavg", GROUPED, 4, **RECORD, devices={}, faults={"lost": 0.5}), held=0)
     records = [faulty.round() for _ in range(2)]
@@ -63,6 +64,7 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], parts: tu
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedmd", "fedproto"])
 def test_compression_goes_with_rules_and_with_asynchronous_runs(method: str) -> None:
     sparse = {"channel__compress": [{"topk": 0.2}, {"quantize": 8}], "channel__compress_down": ["half"]}

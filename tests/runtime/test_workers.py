@@ -175,6 +175,7 @@ class Pipe:
         self.fileno, self.send, self.recv, self.close = plain.fileno, plain.send, plain.recv, plain.close
 
 
+@pytest.mark.slow
 def test_any_kind_of_connection_will_do(fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch) -> None:
     setup, crew = fedper
     before = [process.pid for process, _ in crew._crew]

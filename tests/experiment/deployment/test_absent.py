@@ -43,6 +43,7 @@ def test_five_of_twenty_down(tmp_path: Path) -> None:
     write_report(there.path)  # of those who were read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("secret", [False, True], ids=["direct", "secure sum"])
 def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(tmp_path: Path, secret: bool, clock: Clock) -> None:
     """The same run as one in which it was down for that round."""
@@ -72,6 +73,7 @@ def test_the_first_to_arrive_are_taken(tmp_path: Path) -> None:
     assert [row[3] for row in there[0]["tasks"]] == ["late", "arrived", "arrived"]
 
 
+@pytest.mark.slow
 def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path, clock: Clock) -> None:
     made = config("fedavg", "linear", rounds=3, cohort={"least": 3}, evaluation={"every": 3})
     made["devices"] = {"up": 1e6}

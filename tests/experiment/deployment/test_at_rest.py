@@ -178,6 +178,7 @@ def test_a_site_draws_its_own_noise_for_each_task(tmp_path: Path) -> None:
     assert len(tasks) == 4 and len(set(tasks)) == 4  # two rounds, two readings
 
 
+@pytest.mark.slow
 def test_a_hash_of_rows_is_keyed_where_a_budget_protects_them(tmp_path: Path) -> None:
     told: dict[str, list[Any]] = {}
     privacy = {"unit": "record", "noise_multiplier": 1.0}

@@ -206,6 +206,7 @@ def test_header_much_longer_than_agreed_is_refused_unparsed(monkeypatch: pytest.
         link.receive(sent, (0,), frozenset(), None, big)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [{f"layer.{i}.weight": torch.zeros(0) for i in range(34_000)}, [[]] * 262_000])
 def test_header_of_more_values_than_any_model_has_is_refused(tree: Any) -> None:
     with pytest.raises(CodecError, match="at most"):

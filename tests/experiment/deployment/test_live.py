@@ -73,6 +73,7 @@ def test_tasks_in_flight_when_the_server_dies_are_asked_again(tmp_path: Path) ->
     assert without(records(killed)) == without(records(plain)) and models(killed) == models(plain)
 
 
+@pytest.mark.slow
 def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
     kills = {("site_1", 0, "train"): "before", ("site_2", 0, "train"): "during"}
     sites = Sites(CLIENTS, tmp_path / "sites", kills, away=None)

@@ -26,7 +26,8 @@ def secret(rounds: int) -> dict[str, Any]:
     return config("fedper", clients=4, rounds=rounds, channel={"secure_sum": {"threshold": 3}})
 
 
-@pytest.mark.parametrize("away", [0.0, pytest.param(1.0, marks=pytest.mark.slow)], ids=["at once", "after a while"])
+@pytest.mark.slow
+@pytest.mark.parametrize("away", [0.0, 1.0], ids=["at once", "after a while"])
 def test_direct_at_broadcast_in_training_at_upload(
     tmp_path: Path,
     trained: Counter[tuple[str, int]],

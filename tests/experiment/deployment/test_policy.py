@@ -221,6 +221,7 @@ def test_the_budget_is_the_sites_own_over_runs_and_restarts(tmp_path: Path) -> N
     assert len(spent) == 4
 
 
+@pytest.mark.slow
 def test_rows_are_accounted_as_the_server_accounts_them(tmp_path: Path) -> None:
     changes = {"privacy": {"noise_multiplier": 1.5, "unit": "record", "accountant": "rdp"}, "rounds": 2}
     site = {"allows": {"privacy": {"epsilon": 1e6}}}

@@ -57,6 +57,7 @@ def tag(envelope: Envelope) -> bytes:
     return bytes(read(envelope.body, REQUESTS[what])["tag"].tobytes())
 
 
+@pytest.mark.slow
 def test_no_exchange_is_answered_for_another_sum(heard: Heard, tmp_path: Path) -> None:
     """The server dies in round 2 during training, and begins it anew; then it comes back to what it had asked at first."""
     sites = Sites(CLIENTS, tmp_path / "sites", transport=heard)

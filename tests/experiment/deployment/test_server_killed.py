@@ -34,6 +34,7 @@ def test_at_any_message_and_again(kind: str, tmp_path: Path) -> None:
     same(federation(made, sites, tmp_path / "there", deaths), run({**made, **QUICK}, out=tmp_path / "here"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_falls_back_finds_the_states_that_it_names(tmp_path: Path) -> None:
     made = KINDS["hybrid"]
     sites = Sites(CLIENTS, tmp_path / "sites")
@@ -78,6 +79,7 @@ def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock)
     assert [record.get("unread") for record in there] == [None, {"site_3": "its node is not there"}, None]
 
 
+@pytest.mark.slow
 def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -> None:
     """From the second round on those of the two newest checkpoints; of a server started anew, of the one that it has read."""
     heard = Heard()
@@ -89,6 +91,7 @@ def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -
         assert [set(str(head["spare"]).split(",")) for head in heads] == [{""}, {bases[1]}, {bases[1], bases[2]}]
 
 
+@pytest.mark.slow
 def test_no_more_states_are_spared_than_a_server_may_go_back_to(tmp_path: Path) -> None:
     """Else it could have a disk filled."""
     every: dict[str, list[str]] = {}

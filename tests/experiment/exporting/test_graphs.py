@@ -97,6 +97,7 @@ def test_two_channels_are_no_colours() -> None:
         as_seen(model, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_says_what_it_takes_and_gives(format: str) -> None:
     installed(format)

@@ -125,6 +125,7 @@ def test_kt_pfls_first_round_by_hand() -> None:
     assert late
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
 def test_off_it_changes_no_bit_and_leaves_nothing_behind(method: str) -> None:
     plain = rounds_of(config(method, MIXED))

@@ -30,6 +30,7 @@ def drawn(
     return federate(numbered(pool), config, clients, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     alpha=st.one_of(st.none(), st.floats(1e-3, 50)),

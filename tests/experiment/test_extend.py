@@ -94,6 +94,7 @@ def test_extending_twice_equals_extending_once(short: Path, made: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_can_be_extended(made: Path, tmp_path: Path) -> None:
     def stop(record: dict[str, Any]) -> None:
         if record["round"] == 2:

@@ -103,6 +103,7 @@ def test_what_is_written(place: Folder, tmp_path: Folder) -> None:
     assert join(place, tmp_path / "again")["rows"] == content["rows"]
 
 
+@pytest.mark.slow
 def test_only_the_shared_backbone_is_taken(place: Folder) -> None:
     legacy = Legacy(hetero_fl.Run(place / "run"))
     first, second = legacy.models["cnn_1"], legacy.models["cnn_2"]
@@ -158,6 +159,7 @@ def test_nobody_shared_a_backbone(place: Folder, tmp_path: Folder) -> None:
     assert content["teacher_on"] == "the newcomer's own 500 training rows, without their labels"
 
 
+@pytest.mark.slow
 def test_rows_that_the_run_has_trained_on_are_told(place: Folder, tmp_path: Folder) -> None:
     content = join(place, tmp_path / "out", data=str(place / "run.npz"), patients=(20,), seeds=(0,), take="both")
     assert {r["begins"] for r in content["rows"]} == {"scratch", "both"}

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.__main__ import ROOT, Mutant, load
-from tests.mutants.source import MutantError, find_functions, mutate
+from tests.mutants.source import Function, MutantError, find_functions, mutate
 
 MUTANTS = load()
-FUNCTIONS = find_functions(ROOT)
+
+
+@pytest.fixture(scope="module")
+def functions() -> list[Function]:
+    return find_functions(ROOT)
 
 
 def small_tree(root: Path) -> None:
@@ -21,8 +25,8 @@ def small_tree(root: Path) -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.function}:{m.replace}")
-def test_mutant_applies_and_names_existing_tests(mutant: Mutant) -> None:
-    path, text = mutate(FUNCTIONS, mutant.function, mutant.replace, mutant.by)
+def test_mutant_applies_and_names_existing_tests(mutant: Mutant, functions: list[Function]) -> None:
+    path, text = mutate(functions, mutant.function, mutant.replace, mutant.by)
 
     compile(text, str(path), "exec")
     assert all((ROOT / test.split("::")[0]).exists() for test in mutant.tests.split())

@@ -264,6 +264,7 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     assert page.text.count("needs proxy set or one architecture") == 1, "said once, in the first table"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithms", "seeds", "task", "metrics"),
     [

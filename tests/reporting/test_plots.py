@@ -67,6 +67,7 @@ def test_an_unfinished_run_has_no_pictures(made_run: MakeRun) -> None:
     assert not run.plots.exists()
 
 
+@pytest.mark.slow
 def test_picture_that_cannot_be_drawn_is_reported_and_left_out(
     made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

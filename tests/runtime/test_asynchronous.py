@@ -46,10 +46,9 @@ def bits(run: Any) -> dict[str, Any]:
 
 
 # The synchronous limit ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "channel", [pytest.param({}, id="plain"), pytest.param(TOP, id="topk", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("cohort", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("channel", [pytest.param({}, id="plain"), pytest.param(TOP, id="topk")])
+@pytest.mark.parametrize("cohort", [None, 2])
 @pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"])
 def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
     method: str, cohort: int | None, channel: dict[str, Any]

@@ -135,6 +135,7 @@ def test_what_is_kept_survives_rounds_in_which_the_client_is_not_drawn_and_an_up
         assert all(before[c] is None or not same_bits(before[c], after[c]) for c in others)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_gone_on_with_ends_with_the_same_bits(tmp_path: Any) -> None:
     source = config("hybrid", MIXED, 4, clients__per_round=3, channel={**TOP, "compress_down": [{"quantize": 12}]})
     whole, first = rounds_of(source, 4), rounds_of(source, 2, Store(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ def after(seconds: list[float], fates: dict[int, Fate], channel: dict[str, Any])
     }
 
 
+@pytest.mark.slow
 @QUICK
 @given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
 def test_what_comes_twice_counts_once(seconds: list[float], twice: set[int], channel: dict[str, Any]) -> None:
@@ -46,6 +48,7 @@ def test_what_comes_twice_counts_once(seconds: list[float], twice: set[int], cha
     assert run.traffic.down == plain.traffic.down and run.traffic.up >= plain.traffic.up
 
 
+@pytest.mark.slow
 @QUICK
 @given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
 def test_what_is_changed_on_its_way_is_as_good_as_lost(
@@ -56,6 +59,7 @@ def test_what_is_changed_on_its_way_is_as_good_as_lost(
     assert changed == lost
 
 
+@pytest.mark.slow
 @QUICK
 @given(SECONDS, st.sets(st.integers(0, 12)), st.floats(0.1, 20), CHANNELS)
 def test_what_is_late_is_as_if_the_client_had_been_slow(

@@ -264,6 +264,7 @@ def test_a_worker_killed_at_any_exchange_changes_nothing(monkeypatch: pytest.Mon
         crew.close()
 
 
+@pytest.mark.slow
 def test_state_travels_to_workers_for_training_only(crew: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_of(secure("ditto", rounds=3, clients__per_round=3))
     rounds, jobs = rounds_on(setup, crew.take(setup) or crew, 2), []

@@ -50,6 +50,7 @@ def test_every_number_of_clients_leaving_at_each_exchange(count: int, threshold:
     assert sums > 10
 
 
+@pytest.mark.slow
 def test_twenty_clients_leaving_at_random() -> None:
     party, draw = Party(20), random.Random(key("twenty"))
     for leaving in (0, 1, 3, 6, 6, 6, 9):

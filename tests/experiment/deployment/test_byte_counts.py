@@ -47,6 +47,7 @@ def test_the_logs_agree_with_the_server(case: str, tmp_path: Path) -> None:
     assert len(again) == len([line for line in lines if line["ask"] == "do"]) / 2
 
 
+@pytest.mark.slow
 def test_the_kinds_that_left_are_named(tmp_path: Path) -> None:
     run = Federation(tmp_path).serve(small("hybrid", MIXED))
     lines = [line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line["ask"] == "do"]

@@ -51,6 +51,7 @@ def test_digits(name: str, loopback: Loopback, tmp_path: Path) -> None:
         assert (here.path / "models" / file).read_bytes() == (there.path / "models" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_a_site_keeps_to_itself_lies_at_home(loopback: Loopback, tmp_path: Path) -> None:
     config, changes = ROOT / "configs" / "digits_quickstart.yaml", [*QUICK, "rounds=1"]
     clients = ["cnn_1", "cnn_2", "mlp", "vit"]

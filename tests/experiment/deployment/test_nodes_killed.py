@@ -59,6 +59,7 @@ def test_secure_sum_at_each_exchange_is_the_same_sum(tmp_path: Path) -> None:
     same(there, run({**secret(9), **QUICK}, out=tmp_path / "here"))
 
 
+@pytest.mark.slow
 def test_secure_sum_without_who_died_between_remembering_and_answering(tmp_path: Path) -> None:
     """Whether its answer had left is not known then: it gives no other."""
     kills = {(f"site_{i + 1}", i, ask): "during" for i, ask in enumerate(EXCHANGES)}

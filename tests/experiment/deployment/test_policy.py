@@ -167,6 +167,7 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TASKS)
 def test_a_task_that_a_site_does_not_allow_is_refused_and_the_run_goes_on(case: str, tmp_path: Path) -> None:
     allows, changes, said = TASKS[case]

@@ -23,15 +23,19 @@ def main(wheel: str) -> None:
     missing = [name for name in WANTED if name not in names]
     assert not missing, f"the wheel lacks {missing}"
     assert any(name.endswith("licenses/LICENSE") for name in names), "the wheel has no licence"
-    assert not [name for name in names if name.startswith(UNWANTED)], "the wheel holds more than the packages"
+    assert not [name for name in names if name.startswith(UNWANTED)], (
+        "the wheel holds more than the packages"
+    )
 
     import hetero_fl
     import model_zoo
-    from hetero_fl.config.source import SourceConfig
+    from hetero_fl.config.data import SourceConfig
     from hetero_fl.data import load_source
 
     for package in (hetero_fl, model_zoo):
-        assert "site-packages" in str(package.__file__), f"{package.__file__} is not what was installed"
+        assert "site-packages" in str(package.__file__), (
+            f"{package.__file__} is not what was installed"
+        )
     data = load_source(SourceConfig(name="chest_xray"), Path("nowhere"))
     rows = {name: len(examples) for name, examples in data.splits().items()}
     assert rows == {"train": 2000, "validation": 200, "test": 624}, rows

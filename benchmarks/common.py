@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from hetero_fl.config.source import SourceConfig
+from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source, make_images
 from hetero_fl.experiment import Prepared
-from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.federation.synchronous import Rounds
 
 CLASSES = 10
 CPU_TIME = False
@@ -30,17 +30,29 @@ CPU_TIME = False
 
 def arguments(doc: str | None, pairs: int = 5, data: bool = False) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=pairs, help=f"timed turns, after one not counted ({pairs})")
-    parser.add_argument("--threads", type=int, default=cores(), help="threads of this process (all cores)")
-    parser.add_argument("--quick", action="store_true", help="one turn of a small case: to see that it works")
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=pairs, help=f"timed turns, after one not counted ({pairs})"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=cores(), help="threads of this process (all cores)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one turn of a small case: to see that it works"
+    )
     parser.add_argument(
         "--cpu-time",
         action="store_true",
         help="count this process's processor time, on a busy machine; worker processes then seem to cost nothing",
     )
     if data:
-        parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz (train_images, …); without it generated images")
+        parser.add_argument(
+            "--data",
+            type=Path,
+            help="CIFAR-10 as .npz (train_images, …); without it generated images",
+        )
     return parser
 
 
@@ -72,7 +84,9 @@ def images(path: Path | None, rows: int) -> Dataset:
 
 def rounds_of(prepared: Prepared, **runtime: Any) -> Rounds:
     """A run in memory, with other settings of `runtime` (executor, workers, threads); sets this process's threads to its own."""
-    config = prepared.config.model_copy(update={"runtime": prepared.config.runtime.model_copy(update=runtime)})
+    config = prepared.config.model_copy(
+        update={"runtime": prepared.config.runtime.model_copy(update=runtime)}
+    )
     return replace(prepared, config=config).rounds()
 
 
@@ -97,15 +111,24 @@ def in_turns(contenders: Mapping[str, Callable[[], Any]], pairs: int) -> dict[st
 
 
 def print_ratios(
-    title: str, seconds: Mapping[str, Sequence[float]], against: str, targets: Mapping[str, float | None]
+    title: str,
+    seconds: Mapping[str, Sequence[float]],
+    against: str,
+    targets: Mapping[str, float | None],
 ) -> None:
     """A line for each contender with a target (None: for information): its times over those of the one it is held against."""
     base = seconds[against]
-    print(f"\n{title}\n  {against}: {statistics.median(base):.3f} s ({min(base):.3f} to {max(base):.3f})")
+    print(
+        f"\n{title}\n  {against}: {statistics.median(base):.3f} s ({min(base):.3f} to {max(base):.3f})"
+    )
     for name, target in targets.items():
         ratios = [a / b for a, b in zip(seconds[name], base, strict=True)]
         middle = statistics.median(ratios)
-        aim = "" if target is None else f"; target {target}: {'met' if middle <= target else 'missed'}"
+        aim = (
+            ""
+            if target is None
+            else f"; target {target}: {'met' if middle <= target else 'missed'}"
+        )
         print(f"  {name} / {against}: {middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f}){aim}")
 
 
@@ -117,7 +140,11 @@ class Ours:
 
     def __init__(self, prepared: Prepared, evaluate: bool = False, **runtime: Any) -> None:
         others = torch.get_num_threads()
-        self.rounds, self.evaluate, self.losses = rounds_of(prepared, **runtime), evaluate, list[list[float]]()
+        self.rounds, self.evaluate, self.losses = (
+            rounds_of(prepared, **runtime),
+            evaluate,
+            list[list[float]](),
+        )
         self.threads = torch.get_num_threads()  # as its executor has just set them
         torch.set_num_threads(others)
 
@@ -132,7 +159,10 @@ class Ours:
 
 
 def agree(
-    what: str, ours: Sequence[Sequence[float]], bare: Sequence[Sequence[float]], tolerance: float = 0.005
+    what: str,
+    ours: Sequence[Sequence[float]],
+    bare: Sequence[Sequence[float]],
+    tolerance: float = 0.005,
 ) -> None:
     """End with a line if the losses of the first two rounds differ: then the two did not compute the same thing.
 
@@ -143,7 +173,13 @@ def agree(
         sorted(abs(a - b) / max(1.0, abs(b)) for a, b in zip(*pair, strict=True))
         for pair in zip(ours[:2], bare[:2], strict=True)
     )
-    worst = max(first[-1], second[len(second) // 2]) if all(map(math.isfinite, [*first, *second])) else math.nan
+    worst = (
+        max(first[-1], second[len(second) // 2])
+        if all(map(math.isfinite, [*first, *second]))
+        else math.nan
+    )
     if not worst <= tolerance:
-        raise SystemExit(f"{what}: losses differ by {worst:.2g} from the bare loop's; no ratio means anything")
+        raise SystemExit(
+            f"{what}: losses differ by {worst:.2g} from the bare loop's; no ratio means anything"
+        )
     print(f"  {what}: same losses as the bare loop to {worst:.1g}")

@@ -25,7 +25,8 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     """A round's means over clients by name (`global/accuracy`), its bytes, and the clients' mean training loss."""
     found = {
         f"{reading}/{metric}": value
-        for reading in ("personal", "global", "server")  # at home, in common, the server's own model
+        # at home, in common, the server's own model
+        for reading in ("personal", "global", "server")
         for metric, value in (record.get(reading) or {}).items()
         if value is not None  # None: the metric is not defined (a class is missing)
     }
@@ -40,6 +41,8 @@ if __name__ == "__main__":
 
     import hetero_fl
 
-    run = hetero_fl.run("configs/digits_quickstart.yaml", callbacks=[mlflow_logger(run_name="digits")], quiet=False)
+    run = hetero_fl.run(
+        "configs/digits_quickstart.yaml", callbacks=[mlflow_logger(run_name="digits")], quiet=False
+    )
     mlflow.log_artifact(str(run.path / "report.html"))
     mlflow.end_run()

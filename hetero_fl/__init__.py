@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Run", "audit", "compare", "evaluate", "export", "join", "load_config", "prepare", "run"]
+from hetero_fl.utils.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from hetero_fl.config import load_config
     from hetero_fl.experiment import audit, compare, evaluate, export, join, prepare, run
+    from hetero_fl.experiment.preparation import load_config
     from hetero_fl.reporting.run import Run
+
+__all__ = ["Run", "audit", "compare", "evaluate", "export", "join", "load_config", "prepare", "run"]
 
 
 def __dir__() -> list[str]:
@@ -25,7 +26,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     """Import on first use: `import hetero_fl` alone stays quick."""
     if name == "load_config":
-        from hetero_fl.config import load_config
+        from hetero_fl.experiment.preparation import load_config
 
         return load_config
     if name == "Run":

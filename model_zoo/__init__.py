@@ -13,15 +13,21 @@ In ten seconds::
     print(describe("resnet18"))                             # parameters, features, arithmetic
 
 ``python -m model_zoo`` prints a table of the models. Input shapes are in :func:`create_model`, groups of models for
-the clients of a federation in :mod:`model_zoo.groups`.
+the clients of a federation in :mod:`model_zoo.registry`.
 """
 
-from .describe import ModelDescription, describe
-from .errors import ModelError
-from .groups import group_models, list_groups
-from .registry import check_options, create_model, list_models, model_options
-from .split import Outputs, SplitModel, batch_norm_buffers, is_batch_norm
-from .widths import can_narrow, narrow, share_of
+from model_zoo.description import ModelDescription, describe
+from model_zoo.errors import ModelError
+from model_zoo.registry import (
+    check_options,
+    create_model,
+    group_models,
+    list_groups,
+    list_models,
+    model_options,
+)
+from model_zoo.split_model import Outputs, SplitModel, batch_norm_buffers, is_batch_norm
+from model_zoo.widths import can_narrow, narrow, share_of
 
 __all__ = [
     "ModelDescription",

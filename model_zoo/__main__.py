@@ -8,27 +8,34 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from . import ModelError, describe, list_models
-from .catalogue import MODELS
-from .describe import readable
+from model_zoo.description import describe, readable
+from model_zoo.errors import ModelError
+from model_zoo.registry import MODELS, list_models
 
 WORDS = 1000  # of the vocabulary of the texts
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table and returns the exit status: 0, or 2 after one line about a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m model_zoo", description="A table of the models.")
-    parser.add_argument("pattern", nargs="?", default="*", help="such as 'cnn_*' or 'timm:resnet*' (default: all)")
+    parser = argparse.ArgumentParser(
+        prog="python -m model_zoo", description="A table of the models."
+    )
+    parser.add_argument(
+        "pattern", nargs="?", default="*", help="such as 'cnn_*' or 'timm:resnet*' (default: all)"
+    )
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--channels", type=int, default=1)
-    parser.add_argument("--size", type=int, default=28, help="height and width of the images in pixels")
+    parser.add_argument(
+        "--size", type=int, default=28, help="height and width of the images in pixels"
+    )
     given = parser.parse_args(arguments)
     console = Console()
     try:
         names = list_models(given.pattern)
         if not names:
             raise ModelError(f"no model matches {given.pattern}")
-        if ":" in given.pattern:  # a thousand names: building each of them to describe it would take hours
+        # a thousand names: building each of them to describe it would take hours
+        if ":" in given.pattern:
             console.print("\n".join(names), markup=False, highlight=False)
             return 0
         console.print(_table(names, given.classes, given.channels, given.size))
@@ -52,7 +59,11 @@ def _table(names: list[str], classes: int, channels: int, size: int) -> Table:
         else:
             about = describe(name, classes, *((channels, size) if "image" in kinds else (size, ())))
         table.add_row(
-            name, f"{about.parameters:,}", str(about.feature_dim), readable(about.forward_flops), about.summary
+            name,
+            f"{about.parameters:,}",
+            str(about.feature_dim),
+            readable(about.forward_flops),
+            about.summary,
         )
     return table
 

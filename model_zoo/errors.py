@@ -17,7 +17,9 @@ class InputError(ModelError):
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """``"; the nearest are a, b"`` for the names like ``name`` (case does not count), or ``""`` where none is."""
     by_lower = {k.lower(): k for k in known}
-    close = [prefix + by_lower[m] for m in get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    close = [
+        prefix + by_lower[m] for m in get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    ]
     if not close:
         return ""
     return f"; the nearest {'is' if len(close) == 1 else 'are'} {', '.join(close)}"

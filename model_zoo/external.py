@@ -1,7 +1,6 @@
-"""Any image classifier of torchvision or timm as a backbone. Both libraries are imported when first asked for.
+"""Image classifiers of torchvision and timm as backbones.
 
-Many of them cannot take small images. Such a model sees them enlarged (bilinearly), to the smallest multiple of 32
-pixels that it can take; ``describe`` says so. Stochastic depth is off, so that all randomness is dropout's.
+Both libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -15,14 +14,24 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
-from .adapt import leave_only_dropout, remove_classifier, replace_first_convolution
-from .errors import InputError, ModelError, one_line
-from .shapes import Shape
-from .split import Body, feature_width
+from model_zoo.errors import InputError, ModelError, one_line
+from model_zoo.shapes import Shape
+from model_zoo.split_model import Body, feature_width
 
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"torchvision": {"dropout": None}, "timm": {"drop_rate": None}}
+# Any image classifier of torchvision or timm as a backbone. Both libraries are imported when first
+# asked for.
+#
+# Many of them cannot take small images. Such a model sees them enlarged (bilinearly), to the
+# smallest multiple of 32 pixels that it can take; ``describe`` says so. Stochastic depth is off, so
+# that all randomness is dropout's.
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "torchvision": {"dropout": None},
+    "timm": {"drop_rate": None},
+}
 """The options of each library's models; None leaves the model's own value. Not every model has them."""
 
 
@@ -35,13 +44,17 @@ def library(name: str) -> ModuleType:
     try:
         return import_module("torchvision.models" if name == "torchvision" else name)
     except ImportError as error:
-        raise ModelError(f"needs the package {name} ({one_line(error)}); pip install {name}") from error
+        raise ModelError(
+            f"needs the package {name} ({one_line(error)}); pip install {name}"
+        ) from error
 
 
 def names(of: str) -> list[str]:
     """The library's image classifiers, without the prefix."""
     module = library(of)
-    listed: list[str] = module.list_models(module=module) if of == "torchvision" else module.list_models()
+    listed: list[str] = (
+        module.list_models(module=module) if of == "torchvision" else module.list_models()
+    )
     return listed
 
 
@@ -50,7 +63,9 @@ def is_known(of: str, name: str) -> bool:
     return name.partition(".")[0] in names(of) if of == "timm" else name in names(of)
 
 
-def external_backbone(of: str, name: str, shape: Shape, *, pretrained: bool = False, **options: Any) -> Body:
+def external_backbone(
+    of: str, name: str, shape: Shape, *, pretrained: bool = False, **options: Any
+) -> Body:
     """The model ``name`` of the library ``of`` (``torchvision`` or ``timm``) without its classifier.
 
     The size to enlarge to, if any, is found by making the model and trying it on two blank images. Pretrained weights
@@ -89,7 +104,9 @@ def _sizes(shape: Shape) -> list[tuple[int, ...]]:
     ]
 
 
-def _torchvision(name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+def _torchvision(
+    name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any]
+) -> nn.Module:
     """torchvision's model, its first convolution replaced where the images have not 3 channels."""
     models = library("torchvision")
     arguments = dict(options)
@@ -108,14 +125,18 @@ def _torchvision(name: str, shape: Shape, pretrained: bool, options: Mapping[str
         if weights is not None and patch:
             model = models.get_model(name, weights=None, **arguments)
             state = weights.get_state_dict(progress=False, check_hash=True)
-            model.load_state_dict(models.vision_transformer.interpolate_embeddings(side, patch, state))
+            model.load_state_dict(
+                models.vision_transformer.interpolate_embeddings(side, patch, state)
+            )
         else:
             model = models.get_model(name, weights=weights, progress=False, **arguments)
     replace_first_convolution(model, shape.channels, pretrained)
     if shape.channels != 3 and hasattr(model, "transform_input"):
         model.transform_input = False  # GoogLeNet's and Inception's own colour normalisation
     if not remove_classifier(model):
-        raise ModelError("no classifier was found in it (fc, classifier, head or heads with a Linear layer)")
+        raise ModelError(
+            "no classifier was found in it (fc, classifier, head or heads with a Linear layer)"
+        )
     return model
 
 
@@ -130,9 +151,12 @@ def _timm(name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any])
             if "img_size" not in str(error):
                 raise
             model = timm.create_model(name, **arguments)
-    patches = next((module for module in model.modules() if isinstance(module, timm.layers.PatchEmbed)), None)
+    patches = next(
+        (module for module in model.modules() if isinstance(module, timm.layers.PatchEmbed)), None
+    )
     if patches is not None and not patches.dynamic_img_pad:
-        _check_patches(shape, patches.patch_size)  # timm would leave the pixels beyond the last whole patch unread
+        # timm would leave the pixels beyond the last whole patch unread
+        _check_patches(shape, patches.patch_size)
     return model
 
 
@@ -155,8 +179,80 @@ def _building(pretrained: bool) -> Iterator[None]:
             yield
     except Exception as error:  # building and downloading raise the errors of several libraries
         if pretrained:
-            raise ModelError(f"the pretrained weights could not be had: {one_line(error)}") from error
-        kind = ModelError if isinstance(error, TypeError) else InputError  # an argument that the model has not
+            raise ModelError(
+                f"the pretrained weights could not be had: {one_line(error)}"
+            ) from error
+        # an argument that the model has not
+        kind = ModelError if isinstance(error, TypeError) else InputError
         raise kind(f"could not be made: {one_line(error)}") from error
     finally:
         hub.setLevel(level)
+
+
+# What is changed in another library's model to make a backbone of it: its ends, and its random
+# draws.
+
+
+def replace_first_convolution(model: nn.Module, channels: int, pretrained: bool) -> None:
+    """Lets a model for RGB take ``channels`` input channels, in place.
+
+    Pretrained weights are kept as timm does it: summed over the colours for one channel, else repeated and scaled by
+    3/channels, so that grey images excite the layer as before. New weights are drawn with the old ones' deviation.
+    """
+    path, old = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    if old.in_channels == channels:
+        return
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        stride=old.stride,  # type: ignore[arg-type]
+        padding=old.padding,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+    with torch.no_grad():
+        if not pretrained:
+            new.weight.normal_(std=float(old.weight.std()))
+        elif channels == 1:
+            new.weight.copy_(old.weight.sum(1, keepdim=True))
+        else:
+            repeats = -(-channels // old.in_channels)
+            new.weight.copy_(
+                old.weight.repeat(1, repeats, 1, 1)[:, :channels] * (old.in_channels / channels)
+            )
+        if old.bias is not None and new.bias is not None:
+            new.bias.copy_(old.bias)
+    _replace(model, path, new)
+
+
+def remove_classifier(model: nn.Module) -> bool:
+    """Puts Identity for the classifier's last Linear (SqueezeNet's last layer is a 1x1 convolution).
+
+    The classifier is looked for under ``fc``, ``classifier``, ``head`` and ``heads``; False if there is none.
+    """
+    for part in ("fc", "classifier", "head", "heads"):
+        if not isinstance(getattr(model, part, None), nn.Module):
+            continue
+        inside = list(model.get_submodule(part).named_modules(prefix=part))
+        for kind in (nn.Linear, nn.Conv2d):
+            if paths := [path for path, module in inside if isinstance(module, kind)]:
+                _replace(model, paths[-1], nn.Identity())
+                return True
+    return False
+
+
+def leave_only_dropout(model: nn.Module) -> None:
+    """Turns stochastic depth off and dropout out of place, so that ``F.dropout`` is all that draws in training."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind == "StochasticDepth":  # torchvision's
+            module.p = 0.0  # type: ignore[assignment]
+        elif kind == "DropPath":  # timm's
+            module.drop_prob = 0.0  # type: ignore[assignment]
+        elif isinstance(module, nn.modules.dropout._DropoutNd):
+            module.inplace = False
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 
-from .errors import ModelError
+from model_zoo.errors import ModelError
 
 Kind = Literal["table", "series", "image", "tokens"]
-KINDS: tuple[Kind, ...] = ("table", "series", "image")  # of numbers, by the number of dimensions beside the channels
+# of numbers, by the number of dimensions beside the channels
+KINDS: tuple[Kind, ...] = ("table", "series", "image")
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,16 @@ def whole(value: Any, least: int = 1) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def make_shape(in_channels: int, input_size: int | Sequence[int], vocabulary: int | None = None) -> Shape:
+def make_shape(
+    in_channels: int, input_size: int | Sequence[int], vocabulary: int | None = None
+) -> Shape:
     """Checks all and gives the :class:`Shape`. Raises :class:`ModelError`."""
     if vocabulary is not None:
         return _tokens(in_channels, input_size, vocabulary)
     if not whole(in_channels):
-        raise ModelError(f"in_channels: found {in_channels!r}, a whole number of at least 1 is needed")
+        raise ModelError(
+            f"in_channels: found {in_channels!r}, a whole number of at least 1 is needed"
+        )
     if whole(input_size):
         return Shape(int(in_channels), (int(input_size),) * 2)  # type: ignore[arg-type]
     listed = isinstance(input_size, Sequence) and not isinstance(input_size, str)
@@ -85,7 +90,9 @@ def make_shape(in_channels: int, input_size: int | Sequence[int], vocabulary: in
 
 def _tokens(in_channels: int, input_size: int | Sequence[int], vocabulary: int) -> Shape:
     if not whole(vocabulary, 2):
-        raise ModelError(f"vocabulary: found {vocabulary!r}, a whole number of at least 2 is needed")
+        raise ModelError(
+            f"vocabulary: found {vocabulary!r}, a whole number of at least 2 is needed"
+        )
     if not isinstance(input_size, Sequence) or len(input_size) != 1 or not whole(input_size[0]):
         raise ModelError(f"input_size: found {input_size!r}; give (L,) for texts of L tokens")
     if in_channels != 1:

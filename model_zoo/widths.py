@@ -11,15 +11,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from . import cnn, resnet, simple, text
-from .catalogue import MODELS
-from .errors import ModelError
+from model_zoo.backbones import cnn, resnet, tabular, text
+from model_zoo.errors import ModelError
+from model_zoo.registry import MODELS
 
 _BUILDERS = {
     cnn.cnn: ("cnn", "width"),
     resnet.resnet: ("resnet", "widths"),
-    simple.mlp: ("mlp", "hidden"),
-    simple.tabular: ("tabular", "width"),
+    tabular.mlp: ("mlp", "hidden"),
+    tabular.tabular: ("tabular", "width"),
     text.text_cnn: ("text_cnn", "width"),
 }
 
@@ -40,7 +40,9 @@ def general(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     return kind, {**MODELS[kind].options, **entry.fixed, **entry.checked(options)}
 
 
-def narrow(name: str, options: Mapping[str, Any], share: float, scaler: bool = False) -> tuple[str, dict[str, Any]]:
+def narrow(
+    name: str, options: Mapping[str, Any], share: float, scaler: bool = False
+) -> tuple[str, dict[str, Any]]:
     """Name and options of the copy with this share of every width, rounded up.
 
     Args:
@@ -56,7 +58,9 @@ def narrow(name: str, options: Mapping[str, Any], share: float, scaler: bool = F
     return kind, {**full, width: less, "scaler": share if scaler and share < 1 else 0.0}
 
 
-def share_of(name: str, options: Mapping[str, Any], wide: str, wide_options: Mapping[str, Any]) -> float | None:
+def share_of(
+    name: str, options: Mapping[str, Any], wide: str, wide_options: Mapping[str, Any]
+) -> float | None:
     """Which share of the wide model's widths a model has; None if it is no narrower copy of it, nor itself."""
     if not can_narrow(name) or not can_narrow(wide):
         return None

@@ -21,7 +21,7 @@ from hetero_fl.algorithms import algorithm  # noqa: E402
 from hetero_fl.algorithms.base import Algorithm  # noqa: E402
 from hetero_fl.algorithms.distillation import Distilling  # noqa: E402
 from hetero_fl.config import Config  # noqa: E402
-from hetero_fl.config.words import default, meaning, part_of, summary, values  # noqa: E402
+from hetero_fl.config.describe import default, meaning, part_of, summary, values  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -53,8 +53,15 @@ def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str
     """A section for this part of the schema, then those of its parts; each part is described where it first appears."""
     seen[model] = path
     base = next((b for b in model.__mro__[1:] if b in seen), None)
-    fields = {n: f for n, f in model.model_fields.items() if base is None or n not in base.model_fields}
-    lines = [f"## {'The whole' if not path else f'`{path}`'}", "", f"{summary(model)}{_also(model, base, seen)}", ""]
+    fields = {
+        n: f for n, f in model.model_fields.items() if base is None or n not in base.model_fields
+    }
+    lines = [
+        f"## {'The whole' if not path else f'`{path}`'}",
+        "",
+        f"{summary(model)}{_also(model, base, seen)}",
+        "",
+    ]
     later: list[str] = []
     rows = []
     for name, field in fields.items():
@@ -68,7 +75,11 @@ def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str
 
 def _algorithms() -> str:
     # one's own methods, registered by whoever imported this, are left out
-    known = {name: algorithm[name] for name in sorted(algorithm) if algorithm[name].__module__.startswith("hetero_fl.")}
+    known = {
+        name: algorithm[name]
+        for name in sorted(algorithm)
+        if algorithm[name].__module__.startswith("hetero_fl.")
+    }
     distilling = ", ".join(name for name, kind in known.items() if issubclass(kind, Distilling))
     lines = [
         "## Settings of the algorithms",
@@ -82,7 +93,10 @@ def _algorithms() -> str:
         ("Every algorithm", Algorithm, of_all),
         (f"Every distilling algorithm ({distilling})", Distilling, of_distilling),
     ]
-    sections += [(f"`{n}`", kind, [f for f in kind.model_fields if _differs(kind, f)]) for n, kind in known.items()]
+    sections += [
+        (f"`{n}`", kind, [f for f in kind.model_fields if _differs(kind, f)])
+        for n, kind in known.items()
+    ]
     for title, kind, fields in sections:
         if fields:
             rows = [_row(kind, n, kind.model_fields[n]) for n in fields]
@@ -97,14 +111,22 @@ def _differs(kind: type[BaseModel], name: str) -> bool:
 
 
 def _row(
-    model: type[BaseModel], name: str, field: FieldInfo, seen: dict[type[BaseModel], str] | None = None
+    model: type[BaseModel],
+    name: str,
+    field: FieldInfo,
+    seen: dict[type[BaseModel], str] | None = None,
 ) -> tuple[str, str, str, str]:
     given = "" if field.is_required() else default(field)
 
     def link(part: type[BaseModel]) -> str:
         return f"[`{seen[part]}`](#{_anchor(seen[part])})" if seen and part in seen else "table"
 
-    return f"`{name}`", values(field.annotation, field.metadata, link), given, meaning(model, name).replace("|", "\\|")
+    return (
+        f"`{name}`",
+        values(field.annotation, field.metadata, link),
+        given,
+        meaning(model, name).replace("|", "\\|"),
+    )
 
 
 def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
@@ -115,10 +137,14 @@ def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
     ]
 
 
-def _also(model: type[BaseModel], base: type[BaseModel] | None, seen: dict[type[BaseModel], str]) -> str:
+def _also(
+    model: type[BaseModel], base: type[BaseModel] | None, seen: dict[type[BaseModel], str]
+) -> str:
     if model.model_config.get("extra") == "allow":
         return " Options: `python -m model_zoo` lists the models, `model_zoo.model_options(name)` their options."
-    return "" if base is None else f" Besides: every key of [`{seen[base]}`](#{_anchor(seen[base])})."
+    return (
+        "" if base is None else f" Besides: every key of [`{seen[base]}`](#{_anchor(seen[base])})."
+    )
 
 
 def _anchor(path: str) -> str:
@@ -129,7 +155,9 @@ def _anchor(path: str) -> str:
 def main() -> int:
     """Write or check the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the page is not up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 if the page is not up to date"
+    )
     if parser.parse_args().check:
         current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
         return 0 if current == page() else 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hetero_fl.data.partition import apportion
-from hetero_fl.seeding import key
+from hetero_fl.utils.seeding import key
 
 KEEP = {"train": 2000, "val": 200}
 OUTPUT = Path(__file__).resolve().parents[1] / "hetero_fl" / "data" / "embedded" / "chest_xray.npz"
@@ -26,7 +26,10 @@ def stratified(labels: np.ndarray, count: int, split: str) -> np.ndarray:
     classes, sizes = np.unique(labels, return_counts=True)
     draws = np.random.default_rng(key("embedded", "chest_xray", split))
     kept = apportion(count, sizes / sizes.sum())
-    rows = [draws.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, kept, strict=True)]
+    rows = [
+        draws.permutation(np.flatnonzero(labels == c))[:n]
+        for c, n in zip(classes, kept, strict=True)
+    ]
     return np.sort(np.concatenate(rows))
 
 
@@ -35,7 +38,11 @@ def cut(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     smaller = {}
     for split in ("train", "val", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        rows = stratified(labels[:, 0], KEEP[split], split) if split in KEEP else np.arange(len(labels))
+        rows = (
+            stratified(labels[:, 0], KEEP[split], split)
+            if split in KEEP
+            else np.arange(len(labels))
+        )
         smaller[f"{split}_images"], smaller[f"{split}_labels"] = images[rows], labels[rows]
     return smaller
 
@@ -51,7 +58,10 @@ def main() -> None:
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
     for name, array in arrays.items():
         counts = np.unique(array, return_counts=True)[1].tolist()
-        print(f"  {name}: {array.shape}" + (f", of each class {counts}" if name.endswith("labels") else ""))
+        print(
+            f"  {name}: {array.shape}"
+            + (f", of each class {counts}" if name.endswith("labels") else "")
+        )
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hetero_fl.brackets import pieces  # noqa: E402
-from hetero_fl.reporting import comparison_plot, style  # noqa: E402
-from hetero_fl.reporting.comparison_tables import Cell, Line, Table, make_table  # noqa: E402
+from hetero_fl.core.task import Task  # noqa: E402
+from hetero_fl.reporting.comparison import plots  # noqa: E402
+from hetero_fl.reporting.comparison.tables import Cell, Line, Table, make_table  # noqa: E402
+from hetero_fl.reporting.formatting import MISSING, algorithm_base, algorithm_name  # noqa: E402
 from hetero_fl.reporting.methods import is_bound, method  # noqa: E402
-from hetero_fl.reporting.rundir import RunDirectory  # noqa: E402
-from hetero_fl.reporting.wording import MISSING, algorithm_base, algorithm_name  # noqa: E402
-from hetero_fl.task import Task  # noqa: E402
+from hetero_fl.reporting.plots import style  # noqa: E402
+from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
+from hetero_fl.utils.text import pieces  # noqa: E402
 
 README = ROOT / "README.md"
 ARCHIVE = ROOT / "docs" / "results"
@@ -60,7 +61,9 @@ def archive(folder: Path, commit: str) -> None:
 def archived(name: str) -> list[Row]:
     """Return the rows of an archived comparison, figures as numbers; a missing one is None."""
     with open(ARCHIVE / f"{name}.csv", newline="", encoding="utf-8") as file:
-        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+        return [
+            {key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)
+        ]
 
 
 def _value(key: str, text: str) -> Any:
@@ -79,13 +82,17 @@ def section(rows: list[Row]) -> str:
     adjustment have a group of their own, so that what a component adds is not read as what a method adds.
     """
     table = make_table(rows, TASK, "last")
-    kept = [place for place, column in enumerate(table.columns) if not column.key.startswith("server")]
+    kept = [
+        place for place, column in enumerate(table.columns) if not column.key.startswith("server")
+    ]
     titles = [table.columns[place].title for place in kept]
     header = ["Method", *(WORST if title.startswith("Worst") else title for title in titles), "MB"]
     lines = [_joined(header), _joined(["---", *("---:" for _ in header[1:])])]
     groups: dict[str, list[Line]] = {"": [], ADJUSTED: [], BOUNDS: []}
     for line in table.lines:
-        groups[BOUNDS if is_bound(line.algorithm) else ADJUSTED if _is_adjusted(line.algorithm) else ""].append(line)
+        groups[
+            BOUNDS if is_bound(line.algorithm) else ADJUSTED if _is_adjusted(line.algorithm) else ""
+        ].append(line)
     for title, members in groups.items():
         if title and members:
             lines.append(_joined([title, *("" for _ in header[1:])]))
@@ -126,7 +133,11 @@ def _origin(table: Table, rows: list[Row]) -> str:
     best = next((line for line in table.lines if line.p == "best"), None)
     parts = []
     if best is not None and table.tested:
-        found = ", ".join(f"{_name(line.algorithm)} {line.p}" for line in table.lines if line.p not in ("", "best"))
+        found = ", ".join(
+            f"{_name(line.algorithm)} {line.p}"
+            for line in table.lines
+            if line.p not in ("", "best")
+        )
         first = table.columns[0].title
         parts.append(
             f"p (two-sided t-test on “{first}”, paired by seed, uncorrected, against {_name(best.algorithm)}): {found}."
@@ -141,7 +152,9 @@ def written(text: str) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         name = match["name"]
-        return f"{match['begin']}\n{section(archived(name)).replace('{name}', name)}\n{match['end']}"
+        return (
+            f"{match['begin']}\n{section(archived(name)).replace('{name}', name)}\n{match['end']}"
+        )
 
     return re.sub(
         r"(?P<begin><!-- results: (?P<name>\w+) .*?-->)\n.*?(?P<end><!-- end of results -->)",
@@ -154,7 +167,9 @@ def written(text: str) -> str:
 def main() -> int:
     """Archive, check or write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--archive", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished comparisons")
+    parser.add_argument(
+        "--archive", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished comparisons"
+    )
     parser.add_argument("--commit", help="commit of the archived runs (default: the current one)")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
@@ -167,7 +182,7 @@ def main() -> int:
     README.write_text(made, encoding="utf-8")
     for name, path in PICTURES.items():
         with style.drawing():
-            path.write_bytes(style.png(comparison_plot.draw(archived(name), TASK)))
+            path.write_bytes(style.png(plots.draw(archived(name), TASK)))
     return 0
 
 

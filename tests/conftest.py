@@ -14,7 +14,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # A busy machine decides nothing: by default an example has 200 ms, and drawing one may not be slow either.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any machine")
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would the commands that tests interrupt.

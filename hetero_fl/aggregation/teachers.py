@@ -1,10 +1,4 @@
-"""Consensus teachers: what each client says of the public rows, with the weight that its word has.
-
-Under label skew the plain mean of logits is ruled by whoever over-predicts its own majority. The contrast-weighted teacher
-lets a client speak on a class as far as it has seen both the class and something else; the entropy-weighted one lets it speak
-on an example as far as it is sure. Whatever the weights, a class that only weak models know can be lost in the consensus;
-`aligned` brings it back.
-"""
+"""Consensus teachers from clients' predictions, averaged and sharpened."""
 
 from __future__ import annotations
 
@@ -15,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.payload import Item
-from hetero_fl.task import Task
+from hetero_fl.core.payload import Item
+from hetero_fl.core.task import Task
+
+# Consensus teachers: what each client says of the public rows, with the weight that its word has.
+#
+# Under label skew the plain mean of logits is ruled by whoever over-predicts its own majority. The
+# contrast-weighted teacher lets a client speak on a class as far as it has seen both the class and
+# something else; the entropy-weighted one lets it speak on an example as far as it is sure.
+# Whatever the weights, a class that only weak models know can be lost in the consensus; `aligned`
+# brings it back.
 
 TeacherKind = Literal["mean", "samples", "contrast", "entropy"]
 CLIP = -8.0  # keeps one client's certainty about a class that it has never met from deciding
@@ -70,3 +72,23 @@ def aligned(teacher: Tensor, log_q: Tensor, strength: float, balanced: bool) -> 
 def _exp_minus_entropy(logits: Tensor) -> Tensor:
     log_p = F.log_softmax(logits, -1)
     return (log_p.exp() * log_p).sum(-1).exp()
+
+
+# Making a mean of probabilities more decided than it is.
+
+Sharpening = Literal["era", "power", "none"]
+TINY = 1e-12  # of a probability, before its logarithm
+# how near to nought or one that of a label may be: nearer, float32 knows no difference
+CERTAIN = 1e-6
+
+
+def sharpened(task: Task, p: Tensor, how: Sharpening, strength: float) -> Tensor:
+    """Logits `[N, C]` of the sharpened probabilities.
+
+    era: softmax(p / T), entropy reduction on probabilities (Itahara et al. 2020, DS-FL); power: p^β / Σ p^β (Azuma et al.
+    2025, SCARLET); none: p. `strength` is T or β. A label of several is a distribution over yes and no.
+    """
+    if how == "era":
+        return (2 * p - 1 if task.kind == "multilabel" else p) / strength
+    logits = p.logit(eps=CERTAIN) if task.kind == "multilabel" else p.clamp(min=TINY).log()
+    return strength * logits if how == "power" else logits

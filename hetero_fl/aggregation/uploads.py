@@ -3,26 +3,29 @@
 That rule is FedAvg within an architecture, partial sharing, and the mean of predictions at once. Uploads are added in
 client-id order, so that the order of arrival changes no bit, and are folded into means as they come; what a method declares
 with `use="each"` is kept whole besides. Where liars have to be borne, another rule stands in for the mean
-(`hetero_fl.aggregation.rules`), and the methods do not know: for it, all that it governs is kept until it is asked for.
+(`hetero_fl.robustness.rules`), and the methods do not know: for it, all that it governs is kept until it is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hetero_fl.aggregation.averaging import OwnerMeans
-from hetero_fl.aggregation.combining import PARAMETERS, RuledItems, RuledModels, Rules
-from hetero_fl.aggregation.noised import SumNoise
-from hetero_fl.aggregation.rules.root import root_models
-from hetero_fl.aggregation.sums import ItemSum, mean_of
-from hetero_fl.architecture import Tensors
-from hetero_fl.errors import UserError, nearest
-from hetero_fl.payload import Item, ItemSpec, NoSuchItem, Payload
-from hetero_fl.plan import Plan
-from hetero_fl.state import Card, Participant, in_order
+from hetero_fl.aggregation.means import ItemSum, OwnerMeans, mean_of
+from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.payload import Item, ItemSpec, NoSuchItem, Payload
+from hetero_fl.core.plan import Plan
+from hetero_fl.robustness.robust_means import PARAMETERS, RuledItems, RuledModels, Rules
+from hetero_fl.robustness.rules import root_models
+from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.ordering import in_order
+
+if TYPE_CHECKING:
+    from hetero_fl.privacy.server import SumNoise
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,21 @@ class Uploads:
         item, rules = upload.payload.item(name), self._rules if self._governed(name) else None
         if isinstance(item.values, Tensor):
             if name not in self._tensors:
-                whole = item.kind in PARAMETERS  # a tensor apart from its model: no rule is for these
-                self._tensors[name] = RuledItems(name, rules, self._senders[name]) if rules and not whole else ItemSum()
+                # a tensor apart from its model: no rule is for these
+                whole = item.kind in PARAMETERS
+                self._tensors[name] = (
+                    RuledItems(name, rules, self._senders[name])
+                    if rules and not whole
+                    else ItemSum()
+                )
             self._tensors[name].add(item)
         else:
             if name not in self._models:
                 cards = self._senders[name]
                 self._models[name] = (
-                    RuledModels(name, rules, cards, self._common) if rules else OwnerMeans(self._common)
+                    RuledModels(name, rules, cards, self._common)
+                    if rules
+                    else OwnerMeans(self._common)
                 )
             group = "" if self._spec(name).across else upload.group
             self._models[name].add(group, item.values, float(item.weight))
@@ -134,13 +144,19 @@ class Uploads:
     def _folded(self, name: str) -> None:
         """Fold what was kept one by one, where its mean is asked for after all."""
         self._declared(name)
-        if self._spec(name).use == "each" and name not in self._tensors and name not in self._models:
+        if (
+            self._spec(name).use == "each"
+            and name not in self._tensors
+            and name not in self._models
+        ):
             for upload in self.having(name):
                 self._fold(name, upload)
 
     def _declared(self, name: str) -> None:
         if self._specs and name not in self._specs:
-            raise NoSuchItem(f"item {name!r} is not declared in `uploads`{nearest(name, self._specs)}")
+            raise NoSuchItem(
+                f"item {name!r} is not declared in `uploads`{nearest(name, self._specs)}"
+            )
 
     def senders(self, name: str) -> list[Card]:
         """Who sent the item. As below, raises NoSuchItem (a KeyError) for one that the method does not declare."""
@@ -161,7 +177,9 @@ class Uploads:
         self._folded(name)
         self.combined.add((name, self._spec(name).kind))
         if self._noise is not None and self._noise.sends(name):
-            return self._noise.mean(name, self._tensors[name].total if name in self._tensors else None)
+            return self._noise.mean(
+                name, self._tensors[name].total if name in self._tensors else None
+            )
         return self._tensors[name].mean if name in self._tensors else None
 
     def total(self, name: str) -> tuple[Tensor, Tensor]:
@@ -170,7 +188,9 @@ class Uploads:
         if self._spec(name).kind == "counts":
             self.combined.add((name, "counts"))
         if self._noise is not None and self._noise.sends(name):
-            return self._noise.total(name, self._tensors[name].total if name in self._tensors else None)
+            return self._noise.total(
+                name, self._tensors[name].total if name in self._tensors else None
+            )
         return self._tensors[name].total
 
     def mean_by_group(self, name: str) -> dict[str, Tensors]:

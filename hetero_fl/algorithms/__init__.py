@@ -1,30 +1,22 @@
 """One short file per method or close family. Importing this package registers them all."""
 
+from hetero_fl.algorithms.asynchronous import FedAsync, FedBuff
 from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
-from hetero_fl.algorithms.dense import Dense
-from hetero_fl.algorithms.ditto import Ditto
+from hetero_fl.algorithms.baselines import Centralized, Ensemble, Local
+from hetero_fl.algorithms.data_free import Dense, FedGen
 from hetero_fl.algorithms.ds_fl import DSFL
 from hetero_fl.algorithms.fd import FD
-from hetero_fl.algorithms.fedasync import FedAsync
-from hetero_fl.algorithms.fedavg import FedAvg, FedProx
-from hetero_fl.algorithms.fedbuff import FedBuff
+from hetero_fl.algorithms.fedavg import FedAvg, FedNova, FedProx
 from hetero_fl.algorithms.feddf import FedDF
-from hetero_fl.algorithms.fedgen import FedGen
-from hetero_fl.algorithms.fedgh import FedGH
 from hetero_fl.algorithms.fedgkt import FedGKT
-from hetero_fl.algorithms.fedkd import FedKD
 from hetero_fl.algorithms.fedmd import FedMD
-from hetero_fl.algorithms.fedmrl import FedMRL
-from hetero_fl.algorithms.fednova import FedNova
 from hetero_fl.algorithms.fedopt import FedAdam, FedAvgM, FedYogi
-from hetero_fl.algorithms.fedproto import FedProto
-from hetero_fl.algorithms.fedtgp import FedTGP
-from hetero_fl.algorithms.fml import FML
 from hetero_fl.algorithms.heterofl import HeteroFL
 from hetero_fl.algorithms.hybrid import Hybrid
 from hetero_fl.algorithms.kt_pfl import KTpFL
-from hetero_fl.algorithms.local import Centralized, Ensemble, Local
-from hetero_fl.algorithms.partial import FedBABU, FedBN, FedPer, FedRep, LGFedAvg
+from hetero_fl.algorithms.mutual import FML, FedKD, FedMRL
+from hetero_fl.algorithms.personalization import Ditto, FedBABU, FedBN, FedPer, FedRep, LGFedAvg
+from hetero_fl.algorithms.prototypes import FedGH, FedProto, FedTGP
 from hetero_fl.algorithms.scaffold import Scaffold
 
 __all__ = [

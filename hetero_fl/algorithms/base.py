@@ -1,8 +1,4 @@
-"""What a method is: what travels, what is optimised, how the server combines it. How it is computed is the runtime's part.
-
-Subclass `Algorithm`, register it with `@algorithm("name")`, and override what differs. Settings are pydantic fields of the
-class; they stand beside `algorithm.name` in the configuration. Every hook that may compute is a plan (see hetero_fl.plan).
-"""
+"""The base class of methods, and the objective that a client's settings ask for."""
 
 from __future__ import annotations
 
@@ -10,25 +6,72 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from hetero_fl.aggregation.averaging import step
+from hetero_fl.aggregation.means import step
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.own_objective import local_given, own_objective
-from hetero_fl.architecture import Architecture, Tensors
+from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.staleness import StalenessConfig
-from hetero_fl.made import watched
-from hetero_fl.objectives import Objective, Supervised, log_prior
-from hetero_fl.payload import Item, ItemSpec, Payload
-from hetero_fl.plan import Fit, Plan, Predict, Rows
-from hetero_fl.registry import Registry
-from hetero_fl.state import Card, Part, Participant, Roster, common_part, floats, select, without
-from hetero_fl.task import Task
+from hetero_fl.core.model_spec import Architecture, Tensors
+from hetero_fl.core.objectives import Objective, Supervised, log_prior
+from hetero_fl.core.participant import (
+    Card,
+    Part,
+    Participant,
+    Roster,
+    common_part,
+    floats,
+    select,
+    without,
+)
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, watched
+from hetero_fl.core.task import Task
+from hetero_fl.utils.registry import Registry, imported
+
+# The local objective of a client: the supervised loss with what it reads besides the batch, or a
+# class of the user's own.
+
+
+def own_objective(reference: str | None, task: Task) -> Objective:
+    """The supervised loss, or what `python:package.module:Name` names, made with the kind of task.
+
+    Raises UserError if there is no such class.
+    """
+    if reference is None:
+        return Supervised(task.kind)
+    made: Objective = imported(reference, "objective", Objective)(task.kind)
+    return made
+
+
+def local_given(
+    task: Task, counts: Tensor, settings: ClientSettings, logit_adjustment: bool
+) -> dict[str, Tensor]:
+    """What the supervised loss on rows with these label counts reads besides the batch."""
+    prior = log_prior(task, counts) if logit_adjustment else None
+    given = {} if prior is None else {"log_prior": prior}
+    weights = settings.class_weights
+    if weights is not None and task.kind == "multiclass":
+        n = counts.to(torch.get_default_dtype())
+        w = 1 / n.clamp(min=1) if weights == "balanced" else torch.tensor(weights, dtype=n.dtype)
+        # the mean over the training rows is one
+        given["class_weights"] = w * n.sum() / (w * n).sum()
+    return given
+
+
+# What a method is: what travels, what is optimised, how the server combines it. How it is computed
+# is the runtime's part.
+#
+# Subclass `Algorithm`, register it with `@algorithm("name")`, and override what differs. Settings
+# are pydantic fields of the class; they stand beside `algorithm.name` in the configuration. Every
+# hook that may compute is a plan (see hetero_fl.core.plan).
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
-algorithm: Registry[type[Algorithm]] = Registry("algorithm", lambda: Algorithm, all_of="`hetero-fl methods`")
+algorithm: Registry[type[Algorithm]] = Registry(
+    "algorithm", lambda: Algorithm, all_of="`hetero-fl methods`"
+)
 PLANS = ("deploy", "train", "aggregate", "personalise", "predict")  # the hooks that return plans
 Items = dict[str, Any]  # name -> Item, tensor or named tensors
 
@@ -38,22 +81,29 @@ class Algorithm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    shared: ClassVar[Part] = None  # the part of the model that travels: None all, () nothing, else prefixes
+    # the part of the model that travels: None all, () nothing, else prefixes
+    shared: ClassVar[Part] = None
     slot: ClassVar[str] = "model"  # the client's slot that it is a part of
     uploads: ClassVar[Mapping[str, ItemSpec]] = {"model": ItemSpec("params")}
-    downloads: ClassVar[Mapping[str, ItemSpec]] = {}  # what compression has to know of broadcast items
+    # what compression has to know of broadcast items
+    downloads: ClassVar[Mapping[str, ItemSpec]] = {}
     needs_proxy: ClassVar[bool] = False
     distils: ClassVar[bool] = False  # whether it can train a student at the server
     counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
     everybody: ClassVar[bool] = False  # whether it needs all clients' rows or models in one place
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
-    requires: ClassVar[tuple[str, ...]] = ()  # what it needs besides, in words that tables print; subclasses add to it
-    asynchronous: ClassVar[bool] = False  # whether it is for asynchronous running and for nothing else
-    one_shot: ClassVar[bool] = False  # whether clients upload once, in the last round: such a run cannot be extended
-    reads: ClassVar[str] = "after aggregation, as deployed with the next broadcast"  # when a model is, for tables
+    # what it needs besides, in words that tables print; subclasses add to it
+    requires: ClassVar[tuple[str, ...]] = ()
+    # whether it is for asynchronous running and for nothing else
+    asynchronous: ClassVar[bool] = False
+    # whether clients upload once, in the last round: such a run cannot be extended
+    one_shot: ClassVar[bool] = False
+    # when a model is, for tables
+    reads: ClassVar[str] = "after aggregation, as deployed with the next broadcast"
 
     logit_adjustment: bool = Field(
-        False, description="train on z + log π with the client's own label frequencies π; at home read z + log π"
+        False,
+        description="train on z + log π with the client's own label frequencies π; at home read z + log π",
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -132,8 +182,12 @@ class Algorithm(BaseModel):
         """What of its models a client keeps between rounds: whatever the next broadcast does not replace."""
         replaced = self.takes(client.settings, 0) if client.settings.share_every == 1 else ()
         own, stays = client.models[self.slot], self.stays(client.arch[self.slot])
-        kept = {**client.models, self.slot: {**without(own, replaced), **{n: t for n, t in own.items() if n in stays}}}
-        return {slot: tensors for slot, tensors in kept.items() if floats(tensors)}  # counters alone are not worth it
+        kept = {
+            **client.models,
+            self.slot: {**without(own, replaced), **{n: t for n, t in own.items() if n in stays}},
+        }
+        # counters alone are not worth it
+        return {slot: tensors for slot, tensors in kept.items() if floats(tensors)}
 
     @staticmethod
     def sharing(settings: ClientSettings, round: int) -> bool:
@@ -151,7 +205,11 @@ class Algorithm(BaseModel):
     def gives(self, client: Participant, share: str) -> bool:
         """Whether the client uploads that kind of thing ("predictions", "statistics", "features") in this round."""
         able = share != "predictions" or client.has_proxy
-        return able and share in client.settings.shares and self.sharing(client.settings, client.clock.round)
+        return (
+            able
+            and share in client.settings.shares
+            and self.sharing(client.settings, client.clock.round)
+        )
 
     # The round, in its order -------------------------------------------------------------------------------------
     def start(self, server: Participant) -> None:
@@ -160,7 +218,11 @@ class Algorithm(BaseModel):
     def broadcast(self, server: Participant, card: Card) -> Items:
         """What the server sends to one client."""
         part = self.takes(card.settings, server.clock.round)
-        return {} if part == () else {"model": self.portion(card.arch, server.models[self.family(card)], part)}
+        return (
+            {}
+            if part == ()
+            else {"model": self.portion(card.arch, server.models[self.family(card)], part)}
+        )
 
     def deploy(self, client: Participant, got: Payload) -> Plan[None]:
         """Make the model that this client would use now."""
@@ -201,7 +263,8 @@ class Algorithm(BaseModel):
         """The slot of the server's own model, if it has one: the student, else the global model of a single group."""
         if STUDENT in server.models:
             return STUDENT
-        whole = any(self.part(kind.settings) is None for kind in server.peers.kinds)  # else its head was never trained
+        # else its head was never trained
+        whole = any(self.part(kind.settings) is None for kind in server.peers.kinds)
         return next(iter(server.models)) if whole and len(server.models) == 1 else None
 
     # Pieces to build with ----------------------------------------------------------------------------------------
@@ -222,11 +285,19 @@ class Algorithm(BaseModel):
         base |= {"augment": s.augment.active} if data.name == "train" else {}
         reads = isinstance(objective, Supervised) and self.reads_counts(client.task, s)
         extra = local_given(client.task, client.counts, s, self.logit_adjustment) if reads else {}
-        return Fit({"model": None}, objective, data, given={**extra, **(given or {})}, **{**base, **changes})
+        return Fit(
+            {"model": None},
+            objective,
+            data,
+            given={**extra, **(given or {})},
+            **{**base, **changes},
+        )
 
     def reads_counts(self, task: Task, settings: ClientSettings) -> bool:
         """Whether the supervised loss reads label counts; where rows are private that costs."""
-        return task.kind == "multiclass" and (self.logit_adjustment or settings.class_weights is not None)
+        return task.kind == "multiclass" and (
+            self.logit_adjustment or settings.class_weights is not None
+        )
 
     def with_prior(self, client: Participant, logits: Tensor) -> Tensor:
         """z + log π where the method trains with logit adjustment, else z."""

@@ -1,4 +1,4 @@
-"""DS-FL: a sharpened consensus of probabilities on proxy rows; with SCARLET's cache and CFD's soft labels of a few bits."""
+"""DS-FL, with SCARLET's prediction cache and CFD's quantized soft labels."""
 
 from __future__ import annotations
 
@@ -7,20 +7,152 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from hetero_fl.aggregation.sharpening import TINY, Sharpening, sharpened
-from hetero_fl.aggregation.teachers import CLIP, opinion
+from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening, opinion, sharpened
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER
-from hetero_fl.algorithms.row_cache import WithCache
-from hetero_fl.channel.soft_labels import pack, quantised, unpack
-from hetero_fl.payload import Item, ItemSpec, Payload
-from hetero_fl.plan import Plan, Predict, Rows
-from hetero_fl.state import Card, Participant
-from hetero_fl.task import Task
+from hetero_fl.algorithms.distillation import TEACHER, Aligning
+from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import Plan, Predict, Rows
+from hetero_fl.core.task import Task
+
+# Soft labels in a few bits: the constrained quantiser of CFD (Sattler et al. 2020), packed end to
+# end.
+#
+# A distribution becomes the nearest one (in L1) whose probabilities are multiples of 1 / (2^b − 1).
+# With one bit that is a vote for the most probable class.
+
+
+def quantised_labels(p: Tensor, bits: int, sums_to_one: bool = True) -> Tensor:
+    """Probabilities `[N, C]` as levels of 0 … 2^bits − 1, uint8 `[N, C]`; probability = level / (2^bits − 1).
+
+    `sums_to_one`: so does each row, before and after: every level is rounded down, and what is missing goes to the largest
+    remainders, the first of equals. Else each is rounded by itself (labels that do not exclude one another).
+    """
+    top = 2**bits - 1
+    if not sums_to_one:
+        return (p * top).round().to(torch.uint8)
+    down = (p * top).floor()
+    missing = (top - down.sum(-1, keepdim=True)).round()
+    order = (p * top - down).sort(dim=-1, descending=True, stable=True).indices
+    place = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(p.shape[-1]).expand_as(order).contiguous()
+    )
+    return (down + (place < missing)).to(torch.uint8)
+
+
+def pack_labels(levels: Tensor, bits: int) -> Tensor:
+    """Levels `[N, C]` of so many bits end to end, uint8 `[N, ceil(C·bits / 8)]`."""
+    singles = (levels[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    flat = singles.flatten(1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
+
+
+def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
+    """The reverse of `pack`: levels, uint8 `[N, classes]`."""
+    singles = ((packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)[
+        :, : classes * bits
+    ]
+    return (
+        (singles.unflatten(1, (classes, bits)) << torch.arange(bits, dtype=torch.uint8))
+        .sum(-1)
+        .to(torch.uint8)
+    )
+
+
+# The cache of a consensus, at the server and at the clients: what was said of a proxy row serves
+# for several rounds.
+
+MADE = "made"
+
+
+class WithCache(Aligning):
+    """A row is asked for, and sent, only where the receiver lacks it or it is too old (Azuma et al. 2025, SCARLET).
+
+    The server's cache is `teacher` `[D, C]` with the round in which each row was `made`, and for each client seen the round
+    in which it `held` all of it: it then lacks what was made since. A client's is `cache` `[D, C]`.
+    """
+
+    cache_life: PositiveInt | None = Field(
+        None, description="rounds until a row is asked for again; none: no cache"
+    )
+
+    @model_validator(mode="after")
+    def _whole_rounds(self) -> WithCache:
+        if self.align and self.cache_life is not None:
+            raise ValueError(
+                "align needs what is said of all rows of a round, but with cache_life few are asked for; leave one of them out"
+            )
+        return self
+
+    # At the server -----------------------------------------------------------------------------------------------
+    def due(self, server: Participant) -> Tensor:
+        """Those of the round's rows that the cache lacks or has had too long: what clients are asked for, int64."""
+        assert self.cache_life is not None
+        made, rows = self.made(server), self.drawn(server)
+        old = (made < 0) | (server.clock.round - made >= self.cache_life)
+        return old.nonzero()[:, 0] if rows is None else rows[old[rows]]
+
+    @staticmethod
+    def made(server: Participant) -> Tensor:
+        """The round in which each proxy row's consensus was made, int64 `[D]`; −1: never."""
+        made: Tensor | None = server.state.get(MADE)
+        return torch.full((len(server.data("proxy", None)["x"]),), -1) if made is None else made
+
+    def news(self, server: Participant, card: Card) -> Items:
+        """What this client is asked for, and what it lacks of the teacher."""
+        if not card.has_proxy:
+            return {}
+        items: Items = {} if card.reading else {"ask": self.due(server).int()}
+        if TEACHER in server.state:
+            new = (self.made(server) >= server.state["held"].get(card.id, 0)).nonzero()[:, 0]
+            items |= self.remembered(server, card) | {
+                "new": new.int(),
+                TEACHER: server.state[TEACHER][new],
+            }
+        return items
+
+    def cached(
+        self, server: Participant, uploads: Uploads, teacher: Tensor | None
+    ) -> Tensor | None:
+        """Set what was asked for into the cache; returns the teacher of all the round's rows, None if some lack a word."""
+        asked, now, state = self.due(server), server.clock.round, server.state
+        state["held"] = {**state.get("held", {}), **{u.client: now for u in uploads.each}}
+        if teacher is None and len(asked):
+            return None
+        if teacher is not None:
+            made, rows = self.made(server).clone(), server.state.get(TEACHER)
+            rows = torch.zeros(len(made), teacher.shape[1]) if rows is None else rows.clone()
+            rows[asked], made[asked] = teacher, now
+            state.update({MADE: made, TEACHER: rows})
+        self.remember(server)
+        known, use = state[TEACHER], self.drawn(server)
+        return known if use is None else known[use]
+
+    # At the client -----------------------------------------------------------------------------------------------
+    @staticmethod
+    def told(client: Participant, got: Payload, rows: Tensor | None) -> Tensor:
+        """The teacher of these rows, or of all, from what was received and what the client has kept."""
+        news: Tensor = got[TEACHER]
+        if "new" not in got:
+            return news
+        kept = client.state.get("cache")
+        kept = (
+            news.new_zeros(len(client.data("proxy", None)["x"]), news.shape[1])
+            if kept is None
+            else kept.clone()
+        )
+        kept[got["new"].long()] = news
+        client.state["cache"] = kept
+        return kept if rows is None else kept[rows]
+
+
+# DS-FL: a sharpened consensus of probabilities on proxy rows; with SCARLET's cache and CFD's soft
+# labels of a few bits.
 
 
 @algorithm("ds_fl")
@@ -39,20 +171,33 @@ class DSFL(WithCache):
 
     temperature: PositiveFloat = 1.0
     proxy_rows: int | None = Field(
-        1000, ge=2, description="proxy rows drawn anew each round; none, or more than there are: the whole set"
+        1000,
+        ge=2,
+        description="proxy rows drawn anew each round; none, or more than there are: the whole set",
     )
-    distil_epochs: PositiveInt = Field(1, description="epochs of a client on the proxy rows of a round")
-    sharpen: Sharpening = Field("era", description="of the mean: softmax(p/T), p^β/Σp^β, or as it is")
+    distil_epochs: PositiveInt = Field(
+        1, description="epochs of a client on the proxy rows of a round"
+    )
+    sharpen: Sharpening = Field(
+        "era", description="of the mean: softmax(p/T), p^β/Σp^β, or as it is"
+    )
     era_temperature: PositiveFloat = Field(0.1, description="T of era; the lower, the sharper")
     beta: PositiveFloat = Field(1.5, description="β of power; 1 changes nothing")
-    bits: int | None = Field(None, ge=1, le=8, description="of an uploaded probability; 1: a vote; none: a float")
+    bits: int | None = Field(
+        None, ge=1, le=8, description="of an uploaded probability; 1: a vote; none: a float"
+    )
 
     @property
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # what travels follows from the settings
         """Sums will do, unless codes have to be read or who received what has to be known."""
-        use: Literal["each", "sum"] = "sum" if self.bits is None and self.cache_life is None else "each"
+        use: Literal["each", "sum"] = (
+            "sum" if self.bits is None and self.cache_life is None else "each"
+        )
         name = "probabilities" if self.bits is None else "codes"
-        return {name: ItemSpec("rows", use, private=True, share="predictions"), **self.label_counts()}
+        return {
+            name: ItemSpec("rows", use, private=True, share="predictions"),
+            **self.label_counts(),
+        }
 
     # The round ---------------------------------------------------------------------------------------------------
     def broadcast(self, server: Participant, card: Card) -> Items:
@@ -75,7 +220,9 @@ class DSFL(WithCache):
         if self.bits is None:
             return {"probabilities": said, **self.told_labels(client)}
         p, exclusive = probabilities(client.task, z), client.task.kind == "multiclass"
-        codes = Item(pack(quantised(p, self.bits, exclusive), self.bits), said.weight, "rows")
+        codes = Item(
+            pack_labels(quantised_labels(p, self.bits, exclusive), self.bits), said.weight, "rows"
+        )
         return {"codes": codes, **self.told_labels(client)}
 
     def said(self, task: Task, logits: Tensor, counts: Tensor | None, n: int) -> Item:
@@ -93,7 +240,11 @@ class DSFL(WithCache):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mean = uploads.mean("probabilities") if self.bits is None else self.decoded(server, uploads)
-        teacher = None if mean is None else self.sharpened(server.task, self.held_to_labels(server, uploads, mean))
+        teacher = (
+            None
+            if mean is None
+            else self.sharpened(server.task, self.held_to_labels(server, uploads, mean))
+        )
         if self.cache_life is not None:
             teacher = self.cached(server, uploads, teacher)
         elif teacher is not None:
@@ -107,7 +258,7 @@ class DSFL(WithCache):
         said = {}
         for upload in uploads.having("codes"):
             item = upload.payload.item("codes")
-            levels = unpack(item.values, self.bits, server.task.outputs)  # type: ignore[arg-type]  # rows are a tensor
+            levels = unpack_labels(item.values, self.bits, server.task.outputs)  # type: ignore[arg-type]  # rows are a tensor
             p = levels.to(torch.get_default_dtype()) / (2**self.bits - 1)
             said[upload.client] = Item(self.spoken(server.task, p), item.weight)
         return uploads.consensus("codes", said)
@@ -123,7 +274,9 @@ class DSFL(WithCache):
     def sharpened(self, task: Task, mean: Tensor) -> Tensor:
         """Logits of the teacher, from the mean of what was said."""
         p = mean.softmax(-1) if self.of_logarithms(task) else mean
-        return sharpened(task, p, self.sharpen, self.era_temperature if self.sharpen == "era" else self.beta)
+        return sharpened(
+            task, p, self.sharpen, self.era_temperature if self.sharpen == "era" else self.beta
+        )
 
 
 def probabilities(task: Task, logits: Tensor) -> Tensor:

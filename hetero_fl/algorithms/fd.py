@@ -9,10 +9,10 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from hetero_fl.aggregation.teachers import CLIP, contrast
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
-from hetero_fl.objectives import ClassDigest
-from hetero_fl.payload import Item, ItemSpec, Payload
-from hetero_fl.plan import ClassSums, Plan
-from hetero_fl.state import Card, Participant
+from hetero_fl.core.objectives import ClassDigest
+from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import ClassSums, Plan
 
 
 @algorithm("fd")
@@ -30,7 +30,9 @@ class FD(Algorithm):
 
     weight: NonNegativeFloat = Field(1.0, description="λ: weight of the distillation term")
     temperature: PositiveFloat = Field(1.0, description="T of the softened softmax")
-    teacher: Literal["mean", "contrast"] = Field("mean", description="by counts, or contrast-weighted clipped log p")
+    teacher: Literal["mean", "contrast"] = Field(
+        "mean", description="by counts, or contrast-weighted clipped log p"
+    )
 
     def broadcast(self, server: Participant, card: Card) -> Items:
         return dict(server.state.get("consensus", {})) if not card.reading else {}
@@ -41,7 +43,11 @@ class FD(Algorithm):
             yield self.fit(client, follow, given={"teacher": got["teacher"], "known": got["known"]})
         else:
             yield self.fit(client)
-        return {"class_logits": (yield from self.statistics(client))} if self.gives(client, "statistics") else {}
+        return (
+            {"class_logits": (yield from self.statistics(client))}
+            if self.gives(client, "statistics")
+            else {}
+        )
 
     def statistics(self, client: Participant) -> Plan[Item]:
         """Sums `[C, C]` by true class of the client's logits, and what they are to be divided by."""
@@ -56,5 +62,8 @@ class FD(Algorithm):
         mean = uploads.mean("class_logits")
         if mean is not None:
             weight = uploads.total("class_logits")[1]
-            server.state["consensus"] = {"teacher": mean, "known": (weight > 0).any(-1).to(mean.dtype)}
+            server.state["consensus"] = {
+                "teacher": mean,
+                "known": (weight > 0).any(-1).to(mean.dtype),
+            }
         yield from ()

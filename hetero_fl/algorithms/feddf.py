@@ -7,12 +7,12 @@ from torch import Tensor
 
 from hetero_fl.aggregation.teachers import opinion
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.alignment import COUNTS, Aligning
 from hetero_fl.algorithms.base import Items, algorithm
+from hetero_fl.algorithms.distillation import COUNTS, Aligning
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.payload import Item, ItemSpec, Payload
-from hetero_fl.plan import Plan, Predict, Rows
-from hetero_fl.state import Participant
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import Plan, Predict, Rows
 
 
 @algorithm("feddf")
@@ -30,7 +30,9 @@ class FedDF(Aligning, FedAvg):
         COUNTS: ItemSpec("counts", use="each", private=True, share="statistics"),
     }
 
-    distil_epochs: PositiveInt = Field(2, description="epochs of each group's average on the proxy set")
+    distil_epochs: PositiveInt = Field(
+        2, description="epochs of each group's average on the proxy set"
+    )
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         items: Items = yield from super().train(client, got)
@@ -46,7 +48,11 @@ class FedDF(Aligning, FedAvg):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         whole = [u for u in uploads.having("model") if "logits" not in u.payload]
-        whole = [u for u in whole if u.card.has_proxy and self.sends(u.card.settings, server.clock.round) is None]
+        whole = [
+            u
+            for u in whole
+            if u.card.has_proxy and self.sends(u.card.settings, server.clock.round) is None
+        ]
         rows = self.drawn(server)
         logits = yield [
             Predict(

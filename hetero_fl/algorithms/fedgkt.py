@@ -10,15 +10,14 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
-from hetero_fl.algorithms.width import CommonWidth
-from hetero_fl.architecture import Architecture
+from hetero_fl.algorithms.prototypes import CommonWidth
 from hetero_fl.config.clients import ModelConfig, named
-from hetero_fl.errors import UserError
-from hetero_fl.objectives import log_prior
-from hetero_fl.payload import Item, ItemSpec, Payload
-from hetero_fl.plan import Fit, Plan, Predict, Rows, Table
-from hetero_fl.state import Card, Participant, Roster, floats
-from hetero_fl.teaching import Taught
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.objectives import Taught, log_prior
+from hetero_fl.core.participant import Card, Participant, Roster, floats
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, Table
+from hetero_fl.utils.errors import UserError
 from model_zoo import ModelError
 
 LARGE = "large"  # the server's model, of features
@@ -38,22 +37,31 @@ class FedGKT(CommonWidth):
     """
 
     shared = ()
-    uploads = {name: ItemSpec("rows", "each", private=True, share="features", rows_of="train") for name in ROWS}
+    uploads = {
+        name: ItemSpec("rows", "each", private=True, share="features", rows_of="train")
+        for name in ROWS
+    }
     downloads = {"logits": ItemSpec("rows", share="predictions")}
     tasks = ("multiclass",)
-    reads = (
-        "after private training, by the server's model on the client's features (the models saved hold clients' heads)"
-    )
+    reads = "after private training, by the server's model on the client's features (the models saved hold clients' heads)"
 
-    temperature: PositiveFloat = Field(3.0, description="T of the softened softmax, at clients and server")
-    weight: NonNegativeFloat = Field(1.0, description="λ: weight of the other side's logits, at clients and server")
+    temperature: PositiveFloat = Field(
+        3.0, description="T of the softened softmax, at clients and server"
+    )
+    weight: NonNegativeFloat = Field(
+        1.0, description="λ: weight of the other side's logits, at clients and server"
+    )
     server_model: Annotated[ModelConfig, BeforeValidator(named)] = Field(
         ModelConfig(name="mlp", hidden=[256, 256]),
         description="the large model; it takes features as a table's columns",
     )
-    server_epochs: PositiveInt = Field(2, description="epochs a round of the large model on all rows that were sent")
+    server_epochs: PositiveInt = Field(
+        2, description="epochs a round of the large model on all rows that were sent"
+    )
     server_batch_size: PositiveInt = Field(64, description="batch of these")
-    inference: Literal["server", "client"] = Field("server", description="large model on the features, or own head")
+    inference: Literal["server", "client"] = Field(
+        "server", description="large model on the features, or own head"
+    )
 
     def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
         method, notes = super().resolve(cards)
@@ -62,13 +70,18 @@ class FedGKT(CommonWidth):
             method.large(cards.kinds[0].arch.outputs).check()
         except ModelError as error:
             raise UserError(f"algorithm.server_model: {error}") from None
-        return method, [*notes, "fedgkt: features, logits and label of every training row go to the server"]
+        return method, [
+            *notes,
+            "fedgkt: features, logits and label of every training row go to the server",
+        ]
 
     def large(self, outputs: int) -> Architecture:
         """The server's model: features to logits."""
         assert self.feature_dim is not None  # `resolve` has set it
         m = self.server_model
-        return Architecture.of(m.name, outputs, (self.feature_dim,), m.feature_dim, m.options, m.pretrained)
+        return Architecture.of(
+            m.name, outputs, (self.feature_dim,), m.feature_dim, m.options, m.pretrained
+        )
 
     def start(self, server: Participant) -> None:
         server.arch[LARGE] = self.large(server.task.outputs)
@@ -96,7 +109,10 @@ class FedGKT(CommonWidth):
             return {}
         features, logits = yield [Predict("model", readout="features"), Predict("model")]
         labels = client.data("train", None)["y"]
-        return {name: Item(v, kind="rows") for name, v in zip(ROWS, (features, logits, labels), strict=True)}
+        return {
+            name: Item(v, kind="rows")
+            for name, v in zip(ROWS, (features, logits, labels), strict=True)
+        }
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         sent = uploads.having("features")
@@ -105,7 +121,9 @@ class FedGKT(CommonWidth):
         x, teacher, y = (torch.cat([u.payload[name] for u in sent]) for name in ROWS)
         table = {"x": x, "y": y, "teacher": teacher}
         if self.logit_adjustment:  # of whoever sent the row
-            table["log_prior"] = torch.cat([self.prior_of(server, u.payload["labels"]) for u in sent])
+            table["log_prior"] = torch.cat(
+                [self.prior_of(server, u.payload["labels"]) for u in sent]
+            )
         yield Fit(
             {LARGE: None},
             Taught(server.task.kind, slot=LARGE, weight=self.weight, temperature=self.temperature),

@@ -8,13 +8,11 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.alignment import Aligning
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER
-from hetero_fl.algorithms.initial_phase import InitialPhase
-from hetero_fl.payload import ItemSpec, Payload
-from hetero_fl.plan import Plan
-from hetero_fl.state import Card, Participant
+from hetero_fl.algorithms.distillation import TEACHER, Aligning, InitialPhase
+from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.payload import ItemSpec, Payload
+from hetero_fl.core.plan import Plan
 
 
 @algorithm("fedmd")
@@ -32,14 +30,20 @@ class FedMD(InitialPhase, Aligning):
     shared = ()
     reads = "after private training, as in the paper"
 
-    distance: Literal["kl", "mae"] = Field("kl", description="between a client's logits and the consensus")
-    digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set before private training")
+    distance: Literal["kl", "mae"] = Field(
+        "kl", description="between a client's logits and the consensus"
+    )
+    digest_epochs: PositiveInt = Field(
+        1, description="epochs on the proxy set before private training"
+    )
     initial_phase: bool = Field(
         False,
         description="before a client's first round: train on the labels of the proxy set (`data.proxy.labels`), then on its "
         "own rows",
     )
-    initial_public_epochs: NonNegativeInt = Field(20, description="initial phase: epochs on the labeled proxy set")
+    initial_public_epochs: NonNegativeInt = Field(
+        20, description="initial phase: epochs on the labeled proxy set"
+    )
 
     @property
     def reads_proxy_labels(self) -> bool:
@@ -60,7 +64,9 @@ class FedMD(InitialPhase, Aligning):
         yield from self.initial_training(client, self.initial_public_epochs)
         if TEACHER in got:
             rows = self.taught(client, got)
-            yield self.digest(client, got[TEACHER], self.digest_epochs, rows, distance=self.distance)
+            yield self.digest(
+                client, got[TEACHER], self.digest_epochs, rows, distance=self.distance
+            )
         yield self.fit(client)
         if not self.gives(client, "predictions"):
             return {}

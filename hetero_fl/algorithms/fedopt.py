@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveFloat
 
-from hetero_fl.aggregation.averaging import step
+from hetero_fl.aggregation.means import step
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.architecture import Tensors
-from hetero_fl.plan import Plan
-from hetero_fl.state import Participant
+from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.plan import Plan
 
 
 class ServerOptimizer(FedAvg):
@@ -24,7 +24,9 @@ class ServerOptimizer(FedAvg):
     does its memory.
     """
 
-    weighting: Literal["samples", "uniform"] = Field("samples", description="w_k = n_k / Σn, or all equal")
+    weighting: Literal["samples", "uniform"] = Field(
+        "samples", description="w_k = n_k / Σn, or all equal"
+    )
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         memory: dict[str, Any] = server.state.setdefault("optimizer", {})
@@ -71,8 +73,14 @@ class Adaptive(ServerOptimizer):
         moved = {}
         for n, average in mean.items():
             change = average - model[n]
-            m, v = first.get(n, torch.zeros_like(change)), second.get(n, torch.full_like(change, self.tau**2))
-            first[n], second[n] = self.beta1 * m + (1 - self.beta1) * change, self.square(v, change.square())
+            m, v = (
+                first.get(n, torch.zeros_like(change)),
+                second.get(n, torch.full_like(change, self.tau**2)),
+            )
+            first[n], second[n] = (
+                self.beta1 * m + (1 - self.beta1) * change,
+                self.square(v, change.square()),
+            )
             moved[n] = model[n] + self.server_lr * first[n] / (second[n].sqrt() + self.tau)
         return moved
 

@@ -1,28 +1,210 @@
-"""HeteroFL: one wide model at the server, of which each client trains a leading slice."""
+"""HeteroFL: clients train slices of one wide model."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from hetero_fl.aggregation.averaging import corner, corner_means, step
+from hetero_fl.aggregation.means import corner, corner_means, step
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
-from hetero_fl.algorithms.family import choose_model, choose_widths, derived, slice_name, told
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.algorithms.masked_head import HEAD, packed, unpacked
-from hetero_fl.architecture import Architecture
 from hetero_fl.config.clients import ModelConfig, named
-from hetero_fl.errors import UserError
-from hetero_fl.objectives import Masked
-from hetero_fl.payload import Item, ItemSpec, Payload
-from hetero_fl.plan import Plan, Predict, Rows
-from hetero_fl.state import Card, Participant, Roster
-from model_zoo import narrow
+from hetero_fl.core.model_spec import Architecture, Tensors
+from hetero_fl.core.objectives import Masked
+from hetero_fl.core.participant import Card, Participant, Roster
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import Plan, Predict, Rows
+from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.ordering import in_order, natural
+from model_zoo import can_narrow, narrow, share_of
+
+# Which family of widths a federation has: the wide model, and each client's share of its channels.
+
+NARROWEST = 1 / 16  # as in Diao et al. 2021
+LISTED = 1000  # clients, above which nobody's width is written down by id
+WIDE = {  # by the number of dimensions; 0: tokens
+    0: ModelConfig(name="text_cnn"),
+    1: ModelConfig(name="mlp", hidden=[64]),
+    2: ModelConfig(name="mlp", hidden=[64]),
+    3: ModelConfig(name="cnn_gn_medium"),
+}
+
+
+def choose_model(cards: Roster) -> ModelConfig:
+    """The widest of the kind that most clients run, of the kinds that can be narrowed; the wider kind of equals.
+
+    A model and its narrower copies are one kind. Where no client runs any such, one that suits the examples.
+    """
+    members = Counter[Architecture]()
+    for kind in sorted(cards.kinds, key=lambda kind: natural(kind.first)):
+        if can_narrow(kind.arch.name):
+            members[kind.arch] += kind.count
+    if not members:
+        example = cards.kinds[0].arch
+        return WIDE[0 if example.vocabulary else len(example.input_shape)]
+    widest = {
+        a: sum(n for other, n in members.items() if _share(other, a) is not None) for a in members
+    }
+    wide = max(widest, key=lambda a: (widest[a], numbers(a)))
+    return ModelConfig(name=wide.name, feature_dim=wide.feature_dim, **dict(wide.options))
+
+
+def choose_widths(
+    given: Mapping[str, float] | Sequence[float] | None, model: ModelConfig, cards: Roster
+) -> dict[str, float] | None:
+    """Each client's share of the wide model's channels, by id; None where there are more than LISTED and their own models say
+    it. Raises UserError for shares that do not fit.
+
+    Not given: as `derived` of the client's own model.
+    """
+    if not can_narrow(model.name):
+        raise UserError(
+            f"algorithm.model: {model.name} has no narrower copies; take mlp, tabular, a cnn or a resnet"
+        )
+    if len(cards) > LISTED:
+        if given is not None:
+            raise UserError(
+                f"algorithm.widths: found {len(cards):,} clients; by id or in turn they are for up to {LISTED:,}. Leave it "
+                "out, and give the groups models of these widths"
+            )
+        widest = max(cards.kinds, key=lambda kind: derived(kind.arch, model))
+        _check_whole(model, derived(widest.arch, model))
+        return None
+    ids = in_order(cards)
+    if given is None:
+        widths = {id: derived(cards[id].arch, model) for id in ids}
+    elif isinstance(given, Mapping):
+        for pattern in given:
+            if not any(fnmatchcase(id, pattern) for id in ids):
+                raise UserError(
+                    f"algorithm.widths: no client is called '{pattern}'{nearest(pattern, ids)}"
+                )
+        matched = {
+            id: [w for pattern, w in given.items() if fnmatchcase(id, pattern)] for id in ids
+        }
+        if missing := [id for id in ids if not matched[id]]:
+            raise UserError(
+                f"algorithm.widths: none is given for {missing[0]}; `'*': 1` stands for everybody else"
+            )
+        widths = {id: matched[id][0] for id in ids}
+    else:
+        if not given:
+            raise UserError(
+                "algorithm.widths: found no number; give shares of the width, such as [1, 0.5, 0.25]"
+            )
+        widths = {id: given[i % len(given)] for i, id in enumerate(ids)}
+    for id, width in widths.items():
+        if not 0 < width <= 1:
+            raise UserError(
+                f"algorithm.widths: {id}: found {width:g}; a share of the width is above 0 and at most 1"
+            )
+    _check_whole(model, max(widths.values()))
+    return widths
+
+
+def told(model: ModelConfig, widths: Mapping[str, float] | None, cards: Roster) -> list[str]:
+    """A line on who trains what."""
+    listed: dict[float, str] = {}
+    if widths is None:
+        kinds = defaultdict(list)
+        for kind in cards.kinds:
+            kinds[derived(kind.arch, model)].append(kind)
+        listed = {width: cards.named(mine, 4) for width, mine in kinds.items()}
+    else:
+        members = defaultdict(list)
+        for id, width in widths.items():
+            members[width].append(id)
+        for width, ids in members.items():
+            listed[width] = ", ".join(ids[:4]) + (
+                f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+            )
+    parts = [
+        f"{'all' if w == 1 else f'{w:g}'} of it for {listed[w]}"
+        for w in sorted(listed, reverse=True)
+    ]
+    return [f"algorithm.model is {model.name}, in place of clients' own models: {'; '.join(parts)}"]
+
+
+def slice_name(
+    card: Card, wide: Architecture, widths: Mapping[str, float] | Sequence[float] | None
+) -> str:
+    """What a client trains, for a reader: the wide model's name, with the share of its channels where that is written down."""
+    if card.arch == wide:
+        return wide.name
+    return (
+        f"{wide.name} at {widths[card.id]:.3g}"
+        if isinstance(widths, Mapping)
+        else f"slice of {wide.name}"
+    )
+
+
+def derived(arch: Architecture, model: ModelConfig) -> float:
+    """A client's share by its own model: that of a narrower copy of the wide one; of another the power of two nearest to the
+    root of its part of the wide model's parameters, which grow with the square of the width.
+    """
+    sizes = (arch.outputs, arch.input_shape, model.feature_dim)
+    wide = Architecture.of(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
+    share = _share(arch, wide)
+    if share is not None:
+        return share
+    level = round(math.log2(numbers(arch) / numbers(wide)) / 2)
+    return max(NARROWEST, 2.0 ** min(0, level))
+
+
+def numbers(arch: Architecture) -> int:
+    """How many trainable numbers a model has."""
+    return sum(
+        math.prod(shape) for name, shape in arch.shapes.items() if name in arch.parameter_names
+    )
+
+
+def _share(arch: Architecture, wide: Architecture) -> float | None:
+    if arch.feature_dim != wide.feature_dim:
+        return None
+    return share_of(arch.name, dict(arch.options), wide.name, dict(wide.options))
+
+
+def _check_whole(model: ModelConfig, widest: float) -> None:
+    if widest < 1:
+        raise UserError(
+            f"algorithm.widths: nobody has the whole of {model.name}, the widest has {widest:g} of it; "
+            "give a client width 1, or name a narrower algorithm.model"
+        )
+
+
+# The head of a model of which each client trains a leading slice and leaves out the classes that it
+# lacks.
+
+HEAD = ("head.weight", "head.bias")
+
+
+def packed(weight: Tensor, bias: Tensor, width: int, say: Tensor) -> tuple[Tensor, Tensor]:
+    """A linear head `[C, d]`, `[C]` as wide as the wide one, so that heads of all widths add up: values `[C, width + 1]` with
+    the bias last, and their weights, which are those of the classes, `say` `[C]`, and nought where the client owns nothing."""
+    values, weights = weight.new_zeros(2, len(bias), width + 1)
+    values[:, : weight.shape[1]], values[:, width] = weight, bias
+    weights[:, : weight.shape[1]], weights[:, width] = 1, 1
+    return values, weights * say[:, None]
+
+
+def unpacked(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
+    """The wide head with the mean of packed ones wherever anybody had a say."""
+    width = mean.shape[1] - 1
+    now = torch.cat([model[HEAD[0]], model[HEAD[1]][:, None]], 1)
+    new = torch.where(weight > 0, mean, now)
+    return {HEAD[0]: new[:, :width].clone(), HEAD[1]: new[:, width].clone()}
+
+
+# HeteroFL: one wide model at the server, of which each client trains a leading slice.
 
 
 @algorithm("heterofl")
@@ -37,17 +219,23 @@ class HeteroFL(FedAvg):
     uploads = {"model": ItemSpec("params"), "head": ItemSpec("params", private=True)}
     requires = ("one model family",)
 
-    weighting: Literal["uniform", "samples"] = Field("uniform", description="each owner counts once, or as n_k")
+    weighting: Literal["uniform", "samples"] = Field(
+        "uniform", description="each owner counts once, or as n_k"
+    )
     model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
-        None, description="the wide model; none: the clients' most frequent kind that can be narrowed, its widest"
+        None,
+        description="the wide model; none: the clients' most frequent kind that can be narrowed, its widest",
     )
     widths: dict[str, float] | list[float] | None = Field(
         None,
         description="share of the wide model's channels by id or pattern, or in turn; none: as wide as its own model is",
     )
-    scaler: bool = Field(True, description="divide what a narrow model's layers give by its share of the width")
+    scaler: bool = Field(
+        True, description="divide what a narrow model's layers give by its share of the width"
+    )
     masked: bool = Field(
-        False, description="hold the logits of classes that a client lacks at nought, and average their rows without it"
+        False,
+        description="hold the logits of classes that a client lacks at nought, and average their rows without it",
     )
 
     @property
@@ -62,7 +250,9 @@ class HeteroFL(FedAvg):
             raise UserError(
                 f"algorithm.masked: clients see examples of {len(views)} shapes, averaged apart; it is for one: {views}"
             )
-        return self.model_copy(update={"model": model, "widths": widths}), told(model, widths, cards)
+        return self.model_copy(update={"model": model, "widths": widths}), told(
+            model, widths, cards
+        )
 
     # The family ----------------------------------------------------------------------------------------------------
     def wide(self, arch: Architecture) -> Architecture:
@@ -70,12 +260,17 @@ class HeteroFL(FedAvg):
         assert self.model is not None  # `resolve` has set it
         m = self.model
         about = (m.feature_dim, m.options)
-        return Architecture.of(m.name, arch.outputs, arch.input_shape, *about, vocabulary=arch.vocabulary)
+        return Architecture.of(
+            m.name, arch.outputs, arch.input_shape, *about, vocabulary=arch.vocabulary
+        )
 
     def architecture(self, card: Card) -> Architecture:
-        assert self.model is not None and not isinstance(self.widths, list)  # `resolve` has set them
+        # `resolve` has set them
+        assert self.model is not None and not isinstance(self.widths, list)
         wide = self.wide(card.arch)
-        if (share := derived(card.arch, self.model) if self.widths is None else self.widths[card.id]) == 1:
+        if (
+            share := derived(card.arch, self.model) if self.widths is None else self.widths[card.id]
+        ) == 1:
             return wide
         name, options = narrow(wide.name, dict(wide.options), share, self.scaler)
         return replace(wide, name=name, options=tuple(sorted(options.items())))
@@ -91,17 +286,26 @@ class HeteroFL(FedAvg):
 
     # The round -----------------------------------------------------------------------------------------------------
     def start(self, server: Participant) -> None:
-        server.arch = {arch.id: arch for arch in (self.wide(kind.arch) for kind in server.peers.kinds)}
-        server.models = {id: server.arch[id].initial(server.clock.seed) for id in sorted(server.arch)}
+        server.arch = {
+            arch.id: arch for arch in (self.wide(kind.arch) for kind in server.peers.kinds)
+        }
+        server.models = {
+            id: server.arch[id].initial(server.clock.seed) for id in sorted(server.arch)
+        }
 
     def broadcast(self, server: Participant, card: Card) -> Items:
         items = super().broadcast(server, card)
-        return {name: {n: corner(t, card.arch.shapes[n]) for n, t in wide.items()} for name, wide in items.items()}
+        return {
+            name: {n: corner(t, card.arch.shapes[n]) for n, t in wide.items()}
+            for name, wide in items.items()
+        }
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
         yield from self.deploy(client, got)
         if self.masks(client):
-            yield self.fit(client, Masked(client.task.kind), given={"present": self.present(client)})
+            yield self.fit(
+                client, Masked(client.task.kind), given={"present": self.present(client)}
+            )
         else:
             yield self.fit(client)
         return self.share(client)
@@ -114,14 +318,19 @@ class HeteroFL(FedAvg):
     def present(client: Participant) -> Tensor:
         """1 for each class that the client has rows of, else 0, `[C]`; all 1 where it may not tell."""
         all_ = torch.ones(len(client.counts))
-        return (client.counts > 0).to(all_.dtype) if "statistics" in client.settings.shares else all_
+        return (
+            (client.counts > 0).to(all_.dtype) if "statistics" in client.settings.shares else all_
+        )
 
     def share(self, client: Participant) -> Items:
         items = super().share(client)
         if not items or not self.masks(client) or HEAD[0] not in items["model"].values:
             return items
         model = dict(items["model"].values)
-        width, say = self.wide(client.arch["model"]).shapes[HEAD[0]][1], self.weight_of(client) * self.present(client)
+        width, say = (
+            self.wide(client.arch["model"]).shapes[HEAD[0]][1],
+            self.weight_of(client) * self.present(client),
+        )
         values, say = packed(model.pop(HEAD[0]), model.pop(HEAD[1]), width, say)
         return {"model": replace(items["model"], values=model), "head": Item(values, say, "params")}
 
@@ -137,7 +346,9 @@ class HeteroFL(FedAvg):
             mean = corner_means(model, [(means[group], weights[group]) for group in groups])
             if head is not None:
                 mean |= unpacked(model, head, uploads.total("head")[1])
-            server.models[family] = step(model, mean, self.server_lr, server.arch[family].parameter_names)
+            server.models[family] = step(
+                model, mean, self.server_lr, server.arch[family].parameter_names
+            )
         yield from ()
 
     def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
@@ -147,4 +358,5 @@ class HeteroFL(FedAvg):
 
     def server_slot(self, server: Participant) -> str | None:
         slot = super().server_slot(server)
-        return None if slot is None or self.stays(server.arch[slot]) else slot  # its statistics are nobody's
+        # its statistics are nobody's
+        return None if slot is None or self.stays(server.arch[slot]) else slot

@@ -9,14 +9,13 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from hetero_fl.aggregation.teachers import TeacherKind
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.alignment import Aligning
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER
+from hetero_fl.algorithms.distillation import TEACHER, Aligning
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.payload import ItemSpec, Payload
-from hetero_fl.plan import Plan
-from hetero_fl.state import Card, Part, Participant, common_part
+from hetero_fl.core.participant import Card, Part, Participant, common_part
+from hetero_fl.core.payload import ItemSpec, Payload
+from hetero_fl.core.plan import Plan
 
 
 @algorithm("hybrid")
@@ -36,13 +35,21 @@ class Hybrid(Aligning, FedAvg):
 
     logit_adjustment: bool = True
     teacher: TeacherKind = "contrast"
-    heads: Literal["take", "keep"] = Field("take", description="whether clients keep their own heads")
-    distil_at: Literal["server", "client", "both"] = Field("server", description="where the teacher is distilled")
+    heads: Literal["take", "keep"] = Field(
+        "take", description="whether clients keep their own heads"
+    )
+    distil_at: Literal["server", "client", "both"] = Field(
+        "server", description="where the teacher is distilled"
+    )
     rehearse: NonNegativeFloat = Field(
         0.5, description="weight of the teacher on public rows in local training; 0: none"
     )
-    distil_epochs: PositiveInt = Field(3, description="epochs of each group's average on the proxy set, at the server")
-    digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set at the client, after receiving")
+    distil_epochs: PositiveInt = Field(
+        3, description="epochs of each group's average on the proxy set, at the server"
+    )
+    digest_epochs: PositiveInt = Field(
+        1, description="epochs on the proxy set at the client, after receiving"
+    )
 
     @property
     def uploads(self) -> Mapping[str, ItemSpec]:  # type: ignore[override]  # what travels follows from the settings

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER
-from hetero_fl.algorithms.initial_phase import InitialPhase
-from hetero_fl.architecture import Architecture
-from hetero_fl.config.optimizer import OptimizerConfig
-from hetero_fl.payload import ItemSpec, Payload
-from hetero_fl.plan import Fit, Plan, Predict, Rows, Table
-from hetero_fl.state import Card, Participant
-from hetero_fl.teaching import TINY, Coefficients
+from hetero_fl.algorithms.distillation import TEACHER, InitialPhase
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.objectives import TINY, Coefficients
+from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.payload import ItemSpec, Payload
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, Table
 
 MIX = "mix"  # a linear layer without bias whose row k is c_k
 
@@ -42,7 +41,9 @@ class KTpFL(InitialPhase):
     reads = "after distillation of the newest mixture, as deployed with the next broadcast"
 
     temperature: PositiveFloat = 10.0
-    initial_private_epochs: PositiveInt = Field(1, description="initial phase: epochs on the client's own rows")
+    initial_private_epochs: PositiveInt = Field(
+        1, description="initial phase: epochs on the client's own rows"
+    )
     digest_epochs: PositiveInt = Field(1, description="epochs on the proxy set, after receiving")
     rho: NonNegativeFloat = Field(0.7, description="ρ: pull of the coefficients towards 1/N")
     coefficient_lr: PositiveFloat = Field(0.01, description="learning rate of the coefficients")
@@ -62,8 +63,13 @@ class KTpFL(InitialPhase):
             return {}
         weights = torch.ones(len(state["senders"]))
         if card.id in state["seen"]:
-            weights = state["coefficients"][self.places(server, [card.id]), self.places(server, state["senders"])]
-        return {**self.remembered(server, card), TEACHER: self.mixture(shares(weights), state["predictions"])}
+            weights = state["coefficients"][
+                self.places(server, [card.id]), self.places(server, state["senders"])
+            ]
+        return {
+            **self.remembered(server, card),
+            TEACHER: self.mixture(shares(weights), state["predictions"]),
+        }
 
     def mixture(self, weights: Tensor, p: Tensor) -> Tensor:
         """Logits `[D, C]` whose softmax at temperature T is the mixture of predictions `[K, D, C]`."""
@@ -95,7 +101,9 @@ class KTpFL(InitialPhase):
             learned = yield from self.learned(server, shares(among), p)
             c[place[:, None], place] = learned * among.sum(1, keepdim=True)
         self.remember(server, coefficients=c, predictions=p, senders=ids)
-        yield from self.train_student(server, self.mixture(torch.full((len(ids),), 1 / len(ids)), p))
+        yield from self.train_student(
+            server, self.mixture(torch.full((len(ids),), 1 / len(ids)), p)
+        )
 
     @staticmethod
     def grown(server: Participant, ids: list[str]) -> Tensor:
@@ -119,7 +127,8 @@ class KTpFL(InitialPhase):
                 Coefficients(self.temperature, self.rho),
                 Table({"x": torch.eye(k), "own": torch.arange(k)}),
                 batch_size=k,
-                optimizer=OptimizerConfig(name="sgd", lr=self.coefficient_lr * k),  # a sum over clients, not their mean
+                # a sum over clients, not their mean
+                optimizer=OptimizerConfig(name="sgd", lr=self.coefficient_lr * k),
                 given={"predictions": p},
                 label="coefficients",
             )
@@ -131,7 +140,9 @@ class KTpFL(InitialPhase):
 def shares(weights: Tensor) -> Tensor:
     """Each row divided by its sum; equal shares where that is nought."""
     total = weights.sum(-1, keepdim=True)
-    return torch.where(total > 0, weights / total.clamp(min=TINY), torch.full_like(weights, 1 / weights.shape[-1]))
+    return torch.where(
+        total > 0, weights / total.clamp(min=TINY), torch.full_like(weights, 1 / weights.shape[-1])
+    )
 
 
 def on_simplex(rows: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from pydantic import Field, PositiveFloat
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.algorithms.base import Algorithm, Items, algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.config.optimizer import OptimizerConfig
-from hetero_fl.payload import Item, ItemSpec, Payload
-from hetero_fl.plan import FitReport, Plan
-from hetero_fl.state import Card, Kind, Part, Participant, Roster, select
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.core.participant import Card, Kind, Part, Participant, Roster, select
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import FitReport, Plan
 
 CONTROL = "control"
 
@@ -32,7 +32,9 @@ class Scaffold(FedAvg):
 
     uploads = {"model": ItemSpec("params"), CONTROL: ItemSpec("update")}
 
-    sgd_lr: PositiveFloat = Field(0.01, description="learning rate of SGD for clients whose optimiser is another")
+    sgd_lr: PositiveFloat = Field(
+        0.01, description="learning rate of SGD for clients whose optimiser is another"
+    )
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD for these clients")
 
     def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
@@ -44,21 +46,32 @@ class Scaffold(FedAvg):
         """The client's SGD of this round, or the method's in place of another optimiser."""
         config = client.settings.optimizer
         if config.name != "sgd":
-            changes = {"name": "sgd", "lr": self.sgd_lr, "head_lr": None, "momentum": self.sgd_momentum}
+            changes = {
+                "name": "sgd",
+                "lr": self.sgd_lr,
+                "head_lr": None,
+                "momentum": self.sgd_momentum,
+            }
             config = config.model_copy(update=changes)
         return config.at(client.clock.round, client.clock.rounds)
 
     # The round -----------------------------------------------------------------------------------------------------
     def start(self, server: Participant) -> None:
         server.state[CONTROL] = {
-            group: {n: torch.zeros_like(model[n]) for n in model if n in server.arch[group].parameter_names}
+            group: {
+                n: torch.zeros_like(model[n])
+                for n in model
+                if n in server.arch[group].parameter_names
+            }
             for group, model in server.models.items()
         }
 
     def broadcast(self, server: Participant, card: Card) -> Items:
         items = super().broadcast(server, card)
         if "model" in items and not card.reading:
-            items[CONTROL] = select(server.state[CONTROL][card.arch.id], self.takes(card.settings, server.clock.round))
+            items[CONTROL] = select(
+                server.state[CONTROL][card.arch.id], self.takes(card.settings, server.clock.round)
+            )
         return items
 
     def train(self, client: Participant, got: Payload) -> Plan[Items]:
@@ -67,21 +80,28 @@ class Scaffold(FedAvg):
         names = client.arch["model"].parameter_names
         shared = {n: t for n, t in select(model, self.part(client.settings)).items() if n in names}
         mine = client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
-        if CONTROL in got or "since" not in client.state:  # with nothing received there is nothing to correct
+        # with nothing received there is nothing to correct
+        if CONTROL in got or "since" not in client.state:
             client.state["since"] = {CONTROL: got.get(CONTROL, mine), "start": shared, "path": 0.0}
-        since = client.state["since"]  # kept until the client uploads, which may be rounds later (`share_every`)
+        # kept until the client uploads, which may be rounds later (`share_every`)
+        since = client.state["since"]
         # The runtime multiplies by lr: a head with a rate of its own gets its correction at that rate.
         head = (optimizer.head_lr or optimizer.lr) / optimizer.lr
         rates = {n: head if n.startswith("head.") else 1.0 for n in mine}
         drift = {n: c - mine[n] for n, c in since[CONTROL].items()}
-        drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}  # ours to change: it is fresh
+        # ours to change: it is fresh
+        drift = {n: d if rates[n] == 1 else d.mul_(rates[n]) for n, d in drift.items()}
         report: FitReport = yield self.fit(client, optimizer=optimizer, drift={"model": drift})
         since["path"] += report.steps * optimizer.lr
         items = self.share(client)
         if items:
             end = client.models["model"]
-            moved = {n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()}
-            client.state[CONTROL] = {n: (mine[n] - since[CONTROL][n]).add_(d) for n, d in moved.items()}
+            moved = {
+                n: (x - end[n]).div_(since["path"] * rates[n]) for n, x in since["start"].items()
+            }
+            client.state[CONTROL] = {
+                n: (mine[n] - since[CONTROL][n]).add_(d) for n, d in moved.items()
+            }
             change = {n: c - mine[n] for n, c in client.state[CONTROL].items()}
             items[CONTROL] = Item(change, self.weight_of(client), "update")
             del client.state["since"]
@@ -105,7 +125,9 @@ class Scaffold(FedAvg):
         return total
 
     @staticmethod
-    def owned(server: Participant, members: Mapping[tuple[str, Part], int], group: str, name: str) -> int:
+    def owned(
+        server: Participant, members: Mapping[tuple[str, Part], int], group: str, name: str
+    ) -> int:
         """How many of them share that tensor with the group."""
         models, common = server.models, bool(server.common) and name.startswith(server.common)
         return sum(
@@ -114,6 +136,10 @@ class Scaffold(FedAvg):
             if (part is None or name.startswith(part))
             and (
                 other == group
-                or (common and name in models[other] and models[other][name].shape == models[group][name].shape)
+                or (
+                    common
+                    and name in models[other]
+                    and models[other][name].shape == models[group][name].shape
+                )
             )
         )

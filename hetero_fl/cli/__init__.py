@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from hetero_fl.errors import Interrupted, RunFailed, UserError, nearest, similar
+from hetero_fl.utils.errors import Interrupted, RunFailed, UserError, nearest, similar
 
 # Before torch is loaded: threads that wait for one another spin for a moment only. As long as OpenMP has it by default, two
-# runs on one machine crawl; not at all, and a second thread is worth nothing (benchmarks/threads.py).
+# runs on one machine crawl; not at all, and a second thread is worth nothing (benchmarks/speed/threads.py).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
             or "--config" not in self._option_string_actions
         ):
             return ""
-        from hetero_fl.config.mistakes import full_key
+        from hetero_fl.config.errors import full_key
 
         option, equals, value = argument.partition("=")
         key = full_key(option.removeprefix("--"))
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     Launched by torchrun, the first of its processes runs it, and the others compute for that one.
     """
     if LAUNCHED in os.environ:
-        from hetero_fl.runtime.crews.torchrun import as_ranks
+        from hetero_fl.federation.executors.torchrun import as_ranks
 
         return as_ranks(lambda: _stoppable(argv, command))
     return _stoppable(argv, command)
@@ -110,7 +110,8 @@ def _main(argv: Sequence[str] | None, command: str | None) -> int:
     except (BrokenPipeError, SystemExit) as error:
         closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
         by_rich = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
-        if not by_rich and (isinstance(error, SystemExit) or not closed):  # or a pipe to another process
+        # or a pipe to another process
+        if not by_rich and (isinstance(error, SystemExit) or not closed):
             raise
         for stream in closed:  # what is still buffered goes nowhere, also when the interpreter ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -176,7 +177,8 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
         )
         return 1
     except Interrupted as stop:
-        program = typed[: len(typed) - len(arguments)]  # the subcommand is no longer among the arguments
+        # the subcommand is no longer among the arguments
+        program = typed[: len(typed) - len(arguments)]
         again = typed if command == "compare" else [*program, "--resume", "--out", str(stop.path)]
         again += ["--server", str(options.server)] if command == "server" else []
         again += ["--allow-code"] if options.allow_code and "--allow-code" not in again else []

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetero_fl.cli import Parser, audit, compare, export, federate, integrity, join, server, status
-from hetero_fl.cli.asked import (
+from hetero_fl.cli import Parser, deployment_commands, experiment_commands
+from hetero_fl.cli.run_options import (
     check_run,
     option_of_code,
     options_of_all,
@@ -18,14 +18,16 @@ from hetero_fl.cli.asked import (
     print_finished,
     say_of,
 )
-from hetero_fl.errors import UserError
-from hetero_fl.own_code import references
+from hetero_fl.utils.code_permission import references
+from hetero_fl.utils.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Setup = Callable[[argparse.ArgumentParser], None]
-HINT = "`hetero-fl methods` lists what algorithm.name may be: what each method does, sends and needs."
+HINT = (
+    "`hetero-fl methods` lists what algorithm.name may be: what each method does, sends and needs."
+)
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
@@ -54,13 +56,20 @@ def _carry_out_train(options: argparse.Namespace) -> int:
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
     parser.add_argument(
-        "--data", required=True, metavar="FILE|NAME", help="a local file or folder, or a source by name"
+        "--data",
+        required=True,
+        metavar="FILE|NAME",
+        help="a local file or folder, or a source by name",
     )
     parser.add_argument(
-        "--label", metavar="COLUMN", help="of a table: the column of labels (several: A,B,…; default: the run's own)"
+        "--label",
+        metavar="COLUMN",
+        help="of a table: the column of labels (several: A,B,…; default: the run's own)",
     )
     parser.add_argument("--client", help="only this client's model")
-    parser.add_argument("--home", action="store_true", help="read with the client's own label frequencies")
+    parser.add_argument(
+        "--home", action="store_true", help="read with the client's own label frequencies"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     option_of_code(parser)
     parser.set_defaults(carry_out=_carry_out_evaluate)
@@ -78,19 +87,33 @@ def _carry_out_evaluate(options: argparse.Namespace) -> int:
     run = Run(options.run, permission)
     say = say_of(options)
     results = evaluate(
-        run, options.data, options.client, options.home, options.label, permission, lambda note: say(f"note: {note}")
+        run,
+        options.data,
+        options.client,
+        options.home,
+        options.label,
+        permission,
+        lambda note: say(f"note: {note}"),
     )
     unit = next(iter(run.models.values())).task.unit
-    print_scores(results, f"{options.run} on {options.data}" + (f", errors in {unit}" if unit else ""), Console())
+    print_scores(
+        results,
+        f"{options.run} on {options.data}" + (f", errors in {unit}" if unit else ""),
+        Console(),
+    )
     if options.json:
         try:
             options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--json: {options.json}: cannot be written ({error.strerror})") from None
+            raise UserError(
+                f"--json: {options.json}: cannot be written ({error.strerror})"
+            ) from None
     return 0
 
 
-def print_scores(results: Mapping[str, Mapping[str, float | None]], title: str, console: Console) -> None:
+def print_scores(
+    results: Mapping[str, Mapping[str, float | None]], title: str, console: Console
+) -> None:
     """A row a model; in a terminal too narrow for that, a row a figure. Nothing is clipped."""
     from rich.measure import Measurement
     from rich.table import Table
@@ -105,14 +128,18 @@ def print_scores(results: Mapping[str, Mapping[str, float | None]], title: str, 
         wide.add_row(model, *told)
         for name, value in zip(names, told, strict=True):
             long.add_row(model, name.replace("_", " "), value)
-    unbounded = console.options.update(width=10_000)  # measured there, a table is as wide as its longest words need
+    # measured there, a table is as wide as its longest words need
+    unbounded = console.options.update(width=10_000)
     fits = Measurement.get(console, unbounded, wide).minimum <= console.width
     console.print(wide if fits else long)
 
 
 def _methods(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="explain these and their settings (default: all, a line each)"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="explain these and their settings (default: all, a line each)",
     )
     option_of_code(parser)
     parser.set_defaults(carry_out=_carry_out_methods)
@@ -121,7 +148,7 @@ def _methods(parser: argparse.ArgumentParser) -> None:
 def _carry_out_methods(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from hetero_fl.cli.methods import print_explained, print_methods
+    from hetero_fl.cli.printing import print_explained, print_methods
 
     permission_of(options).check(dict.fromkeys(references(options.names), "NAME"), "")
     if options.names:
@@ -133,17 +160,38 @@ def _carry_out_methods(options: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, tuple[str, Setup]] = {
     "train": ("one run: configuration in, finished run directory out", _train),
-    "federate": ("the same by a real federation on this machine, a process for each client", federate.setup),
-    "server": ("a run with nodes on other machines", server.setup_server),
-    "node": ("one site of such a run, on a machine of its own", server.setup_node),
-    "certificates": ("what the machines of a federation know each other by", server.setup_certificates),
-    "status": ("how a run across machines stands: nodes, round, figures", status.setup),
-    "compare": ("algorithms × seeds: table, figure and report", compare.setup),
+    "federate": (
+        "the same by a real federation on this machine, a process for each client",
+        deployment_commands.setup_federate,
+    ),
+    "server": ("a run with nodes on other machines", deployment_commands.setup_server),
+    "node": ("one site of such a run, on a machine of its own", deployment_commands.setup_node),
+    "certificates": (
+        "what the machines of a federation know each other by",
+        deployment_commands.setup_certificates,
+    ),
+    "status": (
+        "how a run across machines stands: nodes, round, figures",
+        deployment_commands.setup_status,
+    ),
+    "compare": ("algorithms × seeds: table, figure and report", experiment_commands.setup_compare),
     "evaluate": ("score the saved models of a run on any data set", _evaluate),
-    "join": ("a newcomer begins with what a finished run leaves, and is compared with one from scratch", join.setup),
-    "audit": ("what a finished run gives away: who was a member, and images out of an upload", audit.setup),
-    "export": ("models of a finished run as files that predict without this package, each with a card", export.setup),
-    "check": ("whether a run directory is whole: every line, checksum, model and checkpoint", integrity.setup),
+    "join": (
+        "a newcomer begins with what a finished run leaves, and is compared with one from scratch",
+        experiment_commands.setup_join,
+    ),
+    "audit": (
+        "what a finished run gives away: who was a member, and images out of an upload",
+        experiment_commands.setup_audit,
+    ),
+    "export": (
+        "models of a finished run as files that predict without this package, each with a card",
+        experiment_commands.setup_export,
+    ),
+    "check": (
+        "whether a run directory is whole: every line, checksum, model and checkpoint",
+        experiment_commands.setup,
+    ),
     "methods": ("the algorithms, a line each: what it does, sends and needs", _methods),
 }
 
@@ -160,7 +208,9 @@ def parser(command: str, prog: str) -> Parser:
 def all_parser() -> Parser:
     """The parser that tells which commands there are."""
     made = Parser(
-        prog="hetero-fl", description="Federated learning between participants whose models differ.", epilog=HINT
+        prog="hetero-fl",
+        description="Federated learning between participants whose models differ.",
+        epilog=HINT,
     )
     options_of_all(made)
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)

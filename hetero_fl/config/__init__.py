@@ -1,8 +1,7 @@
 """The configuration: one typed schema, loaded from YAML, JSON or a dictionary."""
 
-from hetero_fl.config.load import load_config
-from hetero_fl.config.record import deciding, difference, dump, resolved
-from hetero_fl.config.roster import expand
+from hetero_fl.config.describe import deciding, difference, dump, resolved
+from hetero_fl.config.population import expand
 from hetero_fl.config.schema import Config
 
-__all__ = ["Config", "deciding", "difference", "dump", "expand", "load_config", "resolved"]
+__all__ = ["Config", "deciding", "difference", "dump", "expand", "resolved"]

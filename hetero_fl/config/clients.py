@@ -15,11 +15,10 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import Section, choice
-from hetero_fl.config.devices import DeviceConfig
-from hetero_fl.config.optimizer import OptimizerConfig, OptimizerLayer
-from hetero_fl.config.source import SourceConfig
-from hetero_fl.own_code import CONTEXT, OWN
+from hetero_fl.config.base import OptimizerConfig, OptimizerLayer, Section, choice
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.config.simulation import DeviceConfig
+from hetero_fl.utils.code_permission import CONTEXT, OWN
 
 
 class ModelConfig(Section):
@@ -30,7 +29,9 @@ class ModelConfig(Section):
     name: str = Field(
         description="a name of model_zoo.list_models(), or timm:NAME, torchvision:NAME, python:module:Class"
     )
-    feature_dim: PositiveInt | None = Field(None, description="width of the features; none: the model's own")
+    feature_dim: PositiveInt | None = Field(
+        None, description="width of the features; none: the model's own"
+    )
     pretrained: bool = Field(False, description="published weights (timm: and torchvision: models)")
 
     @model_validator(mode="after")
@@ -77,7 +78,8 @@ class Normalize(Section):
     """Pixel values p in 0..1 become (p − mean) / std."""
 
     mean: float | Annotated[list[float], Field(min_length=1)] = Field(
-        0.5, description="subtracted; a list: of each channel of an image, each column of a table or series"
+        0.5,
+        description="subtracted; a list: of each channel of an image, each column of a table or series",
     )
     std: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
         0.25, description="divided by; a list: as `mean`"
@@ -132,19 +134,24 @@ class ScannerConfig(Section):
     brightness: float = Field(0.0, ge=-1, le=1, description="added, of the whole range")
     blur: float = Field(0.0, ge=0, description="Gaussian blur, sigma in pixels")
     noise: float = Field(0.0, ge=0, description="Gaussian noise, sigma of the whole range")
-    resolution: float = Field(1.0, gt=0, le=1, description="scaled down by this factor and up again")
+    resolution: float = Field(
+        1.0, gt=0, le=1, description="scaled down by this factor and up again"
+    )
 
 
 class ClientSettings(Section):
     """Everything that may differ from client to client."""
 
-    model: Models = Field([ModelConfig(name="cnn_bn_small")], description="a model, or a list to take in turn")
+    model: Models = Field(
+        [ModelConfig(name="cnn_bn_small")], description="a model, or a list to take in turn"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     epochs: PositiveInt = Field(1, description="local epochs a round")
     steps: PositiveInt | None = Field(None, description="local steps a round in place of epochs")
     batch_size: PositiveInt = Field(32, description="examples a step, of private training")
     class_weights: Literal["balanced"] | list[float] | None = Field(
-        None, description="of the cross-entropy: one number a class; balanced: the inverse of its frequency"
+        None,
+        description="of the cross-entropy: one number a class; balanced: the inverse of its frequency",
     )
     objective: str | None = Field(
         None,
@@ -154,7 +161,9 @@ class ClientSettings(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
     augment: AugmentConfig = AugmentConfig()
     scanner: ScannerConfig = ScannerConfig()
-    shares: list[choice("parameters", "backbone", "predictions", "statistics", "features", suffix=".")] = Field(  # type: ignore[valid-type]
+    shares: list[
+        choice("parameters", "backbone", "predictions", "statistics", "features", suffix=".")  # type: ignore[valid-type]
+    ] = Field(
         ["parameters", "predictions", "statistics", "features"],
         description="what may leave: all parameters, the backbone only, or the tensors whose names begin so "
         "(`backbone.image.`; ends in a dot); proxy predictions, class statistics; features, prediction and label of each "
@@ -162,7 +171,9 @@ class ClientSettings(Section):
     )
     share_every: PositiveInt = Field(1, description="uploads in every n-th round only")
     size: PositiveFloat = Field(1.0, description="how much data it gets, relative to the others")
-    data: SourceConfig | None = Field(None, description="its own source in place of a part of the common one")
+    data: SourceConfig | None = Field(
+        None, description="its own source in place of a part of the common one"
+    )
     machine: DeviceConfig = DeviceConfig()
 
     @property
@@ -170,14 +181,21 @@ class ClientSettings(Section):
         """Prefixes of the tensors that may leave; None: all of them."""
         if "parameters" in self.shares:
             return None
-        return tuple("backbone." if s == "backbone" else s for s in self.shares if s == "backbone" or s.endswith("."))
+        return tuple(
+            "backbone." if s == "backbone" else s
+            for s in self.shares
+            if s == "backbone" or s.endswith(".")
+        )
 
     @field_validator("shares")
     @classmethod
     def _one_extent(cls, value: list[str]) -> list[str]:
         if {"parameters", "backbone"} <= set(value):
             raise ValueError("found both 'parameters' and 'backbone'; name the one that is meant")
-        if (parts := [share for share in value if share.endswith(".")]) and {"parameters", "backbone"} & set(value):
+        if (parts := [share for share in value if share.endswith(".")]) and {
+            "parameters",
+            "backbone",
+        } & set(value):
             whole = next(share for share in value if share in ("parameters", "backbone"))
             raise ValueError(f"found both '{whole}' and '{parts[0]}'; name the one that is meant")
         if len(set(value)) < len(value):
@@ -189,19 +207,24 @@ class ClientGroup(ClientSettings):
     """Clients that are described together: so many, or this fraction of `clients.count`."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="ids are name_1, name_2 …, or the name alone for one"
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
+        description="ids are name_1, name_2 …, or the name alone for one",
     )
     count: PositiveInt | None = Field(
         None, description="clients in the group; none: one, or what `clients.count` leaves"
     )
-    fraction: float | None = Field(None, gt=0, le=1, description="of `clients.count`, in place of `count`")
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="of `clients.count`, in place of `count`"
+    )
     optimizer: OptimizerLayer = OptimizerLayer()
 
     @field_validator("name")
     @classmethod
     def _not_the_server(cls, value: str) -> str:
         if value.lower() == "server":  # in any case: file systems may not tell them apart
-            raise ValueError(f"found '{value}', which is what the server is called; choose another name")
+            raise ValueError(
+                f"found '{value}', which is what the server is called; choose another name"
+            )
         return value
 
     @model_validator(mode="after")
@@ -221,9 +244,13 @@ class ClientOverride(ClientSettings):
 class ClientsConfig(Section):
     """Who takes part: defaults, then groups, then overrides by id; the later wins, key by key."""
 
-    count: PositiveInt | None = Field(None, description="number of clients; none: the sum of the groups")
+    count: PositiveInt | None = Field(
+        None, description="number of clients; none: the sum of the groups"
+    )
     per_round: PositiveInt | None = Field(None, description="clients sampled each round; none: all")
     defaults: ClientSettings = ClientSettings()
     groups: list[ClientGroup] = []
     overrides: list[ClientOverride] = []
-    common: list[str] = Field([], description="prefixes of tensors that are averaged across architectures too")
+    common: list[str] = Field(
+        [], description="prefixes of tensors that are averaged across architectures too"
+    )

@@ -1,14 +1,164 @@
-"""Who takes part, as a function from id to settings: a million clients cost what their kinds cost."""
+"""Resolve client groups and overrides into settings per client id.
+
+Settings are shared per group, so a population costs no more than its groups.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
-from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.matching import Blocks, Key, Pattern, Turns
-from hetero_fl.order import Ids, Series
+from pydantic import ValidationError
+
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.config.clients import ClientGroup, ClientsConfig, ClientSettings
+from hetero_fl.config.errors import describe
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import Ids, Series
+
+# Which kinds of clients a group has under patterns of ids, counted digit by digit instead of id by
+# id.
+#
+# A client's settings depend on its turn in its group and on which overrides match its id, each with
+# a turn of its own where it names several models. Ids of a group differ in their digits only. So a
+# block of ids, 10^k with the first digits in common, is known by what the patterns have read so far
+# and by the turns at its beginning, and blocks alike are counted once.
+
+State = frozenset[int]  # places in a pattern that the text so far may have come to
+Turns = tuple[int, ...]  # of the group, then of each override
+# the same for one client, -1 where an override does not match: what its settings follow from
+Key = tuple[int, ...]
+Found = dict[Key, tuple[int, int]]  # how many such clients, and where the first is
+
+
+class Pattern:
+    """A shell-style pattern, as `fnmatch.fnmatchcase` understands it, that reads a text bit by bit."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self._parts = text, list(_parts(text))
+        self._known: dict[tuple[State, str], State] = {}
+        self.start = self._with_gaps({0})
+
+    def read(self, state: State, text: str) -> State:
+        """Where it stands after more of the text."""
+        for char in text:
+            if (state, char) not in self._known:
+                on = {
+                    p + 1
+                    for p in state
+                    if p < len(self._parts) and fnmatchcase(char, self._parts[p])
+                }
+                stay = {p for p in state if p < len(self._parts) and self._parts[p] == "*"}
+                self._known[state, char] = self._with_gaps(on | stay)
+            state = self._known[state, char]
+        return state
+
+    def accepts(self, state: State) -> bool:
+        """Whether the text so far matches."""
+        return len(self._parts) in state
+
+    def _with_gaps(self, places: set[int]) -> State:
+        for place in sorted(places):
+            while place < len(self._parts) and self._parts[place] == "*":
+                place += 1
+                places.add(place)
+        return frozenset(places)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A pattern's parts, each for one character, but for stars."""
+    at = 0
+    while at < len(text):
+        end = at + 1
+        if text[at] == "[":
+            close = text.find("]", at + 2 + (text[at + 1 : at + 2] == "!"))
+            end = close + 1 if close >= 0 else end
+        yield text[at:end]
+        at = end
+
+
+class Blocks:
+    """The clients of one series, under patterns.
+
+    Args:
+        cycles: after how many clients the turns begin anew: of the group, then of each pattern's override.
+        begin: the turns of the series' first client.
+    """
+
+    def __init__(
+        self, series: Series, patterns: Sequence[Pattern], cycles: Turns, begin: Turns
+    ) -> None:
+        self._series, self._patterns, self._cycles, self._begin = series, patterns, cycles, begin
+        self._known: dict[tuple[int, tuple[State, ...], Turns], tuple[Found, Turns]] = {}
+
+    def turns(self, place: int) -> Turns:
+        """The turns of the client at that place; at the end of the series: those of the next one's first."""
+        turns = self._begin
+        for _, digits, states in self._blocks(place):
+            turns = self._block(digits, states, turns)[1]
+        return turns
+
+    def kinds(self) -> Found:
+        """The keys that occur, with the number of their clients and the place of the first."""
+        found: Found = {}
+        turns = self._begin
+        for place, digits, states in self._blocks(len(self._series)):
+            inside, turns = self._block(digits, states, turns)
+            _add(found, inside, place)
+        return found
+
+    def _blocks(self, stop: int) -> Iterator[tuple[int, int, tuple[State, ...]]]:
+        """The places below `stop` in blocks: where one begins, its free digits, what the patterns have read before them."""
+        if len(self._series) == 1:
+            if stop:
+                yield 0, 0, self._read(self._series.name)
+            return
+        number = 1
+        while number <= stop:
+            digits = 0
+            while number % 10 ** (digits + 1) == 0 and number + 10 ** (digits + 1) <= stop + 1:
+                digits += 1
+            id = self._series[number - 1]
+            yield number - 1, digits, self._read(id[: len(id) - digits])
+            number += 10**digits
+
+    def _read(self, text: str) -> tuple[State, ...]:
+        return tuple(p.read(p.start, text) for p in self._patterns)
+
+    def _block(self, digits: int, states: tuple[State, ...], turns: Turns) -> tuple[Found, Turns]:
+        known = (digits, states, turns)
+        if known not in self._known:
+            self._known[known] = self._count(digits, states, turns)
+        return self._known[known]
+
+    def _count(self, digits: int, states: tuple[State, ...], turns: Turns) -> tuple[Found, Turns]:
+        if digits == 0:
+            hits = [True, *(p.accepts(s) for p, s in zip(self._patterns, states, strict=True))]
+            key = tuple(t if hit else -1 for t, hit in zip(turns, hits, strict=True))
+            after = tuple(
+                (t + hit) % c for t, hit, c in zip(turns, hits, self._cycles, strict=True)
+            )
+            return {key: (1, 0)}, after
+        found: Found = {}
+        for digit in range(10):
+            deeper = tuple(
+                p.read(s, str(digit)) for p, s in zip(self._patterns, states, strict=True)
+            )
+            inside, turns = self._block(digits - 1, deeper, turns)
+            _add(found, inside, digit * 10 ** (digits - 1))
+        return found, turns
+
+
+def _add(found: Found, more: Found, place: int) -> None:
+    for key, (count, first) in more.items():
+        had = found.get(key)
+        found[key] = (count, place + first) if had is None else (had[0] + count, had[1])
+
+
+# Who takes part, as a function from id to settings: a million clients cost what their kinds cost.
 
 Layer = dict[str, Any]  # settings as they were written
 
@@ -141,8 +291,14 @@ class Population(Mapping[str, ClientSettings]):
         if self._kinds is None:
             kinds: dict[tuple[int, Key], Kind] = {}
             for number, (group, blocks) in enumerate(zip(self._groups, self._blocks, strict=True)):
-                for key, (count, first) in sorted(blocks.kinds().items(), key=lambda entry: entry[1][1]):
-                    over = [(o.layer, turn) for o, turn in zip(self._overrides, key[1:], strict=True) if turn >= 0]
+                for key, (count, first) in sorted(
+                    blocks.kinds().items(), key=lambda entry: entry[1][1]
+                ):
+                    over = [
+                        (o.layer, turn)
+                        for o, turn in zip(self._overrides, key[1:], strict=True)
+                        if turn >= 0
+                    ]
                     settings = self._settle(group.series[first], group.layer, key[0], over)
                     kinds[number, key] = Kind(len(kinds), settings, group.series[first], count)
             self._kinds = kinds
@@ -152,3 +308,113 @@ class Population(Mapping[str, ClientSettings]):
 def _cycle(layer: Layer) -> int:
     """How many models a layer hands out in turn."""
     return len(layer.get("model") or [None])
+
+
+# From groups, defaults and overrides to one set of settings per client.
+
+# of groups and overrides: not settings of a client
+DESCRIBES = {"name", "count", "fraction", "match"}
+OF_SGD = {"momentum", "nesterov"}  # settings of one optimiser, which another does not inherit
+
+
+def expand(config: ClientsConfig) -> Population:
+    """Settings by client id. Ids are `name_1`, `name_2` … (zero-padded), or the group's name where it is one client.
+
+    Raises UserError for counts that do not add up, doubled ids, overrides that match nobody, and layers that contradict
+    one another.
+    """
+    groups = config.groups or [ClientGroup(name="client")]
+    defaults = _given(config.defaults)
+    members = [
+        Members(Series(group.name, count), _over(defaults, _given(group)))
+        for group, count in zip(groups, _counts(config, groups), strict=True)
+    ]
+    overrides = [Over(Pattern(o.match), _given(o)) for o in config.overrides]
+    try:
+        plain = Population(members, settle=_settle)
+        population = Population(members, overrides, settle=_settle) if overrides else plain
+    except ValueError as error:
+        raise UserError(
+            f"clients.groups: two clients are called '{error}'; give the groups different names"
+        ) from None
+    # what contradicts itself already is told of its group, and no override drops it unseen
+    _ = plain.kinds
+    for override, found in zip(overrides, population.matched(), strict=True):
+        if not found:
+            known = ", ".join(islice(population, 8))
+            raise UserError(
+                f"clients.overrides: '{override.pattern.text}' matches none of {known} …"
+            )
+    _ = population.kinds  # whoever is asked for later can be made
+    return population
+
+
+def _settle(
+    id: str, layer: Layer, turn: int, overrides: Sequence[tuple[Layer, int]]
+) -> ClientSettings:
+    """Settings of a client who is number `turn` of its group, under overrides of whose clients it has turns, too."""
+    settings = _in_turn(layer, turn)
+    for over, among in overrides:
+        settings = _in_turn(_over(settings, over), among)
+    return _checked(id, settings)
+
+
+def _checked(id: str, settings: dict[str, Any]) -> ClientSettings:
+    try:
+        return ClientSettings.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"clients: '{id}': {describe(error, settings, ClientSettings)}") from None
+
+
+def _given(settings: ClientSettings) -> dict[str, Any]:
+    """What was really written, not the defaults."""
+    return {k: v for k, v in settings.model_dump(exclude_unset=True).items() if k not in DESCRIBES}
+
+
+def _over(base: Mapping[str, Any], over: Mapping[str, Any]) -> Layer:
+    """Settings with another layer over them."""
+    had, named = base.get("optimizer", {}), over.get("optimizer", {}).get("name")
+    if named is not None and named != had.get("name", OptimizerConfig().name):
+        base = {**base, "optimizer": {k: v for k, v in had.items() if k not in OF_SGD}}
+    return _merge(base, over)
+
+
+def _in_turn(layer: Layer, turn: int) -> Layer:
+    """With the one model whose turn it is (from 0)."""
+    models = layer.get("model")
+    return {**layer, "model": [models[turn % len(models)]]} if models else layer
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Layer:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _counts(config: ClientsConfig, groups: list[ClientGroup]) -> list[int]:
+    """How many clients each group has."""
+    if config.count is None:
+        if any(g.fraction for g in groups):
+            raise UserError(
+                "clients.groups: a group has a fraction, but clients.count is not given"
+            )
+        return [g.count or 1 for g in groups]
+    counts = [g.count or (round(g.fraction * config.count) if g.fraction else 0) for g in groups]
+    open_ = [i for i, g in enumerate(groups) if not g.count]
+    rest = config.count - sum(counts)
+    free = [i for i in open_ if not groups[i].fraction]
+    if len(free) > 1:
+        raise UserError(
+            f"clients.groups: {', '.join(groups[i].name for i in free)} have neither count nor fraction"
+        )
+    full = abs(sum(g.fraction or 0 for g in groups) - 1) < 1e-9
+    if free or (rest and open_ and (full or not free) and abs(rest) <= len(groups)):
+        counts[(free or open_)[-1]] += rest  # rounding, or what is left
+        rest = 0
+    if rest or min(counts) < 1:
+        raise UserError(
+            f"clients.count: found {config.count}, but the groups add up to {sum(counts)} ({counts})"
+        )
+    return counts

@@ -10,10 +10,15 @@ from hetero_fl.config.base import Section, choice
 class AdaptiveClipConfig(Section):
     """The bound follows a quantile of the updates' norms (Andrew et al. 2021)."""
 
-    quantile: float = Field(0.5, ge=0, le=1, description="share of the updates that the bound is to leave as they are")
-    lr: PositiveFloat = Field(0.2, description="C becomes C·exp(−lr·(share that was left − quantile))")
+    quantile: float = Field(
+        0.5, ge=0, le=1, description="share of the updates that the bound is to leave as they are"
+    )
+    lr: PositiveFloat = Field(
+        0.2, description="C becomes C·exp(−lr·(share that was left − quantile))"
+    )
     noise: PositiveFloat | None = Field(
-        None, description="standard deviation on the number of unclipped updates; none: a twentieth of the cohort"
+        None,
+        description="standard deviation on the number of unclipped updates; none: a twentieth of the cohort",
     )
 
 
@@ -31,10 +36,14 @@ class PrivacyConfig(Section):
         "before a round that would exceed it",
     )
     noise_multiplier: PositiveFloat | None = Field(
-        None, description="z: standard deviation of the noise over the sensitivity; none: from `target_epsilon`"
+        None,
+        description="z: standard deviation of the noise over the sensitivity; none: from `target_epsilon`",
     )
     delta: float = Field(
-        1e-5, gt=0, lt=1, description="δ; well below one over the number of rows (record) or clients (client)"
+        1e-5,
+        gt=0,
+        lt=1,
+        description="δ; well below one over the number of rows (record) or clients (client)",
     )
     accountant: choice("prv", "rdp") = Field(  # type: ignore[valid-type]
         "prv", description="opacus' accountant: prv is tighter, rdp a little faster"
@@ -52,7 +61,8 @@ class PrivacyConfig(Section):
         "them one ε, and large clients large batches",
     )
     statistics_clip: PositiveFloat = Field(
-        10.0, description="record: largest L2 norm of what a row adds to class statistics (features, logits)"
+        10.0,
+        description="record: largest L2 norm of what a row adds to class statistics (features, logits)",
     )
     statistics_noise: PositiveFloat = Field(
         4.0,
@@ -64,7 +74,9 @@ class PrivacyConfig(Section):
         description="client: each client takes part with probability per_round / clients, which ε then counts on; else the "
         "cohort has a fixed size and nothing is gained from sampling",
     )
-    adaptive_clip: AdaptiveClipConfig | None = Field(None, description="client: the bound follows the norms")
+    adaptive_clip: AdaptiveClipConfig | None = Field(
+        None, description="client: the bound follows the norms"
+    )
     votes: bool = Field(
         False,
         description="client: a prediction on a public row leaves as one vote; the class with most votes, after noise, is "
@@ -82,7 +94,9 @@ class PrivacyConfig(Section):
         if self.target_epsilon is None and self.noise_multiplier is None:
             raise ValueError("needs target_epsilon or noise_multiplier")
         if self.unit == "record" and isinstance(self.clip, dict):
-            raise ValueError("clip: by item is for unit: client or local; a row's gradient has one bound")
+            raise ValueError(
+                "clip: by item is for unit: client or local; a row's gradient has one bound"
+            )
         for unit, names in {
             "record": ("sample_rate",),
             "client": ("poisson_cohorts", "adaptive_clip", "votes", "distributed"),
@@ -91,9 +105,13 @@ class PrivacyConfig(Section):
                 if getattr(self, name) and self.unit != unit:
                     raise ValueError(f"{name} belongs to unit: {unit}, not {self.unit}")
         if self.distributed and self.adaptive_clip is not None:
-            raise ValueError("distributed: cannot be combined with adaptive_clip, whose counts the server noises")
+            raise ValueError(
+                "distributed: cannot be combined with adaptive_clip, whose counts the server noises"
+            )
         if self.votes and self.adaptive_clip is not None:
-            raise ValueError("votes: cannot be combined with adaptive_clip: all votes have one norm")
+            raise ValueError(
+                "votes: cannot be combined with adaptive_clip: all votes have one norm"
+            )
         return self
 
     def provisional(self) -> PrivacyConfig:

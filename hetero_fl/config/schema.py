@@ -6,15 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from hetero_fl.config.base import Section, choice
-from hetero_fl.config.channel import ChannelConfig
+from hetero_fl.config.base import OptimizerConfig, Section, StalenessConfig, choice
 from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, named
-from hetero_fl.config.devices import CohortConfig, DevicesConfig, FaultsConfig
-from hetero_fl.config.optimizer import OptimizerConfig
+from hetero_fl.config.communication import ChannelConfig
+from hetero_fl.config.data import DataConfig
 from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.config.robust import AggregationConfig, AttacksConfig
-from hetero_fl.config.source import DataConfig
-from hetero_fl.config.staleness import StalenessConfig
+from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
+from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 
 
 class ServerConfig(Section):
@@ -31,10 +29,15 @@ class ServerConfig(Section):
 class EvaluationConfig(Section):
     """When models are read, and when a run that no longer improves stops."""
 
-    every: PositiveInt = Field(1, description="rounds between two evaluations; the last round is always evaluated")
-    patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a better validation")
+    every: PositiveInt = Field(
+        1, description="rounds between two evaluations; the last round is always evaluated"
+    )
+    patience: PositiveInt | None = Field(
+        None, description="stop after so many evaluations without a better validation"
+    )
     clients: PositiveInt | None = Field(
-        None, description="read so many clients' models, drawn once by the seed; none: all, or 100 of more than 1,000"
+        None,
+        description="read so many clients' models, drawn once by the seed; none: all, or 100 of more than 1,000",
     )
 
 
@@ -47,7 +50,8 @@ class RuntimeConfig(Section):
         "its own pace, and the server aggregates when enough uploads have come",
     )
     buffer: PositiveInt | None = Field(
-        None, description="async: uploads after which the server aggregates; none: as many as clients train at a time"
+        None,
+        description="async: uploads after which the server aggregates; none: as many as clients train at a time",
     )
     staleness: StalenessConfig = StalenessConfig()
     executor: choice("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
@@ -69,7 +73,9 @@ class RuntimeConfig(Section):
         description="clients of one architecture computed together at most; none: 128 if batched, a worker's share of a large "
         "group if auto takes workers, else 1",
     )
-    threads: PositiveInt | None = Field(None, description="threads of a process; none: chosen from cores and models")
+    threads: PositiveInt | None = Field(
+        None, description="threads of a process; none: chosen from cores and models"
+    )
     device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]
         "auto", description="auto: the first GPU if there is one"
     )
@@ -78,10 +84,12 @@ class RuntimeConfig(Section):
         description="MiB of clients' private state held in memory, the rest lies on disk; may change when a run is resumed",
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: products in half the bits (autocast), parameters and losses as ever; for GPUs"
+        "float32",
+        description="bfloat16: products in half the bits (autocast), parameters and losses as ever; for GPUs",
     )
     divergence: Literal["skip", "stop"] = Field(
-        "skip", description="a client whose loss is no longer finite: leave it out of the round, or end the run"
+        "skip",
+        description="a client whose loss is no longer finite: leave it out of the round, or end the run",
     )
 
 
@@ -116,12 +124,18 @@ class Config(Section):
     )
     channel: ChannelConfig = ChannelConfig()
     aggregation: AggregationConfig = AggregationConfig()
-    attacks: AttacksConfig | None = Field(None, description="clients that lie, for studies; none: nobody does")
-    privacy: PrivacyConfig | None = Field(None, description="differential privacy; none: nothing is noised")
+    attacks: AttacksConfig | None = Field(
+        None, description="clients that lie, for studies; none: nobody does"
+    )
+    privacy: PrivacyConfig | None = Field(
+        None, description="differential privacy; none: nothing is noised"
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
     devices: DevicesConfig | None = Field(None, description="none: nobody's time is simulated")
     faults: FaultsConfig | None = Field(None, description="none: nothing goes wrong on purpose")
     cohort: CohortConfig = CohortConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
-    init_from: str | None = Field(None, description="a run directory whose models this run starts from")
+    init_from: str | None = Field(
+        None, description="a run directory whose models this run starts from"
+    )

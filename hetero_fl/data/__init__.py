@@ -4,21 +4,24 @@
 participant's columns through that participant's own preprocessing.
 """
 
-from hetero_fl.data import sources  # importing it registers them
-from hetero_fl.data.apart import with_test
+from hetero_fl.data import sources
 from hetero_fl.data.arrays import from_arrays
-from hetero_fl.data.augment import augment
-from hetero_fl.data.base import Columns, Dataset, Examples, check_examples
-from hetero_fl.data.federate import federate
-from hetero_fl.data.federated import FederatedData
-from hetero_fl.data.joined import join
-from hetero_fl.data.layout import Block, Layout
+from hetero_fl.data.dataset import (
+    Block,
+    Columns,
+    Dataset,
+    Examples,
+    Layout,
+    Vocabulary,
+    check_examples,
+)
+from hetero_fl.data.federated_data import FederatedData, federate
+from hetero_fl.data.multimodal import join
 from hetero_fl.data.partition import deal, partition, strata
-from hetero_fl.data.preprocess import Preprocess
+from hetero_fl.data.preprocessing import Preprocess, apply_scanner, augment
 from hetero_fl.data.registry import check_source, list_sources, load_source, source
-from hetero_fl.data.scanner import apply_scanner
 from hetero_fl.data.sources.synthetic import make_images, make_table
-from hetero_fl.data.tokens import Vocabulary
+from hetero_fl.data.splits import with_test
 
 __all__ = [
     "Block",

@@ -1,22 +1,39 @@
-"""A data set of arrays in hand."""
+"""Data sets from arrays in memory and from `.npz` files in the MedMNIST layout."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, get_args
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.data.base import MOST_NUMBERED_CLASSES, Dataset, Examples, check_examples, places
-from hetero_fl.data.layout import Block
-from hetero_fl.data.tokens import Vocabulary
-from hetero_fl.errors import UserError, nearest
-from hetero_fl.images import as_bytes, as_numbers, channels_first, in_range
-from hetero_fl.task import Task
+from hetero_fl.core.images import (
+    COLOURS,
+    MOST_CHANNELS,
+    as_bytes,
+    as_numbers,
+    channels_first,
+    in_range,
+)
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import (
+    MOST_NUMBERED_CLASSES,
+    Block,
+    Dataset,
+    Examples,
+    Vocabulary,
+    check_examples,
+    places,
+)
+from hetero_fl.utils.errors import UserError, beside, nearest
+
+# A data set of arrays in hand.
 
 Kind = Literal["multiclass", "multilabel", "regression"]
 SHOWN = 8  # classes that a warning lists
@@ -60,7 +77,9 @@ def from_arrays(
     """
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
-    labels, classes = _labels({split: pair[1] for split, pair in given.items()}, task, num_classes, name)
+    labels, classes = _labels(
+        {split: pair[1] for split, pair in given.items()}, task, num_classes, name
+    )
     notes: tuple[str, ...] = ()
     if vocabulary is not None:
         images = [_tensor(pair[0], f"{split}: x").long() for split, pair in given.items()]
@@ -76,8 +95,13 @@ def from_arrays(
             warnings.warn(line, UserWarning, stacklevel=2)
         notes += tuple(doubts)
     elif num_classes is not None:
-        raise UserError(f"{name}: num_classes: found {num_classes}, but task has {task.outputs} outputs; leave one out")
-    examples = {split: Examples(x, _targets(labels[split], task)) for split, x in zip(given, images, strict=True)}
+        raise UserError(
+            f"{name}: num_classes: found {num_classes}, but task has {task.outputs} outputs; leave one out"
+        )
+    examples = {
+        split: Examples(x, _targets(labels[split], task))
+        for split, x in zip(given, images, strict=True)
+    }
     for split, found in examples.items():
         # missing: whoever sees NaN without `indicate` is told
         check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
@@ -90,7 +114,9 @@ def from_arrays(
         train = replace(train, patient=column, patient_names=names)
     if time is not None:
         if validation is not None or test is not None:
-            raise UserError(f"{name}: time: validation and test are cut by date; leave them out, or leave time out")
+            raise UserError(
+                f"{name}: time: validation and test are cut by date; leave them out, or leave time out"
+            )
         train = replace(train, time=_times(time, name))
     if unit is not None:
         train = replace(train, unit=_tensor(unit, "unit").float())
@@ -126,7 +152,11 @@ def _labels(
     given: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the labels of each split as numbers, and what the classes are called if the labels are text."""
-    texts = {split: text for split, y in given.items() if (text := _text(y, f"{name}: {split}: y")) is not None}
+    texts = {
+        split: text
+        for split, y in given.items()
+        if (text := _text(y, f"{name}: {split}: y")) is not None
+    }
     if not texts:
         return {split: _tensor(y, split) for split, y in given.items()}, ()
     for split in given:
@@ -136,10 +166,14 @@ def _labels(
         named = _named(texts, task, name)
         return named, task.names
     if task not in (None, "multiclass"):
-        raise UserError(f"{name}: task: found '{task}', but the labels are text; text labels are classes")
+        raise UserError(
+            f"{name}: task: found '{task}', but the labels are text; text labels are classes"
+        )
     numbers, classes = places(label for text in texts.values() for label in text)
     if num_classes not in (None, len(classes)):
-        raise UserError(f"{name}: num_classes: found {num_classes}, but {len(classes)} different labels occur")
+        raise UserError(
+            f"{name}: num_classes: found {num_classes}, but {len(classes)} different labels occur"
+        )
     split_up = numbers.split([len(text) for text in texts.values()])
     return dict(zip(texts, split_up, strict=True)), classes
 
@@ -166,12 +200,19 @@ def _text(y: Any, where: str) -> list[str] | None:
 def _named(texts: Mapping[str, Sequence[str]], task: Task, name: str) -> dict[str, Tensor]:
     """Return text labels as the numbers of a task's classes."""
     if task.kind != "multiclass" or not task.names:
-        raise UserError(f"{name}: y: found text; give task the names of its classes, or leave it out")
+        raise UserError(
+            f"{name}: y: found text; give task the names of its classes, or leave it out"
+        )
     for split, text in texts.items():
         for row, label in enumerate(text):
             if label not in task.names:
-                raise UserError(f"{name}: {split}: y: found '{label}' in row {row}{nearest(label, task.names)}")
-    return {split: torch.tensor([task.names.index(label) for label in text]) for split, text in texts.items()}
+                raise UserError(
+                    f"{name}: {split}: y: found '{label}' in row {row}{nearest(label, task.names)}"
+                )
+    return {
+        split: torch.tensor([task.names.index(label) for label in text])
+        for split, text in texts.items()
+    }
 
 
 def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
@@ -186,17 +227,25 @@ def _check_series(raw: Mapping[str, Tensor], columns: tuple[str, ...]) -> None:
                 f"{x.shape[-1]} channels, for series of {x.shape[1]} steps"
             )
         if len(columns) != x.shape[-1]:
-            raise UserError(f"{found}, but {len(columns)} columns; name each of the {x.shape[-1]} channels")
+            raise UserError(
+                f"{found}, but {len(columns)} columns; name each of the {x.shape[-1]} channels"
+            )
 
 
 def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Images in the form of `hetero_fl.images`, anything else in float32, and a line on what was changed."""
+    """Images in the form of `hetero_fl.core.images`, anything else in float32, and a line on what was changed."""
     x = {where: as_bytes(x, where) if x.ndim in (3, 4) else x for where, x in raw.items()}
-    x = {where: x[:, None] if x.dtype == torch.uint8 and x.ndim == 3 else x for where, x in x.items()}
+    x = {
+        where: x[:, None] if x.dtype == torch.uint8 and x.ndim == 3 else x for where, x in x.items()
+    }
     x = {where: x.float() if x.is_floating_point() else x for where, x in x.items()}
     four = {where: channels_first(x, where) for where, x in x.items() if x.ndim == 4}
     ranged, scaled = in_range(four)
-    notes = [f"{where}: read as rows x height x width x channels" for where in four if _turned(raw[where], four[where])]
+    notes = [
+        f"{where}: read as rows x height x width x channels"
+        for where in four
+        if _turned(raw[where], four[where])
+    ]
     if scaled:
         notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as bytes")
     return list((x | ranged).values()), tuple(notes)
@@ -207,13 +256,19 @@ def _turned(before: Tensor, after: Tensor) -> bool:
 
 
 def _read_labels(
-    labels: Mapping[str, Tensor], kind: str | None, num_classes: int | None, has_unit: bool, name: str
+    labels: Mapping[str, Tensor],
+    kind: str | None,
+    num_classes: int | None,
+    has_unit: bool,
+    name: str,
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
     """Return the task, the targets of each split, and a line on each reading that could be another one."""
     if kind is not None and kind not in get_args(Kind):
         raise UserError(f"{name}: task: found '{kind}'{nearest(kind, get_args(Kind))}")
     if num_classes is not None and kind not in (None, "multiclass"):
-        raise UserError(f"{name}: num_classes: found {num_classes}, but task is {kind}; leave one out")
+        raise UserError(
+            f"{name}: num_classes: found {num_classes}, but task is {kind}; leave one out"
+        )
     if num_classes is not None and num_classes < 2:
         raise UserError(f"{name}: num_classes: found {num_classes}; must be >= 2")
     y = {split: _narrow(found, f"{name}: {split}: y") for split, found in labels.items()}
@@ -221,7 +276,9 @@ def _read_labels(
     width = 1 if y["train"].ndim == 1 else y["train"].shape[1]
     for split, found in y.items():
         if found.shape[1:] != y["train"].shape[1:]:
-            raise UserError(f"{name}: {split}: y: found shape {tuple(found.shape)}, but train has {width} columns")
+            raise UserError(
+                f"{name}: {split}: y: found shape {tuple(found.shape)}, but train has {width} columns"
+            )
     if kind is None and num_classes is not None:
         kind = "multiclass"
     if kind is None:
@@ -231,8 +288,14 @@ def _read_labels(
         return _classes(whole, num_classes, doubts, name)
     if kind == "multiclass":
         if not _one_hot(list(y.values())) or num_classes not in (None, width):
-            raise UserError(f"{name}: y: found {width} columns of labels, but a row of a multiclass task has one class")
-        return Task("multiclass", width), {split: found.long().argmax(1) for split, found in y.items()}, doubts
+            raise UserError(
+                f"{name}: y: found {width} columns of labels, but a row of a multiclass task has one class"
+            )
+        return (
+            Task("multiclass", width),
+            {split: found.long().argmax(1) for split, found in y.items()},
+            doubts,
+        )
     return Task("multilabel" if kind == "multilabel" else "regression", width), y, doubts
 
 
@@ -255,21 +318,30 @@ def _kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
     count = len(values.unique())
     if not y[0].is_floating_point():
         if count > MOST_NUMBERED_CLASSES and bool((values < 0).any()):
-            found = f"found {count} different integers from {int(values.min())} to {int(values.max())}"
-            raise UserError(f"{name}: y: {found}; pass task='regression' for numbers, task='multiclass' for classes")
+            found = (
+                f"found {count} different integers from {int(values.min())} to {int(values.max())}"
+            )
+            raise UserError(
+                f"{name}: y: {found}; pass task='regression' for numbers, task='multiclass' for classes"
+            )
         return "multiclass", []
     whole = bool((values.isfinite() & (values == values.floor())).all())
     if has_unit or not whole or not 2 <= count <= min(MOST_NUMBERED_CLASSES, len(values) - 1):
         return "regression", []
     if bool((values < 0).any()):
-        line = f"{count} different whole numbers, as floats, some below 0: read as regression targets"
+        line = (
+            f"{count} different whole numbers, as floats, some below 0: read as regression targets"
+        )
         return "regression", [f"{name}: y: {line}; pass task='multiclass' if they are classes"]
     line = f"{count} different whole numbers, as floats: read as classes; pass task='regression' for numbers"
     return "multiclass", [f"{name}: y: {line}"]
 
 
 def _one_hot(y: list[Tensor]) -> bool:
-    return all(bool(((found == 0) | (found == 1)).all() and (found.double().sum(1) == 1).all()) for found in y)
+    return all(
+        bool(((found == 0) | (found == 1)).all() and (found.double().sum(1) == 1).all())
+        for found in y
+    )
 
 
 def _class_numbers(y: Tensor, where: str) -> Tensor:
@@ -294,7 +366,11 @@ def _classes(
     remedy = f"pass {keep}task='regression' for regression targets"
     line = f"{name}: y: read as {len(values)} classes: {', '.join(pairs)}{more}; {remedy}"
     task = Task("multiclass", len(values), tuple(str(label) for label in values.tolist()))
-    return task, {split: torch.searchsorted(values, found) for split, found in y.items()}, [*doubts, line]
+    return (
+        task,
+        {split: torch.searchsorted(values, found) for split, found in y.items()},
+        [*doubts, line],
+    )
 
 
 def _targets(y: Tensor, task: Task) -> Tensor:
@@ -302,3 +378,218 @@ def _targets(y: Tensor, task: Task) -> Tensor:
         y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
         return y if y.is_floating_point() else y.long()
     return (y[:, None] if y.ndim == 1 else y).float()
+
+
+# Local .npz files in the MedMNIST layout: `{train,val,test}_images` and `{train,val,test}_labels`.
+
+SPLITS = {"train": "train", "validation": "val", "test": "test"}
+"""Our name of a split: its name in the file."""
+PATIENT = "patient"
+TABLES = (".csv", ".tsv", ".parquet")
+"""Files that the source `table` reads."""
+
+
+def read_npz(
+    path: Path,
+    name: str,
+    task: Task | None = None,
+    kind: str | None = None,
+    patient: str | None = None,
+) -> Dataset:
+    """Read a file whose images are `(N, H, W)`, `(N, H, W, C)` or plainly `(N, C, H, W)`, in 0..1 or 0..255, and whose
+    labels are `(N,)`, `(N, 1)` or `(N, L)`.
+
+    Whole-number labels in one column are classes, several columns of 0 and 1 are multilabel, fractions are regression
+    targets. Floats `(N, F)` in place of images are the rows of a table. `train` is required, the others are optional.
+
+    Args:
+        name: the data set's name.
+        task: what is learned, if known: the file then has to hold images. Else it is read off the labels, classes being
+            numbered from 0.
+        kind: multiclass, multilabel or regression in place of what the labels look like.
+        patient: the array that says of whom each training row is; none: "patient", if there is one.
+
+    Raises:
+        UserError: what is wrong, with the file, the array and the row.
+    """
+    where = f"path: {path}"
+    wanted = [f"{split}_{part}" for split in SPLITS.values() for part in ("images", "labels")] + [
+        patient or PATIENT
+    ]
+    arrays, names = _read(path, wanted, where)
+    raw = {
+        ours: _pair(arrays, theirs, where)
+        for ours, theirs in SPLITS.items()
+        if f"{theirs}_images" in arrays
+    }
+    if "train" not in raw:
+        raise UserError(
+            f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}"
+        )
+    known = task is not None
+    task = task or _npz_task([y for _, y in raw.values()], where, kind)
+    notes = (
+        ()
+        if known or kind is not None
+        else _doubts([y for _, y in raw.values()], task, f"{where}: train_labels")
+    )
+    read = _npz_images(
+        {f"{where}: {SPLITS[s]}_images": x for s, (x, _) in raw.items()}, table=not known
+    )
+    splits = {}
+    for (split, (x, y)), pixels in zip(raw.items(), read, strict=True):
+        images, labels = f"{SPLITS[split]}_images", f"{SPLITS[split]}_labels"
+        splits[split] = Examples(pixels, _npz_targets(y, task, f"{where}: {labels}"))
+        check_examples(splits[split], task, where, (images, labels))
+        if splits[split].x.shape[1:] != splits["train"].x.shape[1:]:
+            raise UserError(
+                f"{where}: {images}: shape {x.shape}, but train_images has {raw['train'][0].shape}"
+            )
+    if (found := arrays.get(patient or PATIENT)) is not None:
+        if found.shape not in ((len(raw["train"][0]),), (len(raw["train"][0]), 1)):
+            wanted_shape = (len(raw["train"][0]),)
+            raise UserError(
+                f"{where}: {patient or PATIENT}: found shape {found.shape}; want {wanted_shape}, as train_images"
+            )
+        column, patients = places(found.reshape(-1).tolist())
+        splits["train"] = replace(splits["train"], patient=column, patient_names=patients)
+    elif patient is not None:
+        raise UserError(f"patient: {path} has no array '{patient}'{nearest(patient, names)}")
+    about = f"local file {path.name}"
+    return Dataset(
+        name,
+        task,
+        splits["train"],
+        splits.get("validation"),
+        splits.get("test"),
+        about=about,
+        notes=notes,
+    )
+
+
+def read_images(path: Path) -> Tensor:
+    """The training images of such a file alone; its labels, if it has any, are not even read."""
+    where = f"path: {path}"
+    arrays, names = _read(path, ["train_images"], where)
+    if not arrays:
+        raise UserError(
+            f"{where}: no array 'train_images'; found {', '.join(names) or 'no arrays'}"
+        )
+    if arrays["train_images"].shape[:1] in ((), (0,)):
+        raise UserError(f"{where}: train_images: found no rows")
+    return _npz_images({f"{where}: train_images": arrays["train_images"]}, table=True)[0]
+
+
+def _read(path: Path, wanted: list[str], where: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The wanted arrays as far as they are there, and the names of all arrays. Nothing else is unpacked."""
+    if not path.is_file():
+        raise UserError(f"{where}: no such file{beside(path)}")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in wanted if name in archive.files}, list(
+                archive.files
+            )
+    except (
+        Exception
+    ) as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
+        raise UserError(f"{where}: not a readable .npz file{unreadable(path, error)}") from error
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Why a file is no .npz; numpy's own words would advise to unpickle whatever it is."""
+    if not is_zipfile(path):
+        return ": it is no whole archive of arrays, as numpy.savez writes it"
+    if "pickle" in str(error):
+        return ": it has an array of Python objects; save numbers"
+    return f" ({type(error).__name__}: {error})"
+
+
+def _pair(arrays: dict[str, np.ndarray], split: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = f"{split}_images", f"{split}_labels"
+    if labels not in arrays:
+        raise UserError(f"{where}: no array '{labels}' beside '{images}'")
+    x, y = arrays[images], arrays[labels]
+    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
+        raise UserError(f"{where}: {labels}: found shape {y.shape}; want (N,), (N, 1) or (N, L)")
+    if x.ndim == 0 or len(x) != len(y):
+        raise UserError(
+            f"{where}: {images} has {len(x) if x.ndim else 0} rows, {labels} has {len(y)}"
+        )
+    if y.dtype.kind not in "buif":
+        raise UserError(f"{where}: {labels}: found {y.dtype}; labels are numbers")
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        row = np.argwhere(~np.isfinite(y))[0][0]
+        raise UserError(f"{where}: {labels}: NaN or infinity in row {row}")
+    return x, y[:, None] if y.ndim == 1 else y
+
+
+def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
+    """What is learned, read off the labels of all splits, unless the kind is known."""
+    widths = {y.shape[1] for y in labels}
+    if len(widths) > 1:
+        raise UserError(
+            f"{where}: labels: found {sorted(widths)} columns; want as many in every split"
+        )
+    y = np.concatenate(labels)
+    if len(y) == 0:
+        raise UserError(f"{where}: train_images: found no rows")
+    if kind is None and y.dtype.kind == "f" and (y != np.floor(y)).any():
+        kind = "regression"
+    if kind == "regression":
+        return Task("regression", y.shape[1])
+    if kind == "multilabel" or (kind is None and y.shape[1] > 1):
+        return Task("multilabel", y.shape[1])
+    values = np.unique(y)
+    # A stray 255 in a file of two classes would make 256 classes of it: more than half of the numbers must occur.
+    if values[0] >= 0 and int(values[-1]) + 1 > 2 * len(values):
+        raise UserError(
+            f"{where}: labels: label {int(values[-1])} is out of range, as only {len(values)} different ones occur; "
+            "number the classes from 0"
+        )
+    return Task("multiclass", int(max(values[-1], 0)) + 1)
+
+
+def _doubts(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
+    """Return a line if the labels of all splits could mean something else."""
+    y = np.concatenate(labels)
+    if task.kind == "multiclass" and (
+        absent := sorted(set(range(task.outputs)) - set(y[:, 0].astype(int).tolist()))
+    ):
+        listed = ", ".join(map(str, absent))
+        return (
+            f"{where}: {task.outputs} classes, numbered from 0, of which {listed} do not occur",
+        )
+    if task.kind == "multilabel" and bool((y.sum(1) == 1).all()):
+        remedy = "if they are classes, save one column of class numbers"
+        return (f"{where}: every row has exactly one 1: read as multilabel; {remedy}",)
+    return ()
+
+
+def _npz_targets(y: np.ndarray, task: Task, where: str) -> Tensor:
+    if task.kind != "multiclass":
+        return torch.from_numpy(y.astype(np.float32))
+    if y.shape[1] != 1:
+        raise UserError(f"{where}: found {y.shape[1]} columns of labels; this set has one")
+    if (fractions := y[:, 0] != np.floor(y[:, 0])).any():
+        row = int(fractions.argmax())
+        raise UserError(f"{where}: label {y[row, 0]:g} in row {row} is not a class number")
+    return torch.from_numpy(y[:, 0].astype(np.int64))
+
+
+def _npz_images(raw: Mapping[str, np.ndarray], table: bool) -> list[Tensor]:
+    """`[N, C, H, W]` in uint8 or float32; if a table will do as well, also `[N, F]` in float32. By name in messages."""
+    read = {}
+    for where, x in raw.items():
+        if x.dtype.kind not in "buif":
+            raise UserError(f"{where}: found {x.dtype}; images are uint8 or floats")
+        images = as_numbers(x, where)
+        images = as_bytes(images, where) if x.ndim > 2 else images.float()
+        if x.ndim == 3:
+            images = images[:, None]
+        elif x.ndim == 4 and (x.shape[-1] <= MOST_CHANNELS or x.shape[1] in COLOURS):
+            images = channels_first(images, where, documented="last")
+        elif x.ndim != 2 or not table:
+            raise UserError(f"{where}: found shape {x.shape}; want (N, H, W) or (N, H, W, C)")
+        read[where] = images.float() if images.is_floating_point() else images
+    pictures, _ = in_range({where: x for where, x in read.items() if x.ndim == 4})
+    return list((read | pictures).values())

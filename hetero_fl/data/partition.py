@@ -1,26 +1,152 @@
-"""How training rows are dealt out to clients.
+"""Partition training rows among clients: Dirichlet, classes, quantity, natural groups, custom.
 
-`deal` is the one entry; each kind of partition is a function in the registry. A deal depends on the rows, the sizes in
-their order, the configuration and the seed, and on nothing else.
+Whole patients stay with one client where the data names patients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import PartitionConfig
-from hetero_fl.data.own_partition import own_partition
-from hetero_fl.data.patients import commonest, fill_up, torn
-from hetero_fl.data.shares import among, apportion, cut, cut_below, holders, strata
-from hetero_fl.errors import UserError, nearest
-from hetero_fl.own_code import OWN
-from hetero_fl.seeding import generator, key
-from hetero_fl.task import Task
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.data import DataConfig, PartitionConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import Dataset, Share
+from hetero_fl.utils.code_permission import OWN
+from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.ordering import in_order
+from hetero_fl.utils.registry import called
+from hetero_fl.utils.seeding import generator, key
+
+# What partitions count with: the stratum of a row, whole numbers by shares, classes by holders.
+
+
+def strata(y: Tensor, task: Task) -> Tensor:
+    """What counts as a row's label in a partition, int64 `[N]`: its class; the rarest of its labels plus one, 0 if it
+    has none (multilabel); the tenth of all rows, by the first target, that it falls into (regression)."""
+    if task.kind == "multiclass":
+        return y
+    if task.kind == "multilabel":
+        order = y.sum(0).argsort(stable=True)  # rarest first: argmax finds the first positive one
+        first = (y[:, order] > 0).to(torch.uint8).argmax(1)
+        return torch.where((y > 0).any(1), order[first] + 1, 0)
+    inner = torch.linspace(0, 1, 11, dtype=torch.float64)[1:-1]
+    target = y[:, 0].double().contiguous()
+    edges = torch.from_numpy(np.quantile(target.numpy(), inner.numpy()))
+    return torch.searchsorted(edges, target, right=True)
+
+
+def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
+    """Whole numbers that sum to `total`, as near to the shares as can be (largest remainder), none below `at_least`."""
+    exact = share / share.sum() * total
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    # ends: each turn fills the shortest from the longest, and the total suffices
+    while (counts < at_least).any():
+        low, high = counts.argmin(), counts.argmax()
+        moved = min(at_least - counts[low], counts[high] - at_least)
+        counts[low] += moved
+        counts[high] -= moved
+    return counts
+
+
+def among(rows: int, share: np.ndarray) -> np.ndarray:
+    """`apportion` among those with a share, the others getting none."""
+    counts = np.zeros(len(share), dtype=np.int64)
+    if (share > 0).any():
+        counts[share > 0] = apportion(rows, share[share > 0])
+    return counts
+
+
+def cut(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Whole numbers `[classes, clients]`, of `counts` `[classes]` rows each client's proportion, float `[classes, clients]`."""
+    cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
+    cuts[:, -1] = counts
+    return np.diff(cuts, axis=1, prepend=0)
+
+
+def cut_below(proportions: np.ndarray, counts: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """As `cut`, class by class: who has `most` `[clients]` rows or more gets none of the next class, which the others share by
+    their proportions. (The last class that somebody gets may carry it above.) `most` sums to all rows at least."""
+    dealt = np.zeros(proportions.shape, dtype=np.int64)
+    for c in range(len(counts)):
+        below = dealt.sum(0) < most
+        share = np.where(below, proportions[c], 0.0)
+        share = share if share.sum() > 0 else below.astype(float)
+        dealt[c] = cut(share[None] / share.sum(), counts[c : c + 1])[0]
+    return dealt
+
+
+def holders(draws: np.random.Generator, each: np.ndarray, classes: int) -> np.ndarray:
+    """bool `[clients, classes]`, `each` (int `[clients]`) classes a client and as even over the classes as can be: always those
+    that fewest hold, at random among equals."""
+    holds = np.zeros((len(each), classes), dtype=bool)
+    held = np.zeros(classes)
+    for client in draws.permutation(len(each)):
+        chosen = np.lexsort((draws.random(classes), held))[: each[client]]
+        holds[client, chosen] = True
+        held[chosen] += 1
+    return holds
+
+
+# A partition of the user's own: called with care, and its result checked.
+
+OWN_WHERE = "data.partition.kind"
+TAKES = "y, group, config, sizes, task, seed"
+
+
+def own_partition(
+    config: PartitionConfig,
+    arguments: tuple[Any, ...],
+    rows: int,
+    clients: int,
+    patient: Tensor | None,
+) -> list[Tensor]:
+    """Rows of each client as the function that `config.kind` names deals them, given the arguments.
+
+    It gets no patients, but a deal that tears one apart is refused. Raises UserError for that and for whatever else it does.
+    """
+    parts = _checked(called(config.kind, OWN_WHERE, TAKES, arguments), config, rows, clients)
+    if patient is not None and (pair := torn(parts, patient)) is not None:
+        raise UserError(
+            f"{OWN_WHERE}: {config.kind}: deals rows {pair[0]} and {pair[1]}, which are of one patient "
+            "(data.patient), to two clients"
+        )
+    return parts
+
+
+def _checked(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:
+    """The rows that a user's own partition dealt, if they can be that."""
+    where = f"{OWN_WHERE}: {config.kind}"
+    if not isinstance(parts, list | tuple) or len(parts) != clients:
+        raise UserError(f"{where}: has to return a list of the rows of {clients} clients")
+    try:
+        dealt = [
+            torch.as_tensor(part, dtype=torch.int64).reshape(-1).sort().values for part in parts
+        ]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: rows have to be whole numbers: {error}") from error
+    every = torch.cat(dealt)
+    if len(every) and (every.min() < 0 or every.max() >= rows):
+        raise UserError(f"{where}: rows from {every.min()} to {every.max()}; there are {rows}")
+    if len(every.unique()) < len(every):
+        raise UserError(f"{where}: deals a row to two clients")
+    if (short := min(map(len, dealt))) < config.min_size:
+        raise UserError(
+            f"{where}: deals {short} rows to a client; data.partition.min_size is {config.min_size}"
+        )
+    return dealt
+
+
+# How training rows are dealt out to clients.
+#
+# `deal` is the one entry; each kind of partition is a function in the registry. A deal depends on
+# the rows, the sizes in their order, the configuration and the seed, and on nothing else.
 
 TRIES = 1000
 WHERE = "data.partition"
@@ -55,7 +181,9 @@ class Deal:
 
     def shuffled(self, rows: Tensor, *use: str | int) -> Tensor:
         """The rows in a keyed order."""
-        return rows[torch.randperm(len(rows), generator=generator("data", self.seed, "partition", *use))]
+        return rows[
+            torch.randperm(len(rows), generator=generator("data", self.seed, "partition", *use))
+        ]
 
 
 PartitionFunction = Callable[[Deal], list[Tensor]]
@@ -101,7 +229,9 @@ def deal(
             f"at most {len(y) // len(sizes)}, unless they share rows ({WHERE}.kind: drawn)"
         )
     if config.kind.startswith(OWN):
-        return own_partition(config, (y, group, config, sizes, task, seed), len(y), len(sizes), patient)
+        return own_partition(
+            config, (y, group, config, sizes, task, seed), len(y), len(sizes), patient
+        )
     if config.kind not in _partitions:
         raise UserError(f"{WHERE}.kind: found '{config.kind}'{nearest(config.kind, _partitions)}")
     share = np.asarray(sizes, dtype=np.float64)
@@ -118,7 +248,7 @@ def iid(d: Deal) -> list[Tensor]:
 
 
 @partition("in_order")
-def in_order(d: Deal) -> list[Tensor]:
+def partition_in_order(d: Deal) -> list[Tensor]:
     """Consecutive slices of the rows as they lie in the set, as long as the sizes say: the first client has the first."""
     return list(torch.arange(d.rows()).split(apportion(d.rows(), d.share, d.fewest).tolist()))
 
@@ -139,7 +269,9 @@ def dirichlet(d: Deal) -> list[Tensor]:
     none of the further classes, which the others share by their proportions; 1 is the rule of the latter's code."""
     classes, counts = np.unique(d.strata.numpy(), return_counts=True)
     for attempt in range(TRIES):
-        proportions = d.draws("dirichlet", attempt).dirichlet(d.alpha * len(d.share) * d.share, size=len(classes))
+        proportions = d.draws("dirichlet", attempt).dirichlet(
+            d.alpha * len(d.share) * d.share, size=len(classes)
+        )
         if d.config.cap is None:
             dealt = cut(proportions, counts)  # [classes, clients]
         else:
@@ -159,16 +291,23 @@ def by_classes(d: Deal) -> list[Tensor]:
     classes, counts = np.unique(d.strata.numpy(), return_counts=True)
     clients, each = len(d.share), d.config.classes
     if each > len(classes):
-        raise UserError(f"{WHERE}.classes: found {each}, but the training rows have {len(classes)} classes")
+        raise UserError(
+            f"{WHERE}.classes: found {each}, but the training rows have {len(classes)} classes"
+        )
     few = max(min(2, each), each - d.config.classes_spread)
     many = min(len(classes), each + d.config.classes_spread)
-    shots = None if d.config.shots is None else np.rint(d.config.shots * d.share * clients).astype(np.int64)
+    shots = (
+        None
+        if d.config.shots is None
+        else np.rint(d.config.shots * d.share * clients).astype(np.int64)
+    )
     for attempt in range(TRIES):
         draws = d.draws("classes", attempt)
         numbers = np.full(clients, each) if few == many else draws.integers(few, many + 1, clients)
         holds = holders(draws, numbers, len(classes))
         if shots is None:
-            dealt = np.stack([among(n, d.share * holds[:, c]) for c, n in enumerate(counts)])  # [classes, clients]
+            # [classes, clients]
+            dealt = np.stack([among(n, d.share * holds[:, c]) for c, n in enumerate(counts)])
         else:
             dealt = (holds * shots[:, None]).T
         if (dealt.sum(1) <= counts).all() and dealt.sum(0).min() >= d.fewest:
@@ -186,7 +325,9 @@ def by_classes(d: Deal) -> list[Tensor]:
 def natural(d: Deal) -> list[Tensor]:
     """Each group of rows is a client's, in the order of the groups' numbers."""
     if d.group is None:
-        raise UserError(f"{WHERE}.kind: natural needs groups; name their column in data.group, or choose another kind")
+        raise UserError(
+            f"{WHERE}.kind: natural needs groups; name their column in data.group, or choose another kind"
+        )
     present = d.group.unique()
     if len(present) != len(d.share):
         raise UserError(
@@ -194,7 +335,9 @@ def natural(d: Deal) -> list[Tensor]:
         )
     parts = [torch.nonzero(d.group == g).squeeze(1) for g in present]
     if (short := min(map(len, parts))) < d.config.min_size:
-        raise UserError(f"{WHERE}.min_size: found {d.config.min_size}, but the smallest group has {short} rows")
+        raise UserError(
+            f"{WHERE}.min_size: found {d.config.min_size}, but the smallest group has {short} rows"
+        )
     return parts
 
 
@@ -209,11 +352,15 @@ def _deal_patients(d: Deal, patient: Tensor) -> list[Tensor]:
     if d.config.kind == "natural":
         parts = function(d)
         if torn(parts, patient) is not None:
-            raise UserError(f"{WHERE}.kind: natural finds a patient in two groups; give it one group, or other names")
+            raise UserError(
+                f"{WHERE}.kind: natural finds a patient in two groups; give it one group, or other names"
+            )
         return parts
     unit, size = patient.unique(return_inverse=True, return_counts=True)[1:]
     if len(size) < clients:
-        raise UserError(f"data.patient: {len(size)} patients are left for {clients} clients; each needs at least one")
+        raise UserError(
+            f"data.patient: {len(size)} patients are left for {clients} clients; each needs at least one"
+        )
     # as many patients as make up min_size rows on average, so that draws are repeated about as often as for rows
     fewest = max(1, min(-(-d.config.min_size * len(size) // len(patient)), len(size) // clients))
     dealt = function(replace(d, strata=commonest(d.strata, unit), group=None, fewest=fewest))
@@ -221,7 +368,10 @@ def _deal_patients(d: Deal, patient: Tensor) -> list[Tensor]:
     for client, mine in enumerate(dealt):
         owner[mine] = client
     if d.config.kind == "classes":  # filling up would hand a client further classes
-        if int(torch.bincount(owner[unit] + 1, minlength=clients + 1)[1:].min()) < d.config.min_size:
+        if (
+            int(torch.bincount(owner[unit] + 1, minlength=clients + 1)[1:].min())
+            < d.config.min_size
+        ):
             raise _short_of_classes(d)
     else:
         order = d.shuffled(torch.arange(len(size)), "patients")
@@ -232,7 +382,9 @@ def _deal_patients(d: Deal, patient: Tensor) -> list[Tensor]:
 def _deal_classes(d: Deal, classes: np.ndarray, dealt: np.ndarray) -> list[Tensor]:
     """Rows of each client, `dealt` int `[classes, clients]` saying how many of each class."""
     per_class = [
-        d.shuffled(torch.nonzero(d.strata == c).squeeze(1), "rows", int(c))[: n.sum()].split(n.tolist())
+        d.shuffled(torch.nonzero(d.strata == c).squeeze(1), "rows", int(c))[: n.sum()].split(
+            n.tolist()
+        )
         for c, n in zip(classes, dealt, strict=True)
     ]
     return [torch.cat(parts) for parts in zip(*per_class, strict=True)]
@@ -249,3 +401,171 @@ def _top_up(d: Deal, parts: list[Tensor]) -> list[Tensor]:
         parts[low], parts[high] = torch.cat([parts[low], rows[:moved]]), rows[moved:]
         turn += 1
     return parts
+
+
+# Dealing a set's rows out to clients; where rows say whose group they are of, groups go by name.
+
+
+def deal_out(
+    dataset: Dataset,
+    rows: Tensor,
+    names: list[str],
+    config: DataConfig,
+    clients: Mapping[str, ClientSettings],
+    seed: int,
+    notes: list[str],
+) -> dict[str, Share]:
+    """The rows of each of these clients. One alone gets them all, unless groups go by name and others have some.
+
+    A note is added where groups go to clients of other names.
+    """
+    train = dataset.train
+    patient = None if train.patient is None else train.patient[rows]
+    group = None if train.group is None else train.group[rows]
+    if group is not None and train.group_names:
+        found = [train.group_names[g] for g in group.unique().tolist()]
+        if config.partition.kind == "natural":
+            everywhere = all_groups(dataset)
+            notes += match_groups(everywhere, names, dataset.name)
+            if len(names) > 1 and (empty := in_order(set(everywhere) - set(found))):
+                raise UserError(
+                    f"data.partition.kind: natural: no training row of group {_shown(empty)} of {dataset.name} is left: all "
+                    "are for validation, test or the proxy set, or beyond data.train_limit"
+                )
+            one_group_each(dataset)
+        if set(found) == set(names):  # groups that bear the clients' names go to them by name
+            group = torch.tensor([names.index(n) if n in names else -1 for n in train.group_names])[
+                group
+            ]
+    if len(names) < 2:
+        return {name: Share(train, rows) for name in names}
+    assert train.y is not None
+    sizes = [clients[name].size for name in names]
+    parts = deal(train.y[rows], group, config.partition, sizes, dataset.task, seed, patient)
+    return {name: Share(train, rows[part]) for name, part in zip(names, parts, strict=True)}
+
+
+def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
+    """Check that a natural partition's groups and the clients are the same by name; lines on who gets what if they have
+    no name in common, and go in the order in which people count.
+
+    Raises:
+        UserError: only some names are in both, or there are more of one than of the other.
+    """
+    strangers = [c for c in clients if c not in groups]
+    orphans = [g for g in in_order(groups) if g not in clients]
+    common = len(strangers) < len(clients)
+    if not strangers and (not orphans or not clients):
+        return []
+    if not common and len(clients) == 1:
+        return [f"{name}: client '{clients[0]}' gets the rows of all groups: {_shown(orphans)}"]
+    if not common and len(groups) == len(clients):
+        pairs = zip(clients, in_order(groups), strict=True)
+        return [
+            f"{name}: no client is called as a group is; "
+            + ", ".join(f"'{c}' gets '{g}'" for c, g in pairs)
+        ]
+    found = []
+    if strangers:
+        hint = nearest(strangers[0], orphans) if common else ""
+        found.append(f"no group for client {_shown(strangers)}{hint}")
+    if orphans:
+        hint = nearest(orphans[0], strangers) if common and not strangers else ""
+        found.append(f"no client for group {_shown(orphans)}{hint}")
+    raise UserError(
+        f"data.partition.kind: natural found {len(groups)} groups for {len(clients)} clients in {name}: "
+        f"{' and '.join(part.removesuffix('?') for part in found)}"
+    )
+
+
+def all_groups(dataset: Dataset) -> list[str]:
+    """The names of the groups of all rows, those of the common validation and test sets as well, in the order of people."""
+    parts = dataset.splits().values()
+    held = [
+        (part.group, part.group_names)
+        for part in parts
+        if part.group is not None and part.group_names
+    ]
+    return in_order({names[g] for group, names in held for g in group.unique().tolist()})
+
+
+def one_group_each(dataset: Dataset) -> None:
+    """Refuse a patient (UserError) who has rows in two groups, whatever they are used for: a natural partition would tear
+    them apart."""
+    group_of: dict[str, str] = {}
+    for part in dataset.splits().values():
+        if part.patient is None or part.group is None:
+            continue
+        for who, group in torch.stack([part.patient, part.group], 1).unique(dim=0).tolist():
+            patient = part.patient_names[who] if part.patient_names else str(who)
+            name = part.group_names[group] if part.group_names else str(group)
+            if (first := group_of.setdefault(patient, name)) != name:
+                raise UserError(
+                    f"data.patient: patient '{patient}' has rows in groups '{first}' and '{name}' of {dataset.name}: a natural "
+                    "partition cannot keep them together; where sites number their own patients, put the site before the "
+                    "number"
+                )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(f"'{n}'" for n in names[:8]) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
+
+
+def commonest(strata: Tensor, unit: Tensor) -> Tensor:
+    """The commonest stratum of each patient's rows, int64 `[P]`; of equals the lowest.
+
+    Args:
+        strata: int64 `[N]`, from 0.
+        unit: int64 `[N]`, places 0 to P - 1, each of which occurs.
+    """
+    kinds, patients = int(strata.max()) + 1, int(unit.max()) + 1
+    pairs, rows = (unit * kinds + strata).unique(return_counts=True)
+    # sorted by patient, then fewest rows first, then highest stratum first: the last of each patient is wanted
+    order = (pairs % kinds).argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    order = order[(pairs[order] // kinds).argsort(stable=True)]
+    last = torch.bincount(pairs // kinds, minlength=patients).cumsum(0) - 1
+    return pairs[order[last]] % kinds
+
+
+def fill_up(owner: Tensor, size: Tensor, clients: int, fewest: int, order: Tensor) -> Tensor:
+    """Whole patients moved from the largest clients to short ones, until each has `fewest` rows.
+
+    Args:
+        owner: the client of each patient, int64 `[P]`, -1 for none.
+        size: rows of each patient, int64 `[P]`.
+        order: int64 `[P]`, all patients in the order in which they are asked to move.
+
+    Raises:
+        UserError: no client can give a patient away without being short itself.
+    """
+    owner = owner.clone()
+    dealt = owner >= 0
+    held = torch.zeros(clients, dtype=torch.int64).index_add(0, owner[dealt], size[dealt])
+    while int(held.min()) < fewest:  # ends: the shortest grows, and nobody becomes short
+        low = int(held.argmin())
+        movable = order[(owner[order] >= 0) & (size[order] <= (held - fewest)[owner[order]])]
+        if len(movable) == 0:
+            raise UserError(
+                f"data.partition.min_size: found {fewest}, but with whole patients a client gets {int(held[low])} rows; "
+                "lower it"
+            )
+        donor = owner[movable][held[owner[movable]].argmax()]
+        moved = movable[owner[movable] == donor][0]
+        held[donor] -= size[moved]
+        held[low] += size[moved]
+        owner[moved] = low
+    return owner
+
+
+def torn(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
+    """Two rows of one patient that lie in different parts, or None."""
+    rows = torch.cat(list(parts))
+    place = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
+    order = patient[rows].argsort(stable=True)
+    rows, place = rows[order], place[order]
+    bad = (patient[rows[1:]] == patient[rows[:-1]]) & (place[1:] != place[:-1])
+    first = torch.nonzero(bad)
+    return (int(rows[first[0]]), int(rows[first[0] + 1])) if len(first) else None

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hetero_fl.config.source import SourceConfig
-from hetero_fl.data.base import Dataset, check_examples
-from hetero_fl.data.npz import TABLES, read_npz
-from hetero_fl.errors import UserError, beside, nearest
-from hetero_fl.own_code import OWN
-from hetero_fl.registry import called
-from hetero_fl.task import Task
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data.arrays import TABLES, read_npz
+from hetero_fl.data.dataset import Dataset, check_examples
+from hetero_fl.utils.code_permission import OWN
+from hetero_fl.utils.errors import UserError, beside, nearest
+from hetero_fl.utils.registry import called
 
-Key = Literal["path", "label", "group", "patient", "task", "categories", "size", "series", "text", "windows"]
+Key = Literal[
+    "path", "label", "group", "patient", "task", "categories", "size", "series", "text", "windows"
+]
 SourceFunction = Callable[[SourceConfig, Path], Dataset]
 """(configuration, folder for downloads) to a data set. A UserError that it raises begins with the key it is about."""
 
@@ -71,10 +73,14 @@ def check_source(config: SourceConfig, where: str = "data") -> None:
     if not config.name.startswith(OWN):
         _entry(config, where)
     if config.path is not None and not Path(config.path).expanduser().exists():
-        raise UserError(f"{where}.path: {config.path}: no such file or folder{beside(Path(config.path).expanduser())}")
+        raise UserError(
+            f"{where}.path: {config.path}: no such file or folder{beside(Path(config.path).expanduser())}"
+        )
 
 
-def load_source(config: SourceConfig, root: Path, where: str = "data", missing: bool = False) -> Dataset:
+def load_source(
+    config: SourceConfig, root: Path, where: str = "data", missing: bool = False
+) -> Dataset:
     """Load a source, or the .npz file (MedMNIST layout) that `config.path` puts in its place, and check every row.
 
     Args:
@@ -90,13 +96,31 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     name, entry = _entry(config, where)
     npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
     local = npz or (config.path is not None and "path" not in entry.keys)
-    takes = {*entry.keys, *(("patient",) if local else ()), *(("task",) if local and entry.task is None else ())}
-    for key in ("label", "group", "patient", "task", "categories", "size", "series", "text", "windows"):
+    takes = {
+        *entry.keys,
+        *(("patient",) if local else ()),
+        *(("task",) if local and entry.task is None else ()),
+    }
+    for key in (
+        "label",
+        "group",
+        "patient",
+        "task",
+        "categories",
+        "size",
+        "series",
+        "text",
+        "windows",
+    ):
         if getattr(config, key) is not None and key not in takes:
-            raise UserError(f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out")
+            raise UserError(
+                f"{where}.{key}: found '{getattr(config, key)}', but {name} takes none; leave it out"
+            )
     file = Path(config.path or "").expanduser()
     if (local or name == "npz") and file.suffix.lower() in TABLES and file.is_file():
-        raise UserError(f"{where}.path: {config.path}: no .npz file; `{where}.name: table` reads it")
+        raise UserError(
+            f"{where}.path: {config.path}: no .npz file; `{where}.name: table` reads it"
+        )
     try:
         if config.path is not None and local:
             dataset = read_npz(file, name, entry.task, config.task, config.patient)
@@ -107,7 +131,9 @@ def load_source(config: SourceConfig, root: Path, where: str = "data", missing: 
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     if dataset.gap and not missing:
-        raise UserError(f"{where}.{dataset.gap}; fill or drop them, or set preprocess.missing: indicate")
+        raise UserError(
+            f"{where}.{dataset.gap}; fill or drop them, or set preprocess.missing: indicate"
+        )
     _check(dataset, f"{where}.name: {name}", missing)
     return dataset
 
@@ -141,14 +167,24 @@ def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset
     where = f"{where}.name"
     dataset = called(config.name, where, "config, root", (config, root), Dataset)
     if not isinstance(dataset, Dataset):
-        raise UserError(f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset")
+        raise UserError(
+            f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset"
+        )
     _check(dataset, f"{where}: {config.name}", missing)
     return dataset
 
 
 def _check(dataset: Dataset, where: str, missing: bool) -> None:
     for split, examples in dataset.splits().items():
-        check_examples(examples, dataset.task, f"{where}: {split}", missing=missing, vocabulary=dataset.vocabulary)
+        check_examples(
+            examples,
+            dataset.task,
+            f"{where}: {split}",
+            missing=missing,
+            vocabulary=dataset.vocabulary,
+        )
         if examples.x.shape[1:] != dataset.train.x.shape[1:]:
             found, expected = tuple(examples.x.shape[1:]), tuple(dataset.train.x.shape[1:])
-            raise UserError(f"{where}: {split}: examples of shape {found}, but those of train have {expected}")
+            raise UserError(
+                f"{where}: {split}: examples of shape {found}, but those of train have {expected}"
+            )

@@ -2,10 +2,10 @@
 
 from hetero_fl.experiment.auditing.audit import audit
 from hetero_fl.experiment.comparison import compare
+from hetero_fl.experiment.evaluation import evaluate
 from hetero_fl.experiment.exporting.export import export
-from hetero_fl.experiment.joining import join
-from hetero_fl.experiment.prepared import Prepared, prepare
-from hetero_fl.experiment.scoring import evaluate
-from hetero_fl.experiment.single import run
+from hetero_fl.experiment.onboarding.newcomers import join
+from hetero_fl.experiment.preparation import Prepared, prepare
+from hetero_fl.experiment.runner import run
 
 __all__ = ["Prepared", "audit", "compare", "evaluate", "export", "join", "prepare", "run"]

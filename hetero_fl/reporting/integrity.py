@@ -10,14 +10,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hetero_fl.codec import CodecError
-from hetero_fl.config.record import deciding, difference
-from hetero_fl.errors import UserError
-from hetero_fl.files import sha256_of
-from hetero_fl.reporting.rundir import ALWAYS, CHECKSUMS, LOG, METRICS, RunDirectory
-from hetero_fl.reporting.wording import plural
-from hetero_fl.runtime.checkpoint import KEPT, checkpoint_files, checkpoint_name, read_checkpoint, round_of
-from hetero_fl.saved import read_model_file
+from hetero_fl.config.describe import deciding, difference
+from hetero_fl.core.saved_model import read_model_file
+from hetero_fl.federation.checkpoint import (
+    KEPT,
+    checkpoint_files,
+    checkpoint_name,
+    read_checkpoint,
+    round_of,
+)
+from hetero_fl.reporting.run_directory import ALWAYS, CHECKSUMS, LOG, METRICS, RunDirectory
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.serialization import CodecError, sha256_of
+from hetero_fl.utils.text import plural
 
 NODES = "nodes"  # the executor of a run across machines, whose sites may keep their models
 FREE = ("workers", "reasons")  # what may differ in the record of how a run is computed
@@ -80,7 +85,9 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
     elif finished and "run" in directory.environment():
         found.damage.setdefault(CHECKSUMS, f"{MISSING} or empty")
     elif finished:
-        found.notes.append(f"{EARLIER}, without checksums: only form and number of its files are checked")
+        found.notes.append(
+            f"{EARLIER}, without checksums: only form and number of its files are checked"
+        )
         if thorough and "summary.json" not in found.damage:
             _check_models(directory, found)
     rounds = len(_lines(directory, found))
@@ -149,13 +156,17 @@ def _summary(directory: RunDirectory) -> dict[str, Any]:
     """Return the summary. Raises UserError if it lacks what is needed here."""
     summary = directory.summary()
     clients = summary.get("clients", [])
-    named = isinstance(clients, list) and all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in clients)
+    named = isinstance(clients, list) and all(
+        isinstance(c, dict) and isinstance(c.get("id"), str) for c in clients
+    )
     if not isinstance(summary.get("rounds_completed"), int) or not named:
         raise UserError("is not the summary of a run")
     return summary
 
 
-def _check_checksums(directory: RunDirectory, sums: Mapping[str, str], thorough: bool, found: Inspection) -> None:
+def _check_checksums(
+    directory: RunDirectory, sums: Mapping[str, str], thorough: bool, found: Inspection
+) -> None:
     for name in (*ALWAYS, "summary.json"):
         if name not in sums:
             found.damage.setdefault(CHECKSUMS, f"has no checksum of {name}")
@@ -201,7 +212,9 @@ def _derived(directory: RunDirectory) -> list[str]:
     output = output if isinstance(output, Mapping) else {}
     notes = []
     if output.get("plots") and not any(directory.plots.glob("*.png")):
-        notes.append(f"{directory.plots}: no plots; `hetero_fl.Run({str(directory.path)!r}).plot()` draws them again")
+        notes.append(
+            f"{directory.plots}: no plots; `hetero_fl.Run({str(directory.path)!r}).plot()` draws them again"
+        )
     if output.get("report") and not (directory.path / "report.html").exists():
         notes.append(f"{directory.path / 'report.html'}: missing; `--resume` writes it again")
     return notes
@@ -225,13 +238,19 @@ def _remedy(directory: RunDirectory, checkpoints: list[Path], found: Inspection)
     if not found.damage:
         return []
     if METRICS in found.damage:
-        return [f"{directory.path / METRICS}: no other file has its lines; the run cannot be repaired"]
-    if any(name.startswith(("checkpoint", "config.yaml", "environment.json")) for name in found.damage):
+        return [
+            f"{directory.path / METRICS}: no other file has its lines; the run cannot be repaired"
+        ]
+    if any(
+        name.startswith(("checkpoint", "config.yaml", "environment.json")) for name in found.damage
+    ):
         return []
     if not checkpoints or not directory.finished or FOREIGN in found.damage.values():
         return []
     again = "models, details, checksums and summary are written again with the same results"
-    return [f"{directory.path}: delete summary.json and run `hetero-fl train --resume --out {directory.path}`; {again}"]
+    return [
+        f"{directory.path}: delete summary.json and run `hetero-fl train --resume --out {directory.path}`; {again}"
+    ]
 
 
 # Rounds --------------------------------------------------------------------------------------------------------------
@@ -269,7 +288,9 @@ def _too_few(directory: RunDirectory, rounds: int, expected: int) -> str:
     return f"found {plural(rounds, 'line')}; expected {expected}, one for each round"
 
 
-def _check_checkpoints(directory: RunDirectory, files: list[Path], least: int, found: Inspection) -> None:
+def _check_checkpoints(
+    directory: RunDirectory, files: list[Path], least: int, found: Inspection
+) -> None:
     """Read the two newest checkpoints, and compare the directory with what they say of it.
 
     Args:
@@ -290,13 +311,19 @@ def _check_checkpoints(directory: RunDirectory, files: list[Path], least: int, f
             reason = str(error)
             if isinstance(error, OSError):
                 missing = isinstance(error, FileNotFoundError)
-                reason = f"refers to {error.filename}, which is missing" if missing else str(error.strerror)
+                reason = (
+                    f"refers to {error.filename}, which is missing"
+                    if missing
+                    else str(error.strerror)
+                )
             found.damage[f"checkpoint/{path.name}"] = f"damaged ({reason})"
             continue
         _compare(directory, saved, path.name, found)
 
 
-def _compare(directory: RunDirectory, saved: Mapping[str, Any], name: str, found: Inspection) -> None:
+def _compare(
+    directory: RunDirectory, saved: Mapping[str, Any], name: str, found: Inspection
+) -> None:
     """Compare a run directory with what one of its checkpoints says of it."""
     known, completed = saved.get("directory"), saved["run"]["completed"]
     if known is None:
@@ -347,7 +374,11 @@ def _state(directory: RunDirectory, rounds: int) -> str:
 
 def _computed(choice: Any) -> Any:
     """What decides the bits of a run's results in the record of how it is computed."""
-    return {k: v for k, v in choice.items() if k not in FREE} if isinstance(choice, Mapping) else choice
+    return (
+        {k: v for k, v in choice.items() if k not in FREE}
+        if isinstance(choice, Mapping)
+        else choice
+    )
 
 
 def _what(error: UserError, directory: RunDirectory, name: str) -> str:

@@ -22,8 +22,14 @@ ALGORITHMS = {
         "Clients with the same model sent their parameters for averaging, and a penalty kept each client's training "
         "close to the average it started from.",
     ),
-    "fedper": ("FedPer", "Clients with the same model averaged its backbone; each kept a head of its own."),
-    "lg_fedavg": ("LG-FedAvg", "Each client kept a backbone of its own; only the heads were averaged."),
+    "fedper": (
+        "FedPer",
+        "Clients with the same model averaged its backbone; each kept a head of its own.",
+    ),
+    "lg_fedavg": (
+        "LG-FedAvg",
+        "Each client kept a backbone of its own; only the heads were averaged.",
+    ),
     "fedbn": (
         "FedBN",
         "Clients with the same model averaged it, but for its batch normalisation: each kept its own, fitted to how its "
@@ -49,7 +55,10 @@ ALGORITHMS = {
         "As FedAvg, and each client's change was divided by the length of its path (its steps) before the mean was taken, so "
         "that who trains longer does not pull further.",
     ),
-    "fedavgm": ("FedAvgM", "As FedAvg, and the server kept moving in the direction of earlier rounds (momentum)."),
+    "fedavgm": (
+        "FedAvgM",
+        "As FedAvg, and the server kept moving in the direction of earlier rounds (momentum).",
+    ),
     "fedadam": (
         "FedAdam",
         "As FedAvg, and the server followed the mean update with the Adam optimiser in place of taking it as it is.",

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 
 from pydantic import ValidationError
 
-from hetero_fl.algorithms import Algorithm, algorithm
-from hetero_fl.algorithms import needs as declared
-from hetero_fl.brackets import pieces
+from hetero_fl.algorithms import Algorithm, algorithm, requirements
+from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.method_names import ALGORITHMS
-from hetero_fl.reporting.wording import algorithm_base, algorithm_name
+from hetero_fl.utils.text import pieces
 
 
 def method(label: str) -> type[Algorithm] | None:
@@ -21,16 +20,16 @@ def method(label: str) -> type[Algorithm] | None:
 def is_bound(label: str) -> bool:
     """Does a label name a bound, which others are measured against?"""
     kind = method(label)
-    return kind is not None and declared.is_bound(kind)
+    return kind is not None and requirements.is_bound(kind)
 
 
 def is_baseline(label: str) -> bool:
     """Does it name the line to beat, no federation at all?"""
     kind = method(label)
-    return kind is not None and declared.is_baseline(kind)
+    return kind is not None and requirements.is_baseline(kind)
 
 
-def needs(label: str) -> list[declared.Need]:
+def needs(label: str) -> list[requirements.Need]:
     """What the method needs, with the settings of the label where they are plain."""
     kind = method(label)
     if kind is None:
@@ -38,14 +37,14 @@ def needs(label: str) -> list[declared.Need]:
     own = pieces(label[len(algorithm_base(label)) + 1 :], ":")
     settings = dict(pair for s in own if len(pair := s.split("=", 1)) == 2 and "." not in pair[0])
     try:
-        return declared.needs(kind.model_validate(settings))
+        return requirements.needs(kind.model_validate(settings))
     except ValidationError:  # a list, say, or a setting without a default
-        return declared.needs(kind.model_construct())
+        return requirements.needs(kind.model_construct())
 
 
 def needed(label: str) -> str:
     """The same in words, for a table."""
-    return declared.in_words(needs(label))
+    return requirements.in_words(needs(label))
 
 
 def docstring(label: str) -> str:
@@ -68,5 +67,7 @@ def described(labels: Iterable[str]) -> list[tuple[str, str, str, str]]:
         own = docstring(base) or ("" if base in ALGORITHMS else "It has no docstring.")
         kind = method(base)
         read = f"Read: {kind.reads}." if kind else ""
-        found.append((algorithm_name(base), ALGORITHMS[base][1] if base in ALGORITHMS else "", own, read))
+        found.append(
+            (algorithm_name(base), ALGORITHMS[base][1] if base in ALGORITHMS else "", own, read)
+        )
     return found

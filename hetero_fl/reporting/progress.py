@@ -1,26 +1,39 @@
-"""What a run shows while it runs: a live display in a terminal, one quiet line an evaluated round elsewhere.
-
-Everything goes to stderr, so that stdout stays free for results; the lines go to the log file too.
-"""
+"""Show progress in the terminal and write TensorBoard events."""
 
 from __future__ import annotations
 
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
 from rich.text import Text
 
-from hetero_fl.errors import RunFailed, UserError
-from hetero_fl.reporting.wording import arrivals, duration, evaluated, final, plural, sentence, size
+from hetero_fl.reporting.formatting import arrivals, duration, evaluated, final, sentence, size
+from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.text import plural
+
+# What a run shows while it runs: a live display in a terminal, one quiet line an evaluated round
+# elsewhere.
+#
+# Everything goes to stderr, so that stdout stays free for results; the lines go to the log file
+# too.
 
 
 class Progress:
@@ -30,9 +43,14 @@ class Progress:
     """
 
     def __init__(
-        self, log_path: str | os.PathLike[str] | None = None, quiet: bool = False, console: Console | None = None
+        self,
+        log_path: str | os.PathLike[str] | None = None,
+        quiet: bool = False,
+        console: Console | None = None,
     ) -> None:
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._console = console or Console(
+            stderr=True, highlight=False, soft_wrap=True, quiet=quiet
+        )
         self._log_path = log_path
         self._log: TextIO | None = None
         self._live: Live | None = None
@@ -56,7 +74,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop()
         if self._log is not None:
@@ -73,7 +94,10 @@ class Progress:
         if self._console.is_terminal:
             self._bar_task = self._bar.add_task("round", total=rounds, completed=done, left="")
             self._live = Live(
-                Group(self._bar, self._task, self._scores), console=self._console, refresh_per_second=4, transient=True
+                Group(self._bar, self._task, self._scores),
+                console=self._console,
+                refresh_per_second=4,
+                transient=True,
             )
             self._live.start()
 
@@ -143,3 +167,38 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+# The same figures as `metrics.jsonl`, for TensorBoard (the extra `hetero_fl[tensorboard]`).
+
+
+def writer_callback(run_dir: str | os.PathLike[str]) -> Callable[[Mapping[str, Any]], None]:
+    """A callback that writes each round's record below the run's `tensorboard/`.
+
+    Raises UserError if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "output.tensorboard: TensorBoard is not installed; pip install 'hetero_fl[tensorboard]', or set it to false"
+        ) from None
+    return partial(log_record, SummaryWriter(str(Path(run_dir) / "tensorboard")))
+
+
+def log_record(writer: Any, record: Mapping[str, Any]) -> None:
+    """Write one round's record: every defined metric, the mean training loss, bytes and seconds."""
+    step = record["round"]
+    for reading in ("personal", "global", "server"):
+        for scores, prefix in ((record, "test"), (record.get("validation") or {}, "validation")):
+            for name, value in (scores.get(reading) or {}).items():
+                if value is not None:
+                    writer.add_scalar(f"{prefix}/{reading}/{name}", value, step)
+    losses = list(record["train_loss"].values())
+    if losses:
+        writer.add_scalar("train/loss", sum(losses) / len(losses), step)
+    for direction in ("up_bytes", "down_bytes"):
+        writer.add_scalar(f"communication/{direction}", record[direction], step)
+    for part, seconds in record["seconds"].items():
+        writer.add_scalar(f"seconds/{part}", seconds, step)
+    writer.flush()

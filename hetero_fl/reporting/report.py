@@ -10,11 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hetero_fl.metrics import REGRESSION
-from hetero_fl.reporting import plots, prose, style
-from hetero_fl.reporting.captions import captions
-from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.reporting.wording import (
+from hetero_fl.core.metrics import REGRESSION
+from hetero_fl.reporting import plots, report_text
+from hetero_fl.reporting.formatting import (
     FEW_ROWS,
     METRICS,
     MISSING,
@@ -26,7 +24,6 @@ from hetero_fl.reporting.wording import (
     is_regression,
     last_scores,
     metric_name,
-    plural,
     population,
     reached,
     selection,
@@ -37,6 +34,10 @@ from hetero_fl.reporting.wording import (
     tested_metric,
     uncertain,
 )
+from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.report_text import captions
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.text import plural
 
 Json = dict[str, Any]
 
@@ -44,7 +45,10 @@ Json = dict[str, Any]
 def render(template: str, **content: Any) -> str:
     """Fill a template of this package; everything put in is escaped."""
     environment = Environment(
-        loader=PackageLoader("hetero_fl.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("hetero_fl.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     return environment.get_template(template).render(**content)
 
@@ -52,7 +56,10 @@ def render(template: str, **content: Any) -> str:
 def embedded(picture: bytes) -> Json:
     """A PNG as it stands in an HTML file: its data, and the width at which type is as large as on paper and a half."""
     width = int.from_bytes(picture[16:20], "big")
-    return {"data": base64.b64encode(picture).decode("ascii"), "width": round(width * 140 / style.DPI)}
+    return {
+        "data": base64.b64encode(picture).decode("ascii"),
+        "width": round(width * 140 / style.DPI),
+    }
 
 
 def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> Path:
@@ -74,7 +81,9 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] | N
 def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
     summary, details, records = run.summary(), run.details(), run.metrics()
     found = {name: run.plots / f"{name}.png" for name in plots.NAMES}
-    pictures = {name: path.read_bytes() for name, path in found.items() if path.is_file()} or plots.draw(run, say)
+    pictures = {
+        name: path.read_bytes() for name, path in found.items() if path.is_file()
+    } or plots.draw(run, say)
     subtitle = (
         f"{algorithm_name(summary['algorithm'])} · {summary['data']['name']} · "
         f"{plural(population(summary, details), 'client')} · {plural(summary['rounds_completed'], 'round')} · "
@@ -86,11 +95,11 @@ def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
         "report.html",
         title=summary["name"],
         subtitle=subtitle,
-        warnings=prose.warnings(summary, records),
+        warnings=report_text.warnings(summary, records),
         tiles=_tiles(summary, details),
-        story=prose.story(summary, details),
+        story=report_text.story(summary, details),
         results=_results(summary, details),
-        glossary=prose.glossary(summary, details),
+        glossary=report_text.glossary(summary, details),
         pictures=[
             {"title": title, "caption": caption, **embedded(pictures[name])}
             for name, (title, caption) in captions(summary, details).items()
@@ -121,21 +130,34 @@ def _tiles(summary: Json, details: Json) -> list[Json]:
             continue
         scores = summary[reading]["last"]
         worst, deviation = scores.get(f"{name}_worst"), scores.get(f"{name}_std")
-        more = f"± {figure(deviation, name)} over clients; worst {figure(worst, name)}" if deviation is not None else ""
+        more = (
+            f"± {figure(deviation, name)} over clients; worst {figure(worst, name)}"
+            if deviation is not None
+            else ""
+        )
         rows = (
-            f"n = {span(home_rows(details).values())} test rows a client" if reading == "personal" else _common(summary)
+            f"n = {span(home_rows(details).values())} test rows a client"
+            if reading == "personal"
+            else _common(summary)
         )
         unit = details.get("unit", "")
         words = tested_metric(reading, name, unit)
         if reading == "server":
             words = f"{sentence(metric_name(name, unit))} of the server's model"
-        tiles.append({"name": words, "value": figure(scores.get(name), name), "more": more, "rows": rows})
+        tiles.append(
+            {"name": words, "value": figure(scores.get(name), name), "more": more, "rows": rows}
+        )
     up, down = (summary["communication"][k] for k in ("up_bytes", "down_bytes"))
     more = f"{size(up)} up, {size(down)} down"
     tiles.append({"name": "Exchanged in all", "value": size(up + down), "more": more, "rows": ""})
     if summary.get("privacy"):
         tiles.append(
-            {"name": "Privacy spent", "value": spent(summary["privacy"]), "more": "largest of any client", "rows": ""}
+            {
+                "name": "Privacy spent",
+                "value": spent(summary["privacy"]),
+                "more": "largest of any client",
+                "rows": "",
+            }
         )
     seconds = summary["seconds"]
     more = f"{duration(seconds['training'])} of it training"
@@ -143,7 +165,14 @@ def _tiles(summary: Json, details: Json) -> list[Json]:
     if told := summary.get("simulated"):
         counts = ", ".join(f"{told[w]:,} {w}" for w in ("invited", "arrived", "failed", "late"))
         skipped = f"{plural(told['skipped'], 'round')} with too few" if told["skipped"] else ""
-        tiles.append({"name": "Simulated time", "value": duration(told["seconds"]), "more": counts, "rows": skipped})
+        tiles.append(
+            {
+                "name": "Simulated time",
+                "value": duration(told["seconds"]),
+                "more": counts,
+                "rows": skipped,
+            }
+        )
     return tiles
 
 
@@ -161,10 +190,20 @@ def _results(summary: Json, details: Json) -> Json:
         where = sentence(READINGS[reading])
         for moment in ("last", "best_by_validation"):
             scores = found[moment]
-            more = "last round" if moment == "last" else f"round {scores['round']}, selected by validation"
+            more = (
+                "last round"
+                if moment == "last"
+                else f"round {scores['round']}, selected by validation"
+            )
             cells = [_cell(scores, name) for name in names]
-            n = f"n = {span(home_rows(details).values())} a client" if reading == "personal" else _common(summary)
-            rows.append({"name": where, "more": [more, n], "cells": cells, "first": moment == "last"})
+            n = (
+                f"n = {span(home_rows(details).values())} a client"
+                if reading == "personal"
+                else _common(summary)
+            )
+            rows.append(
+                {"name": where, "more": [more, n], "cells": cells, "first": moment == "last"}
+            )
     caption = (
         "Mean ± standard deviation over clients, and the worst client. n: test rows. "
         + ("The server has one model, so no spread. " if summary["server"] else "")
@@ -175,7 +214,12 @@ def _results(summary: Json, details: Json) -> Json:
         for reading, scores in readings.items():
             cells = [_cell(scores, name) for name in names]
             rows.append(
-                {"name": sentence(rule), "more": ["a simple rule", READINGS[reading]], "cells": cells, "first": True}
+                {
+                    "name": sentence(rule),
+                    "more": ["a simple rule", READINGS[reading]],
+                    "cells": cells,
+                    "first": True,
+                }
             )
     titles = [sentence(metric_name(name, details.get("unit", ""))) for name in names]
     return {"columns": titles, "rows": rows, "caption": caption}
@@ -193,7 +237,11 @@ def _cell(scores: Mapping[str, Any], name: str) -> Json:
 
 
 def _clients(summary: Json, details: Json) -> Json:
-    shown = [(r, name) for r in ("personal", "global") for name in _client_metrics(r, last_scores(summary))]
+    shown = [
+        (r, name)
+        for r in ("personal", "global")
+        for name in _client_metrics(r, last_scores(summary))
+    ]
     columns: list[Json] = [
         {"name": "Client", "text": True, "more": "group"},
         {"name": "Model", "text": True, "more": "parameters"},
@@ -201,7 +249,11 @@ def _clients(summary: Json, details: Json) -> Json:
         {"name": "Preprocessing", "text": True, "more": "scanner"},
         {"name": "Rows", "text": False, "more": "train / validation / test"},
         *(
-            {"name": sentence(metric_name(name, details.get("unit", ""))), "text": False, "more": READINGS[reading]}
+            {
+                "name": sentence(metric_name(name, details.get("unit", ""))),
+                "text": False,
+                "more": READINGS[reading],
+            }
             for reading, name in shown
         ),
     ]
@@ -211,9 +263,15 @@ def _clients(summary: Json, details: Json) -> Json:
         row = [
             {"value": client["id"], "more": about["group"]},
             {"value": client["model"], "more": f"{client['parameters']:,}"},
-            {"value": ", ".join(about["shares"]) or MISSING, "more": _training(about.get("settings", {}))},
+            {
+                "value": ", ".join(about["shares"]) or MISSING,
+                "more": _training(about.get("settings", {})),
+            },
             {"value": about["preprocess"] or MISSING, "more": about["scanner"]},
-            {"value": " / ".join(f"{parts[part]:,}" for part in ("train", "validation", "test")), "more": ""},
+            {
+                "value": " / ".join(f"{parts[part]:,}" for part in ("train", "validation", "test")),
+                "more": "",
+            },
         ]
         for reading, name in shown:
             found = figure(reached(client, reading, name), name)
@@ -222,7 +280,10 @@ def _clients(summary: Json, details: Json) -> Json:
             note = f"n = {parts['test']}" + (", uncertain" if few else "") if home else ""
             rules = details.get("baselines", {}).get(client["id"], {}).get(reading, {})
             note = ", ".join(
-                [*([note] if note else []), *(f"{r} {figure(s.get(name), name)}" for r, s in rules.items())]
+                [
+                    *([note] if note else []),
+                    *(f"{r} {figure(s.get(name), name)}" for r, s in rules.items()),
+                ]
             )
             row.append({"value": found, "more": note, "few": few})
         rows.append([{"few": False, **cell} for cell in row])
@@ -235,7 +296,9 @@ def _training(settings: Mapping[str, Any]) -> str:
         **settings.get("optimizer", {}),
         **{k: settings[k] for k in ("epochs", "steps", "batch_size") if k in settings},
     }
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None)
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in own.items() if value is not None
+    )
 
 
 def _client_metrics(reading: str, scores: Mapping[str, Any]) -> tuple[str, ...]:

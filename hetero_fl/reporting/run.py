@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.data.given import as_seen
-from hetero_fl.errors import UserError, nearest
-from hetero_fl.files import sha256_of
-from hetero_fl.own_code import CodePermission
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.data.inference import as_seen
+from hetero_fl.reporting.formatting import algorithm_name, final, population
 from hetero_fl.reporting.integrity import CHANGED, inspect
-from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.reporting.wording import algorithm_name, final, plural, population
-from hetero_fl.saved import SavedModel
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.serialization import sha256_of
+from hetero_fl.utils.text import plural
 
 
 class Run:
@@ -78,7 +79,11 @@ class Run:
         files = self.directory.model_files()
         if not files:
             over = (self.path / "summary.json").exists()
-            why = "no site tells its own (tells.model in a site's file)" if over else "the run has not finished"
+            why = (
+                "no site tells its own (tells.model in a site's file)"
+                if over
+                else "the run has not finished"
+            )
             raise UserError(f"{self.path}: holds no models; {why}")
         sums = self.directory.checksums()
         for name in (f"models/{f.name}" for f in files):
@@ -97,7 +102,9 @@ class Run:
         Raises UserError for examples that the model cannot take.
         """
         if client not in self.models:
-            raise UserError(f"{self.path}: found no model of '{client}'{nearest(client, self.models)}")
+            raise UserError(
+                f"{self.path}: found no model of '{client}'{nearest(client, self.models)}"
+            )
         model = self.models[client]
         z = model.logits(as_seen(model, x), home)
         if model.task.kind == "regression":

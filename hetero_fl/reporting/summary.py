@@ -1,4 +1,4 @@
-"""From the records of a run to `summary.json` and `details.json`."""
+"""Build `summary.json` and `details.json` from the records of a run."""
 
 from __future__ import annotations
 
@@ -7,16 +7,87 @@ from dataclasses import asdict
 from typing import Any
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.channel.protocol import Traffic
+from hetero_fl.communication.protocol import Traffic
 from hetero_fl.config import Config
-from hetero_fl.errors import RunFailed
-from hetero_fl.metrics import selection_metric
-from hetero_fl.reporting.protections import protections_of
-from hetero_fl.runtime.federation import Federation, describe_settings
-from hetero_fl.runtime.readings import Readings, Record
-from hetero_fl.spread import spread
-from hetero_fl.state import Card
-from hetero_fl.task import Task
+from hetero_fl.core.metrics import selection_metric, spread
+from hetero_fl.core.participant import Card
+from hetero_fl.core.task import Task
+from hetero_fl.federation.federation import Federation, describe_settings
+from hetero_fl.federation.trainer import Readings, Record
+from hetero_fl.reporting.formatting import sentence
+from hetero_fl.utils.errors import RunFailed
+from hetero_fl.utils.text import plural
+
+# What stood between clients, server and whoever reads the models, in words: privacy, secret sums,
+# rules, compression, liars.
+
+Json = dict[str, Any]
+WHOSE = {
+    "record": " of each training row",
+    "client": " of each client",
+    "local": " of each client, noised at home",
+}
+SHOWN = 6  # liars that are named
+
+
+def protections_of(federation: Federation) -> dict[str, Any]:
+    """What a report tells of the channel and of how uploads were combined; JSON."""
+    channel, terms = federation.channel, federation.aggregation
+    rules = {
+        "parameters": terms.rule,
+        "predictions": terms.predictions,
+        "class sums": terms.statistics,
+    }
+    return {
+        "compress": [_stage(stage.model_dump()) for stage in channel.compress],
+        "compress_down": [_stage(stage.model_dump()) for stage in channel.compress_down],
+        "secure_sum": channel.secure_sum is not None,
+        "rules": {what: rule for what, rule in rules.items() if rule != "mean"},
+    }
+
+
+def _stage(written: Json) -> str:
+    return " ".join(
+        name if value is True else f"{name} {value:g}" for name, value in written.items()
+    )
+
+
+def told(summary: Json, details: Json) -> list[str]:
+    """A sentence on each protection; the first on privacy, had or not."""
+    privacy, found = summary["privacy"], details.get("protections", {})
+    if privacy:
+        whose = WHOSE.get(privacy.get("unit", ""), "")
+        lines = [
+            f"Differential privacy{whose}: ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.1g}."
+        ]
+    else:
+        lines = ["No differential privacy was in force."]
+    if found.get("secure_sum"):
+        lines.append("The server learnt sums of uploads, and no single one.")
+    if found.get("rules"):
+        rules = [f"{what} by {rule}" for what, rule in found["rules"].items()]
+        lines.append(f"{sentence(', '.join(rules))}: combined so that a few liars cannot decide.")
+    for key, who in (("compress", "clients"), ("compress_down", "the server")):
+        if found.get(key):
+            lines.append(f"What {who} sent was compressed: {', '.join(found[key])}.")
+    return lines
+
+
+def liars(attacks: Json | None) -> str:
+    """Who lied how; nothing where nobody did."""
+    if not attacks:
+        return ""
+    who: Sequence[str] = attacks["liars"]
+    more = f" and {len(who) - SHOWN:,} more" if len(who) > SHOWN else ""
+    how = f"{plural(len(who), 'client')} lied ({attacks['name']}): {', '.join(who[:SHOWN])}{more}"
+    if attacks.get("success") is not None:
+        how += (
+            f"; the backdoor opened on {attacks['success']:.1%} of the test rows of other classes"
+        )
+    return f"{how}. All figures are of honest clients."
+
+
+# From the records of a run to `summary.json` and `details.json`.
 
 
 def validation_score(task: Task, record: Record, which: str) -> float | None:
@@ -72,17 +143,29 @@ def timed_of(history: Sequence[Record]) -> dict[str, Any]:
         return {}
     counts = {what: sum(r["counts"][what] for r in told) for what in told[0]["counts"]}
     time = "simulated" if "simulated" in told[-1] else "wall"
-    return {time: {"seconds": told[-1][time]["end"], **counts, "skipped": sum(r.get("skipped", False) for r in told)}}
+    return {
+        time: {
+            "seconds": told[-1][time]["end"],
+            **counts,
+            "skipped": sum(r.get("skipped", False) for r in told),
+        }
+    }
 
 
 def baselines_of(readings: Readings) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """What simple rules reach on the same rows: by name and reading, spread over the clients as a method's figures are."""
     clients = readings.clients.items()
-    names = dict.fromkeys(name for _, r in clients for found in r.baselines.values() for name in found)
+    names = dict.fromkeys(
+        name for _, r in clients for found in r.baselines.values() for name in found
+    )
     return {
         name: {
             reading: spread(
-                {id: r.baselines[reading][name] for id, r in clients if name in r.baselines.get(reading, {})}
+                {
+                    id: r.baselines[reading][name]
+                    for id, r in clients
+                    if name in r.baselines.get(reading, {})
+                }
             )
             for reading in ("personal", "global")
         }
@@ -133,7 +216,9 @@ def summarise(
             {
                 "id": id,
                 "model": method.called(card),
-                "parameters": sum(federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names),
+                "parameters": sum(
+                    federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names
+                ),
                 "n_train": card.n,
                 "personal": last["clients"].get(id, {}).get("personal"),
                 "global": last["clients"].get(id, {}).get("global"),
@@ -156,10 +241,16 @@ def attacks_of(federation: Federation, history: Sequence[Record]) -> dict[str, A
     if liars is None:
         return {}
     success = [r["attacks"]["success"] for r in history if "success" in r["attacks"]]
-    return {"name": liars.config.name, "liars": liars.listed, "success": success[-1] if success else None}
+    return {
+        "name": liars.config.name,
+        "liars": liars.listed,
+        "success": success[-1] if success else None,
+    }
 
 
-def details_of(federation: Federation, readings: Readings, notes: Sequence[str], method: Algorithm) -> dict[str, Any]:
+def details_of(
+    federation: Federation, readings: Readings, notes: Sequence[str], method: Algorithm
+) -> dict[str, Any]:
     """Return the content of `details.json`: what a report shows of each client.
 
     Label counts are left out if the run is private: nothing accounts for their release.
@@ -171,7 +262,9 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
         method: The algorithm; it says when its models are read.
     """
     data = federation.data
-    tells_labels = [id for id in federation.readers if federation.privacy is None and data.tells_labels(id)]
+    tells_labels = [
+        id for id in federation.readers if federation.privacy is None and data.tells_labels(id)
+    ]
     return {
         "kind": federation.task.kind,
         "labels": list(federation.task.label),
@@ -180,7 +273,10 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
         "label_counts": {id: data.label_counts(id).int().tolist() for id in tells_labels},
         "proxy": data.n_proxy,
         "proxy_labels": method.reads_proxy_labels,
-        "rows": {id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")} for id in federation.readers},
+        "rows": {
+            id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")}
+            for id in federation.readers
+        },
         "clients": {
             id: {
                 "model": card.arch.id,
@@ -194,7 +290,9 @@ def details_of(federation: Federation, readings: Readings, notes: Sequence[str],
         },
         "unit": federation.task.unit,
         "relative": data.beside("", "common_test").unit is not None,
-        "baselines": {id: r.baselines for id, r in readings.clients.items() if any(r.baselines.values())},
+        "baselines": {
+            id: r.baselines for id, r in readings.clients.items() if any(r.baselines.values())
+        },
         "forecast": {id: r.forecast for id, r in readings.clients.items() if r.forecast},
         "confusion": {id: r.confusion for id, r in readings.clients.items()},
         "calibration": {id: r.calibration for id, r in readings.clients.items()},
@@ -211,6 +309,12 @@ def _read(federation: Federation) -> list[tuple[str, Card]]:
 
 
 def _short(fields: dict[str, Any]) -> str:
-    shown = {k: v for k, v in fields.items() if v is not None and v != () and k not in ("raw", "spans")}
-    shown |= {"blocks": " and ".join(name for name, _ in shown["blocks"])} if "blocks" in shown else {}
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    shown = {
+        k: v for k, v in fields.items() if v is not None and v != () and k not in ("raw", "spans")
+    }
+    shown |= (
+        {"blocks": " and ".join(name for name, _ in shown["blocks"])} if "blocks" in shown else {}
+    )
+    return ", ".join(
+        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
+    )

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.aggregation.staleness import discounted
-from hetero_fl.aggregation.sums import mean_of
-from hetero_fl.payload import Item, Payload
+from hetero_fl.aggregation.means import discounted, mean_of
+from hetero_fl.core.payload import Item, Payload
 
 FRESH, STALE, FACTOR = torch.tensor([[2.0, 4.0]]), torch.tensor([[6.0, 10.0]]), 0.25
 

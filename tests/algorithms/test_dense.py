@@ -11,23 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.errors import UserError
+from hetero_fl.core.generative_objectives import BatchStatistics, Generator, Synthesis, seen
+from hetero_fl.core.objectives import Batch, Net, Nets, Supervised
+from hetero_fl.core.participant import floats
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import Fit, Rows
+from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
-from hetero_fl.nets import Batch, Net, Nets
-from hetero_fl.objectives import Supervised
-from hetero_fl.payload import Payload
-from hetero_fl.plan import Fit, Rows
-from hetero_fl.runtime.batches import index_batches
-from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.seeding import generator
-from hetero_fl.state import floats
-from hetero_fl.synthesis import BatchStatistics, Generator, Synthesis, seen
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.seeding import generator
 from model_zoo import create_model, is_batch_norm
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, deployed, rounds_of, same_bits
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.references.local_training import apart, clients, module, train
 
-FEW = {"synthesis_epochs": 2, "generator_steps": 3, "student_steps": 4, "synthetic_batch": 12, "noise": 5}
-SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}  # of the student, whose momentum lives on from batch to batch
+FEW = {
+    "synthesis_epochs": 2,
+    "generator_steps": 3,
+    "student_steps": 4,
+    "synthetic_batch": 12,
+    "noise": 5,
+}
+# of the student, whose momentum lives on from batch to batch
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 
 
 def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
@@ -51,7 +57,9 @@ def statistics(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return z, sum(found)  # type: ignore[return-value]
 
 
-def by_hand(teachers: list[nn.Module], student: nn.Module, x: Tensor, y: Tensor, bn: float, adv: float) -> Tensor:
+def by_hand(
+    teachers: list[nn.Module], student: nn.Module, x: Tensor, y: Tensor, bn: float, adv: float
+) -> Tensor:
     said = [statistics(t, x) for t in teachers]
     mean, s = sum(z for z, _ in said) / len(said), student(x).logits
     p, q = mean.softmax(1), s.softmax(1)
@@ -62,11 +70,15 @@ def by_hand(teachers: list[nn.Module], student: nn.Module, x: Tensor, y: Tensor,
 
 @pytest.mark.usefixtures("float64")
 def test_the_servers_round_by_hand() -> None:
-    rounds = rounds_of(federation(statistics_weight=0.7, adversarial_weight=0.3, student="site_2"), held=1)
+    rounds = rounds_of(
+        federation(statistics_weight=0.7, adversarial_weight=0.3, student="site_2"), held=1
+    )
     sent = {}
     for id, client in clients(rounds).items():
         model = module(client.arch["model"], client.models["model"])
-        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+        train(
+            client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
+        )
         sent[id] = model.eval()
     card = rounds.federation.cards["site_2"]
     student = module(card.arch, rounds.server.models[card.arch.id])
@@ -82,17 +94,24 @@ def test_the_servers_round_by_hand() -> None:
         y = torch.randint(10, (12,), generator=draws)
         for _ in range(3):
             adam.zero_grad()
-            by_hand(teachers, student.eval(), imager(z).logits.view(12, 1, 8, 8), y, 0.7, 0.3).backward()
+            by_hand(
+                teachers, student.eval(), imager(z).logits.view(12, 1, 8, 8), y, 0.7, 0.3
+            ).backward()
             adam.step()
         with torch.no_grad():
             pool.append(imager(z).logits.view(12, 1, 8, 8))
             logits.append(sum(t(pool[-1]).logits for t in teachers) / 3)
         x, teacher = torch.cat(pool), torch.cat(logits)
         for rows in index_batches(
-            len(x), Fit({}, Supervised(), steps=4, batch_size=12), (0, 1, "server", "student", epoch)
+            len(x),
+            Fit({}, Supervised(), steps=4, batch_size=12),
+            (0, 1, "server", "student", epoch),
         ):
             sgd.zero_grad()
-            p, log_q = (teacher[rows] / 4).softmax(1), (student.train()(x[rows]).logits / 4).log_softmax(1)
+            p, log_q = (
+                (teacher[rows] / 4).softmax(1),
+                (student.train()(x[rows]).logits / 4).log_softmax(1),
+            )
             (16 * (p * (p.log() - log_q)).sum(1).mean()).backward()
             sgd.step()
     assert apart(rounds.server.models[card.arch.id], student) < 1e-9
@@ -104,7 +123,10 @@ def test_the_servers_round_by_hand() -> None:
 @pytest.mark.parametrize(("bn", "adv"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.8)])
 def test_the_objective_term_by_term_and_stacked(bn: float, adv: float) -> None:
     torch.manual_seed(1)
-    teachers = [create_model("cnn_bn_small", 10, 1, 8).eval(), create_model("cnn_gn_small", 10, 1, 8).eval()]
+    teachers = [
+        create_model("cnn_bn_small", 10, 1, 8).eval(),
+        create_model("cnn_gn_small", 10, 1, 8).eval(),
+    ]
     student, imager = create_model("mlp", 10, 1, 8).eval(), Generator(64, 5, (1, 8, 8))
     nets = Nets({"a": Net.live(teachers[0]), "b": Net.live(teachers[1]), "s": Net.live(student)})
     nets["generator"] = Net.live(imager)
@@ -119,8 +141,12 @@ def test_the_objective_term_by_term_and_stacked(bn: float, adv: float) -> None:
     stacked = torch.vmap(lambda a: objective.total(nets, Batch(x=a, y=y), {}))(torch.stack([-z, z]))
     assert torch.allclose(stacked[1], total, rtol=0, atol=1e-10)
     nets["s"] = nets["a"]  # a student that says what its only teacher says is no adversary
-    agreed = Synthesis((1, 8, 8), (("a", view),), ("s", view), 0.0, 5.0).total(nets, Batch(x=z, y=y), {})
-    assert torch.allclose(agreed, F.cross_entropy(teachers[0](imager(z).logits.view(9, 1, 8, 8)).logits, y))
+    agreed = Synthesis((1, 8, 8), (("a", view),), ("s", view), 0.0, 5.0).total(
+        nets, Batch(x=z, y=y), {}
+    )
+    assert torch.allclose(
+        agreed, F.cross_entropy(teachers[0](imager(z).logits.view(9, 1, 8, 8)).logits, y)
+    )
 
 
 @pytest.mark.usefixtures("float64")
@@ -132,11 +158,14 @@ def test_the_generator_is_led_only_to_where_student_and_teacher_name_different_c
     with torch.no_grad():
         z = teacher(images).logits
         second, first = z.mean(0).argsort()[-2:]
-        student.head.bias[second] += (z[:, first] - z[:, second]).median()  # half of them change sides
+        # half of them change sides
+        student.head.bias[second] += (z[:, first] - z[:, second]).median()
     agree = teacher(images).logits.argmax(1) == student(images).logits.argmax(1)
     assert agree.any() and not agree.all()
     nets = Nets(t=Net.live(teacher), s=Net.live(student), generator=Net.live(imager))
-    total = Synthesis((1, 8, 8), (("t", view),), ("s", view), 0.0, 0.8).total(nets, Batch(x=x, y=y), {})
+    total = Synthesis((1, 8, 8), (("t", view),), ("s", view), 0.0, 0.8).total(
+        nets, Batch(x=x, y=y), {}
+    )
     assert torch.allclose(total, by_hand([teacher], student, images, y, 0, 0.8), rtol=0, atol=1e-12)
 
 
@@ -147,7 +176,10 @@ def test_a_model_without_batch_norm_has_no_statistics_and_views_are_those_of_eac
     x = torch.rand(3, 1, 8, 8)
     assert torch.equal(seen(x, ((1, 8, 8), None, None)), x)
     grown = seen(x, ((3, 12, 12), 0.5, 0.25))
-    want = (F.interpolate(x, size=(12, 12), mode="bilinear", align_corners=False).expand(-1, 3, 12, 12) - 0.5) / 0.25
+    want = (
+        F.interpolate(x, size=(12, 12), mode="bilinear", align_corners=False).expand(-1, 3, 12, 12)
+        - 0.5
+    ) / 0.25
     assert torch.allclose(grown, want)
 
 
@@ -191,7 +223,9 @@ def test_models_travel_once_and_until_then_it_is_local() -> None:
 
 
 def test_the_server_sees_no_data() -> None:
-    rounds = rounds_of({**federation(), "data": {**federation()["data"], "proxy": {"size": 0}}}, held=1)
+    rounds = rounds_of(
+        {**federation(), "data": {**federation()["data"], "proxy": {"size": 0}}}, held=1
+    )
 
     def refuse(name: str, through: Any) -> Any:
         raise AssertionError(f"asked for {name}")
@@ -203,7 +237,9 @@ def test_the_server_sees_no_data() -> None:
 
 def test_everybody_uses_the_student_once_there_is_one() -> None:
     source = federation(student="site_2")
-    source["clients"]["overrides"] = [{"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}]
+    source["clients"]["overrides"] = [
+        {"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}
+    ]
     rounds = rounds_of(source, held=1)
     site = rounds.executor.site  # type: ignore[attr-defined]
     before = deployed(rounds, "site_1")
@@ -212,7 +248,9 @@ def test_everybody_uses_the_student_once_there_is_one() -> None:
     client, home = deployed(rounds, "site_1"), clients(rounds)["site_2"]
     student = rounds.server.models[home.arch["model"].id]
     with torch.no_grad():
-        want = module(home.arch["model"], student).eval()(home.data("common_test", None)["x"]).logits
+        want = (
+            module(home.arch["model"], student).eval()(home.data("common_test", None)["x"]).logits
+        )
     assert torch.allclose(site.predict(client, Rows("common_test"), False), want, atol=1e-5)
     readings = rounds.evaluate()
     assert readings.server is not None
@@ -221,7 +259,9 @@ def test_everybody_uses_the_student_once_there_is_one() -> None:
     )
     assert "student" not in rounds.store.get("site_1").models
     assert set(floats(student)) == set(
-        rounds.algorithm.broadcast(rounds.server, replace(rounds.federation.cards["site_1"], reading=True))["student"]
+        rounds.algorithm.broadcast(
+            rounds.server, replace(rounds.federation.cards["site_1"], reading=True)
+        )["student"]
     )
 
 
@@ -238,7 +278,13 @@ def test_the_student_is_the_most_frequent_model_and_mistakes_are_one_line() -> N
 @pytest.mark.slow
 def test_the_student_learns_from_models_alone() -> None:
     """Long enough, it is far better than by chance on examples that it has never seen."""
-    longer = {"synthesis_epochs": 8, "generator_steps": 12, "student_steps": 25, "synthetic_batch": 64, "noise": 32}
+    longer = {
+        "synthesis_epochs": 8,
+        "generator_steps": 12,
+        "student_steps": 25,
+        "synthetic_batch": 64,
+        "noise": 32,
+    }
     source = federation("cnn_bn_small", 2, **longer)
     source["data"]["partition"] = {"kind": "iid"}
     source["clients"]["defaults"]["epochs"] = 6

@@ -11,24 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.algorithms import DSFL
-from hetero_fl.channel.soft_labels import pack, quantised, unpack
-from hetero_fl.objectives import Digest
-from hetero_fl.payload import Item, Payload
-from hetero_fl.plan import Fit
-from hetero_fl.runtime.batches import index_batches
-from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.runtime.site import Site
-from hetero_fl.seeding import generator
-from hetero_fl.state import Participant
-from hetero_fl.task import Task
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, rounds_of, same_bits
+from hetero_fl.algorithms.ds_fl import pack_labels, quantised_labels, unpack_labels
+from hetero_fl.core.objectives import Digest
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.plan import Fit
+from hetero_fl.core.task import Task
+from hetero_fl.engine.batches import index_batches
+from hetero_fl.federation.client_runtime import Site
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.seeding import generator
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.references.local_training import apart, clients, module, train
 
 DIGITS = Task("multiclass", 10)
 
 
 def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
-    return config("ds_fl", models, clients, algorithm={"name": "ds_fl", "proxy_rows": 40, **settings})
+    return config(
+        "ds_fl", models, clients, algorithm={"name": "ds_fl", "proxy_rows": 40, **settings}
+    )
 
 
 def drawn(index: int) -> Tensor:
@@ -68,20 +70,31 @@ SHARPENED = {
     ],
 )
 def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
-    settings = {"sharpen": sharpen, "era_temperature": 0.2, "beta": 1.7, "teacher": teacher, "bits": bits}
+    settings = {
+        "sharpen": sharpen,
+        "era_temperature": 0.2,
+        "beta": 1.7,
+        "teacher": teacher,
+        "bits": bits,
+    }
     rounds = rounds_of(federation(**settings), held=1)
     before, consensus = clients(rounds), rounds.server.state["teacher"].softmax(1)
     assert rounds.server.state["drawn"].tolist() == [0]
     rounds.round()
     said, weights = [], []
     for id, client in before.items():
-        model, public = module(client.arch["model"], client.models["model"]), client.data("proxy", None)["x"]
+        model, public = (
+            module(client.arch["model"], client.models["model"]),
+            client.data("proxy", None)["x"],
+        )
         follow(client, model, public[drawn(0)], consensus)
-        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+        train(
+            client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
+        )
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         with torch.no_grad():
             p = model.eval()(public[drawn(1)]).logits.softmax(1)
-        said.append({None: p, 1: voted(p), 2: quantised(p, 2) / 3}[bits])
+        said.append({None: p, 1: voted(p), 2: quantised_labels(p, 2) / 3}[bits])
         sure = (p * p.log()).sum(1, keepdim=True).exp()
         weights.append({"samples": client.n, "mean": 1, "entropy": sure}[teacher])
     mean = sum(w * p for w, p in zip(weights, said, strict=True)) / sum(weights)
@@ -102,7 +115,10 @@ def test_entropy_is_reduced_on_probabilities_and_labels_are_sharpened_one_by_one
     assert torch.allclose(DSFL(sharpen="none").sharpened(labels, p).sigmoid(), p, atol=1e-6)
     sure = torch.tensor([[0.0, 1.0, 0.0]])  # votes in one bit
     for task in (labels, Task("multiclass", 3)):
-        assert all(DSFL(sharpen=how).sharpened(task, sure).isfinite().all() for how in ("era", "power", "none"))
+        assert all(
+            DSFL(sharpen=how).sharpened(task, sure).isfinite().all()
+            for how in ("era", "power", "none")
+        )
 
 
 def test_the_contrast_weighted_teacher_is_that_of_log_probabilities() -> None:
@@ -135,7 +151,8 @@ def watched(rounds: Rounds, seen: dict[str, Payload]) -> None:
 def test_only_rows_that_the_receiver_lacks_or_that_expired_travel() -> None:
     life = 3
     source = {**federation("mlp", 4, cache_life=life), "rounds": 8, "server": {"model": "linear"}}
-    source["clients"]["overrides"] = [{"match": "site_4", "shares": ["statistics"]}]  # receives, and says nothing
+    # receives, and says nothing
+    source["clients"]["overrides"] = [{"match": "site_4", "shares": ["statistics"]}]
     source["clients"]["per_round"] = 2
     rounds, seen = rounds_of(source, held=0), {}
     watched(rounds, seen)
@@ -167,20 +184,31 @@ def test_only_rows_that_the_receiver_lacks_or_that_expired_travel() -> None:
     assert any(len(h) for h in has.values())
 
 
-def test_a_cache_that_forgets_at_once_is_none_bit_for_bit_and_a_longer_one_saves_bytes_both_ways() -> None:
-    plain, at_once, longer = (rounds_of({**federation("mlp", cache_life=life), "rounds": 5}) for life in (None, 1, 50))
+def test_a_cache_that_forgets_at_once_is_none_bit_for_bit_and_a_longer_one_saves_bytes_both_ways() -> (
+    None
+):
+    plain, at_once, longer = (
+        rounds_of({**federation("mlp", cache_life=life), "rounds": 5}) for life in (None, 1, 50)
+    )
     for id in plain.federation.cards:
         assert same_bits(plain.store.get(id).models["model"], at_once.store.get(id).models["model"])
-    assert not same_bits(plain.store.get("site_1").models["model"], longer.store.get("site_1").models["model"])
-    assert longer.traffic.up < 0.5 * plain.traffic.up and longer.traffic.down < 0.8 * plain.traffic.down
+    assert not same_bits(
+        plain.store.get("site_1").models["model"], longer.store.get("site_1").models["model"]
+    )
+    assert (
+        longer.traffic.up < 0.5 * plain.traffic.up
+        and longer.traffic.down < 0.8 * plain.traffic.down
+    )
 
 
 def test_nobody_speaks_and_the_cache_goes_on() -> None:
     source = federation("mlp", cache_life=4)
     source["clients"]["defaults"]["share_every"] = 2
     rounds = rounds_of({**source, "rounds": 3}, held=1)
-    assert not {"teacher", "drawn"} & set(rounds.server.state)  # nobody has spoken: nothing to learn from yet
-    for _ in range(2):  # in the second of them nobody speaks: the last consensus stays, on its own rows
+    # nobody has spoken: nothing to learn from yet
+    assert not {"teacher", "drawn"} & set(rounds.server.state)
+    # in the second of them nobody speaks: the last consensus stays, on its own rows
+    for _ in range(2):
         rounds.round()
         assert rounds.server.state["drawn"].tolist() == [1]
 
@@ -191,9 +219,12 @@ def test_nobody_speaks_and_the_cache_goes_on() -> None:
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_the_quantiser_finds_the_nearest_distribution(bits: int) -> None:
     top = 2**bits - 1
-    every = torch.tensor([q for q in itertools.product(range(top + 1), repeat=4) if sum(q) == top]) / top
+    every = (
+        torch.tensor([q for q in itertools.product(range(top + 1), repeat=4) if sum(q) == top])
+        / top
+    )
     p = (2 * torch.randn(60, 4, generator=torch.Generator().manual_seed(bits))).softmax(1)
-    levels = quantised(p, bits)
+    levels = quantised_labels(p, bits)
     assert (levels.sum(1) == top).all()
     nearest = (p[:, None] - every).abs().sum(-1).min(1).values
     assert torch.allclose((p - levels / top).abs().sum(1), nearest, atol=1e-5)
@@ -204,14 +235,18 @@ def test_the_quantiser_finds_the_nearest_distribution(bits: int) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("classes", [1, 3, 10])
 def test_packing_loses_nothing(bits: int, classes: int) -> None:
-    levels = torch.randint(2**bits, (7, classes), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
-    packed = pack(levels, bits)
-    assert packed.shape == (7, -(-classes * bits // 8)) and torch.equal(unpack(packed, bits, classes), levels)
+    levels = torch.randint(2**bits, (7, classes), generator=torch.Generator().manual_seed(3)).to(
+        torch.uint8
+    )
+    packed = pack_labels(levels, bits)
+    assert packed.shape == (7, -(-classes * bits // 8)) and torch.equal(
+        unpack_labels(packed, bits, classes), levels
+    )
 
 
 def test_labels_are_rounded_one_by_one() -> None:
     p = torch.tensor([[0.2, 0.9, 0.6]])
-    assert quantised(p, 1, sums_to_one=False).tolist() == [[0, 1, 1]]
+    assert quantised_labels(p, 1, sums_to_one=False).tolist() == [[0, 1, 1]]
 
 
 def test_a_bit_saves_what_it_promises_and_eight_change_little() -> None:
@@ -235,14 +270,21 @@ def test_a_bit_saves_what_it_promises_and_eight_change_little() -> None:
 )
 def test_settings_that_must_be_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
     a, b = rounds_of(federation("mlp", **one)), rounds_of(federation("mlp", **other))
-    assert all(same_bits(a.store.get(id).models["model"], b.store.get(id).models["model"]) for id in a.store.clients())
+    assert all(
+        same_bits(a.store.get(id).models["model"], b.store.get(id).models["model"])
+        for id in a.store.clients()
+    )
 
 
 def test_one_clients_consensus_is_its_own_word_and_many_of_it_the_same() -> None:
     rounds = rounds_of(federation("mlp", 1, sharpen="none", proxy_rows=None), held=1)
     (client,) = clients(rounds).values()
     with torch.no_grad():
-        z = module(client.arch["model"], client.models["model"]).eval()(client.data("proxy", None)["x"]).logits
+        z = (
+            module(client.arch["model"], client.models["model"])
+            .eval()(client.data("proxy", None)["x"])
+            .logits
+        )
     assert torch.allclose(rounds.server.state["teacher"].softmax(1), z.softmax(1), atol=1e-6)
     assert "drawn" not in rounds.server.state  # all of them: nothing is drawn
 

@@ -7,13 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.plan import Predict, Rows
-from hetero_fl.runtime.readings import record_readings
-from hetero_fl.state import floats
-from tests.runtime.test_rounds import METHODS
-from tests.small import MIXED, config, deployed, rounds_of, same_bits
+from hetero_fl.core.participant import floats
+from hetero_fl.core.plan import Predict, Rows
+from hetero_fl.federation.trainer import record_readings
+from tests.federation.test_synchronous import METHODS
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 
-OFF = {"logit_adjustment": False, "teacher": "mean", "heads": "take", "distil_at": "client", "rehearse": 0.0}
+OFF = {
+    "logit_adjustment": False,
+    "teacher": "mean",
+    "heads": "take",
+    "distil_at": "client",
+    "rehearse": 0.0,
+}
 
 
 def test_hybrid_of_one_group_without_a_proxy_set_is_fedavg_bit_for_bit() -> None:
@@ -34,7 +40,9 @@ def test_hybrid_of_all_different_architectures_is_fedmd_with_kl_bit_for_bit() ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("proxy_rows", [None, 40])
-def test_hybrid_without_proxy_replay_is_feddf_with_its_loss_and_teacher_bit_for_bit(proxy_rows: int | None) -> None:
+def test_hybrid_without_proxy_replay_is_feddf_with_its_loss_and_teacher_bit_for_bit(
+    proxy_rows: int | None,
+) -> None:
     """Models and metrics of every round, two clients of each architecture, four of six a round."""
     same = {"distil_epochs": 3, "proxy_rows": proxy_rows}
     hybrid = {"name": "hybrid", "rehearse": 0.0, **same}
@@ -50,7 +58,9 @@ def test_hybrid_without_proxy_replay_is_feddf_with_its_loss_and_teacher_bit_for_
 
 def history(algorithm: dict[str, Any]) -> list[Any]:
     """After each of four rounds: scores, training losses, and the bytes of the server's and all clients' models."""
-    source = config(algorithm["name"], MIXED, clients=6, rounds=4, clients__per_round=4, algorithm=algorithm)
+    source = config(
+        algorithm["name"], MIXED, clients=6, rounds=4, clients__per_round=4, algorithm=algorithm
+    )
     source["data"]["train_limit"] = 500
     rounds = rounds_of(source, held=0)
     found: list[Any] = []
@@ -59,8 +69,15 @@ def history(algorithm: dict[str, Any]) -> list[Any]:
         record_readings(record, rounds.evaluate())
         models = dict(rounds.server.models)
         models |= {id: deployed(rounds, id).models["model"] for id in rounds.federation.cards}
-        bits = {(slot, n): t.numpy().tobytes() for slot, tensors in models.items() for n, t in tensors.items()}
-        found.append([record[key] for key in ("cohort", "train_loss", "global", "personal", "clients")] + [bits])
+        bits = {
+            (slot, n): t.numpy().tobytes()
+            for slot, tensors in models.items()
+            for n, t in tensors.items()
+        }
+        found.append(
+            [record[key] for key in ("cohort", "train_loss", "global", "personal", "clients")]
+            + [bits]
+        )
     return found
 
 
@@ -125,7 +142,11 @@ def test_a_mean_with_server_rate_one_is_the_mean_itself() -> None:
 def test_the_student_of_one_client_reaches_its_teacher() -> None:
     """Different architecture, public rows only: it ends by predicting as its teacher does."""
     source = config(
-        "fedmd", clients=1, rounds=12, data__proxy__size=120, server={"model": "mlp", "optimizer": {"lr": 0.003}}
+        "fedmd",
+        clients=1,
+        rounds=12,
+        data__proxy__size=120,
+        server={"model": "mlp", "optimizer": {"lr": 0.003}},
     )
     source["algorithm"] |= {"student_epochs": 80}
     rounds = rounds_of(source)
@@ -133,7 +154,9 @@ def test_the_student_of_one_client_reaches_its_teacher() -> None:
     teacher = deployed(rounds, "site")
     for rows, least in (("proxy", 0.98), ("common_test", 0.75)):
         said = site.predict(teacher, Rows(rows), home=False).argmax(-1)
-        learned = rounds.performer.perform([(rounds.server, Predict("student", Rows(rows)))])[0].argmax(-1)
+        learned = rounds.performer.perform([(rounds.server, Predict("student", Rows(rows)))])[
+            0
+        ].argmax(-1)
         assert (said == learned).float().mean() > least, rows
     y = teacher.data("common_test", None)["y"]
     assert (said == y).float().mean() > 0.7  # and the teacher is worth following

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, rounds_of, same_bits
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.references.local_training import apart, clients, module, train
 
 LAMBDA, T = 0.6, 2.5
 CLIP = -2.5  # in place of -8, which models this young never reach
@@ -60,14 +60,19 @@ def models(rounds) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.usefixtures("float64")
 def test_without_a_teachers_weight_it_is_local_and_with_it_it_is_not() -> None:
     local = models(rounds_of(config("local", MIXED)))
-    free, led = (models(rounds_of(config("fd", MIXED, algorithm={"name": "fd", "weight": w}))) for w in (0.0, 1.0))
+    free, led = (
+        models(rounds_of(config("fd", MIXED, algorithm={"name": "fd", "weight": w})))
+        for w in (0.0, 1.0)
+    )
     for id, alone in local.items():
         assert apart(free[id], alone) < 1e-10 and apart(led[id], alone) > 1e-4
 
 
 def test_if_nobody_tells_statistics_it_is_local_bit_for_bit() -> None:
     later = {"share_every": 9, "optimizer": {"name": "sgd", "lr": 0.05}}
-    fd, local = (models(rounds_of(config(m, MIXED, clients__defaults=later))) for m in ("fd", "local"))
+    fd, local = (
+        models(rounds_of(config(m, MIXED, clients__defaults=later))) for m in ("fd", "local")
+    )
     assert all(same_bits(fd[id], local[id]) for id in local)
 
 
@@ -75,13 +80,19 @@ def test_if_nobody_tells_statistics_it_is_local_bit_for_bit() -> None:
 def test_equal_counts_make_both_teachers_weigh_clients_alike() -> None:
     """One client: whatever its weights, the consensus is its own mean, of logits or of clipped log p."""
     plain, contrast = (
-        rounds_of(config("fd", clients=1, algorithm={"name": "fd", "teacher": t}), held=1) for t in ("mean", "contrast")
+        rounds_of(config("fd", clients=1, algorithm={"name": "fd", "teacher": t}), held=1)
+        for t in ("mean", "contrast")
     )
     (client,) = clients(plain).values()
-    data, model = client.data("train", None), module(client.arch["model"], client.models["model"]).eval()
+    data, model = (
+        client.data("train", None),
+        module(client.arch["model"], client.models["model"]).eval(),
+    )
     with torch.no_grad():
         z = model(data["x"]).logits
     for rounds, said in ((plain, z), (contrast, z.log_softmax(1).clamp(min=-8))):
         for c in data["y"].unique():
             want = said[data["y"] == c].mean(0)
-            assert torch.allclose(rounds.server.state["consensus"]["teacher"][c], want, rtol=0, atol=1e-9)
+            assert torch.allclose(
+                rounds.server.state["consensus"]["teacher"][c], want, rtol=0, atol=1e-9
+            )

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.objectives import Digest
-from hetero_fl.plan import Fit
-from hetero_fl.runtime.batches import index_batches
-from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.seeding import generator
-from hetero_fl.state import floats
-from tests.algorithms.by_hand import apart, clients, mean, module, train
-from tests.small import MIXED, config, rounds_of
+from hetero_fl.core.objectives import Digest
+from hetero_fl.core.participant import floats
+from hetero_fl.core.plan import Fit
+from hetero_fl.engine.batches import index_batches
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.seeding import generator
+from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.references.local_training import apart, clients, mean, module, train
 
 BN, MLP, GN = MIXED
 T, SERVER = 2.5, {"optimizer": {"name": "sgd", "lr": 0.03}}
@@ -34,11 +34,15 @@ def kl(teacher: Tensor, z: Tensor) -> Tensor:
     return T**2 * (p * (p.log() - (z / T).log_softmax(1))).sum(1).mean()
 
 
-def distil(rounds: Rounds, index: int, slot: str, model: nn.Module, x: Tensor, teacher: Tensor, epochs: int) -> None:
+def distil(
+    rounds: Rounds, index: int, slot: str, model: nn.Module, x: Tensor, teacher: Tensor, epochs: int
+) -> None:
     """The server's steps on the public rows in that round."""
     sgd = torch.optim.SGD(model.train().parameters(), lr=0.03)
     fit = Fit({}, Digest(), epochs=epochs, batch_size=25)
-    for rows in index_batches(len(x), fit, (rounds.federation.seed, index, "server", f"distil {slot}", 0)):
+    for rows in index_batches(
+        len(x), fit, (rounds.federation.seed, index, "server", f"distil {slot}", 0)
+    ):
         sgd.zero_grad()
         kl(teacher[rows], model(x[rows]).logits).backward()
         sgd.step()
@@ -64,7 +68,10 @@ def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch)
     views = {"site_2": (0.3, 0.2), "site_3": (0.1, 0.5)}
     source["clients"]["overrides"] = [
         {"match": "site_5", "shares": ["predictions", "statistics"]},
-        *({"match": id, "preprocess": {"normalize": {"mean": m, "std": s}}} for id, (m, s) in views.items()),
+        *(
+            {"match": id, "preprocess": {"normalize": {"mean": m, "std": s}}}
+            for id, (m, s) in views.items()
+        ),
     ]
     rounds = rounds_of(source, held=1)
     models = {group: dict(tensors) for group, tensors in rounds.server.models.items()}
@@ -74,14 +81,20 @@ def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch)
     for id, client in clients(rounds).items():
         arch = client.arch["model"]
         model = module(arch, client.models["model"] if id == "site_5" else models[arch.id])
-        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+        train(
+            client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
+        )
         if id != "site_5":
             sent[arch.id].append((client.n, floats(model.state_dict())))
         public, archs[arch.id] = client.data("proxy", None)["x"], arch
         seen.setdefault(arch.id, public)  # the group's, as its first client sees them
         z = logits(model, public)
         clipped += int((z.log_softmax(1) < CLIP).sum())
-        weight = {"mean": torch.ones(10), "samples": client.n * torch.ones(10), "contrast": contrast(client.counts)}
+        weight = {
+            "mean": torch.ones(10),
+            "samples": client.n * torch.ones(10),
+            "contrast": contrast(client.counts),
+        }
         top += weight[teacher] * (z.log_softmax(1).clamp(min=CLIP) if teacher == "contrast" else z)
         bottom += weight[teacher]
     assert clipped
@@ -105,7 +118,9 @@ def test_two_rounds_of_the_servers_student_by_hand() -> None:
     for index in range(2):
         rounds.round()
         teacher = rounds.server.state["teacher"]
-        for rows in index_batches(len(x), fit, (rounds.federation.seed, index, "server", "distil student", 0)):
+        for rows in index_batches(
+            len(x), fit, (rounds.federation.seed, index, "server", "distil student", 0)
+        ):
             sgd.zero_grad()
             kl(teacher[rows], student(x[rows]).logits).backward()
             sgd.step()
@@ -115,32 +130,45 @@ def test_two_rounds_of_the_servers_student_by_hand() -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("heads", ["take", "keep"])
 @pytest.mark.parametrize("distil_at", ["server", "both"])
-def test_a_round_of_hybrid_by_hand(distil_at: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_of_hybrid_by_hand(
+    distil_at: str, heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With all that it has on: logit adjustment, contrast, rehearsal; some clients share their backbone only."""
     monkeypatch.setattr("hetero_fl.aggregation.teachers.CLIP", CLIP)
     source = federation("hybrid", [BN, MLP], 5, distil_at=distil_at, heads=heads, rehearse=0.7)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["backbone", "predictions"]}]
     rounds = rounds_of(source, held=2)
-    models, target = {g: dict(t) for g, t in rounds.server.models.items()}, rounds.server.state["teacher"].clone()
+    models, target = (
+        {g: dict(t) for g, t in rounds.server.models.items()},
+        rounds.server.state["teacher"].clone(),
+    )
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
     top, bottom, clipped = torch.zeros(60, 10), torch.zeros(10), 0
     archs, kept = {}, {}
     for id, client in clients(rounds).items():
         arch, public = client.arch["model"], client.data("proxy", None)["x"]
         whole = heads == "take" and id != "site_2"
-        taken = {n: t for n, t in floats(models[arch.id]).items() if whole or n.startswith("backbone.")}
+        taken = {
+            n: t for n, t in floats(models[arch.id]).items() if whole or n.startswith("backbone.")
+        }
         model = module(arch, {**client.models["model"], **taken})
         if distil_at == "both":
             sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-            for rows in index_batches(60, Fit({}, Digest(), batch_size=25), (client.clock.seed, 2, id, "digest", 0)):
+            for rows in index_batches(
+                60, Fit({}, Digest(), batch_size=25), (client.clock.seed, 2, id, "digest", 0)
+            ):
                 sgd.zero_grad()
                 kl(target[rows], model(public[rows]).logits).backward()
                 sgd.step()
         prior = ((client.counts + 1) / (client.counts + 1).sum()).log()
         step = iter(range(999))
 
-        def loss(x, y, model=model, public=public, prior=prior, step=step, id=id, seed=client.clock.seed):
-            some = torch.randint(60, (25,), generator=generator(seed, 2, id, "train", 0, "public", next(step)))
+        def loss(
+            x, y, model=model, public=public, prior=prior, step=step, id=id, seed=client.clock.seed
+        ):
+            some = torch.randint(
+                60, (25,), generator=generator(seed, 2, id, "train", 0, "public", next(step))
+            )
             private = F.cross_entropy(model(x).logits + prior, y)
             return private + 0.7 * kl(target[some], model(public[some]).logits)
 
@@ -151,7 +179,8 @@ def test_a_round_of_hybrid_by_hand(distil_at: str, heads: str, monkeypatch: pyte
         archs[arch.id] = arch
         if not whole:
             kept[id] = {n: t for n, t in state.items() if n.startswith("head.")}
-        say = contrast(torch.full((10,), client.n / 10) if id == "site_2" else client.counts)  # it tells no counts
+        # it tells no counts
+        say = contrast(torch.full((10,), client.n / 10) if id == "site_2" else client.counts)
         log_p = logits(model, public).log_softmax(1)
         clipped += int((log_p < CLIP).sum())
         top, bottom = top + say * log_p.clamp(min=CLIP), bottom + say
@@ -161,7 +190,9 @@ def test_a_round_of_hybrid_by_hand(distil_at: str, heads: str, monkeypatch: pyte
     assert torch.allclose(rounds.server.state["teacher"], teacher, rtol=0, atol=1e-9)
     for group, members in sent.items():
         owners = {n: [(w, t[n]) for w, t in members if n in t] for n in models[group]}
-        average = {n: sum(w * t for w, t in o) / sum(w for w, _ in o) for n, o in owners.items() if o}
+        average = {
+            n: sum(w * t for w, t in o) / sum(w for w, _ in o) for n, o in owners.items() if o
+        }
         model = module(archs[group], average)  # type: ignore[arg-type]
         distil(rounds, 2, group, model, public, teacher, 2)
         assert apart(rounds.server.models[group], model) < 1e-9
@@ -173,21 +204,35 @@ def test_a_round_of_hybrid_by_hand(distil_at: str, heads: str, monkeypatch: pyte
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["feddf", "hybrid"])
 def test_one_clients_teacher_is_itself_and_distilling_it_changes_nothing(method: str) -> None:
-    off = {"logit_adjustment": False, "teacher": "mean", "heads": "take", "rehearse": 0.0} if method == "hybrid" else {}
+    off = (
+        {"logit_adjustment": False, "teacher": "mean", "heads": "take", "rehearse": 0.0}
+        if method == "hybrid"
+        else {}
+    )
     fedavg = rounds_of(config("fedavg", GN, 1))
     (group,) = fedavg.server.models
-    alone, two = rounds_of(federation(method, GN, 1, **off)), rounds_of(federation(method, GN, 2, **off))
+    alone, two = (
+        rounds_of(federation(method, GN, 1, **off)),
+        rounds_of(federation(method, GN, 2, **off)),
+    )
     assert apart(floats(alone.server.models[group]), floats(fedavg.server.models[group])) < 1e-10
     averaged = rounds_of(config("fedavg", GN, 2))
     assert apart(floats(two.server.models[group]), floats(averaged.server.models[group])) > 1e-5
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("method", "settings"), [("fedmd", {}), ("ds_fl", {"sharpen": "none", "proxy_rows": None})])
-def test_one_client_that_digests_its_own_word_is_local(method: str, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings"), [("fedmd", {}), ("ds_fl", {"sharpen": "none", "proxy_rows": None})]
+)
+def test_one_client_that_digests_its_own_word_is_local(
+    method: str, settings: dict[str, Any]
+) -> None:
     """What it is told is what it would say: the gradient is nought."""
     local, ours = (
         rounds_of(config("local", GN, 1, rounds=3)),
         rounds_of(config(method, GN, 1, rounds=3, algorithm={"name": method, **settings})),
     )
-    assert apart(ours.store.get("site").models["model"], local.store.get("site").models["model"]) < 1e-10
+    assert (
+        apart(ours.store.get("site").models["model"], local.store.get("site").models["model"])
+        < 1e-10
+    )

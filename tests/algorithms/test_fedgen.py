@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.objectives import Supervised
-from hetero_fl.plan import Fit
-from hetero_fl.runtime.batches import index_batches
-from hetero_fl.seeding import generator
-from hetero_fl.state import Participant, floats
-from tests.algorithms.by_hand import BATCH, apart, clients, module, train
-from tests.small import MIXED, config, rounds_of, same_bits
+from hetero_fl.core.objectives import Supervised
+from hetero_fl.core.participant import Participant, floats
+from hetero_fl.core.plan import Fit
+from hetero_fl.engine.batches import index_batches
+from hetero_fl.utils.seeding import generator
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.references.local_training import BATCH, apart, clients, module, train
 
 SETTINGS = {
     "generator_steps": 4,
@@ -52,7 +52,9 @@ def test_two_rounds_of_the_generator_by_hand() -> None:
         rounds.round()
         heads = [(p["model"]["head.weight"], p["model"]["head.bias"]) for p in sent.values()]
         for step in range(4):
-            y, noise, x = drawn(counts.sum(0), rounds.federation.seed, index, "server", "generator", 0, step)
+            y, noise, x = drawn(
+                counts.sum(0), rounds.federation.seed, index, "server", "generator", 0, step
+            )
             z = made(x).logits
             taught = torch.zeros(())
             for k, (w, b) in enumerate(heads):
@@ -61,7 +63,9 @@ def test_two_rounds_of_the_generator_by_hand() -> None:
             alike = torch.zeros(())
             for i in range(6):
                 for j in range(6):
-                    alike = alike + (z[i] - z[j]).abs().mean() * (noise[i] - noise[j]).square().mean()
+                    alike = (
+                        alike + (z[i] - z[j]).abs().mean() * (noise[i] - noise[j]).square().mean()
+                    )
             adam.zero_grad()
             (taught + 0.8 * torch.exp(-alike / 36)).backward()
             adam.step()
@@ -73,7 +77,10 @@ def noises(client: Participant) -> list[Tensor]:
     """β's noise of each step."""
     where = (client.clock.seed, client.clock.round, client.id, "train", 0)
     sizes = map(len, index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), where))
-    return [torch.randn(BATCH + 1, 3, generator=generator(*where, "noise", i))[:size] for i, size in enumerate(sizes)]
+    return [
+        torch.randn(BATCH + 1, 3, generator=generator(*where, "noise", i))[:size]
+        for i, size in enumerate(sizes)
+    ]
 
 
 @pytest.mark.usefixtures("float64")
@@ -84,19 +91,28 @@ def test_the_clients_round_by_hand(beta: float) -> None:
     labels = rounds.server.state["labels"]
     made = module(rounds.server.arch["generator"], models["generator"]).eval().requires_grad_(False)
     rounds.round()
-    assert len({c.arch["model"].id for c in before.values()}) == 3  # so the mean is what each has sent
+    # so the mean is what each has sent
+    assert len({c.arch["model"].id for c in before.values()}) == 3
     for client in before.values():
         group = client.arch["model"].id
-        model, step, extra = module(client.arch["model"], models[group]), iter(range(999)), noises(client)
+        model, step, extra = (
+            module(client.arch["model"], models[group]),
+            iter(range(999)),
+            noises(client),
+        )
         where = (client.clock.seed, 2, client.id, "train", 0, "fake")
 
         def loss(x, y, model=model, step=step, extra=extra, where=where):
             i = next(step)
             fake, _, into = drawn(labels, *where, i)
             z = model(x).logits
-            total = F.cross_entropy(z, y) + 0.25 * 0.6 * F.cross_entropy(model.head(made(into).logits), fake)
+            total = F.cross_entropy(z, y) + 0.25 * 0.6 * F.cross_entropy(
+                model.head(made(into).logits), fake
+            )
             if beta:
-                like = model.head(made(torch.cat([F.one_hot(y, 10).to(z.dtype), extra[i]], 1)).logits).detach()
+                like = model.head(
+                    made(torch.cat([F.one_hot(y, 10).to(z.dtype), extra[i]], 1)).logits
+                ).detach()
                 total = total + 0.25 * beta * F.kl_div(
                     z.log_softmax(1), like.log_softmax(1), reduction="batchmean", log_target=True
                 )
@@ -104,13 +120,15 @@ def test_the_clients_round_by_hand(beta: float) -> None:
 
         train(client, list(model.parameters()), loss)
         assert apart(floats(rounds.server.models[group]), model) < 1e-9
-    assert not any("generator" in rounds.store.get(id).models for id in before)  # it comes anew each round
+    # it comes anew each round
+    assert not any("generator" in rounds.store.get(id).models for id in before)
 
 
 @pytest.mark.usefixtures("float64")
 def test_without_what_is_drawn_it_is_fedavg() -> None:
     fedavg, plain, more = (
-        rounds_of(s, held=3) for s in (config("fedavg"), fedgen("cnn_bn_small", weight=0.0), fedgen("cnn_bn_small"))
+        rounds_of(s, held=3)
+        for s in (config("fedavg"), fedgen("cnn_bn_small", weight=0.0), fedgen("cnn_bn_small"))
     )
     (group,) = fedavg.server.models
     assert apart(plain.server.models[group], floats(fedavg.server.models[group])) < 1e-10
@@ -121,9 +139,14 @@ def test_without_what_is_drawn_it_is_fedavg() -> None:
 def test_if_no_head_leaves_it_is_fedavg_of_backbones_bit_for_bit() -> None:
     kept = {"shares": ["backbone", "statistics"], "optimizer": {"name": "sgd", "lr": 0.05}}
     fedavg = rounds_of(config("fedavg", clients__defaults=kept))
-    ours = rounds_of({**fedgen("cnn_bn_small"), "clients": config(clients__defaults=kept)["clients"]})
+    ours = rounds_of(
+        {**fedgen("cnn_bn_small"), "clients": config(clients__defaults=kept)["clients"]}
+    )
     (group,) = fedavg.server.models
-    assert same_bits(fedavg.server.models[group], ours.server.models[group]) and "labels" not in ours.server.state
+    assert (
+        same_bits(fedavg.server.models[group], ours.server.models[group])
+        and "labels" not in ours.server.state
+    )
 
 
 def test_who_releases_no_counts_speaks_as_if_its_rows_were_spread_evenly() -> None:
@@ -144,7 +167,9 @@ def test_the_generator_travels_to_be_trained_on_and_not_to_be_read() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-def test_drawn_features_differ_where_noise_does_and_are_what_the_heads_take_for_their_class() -> None:
+def test_drawn_features_differ_where_noise_does_and_are_what_the_heads_take_for_their_class() -> (
+    None
+):
     settings = {"generator_steps": 300, "generator_batch_size": 32, "diversity": 1.0}
     rounds = rounds_of(fedgen("cnn_bn_small", **settings), held=2)
     (group,) = [s for s in rounds.server.models if s != "generator"]
@@ -153,7 +178,11 @@ def test_drawn_features_differ_where_noise_does_and_are_what_the_heads_take_for_
     y, _, x = drawn(labels, "test")
     with torch.no_grad():
         z = made(x).logits
-    said = z @ rounds.server.models[group]["head.weight"].T + rounds.server.models[group]["head.bias"]
+    said = (
+        z @ rounds.server.models[group]["head.weight"].T + rounds.server.models[group]["head.bias"]
+    )
     assert (said.argmax(1) == y).double().mean() > 0.6
-    same = made(torch.cat([x[:1, :10].repeat(40, 1), torch.randn(40, 3, generator=generator("n"))], 1)).logits
+    same = made(
+        torch.cat([x[:1, :10].repeat(40, 1), torch.randn(40, 3, generator=generator("n"))], 1)
+    ).logits
     assert float(same.detach().std(0).mean()) > 1e-2

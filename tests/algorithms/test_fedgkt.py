@@ -11,26 +11,37 @@ from torch import Tensor
 
 from hetero_fl.algorithms import FedGKT
 from hetero_fl.algorithms.fedgkt import LARGE
-from hetero_fl.errors import UserError
+from hetero_fl.core.objectives import Supervised
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import Fit, Rows
+from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
-from hetero_fl.objectives import Supervised
-from hetero_fl.payload import Payload
-from hetero_fl.plan import Fit, Rows
-from hetero_fl.runtime.batches import index_batches
-from tests.algorithms.by_hand import BATCH, apart, clients, module
-from tests.small import MIXED, config, deployed, rounds_of
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
+from tests.references.local_training import BATCH, apart, clients, module
 
 T = 2.5
 
 
 def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
-    mine = {"name": "fedgkt", "temperature": T, "server_model": {"name": "mlp", "hidden": [20]}, **settings}
+    mine = {
+        "name": "fedgkt",
+        "temperature": T,
+        "server_model": {"name": "mlp", "hidden": [20]},
+        **settings,
+    }
     return config(
-        "fedgkt", models, clients, algorithm=mine, server={"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}
+        "fedgkt",
+        models,
+        clients,
+        algorithm=mine,
+        server={"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}},
     )
 
 
-def taught(z: Tensor, y: Tensor, teacher: Tensor, weight: float, prior: Tensor | float = 0.0) -> Tensor:
+def taught(
+    z: Tensor, y: Tensor, teacher: Tensor, weight: float, prior: Tensor | float = 0.0
+) -> Tensor:
     p, q = (teacher / T).softmax(1), (z / T).softmax(1)
     return F.cross_entropy(z + prior, y) + weight * T**2 * (p * (p / q).log()).sum(1).mean()
 
@@ -38,7 +49,12 @@ def taught(z: Tensor, y: Tensor, teacher: Tensor, weight: float, prior: Tensor |
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("adjusted", [False, True])
 def test_two_rounds_by_hand(adjusted: bool) -> None:
-    settings = {"weight": 0.6, "server_epochs": 2, "server_batch_size": 50, "logit_adjustment": adjusted}
+    settings = {
+        "weight": 0.6,
+        "server_epochs": 2,
+        "server_batch_size": 50,
+        "logit_adjustment": adjusted,
+    }
     rounds = rounds_of(federation(**settings), held=0)
     large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE])
     server = torch.optim.SGD(large.parameters(), lr=0.05, momentum=0.9)  # its momentum lives on
@@ -48,12 +64,19 @@ def test_two_rounds_by_hand(adjusted: bool) -> None:
         rounds.round()
         sent = []
         for id, client in before.items():
-            model, data = module(client.arch["model"], client.models["model"]), client.data("train", None)
+            model, data = (
+                module(client.arch["model"], client.models["model"]),
+                client.data("train", None),
+            )
             prior = ((client.counts + 1) / (client.counts + 1).sum()).log() * adjusted
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-            for rows in index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), (0, index, id, "train", 0)):
+            for rows in index_batches(
+                client.n, Fit({}, Supervised(), batch_size=BATCH), (0, index, id, "train", 0)
+            ):
                 optimizer.zero_grad()
-                taught(model(data["x"][rows]).logits, data["y"][rows], logits[id][rows], weight, prior).backward()
+                taught(
+                    model(data["x"][rows]).logits, data["y"][rows], logits[id][rows], weight, prior
+                ).backward()
                 optimizer.step()
             assert apart(rounds.store.get(id).models["model"], model) < 1e-9
             with torch.no_grad():
@@ -74,9 +97,17 @@ def test_two_rounds_by_hand(adjusted: bool) -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_without_the_servers_word_clients_train_as_under_local() -> None:
-    models = [{**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24} for m in MIXED]
+    models = [
+        {**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24}
+        for m in MIXED
+    ]
     local, alone, heard = (
-        rounds_of(s) for s in (config("local", models), federation(models, weight=0.0), federation(models, weight=1.0))
+        rounds_of(s)
+        for s in (
+            config("local", models),
+            federation(models, weight=0.0),
+            federation(models, weight=1.0),
+        )
     )
     for id in local.federation.cards:
         own = local.store.get(id).models["model"]
@@ -104,14 +135,17 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
     assert any("label of every training row" in note for note in prepare(federation()).notes)
     source = federation("mlp")
     source["clients"]["overrides"] = [
-        {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}  # all that there was to share before
+        # all that there was to share before
+        {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}
     ]
     rounds, seen = rounds_of(source, held=0), {}
     receive = rounds.intake.receive
     rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
     rounds.round()
     assert {c: len(p) for c, p in seen.items()} == {"site_1": 3, "site_2": 0, "site_3": 3}
-    assert {c: len(p["labels"]) for c, p in seen.items() if p} == {c: clients(rounds)[c].n for c in seen if seen[c]}
+    assert {c: len(p["labels"]) for c, p in seen.items() if p} == {
+        c: clients(rounds)[c].n for c in seen if seen[c]
+    }
     assert set(rounds.server.state["logits"]) == {"site_1", "site_3"}
     source["clients"]["overrides"][0]["match"] = "*"
     with pytest.raises(UserError, match="needs clients that share features"):

@@ -8,23 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hetero_fl.algorithms.fedmrl import PROJECTION
-from hetero_fl.algorithms.mentee import MENTEE
-from hetero_fl.architecture import Architecture
-from hetero_fl.errors import UserError
+from hetero_fl.algorithms.mutual import MENTEE, PROJECTION
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.objectives import Batch, Nested, Net, Nets
+from hetero_fl.core.participant import floats
+from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare
-from hetero_fl.mutual import Nested
-from hetero_fl.nets import Batch, Net, Nets
-from hetero_fl.plan import Rows
-from hetero_fl.state import floats
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, deployed, rounds_of, same_bits
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.references.local_training import apart, clients, module, train
 
 SMALL = {"name": "cnn", "width": 2, "norm": "batch", "feature_dim": 5}
 
 
 def fedmrl(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
-    return config("fedmrl", models, clients, algorithm={"name": "fedmrl", "mentee": SMALL, **settings})
+    return config(
+        "fedmrl", models, clients, algorithm={"name": "fedmrl", "mentee": SMALL, **settings}
+    )
 
 
 @pytest.mark.usefixtures("float64")
@@ -36,13 +36,17 @@ def test_a_round_by_hand() -> None:
         own = module(client.arch["model"], client.models["model"])
         mentee = module(rounds.server.arch[MENTEE], shared)
         start = client.models[PROJECTION]  # persists from the round before
-        first = rounds.algorithm.extras(client.arch["model"])[PROJECTION].initial(rounds.federation.seed)
+        first = rounds.algorithm.extras(client.arch["model"])[PROJECTION].initial(
+            rounds.federation.seed
+        )
         assert not torch.equal(start["head.weight"], first["head.weight"])
         w, b = (start[n].clone().requires_grad_() for n in ("head.weight", "head.bias"))
 
         def loss(x, y, own=own, mentee=mentee, w=w, b=b):
             r = torch.cat([mentee.backbone(x), own.backbone(x)], 1) @ w.T + b
-            return 0.8 * F.cross_entropy(own.head(r), y) + 0.4 * F.cross_entropy(mentee.head(r[:, :5]), y)
+            return 0.8 * F.cross_entropy(own.head(r), y) + 0.4 * F.cross_entropy(
+                mentee.head(r[:, :5]), y
+            )
 
         train(client, [*own.parameters(), *mentee.parameters(), w, b], loss)
         kept = rounds.store.get(id)
@@ -55,17 +59,27 @@ def test_a_round_by_hand() -> None:
     assert apart(rounds.server.models[MENTEE], mean) < 1e-9
 
 
-def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_the_servers() -> None:
-    for off, own_moves, small_moves in (("own_weight", False, True), ("mentee_weight", True, False)):
+def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_the_servers() -> (
+    None
+):
+    for off, own_moves, small_moves in (
+        ("own_weight", False, True),
+        ("mentee_weight", True, False),
+    ):
         rounds = rounds_of(fedmrl(**{off: 0.0}))
         arch = rounds.server.arch[MENTEE]
         first, now = arch.initial(rounds.federation.seed), rounds.server.models[MENTEE]
         assert torch.equal(first["head.weight"], now["head.weight"]) is not small_moves
-        body = min(n for n in arch.parameter_names if n.startswith("backbone.") and n.endswith("weight"))
+        body = min(
+            n for n in arch.parameter_names if n.startswith("backbone.") and n.endswith("weight")
+        )
         assert not torch.equal(first[body], now[body])  # both losses reach it
         for id, card in rounds.federation.cards.items():
             mine = rounds.store.get(id).models["model"]["head.weight"]
-            assert torch.equal(mine, rounds.federation.initial(card.arch)["head.weight"]) is not own_moves
+            assert (
+                torch.equal(mine, rounds.federation.initial(card.arch)["head.weight"])
+                is not own_moves
+            )
     one = rounds_of(fedmrl(clients=1), held=1)
     seen: list[Any] = []
     receive = one.intake.receive
@@ -77,26 +91,41 @@ def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_t
 @pytest.mark.parametrize("home", [True, False])
 def test_what_is_read_is_the_own_head_on_projected_features(home: bool) -> None:
     source = fedmrl()
-    source["clients"]["overrides"] = [{"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}]
+    source["clients"]["overrides"] = [
+        {"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}
+    ]
     rounds = rounds_of(source)
     client = deployed(rounds, "site_1")
     x = client.data("common_test", None)["x"]
     assert x.shape[1:] == (3, 12, 12)
-    small = F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False).mean(1, keepdim=True)
+    small = F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False).mean(
+        1, keepdim=True
+    )
     mentee = module(rounds.server.arch[MENTEE], rounds.server.models[MENTEE]).eval()
     own = module(client.arch["model"], client.models["model"]).eval()
     p = rounds.store.get("site_1").models[PROJECTION]
     with torch.no_grad():
-        r = torch.cat([mentee.backbone(small), own.backbone(x)], 1) @ p["head.weight"].T + p["head.bias"]
+        r = (
+            torch.cat([mentee.backbone(small), own.backbone(x)], 1) @ p["head.weight"].T
+            + p["head.bias"]
+        )
         want = own.head(r)
-    assert torch.allclose(rounds.executor.site.predict(client, Rows("common_test"), home), want, atol=1e-5)
+    assert torch.allclose(
+        rounds.executor.site.predict(client, Rows("common_test"), home), want, atol=1e-5
+    )
 
 
 def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked() -> None:
     torch.manual_seed(5)
-    archs = {"model": Architecture.of("mlp", 10, (1, 8, 8)), MENTEE: Architecture.of("linear", 10, (1, 8, 8))}
+    archs = {
+        "model": Architecture.of("mlp", 10, (1, 8, 8)),
+        MENTEE: Architecture.of("linear", 10, (1, 8, 8)),
+    }
     archs[PROJECTION] = Architecture.of("linear", 128, (64 + 128,))
-    nets, objective = Nets({slot: Net.live(arch.build()) for slot, arch in archs.items()}), Nested(shape=(1, 8, 8))
+    nets, objective = (
+        Nets({slot: Net.live(arch.build()) for slot, arch in archs.items()}),
+        Nested(shape=(1, 8, 8)),
+    )
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
     padded = Batch(x=torch.cat([x, 9 * x[:2]]), y=torch.cat([y, y[:2]]))
     padded.weight = torch.tensor([1.0] * 6 + [0.0] * 2)

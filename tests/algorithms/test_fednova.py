@@ -8,24 +8,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hetero_fl.algorithms.fednova import path
-from hetero_fl.config.optimizer import OptimizerConfig
-from hetero_fl.state import floats
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, rounds_of
+from hetero_fl.algorithms.fedavg import path
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.core.participant import floats
+from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.references.local_training import apart, clients, module, train
 
 UNEVEN = {"kind": "dirichlet", "alpha": 0.1, "min_size": 8}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
-@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"momentum": 0.5}, {"momentum": 0.9, "nesterov": True}])
-def test_a_path_is_as_long_as_torchs_steps_on_a_gradient_of_one(settings: dict[str, Any], steps: int) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": 0.9}, {"momentum": 0.5}, {"momentum": 0.9, "nesterov": True}]
+)
+def test_a_path_is_as_long_as_torchs_steps_on_a_gradient_of_one(
+    settings: dict[str, Any], steps: int
+) -> None:
     x = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=1.0, **settings)
     for _ in range(steps):
         x.grad = torch.ones_like(x)
         optimizer.step()
-    assert path(steps, OptimizerConfig(name="sgd", **settings)) == pytest.approx(-x.item(), rel=1e-12)
+    assert path(steps, OptimizerConfig(name="sgd", **settings)) == pytest.approx(
+        -x.item(), rel=1e-12
+    )
     assert path(steps, OptimizerConfig(name="adam")) == steps
 
 
@@ -34,7 +40,15 @@ def test_a_path_is_as_long_as_torchs_steps_on_a_gradient_of_one(settings: dict[s
 def test_a_round_by_hand(weighting: str, rate: float) -> None:
     algorithm = {"name": "fednova", "weighting": weighting, "server_lr": rate}
     rounds = rounds_of(
-        config("fednova", MIXED[:2], 6, algorithm=algorithm, clients__per_round=5, data__partition=UNEVEN), held=2
+        config(
+            "fednova",
+            MIXED[:2],
+            6,
+            algorithm=algorithm,
+            clients__per_round=5,
+            data__partition=UNEVEN,
+        ),
+        held=2,
     )
     before, cohort = clients(rounds), rounds.cohort(2)
     models = {g: dict(m) for g, m in rounds.server.models.items()}
@@ -46,16 +60,25 @@ def test_a_round_by_hand(weighting: str, rate: float) -> None:
             client = before[id]
             if client.arch["model"].id == group:
                 model = module(client.arch["model"], {**client.models["model"], **x})
-                steps = train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
-                a = sum((1 - 0.9 ** (steps - i)) / (1 - 0.9) for i in range(steps))  # of each gradient (eq. 5)
+                steps = train(
+                    client,
+                    list(model.parameters()),
+                    lambda x, y, m=model: F.cross_entropy(m(x).logits, y),
+                )
+                # of each gradient (eq. 5)
+                a = sum((1 - 0.9 ** (steps - i)) / (1 - 0.9) for i in range(steps))
                 weight = client.n if weighting == "samples" else 1
-                sent.append((weight, a, {n: t.detach() for n, t in floats(model.state_dict()).items()}))
+                sent.append(
+                    (weight, a, {n: t.detach() for n, t in floats(model.state_dict()).items()})
+                )
                 paths.add(a)
         total = sum(w for w, *_ in sent)
         effective = sum(w * a for w, a, _ in sent) / total
         for n in floats(x):
             if n in names:
-                want = x[n] + rate * effective * sum(w / total * (y[n] - x[n]) / a for w, a, y in sent)
+                want = x[n] + rate * effective * sum(
+                    w / total * (y[n] - x[n]) / a for w, a, y in sent
+                )
             else:
                 want = sum(w / total * y[n] for w, _, y in sent)
             assert apart({n: rounds.server.models[group][n]}, {n: want}) < 1e-12
@@ -66,16 +89,29 @@ def test_a_round_by_hand(weighting: str, rate: float) -> None:
 @pytest.mark.parametrize("models", ["cnn_bn_small", MIXED[:2]])
 def test_with_equal_steps_it_is_fedavg_and_else_it_is_not(models: Any) -> None:
     for steps, same in ((4, True), (None, False)):
-        settings = {"steps": steps, "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "batch_size": 16}
-        one, other = (rounds_of(config(name, models, 4, clients__defaults=settings)) for name in ("fednova", "fedavg"))
-        distance = max(apart(one.server.models[g], other.server.models[g]) for g in one.server.models)
+        settings = {
+            "steps": steps,
+            "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+            "batch_size": 16,
+        }
+        one, other = (
+            rounds_of(config(name, models, 4, clients__defaults=settings))
+            for name in ("fednova", "fedavg")
+        )
+        distance = max(
+            apart(one.server.models[g], other.server.models[g]) for g in one.server.models
+        )
         assert (distance < 1e-12) is same
 
 
 @pytest.mark.usefixtures("float64")
 def test_clients_that_share_now_and_then_divide_by_the_whole_path() -> None:
     source = config(
-        "fednova", "mlp", 3, rounds=2, clients__defaults={"share_every": 2, "steps": 3, "optimizer": {"name": "sgd"}}
+        "fednova",
+        "mlp",
+        3,
+        rounds=2,
+        clients__defaults={"share_every": 2, "steps": 3, "optimizer": {"name": "sgd"}},
     )
     nova, plain = rounds_of(source), rounds_of({**source, "algorithm": {"name": "fedavg"}})
     for group in nova.server.models:
@@ -90,6 +126,8 @@ def test_a_part_that_is_common_to_architectures_stays_common(cohort: int) -> Non
         {"name": "mlp", "hidden": [24], "feature_dim": 16},
         {"name": "cnn", "width": 4, "norm": "group", "feature_dim": 16},
     ]
-    rounds = rounds_of(config("fednova", models, 4, clients__common=["head."], clients__per_round=cohort))
+    rounds = rounds_of(
+        config("fednova", models, 4, clients__common=["head."], clients__per_round=cohort)
+    )
     one, other = rounds.server.models.values()
     assert torch.equal(one["head.weight"], other["head.weight"])

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.payload import Item, Payload
-from hetero_fl.runtime.plans import carry_out
-from hetero_fl.state import floats
-from tests.algorithms.by_hand import apart, clients, mean, module, train
-from tests.small import MIXED, config, rounds_of, same_bits
+from hetero_fl.core.participant import floats
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.engine.driver import carry_out
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.references.local_training import apart, clients, mean, module, train
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedavgm": {"momentum": 0.8, "server_lr": 0.7},
@@ -56,7 +56,11 @@ def test_three_rounds_by_hand(method: str) -> None:
         for client in clients(rounds).values():
             group = client.arch["model"].id
             model = module(client.arch["model"], before[group])
-            train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+            train(
+                client,
+                list(model.parameters()),
+                lambda x, y, m=model: F.cross_entropy(m(x).logits, y),
+            )
             sent[group].append((client.n, floats(model.state_dict())))
         rounds.round()
         for group, old in before.items():
@@ -64,7 +68,11 @@ def test_three_rounds_by_hand(method: str) -> None:
             want, average = {}, mean(sent[group])
             for n, t in average.items():
                 is_parameter = n in rounds.server.arch[group].parameter_names
-                want[n] = rules.setdefault((group, n), Rule(method))(old[n], t - old[n]) if is_parameter else t
+                want[n] = (
+                    rules.setdefault((group, n), Rule(method))(old[n], t - old[n])
+                    if is_parameter
+                    else t
+                )
             assert apart(rounds.server.models[group], want) < 1e-9
 
 
@@ -93,14 +101,23 @@ def test_without_adaptivity_they_are_fedavg(method: str) -> None:
 def test_yogi_forgets_a_large_update_slower_than_adam_and_agrees_with_it_where_v_stays() -> None:
     seconds = {}
     for method in ("fedadam", "fedyogi"):
-        rounds = rounds_of(config(method, "mlp", 1, algorithm={"name": method, "beta2": 0.9}), held=0)
-        (group, model), card = next(iter(rounds.server.models.items())), rounds.federation.cards["site"]
+        rounds = rounds_of(
+            config(method, "mlp", 1, algorithm={"name": method, "beta2": 0.9}), held=0
+        )
+        (group, model), card = (
+            next(iter(rounds.server.models.items())),
+            rounds.federation.cards["site"],
+        )
         for size in (1.0, 0.01):
             sent = {n: rounds.server.models[group][n] + size for n in floats(model)}
             upload = Upload(card, Payload({"model": Item(sent, 1.0, "params")}))
             uploads = Uploads([upload], rounds.algorithm.uploads)
-            carry_out(rounds.algorithm.aggregate(rounds.server, uploads), rounds.server, rounds.performer)
-        seconds[method] = float(rounds.server.state["optimizer"][group]["second"]["head.bias"].mean())
+            carry_out(
+                rounds.algorithm.aggregate(rounds.server, uploads), rounds.server, rounds.performer
+            )
+        seconds[method] = float(
+            rounds.server.state["optimizer"][group]["second"]["head.bias"].mean()
+        )
     assert seconds["fedadam"] == pytest.approx(0.9 * (0.9e-6 + 0.1) + 0.1e-4, rel=1e-9)
     assert seconds["fedyogi"] == pytest.approx(1e-6 + 0.1 - 0.1e-4, rel=1e-9)
 
@@ -114,14 +131,17 @@ def test_who_is_not_in_the_cohort_leaves_model_and_memory_alone(method: str) -> 
         mine = rounds.federation.cards[id].arch.id
         models = {g: dict(m) for g, m in rounds.server.models.items()}
         memory = {
-            g: {k: dict(t) for k, t in kinds.items()} for g, kinds in rounds.server.state.get("optimizer", {}).items()
+            g: {k: dict(t) for k, t in kinds.items()}
+            for g, kinds in rounds.server.state.get("optimizer", {}).items()
         }
         rounds.round()
         seen.add(mine)
         for group in models:
             assert same_bits(models[group], rounds.server.models[group]) is (group != mine)
             for kind, tensors in memory.get(group, {}).items():
-                assert same_bits(tensors, rounds.server.state["optimizer"][group][kind]) is (group != mine)
+                assert same_bits(tensors, rounds.server.state["optimizer"][group][kind]) is (
+                    group != mine
+                )
     assert len(seen) > 1 and rounds.server.state["optimizer"].keys() == seen
 
 

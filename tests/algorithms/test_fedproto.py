@@ -8,15 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hetero_fl.algorithms.fedproto import nearness
-from hetero_fl.architecture import Architecture
-from hetero_fl.config import load_config
+from hetero_fl.algorithms.prototypes import nearness
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.objectives import Batch, Net, Nets, PrototypePull
+from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
-from hetero_fl.nets import Batch, Net, Nets
-from hetero_fl.objectives import PrototypePull
-from hetero_fl.plan import Rows
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, deployed, rounds_of
+from hetero_fl.experiment.preparation import load_config
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
+from tests.references.local_training import apart, clients, module, train
 
 FEDPROTO = {"name": "fedproto", "weight": 0.7}
 
@@ -40,7 +39,8 @@ def test_a_round_by_hand() -> None:
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         data = client.data("train", None)
         with torch.no_grad():
-            features = model.eval()(data["x"]).features  # of the model as it is after this round's training
+            # of the model as it is after this round's training
+            features = model.eval()(data["x"]).features
         for f, y in zip(features, data["y"].tolist(), strict=True):
             sums[y] += f
             counts[y] += 1
@@ -52,7 +52,10 @@ def test_a_round_by_hand() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_without_a_pull_clients_train_as_under_local() -> None:
-    models = [{**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24} for m in MIXED]
+    models = [
+        {**m, "feature_dim": 24} if isinstance(m, dict) else {"name": m, "feature_dim": 24}
+        for m in MIXED
+    ]
     local = rounds_of(config("local", models))
     free = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 0.0}))
     pulled = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 1.0}))
@@ -68,13 +71,18 @@ def test_classes_without_a_prototype_are_not_pulled_and_clients_may_be_stacked()
     model = Architecture.of("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
     g = torch.Generator().manual_seed(8)
     x, y = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 1, 2, 1])
-    given = {"prototypes": torch.randn(10, 12, generator=g), "known": torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0])}
+    given = {
+        "prototypes": torch.randn(10, 12, generator=g),
+        "known": torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
+    }
     nets, objective = Nets(model=Net.live(model)), PrototypePull(weight=0.7)
     loss = objective.loss(nets, Batch(x=x, y=y), given)
     z, f = model(x)
     pull = (f - given["prototypes"][y]).square().sum(1) / 12 * torch.tensor([1.0, 0, 1, 0])
     assert torch.allclose(loss, F.cross_entropy(z, y, reduction="none") + 0.7 * pull, atol=1e-12)
-    two = torch.vmap(lambda a, b: objective.loss(nets, Batch(x=a, y=b), given))(torch.stack([x, -x]), y.expand(2, 4))
+    two = torch.vmap(lambda a, b: objective.loss(nets, Batch(x=a, y=b), given))(
+        torch.stack([x, -x]), y.expand(2, 4)
+    )
     assert torch.allclose(two[0], loss, atol=1e-12)
 
 
@@ -97,7 +105,9 @@ def test_models_are_read_by_their_distances_once_there_are_prototypes(home: bool
     (id, *_), rows = list(rounds.federation.cards), Rows("common_test")
 
     def read(inference: str) -> torch.Tensor:
-        rounds.executor.site.algorithm = rounds.algorithm.model_copy(update={"inference": inference})
+        rounds.executor.site.algorithm = rounds.algorithm.model_copy(
+            update={"inference": inference}
+        )
         return rounds.executor.site.predict(deployed(rounds, id), rows, home)
 
     assert torch.equal(read("prototype"), read("head"))  # nothing was aggregated: the head decides
@@ -108,10 +118,16 @@ def test_models_are_read_by_their_distances_once_there_are_prototypes(home: bool
         outputs = model(client.data("common_test", None)["x"])
     state = rounds.server.state
     assert torch.allclose(read("head"), outputs.logits, atol=1e-5)
-    assert torch.allclose(read("prototype"), nearness(outputs.features, state["prototypes"], state["known"]), atol=1e-5)
+    assert torch.allclose(
+        read("prototype"),
+        nearness(outputs.features, state["prototypes"], state["known"]),
+        atol=1e-5,
+    )
     own = state["known"] * (client.counts > 0) if home else state["known"]
     assert own.sum() > 0 and (client.counts == 0).any()
-    assert torch.allclose(read("own"), nearness(outputs.features, state["prototypes"], own), atol=1e-5)
+    assert torch.allclose(
+        read("own"), nearness(outputs.features, state["prototypes"], own), atol=1e-5
+    )
 
 
 def test_a_class_that_nobody_sends_keeps_its_prototype() -> None:
@@ -133,7 +149,11 @@ def test_who_shares_no_statistics_sends_nothing() -> None:
     receive = rounds.intake.receive
     rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
     rounds.round()
-    assert {c: list(p) for c, p in seen.items()} == {"site_1": ["features"], "site_2": [], "site_3": ["features"]}
+    assert {c: list(p) for c, p in seen.items()} == {
+        "site_1": ["features"],
+        "site_2": [],
+        "site_3": ["features"],
+    }
     whole = sum(p.nbytes for p in clients(rounds)["site_1"].models["model"].values())
     assert rounds.traffic.up < whole
 
@@ -143,15 +163,25 @@ def test_the_common_width_is_the_most_frequent_and_written_down(tmp_path: Path) 
     models = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24, 32]}]
     prepared = prepare(config("fedproto", models, clients=3))
     archs = [card.arch for card in prepared.federation.cards.values()]
-    assert [a.width for a in archs] == [32, 32, 32] and [a.feature_dim for a in archs] == [None, 32, None]
+    assert [a.width for a in archs] == [32, 32, 32] and [a.feature_dim for a in archs] == [
+        None,
+        32,
+        None,
+    ]
     assert prepared.config.algorithm["feature_dim"] == 32 and "site_2" in prepared.notes[0]
     tie = prepare(config("fedproto", models[:2], clients=2))
-    assert tie.config.algorithm["feature_dim"] == 32 and tie.federation.cards["site_2"].arch.width == 32
+    assert (
+        tie.config.algorithm["feature_dim"] == 32
+        and tie.federation.cards["site_2"].arch.width == 32
+    )
     asked = prepare(config("fedproto", models, algorithm={"name": "fedproto", "feature_dim": 8}))
     assert {card.arch.width for card in asked.federation.cards.values()} == {8}
     finished = run(config("fedproto", models, rounds=1), out=tmp_path / "run")
     again = load_config(tmp_path / "run" / "config.yaml")
-    assert again.algorithm["feature_dim"] == 32 and prepare(again).federation.cards.keys() == finished.models.keys()
+    assert (
+        again.algorithm["feature_dim"] == 32
+        and prepare(again).federation.cards.keys() == finished.models.keys()
+    )
     run(
         config("fedproto", models, rounds=1), out=tmp_path / "run", resume=True
     )  # the same configuration, resolved alike

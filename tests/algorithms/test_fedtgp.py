@@ -7,19 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.algorithms.fedtgp import largest_gap
-from hetero_fl.architecture import Architecture
-from hetero_fl.errors import UserError
+from hetero_fl.algorithms.prototypes import largest_gap
+from hetero_fl.core.generative_objectives import AdaptiveMargin
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.objectives import Batch, Net, Nets, Supervised
+from hetero_fl.core.plan import Fit
+from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
-from hetero_fl.latent import AdaptiveMargin
-from hetero_fl.nets import Batch, Net, Nets
-from hetero_fl.objectives import Supervised
-from hetero_fl.plan import Fit
-from hetero_fl.runtime.batches import index_batches
-from hetero_fl.runtime.rounds import Rounds
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.errors import UserError
 from model_zoo import SplitModel
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, deployed, rounds_of, same_bits
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.references.local_training import apart, clients, module, train
 
 SERVER = {"server_epochs": 3, "server_lr": 0.05, "server_batch_size": 7}
 
@@ -28,10 +27,14 @@ def class_means(model: nn.Module, data: dict[str, Tensor]) -> list[tuple[Tensor,
     """The client's mean feature of each class that it has, after training."""
     with torch.no_grad():
         features = model.eval()(data["x"]).features
-    return [(features[data["y"] == c].mean(0), c) for c in range(10) if bool((data["y"] == c).any())]
+    return [
+        (features[data["y"] == c].mean(0), c) for c in range(10) if bool((data["y"] == c).any())
+    ]
 
 
-def server_batches(rounds: Rounds, label: str, sent: list[tuple[Tensor, int]]) -> list[tuple[Tensor, Tensor]]:
+def server_batches(
+    rounds: Rounds, label: str, sent: list[tuple[Tensor, int]]
+) -> list[tuple[Tensor, Tensor]]:
     """The server's steps in round 2 on what was sent, as its key draws them."""
     x, y = torch.stack([m for m, _ in sent]), torch.tensor([c for _, c in sent])
     where = (rounds.federation.seed, 1, "server", label, 0)
@@ -43,7 +46,12 @@ def server_batches(rounds: Rounds, label: str, sent: list[tuple[Tensor, int]]) -
 @pytest.mark.parametrize("tau", [100.0, 0.3])
 @pytest.mark.parametrize("weight", [None, 0.7])
 def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
-    settings = {"name": "fedtgp", "margin": tau, **SERVER, **({} if weight is None else {"weight": weight})}
+    settings = {
+        "name": "fedtgp",
+        "margin": tau,
+        **SERVER,
+        **({} if weight is None else {"weight": weight}),
+    }
     pulled = 10.0 if weight is None else weight  # λ of the authors' script
     rounds = rounds_of(config("fedtgp", MIXED, algorithm=settings), held=1)
     before, server = clients(rounds), {s: dict(t) for s, t in rounds.server.models.items()}
@@ -57,12 +65,16 @@ def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
         def loss(x, y, model=model):
             z, f = model(x)
             pull = ((f - prototypes[y]) ** 2).sum(1) / width
-            return (F.cross_entropy(z, y, reduction="none") + pulled * pull * known[y]).sum() / len(y)
+            return (F.cross_entropy(z, y, reduction="none") + pulled * pull * known[y]).sum() / len(
+                y
+            )
 
         train(client, list(model.parameters()), loss)
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         sent += class_means(model, client.data("train", None))
-    centres = [torch.stack([m for m, c in sent if c == k]).mean(0) for k in sorted({c for _, c in sent})]
+    centres = [
+        torch.stack([m for m, c in sent if c == k]).mean(0) for k in sorted({c for _, c in sent})
+    ]
     gap = max(float((a - b).square().sum().sqrt()) for a in centres for b in centres)
     assert gap > 0.3  # so that the two τ differ
     rows = server["vectors"]["head.weight"].T.clone().requires_grad_()  # P̆ [C, d]
@@ -73,7 +85,10 @@ def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
         p = F.relu(rows @ w1.T + b1) @ w2.T + b2
         total = torch.zeros(())
         for one, c in zip(x, y.tolist(), strict=True):
-            near = [-((one - p[k]).square().sum().sqrt() + (min(gap, tau) if k == c else 0.0)) for k in range(10)]
+            near = [
+                -((one - p[k]).square().sum().sqrt() + (min(gap, tau) if k == c else 0.0))
+                for k in range(10)
+            ]
             total = total - (near[c] - torch.stack(near).exp().sum().log())
         sgd.zero_grad()
         (total / len(y)).backward()
@@ -94,7 +109,11 @@ def test_a_round_of_fedgh_by_hand() -> None:
     sent: list[tuple[Tensor, int]] = []
     for id, client in before.items():
         model = module(client.arch["model"], {**client.models["model"], **head})
-        train(client, list(model.parameters()), lambda x, y, model=model: F.cross_entropy(model(x).logits, y))
+        train(
+            client,
+            list(model.parameters()),
+            lambda x, y, model=model: F.cross_entropy(model(x).logits, y),
+        )
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         sent += class_means(model, client.data("train", None))
     w, b = (head[n].clone().requires_grad_() for n in ("head.weight", "head.bias"))
@@ -105,7 +124,8 @@ def test_a_round_of_fedgh_by_hand() -> None:
         sgd.step()
     assert apart(rounds.server.models["head"], {"head.weight": w, "head.bias": b}) < 1e-9
     read = deployed(rounds, "site_2").models["model"]
-    assert same_bits({n: read[n] for n in head}, rounds.server.models["head"])  # read with the head of all
+    # read with the head of all
+    assert same_bits({n: read[n] for n in head}, rounds.server.models["head"])
     kept = rounds.store.get("site_2").models["model"]
     assert all(torch.equal(t, kept[n]) for n, t in read.items() if n.startswith("backbone."))
 
@@ -124,17 +144,25 @@ def test_without_a_pull_fedtgp_trains_as_fedproto_and_what_is_pulled_to_differs(
 
 
 @pytest.mark.parametrize("method", ["fedtgp", "fedgh"])
-def test_who_shares_no_statistics_sends_nothing_and_if_nobody_sends_it_is_local(method: str) -> None:
+def test_who_shares_no_statistics_sends_nothing_and_if_nobody_sends_it_is_local(
+    method: str,
+) -> None:
     source = config(method, MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds, seen = rounds_of(source, held=0), {}
     receive = rounds.intake.receive
     rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
     rounds.round()
-    assert {c: list(p) for c, p in seen.items()} == {"site_1": ["features"], "site_2": [], "site_3": ["features"]}
+    assert {c: list(p) for c, p in seen.items()} == {
+        "site_1": ["features"],
+        "site_2": [],
+        "site_3": ["features"],
+    }
     models = [{**m, "feature_dim": 32} if isinstance(m, dict) else m for m in MIXED]
     later = {"share_every": 9, "optimizer": {"name": "sgd", "lr": 0.05}}
-    alone, local = (rounds_of(config(m, models, clients__defaults=later)) for m in (method, "local"))
+    alone, local = (
+        rounds_of(config(m, models, clients__defaults=later)) for m in (method, "local")
+    )
     for id in local.federation.cards:
         assert same_bits(alone.store.get(id).models["model"], local.store.get(id).models["model"])
 
@@ -145,7 +173,9 @@ def test_fedgh_gives_its_head_when_it_is_due() -> None:
     rounds, sent = rounds_of(source, held=0), []
     for index in range(5):
         rounds._clock(index)
-        sent.append(list(rounds.algorithm.broadcast(rounds.server, rounds.federation.cards["site_1"])))
+        sent.append(
+            list(rounds.algorithm.broadcast(rounds.server, rounds.federation.cards["site_1"]))
+        )
         rounds.round()
     assert sent == [[], [], ["head"], [], ["head"]]
 
@@ -168,7 +198,9 @@ def test_the_margin_has_a_gradient_where_a_prototype_meets_its_mark_and_may_be_s
     loss = objective.total(nets, Batch(x=x, y=y), given)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mlp.parameters())
-    both = torch.vmap(lambda x: objective.total(nets, Batch(x=x, y=y), given))(torch.stack([x + 1, x]))
+    both = torch.vmap(lambda x: objective.total(nets, Batch(x=x, y=y), given))(
+        torch.stack([x + 1, x])
+    )
     assert torch.allclose(both[1], loss, atol=1e-6)
 
 
@@ -176,7 +208,11 @@ class TwoLayers(SplitModel):
     """A model whose head is more than a linear layer."""
 
     def __init__(
-        self, num_classes: int, in_channels: int, input_size: tuple[int, ...], feature_dim: int | None
+        self,
+        num_classes: int,
+        in_channels: int,
+        input_size: tuple[int, ...],
+        feature_dim: int | None,
     ) -> None:
         head = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
         super().__init__(nn.Flatten(), head, 64)
@@ -186,6 +222,6 @@ class TwoLayers(SplitModel):
 def test_heads_that_do_not_fit_one_another_are_refused(method: str) -> None:
     with pytest.raises(UserError) as error:
         prepare(config(method, ["mlp", f"python:{__name__}:TwoLayers"], clients=2))
-    assert str(error.value).startswith("clients: site_2: model: its head has head.0.bias") and "\n" not in str(
-        error.value
-    )
+    assert str(error.value).startswith(
+        "clients: site_2: model: its head has head.0.bias"
+    ) and "\n" not in str(error.value)

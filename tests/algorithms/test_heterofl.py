@@ -10,21 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.aggregation.averaging import corner_means
-from hetero_fl.algorithms.masked_head import packed, unpacked
-from hetero_fl.config import load_config
-from hetero_fl.errors import UserError
+from hetero_fl.aggregation.means import corner_means
+from hetero_fl.algorithms.heterofl import packed, unpacked
+from hetero_fl.core.participant import floats
+from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
-from hetero_fl.plan import Rows
-from hetero_fl.state import floats
-from tests.algorithms.by_hand import apart, clients, train
-from tests.small import MIXED, config, deployed, rounds_of, same_bits
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.references.local_training import apart, clients, train
 
 WIDE = {"name": "cnn", "width": 8, "norm": "batch"}
 RAGGED = {"match": "site_2", "shares": ["parameters"]}
 
 
-def federation(models: Any = MIXED, clients: int = 5, rounds: int = 2, **settings: Any) -> dict[str, Any]:
+def federation(
+    models: Any = MIXED, clients: int = 5, rounds: int = 2, **settings: Any
+) -> dict[str, Any]:
     algorithm = {"name": "heterofl", "model": WIDE, "widths": [1, 0.5, 0.25], **settings}
     return config("heterofl", models, clients, algorithm=algorithm, rounds=rounds)
 
@@ -33,7 +35,9 @@ def forward(t: dict[str, Tensor], x: Tensor, share: float) -> Tensor:
     """The three-block CNN with BatchNorm in training mode, each convolution's output divided by the share."""
     for i, (conv, norm) in enumerate((("0", "1"), ("4", "5"), ("8", "9"))):
         x = F.conv2d(x, t[f"backbone.{conv}.weight"], t[f"backbone.{conv}.bias"], padding=1) / share
-        mean, var, scale, shift = (t[f"backbone.{norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, scale, shift = (
+            t[f"backbone.{norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias")
+        )
         x = F.batch_norm(x, mean, var, scale, shift, training=True, momentum=0.1).relu()
         x = F.max_pool2d(x, 2) if i < 2 else x.mean((2, 3))
     return x @ t["head.weight"].T + t["head.bias"]
@@ -44,24 +48,41 @@ def forward(t: dict[str, Tensor], x: Tensor, share: float) -> Tensor:
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("weighting", [None, "uniform", "samples"])
 def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> None:
-    source = federation(masked=masked, scaler=scaler, **({} if weighting is None else {"weighting": weighting}))
+    source = federation(
+        masked=masked, scaler=scaler, **({} if weighting is None else {"weighting": weighting})
+    )
     source["clients"] |= {"per_round": 2, "overrides": [RAGGED]}
     source["data"]["partition"]["alpha"] = 0.1
     rounds = rounds_of(source, held=3)
     ((slot, wide),) = rounds.server.models.items()
     before, cohort = clients(rounds), rounds.cohort(3)
     shares = {id: rounds.algorithm.widths[id] for id in before}
-    assert len({shares[id] for id in cohort}) > 1 and shares["site_4"] == 1 and shares["site_3"] == 0.25
+    assert (
+        len({shares[id] for id in cohort}) > 1
+        and shares["site_4"] == 1
+        and shares["site_3"] == 0.25
+    )
     total = {n: torch.zeros_like(t) for n, t in floats(wide).items() if "running" not in n}
     count = {n: torch.zeros_like(t) for n, t in total.items()}
     statistics = {}
     for id in cohort:
         client, width = before[id], int(8 * shares[id])
-        sizes = {"0": width, "1": width, "4": 2 * width, "5": 2 * width, "8": 4 * width, "9": 4 * width}
+        sizes = {
+            "0": width,
+            "1": width,
+            "4": 2 * width,
+            "5": 2 * width,
+            "8": 4 * width,
+            "9": 4 * width,
+        }
         tensors = {n: t.clone() for n, t in client.models["model"].items()}
         for n, t in total.items():
             rows = sizes[n.split(".")[1]] if n.startswith("backbone.") else 10
-            columns = {"backbone.4.weight": width, "backbone.8.weight": 2 * width, "head.weight": 4 * width}.get(n, 1)
+            columns = {
+                "backbone.4.weight": width,
+                "backbone.8.weight": 2 * width,
+                "head.weight": 4 * width,
+            }.get(n, 1)
             tensors[n] = (wide[n][:rows, :columns] if t.ndim > 1 else wide[n][:rows]).clone()
         has = client.counts > 0
         if masked and id == "site_2":
@@ -96,19 +117,27 @@ def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> N
 def test_at_full_width_it_is_fedavg_bit_for_bit() -> None:
     wide = {"name": "cnn", "width": 4, "norm": "group"}
     for weighting in ("uniform", "samples"):
-        fedavg = rounds_of(config("fedavg", wide, algorithm={"name": "fedavg", "weighting": weighting}))
+        fedavg = rounds_of(
+            config("fedavg", wide, algorithm={"name": "fedavg", "weighting": weighting})
+        )
         for settings, equal in (({}, True), ({"widths": [1, 1, 0.5]}, False)):
             algorithm = {"name": "heterofl", "weighting": weighting, **settings}
             ours = rounds_of(config("heterofl", wide, algorithm=algorithm))
             (group,) = fedavg.server.models
             (slot,) = ours.server.models
-            assert slot == group and same_bits(ours.server.models[slot], fedavg.server.models[group]) is equal
+            assert (
+                slot == group
+                and same_bits(ours.server.models[slot], fedavg.server.models[group]) is equal
+            )
 
 
 def test_the_mask_changes_nothing_for_who_has_every_class() -> None:
     source = federation(clients=3)
     source["data"]["partition"] = {"kind": "iid"}
-    plain, masked = (rounds_of({**source, "algorithm": {**source["algorithm"], "masked": m}}) for m in (False, True))
+    plain, masked = (
+        rounds_of({**source, "algorithm": {**source["algorithm"], "masked": m}})
+        for m in (False, True)
+    )
     ((a,), (b,)) = plain.server.models.values(), masked.server.models.values()
     assert all((c.counts > 0).all() for c in clients(plain).values())
     for n in a:
@@ -119,13 +148,17 @@ def test_a_class_that_nobody_has_keeps_its_row_of_the_head() -> None:
     now = {"head.weight": torch.full((2, 3), 7.0), "head.bias": torch.full((2,), 8.0)}
     values, say = packed(torch.ones(2, 1), torch.ones(2), 3, torch.tensor([5.0, 0.0]))
     new = unpacked(now, values, say)
-    assert new["head.weight"].tolist() == [[1, 7, 7], [7, 7, 7]] and new["head.bias"].tolist() == [1, 8]
+    assert new["head.weight"].tolist() == [[1, 7, 7], [7, 7, 7]] and new["head.bias"].tolist() == [
+        1,
+        8,
+    ]
 
 
 def test_corner_means() -> None:
     now = {"w": torch.full((3, 3), 9.0), "unsent": torch.ones(2)}
     wide, narrow = ({"w": torch.ones(2, 2)}, 1.0), ({"w": torch.full((1, 2), 4.0)}, 2.0)
-    for members in ([wide, narrow], [narrow, wide]):  # whoever comes first, only its own elements have it for an owner
+    # whoever comes first, only its own elements have it for an owner
+    for members in ([wide, narrow], [narrow, wide]):
         got = corner_means(now, members)
         assert got.keys() == {"w"} and got["w"].tolist() == [[3, 3, 9], [1, 1, 9], [9, 9, 9]]
     assert now["w"].eq(9).all()
@@ -136,12 +169,18 @@ def test_corner_means() -> None:
     [
         (["cnn_bn_large", "cnn_bn_small", "cnn_bn_medium"], "cnn_bn_large", [1, 0.25, 0.5]),
         (["mlp", {"name": "mlp", "hidden": [32]}, "gru"], "mlp", [1, 0.25, 1]),
-        (["resnet8", {"name": "resnet", "widths": [8, 16, 32]}, "linear"], "resnet8", [1, 0.5, 0.125]),
+        (
+            ["resnet8", {"name": "resnet", "widths": [8, 16, 32]}, "linear"],
+            "resnet8",
+            [1, 0.5, 0.125],
+        ),
         (["cnn_gn_small", "cnn_gn_small", "cnn_bn_large"], "cnn_gn_small", [1, 1, 1]),
         (["gru", "vit", "cnn_gn_medium"], "cnn_gn_medium", [1, 1, 1]),
     ],
 )
-def test_the_family_that_clients_models_give(models: list[Any], name: str, widths: list[float], tmp_path: Path) -> None:
+def test_the_family_that_clients_models_give(
+    models: list[Any], name: str, widths: list[float], tmp_path: Path
+) -> None:
     prepared = prepare(config("heterofl", models, clients=3))
     chosen = prepared.config.algorithm
     assert chosen["model"]["name"] == name and list(chosen["widths"].values()) == widths
@@ -149,21 +188,34 @@ def test_the_family_that_clients_models_give(models: list[Any], name: str, width
     wide = prepared.method.wide(prepared.federation.cards["site_1"].arch)  # type: ignore[attr-defined]
     for card in prepared.federation.cards.values():
         assert card.arch.shapes.keys() == wide.shapes.keys()
-        assert all(a <= b for n, s in card.arch.shapes.items() for a, b in zip(s, wide.shapes[n], strict=True))
+        assert all(
+            a <= b
+            for n, s in card.arch.shapes.items()
+            for a, b in zip(s, wide.shapes[n], strict=True)
+        )
 
 
 def test_the_family_is_written_down_and_a_run_goes_on_with_it(tmp_path: Path) -> None:
-    source = config("heterofl", MIXED, clients=3, rounds=1, output={"plots": False, "report": False})
+    source = config(
+        "heterofl", MIXED, clients=3, rounds=1, output={"plots": False, "report": False}
+    )
     finished = run(source, out=tmp_path / "run")
     again = load_config(tmp_path / "run" / "config.yaml")
-    assert again.algorithm["widths"].keys() == finished.models.keys() == prepare(again).federation.cards.keys()
+    assert (
+        again.algorithm["widths"].keys()
+        == finished.models.keys()
+        == prepare(again).federation.cards.keys()
+    )
     assert prepare(again).config == again
     run(source, out=tmp_path / "run", resume=True)
 
 
 def test_the_summary_names_what_each_client_ran(tmp_path: Path) -> None:
     source = config(
-        "heterofl", ["cnn_bn_large", "cnn_bn_small", "mlp"], output={"plots": False, "report": False}, rounds=1
+        "heterofl",
+        ["cnn_bn_large", "cnn_bn_small", "mlp"],
+        output={"plots": False, "report": False},
+        rounds=1,
     )
     finished = run(source, out=tmp_path / "run")
     assert [client["model"] for client in finished.summary["clients"]] == [
@@ -175,7 +227,9 @@ def test_the_summary_names_what_each_client_ran(tmp_path: Path) -> None:
 
 def test_clients_that_see_other_shapes_have_a_wide_model_of_their_own() -> None:
     source = federation()
-    source["clients"]["overrides"] = [{"match": "site_[45]", "preprocess": {"channels": 3, "resize": 12}}]
+    source["clients"]["overrides"] = [
+        {"match": "site_[45]", "preprocess": {"channels": 3, "resize": 12}}
+    ]
     rounds = rounds_of(source)
     assert len(rounds.server.models) == 2 and rounds.evaluate().server is None
     source["algorithm"]["masked"] = True
@@ -190,14 +244,19 @@ def test_models_are_read_as_they_were_trained_scaler_and_mask_included() -> None
     client = deployed(rounds, "site_2")
     x, t = client.data("common_test", None)["x"], client.models["model"]
     for i, conv in enumerate(("0", "3", "6")):
-        x = (F.conv2d(x, t[f"backbone.{conv}.weight"], t[f"backbone.{conv}.bias"], padding=1) / 0.5).relu()
+        x = (
+            F.conv2d(x, t[f"backbone.{conv}.weight"], t[f"backbone.{conv}.bias"], padding=1) / 0.5
+        ).relu()
         x = F.max_pool2d(x, 2) if i < 2 else x.mean((2, 3))
     logits, has = x @ t["head.weight"].T + t["head.bias"], client.counts > 0
-    read = [rounds.executor.site.predict(client, Rows("common_test"), home) for home in (False, True)]  # type: ignore[attr-defined]
+    read = [
+        rounds.executor.site.predict(client, Rows("common_test"), home) for home in (False, True)
+    ]  # type: ignore[attr-defined]
     assert not has.all() and torch.allclose(read[0], logits, atol=1e-5)
     assert torch.allclose(read[1], logits * has, atol=1e-5)
     assert rounds.evaluate().server is not None
-    assert rounds_of(federation(clients=3)).evaluate().server is None  # BatchNorm's statistics are nobody's
+    # BatchNorm's statistics are nobody's
+    assert rounds_of(federation(clients=3)).evaluate().server is None
 
 
 def test_a_narrow_client_sends_and_receives_less() -> None:
@@ -209,18 +268,25 @@ def test_a_narrow_client_sends_and_receives_less() -> None:
 
 
 def test_widths_of_thousands_follow_from_their_models() -> None:
-    models = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [4]}, {"name": "mlp", "hidden": [2]}]
+    models = [
+        {"name": "mlp", "hidden": [8]},
+        {"name": "mlp", "hidden": [4]},
+        {"name": "mlp", "hidden": [2]},
+    ]
     drawn = {"kind": "drawn", "alpha": 0.5, "rows": 40}
     few, many = (prepare(config("heterofl", models, n, data__partition=drawn)) for n in (999, 1002))
     for prepared, known in ((few, True), (many, False)):
         assert (prepared.config.algorithm["widths"] is not None) is known
         cards = prepared.federation.cards
-        assert len(cards.kinds) == 3 and all("hidden" in dict(kind.arch.options) for kind in cards.kinds)
+        assert len(cards.kinds) == 3 and all(
+            "hidden" in dict(kind.arch.options) for kind in cards.kinds
+        )
         ids = list(cards.clients.ids)[:3]
         assert [cards[id].arch.shapes["head.weight"] for id in ids] == [(10, 8), (10, 4), (10, 2)]
     assert "all of it for site_0001, site_0004" in many.notes[0] and "and 330 more" in many.notes[0]
     with pytest.raises(
-        UserError, match=r"^algorithm.widths: found 1,002 clients; .* for up to 1,000. Leave it out, and"
+        UserError,
+        match=r"^algorithm.widths: found 1,002 clients; .* for up to 1,000. Leave it out, and",
     ):
         prepare(config("heterofl", models, 1002, data__partition=drawn, algorithm__widths=[1, 0.5]))
 
@@ -232,7 +298,10 @@ def test_mistakes_are_one_line() -> None:
         ({"widths": [1, 1.5]}, "algorithm.widths: site_2: found 1.5"),
         ({"widths": []}, "algorithm.widths: found no number"),
         ({"widths": {"site_1": 1}}, "algorithm.widths: none is given for site_2"),
-        ({"widths": {"site*": 1, "clinic_1": 0.5}}, "algorithm.widths: no client is called 'clinic_1'"),
+        (
+            {"widths": {"site*": 1, "clinic_1": 0.5}},
+            "algorithm.widths: no client is called 'clinic_1'",
+        ),
     ):
         with pytest.raises(UserError) as error:
             prepare(federation(**settings))

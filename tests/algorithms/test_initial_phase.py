@@ -13,33 +13,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetero_fl.algorithms import algorithm
-from hetero_fl.algorithms.needs import in_words, needs
-from hetero_fl.errors import UserError
+from hetero_fl.algorithms.requirements import in_words, needs
+from hetero_fl.core.objectives import Supervised
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.plan import Fit, Plan
+from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare, run
-from hetero_fl.objectives import Supervised
-from hetero_fl.payload import Item, Payload
-from hetero_fl.plan import Fit, Plan
-from hetero_fl.reporting.prose import story
-from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.runtime.batches import index_batches
-from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.state import Participant
-from tests.algorithms.by_hand import apart, clients, module, train
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.reporting.report_text import story
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import UserError
 from tests.algorithms.test_kt_pfl import T, follow
-from tests.runtime import paces
-from tests.runtime.crews import lent, outcome, rounds_on, setup_of
-from tests.runtime.test_batched import agree
-from tests.small import MIXED, config, rounds_of, same_bits
+from tests.engine.test_vectorized_runs import agree
+from tests.helpers import asynchronous_runs
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.helpers.workers import lent, outcome, rounds_on, setup_of
+from tests.references.local_training import apart, clients, module, train
 
 ON = {"initial_phase": True, "initial_private_epochs": 2}
 PHASE = ("initial public", "initial private")
 
 
-def federation(method: str = "fedmd", clients: int = 4, per_round: int = 2, **changes: Any) -> dict[str, Any]:
+def federation(
+    method: str = "fedmd", clients: int = 4, per_round: int = 2, **changes: Any
+) -> dict[str, Any]:
     """Some of the clients a round, so that they first take part in different ones."""
     settings = {"name": method, **ON, **({"initial_public_epochs": 3} if method == "fedmd" else {})}
     labels = method == "fedmd"
-    source = config(method, MIXED, clients, rounds=4, clients__per_round=per_round, data__proxy__labels=labels)
+    source = config(
+        method, MIXED, clients, rounds=4, clients__per_round=per_round, data__proxy__labels=labels
+    )
     return {**source, "algorithm": {**settings, **changes}}
 
 
@@ -50,10 +54,14 @@ def watched(rounds: Rounds) -> Counter[str]:
     return seen
 
 
-def step_through(model: nn.Module, x: Tensor, y: Tensor, batch: int, epochs: int, where: tuple[Any, ...]) -> None:
+def step_through(
+    model: nn.Module, x: Tensor, y: Tensor, batch: int, epochs: int, where: tuple[Any, ...]
+) -> None:
     """Epochs of SGD with momentum on cross-entropy, in the batches of that key."""
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for rows in index_batches(len(y), Fit({}, Supervised(), epochs=epochs, batch_size=batch), where):
+    for rows in index_batches(
+        len(y), Fit({}, Supervised(), epochs=epochs, batch_size=batch), where
+    ):
         sgd.zero_grad()
         F.cross_entropy(model(x[rows]).logits, y[rows]).backward()
         sgd.step()
@@ -76,7 +84,9 @@ def test_fedmds_first_round_by_hand_for_clients_that_begin_in_different_rounds()
             client, model = before[id], module(before[id].arch["model"], before[id].models["model"])
             public, own = client.data("proxy", None), client.data("train", None)
             if id not in taken_part:
-                step_through(model, public["x"], public["y"], 32, 3, (0, index, id, "initial public", 0))
+                step_through(
+                    model, public["x"], public["y"], 32, 3, (0, index, id, "initial public", 0)
+                )
                 step_through(model, own["x"], own["y"], 16, 2, (0, index, id, "initial private", 0))
             if teacher is not None:
                 digest(model, public["x"], teacher, (0, index, id, "digest", 0))
@@ -116,7 +126,9 @@ def test_kt_pfls_first_round_by_hand() -> None:
                 place = {name: i for i, name in enumerate(state["seen"])}
                 weights = torch.ones(len(state["senders"]))
                 if id in place:
-                    weights = state["coefficients"][place[id], [place[name] for name in state["senders"]]]
+                    weights = state["coefficients"][
+                        place[id], [place[name] for name in state["senders"]]
+                    ]
                 mixed = ((weights / weights.sum())[:, None, None] * state["predictions"]).sum(0)
                 follow(model, client.data("proxy", None)["x"], mixed, (0, index, id, "digest", 0))
             train(client, list(model.parameters()), cross_entropy(model))
@@ -129,8 +141,17 @@ def test_kt_pfls_first_round_by_hand() -> None:
 @pytest.mark.parametrize("method", ["fedmd", "kt_pfl"])
 def test_off_it_changes_no_bit_and_leaves_nothing_behind(method: str) -> None:
     plain = rounds_of(config(method, MIXED))
-    off = rounds_of(config(method, MIXED, algorithm={"name": method, "initial_phase": False}, data__proxy__labels=True))
-    on = rounds_of(config(method, MIXED, algorithm={"name": method, **ON}, data__proxy__labels=True))
+    off = rounds_of(
+        config(
+            method,
+            MIXED,
+            algorithm={"name": method, "initial_phase": False},
+            data__proxy__labels=True,
+        )
+    )
+    on = rounds_of(
+        config(method, MIXED, algorithm={"name": method, **ON}, data__proxy__labels=True)
+    )
 
     for id in plain.federation.cards:
         assert plain.store.encoded(id) == off.store.encoded(id)
@@ -148,7 +169,9 @@ def test_each_client_has_it_once_in_its_first_round(method: str) -> None:
     for _ in range(4):
         taken_part.update(rounds.round()["cohort"])
         for id in rounds.federation.cards:
-            assert [seen[f"{id}: {label}"] for label in labels] == [min(1, taken_part[id])] * len(labels)
+            assert [seen[f"{id}: {label}"] for label in labels] == [min(1, taken_part[id])] * len(
+                labels
+            )
 
     assert max(taken_part.values()) > 1
 
@@ -214,8 +237,10 @@ def test_batched_and_serial_runs_agree(method: str) -> None:
 
 
 def test_an_asynchronous_run_has_it_once_for_each_client_too() -> None:
-    source = paces.source("fedmd", algorithm=federation()["algorithm"], data__proxy__labels=True, faults={})
-    session = paces.session(source)
+    source = asynchronous_runs.source(
+        "fedmd", algorithm=federation()["algorithm"], data__proxy__labels=True, faults={}
+    )
+    session = asynchronous_runs.session(source)
     seen = watched(session)
 
     for _ in range(3):
@@ -233,13 +258,23 @@ def test_what_it_needs_is_declared() -> None:
     assert in_words(needs(fedmd(initial_phase=True))) == "labeled proxy set"
     assert in_words(needs(fedmd(initial_phase=True, initial_public_epochs=0))) == "proxy set"
     assert in_words(needs(kt_pfl(initial_phase=True))) == "proxy set, single uploads"
-    assert any("trains on the labels of the proxy set" in note for note in prepare(federation()).notes)
+    assert any(
+        "trains on the labels of the proxy set" in note for note in prepare(federation()).notes
+    )
 
 
 def test_the_report_says_whether_labels_of_the_proxy_set_were_read(tmp_path: Path) -> None:
     off = {"name": "fedmd"}
-    for settings, words in ((federation()["algorithm"], "clients train on once"), (off, "are never read")):
-        source = {**federation(), "rounds": 1, "algorithm": settings, "output": {"plots": False, "report": False}}
+    for settings, words in (
+        (federation()["algorithm"], "clients train on once"),
+        (off, "are never read"),
+    ):
+        source = {
+            **federation(),
+            "rounds": 1,
+            "algorithm": settings,
+            "output": {"plots": False, "report": False},
+        }
         run(source, out=tmp_path / words.split()[0])
         written = RunDirectory(tmp_path / words.split()[0])
         assert f"60 rows, whose labels {words}" in story(written.summary(), written.details())[0]
@@ -254,7 +289,10 @@ def test_a_proxy_set_without_labels_and_private_records_are_refused_in_one_line(
         prepare(source)
     assert "\n" not in str(error.value)
 
-    private = {**federation("kt_pfl"), "privacy": {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}}
+    private = {
+        **federation("kt_pfl"),
+        "privacy": {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"},
+    }
     private["clients"]["groups"][0]["model"] = "mlp"
     with pytest.raises(
         UserError, match=r"^algorithm\.initial_phase: found true, with privacy\.unit: found record"

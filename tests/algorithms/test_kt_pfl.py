@@ -10,19 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.algorithms.kt_pfl import on_simplex, shares
-from hetero_fl.objectives import Digest
-from hetero_fl.plan import Fit
-from hetero_fl.runtime.batches import index_batches
-from hetero_fl.runtime.plans import carry_out
-from hetero_fl.runtime.rounds import Rounds
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, deployed, rounds_of
+from hetero_fl.core.objectives import Digest
+from hetero_fl.core.plan import Fit
+from hetero_fl.engine.batches import index_batches
+from hetero_fl.engine.driver import carry_out
+from hetero_fl.federation.synchronous import Rounds
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
+from tests.references.local_training import apart, clients, module, train
 
 T = 3.0
 
 
 def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
-    return config("kt_pfl", models, clients, algorithm={"name": "kt_pfl", "temperature": T, **settings})
+    return config(
+        "kt_pfl", models, clients, algorithm={"name": "kt_pfl", "temperature": T, **settings}
+    )
 
 
 def nearest(row: list[float]) -> list[float]:
@@ -53,10 +55,15 @@ def test_a_round_by_hand() -> None:
     rounds.round()
     said = []
     for k, (id, client) in enumerate(before.items()):
-        model, public = module(client.arch["model"], client.models["model"]), client.data("proxy", None)["x"]
+        model, public = (
+            module(client.arch["model"], client.models["model"]),
+            client.data("proxy", None)["x"],
+        )
         mixed = sum(state["coefficients"][k, j] * state["predictions"][j] for j in range(3))
         follow(model, public, mixed, (0, 1, id, "digest", 0))
-        train(client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y))
+        train(
+            client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
+        )
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         with torch.no_grad():
             said.append((model.eval()(public).logits / T).softmax(1))
@@ -66,7 +73,11 @@ def test_a_round_by_hand() -> None:
         loss = torch.zeros(())
         for k in range(3):
             mixed = sum(c[k, j] * said[j] for j in range(3))
-            loss = loss + T**2 * (mixed * (mixed / said[k]).log()).sum(1).mean() + 0.4 * ((c[k] - 1 / 3) ** 2).sum()
+            loss = (
+                loss
+                + T**2 * (mixed * (mixed / said[k]).log()).sum(1).mean()
+                + 0.4 * ((c[k] - 1 / 3) ** 2).sum()
+            )
         (grad,) = torch.autograd.grad(loss, c)
         c = torch.tensor([nearest(row) for row in (c - 0.2 * grad).tolist()])
     assert float((rounds.server.state["coefficients"] - c).abs().max()) < 1e-9
@@ -82,10 +93,22 @@ def test_a_client_is_read_after_distilling_its_newest_mixture() -> None:
     state = rounds.server.state
     assert len(state["seen"]) == 2  # the third took no part: it reads the plain mean
     for id, client in clients(rounds).items():
-        model, public = module(client.arch["model"], client.models["model"]), client.data("proxy", None)["x"]
+        model, public = (
+            module(client.arch["model"], client.models["model"]),
+            client.data("proxy", None)["x"],
+        )
         at = state["seen"].index(id) if id in state["seen"] else None
-        c = torch.full((2,), 0.5) if at is None else state["coefficients"][at] / state["coefficients"][at].sum()
-        follow(model, public, torch.einsum("k,kdc->dc", c, state["predictions"]), (0, 1, id, "digest", 0))
+        c = (
+            torch.full((2,), 0.5)
+            if at is None
+            else state["coefficients"][at] / state["coefficients"][at].sum()
+        )
+        follow(
+            model,
+            public,
+            torch.einsum("k,kdc->dc", c, state["predictions"]),
+            (0, 1, id, "digest", 0),
+        )
         assert apart(deployed(rounds, id).models["model"], model) < 1e-9
 
 
@@ -95,7 +118,9 @@ def test_the_projection_is_the_nearest_distribution() -> None:
     ours = on_simplex(rows)
     assert torch.allclose(ours, torch.tensor([nearest(r) for r in rows.tolist()]), atol=1e-12)
     assert torch.allclose(on_simplex(ours), ours, atol=1e-15)
-    assert torch.equal(shares(torch.tensor([[0.0, 0.0], [1.0, 3.0]])), torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+    assert torch.equal(
+        shares(torch.tensor([[0.0, 0.0], [1.0, 3.0]])), torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    )
 
 
 def learned(rounds: Rounds, p: Tensor, **settings: Any) -> Tensor:
@@ -114,8 +139,10 @@ def test_what_is_learned_in_the_limits() -> None:
     assert torch.allclose(alike, uniform, atol=1e-12)  # equal clients
     steps = {"coefficient_lr": 0.02, "coefficient_steps": 200}
     free, held = learned(rounds, p, rho=0.0, **steps), learned(rounds, p, rho=20.0, **steps)
-    assert (free.argmax(1)[2:] == torch.tensor([2, 3])).all()  # left to itself each learns to hear itself,
-    assert torch.allclose(free[0, 0], free[0, 1]) and free[0, 1] > 1.5 * free[0, 2]  # and its like as much
+    # left to itself each learns to hear itself,
+    assert (free.argmax(1)[2:] == torch.tensor([2, 3])).all()
+    # and its like as much
+    assert torch.allclose(free[0, 0], free[0, 1]) and free[0, 1] > 1.5 * free[0, 2]
     assert float((held - uniform).abs().max()) < 0.5 * float((free - uniform).abs().max())
     assert torch.allclose(learned(rounds, p[:1]), torch.ones(1, 1))
     assert "mix" not in rounds.server.models and "mix" not in rounds.server.arch
@@ -124,12 +151,17 @@ def test_what_is_learned_in_the_limits() -> None:
 @pytest.mark.usefixtures("float64")
 def test_without_learning_all_have_the_mean_as_their_teacher() -> None:
     rounds = rounds_of(federation(coefficient_steps=0), held=1)
-    teachers = [rounds.algorithm.broadcast(rounds.server, c)["teacher"] for c in rounds.federation.cards.values()]
+    teachers = [
+        rounds.algorithm.broadcast(rounds.server, c)["teacher"]
+        for c in rounds.federation.cards.values()
+    ]
     mean = rounds.server.state["predictions"].mean(0)
     assert all(torch.allclose((t / T).softmax(1), mean, atol=1e-12) for t in teachers)
     state = rounds.server.state  # and so has whoever gives those present no weight at all
     state["coefficients"] = torch.zeros_like(state["coefficients"])
-    teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards["site_1"])["teacher"]
+    teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards["site_1"])[
+        "teacher"
+    ]
     assert torch.allclose((teacher / T).softmax(1), mean, atol=1e-12)
     first = rounds_of(federation(), held=0)
     local = rounds_of(config("local", MIXED, 3), held=1)
@@ -145,7 +177,10 @@ def test_those_who_are_absent_keep_their_weights() -> None:
     ids, changed = list(rounds.federation.cards), 0
 
     def coefficients() -> Tensor:
-        c, seen = torch.full((4, 4), 0.25), [ids.index(id) for id in rounds.server.state.get("seen", [])]
+        c, seen = (
+            torch.full((4, 4), 0.25),
+            [ids.index(id) for id in rounds.server.state.get("seen", [])],
+        )
         if seen:
             c[torch.tensor(seen)[:, None], seen] = rounds.server.state["coefficients"]
         return c
@@ -153,12 +188,16 @@ def test_those_who_are_absent_keep_their_weights() -> None:
     for index in range(6):
         before = coefficients()
         rounds.round()
-        assert set(rounds.server.state["seen"]) == {id for i in range(index + 1) for id in rounds.cohort(i)}
+        assert set(rounds.server.state["seen"]) == {
+            id for i in range(index + 1) for id in rounds.cohort(i)
+        }
         c, here = coefficients(), [ids.index(id) for id in rounds.cohort(index)]
         away = [k for k in range(4) if k not in here]
         assert torch.equal(c[away], before[away]) and torch.equal(c[:, away], before[:, away])
         assert torch.allclose(c.sum(1), torch.ones(4), atol=1e-5) and (c >= 0).all()
         changed += not torch.equal(c, before)
-        teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[ids[away[0]]])["teacher"]
+        teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[ids[away[0]]])[
+            "teacher"
+        ]
         assert torch.allclose((teacher / T).softmax(1).sum(1), torch.ones(60), atol=1e-5)
     assert changed == 6

@@ -11,24 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.algorithms.mentee import MENTEE
-from hetero_fl.architecture import Architecture
-from hetero_fl.errors import UserError
+from hetero_fl.algorithms.mutual import MENTEE
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.objectives import AdaptiveMutual, Batch, Mutual, Net, Nets, as_shape
+from hetero_fl.core.participant import Participant, floats
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import Rows
+from hetero_fl.engine.driver import carry_out
 from hetero_fl.experiment import prepare, run
-from hetero_fl.mutual import AdaptiveMutual, Mutual, as_shape
-from hetero_fl.nets import Batch, Net, Nets
-from hetero_fl.payload import Payload
-from hetero_fl.plan import Rows
-from hetero_fl.runtime.plans import carry_out
-from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.state import Participant, floats
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.small import MIXED, config, deployed, rounds_of, same_bits
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.references.local_training import apart, clients, module, train
 
 SMALL = {"name": "cnn", "width": 2, "norm": "batch"}
 
 
-def federation(method: str, models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, Any]:
+def federation(
+    method: str, models: Any = MIXED, clients: int = 3, **settings: Any
+) -> dict[str, Any]:
     return config(method, models, clients, algorithm={"name": method, "mentee": SMALL, **settings})
 
 
@@ -72,7 +73,11 @@ def truncated(update: Tensor, energy: float) -> Tensor:
         return update
     matrix = update.reshape(len(update), -1).numpy()
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
-    k = next(k for k in range(1, len(s) + 1) if k == len(s) or (s[:k] ** 2).sum() >= energy * (s**2).sum())
+    k = next(
+        k
+        for k in range(1, len(s) + 1)
+        if k == len(s) or (s[:k] ** 2).sum() >= energy * (s**2).sum()
+    )
     if k * sum(matrix.shape) >= matrix.size:
         return update
     return torch.from_numpy(u[:, :k] @ np.diag(s[:k]) @ v[:k]).reshape(update.shape)
@@ -80,7 +85,9 @@ def truncated(update: Tensor, energy: float) -> Tensor:
 
 @pytest.mark.usefixtures("float64")
 def test_a_round_of_fedkd_by_hand() -> None:
-    rounds = rounds_of(federation("fedkd", energy_start=0.5, energy_end=0.8, hidden_weight=0.9), held=1)
+    rounds = rounds_of(
+        federation("fedkd", energy_start=0.5, energy_end=0.8, hidden_weight=0.9), held=1
+    )
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
     cut = 0.0
     rounds.round()
@@ -102,9 +109,11 @@ def test_a_round_of_fedkd_by_hand() -> None:
         assert apart(kept.models["model"], own) < 1e-9
         assert float((kept.models["hidden"]["head.weight"] - w.detach()).abs().max()) < 1e-9
         assert not kept.models["hidden"]["head.bias"].any()
-        assert same_bits(kept.state["base"], floats(shared))  # the server and its clients hold the same mentee
+        # the server and its clients hold the same mentee
+        assert same_bits(kept.state["base"], floats(shared))
         update = {n: t.detach() - shared[n] for n, t in floats(mentee.state_dict()).items()}
-        sent.append((client.n, {n: truncated(t, 0.8) for n, t in update.items()}))  # 0.8: the last of two rounds
+        # 0.8: the last of two rounds
+        sent.append((client.n, {n: truncated(t, 0.8) for n, t in update.items()}))
         cut = max(cut, *(float((sent[-1][1][n] - t).abs().max()) for n, t in update.items()))
     change = {n: truncated(t, 0.8) for n, t in weighted_mean(sent).items()}
     assert cut > 1e-4  # something was truncated
@@ -112,15 +121,27 @@ def test_a_round_of_fedkd_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_fml_without_the_mentees_word_is_local_at_home_and_without_the_models_word_fedavg_in_common() -> None:
-    local, apart_ = rounds_of(config("local", MIXED)), rounds_of(federation("fml", alpha=1.0, beta=1.0))
+def test_fml_without_the_mentees_word_is_local_at_home_and_without_the_models_word_fedavg_in_common() -> (
+    None
+):
+    local, apart_ = (
+        rounds_of(config("local", MIXED)),
+        rounds_of(federation("fml", alpha=1.0, beta=1.0)),
+    )
     fedavg = rounds_of(config("fedavg", SMALL))
     (group,) = fedavg.server.models
     for id in local.federation.cards:
-        assert apart(apart_.store.get(id).models["model"], local.store.get(id).models["model"]) < 1e-10
+        assert (
+            apart(apart_.store.get(id).models["model"], local.store.get(id).models["model"]) < 1e-10
+        )
     assert apart(apart_.server.models[MENTEE], floats(fedavg.server.models[group])) < 1e-10
     together = rounds_of(federation("fml"))
-    assert apart(together.store.get("site_1").models["model"], local.store.get("site_1").models["model"]) > 1e-4
+    assert (
+        apart(
+            together.store.get("site_1").models["model"], local.store.get("site_1").models["model"]
+        )
+        > 1e-4
+    )
     assert apart(together.server.models[MENTEE], floats(fedavg.server.models[group])) > 1e-4
 
 
@@ -140,13 +161,18 @@ def test_one_clients_mentee_is_the_servers(settings: dict[str, float]) -> None:
     rounds._clock(1)
     client, _, _ = trained(rounds, id)
     rounds.round()
-    assert apart(rounds.server.models[MENTEE], floats(client.models[MENTEE])) < (1e-12 if settings else 1e-300)
+    assert apart(rounds.server.models[MENTEE], floats(client.models[MENTEE])) < (
+        1e-12 if settings else 1e-300
+    )
 
 
 @pytest.mark.parametrize("objective", [Mutual(shape=(1, 8, 8)), AdaptiveMutual(shape=(1, 8, 8))])
 def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked(objective: Mutual) -> None:
     torch.manual_seed(5)
-    archs = {"model": Architecture.of("mlp", 10, (1, 8, 8)), "mentee": Architecture.of("linear", 10, (1, 8, 8))}
+    archs = {
+        "model": Architecture.of("mlp", 10, (1, 8, 8)),
+        "mentee": Architecture.of("linear", 10, (1, 8, 8)),
+    }
     archs["hidden"] = Architecture.of("linear", 128, (64,))
     nets = Nets({slot: Net.live(arch.build()) for slot, arch in archs.items()})
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
@@ -183,7 +209,9 @@ def test_fedkd_sends_changes_to_whoever_holds_the_last_mentee_and_the_whole_to_o
 
 def test_fedkd_sends_less_than_fml() -> None:
     mentee = {"name": "mlp", "hidden": [64, 64]}
-    fml, fedkd = (rounds_of(federation(m, mentee=mentee, clients=2)).traffic for m in ("fml", "fedkd"))
+    fml, fedkd = (
+        rounds_of(federation(m, mentee=mentee, clients=2)).traffic for m in ("fml", "fedkd")
+    )
     assert fedkd.up < 0.5 * fml.up and fedkd.down < fml.down
 
 
@@ -227,23 +255,36 @@ def test_every_other_round(method: str) -> None:
 def test_views_that_differ_in_shape(method: str, tmp_path: Path) -> None:
     source = config(method, MIXED, algorithm={"name": method}, rounds=1)
     source["clients"]["overrides"] = [
-        {"match": "site_1", "preprocess": {"resize": 12, "channels": 3}, "augment": {"crop": 1, "flip": True}}
+        {
+            "match": "site_1",
+            "preprocess": {"resize": 12, "channels": 3},
+            "augment": {"crop": 1, "flip": True},
+        }
     ]
     prepared = prepare(source)
-    assert prepared.config.algorithm["mentee"]["name"] == "cnn_gn_small" and "cnn_gn_small" in prepared.notes[0]
+    assert (
+        prepared.config.algorithm["mentee"]["name"] == "cnn_gn_small"
+        and "cnn_gn_small" in prepared.notes[0]
+    )
     assert prepared.config.algorithm["mentee_input"] == [1, 8, 8]
     rounds = rounds_of(source)
     client = deployed(rounds, "site_1")
     x = client.data("common_test", None)["x"]
     assert x.shape[1:] == (3, 12, 12)
-    small = F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False).mean(1, keepdim=True)
+    small = F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False).mean(
+        1, keepdim=True
+    )
     mentee = module(rounds.server.arch[MENTEE], rounds.server.models[MENTEE]).eval()
     with torch.no_grad():
         assert torch.allclose(
-            rounds.executor.site.predict(client, Rows("common_test"), False), mentee(small).logits, atol=1e-5
+            rounds.executor.site.predict(client, Rows("common_test"), False),
+            mentee(small).logits,
+            atol=1e-5,
         )
         own = module(client.arch["model"], client.models["model"]).eval()(x).logits
-    assert torch.allclose(rounds.executor.site.predict(client, Rows("common_test"), True), own, atol=1e-5)
+    assert torch.allclose(
+        rounds.executor.site.predict(client, Rows("common_test"), True), own, atol=1e-5
+    )
     finished = run(source, out=tmp_path / "run")
     assert {id: m.arch.name for id, m in finished.models.items()} == {
         id: c.arch.name for id, c in prepared.federation.cards.items()
@@ -256,14 +297,22 @@ def test_as_shape() -> None:
     assert torch.equal(as_shape(as_shape(x, (3, 4, 4)), (1, 4, 4)), x)
     assert as_shape(x, (3, 6, 2)).shape == (2, 3, 6, 2)
     stacked = torch.stack([x, 2 * x])
-    assert torch.equal(torch.vmap(lambda one: as_shape(one, (3, 2, 2)))(stacked)[1], as_shape(2 * x, (3, 2, 2)))
+    assert torch.equal(
+        torch.vmap(lambda one: as_shape(one, (3, 2, 2)))(stacked)[1], as_shape(2 * x, (3, 2, 2))
+    )
 
 
 def test_mistakes_are_one_line() -> None:
     for settings, words in (
         ({"mentee": {"name": "cnn_gn_smal"}}, "cnn_gn_small"),
-        ({"mentee": {"name": "lenet"}}, "algorithm.mentee: model lenet: needs at least 12x12 pixels"),
-        ({"mentee_input": [64]}, "algorithm.mentee_input: found [64], but examples of site_1 are [1, 8, 8]"),
+        (
+            {"mentee": {"name": "lenet"}},
+            "algorithm.mentee: model lenet: needs at least 12x12 pixels",
+        ),
+        (
+            {"mentee_input": [64]},
+            "algorithm.mentee_input: found [64], but examples of site_1 are [1, 8, 8]",
+        ),
     ):
         with pytest.raises(UserError) as error:
             prepare(federation("fml", **settings))

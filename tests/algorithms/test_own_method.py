@@ -11,22 +11,21 @@ import pytest
 import torch
 
 from hetero_fl.algorithms import algorithm
-from hetero_fl.errors import UserError
+from hetero_fl.core.objectives import Batch, Given, Nets, Supervised
 from hetero_fl.experiment import run
-from hetero_fl.nets import Batch, Given, Nets
-from hetero_fl.objectives import Supervised
-from tests.algorithms import own_method
-from tests.small import MIXED, config, rounds_of, same_bits
+from hetero_fl.utils.errors import UserError
+from tests.helpers import documented_method
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 
 
 def test_it_takes_at_most_thirty_lines() -> None:
-    lines = [line for line in inspect.getsource(own_method).splitlines() if line.strip()]
+    lines = [line for line in inspect.getsource(documented_method).splitlines() if line.strip()]
     assert len(lines) <= 30
 
 
 def test_it_is_the_code_of_the_docs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "own_method.md").read_text(encoding="utf-8")
-    code = inspect.getsource(own_method).split('"""', 2)[2].strip()
+    code = inspect.getsource(documented_method).split('"""', 2)[2].strip()
     assert code in page
 
 
@@ -34,7 +33,9 @@ def test_it_is_the_code_of_the_docs() -> None:
 def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
     assert "median_teacher" in algorithm
     by_name = run(config("median_teacher", MIXED), out=tmp_path / "a")
-    by_reference = run(config("python:tests.algorithms.own_method:MedianTeacher", MIXED), out=tmp_path / "b")
+    by_reference = run(
+        config("python:tests.helpers.documented_method:MedianTeacher", MIXED), out=tmp_path / "b"
+    )
     assert by_name.summary["global"] == by_reference.summary["global"]
     assert by_name.summary["communication"]["up_bytes"] > 0
 
@@ -51,7 +52,9 @@ def test_it_does_what_it_says() -> None:
 
 def test_a_setting_out_of_range_is_refused() -> None:
     with pytest.raises(UserError, match=r"algorithm\.epochs"):
-        rounds_of(config("median_teacher", MIXED, algorithm={"name": "median_teacher", "epochs": 0}))
+        rounds_of(
+            config("median_teacher", MIXED, algorithm={"name": "median_teacher", "epochs": 0})
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ def test_an_objective_of_ones_own() -> None:
     plain = rounds_of(config("fedavg", clients__defaults={"optimizer": own["optimizer"]}, rounds=1))
     (group,) = plain.server.models
     assert not same_bits(plain.server.models[group], changed.server.models[group])
-    for wrong in ("python:tests.small:config", "python:tests.small:Nothing", "focal"):
+    for wrong in (
+        "python:tests.helpers.small_federations:config",
+        "python:tests.helpers.small_federations:Nothing",
+        "focal",
+    ):
         with pytest.raises(UserError, match="objective"):
             rounds_of(config("fedavg", clients__defaults={"objective": wrong}), held=0)

@@ -11,21 +11,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.aggregation.sums import mean_of
+from hetero_fl.aggregation.means import mean_of
 from hetero_fl.aggregation.teachers import opinion
-from hetero_fl.algorithms.own_objective import local_given
-from hetero_fl.architecture import Architecture
-from hetero_fl.nets import Batch, Net, Nets
-from hetero_fl.objectives import ClassDigest, Digest, Proximal, Supervised, divergence, log_prior
-from hetero_fl.payload import Item, Payload
-from hetero_fl.plan import ClassSums, Fit, Rows
-from hetero_fl.runtime.batches import index_batches
-from hetero_fl.runtime.plans import carry_out
-from hetero_fl.runtime.serial import Serial
-from hetero_fl.runtime.templates import Templates
-from hetero_fl.state import floats
-from hetero_fl.task import Task
-from tests.small import MIXED, config, rounds_of
+from hetero_fl.algorithms.base import local_given
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.objectives import (
+    Batch,
+    ClassDigest,
+    Digest,
+    Net,
+    Nets,
+    Proximal,
+    Supervised,
+    divergence,
+    log_prior,
+)
+from hetero_fl.core.participant import floats
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.plan import ClassSums, Fit, Rows
+from hetero_fl.core.task import Task
+from hetero_fl.engine.batches import index_batches
+from hetero_fl.engine.driver import carry_out
+from hetero_fl.engine.serial import Serial
+from hetero_fl.engine.templates import Templates
+from tests.helpers.small_federations import MIXED, config, rounds_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 DIGITS = Task("multiclass", 10)
@@ -41,7 +50,9 @@ def trained(rounds, id: str, index: int):
     return participant, Payload(items)
 
 
-def test_averaging_weights_parameters_and_batch_norm_buffers_alike_and_keeps_counters_at_home() -> None:
+def test_averaging_weights_parameters_and_batch_norm_buffers_alike_and_keeps_counters_at_home() -> (
+    None
+):
     rounds = rounds_of(config("fedavg"), held=1)
     before = copy.deepcopy(rounds.server.models)
     sent = {id: trained(rounds, id, 1) for id in rounds.federation.cards}
@@ -56,7 +67,10 @@ def test_averaging_weights_parameters_and_batch_norm_buffers_alike_and_keeps_cou
 
 
 def test_a_server_rate_moves_parameters_and_never_extrapolates_batch_norm_statistics() -> None:
-    rounds = rounds_of(config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.7, "weighting": "uniform"}), held=1)
+    rounds = rounds_of(
+        config("fedavg", algorithm={"name": "fedavg", "server_lr": 1.7, "weighting": "uniform"}),
+        held=1,
+    )
     (group,) = rounds.server.models
     before = copy.deepcopy(rounds.server.models[group])
     sent = [trained(rounds, id, 1)[1]["model"] for id in rounds.federation.cards]
@@ -79,7 +93,11 @@ def test_a_mixed_federation_averages_within_architectures_and_one_owner_passes_u
         for name in members[0][1]:
             want = sum(n * t[name] for n, t in members) / sum(n for n, _ in members)
             got = rounds.server.models[group][name]
-            assert torch.equal(got, members[0][1][name]) if len(members) == 1 else torch.allclose(got, want, atol=1e-12)
+            assert (
+                torch.equal(got, members[0][1][name])
+                if len(members) == 1
+                else torch.allclose(got, want, atol=1e-12)
+            )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 7.5])
@@ -89,7 +107,9 @@ def test_kl_is_batchmean_times_t_squared_with_a_detached_teacher(temperature: fl
     teacher = torch.randn(9, 5, generator=g, requires_grad=True)
     ours = divergence("multiclass", student, teacher, temperature).mean()
     reference = F.kl_div(
-        F.log_softmax(student / temperature, 1), F.softmax(teacher.detach() / temperature, 1), reduction="batchmean"
+        F.log_softmax(student / temperature, 1),
+        F.softmax(teacher.detach() / temperature, 1),
+        reduction="batchmean",
     )
     assert torch.allclose(ours, reference * temperature**2, atol=1e-12)
     ours.backward()
@@ -127,7 +147,11 @@ def test_fedprox_pulls_towards_the_rounds_start_not_towards_the_moving_model() -
     strong = rounds_of(config("fedprox", algorithm={"name": "fedprox", "mu": 50.0}, rounds=1,
                               clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3}))  # fmt: skip
     free = rounds_of(
-        config("fedavg", rounds=1, clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3})
+        config(
+            "fedavg",
+            rounds=1,
+            clients__defaults={"optimizer": {"name": "sgd", "lr": 0.01}, "epochs": 3},
+        )
     )
     (group,) = free.server.models
     start = free.federation.initial(free.server.arch[group])
@@ -147,7 +171,9 @@ def test_logit_adjustment_is_cross_entropy_of_z_plus_log_prior() -> None:
     for i in range(7):
         pi = [(c + 1) / (counts.sum().item() + 10) for c in counts.tolist()]
         weighted = [math.exp(z[i, c].item()) * pi[c] for c in range(10)]
-        assert math.isclose(loss[i].item(), -math.log(weighted[int(y[i])] / sum(weighted)), abs_tol=1e-10)
+        assert math.isclose(
+            loss[i].item(), -math.log(weighted[int(y[i])] / sum(weighted)), abs_tol=1e-10
+        )
 
 
 def test_the_contrast_weighted_teacher() -> None:
@@ -155,7 +181,8 @@ def test_the_contrast_weighted_teacher() -> None:
     counts = torch.tensor([[50.0, 0, 10], [0, 0, 30], [5, 5, 5]])
     logits = 6 * torch.randn(3, 4, 3, generator=g)
     items = [
-        opinion(Task("multiclass", 3), "contrast", z, c, int(c.sum())) for z, c in zip(logits, counts, strict=True)
+        opinion(Task("multiclass", 3), "contrast", z, c, int(c.sum()))
+        for z, c in zip(logits, counts, strict=True)
     ]
     ours = mean_of(items)
     for row in range(4):
@@ -174,9 +201,12 @@ def test_the_plain_teacher_is_the_mean_of_logits() -> None:
     items = [opinion(Task("multiclass", 3), "mean", z, torch.ones(3), 3) for z in logits]
     assert torch.allclose(mean_of(items), logits.mean(0), atol=1e-12)
     by_samples = [
-        opinion(Task("multiclass", 3), "samples", z, torch.ones(3), n) for z, n in zip(logits, (1, 2, 5), strict=True)
+        opinion(Task("multiclass", 3), "samples", z, torch.ones(3), n)
+        for z, n in zip(logits, (1, 2, 5), strict=True)
     ]
-    assert torch.allclose(mean_of(by_samples), (logits[0] + 2 * logits[1] + 5 * logits[2]) / 8, atol=1e-12)
+    assert torch.allclose(
+        mean_of(by_samples), (logits[0] + 2 * logits[1] + 5 * logits[2]) / 8, atol=1e-12
+    )
 
 
 def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
@@ -185,7 +215,11 @@ def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
     rounds.round()
     sums, counts = torch.zeros(10, 10), torch.zeros(10)
     for participant, _ in sent.values():
-        model = Templates(torch.device("cpu"))(participant.arch["model"]).load(participant.models["model"]).eval()
+        model = (
+            Templates(torch.device("cpu"))(participant.arch["model"])
+            .load(participant.models["model"])
+            .eval()
+        )
         data = participant.data("train", None)
         with torch.no_grad():
             for x, y in zip(model(data["x"]).logits, data["y"].tolist(), strict=True):
@@ -194,17 +228,24 @@ def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
     consensus = rounds.server.state["consensus"]
     seen = counts > 0
     assert torch.equal(consensus["known"] > 0, seen)
-    assert torch.allclose(consensus["teacher"][seen], (sums / counts.clamp(min=1)[:, None])[seen], atol=1e-10)
+    assert torch.allclose(
+        consensus["teacher"][seen], (sums / counts.clamp(min=1)[:, None])[seen], atol=1e-10
+    )
 
 
 def test_fds_loss_ignores_classes_without_a_teacher() -> None:
     model, g = small_model(), torch.Generator().manual_seed(8)
     x, y = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 1, 2, 1])
-    teacher, known = torch.randn(10, 10, generator=g), torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+    teacher, known = (
+        torch.randn(10, 10, generator=g),
+        torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
+    )
     objective = ClassDigest(weight=0.7, temperature=2.0)
     loss = objective.loss(nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known})
     z = model(x).logits
-    kl = F.kl_div(F.log_softmax(z / 2, 1), F.softmax(teacher[y] / 2, 1), reduction="none").sum(1) * 4
+    kl = (
+        F.kl_div(F.log_softmax(z / 2, 1), F.softmax(teacher[y] / 2, 1), reduction="none").sum(1) * 4
+    )
     want = F.cross_entropy(z, y, reduction="none") + 0.7 * kl * torch.tensor([1.0, 0, 1, 0])
     assert torch.allclose(loss, want, atol=1e-12)
     total = objective.total(nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known})
@@ -215,7 +256,9 @@ def test_digest_offers_fedmds_mean_absolute_error() -> None:
     model, g = small_model(), torch.Generator().manual_seed(9)
     x, teacher = torch.randn(5, 1, 8, 8, generator=g), torch.randn(5, 10, generator=g)
     loss = Digest(distance="mae").loss(nets_of(model), Batch(x=x, teacher=teacher), {})
-    assert torch.allclose(loss, F.l1_loss(model(x).logits, teacher, reduction="none").mean(1), atol=1e-12)
+    assert torch.allclose(
+        loss, F.l1_loss(model(x).logits, teacher, reduction="none").mean(1), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("optimizer", [
@@ -225,7 +268,8 @@ def test_digest_offers_fedmds_mean_absolute_error() -> None:
 ])  # fmt: skip
 def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
     rounds = rounds_of(
-        config("local", clients__defaults={"optimizer": optimizer, "epochs": 2, "batch_size": 16}), held=0
+        config("local", clients__defaults={"optimizer": optimizer, "epochs": 2, "batch_size": 16}),
+        held=0,
     )
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
     # In the layout that this architecture gets: Adam makes movement of the round-off in a gradient that is nought.
@@ -236,7 +280,9 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
     plain = {k: v for k, v in optimizer.items() if k not in ("name", "clip_norm")}
     opt = kinds[optimizer["name"]](model.parameters(), fused=True, **plain)
     model.train()
-    for rows in index_batches(client.n, Fit({}, Supervised(), epochs=2, batch_size=16), (0, 0, "site_1", "train", 0)):
+    for rows in index_batches(
+        client.n, Fit({}, Supervised(), epochs=2, batch_size=16), (0, 0, "site_1", "train", 0)
+    ):
         opt.zero_grad()
         F.cross_entropy(model(data["x"][rows]).logits, data["y"][rows]).backward()
         if "clip_norm" in optimizer:
@@ -260,7 +306,9 @@ def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
 def test_class_sums_step_equals_a_loop() -> None:
     rounds = rounds_of(config("local"), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    ((sums, counts),) = rounds.performer.perform([(client, ClassSums("model", Rows("train"), "features"))])
+    ((sums, counts),) = rounds.performer.perform(
+        [(client, ClassSums("model", Rows("train"), "features"))]
+    )
     model = Templates(torch.device("cpu"))(client.arch["model"]).load(client.models["model"]).eval()
     data = client.data("train", None)
     for c in range(10):
@@ -276,5 +324,7 @@ def test_uploads_are_summed_in_client_order_whatever_the_order_of_arrival() -> N
         Upload(cards[c], Payload({"z": Item(torch.randn(50, generator=g).float(), 1.0 + i)}))
         for i, c in enumerate(cards)
     ]
-    means = [Uploads(order).mean("z") for order in (uploads, uploads[::-1], uploads[1:] + uploads[:1])]
+    means = [
+        Uploads(order).mean("z") for order in (uploads, uploads[::-1], uploads[1:] + uploads[:1])
+    ]
     assert means[0] is not None and all(torch.equal(means[0], m) for m in means[1:])

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.algorithms import algorithm
+from hetero_fl.core.objectives import Digest, divergence
+from hetero_fl.core.plan import Rows
+from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset, from_arrays
 from hetero_fl.experiment import prepare
-from hetero_fl.objectives import Digest, divergence
-from hetero_fl.plan import Rows
-from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.saved import SavedModel
-from tests.small import QUICK, deployed
+from hetero_fl.federation.synchronous import Rounds
+from tests.helpers.small_federations import QUICK, deployed
 
 METHODS = [
     name
@@ -74,7 +74,8 @@ def test_it_learns_and_nothing_turns_predictions_into_probabilities(
     scores = run.evaluate().clients
     for reading in scores.values():
         error = reading.scores["global"]["mae"]
-        assert error is not None and 0.5 < error < 60  # in the target's unit: about 70 times those of outputs
+        # in the target's unit: about 70 times those of outputs
+        assert error is not None and 0.5 < error < 60
 
 
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid"])
@@ -94,7 +95,8 @@ def test_the_distance_to_a_teacher_is_squared_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "by_rows"), [("mean", False), ("entropy", False), ("samples", True), ("contrast", True)]
+    ("kind", "by_rows"),
+    [("mean", False), ("entropy", False), ("samples", True), ("contrast", True)],
 )
 def test_the_teacher_is_the_weighted_mean_of_predictions(kind: str, by_rows: bool) -> None:
     run = held("fedmd", 1, same=False, teacher=kind)
@@ -113,6 +115,10 @@ def test_an_ensembles_word_is_the_mean() -> None:
     members = []
     for id in ids:
         card = run.federation.cards[id]
-        member = SavedModel(client.state["members"][id], card.arch, asdict(card.preprocess), run.federation.task)
-        members.append(member.logits(run.federation.data.columns(id, "common_test", card.preprocess)["x"]))
+        member = SavedModel(
+            client.state["members"][id], card.arch, asdict(card.preprocess), run.federation.task
+        )
+        members.append(
+            member.logits(run.federation.data.columns(id, "common_test", card.preprocess)["x"])
+        )
     assert torch.allclose(whole, torch.stack(members).mean(0), atol=1e-6)

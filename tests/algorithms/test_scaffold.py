@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hetero_fl.core.participant import floats
 from hetero_fl.experiment import prepare
-from hetero_fl.state import floats
-from tests.algorithms.by_hand import apart, batches, clients, mean, module, train
-from tests.small import MIXED, config, rounds_of, same_bits
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.references.local_training import apart, batches, clients, mean, module, train
 
 UNIFORM = {"name": "scaffold", "weighting": "uniform", "server_lr": 0.8}
 
@@ -22,12 +22,16 @@ UNIFORM = {"name": "scaffold", "weighting": "uniform", "server_lr": 0.8}
 @pytest.mark.parametrize("weighting", ["uniform", "samples"])
 def test_a_round_by_hand(weighting: str) -> None:
     algorithm = {**UNIFORM, "weighting": weighting}
-    rounds = rounds_of(config("scaffold", MIXED[:2], 6, algorithm=algorithm, clients__per_round=4), held=3)
+    rounds = rounds_of(
+        config("scaffold", MIXED[:2], 6, algorithm=algorithm, clients__per_round=4), held=3
+    )
     before, server, cohort = clients(rounds), rounds.server, rounds.cohort(3)
     models = {g: dict(m) for g, m in server.models.items()}
     controls = {g: dict(c) for g, c in server.state["control"].items()}
     weight = {id: 1 if weighting == "uniform" else c.n for id, c in before.items()}
-    assert len(cohort) < len(before) and any(t.abs().sum() > 0 for c in controls.values() for t in c.values())
+    assert len(cohort) < len(before) and any(
+        t.abs().sum() > 0 for c in controls.values() for t in c.values()
+    )
     rounds.round()
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {g: [] for g in models}
     change = {g: {n: torch.zeros_like(t) for n, t in c.items()} for g, c in controls.items()}
@@ -43,7 +47,9 @@ def test_a_round_by_hand(weighting: str) -> None:
                 p -= 0.05 * (c[n] - mine[n])
 
         parameters = list(model.parameters())
-        steps = train(client, parameters, lambda x, y, m=model: F.cross_entropy(m(x).logits, y), after=correct)
+        steps = train(
+            client, parameters, lambda x, y, m=model: F.cross_entropy(m(x).logits, y), after=correct
+        )
         y = {n: t.detach() for n, t in model.state_dict().items()}
         new = {n: mine[n] - c[n] + (x[n] - y[n]) / (steps * 0.05) for n in c}
         assert apart(rounds.store.get(id).state["control"], new) < 1e-9
@@ -57,7 +63,8 @@ def test_a_round_by_hand(weighting: str) -> None:
         if members:
             average, names = mean(members), server.arch[group].parameter_names
             moved = {
-                n: t if n not in names else models[group][n] + 0.8 * (t - models[group][n]) for n, t in average.items()
+                n: t if n not in names else models[group][n] + 0.8 * (t - models[group][n])
+                for n, t in average.items()
             }
             assert apart(server.models[group], moved) < 1e-9
         want = {n: controls[group][n] + change[group][n] for n in change[group]}
@@ -66,9 +73,14 @@ def test_a_round_by_hand(weighting: str) -> None:
 
 def test_its_first_round_is_fedavgs_bit_for_bit_and_the_second_is_not() -> None:
     for rounds, equal in ((1, True), (2, False)):
-        fedavg, scaffold = (rounds_of(config(m, MIXED[:2], 4, rounds=rounds)) for m in ("fedavg", "scaffold"))
+        fedavg, scaffold = (
+            rounds_of(config(m, MIXED[:2], 4, rounds=rounds)) for m in ("fedavg", "scaffold")
+        )
         for group in fedavg.server.models:
-            ours, theirs = floats(scaffold.server.models[group]), floats(fedavg.server.models[group])
+            ours, theirs = (
+                floats(scaffold.server.models[group]),
+                floats(fedavg.server.models[group]),
+            )
             assert same_bits(ours, theirs) is equal
 
 
@@ -82,7 +94,9 @@ def test_one_client_has_no_drift() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("changes", [{}, {"clients__defaults__share_every": 2}, {"clients__per_round": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"clients__defaults__share_every": 2}, {"clients__per_round": 3}]
+)
 def test_the_servers_control_is_the_mean_of_the_clients(changes: dict[str, Any]) -> None:
     """The invariant that sums of differences keep, whoever took part when; those who never did count as nought."""
     rounds = rounds_of(config("scaffold", "mlp", 5, algorithm=UNIFORM, rounds=4, **changes))
@@ -113,7 +127,10 @@ def test_a_client_that_uploads_every_second_round_tells_its_mean_gradient_over_b
 @pytest.mark.usefixtures("float64")
 def test_a_heads_own_rate_scales_its_correction_and_its_control() -> None:
     optimizer = {"name": "sgd", "lr": 0.05, "head_lr": 0.2}
-    rounds = rounds_of(config("scaffold", "mlp", 2, algorithm=UNIFORM, clients__defaults__optimizer=optimizer), held=1)
+    rounds = rounds_of(
+        config("scaffold", "mlp", 2, algorithm=UNIFORM, clients__defaults__optimizer=optimizer),
+        held=1,
+    )
     (model,), (control,) = rounds.server.models.values(), rounds.server.state["control"].values()
     client, x, c = clients(rounds)["site_1"], dict(model), dict(control)
     rounds.round()
@@ -126,7 +143,10 @@ def test_a_heads_own_rate_scales_its_correction_and_its_control() -> None:
             for n, p in net.named_parameters():
                 p -= rates[n] * (p.grad + c[n] - mine[n])
         steps += 1
-    want = {n: mine[n] - c[n] + (x[n] - p.detach()) / (steps * rates[n]) for n, p in net.named_parameters()}
+    want = {
+        n: mine[n] - c[n] + (x[n] - p.detach()) / (steps * rates[n])
+        for n, p in net.named_parameters()
+    }
     assert apart(rounds.store.get("site_1").state["control"], want) < 1e-9
 
 
@@ -135,7 +155,10 @@ def test_clients_with_adam_train_with_sgd_and_a_note_says_so() -> None:
     source = config("scaffold", "mlp", 3, clients__defaults__optimizer=adam)
     source["clients"]["overrides"] = [{"match": "site_3", "optimizer": {"name": "sgd", "lr": 0.3}}]
     prepared = prepare(source)
-    assert any("scaffold trains site_1, site_2 with sgd (lr 0.01, momentum 0.9)" in note for note in prepared.notes)
+    assert any(
+        "scaffold trains site_1, site_2 with sgd (lr 0.01, momentum 0.9)" in note
+        for note in prepared.notes
+    )
     rounds = prepared.rounds()
     used = {id: rounds.algorithm.optimizer(c) for id, c in clients(rounds).items()}  # type: ignore[operator]
     assert {id: (o.name, o.lr, o.momentum) for id, o in used.items()} == {
@@ -145,7 +168,9 @@ def test_clients_with_adam_train_with_sgd_and_a_note_says_so() -> None:
     assert not prepare(config("scaffold", "mlp")).notes
 
 
-def test_only_the_backbone_is_corrected_where_only_it_is_shared_and_no_control_travels_for_reading() -> None:
+def test_only_the_backbone_is_corrected_where_only_it_is_shared_and_no_control_travels_for_reading() -> (
+    None
+):
     rounds = rounds_of(config("scaffold", "mlp", 3, clients__defaults__shares=["backbone"]), held=1)
     state = rounds.store.get("site_1").state["control"]
     assert state and all(n.startswith("backbone.") for n in state)
@@ -153,4 +178,7 @@ def test_only_the_backbone_is_corrected_where_only_it_is_shared_and_no_control_t
     assert all((t.abs().sum() > 0) == n.startswith("backbone.") for n, t in control.items())
     card = rounds.federation.cards["site_1"]
     for reading, items in ((True, {"model"}), (False, {"model", "control"})):
-        assert rounds.algorithm.broadcast(rounds.server, replace(card, reading=reading)).keys() == items
+        assert (
+            rounds.algorithm.broadcast(rounds.server, replace(card, reading=reading)).keys()
+            == items
+        )

@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.aggregation.sums import mean_of
+from hetero_fl.aggregation.means import mean_of
 from hetero_fl.aggregation.teachers import opinion
 from hetero_fl.algorithms.distillation import DRAWN, TEACHER
-from hetero_fl.objectives import log_prior
-from hetero_fl.payload import Payload
-from hetero_fl.plan import Fit, Rows
-from hetero_fl.runtime.plans import carry_out
-from hetero_fl.runtime.rounds import Rounds
-from hetero_fl.task import Task
-from tests.algorithms.by_hand import apart, clients, module, train
-from tests.runtime.test_rounds import METHODS
-from tests.small import MIXED, config, deployed, rounds_of, same_bits
+from hetero_fl.core.objectives import log_prior
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import Fit, Rows
+from hetero_fl.core.task import Task
+from hetero_fl.engine.driver import carry_out
+from hetero_fl.federation.synchronous import Rounds
+from tests.federation.test_synchronous import METHODS
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.references.local_training import apart, clients, module, train
 
 # Weights ------------------------------------------------------------------------------------------------------------
 
@@ -47,7 +47,10 @@ def test_entropy_of_labels_is_each_labels_own_and_regression_has_none() -> None:
     say = (p * p.log() + (1 - p) * (1 - p).log()).exp()
     assert torch.allclose(ours, (say * logits).sum(0) / say.sum(0), atol=1e-10)
     plain = mean_of(
-        [opinion(Task("regression", 3), "entropy", z, None, n) for z, n in zip(logits, (2, 9), strict=True)]
+        [
+            opinion(Task("regression", 3), "entropy", z, None, n)
+            for z, n in zip(logits, (2, 9), strict=True)
+        ]
     )
     assert torch.allclose(plain, logits.mean(0), atol=1e-12)
 
@@ -56,7 +59,9 @@ def test_equal_members_and_one_member_are_their_own_teacher_whatever_the_weights
     z = 4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(8))
     for kind in ("mean", "samples", "entropy"):
         for count in (1, 3):
-            teacher = mean_of([opinion(Task("multiclass", 5), kind, z, None, n + 1) for n in range(count)])
+            teacher = mean_of(
+                [opinion(Task("multiclass", 5), kind, z, None, n + 1) for n in range(count)]
+            )
             assert torch.allclose(teacher, z, atol=1e-6), kind
 
 
@@ -71,7 +76,11 @@ def test_a_sure_prediction_is_nan_nowhere() -> None:
 @pytest.mark.parametrize("teacher", ["samples", "contrast", "entropy"])
 def test_every_distilling_method_takes_every_weight(method: str, teacher: str) -> None:
     plain, weighted = (
-        rounds_of(config(method, MIXED, algorithm={"name": method, "teacher": t}, server={"model": "linear"}))
+        rounds_of(
+            config(
+                method, MIXED, algorithm={"name": method, "teacher": t}, server={"model": "linear"}
+            )
+        )
         for t in ("mean", teacher)
     )
     assert not same_bits(plain.server.models["student"], weighted.server.models["student"])
@@ -87,7 +96,13 @@ def public(rounds: Rounds, id: str, rows: Tensor) -> Tensor:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("distance", ["kl", "mae"])
 def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> None:
-    settings = {"name": "fedmd", "distance": distance, "proxy_rows": 25, "proxy_batch_size": 25, "teacher": "entropy"}
+    settings = {
+        "name": "fedmd",
+        "distance": distance,
+        "proxy_rows": 25,
+        "proxy_batch_size": 25,
+        "teacher": "entropy",
+    }
     rounds = rounds_of(config("fedmd", MIXED, algorithm=settings), held=1)
     before, teacher = clients(rounds), rounds.server.state[TEACHER].clone()
     site = clients(rounds)["site_1"]
@@ -104,7 +119,11 @@ def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> No
         kl = F.kl_div((z / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean") * 4
         ((z - teacher).abs().mean() if distance == "mae" else kl).backward()
         sgd.step()
-        train(client, list(model.parameters()), lambda x, y, model=model: F.cross_entropy(model(x).logits, y))
+        train(
+            client,
+            list(model.parameters()),
+            lambda x, y, model=model: F.cross_entropy(model(x).logits, y),
+        )
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         with torch.no_grad():
             z = model.eval()(x[now]).logits
@@ -118,7 +137,13 @@ def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> No
 def test_as_many_rows_as_there_are_is_the_whole_set_and_fewer_are_not(method: str) -> None:
     whole, as_many, fewer = (
         rounds_of(
-            config(method, MIXED, algorithm={"name": method, "proxy_rows": n}, server={"model": "linear"}, rounds=3)
+            config(
+                method,
+                MIXED,
+                algorithm={"name": method, "proxy_rows": n},
+                server={"model": "linear"},
+                rounds=3,
+            )
         )
         for n in (None, 99, 20)
     )
@@ -138,13 +163,18 @@ def test_an_old_teacher_is_followed_on_its_own_rows(method: str) -> None:
     rounds = rounds_of(source, held=4)
     rounds._clock(4)
     card = rounds.federation.cards["site_1"]
-    client, got = clients(rounds)["site_1"], Payload(rounds.algorithm.broadcast(rounds.server, card))
+    client, got = (
+        clients(rounds)["site_1"],
+        Payload(rounds.algorithm.broadcast(rounds.server, card)),
+    )
     assert got[DRAWN].tolist() == [2]
     rows = rounds.algorithm.taught(client, got)
     assert torch.equal(rows, rounds.algorithm.drawn(client, 2))
     seen: list[Fit] = []
     perform = rounds.performer.perform
-    rounds.performer.perform = lambda work: seen.extend(s for _, s in work if isinstance(s, Fit)) or perform(work)  # type: ignore[method-assign]
+    rounds.performer.perform = lambda work: (
+        seen.extend(s for _, s in work if isinstance(s, Fit)) or perform(work)
+    )  # type: ignore[method-assign]
     carry_out(rounds.algorithm.train(client, got), client, rounds.performer)
     if method != "hybrid":
         (digest,) = (step for step in seen if step.label == "digest")
@@ -152,7 +182,8 @@ def test_an_old_teacher_is_followed_on_its_own_rows(method: str) -> None:
     else:
         drawn = seen[0].beside["public"].draw(torch.Generator().manual_seed(1), 8)
         pairs = {
-            tuple(x.flatten().tolist()): t for x, t in zip(public(rounds, "site_1", rows), got[TEACHER], strict=True)
+            tuple(x.flatten().tolist()): t
+            for x, t in zip(public(rounds, "site_1", rows), got[TEACHER], strict=True)
         }
         assert all(
             torch.equal(pairs[tuple(x.flatten().tolist())], t)
@@ -168,21 +199,29 @@ BY_DISTANCE = ("fedproto", "fedtgp")  # unless they are told to read heads
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [*({"name": m} for m in METHODS), *({"name": m, "inference": "head"} for m in BY_DISTANCE)]
+    "settings",
+    [*({"name": m} for m in METHODS), *({"name": m, "inference": "head"} for m in BY_DISTANCE)],
 )
 def test_every_method_honours_logit_adjustment(settings: dict[str, str]) -> None:
     """Every fit on private rows adds log π of whoever they belong to; at home log π is added to logits that are read.
 
     The distances to prototypes are no logits of that training, and are read as they are.
     """
-    method, by_distance = settings["name"], settings["name"] in BY_DISTANCE and "inference" not in settings
+    method, by_distance = (
+        settings["name"],
+        settings["name"] in BY_DISTANCE and "inference" not in settings,
+    )
     source = config(method, MIXED, clients=4, algorithm={**settings, "logit_adjustment": True})
     rounds = rounds_of(source, held=1)
     fits: list[tuple[Any, Fit]] = []
     perform = rounds.performer.perform
-    rounds.performer.perform = lambda work: fits.extend((p, s) for p, s in work if isinstance(s, Fit)) or perform(work)  # type: ignore[method-assign]
+    rounds.performer.perform = lambda work: (
+        fits.extend((p, s) for p, s in work if isinstance(s, Fit)) or perform(work)
+    )  # type: ignore[method-assign]
     rounds.round()
-    private = [(p, f) for p, f in fits if isinstance(f.data, Rows) and f.data.name in ("train", "pooled")]
+    private = [
+        (p, f) for p, f in fits if isinstance(f.data, Rows) and f.data.name in ("train", "pooled")
+    ]
     assert private
     for participant, fit in private:
         y = fit.data.columns(participant)["y"]
@@ -198,4 +237,6 @@ def test_every_method_honours_logit_adjustment(settings: dict[str, str]) -> None
         assert torch.equal(site.predict(client, Rows("common_test"), False), common)
         prior = log_prior(client.task, client.counts)
         assert prior is not None
-        assert torch.allclose(adjusted - plain, (0 * prior if by_distance else prior).expand_as(plain), atol=1e-4)
+        assert torch.allclose(
+            adjusted - plain, (0 * prior if by_distance else prior).expand_as(plain), atol=1e-4
+        )

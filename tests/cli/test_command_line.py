@@ -20,17 +20,31 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits_quickstart.yaml")
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["trian", "-c", "x.yaml"], "error: unknown command 'trian'; did you mean 'train'? (see hetero-fl --help)"),
+        (
+            ["trian", "-c", "x.yaml"],
+            "error: unknown command 'trian'; did you mean 'train'? (see hetero-fl --help)",
+        ),
         (["run"], "error: unknown command 'run'; choose from audit, certificates, check, compare,"),
-        (["train", "--conifg", "x.yaml"], "unknown option --conifg; did you mean '--config'? (see hetero-fl train"),
+        (
+            ["train", "--conifg", "x.yaml"],
+            "unknown option --conifg; did you mean '--config'? (see hetero-fl train",
+        ),
         (["train", "--conifg=x.yaml"], "unknown option --conifg; did you mean '--config'?"),
         (["train", "--chekc", "-c", "x.yaml"], "unknown option --chekc; did you mean '--check'?"),
         (["evaluate", "runs/x", "--dta", "x.npz"], "unknown option --dta; did you mean '--data'?"),
-        (["train", "--zzz", "-c", "x.yaml"], "error: unknown option --zzz (see hetero-fl train --help)"),
-        (["compare", "--jobs", "two"], "error: argument --jobs: expected an integer, got 'two' (see"),
+        (
+            ["train", "--zzz", "-c", "x.yaml"],
+            "error: unknown option --zzz (see hetero-fl train --help)",
+        ),
+        (
+            ["compare", "--jobs", "two"],
+            "error: argument --jobs: expected an integer, got 'two' (see",
+        ),
     ],
 )
-def test_parser_suggests_what_was_meant(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parser_suggests_what_was_meant(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     told = capsys.readouterr().err
     assert line in told and told.count("\n") == 1
@@ -38,11 +52,15 @@ def test_parser_suggests_what_was_meant(arguments: list[str], line: str, capsys:
 
 def test_parser_suggests_to_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--conifg", "x.yaml"], command="train") == 2
-    assert "unknown option --conifg; did you mean '--config'? (see train.py --help)" in capsys.readouterr().err
+    assert (
+        "unknown option --conifg; did you mean '--config'? (see train.py --help)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "command"), [(["--version"], None), (["--version"], "train"), (["audit", "--version"], None)]
+    ("arguments", "command"),
+    [(["--version"], None), (["--version"], "train"), (["audit", "--version"], None)],
 )
 def test_version_is_that_of_the_package(
     arguments: list[str], command: str | None, capsys: pytest.CaptureFixture[str]
@@ -50,18 +68,24 @@ def test_version_is_that_of_the_package(
     with pytest.raises(SystemExit) as ended:
         main(arguments, command=command)
 
-    assert ended.value.code == 0 and capsys.readouterr().out == f"hetero-fl {hetero_fl.__version__}\n"
+    assert (
+        ended.value.code == 0 and capsys.readouterr().out == f"hetero-fl {hetero_fl.__version__}\n"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--quiet", "train"], ["-qv", "train"], ["train", "-q"]])
-def test_quiet_leaves_results_alone(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_leaves_results_alone(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     run = ["--config", DIGITS, "--out", str(out), "--resume", "rounds=1"]
 
     assert main([*arguments, *run]) == 0
     assert capsys.readouterr() == (f"{out}\n", "")
-    assert "round 1/1" in (out / "log.txt").read_text(), "the log of the run is written all the same"
+    assert "round 1/1" in (out / "log.txt").read_text(), (
+        "the log of the run is written all the same"
+    )
 
 
 def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,17 +93,23 @@ def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "error: nope.yaml: no such file; found compose.yaml there\n")
 
 
-@pytest.mark.parametrize("arguments", [["-v", "train"], ["-qv", "train"], ["train", "-qv"], ["train", "--verbose"]])
-def test_verbose_prints_the_tracebacks_of_all_causes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["-v", "train"], ["-qv", "train"], ["train", "-qv"], ["train", "--verbose"]]
+)
+def test_verbose_prints_the_tracebacks_of_all_causes(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*arguments, "--config", "nope.yaml"]) == 2
     told = capsys.readouterr().err
     assert told.count("Traceback (most recent call last)") == 2 and "FileNotFoundError" in told
-    assert told.index("FileNotFoundError") < told.index("hetero_fl.errors.UserError")
+    assert told.index("FileNotFoundError") < told.index("hetero_fl.utils.errors.UserError")
     assert told.splitlines()[-1] == "error: nope.yaml: no such file; found compose.yaml there"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_takes_the_common_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_takes_the_common_options(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
 
@@ -88,7 +118,9 @@ def test_every_command_takes_the_common_options(command: str, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_needs_nothing_that_windows_lacks(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_needs_nothing_that_windows_lacks(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr("select.poll")
     monkeypatch.delattr("signal.SIGPIPE")
     with open(os.devnull, "w") as out:
@@ -100,7 +132,9 @@ def test_help_needs_nothing_that_windows_lacks(option: str, monkeypatch: pytest.
     assert stop.value.code == 0
 
 
-def without_reader(*arguments: str, stream: str, unbuffered: bool = False) -> subprocess.CompletedProcess[str]:
+def without_reader(
+    *arguments: str, stream: str, unbuffered: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run a command that writes to a pipe whose other end has been closed; the other stream is captured."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -140,7 +174,9 @@ def test_command_ends_quietly_where_nobody_reads_unbuffered() -> None:
 @pytest.mark.slow
 def test_run_ends_quietly_where_nobody_reads_its_progress(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    ended = without_reader("train", "--config", DIGITS, "--out", str(run), "rounds=1", stream="stderr")
+    ended = without_reader(
+        "train", "--config", DIGITS, "--out", str(run), "rounds=1", stream="stderr"
+    )
 
     assert (ended.returncode, ended.stdout) == (128 + signal.SIGPIPE, "")
     assert (run / "config.yaml").exists() and not (run / "summary.json").exists()
@@ -160,9 +196,13 @@ def test_full_disk_under_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "hetero_fl.cli", "methods", "--help"]
         environment = {**os.environ, "PYTHONUNBUFFERED": ""}
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, env=environment)
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, env=environment
+        )
 
-    assert "Traceback" not in ended.stderr and ended.stderr.startswith("failed: no space left on the disk")
+    assert "Traceback" not in ended.stderr and ended.stderr.startswith(
+        "failed: no space left on the disk"
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,14 +226,18 @@ def test_an_option_that_is_a_configuration_key(
     assert capsys.readouterr().err == line
 
 
-def test_the_first_line_of_a_run_names_what_is_a_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_line_of_a_run_names_what_is_a_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = ["data.train_limit=60", "data.test_limit=20", "clients.groups=[{name: a, model: linear}]"]
     (tmp_path / "c.yaml").write_text("rounds: 1\noutput: {plots: false, report: false}\n")
     command = ["train", "--config", str(tmp_path / "c.yaml"), "--out"]
 
     assert main([*command, str(tmp_path / "a"), *few]) == 0
     first = capsys.readouterr().err.splitlines()[0]
-    assert main([*command, str(tmp_path / "b"), *few, "data.name=digits", "algorithm.name=local"]) == 0
+    assert (
+        main([*command, str(tmp_path / "b"), *few, "data.name=digits", "algorithm.name=local"]) == 0
+    )
     second = capsys.readouterr().err.splitlines()[0]
 
     assert first == "data: chest_xray (default); method: fedavg (default); 1 client"

@@ -7,11 +7,19 @@ import re
 import pytest
 
 from hetero_fl.algorithms import Algorithm, algorithm
-from hetero_fl.algorithms.needs import in_words, is_baseline, is_bound, needs, sends, summary, tasks
+from hetero_fl.algorithms.requirements import (
+    in_words,
+    is_baseline,
+    is_bound,
+    needs,
+    sends,
+    summary,
+    tasks,
+)
 from hetero_fl.cli import main
-from hetero_fl.config import load_config
-from hetero_fl.errors import UserError
-from hetero_fl.payload import ItemSpec
+from hetero_fl.core.payload import ItemSpec
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
 
 BUILT_IN = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
 
@@ -66,10 +74,14 @@ def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("fedpotro", "fedproto"),
     ],
 )
-def test_a_name_as_papers_print_it(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_as_papers_print_it(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["methods", typed]) == 2
     assert capsys.readouterr().err.endswith(f"found algorithm '{typed}'; did you mean '{meant}'?\n")
-    with pytest.raises(UserError, match=f"algorithm.name: found algorithm '{typed}'; did you mean '{meant}'"):
+    with pytest.raises(
+        UserError, match=f"algorithm.name: found algorithm '{typed}'; did you mean '{meant}'"
+    ):
         load_config({}, [f"algorithm.name={typed}"])
 
 
@@ -93,7 +105,10 @@ class Summed(Algorithm):
 
 
 class Looked(Summed):
-    uploads = {"model": ItemSpec("params", use="each"), "said": ItemSpec("rows", share="predictions")}
+    uploads = {
+        "model": ItemSpec("params", use="each"),
+        "said": ItemSpec("rows", share="predictions"),
+    }
     requires = ("patience",)
     shared = ("backbone.",)
     tasks = ("regression",)
@@ -112,14 +127,20 @@ def test_needs_follow_from_the_declarations() -> None:
     assert in_words(needs(Looked())) == "a telescope, patience, single uploads"
     assert in_words(needs(OnRows())) == "proxy set, a telescope"
     assert in_words(needs(Either())) == "proxy set or one architecture, a telescope"
-    assert sends(Summed()) == ["parameters"] and sends(Looked()) == ["backbone parameters", "predictions"]
+    assert sends(Summed()) == ["parameters"] and sends(Looked()) == [
+        "backbone parameters",
+        "predictions",
+    ]
     assert tasks(Summed()) == [] and tasks(Looked()) == ["regression"]
     assert summary(Summed) == "Averages." and summary(Looked) == ""
 
 
 def test_settings_change_what_is_needed() -> None:
     assert in_words(needs(algorithm["ds_fl"]())) == "proxy set"
-    assert in_words(needs(algorithm["ds_fl"].model_validate({"bits": 1}))) == "proxy set, single uploads"
+    assert (
+        in_words(needs(algorithm["ds_fl"].model_validate({"bits": 1})))
+        == "proxy set, single uploads"
+    )
 
 
 def test_bounds_and_the_line_to_beat() -> None:
@@ -136,7 +157,9 @@ class Odd(Algorithm):
     must: complex
 
 
-def test_a_method_of_ones_own_is_explained_whatever_its_settings_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_method_of_ones_own_is_explained_whatever_its_settings_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["methods", "--allow-code", f"python:{__name__}:Odd"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"by_client\s+│ table", out) and re.search(r"must\s+│ complex\s+│\s+│", out)

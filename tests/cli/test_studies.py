@@ -10,21 +10,28 @@ import yaml
 
 import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.cli.study import Study
-from hetero_fl.config import expand, load_config
-from hetero_fl.experiment.jobs import Variant
-from hetero_fl.reporting.comparison_curves import write_curves
-from hetero_fl.task import Task
+from hetero_fl.config import expand
+from hetero_fl.core.task import Task
+from hetero_fl.experiment.comparison import Study, Variant
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.reporting.comparison.plots import write_curves
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
-QUICK = ["output.plots=false", "output.report=false", "runtime.executor=serial", "runtime.threads=1"]
+QUICK = [
+    "output.plots=false",
+    "output.report=false",
+    "runtime.executor=serial",
+    "runtime.threads=1",
+]
 
 
 def images(path: Path, *shape: int) -> Path:
     draws = np.random.default_rng(1)
     x, y = draws.integers(0, 256, (150, *shape), dtype=np.uint8), np.arange(150) % 10
-    np.savez(path, train_images=x[:120], train_labels=y[:120], test_images=x[120:], test_labels=y[120:])
+    np.savez(
+        path, train_images=x[:120], train_labels=y[:120], test_images=x[120:], test_labels=y[120:]
+    )
     return path
 
 
@@ -41,12 +48,22 @@ def test_every_variant_of_a_study_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "model"), [("mnist_fedavg", (28, 28), "mlp"), ("cifar10_fedavg", (32, 32, 3), "mlp")]
+    ("name", "shape", "model"),
+    [("mnist_fedavg", (28, 28), "mlp"), ("cifar10_fedavg", (32, 32, 3), "mlp")],
 )
-def test_two_rounds_of_the_reduced_form(tmp_path: Path, name: str, shape: tuple[int, ...], model: str) -> None:
+def test_two_rounds_of_the_reduced_form(
+    tmp_path: Path, name: str, shape: tuple[int, ...], model: str
+) -> None:
     data = images(tmp_path / "set.npz", *shape)
-    small = ["rounds=2", f"data.path={data}", f"clients.defaults.model={model}", "clients.defaults.epochs=1"]
-    run = hetero_fl.run(ROOT / "configs" / f"{name}.yaml", out=tmp_path / "run", overrides=[*small, *QUICK])
+    small = [
+        "rounds=2",
+        f"data.path={data}",
+        f"clients.defaults.model={model}",
+        "clients.defaults.epochs=1",
+    ]
+    run = hetero_fl.run(
+        ROOT / "configs" / f"{name}.yaml", out=tmp_path / "run", overrides=[*small, *QUICK]
+    )
     assert len(run.summary["clients"]) == 10 and [len(r["cohort"]) for r in run.metrics] == [5, 5]
     assert run.summary["server"]["last"]["accuracy"] is not None
 
@@ -65,12 +82,18 @@ def test_a_study_runs_in_one_command_and_options_win(
         "jobs": 1,
     }
     base = yaml.safe_load((ROOT / "configs" / "mnist_fedavg.yaml").read_text())
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**base, "rounds": 2, "evaluation": {"every": 1}}))
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump({**base, "rounds": 2, "evaluation": {"every": 1}})
+    )
     (tmp_path / "configs" / "small.yaml").write_text(yaml.safe_dump(study))
     data = f"data.path={images(tmp_path / 'set.npz', 28, 28)}"
     assert main(["--study", "configs/small.yaml", "--seeds", "3", data], command="compare") == 0
     told = capsys.readouterr().out
-    assert "FedAvg (clients.per_round = 2)" in told and "- **Seeds:** 3" in told and "Local test rows" not in told
+    assert (
+        "FedAvg (clients.per_round = 2)" in told
+        and "- **Seeds:** 3" in told
+        and "Local test rows" not in told
+    )
     assert (tmp_path / "runs" / "small" / "curves.png").stat().st_size > 5000
     assert {p.name[-1] for p in (tmp_path / "runs" / "small" / "runs").iterdir()} == {"3"}
 
@@ -79,8 +102,14 @@ def test_a_study_runs_in_one_command_and_options_win(
     ("text", "told"),
     [
         ("config: a.yaml\n", "algorithms: missing"),
-        ("config: a.yaml\nalgorithms: [fedavg]\nseed: [0]\n", "seed: unknown key; did you mean 'seeds'?"),
-        ("config: a.yaml\nalgorithms: [fedavg]\nseeds: [x]\n", "seeds.0: expected an integer, got 'x'"),
+        (
+            "config: a.yaml\nalgorithms: [fedavg]\nseed: [0]\n",
+            "seed: unknown key; did you mean 'seeds'?",
+        ),
+        (
+            "config: a.yaml\nalgorithms: [fedavg]\nseeds: [x]\n",
+            "seeds.0: expected an integer, got 'x'",
+        ),
         ("config: no.yaml\nalgorithms: [fedavg]\n", "no.yaml: no such file"),
     ],
 )
@@ -88,12 +117,17 @@ def test_a_study_that_is_wrong_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
 ) -> None:
     (tmp_path / "study.yaml").write_text(text)
-    assert main(["compare", "--study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert (
+        main(["compare", "--study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")])
+        == 2
+    )
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert told in line and not (tmp_path / "out").exists()
 
 
-def test_options_of_compare_override_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_compare_override_the_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "base.yaml").write_text("rounds: 1\n")
     (tmp_path / "study.yaml").write_text("config: base.yaml\nalgorithms: [of_the_study]\n")
     given = ["--study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
@@ -104,7 +138,10 @@ def test_options_of_compare_override_the_study(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_without_a_study_compare_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    for given, missing in ((["--algorithms", "local", "--out", "x"], "--config"), (["--config", "x.yaml"], "--out")):
+    for given, missing in (
+        (["--algorithms", "local", "--out", "x"], "--config"),
+        (["--config", "x.yaml"], "--out"),
+    ):
         assert main(["compare", *given]) == 2
         assert f"{missing} is missing" in capsys.readouterr().err
 

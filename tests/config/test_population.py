@@ -11,13 +11,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.config import expand, load_config
-from hetero_fl.config.matching import Pattern
-from hetero_fl.config.population import Population
-from hetero_fl.errors import UserError
-from hetero_fl.order import Ids, Series, in_order
+from hetero_fl.config import expand
+from hetero_fl.config.population import Pattern, Population
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import Ids, Series, in_order
 
-NAMES = st.sampled_from(["a", "b", "a_1", "a_2", "a_01", "a1", "a01", "site", "site_1", "A", "b-2", "a_1_1"])
+NAMES = st.sampled_from(
+    ["a", "b", "a_1", "a_2", "a_01", "a1", "a01", "site", "site_1", "A", "b-2", "a_1_1"]
+)
 COUNTS = st.one_of(st.integers(1, 12), st.sampled_from([99, 100, 101, 120]))
 PATTERNS = st.text("ab1_2*?[]!-", min_size=1, max_size=7)
 MODELS = ["linear", "mlp", "cnn"]
@@ -37,7 +39,9 @@ def test_order_is_that_in_which_people_count(groups: list[tuple[str, int]]) -> N
     ids = Ids(series)
     assert list(ids) == in_order(listed) and len(ids) == len(listed)
     assert [s.find(id) for s in series for id in s] == [i for s in series for i in range(len(s))]
-    strangers = {f"{s.name}_{n}" for s in series for n in ("0", "00", "1", "01", "13", "²", "1000")} - set(listed)
+    strangers = {
+        f"{s.name}_{n}" for s in series for n in ("0", "00", "1", "01", "13", "²", "1000")
+    } - set(listed)
     assert all(s.find(id) is None for id in strangers for s in series)
 
 
@@ -54,11 +58,16 @@ def test_patterns_read_as_fnmatch_does(pattern: str, text: str) -> None:
     st.lists(st.tuples(st.sampled_from(["*", "a*", "*_1", "*1", "*[13579]", "a_1?", "*0*", "site_*"]), st.integers(0, 3)),
              max_size=3),
 )  # fmt: skip
-def test_settings_are_those_of_a_list(groups: list[tuple[str, int, int]], overrides: list[tuple[str, int]]) -> None:
+def test_settings_are_those_of_a_list(
+    groups: list[tuple[str, int, int]], overrides: list[tuple[str, int]]
+) -> None:
     """The reference lists everybody and hands out models one by one."""
     listed = [(name, g) for g in groups for name in Series(g[0], g[1])]
     ids = [name for name, _ in listed]
-    assume(len(set(ids)) == len(ids) and all(any(fnmatchcase(name, p) for name in ids) for p, _ in overrides))
+    assume(
+        len(set(ids)) == len(ids)
+        and all(any(fnmatchcase(name, p) for name in ids) for p, _ in overrides)
+    )
     expected: dict[str, tuple[str, int]] = {}
     turns: Counter[str] = Counter()
     for name, (group, _, models) in listed:
@@ -79,7 +88,9 @@ def test_settings_are_those_of_a_list(groups: list[tuple[str, int, int]], overri
     of_kind: dict[int, list[str]] = {}
     for name in ids:
         of_kind.setdefault(population.kind(name).number, []).append(name)
-    assert [(kind.first, kind.count) for kind in population.kinds] == [(m[0], len(m)) for m in of_kind.values()]
+    assert [(kind.first, kind.count) for kind in population.kinds] == [
+        (m[0], len(m)) for m in of_kind.values()
+    ]
     assert len({id(s) for s in population.values()}) == len(population.kinds)
     again = pickle.loads(pickle.dumps(population))
     assert again == population and len({id(s) for s in again.values()}) == len(population.kinds)
@@ -87,18 +98,27 @@ def test_settings_are_those_of_a_list(groups: list[tuple[str, int, int]], overri
 
 def test_a_million_clients_are_a_few_kinds() -> None:
     source = {
-        "groups": [{"name": "phone", "count": 999_990, "model": ["mlp", "linear"]}, {"name": "clinic", "count": 10}],
+        "groups": [
+            {"name": "phone", "count": 999_990, "model": ["mlp", "linear"]},
+            {"name": "clinic", "count": 10},
+        ],
         "overrides": [
             {"match": "*77", "epochs": 3, "model": ["cnn", "mlp", "linear"]},
             {"match": "clinic_1?", "epochs": 2},
         ],
     }
     population = expand(load_config({"clients": source}).clients)
-    assert len(population) == 1_000_000 and sum(kind.count for kind in population.kinds) == 1_000_000
+    assert (
+        len(population) == 1_000_000 and sum(kind.count for kind in population.kinds) == 1_000_000
+    )
     assert len(population.kinds) <= 2 + 6 + 2
     assert sum(kind.count for kind in population.kinds if kind.settings.epochs == 3) == 10_000
-    assert population["phone_000077"].model[0].name == "cnn" and population["phone_999977"].model[0].name == "cnn"
-    assert population["phone_000005"] is population["phone_999985"]  # both train the first of two models
+    assert (
+        population["phone_000077"].model[0].name == "cnn"
+        and population["phone_999977"].model[0].name == "cnn"
+    )
+    # both train the first of two models
+    assert population["phone_000005"] is population["phone_999985"]
     assert population["clinic_10"].epochs == 2 and population.ids[0] == "clinic_01"
     assert population.ids[10] == "phone_000001" and population.ids[999_999] == "phone_999990"
     assert "phone_999991" not in population and "phone_5" not in population
@@ -114,7 +134,11 @@ def test_mistakes_among_a_million_are_one_line() -> None:
             groups=[million], overrides=[{"match": "a_9999999"}])  # fmt: skip
     refused("two clients are called 'a_0000005'", groups=[million, {"name": "a_0000005"}])
     sgd = {"match": "a_0*5", "optimizer": {"momentum": 0.5}}
-    refused("clients: 'a_0000005': optimizer: .*momentum belongs to sgd", groups=[million], overrides=[sgd])
+    refused(
+        "clients: 'a_0000005': optimizer: .*momentum belongs to sgd",
+        groups=[million],
+        overrides=[sgd],
+    )
 
 
 def test_clients_listed_one_by_one_are_a_population_too() -> None:

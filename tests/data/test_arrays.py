@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 
 import hetero_fl
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.source import DataConfig, SourceConfig
+from hetero_fl.config.data import DataConfig, SourceConfig
+from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, federate, from_arrays
-from hetero_fl.errors import UserError
-from hetero_fl.task import Task
+from hetero_fl.utils.errors import UserError
 
 X = np.random.default_rng(0).normal(size=(12, 3))
 ONE_TO_THREE = np.array([1, 2, 3] * 4)
@@ -55,11 +55,15 @@ def test_from_arrays_maps_gaps_over_all_splits() -> None:
     dataset = made_with_warning("0 as class 0, 2 as class 1, 5 as class 2", y, test=(X[:1], [5]))
 
     assert dataset.task.names == ("0", "2", "5")
-    assert dataset.test is not None and dataset.test.y is not None and dataset.test.y.tolist() == [2]
+    assert (
+        dataset.test is not None and dataset.test.y is not None and dataset.test.y.tolist() == [2]
+    )
 
 
 def test_from_arrays_lists_the_first_classes_of_many() -> None:
-    made_with_warning(r"10 as class 0, .* 17 as class 7 and 4 more; pass num_classes=22", np.arange(12) + 10)
+    made_with_warning(
+        r"10 as class 0, .* 17 as class 7 and 4 more; pass num_classes=22", np.arange(12) + 10
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,9 @@ def test_from_arrays_lists_the_first_classes_of_many() -> None:
         (np.zeros(12), {}, Task("regression", 1)),
     ],
 )
-def test_from_arrays_is_silent_where_nothing_is_in_doubt(y: Any, settings: dict[str, Any], task: Task) -> None:
+def test_from_arrays_is_silent_where_nothing_is_in_doubt(
+    y: Any, settings: dict[str, Any], task: Task
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dataset = from_arrays(X, y, **settings)
@@ -95,7 +101,9 @@ def test_from_arrays_is_silent_where_nothing_is_in_doubt(y: Any, settings: dict[
 def test_from_arrays_reads_one_hot_rows_as_classes(dtype: type) -> None:
     rows = np.eye(3)[ONE_TO_THREE - 1].astype(dtype)
 
-    dataset = made_with_warning("every row has exactly one 1: read as 3 classes; pass task='multilabel'", rows)
+    dataset = made_with_warning(
+        "every row has exactly one 1: read as 3 classes; pass task='multilabel'", rows
+    )
 
     assert dataset.task == Task("multiclass", 3)
     assert targets(dataset) == [0, 1, 2] * 4
@@ -130,17 +138,35 @@ def test_from_arrays_maps_floats_as_well() -> None:
 @pytest.mark.parametrize(
     ("y", "settings", "message"),
     [
-        ([0, 1, -1] * 4, {"num_classes": 2}, "y: label -1 in row 2 is out of range; classes are 0 to 1"),
+        (
+            [0, 1, -1] * 4,
+            {"num_classes": 2},
+            "y: label -1 in row 2 is out of range; classes are 0 to 1",
+        ),
         (ONE_TO_THREE, {"num_classes": 3}, "label 3 in row 2 is out of range; classes are 0 to 2"),
-        (ONE_TO_THREE, {"task": "clasification"}, "task: found 'clasification'; did you mean|choose from"),
-        (ONE_TO_THREE, {"num_classes": 4, "task": "regression"}, "num_classes: found 4, but task is regression"),
+        (
+            ONE_TO_THREE,
+            {"task": "clasification"},
+            "task: found 'clasification'; did you mean|choose from",
+        ),
+        (
+            ONE_TO_THREE,
+            {"num_classes": 4, "task": "regression"},
+            "num_classes: found 4, but task is regression",
+        ),
         (ONE_TO_THREE, {"num_classes": 1}, "num_classes: found 1; must be >= 2"),
         (ONE_TO_THREE - 0.5, {"task": "multiclass"}, "label 0.5 in row 0 is not a class number"),
-        (np.ones((12, 3)), {"task": "multiclass"}, "3 columns of labels, but a row of a multiclass task has one class"),
+        (
+            np.ones((12, 3)),
+            {"task": "multiclass"},
+            "3 columns of labels, but a row of a multiclass task has one class",
+        ),
         (np.full((12, 2), 0.5), {"task": "multilabel"}, "multilabel targets are 0 or 1"),
     ],
 )
-def test_from_arrays_refuses_labels_that_contradict_the_task(y: Any, settings: dict[str, Any], message: str) -> None:
+def test_from_arrays_refuses_labels_that_contradict_the_task(
+    y: Any, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         from_arrays(X, y, **settings)
 
@@ -166,7 +192,8 @@ def test_from_arrays_refuses_many_negative_integers_without_a_task() -> None:
     x, y = np.zeros((30, 2)), np.arange(30) - 10
 
     with pytest.raises(
-        UserError, match="found 30 different integers from -10 to 19; pass task='regression' for numbers"
+        UserError,
+        match="found 30 different integers from -10 to 19; pass task='regression' for numbers",
     ):
         from_arrays(x, y)
     assert from_arrays(x, y, task="regression").task == Task("regression", 1)
@@ -184,7 +211,11 @@ def test_from_arrays_names_classes_after_text(y: Any) -> None:
 
     assert dataset.task == Task("multiclass", 3, ("a", "b", "c"))
     assert targets(dataset) == [1, 0, 0] * 4
-    assert dataset.test is not None and dataset.test.y is not None and dataset.test.y.tolist() == [2, 0]
+    assert (
+        dataset.test is not None
+        and dataset.test.y is not None
+        and dataset.test.y.tolist() == [2, 0]
+    )
 
 
 def test_from_arrays_numbers_text_labels_as_the_task_does() -> None:
@@ -198,18 +229,32 @@ def test_from_arrays_numbers_text_labels_as_the_task_does() -> None:
     [
         (["a", "b", None] * 4, {}, "train: y: found None in row 2, but other labels are text"),
         ([["a", "b"]] * 12, {}, r"train: y: found text of shape \(12, 2\); want \(12,\)"),
-        (["a", "b"] * 6, {"task": "regression"}, "task: found 'regression', but the labels are text"),
+        (
+            ["a", "b"] * 6,
+            {"task": "regression"},
+            "task: found 'regression', but the labels are text",
+        ),
         (["a", "b"] * 6, {"num_classes": 3}, "num_classes: found 3, but 2 different labels occur"),
-        (["a", "b"] * 6, {"test": (X[:2], [0, 1])}, "test: y: found numbers, but other labels are text"),
+        (
+            ["a", "b"] * 6,
+            {"test": (X[:2], [0, 1])},
+            "test: y: found numbers, but other labels are text",
+        ),
         (
             ["ill", "il"] * 6,
             {"task": Task("multiclass", 2, ("ill", "well"))},
             "found 'il' in row 1; did you mean 'ill'?",
         ),
-        (["a", "b"] * 6, {"task": Task("multiclass", 2)}, "give task the names of its classes, or leave it out"),
+        (
+            ["a", "b"] * 6,
+            {"task": Task("multiclass", 2)},
+            "give task the names of its classes, or leave it out",
+        ),
     ],
 )
-def test_from_arrays_refuses_text_labels_that_do_not_fit(y: Any, settings: dict[str, Any], message: str) -> None:
+def test_from_arrays_refuses_text_labels_that_do_not_fit(
+    y: Any, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         from_arrays(X, y, **settings)
 
@@ -219,7 +264,8 @@ def test_from_arrays_refuses_floats_that_could_be_images_or_series(scale: float)
     x = load_digits().images[:12] * scale
 
     with pytest.raises(
-        UserError, match=r"shape \(12, 8, 8\), images or series\? pass x\[:, None\] for images, or columns="
+        UserError,
+        match=r"shape \(12, 8, 8\), images or series\? pass x\[:, None\] for images, or columns=",
     ):
         from_arrays(x, ONE_TO_THREE - 1)
     with pytest.raises(UserError, match="but 3 columns; name each of the 8 channels"):
@@ -240,7 +286,8 @@ def test_from_arrays_says_how_to_pass_a_table() -> None:
             from_arrays(np.arange(36).reshape(12, 3).astype(dtype), ONE_TO_THREE - 1)
     frame = pd.DataFrame({"age": range(12), "ward": ["A", "B"] * 6})
     with pytest.raises(
-        UserError, match=r"found object; save a data frame with text as a file, which data\.name: table"
+        UserError,
+        match=r"found object; save a data frame with text as a file, which data\.name: table",
     ):
         from_arrays(frame, ONE_TO_THREE - 1)
 
@@ -261,7 +308,9 @@ def test_a_run_names_the_classes_that_labels_stood_for(tmp_path: Path) -> None:
     known = np.array([1, 2] * 20)
     np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known + 1)
     expected = float((run.predict("a", x[:40], home=False).argmax(1).numpy() == known).mean())
-    assert hetero_fl.evaluate(run, str(tmp_path / "new.npz"))["a"]["accuracy"] == pytest.approx(expected)
+    assert hetero_fl.evaluate(run, str(tmp_path / "new.npz"))["a"]["accuracy"] == pytest.approx(
+        expected
+    )
     np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known - 1)
     with pytest.raises(UserError, match="found label 0 in row 0; choose from 1, 2, 3"):
         hetero_fl.evaluate(run, str(tmp_path / "new.npz"))

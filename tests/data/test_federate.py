@@ -10,21 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.config.clients import (
-    AugmentConfig,
-    ClientSettings,
-    PreprocessConfig,
-    ScannerConfig,
+from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessConfig, ScannerConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SplitConfig
+from hetero_fl.data import Dataset, federate, make_table
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import (
+    PLAIN,
+    PLAIN_CLIENT,
+    THREE,
+    heterogeneous,
+    identical,
+    numbered,
+    rows_of,
+    view,
 )
-from hetero_fl.config.source import DataConfig, PartitionConfig, ProxyConfig, SplitConfig
-from hetero_fl.data import (
-    Dataset,
-    federate,
-    make_table,
-)
-from hetero_fl.errors import UserError
-
-from .federations import PLAIN, PLAIN_CLIENT, THREE, heterogeneous, identical, numbered, rows_of, view
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -41,7 +40,9 @@ def test_every_training_row_is_in_exactly_one_place(
 ) -> None:
     dataset = numbered(validation=(torch.full((5, 1), 1e4), [0] * 5) if given_validation else None)
     config = DataConfig(
-        train_limit=limit, proxy=ProxyConfig(size=proxy), partition=PartitionConfig(kind=kind, classes=4, min_size=6)
+        train_limit=limit,
+        proxy=ProxyConfig(size=proxy),
+        partition=PartitionConfig(kind=kind, classes=4, min_size=6),
     )
     data = federate(dataset, config, {f"c{i}": PLAIN_CLIENT for i in range(clients)}, seed)
     places = [rows_of(data, c, s) for c in data.client_ids for s in ("train", "validation", "test")]
@@ -54,12 +55,16 @@ def test_every_training_row_is_in_exactly_one_place(
     assert all(place for place in places)
     assert data.n_proxy == proxy and data.n_test == 40
     assert (
-        data.n_train == sum(data.n_rows(c, "train") for c in data.client_ids) == len(rows_of(data, "server", "pooled"))
+        data.n_train
+        == sum(data.n_rows(c, "train") for c in data.client_ids)
+        == len(rows_of(data, "server", "pooled"))
     )
     for client in data.client_ids:
         columns = data.columns(client, "train", PLAIN)
         assert torch.equal(columns["y"], columns["x"].flatten().long() % 4)
-        assert data.label_counts(client).tolist() == torch.bincount(columns["y"], minlength=4).tolist()
+        assert (
+            data.label_counts(client).tolist() == torch.bincount(columns["y"], minlength=4).tolist()
+        )
     assert all(row < 0 for row in rows_of(data, "", "common_test"))
 
 
@@ -84,13 +89,16 @@ def test_labels_of_the_proxy_set_are_never_read(images: Dataset) -> None:
     assert identical(plain, other) and plain.content_hash() == other.content_hash()
     assert set(plain.columns("one", "proxy", PLAIN)) == {"x"}
     assert plain._public["proxy"].examples.y is None
-    scrambled[plain._private["one"]["train"].rows[0]] += 1  # the comparison would notice a label that is read
+    # the comparison would notice a label that is read
+    scrambled[plain._private["one"]["train"].rows[0]] += 1
     scrambled %= 4
     third = view(replace(images, train=replace(images.train, y=scrambled)))
     assert not identical(plain, third) and plain.content_hash() != third.content_hash()
 
 
-def test_labels_of_the_proxy_set_are_kept_where_the_configuration_asks_for_them(images: Dataset) -> None:
+def test_labels_of_the_proxy_set_are_kept_where_the_configuration_asks_for_them(
+    images: Dataset,
+) -> None:
     assert images.train.y is not None
     plain = view(images)
     size = len(plain._public["proxy"].rows)
@@ -102,13 +110,17 @@ def test_labels_of_the_proxy_set_are_kept_where_the_configuration_asks_for_them(
     assert torch.equal(columns["y"], images.train.y[plain._public["proxy"].rows])
     assert labeled.has_proxy_labels and not plain.has_proxy_labels
     for name in ("common_test", "common_validation"):
-        assert torch.equal(labeled.columns("one", name, PLAIN)["x"], plain.columns("one", name, PLAIN)["x"])
+        assert torch.equal(
+            labeled.columns("one", name, PLAIN)["x"], plain.columns("one", name, PLAIN)["x"]
+        )
 
 
 def test_limits_are_kept_and_test_rows_are_alike_for_all_seeds() -> None:
     config = DataConfig(train_limit=100, test_limit=15, proxy=ProxyConfig(size=20))
     first, second = (federate(numbered(), config, THREE, seed) for seed in (0, 1))
-    assert first.n_test == 15 and rows_of(first, "", "common_test") == rows_of(second, "", "common_test")
+    assert first.n_test == 15 and rows_of(first, "", "common_test") == rows_of(
+        second, "", "common_test"
+    )
     assert rows_of(first, "", "proxy") != rows_of(second, "", "proxy")
     total = sum(first.n_rows(c, s) for c in "abc" for s in ("train", "validation", "test"))
     assert total + 20 + len(rows_of(first, "", "common_validation")) == 100
@@ -122,12 +134,19 @@ def test_sizes_and_fractions() -> None:
     clients = {"a": ClientSettings(size=1), "b": ClientSettings(size=3)}
     config = DataConfig(split=SplitConfig(validation=0.1, test=0.2), validation=0.2)
     data = federate(numbered(), config, clients, 0)
-    assert [[data.n_rows(c, s) for s in ("train", "validation", "test")] for c in "ab"] == [[28, 4, 8], [84, 12, 24]]
+    assert [[data.n_rows(c, s) for s in ("train", "validation", "test")] for c in "ab"] == [
+        [28, 4, 8],
+        [84, 12, 24],
+    ]
     small = DataConfig(split=SplitConfig(validation=0.01, test=0.01))
     found = federate(numbered(), small, clients, 0)
-    assert [found.n_rows("a", s) for s in ("train", "validation", "test")] == [43, 1, 1]  # a row at least
+    # a row at least
+    assert [found.n_rows("a", s) for s in ("train", "validation", "test")] == [43, 1, 1]
     none = federate(numbered(), DataConfig(split=SplitConfig(validation=0, test=0)), clients, 0)
-    assert none.columns("a", "test", PLAIN)["x"].shape == (0, 1) and none.n_rows("a", "validation") == 0
+    assert (
+        none.columns("a", "test", PLAIN)["x"].shape == (0, 1)
+        and none.n_rows("a", "validation") == 0
+    )
 
 
 def test_each_client_splits_by_draws_of_its_own() -> None:
@@ -145,22 +164,34 @@ def test_natural_groups_go_to_clients_of_their_name() -> None:
     config = DataConfig(partition=PartitionConfig(kind="natural"))
     data = federate(numbered(groups=groups), config, THREE, 0)
     for i, client in enumerate("cab"):
-        assert all(row % 3 == i for s in ("train", "validation", "test") for row in rows_of(data, client, s))
+        assert all(
+            row % 3 == i
+            for s in ("train", "validation", "test")
+            for row in rows_of(data, client, s)
+        )
     dataset = numbered(groups=groups)  # its groups a, b, c are rows 1, 2, 0 modulo 3
-    renamed = replace(dataset, train=replace(dataset.train, group_names=("b", "c", "a")))  # an own source may name so
+    # an own source may name so
+    renamed = replace(dataset, train=replace(dataset.train, group_names=("b", "c", "a")))
     data = federate(renamed, config, THREE, 0)
     assert [rows_of(data, client, "train")[0] % 3 for client in "abc"] == [0, 1, 2]
     other = federate(
-        numbered(groups=groups), config, {"site_2": PLAIN_CLIENT, "site_10": PLAIN_CLIENT, "x": PLAIN_CLIENT}, 0
+        numbered(groups=groups),
+        config,
+        {"site_2": PLAIN_CLIENT, "site_10": PLAIN_CLIENT, "x": PLAIN_CLIENT},
+        0,
     )
-    assert all(row % 3 == 1 for row in rows_of(other, "site_2", "train"))  # else in the order in which people count
+    # else in the order in which people count
+    assert all(row % 3 == 1 for row in rows_of(other, "site_2", "train"))
 
 
 def test_settings_that_do_not_fit_the_examples(images: Dataset) -> None:
     for settings_, words in (
         (ClientSettings(scanner=ScannerConfig(blur=1)), "clients: 'a': scanner: is for images"),
         (ClientSettings(augment=AugmentConfig(flip=True)), "clients: 'a': augment: is for images"),
-        (ClientSettings(preprocess=PreprocessConfig(resize=8)), "clients: 'a': preprocess.resize: is for images"),
+        (
+            ClientSettings(preprocess=PreprocessConfig(resize=8)),
+            "clients: 'a': preprocess.resize: is for images",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             federate(make_table(), DataConfig(), {**THREE, "a": settings_}, 0)
@@ -169,12 +200,16 @@ def test_settings_that_do_not_fit_the_examples(images: Dataset) -> None:
 
 
 def test_too_few_rows() -> None:
-    with pytest.raises(UserError, match=r"data\.proxy\.size: found 100000000, but arrays has 200 training rows"):
+    with pytest.raises(
+        UserError, match=r"data\.proxy\.size: found 100000000, but arrays has 200 training rows"
+    ):
         federate(numbered(), DataConfig(proxy=ProxyConfig(size=10**8)), THREE, 0)
     with pytest.raises(UserError, match=r"data\.partition\.min_size: found 20, .* 9 training rows"):
         federate(numbered(), DataConfig(train_limit=10), THREE, 0)
     one = DataConfig(partition=PartitionConfig(kind="quantity", alpha=1e-6, min_size=1))
-    with pytest.raises(UserError, match=r"data\.partition\.min_size: found 1, and client '[abc]' has 1 rows"):
+    with pytest.raises(
+        UserError, match=r"data\.partition\.min_size: found 1, and client '[abc]' has 1 rows"
+    ):
         federate(numbered(), one, THREE, 0)
     bare = one.model_copy(update={"split": SplitConfig(validation=0, test=0)})
     with pytest.raises(UserError, match="has 1 rows"):  # even then: nothing can be learned from one
@@ -184,10 +219,16 @@ def test_too_few_rows() -> None:
 def test_in_order_goes_by_id_as_people_count_and_nothing_need_be_held_out() -> None:
     names = [f"c{i}" for i in range(12)]
     config = DataConfig(
-        partition=PartitionConfig(kind="in_order", min_size=2), split=SplitConfig(validation=0, test=0), validation=0
+        partition=PartitionConfig(kind="in_order", min_size=2),
+        split=SplitConfig(validation=0, test=0),
+        validation=0,
     )
-    data = federate(numbered(204), config, dict.fromkeys(random.Random(1).sample(names, 12), PLAIN_CLIENT), 5)
-    assert [rows_of(data, name, "train") for name in names] == [list(range(17 * i, 17 * i + 17)) for i in range(12)]
+    data = federate(
+        numbered(204), config, dict.fromkeys(random.Random(1).sample(names, 12), PLAIN_CLIENT), 5
+    )
+    assert [rows_of(data, name, "train") for name in names] == [
+        list(range(17 * i, 17 * i + 17)) for i in range(12)
+    ]
     assert rows_of(data, "", "common_validation") == [] and data.n_train == 204
     patients = numbered(204, patient=[i // 2 for i in range(204)])
     assert federate(patients, config, dict.fromkeys(names, PLAIN_CLIENT), 5).n_train == 204
@@ -195,5 +236,7 @@ def test_in_order_goes_by_id_as_people_count_and_nothing_need_be_held_out() -> N
 
 def test_as_many_means_as_channels() -> None:
     wrong = ClientSettings(preprocess=PreprocessConfig(normalize={"mean": [0.1, 0.2], "std": 1.0}))
-    with pytest.raises(UserError, match=r"'a': preprocess\.normalize\.mean: found 2 numbers for 1 columns"):
+    with pytest.raises(
+        UserError, match=r"'a': preprocess\.normalize\.mean: found 2 numbers for 1 columns"
+    ):
         federate(numbered(), DataConfig(), {**THREE, "a": wrong}, 0)

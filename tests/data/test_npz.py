@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.config.source import SourceConfig
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.task import Task
 from hetero_fl.data import load_source
-from hetero_fl.data.npz import read_images, read_npz
-from hetero_fl.errors import UserError
-from hetero_fl.task import Task
+from hetero_fl.data.arrays import read_images, read_npz
+from hetero_fl.utils.errors import UserError
 
 TWO = Task("multiclass", 2)
 
@@ -24,7 +24,11 @@ def test_layout(npz: Any) -> None:
     path = npz()
     dataset = load(path)
     with np.load(path) as arrays:
-        for split, examples in (("train", dataset.train), ("val", dataset.validation), ("test", dataset.test)):
+        for split, examples in (
+            ("train", dataset.train),
+            ("val", dataset.validation),
+            ("test", dataset.test),
+        ):
             assert examples.x.dtype == torch.uint8
             assert np.array_equal(examples.x[:, 0].numpy(), arrays[f"{split}_images"])
             assert np.array_equal(examples.y.numpy(), arrays[f"{split}_labels"][:, 0])
@@ -40,7 +44,9 @@ def test_file_in_place_of_a_named_set_keeps_name_and_task(npz: Any) -> None:
 
 def test_colour_moves_to_the_front(npz: Any) -> None:
     rng = np.random.default_rng(1)
-    images = {f"{s}_images": rng.random((n, 8, 6, 3)) for s, n in (("train", 30), ("val", 6), ("test", 9))}
+    images = {
+        f"{s}_images": rng.random((n, 8, 6, 3)) for s, n in (("train", 30), ("val", 6), ("test", 9))
+    }
     x = load(npz(**images)).train.x
     assert x.shape == (30, 3, 8, 6) and x.dtype == torch.float32
     assert np.allclose(x[4, 2].numpy(), images["train_images"][4, :, :, 2])
@@ -67,17 +73,33 @@ def test_task_is_read_off_the_labels(npz: Any, labels: np.ndarray, kind: str, ou
 @pytest.mark.parametrize(
     ("labels", "note"),
     [
-        (np.arange(30) % 3 + 1, "train_labels: 4 classes, numbered from 0, of which 0 do not occur"),
-        (np.array([0, 1, 3] * 10), "train_labels: 4 classes, numbered from 0, of which 2 do not occur"),
-        (np.eye(3, dtype=np.uint8)[np.arange(30) % 3], "train_labels: every row has exactly one 1: read as multilabel"),
+        (
+            np.arange(30) % 3 + 1,
+            "train_labels: 4 classes, numbered from 0, of which 0 do not occur",
+        ),
+        (
+            np.array([0, 1, 3] * 10),
+            "train_labels: 4 classes, numbered from 0, of which 2 do not occur",
+        ),
+        (
+            np.eye(3, dtype=np.uint8)[np.arange(30) % 3],
+            "train_labels: every row has exactly one 1: read as multilabel",
+        ),
     ],
 )
-def test_labels_that_could_mean_something_else_are_said(npz: Any, labels: np.ndarray, note: str) -> None:
+def test_labels_that_could_mean_something_else_are_said(
+    npz: Any, labels: np.ndarray, note: str
+) -> None:
     none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
     path = npz(train_labels=labels, **none)
 
     assert [line for line in load(path).notes if note in line]
-    assert read_npz(path, "npz", Task("multiclass", 4) if labels.ndim == 1 else Task("multilabel", 3)).notes == ()
+    assert (
+        read_npz(
+            path, "npz", Task("multiclass", 4) if labels.ndim == 1 else Task("multilabel", 3)
+        ).notes
+        == ()
+    )
 
 
 def test_rows_of_a_table_in_place_of_images_only_where_no_set_is_named(npz: Any) -> None:
@@ -99,20 +121,35 @@ FRACTION[11] = 0.5
     ("changes", "words"),
     [
         ({"train_images": NAN}, "train_images: NaN or infinity in row 3"),
-        ({"train_images": np.zeros((29, 8, 8), np.uint8)}, "train_images has 29 rows, train_labels has 30"),
-        ({"train_images": np.zeros((30, 8, 8, 8, 3), np.uint8)}, "train_images: found shape (30, 8, 8, 8, 3)"),
+        (
+            {"train_images": np.zeros((29, 8, 8), np.uint8)},
+            "train_images has 29 rows, train_labels has 30",
+        ),
+        (
+            {"train_images": np.zeros((30, 8, 8, 8, 3), np.uint8)},
+            "train_images: found shape (30, 8, 8, 8, 3)",
+        ),
         ({"train_images": np.zeros((30, 28, 28, 28), np.uint8)}, "train_images: found shape"),
         ({"train_images": np.zeros((30, 0, 8), np.uint8)}, "train_images: found shape"),
-        ({"train_images": np.full((30, 8, 8), 4000)}, "train_images: found int64 from 4000 to 4000"),
+        (
+            {"train_images": np.full((30, 8, 8), 4000)},
+            "train_images: found int64 from 4000 to 4000",
+        ),
         ({"train_images": np.zeros((30, 8, 8), complex)}, "train_images: found complex128"),
         ({"train_images": np.full((30, 8, 8), "a")}, "train_images: found <U1"),
         ({"train_images": np.array(3)}, "train_images has 0 rows"),
-        ({"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0)}, "train_images: found no rows"),
+        (
+            {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0)},
+            "train_images: found no rows",
+        ),
         (
             {"test_images": np.zeros((9, 7, 7), np.uint8)},
             "test_images: shape (9, 7, 7), but train_images has (30, 8, 8)",
         ),
-        ({"train_labels": HIGH}, "train_labels: label 7 in row 11 is out of range; classes are 0 to 1"),
+        (
+            {"train_labels": HIGH},
+            "train_labels: label 7 in row 11 is out of range; classes are 0 to 1",
+        ),
         ({"train_labels": -HIGH}, "train_labels: label -1 in row 1 is out of range"),
         ({"train_labels": FRACTION}, "train_labels: label 0.5 in row 11 is not a class number"),
         ({"test_labels": np.full(9, np.nan)}, "test_labels: NaN or infinity in row 0"),
@@ -124,7 +161,9 @@ FRACTION[11] = 0.5
         ({"train_images": None}, "no array 'train_images'; found train_labels, val_images"),
     ],
 )
-def test_malformed_arrays_are_refused_by_name(npz: Any, changes: dict[str, Any], words: str) -> None:
+def test_malformed_arrays_are_refused_by_name(
+    npz: Any, changes: dict[str, Any], words: str
+) -> None:
     path = npz(**changes)
     with pytest.raises(UserError) as refused:
         load(path, "chest_xray")
@@ -134,7 +173,9 @@ def test_malformed_arrays_are_refused_by_name(npz: Any, changes: dict[str, Any],
 def test_stray_labels_are_out_of_range_without_a_named_set_too(npz: Any) -> None:
     labels = (np.arange(30) % 2).astype(np.uint8)
     labels[5] = 255
-    with pytest.raises(UserError, match="label 255 is out of range, as only 3 different ones occur"):
+    with pytest.raises(
+        UserError, match="label 255 is out of range, as only 3 different ones occur"
+    ):
         load(npz(train_labels=labels))
     with pytest.raises(UserError, match="label -1 in row 0"):
         load(npz(train_labels=np.arange(30) % 2 - 1))
@@ -149,7 +190,9 @@ def test_files_that_are_none(tmp_path: Path, npz: Any) -> None:
     (tmp_path / "one.npz").write_bytes((tmp_path / "one.npy").read_bytes())
     np.savez(tmp_path / "nothing.npz")
     for name in ("empty.npz", "text.npz", "one.npz", "nothing.npz", "missing.npz", "."):
-        with pytest.raises(UserError, match=r"no such file|not a readable \.npz file|found no arrays"):
+        with pytest.raises(
+            UserError, match=r"no such file|not a readable \.npz file|found no arrays"
+        ):
             load(tmp_path / name)
 
 
@@ -160,7 +203,10 @@ def test_numpys_advice_is_not_passed_on(name: str, tmp_path: Path, npz: Any) -> 
     pickled = npz(train_labels=np.array([None] * 30))
     for path, told in (
         (tmp_path / "mine.csv", "no .npz file; `data.name: table` reads it"),
-        (tmp_path / "mine.npz", "not a readable .npz file: it is no whole archive of arrays, as numpy.savez writes it"),
+        (
+            tmp_path / "mine.npz",
+            "not a readable .npz file: it is no whole archive of arrays, as numpy.savez writes it",
+        ),
         (pickled, "not a readable .npz file: it has an array of Python objects; save numbers"),
         (tmp_path / "mine.cvs", "no such file; did you mean 'mine.csv'?"),
     ):

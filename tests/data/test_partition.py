@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.config.source import PartitionConfig
+from hetero_fl.config.data import PartitionConfig
+from hetero_fl.core.task import Task
 from hetero_fl.data import deal, strata
-from hetero_fl.data.shares import apportion, cut_below
-from hetero_fl.errors import UserError
-from hetero_fl.task import Task
+from hetero_fl.data.partition import apportion, cut_below
+from hetero_fl.utils.errors import UserError
 
 TEN = Task("multiclass", 10)
 
@@ -43,7 +43,9 @@ def test_every_row_goes_to_exactly_one_client(
     config = PartitionConfig(kind=kind, alpha=alpha, classes=each, min_size=min_size)
     try:
         parts = deal(y, None, config, sizes, Task("multiclass", 3), seed)
-    except UserError as error:  # few rows of a class for one of very small size: there may be no such deal
+    except (
+        UserError
+    ) as error:  # few rows of a class for one of very small size: there may be no such deal
         assert kind == "classes" and "min_size" in str(error)
         return
     assert len(parts) == len(sizes)
@@ -85,7 +87,9 @@ def test_dirichlet_is_as_skewed_as_alpha_says() -> None:
     for alpha, low, high in ((0.1, 0.55, 1.0), (1.0, 0.22, 0.4), (100.0, 0.1, 0.16)):
         found = []
         for seed in range(3):
-            parts = deal(y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1] * 10, TEN, seed)
+            parts = deal(
+                y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1] * 10, TEN, seed
+            )
             share = counts(parts, y).double() / torch.tensor([len(p) for p in parts])[:, None]
             found.append(share.max(1).values.mean())  # how much of a client is its commonest class
         assert low < sum(found) / 3 < high
@@ -95,12 +99,24 @@ def test_dirichlet_follows_its_definition() -> None:
     """Variance of a class's proportions is that of Dirichlet(alpha): (1/K)(1 - 1/K)/(K·alpha + 1)."""
     y, clients, alpha = torch.arange(100_000) % 100, 5, 0.7
     parts = deal(
-        y, None, PartitionConfig(kind="dirichlet", alpha=alpha, min_size=1), [1] * clients, Task("multiclass", 100), 0
+        y,
+        None,
+        PartitionConfig(kind="dirichlet", alpha=alpha, min_size=1),
+        [1] * clients,
+        Task("multiclass", 100),
+        0,
     )
     proportions = counts(parts, y).double() / 1000
     expected = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
     assert proportions.var(correction=0).item() == pytest.approx(expected, rel=0.15)
-    sized = deal(y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1, 1, 1, 1, 4], Task("multiclass", 100), 0)
+    sized = deal(
+        y,
+        None,
+        PartitionConfig(kind="dirichlet", alpha=alpha),
+        [1, 1, 1, 1, 4],
+        Task("multiclass", 100),
+        0,
+    )
     assert len(sized[4]) / len(y) == pytest.approx(0.5, abs=0.06)
 
 
@@ -121,7 +137,8 @@ def test_classes_are_held_evenly_and_dealt_by_size() -> None:
     assert all(len(p) == 200 for p in parts)
     small, large = deal(y, None, PartitionConfig(kind="classes", classes=10), [1, 3], TEN, 0)
     assert (len(small), len(large)) == (500, 1500)
-    few = deal(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, 0)  # six classes find a holder
+    # six classes find a holder
+    few = deal(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, 0)
     assert (counts(few, y) > 0).sum().item() == 6 and all(len(p) == 400 for p in few)
     with pytest.raises(UserError, match="found 4, but the training rows have 3 classes"):
         deal(y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, 0)
@@ -139,21 +156,34 @@ def test_dirichlet_below_a_cap() -> None:
         before = held.cumsum(1) - held
         assert (held[before >= cap * 1000] == 0).all()
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(10_000))
-        free = deal(y, None, PartitionConfig(kind="dirichlet", alpha=0.1, min_size=1), [1] * 10, TEN, 3)
-        assert torch.equal(counts(parts, y)[:, 0], counts(free, y)[:, 0])  # nobody is full before the first class
-        assert held.sum(1).max() <= cap * 1000 + 1000 and (counts(free, y).sum(1).max() > held.sum(1).max() or cap == 2)
-    sized = deal(y, None, PartitionConfig(kind="dirichlet", alpha=0.1, cap=1, min_size=1), [1, 9], TEN, 0)
+        free = deal(
+            y, None, PartitionConfig(kind="dirichlet", alpha=0.1, min_size=1), [1] * 10, TEN, 3
+        )
+        # nobody is full before the first class
+        assert torch.equal(counts(parts, y)[:, 0], counts(free, y)[:, 0])
+        assert held.sum(1).max() <= cap * 1000 + 1000 and (
+            counts(free, y).sum(1).max() > held.sum(1).max() or cap == 2
+        )
+    sized = deal(
+        y, None, PartitionConfig(kind="dirichlet", alpha=0.1, cap=1, min_size=1), [1, 9], TEN, 0
+    )
     assert len(sized[0]) <= 1000 + 1000
     loose = PartitionConfig(kind="dirichlet", alpha=0.1, cap=1e9, min_size=1)
-    assert all(torch.equal(a, b) for a, b in zip(deal(y, None, loose, [1] * 10, TEN, 3), free, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(deal(y, None, loose, [1] * 10, TEN, 3), free, strict=True)
+    )
 
 
 def test_cut_below_shares_a_class_by_the_proportions_of_those_who_are_not_full() -> None:
-    proportions, rows = np.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]), np.array([100, 100, 90])
+    proportions, rows = (
+        np.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]),
+        np.array([100, 100, 90]),
+    )
     dealt = cut_below(proportions, rows, np.array([50, 100, 200]))
     assert dealt.tolist() == [[60, 30, 10], [0, 75, 25], [0, 0, 90]]
     even = cut_below(proportions[[0, 2]], np.array([100, 90]), np.array([50, 200, 200]))
-    assert even.tolist() == [[60, 30, 10], [0, 45, 45]]  # nobody who is not full has a proportion of it: evenly
+    # nobody who is not full has a proportion of it: evenly
+    assert even.tolist() == [[60, 30, 10], [0, 45, 45]]
 
 
 def test_classes_may_differ_in_number_and_be_few_shot() -> None:
@@ -164,17 +194,24 @@ def test_classes_may_differ_in_number_and_be_few_shot() -> None:
     many = (held > 0).sum(1)
     assert set(many.tolist()) == {2, 3, 4, 5} and ((held == 0) | (held == 90)).all()
     assert len(torch.cat(parts).unique()) == len(torch.cat(parts))
-    one = deal(y, None, PartitionConfig(kind="classes", classes=1, classes_spread=1), [1] * 20, TEN, 0)
+    one = deal(
+        y, None, PartitionConfig(kind="classes", classes=1, classes_spread=1), [1] * 20, TEN, 0
+    )
     assert set((counts(one, y) > 0).sum(1).tolist()) == {1, 2}
     sized = deal(y, None, PartitionConfig(kind="classes", classes=2, shots=90), [1, 3], TEN, 0)
     assert [len(p) for p in sized] == [90, 270]
-    with pytest.raises(UserError, match=r"data\.partition\.shots: found 600; class \d has 1000 rows, and \d clients"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.partition\.shots: found 600; class \d has 1000 rows, and \d clients",
+    ):
         deal(y, None, PartitionConfig(kind="classes", classes=2, shots=600), [1] * 10, TEN, 0)
 
 
 def test_quantity_skews_sizes_and_not_labels() -> None:
     y = labels(10_000, classes=4)
-    parts = deal(y, None, PartitionConfig(kind="quantity", alpha=0.3), [1] * 8, Task("multiclass", 4), 1)
+    parts = deal(
+        y, None, PartitionConfig(kind="quantity", alpha=0.3), [1] * 8, Task("multiclass", 4), 1
+    )
     sizes = torch.tensor([len(p) for p in parts]).double()
     assert sizes.max() > 4 * sizes.median()
     assert (counts(parts, y)[sizes.argmax()] / sizes.max() - 0.25).abs().max() < 0.05
@@ -193,12 +230,16 @@ def test_natural() -> None:
 
 
 def test_strata() -> None:
-    y = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 0, 1], [1, 1, 0]])  # rarest label: 2, then 1, then 0
+    # rarest label: 2, then 1, then 0
+    y = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 0, 1], [1, 1, 0]])
     assert strata(y, Task("multilabel", 3)).tolist() == [2, 1, 0, 3, 2]
     tenths = strata(torch.randperm(1000)[:, None].float(), Task("regression", 1))
     assert torch.bincount(tenths).tolist() == [100] * 10
     assert strata(torch.zeros(5, 1), Task("regression", 1)).unique().numel() == 1
-    for task, targets in ((Task("multilabel", 3), y.repeat(50, 1)), (Task("regression", 1), torch.randn(200, 1))):
+    for task, targets in (
+        (Task("multilabel", 3), y.repeat(50, 1)),
+        (Task("regression", 1), torch.randn(200, 1)),
+    ):
         parts = deal(targets, None, PartitionConfig(kind="dirichlet"), [1] * 4, task, 0)
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(targets)))
 
@@ -206,13 +247,16 @@ def test_strata() -> None:
 def test_seed_decides() -> None:
     y = labels(500)
     for kind in ("iid", "dirichlet", "classes", "quantity"):
-        first, second = (deal(y, None, PartitionConfig(kind=kind), [1] * 5, TEN, seed) for seed in (0, 1))
+        first, second = (
+            deal(y, None, PartitionConfig(kind=kind), [1] * 5, TEN, seed) for seed in (0, 1)
+        )
         assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_too_few_rows() -> None:
     with pytest.raises(
-        UserError, match=r"data\.partition\.min_size: found 20, but 99 training rows are left for 5 clients; at most 19"
+        UserError,
+        match=r"data\.partition\.min_size: found 20, but 99 training rows are left for 5 clients; at most 19",
     ):
         deal(labels(99), None, PartitionConfig(), [1] * 5, TEN, 0)
 
@@ -233,10 +277,14 @@ OWN = {
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[torch.Tensor]]:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_partition.py").write_text("\n".join(f"{name} = {code}" for name, code in OWN.items()))
+    (tmp_path / "own_partition.py").write_text(
+        "\n".join(f"{name} = {code}" for name, code in OWN.items())
+    )
 
     def run(name: str) -> list[torch.Tensor]:
-        return deal(labels(100), None, PartitionConfig(kind=f"python:own_partition:{name}"), [1, 1], TEN, 0)
+        return deal(
+            labels(100), None, PartitionConfig(kind=f"python:own_partition:{name}"), [1, 1], TEN, 0
+        )
 
     return run
 
@@ -256,11 +304,17 @@ def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
     ):
         with pytest.raises(UserError) as refused:
             own(name)
-        assert str(refused.value).startswith("data.partition.kind: ") and words in str(refused.value)
+        assert str(refused.value).startswith("data.partition.kind: ") and words in str(
+            refused.value
+        )
 
 
 def test_in_order_cuts_equal_slices_as_the_rows_lie() -> None:
-    parts = deal(labels(103), None, PartitionConfig(kind="in_order", min_size=1), [1.0] * 10, TEN, seed=3)
+    parts = deal(
+        labels(103), None, PartitionConfig(kind="in_order", min_size=1), [1.0] * 10, TEN, seed=3
+    )
     assert torch.equal(torch.cat(parts), torch.arange(103)) and {len(p) for p in parts} == {10, 11}
-    first, second = deal(labels(40), None, PartitionConfig(kind="in_order", min_size=1), [3.0, 1.0], TEN, seed=4)
+    first, second = deal(
+        labels(40), None, PartitionConfig(kind="in_order", min_size=1), [3.0, 1.0], TEN, seed=4
+    )
     assert torch.equal(first, torch.arange(30)) and torch.equal(second, torch.arange(30, 40))

@@ -12,13 +12,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.config.source import DataConfig, PartitionConfig, ProxyConfig, SourceConfig, SplitConfig
+from hetero_fl.config.data import (
+    DataConfig,
+    PartitionConfig,
+    ProxyConfig,
+    SourceConfig,
+    SplitConfig,
+)
+from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, deal, federate, load_source, with_test
-from hetero_fl.data.patients import commonest, draw_patients, fill_up, torn
-from hetero_fl.errors import UserError
-from hetero_fl.task import Task
-
-from .federations import PLAIN_CLIENT, THREE, numbered, rows_of
+from hetero_fl.data.partition import commonest, fill_up, torn
+from hetero_fl.data.splits import draw_patients
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import PLAIN_CLIENT, THREE, numbered, rows_of
 
 THREE_CLASSES = Task("multiclass", 3)
 PATIENTS = st.lists(st.integers(1, 9), min_size=30, max_size=60)  # rows of each
@@ -33,7 +39,11 @@ def patients_of(sizes: list[int], seed: int) -> torch.Tensor:
 def places_of(data: FederatedData) -> list[list[int]]:
     """Training rows (their numbers) by the place they ended in."""
     places = [rows_of(data, c, s) for c in data.client_ids for s in ("train", "validation", "test")]
-    return [*places, rows_of(data, "", "common_validation"), *([rows_of(data, "", "proxy")] if data.n_proxy else [])]
+    return [
+        *places,
+        rows_of(data, "", "common_validation"),
+        *([rows_of(data, "", "proxy")] if data.n_proxy else []),
+    ]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -47,7 +57,13 @@ def places_of(data: FederatedData) -> list[list[int]]:
     seed=st.integers(0, 999),
 )
 def test_no_patient_is_in_two_places(
-    sizes: list[int], kind: str, clients: int, proxy: int, limit: int | None, carved: bool, seed: int
+    sizes: list[int],
+    kind: str,
+    clients: int,
+    proxy: int,
+    limit: int | None,
+    carved: bool,
+    seed: int,
 ) -> None:
     patient = patients_of(sizes, seed)
     assume(len(patient) >= 100)
@@ -105,7 +121,10 @@ def test_every_partition_deals_whole_patients(
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    st.lists(st.integers(1, 12), min_size=2, max_size=30), st.integers(0, 200), st.integers(0, 1), st.integers(0, 99)
+    st.lists(st.integers(1, 12), min_size=2, max_size=30),
+    st.integers(0, 200),
+    st.integers(0, 1),
+    st.integers(0, 99),
 )
 def test_drawn_patients(sizes: list[int], count: int, leave: int, seed: int) -> None:
     patient = patients_of(sizes, seed)
@@ -113,13 +132,15 @@ def test_drawn_patients(sizes: list[int], count: int, leave: int, seed: int) -> 
     taken, left = set(patient[drawn].tolist()), set(patient[~drawn].tolist())
     assert not taken & left and len(left) >= leave and bool(taken) == (count > 0)
     assert int(drawn.sum()) <= max(count, min(sizes))
-    if leave < len(left) and taken and count >= min(sizes):  # nobody who is left would have fitted, too
+    # nobody who is left would have fitted, too
+    if leave < len(left) and taken and count >= min(sizes):
         assert min(sizes[p] for p in left) > count - int(drawn.sum())
 
 
 def test_commonest_stratum_of_a_patient() -> None:
     strata = torch.tensor([2, 0, 2, 1, 1, 0, 4])
-    assert commonest(strata, torch.tensor([0, 0, 0, 1, 2, 2, 3])).tolist() == [2, 1, 0, 4]  # of equals the lowest
+    # of equals the lowest
+    assert commonest(strata, torch.tensor([0, 0, 0, 1, 2, 2, 3])).tolist() == [2, 1, 0, 4]
 
 
 def test_short_clients_are_filled_with_whole_patients() -> None:
@@ -133,7 +154,9 @@ def test_short_clients_are_filled_with_whole_patients() -> None:
 def test_labels_are_still_skewed_by_dirichlet() -> None:
     patient = torch.arange(3000) // 3
     y = patient % 3
-    parts = deal(y, None, PartitionConfig(kind="dirichlet", alpha=0.1), [1] * 6, THREE_CLASSES, 0, patient)
+    parts = deal(
+        y, None, PartitionConfig(kind="dirichlet", alpha=0.1), [1] * 6, THREE_CLASSES, 0, patient
+    )
     share = torch.stack([torch.bincount(y[p], minlength=3) / len(p) for p in parts])
     assert share.max(1).values.mean() > 0.6
 
@@ -143,13 +166,18 @@ def test_one_row_a_patient_is_like_none() -> None:
     y = torch.arange(300) % 3
     for kind in ("iid", "quantity"):
         config = PartitionConfig(kind=kind)
-        plain, whole = (deal(y, None, config, [1, 2], THREE_CLASSES, 0, p) for p in (None, torch.arange(300)))
+        plain, whole = (
+            deal(y, None, config, [1, 2], THREE_CLASSES, 0, p) for p in (None, torch.arange(300))
+        )
         assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
 
 
-def test_what_cannot_be_kept_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_kept_whole_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patient = torch.arange(200) // 2
-    groups = ["a"] * 67 + ["b"] * 66 + ["c"] * 67  # rows 66 and 67 are of two groups, but not of one patient
+    # rows 66 and 67 are of two groups, but not of one patient
+    groups = ["a"] * 67 + ["b"] * 66 + ["c"] * 67
     natural = DataConfig(partition=PartitionConfig(kind="natural"))
     federate(numbered(groups=groups, patient=(torch.arange(200) + 1) // 2), natural, THREE, 0)
     with pytest.raises(UserError, match="patient '33' has rows in groups 'a' and 'b'"):
@@ -165,14 +193,31 @@ def test_what_cannot_be_kept_whole_is_refused(tmp_path: Path, monkeypatch: pytes
                     seed,
                 )
     with pytest.raises(UserError, match="2 patients are left for 3 clients"):
-        deal(torch.zeros(200).long(), None, PartitionConfig(), [1] * 3, THREE_CLASSES, 0, patient // 50)
+        deal(
+            torch.zeros(200).long(),
+            None,
+            PartitionConfig(),
+            [1] * 3,
+            THREE_CLASSES,
+            0,
+            patient // 50,
+        )
     with pytest.raises(UserError, match=r"data\.patient: found 1 patients; too few"):
         with_test(replace(numbered(patient=[5] * 200), test=None))
-    with pytest.raises(UserError, match=r"data\.patient: client 'a' has rows of 2 patients, too few to split"):
+    with pytest.raises(
+        UserError, match=r"data\.patient: client 'a' has rows of 2 patients, too few to split"
+    ):
         given_validation = (torch.full((5, 1), 1e4), [0] * 5)
-        federate(numbered(patient=patient // 50, validation=given_validation), DataConfig(), {"a": PLAIN_CLIENT}, 0)
+        federate(
+            numbered(patient=patient // 50, validation=given_validation),
+            DataConfig(),
+            {"a": PLAIN_CLIENT},
+            0,
+        )
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_deal_patients.py").write_text("def odd(*a):\n    return [range(0, 200, 2), range(1, 200, 2)]\n")
+    (tmp_path / "own_deal_patients.py").write_text(
+        "def odd(*a):\n    return [range(0, 200, 2), range(1, 200, 2)]\n"
+    )
     own = PartitionConfig(kind="python:own_deal_patients:odd")
     with pytest.raises(UserError, match="deals rows 0 and 1, which are of one patient"):
         deal(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, patient)
@@ -182,7 +227,9 @@ def test_what_cannot_be_kept_whole_is_refused(tmp_path: Path, monkeypatch: pytes
 def table(path: Path, patient: str | None = None, **columns: Any) -> Dataset:
     frame = pd.DataFrame({"a": range(8), "b": [0.5] * 8, "ill": [0, 1] * 4}).assign(**columns)
     frame.to_csv(path, index=False)
-    return load_source(SourceConfig(name="table", path=str(path), label="ill", patient=patient), path.parent)
+    return load_source(
+        SourceConfig(name="table", path=str(path), label="ill", patient=patient), path.parent
+    )
 
 
 def test_patients_of_tables(tmp_path: Path) -> None:
@@ -190,7 +237,9 @@ def test_patients_of_tables(tmp_path: Path) -> None:
     found = table(path, "who", who=["p10", "p2", " p2", "p1"] * 2)
     assert found.train.patient is not None and found.train.patient.tolist() == [2, 1, 1, 0] * 2
     assert found.train.patient_names == ("p1", "p2", "p10") and found.columns == ("a", "b")
-    with pytest.raises(UserError, match=r"data\.patient: .* has no column 'wo'; did you mean 'who'"):
+    with pytest.raises(
+        UserError, match=r"data\.patient: .* has no column 'wo'; did you mean 'who'"
+    ):
         table(path, "wo", who=range(8))
     with pytest.raises(UserError, match=r"data\.patient: found 'ill', which is a label"):
         table(path, "ill")
@@ -220,7 +269,10 @@ def test_patients_of_npz(npz: Any, tmp_path: Path) -> None:
     def load(path: Path, name: str = "npz", patient: str | None = None) -> Dataset:
         return load_source(SourceConfig(name=name, path=str(path), patient=patient), tmp_path)
 
-    for name, file, key in (("npz", npz(patient=who), None), ("chest_xray", npz("b.npz", who=who), "who")):
+    for name, file, key in (
+        ("npz", npz(patient=who), None),
+        ("chest_xray", npz("b.npz", who=who), "who"),
+    ):
         found = load(file, name, key).train
         assert found.patient is not None and found.patient.tolist() == [i // 3 for i in range(30)]
     assert load(npz()).train.patient is None

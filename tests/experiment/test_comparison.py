@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from hetero_fl.algorithms import algorithm
-from hetero_fl.brackets import pieces
 from hetero_fl.cli import main
-from hetero_fl.errors import UserError
-from hetero_fl.experiment import compare, comparison, jobs
+from hetero_fl.experiment import compare, comparison
+from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.wording import algorithm_base, algorithm_name
-from tests.small import config
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import pieces
+from tests.helpers.small_federations import config
 
 
 @pytest.fixture
@@ -25,9 +25,11 @@ def one_after_another(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs in this process; returns the folders of those that ran."""
     ran: list[str] = []
 
-    def run_all(source: Any, base: list[str], work: list[jobs.Job], *others: Any) -> dict[Any, str]:
+    def run_all(
+        source: Any, base: list[str], work: list[comparison.Job], *others: Any
+    ) -> dict[Any, str]:
         for job in work:
-            jobs.run_one(source, [*base, *job.overrides], job.out)
+            comparison.run_one(source, [*base, *job.overrides], job.out)
             ran.append(job.out.name)
         return {}
 
@@ -36,7 +38,9 @@ def one_after_another(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    return config("local", "linear", 2, rounds=1, output={"plots": False, "report": False}, **changes)
+    return config(
+        "local", "linear", 2, rounds=1, output={"plots": False, "report": False}, **changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def small(**changes: Any) -> dict[str, Any]:
         (["--seeds", ","], "--seeds: found ','"),
         (["--seeds", "0,x"], "--seeds: found '0,x'"),
         (["--seeds", "0,-1"], "--seeds: found '0,-1'"),
-        (["--algorithms", ","], "--algorithms: found none; choose from all, dense, fedavg"),
+        (["--algorithms", ","], "--algorithms: found none; choose from all, fedasync, fedbuff"),
         (["--jobs", "0"], "--jobs: found 0; take 1 or more"),
         (["--jobs", "-1"], "--jobs: found -1; take 1 or more"),
         (["--out", "a_file"], "--out: a_file is a file; name a folder"),
@@ -64,7 +68,11 @@ def small(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_wrong_flags(
-    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a_file").write_text("")
@@ -96,7 +104,9 @@ def test_the_grid_without_test_rows_at_home(tmp_path: Path, one_after_another: l
 
 
 @pytest.mark.slow
-def test_the_candidates_are_shown_with_their_validation(tmp_path: Path, one_after_another: list[str]) -> None:
+def test_the_candidates_are_shown_with_their_validation(
+    tmp_path: Path, one_after_another: list[str]
+) -> None:
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
     compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)
     out = tmp_path / "out"
@@ -107,17 +117,27 @@ def test_the_candidates_are_shown_with_their_validation(tmp_path: Path, one_afte
             both = []
             for seed in (0, 1):
                 point = f"clients.defaults.optimizer.lr={value.replace('-', '_')}"
-                both.append(Run(out / "runs" / f"{name}-{point}-seed{seed}").metrics[-1]["validation"])
-            scores = [v[which]["balanced_accuracy"] for v in both for which in ("personal", "global")]
+                both.append(
+                    Run(out / "runs" / f"{name}-{point}-seed{seed}").metrics[-1]["validation"]
+                )
+            scores = [
+                v[which]["balanced_accuracy"] for v in both for which in ("personal", "global")
+            ]
             shown = f"{100 * fmean(scores):.1f}"
-            (line,) = [row for row in section.splitlines() if algorithm_name(name) in row and f"lr={value} " in row]
+            (line,) = [
+                row
+                for row in section.splitlines()
+                if algorithm_name(name) in row and f"lr={value} " in row
+            ]
             assert line.split("|")[3].strip() in (shown, f"**{shown}**")
             assert f'<td class="text">clients.defaults.optimizer.lr={value}</td>' in page
         assert section.count("**") == 4
 
 
-def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from hetero_fl.task import Task
+def test_the_choice_follows_the_metric_of_the_task(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from hetero_fl.core.task import Task
 
     class Finished:
         def __init__(self, path: Path) -> None:
@@ -127,9 +147,12 @@ def test_the_choice_follows_the_metric_of_the_task(monkeypatch: pytest.MonkeyPat
             self.metrics = [{"validation": {"personal": None, "global": {**both, **accuracy}}}]
 
     monkeypatch.setattr(comparison, "Run", Finished)
-    variant = jobs.Variant.parse("local")
+    variant = comparison.Variant.parse("local")
     points = [("lr=1",), ("lr=2",)]
-    done = [jobs.Job(variant, p, 0, Path(name)) for p, name in zip(points, ("first", "second"), strict=True)]
+    done = [
+        comparison.Job(variant, p, 0, Path(name))
+        for p, name in zip(points, ("first", "second"), strict=True)
+    ]
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
         task = Task(kind, 3)  # type: ignore[arg-type]
         scores = comparison._validations(done, task)
@@ -141,7 +164,10 @@ def test_a_list_is_not_split_within_brackets(tmp_path: Path, one_after_another: 
     asked = 'local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},heterofl:widths={site_1:1,"site_2":0.5}:model=mlp'
     compare(small(), asked, out=tmp_path / "out", grid={})
     assert len(one_after_another) == 3
-    widths = [Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"] for name in one_after_another]
+    widths = [
+        Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"]
+        for name in one_after_another
+    ]
     assert widths[1]["widths"] == widths[2]["widths"] == {"site_1": 1.0, "site_2": 0.5}
     assert widths[1]["model"]["hidden"] == [8, 8]
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
@@ -151,13 +177,21 @@ def test_a_list_is_not_split_within_brackets(tmp_path: Path, one_after_another: 
 @pytest.mark.parametrize(
     ("label", "base", "name"),
     [
-        ("fml:mentee={name: mlp, hidden: [16]}:beta=1", "fml", "FML (mentee = {name: mlp, hidden: [16]}, beta = 1)"),
-        ("python:a.b:Own:net={name: mlp}:mu=1", "python:a.b:Own", "Own (net = {name: mlp}, mu = 1)"),
+        (
+            "fml:mentee={name: mlp, hidden: [16]}:beta=1",
+            "fml",
+            "FML (mentee = {name: mlp, hidden: [16]}, beta = 1)",
+        ),
+        (
+            "python:a.b:Own:net={name: mlp}:mu=1",
+            "python:a.b:Own",
+            "Own (net = {name: mlp}, mu = 1)",
+        ),
     ],
 )
 def test_the_settings_of_a_label(label: str, base: str, name: str) -> None:
     assert algorithm_base(label) == base and algorithm_name(label) == name
-    variant = jobs.Variant.parse(label)
+    variant = comparison.Variant.parse(label)
     assert variant.overrides[0] == f"algorithm.name={base}" and len(variant.overrides) == 3
 
 
@@ -170,7 +204,16 @@ def test_a_grid_takes_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return tmp_path
 
     monkeypatch.setattr("hetero_fl.experiment.compare", told)
-    command = ["--config", "c.yaml", "--algorithms", "heterofl", "--out", "o", "--grid", "algorithm.widths=[1,0.5],[1]"]
+    command = [
+        "--config",
+        "c.yaml",
+        "--algorithms",
+        "heterofl",
+        "--out",
+        "o",
+        "--grid",
+        "algorithm.widths=[1,0.5],[1]",
+    ]
     assert main(command, command="compare") == 0
     assert asked["grid"] == {"algorithm.widths": ["[1,0.5]", "[1]"]}
 
@@ -213,9 +256,16 @@ def test_all_is_whatever_the_configuration_admits(
 def test_variants_stand_beside_all(
     tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(algorithm, "_known", {name: algorithm[name] for name in ("local", "fedavg", "fedprox")})
+    monkeypatch.setattr(
+        algorithm, "_known", {name: algorithm[name] for name in ("local", "fedavg", "fedprox")}
+    )
     compare(small(), "all, fedprox:mu=1, fedprox", out=tmp_path / "out")
-    assert one_after_another == ["local-seed0", "fedavg-seed0", "fedprox-seed0", "fedprox_mu=1-seed0"]
+    assert one_after_another == [
+        "local-seed0",
+        "fedavg-seed0",
+        "fedprox-seed0",
+        "fedprox_mu=1-seed0",
+    ]
     with pytest.raises(UserError, match="mu"):
         compare(small(), ["all", "fedprox:mu=-1"], out=tmp_path / "other")
     assert not (tmp_path / "other").exists()

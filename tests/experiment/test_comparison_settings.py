@@ -9,14 +9,13 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
-from hetero_fl.errors import UserError
 from hetero_fl.experiment import compare
-from hetero_fl.experiment.comparison_settings import used_settings
-from hetero_fl.experiment.jobs import Variant
-from hetero_fl.own_code import CodePermission
-from hetero_fl.reporting.comparison_settings import Setting
+from hetero_fl.experiment.comparison import Variant, used_settings
+from hetero_fl.reporting.comparison.facts import Setting
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config
 from tests.reporting.test_report import Page
-from tests.small import config
 
 FILE = {"name": "hybrid", "temperature": 2.0, "heads": "keep"}
 """The file's own method; 2.0 is the default of `temperature`."""
@@ -45,7 +44,9 @@ def test_used_settings_of_another_method_are_its_defaults(label: str) -> None:
 
 def test_used_settings_name_file_variant_override_and_grid() -> None:
     found = settings_of(
-        "hybrid:rehearse=0:clients.per_round=1", ("algorithm.align=0.5",), ("algorithm.distil_epochs=7",)
+        "hybrid:rehearse=0:clients.per_round=1",
+        ("algorithm.align=0.5",),
+        ("algorithm.distil_epochs=7",),
     )
 
     assert set(found) == {
@@ -94,9 +95,16 @@ def test_note_says_which_method_the_file_settings_went_to(
 
 
 @pytest.mark.slow
-def test_compare_prints_and_writes_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_and_writes_the_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small()))
-    command = ["--config", str(tmp_path / "small.yaml"), "--algorithms", "local,fedprox:mu=0.5,fedavg,hybrid"]
+    command = [
+        "--config",
+        str(tmp_path / "small.yaml"),
+        "--algorithms",
+        "local,fedprox:mu=0.5,fedavg,hybrid",
+    ]
     grid = ["--grid", "clients.defaults.optimizer.lr=0.01,0.02", "--jobs", "2"]
 
     assert main([*command, *grid, "--out", str(tmp_path / "out")], command="compare") == 0
@@ -112,17 +120,34 @@ def test_compare_prints_and_writes_the_settings(tmp_path: Path, capsys: pytest.C
     assert "settings of Hybrid: heads = keep (algorithm section of small.yaml)" in console
     section = written.partition("## Settings")[2].partition("## The methods")[0]
     (hybrid,) = [line for line in section.splitlines() if line.startswith("- **Hybrid:**")]
-    assert "heads = keep (algorithm section of small.yaml); clients.defaults.optimizer.lr = 0.0" in hybrid
+    assert (
+        "heads = keep (algorithm section of small.yaml); clients.defaults.optimizer.lr = 0.0"
+        in hybrid
+    )
     assert hybrid.endswith("(grid, chosen by validation)")
 
 
 @pytest.mark.slow
-def test_compare_names_the_study_as_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_names_the_study_as_the_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small()))
-    study = {"config": "small.yaml", "algorithms": ["local:logit_adjustment=true", "fedavg"], "jobs": 1}
-    (tmp_path / "both.yaml").write_text(yaml.safe_dump({**study, "overrides": ["algorithm.logit_adjustment=true"]}))
+    study = {
+        "config": "small.yaml",
+        "algorithms": ["local:logit_adjustment=true", "fedavg"],
+        "jobs": 1,
+    }
+    (tmp_path / "both.yaml").write_text(
+        yaml.safe_dump({**study, "overrides": ["algorithm.logit_adjustment=true"]})
+    )
 
-    assert main(["--study", str(tmp_path / "both.yaml"), "--out", str(tmp_path / "out")], command="compare") == 0
+    assert (
+        main(
+            ["--study", str(tmp_path / "both.yaml"), "--out", str(tmp_path / "out")],
+            command="compare",
+        )
+        == 0
+    )
 
     told = capsys.readouterr().err
     assert "settings of FedAvg: logit_adjustment = true (study both.yaml)" in told
@@ -133,7 +158,10 @@ def test_compare_names_the_study_as_the_source(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 def test_compare_from_python_takes_settings_from_a_dictionary(tmp_path: Path) -> None:
     out = compare(small(), "local,hybrid", out=tmp_path / "out", jobs=1)
-    assert "heads = keep (algorithm section of the configuration)" in (out / "comparison.md").read_text()
+    assert (
+        "heads = keep (algorithm section of the configuration)"
+        in (out / "comparison.md").read_text()
+    )
 
 
 OWN_METHOD = """
@@ -154,7 +182,9 @@ def test_used_settings_run_no_code_without_permission() -> None:
 
 
 @pytest.mark.slow
-def test_compare_lists_the_settings_of_a_custom_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_lists_the_settings_of_a_custom_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine_settings.py").write_text(OWN_METHOD)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -162,4 +192,6 @@ def test_compare_lists_the_settings_of_a_custom_method(tmp_path: Path, monkeypat
     labels = ["local", "python:mine_settings:Mine:strength=3"]
     out = compare(small(), labels, out=tmp_path / "out", jobs=1, allow_code=True)
 
-    assert "- **Mine (strength = 3):** strength = 3.0 (variant)" in (out / "comparison.md").read_text()
+    assert (
+        "- **Mine (strength = 3):** strength = 3.0 (variant)" in (out / "comparison.md").read_text()
+    )

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from hetero_fl.cli import main
-from hetero_fl.reporting.rundir import locked
-from hetero_fl.runtime.checkpoint import Checkpoints
-from hetero_fl.runtime.rounds import Rounds
-from tests.small import config
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.reporting.run_directory import locked
+from tests.helpers.small_federations import config
 
 
 @pytest.fixture
@@ -85,11 +85,16 @@ def test_a_full_disk_is_one_line_and_what_was_committed_is_gone_on_with(
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_callers_own_way_to_end_is_put_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_callers_own_way_to_end_is_put_back(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = lambda number, frame: None  # noqa: E731
     kept = signal.signal(signal.SIGTERM, mine)
     try:
-        for arguments, status in ((["--config", "c.yaml", "--out", "a"], 0), (["--config", "none.yaml"], 2)):
+        for arguments, status in (
+            (["--config", "c.yaml", "--out", "a"], 0),
+            (["--config", "none.yaml"], 2),
+        ):
             assert main(["train", *arguments]) == status
             assert signal.getsignal(signal.SIGTERM) is mine
     finally:
@@ -97,7 +102,10 @@ def test_the_callers_own_way_to_end_is_put_back(folder: Path, capsys: pytest.Cap
 
 
 def test_a_script_is_named_as_it_was_started(
-    folder: Path, stopped_after: dict[int, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    stopped_after: dict[int, int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stopped_after[0] = signal.SIGINT
     given = ["--config", "c.yaml", "--out", "a run"]
@@ -114,12 +122,14 @@ def test_before_there_is_a_run_nothing_is_promised(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hetero_fl.experiment.single.prepare", stop)
+    monkeypatch.setattr("hetero_fl.experiment.runner.prepare", stop)
     assert main(["train", "--config", "c.yaml", "--out", "a"]) == 130
     assert capsys.readouterr().err == "interrupted; there is nothing yet to go on from\n"
 
 
-def test_a_name_that_is_nearly_that_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_nearly_that_of_a_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "--config", "c.yaml", "--out", "runs/first", "rounds=1"]) == 0
     capsys.readouterr()
     assert main(["train", "--resume", "--out", "runs/frist"]) == 2
@@ -149,5 +159,8 @@ def test_a_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture
         with locked(Path("a")):
             assert main(["train", "--config", "c.yaml", "--out", "a", *flags, "rounds=1"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == "error: a: another process is at work there; let it end, or choose another --out"
+        assert (
+            line
+            == "error: a: another process is at work there; let it end, or choose another --out"
+        )
     assert [p.name for p in Path("a").iterdir()] == [".lock"]

@@ -10,20 +10,30 @@ import pytest
 import torch
 
 from hetero_fl import Run, evaluate, run
-from hetero_fl.config.source import SourceConfig
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.metrics import score
 from hetero_fl.data import load_source, with_test
-from hetero_fl.errors import UserError
-from hetero_fl.experiment.course import start_from
-from hetero_fl.metrics import score
-from tests.small import MIXED, config, rounds_of
+from hetero_fl.experiment.runner import start_from
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import MIXED, config, rounds_of
 
-FILES = ["config.yaml", "metrics.jsonl", "summary.json", "details.json", "report.html", "log.txt", "environment.json"]
+FILES = [
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "details.json",
+    "report.html",
+    "log.txt",
+    "environment.json",
+]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.set_num_threads(1)
-    source = config("hybrid", MIXED, clients=4, rounds=3, server={"model": "mlp"}, data__test_limit=None)
+    source = config(
+        "hybrid", MIXED, clients=4, rounds=3, server={"model": "mlp"}, data__test_limit=None
+    )
     return run(source, out=tmp_path_factory.mktemp("runs") / "a")
 
 
@@ -31,7 +41,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_run_directory_is_complete(finished: Run) -> None:
     for name in FILES:
         assert (finished.path / name).stat().st_size > 0
-    assert {p.stem for p in (finished.path / "models").iterdir()} == {"site_1", "site_2", "site_3", "site_4", "server"}
+    assert {p.stem for p in (finished.path / "models").iterdir()} == {
+        "site_1",
+        "site_2",
+        "site_3",
+        "site_4",
+        "server",
+    }
     assert len(list((finished.path / "plots").glob("*.png"))) >= 5
     assert len(list((finished.path / "checkpoint").iterdir())) == 2
 
@@ -41,15 +57,25 @@ def test_the_summary_keeps_its_contract(finished: Run) -> None:
     assert set(s) == {"name", "algorithm", "seed", "rounds_completed", "data", "personal", "global", "server", "clients",
                       "communication", "seconds", "privacy"}  # fmt: skip
     assert s["rounds_completed"] == 3 and s["algorithm"] == "hybrid" and s["privacy"] is None
-    assert set(s["data"]) == {"name", "simulated", "n_train", "n_proxy", "n_test"} and s["data"]["simulated"] is False
+    assert (
+        set(s["data"]) == {"name", "simulated", "n_train", "n_proxy", "n_test"}
+        and s["data"]["simulated"] is False
+    )
     for which in ("personal", "global", "server"):
         for when in ("last", "best_by_validation"):
-            assert {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "average_precision", "loss"} <= set(
-                s[which][when]
-            )
+            assert {
+                "accuracy",
+                "balanced_accuracy",
+                "macro_f1",
+                "auroc",
+                "average_precision",
+                "loss",
+            } <= set(s[which][when])
         assert 1 <= s[which]["best_by_validation"]["round"] <= 3
     assert {"accuracy_std", "accuracy_worst"} <= set(s["global"]["last"])
-    assert [set(c) for c in s["clients"]] == [{"id", "model", "parameters", "n_train", "personal", "global"}] * 4
+    assert [set(c) for c in s["clients"]] == [
+        {"id", "model", "parameters", "n_train", "personal", "global"}
+    ] * 4
     assert s["communication"]["up_bytes"] == sum(r["up_bytes"] for r in finished.metrics) > 0
     assert s["communication"]["down_bytes"] == sum(r["down_bytes"] for r in finished.metrics) > 0
     assert "NaN" not in (finished.path / "summary.json").read_text()
@@ -64,9 +90,12 @@ def test_saved_models_score_as_the_summary_says(finished: Run) -> None:
         again = score(finished.models[client["id"]].task, said.log(), digits.test.y)
         assert again["accuracy"] == pytest.approx(client["global"]["accuracy"], abs=1e-9)
     by_name = evaluate(finished, "digits")
-    assert by_name["server"]["accuracy"] == pytest.approx(finished.summary["server"]["last"]["accuracy"], abs=1e-9)
+    assert by_name["server"]["accuracy"] == pytest.approx(
+        finished.summary["server"]["last"]["accuracy"], abs=1e-9
+    )
     home = finished.predict("site_1", digits.test.x, home=True)
-    assert not torch.allclose(home, finished.predict("site_1", digits.test.x, home=False))  # log π is added
+    # log π is added
+    assert not torch.allclose(home, finished.predict("site_1", digits.test.x, home=False))
 
 
 def test_an_unknown_client_gives_the_nearest(finished: Run) -> None:
@@ -75,7 +104,9 @@ def test_an_unknown_client_gives_the_nearest(finished: Run) -> None:
 
 
 def test_a_run_starts_from_anothers_models(finished: Run, tmp_path: Path) -> None:
-    source = config("local", MIXED, clients=4, rounds=1, init_from=str(finished.path), data__test_limit=None)
+    source = config(
+        "local", MIXED, clients=4, rounds=1, init_from=str(finished.path), data__test_limit=None
+    )
     source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-12}}
     after = run(source, out=tmp_path / "b")
     for id in ("site_1", "site_2"):
@@ -117,11 +148,14 @@ def test_callbacks_see_each_round_once_it_is_safe(tmp_path: Path) -> None:
         out=tmp_path / "a", callbacks=[callback])  # fmt: skip
     assert seen == [1, 2, 3]
     records = Run(tmp_path / "a").metrics
-    assert [r.get("global") is not None for r in records] == [False, True, True]  # every second, and the last
+    # every second, and the last
+    assert [r.get("global") is not None for r in records] == [False, True, True]
 
 
 def test_early_stopping(tmp_path: Path) -> None:
-    source = config("local", rounds=30, evaluation={"patience": 2}, output={"plots": False, "report": False})
+    source = config(
+        "local", rounds=30, evaluation={"patience": 2}, output={"plots": False, "report": False}
+    )
     source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
     stopped = run(source, out=tmp_path / "a")
     assert stopped.summary["rounds_completed"] < 8
@@ -130,6 +164,8 @@ def test_early_stopping(tmp_path: Path) -> None:
 
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    source = config("fedavg", rounds=1, output={"plots": False, "report": False, "tensorboard": True})
+    source = config(
+        "fedavg", rounds=1, output={"plots": False, "report": False, "tensorboard": True}
+    )
     run(source, out=tmp_path / "a")
     assert list((tmp_path / "a" / "tensorboard").glob("events*"))

@@ -12,13 +12,19 @@ import torch
 
 from hetero_fl.algorithms import algorithm
 from hetero_fl.data import load_source
-from hetero_fl.errors import UserError
 from hetero_fl.experiment import evaluate, prepare, run
-from hetero_fl.reporting.compare import comparison_row, write_comparison
+from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
 from hetero_fl.reporting.run import Run
+from hetero_fl.utils.errors import UserError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "traffic_hetero.yaml"
-SHORT = ["rounds=2", "clients.defaults.steps=4", "data.test_limit=150", "data.proxy.size=60", "runtime.threads=1"]
+SHORT = [
+    "rounds=2",
+    "clients.defaults.steps=4",
+    "data.test_limit=150",
+    "data.proxy.size=60",
+    "runtime.threads=1",
+]
 CITIES = ["camera_1", "camera_2", "sensor_1", "sensor_2"]
 
 
@@ -38,8 +44,13 @@ def test_figures_are_in_vehicles_and_rules_stand_beside_them(finished: Run) -> N
     own = {i: details["baselines"][i]["personal"]["a week before"]["mae"] for i in CITIES}
     assert own["camera_1"] > 5 * own["sensor_1"] > 5 * own["sensor_2"] / 2  # by their volumes
     week = summary["baselines"]["a week before"]["personal"]
-    assert week["mae"] == pytest.approx(np.mean(list(own.values()))) and week["mae_worst"] == max(own.values())
-    assert 100 < summary["personal"]["last"]["mae"] < 800 and summary["server"]["last"]["mae"] is not None
+    assert week["mae"] == pytest.approx(np.mean(list(own.values()))) and week["mae_worst"] == max(
+        own.values()
+    )
+    assert (
+        100 < summary["personal"]["last"]["mae"] < 800
+        and summary["server"]["last"]["mae"] is not None
+    )
     log = (finished.path / "log.txt").read_text()
     assert " vehicles; global test: mean absolute error" in log and "training until 2022-" in log
 
@@ -48,12 +59,20 @@ def test_forecasts_are_drawn_in_vehicles(finished: Run) -> None:
     found = finished.directory.details()["forecast"]
     data = prepare(CONFIG, SHORT).data
     for city in CITIES:
-        beside, y = data.beside(city, "test"), data.columns(city, "test", data.preprocess(city))["y"]
+        beside, y = (
+            data.beside(city, "test"),
+            data.columns(city, "test", data.preprocess(city))["y"],
+        )
         assert beside.time is not None and beside.unit is not None
         assert found[city]["time"] == sorted(beside.time.tolist())[-168:]
         last = int(beside.time.argmax())
-        assert found[city]["truth"][2][-1] == pytest.approx(float(y[last, 2] * beside.unit[last]), rel=1e-5)
-        assert found[city]["truth"][2][-1] == pytest.approx(round(found[city]["truth"][2][-1]), abs=0.01)  # a count
+        assert found[city]["truth"][2][-1] == pytest.approx(
+            float(y[last, 2] * beside.unit[last]), rel=1e-5
+        )
+        # a count
+        assert found[city]["truth"][2][-1] == pytest.approx(
+            round(found[city]["truth"][2][-1]), abs=0.01
+        )
     assert (finished.path / "plots" / "forecasts.png").stat().st_size > 20_000
     report = (finished.path / "report.html").read_text()
     for words in ("Mean absolute error (vehicles)", "Persistence", "A week before", "Truth and forecast", "squared error",
@@ -64,7 +83,9 @@ def test_forecasts_are_drawn_in_vehicles(finished: Run) -> None:
 def test_predictions_take_a_unit(finished: Run) -> None:
     data = load_source(prepare(CONFIG, SHORT).config.data, Path(), missing=True)
     test = data.test
-    assert test is not None and test.unit is not None and test.group is not None and test.y is not None
+    assert (
+        test is not None and test.unit is not None and test.group is not None and test.y is not None
+    )
     rows = torch.nonzero(test.group == 2).squeeze(1)
     relative = finished.predict("sensor_1", test.x[rows])
     counted = finished.predict("sensor_1", test.x[rows], unit=test.unit[rows])
@@ -89,7 +110,11 @@ def junctions(folder: Path, names: tuple[str, ...] = ("1", "2", "3", "4")) -> Pa
         begin, hours = 200 * place, 1400 - 200 * place
         dates = pd.Timestamp("2023-01-01") + pd.to_timedelta(begin + np.arange(hours), unit="h")
         count = draws.poisson((30 + 10 * place) * (1.2 + np.sin(np.arange(hours) * np.pi / 12)))
-        frames.append(pd.DataFrame({"DateTime": dates.strftime("%Y-%m-%d %H:%M"), "Junction": name, "Vehicles": count}))
+        frames.append(
+            pd.DataFrame(
+                {"DateTime": dates.strftime("%Y-%m-%d %H:%M"), "Junction": name, "Vehicles": count}
+            )
+        )
     path = folder / "junctions.csv"
     pd.concat(frames).to_csv(path, index=False)
     return path
@@ -98,7 +123,9 @@ def junctions(folder: Path, names: tuple[str, ...] = ("1", "2", "3", "4")) -> Pa
 @pytest.mark.slow
 def test_a_file_takes_the_place_of_the_generated_junctions(tmp_path: Path) -> None:
     done = run(
-        CONFIG, overrides=[*SHORT, f"data.path={junctions(tmp_path)}", "output.plots=false"], out=tmp_path / "run"
+        CONFIG,
+        overrides=[*SHORT, f"data.path={junctions(tmp_path)}", "output.plots=false"],
+        out=tmp_path / "run",
     )
     assert not done.summary["data"]["simulated"]
     assert (
@@ -114,7 +141,10 @@ def test_a_file_takes_the_place_of_the_generated_junctions(tmp_path: Path) -> No
 def test_busy_or_not(horizons: str, tmp_path: Path) -> None:
     common = ["vehicles", "hour_sin", "hour_cos", "week_sin", "week_cos"]
     plain = [f"clients.groups.{i}.preprocess.columns={common}" for i in (0, 1)]
-    plain += [f"server.preprocess.columns={common}", f"clients.defaults.preprocess.columns={common}"]
+    plain += [
+        f"server.preprocess.columns={common}",
+        f"clients.defaults.preprocess.columns={common}",
+    ]
     series = f"data.series={{target: busy, horizons: {horizons}}}"
     public = f"data.proxy.source.series={{sites: [public], horizons: {horizons}}}"
     done = run(CONFIG, overrides=[*SHORT, series, public, *plain], out=tmp_path / "run")
@@ -122,10 +152,14 @@ def test_busy_or_not(horizons: str, tmp_path: Path) -> None:
     week = done.summary["baselines"]["a week before"]["personal"]["balanced_accuracy"]
     assert week > 0.75 > done.summary["baselines"]["persistence"]["personal"]["balanced_accuracy"]
     assert done.models["sensor_1"].task.kind == ("multilabel" if "," in horizons else "multiclass")
-    assert (done.path / "plots" / "confusion.png").exists() and not (done.path / "plots" / "forecasts.png").exists()
+    assert (done.path / "plots" / "confusion.png").exists() and not (
+        done.path / "plots" / "forecasts.png"
+    ).exists()
 
 
-@pytest.mark.parametrize("name", ["fedavg", "feddf", "fml", "heterofl", "centralized", "ensemble", "ds_fl"])
+@pytest.mark.parametrize(
+    "name", ["fedavg", "feddf", "fml", "heterofl", "centralized", "ensemble", "ds_fl"]
+)
 def test_a_method_is_ready_or_says_why_not(name: str) -> None:
     try:
         assert prepare(CONFIG, [*SHORT, f"algorithm.name={name}"]).config.algorithm["name"] == name

@@ -38,7 +38,9 @@ def main() -> int:
     """Parse the command line, compare and print; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.frozen_bits", description=__doc__)
     parser.add_argument("commit", help="the commit to compare the working tree with")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="compare matching cases only")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="compare matching cases only"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     options = parser.parse_args()
 

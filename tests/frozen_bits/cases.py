@@ -154,7 +154,9 @@ def _variants() -> dict[str, Config]:
             clients={"defaults": {"augment": {"rotate": 10, "crop": 1, "flip": True}}},
             algorithm={"name": "fedavg"},
         ),
-        "heterogeneous": _digits(_MIXED, clients=three, algorithm=hybrid, server={"model": "linear"}),
+        "heterogeneous": _digits(
+            _MIXED, clients=three, algorithm=hybrid, server={"model": "linear"}
+        ),
         "class_statistics": _digits(_MIXED, clients=three, algorithm={"name": "fedproto"}),
         "compressed": _digits(
             _MIXED,
@@ -172,8 +174,12 @@ def _variants() -> dict[str, Config]:
             algorithm={"name": "fedavgm"},
             channel={"compress": [{"lowrank": 0.9}, "half"]},
         ),
-        "secure_aggregation": _digits(_MIXED, clients=three, algorithm=hybrid, channel={"secure_sum": {}}),
-        "record_privacy": _digits("cnn_gn_small", algorithm={"name": "fedavg"}, privacy={"unit": "record", **noise}),
+        "secure_aggregation": _digits(
+            _MIXED, clients=three, algorithm=hybrid, channel={"secure_sum": {}}
+        ),
+        "record_privacy": _digits(
+            "cnn_gn_small", algorithm={"name": "fedavg"}, privacy={"unit": "record", **noise}
+        ),
         "client_privacy": _digits(
             "cnn_gn_small",
             clients=three,
@@ -223,7 +229,9 @@ def _variants() -> dict[str, Config]:
                     "batch_size": 16,
                     "preprocess": {"columns": ["vehicles", "hour_sin", "hour_cos"]},
                 },
-                "groups": [{"name": "city", "count": 4, "model": [{"name": "gru", "hidden": 8}, "linear"]}],
+                "groups": [
+                    {"name": "city", "count": 4, "model": [{"name": "gru", "hidden": 8}, "linear"]}
+                ],
             },
             "algorithm": hybrid,
             "runtime": {"threads": 1, "workers": 2},

@@ -120,7 +120,17 @@ def _judge(mutant: Mutant, tree: Path) -> str:
 def _run_tests(tests: Sequence[str], tree: Path, slow: bool, *options: str) -> int:
     """Run the tests in the tree; return pytest's exit status, or 1 if they do not end."""
     marks = [] if slow else ["-m", "not slow"]
-    command = [sys.executable, "-B", "-m", "pytest", "-p", "no:cacheprovider", *options, *marks, *tests]
+    command = [
+        sys.executable,
+        "-B",
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        *marks,
+        *tests,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         return subprocess.run(

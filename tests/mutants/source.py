@@ -18,7 +18,7 @@ class Function:
     """A function or method, and where its source lies."""
 
     name: str
-    """Dotted name from the package on, as `hetero_fl.aggregation.averaging.mean`."""
+    """Dotted name from the package on, as `hetero_fl.aggregation.means.mean`."""
 
     path: Path
     first_line: int

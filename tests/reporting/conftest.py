@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hetero_fl.reporting.rundir import RunDirectory
-
-from .synthetic import Case, write_run
+from hetero_fl.reporting.run_directory import RunDirectory
+from tests.helpers.run_directories import Case, write_run
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 
 from hetero_fl import run
+from hetero_fl.core.objectives import log_prior
 from hetero_fl.experiment import prepare
-from hetero_fl.objectives import log_prior
-from hetero_fl.reporting.captions import captions
-from hetero_fl.reporting.client_plots import labels
-from hetero_fl.reporting.wording import selection
-from tests.small import config
+from hetero_fl.reporting.formatting import selection
+from hetero_fl.reporting.plots.clients import labels
+from hetero_fl.reporting.report_text import captions
+from tests.helpers.small_federations import config
 
 RECORD = {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}
@@ -53,7 +53,9 @@ def vectors(value: Any) -> Iterator[list[float]]:
         for inner in value:
             if not isinstance(inner, int | float):
                 yield from vectors(inner)
-        if value and all(isinstance(v, list) and all(isinstance(n, int | float) for n in v) for v in value):
+        if value and all(
+            isinstance(v, list) and all(isinstance(n, int | float) for n in v) for v in value
+        ):
             yield [float(sum(row)) for row in value]
 
 
@@ -64,7 +66,11 @@ def documents(path: Path) -> list[Any]:
             return [json.loads((file.metadata() or {})["hetero_fl"])]
     if path.suffix == ".json":
         return [json.loads(path.read_text())]
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        if path.suffix == ".jsonl"
+        else []
+    )
 
 
 def disclosed(folder: Path, counts: dict[str, list[int]]) -> set[str]:
@@ -76,10 +82,16 @@ def disclosed(folder: Path, counts: dict[str, list[int]]) -> set[str]:
         known = [vector for document in documents(path) for vector in vectors(document)]
         for numbers in counts.values():
             prior = log_prior(task, torch.tensor(numbers)).numpy()
-            text = re.compile(rb"(?<![\d.])" + rb"(\.0)?[\s,;]+".join(b"%d" % n for n in numbers) + rb"(?![\d])")
+            text = re.compile(
+                rb"(?<![\d.])" + rb"(\.0)?[\s,;]+".join(b"%d" % n for n in numbers) + rb"(?![\d])"
+            )
             encoded = [np.array(numbers).astype(kind).tobytes() for kind in ENCODINGS]
             encoded += [prior.astype(kind).tobytes() for kind in ENCODINGS[2:]]
-            written = any(v == numbers or np.allclose(v, prior, atol=1e-6) for v in known if len(v) == len(numbers))
+            written = any(
+                v == numbers or np.allclose(v, prior, atol=1e-6)
+                for v in known
+                if len(v) == len(numbers)
+            )
             if written or text.search(content) or any(e in content for e in encoded):
                 found.add(str(path.relative_to(folder)))
     return found
@@ -133,8 +145,18 @@ def test_pictures_of_a_private_run_show_rows_and_the_global_test_set(tmp_path: P
 @pytest.mark.slow
 def test_private_run_shows_no_true_values_of_a_forecast(tmp_path: Path) -> None:
     config_file = Path(__file__).parents[2] / "configs" / "traffic_hetero.yaml"
-    quick = ["rounds=1", "clients.defaults.steps=2", "data.test_limit=150", "data.proxy.size=60", "runtime.threads=1"]
-    private = ["privacy={noise_multiplier: 1.0, accountant: rdp}", "algorithm.name=fedmd", "output.plots=false"]
+    quick = [
+        "rounds=1",
+        "clients.defaults.steps=2",
+        "data.test_limit=150",
+        "data.proxy.size=60",
+        "runtime.threads=1",
+    ]
+    private = [
+        "privacy={noise_multiplier: 1.0, accountant: rdp}",
+        "algorithm.name=fedmd",
+        "output.plots=false",
+    ]
 
     finished = run(config_file, overrides=[*quick, *private], out=tmp_path / "run")
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hetero_fl.reporting import progress as module
 from hetero_fl.reporting.progress import Progress
-from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.run_directory import RunDirectory
 
 
 def play(run: RunDirectory, progress: Progress) -> None:
@@ -26,16 +26,22 @@ def play(run: RunDirectory, progress: Progress) -> None:
         progress.finish(run.summary())
 
 
-def test_quiet_lines_one_for_each_evaluated_round(made_run: Callable[..., RunDirectory], tmp_path: Path) -> None:
+def test_quiet_lines_one_for_each_evaluated_round(
+    made_run: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
     run, shown = made_run(rounds=5, every=2, failures=True), io.StringIO()
     play(run, Progress(tmp_path / "log.txt", console=Console(file=shown, soft_wrap=True)))
     lines = shown.getvalue().splitlines()
     assert lines[0] == "6 clients, 5 rounds"
     assert lines[1].startswith("round 2: hospital_2 left out (its loss is no longer finite)")
     assert [line.split()[1] for line in lines[2:-1]] == ["2/5", "4/5", "5/5"]
-    assert "local test: balanced accuracy" in lines[2] and "global test: balanced accuracy" in lines[2]
+    assert (
+        "local test: balanced accuracy" in lines[2] and "global test: balanced accuracy" in lines[2]
+    )
     assert " left)" in lines[2] and " left)" not in lines[4]
-    assert lines[-1].startswith("done: 5 rounds in 14 s, 1.2 MB up and 2.4 MB down; local test: balanced accuracy")
+    assert lines[-1].startswith(
+        "done: 5 rounds in 14 s, 1.2 MB up and 2.4 MB down; local test: balanced accuracy"
+    )
     logged = (tmp_path / "log.txt").read_text().splitlines()
     assert len(logged) == len(lines)
     assert logged[-1].endswith(lines[-1]) and logged[0][:2] == "20"
@@ -49,18 +55,31 @@ def test_a_resumed_run_says_so_and_adds_to_the_log(tmp_path: Path) -> None:
     assert before == "before" and line.endswith("1 client, 10 rounds, 4 of them done before")
 
 
-def test_the_live_display_shows_rounds_task_and_scores(made_run: Callable[..., RunDirectory], tmp_path: Path) -> None:
+def test_the_live_display_shows_rounds_task_and_scores(
+    made_run: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
     run, shown = made_run(rounds=3), io.StringIO()
-    play(run, Progress(tmp_path / "log.txt", console=Console(file=shown, force_terminal=True, width=100, height=20)))
+    play(
+        run,
+        Progress(
+            tmp_path / "log.txt",
+            console=Console(file=shown, force_terminal=True, width=100, height=20),
+        ),
+    )
     text = shown.getvalue()
     assert "hospital_1: training" in text and "3/3" in text
     assert "Local test: balanced accuracy" in text, "the newest figures stand below the bar"
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor is hidden once and shown again"
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, (
+        "the cursor is hidden once and shown again"
+    )
 
 
 def test_an_error_puts_the_terminal_in_order(tmp_path: Path) -> None:
     shown = io.StringIO()
-    with pytest.raises(KeyboardInterrupt), Progress(console=Console(file=shown, force_terminal=True)) as progress:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Progress(console=Console(file=shown, force_terminal=True)) as progress,
+    ):
         progress.start(3, 2)
         raise KeyboardInterrupt
     assert shown.getvalue().rindex("\x1b[?25h") > shown.getvalue().rindex("\x1b[?25l")
@@ -72,7 +91,8 @@ def test_stdout_stays_free_and_quiet_is_quiet(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))  # what is left is in the lines
+    # what is left is in the lines
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
     run = made_run(rounds=2)
     play(run, Progress(tmp_path / "loud.txt"))
     captured = capsys.readouterr()

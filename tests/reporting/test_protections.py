@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from hetero_fl.experiment import prepare
-from hetero_fl.reporting import prose
-from hetero_fl.reporting.protections import liars, protections_of, told
-from tests.small import config
+from hetero_fl.reporting import report_text
+from hetero_fl.reporting.summary import liars, protections_of, told
+from tests.helpers.small_federations import config
 
 SPENT = {"epsilon": 3.456, "delta": 1e-5}
 
 
 def details(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
-    return {"protections": protections_of(prepare(config(method, "cnn_gn_small", 5, **changes)).federation)}
+    return {
+        "protections": protections_of(
+            prepare(config(method, "cnn_gn_small", 5, **changes)).federation
+        )
+    }
 
 
 def test_whose_privacy_it_is() -> None:
@@ -26,11 +30,15 @@ def test_whose_privacy_it_is() -> None:
         (line,) = told({"privacy": {**SPENT, "unit": unit}}, details())
         assert line.startswith("Differential privacy of each") and whose in line
         assert line.endswith(": ε = 3.46 at δ = 1e-05.")
-    assert told({"privacy": SPENT}, {}) == ["Differential privacy: ε = 3.46 at δ = 1e-05."]  # of an older run
+    # of an older run
+    assert told({"privacy": SPENT}, {}) == ["Differential privacy: ε = 3.46 at δ = 1e-05."]
 
 
 def test_channel_and_rules_are_told() -> None:
-    channel = {"compress": [{"topk": 0.05}, {"quantize": 8, "bucket": 64}], "compress_down": ["half"]}
+    channel = {
+        "compress": [{"topk": 0.05}, {"quantize": 8, "bucket": 64}],
+        "compress_down": ["half"],
+    }
     rules = {"predictions": "spectral", "rule": "median"}
     lines = told({"privacy": None}, details(channel=channel, aggregation=rules))[1:]
     assert lines == [
@@ -58,5 +66,5 @@ def test_liars_are_named_and_not_taken_for_clients_that_were_not_drawn() -> None
             "communication": {"up_bytes": 1, "down_bytes": 1}, "global": None, "personal": None, "server": None,
             "data": {"name": "digits", "n_train": 18, "n_test": 0},
         }  # fmt: skip
-        setting = prose._setting(summary, {"population": there, "proxy": 0, "about": ""})
+        setting = report_text._setting(summary, {"population": there, "proxy": 0, "about": ""})
         assert "site_2" in setting and ("drawn once" in setting) == drawn

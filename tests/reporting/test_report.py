@@ -14,7 +14,7 @@ import pytest
 from hetero_fl.algorithms import Algorithm, algorithm
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.report import write_report
-from hetero_fl.reporting.rundir import RunDirectory
+from hetero_fl.reporting.run_directory import RunDirectory
 
 MakeRun = Callable[..., RunDirectory]
 VOID = {"meta", "img", "br", "link"}
@@ -65,7 +65,14 @@ def read(run: RunDirectory, pictures: bool = False) -> Page:
     "case",
     [
         {"failures": True, "simulated": True},
-        {"clients": 2, "rounds": 1, "proxy": 0, "server": False, "exchange": False, "algorithm": "local"},
+        {
+            "clients": 2,
+            "rounds": 1,
+            "proxy": 0,
+            "server": False,
+            "exchange": False,
+            "algorithm": "local",
+        },
         {"kind": "regression", "server": False, "algorithm": "python:my.module:MyMethod"},
         {"kind": "multilabel", "classes": 14, "rounds": 2},
         {"kind": "multiclass", "classes": 10, "clients": 60, "rounds": 2},
@@ -81,10 +88,16 @@ def test_it_stands_alone(made_run: MakeRun, case: dict[str, Any]) -> None:
     for tag, attributes in page.attributes:
         assert tag not in ("script", "link", "iframe", "object")
         if tag == "img":
-            assert (attributes["src"] or "").startswith("data:image/png;base64,") and attributes["alt"]
-        assert not any((value or "").startswith(("http", "//", "file")) for value in attributes.values())
+            assert (attributes["src"] or "").startswith("data:image/png;base64,") and attributes[
+                "alt"
+            ]
+        assert not any(
+            (value or "").startswith(("http", "//", "file")) for value in attributes.values()
+        )
     assert "url(" not in text and "@import" not in text
-    assert not re.search(r"\b(None|nan|NaN|inf|undefined in)\b", page.text.replace("per_round: null", ""))
+    assert not re.search(
+        r"\b(None|nan|NaN|inf|undefined in)\b", page.text.replace("per_round: null", "")
+    )
     assert str(run.path) not in text, "a report tells nobody the folders of a machine"
 
 
@@ -104,7 +117,10 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
         "one metric in headline and story"
     )
     weakest = min(summary["clients"], key=lambda c: c["global"]["balanced_accuracy"])
-    assert f"worst {weakest['id']} with {100 * weakest['global']['balanced_accuracy']:.1f}%" in page.text
+    assert (
+        f"worst {weakest['id']} with {100 * weakest['global']['balanced_accuracy']:.1f}%"
+        in page.text
+    )
     rows = {row[0].strip(): row for row in page.cells}
     chosen = summary["server"]["best_by_validation"]
     line = rows[f"Server round {chosen['round']}, selected by validation n = 624 test rows"]
@@ -113,7 +129,10 @@ def test_the_figures_are_those_of_the_summary(made_run: MakeRun) -> None:
     assert client[1].strip() == "resnet18 11,169,218"
     assert rows["hospital_2 small"][2].strip() == "parameters, predictions lr 0.0005, epochs 2"
     tested = run.details()["rows"]["hospital_3"]["test"]
-    assert client[5].strip() == f"{100 * summary['clients'][2]['personal']['accuracy']:.1f}% n = {tested}"
+    assert (
+        client[5].strip()
+        == f"{100 * summary['clients'][2]['personal']['accuracy']:.1f}% n = {tested}"
+    )
     assert "8.64 MB" in page.text and "2.88 MB up, 5.76 MB down" in page.text
     assert "500 rows, whose labels are never read" in page.text
     assert "Guessing among 2 classes would give 50%" in page.text
@@ -139,7 +158,10 @@ def test_undefined_figures_are_counted(made_run: MakeRun) -> None:
     missing = run.summary()["personal"]["last"]["auroc_undefined"]
     assert missing > 0
     page = read(run)
-    assert f"undefined: {missing}" in next(row for row in page.cells if row[0].startswith("Local test"))[4]
+    assert (
+        f"undefined: {missing}"
+        in next(row for row in page.cells if row[0].startswith("Local test"))[4]
+    )
 
 
 def test_figures_of_few_rows_are_marked(made_run: MakeRun) -> None:
@@ -155,7 +177,10 @@ def test_figures_of_few_rows_are_marked(made_run: MakeRun) -> None:
     page = read(run)
     rows = {row[0].strip(): row for row in page.cells}
     assert rows["hospital_2 small"][5].strip().endswith("% n = 19, uncertain")
-    assert rows["hospital_3 large"][5].strip().endswith("% n = 20") and "n =" not in rows["hospital_2 small"][7]
+    assert (
+        rows["hospital_3 large"][5].strip().endswith("% n = 20")
+        and "n =" not in rows["hospital_2 small"][7]
+    )
     assert "Uncertain, from fewer than 20 local test rows: hospital_2." in page.text
     assert "n = 19 to 60 test rows a client" in page.text and "n = 624 test rows" in page.text
 
@@ -167,7 +192,9 @@ def test_a_server_is_told_of_where_there_is_one(made_run: MakeRun, server: bool)
     assert ("server's own model" in page.text) == server
 
 
-def test_ones_own_method_is_told_in_its_own_words(made_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ones_own_method_is_told_in_its_own_words(
+    made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Mine(Algorithm):
         """Half of the clients
         wait (Doe 2020).

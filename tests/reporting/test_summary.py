@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hetero_fl.core.task import Task
 from hetero_fl.reporting.summary import best_round
-from hetero_fl.task import Task
 
 
 def history(metric: str, figures: list[float | None]) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hetero_fl.errors import UserError
-from hetero_fl.reporting.rundir import RunDirectory
-from hetero_fl.reporting.tensorboard import log_record, writer_callback
+from hetero_fl.reporting.progress import log_record, writer_callback
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import UserError
 
 
 class Writer:
@@ -28,7 +28,10 @@ class Writer:
 
 
 def test_every_defined_figure_is_written(made_run: Callable[..., RunDirectory]) -> None:
-    records, writer = made_run(rounds=4, every=2, server=False, kind="multiclass", classes=10).metrics(), Writer()
+    records, writer = (
+        made_run(rounds=4, every=2, server=False, kind="multiclass", classes=10).metrics(),
+        Writer(),
+    )
     records[1]["personal"]["auroc"] = None
     for record in records:
         log_record(writer, record)

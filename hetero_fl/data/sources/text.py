@@ -1,20 +1,24 @@
-"""Texts from files: a message a line, and the words of them as tokens."""
+"""Texts: files of messages, and generated phone messages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.config.source import SourceConfig, TextConfig
-from hetero_fl.data.base import Dataset, Examples, places
+from hetero_fl.config.data import SourceConfig, TextConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import Dataset, Examples, Vocabulary, places, split_words
 from hetero_fl.data.registry import source
-from hetero_fl.data.tokens import Vocabulary, split_words
-from hetero_fl.errors import UserError, beside
-from hetero_fl.order import in_order
-from hetero_fl.task import Task
+from hetero_fl.utils.errors import UserError, beside
+from hetero_fl.utils.ordering import in_order
+from hetero_fl.utils.seeding import key
+
+# Texts from files: a message a line, and the words of them as tokens.
 
 
 @source("text", keys=("path", "group", "text"))
@@ -26,17 +30,25 @@ def text(config: SourceConfig, root: Path) -> Dataset:
     """
     settings, path = config.text or TextConfig(), Path(str(config.path)).expanduser()
     if config.group not in (None, "file"):
-        raise UserError(f"group: found '{config.group}'; choose file (a client for each file of the folder)")
+        raise UserError(
+            f"group: found '{config.group}'; choose file (a client for each file of the folder)"
+        )
     files = _files(path)
     if config.group and path.is_file():
-        raise UserError(f"group: found file, but path: {path} is one file; give a folder of .txt files")
+        raise UserError(
+            f"group: found file, but path: {path} is one file; give a folder of .txt files"
+        )
     vocabulary = _vocabulary(settings)
     messages: list[list[str]] = []
     classes: list[str] = []
     owners: list[str] = []
     for file in files:
         for number, line in read_lines(file, "path"):
-            label, message = _parts(line, f"path: {file}: line {number}") if settings.predict == "class" else ("", line)
+            label, message = (
+                _parts(line, f"path: {file}: line {number}")
+                if settings.predict == "class"
+                else ("", line)
+            )
             words = split_words(message)
             if len(words) > (settings.predict == "next"):
                 messages.append(words)
@@ -48,7 +60,9 @@ def text(config: SourceConfig, root: Path) -> Dataset:
     y, names = places(classes)
     train, whose = examples_of(messages, y.tolist(), settings, vocabulary)
     if len(train) == 0:
-        raise UserError(f"text.public: {settings.public} has none of the words in {path}; take text of the same kind")
+        raise UserError(
+            f"text.public: {settings.public} has none of the words in {path}; take text of the same kind"
+        )
     if config.group:
         group, train.group_names = places(owners)
         train.group = group[whose]
@@ -58,14 +72,19 @@ def text(config: SourceConfig, root: Path) -> Dataset:
 
 
 def examples_of(
-    texts: Sequence[Sequence[str]], classes: Sequence[int], settings: TextConfig, vocabulary: Vocabulary
+    texts: Sequence[Sequence[str]],
+    classes: Sequence[int],
+    settings: TextConfig,
+    vocabulary: Vocabulary,
 ) -> tuple[Examples, Tensor]:
     """Examples of texts in words, and the number of each example's text, int64 `[N]`.
 
     Next words: the places of one text are never split up between sets (as rows of one patient are not).
     """
     if settings.predict == "class":
-        examples = Examples(vocabulary.encode(texts, settings.length), torch.tensor(classes, dtype=torch.int64))
+        examples = Examples(
+            vocabulary.encode(texts, settings.length), torch.tensor(classes, dtype=torch.int64)
+        )
         return examples, torch.arange(len(texts))
     x, y, whose = vocabulary.continuations(texts, settings.length)
     return Examples(x, y, patient=whose), whose
@@ -88,7 +107,9 @@ def _vocabulary(settings: TextConfig) -> Vocabulary:
     lines = [line.rpartition("\t")[2] for _, line in read_lines(public, "text.public")]
     vocabulary = Vocabulary.of(map(split_words, lines), settings.vocabulary)
     if len(vocabulary.words) < 2:
-        raise UserError(f"text.public: {public}: found {len(vocabulary.words)} words that occur twice; give more text")
+        raise UserError(
+            f"text.public: {public}: found {len(vocabulary.words)} words that occur twice; give more text"
+        )
     return vocabulary
 
 
@@ -120,3 +141,221 @@ def _parts(line: str, where: str) -> tuple[str, str]:
     if not tab or not label.strip() or not message.strip():
         raise UserError(f"{where}: found '{line[:40]}'; want a class, a tabulator, and the text")
     return label.strip(), message
+
+
+# Messages typed on phones, generated by a grammar: for next words and for topics of texts.
+# `simulated` is true.
+#
+# *A message* is a template with slots ("can you VERB the THING at the PLACE ?"), filled from the
+# words of one of six topics. Words of a slot are said with frequencies 1, 1/2, 1/3 … in an order
+# that the word before it turns by a fixed number of places: after "print" another thing is
+# likeliest than after "sign". That is what there is to learn: the grammar and these pairs are the
+# same for all.
+#
+# *A phone* has its own mix of topics (Dirichlet, 0.3) and of templates (Dirichlet, 1), writes 50 to
+# 150 messages, and turns each topic's things by a number of places of its own in a quarter of its
+# messages (a habit that only its own model can know). Where the grammar says WHO, it names one of
+# its own three contacts in half of all cases. Contacts are private: no two phones share one, no
+# public message has any, and no vocabulary taken from public text knows them.
+#
+# *Public messages* (`phrases_public`, and what the vocabulary is taken from) have all topics and
+# templates alike, no habits and no contacts; so have the common validation and test sets, of
+# messages that nobody else wrote.
+
+PHONES, PUBLIC, COMMON = 12, 400, 250
+CONTACTS = 3
+ABOUT = "generated: messages by a grammar of six topics, phones with topics, habits and contacts of their own"
+SLOTS = ("VERB", "THING", "PLACE", "QUALITY")
+WORDS = {
+    "work": (
+        "send finish print check sign discuss review plan",
+        "report invoice contract slides budget agenda offer draft schedule minutes",
+        "office lobby desk archive canteen",
+        "final urgent long confidential late",
+    ),
+    "food": (
+        "cook buy taste order fry share freeze bake",
+        "soup bread cheese salad rice curry cake pasta coffee apples",
+        "kitchen market bakery restaurant garden",
+        "fresh sweet spicy cold warm",
+    ),
+    "sport": (
+        "watch win practise record join skip lead train",
+        "match race game lap round goal tournament session warmup final",
+        "stadium pool gym track court",
+        "fast hard tough close easy",
+    ),
+    "travel": (
+        "book pack cancel board catch rent miss change",
+        "flight train ticket bag passport car tour ferry map seat",
+        "airport station hotel border harbour",
+        "early cheap crowded direct delayed",
+    ),
+    "health": (
+        "take refill measure rest start stop count note",
+        "pills dose tablets drops pulse temperature cream diet bandage therapy",
+        "clinic pharmacy ward surgery laboratory",
+        "daily strong mild painful weak",
+    ),
+    "home": (
+        "clean fix paint move hang open water empty",
+        "window door lamp shelf carpet sink heater plants curtain bin",
+        "cellar attic garage balcony hall",
+        "broken dusty wooden heavy old",
+    ),
+}
+TOPICS = tuple(WORDS)
+WHO = ["mum", "dad", "boss", "doctor", "neighbour", "sister", "brother", "teacher"]
+WHEN = [
+    "today",
+    "tomorrow",
+    "tonight",
+    "on monday",
+    "on friday",
+    "next week",
+    "this evening",
+    "after lunch",
+]
+TEMPLATES = (
+    "i will VERB the QUALITY THING WHEN .",
+    "can you VERB the THING at the PLACE ?",
+    "WHO wants to VERB the THING WHEN .",
+    "please VERB the THING before you leave the PLACE .",
+    "we meet WHO at the PLACE WHEN .",
+    "the THING is QUALITY but WHO does not mind .",
+    "where is the QUALITY THING ?",
+    "thanks for the THING WHO !",
+    "i am at the PLACE with WHO .",
+    "did WHO VERB the QUALITY THING ?",
+)
+SYLLABLES = "bra del fi gor hun jel kas lom mir nev ost pri quo ril sav tun vor wex yan zub".split()  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who writes: shares of topics `[6]` and of templates `[10]`, contacts, and by how much habit turns a topic's things."""
+
+    topics: np.ndarray
+    templates: np.ndarray
+    contacts: tuple[str, ...] = ()
+    habit: int = 0
+
+
+@source("phrases", keys=("text",))
+def phrases(config: SourceConfig, root: Path) -> Dataset:
+    """Messages of twelve phones (groups), next words of them or, with `text.predict: class`, their topics."""
+    text = config.text or TextConfig()
+    vocabulary = _phrase_vocabulary(text)
+    texts: list[list[str]] = []
+    topics: list[int] = []
+    owners: list[int] = []
+    for phone in range(PHONES):
+        draws = _draws("phone", phone)
+        found = write(writer(phone), int(draws.integers(50, 151)), draws)
+        texts += [words for words, _ in found]
+        topics += [topic for _, topic in found]
+        owners += [phone] * len(found)
+    train, whose = examples_of(texts, topics, text, vocabulary)
+    train.group, train.group_names = (
+        torch.tensor(owners)[whose],
+        tuple(f"phone_{i + 1:02d}" for i in range(PHONES)),
+    )
+    validation, test = (_public(text, vocabulary, name, COMMON) for name in ("validation", "test"))
+    task = task_of(text, vocabulary, TOPICS)
+    return Dataset(
+        "phrases", task, train, validation, test, simulated=True, about=ABOUT, vocabulary=vocabulary
+    )
+
+
+@source("phrases_public", keys=("text",))
+def phrases_public(config: SourceConfig, root: Path) -> Dataset:
+    """The public messages from which the vocabulary is taken, for a proxy set."""
+    text = config.text or TextConfig()
+    vocabulary = _phrase_vocabulary(text)
+    task = task_of(text, vocabulary, TOPICS)
+    train = _public(text, vocabulary, "public", PUBLIC)
+    return Dataset(
+        "phrases_public", task, train, simulated=True, about=ABOUT, vocabulary=vocabulary
+    )
+
+
+def writer(phone: int) -> Writer:
+    """The owner of a phone."""
+    draws = _draws("writer", phone)
+    names = _contacts()[CONTACTS * phone : CONTACTS * (phone + 1)]
+    topics, templates = (
+        draws.dirichlet([0.3] * len(TOPICS)),
+        draws.dirichlet([1.0] * len(TEMPLATES)),
+    )
+    return Writer(topics, templates, names, int(draws.integers(1, 10)))
+
+
+def anybody() -> Writer:
+    """Who writes public messages."""
+    return Writer(
+        np.full(len(TOPICS), 1 / len(TOPICS)), np.full(len(TEMPLATES), 1 / len(TEMPLATES))
+    )
+
+
+def write(who: Writer, count: int, draws: np.random.Generator) -> list[tuple[list[str], int]]:
+    """So many messages, each as its words and its topic."""
+    topics = draws.choice(len(TOPICS), count, p=who.topics)
+    templates = draws.choice(len(TEMPLATES), count, p=who.templates)
+    turned = np.where(draws.random(count) < 0.25, who.habit, 0)
+    return [
+        (_filled(TEMPLATES[template].split(), TOPICS[topic], who, int(turn), draws), int(topic))
+        for topic, template, turn in zip(topics, templates, turned, strict=True)
+    ]
+
+
+def _filled(
+    template: Sequence[str], topic: str, who: Writer, turn: int, draws: np.random.Generator
+) -> list[str]:
+    said: list[str] = []
+    for slot in template:
+        if slot == "WHO":
+            private = bool(who.contacts) and draws.random() < 0.5
+            said.append(_said(who.contacts if private else WHO, 0, draws))
+        elif slot == "WHEN":
+            said += _said(WHEN, 0, draws).split()
+        elif slot in SLOTS:
+            words = WORDS[topic][SLOTS.index(slot)].split()
+            before = len(said[-1]) + ord(said[-1][0])  # turns the order by the word before it
+            said.append(_said(words, before + (turn if slot == "THING" else 0), draws))
+        else:
+            said.append(slot)
+    return said
+
+
+def _said(words: Sequence[str], turn: int, draws: np.random.Generator) -> str:
+    """A word by the frequencies 1, 1/2, 1/3 …, the first of which belongs to the one at place `turn`."""
+    frequencies = 1 / np.arange(1, len(words) + 1)
+    place = int(draws.choice(len(words), p=frequencies / frequencies.sum()))
+    return words[(place + turn) % len(words)]
+
+
+def _contacts() -> tuple[str, ...]:
+    """Names, three for each phone, all different."""
+    pairs = [a + b for a in SYLLABLES for b in SYLLABLES if a != b]
+    order = _draws("contacts").permutation(len(pairs))
+    return tuple(pairs[i] for i in order[: CONTACTS * PHONES])
+
+
+def _public(text: TextConfig, vocabulary: Vocabulary, name: str, count: int) -> Examples:
+    found = write(anybody(), count, _draws(name))
+    return examples_of(
+        [words for words, _ in found], [topic for _, topic in found], text, vocabulary
+    )[0]
+
+
+def _phrase_vocabulary(text: TextConfig) -> Vocabulary:
+    """Of the public messages alone, whatever phones there are."""
+    if text.tokenizer == "hashing":
+        return Vocabulary(buckets=text.vocabulary)
+    return Vocabulary.of(
+        (words for words, _ in write(anybody(), PUBLIC, _draws("public"))), text.vocabulary
+    )
+
+
+def _draws(*use: str | int) -> np.random.Generator:
+    return np.random.default_rng(key("data", "phrases", *use))

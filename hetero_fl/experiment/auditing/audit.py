@@ -13,19 +13,28 @@ from torch import Tensor
 
 from hetero_fl.config import Config
 from hetero_fl.data import Dataset
-from hetero_fl.errors import UserError, nearest
-from hetero_fl.experiment.auditing.inversion import Protect, Say, invert
-from hetero_fl.experiment.auditing.membership import confidence, likelihood_ratio, loss_score, verdict
-from hetero_fl.experiment.auditing.shadows import answers, candidates, shadow_seed, targets, train_shadow
-from hetero_fl.experiment.auditing.upload import refusal
-from hetero_fl.experiment.prepared import Prepared, prepare
-from hetero_fl.own_code import CodePermission
+from hetero_fl.experiment.auditing.inversion import Protect, Say, invert, refusal
+from hetero_fl.experiment.auditing.membership import (
+    answers,
+    candidates,
+    confidence,
+    likelihood_ratio,
+    loss_score,
+    shadow_seed,
+    targets,
+    train_shadow,
+    verdict,
+)
+from hetero_fl.experiment.preparation import Prepared, prepare
+from hetero_fl.federation.checkpoint import read_checkpoint
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.wording import plural
-from hetero_fl.runtime.checkpoint import read_checkpoint
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.text import plural
 
 CLIENTS, SHADOWS, IMAGES = 2, 4, 3
-PROTECTIONS = ("channel", "privacy")  # sections of the configuration that change what an upload tells
+# sections of the configuration that change what an upload tells
+PROTECTIONS = ("channel", "privacy")
 Attack = Literal["membership", "inversion", "both"]
 Json = dict[str, Any]
 
@@ -65,15 +74,21 @@ def audit(
     begun = time.perf_counter()
     run = Run.of(run, allow_code)
     if attack not in ("membership", "inversion", "both"):
-        raise UserError(f"--attack: found '{attack}'{nearest(attack, ['membership', 'inversion', 'both'])}")
+        raise UserError(
+            f"--attack: found '{attack}'{nearest(attack, ['membership', 'inversion', 'both'])}"
+        )
     if shadows and (shadows < 4 or shadows % 2):
         raise UserError(
             f"--shadows: found {shadows}; take an even number from 4 on, or 0 for the attack by the loss alone"
         )
     if not 1 <= batch <= 4 or images < 1:
-        raise UserError(f"--batch, --images: found {batch} and {images}; take 1 to 4 images a step, and 1 step or more")
+        raise UserError(
+            f"--batch, --images: found {batch} and {images}; take 1 to 4 images a step, and 1 step or more"
+        )
     summary, models = run.summary, run.models
-    chosen = list(dict.fromkeys(clients)) if clients else [c for c in models if c != "server"][:CLIENTS]
+    chosen = (
+        list(dict.fromkeys(clients)) if clients else [c for c in models if c != "server"][:CLIENTS]
+    )
     for client in chosen:
         if client not in models or client == "server":
             raise UserError(
@@ -91,12 +106,14 @@ def audit(
     if attack != "inversion":
         content["membership"] = _membership(run, prepared, chosen, shadows, seed, notes, say)
     if attack != "membership":
-        found, pictures = _inversion(prepared, chosen, images, batch, seed, protect, dataset, notes, say)
+        found, pictures = _inversion(
+            prepared, chosen, images, batch, seed, protect, dataset, notes, say
+        )
         content["inversion"] = found
         if not found and attack == "inversion":
             raise UserError(f"--attack: found inversion; {notes[0]}")
     content["seconds"] = time.perf_counter() - begun
-    from hetero_fl.reporting.auditing import write_audit  # loads what draws
+    from hetero_fl.experiment.auditing.report import write_audit  # loads what draws
 
     folder = Path(out) if out is not None else run.path / "audit"
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,12 +125,20 @@ def _check_data(run: Run, prepared: Prepared) -> None:
     """Members are told from others by the data: it has to be what the run was trained on."""
     checkpoints = sorted((run.path / "checkpoint").glob("round-*.ckpt"))
     if checkpoints and read_checkpoint(checkpoints[-1])[0]["data"] != prepared.data.content_hash():
-        raise UserError(f"{run.path}: the data is not what this run was trained on; restore it, or pass it as dataset=")
+        raise UserError(
+            f"{run.path}: the data is not what this run was trained on; restore it, or pass it as dataset="
+        )
 
 
 # Membership ------------------------------------------------------------------------------------------------------------
 def _membership(
-    run: Run, prepared: Prepared, clients: Sequence[str], shadows: int, seed: int, notes: list[str], say: Say
+    run: Run,
+    prepared: Prepared,
+    clients: Sequence[str],
+    shadows: int,
+    seed: int,
+    notes: list[str],
+    say: Say,
 ) -> list[Json]:
     data, rounds = prepared.data, run.summary["rounds_completed"]
     task = data.task
@@ -122,27 +147,40 @@ def _membership(
         notes.append(
             "rows are cut by date: non-members are later than members, so that the attack by the loss may tell dates apart"
         )
-    halves = {client: c.halves(shadows, seed, client) for client, c in asked.items()} if shadows else {}
+    halves = (
+        {client: c.halves(shadows, seed, client) for client, c in asked.items()} if shadows else {}
+    )
     said: dict[str, list[Tensor]] = {client: [] for client in clients}
     if shadows:
         seconds = run.summary["seconds"]["training"]
-        say(f"{plural(shadows, 'shadow run')} of {plural(rounds, 'round')}; the run itself trained for {seconds:.0f} s")
+        say(
+            f"{plural(shadows, 'shadow run')} of {plural(rounds, 'round')}; the run itself trained for {seconds:.0f} s"
+        )
     for s in range(shadows):
         begun = time.perf_counter()
         train = {client: c.training(halves[client][s]) for client, c in asked.items()}
         models = train_shadow(prepared, train, shadow_seed(seed, s), rounds, lambda line: None)
         for client, c in asked.items():
-            said[client].append(confidence(task, answers(models[client], c.examples), targets(c.examples)))
+            said[client].append(
+                confidence(task, answers(models[client], c.examples), targets(c.examples))
+            )
         say(f"shadow {s + 1} of {shadows}: {time.perf_counter() - begun:.0f} s")
     found = []
     for client, c in asked.items():
         logits, y = answers(run.models[client], c.examples), targets(c.examples)
         scores = {"loss": loss_score(task, logits, y)}
         if shadows:
-            scores["lira"] = likelihood_ratio(confidence(task, logits, y), torch.stack(said[client]), halves[client])
+            scores["lira"] = likelihood_ratio(
+                confidence(task, logits, y), torch.stack(said[client]), halves[client]
+            )
         for name, values in scores.items():
             result = verdict(values, c.member, "audit", seed, client, name)
-            rows = {"client": client, "attack": name, "members": int(c.member.sum()), "others": int((~c.member).sum())}
+            rows = {
+                "client": client,
+                "attack": name,
+                "members": int(c.member.sum()),
+                "others": int((~c.member).sum()),
+            }
             found.append({**rows, **asdict(result), "at_chance": result.at_chance})
     return found
 
@@ -171,7 +209,13 @@ def _inversion(
             continue
         for number, step in enumerate(invert(ways, client, images, batch, seed, say), 1):
             pictures.append(
-                {"client": client, "step": number, "true": step.true, "found": step.found, "blind": step.blind}
+                {
+                    "client": client,
+                    "step": number,
+                    "true": step.true,
+                    "found": step.found,
+                    "blind": step.blind,
+                }
             )
             found += [{"client": client, "step": number, **row} for row in step.rows]
     return found, pictures
@@ -180,5 +224,7 @@ def _inversion(
 def unprotected(config: Config) -> Config:
     """The configuration without what protects an upload."""
     there = [name for name in PROTECTIONS if name in Config.model_fields]
-    plain = {name: Config.model_fields[name].get_default(call_default_factory=True) for name in there}
+    plain = {
+        name: Config.model_fields[name].get_default(call_default_factory=True) for name in there
+    }
     return config.model_copy(update=plain)

@@ -1,9 +1,4 @@
-"""Gradient inversion: images from what a step on them changed.
-
-Three means: labels read off the head's gradient (iDLG, Zhao et al. 2020); the exact input of a fully connected first layer
-(Phong et al. 2018; Geiping et al. 2020, proposition 3.1); and the image whose gradient points where the upload does, found by
-descent on 1 − cosine + total variation (Geiping et al. 2020, eq. 4).
-"""
+"""Gradient inversion: reconstruct examples from one upload."""
 
 from __future__ import annotations
 
@@ -11,22 +6,203 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.architecture import Tensors
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.core.model_spec import Architecture, Tensors
+from hetero_fl.core.objectives import Batch, Given, Net, Nets, Objective
+from hetero_fl.core.participant import Participant, own
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import Fit, Plan, Rows, Step
 from hetero_fl.data import Preprocess
-from hetero_fl.data.resampled import as_made
-from hetero_fl.experiment.auditing.likeness import likeness, matched
-from hetero_fl.experiment.auditing.upload import Upload, upload
-from hetero_fl.experiment.prepared import Prepared
-from hetero_fl.nets import Batch, Net, Nets
-from hetero_fl.seeding import Key, generator
+from hetero_fl.data.federated_data import as_made
+from hetero_fl.experiment.preparation import Prepared
+from hetero_fl.experiment.runner import start_from
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.seeding import Key, generator
 from model_zoo import SplitModel
+
+# How like two images are, and which of several is which. Images are in 0..1.
+
+
+def likeness(found: Tensor, true: Tensor) -> dict[str, float]:
+    """PSNR and SSIM, the mean over a step's images."""
+    pairs = list(zip(found, true, strict=True))
+    return {
+        "psnr": sum(psnr(a, b) for a, b in pairs) / len(pairs),
+        "ssim": sum(ssim(a, b) for a, b in pairs) / len(pairs),
+    }
+
+
+def psnr(found: Tensor, true: Tensor) -> float:
+    """Peak signal-to-noise ratio of images in 0..1, dB; at most 100."""
+    return float(-10 * (found - true).square().mean().clamp(min=1e-10).log10())
+
+
+def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
+    """Structural similarity of images `[C, H, W]` in 0..1, the mean over windows (Wang et al. 2004, eq. 13); 1 for equal ones."""
+    window = min(window, *true.shape[-2:])
+    a, b = found[None].double(), true[None].double()
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, window, stride=1)
+
+    n = window**2 / (window**2 - 1)
+    ma, mb = mean(a), mean(b)
+    va, vb, both = (
+        n * (mean(x * y) - p * q) for x, y, p, q in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb))
+    )
+    c1, c2 = 0.01**2, 0.03**2
+    return float(
+        ((2 * ma * mb + c1) * (2 * both + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean()
+    )
+
+
+def matched(found: Tensor, true: Tensor) -> Tensor:
+    """The reconstructions in the order of the originals that they are nearest to: a sum over the batch has no order."""
+    cost = (found[:, None] - true[None]).square().flatten(2).mean(2)
+    turns = permutations(range(len(true)))
+    best = min(turns, key=lambda turn: float(sum(cost[i, j] for j, i in enumerate(turn))))
+    return found[list(best)]
+
+
+# What the server holds of one client after a single step on a few rows: made by the run's own
+# machinery, not imitated.
+
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What an attacker at the server starts from.
+
+    `model` are the tensors at which the step was taken, as far as they travelled those that the server sent, and else the
+    initial ones; `gradient` is what the upload gives away of the loss's gradient, parameters only; `objective` and `given` are
+    the client's loss, which the attacker is granted.
+    """
+
+    arch: Architecture
+    model: Tensors
+    gradient: Tensors
+    objective: Objective
+    given: Given
+
+
+class OneStep:
+    """A method whose clients take a single step of SGD on some of their training rows; all else is the method's own."""
+
+    def __init__(self, method: Algorithm, rows: Tensor, rate: float) -> None:
+        self.method, self.rows, self.rate = method, rows, rate
+        self.rounds: list[
+            list[Fit]
+        ] = []  # the fits of each time that it was carried out, the server's dry runs included
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def train(self, client: Participant, got: Payload) -> Plan[Any]:
+        """The method's round of a client, its fits on own rows cut to one step."""
+        plan, answer = self.method.train(client, got), None
+        self.rounds.append([])
+        while True:
+            try:
+                asked = plan.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            answer = (
+                yield [self._short(s) for s in asked]
+                if isinstance(asked, list)
+                else self._short(asked)
+            )
+
+    def _short(self, step: Step) -> Step:
+        if not (
+            isinstance(step, Fit) and isinstance(step.data, Rows) and step.data.name == "train"
+        ):
+            return step
+        beside = {name: column[self.rows] for name, column in step.data.beside.items()}
+        data = replace(step.data, rows=self.rows, beside=beside)
+        short = replace(
+            step, data=data, epochs=1, steps=1, batch_size=len(self.rows), augment=None, anneal=False, keep=None, drift={},
+            optimizer=OptimizerConfig(name="sgd", lr=self.rate),
+        )  # fmt: skip
+        self.rounds[-1].append(short)
+        return short
+
+
+def refusal(prepared: Prepared, client: str) -> str | None:
+    """Why no image can be sought in this client's upload; None if one can."""
+    method, card = prepared.method, prepared.federation.cards[client]
+    spec, shape = method.uploads.get(MODEL), card.arch.input_shape
+    sends = method.sends(card.settings, card.settings.share_every - 1) != ()
+    if spec is None or spec.kind != "params" or not method.counted or not sends:
+        return f"{prepared.name}: '{client}' sends no parameters of its model; there is no gradient to invert"
+    if prepared.data.vocabulary is not None:
+        return f"{prepared.data.name}: examples are tokens; inversion is for images"
+    if len(shape) != 3:
+        return f"{prepared.data.name}: '{client}' sees examples of shape {shape}; inversion is for images"
+    return None
+
+
+def upload(
+    prepared: Prepared,
+    client: str,
+    rows: Tensor,
+    protect: Callable[[Tensors], Tensors] | None = None,
+) -> Upload:
+    """What arrives from a client that has taken one step on these of its training rows (int64 `[B]`), in the first round in
+    which it sends, with whatever the run does to an upload on its way.
+
+    Args:
+        protect: what becomes of the update (sent minus received) besides, by a function of one's own.
+
+    Raises:
+        UserError: no update came of the step.
+    """
+    card = prepared.federation.cards[client]
+    rate, index = card.settings.optimizer.lr, card.settings.share_every - 1
+    method = OneStep(prepared.method, rows, rate)
+    runtime = prepared.config.runtime.model_copy(
+        update={"executor": "serial", "precision": "float32"}
+    )
+    config = prepared.config.model_copy(update={"runtime": runtime})
+    rounds = replace(prepared, config=config, method=cast(Algorithm, method)).rounds()
+    try:
+        start_from(prepared.inherited, rounds)
+        received, sent = rounds.ask(client, index)
+    finally:
+        rounds.executor.close()
+    fits = [fit for fit in method.rounds[0] if MODEL in fit.train]
+    if MODEL not in sent or not fits:
+        raise UserError(
+            f"--clients: '{client}' sends nothing of a step on its own rows under {prepared.name}"
+        )
+    before = own(prepared.federation.initial(card.arch))
+    before |= received.get(MODEL, {})
+    update = {n: t - before[n] for n, t in sent[MODEL].items() if n in card.arch.parameter_names}
+    if protect is not None:
+        update = protect(update)
+    gradient = {n: -t / rate for n, t in update.items()}
+    if not any(bool(g.any()) for g in gradient.values()):
+        raise UserError(
+            f"--clients: '{client}': the upload tells nothing of the step; all of the update is nought"
+        )
+    return Upload(card.arch, before, gradient, fits[-1].objective, fits[-1].given)
+
+
+# Gradient inversion: images from what a step on them changed.
+#
+# Three means: labels read off the head's gradient (iDLG, Zhao et al. 2020); the exact input of a
+# fully connected first layer (Phong et al. 2018; Geiping et al. 2020, proposition 3.1); and the
+# image whose gradient points where the upload does, found by descent on 1 − cosine + total
+# variation (Geiping et al. 2020, eq. 4).
 
 STEPS, RATE = 800, 0.1
 SMOOTH = (0.01, 0.05, 0.2)  # weights of the total variation: a beginning for each
@@ -95,9 +271,13 @@ class Inverter:
         How smooth images are is not known beforehand: each beginning takes another weight, and the upload decides.
         """
         found: list[tuple[float, Tensor]] = []
-        exact = first_layer_input(self.module, self.upload.gradient) if len(self.labels) == 1 else None
+        exact = (
+            first_layer_input(self.module, self.upload.gradient) if len(self.labels) == 1 else None
+        )
         if exact is not None:
-            low, high = (self.seen(torch.full((1, *shape), value)).flatten() for value in (0.0, 1.0))
+            low, high = (
+                self.seen(torch.full((1, *shape), value)).flatten() for value in (0.0, 1.0)
+            )
             pixels = ((exact - low) / (high - low)).reshape(1, *shape).clamp(0, 1)
             found.append((float(self.distance(pixels)), pixels))
         for smooth in SMOOTH:
@@ -116,17 +296,30 @@ def read_labels(upload: Upload, kind: str) -> Tensor | None:
     if kind == "regression":
         return None
     outputs = upload.arch.outputs
-    biases = [g for n, g in upload.gradient.items() if n.startswith("head.") and tuple(g.shape) == (outputs,)]
+    biases = [
+        g
+        for n, g in upload.gradient.items()
+        if n.startswith("head.") and tuple(g.shape) == (outputs,)
+    ]
     if not biases:
         return None
-    return biases[-1].argmin()[None] if kind == "multiclass" else (biases[-1] < 0)[None].to(biases[-1].dtype)
+    return (
+        biases[-1].argmin()[None]
+        if kind == "multiclass"
+        else (biases[-1] < 0)[None].to(biases[-1].dtype)
+    )
 
 
 def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
     """The input of a batch of one to a model whose first layer is fully connected, flat: of any of its units, the weights'
     gradient over the bias's. None for other models."""
     first = next(
-        ((n, m) for n, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None), None
+        (
+            (n, m)
+            for n, m in module.named_modules()
+            if next(m.parameters(recurse=False), None) is not None
+        ),
+        None,
     )
     if first is None or not isinstance(first[1], nn.Linear):
         return None
@@ -153,7 +346,12 @@ class Inverted:
 
 
 def invert(
-    ways: Mapping[str, tuple[Prepared, Protect | None]], client: str, images: int, batch: int, seed: int, say: Say
+    ways: Mapping[str, tuple[Prepared, Protect | None]],
+    client: str,
+    images: int,
+    batch: int,
+    seed: int,
+    say: Say,
 ) -> Iterator[Inverted]:
     """So many steps of a client on keyed draws of its training rows, each inverted from what arrives in each way.
 
@@ -179,14 +377,24 @@ def invert(
             read = read_labels(given, data.task.kind) if len(rows) == 1 else None
             labels = train["y"][rows] if read is None else read
             inverter = Inverter(given, labels, lambda p: low + p * (high - low))
-            best, distance = inverter.search(tuple(true.shape[1:]), "audit", seed, "start", client, number)
+            best, distance = inverter.search(
+                tuple(true.shape[1:]), "audit", seed, "start", client, number
+            )
             found[way] = matched(best, true)
-            known = "known" if read is None else "read" if bool((read == train["y"][rows]).all()) else "misread"
+            known = (
+                "known"
+                if read is None
+                else "read"
+                if bool((read == train["y"][rows]).all())
+                else "misread"
+            )
             figures.append(
                 {"way": way, **likeness(found[way], true), "distance": distance, "label": known,
                  "seconds": time.perf_counter() - begun}
             )  # fmt: skip
-            say(f"{client}, step {number + 1} of {images}, {way}: PSNR {figures[-1]['psnr']:.1f} dB")
+            say(
+                f"{client}, step {number + 1} of {images}, {way}: PSNR {figures[-1]['psnr']:.1f} dB"
+            )
         yield Inverted(true, found, blind, figures)
 
 
@@ -207,5 +415,6 @@ def _drawn(y: Tensor, count: int, *key: Key) -> Tensor:
     for row in order.tolist():
         turn.append((seen[int(y[row])], row))
         seen[int(y[row])] += 1
-    ranked = sorted(range(len(turn)), key=lambda i: turn[i][0])  # stable: the first of each class, then the second
+    # stable: the first of each class, then the second
+    ranked = sorted(range(len(turn)), key=lambda i: turn[i][0])
     return torch.tensor([turn[i][1] for i in ranked[:count]])

@@ -1,26 +1,142 @@
-"""From a finished run to files that predict without it: written, run again, compared with the run, described."""
+"""Export models to ONNX, TorchScript or PyTorch files and compare them with the run."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hetero_fl.errors import UserError, nearest
-from hetero_fl.experiment.exporting import formats, score
-from hetero_fl.experiment.exporting.graph import OUTPUTS, Exported
-from hetero_fl.experiment.exporting.inputs import as_predicted, drawn, inputs_of
-from hetero_fl.files import write_atomically
-from hetero_fl.own_code import CodePermission
-from hetero_fl.reporting.card import FORM, facts, markdown
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.experiment.exporting import score
+from hetero_fl.experiment.exporting.graph import OUTPUTS, Exported, as_predicted, drawn, inputs_of
+from hetero_fl.experiment.exporting.model_card import FORM, facts, markdown
 from hetero_fl.reporting.run import Run
-from hetero_fl.saved import SavedModel
-from hetero_fl.seeding import generator
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.serialization import write_atomically
+
+# Graphs as files, and files run again: ONNX by onnxruntime, TorchScript by torch.
+
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
+ABOUT = "hetero_fl"  # the name under which a file says what it takes and gives
+Scorer = Callable[[tuple[Tensor, ...]], Tensor]
+
+
+def check_installed(format: str) -> None:
+    """Raises UserError if what writes this format is not here."""
+    if format != "onnx":
+        return
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--format: onnx needs {error.name}, which is not installed; pip install 'hetero_fl[export]', or take torchscript"
+        ) from None
+
+
+def written(
+    graph: Exported, examples: tuple[Tensor, ...], format: str, about: Mapping[str, Any]
+) -> bytes:
+    """The content of a file. `examples`: two or more of each input, on which the graph is followed.
+
+    Raises whatever torch raises where the model is not one that can be written down.
+    """
+    with torch.no_grad():
+        return (_onnx if format == "onnx" else _torchscript)(
+            graph.eval(), examples, json.dumps(about, sort_keys=True)
+        )
+
+
+def read(content: bytes, format: str) -> Scorer:
+    """The file as a function of raw inputs, on the CPU."""
+    if format == "torchscript":
+        with _quiet():
+            module = torch.jit.load(io.BytesIO(content))
+        return lambda given: module(*given)
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+
+    def score(given: tuple[Tensor, ...]) -> Tensor:
+        arrays = {name: part.numpy() for name, part in zip(names, given, strict=True)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return score
+
+
+def _onnx(graph: Exported, examples: tuple[Tensor, ...], about: str) -> bytes:
+    sizes = {
+        name: torch.export.Dim(name, min=1) for name in ("batch", "channels", "height", "width")
+    }
+    free = [
+        {
+            axis: sizes[size]
+            for axis, size in enumerate(("batch", *one.shape))
+            if isinstance(size, str)
+        }
+        for one in graph.inputs
+    ]
+    with _quiet():
+        program = torch.onnx.export(
+            graph,
+            examples,
+            input_names=[one.name for one in graph.inputs],
+            output_names=[OUTPUTS[graph.kind]],
+            dynamic_shapes=(tuple(free),),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None  # it is asked for no file
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where the sources lay on this machine
+    program.model.metadata_props[ABOUT] = about
+    return program.model_proto.SerializeToString()
+
+
+def _torchscript(graph: Exported, examples: tuple[Tensor, ...], about: str) -> bytes:
+    file = io.BytesIO()
+    with _quiet():
+        # it is compared with the run's own predictions
+        traced = torch.jit.trace(graph, examples, check_trace=False)
+        torch.jit.save(traced, file, _extra_files={f"{ABOUT}.json": about})
+    return file.getvalue()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that are known and say nothing of the result: torch's on its own parts, and a tracer's that what it
+    follows might be fixed to the examples, which is found out afterwards by batches of other sizes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", r"`torch\.jit\.\w+` is (deprecated|not supported)", FutureWarning
+        )
+        # by a GRU
+        warnings.filterwarnings(
+            "ignore", r"The tensor attributes? .* assigned during export", UserWarning
+        )
+        warnings.filterwarnings(
+            "ignore", "# The axis name: batch will not be used", UserWarning
+        )  # another input's, too
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        yield
+
+
+# From a finished run to files that predict without it: written, run again, compared with the run,
+# described.
 
 FOLLOWED = 3  # examples on which a graph is followed
 BATCHES = (1, 2, 7)  # sizes that it then has to take, too
@@ -66,13 +182,15 @@ def export(
         UserError: no such model; a model that cannot be written in this format, or would predict otherwise there.
     """
     run = Run.of(run, allow_code)
-    if format not in formats.SUFFIXES:
-        raise UserError(f"--format: found '{format}'{nearest(format, formats.SUFFIXES)}")
+    if format not in SUFFIXES:
+        raise UserError(f"--format: found '{format}'{nearest(format, SUFFIXES)}")
     if client is not None and client not in run.models:
         raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
     if home and format == "safetensors":
-        raise UserError("--home: a safetensors file holds the label frequencies beside the tensors; leave it out")
-    formats.check_installed(format)
+        raise UserError(
+            "--home: a safetensors file holds the label frequencies beside the tensors; leave it out"
+        )
+    check_installed(format)
     folder = run.path / "export" if out is None else Path(out)
     made = {}
     for name, model in run.models.items():
@@ -90,15 +208,17 @@ def _one(run: Run, name: str, model: SavedModel, format: str, folder: Path, home
         content = (run.path / "models" / f"{name}.safetensors").read_bytes()
     else:
         content = _written(name, model, format, home)
-        largest = _compared(run, name, formats.read(content, format), format, home)
+        largest = _compared(run, name, read(content, format), format, home)
     stem = f"{name}-home" if home else name
-    file = folder / f"{stem}{formats.SUFFIXES[format]}"
+    file = folder / f"{stem}{SUFFIXES[format]}"
     card = folder / f"{stem}.json"
     source = _sha256((run.path / "models" / f"{name}.safetensors").read_bytes())
     checked = None if largest is None else {"batches": list(BATCHES), "largest_difference": largest}
     entry = {"name": file.name, "format": format, "sha256": _sha256(content), "checked": checked}
     files = [*(f for f in _beside(card, source) if f["format"] != format), entry]
-    told = facts(run, name, {"files": files, "source_sha256": source, "home": home, **interface(model)})
+    told = facts(
+        run, name, {"files": files, "source_sha256": source, "home": home, **interface(model)}
+    )
     _write(file, content)
     _write(card, (json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     _write(card.with_suffix(".md"), markdown(told).encode())
@@ -109,7 +229,9 @@ def _beside(card: Path, source: str) -> list[dict[str, Any]]:
     """What a card that lies there says of the same model in other formats."""
     try:
         told = json.loads(card.read_text(encoding="utf-8"))
-        return list(told["files"]) if (told["form"], told["source_sha256"]) == (FORM, source) else []
+        return (
+            list(told["files"]) if (told["form"], told["source_sha256"]) == (FORM, source) else []
+        )
     except (OSError, ValueError, TypeError, KeyError):  # none, or no card
         return []
 
@@ -122,7 +244,11 @@ def interface(model: SavedModel) -> dict[str, Any]:
     """What a file takes and gives, in plain fields; it is written into the file, too."""
     return {
         "inputs": [one.record() for one in inputs_of(model)],
-        "output": {"name": OUTPUTS[model.task.kind], "shape": ["batch", model.task.outputs], "dtype": "float32"},
+        "output": {
+            "name": OUTPUTS[model.task.kind],
+            "shape": ["batch", model.task.outputs],
+            "dtype": "float32",
+        },
         "task": model.task.kind,
         "names": list(model.task.label),
     }
@@ -131,12 +257,14 @@ def interface(model: SavedModel) -> dict[str, Any]:
 def _written(name: str, model: SavedModel, format: str, home: bool) -> bytes:
     examples = drawn(model, FOLLOWED, generator("export", ROWS, FOLLOWED))
     try:
-        return formats.written(Exported(model, home), examples, format, interface(model))
+        return written(Exported(model, home), examples, format, interface(model))
     except Exception as error:  # an operation of a model of whatever origin that the format has not
-        raise UserError(f"{name}: {model.arch.name} cannot be written as {format}: {_root(error)}") from error
+        raise UserError(
+            f"{name}: {model.arch.name} cannot be written as {format}: {_root(error)}"
+        ) from error
 
 
-def _compared(run: Run, name: str, scorer: formats.Scorer, format: str, home: bool) -> float:
+def _compared(run: Run, name: str, scorer: Scorer, format: str, home: bool) -> float:
     """The largest difference to the run's own predictions, relative to them where they are larger than 1."""
     model, largest = run.models[name], 0.0
     for size in BATCHES:

@@ -42,7 +42,9 @@ def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
     if path.suffix == ".pt":
         return _torchscript(path)
     if path.suffix == ".safetensors":
-        raise Mistake(f"--model: {path}: tensors alone, without an architecture; export onnx or torchscript")
+        raise Mistake(
+            f"--model: {path}: tensors alone, without an architecture; export onnx or torchscript"
+        )
     raise Mistake(f"--model: found {path.name}; a .onnx or .pt file is needed")
 
 
@@ -55,7 +57,9 @@ def _onnx(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common type
         raise Mistake(f"--model: {path}: {error}") from None
-    return _about(session.get_modelmeta().custom_metadata_map.get("hetero_fl"), path), lambda x: session.run(None, x)[0]
+    return _about(
+        session.get_modelmeta().custom_metadata_map.get("hetero_fl"), path
+    ), lambda x: session.run(None, x)[0]
 
 
 def _torchscript(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
@@ -70,7 +74,9 @@ def _torchscript(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
             module = torch.jit.load(str(path), map_location="cpu", _extra_files=beside)
     except RuntimeError as error:
         raise Mistake(f"--model: {path}: {error}") from None
-    return _about(beside["hetero_fl.json"], path), lambda x: module(*map(torch.from_numpy, x.values())).numpy()
+    return _about(beside["hetero_fl.json"], path), lambda x: module(
+        *map(torch.from_numpy, x.values())
+    ).numpy()
 
 
 def _about(text: str | bytes | None, path: Path) -> dict[str, Any]:
@@ -92,11 +98,17 @@ def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         else:
             raise Mistake(f"--data: found {path.name}; a .npz or .csv file is needed")
     except (OSError, ValueError) as error:
-        why = "no archive of arrays of numbers" if "pickle" in str(error) else error  # numpy would have it unpickled
+        # numpy would have it unpickled
+        why = "no archive of arrays of numbers" if "pickle" in str(error) else error
         raise Mistake(f"--data: {path}: {why}") from None
-    given = {one["name"]: fitted(found[one["name"]], one, f"--data: {path}: {one['name']}") for one in inputs}
+    given = {
+        one["name"]: fitted(found[one["name"]], one, f"--data: {path}: {one['name']}")
+        for one in inputs
+    }
     if len({len(x) for x in given.values()}) > 1:
-        raise Mistake(f"--data: {path}: found {', '.join(f'{len(x)} rows of {n}' for n, x in given.items())}")
+        raise Mistake(
+            f"--data: {path}: found {', '.join(f'{len(x)} rows of {n}' for n, x in given.items())}"
+        )
     return given
 
 
@@ -106,15 +118,23 @@ def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         if len(inputs) > 1:
             there = [name for name in names if name in file]
             if not there or any(
-                name not in file and not one.get("gaps") for name, one in zip(names, inputs, strict=True)
+                name not in file and not one.get("gaps")
+                for name, one in zip(names, inputs, strict=True)
             ):
-                raise Mistake(f"--data: {path}: found {', '.join(file.files)}; arrays {', '.join(names)} are needed")
+                raise Mistake(
+                    f"--data: {path}: found {', '.join(file.files)}; arrays {', '.join(names)} are needed"
+                )
             rows = len(file[there[0]])
             absent = {one["name"]: np.full((rows, *one["shape"][1:]), np.nan) for one in inputs}
             return {name: file[name] if name in file else absent[name] for name in names}
-        wanted = next((n for n in (*names, *NAMES) if n in file), file.files[0] if len(file.files) == 1 else None)
+        wanted = next(
+            (n for n in (*names, *NAMES) if n in file),
+            file.files[0] if len(file.files) == 1 else None,
+        )
         if wanted is None:
-            raise Mistake(f"--data: {path}: found {', '.join(file.files)}; an array {names[0]} is needed")
+            raise Mistake(
+                f"--data: {path}: found {', '.join(file.files)}; an array {names[0]} is needed"
+            )
         return {names[0]: file[wanted]}
 
 
@@ -128,13 +148,18 @@ def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
         header, *lines = [row for row in csv.reader(file) if row] or [[]]
     for i, line in enumerate(lines):
         if len(line) != len(header):
-            raise Mistake(f"--data: {path}: row {i + 1}: found {len(line)} cells below {len(header)} names")
+            raise Mistake(
+                f"--data: {path}: row {i + 1}: found {len(line)} cells below {len(header)} names"
+            )
     for name, categories in one.get("categories", {}).items():
         if name in header:
             place = header.index(name)
             header += [f"{name}={category}" for category in categories]
             for line in lines:
-                line += [str(float(_plain(line[place], categories) == category)) for category in categories]
+                line += [
+                    str(float(_plain(line[place], categories) == category))
+                    for category in categories
+                ]
         elif not one.get("gaps"):
             raise Mistake(f"--data: {path}: no column '{name}'; found {', '.join(header)}")
     wanted = one.get("columns") or header
@@ -169,18 +194,28 @@ def fitted(x: Any, one: dict[str, Any], where: str) -> Any:
     shape = one["shape"][1:]
     if one["kind"] == "image":
         x = x[:, None] if x.ndim == 3 else x
-        if x.ndim == 4 and not _fits(x.shape[1:], shape) and _fits((x.shape[3], *x.shape[1:3]), shape):
+        if (
+            x.ndim == 4
+            and not _fits(x.shape[1:], shape)
+            and _fits((x.shape[3], *x.shape[1:3]), shape)
+        ):
             x = np.moveaxis(x, 3, 1)
         if x.dtype.kind in "bui":
             if x.size and (x.min() < 0 or x.max() > 255):
-                raise Mistake(f"{where}: found whole numbers from {x.min()} to {x.max()}; bytes, or floats from 0 to 1")
+                raise Mistake(
+                    f"{where}: found whole numbers from {x.min()} to {x.max()}; bytes, or floats from 0 to 1"
+                )
             x = x.astype(np.float32) / np.float32(255)
     if not _fits(x.shape[1:], shape):
-        raise Mistake(f"{where}: found shape {x.shape}; wanted ({', '.join(map(str, ['N', *shape]))})")
+        raise Mistake(
+            f"{where}: found shape {x.shape}; wanted ({', '.join(map(str, ['N', *shape]))})"
+        )
     bad = _bad(x, one)
     if bad.any():
         row = int(bad.reshape(len(x), -1).any(1).argmax())
-        low, high = {"tokens": (0, one.get("tokens", 0) - 1), "image": (0, 1)}.get(one["kind"], (None, None))
+        low, high = {"tokens": (0, one.get("tokens", 0) - 1), "image": (0, 1)}.get(
+            one["kind"], (None, None)
+        )
         told = "no number, or infinity" if low is None else f"no number from {low} to {high}"
         raise Mistake(f"{where}: row {row + 1}: found {told}")
     return np.ascontiguousarray(x, dtype=one["dtype"])
@@ -195,7 +230,8 @@ def _bad(x: Any, one: dict[str, Any]) -> Any:
 
 def _fits(found: tuple[int, ...], wanted: list[int | str]) -> bool:
     free = all(isinstance(w, str) or f == w for f, w in zip(found, wanted, strict=False))
-    few = "channels" not in wanted or (len(found) == 3 and found[0] in (1, 3))  # else it could be any of the three
+    # else it could be any of the three
+    few = "channels" not in wanted or (len(found) == 3 and found[0] in (1, 3))
     return len(found) == len(wanted) and free and few
 
 
@@ -218,12 +254,19 @@ def write(scores: Any, about: dict[str, Any], out: Path | None) -> None:
 
 def main() -> int:
     """0 done, 2 a mistake, in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="NAME.onnx or NAME.pt")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="FILE", help="NAME.onnx or NAME.pt"
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help=".npz or .csv")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .csv file (default: print it)")
     parser.add_argument(
-        "--unit", type=float, default=1.0, help="regression: what values are multiplied by (default: 1)"
+        "--unit",
+        type=float,
+        default=1.0,
+        help="regression: what values are multiplied by (default: 1)",
     )
     options = parser.parse_args()
     try:
@@ -234,7 +277,9 @@ def main() -> int:
         rows = len(next(iter(given.values())))
         if not rows:
             raise Mistake(f"--data: {options.data}: has no rows")
-        parts = [model({n: x[i : i + BATCH] for n, x in given.items()}) for i in range(0, rows, BATCH)]
+        parts = [
+            model({n: x[i : i + BATCH] for n, x in given.items()}) for i in range(0, rows, BATCH)
+        ]
         write(np.concatenate(parts) * np.float32(options.unit), about, options.out)
     except Mistake as mistake:
         print("error:", " ".join(str(mistake).split()), file=sys.stderr)

@@ -11,12 +11,12 @@ import torch
 
 import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.data.resampled import as_made
-from hetero_fl.errors import UserError
+from hetero_fl.data.federated_data import as_made
 from hetero_fl.experiment.auditing.audit import audit, unprotected
-from hetero_fl.experiment.auditing.shadows import candidates, train_shadow
-from hetero_fl.experiment.prepared import prepare
-from tests.small import config
+from hetero_fl.experiment.auditing.membership import candidates, train_shadow
+from hetero_fl.experiment.preparation import prepare
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config
 
 BARE = ["output.plots=false", "output.report=false", "evaluation.every=2"]
 SPLIT = {"validation": 0.1, "test": 0.4}
@@ -24,7 +24,9 @@ SPLIT = {"validation": 0.1, "test": 0.4}
 
 def overfit(rounds: int = 2, epochs: int = 25, method: str = "local") -> dict[str, Any]:
     """Two clients whose models learn their few rows by heart."""
-    source = config(method, models={"name": "mlp", "hidden": [64]}, clients=2, rounds=rounds, data__split=SPLIT)
+    source = config(
+        method, models={"name": "mlp", "hidden": [64]}, clients=2, rounds=rounds, data__split=SPLIT
+    )
     source["data"] |= {"proxy": {"size": 0}, "partition": {"kind": "iid"}}
     source["clients"]["defaults"] |= {"epochs": epochs, "scanner": {"noise": 0.2}}
     return source
@@ -55,7 +57,9 @@ def test_a_model_that_learnt_its_rows_by_heart_is_found_out_and_another_is_not(
     # the same rows, and a model that saw none of them: the other client's in this one's place
     stranger = hetero_fl.Run(run.path)
     stranger.models["site_1"] = stranger.models["site_2"]
-    for attack in audit(stranger, clients=["site_1"], attack="membership", out=tmp_path)["membership"]:
+    for attack in audit(stranger, clients=["site_1"], attack="membership", out=tmp_path)[
+        "membership"
+    ]:
         assert attack["at_chance"], attack
 
 
@@ -67,7 +71,10 @@ def test_rows_in_question_are_matched_and_every_one_is_in_half_of_the_shadows() 
     train = as_made(data, "site_1", ["train"])
     assert len(asked.others) + int(member.sum()) == len(train)
     rows = {row.numpy().tobytes() for row in train.x}
-    assert all((row.numpy().tobytes() in rows) == bool(m) for row, m in zip(asked.examples.x, member, strict=True))
+    assert all(
+        (row.numpy().tobytes() in rows) == bool(m)
+        for row, m in zip(asked.examples.x, member, strict=True)
+    )
     halves = asked.halves(6, 0, "site_1")
     assert torch.equal(halves.sum(0), torch.full((len(member),), 3))
     assert len({tuple(h.tolist()) for h in halves}) == 6
@@ -95,7 +102,9 @@ def test_a_shadow_with_the_runs_own_rows_and_seed_is_the_run(run: hetero_fl.Run)
     assert not torch.equal(other.tensors["head.weight"], again.tensors["head.weight"])
 
 
-def test_the_command_leaves_figures_a_picture_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_leaves_figures_a_picture_and_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = hetero_fl.run(overfit(1, 1, "fedavg"), out=tmp_path / "run", overrides=BARE)
     flags = ["--shadows", "0", "--images", "1", "--clients", "site_2"]
     assert main(["audit", str(made.path), *flags]) == 0
@@ -110,11 +119,17 @@ def test_the_command_leaves_figures_a_picture_and_a_page(tmp_path: Path, capsys:
     assert main(["audit", str(made.path), *flags]) == 0  # again, in place
 
 
-def test_what_cannot_be_inverted_is_noted_or_refused_by_name(run: hetero_fl.Run, tmp_path: Path) -> None:
+def test_what_cannot_be_inverted_is_noted_or_refused_by_name(
+    run: hetero_fl.Run, tmp_path: Path
+) -> None:
     found = audit(run, clients=["site_1"], shadows=0, out=tmp_path)
     assert found["inversion"] == []
-    assert found["notes"] == ["local: 'site_1' sends no parameters of its model; there is no gradient to invert"]
-    with pytest.raises(UserError, match="--attack: found inversion; local: 'site_1' sends no parameters"):
+    assert found["notes"] == [
+        "local: 'site_1' sends no parameters of its model; there is no gradient to invert"
+    ]
+    with pytest.raises(
+        UserError, match="--attack: found inversion; local: 'site_1' sends no parameters"
+    ):
         audit(run, clients=["site_1"], attack="inversion", out=tmp_path)
 
 
@@ -136,7 +151,9 @@ def test_mistakes_are_one_line(
     assert line.count("\n") == 1
 
 
-def test_no_such_run_and_other_data(run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_such_run_and_other_data(
+    run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["audit", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err
     text = (run.path / "config.yaml").read_text()

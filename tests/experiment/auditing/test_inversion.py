@@ -7,10 +7,18 @@ import pytest
 import torch
 
 from hetero_fl.experiment import prepare
-from hetero_fl.experiment.auditing.inversion import Inverter, first_layer_input, invert, read_labels
-from hetero_fl.experiment.auditing.likeness import matched, psnr, ssim
-from hetero_fl.experiment.auditing.upload import refusal, upload
-from tests.small import config
+from hetero_fl.experiment.auditing.inversion import (
+    Inverter,
+    first_layer_input,
+    invert,
+    matched,
+    psnr,
+    read_labels,
+    refusal,
+    ssim,
+    upload,
+)
+from tests.helpers.small_federations import config
 
 
 def quiet(line: str) -> None:
@@ -20,7 +28,9 @@ def quiet(line: str) -> None:
 def test_the_gradient_of_a_linear_model_gives_the_image_away_exactly() -> None:
     for model in ("linear", "mlp"):
         prepared = prepare(config(models=model))
-        step = next(invert({"as trained": (prepared, None)}, "site_1", images=1, batch=1, seed=0, say=quiet))
+        step = next(
+            invert({"as trained": (prepared, None)}, "site_1", images=1, batch=1, seed=0, say=quiet)
+        )
         assert step.rows[1]["label"] == "read"
         assert step.rows[1]["psnr"] > 60 > 20 > step.rows[0]["psnr"]
         assert torch.allclose(step.found["as trained"], step.true, atol=2e-3)
@@ -44,7 +54,8 @@ def test_the_upload_of_one_step_is_the_gradient_of_the_loss() -> None:
 
 
 def test_the_attacker_has_the_clients_own_loss_not_that_of_a_dry_run() -> None:
-    prepared = prepare(config("hybrid", models="mlp"))  # its loss depends on the client's label frequencies
+    # its loss depends on the client's label frequencies
+    prepared = prepare(config("hybrid", models="mlp"))
     row = torch.tensor([4])
     data = prepared.data.columns("site_1", "train", prepared.federation.cards["site_1"].preprocess)
     inverter = Inverter(upload(prepared, "site_1", row), data["y"][row], lambda pixels: pixels)
@@ -110,7 +121,11 @@ def test_similarity_is_the_mean_over_windows() -> None:
             p, q = (x[i : i + 7, j : j + 7].ravel() for x in (a, b))
             (vp, both), (_, vq) = np.cov(p, q)
             shape = (2 * both + 0.03**2) / (vp + vq + 0.03**2)
-            found.append((2 * p.mean() * q.mean() + 0.01**2) / (p.mean() ** 2 + q.mean() ** 2 + 0.01**2) * shape)
+            found.append(
+                (2 * p.mean() * q.mean() + 0.01**2)
+                / (p.mean() ** 2 + q.mean() ** 2 + 0.01**2)
+                * shape
+            )
     assert ssim(torch.tensor(a)[None], torch.tensor(b)[None]) == pytest.approx(np.mean(found))
 
 

@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetero_fl.experiment.auditing.membership import confidence, likelihood_ratio, loss_score, verdict
-from hetero_fl.task import Task
+from hetero_fl.core.task import Task
+from hetero_fl.experiment.auditing.membership import (
+    confidence,
+    likelihood_ratio,
+    loss_score,
+    verdict,
+)
 
 CLASSES, LABELS, NUMBERS = Task("multiclass", 3), Task("multilabel", 2), Task("regression", 2)
 
@@ -27,9 +32,9 @@ def test_confidence_is_the_log_odds_of_what_is_true() -> None:
     assert float(confidence(CLASSES, sure, torch.tensor([0]))) == pytest.approx(500 - math.log(2))
     marks = torch.tensor([[1.0, 0.0]])
     assert float(confidence(LABELS, torch.tensor([[2.0, -3.0]]), marks)) == pytest.approx(2.5)
-    assert float(confidence(NUMBERS, torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))) == pytest.approx(
-        -math.log(2)
-    )
+    assert float(
+        confidence(NUMBERS, torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+    ) == pytest.approx(-math.log(2))
 
 
 def test_the_loss_attack_ranks_by_minus_the_loss() -> None:
@@ -45,10 +50,15 @@ def test_the_likelihood_ratio_is_that_of_two_normals_with_a_common_gap_and_varia
     found = likelihood_ratio(target, shadows, inside)
     s, t, b = shadows.numpy(), target.numpy(), inside.numpy()
     mean_in, mean_out = ([s[side[:, i], i].mean() for i in range(7)] for side in (b, ~b))
-    residual = [s[j, i] - (mean_in[i] if b[j, i] else mean_out[i]) for j in range(4) for i in range(7)]
+    residual = [
+        s[j, i] - (mean_in[i] if b[j, i] else mean_out[i]) for j in range(4) for i in range(7)
+    ]
     variance = np.square(residual).sum() / (7 * 2)  # four values of each example, two means
     level, gap = (np.array(mean_in) + mean_out) / 2, 0.8
-    ratio = [((x - m + gap / 2) ** 2 - (x - m - gap / 2) ** 2) / (2 * variance) for x, m in zip(t, level, strict=True)]
+    ratio = [
+        ((x - m + gap / 2) ** 2 - (x - m - gap / 2) ** 2) / (2 * variance)
+        for x, m in zip(t, level, strict=True)
+    ]
     assert np.allclose(found.numpy() * gap / math.sqrt(variance), ratio)
 
 
@@ -62,7 +72,9 @@ def test_the_area_counts_pairs_and_its_error_is_the_bootstrap_of_both_sides() ->
     assert found.auroc == pytest.approx(pairs)
     # Hanley and McNeil (1982)
     q1, q2 = pairs / (2 - pairs), 2 * pairs**2 / (1 + pairs)
-    error = math.sqrt((pairs * (1 - pairs) + 119 * (q1 - pairs**2) + 179 * (q2 - pairs**2)) / (120 * 180))
+    error = math.sqrt(
+        (pairs * (1 - pairs) + 119 * (q1 - pairs**2) + 179 * (q2 - pairs**2)) / (120 * 180)
+    )
     assert found.auroc_se == pytest.approx(error, rel=0.15)
     threshold = np.sort(outs)[-2]  # one of 180 others may be above
     assert found.hits == pytest.approx((ins > threshold).mean())
@@ -73,7 +85,9 @@ def test_the_area_counts_pairs_and_its_error_is_the_bootstrap_of_both_sides() ->
 @pytest.mark.slow
 def test_chance_is_within_two_standard_errors_about_as_often_as_it_should() -> None:
     member = torch.arange(80) < 40
-    verdicts = [verdict(normal(80, seed=seed), member, "test", seed).at_chance for seed in range(40)]
+    verdicts = [
+        verdict(normal(80, seed=seed), member, "test", seed).at_chance for seed in range(40)
+    ]
     assert sum(verdicts) >= 34  # of 40 about 38
     apart = normal(80) + member.double()
     assert not verdict(apart, member, "test").at_chance

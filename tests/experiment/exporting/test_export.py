@@ -14,13 +14,17 @@ from sklearn.datasets import load_digits
 
 import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.errors import UserError
-from hetero_fl.experiment.exporting import export, formats
-from tests.experiment.exporting.test_graphs import installed
-from tests.small import config
+from hetero_fl.experiment.exporting import export
+from hetero_fl.utils.errors import UserError
+from tests.experiment.exporting.test_graph import installed
+from tests.helpers.small_federations import config
 
 BARE = {"rounds": 1, "output__plots": False, "output__report": False, "evaluation__clients": None}
-MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [16]}, {"name": "cnn", "width": 4, "norm": "group"}]
+MODELS = [
+    "cnn_bn_small",
+    {"name": "mlp", "hidden": [16]},
+    {"name": "cnn", "width": 4, "norm": "group"},
+]
 SEEN = [
     {"match": "site_1", "preprocess": {"resize": 12, "normalize": "own"}},
     {"match": "site_3", "preprocess": {"channels": 3}},
@@ -31,7 +35,12 @@ SEEN = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> hetero_fl.Run:
     """Three clients with views of their own, and a student at the server; the method reads models with label frequencies."""
     source = config(
-        "hybrid", MODELS, clients=3, clients__overrides=SEEN, server__model={"name": "mlp", "hidden": [8]}, **BARE
+        "hybrid",
+        MODELS,
+        clients=3,
+        clients__overrides=SEEN,
+        server__model={"name": "mlp", "hidden": [8]},
+        **BARE,
     )
     return hetero_fl.run(source, out=tmp_path_factory.mktemp("export") / "run")
 
@@ -42,19 +51,23 @@ def pixels(count: int) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ("onnx", "torchscript"))
-def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(run: hetero_fl.Run, tmp_path: Path, format: str) -> None:
+def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(
+    run: hetero_fl.Run, tmp_path: Path, format: str
+) -> None:
     installed(format)
     made = hetero_fl.export(run, format=format, out=tmp_path)
     assert list(made) == ["server", "site_1", "site_2", "site_3"]
     at_home = hetero_fl.export(run, "site_2", format, tmp_path, home=True)["site_2"]
     for name, file in made.items():
-        score = formats.read(file.model.read_bytes(), format)
+        score = export.read(file.model.read_bytes(), format)
         for count in (1, 3, 50):
             x = pixels(count)
-            torch.testing.assert_close(score((x,)), run.predict(name, x, home=False), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                score((x,)), run.predict(name, x, home=False), atol=1e-5, rtol=0
+            )
         assert file.largest_difference is not None and file.largest_difference < 1e-5
     assert at_home.model.stem == "site_2-home"
-    found = formats.read(at_home.model.read_bytes(), format)((x,))
+    found = export.read(at_home.model.read_bytes(), format)((x,))
     torch.testing.assert_close(found, run.predict("site_2", x), atol=1e-5, rtol=0)
     assert not torch.allclose(found, run.predict("site_2", x, home=False), atol=1e-2)
 
@@ -62,16 +75,28 @@ def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(run: hetero_fl.Ru
 @pytest.mark.slow
 def test_the_x_rays_of_a_medical_run(tmp_path: Path) -> None:
     installed("onnx")
-    source = config("fedmd", ["lenet", {"name": "resnet", "widths": [4, 8], "blocks": [1, 1]}], clients=2, **BARE)
-    source["data"] |= {"name": "chest_xray", "train_limit": 160, "test_limit": 60, "proxy": {"size": 20}}
+    source = config(
+        "fedmd",
+        ["lenet", {"name": "resnet", "widths": [4, 8], "blocks": [1, 1]}],
+        clients=2,
+        **BARE,
+    )
+    source["data"] |= {
+        "name": "chest_xray",
+        "train_limit": 160,
+        "test_limit": 60,
+        "proxy": {"size": 20},
+    }
     source["clients"]["defaults"]["preprocess"] = {"normalize": "own"}
     medical = hetero_fl.run(source, out=tmp_path / "run")
     made = hetero_fl.export(medical)
     x = hetero_fl.prepare(source).federation.data.raw("common_test")
     assert x.dtype == torch.uint8 and len(x) == 60
     for name, file in made.items():
-        score = formats.read(file.model.read_bytes(), "onnx")
-        torch.testing.assert_close(score((x.float() / 255,)), medical.predict(name, x, home=False), atol=1e-5, rtol=0)
+        score = export.read(file.model.read_bytes(), "onnx")
+        torch.testing.assert_close(
+            score((x.float() / 255,)), medical.predict(name, x, home=False), atol=1e-5, rtol=0
+        )
         told = json.loads(file.model.with_suffix(".json").read_text())
         assert told["names"] == ["normal", "pneumonia"] and "CC BY 4.0" in file.card.read_text()
         assert told["model"]["label_frequencies"] == "none"
@@ -83,39 +108,60 @@ def test_a_card_says_what_the_run_recorded(run: hetero_fl.Run, tmp_path: Path) -
     (client,) = [c for c in run.summary["clients"] if c["id"] == "site_1"]
     rows = run.directory.details()["rows"]["site_1"]
     assert told["figures"]["at home"]["accuracy"] == client["personal"]["accuracy"]
-    assert told["figures"]["at home"]["n"] == rows["test"] and told["figures"]["in common"]["n"] == 90
+    assert (
+        told["figures"]["at home"]["n"] == rows["test"] and told["figures"]["in common"]["n"] == 90
+    )
     assert told["figures"]["in common"]["auroc"] == client["global"]["auroc"]
     assert told["data"]["rows"] == rows and told["data"]["clients"] == 3
-    assert told["data"]["partition"]["kind"] == "dirichlet" and "partition dirichlet, alpha 0.5" in page
+    assert (
+        told["data"]["partition"]["kind"] == "dirichlet"
+        and "partition dirichlet, alpha 0.5" in page
+    )
     assert told["model"]["parameters"] == client["parameters"]
     assert set(told["model"]["preprocess"]) == {"resize", "mean", "std"}
     assert told["run"] == {"name": "small", "algorithm": "hybrid", "seed": 0, "rounds_completed": 1}
     assert told["files"][0]["sha256"] == hashlib.sha256(file.model.read_bytes()).hexdigest()
     assert told["versions"]["run"]["torch"] == torch.__version__.split("+")[0]
-    assert f"{100 * client['personal']['accuracy']:.1f}%" in page and f"(n = {rows['test']})" in page
+    assert (
+        f"{100 * client['personal']['accuracy']:.1f}%" in page and f"(n = {rows['test']})" in page
+    )
     for words in (
         "No differential privacy was in force.",
         "label frequencies are left out",
         "batch × 1 × height × width",
     ):
         assert words in page
-    server = hetero_fl.export(run, "server", "torchscript", tmp_path)["server"].card.with_suffix(".json")
+    server = hetero_fl.export(run, "server", "torchscript", tmp_path)["server"].card.with_suffix(
+        ".json"
+    )
     figures = json.loads(server.read_text())["figures"]
     assert list(figures) == ["in common"]
     assert figures["in common"]["accuracy"] == run.summary["server"]["last"]["accuracy"]
 
 
-def test_a_card_knows_privacy_few_rows_and_another_readout(run: hetero_fl.Run, tmp_path: Path) -> None:
+def test_a_card_knows_privacy_few_rows_and_another_readout(
+    run: hetero_fl.Run, tmp_path: Path
+) -> None:
     altered = hetero_fl.Run(run.path)
-    altered.summary |= {"privacy": {"epsilon": 7.5, "delta": 1e-5, "unit": "record"}, "algorithm": "fedproto"}
+    altered.summary |= {
+        "privacy": {"epsilon": 7.5, "delta": 1e-5, "unit": "record"},
+        "algorithm": "fedproto",
+    }
     altered.summary["data"]["simulated"] = True
     details = altered.directory.details()
     details["rows"]["site_2"]["test"] = 7
     altered.directory.details = lambda: details  # type: ignore[method-assign]
-    page = hetero_fl.export(altered, "site_2", "torchscript", tmp_path, home=True)["site_2"].card.read_text()
+    page = hetero_fl.export(altered, "site_2", "torchscript", tmp_path, home=True)[
+        "site_2"
+    ].card.read_text()
     told = json.loads((tmp_path / "site_2-home.json").read_text())
     assert told["privacy"]["epsilon"] == 7.5
-    for words in ("ε = 7.5 at δ = 1e-05", "uncertain: they are from 7 rows", "in a way of its own", "Generated data"):
+    for words in (
+        "ε = 7.5 at δ = 1e-05",
+        "uncertain: they are from 7 rows",
+        "in a way of its own",
+        "Generated data",
+    ):
         assert words in page
     assert "label frequencies are in the file" in page
 
@@ -126,18 +172,42 @@ def test_one_card_for_all_formats_of_a_model(run: hetero_fl.Run, tmp_path: Path)
     tensors = hetero_fl.export(run, "site_2", "safetensors", tmp_path)["site_2"]
     told, page = json.loads((tmp_path / "site_2.json").read_text()), tensors.card.read_text()
     assert [file["format"] for file in told["files"]] == ["torchscript", "safetensors"]
-    assert "site_2.pt` needs numpy and torch" in page and "site_2.safetensors` is tensors alone" in page
+    assert (
+        "site_2.pt` needs numpy and torch" in page
+        and "site_2.safetensors` is tensors alone" in page
+    )
     assert tensors.model.read_bytes() == (run.path / "models" / "site_2.safetensors").read_bytes()
     other = tmp_path / "other"
     hetero_fl.export(run, "site_2", "safetensors", other)
     assert not (other / "score.py").exists(), "nothing there that it could score"
 
 
-def test_the_command(run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(run.path), "--client", "site_2", "--format", "torchscript", "--out", str(tmp_path)]) == 0
+def test_the_command(
+    run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "export",
+                str(run.path),
+                "--client",
+                "site_2",
+                "--format",
+                "torchscript",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out.strip() == str(tmp_path) and "site_2.pt, at most" in err
-    assert {p.name for p in tmp_path.iterdir()} == {"site_2.pt", "site_2.json", "site_2.md", "score.py"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "site_2.pt",
+        "site_2.json",
+        "site_2.md",
+        "score.py",
+    }
 
 
 @pytest.mark.parametrize(
@@ -145,23 +215,38 @@ def test_the_command(run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureF
     [
         (["--client", "sitee_2"], "--client: found 'sitee_2'; did you mean 'site_2'?"),
         (["--format", "onx"], "--format: found 'onx'; did you mean 'onnx'?"),
-        (["--format", "safetensors", "--home"], "--home: a safetensors file holds the label frequencies"),
+        (
+            ["--format", "safetensors", "--home"],
+            "--home: a safetensors file holds the label frequencies",
+        ),
         (["--format", "torchscript", "--out", "FILE/x"], "cannot be written"),
     ],
 )
 def test_mistakes_are_one_line(
-    run: hetero_fl.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+    run: hetero_fl.Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: str,
 ) -> None:
     (tmp_path / "FILE").write_text("")
-    assert main(["export", str(run.path), *(f.replace("FILE", str(tmp_path / "FILE")) for f in flags)]) == 2
+    assert (
+        main(["export", str(run.path), *(f.replace("FILE", str(tmp_path / "FILE")) for f in flags)])
+        == 2
+    )
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and words in err
 
 
-def test_a_missing_package_is_named_with_its_extra(run: hetero_fl.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(
+    run: hetero_fl.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"onnx needs onnx, which is not installed; pip install 'hetero_fl\[export\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"onnx needs onnx, which is not installed; pip install 'hetero_fl\[export\]'",
+    ):
         hetero_fl.export(run)
 
 
@@ -169,8 +254,8 @@ def test_a_missing_package_is_named_with_its_extra(run: hetero_fl.Run, monkeypat
 def test_what_predicts_otherwise_is_not_written(
     run: hetero_fl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: float
 ) -> None:
-    read = formats.read
-    monkeypatch.setattr(export.formats, "read", lambda *of: lambda given: read(*of)(given) + apart)
+    read = export.read
+    monkeypatch.setattr(export, "read", lambda *of: lambda given: read(*of)(given) + apart)
     if not apart:
         assert hetero_fl.export(run, "site_2", "torchscript", tmp_path)
         return
@@ -215,6 +300,7 @@ def test_a_model_of_ones_own(
         assert hetero_fl.export(finished, "site_1", format)["site_1"].largest_difference is not None
     else:
         with pytest.raises(
-            UserError, match=rf"site_1: .* as {format} takes no batch of 1 .* x\.shape\[0\], not len\(x\)"
+            UserError,
+            match=rf"site_1: .* as {format} takes no batch of 1 .* x\.shape\[0\], not len\(x\)",
         ):
             hetero_fl.export(finished, "site_1", format)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.experiment.exporting import formats, score
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.experiment.exporting import export, score
 from hetero_fl.experiment.exporting.export import interface
-from hetero_fl.experiment.exporting.inputs import drawn
-from hetero_fl.saved import SavedModel
-from hetero_fl.seeding import generator
-from tests.experiment.exporting.cases import CASES
-from tests.experiment.exporting.test_graphs import file_of, installed, predicted
+from hetero_fl.experiment.exporting.graph import drawn
+from hetero_fl.utils.seeding import generator
+from tests.experiment.exporting.test_graph import file_of, installed, predicted
+from tests.helpers.saved_models import CASES
 
 SCRIPT = Path(score.__file__)
 ALONE = (  # as on a machine that has neither of our packages
@@ -29,7 +29,7 @@ ALONE = (  # as on a machine that has neither of our packages
 
 
 def put(folder: Path, name: str, format: str = "torchscript") -> Path:
-    file = folder / f"{name}{formats.SUFFIXES[format]}"
+    file = folder / f"{name}{export.SUFFIXES[format]}"
     file.write_bytes(file_of(CASES[name], format, home=True))
     return file
 
@@ -66,7 +66,9 @@ def test_it_runs_without_this_project(tmp_path: Path, format: str) -> None:
         "--model",
         str(put(tmp_path, "cnn_gn_resized", format)),
     ]
-    done = subprocess.run([*command, "--data", str(tmp_path / "x.npz")], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [*command, "--data", str(tmp_path / "x.npz")], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     header, found, likeliest = rows_of(done.stdout)
     wanted = predicted(model, ((x[:, None].float() / 255),), True)
@@ -82,7 +84,9 @@ def scored(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 def told(model: SavedModel, x: tuple[torch.Tensor, ...], out: Path) -> None:
     """That a written table holds the model's predictions."""
-    np.testing.assert_allclose(rows_of(out.read_text())[1], predicted(model, x, True).numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        rows_of(out.read_text())[1], predicted(model, x, True).numpy(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_table_by_names_with_gaps_and_columns_that_nobody_sees(
@@ -90,45 +94,77 @@ def test_a_table_by_names_with_gaps_and_columns_that_nobody_sees(
 ) -> None:
     model, out = CASES["tabular_with_gaps"], tmp_path / "out.csv"
     (x,) = drawn(model, 9, generator("table"))
-    weight, pulse, glucose = ([f"{v:.9g}" if v == v else "" for v in column.tolist()] for column in x.T)
+    weight, pulse, glucose = (
+        [f"{v:.9g}" if v == v else "" for v in column.tolist()] for column in x.T
+    )
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerow(["glucose", "name", "weight", "pulse"])
         csv.writer(file).writerows(zip(glucose, "abcdefghi", weight, pulse, strict=True))
     assert (
-        scored(monkeypatch, "--model", put(tmp_path, "tabular_with_gaps"), "--data", tmp_path / "x.csv", "--out", out)
+        scored(
+            monkeypatch,
+            "--model",
+            put(tmp_path, "tabular_with_gaps"),
+            "--data",
+            tmp_path / "x.csv",
+            "--out",
+            out,
+        )
         == 0
     )
     told(model, (x,), out)
     assert out.read_text().startswith("row,0,1,2,3\n"), "of several labels there is no likeliest"
 
 
-def test_values_are_multiplied_by_their_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_multiplied_by_their_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, out = CASES["mlp_of_columns"], tmp_path / "out.csv"
     (x,) = drawn(model, 4, generator("table"))
     np.savez(tmp_path / "x.npz", row=x.numpy())
     file = put(tmp_path, "mlp_of_columns")
-    assert scored(monkeypatch, "--model", file, "--data", tmp_path / "x.npz", "--out", out, "--unit", 350) == 0
+    assert (
+        scored(
+            monkeypatch, "--model", file, "--data", tmp_path / "x.npz", "--out", out, "--unit", 350
+        )
+        == 0
+    )
     wanted = 350 * predicted(model, (x,), True)
     np.testing.assert_allclose(rows_of(out.read_text())[1], wanted.numpy(), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["text_gru", "cnn1d_with_gaps", "multimodal_with_gaps", "resnet_of_grey"])
+@pytest.mark.parametrize(
+    "name", ["text_gru", "cnn1d_with_gaps", "multimodal_with_gaps", "resnet_of_grey"]
+)
 def test_arrays_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model, out = CASES[name], tmp_path / "out.csv"
     x = drawn(model, 6, generator("arrays"))
     names = [one["name"] for one in interface(model)["inputs"]]
     np.savez(tmp_path / "x.npz", **{n: part.numpy() for n, part in zip(names, x, strict=True)})
-    assert scored(monkeypatch, "--model", put(tmp_path, name), "--data", tmp_path / "x.npz", "--out", out) == 0
+    assert (
+        scored(
+            monkeypatch, "--model", put(tmp_path, name), "--data", tmp_path / "x.npz", "--out", out
+        )
+        == 0
+    )
     told(model, x, out)
 
 
-def test_a_block_that_is_absent_and_channels_that_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_is_absent_and_channels_that_come_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, out = CASES["multimodal_with_gaps"], tmp_path / "out.csv"
     image = torch.rand(5, 1, 12, 12)
     np.savez(tmp_path / "x.npz", image=image.movedim(1, -1).numpy())
     assert (
         scored(
-            monkeypatch, "--model", put(tmp_path, "multimodal_with_gaps"), "--data", tmp_path / "x.npz", "--out", out
+            monkeypatch,
+            "--model",
+            put(tmp_path, "multimodal_with_gaps"),
+            "--data",
+            tmp_path / "x.npz",
+            "--out",
+            out,
         )
         == 0
     )
@@ -140,7 +176,11 @@ def test_a_block_that_is_absent_and_channels_that_come_last(tmp_path: Path, monk
     [
         ("vit", {"image": np.full((3, 12, 12), 2.0)}, "row 1: found no number from 0 to 1"),
         ("vit", {"image": np.full((3, 12, 12), 300)}, "whole numbers from 300 to 300"),
-        ("vit", {"image": np.zeros((3, 12, 13))}, "found shape (3, 1, 12, 13); wanted (N, 1, 12, 12)"),
+        (
+            "vit",
+            {"image": np.zeros((3, 12, 13))},
+            "found shape (3, 1, 12, 13); wanted (N, 1, 12, 12)",
+        ),
         ("vit", {"image": np.zeros((0, 12, 12))}, "has no rows"),
         ("vit", {"image": np.array(["a"])}, "an array of numbers is needed"),
         ("vit", {"a": np.zeros(2), "b": np.zeros(2)}, "found a, b; an array image is needed"),
@@ -149,9 +189,21 @@ def test_a_block_that_is_absent_and_channels_that_come_last(tmp_path: Path, monk
         ("lstm", {"x": np.full((2, 20, 3), np.nan)}, "row 1: found no number, or infinity"),
         ("multimodal", {"image": np.zeros((2, 1, 12, 12))}, "arrays image, genes are needed"),
         ("mlp_of_columns", "weight,pulse\n1,2\n", "no column 'glucose'; found weight, pulse"),
-        ("mlp_of_columns", "weight,pulse,glucose\n1,2,x\n", "row 1, column 'glucose': found 'x', not a number"),
-        ("mlp_of_columns", "weight,pulse,glucose\n1,2,3\n1,2\n", "row 2: found 2 cells below 3 names"),
-        ("mlp_of_columns", "weight,pulse,glucose\n1,2,3\n1,,2\n", "row 2: found no number, or infinity"),
+        (
+            "mlp_of_columns",
+            "weight,pulse,glucose\n1,2,x\n",
+            "row 1, column 'glucose': found 'x', not a number",
+        ),
+        (
+            "mlp_of_columns",
+            "weight,pulse,glucose\n1,2,3\n1,2\n",
+            "row 2: found 2 cells below 3 names",
+        ),
+        (
+            "mlp_of_columns",
+            "weight,pulse,glucose\n1,2,3\n1,,2\n",
+            "row 2: found no number, or infinity",
+        ),
         ("lstm", "a,b,c\n1,2,3\n", "this model takes series, which need a .npz file"),
     ],
 )

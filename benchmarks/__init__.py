@@ -1,0 +1,1 @@
+"""Benchmarks, grouped by question; `python -m benchmarks` lists them."""

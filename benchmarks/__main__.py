@@ -1,0 +1,56 @@
+"""List the benchmarks, or run one of them by name.
+
+    python -m benchmarks                    list all, grouped by question
+    python -m benchmarks NAME [options]     run one; `NAME --help` shows its options
+
+Run it from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+GROUPS = ("speed", "scale", "science", "robustness")
+
+
+def find_benchmarks() -> dict[str, Path]:
+    """Return the file of each benchmark by its name: the modules of the groups that define `main`."""
+    found = {}
+    for group in GROUPS:
+        for path in sorted((FOLDER / group).glob("*.py")):
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in body):
+                found[path.stem] = path
+    return found
+
+
+def summary(path: Path) -> str:
+    """Return the first line of a module's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def main() -> None:
+    """List the benchmarks or run the one that the command line names."""
+    benchmarks = find_benchmarks()
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        for group in GROUPS:
+            print(f"\n{group}: {summary(FOLDER / group / '__init__.py')}")
+            for name, path in benchmarks.items():
+                if path.parent.name == group:
+                    print(f"  {name:20} {summary(path)}")
+        return
+    name = sys.argv[1]
+    if name not in benchmarks:
+        sys.exit(f"no benchmark {name!r}; choose from {', '.join(sorted(benchmarks))}")
+    sys.argv = [f"python -m benchmarks {name}", *sys.argv[2:]]
+    importlib.import_module(f"benchmarks.{benchmarks[name].parent.name}.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What crashes, kills, real processes and malicious clients change."""

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""A federation on Flower against the simulation: the same models, figures and bytes, bit for bit.
+
+    python -m benchmarks federation_equal [--configs A B] [--methods hybrid fedavg …] [--secure] [--rounds 2] [key=value …]
+
+For each configuration and method: `scripts/train.py`, then `scripts/federate.py` (a SuperLink, and a node process for each
+client), one thread each; then every model file and the figures of both summaries are compared. `--secure`: under a secure
+sum, which is exact in the integers whatever secrets it draws. Ends with 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPARED = ("personal", "global", "server", "clients", "communication", "rounds_completed", "data")
+
+
+def carried_out(script: str, config: Path, out: Path, overrides: list[str]) -> float:
+    """A run in processes of its own; how many seconds it took."""
+    begun = time.perf_counter()
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / script),
+        "--config",
+        str(config),
+        "--out",
+        str(out),
+        *overrides,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script} {config.stem}: {done.stderr.strip().splitlines()[-1]}")
+    return time.perf_counter() - begun
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """What two run directories have otherwise: parts of the summary, names of models."""
+    a, b = (json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in (one, other))
+    found = [part for part in COMPARED if a[part] != b[part]]
+    models = {file.name for run in (one, other) for file in (run / "models").iterdir()}
+    return found + [
+        m for m in sorted(models) if content(one / "models" / m) != content(other / "models" / m)
+    ]
+
+
+def content(file: Path) -> bytes:
+    """Of a file; nothing if it is not there."""
+    return file.read_bytes() if file.exists() else b""
+
+
+def main() -> None:
+    """All comparisons, a line each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--configs", nargs="+", default=["digits_quickstart", "medical_hetero"])
+    parser.add_argument("--methods", nargs="+", default=["hybrid", "fedavg", "fedmd", "fedproto"])
+    parser.add_argument("--secure", action="store_true", help="under a secure sum")
+    parser.add_argument("--rounds", type=int, default=2)
+    options, overrides = parser.parse_known_args()
+    quick = [
+        f"rounds={options.rounds}",
+        "runtime.executor=serial",
+        "runtime.threads=1",
+        "output.plots=false",
+    ]
+    secure = ["channel.secure_sum={}"] if options.secure else []
+    unequal = 0
+    for name in options.configs:
+        for method in options.methods:
+            with tempfile.TemporaryDirectory() as folder:
+                here, there = Path(folder) / "simulation", Path(folder) / "federation"
+                changes = [*quick, *secure, *overrides, f"algorithm.name={method}"]
+                config = ROOT / "configs" / f"{name}.yaml"
+                seconds = [
+                    carried_out("train.py", config, here, changes),
+                    carried_out("federate.py", config, there, changes),
+                ]
+                found = differing(here, there)
+                models = len(list((there / "models").iterdir()))
+            unequal += bool(found)
+            told = (
+                f"differ: {', '.join(found)}" if found else f"equal, {models} models byte for byte"
+            )
+            print(f"{name} {method}: {told} ({seconds[0]:.0f} s, {seconds[1]:.0f} s)", flush=True)
+    sys.exit(bool(unequal))
+
+
+if __name__ == "__main__":
+    main()

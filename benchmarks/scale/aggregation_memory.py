@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Memory of aggregation: a cohort of 1,000 in one FedAvg round of the two-convolution CNN, in models.
+
+    python -m benchmarks aggregation_memory
+
+How it is measured: the resident memory of the server's process is sampled in the moments when an upload has been folded in,
+and its highest mark is read from the system at the end; what it held before the round, and the model that is broadcast, are
+taken off. The clients' own work is not part of it: with `serial` each upload is a copy of bytes made beforehand, handed over
+one at a time as a client's would be; with `processes` clients train for one step in two workers, and early arrivals wait
+encoded in the server's process. Each case has a process of its own, in which freed blocks go back to the system at once
+(MALLOC_MMAP_THRESHOLD_), so that resident memory is what is in use. Targets: serial 3 models (the mean, an upload, the same
+decoded), processes 3 + 4 per worker. Linux only.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import arguments, parsed, rounds_of
+from hetero_fl.communication.protocol import Message, Messages
+from hetero_fl.core.participant import floats
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.data import make_images
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.synchronous import Rounds
+
+WORKERS = 2
+TARGETS = {"serial": 3.0, "processes": 3.0 + 4 * WORKERS}
+MODEL = "fedavg_cnn"
+
+
+def configuration(cohort: int) -> dict[str, object]:
+    """Two rows a client: one step."""
+    return {
+        "data": {
+            "train_limit": cohort * 2 + 1,
+            "test_limit": 50,
+            "partition": {"min_size": 2},
+            "split": {"validation": 0.0, "test": 0.0},
+            "validation": 1e-9,  # one row
+        },
+        "clients": {
+            "count": cohort,
+            "defaults": {"model": MODEL, "optimizer": {"name": "sgd", "lr": 0.01}},
+        },
+        "algorithm": {"name": "fedavg"},
+    }
+
+
+class Arrivals:
+    """An executor whose clients have nothing to compute: every upload is a fresh copy of the same bytes."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        (arch,) = {card.arch for card in rounds.federation.cards.values()}
+        model = Item(floats(rounds.federation.initial(arch)), 2.0, "params")
+        self.upload = Payload({"model": model}, {"loss": "1.0"}).encode()
+        self.store, self.performer = rounds.store, rounds.performer
+
+    def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Message]]:
+        """A reply to each request."""
+        for client in requests:
+            assert requests[client].body
+            yield client, Message("upload", self.upload[:1] + self.upload[1:])
+
+
+def measured(executor: str, cohort: int) -> None:
+    """In a process of its own: prints models of memory."""
+    torch.set_num_threads(1)
+    dataset = make_images(cohort * 2 + 1, 50, classes=10, channels=3, side=32)
+    prepared = prepare(configuration(cohort), dataset=dataset)
+    rounds = rounds_of(prepared, executor=executor, workers=WORKERS, threads=1)
+    if executor == "serial":
+        rounds.executor = Arrivals(rounds)  # type: ignore[assignment]
+    size = sum(t.nbytes for t in next(iter(rounds.server.models.values())).values())
+    rounds.per_round = 2
+    rounds.round()  # whatever is made once
+    rounds.per_round = None
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+    rounds.round()
+    peak = status("VmHWM") - before - size  # the broadcast, encoded once for all
+    rounds.executor.close() if executor == "processes" else None
+    print(peak / size)
+
+
+def status(name: str) -> int:
+    """Bytes, as the system counts them for this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {name}")
+
+
+def main() -> None:
+    """Both cases, or one in this process."""
+    parser = arguments(__doc__, pairs=1)
+    parser.add_argument("--case", choices=list(TARGETS), help="only this, in this process")
+    parser.add_argument("--cohort", type=int, default=1000)
+    options = parsed(parser)
+    cohort = min(options.cohort, 40) if options.quick else options.cohort
+    if options.case:
+        measured(options.case, cohort)
+        return
+    print(f"aggregation of {cohort} uploads of {MODEL}, peak memory")
+    for case, target in TARGETS.items():
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "aggregation_memory",
+            "--case",
+            case,
+            "--cohort",
+            str(cohort),
+        ]
+        environment = {
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+        }
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        models = float(done.stdout)
+        print(
+            f"  {case}: {models:.1f} models; target {target:g}: {'met' if round(models, 1) <= target else 'missed'}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""What an event of an asynchronous run costs besides training: 100,000 clients, 1,000 of them in flight.
+
+    python -m benchmarks event_queue
+
+FedBuff of a linear model on scikit-learn's digits. Nobody trains: every upload is one that was made before, so that what is
+timed is the queue, the drawing of clients, their devices and fates, broadcasts, the server's door and aggregation. Target: 1 ms
+of processor time an event.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hetero_fl.communication.protocol import Message, Messages
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.executors.base import Reply
+
+TARGET = 1.0
+
+
+def source(clients: int, flight: int) -> dict[str, Any]:
+    """The configuration."""
+    return {
+        "rounds": 1000,
+        "data": {"name": "digits", "partition": {"kind": "drawn", "alpha": 0.5, "rows": 60}},
+        "clients": {
+            "per_round": flight,
+            "defaults": {"optimizer": {"name": "sgd", "lr": 0.05}},
+            "groups": [{"name": "client", "count": clients, "model": "linear"}],
+        },
+        "algorithm": {"name": "fedbuff"},
+        "devices": {"speed": {"median": 1e8, "sigma": 0.9}, "up": 1e5, "down": 1e6, "jitter": 0.2},
+        "faults": {"lost": 0.1, "late": 0.1, "delay": 60.0},
+        "evaluation": {"clients": 10},
+        "runtime": {"executor": "serial", "threads": 1},
+    }
+
+
+def main() -> None:
+    """Time rounds of events."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=100_000)
+    parser.add_argument(
+        "--flight", type=int, default=1000, help="clients in flight, and uploads of a round"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    run = prepare(source(options.clients, options.flight)).rounds()
+    answer, made = run.executor.answer, list[Reply]()
+
+    def again(requests: Messages) -> Iterator[tuple[str, Reply]]:
+        if not made:
+            first = next(iter(requests))
+            made.extend(reply for _, reply in answer({first: requests[first]}))
+        for client in requests:
+            assert isinstance(made[0], Message)
+            yield client, made[0]
+
+    run.executor.answer = again  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    run.round()
+    events, begun = 0, time.process_time()
+    for _ in range(options.rounds):
+        events += run.round()["counts"]["invited"]
+    each = (time.process_time() - begun) / events * 1000
+    aim = "met" if each <= TARGET else "missed"
+    print(
+        f"{events:,} events of {options.clients:,} clients, {options.flight:,} in flight: {each:.2f} ms each; target 1: {aim}"
+    )
+
+
+if __name__ == "__main__":
+    main()

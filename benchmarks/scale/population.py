@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""What a large population costs: 1,000 clients against 1,000,000, the same cohort of 50.
+
+    python -m benchmarks population
+
+FedAvg of an MLP on scikit-learn's digits, each client drawing its own rows. Both federations stand in one process and hold
+their rounds in turn: printed is the ratio of each pair, its median and range. Of 1,000 clients many come again and find
+their rows kept; of 1,000,000 nearly all are new, and drawing their rows is part of the price. Start-up time and peak memory
+come from a process each: the peak as such, which is mostly Python and PyTorch, and what it is above the imports. With
+private state (FedPer) memory follows the clients that have been seen. Targets: 1.1 for a round's time, 1.2 for peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.synchronous import Rounds
+
+FEW, MANY = 1_000, 1_000_000
+
+
+def source(method: str, clients: int, cohort: int) -> dict[str, Any]:
+    """The configuration of a case."""
+    return {
+        "rounds": 1000,
+        "data": {"name": "digits", "partition": {"kind": "drawn", "alpha": 0.5, "rows": 60}},
+        "clients": {
+            "per_round": cohort,
+            "defaults": {"optimizer": {"name": "sgd", "lr": 0.05}, "batch_size": 10},
+            "groups": [{"name": "client", "count": clients, "model": "mlp"}],
+        },
+        "algorithm": {"name": method},
+        "evaluation": {"clients": cohort},
+        "runtime": {"executor": "serial", "threads": 1},
+    }
+
+
+def begun(method: str, clients: int, cohort: int) -> Rounds:
+    """A run that is ready for its first round."""
+    return prepare(source(method, clients, cohort)).rounds()
+
+
+def alone(method: str, clients: int, cohort: int, rounds: int) -> dict[str, float]:
+    """One case in this process: seconds to start; MiB at the peak, and above what the imports took."""
+    _warm(method, cohort)
+    imports, start = _peak(), time.perf_counter()
+    run = begun(method, clients, cohort)
+    seconds = time.perf_counter() - start
+    seen: set[str] = set()
+    for _ in range(rounds):
+        seen.update(run.round()["cohort"])
+    run.evaluate()
+    kept = sum(len(run.store.encoded(c) or b"") for c in run.store.clients())
+    return {
+        "start": seconds,
+        "peak": _peak(),
+        "added": _peak() - imports,
+        "seen": len(seen),
+        "private": kept / 2**20,
+    }
+
+
+def _warm(method: str, cohort: int) -> None:
+    """Everything once with as many clients as a cohort has, so that what is loaded on first use is not counted."""
+    run = begun(method, cohort, cohort)
+    run.round()
+    run.evaluate()
+
+
+def _peak() -> float:
+    """Peak resident memory of this program. Not `ru_maxrss` on Linux: that begins with the peak of whoever started it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
+
+
+def _elsewhere(method: str, clients: int, options: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks", "population", "--alone", method, str(clients)]
+    command += ["--cohort", str(options.cohort), "--rounds", str(options.rounds)]
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
+    return found
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def main() -> None:
+    """Print time, then memory."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cohort", type=int, default=50)
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=15,
+        help="timed pairs of rounds, after two that are not counted",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="rounds of each process whose memory is measured"
+    )
+    parser.add_argument("--processes", type=int, default=3, help="pairs of processes")
+    parser.add_argument("--alone", nargs=2, metavar=("METHOD", "CLIENTS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.alone:
+        print(
+            json.dumps(
+                alone(options.alone[0], int(options.alone[1]), options.cohort, options.rounds)
+            )
+        )
+        return
+    for what, once in (
+        ("a round", Rounds.round),
+        ("an evaluation of the same number", Rounds.evaluate),
+    ):
+        few, many = (begun("fedavg", clients, options.cohort) for clients in (FEW, MANY))
+        ratios, seconds, busy = [], [], []
+        for i in range(options.pairs + 2):
+            times = {}
+            for run in (few, many) if i % 2 else (many, few):
+                start, cpu = time.perf_counter(), time.process_time()
+                once(run)
+                times[run] = (time.perf_counter() - start, time.process_time() - cpu)
+            if i > 1:
+                ratios.append(times[many][0] / times[few][0])
+                busy.append(times[many][1] / times[few][1])
+                seconds.append(times[few][0])
+        print(
+            f"{what}, {MANY:,} against {FEW:,}: {_spread(ratios)}; target 1.1; {statistics.median(seconds):.3f} s"
+        )
+        print(f"  the same in processor time, which other programs disturb less: {_spread(busy)}")
+    for method in ("fedavg", "fedper"):
+        pairs = [
+            [_elsewhere(method, clients, options) for clients in (FEW, MANY)]
+            for _ in range(options.processes)
+        ]
+        for name, unit in (("start", "s"), ("peak", "MiB"), ("added", "MiB above the imports")):
+            values = [statistics.median(pair[i][name] for pair in pairs) for i in (0, 1)]
+            target = "; target 1.2" if name == "peak" else ""
+            ratio = _spread([pair[1][name] / max(pair[0][name], 1e-9) for pair in pairs])
+            print(
+                f"{method}, {name}: {values[0]:.2f} and {values[1]:.2f} {unit}, ratio {ratio}{target}"
+            )
+        one, other = pairs[0]
+        print(
+            f"{method}: {one['seen']:.0f} and {other['seen']:.0f} clients seen in {options.rounds} rounds, "
+            f"{one['private']:.2f} and {other['private']:.2f} MiB of private state"
+        )
+
+
+if __name__ == "__main__":
+    main()

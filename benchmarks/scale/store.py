@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Clients' private state for scale: peak resident memory and seconds a commit, with state spilled to disk.
+
+    python -m benchmarks store
+
+Every client gets a state of the size of a small CNN; then rounds are held in which a cohort reads its state, changes all of
+it and stages it, and a checkpoint is written. At last another store reads everything back. Target: 500 clients of 1.2 million
+float32 parameters in less than 4 GB resident.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.state_store import Private, Store
+from hetero_fl.utils.seeding import generator
+
+LAYERS = 8
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, in GB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def changed(private: Private, parameters: int) -> Private:
+    """A client's state after training: every tensor is another."""
+    start = private.models.get("model") or {
+        f"layer{i}": torch.zeros(parameters // LAYERS) for i in range(LAYERS)
+    }
+    return Private({"model": {name: tensor + 1 for name, tensor in start.items()}}, {"rounds": 1})
+
+
+def held_round(
+    checkpoints: Checkpoints, cohort: list[str], parameters: int, round: int
+) -> tuple[float, float, int]:
+    """Seconds of reading and staging, seconds of commit and checkpoint, bytes written."""
+    store, begun = checkpoints.store, time.perf_counter()
+    for client in cohort:
+        store.stage(client, changed(store.get(client), parameters))
+    middle = time.perf_counter()
+    store.commit()
+    path = checkpoints.save(round, {"round": round})
+    return middle - begun, time.perf_counter() - middle, path.stat().st_size
+
+
+def main() -> None:
+    """Print what a round costs, and the peak."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, default=500)
+    parser.add_argument("--parameters", type=int, default=1_200_000)
+    parser.add_argument("--cohort", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--memory", type=int, default=1024, help="MiB, as runtime.store_memory")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="where the disk is; default: the system's temporary one",
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    clients, before = [f"site_{i}" for i in range(options.clients)], peak()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder, memory = Path(name), options.memory << 20
+        checkpoints = Checkpoints(Store(folder, memory), print)
+        print(f"imports: {before:.2f} GB resident")
+        stage, commit, size = held_round(checkpoints, clients, options.parameters, 0)
+        print(
+            f"all {len(clients)} clients: staged in {stage:.2f} s, commit {commit:.2f} s, {size / 1e6:.0f} MB written"
+        )
+        rounds = []
+        for round in range(1, options.rounds + 1):
+            drawn = torch.randperm(len(clients), generator=generator("benchmark", round))[
+                : options.cohort
+            ]
+            rounds.append(
+                held_round(checkpoints, [clients[i] for i in drawn], options.parameters, round)
+            )
+        for what, values in zip(
+            ("read, change, stage", "commit"), list(zip(*rounds, strict=True))[:2], strict=True
+        ):
+            print(
+                f"cohort of {options.cohort}: {what} {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
+            )
+        written, disk = (
+            [r[2] / 1e6 for r in rounds],
+            sum(f.stat().st_size for f in folder.iterdir()) / 1e9,
+        )
+        print(
+            f"written a round: {min(written):.0f} to {max(written):.0f} MB; {disk:.2f} GB on disk at the end"
+        )
+        begun = time.perf_counter()
+        again = Checkpoints(Store(folder, memory), print)
+        again.newest()
+        verified = time.perf_counter() - begun
+        for client in clients:
+            again.store.get(client)
+        print(
+            f"another store: everything verified in {verified:.2f} s and read in {time.perf_counter() - begun:.2f} s"
+        )
+    print(
+        f"peak: {peak():.2f} GB resident (two stores of {options.memory} MiB; target: less than 4)"
+    )
+
+
+if __name__ == "__main__":
+    main()

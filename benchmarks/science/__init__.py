@@ -1,0 +1,1 @@
+"""Which scores methods reach: published tables repeated, and studies of our own."""

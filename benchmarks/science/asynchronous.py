@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Time to accuracy: rounds that wait, with a deadline, with over-selection, against asynchronous distillation.
+
+    python -m benchmarks asynchronous --data fashionmnist.npz --out runs/asynchronous
+
+Twelve clients of three architectures on Fashion-MNIST, Hybrid, speeds ten-fold apart (configs/fashion_devices.yaml, with less
+data: SMALLER). For each seed the synchronous run sets the mark: its accuracy in common after the last round, less one point.
+The other ways are given a share of its simulated time. `--out` gets every run as it ends (the same command goes on where it was
+left), and of all of them `table.md` and `time_to_accuracy.png`. Target: asynchronous at the mark in at most 0.5 of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.trainer import record_readings
+
+CONFIG = Path(__file__).parents[2] / "configs" / "fashion_devices.yaml"
+SMALLER = [
+    "data.train_limit=4000", "data.test_limit=1000", "data.proxy.size=400", "algorithm.distil_epochs=5",
+    "evaluation.every=1", "runtime.threads=1", "runtime.executor=serial",
+]  # fmt: skip
+ASYNC = ["runtime.mode=async", "evaluation.every=2"]
+WAYS: dict[str, list[str]] = {
+    "synchronous": [],
+    "deadline": ["cohort.deadline={deadline}", "evaluation.every=2"],
+    "deadline, partial work": [
+        "cohort.deadline={deadline}",
+        "cohort.partial_work=true",
+        "evaluation.every=2",
+    ],
+    "over-selection": ["clients.per_round=8", "cohort.over_selection=1.5", "evaluation.every=2"],
+    "asynchronous": ASYNC,
+    "asynchronous, buffer 6": [*ASYNC, "runtime.buffer=6"],
+    "asynchronous, buffer 3": [*ASYNC, "runtime.buffer=3"],
+}
+COMPARED = ["synchronous", "deadline", "over-selection", "asynchronous", "asynchronous, buffer 6"]
+POINT, TARGET = 0.01, 0.5
+Run = dict[str, Any]
+# simulated seconds, accuracy, bytes, uploads so far
+Curve = Sequence[tuple[float, float, int, int]]
+
+
+def hold(overrides: list[str], until: float | None, rounds: int) -> Run:
+    """Accuracy in common (mean over clients) by simulated time; ends after the rounds, or when the time is over."""
+    prepared = prepare(CONFIG, [*overrides, f"rounds={rounds}"])
+    session = prepared.rounds()
+    curve: list[tuple[float, float, int, int]] = []
+    counts: dict[str, int] = {}
+    while session.completed < rounds and (until is None or session.now < until):
+        record = session.round()
+        for key, count in record["counts"].items():
+            counts[key] = counts.get(key, 0) + count
+        if session.completed % prepared.config.evaluation.every == 0 or session.completed == rounds:
+            record_readings(record, session.evaluate())
+            traffic = session.traffic.up + session.traffic.down
+            curve.append((session.now, record["global"]["accuracy"], traffic, counts["arrived"]))
+    session.executor.close()
+    return {
+        "curve": [point for point in curve if until is None or point[0] <= until],
+        "counts": counts,
+    }
+
+
+def durations(overrides: list[str]) -> list[float]:
+    """Seconds that each client's task takes in the first synchronous round."""
+    session = prepare(CONFIG, overrides).rounds()
+    timing, size = session.conditions.timing, 200_000
+    return [timing.duration(id, size, size, 0.0, 0) for id in session.federation.cards]
+
+
+def reached(curve: Curve, mark: float) -> float | None:
+    """When accuracy is above the mark for good: at every later evaluation, too."""
+    at = None
+    for seconds, accuracy, *_ in reversed(curve):
+        if accuracy < mark:
+            break
+        at = seconds
+    return at
+
+
+# What is made of the runs ---------------------------------------------------------------------------------------------
+def mark_of(runs: Mapping[str, Run]) -> tuple[float, float]:
+    """One seed's mark, and the simulated seconds of its synchronous run."""
+    seconds, accuracy, *_ = runs["synchronous"]["curve"][-1]
+    return accuracy - POINT, seconds
+
+
+def table(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str]) -> str:
+    """A row for each way, in Markdown: when it is at the mark for good as a share of the synchronous run's time, seed by seed;
+    its accuracy by half of that time; uploads and bytes by then."""
+    rows = [
+        "| | at the mark for good, share of the time | accuracy at half of the time | uploads by then | MB by then |"
+    ]
+    rows.append("| --- | --- | --- | --- | --- |")
+    for way in ways:
+        shares, half = [], []
+        for runs in found.values():
+            mark, whole = mark_of(runs)
+            at = reached(runs[way]["curve"], mark)
+            shares.append("never" if at is None else f"{at / whole:.2f}")
+            half.append([p for p in runs[way]["curve"] if p[0] <= TARGET * whole][-1])
+        accuracies = " / ".join(f"{accuracy:.3f}" for _, accuracy, *_ in half)
+        uploads, sent = (statistics.mean(p[i] for p in half) for i in (3, 2))
+        rows.append(
+            f"| {way} | {' / '.join(shares)} | {accuracies} | {uploads:,.0f} | {sent / 1e6:,.0f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Path) -> None:
+    """Accuracy less the mark by simulated time, as a share of the synchronous run's: the mean over seeds, and their range."""
+    from hetero_fl.reporting.plots import style
+
+    grid = np.linspace(0, 1, 401)
+    with style.drawing():
+        made = style.figure(3.4)
+        axes = made.subplots()
+        axes.axhline(0, color=style.GREY, linewidth=0.8)
+        axes.text(
+            1.0, -0.5, "the mark", color=style.GREY, ha="right", va="top", fontsize=style.SMALLEST
+        )
+        for way, colour in zip(ways, (style.INK, *style.CATEGORIES, style.GREEN), strict=False):
+            lines = []
+            for runs in found.values():
+                mark, whole = mark_of(runs)
+                seconds, accuracy = (np.array([p[i] for p in runs[way]["curve"]]) for i in (0, 1))
+                inside = np.interp(
+                    grid, seconds / whole, 100 * (accuracy - mark), left=np.nan, right=np.nan
+                )
+                lines.append(inside)
+            there = ~np.isnan(lines).any(0)
+            lows, highs, means = (
+                f(np.array(lines)[:, there], 0) for f in (np.min, np.max, np.mean)
+            )
+            if len(lines) > 1:
+                axes.fill_between(grid[there], lows, highs, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(
+                grid[there],
+                means,
+                "-" if way.startswith("async") else "--",
+                color=colour,
+                label=way,
+            )
+        axes.set_ylim(-30, None)
+        axes.set_xlim(0, 1.01)
+        axes.set_xlabel("simulated time, as a share of the synchronous run's")
+        axes.set_ylabel("points of accuracy above the mark")
+        axes.legend(loc="lower right")
+        path.write_bytes(style.png(made))
+
+
+def main() -> None:
+    """Hold the runs that are not there yet, and show what came of all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="Fashion-MNIST as .npz, in place of the download")
+    parser.add_argument("--rounds", type=int, default=20, help="of the synchronous run")
+    parser.add_argument("--ways", nargs="+", default=COMPARED, choices=list(WAYS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--share", type=float, default=TARGET, help="of its time, which the others are given"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    options = parser.parse_intermixed_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    ways, found = list(dict.fromkeys(["synchronous", *options.ways])), dict[str, dict[str, Run]]()
+    for seed in options.seeds:
+        base = [
+            *SMALLER,
+            f"seed={seed}",
+            *options.overrides,
+            *([f"data.path={options.data}"] if options.data else []),
+        ]
+        seconds = durations(base)
+        middle = statistics.median(seconds)
+        print(
+            f"seed {seed}: a task takes {min(seconds):.0f} to {max(seconds):.0f} s, half of them {middle:.0f}"
+        )
+        runs = found[str(seed)] = {}
+        for way in ways:
+            kept = options.out / f"{way.replace(', ', '_').replace(' ', '_')}-{seed}.json"
+            if not kept.exists():
+                until, rounds = None, options.rounds
+                if way != "synchronous":
+                    until, rounds = options.share * mark_of(runs)[1], 40 * options.rounds
+                changes = [change.format(deadline=1.5 * middle) for change in WAYS[way]]
+                kept.write_text(
+                    json.dumps(hold([*base, *changes, *options.overrides], until, rounds))
+                )
+            runs[way] = json.loads(kept.read_text())
+            (mark, whole), curve = mark_of(runs), runs[way]["curve"]
+            at, last = reached(curve, mark), curve[-1]
+            when = (
+                "not there for good"
+                if at is None
+                else f"there for good at {at:,.0f} s, {at / whole:.2f} of {whole:,.0f}"
+            )
+            print(
+                f"  {way}: mark {mark:.3f} {when}; last {last[1]:.3f} at {last[0]:,.0f} s; {runs[way]['counts']}",
+                flush=True,
+            )
+    (options.out / "table.md").write_text(table(found, ways))
+    print((options.out / "table.md").read_text())
+    figure(found, ways, options.out / "time_to_accuracy.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Images and genes: what each of them, both together, and a federation are worth to each kind of hospital.
+
+    python -m benchmarks multimodal [--seeds 0,1,2] [--out runs/multimodal] [key=value …]
+
+Runs `configs/medical_multimodal.yaml` once for each row of the table and each seed, one at a time, and writes `multimodal.md`
+and `multimodal.png` in --out after each; what has finished is not run again. All rows train with logit adjustment, so that they
+differ in what is seen and shared and in nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import hetero_fl
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.metrics import score
+from hetero_fl.data import Dataset, load_source
+from hetero_fl.data.inference import as_seen
+from hetero_fl.reporting.run import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+ALONE = ["algorithm.name=local", "algorithm.logit_adjustment=true"]
+ROWS = {
+    "images alone": [*ALONE, "clients.groups.0.preprocess={columns: [image], missing: null}"],
+    "genes alone": [*ALONE, "clients.groups.0.preprocess={columns: [genes]}"],
+    "both, without federation": ALONE,
+    "both, FedAvg of the image backbone": [
+        "algorithm.name=fedavg",
+        "algorithm.logit_adjustment=true",
+    ],
+    "both, and distillation of readings by images (Hybrid)": ["algorithm.name=hybrid"],
+}
+KINDS = {
+    "university": "universities (both)",
+    "clinic": "clinics (images)",
+    "institute": "institutes (genes)",
+}
+# they see what they see in any case
+SAME = {("images alone", "institute"), ("genes alone", "clinic")}
+METRICS = ("auroc", "balanced_accuracy")
+# kind -> reading -> a mean over its hospitals for each seed
+Figures = dict[str, dict[str, list[float]]]
+
+
+def run_of(row: str, seed: int, out: Path, changes: list[str]) -> Run:
+    """The run of a row with a seed, carried out if it has not been."""
+    path = out / f"{''.join(c if c.isalnum() else '_' for c in row)}-seed{seed}"
+    if not (path / "summary.json").exists():
+        quick = [
+            "runtime.executor=serial",
+            "runtime.threads=1",
+            "output.plots=false",
+            "output.report=false",
+        ]
+        overrides = [*ROWS[row], f"seed={seed}", "evaluation.every=15", *quick, *changes]
+        return hetero_fl.run(
+            ROOT / "configs" / "medical_multimodal.yaml",
+            overrides=overrides,
+            out=path,
+            resume=path.exists(),
+        )
+    return Run(path)
+
+
+def figures(run: Run, dataset: Dataset) -> dict[str, dict[str, float]]:
+    """By kind of hospital, the mean of each reading: in common, at home, and in common by images alone where both are known."""
+    found: dict[str, dict[str, list[float]]] = {}
+    assert dataset.test is not None and dataset.test.y is not None
+    image = dataset.test.x[:, :784].reshape(-1, 1, 28, 28)
+    for client in run.summary["clients"]:
+        mine = found.setdefault(client["id"].split("_")[0], {})
+        for reading in ("global", "personal"):
+            for metric in METRICS:
+                if client[reading][metric] is not None:
+                    mine.setdefault(f"{reading} {metric}", []).append(client[reading][metric])
+        model = run.models[client["id"]]
+        if len(model.preprocess["blocks"]) == 2:
+            alone = score(
+                model.task, model.logits(as_seen(model, {"image": image})), dataset.test.y
+            )
+            mine.setdefault("image auroc", []).append(float(alone["auroc"] or 0))
+    return {
+        kind: {name: statistics.fmean(values) for name, values in each.items()}
+        for kind, each in found.items()
+    }
+
+
+def cell(values: list[float]) -> str:
+    """Mean and deviation over seeds, in percent."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * spread:.1f}"
+
+
+def table(found: dict[str, Figures], metric: str) -> str:
+    """A table of one metric: in common, and at home after a stroke."""
+    lines = [
+        "| | " + " | ".join(KINDS.values()) + " | universities, by images alone |",
+        "| --- |" + " ---: |" * 4,
+    ]
+    for row, kinds in found.items():
+        cells = []
+        for kind in KINDS:
+            here = kinds.get(kind, {})
+            there = (row, kind) not in SAME and f"global {metric}" in here
+            cells.append(
+                f"{cell(here[f'global {metric}'])} / {cell(here[f'personal {metric}'])}"
+                if there
+                else ""
+            )
+        by_images = kinds.get("university", {}).get("image auroc") if metric == "auroc" else None
+        lines.append(f"| {row} | {' | '.join(cells)} | {cell(by_images) if by_images else ''} |")
+    return "\n".join(lines)
+
+
+def gains(found: dict[str, Figures]) -> str:
+    """What a federation changes, seed by seed, against both without federation."""
+    lines = []
+    base = found.get("both, without federation", {})
+    for row, kinds in found.items():
+        if not base or "alone" in row or "without" in row:
+            continue
+        for kind, words in KINDS.items():
+            for metric in METRICS:
+                name = f"global {metric}"
+                differences = [
+                    b - a for a, b in zip(base[kind][name], kinds[kind][name], strict=False)
+                ]
+                shown = ", ".join(f"{100 * d:+.1f}" for d in differences)
+                lines.append(
+                    f"- {row}: {words}, {metric.replace('_', ' ')} in common by seed: {shown}"
+                )
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, Figures], path: Path) -> None:
+    """AUROC in common by kind of hospital: the mean over seeds, and each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    height = 0.75 / len(found)
+    for i, (row, kinds) in enumerate(found.items()):
+        label: str | None = row
+        for j, kind in enumerate(KINDS):
+            values = kinds.get(kind, {}).get("global auroc")
+            if values is None or (row, kind) in SAME:
+                continue
+            place = j + (i - (len(found) - 1) / 2) * height
+            axes.plot(statistics.fmean(values), place, "o", color=f"C{i}", ms=8, label=label)
+            axes.plot(values, [place] * len(values), "o", color=f"C{i}", ms=4, alpha=0.5, zorder=1)
+            label = None
+    for line in range(1, len(KINDS)):
+        axes.axhline(line - 0.5, color="0.85", lw=0.8)
+    axes.set_yticks(range(len(KINDS)), list(KINDS.values()))
+    axes.set_ylim(len(KINDS) - 0.5, -0.5)
+    axes.set_xlabel("AUROC on the common test patients, mean over hospitals (small: each seed)")
+    axes.grid(axis="x", color="0.9")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path, default=Path("runs/multimodal"))
+    parser.add_argument("changes", nargs="*", help="key=value for every run")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    dataset = load_source(SourceConfig(name="xray_genes"), Path(), missing=True)
+    raw: dict[str, dict[int, dict[str, Any]]] = {}
+    for seed in map(int, args.seeds.split(",")):
+        for row in ROWS:
+            raw.setdefault(row, {})[seed] = figures(
+                run_of(row, seed, args.out, args.changes), dataset
+            )
+            found = {r: _by_kind(list(seeds.values())) for r, seeds in raw.items()}
+            text = "\n\n".join(
+                f"{m.replace('_', ' ')}, in common / at home\n\n{table(found, m)}" for m in METRICS
+            )
+            (args.out / "multimodal.md").write_text(f"{text}\n\n{gains(found)}\n", encoding="utf-8")
+            (args.out / "multimodal.json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
+            draw(found, args.out / "multimodal.png")
+            print(f"seed {seed}: {row}", flush=True)
+    print((args.out / "multimodal.md").read_text(encoding="utf-8"))
+
+
+def _by_kind(seeds: list[dict[str, dict[str, float]]]) -> Figures:
+    return {
+        kind: {name: [s[kind][name] for s in seeds if name in s[kind]] for name in seeds[0][kind]}
+        for kind in seeds[0]
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""A newcomer's chest X-rays: the images of PneumoniaMNIST that are not in the embedded set.
+
+    python -m benchmarks newcomer_set --data pneumoniamnist.npz --out newcomer.npz
+
+The input has the MedMNIST layout. All its splits are put together, training first; `join.py` sets a fifth apart to test on.
+Images are told by their pixels: one that lies twice in the input, and once in the embedded set, is not the newcomer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+Arrays = dict[str, np.ndarray]
+
+
+def left_over(whole: Arrays, taken: Arrays) -> Arrays:
+    """`train_images` and `train_labels` of the images `[N, ...]` of any split of `whole` that are in no split of `taken`, in the
+    order in which they lie."""
+    images, labels = (
+        np.concatenate([whole[f"{s}_{part}"] for s in SPLITS]) for part in ("images", "labels")
+    )
+    known = {image.tobytes() for s in SPLITS for image in taken[f"{s}_images"]}
+    mine = np.array([image.tobytes() not in known for image in images])
+    return {"train_images": images[mine], "train_labels": labels[mine]}
+
+
+def read(path: Path) -> Arrays:
+    """The arrays of a file."""
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="PneumoniaMNIST, 28x28, as an .npz file"
+    )
+    parser.add_argument("--out", type=Path, default=Path("newcomer.npz"))
+    options = parser.parse_args()
+    with as_file(files("hetero_fl.data") / "embedded" / "chest_xray.npz") as embedded:
+        made = left_over(read(options.data), read(embedded))
+    np.savez_compressed(options.out, **made)
+    print(
+        f"{options.out}: {len(made['train_images']):,} images, of each class {np.bincount(made['train_labels'][:, 0])}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Published tables, repeated: what the papers say, and what comes out here.
+
+    python -m benchmarks replication --data DIR [--tables fedgen,fedproto,…] [--seeds 0,1,2] [--out DIR]
+
+DIR holds `mnist.npz` and `cifar10.npz` in the MedMNIST layout (train_images, train_labels, test_images, test_labels). Prints how
+long it will take, carries out what has not finished, one run at a time, and after each writes `replication.md` in --out and its
+figures to --record, which belongs to the repository: what is recorded is not run again. A run that was killed goes on from its
+last round when the command is given again. `--only TEXT` keeps rows whose method contains it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.science.published import TABLES
+from benchmarks.science.replication_runs import (
+    accuracy,
+    estimate,
+    jobs_of,
+    read_record,
+    write_record,
+)
+from benchmarks.science.replication_tables import write
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "replication"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; ends with a line for a mistake."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of mnist.npz and cifar10.npz"
+    )
+    parser.add_argument(
+        "--tables", default=",".join(TABLES), metavar="A,B,…", help=f"of {', '.join(TABLES)} (all)"
+    )
+    parser.add_argument(
+        "--seeds", metavar="A,B,…", help="in place of the tables' own (0,1,2; niid: 0)"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="rows whose method contains this"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/replication"), help="where runs and tables go"
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        default=ROOT / "docs" / "replication.json",
+        help="figures of runs that other machines have finished; those of this one are added",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="carry out nothing, write the tables of what has finished",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds of each run: to see that it works"
+    )
+    options = parser.parse_args()
+    options.tables = [name.strip() for name in options.tables.split(",")]
+    for name in options.tables:
+        if name not in TABLES:
+            parser.error(f"--tables: found '{name}'; there are {', '.join(TABLES)}")
+        if not (options.data / TABLES[name].file).exists():
+            parser.error(f"--data: {options.data} has no {TABLES[name].file}")
+    try:
+        options.seeds = (
+            None if options.seeds is None else [int(s) for s in options.seeds.split(",")]
+        )
+    except ValueError:
+        parser.error(f"--seeds: found '{options.seeds}'; write whole numbers with commas")
+    return options
+
+
+def main() -> None:
+    """Carry out what is left, and write the tables."""
+    from hetero_fl import run
+    from hetero_fl.utils.errors import RunFailed
+
+    options = arguments()
+    record = {} if options.quick else read_record(options.record)
+    jobs = jobs_of(
+        [TABLES[name] for name in options.tables], options.seeds, options.only, options.out, record
+    )
+    print(estimate(jobs), flush=True)
+    left = [] if options.report else [job for job in jobs if not job.finished]
+    for number, job in enumerate(left, 1):
+        begun = time.perf_counter()
+        overrides = job.overrides(options.data) + (
+            ["rounds=2", "evaluation.every=1"] if options.quick else []
+        )
+        try:
+            run(
+                CONFIGS / f"{job.table.config}.yaml", out=job.path, resume=True, overrides=overrides
+            )
+            told = f"{accuracy(job, 'last'):.2f} in {time.perf_counter() - begun:.0f} s"
+        except RunFailed as error:
+            told = f"failed: {error}"
+        print(
+            f"{number}/{len(left)} {job.table.name}: {job.row.method}, seed {job.seed}: {told}",
+            flush=True,
+        )
+        write(jobs, options.out)
+        if not options.quick:
+            write_record(options.record, jobs)
+    print("\n" + write(jobs, options.out))
+
+
+if __name__ == "__main__":
+    main()

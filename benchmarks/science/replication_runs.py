@@ -1,0 +1,154 @@
+"""The runs behind the tables of `replication.py`, and the record of their figures.
+
+Runs take hours and stay where they were made; what they gave is kept in a file of the repository, so that another machine
+goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.science.published import FILE, Row, Table
+
+Record = dict[str, dict[str, float]]  # by `Job.key`
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a row of a table with a seed."""
+
+    table: Table
+    row: Row
+    seed: int
+    out: Path
+    record: Record = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def path(self) -> Path:
+        """Its run directory."""
+        name = "".join(c if c.isalnum() or c == "." else "_" for c in self.row.method)
+        return self.out / self.table.name / f"{name}-seed{self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether its figures are there, from this machine or from the record."""
+        return self.key in self.record or (self.path / "summary.json").exists()
+
+    @property
+    def key(self) -> str:
+        """Its name in the record."""
+        return f"{self.table.name}: {self.row.method}, seed {self.seed}"
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the table shows of it, in percent, and the minutes that it took: recorded, or read from its run directory."""
+        if self.key not in self.record:
+            which = (
+                {"held": accuracy_held(self)}
+                if self.table.held
+                else {"best_test_round": best_test_round(self)}
+            )
+            self.record[self.key] = {
+                "seed": self.seed,
+                "last": round(accuracy(self, "last"), 2),
+                "selected": round(accuracy(self, "best_by_validation"), 2),
+                **{name: round(value, 2) for name, value in which.items()},
+                "minutes": round(self.read("summary.json")["seconds"]["total"] / 60, 1),
+            }
+        return self.record[self.key]
+
+    def overrides(self, data: Path) -> list[str]:
+        """What it changes in the table's configuration."""
+        file = str(data / self.table.file)
+        return [
+            f"data.path={file}",
+            f"seed={self.seed}",
+            *(c.replace(FILE, file) for c in self.row.changes),
+        ]
+
+    def read(self, name: str) -> Any:
+        """One of the run's JSON files."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def jobs_of(
+    tables: Sequence[Table],
+    seeds: Sequence[int] | None,
+    only: str,
+    out: Path,
+    record: Record | None = None,
+) -> list[Job]:
+    """All runs, every row with one seed before the next seed."""
+    jobs, known = [], {} if record is None else record
+    for table in tables:
+        chosen = table.seeds if seeds is None else seeds
+        rows = [row for row in table.rows if only.lower() in row.method.lower()]
+        jobs += [
+            Job(table, row, s, out, known)
+            for i, s in enumerate(chosen)
+            for row in rows
+            if i < (row.seeds or i + 1)
+        ]
+    return jobs
+
+
+def read_record(path: Path) -> Record:
+    """What earlier runs gave; nothing if there is no such file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def write_record(path: Path, jobs: Sequence[Job]) -> None:
+    """Keep the figures of whatever has finished beside what the file holds already."""
+    known = read_record(path) | {job.key: job.figures for job in jobs if job.finished}
+    path.write_text(
+        json.dumps(dict(sorted(known.items())), indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+
+
+def estimate(jobs: Sequence[Job]) -> str:
+    """Lines on how long each table takes: as long as the row took before, where one of its runs has finished."""
+    lines = []
+    for table in dict.fromkeys(job.table for job in jobs):
+        mine = [job for job in jobs if job.table is table]
+        took = {j.row: j.figures.get("minutes") for j in mine if j.finished}
+        left = [job for job in mine if not job.finished]
+        minutes = sum(took.get(job.row) or job.row.minutes for job in left)
+        lines.append(
+            f"{table.name}: {len(left)} of {len(mine)} runs to do, about {minutes:.0f} minutes"
+        )
+    return "\n".join(lines)
+
+
+# The figures of a finished run, in percent -----------------------------------------------------------------------
+def accuracy(job: Job, which: str) -> float:
+    """`last` or `best_by_validation`."""
+    value = job.read("summary.json")[job.table.accuracy][which]["accuracy"]
+    return 100 * float(value)
+
+
+def accuracy_held(job: Job) -> float:
+    """Of all clients' models after the last round, each on the common test images of the classes that its client has."""
+    details = job.read("details.json")
+    right = total = 0
+    for client, counts in details["label_counts"].items():
+        for label, count in enumerate(counts):
+            if count:
+                taken = details["confusion"][client]["global"][label]
+                right, total = right + taken[label], total + sum(taken)
+    return 100 * right / total
+
+
+def best_test_round(job: Job) -> float:
+    """The best round on test data, as some papers have it; for comparison with those alone."""
+    lines = (job.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    read = [
+        record[job.table.accuracy]["accuracy"]
+        for record in map(json.loads, lines)
+        if record.get(job.table.accuracy)
+    ]
+    return 100 * max(read)

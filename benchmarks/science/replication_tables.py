@@ -1,0 +1,81 @@
+"""The tables of `replication.py`: the figures of finished runs beside what was published."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.science.published import Row, Table
+from benchmarks.science.replication_runs import Job
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "not run"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def difference(row: Row, ours: Sequence[float]) -> str:
+    """Ours minus theirs, and whether that is within two standard deviations: the paper's, or ours where it gives none."""
+    if row.mean is None or not ours:
+        return ""
+    apart = statistics.mean(ours) - row.mean
+    deviation = row.deviation or (statistics.stdev(ours) if len(ours) > 1 else None)
+    if deviation is None:
+        return f"{apart:+.2f}"
+    return f"{apart:+.2f} ({'within' if abs(apart) <= 2 * deviation else 'outside'} 2σ)"
+
+
+def given(mean: float | None, deviation: float | None) -> str:
+    """A paper's figure."""
+    return "" if mean is None else f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation else "")
+
+
+def against(row: Row, held: Sequence[float]) -> list[str]:
+    """The reading of the authors' code against what was published, and against what the authors had from mended code."""
+    mean, deviation = row.mended or (None, None)
+    again = replace(row, mean=mean, deviation=deviation)
+    return [difference(row, held), given(mean, deviation), difference(again, held)]
+
+
+def table_text(table: Table, jobs: Sequence[Job]) -> str:
+    """A table in Markdown, with what differs below it."""
+    extra = "classes held, last" if table.held else "best test round"
+    head = ["method", "published", "last", "selected", "last − published", extra]
+    head += ["held − published", "mended", "held − mended", "seeds"] if table.held else ["seeds"]
+    lines = [f"## {table.title}", "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for row in dict.fromkeys(job.row for job in jobs):
+        done = [job.figures for job in jobs if job.row == row and job.finished]
+        last = [figures["last"] for figures in done]
+        published = given(row.mean, row.deviation)
+        other = [figures["held" if table.held else "best_test_round"] for figures in done]
+        cells = [
+            row.method,
+            published,
+            spread(last),
+            spread([figures["selected"] for figures in done]) if done else "",
+            difference(row, last),
+            spread(other) if done else "",
+            *(against(row, other) if table.held else []),
+            ", ".join(str(figures["seed"]) for figures in done),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", "What differs:", "", *(f"- {line}" for line in table.differs), ""]
+    )
+
+
+def write(jobs: Sequence[Job], out: Path) -> str:
+    """All tables, to `replication.md` and as text."""
+    tables = dict.fromkeys(job.table for job in jobs)
+    text = "\n".join(
+        table_text(table, [job for job in jobs if job.table is table]) for table in tables
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "replication.md").write_text(
+        "# Replication\n\nAccuracy in percent.\n\n" + text, encoding="utf-8"
+    )
+    return text

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""Where batching pays: local fits of many equal clients in one computation against one after the other.
+
+    python -m benchmarks batched
+    python -m benchmarks batched --models mlp --groups 100 --batches 10 --rows 60
+
+Both train the same models on the same batches, in turn, in one process. A row a model, size of image and batch; a column a
+number of clients; in it the median ratio batched/serial of the pairs and their range. Below 1, batching is the faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.plan import Fit
+from hetero_fl.data import make_images
+from hetero_fl.engine.serial import Serial
+from hetero_fl.engine.vectorized import Batched
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.state_store import Private
+
+MODELS = ["linear", "mlp", "cnn_bn_small", "cnn_gn_small", "lenet", "fedavg_cnn"]
+
+
+def equal_clients(
+    model: str, clients: int, batch: int, rows: int, side: int, optimizer: str
+) -> list[tuple[Participant, Fit]]:
+    """Clients with so many rows each, and their local fits of one epoch."""
+    source = {
+        "data": {
+            "name": "synthetic_images",
+            "split": {"validation": 0.0, "test": 0.0},
+            "test_limit": 50,
+            "partition": {"kind": "iid"},
+            "proxy": {"size": 0},
+        },
+        "clients": {
+            "count": clients,
+            "defaults": {
+                "model": model,
+                "optimizer": {"name": optimizer, "lr": 0.01},
+                "batch_size": batch,
+            },
+        },
+        "algorithm": {"name": "local"},
+    }
+    prepared = prepare(source, dataset=make_images(clients * rows + 100, classes=10, side=side))
+    federation = prepared.federation
+    made = [federation.client(id, Private(), 0) for id in federation.cards]
+    return [(client, prepared.method.fit(client)) for client in made]
+
+
+def pairs(
+    work: list[tuple[Participant, Fit]], count: int, device: torch.device
+) -> list[tuple[float, float]]:
+    """Seconds of serial and batched runs, in turn; the first pair is not counted."""
+    serial, batched, seconds = Serial(device), Batched(device, print), []
+    for i in range(count + 1):
+        begun = time.perf_counter()
+        serial.perform(work)
+        middle = time.perf_counter()
+        batched.perform(work)
+        if i:
+            seconds.append((middle - begun, time.perf_counter() - middle))
+    return seconds
+
+
+def main() -> None:
+    """Print the table, a row as soon as it is measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument(
+        "--groups", nargs="+", type=int, default=[2, 5, 20], help="numbers of clients"
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[10, 32])
+    parser.add_argument(
+        "--sides", nargs="+", type=int, default=[8, 28], help="of the images, in pixels"
+    )
+    parser.add_argument("--rows", type=int, default=100, help="training rows of a client")
+    parser.add_argument("--optimizer", default="sgd")
+    parser.add_argument(
+        "--pairs", type=int, default=5, help="timed pairs a case, after one that is not counted"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    print(
+        f"{'model':14} {'side':>4} {'batch':>5} "
+        + " ".join(f"{f'{g} clients':>18}" for g in options.groups)
+    )
+    for model in options.models:
+        for side in options.sides:
+            if model == "lenet" and side < 12:
+                continue
+            for batch in options.batches:
+                cells = []
+                for clients in options.groups:
+                    work = equal_clients(
+                        model, clients, batch, options.rows, side, options.optimizer
+                    )
+                    ratios = [b / s for s, b in pairs(work, options.pairs, device)]
+                    cells.append(
+                        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+                    )
+                print(
+                    f"{model:14} {side:4} {batch:5} " + " ".join(f"{c:>18}" for c in cells),
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

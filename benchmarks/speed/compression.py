@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""What compression costs and saves: milliseconds to send and to receive a model's change, and its share of float32.
+
+    python -m benchmarks compression [--threads 1] [--quick]
+
+Two models: the CNN of McMahan et al. (2017), 1.7 million parameters, and ResNet-18, 11 million. Their changes are drawn at
+random, each tensor at a size of its own. What a sender with top-k keeps for later is made, and counted, in `send`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from hetero_fl.communication.compression import stages_of
+from hetero_fl.communication.link import Link
+from hetero_fl.config.communication import ChannelConfig
+from hetero_fl.core.payload import Item, ItemSpec, Payload, report_of
+from hetero_fl.utils.seeding import generator
+
+SPECS = {"model": ItemSpec("params")}
+CHAINS: dict[str, tuple[list[Any], bool]] = {
+    "none": ([], False),
+    "topk 1%": ([{"topk": 0.01}], False),
+    "topk 1%, 8 bits": ([{"topk": 0.01}, {"quantize": 8}], False),
+    "the same, entropy": ([{"topk": 0.01}, {"quantize": 8}], True),
+    "topk 10%, 8 bits": ([{"topk": 0.1}, {"quantize": 8}], False),
+    "randk 1%, 8 bits": ([{"randk": 0.01}, {"quantize": 8}], False),
+    "8 bits": ([{"quantize": 8}], False),
+    "4 bits, buckets": ([{"quantize": 4, "bucket": 512}], False),
+    "1 bit": ([{"quantize": 1}], False),
+    "half": (["half"], False),
+    "lowrank 90%": ([{"lowrank": 0.9}], False),
+}
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a model, by name."""
+    if size == "cnn":
+        layers = [(32, 1, 5, 5), (64, 32, 5, 5), (512, 3136), (10, 512)]
+    else:
+        layers = [(64, 3, 3, 3)]
+        before = 64
+        for width in (64, 128, 256, 512):
+            layers += [(width, before, 3, 3), *[(width, width, 3, 3)] * 3] + [
+                (width, before, 1, 1)
+            ] * (width != before)
+            before = width
+        layers.append((10, 512))
+    made: dict[str, tuple[int, ...]] = {}
+    for i, shape in enumerate(layers):
+        made |= {f"{i}.weight": shape, f"{i}.bias": shape[:1]}
+    return made
+
+
+def measured(link: Link, sent: Payload, got: Payload, times: int) -> tuple[float, float, int]:
+    """Milliseconds to send and to receive, medians after a turn that is not counted, and the message's bytes."""
+    key, state, taken = (0, 0, "site", "link"), dict[str, Any](), []
+    for _ in range(times + 1):
+        begun = common.now()
+        data = link.send(sent, key, reference=got, memory=state)
+        between = common.now()
+        link.receive(data, key, reference=got, like=sent.items_)
+        taken.append((between - begun, common.now() - between))
+    send, receive = (1000 * statistics.median(side) for side in zip(*taken[1:], strict=True))
+    return send, receive, len(data)
+
+
+def main() -> None:
+    """Print a line for each chain and model."""
+    options = common.parsed(common.arguments(__doc__, pairs=3))
+    print(
+        f"{'model':8} {'chain':20} {'send ms':>9} {'receive ms':>11} {'bytes':>12} {'of float32':>11}"
+    )
+    for size in ("cnn",) if options.quick else ("cnn", "resnet"):
+        start = {n: torch.randn(s, generator=generator(n)) for n, s in shapes(size).items()}
+        steps = {n: 0.001 * 1.3**i for i, n in enumerate(start)}
+        moved = {
+            n: t + steps[n] * torch.randn(t.shape, generator=generator(n, 1))
+            for n, t in start.items()
+        }
+        got, sent = (
+            Payload({"model": start}),
+            Payload({"model": Item(moved, 600.0, "params")}, report_of(1.0)),
+        )
+        dense = sum(4 * t.numel() for t in start.values())
+        for name, (chain, entropy) in CHAINS.items():
+            link = Link(stages_of(ChannelConfig(compress=chain).compress, entropy), SPECS, 10)
+            send, receive, count = measured(link, sent, got, options.pairs)
+            print(
+                f"{size:8} {name:20} {send:9.1f} {receive:11.1f} {count:12,} {count / dense:10.2%}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

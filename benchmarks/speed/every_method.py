@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""A round of every method, with the reading of models, against a bare loop of the same arithmetic; one thread, serial.
+
+    python -m benchmarks every_method [--methods fedprox,fedmd,…]
+
+6 clients, 3 of FedAvg's CNN and 3 small BatchNorm CNNs, 1,800 images of 28x28 and 200 public ones. Two rounds are held to the
+bare loop's losses, in training and in reading; in the second of them both sides' optimiser steps, images passed through models
+and operations of products and convolutions are counted. Then rounds are timed in turns. Target: 1.1. `heterogeneous.py` has
+FD, FedProto, FML and FedKD, `fedavg_cifar.py` FedAvg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import CLASSES, Ours, arguments, in_turns, parsed
+from hetero_fl.data import make_images
+from hetero_fl.experiment import prepare
+from model_zoo import SplitModel
+from tests.references.loops import (
+    averaging,
+    bounds,
+    distillation,
+    features,
+    normalization,
+    personalization,
+)
+from tests.references.loops.base import BATCH, LR, Loop
+
+TARGET = 1.1
+LOOPS: dict[str, type[Loop]] = {
+    "local": Loop,
+    "ensemble": bounds.Ensemble,
+    "centralized": bounds.Centralized,
+    "fedavg": averaging.FedAvg,
+    "fedprox": averaging.FedProx,
+    "fedavgm": averaging.FedOpt,
+    "fedadam": averaging.FedOpt,
+    "fedyogi": averaging.FedOpt,
+    "scaffold": averaging.Scaffold,
+    "fednova": normalization.FedNova,
+    "fedasync": averaging.FedAsync,
+    "fedbuff": averaging.FedBuff,
+    "fedbn": personalization.FedBN,
+    "fedper": personalization.FedPer,
+    "fedrep": personalization.FedRep,
+    "fedbabu": personalization.FedBABU,
+    "lg_fedavg": personalization.LGFedAvg,
+    "ditto": personalization.Ditto,
+    "heterofl": averaging.HeteroFL,
+    "fedmd": distillation.FedMD,
+    "feddf": distillation.FedDF,
+    "ds_fl": distillation.DSFL,
+    "kt_pfl": distillation.KTpFL,
+    "hybrid": distillation.Hybrid,
+    "fedgkt": features.FedGKT,
+    "fedtgp": features.FedTGP,
+    "fedgh": features.FedGH,
+    "fedgen": features.FedGen,
+    "fedmrl": features.FedMRL,
+    "dense": bounds.Dense,
+}
+SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not suit the case
+    # as many operations as the others' two models
+    "heterofl": {"model": "cnn_bn_large", "widths": [1, 0.5]},
+    "dense": {"synthesis_epochs": 2, "generator_steps": 5, "student_steps": 10},
+}
+
+
+def configuration(method: str, clients: int, rows: int) -> dict[str, Any]:
+    """Half the clients of each model."""
+    return {
+        "rounds": 1 if method == "dense" else 100,  # DENSE has all its work in the last round
+        "data": {
+            "train_limit": rows + 200,
+            "test_limit": 200,
+            "partition": {"kind": "dirichlet", "alpha": 0.5, "min_size": 20},
+            "proxy": {"size": 200},
+            "split": {"validation": 0.0, "test": 0.25},
+        },
+        "clients": {
+            "count": clients,
+            "defaults": {
+                "model": ["fedavg_cnn", "cnn_bn_small"],
+                "optimizer": {"name": "sgd", "lr": LR},
+                "batch_size": BATCH,
+            },
+        },
+        "algorithm": {"name": method, **SETTINGS.get(method, {})},
+    }
+
+
+class Counted:
+    """What is computed while it is active: optimiser steps, images passed through models, operations."""
+
+    def __enter__(self) -> Counted:
+        self.steps = self.images = 0
+        forward = SplitModel.forward
+
+        def count(model: SplitModel, x: torch.Tensor) -> Any:
+            self.images += len(x) if x.dim() == 4 else 0
+            return forward(model, x)
+
+        def stepped(*_: Any) -> None:
+            self.steps += 1
+
+        SplitModel.forward, self._forward = count, forward  # type: ignore[method-assign]
+        self._hook = register_optimizer_step_post_hook(stepped)
+        self._flops = FlopCounterMode(display=False)
+        self._flops.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._flops.__exit__(*error)
+        self._hook.remove()
+        SplitModel.forward = self._forward  # type: ignore[method-assign]
+        self.operations = self._flops.get_total_flops()
+
+
+class Framework(Ours):
+    """A run of the framework whose readings' losses are remembered."""
+
+    def __init__(self, *args: Any, **runtime: Any) -> None:
+        super().__init__(*args, **runtime)
+        self.scores: list[list[float]] = []
+
+    def round(self) -> None:
+        if self.rounds.federation.rounds == 1:
+            self.rounds.completed = 0
+        super().round()
+        found = self.rounds.evaluate().clients.values()
+        sets = ("personal", "global", "validation_global")
+        self.scores.append(
+            [float(r.scores[name]["loss"] or 0) for r in found for name in sets if name in r.scores]
+        )
+
+
+def apart(ours: list[list[float]], bare: list[list[float]]) -> float:
+    """The largest relative difference of losses in the first two rounds."""
+    pairs = [
+        pair for a, b in zip(ours[:2], bare[:2], strict=True) for pair in zip(a, b, strict=True)
+    ]
+    return max(
+        (abs(a - b) / max(1.0, abs(b)) if math.isfinite(a - b) else math.inf for a, b in pairs),
+        default=0.0,
+    )
+
+
+def measure(method: str, options: argparse.Namespace) -> str:
+    """A method's line of the table. Ends the program if the two sides do not compute the same."""
+    case = configuration(method, 4 if options.quick else 6, 400 if options.quick else 1800)
+    prepared = prepare(case, dataset=make_images(2000, 200, classes=CLASSES, channels=1, side=28))
+    ours, bare = (
+        Framework(prepared, executor="serial", threads=options.threads),
+        LOOPS[method](prepared),
+    )
+    counts = []
+    for contender in (ours, bare):
+        contender.round()
+        with Counted() as count:
+            contender.round()
+        counts.append(count)
+    worst = max(apart(ours.losses, bare.losses), apart(ours.scores, bare.scores))
+    if not worst < options.tolerance:
+        raise SystemExit(
+            f"{method}: losses differ by {worst:.2g} from the bare loop's; no ratio means anything"
+        )
+    contenders: dict[str, Callable[[], None]] = {"ours": ours.round, "bare": bare.round}
+    seconds = in_turns(contenders, options.pairs)
+    ratios = [a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
+    middle, (mine, theirs) = statistics.median(ratios), counts
+    each = [f"{getattr(mine, name):,} / {getattr(theirs, name):,}" for name in ("steps", "images")]
+    operations = f"{mine.operations / 1e9:.2f} / {theirs.operations / 1e9:.2f}"
+    time = f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    cells = [
+        method,
+        *each,
+        operations,
+        f"{worst:.0e}",
+        f"{statistics.median(seconds['bare']):.2f}",
+        time,
+    ]
+    return f"| {' | '.join(cells)} | {'' if middle <= TARGET else '**missed**'} |"
+
+
+def main() -> None:
+    """All methods in turn."""
+    parser = arguments(__doc__)
+    parser.set_defaults(threads=1)
+    parser.add_argument("--methods", default=",".join(LOOPS), metavar="A,B,…", help="which (all)")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.005, help="of losses, against the bare loop's (0.005)"
+    )
+    options = parsed(parser)
+    print(
+        "| method | steps: ours / bare | images | 10⁹ operations | losses apart | bare, s | ours / bare | |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for method in options.methods.split(","):
+        if method not in LOOPS:
+            raise SystemExit(
+                f"--methods: found '{method}'; there are bare loops for {', '.join(LOOPS)}"
+            )
+        print(measure(method, options), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Which executor is fastest where, and whether `auto` picks it.
+
+    python -m benchmarks executors [--executors serial,batched,processes]
+
+Whole FedAvg rounds (no evaluation) of several federations by every executor, side by side. Targets: auto against serial 0.5
+on 100 MLP clients of 60 examples; batched against serial 0.7 on 20 equal small CNNs; auto against the best fixed executor
+1.1 everywhere. `auto` looks at the number of rounds, too: a run of 100.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.common import Ours, arguments, in_turns, parsed, print_ratios
+from hetero_fl.data import make_images
+from hetero_fl.experiment import prepare
+
+# clients, rows of each, side and channels of the images, settings, targets
+CASES: dict[str, dict[str, Any]] = {
+    "100 MLP clients of 60 examples, 28x28, batch 10": {
+        "shape": (100, 60, 28, 1),
+        "defaults": {"model": "mlp", "batch_size": 10},
+        "targets": {"auto": 0.5},
+    },
+    "20 small CNN clients of 60 examples, 28x28, batch 10": {
+        "shape": (20, 60, 28, 1),
+        "defaults": {"model": "cnn_bn_small", "batch_size": 10},
+        "targets": {"batched": 0.7},
+    },
+    "20 CNN clients with 32 and 64 channels, 50 examples, 32x32 RGB, batch 10": {
+        "shape": (20, 50, 32, 3),
+        "defaults": {"model": "fedavg_cnn", "batch_size": 10},
+        "targets": {},
+    },
+    "6 ResNet-18 clients of 96 examples, 32x32 RGB, batch 32": {
+        "shape": (6, 96, 32, 3),
+        "defaults": {"model": "torchvision:resnet18", "batch_size": 32},
+        "targets": {},
+    },
+    "20 clients of two models, 60 examples, 28x28, batch 10": {
+        "shape": (20, 60, 28, 1),
+        "defaults": {"model": ["mlp", "cnn_bn_small"], "batch_size": 10},
+        "targets": {},
+    },
+}
+AUTO_TARGET = 1.1
+
+
+def configuration(clients: int, rows: int, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Equal clients."""
+    return {
+        "rounds": 100,
+        "data": {
+            "train_limit": clients * rows + 1,
+            "test_limit": 100,
+            "split": {"validation": 0.0, "test": 0.0},
+            "validation": 1e-9,  # one row
+        },
+        "clients": {
+            "count": clients,
+            "defaults": {"optimizer": {"name": "sgd", "lr": 0.01}, **defaults},
+        },
+        "algorithm": {"name": "fedavg"},
+    }
+
+
+def main() -> None:
+    """All cases."""
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--executors",
+        default="serial,batched,processes",
+        metavar="A,B,…",
+        help="names of runtime.executor",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="of executors that have them (2)")
+    options = parsed(parser)
+    fixed = options.executors.split(",")
+    for title, case in CASES.items():
+        clients, rows, side, channels = case["shape"]
+        clients = max(4, clients // 10) if options.quick else clients
+        dataset = make_images(clients * rows + 1, 100, classes=10, channels=channels, side=side)
+        prepared = prepare(configuration(clients, rows, case["defaults"]), dataset=dataset)
+        runs = {}
+        for name in [*fixed, "auto"]:
+            runtime = (
+                {"workers": options.workers}
+                if name == "processes"
+                else {"threads": options.threads}
+            )
+            runs[name] = Ours(prepared, executor=name, **({} if name == "auto" else runtime))
+        try:
+            seconds = in_turns({name: run.round for name, run in runs.items()}, options.pairs)
+        finally:
+            for run in runs.values():
+                run.rounds.executor.close()
+        middle = {name: statistics.median(seconds[name]) for name in fixed}
+        best = min(middle, key=lambda name: middle[name])
+        print_ratios(
+            title, seconds, fixed[0], {n: case["targets"].get(n) for n in [*fixed[1:], "auto"]}
+        )
+        print_ratios(f"{title}: the best is {best}", seconds, best, {"auto": AUTO_TARGET})
+
+
+if __name__ == "__main__":
+    main()

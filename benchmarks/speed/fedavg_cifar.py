@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""FedAvg as it is benchmarked elsewhere: 50 clients, 5 steps of batch 10 each, CIFAR-10, a CNN of two convolutions.
+
+    python -m benchmarks fedavg_cifar [--data cifar10.npz]
+
+A whole round (broadcast, training, aggregation; no evaluation) against a bare loop: the same batches, the fused optimiser,
+the weights averaged as they come, nothing encoded. Targets: serial 1.05, auto 0.8.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import Ours, agree, arguments, images, in_turns, parsed, print_ratios
+from hetero_fl.experiment import Prepared, prepare
+from hetero_fl.utils.seeding import generator
+
+BATCH, STEPS, LR = 10, 5, 0.05
+TARGETS = {"serial": 1.05, "auto": 0.8, "two workers": None}
+
+
+def configuration(clients: int) -> dict[str, object]:
+    """Every client has just the rows of its steps; as many rounds as such runs take, which `auto` looks at."""
+    return {
+        "rounds": 500,
+        "data": {
+            "train_limit": clients * BATCH * STEPS + 1,
+            "test_limit": 200,
+            "split": {"validation": 0.0, "test": 0.0},
+            "validation": 1e-9,  # one row
+        },
+        "clients": {
+            "count": clients,
+            "defaults": {
+                "model": "fedavg_cnn",
+                "optimizer": {"name": "sgd", "lr": LR},
+                "batch_size": BATCH,
+                "steps": STEPS,
+            },
+        },
+        "algorithm": {"name": "fedavg"},
+    }
+
+
+class Bare:
+    """FedAvg by hand."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        federation = prepared.federation
+        (arch,) = {card.arch for card in federation.cards.values()}
+        self.rows = {
+            c: federation.data.columns(c, "train", card.preprocess)
+            for c, card in federation.cards.items()
+        }
+        self.module = arch.build()
+        self.weights = {n: t.clone() for n, t in federation.initial(arch).items()}
+        self.losses: list[list[float]] = []
+        self.seed, self.done = federation.seed, 0
+
+    def round(self) -> None:
+        """Every client in turn."""
+        module, criterion = self.module.train(), F.cross_entropy
+        total = sum(len(rows["y"]) for rows in self.rows.values())
+        mean = {n: torch.zeros_like(t) for n, t in self.weights.items()}
+        losses = []
+        for id, rows in self.rows.items():
+            module.load_state_dict(self.weights)
+            optimizer = torch.optim.SGD(module.parameters(), LR, fused=True)
+            order = torch.randperm(
+                len(rows["y"]), generator=generator(self.seed, self.done, id, "train", 0, 0)
+            )
+            loss_sum = torch.zeros(())
+            for batch in order[: BATCH * STEPS].split(BATCH):
+                optimizer.zero_grad()
+                loss = criterion(module(rows["x"][batch]).logits, rows["y"][batch])
+                loss.backward()
+                optimizer.step()
+                loss_sum += loss.detach()
+            with torch.no_grad():
+                for name, tensor in module.state_dict().items():
+                    mean[name].add_(tensor, alpha=len(rows["y"]) / total)
+            losses.append(float(loss_sum) / STEPS)
+        self.losses.append(losses)
+        self.weights, self.done = mean, self.done + 1
+
+
+def main() -> None:
+    """Print the ratios."""
+    options = parsed(arguments(__doc__, data=True))
+    clients = 4 if options.quick else 50
+    prepared = prepare(
+        configuration(clients), dataset=images(options.data, clients * BATCH * STEPS * 2)
+    )
+    bare = Bare(prepared)
+    ours = {
+        "serial": Ours(prepared, executor="serial", threads=options.threads),
+        "auto": Ours(prepared, executor="auto"),
+        "two workers": Ours(prepared, executor="processes", workers=2),
+    }
+    try:
+        seconds = in_turns(
+            {"bare loop": bare.round, **{n: run.round for n, run in ours.items()}}, options.pairs
+        )
+    finally:
+        for run in ours.values():
+            run.rounds.executor.close()
+    print_ratios(
+        f"FedAvg, {clients} clients x {STEPS} steps of {BATCH}, a round",
+        seconds,
+        "bare loop",
+        TARGETS,
+    )
+    for name, run in ours.items():
+        agree(name, run.losses, bare.losses)
+
+
+if __name__ == "__main__":
+    main()

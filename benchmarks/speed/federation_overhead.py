@@ -1,0 +1,264 @@
+#!/usr/bin/env python3
+"""Seconds of a round of a real federation in which nobody computes: our messages, and Flower's own empty round.
+
+    python -m benchmarks federation_overhead [--nodes 4] [--pairs 5] [--bytes 0] [--out FILE]
+
+Both sides have a SuperLink and nodes in processes of their own on this machine; a round sends every node one message and has
+one answer of each. Flower's is an ordinary ServerApp and ClientApp that do nothing, under SuperNodes as they come. It is timed
+twice: as it is shipped (`send_and_receive`), and with what its settings allow: SuperExec looks for work every 0.05 s
+(FLWR_SUPEREXEC_TASK_POLL_INTERVAL), and the ServerApp asks for answers as often. The two sides take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from hetero_fl.deployment.certificates import load_node_key, make_node_key
+from hetero_fl.deployment.flower import FlowerTransport, Superlink, serve
+from hetero_fl.deployment.flower.superlink import free_port
+from hetero_fl.deployment.messages import Envelope
+
+PROJECT = """\
+[project]
+name = "empty"
+version = "1.0.0"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "nobody"
+fab-include = ["**/*.py"]
+
+[tool.flwr.app.components]
+serverapp = "empty.app:server"
+clientapp = "empty.app:client"
+
+[tool.flwr.app.config]
+folder = ""
+nodes = 0
+bytes = 0
+pause = 0.0
+"""
+APP = '''\
+"""An app that does nothing, a round at a time, when it is told to by a file."""
+import pathlib, time
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client = ClientApp()
+server = ServerApp()
+
+@client.query()
+def query(message, context):
+    return Message(message.content, reply_to=message)
+
+@server.main()
+def main(grid, context):
+    config = context.run_config
+    folder, n = pathlib.Path(config["folder"]), config["nodes"]
+    while len(nodes := list(grid.get_node_ids())) < n:
+        time.sleep(0.1)
+    (folder / "ready").touch()
+    while not (folder / "end").exists():
+        if not (folder / "go").exists():
+            time.sleep(0.01)
+            continue
+        (folder / "go").unlink()
+        data = bytes(config["bytes"])
+        body = ArrayRecord({"b": Array("uint8", (len(data),), "bytes", data)} if data else {})
+        began = time.perf_counter()
+        messages = [Message(RecordDict({"body": body}), node, "query") for node in nodes]
+        if config["pause"] == 0:
+            got = list(grid.send_and_receive(messages))
+        else:
+            waiting, got = set(grid.push_messages(messages)), []
+            while waiting:
+                new = list(grid.pull_messages(waiting))
+                got += new
+                waiting -= {m.metadata.reply_to_message_id for m in new}
+                time.sleep(config["pause"] if waiting else 0)
+        took = time.perf_counter() - began
+        assert len(got) == n and all(m.has_content() for m in got), got
+        (folder / "took.tmp").write_text(str(took))
+        (folder / "took.tmp").rename(folder / "took")
+'''
+
+
+def echo(address: str, key: Path) -> None:
+    """A node of ours."""
+    serve(lambda envelope: envelope, address, load_node_key(key))
+
+
+@contextmanager
+def ours(nodes: int, size: int) -> Iterator[Callable[[], float]]:
+    """A federation over our messages, and what times a round of it."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        keys = {f"node_{i}": make_node_key(scratch / f"node_{i}") for i in range(nodes)}
+        transport = FlowerTransport(
+            Superlink(), {name: key.public_key() for name, key in keys.items()}
+        )
+        stack.callback(transport.close)
+        for name in keys:
+            process = context.Process(
+                target=echo, args=(transport._superlink.address, scratch / name), daemon=True
+            )
+            process.start()
+            stack.callback(process.kill)
+        while len(transport.nodes()) < nodes:
+            time.sleep(0.1)
+        body = bytes(size)
+
+        def one() -> float:
+            began = time.perf_counter()
+            waiting = {transport.push(node, Envelope({}, body), 600) for node in transport.nodes()}
+            while waiting:
+                got = transport.pull(waiting, 10)
+                assert all(answer is not None for answer in got.values())
+                waiting -= set(got)
+            return time.perf_counter() - began
+
+        yield one
+
+
+@contextmanager
+def flowers(nodes: int, size: int, pause: float) -> Iterator[Callable[[], float]]:
+    """A federation of Flower's own, and what times a round of it. `pause` 0: as it is shipped."""
+    scratch = Path(tempfile.mkdtemp())
+    tools, port = Path(sys.executable).parent, free_port("127.0.0.1", 0)
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(scratch / "home"),
+        "PATH": f"{tools}:{os.environ['PATH']}",
+    }
+    if pause:
+        environment["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(pause)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str) -> None:
+        with open(scratch / f"{len(started)}.log", "wb") as log:
+            started.append(
+                subprocess.Popen(
+                    [str(tools / command[0]), *command[1:]],
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    cwd=scratch,
+                )
+            )
+
+    try:
+        app = scratch / "app"
+        (app / "empty").mkdir(parents=True)
+        (app / "pyproject.toml").write_text(PROJECT)
+        (app / "empty" / "__init__.py").touch()
+        (app / "empty" / "app.py").write_text(APP)
+        (scratch / "home").mkdir()
+        (scratch / "home" / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        start(
+            "flower-superlink",
+            "--insecure",
+            "--port",
+            str(port),
+            "--disable-runtime-dependency-installation",
+        )
+        _wait(lambda: httpx.get(f"http://127.0.0.1:{port}/health").is_success, started, scratch)
+        for _ in range(nodes):
+            own = str(free_port("127.0.0.1", 0))
+            start(
+                "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", own
+            )
+        settings = f'folder="{scratch}" nodes={nodes} bytes={size} pause={pause}'
+        start("flwr", "run", str(app), "here", "--run-config", settings)
+        _wait((scratch / "ready").exists, started, scratch)
+
+        def one() -> float:
+            (scratch / "go").touch()
+            _wait((scratch / "took").exists, started, scratch)
+            took = float((scratch / "took").read_text())
+            (scratch / "took").unlink()
+            return took
+
+        yield one
+    finally:
+        (scratch / "end").touch()
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _wait(there: Callable[[], Any], started: list[subprocess.Popen[bytes]], logs: Path) -> None:
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        with suppress(httpx.TransportError):
+            if there():
+                return
+        if any(process.poll() for process in started):
+            break
+        time.sleep(0.02)
+    told = {log.name: log.read_text()[-600:] for log in logs.glob("*.log")}
+    raise SystemExit(f"Flower's own federation does not answer: {json.dumps(told, indent=1)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument(
+        "--pairs", type=int, default=5, help="timed rounds of each side, after one not counted (5)"
+    )
+    parser.add_argument("--bytes", type=int, default=0, help="of each message, either way (0)")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {"nodes": options.nodes, "bytes": options.bytes}
+    with ours(options.nodes, options.bytes) as mine:
+        for name, pause in (("as shipped", 0.0), ("tuned", 0.05)):
+            with flowers(options.nodes, options.bytes, pause) as theirs:
+                pairs = []
+                for turn in range(options.pairs + 1):
+                    one = mine(), theirs()
+                    print(
+                        f"  {name}, {turn or 'not counted'}: {one[0]:.3f} {one[1]:.3f}", flush=True
+                    )
+                    pairs += [one] if turn else []
+            a, b = ([pair[i] for pair in pairs] for i in (0, 1))
+            ratios = [x / y for x, y in pairs]
+            figures[name] = {"ours": a, "flower": b}
+            print(
+                f"Flower {name}: ours {_spread(a)} s, Flower's {_spread(b)} s a round, ratio {_spread(ratios)}",
+                flush=True,
+            )
+    if options.out:
+        options.out.write_text(json.dumps(figures, indent=1))
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""What a client costs besides its training, and what a run costs before its first round.
+
+    python -m benchmarks overhead
+
+A round of many clients whose training is one step of a linear model, less the same steps by hand, over their number: target
+2 ms (serial executor). Then `scripts/train.py` on digits_quickstart in a process of its own, from its start to the line of
+the first round, imports and evaluation included: target 5 s.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import arguments, in_turns, parsed, rounds_of
+from hetero_fl.data import make_table
+from hetero_fl.experiment import Prepared, prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH, ROWS, LR = 10, 20, 0.1
+
+
+def configuration(clients: int) -> dict[str, object]:
+    """FedAvg of logistic regression, one step a round."""
+    return {
+        "data": {"split": {"validation": 0.0, "test": 0.0}, "test_limit": 50},
+        "clients": {
+            "count": clients,
+            "defaults": {
+                "model": "linear",
+                "optimizer": {"name": "sgd", "lr": LR},
+                "batch_size": BATCH,
+                "steps": 1,
+            },
+        },
+        "algorithm": {"name": "fedavg"},
+    }
+
+
+class BareSteps:
+    """The steps alone: nothing is loaded, drawn or averaged."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        federation = prepared.federation
+        (arch,) = {card.arch for card in federation.cards.values()}
+        self.rows = [
+            federation.data.columns(c, "train", card.preprocess)
+            for c, card in federation.cards.items()
+        ]
+        self.module = arch.build()
+        self.optimizer = torch.optim.SGD(self.module.parameters(), LR, fused=True)
+
+    def round(self) -> None:
+        """A step for each client."""
+        for rows in self.rows:
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.module(rows["x"][:BATCH]).logits, rows["y"][:BATCH]).backward()
+            self.optimizer.step()
+
+
+def first_round() -> float:
+    """Seconds from the start of the script to the line of its first round."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+        command += [
+            "--config",
+            str(ROOT / "configs" / "digits_quickstart.yaml"),
+            "--out",
+            f"{folder}/run",
+        ]
+        begun = time.perf_counter()
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("round 1"):
+                    seconds = time.perf_counter() - begun
+                    process.kill()
+                    return seconds
+    raise SystemExit(f"{' '.join(command)}: ended before its first round")
+
+
+def main() -> None:
+    """Print both figures."""
+    options = parsed(arguments(__doc__, pairs=9))
+    clients = 20 if options.quick else 200
+    prepared = prepare(configuration(clients), dataset=make_table(clients * 2 * ROWS, 200))
+    bare, rounds = (
+        BareSteps(prepared),
+        rounds_of(prepared, executor="serial", threads=options.threads),
+    )
+    seconds = in_turns({"bare steps": bare.round, "serial": rounds.round}, options.pairs)
+    each = [
+        1e3 * (a - b) / clients
+        for a, b in zip(seconds["serial"], seconds["bare steps"], strict=True)
+    ]
+    step = 1e3 * statistics.median(seconds["bare steps"]) / clients
+    print(
+        f"around one step of a linear model ({step:.2f} ms): {spread(each)} ms a client; target 2"
+    )
+    starts = [first_round() for _ in range(options.pairs)]
+    print(f"start to first round of digits_quickstart: {spread(starts)} s; target 5")
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""What a second thread gains in one training step, by model and batch: the ground of `auto`'s rule for threads.
+
+    GOMP_SPINCOUNT=1000 python -m benchmarks threads
+
+Forward, backward and step of a bare loop, with one thread and with two, in turns; printed is the ratio of the medians. How long
+OpenMP's idle threads spin decides it. Time with two threads over time with one, on two virtual cores:
+
+    GOMP_SPINCOUNT                1000    OpenMP's default
+    mlp, batch 10                 1.44    0.99
+    cnn_bn_small, batch 32        0.99    0.83
+    cnn_bn_medium, batch 32       0.75    0.62
+    fedavg_cnn, batch 10          0.68    0.82
+    resnet18, batch 32            0.63    0.61
+
+Two runs at once on these two processors take a third longer than one with 1000, and nine times as long with 100000 (ResNet-18 of
+executors.py); the longer threads spin, the more they take from each other. With `OMP_WAIT_POLICY=PASSIVE` they do not spin, and
+executors.py has its serial rounds at most a twentieth faster with a second thread than with one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.engine.templates import Template, description
+
+CASES = [
+    *(("mlp", (1, 28, 28), batch) for batch in (10, 32)),
+    *(("cnn_bn_small", (1, 28, 28), batch) for batch in (10, 32)),
+    ("cnn_bn_medium", (1, 28, 28), 32),
+    ("cnn_bn_large", (1, 28, 28), 32),
+    ("fedavg_cnn", (3, 32, 32), 10),
+    ("resnet8", (3, 32, 32), 32),
+    ("resnet18", (3, 32, 32), 32),
+    ("resnet18_small", (3, 32, 32), 32),
+]
+
+
+def main() -> None:
+    """Print a line for each case."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    for name, shape, batch in CASES:
+        arch = Architecture.of(name, 10, shape)
+        module = Template(arch, torch.device("cpu")).module
+        optimizer = torch.optim.SGD(module.parameters(), 0.01, fused=True)
+        x, y = torch.rand(batch, *shape), torch.arange(batch) % 10
+        flops = batch * description(arch).forward_flops
+        steps = max(2, int(3e9 / flops))
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        for turn in range(options.turns + 1):
+            for threads, found in seconds.items():
+                torch.set_num_threads(threads)
+                begun = time.perf_counter()
+                for _ in range(steps):
+                    optimizer.zero_grad()
+                    F.cross_entropy(module(x).logits, y).backward()
+                    optimizer.step()
+                if turn:
+                    found.append((time.perf_counter() - begun) / steps)
+        one, two = (statistics.median(found) for found in seconds.values())
+        print(
+            f"{name:16} batch {batch}, {flops / 1e6:6.0f} MFLOP forward: {1e3 * one:7.2f} ms, two threads {two / one:.2f} of it"
+        )
+
+
+if __name__ == "__main__":
+    main()

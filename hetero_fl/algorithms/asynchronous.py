@@ -1,0 +1,164 @@
+"""Asynchronous methods: FedAsync and FedBuff."""
+
+from __future__ import annotations
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from hetero_fl.aggregation.means import add, tie
+from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.config.base import Kind, StalenessConfig
+from hetero_fl.core.objectives import Proximal
+from hetero_fl.core.participant import Card, Participant, Roster
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.plan import Plan
+
+# FedAsync: every upload moves the server's model as it comes, the less the staler it is.
+
+
+class Stale(Algorithm):
+    """Methods that are for asynchronous running, and say themselves what a stale upload is worth.
+
+    What architectures have in common (`clients.common`) is one at the server, whichever of them moves it.
+    """
+
+    asynchronous = True
+
+    staleness: Kind = Field(
+        "polynomial",
+        description="s(τ): constant 1; (1 + τ)^−a; hinge: 1 up to τ = b, 1/(a·(τ − b) + 1) after it",
+    )
+    a: NonNegativeFloat | None = Field(
+        None, description="how steep s is; none: 0.5 of the polynomial, 10 of the hinge"
+    )
+    b: NonNegativeInt = Field(4, description="of the hinge: versions that cost nothing")
+
+    @property
+    def discount(self) -> StalenessConfig:
+        return StalenessConfig(kind=self.staleness, a=self.a, b=self.b)
+
+    def start(self, server: Participant) -> None:
+        tie(server.models, server.common)
+
+    def weight_of(self, client: Participant | Card) -> float:
+        return 1.0  # so that what arrives weighs s(τ)
+
+
+@algorithm("fedasync")
+class FedAsync(Stale):
+    """Asynchronous mixing: θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k for every upload as it comes, τ being the versions that were made
+    since the client was given its task (Xie et al. 2019, Algorithm 1).
+
+    On a mixed federation an upload moves the model of its architecture. s(τ) = 1/(1 + τ) is the polynomial with a = 1. Runs
+    asynchronously whatever `runtime.mode` says.
+    """
+
+    alpha: float = Field(
+        0.6, gt=0, le=1, description="α: how far a fresh upload moves the server's model"
+    )
+    rho: NonNegativeFloat = Field(
+        0.0, description="ρ: pull of local training towards the model that was received"
+    )
+
+    @property
+    def goal(self) -> int:
+        return 1
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        if not self.rho:
+            return (yield from super().train(client, got))
+        yield from self.deploy(client, got)
+        anchor = {"anchor": client.models["model"]}
+        yield self.fit(client, Proximal(client.task.kind, mu=self.rho), given=anchor)
+        return self.share(client)
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        owners = uploads.weights_by_group("model")  # s(τ) of the one that came
+        for group, mean in uploads.mean_by_group("model").items():
+            parameters = server.arch[group].parameter_names
+            server.models[group] = add(
+                server.models[group], mean, owners[group], self.alpha, parameters
+            )
+        tie(server.models, server.common, owners)
+        yield from ()
+
+
+# FedBuff: asynchronous training with a buffer, of changes and not of models.
+
+BUFFERS = "buffers"
+PAPER = 10  # K
+
+
+@algorithm("fedbuff")
+class FedBuff(Stale):
+    """Buffered asynchronous aggregation: clients send Δ_k = θ_k − θ as received; of every K the server makes
+    θ ← θ + λ·Σ s(τ_k)·Δ_k / K, s = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1).
+
+    On a mixed federation the sum and its divisor are those of each architecture in the buffer.
+    BatchNorm's statistics move towards the clients' by the same weights, though never past them: a variance plus changes of
+    another one could be negative. Runs asynchronously whatever `runtime.mode` says.
+    """
+
+    uploads = {"model": ItemSpec("update"), BUFFERS: ItemSpec("params")}
+
+    buffer: PositiveInt | None = Field(
+        None, description="K; none: 10 as in the paper, but no more than half of the clients"
+    )
+    server_lr: PositiveFloat = Field(1.0, description="λ: the server's learning rate")
+
+    @property
+    def goal(self) -> int | None:
+        return self.buffer
+
+    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+        if self.buffer is not None:
+            return self, []
+        size = max(1, min(PAPER, len(cards) // 2))
+        told = (
+            []
+            if size == PAPER
+            else [f"algorithm.buffer is {size}: half of the clients, where the paper has {PAPER}"]
+        )
+        return self.model_copy(update={"buffer": size}), told
+
+    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+        yield from self.deploy(client, got)
+        start = client.models["model"]
+        yield self.fit(client)
+        items = self.share(client)
+        if not items:
+            return {}
+        model, names = items["model"].values, client.arch["model"].parameter_names
+        moved = {n: t - start[n] for n, t in model.items() if n in names}
+        kept = {n: t for n, t in model.items() if n not in names}
+        return {
+            "model": Item(moved, 1.0, "update"),
+            **({BUFFERS: Item(kept, 1.0, "params")} if kept else {}),
+        }
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
+        shares = mean_weights(uploads, "model")
+        for group, mean in uploads.mean_by_group("model").items():
+            model = server.models[group]
+            moved = {
+                n: model[n] + self.server_lr * shares[group][n] * change
+                for n, change in mean.items()
+            }
+            server.models[group] = {**model, **moved}
+        tie(server.models, server.common, shares)
+        shares = mean_weights(uploads, BUFFERS)
+        for group, mean in uploads.mean_by_group(BUFFERS).items():
+            model = server.models[group]
+            near = {n: model[n].lerp(tensor, shares[group][n]) for n, tensor in mean.items()}
+            server.models[group] = {**model, **near}
+        tie(server.models, server.common, shares)
+        yield from ()
+
+
+def mean_weights(uploads: Uploads, name: str) -> dict[str, dict[str, float]]:
+    """Σ s / K of each tensor by group, K being its senders: what the weighted mean is multiplied by to be Σ s·Δ / K."""
+    counts = uploads.counts_by_group(name)
+    return {
+        group: {n: weight / counts[group][n] for n, weight in weights.items()}
+        for group, weights in uploads.weights_by_group(name).items()
+    }

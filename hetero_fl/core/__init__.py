@@ -1,0 +1,1 @@
+"""The vocabulary of a federation: tasks, models, participants, payloads, plans, objectives."""

@@ -1,0 +1,176 @@
+"""Which network a slot holds: a hashable description from which every process builds the same module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_fl.utils.seeding import key
+from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
+
+Tensors = dict[str, Tensor]
+
+
+def frozen(value: Any) -> Any:
+    """A value of which every list, however deep, is a tuple."""
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model of the zoo with everything that decides its shapes. Equal architectures have equal tensors.
+
+    `input_shape` is (channels, *size) as `model_zoo.create_model` takes it; with a `vocabulary` (its size) examples are
+    tokens, and it is (length,).
+    """
+
+    name: str
+    outputs: int
+    input_shape: tuple[int, ...]
+    feature_dim: int | None = None
+    options: tuple[tuple[str, Any], ...] = field(default=())
+    pretrained: bool = False
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        outputs: int,
+        input_shape: tuple[int, ...],
+        feature_dim: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
+        vocabulary: int | None = None,
+    ) -> Architecture:
+        """An architecture from a configuration's plain values (lists become tuples, so that it can be hashed)."""
+        settled = tuple(sorted((k, frozen(v)) for k, v in (options or {}).items()))
+        return cls(name, outputs, tuple(input_shape), feature_dim, settled, pretrained, vocabulary)
+
+    @property
+    def sizes(self) -> tuple[int, int, tuple[int, ...], int | None]:
+        """Outputs, channels, size and feature width, as `model_zoo.create_model` takes them."""
+        channels, *size = self.input_shape if self.vocabulary is None else (1, *self.input_shape)
+        return self.outputs, channels, tuple(size), self.feature_dim
+
+    def build(self, pretrained: bool = False) -> SplitModel:
+        """A new module, with weights from the global generator: call it inside `torch.random.fork_rng`.
+
+        `pretrained`: with the published weights, for a first start only; everybody else loads tensors into it. Raises
+        `model_zoo.ModelError` where the model can not be made for this input.
+        """
+        options = dict(self.options)
+        return create_model(
+            self.name, *self.sizes, pretrained=pretrained, vocabulary=self.vocabulary, **options
+        )
+
+    def initial(self, seed: int) -> Tensors:
+        """The tensors that every participant with this architecture starts from. Do not change them in place."""
+        return dict(_initial(self, seed, torch.get_default_dtype()))
+
+    @cached_property
+    def id(self) -> str:
+        """One line that names the architecture: the name of its group at the server."""
+        detail = [f"{'x'.join(map(str, self.input_shape))}->{self.outputs}"]
+        detail += [f"vocabulary={self.vocabulary}"] if self.vocabulary else []
+        detail += [f"feature_dim={self.feature_dim}"] if self.feature_dim else []
+        detail += [f"{k}={v}" for k, v in self.options] + (
+            ["pretrained"] if self.pretrained else []
+        )
+        return f"{self.name}({', '.join(detail)})"
+
+    @property
+    def parameter_names(self) -> frozenset[str]:
+        """Names of trainable tensors; the others are buffers (BatchNorm statistics and counters)."""
+        return _built(self).parameters
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor by name. Raises ModelError where the model cannot be made."""
+        return _built(self).shapes
+
+    @property
+    def batch_norm_names(self) -> frozenset[str]:
+        """Names of all that BatchNorm layers hold, parameters and statistics; found by type, as names differ."""
+        return _built(self).batch_norm
+
+    @property
+    def width(self) -> int:
+        """Width of the features. Raises ModelError where the model cannot be made."""
+        return _built(self).width
+
+    def to_json(self) -> str:
+        """As stored beside saved tensors."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Architecture:
+        """The reverse of `to_json`. Raises ValueError on anything else."""
+        try:
+            raw = json.loads(text)
+            return cls.of(
+                str(raw["name"]),
+                int(raw["outputs"]),
+                tuple(raw["input_shape"]),
+                raw["feature_dim"],
+                dict(raw["options"]),
+                bool(raw["pretrained"]),
+                raw.get("vocabulary"),  # older files have none
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a description of an architecture: {error}") from None
+
+    def check(self) -> None:
+        """Build it once. Raises ModelError in one line for whatever is wrong with it."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.build()
+        except ModelError:
+            raise
+        except (
+            Exception
+        ) as error:  # a wrong option value fails somewhere inside torch: one line for the user
+            raise ModelError(
+                f"{self.name} cannot be built with {dict(self.options)}: {error}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of a model without its values."""
+
+    parameters: frozenset[str]
+    width: int
+    shapes: Mapping[str, tuple[int, ...]]
+    batch_norm: frozenset[str]
+
+
+@lru_cache(maxsize=256)
+def _built(arch: Architecture) -> _Facts:
+    """Equal architectures are built once: methods derive them anew each round."""
+    with torch.random.fork_rng(devices=[]):
+        module = arch.build()
+    layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
+    return _Facts(
+        frozenset(n for n, _ in module.named_parameters()),
+        int(module.feature_dim),
+        {n: tuple(t.shape) for n, t in module.state_dict().items()},
+        frozenset(f"{path}.{n}" for path, m in layers for n in m.state_dict()),
+    )
+
+
+@lru_cache(maxsize=16)
+def _initial(arch: Architecture, seed: int, dtype: torch.dtype) -> Tensors:
+    """`dtype` is torch's default one, which decides the result."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "init", arch.id))
+        return {n: t.detach().clone() for n, t in arch.build(arch.pretrained).state_dict().items()}
+
+
+Owner = tuple[str, tuple[int, ...], str]  # (tensor name, shape, group or "" for common ones)

@@ -1,0 +1,501 @@
+"""Data sets of any source: examples, column layouts, vocabularies, and views of selected rows."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_fl.core.task import Task
+from hetero_fl.utils.errors import UserError, nearest, printable
+from hetero_fl.utils.ordering import in_order
+
+# What a raw example is made of: named columns, or named blocks (modalities) of a flat row; and
+# which of them a view takes.
+
+Spans = tuple[tuple[int, int], ...]
+"""Runs of columns of the last axis, each from its first to before its last."""
+Categories = tuple[tuple[str, tuple[str, ...]], ...]
+"""Text columns of a table that are encoded as indicators, each with its values in their order."""
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+def indicators(column: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the columns that say 1 where a text column has a value, else 0."""
+    return tuple(f"{column}={value}" for value in values)
+
+
+class Block(NamedTuple):
+    """A named run of columns of a flat row `[D]`, and the shape that its values have: `(1, 28, 28)` an image, `(60,)` a row."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Columns."""
+        return math.prod(self.shape)
+
+    @property
+    def image(self) -> bool:
+        """Whether its values are pixels."""
+        return len(self.shape) == 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of what lies along an example's last axis: columns, or blocks; neither where nothing has a name.
+
+    The indicators of a text column (`categories`) lie next to each other and go by that column's name.
+    """
+
+    columns: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    categories: Categories = ()
+
+    @property
+    def encoded(self) -> dict[str, str]:
+        """The text column that each indicator stands for."""
+        return {
+            name: column
+            for column, values in self.categories
+            for name in indicators(column, values)
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a view may choose from."""
+        encoded = self.encoded
+        columns = dict.fromkeys(encoded.get(name, name) for name in self.columns)
+        return tuple(b.name for b in self.blocks) or tuple(columns)
+
+    @property
+    def ends(self) -> dict[str, tuple[int, int]]:
+        """Where each named column or block begins and ends."""
+        if not self.blocks:
+            found: dict[str, tuple[int, int]] = {}
+            encoded = self.encoded
+            for i, indicator in enumerate(self.columns):
+                name = encoded.get(indicator, indicator)
+                found[name] = (found.get(name, (i, i))[0], i + 1)
+            return found
+        return {b.name: span for b, span in zip(self.blocks, spans_of(self.blocks), strict=True)}
+
+    def spans(self, names: Sequence[str], where: str) -> Spans:
+        """The runs of columns that bear these names, in the data's own order; neighbours are one run.
+
+        Raises:
+            UserError: nothing has a name, or nothing this one.
+        """
+        for name in names:
+            if name not in self.names:
+                hint = (
+                    nearest(name, self.names)
+                    if self.names
+                    else "; nothing of these examples has a name, leave it out"
+                )
+                raise UserError(f"{where}: found '{printable(name)}'{hint}")
+        return merged(tuple(span for name, span in self.ends.items() if name in names))
+
+
+def spans_of(blocks: Sequence[Block]) -> Spans:
+    """Where each block begins and ends."""
+    found, start = [], 0
+    for block in blocks:
+        found.append((start, start + block.size))
+        start += block.size
+    return tuple(found)
+
+
+def merged(spans: Spans) -> Spans:
+    """The same columns in as few runs as can be."""
+    found: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
+def check_blocks(blocks: Sequence[Block], shape: Sequence[int], where: str) -> None:
+    """Refuse (UserError) blocks that are no rows of these (shape of an example), or bear names that tensors cannot have."""
+    names = [b.name for b in blocks]
+    for name in names:
+        if not NAME.fullmatch(name) or names.count(name) > 1:
+            raise UserError(
+                f"{where}: blocks: found '{name}'; names are letters, digits and _, each once"
+            )
+    if blocks and (len(shape) != 1 or shape[0] != sum(b.size for b in blocks)):
+        sizes = " + ".join(str(b.size) for b in blocks)
+        raise UserError(
+            f"{where}: blocks: found {sizes} columns for examples of shape {tuple(shape)}; blocks lie in rows"
+        )
+
+
+# Words as numbers: a vocabulary taken from public text alone, or by hashing, for which no text is
+# read at all.
+
+EMPTY, UNKNOWN, FIRST = 0, 1, 2
+"""No word, a word that is not in the vocabulary, the first word."""
+WORD = re.compile(r"\w+(?:['’-]\w+)*|[.!?]")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text in lower case; full stop, question and exclamation mark are words, other marks are left out."""
+    return WORD.findall(text.lower())
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the numbers of tokens mean: 0 no word, 1 unknown, then `words`; or, without words, that many `buckets`.
+
+    Equal vocabularies give equal numbers.
+    """
+
+    words: tuple[str, ...] = ()
+    buckets: int = 0
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.size:,} tokens, {'hashed' if self.buckets else f'{len(self.words):,} words'})"
+
+    @classmethod
+    def of(cls, public: Iterable[Sequence[str]], most: int) -> Vocabulary:
+        """The most frequent words of public texts, equally frequent ones by the alphabet; a word said once is not taken."""
+        counts = Counter(word for words in public for word in words)
+        frequent = sorted(
+            (w for w, n in counts.items() if n > 1), key=lambda word: (-counts[word], word)
+        )
+        return cls(tuple(frequent[:most]))
+
+    @property
+    def size(self) -> int:
+        """How many different tokens there are."""
+        return FIRST + (self.buckets or len(self.words))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What to call each token from the first word on: the word, or the bucket's number."""
+        return self.words or tuple(f"#{i}" for i in range(self.buckets))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {word: FIRST + i for i, word in enumerate(self.words)}
+
+    def number(self, word: str) -> int:
+        """The token of a word."""
+        if not self.buckets:
+            return self._places.get(word, UNKNOWN)
+        # the same in every process and release
+        digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
+        return FIRST + int.from_bytes(digest, "big") % self.buckets
+
+    def encode(self, texts: Iterable[str | Sequence[str]], length: int) -> Tensor:
+        """Texts as tokens, int64 `[N, length]`: their last words, filled up from the left."""
+        rows = [self.numbers(text)[-length:] for text in texts]
+        filled = [[EMPTY] * (length - len(row)) + row for row in rows]
+        return torch.tensor(filled, dtype=torch.int64).reshape(-1, length)
+
+    def numbers(self, text: str | Sequence[str]) -> list[int]:
+        """The tokens of a text, or of its words."""
+        return [
+            self.number(word) for word in (split_words(text) if isinstance(text, str) else text)
+        ]
+
+    def continuations(
+        self, texts: Iterable[Sequence[str]], length: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Every place of every text at which a known word follows on another word.
+
+        Returns:
+            The words before it, int64 `[N, length]`; its place in `names`, int64 `[N]`; the number of the text, int64 `[N]`.
+            Unknown words stand among those before, but are never asked for.
+        """
+        before, following, whose = [], [], []
+        for number, words in enumerate(texts):
+            tokens = self.numbers(words)
+            for place in range(1, len(tokens)):
+                if tokens[place] != UNKNOWN:
+                    row = tokens[max(0, place - length) : place]
+                    before.append([EMPTY] * (length - len(row)) + row)
+                    following.append(tokens[place] - FIRST)
+                    whose.append(number)
+        x = torch.tensor(before, dtype=torch.int64).reshape(-1, length)
+        return x, torch.tensor(following, dtype=torch.int64), torch.tensor(whose, dtype=torch.int64)
+
+
+# What every source yields: examples, the data set made of them, and the check that refuses
+# malformed ones.
+
+MOST_NUMBERED_CLASSES = 20  # more different numbers than that are regression targets
+
+Columns = dict[str, Tensor]
+"""Tensors aligned on dim 0: "x" and, unless it is a proxy set without labels, "y"."""
+
+
+@dataclass
+class Examples:
+    """Raw examples as they lie in memory.
+
+    `x`: uint8 images `[N, C, H, W]`, floats `[N, ...]` (images, `[N, T, F]` series, `[N, F]` tables), or tokens, int64
+    `[N, T]` below the data set's `vocabulary`.
+    `y`: targets as `Task` defines them, or None where there are none to read.
+    `group`: int64 `[N]`, whose row it is, as a place in `group_names`.
+    `patient`: int64 `[N]`, of whom it was taken, as a place in `patient_names`; rows of one patient stay together.
+    `time`: int64 `[N]`, when the target is, in seconds since 1970 or any count that grows. It makes a set *dated*: train,
+    validation and test are cut by date, never drawn.
+    `unit`: floats `[N]`; figures of a regression are those of targets × unit, where targets are relative to a level of the row's
+    own (a site's mean, say).
+    `baselines`: what simple rules say of each row, as a model's outputs `[N, outputs]`, by name. Models never see them.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    group: Tensor | None = None
+    group_names: tuple[str, ...] = ()
+    patient: Tensor | None = None
+    patient_names: tuple[str, ...] = ()
+    time: Tensor | None = None
+    unit: Tensor | None = None
+    baselines: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, column in [
+            *((name, getattr(self, name)) for name in _BY_ROW),
+            *self.baselines.items(),
+        ]:
+            if column is not None and len(column) != len(self.x):
+                raise UserError(f"found {len(self.x)} rows of x but {len(column)} of {name}")
+
+    def __repr__(self) -> str:
+        columns = {name: getattr(self, name) for name in ("x", *_BY_ROW)}
+        shapes = (
+            f"{name} {_shape(column)}" for name, column in columns.items() if column is not None
+        )
+        return f"Examples({len(self):,} rows: {', '.join(shapes)})"
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: Tensor) -> Examples:
+        """The rows (int64 `[M]`), in that order."""
+        found: dict[str, Any] = {
+            name: None if (c := getattr(self, name)) is None else c[rows] for name in _BY_ROW
+        }
+        said = {name: outputs[rows] for name, outputs in self.baselines.items()}
+        return replace(self, x=self.x[rows], baselines=said, **found)
+
+
+_BY_ROW = ("y", "group", "patient", "time", "unit")
+
+
+def _shape(column: Tensor) -> str:
+    """The type and shape of a row: `uint8 [1, 28, 28]`; of a single value the type alone."""
+    name = str(column.dtype).removeprefix("torch.")
+    return f"{name} {list(column.shape[1:])}" if column.ndim > 1 else name
+
+
+def places(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
+    """Names as int64 `[N]`, places in the second, which has each name once, in the order in which people count."""
+    found = [str(value).strip() for value in values]
+    names = tuple(in_order(set(found)))
+    place = {name: i for i, name in enumerate(names)}
+    return torch.tensor([place[name] for name in found], dtype=torch.int64), names
+
+
+@dataclass
+class Dataset:
+    """A data set: `train` is what gets dealt out; `validation` and `test`, where present, are the common ones.
+
+    `simulated` says that generated data stands in for a real set. `columns` names the features of a table, or the channels of
+    a series; `categories` are the text columns that some of them encode. `blocks` are the modalities of flat float rows
+    `[N, D]`, in their order. `notes`: lines about how the data was read that a user has to see before the run. `gap`: where
+    the first missing value lies, for a line that refuses it. `span`: of a dated set whose rows have several targets, how long
+    before `time`, which is the last one's, the first may be. `vocabulary`: what the tokens mean, where x is tokens; all models
+    of a federation have this one.
+    """
+
+    name: str
+    task: Task
+    train: Examples
+    validation: Examples | None = None
+    test: Examples | None = None
+    simulated: bool = False
+    about: str = ""
+    columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    gap: str = ""
+    span: int = 0
+    vocabulary: Vocabulary | None = None
+    categories: Categories = ()
+
+    def __post_init__(self) -> None:
+        self.blocks = tuple(Block(str(name), tuple(shape)) for name, shape in self.blocks)
+        check_blocks(self.blocks, tuple(self.train.x.shape[1:]), self.name)
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{name} {len(examples):,}" for name, examples in self.splits().items())
+        simulated = ", simulated" if self.simulated else ""
+        return (
+            f"Dataset({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, x {_shape(self.train.x)}; "
+            f"rows: {splits}{simulated})"
+        )
+
+    @property
+    def layout(self) -> Layout:
+        """The names along an example's last axis."""
+        return Layout(self.columns, self.blocks, self.categories)
+
+    def splits(self) -> dict[str, Examples]:
+        """The splits that there are, by name."""
+        all_three = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: examples for name, examples in all_three.items() if examples is not None}
+
+
+def check_examples(
+    examples: Examples,
+    task: Task,
+    where: str,
+    names: tuple[str, str] = ("x", "y"),
+    missing: bool = False,
+    vocabulary: Vocabulary | None = None,
+) -> None:
+    """Refuse examples that no model can learn from; `names` are the arrays' names in the source. Rows count from 0.
+    `missing`: NaN in x stands for a missing value, and is allowed but in images.
+
+    Raises:
+        UserError: no rows; x of a wrong dtype or shape; x or y not finite, tokens outside the vocabulary; y missing, of a
+            wrong dtype or shape, or out of the task's range. One class only is allowed.
+    """
+    x, y = examples.x, examples.y
+    x_name, y_name = names
+
+    def refuse(array: str, what: str) -> None:
+        raise UserError(f"{where}: {array}: {what}")
+
+    if len(x) == 0:
+        refuse(x_name, "found no rows")
+    if vocabulary is not None:
+        if x.dtype != torch.int64 or x.ndim != 2 or 0 in x.shape:
+            refuse(
+                x_name,
+                f"found {_dtype(x)} of shape {tuple(x.shape)}; tokens are int64, rows x length",
+            )
+        if (row := _first(((x < 0) | (x >= vocabulary.size)).any(1))) is not None:
+            refuse(
+                x_name, f"row {row} has a token out of range; they are 0 to {vocabulary.size - 1}"
+            )
+    elif x.dtype == torch.uint8:
+        if x.ndim != 4 or 0 in x.shape:
+            wanted = "images are rows x channels x height x width"
+            if x.ndim == 2:
+                wanted += f'; for a table pass {x_name}.astype("float32")'
+            refuse(x_name, f"found shape {tuple(x.shape)}; {wanted}")
+    elif not x.is_floating_point():
+        wanted = f'for a table pass {x_name}.astype("float32"); tokens need a vocabulary'
+        if x.ndim != 2:
+            wanted = "choose uint8 (images) or floats; tokens need a vocabulary"
+        refuse(x_name, f"found {_dtype(x)} of shape {tuple(x.shape)}; {wanted}")
+    elif x.ndim < 2 or 0 in x.shape:
+        refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
+    elif missing and x.ndim < 4:
+        if (row := _first(torch.isinf(x).flatten(1).any(1))) is not None:
+            refuse(x_name, f"infinity in row {row}")
+    elif (row := _first(~torch.isfinite(x).flatten(1).all(1))) is not None:
+        refuse(x_name, f"NaN or infinity in row {row}")
+
+    if y is None:
+        refuse(y_name, "missing; every set but the proxy needs labels")
+    elif task.kind == "multiclass":
+        if y.dtype != torch.int64 or y.ndim != 1:
+            refuse(
+                y_name,
+                f"found {_dtype(y)} of shape {tuple(y.shape)}; class numbers are int64 of shape ({len(x)},)",
+            )
+        if (row := _first((y < 0) | (y >= task.outputs))) is not None:
+            refuse(
+                y_name,
+                f"label {int(y[row])} in row {row} is out of range; classes are 0 to {task.outputs - 1}",
+            )
+    else:
+        if not y.is_floating_point() or y.shape != (len(x), task.outputs):
+            wanted = f"{task.kind} takes floats of shape {(len(x), task.outputs)}"
+            refuse(y_name, f"found {_dtype(y)} of shape {tuple(y.shape)}; {wanted}")
+        if (row := _first(~torch.isfinite(y).all(1))) is not None:
+            refuse(y_name, f"NaN or infinity in row {row}")
+        if task.kind == "multilabel" and (row := _first(((y != 0) & (y != 1)).any(1))) is not None:
+            refuse(y_name, f"row {row} is out of range; multilabel targets are 0 or 1")
+    _check_beside(examples, task, where)
+
+
+def _check_beside(examples: Examples, task: Task, where: str) -> None:
+    """Refuse times, units and baselines that do not fit the rows."""
+    time, unit = examples.time, examples.unit
+    if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
+        raise UserError(
+            f"{where}: time: found {_dtype(time)} of shape {tuple(time.shape)}; want int64 ({len(examples)},)"
+        )
+    if unit is not None:
+        if not unit.is_floating_point() or unit.ndim != 1:
+            raise UserError(
+                f"{where}: unit: found {_dtype(unit)} of shape {tuple(unit.shape)}; want floats ({len(examples)},)"
+            )
+        if task.kind != "regression":
+            raise UserError(f"{where}: unit: is of regression targets, but the task is {task.kind}")
+        if (row := _first(~(torch.isfinite(unit) & (unit > 0)))) is not None:
+            raise UserError(
+                f"{where}: unit: found {float(unit[row]):g} in row {row}; units are above 0"
+            )
+    for name, outputs in examples.baselines.items():
+        if outputs.shape != (len(examples), task.outputs) or not bool(
+            torch.isfinite(outputs).all()
+        ):
+            raise UserError(
+                f"{where}: baseline {name}: want finite outputs of shape {(len(examples), task.outputs)}"
+            )
+
+
+def _first(bad: Tensor) -> int | None:
+    """Place of the first True of a `[N]` mask."""
+    return int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else None
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows (int64 `[M]`) of examples that lie elsewhere, shared with others."""
+
+    examples: Examples
+    rows: Tensor
+
+    @classmethod
+    def whole(cls, examples: Examples) -> Share:
+        """All rows."""
+        return cls(examples, torch.arange(len(examples)))
+
+    def take(self) -> Examples:
+        """A copy of the rows."""
+        return self.examples.take(self.rows)
+
+    def __reduce__(
+        self,
+        # between processes rows go as an array: tensors would each take a file handle
+    ) -> tuple[Any, ...]:
+        return _share, (self.examples, self.rows.numpy())
+
+
+def _share(examples: Examples, rows: np.ndarray) -> Share:
+    return Share(examples, torch.from_numpy(rows))

@@ -1,0 +1,516 @@
+"""The data of a federation: client rows, the proxy set and the common sets, as seen by each model.
+
+`federate` builds it from a data set and a configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
+from hetero_fl.config.data import DataConfig
+from hetero_fl.config.population import Population
+from hetero_fl.core.task import Task
+from hetero_fl.data.client_rows import Drawing, Private, fingerprint
+from hetero_fl.data.dataset import Columns, Dataset, Examples, Layout, Share, Vocabulary
+from hetero_fl.data.external import from_own_sources, own_sources
+from hetero_fl.data.missing_values import check_gaps, check_view, sees_nothing, usable
+from hetero_fl.data.partition import deal_out
+from hetero_fl.data.preprocessing import (
+    NOTHING,
+    Preprocess,
+    apply_scanner,
+    check_settings,
+    raw_shape,
+)
+from hetero_fl.data.proxy_set import common_sets, proxy_set
+from hetero_fl.data.splits import (
+    Splits,
+    apart,
+    check_categories,
+    check_classes,
+    draw,
+    with_rare,
+    with_test,
+)
+from hetero_fl.utils.caching import Recent
+from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.ordering import natural
+from hetero_fl.utils.seeding import generator
+
+# A cache of columns that is bounded in bytes.
+
+
+class ColumnCache:
+    """Keeps what was used last, up to `limit` bytes; the newest entry stays even if it alone is larger."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._entries: OrderedDict[Hashable, Columns] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable, make: Callable[[], Columns]) -> Columns:
+        """The entry, made if it is not there."""
+        if key not in self._entries:
+            self._entries[key] = columns = make()
+            self.bytes += _size(columns)
+            while self.bytes > self.limit and len(self._entries) > 1:
+                self.bytes -= _size(self._entries.popitem(last=False)[1])
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+
+def _size(columns: Columns) -> int:
+    return sum(column.nbytes for column in columns.values())
+
+
+# Data as a federation holds it: each client's own rows, a public proxy set, as a rule without
+# labels, the common sets.
+
+PRIVATE = ("train", "validation", "test")
+PUBLIC = ("proxy", "common_test", "common_validation")
+CACHE_BYTES = 512 * 2**20
+
+
+class FederatedData:
+    """Who holds what, served as columns of tensors through a participant's own preprocessing.
+
+    Raw arrays stay as they are and are shared; clients are rows of them until asked for, and where they draw for
+    themselves not even that. Made by `federate`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        name: str,
+        clients: Population,
+        private: Private,
+        public: Mapping[str, Share],
+        seed: int,
+        simulated: bool = False,
+        about: str = "",
+        cache_bytes: int = CACHE_BYTES,
+        notes: Sequence[str] = (),
+        layout: Layout = NOTHING,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        self.task, self.name, self.simulated, self.about = task, name, simulated, about
+        self.notes = list(notes)
+        """Lines on how the data was read and dealt that a user has to see before the run."""
+        self.input_shape = tuple(public["common_test"].examples.x.shape[1:])
+        """Shape of a raw example of the common set, without the batch."""
+        self.layout = layout
+        """The names of its columns, or of its blocks."""
+        self.vocabulary = vocabulary
+        """What the tokens mean, the same for all models; None where examples are no tokens."""
+        self._settings, self._private, self._public, self._seed = clients, private, public, seed
+        self._views: Recent[Preprocess] = Recent()
+        self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
+        self._public_columns, self._private_columns = (
+            ColumnCache(cache_bytes),
+            ColumnCache(cache_bytes),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"FederatedData({self.name!r}: {self.task.kind} with {self.task.outputs} outputs, {len(self._settings):,} clients; "
+            f"rows: train {self.n_train:,}, proxy {self.n_proxy:,}, test {self.n_test:,})"
+        )
+
+    @property
+    def client_ids(self) -> list[str]:
+        """All clients, sorted; a list of them is made."""
+        return sorted(self._settings)
+
+    @property
+    def n_train(self) -> int:
+        """Rows of all clients' training splits; where clients draw for themselves, of the pool that they draw from."""
+        return self._private.n_train
+
+    @property
+    def n_proxy(self) -> int:
+        """Rows of the proxy set; 0 without one."""
+        return len(self._public["proxy"].rows) if "proxy" in self._public else 0
+
+    @property
+    def has_proxy_labels(self) -> bool:
+        """Whether there is a proxy set whose labels may be read."""
+        return "proxy" in self._public and self._public["proxy"].examples.y is not None
+
+    @property
+    def n_test(self) -> int:
+        """Rows of the common test set."""
+        return len(self._public["common_test"].rows)
+
+    def n_rows(self, client: str, split: str) -> int:
+        """Rows of a client's train, validation or test split."""
+        return self._private.count(client, split)
+
+    def with_one_row(self) -> list[str]:
+        """Clients with a single row to train on."""
+        return self._private.with_one_row()
+
+    def label_counts(self, client: str) -> Tensor:
+        """How often each label occurs in a client's training split, floats `[outputs]`.
+
+        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients elsewhere: see `tells_labels`.
+        """
+        if client in self._private.told:
+            return torch.tensor(self._private.told[client].labels)
+        share = self._private[client]["train"]
+        y = _labels(share.examples)[share.rows]
+        if self.task.kind == "multiclass":
+            counts = torch.bincount(y, minlength=self.task.outputs)
+        elif self.task.kind == "multilabel":
+            counts = y.sum(0)
+        else:
+            counts = torch.full((self.task.outputs,), len(y))
+        return counts.to(torch.get_default_dtype())
+
+    @property
+    def apart(self) -> bool:
+        """Whether others' rows are on machines of their own."""
+        return bool(self._private.told)
+
+    def tells_labels(self, client: str) -> bool:
+        """Whether its label counts are known here: everybody's are, but those of clients elsewhere that keep them."""
+        return client not in self._private.told or self._private.told[client].labels is not None
+
+    def preprocess(self, client: str) -> Preprocess:
+        """How the client sees every example; statistics of its `own` are those of its training rows."""
+        config, where = self._settings[client].preprocess, f"client '{client}': preprocess"
+        if client in self._private.told and (view := self._private.told[client].view) is not None:
+            return view
+        if config.normalize != "own":
+            return Preprocess.resolve(config, None, where, self.layout, self.input_shape)
+        return self._views.get(
+            client,
+            lambda: Preprocess.resolve(
+                config, self._raw(client, "train").x, where, self.layout, self.input_shape
+            ),
+        )
+
+    def plain(self, config: PreprocessConfig, where: str) -> Preprocess:
+        """The view of these examples that a configuration asks for, but for what is subtracted and divided by."""
+        return Preprocess.plain(config, self.layout, self.input_shape, where)
+
+    def own_view(self, client: str) -> Preprocess | None:
+        """The client's view but for mean and deviation, where these are of its own rows (`normalize: own`); else None."""
+        config = self._settings[client].preprocess
+        return (
+            self.plain(config, f"client '{client}': preprocess")
+            if config.normalize == "own"
+            else None
+        )
+
+    def has_proxy(self, through: Preprocess) -> bool:
+        """Whether there is a proxy set and this view sees anything of it."""
+        if through.raw is None or "proxy" not in self._public:
+            return "proxy" in self._public
+        key = (through.spans, through.blocks)
+        if key not in self._sees:
+            self._sees[key] = not sees_nothing(self._public["proxy"], through)
+        return self._sees[key]
+
+    def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
+        """How the server sees examples; it has no rows of its own, so `own` statistics are those of the public sets."""
+        if config.normalize is not None and self.vocabulary is not None:
+            raise UserError(
+                "server.preprocess.normalize: is for numbers, but the examples are tokens; leave it out"
+            )
+        public = self._public.get("proxy", self._public["common_validation"])
+        return Preprocess.resolve(
+            config, public.take().x, "server.preprocess", self.layout, self.input_shape
+        )
+
+    def columns(self, owner: str, name: str, through: Preprocess) -> Columns:
+        """Examples as seen through a preprocessing: "x" in torch's default float type, and "y", for the proxy only where
+        its labels are kept.
+
+        The tensors are shared with later callers and must not be changed. They are kept as long as there is room,
+        public and private ones apart (`cache_bytes` each), so that public sets usually stay for the whole run.
+
+        Args:
+            owner: a client's id; "server" for "pooled"; of no account for a public set.
+            name: train, validation, test; proxy, common_test, common_validation; or pooled, all clients' training rows
+                in the order of sorted ids, each client's as its scanner made them, but for those of which this view sees
+                nothing, or has to see all and does not.
+        """
+        key = (name, through, torch.get_default_dtype())
+        if name in PUBLIC:
+            if name not in self._public:
+                raise UserError(
+                    f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out"
+                )
+            return self._public_columns.get(
+                key, lambda: self._see(self._public[name].take(), through)
+            )
+        if (owner, name) == ("server", "pooled"):
+            return self._private_columns.get((owner, *key), lambda: self._pool(through))
+        if owner not in self._private or name not in PRIVATE:
+            known = [*PUBLIC, *PRIVATE, "pooled"]
+            raise KeyError(
+                f"no set '{name}' of '{owner}'{nearest(name, known) if name not in known else ''}"
+            )
+        return self._private_columns.get(
+            (owner, *key), lambda: self._see(self._raw(owner, name), through)
+        )
+
+    def beside(self, owner: str, name: str) -> Examples:
+        """What stands beside the rows of a set of `columns`, row by row: times, units, baselines. It has no x."""
+        share = self._public[name] if name in PUBLIC else self._private[owner][name]
+        return replace(share.examples, x=torch.empty(len(share.examples), 0)).take(share.rows)
+
+    def raw(self, name: str) -> Tensor:
+        """The examples of a public set as they lie in memory, `[N, ...]`."""
+        return self._public[name].take().x
+
+    def private_rows(self) -> Iterator[Tensor]:
+        """Everybody's training rows as they lie in memory, client by client; where clients draw, the pool."""
+        for (_, split), share in self._private.places():
+            if split in ("train", "pool"):
+                yield share.take().x
+
+    def public_hash(self) -> str:
+        """SHA-256 over the public sets: equal for all who have the same."""
+        return fingerprint((self.task.kind, self.task.outputs), sorted(self._public.items()))
+
+    def elsewhere(self, private: Private) -> FederatedData:
+        """The same with these rows in place of those that everybody has: what lies on one machine of several."""
+        held = copy.copy(self)
+        held._private, held._views, held._sees = private, Recent(), {}
+        held._public_columns = ColumnCache(self._public_columns.limit)
+        held._private_columns = ColumnCache(self._private_columns.limit)
+        return held
+
+    @property
+    def private(self) -> Private:
+        """Whose rows are which."""
+        return self._private
+
+    @property
+    def public(self) -> Mapping[str, Share]:
+        """The proxy set, if there is one, and the common sets."""
+        return self._public
+
+    def share_memory(self) -> None:
+        """Move the raw arrays to memory that other processes can read without a copy."""
+        shares = [*self._public.values(), *(share for _, share in self._private.places())]
+        for examples in {id(s.examples): s.examples for s in shares}.values():
+            for tensor in (examples.x, examples.y):
+                if tensor is not None:
+                    tensor.share_memory_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what it keeps for speed."""
+        bound = self._public_columns.limit
+        return {
+            **self.__dict__,
+            "_public_columns": ColumnCache(bound),
+            "_private_columns": ColumnCache(bound),
+        }
+
+    def content_hash(self) -> str:
+        """SHA-256 over every example and label that anyone here can see, and whose it is. Two runs with the same hash
+        (and configuration) have the same data."""
+        places = [
+            (("", name), share) for name, share in self._public.items()
+        ] + self._private.places()
+        told = [(client, told.hash) for client, told in sorted(self._private.told.items())]
+        return fingerprint(
+            (self.task.kind, self.task.outputs, *told), sorted(places, key=lambda p: p[0])
+        )
+
+    def _raw(self, client: str, split: str) -> Examples:
+        """A client's rows as its own device made them."""
+        found = self._private[client][split].take()
+        draws = generator("data", self._seed, "scanner", client, split)
+        return Examples(apply_scanner(found.x, self._settings[client].scanner, draws), found.y)
+
+    def _see(self, examples: Examples, through: Preprocess) -> Columns:
+        columns = {"x": through(examples.x)}
+        if examples.y is not None:
+            columns["y"] = (
+                examples.y.to(torch.get_default_dtype())
+                if examples.y.is_floating_point()
+                else examples.y
+            )
+        return columns
+
+    def _pool(self, through: Preprocess) -> Columns:
+        ids = self.client_ids
+        parts = [self._see(_usable(self._raw(client, "train"), through), through) for client in ids]
+        shapes = {client: tuple(p["x"].shape[1:]) for client, p in zip(ids, parts, strict=True)}
+        if len(set(shapes.values())) > 1:
+            owner = next((c for c in ids if self.preprocess(c) == through), None)
+            where = "server.preprocess" if owner is None else f"clients: '{owner}': preprocess"
+            raise UserError(
+                f"{where}: all clients' rows are pooled through this view, and differ in shape then ({shapes}); "
+                "set its resize and channels"
+            )
+        return {name: torch.cat([part[name] for part in parts]) for name in ("x", "y")}
+
+
+def _usable(examples: Examples, through: Preprocess) -> Examples:
+    rows = usable(examples.x, through)
+    return examples if bool(rows.all()) else examples.take(rows.nonzero().squeeze(1))
+
+
+def _labels(examples: Examples) -> Tensor:
+    assert examples.y is not None  # every private set was checked to have labels
+    return examples.y
+
+
+# A federation's data in which some clients train on other rows: for asking what a run would have
+# been without an example.
+
+
+class Resampled(FederatedData):
+    """The same data, but for the training rows of some clients.
+
+    Args:
+        data: the federation's.
+        train: those clients' training examples, as `as_made` gives them: their scanners do not touch them again.
+    """
+
+    def __init__(self, data: FederatedData, train: Mapping[str, Examples]) -> None:
+        self.__dict__.update(data.__dict__)  # public columns are the same, and kept in one place
+        self._views, self._private_columns = Recent(), ColumnCache(data._private_columns.limit)
+        given = {
+            client: {**data._private[client], "train": Share.whole(rows)}
+            for client, rows in train.items()
+        }
+        self._private = Private({**data._private.dealt, **given}, data._private.drawing)
+        self._given = frozenset(train)
+
+    def _raw(self, client: str, split: str) -> Examples:
+        if split == "train" and client in self._given:
+            return self._private[client][split].take()
+        return super()._raw(client, split)
+
+
+def as_made(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
+    """A client's rows of these splits, one after the other, as its own device made them: before any preprocessing."""
+    shares = [data._private[client][split] for split in splits]
+    return joined(
+        [replace(s.take(), x=data._raw(client, n).x) for n, s in zip(splits, shares, strict=True)]
+    )
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """Rows of one data set, one part after the other; what only some parts have is left out."""
+    found: dict[str, Tensor | None] = {}
+    for name in ("y", "group", "patient", "time", "unit"):
+        columns = [column for part in parts if (column := getattr(part, name)) is not None]
+        found[name] = torch.cat(columns) if len(columns) == len(parts) else None
+    return replace(parts[0], x=torch.cat([part.x for part in parts]), baselines={}, **found)  # type: ignore[arg-type]
+
+
+# From a data set to a federation: what is kept, what is public, who gets which rows.
+
+
+def federate(
+    dataset: Dataset,
+    config: DataConfig,
+    clients: Mapping[str, ClientSettings],
+    seed: int,
+    cache_bytes: int = CACHE_BYTES,
+    server: PreprocessConfig | None = None,
+    absent: Collection[str] = (),
+) -> FederatedData:
+    """Split a data set among clients. The order of `clients` changes nothing.
+
+    In this order: `train_limit` rows are kept; the proxy set is held out of them, or loaded from its own source, and
+    loses its labels; the common validation set is carved if the data set has none; what is left is dealt out among the
+    clients without a source of their own. A source that clients name as their own is dealt out among those that name it
+    (its own test and validation sets stay unused). Each client's rows are then split into train, validation and test.
+    Where the data says of whom each row is, no patient is in two of these places; numbers of rows are then near those
+    asked for. Clients whose partition is `drawn` get no rows here; they draw when they are asked for theirs. Validation and
+    test of a dated set are cut by date (`train_limit` and a held-out proxy set are drawn from what is before); in a natural
+    partition a client's are its groups' rows of the common sets, and a client's own dated source keeps the cuts that it has.
+
+    Args:
+        server: how the server sees examples, if it has a model of its own; a proxy set from elsewhere has to fit it, too.
+        absent: clients that get no rows here: theirs lie on machines of their own.
+
+    Raises:
+        UserError: too few rows for what is asked; classes, columns or shapes that do not match; settings for images
+            where there are none; a missing value that somebody sees without `missing: indicate`.
+    """
+    check_classes(dataset, config)
+    check_categories(dataset, config)
+    dataset = with_rare(with_test(dataset))
+    how = apart(dataset)
+    how.check(config)
+    population = Population.of(clients)
+    kinds = sorted(population.kinds, key=lambda kind: natural(kind.first))
+    check_settings(kinds, dataset)
+
+    rows = _limited(dataset, config, seed)
+    proxy, rows = proxy_set(dataset, config, rows, kinds, server, seed)
+    common, rows = common_sets(dataset, config, rows, how, seed)
+    public = proxy | common
+
+    notes = list(dataset.notes)
+    everywhere = own_sources(config, population)
+    holders_of = {
+        source: held
+        for source, who in everywhere.items()
+        if (held := [c for c in who if c not in absent])
+    }
+    owners = {name for holders in everywhere.values() for name in holders}
+    drawing: Drawing | None = None
+    private: dict[str, Splits] = {}
+    if config.partition.kind == "drawn" and not absent:
+        drawing = Drawing(
+            Share(dataset.train, rows),
+            dataset.task,
+            config.partition,
+            config.split,
+            population,
+            seed,
+        )
+        drawing.check()
+    elif names := [name for name in population.ids if name not in owners and name not in absent]:
+        shares = deal_out(dataset, rows, names, config, population, seed, notes)
+        private = how.clients(shares, _later(dataset, public), config, seed)
+    owned = from_own_sources(holders_of, dataset, config, population, seed)
+    everybody = Private(private | owned.private, drawing)
+
+    notes += owned.notes + check_gaps(
+        kinds, population, everybody, public, dataset.layout, dataset.gap
+    )
+    if server is not None:
+        view = Preprocess.plain(server, dataset.layout, raw_shape(dataset), "server.preprocess")
+        if view.missing is None:
+            check_view(public, view, dataset.layout, "server.preprocess", {}, dataset.gap)
+    return FederatedData(
+        dataset.task, dataset.name, population, everybody, public, seed, dataset.simulated or owned.simulated,
+        dataset.about, cache_bytes, notes, dataset.layout, dataset.vocabulary,
+    )  # fmt: skip
+
+
+def _limited(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
+    """The training rows that are kept, int64 `[M]`."""
+    rows, patient = torch.arange(len(dataset.train)), dataset.train.patient
+    if config.train_limit is None or config.train_limit >= len(rows):
+        return rows
+    return draw(rows, config.train_limit, generator("data", seed, "train_limit"), patient, leave=0)[
+        0
+    ]
+
+
+def _later(dataset: Dataset, public: Mapping[str, Share]) -> Splits:
+    """The common validation and test rows that are there for clients: `test_limit` is for the common score alone."""
+    assert dataset.test is not None
+    return {"validation": public["common_validation"], "test": Share.whole(dataset.test)}

@@ -1,0 +1,132 @@
+"""Examples that a user gives to a saved model, as that model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_fl.core.images import as_bytes, as_numbers, in_range
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.data.dataset import Block, indicators
+from hetero_fl.data.preprocessing import Preprocess
+from hetero_fl.utils.errors import UserError, nearest
+
+WHERE = "predict: x"
+
+
+def as_seen(model: SavedModel, x: Any) -> Tensor:
+    """Raw examples as users have them (see `SavedModel.examples`), preprocessed for this model.
+
+    Where the model sees named columns or blocks: whole rows as the data set has them; the values of its one block alone; or
+    a dictionary of blocks by name, each `[N, *shape]`, from which one that the model can do without may be absent. Of a data
+    frame, if the model knows the names of a table's columns, columns are taken by name, in any order; those that the model
+    does not see, or can do without, may be absent, and text columns are encoded as the run's were. NaN is a missing value.
+
+    Raises:
+        UserError: another shape or name, infinity, a missing value that the model has no answer to.
+    """
+    view = Preprocess(**model.preprocess)
+    if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
+        x = _by_name(x, model, view)
+    if isinstance(x, Mapping):
+        rows, view = _joined(x, view), replace(view, raw=None, spans=None)
+        return _checked(rows, view)
+    shape = tuple(np.shape(x)[1:])
+    if view.raw is None or shape != view.raw:
+        if view.raw is not None and (len(view.blocks) != 1 or view.missing is not None):
+            wanted = f"(N, {', '.join(map(str, view.raw))}), as the data set has them"
+            raise UserError(f"{WHERE}: found shape {tuple(np.shape(x))}; this model takes {wanted}")
+        return replace(view, raw=None, spans=None, blocks=())(model.examples(x))
+    return _checked(as_numbers(x, WHERE).to(torch.get_default_dtype()), view)
+
+
+def _by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
+    """The columns of a frame in the order of those that are known, `[N, F]`; NaN where one is absent."""
+    names = [str(name) for name in frame.columns]
+    known, categories = model.columns, dict(model.categories)
+    encoded = {
+        name: column for column, values in categories.items() for name in indicators(column, values)
+    }
+    for name in names:
+        if name not in known and name not in categories:
+            raise UserError(f"{WHERE}: found column '{name}'{nearest(name, [*known, *categories])}")
+        if names.count(name) > 1:
+            raise UserError(f"{WHERE}: found column '{name}' {names.count(name)} times")
+    for name in view.names(known):
+        if name not in names and encoded.get(name) not in names and view.missing is None:
+            raise UserError(
+                f"{WHERE}: no column '{encoded.get(name, name)}', which this model sees"
+            )
+    rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
+    for name, column in zip(names, frame.columns, strict=True):
+        if name in categories:
+            places = [known.index(one) for one in indicators(name, categories[name])]
+            rows[:, places] = _indicated(frame[column], categories[name]).to(rows.dtype)
+        else:
+            rows[:, known.index(name)] = as_numbers(frame[column], f"{WHERE}: {name}").to(
+                rows.dtype
+            )
+    return rows
+
+
+def _indicated(column: Any, values: tuple[str, ...]) -> Tensor:
+    import pandas as pd
+
+    from hetero_fl.data.sources.table_files import indicated
+
+    return torch.from_numpy(indicated(pd.Series(np.asarray(column)), values))
+
+
+def _checked(rows: Tensor, view: Preprocess) -> Tensor:
+    taken = view.taken(rows).flatten(1)
+    bad = taken.isinf() if view.missing is not None else ~torch.isfinite(taken)
+    if bool(bad.any()):
+        raise UserError(
+            f"{WHERE}: NaN or infinity in row {int(bad.any(1).to(torch.uint8).argmax())}"
+        )
+    return view(rows)
+
+
+def _joined(given: Mapping[str, Any], view: Preprocess) -> Tensor:
+    """Rows `[N, D]` of the view's blocks."""
+    names = [b.name for b in view.blocks]
+    for name in given:
+        if name not in names:
+            raise UserError(f"{WHERE}: found '{name}'{nearest(name, names)}")
+    parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in given.items()}
+    count = len(next(iter(parts.values()))) if parts else 0
+    rows = []
+    for block in view.blocks:
+        part = parts.get(block.name, torch.full((count, block.size), torch.nan))
+        if len(part) != count:
+            raise UserError(
+                f"{WHERE}: {block.name}: found {len(part)} rows, of {next(iter(parts))} {count}"
+            )
+        rows.append(_values(part, block))
+    return torch.cat(rows, dim=1)
+
+
+def _values(part: Tensor, block: Block) -> Tensor:
+    """A block's values `[N, size]`; images may be as `SavedModel.examples` takes them, and are in 0..1 then."""
+    where = f"{WHERE}: {block.name}"
+    found, dtype = tuple(part.shape), torch.get_default_dtype()
+    if block.image:
+        part = as_bytes(part[:, None] if part.ndim == 3 else part, where)
+        last = part.ndim == 4 and tuple(part.shape[1:]) != block.shape
+        part = part.movedim(-1, 1) if last else part
+    if tuple(part.shape[1:]) not in (block.shape, (block.size,)):
+        raise UserError(
+            f"{where}: found shape {found}; want ({len(part)}, {', '.join(map(str, block.shape))})"
+        )
+    if not block.image:
+        return part.reshape(len(part), block.size).to(dtype)
+    part = part.reshape(len(part), block.size)
+    gone = part.isnan().all(1)
+    there = in_range({where: part[~gone]})[0][where]
+    there = there.to(dtype) / 255 if there.dtype == torch.uint8 else there.to(dtype)
+    return there.new_full((len(part), block.size), torch.nan).masked_scatter(~gone[:, None], there)

@@ -1,0 +1,457 @@
+"""How one participant sees examples: preprocessing, augmentation, scanner shift.
+
+Checks that each client's and the server's view fits the data, before rows are assigned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hetero_fl.config.clients import (
+    AugmentConfig,
+    ClientSettings,
+    Normalize,
+    PreprocessConfig,
+    ScannerConfig,
+)
+from hetero_fl.config.population import Kind
+from hetero_fl.data.dataset import Block, Dataset, Layout, Spans, spans_of
+from hetero_fl.utils.errors import UserError
+
+# How one participant sees every example: the columns it has, as floats, resized, with so many
+# channels, normalised; in this order, and last what is missing.
+#
+# Models take channels first: a series `[N, T, F]`, as people store it, is seen as `[N, F, T]`.
+
+CHUNK = 4096  # rows at a time when statistics are taken
+NOTHING = Layout()
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A view of raw examples. Equal views are one key in a cache.
+
+    `mean` and `std` are numbers, or a number for each column (the last axis) of tables, series and rows of blocks, each channel
+    of images. `raw` is the shape of a raw example where the view knows it, `spans` the runs of columns that it takes (none:
+    all), `blocks` the blocks that are in them. One block alone is an example in the block's own shape, an image say, unless
+    `missing` is set.
+    With `missing: indicate`, NaN becomes 0 after normalisation, and 1 where it was missing follows the columns: one a column,
+    or one a block where there are blocks, which is missing where all of its values are.
+    """
+
+    resize: int | None = None
+    channels: int | None = None
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
+    raw: tuple[int, ...] | None = None
+    spans: Spans | None = None
+    blocks: tuple[Block, ...] = ()
+    missing: Literal["indicate"] | None = None
+
+    def __post_init__(self) -> None:
+        # plain tuples from a file
+        object.__setattr__(self, "blocks", tuple(Block(*block) for block in self.blocks))
+
+    @classmethod
+    def plain(
+        cls,
+        config: PreprocessConfig,
+        layout: Layout = NOTHING,
+        raw: tuple[int, ...] = (),
+        where: str = "preprocess",
+    ) -> Preprocess:
+        """The view that a configuration asks for but for what is subtracted and divided by: what decides the shape.
+
+        Raises UserError for a column or block that is not there.
+        """
+        view = cls(config.resize, config.channels, missing=config.missing)
+        if config.columns is None and not layout.blocks and config.missing is None:
+            return view
+        spans = None if config.columns is None else layout.spans(config.columns, f"{where}.columns")
+        blocks = tuple(
+            b for b in layout.blocks if config.columns is None or b.name in config.columns
+        )
+        return replace(view, raw=tuple(raw), spans=spans, blocks=blocks)
+
+    @classmethod
+    def resolve(
+        cls,
+        config: PreprocessConfig,
+        train_x_raw: Tensor | None = None,
+        where: str = "preprocess",
+        layout: Layout = NOTHING,
+        raw: tuple[int, ...] = (),
+    ) -> Preprocess:
+        """The view that a configuration asks for, `normalize: own` turned into numbers.
+
+        Args:
+            train_x_raw: the participant's raw training rows, read for `own` alone. Images (4-D, and blocks that are images)
+                get one mean and standard deviation over all pixels after `resize` and `channels`; tables and series get one
+                for each column. A standard deviation of 0 counts as 1. What is missing is left out; a column of nothing
+                else has mean 0.
+            layout, raw: names along the last axis of the examples, and their shape in memory.
+        """
+        view = cls.plain(config, layout, raw, where)
+        if isinstance(config.normalize, Normalize):
+            fixed = (config.normalize.mean, config.normalize.std)
+            subtracted, divided = (tuple(v) if isinstance(v, list) else v for v in fixed)
+            return replace(view, mean=subtracted, std=divided)
+        if config.normalize is None:
+            return view
+        if train_x_raw is None or len(train_x_raw) == 0:
+            raise UserError(
+                f"{where}.normalize: 'own' needs training rows, and there are none; give mean and std"
+            )
+        view.shape(tuple(train_x_raw.shape[1:]), where)
+        mean, std = view._statistics(train_x_raw)
+        if len(view._given(tuple(train_x_raw.shape[1:]))) == 3:
+            return replace(view, mean=float(mean), std=float(std))
+        return replace(view, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+    def _statistics(self, x_raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, float64 `[1]` of images, else `[columns]`."""
+        image = len(self._given(tuple(x_raw.shape[1:]))) == 3
+        columns = 1 if image else self._given(tuple(x_raw.shape[1:]))[-1]
+        total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
+        for chunk in x_raw.split(CHUNK):
+            values = self._values(chunk).double().reshape(-1, columns)
+            total, rows = total + self._sum(values), rows + (~values.isnan()).sum(0)
+        rows = self._pooled(rows)
+        mean = self._pooled(total) / rows.clamp(min=1)
+        # a second pass: a difference of large sums would lose the small ones
+        for chunk in x_raw.split(CHUNK):
+            squares += self._sum(
+                (self._values(chunk).double().reshape(-1, columns) - mean).square()
+            )
+        squares = self._pooled(squares)
+        return mean, torch.where(squares > 0, (squares / rows.clamp(min=1)).sqrt(), 1.0)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return values.sum(0) if self.missing is None else values.nansum(0)
+
+    def _pooled(self, sums: Tensor) -> Tensor:
+        """Sums by column, those of an image block all the sum over its pixels."""
+        sums = sums.clone()
+        for block, (start, stop) in zip(self.blocks, spans_of(self.blocks), strict=True):
+            if block.image and len(sums) > 1:
+                sums[start:stop] = sums[start:stop].sum()
+        return sums
+
+    def __call__(self, x_raw: Tensor) -> Tensor:
+        """Raw examples `[N, ...]` as `[N, *self.shape(...)]` in torch's default float type; uint8 is divided by 255.
+
+        Tokens (int64) stay as they are.
+        """
+        if x_raw.dtype == torch.int64:
+            return x_raw
+        shape = self.shape(tuple(x_raw.shape[1:]))
+        x = self._values(x_raw)
+        if len(x) == 0:
+            return x.new_zeros(0, *shape)
+        if self.mean is not None and self.std is not None:
+            x = (x - self._along(self.mean, x)) / self._along(self.std, x)
+        if self.missing is not None:
+            gone = x.isnan()
+            if self.blocks:
+                marks = torch.stack(
+                    [gone[:, start:stop].all(1) for start, stop in spans_of(self.blocks)], dim=1
+                )
+            else:
+                marks = gone
+            x = torch.cat([x.masked_fill(gone, 0.0), marks.to(x.dtype)], dim=-1)
+        return (x.transpose(1, 2) if x.ndim == 3 else x).contiguous()
+
+    def _values(self, x_raw: Tensor) -> Tensor:
+        """Raw examples with what the view takes of them, in its shape, not yet normalised."""
+        dtype = torch.get_default_dtype()
+        x = self.taken(x_raw)
+        x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+        if len(x) == 0:
+            return x
+        x = x.reshape(-1, *self._given(tuple(x_raw.shape[1:])))
+        if self.resize is not None and x.shape[-2:] != (self.resize, self.resize):
+            x = F.interpolate(
+                x, size=(self.resize, self.resize), mode="bilinear", align_corners=False
+            )
+        if self.channels is not None and self.channels != x.shape[1]:
+            x = (
+                x.mean(1, keepdim=True)
+                if self.channels == 1
+                else x.expand(-1, self.channels, -1, -1)
+            )
+        return x
+
+    def taken(self, x_raw: Tensor) -> Tensor:
+        """The columns that it takes, as they lie in memory: `[N, …, columns]`."""
+        if self.spans is None:
+            return x_raw
+        parts = [x_raw[..., start:stop] for start, stop in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def names(self, columns: Sequence[str]) -> list[str]:
+        """Those of all columns' names, in the data's order, that it takes."""
+        return [
+            name
+            for start, stop in self.spans or ((0, len(columns)),)
+            for name in columns[start:stop]
+        ]
+
+    def _given(self, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what it takes, before `resize` and `channels`."""
+        if len(self.blocks) == 1 and self.missing is None:
+            return self.blocks[0].shape
+        return (
+            raw_shape
+            if self.spans is None
+            else (*raw_shape[:-1], sum(stop - start for start, stop in self.spans))
+        )
+
+    @staticmethod
+    def _along(value: float | tuple[float, ...], x: Tensor) -> Tensor:
+        """The numbers where they belong: along the channels of images, else along the columns."""
+        numbers = torch.tensor(value, dtype=x.dtype)
+        return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
+
+    def shape(self, raw_shape: tuple[int, ...], where: str = "preprocess") -> tuple[int, ...]:
+        """Shape of an example as seen through this if it lies in memory with `raw_shape`; both without the batch. That of a
+        series is (columns, T), of `raw_shape` (T, F).
+
+        Raises:
+            UserError: resize or channels for what is no image; channels that cannot be made of what is there; images that
+                may lack pixels; another number of means or deviations than of channels or columns.
+        """
+        given = self._given(raw_shape)
+        if self.missing is not None and len(given) == 3:
+            raise UserError(
+                f"{where}.missing: is for tables, series and blocks, not for images; leave it out"
+            )
+        seen = self._seen(given, where)
+        along, axis = (seen[0], "channels") if len(given) == 3 else (given[-1], "columns")
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if isinstance(value, tuple) and len(value) != along:
+                raise UserError(
+                    f"{where}.normalize.{name}: found {len(value)} numbers for {along} {axis}; give one, or {along}"
+                )
+        return seen
+
+    def _seen(self, given: tuple[int, ...], where: str) -> tuple[int, ...]:
+        """Shape of an example of which it takes what has that shape."""
+        if self.resize is None and self.channels is None:
+            marks = 0 if self.missing is None else len(self.blocks) or given[-1]
+            seen = (*given[:-1], given[-1] + marks)
+            return seen[::-1] if len(seen) == 2 else seen
+        if len(given) != 3:
+            key = "resize" if self.resize is not None else "channels"
+            raise UserError(
+                f"{where}.{key}: is for images, but the examples have shape {given}; leave it out"
+            )
+        channels, height, width = given
+        if self.channels is not None and self.channels not in (1, channels) and channels != 1:
+            raise UserError(
+                f"{where}.channels: found {self.channels}, but images have {channels}; choose 1 or {channels}"
+            )
+        return (self.channels or channels, self.resize or height, self.resize or width)
+
+
+# Random changes of training images, a whole batch at a time. Pixels from beyond the edge repeat the
+# edge.
+
+
+def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+    """Cropped, flipped and rotated images; each image by draws of its own.
+
+    Args:
+        x: preprocessed images `[B, C, H, W]`, on any device; they are not changed.
+        generator: a CPU generator keyed by the step; the same draws are made on every device.
+    """
+    if config == AugmentConfig() or len(x) == 0:
+        return x
+    batch = len(x)
+    if config.crop:
+        x = _crop(
+            x,
+            torch.randint(-config.crop, config.crop + 1, (2, batch), generator=generator).to(
+                x.device
+            ),
+        )
+    if config.flip:
+        mirrored = (torch.rand(batch, generator=generator) < 0.5).to(x.device)
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    if config.rotate:
+        degrees = (2 * torch.rand(batch, generator=generator) - 1) * config.rotate
+        x = _rotate(x, (degrees * (math.pi / 180)).to(x.device, x.dtype))
+    return x
+
+
+def _crop(x: Tensor, offsets: Tensor) -> Tensor:
+    """Each image moved by its offsets (int64 `[2, B]`, rows and columns), as if padded by so much and cropped back."""
+    batch, _, height, width = x.shape
+    rows = (torch.arange(height, device=x.device) + offsets[0, :, None]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=x.device) + offsets[1, :, None]).clamp(0, width - 1)
+    x = x.gather(2, rows[:, None, :, None].expand(batch, x.shape[1], height, width))
+    return x.gather(3, columns[:, None, None, :].expand(batch, x.shape[1], height, width))
+
+
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Each image turned by its angle (radians `[B]`) about its middle, bilinearly."""
+    # the grid's axes run over -1..1 whatever the sides, so unequal ones shear
+    ratio = x.shape[-2] / x.shape[-1]
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    rows = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+# Feature shift by site: what a site's own imaging device does to the images that are made there.
+
+SCANNER_CHUNK = 256  # images at a time; part of the result's bits, as noise is drawn chunk by chunk
+
+
+def apply_scanner(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
+    """Images as this device would have made them, of the same shape and dtype.
+
+    In this order: resolution (bilinearly down by the factor, up again), Gaussian blur, contrast around the middle grey,
+    brightness, Gaussian noise. uint8 images are cut to 0..255 and rounded; floats are taken to range over 0..1, and are
+    not cut.
+
+    Args:
+        x_raw: `[N, C, H, W]`, uint8 or floats; it is not changed.
+        generator: draws the noise, and nothing else.
+    """
+    if config == ScannerConfig() or len(x_raw) == 0:
+        return x_raw
+    return torch.cat([_apply(chunk, config, generator) for chunk in x_raw.split(SCANNER_CHUNK)])
+
+
+def _apply(x_raw: Tensor, config: ScannerConfig, generator: torch.Generator) -> Tensor:
+    x = x_raw.float() / 255 if x_raw.dtype == torch.uint8 else x_raw
+    height, width = x.shape[-2:]
+    if config.resolution < 1:
+        small = (
+            max(1, round(height * config.resolution)),
+            max(1, round(width * config.resolution)),
+        )
+        x = F.interpolate(x, size=small, mode="bilinear", align_corners=False, antialias=True)
+        x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+    if config.blur:
+        x = _blur(_blur(x, config.blur, -1), config.blur, -2)
+    x = (x - 0.5) * config.contrast + (0.5 + config.brightness)
+    if config.noise:
+        x = x + config.noise * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8) if x_raw.dtype == torch.uint8 else x
+
+
+def _blur(x: Tensor, sigma: float, dim: int) -> Tensor:
+    """Gaussian filter along one axis, cut at three sigma, edges repeated."""
+    radius = max(1, math.ceil(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets.to(x.dtype) / sigma) ** 2)
+    size = x.shape[dim]
+    total = torch.zeros_like(x)
+    for offset, weight in zip(offsets, weights / weights.sum(), strict=True):
+        total += weight * x.index_select(dim, (torch.arange(size) + offset).clamp(0, size - 1))
+    return total
+
+
+# Whether what a client or the server sees of examples fits them, known before anybody has rows.
+
+Shape = tuple[int, ...]
+
+
+def check_settings(kinds: Iterable[Kind], dataset: Dataset) -> None:
+    """Refuse (UserError) what clients' settings ask of examples that are no images, or are tokens."""
+    for kind in kinds:
+        seen_shape(kind.first, kind.settings, raw_shape(dataset), dataset.layout)
+        if dataset.vocabulary is not None:
+            _check_tokens(kind.first, kind.settings.preprocess)
+
+
+def check_alike(
+    found: Shape, where: str, name: str, clients: Mapping[str, ClientSettings], common: Dataset,
+    server: PreprocessConfig | None = None,
+) -> None:  # fmt: skip
+    """Refuse (UserError) another set's examples that somebody would see in another shape than those of the common set.
+
+    Args:
+        found: their raw shape.
+        where, name: the other set's, for the line that refuses it.
+        clients: the settings of those who see both sets.
+        server: how the server sees examples, if it has a model of its own.
+    """
+    shapes = found, raw_shape(common)
+    seen = [
+        (
+            f"client '{c}'",
+            "its preprocess",
+            *(seen_shape(c, settings, shape, common.layout) for shape in shapes),
+        )
+        for c, settings in clients.items()
+    ]
+    if server is not None:
+        place = "server.preprocess"
+        view = Preprocess.plain(server, common.layout, shapes[1], place)
+        seen.append(("the server", place, *(view.shape(shape, place) for shape in shapes)))
+    for who, section, theirs, ours in seen:
+        if theirs != ours:
+            raise UserError(
+                f"{where}: examples of {name} have shape {theirs}, those of the common set {common.name} {ours}, "
+                f"as {who} sees them; set {section}.resize or channels"
+            )
+
+
+def needed(settings: Iterable[ClientSettings], layout: Layout) -> set[str]:
+    """The columns or blocks that may not be missing: those that one of these clients sees, unless it says what becomes of
+    them then."""
+    return {column for one in settings for column in _needed(one.preprocess, layout)}
+
+
+def seen_shape(name: str, settings: ClientSettings, raw: Shape, layout: Layout) -> Shape:
+    """Shape of an example as a client sees it; refuses what its settings ask of examples that are no images."""
+    where = f"clients: '{name}': preprocess"
+    seen = Preprocess.resolve(_fixed(settings.preprocess), None, where, layout, raw).shape(
+        raw, where
+    )
+    image = len(seen) == 3
+    for setting, value, plain, given in (
+        ("scanner", settings.scanner, ScannerConfig(), raw),
+        ("augment", settings.augment, AugmentConfig(), seen),
+    ):
+        if value != plain and len(given) != 3:
+            raise UserError(
+                f"clients: '{name}': {setting}: is for images, but the examples have shape {given}; leave it out"
+            )
+    if image and settings.augment.crop >= min(seen[1:]):
+        raise UserError(
+            f"clients: '{name}': augment.crop: found {settings.augment.crop}; images have {min(seen[1:])} pixels"
+        )
+    return seen
+
+
+def raw_shape(dataset: Dataset) -> Shape:
+    """Shape of an example as it lies in memory."""
+    return tuple(dataset.train.x.shape[1:])
+
+
+def _needed(config: PreprocessConfig, layout: Layout) -> Collection[str]:
+    if config.missing is not None:
+        return ()
+    return layout.names if config.columns is None else config.columns
+
+
+def _check_tokens(name: str, view: PreprocessConfig) -> None:
+    for name_of in ("normalize", "missing"):
+        if getattr(view, name_of) is not None:
+            where = f"clients: '{name}': preprocess.{name_of}"
+            raise UserError(f"{where}: is for numbers, but the examples are tokens; leave it out")
+
+
+def _fixed(config: PreprocessConfig) -> PreprocessConfig:
+    """The same view as far as it is known before anybody has rows."""
+    return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config

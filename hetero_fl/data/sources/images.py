@@ -1,0 +1,360 @@
+"""Image sets: embedded, image folders, MedMNIST, torchvision."""
+
+from __future__ import annotations
+
+import io
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
+from importlib.resources import as_file, files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data.arrays import read_npz
+from hetero_fl.data.dataset import Dataset, Examples
+from hetero_fl.data.registry import source
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.ordering import in_order
+
+# What all downloads have in common: their noise is kept off the console, and every failure becomes
+# one line.
+
+TIMEOUT = 60.0  # seconds without a byte after which a server counts as gone
+
+
+@contextmanager
+def downloading(name: str, root: Path) -> Iterator[Path]:
+    """The folder to download into, made if need be; a progress bar shows on a terminal and nowhere else.
+
+    Raises:
+        UserError: whatever goes wrong inside, with the name of the set, the reason, and the key that helps.
+    """
+    stream = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with redirect_stdout(stream), redirect_stderr(stream):
+            yield root
+    except UserError:
+        raise
+    except Exception as error:  # the downloaders of other packages raise all sorts of things
+        raise UserError(
+            f"name: could not get {name} ({_reason(error)}); give a local file in data.path"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause, shortened: downloaders wrap it in advice of their own, one of them even an interrupt."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# Sets that need no network: the embedded chest X-rays, scikit-learn's digits, and local .npz files.
+
+CHEST_XRAY = Task("multiclass", 2, ("normal", "pneumonia"))
+DIGITS = Task("multiclass", 10)
+
+
+@source("chest_xray", task=CHEST_XRAY)
+def chest_xray(config: SourceConfig, root: Path) -> Dataset:
+    """Paediatric chest X-rays, 28x28 grey, normal or pneumonia: 2,000 for training, 200 for validation, 624 for test.
+
+    A part of PneumoniaMNIST (MedMNIST v2, Yang et al., Scientific Data 2023; Kermany et al., Cell 2018), CC BY 4.0.
+    """
+    with as_file(files("hetero_fl.data") / "embedded" / "chest_xray.npz") as path:
+        dataset = read_npz(path, "chest_xray", CHEST_XRAY)
+    dataset.about = (
+        "chest X-rays, a part of PneumoniaMNIST (MedMNIST v2; Kermany et al., Cell 2018), CC BY 4.0"
+    )
+    return dataset
+
+
+@source("digits", task=DIGITS)
+def digits(config: SourceConfig, root: Path) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey (the test set of UCI's "Optical Recognition"); no splits."""
+    table = _digits()
+    x = torch.from_numpy(np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    y = torch.from_numpy(table[:, -1].astype(np.int64))
+    return Dataset(
+        "digits", DIGITS, Examples(x, y), about="handwritten digits, 8x8 grey (scikit-learn, UCI)"
+    )
+
+
+@source("npz", keys=("path", "task", "patient"))
+def npz(config: SourceConfig, root: Path) -> Dataset:
+    """Any local file in the MedMNIST layout; the task is read off its labels."""
+    return read_npz(
+        Path(str(config.path)).expanduser(), "npz", kind=config.task, patient=config.patient
+    )
+
+
+def _digits() -> np.ndarray:
+    """Pixels 0..16 row by row, then the class, `(1797, 65)`: scikit-learn's file, without the two seconds that importing
+    scikit-learn takes."""
+    library = find_spec("sklearn")
+    if library is not None and library.origin is not None:
+        with suppress(OSError):  # a version that keeps it elsewhere
+            return np.loadtxt(
+                Path(library.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=","
+            )
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target])
+
+
+# Folders of images: `path/CLASS/*` or `path/{train,val,test}/CLASS/*`; with `data.group`,
+# `GROUP/CLASS` for CLASS.
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+SPLITS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+
+
+@source("image_folder", keys=("path", "group", "size"))
+def image_folder(config: SourceConfig, root: Path) -> Dataset:
+    """The images below `config.path`, a folder for each class. Any text in `config.group` (what the level is: "site")
+    says that there is a folder for each group above those of the classes; `config.size` scales every image as it is read.
+
+    Raises:
+        UserError: no folder, no images, a split without `train`, an image that cannot be read or has another size.
+    """
+    return read_image_folder(
+        Path(str(config.path)).expanduser(), grouped=config.group is not None, side=config.size
+    )
+
+
+def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = None) -> Dataset:
+    """The same from Python; `side` scales every image to side x side pixels as it is read."""
+    if not path.is_dir():
+        raise UserError(f"path: {path}: no such folder")
+    parts = {SPLITS[d.name]: d for d in _folders(path) if d.name in SPLITS}
+    if parts and len(parts) < len(_folders(path)):
+        other = next(d.name for d in _folders(path) if d.name not in SPLITS)
+        raise UserError(
+            f"path: {path}: found folder '{other}' beside those of splits; choose from {', '.join(SPLITS)}"
+        )
+    if parts and "train" not in parts:
+        raise UserError(
+            f"path: {path}: no folder 'train' beside {', '.join(d.name for d in parts.values())}"
+        )
+    files = {split: _by_class(d, grouped) for split, d in (parts or {"train": path}).items()}
+    every = [entry for split in files.values() for entry in split]
+    classes, groups = in_order({c for _, c, _ in every}), in_order({g for _, _, g in every})
+    wanted = "GROUP/CLASS/image" if grouped else "CLASS/image"
+    for split, entries in files.items():
+        if not entries:
+            raise UserError(
+                f"path: {parts.get(split, path)}: no images as {wanted} ({' '.join(sorted(SUFFIXES))})"
+            )
+    x = read_image_files([file for file, _, _ in every], side).split(
+        [len(entries) for entries in files.values()]
+    )
+    splits = {}
+    for (split, entries), images in zip(files.items(), x, strict=True):
+        y = torch.tensor([classes.index(c) for _, c, _ in entries])
+        group = torch.tensor([groups.index(g) for _, _, g in entries]) if grouped else None
+        splits[split] = Examples(images, y, group, tuple(groups) if grouped else ())
+    task = Task("multiclass", len(classes), tuple(classes))
+    about = f"images of {path.name}"
+    return Dataset(
+        "image_folder",
+        task,
+        splits["train"],
+        splits.get("validation"),
+        splits.get("test"),
+        about=about,
+    )
+
+
+def read_image_files(files: Sequence[Path], side: int | None = None) -> Tensor:
+    """Images as uint8 `[N, C, H, W]`: grey if all are, else RGB.
+
+    Raises:
+        UserError: a file is no image, or its size differs from the first one's.
+    """
+    images = [_read(file, side) for file in files]
+    colour = any(image.ndim == 3 for image in images)
+    for file, image in zip(files, images, strict=True):
+        if image.shape[:2] != images[0].shape[:2]:
+            sizes = " but ".join(f"{s[1]}x{s[0]}" for s in (image.shape, images[0].shape))
+            raise UserError(
+                f"path: {file} has {sizes} pixels in {files[0].name}; all images must have one size: set data.size"
+            )
+    if colour:
+        images = [
+            image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+            for image in images
+        ]
+        return torch.from_numpy(np.moveaxis(np.stack(images), -1, 1).copy())
+    return torch.from_numpy(np.stack(images)[:, None])
+
+
+def image_files(path: Path) -> list[Path]:
+    """All images below a folder, sorted by name."""
+    return sorted(
+        f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
+    )
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
+def _by_class(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:
+    """(file, class, group) of every image, sorted."""
+    groups = _folders(path) if grouped else [path]
+    return [
+        (f, d.name, group.name) for group in groups for d in _folders(group) for f in image_files(d)
+    ]
+
+
+def _read(file: Path, side: int | None) -> np.ndarray:
+    """uint8, `(H, W)` if grey, else `(H, W, 3)`."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            # 16-bit scans ("I" in older Pillow): keep the upper 8 bits
+            if image.mode.startswith("I"):
+                deep = np.asarray(image)
+                if deep.min() < 0 or deep.max() > 0xFFFF:
+                    raise ValueError(
+                        f"pixels from {deep.min()} to {deep.max()}; save it with 8 or 16 bits"
+                    )
+                image = Image.fromarray((deep >> 8).astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("pixels of mode F have no fixed range; save it with 8 or 16 bits")
+            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+            return np.asarray(
+                image.resize((side, side), Image.Resampling.BILINEAR) if side else image
+            )
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"path: {file}: not a readable image ({type(error).__name__}: {error})"
+        ) from error
+
+
+# The twelve 2-D sets of MedMNIST v2 (Yang et al., Scientific Data 2023), fetched by the `medmnist`
+# package.
+#
+# ChestMNIST is multilabel (14 findings); RetinaMNIST's five grades are taken as classes.
+
+# Outputs of each set. Known here too, so that a local file in its place is checked without the package.
+OUTPUTS = {
+    "pathmnist": 9, "chestmnist": 14, "dermamnist": 7, "octmnist": 4, "pneumoniamnist": 2, "retinamnist": 5,
+    "breastmnist": 2, "bloodmnist": 8, "tissuemnist": 8, "organamnist": 11, "organcmnist": 11, "organsmnist": 11,
+}  # fmt: skip
+
+
+def _medmnist_loader(name: str, task: Task) -> Callable[[SourceConfig, Path], Dataset]:
+    def load(config: SourceConfig, root: Path) -> Dataset:
+        info, package = _package(name)
+        with downloading(name, root) as folder:
+            getattr(package, info["python_class"])(split="train", download=True, root=str(folder))
+        names = tuple(info["label"][str(i)] for i in range(task.outputs))
+        dataset = read_npz(root / f"{name}.npz", name, replace(task, names=names))
+        dataset.about = f"{info['python_class']} (MedMNIST v2), {info['license']}"
+        return dataset
+
+    return load
+
+
+def _package(name: str) -> tuple[dict[str, Any], Any]:
+    try:
+        import medmnist
+    except ImportError as error:
+        raise UserError(
+            f"name: {name} is fetched by the medmnist package, which is not there; pip install 'hetero_fl[medmnist]', "
+            "or give a local file in data.path"
+        ) from error
+    return medmnist.INFO[name], medmnist
+
+
+for _name, _outputs in OUTPUTS.items():
+    _task = Task("multilabel" if _name == "chestmnist" else "multiclass", _outputs)
+    source(_name, task=_task)(_medmnist_loader(_name, _task))
+
+
+# MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 as torchvision downloads them.
+
+FASHION = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# name: torchvision's class, the task, what it is
+SETS = {
+    "mnist": (
+        "MNIST",
+        Task("multiclass", 10),
+        "handwritten digits, 28x28 grey (LeCun et al., 1998)",
+    ),
+    "fashion_mnist": (
+        "FashionMNIST",
+        Task("multiclass", 10, FASHION),
+        "clothes, 28x28 grey (Xiao et al., 2017)",
+    ),
+    "cifar10": (
+        "CIFAR10",
+        Task("multiclass", 10, CIFAR10),
+        "photographs, 32x32 RGB (Krizhevsky, 2009)",
+    ),
+    "cifar100": ("CIFAR100", Task("multiclass", 100), "photographs, 32x32 RGB (Krizhevsky, 2009)"),
+}
+
+
+def _torchvision_loader(
+    name: str, class_name: str, task: Task, about: str
+) -> Callable[[SourceConfig, Path], Dataset]:
+    def load(config: SourceConfig, root: Path) -> Dataset:
+        import torchvision
+
+        with downloading(name, root) as folder:
+            make = getattr(torchvision.datasets, class_name)
+            train, test = (
+                _examples(make(folder, train=part, download=True)) for part in (True, False)
+            )
+        return Dataset(name, task, train, test=test, about=about)
+
+    return load
+
+
+def _examples(dataset: Any) -> Examples:
+    """From torchvision's arrays: `(N, H, W)` tensors (MNIST) or `(N, H, W, C)` numpy arrays (CIFAR)."""
+    x: Tensor = torch.as_tensor(dataset.data)
+    x = x[:, None] if x.ndim == 3 else x.movedim(-1, 1)
+    return Examples(x.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64))
+
+
+for _name, (_class_name, _task, _about) in SETS.items():
+    source(_name, task=_task)(_torchvision_loader(_name, _class_name, _task, _about))

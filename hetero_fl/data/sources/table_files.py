@@ -1,0 +1,558 @@
+"""Read table files: separators, decimal commas, missing values, features and labels."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pandas as pd
+import torch
+from pandas.api import types
+from torch import Tensor
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import (
+    MOST_NUMBERED_CLASSES,
+    Dataset,
+    Examples,
+    Layout,
+    indicators,
+    places,
+)
+from hetero_fl.utils.errors import UserError, beside, nearest
+from hetero_fl.utils.ordering import in_order
+
+# Cells of tables as numbers and names: decimal commas, labels written in several ways, values that
+# are missing.
+
+COUNTED = re.compile(r"([+-]?\d+)(?:\.0*)?")  # 1, 01 and 1.0
+WHOLE = re.compile(r"\s*[+-]?\d+\s*")
+COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
+THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
+SEPARATED = re.compile(r"\s*[+-]?\d{1,3}(?:[.,'’]\d{3})+(?:[.,]\d+)?\s*")
+MANY_CATEGORIES = 20  # a text column with so many different values is not encoded unless asked for
+CATEGORICAL = "; if the column holds categories, list them in data.categories"
+REMEDY = "write numbers as 1234.5"
+
+
+def decimal_commas(
+    frame: pd.DataFrame, where: str, besides: Collection[str] = ()
+) -> tuple[pd.DataFrame, list[str]]:
+    """The frame with columns such as "0,5" as numbers, and the names of those columns; `besides` are left as they are.
+
+    "1,250" may be a decimal comma or a thousand: it is the former if another cell of the table can be nothing else.
+
+    Raises:
+        UserError: no cell decides; another column of the table has decimal points that may be thousands then.
+    """
+    columns = {
+        name: frame[name].dropna().astype(str)
+        for name in frame.columns
+        if str(name) not in besides and is_text(frame[name])
+    }
+    commas = {
+        name: texts
+        for name, texts in columns.items()
+        if (decimal := texts.str.fullmatch(COMMA)).any()
+        and (decimal | texts.str.fullmatch(WHOLE)).all()
+    }
+    if not commas:
+        return frame, []
+    if all(
+        texts[texts.str.contains(",")].str.fullmatch(THOUSANDS).all() for texts in commas.values()
+    ):
+        name, texts = next(iter(commas.items()))
+        row = int(frame[name].astype(str).str.contains(",").to_numpy().argmax())
+        refuse(
+            where,
+            row,
+            str(name),
+            f"found '{texts.loc[frame.index[row]]}', decimal comma or thousands? {REMEDY}",
+        )
+    for name in frame.columns:
+        if types.is_float_dtype(frame[name]):
+            values = frame[name].dropna().to_numpy(dtype=np.float64)
+            values = values[np.isfinite(values) & (values != np.floor(values))]
+            if (
+                len(values)
+                and (np.abs(values) >= 1).all()
+                and np.allclose(values * 1000, np.round(values * 1000), 0, 1e-6)
+            ):
+                raise UserError(
+                    f"{where}: column '{name}' has decimal points and column '{next(iter(commas))}' decimal commas: "
+                    f"are the points thousands? {REMEDY}"
+                )
+    frame = frame.copy(deep=False)
+    for name in commas:
+        frame[name] = frame[name].str.replace(",", ".").astype(np.float64)
+    return frame, list(map(str, commas))
+
+
+def numbers(
+    column: pd.Series, where: str, gaps: list[str] | None = None, hint: str = ""
+) -> np.ndarray | None:
+    """A column as numbers, float64 `[N]`, or None if it is all text or dates. Raises UserError naming the row, but for
+    missing values where `gaps` is given: they are NaN, and a line on the first is added to it. `hint` ends the error."""
+    name = str(column.name)
+    if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
+        if not is_text(column):
+            return None
+        read = pd.to_numeric(column, errors="coerce")
+        text = read.isna() & column.notna()
+        if text.any() and read.isna().all():
+            written = column.dropna().astype(str)
+            if not written.str.fullmatch(SEPARATED).all():
+                return None
+        if (row := first(text)) is not None:
+            remedy = f"; {REMEDY}" if re.search(r"\d[.,'’]\d", str(column.iloc[row])) else hint
+            refuse(where, row, name, f"found '{column.iloc[row]}', not a number{remedy}")
+        column = read
+    gap = gap_in(column, where)
+    if gap is not None:
+        if gaps is None:
+            raise UserError(f"{gap}; fill or drop them")
+        gaps.append(gap)
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    beyond = ~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max)
+    if (row := first(beyond & ~column.isna().to_numpy())) is not None:
+        refuse(where, row, name, f"found {values[row]}, not a finite number")
+    return values
+
+
+def names(column: pd.Series, where: str) -> pd.Series:
+    """A column of labels, sites or patients as text that does not depend on how a file writes them: without spaces around
+    it, and 1 for 1.0, but 01 is not 1 where the column is of text. Raises UserError where a value is missing."""
+    column = stripped(column, where)
+    if types.is_float_dtype(column):
+        whole = column == np.floor(column)
+        return column.astype(str).where(~whole, column.where(whole, 0).astype(np.int64).astype(str))
+    text = column.astype(str)
+    return (
+        text.str.replace(COUNTED, r"\1", regex=True) if text.str.fullmatch(COUNTED).all() else text
+    )
+
+
+def written(column: pd.Series) -> pd.Series:
+    """Return the column as text without spaces around it, whole floats as integers; NaN where a value is missing."""
+    present = column[column.notna()]
+    text = names(present, "") if types.is_float_dtype(present) else present.astype(str).str.strip()
+    return text[text != ""].astype(object).reindex(column.index)
+
+
+def categories_in(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...]]:
+    """Return the text columns with fewer than `MANY_CATEGORIES` different values, and their values in order."""
+    found = {}
+    for name in frame.columns:
+        if is_categorical(frame[name]) and numbers(frame[name], where, [], CATEGORICAL) is None:
+            values = written(frame[name]).dropna().unique().tolist()
+            if 0 < len(values) < MANY_CATEGORIES:
+                found[str(name)] = tuple(in_order(values))
+    return found
+
+
+def indicated(
+    column: pd.Series, values: Sequence[str], notes: list[str] | None = None
+) -> np.ndarray:
+    """Return 1 where a column has a value, else 0, as float64 `[N, len(values)]`.
+
+    A row whose value is missing or is none of these has 0 everywhere; a line on such rows is added to `notes`.
+    """
+    text = written(column)
+    plain = text.map(
+        lambda cell: COUNTED.sub(r"\1", cell) if COUNTED.fullmatch(cell) else cell,
+        na_action="ignore",
+    )
+    found = np.stack(
+        [(text == value).to_numpy(bool) | (plain == value).to_numpy(bool) for value in values],
+        axis=1,
+    )
+    unknown = text.notna().to_numpy() & ~found.any(axis=1)
+    empty = text.isna().to_numpy()
+    if notes is not None and (row := first(unknown)) is not None:
+        what = f"{int(unknown.sum())} of {len(text)} rows have none of {', '.join(values)} (row {row + 1}: '{text.iloc[row]}')"
+        notes.append(f"column '{column.name}': {what}; their indicators are 0")
+    if notes is not None and (row := first(empty)) is not None:
+        what = f"{int(empty.sum())} of {len(text)} cells are empty (row {row + 1})"
+        notes.append(f"column '{column.name}': {what}; their indicators are 0")
+    return found.astype(np.float64)
+
+
+def settled(column: pd.Series, where: str) -> pd.Series:
+    """The column without spaces around text, and in numbers where every text is one. Raises UserError: missing value."""
+    column = stripped(column, where)
+    if is_text(column):
+        read = pd.to_numeric(column.astype(str), errors="coerce")
+        return column if not np.isfinite(read).all() else read
+    return column
+
+
+def stripped(column: pd.Series, where: str) -> pd.Series:
+    """The column without spaces around text. Raises UserError: missing value."""
+    if is_text(column) or isinstance(column.dtype, pd.CategoricalDtype):
+        text = column.astype(object).map(
+            lambda value: value.strip() if isinstance(value, str) else value
+        )
+        column = text.mask(text == "")
+    missing(column, where)
+    return column
+
+
+def missing(column: pd.Series, where: str) -> None:
+    """Raises UserError for a missing value."""
+    if (gap := gap_in(column, where)) is not None:
+        raise UserError(f"{gap}; fill or drop them")
+
+
+def gap_in(column: pd.Series, where: str) -> str | None:
+    """A line on the first missing value, if there is any."""
+    gaps = column.isna()
+    row = first(gaps)
+    if row is None:
+        return None
+    return f"{where}: row {row + 1}, column '{column.name}': missing value ({int(gaps.sum())} in {len(gaps)} rows)"
+
+
+def is_text(column: pd.Series) -> bool:
+    """Whether a column is of texts, or of all kinds of things."""
+    return not types.is_numeric_dtype(column) and (
+        types.is_object_dtype(column) or types.is_string_dtype(column)
+    )
+
+
+def is_categorical(column: pd.Series) -> bool:
+    """Return whether a column may hold categories: it is of text, or of pandas' categorical type."""
+    return is_text(column) or isinstance(column.dtype, pd.CategoricalDtype)
+
+
+def first(bad: pd.Series | np.ndarray) -> int | None:
+    """Place of the first True."""
+    mask = np.asarray(bad, dtype=bool)
+    return int(mask.argmax()) if mask.any() else None
+
+
+def refuse(where: str, row: int, column: str, what: str) -> NoReturn:
+    """Raise the error of a cell; `row` counts from 0, messages count from 1 below the header."""
+    raise UserError(f"{where}: row {row + 1}, column '{column}': {what}")
+
+
+# Files of tables as frames: comma, semicolon or tabulator between cells, or Parquet.
+
+LOOK = 20  # rows below the header from which the separator is told
+
+
+def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
+    """A CSV (comma or semicolon), TSV (tabulator) or Parquet file. Columns of `names` (of sites, patients; those that there
+    are) are read as they are written: site 01 is not 1. Raises UserError."""
+    where = f"path: {path}"
+    if path.is_dir():
+        raise UserError(f"{where}: a folder; name a file in it")
+    if not path.is_file():
+        raise UserError(f"{where}: no such file{beside(path)}")
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv", ".parquet"):
+        raise UserError(f"{where}: found '{kind}'; choose .csv, .tsv or .parquet")
+    try:
+        if kind == ".parquet":
+            return pd.read_parquet(path)
+        separator = "\t" if kind == ".tsv" else _separator(path)
+        _check_cells(path, separator)
+        return pd.read_csv(
+            path, sep=separator, low_memory=False, dtype=dict.fromkeys(filter(None, names), str)
+        )
+    except ImportError as error:
+        raise UserError(
+            f"{where}: Parquet needs pyarrow; pip install 'hetero_fl[parquet]'"
+        ) from error
+    except UnicodeError as error:
+        raise UserError(
+            f"{where}: not a readable {kind} file: it is not in UTF-8; save it anew so ({error})"
+        ) from error
+    except (
+        ValueError,
+        OSError,
+        csv.Error,
+    ) as error:  # pandas' and pyarrow's own errors are ValueErrors
+        raise UserError(
+            f"{where}: not a readable {kind} file ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _check_cells(path: Path, separator: str) -> None:
+    """Refuse what pandas reads otherwise than it is written: a name that stands twice, a row longer than the header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = filter(None, csv.reader(file, delimiter=separator))
+        header = next(rows, None)
+        if header is None:
+            raise UserError(f"path: {path}: an empty file")
+        for name, count in Counter(header).items():
+            if name and count > 1:
+                raise UserError(f"path: {path}: header: column '{name}' stands there {count} times")
+        for row, cells in enumerate(rows, 1):
+            if len(cells) > len(header):
+                found = f"found {len(cells)} cells, one of them '{cells[len(header)]}' beyond the last column"
+                raise UserError(f"path: {path}: row {row}: {found}, '{header[-1]}'")
+
+
+def _separator(path: Path) -> str:
+    """Comma or semicolon: whichever divides the header, or if both do, every row alike."""
+    divided = {}
+    for separator in (",", ";"):
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            cells = csv.reader(file, delimiter=separator)
+            divided[separator] = [len(row) for row in islice(cells, LOOK + 1) if row] or [0]
+    if divided[";"][0] < 2:
+        return ","
+    if divided[","][0] < 2:
+        return ";"
+    alike = [separator for separator, counts in divided.items() if len(set(counts)) == 1]
+    if len(alike) == 1:
+        return alike[0]
+    raise UserError(
+        f"path: {path}: commas or semicolons between the cells? both are in the header; save it as .tsv"
+    )
+
+
+# A data set of a frame: which columns are features, what the labels are, of whom each row is.
+
+SHOWN = 20  # columns that a note lists
+PATIENT = re.compile("patient|subject|person|mrn", re.IGNORECASE)
+
+
+def read_table(
+    frame: pd.DataFrame,
+    path: Path,
+    label: str,
+    group: str | None = None,
+    patient: str | None = None,
+    kind: str | None = None,
+    categories: Mapping[str, tuple[str, ...]] | None = None,
+) -> Dataset:
+    """A data set of a frame. Features are the columns that are no label, group or patient, as float32 `[N, F]`: those of
+    numbers, and an indicator per value of the text columns in `categories` (none: of those with fewer than 20 values).
+
+    One column of labels: text, truth values, and whole numbers of at most 20 different values are classes (in sorted
+    order), other numbers a regression target. Several (comma between them): multilabel if all are 0 or 1, else
+    regression. `kind` (multiclass, multilabel, regression) takes the place of these rules. Text is read without spaces
+    around it, and 1.0 as 1. Other columns of text or dates are left out; `about` and `notes` name them, and `notes` the
+    encoded ones. Rows count from 1 below the header.
+
+    Raises:
+        UserError: a missing column, a missing value, text among numbers; with file, row and column.
+    """
+    labels = _label_columns(frame, label)
+    where = f"path: {path}"
+    owners = {
+        key: column
+        for key, column in (("group", group), ("patient", patient))
+        if column is not None
+    }
+    for key, column in [*(("label", column) for column in labels), *owners.items()]:
+        if column not in frame.columns:
+            raise UserError(
+                f"{key}: {path} has no column '{column}'{nearest(column, map(str, frame.columns))}"
+            )
+        if key != "label" and column in labels:
+            raise UserError(f"{key}: found '{column}', which is a label; name another column")
+    whose = {key: places(names(frame[column], where)) for key, column in owners.items()}
+    rest = frame.drop(columns=list(set(owners.values())))
+    given = () if categories is None else tuple(categories)
+    if kind == "multiclass":  # classes may be called "1,2"
+        targets = rest[labels]
+        rest, commas = decimal_commas(rest.drop(columns=labels), where, given)
+    else:
+        rest, commas = decimal_commas(rest, where, given)
+        targets, rest = rest[labels], rest.drop(columns=labels)
+    encoded = categories_in(rest, where) if categories is None else categories
+    encoded = {
+        str(name): tuple(encoded[str(name)]) for name in rest.columns if str(name) in encoded
+    }
+    gaps: list[str] = []
+    doubts: list[str] = []
+    x, columns, left_out = features(rest, where, gaps, encoded, doubts)
+    task, y = _targets(targets, where, kind)
+    examples = Examples(x, y, *whose.get("group", (None, ())), *whose.get("patient", (None, ())))
+    used = Layout(columns, (), tuple(encoded.items())).names
+    about = f"table {path.name}, {len(used)} columns" + (
+        f"; left out: {', '.join(left_out)}" if left_out else ""
+    )
+    read = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
+    read += [f"columns used: {_listed(used)}"]
+    read += [
+        f"encoded as indicators: {_listed([f'{name} ({_listed(v)})' for name, v in encoded.items()])}"
+    ] * bool(encoded)
+    read += [
+        f"left out: {_listed([f'{name} ({why})' for name, why in left_out.items()]) or 'none'}"
+    ]
+    read += [f"decimal commas in {_listed(commas)}"] if commas else []
+    notes = [f"table {path.name}: {'; '.join(read)}", *(f"table {path.name}: {d}" for d in doubts)]
+    if patient is None and (name := _patients(rest)) is not None:
+        feature = "; as it is, it is a feature too" if name in used else ""
+        notes.append(
+            f"table {path.name}: column '{name}' looks like a patient's number and repeats: name it in data.patient, or "
+            f"rows of one patient are split between training and test{feature}"
+        )
+    gap = gaps[0] if gaps else ""
+    return Dataset(
+        "table",
+        task,
+        examples,
+        about=about,
+        columns=columns,
+        notes=tuple(notes),
+        gap=gap,
+        categories=tuple(encoded.items()),
+    )
+
+
+def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str, ...]]:
+    """Return the text columns of several tables, and their values in all of them, where these are few (see `categories_in`).
+
+    Args:
+        files: The tables, by the place in the configuration that names them.
+
+    Raises:
+        UserError: A column that is text in one table and holds numbers in another.
+    """
+    texts: dict[str, dict[str, None]] = {}
+    place_of: dict[str, str] = {}
+    numeric: dict[str, str] = {}
+    for place, source in files.items():
+        where = f"{place}.path: {source.path}"
+        for column in _feature_columns(source, place):
+            name = str(column.name)
+            if is_categorical(column) and numbers(column, where, [], CATEGORICAL) is None:
+                texts.setdefault(name, {}).update(dict.fromkeys(written(column).dropna().tolist()))
+                place_of.setdefault(name, place)
+            elif types.is_numeric_dtype(column) and column.notna().any():
+                numeric.setdefault(name, place)
+    for name in texts:
+        if name in numeric:
+            found = f"column '{name}' is text, and numbers in that of {numeric[name].removesuffix(': data')}"
+            raise UserError(f"{place_of[name]}: {found}; list its values in data.categories")
+    return {
+        name: tuple(in_order(values))
+        for name, values in texts.items()
+        if len(values) < MANY_CATEGORIES
+    }
+
+
+def _feature_columns(source: SourceConfig, place: str) -> list[pd.Series]:
+    try:
+        frame = read_frame(Path(str(source.path)).expanduser(), (source.group, source.patient))
+        others = [*_label_columns(frame, source.label or ""), source.group, source.patient]
+        rest, _ = decimal_commas(
+            frame.drop(columns=[n for n in others if n in frame.columns]), f"path: {source.path}"
+        )
+    except UserError as error:
+        raise UserError(f"{place}.{error}") from error
+    return [rest[name] for name in rest.columns]
+
+
+def _label_columns(frame: pd.DataFrame, label: str) -> list[str]:
+    return [label] if label in frame.columns else [part.strip() for part in label.split(",")]
+
+
+def features(
+    frame: pd.DataFrame,
+    where: str,
+    gaps: list[str] | None = None,
+    categories: Mapping[str, tuple[str, ...]] | None = None,
+    notes: list[str] | None = None,
+) -> tuple[Tensor, tuple[str, ...], dict[str, str]]:
+    """The columns of numbers and the indicators of `categories` as float32 `[N, F]`, their names, and the names of the other
+    columns with what they are. Missing numbers are NaN where `gaps` is given, which gets a line for each column that has
+    some; else they are refused. `notes` gets a line for each encoded column with empty cells or unknown values."""
+    if len(frame) == 0:
+        raise UserError(f"{where}: found no rows")
+    read: dict[str, np.ndarray] = {}
+    left_out: dict[str, str] = {}
+    for key in frame.columns:
+        # A frame in memory or a Parquet file may have integers as names.
+        name = str(key)
+        if name in (categories or {}):
+            values = (categories or {})[name]
+            found = indicated(frame[key], values, notes)
+            added = dict(zip(indicators(name, values), found.T, strict=True))
+        else:
+            column = numbers(frame[key], where, gaps)
+            added = {} if column is None else {name: column}
+            if column is None:
+                left_out[name] = _why_left_out(frame[key])
+        for other in added:
+            if other in read:
+                raise UserError(
+                    f"{where}: column '{other}' is there twice, once as an indicator; rename one"
+                )
+        read |= added
+    if not read:
+        raise UserError(
+            f"{where}: no column of numbers or categories besides label, group and patient"
+        )
+    return (
+        torch.from_numpy(np.stack(list(read.values()), axis=1).astype(np.float32)),
+        tuple(read),
+        left_out,
+    )
+
+
+def _why_left_out(column: pd.Series) -> str:
+    if not is_categorical(column):
+        return str(column.dtype)
+    count = written(column).nunique()
+    return "text" if count < MANY_CATEGORIES else f"text, {count} different values"
+
+
+def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, Tensor]:
+    columns = [settled(labels[name], where) for name in labels.columns]
+    titles = tuple(map(str, labels.columns))
+    if kind == "multiclass" and len(columns) > 1:
+        raise UserError(
+            f"label: found {len(columns)} columns, but data.task is multiclass; name one, or choose multilabel"
+        )
+    if kind == "multiclass" or (kind is None and len(columns) == 1 and _classes(columns[0])):
+        y, classes = places(names(columns[0], where))
+        return Task("multiclass", len(classes), classes), y
+    values = []
+    for column, title in zip(columns, titles, strict=True):
+        found = numbers(column, where)
+        if found is None:
+            raise UserError(
+                f"{where}: column '{title}' is text; {kind or 'several'} labels have to be numbers"
+            )
+        values.append(found)
+    y = torch.from_numpy(np.stack(values, axis=1).astype(np.float32))
+    several = len(columns) > 1 and bool(((y == 0) | (y == 1)).all())
+    if kind == "multilabel" or (kind is None and several):
+        return Task("multilabel", len(columns), titles), y
+    return Task("regression", len(columns), titles), y
+
+
+def _classes(column: pd.Series) -> bool:
+    """Whether one column of labels looks like classes."""
+    if not types.is_numeric_dtype(column) or types.is_bool_dtype(column):
+        return True
+    values = column.unique()
+    return len(values) <= MOST_NUMBERED_CLASSES and all(float(v).is_integer() for v in values)
+
+
+def _patients(frame: pd.DataFrame) -> str | None:
+    """A column that seems to say of whom a row is, several rows being of one patient. Two values are a mark, no names."""
+    for name in frame.columns:
+        if PATIENT.search(str(name)) and 2 < frame[name].nunique() < len(frame):
+            column = frame[name]
+            if not types.is_float_dtype(column) or bool((column == np.floor(column)).all()):
+                return str(name)
+    return None
+
+
+def _listed(found: Sequence[str]) -> str:
+    return ", ".join(found[:SHOWN]) + (
+        f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    )

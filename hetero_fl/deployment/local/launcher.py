@@ -1,0 +1,106 @@
+"""A real federation on one machine: server, transport and a process for each client, all of it gone when the run is."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hetero_fl.config import Config, expand, resolved
+from hetero_fl.deployment.certificates import load_node_key, make_node_key
+from hetero_fl.deployment.messages import ServerKeys, Transport
+from hetero_fl.deployment.server import check_deployable, serve
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.experiment.runner import Callback, default_out
+from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.run_directory import SITES, check_vacant, locked
+from hetero_fl.utils.code_permission import CodePermission, references
+from hetero_fl.utils.processes import Beside
+
+NURSERY = "hetero_fl.deployment.local.fork_server"
+TELLS = {"labels": True, "details": True, "model": True}  # all of it: nobody is a stranger here
+
+
+def federate(
+    source: str | Path | Mapping[str, Any] | Config,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = True,
+    nursery: Beside | None = None,
+    allow_code: bool | CodePermission = False,
+) -> Run:
+    """`hetero_fl.experiment.run`, carried out by a process for each client; what these keep is in `OUT/sites`.
+
+    `nursery`: the process that starts them, if it has been begun already. `allow_code` permits the clients' processes to run
+    the code that the configuration names, too.
+
+    Raises:
+        UserError, RunFailed, Interrupted: as `run` does; Flower is not installed.
+    """
+    from hetero_fl.deployment.flower import FlowerTransport, Superlink
+
+    with nursery or Beside(NURSERY) as nursery, ExitStack() as stack:
+        config = load_config(source, overrides, allow_code)
+        check_deployable(config)
+        path = default_out(config) if out is None else Path(out)
+        if resume and (path / "config.yaml").exists():
+            with locked(path):  # nobody else is at work there
+                pass
+        else:
+            check_vacant(path)
+        nursery.tell(resolved(config))
+        superlink = Superlink()
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
+        own = make_node_key(scratch / "server")
+        keys, sites = {}, []
+        allows = {"own_code": list(references(config.model_dump()))}
+        for client in expand(config.clients):
+            folder = str((path / SITES / client).resolve())
+            # beside the log that it signs: a resumed run goes on with both
+            key = Path(folder) / "key"
+            keys[client] = (load_node_key(key) if key.exists() else make_node_key(key)).public_key()
+            server = {
+                "address": superlink.address,
+                "key": str(key),
+                "public": str(scratch / "server.pub"),
+            }
+            about = {
+                "client": client,
+                "folder": folder,
+                "tells": TELLS,
+                "server": server,
+                "allows": allows,
+            }
+            sites.append(scratch / client / "site.yaml")
+            sites[-1].parent.mkdir()
+            sites[-1].write_text(yaml.safe_dump(about))
+        transport = _Watched(FlowerTransport(superlink, keys), nursery)
+        nursery.tell([str(site) for site in sites])
+        return serve(
+            config,
+            transport,
+            out=path,
+            resume=resume,
+            callbacks=callbacks,
+            quiet=quiet,
+            keys=ServerKeys(own, keys),
+        )
+
+
+class _Watched:
+    """A transport to nodes that are our own: it fails when they do, instead of waiting for them."""
+
+    def __init__(self, transport: Transport, nursery: Beside) -> None:
+        self._transport, self._nursery = transport, nursery
+        self.push, self.pull, self.close = transport.push, transport.pull, transport.close
+
+    def nodes(self) -> Collection[int]:
+        self._nursery.check()
+        return self._transport.nodes()

@@ -1,0 +1,365 @@
+"""What a site allows, checked before it acts and before anything leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hetero_fl.communication.protocol import Message
+from hetero_fl.communication.secure_aggregation.messages import REQUESTS
+from hetero_fl.communication.secure_aggregation.messages import read as read_secure
+from hetero_fl.config import Config, expand
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.describe import FREE
+from hetero_fl.core.model_spec import Tensors
+from hetero_fl.core.payload import Payload, PayloadError
+from hetero_fl.core.plan import Draws, Fit
+from hetero_fl.deployment.audit_log import TRAIN, Account
+from hetero_fl.deployment.config import AllowsConfig, BudgetConfig, SiteConfig
+from hetero_fl.deployment.messages import Refused
+from hetero_fl.engine.batches import step_count
+from hetero_fl.engine.driver import Work, carry_out
+from hetero_fl.experiment.preparation import Prepared
+from hetero_fl.federation.channel import Links
+from hetero_fl.federation.dry_run import Dry, Expectations
+from hetero_fl.privacy.accounting import Charge, epsilon_of
+from hetero_fl.privacy.client import WITHIN
+from hetero_fl.utils.code_permission import CodePermission, references
+from hetero_fl.utils.errors import UserError, nearest
+
+# Whether a site takes part in a run at all: its file against the server's configuration, before
+# anything is loaded.
+
+# which a configuration has as the site's file has them, or not at all
+OWN_KEYS = ("model", "preprocess", "augment")
+
+
+def check_raw(tree: object, allows: AllowsConfig) -> dict[str, Any]:
+    """A configuration before it is read: to read one that names code is to import that. Raises Refused."""
+    if not isinstance(tree, dict):
+        raise Refused("the configuration is none")
+    for name, key in CodePermission(granted=allows.own_code).refused(references(tree), ""):
+        raise Refused(
+            f"{key}: found {name[:80]}; this site runs no code by name but allows.own_code {allows.own_code}"
+        )
+    return tree
+
+
+def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> None:
+    """A configuration against a site's file. `settings`: this client's. Raises Refused, naming both keys."""
+    allows, me, name = site.allows, site.client, config.algorithm["name"]
+    if allows.methods is not None and name not in allows.methods:
+        raise Refused(
+            f"algorithm.name: found {name}; this site's allows.methods are {', '.join(allows.methods)}"
+        )
+    at_most("rounds", config.rounds, "rounds", allows.rounds)
+    at_most(
+        f"clients: {me}: epochs",
+        None if settings.steps else settings.epochs,
+        "epochs",
+        allows.epochs,
+    )
+    at_most(f"clients: {me}: steps", settings.steps, "steps", allows.steps)
+    own = ClientSettings.model_validate(site.settings())
+    for key in OWN_KEYS:
+        if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
+            raise Refused(f"clients: {me}: {key}: is not what this site's file has")
+    if site.shares is not None and (
+        more := [s for s in settings.shares if not _covered(s, own.shares)]
+    ):
+        raise Refused(
+            f"clients: {me}: shares: found {', '.join(more)}; this site shares {', '.join(own.shares) or 'nothing'}"
+        )
+    secure = config.channel.secure_sum
+    if secure is None and allows.secure_sum_only:
+        raise Refused(
+            "channel.secure_sum: found none; this site's allows.secure_sum_only lets uploads leave in no other way"
+        )
+    if secure is not None and allows.cohort is not None:
+        found = secure.survivors(config.clients.per_round or len(expand(config.clients)))
+        if found < allows.cohort:
+            raise Refused(
+                f"channel.secure_sum.threshold: lets a sum of {found} clients be told; this site's allows.cohort is "
+                f"{allows.cohort}"
+            )
+    if allows.privacy is not None:
+        _check_privacy(config, site)
+
+
+def _check_privacy(config: Config, site: SiteConfig) -> None:
+    privacy = config.privacy
+    where = "this site's allows.privacy counts noise that it adds itself"
+    if privacy is None:
+        raise Refused(f"privacy: found none; {where}")
+    if privacy.unit == "client":
+        raise Refused(
+            f"privacy.unit: found client, whose noise others add; {where}: record or local"
+        )
+    if site.tells.labels:
+        raise Refused(
+            "tells.labels: true tells counts as they are, with allows.privacy; leave one of them out"
+        )
+    if site.tells.model and privacy.unit == "local":
+        raise Refused(
+            "tells.model: true tells a model that nobody noised, with allows.privacy and privacy.unit local"
+        )
+
+
+def mark_of(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
+    """What must be the same whenever a site takes part in a run: its configuration, but for what decides no result, its rows, and
+    the public sets, these two by their hashes. Another one under the same name could be made to tell the difference between two
+    answers."""
+    runtime = tree.get("runtime")
+    kept = (
+        {k: v for k, v in runtime.items() if k not in FREE}
+        if isinstance(runtime, dict)
+        else runtime
+    )
+    told = json.dumps(
+        [{**tree, "runtime": kept, "init_from": None}, rows, public], sort_keys=True, default=str
+    )
+    return hashlib.sha256(told.encode()).digest()
+
+
+def at_most(what: str, found: float | None, key: str, most: float | None) -> None:
+    """A number against one of the limits. Raises Refused, naming both."""
+    if most is not None and found is not None and (found > most):
+        raise Refused(f"{what}: found {_plain(found)}; this site's allows.{key} is {_plain(most)}")
+
+
+def _plain(number: float) -> str:
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
+
+
+def _covered(share: str, allowed: Sequence[str]) -> bool:
+    """Whether a share is one of these, or a part of one."""
+    if share in allowed:
+        return True
+    part = "backbone." if share == "backbone" else share
+    wider = [
+        "backbone." if a == "backbone" else a for a in allowed if a == "backbone" or a.endswith(".")
+    ]
+    return part.endswith(".") and (
+        "parameters" in allowed or any(part.startswith(w) for w in wider)
+    )
+
+
+# What a site checks before it does what it is asked, and before anything leaves: its file decides,
+# not the server.
+#
+# A task is rehearsed, without computing, with what the server sent: the method's plan says how long
+# it would train and what it would spend. What is made of it in earnest is looked at again, item by
+# item, before it is encoded.
+
+
+def digest_of(kind: str, asked: Message, base: str) -> bytes:
+    """What a task is, whatever the server calls it: the same for the same question, and else another."""
+    body = hashlib.sha256(asked.body).hexdigest()
+    about = (kind, asked.ask, asked.round, asked.again, float(asked.work).hex(), base, body)
+    return hashlib.sha256(repr(about).encode()).digest()
+
+
+class Watch(Dry):
+    """Notes how long a plan would train."""
+
+    steps, epochs = 0, 0.0
+
+    def perform(self, work: Work) -> list[Any]:
+        for participant, step in work:
+            if isinstance(step, Fit):
+                if isinstance(step.data, Draws):
+                    self.steps += step_count(step.data.size, step)
+                    continue
+                rows = len(next(iter(step.data.columns(participant).values())))
+                count = step_count(rows, step)
+                self.steps += count
+                self.epochs += (
+                    step.epochs
+                    if step.steps is None
+                    else step.steps * step.batch_size / max(1, rows)
+                )
+        return super().perform(work)
+
+
+@dataclass
+class Policy:
+    """A site's checks in one run."""
+
+    site: SiteConfig
+    prepared: Prepared
+    account: Account
+
+    def __post_init__(self) -> None:
+        self.allows = self.site.allows
+        method, federation = self.prepared.method, self.prepared.federation
+        self.specs, self.card = method.uploads, federation.cards[self.site.client]
+        self.links = Links(method, federation)
+        self.secure = federation.channel.secure_sum is not None and bool(method.uploads)
+
+    # Before it is done
+    def check(self, kind: str, asked: Message, digest: bytes) -> list[dict[str, Any]]:
+        """A task. Returns what it will spend of the site's privacy. Raises Refused, naming the key."""
+        rounds, ends = (
+            self.prepared.config.rounds,
+            self.prepared.config.runtime.mode == "sync",
+        )  # versions have no end known
+        if not 0 <= asked.round <= (rounds if ends else asked.round) or asked.again < 0:
+            raise Refused(f"round {asked.round + 1} of {rounds}, for the {asked.again + 1}th time")
+        if not 0 < asked.work <= 1:
+            raise Refused(
+                f"work: found {asked.work:g}, a share of the steps that were agreed; it is at most 1"
+            )
+        if kind == "read":
+            self._check_length(lambda: self._rehearsed_reading(asked), 1.0)
+            return []
+        if asked.ask not in (
+            REQUESTS if self.secure else (TRAIN,)
+        ):  # without exchanges, whatever is asked is trained on
+            raise Refused(
+                f"asked for '{asked.ask[:20]}', which is nothing that this run's uploads need"
+            )
+        if self.secure and self.allows.cohort is not None:
+            self._check_sum(asked, self.allows.cohort)
+        if asked.ask != TRAIN or digest in self.account.trained:
+            return []  # the same again costs, and tells, nothing
+        if (
+            self.allows.rounds is not None
+            and (trained := len(self.account.trained)) >= self.allows.rounds
+        ):
+            raise Refused(
+                f"allows.rounds: this site has trained {trained} times in this run, and is asked once more"
+            )
+        charges: list[Charge] = []
+        self._check_length(lambda: charges.extend(self._rehearsed(asked)), asked.work)
+        return [] if self.allows.privacy is None else self._afforded(charges, self.allows.privacy)
+
+    def _check_length(self, rehearse: Callable[[], object], work: float) -> None:
+        """How long a task would train. `rehearse`: goes through it; where nothing is limited that is left out."""
+        allows, watch = self.allows, self._watch
+        if allows.privacy is None and allows.epochs is None and allows.steps is None:
+            return
+        watch.steps, watch.epochs = 0, 0.0
+        try:
+            rehearse()
+        except Exception as error:  # what a plan makes of what it was sent may be anything
+            raise Refused(
+                f"what was sent cannot be trained on ({type(error).__name__}: {error})"
+            ) from None
+        at_most("this task's epochs", round(watch.epochs * work, 3), "epochs", allows.epochs)
+        at_most("this task's steps", int(watch.steps * work), "steps", allows.steps)
+
+    def _check_sum(self, asked: Message, least: int) -> None:
+        """Of how many clients a sum would be told."""
+        if asked.ask not in ("shares", "unmask"):
+            return
+        try:
+            got = read_secure(asked.body, REQUESTS[asked.ask])
+        except PayloadError as error:
+            raise Refused(str(error)) from None
+        found = len(got["numbers"] if asked.ask == "shares" else got["survivors"])
+        if found < least:
+            raise Refused(
+                f"allows.cohort: a secure sum of {found} clients is asked for; this site wants {least} at least"
+            )
+
+    @cached_property
+    def _watch(self) -> Watch:
+        return Watch()
+
+    @cached_property
+    def _expectations(self) -> Expectations:
+        made = Expectations(self.prepared.method, self.prepared.federation)
+        made.performer = self._watch
+        return made
+
+    def _rehearsed(self, asked: Message) -> tuple[Charge, ...]:
+        """A task that trains; what it would spend."""
+        body = (
+            read_secure(asked.body, REQUESTS[TRAIN])["broadcast"].tobytes()
+            if self.secure
+            else asked.body
+        )
+        got = self.links.received(asked.round, body)
+        return self._expectations.rehearsed(self.card, got, asked.round)[1]
+
+    def _rehearsed_reading(self, asked: Message) -> None:
+        """One that makes the model which is read."""
+        client, got = (
+            self._expectations.stand_in(self.card, asked.round),
+            self.links.received(asked.round, asked.body),
+        )
+        for hook in (self.prepared.method.deploy, self.prepared.method.personalise):
+            carry_out(hook(client, got), client, self._watch)
+
+    def _afforded(self, charges: Iterable[Charge], budget: BudgetConfig) -> list[dict[str, Any]]:
+        privacy = self.prepared.federation.privacy
+        assert privacy is not None  # else `check_config` had refused
+        due = [
+            {"noise": c.scale * privacy.z, "rate": c.rate, "steps": c.steps, "once": c.once}
+            for c in charges
+            if c.once not in self.account.once
+        ]
+        spent = self.account.with_(due)
+        found = epsilon_of(spent, budget.delta, "rdp")
+        if found > budget.epsilon:  # PRV takes half a second, and says less
+            found = epsilon_of(spent, budget.delta, "prv")
+        if found > budget.epsilon:
+            raise Refused(
+                f"allows.privacy.epsilon: with this task, what this site has spent would be {found:.4g} at δ {budget.delta:g}; "
+                f"it allows {budget.epsilon:g}"
+            )
+        return due
+
+    # Before it leaves
+    def check_upload(self, payload: Payload) -> None:
+        """An upload, before it is encoded. Raises UserError for an item that this site does not share."""
+        shares = self.site.shares if self.site.shares is not None else self.card.settings.shares
+        for name in payload:
+            values = payload[name]
+            if name == WITHIN:  # whether updates were within bounds, noised at the server
+                continue
+            if name not in self.specs:
+                raise UserError(
+                    f"'{name}' is nothing that {self.prepared.name} sends{nearest(name, self.specs)}"
+                )
+            share = self.specs[name].share
+            if share == "parameters":
+                _check_named(name, values if isinstance(values, dict) else None, shares)
+            elif share not in shares:
+                raise UserError(
+                    f"shares: '{name}' needs {share}; this site shares {', '.join(shares) or 'nothing'}"
+                )
+
+    def check_size(self, size: int, upload: bool) -> None:
+        """An answer of so many bytes. Raises Refused."""
+        if upload:
+            at_most("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
+        at_most(
+            "bytes of all answers with this one",
+            self.account.sent + size,
+            "total_bytes",
+            self.allows.total_bytes,
+        )
+
+    def kinds(self, payload: Payload) -> list[str]:
+        """What of an upload leaves, for the log."""
+        items = [f"{name}: {payload.item(name).kind}" for name in payload]
+        said = items + (["training loss"] if payload.report else [])
+        return [f"masked sum of {', '.join(said)}"] if self.secure else said
+
+
+def _check_named(name: str, values: Tensors | None, shares: Sequence[str]) -> None:
+    if "parameters" in shares:
+        return
+    parts = [
+        "backbone." if s == "backbone" else s for s in shares if s == "backbone" or s.endswith(".")
+    ]
+    for tensor in values if values is not None else ("",):
+        if not any(tensor.startswith(part) for part in parts):
+            raise UserError(
+                f"shares: '{name}' holds {tensor or 'parameters'}; this site shares {', '.join(shares) or 'nothing'}"
+            )

@@ -1,0 +1,335 @@
+"""The server process of a real federation."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO, cast
+
+import torch
+from rich.console import Console
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.config import Config, expand
+from hetero_fl.deployment.certificates import (
+    ServerFiles,
+    check_server_files,
+    load_node_key,
+    load_public_key,
+)
+from hetero_fl.deployment.config import load_server
+from hetero_fl.deployment.conversations import NUDGE, PATIENCE, Post
+from hetero_fl.deployment.handshake import convene
+from hetero_fl.deployment.messages import MESSAGE_BYTES, Bounded, ServerKeys, Signed, Transport
+from hetero_fl.deployment.monitoring import Lines, Log, Status, window
+from hetero_fl.deployment.node_storage import Vault
+from hetero_fl.deployment.remote_executor import Remote
+from hetero_fl.engine.prediction_cache import make_performer
+from hetero_fl.experiment.preparation import Prepared, load_config
+from hetero_fl.experiment.runner import Callback, check_begun, default_out, hold
+from hetero_fl.federation.executors.choose import Choice
+from hetero_fl.federation.simulation.schedule import unused
+from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.trainer import Record
+from hetero_fl.privacy.mechanisms import SecretNoise
+from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
+from hetero_fl.utils.code_permission import CodePermission
+from hetero_fl.utils.errors import UserError, one_line
+from hetero_fl.utils.serialization import write_atomically
+
+# The server's side of a federation: nodes come, and a run is carried out with them as in a
+# simulation.
+
+IDENTITY = "federation.json"  # in the run directory: which run nodes know it as, and what they told
+
+
+def serve(
+    source: str | Path | Mapping[str, Any] | Config,
+    transport: Transport,
+    *,
+    out: Path,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+    wait: float = 120.0,
+    deadline: float = 3600.0,
+    patience: float = PATIENCE,
+    nudge: float = NUDGE,
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = True,
+    keys: ServerKeys | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    status: Status | None = None,
+    console: Console | None = None,
+    message_bytes: int = MESSAGE_BYTES,
+) -> Run:
+    """Carry out a run with the nodes that a transport reaches; leaves the run directory that a simulation leaves.
+
+    Args:
+        wait: seconds until all clients of the configuration have to be there.
+        deadline: seconds that a node may take for a task; `cohort.deadline` can ask for fewer.
+        patience: seconds that a node which has gone is waited for, as long as enough others are there.
+        nudge: seconds of silence after which a node is asked whether it is there.
+        keys: with which messages are signed, and answers checked; none: for rehearsals on one machine.
+        say: told, in one line, of whoever comes, goes or is refused.
+        status: kept up to date.
+        console: where the run's progress is shown, if not in a terminal.
+        message_bytes: bytes of a node's answer, at most; a longer one is refused before it is read.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the call.
+        RunFailed: nodes are missing or refuse before the first round, or the run itself cannot go on.
+        Interrupted: once there is something to resume.
+    """
+    over = False
+    try:
+        config = load_config(source, overrides)
+        check_deployable(config)
+        if resume and (out / "config.yaml").exists():  # before anybody is waited for
+            check_begun(out, on_nodes=True)
+        else:
+            check_vacant(out)
+        clients = list(expand(config.clients))
+        status = status or Status(out, clients)
+
+        def tell(line: str) -> None:
+            line = one_line(line)
+            status.happened(line)
+            say(line)
+
+        transport = Bounded(transport, message_bytes)
+        if keys is not None:
+            transport = signed = Signed(transport, keys, tell)
+            status.watch_logs(lambda: signed.logs)
+        post = Post(transport, clients, tell, patience, nudge)
+        status.watch(lambda: post.node_of)
+    except BaseException:
+        transport.close()
+        raise
+    try:
+        with _phases(status):
+            status.set(name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds)
+            convened = convene(config, post, wait, _identity(out) if resume else None)
+            status.set(phase="running", run=convened.run)
+            for record in _before(out) if resume else []:
+                status.record(record)
+
+            def engage(prepared: Prepared, choice: Choice, store: Store) -> Remote:
+                torch.set_num_threads(choice.server_threads)
+                write_atomically(out / IDENTITY, json.dumps(convened.known()).encode())
+                # What is drawn at the server must not follow from the seed, which every node is told.
+                noise = SecretNoise(Vault(out / "secrets").secret("noise"))
+                prepared.federation = replace(prepared.federation, noise=noise)
+                performer = make_performer(torch.device(choice.device), 1, choice.precision)
+                seconds = min(deadline, config.cohort.deadline or deadline)
+                return Remote(convened, store, performer, seconds, _need(prepared))
+
+            notes = convened.prepared.notes
+            notes += unused(convened.prepared.federation, config)
+            if keys is None:
+                notes.append(
+                    "no keys were given: messages are not signed, and anybody may speak for anybody"
+                )
+            told = [status.record, *callbacks]
+            run = hold(
+                convened.prepared,
+                out=out,
+                resume=resume,
+                callbacks=told,
+                quiet=quiet,
+                engage=engage,
+                console=console,
+            )
+        over = True
+        return run
+    finally:
+        post.close(over)
+
+
+@contextmanager
+def _phases(status: Status) -> Iterator[None]:
+    """How it ends goes to the status."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        status.set(phase="interrupted")
+        raise
+    except BaseException:
+        status.set(phase="failed")
+        raise
+    status.set(phase="done")
+
+
+def _before(out: Path) -> list[Record]:
+    """The rounds that a checkpoint holds; of later ones, which are held again, there may be a line."""
+    with suppress(UserError):
+        return RunDirectory.open(out).metrics()
+    return []
+
+
+def check_deployable(config: Config) -> None:
+    """Refuse (UserError) what only a simulation has."""
+    if config.attacks is not None:
+        raise UserError(
+            "attacks: found some, but nobody's part in a federation is simulated; leave it out"
+        )
+    name = config.algorithm["name"]
+    if algorithm[name].everybody:
+        raise UserError(
+            f"algorithm.name: {name} wants everybody's rows or models in one place; it is for simulations"
+        )
+
+
+def _need(prepared: Prepared) -> int:
+    """Clients without whom nothing comes of a round."""
+    secret, cohort = prepared.config.channel.secure_sum, prepared.federation.cohort
+    return max(prepared.config.cohort.least, secret.survivors(cohort) if secret is not None else 1)
+
+
+def _identity(out: Path) -> dict[str, Any] | None:
+    try:
+        known: dict[str, Any] = json.loads((out / IDENTITY).read_text(encoding="utf-8"))
+        return known
+    except (OSError, ValueError):
+        return None
+
+
+# The server's process: it listens, holds a run with the nodes that come, shows how that stands, and
+# ends politely.
+
+
+def preside(
+    source: str | Path | Config,
+    file: Path,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+    allow_code: bool | CodePermission = False,
+    quiet: bool = False,
+) -> Run:
+    """Carry out a run with nodes on other machines, as the server's `file` says.
+
+    SIGTERM ends it after the round in hand, with its checkpoint; once more, or Ctrl-C: at once, with that of the round before.
+
+    Args:
+        source: The configuration.
+        file: The server's own file.
+        out: The run directory; None: `runs/<name>-<time>`.
+        resume: Go on from the newest whole checkpoint in `out`.
+        overrides: Changes to the configuration, `key.path=value`.
+        allow_code: Whether code that a file names may run at the server (see `hetero_fl.load_config`).
+        quiet: Write no log to stderr.
+
+    Raises:
+        UserError: what is wrong with one of the files, or what it names; Flower is missing; a port is taken.
+        RunFailed, Interrupted: as `serve` does.
+    """
+    server = load_server(file)
+    config = load_config(source, overrides, allow_code)
+    check_deployable(config)
+    server.check_clients(list(expand(config.clients)), file)
+    files = None
+    if (made := server.certificates) is not None:
+        files = ServerFiles(Path(made.authority), Path(made.certificate), Path(made.key))
+        check_server_files(files)
+    nodes = {client: load_public_key(Path(path)) for client, path in server.nodes.items()}
+    keys = (
+        None
+        if server.key is None
+        else ServerKeys(load_node_key(Path(server.key), "the server's"), nodes)
+    )
+    path = default_out(config) if out is None else out
+    from hetero_fl.deployment.flower import FlowerTransport, Superlink
+
+    status = Status(path, list(expand(config.clients)))
+    log = _RunLog(server.logs, status)
+    log.quiet = quiet
+    with ExitStack() as stack:
+        if server.metrics is not None:
+            port = stack.enter_context(window(status, server.metrics.host, server.metrics.port))
+            log(f"status, metrics and health: http://{server.metrics.host}:{port}")
+        superlink = Superlink(server.host, server.port, files)
+        log(f"waiting at {server.host}:{superlink.port} for {', '.join(expand(config.clients))}")
+        transport = FlowerTransport(superlink, nodes, server.message_bytes)
+        ending = stack.enter_context(_ending(status, log))
+        return serve(
+            config, transport, out=path, resume=resume, wait=server.wait, deadline=server.deadline,
+            callbacks=[log.round, ending], quiet=quiet, say=log, status=status, console=log.console(),
+            keys=keys, patience=server.patience, message_bytes=server.message_bytes,
+        )  # fmt: skip
+
+
+class _RunLog(Log):
+    """A log whose lines say which run and which round they are about."""
+
+    def __init__(self, form: str, status: Status) -> None:
+        super().__init__(form)
+        self._status = status
+
+    def __call__(self, line: str, **about: object) -> None:
+        tree = self._status.tree()
+        named = [
+            client
+            for client in tree["nodes"]
+            if line.startswith(f"{client} ") or f"'{client}'" in line
+        ]
+        client = named[0] if len(named) == 1 else None
+        super().__call__(
+            line, run=tree["run"], round=tree["round"], phase=tree["phase"], client=client, **about
+        )
+
+    def round(self, record: Record) -> None:
+        """A round is complete. (For a reader there is the line on its figures.)"""
+        if self.form == "json":
+            tree = self._status.tree()
+            told = {
+                name: tree[name] for name in ("seconds", "epsilon", "personal", "global", "server")
+            }
+            sizes = {name: record[name] for name in ("up_bytes", "down_bytes")}
+            self(f"round {record['round']} is complete", failed=record["failed"], **sizes, **told)
+
+    def console(self) -> Console | None:
+        """Where the run's own lines go, if not to the terminal."""
+        return (
+            Console(file=cast("TextIO", Lines(self)), highlight=False, soft_wrap=True)
+            if self.form == "json"
+            else None
+        )
+
+
+@contextmanager
+def _ending(status: Status, log: Log) -> Iterator[Callable[[Record], None]]:
+    """SIGTERM lets the round in hand be finished; yields what is to be called after each."""
+    asked = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked or status.tree()["phase"] == "waiting":
+            raise KeyboardInterrupt
+        asked = True
+        # this thread may hold the locks of the log and the status
+        threading.Thread(target=_tell).start()
+
+    def _tell() -> None:
+        status.set(phase="stopping")
+        log("stopping after the round in hand; once more: at once")
+
+    def after_round(record: Record) -> None:
+        if asked and record["round"] < status.tree()["rounds"]:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+        yield after_round
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield after_round
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

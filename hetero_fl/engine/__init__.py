@@ -1,0 +1,1 @@
+"""Compute the steps of plans, serially or vectorized over clients."""

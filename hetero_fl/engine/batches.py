@@ -1,0 +1,168 @@
+"""Keyed batches and keyed dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hetero_fl.core.objectives import Batch
+from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.plan import Draws, Fit
+from hetero_fl.data.preprocessing import augment
+from hetero_fl.utils.seeding import Key, generator, key
+
+# Keyed dropout: masks that depend on the step and the position, not on a global generator, a device
+# or a batch neighbour.
+
+MASK = 0xFFFFFFFF
+GOLDEN = 0x9E3779B9
+
+
+def mix(h: Tensor) -> Tensor:
+    """A 32-bit integer hash (xorshift-multiply, in the manner of Prospecting for Hash Functions' lowbias32), in int64."""
+    h = h & MASK
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK
+    return h ^ (h >> 16)
+
+
+class KeyedDropout(TorchFunctionMode):
+    """While active, `F.dropout` draws its mask from a hash of (key, number of the call, position).
+
+    Inside `vmap` the key is a tensor (int64, one for each participant), and the masks are those of single runs. Rows that
+    pad a short batch come after the others, so they move no position.
+    """
+
+    def __init__(self, key: int | Tensor) -> None:
+        super().__init__()
+        self.key = torch.as_tensor(key & MASK)
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.dropout, torch.dropout):
+            return self.drop(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def drop(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        """Dropout of `input`, scaled by 1 / (1 − p)."""
+        if not training or p == 0:
+            return input
+        self.calls += 1
+        position = torch.arange(input.numel(), device=input.device).view(input.shape)
+        bits = mix(mix(position + GOLDEN * self.calls) ^ mix(self.key.to(input.device)))
+        return input * (bits >= int(p * 2**32)) / (1 - p)
+
+
+# Which examples each step of a fit sees: keyed, the same wherever it is computed.
+
+
+def index_batches(n: int, fit: Fit, stream: tuple[Key, ...], work: float = 1.0) -> list[Tensor]:
+    """Row numbers for each step, `[B]` each.
+
+    Epochs: each a permutation, cut into batches; a last batch of one joins the one before (BatchNorm has no variance of
+    one example). Steps: endless permutations, always full batches. `work` is the share of the steps there is time for.
+    """
+    size = min(fit.batch_size, n)
+    if fit.steps is None:
+        batches: list[Tensor] = []
+        for epoch in range(fit.epochs):
+            cut = list(torch.randperm(n, generator=generator(*stream, epoch)).split(size))
+            if len(cut) > 1 and len(cut[-1]) == 1:
+                cut[-2:] = [torch.cat(cut[-2:])]
+            batches += cut
+        return batches[: max(1, int(len(batches) * work))]
+    total = max(1, int(fit.steps * work))
+    epochs = -(-total * size // n)
+    order = torch.cat([torch.randperm(n, generator=generator(*stream, e)) for e in range(epochs)])
+    return list(order[: total * size].split(size))
+
+
+def step_count(n: int, fit: Fit, work: float = 1.0) -> int:
+    """How many steps a fit on `n` rows takes: the length of `index_batches`, before anything is drawn."""
+    return max(1, int(whole_steps(n, fit.batch_size, fit.epochs, fit.steps) * work))
+
+
+def whole_steps(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
+    """How many steps a fit on `n` rows takes where there is time for all of them."""
+    if steps is not None:
+        return steps
+    size = min(batch_size, n)
+    each = -(-n // size)
+    if each > 1 and n - (each - 1) * size == 1:
+        each -= 1
+    return epochs * each
+
+
+class Batches:
+    """The steps of one fit: `len()` of them, each a dropout key and a batch."""
+
+    def __init__(self, participant: Participant, fit: Fit, device: torch.device) -> None:
+        self.stream = participant.stream(fit.label, fit.as_id)
+        self.fit, self.device = fit, device
+        if isinstance(fit.data, Draws):
+            if fit.steps is None:
+                raise ValueError("a fit on endless draws needs steps")
+            self.count = step_count(fit.data.size, fit, participant.work)
+            self.examples = self.count * fit.data.size
+            return
+        self.source = fit.data.columns(participant)
+        self.indices = self._drawn(len(next(iter(self.source.values()))), participant.work)
+        self.count, self.examples = len(self.indices), sum(map(len, self.indices))
+
+    def _drawn(self, n: int, work: float) -> list[Tensor]:
+        return index_batches(n, self.fit, self.stream, work)
+
+    @cached_property
+    def columns(self) -> Columns:
+        """All rows, on the device."""
+        return {n: t.to(self.device) for n, t in self.source.items()}
+
+    @cached_property
+    def dropout_key(self) -> int:
+        """From which those of the steps follow."""
+        return key(*self.stream, "dropout")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        for i in range(self.count):
+            yield (self.dropout_key + i * GOLDEN) & MASK, self._batch(i)
+
+    def _batch(self, i: int) -> Batch:
+        if isinstance(self.fit.data, Draws):
+            batch = Batch(self.draw(i))
+        else:
+            rows = self.indices[i].to(self.device)
+            batch = Batch({n: t.index_select(0, rows) for n, t in self.columns.items()})
+        if self.fit.augment is not None:
+            batch["x"] = self.augmented(batch["x"], i)
+        batch.update(self.beside(i))
+        return batch
+
+    def draw(self, i: int) -> Columns:
+        """The batch of step `i` of a fit on endless draws."""
+        assert isinstance(self.fit.data, Draws)
+        columns = self.fit.data.draw(generator(*self.stream, i), self.fit.data.size)
+        return {n: t.to(self.device) for n, t in columns.items()}
+
+    def augmented(self, x: Tensor, i: int) -> Tensor:
+        """The images of step `i`, changed as its key has it."""
+        assert self.fit.augment is not None
+        return augment(x, self.fit.augment, generator(*self.stream, "augment", i))
+
+    def beside(self, i: int) -> Columns:
+        """What is drawn beside the batch of step `i`, under the names that an objective reads."""
+        columns: Columns = {}
+        for name, draws in self.fit.beside.items():
+            drawn = draws.draw(generator(*self.stream, name, i), draws.size)
+            columns.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})
+        return columns

@@ -1,0 +1,179 @@
+"""Run plans in lockstep: collect the steps that they yield and send back the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import FrameType, GeneratorType
+from typing import Any, Generic, Protocol, TypeVar
+
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.plan import NOTING, ClassSums, Fit, FitReport, Made, Plan, Predict, Step, place
+from hetero_fl.engine.templates import Templates
+from hetero_fl.utils.errors import UserError
+
+# A plan on its way. Whatever executor carries it out advances it through here, where an author's
+# slips are noticed.
+
+T = TypeVar("T")
+
+
+class Running(Generic[T]):
+    """A plan that is advanced from request to request. Raises UserError at once if it is no plan."""
+
+    def __init__(self, plan: Plan[T]) -> None:
+        if not isinstance(plan, GeneratorType):
+            raise UserError(
+                f"expected a plan, got {type(plan).__name__}; a plan is what a function with `yield` returns"
+            )
+        self.plan, self.made = plan, list[Made]()
+
+    def send(self, answer: Any) -> Step | list[Step]:
+        """Hand in the last result (None at first); what the plan asks for next.
+
+        Raises StopIteration with what the plan returned, and UserError if it yielded something that is no step or ended
+        with a step or sub-plan that it made and never yielded.
+        """
+        return self._go_on(self.plan.send, answer)
+
+    def throw(self, error: BaseException) -> Step | list[Step]:
+        """The same where the last step failed: the plan sees the exception at its `yield`."""
+        return self._go_on(self.plan.throw, error)
+
+    def _go_on(self, resume: Callable[[Any], Any], value: Any) -> Step | list[Step]:
+        before = NOTING.set(self.made)
+        try:
+            asked = resume(value)
+        except StopIteration:
+            forgotten = next((made for made in self.made if made.forgotten), None)
+            if forgotten is not None:
+                raise UserError(forgotten) from None
+            raise
+        finally:
+            NOTING.reset(before)
+        for step in asked if isinstance(asked, list) else [asked]:
+            if not isinstance(step, Fit | Predict | ClassSums):
+                raise UserError(f"{place(_suspended(self.plan))}: yields {_what(step)}")
+            if step.made is not None:
+                step.made.yielded = True
+        return asked
+
+
+def _what(asked: Any) -> str:
+    if isinstance(asked, GeneratorType):
+        return f"the plan {asked.__name__}(…); write `yield from`"
+    return f"{type(asked).__name__}, which is no step; yield a Fit, a Predict, a ClassSums, or a list of them"
+
+
+def _suspended(plan: Any) -> FrameType | None:
+    """Where a plan stands, in the sub-plan that yielded."""
+    while isinstance(plan.gi_yieldfrom, GeneratorType):
+        plan = plan.gi_yieldfrom
+    frame: FrameType | None = plan.gi_frame
+    return frame
+
+
+# Plans are carried out here: many advance in lockstep, so that whoever computes may put their equal
+# steps together.
+Work = Sequence[tuple[Participant, Step]]
+Watch = Callable[[str, str], None]  # (participant, label of what it begins)
+
+
+class Diverged(Exception):
+    """A fit whose loss or tensors are no longer finite."""
+
+
+class Performer(Protocol):
+    """Whoever computes steps; it may change the participants' models."""
+
+    @property
+    def templates(self) -> Templates:
+        """The live modules that it works with, on its device."""
+        ...
+
+    def perform(self, work: Work) -> list[Any]:
+        """The results in order; where a fit diverged, the `Diverged` stands in place of its result."""
+        ...
+
+
+@dataclass
+class Outcome(Generic[T]):
+    """What became of a plan: what it returned, or why it ended early; and the reports of its fits with their labels."""
+
+    value: T | None = None
+    failure: Diverged | None = None
+    reports: list[tuple[str, FitReport]] = field(default_factory=list)
+
+    def get(self) -> T:
+        """What the plan returned. Raises Diverged if one of its fits did."""
+        if self.failure is not None:
+            raise self.failure
+        return self.value  # type: ignore[return-value]
+
+
+def carry_out_together(
+    plans: Sequence[tuple[Participant, Plan[T]]], performer: Performer, watch: Watch | None = None
+) -> list[Outcome[T]]:
+    """Run plans to their ends, in lockstep: each advances by one step (or list of steps) at a time. Outcomes in order.
+
+    Raises UserError for a slip of a method's author: something yielded that is no step, a step made and never yielded.
+    """
+    outcomes: list[Outcome[T]] = [Outcome() for _ in plans]
+    running = [Running(plan) for _, plan in plans]
+    answers: dict[int, Any] = dict.fromkeys(range(len(plans)))
+    while answers:
+        asked: dict[int, Any] = {}
+        for i, answer in answers.items():
+            try:
+                asked[i] = running[i].send(answer)
+            except StopIteration as stop:
+                outcomes[i].value = stop.value
+        work = [
+            (i, step)
+            for i, steps in asked.items()
+            for step in (steps if isinstance(steps, list) else [steps])
+        ]
+        if watch is not None:
+            for i, step in work:
+                if isinstance(step, Fit):
+                    watch(plans[i][0].id, step.label)
+        results: dict[int, list[Any]] = {i: [] for i in asked}
+        try:
+            computed = performer.perform([(plans[i][0], step) for i, step in work])
+        except (
+            Exception
+        ) as error:  # raised where the steps were yielded: the traceback shows which they were
+            with suppress(StopIteration):
+                running[work[0][0]].throw(error)
+            raise
+        for (i, step), result in zip(work, computed, strict=True):
+            results[i].append(result)
+            if isinstance(result, Diverged):
+                outcomes[i].failure = result
+            elif isinstance(step, Fit):
+                outcomes[i].reports.append((step.label, result))
+        answers = {}
+        for i, steps in asked.items():
+            if outcomes[i].failure is None:
+                answers[i] = results[i] if isinstance(steps, list) else results[i][0]
+            else:
+                plans[i][1].close()
+    return outcomes
+
+
+def carry_out(
+    plan: Plan[T], participant: Participant, performer: Performer, watch: Watch | None = None
+) -> tuple[T, list[tuple[str, FitReport]]]:
+    """Run one plan to its end. Returns what it returned, and the reports of its fits with their labels.
+
+    Raises Diverged if a fit does.
+    """
+    (outcome,) = carry_out_together([(participant, plan)], performer, watch)
+    return outcome.get(), outcome.reports
+
+
+def training_loss(reports: list[tuple[str, FitReport]]) -> float | None:
+    """The loss that a client reports: of its last fit on its own rows."""
+    losses = [report.loss for label, report in reports if label == "train"]
+    return losses[-1] if losses else None

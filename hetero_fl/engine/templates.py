@@ -1,0 +1,157 @@
+"""Live modules by architecture, and their cost in operations and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hetero_fl.core.model_spec import Architecture, Tensors
+from hetero_fl.core.objectives import Net
+from hetero_fl.core.participant import Card
+from hetero_fl.utils.code_permission import OWN
+from model_zoo import ModelDescription, Outputs, SplitModel, describe
+
+# What a client's task costs, and which memory layout suits its model: estimated from what is known
+# before the run.
+#
+# Estimates decide which executor a run gets, and are the same on every machine. Measured times only
+# decide who is begun first, which changes no bit.
+
+# floating-point operations a second of one core: turns estimates into about the measured times'
+# unit
+RATE = 2e10
+INTENSE = 10  # operations on a parameter, for each example
+
+
+@cache
+def description(arch: Architecture) -> ModelDescription:
+    """Parameters and arithmetic of a model."""
+    return describe(arch.name, *arch.sizes, vocabulary=arch.vocabulary, **dict(arch.options))
+
+
+def channels_last(arch: Architecture) -> bool:
+    """Whether a model is faster with its channels innermost.
+
+    On CPUs that takes 0.7 to 0.9 of the time for convolutions that use each weight at many places, and 1.2 to 1.4 for wide
+    ones on images of a few pixels, such as ResNet-18's last blocks at 28x28. A user's own model stays as it is: a `view` of
+    features in its code counts on the plain layout.
+    """
+    if arch.name.startswith(OWN):
+        return False
+    about = description(arch)
+    convolutional = 2 * about.convolution_flops >= about.forward_flops > 0
+    return convolutional and about.forward_flops >= INTENSE * about.parameters
+
+
+@cache
+def recurrent(arch: Architecture) -> bool:
+    """Whether a model has recurrent layers, for which there is no computing together."""
+    with torch.random.fork_rng(devices=[]):
+        return any(isinstance(m, nn.RNNBase) for m in arch.build().modules())
+
+
+def work(card: Card) -> float:
+    """Floating-point operations of a client's local training in a round, about: forward, and twice that for gradients."""
+    s, about = card.settings, description(card.arch)
+    examples = card.n * s.epochs if s.steps is None else s.steps * s.batch_size
+    return float(examples * 3 * max(about.forward_flops, 2 * about.parameters))
+
+
+class Costs:
+    """Seconds a task takes, about."""
+
+    def __init__(self, cards: Mapping[str, Card]) -> None:
+        self._cards = cards
+        self._measured: dict[str, float] = {}
+
+    def of(self, client: str) -> float:
+        """As measured the last time, else as estimated."""
+        return self._measured.get(client) or work(self._cards[client]) / RATE
+
+    def learn(self, seconds: Mapping[str, float]) -> None:
+        """What tasks took."""
+        self._measured.update(seconds)
+
+
+# Live modules: one per architecture and slot in a process, into which participants' tensors are
+# loaded in turn.
+
+
+class Template:
+    """A module whose tensors are overwritten, never replaced."""
+
+    def __init__(
+        self, arch: Architecture, device: torch.device, precision: str = "float32"
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            self.module = arch.build().to(device)
+        if precision == "bfloat16":
+            _reduce(self.module, device)
+        if channels_last(arch):
+            self.module.to(memory_format=torch.channels_last)
+        # shares memory with the module
+        self.tensors: Mapping[str, Tensor] = self.module.state_dict()
+        self.parameters: Mapping[str, nn.Parameter] = dict(self.module.named_parameters())
+        # not the module's own word: a model's `train` may do more than set it
+        self._mode: bool | None = None
+        self.drops = any(isinstance(m, nn.Dropout) and m.p for m in self.module.modules())
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The module with these tensors in it. Raises KeyError if one is missing."""
+        for name, mine in self.tensors.items():
+            mine.copy_(tensors[name])
+        return self.module
+
+    def set_mode(self, training: bool) -> None:
+        """Training or evaluation. Telling every layer takes half a millisecond, so they are told when it changes."""
+        if self._mode is not training or self.module.training is not training:
+            self.module.train(training)
+            self._mode = training
+
+    def copy_out(self) -> Tensors:
+        """The module's tensors, in memory of their own; how they lie in the module is its own affair."""
+        plain = torch.contiguous_format
+        return {
+            n: t.detach().to("cpu", copy=True, memory_format=plain) for n, t in self.tensors.items()
+        }
+
+    def net(self, tensors: Mapping[str, Tensor]) -> Net:
+        """The module as a function of these tensors, its own left alone."""
+        head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
+        return Net(
+            lambda x: functional_call(self.module, dict(tensors), (x,)),
+            lambda z: functional_call(self.module.head, head, (z,)),
+            {n: tensors[n] for n in self.parameters},
+        )
+
+
+class Templates:
+    """Templates by (architecture, slot): two slots of one fit need two modules."""
+
+    def __init__(self, device: torch.device, precision: str = "float32") -> None:
+        self.device, self.precision = device, precision
+        # devices whose generators a fit borrows
+        self.forked = [device] if device.type == "cuda" else []
+        self._made: dict[tuple[Architecture, str], Template] = {}
+
+    def __call__(self, arch: Architecture, slot: str = "") -> Template:
+        if (arch, slot) not in self._made:
+            self._made[arch, slot] = Template(arch, self.device, self.precision)
+        return self._made[arch, slot]
+
+
+def _reduce(module: SplitModel, device: torch.device) -> None:
+    """Let products be computed in bfloat16; parameters, losses and what comes out stay in float32."""
+    forward = module.forward
+
+    def mixed(x: Tensor) -> Outputs:
+        with torch.autocast(device.type, torch.bfloat16):
+            out = forward(x)
+        return Outputs(out.logits.float(), out.features.float())
+
+    module.forward = mixed  # type: ignore[method-assign]

@@ -1,0 +1,252 @@
+"""The backend that computes equal steps of many participants at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn.utils.rnn import pad_sequence
+
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.plan import ClassSums, Draws, Fit, Predict, Step
+from hetero_fl.engine.batches import step_count
+from hetero_fl.engine.driver import Work
+from hetero_fl.engine.serial import Serial, architecture_of, class_sums, readout, tensors_of
+from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.vectorized_training import fit_stacked
+
+# Outputs of many models of one architecture in one computation, in evaluation mode.
+
+OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
+
+
+@torch.no_grad()
+def outputs_stacked(work: OutputWork, templates: Templates) -> list[Any]:
+    """Results of equal `Predict` or `ClassSums` steps, in order. Raises RuntimeError where the model cannot be batched."""
+    columns = [step.data.columns(participant) for participant, step in work]
+    outputs = _forward(work, [c["x"] for c in columns], templates)
+    if isinstance(work[0][1], Predict):
+        return outputs
+    return [
+        class_sums(v, c["y"], p.task.outputs)
+        for v, c, (p, _) in zip(outputs, columns, work, strict=True)
+    ]
+
+
+def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -> list[Tensor]:
+    """Each model's output `[N, …]` on its own rows; those who have fewer rows drop out earlier, the most rows first."""
+    step, device = work[0][1], templates.device
+    template = templates(architecture_of(*work[0]), "")
+    module = template.module.eval()
+    order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
+    models = [tensors_of(*work[i]) for i in order]
+    stacked = {
+        n: torch.stack([m[n].detach() for m in models]).to(mine)
+        for n, mine in template.tensors.items()
+        if mine.is_floating_point()  # counters do not travel, and evaluation ignores them
+    }
+
+    def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return readout(step, functional_call(module, dict(tensors), (x,)))
+
+    x, shared = [inputs[i] for i in order], all(i is inputs[0] for i in inputs)
+    found: list[list[Tensor]] = [[] for _ in order]
+    for begin in range(0, len(x[0]), step.batch_size):
+        active = sum(len(rows) > begin for rows in x)
+        parts = [
+            rows[begin : begin + step.batch_size] for rows in (x[:1] if shared else x[:active])
+        ]
+        # Rows that fill up a shorter batch are nought; in evaluation mode no row sees another.
+        batch = parts[0] if shared else pad_sequence(parts, batch_first=True)
+        tensors = {n: t[:active] for n, t in stacked.items()}
+        out = vmap(outputs, (0, None if shared else 0), randomness="error")(
+            tensors, batch.to(device)
+        ).cpu()
+        for i in range(active):
+            found[i].append(out[i, : len(x[i]) - begin])
+    whole = [torch.cat(parts) for parts in found]
+    back = {i: whole[place] for place, i in enumerate(order)}
+    return [back[i] for i in range(len(work))]
+
+
+# The batched performer: equal steps of many participants in one computation, everything else one by
+# one.
+#
+# What makes steps equal is their signature: the same architectures, objective, optimiser, shapes.
+# The number of rows may differ. What `vmap` refuses (recurrent networks, dropout of whole channels
+# or paths, data-dependent branches) runs serially.
+#
+# Where it pays on one CPU thread (benchmarks/speed/batched.py, SGD, 100 rows a client; batched time over
+# serial time, 5 / 20 clients):
+#
+#     batch 10                  8x8 pixels      28x28 pixels
+#     linear                    0.95 / 0.31     0.94 / 0.49
+#     mlp                       0.94 / 0.33     1.43 / 0.47     (100 clients of 60 rows: 0.16 and 0.42)
+#     cnn_bn_small              0.62 / 0.22     0.76 / 0.53
+#     cnn_gn_small              0.53 / 0.23     0.70 / 0.45
+#     lenet                                     0.94 / 0.57
+#     fedavg_cnn                0.98 / 0.57     0.99 / 1.13
+#
+# With a batch of 32, images of 28x28 keep the processor busy by themselves: cnn_bn_small 0.94 /
+# 0.75, cnn_gn_small 0.79 / 0.86. Groups of two lose nearly everywhere (0.9 to 3.3), and so do
+# models of more than a million parameters, which no longer fit the cache together. The pairs were
+# few and the machine was shared: the second digit is not to be relied on.
+
+# Bytes. Beyond 32 MB (glibc) every gradient is fresh memory from the system, whose page faults cost more than the product
+# that fills it: a hundred perceptrons on 28x28 pixels took 0.74 of the serial time in one piece, 0.60 in pieces.
+LARGEST = 16 * 2**20
+
+
+class Batched:
+    """Performs steps on one device, equal ones together; `say` is told once of each architecture that cannot be batched."""
+
+    def __init__(
+        self, device: torch.device, say: Callable[[str], None], precision: str = "float32"
+    ) -> None:
+        self.serial, self.say = Serial(device, precision), say
+        self.templates = self.serial.templates
+        self._refused: set[Any] = set()
+        self._said: set[str] = set()
+
+    def perform(self, work: Work) -> list[Any]:
+        """The results in order; where a fit diverged, the `Diverged` stands in place of its result."""
+        groups: dict[Any, list[int]] = {}
+        seen: dict[tuple[int, str], int] = {}
+        for i, (participant, step) in enumerate(work):
+            # A participant's fits of one label draw from one stream, in the order of the work: one after the other.
+            wave = 0
+            if isinstance(step, Fit):
+                wave = seen[id(participant), step.label] = (
+                    seen.get((id(participant), step.label), -1) + 1
+                )
+            equal: Any = signature(participant, step)
+            try:
+                hash(equal)
+            except TypeError:  # somebody's own objective: nothing is known to be equal to it
+                equal = i
+            groups.setdefault((wave, equal), []).append(i)
+        results: dict[int, Any] = {}
+        for _, members in sorted(groups.items(), key=lambda group: group[0][0]):
+            for piece in self._pieces(members, work):
+                results.update(zip(piece, self._together([work[i] for i in piece]), strict=True))
+        return [results[i] for i in range(len(work))]
+
+    def _pieces(self, members: list[int], work: Work) -> list[list[int]]:
+        """On a CPU, groups of equal size whose largest stacked tensor stays within LARGEST."""
+        if self.templates.device.type != "cpu":
+            return [members]
+        participant, step = work[members[0]]
+        tensors = [
+            t
+            for arch in architectures(participant, step)
+            for t in self.templates(arch).tensors.values()
+        ]
+        each = max(t.numel() * t.element_size() for t in tensors)
+        count = -(-len(members) // max(2, LARGEST // max(1, each)))
+        return [
+            members[i * len(members) // count : (i + 1) * len(members) // count]
+            for i in range(count)
+        ]
+
+    def _together(self, work: Work) -> list[Any]:
+        participant, step = work[0]
+        family = _family(participant, step)
+        if len(work) == 1 or family in self._refused:
+            return self.serial.perform(work)
+        uses = [dict(p.uses) for p, _ in work]
+        try:
+            with warnings.catch_warnings():
+                # Where an operation has no batching rule, vmap may loop over the participants: serial is faster.
+                warnings.filterwarnings("error", message="There is a performance drop")
+                if isinstance(step, Fit):
+                    return fit_stacked(work, self.templates)  # type: ignore[arg-type]  # all are fits
+                return outputs_stacked(work, self.templates)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, UserWarning) as refusal:
+            self._refused.add(family)
+            self._explain(participant, step, refusal)
+        for (p, _), before in zip(work, uses, strict=True):
+            p.uses.clear()
+            p.uses.update(before)
+        return self.serial.perform(work)
+
+    def _explain(self, participant: Participant, step: Step, refusal: Exception) -> None:
+        reason = str(refusal).strip().split("\n")[0].split(". ")[0]
+        line = f"{' + '.join(a.name for a in architectures(participant, step))} runs one participant after the other: {reason}"
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+
+def architectures(participant: Participant, step: Step) -> list[Architecture]:
+    """Of all models that the step computes with."""
+    if isinstance(step, Fit):
+        return [participant.arch[slot] for slot in (*step.train, *step.frozen)]
+    return [architecture_of(participant, step)]
+
+
+def signature(participant: Participant, step: Step) -> Any:
+    """Hashable; equal for steps that may be computed together."""
+    if not isinstance(step, Fit):
+        x = step.data.columns(participant)["x"]
+        plain = [step.readout, step.batch_size, getattr(step, "at_least", None)]
+        if not len(x):
+            return object()  # nothing to compute, together or alone
+        return (type(step), architecture_of(participant, step), *plain, _outline(x[:0]))
+    data: Any = (
+        step.data.size if isinstance(step.data, Draws) else _rows(step.data.columns(participant))
+    )
+    kept = participant.state.get("optimizers", {}).get(step.keep, {}) if step.keep else {}
+    steps = tuple(
+        (k, *((n, float(v) if n == "step" else None) for n, v in s.items()))
+        for k, s in kept.items()
+    )
+    count = step_count(_length(participant, step), step, participant.work) if step.anneal else None
+    plain = [
+        getattr(step, name)
+        for name in ("epochs", "steps", "batch_size", "optimizer", "augment", "anneal")
+    ]
+    beside = tuple((name, draws.size) for name, draws in step.beside.items())
+    trees = (_outline(step.given), _outline(step.drift))
+    return (
+        _family(participant, step),
+        *plain,
+        step.keep,
+        step.label,
+        data,
+        steps,
+        count,
+        beside,
+        trees,
+    )
+
+
+def _family(participant: Participant, step: Step) -> Any:
+    """What decides whether vmap can take a step."""
+    if not isinstance(step, Fit):
+        return type(step), architecture_of(participant, step), step.readout
+    archs = tuple((s, participant.arch[s]) for s in (*step.train, *step.frozen))
+    return Fit, archs, tuple(step.train.items()), step.objective, tuple(step.beside)
+
+
+def _length(participant: Participant, fit: Fit) -> int:
+    if isinstance(fit.data, Draws):
+        return fit.data.size
+    return len(next(iter(fit.data.columns(participant).values())))
+
+
+def _rows(columns: Columns) -> Any:
+    return tuple((name, _outline(t[:0])) for name, t in columns.items())
+
+
+def _outline(tree: Any) -> Any:
+    """Names, shapes and dtypes of a tree of tensors; anything else stands for itself."""
+    if isinstance(tree, Mapping):
+        return tuple((k, _outline(v)) for k, v in sorted(tree.items()))
+    return ("tensor", tuple(tree.shape), tree.dtype) if isinstance(tree, Tensor) else tree

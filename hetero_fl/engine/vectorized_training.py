@@ -1,0 +1,442 @@
+"""The training loop on models of equal architecture stacked along a client dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.func import vmap
+from torch.nn.utils.rnn import pad_sequence
+
+from hetero_fl.core.objectives import Batch, Nets
+from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.plan import Draws, Fit, FitReport
+from hetero_fl.engine.batches import GOLDEN, MASK, Batches, KeyedDropout
+from hetero_fl.engine.driver import Diverged
+from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.training import (
+    Kept,
+    Named,
+    diverged,
+    is_trained,
+    make_optimizer,
+    on_device,
+    restore,
+    set_rate,
+    snapshot,
+    split_name,
+)
+from model_zoo.split_model import is_batch_norm
+
+# Trees of tensors of many participants, stacked leaf by leaf.
+
+
+def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
+    """Trees of one shape stacked leaf by leaf, and vmap's dimensions for them: what all share goes in once (None)."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        parts = {k: stack_trees([t[k] for t in trees]) for k in first}
+        return {k: p[0] for k, p in parts.items()}, {k: p[1] for k, p in parts.items()}
+    if not isinstance(first, Tensor) or all(t is first for t in trees):
+        return first, None
+    return torch.stack(list(trees)), 0
+
+
+def take(tree: Any, dims: Any, who: Tensor | slice) -> Any:
+    """Those participants' slices of a stacked tree."""
+    if isinstance(tree, Mapping):
+        return {k: take(v, dims[k], who) for k, v in tree.items()}
+    return tree if dims is None else tree[who]
+
+
+def stack_kept(saved: Sequence[Kept]) -> Kept:
+    """Optimisers' states stacked; their step counters are equal (see `batched.signature`)."""
+    return {
+        key: {
+            n: v if n == "step" else torch.stack([s[key][n] for s in saved])
+            for n, v in state.items()
+        }
+        for key, state in saved[0].items()
+    }
+
+
+# What runs differently under `vmap` than in a live module: dropout has a key for each participant,
+# linear layers a backward pass of their own.
+
+LARGE = 2**14  # weights of a participant's layer
+
+
+class StackedOps(KeyedDropout):
+    """While active, linear layers take `linear` below, and `F.dropout` a mask from `key` (int64, batched) if there is one."""
+
+    def __init__(self, key: Tensor | None) -> None:
+        super().__init__(0 if key is None else key)
+        self.drops = key is not None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return linear(*args, **(kwargs or {}))
+        if self.drops:
+            return super().__torch_function__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for one participant, `[…, in]` to `[…, out]`.
+
+    torch's own rule leaves the gradient of stacked weights transposed, and copying it into place costs as much as
+    computing it. Small layers keep that rule: for them calling this one costs more.
+    """
+    if weight.numel() < LARGE:
+        return F.linear(input, weight, bias)
+    out: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight)
+    out = out.view(*input.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
+class _Linear(torch.autograd.Function):
+    """x·Wᵀ of one participant; under vmap that of all of them."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.t()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, int | None], x: Tensor, weight: Tensor
+    ) -> tuple[Tensor, int]:
+        if dims[1] is None:  # all have the same weights: one matrix product
+            assert dims[0] is not None
+            return F.linear(x, weight), dims[0]
+        stacked = weight.movedim(dims[1], 0)
+        own = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
+        out: Tensor = _StackedLinear.apply(own, stacked)
+        return out, 0
+
+
+class _StackedLinear(torch.autograd.Function):
+    """x·Wᵀ for each participant: `[K, B, in]` and `[K, out, in]` to `[K, B, out]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            torch.bmm(grad, weight) if wanted[0] else None,
+            torch.bmm(grad.transpose(1, 2), x) if wanted[1] else None,
+        )
+
+
+# The batches of many fits side by side: one gather a step for all participants.
+
+
+class StackedBatches:
+    """Steps of fits that differ only in whose they are, the longest first, so that those still in training are a prefix.
+
+    A batch shorter than another of the same step is filled up with copies of its own first row, which weigh nothing.
+    """
+
+    def __init__(self, runs: Sequence[Batches], device: torch.device) -> None:
+        self.runs, self.device, self.fit = runs, device, runs[0].fit
+        self.counts = [run.count for run in runs]
+        self._keys = torch.tensor([run.dropout_key & MASK for run in runs], device=device)
+        if isinstance(self.fit.data, Draws):
+            return
+        lengths = torch.tensor([len(b) for run in runs for b in run.indices])
+        table = pad_sequence(
+            [b for run in runs for b in run.indices], batch_first=True
+        )  # [steps of all, longest batch]
+        real = torch.arange(table.shape[1]) < lengths[:, None]
+        self._sizes = [run.tolist() for run in lengths.split(self.counts)]
+        self._starts = (torch.tensor(self.counts).cumsum(0) - torch.tensor(self.counts)).to(device)
+        self._table = torch.where(real, table, table[:, :1]).to(device)
+        self._real = real.to(torch.get_default_dtype()).to(device)
+        # all rows of all participants, and whether they share them
+        self._columns: dict[str, tuple[Tensor, bool]] = {}
+        for name, first in runs[0].source.items():
+            shared = all(run.source[name] is first for run in runs)
+            rows = first if shared else torch.cat([run.source[name] for run in runs])
+            self._columns[name] = (rows.to(device), shared)
+        n = torch.tensor([len(next(iter(run.source.values()))) for run in runs])
+        self._offsets = (n.cumsum(0) - n).to(device)
+
+    def sizes(self, step: int, active: int) -> list[int]:
+        """How many examples the first so many participants have in that step."""
+        if isinstance(self.fit.data, Draws):
+            return [self.fit.data.size] * active
+        return [sizes[step] for sizes in self._sizes[:active]]
+
+    def keys(self, step: int, who: Tensor | slice) -> Tensor:
+        """Dropout keys, int64 `[K]`."""
+        return (self._keys[who] + step * GOLDEN) & MASK
+
+    def at(
+        self, step: int, who: Tensor | slice, sizes: Sequence[int]
+    ) -> tuple[Columns, Tensor | None]:
+        """Columns `[K, B, …]` of those participants, who have `sizes` examples in that step; weights `[K, B]` if they differ."""
+        members = range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
+        weight = None
+        if isinstance(self.fit.data, Draws):
+            columns = _stack([self.runs[i].draw(step) for i in members])
+        else:
+            place, longest = self._starts[who] + step, max(sizes)
+            rows = self._table[place, :longest]
+            own = rows + self._offsets[who, None]
+            columns = {
+                name: all_rows[rows if shared else own]
+                for name, (all_rows, shared) in self._columns.items()
+            }
+            if min(sizes) < longest:
+                weight = self._real[place, :longest]
+        if self.fit.augment is not None:
+            for j, (i, size) in enumerate(zip(members, sizes, strict=True)):
+                columns["x"][j, :size] = self.runs[i].augmented(columns["x"][j, :size], step)
+        if self.fit.beside:
+            columns |= _stack([self.runs[i].beside(step) for i in members])
+        return columns, weight
+
+
+def _stack(drawn: Sequence[Columns]) -> Columns:
+    """Raises RuntimeError where the draws are not alike."""
+    first = drawn[0]
+    for other in drawn:
+        if other.keys() != first.keys() or any(other[n].dtype != t.dtype for n, t in first.items()):
+            raise RuntimeError("draws of different columns cannot be stacked")
+    return {n: torch.stack([d[n] for d in drawn]) for n in first}
+
+
+# The training loop on stacked models: equal fits of many participants in one computation.
+#
+# The forward pass alone runs under `vmap`; the backward pass and the optimisers are the ordinary
+# ones, on leaves `[participants, …]`. A participant's loss reads its own slice only, so the
+# gradient of the sum of the losses is everyone's own gradient, and elementwise optimisers cannot
+# tell a stack from single models.
+
+Work = Sequence[tuple[Participant, Fit]]
+
+
+def fit_stacked(work: Work, templates: Templates) -> list[FitReport | Diverged]:
+    """Train equal fits of several participants in place; reports in order, `Diverged` where one is no longer finite.
+
+    Raises RuntimeError where the models or the objective cannot be batched; participants' models and states are then as
+    they were, only their streams have moved on.
+    """
+    batches = [Batches(participant, fit, templates.device) for participant, fit in work]
+    order = sorted(range(len(work)), key=lambda i: -batches[i].count)
+    stack = _Stack([work[i] for i in order], [batches[i] for i in order], templates)
+    stack.run()
+    results = dict(zip(order, stack.finish(), strict=True))
+    return [results[i] for i in range(len(work))]
+
+
+class _Stack:
+    """Fits in progress, the longest first; the first `active` of them still are in training."""
+
+    def __init__(self, work: Work, runs: list[Batches], templates: Templates) -> None:
+        self.work, self.fit, self.device = work, work[0][1], templates.device
+        self.batches = StackedBatches(runs, self.device)
+        first, fit = work[0][0], self.fit
+        self.templates = {
+            slot: templates(first.arch[slot], slot) for slot in (*fit.train, *fit.frozen)
+        }
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        for slot, template in self.templates.items():
+            template.module.train(slot in fit.train)
+            models = [participant.models[slot] for participant, _ in work]
+            self.tensors[slot] = {
+                n: torch.stack([m[n].detach() for m in models]).to(mine)
+                for n, mine in template.tensors.items()
+            }
+        self.trained = [
+            (s, n) for s, t in self.templates.items() for n in t.parameters if is_trained(fit, s, n)
+        ]
+        # BatchNorm's statistics are those of the whole batch: only batches of equal size may run together.
+        self.equal_sizes = any(
+            is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules()
+        )
+        self.drops = any(t.drops for t in self.templates.values())
+        given, self.given_dims = stack_trees([f.given for _, f in work])
+        self.given = on_device(self.device, given)
+        self.drift = {
+            (s, n): torch.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
+            for s, n in self.trained
+            if n in fit.drift.get(s, {})
+        }
+        self.totals = torch.zeros(len(work), device=self.device)
+        self.kept: list[Kept] = [{} for _ in work]
+        self.leaves: Named = {}
+        # tensors of all who are still in training, leaves included
+        self.everyone: dict[str, dict[str, Tensor]] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    # Training ----------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """All steps of all fits."""
+        active, fit = 0, self.fit
+        for step in range(self.batches.counts[0]):
+            now = sum(count > step for count in self.batches.counts)
+            if now != active:
+                self._narrow(now, active)
+                active = now
+            assert self.optimizer is not None
+            if fit.anneal:
+                set_rate(
+                    self.optimizer, 0.5 * (1 + math.cos(math.pi * step / self.batches.counts[0]))
+                )
+            self._gradients(step, active)
+            if fit.optimizer.clip_norm:
+                self._clip(fit.optimizer.clip_norm)
+            self.optimizer.step()
+            if self.drift:
+                moved = [self.leaves[f"{s}:{n}"].detach() for s, n in self.drift]
+                torch._foreach_add_(
+                    moved, [d[:active] for d in self.drift.values()], alpha=-fit.optimizer.lr
+                )
+        self._keep(0, active, self.optimizer, self.leaves)
+
+    def _narrow(self, now: int, before: int) -> None:
+        """Go on with the first `now` alone, on the same storage, optimiser's state included."""
+        old, leaves = self.optimizer, self.leaves
+        self.leaves = {
+            f"{s}:{n}": self.tensors[s][n][:now].detach().requires_grad_() for s, n in self.trained
+        }
+        self.everyone = self._with(
+            self.leaves,
+            {s: {n: t[:now] for n, t in own.items()} for s, own in self.tensors.items()},
+        )
+        self.optimizer = make_optimizer(self.fit.optimizer, self.leaves)
+        if old is not None:
+            self._keep(now, before, old, leaves)
+            for key, leaf in leaves.items():
+                if leaf in old.state:
+                    self.optimizer.state[self.leaves[key]] = {
+                        n: v[:now] if isinstance(v, Tensor) and v.ndim else v
+                        for n, v in old.state[leaf].items()
+                    }
+        elif self.fit.keep:
+            saved = [p.state.get("optimizers", {}).get(self.fit.keep, {}) for p, _ in self.work]
+            restore(self.optimizer, self.leaves, stack_kept(saved))
+
+    def _gradients(self, step: int, active: int) -> None:
+        """Set the leaves' gradients, and count the losses."""
+        sizes = self.batches.sizes(step, active)
+        if not self.equal_sizes or len(set(sizes)) == 1:
+            for leaf in self.leaves.values():
+                leaf.grad = None
+            self._backward(step, slice(0, active), sizes, self.everyone)
+            return
+        parts: list[tuple[Tensor, Named]] = []
+        for size in sorted(set(sizes)):
+            who = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=self.device)
+            tensors = {s: {n: t[who] for n, t in own.items()} for s, own in self.tensors.items()}
+            leaves = {f"{s}:{n}": tensors[s][n].requires_grad_() for s, n in self.trained}
+            self._backward(step, who, [size] * len(who), tensors)
+            parts.append((who, leaves))
+            for s in self.fit.train:  # buffers were copied by the indexing: put them back
+                for n, t in self.tensors[s].items():
+                    if n not in self.templates[s].parameters:
+                        t[who] = tensors[s][n]
+        for key, leaf in self.leaves.items():
+            leaf.grad = None
+            grads = [(who, leaves[key].grad) for who, leaves in parts]
+            if all(grad is not None for _, grad in grads):
+                leaf.grad = torch.empty_like(leaf)
+                for who, grad in grads:
+                    leaf.grad[who] = grad  # type: ignore[assignment]  # none of them is None
+
+    @staticmethod
+    def _with(leaves: Named, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        for key, leaf in leaves.items():
+            slot, name = split_name(key)
+            tensors[slot][name] = leaf
+        return tensors
+
+    def _backward(
+        self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
+    ) -> None:
+        """Add the gradients of those participants' losses to the leaves among the tensors."""
+        columns, weight = self.batches.at(step, who, sizes)
+        keys = self.batches.keys(step, who) if self.drops else None
+        given = take(self.given, self.given_dims, who)
+        dims = (0, 0, None if keys is None else 0, self.given_dims, None if weight is None else 0)
+        losses = vmap(self._loss, dims, randomness="error")(tensors, columns, keys, given, weight)
+        losses.sum().backward()
+        self.totals[who] += losses.detach()
+
+    def _loss(
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        columns: Mapping[str, Tensor],
+        key: Tensor | None,
+        given: Mapping[str, Any],
+        weight: Tensor | None,
+    ) -> Tensor:
+        """The loss of one participant; runs under vmap."""
+        nets = Nets({slot: self.templates[slot].net(own) for slot, own in tensors.items()})
+        batch = Batch(columns)
+        batch.weight = weight
+        with StackedOps(key):
+            return self.fit.objective.total(nets, batch, given)
+
+    def _clip(self, norm: float) -> None:
+        """Each participant's whole gradient to at most this norm, as torch's `clip_grad_norm_` does it."""
+        grads = [leaf.grad for leaf in self.leaves.values() if leaf.grad is not None]
+        each = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
+        factor = (norm / (torch.linalg.vector_norm(each, dim=0) + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+
+    # The end -----------------------------------------------------------------------------------------------------
+    def _keep(
+        self, begin: int, end: int, optimizer: torch.optim.Optimizer | None, leaves: Named
+    ) -> None:
+        """Note the optimiser's state of the participants who finish now."""
+        if self.fit.keep and optimizer is not None:
+            state = snapshot(optimizer, leaves)
+            for i in range(begin, end):
+                self.kept[i] = {
+                    k: {n: (v[i].clone() if v.ndim else v.clone()) for n, v in s.items()}
+                    for k, s in state.items()
+                }
+
+    def finish(self) -> list[FitReport | Diverged]:
+        """Hand the participants what they have become; results in the order of the work."""
+        norms = [
+            torch.linalg.vector_norm(self.tensors[s][n].flatten(1), dim=1) for s, n in self.trained
+        ]
+        finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
+        totals = self.totals.tolist()
+        tensors = {s: {n: t.cpu() for n, t in self.tensors[s].items()} for s in self.fit.train}
+        results: list[FitReport | Diverged] = []
+        for i, (participant, fit) in enumerate(self.work):
+            steps = self.batches.counts[i]
+            if not finite[i]:
+                results.append(diverged(fit, totals[i] / steps))
+                continue
+            for slot, own in tensors.items():
+                participant.models[slot] = {n: t[i].clone() for n, t in own.items()}
+            if fit.keep:
+                participant.state.setdefault("optimizers", {})[fit.keep] = self.kept[i]
+            results.append(FitReport(steps, self.batches.runs[i].examples, totals[i] / steps))
+        return results

@@ -1,0 +1,183 @@
+"""What an audit found: `audit.json`, `audit.png` and `audit.html`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import FigureBase
+from torch import Tensor
+
+from hetero_fl.reporting.formatting import algorithm_name, duration
+from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.report import embedded, render
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.reporting.summary import WHOSE
+from hetero_fl.utils.text import plural
+
+Json = dict[str, Any]
+ATTACKS = {"loss": "by the loss", "lira": "with shadow models"}
+COLOURS = {"loss": style.GREY, "lira": style.VERMILION}
+LABELS = {"read": "read off it", "misread": "misread", "known": "known"}
+EXACT = 99.0  # dB and more
+LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dot"}  # a client each
+MOST_COLUMNS = 8  # of pictures beside one another
+
+
+def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
+    """Write the three files. `content`: what `hetero_fl.audit` found; `pictures`: a dictionary a step with the images of it,
+    in 0..1, `[B, C, H, W]`: `true`, and `found` by way."""
+    made = RunDirectory(folder)
+    made.write_json("audit.json", content)
+    with style.drawing():
+        picture = draw(content, pictures)
+    (folder / "audit.png").write_bytes(picture)
+    text = render(
+        "audit.html",
+        title=f"Audit of {content['run']}",
+        subtitle=f"{algorithm_name(content['algorithm'])} · {content['data']} · {plural(content['rounds'], 'round')}",
+        privacy=content["privacy"],
+        whose=WHOSE.get((content["privacy"] or {}).get("unit", ""), ""),
+        membership=membership_rows(content),
+        inversion=inversion_rows(content),
+        shadows=content["shadows"],
+        picture=embedded(picture),
+        notes=content["notes"],
+        time=duration(content["seconds"]),
+    )
+    made.write_text("audit.html", text)
+
+
+# In words --------------------------------------------------------------------------------------------------------------
+MEMBERSHIP = ("client", "attack", "rows in / out", "AUROC ± s.e.", "hits at 1% false alarms", "")
+INVERSION = ("client", "step", "upload", "PSNR (dB)", "SSIM", "label")
+
+
+def membership_rows(content: Json) -> list[list[str]]:
+    """A line an attack, under the columns of `MEMBERSHIP`."""
+    return [
+        [
+            r["client"],
+            ATTACKS[r["attack"]],
+            f"{r['members']} / {r['others']}",
+            f"{r['auroc']:.3f} ± {r['auroc_se']:.3f}",
+            f"{100 * r['hits']:.1f}% ± {100 * r['hits_se']:.1f}%",
+            "at chance"
+            if r["at_chance"]
+            else "above chance"
+            if r["auroc"] > 0.5
+            else "below chance",
+        ]
+        for r in content["membership"]
+    ]
+
+
+def inversion_rows(content: Json) -> list[list[str]]:
+    """A line a step and way, under the columns of `INVERSION`."""
+    return [
+        [
+            r["client"],
+            str(r["step"]),
+            "none: the mean image" if r["way"] == "blind" else r["way"],
+            "exact" if r["psnr"] >= EXACT else f"{r['psnr']:.1f}",
+            f"{r['ssim']:.2f}",
+            LABELS.get(r.get("label", ""), ""),
+        ]
+        for r in content["inversion"]
+    ]
+
+
+# In a picture ----------------------------------------------------------------------------------------------------------
+def draw(content: Json, pictures: list[Json]) -> bytes:
+    """The ROC curves and areas of membership attacks above, originals over reconstructions below; as PNG."""
+    columns = [(p, i) for p in pictures for i in range(len(p["true"]))][:MOST_COLUMNS]
+    ways = list(pictures[0]["found"]) if pictures else []
+    grid = 0.55 + (len(ways) + 1) * 0.98 if columns else 0.0
+    heights = [h for h in (2.9 if content["membership"] else 0.0, grid) if h]
+    if not heights:
+        return style.png(style.figure(0.1))
+    figure = style.figure(sum(heights))
+    parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    if content["membership"]:
+        _membership(parts.pop(0), content["membership"])
+    if columns:
+        _images(parts.pop(0), columns, ways, content["inversion"])
+    return style.png(figure)
+
+
+def _membership(part: FigureBase, rows: list[Json]) -> None:
+    curves, areas = part.subplots(1, 2, width_ratios=[1, 1.25])
+    clients = list(dict.fromkeys(r["client"] for r in rows))
+    for r in rows:
+        alarms, hits = np.array(r["curve"]).T
+        curves.plot(
+            alarms,
+            hits,
+            color=COLOURS[r["attack"]],
+            linestyle=list(LINES)[clients.index(r["client"]) % 4],
+            linewidth=1.2,
+        )
+    curves.plot([0, 1], [0, 1], color=style.LIGHT, linewidth=0.9, zorder=0)
+    curves.set(
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xlabel="false alarms",
+        ylabel="members found",
+        title="Who was a member?",
+    )
+    words = list(LINES.values())
+    names = [
+        f"{style.shorten(r['client'])} ({words[clients.index(r['client']) % 4]})\n{ATTACKS[r['attack']]}"
+        for r in rows
+    ]
+    for place, r in enumerate(rows):
+        areas.errorbar(
+            r["auroc"],
+            place,
+            xerr=2 * r["auroc_se"],
+            fmt="o",
+            color=COLOURS[r["attack"]],
+            capsize=2.5,
+        )
+    areas.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)))
+    areas.set_yticks(range(len(rows)), names)
+    areas.set(
+        ylim=(len(rows) - 0.4, -0.6),
+        xlabel="AUROC ± 2 s.e.; dotted: chance",
+        title="How well can it be told?",
+    )
+
+
+def _images(
+    part: FigureBase, columns: list[tuple[Json, int]], ways: list[str], rows: list[Json]
+) -> None:
+    cells = part.subplots(len(ways) + 1, len(columns), squeeze=False)
+    psnr = {(r["client"], r["step"], r["way"]): r["psnr"] for r in rows}
+    for column, (picture, i) in enumerate(columns):
+        shown: list[tuple[str, Tensor]] = [("original", picture["true"]), *picture["found"].items()]
+        for line, (way, images) in enumerate(shown):
+            axes = cells[line, column]
+            style.bare(axes)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            image = images[i].movedim(0, -1).numpy().clip(0, 1)
+            axes.imshow(
+                image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1
+            )
+            if line:
+                value = psnr[picture["client"], picture["step"], way]
+                axes.set_xlabel(
+                    "exact" if value >= EXACT else f"{value:.1f} dB", labelpad=1, fontsize=7.5
+                )
+            else:
+                axes.set_title(
+                    style.shorten(picture["client"], 12),
+                    fontsize=8,
+                    fontweight="normal",
+                    loc="center",
+                )
+            if column == 0:
+                axes.set_ylabel(
+                    way.replace(" ", "\n", 1), rotation=0, ha="right", va="center", fontsize=8
+                )

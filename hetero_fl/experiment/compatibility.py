@@ -1,0 +1,445 @@
+"""Refuse combinations of features that cannot work together, each in one line."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.communication.secure_aggregation.crypto import degree
+from hetero_fl.communication.secure_aggregation.protocol import Layout, Place
+from hetero_fl.config import Config
+from hetero_fl.config.base import StalenessConfig
+from hetero_fl.config.communication import SecureSumConfig
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.participant import Kind, floats
+from hetero_fl.experiment.protection_checks import single_uploads
+from hetero_fl.federation.channel import Derived, idle
+from hetero_fl.federation.dry_run import Expectations
+from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.method_calls import broadcast, is_own, told
+from hetero_fl.federation.simulation.devices import Devices
+from hetero_fl.utils.errors import UserError, nearest
+from model_zoo import ModelError, is_batch_norm
+
+# What cannot be summed in secret, refused before anything is computed; and what a sum would tell
+# all the same, said.
+
+ROUNDING = ("quantize", "half")  # stages that change numbers only
+FEWEST = 3  # clients: of a sum of two, each knows the other's part
+KEY = "channel.secure_sum"
+
+
+def check_secure_sum(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
+    """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
+    config, cohort = federation.channel.secure_sum, federation.cohort
+    if config is None or not algorithm.uploads:
+        return []
+    if single := [item for item, spec in algorithm.uploads.items() if spec.use == "each"]:
+        raise UserError(
+            f"algorithm.name: {name} needs single uploads ({', '.join(single)}), but {KEY} tells only their sum; take a method "
+            "that needs no more, such as hybrid, fedmd, fedavg or fedproto, or leave the key out"
+        )
+    if cut := [stage.name for stage in federation.channel.compress if stage.name not in ROUNDING]:
+        raise UserError(
+            f"channel.compress: found {cut[0]}, but {KEY} adds whole vectors, in which nothing is left out; take "
+            f"{' or '.join(ROUNDING)}, or leave one of the keys out"
+        )
+    if cohort < FEWEST:
+        many = f"{cohort} client{'s' if cohort != 1 else ''}"
+        raise UserError(
+            f"{KEY}: found {many} in a round; a sum hides a part of it among {FEWEST} or more"
+        )
+    _check_threshold(config, cohort)
+    _check_range(config, cohort)
+    needed = degree(cohort, config.survivors(cohort))
+    notes = []
+    if config.neighbours is not None and config.neighbours < needed:
+        notes.append(
+            f"{KEY}.neighbours: {config.neighbours} are fewer than the {needed} that keep an upload hidden though a fifth "
+            "of all clients tell the server what they know"
+        )
+    if federation.channel.compress:
+        notes.append(
+            f"channel.compress rounds what clients add up; under {KEY} it makes no message shorter"
+        )
+    return [*notes, *_alone_in_sum(algorithm, federation)]
+
+
+def _check_threshold(config: SecureSumConfig, cohort: int) -> None:
+    least = config.survivors(cohort)
+    if least > cohort:
+        raise UserError(
+            f"{KEY}.threshold: found {least}, but a round has {cohort} clients (clients.per_round)"
+        )
+    if 2 * least <= cohort:
+        raise UserError(
+            f"{KEY}.threshold: found {least}, which is not more than half of the {cohort} clients of a round; choose "
+            f"{cohort // 2 + 1} or more"
+        )
+
+
+def _check_range(config: SecureSumConfig, cohort: int) -> None:
+    most = config.most_bits(cohort)
+    if most < 1:
+        raise UserError(
+            f"{KEY}.range: found {config.range:g}; sums over {cohort} clients leave 64-bit integers"
+        )
+    if config.bits(cohort) > most:
+        raise UserError(
+            f"{KEY}.fraction_bits: found {config.bits(cohort)}; with {KEY}.range {config.range:g} sums over {cohort} clients "
+            f"leave 64-bit integers, choose {most} or fewer"
+        )
+
+
+def _alone_in_sum(algorithm: Algorithm, federation: Federation) -> list[str]:
+    """The clients of which a sum holds something that no other client sends: it tells that as it is."""
+    derived, owners = Derived(algorithm, federation), Counter[Place]()
+    layout, sent = Layout(derived.expectations.protection.specs, federation.common), []
+    for kind in federation.cards.kinds:
+        form = derived.form(kind.first, kind.settings.share_every - 1)  # a round in which it shares
+        sent.append((kind, layout.places(kind.arch.id, form)))
+        owners.update(dict.fromkeys(sent[-1][1], kind.count))
+    alone = [kind for kind, places in sent if any(owners[place] == 1 for place in places)]
+    who = f"for {federation.cards.named(alone)}: nobody else sends such tensors, and their sum is what the client has"
+    return [f"{KEY} hides nothing of some items {who}"] if alone else []
+
+
+# Combinations that cannot work, refused before anything is computed, in one line that names both
+# keys.
+
+GATHERED = 10_000  # clients of whom a method may need everybody's rows or models in one place
+
+
+def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
+    """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
+    task, proxy = federation.task, federation.data.n_proxy
+    settings = [kind.settings for kind in federation.cards.kinds]
+    if task.kind not in algorithm.tasks:
+        raise UserError(
+            f"algorithm.name: {name} is for {', '.join(algorithm.tasks)}, but data.name has a {task.kind} task"
+        )
+    if algorithm.needs_proxy and not proxy:
+        raise UserError(
+            f"algorithm.name: {name} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0, so that "
+            "so many training rows are public, or name another set in data.proxy.source"
+        )
+    if algorithm.reads_proxy_labels and not federation.data.has_proxy_labels:
+        raise UserError(
+            f"algorithm.initial_phase: found true, with which {name} trains on labels of the proxy set, but "
+            "data.proxy.labels is false; set it to true, or algorithm.initial_public_epochs to 0"
+        )
+    # these go with something else
+    said = {n: spec for n, spec in algorithm.uploads.items() if spec.kind != "counts"}
+    shares = {spec.share for spec in said.values()}
+    given = {share for s in settings for share in s.shares} | {
+        "parameters" for s in settings if s.parts
+    }
+    if shares and not shares & given:
+        needed = " or ".join(sorted(shares))
+        raise UserError(
+            f"algorithm.name: {name} needs clients that share {needed}, but no client's `shares` has it; add it in "
+            "clients.defaults.shares, or to those who may send it"
+        )
+    if algorithm.everybody and len(federation.cards) > GATHERED:
+        raise UserError(
+            f"algorithm.name: {name} brings all clients' rows or models together, at most {GATHERED:,} of them; found "
+            f"{len(federation.cards):,} clients"
+        )
+    _check_prefixes(name, algorithm, federation)
+    _check_class_weights(federation)
+    _check_extras(algorithm, federation)
+    _check_batches(algorithm, federation)
+    if is_own(algorithm):
+        _rehearse(algorithm, federation)
+    notes = [*idle(name, algorithm, federation), *check_secure_sum(name, algorithm, federation)]
+    if algorithm.reads_proxy_labels:
+        notes.append(
+            f"{name} trains on the labels of the proxy set before a client's first round (algorithm.initial_phase)"
+        )
+    travel = {s.kind for s in said.values() if s.share in given and (s.kind != "rows" or proxy)}
+    averages = "model" in said and travel <= {"params", "update"}
+    if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:
+        alone = _alone(algorithm, federation)
+        if sum(kind.count for kind in alone) == len(federation.cards):
+            raise UserError(
+                f"algorithm.name: {name} averages parameters here, but no two clients send a tensor in common; give "
+                "clients the same `model`, let their `shares` overlap, or name common prefixes in clients.common"
+            )
+        if alone:
+            groups = dict.fromkeys(kind.arch.id for kind in alone)
+            verb = "stands" if len(groups) == 1 else "stand"
+            notes.append(
+                f"{name} averages within an architecture: {', '.join(groups)} {verb} alone"
+            )
+    return notes
+
+
+@told()
+def _rehearse(algorithm: Algorithm, federation: Federation) -> None:
+    """The clients' part of the first round, without computing: slips in an own method show before anybody trains.
+
+    Raises UserError, and RunFailed if the method itself does not run.
+    """
+    server, expectations = federation.server(), Expectations(algorithm, federation)
+    algorithm.start(server)
+    for kind in federation.cards.kinds:
+        card = federation.cards[kind.first]
+        expectations.of(card, broadcast(algorithm, server, card), 0)
+
+
+def _alone(algorithm: Algorithm, federation: Federation) -> list[Kind]:
+    """The clients that send no tensor which another sends, too: averaging gives them nothing."""
+    sent, owners = [], Counter[Any]()
+    for kind in federation.cards.kinds:
+        tensors = algorithm.portion(
+            kind.arch, federation.initial(kind.arch), algorithm.part(kind.settings)
+        )
+        common = [n for n in tensors if federation.common and n.startswith(federation.common)]
+        family = algorithm.family(federation.cards[kind.first])
+        mine: set[tuple[str, tuple[int, ...], str]] = {
+            (n, (), family) for n in tensors if n not in common
+        }
+        # the owners of hetero_fl.aggregation.means
+        mine |= {(n, tuple(tensors[n].shape), "") for n in common}
+        owners.update(dict.fromkeys(mine, kind.count))
+        sent.append((kind, mine))
+    return [kind for kind, mine in sent if all(owners[owner] == 1 for owner in mine)]
+
+
+def _check_prefixes(name: str, algorithm: Algorithm, federation: Federation) -> None:
+    """Parts of models that are named by the first words of their tensors' names have to be there."""
+    kinds = federation.cards.kinds
+    wanted = dict.fromkeys(federation.common, "clients.common")
+    named = {
+        p: f"clients: {k.first}: shares"
+        for k in kinds
+        for p in k.settings.shares
+        if p.endswith(".")
+    }
+    if not wanted and not named:
+        return
+    names = {n for arch in {kind.arch for kind in kinds} for n in floats(federation.initial(arch))}
+    for prefix, where in (wanted | named).items():
+        if not any(n.startswith(prefix) for n in names):
+            deep = prefix.count(".")
+            parts = {
+                ".".join(n.split(".")[:i]) + "." for n in names for i in range(1, max(1, deep) + 1)
+            }
+            raise UserError(
+                f"{where}: no tensor's name begins with '{prefix}'{nearest(prefix, parts)}"
+            )
+    if named and algorithm.slot != "model" and not any(_travels(algorithm, kind) for kind in kinds):
+        raise UserError(
+            f"algorithm.name: {name} averages a small model beside each client's own, of which no "
+            f"client's `shares` names a part; found '{next(iter(named))}'"
+        )
+
+
+def _travels(algorithm: Algorithm, kind: Kind) -> bool:
+    """Whether a client of this kind sends anything of its model in the method's slot."""
+    arch, part = algorithm.extras(kind.arch)[algorithm.slot], algorithm.part(kind.settings)
+    return any(part is None or n.startswith(part) for n in arch.shapes)
+
+
+def _check_class_weights(federation: Federation) -> None:
+    task = federation.task
+    for kind in federation.cards.kinds:
+        weights, where = kind.settings.class_weights, f"clients: {kind.first}: class_weights"
+        if weights is not None and task.kind != "multiclass":
+            raise UserError(
+                f"{where}: is for classes that exclude one another, but data.name has a {task.kind} task"
+            )
+        if not isinstance(weights, list):
+            continue
+        if len(weights) != task.outputs:
+            raise UserError(f"{where}: found {len(weights)} numbers for {task.outputs} classes")
+        if min(weights) < 0:
+            raise UserError(f"{where}: found {min(weights):g}; weights are 0 or more")
+        if min(weights) > 0:
+            continue
+        for id in federation.some:
+            if federation.cards[id].settings is not kind.settings:
+                continue
+            if not any(w * n for w, n in zip(weights, federation.counts(id).tolist(), strict=True)):
+                where = f"clients: {id}: class_weights"
+                raise UserError(
+                    f"{where}: found {weights}, which is 0 for every training row of {id}; raise one"
+                )
+
+
+def _check_extras(algorithm: Algorithm, federation: Federation) -> None:
+    """Build every model that the method adds once."""
+    for arch in dict.fromkeys(kind.arch for kind in federation.cards.kinds):
+        try:
+            for extra in algorithm.extras(arch).values():
+                extra.check()
+        except ModelError as error:
+            raise UserError(f"algorithm.{algorithm.slot}: {error}") from None
+
+
+def _check_batches(algorithm: Algorithm, federation: Federation) -> None:
+    """BatchNorm cannot train on one example: it has no variance."""
+    normalises: dict[Architecture, bool] = {}
+    for where, arch in _single_batches(algorithm, federation):
+        if arch not in normalises:
+            with torch.random.fork_rng(devices=[]):
+                normalises[arch] = any(map(is_batch_norm, arch.build().modules()))
+        if normalises[arch]:
+            raise UserError(
+                f"{where}, but {arch.name} has BatchNorm, which cannot train on batches of one; take 2 or more, "
+                "or a model without it"
+            )
+
+
+def _single_batches(
+    algorithm: Algorithm, federation: Federation
+) -> Iterator[tuple[str, Architecture]]:
+    """Where models are trained on batches of one: the key at fault, and the model."""
+    for kind in federation.cards.kinds:
+        if kind.settings.batch_size == 1:
+            for arch in (kind.arch, *algorithm.extras(kind.arch).values()):
+                yield f"clients: {kind.first}: batch_size: found 1", arch
+    for id in federation.data.with_one_row():
+        own = federation.cards[id].arch
+        for arch in (own, *algorithm.extras(own).values()):
+            yield f"clients: {id}: data: found 1 training row", arch
+    size, proxy = getattr(algorithm, "proxy_batch_size", None), federation.data.n_proxy
+    if size is not None and proxy and min(size, proxy) == 1:
+        where = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"
+        for kind in federation.cards.kinds:
+            yield where, kind.arch
+        if federation.student is not None:
+            yield where, federation.student
+
+
+# Whether a run waits for its cohorts or is asynchronous, and what cannot be: refused in one line
+# that names both keys.
+
+
+def set_pace(
+    config: Config, method: Algorithm, federation: Federation
+) -> tuple[Config, Federation, list[str]]:
+    """The configuration and the federation with the mode that the method has, and lines that say what was decided.
+
+    An asynchronous run has as many versions as its uploads make: learning rates move along them. Raises UserError for what
+    cannot run asynchronously, and for its settings in a run that does not.
+    """
+    runtime, name, notes = config.runtime, config.algorithm["name"], []
+    if method.asynchronous and runtime.mode == "sync":
+        runtime = runtime.model_copy(update={"mode": "async"})
+        config = config.model_copy(update={"runtime": runtime})
+        notes.append(f"runtime.mode is async: {name} aggregates uploads as they come")
+    if runtime.mode == "sync":
+        if runtime.buffer is not None:
+            raise UserError(
+                f"runtime.buffer: found {runtime.buffer}, but a synchronous round takes its whole cohort"
+            )
+        if runtime.staleness != StalenessConfig():
+            raise UserError(
+                "runtime.staleness: nothing is stale in synchronous rounds; write runtime.mode=async, or leave this out"
+            )
+        return config, federation, notes
+    _check(config, method, federation)
+    places = config.clients.per_round or len(federation.cards)
+    goal, uploads = method.goal or runtime.buffer or places, config.rounds * places
+    if goal > uploads:
+        key = "algorithm.buffer" if method.goal else "runtime.buffer"
+        raise UserError(
+            f"{key}: found {goal}, but {config.rounds} rounds of {places} clients take {uploads} uploads: there would be no new "
+            f"version; choose {uploads} or fewer"
+        )
+    if method.discount is not None and runtime.staleness != StalenessConfig():
+        raise UserError(f"runtime.staleness: is not used: {name} has its own, algorithm.staleness")
+    section, key = (
+        (method.discount, "algorithm")
+        if method.discount is not None
+        else (runtime.staleness, "runtime.staleness")
+    )
+    notes += [
+        f"{key}.{setting} is not used: staleness is {section.kind}" for setting in section.unused
+    ]
+    if goal == 1 and method.discount is None and section.kind != "constant":
+        notes.append(
+            "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and the mean of one is that one "
+            "whatever its weight; fedasync moves the server less the staler an upload is"
+        )
+    if config.devices is None and not federation.data.apart:
+        notes.append(
+            "without `devices` no task takes any time: all that are given out together end together"
+        )
+    return (
+        config,
+        replace(federation, rounds=max(1, math.ceil(config.rounds * places / goal))),
+        notes,
+    )
+
+
+def _check(config: Config, method: Algorithm, federation: Federation) -> None:
+    name, kinds = config.algorithm["name"], federation.cards.kinds
+    if method.everybody or any(spec.use == "each" for spec in method.uploads.values()):
+        raise UserError(
+            f"runtime.mode: async cannot be combined with algorithm.name: {name}, which needs the uploads of one cohort "
+            "side by side; others are weighted by staleness and summed"
+        )
+    if config.channel.secure_sum is not None:
+        raise UserError(
+            "runtime.mode: async cannot be combined with channel.secure_sum, which sums one cohort's uploads"
+        )
+    if (key := single_uploads(config)) is not None:
+        raise UserError(
+            f"runtime.mode: async cannot be combined with {key}: both look at the uploads of one cohort"
+        )
+    rows = getattr(method, "proxy_rows", None)
+    if rows is not None and rows < federation.data.n_proxy:
+        raise UserError(
+            f"algorithm.proxy_rows: found {rows}, drawn anew each round; with runtime.mode=async predictions of different "
+            f"versions meet, so they have to be of the same rows: leave it out, or lower data.proxy.size"
+        )
+    rare = [kind.first for kind in kinds if kind.settings.share_every > 1]
+    if rare:
+        raise UserError(
+            f"runtime.mode: async cannot be combined with share_every ({rare[0]}): there are no rounds"
+        )
+    if method.goal is not None and config.runtime.buffer is not None:
+        own = (
+            f"its own is algorithm.buffer: {method.goal}"
+            if method.goal > 1
+            else "which aggregates after each upload"
+        )
+        raise UserError(
+            f"runtime.buffer: found {config.runtime.buffer}, but algorithm.name is {name}: {own}"
+        )
+    _check_time(config, federation)
+    plain = type(config.cohort)()
+    waits = [
+        name
+        for name in type(plain).model_fields
+        if getattr(config.cohort, name) != getattr(plain, name)
+    ]
+    if waits:
+        raise UserError(
+            f"cohort.{min(waits)}: is for rounds that wait for a cohort; runtime.mode is async"
+        )
+
+
+def _check_time(config: Config, federation: Federation) -> None:
+    """Whoever takes no time among others who do has every turn, and time stands still; on machines of their own it does not."""
+    if federation.data.apart:
+        return
+    paces = list(Devices.of(federation, config.devices).paces())
+    instant = next((id for id, takes, _ in paces if not takes), None)
+    if instant is None:
+        return
+    late = config.faults is not None and config.faults.late > 0
+    if late or any(takes or not always for _, takes, always in paces):
+        where = "faults.late" if late else "devices"
+        raise UserError(
+            f"{where}: tasks of {instant} take no time, so with runtime.mode=async it would have every turn before anybody "
+            "who does take some; give everybody a speed, up or down (`devices`, `machine`)"
+        )

@@ -1,0 +1,1 @@
+"""Clients that join after training."""

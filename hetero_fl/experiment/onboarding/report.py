@@ -1,0 +1,141 @@
+"""A newcomer's results: `join.json`, `join.md` and `join.png`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hetero_fl.algorithms.distillation import TEACHER
+from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH
+from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
+from hetero_fl.core.task import Task
+from hetero_fl.reporting.formatting import METRICS, MISSING, digits, sentence
+from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.run_directory import RunDirectory
+
+WORDS = {
+    SCRATCH: "from scratch",
+    BACKBONE: "shared backbone",
+    TEACHER: "consensus teacher",
+    BOTH: "backbone and teacher",
+}
+COLOURS = {SCRATCH: style.GREY, BACKBONE: style.BLUE, TEACHER: style.VERMILION, BOTH: style.GREEN}
+MARKERS = {SCRATCH: "o", BACKBONE: "s", TEACHER: "^", BOTH: "D"}
+_SHOWN = {"multiclass": ("accuracy", "balanced_accuracy", "auroc"), "multilabel": ("auroc", "balanced_accuracy"),
+          "regression": ("mae", "r2")}  # fmt: skip
+Json = dict[str, Any]
+
+
+def write_join(out: Path, content: Json, task: Task) -> None:
+    """Write the three files. `content`: what `hetero_fl.experiment.join` found."""
+    made = RunDirectory(out)
+    content["table"] = summarised(content, task)
+    made.write_json("join.json", content)
+    made.write_text("join.md", markdown(content, task))
+    with style.drawing():
+        (out / "join.png").write_bytes(style.png(draw(content, task)))
+
+
+def summarised(content: Mapping[str, Any], task: Task) -> list[Json]:
+    """For each beginning and number of labels the mean of each metric over the seeds, and its sample standard deviation."""
+    table = []
+    for way in dict.fromkeys(row["begins"] for row in content["rows"]):
+        for count in content["patients"]:
+            rows = [r for r in content["rows"] if (r["begins"], r["patients"]) == (way, count)]
+            entry: Json = {"begins": way, "patients": count}
+            for metric in metric_names(task):
+                values = [float(r[metric]) for r in rows if r[metric] is not None]
+                entry[metric] = float(np.mean(values)) if values else None
+                entry[f"{metric}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            table.append(entry)
+    return table
+
+
+def shown(content: Mapping[str, Any], task: Task) -> list[str]:
+    """The metrics that the page and the picture are about, as far as they are defined."""
+    return [m for m in _SHOWN[task.kind] if any(row[m] is not None for row in content["rows"])]
+
+
+def markdown(content: Json, task: Task) -> str:
+    """A page: what was compared, and a table a metric."""
+    ways = list(dict.fromkeys(row["begins"] for row in content["rows"]))
+    about = [
+        f"# {content['model']} joins {content['run']}",
+        f"A newcomer with the data {content['data']} begins with what a finished run of {content['algorithm']} leaves, and "
+        f"trains on with its own labelled {content['unit']}; from scratch it takes four times as many steps. Figures are of "
+        f"{content['n_test']:,} test rows of its own, mean ± standard deviation over {len(content['seeds'])} seeds"
+        f"{'' if task.kind == 'regression' else ', in percent'}. In bold what is better than from scratch by more than both "
+        "standard deviations.",
+    ]
+    if content["teacher_on"]:
+        about.append(
+            f"The teacher is the mean prediction of the run's models on {content['teacher_on']}."
+        )
+    for metric in shown(content, task):
+        head = ["labelled", *(WORDS[way] for way in ways)]
+        lines = [f"| {' | '.join(head)} |", f"|{' ---: |' * len(head)}"]
+        for count in content["patients"]:
+            cells = {e["begins"]: e for e in content["table"] if e["patients"] == count}
+            line = [_cell(cells[way], cells[SCRATCH], metric) for way in ways]
+            lines.append(f"| {count} | {' | '.join(line)} |")
+        alone = content["consensus"][metric]
+        below = f"The run's consensus itself, without a label of the newcomer's: {_number(alone, metric)}."
+        about += [f"## {sentence(METRICS[metric])}", "\n".join(lines), below]
+    if content["notes"]:
+        about.append("\n".join(f"- {note}" for note in content["notes"]))
+    return "\n\n".join(about) + "\n"
+
+
+def ahead(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:
+    """Whether a beginning is better than from scratch by more than both standard deviations together."""
+    values = [entry[metric], entry[f"{metric}_std"], scratch[metric], scratch[f"{metric}_std"]]
+    if any(v is None for v in values):
+        return False
+    gain = values[2] - values[0] if metric in ("mae", "rmse", "loss") else values[0] - values[2]
+    return bool(gain > values[1] + values[3])
+
+
+def _cell(entry: Json, scratch: Json, metric: str) -> str:
+    text = _number(entry[metric], metric)
+    if entry[f"{metric}_std"] is not None:
+        text += f" ± {_number(entry[f'{metric}_std'], metric)}"
+    return f"**{text}**" if ahead(entry, scratch, metric) else text
+
+
+def _number(value: float | None, metric: str) -> str:
+    if value is None:
+        return MISSING
+    return digits(value) if metric in ("mae", "rmse", "r2") else f"{100 * value:.1f}"
+
+
+def draw(content: Json, task: Task) -> Figure:
+    """A panel a metric: mean against the number of labels, a band of one standard deviation over the seeds."""
+    metrics = shown(content, task)
+    figure = style.figure(2.7)
+    panels: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        for way in dict.fromkeys(row["begins"] for row in content["rows"]):
+            known = [e for e in content["table"] if e["begins"] == way and e[metric] is not None]
+            x, y = [e["patients"] for e in known], np.array([e[metric] for e in known])
+            spread = np.array([e[f"{metric}_std"] or 0.0 for e in known])
+            axes.plot(x, y, marker=MARKERS[way], color=COLOURS[way], label=WORDS[way])
+            low, high = y - spread, y + spread
+            if metric not in SMALLER_IS_BETTER and metric != "r2":
+                low, high = low.clip(0, 1), high.clip(0, 1)  # shares
+            axes.fill_between(x, low, high, color=COLOURS[way], alpha=0.18, linewidth=0)
+        if content["consensus"][metric] is not None:
+            axes.axhline(content["consensus"][metric], color=style.INK, linewidth=0.9, linestyle=(0, (1, 1.5)),
+                         label="the run's consensus, no labels")  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xticks(content["patients"], [f"{n:,}" for n in content["patients"]])
+        axes.minorticks_off()
+        axes.set_xlabel(f"labelled {content['unit']}")
+        axes.set_title(sentence(METRICS[metric]))
+    handles, words = panels[0].get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside lower center", ncols=5)
+    return figure

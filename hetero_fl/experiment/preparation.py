@@ -1,0 +1,459 @@
+"""Everything about a run before it computes: configuration, data and method, loaded and checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.algorithms.base import own_objective
+from hetero_fl.config import Config, expand
+from hetero_fl.config.errors import describe
+from hetero_fl.config.load import (
+    Overrides,
+    Source,
+    apply_overrides,
+    is_tutorial,
+    override_list,
+    plain,
+    read,
+    translated,
+)
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.data import Dataset, FederatedData, federate, load_source
+from hetero_fl.data.external import has_common_source, pool
+from hetero_fl.experiment.compatibility import check, set_pace
+from hetero_fl.experiment.protection_checks import (
+    check_plan,
+    check_privacy,
+    check_robustness,
+    weak_delta,
+)
+from hetero_fl.federation.asynchronous import Asynchronous, Live
+from hetero_fl.federation.cost import Budget
+from hetero_fl.federation.dry_run import Expectations
+from hetero_fl.federation.executors.base import Apart
+from hetero_fl.federation.executors.choose import Choice, choose, make_executor
+from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.simulation.schedule import Conditions
+from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.trainer import Session
+from hetero_fl.privacy.server import PrivateSums
+from hetero_fl.reporting.run import Run
+from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, references
+from hetero_fl.utils.environment import choose_device
+from hetero_fl.utils.errors import UserError, closest
+from hetero_fl.utils.text import plural
+
+Engage = Callable[["Prepared", Choice, Store], Apart]  # has somebody else compute the clients
+
+
+@dataclass
+class Prepared:
+    """Everything about a run that is known before it computes; nothing has been written."""
+
+    config: Config
+    method: Algorithm
+    federation: Federation
+    data: FederatedData
+    notes: list[str]
+    inherited: dict[str, SavedModel]  # models of another run to start from, by client
+    budget: Budget | None = None  # of a private run
+    headline: str = ""  # data, method and number of clients, with what is a default
+
+    def __repr__(self) -> str:
+        clients = plural(len(self.federation.cards), "client")
+        rounds = plural(self.config.rounds, "round")
+        return f"Prepared({self.config.name!r}: {self.name}, {clients}, {rounds}; {self.data!r})"
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name."""
+        return str(self.config.algorithm["name"])
+
+    def rounds(
+        self,
+        choice: Choice | None = None,
+        store: Store | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        engage: Engage | None = None,
+    ) -> Session:
+        """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
+        unless a choice is, and here unless somebody else is engaged for it. Close its executor afterwards.
+        """
+        choice, clients = choice or choose(self.config, self.federation), self.config.clients
+        apart = engage(self, choice, store or Store()) if engage is not None else None
+        executor = apart or make_executor(choice, self.method, self.federation, store, say)
+        stop = self.config.runtime.divergence == "stop"
+        try:
+            conditions = Conditions.of(
+                self.federation, self.config, apart.here if apart is not None else None
+            )
+            runtime = self.config.runtime
+            about = (self.method, self.federation, executor, clients.per_round, stop, conditions)
+            if runtime.mode == "sync":
+                return Rounds(*about)
+            kind = Asynchronous if apart is None else Live
+            return kind(*about, buffer=runtime.buffer, staleness=runtime.staleness)
+        except BaseException:
+            executor.close()
+            raise
+
+
+def deal(
+    config: Config, dataset: Dataset | None = None, absent: Collection[str] = ()
+) -> FederatedData:
+    """The data as the configuration has it: loaded, split into public and private, dealt out. `absent`: clients whose rows lie
+    on machines of their own. Raises UserError for whatever is wrong with it."""
+    clients = expand(config.clients)
+    if (
+        config.data.train_limit is not None
+        and config.data.proxy.source is None
+        and config.data.proxy.size >= config.data.train_limit
+    ):
+        raise UserError(
+            f"data.proxy.size: found {config.data.proxy.size}, but data.train_limit leaves {config.data.train_limit} rows"
+        )
+    views = [kind.settings.preprocess for kind in clients.kinds]
+    # then federate looks at what each of them sees
+    known = any(view.missing or view.columns for view in views)
+    own_view = config.server.preprocess if config.server.model and _method(config).distils else None
+    if dataset is None and not has_common_source(config.data):
+        if absent:
+            raise UserError(
+                "data.path: missing; without a common file the test set is drawn from all clients' files, which real sites do "
+                "not bring together; name a common file"
+            )
+        dataset, pooled, members = pool(config.data, clients, known)
+        return federate(dataset, pooled, members, config.seed, server=own_view)
+    dataset = dataset or load_source(
+        config.data, Path(config.data.root).expanduser(), missing=known
+    )
+    return federate(dataset, config.data, clients, config.seed, server=own_view, absent=absent)
+
+
+def _method(config: Config) -> Algorithm:
+    settings = {k: v for k, v in config.algorithm.items() if k != "name"}
+    method: Algorithm = algorithm[config.algorithm["name"]].model_validate(settings)
+    return method
+
+
+def prepare(
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Overrides = (),
+    dataset: Dataset | None = None,
+    data: FederatedData | None = None,
+    allow_code: bool | CodePermission = False,
+) -> Prepared:
+    """Load, build and check everything; trains and writes nothing.
+
+    Args:
+        source: A file, a dictionary or a configuration.
+        overrides: Changes, `key.path=value`, or a dictionary of them.
+        dataset: examples in memory in place of `data.name`.
+        data: what `deal` made of the same configuration, all of it or what one of several machines has.
+        allow_code: Whether code that a file names may run (see `load_config`).
+
+    Raises:
+        UserError: whatever is wrong.
+    """
+    config = load_config(source, overrides, allow_code)
+    permission = CodePermission.of(allow_code).extended(references(config.model_dump()))
+    clients = expand(config.clients)
+    if config.clients.per_round is not None and config.clients.per_round > len(clients):
+        raise UserError(
+            f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients"
+        )
+    headline = _headline(config, dataset, len(clients))
+    rare = [kind.first for kind in clients.kinds if kind.settings.share_every > 1]
+    if config.clients.per_round is not None and rare:
+        raise UserError(
+            f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
+        )
+    method, data = _method(config), data or deal(config, dataset)
+    student = method.distils and data.n_proxy > 0
+    federation = Federation.of(config, data, clients, student)
+    if config.privacy is not None:
+        federation = replace(federation, privacy=config.privacy.provisional())
+    method, derived = method.resolve(federation.cards)
+    cards = federation.cards
+    if method.one_by_one:
+        federation = federation.with_models(
+            {id: method.architecture(card) for id, card in cards.items()}
+        )
+    else:
+        federation = federation.with_models(
+            [method.architecture(cards[kind.first]) for kind in cards.kinds]
+        )
+    name = config.algorithm["name"]
+    config = config.model_copy(
+        update={"algorithm": {"name": name, **method.model_dump(mode="json")}}
+    )
+    notes = [
+        *data.notes,
+        *derived,
+        *check(name, method, federation),
+        *check_robustness(name, config, method, federation),
+    ]
+    config, federation, paced = set_pace(config, method, federation)
+    notes += paced
+    config, federation, budget = _private(config, method, federation)
+    if budget is not None:
+        notes += [budget.told(), *weak_delta(federation)]
+    if config.server.model and not student:
+        notes.append(
+            "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
+        )
+    if len(federation.readers) < len(clients) - (
+        len(federation.liars.ids) if federation.liars else 0
+    ):
+        notes.append(
+            f"the models of {len(federation.readers):,} of {len(clients):,} clients are read, each time the same "
+            "(evaluation.clients)"
+        )
+    for own in {kind.settings.objective for kind in clients.kinds}:
+        own_objective(own, federation.task)
+    choose_device(config.runtime.device)
+    notes += Conditions.of(federation, config).notes()
+    return Prepared(
+        config,
+        method,
+        federation,
+        data,
+        notes,
+        _inherited(config.init_from, federation, permission),
+        budget,
+        headline,
+    )
+
+
+def _headline(config: Config, dataset: Dataset | None, clients: int) -> str:
+    """Return which data, method and number of clients a run has, each marked if it was not written."""
+    written = {"name", "count", "groups"}
+    data = f"data: {config.data.name if dataset is None else dataset.name}"
+    if dataset is None and not written & config.data.model_fields_set:
+        data += " (default)"
+    method = f"method: {config.algorithm['name']}"
+    if "algorithm" not in config.model_fields_set:
+        method += " (default)"
+    who = plural(clients, "client")
+    if not written & config.clients.model_fields_set:
+        who += " (default)"
+    return f"{data}; {method}; {who}"
+
+
+def _private(
+    config: Config, method: Algorithm, federation: Federation
+) -> tuple[Config, Federation, Budget | None]:
+    """The same with privacy's noise solved for, and what each round will have spent; None without privacy."""
+    if config.privacy is None:
+        return config, federation, None
+    check_plan(config)
+    check_privacy(config.algorithm["name"], method, federation)
+    budget = Budget.of(config.privacy, method, federation, config.rounds, config.clients.per_round)
+    privacy = budget.solved()
+    federation = replace(federation, privacy=privacy)
+    PrivateSums(Expectations(method, federation), config.clients.per_round).check()
+    return (
+        config.model_copy(update={"privacy": privacy}),
+        federation,
+        replace(budget, privacy=privacy),
+    )
+
+
+def _inherited(
+    path: str | None, federation: Federation, permission: CodePermission
+) -> dict[str, SavedModel]:
+    """The models of another run that fit clients of this one: same id, same architecture."""
+    if path is None:
+        return {}
+    try:
+        models = Run(path, permission).models
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    known = sorted(
+        (place, id) for id in models if (place := federation.cards.clients.place(id)) is not None
+    )
+    fitting = {id: models[id] for _, id in known if models[id].arch == federation.cards[id].arch}
+    if not fitting:
+        raise UserError(
+            f"init_from: none of the models in {path} fits a client of this run (same id, same model)"
+        )
+    return fitting
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A configuration of the right form whose algorithm has not been looked up; nothing that it names is imported.
+
+    Args:
+        config: The configuration.
+        raw: The same as plain values, as they were written.
+        overrides: Overrides that are part of it.
+        source: The file, for error messages.
+        written: What the file has, without overrides.
+    """
+
+    config: Config
+    raw: dict[str, Any]
+    overrides: list[str]
+    source: str
+    written: dict[str, Any]
+
+    @property
+    def code(self) -> dict[str, str]:
+        """References to code, each with the key that names it."""
+        written = references(self.raw)
+        return {
+            name: written.get(name, key)
+            for name, key in references(self.config.model_dump()).items()
+        }
+
+    def where(self, key: str) -> str:
+        """Return where a key was set: the last override that names it, else the file."""
+        where = self.source
+        for override in self.overrides:
+            named = override.partition("=")[0]
+            where = override if key == named or key.startswith(f"{named}.") else where
+        return where
+
+    def error(self, line: str) -> UserError:
+        """Return the error for a line that begins with a key, after the place where the key was set.
+
+        If the error is one of a section as a whole, this is the last override within it without which the error is not made,
+        or the last one within it if each of several makes the error.
+        """
+        key = line.partition(": ")[0]
+        where = self.where(key)
+        # The search applies other combinations of overrides, and must not import what one of them names.
+        names_code = bool(references([self.raw, self.written])) or any(
+            OWN in o for o in self.overrides
+        )
+        if where == self.source and not names_code:
+            where = self._override_in(key, line) or where
+        return UserError(f"{where}: {line}")
+
+    def _override_in(self, section: str, line: str) -> str | None:
+        inside = [o for o in self.overrides if section == "here" or o.startswith(f"{section}.")]
+        if not inside or _mistake(self.written, []) == line:
+            return None
+        for override in reversed(inside):
+            if _mistake(self.written, [o for o in self.overrides if o != override]) != line:
+                return override
+        outside = [o for o in self.overrides if o not in inside]
+        return inside[-1] if _mistake(self.written, outside) != line else None
+
+
+def load_config(
+    source: Source, overrides: Overrides = (), allow_code: bool | CodePermission = False
+) -> Config:
+    """Load and check a configuration.
+
+    A file with the keys of the classic tutorial (see `hetero_fl.config.load`) is translated. When an override names
+    another algorithm than the file, the file's settings of its own algorithm are dropped.
+
+    Args:
+        source: A YAML or JSON file, a dictionary, or another configuration.
+        overrides: Changes, `key.path=value`, or a dictionary of them.
+        allow_code: Whether code that a file names (`python:package.module:Name`) may run. Names in a dictionary or in
+            `overrides` are the caller's own and always allowed.
+
+    Raises:
+        UserError: In one line that names the place, for everything that is wrong with the configuration.
+    """
+    overrides = override_list(overrides)
+    draft = draft_config(source, overrides)
+    permission = CodePermission.of(allow_code).with_written(source, overrides)
+    permission.check(draft.code, draft.where)
+    config = draft.config
+    if draft.code:
+        try:
+            config = Config.model_validate(draft.raw, context={CONTEXT: True})
+        except ValidationError as error:
+            raise draft.error(describe(error, draft.raw)) from None
+    made = config.model_copy(update={"algorithm": _algorithm(draft, permission)})
+    if "algorithm" not in config.model_fields_set:
+        # the copy has it among the keys that were written
+        made.model_fields_set.discard("algorithm")
+    return made
+
+
+def draft_config(source: Source, overrides: Overrides = ()) -> Draft:
+    """Read a configuration and check its form, without importing anything that it names. Raises UserError."""
+    where = str(source) if isinstance(source, str | Path) else "configuration"
+    raw = read(Path(source)) if isinstance(source, str | Path) else plain(source)
+    if not raw and isinstance(source, str | Path):
+        raise UserError(f"{where}: has no keys; name at least data, clients and algorithm")
+    overrides = override_list(overrides)
+    if is_tutorial(raw):
+        raw, overrides = translated(raw, overrides, where)
+    made = apply_overrides(raw, overrides)
+    try:
+        return Draft(Config.model_validate(made), made, overrides, where, raw)
+    except ValidationError as error:
+        unread = Draft(Config(), made, overrides, where, raw)
+        raise unread.error(describe(error, made, own=_own_keys(made))) from None
+
+
+def _mistake(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """Return what is wrong with a configuration that names no code, None if nothing is."""
+    try:
+        made = apply_overrides(raw, overrides)
+        _settings(Config.model_validate(made).algorithm)
+    except ValidationError as error:
+        return describe(error, made, own=_own_keys(made))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _algorithm(draft: Draft, permission: CodePermission) -> dict[str, Any]:
+    """Return the algorithm's settings, complete with its defaults. Raises UserError with the key's place."""
+    try:
+        settings = _settings(draft.config.algorithm)
+    except UserError as error:
+        raise draft.error(str(error)) from None
+    found = {name: f"algorithm.{key}" for name, key in references(settings).items()}
+    permission.check(found, draft.where)
+    try:
+        return _settings(draft.config.algorithm, {CONTEXT: True}) if found else settings
+    except UserError as error:
+        raise draft.error(str(error)) from None
+
+
+def _settings(
+    given: Mapping[str, Any], context: Mapping[str, bool] | None = None
+) -> dict[str, Any]:
+    from hetero_fl.algorithms import algorithm
+
+    if "name" not in given and (meant := closest("name", given)) is not None:
+        raise UserError(f"algorithm.{meant}: unknown key; did you mean 'name'?")
+    if not isinstance(given.get("name"), str):
+        raise UserError(
+            f"algorithm.name: found {given.get('name')!r}; choose from {', '.join(algorithm)}"
+        )
+    try:
+        kind = algorithm[given["name"]]
+    except UserError as error:
+        raise UserError(f"algorithm.name: {error}") from None
+    own = {k: v for k, v in given.items() if k != "name"}
+    try:
+        return {"name": given["name"], **kind.model_validate(own, context=context).model_dump()}
+    except ValidationError as error:
+        raise UserError(
+            f"{describe(error, own, kind, ['algorithm'])} (of {given['name']})"
+        ) from None
+
+
+def _own_keys(raw: Mapping[str, Any]) -> list[str]:
+    """The settings of the algorithm that a configuration names, whatever else is wrong with it."""
+    from hetero_fl.algorithms import algorithm
+
+    named = raw.get("algorithm")
+    name = named.get("name") if isinstance(named, dict) else None
+    return list(algorithm[name].model_fields) if isinstance(name, str) and name in algorithm else []

@@ -1,0 +1,343 @@
+"""The client side of a run: run plans for training, deployment and evaluation.
+
+The same code runs in simulation and on nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_fl.algorithms import Algorithm
+from hetero_fl.communication.protocol import Message, Messages, Protocol, Talk
+from hetero_fl.core.metrics import Scores, calibration, confusion, score
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.plan import Plan, Rows
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import Examples
+from hetero_fl.engine.driver import (
+    Diverged,
+    Performer,
+    carry_out,
+    carry_out_together,
+    training_loss,
+)
+from hetero_fl.federation.channel import Links
+from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.method_calls import is_own
+from hetero_fl.federation.state_store import Private, Store
+from hetero_fl.privacy.client import Protection
+from hetero_fl.robustness.attacks import TRIGGERED
+
+# Broadcasts that many clients read: decoded once, and lent to one client after the other.
+
+MOST = 8  # broadcasts kept: in most federations there are no more architectures
+
+
+@dataclass
+class Copy:
+    """What a broadcast says, and its tensors' versions, by which changes in place are known."""
+
+    round: int
+    body: bytes
+    payload: Payload
+    versions: list[int]
+
+    def untouched(self) -> bool:
+        return self.versions == versions(self.payload)
+
+
+class Lent:
+    """Decoded broadcasts of a reading. Each is in one client's hands at a time, in dictionaries of that client's own, and is
+    lent again only if nobody changed a tensor in place: nothing passes from client to client.
+
+    `most`: broadcasts kept. None for code that may write past a tensor's version (`.data`, `.numpy()`): all are decoded anew.
+    """
+
+    def __init__(self, decode: Callable[[int, bytes], Payload], most: int = MOST) -> None:
+        self._decode, self._most = decode, most
+        self._idle: list[Copy] = []
+
+    @contextmanager
+    def to(self, broadcasts: Mapping[str, bytes], round: int) -> Iterator[dict[str, Payload]]:
+        """What each of these clients was sent. Raises PayloadError."""
+        copies = {client: self._take(round, body) for client, body in broadcasts.items()}
+        yield {client: own(copy.payload) for client, copy in copies.items()}
+        self._idle = [*copies.values(), *self._idle][: self._most]
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._idle.clear()
+
+    def _take(self, round: int, body: bytes) -> Copy:
+        """Messages are the same if they are one object: comparing them would take as long as reading them."""
+        at = next(
+            (i for i, copy in enumerate(self._idle) if copy.body is body and copy.round == round),
+            None,
+        )
+        if at is not None and (copy := self._idle.pop(at)).untouched():
+            return copy
+        payload = self._decode(round, body)
+        return Copy(round, body, payload, versions(payload))
+
+
+def versions(payload: Payload) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [t._version for item in payload.items_.values() for t in tensors(item)]
+
+
+def tensors(item: Item) -> list[Tensor]:
+    """All tensors of an item."""
+    values = list(item.values.values()) if isinstance(item.values, dict) else [item.values]
+    return [*values, item.weight] if isinstance(item.weight, Tensor) else values
+
+
+def own(payload: Payload) -> Payload:
+    """The same tensors in dictionaries of their own."""
+    items = payload.items_.items()
+    made = {
+        n: replace(i, values=dict(i.values) if isinstance(i.values, dict) else i.values)
+        for n, i in items
+    }
+    return Payload(made, payload.report)
+
+
+# What a report shows besides scores: what simple rules reach on the same rows, and a stretch of
+# truth and forecast.
+
+STRETCH = 168  # rows of a forecast that are kept for a picture: a week of hours
+
+
+def baseline_scores(task: Task, rows: Examples, y: Tensor) -> dict[str, Scores]:
+    """The scores of the baselines of these rows, by name."""
+    return {name: score(task, said, y, rows.unit) for name, said in rows.baselines.items()}
+
+
+def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[str, Any]:
+    """Truth, prediction and baselines of the last rows in time, for each output, in the target's unit; empty if not dated."""
+    if rows.time is None or task.kind != "regression":
+        return {}
+    order = rows.time.argsort(stable=True)[-STRETCH:]
+    by = 1.0 if rows.unit is None else rows.unit[order, None].double()
+
+    def told(values: Tensor) -> list[list[float]]:
+        return [
+            [round(v, 6) for v in column]
+            for column in (values.detach().cpu()[order].double() * by).T.tolist()
+        ]
+
+    said = {name: told(outputs) for name, outputs in rows.baselines.items()}
+    return {
+        "time": rows.time[order].tolist(),
+        "truth": told(y),
+        "predicted": told(predicted),
+        "baselines": said,
+    }
+
+
+# The client's side of a run: where plans of clients are made and carried out, in the simulator and
+# on real machines alike.
+
+# what is read on which rows, and whether the client's own label frequencies hold there
+READINGS = {
+    "personal": ("test", True),
+    "global": ("common_test", False),
+    "validation_personal": ("validation", True),
+    "validation_global": ("common_validation", False),
+}
+
+
+MOST_CONFUSED = 100  # classes: of more nobody reads a matrix, and every client would have one
+
+
+@dataclass
+class Reading:
+    """What an evaluation tells of one client. Only scores leave a real site; the rest is for a simulation's report."""
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+    confusion: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    baselines: dict[str, dict[str, Scores]] = field(default_factory=dict)  # by reading and baseline
+    forecast: dict[str, Any] = field(default_factory=dict)  # at home, where rows are dated
+    triggered: float | None = (
+        None  # share of the common test rows with a backdoor's trigger that it takes for the target
+    )
+    model: bytes = b""  # the deployed model, as `SavedModel.encode` gives it
+
+
+class Site:
+    """Carries out clients' plans with their own data and private state, several clients together."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        federation: Federation,
+        store: Store,
+        performer: Performer,
+        protocol: Protocol,
+    ) -> None:
+        self.algorithm, self.federation, self.store = algorithm, federation, store
+        self.performer, self.protocol = performer, protocol
+        self.links = Links(algorithm, federation)
+        self.lent = Lent(self.links.received, 0 if is_own(algorithm) else MOST)
+        self.protection = Protection.of(algorithm, federation)
+        self.watch: Callable[[str], None] | None = None  # told what is being done
+        # may refuse an upload, by raising
+        self.leaving: Callable[[str, Payload], None] = lambda client, upload: None
+        # scores of logits that several clients share
+        self._common: dict[int, tuple[Tensor, Scores]] = {}
+
+    def answer(self, requests: Messages) -> dict[str, Message | Diverged]:
+        """The clients' replies to one request of the protocol each; a `Diverged` where training did."""
+        self.lent.forget()
+        replies: dict[str, Message | Diverged] = {}
+        waiting: dict[str, tuple[Talk, bytes]] = {}
+
+        def go_on(client: str, talk: Talk, upload: bytes | None) -> None:
+            try:
+                waiting[client] = (talk, next(talk) if upload is None else talk.send(upload))
+            except StopIteration as stop:
+                replies[client] = stop.value
+
+        for client, request in requests.items():
+            go_on(
+                client, self.protocol.answer(client, request, request.round, self.store.notes), None
+            )
+        while waiting:
+            talks, waiting = waiting, {}
+            bodies = {c: broadcast for c, (_, broadcast) in talks.items()}
+            for client, upload in self._train(bodies, requests).items():
+                if isinstance(upload, Diverged):
+                    replies[client] = upload
+                else:
+                    go_on(client, talks[client][0], upload)
+        return replies
+
+    def _train(
+        self, broadcasts: Mapping[str, bytes], requests: Messages
+    ) -> dict[str, bytes | Diverged]:
+        clients, got = {}, {}
+        for id, body in broadcasts.items():
+            asked = requests[id]
+            clients[id] = self.federation.client(id, self.store.get(id), asked.round, asked.again)
+            clients[id].work, got[id] = asked.work, self.links.received(asked.round, body)
+        performer = self.protection.guarded(clients.values(), self.performer)
+        plans = [
+            (p, self.algorithm.train(p, got[c])) for c, p in clients.items()
+        ]  # own ones may read rows when they are made
+        uploads: dict[str, bytes | Diverged] = {}
+        for outcome, (id, client) in zip(
+            carry_out_together(plans, performer, self._telling), clients.items(), strict=True
+        ):
+            if outcome.failure is not None:
+                uploads[id] = outcome.failure
+                continue
+            upload = self.protection.release(client, Payload(outcome.get()), got[id])
+            upload.report = self.protection.report(training_loss(outcome.reports))
+            self.leaving(id, upload)
+            card, asked = self.federation.cards[id], requests[id]
+            uploads[id] = self.links.upload(
+                card, asked.round, upload, got[id], client.state, asked.again
+            )
+            self.store.stage(id, Private(self.algorithm.private(client), client.state))
+        return uploads
+
+    def deployed(self, got: Mapping[str, Payload], round: int) -> dict[str, Participant]:
+        """Copies of the clients with the models that they would use now, personalised. Raises Diverged if one does."""
+        clients = {c: self.federation.client(c, self.store.get(c), round) for c in got}
+        for hook in (self.algorithm.deploy, self.algorithm.personalise):
+            self._run({c: hook(p, got[c]) for c, p in clients.items()}, clients)
+        return clients
+
+    def read(
+        self, broadcasts: Mapping[str, bytes], round: int, details: bool = False
+    ) -> dict[str, Reading]:
+        """Score clients' models at home and in common, on test and validation rows; `details`: all that a report shows.
+
+        Raises Diverged if a deployment does.
+        """
+        for client in broadcasts:
+            self._telling(client, "evaluation")
+        with self.lent.to(broadcasts, round) as got:
+            return self._read(self.deployed(got, round), details)
+
+    def _read(self, clients: Mapping[str, Participant], details: bool) -> dict[str, Reading]:
+        readings, task = {c: Reading() for c in clients}, self.federation.task
+        private = self.federation.privacy is not None
+        if details:
+            for c, participant in clients.items():
+                slot, view = self.algorithm.used(participant)
+                view = view or self.federation.cards[c].preprocess
+                at_home = self.algorithm.with_prior(participant, torch.zeros(task.outputs))
+                # Exact label frequencies of a private client stay out of its model's file.
+                tells_prior = bool(at_home.any()) and (
+                    not private or self.federation.counts_are_noised
+                )
+                prior = tuple(at_home.tolist()) if tells_prior else None
+                tensors, arch = participant.models[slot], participant.arch[slot]
+                layout = self.federation.data.layout
+                saved = SavedModel(
+                    tensors, arch, asdict(view), task, prior, layout.columns, layout.categories
+                )
+                readings[c].model = saved.encode()
+        for name, (rows, home) in READINGS.items():
+            labels = {c: p.data(rows, None)["y"] for c, p in clients.items()}
+            some = {c: p for c, p in clients.items() if len(labels[c])}
+            plans = {c: self.algorithm.predict(p, Rows(rows), home) for c, p in some.items()}
+            for c, logits in self._run(plans, some).items():
+                beside = self.federation.data.beside(c, rows)
+                readings[c].scores[name] = self._score(logits, labels[c], beside.unit)
+                if details and name in ("personal", "global"):
+                    readings[c].baselines[name] = baseline_scores(task, beside, labels[c])
+                if details and name == "personal" and not private:
+                    readings[c].forecast = forecast(task, beside, labels[c], logits)
+                if details and name in ("personal", "global") and task.kind != "regression":
+                    # The rows of a local confusion matrix add up to the client's label counts.
+                    if task.outputs <= MOST_CONFUSED and not (private and name == "personal"):
+                        readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
+                    readings[c].calibration[name] = calibration(task, logits, labels[c])
+        if self.federation.liars is not None and self.federation.liars.has_trigger:
+            target = self.federation.liars.config.target
+            plans = {
+                c: self.algorithm.predict(p, Rows(TRIGGERED), False) for c, p in clients.items()
+            }
+            for c, logits in self._run(plans, clients).items():
+                readings[c].triggered = float((logits.argmax(-1) == target).double().mean())
+        return readings
+
+    def _score(self, logits: Tensor, y: Tensor, unit: Tensor | None) -> Scores:
+        """Scores of the logits; those that several clients share are scored once."""
+        known = self._common.get(id(logits))
+        if known is None or known[0] is not logits:
+            if len(self._common) >= 64:
+                self._common.clear()
+            known = self._common[id(logits)] = (
+                logits,
+                score(self.federation.task, logits, y, unit),
+            )
+        return known[1]
+
+    def predict(self, participant: Participant, rows: Rows, home: bool) -> Tensor:
+        """Logits of a deployed client's model."""
+        return carry_out(
+            self.algorithm.predict(participant, rows, home), participant, self.performer
+        )[0]
+
+    def _run(
+        self, plans: Mapping[str, Plan[Any]], clients: Mapping[str, Participant]
+    ) -> dict[str, Any]:
+        outcomes = carry_out_together(
+            [(clients[c], plan) for c, plan in plans.items()], self.performer
+        )
+        return {c: outcome.get() for c, outcome in zip(plans, outcomes, strict=True)}
+
+    def _telling(self, client: str, label: str) -> None:
+        if self.watch is not None:
+            self.watch(f"{client}: {label}")

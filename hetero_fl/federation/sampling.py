@@ -1,0 +1,191 @@
+"""Who is invited to a round: anybody, those who are online, or those of whom most is to be learnt."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.simulation.devices import DAY, uniform
+from hetero_fl.federation.simulation.schedule import Conditions, Schedule
+from hetero_fl.utils.errors import RunFailed
+from hetero_fl.utils.ordering import in_order
+from hetero_fl.utils.seeding import Key, sample
+
+# clients, or so many times those who are wanted: among them somebody online is looked for
+LOOKED_AT = (1000, 20)
+# real seconds: how long the server waits if nobody is there, and how often it looks
+LONGEST, LOOK = 2 * DAY, 1.0
+# of a day: how long the server waits if nobody is online, and how often
+WAIT, PATIENCE = 1 / 24, 48
+# share of newcomers in the first round, its factor by round, its least (Oort)
+EXPLORE, DECAY, LEAST = 0.9, 0.98, 0.2
+CUT = 0.95  # of the last chosen utility: who has less is not drawn (Oort)
+PENALTY = 2.0  # exponent for those who are too slow (Oort's alpha)
+
+
+def draw_cohort(
+    federation: Federation, count: int | None, round: int, attempt: int = 0
+) -> list[str]:
+    """Everyone, or `count` clients drawn by the key of that round and attempt, in id order; as many on average where each takes
+    part by a draw of its own (`privacy.poisson_cohorts`)."""
+    ids = federation.cards.clients.ids
+    if count is not None and federation.privacy is not None and federation.privacy.poisson_cohorts:
+        draws = federation.noise.stream(round, "cohort")
+        taken = draws.uniform(len(ids)) < count / len(ids)
+        return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
+    if count is None or count >= len(ids):
+        return list(ids)
+    return [
+        ids[i] for i in sample(len(ids), count, federation.seed, round, "cohort", *_again(attempt))
+    ]
+
+
+def _again(attempt: int) -> tuple[Key, ...]:
+    return ("attempt", attempt) if attempt else ()
+
+
+class Invitation:
+    """Draws the cohorts of a run. `Oort` (Lai et al., OSDI 2021): a client's utility is n·loss, where the paper takes n times the
+    root of the mean squared loss of its examples, which it does not tell; clients slower than the deadline (none: the median of
+    those seen) count (T/t)² of it; who was not seen for long gains the paper's bonus; newcomers are drawn evenly.
+    """
+
+    def __init__(self, conditions: Conditions) -> None:
+        self.conditions, self.federation = conditions, conditions.devices.federation
+        # id -> [utility, seconds, round] of those invited so far (Oort)
+        self.known: dict[str, list[float]] = {}
+
+    def draw(self, round: int, attempt: int, at: float) -> tuple[list[str], float]:
+        """Who is invited, in id order, and when: later than `at` if nobody is online before.
+
+        Raises RunFailed if nobody is for two days.
+        """
+        count, policy = self.conditions.invited, self.conditions.policy
+        if policy.sampling == "uniform":
+            return draw_cohort(self.federation, count, round, attempt), at
+        online, at = self._online(count, round, attempt, at)
+        chosen = (
+            self._needed(online, count, round, attempt) if policy.sampling == "oort" else online
+        )
+        if len(chosen) > count:
+            drawn = sample(
+                len(chosen), count, self.federation.seed, round, "available", *_again(attempt)
+            )
+            chosen = [chosen[i] for i in drawn]
+        return in_order(chosen), at
+
+    def _online(self, count: int, round: int, attempt: int, at: float) -> tuple[list[str], float]:
+        """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
+        if they ever are. Where time is real: who is there, now."""
+        if self.conditions.here is not None:
+            return self._there(self.conditions.here, round), at
+        ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
+        looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
+        first: tuple[list[str], float] | None = None
+        for wait in range(PATIENCE):
+            drawn = sample(
+                len(ids), looked, self.federation.seed, round, "online", wait, *_again(attempt)
+            )
+            machines = {ids[i]: device(ids[i]) for i in drawn}
+            here = [id for id, machine in machines.items() if machine.awake(at) == at]
+            if len(here) >= self._enough:
+                return here, at
+            first = first or ((here, at) if here else None)
+            at += WAIT * max(machine.day for machine in machines.values())
+        if first is not None:
+            return first
+        raise RunFailed(
+            f"round {round + 1}: none of {looked:,} clients is online at any time of two days"
+        )
+
+    @property
+    def _enough(self) -> int:
+        """Clients without whom nothing can come of a round."""
+        secret = self.federation.channel.secure_sum
+        return max(
+            self.conditions.policy.least,
+            secret.survivors(self.federation.cohort) if secret is not None else 1,
+        )
+
+    def _there(self, here: Callable[[], Collection[str]], round: int) -> list[str]:
+        """Who is there, once enough are that something can come of a round."""
+        least, until = self._enough, time.monotonic() + LONGEST
+        while len(there := in_order(here())) < least:
+            if time.monotonic() > until:
+                raise RunFailed(
+                    f"round {round + 1}: {len(there)} of {least} clients were there for {LONGEST / 3600:g} hours"
+                )
+            time.sleep(LOOK)
+        return there
+
+    def _needed(self, online: list[str], count: int, round: int, attempt: int) -> list[str]:
+        """Oort's choice among those online: known ones by utility, and some newcomers."""
+        seed, again = self.federation.seed, _again(attempt)
+        known = [id for id in online if id in self.known]
+        fresh = [id for id in online if id not in self.known]
+        explore = max(LEAST, EXPLORE * DECAY**round)
+        new = min(len(fresh), max(round_half(explore * count), count - len(known)))
+        utility = self.utilities(known, round)
+        chosen = [fresh[i] for i in sample(len(fresh), new, seed, round, "explore", *again)]
+        wanted = min(len(known), count - new)
+        if wanted:
+            cut = CUT * sorted(utility.values(), reverse=True)[wanted - 1]
+            pool = [id for id in known if utility[id] >= cut]
+            # without replacement, by weight: the largest of u^(1/w) (Efraimidis and Spirakis 2006)
+            draw = {
+                id: math.log(uniform(seed, round, "exploit", id, *again)) / max(utility[id], 1e-12)
+                for id in pool
+            }
+            chosen += sorted(pool, key=draw.__getitem__, reverse=True)[:wanted]
+        return chosen
+
+    def utilities(self, ids: Sequence[str], round: int) -> dict[str, float]:
+        """What is to be expected of clients that were invited before; the most that anybody told counts one."""
+        if not ids:
+            return {}
+        most = max(worth for worth, _, _ in self.known.values()) or 1.0
+        slow = (
+            self.conditions.policy.deadline
+            or sorted(s for _, s, _ in self.known.values())[len(self.known) // 2]
+        )
+        found = {}
+        for id in ids:
+            worth, seconds, last = self.known[id]
+            bonus = math.sqrt(0.1 * math.log(round + 1) / max(1.0, last + 1))
+            found[id] = (worth / most + bonus) * (
+                (slow / seconds) ** PENALTY if seconds > slow else 1.0
+            )
+        return found
+
+    def learn(self, held: Schedule, losses: Mapping[str, float], round: int) -> None:
+        """What a round told of those who were invited; kept where it decides whom to invite."""
+        if self.conditions.policy.sampling != "oort":
+            return
+        for id, task in held.tasks.items():
+            before = self.known.get(id, [0.0, 0.0, 0.0])
+            worth = (
+                self.federation.cards[id].n * max(0.0, losses[id]) if id in losses else before[0]
+            )
+            # never seen: too slow
+            ends = task.ends if task.ends < math.inf else 2 * held.end - held.start
+            self.known[id] = [
+                worth,
+                max(before[1], ends - held.start) if id in held.failed else ends - held.start,
+                float(round),
+            ]
+
+    def tree(self) -> dict[str, Any]:
+        """What it knows, for a checkpoint."""
+        return {"known": self.known} if self.known else {}
+
+    def restore(self, tree: dict[str, Any]) -> None:
+        """The reverse of `tree`."""
+        self.known = tree.get("known", {})
+
+
+def round_half(value: float) -> int:
+    """The nearest whole number, halves up."""
+    return math.floor(value + 0.5)

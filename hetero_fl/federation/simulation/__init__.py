@@ -1,0 +1,1 @@
+"""Simulated devices, faults and time."""

@@ -1,0 +1,335 @@
+"""Simulated devices of clients: traces, speeds and durations of tasks."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from hetero_fl.config.simulation import WIDEST, AvailabilityConfig, DevicesConfig, QuantityConfig
+from hetero_fl.core.participant import Card
+from hetero_fl.engine.batches import whole_steps
+from hetero_fl.engine.templates import work as operations
+from hetero_fl.federation.federation import Federation
+from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.seeding import Key, key
+
+# Files of traces: a CSV of devices, a row each. A mistake in one is a line that names the file, the
+# row and the column.
+
+TAKES = ("speed", "up", "down")  # what time follows from
+NUMBERS = (*TAKES, "jitter", "failure")
+COLUMNS = ("client", *NUMBERS, "online")
+MEANT = {
+    **dict.fromkeys(TAKES, "a number above 0, such as 1.0e+8"),
+    "jitter": f"a number from 0 to {WIDEST:g}",
+    "failure": "a chance from 0 to 1",
+    "online": "stretches of seconds of the day, in order and apart, such as 0-21600;64800-86400",
+}
+Spans = tuple[tuple[float, float], ...]  # [from, to) in seconds of the day, in order and apart
+Trace = dict[str, Any]
+
+
+def read_traces(path: str) -> list[Trace]:
+    """The rows of a CSV of devices. Raises UserError in one line that names the file and the row."""
+    where = f"devices.file: {path}"
+    try:
+        with Path(path).expanduser().open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            names = [name.strip() for name in rows.fieldnames or ()]
+            _check_columns(where, names)
+            made = [_trace(f"{where}, row {number}", row) for number, row in enumerate(rows, 2)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
+    if not made:
+        raise UserError(f"{where}: no rows")
+    whose = Counter(row["client"] for row in made if "client" in row)
+    if again := next((id for id, rows in whose.items() if rows > 1), None):
+        raise UserError(f"{where}: two rows are of client '{again}'; give each client one")
+    return made
+
+
+def _check_columns(where: str, names: list[str]) -> None:
+    for name in names:
+        if name not in COLUMNS:
+            if other := next((mark for mark in (";", "\t") if mark in name), None):
+                mark = "a semicolon" if other == ";" else "a tabulator"
+                raise UserError(
+                    f"{where}: found {mark} between the columns' names; separate them with commas"
+                )
+            raise UserError(f"{where}: unknown column '{name}'{nearest(name, COLUMNS)}")
+        if names.count(name) > 1:
+            raise UserError(f"{where}: two columns are called '{name}'")
+
+
+def _trace(where: str, row: Mapping[str | None, Any]) -> Trace:
+    made: Trace = {}
+    if None in row:
+        raise UserError(
+            f"{where}: more values than columns; commas stand between values alone, semicolons between stretches of `online`"
+        )
+    for name, text in row.items():
+        assert name is not None
+        if text is None:
+            raise UserError(
+                f"{where}: fewer values than columns; leave empty what is not known: 1.0e+8,,"
+            )
+        name, text = name.strip(), text.strip()
+        try:
+            if text:
+                made[name] = (
+                    text
+                    if name == "client"
+                    else _spans(text)
+                    if name == "online"
+                    else _number(name, text)
+                )
+        except ValueError:
+            raise UserError(
+                f"{where}, column {name}: found '{text}'; write {MEANT[name]}"
+            ) from None
+    return made
+
+
+def _number(name: str, text: str) -> float:
+    value = float(text)
+    lowest, highest = 0.0, {"failure": 1.0, "jitter": WIDEST}.get(name, math.inf)
+    if not lowest <= value <= highest or (value == 0 and name in TAKES):
+        raise ValueError(text)
+    return value
+
+
+def _spans(text: str) -> Spans:
+    spans = sorted((float(a), float(b)) for a, b in (part.split("-") for part in text.split(";")))
+    apart = all(a[1] <= b[0] for a, b in pairwise(spans))
+    if not apart or not all(0 <= start < end < math.inf for start, end in spans):
+        raise ValueError(text)
+    return tuple(spans)
+
+
+# Clients' simulated machines: made when asked for, from the key of the client's id, and not kept
+# for anybody.
+
+DAY = 86400.0
+NAMED = 20  # clients among whom a name that was misspelt is looked for
+
+
+def uniform(*parts: Key) -> float:
+    """A number in (0, 1) drawn by the parts."""
+    return ((key(*parts) >> 11) + 0.5) / 2**52
+
+
+def log_normal(median: float, sigma: float, *parts: Key) -> float:
+    """A number drawn by the parts: median·exp(σz) with z standard normal."""
+    return median * math.exp(sigma * NormalDist().inv_cdf(uniform(*parts))) if sigma else median
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine. `speed` in FLOP/s, `up` and `down` in bytes/s, infinite where nothing takes time; `online`: its hours in a day
+    of `day` seconds, none: always."""
+
+    speed: float = math.inf
+    up: float = math.inf
+    down: float = math.inf
+    jitter: float = 0.0
+    failure: float = 0.0
+    online: Spans = ()
+    day: float = DAY
+
+    def awake(self, at: float) -> float:
+        """The first moment from `at` on at which it is online."""
+        return self.finish(at, 0.0)
+
+    def finish(self, at: float, busy: float) -> float:
+        """When something that takes `busy` seconds is done, begun at `at`: it goes on only while the machine is online."""
+        if not self.online:
+            return at + busy
+        each = sum(end - start for start, end in self.online)
+        days = max(0, math.ceil(busy / each) - 1)  # whole ones; the rest ends within the day after
+        busy, midnight = max(0.0, busy - days * each), at - at % self.day
+        while True:
+            for start, end in self.online:
+                begin, until = max(at, midnight + start), midnight + end
+                if until > begin:
+                    if busy <= until - begin:
+                        return begin + busy + days * self.day
+                    busy -= until - begin
+            midnight += self.day
+
+    def time_until(self, at: float, end: float) -> float:
+        """Seconds that it is online between the two."""
+        if not self.online:
+            return max(0.0, end - at)
+        return max(0.0, self._online_before(end) - self._online_before(at))
+
+    def _online_before(self, at: float) -> float:
+        days, rest = divmod(at, self.day)
+        return days * sum(e - s for s, e in self.online) + sum(
+            max(0.0, min(e, rest) - s) for s, e in self.online
+        )
+
+
+class Devices:
+    """Every client's machine, as the configuration, its file of traces and the client's own settings have it."""
+
+    def __init__(self, federation: Federation, config: DevicesConfig, traces: list[Trace]) -> None:
+        self.federation, self.config = federation, config
+        self._named = {row["client"]: row for row in traces if row.get("client")}
+        self._drawn = [row for row in traces if not row.get("client")]
+
+    @classmethod
+    def of(cls, federation: Federation, config: DevicesConfig | None) -> Devices:
+        """The machines of a federation; without a configuration nothing takes time.
+
+        Raises UserError for a file of traces that is not there, or not one.
+        """
+        config = config or DevicesConfig()
+        traces = read_traces(config.file) if config.file is not None else []
+        given = [
+            n for n in NUMBERS if getattr(config, n) is not None and any(n in row for row in traces)
+        ]
+        if given:
+            raise UserError(
+                f"devices.{given[0]}: {config.file} has a column {given[0]}, too; give one of them"
+            )
+        day = config.availability.day if config.availability is not None else DAY
+        for row in traces:
+            if "online" in row and row["online"][-1][1] > day:
+                raise UserError(
+                    f"devices.file: {config.file}: online until {row['online'][-1][1]:g} of a day of {day:g} seconds"
+                )
+            if row.get("client") and row["client"] not in federation.cards:
+                known = islice(federation.cards, NAMED)
+                raise UserError(
+                    f"devices.file: {config.file}: no client is called '{row['client']}'{nearest(row['client'], known)}"
+                )
+        return cls(federation, config, traces)
+
+    def device(self, id: str) -> Device:
+        """A client's machine. Raises KeyError for a stranger."""
+        own, seed = self.federation.cards.kind(id).settings.machine, self.federation.seed
+        trace = self._trace(id)
+        found: dict[str, float] = {}
+        for name in NUMBERS:
+            given = next(
+                (
+                    v
+                    for v in (getattr(own, name), trace.get(name), getattr(self.config, name))
+                    if v is not None
+                ),
+                None,
+            )
+            if isinstance(given, QuantityConfig):
+                given = log_normal(given.median, given.sigma, seed, "device", id, name)
+            if given is not None:
+                found[name] = given
+        hours = own.availability or self.config.availability
+        day = hours.day if hours is not None else DAY
+        if own.availability is None and "online" in trace:
+            online = trace["online"]
+        else:
+            online = (
+                _stretch(hours, uniform(seed, "device", id, "phase")) if hours is not None else ()
+            )
+        return Device(**found, online=online, day=day)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the file of traces says, by its content."""
+        rows = sorted(self._named.items()), self._drawn
+        return hashlib.sha256(repr(rows).encode()).hexdigest() if any(rows) else ""
+
+    def paces(self) -> Iterator[tuple[str, bool, bool]]:
+        """For each kind of client, with each row of traces that it may have: an id, whether its tasks take time while it is
+        online, and whether it always is."""
+        named = Counter(self.federation.cards.kind(id).first for id in self._named)
+        found = [(id, self.federation.cards.kind(id), row) for id, row in self._named.items()]
+        for kind in self.federation.cards.kinds:
+            if kind.count > named[kind.first]:
+                found += [(kind.first, kind, row) for row in self._drawn or [Trace()]]
+        for id, kind, trace in found:
+            own = kind.settings.machine
+            takes = any(getattr(s, n) for s in (own, self.config) for n in TAKES)
+            takes = takes or any(trace.get(n, math.inf) < math.inf for n in TAKES)
+            hours = own.availability or self.config.availability
+            spans = trace.get("online") if own.availability is None else None
+            yield id, takes, spans is None and (hours is None or hours.share == 1)
+
+    def _trace(self, id: str) -> Mapping[str, Any]:
+        if id in self._named:
+            return self._named[id]
+        if not self._drawn:
+            return {}
+        return self._drawn[key(self.federation.seed, "device", id, "trace") % len(self._drawn)]
+
+
+def _stretch(hours: AvailabilityConfig, drawn: float) -> Spans:
+    """The one stretch of the day, in two if it goes on over midnight."""
+    if hours.share == 1:
+        return ()
+    start = (drawn if hours.phase is None else hours.phase) * hours.day
+    end = start + hours.share * hours.day
+    return ((start, end),) if end <= hours.day else ((0.0, end - hours.day), (start, hours.day))
+
+
+# How long a task takes in simulated time: arithmetic on what is known before it is computed, never
+# the clock.
+
+
+@dataclass(frozen=True)
+class Stages:
+    """When a task's parts are done, in simulated seconds since the run began."""
+
+    invited: float
+    received: float  # the broadcast is there
+    trained: float
+    arrived: float  # the upload is at the server, if nothing befalls it
+
+
+class Timing:
+    """Durations of clients' tasks: down/bandwidth + operations/speed + up/bandwidth, while the client is online."""
+
+    def __init__(self, devices: Devices) -> None:
+        self.devices, self.federation = devices, devices.federation
+
+    def computing(self, id: str, task: int) -> float:
+        """Seconds that a client's whole local training takes, while it is online. `task`: its number, for the jitter."""
+        device = self.devices.device(id)
+        factor = log_normal(1.0, device.jitter, self.federation.seed, "jitter", id, task)
+        return factor * operations(self.federation.cards[id]) / device.speed
+
+    def stages(
+        self, id: str, down_bytes: int, up_bytes: int, at: float, task: int, work: float = 1.0
+    ) -> Stages:
+        """A task that is given out at `at`; `work`: the share of the steps that it does."""
+        device = self.devices.device(id)
+        received = device.finish(at, down_bytes / device.down)
+        trained = device.finish(received, work * self.computing(id, task))
+        return Stages(at, received, trained, device.finish(trained, up_bytes / device.up))
+
+    def duration(self, id: str, down_bytes: int, up_bytes: int, at: float, task: int) -> float:
+        """Seconds from when a task is given out to when its upload arrives, waiting for the client to be online included."""
+        return self.stages(id, down_bytes, up_bytes, at, task).arrived - at
+
+    def share_in_time(
+        self, id: str, down_bytes: int, up_bytes: int, at: float, task: int, deadline: float
+    ) -> float:
+        """The share of the steps after which the upload still arrives by `deadline`: at most 1, 0 if there is time for none."""
+        device = self.devices.device(id)
+        spare = device.time_until(at, deadline) - down_bytes / device.down - up_bytes / device.up
+        whole = self.computing(id, task)
+        return 1.0 if spare >= whole else max(0.0, spare / whole)
+
+
+def local_steps(card: Card) -> int:
+    """Steps of a client's whole local training in a round."""
+    s = card.settings
+    return whole_steps(card.n, s.batch_size, s.epochs, s.steps)

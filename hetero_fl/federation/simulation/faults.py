@@ -1,0 +1,109 @@
+"""Simulated faults of tasks and of deliveries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hetero_fl.communication.protocol import Message
+from hetero_fl.config.simulation import FaultsConfig
+from hetero_fl.federation.executors.base import Reply
+from hetero_fl.federation.simulation.devices import Devices, uniform
+from hetero_fl.utils.seeding import Key, key
+
+# What befalls a task: drawn by the key of client and task number, before anything is computed.
+
+What = Literal["fine", "before", "during", "after", "lost", "late", "twice", "corrupted"]
+TOLD: dict[str, str] = {
+    "before": "failed before training",
+    "during": "failed during training",
+    "after": "failed after training",
+    "lost": "upload lost",
+}
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What befalls a task. `by`: seconds that its upload is late; `share`: of the training after which it fails during it."""
+
+    what: What = "fine"
+    by: float = 0.0
+    share: float = 1.0
+
+    @property
+    def fails(self) -> bool:
+        """Whether no upload ever comes of it."""
+        return self.what in TOLD
+
+    @property
+    def why(self) -> str:
+        """The failure, in words."""
+        return TOLD[self.what]
+
+
+FINE = Fate()
+
+
+class Faults:
+    """The fates of all tasks, by probability; a machine's own chance of failing comes on top."""
+
+    def __init__(self, config: FaultsConfig | None, devices: Devices) -> None:
+        self.config, self.devices = config or FaultsConfig(), devices
+
+    def fate(self, id: str, task: int) -> Fate:
+        """What befalls the client's task of that number: the same however often it is asked."""
+        seed = self.devices.federation.seed
+        share = uniform(seed, "fate", id, task, "share")
+        if uniform(seed, "fate", id, task, "device") < self.devices.device(id).failure:
+            return Fate("during", share=share)
+        drawn, below = uniform(seed, "fate", id, task), 0.0
+        for what, chance in self.config.chances.items():
+            below += chance
+            if drawn < below:
+                return Fate(what, by=self.config.delay if what == "late" else 0.0, share=share)  # type: ignore[arg-type]
+        return FINE
+
+
+# What happens to uploads on their way: some come twice, some with other bytes; the server's door
+# tells both.
+
+MOST = 8  # bytes that change
+
+
+def befallen(
+    replies: Iterator[tuple[str, Reply]], fates: Mapping[str, Fate], *parts: Key
+) -> Iterator[tuple[str, Reply]]:
+    """The replies as they arrive. `parts`: the key of these tasks, by which bytes are changed."""
+    for client, reply in replies:
+        what = fates[client].what
+        if isinstance(reply, Message) and what == "corrupted":
+            reply = replace(reply.sealed(), body=flipped(reply.body, *parts, client))
+        yield client, reply
+        if what == "twice":
+            yield client, reply
+        del reply  # a model's worth
+
+
+def once(replies: Iterator[tuple[str, Reply]]) -> Iterator[tuple[str, Reply]]:
+    """Each task's first reply; a second one of the same task is dropped."""
+    answered: set[str] = set()
+    for client, reply in replies:
+        if client not in answered:
+            answered.add(client)
+            yield client, reply
+        del reply  # a model's worth
+
+
+def flipped(body: bytes, *parts: Key) -> bytes:
+    """The bytes with up to MOST of them changed, at least one, drawn by the parts."""
+    changed = bytearray(body)
+    for i in range(1 + key(*parts, "bytes") % MOST if changed else 0):
+        changed[key(*parts, i, "place") % len(changed)] ^= 1 + key(*parts, i, "bits") % 255
+    return (
+        bytes(changed)
+        if bytes(changed) != body
+        else bytes([body[0] ^ 1]) + body[1:]
+        if body
+        else b"\0"
+    )

@@ -1,0 +1,307 @@
+"""Simulated conditions of a round, and its schedule in simulated time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from hetero_fl.config.schema import Config
+from hetero_fl.config.simulation import CohortConfig, DeviceConfig, FaultsConfig
+from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.simulation.devices import Devices, Timing, local_steps, uniform
+from hetero_fl.federation.simulation.faults import FINE, Fate, Faults
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.text import plural
+
+# The conditions under which a run is held: clients' machines, what goes wrong, and how a round
+# deals with it.
+
+LOOKED = 1000  # clients among whom somebody quick enough is looked for
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """`simulated`: whether rounds take simulated time and arrivals are counted; `here`: where clients are on their own machines
+    and time is real, who is there now."""
+
+    policy: CohortConfig
+    devices: Devices
+    timing: Timing
+    faults: Faults
+    per_round: int | None  # clients whose uploads a round is meant to have; none: everybody's
+    simulated: bool
+    here: Callable[[], Collection[str]] | None = None
+
+    @classmethod
+    def ideal(cls, federation: Federation, per_round: int | None = None) -> Conditions:
+        """Nothing takes time and nothing goes wrong."""
+        devices = Devices.of(federation, None)
+        return cls(
+            CohortConfig(), devices, Timing(devices), Faults(None, devices), per_round, False
+        )
+
+    @classmethod
+    def of(
+        cls,
+        federation: Federation,
+        config: Config,
+        here: Callable[[], Collection[str]] | None = None,
+    ) -> Conditions:
+        """The conditions that a configuration describes. Raises UserError for policies that have nothing to go by.
+
+        Where clients are on machines of their own, what would be simulated is left out.
+        """
+        policy, per_round, apart = config.cohort, config.clients.per_round, federation.data.apart
+        own = any(kind.settings.machine != DeviceConfig() for kind in federation.cards.kinds)
+        if (policy.over_selection > 1 or policy.sampling == "oort") and per_round is None:
+            key = "over_selection" if policy.over_selection > 1 else "sampling: oort"
+            raise UserError(
+                f"cohort.{key}: chooses among clients, but clients.per_round is not given: all are invited"
+            )
+        if policy.over_selection > 1 and config.devices is None and not own and not apart:
+            raise UserError(
+                "cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time"
+            )
+        if policy.least > (per_round or len(federation.cards)):
+            raise UserError(
+                f"cohort.least: found {policy.least}, but {per_round or len(federation.cards)} are invited"
+            )
+        last, secret = (
+            max(config.faults.server, default=0) if config.faults else 0,
+            config.channel.secure_sum,
+        )
+        if last > config.rounds:
+            raise UserError(
+                f"faults.server: found {last}, but the run has {plural(config.rounds, 'round')}"
+            )
+        if policy.sampling == "oort" and secret is not None:
+            raise UserError(
+                "cohort.sampling: oort goes by each client's training loss, of which channel.secure_sum tells the mean alone; "
+                "take available or uniform, or leave channel.secure_sum out"
+            )
+        if (
+            secret is not None
+            and per_round is not None
+            and secret.survivors(federation.cohort) > per_round
+        ):
+            raise UserError(
+                f"cohort.over_selection: found {policy.over_selection:g}; of {federation.cohort} invited clients the first "
+                f"{per_round} are taken, but channel.secure_sum.threshold asks for {secret.survivors(federation.cohort)} to "
+                "stay: no round would be opened; take a smaller over_selection or threshold"
+            )
+        if (
+            policy.too_few == "repeat"
+            and secret is not None
+            and policy.least > secret.survivors(federation.cohort)
+        ):
+            raise UserError(
+                f"cohort.least: found {policy.least}, with cohort.too_few: repeat and channel.secure_sum, which opens sums of "
+                f"{secret.survivors(federation.cohort)}: of two sums of a round the difference tells single uploads; take no "
+                "more, or too_few: skip"
+            )
+        if apart:
+            devices = Devices.of(federation, None)
+            return cls(
+                policy, devices, Timing(devices), Faults(None, devices), per_round, False, here
+            )
+        devices = Devices.of(federation, config.devices)
+        faults = Faults(config.faults, devices)
+        simulated = own or any(
+            found is not None for found in (config.devices, config.faults, policy.deadline)
+        )
+        return cls(policy, devices, Timing(devices), faults, per_round, simulated)
+
+    @property
+    def invited(self) -> int:
+        """How many clients are invited to a round."""
+        return self.policy.invited(self.per_round, len(self.devices.federation.cards))
+
+    @property
+    def too_few(self) -> str:
+        """What is done about a round with too few uploads."""
+        return str(
+            self.policy.too_few or ("skip" if self.simulated or self.here is not None else "fail")
+        )
+
+    def notes(self) -> list[str]:
+        """What is possible but perhaps not meant."""
+        if self.devices.federation.data.apart:
+            return []
+        policy, lines, machines = self.policy, [], list(self.devices.paces())
+        waits = policy.deadline is None and policy.over_selection == 1
+        if waits and self.faults.config.late:
+            lines.append(
+                "faults.late: without cohort.deadline or over_selection a round waits for what is late"
+            )
+        if policy.sampling == "available" and self.per_round is None:
+            lines.append(
+                "cohort.sampling: without clients.per_round everybody who is online is invited"
+            )
+        if policy.sampling == "available" and all(always for _, _, always in machines):
+            lines.append(
+                "cohort.sampling: available, but everybody is always online (`devices.availability`): as uniform"
+            )
+        instant = (
+            all(always and not takes for _, takes, always in machines)
+            and self.faults.config == FaultsConfig()
+        )
+        if policy.deadline is not None and instant:
+            lines.append(
+                "cohort.deadline: nobody takes any time, so nobody misses it; give `devices` a speed, up or down"
+            )
+        if self.faults.config.delay != FaultsConfig().delay and not self.faults.config.late:
+            lines.append("faults.delay: is for uploads that are late, but faults.late is 0")
+        if policy.attempts != CohortConfig().attempts and policy.too_few != "repeat":
+            lines.append("cohort.attempts: is for cohort.too_few: repeat")
+        return [*lines, *self._hopeless()]
+
+    def _hopeless(self) -> list[str]:
+        """A deadline that training alone would miss, whoever is invited."""
+        policy, cards = self.policy, self.devices.federation.cards
+        if policy.deadline is None:
+            return []
+        least = {
+            id: local_steps(cards[id]) if policy.partial_work else 1 for id in islice(cards, LOOKED)
+        }
+        quickest = min(self.timing.computing(id, 0) / steps for id, steps in least.items())
+        if quickest <= policy.deadline:
+            return []
+        what = "a single step" if policy.partial_work else "training"
+        return [
+            f"cohort.deadline: found {policy.deadline:g} s, but {what} takes the quickest client {quickest:.3g} s"
+        ]
+
+
+def unused(federation: Federation, config: Config) -> list[str]:
+    """What a configuration says for simulations, and a run on machines of its own has no use for; in one line, if anything."""
+    found = [name for name in ("devices", "faults") if getattr(config, name) is not None]
+    found += (
+        ["machine"]
+        if any(kind.settings.machine != DeviceConfig() for kind in federation.cards.kinds)
+        else []
+    )
+    found += ["cohort.partial_work"] if config.cohort.partial_work else []
+    return [f"not used, as nobody's time is simulated: {', '.join(found)}"] if found else []
+
+
+# The course of one synchronous round in simulated time, known before anything is computed: who is
+# on time, who is not.
+
+Sizes = Callable[[str], tuple[int, int]]  # client id -> bytes down, bytes up
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's part in a round: what befalls it, its share of the steps, and when the server sees the end of it, in simulated
+    seconds (infinite: never)."""
+
+    client: str
+    fate: Fate = FINE
+    work: float = 1.0
+    ends: float = 0.0
+
+
+@dataclass
+class Schedule:
+    """A round's tasks. Those `asked` are computed: whose uploads arrive in time, corrupted ones included. Of the others the
+    computing would have no effect: they failed, or came late."""
+
+    tasks: dict[str, Task]
+    start: float
+    end: float
+    asked: list[str]
+    failed: dict[str, str] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
+
+    @property
+    def expected(self) -> int:
+        """Uploads that can be used, as long as nobody diverges."""
+        return sum(self.tasks[client].fate.what != "corrupted" for client in self.asked)
+
+    @property
+    def there(self) -> set[str]:
+        """Who is there until it trains, and answers what a protocol asks before that: whoever does not fail before it."""
+        return {client for client, task in self.tasks.items() if task.fate.what != "before"}
+
+    @property
+    def in_vain(self) -> list[str]:
+        """Whose uploads were sent for nothing: lost and delayed ones, and second copies. Who is merely slow gives up when the
+        round is closed."""
+        sent = [
+            c
+            for c, task in self.tasks.items()
+            if task.fate.what == "lost" or (task.fate.what == "late" and c in self.late)
+        ]
+        return [*sent, *(c for c in self.asked if self.tasks[c].fate.what == "twice")]
+
+    def record(self, failed: Collection[str]) -> list[list[object]]:
+        """Each task as `[client, start, end, what came of it]`, seconds; none goes on beyond the round's end. `failed`: those
+        that did, the refused ones among them."""
+        rows: list[list[object]] = []
+        for client, task in self.tasks.items():
+            what = "failed" if client in failed else "late" if client in self.late else "arrived"
+            rows.append([client, self.start, min(task.ends, self.end), what])
+        return rows
+
+
+def ideal(cohort: Sequence[str], at: float = 0.0) -> Schedule:
+    """Nothing takes time, as far as is known before, and all are on time."""
+    return Schedule({client: Task(client, ends=at) for client in cohort}, at, at, list(cohort))
+
+
+def schedule(
+    cohort: Sequence[str], conditions: Conditions, sizes: Sizes, at: float, number: int
+) -> Schedule:
+    """What will come of inviting the cohort at `at`; `number`: of these tasks, for their draws.
+
+    The server waits for as many usable uploads as it wants, else until it knows what became of everybody, else until the
+    deadline. A failure is seen when it happens; a lost upload when it should have come, or, with a deadline, never.
+    """
+    policy = conditions.policy
+    closing = math.inf if policy.deadline is None else at + policy.deadline
+    tasks = {
+        client: _task(client, conditions, sizes(client), at, number, closing) for client in cohort
+    }
+    good = [
+        t
+        for t in tasks.values()
+        if not t.fate.fails and t.fate.what != "corrupted" and t.ends <= closing
+    ]
+    wanted = min(len(cohort), conditions.per_round or len(cohort))
+    # of equal machines other ones are first from round to round
+    seed = conditions.devices.federation.seed
+    good.sort(key=lambda task: (task.ends, uniform(seed, "turn", task.client, number)))
+    waited = min(closing, max((task.ends for task in tasks.values()), default=at))
+    end = good[wanted - 1].ends if good and len(good) >= wanted else waited
+    taken = {task.client for task in good[:wanted]}
+    made = Schedule(tasks, at, end, [])
+    for client, task in tasks.items():
+        if task.fate.fails:
+            made.failed[client] = task.fate.why
+        elif client in taken or (task.fate.what == "corrupted" and task.ends <= end):
+            made.asked.append(client)
+        else:
+            made.late.append(client)
+    return made
+
+
+def _task(
+    id: str, conditions: Conditions, size: tuple[int, int], at: float, number: int, closing: float
+) -> Task:
+    timing, fate, work = conditions.timing, conditions.faults.fate(id, number), 1.0
+    if conditions.policy.partial_work:
+        work = timing.share_in_time(id, *size, at, number, closing)
+        if int(work * local_steps(conditions.devices.federation.cards[id])) < 1:
+            return Task(id, fate, 0.0, math.inf)  # no time for a single step
+    stages = timing.stages(id, *size, at, number, work)
+    # round-off makes nobody late
+    arrived = min(stages.arrived, closing) if work < 1 else stages.arrived
+    ends = {
+        "before": stages.received,
+        "during": stages.received + fate.share * (stages.trained - stages.received),
+        "after": stages.trained,
+        "lost": arrived if closing == math.inf else math.inf,
+    }
+    return Task(id, fate, work, ends.get(fate.what, arrived + fate.by))

@@ -1,0 +1,334 @@
+"""DP-SGD, and the guard around steps that read private rows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.core.objectives import Batch, Nets
+from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.plan import ClassSums, Draws, Fit, Predict, Rows, Step
+from hetero_fl.data.federated_data import PUBLIC
+from hetero_fl.engine.batches import MASK, Batches, KeyedDropout
+from hetero_fl.engine.driver import Diverged, Performer, Work
+from hetero_fl.engine.serial import class_sums, readout
+from hetero_fl.engine.templates import Templates
+from hetero_fl.engine.training import Live, Named, fit_on_live_modules, split_name
+from hetero_fl.engine.vectorized_training import StackedOps
+from hetero_fl.privacy.accounting import Charge
+from hetero_fl.privacy.mechanisms import Noise
+from hetero_fl.utils.errors import UserError
+from model_zoo import Outputs
+
+# DP-SGD: gradients of single examples, clipped, summed and noised (Abadi et al. 2016, Algorithm 1),
+# for any objective.
+#
+# Each step sees a Poisson sample of the rows; the sum is divided by the expected number, never by
+# the number that came. What reads no private row is not clipped: the objective's penalty, and what
+# it makes of columns drawn beside the rows.
+
+# bytes of single gradients at a time; a model of which that holds one alone runs row by row
+MEMORY = 64 * 2**20
+APART = 0x85EBCA6B  # between the dropout keys of one step's examples
+
+
+def sampling(n: int, fit: Fit, work: float = 1.0, rate: float | None = None) -> tuple[float, int]:
+    """(q, steps) of a private fit on n rows: q = batch / n unless given, and an epoch is round(1 / q) steps."""
+    rate = rate or min(fit.batch_size, n) / n
+    steps = fit.steps if fit.steps is not None else fit.epochs * round(1 / rate)
+    return rate, max(1, int(steps * work))
+
+
+class PoissonBatches(Batches):
+    """Each step takes each row with probability q, on its own."""
+
+    def __init__(
+        self,
+        participant: Participant,
+        fit: Fit,
+        device: torch.device,
+        noise: Noise,
+        rate: float | None = None,
+    ) -> None:
+        assert not isinstance(fit.data, Draws)
+        self.noise, self.rate = noise, rate
+        super().__init__(participant, fit, device)
+        self.examples = round(self.expected * self.count)
+
+    def _drawn(self, n: int, work: float) -> list[Tensor]:
+        rate, steps = sampling(n, self.fit, work, self.rate)
+        self.expected = rate * n
+        draws = self.noise.stream(*self.stream, "sample")
+        return [(draws.uniform(n) < rate).nonzero().squeeze(1) for _ in range(steps)]
+
+    def augmented(self, x: Tensor, i: int) -> Tensor:
+        return super().augmented(x, i) if len(x) else x
+
+
+class PrivateGradients:
+    """Gradients for `fit_on_live_modules` of which no row can be read: noise of z·clip on their sum.
+
+    Models that `vmap` refuses, and large ones, are run row by row.
+    """
+
+    def __init__(self, clip: float, z: float, noise: Noise, rate: float | None = None) -> None:
+        self.clip, self.z, self.noise, self.rate = clip, z, noise, rate
+        self._refused: set[Any] = set()
+
+    def batches(self, participant: Participant, fit: Fit, device: torch.device) -> PoissonBatches:
+        return PoissonBatches(participant, fit, device, self.noise, self.rate)
+
+    def set(self, live: Live, step: int, dropout_key: int, batch: Batch) -> Tensor:
+        """(Σ clipped + N(0, (z·clip)²)) / expected, and the gradient of what is public. The loss would be a release: 0."""
+        assert isinstance(live.batches, PoissonBatches)
+        total = self._clipped_sum(live, dropout_key, batch)
+        draws = self.noise.stream(*live.batches.stream, "noise", step)
+        for name, parameter in live.trainable.items():
+            parameter.grad = None
+            total[name].add_(draws.normal(parameter, self.z * self.clip)).div_(
+                live.batches.expected
+            )
+        with KeyedDropout(dropout_key) if live.drops else contextlib.nullcontext():
+            public = live.fit.objective.public(live.nets, batch, live.given)
+            public = public + live.fit.objective.penalty(live.nets, live.given)
+        if isinstance(public, Tensor) and public.requires_grad:
+            public.backward()
+        for name, parameter in live.trainable.items():
+            parameter.grad = (
+                total[name] if parameter.grad is None else parameter.grad.add_(total[name])
+            )
+        return torch.zeros((), device=next(iter(total.values())).device)
+
+    def _clipped_sum(self, live: Live, dropout_key: int, batch: Batch) -> Named:
+        columns = {n: t for n, t in batch.items() if n in live.batches.columns}
+        beside = {n: t for n, t in batch.items() if n not in columns}
+        count = len(next(iter(columns.values())))
+        keys = [(dropout_key + (i + 1) * APART) & MASK for i in range(count)]
+        total = {
+            name: torch.zeros_like(p, requires_grad=False) for name, p in live.trainable.items()
+        }
+        one = sum(p.numel() * p.element_size() for p in live.trainable.values())
+        size, family = max(1, MEMORY // max(1, one)), _family(live)
+        for begin in range(0, count, size):
+            part = {n: t[begin : begin + size] for n, t in columns.items()}
+            some = keys[begin : begin + size]
+            if len(some) > 1 and family not in self._refused:
+                try:
+                    self._add(total, _together(live, part, beside, some))
+                    continue
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, UserWarning):  # no rule under vmap
+                    self._refused.add(family)
+            for i, key in enumerate(some):
+                self._add(
+                    total, _alone(live, {n: t[i : i + 1] for n, t in part.items()}, beside, key)
+                )
+        return total
+
+    @torch.no_grad()
+    def _add(self, total: Named, each: Named) -> None:
+        """Clip gradients `[rows, …]`, over all that is trained together, and add them up."""
+        squares = torch.stack([g.flatten(1).square().sum(1) for g in each.values()]).sum(0)
+        factor = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        if not bool(
+            (here := squares.isfinite()).all()
+        ):  # such a row would end the fit, and so tell of itself: it counts nought
+            factor, each = (
+                factor.where(here, 0),
+                {n: g.where(_beside(here, g), 0) for n, g in each.items()},
+            )
+        for name, gradients in each.items():
+            if len(factor) == 1:
+                total[name].add_(gradients[0] * factor[0])
+            else:
+                total[name].add_(torch.tensordot(factor.to(gradients), gradients, 1))
+
+
+def _together(
+    live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Tensor], keys: list[int]
+) -> Named:
+    """Gradients of all rows, `[rows, …]`, in one computation: each has a leaf of its own (see vectorized_training.py)."""
+    device = next(iter(live.trainable.values())).device
+    leaves = {
+        name: p.detach().expand(len(keys), *p.shape).requires_grad_()
+        for name, p in live.trainable.items()
+    }
+    fixed = {
+        slot: {n: t.detach() for n, t in template.tensors.items() if f"{slot}:{n}" not in leaves}
+        for slot, template in live.modules.items()
+    }
+
+    def loss(own: Named, row: Mapping[str, Tensor], key: Tensor) -> Tensor:
+        tensors = {slot: dict(rest) for slot, rest in fixed.items()}
+        for name, tensor in own.items():
+            slot, parameter = split_name(name)
+            tensors[slot][parameter] = tensor
+        nets = Nets({slot: live.modules[slot].net(tensors[slot]) for slot in live.modules})
+        batch = Batch({**{n: t[None] for n, t in row.items()}, **beside})
+        with StackedOps(key if live.drops else None):
+            return live.fit.objective.private(nets, batch, live.given).sum()
+
+    with warnings.catch_warnings():
+        # Where an operation has no batching rule, vmap may loop over the rows.
+        warnings.filterwarnings("error", message="There is a performance drop")
+        losses = vmap(loss, randomness="error")(
+            leaves, dict(columns), torch.tensor(keys, device=device)
+        )
+    found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves.items(), found, strict=True)
+    return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
+
+
+def _alone(
+    live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Tensor], key: int
+) -> Named:
+    """The gradient of one row, `[1, …]`, on the live modules."""
+    with KeyedDropout(key) if live.drops else contextlib.nullcontext():
+        loss = live.fit.objective.private(live.nets, Batch({**columns, **beside}), live.given).sum()
+    found = torch.autograd.grad(loss, list(live.trainable.values()), allow_unused=True)
+    pairs = zip(live.trainable.items(), found, strict=True)
+    return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
+
+
+def _beside(rows: Tensor, like: Tensor) -> Tensor:
+    """`[rows]` in a shape that broadcasts against `[rows, …]`."""
+    return rows.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _family(live: Live) -> Any:
+    """What decides whether vmap can take a fit."""
+    return tuple(map(id, live.modules.values())), repr(live.fit.objective)
+
+
+# The steps of a client's plan that read its private rows, where records are to stay private: a
+# guard around the performer.
+#
+# Whatever such a step gives back has noise on it: fits are DP-SGD, class sums are clipped and
+# noised. Each is charged. Nothing else may read these rows: predictions on them are refused, and so
+# is reading them between the steps.
+
+Data = Callable[[str, Any], Columns]
+
+
+def is_private(step: Step) -> bool:
+    """Whether a step reads rows that are not public."""
+    return isinstance(step.data, Rows) and step.data.name not in PUBLIC
+
+
+def charge_of(participant: Participant, step: Step, privacy: PrivacyConfig) -> Charge:
+    """What a private step costs. Raises UserError for a prediction: a row's own output cannot be noised and be of use."""
+    n = len(next(iter(step.data.columns(participant).values())))  # type: ignore[union-attr]  # it is on Rows
+    if isinstance(step, Fit):
+        rate, steps = sampling(n, step, participant.work, privacy.sample_rate)
+        return Charge(rate, steps)
+    if isinstance(step, ClassSums):
+        return Charge(1.0, scale=privacy.statistics_noise)
+    raise UserError("predicts on private rows, one by one")
+
+
+class Tally:
+    """Hands every step on, and notes what private ones cost. Around a dry performer: the price of a plan in ε."""
+
+    def __init__(self, performer: Performer, privacy: PrivacyConfig) -> None:
+        self.performer, self.privacy = performer, privacy
+        self.charges: dict[str, list[Charge]] = defaultdict(list)
+
+    @property
+    def templates(self) -> Templates:
+        """The other's."""
+        return self.performer.templates
+
+    def perform(self, work: Work) -> list[Any]:
+        """The results in order."""
+        self._note(work)
+        return self.performer.perform(work)
+
+    def _note(self, work: Work) -> None:
+        for participant, step in work:
+            if is_private(step):
+                self.charges[participant.id].append(charge_of(participant, step, self.privacy))
+
+
+class Guard(Tally):
+    """Performs private steps with noise, hands the others on.
+
+    Args:
+        clients: whose plans are carried out. Their private rows are readable from now on inside of steps only.
+    """
+
+    def __init__(
+        self,
+        performer: Performer,
+        privacy: PrivacyConfig,
+        noise: Noise,
+        clients: Sequence[Participant],
+    ) -> None:
+        super().__init__(performer, privacy)
+        self.noise = noise
+        assert not isinstance(privacy.clip, Mapping)
+        self._gradients = PrivateGradients(privacy.clip, privacy.z, noise, privacy.sample_rate)
+        self._data: dict[str, Data] = {}
+        for client in clients:
+            self._data[client.id], client.data = client.data, closed(client.data)
+
+    def perform(self, work: Work) -> list[Any]:
+        inside = [(replace(p, data=self._data[p.id]) if is_private(s) else p, s) for p, s in work]
+        self._note(inside)
+        public = [i for i, (_, step) in enumerate(work) if not is_private(step)]
+        found = self.performer.perform([work[i] for i in public]) if public else []
+        results = dict(zip(public, found, strict=True))
+        for i, (participant, step) in enumerate(inside):
+            if i not in results:
+                results[i] = self._private(participant, step)
+        return [results[i] for i in range(len(work))]
+
+    def _private(self, participant: Participant, step: Step) -> Any:
+        if isinstance(step, ClassSums):
+            return self._class_sums(participant, step)
+        assert isinstance(step, Fit)
+        try:
+            report = fit_on_live_modules(participant, step, self.templates, self._gradients)
+        except Diverged as failure:
+            return failure
+        return replace(report, loss=math.nan)  # nobody noised it
+
+    def _class_sums(self, participant: Participant, step: ClassSums) -> tuple[Tensor, Tensor]:
+        """A row adds a vector of norm up to C to its class's sum and one to its count: (v/C, 1) has a norm up to √2."""
+        clip, classes = self.privacy.statistics_clip, participant.task.outputs
+        of = step.readout if step.readout == "features" else "logits"
+        asked = Predict(step.slot, step.data, of, step.batch_size)
+        (raw,) = self.performer.perform([(participant, asked)])
+        values = readout(step, Outputs(logits=raw, features=raw))
+        values = values.where(
+            values.norm(dim=-1, keepdim=True).isfinite(), 0
+        )  # else one row could spoil the sum, and tell
+        values = values * (clip / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+        sums, counts = class_sums(values, step.data.columns(participant)["y"], classes)
+        draws = (*participant.stream("class sums"), "noise")
+        deviation = math.sqrt(2) * self.privacy.statistics_noise * self.privacy.z
+        noised = counts + self.noise.normal(counts, deviation, *draws, "counts")
+        return sums + self.noise.normal(sums, deviation * clip, *draws, "sums"), noised.clamp(min=0)
+
+
+def closed(data: Data) -> Data:
+    """The same data, of which private sets cannot be read. Raises UserError for them."""
+
+    def public(name: str, through: Any) -> Columns:
+        if name not in PUBLIC:
+            raise UserError(
+                f"privacy.unit: record: the method reads '{name}' outside of its steps, where nothing is noised"
+            )
+        return data(name, through)
+
+    return public

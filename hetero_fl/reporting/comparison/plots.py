@@ -1,0 +1,303 @@
+"""Plots of a comparison: bars and curves."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
+from hetero_fl.core.task import Task
+from hetero_fl.reporting.comparison.facts import Entrants, Row, entrants, metrics_of
+from hetero_fl.reporting.formatting import (
+    READING_WORDS,
+    READINGS,
+    algorithm_name,
+    duration,
+    metric_name,
+    sentence,
+    size,
+    tested_metric,
+)
+from hetero_fl.reporting.methods import is_bound, needs
+from hetero_fl.reporting.plots import style
+
+# The picture of a comparison: every method on global and local tests, what it exchanged, how long
+# it took, what it needs.
+
+LABEL_WIDTH = 25
+"""Letters on a line of a method's name."""
+
+MANY = 16
+"""With more methods their lines move together, so that the picture stays on a page."""
+
+
+def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
+    """A line a method: mean and standard deviation over seeds at the last round, seeds as faint points, bytes, time, needs.
+
+    The metrics are those of the tables. The line to beat is dotted; bounds stand below a rule. `jobs`: so
+    many runs shared the machine (None: unknown).
+    """
+    shown = entrants(rows)
+    metrics = [
+        m
+        for m in metrics_of(task)
+        if any(row.get(f"{r}_last_{m}") is not None for row in rows for r in READINGS)
+    ]
+    labels = [_label(a) for a in shown.all]
+    wanted = Counter(word for a in shown.all for need in needs(a) for word in need)
+    needed = [word for word, _ in wanted.most_common()]
+    pitch, line = (0.2, 0.14) if len(labels) <= MANY else (0.12, 0.13)
+    height = 1.2 + pitch * len(labels) + line * sum(label.count("\n") + 1 for label in labels)
+    figure = style.figure(height + (0.07 * max(map(len, needed)) if needed else 0))
+    present = [
+        r
+        for r in READINGS
+        if any(row.get(f"{r}_last_{m}") is not None for row in rows for m in metrics)
+    ]
+    widths = [*(2.4 for _ in metrics), 1.7, 1.7, max(0.4, 0.34 * len(needed))]
+    panels = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
+    *scores, exchanged, time, needs_axes = panels
+    for axes, metric in zip(scores, metrics, strict=True):
+        for place, reading in enumerate(present):
+            _dots(axes, rows, shown, reading, metric, 0.2 * (place - (len(present) - 1) / 2))
+        axes.set_title(textwrap.fill(sentence(metric_name(metric, task.unit)), 12))
+    _bars(
+        exchanged,
+        [[row["up_bytes"] + row["down_bytes"] for row in _of(rows, a)] for a in shown.all],
+        size,
+    )
+    exchanged.set_title("Bytes")
+    _bars(time, [[row["seconds_total"] for row in _of(rows, a)] for a in shown.all], duration)
+    time.set_title("Time" if jobs == 1 else "Time,\nshared")
+    _matrix(needs_axes, [needs(a) for a in shown.all], needed)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.4, -0.6)
+    for axes in panels:
+        axes.title.set_fontsize(8.5)
+        axes.grid(axis="y", visible=False)
+        for place in range(1, len(labels), 2):
+            axes.axhspan(place - 0.5, place + 0.5, color=style.BAND, linewidth=0, zorder=0)
+        if shown.federated and shown.bounds:
+            axes.axhline(
+                len(shown.federated) - 0.5, color=style.GREY, linewidth=0.8, linestyle=(0, (3, 3))
+            )
+        if axes is not panels[0]:
+            axes.tick_params(axis="y", length=0)
+    # Beside the words of the needs, which stand upright above their panel, there is room for it.
+    handles = _handles(rows, shown, present)
+    if needed:
+        figure.legend(handles=handles, loc="upper left", ncols=3)
+    else:
+        figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    return figure
+
+
+def _label(label: str) -> str:
+    """Return the name of a method on at most three lines, each setting whole if it fits."""
+    whole = algorithm_name(label).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    lines = textwrap.wrap(whole, LABEL_WIDTH, max_lines=3, placeholder=" …")
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _of(rows: Sequence[Row], label: str) -> list[Row]:
+    return [row for row in rows if row["algorithm"] == label]
+
+
+def _dots(
+    axes: Axes, rows: Sequence[Row], shown: Entrants, reading: str, metric: str, offset: float
+) -> None:
+    key, colour = f"{reading}_last_{metric}", style.READING_COLOURS[reading]
+    for place, label in enumerate(shown.all):
+        values = [row[key] for row in _of(rows, label) if row.get(key) is not None]
+        if not values:
+            continue
+        mean = float(np.mean(values))
+        if label == shown.baseline:
+            axes.axvline(mean, color=colour, linewidth=0.9, linestyle=(0, (1, 1.5)), zorder=1)
+        if len(values) > 1:
+            axes.plot(
+                values,
+                [place + offset] * len(values),
+                ".",
+                markersize=5,
+                color=colour,
+                alpha=0.35,
+                mew=0,
+            )
+        axes.errorbar(
+            mean,
+            place + offset,
+            xerr=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            color=colour,
+            marker=style.READING_MARKERS[reading],
+            markersize=5,
+            elinewidth=1.2,
+            markerfacecolor="white" if label in shown.bounds else colour,
+        )
+    axes.xaxis.set_major_locator(style.ticks(3))
+
+
+def _bars(axes: Axes, values: Sequence[Sequence[float]], words: Callable[[float], str]) -> None:
+    """The mean of each method as a bar with its figure beside it; no axis, since the figures say it."""
+    means = [float(np.mean(v)) for v in values]
+    axes.barh(range(len(means)), means, 0.6, color=style.LIGHT)
+    for place, mean in enumerate(means):
+        told = words(mean) if mean else "nothing"
+        axes.annotate(
+            told, (mean, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7
+        )
+    axes.set_xlim(0, 2.3 * max(means) or 1)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+
+
+def _matrix(axes: Axes, found: Sequence[Sequence[tuple[str, ...]]], needed: Sequence[str]) -> None:
+    """A dot where a method needs what stands above; hollow ones are alternatives."""
+    for place, each in enumerate(found):
+        for need in each:
+            for word in need:
+                face = "white" if len(need) > 1 else style.INK
+                axes.plot(
+                    needed.index(word),
+                    place,
+                    "o",
+                    markersize=4.5,
+                    color=style.INK,
+                    markerfacecolor=face,
+                    mew=0.9,
+                )
+    axes.set_xlim(-0.6, max(len(needed), 1) - 0.4)
+    axes.set_xticks(range(len(needed)), needed, rotation=90)
+    axes.xaxis.tick_top()
+    axes.tick_params(axis="x", length=0, labelsize=7.5)
+    axes.set_title("Needs" if needed else "")
+    axes.spines["bottom"].set_visible(False)
+
+
+def _handles(rows: Sequence[Row], shown: Entrants, present: Sequence[str]) -> list[Line2D]:
+    handles = []
+    for reading in present:
+        look: dict[str, Any] = {
+            "color": style.READING_COLOURS[reading],
+            "marker": style.READING_MARKERS[reading],
+        }
+        handles.append(
+            Line2D([], [], markersize=5, linestyle="none", label=READING_WORDS[reading], **look)
+        )
+    if len({row["seed"] for row in rows}) > 1:
+        handles.append(Line2D([], [], color=style.GREY, linewidth=1.3, label="± std over seeds"))
+    if shown.baseline and len(shown.all) > 1:
+        dotted: dict[str, Any] = {"color": style.GREY, "linewidth": 0.9, "linestyle": (0, (1, 1.5))}
+        handles.append(
+            Line2D([], [], label=f"{algorithm_name(shown.baseline)}, the line to beat", **dotted)
+        )
+    return handles
+
+
+# How the methods of a comparison get where they are: global test figures against rounds, mean and
+# spread over seeds.
+
+History = Sequence[Mapping[str, Any]]  # the records of one run
+MANY_CURVES = 10
+"""Of more methods there are too many lines to follow; no picture is made."""
+COLOURS = (style.BLUE, style.VERMILION, style.GREEN, *style.CATEGORIES)
+
+
+def write_curves(
+    path: Path, histories: Mapping[str, Sequence[History]], task: Task, timed: bool = False
+) -> None:
+    """Write the picture if there is something to draw: methods that are few, and read in more than one round.
+
+    `timed`: by simulated hours in place of rounds, of the runs that have them.
+    """
+    metric = _metric(task)
+    lines = {
+        label: line
+        for label, runs in histories.items()
+        if (line := _line(runs, metric, timed)) or not timed
+    }
+    if len(lines) <= MANY_CURVES and any(len(line) > 1 for line in lines.values()):
+        with style.drawing():
+            path.write_bytes(
+                style.png(_draw(lines, metric, "simulated hours" if timed else "round"))
+            )
+
+
+def hours_to_reach(histories: Sequence[History], task: Task) -> list[dict[str, float]]:
+    """Return for each run the simulated hours until its global test figure is what every run reaches.
+
+    That is the best figure of the worst run, cut to two decimals. Empty if a run has no simulated time or no such figure.
+    """
+    metric = _metric(task)
+    sign = -1 if metric in SMALLER_IS_BETTER else 1
+    curves = [
+        [(x, values[0]) for x, values in _line([history], metric, timed=True)]
+        for history in histories
+    ]
+    if not curves or not all(curves):
+        return [{} for _ in histories]
+    worst = min(max(sign * value for _, value in curve) for curve in curves)
+    target = math.floor(100 * worst + 1e-9) / 100
+    name = f"simulated_hours_to_{metric}_{abs(target):.2f}"
+    return [{name: next(x for x, value in curve if sign * value >= target)} for curve in curves]
+
+
+def _metric(task: Task) -> str:
+    return (
+        "accuracy" if task.kind == "multiclass" and task.outputs > 2 else selection_metric(task)[0]
+    )
+
+
+def _line(
+    runs: Sequence[History], metric: str, timed: bool = False
+) -> list[tuple[float, list[float]]]:
+    """(round, values of the seeds) for each round that any was read in; `timed`: (mean simulated hours of the seeds, values)."""
+    values: dict[int, list[float]] = {}
+    hours: dict[int, list[float]] = {}
+    for history in runs:
+        for record in history:
+            found = (record.get("global") or {}).get(metric)
+            if found is not None and (not timed or "simulated" in record):
+                values.setdefault(record["round"], []).append(found)
+                hours.setdefault(record["round"], []).append(
+                    record["simulated"]["end"] / 3600 if timed else record["round"]
+                )
+    return [(float(np.mean(hours[round])), values[round]) for round in sorted(values)]
+
+
+def _draw(lines: Mapping[str, list[tuple[float, list[float]]]], metric: str, axis: str) -> Figure:
+    figure = style.figure(3.2)
+    axes = figure.subplots()
+    for place, (label, line) in enumerate(lines.items()):
+        rounds = [round for round, _ in line]
+        mean = np.array([np.mean(values) for _, values in line])
+        spread = np.array(
+            [np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in line]
+        )
+        colour, dashed = (
+            COLOURS[place % len(COLOURS)],
+            (0, (4, 2)) if is_bound(label) or place >= len(COLOURS) else "-",
+        )
+        name = textwrap.fill(algorithm_name(label), 44, max_lines=2, placeholder=" …")
+        axes.plot(rounds, mean, color=colour, linestyle=dashed, label=name)
+        low, high = mean - spread, mean + spread
+        if metric not in SMALLER_IS_BETTER and metric != "r2":
+            low, high = low.clip(0, 1), high.clip(0, 1)  # shares
+        axes.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel(axis)
+    axes.xaxis.set_major_locator(
+        MaxNLocator(8, integer=True, min_n_ticks=1) if axis == "round" else style.ticks(8)
+    )
+    axes.set_title(tested_metric("global", metric))
+    figure.legend(loc="outside right center")
+    return figure

@@ -1,0 +1,92 @@
+"""All pictures of a run, drawn from its files into its `plots/`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from hetero_fl.reporting.plots import clients, rounds, scores, style
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import one_line
+
+NAMES = (
+    "curves",
+    "clients",
+    "labels",
+    "communication",
+    "time",
+    "tasks",
+    "staleness",
+    "privacy",
+    "forecasts",
+    "confusion",
+    "calibration",
+)
+
+
+def draw(run: RunDirectory, say: Callable[[str], None] | None = None) -> dict[str, bytes]:
+    """A finished run's pictures as PNG, by name, in the order of the report.
+
+    Left out: `communication` where nothing was exchanged, `time` and `tasks` where no time was simulated, `staleness` where
+    rounds wait for their cohorts, `privacy` where nothing was protected, `forecasts` where rows have no dates, `confusion` and
+    `calibration` where targets are no classes.
+
+    Args:
+        run: The finished run.
+        say: Where a picture that cannot be drawn is reported in one line, and left out; None raises what went wrong.
+
+    Raises:
+        UserError: If a file of the run is missing.
+    """
+    summary, records, details = run.summary(), run.metrics(), run.details()
+    figures: tuple[Callable[[], Figure | None], ...] = (
+        lambda: rounds.curves(summary, records, details),
+        lambda: clients.clients(summary, details),
+        lambda: clients.labels(summary, details),
+        lambda: rounds.communication(summary, records, details),
+        lambda: rounds.time(summary, records, details),
+        lambda: rounds.tasks(summary, records, details),
+        lambda: rounds.staleness(summary, records, details),
+        lambda: rounds.privacy(summary, records),
+        lambda: scores.forecasts(summary, details),
+        lambda: scores.confusion(summary, details),
+        lambda: scores.calibration(summary, details),
+    )
+    pictures: dict[str, bytes] = {}
+    with style.drawing():
+        for name, make in zip(NAMES, figures, strict=True):
+            with reported(f"the picture {name!r} cannot be drawn", say):
+                if (made := make()) is not None:
+                    pictures[name] = style.png(made)
+    return pictures
+
+
+@contextmanager
+def reported(what: str, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Report an error in one line that begins with `what`, and go on; without `say` it is raised."""
+    try:
+        yield
+    except Exception as error:
+        if say is None:
+            raise
+        say(one_line(f"{what}: {type(error).__name__}: {error}"))
+
+
+def write_plots(
+    run_dir: str | os.PathLike[str], say: Callable[[str], None] | None = None
+) -> list[Path]:
+    """Draw a finished run's pictures into its `plots/`, and return their paths.
+
+    `say`: see `draw`. Raises UserError if the folder is no finished run.
+    """
+    run = RunDirectory.open(run_dir)
+    pictures = draw(run, say)
+    run.plots.mkdir(exist_ok=True)
+    paths = {name: run.plots / f"{name}.png" for name in pictures}
+    for name, content in pictures.items():
+        paths[name].write_bytes(content)
+    return list(paths.values())

@@ -1,0 +1,306 @@
+"""What each client has and reaches: `clients` (metrics on local and global test) and `labels` (who holds which labels)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from hetero_fl.reporting.formatting import (
+    FEW_ROWS,
+    READING_WORDS,
+    READINGS,
+    home_rows,
+    is_regression,
+    last_scores,
+    metric_name,
+    reached,
+    selection,
+    sentence,
+    span,
+)
+from hetero_fl.reporting.plots import style
+from hetero_fl.utils.text import plural
+
+Json = dict[str, Any]
+
+FEW, MOST_LABELS = 40, 20
+"""So many clients, and so many labels, can be named one by one."""
+
+
+def clients(summary: Json, details: Json) -> Figure:
+    """Two metrics of each client's model, on local and global test, at the last round.
+
+    Up to 40 clients: a line each, two points joined, with the number n of local test rows. More: a point each, local
+    against global. Hollow: fewer than 20 local test rows.
+    """
+    rows, tested = summary["clients"], home_rows(details)
+    first = selection(
+        summary, details
+    )  # AUROC beside it would be undefined where a class is missing in a local test split
+    pair = (
+        first,
+        {"mae": "rmse", "auroc": "balanced_accuracy", "accuracy": "top3_accuracy"}.get(
+            first, "accuracy"
+        ),
+    )
+    if details.get("rare") is not None:
+        pair = first, "average_precision"
+    if len(rows) > FEW:
+        return _against(rows, pair, tested, details.get("unit", ""))
+    figure = style.figure(1.35 + 0.21 * len(rows))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name in zip(panels, pair, strict=True):
+        _dumbbells(axes, rows, name, tested)
+        axes.set_title(sentence(metric_name(name, details.get("unit", ""))))
+    panels[0].set_yticks(
+        range(len(rows)), [f"{style.shorten(row['id'])} (n = {tested[row['id']]})" for row in rows]
+    )
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    handles, words = panels[0].get_legend_handles_labels()
+    if hollow := _hollow(tested):
+        handles, words = [*handles, hollow], [*words, str(hollow.get_label())]
+    figure.legend(handles, words, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _few(rows: list[Json], tested: dict[str, int]) -> np.ndarray:
+    return np.array([tested[row["id"]] < FEW_ROWS for row in rows])
+
+
+def _hollow(tested: dict[str, int]) -> Line2D | None:
+    if not any(0 < count < FEW_ROWS for count in tested.values()):
+        return None
+    look: dict[str, Any] = {
+        "marker": "o",
+        "markerfacecolor": "white",
+        "markeredgecolor": style.GREY,
+    }
+    return Line2D(
+        [], [], linestyle="none", label=f"uncertain: n < {FEW_ROWS} local test rows", **look
+    )
+
+
+def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) -> None:
+    values = np.array(
+        [[reached(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float
+    )
+    places, few = np.arange(len(rows)), _few(rows, tested)
+    axes.hlines(places, *values.T, color=style.LIGHT, linewidth=2.5, zorder=1)
+    for column, reading in enumerate(("personal", "global")):
+        colour = style.READING_COLOURS[reading]
+        look: dict[str, Any] = {
+            "linestyle": "none",
+            "marker": style.READING_MARKERS[reading],
+            "markersize": 6,
+        }
+        axes.plot(values[:, column], places, color=colour, label=READING_WORDS[reading], **look)
+        if reading == "personal" and few.any():
+            axes.plot(
+                values[few, column], places[few], color=colour, markerfacecolor="white", **look
+            )
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(style.ticks())
+    if not np.isfinite(values).any():
+        axes.text(0.5, 0.5, "undefined for every client", transform=axes.transAxes, ha="center")
+
+
+def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], unit: str) -> Figure:
+    figure = style.figure(3.8)
+    models = sorted({row["model"] for row in rows})
+    colours = (
+        dict(zip(models, style.CATEGORIES, strict=False))
+        if len(models) <= len(style.CATEGORIES)
+        else {}
+    )
+    panels, few = figure.subplots(1, 2), _few(rows, tested)
+    for axes, name in zip(panels, pair, strict=True):
+        values = np.array(
+            [[reached(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float
+        )
+        for model in models if colours else [None]:
+            of_model = np.array([model in (None, row["model"]) for row in rows])
+            colour = colours.get(model or "", style.GREY)
+            axes.scatter(
+                *values[of_model & ~few].T, s=15, alpha=0.75, linewidth=0, color=colour, label=model
+            )
+            axes.scatter(
+                *values[of_model & few].T, s=12, linewidth=0.9, facecolor="none", edgecolor=colour
+            )
+        if np.isfinite(values).any():
+            ends = [np.nanmin(values), np.nanmax(values)]
+            axes.plot(ends, ends, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        axes.set_title(sentence(metric_name(name, unit)))
+        axes.set_xlabel(f"{READINGS['personal']} (n = {span(tested.values())})")
+        axes.set_ylabel(READINGS["global"])
+        axes.xaxis.set_major_locator(style.ticks())
+        axes.yaxis.set_major_locator(style.ticks())
+        axes.set_aspect("equal", adjustable="datalim")
+    handles: list[Artist] = []
+    for model, colour in colours.items():
+        handles.append(
+            Line2D(
+                [], [], linestyle="none", marker="o", color=colour, label=style.shorten(model, 30)
+            )
+        )
+    if hollow := _hollow(tested):
+        handles.append(hollow)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
+    return figure
+
+
+def labels(summary: Json, details: Json) -> Figure:
+    """Who holds which labels.
+
+    Up to forty clients: stacked bars for up to four classes, bubbles whose area is the count for up to twenty. More
+    clients or classes: the share of each label among a client's examples, of the twenty most frequent labels. Targets
+    without classes, and where no client tells its labels: how many rows each client has for training, validation and test.
+    """
+    counts, names = details["label_counts"], details["labels"]
+    if is_regression(last_scores(summary)) or not counts:
+        parts = ("train", "validation", "test")
+        table = np.array(
+            [[rows[part] for part in parts] for rows in details["rows"].values()], dtype=float
+        )
+        if len(table) > FEW:
+            return _stacked_many(
+                table, parts, "rows", np.argsort(-table.sum(1), kind="stable"), "largest first"
+            )
+        return _stacked(list(details["rows"]), table, parts, "rows")
+    table = np.array(list(counts.values()), dtype=float)
+    ids = list(counts)
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    if len(names) <= 4 and len(ids) <= FEW:
+        return _stacked(ids, table, tuple(names), "examples")
+    if len(names) <= 4:
+        order = np.lexsort(share.T[::-1])
+        unit = "share of the client's examples"
+        return _stacked_many(
+            share, tuple(names), unit, order, f"ordered by their share of {names[0]}"
+        )
+    if len(names) <= MOST_LABELS and len(ids) <= FEW:
+        return _bubbles(ids, table, names)
+    if len(names) <= MOST_LABELS:
+        return _shares(ids, share, names)
+    most = np.argsort(-table.sum(0), kind="stable")[:MOST_LABELS]
+    figure = _shares(ids, share[:, most], [names[c] for c in most])
+    figure.axes[0].set_title(f"The {MOST_LABELS} most frequent of {len(names)} labels")
+    return figure
+
+
+def _stacked(ids: list[str], table: np.ndarray, names: tuple[str, ...], unit: str) -> Figure:
+    figure = style.figure(1.35 + 0.24 * len(ids))
+    axes = figure.subplots()
+    places, start = np.arange(len(ids)), np.cumsum(table, 1) - table
+    wide = 0.05 * table.sum(1).max()
+    for c, name in enumerate(names):
+        axes.barh(
+            places,
+            table[:, c],
+            0.72,
+            left=start[:, c],
+            color=style.CATEGORIES[c],
+            label=style.shorten(name, 20),
+        )
+        for place, (count, left) in enumerate(zip(table[:, c], start[:, c], strict=True)):
+            if count > wide:
+                axes.text(
+                    left + count / 2, place, f"{count:.0f}", ha="center", va="center", fontsize=7.5
+                )
+    axes.set_yticks(places, [style.shorten(i) for i in ids])
+    axes.set_ylim(len(ids) - 0.4, -0.6)
+    axes.set_xlabel(unit)
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=len(names))
+    return figure
+
+
+def _stacked_many(
+    table: np.ndarray, names: tuple[str, ...], unit: str, order: np.ndarray, by: str
+) -> Figure:
+    figure = style.figure(3.0)
+    axes = figure.subplots()
+    edges = np.arange(len(table) + 1) - 0.5
+    top = np.cumsum(table[order], 1)
+    for c, name in enumerate(names):
+        base = top[:, c - 1] if c else 0.0
+        axes.stairs(
+            top[:, c],
+            edges,
+            baseline=base,
+            fill=True,
+            color=style.CATEGORIES[c],
+            label=style.shorten(name, 20),
+            linewidth=0,
+        )
+    axes.set_xlabel(f"{plural(len(table), 'client')}, {by}")
+    axes.set_ylabel(unit)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, top.max())
+    axes.set_xticks([])
+    figure.legend(loc="outside lower center", ncols=len(names))
+    return figure
+
+
+def _bubbles(ids: list[str], table: np.ndarray, names: list[str]) -> Figure:
+    clients, classes = table.shape
+    figure = style.figure(0.95 + 0.29 * clients)
+    axes = figure.subplots()
+    rows, columns = np.nonzero(table)
+    area = 330 * table[rows, columns] / table.max()
+    axes.scatter(
+        columns, rows, s=area, color=style.CATEGORIES[3], alpha=0.8, linewidth=0, clip_on=False
+    )
+    if table.size <= 150:
+        for row, column, bubble in zip(rows, columns, area, strict=True):
+            axes.annotate(
+                f"{table[row, column]:.0f}",
+                (column, row),
+                xytext=((bubble / np.pi) ** 0.5 + 2.5, 0),
+                textcoords="offset points",
+                ha="left",
+                va="center",
+                fontsize=style.SMALLEST,
+                color=style.GREY,
+            )
+    words = [style.shorten(name, 12) for name in names]
+    axes.set_xticks(range(classes), words)
+    if sum(map(len, words)) > 75:  # they would run into each other
+        for label in axes.get_xticklabels():
+            label.set(rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(clients), [style.shorten(i) for i in ids])
+    axes.set_xlim(-0.5, classes - 0.3)
+    axes.set_ylim(clients - 0.4, -0.6)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title("Examples by label (area is the count)")
+    return figure
+
+
+def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
+    clients, classes = share.shape
+    # Clients with the same main label side by side: the map then shows how skewed they are at a glance.
+    order = np.lexsort((-share.max(1), share.argmax(1)))
+    figure = style.figure(4.4)
+    axes = figure.subplots()
+    image = axes.imshow(
+        share[order].T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest"
+    )
+    style.bare(axes)
+    axes.set_yticks(range(classes), [style.shorten(name, 14) for name in names])
+    if clients <= FEW:
+        axes.set_xticks(range(clients), [style.shorten(ids[i], 14) for i in order], rotation=90)
+    else:
+        axes.set_xticks([])
+        axes.set_xlabel(f"{plural(clients, 'client')}, ordered by main label")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
+    bar.set_label("share of the client's examples")
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_locator(style.ticks())
+    return figure

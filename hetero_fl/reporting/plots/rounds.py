@@ -1,0 +1,373 @@
+"""Plots over rounds: metrics, traffic, privacy budget and simulated time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from hetero_fl.reporting.formatting import (
+    READING_WORDS,
+    READINGS,
+    byte_unit,
+    headline_metrics,
+    metric_name,
+    selection,
+    sentence,
+    time_unit,
+)
+from hetero_fl.reporting.plots import style
+from hetero_fl.utils.ordering import in_order
+
+# What happened over the rounds: `curves` (metrics by round) and `communication` (metrics by bytes
+# exchanged).
+
+Json = dict[str, Any]
+
+
+def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
+    """The selection metric and one more by round: mean over clients on local and global test (band: ± std), and the server's."""
+    figure = style.figure(3.1)
+    rounds = [r for r in records if r.get("personal") or r.get("global")]
+    names = headline_metrics(summary, details)
+    panels = figure.subplots(1, 2)
+    for axes, name in zip(panels, names, strict=True):
+        for reading in READINGS:
+            line(axes, reading, name, [r["round"] for r in rounds], rounds, summary)
+        axes.set_title(sentence(metric_name(name, details.get("unit", ""))))
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(style.ticks())
+        if not axes.lines:
+            axes.text(
+                0.5,
+                0.5,
+                "undefined in every round:\na class is missing",
+                transform=axes.transAxes,
+                ha="center",
+            )
+        if len(rounds) == 1:
+            axes.set_xlim(rounds[0]["round"] - 1, rounds[0]["round"] + 1)
+            axes.set_xticks([rounds[0]["round"]])
+        headroom(axes, name)
+    readings_legend(figure, summary, bands=True)
+    return figure
+
+
+def communication(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+    """The selection metric against all bytes exchanged so far, up and down; None if nothing was exchanged."""
+    total = list(accumulate(r["up_bytes"] + r["down_bytes"] for r in records))
+    if not total or not total[-1]:
+        return None
+    factor, unit = byte_unit(total[-1])
+    kept = [
+        (r, t / factor)
+        for r, t in zip(records, total, strict=True)
+        if r.get("personal") or r.get("global")
+    ]
+    name = selection(summary, details)
+    figure = style.figure(3.4, style.COLUMN)
+    axes = figure.subplots()
+    for reading in READINGS:
+        line(axes, reading, name, [x for _, x in kept], [r for r, _ in kept], summary, band=False)
+    axes.set_xlabel(f"exchanged by all clients, up and down ({unit})")
+    axes.set_ylabel(metric_name(name, details.get("unit", "")))
+    axes.xaxis.set_major_locator(style.ticks())
+    axes.yaxis.set_major_locator(style.ticks())
+    axes.set_xlim(left=0, right=1.04 * total[-1] / factor)
+    headroom(axes, name)
+    readings_legend(figure, summary, bands=False)
+    return figure
+
+
+def line(
+    axes: Axes,
+    reading: str,
+    name: str,
+    x: list[float],
+    rounds: list[Json],
+    summary: Json,
+    band: bool = True,
+) -> None:
+    """One reading's curve, its band, and its last and selected rounds; undefined rounds are left out."""
+    points = [
+        (at, r["round"], r[reading]) for at, r in zip(x, rounds, strict=True) if r.get(reading)
+    ]
+    points = [p for p in points if p[2].get(name) is not None]
+    if not points:
+        return
+    colour = style.READING_COLOURS[reading]
+    at, mean = [p[0] for p in points], [p[2][name] for p in points]
+    axes.plot(
+        at, mean, color=colour, marker=style.READING_MARKERS[reading], markersize=2.2, linewidth=1.5
+    )
+    deviation = [p[2].get(f"{name}_std") for p in points]
+    if band and all(d is not None for d in deviation):
+        low = [m - d for m, d in zip(mean, deviation, strict=True)]
+        high = [m + d for m, d in zip(mean, deviation, strict=True)]
+        if name not in ("mae", "rmse", "perplexity"):
+            high = [min(h, 1.0) for h in high]
+        if len(at) > 1:
+            axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
+        else:  # one round has no area
+            axes.vlines(at, low, high, color=colour, alpha=0.35, linewidth=5)
+    axes.plot(
+        at[-1:],
+        mean[-1:],
+        marker="o",
+        markersize=6,
+        color=colour,
+        linestyle="none",
+        zorder=4,
+        clip_on=False,
+    )
+    chosen = (summary[reading] or {}).get("best_by_validation", {}).get("round")
+    for place, number, scores in points:
+        if number == chosen:
+            axes.plot([place], [scores[name]], **_SELECTED, markeredgecolor=colour)
+
+
+_SELECTED: dict[str, Any] = {
+    "marker": "D",
+    "markersize": 7.5,
+    "markerfacecolor": "none",
+    "markeredgewidth": 1.4,
+    "linestyle": "none",
+    "zorder": 5,
+    "clip_on": False,
+}
+
+
+def headroom(axes: Axes, name: str) -> None:
+    """Shares stay within 0 and 1, and a flat curve is not magnified."""
+    low, high = axes.get_ylim()
+    if name in ("accuracy", "top3_accuracy", "balanced_accuracy", "auroc", "average_precision"):
+        axes.set_ylim(max(0.0, low), min(1.0, max(high, low + 0.1)))
+
+
+def readings_legend(
+    figure: Figure, summary: Json, bands: bool, more: Sequence[Artist] = ()
+) -> None:
+    """Below a figure of readings: which is which. `more`: entries after those."""
+    handles: list[Artist] = [
+        Line2D(
+            [],
+            [],
+            color=style.READING_COLOURS[r],
+            marker=style.READING_MARKERS[r],
+            markersize=4,
+            label=text,
+        )
+        for r, text in READING_WORDS.items()
+        if summary[r]
+    ]
+    if bands:
+        handles.append(
+            Patch(
+                color=style.GREY,
+                alpha=0.2,
+                linewidth=0,
+                label="± one standard deviation over clients",
+            )
+        )
+    handles.append(
+        Line2D(
+            [], [], color=style.GREY, marker="o", linestyle="none", markersize=6, label="last round"
+        )
+    )
+    handles.append(
+        Line2D([], [], markeredgecolor=style.GREY, label="selected by validation", **_SELECTED)
+    )
+    handles += more
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3 if figure.get_figwidth() > 6 else 1
+    )
+
+
+# What a private run has spent: `privacy` (ε by round).
+
+
+def privacy(summary: Json, records: Sequence[Json]) -> Figure | None:
+    """The largest ε of any client after each round, at the run's δ; None where nothing was protected."""
+    if not summary.get("privacy"):
+        return None
+    points = [
+        (0, 0.0),
+        *((r["round"], r["privacy"]["epsilon"]) for r in records if r.get("privacy")),
+    ]
+    figure = style.figure(2.6, style.COLUMN)
+    axes = figure.subplots()
+    axes.plot(
+        *zip(*points, strict=True),
+        color=style.READING_COLOURS["global"],
+        marker="o",
+        markersize=2.6,
+        linewidth=1.5,
+    )
+    axes.set_xlabel("round")
+    axes.set_ylabel(f"ε spent, at δ = {summary['privacy']['delta']:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+# A run in simulated time: `time` (metrics by hours, and what came of the invitations), `tasks` (who
+# was at it when) and, of an asynchronous one, `staleness` (how old uploads were).
+
+OUTCOMES = {
+    "arrived": style.CATEGORIES[0],
+    "late": style.CATEGORIES[1],
+    "failed": style.CATEGORIES[2],
+}
+SHOWN = 30  # clients of whom a row is legible
+ROUNDS = 15  # the first ones, whose tasks are wide enough to see
+
+
+def simulated(records: Sequence[Json]) -> list[Json]:
+    """The records that tell of simulated time; none where no time passed."""
+    told = [r for r in records if r.get("simulated")]
+    return told if told and told[-1]["simulated"]["end"] > 0 else []
+
+
+def time(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+    """The selection metric by simulated time, and each round's arrivals; None if no time was simulated."""
+    told = simulated(records)
+    if not told:
+        return None
+    factor, unit = time_unit(told[-1]["simulated"]["end"])
+    figure = style.figure(3.2)
+    left, right = figure.subplots(1, 2)
+    name = selection(summary, details)
+    read = [r for r in told if r.get("personal") or r.get("global")]
+    for reading in READINGS:
+        line(left, reading, name, [r["simulated"]["end"] / factor for r in read], read, summary)
+    left.set_title(sentence(metric_name(name, details.get("unit", ""))))
+    left.set_xlabel(f"simulated {unit}")
+    left.xaxis.set_major_locator(style.ticks())
+    left.set_xlim(0, 1.04 * told[-1]["simulated"]["end"] / factor)
+    headroom(left, name)
+    _counts(right, told)
+    readings_legend(figure, summary, bands=True, more=_outcomes(told))
+    return figure
+
+
+def _counts(axes: Axes, told: Sequence[Json]) -> None:
+    rounds, below = [r["round"] for r in told], [0] * len(told)
+    for what, colour in OUTCOMES.items():
+        counts = [r["counts"][what] for r in told]
+        axes.bar(
+            rounds, counts, 1.0 if len(told) > 60 else 0.8, bottom=below, color=colour, linewidth=0
+        )
+        below = [a + b for a, b in zip(below, counts, strict=True)]
+    skipped = [r["round"] for r in told if r.get("skipped")]
+    top = max(below)
+    axes.plot(skipped, [1.05 * top] * len(skipped), "x", color=style.INK, markersize=4)
+    axes.set_ylim(0, 1.12 * top)
+    axes.set_title("Invited clients")
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(axis="x", visible=False)
+
+
+def _outcomes(told: Sequence[Json]) -> list[Patch | Line2D]:
+    marks: list[Patch | Line2D] = [
+        Patch(color=colour, label=what) for what, colour in OUTCOMES.items() if _any(told, what)
+    ]
+    if any(r.get("skipped") for r in told):
+        cross: dict[str, Any] = {
+            "marker": "x",
+            "color": style.INK,
+            "linestyle": "none",
+            "markersize": 4,
+        }
+        marks.append(Line2D([], [], label="too few: nothing changed", **cross))
+    return marks
+
+
+def _any(told: Sequence[Json], what: str) -> bool:
+    return any(r["counts"][what] for r in told)
+
+
+def tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+    """A Gantt chart: the tasks of up to SHOWN clients, those most often invited, in the first ROUNDS rounds; None if no time was
+    simulated."""
+    told = simulated(records)[:ROUNDS]
+    rows = [row for record in told for row in record["tasks"]]
+    if not rows:
+        return None
+    often = Counter(client for client, *_ in rows)
+    ids = [id for id, _ in often.most_common(SHOWN)]
+    turn = {id: place for place, id in enumerate(in_order(ids))}
+    factor, unit = time_unit(told[-1]["simulated"]["end"])
+    figure = style.figure(1.1 + 0.16 * max(4, len(ids)))
+    axes = figure.subplots()
+    for what, colour in OUTCOMES.items():
+        bars = [
+            (turn[c], a / factor, b / factor)
+            for c, a, b, found in rows
+            if c in turn and found == what
+        ]
+        places, starts, widths = (
+            [b[0] for b in bars],
+            [b[1] for b in bars],
+            [b[2] - b[1] for b in bars],
+        )
+        axes.barh(places, widths, 0.7, left=starts, color=colour, edgecolor="white", linewidth=0.2)
+    for record in told:
+        axes.axvline(
+            record["simulated"]["end"] / factor,
+            color=style.GREY,
+            linewidth=0.6,
+            linestyle=(0, (2, 2)),
+            zorder=0,
+        )
+    axes.set_yticks(range(len(turn)), [style.shorten(id) for id in turn], fontsize=style.SMALLEST)
+    axes.set_ylim(len(turn) - 0.4, -0.6)
+    axes.set_xlim(0, 1.01 * told[-1]["simulated"]["end"] / factor)
+    axes.set_xlabel(f"simulated {unit}")
+    axes.grid(visible=False)
+    ends: dict[str, Any] = {"color": style.GREY, "linewidth": 0.6, "linestyle": (0, (2, 2))}
+    figure.legend(
+        handles=[
+            *_outcomes([{**r, "skipped": False} for r in told]),
+            Line2D([], [], label="a round ends", **ends),
+        ],
+        loc="outside lower center",
+        ncols=4,
+    )
+    return figure
+
+
+def staleness(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+    """How many versions the server had made before each upload was taken; None of a synchronous run."""
+    found = Counter[int]()
+    for record in records:
+        found.update(
+            {int(versions): count for versions, count in record.get("staleness", {}).items()}
+        )
+    if not found:
+        return None
+    figure = style.figure(2.6, style.COLUMN)
+    axes = figure.subplots()
+    mean = sum(versions * count for versions, count in found.items()) / found.total()
+    axes.bar(list(found), list(found.values()), 0.9, color=style.CATEGORIES[0], linewidth=0)
+    axes.axvline(
+        mean, color=style.INK, linewidth=0.9, linestyle=(0, (4, 2)), label=f"mean {mean:.1f}"
+    )
+    axes.set_xlabel("versions made since the task was given out")
+    axes.set_ylabel("uploads taken")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(axis="x", visible=False)
+    axes.legend(frameon=False)
+    return figure

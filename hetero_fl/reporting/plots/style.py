@@ -1,0 +1,120 @@
+"""How every picture looks: a paper's sizes, colours that colour-blind readers tell apart, one way to save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+WIDTH, COLUMN = 7.2, 3.5
+"""Inches: the text width of most journals, and the width of one of two columns. Figures are printed at the size they have."""
+
+SMALLEST = 7.0
+"""Points: no smaller type in any figure."""
+
+DPI = 300
+
+# Okabe and Ito's palette (2008), less its yellow, which white paper swallows.
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+# For classes, splits and models: none of the readings' colours, which mean a reading wherever they appear.
+CATEGORIES = ("#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#000000")
+READING_COLOURS = {"personal": BLUE, "global": VERMILION, "server": GREEN}
+READING_MARKERS = {"personal": "o", "global": "s", "server": "^"}
+GREY = "#6B6B6B"
+LIGHT = "#C9CDD2"
+INK, BAND = "#222222", "#F4F5F7"
+
+_SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E6E9",
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Within it figures take this style; matplotlib's settings are as before afterwards."""
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+def figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure (inches) that draws into memory; pyplot and its windows are not involved."""
+    made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def png(made: Figure) -> bytes:
+    """The figure as PNG, cropped to what is drawn, without the version stamp: equal figures give equal bytes."""
+    buffer = BytesIO()
+    made.savefig(
+        buffer,
+        format="png",
+        dpi=DPI,
+        bbox_inches="tight",
+        pad_inches=0.06,
+        metadata={"Software": None},
+    )
+    return buffer.getvalue()
+
+
+def shorten(text: str, length: int = 18) -> str:
+    """A label that fits. Cut in the middle: names of one family differ at their ends."""
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
+
+
+def ticks(most: int = 5) -> MaxNLocator:
+    """At most so many steps between ticks, each 1, 2 or 5 times a power of ten."""
+    return MaxNLocator(most, steps=[1, 2, 5, 10])
+
+
+def bare(axes: Axes) -> None:
+    """No grid and no frame: for pictures made of cells."""
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
+
+
+def ink(shade: float) -> str:
+    """The colour of writing on a cell of the map `Blues` at this shade (0 to 1)."""
+    return "white" if shade > 0.55 else INK
+
+
+def thinned(count: int, most: int) -> range:
+    """Positions of at most `most` labels, evenly apart, of `count`."""
+    return range(0, count, -(-count // most))

@@ -1,0 +1,1 @@
+"""Attacks, malicious clients and robust aggregation rules."""

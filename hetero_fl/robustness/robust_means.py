@@ -1,0 +1,224 @@
+"""Where a rule stands in for the mean: the same questions as `ItemSum` and `OwnerMeans` answer, from uploads that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetero_fl.config.robustness import AggregationConfig
+from hetero_fl.core.model_spec import Owner, Tensors
+from hetero_fl.core.participant import Card
+from hetero_fl.core.payload import Item, ItemSpec
+from hetero_fl.core.task import Task
+from hetero_fl.robustness.rules import Block, Rule, middle, prediction_rule, rule
+
+PARAMETERS = ("params", "update")
+# what a client was sent under an item's name; {} if nothing
+Reference = Callable[[Card, str], Tensors]
+# names of the parameters of the model that an item holds
+Trained = Callable[[Card, str], frozenset[str]]
+
+
+@dataclass
+class Rules:
+    """The rules of a run, and what they remember from round to round (`memory`, part of a checkpoint).
+
+    `too_few`: for each item the tensors, or "", that stayed as they were because fewer clients sent them than the rule needs to
+    bear its liars.
+    """
+
+    config: AggregationConfig
+    task: Task
+    reference: Reference = lambda card, item: {}
+    trained: Trained = lambda card, item: card.arch.parameter_names
+    memory: dict[str, Any] = field(default_factory=dict)
+    too_few: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def of_parameters(self) -> Rule:
+        """The rule for parameters."""
+        return rule[self.config.rule](self.config)
+
+    def governs(self, spec: ItemSpec) -> bool:
+        """Whether items of that kind are combined by another rule than the mean."""
+        config = self.config
+        by = {"rows": config.predictions, "class_sums": config.statistics, "counts": "mean"}
+        return by.get(spec.kind, config.rule) != "mean"
+
+
+class RuledModels:
+    """Named tensors under a rule, owner by owner as `OwnerMeans` has them. The tensors of a group that the very same clients
+    sent are one block: whoever measures distances measures them over all of it.
+
+    `senders`: who sent them, in the order in which they are added.
+    """
+
+    def __init__(
+        self, name: str, rules: Rules, senders: Sequence[Card], common: Sequence[str] = ()
+    ) -> None:
+        self.name, self.rules, self.senders, self.common = name, rules, senders, tuple(common)
+        self.roots: Mapping[str, Tensors] = {}
+        self._sent: list[tuple[str, Tensors, Tensors]] = []
+        self._made: dict[Owner, tuple[Tensor, int]] | None = None
+
+    def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """One more model, or part of one. Its weight is of no account."""
+        card = self.senders[len(self._sent)]
+        reference = (
+            self.rules.reference(card, self.name) if self.rules.of_parameters.uses_reference else {}
+        )
+        self._sent.append((group, dict(tensors), reference))
+
+    @property
+    def sent(self) -> list[tuple[Card, Tensors]]:
+        """What every client sent."""
+        return [
+            (card, tensors) for card, (_, tensors, _) in zip(self.senders, self._sent, strict=True)
+        ]
+
+    def owner(self, name: str, tensor: Tensor, group: str) -> Owner:
+        """With whose tensors a tensor is combined."""
+        shared = bool(self.common) and name.startswith(self.common)
+        return name, tuple(tensor.shape), "" if shared else group
+
+    def by_group(self) -> dict[str, Tensors]:
+        """For each group what the rule makes of the tensors that its members sent; what too few sent is left out."""
+        made = self._combined()
+        result: dict[str, Tensors] = {}
+        for group, tensors, _ in self._sent:
+            owners = {name: self.owner(name, tensor, group) for name, tensor in tensors.items()}
+            result.setdefault(group, {}).update(
+                {name: made[o][0] for name, o in owners.items() if o in made}
+            )
+        return result
+
+    def weights_by_group(self) -> dict[str, dict[str, float]]:
+        """How many sent each of these tensors."""
+        made = self._combined()
+        result: dict[str, dict[str, float]] = {}
+        for group, tensors, _ in self._sent:
+            owners = {name: self.owner(name, tensor, group) for name, tensor in tensors.items()}
+            result.setdefault(group, {}).update(
+                {n: float(made[o][1]) for n, o in owners.items() if o in made}
+            )
+        return result
+
+    def counts_by_group(self) -> dict[str, dict[str, int]]:
+        """As the weights: whoever sent a tensor counts once."""
+        weights = self.weights_by_group()
+        return {
+            group: {name: int(weight) for name, weight in named.items()}
+            for group, named in weights.items()
+        }
+
+    def _combined(self) -> dict[Owner, tuple[Tensor, int]]:
+        if self._made is None:
+            self._made = {}
+            for (_, members), owners in self.blocks().items():
+                self._combine(members, owners)
+        return self._made
+
+    def blocks(self) -> dict[tuple[str, tuple[int, ...]], list[Owner]]:
+        """The owners that the same clients (by place) stand behind, by group."""
+        members: dict[Owner, list[int]] = {}
+        for place, (group, tensors, _) in enumerate(self._sent):
+            for name, tensor in tensors.items():
+                members.setdefault(self.owner(name, tensor, group), []).append(place)
+        found: dict[tuple[str, tuple[int, ...]], list[Owner]] = {}
+        for owner, places in members.items():
+            found.setdefault((owner[2], tuple(places)), []).append(owner)
+        return found
+
+    def _combine(self, members: Sequence[int], owners: Sequence[Owner]) -> None:
+        assert self._made is not None
+        how, names = self.rules.of_parameters, [owner[0] for owner in owners]
+        liars = self.rules.config.liars_among(len(members))
+        if len(members) < how.least(liars):
+            self.rules.too_few.setdefault(self.name, []).extend(names)
+            return
+        sent = [{name: self._sent[i][1][name] for name in names} for i in members]
+        references = [self._sent[i][2] for i in members]
+        trained = self.rules.trained(self.senders[members[0]], self.name)
+        root = self.roots.get(self._sent[members[0]][0])
+        combined = how.combine(Block(sent, references, trained, root), liars)
+        self._made.update({owner: (combined[owner[0]], len(members)) for owner in owners})
+
+
+class RuledItems:
+    """Single tensors under a rule: predictions `[N, C]`, or class sums. Weights are of no account, but that of a class sum says
+    what it is to be divided by, and whether the client has the class."""
+
+    def __init__(self, name: str, rules: Rules, senders: Sequence[Card]) -> None:
+        self.name, self.rules, self.senders = name, rules, senders
+        self._items: list[Item] = []
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def add(self, item: Item) -> None:
+        """One more client's."""
+        self._items.append(item)
+        self._made = None
+
+    @property
+    def mean(self) -> Tensor | None:
+        """What the rule makes of them; None where too few sent any."""
+        made = self._combined()
+        return None if made is None else made[0]
+
+    @property
+    def total(self) -> tuple[Tensor, Tensor]:
+        """(mean times weight, weight): how many had a say, by class for class sums."""
+        made = self._combined()
+        if made is None:
+            values = self._items[0].values
+            assert isinstance(values, Tensor)
+            return torch.zeros_like(values), torch.zeros_like(
+                torch.as_tensor(self._items[0].weight, dtype=values.dtype)
+            )
+        return made[0] * made[1], made[1]
+
+    def _combined(self) -> tuple[Tensor, Tensor] | None:
+        if self._made is None:
+            self._made = (
+                self._class_means() if self._items[0].kind == "class_sums" else self._predictions()
+            )
+        return self._made
+
+    def _class_means(self) -> tuple[Tensor, Tensor]:
+        """The median of the means of the clients that have a class; none where liars could be more than half of these."""
+        values = torch.stack(
+            [item.values for item in self._items if isinstance(item.values, Tensor)]
+        )
+        counts = torch.stack(
+            [torch.as_tensor(item.weight, dtype=values.dtype) for item in self._items]
+        )
+        liars = self.rules.config.liars_among(len(values))
+        made, owners = torch.zeros_like(values[0]), (counts > 0).sum(0).to(values.dtype)
+        for c in range(len(made)):
+            has = (counts[:, c] > 0).reshape(len(values), -1).all(1)
+            if int(has.sum()) > 2 * liars:
+                made[c] = middle(values[has, c] / counts[has, c])
+            else:
+                owners[c] = 0
+                self.rules.too_few.setdefault(self.name, []).append(f"class {c}")
+        return made, owners
+
+    def _predictions(self) -> tuple[Tensor, Tensor] | None:
+        how = prediction_rule[self.rules.config.predictions](self.rules.config)
+        said = torch.stack([item.values for item in self._items if isinstance(item.values, Tensor)])
+        # sums and squares of the largest numbers that can be sent stay finite
+        dtype, said = said.dtype, said.double()
+        liars = self.rules.config.liars_among(len(said))
+        if len(said) < how.least(liars):
+            self.rules.too_few.setdefault(self.name, []).append("")
+            return None
+        apart = self.rules.task.kind == "multiclass" and said.shape[-1] == self.rules.task.outputs
+        level = said.mean(-1, keepdim=True) if apart else torch.zeros_like(said[..., :1])
+        memory = self.rules.memory.setdefault(self.name, {})
+        made = how.combine(said - level, liars, [card.id for card in self.senders], memory)
+        if apart:  # as a row of probabilities sums to one again
+            made = made - made.mean(-1, keepdim=True) + middle(level)
+        return made.to(dtype), torch.tensor(float(len(said)), dtype=dtype)

@@ -1,0 +1,108 @@
+"""Start child processes: signal handling, spawning, and early imports in a helper process."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+from hetero_fl.utils.errors import RunFailed
+
+# Processes that a run starts: they leave Ctrl-C to their parent, and do not run the user's script a
+# second time.
+
+UNGUARDED = 64  # exit status of a process that found itself running the script once more
+ADVICE = (
+    "processes are started that import this script again: put the call under `if __name__ == '__main__':` "
+    "(what stands outside of it runs in each of them)"
+)
+
+
+def leave_if_importing() -> None:
+    """End a worker process, silently, that has come here while it imports the script; its parent tells the one line."""
+    # multiprocessing's own sign of this moment
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(UNGUARDED)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started here do not hear Ctrl-C, which a terminal sends to all: the parent ends them, without tracebacks.
+
+    The parent hears it when all have been started.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    # what is blocked in this thread is blocked in its children
+    block = getattr(signal, "pthread_sigmask", None)
+    if block:
+        # multiprocessing's own; started later, it would unblock the signal again
+        resource_tracker.ensure_running()
+    mask = block(signal.SIG_BLOCK, {signal.SIGINT}) if block else None
+    try:
+        yield
+    finally:
+        if block:
+            block(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
+
+
+# A process beside this one that is started early, so that what it imports and what is imported here
+# take the same time.
+
+
+class Beside:
+    """A module run as a process of its own: it reads lines, and has to end when its standard input does."""
+
+    def __init__(self, module: str) -> None:
+        root = str(Path(__file__).parents[2])
+        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        self._process = subprocess.Popen(
+            # -P: the folder that one is in is not searched for modules
+            [sys.executable, "-P", "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C in a terminal is ours to hear
+        )
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def tell(self, told: Any) -> None:
+        """Send a line of JSON."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # `check` tells why
+            self._process.stdin.write(json.dumps(told).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def check(self) -> None:
+        """Raises RunFailed, in its words, if it has ended."""
+        if self._process.poll() is not None:
+            assert self._process.stdout is not None
+            words = self._process.stdout.read().decode(errors="replace").strip()
+            raise RunFailed(
+                words or f"a process beside this one ended with status {self._process.returncode}"
+            )

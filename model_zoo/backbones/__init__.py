@@ -1,0 +1,1 @@
+"""The network families: each builds a backbone from an input shape."""

@@ -1,0 +1,221 @@
+"""FedAsync and FedBuff against event loops written by hand, in float64."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.core.participant import floats
+from hetero_fl.core.payload import Payload
+from hetero_fl.federation.asynchronous import Task
+from hetero_fl.federation.state_store import Private
+from tests.helpers.asynchronous_runs import session
+from tests.helpers.small_federations import config
+from tests.references import local_training
+
+pytestmark = pytest.mark.usefixtures("float64")
+SECONDS = {"site_1": 1.0, "site_2": math.e, "site_3": 2 * math.pi}  # no two tasks ever end together
+ARRIVALS = 9  # three rounds
+
+
+def trained(
+    run: Any, id: str, version: int, again: int, start: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A client's model after its local epoch from `start`, by a plain loop."""
+    client = run.federation.client(id, Private(), version, again)
+    net = local_training.module(client.arch["model"], start)
+    local_training.train(
+        client,
+        list(net.parameters()),
+        lambda x, y: torch.nn.functional.cross_entropy(net(x).logits, y),
+    )
+    return floats({n: t.detach().clone() for n, t in net.state_dict().items()})
+
+
+def events(
+    run: Any, start: dict[str, torch.Tensor], goal: int, mix: Any
+) -> dict[str, torch.Tensor]:
+    """The server's model after all arrivals: `mix(model, [(staleness, start, end)])` makes each next version."""
+    model, version, number, buffer, asked = start, 0, 0, [], dict.fromkeys(SECONDS, 0)
+    flight: list[Any] = []
+
+    def give(id: str, now: float) -> None:
+        nonlocal number
+        heapq.heappush(flight, (now + SECONDS[id], number, id, version, asked[id], model))
+        number, asked[id] = number + 1, asked[id] + 1
+
+    for id in SECONDS:
+        give(id, 0.0)
+    for _ in range(ARRIVALS):
+        now, _, id, began, again, got = heapq.heappop(flight)
+        buffer.append((version - began, got, trained(run, id, began, again, got)))
+        if len(buffer) == goal:
+            model, version, buffer = mix(model, buffer), version + 1, []
+            asked = dict.fromkeys(SECONDS, 0)
+        give(id, now)
+    return model
+
+
+WEIGHTS = {
+    "constant": lambda t: 1.0,
+    "polynomial": lambda t: 1 / math.sqrt(1 + t),
+    "hinge": lambda t: 1.0 if t <= 1 else 1 / (10 * (t - 1) + 1),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_fedasync(kind: str) -> None:
+    run = session(
+        config(
+            "fedasync",
+            rounds=3,
+            algorithm={"name": "fedasync", "alpha": 0.7, "staleness": kind, "b": 1},
+        ),
+        seconds=lambda id, _: SECONDS[id],
+    )
+    (group,) = run.server.models
+    start = floats(run.server.models[group])
+    records = [run.round() for _ in range(3)]
+
+    def mix(model: Any, buffer: Any) -> Any:
+        ((stale, _, end),) = buffer
+        rate = 0.7 * WEIGHTS[kind](stale)
+        return {n: (1 - rate) * model[n] + rate * end[n] for n in model}
+
+    assert local_training.apart(run.server.models[group], events(run, start, 1, mix)) < 1e-10
+    assert run.version == ARRIVALS and max(map(int, records[-1]["staleness"])) > 1
+
+
+@pytest.mark.parametrize("goal", [1, 2, 4])
+def test_fedbuff(goal: int) -> None:
+    run = session(
+        config(
+            "fedbuff", rounds=3, algorithm={"name": "fedbuff", "buffer": goal, "server_lr": 0.8}
+        ),
+        seconds=lambda id, _: SECONDS[id],
+    )
+    (group,) = run.server.models
+    start, names = floats(run.server.models[group]), run.server.arch[group].parameter_names
+    again = 0
+    for _ in range(3):
+        run.round()
+        again = max(again, *(task.again for task in run.queue))
+
+    def mix(model: Any, buffer: Any) -> Any:
+        s = [1 / math.sqrt(1 + stale) for stale, _, _ in buffer]
+        made = {}
+        for n in model:
+            if n in names:
+                made[n] = model[n] + 0.8 / goal * sum(
+                    w * (end[n] - got[n]) for w, (_, got, end) in zip(s, buffer, strict=True)
+                )
+            else:  # a variance: towards the clients', by Σs/K of the way
+                mean = sum(w * end[n] for w, (_, _, end) in zip(s, buffer, strict=True)) / sum(s)
+                made[n] = model[n] + sum(s) / goal * (mean - model[n])
+        return made
+
+    assert local_training.apart(run.server.models[group], events(run, start, goal, mix)) < 1e-10
+    assert run.version == ARRIVALS // goal and (again > 0 or goal < 4)
+
+
+def test_a_version_is_not_trained_on_twice_in_the_same_way() -> None:
+    """The fast client comes back before there is a new version: other batches, another upload."""
+    run = session(
+        config("fedbuff", algorithm={"name": "fedbuff", "buffer": 3}),
+        seconds=lambda id, _: SECONDS[id],
+    )
+    seen = []
+    arrival = run._arrival
+
+    def seeing(task: Task) -> Payload:
+        payload = arrival(task)
+        seen.append((task, payload))
+        return payload
+
+    run._arrival = seeing  # type: ignore[method-assign]
+    run.round()
+    (first, one), (second, two) = [
+        (task, payload) for task, payload in seen if task.client == "site_1"
+    ]
+    assert (first.version, first.again, second.version, second.again) == (0, 0, 0, 1)
+    assert first.broadcast == second.broadcast
+    assert any(not torch.equal(one["model"][n], two["model"][n]) for n in one["model"])
+
+
+def test_a_pull_towards_what_was_received() -> None:
+    plain, pulled = (
+        session(
+            config("fedasync", algorithm={"name": "fedasync", "rho": rho}),
+            seconds=lambda id, _: SECONDS[id],
+        )
+        for rho in (0.0, 5.0)
+    )
+    (group,) = plain.server.models
+    start = floats(plain.server.models[group])
+    names = plain.server.arch[group].parameter_names
+    far = []
+    for run in (plain, pulled):
+        run.round()
+        far.append(
+            sum(float((run.server.models[group][n] - start[n]).square().sum()) for n in names)
+        )
+    assert far[1] < 0.5 * far[0]
+
+
+@pytest.mark.parametrize(("method", "buffer"), [("fedbuff", 1), ("fedbuff", 3), ("fedasync", None)])
+def test_a_part_that_is_common_to_architectures_stays_common(
+    method: str, buffer: int | None
+) -> None:
+    models = [
+        {"name": "mlp", "hidden": [24], "feature_dim": 16},
+        {"name": "mlp", "hidden": [12], "feature_dim": 16},
+    ]
+    algorithm = {"name": method, **({"buffer": buffer} if buffer else {})}
+    run = session(
+        config(method, models, clients__common=["head."], algorithm=algorithm),
+        seconds=lambda id, _: SECONDS[id],
+    )
+    start = [dict(model) for model in run.server.models.values()]
+    run.round()
+    one, other = run.server.models.values()
+    for name in ("head.weight", "head.bias"):
+        assert torch.equal(start[0][name], start[1][name]) and torch.equal(one[name], other[name])
+        assert not torch.equal(start[0][name], one[name])
+
+
+def test_heterofl_weighs_widths_by_rows_and_staleness() -> None:
+    """Two widths in a buffer, the second's upload made of an older version: to its corner the mean by n·s(τ)."""
+    wide = {"name": "mlp", "hidden": [16]}
+    algorithm = {"name": "heterofl", "model": wide, "widths": [1, 0.5, 0.5], "weighting": "samples"}
+    made = config("heterofl", wide, clients=3, algorithm=algorithm)
+    made["runtime"] |= {"mode": "async", "buffer": 2, "staleness": {"kind": "polynomial", "a": 1.0}}
+    run = session(made, seconds=lambda id, _: SECONDS[id])
+    combined = []
+    combine = run._combine
+
+    def seeing(sent: list[Any]) -> None:
+        before = next(iter(run.server.models.values()))
+        combine(sent)
+        combined.append((before, sent, next(iter(run.server.models.values()))))
+
+    run._combine = seeing  # type: ignore[method-assign]
+    for _ in range(2):
+        run.round()
+    name, stale = "backbone.1.bias", 0
+    for before, sent, after in combined:
+        assert name in after
+        total, count = torch.zeros_like(before[name]), torch.zeros_like(before[name])
+        for upload in sent:
+            bias = upload.payload["model"][name]
+            weight = upload.card.n * upload.worth
+            assert float(upload.payload.item("model").weight) == pytest.approx(weight)
+            total[: len(bias)] += weight * bias
+            count[: len(bias)] += weight
+            stale += upload.worth < 1 and len({u.card.arch for u in sent}) == 2
+        want = torch.where(count > 0, total / count.clamp(min=1e-9), before[name])
+        assert float((after[name] - want).abs().max()) < 1e-12
+    assert stale

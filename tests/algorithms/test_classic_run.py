@@ -1,0 +1,133 @@
+"""The classic run: the sum of changes with a factor, by hand; one client with everything is a plain training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.aggregation.means import add
+from hetero_fl.core.objectives import Supervised
+from hetero_fl.core.participant import floats
+from hetero_fl.core.plan import Fit
+from hetero_fl.data import augment
+from hetero_fl.engine.batches import index_batches
+from hetero_fl.engine.templates import Templates
+from hetero_fl.utils.seeding import generator
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.references.local_training import apart, clients, module, train
+
+SUM = {"name": "fedavg", "weighting": "sum", "server_lr": 0.1}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["fedavg", "fedprox"])
+def test_the_servers_step_is_the_tutorials(method: str) -> None:
+    settings = {**SUM, "name": method} | ({"mu": 0.0} if method == "fedprox" else {})
+    rounds = rounds_of(
+        config(method, MIXED[0], 4, algorithm=settings, clients__per_round=3), held=1
+    )
+    (group,) = rounds.server.models
+    model = {n: t.clone() for n, t in rounds.server.models[group].items()}
+    total = {n: torch.zeros_like(t) for n, t in model.items()}
+    cohort = rounds.cohort(rounds.completed)
+    for id, client in clients(rounds).items():
+        if id in cohort:
+            local = module(client.arch["model"], {**client.models["model"], **floats(model)})
+            train(
+                client,
+                list(local.parameters()),
+                lambda x, y, local=local: F.cross_entropy(local(x).logits, y),
+            )
+            for n, t in local.state_dict().items():
+                total[n] += t.detach() - model[n]
+    rounds.round()
+    want = {n: t + 0.1 * total[n] for n, t in floats(model).items()}
+    assert (
+        any("running_var" in n for n in want) and apart(rounds.server.models[group], want) < 1e-12
+    )
+    assert apart(model, want) > 1e-3
+    counters = {n: t for n, t in rounds.server.models[group].items() if not t.is_floating_point()}
+    assert counters and all(torch.equal(t, model[n]) for n, t in counters.items())
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_sum_is_a_plain_mean_with_a_rate_as_many_times_as_large() -> None:
+    summed = rounds_of(config("fedavg", ["mlp", MIXED[2]], 6, algorithm=SUM))
+    mean = rounds_of(
+        config(
+            "fedavg",
+            ["mlp", MIXED[2]],
+            6,
+            algorithm={**SUM, "weighting": "uniform", "server_lr": 0.3},
+        )
+    )
+    for group, tensors in mean.server.models.items():  # three of each kind
+        assert apart(summed.server.models[group], tensors) < 1e-12
+
+
+def test_statistics_are_never_extrapolated_and_parameters_are() -> None:
+    now, mean = (
+        {"w": torch.tensor([1.0]), "var": torch.tensor([1.0])},
+        {"w": torch.tensor([0.2]), "var": torch.tensor([0.2])},
+    )
+    owners = {"w": 6.0, "var": 6.0}
+    moved = add({**now, "other": torch.tensor([5.0])}, mean, owners, 0.5, ["w"])
+    assert torch.allclose(moved["w"], torch.tensor([1 - 3 * 0.8])) and torch.equal(
+        moved["var"], mean["var"]
+    )
+    assert moved["other"] == 5
+    assert torch.allclose(add(now, mean, owners, 0.1, ["w"])["var"], torch.tensor([1 - 0.6 * 0.8]))
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{"name": "fedavg"}, {**SUM, "server_lr": 1.0}, {"name": "centralized"}], ids=str
+)
+def test_one_client_with_everything_is_a_plain_training_loop_bit_for_bit(
+    algorithm: dict[str, Any],
+) -> None:
+    settings = {"epochs": 2, "augment": {"crop": 1, "flip": True}, "batch_size": 16,
+                "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}  # fmt: skip
+    rounds = rounds_of(
+        config(algorithm["name"], MIXED[0], 1, algorithm=algorithm, rounds=3, clients__defaults=settings,
+               clients__per_round=1), held=0,
+    )  # fmt: skip
+    (client,) = clients(rounds).values()
+    template = Templates(torch.device("cpu"))(client.arch["model"]).load(client.models["model"])
+    model = client.arch["model"].build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.load_state_dict(template.state_dict())
+    model.train()
+    data = client.data("train", None)
+    for round in range(3):
+        stream = (0, round, client.id, "train", 0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
+        cut = index_batches(client.n, Fit({}, Supervised(), epochs=2, batch_size=16), stream)
+        for i, rows in enumerate(cut):
+            x = augment(data["x"][rows], client.settings.augment, generator(*stream, "augment", i))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x).logits, data["y"][rows]).backward()
+            optimizer.step()
+        rounds.round()
+        (group,) = rounds.server.models
+        plain: dict[str, Tensor] = {n: t.contiguous() for n, t in model.state_dict().items()}
+        assert same_bits(floats(rounds.server.models[group]), floats(plain)), round
+
+
+def test_centralised_training_of_slices_in_order_is_one_client_with_the_whole_set_bit_for_bit() -> (
+    None
+):
+    in_order = {"kind": "in_order", "min_size": 2}
+    whole = {
+        "data__partition": in_order,
+        "data__split": {"validation": 0, "test": 0},
+        "data__proxy__size": 0,
+    }
+    centralised = rounds_of(config("centralized", MIXED[0], 4, **whole))
+    # the batches are drawn by the first client's name
+    groups = [{"name": "site_1", "model": MIXED[0]}]
+    alone = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **whole))
+    (group,) = alone.server.models
+    assert same_bits(floats(alone.server.models[group]), floats(centralised.server.models[group]))

@@ -1,0 +1,190 @@
+"""FedAvg, FedProx, FedPer and LG-FedAvg: a round by hand, and the limits in which methods that average are one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.core.participant import floats
+from hetero_fl.federation.synchronous import Rounds
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+from tests.references.local_training import apart, clients, mean, module, train
+
+BN, MLP, GN = MIXED
+ALL, BODY, HEAD = "", "backbone.", "head."
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("method", "part", "settings"),
+    [
+        ("fedavg", ALL, {}),
+        ("fedavg", ALL, {"weighting": "uniform", "server_lr": 0.7}),
+        ("fedprox", ALL, {"mu": 0.4}),
+        ("fedper", BODY, {}),
+        ("fedper", BODY, {"server_lr": 0.7}),
+        ("lg_fedavg", HEAD, {}),
+        ("lg_fedavg", HEAD, {"weighting": "uniform"}),
+    ],
+)
+def test_a_round_by_hand(method: str, part: str, settings: dict[str, Any]) -> None:
+    rounds = rounds_of(config(method, [BN, MLP], 5, algorithm={"name": method, **settings}), held=2)
+    models = {group: dict(tensors) for group, tensors in rounds.server.models.items()}
+    uniform, rate = settings.get("weighting") == "uniform", settings.get("server_lr", 1.0)
+    sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
+    kept = {}
+    for id, client in clients(rounds).items():
+        group = client.arch["model"].id
+        taken = {n: t for n, t in floats(models[group]).items() if n.startswith(part)}
+        model = module(client.arch["model"], {**client.models["model"], **taken})
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+        def loss(x, y, model=model, start=start):
+            far = sum(((p - start[n]) ** 2).sum() for n, p in model.named_parameters())
+            return F.cross_entropy(model(x).logits, y) + settings.get("mu", 0.0) / 2 * far
+
+        train(client, list(model.parameters()), loss)
+        state = floats(model.state_dict())
+        sent[group].append(
+            (1 if uniform else client.n, {n: t for n, t in state.items() if n.startswith(part)})
+        )
+        kept[id] = {n: t for n, t in state.items() if not n.startswith(part)}
+    rounds.round()
+    assert sorted(len(members) for members in sent.values()) == [2, 3]
+    for group, members in sent.items():
+        want = {}
+        for n, average in mean(members).items():
+            old, moves = models[group][n], "running" not in n
+            want[n] = old + rate * (average - old) if moves else average
+        assert apart(rounds.server.models[group], want) < 1e-9
+        still = {n: t for n, t in models[group].items() if n not in want}
+        assert all(torch.equal(rounds.server.models[group][n], t) for n, t in still.items())
+    for id, tensors in kept.items():
+        mine = floats(rounds.store.get(id).models.get("model", {}))
+        assert mine.keys() == tensors.keys() and (not tensors or apart(mine, tensors) < 1e-9)
+
+
+# Limits --------------------------------------------------------------------------------------------------------------
+
+
+def read(rounds: Rounds, part: str = ALL) -> dict[str, dict[str, Tensor]]:
+    """That part of the server's models, by group."""
+    return {
+        g: {n: t for n, t in floats(m).items() if n.startswith(part)}
+        for g, m in rounds.server.models.items()
+    }
+
+
+def still(part: str) -> dict[str, Any]:
+    """Clients whose optimiser moves nothing of that part."""
+    fast, slow = 0.05, 1e-300
+    lr, head_lr = (slow, fast) if part == BODY else (fast, slow)
+    return {"clients__defaults__optimizer": {"name": "sgd", "lr": lr, "head_lr": head_lr}}
+
+
+BACKBONES = {"clients__defaults__shares": ["backbone", "predictions", "statistics"]}
+GROUPS = [MLP, GN]  # no BatchNorm: its statistics move without an optimiser
+LIMITS: dict[str, tuple[str, str, tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+    # what is equal: the part of the server's models, to the bit where there is one way to compute it
+    "fedper is fedavg of clients that share their backbone": (
+        BODY,
+        "bits",
+        ("fedper", {}),
+        ("fedavg", BACKBONES),
+    ),
+    "fedavg whose heads do not move is fedper": (
+        BODY,
+        "bits",
+        ("fedavg", still(HEAD)),
+        ("fedper", still(HEAD)),
+    ),
+    "fedrep whose heads do not move is fedper": (
+        BODY,
+        "1e-12",
+        ("fedrep", still(HEAD)),
+        ("fedper", still(HEAD)),
+    ),
+    "fedbabu is fedavg whose heads do not move": (
+        BODY,
+        "1e-12",
+        ("fedbabu", {}),
+        (
+            "fedavg",
+            {
+                "clients__defaults__optimizer": {
+                    "name": "sgd",
+                    "lr": 0.05,
+                    "momentum": 0.9,
+                    "head_lr": 1e-300,
+                }
+            },
+        ),
+    ),
+    "lg_fedavg whose backbones do not move is fedavg": (
+        HEAD,
+        "bits",
+        ("lg_fedavg", still(BODY)),
+        ("fedavg", still(BODY)),
+    ),
+    "fedprox without a pull is fedavg": (
+        ALL,
+        "bits",
+        ("fedprox", {"algorithm__mu": 0.0}),
+        ("fedavg", {}),
+    ),
+    "server_lr 1 is the mean": (
+        ALL,
+        "bits",
+        ("fedavg", {"algorithm__server_lr": 1.0}),
+        ("fedavg", {}),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("limit", LIMITS)
+def test_limits(limit: str) -> None:
+    part, how, *sides = LIMITS[limit]
+    one, other = (
+        read(rounds_of(config(m, GROUPS, 4, rounds=3, **changes)), part) for m, changes in sides
+    )
+    for group in one:
+        assert one[group].keys() == other[group].keys() and one[group]
+        equal = same_bits(one[group], other[group])
+        assert equal if how == "bits" else apart(one[group], other[group]) < float(how)
+    changed = read(rounds_of(config(sides[0][0], GROUPS, 4, rounds=1, **sides[0][1])), part)
+    # what is compared has moved
+    assert not any(same_bits(one[group], changed[group]) for group in one)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "fedper", "lg_fedavg", "fedbn"])
+def test_with_nobody_to_share_with_it_is_local_bit_for_bit(method: str) -> None:
+    """A client alone in its architecture gets back what it sent."""
+    models = [BN, MLP, MLP]
+    algorithm = {"name": method, **({"mu": 0.0} if method == "fedprox" else {})}
+    local = rounds_of(config("local", models, rounds=3))
+    ours = rounds_of(config(method, models, algorithm=algorithm, rounds=3))
+    for id, alone in (("site_1", True), ("site_2", False)):
+        sent = ours.server.models[ours.federation.cards[id].arch.id]
+        mine = {**sent, **ours.store.get(id).models.get("model", {})}
+        assert same_bits(floats(local.store.get(id).models["model"]), floats(mine)) is alone
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_model_without_a_backbone_trains_what_it_has() -> None:
+    """Beside others: FedRep trains its head alone, FedBABU nothing before it is read."""
+    start = rounds_of(config("local", ["linear", MLP], 4), held=0)
+    (id, card), *_ = start.federation.cards.items()
+    local = rounds_of(config("local", ["linear", MLP], 4, clients__defaults__batch_size=500))
+    for method, want in (
+        ("fedrep", local.store.get(id).models["model"]),
+        ("fedbabu", start.federation.initial(card.arch)),
+    ):
+        ours = rounds_of(config(method, ["linear", MLP], 4, clients__defaults__batch_size=500))
+        assert apart(clients(ours)[id].models["model"], want) < 1e-12
+        assert ours.evaluate().clients[id].scores["personal"]

@@ -1,0 +1,363 @@
+"""Slips in a method of one's own: each is one line that says where, what, and what to write instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.cli import main
+from hetero_fl.core.objectives import Objective, Supervised
+from hetero_fl.core.payload import Item, ItemSpec
+from hetero_fl.core.plan import Fit, Predict, Rows
+from hetero_fl.experiment import run
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.errors import RunFailed, UserError
+from tests.helpers.small_federations import config, rounds_of
+
+
+def own(**hooks: Callable[..., Any]) -> Rounds:
+    """A federation with a FedAvg of which some hooks are the author's."""
+    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    method = type("Mine", (FedAvg,), hooks)()
+    rounds.algorithm = rounds.executor.site.algorithm = rounds.expectations.algorithm = method
+    return rounds
+
+
+def line_of(function: Callable[..., Any], below: int) -> str:
+    return f"({__file__}, line {function.__code__.co_firstlineno + below})"
+
+
+def fit_forgotten(self: Any, client: Any, got: Any) -> Any:
+    yield from self.deploy(client, got)
+    self.fit(client)
+    return self.share(client)
+
+
+def fit_spelt_out(self: Any, client: Any, got: Any) -> Any:
+    yield from self.deploy(client, got)
+    replace(self.fit(client), epochs=1)
+    return self.share(client)
+
+
+def sub_plan_forgotten(self: Any, client: Any, got: Any) -> Any:
+    self.deploy(client, got)
+    yield self.fit(client)
+    return self.share(client)
+
+
+def super_forgotten(self: Any, client: Any, got: Any) -> Any:
+    yield self.fit(client)
+    FedAvg.train(self, client, got)
+    return self.share(client)
+
+
+@pytest.mark.parametrize(
+    ("train", "below", "what"),
+    [
+        (
+            fit_forgotten,
+            2,
+            "a Fit is made but never yielded, so nothing is computed; write `yield …`",
+        ),
+        (fit_spelt_out, 2, "a Fit is made but never yielded"),
+        (
+            sub_plan_forgotten,
+            1,
+            "the plan deploy(…) is made but never yielded, so nothing is computed; write `yield from",
+        ),
+        (super_forgotten, 2, "the plan train(…) is made"),
+    ],
+)
+def test_a_step_or_plan_that_is_made_and_not_yielded(
+    train: Callable[..., Any], below: int, what: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        own(train=train).round()
+    assert str(error.value).startswith(f"Mine.{train.__name__} {line_of(train, below)}: {what}")
+
+
+def test_the_servers_plan_and_a_helper_are_watched_too() -> None:
+    def helper(server: Any) -> None:
+        Fit({next(iter(server.models)): None}, None, Rows("proxy"))  # type: ignore[arg-type]
+
+    def aggregate(self: Any, server: Any, uploads: Any) -> Any:
+        yield from FedAvg.aggregate(self, server, uploads)
+        helper(server)
+
+    with pytest.raises(
+        UserError, match=r"^helper \(.*test_own_method_errors\.py, line \d+\): a Fit is made"
+    ):
+        own(aggregate=aggregate).round()
+
+
+def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
+    elsewhere = Predict("model", Rows("proxy"))
+
+    def train(self: Any, client: Any, got: Any) -> Any:
+        later, plan = Predict("model"), self.deploy(client, got)
+        yield from plan
+        first = self.fit(client)
+        yield replace(first, epochs=1)
+        yield [later, elsewhere]
+        return self.share(client)
+
+    rounds = own(train=train)
+    assert rounds.round()["failed"] == {}
+    assert elsewhere.made is None and elsewhere == Predict("model", Rows("proxy"), made=None)
+
+
+@pytest.mark.parametrize(
+    ("yielded", "words"),
+    [
+        (
+            lambda self, c, got: self.deploy(c, got),
+            r"yields the plan deploy\(…\); write `yield from`",
+        ),
+        (lambda self, c, got: {"model": None}, "yields dict, which is no step"),
+        (lambda self, c, got: [self.fit(c), None], "yields NoneType, which is no step"),
+    ],
+)
+def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> None:
+    def train(self: Any, client: Any, got: Any) -> Any:
+        yield yielded(self, client, got)
+
+    with pytest.raises(
+        UserError, match=rf"^Mine\.train \(.*test_own_method_errors\.py, line \d+\): {words}"
+    ):
+        own(train=train).round()
+
+
+def train_without_yield(self: Any, client: Any, got: Any) -> Any:
+    self.fit(client)
+    return self.share(client)
+
+
+def aggregate_without_yield(self: Any, server: Any, uploads: Any) -> None:
+    self.average(server, uploads)
+
+
+@pytest.mark.parametrize(
+    ("hook", "function", "returned"),
+    [("train", train_without_yield, "a dict"), ("aggregate", aggregate_without_yield, "nothing")],
+)
+def test_hook_without_yield_is_named_with_class_file_and_line(
+    hook: str, function: Callable[..., Any], returned: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        own(**{hook: function}).round()
+
+    assert str(error.value) == (
+        f"Mine.{function.__name__} {line_of(function, 0)}: returned {returned}, expected a plan; write `yield` before "
+        "each compute step, or `yield from ()` before the return if there is none"
+    )
+
+
+def test_hook_without_yield_may_hand_on_another_plan() -> None:
+    def train(self: Any, client: Any, got: Any) -> Any:
+        return FedAvg.train(self, client, got)
+
+    assert own(train=train).round()["failed"] == {}
+
+
+class ReturnsItems(FedAvg):
+    def train(self, client: Any, got: Any) -> Any:
+        return self.share(client)
+
+
+def test_hook_without_yield_is_refused_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(source(ReturnsItems)))
+
+    assert (
+        main(
+            ["--config", str(path), "--allow-code", "--out", str(tmp_path / "run")], command="train"
+        )
+        == 2
+    )
+    told = capsys.readouterr().err
+    assert (
+        told.startswith("error: ReturnsItems.train (")
+        and "test_own_method_errors.py, line " in told
+        and told.count("\n") == 1
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def source(method: type, **changes: Any) -> dict[str, Any]:
+    """A configuration that runs a method of this file's."""
+    return config(f"python:{__name__}:{method.__name__}", "mlp", **changes)
+
+
+class Undeclared(FedAvg):
+    def share(self, client: Any) -> Any:
+        return {"modle": super().share(client)["model"]}
+
+
+class WrongKind(FedAvg):
+    uploads = {"model": ItemSpec("params"), "seen": ItemSpec("counts")}
+
+    def share(self, client: Any) -> Any:
+        return {**super().share(client), "seen": client.counts}
+
+
+class Number(FedAvg):
+    def share(self, client: Any) -> Any:
+        return {"model": 0.5}
+
+
+class NoReturn(FedAvg):
+    def train(self, client: Any, got: Any) -> Any:
+        yield from super().train(client, got)
+
+
+class NoBroadcast(FedAvg):
+    def broadcast(self, server: Any, card: Any) -> Any:
+        super().broadcast(server, card)
+
+
+class Forgotten(FedAvg):
+    def train(self, client: Any, got: Any) -> Any:
+        yield from self.deploy(client, got)
+        self.fit(client)
+        return self.share(client)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            Undeclared,
+            "Undeclared.train: item 'modle' is not declared in `uploads`; did you mean 'model'?",
+        ),
+        (
+            WrongKind,
+            "WrongKind.train: item 'seen' is of kind 'rows', declared is 'counts'; return Item(values, weight, 'counts')",
+        ),
+        (Number, "Number.train: item 'model' holds float, not a tensor or named tensors"),
+        (NoReturn, "NoReturn.train: returns NoneType, not a dictionary of items"),
+        (NoBroadcast, "NoBroadcast.broadcast: returns NoneType, not a dictionary of items"),
+        (Forgotten, "a Fit is made but never yielded"),
+    ],
+)
+def test_what_a_client_returns_is_checked_before_anybody_trains(
+    method: type, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        run(source(method), out=tmp_path / "run")
+    assert words in str(error.value) and not (tmp_path / "run").exists()
+
+
+class WrongShape(FedAvg):
+    """The shape follows from private rows."""
+
+    uploads = {"model": ItemSpec("params"), "seen": ItemSpec("counts")}
+
+    def share(self, client: Any) -> Any:
+        seen = client.counts[client.counts > 0]
+        return {**super().share(client), "seen": Item(seen, kind="counts")}
+
+
+def test_a_shape_that_was_not_agreed_is_named() -> None:
+    with pytest.raises(
+        RunFailed,
+        match=r"upload refused: item 'seen', values: shape \(\d+,\) where \(0,\) was agreed",
+    ):
+        rounds_of(source(WrongShape))
+
+
+class Misspelt(FedAvg):
+    def deploy(self, client: Any, got: Any) -> Any:
+        client.load("model", got["modle"])
+        yield from ()
+
+
+class AsksForAnother(FedAvg):
+    def aggregate(self, server: Any, uploads: Any) -> Any:
+        yield from super().aggregate(server, uploads)
+        server.state["teacher"] = uploads.mean("logits")
+
+
+@dataclass(frozen=True)
+class Clumsy(Supervised):
+    def loss(self, nets: Any, batch: Any, given: Any) -> Any:
+        return nets.model(batch.x).logits @ torch.zeros(3, 3)
+
+    total = Objective.total
+
+
+class ClumsyObjective(FedAvg):
+    def train(self, client: Any, got: Any) -> Any:
+        yield from self.deploy(client, got)
+        yield self.fit(client, Clumsy(client.task.kind))
+        return self.share(client)
+
+
+class NoSuchSlot(FedAvg):
+    def train(self, client: Any, got: Any) -> Any:
+        items = yield from super().train(client, got)
+        yield replace(self.fit(client), train={"modle": None})
+        return items
+
+
+class StartFails(FedAvg):
+    def start(self, server: Any) -> None:
+        server.state["x"] = 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            Misspelt,
+            r"in deploy: NoSuchItem: no item 'modle' was sent, but 'model'; did you mean 'model'\?$",
+        ),
+        (
+            AsksForAnother,
+            r"in aggregate: NoSuchItem: item 'logits' is not declared in `uploads`; choose from model$",
+        ),
+        (ClumsyObjective, r"in loss: RuntimeError: .*mat1 and mat2 shapes .*$"),
+        (NoSuchSlot, r"in train: KeyError: 'modle'$"),
+        (StartFails, r"in start: ZeroDivisionError: division by zero$"),
+    ],
+)
+def test_an_exception_in_ones_own_code_names_file_and_line(method: type, words: str) -> None:
+    with pytest.raises(RunFailed, match=rf"^{re.escape(__file__)}:\d+, {words}"):
+        rounds_of(source(method))
+
+
+def test_the_traceback_goes_to_the_log_and_the_status_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(source(AsksForAnother)))
+    assert (
+        main(
+            ["--config", str(path), "--out", str(tmp_path / "run"), "--allow-code"], command="train"
+        )
+        == 1
+    )
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("failed: ") and "in aggregate: NoSuchItem" in said
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert (
+        said in log
+        and "Traceback (most recent call last)" in log
+        and 'uploads.mean("logits")' in log
+    )
+
+
+def test_a_fault_of_the_frameworks_own_is_not_dressed_up() -> None:
+    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    rounds.store = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError):
+        rounds.round()

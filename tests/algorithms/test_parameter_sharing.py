@@ -1,0 +1,70 @@
+"""Methods that share parameters: a crash and a resume change no bit, and neither does the number of workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.experiment import run
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.serialization import encode
+from tests.helpers.small_federations import MIXED, config, rounds_of
+
+STATEFUL = [
+    "heterofl",
+    "scaffold",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedbn",
+    "fedrep",
+    "fedbabu",
+    "ditto",
+]
+
+
+def source(method: str) -> dict[str, Any]:
+    return config(method, MIXED, 5, clients__per_round=3, rounds=4)
+
+
+def everything(rounds: Rounds) -> bytes:
+    """All that a run knows, as bytes."""
+    private = {id: rounds.store.get(id) for id in rounds.federation.cards}
+    clients = {id: {"models": p.models, "state": p.state} for id, p in private.items()}
+    return encode({"run": rounds.tree(), "clients": clients}, "test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", STATEFUL)
+def test_a_run_that_is_resumed_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
+    whole = rounds_of(source(method))
+    begun = rounds_of(source(method), held=2, store=Store(tmp_path))
+    Checkpoints(begun.store, pytest.fail).save(2, {"run": begun.tree()})
+    store = Store(tmp_path)
+    tree = Checkpoints(store, pytest.fail).newest()
+    assert tree is not None
+    resumed = rounds_of(source(method), held=0, store=store)
+    resumed.restore(tree["run"])
+    for _ in range(2):
+        resumed.round()
+    assert everything(resumed) == everything(whole)
+
+
+@pytest.mark.slow
+def test_worker_processes_change_no_bit(tmp_path: Path) -> None:
+    models = []
+    for executor in ("serial", "processes"):
+        runtime = {"threads": 1, "executor": executor, "chunk": 1} | (
+            {"workers": 2} if executor == "processes" else {}
+        )
+        out = tmp_path / executor
+        run(
+            config("scaffold", "mlp", 3, runtime=runtime, output={"plots": False, "report": False}),
+            out=out,
+        )
+        models.append({p.name: p.read_bytes() for p in sorted((out / "models").iterdir())})
+    assert models[0] == models[1] and len(models[0]) == 4

@@ -1,0 +1,284 @@
+"""FedBN, FedRep, FedBABU and Ditto: a round by hand, what is shared and what is kept, limits."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hetero_fl.algorithms.personalization import PERSONAL
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.participant import Participant, floats
+from hetero_fl.core.payload import Payload
+from hetero_fl.core.plan import Rows
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.federation.synchronous import Rounds
+from model_zoo import SplitModel
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+from tests.references.local_training import apart, clients, mean, module, train
+
+BN, MLP, GN = MIXED
+Sent = dict[str, list[tuple[float, dict[str, Tensor]]]]
+
+
+def received(
+    rounds: Rounds, client: Participant, travels: Any = lambda name: True
+) -> torch.nn.Module:
+    """The client's model with what the server's replaces, in training mode."""
+    arch = client.arch["model"]
+    sent = {n: t for n, t in floats(rounds.server.models[arch.id]).items() if travels(n)}
+    return module(arch, {**client.models["model"], **sent})
+
+
+def entropy(model: torch.nn.Module) -> Any:
+    return lambda x, y: F.cross_entropy(model(x).logits, y)
+
+
+def compare(rounds: Rounds, sent: Sent) -> None:
+    """The server's models with the means of what was sent."""
+    for group, members in sent.items():
+        assert apart(rounds.server.models[group], mean(members)) < 1e-9
+
+
+def is_norm(client: Participant) -> set[str]:
+    """Names of BatchNorm's tensors, told by the statistics beside them."""
+    names = client.models["model"]
+    return {n for n in names if n.rpartition(".")[0] + ".running_mean" in names}
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_round_of_fedbn_by_hand() -> None:
+    rounds = rounds_of(config("fedbn", [BN, MLP], 4), held=2)
+    sent: Sent = {}
+    models = {}
+    for id, client in clients(rounds).items():
+        norm = is_norm(client)
+        assert len(norm) == (15 if client.arch["model"].name == BN else 0)
+        model = models[id] = received(rounds, client, lambda n, norm=norm: n not in norm)
+        train(client, list(model.parameters()), entropy(model))
+        state = {n: t for n, t in floats(model.state_dict()).items() if n not in norm}
+        sent.setdefault(client.arch["model"].id, []).append((client.n, state))
+    rounds.round()
+    compare(rounds, sent)
+    for id, client in clients(rounds).items():
+        norm = is_norm(client)
+        kept, state = rounds.store.get(id).models.get("model", {}), models[id].state_dict()
+        assert set(kept) == norm and all(
+            torch.allclose(kept[n], state[n], rtol=0, atol=1e-9) for n in norm
+        )
+
+
+def test_fedbn_may_keep_the_statistics_alone() -> None:
+    """The scales and shifts travel then; the running means and variances stay, and do not decide what others train."""
+    rounds = rounds_of(config("fedbn", BN, algorithm={"name": "fedbn", "keep": "statistics"}))
+    fedavg = rounds_of(config("fedavg", BN))
+    (group,) = rounds.server.models
+    for id, client in clients(rounds).items():
+        norm, learnt = is_norm(client), client.arch["model"].parameter_names
+        kept = rounds.store.get(id).models["model"]
+        assert set(kept) == norm - learnt
+        assert same_bits(
+            {n: rounds.server.models[group][n] for n in learnt},
+            {n: fedavg.server.models[group][n] for n in learnt},
+        )
+    assert rounds.evaluate().server is None
+
+
+def test_fedbn_without_batch_norm_is_fedavg_bit_for_bit_and_with_it_is_not() -> None:
+    for model, equal in ((GN, True), (BN, False)):
+        fedavg, fedbn = rounds_of(config("fedavg", model)), rounds_of(config("fedbn", model))
+        (group,) = fedavg.server.models
+        assert (
+            same_bits(floats(fedavg.server.models[group]), floats(fedbn.server.models[group]))
+            is equal
+        )
+        # a model whose BatchNorm never saw a row is not read
+        assert (fedbn.evaluate().server is not None) is equal
+
+
+def test_batch_norm_is_found_by_type() -> None:
+    assert Architecture.of(
+        "python:tests.algorithms.test_personalization:Odd", 10, (1, 8, 8)
+    ).batch_norm_names == {
+        f"backbone.steady.{n}"
+        for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+class Odd(SplitModel):
+    """A model whose BatchNorm is not called so, and which has something else that is."""
+
+    def __init__(self, num_classes: int) -> None:
+        parts = OrderedDict(
+            flat=torch.nn.Flatten(), bn=torch.nn.Linear(64, 8), steady=torch.nn.BatchNorm1d(8)
+        )
+        super().__init__(torch.nn.Sequential(parts), torch.nn.Linear(8, num_classes), 8)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_round_of_fedrep_by_hand() -> None:
+    algorithm = {"name": "fedrep", "head_epochs": 3, "body_epochs": 2}
+    rounds = rounds_of(config("fedrep", [BN, MLP], 4, algorithm=algorithm), held=1)
+    sent: Sent = {}
+    models = {}
+    for id, client in clients(rounds).items():
+        model = models[id] = received(rounds, client, lambda n: n.startswith("backbone."))
+        for part, label, epochs in (("head.", "head", 3), ("backbone.", "train", 2)):
+            for n, p in model.named_parameters():
+                p.requires_grad_(n.startswith(part))
+            train(
+                client,
+                [p for p in model.parameters() if p.requires_grad],
+                entropy(model),
+                label,
+                epochs,
+            )
+        state = {n: t for n, t in floats(model.state_dict()).items() if n.startswith("backbone.")}
+        sent.setdefault(client.arch["model"].id, []).append((client.n, state))
+    rounds.round()
+    compare(rounds, sent)
+    for id, model in models.items():
+        heads = {n: t for n, t in model.state_dict().items() if n.startswith("head.")}
+        assert apart(rounds.store.get(id).models["model"], heads) < 1e-9
+
+
+def test_fedrep_takes_the_clients_own_epochs_or_steps_for_the_head() -> None:
+    for changes in ({"clients__defaults__epochs": 2}, {"clients__defaults__steps": 7}):
+        rounds, steps = rounds_of(config("fedrep", "mlp", 2, **changes), held=0), {}
+        client = clients(rounds)["site_1"]
+        plan = rounds.algorithm.train(
+            client,
+            Payload(rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[client.id])),
+        )
+        fit = next(plan)
+        steps[fit.label] = (fit.epochs, fit.steps)
+        fit = plan.send(rounds.performer.perform([(client, fit)])[0])
+        steps[fit.label] = (fit.epochs, fit.steps)
+        assert steps == {
+            "head": (2, None) if "clients__defaults__epochs" in changes else (1, 7),
+            "train": (1, None),
+        }
+        plan.close()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("finetune", ["all", "head"])
+def test_a_round_of_fedbabu_by_hand(finetune: str) -> None:
+    algorithm = {"name": "fedbabu", "finetune": finetune, "finetune_epochs": 2}
+    rounds = rounds_of(config("fedbabu", [BN, MLP], 4, algorithm=algorithm), held=1)
+    sent: Sent = {}
+    for client in clients(rounds).values():
+        model = received(rounds, client)
+        body = [p for n, p in model.named_parameters() if n.startswith("backbone.")]
+        train(client, body, entropy(model))
+        state = {n: t for n, t in floats(model.state_dict()).items() if n.startswith("backbone.")}
+        sent.setdefault(client.arch["model"].id, []).append((client.n, state))
+    rounds.round()
+    compare(rounds, sent)
+    for id, client in clients(rounds).items():
+        arch = client.arch["model"]
+        begun = rounds.federation.initial(arch)
+        assert all(
+            torch.equal(rounds.server.models[arch.id][n], begun[n])
+            for n in begun
+            if n.startswith("head.")
+        )
+        travels = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[id])["model"]
+        # equal heads would average to the same, at a cost
+        assert travels.keys() == sent[arch.id][0][1].keys()
+        tuned = received(rounds, client)
+        parameters = [
+            p for n, p in tuned.named_parameters() if finetune == "all" or n.startswith("head.")
+        ]
+        train(client, parameters, entropy(tuned), "personalise", 2)
+        read = deployed(rounds, id).models["model"]
+        assert apart(read, tuned) < 1e-9
+        assert not torch.equal(read["head.weight"], begun["head.weight"])
+
+
+def test_fedbabus_server_has_a_model_of_its_own_where_there_is_one_group() -> None:
+    assert rounds_of(config("fedbabu", "mlp")).evaluate().server is not None
+    assert rounds_of(config("fedbabu", MIXED, 4)).evaluate().server is None
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_round_of_ditto_by_hand() -> None:
+    algorithm = {"name": "ditto", "weight": 0.3, "personal_epochs": 2}
+    rounds = rounds_of(
+        config("ditto", [BN, MLP], 6, algorithm=algorithm, clients__per_round=4), held=2
+    )
+    sent: Sent = {}
+    personal = {}
+    before, cohort = clients(rounds), rounds.cohort(2)
+    assert any(PERSONAL in before[id].models for id in cohort)
+    for id in cohort:
+        client = before[id]
+        shared = received(rounds, client)
+        anchor = {n: t.detach().clone() for n, t in shared.state_dict().items()}
+        own = personal[id] = module(client.arch["model"], client.models.get(PERSONAL, anchor))
+
+        def loss(x, y, own=own, anchor=anchor):
+            distance = sum(((p - anchor[n]) ** 2).sum() for n, p in own.named_parameters())
+            return F.cross_entropy(own(x).logits, y) + 0.15 * distance
+
+        train(client, list(own.parameters()), loss, "personal", 2)
+        train(client, list(shared.parameters()), entropy(shared))
+        sent.setdefault(client.arch["model"].id, []).append((client.n, floats(shared.state_dict())))
+    rounds.round()
+    compare(rounds, sent)
+    for id in cohort:
+        assert apart(rounds.store.get(id).models[PERSONAL], personal[id]) < 1e-9
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_dittos_shared_model_is_fedavgs_bit_for_bit(weight: float) -> None:
+    fedavg, ditto = (
+        rounds_of(config("fedavg")),
+        rounds_of(config("ditto", algorithm={"name": "ditto", "weight": weight})),
+    )
+    (group,) = fedavg.server.models
+    assert same_bits(fedavg.server.models[group], ditto.server.models[group])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("weight, equal", [(0.0, True), (1.0, False)])
+def test_ditto_without_a_pull_trains_alone(weight: float, equal: bool) -> None:
+    """In whole batches, as the personal model draws its batches by a key of its own."""
+    whole = {"clients__defaults__batch_size": 500, "clients__defaults__epochs": 3}
+    local = rounds_of(config("local", MIXED, 4, **whole))
+    ditto = rounds_of(
+        config("ditto", MIXED, 4, algorithm={"name": "ditto", "weight": weight}, **whole)
+    )
+    for id in local.federation.cards:
+        far = apart(ditto.store.get(id).models[PERSONAL], local.store.get(id).models["model"])
+        assert far < 1e-10 if equal else far > 1e-5
+
+
+def test_ditto_reads_the_personal_model_at_home_and_the_shared_one_in_common(
+    tmp_path: Path,
+) -> None:
+    rounds = rounds_of(config("ditto", "mlp", 3, clients__per_round=1, rounds=1))
+    (trained,) = rounds.cohort(0)
+    rows = Rows("common_test")
+    for id in rounds.federation.cards:
+        client = deployed(rounds, id)
+        site = rounds.executor.site  # type: ignore[attr-defined]
+        home, common = site.predict(client, rows, True), site.predict(client, rows, False)
+        assert torch.equal(home, common) is (id != trained)
+        personal = module(client.arch["model"], client.models[PERSONAL]).eval()
+        with torch.no_grad():
+            assert torch.allclose(
+                home, personal(client.data("common_test", None)["x"]).logits, atol=1e-5
+            )
+        (shared,) = rounds.server.models.values()
+        assert same_bits(client.models["model"], shared)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(rounds.evaluate(details=True).clients[trained].model)
+    assert same_bits(
+        SavedModel.load(path).tensors, floats(rounds.store.get(trained).models[PERSONAL])
+    )

@@ -1,0 +1,260 @@
+"""A teacher moved towards the clients' label frequencies: the rule by hand, its limits, whose counts it knows, every method."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero_fl.aggregation import Uploads
+from hetero_fl.aggregation.teachers import aligned
+from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms.distillation import LABELS, TEACHER, Distilling
+from hetero_fl.core.plan import Fit
+from hetero_fl.core.task import Task
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.errors import UserError
+from tests.algorithms.test_regression import settings, slopes
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    return ((counts + 1) / (counts + 1).sum()).log()
+
+
+def held(method: str, rounds: int = 1, changes: dict[str, Any] | None = None, **own: Any) -> Rounds:
+    source = config(method, MIXED, 4, **(changes or {}))
+    source["algorithm"].update(own)
+    return rounds_of(source, held=rounds)
+
+
+def counts_of(rounds: Rounds, *ids: str) -> Tensor:
+    return sum(
+        (rounds.federation.counts(id) for id in ids or rounds.federation.cards), torch.zeros(10)
+    )
+
+
+# The rule -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_the_rule_by_hand(balanced: bool, strength: float) -> None:
+    z = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    q = [0.4, 0.3, 0.2, 0.1]
+    shares = [0.0] * 4
+    for row in z.tolist():
+        weights = [math.exp(v) * (p if balanced else 1) for v, p in zip(row, q, strict=True)]
+        shares = [s + w / sum(weights) / 6 for s, w in zip(shares, weights, strict=True)]
+    want = z + torch.tensor([strength * math.log(p / s) for p, s in zip(q, shares, strict=True)])
+    assert torch.allclose(aligned(z, torch.tensor(q).log(), strength, balanced), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_again_and_again_the_mean_prediction_becomes_the_frequencies_and_then_nothing_moves(
+    balanced: bool,
+) -> None:
+    z = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
+    log_q = frequencies(torch.tensor([40.0, 3, 10, 10]))
+    for _ in range(2000):
+        z = aligned(z, log_q, 0.5, balanced)
+    read = z + log_q if balanced else z
+    assert torch.allclose(read.softmax(1).mean(0), log_q.exp(), atol=1e-10)
+    assert torch.allclose(aligned(z, log_q, 1.0, balanced), z, atol=1e-9)
+
+
+def test_a_class_that_nobody_names_any_more_comes_back() -> None:
+    own = torch.eye(3).repeat_interleave(10, 0)  # thirty rows of three classes
+    # the third is known best on its own rows, and first on none
+    z = 4 * own + torch.tensor([0.0, 0.0, -5.0])
+    even = torch.full((3,), 1 / 3).log()
+    assert z.argmax(1).bincount(minlength=3).tolist() == [20, 10, 0]
+    assert aligned(z, even, 0.5, True).argmax(1).equal(own.argmax(1))
+
+
+def test_certainty_far_beyond_what_a_float_holds_is_nan_nowhere() -> None:
+    z = torch.tensor([[1e4, 0.0, -1e4], [1e4, 0.0, 0.0]])
+    assert aligned(z, torch.full((3,), 1 / 3).log(), 1.0, True).isfinite().all()
+
+
+# In a federation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("fedmd", {}),
+        ("fedmd", {"logit_adjustment": True, "teacher": "contrast"}),
+        ("hybrid", {}),
+        ("hybrid", {"logit_adjustment": False, "teacher": "mean"}),
+        ("hybrid", {"proxy_rows": 20}),
+        ("ds_fl", {"sharpen": "none"}),
+        ("ds_fl", {"sharpen": "none", "teacher": "contrast", "logit_adjustment": True}),
+        ("ds_fl", {"sharpen": "none", "bits": 4}),
+    ],
+)
+def test_the_teacher_of_the_first_round_is_the_plain_one_aligned(
+    method: str, own: dict[str, Any]
+) -> None:
+    plain, moved = held(method, **own), held(method, align=0.5, **own)
+    log_q = frequencies(counts_of(moved))
+    want = aligned(
+        plain.server.state[TEACHER], log_q, 0.5, own.get("logit_adjustment", method == "hybrid")
+    )
+    ours = moved.server.state[TEACHER]
+    assert torch.allclose(ours.log_softmax(1), want.log_softmax(1), atol=1e-9)
+    assert not torch.allclose(ours, plain.server.state[TEACHER], atol=0.01)
+
+
+@pytest.mark.parametrize("method", ["feddf", "fedmd", "hybrid"])
+@pytest.mark.parametrize("teacher", ["mean", "contrast"])
+def test_whatever_is_distilled_at_the_server_is_distilled_from_the_aligned_teacher(
+    method: str, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    at_server = Distilling.at_server
+
+    def spied(self: Distilling, server: Any, slot: str, teacher: Tensor, *rest: Any) -> Fit:
+        seen.append(teacher)
+        return at_server(self, server, slot, teacher, *rest)
+
+    monkeypatch.setattr(Distilling, "at_server", spied)
+    shares = ["predictions", "statistics"]  # FedDF runs the models of the others
+    changes = {
+        "clients__overrides": [{"match": "site_2", "shares": shares}],
+        "server__model": "linear",
+    }
+    held(method, changes=changes, teacher=teacher)
+    plain = seen.pop()
+    seen.clear()
+    moved = held(method, changes=changes, teacher=teacher, align=1.0)
+    want = aligned(plain, frequencies(counts_of(moved)), 1.0, method == "hybrid")
+    assert len(seen) == (1 if method == "fedmd" else 3) and all(
+        torch.allclose(t, want, atol=1e-9) for t in seen
+    )
+
+
+def test_ds_fl_sharpens_what_is_aligned() -> None:
+    """Of probabilities p: entropy reduction of softmax(log p + b), b as of the teacher that is not sharpened."""
+    plain = held("ds_fl", sharpen="none").server.state[TEACHER].softmax(1)
+    moved = held("ds_fl", align=0.5)
+    p = aligned(plain.log(), frequencies(counts_of(moved)), 0.5, False).softmax(1)
+    assert torch.allclose(moved.server.state[TEACHER].softmax(1), (p / 0.1).softmax(1), atol=1e-9)
+
+
+def test_a_class_without_a_vote_leaves_the_teacher_finite() -> None:
+    assert held("ds_fl", 2, align=0.5, bits=1).server.state[TEACHER].isfinite().all()
+
+
+def test_a_cache_of_which_few_rows_are_asked_for_is_not_aligned() -> None:
+    words = "align needs what is said of all rows of a round, but with cache_life few are asked for"
+    with pytest.raises(UserError, match=words):
+        prepare(config("ds_fl", MIXED, algorithm__align=0.5, algorithm__cache_life=2))
+
+
+def test_labels_beside_one_another_are_not_aligned() -> None:
+    method = algorithm["ds_fl"](align=1.0)
+    server = held("ds_fl", 0).server
+    many = replace(server, task=Task("multilabel", 10), state={LABELS: torch.arange(10.0)})
+    p = torch.rand(60, 10, generator=torch.Generator().manual_seed(4))
+    assert method.held_to_labels(many, Uploads(specs=method.uploads), p) is p
+
+
+def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
+    silent = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
+    rounds = held(
+        "hybrid", 0, {"clients__per_round": 2, "clients__overrides": silent, "rounds": 3}, align=0.5
+    )
+    want = torch.zeros(10)
+    for _ in range(3):
+        cohort = rounds.round()["cohort"]
+        want = want + counts_of(rounds, *(id for id in cohort if id != "site_2")) * any(
+            id != "site_2" for id in cohort
+        )
+        assert torch.equal(rounds.server.state[LABELS], want)
+    assert want.sum() > 0
+
+
+def test_a_cohort_that_tells_nothing_is_aligned_by_what_was_told_before() -> None:
+    rounds = held("fedmd", 1, align=0.5)
+    algorithm, server, known = rounds.algorithm, rounds.server, rounds.server.state[LABELS].clone()
+    teacher = torch.randn(60, 10, generator=torch.Generator().manual_seed(3))
+    ours = algorithm.moved(server, Uploads(specs=algorithm.uploads), teacher)  # type: ignore[attr-defined]
+    assert torch.equal(ours, aligned(teacher, frequencies(known), 0.5, False))
+    assert torch.equal(server.state[LABELS], known)
+
+
+def test_where_nobody_tells_labels_nothing_is_moved() -> None:
+    silent = {"clients__defaults__shares": ["parameters", "predictions"]}
+    plain, moved = held("hybrid", 2, silent), held("hybrid", 2, silent, align=0.5)
+    assert same_bits({"t": plain.server.state[TEACHER]}, {"t": moved.server.state[TEACHER]})
+
+
+def test_without_alignment_no_counts_travel() -> None:
+    for method in ("fedmd", "feddf", "hybrid", "ds_fl"):
+        assert held(method, align=0.5).traffic.up > held(method).traffic.up
+        assert LABELS not in held(method).server.state
+        assert (
+            method == "feddf" or "counts" not in held(method, 0).algorithm.uploads
+        )  # noise is shared among what is declared
+
+
+def test_a_regression_has_no_classes_to_align() -> None:
+    runs = [
+        prepare(settings("hybrid", True, align=align), dataset=slopes()).rounds()
+        for align in (0.0, 1.0)
+    ]
+    for run in runs:
+        run.round()
+    plain, moved = (run.server.state[TEACHER] for run in runs)
+    assert torch.equal(plain, moved) and runs[0].traffic.up == runs[1].traffic.up
+
+
+@pytest.mark.parametrize("method", ["hybrid", "fedmd", "ds_fl"])
+def test_under_a_secure_sum(method: str) -> None:
+    plain = held(method, 2, align=0.5)
+    summed = held(method, 2, {"channel__secure_sum": {}}, align=0.5)
+    assert torch.equal(plain.server.state[LABELS], summed.server.state[LABELS])
+    assert torch.allclose(plain.server.state[TEACHER], summed.server.state[TEACHER], atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["record", "client", "local"])
+def test_counts_that_noise_leaves_below_nought_are_taken_for_nought(unit: str) -> None:
+    noise = {"unit": unit, "noise_multiplier": 3.0, "delta": 1e-4}
+    rounds = rounds_of(config("hybrid", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5))
+    assert bool(rounds.server.state[TEACHER].isfinite().all())
+    told = rounds.server.state[LABELS]
+    assert not torch.allclose(told, told.round(), atol=1e-3)  # nobody's true counts leave
+    if unit == "client":
+        assert bool((told < 0).any())  # kept as it came, so that noise evens out over the rounds
+
+
+def test_under_noise_on_sums_nothing_tells_whether_somebody_was_there() -> None:
+    """Only one client tells labels: its cohorts and those without it change what the server knows alike."""
+    only = [{"match": "site_[123]", "shares": ["parameters", "predictions"]}]
+    noise = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "poisson_cohorts": True}
+    changes = {"clients__overrides": only, "clients__per_round": 2, "rounds": 4}
+    rounds = rounds_of(
+        config("fedmd", "cnn_gn_small", 4, privacy=noise, algorithm__align=0.5, **changes), held=0
+    )
+    known, there = torch.zeros(10), []
+    for _ in range(4):
+        there.append("site_4" in rounds.round()["cohort"])
+        assert not torch.equal(rounds.server.state[LABELS], known)
+        known = rounds.server.state[LABELS].clone()
+    assert set(there) == {True, False}
+
+
+def test_that_no_rule_holds_back_a_liars_counts_is_said() -> None:
+    rule = {"aggregation__predictions": "median"}
+    line = "counts are summed as they are told: a liar's are not held back"
+    assert line in prepare(config("fedmd", MIXED, 4, algorithm__align=0.5, **rule)).notes
+    assert line not in prepare(config("fedmd", MIXED, 4, **rule)).notes

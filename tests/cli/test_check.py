@@ -1,0 +1,664 @@
+"""`hetero-fl check`, `--resume` and `Run` name whatever a run directory lacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hetero_fl import Run
+from hetero_fl.cli import main
+from hetero_fl.experiment import run
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.trainer import Session
+from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, locked
+from hetero_fl.utils.errors import Interrupted, UserError
+from tests.helpers.small_federations import config
+
+SOURCE = config("fedavg", "linear", 2, rounds=4, output={"plots": False, "report": False})
+Damage = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run, one that was interrupted after three rounds, and a run of another seed."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("made")
+    run(SOURCE, out=folder / "finished")
+    run({**SOURCE, "seed": 1}, out=folder / "other")
+
+    def stop(record: dict) -> None:
+        if record["round"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(SOURCE, out=folder / "stopped", callbacks=[stop])
+    return folder
+
+
+@pytest.fixture
+def finished(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "finished", tmp_path / "a"))
+
+
+@pytest.fixture
+def stopped(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "stopped", tmp_path / "a"))
+
+
+def remove(name: str) -> Damage:
+    return lambda path: (path / name).unlink()
+
+
+def replace(name: str, old: str, new: str) -> Damage:
+    def damage(path: Path) -> None:
+        text = (path / name).read_text()
+        assert old in text
+        (path / name).write_text(text.replace(old, new, 1))
+
+    return damage
+
+
+def lines(change: Callable[[list[str]], list[str]]) -> Damage:
+    """Change the lines of `metrics.jsonl`."""
+
+    def damage(path: Path) -> None:
+        file = path / "metrics.jsonl"
+        file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
+
+    return damage
+
+
+def flip(name: str) -> Damage:
+    """Invert the bits of the last byte."""
+
+    def damage(path: Path) -> None:
+        data = (path / name).read_bytes()
+        (path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 255]))
+
+    return damage
+
+
+def folder_at(name: str) -> Damage:
+    """Replace a file with a folder."""
+
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return damage
+
+
+def no_checkpoints(path: Path) -> None:
+    shutil.rmtree(path / "checkpoint")
+
+
+def edit(line: str) -> str:
+    record = json.loads(line)
+    record["up_bytes"] += 1
+    return json.dumps(record) + "\n"
+
+
+FINISHED = {
+    "lines missing": (
+        remove("metrics.jsonl"),
+        "metrics.jsonl: missing; expected a line for each of 4 rounds",
+    ),
+    "last line missing": (
+        lines(lambda kept: kept[:-1]),
+        "metrics.jsonl: found 3 lines; expected 4, one for each round",
+    ),
+    "cut within a line": (
+        lines(lambda kept: [*kept[:1], kept[1][:9]]),
+        "metrics.jsonl: found 1 line; expected 4",
+    ),
+    "first line missing": (
+        lines(lambda kept: kept[1:]),
+        "metrics.jsonl: line 1 is of round 2; expected round 1",
+    ),
+    "line twice": (
+        lines(lambda kept: [*kept[:2], *kept[1:]]),
+        "metrics.jsonl: line 3 is of round 2; expected round 3",
+    ),
+    "half a line": (
+        lines(lambda kept: [kept[0], kept[1][:9] + "\n", *kept[2:]]),
+        "metrics.jsonl: line 2 is not a round's record",
+    ),
+    "line edited": (
+        lines(lambda kept: [edit(kept[0]), *kept[1:]]),
+        "metrics.jsonl: is not what the run wrote",
+    ),
+    "model missing": (remove("models/site_2.safetensors"), "models/site_2.safetensors: missing"),
+    "model added": (
+        lambda path: shutil.copy(
+            path / "models/site_1.safetensors", path / "models/site_9.safetensors"
+        ),
+        "models/site_9.safetensors: is not a model of this run",
+    ),
+    "summary edited": (
+        replace("summary.json", '"seed": 0', '"seed": 1'),
+        "summary.json: is not what the run wrote",
+    ),
+    "summary cut": (replace("summary.json", "}\n", ""), "summary.json: not JSON"),
+    "details missing": (remove("details.json"), "details.json: missing"),
+    "configuration": (
+        replace("config.yaml", "seed: 0", "seed: 7"),
+        "config.yaml: is not what the run wrote",
+    ),
+    "environment": (
+        replace("environment.json", '"cores"', '"core"'),
+        "environment.json: is not what the run wrote",
+    ),
+    "checksums": (
+        replace(CHECKSUMS, "  config", " config"),
+        "SHA256SUMS: line 1 is not a checksum and a file name",
+    ),
+    "checksums missing": (remove(CHECKSUMS), "SHA256SUMS: missing or empty"),
+    "checksums empty": (
+        lambda path: (path / CHECKSUMS).write_text(""),
+        "SHA256SUMS: missing or empty",
+    ),
+    "choice missing": (replace("environment.json", '"choice"', '"chosen"'), "environment.json: "),
+    "lines in a folder": (
+        folder_at("metrics.jsonl"),
+        "metrics.jsonl: cannot be read (Is a directory)",
+    ),
+}
+DEEP = {
+    "model damaged": (
+        flip("models/site_2.safetensors"),
+        "models/site_2.safetensors: is not what the run wrote",
+    ),
+    "checkpoints missing": (no_checkpoints, "checkpoint/round-000004.ckpt: missing"),
+    "newest checkpoint missing": (
+        remove("checkpoint/round-000004.ckpt"),
+        "checkpoint/round-000004.ckpt: missing",
+    ),
+    "checkpoint under another name": (
+        lambda path: shutil.copy(
+            path / "checkpoint/round-000003.ckpt", path / "checkpoint/round-000004.ckpt"
+        ),
+        "checkpoint/round-000004.ckpt: holds the state after 3 rounds",
+    ),
+    "checkpoint damaged": (
+        flip("checkpoint/round-000004.ckpt"),
+        "checkpoint/round-000004.ckpt: damaged",
+    ),
+    "checkpoint in a folder": (
+        folder_at("checkpoint/round-000004.ckpt"),
+        "checkpoint/round-000004.ckpt: damaged (Is a directory)",
+    ),
+}
+DAMAGED = {**FINISHED, **DEEP}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_check_names_the_damage_of_a_finished_run(
+    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, said = DAMAGED[case]
+    damage(finished)
+
+    assert main(["check", str(finished)]) == 2
+
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {finished / said}")
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_resume_refuses_a_damaged_finished_run(
+    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, said = DAMAGED[case]
+    damage(finished)
+
+    assert main(["train", "--resume", "--out", str(finished)]) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {finished / said}")
+
+
+@pytest.mark.parametrize("case", FINISHED)
+def test_opening_a_damaged_run_names_the_damage(case: str, finished: Path) -> None:
+    damage, said = FINISHED[case]
+    damage(finished)
+
+    with pytest.raises(UserError) as error:
+        Run(finished)
+
+    assert str(error.value).startswith(str(finished / said))
+    assert "hetero-fl check" in str(error.value)
+
+
+def test_opening_a_run_needs_no_checkpoint_and_reading_models_checks_them(finished: Path) -> None:
+    no_checkpoints(finished)
+    assert Run(finished).models.keys() == {"server", "site_1", "site_2"}
+
+    flip("models/site_2.safetensors")(finished)
+    with pytest.raises(UserError, match=r"site_2.safetensors: is not what the run wrote"):
+        _ = Run(finished).models
+
+
+def test_check_names_every_damaged_file(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("metrics.jsonl", "details.json", "models/site_1.safetensors"):
+        (finished / name).unlink()
+
+    assert main(["check", str(finished)]) == 2
+
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    with pytest.raises(UserError, match="and 2 more"):
+        Run(finished)
+
+
+@pytest.mark.parametrize(
+    "case", ["model missing", "details missing", "checksums missing", "summary edited"]
+)
+def test_check_names_a_remedy_that_repairs_the_run(
+    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGED[case][0](finished)
+
+    assert main(["check", str(finished)]) == 2
+    note = capsys.readouterr().err.splitlines()[-1]
+    assert note.startswith(
+        f"note: {finished}: delete summary.json and run `hetero-fl train --resume --out {finished}`;"
+    )
+    (finished / "summary.json").unlink()
+    assert main(["train", "--quiet", "--resume", "--out", str(finished)]) == 0
+    assert main(["check", str(finished)]) == 0
+
+
+@pytest.mark.parametrize(
+    "case", ["lines missing", "line edited", "newest checkpoint missing", "model added"]
+)
+def test_check_names_no_remedy_where_there_is_none(
+    case: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGED[case][0](finished)
+
+    assert main(["check", str(finished)]) == 2
+
+    told = capsys.readouterr().err
+    assert "delete summary.json" not in told
+    lost = f"note: {finished / 'metrics.jsonl'}: no other file has its lines; the run cannot be repaired"
+    assert (lost in told.splitlines()) == ("line" in case)
+
+
+def test_check_of_a_whole_run_is_one_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(made / "finished")]) == 0
+    assert capsys.readouterr() == (f"{made / 'finished'}: whole; finished after 4 rounds\n", "")
+
+    assert main(["check", str(made / "stopped")]) == 0
+    told = f"{made / 'stopped'}: whole; not finished, 3 of 4 rounds; `--resume` continues it\n"
+    assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize("name", ["round-000003 (1).ckpt", "round-copy.ckpt", "round-9.ckpt"])
+def test_files_with_other_names_are_no_checkpoints(name: str, made: Path, stopped: Path) -> None:
+    finished = Path(shutil.copytree(made / "finished", stopped.with_name("finished")))
+    for path in (stopped, finished):
+        shutil.copy(path / "checkpoint" / "round-000003.ckpt", path / "checkpoint" / name)
+        assert main(["check", str(path)]) == 0
+    assert Run(finished).summary["rounds_completed"] == 4
+
+    assert main(["train", "--resume", "--out", str(stopped)]) == 0
+
+    assert (stopped / "checkpoint" / name).exists()
+    assert main(["check", str(stopped)]) == 0
+
+
+def test_check_changes_nothing(finished: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+    main(["check", str(finished)])
+
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_check_refuses_what_is_no_run_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        assert main(["check", str(path)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_check_refuses_a_run_in_progress(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(stopped):
+        assert main(["check", str(stopped)]) == 2
+    assert "another process is at work there" in capsys.readouterr().err
+    assert main(["check", str(stopped)]) == 0
+
+
+def test_a_finished_run_that_is_resumed_says_so(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+    assert main(["train", "--resume", "--out", str(finished)]) == 0
+
+    out, err = capsys.readouterr()
+    assert (
+        err == f"{finished}: this run has finished, after 4 rounds; add `rounds=N` to extend it\n"
+    )
+    assert out == f"{finished}\n"
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+UNFINISHED = {
+    "lines missing": (
+        remove("metrics.jsonl"),
+        "metrics.jsonl: missing; expected a line for each of 3 rounds",
+    ),
+    "last line missing": (
+        lines(lambda kept: kept[:-1]),
+        "metrics.jsonl: found 2 lines; expected 3, one for each round",
+    ),
+    "line edited": (
+        lines(lambda kept: [edit(kept[0]), *kept[1:]]),
+        "metrics.jsonl: is not what the run wrote (lines 1 to 3)",
+    ),
+    "line twice": (
+        lines(lambda kept: [*kept[:2], *kept[1:]]),
+        "metrics.jsonl: line 3 is of round 2; expected round 3",
+    ),
+    "lines in a folder": (
+        folder_at("metrics.jsonl"),
+        "metrics.jsonl: cannot be read (Is a directory)",
+    ),
+    "checkpoints missing": (no_checkpoints, "checkpoint"),
+    "environment": (
+        replace("environment.json", '"chunk": 1', '"chunk": 2'),
+        "environment.json: choice is not what",
+    ),
+    "configuration": (
+        replace("config.yaml", "seed: 0", "seed: 7"),
+        "config.yaml: is not what the run wrote: seed: was 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_resume_refuses_a_damaged_unfinished_run(
+    case: str, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, said = UNFINISHED[case]
+    damage(stopped)
+
+    assert main(["check", str(stopped)]) == 2
+    assert f"error: {stopped / said}" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(stopped)]) == 2
+
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {stopped / said}")
+
+
+def test_a_stopped_run_without_lines_and_checkpoints_is_damaged(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove("metrics.jsonl")(stopped)
+    no_checkpoints(stopped)
+
+    assert main(["check", str(stopped)]) == 2
+
+    told = [
+        f"{stopped / 'metrics.jsonl'}: missing",
+        f"{stopped / 'checkpoint'}: missing, although log.txt has rounds",
+    ]
+    lost = f"note: {stopped / 'metrics.jsonl'}: no other file has its lines; the run cannot be repaired"
+    assert capsys.readouterr().err.splitlines() == [*(f"error: {line}" for line in told), lost]
+    assert main(["train", "--resume", "--out", str(stopped)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {told[1]}; restore it, or start a new run with another --out"
+
+
+@pytest.mark.parametrize(
+    "kept", ["details.json", CHECKSUMS, "models/server.safetensors", "log.txt"]
+)
+def test_resume_never_restarts_a_run_that_left_results(
+    kept: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_checkpoints(finished)
+    for path in [*finished.rglob("*")]:
+        name = str(path.relative_to(finished))
+        if path.is_file() and name not in ("config.yaml", "environment.json", kept):
+            path.unlink()
+    before = {
+        path: path.read_bytes()
+        for path in finished.rglob("*")
+        if path.is_file() and path.name != "log.txt"
+    }
+
+    assert main(["check", str(finished)]) == 2
+    assert f"error: {finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(finished)]) == 2
+
+    assert f"{finished / 'checkpoint'}: missing, although {kept}" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in before}
+    assert after == before
+
+
+def test_a_run_stopped_within_its_first_round_needs_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Session) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "round", stop)
+        with pytest.raises(Interrupted):
+            run(SOURCE, out=tmp_path / "a")
+    assert main(["check", str(tmp_path / "a")]) == 0
+    no_checkpoints(tmp_path / "a")
+    capsys.readouterr()
+
+    assert main(["check", str(tmp_path / "a")]) == 2
+
+    assert (
+        "checkpoint: missing, although log.txt says that the run has started"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Checkpoints, *given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", stop)
+        with pytest.raises(Interrupted):
+            run(SOURCE, out=tmp_path / "a")
+    assert main(["check", str(tmp_path / "a")]) == 0
+
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+
+    assert main(["check", str(tmp_path / "a")]) == 0
+
+
+@pytest.mark.parametrize("settings", ["other", "same"])
+def test_a_checkpoint_of_another_run_is_refused(
+    settings: str, made: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = made / "other"
+    if settings == "same":
+        other = tmp_path / "other"
+        run(SOURCE, out=other)
+    no_checkpoints(stopped)
+    shutil.copytree(other / "checkpoint", stopped / "checkpoint")
+    (stopped / "checkpoint" / "round-000004.ckpt").rename(
+        stopped / "checkpoint" / "round-000002.ckpt"
+    )
+
+    assert main(["check", str(stopped)]) == 2
+    assert "round-000003.ckpt: is of another run" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(stopped)]) == 2
+
+
+def test_a_line_whose_checkpoint_was_not_written_is_no_damage(stopped: Path) -> None:
+    (stopped / "checkpoint" / "round-000003.ckpt").unlink()
+    assert main(["check", str(stopped)]) == 0
+
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"round": 4, "up_by')
+    (stopped / "checkpoint" / ".next.ckpt.tmp").write_bytes(b"half")
+    assert main(["check", str(stopped)]) == 0
+    assert main(["train", "--resume", "--out", str(stopped)]) == 0
+
+
+def test_a_run_killed_before_its_summary_writes_it_again(
+    made: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "summary.json").unlink()
+    assert main(["check", str(finished)]) == 2
+    assert "summary.json: missing" in capsys.readouterr().err
+
+    assert main(["train", "--resume", "--out", str(finished)]) == 0
+
+    assert main(["check", str(finished)]) == 0
+    for path in (made / "finished" / "models").iterdir():
+        assert path.read_bytes() == (finished / "models" / path.name).read_bytes()
+
+
+def as_earlier(path: Path) -> None:
+    """Make it a run directory of the version before checksums."""
+    (path / CHECKSUMS).unlink(missing_ok=True)
+    environment = json.loads((path / "environment.json").read_text())
+    del environment["run"]
+    (path / "environment.json").write_text(json.dumps(environment))
+    for file in sorted((path / "checkpoint").iterdir()):
+        checkpoints = Checkpoints(Store(path / "checkpoint"), pytest.fail)
+        newer = [p for p in (path / "checkpoint").iterdir() if p > file]
+        for p in newer:
+            p.rename(p.with_suffix(".kept"))
+        tree = checkpoints.newest()
+        assert tree is not None
+        tree.pop("directory", None)
+        checkpoints.save(tree["run"]["completed"], tree)
+        for p in newer:
+            p.with_suffix(".kept").rename(p)
+
+
+def test_a_finished_run_of_an_earlier_version_stays_readable(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_earlier(finished)
+    capsys.readouterr()
+
+    assert Run(finished).models.keys() == {"server", "site_1", "site_2"}
+    assert main(["evaluate", str(finished), "--data", "digits"]) == 0
+    assert main(["train", "--resume", "--out", str(finished)]) == 0
+    capsys.readouterr()
+    assert main(["check", str(finished)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{finished}: whole; finished after 4 rounds")
+    assert err.startswith("note: the run was made by an earlier version, without checksums")
+
+    for case in (
+        "lines missing",
+        "last line missing",
+        "line twice",
+        "model missing",
+        "summary cut",
+    ):
+        damaged = Path(shutil.copytree(finished, finished.with_name(case)))
+        damage, said = FINISHED[case]
+        damage(damaged)
+        assert main(["check", str(damaged)]) == 2
+        assert f"error: {damaged / said}" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_of_an_earlier_version_is_resumed(
+    made: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_earlier(stopped)
+    capsys.readouterr()
+    assert main(["check", str(stopped)]) == 0
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(
+        "note: the run was made by an earlier version: that metrics.jsonl and config.yaml"
+    )
+
+    assert main(["train", "--resume", "--out", str(stopped)]) == 0
+
+    for path in (made / "finished" / "models").iterdir():
+        assert path.read_bytes() == (stopped / "models" / path.name).read_bytes()
+    assert main(["check", str(stopped)]) == 0
+    assert RunDirectory(stopped).checksums()
+
+
+@pytest.mark.slow
+def test_plots_and_report_that_are_missing_are_no_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = config("fedavg", "linear", 2, rounds=1)
+    run(source, out=tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "plots")
+    (tmp_path / "a" / "report.html").unlink()
+
+    assert main(["check", str(tmp_path / "a")]) == 0
+
+    told = capsys.readouterr().err.splitlines()
+    assert [line.startswith("note: ") for line in told] == [True, True]
+    assert "plot()` draws them again" in told[0] and "`--resume` writes it again" in told[1]
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+    assert (tmp_path / "a" / "report.html").exists() and list((tmp_path / "a" / "plots").iterdir())
+
+
+@pytest.mark.parametrize("case", ["finished", "stopped"])
+def test_a_missing_log_and_an_older_checkpoint_are_notes(
+    case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(made / case, tmp_path / "a"))
+    older, newest = sorted(file.name for file in (path / "checkpoint").iterdir())
+    (path / "checkpoint" / older).unlink()
+    (path / "log.txt").unlink()
+
+    assert main(["check", str(path)]) == 0
+
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {path / 'checkpoint' / older}: missing; it is only used if {newest} is damaged",
+        f"note: {path / 'log.txt'}: missing; no other file depends on it",
+    ]
+    assert main(["train", "--resume", "--out", str(path)]) == 0
+
+
+def test_checksums_are_those_of_sha256sum(made: Path) -> None:
+    import hashlib
+
+    sums = RunDirectory(made / "finished").checksums()
+
+    assert set(sums) >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "models/server.safetensors",
+    }
+    for name, checksum in sums.items():
+        assert hashlib.sha256((made / "finished" / name).read_bytes()).hexdigest() == checksum
+
+
+def test_a_run_without_its_configuration_names_it(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stopped / "config.yaml").unlink()
+    assert main(["check", str(stopped)]) == 2
+    assert f"error: {stopped / 'config.yaml'}: missing" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(stopped)]) == 2
+    assert f"{stopped / 'config.yaml'}: missing" in capsys.readouterr().err
+    Path(stopped.parent / "c.yaml").write_text(yaml.safe_dump(SOURCE))
+    assert (
+        main(
+            ["train", "--resume", "--config", str(stopped.parent / "c.yaml"), "--out", str(stopped)]
+        )
+        == 2
+    )
+    assert f"{stopped / 'config.yaml'}: missing" in capsys.readouterr().err

@@ -1,0 +1,343 @@
+"""`federate`, `server` and `node`, with real processes: few, for each start takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.cli import main
+from hetero_fl.experiment import run
+from hetero_fl.reporting.run import Run
+from tests.helpers.small_federations import config
+from tests.helpers.waiting_command import SIGN
+
+ROOT = Path(__file__).parents[2]
+QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
+PATIENCE = 300.0  # seconds: this machine may be busy
+PYTHON = ("-X", "faulthandler", "-W", "error", "-W", "ignore::DeprecationWarning")
+WAITING = (
+    "tests.helpers.waiting_command"  # in place of the command: it waits after a round, to be ended
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return written(tmp_path, config(**QUIET))
+
+
+def written(folder: Path, source: dict[str, Any], name: str = "small.yaml") -> Path:
+    (folder / name).write_text(yaml.safe_dump(source))
+    return folder / name
+
+
+# Mistakes --------------------------------------------------------------------------------------------------------------------
+
+
+def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a user's mistake."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert (
+        captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    )
+    return captured.err
+
+
+@pytest.mark.parametrize("command", ["federate", "server"])
+def test_flower_is_missing(
+    command: str,
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from importlib.metadata import PackageNotFoundError
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    for name in [n for n in sys.modules if n.startswith("hetero_fl.deployment.flower")]:
+        monkeypatch.delitem(sys.modules, name)
+    main(
+        [
+            "certificates",
+            str(tmp_path / "net"),
+            "--host",
+            "127.0.0.1",
+            "--clients",
+            "site_1,site_2,site_3",
+        ]
+    )
+    capsys.readouterr()
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    more = (
+        ["--server", str(tmp_path / "net" / "server" / "server.yaml")]
+        if command == "server"
+        else []
+    )
+    line = told([command, "--config", str(file), "--out", str(tmp_path / "out"), *more], capsys)
+    assert "pip install 'hetero_fl[flower]'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_one_line(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "--config is missing" in told(["federate", *out], capsys)
+    assert "--server is missing" in told(["server", "--config", str(file), *out], capsys)
+    assert "no such file" in told(
+        ["server", "--config", str(file), "--server", "none.yaml", *out], capsys
+    )
+    assert "--site" in told(["node"], capsys)
+    assert "no such file" in told(["node", "--site", str(tmp_path / "none.yaml")], capsys)
+    site = written(tmp_path, {"client": "north"}, "site.yaml")
+    assert "server: missing" in told(["node", "--site", str(site)], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_is_that_of_train(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for command in ("train", "federate"):
+        assert main([command, "--config", str(file), "--check"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "cost of fedavg" in printed[0]
+
+
+# Processes -------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def started(
+    *arguments: str | Path, cwd: Path, log: Path, module: str = "hetero_fl.cli"
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of ours in a process group of its own, at whose end nothing is left of it."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(cwd),
+        "OMP_NUM_THREADS": "1",
+    }
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *PYTHON, "-m", module, *map(str, arguments)],
+            cwd=cwd, env=environment, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(what: Callable[[], object], *logs: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end, "\n".join(log.read_text() for log in logs)
+        time.sleep(0.1)
+
+
+def ended(process: subprocess.Popen[bytes], log: Path) -> int:
+    """Its exit status. If it does not end, the log has where its threads are."""
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        process.wait()
+        raise AssertionError(log.read_text()) from None
+
+
+def relatives(folder: Path) -> list[str]:
+    """Command lines of processes that were started with this folder for their temporary files."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"TMPDIR={folder}\0" in (path / "environ").read_text(errors="replace"):
+                found.append((path / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            pass
+    return found
+
+
+def same(a: Run, b: Run) -> None:
+    for key in (
+        "personal",
+        "global",
+        "server",
+        "clients",
+        "communication",
+        "rounds_completed",
+        "data",
+    ):
+        assert a.summary[key] == b.summary[key], key
+    files = sorted(path.name for path in (a.path / "models").iterdir())
+    assert len(files) >= 2 and files == sorted(path.name for path in (b.path / "models").iterdir())
+    for name in files:
+        assert (a.path / "models" / name).read_bytes() == (b.path / "models" / name).read_bytes()
+
+
+needs_processes = pytest.mark.skipif(
+    not Path("/proc").is_dir(), reason="looks for processes in /proc"
+)
+
+
+@pytest.mark.slow
+def test_federate_runs_code_with_permission_alone(tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    code = "from hetero_fl.algorithms import FedAvg\n\nclass Mine(FedAvg):\n    pass\n"
+    (tmp_path / "own_method_of_nodes.py").write_text(code)
+    name, log = "python:own_method_of_nodes:Mine", tmp_path / "log.txt"
+    written(tmp_path, config(name, "linear", 2, rounds=1, **QUIET))
+    command = ["federate", "--config", "small.yaml", "--out", "out"]
+
+    with started(*command, cwd=tmp_path, log=log) as process:
+        assert ended(process, log) == 2, log.read_text()
+    assert f"found '{name}', which names code; pass --allow-code" in log.read_text()
+    with started(*command, "--allow-code", cwd=tmp_path, log=log) as process:
+        assert ended(process, log) == 0, log.read_text()
+
+    run_of_nodes = Run(tmp_path / "out")
+    assert run_of_nodes.summary["algorithm"] == name
+    assert set(run_of_nodes.models) == {"server", "site_1", "site_2"}
+
+
+@pytest.mark.slow
+@needs_processes
+def test_federate_is_the_simulation_interrupted_or_not_and_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C after a round, with a node that was killed before; then the rest, to the same bits; then a kill."""
+    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    source = config("hybrid", rounds=4, clients=2, **QUIET)
+    written(tmp_path, source)
+    log, waits = tmp_path / "log", {"cwd": tmp_path, "log": tmp_path / "log", "module": WAITING}
+    with started("federate", "--config", "small.yaml", "--out", "out", **waits) as process:
+        until(lambda: (tmp_path / SIGN).exists() or process.poll() is not None, log)
+        os.killpg(process.pid, signal.SIGINT)
+        assert ended(process, log) == 130, log.read_text()
+    assert (
+        "interrupted; to go on:" in log.read_text()
+        and "federate --resume --out out" in log.read_text()
+    )
+    until(lambda: not relatives(tmp_path), log)
+    assert not list(tmp_path.glob("hetero_fl-*")), "scratch folders are taken away"
+    assert sorted(path.name for path in (tmp_path / "out" / "sites").iterdir()) == [
+        "site_1",
+        "site_2",
+    ]
+    with started("federate", "--resume", "--out", "out", cwd=tmp_path, log=log) as process:
+        assert ended(process, log) == 0, log.read_text()
+    assert log.read_text().splitlines()[-1] == "out"
+    same(Run(tmp_path / "out"), run(source, out=tmp_path / "simulation"))
+    with started("federate", "--config", "small.yaml", "--out", "killed", **waits) as process:
+        until(lambda: len(relatives(tmp_path)) >= 5 or process.poll() is not None, log)
+        assert process.poll() is None, log.read_text()
+        process.kill()
+    until(lambda: not relatives(tmp_path), log)
+
+
+@pytest.mark.slow
+@needs_processes
+def test_machines_of_their_own(tmp_path: Path) -> None:
+    """TLS and keys; a node goes politely and comes back; the server is ended by SIGTERM, and goes on."""
+    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    source = config(rounds=4, clients=2, **QUIET)
+    written(tmp_path, source)
+    net, log, out = tmp_path / "net", tmp_path / "log", tmp_path / "out"
+    assert (
+        main(["certificates", str(net), "--host", "127.0.0.1", "--clients", "site_1,site_2"]) == 0
+    )
+    port, watched = free_ports(2)
+    edit(
+        net / "server" / "server.yaml",
+        host="127.0.0.1",
+        port=port,
+        logs="json",
+        metrics={"port": watched},
+    )
+    for client in ("site_1", "site_2"):
+        about = {
+            "address": f"127.0.0.1:{port}",
+            "authority": "authority.pem",
+            "key": "key",
+            "public": "server.pub",
+        }
+        edit(
+            net / client / "site.yaml",
+            server=about,
+            tells={"labels": True, "details": True, "model": True},
+            logs="json",
+        )
+    serving = (
+        "server",
+        "--config",
+        "small.yaml",
+        "--server",
+        "net/server/server.yaml",
+        "--out",
+        "out",
+    )
+    logs = {client: tmp_path / f"{client}.log" for client in ("site_1", "site_2")}
+    node_of = {client: ("node", "--site", net / client / "site.yaml", "--once") for client in logs}
+    with started(*node_of["site_1"], cwd=tmp_path, log=logs["site_1"]) as first:
+        with started(*node_of["site_2"], cwd=tmp_path, log=logs["site_2"]) as second:
+            with started(*serving, cwd=tmp_path, log=log, module=WAITING) as server:
+                until(lambda: (tmp_path / SIGN).exists() or server.poll() is not None, log)
+                os.kill(server.pid, signal.SIGTERM)
+                assert ended(server, log) == 130, log.read_text()
+            os.kill(second.pid, signal.SIGTERM)
+            assert ended(second, logs["site_2"]) == 0
+            assert lines(logs["site_2"])[-1]["message"] == "site_2: has said goodbye"
+        assert first.poll() is None, "it waits for the server"
+        done = [line for line in lines(logs["site_1"]) if line.get("task") == "train"]
+        assert [line["round"] for line in done] == list(range(1, len(done) + 1)) and done[0][
+            "client"
+        ] == "site_1"
+        (run_name,) = {line["run"] for line in done}
+        held = [line for line in lines(log) if "is complete" in line["message"]]
+        assert [line["round"] for line in held] == list(range(1, len(held) + 1)) and held[0][
+            "run"
+        ] == run_name
+        with started(*node_of["site_2"], cwd=tmp_path, log=logs["site_2"]) as second:
+            with started(*serving, "--resume", cwd=tmp_path, log=log) as server:
+                until(
+                    lambda: (
+                        main(["status", f"127.0.0.1:{watched}"]) == 0 or server.poll() is not None
+                    ),
+                    log,
+                )
+                assert ended(server, log) == 0, log.read_text()
+            assert (ended(first, logs["site_1"]), ended(second, logs["site_2"])) == (0, 0)
+    same(Run(out), run(source, out=tmp_path / "simulation"))
+    assert not relatives(tmp_path)
+
+
+def lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
+def free_ports(count: int) -> list[int]:
+    """Of those that no system gives out by itself, so that nobody else has them a moment later."""
+    found = list[int]()
+    for port in random.sample(range(10_000, 30_000), 1000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found

@@ -1,0 +1,231 @@
+"""What the secure sum is built of: agreement, shares, masks, fixed point, layout, graph."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+
+from hetero_fl.communication.secure_aggregation import crypto
+from hetero_fl.communication.secure_aggregation.crypto import (
+    BLOCK,
+    COLLUDING,
+    FixedPoint,
+    _safe,
+    _tail,
+    degree,
+    mask,
+    neighbourhoods,
+    threshold_of,
+)
+from hetero_fl.communication.secure_aggregation.protocol import Layout, Place
+from hetero_fl.config.communication import SecureSumConfig
+from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
+
+
+def test_two_parties_agree_and_a_third_does_not() -> None:
+    secret = [crypto.new_key() for _ in range(3)]
+    a, b, c = map(crypto.loaded, secret)
+    at_a, at_b, _ = map(crypto.public, secret)
+    assert crypto.agree(a, at_b, b"x") == crypto.agree(b, at_a, b"x")
+    assert (
+        len({crypto.agree(a, at_b, b"x"), crypto.agree(a, at_b, b"y"), crypto.agree(c, at_b, b"x")})
+        == 3
+    )
+    with pytest.raises(PayloadError, match="a public key that is none"):
+        crypto.agree(a, bytes(32), b"x")
+
+
+def test_sealed_for_one_and_about_one_thing() -> None:
+    key, plain = crypto.new_seed(), b"a share"
+    sealed = crypto.seal(key, plain, b"1 to 2")
+    assert (
+        crypto.unseal(key, sealed, b"1 to 2") == plain
+        and crypto.seal(key, plain, b"1 to 2") != sealed
+    )
+    changed = sealed[:-1] + bytes([sealed[-1] ^ 1])
+    wrong = [
+        (crypto.new_seed(), sealed, b"1 to 2"),
+        (key, changed, b"1 to 2"),
+        (key, sealed, b"2 to 1"),
+        (key, b"", b""),
+    ]
+    for k, s, about in wrong:
+        with pytest.raises(PayloadError, match="does not open"):
+            crypto.unseal(k, s, about)
+
+
+@pytest.mark.parametrize("threshold", [2, 3, 4])
+def test_any_threshold_of_holders_and_no_fewer(threshold: int) -> None:
+    secret, holders = b"\xff" * 32, [1, 4, 5, 9, 200]
+    shares = dict(zip(holders, crypto.split_secret(secret, threshold, holders), strict=True))
+    for some in itertools.combinations(holders, threshold):
+        assert crypto.combine_shares({h: shares[h] for h in some}) == secret
+    assert crypto.combine_shares(shares) == secret
+    for some in itertools.combinations(holders, threshold - 1):
+        assert crypto.combine_shares({h: shares[h] for h in some}) != secret
+
+
+def test_holders_and_thresholds_that_make_no_shares_are_refused() -> None:
+    secret = b"\xff" * 32
+    for threshold, who in ((3, [1, 1, 2]), (3, [0, 1, 2]), (4, [1, 2, 3]), (0, [1])):
+        with pytest.raises(ValueError, match="distinct numbers"):
+            crypto.split_secret(secret, threshold, who)
+
+
+def test_one_share_tells_nothing_of_the_secret() -> None:
+    """The share of one holder of two is as likely for one secret as for another: its bytes are uniform."""
+    found = np.frombuffer(
+        b"".join(crypto.split_secret(bytes(32), 2, [1, 2])[0][:32] for _ in range(800)), np.uint8
+    )
+    expected = len(found) / 256
+    assert float(((np.bincount(found, minlength=256) - expected) ** 2 / expected).sum()) < 400
+
+
+def test_the_field_is_a_field() -> None:
+    """2^256 + 297 is prime (Miller and Rabin, 40 bases)."""
+    p = crypto.FIELD_PRIME
+    twos = ((p - 1) & (1 - p)).bit_length() - 1
+    for base in range(2, 42):
+        x = pow(base, (p - 1) >> twos, p)
+        assert x == 1 or any(pow(x, 2**i, p) == p - 1 for i in range(twos))
+
+
+def test_masks_are_the_keystream_in_any_length_and_cancel() -> None:
+    one, other = bytes(range(32)), bytes(32)
+    for length in (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 3):
+        vector = np.arange(length, dtype=np.uint64)
+        mask(vector, [(one, False), (other, True)])
+        streams = [
+            np.frombuffer(
+                Cipher(AES(k), CTR(bytes(16))).encryptor().update(bytes(8 * length)), np.uint64
+            )
+            for k in (one, other)
+        ]
+        assert np.array_equal(vector, np.arange(length, dtype=np.uint64) + streams[0] - streams[1])
+        mask(vector, [(one, True), (other, False)])
+        assert np.array_equal(vector, np.arange(length, dtype=np.uint64))
+
+
+def test_fixed_point_at_its_limit() -> None:
+    config = SecureSumConfig(range=1000)
+    fixed = FixedPoint.of(config, 3)
+    assert 3 * 1000 * 2**fixed.bits < 2**63 <= 3 * 1000 * 2 ** (fixed.bits + 1)
+    values = np.array([1000.0, -1000.0, 0.1, -0.1, 2.0**-fixed.bits, 0.0])
+    integers = fixed.encode(values)
+    assert [int(i) for i in integers.view(np.int64)] == [round(v * 2**fixed.bits) for v in values]
+    assert (
+        np.abs(fixed.decode(integers + integers + integers) - 3 * values).max()
+        <= 1.5 * 2.0**-fixed.bits
+    )
+    for bad in (1000.0001, -2000.0, math.nan, math.inf):
+        with pytest.raises(PayloadError, match="range is 1000"):
+            fixed.encode(np.array([0.0, bad]))
+
+
+SPECS = {
+    "model": ItemSpec("params"),
+    "shared": ItemSpec("params", across=True),
+    "rows": ItemSpec("rows"),
+    "sums": ItemSpec("class_sums"),
+}
+
+
+def uploads() -> list[tuple[str, Payload]]:
+    """Of two groups with a tensor of one name and two shapes, a common prefix, weights of several shapes."""
+
+    def made(group: int, n: float) -> Payload:
+        g = torch.Generator().manual_seed(int(n))
+        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        return Payload(
+            {
+                "model": Item({"head.w": draw(2, 2), "body.w": draw(2, group + 1)}, n, "params"),
+                "shared": Item({"x": draw(3)}, 1.0, "params"),
+                "rows": Item(
+                    draw(4, 2),
+                    2.0 if group else torch.rand(2, generator=g, dtype=torch.float64),
+                    "rows",
+                ),
+                "sums": Item(draw(2, 3) * 10, torch.tensor([[3.0], [0.0]]), "class_sums"),
+            },
+            {"loss": str(n)},
+        )
+
+    return [("a", made(0, 3.0)), ("b", made(1, 5.0)), ("a", made(0, 8.0))]
+
+
+def test_a_sum_of_vectors_is_the_sum_of_items() -> None:
+    sent = uploads()
+    forms = [(group, {n: p.item(n) for n in p}) for group, p in sent]
+    layout = Layout.of(forms, SPECS, ("head.",))
+    again = Layout.of(forms[::-1], SPECS, ("head.",))
+    assert again.digest == layout.digest != Layout.of(forms[:2], SPECS).digest
+    total = np.sum([layout.pack(group, payload, 8.0) for group, payload in sent], axis=0)
+    assert total.shape == (layout.size,) and layout.loss(total) == pytest.approx((3 + 5 + 8) / 3)
+
+    def both(place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+        return layout.read(place, total, 8.0)
+
+    def item(i: int, name: str) -> Item:
+        return sent[i][1].item(name)
+
+    values, weight = both(Place("model", "body.w", "a", (2, 1)))
+    torch.testing.assert_close(
+        values, 3 * item(0, "model").values["body.w"] + 8 * item(2, "model").values["body.w"]
+    )
+    assert weight == 11
+    values, weight = both(Place("model", "head.w", "", (2, 2)))  # of both groups
+    torch.testing.assert_close(
+        values, sum(item(i, "model").weight * item(i, "model").values["head.w"] for i in range(3))
+    )
+    assert weight == 16
+    values, weight = both(Place("shared", "x", "", (3,)))
+    torch.testing.assert_close(values, sum(item(i, "shared").values["x"] for i in range(3)))
+    values, weight = both(Place("rows", "", "", (4, 2)))  # one weight for all, and one a class
+    torch.testing.assert_close(
+        values, sum(item(i, "rows").values * item(i, "rows").weight for i in range(3))
+    )
+    torch.testing.assert_close(weight, item(0, "rows").weight + item(2, "rows").weight + 2)
+    values, weight = both(Place("sums", "", "", (2, 3)))
+    torch.testing.assert_close(values, sum(item(i, "sums").values for i in range(3)))
+    assert weight.tolist() == [[9.0], [0.0]]
+
+
+def test_every_vector_has_one_length_whatever_its_owner_has() -> None:
+    sent = uploads()
+    layout = Layout.of([(group, {n: p.item(n) for n in p}) for group, p in sent], SPECS)
+    vectors = [layout.pack(group, payload, 8.0) for group, payload in (*sent, ("a", Payload()))]
+    assert {len(v) for v in vectors} == {layout.size} and not vectors[-1].any()
+    with pytest.raises(
+        PayloadError, match=r"item 'model': head\.w: has no place in the secure sum"
+    ):
+        layout.pack("c", sent[0][1], 8.0)
+    with pytest.raises(PayloadError, match="item 'rows': a weight of shape"):
+        layout.pack("a", Payload({"rows": Item(torch.zeros(4, 2), torch.ones(4, 1))}), 8.0)
+
+
+def test_the_graph_is_regular_random_and_complete_where_that_is_little() -> None:
+    circle = neighbourhoods(range(1, 31), 6)
+    assert all(len(members) == 7 and n in members for n, members in circle.items())
+    assert all(n in circle[m] for n, members in circle.items() for m in members)
+    assert circle != neighbourhoods(range(1, 31), 6)  # 30! orders
+    assert neighbourhoods([2, 5, 7], 2) == {2: [2, 5, 7], 5: [2, 5, 7], 7: [2, 5, 7]}
+    assert [degree(n, math.ceil(2 * n / 3)) for n in (3, 20, 100)] == [2, 19, 99]
+    assert degree(100, 90, 40) == 40 and degree(10, 7, 40) == 9
+    large = [degree(n, math.ceil(0.9 * n)) for n in (100, 1000, 10_000)]
+    assert large == sorted(large) and large[0] < 60 and large[2] < 200
+
+
+def test_the_bound_against_the_exact_tail() -> None:
+    exact = sum(math.comb(20, i) * math.comb(79, 10 - i) for i in range(6, 11)) / math.comb(99, 10)
+    assert _tail(99, 20, 10, 6) == pytest.approx(exact, rel=1e-9)
+    k = degree(1000, 900)
+    assert 1000 * _tail(999, math.ceil(COLLUDING * 1000), k, threshold_of(k + 1)) <= 2**-40
+    assert 1000 * 0.3 ** (k // 2) <= 2**-40
+    assert not _safe(1000, 900, k - 2)

@@ -1,0 +1,358 @@
+"""Malformed and hostile messages are refused, no secret of which the other is told leaves a client, and nothing crashes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hetero_fl.communication.protocol import Message
+from hetero_fl.communication.secure_aggregation import crypto
+from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, read, write
+from hetero_fl.utils.errors import RunFailed
+from hetero_fl.utils.seeding import key
+from tests.helpers.secure_aggregation import EXCHANGES, Party
+
+Arrays = dict[str, np.ndarray]
+
+
+def changed(
+    message: Message, fields: dict[str, dict[str, tuple]], change: Callable[[Arrays], None]
+) -> Message:
+    """The message with something else in it."""
+    arrays = read(message.body, fields[message.ask])
+    change(arrays)
+    return Message(message.ask, write(arrays))
+
+
+def before_unmasking(count: int = 5) -> tuple[Party, dict[str, Message]]:
+    """A cohort of which all vectors are sent, and what an honest server would ask each of them last."""
+    party, asked = Party(count), {}
+
+    def stop(client: str, message: Message) -> Message | None:
+        if message.ask != "unmask":
+            return message
+        asked[client] = message
+        return None
+
+    with pytest.raises(RunFailed):
+        party.hold(down=stop)
+    return party, asked
+
+
+def refusal(party: Party, client: str, message: Message) -> str:
+    """Why the client refuses."""
+    reply = party.reply(client, message)
+    assert reply.ask == "refused", reply
+    return reply.body.decode()
+
+
+def numbers(*them: int) -> np.ndarray:
+    return np.array(them, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("survivors", "dropped", "why"),
+    [
+        ((1, 2, 3, 4, 5), (2,), "asked for both secrets of client number 2"),
+        ((1, 2, 3, 4), (1, 5), "asked for both secrets of client number 1"),
+        ((1, 2, 3, 4, 4), (5,), "not distinct"),
+        ((1, 2, 3, 4), (), "survivors that are not my neighbours and I"),
+        ((1, 2, 3, 4, 5), (6,), "survivors that are not my neighbours and I"),
+        # itself among those who left
+        ((2, 3, 4, 5), (1,), "survivors that are not my neighbours and I"),
+        ((1, 2, 3), (4, 5), "3 survivors in my neighbourhood, 4 are needed"),
+    ],
+)
+def test_what_an_honest_server_would_not_ask(
+    survivors: tuple[int, ...], dropped: tuple[int, ...], why: str
+) -> None:
+    party, asked = before_unmasking()
+
+    def other(got: Arrays) -> None:
+        got["survivors"], got["dropped"] = numbers(*survivors), numbers(*dropped)
+
+    assert why in refusal(party, "site_1", changed(asked["site_1"], REQUESTS, other))
+    # nothing was told: the honest question is answered
+    assert party.reply("site_1", asked["site_1"]).ask == "unmask"
+
+
+def test_never_both_secrets_over_two_messages_of_a_round() -> None:
+    """One story: 2 is in the sum; the other: it left. The second is refused, whichever comes first, to whomever."""
+
+    def left(got: Arrays) -> None:
+        got["survivors"], got["dropped"] = numbers(1, 3, 4, 5), numbers(2)
+
+    for first, second in ((None, left), (left, None)):
+        party, asked = before_unmasking()
+        one, two = (
+            changed(asked["site_1"], REQUESTS, c or (lambda got: None)) for c in (first, second)
+        )
+        reply = party.reply("site_1", one)
+        assert reply.ask == "unmask"
+        assert len(read(reply.body, REPLIES["unmask"])["shares"]) == 5  # one of each client
+        assert "outside a round" in refusal(party, "site_1", two)
+
+
+def test_two_stories_to_two_halves_never_make_both_secrets() -> None:
+    """More than half of the holders make a secret: whatever a server tells whom, only one of the two has so many."""
+    party, asked = before_unmasking()
+    found: dict[bool, dict[int, bytes]] = {False: {}, True: {}}
+    for place, client in enumerate(["site_1", "site_3", "site_4", "site_5"]):
+        gone = place % 2 == 0
+
+        def story(got: Arrays, gone: bool = gone) -> None:
+            if gone:
+                got["survivors"], got["dropped"] = numbers(1, 3, 4, 5), numbers(2)
+
+        got = read(
+            party.reply(client, changed(asked[client], REQUESTS, story)).body, REPLIES["unmask"]
+        )
+        found[gone].update(
+            {
+                int(client[-1]): bytes(s)
+                for n, s in zip(got["numbers"], got["shares"], strict=True)
+                if n == 2
+            }
+        )
+    assert [len(shares) for shares in found.values()] == [2, 2] and party.protocol.survivors == 4
+
+
+def test_a_replayed_round_is_refused_on_either_side() -> None:
+    party, asked = before_unmasking()
+    old, replies = asked["site_1"], {(ask, c): m for ask, c, m in party.seen}
+    requests = {m.ask: m for c, m in party.asked if c == "site_1"}
+    party.hold({"site_1": "unmask"})
+    assert "of another round" in refusal(party, "site_1", old)
+    assert "of another round" in refusal(party, "site_1", requests["train"])
+    for ask in EXCHANGES[:3]:
+        again = party.hold(
+            up=lambda c, m, ask=ask: replies[ask, c] if (c, m.ask) == ("site_2", ask) else m
+        )
+        assert "of another round" in again.left["site_2"]
+        assert np.array_equal(again.total, party.plain(["site_1", "site_3", "site_4", "site_5"]))
+
+
+def test_a_second_vector_under_the_same_masks_is_refused() -> None:
+    """The difference of the two would be the difference of the uploads."""
+    party, _ = before_unmasking()
+    (request,) = [m for c, m in party.asked if (c, m.ask) == ("site_1", "train")]
+    assert "'train' was asked out of turn" in refusal(party, "site_1", request)
+
+
+@pytest.mark.parametrize(
+    ("ask", "change", "why"),
+    [
+        ("shares", lambda got: got["keys"][0].fill(0), "other keys than mine"),
+        ("shares", lambda got: got["keys"][1, :32].fill(0), "a public key that is none"),
+        (
+            "shares",
+            lambda got: got["keys"].__setitem__(1, got["keys"][2]),
+            "two clients with one key",
+        ),
+        ("shares", lambda got: got["head"].__setitem__(1, 2), "more than half"),
+        ("shares", lambda got: got["head"].__setitem__(1, 6), "more than half"),
+        ("shares", lambda got: got["numbers"].__setitem__(1, 1), "not distinct"),
+        ("shares", lambda got: got["numbers"].__setitem__(1, -1), "not distinct"),
+        ("train", lambda got: got["layout"].fill(0), "another layout"),
+        ("train", lambda got: got["numbers"].__setitem__(0, 9), "others than my neighbours"),
+        ("train", lambda got: got["head"].fill(-1), "a unit of weights"),
+        (
+            "train",
+            lambda got: got.update(numbers=got["numbers"][:2], sealed=got["sealed"][:2]),
+            "3 clients are left",
+        ),
+    ],
+)
+def test_hostile_requests(ask: str, change: Callable[[Arrays], None], why: str) -> None:
+    party = Party(5)
+    down = lambda c, m: changed(m, REQUESTS, change) if (c, m.ask) == ("site_1", ask) else m  # noqa: E731
+    summed = party.hold(down=down)
+    assert why in summed.left["site_1"]
+    assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
+
+
+def test_threshold_of_exactly_half_is_refused() -> None:
+    """Each half of the holders could open one of a client's two secrets."""
+    party = Party(4)
+
+    def halve(got: Arrays) -> None:
+        got["head"][1] = 2
+
+    def down(client: str, message: Message) -> Message:
+        first = (client, message.ask) == ("site_1", "shares")
+        return changed(message, REQUESTS, halve) if first else message
+
+    summed = party.hold(down=down)
+
+    assert "more than half" in summed.left["site_1"]
+
+
+@pytest.mark.parametrize(
+    ("ask", "change", "why"),
+    [
+        (
+            "shares",
+            lambda got: got.update(numbers=got["numbers"][:2], sealed=got["sealed"][:2]),
+            "than its neighbours",
+        ),
+        ("shares", lambda got: got.update(sealed=got["sealed"][:2]), "more or fewer shares"),
+        ("train", lambda got: got.update(vector=got["vector"][:-1]), "numbers where"),
+        ("keys", lambda got: got["keys"][:32].fill(0), "a public key that is none"),
+        ("keys", lambda got: got["keys"][32:].fill(0), "a public key that is none"),
+    ],
+)
+def test_hostile_replies(ask: str, change: Callable[[Arrays], None], why: str) -> None:
+    party = Party(5)
+    up = lambda c, m: changed(m, REPLIES, change) if (c, m.ask) == ("site_1", ask) else m  # noqa: E731
+    summed = party.hold(up=up)
+    assert why in summed.left["site_1"]
+    assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
+
+
+def test_wrong_shares_are_noticed_and_others_taken() -> None:
+    party = Party(5)
+
+    def wrong(who: tuple[str, ...]) -> Callable[[str, Message], Message]:
+        def up(client: str, message: Message) -> Message:
+            if client not in who or message.ask != "unmask":
+                return message
+            return changed(message, REPLIES, lambda got: got["shares"][:, 0].__iadd__(1))
+
+        return up
+
+    for leaves in ({}, {"site_4": "train"}):  # seeds alone; seeds and a masking key
+        if not leaves:
+            summed = party.hold(leaves, up=wrong(("site_3",)))
+            assert np.array_equal(summed.total, party.plain(summed.clients))
+        with pytest.raises(
+            RunFailed,
+            match=r"of the . shares of site_1's secret too few are there or right, 4 are needed",
+        ):
+            party.hold(leaves, up=wrong(("site_2", "site_3")))
+
+
+def test_sealed_shares_that_do_not_open_end_the_round_in_one_line() -> None:
+    party = Party(5)
+
+    def up(client: str, message: Message) -> Message:
+        if (client, message.ask) != ("site_2", "shares"):
+            return message
+        return changed(message, REPLIES, lambda got: got["sealed"].fill(7))
+
+    with pytest.raises(RunFailed, match="of the 1 shares of site_2's secret too few") as error:
+        party.hold(up=up)
+    assert "\n" not in str(error.value)
+
+
+def test_anything_at_all_in_a_message_crashes_nobody() -> None:
+    draw, party = random.Random(key("fuzz")), Party(5)
+
+    def garbled(message: Message) -> Message:
+        body = bytearray(message.body)
+        for _ in range(draw.choice((1, 3, 30))):
+            body[draw.randrange(len(body))] = draw.randrange(256)
+        cut = draw.choice((len(body), len(body), draw.randrange(len(body)), 0))
+        return Message(
+            draw.choice((message.ask, message.ask, *EXCHANGES, "refused", "")), bytes(body[:cut])
+        )
+
+    sums = 0
+    for _ in range(150):
+        who, side, ask = (
+            draw.choice(party.clients),
+            draw.choice(("up", "down")),
+            draw.choice(EXCHANGES),
+        )
+        change = lambda c, m: garbled(m) if c == who and m.ask == ask else m  # noqa: B023, E731
+        try:
+            sums += len(party.hold(**{side: change}).clients) >= 4
+        except RunFailed as error:
+            assert "the secure sum is given up" in str(error) and "\n" not in str(error)
+    assert sums > 100
+
+
+def test_shares_of_something_else() -> None:
+    shares = crypto.split_secret(bytes(range(32)), 3, [1, 2, 3])
+    assert crypto.combine_shares(dict(zip((1, 2, 3), shares, strict=True))) == bytes(range(32))
+    assert crypto.combine_shares({1: b"\xff" * crypto.SHARE_LENGTH, 2: shares[1], 3: b""}) != bytes(
+        range(32)
+    )
+
+
+# One client of five ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("forged", "why"),
+    [
+        (b"\xff" * 64, "a public key that is none"),
+        (bytes(64), "a public key that is none"),
+        (b"\x09" + bytes(31) + b"\xff" * 32, "a public key that is none"),
+        ((2**255 - 19).to_bytes(32, "little") + b"\x09" + bytes(31), "a public key that is none"),
+        ((b"\x09" + bytes(31)) * 2, "a public key that is there twice"),
+    ],
+)
+def test_unusable_public_keys_cost_their_sender_alone(forged: bytes, why: str) -> None:
+    party = Party(5)
+
+    def forge(client: str, message: Message) -> Message:
+        if client != "site_3" or message.ask != "keys":
+            return message
+        return changed(
+            message,
+            REPLIES,
+            lambda got: got.update(keys=np.frombuffer(bytearray(forged), np.uint8)),
+        )
+
+    summed = party.hold(up=forge)
+
+    assert summed.clients == ["site_1", "site_2", "site_4", "site_5"]
+    assert summed.left == {"site_3": why}
+
+
+def test_public_key_of_another_client_is_refused() -> None:
+    party = Party(5)
+    first: list[np.ndarray] = []
+
+    def copy(client: str, message: Message) -> Message:
+        if message.ask == "keys" and client == "site_1":
+            first.append(read(message.body, REPLIES["keys"])["keys"])
+        if message.ask == "keys" and client == "site_3":
+            return changed(message, REPLIES, lambda got: got.update(keys=np.roll(first[0], 32)))
+        return message
+
+    summed = party.hold(up=copy)
+
+    assert summed.left == {"site_3": "a public key that is there twice"}
+
+
+GARBAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda body: b"",
+    "garbage": lambda body: random.Random(1).randbytes(len(body)),
+    "truncated": lambda body: body[:-1],
+    "flipped": lambda body: (
+        body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]
+    ),
+    "ff": lambda body: body[:-64] + b"\xff" * 64,
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("ask", EXCHANGES)
+def test_garbage_of_one_client_is_left_out_or_given_up_by_name(ask: str, garbage: str) -> None:
+    party = Party(5)
+
+    def spoil(client: str, message: Message) -> Message:
+        if client != "site_3" or message.ask != ask:
+            return message
+        return Message(message.ask, GARBAGE[garbage](message.body))
+
+    try:
+        summed = party.hold(up=spoil)
+    except RunFailed as error:
+        # Sealed shares are opened by nobody before the last exchange: then it is too late to leave their sender out.
+        assert ask == "shares" and "site_3" in str(error)
+    else:
+        assert {"site_1", "site_2", "site_4", "site_5"} <= set(summed.clients)
+        assert set(summed.left) <= {"site_3"}

@@ -1,0 +1,119 @@
+"""The secure sum is the plain sum of the quantised items, integer by integer, whoever leaves; and nothing below the threshold."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from hetero_fl.utils.errors import RunFailed
+from hetero_fl.utils.seeding import key
+from tests.helpers.secure_aggregation import EXCHANGES, Party
+
+STAYS = "stays"
+
+
+def held_or_given_up(party: Party, leaves: dict[str, str]) -> bool:
+    """Hold the round and compare it with what has to come of it; whether it came to a sum."""
+    least = party.protocol.survivors
+    there = {
+        e: [c for c in party.clients if leaves.get(c, STAYS) not in EXCHANGES[: i + 1]]
+        for i, e in enumerate(EXCHANGES)
+    }
+    short = [e for e in EXCHANGES if len(there[e]) < least]
+    if short:
+        with pytest.raises(RunFailed, match=f"round 1: the secure sum is given up at '{short[0]}'"):
+            party.hold(leaves)
+        return False
+    summed = party.hold(leaves)
+    assert summed.clients == there["train"]
+    assert set(summed.left) == set(party.clients) - set(there["train"])
+    assert np.array_equal(summed.total, party.plain(there["train"]))
+    return True
+
+
+def test_every_pattern_of_four_clients_leaving_at_any_exchange() -> None:
+    party, sums = Party(4), 0
+    for at in itertools.product((*EXCHANGES, STAYS), repeat=4):
+        sums += held_or_given_up(party, dict(zip(party.clients, at, strict=True)))
+    assert sums == 1 + 4 * 4  # threshold 3: nobody leaves, or one at one of four exchanges
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "threshold"), [(5, 0.51), (6, 0.6)])
+def test_every_number_of_clients_leaving_at_each_exchange(count: int, threshold: float) -> None:
+    party, draw, sums = Party(count, threshold=threshold), random.Random(key("leaving", count)), 0
+    for at in itertools.combinations_with_replacement((*EXCHANGES, STAYS), count):
+        who = draw.sample(party.clients, count)
+        sums += held_or_given_up(party, dict(zip(who, at, strict=True)))
+    assert sums > 10
+
+
+@pytest.mark.slow
+def test_twenty_clients_leaving_at_random() -> None:
+    party, draw = Party(20), random.Random(key("twenty"))
+    for leaving in (0, 1, 3, 6, 6, 6, 9):
+        who = draw.sample(party.clients, leaving)
+        held_or_given_up(party, {c: draw.choice(EXCHANGES) for c in who})
+
+
+def test_a_sparse_graph_tells_the_same_or_gives_up() -> None:
+    party, draw, sums = Party(16, neighbours=8, threshold=0.6), random.Random(key("sparse")), 0
+    for leaving in (0, 0, 1, 2, 2, 3, 3, 4):
+        leaves = {c: draw.choice(EXCHANGES) for c in draw.sample(party.clients, leaving)}
+        try:
+            summed = party.hold(leaves)
+        except RunFailed:
+            assert leaves
+            continue
+        sums += 1
+        assert set(summed.clients) <= {
+            c for c in party.clients if leaves.get(c) in (None, "unmask")
+        }
+        assert np.array_equal(summed.total, party.plain(summed.clients))
+    assert sums >= 4
+
+
+def test_who_is_left_alone_among_its_neighbours_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight clients in a circle with two neighbours each: 3 loses both, and nobody could give its secrets back."""
+    monkeypatch.setattr(random.SystemRandom, "shuffle", lambda self, circle: None)
+    party = Party(8, neighbours=2, threshold=0.51)
+    summed = party.hold({"site_2": "shares", "site_4": "shares"})
+    assert summed.clients == ["site_1", "site_5", "site_6", "site_7", "site_8"]
+    assert summed.left["site_3"] == "too few of its neighbours are left"
+    assert np.array_equal(summed.total, party.plain(summed.clients))
+
+
+def test_what_the_server_sees_of_one_client_is_uniform() -> None:
+    """Chi-square of bytes, over rounds in which a client sends the very same upload; 255 degrees of freedom, 400 is 6 sigma."""
+    party, seen, plain = Party(4, size=60), [], []
+    for _ in range(40):
+        party.seen.clear()
+        party.hold()
+        (reply,) = [m for ask, client, m in party.seen if (ask, client) == ("train", "site_2")]
+        seen.append(np.frombuffer(reply.body[-8 * party.layout(0).size :], np.uint8).reshape(-1, 8))
+        plain.append(party.plain(["site_2"]).view(np.uint8).reshape(-1, 8))
+    assert len({s.tobytes() for s in seen}) == 40  # masks are new each round
+
+    def chi_square(data: np.ndarray) -> float:
+        found, expected = np.bincount(data.ravel(), minlength=256), data.size / 256
+        return float(((found - expected) ** 2 / expected).sum())
+
+    for column in range(8):  # the high bytes of small numbers, too
+        assert chi_square(np.concatenate(seen)[:, column]) < 400
+        differences = seen[0][:, column] - seen[1][:, column]
+        assert len(set(differences.tolist())) > 50
+    assert chi_square(np.concatenate(plain)[:, 7]) > 400  # what is not masked does not pass
+
+
+def test_a_number_out_of_range_leaves_its_client_out() -> None:
+    party = Party(4, range=64)
+    party.uploads["site_2"]["model"]["b"][0] = 1e4
+    summed = party.hold()
+    assert summed.clients == ["site_1", "site_3", "site_4"]
+    assert "found 8750, but channel.secure_sum.range is 64" in summed.left["site_2"]
+    assert np.array_equal(summed.total, party.plain(summed.clients))

@@ -1,0 +1,95 @@
+"""Whole numbers in few bits: what goes in comes out, in as many bytes as were told, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import lzma
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetero_fl.communication.bit_packing import (
+    FILTERS,
+    Reader,
+    pack,
+    packed_size,
+    read_indices,
+    unpack,
+    write_indices,
+)
+from hetero_fl.core.payload import PayloadError
+
+
+@pytest.mark.parametrize("bits", range(33))
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+def test_fields_of_any_width_come_back_in_no_more_bits_than_they_have(
+    bits: int, count: int
+) -> None:
+    values = np.random.default_rng(bits * count).integers(0, 2**bits, count)
+    values[0] = 2**bits - 1
+    raw = pack(values, bits)
+    assert len(raw) == packed_size(count, bits) and len(raw) < bits * count / 8 + 1
+    assert (unpack(Reader(raw), count, bits) == values).all()
+
+
+def test_the_bits_of_a_field_lie_where_a_loop_puts_them() -> None:
+    values, bits = [5, 0, 7, 3, 1, 6, 2, 4, 7], 3
+    want = sum(v << (bits * i) for i, v in enumerate(values)).to_bytes(4, "little")
+    assert pack(np.array(values), bits) == want
+
+
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 99), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_indices_come_back(total: int, share: float, seed: int, entropy: bool) -> None:
+    count = max(1, int(share * total))
+    indices = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
+    raw = write_indices(indices, total, entropy)
+    source = Reader(raw)
+    assert (read_indices(source, count, total) == indices).all()
+    source.end()
+    assert len(raw) <= 2 + count * (2 + math.log2(total / count)) / 8 + 1 + count / 8
+
+
+def test_random_indices_take_little_more_than_their_entropy_and_clustered_ones_less_with_coding() -> (
+    None
+):
+    rng, total, count = np.random.default_rng(0), 1_000_000, 10_000
+    spread = np.sort(rng.choice(total, count, replace=False))
+    entropy = (
+        (math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1))
+        / math.log(2)
+        / 8
+    )
+    plain = len(write_indices(spread, total))
+    assert entropy < plain < 1.08 * entropy
+    assert len(write_indices(spread, total, entropy=True)) <= plain
+    near = np.sort(rng.choice(total // 20, count, replace=False))
+    assert len(write_indices(near, total, entropy=True)) < 0.8 * len(write_indices(near, total))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_indices_that_are_not_are_refused(entropy: bool) -> None:
+    indices = np.concatenate([np.arange(400), [9900]])  # clustered: by option their gaps are coded
+    raw = write_indices(indices, 10_000, entropy)
+    assert raw[0] == entropy
+    with pytest.raises(PayloadError, match="ascending below 9900"):
+        read_indices(Reader(raw), 401, 9900)
+    for count in (400, 402):
+        with pytest.raises(PayloadError):
+            source = Reader(raw)
+            read_indices(source, count, 10_000)
+            source.end()
+    for cut in range(len(raw)):
+        with pytest.raises(PayloadError):
+            read_indices(Reader(raw[:cut]), 401, 10_000)
+    with pytest.raises(PayloadError, match="unknown code"):
+        read_indices(Reader(b"\7" + raw[1:]), 401, 10_000)
+
+
+def test_gaps_that_unpack_to_more_than_was_agreed_are_not_unpacked() -> None:
+    bomb = lzma.compress(bytes(10**7), lzma.FORMAT_RAW, filters=FILTERS)
+    raw = b"\1" + len(bomb).to_bytes(4, "little") + bomb
+    with pytest.raises(PayloadError, match="21 bytes of gaps"):
+        read_indices(Reader(raw), 4, 100)

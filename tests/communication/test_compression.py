@@ -1,0 +1,202 @@
+"""Each stage against what it promises: unbiased or within its bound, and the same at both ends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero_fl.communication.bit_packing import Reader
+from hetero_fl.communication.compression import (
+    Format,
+    Half,
+    LowRank,
+    Quantize,
+    RandomK,
+    Sort,
+    Stage,
+    TopClasses,
+    TopK,
+)
+from hetero_fl.communication.link import Chain
+from hetero_fl.core.payload import PayloadError
+from hetero_fl.utils.seeding import generator
+
+LAYOUT = ((4, 30), (20,), ())
+
+
+def vector(seed: int = 0, n: int = 141) -> Tensor:
+    return torch.randn(n, generator=generator(seed)) * torch.linspace(0.01, 3, n)
+
+
+def there_and_back(
+    numbers: Tensor,
+    stages: list[Stage | Format],
+    seed: int = 0,
+    layout=LAYOUT,
+    sort: Sort = "change",
+) -> Tensor:
+    def draw(label: str) -> torch.Generator:
+        return generator(seed, label)
+
+    chain = Chain(stages, sort)
+    source = Reader(chain.write(numbers.clone(), layout, draw))
+    back = chain.read(source, layout, numbers.dtype, draw)
+    source.end()
+    assert back.shape == numbers.shape and back.dtype == numbers.dtype
+    return back
+
+
+def mean_and_error(draws: list[Tensor]) -> tuple[Tensor, Tensor]:
+    stacked = torch.stack(draws).double()
+    return stacked.mean(0), stacked.std(0) / math.sqrt(len(draws))
+
+
+@pytest.mark.parametrize(
+    "stages", [[RandomK(0.2)], [RandomK(0.2), Quantize(4)], [Quantize(1)], [Quantize(2, 16)]]
+)
+def test_the_mean_over_many_keys_is_the_vector_itself(stages: list[Stage | Format]) -> None:
+    numbers = vector()
+    mean, error = mean_and_error([there_and_back(numbers, stages, seed) for seed in range(3000)])
+    off = (mean - numbers).abs() / error.clamp(min=1e-9)
+    fixed = error < 1e-9  # a number that is a level itself never moves
+    assert torch.allclose(mean[fixed], numbers[fixed].double(), atol=1e-6)
+    assert off[~fixed].max() < 4.5 and off[~fixed].square().mean().sqrt() < 1.25  # standard errors
+
+
+def test_random_k_sends_so_many_of_the_numbers_at_the_rate_of_keeping_and_every_number_is_drawn_alike() -> (
+    None
+):
+    numbers, n = torch.ones(141), 141
+    sent = torch.stack([there_and_back(numbers, [RandomK(28)], seed) for seed in range(2000)])
+    assert ((sent > 0).sum(1) == 28).all() and torch.allclose(sent[sent > 0], torch.tensor(n / 28))
+    share = (sent > 0).double().mean(0)
+    assert (share - 28 / n).abs().max() < 5 * math.sqrt(28 / n * (1 - 28 / n) / 2000)
+
+
+def test_chain_undoes_its_stages_from_the_last_to_the_first() -> None:
+    row, column = torch.arange(6.0), torch.linspace(1, 2, 5)
+    numbers = torch.outer(row, column).reshape(-1)  # one term of 6 + 5 numbers, of which one is 0
+
+    back = there_and_back(numbers, [LowRank(0.99), TopK(10)], layout=((6, 5),))
+
+    torch.testing.assert_close(back, numbers)
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+@pytest.mark.parametrize("bucket", [None, 7])
+def test_quantised_numbers_are_within_one_level_and_the_largest_is_exact(
+    bits: int, bucket: int | None
+) -> None:
+    numbers = vector()
+    for stochastic in (True, False):
+        back = there_and_back(numbers, [Quantize(bits, bucket, nearest=not stochastic)])
+        for part, got in zip(numbers.split([120, 20, 1]), back.split([120, 20, 1]), strict=True):
+            for p, g in zip(part.split(bucket or 999), got.split(bucket or 999), strict=True):
+                level = p.abs().max() / (2 ** (bits - 1) - 1)
+                assert (p - g).abs().max() <= level * (
+                    1 if stochastic else 0.5001
+                ) + 1e-6 * p.abs().max()
+                assert g[p.abs().argmax()] == p[p.abs().argmax()]
+
+
+def test_what_rounding_to_the_nearest_level_leaves_is_exact_even_half_way_between_two() -> None:
+    """Half a level is made to lie at a power of two, where floating point changes its step, and both are moved bit by bit."""
+    for bits in (2, 3, 8, 16):
+        for moved in range(-12, 13):
+            most = (torch.tensor([2.0 ** (bits - 1) - 1]).view(torch.int32) + moved).view(
+                torch.float32
+            )
+            steps = (
+                torch.tensor([0.5]).view(torch.int32) + torch.arange(-24, 25, dtype=torch.int32)
+            ).view(torch.float32)
+            numbers = torch.cat([most, steps, -steps, steps + 1])
+            back = there_and_back(numbers, [TopK(147), Quantize(bits)], layout=((148,),))
+            assert torch.equal((numbers - back).double(), numbers.double() - back.double())
+
+
+def test_so_many_bits_are_so_many_bits() -> None:
+    numbers = vector(n=1000)
+    for bits in range(1, 17):
+        raw = Chain([Quantize(bits)], "change").write(
+            numbers, ((1000,),), lambda label: generator(0)
+        )
+        assert len(raw) == 4 + math.ceil(1000 * bits / 8)
+
+
+def test_nought_and_one_stay_what_they_are() -> None:
+    known = torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(6)
+    for bits in range(2, 17):
+        assert torch.equal(there_and_back(known, [Quantize(bits)], layout=((24,),)), known)
+    still = torch.zeros(24)
+    for stage in (Quantize(1), Quantize(8), Half(), TopK(3), LowRank(0.9)):
+        assert torch.equal(there_and_back(still, [stage], layout=((4, 6),)), still)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1.0, 1e9])
+def test_half_keeps_eleven_bits_whatever_the_size(scale: float) -> None:
+    numbers = vector() * scale
+    back = there_and_back(numbers, [Half()])
+    big = numbers.abs() > numbers.abs().max() * 1e-3
+    assert ((back - numbers).abs()[big] <= numbers.abs()[big] * 2.0**-11).all()
+
+
+def test_the_largest_are_sent_and_no_others() -> None:
+    numbers = vector()
+    for amount, k in ((0.1, 15), (9, 9), (1, 1), (500, 141)):
+        back = there_and_back(numbers, [TopK(amount)])
+        kept = numbers.abs().argsort(descending=True)[:k]
+        assert torch.equal(back[kept], numbers[kept]) and int((back != 0).sum()) == k
+
+
+def test_the_energy_rule_is_that_of_fedkd() -> None:
+    from hetero_fl.communication.compression import compress_low_rank, restore_low_rank
+
+    numbers = torch.randn(40, 1, generator=generator(1)) @ torch.randn(
+        1, 50, generator=generator(2)
+    )
+    numbers = numbers + 0.1 * torch.randn(40, 50, generator=generator(3))
+    want = restore_low_rank(compress_low_rank({"w": numbers}, 0.9), {"w": numbers})["w"]
+    assert torch.equal(
+        there_and_back(numbers.reshape(-1), [LowRank(0.9)], layout=((40, 50),)), want.reshape(-1)
+    )
+
+
+def test_top_classes_keep_the_largest_and_the_sum_of_each_row() -> None:
+    rows = torch.randn(30, 10, generator=generator(4)).softmax(-1)
+    back = there_and_back(
+        rows.reshape(-1), [TopClasses(3)], layout=((30, 10),), sort="predictions"
+    ).view(30, 10)
+    top = rows.topk(3).indices
+    assert torch.equal(back.gather(1, top), rows.gather(1, top))
+    assert torch.allclose(back.sum(1), torch.ones(30), atol=1e-6)
+    others = back.scatter(1, top, float("nan"))
+    spread = others.nan_to_num(-9).amax(1) - others.nan_to_num(9).amin(1)
+    assert torch.equal(spread, torch.zeros(30))
+
+
+@pytest.mark.parametrize(
+    "stage", [Quantize(1), Quantize(5, 8), Quantize(8, nearest=True), Half(), TopK(9), LowRank(0.5)]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_finite_at_the_receiver(
+    stage: Stage | Format, bad: float
+) -> None:
+    numbers = vector()
+    numbers[37] = bad
+    assert not torch.isfinite(there_and_back(numbers, [stage])).all()
+
+
+def test_more_terms_than_a_matrix_has_are_refused() -> None:
+    chain = Chain([LowRank(0.5)], "change")
+    raw = chain.write(torch.ones(120), ((10, 12),), lambda label: generator(0))
+    for rows in (0, 7, 2**31):
+        with pytest.raises(PayloadError, match="terms"):
+            chain.read(
+                Reader(rows.to_bytes(4, "little") + raw[4:]),
+                ((10, 12),),
+                torch.float32,
+                lambda label: generator(0),
+            )

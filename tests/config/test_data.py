@@ -1,0 +1,63 @@
+"""Settings of data sources that contradict one another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from hetero_fl.config.data import SplitConfig
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
+
+
+def test_split_leaves_rows_to_train_on() -> None:
+    assert SplitConfig(validation=0.25, test=0.5).test == 0.5
+    for test in (0.75, 0.8):
+        with pytest.raises(ValidationError, match="must leave rows to train on"):
+            SplitConfig(validation=0.25, test=test)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:SECRET}",
+        "${oc.env:SECRET,x}",
+        "x ${oc.decode:'1'}",
+        "${oc.${name}:SECRET}",
+        "${${name}:SECRET}",
+    ],
+)
+def test_environment_does_not_get_into_a_configuration(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    path = tmp_path / "c.yaml"
+    path.write_text(f'name: env\nalgorithm: {{name: "{value}"}}\n')
+    line = r"refers to another key of the file, and to nothing else$"
+
+    with pytest.raises(UserError, match=line) as caught:
+        load_config(path)
+    assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
+    for given, overrides in (({"name": value}, ["rounds=2"]), ({}, [f"name={value}"])):
+        with pytest.raises(UserError, match=line):
+            load_config(given, overrides)
+
+
+@pytest.mark.parametrize("value", ["${" * 500 + "b" + "}" * 500, "[" * 300 + "]" * 300])
+def test_a_value_that_is_nested_too_deeply_is_one_line(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: {value if value[0] == '[' else repr(value)}\n")
+
+    with pytest.raises(UserError, match=r"c.yaml: cannot be read: nested too deeply$"):
+        load_config(path)
+    with pytest.raises(UserError, match=r"name cannot be set: "):
+        load_config({}, [f"name={value}"])
+
+
+def test_reference_to_another_key_is_resolved(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text('name: "${algorithm.name}-compared"\nalgorithm: {name: fedavg}\n')
+
+    assert load_config(path).name == "fedavg-compared"

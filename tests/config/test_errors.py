@@ -1,0 +1,277 @@
+"""Near misses: a key that stands elsewhere is suggested with its full path, and lists are told from tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
+
+
+def said(tree: dict[str, Any], *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(tree, overrides)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value).removeprefix("configuration: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("data.paht=x.npz", "data.paht: unknown key; did you mean 'path'?"),
+        ("path=x.npz", "path: unknown key; did you mean 'data.path'?"),
+        ("round=3", "round: unknown key; did you mean 'rounds'?"),
+        ("clients.round=3", "clients.round: unknown key; did you mean 'clients.per_round'?"),
+        ("data_path=x.npz", "did you mean 'data.path'?"),
+        ("data.partition.path=x.npz", "did you mean 'data.path'?"),
+        ("data.alpha=0.5", "data.alpha: unknown key; did you mean 'data.partition.alpha'?"),
+        ("data.sizes=100", "did you mean 'size'?"),
+        ("proxy_size=100", "did you mean 'data.proxy.size'?"),
+        ("data.partition.size=9", "did you mean 'min_size' or 'data.size'?"),
+        ("data.proxy.path=x.npz", "did you mean 'data.proxy.source.path'?"),
+        ("clients.defaults.lr=0.1", "did you mean 'clients.defaults.optimizer.lr'?"),
+        (
+            "clients.groups.1.lr=0.1",
+            "clients.groups.1.lr: unknown key; did you mean 'clients.groups.1.optimizer.lr'?",
+        ),
+        ("lr=0.1", "did you mean 'clients.defaults.optimizer.lr'?"),
+        ("clients.defaults.momentun=0.9", "did you mean 'clients.defaults.optimizer.momentum'?"),
+        ("server.lr=0.1", "did you mean 'server.optimizer.lr'?"),
+        ("temperature=3", "did you mean 'algorithm.temperature'?"),
+        ("algorithm.rounds=3", "algorithm.rounds: unknown key; did you mean 'rounds'? (of fedmd)"),
+        ("algorithm.temprature=3", "did you mean 'temperature'? (of fedmd)"),
+        ("evaluation.device=cpu", "did you mean 'runtime.device'?"),
+        ("runtime.qqq=1", "unknown key; choose from address, buffer, chunk, device"),
+        ("algorithm.temp=3", "algorithm.temp: unknown key; did you mean 'temperature'? (of fedmd)"),
+        ("algorithm.windws=3", "algorithm.windws: unknown key; choose from "),
+        (
+            "data.partition.kind=non-iid",
+            "data.partition.kind: found 'non-iid'; choose from classes, dirichlet, drawn,",
+        ),
+    ],
+)
+def test_the_key_that_was_meant(override: str, meant: str) -> None:
+    groups = [{"name": "a"}, {"name": "b", "model": "mlp"}]
+    assert meant in said({"clients": {"groups": groups}, "algorithm": {"name": "fedmd"}}, override)
+
+
+@pytest.mark.parametrize(
+    ("tree", "line"),
+    [
+        ({"data": "digits"}, "data: expected a table, got 'digits'; did you mean 'data.name'?"),
+        (
+            {"data": {"partition": "iid"}},
+            "data.partition: expected a table, got 'iid'; did you mean 'data.partition.kind'?",
+        ),
+        (
+            {"algorithm": "fedmd"},
+            "algorithm: expected a table, got 'fedmd'; did you mean 'algorithm.name'?",
+        ),
+        (
+            {"algorithm": [{"name": "fedmd"}]},
+            "algorithm: expected a table, got [{'name': 'fedmd'}]; write its keys without dashes",
+        ),
+        (
+            {"clients": [{"name": "a"}]},
+            "clients: expected a table, got [{'name': 'a'}]; did you mean 'clients.groups'?",
+        ),
+        (
+            {"clients": {"defaults": {"optimizer": [{"lr": 0.1}]}}},
+            "clients.defaults.optimizer: expected a table, got [{'lr': 0.1}]; write",
+        ),
+        (
+            {"data": [{"name": "digits"}]},
+            "data: expected a table, got [{'name': 'digits'}]; write its keys without dashes",
+        ),
+        (
+            {"data": {"proxy": 100}},
+            "data.proxy: expected a table, got 100; its keys are size, source, columns",
+        ),
+        (
+            {"channel": {"secure_sum": True}},
+            "channel.secure_sum: expected a table, got true; {} takes all defaults, its keys are threshold,",
+        ),
+        ({"privacy": True}, "privacy: expected a table, got true; its keys are unit"),
+        ({"privacy": {"delta": 0.1}}, "privacy: needs target_epsilon or noise_multiplier"),
+        ({"data": None}, "data: expected a table, got nothing; its keys are"),
+        (
+            {"clients": {"groups": {"a": {"count": 2}}}},
+            "clients.groups: expected a list, got a table; each entry of a list begins with a dash",
+        ),
+        (
+            {"clients": {"groups": ["a"]}},
+            "clients.groups.0: expected a table, got 'a'; did you mean 'clients.groups.0.name'?",
+        ),
+        (
+            {"clients": {"defaults": {"shares": {"a": 1}}}},
+            "clients.defaults.shares: expected a list, got a table;",
+        ),
+    ],
+)
+def test_lists_tables_and_plain_values(tree: dict[str, Any], line: str) -> None:
+    assert line in said(tree)
+
+
+@pytest.mark.parametrize(("names", "count"), [("ab", 2), ("a", 1)])
+def test_an_entry_that_there_is_not(names: str, count: int) -> None:
+    override = "clients.groups.7.model=mlp"
+    line = said({"clients": {"groups": [{"name": n} for n in names]}}, override)
+    assert (
+        line
+        == f"{override}: clients.groups.7.model cannot be set: found 7, but clients.groups has {count}, and the first is 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("clients.groups.cnn.model=mlp", "and 'cnn' is number 1; write clients.groups.1.model"),
+        ("clients.groups.cn.model=mlp", "and 'cnn' is number 1; write clients.groups.1.model"),
+        (
+            "clients.groups.vit.model=mlp",
+            "and clients.groups.0 is 'big'; clients.groups.1 is 'cnn'",
+        ),
+    ],
+)
+def test_an_entry_of_a_list_that_is_named(override: str, told: str) -> None:
+    line = said({"clients": {"groups": [{"name": "big"}, {"name": "cnn"}]}}, override)
+
+    key = override.partition("=")[0]
+    assert (
+        line
+        == f"{override}: {key} cannot be set: entries of clients.groups are numbered from 0, {told}"
+    )
+
+
+@pytest.mark.parametrize("seeds", ["0,1", "[0,1]"])
+def test_several_seeds_are_for_compare(seeds: str) -> None:
+    assert said({}, f"seed={seeds}").endswith(
+        "; several seeds are for `hetero-fl compare --seeds 0,1`"
+    )
+
+
+def test_a_file_that_there_is_not_names_those_of_its_folder(tmp_path: Path) -> None:
+    for name in ("digits.yaml", "medical.json", "notes.md"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+
+    found = []
+    for path in (tmp_path / "zzz.yaml", tmp_path / "digit.yaml", tmp_path, tmp_path / "empty.yaml"):
+        with pytest.raises(UserError) as error:
+            load_config(path)
+        found.append(str(error.value).replace(f"{path}: ", ""))
+
+    listed = "found digits.yaml, empty.yaml, medical.json there"
+    assert found == [
+        f"no such file; {listed}",
+        "no such file; did you mean 'digits.yaml'?",
+        f"is a folder; name a file; {listed}",
+        "has no keys; name at least data, clients and algorithm",
+    ]
+
+
+def test_overrides_may_be_a_text_or_a_dictionary() -> None:
+    assert load_config({}, "rounds=1").rounds == 1
+    given = {
+        "rounds": 2,
+        "data.name": "digits",
+        "algorithm": {"name": "fedprox", "mu": 0.5},
+        "privacy": None,
+    }
+    config = load_config({}, given)
+    assert (config.rounds, config.data.name, config.privacy) == (2, "digits", None)
+    assert config.algorithm["name"] == "fedprox" and config.algorithm["mu"] == 0.5
+    with pytest.raises(
+        UserError, match=r"overrides: found 'rounds'; an override is written key.path=value"
+    ):
+        load_config({}, "rounds")
+    with pytest.raises(UserError, match=r"overrides: expected texts key.path=value, got 3"):
+        load_config({}, [3])  # type: ignore[list-item]
+
+
+def test_the_line_says_where_the_key_was_set(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("rounds: two\nalgorithm: {name: fedprox, mu: x}\n")
+    for overrides, told in (
+        ([], f"{file}: rounds: expected an integer, got 'two'"),
+        (["seed=1"], f"{file}: rounds: expected an integer, got 'two'"),
+        (["rounds=1", "rounds=three"], "rounds=three: rounds: expected an integer, got 'three'"),
+        (["rounds=1", "algorithm.seed=1"], "algorithm.seed=1: algorithm.seed: unknown key"),
+        (["rounds=1"], f"{file}: algorithm.mu: expected a number, got 'x'"),
+        (
+            ["rounds=1", "algorithm={name: fedprox, mu: -1}"],
+            "algorithm={name: fedprox, mu: -1}: algorithm.mu: must be >= 0, got -1",
+        ),
+        (
+            ["rounds=1", "algorithm.name=fedvag"],
+            "algorithm.name=fedvag: algorithm.name: found algorithm 'fedvag'",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            load_config(file, overrides)
+        assert str(error.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["privacy.delta=0.1"],
+            "privacy.delta=0.1: privacy: needs target_epsilon or noise_multiplier",
+        ),
+        (
+            ["seed=1", "data.split.test=0.9", "rounds=2"],
+            "data.split.test=0.9: data.split: validation + test is 1.05",
+        ),
+        (
+            ["clients.groups.0.fraction=0.5"],
+            "clients.groups.0.fraction=0.5: clients.groups.0: found count and fraction",
+        ),
+        (["foo.a=1", "foo.b=2", "rounds=2"], "foo.b=2: foo: unknown key"),
+        (
+            ["split.test=0.9", "split.validation=0.5"],
+            "split.validation=0.5: split: unknown key; did you mean",
+        ),
+        (
+            ["data.validation=0.5", "data.split={test: 0.9}"],
+            "data.split={test: 0.9}: data.split: validation + test",
+        ),
+    ],
+)
+def test_load_config_blames_an_override_for_its_section(
+    overrides: list[str], told: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("clients: {groups: [{name: a, count: 2}]}\n")
+
+    with pytest.raises(UserError) as error:
+        load_config(file, overrides)
+
+    assert str(error.value).startswith(told)
+
+
+def test_load_config_blames_the_file_for_its_own_sections(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("privacy: {delta: 0.1}\n")
+
+    with pytest.raises(UserError) as error:
+        load_config(file, ["rounds=2", "clients.groups=[{name: a}]", "clients.groups.0.count=3"])
+
+    assert str(error.value).startswith(f"{file}: privacy: needs target_epsilon")
+
+
+def test_load_config_refuses_an_integer_that_python_cannot_read(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"rounds: {'9' * 5000}\n")
+
+    with pytest.raises(UserError, match=r"c\.yaml: cannot be read: "):
+        load_config(file)
+
+
+def test_a_list_in_a_tables_place_by_override() -> None:
+    assert "data: expected a table, got [1, 2]" in said({}, "data=[1,2]")
+    assert "data" in said({"data": [1]}, "data.path=x.npz")
+    assert "clients" in said({"clients": {"groups": {"a": 1}}}, "clients.groups.0.epochs=3")

@@ -1,0 +1,125 @@
+"""Layers of settings: defaults, groups and overrides, the later over the earlier, key by key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from hetero_fl.config import expand
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
+
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}
+
+
+def roster(**clients: Any) -> dict[str, ClientSettings]:
+    return expand(load_config({"clients": clients}).clients)
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ([{"name": n, "fraction": 1 / 3} for n in "abc"], {"a": 3, "b": 3, "c": 4}),
+        (
+            [{"name": "a", "count": 4}, {"name": "b"}, {"name": "c", "count": 1}],
+            {"a": 4, "b": 5, "c": 1},
+        ),
+    ],
+)
+def test_expand_gives_clients_that_are_left_to_the_group_without_a_count(
+    groups: list[dict[str, Any]], members: dict[str, int]
+) -> None:
+    clients = roster(count=10, groups=groups)
+
+    assert Counter(id[0] for id in clients) == members
+
+
+@pytest.mark.parametrize("layer", ["group", "override"])
+def test_another_optimiser_does_not_inherit_momentum(layer: str) -> None:
+    adam: dict[str, Any] = {"optimizer": {"name": "adam"}}
+    groups = [{"name": "a", **(adam if layer == "group" else {})}, {"name": "b"}]
+    overrides = [{"match": "a", **adam}] if layer == "override" else []
+    clients = roster(defaults={"optimizer": SGD}, groups=groups, overrides=overrides)
+    changed, kept = clients["a"].optimizer, clients["b"].optimizer
+    assert (changed.name, changed.lr, changed.momentum, changed.nesterov) == (
+        "adam",
+        0.05,
+        0.0,
+        False,
+    )
+    assert (kept.name, kept.lr, kept.momentum, kept.nesterov) == ("sgd", 0.05, 0.9, True)
+
+
+def test_the_same_optimiser_named_again_keeps_its_settings() -> None:
+    again = roster(
+        defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"name": "sgd", "lr": 0.1}}]
+    )
+    assert (again["a"].optimizer.lr, again["a"].optimizer.momentum) == (0.1, 0.9)
+
+
+def test_layers_that_contradict_one_another_are_one_line() -> None:
+    with pytest.raises(
+        UserError, match=r"^clients: 'a': optimizer: .*nesterov needs name: sgd and momentum"
+    ) as error:
+        roster(defaults={"optimizer": SGD}, groups=[{"name": "a", "optimizer": {"momentum": 0.0}}])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layer", ["group", "override"])
+def test_a_layer_that_names_no_optimiser_changes_that_of_the_layers_below(layer: str) -> None:
+    changed: dict[str, Any] = {"optimizer": {"momentum": 0.5, "nesterov": True}}
+    groups = [{"name": "a", **(changed if layer == "group" else {})}, {"name": "b"}]
+    overrides = [{"match": "a", **changed}] if layer == "override" else []
+    clients = roster(
+        defaults={"optimizer": {"name": "sgd", "lr": 0.05}}, groups=groups, overrides=overrides
+    )
+    got = clients["a"].optimizer
+    assert (got.name, got.lr, got.momentum, got.nesterov) == ("sgd", 0.05, 0.5, True)
+    assert clients["b"].optimizer.momentum == 0.0
+
+
+def test_a_layer_that_the_optimiser_below_does_not_support_is_one_line() -> None:
+    with pytest.raises(
+        UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"
+    ):
+        roster(groups=[{"name": "a", "optimizer": {"momentum": 0.5}}])
+    with pytest.raises(
+        UserError, match=r"^clients: 'a': optimizer: .*momentum belongs to sgd, not adam$"
+    ):
+        group = {"name": "a", "optimizer": {"momentum": 0.5}}
+        roster(groups=[group], overrides=[{"match": "a", "optimizer": {"name": "sgd"}}])
+    with pytest.raises(
+        UserError, match=r"clients\.groups\.0\.optimizer: .*momentum belongs to sgd, not adam$"
+    ):
+        roster(groups=[{"name": "a", "optimizer": {"name": "adam", "momentum": 0.5}}])
+
+
+def test_models_of_an_override_are_taken_in_turn() -> None:
+    clients = roster(
+        groups=[
+            {"name": "x", "count": 1, "model": "linear"},
+            {"name": "a", "count": 5, "model": "linear"},
+        ],
+        overrides=[{"match": "a_[1-4]", "model": ["cnn", "mlp"]}],
+    )
+    assert [c.model[0].name for c in clients.values()] == [
+        "linear",
+        "cnn",
+        "mlp",
+        "cnn",
+        "mlp",
+        "linear",
+    ]
+    assert all(len(c.model) == 1 for c in clients.values())
+
+
+@pytest.mark.parametrize("name", ["server", "Server"])
+def test_nobody_is_called_as_the_server_is(name: str) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"clients\.groups\.0\.name: found '{name}', which is what the server is called",
+    ):
+        roster(groups=[{"name": name}])

@@ -1,0 +1,100 @@
+"""What a run directory keeps of a configuration: it loads to the same clients, and differences are told by their leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.config import difference, dump, expand, resolved
+from hetero_fl.experiment.preparation import load_config
+
+ROOT = Path(__file__).parents[2]
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
+LAYERS: list[dict[str, Any]] = [
+    {
+        "defaults": {"optimizer": SGD, "epochs": 3},
+        "groups": [{"name": "a", "count": 3, "model": ["mlp", "cnn"]}],
+    },
+    {
+        "defaults": {"optimizer": SGD, "preprocess": {"normalize": {"mean": 0.3}}},
+        "groups": [{"name": "a", "count": 2}, {"name": "b", "optimizer": {"lr": 0.1}, "steps": 4}],
+        "overrides": [
+            {
+                "match": "a_*",
+                "optimizer": {"name": "adam"},
+                "preprocess": {"normalize": {"std": 0.1}},
+            }
+        ],
+    },
+    {
+        "defaults": {"optimizer": {"lr": 0.2}},
+        "groups": [{"name": "a", "optimizer": {"weight_decay": 0.1}}],
+        "overrides": [
+            {"match": "a", "optimizer": SGD},
+            {"match": "a", "optimizer": {"momentum": 0.5}},
+        ],
+    },
+    {"groups": [{"name": "a", "optimizer": SGD}, {"name": "b", "fraction": 0.5}], "count": 2},
+    {},
+]
+
+
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "studies"
+)  # those name others
+
+
+@pytest.mark.parametrize("source", [*CONFIGS, *[{"clients": c} for c in LAYERS]])
+def test_what_is_kept_loads_to_the_same_clients(source: Path | dict[str, Any]) -> None:
+    config = load_config(source)
+    again = load_config(yaml.safe_load(dump(config)))
+    assert difference(resolved(config), resolved(again)) is None
+    want, got = expand(config.clients), expand(again.clients)
+    assert {id: s.model_dump() for id, s in got.items()} == {
+        id: s.model_dump() for id, s in want.items()
+    }
+    assert again.model_dump(exclude={"clients"}) == config.model_dump(exclude={"clients"})
+
+
+def differences(changes: dict[str, Any], **more: Any) -> str | None:
+    groups = [{"name": "a", "model": "mlp"}, {"name": "b", "model": "cnn"}]
+    old = load_config({"clients": {"groups": groups}})
+    return difference(
+        resolved(old),
+        resolved(
+            load_config({"clients": {"groups": [{**groups[0], **changes}, groups[1]]}, **more})
+        ),
+    )
+
+
+def test_a_difference_is_told_by_its_leaf() -> None:
+    assert differences({}) is None
+    said = differences({"objective": "python:own:Loss"})
+    assert said == "clients.groups.0.objective: was not given, is now 'python:own:Loss'"
+    assert (
+        differences({"model": "linear"})
+        == "clients.groups.0.model.0.name: was 'mlp', is now 'linear'"
+    )
+    assert differences({}, rounds=3) == "rounds: was 10, is now 3"
+
+
+def test_difference_tells_a_key_that_is_gone() -> None:
+    assert difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {}}) == "b.c: was 2, is now not given"
+
+
+def test_three_differences_and_a_count() -> None:
+    said = differences({"epochs": 2, "steps": 5}, rounds=3, seed=4, evaluation={"every": 2})
+    assert (
+        said
+        == "seed: was 0, is now 4; rounds: was 10, is now 3; clients.groups.0.epochs: was not given, is now 2; and 2 more"
+    )
+
+
+def test_lists_of_other_lengths_and_long_values() -> None:
+    assert difference({"a": [{"b": 1}]}, {"a": []}) == "a.0: was {'b': 1}, is now not given"
+    assert difference({"a": [1, 2]}, {"a": [1]}) == "a: was [1, 2], is now [1]"
+    said = difference({"a": "x" * 5000}, {"a": "y" * 5000})
+    assert said is not None and len(said) < 150

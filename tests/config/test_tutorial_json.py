@@ -1,0 +1,156 @@
+"""The classic tutorial's JSON: what it becomes, and what is said of one that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hetero_fl
+from hetero_fl.config import Config
+from hetero_fl.config.population import expand
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
+
+FILE = Path(__file__).parents[2] / "configs" / "cifar10_conf.json"
+KEYS = json.loads(FILE.read_text())
+
+
+def conf(tmp_path: Path, **changes: Any) -> Path:
+    """The file with other values; None takes a key out."""
+    path = tmp_path / "conf.json"
+    path.write_text(json.dumps({k: v for k, v in {**KEYS, **changes}.items() if v is not None}))
+    return path
+
+
+def test_the_file_is_the_tutorials_and_becomes_a_configuration() -> None:
+    assert KEYS == {"model_name": "resnet18", "no_models": 10, "type": "cifar", "global_epochs": 20, "local_epochs": 3, "k": 6,
+                    "batch_size": 32, "lr": 0.001, "momentum": 0.0001, "lambda": 0.1}  # fmt: skip
+    config = load_config(FILE)
+    clients = expand(config.clients)
+    assert len(clients) == 10 and config.clients.per_round == 6 and config.rounds == 20
+    one = clients["client_01"]
+    assert one.model[0].name == "torchvision:resnet18" and (one.epochs, one.batch_size) == (3, 32)
+    assert (one.optimizer.name, one.optimizer.lr, one.optimizer.momentum) == ("sgd", 0.001, 0.0001)
+    assert one.augment.crop == 4 and one.augment.flip
+    assert (config.data.name, config.data.partition.kind) == ("cifar10", "in_order")
+    assert config.data.split.test == config.data.split.validation == config.data.validation == 0
+    assert config.algorithm == {
+        "name": "fedavg",
+        "weighting": "sum",
+        "server_lr": 0.1,
+        "logit_adjustment": False,
+    }
+
+
+def test_overrides_are_of_the_configuration_or_of_the_tutorials_own_keys() -> None:
+    config = load_config(
+        FILE,
+        ["rounds=1", "k=3", "lambda=0.2", "data.train_limit=3000", "clients.defaults.epochs=2"],
+    )
+    assert (config.rounds, config.clients.per_round, config.data.train_limit) == (1, 3, 3000)
+    assert config.algorithm["server_lr"] == 0.2 and config.clients.defaults.epochs == 2
+    assert load_config(json.loads(FILE.read_text())) == load_config(FILE)
+    assert load_config(FILE, ["algorithm.name=fedmd"]).algorithm["name"] == "fedmd"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"k": None}, "k: missing"),
+        ({"lambda": None}, "lambda: missing"),
+        ({"lamda": 0.1}, "lamda: unknown key among the tutorial's; did you mean 'lambda'?"),
+        ({"seed": 1}, "seed: unknown key among the tutorial's"),
+        ({"k": 11}, "k: found 11, but no_models is 10"),
+        ({"k": 0}, "k: must be > 0, got 0"),
+        ({"type": "cifer"}, "type: found 'cifer'; did you mean 'cifar'?"),
+        ({"lr": "fast"}, "lr: expected a number, got 'fast'"),
+        ({"momentum": 1.5}, "momentum: must be < 1, got 1.5"),
+        ({"lambda": -1}, "lambda: must be > 0, got -1"),
+        (
+            {"model_name": "resnet81"},
+            "model: found 'resnet81'; model resnet81: no such model; the nearest are",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    path = conf(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert (
+        str(path) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+    )
+
+
+def test_a_misspelt_key_of_the_tutorials_on_the_command_line() -> None:
+    with pytest.raises(UserError, match=r"^lamda=0.2: lamda: unknown key; did you mean 'lambda'"):
+        load_config(FILE, ["lamda=0.2"])
+    with pytest.raises(UserError, match=r"sed: unknown key; did you mean 'seed'"):
+        load_config(FILE, ["sed=2"])
+    with pytest.raises(UserError, match=r"^k=0: k: must be > 0, got 0"):
+        load_config(FILE, ["k=0"])
+    with pytest.raises(UserError, match=r"^no_models=2: k: found \d+, but no_models is 2"):
+        load_config(FILE, ["no_models=2"])
+
+
+def test_json_that_is_none_and_a_file_that_is_not_there(tmp_path: Path) -> None:
+    path = conf(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "other.yaml")
+    assert str(error.value).endswith("other.yaml: no such file; found conf.json there")
+    path.write_text(path.read_text().replace(", ", "\n", 1))
+    with pytest.raises(UserError, match=r"conf.json, line 2: not YAML \(or JSON; a comma"):
+        load_config(path)
+
+
+def test_a_json_file_of_our_own_keys_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "ours.json"
+    path.write_text(json.dumps({"rounds": 3, "data": {"name": "digits"}, "lr": 0.1}))
+    with pytest.raises(UserError, match="lr: unknown key; did you mean"):
+        load_config(path)
+    path.write_text(json.dumps({"rounds": 3, "data": {"name": "digits"}}))
+    assert load_config(path) == Config.model_validate(
+        {"rounds": 3, "data": {"name": "digits"}}
+    ).model_copy(update={"algorithm": load_config({}).algorithm})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "shape"), [("cifar", (32, 32, 3)), ("mnist", (28, 28))])
+def test_it_runs(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    draws = np.random.default_rng(0)
+    x, y = draws.integers(0, 256, (70, *shape), dtype=np.uint8), np.arange(70) % 10
+    np.savez(
+        tmp_path / "set.npz",
+        train_images=x[:50],
+        train_labels=y[:50],
+        test_images=x[50:],
+        test_labels=y[50:],
+    )
+    path = conf(
+        tmp_path,
+        type=kind,
+        model_name="cnn_bn_small",
+        no_models=5,
+        k=2,
+        global_epochs=2,
+        local_epochs=1,
+    )
+    quick = [
+        "output.plots=false",
+        f"data.path={tmp_path / 'set.npz'}",
+        "runtime.executor=serial",
+        "runtime.threads=1",
+    ]
+    run = hetero_fl.run(path, out=tmp_path / "run", overrides=quick)
+    assert (
+        len(run.summary["clients"]) == 5 and run.summary["server"]["last"]["accuracy"] is not None
+    )
+    assert [c["n_train"] for c in run.summary["clients"]] == [10] * 5 and run.summary[
+        "personal"
+    ] is None
+    assert [len(record["cohort"]) for record in run.metrics] == [2, 2]
+    assert "Global test" in (run.path / "report.html").read_text()

@@ -1,0 +1,143 @@
+"""Images as users have them, and what `predict` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.core.images import channels_first
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.task import Task
+from hetero_fl.data import from_arrays
+from hetero_fl.data.arrays import read_npz
+from hetero_fl.utils.errors import UserError
+
+Y = np.arange(6) % 2
+BYTES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+BYTES[0, 0, 0] = 0, 100, 255
+
+
+@pytest.mark.parametrize(
+    ("shape", "documented", "found"),
+    [
+        ((5, 28, 28, 3), "first", (5, 3, 28, 28)),
+        ((5, 3, 28, 28), "last", (5, 3, 28, 28)),
+        ((5, 8, 8, 1), "first", (5, 1, 8, 8)),
+        ((5, 3, 8, 8), "last", (5, 3, 8, 8)),
+        ((5, 28, 28, 4), "first", (5, 4, 28, 28)),
+        ((5, 8, 6, 4), "first", (5, 8, 6, 4)),
+        ((5, 8, 6, 4), "last", (5, 4, 8, 6)),
+        ((5, 1, 3, 3), "last", (5, 1, 3, 3)),
+        ((5, 3, 3, 1), "first", (5, 1, 3, 3)),
+    ],
+)
+def test_channels_come_first(
+    shape: tuple[int, ...], documented: str, found: tuple[int, ...]
+) -> None:
+    assert channels_first(torch.zeros(shape), "x", documented).shape == found
+
+
+def test_axes_that_could_be_either_are_refused() -> None:
+    for shape in ((5, 3, 3, 3), (5, 3, 7, 3), (5, 1, 5, 3)):
+        with pytest.raises(UserError, match="channels first or last"):
+            from_arrays(np.zeros(shape, np.uint8), np.arange(5) % 2)
+
+
+def test_bytes_in_any_form_are_the_same_images(tmp_path: Path) -> None:
+    front = np.moveaxis(BYTES, -1, 1)
+    for x in (
+        front,
+        BYTES,
+        BYTES.astype(float),
+        front.astype(np.int64),
+        torch.from_numpy(BYTES).float(),
+    ):
+        dataset = from_arrays(x, Y)
+        assert dataset.train.x.dtype == torch.uint8 and np.array_equal(
+            dataset.train.x.numpy(), front
+        )
+        np.savez(tmp_path / "x.npz", train_images=np.asarray(x), train_labels=Y)
+        assert np.array_equal(read_npz(tmp_path / "x.npz", "npz").train.x.numpy(), front)
+    notes = from_arrays(BYTES.astype(float), Y).notes
+    assert [note.split(": ")[-1] for note in notes] == [
+        "read as rows x height x width x channels",
+        "floats from 0 to 255 are read as bytes",
+    ]
+    assert from_arrays(front, Y).notes == ()
+
+
+def test_floats_keep_or_get_the_range_0_to_1(tmp_path: Path) -> None:
+    unit = np.moveaxis(BYTES, -1, 1) / 255
+    assert np.allclose(from_arrays(unit, Y).train.x, unit)
+    # not whole; a dark test set goes with the rest
+    scaled = from_arrays(unit * 254.5, Y, test=(unit[:2] * 0.5, Y[:2]))
+    assert scaled.test is not None and scaled.train.x.max() == pytest.approx(254.5 / 255)
+    assert scaled.test.x.max() < 0.01
+    for x, words in (
+        (unit * 2 - 1, r"floats from -1 to 1; give uint8, or floats from 0 to 1"),
+        (unit * 4, "floats from 0 to 4"),
+        (unit * 4000, "floats from 0 to 4000"),
+    ):
+        with pytest.raises(UserError, match=f"arrays: train: x: found {words}"):
+            from_arrays(x, Y)
+        np.savez(tmp_path / "x.npz", train_images=x, train_labels=Y)
+        with pytest.raises(UserError, match=f"train_images: found {words}"):
+            read_npz(tmp_path / "x.npz", "npz")
+    # tables are not images
+    assert from_arrays(unit.reshape(6, -1) * 4000, Y).train.x.max() == pytest.approx(4000)
+
+
+def saved(shape: tuple[int, ...], name: str = "mlp", **preprocess: object) -> SavedModel:
+    arch = Architecture.of(name, 2, shape)
+    return SavedModel(arch.initial(0), arch, dict(preprocess), Task("multiclass", 2))
+
+
+def test_predict_takes_what_can_only_mean_one_thing() -> None:
+    model, front = saved((3, 8, 8)), np.moveaxis(BYTES, -1, 1)
+    for x in (
+        front,
+        BYTES,
+        BYTES.tolist(),
+        BYTES.astype(float),
+        torch.from_numpy(front.copy()).long(),
+    ):
+        assert np.array_equal(model.examples(x).numpy(), front)
+    assert saved((1, 8, 8)).examples(BYTES[..., 0]).shape == (6, 1, 8, 8)
+    assert saved((1, 3, 3)).examples(np.zeros((5, 3, 3, 1))).shape == (5, 1, 3, 3)
+    assert saved((3, 32, 32), resize=32, channels=3).examples(BYTES[..., :1]).shape == (6, 1, 8, 8)
+    assert saved((4,)).examples(np.arange(8).reshape(2, 4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "x", "words"),
+    [
+        (
+            (3, 8, 8),
+            BYTES[..., 0],
+            r"found shape (6, 8, 8); this model takes images (N, 3, 8, 8), uint8 or floats",
+        ),
+        (
+            (1, 8, 8),
+            np.zeros((2, 1, 9, 8)),
+            "found shape (2, 1, 9, 8); this model takes images (N, 1, 8, 8)",
+        ),
+        ((3, 8, 8), BYTES[0, 0, 0], "found shape (3,); this model takes"),
+        ((4,), np.zeros((2, 5)), "found shape (2, 5); this model takes (N, 4)"),
+        ((4,), np.zeros(4), "found shape (4,); this model takes (N, 4)"),
+        ((4,), [["a", "b", "c", "d"]], "not an array of numbers: found <U1"),
+        ((4,), [[1, 2], [3]], "not an array of numbers"),
+        ((4,), np.array([[0, 1, np.nan, 2]]), "NaN or infinity in row 0"),
+        ((1, 8, 8), np.full((2, 8, 8), -1.0), "found floats from -1 to -1; give uint8"),
+        ((1, 8, 8), np.full((2, 8, 8), 4000), "found int64 from 4000 to 4000"),
+    ],
+)
+def test_predict_says_what_it_wants_in_one_line(
+    shape: tuple[int, ...], x: object, words: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        saved(shape).examples(x)
+    assert str(refused.value).startswith("predict: x: ") and words in str(refused.value)

@@ -1,0 +1,263 @@
+"""Metrics against scikit-learn, and where they are not defined."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+from torch.nn.functional import one_hot
+
+from hetero_fl.core.metrics import (
+    CLASSIFICATION,
+    calibration,
+    confusion,
+    score,
+    selection_metric,
+    spread,
+)
+from hetero_fl.core.payload import loss_of
+from hetero_fl.core.task import Task
+
+BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 4)
+VALUES = Task("regression", 3)
+
+
+def draw(task: Task, n: int, seed: int, ties: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores that carry some signal, and targets in which every class occurs."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, task.outputs, generator=g)
+    if ties:
+        logits = logits.round()
+    if task.kind == "multiclass":
+        y = torch.cat(
+            [
+                torch.arange(task.outputs),
+                torch.randint(task.outputs, (n - task.outputs,), generator=g),
+            ]
+        )
+        return logits + one_hot(y, task.outputs), y
+    if task.kind == "multilabel":
+        return logits, (logits + torch.randn(n, task.outputs, generator=g) > 0.5).float()
+    return logits, logits * 0.7 + torch.randn(n, task.outputs, generator=g)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("task", [BINARY, TEN], ids=["binary", "ten"])
+def test_multiclass_agrees_with_scikit_learn(task: Task, seed: int, ties: bool) -> None:
+    logits, y = draw(task, 200, seed, ties)
+    p, guess = logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
+    area = (
+        sk.roc_auc_score(y, p[:, 1])
+        if task.outputs == 2
+        else sk.roc_auc_score(y, p, multi_class="ovr")
+    )
+    expected = {
+        "accuracy": sk.accuracy_score(y, guess),
+        "balanced_accuracy": sk.balanced_accuracy_score(y, guess),
+        "macro_f1": sk.f1_score(y, guess, average="macro"),
+        "auroc": area,
+        "average_precision": sk.average_precision_score(
+            one_hot(y, task.outputs), p, average="macro"
+        ),
+        "loss": sk.log_loss(y, p),
+    }
+    assert score(task, logits, y) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_multilabel_agrees_with_scikit_learn(ties: bool) -> None:
+    logits, y = draw(LABELS, 300, 1, ties)
+    p = logits.double().sigmoid().numpy()
+    guess = p > 0.5
+    expected = {
+        "accuracy": (guess == y.numpy()).mean(),
+        "balanced_accuracy": np.mean(
+            [sk.balanced_accuracy_score(y[:, i], guess[:, i]) for i in range(4)]
+        ),
+        "macro_f1": sk.f1_score(y, guess, average="macro"),
+        "auroc": sk.roc_auc_score(y, p, average="macro"),
+        "average_precision": sk.average_precision_score(y, p, average="macro"),
+        "loss": sk.log_loss(y.flatten(), p.flatten()),
+    }
+    assert score(LABELS, logits, y) == pytest.approx(expected, abs=1e-9)
+
+
+def test_regression_agrees_with_scikit_learn() -> None:
+    outputs, y = draw(VALUES, 150, 2)
+    expected = {
+        "mae": sk.mean_absolute_error(y, outputs),
+        "rmse": sk.root_mean_squared_error(y.double(), outputs.double()),
+        "r2": sk.r2_score(y.double(), outputs.double()),
+    }
+    assert score(VALUES, outputs, y) == pytest.approx(expected, abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
+def test_area_of_any_ranking_with_ties(rows: list[tuple[int, bool]]) -> None:
+    margin, y = torch.tensor([float(r[0]) for r in rows]), torch.tensor([int(r[1]) for r in rows])
+    found = score(BINARY, torch.stack([torch.zeros(len(rows)), margin], 1), y)["auroc"]
+    if len(set(y.tolist())) < 2:
+        assert found is None
+        return
+    beaten = (margin[y == 1][:, None] - margin[y == 0]).sign().add(1).div(2).mean()
+    assert found == pytest.approx(float(beaten), abs=1e-6)
+
+
+def test_a_missing_class_leaves_the_area_undefined_and_nothing_else() -> None:
+    logits, y = draw(TEN, 200, 3)
+    kept = y != 4
+    found = score(TEN, logits[kept], y[kept])
+    assert found["auroc"] is None
+    assert all(found[name] is not None for name in CLASSIFICATION if name != "auroc")
+    guess = logits[kept].argmax(1)
+    assert (guess == 4).any(), "the case is about a class that is predicted and absent"
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(y[kept], guess, average="macro"))
+    recalls = [float((guess[y[kept] == c] == c).double().mean()) for c in range(10) if c != 4]
+    assert found["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+
+
+def test_one_class_only() -> None:
+    found = score(BINARY, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+    assert found["auroc"] is None and found["average_precision"] is None
+    assert found["accuracy"] == found["balanced_accuracy"] == 0.5
+
+
+def test_a_label_without_both_values_is_left_out() -> None:
+    logits, y = draw(LABELS, 60, 4)
+    y[:, 2] = 0
+    found, rest = score(LABELS, logits, y), [0, 1, 3]
+    assert found["auroc"] == pytest.approx(sk.roc_auc_score(y[:, rest], logits[:, rest]))
+    assert found["average_precision"] == pytest.approx(
+        sk.average_precision_score(y[:, rest], logits[:, rest])
+    )
+    assert score(LABELS, logits, torch.zeros_like(y))["auroc"] is None
+
+
+@pytest.mark.parametrize("task", [BINARY, TEN, LABELS, VALUES])
+def test_never_nan(task: Task) -> None:
+    logits, y = draw(task, 20, 5)
+    assert set(score(task, logits[:0], y[:0]).values()) == {None}
+    for bad in (float("nan"), float("inf")):
+        broken = logits.clone()
+        broken[3, 1] = bad
+        text = json.dumps(score(task, broken, y), allow_nan=False)
+        assert "null" in text
+    for n in (1, 2):
+        json.dumps(score(task, logits[:n], y[:n]), allow_nan=False)
+    constant = score(VALUES, *(torch.ones(5, 3),) * 2)
+    assert constant["r2"] is None and constant["mae"] == 0
+
+
+def test_a_masked_class_still_has_scores() -> None:
+    logits, y = draw(TEN, 50, 6)
+    logits[:, 9] = -torch.inf
+    found = score(TEN, logits, y)
+    assert found["loss"] is None and found["accuracy"] is not None and found["auroc"] is not None
+
+
+def test_the_wrong_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiclass with 2 outputs.*\(4, 3\)"):
+        score(BINARY, torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="regression with 3 outputs"):
+        score(VALUES, torch.zeros(4, 3), torch.zeros(4))
+
+
+def test_confusion_has_true_rows() -> None:
+    logits, y = draw(TEN, 200, 7)
+    assert np.array_equal(confusion(TEN, logits, y), sk.confusion_matrix(y, logits.argmax(1)))
+    logits, y = draw(LABELS, 50, 7)
+    assert np.array_equal(
+        confusion(LABELS, logits, y), sk.multilabel_confusion_matrix(y, logits > 0)
+    )
+    with pytest.raises(ValueError, match="regression"):
+        confusion(VALUES, torch.zeros(1, 3), torch.zeros(1, 3))
+
+
+def test_calibration_by_hand() -> None:
+    # Confidences .65 .65 .85 .85, of which right, wrong, right, right: gaps .15 and .15.
+    p = torch.tensor([0.65, 0.65, 0.15, 0.15])
+    logits = torch.stack([1 - p, p], 1).log()
+    found = calibration(BINARY, logits, torch.tensor([1, 0, 0, 0]), bins=10)
+    assert found["ece"] == pytest.approx(0.15)
+    assert found["count"] == [0, 0, 0, 0, 0, 0, 2, 0, 2, 0]
+    assert (
+        found["accuracy"][6] == 0.5 and found["accuracy"][8] == 1 and found["accuracy"][0] is None
+    )
+    assert found["confidence"][8] == pytest.approx(0.85)
+    json.dumps(found, allow_nan=False)
+
+
+def test_calibration_agrees_with_torchmetrics() -> None:
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    logits, y = draw(TEN, 500, 8)
+    expected = multiclass_calibration_error(logits.double(), y, num_classes=10, n_bins=15)
+    found = calibration(TEN, logits, y)
+    assert found["ece"] == pytest.approx(float(expected), abs=1e-6) and sum(found["count"]) == 500
+    labels = calibration(LABELS, *draw(LABELS, 50, 8))
+    assert sum(labels["count"]) == 200 and 0 <= labels["ece"] <= 1
+    assert calibration(TEN, logits[:0], y[:0])["ece"] is None
+    assert calibration(TEN, logits * torch.nan, y)["ece"] is None
+    with pytest.raises(ValueError, match="regression"):
+        calibration(VALUES, torch.zeros(1, 3), torch.zeros(1, 3))
+
+
+def test_spread_takes_the_worst_by_direction_and_counts_the_undefined() -> None:
+    clients = {
+        "a": {"auroc": 0.9, "loss": 0.2},
+        "b": {"auroc": None, "loss": 0.6},
+        "c": {"auroc": 0.7, "loss": 0.4},
+    }
+    found = spread(clients)
+    assert found == pytest.approx(
+        {"auroc": 0.8, "auroc_std": 0.1, "auroc_worst": 0.7, "auroc_undefined": 1}
+        | {"loss": 0.4, "loss_std": np.std([0.2, 0.6, 0.4]), "loss_worst": 0.6}
+    )
+    none = dict.fromkeys(("auroc", "auroc_std", "auroc_worst"))
+    assert spread({"a": {"auroc": None}}) == none | {"auroc_undefined": 1}
+    assert spread({}) == {}
+
+
+def test_spread_does_not_depend_on_the_order_of_clients() -> None:
+    g = torch.Generator().manual_seed(9)
+    clients = {
+        f"c{i}": {"accuracy": float(v)}
+        for i, v in enumerate(torch.rand(50, generator=g, dtype=torch.float64))
+    }
+    assert spread(clients) == spread(dict(reversed(clients.items())))
+
+
+def test_selection() -> None:
+    chosen = [selection_metric(task) for task in (BINARY, LABELS, VALUES)]
+    assert chosen == [("balanced_accuracy", 1), ("auroc", 1), ("mae", -1)]
+
+
+def test_score_beyond_the_largest_figure_is_undefined() -> None:
+    y = torch.zeros(4, 1)
+
+    found = score(
+        VALUES,
+        torch.full((4, VALUES.outputs), 1e20, dtype=torch.float64),
+        y.expand(4, VALUES.outputs),
+    )
+
+    assert found["mae"] is None and found["rmse"] is None
+
+
+def test_spread_leaves_out_figures_whose_squares_overflow() -> None:
+    found = spread({"a": {"loss": 1.7e308}, "b": {"loss": 1.0}, "c": {"loss": 2**1000}})
+
+    assert found == {"loss": 1.0, "loss_std": 0.0, "loss_worst": 1.0, "loss_undefined": 2}
+
+
+@pytest.mark.parametrize("loss", ["1.7e308", 1.7e308, -1e300, 2**63, "nan"])
+def test_loss_of_a_report_that_cannot_be_summed_is_none(loss: object) -> None:
+    assert loss_of({"loss": loss}) is None
+    assert loss_of({"loss": "2.5"}) == 2.5

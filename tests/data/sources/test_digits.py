@@ -1,0 +1,24 @@
+"""The digits are scikit-learn's, whichever way they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import load_source
+from hetero_fl.data.sources import images
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_they_are_those_of_scikit_learn(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not found:
+        monkeypatch.setattr(images, "find_spec", lambda name: None)
+    train, bunch = load_source(SourceConfig(name="digits"), Path()).train, load_digits()
+    assert train.y is not None
+    assert train.x.shape == (1797, 1, 8, 8) and train.x.dtype == torch.uint8
+    assert torch.equal(train.y, torch.from_numpy(bunch.target).long())
+    assert torch.equal(train.x[:, 0].double(), torch.from_numpy(bunch.images * (255 / 16)).round())

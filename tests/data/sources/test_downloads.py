@@ -1,0 +1,224 @@
+"""The download code, against a server on this machine that stands in for the real ones."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import pickle
+import socket
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import Dataset, load_source
+from hetero_fl.utils.errors import UserError
+
+medmnist = pytest.importorskip("medmnist")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """(address, folder that it serves)."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=partial(httpd.serve_forever, 0.01), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}/", folder
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def get(name: str, root: Path) -> Dataset:
+    return load_source(SourceConfig(name=name), root)
+
+
+def test_mnist(
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    address, folder = server
+    rng = np.random.default_rng(0)
+    resources, arrays = [], {}
+    for part, rows in (("train", 12), ("t10k", 5)):
+        images, labels = (
+            rng.integers(0, 256, (rows, 28, 28), dtype=np.uint8),
+            np.arange(rows, dtype=np.uint8) % 10,
+        )
+        arrays[part] = images, labels
+        for name, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
+            header = np.array([magic, *array.shape], dtype=">i4").tobytes()
+            data = gzip.compress(header + array.tobytes())
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(data)
+            resources.append((f"{part}-{name}-ubyte.gz", md5(data)))
+    for name, cls in (
+        ("mnist", torchvision.datasets.MNIST),
+        ("fashion_mnist", torchvision.datasets.FashionMNIST),
+    ):
+        monkeypatch.setattr(cls, "mirrors", [address])
+        monkeypatch.setattr(cls, "resources", resources)
+        dataset = get(name, tmp_path / "root")
+        assert np.array_equal(dataset.train.x[:, 0].numpy(), arrays["train"][0])
+        assert (
+            dataset.test is not None and dataset.test.y is not None and dataset.validation is None
+        )
+        assert dataset.test.y.tolist() == arrays["t10k"][1].tolist()
+        assert dataset.name == name and dataset.task.outputs == 10
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [])
+    assert len(get("mnist", tmp_path / "root").train) == 12  # kept from the first time
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("name", "labels"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
+def test_cifar(
+    name: str,
+    labels: str,
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address, folder = server
+    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    rng = np.random.default_rng(0)
+    files: dict[str, Any] = {
+        n: {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), labels: [0, 1, 2, 9]}
+        for n in ("a", "b")
+    }
+    # the format of the published files
+    packed = {n: pickle.dumps(content) for n, content in files.items()}
+    packed["meta"] = pickle.dumps({cls.meta["key"]: list("abc")})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for file, data in packed.items():
+            entry = tarfile.TarInfo(f"{cls.base_folder}/{file}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    (folder / cls.filename).write_bytes(buffer.getvalue())
+    monkeypatch.setattr(cls, "url", address + cls.filename)
+    monkeypatch.setattr(cls, "tgz_md5", md5(buffer.getvalue()))
+    monkeypatch.setattr(cls, "train_list", [["a", md5(packed["a"])]])
+    monkeypatch.setattr(cls, "test_list", [["b", md5(packed["b"])]])
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "filename": "meta", "md5": md5(packed["meta"])})
+    dataset = get(name, tmp_path / "root")
+    assert np.array_equal(dataset.train.x.numpy(), files["a"]["data"].reshape(4, 3, 32, 32))
+    assert dataset.train.y is not None and dataset.train.y.tolist() == [0, 1, 2, 9]
+    assert dataset.test is not None and len(dataset.test) == 4
+    assert dataset.task.outputs == {"cifar10": 10, "cifar100": 100}[name]
+
+
+@pytest.mark.parametrize("flag", ["pneumoniamnist", "chestmnist", "medmnist:pathmnist"])
+def test_medmnist(
+    flag: str, npz: Any, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, folder = server
+    name = flag.removeprefix("medmnist:")
+    several = {
+        f"{s}_labels": np.eye(14, dtype=np.uint8)[np.arange(n) % 14]
+        for s, n in (("train", 30), ("val", 6), ("test", 9))
+    }
+    data = npz(**(several if name == "chestmnist" else {})).read_bytes()
+    (folder / f"{name}.npz").write_bytes(data)
+    monkeypatch.setitem(medmnist.INFO[name], "url", f"{address}{name}.npz")
+    monkeypatch.setitem(medmnist.INFO[name], "MD5", md5(data))
+    dataset = get(flag, tmp_path / "root")
+    assert dataset.name == name and dataset.validation is not None and len(dataset.validation) == 6
+    assert len(dataset.task.names) == dataset.task.outputs and "MedMNIST" in dataset.about
+    assert dataset.task.kind == ("multilabel" if name == "chestmnist" else "multiclass")
+    if name == "chestmnist":
+        assert (
+            dataset.train.y is not None
+            and dataset.train.y.shape == (30, 14)
+            and dataset.train.y.is_floating_point()
+        )
+
+
+def test_every_2d_set_of_medmnist_is_known_and_agrees(tmp_path: Path) -> None:
+    from hetero_fl.data.sources.images import OUTPUTS
+
+    flat = {name: info for name, info in medmnist.INFO.items() if not name.endswith("3d")}
+    assert {name: len(info["label"]) for name, info in flat.items()} == OUTPUTS
+    assert [name for name, info in flat.items() if info["task"].startswith("multi-label")] == [
+        "chestmnist"
+    ]
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "bloodmnist"])
+def test_a_failed_download_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as closed:  # a port that nobody listens at
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [address])
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", address + "cifar.tar.gz")
+        monkeypatch.setitem(medmnist.INFO["bloodmnist"], "url", address + "bloodmnist.npz")
+        with pytest.raises(UserError) as refused:
+            get(name, tmp_path)
+    line = str(refused.value)
+    assert line.startswith(f"data.name: could not get {name} (") and line.endswith(
+        "; give a local file in data.path"
+    )
+    assert (
+        ("refused" in line or "Error downloading" in line) and "\n" not in line and len(line) < 400
+    )
+    assert capfd.readouterr() == ("", "")
+    assert socket.getdefaulttimeout() is None
+
+
+def test_a_truncated_download_is_noticed(
+    server: tuple[str, Path], npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, folder = server
+    data = npz().read_bytes()
+    (folder / "bloodmnist.npz").write_bytes(data[:-100])
+    monkeypatch.setitem(medmnist.INFO["bloodmnist"], "url", f"{address}bloodmnist.npz")
+    monkeypatch.setitem(medmnist.INFO["bloodmnist"], "MD5", md5(data))
+    with pytest.raises(
+        UserError, match=r"could not get bloodmnist \(RuntimeError: File not found or corrupted"
+    ):
+        get("bloodmnist", tmp_path / "root")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not get mnist"):
+        get("mnist", tmp_path / "file" / "below")
+
+
+def test_without_the_package(npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "medmnist", None)
+    with pytest.raises(UserError, match=r"pip install 'hetero_fl\[medmnist\]'"):
+        get("pathmnist", tmp_path)
+    local = load_source(SourceConfig(name="pathmnist", path=str(npz())), tmp_path)
+    assert local.name == "pathmnist" and local.task.outputs == 9
+
+
+def test_an_interrupt_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get("pathmnist", tmp_path)

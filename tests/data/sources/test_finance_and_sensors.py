@@ -1,0 +1,238 @@
+"""Generated banks and persons as their pages describe them; recordings and tables of one's own, and mistakes in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, WindowsConfig
+from hetero_fl.data import Dataset, federate, load_source
+from hetero_fl.data.sources import sensors, tables
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import PLAIN_CLIENT
+
+HERE = Path(".")
+
+
+def load(name: str, path: Path | None = None, missing: bool = True, **keys: object) -> Dataset:
+    return load_source(
+        SourceConfig(name=name, path=None if path is None else str(path), **keys),
+        HERE,
+        missing=missing,
+    )
+
+
+# Banks ---------------------------------------------------------------------------------------------------------------
+def test_banks_have_columns_and_a_rate_of_their_own() -> None:
+    dataset = load("bank_fraud")
+    train = dataset.train
+    assert (
+        dataset.simulated
+        and dataset.columns == tables.COLUMNS
+        and train.y is not None
+        and train.group is not None
+    )
+    for place, (bank, (rows, rate)) in enumerate(tables.BANKS.items()):
+        mine = train.group == place
+        assert int(mine.sum()) == rows and float(train.y[mine].float().mean()) == pytest.approx(
+            rate, abs=1 / rows
+        )
+        own = tables.OWN[bank.split("_")[0]]
+        gaps = {
+            name: float(train.x[mine][:, i].isnan().float().mean())
+            for i, name in enumerate(dataset.columns)
+        }
+        assert all(gaps[name] == 0 for name in tables.COMMON)
+        assert all(0.1 < gaps[name] < 0.2 for name in own)  # customers who do not use the service
+        assert all(gaps[n] == 1 for n in dataset.columns if n not in (*tables.COMMON, *own))
+    means = torch.stack([train.x[train.group == b][:, 0].mean() for b in range(6)])
+    assert means.std() > 0.2  # drift
+
+
+def test_the_rare_class_is_known_from_the_rows() -> None:
+    dataset = load("bank_fraud")
+    kept = DataConfig(name="bank_fraud", split={"validation": 0.1, "test": 0.2})
+    settings = PLAIN_CLIENT.model_copy(
+        update={"preprocess": PLAIN_CLIENT.preprocess.model_copy(update={"missing": "indicate"})}
+    )
+    data = federate(dataset, kept, {"a": settings, "b": settings}, 0)
+    assert data.task.rare == 1
+    assert (
+        federate(
+            load("synthetic_table"), DataConfig(), {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}, 0
+        ).task.rare
+        is None
+    )
+
+
+# Persons -------------------------------------------------------------------------------------------------------------
+def test_windows_are_as_described() -> None:
+    dataset = load("activity")
+    train = dataset.train
+    assert (
+        train.x.shape[1:] == (64, 6) and train.y is not None and dataset.columns == sensors.CHANNELS
+    )
+    size = {
+        name: train.x[train.y == c][..., :3].norm(dim=-1) for c, name in enumerate(sensors.NAMES)
+    }
+    assert size["stand"].mean() == pytest.approx(1.0, abs=0.05) and size[
+        "sit"
+    ].mean() == pytest.approx(1.0, abs=0.05)  # gravity
+    assert size["run"].std() > 2 * size["walk"].std() > 4 * size["stand"].std()
+    first, other = sensors.someone(0), sensors.someone(3)
+    assert (first.placement, first.rate, other.placement, other.rate) == ("wrist", 25, "wrist", 50)
+    assert np.allclose(first.turned @ first.turned.T, np.eye(3))
+    assert (
+        dataset.test is not None
+        and dataset.test.y is not None
+        and dataset.test.y.bincount().unique().numel() == 1
+    )
+
+
+def test_a_rate_shows_as_frequency() -> None:
+    """The spectrum's peak of a walk lies at cadence · 64 / rate."""
+    person = sensors.someone(2)
+    walk = sensors.NAMES.index("walk")
+    x = sensors.record(person, np.full(40, walk), np.random.default_rng(0))
+    spectrum = np.abs(np.fft.rfft(x[..., 3:] - x[..., 3:].mean(1, keepdims=True), axis=1)).mean(
+        (0, 2)
+    )
+    expected = sensors.ACTIVITIES["walk"].cadence * person.cadence * 64 / person.rate
+    assert abs(spectrum.argmax() - expected) <= 1
+
+
+# Recordings ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    rows = pd.DataFrame({
+        "t": np.arange(90), "activity": ["walk"] * 25 + ["sit"] * 20 + ["walk"] * 45,
+        "person": ["ann"] * 45 + ["bob"] * 45, "ax": np.arange(90.0), "az": 1.0,
+    })  # fmt: skip
+    rows.to_csv(tmp_path / "samples.csv", index=False)
+    return tmp_path / "samples.csv"
+
+
+def test_samples_become_windows_of_one_person_and_activity(samples: Path) -> None:
+    found = load("activity", samples, windows=WindowsConfig(length=10, time="t"))
+    train = found.train
+    assert (
+        found.columns == ("ax", "az")
+        and found.task.names == ("sit", "walk")
+        and not found.simulated
+    )
+    # 5 samples of a run are left over, twice
+    assert train.x[:, 0, 0].tolist() == [0, 10, 25, 35, 45, 55, 65, 75]
+    assert train.y is not None and train.y.tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
+    assert (
+        train.group is not None
+        and train.group.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+        and train.patient is None
+    )
+    half = load("activity", samples, windows=WindowsConfig(length=10, step=5, time="t")).train
+    # overlapping ones stay together
+    assert half.patient is not None and half.patient.unique().tolist() == [0, 1, 2]
+    assert half.x[:4, 0, 0].tolist() == [0, 5, 10, 15]
+
+
+def test_windows_from_an_npz(tmp_path: Path) -> None:
+    path = tmp_path / "w.npz"
+    np.savez(
+        path,
+        x=np.ones((4, 8, 2)),
+        y=["a", "b", "a", "b"],
+        person=[1, 1, 2, 2],
+        columns=["ax", "ay"],
+    )
+    found = load("activity", path)
+    assert (
+        found.train.x.dtype == torch.float32
+        and found.columns == ("ax", "ay")
+        and found.task.names == ("a", "b")
+    )
+    assert found.train.group_names == ("1", "2")
+
+
+def test_mistakes_in_recordings_are_one_line(samples: Path, tmp_path: Path) -> None:
+    frame, cut = pd.read_csv(samples), {"length": 10, "time": "t"}
+    for change, windows, keys, words in (
+        ({}, {"length": 50}, {}, "no run of one person and activity has 50 samples (windows.length), the longest has 45"),
+        ({}, {"time": "time"}, {}, "data.windows.time: "),
+        ({}, {}, {"label": "activty"}, "has no column 'activty'; did you mean 'activity'?"),
+        ({}, {}, {"group": "perso"}, "has no column 'perso'; did you mean 'person'?"),
+        ({"t": [*range(40), 3, *range(41, 90)]}, cut, {}, "row 41, column 't': found '3' after '39'; time must run forward"),
+        ({"ax": ["1"] * 20 + ["high"] + ["1"] * 69}, cut, {}, "row 21, column 'ax': found 'high', not a number"),
+        ({"activity": ["walk"] * 89 + [None]}, cut, {}, "row 90, column 'activity': missing value"),
+        ({"activity": "walk"}, cut, {}, "has one class only (walk); there is nothing to tell apart"),
+    ):  # fmt: skip
+        frame.assign(**change).to_csv(tmp_path / "bad.csv", index=False)
+        with pytest.raises(UserError) as refused:
+            load("activity", tmp_path / "bad.csv", windows=WindowsConfig(**windows), **keys)
+        message = str(refused.value)
+        assert words in message and "bad.csv" in message and "\n" not in message, message
+    for arrays, words in (
+        ({"x": np.zeros((3, 4))}, "no array 'y'"),
+        (
+            {"x": np.zeros((3, 4)), "y": [0, 1, 0]},
+            "x: found float64 of shape (3, 4); want numbers of shape (windows, samples",
+        ),
+        ({"x": np.zeros((3, 4, 2)), "y": [0, 1]}, "y: found shape (2,); want (3,)"),
+        (
+            {"x": np.full((3, 4, 2), np.nan), "y": [0, 1, 0]},
+            "x: NaN or infinity in window 0, sample 0, channel 0",
+        ),
+        (
+            {"x": np.zeros((3, 4, 2)), "y": [0, 1, 0], "columns": ["a"]},
+            "columns: found 1 names for 2 channels",
+        ),
+    ):
+        np.savez(tmp_path / "bad.npz", **arrays)
+        with pytest.raises(UserError) as refused:
+            load("activity", tmp_path / "bad.npz")
+        assert words in str(refused.value) and "bad.npz" in str(refused.value)
+    with pytest.raises(UserError, match=r"data\.label: is for a file, but there is no path"):
+        load("activity", label="x")
+
+
+# Tables of one's own -------------------------------------------------------------------------------------------------
+TABLE = pd.DataFrame(
+    {
+        "amount": np.arange(40.0),
+        "age": np.arange(40),
+        "fraud": ["no", "yes"] * 20,
+        "bank": ["a", "b"] * 20,
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "words"),
+    [
+        ({}, {"label": "fruad"}, "data.label: FILE has no column 'fruad'; did you mean 'fraud'?"),
+        ({}, {"label": "fraud", "group": "bnak"}, "data.group: FILE has no column 'bnak'; did you mean 'bank'?"),
+        ({"amount": ["1"] * 6 + ["1O"] + ["2"] * 33}, {"label": "fraud"}, "data.path: FILE: row 7, column 'amount': found '1O'"),
+        ({"age": [1] * 39 + ["old"]}, {"label": "fraud"}, "data.path: FILE: row 40, column 'age': found 'old', not a number"),
+        ({"age": [1.0] * 39 + [None]}, {"label": "fraud"}, "row 40, column 'age': missing value (1 in 40 rows)"),
+        ({"amount": [1.0] * 39 + [np.inf]}, {"label": "fraud"}, "row 40, column 'amount': found inf, not a finite number"),
+        ({"fraud": ["no"] * 39 + [None]}, {"label": "fraud"}, "data.path: FILE: row 40, column 'fraud': missing value"),
+        ({"fraud": "no"}, {"label": "fraud"}, "data.path: FILE: column 'fraud': found one class only, 'no', in all 40 rows"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_tables_name_file_row_and_column(
+    tmp_path: Path, change: dict[str, object], keys: dict[str, object], words: str
+) -> None:
+    path = tmp_path / "mine.csv"
+    TABLE.assign(**change).to_csv(path, index=False)
+    config = DataConfig(name="table", path=str(path), partition=PartitionConfig(min_size=8), **keys)
+    with pytest.raises(UserError) as refused:
+        federate(
+            load_source(config, HERE, missing=True),
+            config,
+            {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT},
+            0,
+        )
+    message = str(refused.value)
+    assert words.replace("FILE", str(path)) in message and "\n" not in message, message

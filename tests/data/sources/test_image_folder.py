@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import Dataset, load_source
+from hetero_fl.data.sources.images import read_image_files, read_image_folder
+from hetero_fl.utils.errors import UserError
+
+
+def save(path: Path, value: int = 0, size: tuple[int, int] = (6, 5), mode: str = "L") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode != "RGB" else (value, 0, 255)).save(path)
+    return path
+
+
+def load(path: Path, group: str | None = None) -> Dataset:
+    return load_source(SourceConfig(name="image_folder", path=str(path), group=group), path)
+
+
+def test_a_folder_for_each_class(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / "well" / f"{i}.png", 10 + i)
+        save(tmp_path / "ill" / "deeper" / f"{i}.PNG", 20 + i)
+    (tmp_path / "ill" / "notes.txt").write_text("")
+    (tmp_path / ".cache").mkdir()
+    dataset = load(tmp_path)
+    assert dataset.task.names == ("ill", "well") and dataset.test is None
+    assert dataset.train.x.shape == (6, 1, 5, 6) and dataset.train.x.dtype == torch.uint8
+    assert dataset.train.x[:, 0, 0, 0].tolist() == [20, 21, 22, 10, 11, 12]
+    assert dataset.train.y is not None and dataset.train.y.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_splits_and_groups(tmp_path: Path) -> None:
+    for split, rows in (("train", 3), ("val", 1), ("test", 2)):
+        for site in ("site_10", "site_2"):
+            for name in ("a", "b"):
+                for i in range(rows):
+                    save(tmp_path / split / site / name / f"{i}.png")
+    dataset = load(tmp_path, group="site")
+    assert [len(s) for s in dataset.splits().values()] == [12, 4, 8]
+    assert dataset.train.group_names == ("site_2", "site_10") and dataset.task.names == ("a", "b")
+    assert dataset.train.group is not None and torch.bincount(dataset.train.group).tolist() == [
+        6,
+        6,
+    ]
+
+
+def test_one_colour_image_makes_all_rgb(tmp_path: Path) -> None:
+    files = [save(tmp_path / "a" / "0.png", 7), save(tmp_path / "a" / "1.png", 9, mode="RGB")]
+    x = read_image_files(files)
+    assert x.shape == (2, 3, 5, 6)
+    assert x[0, :, 0, 0].tolist() == [7, 7, 7] and x[1, :, 0, 0].tolist() == [9, 0, 255]
+
+
+def test_deep_grey_keeps_its_upper_bits(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0x7F30, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_image_files([tmp_path / "deep.png"])[0, 0, 0, 0] == 0x7F
+    Image.fromarray(np.full((4, 4), 0x17F30, dtype=np.int32)).save(tmp_path / "deeper.tif")
+    with pytest.raises(UserError, match="pixels from 98096 to 98096"):
+        read_image_files([tmp_path / "deeper.tif"])
+
+
+def test_images_can_be_scaled_as_they_are_read(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "0.png", 7)
+    save(tmp_path / "b" / "1.png", 9, size=(20, 30))
+    assert read_image_folder(tmp_path, side=8).train.x.shape == (2, 1, 8, 8)
+
+
+def test_bad_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.path: .*none: no such folder"):
+        load(tmp_path / "none")
+    with pytest.raises(UserError, match="no images as CLASS/image"):
+        load(tmp_path)
+    save(tmp_path / "one" / "a" / "0.png")
+    save(tmp_path / "one" / "b" / "1.png", size=(7, 5))
+    with pytest.raises(UserError, match=r"1\.png has 7x5 but 6x5 pixels in 0\.png"):
+        load(tmp_path / "one")
+    (tmp_path / "one" / "b" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(UserError, match=r"1\.png: not a readable image"):
+        load(tmp_path / "one")
+    save(tmp_path / "two" / "train" / "a" / "0.png")
+    save(tmp_path / "two" / "other" / "a" / "0.png")
+    with pytest.raises(UserError, match="found folder 'other' beside those of splits"):
+        load(tmp_path / "two")
+    save(tmp_path / "three" / "test" / "a" / "0.png")
+    with pytest.raises(UserError, match="no folder 'train' beside test"):
+        load(tmp_path / "three")
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="mode F"):
+        read_image_files([tmp_path / "float.tif"])

@@ -1,0 +1,240 @@
+"""Embedded, generated and in-memory sources, the registry, and the script that cuts the embedded set."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data import (
+    Dataset,
+    from_arrays,
+    list_sources,
+    load_source,
+    make_images,
+    make_table,
+    source,
+    with_test,
+)
+from hetero_fl.data.registry import _sources
+from hetero_fl.utils.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "make_embedded_set.py"
+
+
+def test_chest_xray_is_embedded(tmp_path: Path) -> None:
+    dataset = load_source(SourceConfig(), tmp_path)
+    assert dataset.validation is not None and dataset.test is not None
+    counts = [torch.bincount(s.y).tolist() for s in dataset.splits().values() if s.y is not None]
+    assert counts == [[516, 1484], [52, 148], [234, 390]]
+    assert dataset.train.x.shape == (2000, 1, 28, 28) and dataset.train.x.dtype == torch.uint8
+    assert 120 < dataset.train.x.float().mean() < 160  # X-rays, neither blank nor inverted
+    assert "CC BY 4.0" in dataset.about and not dataset.simulated
+    assert not list(tmp_path.iterdir())
+    embedded = Path(load_source.__globals__["__file__"]).parent / "embedded"
+    assert (embedded / "chest_xray.npz").stat().st_size < 2.2e6
+    assert "CC BY 4.0" in (embedded / "LICENSE.md").read_text()
+
+
+def test_the_script_cuts_in_proportion_and_alike_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    whole: dict[str, Any] = {}
+    for split, rows in (("train", 3000), ("val", 300), ("test", 50)):
+        whole[f"{split}_images"] = rng.integers(0, 256, (rows, 4, 4), dtype=np.uint8)
+        whole[f"{split}_labels"] = (np.arange(rows) % 4 > 0).astype(np.uint8)[:, None]
+    np.savez(tmp_path / "whole.npz", **whole)
+    for name in ("a.npz", "b.npz"):
+        monkeypatch.setattr("sys.argv", ["make", str(tmp_path / "whole.npz"), str(tmp_path / name)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(tmp_path / "a.npz") as small:
+        assert np.bincount(small["train_labels"][:, 0]).tolist() == [500, 1500]
+        assert np.bincount(small["val_labels"][:, 0]).tolist() == [50, 150]
+        assert np.array_equal(small["test_images"], whole["test_images"])
+        label_of = {
+            image.tobytes(): label
+            for image, label in zip(whole["train_images"], whole["train_labels"][:, 0], strict=True)
+        }
+        kept = [label_of[image.tobytes()] for image in small["train_images"]]
+        assert (
+            kept == small["train_labels"][:, 0].tolist()
+            and len({i.tobytes() for i in small["train_images"]}) == 2000
+        )
+
+
+def test_digits(tmp_path: Path) -> None:
+    dataset = load_source(SourceConfig(name="digits"), tmp_path)
+    assert dataset.train.x.shape == (1797, 1, 8, 8) and int(dataset.train.x.max()) == 255
+    assert dataset.task == Task("multiclass", 10) and dataset.test is None
+
+
+def test_generated_sets_say_so_and_can_be_learned(tmp_path: Path) -> None:
+    for name in ("synthetic_images", "synthetic_table"):
+        first, again = (load_source(SourceConfig(name=name), tmp_path) for _ in range(2))
+        assert (
+            first.simulated
+            and first.test is not None
+            and len(first.train) == 1200
+            and len(first.test) == 400
+        )
+        assert torch.equal(first.train.x, again.train.x)
+    images = make_images(classes=3, channels=3, side=12, seed=4)
+    assert images.train.x.shape == (1200, 3, 12, 12)
+    x, y = images.train.x.float().flatten(1), images.train.y
+    assert images.test is not None and y is not None and images.test.y is not None
+    middle = torch.stack([x[y == c].mean(0) for c in range(3)])
+    nearest = torch.cdist(images.test.x.float().flatten(1), middle).argmin(1)
+    assert (nearest == images.test.y).float().mean() > 0.95
+    for kind in ("multilabel", "regression"):
+        table = make_table(kind=kind, outputs=2)
+        assert (
+            table.train.y is not None
+            and table.train.y.shape == (1200, 2)
+            and len(table.columns) == 10
+        )
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(
+        UserError, match=r"^data\.name: found 'chest_xry'; did you mean 'chest_xray'\?$"
+    ):
+        load_source(SourceConfig(name="chest_xry"), Path())
+    with pytest.raises(UserError, match="did you mean 'pathmnist'"):
+        load_source(SourceConfig(name="medmnist:pathmnst"), Path())
+    with pytest.raises(
+        UserError, match=r"found 'csv'; did you mean 'table'\? It reads \.csv files$"
+    ):
+        load_source(SourceConfig(name="csv"), Path())
+    with pytest.raises(
+        UserError, match=r"choose from .*, … \(hetero_fl\.data\.list_sources\(\) has all\)$"
+    ):
+        load_source(SourceConfig(name="qqqq"), Path())
+    assert {
+        "chest_xray",
+        "digits",
+        "cifar100",
+        "chestmnist",
+        "npz",
+        "table",
+        "image_folder",
+    } <= set(list_sources())
+
+
+def test_keys_that_a_source_does_not_read_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.label: found 'y', but digits takes none"):
+        load_source(SourceConfig(name="digits", label="y"), Path())
+    with pytest.raises(UserError, match=r"data\.proxy\.source\.group: found 'g'"):
+        load_source(SourceConfig(name="npz", path="x.npz", group="g"), Path(), "data.proxy.source")
+    for name in ("npz", "table", "image_folder"):
+        with pytest.raises(UserError, match=f"data.path: missing; {name} reads"):
+            load_source(SourceConfig(name=name), Path())
+    with pytest.raises(UserError, match=r"data\.path: no/such/file\.npz: no such file"):
+        load_source(SourceConfig(path="no/such/file.npz"), Path())
+
+
+def test_own_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_source.py").write_text(
+        "import torch\n"
+        "from hetero_fl.data import from_arrays\n"
+        "from hetero_fl.utils.errors import UserError\n"
+        "def good(config, root): return from_arrays(torch.zeros(6, 2), [0, 1] * 3, name=str(config.path))\n"
+        "def none(config, root): return 3\n"
+        "def sorry(config, root): raise UserError('no licence')\n"
+        "def fails(config, root): return [][1]\n"
+        "constant = 3\n"
+    )
+    assert (
+        load_source(SourceConfig(name="python:own_source:good", path="there.npz"), tmp_path).name
+        == "there.npz"
+    )
+    for name, words in (
+        ("none", "returned int"),
+        ("sorry", "no licence"),
+        ("fails", "python:own_source:fails raised IndexError: list index"),
+        ("constant", r"is not a function of \(config, root\) that 'own_source' defines"),
+        ("god", "'good'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_source(SourceConfig(name=f"python:own_source:{name}"), tmp_path)
+
+
+def test_registering_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hetero_fl.data.registry._sources", dict(_sources))
+
+    def broken(config: SourceConfig, root: Path) -> Dataset:
+        dataset = make_table(rows=40, test_rows=9)
+        dataset.train.x[7, 3] = float("nan")
+        return dataset
+
+    source("mine")(broken)
+    with pytest.raises(UserError, match=r"data\.name: mine: train: x: NaN or infinity in row 7"):
+        load_source(SourceConfig(name="mine"), Path())
+    with pytest.raises(ValueError, match="already"):
+        source("mine")(broken)
+
+
+def test_from_arrays() -> None:
+    x, y = np.zeros((6, 8, 8), dtype=np.uint8), [0, 1, 2, 0, 1, 2]
+    dataset = from_arrays(x, y, test=(x[:2], y[:2]), group=["b", "a", "b", "a", "c", "c"])
+    assert dataset.task == Task("multiclass", 3) and dataset.train.x.shape == (6, 1, 8, 8)
+    assert dataset.train.group is not None and dataset.train.group.tolist() == [1, 0, 1, 0, 2, 2]
+    assert dataset.train.group_names == ("a", "b", "c")
+    assert (
+        dataset.test is not None
+        and dataset.test.x.shape == (2, 1, 8, 8)
+        and dataset.validation is None
+    )
+    table = torch.randn(6, 3, dtype=torch.float64)
+    assert from_arrays(table, np.random.default_rng(0).normal(size=6)).task == Task("regression", 1)
+    assert from_arrays(table, 1 - np.eye(3)[y]).task == Task("multilabel", 3)
+    assert from_arrays(table, ~np.eye(3, dtype=bool)[y]).task == Task("multilabel", 3)
+    assert from_arrays(table, y, task=Task("multiclass", 5)).task.outputs == 5
+    assert from_arrays(table, y).train.x.dtype == torch.float32
+    for bad in (["a"] * 5, [0.0] * 5, [[[0]]] * 6):
+        with pytest.raises(UserError):
+            from_arrays(table, bad)
+    with pytest.raises(UserError, match="test: y: label 3"):
+        from_arrays(table, y, test=(table[:1], [3]), task=Task("multiclass", 3))
+
+
+def test_a_fifth_becomes_the_test_set_where_there_is_none() -> None:
+    x = torch.arange(50.0)[:, None]
+    dataset = with_test(from_arrays(x, x.flatten().long() % 2, group=["g"] * 50))
+    assert dataset.test is not None and dataset.test.y is not None
+    assert len(dataset.test) == 10 and torch.equal(
+        dataset.test.y, dataset.test.x.flatten().long() % 2
+    )
+    both = torch.cat([dataset.test.x, dataset.train.x]).flatten().sort().values
+    assert torch.equal(both, torch.arange(50.0))
+    assert with_test(dataset) is dataset
+    with pytest.raises(UserError, match="too few"):
+        with_test(from_arrays(x[:2], [0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("registry.csv", "a file; set data.name: table and data.path: registry.csv"),
+        ("mine.npz", "a file; set data.name: npz and data.path: mine.npz"),
+        ("scans", "a folder; set data.name: image_folder and data.path: scans"),
+    ],
+)
+def test_a_file_is_no_name_of_a_source(
+    name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scans").mkdir()
+
+    with pytest.raises(UserError) as error:
+        load_source(SourceConfig(name=name), tmp_path)
+
+    assert str(error.value) == f"data.name: found '{name}', {told}"

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.data import Dataset, load_source
+from hetero_fl.data.sources.table_files import read_table
+from hetero_fl.utils.errors import UserError
+
+FRAME = pd.DataFrame(
+    {
+        "age": [30, 41, 52, 63],
+        "note": ["a", "b", "c", "d"],
+        "dose": [0.5, 1.5, 2.5, 3.5],
+        "smoker": [True, False, True, False],
+        "site": ["ward_10", "ward_2", "ward_2", "ward_10"],
+        "result": ["ill", "well", "ill", "well"],
+        "score": [1.25, 2.5, 3.75, 5.0],
+    }
+)
+
+
+def load(
+    path: Path, label: str | None = "result", group: str | None = None, **settings: Any
+) -> Dataset:
+    return load_source(
+        SourceConfig(name="table", path=str(path), label=label, group=group, **settings),
+        path.parent,
+    )
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    FRAME.to_csv(tmp_path / "t.csv", index=False)
+    return tmp_path / "t.csv"
+
+
+def test_columns_of_numbers_are_features(csv: Path) -> None:
+    dataset = load(csv, group="site", categories={})
+    assert dataset.columns == ("age", "dose", "smoker", "score")
+    assert dataset.train.x.tolist() == [
+        [30, 0.5, 1, 1.25],
+        [41, 1.5, 0, 2.5],
+        [52, 2.5, 1, 3.75],
+        [63, 3.5, 0, 5],
+    ]
+    assert dataset.task.names == ("ill", "well")
+    assert dataset.train.y is not None and dataset.train.y.tolist() == [0, 1, 0, 1]
+    assert dataset.train.group is not None and dataset.train.group.tolist() == [1, 0, 0, 1]
+    assert dataset.train.group_names == ("ward_2", "ward_10")
+    assert dataset.about.endswith("left out: note")
+
+
+def test_columns_named_by_integers_are_features(tmp_path: Path) -> None:
+    frame = pd.DataFrame([[1, "a", "0,5"], [2, "b", "1,5"], [3, "a", "2,5"]]).assign(y=[0, 1, 0])
+
+    dataset = read_table(frame, tmp_path / "t.parquet", "y")
+
+    assert dataset.columns == ("0", "1=a", "1=b", "2")
+    assert dataset.train.x.tolist() == [[1, 1, 0, 0.5], [2, 0, 1, 1.5], [3, 1, 0, 2.5]]
+    assert "decimal commas in 2" in dataset.notes[0]
+
+
+def test_sites_and_patients_are_called_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    cells = [("01", "007"), ("1", "7"), (" 01 ", "007"), ("1.0", "07")]
+    path.write_text(
+        "x,y,site,id\n" + "".join(f"{i},{i % 2},{a},{b}\n" for i, (a, b) in enumerate(cells))
+    )
+    train = load_source(
+        SourceConfig(name="table", path=str(path), label="y", group="site", patient="id"), tmp_path
+    ).train
+    assert train.group is not None and train.patient is not None
+    assert [train.group_names[g] for g in train.group] == ["01", "1", "01", "1"]
+    assert [train.patient_names[p] for p in train.patient] == ["007", "7", "007", "07"]
+
+
+@pytest.mark.parametrize("name", ["t.tsv", "t.parquet"])
+def test_other_formats_hold_the_same(csv: Path, name: str) -> None:
+    path = csv.with_name(name)
+    if name == "t.parquet":
+        pytest.importorskip("pyarrow")
+        FRAME.assign(day=pd.Timestamp("2020-01-01")).to_parquet(path)
+    else:
+        FRAME.to_csv(path, index=False, sep="\t")
+    found, expected = load(path), load(csv)
+    assert found.train.x.tolist() == expected.train.x.tolist() and found.columns == expected.columns
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "names"),
+    [
+        ([3, 10, 3, 2], "multiclass", ("2", "3", "10")),
+        ([1.0, 0.0, 1.0, 0.0], "multiclass", ("0", "1")),
+        ([True, False, True, True], "multiclass", ("False", "True")),
+        ([1.5, 0.0, 1.0, 0.0], "regression", ("target",)),
+    ],
+)
+def test_kind_of_one_label(
+    tmp_path: Path, values: list[object], kind: str, names: tuple[str, ...]
+) -> None:
+    FRAME.assign(target=values).to_csv(tmp_path / "t.csv", index=False)
+    task = load(tmp_path / "t.csv", "target").task
+    assert (task.kind, task.names) == (kind, names)
+
+
+def test_many_whole_numbers_are_a_regression_target(tmp_path: Path) -> None:
+    pd.DataFrame({"x": np.arange(50) / 7, "count": np.arange(50)}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    dataset = load(tmp_path / "t.csv", "count")
+    assert dataset.task.kind == "regression"
+    assert dataset.train.y is not None and dataset.train.y.shape == (50, 1)
+
+
+def test_several_labels(csv: Path, tmp_path: Path) -> None:
+    dataset = load(csv, "age, score", categories={})
+    assert (dataset.task.kind, dataset.task.names, dataset.columns) == (
+        "regression",
+        ("age", "score"),
+        ("dose", "smoker"),
+    )
+    FRAME.assign(a=[0, 1, 0, 1], b=[1, 1, 0, 0]).to_csv(tmp_path / "m.csv", index=False)
+    dataset = load(tmp_path / "m.csv", "a,b")
+    assert dataset.task.kind == "multilabel"
+    assert dataset.train.y is not None and dataset.train.y.tolist() == [
+        [0, 1],
+        [1, 1],
+        [0, 0],
+        [1, 0],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "label", "words"),
+    [
+        (
+            "dose",
+            [0.5, "much", 2.5, 3.5],
+            "result",
+            "row 2, column 'dose': found 'much', not a number",
+        ),
+        ("dose", [0.5, 1.5, None, 3.5], "result", "row 3, column 'dose': missing value"),
+        (
+            "dose",
+            [0.5, 1.5, 2.0, np.inf],
+            "result",
+            "row 4, column 'dose': found inf, not a finite number",
+        ),
+        ("dose", [0.5, 1e300, 2.0, 1], "result", "row 2, column 'dose': found 1e+300"),
+        ("dose", [None] * 4, "result", "row 1, column 'dose': missing value"),
+        ("result", ["ill", None, "ill", "well"], "result", "row 2, column 'result': missing value"),
+        ("site", ["a", None, "b", "c"], "result", "row 2, column 'site': missing value"),
+        ("dose", ["a", "b", "c", "d"], "age,dose", "column 'dose' is text"),
+    ],
+)
+def test_bad_cells_are_named(
+    tmp_path: Path, column: str, values: list[object], label: str, words: str
+) -> None:
+    FRAME.assign(**{column: values}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(UserError) as refused:
+        load(tmp_path / "t.csv", label, "site")
+    assert str(refused.value).startswith(f"data.path: {tmp_path / 't.csv'}: ") and words in str(
+        refused.value
+    )
+
+
+def test_bad_columns_are_named(csv: Path) -> None:
+    for label, group, words in (
+        ("reslt", None, "data.label: .*no column 'reslt'; did you mean 'result'"),
+        ("result", "sit", "data.group: .*no column 'sit'; did you mean 'site'"),
+        ("result", "result", "data.group: found 'result', which is a label"),
+        (None, None, "data.label: missing; name the column of labels; choose from age, note"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(csv, label, group)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "head.csv").write_text("x,result\n")
+    (tmp_path / "text.csv").write_text("x,result\n" + "".join(f"a{i},b\n" for i in range(20)))
+    (tmp_path / "ragged.csv").write_text("x,result\n1,b\n1,2,3,4\n")
+    # pandas would take the first cells as names of rows
+    (tmp_path / "longer.csv").write_text("x,result\n1,b,\n2,c,\n")
+    (tmp_path / "twice.csv").write_text("x,x,result\n1,2,b\n2,3,c\n")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "latin.csv").write_bytes(b"x,result\n1,\xff\xfe\n")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "t.xlsx").write_bytes(b"")
+    for name, words in (
+        ("empty.csv", "an empty file"),
+        ("head.csv", "found no rows"),
+        ("text.csv", "no column of numbers"),
+        ("ragged.csv", "row 2: found 4 cells, one of them '3' beyond the last column, 'result'"),
+        ("longer.csv", "row 1: found 3 cells, one of them '' beyond the last column, 'result'"),
+        ("twice.csv", "header: column 'x' stands there 2 times"),
+        ("folder.csv", "a folder; name a file in it"),
+        ("latin.csv", "not a readable .csv file"),
+        ("bad.parquet", "not a readable .parquet file"),
+        ("t.xlsx", "found '.xlsx'; choose .csv, .tsv or .parquet"),
+        ("none.csv", "no such file"),
+    ):
+        with pytest.raises(UserError) as refused:
+            load(tmp_path / name)
+        assert str(refused.value).startswith(f"data.path: {tmp_path / name}: ") and words in str(
+            refused.value
+        )

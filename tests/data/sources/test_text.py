@@ -1,0 +1,223 @@
+"""Texts as tokens: whose words the vocabulary knows, what an example shows, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetero_fl.config.data import SourceConfig, TextConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data import Dataset, Examples, Vocabulary, check_examples, from_arrays, load_source
+from hetero_fl.data.dataset import EMPTY, FIRST, UNKNOWN, split_words
+from hetero_fl.data.sources import text as phrases
+from hetero_fl.experiment import prepare
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import changed
+
+HERE = Path(".")
+
+
+def load(name: str, path: Path | None = None, group: str | None = None, **text: object) -> Dataset:
+    source = SourceConfig(
+        name=name, path=None if path is None else str(path), group=group, text=TextConfig(**text)
+    )
+    return load_source(source, HERE)
+
+
+def words_of(dataset: Dataset, row: int) -> list[str]:
+    assert dataset.vocabulary is not None
+    names = ["", "?", *dataset.vocabulary.names]
+    return [names[token] for token in dataset.train.x[row].tolist()]
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+def test_words_become_numbers() -> None:
+    assert split_words("It's 5 o’clock, Anna-Maria: now!") == [
+        "it's",
+        "5",
+        "o’clock",
+        "anna-maria",
+        "now",
+        "!",
+    ]
+    known = Vocabulary.of([["a", "b", "b"], ["c", "a", "a", "once"]], most=2)
+    assert known.words == ("a", "b") and known.size == 4
+    assert known.encode(["b a x a", "a"], 3).tolist() == [[2, UNKNOWN, 2], [EMPTY, EMPTY, 2]]
+    x, y, whose = known.continuations([["a", "b", "x", "a"], ["b"]], 2)
+    assert (
+        x.tolist() == [[EMPTY, 2], [3, UNKNOWN]]
+        and y.tolist() == [1, 0]
+        and whose.tolist() == [0, 0]
+    )
+
+
+def test_hashing_reads_no_text_and_never_changes() -> None:
+    hashed = Vocabulary(buckets=50)
+    assert hashed.size == 52 and hashed == Vocabulary(buckets=50)
+    # the same in every process and release
+    assert hashed.numbers("the owner's own word") == [42, 35, 40, 31]
+    assert all(FIRST <= hashed.number(f"w{i}") < hashed.size for i in range(200))
+
+
+# Generated messages --------------------------------------------------------------------------------------------------
+def test_phones_write_private_words_that_nobody_else_knows() -> None:
+    dataset, public = load("phrases"), load("phrases_public")
+    contacts = set(phrases._contacts())
+    assert len(contacts) == 36
+    written = {
+        w for words, _ in phrases.write(phrases.writer(3), 300, phrases._draws("t")) for w in words
+    }
+    assert set(phrases.writer(3).contacts) <= written  # they do write them
+    assert dataset.vocabulary is not None and dataset.vocabulary == public.vocabulary
+    assert contacts.isdisjoint(dataset.vocabulary.words) and contacts.isdisjoint(dataset.task.names)
+    assert (dataset.train.x == UNKNOWN).any()  # and all that a model sees of them
+    assert (
+        (public.train.x == UNKNOWN).float().mean()
+        < 0.01
+        < (dataset.train.x == UNKNOWN).float().mean()
+    )
+    assert dataset.simulated and public.simulated
+
+
+def test_the_vocabulary_does_not_depend_on_the_phones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever phones there are, and whatever they write."""
+    before = load("phrases").vocabulary
+    monkeypatch.setattr(phrases, "PHONES", 2)
+    monkeypatch.setattr(phrases, "writer", lambda phone: phrases.Writer(
+        phrases.anybody().topics, phrases.anybody().templates, ("secret", "hidden", "unseen"), 3))  # fmt: skip
+    after = load("phrases")
+    assert after.vocabulary == before and len(after.train.group_names) == 2
+
+
+def test_messages_stay_whole_and_phones_differ() -> None:
+    dataset = load("phrases", length=5)
+    train = dataset.train
+    assert train.x.shape[1] == 5 and train.group is not None and train.patient is not None
+    assert [words_of(dataset, row) for row in range(3)] == [
+        ["", "", "", "", "where"], ["", "", "", "where", "is"], ["", "", "where", "is", "the"]
+    ]  # fmt: skip
+    assert len({(int(p), int(g)) for p, g in zip(train.patient, train.group, strict=True)}) == len(
+        train.patient.unique()
+    )
+    topics = load("phrases", predict="class")
+    assert (
+        topics.task.names == phrases.TOPICS
+        and topics.train.patient is None
+        and topics.train.group is not None
+    )
+    assert topics.train.y is not None
+    main = [
+        torch.bincount(topics.train.y[topics.train.group == g], minlength=6).argmax().item()
+        for g in range(12)
+    ]
+    assert len(set(main)) >= 4
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "phones").mkdir()
+    for name, line in (
+        ("ann", "see you at the pool SECRETANN"),
+        ("bob", "see you at the bank SECRETBOB"),
+    ):
+        (tmp_path / "phones" / f"{name}.txt").write_text(f"{line}\n\n" * 30, encoding="utf-8")
+    (tmp_path / "public.txt").write_text(
+        "see you at the gym\nsee you at the pool\n" * 2, encoding="utf-8"
+    )
+    return tmp_path
+
+
+def test_a_file_for_each_phone(folder: Path) -> None:
+    found = load("text", folder / "phones", "file", public=str(folder / "public.txt"))
+    assert found.train.group_names == ("ann", "bob") and found.vocabulary is not None
+    assert found.vocabulary.words == ("at", "see", "the", "you", "gym", "pool")
+    assert not any("secret" in word for word in found.vocabulary.words)
+    assert len(found.train) == 30 * 4 + 30 * 3  # "bank" and the secrets are never asked for
+    hashed = load("text", folder / "phones", "file", tokenizer="hashing", vocabulary=64)
+    assert hashed.vocabulary == Vocabulary(buckets=64) and hashed.task.outputs == 64
+    single = load("text", folder / "phones" / "ann.txt", tokenizer="hashing")
+    assert single.train.group is None and len(single.train) == 30 * 5
+
+
+def test_classes_of_texts(tmp_path: Path) -> None:
+    path = tmp_path / "mail.txt"
+    path.write_text("spam\tbuy now !\nham\tsee you\n" * 3, encoding="utf-8")
+    found = load("text", path, predict="class", tokenizer="hashing", length=4)
+    assert found.task.names == ("ham", "spam") and found.train.x.shape == (6, 4)
+    assert found.train.y is not None and found.train.y.tolist() == [1, 0] * 3
+
+
+def test_mistakes_in_files_are_one_line(folder: Path) -> None:
+    (folder / "bad.txt").write_bytes(b"fine here\nnot \xff here\n")
+    (folder / "mail.txt").write_text("spam\tbuy\nno class\n", encoding="utf-8")
+    (folder / "none.txt").write_text("one\n", encoding="utf-8")
+    (folder / "empty").mkdir()
+    hashing = {"tokenizer": "hashing"}
+    for path, group, text, words in (
+        ("gone", None, hashing, "data.path: .*gone: no such file or folder"),
+        ("empty", None, hashing, "data.path: .*empty: found no .txt file"),
+        ("bad.txt", None, hashing, "data.path: .*bad.txt: line 2: not in UTF-8"),
+        ("none.txt", None, hashing, "data.path: .*none.txt: found no line of at least two words"),
+        (
+            "mail.txt",
+            None,
+            {**hashing, "predict": "class"},
+            "data.path: .*mail.txt: line 2: found 'no class'; want a class",
+        ),
+        ("phones", "site", hashing, "data.group: found 'site'; choose file"),
+        ("bad.txt", "file", hashing, "data.group: found file, but path: .* is one file"),
+        ("phones", None, {}, "data.text.public: missing"),
+        ("phones", None, {"public": "gone.txt"}, "data.text.public: gone.txt: No such file"),
+        ("phones", None, {"public": str(folder / "none.txt")}, "found 0 words that occur twice"),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            load("text", folder / path, group, **text)
+        assert "\n" not in str(refused.value), path
+    with pytest.raises(UserError, match=r"data\.text: found .* but digits takes none"):
+        load("digits")
+
+
+# A federation --------------------------------------------------------------------------------------------------------
+def test_tokens_are_checked() -> None:
+    known, task = Vocabulary(("a", "b")), Task("multiclass", 2)
+    y = torch.tensor([0, 1])
+    for x, words in (
+        (torch.tensor([[0, 4], [1, 1]]), "row 0 has a token out of range; they are 0 to 3"),
+        (torch.tensor([[0, 1], [-1, 1]]), "row 1 has a token out of range"),
+        (torch.zeros(2, 3), "found float32 of shape"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_examples(Examples(x, y), task, "here", vocabulary=known)
+    with pytest.raises(UserError, match="tokens need a vocabulary"):
+        check_examples(Examples(torch.zeros(2, 3, dtype=torch.int64), y), task, "here")
+    mine = from_arrays([[0, 1], [2, 3]], [0, 1], vocabulary=known)
+    assert mine.vocabulary == known and mine.train.x.dtype == torch.int64
+
+
+def config(**changes: object) -> dict[str, object]:
+    made = load_config("configs/text_hetero.yaml").model_dump(mode="json", exclude_unset=True)
+    return changed(made, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clients__defaults__preprocess": {"normalize": "own"}}, "preprocess.normalize: is for numbers, but .* tokens"),
+        ({"clients__defaults__preprocess": {"resize": 8}}, "preprocess.resize: is for images"),
+        ({"clients__defaults__augment": {"flip": True}}, "augment: is for images"),
+        ({"clients__groups": [{"name": "a", "count": 12, "model": "mlp"}]}, "clients: a_01: model: model mlp: takes table rows"),
+        ({"data__proxy": {"source": {"name": "digits"}}}, "data.proxy.source: digits has another vocabulary"),
+        ({"data__proxy": {"source": {"name": "phrases_public", "text": {"length": 8, "vocabulary": 50}}}},
+         "phrases_public has another vocabulary than the common set: give both the same `text`"),
+        ({"algorithm": {"name": "dense"}}, "dense makes examples by their gradient, and the examples here are tokens"),
+        ({"server": {"model": "text_cnn", "preprocess": {"normalize": {"mean": 0, "std": 1}}}}, "server.preprocess.normalize"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_tokens_is_one_line(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        prepare(config(**changes))
+    assert "\n" not in str(refused.value)

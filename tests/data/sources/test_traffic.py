@@ -1,0 +1,226 @@
+"""The source `traffic`: generated junctions, and files of real ones with all that may be wrong in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hetero_fl.config.data import SeriesConfig, SourceConfig
+from hetero_fl.data import Dataset, load_source
+from hetero_fl.data.sources.traffic import BEGIN, JUNCTIONS, make_junctions
+from hetero_fl.utils.errors import UserError
+
+LEAN = {"window": 6, "horizons": (1, 3)}
+
+
+def load(
+    path: Path | None = None, label: str | None = None, group: str | None = None, **series: object
+) -> Dataset:
+    settings = SeriesConfig(**{**LEAN, **series})
+    config = SourceConfig(
+        name="traffic",
+        path=None if path is None else str(path),
+        label=label,
+        group=group,
+        series=settings,
+    )
+    return load_source(config, Path(), missing=True)
+
+
+def table(hours: int = 400, sites: tuple[str, ...] = ("1", "2")) -> pd.DataFrame:
+    frames = []
+    for place, name in enumerate(sites):
+        dates = pd.Timestamp("2023-01-01") + pd.to_timedelta(np.arange(hours), unit="h")
+        count = 20 + 10 * place + np.arange(hours) % 24
+        frames.append(
+            pd.DataFrame(
+                {"DateTime": dates.strftime("%m/%d/%Y %H:%M"), "Junction": name, "Vehicles": count}
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def written(frame: pd.DataFrame, tmp_path: Path, name: str = "t.csv") -> Path:
+    path = tmp_path / name
+    frame.to_csv(path, index=False, sep="\t" if name.endswith(".tsv") else ",")
+    return path
+
+
+def test_generated_junctions_are_as_they_are_described() -> None:
+    assert pd.Timestamp(BEGIN, unit="h").day_name() == "Monday"
+    sites, again = make_junctions(), make_junctions()
+    assert [s.name for s in sites] == list(JUNCTIONS)
+    assert all(np.array_equal(a.value, b.value) for a, b in zip(sites, again, strict=True))
+    for one in sites:
+        level, day, *_, cameras = JUNCTIONS[one.name]
+        assert len(one.value) == (300 - day) * 24 and one.value.mean() == pytest.approx(
+            level * 1.1, rel=0.15
+        )
+        assert np.isnan(one.lanes).all() != cameras and np.isnan(one.weather).all() == cameras
+        if cameras:
+            assert np.array_equal(one.lanes.sum(1), one.value)
+    first = sites[0]
+    hours = first.value.reshape(-1, 24)
+    working = hours[[d for d in range(300) if d % 7 < 5]].mean(0)
+    assert {int(working[:12].argmax()), 12 + int(working[12:].argmax())} == {8, 17} | {
+        12 + int(working[12:].argmax())
+    }
+    assert hours[5::7].mean() < hours[:5].mean()  # weekends
+    dry, wet = (
+        sites[2].value[m].mean() for m in (sites[2].weather[:, 1] == 0, sites[2].weather[:, 1] > 1)
+    )
+    assert wet < 0.95 * dry
+
+
+def test_generated_sets_say_so_and_the_public_one_is_apart() -> None:
+    data, public = load(), load(sites=("public",))
+    assert (
+        data.simulated
+        and data.task.unit == "vehicles"
+        and data.task.names == ("1 h ahead", "3 h ahead")
+    )
+    assert data.train.group_names == ("camera_1", "camera_2", "sensor_1", "sensor_2")
+    assert public.train.group_names == ("public",) and public.columns == data.columns
+    assert data.columns[-5:] == ("temperature", "rain", "lane_1", "lane_2", "lane_3")
+    with pytest.raises(
+        UserError, match=r"data\.series\.sites: found 'camera_3'; did you mean 'camera_"
+    ):
+        load(sites=("camera_3",))
+    with pytest.raises(
+        UserError, match=r"data\.label: names a column of a file, but there is no path"
+    ):
+        load(label="Vehicles")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_a_file_of_junctions(tmp_path: Path, name: str) -> None:
+    data = load(written(table(), tmp_path, name))
+    assert not data.simulated and data.train.group_names == ("1", "2") and data.test is not None
+    # no weather, no lanes
+    assert data.train.x[..., -5:].isnan().all() and torch.isfinite(data.train.x[..., :-5]).all()
+    assert data.notes[0].startswith("traffic: training until 2023-01-1")
+    shuffled = (
+        table().sample(frac=1, random_state=0).sort_values("DateTime", kind="stable")
+    )  # hour by hour, sites mixed
+    assert torch.equal(
+        load(written(shuffled, tmp_path, name)).train.x.nan_to_num(), data.train.x.nan_to_num()
+    )
+
+
+def test_columns_by_key(tmp_path: Path) -> None:
+    frame = table().rename(columns={"DateTime": "when", "Vehicles": "cars", "Junction": "place"})
+    frame["left"], frame["warm"] = (
+        frame["cars"] / 2,
+        np.where(np.arange(len(frame)) % 50 == 3, np.nan, 4.0),
+    )
+    path = written(frame, tmp_path)
+    data = load(
+        path, "cars", "place", time="when", lanes=("left",), weather=("warm",), sites=("2",)
+    )
+    assert (
+        data.columns[-2:] == ("warm", "left")
+        and data.task.unit == "cars"
+        and data.train.group_names == ("2",)
+    )
+    assert torch.allclose(data.train.x[..., -1], data.train.x[..., 0] / 2)
+    assert 0 < data.train.x[..., -2].isnan().float().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S", "%d/%m/%Y %H:%M", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M"],
+)
+def test_dates_are_read_as_they_are_written(tmp_path: Path, form: str) -> None:
+    frame, plain = table(), table()
+    frame["DateTime"] = pd.to_datetime(frame["DateTime"], format="%m/%d/%Y %H:%M").dt.strftime(form)
+    a, b = (
+        load(written(frame, tmp_path)).train.time,
+        load(written(plain, tmp_path, "p.csv")).train.time,
+    )
+    assert a is not None and b is not None and torch.equal(a, b)
+
+
+def test_dates_that_could_be_two_are_asked_about(tmp_path: Path) -> None:
+    frame = table(hours=2, sites=("1",))
+    frame["DateTime"] = ["03/04/2023 10:00", "03/04/2023 11:00"]
+    with pytest.raises(
+        UserError,
+        match=r"series\.format: column 'DateTime' of .*t\.csv may be '%m/%d/%Y %H:%M' or '%d/%m",
+    ):
+        load(written(frame, tmp_path))
+
+
+def wrong(frame: pd.DataFrame, what: str) -> pd.DataFrame:
+    """A table with a mistake in it; rows 401 and on are those of junction 2."""
+    frame = frame.astype({"Vehicles": object})
+    if what == "text in a number":
+        frame.loc[7, "Vehicles"] = "many"
+    elif what == "empty":
+        frame.loc[7, "Vehicles"] = None
+    elif what == "no date":
+        frame.loc[450, "DateTime"] = "yesterday"
+    elif what == "order":
+        frame.loc[[410, 411], "DateTime"] = frame.loc[[411, 410], "DateTime"].to_numpy()
+    elif what == "twice":
+        frame = pd.concat([frame.iloc[:6], frame.iloc[5:]], ignore_index=True)
+    elif what == "gap":
+        frame = frame.drop(index=range(20, 23))
+    elif what == "minutes":
+        frame.loc[9, "DateTime"] = frame.loc[9, "DateTime"].replace(":00", ":20")
+    return frame.rename(columns={"Vehicles": "Cars"}) if what == "column" else frame
+
+
+MISTAKES = [
+    ("column", "data.label: PATH has no column 'Vehicles'"),
+    ("text in a number", "data.path: PATH: row 8, column 'Vehicles': found 'many', not a number"),
+    ("empty", "data.path: PATH: row 8, column 'Vehicles': missing value"),
+    ("no date", "data.path: PATH: row 451, column 'DateTime': found 'yesterday', not a date such as"),
+    ("order", "data.path: PATH: row 412, column 'DateTime': found '01/01/2023 10:00' after '01/01/2023 11:00' of"),
+    ("twice", "data.path: PATH: row 7, column 'DateTime': found '01/01/2023 05:00' a second time for site '1'; it"),
+    ("gap", "data.path: PATH: row 21, column 'DateTime': 3 hours of site '1' missing before '01/01/2023 23:00'; fill them in"),
+    ("minutes", "data.path: PATH: row 10, column 'DateTime': found '01/01/2023 09:20', not a whole number of hours"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "line"), MISTAKES)
+def test_a_mistake_is_one_line_with_file_row_and_column(
+    tmp_path: Path, what: str, line: str
+) -> None:
+    path = written(wrong(table(), what), tmp_path)
+    with pytest.raises(UserError, match=re.escape(line.replace("PATH", str(path)))):
+        load(path)
+
+
+def test_gaps_may_be_skipped(tmp_path: Path) -> None:
+    whole = load(written(table(), tmp_path)).train
+    for what in ("gap", "empty"):
+        skipped = load(written(wrong(table(), what), tmp_path), gaps="skip").train
+        assert 0 < len(skipped) < len(whole)
+
+
+def test_named_columns_have_to_be_there(tmp_path: Path) -> None:
+    path = written(table(), tmp_path)
+    with pytest.raises(UserError, match=r"data\.series\.weather: .* has no column 'rian'"):
+        load(path, weather=("rian",))
+    with pytest.raises(
+        UserError, match=r"data\.series\.sites: .* has no site '3'; choose from 1, 2"
+    ):
+        load(path, sites=("3",))
+    with pytest.raises(
+        UserError, match=r"data\.group: .* has no column 'Juncton'; did you mean 'Junction'"
+    ):
+        load(path, group="Juncton")
+
+
+def test_settings_that_cannot_be() -> None:
+    for bad, words in (({"horizons": (3, 1)}, "nearest first"), ({"horizons": (169,)}, "at most 168 hours"),
+                       ({"test": 0.8, "validation": 0.1}, "must leave time to train on")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            SeriesConfig(**bad)
+    with pytest.raises(UserError, match=r"data\.series: found .* but digits takes none"):
+        load_source(SourceConfig(name="digits", series=SeriesConfig()), Path())

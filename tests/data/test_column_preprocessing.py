@@ -1,0 +1,315 @@
+"""What a participant sees of an example: named columns, blocks, and what becomes of missing values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SourceConfig
+from hetero_fl.data import (
+    Block,
+    Dataset,
+    FederatedData,
+    Layout,
+    Preprocess,
+    federate,
+    from_arrays,
+    load_source,
+)
+from hetero_fl.data.external import match_blocks, match_columns
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.seeding import generator
+
+NAN = float("nan")
+TABLE = Layout(("age", "crp", "bmi", "dose"))
+BLOCKS = Layout(blocks=(Block("image", (1, 2, 3)), Block("genes", (4,))))
+
+
+def table() -> Tensor:
+    x = torch.randn(20, 4, generator=generator("t"))
+    x[3, 1] = x[5, 1] = x[7, 2] = NAN
+    return x
+
+
+def rows() -> Tensor:
+    """Six pixels, four genes; row 2 lacks its genes, row 4 its image, row 5 one gene."""
+    x = torch.rand(12, 10, generator=generator("b"))
+    x[2, 6:] = NAN
+    x[4, :6] = NAN
+    x[5, 7] = NAN
+    return x
+
+
+def view(x: Tensor, layout: Layout, **config: Any) -> Preprocess:
+    return Preprocess.resolve(
+        PreprocessConfig(**config), x, "preprocess", layout, tuple(x.shape[1:])
+    )
+
+
+def test_columns_are_taken_in_the_order_of_the_data() -> None:
+    x = table()
+    seen = view(x, TABLE, columns=["dose", "age"])
+    assert seen.spans == ((0, 1), (3, 4)) and seen.shape((4,)) == (2,)
+    assert torch.equal(seen(x), x[:, [0, 3]]) and seen == view(x, TABLE, columns=["age", "dose"])
+    assert view(x, TABLE, columns=["crp", "bmi"]).spans == ((1, 3),)  # neighbours are one run
+    series = torch.randn(5, 6, 4)
+    assert torch.equal(
+        view(series, TABLE, columns=["bmi"])(series), series[..., 2:3].transpose(1, 2)
+    )
+    assert view(series, TABLE, columns=["bmi"]).shape((6, 4)) == (1, 6)
+
+
+def test_own_statistics_are_of_the_columns_seen_and_leave_out_what_is_missing() -> None:
+    x = table()
+    seen = view(x, TABLE, columns=["crp", "dose"], normalize="own", missing="indicate")
+    known = x[:, 1][~x[:, 1].isnan()].double()
+    assert isinstance(seen.mean, tuple) and isinstance(seen.std, tuple)
+    assert seen.mean[0] == pytest.approx(float(known.mean())) and seen.std[0] == pytest.approx(
+        float(known.std(correction=0))
+    )
+    z = seen(x)
+    assert z.shape == (20, 4) and seen.shape((4,)) == (4,)
+    assert z[:, 2].nonzero().flatten().tolist() == [3, 5] and not z[:, 3].any()
+    assert z[3, 0] == z[5, 0] == 0 and torch.allclose(
+        z[0, 0], ((x[0, 1] - seen.mean[0]) / seen.std[0]).float()
+    )
+    empty = view(torch.full((4, 4), NAN), TABLE, normalize="own", missing="indicate")
+    assert empty.mean == (0.0,) * 4 and empty.std == (1.0,) * 4
+
+
+def test_one_block_alone_has_its_own_shape() -> None:
+    x = rows()[6:]
+    image = view(x, BLOCKS, columns=["image"], normalize="own")
+    assert image.shape((10,)) == (1, 2, 3) and isinstance(image.mean, float)
+    assert torch.allclose(image(x).mean(), torch.tensor(0.0), atol=1e-6)
+    assert torch.equal(view(x, BLOCKS, columns=["image"])(x), x[:, :6].reshape(-1, 1, 2, 3))
+    assert view(x, BLOCKS, columns=["image"], resize=8, channels=3)(x).shape == (6, 3, 8, 8)
+    genes = view(x, BLOCKS, columns=["genes"], normalize="own")
+    assert torch.allclose(genes(x).mean(0), torch.zeros(4), atol=1e-6) and genes.shape((10,)) == (
+        4,
+    )
+
+
+def test_blocks_are_missing_as_a_whole() -> None:
+    x = rows()
+    seen = view(x, BLOCKS, normalize="own", missing="indicate")
+    z = seen(x)
+    assert z.shape == (12, 12) and seen.shape((10,)) == (12,) and not z.isnan().any()
+    assert z[:, 10].nonzero().flatten().tolist() == [4] and z[
+        :, 11
+    ].nonzero().flatten().tolist() == [2]
+    # one gene is the mean then, and the block is there
+    assert not z[2, 6:10].any() and z[5, 7] == 0 and z[5, 6] != 0
+    assert (
+        isinstance(seen.mean, tuple)
+        and len(set(seen.mean[:6])) == 1
+        and len(set(seen.mean[6:])) == 4
+    )  # pixels share theirs
+    pixels = x[:, :6][~x[:, :6].isnan()].double()
+    assert seen.mean[0] == pytest.approx(float(pixels.mean())) and isinstance(seen.std, tuple)
+    assert seen.std[0] == pytest.approx(float(pixels.std(correction=0)))
+    alone = view(x, BLOCKS, columns=["genes"], missing="indicate")
+    assert alone(x).shape == (12, 5) and alone(x)[:, 4].nonzero().flatten().tolist() == [2]
+
+
+def test_names_that_are_not_there() -> None:
+    for layout, names, words in (
+        (TABLE, ["crp", "dos"], "preprocess.columns: found 'dos'; did you mean 'dose'?"),
+        (BLOCKS, ["gene"], "preprocess.columns: found 'gene'; did you mean 'genes'?"),
+        (
+            Layout(),
+            ["crp"],
+            "preprocess.columns: found 'crp'; nothing of these examples has a name, leave it out",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            view(torch.zeros(3, 4), layout, columns=names)
+        assert str(refused.value) == words
+    with pytest.raises(
+        UserError, match=r"preprocess\.missing: is for tables, series and blocks, not for images"
+    ):
+        view(torch.zeros(3, 1, 4, 4), Layout(), missing="indicate").shape((1, 4, 4))
+    with pytest.raises(ValueError, match="each at most once"):
+        PreprocessConfig(columns=["a", "a"])
+
+
+def test_blocks_have_to_fit() -> None:
+    y = torch.zeros(5, dtype=torch.int64)
+    for blocks, words in (
+        ([("image", (1, 2, 3))], "blocks: found 6 columns for examples of shape"),
+        ([("image", (4,)), ("image", (6,))], "blocks: found 'image'"),
+        ([("an.image", (10,))], "blocks: found 'an.image'; names are letters, digits and _"),
+    ):
+        with pytest.raises(UserError, match=words):
+            from_arrays(torch.rand(5, 10), y, blocks=blocks)
+
+
+def hospitals(
+    x: Tensor, layout: Layout, clients: dict[str, PreprocessConfig], **config: Any
+) -> FederatedData:
+    """The rows in turn to the clients; a test set without gaps."""
+    names = list(clients)
+    y = torch.arange(len(x)) % 2
+    x = x.repeat(6, 1)
+    group = [names[i % len(names)] for i in range(len(x))]
+    full = torch.rand(20, x.shape[1], generator=generator("full"))
+    made = from_arrays(
+        x, y.repeat(6), test=(full, torch.arange(20) % 2), validation=(full, torch.arange(20) % 2), group=group,
+        columns=layout.columns, blocks=layout.blocks,
+    )  # fmt: skip
+    settings = {name: ClientSettings(preprocess=p) for name, p in clients.items()}
+    kind = PartitionConfig(kind="natural", min_size=5)
+    return federate(made, DataConfig(**{"partition": kind, **config}), settings, 0)
+
+
+def test_whoever_sees_a_gap_has_to_say_what_becomes_of_it() -> None:
+    both, images = PreprocessConfig(missing="indicate"), PreprocessConfig(columns=["image"])
+    x = rows()
+    # the second hospital's patients have no genes, and row 4 of the first no image
+    x[1::2, 6:] = NAN
+    data = hospitals(x, BLOCKS, {"a": both, "b": images})
+    assert data.columns("b", "train", data.preprocess("b"))["x"].shape[1:] == (1, 2, 3)
+    assert data.columns("a", "train", data.preprocess("a"))["x"].shape[1:] == (12,)
+    pooled = data.columns("server", "pooled", data.preprocess("b"))["x"]
+    assert not pooled.isnan().any() and len(pooled) == int(
+        (~x[:, 0].isnan()).repeat(6)[_train(data)].sum()
+    )
+    with pytest.raises(
+        UserError,
+        match=r"clients: 'b': preprocess\.missing: row \d+ of \w+ has no value of 'genes'; set it",
+    ):
+        hospitals(x, BLOCKS, {"a": both, "b": PreprocessConfig()})
+    with pytest.raises(
+        UserError,
+        match=r"clients: 'a': preprocess\.missing: row \d+ of \w+ has no value of 'image'",
+    ):
+        hospitals(x, BLOCKS, {"a": images, "b": images})
+
+
+def _train(data: FederatedData) -> Tensor:
+    return torch.cat([data._private[c]["train"].rows for c in data.client_ids])
+
+
+def test_public_rows_may_lack_blocks() -> None:
+    both, images, genes = (PreprocessConfig(columns=c, missing=m) for c, m in
+                           ((None, "indicate"), (["image"], None), (["genes"], "indicate")))  # fmt: skip
+    x = torch.rand(30, 10, generator=generator("full"))
+    clients = {"a": both, "b": images, "c": genes}
+    data = hospitals(x, BLOCKS, clients, proxy=ProxyConfig(size=20, columns=["image"]))
+    seen = {c: data.columns(c, "proxy", data.preprocess(c))["x"] for c in clients}
+    assert seen["a"][:, 11].all() and not seen["a"][:, 10].any() and not seen["a"][:, 6:10].any()
+    assert not seen["b"].isnan().any() and seen["c"][:, 4].all()
+    assert [data.has_proxy(data.preprocess(c)) for c in clients] == [True, True, False]
+    assert data.notes == [
+        "client 'c' sees nothing of the proxy set: it has no part in what is done with it"
+    ]
+    with pytest.raises(
+        UserError,
+        match=r"clients: 'a': preprocess\.missing: row \d+ of proxy has no value of 'genes'",
+    ):
+        hospitals(
+            x,
+            BLOCKS,
+            {**clients, "a": PreprocessConfig()},
+            proxy=ProxyConfig(size=20, columns=["image"]),
+        )
+    with pytest.raises(
+        UserError, match=r"data\.proxy\.columns: found 'images'; did you mean 'image'"
+    ):
+        hospitals(x, BLOCKS, clients, proxy=ProxyConfig(size=20, columns=["images"]))
+
+
+def test_sets_from_elsewhere_are_matched_by_name() -> None:
+    common = from_arrays(
+        torch.rand(6, 10), torch.arange(6) % 2, blocks=BLOCKS.blocks, name="common"
+    )
+    pixels = torch.randint(0, 256, (5, 1, 2, 3), dtype=torch.uint8)
+    seen = match_blocks(pixels, (), common, "here", ())
+    assert torch.equal(seen[:, :6], pixels.flatten(1) / 255) and seen[:, 6:].isnan().all()
+    swapped = match_blocks(torch.arange(10.0)[None], BLOCKS.blocks[::-1], common, "here")
+    assert swapped[0].tolist() == [4, 5, 6, 7, 8, 9, 0, 1, 2, 3]
+    for x, blocks, words in (
+        (
+            torch.rand(2, 1, 3, 3),
+            (),
+            "here: examples are no block of common, which has image (1, 2, 3), genes (4,)",
+        ),
+        (torch.rand(2, 4), (Block("gene", (4,)),), "has none; did you mean 'genes'?"),
+        (torch.rand(2, 5), (Block("genes", (5,)),), "has none; there it has shape (4,)"),
+        (
+            torch.rand(2, 4),
+            (Block("genes", (4,)),),
+            "here has no block 'image', the common set common has",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            match_blocks(x, blocks, common, "here")
+        assert words in str(refused.value)
+    tables = from_arrays(torch.rand(6, 4), torch.arange(6) % 2, columns=TABLE.columns)
+    x, extra = match_columns(
+        torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", {"age"}
+    )
+    assert x[0, [0, 2]].tolist() == [1, 0] and x[0, [1, 3]].isnan().all() and extra == ["new"]
+    with pytest.raises(UserError, match="here has no column 'crp'"):
+        match_columns(torch.arange(3.0)[None], ("bmi", "age", "new"), tables, "here", {"crp"})
+
+
+def test_a_table_with_gaps(tmp_path: Any) -> None:
+    path = tmp_path / "t.csv"
+    lines = [f"{i},{'' if i == 4 else i * 2},{i % 2}" for i in range(60)]
+    path.write_text("\n".join(["age,crp,ill", *lines]))
+    source = SourceConfig(name="table", path=str(path), label="ill")
+    with pytest.raises(
+        UserError,
+        match=r"row 5, column 'crp': missing value \(1 in 60 rows\); fill or drop them, or set",
+    ):
+        load_source(source, tmp_path)
+    found = load_source(source, tmp_path, missing=True)
+    config = DataConfig(partition=PartitionConfig(min_size=5))
+
+    def federated(**view: Any) -> FederatedData:
+        return federate(
+            found, config, {"a": ClientSettings(preprocess=PreprocessConfig(**view))}, 0
+        )
+
+    assert (
+        federated(missing="indicate")
+        .columns("a", "train", federated(missing="indicate").preprocess("a"))["x"]
+        .shape[1]
+        == 4
+    )
+    assert federated(columns=["age"]).preprocess("a").shape((2,)) == (1,)
+    with pytest.raises(
+        UserError,
+        match=r"clients: 'a': preprocess\.missing: row \d+ of \w+ has no value of 'crp' \(path: .*row 5",
+    ):
+        federated()
+
+
+def test_augment_is_for_images_as_they_are_seen() -> None:
+    x = torch.rand(30, 10, generator=generator("full"))
+    made = from_arrays(x, torch.arange(30) % 2, blocks=BLOCKS.blocks)
+    flips = AugmentConfig(flip=True)
+
+    def federated(columns: list[str]) -> FederatedData:
+        settings = ClientSettings(preprocess=PreprocessConfig(columns=columns), augment=flips)
+        return federate(made, DataConfig(partition=PartitionConfig(min_size=5)), {"a": settings}, 0)
+
+    federated(["image"])
+    with pytest.raises(UserError, match="augment: is for images, but the examples have shape"):
+        federated(["genes"])
+
+
+def test_a_dataset_keeps_its_names_through_a_federation() -> None:
+    made = from_arrays(
+        torch.rand(30, 10), torch.arange(30) % 2, blocks=[["image", [1, 2, 3]], ("genes", (4,))]
+    )
+    assert isinstance(made, Dataset) and made.layout == BLOCKS
+    data = federate(
+        made, DataConfig(partition=PartitionConfig(min_size=5)), {"a": ClientSettings()}, 0
+    )
+    assert data.layout == BLOCKS and data.input_shape == (10,)

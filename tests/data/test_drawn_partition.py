@@ -1,0 +1,172 @@
+"""Clients that draw their own rows: the same ones whenever they are asked for, whoever else takes part."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetero_fl.config import expand
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, SplitConfig
+from hetero_fl.data import FederatedData, federate, make_table
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, identical, numbered, rows_of
+
+SPLITS = ("train", "validation", "test")
+
+
+def drawn(
+    clients: Any = 30,
+    pool: int = 400,
+    seed: int = 0,
+    split: SplitConfig | None = None,
+    **partition: Any,
+) -> FederatedData:
+    if isinstance(clients, int):
+        clients = expand(load_config({"clients": {"count": clients}}).clients)
+    config = DataConfig(
+        partition=PartitionConfig(kind="drawn", **partition), split=split or SplitConfig()
+    )
+    return federate(numbered(pool), config, clients, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    alpha=st.one_of(st.none(), st.floats(1e-3, 50)),
+    spread=st.sampled_from([0.0, 0.5, 2.0]),
+    rows=st.integers(20, 200),
+    seed=st.integers(0, 99),
+)
+def test_whoever_is_asked_first_everybody_gets_the_same(
+    alpha: float | None, spread: float, rows: int, seed: int
+) -> None:
+    data, other = (drawn(12, seed=seed, alpha=alpha, spread=spread, rows=rows) for _ in range(2))
+    # made up front, all of them
+    expected = {c: {s: rows_of(data, c, s) for s in SPLITS} for c in data.client_ids}
+    other._private.drawing._kept.limit = 1  # type: ignore[union-attr]
+    pool = set(data._private.drawing.pool.rows.tolist())  # type: ignore[union-attr]
+    for client in reversed(data.client_ids):
+        assert {s: other.n_rows(client, s) for s in SPLITS} == {
+            s: len(r) for s, r in expected[client].items()
+        }
+        assert {s: other._private[client][s].rows.tolist() for s in SPLITS} == expected[client]
+        every = [row for part in expected[client].values() for row in part]
+        # a row at most once, and from the pool
+        assert len(every) == len(set(every)) >= 20 and set(every) <= pool
+        if spread == 0:
+            assert len(every) == rows
+    assert identical(data, other) and data.content_hash() == other.content_hash()
+    assert identical(data, pickle.loads(pickle.dumps(data)))
+
+
+def test_rows_do_not_depend_on_who_else_takes_part() -> None:
+    few, many = drawn(10, alpha=0.5, spread=0.5), drawn(99, alpha=0.5, spread=0.5)
+    names = {f"client_{i:02}": PLAIN_CLIENT for i in (3, 7, 50)}
+    some = drawn(names, alpha=0.5, spread=0.5)
+    for split in SPLITS:
+        assert all(rows_of(some, c, split) == rows_of(many, c, split) for c in names)
+        assert rows_of(few, "client_07", split) == rows_of(many, "client_07", split)
+    assert rows_of(few, "client_07", "train") != rows_of(few, "client_08", "train")
+    assert rows_of(few, "client_07", "train") != rows_of(
+        drawn(10, seed=1, alpha=0.5, spread=0.5), "client_07", "train"
+    )
+
+
+def test_a_million_clients_hold_nothing_until_they_are_asked() -> None:
+    data = drawn(1_000_000, pool=1000)
+    train = rows_of(data, "client_0700000", "train")
+    assert (
+        len(train) == data.n_rows("client_0700000", "train") == 60
+        and data.n_train == 900
+        and data.n_test == 40
+    )
+    assert data.label_counts("client_0700000").tolist() == [
+        sum(r % 4 == c for r in train) for c in range(4)
+    ]
+    assert len(data._private.drawing._kept) == 1  # type: ignore[union-attr]
+    with pytest.raises(KeyError):
+        data.columns("client_1000001", "train", PLAIN)
+
+
+def test_the_mix_of_labels_follows_its_definition() -> None:
+    """Shares of a class are Dirichlet(alpha) in a balanced pool: variance (1/C)(1 - 1/C)/(C·alpha + 1)."""
+    clients, classes = 400, 4
+    for alpha in (0.3, 3.0):
+        data = drawn(clients, pool=8000, split=SplitConfig(validation=0, test=0), alpha=alpha)
+        share = torch.stack([data.label_counts(c) for c in data.client_ids]) / 100
+        expected = (1 / classes) * (1 - 1 / classes) / (classes * alpha + 1)
+        assert share.var(0, correction=0).mean().item() == pytest.approx(expected, rel=0.15)
+        assert share.mean(0).tolist() == pytest.approx([0.25] * classes, abs=0.06)
+    even = drawn(clients, pool=8000, split=SplitConfig(validation=0, test=0))
+    share = torch.stack([even.label_counts(c) for c in even.client_ids]) / 100
+    # rows at random
+    assert share.var(0).mean().item() == pytest.approx(0.25 * 0.75 / 100, rel=0.25)
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-6, 1e-3])
+def test_where_a_class_has_too_few_rows_others_stand_in(alpha: float) -> None:
+    data = drawn(20, pool=200, alpha=alpha)
+    for client in data.client_ids:
+        assert (
+            sum(data.n_rows(client, s) for s in SPLITS)
+            == 100
+            == sum(len(rows_of(data, client, s)) for s in SPLITS)
+        )
+
+
+def test_numbers_of_rows_are_log_normal_and_follow_the_sizes() -> None:
+    listed = {f"c{i}": ClientSettings(size=4 if i >= 200 else 1) for i in range(400)}
+    data = drawn(listed, pool=40_000, spread=0.5, min_size=5)
+    rows = np.array([[sum(data.n_rows(c, s) for s in SPLITS)] for c in listed]).reshape(2, 200)
+    assert np.median(rows, 1).tolist() == pytest.approx([100, 400], rel=0.12)
+    assert np.log(rows).std(1).tolist() == pytest.approx([0.5, 0.5], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("data.partition.rows: found 10 for client 'client_01', by its size; min_size is 20", {"rows": 10}),
+        ("data.partition.rows: found 500 for client 'client_01', .* 360 to draw from", {"rows": 500}),
+        ("data.partition.rows: 20 rows are too few to split by data.split",
+         {"rows": 20, "split": SplitConfig(validation=0.45, test=0.5)}),
+        ("data.partition.min_size: 20 rows are too few", {"spread": 1, "split": SplitConfig(validation=0.45, test=0.5)}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused_before_anybody_draws(
+    words: str, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=words):
+        drawn(**changes)
+
+
+def test_patients_and_shared_sources_are_refused() -> None:
+    config = DataConfig(partition=PartitionConfig(kind="drawn", rows=30))
+    with pytest.raises(
+        UserError, match=r"found drawn, which takes rows one by one; leave data\.patient out"
+    ):
+        federate(numbered(patient=[i // 2 for i in range(200)]), config, {"a": PLAIN_CLIENT}, 0)
+    own = ClientSettings(data=SourceConfig(name="synthetic_table"))
+    listed = {"a": PLAIN_CLIENT, "b": own, "c": own}
+    source = make_table()
+    with pytest.raises(
+        UserError,
+        match="drawn draws from the common set, and synthetic_table is the own source of 2",
+    ):
+        federate(source, config, listed, 0)
+    one = federate(source, config, {"a": PLAIN_CLIENT, "b": own}, 0)
+    assert one.n_rows("a", "train") == 18 and one.n_rows("b", "train") == 720
+
+
+def test_alpha_is_given_or_not() -> None:
+    assert PartitionConfig().alpha == 0.5 and PartitionConfig(kind="drawn").alpha is None
+    assert "alpha" not in PartitionConfig(kind="dirichlet").model_fields_set
+    plain = load_config({"data": {"partition": {"kind": "dirichlet"}}})
+    assert load_config(plain, ["data.partition.kind=drawn"]).data.partition.alpha is None

@@ -1,0 +1,289 @@
+"""Clients with a source of their own, and proxy sets from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SourceConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data import (
+    Dataset,
+    FederatedData,
+    Preprocess,
+    deal,
+    federate,
+    from_arrays,
+    load_source,
+    make_table,
+)
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, identical, view
+
+
+def test_labels_of_another_proxy_set_are_never_read(images: Dataset, npz: Any) -> None:
+    source = SourceConfig(name="npz", path=str(npz()))
+    clients = {
+        "a": ClientSettings(preprocess=PreprocessConfig(resize=16)),
+        "b": ClientSettings(preprocess=PreprocessConfig(resize=16)),
+    }
+    plain = view(images, clients=clients, proxy=ProxyConfig(source=source))
+    npz(train_labels=np.array([None] * 30))
+    other = view(images, clients=clients, proxy=ProxyConfig(source=source))
+    assert plain.n_proxy == 30 and plain.columns("a", "proxy", PLAIN)["x"].shape == (30, 1, 8, 8)
+    assert identical(plain, other) and plain.content_hash() == other.content_hash()
+    assert plain.n_train > 200  # nothing is held out of the training data
+    assert view(images, clients=clients, proxy=ProxyConfig(source=source, size=12)).n_proxy == 12
+    holed = SourceConfig(
+        name="npz", path=str(npz("holed.npz", train_images=np.full((30, 8, 8), np.nan)))
+    )
+    with pytest.raises(
+        UserError,
+        match=r"^data\.proxy\.source\.path: .*holed.npz: NaN or infinity among the examples",
+    ):
+        view(images, clients=clients, proxy=ProxyConfig(source=holed))
+    with pytest.raises(
+        UserError,
+        match=r"^data\.proxy\.source: examples of npz have shape \(1, 8, 8\), .* client 'four'",
+    ):
+        view(images, proxy=ProxyConfig(source=source))
+
+
+def test_labels_of_another_proxy_set_are_matched_to_the_common_classes(tmp_path: Path) -> None:
+    common, other = tmp_path / "common.csv", tmp_path / "public.csv"
+    pd.DataFrame({"a": range(40), "kind": ["cat", "dog"] * 20}).to_csv(common, index=False)
+    pd.DataFrame({"a": range(6), "kind": ["dog", "dog", "dog", "cat", "dog", "dog"]}).to_csv(
+        other, index=False
+    )
+    source = SourceConfig(name="table", path=str(other), label="kind")
+    dataset = load_source(SourceConfig(name="table", path=str(common), label="kind"), tmp_path)
+    config = DataConfig(
+        proxy=ProxyConfig(source=source, labels=True),
+        partition=PartitionConfig(kind="iid", min_size=2),
+    )
+
+    data = federate(replace(dataset, test=dataset.train), config, {"a": ClientSettings()}, 0)
+
+    assert data.has_proxy_labels
+    assert data.columns("a", "proxy", data.preprocess("a"))["y"].tolist() == [1, 1, 1, 0, 1, 1]
+
+
+def test_a_proxy_set_without_labels_is_refused_where_they_are_asked_for(
+    images: Dataset, npz: Any
+) -> None:
+    path = npz("unlabeled.npz", train_labels=None)
+    clients = {"a": ClientSettings(preprocess=PreprocessConfig(resize=16))}
+    proxy = ProxyConfig(source=SourceConfig(name="npz", path=str(path)), labels=True)
+
+    with pytest.raises(
+        UserError, match=r"^data\.proxy\.labels: found true, .*no array 'train_labels'"
+    ) as error:
+        view(images, clients=clients, proxy=proxy)
+
+    assert "\n" not in str(error.value)
+
+
+def test_proxy_of_a_registered_source_and_of_a_table(images: Dataset, tmp_path: Path) -> None:
+    clients = {n: ClientSettings(preprocess=PreprocessConfig(resize=16, channels=1)) for n in "ab"}
+    assert (
+        view(
+            images, clients=clients, proxy=ProxyConfig(source=SourceConfig(name="digits"), size=99)
+        ).n_proxy
+        == 99
+    )
+    table = make_table(200, 40)
+    frame = (
+        pd.DataFrame(table.train.x[:30].numpy(), columns=list(table.columns))
+        .iloc[:, ::-1]
+        .assign(extra=1.0)
+    )
+    frame.to_csv(tmp_path / "p.csv", index=False)
+    config = DataConfig(
+        proxy=ProxyConfig(source=SourceConfig(name="table", path=str(tmp_path / "p.csv")))
+    )
+    found = federate(table, config, THREE, 0).columns("", "proxy", PLAIN)["x"]
+    assert torch.allclose(found, table.train.x[:30])
+    frame.drop(columns="x3").to_csv(tmp_path / "p.csv", index=False)
+    with pytest.raises(UserError, match="has no column 'x3'"):
+        federate(table, config, THREE, 0)
+
+
+def test_own_sources(npz: Any, tmp_path: Path) -> None:
+    common = from_arrays(
+        torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8),
+        torch.arange(200) % 2,
+        test=(torch.zeros(9, 1, 8, 8).byte(), [0, 1] * 4 + [0]),
+    )
+    path = npz()
+    own = ClientSettings(data=SourceConfig(name="npz", path=str(path)))
+    data = federate(
+        common,
+        DataConfig(partition=PartitionConfig(min_size=10)),
+        {"a": PLAIN_CLIENT, "own": own, "b": PLAIN_CLIENT},
+        0,
+    )
+    mine = torch.cat([data.columns("own", s, PLAIN)["x"] for s in ("train", "validation", "test")])
+    with np.load(path) as arrays:
+        expected = {image.tobytes() for image in arrays["train_images"]}
+    assert {image.tobytes() for image in (mine * 255).round().byte().numpy()} == expected and len(
+        mine
+    ) == 30
+    shared = federate(
+        common, DataConfig(partition=PartitionConfig(min_size=10)), {"a": own, "b": own}, 0
+    )
+    assert sum(shared.n_rows(c, s) for c in "ab" for s in ("train", "validation", "test")) == 30
+    assert shared.n_test == 9 and not shared.simulated
+    four = replace(common, task=Task("multiclass", 4))
+    generated = ClientSettings(
+        data=SourceConfig(name="synthetic_images"), preprocess=PreprocessConfig(resize=8)
+    )
+    assert federate(four, DataConfig(), {"a": PLAIN_CLIENT, "own": generated}, 0).simulated
+
+
+def test_two_own_sources_are_dealt_by_different_draws(
+    npz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the draws are keyed by the path as it is written
+    x, y = torch.zeros(200, 1, 8, 8).byte(), torch.arange(200) % 2
+    common = from_arrays(x, y, validation=(x[:9], y[:9]), test=(x[:9], y[:9]))
+    clients = {"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}
+    for file in ("north", "south"):
+        npz(f"{file}.npz", train_images=x[:, 0].numpy(), train_labels=y[:, None].numpy())
+        own = ClientSettings(data=SourceConfig(name="npz", path=f"{file}.npz"))
+        clients |= {f"{file}_1": own, f"{file}_2": own}
+    config = DataConfig(partition=PartitionConfig(kind="dirichlet", min_size=10))
+    data = federate(common, config, clients, 0)
+    rows = {c: sum(data.n_rows(c, s) for s in ("train", "validation", "test")) for c in clients}
+    assert rows["north_1"] + rows["north_2"] == rows["south_1"] + rows["south_2"] == 200
+    assert len({rows["a"], rows["north_1"], rows["south_1"]}) == 3
+    # the common source is dealt by the seed itself
+    parts = deal(y, None, config.partition, [1, 1], common.task, 0)
+    assert [rows["a"], rows["b"]] == [len(part) for part in parts]
+
+
+def test_an_outside_proxy_has_to_fit_the_server_too(images: Dataset, npz: Any) -> None:
+    clients = {n: ClientSettings(preprocess=PreprocessConfig(resize=16)) for n in "ab"}
+    config = DataConfig(proxy=ProxyConfig(source=SourceConfig(name="npz", path=str(npz()))))
+    with pytest.raises(
+        UserError, match=r"as the server sees them; set server\.preprocess\.resize or channels"
+    ):
+        federate(images, config, clients, 0, server=PreprocessConfig())
+    assert federate(images, config, clients, 0, server=PreprocessConfig(resize=16)).n_proxy == 30
+    assert federate(images, config, clients, 0).n_proxy == 30
+
+
+def test_own_source_is_checked_against_the_common_one(
+    npz: Any, images: Dataset, tmp_path: Path
+) -> None:
+    xray = load_source(SourceConfig(), tmp_path)
+    few = DataConfig(partition=PartitionConfig(min_size=5), root=str(tmp_path))
+
+    def own(common: Dataset, source: SourceConfig, **other: Any) -> FederatedData:
+        config = few.model_copy(update={"name": common.name})
+        return federate(
+            common,
+            config,
+            {"a": PLAIN_CLIENT, "own": ClientSettings(data=source, **other), "b": PLAIN_CLIENT},
+            0,
+        )
+
+    local = SourceConfig(name="npz", path=str(npz()))
+    for common, source, words in (
+        (
+            xray,
+            local,
+            "'own': data: examples of npz have shape (1, 8, 8), those of the common set chest_xray (1, 28, 28)",
+        ),
+        (
+            xray,
+            SourceConfig(name="digits"),
+            "'own': data: digits has 10 classes, the common set chest_xray has 2",
+        ),
+        (
+            images,
+            SourceConfig(),
+            "'own': data: chest_xray has 2 classes, the common set synthetic_images has 4",
+        ),
+        (xray, SourceConfig(), "'own': data: found the common source"),
+        (
+            make_table(kind="regression"),
+            local,
+            "'own': data: npz is multiclass, the common set synthetic_table has a regression",
+        ),
+        (
+            xray,
+            SourceConfig(name="digit"),
+            "'own': data.name: found 'digit'; did you mean 'digits'?",
+        ),
+        (
+            xray,
+            SourceConfig(name="npz", path="none.npz"),
+            "'own': data.path: none.npz: no such file",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            own(common, source)
+        assert words in str(refused.value)
+    assert own(xray, local, preprocess=PreprocessConfig(resize=28)).client_ids == ["a", "b", "own"]
+
+
+def test_own_classes_and_columns_are_matched_by_name(tmp_path: Path) -> None:
+    rows = pd.DataFrame(
+        {"u": range(90), "v": [-i for i in range(90)], "kind": ["x", "y", "z"] * 30}
+    )
+    rows.to_csv(tmp_path / "all.csv", index=False)
+    rows.loc[rows.kind != "x", ["kind", "v", "u"]].to_csv(tmp_path / "own.csv", index=False)
+    common = load_source(
+        SourceConfig(name="table", path=str(tmp_path / "all.csv"), label="kind"), tmp_path
+    )
+    own = SourceConfig(name="table", path=str(tmp_path / "own.csv"), label="kind")
+    clients = {"own": ClientSettings(data=own), "rest": PLAIN_CLIENT}
+    columns = federate(common, DataConfig(), clients, 0).columns("own", "train", PLAIN)
+    assert torch.equal(columns["x"][:, 0], -columns["x"][:, 1]) and columns["x"][:, 0].min() > 0
+    assert torch.equal(columns["y"], columns["x"][:, 0].long() % 3)
+    for change, words in (
+        (rows.rename(columns={"u": "w"}), "has no column 'u', the common set table has"),
+        (rows.assign(w=1), "has column 'w', the common set table has none of that name"),
+        (
+            rows.replace({"kind": {"y": "yy"}}),
+            "has class 'yy', the common set table has none of that name",
+        ),
+    ):
+        change.to_csv(tmp_path / "own.csv", index=False)
+        with pytest.raises(UserError) as refused:
+            federate(common, DataConfig(), clients, 0)
+        assert str(refused.value).startswith("clients: 'own': data: table ") and words in str(
+            refused.value
+        )
+
+
+def test_pooling_needs_one_shape(images: Dataset, npz: Any) -> None:
+    own = ClientSettings(
+        data=SourceConfig(name="npz", path=str(npz())), preprocess=PreprocessConfig(resize=16)
+    )
+    data = federate(
+        images,
+        DataConfig(partition=PartitionConfig(min_size=5)),
+        {"a": PLAIN_CLIENT, "own": own},
+        0,
+    )
+    with pytest.raises(
+        UserError,
+        match=r"clients: 'a': preprocess: .* pooled through this view, and differ in shape",
+    ):
+        data.columns("server", "pooled", PLAIN)
+    with pytest.raises(UserError, match=r"^server\.preprocess: .* differ in shape"):
+        data.columns("server", "pooled", Preprocess(channels=3))
+    assert data.columns("server", "pooled", Preprocess(resize=16))["x"].shape == (
+        data.n_train,
+        1,
+        16,
+        16,
+    )

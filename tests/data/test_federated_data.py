@@ -1,0 +1,137 @@
+"""What a federation serves, and what it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig, ScannerConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig
+from hetero_fl.core.task import Task
+from hetero_fl.data import Dataset, federate, make_table
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, everything, heterogeneous, view
+
+
+def test_scanner_touches_private_rows_once_and_public_ones_never(images: Dataset) -> None:
+    dark = ClientSettings(scanner=ScannerConfig(brightness=-1.0))
+    data = view(images, clients={"a": dark, "b": PLAIN_CLIENT})
+    for split in ("train", "validation", "test"):
+        assert data.columns("a", split, PLAIN)["x"].max() == 0
+        assert data.columns("b", split, PLAIN)["x"].mean() > 0.3
+    for name in ("proxy", "common_test", "common_validation"):
+        assert data.columns("a", name, PLAIN)["x"].mean() > 0.3
+    pooled = data.columns("server", "pooled", PLAIN)["x"]
+    assert (
+        pooled[: data.n_rows("a", "train")].max() == 0
+        and pooled[data.n_rows("a", "train") :].mean() > 0.3
+    )
+    half = ClientSettings(scanner=ScannerConfig(contrast=0.5))
+    once = view(images, clients={"a": half, "b": PLAIN_CLIENT})
+    x, plain = (
+        d.columns("a", "train", PLAIN)["x"]
+        for d in (once, view(images, clients={"a": PLAIN_CLIENT, "b": PLAIN_CLIENT}))
+    )
+    assert torch.allclose(x - 0.5, 0.5 * (plain - 0.5), atol=2 / 255)
+
+
+def test_own_statistics_are_those_of_the_scanned_training_rows(images: Dataset) -> None:
+    data = view(images)
+    seen = data.columns("one", "train", data.preprocess("one"))["x"]
+    assert abs(seen.mean()) < 1e-5 and abs(seen.std(correction=0) - 1) < 1e-5
+    assert data.columns("two", "common_test", data.preprocess("two"))["x"].shape == (60, 3, 20, 20)
+    assert data.preprocess("four") == PLAIN and data.input_shape == (1, 16, 16)
+    server = data.server_preprocess(PreprocessConfig(normalize="own"))
+    assert abs(data.columns("", "proxy", server)["x"].mean()) < 1e-5
+
+
+def test_multilabel_and_regression() -> None:
+    for kind in ("multilabel", "regression"):
+        data = federate(
+            make_table(kind=kind), DataConfig(partition=PartitionConfig(kind="dirichlet")), THREE, 0
+        )
+        columns = data.columns("a", "train", PLAIN)
+        assert columns["y"].dtype == torch.float32 and columns["y"].shape == (
+            data.n_rows("a", "train"),
+            3,
+        )
+        expected = (
+            columns["y"].sum(0).tolist()
+            if kind == "multilabel"
+            else [data.n_rows("a", "train")] * 3
+        )
+        assert data.label_counts("a").tolist() == expected
+        assert data.simulated and data.task == Task(kind, 3)
+
+
+def test_results_are_cached_within_bounds(images: Dataset) -> None:
+    data = view(images)
+    assert data.columns("one", "proxy", PLAIN) is data.columns("two", "proxy", PLAIN)
+    assert data.columns("one", "train", PLAIN) is data.columns("one", "train", PLAIN)
+    assert data.columns("one", "train", PLAIN) is not data.columns("two", "train", PLAIN)
+    limit = 60_000
+    small = federate(images, DataConfig(), heterogeneous(), 0, cache_bytes=limit)
+    first = small.columns("one", "train", PLAIN)["x"]
+    largest = max(small.columns(c, "train", PLAIN)["x"].nbytes for c in small.client_ids)
+    assert small._private_columns.bytes <= limit or len(small._private_columns) == 1
+    assert (
+        small._private_columns.bytes
+        < sum(small.n_rows(c, "train") for c in small.client_ids) * 1024
+        and largest > 0
+    )
+    # made again, alike, noise included
+    assert torch.equal(small.columns("one", "train", PLAIN)["x"], first)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert data.columns("one", "proxy", PLAIN)["x"].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_raw_arrays_are_shared_and_unchanged(images: Dataset) -> None:
+    before = images.train.x.clone()
+    data = view(images)
+    everything(data)
+    assert torch.equal(images.train.x, before)
+    assert all(
+        s.examples.x is images.train.x for parts in data._private.values() for s in parts.values()
+    )
+
+
+def test_hash_sees_every_image_and_label(images: Dataset) -> None:
+    plain = DataConfig(proxy=ProxyConfig(size=50))
+    expected = federate(images, plain, THREE, 0).content_hash()
+    assert images.train.y is not None and images.test is not None
+    rows = federate(images, plain, THREE, 0)._private["b"]["validation"].rows
+    other_x, other_y, other_test = (
+        images.train.x.clone(),
+        images.train.y.clone(),
+        images.test.x.clone(),
+    )
+    other_x[rows[-1], 0, 15, 15] ^= 1
+    other_y[rows[0]] = (other_y[rows[0]] + 1) % 4
+    other_test[0, 0, 0, 0] ^= 1
+    for change in (
+        replace(images, train=replace(images.train, x=other_x)),
+        replace(images, train=replace(images.train, y=other_y)),
+        replace(images, test=replace(images.test, x=other_test)),
+    ):
+        assert federate(change, plain, THREE, 0).content_hash() != expected
+    assert federate(images, plain, THREE, 1).content_hash() != expected
+    assert federate(images, plain, THREE, 0).content_hash() == expected
+
+
+def test_names_that_are_none(images: Dataset) -> None:
+    data = view(images, proxy=ProxyConfig())
+    with pytest.raises(UserError, match=r"data\.proxy\.size: found 0"):
+        data.columns("one", "proxy", PLAIN)
+    for owner, name in (
+        ("one", "trian"),
+        ("five", "train"),
+        ("one", "pooled"),
+        ("server", "train"),
+    ):
+        with pytest.raises(KeyError):
+            data.columns(owner, name, PLAIN)

@@ -1,0 +1,182 @@
+"""Images and a table of one's own, joined by the patient's number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
+from hetero_fl.config.data import DataConfig, PartitionConfig
+from hetero_fl.data import Dataset, federate, join
+from hetero_fl.utils.errors import UserError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+WHOSE = ["p1", "p2", "p2", "p3", "p4", "p5"]
+Y = [0, 1, 1, 0, 1, 0]
+TABLE = pd.DataFrame(
+    {
+        "patient": ["p3", "p1", "p2"],
+        "tp53": [0.5, 1.5, None],
+        "egfr": [3, 1, 2],
+        "note": ["a", "b", "c"],
+    }
+)
+
+
+def joined(table: Any = TABLE, **other: Any) -> Dataset:
+    return join(IMAGES, Y, WHOSE, table, **other)
+
+
+def test_every_image_gets_its_patients_row() -> None:
+    found = joined(blocks=("image", "genes"))
+    assert [b.shape for b in found.blocks] == [(1, 8, 8), (2,)] and found.train.x.shape == (6, 66)
+    assert torch.equal(found.train.x[:, :64], torch.from_numpy(IMAGES).flatten(1) / 255)
+    assert found.train.x[[0, 3], 64:].tolist() == [[1.5, 1], [0.5, 3]]
+    assert found.train.x[1:3, 65].tolist() == [2, 2] and found.train.x[1:3, 64].isnan().all()
+    assert (
+        found.train.x[4:, 64:].isnan().all()
+        and found.train.y is not None
+        and found.train.y.tolist() == Y
+    )
+    assert found.train.patient is not None and len(found.train.patient.unique()) == 5
+    assert found.notes == (
+        "joined: 5 patients with images, 3 in the table, 3 with both; columns tp53, egfr",
+        "table: left out: note (no numbers)",
+    )
+
+
+def test_columns_may_be_named_by_integers() -> None:
+    table = pd.DataFrame([[0.5, "1,5"], [1.5, "2,25"], [2.5, "3"]]).assign(patient=TABLE["patient"])
+
+    found = joined(table)
+
+    assert found.train.x[[0, 3], 64:].tolist() == [[1.5, 2.25], [0.5, 1.5]]
+
+
+def test_patients_without_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "genes.csv"
+    more = pd.concat([TABLE.assign(ill=[0, 0, 1], site="a"), pd.DataFrame({"patient": ["q9"], "tp53": [7.0], "egfr": [8],
+                      "note": ["d"], "ill": [1], "site": ["b"]})])  # fmt: skip
+    more.to_csv(path, index=False)
+    found = joined(path, label="ill", group=list("aaaabb"), table_group="site")
+    assert (
+        len(found.train) == 7
+        and found.train.x[6, :64].isnan().all()
+        and found.train.x[6, 64:].tolist() == [7, 8]
+    )
+    assert (
+        found.train.y is not None
+        and found.train.y.tolist() == [*Y, 1]
+        and found.train.patient_names[-1] == "q9"
+    )
+    assert found.train.group is not None and found.train.group.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    for changes, words in (
+        ({"table_group": None}, "table_group: missing; images have groups"),
+        (
+            {"label": None},
+            "genes.csv: row 4, column 'patient': found 'q9', of whom there is no image",
+        ),
+        ({"label": "note"}, "genes.csv: column 'note' is text; class numbers are needed"),
+        (
+            {"label": "egfr"},
+            "genes.csv: row 4, column 'egfr': found 8; classes of the images are 0, 1",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            joined(
+                path, **{"label": "ill", "group": list("aaaabb"), "table_group": "site", **changes}
+            )
+        assert words in str(refused.value)
+
+
+def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
+    tmp_path: Path,
+) -> None:
+    more = pd.concat(
+        [TABLE.assign(ill=[1, 1, 2]), pd.DataFrame({"patient": ["q9"], "tp53": [7.0], "ill": [2]})]
+    )
+    more.to_csv(tmp_path / "genes.csv", index=False)
+
+    with pytest.warns(UserWarning, match="1 as class 0, 2 as class 1"):
+        found = join(
+            IMAGES, np.array(Y) + 1, WHOSE, tmp_path / "genes.csv", columns=["tp53"], label="ill"
+        )
+
+    assert found.task.names == ("1", "2")
+    assert found.train.y is not None and found.train.y.tolist() == [*Y, 1]
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "words"),
+    [
+        (
+            TABLE.replace("p3", "p33"),
+            {},
+            "table: row 1, column 'patient': found 'p33', of whom there is no image; did you mean 'p3'?",
+        ),
+        (
+            TABLE.replace("p3", "p1"),
+            {},
+            "table: row 2, column 'patient': found 'p1' a second time (row 1 is the first)",
+        ),
+        (TABLE.replace("p1", None), {}, "table: row 2, column 'patient': missing value"),
+        (
+            TABLE.assign(patient=["x", "y", "z"]),
+            {},
+            "row 1, column 'patient': found 'x', and no patient of the table has an image; images are of p1, p2",
+        ),
+        (
+            TABLE.assign(egfr=["1", "two", "3"]),
+            {},
+            "table: row 2, column 'egfr': found 'two', not a number",
+        ),
+        (TABLE, {"by": "patiant"}, "by: table has no column 'patiant'; did you mean 'patient'"),
+        (TABLE, {"columns": ["tp35"]}, "columns: table has no column 'tp35'; did you mean 'tp53'"),
+        (TABLE, {"columns": ["note"]}, "no column of numbers"),
+        (TABLE, {"label": "ill"}, "label: table has no column 'ill'"),
+    ],
+)
+def test_mistakes_are_one_line(table: pd.DataFrame, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as refused:
+        joined(table, **changes)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_numbers_may_begin_with_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "genes.csv"
+    pd.DataFrame({"patient": ["0003", "0001", "0002"], "tp53": [0.5, 1.5, 2.5]}).to_csv(
+        path, index=False
+    )
+    whose = ["0001", "0002", "0002", "0003", "0004", "x5"]
+    found = join(IMAGES, Y, whose, path)
+    assert (
+        found.train.x[[0, 1, 3], 64].tolist() == [1.5, 2.5, 0.5]
+        and found.train.x[4:, 64].isnan().all()
+    )
+    assert found.train.patient_names == ("0001", "0002", "0003", "0004", "x5")
+    # 1 and 0001 are two patients here
+    with pytest.raises(UserError, match="found '0003', of whom there is no image"):
+        join(IMAGES, Y, ["1", *whose[:3], "2", "0001"], path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^table: .*none\.csv: no such file"):
+        joined(tmp_path / "none.csv")
+
+
+def test_it_goes_into_a_federation() -> None:
+    images = np.random.default_rng(1).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    ids = [f"p{i}" for i in range(60)]
+    table = pd.DataFrame({"patient": ids[:40], "tp53": range(40), "egfr": range(40)})
+    made = join(images, [i % 2 for i in range(60)], ids, table, blocks=("image", "genes"))
+    both = ClientSettings(preprocess=PreprocessConfig(missing="indicate", normalize="own"))
+    data = federate(made, DataConfig(partition=PartitionConfig(min_size=5)), {"a": both}, 0)
+    x = data.columns("a", "train", data.preprocess("a"))["x"]
+    assert (
+        x.shape[1] == 68 and not x.isnan().any() and 0 < x[:, 67].mean() < 1 and not x[:, 66].any()
+    )

@@ -1,0 +1,104 @@
+"""Groups of a natural partition and the clients that are called after them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from hetero_fl.config.clients import ClientSettings
+from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig
+from hetero_fl.data import federate, load_source
+from hetero_fl.data.partition import match_groups
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import PLAIN_CLIENT, numbered, rows_of
+
+NATURAL = DataConfig(partition=PartitionConfig(kind="natural"))
+
+
+def test_groups_and_clients_that_do_not_match_are_named() -> None:
+    for groups, clients, words in (
+        ("east north south", "est north south", "no group for client 'est'; did you mean 'east' and no client for group 'east'"),
+        ("east north", "east north west", "2 groups for 3 clients in arrays: no group for client 'west'"),
+        ("east north wets", "north west", "client 'west'; did you mean 'wets' and no client for group 'east', 'wets'"),
+        ("east north norht", "east north", "no client for group 'norht'"),
+        ("east north south", "a b", "3 groups for 2 clients in arrays: no group for client 'a', 'b' and no"),
+        ("east north", "north", "no client for group 'east'"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as refused:
+            match_groups(groups.split(), clients.split(), "arrays")
+        message = str(refused.value)
+        assert (
+            message.startswith("data.partition.kind: natural found")
+            and words in message
+            and "?" not in message
+        )
+
+
+def test_a_misnamed_hospital_gets_nobody_elses_rows() -> None:
+    dataset = numbered(groups=[("east", "north", "south")[i % 3] for i in range(200)])
+    with pytest.raises(UserError, match="no group for client 'est'; did you mean 'east'"):
+        federate(dataset, NATURAL, dict.fromkeys(("est", "north", "south"), PLAIN_CLIENT), 0)
+    with pytest.raises(UserError, match="no client for group 'east', 'north'"):
+        federate(dataset, NATURAL, {"south": PLAIN_CLIENT}, 0)
+    other = federate(dataset, NATURAL, dict.fromkeys(("c_1", "c_2", "c_3"), PLAIN_CLIENT), 0)
+    assert other.notes == [
+        "arrays: no client is called as a group is; 'c_1' gets 'east', 'c_2' gets 'north', 'c_3' gets 'south'"
+    ]
+    assert all(row % 3 == 0 for row in rows_of(other, "c_1", "train"))
+    whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
+    assert whole.notes == [
+        "arrays: client 'all' gets the rows of all groups: 'east', 'north', 'south'"
+    ]
+    assert not federate(
+        dataset, DataConfig(), {"est": PLAIN_CLIENT, "north": PLAIN_CLIENT}, 0
+    ).notes
+
+
+def test_a_hospital_without_training_rows_is_named() -> None:
+    """South has ten rows, and none of them is left to train on: it has no part in the common test set unnoticed."""
+    dataset = numbered(groups=["east"] * 100 + ["north"] * 90 + ["south"] * 10)
+    assert dataset.train.group_names == ("east", "north", "south")
+    dataset = replace(
+        dataset,
+        train=dataset.train.take(torch.arange(190)),
+        test=dataset.train.take(torch.arange(150, 200)),
+    )
+    with pytest.raises(
+        UserError, match="3 groups for 2 clients in arrays: no client for group 'south'"
+    ):
+        federate(dataset, NATURAL, dict.fromkeys(("east", "north"), PLAIN_CLIENT), 0)
+    with pytest.raises(
+        UserError, match="natural: no training row of group 'south' of arrays is left"
+    ):
+        federate(dataset, NATURAL, dict.fromkeys(("east", "north", "south"), PLAIN_CLIENT), 0)
+    whole = federate(dataset, NATURAL, {"all": PLAIN_CLIENT}, 0)
+    assert whole.notes == [
+        "arrays: client 'all' gets the rows of all groups: 'east', 'north', 'south'"
+    ]
+
+
+def test_labels_are_read_alike_in_the_files_of_all(tmp_path: Path) -> None:
+    """0 and 1, 0.0 and 1.0, " Yes" and "Yes": each hospital's spreadsheet writes them in its own way."""
+    base = pd.DataFrame({"u": range(90), "v": [-i for i in range(90)]})
+    for common, mine, names in (
+        ([0, 1] * 45, [0.0, 1.0] * 45, ("0", "1")),
+        ([0.0, 1.0] * 45, ["0 ", " 1.0"] * 45, ("0", "1")),
+        (["No", "Yes"] * 45, ["No ", " Yes"] * 45, ("No", "Yes")),
+        # regression; whole numbers by chance
+        ([i / 2 for i in range(90)], [i % 3 for i in range(90)], ("ill",)),
+    ):
+        for file, labels in (("all", common), ("own", mine)):
+            base.assign(ill=labels).to_csv(tmp_path / f"{file}.csv", index=False)
+        source = SourceConfig(name="table", path=str(tmp_path / "all.csv"), label="ill")
+        own = ClientSettings(data=source.model_copy(update={"path": str(tmp_path / "own.csv")}))
+        dataset = load_source(source, tmp_path)
+        assert dataset.task.names == names
+        data = federate(dataset, DataConfig(), {"own": own, "rest": PLAIN_CLIENT}, 0)
+        assert data.notes[0].startswith(
+            "table all.csv: label ill; columns used: u, v; left out: none"
+        )
+        assert data.notes[1].startswith("clients: 'own': data: table own.csv: label ill")

@@ -1,0 +1,227 @@
+"""One file per client and no common one: the common sets are drawn from all files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import hetero_fl
+from hetero_fl.data import FederatedData
+from hetero_fl.experiment.preparation import deal, load_config
+from hetero_fl.utils.errors import UserError
+
+HOSPITALS = ("north", "south", "east")
+
+
+def hospital(name: str, seed: int, patients: int = 40, **columns: Any) -> pd.DataFrame:
+    draws = np.random.default_rng(seed)
+    rows = 2 * patients
+    frame = pd.DataFrame(
+        {"patient": np.arange(rows) % patients, "crp": draws.normal(size=rows).round(3)}
+    )
+    frame["ward"] = draws.choice(["A", "B", name], rows)
+    frame["ill"] = np.where(frame.crp > 0, "yes", "no")
+    return frame.assign(**columns)
+
+
+def write(folder: Path, **changes: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    frames = {name: hospital(name, seed) for seed, name in enumerate(HOSPITALS)} | changes
+    for name, frame in frames.items():
+        frame.to_csv(folder / f"{name}.csv", index=False)
+    return frames
+
+
+def configuration(folder: Path, **data: Any) -> dict[str, Any]:
+    own = {"name": "table", "label": "ill", "patient": "patient"}
+    groups = [
+        {"name": name, "data": {**own, "path": str(folder / f"{name}.csv")}} for name in HOSPITALS
+    ]
+    return {
+        "rounds": 2,
+        "data": {"name": "table", "proxy": {"size": 24}, **data},
+        "clients": {
+            "defaults": {"model": "tabular", "preprocess": {"normalize": "own"}},
+            "groups": groups,
+        },
+        "algorithm": {"name": "fedmd"},
+        "output": {"plots": False, "report": False},
+    }
+
+
+def dealt(config: dict[str, Any], **other: Any) -> FederatedData:
+    return deal(load_config(config), **other)
+
+
+def pooled_file(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """The same rows in one file with a column of hospitals, the patients numbered by hospital."""
+    parts = [frame.assign(hospital=name, patient=[f"{name}/{p}" for p in frame.patient]) for name, frame in
+             sorted(frames.items())]  # fmt: skip
+    pd.concat(parts).to_csv(folder / "all.csv", index=False)
+    config = configuration(folder)
+    config["data"] |= {"path": str(folder / "all.csv"), "label": "ill", "patient": "patient", "group": "hospital",
+                       "partition": {"kind": "natural"}}  # fmt: skip
+    config["clients"]["groups"] = [{"name": name} for name in HOSPITALS]
+    return config
+
+
+def test_a_file_per_hospital_is_the_natural_partition_of_one_file(tmp_path: Path) -> None:
+    frames = write(tmp_path)
+    apart, together = dealt(configuration(tmp_path)), dealt(pooled_file(tmp_path, frames))
+
+    assert apart.content_hash() == together.content_hash()
+    assert apart.layout == together.layout
+    assert (apart.n_test, apart.n_proxy) == (48, 24)
+
+
+def test_common_rows_are_of_all_hospitals_and_whole_patients(tmp_path: Path) -> None:
+    write(tmp_path)
+    data = dealt(configuration(tmp_path))
+
+    seen: dict[tuple[str, int], str] = {}
+    places = {
+        **{f"{c} {s}": data.private[c][s] for c in HOSPITALS for s in data.private[c]},
+        **data.public,
+    }
+    test = data.public["common_test"]
+    assert test.examples.group is not None and len(test.examples.group.unique()) == 3
+    for name in (
+        "common_test",
+        "common_validation",
+        *(f"{c} {s}" for c in HOSPITALS for s in ("train", "test")),
+    ):
+        share = places[name]
+        assert share.examples.patient is not None
+        for place in share.rows.tolist():
+            who = share.examples.patient_names[int(share.examples.patient[place])]
+            assert seen.setdefault((who, 0), name) == name
+
+
+def test_the_test_set_depends_on_no_seed_and_the_proxy_set_does(tmp_path: Path) -> None:
+    write(tmp_path)
+    one, other = (dealt({**configuration(tmp_path), "seed": seed}) for seed in (0, 1))
+
+    assert one.raw("common_test").equal(other.raw("common_test"))
+    assert not one.raw("proxy").equal(other.raw("proxy"))
+
+
+def test_a_proxy_file_takes_the_place_of_held_out_rows(tmp_path: Path) -> None:
+    write(tmp_path)
+    hospital("west", 9).drop(columns=["ill", "patient"]).to_csv(
+        tmp_path / "public.csv", index=False
+    )
+    source = {"name": "table", "path": str(tmp_path / "public.csv")}
+
+    data = dealt(configuration(tmp_path, proxy={"source": source}))
+
+    assert data.n_proxy == 80 and data.n_test == 48
+    assert data.layout.columns == (
+        "crp",
+        "ward=A",
+        "ward=B",
+        "ward=east",
+        "ward=north",
+        "ward=south",
+    )
+    assert (data.raw("proxy")[:, 3:] == 0).all()  # no hospital knows ward west
+
+
+def test_keys_that_files_leave_out_are_those_of_data(tmp_path: Path) -> None:
+    write(tmp_path)
+    config = configuration(tmp_path, label="ill", patient="patient")
+    for group in config["clients"]["groups"]:
+        group["data"] = {key: group["data"][key] for key in ("name", "path")}
+
+    assert dealt(config).content_hash() == dealt(configuration(tmp_path)).content_hash()
+
+
+def test_classes_of_all_files_are_known_and_differing_tables_are_matched_by_name(
+    tmp_path: Path,
+) -> None:
+    south = hospital("south", 1)
+    south["ill"] = np.where(south.crp > 0, "maybe", "no")
+    write(tmp_path, south=south[["ill", "ward", "crp", "patient"]])
+
+    data = dealt(configuration(tmp_path))
+
+    assert data.task.names == ("maybe", "no", "yes")
+    assert data.label_counts("south")[2] == 0 and data.label_counts("north")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"name": "table", "partition": {"kind": "dirichlet"}}}, r"^data\.partition\.kind: found dirichlet, but"),
+        ({"south": {"path": "north"}}, r"^clients: 'south': data\.path: found .*north\.csv, the file of 'north'"),
+        ({"south": None}, r"^data\.path: missing; table reads a local file .* but 'south' has no data"),
+        ({"south": {"name": "digits", "path": None, "label": None, "patient": None}}, r"'south': data\.name: found digits"),
+        ({"south": {"patient": None}}, r"^clients: 'south': data\.patient: missing"),
+        ({"south": {"task": "regression"}}, r"^clients: 'south': data.*column 'ill' is text; regression labels"),
+        ({"south": {"categories": {"ward": ["A"]}}}, r"^clients: 'south': data\.categories: all files are encoded alike"),
+        ({"data": {"name": "text"}}, r"^data\.path: missing; text reads .* data\.name is one of table, npz, image_folder"),
+        ({"frame": {"ward": 1}}, r"^clients: 'east': data: column 'ward' is text, and numbers in that of clients: 'south'"),
+        ({"frame": {"crpp": 1.0}}, r"^clients: 'east': data: table has no column 'crpp', .* did you mean 'crp'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_pooled_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    write(tmp_path, south=hospital("south", 1, **change.get("frame", {})))
+    config = configuration(tmp_path)
+    config["data"] |= change.get("data", {})
+    if "south" in change and change["south"] is None:
+        del config["clients"]["groups"][1]["data"]
+    elif "south" in change:
+        own = change["south"]
+        if own.get("path"):
+            own = {**own, "path": str(tmp_path / f"{own['path']}.csv")}
+        config["clients"]["groups"][1]["data"] |= own
+
+    with pytest.raises(UserError, match=message):
+        dealt(config)
+
+
+def test_real_sites_need_a_common_file(tmp_path: Path) -> None:
+    write(tmp_path)
+
+    with pytest.raises(
+        UserError, match=r"^data\.path: missing; .* which real sites do not bring together"
+    ):
+        dealt(configuration(tmp_path), absent=HOSPITALS)
+
+
+def test_images_of_several_folders_or_files_are_pooled(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    config = configuration(tmp_path)
+    config["data"] = {"name": "npz", "proxy": {"size": 10}}
+    config["clients"]["defaults"] = {"model": "mlp"}
+    for number, name in enumerate(HOSPITALS):
+        images = draws.integers(0, 256, (60, 8, 8), dtype=np.uint8)
+        np.savez(
+            tmp_path / f"{name}.npz", train_images=images, train_labels=np.arange(60) % (number + 2)
+        )
+        config["clients"]["groups"][number]["data"] = {
+            "name": "npz",
+            "path": str(tmp_path / f"{name}.npz"),
+        }
+
+    data = dealt(config)
+
+    assert data.task.outputs == 4 and (data.n_test, data.n_proxy) == (36, 10)
+
+
+def test_a_run_without_a_common_file_finishes_and_is_evaluated(tmp_path: Path) -> None:
+    write(tmp_path)
+    config = configuration(tmp_path, label="ill", patient="patient")
+
+    run = hetero_fl.run(config, out=tmp_path / "run")
+
+    assert set(run.models) == set(HOSPITALS) and run.summary["data"]["n_test"] == 48
+    assert "drawn from the files of all 3 clients" in (tmp_path / "run" / "log.txt").read_text()
+    hospital("west", 5).to_csv(tmp_path / "new.csv", index=False)
+    with pytest.warns(UserWarning, match="of the 80 rows"):
+        scores = hetero_fl.evaluate(run, str(tmp_path / "new.csv"))
+    assert scores["north"]["accuracy"] > 0

@@ -1,0 +1,235 @@
+"""What is done to images and columns on their way: scanner, preprocessing, augmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from torch.nn import functional as F
+
+from hetero_fl.config.clients import AugmentConfig, Normalize, PreprocessConfig, ScannerConfig
+from hetero_fl.data import Preprocess, apply_scanner, augment
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.seeding import generator
+
+
+def images(rows: int = 5, channels: int = 1, height: int = 12, width: int = 10) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (rows, channels, height, width), generator=generator("images"), dtype=torch.uint8
+    )
+
+
+def scan(x: torch.Tensor, key: str = "noise", **config: Any) -> torch.Tensor:
+    return apply_scanner(x, ScannerConfig(**config), generator(key))
+
+
+class TestScanner:
+    def test_plain_changes_nothing(self) -> None:
+        x = images()
+        assert torch.equal(scan(x), x)
+
+    @pytest.mark.parametrize(
+        "config",
+        [{"contrast": 0.5}, {"brightness": 0.1}, {"blur": 1}, {"noise": 0.1}, {"resolution": 0.5}],
+    )
+    def test_each_part_keeps_shape_and_dtype_and_input(self, config: dict[str, Any]) -> None:
+        for x in (images(channels=3), images().float() / 255, images().double() / 255):
+            before = x.clone()
+            seen = scan(x, **config)
+            assert seen.shape == x.shape and seen.dtype == x.dtype and not torch.equal(seen, x)
+            assert torch.equal(x, before)
+
+    def test_contrast_and_brightness(self) -> None:
+        x = torch.tensor([0, 100, 200, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+        assert scan(x, contrast=0.5).flatten().tolist() == [64, 114, 164, 191]
+        assert scan(x, brightness=0.2).flatten().tolist() == [51, 151, 251, 255]
+
+    def test_blur_is_scipys(self) -> None:
+        x = images().double() / 255
+        expected = gaussian_filter(x[0, 0].numpy(), sigma=0.8, mode="nearest", truncate=3 / 0.8)
+        assert np.allclose(scan(x, blur=0.8)[0, 0].numpy(), expected, atol=1e-6)
+
+    def test_resolution_loses_detail_and_keeps_the_mean(self) -> None:
+        checks = (
+            (torch.arange(16)[:, None] + torch.arange(16))
+            .remainder(2)
+            .double()
+            .expand(1, 1, 16, 16)
+        )
+        seen = scan(checks, resolution=0.5)
+        assert seen.std() < 0.1 * checks.std() and abs(seen.mean() - 0.5) < 1e-6
+        line = torch.zeros(1, 1, 16, 16)
+        line[..., 4] = 1
+        # averaged over what it falls into, not skipped
+        assert scan(line, resolution=0.25).max() > 0.1
+
+    def test_noise_is_keyed_and_as_strong_as_said(self) -> None:
+        x = torch.full((600, 1, 12, 10), 0.5)
+        seen = scan(x, noise=0.1)
+        assert abs(seen.std() - 0.1) < 0.002 and abs(seen.mean() - 0.5) < 0.002
+        assert torch.equal(seen, scan(x, noise=0.1)) and not torch.equal(
+            seen, scan(x, "other", noise=0.1)
+        )
+        assert not torch.equal(seen[0], seen[-1])
+
+    def test_global_generator_is_left_alone(self) -> None:
+        before = torch.random.get_rng_state()
+        scan(images(), noise=0.1, blur=1)
+        augment(images().float(), AugmentConfig(crop=2, flip=True, rotate=10), generator("a"))
+        assert torch.equal(before, torch.random.get_rng_state())
+
+    def test_no_rows(self) -> None:
+        assert scan(images(0), blur=1, noise=1, resolution=0.5).shape == (0, 1, 12, 10)
+
+
+class TestPreprocess:
+    def test_nothing_but_scaling(self) -> None:
+        x = images()
+        assert torch.equal(Preprocess()(x), x.float() / 255)
+        table = torch.randn(4, 3)
+        assert torch.equal(Preprocess()(table), table)
+
+    def test_order_resize_channels_normalise(self) -> None:
+        x = images(channels=3)
+        view = Preprocess.resolve(
+            PreprocessConfig(resize=8, channels=1, normalize=Normalize(mean=0.4, std=0.2))
+        )
+        scaled = F.interpolate(x.float() / 255, size=(8, 8), mode="bilinear", align_corners=False)
+        assert torch.allclose(view(x), (scaled.mean(1, keepdim=True) - 0.4) / 0.2, atol=1e-6)
+        assert view.shape((3, 12, 10)) == (1, 8, 8) == tuple(view(x).shape[1:])
+        assert view(images(0, 3)).shape == (0, 1, 8, 8)
+
+    def test_grey_to_rgb(self) -> None:
+        seen = Preprocess(channels=3)(images())
+        assert seen.shape == (5, 3, 12, 10) and torch.equal(seen[:, 0], seen[:, 2])
+
+    def test_own_statistics_of_images(self) -> None:
+        x = images(9, 3)
+        view = Preprocess.resolve(PreprocessConfig(normalize="own"), x)
+        seen = view(x)
+        assert abs(seen.mean()) < 1e-5 and abs(seen.std(correction=0) - 1) < 1e-5
+        assert isinstance(view.mean, float) and hash(view) == hash(
+            Preprocess(None, None, view.mean, view.std)
+        )
+
+    def test_own_statistics_of_columns(self) -> None:
+        x = torch.randn(50, 3, generator=generator("t")) * torch.tensor(
+            [1.0, 1e-3, 0.0]
+        ) + torch.tensor([0.0, 1e3, 7.0])
+        view = Preprocess.resolve(PreprocessConfig(normalize="own"), x)
+        seen = view(x)
+        assert seen.mean(0).abs().max() < 0.2 and seen[:, 2].abs().max() == 0
+        assert isinstance(view.std, tuple) and view.std[2] == 1.0
+        series = torch.randn(20, 6, 3)
+        own = Preprocess.resolve(PreprocessConfig(normalize="own"), series)
+        assert (
+            isinstance(own.mean, tuple) and len(own.mean) == 3 and own(series).shape == (20, 3, 6)
+        )
+        assert own(series).mean((0, 2)).abs().max() < 1e-5
+
+    def test_a_series_is_seen_with_its_columns_as_channels(self) -> None:
+        series = torch.randn(20, 6, 3)
+        seen = Preprocess()(series)
+        assert tuple(seen.shape[1:]) == Preprocess().shape((6, 3)) == (3, 6)
+        assert torch.equal(seen[4, 2], series[4, :, 2])
+
+    def test_a_number_for_each_channel(self) -> None:
+        config = PreprocessConfig(normalize=Normalize(mean=[0.1, 0.2, 0.3], std=[0.5, 1.0, 2.0]))
+        x, view = images(channels=3), Preprocess.resolve(config)
+        plain = x.float() / 255
+        for c in range(3):
+            assert torch.equal(view(x)[:, c], (plain[:, c] - view.mean[c]) / view.std[c])  # type: ignore[index]
+        assert hash(view) == hash(Preprocess.resolve(config)) and view.shape((3, 12, 10)) == (
+            3,
+            12,
+            10,
+        )
+        with pytest.raises(
+            UserError, match=r"normalize\.mean: found 3 numbers for 1 channels; give one, or 1"
+        ):
+            view.shape((1, 12, 10))
+        columns = Preprocess.resolve(
+            PreprocessConfig(normalize=Normalize(mean=[1.0, 2.0], std=1.0))
+        )
+        assert torch.equal(columns(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 2))
+
+    def test_float64_when_that_is_the_default(self) -> None:
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert Preprocess(mean=0.5, std=0.25)(images()).dtype == torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_refusals(self) -> None:
+        for config, shape, words in (
+            (PreprocessConfig(resize=8), (10,), "preprocess.resize: is for images"),
+            (PreprocessConfig(channels=1), (20, 3), "preprocess.channels: is for images"),
+            (PreprocessConfig(channels=3), (4, 8, 8), "found 3, but images have 4; choose 1 or 4"),
+        ):
+            with pytest.raises(UserError, match=words):
+                Preprocess.resolve(config).shape(shape)
+        with pytest.raises(UserError, match="'own' needs training rows"):
+            Preprocess.resolve(PreprocessConfig(normalize="own"))
+        with pytest.raises(UserError, match="is for images"):
+            Preprocess.resolve(PreprocessConfig(normalize="own", resize=8), torch.zeros(4, 3))
+
+
+class TestAugment:
+    def test_off_is_the_same_tensor(self) -> None:
+        x = images().float()
+        assert augment(x, AugmentConfig(), generator("a")) is x
+
+    @pytest.mark.parametrize(
+        "config",
+        [{"crop": 2}, {"flip": True}, {"rotate": 20.0}, {"crop": 1, "flip": True, "rotate": 5.0}],
+    )
+    def test_keyed_and_leaves_its_input(self, config: dict[str, Any]) -> None:
+        x = images(20, 3).float()
+        before = x.clone()
+        first, again, other = (augment(x, AugmentConfig(**config), generator(key)) for key in "aab")
+        assert (
+            torch.equal(first, again)
+            and not torch.equal(first, other)
+            and not torch.equal(first, x)
+        )
+        assert torch.equal(x, before) and first.shape == x.shape
+
+    def test_flip_is_all_or_nothing(self) -> None:
+        x = images(200).float()
+        seen = augment(x, AugmentConfig(flip=True), generator("a"))
+        same = (seen == x).flatten(1).all(1)
+        mirrored = (seen == x.flip(-1)).flatten(1).all(1)
+        assert (same ^ mirrored).all() and 60 < same.sum() < 140
+
+    def test_crop_is_pad_and_crop(self) -> None:
+        x = images(300).float()
+        seen = augment(x, AugmentConfig(crop=2), generator("a"))
+        padded = F.pad(x, (2, 2, 2, 2), mode="replicate")
+        windows = torch.stack(
+            [padded[:, :, i : i + 12, j : j + 10] for i in range(5) for j in range(5)]
+        )
+        hits = (windows == seen).flatten(2).all(2)  # [25, 300]
+        # every image is one of the windows, every window occurs
+        assert hits.any(0).all() and hits.any(1).all()
+
+    def test_rotation_turns_about_the_middle(self) -> None:
+        x = torch.zeros(40, 1, 21, 31)
+        x[:, :, 10, 15:26] = 1  # a ray from the middle
+        seen = augment(x, AugmentConfig(rotate=90), generator("a"))
+        rows, columns = torch.meshgrid(
+            torch.arange(21.0) - 10, torch.arange(31.0) - 15, indexing="ij"
+        )
+        mass = seen[:, 0] * (rows**2 + columns**2 <= 100)
+        middle = torch.stack(
+            [(mass * axis).sum((1, 2)) / mass.sum((1, 2)) for axis in (rows, columns)], dim=1
+        )
+        assert (middle.norm(dim=1) - 5).abs().max() < 0.5  # lengths stay, though the sides differ
+        angle = torch.atan2(middle[:, 0], middle[:, 1]).rad2deg()
+        assert angle.abs().max() <= 91 and angle.min() < -45 and angle.max() > 45
+
+    def test_small_rotation_keeps_flat_images(self) -> None:
+        x = torch.full((3, 1, 9, 9), 0.7)
+        assert torch.allclose(augment(x, AugmentConfig(rotate=30), generator("a")), x)

@@ -1,0 +1,241 @@
+"""Dated sets: what is cut by date, and whose rows are in the cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.config.clients import ClientSettings, PreprocessConfig
+from hetero_fl.config.data import (
+    DataConfig,
+    PartitionConfig,
+    ProxyConfig,
+    SourceConfig,
+    SplitConfig,
+)
+from hetero_fl.core.metrics import score
+from hetero_fl.core.task import Task
+from hetero_fl.data import Dataset, FederatedData, federate, from_arrays, with_test
+from hetero_fl.data.splits import cut_by_date
+from hetero_fl.utils.errors import UserError
+from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, rows_of
+
+NATURAL = PartitionConfig(kind="natural", min_size=2)
+
+
+def dated(
+    rows: int = 200, groups: list[str] | None = None, shuffled: bool = False, **other: object
+) -> Dataset:
+    """x is the row's time, and so is the target."""
+    time = torch.arange(rows)
+    time = (
+        time[torch.randperm(rows, generator=torch.Generator().manual_seed(0))] if shuffled else time
+    )
+    return from_arrays(time[:, None].float(), time.float(), time=time, group=groups, **other)
+
+
+def federated(
+    dataset: Dataset, clients: dict[str, ClientSettings] | None = None, **config: object
+) -> FederatedData:
+    return federate(dataset, DataConfig(**config), clients or THREE, 0)
+
+
+def test_a_cut_leaves_no_target_on_both_sides() -> None:
+    later, before = cut_by_date(torch.arange(101), 0.2)
+    assert later.nonzero().flatten().tolist() == list(range(81, 101)) and before.sum() == 81
+    later, before = cut_by_date(torch.arange(101), 0.2, span=5)
+    assert later.nonzero().flatten().tolist() == list(range(86, 101)) and before.sum() == 81
+    same = torch.tensor([3, 3, 3, 9, 9])
+    later, before = cut_by_date(same, 0.5)
+    assert (
+        later.tolist() == [False] * 3 + [True] * 2 and before.tolist() == [True] * 3 + [False] * 2
+    )
+
+
+def test_the_last_fifth_of_the_time_is_the_test_set() -> None:
+    whole = with_test(dated(shuffled=True))
+    assert whole.test is not None and whole.test.time is not None and whole.train.time is not None
+    assert int(whole.train.time.max()) < int(whole.test.time.min())
+    assert len(whole.test) == 40 and len(whole.train) == 160
+    with pytest.raises(UserError, match="too few to cut a test set off by date"):
+        with_test(from_arrays(torch.zeros(3, 1), torch.zeros(3), time=np.array([7, 7, 7])))
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_every_client_is_cut_by_date(kind: str) -> None:
+    data = federated(dated(shuffled=True), partition=PartitionConfig(kind=kind, min_size=5))
+    for client in data.client_ids:
+        train, validation, test = (
+            rows_of(data, client, name) for name in ("train", "validation", "test")
+        )
+        assert max(train) < min(validation) <= max(validation) < min(test)
+    assert max(rows_of(data, "a", "train")) < min(rows_of(data, "", "common_validation"))
+    assert max(rows_of(data, "", "common_validation")) < min(rows_of(data, "", "common_test"))
+
+
+def test_in_a_natural_partition_clients_have_their_groups_rows_of_the_common_cuts() -> None:
+    groups = [("b", "a", "c")[i % 3] for i in range(200)]
+    data = federated(dated(groups=groups), partition=NATURAL)
+    for place, client in enumerate("bac"):
+        for split in ("train", "validation", "test"):
+            assert {row % 3 for row in rows_of(data, client, split)} == {place}
+    for split in ("validation", "test"):
+        own = sorted(row for client in "abc" for row in rows_of(data, client, split))
+        assert own == sorted(rows_of(data, "", f"common_{split}"))
+    limited = federated(dated(groups=groups), partition=NATURAL, test_limit=5)
+    assert limited.n_test == 5 and rows_of(limited, "a", "test") == rows_of(data, "a", "test")
+
+
+def test_a_group_that_comes_late_is_named() -> None:
+    groups = ["a", "b"] * 85 + ["c"] * 30
+    with pytest.raises(UserError, match="no client for group 'c'"):
+        federated(dated(groups=groups), dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL)
+    with pytest.raises(UserError, match="no training row of group 'c'"):
+        federated(dated(groups=groups), partition=NATURAL)
+
+
+def test_what_would_draw_is_refused() -> None:
+    with pytest.raises(UserError, match=r"partition\.kind: found drawn, but arrays is dated"):
+        federated(dated(), partition=PartitionConfig(kind="drawn", rows=20))
+    with pytest.raises(UserError, match=r"data\.patient: arrays is dated"):
+        federated(dated(patient=[i // 2 for i in range(200)]))
+    with pytest.raises(UserError, match="leave time out"):
+        dated(test=(torch.zeros(2, 1), torch.zeros(2)))
+    with pytest.raises(UserError, match=r"data\.split: client '.' has \d rows, too few to cut"):
+        federated(
+            dated(20), partition=PartitionConfig(min_size=2), split=SplitConfig(validation=0.01)
+        )
+
+
+def test_dates_may_be_written_as_such() -> None:
+    days = np.datetime64("2024-03-01") + np.arange(10).astype("timedelta64[D]")
+    made = from_arrays(torch.zeros(10, 1), torch.zeros(10), time=days)
+    assert made.train.time is not None and made.train.time.diff().tolist() == [86400] * 9
+    with pytest.raises(UserError, match="time: found float64; want whole numbers or datetime64"):
+        from_arrays(torch.zeros(3, 1), torch.zeros(3), time=np.zeros(3))
+    with pytest.raises(UserError, match="found 3 rows of x but 2 of time"):
+        from_arrays(torch.zeros(3, 1), torch.zeros(3), time=[1, 2])
+
+
+def test_figures_are_in_the_targets_unit() -> None:
+    task = Task("regression", 1)
+    said, y, unit = (
+        torch.tensor([[1.0], [2.0]]),
+        torch.tensor([[2.0], [4.0]]),
+        torch.tensor([10.0, 100.0]),
+    )
+    found, plain = score(task, said, y, unit), score(task, said, y)
+    assert found["mae"] == (10 + 200) / 2 and plain["mae"] == 1.5
+    assert found["rmse"] == pytest.approx(((100 + 40000) / 2) ** 0.5)
+    assert found["r2"] == pytest.approx(1 - (100 + 40000) / (2 * 190**2))
+    assert (
+        score(Task("multiclass", 2), torch.zeros(2, 2), torch.tensor([0, 1]), unit)["accuracy"]
+        == 0.5
+    )
+
+
+def test_what_stands_beside_rows_follows_them() -> None:
+    made = dated(groups=["a", "b"] * 100)
+    made.train = replace(
+        made.train, unit=made.train.x[:, 0] + 1, baselines={"same": made.train.x.clone()}
+    )
+    data = federated(
+        made, dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL, proxy=ProxyConfig(size=20)
+    )
+    for owner, name in (("a", "test"), ("b", "validation"), ("", "common_test")):
+        rows, beside = torch.tensor(rows_of(data, owner, name)), data.beside(owner, name)
+        assert beside.time is not None and beside.unit is not None
+        assert torch.equal(beside.time, rows) and torch.equal(beside.unit, rows + 1.0)
+        assert torch.equal(beside.baselines["same"][:, 0], rows.float())
+        assert set(data.columns(owner or "a", name, PLAIN)) == {"x", "y"}  # models see none of it
+
+
+def test_units_and_baselines_are_checked() -> None:
+    with pytest.raises(UserError, match=r"unit: found 0 in row 1; units are above 0"):
+        from_arrays(torch.zeros(2, 1), torch.zeros(2), unit=[1.0, 0.0])
+    with pytest.raises(
+        UserError, match="unit: is of regression targets, but the task is multiclass"
+    ):
+        from_arrays(torch.zeros(2, 1), [0, 1], unit=[1.0, 2.0])
+
+
+def test_times_and_units_are_part_of_the_datas_hash() -> None:
+    one, other = dated(unit=torch.ones(200)), dated(unit=torch.full((200,), 2.0))
+    assert federated(one).content_hash() != federated(other).content_hash()
+
+
+Written = Callable[[str, str], str]
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
+    """Writes a module of that name with a source `made` in it; returns how a configuration names it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    head = "import torch\nfrom dataclasses import replace\nfrom hetero_fl.data import from_arrays, with_test\n"
+
+    def write(module: str, made: str) -> str:
+        (tmp_path / f"{module}.py").write_text(head + made)
+        return f"python:{module}:made"
+
+    return write
+
+
+def test_a_clients_own_dated_source_keeps_its_cuts(written: Written) -> None:
+    own = written(
+        "own_dated",
+        "def made(config, root):\n"
+        "    t = torch.arange(1000, 1100)\n"
+        "    whole = with_test(from_arrays(t[:, None].float(), t.float(), time=t))\n"
+        "    rows = torch.arange(80)\n"
+        "    return replace(whole, train=whole.train.take(rows[:60]), validation=whole.train.take(rows[60:]))\n",
+    )
+    clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name=own))}
+    data = federated(dated(), clients)
+    assert rows_of(data, "b", "train") == list(range(1000, 1060))
+    assert rows_of(data, "b", "validation") == list(range(1060, 1080))
+    assert rows_of(data, "b", "test") == list(range(1080, 1100))
+
+
+def test_a_clients_own_dated_source_is_cut_by_its_own_span(written: Written) -> None:
+    """Targets of a row reach three hours ahead; the common set's are of the hour itself."""
+    own = written(
+        "own_span",
+        "def made(config, root):\n"
+        "    t = torch.arange(1000, 1100)\n"
+        "    return replace(from_arrays(t[:, None].float(), t.float(), time=t), span=3)\n",
+    )
+    clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name=own))}
+    data = federated(dated(), clients)
+    train, validation, test = (rows_of(data, "b", name) for name in ("train", "validation", "test"))
+    assert max(train) + 3 < min(validation) and max(validation) + 3 < min(test)
+
+
+def test_a_clients_own_dated_source_may_lack_what_the_client_does_not_see(written: Written) -> None:
+    own = written(
+        "own_columns",
+        "def made(config, root):\n"
+        "    x = torch.arange(60.0)[:, None]\n"
+        "    parts = [(x[a:b], x[a:b, 0]) for a, b in ((0, 40), (40, 50), (50, 60))]\n"
+        "    whole = from_arrays(*parts[0], validation=parts[1], test=parts[2], columns=['hour'])\n"
+        "    for part, a in ((whole.train, 0), (whole.validation, 40), (whole.test, 50)):\n"
+        "        part.time = torch.arange(a, a + len(part))\n"
+        "    return whole\n",
+    )
+    time = torch.arange(200)
+    common = from_arrays(
+        torch.stack([time, time], 1).float(), time.float(), time=time, columns=["hour", "load"]
+    )
+    sees = PreprocessConfig(columns=["hour"])
+    data = federated(
+        common,
+        {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name=own), preprocess=sees)},
+    )
+    for split, first in (("validation", 40), ("test", 50)):
+        assert data.columns("b", split, PLAIN)["y"].flatten().tolist() == list(
+            range(first, first + 10)
+        )

@@ -1,0 +1,123 @@
+"""Nodes that are slow, down or come back: a round goes on without them, and says so."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.reporting.report import write_report
+from tests.helpers.nodes import LONG, Clock, Point, Sites, federation, models, records
+from tests.helpers.small_federations import config
+
+CLIENTS = ["site_1", "site_2", "site_3"]
+
+
+@pytest.mark.slow
+def test_five_of_twenty_down(tmp_path: Path) -> None:
+    """From the second round on; one is back for the last."""
+    clients = [f"site_{i:02}" for i in range(1, 21)]
+    made = config(
+        "fedavg", "linear", clients=20, rounds=3, data__partition={"kind": "iid", "min_size": 5}
+    )
+    sites = Sites(clients, tmp_path / "sites")
+    down = clients[3:8]
+
+    def go(record: dict[str, Any]) -> None:
+        for client in down if record["round"] == 1 else ():
+            sites.stop(client)
+        if record["round"] == 2:
+            sites.start(down[0])
+
+    there = federation(made, sites, tmp_path / "there", callbacks=[go], patience=0.5)
+    first, second, last = records(there)
+    assert (
+        first["counts"] == {"invited": 20, "arrived": 20, "failed": 0, "late": 0}
+        and "unread" not in first
+    )
+    assert second["counts"] == {"invited": 20, "arrived": 15, "failed": 5, "late": 0}
+    assert second["unread"] == second["failed"] == dict.fromkeys(down, "its node is not there")
+    assert last["counts"]["failed"] == len(last["unread"]) == 4 and down[0] not in last["unread"]
+    assert sorted(last["clients"]) == sorted(set(clients) - set(down[1:]))
+    read = [scores["personal"]["accuracy"] for scores in last["clients"].values()]
+    assert last["personal"]["accuracy"] == pytest.approx(sum(read) / 16)
+    assert len(models(there)) == 17  # and the server's
+    assert there.summary["wall"]["failed"] == 9 and there.summary["rounds_completed"] == 3
+    write_report(there.path)  # of those who were read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("secret", [False, True], ids=["direct", "secure sum"])
+def test_who_takes_longer_is_late_and_what_comes_then_is_not_used(
+    tmp_path: Path, secret: bool, clock: Clock
+) -> None:
+    """The same run as one in which it was down for that round."""
+    kills: dict[Point, str] = {("site_2", 1, "train"): "late"}
+    made = config("fedavg", "linear", rounds=3, cohort={"deadline": LONG}, evaluation={"every": 3})
+    if secret:
+        made["channel"] = {"secure_sum": {"threshold": 2}}
+    late = records(
+        federation(made, Sites(CLIENTS, tmp_path / "a", kills, clock=clock), tmp_path / "late")
+    )
+    assert [r["counts"]["late"] for r in late] == [0, 1, 0] and not any(r["failed"] for r in late)
+    assert [r["counts"]["arrived"] for r in late] == [3, 2, 3]
+    assert [row[0] for row in late[1]["tasks"] if row[3] == "late"] == ["site_2"]
+    kills = {("site_2", 1, "train"): "before"}
+    sites = Sites(CLIENTS, tmp_path / "b", kills, away=None)
+    back = [lambda record: sites.start("site_2") if record["round"] == 2 else None]
+    down = records(federation(made, sites, tmp_path / "down", patience=0.1, callbacks=back))
+    assert down[1]["counts"] == {"invited": 3, "arrived": 2, "failed": 1, "late": 0}
+    assert down[2]["counts"]["arrived"] == 3 and down[2]["global"] == late[2]["global"]
+
+
+def test_the_first_to_arrive_are_taken(tmp_path: Path) -> None:
+    kills: dict[Point, str] = {("site_1", 0, "train"): "last"}
+    made = config(
+        "fedavg",
+        "linear",
+        rounds=2,
+        clients__per_round=2,
+        cohort={"over_selection": 1.5, "sampling": "oort"},
+    )
+    there = records(federation(made, Sites(CLIENTS, tmp_path / "sites", kills), tmp_path / "there"))
+    assert [r["counts"] for r in there] == [
+        {"invited": 3, "arrived": 2, "failed": 0, "late": 1}
+    ] * 2
+    assert [row[3] for row in there[0]["tasks"]] == ["late", "arrived", "arrived"]
+
+
+@pytest.mark.slow
+def test_too_few_are_waited_for_and_else_a_round_is_skipped(tmp_path: Path, clock: Clock) -> None:
+    made = config("fedavg", "linear", rounds=3, cohort={"least": 3}, evaluation={"every": 3})
+    made["devices"] = {"up": 1e6}
+    kills: dict[Point, str] = {("site_1", 0, "train"): "before", ("site_2", 1, "train"): "before"}
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, away=1.5)
+    there = federation(made, sites, tmp_path / "there", patience=0.1)
+    assert [r["counts"]["arrived"] for r in records(there)] == [3, 3, 3]
+    assert (
+        "not used, as nobody's time is simulated: devices" in (there.path / "log.txt").read_text()
+    )
+    sites = Sites(CLIENTS, tmp_path / "others", {("site_1", 0, "train"): "missing"}, clock=clock)
+    back = [lambda record: sites.start("site_1") if record["round"] == 1 else None]
+    there = federation(made, sites, tmp_path / "skipped", patience=0.1, callbacks=back)
+    assert records(there)[0].get("skipped") and records(there)[2]["counts"]["arrived"] == 3
+
+
+def test_available_are_those_who_are_there_once_enough_are(tmp_path: Path) -> None:
+    cohort = {"sampling": "available", "least": 2}
+    made = config(
+        "fedavg", "linear", rounds=3, clients__per_round=3, cohort=cohort, evaluation={"every": 3}
+    )
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def go(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            sites.stop("site_1")
+            sites.stop("site_2")
+            threading.Timer(1.0, sites.start, ["site_2"]).start()
+
+    there = records(federation(made, sites, tmp_path / "there", patience=0.1, callbacks=[go]))
+    assert [record["cohort"] for record in there] == [CLIENTS, CLIENTS[1:], CLIENTS[1:]]
+    assert not any(record["failed"] for record in there) and list(there[2]["unread"]) == ["site_1"]

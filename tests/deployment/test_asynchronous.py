@@ -1,0 +1,158 @@
+"""Asynchronous runs in real time: the order in which uploads come decides everything, and the rest is the simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.deployment.messages import Envelope, Refused
+from hetero_fl.deployment.node import Node
+from hetero_fl.experiment import run
+from hetero_fl.experiment.runner import _evaluate
+from hetero_fl.federation import asynchronous
+from hetero_fl.utils.errors import RunFailed
+from tests.helpers.asynchronous_runs import session
+from tests.helpers.nodes import (
+    QUICK,
+    InOrder,
+    Losing,
+    Sites,
+    federation,
+    figures,
+    models,
+    records,
+    same,
+    until,
+)
+from tests.helpers.small_federations import MIXED, TOP, config
+
+CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
+
+
+def source(method: str = "hybrid", clients: int = 4, places: int = 3) -> dict[str, Any]:
+    own = {"algorithm__heads": "keep"} if method == "hybrid" else {}
+    runtime = {
+        "threads": 1,
+        "mode": "async",
+        "executor": "serial",
+        **({} if method == "fedbuff" else {"buffer": 2}),
+    }
+    return config(
+        method,
+        MIXED,
+        clients=clients,
+        rounds=3,
+        clients__per_round=places,
+        channel=TOP,
+        runtime=runtime,
+        **own,
+    )
+
+
+def without(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = ("seconds", "wall", "simulated", "tasks")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def test_one_node_alone_is_the_simulation(tmp_path: Path) -> None:
+    made = source(clients=1, places=1)
+    there = federation(made, Sites(["site"], tmp_path / "sites"), tmp_path / "there")
+    here = run({**made, **QUICK}, out=tmp_path / "here")
+    assert without(records(there)) == without(records(here)) and models(there) == models(here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hybrid", "fedbuff"])
+def test_in_the_same_order_it_is_the_simulation(method: str, tmp_path: Path) -> None:
+    made = source(method)
+    there = federation(
+        made, Sites(CLIENTS, tmp_path / "sites", transport=InOrder()), tmp_path / "there"
+    )
+    pace, told = session(made, seconds=lambda id, task: 10 + task / 1000), []
+    for _ in range(3):
+        told.append(pace.round())
+        _evaluate(pace, told[-1], None)
+    assert without(records(there)) == without(told)
+    # there was something to be out of order
+    assert any(record["staleness"].keys() - {"0"} for record in told)
+
+
+@pytest.mark.slow
+def test_tasks_in_flight_when_the_server_dies_are_asked_again(tmp_path: Path) -> None:
+    plain = federation(
+        source(), Sites(CLIENTS, tmp_path / "a", transport=InOrder()), tmp_path / "plain"
+    )
+    sites = Sites(CLIENTS, tmp_path / "b", transport=InOrder())
+    killed = federation(source(), sites, tmp_path / "killed", deaths=[14, 17, 22, 20])
+    assert without(records(killed)) == without(records(plain)) and models(killed) == models(plain)
+
+
+@pytest.mark.slow
+def test_places_go_to_those_who_are_there(tmp_path: Path) -> None:
+    kills = {("site_1", 0, "train"): "before", ("site_2", 0, "train"): "during"}
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, away=None)
+
+    gone = ("site_1", "site_2")
+
+    def back(record: dict[str, Any]) -> None:
+        if record["round"] == 2:
+            sites.asked.clear()
+            for client in gone:
+                sites.start(client)
+        if record["round"] == 4:  # greeted since
+            until(lambda: all(sites.asked[client, -1, "hello"] for client in gone))
+        # met and given tasks since, which the rounds that are left hear of
+        if record["round"] == 6:
+            until(
+                lambda: (
+                    {client for client, round, what in sites.done if what == "train"} >= set(gone)
+                )
+            )
+
+    made = {**source(places=4), "rounds": 10, "evaluation": {"every": 10}}
+    there = records(federation(made, sites, tmp_path / "there", patience=0.1, callbacks=[back]))
+    assert len(there) == 10 and not sites.kills
+    assert all(record["counts"]["arrived"] == 4 for record in there)
+    failed = {client: why for record in there for client, why in record["failed"].items()}
+    assert failed == dict.fromkeys(gone, "its node is not there")
+    assert set(gone) <= {client for record in there[2:] for client in record["cohort"]}
+
+
+def test_nodes_that_refuse_everything_are_asked_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Node, envelope: Envelope) -> Envelope:
+        raise Refused("not today")
+
+    monkeypatch.setattr(Node, "_do", refuse)
+    monkeypatch.setattr(asynchronous, "LOOK", 0.01)
+    monkeypatch.setattr(asynchronous, "PATIENCE", 3)
+    with pytest.raises(
+        RunFailed, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"
+    ):
+        federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
+
+
+def test_an_empty_place_is_not_waited_at_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asynchronous, "LOOK", 0.01)
+    monkeypatch.setattr(asynchronous, "LONGEST", 0.1)
+    monkeypatch.setattr(asynchronous.Live, "_idle", lambda self: (0, self.queue.idle))
+    with pytest.raises(RunFailed, match="round 1: nobody was there for"):
+        federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
+
+
+def test_models_of_another_run_are_where_the_nodes_begin(tmp_path: Path) -> None:
+    first = run({**config("hybrid", MIXED, rounds=1), **QUICK}, out=tmp_path / "first")
+    made = config("hybrid", MIXED, rounds=2, algorithm__heads="keep", init_from=str(first.path))
+    there = federation(
+        made, Sites(CLIENTS[:3], tmp_path / "sites", transport=Losing()), tmp_path / "there"
+    )
+    here = run({**made, **QUICK}, out=tmp_path / "here")
+    same(there, here)
+    assert figures(there) != figures(
+        run({**made, **QUICK, "init_from": None}, out=tmp_path / "anew")
+    )

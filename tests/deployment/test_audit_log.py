@@ -1,0 +1,492 @@
+"""The audit log: whatever is done to its lines is found, and named by line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
+
+from hetero_fl.cli import main
+from hetero_fl.deployment.audit_log import FIRST, AuditLog, head_of, shown, totals, verify
+from hetero_fl.deployment.certificates import make_node_key
+from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.messages import Envelope, NodeKeys
+from hetero_fl.deployment.node import Node
+from hetero_fl.utils.errors import UserError
+
+Lines = list[bytes]
+KEY = generate_private_key(SECP384R1())
+
+
+def written(path: Path, count: int = 6) -> Path:
+    log = AuditLog(path)
+    for i in range(count):
+        log.append(
+            run="r",
+            round=i,
+            ask="do",
+            what="train",
+            out=10 + i,
+            kinds=["model: params"],
+            outcome="done",
+            **{"in": i},
+        )
+    return path
+
+
+def changed(line: bytes) -> bytes:
+    return json.dumps({**json.loads(line), "out": 0}, ensure_ascii=False).encode() + b"\n"
+
+
+FAULTS: dict[str, tuple[Callable[[Lines], Lines], str]] = {
+    "the first is changed": (lambda ls: [changed(ls[0]), *ls[1:]], "line 1: it was changed"),
+    "one in the middle is changed": (
+        lambda ls: [*ls[:2], changed(ls[2]), *ls[3:]],
+        "line 3: it was changed",
+    ),
+    "the last is changed": (lambda ls: [*ls[:-1], changed(ls[-1])], "line 6: it was changed"),
+    "one is no JSON": (lambda ls: [*ls[:3], b"\n", *ls[4:]], "line 4: it was changed"),
+    "one is nested too deeply": (
+        lambda ls: [*ls[:3], b'{"a":' * 50_000 + b"\n", *ls[4:]],
+        "line 4: it was changed",
+    ),
+    "the first is removed": (lambda ls: ls[1:], "line 1: found number 2"),
+    "one is removed": (lambda ls: [*ls[:3], *ls[4:]], "line 4: found number 5"),
+    "two are swapped": (lambda ls: [ls[0], ls[2], ls[1], *ls[3:]], "line 2: found number 3"),
+    "the last is cut off": (lambda ls: ls[:-1], "line 6: 6 lines were written, 5 are there"),
+    "all are gone": (lambda ls: [], "line 1: 6 lines were written, 0 are there"),
+    "the end is half a line": (lambda ls: [*ls[:-1], ls[-1][:20]], "line 6: 6 lines were written"),
+    "one is put to it twice": (lambda ls: [*ls, ls[-1]], "line 7: found number 6"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_done_to_a_line_is_found(fault: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "audit.jsonl")
+    assert len(verify(path)) == 6
+    change, said = FAULTS[fault]
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    for reads in (verify, AuditLog):
+        with pytest.raises(UserError) as caught:
+            reads(path)
+        assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_every_single_bit_counts(tmp_path: Path) -> None:
+    path = written(tmp_path / "audit.jsonl", 3)
+    data, draws = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        at, bit = draws.randrange(len(data)), 1 << draws.randrange(8)
+        path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+        with pytest.raises(UserError, match="line"):
+            verify(path)
+
+
+@pytest.mark.parametrize("head", [b"", b"5 " + b"a" * 64 + b"\n", b"junk\n", None])
+def test_the_head_is_not_to_be_touched_either(head: bytes | None, tmp_path: Path) -> None:
+    path = written(tmp_path / "audit.jsonl")
+    there = tmp_path / "audit.jsonl.head"
+    there.unlink()
+    if head is not None:
+        there.write_bytes(head)
+    with pytest.raises(UserError, match="line"):
+        verify(path)
+
+
+def test_a_killed_process_leaves_a_log_that_goes_on(tmp_path: Path) -> None:
+    """It may have written a line and not the head, or half a line."""
+    path = written(tmp_path / "audit.jsonl")
+    head = (tmp_path / "audit.jsonl.head").read_bytes()
+    AuditLog(path).append(ask="do", outcome="done", out=1, **{"in": 1})
+    (tmp_path / "audit.jsonl.head").write_bytes(head)
+    assert len(verify(path)) == 7
+    with path.open("ab") as file:
+        file.write(b'{"n": 8, "ti')
+    assert len(verify(path)) == 7
+    log = AuditLog(path)
+    log.append(ask="do", outcome="done", out=1, **{"in": 1})
+    assert [e["n"] for e in verify(path)] == list(range(1, 9)) and len(log.entries()) == 8
+
+
+def test_append_leaves_nothing_of_a_line_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 60, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            log.append(**ABOUT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    assert path.read_bytes() == before
+    log.append(**ABOUT)
+    AuditLog(path, KEY).append(**ABOUT)
+    assert len(verify(path, KEY.public_key())) == 5
+
+
+def test_two_writers_make_one_chain(tmp_path: Path) -> None:
+    """A node that was given up and its successor may both still write."""
+    path = tmp_path / "audit.jsonl"
+    one, other = AuditLog(path), AuditLog(path)
+    for log in (one, other, one, other):
+        log.append(ask="do", outcome="done", out=1, **{"in": 1})
+    assert len(verify(path)) == 4
+
+
+def test_only_its_owner_may_read_it_and_people_can(tmp_path: Path) -> None:
+    path = written(tmp_path / "state" / "audit.jsonl", 2)
+    assert all(
+        os.stat(p).st_mode & 0o077 == 0
+        for p in (path, path.parent, path.with_name("audit.jsonl.head"))
+    )
+    lines = shown(verify(path))
+    assert (
+        "round 2" in lines[1]
+        and "do train" in lines[1]
+        and "1 in, 11 out (model: params)" in lines[1]
+    )
+
+
+def test_totals_count_each_task_once(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    common = {"run": "r", "round": 0, "in": 5}
+    log.append(ask="terms", out=99, outcome="told", **common)
+    train = {"ask": "do", "what": "train", **common}
+    log.append(out=0, outcome="unready", **train)
+    log.append(out=0, outcome="lost: it is not here", asked="a0", **train)
+    log.append(out=7, outcome="done", asked="a", **train)
+    log.append(out=7, outcome="again", asked="a", **train)
+    log.append(out=0, outcome="refused: no", asked="b", **train)
+    log.append(out=9, outcome="done", asked="b", **train)
+    log.append(out=3, outcome="done", asked="c", **{**train, "what": "read"})
+    log.append(out=1, outcome="done", asked="d", **{**train, "run": "another"})
+    found = totals(log.entries(), "r")
+    assert (found.up, found.down) == (16, 15)
+
+
+def test_a_missing_log_is_one_line(tmp_path: Path) -> None:
+    for name in ("audit.jsonl", "x" * 5000):
+        with pytest.raises(UserError, match="no such file"):
+            verify(tmp_path / name)
+
+
+def test_a_log_or_head_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
+    for name in ("audit.jsonl", "audit.jsonl.head"):
+        path = written(tmp_path / name / "audit.jsonl", 1)
+        path.with_name(name).unlink()
+        path.with_name(name).mkdir()
+        for reads in (verify, AuditLog):
+            with pytest.raises(UserError, match=rf"{name}: cannot be read \(Is a directory\)$"):
+                reads(path)
+
+
+def foreign(path: Path, entry: dict[str, object]) -> Path:
+    """Write a second line of any form with a correct number, hash and head."""
+    lines = written(path, 1).read_bytes().splitlines(keepends=True)
+    first = {
+        "n": 2,
+        "time": "now",
+        "in": 1,
+        "out": 1,
+        "outcome": "done",
+        "before": hashlib.sha256(lines[0]).hexdigest(),
+    }
+    made = {name: value for name, value in {**first, **entry}.items() if value is not None}
+    replaced(path, [*lines, json.dumps(made).encode() + b"\n"])
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"in": None}, {"time": None}, {"outcome": None}, {"out": True}, {"n": 2.0}, {"in": "x"}, {"kinds": 5},
+        {"kinds": [5]}, {"asked": [1]}, {"run": {}}, {"round": "1"}, {"round": 10**4200}, {"spent": [1]},
+        {"spent": [{"noise": "x", "rate": 1, "steps": 1}]}, {"outcome": "\ud800", "what": ["\ud800"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_node_audit_names_a_line_of_another_form(
+    entry: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = foreign(tmp_path / "audit.jsonl", entry)
+
+    assert main(["node", "--audit", str(path)]) == 2
+
+    error = capsys.readouterr().err
+    assert f"line 2: {next(iter(entry.keys() - {'outcome'}), 'outcome')}: " in error
+    assert error.count("\n") == 1
+
+
+def test_node_audit_escapes_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = dict.fromkeys(("time", "outcome", "run", "ask", "what"), "\x1b[2J\n\ud800")
+    path = foreign(tmp_path / "audit.jsonl", {**texts, "kinds": ["\x1b"], "round": 1})
+
+    assert main(["node", "--audit", str(path)]) == 0
+
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and printed.count("\\ud800") >= 4
+    printed.encode()
+
+
+# Signatures ----------------------------------------------------------------------------------------------------------
+ABOUT = {"ask": "do", "outcome": "done", "out": 1, "in": 1}
+
+
+def signed(path: Path, count: int = 3) -> AuditLog:
+    log = AuditLog(path, KEY)
+    for _ in range(count):
+        log.append(**ABOUT)
+    return log
+
+
+def forged(path: Path, **changes: object) -> bytes:
+    """One more line as the log would have it, with a correct number and hash, by somebody without the key."""
+    last = path.read_bytes().splitlines(keepends=True)[-1]
+    entry = {
+        **json.loads(last),
+        "n": json.loads(last)["n"] + 1,
+        "before": hashlib.sha256(last).hexdigest(),
+        **changes,
+    }
+    return json.dumps(entry).encode() + b"\n"
+
+
+def test_verify_finds_an_appended_line(tmp_path: Path) -> None:
+    path = signed(tmp_path / "audit.jsonl").path
+    assert len(verify(path, KEY.public_key())) == 3
+    line = forged(path, out=10**9)
+
+    path.write_bytes(path.read_bytes() + line)
+    path.with_name("audit.jsonl.head").write_text(f"4 {hashlib.sha256(line).hexdigest()}")
+
+    for reads in (lambda: verify(path, KEY.public_key()), lambda: AuditLog(path, KEY)):
+        with pytest.raises(UserError, match="line 4: it is not signed with this site's key"):
+            reads()
+
+
+def test_verify_finds_another_history(tmp_path: Path) -> None:
+    """All lines rewritten with correct hashes, signed with another key, or not at all."""
+    path = signed(tmp_path / "audit.jsonl").path
+    for key in (generate_private_key(SECP384R1()), None):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        AuditLog(path, key).append(**ABOUT)
+        with pytest.raises(UserError, match="line 1: it is not signed with this site's key"):
+            verify(path, KEY.public_key())
+
+
+def replaced(path: Path, lines: Lines) -> None:
+    """Write a log and a head that agree, as somebody can who has no private key."""
+    path.write_bytes(b"".join(lines))
+    head = f"{len(lines)} {hashlib.sha256(lines[-1]).hexdigest()}"
+    path.with_name(path.name + ".head").write_text(head.ljust(95) + "\n")
+
+
+def test_append_refuses_a_line_that_was_forged_while_the_node_runs(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    replaced(path, [*path.read_bytes().splitlines(keepends=True), forged(path)])
+
+    with pytest.raises(UserError, match="line 4: it is not signed"):
+        log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
+
+
+def test_append_refuses_a_history_that_was_rewritten_while_the_node_runs(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    lines: Lines = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        before = hashlib.sha256(lines[-1]).hexdigest() if lines else FIRST
+        lines.append(json.dumps({**json.loads(line), "out": 0, "before": before}).encode() + b"\n")
+    replaced(path, lines)
+
+    with pytest.raises(UserError, match="line 3: it is not the one that was noted"):
+        log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: None, "line 1: 3 lines were written, 0 are there"),
+        (lambda data: data[:-20], "line 3: 3 lines were written, 2 are there"),
+        (lambda data: data.replace(b'"out": 1', b'"out": 9', 1), "line 1: it was changed"),
+        (lambda data: data + b'{"n": 4}\n', "line 4"),
+    ],
+    ids=["deleted", "cut off", "changed", "appended to"],
+)
+def test_append_refuses_a_log_that_was_changed_under_the_same_head(
+    change: Callable[[bytes], bytes | None], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    data = change(path.read_bytes())
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+    for _ in range(2):
+        with pytest.raises(UserError, match=said):
+            log.append(**ABOUT)
+
+    assert (path.read_bytes() if path.exists() else None) == data
+
+
+def test_append_cuts_off_half_a_line_of_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    with path.open("ab") as file:
+        file.write(b'{"n": 4, "ti')
+
+    log.append(**ABOUT)
+
+    assert len(verify(path, KEY.public_key())) == 4
+    assert AuditLog(path, KEY).head == log.head
+
+
+def test_append_accepts_signed_lines_of_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = signed(path)
+    AuditLog(path, KEY).append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
+
+    log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
+
+    assert len(verify(path, KEY.public_key())) == 5
+    assert log.head == head_of(path)
+
+
+@pytest.mark.parametrize("change", [lambda digits: digits[:2] + b" " + digits[2:], bytes.upper])
+def test_signatures_have_one_form(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = signed(tmp_path / "audit.jsonl").path
+    *before, last = path.read_bytes().splitlines(keepends=True)
+    line, _, digits = last.rpartition(b'"signature": "')
+    changed = line + b'"signature": "' + change(digits.removesuffix(b'"}\n')) + b'"}\n'
+    path.write_bytes(b"".join([*before, changed]))
+    head = path.with_name("audit.jsonl.head")
+    head.write_text(f"{len(before) + 1} {hashlib.sha256(changed).hexdigest()}".ljust(95) + "\n")
+    assert len(verify(path)) == 3
+
+    with pytest.raises(UserError, match="line 3: it is not signed with this site's key"):
+        verify(path, KEY.public_key())
+
+
+def test_signed_log_of_a_killed_process_goes_on(tmp_path: Path) -> None:
+    path = signed(tmp_path / "audit.jsonl").path
+    head = path.with_name("audit.jsonl.head").read_bytes()
+    AuditLog(path, KEY).append(**ABOUT)
+    path.with_name("audit.jsonl.head").write_bytes(head)
+
+    AuditLog(path, KEY).append(**ABOUT)
+
+    assert len(verify(path, KEY.public_key())) == 5
+
+
+def test_noted_head_shows_that_a_log_went_back(tmp_path: Path) -> None:
+    """Who can write both files can cut the end off; who noted the head sees it."""
+    log = signed(tmp_path / "audit.jsonl")
+    noted, files = (
+        log.head,
+        [(path, path.read_bytes()) for path in (log.path, log.path.with_name("audit.jsonl.head"))],
+    )
+    log.append(**ABOUT)
+    later = log.head
+    assert len(verify(log.path, KEY.public_key(), noted)) == 4 and later == head_of(log.path)
+
+    for path, data in files:
+        path.write_bytes(data)
+
+    assert len(verify(log.path, KEY.public_key(), noted)) == 3
+    with pytest.raises(UserError, match="line 4 was noted, 3 lines are there"):
+        verify(log.path, KEY.public_key(), later)
+    with pytest.raises(UserError, match="line 3: it is not the one that was noted"):
+        verify(log.path, KEY.public_key(), f"3:{FIRST}")
+    with pytest.raises(UserError, match="expected N:HASH"):
+        verify(log.path, KEY.public_key(), "\x1b[2J")
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.head"])
+def test_node_refuses_messages_once_its_log_is_damaged(name: str, tmp_path: Path) -> None:
+    node = Node(SiteConfig(client="site_2"), tmp_path)
+    assert node.handle(Envelope({"ask": "hello"})).head["ask"] == "here"
+    (tmp_path / name).write_text("junk\n")
+
+    answer = node.handle(Envelope({"ask": "hello"}))
+
+    assert answer.head["ask"] == "refused"
+    assert "line 1" in str(answer.head["why"])
+    assert (tmp_path / name).read_text() == "junk\n"
+
+
+@pytest.mark.parametrize("name", ["run", "ask", "number", "round"])
+def test_node_refuses_a_number_of_thousands_of_digits(name: str, tmp_path: Path) -> None:
+    server = generate_private_key(SECP384R1())
+    for keys in (None, NodeKeys(KEY, server.public_key())):
+        node = Node(SiteConfig(client="site_2"), tmp_path / str(keys is None), keys=keys)
+
+        answer = node.handle(Envelope({"ask": "hello", name: 10**5000}))
+
+        assert answer.head["ask"] == "refused"
+        assert "at most 64" in str(answer.head["why"])
+        assert len(verify(node.log.path)) == 1
+
+
+def test_node_audit_checks_signatures_with_the_public_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, key = tmp_path / "state" / "audit.jsonl", make_node_key(tmp_path / "key")
+    log = AuditLog(path, key)
+    log.append(**ABOUT)
+    asked = ["node", "--audit", str(path), "--key", str(tmp_path / "key.pub"), "--head", log.head]
+    assert main(asked) == 0 and f"head: {log.head}" in capsys.readouterr().out
+    assert main(asked[:3]) == 0 and "signatures were not checked" in capsys.readouterr().out
+
+    path.write_bytes(path.read_bytes() + forged(path))
+
+    assert main(asked) == 2 and "line 2: it is not signed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("9" * 5000 + ":" + "a" * 64, "expected N:HASH"),
+        ("9" * 18 + ":" + "a" * 64, "the end was cut off"),
+        ("0:" + "f" * 64, "line 0: it is not the one that was noted"),
+    ],
+)
+def test_node_audit_refuses_a_head_that_never_was(
+    head: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(written(tmp_path / "audit.jsonl", 2))
+    assert main(["node", "--audit", path, "--head", f"0:{FIRST}"]) == 0
+
+    assert main(["node", "--audit", path, "--head", head]) == 2
+
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_log_line_is_short_whatever_is_put_down(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.append(
+        **{
+            **ABOUT,
+            "outcome": "refused: " + "x" * 20_000_000,
+            "kinds": ["y" * 10**6] * 1000,
+            "run": "\ud800\x1b",
+        }
+    )
+    assert log.path.stat().st_size < 20_000
+    assert verify(log.path)[0]["run"] == "\\ud800\\x1b"

@@ -1,0 +1,80 @@
+"""Each site's log agrees with the server's byte counts, to the byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.deployment.audit_log import totals, verify
+from hetero_fl.reporting.run import Run
+from tests.helpers.deployments import SITES, Federation, small, twice
+from tests.helpers.small_federations import MIXED, TOP
+
+SECURE = {"channel__secure_sum": {"threshold": 2}}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "hybrid, compressed": ("hybrid", {"channel": TOP, "models": MIXED}),
+    "a secure sum": ("hybrid", {**SECURE, "models": MIXED}),
+    "a cohort of some": ("fedavg", {"clients__per_round": 2}),
+    "seldom read": ("fedproto", {"evaluation__every": 2}),
+}
+
+
+def counted(run: Run, folder: Path, name: str = "") -> tuple[int, int]:
+    """What the sites' logs say of a run."""
+    known = json.loads((run.path / "federation.json").read_text())["run"]
+    found = [totals(verify(folder / id / "audit.jsonl"), known) for id in SITES]
+    return sum(f.up for f in found), sum(f.down for f in found)
+
+
+def told(run: Run) -> tuple[int, int]:
+    """What the server says."""
+    communication = run.summary["communication"]
+    return communication["up_bytes"], communication["down_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_logs_agree_with_the_server(case: str, tmp_path: Path) -> None:
+    method, changes = CASES[case]
+    federation = Federation(tmp_path)
+    # whatever comes twice is counted once
+    run = federation.serve(small(method, **changes), {"site_2": twice})
+    assert counted(run, tmp_path) == told(run) and min(told(run)) > 0
+    lines = verify(tmp_path / "site_2" / "audit.jsonl")
+    again = [line for line in lines if line["outcome"] == "again"]
+    assert len(again) == len([line for line in lines if line["ask"] == "do"]) / 2
+
+
+@pytest.mark.slow
+def test_the_kinds_that_left_are_named(tmp_path: Path) -> None:
+    run = Federation(tmp_path).serve(small("hybrid", MIXED))
+    lines = [line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line["ask"] == "do"]
+    sent = {line["what"]: line["kinds"] for line in lines}
+    assert set(sent["train"]) == {"model: params", "logits: rows", "training loss"} and sent[
+        "read"
+    ] == ["scores"]
+    assert [line["round"] for line in lines if line["what"] == "train"] == [0, 1]
+    assert run.summary["rounds_completed"] == 2
+
+
+def test_of_a_secure_sum_the_log_says_that_it_was_masked(tmp_path: Path) -> None:
+    Federation(tmp_path).serve(small("fedavg", **SECURE))
+    lines = [line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line["ask"] == "do"]
+    sent = [(line["what"], line["kinds"]) for line in lines if line["round"] == 0]
+    assert sent == [
+        ("keys", ["keys"]),
+        ("shares", ["shares"]),
+        ("train", ["masked sum of model: params, training loss"]),
+        ("unmask", ["unmask"]),
+    ]
+
+
+def test_a_refusal_is_counted_down_and_not_up(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, {"site_3": {"allows": {"upload_bytes": 100}}})
+    run = federation.serve(small(evaluation__every=2))
+    assert counted(run, tmp_path) == told(run)
+    log = totals(verify(tmp_path / "site_3" / "audit.jsonl"))
+    assert log.up == 0 and log.down > 0

@@ -1,0 +1,130 @@
+"""Certificates and keys: what is made holds, and what is wrong with given ones is told in a line."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hetero_fl.deployment import certificates
+from hetero_fl.deployment.certificates import (
+    ServerFiles,
+    check_server_files,
+    load_node_key,
+    load_public_key,
+    make_node_key,
+    make_server_files,
+    public_bytes,
+)
+from hetero_fl.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ServerFiles:
+    return make_server_files(tmp_path_factory.mktemp("server"), ["fl.example.org", "10.0.0.7"])
+
+
+def test_what_is_made_holds(files: ServerFiles) -> None:
+    check_server_files(files, ["fl.example.org", "10.0.0.7"])
+    assert files.key.stat().st_mode & 0o777 == 0o600
+    assert (files.key.parent / "authority.key").stat().st_mode & 0o777 == 0o600
+    context = ssl.create_default_context(cafile=files.authority)
+    context.load_cert_chain(files.certificate, files.key)
+
+
+def test_what_is_there_is_not_overwritten(files: ServerFiles, tmp_path: Path) -> None:
+    before = files.key.read_bytes()
+    with pytest.raises(UserError, match=r"authority.pem is there already"):
+        make_server_files(files.key.parent, ["fl.example.org"])
+    assert files.key.read_bytes() == before
+    make_node_key(tmp_path / "a")
+    with pytest.raises(UserError, match="a is there already"):
+        make_node_key(tmp_path / "a")
+
+
+def test_another_host(files: ServerFiles) -> None:
+    with pytest.raises(
+        UserError, match=r"server.pem: made out to fl.example.org, 10.0.0.7, not to fl.example.com"
+    ):
+        check_server_files(files, ["fl.example.com"])
+
+
+def test_another_key_or_authority(files: ServerFiles, tmp_path: Path) -> None:
+    other = make_server_files(tmp_path, ["fl.example.org"])
+    with pytest.raises(UserError, match=r"server.key: this key does not belong to .*server.pem"):
+        check_server_files(ServerFiles(files.authority, files.certificate, other.key))
+    with pytest.raises(UserError, match=r"server.pem: not vouched for by .*authority.pem"):
+        check_server_files(ServerFiles(other.authority, files.certificate, files.key))
+
+
+def test_dates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificates, "EARLIER", datetime.timedelta(days=10))
+    monkeypatch.setattr(certificates, "VALID", datetime.timedelta(days=3))
+    with pytest.raises(UserError, match=r"authority.pem: expired on \d{4}-"):
+        check_server_files(make_server_files(tmp_path / "old", ["a"]))
+    monkeypatch.setattr(certificates, "EARLIER", -datetime.timedelta(days=1))
+    with pytest.raises(UserError, match=r"authority.pem: not valid before \d{4}-"):
+        check_server_files(make_server_files(tmp_path / "new", ["a"]))
+
+
+def test_other_files(files: ServerFiles, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"none.pem: the server's certificate can not be read \(No such file"
+    ):
+        check_server_files(ServerFiles(files.authority, tmp_path / "none.pem", files.key))
+    with pytest.raises(UserError, match=r"server.key: no certificate in PEM"):
+        check_server_files(ServerFiles(files.authority, files.key, files.key))
+    with pytest.raises(UserError, match=r"server.pem: no private key in PEM"):
+        check_server_files(ServerFiles(files.authority, files.certificate, files.certificate))
+
+
+def test_a_nodes_key(tmp_path: Path) -> None:
+    key = make_node_key(tmp_path / "keys" / "north", "north")
+    path = tmp_path / "keys" / "north"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert load_node_key(path).private_numbers() == key.private_numbers()
+    public = path.with_name("north.pub")
+    assert public_bytes(load_public_key(public)) == public_bytes(key.public_key())
+    assert public.read_text().startswith("ecdsa-sha2-nistp384 ") and public.read_text().endswith(
+        " north\n"
+    )
+    with pytest.raises(
+        UserError, match=r"north: this is the private one; the server is given the file ….pub"
+    ):
+        load_public_key(path)
+    with pytest.raises(
+        UserError,
+        match=r"north.pub: this is the public key; the private one is the file without .pub",
+    ):
+        load_node_key(public)
+    path.chmod(0o644)
+    with pytest.raises(UserError, match="north: others can read this private key; chmod 600"):
+        load_node_key(path)
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
+def test_keys_of_openssh(tmp_path: Path) -> None:
+    def made(kind: str, *more: str) -> Path:
+        path = tmp_path / f"{kind}{len(more)}"
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", kind, *more, "-f", path],
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+        return path
+
+    good = made("ecdsa", "-b", "384", "-N", "")
+    assert public_bytes(load_node_key(good).public_key()) == public_bytes(
+        load_public_key(Path(f"{good}.pub"))
+    )
+    with pytest.raises(UserError, match="locked with a passphrase"):
+        load_node_key(made("ecdsa", "-N", "secret"))
+    other = made("ed25519", "-N", "")
+    with pytest.raises(UserError, match="another kind of key"):
+        load_node_key(other)
+    with pytest.raises(UserError, match="another kind of key"):
+        load_public_key(Path(f"{other}.pub"))

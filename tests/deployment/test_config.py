@@ -1,0 +1,245 @@
+"""The files of a server and of its sites: what is made, and what is wrong with one, in a line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import yaml
+
+from hetero_fl.cli import main
+from hetero_fl.deployment.certificates import (
+    ServerFiles,
+    check_server_files,
+    load_node_key,
+    load_public_key,
+    make_node_key,
+    public_bytes,
+)
+from hetero_fl.deployment.config import load_server, load_site
+from hetero_fl.deployment.server import serve
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "net"
+    assert (
+        main(
+            [
+                "certificates",
+                str(folder),
+                "--host",
+                "fl.example.org",
+                "--host",
+                "10.0.0.7",
+                "--clients",
+                "north, south",
+            ]
+        )
+        == 0
+    )
+    return folder
+
+
+def test_what_is_made_fits_together(net: Path) -> None:
+    server = load_server(net / "server" / "server.yaml")
+    assert (server.host, server.port, list(server.nodes)) == ("0.0.0.0", 9092, ["north", "south"])
+    assert server.certificates is not None
+    files = ServerFiles(
+        *(
+            Path(server.certificates.model_dump()[name])
+            for name in ("authority", "certificate", "key")
+        )
+    )
+    check_server_files(files, ["fl.example.org", "10.0.0.7"])
+    for client, public in server.nodes.items():
+        site, folder = load_site(net / client / "site.yaml")
+        assert (
+            site.client == client
+            and folder == (net / client / "state").resolve()
+            and site.server is not None
+        )
+        assert site.server.address == "fl.example.org:9092"
+        key = load_node_key(Path(site.server.key))
+        assert public_bytes(key.public_key()) == public_bytes(load_public_key(Path(public)))
+        assert (
+            site.server.authority is not None
+            and site.server.public is not None
+            and server.key is not None
+        )
+        signs = load_node_key(Path(server.key)).public_key()
+        assert public_bytes(signs) == public_bytes(load_public_key(Path(site.server.public)))
+        assert (
+            Path(site.server.authority).read_bytes()
+            == (net / "server" / "authority.pem").read_bytes()
+        )
+    secret = [path for path in net.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()]
+    assert {str(path.relative_to(net)) for path in secret} == {
+        "authority/authority.key", "server/server.key", "server/sign", "north/key", "south/key",
+    }  # fmt: skip
+    if os.name == "posix":
+        assert all(path.stat().st_mode & 0o077 == 0 for path in secret)
+
+
+def refused(load: Callable[[Path], object], content: dict[str, Any], line: str, path: Path) -> None:
+    """A file with this content is refused with this line, which names it first."""
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError) as raised:
+        load(path)
+    assert str(raised.value).startswith(f"{path}: {line}") and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("clients", "line"),
+    [
+        ("north,../south", "'../south'"),
+        ("server,north", "'server'"),
+        ("a,a", "'a' is named twice"),
+        ("", "found ''"),
+    ],
+)
+def test_names_that_are_none(
+    clients: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["certificates", str(tmp_path / "net"), "--host", "here", "--clients", clients]) == 2
+    )
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == 1 and not (tmp_path / "net").exists()
+
+
+def test_nothing_is_overwritten(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certificates", str(net), "--host", "here", "--clients", "north"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+SERVER: dict[str, Any] = {"nodes": {"north": "north.pub"}}
+SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"prot": 1}, "prot: unknown key; did you mean 'port'?"),
+        ({"port": 70000}, "port: must be <= 65535, got 70000"),
+        ({"nodes": {}}, "nodes: expected at least 1 entry, got {}"),
+        ({"nodes": ["north"]}, "nodes: expected a table, got ['north']"),
+        ({"certificates": "server.pem"}, "certificates: expected a table, got 'server.pem'"),
+        ({"certificates": {"certificat": "a"}}, "certificates.certificat: unknown key; did you mean 'certificate'?"),
+        ({"wait": -1}, "wait: must be > 0, got -1"),
+        ({"logs": "jsn"}, "logs: found 'jsn'; did you mean 'json'?"),
+        ({"metrics": {"port": "x"}}, "metrics.port: expected an integer, got 'x'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_servers_file_is_one_line(
+    change: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    refused(load_server, {**SERVER, **change}, line, tmp_path / "server.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"clint": "north"}, "clint: unknown key; did you mean 'client'?"),
+        ({"server": {"adress": "here:1"}}, "server.adress: unknown key; did you mean 'address'?"),
+        ({"server": {"address": "here"}}, "server.address: found 'here'; write host:port"),
+        ({"server": {"address": "https://here:1"}}, "server.address: found 'https://here:1'; write host:port"),
+        ({"server": {"address": "here:99999"}}, "server.address: found 'here:99999'; a port is a number from 1 to"),
+        ({"server": {}}, "server.address: missing"),
+        ({"logs": "yaml"}, "logs: found 'yaml'; choose from json, text"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_sites_file_is_one_line(
+    change: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    refused(load_site, {**SITE, **change}, line, tmp_path / "site.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"data": {"name": "npz", "path": "dta.npz"}},
+            "{site}: data.path: {folder}/dta.npz: no such file or folder",
+        ),
+        (
+            {"data": {"name": "nzp", "path": "site.yaml"}},
+            "{site}: data.name: found 'nzp'; did you mean 'npz'?",
+        ),
+        (
+            {"authority": "nope.pem"},
+            "{folder}/nope.pem: the authority's certificate can not be read (No such file",
+        ),
+        ({"authority": "key"}, "{folder}/key: no certificate in PEM is found here"),
+        (
+            {"key": "key.pub"},
+            "{folder}/key.pub: this is the public key; the private one is the file without .pub",
+        ),
+    ],
+)
+def test_a_node_looks_at_what_its_file_names_before_it_looks_for_a_server(
+    change: dict[str, Any], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flwr", reason="Flower is not installed (the extra `flower`)")
+    folder = tmp_path.resolve()
+    make_node_key(folder / "key")
+    about = {
+        "address": "127.0.0.1:1",
+        "key": "key",
+        **{k: v for k, v in change.items() if k != "data"},
+    }
+    path = folder / "site.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {**SITE, "server": about, **{k: v for k, v in change.items() if k == "data"}}
+        )
+    )
+    assert main(["node", "--site", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("error: " + line.format(site=path, folder=folder)) and err.count("\n") == 1
+    )
+    assert not (folder / "state").exists()
+
+
+def test_the_home_folder_of_a_sites_data_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump({**SITE, "data": {"name": "npz", "path": "~/rows.npz"}}))
+    site, _ = load_site(path)
+    assert site.data is not None and site.data.path == str(tmp_path.resolve() / "rows.npz")
+
+
+def test_a_client_without_a_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(yaml.safe_dump({"nodes": {"north": "north.pub", "suoth": "south.pub"}}))
+    server = load_server(path)
+    server.check_clients(["north"], path)  # others may be there for other runs
+    with pytest.raises(
+        UserError,
+        match=r"nodes: no key for 'south', a client of the configuration; did you mean 'suoth'\?",
+    ):
+        server.check_clients(["north", "south"], path)
+
+
+def test_a_simulation_is_not_gone_on_with_on_nodes_and_nobody_is_waited_for(tmp_path: Path) -> None:
+    choice = {"executor": "serial", "threads": 1, "device": "cpu"}
+    run = RunDirectory.create(
+        tmp_path / "run", config={"name": "a"}, environment={"choice": choice}
+    )
+    transport = Mock()
+    with pytest.raises(
+        UserError,
+        match=r"--resume: this run was begun on one machine; hetero-fl train goes on with it",
+    ):
+        serve({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
+    transport.close.assert_called_once_with()
+    transport.push.assert_not_called()

@@ -1,0 +1,103 @@
+"""A federation is the simulation, bit for bit: the same rounds, with messages to nodes in place of work in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.algorithms import Centralized
+from hetero_fl.deployment.config import SiteConfig, TellsConfig
+from hetero_fl.deployment.messages import Loopback
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.server import serve
+from hetero_fl.experiment import run
+from hetero_fl.reporting.run import Run
+from hetero_fl.utils.errors import UserError
+from tests.helpers.nodes import LONG
+from tests.helpers.small_federations import config
+
+ROOT = Path(__file__).parents[2]
+QUICK = [
+    "rounds=2",
+    "runtime.executor=serial",
+    "runtime.threads=1",
+    "output.plots=false",
+    "output.report=false",
+]
+ALL = TellsConfig(labels=True, details=True, model=True)
+
+
+@pytest.fixture
+def loopback() -> Iterator[Loopback]:
+    transport = Loopback()
+    yield transport
+    transport.close()
+
+
+def in_federation(loopback: Loopback, tmp_path: Path, clients: list[str], **more: Any) -> Run:
+    for client in clients:
+        loopback.join(
+            Node(SiteConfig(client=client, tells=ALL), tmp_path / "sites" / client).handle
+        )
+    return serve(transport=loopback, out=tmp_path / "federation", wait=LONG, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hybrid", "fedavg", "fedmd", "fedproto"])
+def test_digits(name: str, loopback: Loopback, tmp_path: Path) -> None:
+    config, changes = (
+        ROOT / "configs" / "digits_quickstart.yaml",
+        [*QUICK, f"algorithm.name={name}"],
+    )
+    there = in_federation(
+        loopback, tmp_path, ["cnn_1", "cnn_2", "mlp", "vit"], source=config, overrides=changes
+    )
+    here = run(config, out=tmp_path / "simulation", overrides=changes)
+    for key in (
+        "personal",
+        "global",
+        "server",
+        "clients",
+        "communication",
+        "rounds_completed",
+        "data",
+    ):
+        assert there.summary[key] == here.summary[key], key
+    files = sorted(p.name for p in (here.path / "models").iterdir())
+    assert len(files) >= 4 and files == sorted(p.name for p in (there.path / "models").iterdir())
+    for file in files:
+        assert (here.path / "models" / file).read_bytes() == (
+            there.path / "models" / file
+        ).read_bytes()
+
+
+@pytest.mark.slow
+def test_what_a_site_keeps_to_itself_lies_at_home(loopback: Loopback, tmp_path: Path) -> None:
+    config, changes = ROOT / "configs" / "digits_quickstart.yaml", [*QUICK, "rounds=1"]
+    clients = ["cnn_1", "cnn_2", "mlp", "vit"]
+    for client in clients:
+        loopback.join(Node(SiteConfig(client=client), tmp_path / "sites" / client).handle)
+    there = serve(config, loopback, out=tmp_path / "federation", wait=LONG, overrides=changes)
+    here = run(config, out=tmp_path / "simulation", overrides=changes)
+    assert not [path for path in (there.path / "models").glob("*") if path.stem in clients]
+    for client in clients:
+        (kept,) = (tmp_path / "sites" / client / "runs").glob("*/model.safetensors")
+        assert kept.read_bytes() == (here.path / "models" / f"{client}.safetensors").read_bytes()
+
+
+class Pooled(Centralized):
+    """A user's own that has everybody's rows."""
+
+
+@pytest.mark.parametrize("name", ["centralized", "ensemble", f"python:{__name__}:Pooled"])
+def test_who_needs_everybodys_rows_in_one_place_is_refused(
+    name: str, loopback: Loopback, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"algorithm\.name: {name} wants everybody's rows or models in one place"
+    ):
+        serve(config(name), loopback, out=tmp_path / "out", wait=0.1)
+    assert not (tmp_path / "out").exists()

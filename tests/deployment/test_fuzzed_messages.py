@@ -1,0 +1,481 @@
+"""Nothing that the other side can send does more than be refused: trees, headers and raw bytes drawn by Hypothesis."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from hetero_fl.communication.compression import stages_of
+from hetero_fl.communication.link import Link
+from hetero_fl.communication.protocol import Message
+from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, read
+from hetero_fl.communication.secure_aggregation.server import Conversation
+from hetero_fl.config.communication import ChannelConfig
+from hetero_fl.core.payload import FORM as PAYLOAD
+from hetero_fl.core.payload import (
+    Item,
+    ItemSpec,
+    Payload,
+    PayloadError,
+    check_size,
+    check_upload,
+    loss_of,
+)
+from hetero_fl.data.preprocessing import Preprocess
+from hetero_fl.data.remote import FORM as PACK
+from hetero_fl.deployment.audit_log import verify
+from hetero_fl.deployment.config import SiteConfig
+from hetero_fl.deployment.messages import (
+    FORM,
+    Envelope,
+    Handle,
+    Refused,
+    body_of,
+    fault_of,
+    message,
+)
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.validation import hear_reading, hear_settings, hear_told
+from hetero_fl.experiment.preparation import prepare
+from hetero_fl.utils.errors import GivenUp
+from hetero_fl.utils.serialization import (
+    MOST_HEADER_BYTES,
+    MOST_HEADER_VALUES,
+    CodecError,
+    check_header,
+    decode,
+    encode,
+)
+from tests.helpers.deployments import Federation, small
+from tests.helpers.hostile_messages import (
+    ANSWERS,
+    HEADS,
+    TREES,
+    UPLOADS,
+    Answer,
+    bodies,
+    bomb,
+    hostile,
+    raises_only,
+    sealed,
+    wire,
+    with_header,
+)
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(FUZZ, max_examples=4)
+SPECS = {"model": ItemSpec("params"), "logits": ItemSpec("rows", share="predictions")}
+LIKE = {
+    "model": Item({"w": torch.zeros(4, 3)}, 1.0, "params"),
+    "logits": Item(torch.zeros(6, 4), 1.0, "rows"),
+}
+
+
+# What is parsed ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@given(bodies(PAYLOAD))
+@FUZZ
+def test_payload_of_any_bytes_is_read_or_refused(data: bytes) -> None:
+    def receives() -> None:
+        payload = Payload.decode(data)
+        loss_of(payload.report)
+        payload.encode()
+        check_upload(payload, SPECS, LIKE)
+
+    raises_only((PayloadError,), receives)
+
+
+@given(
+    bodies(PAYLOAD) | st.binary(max_size=200).map(lambda rest: b"hfl1" + rest),
+    st.booleans(),
+    st.booleans(),
+)
+@FUZZ
+def test_compressed_message_of_any_bytes_is_read_or_refused(
+    data: bytes, upward: bool, entropy: bool
+) -> None:
+    link = Link(
+        stages_of(ChannelConfig(compress=[{"topk": 0.3}, {"quantize": 8}]).compress, entropy),
+        SPECS,
+        4,
+    )
+    got = Payload({"model": {"w": torch.zeros(4, 3)}})
+    raises_only(
+        (PayloadError,),
+        lambda: link.receive(data, (0,), frozenset(), got, LIKE if upward else None),
+    )
+
+
+@given(TREES, st.sampled_from([*REQUESTS.values(), *REPLIES.values()]))
+@FUZZ
+def test_message_of_a_secure_sum_of_any_tree_is_read_or_refused(tree: Any, fields: Any) -> None:
+    data = wire(tree, "hetero_fl secure sum 1")
+    raises_only((PayloadError,), lambda: read(data, fields))
+
+
+@given(TREES)
+@FUZZ
+def test_what_a_node_tells_of_itself_is_heard_or_refused(tree: Any) -> None:
+    tree = raised(wire(tree, FORM))
+    for hears in (
+        lambda: hear_told(tree, 3),
+        lambda: hear_told(tree, 3, Preprocess()),
+        lambda: hear_settings(tree, ()),
+        lambda: hear_settings({"settings": tree}, ()),
+    ):
+        raises_only((Refused,), hears)
+
+
+def raised(data: bytes) -> Any:
+    """The tree of a message, or nothing for one that is refused before."""
+    try:
+        return body_of(Envelope({}, data))
+    except Refused:
+        return None
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Any:
+    return prepare(small(models="linear", rounds=1))
+
+
+@given(tree=st.dictionaries(st.sampled_from(["scores", "confusion", "calibration", "baselines", "forecast", "model"]),
+                            TREES, min_size=3) | TREES)  # fmt: skip
+@FUZZ
+def test_reading_of_any_tree_is_heard_or_refused(prepared: Any, tree: Any) -> None:
+    whole = {"scores": {}, "confusion": {}, "calibration": {}, "baselines": {}, "forecast": {}, "triggered": None,
+             "model": None}  # fmt: skip
+    told = raised(wire({**whole, **tree} if isinstance(tree, dict) else tree, FORM))
+    raises_only(
+        (Refused,), lambda: hear_reading(told, "site_1", prepared.federation, prepared.method)
+    )
+
+
+@given(header=st.binary(max_size=64) | bodies("hetero_fl model 1"))
+@FUZZ
+def test_model_in_a_reading_of_any_bytes_is_heard_or_refused(prepared: Any, header: bytes) -> None:
+    told = {"scores": {}, "confusion": {}, "calibration": {}, "baselines": {}, "forecast": {}, "triggered": None,
+            "model": torch.frombuffer(bytearray(header or b"x"), dtype=torch.uint8)}  # fmt: skip
+    assert raises_only(
+        (Refused,), lambda: hear_reading(told, "site_1", prepared.federation, prepared.method)
+    )
+
+
+# Bounds --------------------------------------------------------------------------------------------------------------
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes of memory that a call takes at most."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("reader", ["payload", "message", "header", "values", "text"])
+def test_header_of_ten_million_values_is_refused_before_it_is_parsed(reader: str) -> None:
+    data = bomb()
+    readers: dict[str, Callable[[], object]] = {
+        "payload": lambda: Payload.decode(data),
+        "message": lambda: body_of(Envelope({}, data)),
+        "header": lambda: check_header(data),
+        "values": lambda: decode(bomb(MOST_HEADER_VALUES), PAYLOAD),
+        "text": lambda: decode(with_header(b'"' + b"x" * MOST_HEADER_BYTES + b'"'), PAYLOAD),
+    }
+
+    def refused() -> None:
+        with pytest.raises((PayloadError, Refused, CodecError), match="at most"):
+            readers[reader]()
+
+    assert peak_of(refused) < 5 * len(data)
+
+
+def test_header_of_a_large_model_is_within_bounds() -> None:
+    names = {
+        f"backbone.stages.{i}.blocks.0.attention.projection.weight": torch.zeros(1, 1, 1, 1)
+        for i in range(10_000)
+    }
+
+    sent = Payload({"model": Item(names, 1.0, "params")}).encode()
+
+    assert len(Payload.decode(sent)["model"]) == 10_000
+
+
+@pytest.mark.parametrize("tree", [torch.zeros(3), [1], "x", None, 3.0])
+def test_payload_whose_root_is_no_dictionary_is_refused(tree: Any) -> None:
+    with pytest.raises(PayloadError, match="something else than items and a report"):
+        Payload.decode(encode(tree, PAYLOAD))
+
+
+@pytest.mark.parametrize(
+    "tree", [{"\ud800": 1}, ["\udfff"], {"items": {"\ud800": 1}, "report": {}}]
+)
+def test_lone_surrogate_is_refused(tree: Any) -> None:
+    with pytest.raises(PayloadError, match="UnicodeEncodeError"):
+        Payload.decode(wire(tree, PAYLOAD))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"loss": 10**400},
+        {"loss": torch.ones(2)},
+        {"loss": "x" * 1000},
+        {str(i): 0 for i in range(100)},
+    ],
+)
+def test_report_that_is_not_a_few_short_values_is_refused(report: dict[str, Any]) -> None:
+    with pytest.raises(PayloadError, match="reports"):
+        Payload.decode(wire({"items": {}, "report": report}, PAYLOAD))
+
+
+def test_upload_much_longer_than_agreed_is_refused_unread() -> None:
+    check_size(len(Payload(LIKE).encode()), SPECS, LIKE)
+    with pytest.raises(PayloadError, match=r"1,000,000 bytes; what was agreed takes at most"):
+        check_size(1_000_000, SPECS, LIKE)
+
+
+def test_header_much_longer_than_agreed_is_refused_unparsed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    big = {
+        "model": Item({"w": torch.zeros(400_000)}, 1.0, "params")
+    }  # so long that a header of a megabyte is not too long
+    link, sent = Link(stages_of((), False), SPECS, 4), bomb(MOST_HEADER_VALUES // 4)
+    check_size(len(sent), SPECS, big)
+    assert (
+        len(link.receive(Payload(big).encode(), (0,), frozenset(), None, big)["model"]["w"])
+        == 400_000
+    )
+    monkeypatch.setattr(json, "loads", lambda text: pytest.fail("parsed"))
+
+    with pytest.raises(
+        PayloadError, match=r"a header of [\d,]+ bytes; what was agreed takes at most 67,584"
+    ):
+        link.receive(sent, (0,), frozenset(), None, big)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tree", [{f"layer.{i}.weight": torch.zeros(0) for i in range(34_000)}, [[]] * 262_000]
+)
+def test_header_of_more_values_than_any_model_has_is_refused(tree: Any) -> None:
+    with pytest.raises(CodecError, match="at most"):
+        decode(encode(tree, PAYLOAD), PAYLOAD)
+
+
+def test_layout_of_many_numbers_is_refused_before_they_are_made() -> None:
+    link = Link(stages_of(ChannelConfig(compress=[{"topk": 3}]).compress, False), {}, 4)
+    sent = link.send(Payload({"m": Item({"w": torch.arange(40.0)}, 1.0, "update")}), (0,))
+    assert len(link.receive(sent, (0,))["m"]["w"]) == 40
+    start = 4 + 2 + int.from_bytes(sent[4:6], "little")
+    end = start + 4 + int.from_bytes(sent[start : start + 4], "little")
+    forged = zlib.compress(zlib.decompress(sent[start + 4 : end]).replace(b"40", b"9" * 11))
+    data = sent[:start] + len(forged).to_bytes(4, "little") + forged + sent[end:]
+
+    def refused() -> None:
+        with pytest.raises(PayloadError, match="a layout of 99,999,999,999 numbers"):
+            link.receive(data, (0,))
+
+    assert peak_of(refused) < 2**20
+
+
+def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> None:
+    conversation = Conversation({"site_1": b"", "site_2": b""}, 2, None, (bytes(32), 10), 0, 0)
+    replies = iter([("site_1", Message("keys", bytes(10**6)))])
+
+    with pytest.raises(GivenUp):
+        conversation.advertised(replies)
+
+    assert "1,000,000 bytes; an answer to 'keys' takes at most" in conversation.left["site_1"]
+
+
+@pytest.mark.parametrize(
+    ("envelope", "said"),
+    [
+        (Envelope({}, bytes(11)), "a message of 11 bytes; at most 10 are read"),
+        (Envelope({str(i): i for i in range(99)}), "a head of 99 entries"),
+        (Envelope({"why": "x" * 10**6}), "a head of 1,000,011 bytes"),
+        (Envelope({"why": "\ud800"}), "not valid Unicode"),
+        (Envelope({"round": 2**70}), "a number of 71 bits"),
+        (Envelope({"ask": ["x"]}), "list in it"),  # type: ignore[dict-item]
+    ],
+)
+def test_message_out_of_bounds_is_told(envelope: Envelope, said: str) -> None:
+    assert said in fault_of(envelope, 10)
+
+
+# The server ----------------------------------------------------------------------------------------------------------
+def ends_well(folder: Path, answers: list[Answer]) -> list[dict[str, Any]]:
+    """A run with a node that answers so; all others are heard in every round, and nothing but plain text is written."""
+    federation = Federation(folder)
+    made = small(
+        models="linear", rounds=len(answers), evaluation__every=len(answers), output__report=True
+    )
+    run = federation.serve(made, {"site_3": lambda handle: hostile(handle, answers)})
+    assert run.summary["rounds_completed"] == len(answers)
+    for record in run.metrics:
+        assert set(record["failed"]) <= {"site_3"}
+        assert all(why.isprintable() and len(why) < 500 for why in record["failed"].values())
+    for name in ("metrics.jsonl", "log.txt", "summary.json", "status.json", "report.html"):
+        text = (run.path / name).read_text(encoding="utf-8")
+        assert "\x1b" not in text and "\u202e" not in text
+    assert "<script>abc" not in (run.path / "report.html").read_text(encoding="utf-8")
+    return list(run.metrics)
+
+
+CRASHES: dict[str, tuple[Answer, str]] = {
+    "a tensor at the root": (sealed(encode(torch.zeros(3), PAYLOAD)), "something else than items"),
+    "a surrogate in a key": (
+        sealed(wire({"items": {"\ud800": 1}, "report": {}}, PAYLOAD)),
+        "UnicodeEncodeError",
+    ),
+    "a surrogate in a reason": (
+        ({"ask": "refused", "why": "\ud800"}, None, False),
+        "not valid Unicode",
+    ),
+    "a loss without end": (
+        sealed(wire({"items": {}, "report": {"loss": 10**400}}, PAYLOAD)),
+        "reports 'loss'",
+    ),
+    "a loss of two numbers": (
+        sealed(wire({"items": {}, "report": {"loss": torch.ones(2)}}, PAYLOAD)),
+        "reports 'loss'",
+    ),
+    "thirty megabytes of lists": (sealed(bomb()), "what was agreed takes at most"),
+    "a header of many lists": (sealed(bomb(20_000)), "something else than items"),
+    "control characters": (
+        ({"ask": "refused", "why": "\x1b[2J[/red]\u202e<script>abc"}, None, False),
+        "\\x1b[2J",
+    ),
+    "a long name": (
+        sealed(wire({"items": {"x" * 50_000: 1}, "report": {}}, PAYLOAD)),
+        "item 'xxxxx",
+    ),
+    "a long head": (({"why": "x" * 10**6, "ask": "refused"}, None, False), "a head of"),
+}
+
+
+def test_server_refuses_what_once_ended_it(tmp_path: Path) -> None:
+    records = ends_well(tmp_path, [answer for answer, _ in CRASHES.values()])
+    for (name, (_, said)), record in zip(CRASHES.items(), records, strict=True):
+        assert said in record["failed"]["site_3"], (name, record["failed"])
+
+
+@pytest.mark.slow
+@given(answers=st.lists(ANSWERS, min_size=12, max_size=12))
+@FEW
+def test_server_survives_any_answers(
+    tmp_path_factory: pytest.TempPathFactory, answers: list[Answer]
+) -> None:
+    ends_well(tmp_path_factory.mktemp("fuzz"), answers)
+
+
+# A node --------------------------------------------------------------------------------------------------------------
+class Asked:
+    """A node that has prepared for a run, and what it was asked honestly."""
+
+    def __init__(self, folder: Path) -> None:
+        federation, self.messages = Federation(folder), list[Envelope]()
+
+        def keeping(handle: Handle) -> Handle:
+            def handles(envelope: Envelope) -> Envelope:
+                self.messages.append(envelope)
+                return handle(envelope)
+
+            return handles
+
+        federation.serve(small(models="linear", rounds=1), {"site_1": keeping})
+        self.said: list[str] = []
+        self.folder = folder / "site_1"
+        self.node = Node(SiteConfig(client="site_1"), self.folder, self.said.append)
+        for envelope in self.messages[:3]:
+            self.node.handle(envelope)
+
+    def log(self) -> Path:
+        return self.folder / "audit.jsonl"
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return Asked(tmp_path_factory.mktemp("asked"))
+
+
+@given(
+    which=st.integers(0, 5),
+    changes=HEADS,
+    body=st.none()
+    | bodies(FORM)
+    | bodies(PAYLOAD)
+    | UPLOADS.map(lambda tree: wire(tree, PAYLOAD))
+    | bodies(PACK),
+)
+@FUZZ
+def test_node_answers_any_message(
+    asked: Asked, which: int, changes: dict[str, Any], body: bytes | None
+) -> None:
+    honest = asked.messages[min(which, len(asked.messages) - 1)]
+    before = len(asked.log().read_bytes())
+    changes = {name: value for name, value in changes.items() if name != "ask" or which != 5}
+
+    answer = asked.node.handle(
+        Envelope({**honest.head, **changes}, honest.body if body is None else body)
+    )
+
+    assert fault_of(answer, 2**20) == ""
+    assert len(asked.log().read_bytes()) - before < 2000
+    assert all(line.isprintable() and len(line) < 600 for line in asked.said)
+
+
+def test_node_goes_on_after_any_message(asked: Asked) -> None:
+    answers = [asked.node.handle(envelope).head["ask"] for envelope in asked.messages[:3]]
+    assert answers == ["here", "told", "ready"]
+    assert all(len(json.dumps(entry)) < 2000 for entry in verify(asked.log()))
+
+
+def test_node_starts_no_number_of_threads_that_a_server_names(asked: Asked) -> None:
+    terms, roster = asked.messages[1:3]
+    asked.node.handle(terms)
+    tree = {**body_of(roster), "threads": 10**6}
+
+    answer = asked.node.handle(Envelope(roster.head, encode(tree, FORM)))
+
+    assert answer.head["why"] == "threads: found 1000000; expected 1 to 1024"
+
+
+def test_request_of_twenty_megabytes_is_a_short_line_of_the_log(asked: Asked) -> None:
+    long = "x" * 20_000_000
+    for envelope in (
+        Envelope({"ask": "do", "run": "r", "round": long}),
+        Envelope({"ask": long}),
+        message("terms", {"config": {"name": long}, "public": ""}, run="r"),
+        message("terms", {"config": {long: 1}, "public": ""}, run="r"),
+        message(
+            "terms",
+            {"config": {"name": long[: 10**6], "rounds": long[: 10**6]}, "public": ""},
+            run="r",
+        ),
+    ):
+        before = len(asked.log().read_bytes())
+        answer = asked.node.handle(envelope)
+        assert answer.head["ask"] == "refused" and len(str(answer.head["why"])) <= 400
+        assert len(asked.log().read_bytes()) - before < 1500
+
+
+def test_node_refuses_a_bomb_before_it_is_parsed(asked: Asked) -> None:
+    data = bomb(form=FORM)
+
+    def refused() -> None:
+        answer = asked.node.handle(Envelope({"ask": "terms", "run": "r"}, data))
+        assert "at most" in str(answer.head["why"])
+
+    assert peak_of(refused) < 5 * len(data)

@@ -1,0 +1,596 @@
+"""Nodes that answer anything at all: it costs them their part in the round or the reading, and nobody else anything."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import Examples, Share
+from hetero_fl.data.preprocessing import Preprocess
+from hetero_fl.deployment import validation
+from hetero_fl.deployment.messages import (
+    FORM,
+    Envelope,
+    Handle,
+    Refused,
+    body_of,
+    message,
+    reading_tree,
+)
+from hetero_fl.deployment.validation import hear_reading, hear_settings, hear_state, hear_told
+from hetero_fl.experiment.preparation import prepare
+from hetero_fl.reporting.plots import clients
+from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.serialization import encode
+from tests.helpers.deployments import Federation, small
+from tests.helpers.nodes import Clock
+
+Change = Callable[[Envelope], Envelope]
+
+
+def head(**changes: Any) -> Change:
+    return lambda e: Envelope(
+        {n: v for n, v in {**e.head, **changes}.items() if v is not None}, e.body
+    )
+
+
+def body(data: bytes) -> Change:
+    return lambda e: Envelope({**e.head, "check": hashlib.sha256(data).hexdigest()}, data)
+
+
+def payload(change: Callable[[dict[str, Item]], dict[str, Any]]) -> Change:
+    """An upload with other items, well sealed."""
+
+    def changes(e: Envelope) -> Envelope:
+        sent = Payload.decode(e.body)
+        return body(Payload(change(dict(sent.items_)), sent.report).encode())(e)
+
+    return changes
+
+
+def tensors(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Change:
+    def changes(items: dict[str, Item]) -> dict[str, Any]:
+        model = items["model"]
+        assert isinstance(model.values, dict)
+        return {"model": replace(model, values={n: change(n, t) for n, t in model.values.items()})}
+
+    return payload(changes)
+
+
+def tree(**changes: Any) -> Change:
+    """An upload as a tree of its own making."""
+
+    def changes_(e: Envelope) -> Envelope:
+        items = Payload.decode(e.body).items_
+        made = {
+            n: {"values": i.values, "weight": i.weight, "kind": i.kind, **changes}
+            for n, i in items.items()
+        }
+        return body(encode({"items": made, "report": {}}, "hetero_fl payload 1"))(e)
+
+    return changes_
+
+
+def one_huge(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[0] = -2e18
+    return changed
+
+
+UPLOADS: dict[str, tuple[Change, str]] = {
+    "another answer": (head(ask="quite another"), "quite another"),
+    "no answer": (lambda e: Envelope(), "None"),
+    "many words": (head(ask="refused", why="no\n" * 10_000), "no no no"),
+    "a reason that is a number": (head(ask="refused", why=7), "7"),
+    "another task's": (head(task="0" * 64), "its answer is to another task"),
+    "no state": (head(state=None), "its answer cannot be read: 'done': state"),
+    "a state that is a path": (
+        head(state="../../../etc/passwd"),
+        "found the state '../../../etc/passwd'",
+    ),
+    "a state that is a number": (
+        head(state=5),
+        "its answer cannot be read: 'done': state: found 5",
+    ),
+    "a kind that is a number": (head(what=1.5), "its answer cannot be read: 'done': what"),
+    "a checksum that is none": (head(check="zz"), "its answer cannot be read"),
+    "another checksum": (head(check="0" * 64), "its bytes are not those that were sent"),
+    "a checksum that is true": (head(check=True), "its answer cannot be read"),
+    "nothing": (body(b""), "upload refused: 0 bytes are too few"),
+    "junk": (body(b"\x08" + b"\0" * 7 + b"{" * 8), "upload refused: malformed"),
+    "a long header": (body(b"\xff" * 64), "upload refused: the declared header is longer"),
+    "a tree of something else": (
+        body(encode([1, 2], FORM)),
+        "upload refused: found 'deployment 1'",
+    ),
+    "NaN": (tensors(lambda n, t: t * math.nan if t.is_floating_point() else t), "is not finite"),
+    "infinity": (
+        tensors(lambda n, t: t + math.inf if t.is_floating_point() else t),
+        "is not finite",
+    ),
+    "huge values": (
+        tensors(lambda n, t: torch.full_like(t, 3.4e38)),
+        "holds a value of magnitude 3.4e+38; at most 1e+18",
+    ),
+    "one huge value": (
+        tensors(one_huge),
+        "holds a value of magnitude 2e+18; at most 1e+18 is taken",
+    ),
+    "other shapes": (tensors(lambda n, t: t.flatten()), "was agreed"),
+    "other types": (tensors(lambda n, t: t.double()), "dtype"),
+    "huge": (tensors(lambda n, t: torch.zeros(3_000_000)), "was agreed"),
+    "other tensors": (
+        payload(lambda i: {"model": Item({"x": torch.zeros(1)}, 1.0, "params")}),
+        "other tensors",
+    ),
+    "one tensor": (
+        payload(lambda i: {"model": Item(torch.zeros(1), 1.0, "params")}),
+        "another structure",
+    ),
+    "another item": (payload(lambda i: {**i, "more": torch.zeros(1)}), "was not asked for"),
+    "another kind": (
+        payload(lambda i: {"model": replace(i["model"], kind="update")}),
+        "of kind 'update'",
+    ),
+    "a negative weight": (tree(weight=-1.0), "weight"),
+    "an endless weight": (tree(weight=math.inf), "weight"),
+    "a huge weight": (tree(weight=1.7e308), "weight that is no number from 0 to 1e+18"),
+    "a weight that is text": (tree(weight="much"), "weight"),
+    "a kind unknown": (tree(kind="thing"), "unknown kind"),
+    "values that are text": (tree(values="all"), "neither a tensor nor named tensors"),
+}
+
+
+def by_turn(ask: str, changes: list[Change]) -> Callable[[Handle], Handle]:
+    """Answers to the n-th question of this sort are changed by the n-th change."""
+
+    def between(handle: Handle) -> Handle:
+        left = list(changes)
+
+        def handles(envelope: Envelope) -> Envelope:
+            answer = handle(envelope)
+            return (
+                left.pop(0)(answer)
+                if envelope.head.get("what", envelope.head["ask"]) == ask
+                else answer
+            )
+
+        return handles
+
+    return between
+
+
+def test_hostile_uploads_cost_their_sender_the_round(tmp_path: Path) -> None:
+    """One sort of them each round."""
+    count = len(UPLOADS)
+    federation = Federation(tmp_path)
+    made = small(models="linear", rounds=count, evaluation__every=count)
+    run = federation.serve(
+        made, {"site_3": by_turn("train", [change for change, _ in UPLOADS.values()])}
+    )
+    assert run.summary["rounds_completed"] == count
+    for (name, (_, said)), record in zip(UPLOADS.items(), run.metrics, strict=True):
+        assert list(record["failed"]) == ["site_3"] and said in record["failed"]["site_3"], (
+            name,
+            record["failed"],
+        )
+        assert len(record["failed"]["site_3"]) < 500 and "\n" not in record["failed"]["site_3"]
+    assert set(run.metrics[-1]["clients"]) == {"site_1", "site_2", "site_3"}
+
+
+def reading(change: Callable[[dict[str, Any]], Any]) -> Change:
+    def changes(e: Envelope) -> Envelope:
+        told = copy.deepcopy(body_of(e))
+        changed = change(told)
+        return Envelope(e.head, message("x", told if changed is None else changed).body)
+
+    return changes
+
+
+def scores(**changes: Any) -> Change:
+    return reading(lambda t: t["scores"]["personal"].update(changes))
+
+
+READINGS: dict[str, tuple[Change, str]] = {
+    "nothing": (lambda e: Envelope(e.head), "'done':"),
+    "junk": (lambda e: Envelope(e.head, b"x" * 100), "'done':"),
+    "another answer": (head(ask="junk"), "junk"),
+    "a list": (reading(lambda t: [1, 2]), "its reading"),
+    "nothing of it": (reading(lambda t: {}), "its reading is refused: found"),
+    "more of it": (reading(lambda t: t.update(more=1)), "its reading is refused: found"),
+    "NaN": (scores(accuracy=math.nan), "no finite number"),
+    "better than all": (scores(accuracy=1.5), "found 1.5; expected 0 to 1"),
+    "endless": (scores(loss=math.inf), "no finite number"),
+    "a loss below nought": (scores(loss=-1.0), "found -1"),
+    "a loss beyond squares": (scores(loss=1e200), "found 1e+200; expected 0 to 1e+18"),
+    "a loss beyond sums": (scores(loss=1.7e308), "found 1.7e+308; expected 0 to 1e+18"),
+    "an integer of a thousand bits": (
+        scores(loss=2**1000),
+        "found 1.07151e+301; expected 0 to 1e+18",
+    ),
+    "text": (scores(accuracy="<script>"), "no finite number"),
+    "a number without end": (scores(accuracy=10**400), "cannot be read (OverflowError"),
+    "true": (scores(accuracy=True), "no finite number"),
+    "a score of its own": (scores(mine=1.0), "its reading is refused: found"),
+    "scores of something else": (reading(lambda t: t["scores"].update(other={})), "'other'"),
+    "scores that are none": (reading(lambda t: t.update(scores=3)), "not a few named values"),
+    "a trigger": (reading(lambda t: t.update(triggered=0.5)), "nobody lies"),
+    "a confusion": (
+        reading(lambda t: t.update(confusion={"personal": [[1, 2], [3, 4]]})),
+        "another form",
+    ),
+    "a calibration": (
+        reading(lambda t: t.update(calibration={"personal": {"ece": 0.1}})),
+        "found ece",
+    ),
+    "many baselines": (
+        reading(lambda t: t.update(baselines={"personal": {str(i): {} for i in range(99)}})),
+        "few",
+    ),
+    "a forecast": (
+        reading(
+            lambda t: t.update(forecast={"time": [], "truth": [], "predicted": [], "baselines": {}})
+        ),
+        "a forecast, although the run has none",
+    ),
+    "a model": (
+        reading(lambda t: t.update(model=torch.zeros(9, dtype=torch.uint8))),
+        "expected a model file",
+    ),
+    "a model that is text": (reading(lambda t: t.update(model="x")), "a model that is no bytes"),
+}
+
+
+def test_hostile_readings_are_left_out_and_counted(tmp_path: Path) -> None:
+    """One sort of them each round, the last one with all that a report shows."""
+    count = len(READINGS)
+    federation = Federation(tmp_path)
+    made = small(models="linear", rounds=count, evaluation__every=1)
+    run = federation.serve(
+        made, {"site_3": by_turn("read", [change for change, _ in READINGS.values()])}
+    )
+    assert run.summary["rounds_completed"] == count
+    for (name, (_, why)), record in zip(READINGS.items(), run.metrics, strict=True):
+        assert set(record["clients"]) == {"site_1", "site_2"}, name
+        assert list(record["unread"]) == ["site_3"] and why in record["unread"]["site_3"], (
+            name,
+            record["unread"],
+        )
+    assert not (run.path / "models" / "site_3.safetensors").exists()
+    json.loads(
+        (run.path / "summary.json").read_text(),
+        parse_constant=lambda name: pytest.fail(f"found {name}"),
+    )
+
+
+FORECAST: dict[str, Any] = {
+    "time": [1e9, 2e9],
+    "truth": [[1.0, 2.0]],
+    "predicted": [[-1.5, 1e6]],
+    "baselines": {"persistence": [[0.0, 0.0]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"time": [1e9, 1.7e308]}, "found 1.7e+308"),
+        ({"time": [-1e30, 1e9]}, "found -1e+30"),
+        ({"truth": [[1.0, 1.7e308]]}, "found 1.7e+308"),
+        ({"predicted": [[1.0, -1.7e308]]}, "found -1.7e+308"),
+        ({"baselines": {"persistence": [[1.0, 2**1000]]}}, "found 1.07151e+301"),
+        ({"truth": [[1.0]]}, "another form"),
+    ],
+)
+def test_forecast_is_bounded(changes: dict[str, Any], said: str) -> None:
+    federation = dated_federation()
+
+    assert validation._forecast(FORECAST, federation) == FORECAST
+    with pytest.raises(Refused, match=re.escape(said)):
+        validation._forecast({**FORECAST, **changes}, federation)
+
+
+def test_forecast_is_refused_where_the_data_has_no_dates() -> None:
+    federation = dated_federation(dated=False)
+
+    with pytest.raises(Refused, match="a forecast, although the run has none"):
+        validation._forecast(FORECAST, federation)
+
+
+def dated_federation(dated: bool = True) -> Any:
+    """A federation whose common test set is a regression with or without times."""
+    examples = Examples(
+        torch.zeros(4, 2), torch.zeros(4, 1), time=torch.arange(4) if dated else None
+    )
+    data = SimpleNamespace(public={"common_test": Share(examples, torch.arange(4))})
+    return SimpleNamespace(task=Task("regression", 1), data=data, privacy=None)
+
+
+def test_server_finishes_a_run_whose_pictures_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "clients", lambda *content: math.log10(0))
+    made = small(models="linear", rounds=1, output__plots=True, output__report=True)
+
+    run = Federation(tmp_path).serve(made)
+
+    assert run.summary["rounds_completed"] == 1 and (run.path / "details.json").exists()
+    assert (run.path / "report.html").exists() and not (run.path / "plots" / "clients.png").exists()
+    assert "the picture 'clients' cannot be drawn: ValueError" in (run.path / "log.txt").read_text()
+
+
+# Before the first round ----------------------------------------------------------------------------------------------
+TOLD: dict[str, Any] = {
+    "rows": {"train": 9, "validation": 2, "test": 3},
+    "hash": "a" * 64,
+    "view": None,
+    "labels": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows": {"train": -1, "validation": 2, "test": 3}}, "found '-1', no number of rows"),
+        ({"rows": {"train": 0, "validation": 2, "test": 3}}, "no rows to train on"),
+        ({"rows": {"train": True, "validation": 2, "test": 3}}, "found 'True'"),
+        ({"rows": {"train": 2.5, "validation": 2, "test": 3}}, "found '2.5'"),
+        ({"rows": {"train": 10**30, "validation": 2, "test": 3}}, "no number of rows"),
+        ({"rows": {"train": 2**40, "validation": 2, "test": 3}}, "no number of rows"),
+        ({"rows": {"train": 3}}, "cannot be read (KeyError"),
+        ({"rows": None}, "cannot be read (TypeError"),
+        ({"hash": "a" * 1000}, "found the name"),
+        ({"hash": 5}, "found the name '5'"),
+        ({"hash": "a\nb"}, "found the name"),
+        ({"labels": [1.0, 2.0]}, "counts of 2 labels; the task has 3"),
+        ({"labels": [1.0, math.nan, 1.0]}, "no finite number"),
+        ({"labels": [1.0, -1.0, 1.0]}, "found -1"),
+        ({"labels": [1.0, 1.7e308, 1.0]}, "found 1.7e+308"),
+        ({"labels": ["a", "b", "c"]}, "no finite number"),
+        ({"labels": 7}, "cannot be read (TypeError"),
+        ({"view": {"nothing": 1}}, "cannot be read (TypeError"),
+        ({"view": {"mean": math.inf}}, "no finite number"),
+        ({"view": {"std": "x"}}, "no finite number"),
+        ({"view": {"mean": 1.7e308}}, "found 1.7e+308"),
+        ({"view": 3}, "cannot be read"),
+        ({"view": {"resize": 10**6}}, "another view than the configuration asks for"),
+        ({"rows": torch.zeros(3)}, "found a tensor"),
+        ({"labels": [10**400, 1, 1]}, "cannot be read (OverflowError"),
+    ],
+)
+def test_what_a_node_tells_of_its_rows_is_checked(changes: dict[str, Any], said: str) -> None:
+    own = Preprocess() if changes.get("view") else None
+    told = {**TOLD, "view": {"mean": 0.5, "std": 1.0}} if own else TOLD
+    assert hear_told(told, 3, own).rows == TOLD["rows"]
+    with pytest.raises(Refused) as caught:
+        hear_told({**TOLD, **changes}, 3, own)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("tree_", [None, 3, [], "x", {}])
+def test_a_tree_that_is_none_is_refused(tree_: Any) -> None:
+    for hears in (lambda: hear_told(tree_, 3), lambda: hear_settings(tree_, ())):
+        with pytest.raises(Refused):
+            hears()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"epochs": 1000}, "it wants to decide epochs"),
+        ({"data": {"path": "/etc/passwd"}}, "it wants to decide data"),
+        (
+            {"model": "python:os:system"},
+            "model: found python:os:system, code that this server's configuration does not name",
+        ),
+        ({"model": {"name": "python:os:system"}}, "model.name: found python:os:system"),
+        ({"model": 3}, "model"),
+        ({"shares": ["everything"]}, "shares"),
+    ],
+)
+def test_a_node_decides_its_own_settings_and_no_others(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        hear_settings({"settings": settings}, ())
+    assert hear_settings({"settings": {"model": "python:os:system"}}, ("python:os:system",))
+    assert hear_settings({"settings": {"shares": ["predictions"]}}, ()) == {
+        "shares": ["predictions"]
+    }
+
+
+def test_node_resizes_to_no_more_than_the_server_allows() -> None:
+    told = {"settings": {"preprocess": {"resize": 2000}}}
+
+    assert hear_settings(told, (), largest=2000) == told["settings"]
+    with pytest.raises(Refused, match="found 2000; expected at most 1024"):
+        hear_settings(told, ())
+
+
+@pytest.mark.parametrize("name", ["..", "A" * 64, "a" * 63, "é" * 64, "/"])
+def test_a_state_is_a_hash(name: str) -> None:
+    with pytest.raises(Refused):
+        hear_state(name)
+    assert hear_state("") == "" and hear_state("a" * 64) == "a" * 64
+
+
+@pytest.mark.parametrize(
+    ("ask", "change", "said"),
+    [
+        (
+            "terms",
+            reading(lambda t: t["rows"].update(train=-5)),
+            "site_3: what it tells of its rows is refused",
+        ),
+        ("terms", lambda e: Envelope(e.head, b"junk"), "site_3: 'told':"),
+        (
+            "hello",
+            reading(lambda t: t.update(settings={"epochs": 99})),
+            "site_3: refused: it wants to decide epochs",
+        ),
+        (
+            "hello",
+            reading(lambda t: t.update(settings={"preprocess": {"resize": 30_000}})),
+            "site_3: refused: preprocess.resize: found 30000; expected at most 1024",
+        ),
+        (
+            "hello",
+            reading(lambda t: t.update(settings={"preprocess": {"columns": ["a\x1b[2J\u202e"]}})),
+            "found 'a\\x1b[2J\\u202e'",
+        ),
+        (
+            "hello",
+            lambda e: Envelope({**e.head, "client": "\x1b[2J" * 99}, e.body),
+            "not there after 300 s: site_3",
+        ),
+        (
+            "hello",
+            lambda e: Envelope({**e.head, "torch": "x" * 10_000}, e.body),
+            "not there after 300 s: site_3",
+        ),
+        ("roster", lambda e: Envelope({"ask": ["ready"]}, b""), "site_3 refuses"),  # type: ignore[dict-item]
+    ],
+)
+def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
+    ask: str, change: Change, said: str, tmp_path: Path, clock: Clock
+) -> None:
+    def always(handle: Handle) -> Handle:
+        return lambda e: change(handle(e)) if e.head["ask"] == ask else handle(e)
+
+    with pytest.raises((RunFailed, UserError)) as caught:
+        Federation(tmp_path).serve(
+            small(models="linear"), {"site_3": always}, say=clock.after(3, [])
+        )
+    assert str(caught.value).isprintable() and "site_3" in str(caught.value)
+    assert said in str(caught.value) and len(str(caught.value)) < 600
+
+
+# A model's metadata --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def told_model() -> Any:
+    """What a site tells at the end of a run, and the federation and the method."""
+    prepared = prepare(small(models="linear", rounds=1))
+    rounds = prepared.rounds()
+    rounds.round()
+    ((_, told),) = rounds.executor.read(rounds.broadcasts(["site_1"], reading=True), 1, True)
+    yield told, rounds.federation, rounds.algorithm
+    rounds.executor.close()
+
+
+def retold(told: Any, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """The reading of a site that changes the metadata of its model."""
+    length = int.from_bytes(told.model[:8], "little")
+    header = json.loads(told.model[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["hetero_fl"])
+    change(about)
+    header["__metadata__"]["hetero_fl"] = json.dumps(about)
+    changed = json.dumps(header).encode()
+    changed += b" " * (-len(changed) % 8)
+    model = len(changed).to_bytes(8, "little") + changed + told.model[8 + length :]
+    return reading_tree(replace(told, model=model))
+
+
+METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "columns": lambda a: a.update(columns=["python:os:system"]),
+    "categories": lambda a: a.update(categories=[["python:os:system", ["a"]]]),
+    "another key": lambda a: a.update(zzz="python:os:system"),
+    "many columns": lambda a: a.update(columns=["x"] * 1000),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_of_a_model_are_written_by_the_server(name: str, told_model: Any) -> None:
+    told, federation, method = told_model
+
+    heard = hear_reading(retold(told, METADATA[name]), "site_1", federation, method)
+
+    assert heard.model == told.model and b"python:" not in heard.model
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda a: a["architecture"].update(zzz="python:os:system"),
+            "a model of another kind than it has",
+        ),
+        (
+            lambda a: a["architecture"].update(name="python:os:system"),
+            "a model of another kind than it has",
+        ),
+        (lambda a: a.update(architecture=3), "cannot be read"),
+        (lambda a: a["task"].update(unit="\x1b[2J"), "a model of another kind than it has"),
+        (lambda a: a["task"].update(zzz=1), "a model of another kind than it has"),
+        (
+            lambda a: a["preprocess"].update({"python:os:system": 1}),
+            "a preprocessing that is not its client's",
+        ),
+        (lambda a: a["preprocess"].update(zzz=1), "a preprocessing that is not its client's"),
+        (
+            lambda a: a["preprocess"].update(resize=10**6),
+            "a preprocessing that is not its client's",
+        ),
+        (lambda a: a["preprocess"].update(resize="x"), "a preprocessing that is not its client's"),
+        (lambda a: a["preprocess"].update(resize=-1), "a preprocessing that is not its client's"),
+        (
+            lambda a: a["preprocess"].update(mean="a", std="b"),
+            "a preprocessing that is not its client's",
+        ),
+        (
+            lambda a: a["preprocess"].update(mean=math.nan),
+            "a preprocessing that is not its client's",
+        ),
+        (
+            lambda a: a["preprocess"].update(spans=[[0, 10**9]]),
+            "a preprocessing that is not its client's",
+        ),
+        (
+            lambda a: a["preprocess"].update(blocks=[[1, 2, 3]]),
+            "a preprocessing that is not its client's",
+        ),
+        (lambda a: a.update(preprocess=[]), "a preprocessing that is not its client's"),
+        (lambda a: a.update(log_prior=["a"] * a["task"]["outputs"]), "no finite number"),
+        (lambda a: a.update(log_prior=[math.nan] * a["task"]["outputs"]), "no finite number"),
+        (lambda a: a.update(log_prior=[1.0] * 3), "another form"),
+        (lambda a: a.update(log_prior="abcdefghij"), "another form"),
+        (lambda a: a.pop("log_prior"), "cannot be read"),
+    ],
+)
+def test_metadata_that_the_server_does_not_expect_are_refused(
+    change: Callable[[dict[str, Any]], Any], said: str, told_model: Any
+) -> None:
+    told, federation, method = told_model
+
+    with pytest.raises(Refused, match=re.escape(said)):
+        hear_reading(retold(told, change), "site_1", federation, method)
+
+
+# Honest ones ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "method",
+    ["hybrid", "fml", "fedkd", "heterofl", "fedmrl", "fedgen", "lg_fedavg", "ditto", "fedgkt"],
+)
+def test_honest_readings_of_every_sort_of_model_are_heard(method: str, tmp_path: Path) -> None:
+    """With all details and the model itself, as a simulation's site tells them."""
+    prepared = prepare(small(method, "cnn_gn_small", rounds=1))
+    if method not in algorithm:
+        pytest.skip(f"{method} is none of this release's")
+    rounds = prepared.rounds()
+    rounds.round()
+    found = rounds.executor.read(rounds.broadcasts(["site_1"], reading=True), 1, True)
+    (told,) = [r for _, r in found]
+    heard = hear_reading(reading_tree(told), "site_1", rounds.federation, rounds.algorithm)
+    assert heard == told and heard.model and heard.confusion
+    rounds.executor.close()

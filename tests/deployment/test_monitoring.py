@@ -1,0 +1,219 @@
+"""How a run across machines stands: the file, the port, the command; and lines for those who gather them."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+from rich.console import Console
+
+from hetero_fl.cli import main
+from hetero_fl.cli.deployment_commands import print_status
+from hetero_fl.deployment.monitoring import (
+    FILE,
+    ForwardingHandler,
+    Lines,
+    Log,
+    Status,
+    look,
+    read_status,
+    window,
+)
+from hetero_fl.utils.errors import UserError
+
+SCORES = {
+    "accuracy": 0.75,
+    "balanced_accuracy": 0.7,
+    "accuracy_std": 0.1,
+    "accuracy_worst": 0.6,
+    "auroc": None,
+    "auroc_undefined": 2,
+}
+
+
+def record(round: int, **more: Any) -> dict[str, Any]:
+    return {
+        "round": round, "failed": {}, "up_bytes": 1000, "down_bytes": 2000, "personal": SCORES, "global": None,
+        "server": None, "seconds": {"training": 1.5, "evaluation": 0.5}, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def status(tmp_path: Path) -> Status:
+    made = Status(tmp_path, ["north", "south"])
+    made.set(name='a "run"', algorithm="hybrid", rounds=3, run="beef", phase="running")
+    return made
+
+
+def test_what_it_tells(status: Status) -> None:
+    present = ["north"]
+    status.watch(lambda: present)
+    status.happened("north is here")
+    status.record(record(1, failed={"south": "its node is not there"}, privacy={"epsilon": 1.25}))
+    status.record(record(1))  # after a resume: a line of a round that is held again
+    tree = status.tree()
+    assert tree["nodes"]["north"]["here"] and tree["nodes"]["south"] == {
+        "here": False,
+        "since": None,
+    }
+    assert (tree["round"], tree["up_bytes"], tree["down_bytes"], tree["failures"]) == (
+        1,
+        1000,
+        2000,
+        1,
+    )
+    assert (tree["seconds"], tree["epsilon"], tree["personal"]) == (
+        2.0,
+        1.25,
+        {"accuracy": 0.75, "balanced_accuracy": 0.7, "auroc": None},
+    )
+    assert [event["message"] for event in tree["events"]] == ["north is here"]
+    present.clear()
+    gone = status.tree()["nodes"]["north"]
+    assert not gone["here"] and gone["since"] >= tree["nodes"]["north"]["since"]
+
+
+def test_prometheus(status: Status) -> None:
+    status.watch(lambda: ["north"])
+    status.record(record(1, privacy={"epsilon": 1.25}))
+    text = status.prometheus()
+    sample = re.compile(
+        r'hetero_fl_[a-z_]+(\{[a-z]+="(\\.|[^"\\])*"(,[a-z]+="(\\.|[^"\\])*")*\})? [0-9.e+-]+'
+    )
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert text.endswith("\n") and all(sample.fullmatch(line) for line in lines), text
+    for line in (
+        "hetero_fl_rounds 3", "hetero_fl_rounds_completed 1", 'hetero_fl_nodes{state="here"} 1',
+        'hetero_fl_nodes{state="gone"} 1', 'hetero_fl_bytes_total{direction="up"} 1000',
+        'hetero_fl_bytes_total{direction="down"} 2000', "hetero_fl_failures_total 0", "hetero_fl_round_seconds 2.0",
+        "hetero_fl_privacy_epsilon 1.25", 'hetero_fl_score{of="personal",metric="accuracy"} 0.75',
+    ):  # fmt: skip
+        assert line in lines
+    assert len([line for line in lines if "score" in line]) == 2  # an undefined figure is none
+    (about,) = [line for line in lines if "info" in line]
+    assert 'name="a \\"run\\""' in about and 'run="beef"' in about
+    families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families)) and {
+        line.split("{")[0].split()[0] for line in lines
+    } == set(families)
+
+
+def test_the_file_is_there_once_there_is_a_run(status: Status, tmp_path: Path) -> None:
+    status.happened("somebody came")
+    assert not (tmp_path / FILE).exists()
+    (tmp_path / "config.yaml").write_text("name: run\n")
+    status.record(record(1))
+    assert read_status(tmp_path)["round"] == 1 and read_status(tmp_path)["phase"] == "running"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    status.set(pid=ended.pid)
+    assert read_status(tmp_path)["phase"] == "gone"
+    status.set(phase="done")
+    assert read_status(tmp_path)["phase"] == "done"
+    status.set(phase="running", host="elsewhere")  # a shared folder: nobody here can say
+    assert read_status(tmp_path)["phase"] == "running"
+
+
+def test_the_window(status: Status) -> None:
+    with window(status, "127.0.0.1", 0) as port:
+        with urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+            assert answer.status == 200 and json.loads(answer.read()) == {"phase": "running"}
+        with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert answer.read().decode() == status.prometheus()
+            assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert look(f"127.0.0.1:{port}")["rounds"] == 3
+        status.set(phase="failed")
+        for path, code in (("healthz", 503), ("secrets", 404)):
+            with pytest.raises(HTTPError) as raised:
+                urlopen(f"http://127.0.0.1:{port}/{path}")
+            assert raised.value.code == code
+            raised.value.close()
+        with (
+            pytest.raises(UserError, match=rf"metrics.port: {port} of 127.0.0.1 cannot be had"),
+            window(status, "127.0.0.1", port),
+        ):
+            pass
+    with socket.socket() as probe:  # it is given back
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+
+
+def test_the_command(status: Status, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status.watch(lambda: ["north"])
+    (tmp_path / "config.yaml").touch()
+    status.happened("refused a node that says it is 'south': torch '1', but '2' here")
+    status.record(record(2, failed={"south": "gone"}))
+    assert main(["status", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        'a "run", hybrid: running, round 2 of 3',
+        "local test: balanced accuracy 70.0%",
+        "1 upload asked for and not used",
+        "torch '1'",
+    ):
+        assert words in out
+    assert re.search(r"north +here for", out) and re.search(r"south +has not come", out)
+    with window(status, "127.0.0.1", 0) as port:
+        assert main(["status", f"127.0.0.1:{port}", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["round"] == 2
+    for mistake, line in (
+        (f"127.0.0.1:{port}", "no server shows its status there"),
+        (str(tmp_path / "nowhere"), "no folder is here"),
+        (str(tmp_path.parent), "no status of a run across machines is here"),
+    ):
+        assert main(["status", mistake]) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1
+    (tmp_path / FILE).write_text("{}")
+    assert main(["status", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_json_lines_say_what_they_are_about() -> None:
+    stream = io.StringIO()
+    log = Log("json", stream, client="north", run=None)
+    log("round 1:\n done", round=1, seconds=0.5)
+    print("a line of\nsomebody else's", file=Lines(log))
+    first, *others = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
+    assert first == {"message": "round 1: done", "client": "north", "round": 1, "seconds": 0.5}
+    assert [line["message"] for line in others] == ["a line of", "somebody else's"]
+
+
+def test_what_the_transport_repeats_is_told_once() -> None:
+
+    stream = io.StringIO()
+    handler = ForwardingHandler(Log("text", stream))
+    for line in ("waiting", "waiting", "joined"):
+        handler.emit(logging.LogRecord("any", logging.INFO, "", 0, line, None, None))
+    assert [line.split("  ")[1] for line in stream.getvalue().splitlines()] == ["waiting", "joined"]
+
+
+def test_print_status_shows_what_happened_as_it_is(status: Status) -> None:
+    """No markup, and nothing that a terminal obeys: lines quote what nodes say."""
+    shown = io.StringIO()
+    tree = {**status.tree(), "events": [{"time": 0.0, "message": "refused: [/red]\x1b[2J"}]}
+
+    print_status(tree, Console(file=shown, force_terminal=True, width=200))
+
+    assert "refused: [/red]\\x1b[2J" in shown.getvalue()
+
+
+def test_log_line_is_printable_and_of_bounded_length() -> None:
+    for form in ("text", "json"):
+        stream = io.StringIO()
+        Log(form, stream)("a\x1b[2J\ud800\n" + "b" * 10**6)
+        assert (
+            "a\\x1b[2J\\ud800" in stream.getvalue().replace("\\\\", "\\")
+            and len(stream.getvalue()) < 2200
+        )

@@ -1,0 +1,212 @@
+"""What lies on disk: with `encrypt`, nothing that a thief could read; without, readable by its owner alone. And whose noise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.deployment.config import SiteConfig, load_site
+from hetero_fl.deployment.messages import Envelope, Handle
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.node_storage import Vault
+from hetero_fl.federation.state_store import Private
+from hetero_fl.privacy.mechanisms import SecretNoise
+from hetero_fl.utils.errors import UserError
+from tests.helpers.deployments import Federation, small
+from tests.helpers.small_federations import TOP
+
+PIECE = 64  # bytes of a tensor that are looked for
+
+
+def tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors(value)
+
+
+def pieces(node: Node) -> list[bytes]:
+    """Bytes out of the middle of all private tensors that the node has: its state, and its rows."""
+    assert node.joined is not None and node.joined.worker is not None
+    private: Private = node.joined.worker.store.get(node.site.client)
+    rows = node.joined.data.private[node.site.client]["train"].take()
+    found = []
+    for tensor in [*tensors(private.models), *tensors(private.state), rows.x]:
+        raw = tensor.contiguous().numpy().tobytes()
+        for at in range(0, max(1, len(raw) - PIECE), max(1, len(raw) // 8)):
+            if len(set(raw[at : at + PIECE])) > 8:  # no run of noughts, which would be anywhere
+                found.append(raw[at : at + PIECE])
+    return found
+
+
+def held(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_no_private_tensor_lies_on_disk_as_it_is(encrypted: bool, tmp_path: Path) -> None:
+    """FedPer with top-k: a head of its own, and what it has not sent yet."""
+    site = {"encrypt": str(tmp_path / "keys" / "site_1")} if encrypted else {}
+    federation = Federation(tmp_path, {"site_1": site})
+    kept: list[bytes] = []
+
+    def looking(handle: Handle) -> Handle:
+        def handles(envelope: Envelope) -> Envelope:
+            answer = handle(envelope)
+            if envelope.head["ask"] == "do":
+                kept[:] = pieces(federation.nodes["site_1"])
+            return answer
+
+        return handles
+
+    run = federation.serve(small("fedper", channel=TOP), {"site_1": looking})
+    assert run.summary["rounds_completed"] == 2 and len(kept) > 20
+    on_disk = [path.read_bytes() for path in held(tmp_path / "site_1")]
+    there = [piece for piece in kept if any(piece in data for data in on_disk)]
+    assert bool(there) != encrypted
+
+
+def test_only_its_owner_may_read_a_sites_folder(tmp_path: Path) -> None:
+    Federation(tmp_path, {"site_1": {"encrypt": str(tmp_path / "keys" / "site_1")}}).serve(
+        small(rounds=1)
+    )
+    for top in (tmp_path / "site_1", tmp_path / "keys" / "site_1", tmp_path / "run" / "secrets"):
+        for path in [top, *top.rglob("*")]:
+            assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_an_encrypted_site_goes_on_after_a_restart_and_not_with_another_key(tmp_path: Path) -> None:
+    site = {"site_1": {"encrypt": str(tmp_path / "key")}}
+    Federation(tmp_path, site).serve(small(rounds=1))
+    folder = next((tmp_path / "site_1" / "runs").iterdir())
+    from hetero_fl.deployment.node_storage import Cipher
+
+    secret = Vault(folder, Cipher.of(tmp_path / "key")).read("noise")
+    assert secret is not None and len(secret) == 32
+    assert Vault(folder, Cipher(bytes(32))).read("noise") is None
+
+
+def test_a_damaged_secret_is_not_drawn_anew(tmp_path: Path) -> None:
+    """Noise would be drawn a second time for what was released under the first."""
+    from hetero_fl.deployment.node_storage import Cipher
+
+    vault = Vault(tmp_path, Cipher(bytes(32)))
+    vault.secret("noise")
+    with pytest.raises(UserError, match="noise: it cannot be opened with this key"):
+        Vault(tmp_path, Cipher(bytes(range(32)))).secret("noise")
+
+
+def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(bytes(32))
+    (tmp_path / "key").chmod(0o644)
+    with pytest.raises(UserError, match="others can read this key; chmod 600"):
+        Node(SiteConfig(client="a", encrypt=str(tmp_path / "key")), tmp_path / "site")
+    (tmp_path / "short").write_bytes(bytes(31))
+    (tmp_path / "short").chmod(0o600)
+    with pytest.raises(UserError, match="found 31 bytes; a key has 32"):
+        Node(SiteConfig(client="a", encrypt=str(tmp_path / "short")), tmp_path / "site")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are in /proc")
+def test_the_key_is_on_disk_before_anything_that_it_seals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File and folders: after a loss of power there must not be sealed data whose key was only in memory."""
+    done: list[str] = []
+    synced, replaced = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{handle}"))
+        synced(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        done.append(str(target))
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    key = tmp_path / "safe" / "keys" / "a"
+    node = Node(SiteConfig(client="a", encrypt=str(key)), tmp_path / "site")
+    Vault(tmp_path / "site" / "runs" / "r", node.cipher).secret("noise")
+
+    sealed = done.index(str(tmp_path / "site" / "runs" / "r" / "noise"))
+    for path in (key, key.parent, key.parent.parent, tmp_path):
+        assert str(path) in done[:sealed], path
+
+
+def test_the_key_is_named_relative_to_the_sites_file(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("client: a\nencrypt: keys/a\n")
+    assert load_site(tmp_path / "site.yaml")[0].encrypt == str(tmp_path / "keys" / "a")
+
+
+# Noise ---------------------------------------------------------------------------------------------------------------
+def server_noise(folder: Path) -> Any:
+    """The models of a run whose server noises sums."""
+    privacy = {"unit": "client", "noise_multiplier": 1.0, "clip": 1.0}
+    run = Federation(folder).serve(small(rounds=1, privacy=privacy, evaluation__every=1))
+    return run.summary["global"]["last"]["loss"]
+
+
+def test_the_servers_noise_follows_from_no_seed(tmp_path: Path) -> None:
+    """The same configuration, the same uploads; the secret, which lies beside the run, is not the same."""
+    assert server_noise(tmp_path / "one") != server_noise(tmp_path / "other")
+    secrets = [
+        (tmp_path / name / "run" / "secrets" / "noise").read_bytes() for name in ("one", "other")
+    ]
+    assert len(secrets[0]) == 32 and secrets[0] != secrets[1]
+
+
+@pytest.mark.slow
+def test_a_site_draws_its_own_noise_for_each_task(tmp_path: Path) -> None:
+    """Asked twice in one round for different things, it does not put the same noise on both."""
+    federation = Federation(tmp_path)
+    tasks: list[bytes] = []
+
+    def looking(handle: Handle) -> Handle:
+        def handles(envelope: Envelope) -> Envelope:
+            answer = handle(envelope)
+            joined = federation.nodes["site_1"].joined
+            if envelope.head["ask"] == "do" and joined is not None:
+                assert isinstance(joined.noise, SecretNoise) and joined.worker is not None
+                assert joined.worker.site.protection.noise is joined.noise
+                tasks.append(joined.noise.task)
+            return answer
+
+        return handles
+
+    federation.serve(
+        small(privacy={"unit": "record", "noise_multiplier": 1.0}), {"site_1": looking}
+    )
+    assert len(tasks) == 4 and len(set(tasks)) == 4  # two rounds, two readings
+
+
+@pytest.mark.slow
+def test_a_hash_of_rows_is_keyed_where_a_budget_protects_them(tmp_path: Path) -> None:
+    told: dict[str, list[Any]] = {}
+    privacy = {"unit": "record", "noise_multiplier": 1.0}
+    for name in ("one", "other"):
+        federation = Federation(
+            tmp_path / name, {"site_1": {"allows": {"privacy": {"epsilon": 1e6}}}}
+        )
+
+        def looking(handle: Handle, name: str = name) -> Handle:
+            from hetero_fl.deployment.messages import body_of
+
+            def handles(envelope: Envelope) -> Envelope:
+                answer = handle(envelope)
+                if answer.head["ask"] == "told":
+                    told.setdefault(name, []).append(body_of(answer)["hash"])
+                return answer
+
+            return handles
+
+        federation.serve(
+            small(rounds=1, privacy=privacy), dict.fromkeys(("site_1", "site_2"), looking)
+        )
+    assert len(set(told["one"]) & set(told["other"])) == 1  # that of the site without a budget

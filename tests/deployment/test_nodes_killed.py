@@ -1,0 +1,104 @@
+"""Nodes that are killed at each exchange of a round, and come back: the same bits, or they are missing from one round's sum."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.experiment import run
+from tests.helpers.nodes import QUICK, Point, Sites, federation, records, same
+from tests.helpers.small_federations import MIXED, TOP, config
+
+CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
+EXCHANGES = ["keys", "shares", "train", "unmask"]
+
+
+def hybrid(rounds: int) -> dict[str, Any]:
+    """Private heads, and residuals of what a round did not send."""
+    return config("hybrid", MIXED, clients=4, rounds=rounds, channel=TOP, algorithm__heads="keep")
+
+
+def secret(rounds: int) -> dict[str, Any]:
+    """With private heads, too, which exchanges before and after the training must leave as they are."""
+    return config("fedper", clients=4, rounds=rounds, channel={"secure_sum": {"threshold": 3}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("away", [0.0, 1.0], ids=["at once", "after a while"])
+def test_direct_at_broadcast_in_training_at_upload(
+    tmp_path: Path,
+    trained: Counter[tuple[str, int]],
+    away: float,
+) -> None:
+    kills: dict[Point, str] = {
+        ("site_1", 0, "train"): "before",
+        ("site_2", 1, "train"): "during",
+        ("site_3", 2, "train"): "after",
+        ("site_4", 2, "read"): "before",
+    }
+    sites = Sites(CLIENTS, tmp_path / "sites", kills, away)
+    there = federation(hybrid(4), sites, tmp_path / "there", patience=30.0)
+    assert not sites.kills
+    counted, here = dict(trained), run({**hybrid(4), **QUICK}, out=tmp_path / "here")
+    same(there, here)
+    twice = {("site_2", 1)}  # it had trained, and nothing of it had left the house
+    assert counted == {(c, r): 1 + ((c, r) in twice) for c in CLIENTS for r in range(4)}
+    assert all(
+        record["counts"] == {"invited": 4, "arrived": 4, "failed": 0, "late": 0}
+        for record in records(there)
+    )
+
+
+@pytest.mark.slow
+def test_secure_sum_at_each_exchange_is_the_same_sum(tmp_path: Path) -> None:
+    kills = {
+        (f"site_{i + 1}", i, ask): ("before", "after")[i % 2] for i, ask in enumerate(EXCHANGES)
+    }
+    kills |= {
+        (f"site_{4 - i}", i + 4, ask): ("after", "before")[i % 2] for i, ask in enumerate(EXCHANGES)
+    }
+    sites = Sites(CLIENTS, tmp_path / "sites", kills)
+    there = federation(secret(9), sites, tmp_path / "there", patience=30.0)
+    assert not sites.kills
+    same(there, run({**secret(9), **QUICK}, out=tmp_path / "here"))
+
+
+@pytest.mark.slow
+def test_secure_sum_without_who_died_between_remembering_and_answering(tmp_path: Path) -> None:
+    """Whether its answer had left is not known then: it gives no other."""
+    kills = {(f"site_{i + 1}", i, ask): "during" for i, ask in enumerate(EXCHANGES)}
+    sites = Sites(CLIENTS, tmp_path / "sites", kills)
+    there = federation(secret(6), sites, tmp_path / "there", patience=30.0)
+    counts = [(record["counts"]["arrived"], list(record["failed"])) for record in records(there)]
+    # keys: drawn anew, as nobody has seen the others; unmask: its vector is in the sum already
+    assert counts == [(4, []), (3, ["site_2"]), (3, ["site_3"]), (4, []), (4, []), (4, [])]
+    assert "out of turn" in records(there)[1]["failed"]["site_2"]
+
+
+def test_what_is_lost_on_its_way_is_sent_again_and_never_trained_twice(
+    tmp_path: Path,
+    trained: Counter[tuple[str, int]],
+) -> None:
+    kills = {
+        ("site_1", 0, "train"): "unheard",
+        ("site_2", 0, "train"): "lost",
+        ("site_3", 1, "train"): "slow",
+    }
+    sites = Sites(CLIENTS, tmp_path / "sites", kills)
+    there = federation(hybrid(2), sites, tmp_path / "there", nudge=1.0)
+    assert not sites.kills and set(trained.values()) == {1}
+    assert sites.asked["site_1", 0, "train"] == sites.asked["site_2", 0, "train"] == 2
+    assert sites.asked["site_3", 1, "train"] == 1  # it was there all the time
+    same(there, run({**hybrid(2), **QUICK}, out=tmp_path / "here"))
+
+
+@pytest.mark.slow
+def test_a_lost_answer_in_each_exchange_of_a_secure_sum(tmp_path: Path) -> None:
+    kills = {(f"site_{i + 1}", i, ask): "lost" for i, ask in enumerate(EXCHANGES)}
+    sites = Sites(CLIENTS, tmp_path / "sites", kills)
+    there = federation(secret(4), sites, tmp_path / "there", nudge=0.3)
+    assert not sites.kills
+    same(there, run({**secret(4), **QUICK}, out=tmp_path / "here"))

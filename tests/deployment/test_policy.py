@@ -1,0 +1,512 @@
+"""A site's limits: what a server may not ask, in the configuration or task by task, is refused, naming the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.communication.secure_aggregation.messages import write
+from hetero_fl.config import expand
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.deployment.audit_log import verify
+from hetero_fl.deployment.config import SiteConfig, load_site
+from hetero_fl.deployment.messages import Envelope, Handle, Refused, message
+from hetero_fl.deployment.node import Node
+from hetero_fl.deployment.policy import check_config, check_raw, mark_of
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.privacy.accounting import gaussian_epsilon
+from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.serialization import encode
+from tests.helpers.deployments import SITES, Federation, small
+
+SECURE = {"channel__secure_sum": {"threshold": 2}}
+RECORD = {"privacy": {"noise_multiplier": 1.0, "unit": "record"}}
+LOCAL = {"privacy": {"noise_multiplier": 1.0, "unit": "local", "clip": 1.0}}
+BUDGET = {"privacy": {"epsilon": 8.0}}
+
+# site file, the server's configuration, what is said
+TERMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "method": (
+        {"allows": {"methods": ["hybrid", "fedmd"]}},
+        {},
+        "algorithm.name: found fedavg; this site's allows.methods are hybrid, fedmd",
+    ),
+    "rounds": ({"allows": {"rounds": 1}}, {}, "rounds: found 2; this site's allows.rounds is 1"),
+    "epochs": (
+        {"allows": {"epochs": 2}},
+        {"clients__defaults__epochs": 3},
+        "clients: site_1: epochs: found 3; this site's allows.epochs is 2",
+    ),
+    "steps": (
+        {"allows": {"steps": 10}},
+        {"clients__defaults__steps": 11},
+        "clients: site_1: steps: found 11; this site's allows.steps is 10",
+    ),
+    "no secure sum": (
+        {"allows": {"secure_sum_only": True}},
+        {},
+        "channel.secure_sum: found none; this site's allows.secure_sum_only lets uploads leave in no other way",
+    ),
+    "a small secure sum": (
+        {"allows": {"cohort": 3}},
+        SECURE,
+        "channel.secure_sum.threshold: lets a sum of 2 clients be told; this site's allows.cohort is 3",
+    ),
+    "more shares": (
+        {"shares": ["predictions"]},
+        {"clients__defaults__shares": ["predictions", "parameters"]},
+        "clients: site_1: shares: found parameters; this site shares predictions",
+    ),
+    "the whole of a part": (
+        {"shares": ["backbone"]},
+        {"clients__defaults__shares": ["head."]},
+        "clients: site_1: shares: found head.; this site shares backbone",
+    ),
+    "another model": (
+        {"model": "mlp"},
+        {},
+        "clients: site_1: model: is not what this site's file has",
+    ),
+    "no noise": (
+        {"allows": BUDGET},
+        {},
+        "privacy: found none; this site's allows.privacy counts noise that it adds itself",
+    ),
+    "the server's noise": (
+        {"allows": BUDGET},
+        {"privacy": {"noise_multiplier": 1.0, "unit": "client"}},
+        "privacy.unit: found client, whose noise others add; this site's allows.privacy counts noise that it adds itself: "
+        "record or local",
+    ),
+    "labels told beside noise": (
+        {"allows": BUDGET, "tells": {"labels": True}},
+        RECORD,
+        "tells.labels: true tells counts as they are, with allows.privacy; leave one of them out",
+    ),
+    "a model told beside noise": (
+        {"allows": BUDGET, "tells": {"model": True}},
+        LOCAL,
+        "tells.model: true tells a model that nobody noised, with allows.privacy and privacy.unit local",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TERMS)
+def test_a_configuration_that_a_site_does_not_allow(case: str) -> None:
+    site, changes, said = TERMS[case]
+    config = load_config(small(**changes))
+    found = SiteConfig.model_validate({"client": "site_1", **site})
+    with pytest.raises(Refused) as caught:
+        check_config(config, found, expand(config.clients)["site_1"])
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("site", "changes"),
+    [
+        ({"shares": ["parameters"]}, {"clients__defaults__shares": ["backbone"]}),
+        ({"shares": ["parameters", "predictions"]}, {"clients__defaults__shares": ["backbone.1."]}),
+        ({"shares": ["backbone"]}, {"clients__defaults__shares": ["backbone.1."]}),
+        ({"model": "cnn_gn_small"}, {}),
+        ({"allows": {"cohort": 2, "secure_sum_only": True}}, SECURE),
+        ({"allows": {**BUDGET, "rounds": 2, "epochs": 1, "methods": ["fedavg"]}}, RECORD),
+    ],
+)
+def test_less_than_a_site_allows_is_allowed(site: dict[str, Any], changes: dict[str, Any]) -> None:
+    config = load_config(small(**changes))
+    check_config(
+        config,
+        SiteConfig.model_validate({"client": "site_1", **site}),
+        expand(config.clients)["site_1"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"algorithm__name": "python:os:system"}, "algorithm.name"),
+        ({"clients__defaults__objective": "python:os:system"}, "clients.defaults.objective"),
+        ({"data__name": "python:os:system"}, "data.name"),
+    ],
+)
+def test_no_code_is_run_because_a_server_names_it(changes: dict[str, Any], key: str) -> None:
+    allows = SiteConfig(client="site_1").allows
+    with pytest.raises(
+        Refused, match=rf"^{key}: found python:os:system; this site runs no code by name"
+    ):
+        check_raw(small(**changes), allows)
+    check_raw(small(**changes), allows.model_copy(update={"own_code": ["python:os:system"]}))
+
+
+def test_a_refusal_of_the_terms_is_what_the_server_shows_and_the_site_logs(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, {"site_2": {"allows": {"rounds": 1}}})
+    line = "rounds: found 2; this site's allows.rounds is 1"
+    with pytest.raises(RunFailed, match=f"^site_2 refuses: {line}$"):
+        federation.serve(small())
+    assert f"refused: {line}" in federation.said
+    assert verify(tmp_path / "site_2" / "audit.jsonl")[-1]["outcome"] == f"refused: {line}"
+    assert not (tmp_path / "run").exists()
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+# The server's configuration is allowed; what it asks then is not.
+TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "bytes of an upload": (
+        {"upload_bytes": 1000},
+        {},
+        "bytes of this upload: found {}; this site's allows.upload_bytes is 1,000",
+    ),
+    "epochs of a plan": (
+        {"epochs": 1},
+        {"algorithm": {"name": "fedrep"}},
+        "this task's epochs: found {}; this site's allows.epochs is 1",
+    ),
+    "epochs of a plan in a secure sum": (
+        {"epochs": 1},
+        {"algorithm": {"name": "fedrep"}, **SECURE},
+        "this task's epochs: found {}; this site's allows.epochs is 1",
+    ),
+    "steps of a plan": (
+        {"steps": 1},
+        {},
+        "this task's steps: found {}; this site's allows.steps is 1",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TASKS)
+def test_a_task_that_a_site_does_not_allow_is_refused_and_the_run_goes_on(
+    case: str, tmp_path: Path
+) -> None:
+    allows, changes, said = TASKS[case]
+    run = Federation(tmp_path, {"site_1": {"allows": allows}}).serve(small(rounds=1, **changes))
+    (record,) = run.metrics
+    before, after = said.split("{}")
+    assert record["failed"].keys() == {"site_1"}
+    assert record["failed"]["site_1"].startswith(before) and record["failed"]["site_1"].endswith(
+        after
+    )
+    asked = [
+        line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line.get("what") == "train"
+    ]
+    assert [line["out"] for line in asked] == [0]
+
+
+def test_a_reading_that_trains_more_than_a_site_allows_is_refused(tmp_path: Path) -> None:
+    site = {"allows": {"epochs": 2}}
+    longer = {"algorithm": {"name": "fedbabu", "finetune_epochs": 3}}
+    (record,) = Federation(tmp_path, {"site_1": site}).serve(small(rounds=1, **longer)).metrics
+    assert not record["failed"]
+    assert record["unread"] == {
+        "site_1": "this task's epochs: found 3; this site's allows.epochs is 2"
+    }
+
+
+def test_bytes_of_an_answer_that_is_given_again_are_counted(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, {}, rounds=1)
+    size = len(asked.again("train").body)
+    sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
+    allows = asked.node.site.allows.model_copy(update={"total_bytes": sent + size})
+    assert asked.node.joined is not None and asked.node.joined.policy is not None
+    asked.node.joined.policy.allows = allows
+    assert len(asked.again("train").body) == size
+    assert "bytes of all answers with this one" in asked.why("train")
+
+
+def test_bytes_in_all_are_counted_over_runs_and_restarts(tmp_path: Path) -> None:
+    Federation(tmp_path).serve(small(rounds=1))
+    sent = sum(line["out"] for line in verify(tmp_path / "site_1" / "audit.jsonl"))
+    again = Federation(tmp_path, {"site_1": {"allows": {"total_bytes": sent + 20_000}}})
+    run = again.serve(small(rounds=1), out=tmp_path / "again")
+    assert "bytes of all answers with this one" in run.metrics[0]["failed"]["site_1"]
+
+
+def test_the_budget_is_the_sites_own_over_runs_and_restarts(tmp_path: Path) -> None:
+    """Four releases of a Gaussian mechanism of z = 2 (local: each upload may change wholly) fit; the fifth does not."""
+    four, five = (gaussian_epsilon(count**0.5 / 2.0, 1e-5) for count in (4, 5))
+    site = {"site_1": {"allows": {"privacy": {"epsilon": (four + five) / 2}}}}
+    changes = {"privacy": {"noise_multiplier": 2.0, "unit": "local", "clip": 1.0}, "rounds": 3}
+    first = Federation(tmp_path, site).serve(small(**changes))
+    assert all(not record["failed"] for record in first.metrics)
+    second = Federation(tmp_path, site).serve(small(**changes), out=tmp_path / "again")
+    assert [list(record["failed"]) for record in second.metrics] == [[], ["site_1"], ["site_1"]]
+    expected = f"allows.privacy.epsilon: with this task, what this site has spent would be {five:.4g} at δ 1e-05"
+    assert second.metrics[1]["failed"]["site_1"].startswith(expected)
+    spent = [line for line in verify(tmp_path / "site_1" / "audit.jsonl") if line.get("spent")]
+    assert len(spent) == 4
+
+
+@pytest.mark.slow
+def test_rows_are_accounted_as_the_server_accounts_them(tmp_path: Path) -> None:
+    changes = {
+        "privacy": {"noise_multiplier": 1.5, "unit": "record", "accountant": "rdp"},
+        "rounds": 2,
+    }
+    site = {"allows": {"privacy": {"epsilon": 1e6}}}
+    run = Federation(tmp_path, dict.fromkeys(SITES, site)).serve(small(**changes))
+    found = []
+    for id in SITES:
+        from hetero_fl.deployment.audit_log import Account
+        from hetero_fl.privacy.accounting import epsilon_of
+
+        account = Account.of(verify(tmp_path / id / "audit.jsonl"), "")
+        found.append(epsilon_of(account.with_(()), 1e-5, "rdp"))
+    assert max(found) == pytest.approx(run.metrics[-1]["privacy"]["epsilon"])
+
+
+# A server that does not keep to what it said --------------------------------------------------------------------------
+class Asked:
+    """A node in the midst of a run, of which a hostile server asks more. `said`: what the honest one asked last."""
+
+    def __init__(self, tmp_path: Path, site: dict[str, Any], **changes: Any) -> None:
+        self.federation = Federation(tmp_path, {"site_1": site})
+        self.said: dict[str, Envelope] = {}
+
+        def listening(handle: Handle) -> Handle:
+            def handles(envelope: Envelope) -> Envelope:
+                key = str(envelope.head.get("what", envelope.head["ask"]))
+                if key != "leave":
+                    self.said[key] = envelope
+                    return handle(envelope)
+                return Envelope({"ask": "left"})
+
+            return handles
+
+        self.run = self.federation.serve(small(**changes), {"site_1": listening})
+        self.node: Node = self.federation.nodes["site_1"]
+
+    def again(self, what: str, body: bytes | None = None, **head: Any) -> Envelope:
+        """The same once more, but for this."""
+        said = self.said[what]
+        return self.node.handle(
+            Envelope({**said.head, **head}, said.body if body is None else body)
+        )
+
+    def called(self, name: str, what: str) -> Envelope:
+        """What was asked under that name, by another."""
+        said = self.said[name]
+        head = {**said.head, "what": what, "task": f"f{what}"}
+        return self.node.handle(Envelope(head, said.body))
+
+    def why(self, *args: Any, **head: Any) -> str:
+        answer = self.again(*args, **head)
+        assert answer.head["ask"] == "refused" and answer.body == message("refused").body
+        return str(answer.head["why"])
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return Asked(tmp_path_factory.mktemp("asked"), {"allows": {"rounds": 2, "epochs": 1}})
+
+
+def other(digit: str) -> str:
+    return digit * 64
+
+
+def test_a_task_that_comes_again_is_answered_again_and_one_of_the_same_name_with_another_body_is_not(
+    asked: Asked,
+) -> None:
+    assert asked.again("train").head["ask"] == "done"
+    for change in (
+        {"body": asked.said["train"].body + b" "},
+        {"round": 0},
+        {"work": 0.5},
+        {"base": other("a")},
+    ):
+        assert asked.why("train", **change).endswith("came before, and asked for something else")
+
+
+@pytest.mark.parametrize("what", ["keys", "read", "", "Train"])
+def test_training_is_training_whatever_it_is_called(asked: Asked, what: str) -> None:
+    """It would be neither limited nor charged."""
+    line = f"asked for '{what}', which is nothing that this run's uploads need"
+    assert asked.called("train", what).head["why"] == line
+
+
+def test_a_task_that_has_expired_is_refused(asked: Asked) -> None:
+    assert asked.why("train", expires=1.0).endswith("has expired")
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({"work": 100.0}, "work: found 100"),
+        ({"work": float("nan")}, "work: found nan"),
+        ({"round": 3}, "round 4 of 2"),
+        ({"round": -1}, "round 0 of 2"),
+        (
+            {"round": 1, "again": 1},
+            "allows.rounds: this site has trained 2 times in this run, and is asked once more",
+        ),
+        ({"round": "1"}, "'do': round: found '1'; expected int"),
+        ({"kind": "other"}, "asked to 'other', which this release does not know"),
+        ({"task": "../../etc/passwd"}, "found the name '../../etc/passwd'"),
+    ],
+)
+def test_a_task_that_was_not_agreed_is_refused(
+    asked: Asked, head: dict[str, Any], said: str
+) -> None:
+    assert said in asked.why("train", **{"task": f"b{abs(hash(said))}", **head})
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"x", b"\xff" * 100, encode({"items": {}, "report": {}}, "hetero_fl payload 1")]
+)
+def test_junk_in_place_of_a_broadcast_is_refused(asked: Asked, body: bytes) -> None:
+    """By the limits' rehearsal here; of a payload without a model the method may make what it does of none."""
+    answer = asked.again("train", body, task=other("c"), again=2)
+    assert answer.head["ask"] == "refused"
+
+
+def test_another_configuration_under_the_same_name_is_refused(asked: Asked) -> None:
+    """Two answers under one noise would tell their difference, and two scales of one noise the noise."""
+    terms = asked.said["terms"]
+    from hetero_fl.deployment.messages import body_of
+
+    tree = body_of(terms)
+    tree["config"]["clients"]["defaults"]["batch_size"] = 8
+    said = asked.why("terms", body=message("terms", tree).body)
+    assert (
+        said
+        == "the configuration, the public sets or this site's rows are not those with which it began this run"
+    )
+    tree = body_of(terms)
+    tree["config"]["runtime"]["workers"] = 7
+    assert asked.again("terms", body=message("terms", tree).body).head["ask"] == "told"
+    assert asked.again("roster").head["ask"] == "ready"
+
+
+@pytest.mark.parametrize(
+    "config", [None, [], {}, {"rounds": {}}, "x", {"algorithm": {"name": "fedavg"}, "clients": 3}]
+)
+def test_a_configuration_that_is_none_is_refused(asked: Asked, config: Any) -> None:
+    assert (
+        asked.again("terms", body=message("terms", {"config": config, "public": ""}).body).head[
+            "ask"
+        ]
+        == "refused"
+    )
+    assert asked.again("terms", body=message("terms", {"nothing": 1}).body).head["ask"] == "refused"
+
+
+def test_a_roster_that_makes_others_of_the_clients_is_refused(asked: Asked) -> None:
+    from hetero_fl.deployment.messages import body_of
+
+    tree = body_of(asked.said["roster"])
+    tree["told"]["site_2"]["rows"]["train"] += 1
+    assert asked.why("roster", body=message("roster", tree).body).startswith(
+        "this site makes other clients"
+    )
+
+
+def test_other_public_sets_under_the_same_name_are_refused() -> None:
+    """A model distilled from another proxy set has other gradients, under the same noise."""
+    marks = {mark_of(small(), rows, public) for rows in "ab" for public in "cd"}
+    assert len(marks) == 4
+
+
+def test_another_roster_under_the_same_name_is_refused(asked: Asked) -> None:
+    """The noise multiplier follows from everybody's rows, and with two scales of one noise the noise is known."""
+    from hetero_fl.deployment.messages import body_of
+
+    tree = body_of(asked.said["roster"])
+    # no part of the fingerprint, which the server could make fit anyway
+    tree["told"]["site_2"]["rows"]["test"] += 1
+    said = asked.why("roster", body=message("roster", tree).body)
+    assert said == "what is said of the others' rows is not what was said when it began this run"
+    assert asked.again("roster").head["ask"] == "ready"
+
+
+def test_what_a_site_does_not_share_does_not_leave_whatever_a_plan_makes(asked: Asked) -> None:
+    joined = asked.node.joined
+    assert joined is not None and joined.policy is not None
+    policy = joined.policy
+    tensors = {"backbone.a": torch.zeros(1), "head.b": torch.zeros(1)}
+    upload = Payload({"model": Item(tensors, 1.0, "params")})
+    policy.check_upload(upload)
+    for shares, said in (
+        (["predictions"], "shares: 'model' holds backbone.a; this site shares predictions"),
+        (["backbone"], "shares: 'model' holds head.b; this site shares backbone"),
+        ([], "shares: 'model' holds backbone.a; this site shares nothing"),
+    ):
+        policy.site = asked.node.site.model_copy(update={"shares": shares})
+        with pytest.raises(UserError) as caught:
+            policy.check_upload(upload)
+        assert str(caught.value) == said
+    policy.site = asked.node.site
+    with pytest.raises(UserError, match="'rows' is nothing that fedavg sends"):
+        policy.check_upload(Payload({"rows": torch.zeros(1)}))
+
+
+def test_a_wider_plan_is_stopped_at_the_door(tmp_path: Path) -> None:
+    """A method that sends more than it should, at a site that shares less: what it would send is not encoded."""
+    federation = Federation(tmp_path)
+
+    def narrowing(handle: Handle) -> Handle:
+        def handles(envelope: Envelope) -> Envelope:
+            answer = handle(envelope)
+            joined = federation.nodes["site_1"].joined
+            if (
+                envelope.head["ask"] == "roster"
+                and joined is not None
+                and joined.policy is not None
+            ):
+                joined.policy.site = joined.policy.site.model_copy(update={"shares": ["backbone"]})
+            return answer
+
+        return handles
+
+    run = federation.serve(small(rounds=1), {"site_1": narrowing})
+    assert "shares: 'model' holds head." in run.metrics[0]["failed"]["site_1"]
+
+
+def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
+    """The configuration has enough; the server then asks for a sum of two."""
+    asked = Asked(tmp_path, {"allows": {"cohort": 3}}, channel__secure_sum={"threshold": 3})
+    import numpy as np
+
+    tag = np.zeros(16, np.uint8)
+    two = {"tag": tag, "head": np.array([1, 2], np.int32), "numbers": np.array([1, 2], np.int32)}
+    shares = write({**two, "keys": np.zeros((2, 64), np.uint8)})
+    line = "allows.cohort: a secure sum of 2 clients is asked for; this site wants 3 at least"
+    assert asked.why("shares", shares, task=other("d")) == line
+    unmask = write(
+        {"tag": tag, "survivors": np.array([1, 2], np.int32), "dropped": np.array([3], np.int32)}
+    )
+    assert asked.why("unmask", unmask, task=other("e")) == line
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("allows: {method: [fedavg]}", "allows.method: unknown key; did you mean 'methods'?"),
+        ("allows: {methods: [fedavgg]}", "allows: found method 'fedavgg'; did you mean 'fedavg'"),
+        ("allows: {rounds: 0}", "allows.rounds: must be > 0, got 0"),
+        ("allows: {privacy: {delta: 1e-5}}", "allows.privacy.epsilon: missing"),
+        ("allows: {own_code: [os]}", "allows: found own_code 'os'; write python:"),
+    ],
+)
+def test_mistakes_in_a_sites_file_are_one_line(written: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(f"client: site_1\n{written}\n")
+    with pytest.raises(UserError) as caught:
+        load_site(file)
+    assert str(file) in str(caught.value) and said in str(caught.value)
+
+
+def test_the_file_of_the_page_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trust.md").read_text(encoding="utf-8")
+    file = tmp_path / "site.yaml"
+    file.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    site, folder = load_site(file)
+    assert (
+        site.allows.privacy is not None
+        and site.allows.privacy.epsilon == 8
+        and folder == (tmp_path / "state").resolve()
+    )
+    assert all(getattr(site.allows, key) is not None for key in type(site.allows).model_fields)

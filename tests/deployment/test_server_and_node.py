@@ -1,0 +1,275 @@
+"""What is around a run across machines: who is told what, how it is ended, whose rows these are."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hetero_fl.config.data import SourceConfig
+from hetero_fl.deployment import messages
+from hetero_fl.deployment.config import SiteConfig, TellsConfig
+from hetero_fl.deployment.messages import Envelope, Loopback
+from hetero_fl.deployment.monitoring import Log, Status, read_status
+from hetero_fl.deployment.node import Node, _Attended, _ending
+from hetero_fl.deployment.server import _ending as _server_ending
+from hetero_fl.deployment.server import serve
+from hetero_fl.experiment import run
+from hetero_fl.reporting.run import Run
+from hetero_fl.utils.errors import Interrupted, RunFailed, UserError
+from tests.helpers.nodes import LONG, Clock
+from tests.helpers.small_federations import changed, config
+
+ALL = TellsConfig(labels=True, details=True, model=True)
+QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
+
+
+class Sites:
+    """Nodes of `site_1` … over a loopback of their own, with what they logged."""
+
+    def __init__(self, folder: Path, sites: list[SiteConfig], once: bool = False) -> None:
+        self.folder, self.sites, self.once = folder, sites, once
+        self.stops: list[threading.Event] = []
+        self.lines: list[str] = []
+        self.refused: list[_Attended] = []
+
+    def gathered(
+        self, change: Callable[[Envelope], Envelope] = lambda envelope: envelope
+    ) -> Loopback:
+        """All of them, at a new server. `change`: of an answer of the first's."""
+        loopback = Loopback()
+        for index, site in enumerate(self.sites):
+            self.stops.append(threading.Event())
+            log = Log()
+            log.__class__ = type(
+                "Kept", (Log,), {"__call__": lambda _, line, **about: self.lines.append(line)}
+            )
+            node = Node(site, self.folder / site.client, log)
+            attended = _Attended(node, log, self.stops[-1], self.once)
+            self.refused.append(attended)
+            asked = attended.handle
+            loopback.join((lambda e, asked=asked: change(asked(e))) if index == 0 else asked)
+        return loopback
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Sites:
+    clients = ["site_1", "site_2", "site_3"]
+    return Sites(tmp_path / "sites", [SiteConfig(client=client, tells=ALL) for client in clients])
+
+
+def same_models(a: Run, b: Run) -> bool:
+    files = sorted(path.name for path in (a.path / "models").iterdir())
+    assert len(files) >= 3 and files == sorted(path.name for path in (b.path / "models").iterdir())
+    return all(
+        (a.path / "models" / f).read_bytes() == (b.path / "models" / f).read_bytes() for f in files
+    )
+
+
+def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> None:
+    said: list[str] = []
+    finished = serve(
+        config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, say=said.append
+    )
+    tree = read_status(tmp_path / "out")
+    assert tree["phase"] == "done" and tree["round"] == 2
+    assert all(node["here"] for node in tree["nodes"].values()) and len(tree["nodes"]) == 3
+    up, down = (
+        sum(record[name] for record in finished.metrics) for name in ("up_bytes", "down_bytes")
+    )
+    assert (tree["up_bytes"], tree["down_bytes"]) == (up, down)
+    assert (
+        sorted(said)
+        == [f"site_{i} is here" for i in (1, 2, 3)]
+        == sorted(e["message"] for e in tree["events"])
+    )
+    assert sites.lines.count("let go") == 3
+    assert not any(stop.is_set() for stop in sites.stops), "a node waits for the next run"
+
+
+def test_a_node_of_another_version_is_refused_in_one_line(
+    sites: Sites, tmp_path: Path, clock: Clock
+) -> None:
+    def older(answer: Envelope) -> Envelope:
+        if answer.head["ask"] == "here":
+            return Envelope({**answer.head, "torch": "1.0"}, answer.body)
+        return answer
+
+    said: list[str] = []
+    with pytest.raises(RunFailed, match="not there after 300 s: site_1"):
+        serve(
+            config(**QUIET),
+            sites.gathered(older),
+            out=tmp_path / "out",
+            wait=LONG,
+            say=clock.after(3, said),
+        )
+    line = f"torch '1.0', but '{messages.versions()['torch']}' here"
+    assert f"refused a node that says it is 'site_1': {line}" in said
+    assert sites.stops[0].wait(LONG) and sites.refused[0].refused == line, (
+        "its process ends, and says why"
+    )
+    assert not sites.stops[1].is_set()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_ends_a_server_after_the_round_in_hand(
+    signals: int, sites: Sites, tmp_path: Path
+) -> None:
+    """Once more: at once, and the round is held again. What is left is gone on with to the same bits."""
+    source, out = config(rounds=3, **QUIET), tmp_path / "out"
+    status, log = Status(out, ["site_1", "site_2", "site_3"]), Log("json")
+
+    def term(answer: Envelope) -> Envelope:
+        if (
+            answer.head.get("what") == "upload"
+            and status.tree()["phase"] == "running"
+            and status.round == 1
+        ):
+            signal.raise_signal(signal.SIGTERM)
+            while status.tree()["phase"] == "running":
+                time.sleep(0.01)
+            if signals == 2:
+                signal.raise_signal(signal.SIGTERM)
+        return answer
+
+    with _server_ending(status, log) as after_round, pytest.raises(Interrupted):
+        loopback = sites.gathered(term)
+        serve(source, loopback, out=out, wait=LONG, callbacks=[after_round], status=status)
+    held = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert held == ([1, 2] if signals == 1 else [1])
+    assert read_status(out)["phase"] == "interrupted"
+    assert "let go" not in sites.lines, "nodes wait for a server that was interrupted"
+    resumed = serve(source, sites.gathered(), out=out, resume=True, wait=LONG)
+    assert same_models(resumed, run(source, out=tmp_path / "simulation"))
+    assert read_status(out)["up_bytes"] == sum(record["up_bytes"] for record in resumed.metrics)
+
+
+def test_sigterm_at_a_node_is_polite_once() -> None:
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), _ending(Log("json"), stop):
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.wait(LONG)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_once_ends_a_node_when_a_run_is_over_but_not_when_one_is_interrupted(
+    sites: Sites, tmp_path: Path
+) -> None:
+    sites.once = True
+
+    def stop(record: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, callbacks=[stop])
+    assert not any(stop.is_set() for stop in sites.stops)
+    serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", resume=True, wait=LONG)
+    assert all(stop.is_set() for stop in sites.stops[3:]) and not any(
+        sites.refused[i].refused for i in range(6)
+    )
+
+
+@pytest.fixture
+def own_files(tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """A part of the digits for each of three sites; `public` is another."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = digits.images.astype(np.float32) / 16, digits.target
+    parts = {
+        "public": (0, 500),
+        "site_1": (500, 700),
+        "site_2": (700, 1000),
+        "site_3": (1000, 1400),
+    }
+    for name, (first, last) in parts.items():
+        more = (
+            {"test_images": images[1400:], "test_labels": labels[1400:]} if name == "public" else {}
+        )
+        train = {"train_images": images[first:last], "train_labels": labels[first:last]}
+        np.savez(tmp_path / f"{name}.npz", **train, **more)
+    yield {name: tmp_path / f"{name}.npz" for name in parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hybrid", "fedavg"])
+def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
+    method: str, own_files: dict[str, Path], tmp_path: Path
+) -> None:
+    source = config(method, **QUIET)
+    source["data"] = {"name": "npz", "path": str(own_files["public"]), "proxy": {"size": 100}}
+    clients = ["site_1", "site_2", "site_3"]
+    theirs = {client: SourceConfig(name="npz", path=str(own_files[client])) for client in clients}
+    far = Sites(
+        tmp_path / "sites", [SiteConfig(client=c, tells=ALL, data=theirs[c]) for c in clients]
+    )
+    there = serve(source, far.gathered(), out=tmp_path / "federation", wait=LONG)
+    each = [
+        {"match": client, "data": {"name": "npz", "path": theirs[client].path}}
+        for client in clients
+    ]
+    here = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
+    for key in ("personal", "global", "server", "clients", "communication"):
+        assert there.summary[key] == here.summary[key], key
+    assert same_models(there, here)
+
+
+def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path) -> None:
+    wards = {"public": ["A", "B"], "site_1": ["A", "C"], "site_2": ["B"], "site_3": ["1", "2"]}
+    for seed, (name, values) in enumerate(wards.items()):
+        draws = np.random.default_rng(seed)
+        table = pd.DataFrame({"crp": draws.normal(size=80), "ward": draws.choice(values, 80)})
+        table.assign(ill=np.where(table.crp > 0, "yes", "no")).to_csv(
+            tmp_path / f"{name}.csv", index=False
+        )
+    groups = [{"name": "site", "count": 3, "model": "tabular"}]
+    data = {
+        "name": "table",
+        "path": str(tmp_path / "public.csv"),
+        "label": "ill",
+        "proxy": {"size": 20},
+    }
+    source = {**config("fedmd", **QUIET), "data": data, "clients": {"groups": groups}}
+    theirs = {
+        c: {"name": "table", "path": str(tmp_path / f"{c}.csv"), "label": "ill"}
+        for c in wards
+        if c != "public"
+    }
+    sites = [SiteConfig(client=c, tells=ALL, data=SourceConfig(**theirs[c])) for c in theirs]
+
+    there = serve(
+        source, Sites(tmp_path / "sites", sites).gathered(), out=tmp_path / "federation", wait=LONG
+    )
+    each = [{"match": client, "data": theirs[client]} for client in theirs]
+    here = run(changed(source, clients__overrides=each), out=tmp_path / "simulation")
+
+    assert same_models(there, here)
+    assert there.models["site_1"].categories == (("ward", ("A", "B")),)
+    del source["data"]["path"]
+    with pytest.raises(
+        UserError, match=r"^data\.path: missing; .* which real sites do not bring together"
+    ):
+        serve(
+            source, Sites(tmp_path / "others", sites).gathered(), out=tmp_path / "none", wait=LONG
+        )
+
+
+def test_attended_node_answers_a_task_whose_round_is_no_number(sites: Sites) -> None:
+    sites.gathered().close()
+    answer = sites.refused[0].handle(
+        Envelope({"ask": "do", "run": "r", "round": "first", "what": "\x1b[2J"})
+    )
+    assert answer.head["ask"] == "unready" and "\\x1b[2J: unready" in sites.lines[-1]

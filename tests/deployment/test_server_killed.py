@@ -1,0 +1,141 @@
+"""The server dies in the middle of rounds, and goes on: the same bits as without. Bytes are counted once for each task of the
+rounds that were committed; what is said again after a crash is not."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.deployment.messages import Envelope
+from hetero_fl.deployment.node_storage import KEPT, Lost, Vault
+from hetero_fl.experiment import run
+from tests.deployment.test_secure_aggregation import Heard
+from tests.helpers.nodes import QUICK, Clock, Killed, Sites, federation, records, same
+from tests.helpers.small_federations import MIXED, TOP, config
+
+CLIENTS = ["site_1", "site_2", "site_3"]
+KINDS: dict[str, dict[str, Any]] = {
+    "hybrid": config("hybrid", MIXED, rounds=3, channel=TOP, algorithm__heads="keep"),
+    "fedavg": config("fedavg", rounds=3, clients__per_round=2),
+    "secure sum": config("fedper", rounds=3, channel={"secure_sum": {"threshold": 2}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_any_message_and_again(kind: str, tmp_path: Path) -> None:
+    made, draw = KINDS[kind], random.Random(kind)
+    sites = Sites(CLIENTS, tmp_path / "sites")
+    # 9 messages until all are ready; then 3 to 12 a round, and 3 to read
+    deaths = [11, *(9 + draw.randint(1, 14) for _ in range(3))]
+    same(
+        federation(made, sites, tmp_path / "there", deaths),
+        run({**made, **QUICK}, out=tmp_path / "here"),
+    )
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_falls_back_finds_the_states_that_it_names(tmp_path: Path) -> None:
+    made = KINDS["hybrid"]
+    sites = Sites(CLIENTS, tmp_path / "sites")
+    out = tmp_path / "there"
+
+    def die(record: dict[str, Any]) -> None:
+        if record["round"] == 2:
+            newest = out / "checkpoint" / "round-000002.ckpt"
+            newest.write_bytes(newest.read_bytes()[:-1])
+            sites.transport.last = 0
+            raise Killed
+
+    with pytest.raises(Killed):
+        federation(made, sites, out, callbacks=[die])
+    sites = Sites(CLIENTS, tmp_path / "sites")
+    there = federation(made, sites, out)
+    assert "is damaged" in (out / "log.txt").read_text() and not any(
+        "anew" in record for record in records(there)
+    )
+    same(there, run({**made, **QUICK}, out=tmp_path / "here"))
+
+
+def test_who_has_lost_its_state_begins_anew_and_is_counted(tmp_path: Path) -> None:
+    sites = Sites(CLIENTS, tmp_path / "sites")
+
+    def lose(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            for file in (tmp_path / "sites" / "site_2").rglob("state-*"):
+                file.unlink()
+
+    there = federation(KINDS["hybrid"], sites, tmp_path / "there", callbacks=[lose])
+    assert [record.get("anew") for record in records(there)] == [None, ["site_2"], None]
+    assert all(record["counts"]["arrived"] == 3 for record in records(there))
+
+
+def test_it_goes_on_without_who_has_gone_meanwhile(tmp_path: Path, clock: Clock) -> None:
+    made, sites = KINDS["fedavg"], Sites(CLIENTS, tmp_path / "sites")
+    # all are ready, a round and its reading, and one task of the next
+    sites.transport.last = 9 + 2 + 3 + 1
+    with pytest.raises(Killed):
+        federation(made, sites, tmp_path / "there", closing=False)
+    sites.stop("site_3")
+    back = [lambda record: sites.start("site_3") if record["round"] == 2 else None]
+    there = records(
+        federation(made, sites, tmp_path / "there", say=clock.after(2, []), callbacks=back)
+    )
+    assert [record.get("unread") for record in there] == [
+        None,
+        {"site_3": "its node is not there"},
+        None,
+    ]
+
+
+@pytest.mark.slow
+def test_nodes_are_told_which_states_the_server_may_go_back_to(tmp_path: Path) -> None:
+    """From the second round on those of the two newest checkpoints; of a server started anew, of the one that it has read."""
+    heard = Heard()
+    federation(
+        KINDS["hybrid"], Sites(CLIENTS, tmp_path / "sites", transport=heard), tmp_path / "there"
+    )
+    for node in {node for node, _ in heard.tasks}:
+        heads = [envelope.head for to, envelope in heard.tasks if to == node]
+        bases = [str(head["base"]) for head in heads]
+        assert bases[0] == "" and len(set(bases)) == 3
+        assert [set(str(head["spare"]).split(",")) for head in heads] == [
+            {""},
+            {bases[1]},
+            {bases[1], bases[2]},
+        ]
+
+
+@pytest.mark.slow
+def test_no_more_states_are_spared_than_a_server_may_go_back_to(tmp_path: Path) -> None:
+    """Else it could have a disk filled."""
+    every: dict[str, list[str]] = {}
+
+    class Greedy(Heard):
+        def push(self, node: int, envelope: Envelope, within: float) -> str:
+            if envelope.head["ask"] == "do":
+                known = every.setdefault(str(node), [])
+                known.append(str(envelope.head["base"]))
+                envelope = Envelope({**envelope.head, "spare": ",".join(known)}, envelope.body)
+            return super().push(node, envelope, within)
+
+    made = {**KINDS["hybrid"], "rounds": 3 * KEPT, "evaluation": {"every": 3 * KEPT}}
+    federation(made, Sites(CLIENTS, tmp_path / "sites", transport=Greedy()), tmp_path / "there")
+    (folder,) = (tmp_path / "sites" / "site_1" / "runs").iterdir()
+    assert len(list(folder.glob("state-*"))) <= 2 * KEPT
+
+
+def test_states_that_checkpoints_name_are_spared(tmp_path: Path) -> None:
+    vault = Vault(tmp_path)
+    first = vault.keep(b"first")
+    names = [vault.keep(bytes([i]), spare=[first]) for i in range(2 * KEPT)]
+    assert vault.state(first) == b"first" and vault.state(names[-KEPT]) == bytes([KEPT])
+    with pytest.raises(Lost, match="is not here any more"):
+        vault.state(names[0])
+    for i in range(KEPT):
+        vault.keep(bytes([i]))
+    with pytest.raises(Lost):
+        vault.state(first)

@@ -1,0 +1,36 @@
+"""The rows of each step of a local fit."""
+
+from __future__ import annotations
+
+import torch
+
+from hetero_fl.core.objectives import Supervised
+from hetero_fl.core.plan import Fit
+from hetero_fl.engine.batches import index_batches
+
+STREAM = (0, 3, "site_1", "train", 0)
+
+
+def fit(**settings: int) -> Fit:
+    return Fit({"model": None}, Supervised(), **settings)
+
+
+def test_index_batches_shuffles_all_rows_anew_in_each_epoch() -> None:
+    batches = index_batches(12, fit(batch_size=4, epochs=3), STREAM)
+
+    orders = [torch.cat(batches[i : i + 3]).tolist() for i in (0, 3, 6)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_index_batches_of_steps_shuffle_anew_when_all_rows_were_seen() -> None:
+    order = torch.cat(index_batches(12, fit(batch_size=4, steps=6), STREAM)).tolist()
+
+    assert sorted(order[:12]) == sorted(order[12:]) == list(range(12))
+    assert order[:12] != order[12:]
+
+
+def test_index_batches_joins_a_last_row_that_is_alone_to_the_batch_before() -> None:
+    sizes = [[len(b) for b in index_batches(n, fit(batch_size=4), STREAM)] for n in (1, 9, 10)]
+
+    assert sizes == [[1], [4, 5], [4, 4, 2]]

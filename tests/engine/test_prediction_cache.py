@@ -1,0 +1,195 @@
+"""Equal models are evaluated once, and what is remembered never decides a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.aggregation import Uploads
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.plan import ClassSums, Predict, Rows
+from hetero_fl.data.federated_data import ColumnCache
+from hetero_fl.engine.prediction_cache import make_performer
+from hetero_fl.engine.serial import Serial
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.executors.base import chunks
+from hetero_fl.federation.state_store import Private
+from hetero_fl.federation.synchronous import Rounds
+from tests.helpers.small_federations import MIXED, config, rounds_of
+
+CPU = torch.device("cpu")
+
+
+def clients(**changes: Any) -> list[Participant]:
+    rounds = rounds_of(config("fedavg", "mlp", clients=6, **changes), held=0)
+    return [rounds.federation.client(id, rounds.store.get(id), 0) for id in rounds.federation.cards]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The work that `Serial` is given from now on: pairs of participant and step."""
+    seen: list[Any] = []
+    perform = Serial.perform
+    monkeypatch.setattr(
+        Serial, "perform", lambda self, work: seen.extend(work) or perform(self, work)
+    )
+    return seen
+
+
+def predictions(work: list[Any], name: str) -> int:
+    """How many of the steps predict on the set of that name."""
+    return sum(isinstance(step, Predict) and step.data.name == name for _, step in work)  # type: ignore[union-attr]
+
+
+def test_equal_models_are_evaluated_once(computed: list[Any]) -> None:
+    rounds = rounds_of(config("fedavg", "mlp", clients=6), held=1)
+    computed.clear()
+    rounds.evaluate()
+    assert predictions(computed, "common_test") == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_views_that_are_forgotten_are_not_mistaken_for_one_another(chunk: int) -> None:
+    """Columns that a cache lets go may leave their address to the next ones."""
+    people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
+    for participant in people:
+        participant.models["model"] = people[0].models["model"]
+    made = prepare(
+        config("fedavg", "mlp", clients=6, clients__defaults={"preprocess": {"normalize": "own"}})
+    )
+    made.federation.data._public_columns = ColumnCache(1)
+    fresh = [made.federation.client(p.id, Private(), 0) for p in people]
+    work = [(p, Predict("model", Rows("common_test"))) for p in fresh]
+    together = make_performer(CPU, chunk).perform(work)
+    for one, (p, step) in zip(together, work, strict=True):
+        assert torch.allclose(one, Serial(CPU).perform([(p, step)])[0], atol=1e-6)
+
+
+def test_a_model_changed_in_place_is_another_one() -> None:
+    (participant, *_), performer = clients(), make_performer(CPU)
+    step = Predict("model", Rows("common_test"))
+    before = performer.perform([(participant, step)])[0].clone()
+    for tensor in participant.models["model"].values():
+        tensor.mul_(2)
+    assert not torch.equal(performer.perform([(participant, step)])[0], before)
+
+
+def test_what_is_remembered_does_not_change_whom_others_are_computed_with() -> None:
+    people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
+    work = [(p, Predict("model", Rows("common_test"))) for p in people[:2]]
+    cold, warm = make_performer(CPU, 16), make_performer(CPU, 16)
+    warm.perform(work[:1])
+    assert all(
+        torch.equal(a, b) for a, b in zip(cold.perform(work), warm.perform(work), strict=True)
+    )
+
+
+def test_predictions_on_no_rows_can_be_made_together() -> None:
+    work = [
+        (p, Predict("model", Rows("train", rows=torch.tensor([], dtype=torch.int64))))
+        for p in clients()[:3]
+    ]
+    assert [tuple(z.shape) for z in make_performer(CPU, 16).perform(work)] == [(0, 10)] * 3
+    assert isinstance(work[0][1], Predict) and not isinstance(work[0][1], ClassSums)
+
+
+def test_chunks_stand_in_the_order_in_which_results_are_wanted() -> None:
+    rounds = rounds_of(config("local", MIXED, clients=6), held=0)
+    made = chunks(rounds.federation.cards, rounds.federation.cards, 2)
+    firsts = [list(rounds.federation.cards).index(chunk[0]) for chunk in made]
+    assert firsts == sorted(firsts) and sorted(id for chunk in made for id in chunk) == sorted(
+        rounds.federation.cards
+    )
+
+
+class Noisy(FedAvg):
+    """Its broadcast draws."""
+
+    def broadcast(self, server: Participant, card: Any) -> Any:
+        items = super().broadcast(server, card)
+        key = server.stream("noise")
+        noise = torch.randn((), generator=torch.Generator().manual_seed(hash(str(key)) % 2**31))
+        SEEN.append((card.id, float(noise)))
+        return items
+
+
+SEEN: list[tuple[str, float]] = []
+
+
+def test_what_a_broadcast_draws_is_the_clients_own_however_often_it_is_made() -> None:
+    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    SEEN.clear()
+    rounds.algorithm = rounds.expectations.algorithm = Noisy()
+    rounds.round()
+    drawn: dict[str, set[float]] = {}
+    for client, value in SEEN:
+        drawn.setdefault(client, set()).add(value)
+    assert len(SEEN) > len(drawn) and all(len(values) == 1 for values in drawn.values())
+    assert len(set.union(*drawn.values())) == len(drawn)
+
+
+class Failing(FedAvg):
+    """Its aggregation fails."""
+
+    def aggregate(self, server: Participant, uploads: Uploads) -> Iterator[Any]:  # type: ignore[override]
+        yield from ()
+        raise RuntimeError("no")
+
+
+def test_a_round_that_fails_leaves_nothing_behind() -> None:
+    rounds: Rounds = rounds_of(config("fedper", "mlp"), held=1)
+    tree, kept = rounds.tree(), {id: rounds.store.stamp(id) for id in rounds.federation.cards}
+    rounds.algorithm = rounds.expectations.algorithm = Failing()
+    with pytest.raises(Exception, match="no"):
+        rounds.round()
+    rounds.store.commit()
+    assert rounds.tree()["traffic"] == tree["traffic"]
+    assert {id: rounds.store.stamp(id) for id in rounds.federation.cards} == kept
+
+
+def test_state_handed_to_a_client_may_be_changed_in_place() -> None:
+    rounds = rounds_of(config("local", "mlp"), held=1)
+    private = rounds.store.get("site_1")
+    private.state["seen"] = torch.zeros(2)
+    rounds.federation.client("site_1", private, 1).state["seen"].add_(1)
+    assert torch.equal(private.state["seen"], torch.zeros(2))
+
+
+def test_every_member_of_an_ensemble_is_asked_once_about_the_common_rows(
+    computed: list[Any],
+) -> None:
+    rounds = rounds_of(config("ensemble", "mlp", clients=6), held=1)
+    computed.clear()
+    rounds.evaluate()
+    assert predictions(computed, "common_test") == 6
+
+
+def test_several_outputs_of_one_model_on_the_same_rows_take_one_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    participant, other, *_ = clients()
+    some = torch.arange(5)
+    work = [
+        (participant, Predict("model", readout="features")),
+        (participant, Predict("model")),
+        (participant, ClassSums("model", readout="features")),
+        (participant, Predict("model", Rows("train", rows=some))),  # other rows
+        # another model
+        (participant, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),
+        # another's rows
+        (other, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),
+    ]
+    serial, passes = Serial(CPU), []
+    alone = [serial.perform([one])[0] for one in work]
+    module = serial.templates(participant.arch["model"], "model").module
+    module.register_forward_hook(lambda *_: passes.append(1))
+    sent = serial.templates(participant.arch["model"], "").module
+    sent.register_forward_hook(lambda *_: passes.append(1))
+    together = serial.perform(work)
+    assert len(passes) == 4
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

@@ -1,0 +1,95 @@
+"""Batched against serial, whole runs: every method on a mixed federation with ragged clients, BatchNorm and dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero_fl.communication.protocol import Direct
+from hetero_fl.engine.driver import Performer
+from hetero_fl.engine.serial import Serial
+from hetero_fl.engine.vectorized import Batched
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.client_runtime import Site
+from hetero_fl.federation.executors.base import InProcess
+from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.synchronous import Rounds
+from tests.federation.test_synchronous import METHODS
+from tests.helpers.small_federations import config
+
+CPU = torch.device("cpu")
+QUICK = {
+    "fedavg",
+    "scaffold",
+    "fedprox",
+    "ditto",
+    "heterofl",
+    "fedmd",
+    "feddf",
+    "fd",
+    "fml",
+    "fedproto",
+    "hybrid",
+}
+MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24], "dropout": 0.3}]
+
+
+def held(source: dict[str, Any], performer: Performer) -> Rounds:
+    """A run of three rounds, all clients of an architecture in lockstep."""
+    prepared = prepare(source)
+    site = Site(prepared.method, prepared.federation, Store(), performer, Direct())
+    rounds = Rounds(prepared.method, prepared.federation, InProcess(site, chunk=100))
+    for _ in range(3):
+        rounds.round()
+    return rounds
+
+
+def tensors(rounds: Rounds) -> dict[tuple[str, str, str], Tensor]:
+    """Every tensor that a run has made."""
+    found = {("server", s, n): t for s, m in rounds.server.models.items() for n, t in m.items()}
+    for id in rounds.federation.cards:
+        found |= {
+            (id, s, n): t for s, m in rounds.store.get(id).models.items() for n, t in m.items()
+        }
+    return found
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
+def test_batched_and_serial_runs_agree(method: str) -> None:
+    source = config(
+        method,
+        MODELS,
+        clients=6,
+        server={"model": "linear"},
+        data__train_limit=420,
+        data__partition__min_size=18,
+    )
+    agree(source)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["fedavg", "fedproto"])
+def test_dropped_channels_and_a_head_with_dropout_too(method: str) -> None:
+    agree(config(method, "fedproto_cnn", clients=3, clients__defaults__preprocess={"resize": 16}))
+
+
+def agree(source: dict[str, Any]) -> None:
+    """The course of a run batched and serial."""
+    said: list[str] = []
+    one, many = held(source, Serial(CPU)), held(source, Batched(CPU, said.append))
+    assert said == []
+    ours, theirs = tensors(many), tensors(one)
+    assert ours.keys() == theirs.keys() and ours
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-8, atol=1e-8, msg=str(name))
+    a, b = one.evaluate(), many.evaluate()
+    assert {c: r.scores for c, r in a.clients.items()} == {
+        c: {n: pytest.approx(s, abs=1e-8) for n, s in r.scores.items()}
+        for c, r in b.clients.items()
+    }

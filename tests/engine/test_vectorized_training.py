@@ -1,0 +1,353 @@
+"""Single fits, batched against serial: everything that a `Fit` can ask for, in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero_fl.config.base import OptimizerConfig
+from hetero_fl.config.clients import AugmentConfig, ClientSettings
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.objectives import (
+    Batch,
+    Digest,
+    Nets,
+    Objective,
+    Rehearsal,
+    Supervised,
+    divergence,
+)
+from hetero_fl.core.participant import Columns, Participant
+from hetero_fl.core.plan import ClassSums, Draws, Fit, FitReport, Predict, Rows, Step, Table
+from hetero_fl.core.task import Task
+from hetero_fl.engine import vectorized, vectorized_training
+from hetero_fl.engine.batches import index_batches, step_count
+from hetero_fl.engine.driver import Diverged
+from hetero_fl.engine.serial import Serial
+from hetero_fl.engine.vectorized import Batched
+from hetero_fl.utils.seeding import generator
+
+CPU = torch.device("cpu")
+# with a batch of 8: full ones, one left over, short ones; 5, 4, 2, 5 and 3 steps
+SIZES = (40, 33, 17, 40, 21)
+TASK = Task("multiclass", 4)
+PUBLIC = {"x": torch.rand(24, 1, 8, 8, dtype=torch.float64, generator=generator("public"))}
+
+
+@pytest.fixture(autouse=True)
+def double(float64: None) -> None:
+    """All of this file in double precision."""
+
+
+def arch(name: str = "cnn", **options: Any) -> Architecture:
+    return Architecture.of(name, TASK.outputs, (1, 8, 8), options=options)
+
+
+SMALL = {"width": 4}
+
+
+def clients(of: Architecture, sizes: tuple[int, ...] = SIZES) -> list[Participant]:
+    made = []
+    for i, n in enumerate(sizes):
+        g = generator("rows", i)
+        columns = {
+            "x": torch.rand(n, 1, 8, 8, generator=g),
+            "y": torch.randint(TASK.outputs, (n,), generator=g),
+        }
+        models = {slot: of.initial(7 + k) for k, slot in enumerate(("model", "other"))}
+        made.append(
+            Participant(
+                id=f"site_{i}",
+                task=TASK,
+                arch={"model": of, "other": of},
+                models=models,
+                data=lambda name, through, c=columns: PUBLIC if name == "proxy" else c,
+                settings=ClientSettings(),
+                counts=torch.zeros(TASK.outputs),
+            )
+        )
+    return made
+
+
+Make = Callable[[Participant], Step]
+
+
+def both(of: Architecture, make: Make, sizes: tuple[int, ...] = SIZES, times: int = 1) -> list[Any]:
+    """The results, after both performers have been found to do the same to all participants."""
+    one, many = clients(of, sizes), clients(of, sizes)
+    said: list[str] = []
+    serial, batched = Serial(CPU), Batched(CPU, said.append)
+    for _ in range(times):
+        expected = serial.perform([(p, make(p)) for p in one])
+        found = batched.perform([(p, make(p)) for p in many])
+    assert said == []
+    agree(found, expected)
+    agree([(p.models, p.state, p.uses) for p in many], [(p.models, p.state, p.uses) for p in one])
+    return found
+
+
+def agree(found: Any, expected: Any) -> None:
+    """Trees of one form, their numbers equal to 1e-8."""
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for k, v in expected.items():
+            agree(found[k], v)
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            agree(a, b)
+    elif isinstance(expected, FitReport):
+        assert (found.steps, found.examples) == (expected.steps, expected.examples)
+        assert found.loss == pytest.approx(expected.loss, abs=1e-8)
+    else:
+        assert found == expected
+
+
+FIT = Fit(
+    {"model": None}, Supervised(), batch_size=8, optimizer=OptimizerConfig(name="sgd", lr=0.05)
+)
+OPTIMIZERS = {
+    "sgd": OptimizerConfig(name="sgd", lr=0.05, weight_decay=0.01),
+    "nesterov": OptimizerConfig(name="sgd", lr=0.05, momentum=0.9, nesterov=True),
+    "adam": OptimizerConfig(lr=0.01, weight_decay=0.01),
+    "adamw": OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.1),
+    "head": OptimizerConfig(name="sgd", lr=0.05, head_lr=0.5, momentum=0.5),
+    "clipped": OptimizerConfig(name="sgd", lr=0.5, clip_norm=0.3),
+}
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers_whose_state_lives_on(optimizer: str, norm: str) -> None:
+    fit = replace(FIT, optimizer=OPTIMIZERS[optimizer], keep="local")
+    both(arch(width=4, norm=norm), lambda p: fit, times=2)
+
+
+CASES: dict[str, Make] = {
+    "epochs": lambda p: replace(FIT, epochs=3),
+    "steps": lambda p: replace(FIT, steps=6),
+    "the head alone": lambda p: replace(FIT, train={"model": ("head.",)}),
+    "weights of classes": lambda p: replace(
+        FIT, given={"class_weights": torch.tensor([1.0, 2.0, 0.5, 1.0])}
+    ),
+    "own priors": lambda p: replace(
+        FIT, given={"log_prior": torch.rand(4, generator=generator(p.id))}
+    ),
+    "augmented": lambda p: replace(FIT, augment=AugmentConfig(crop=1, flip=True, rotate=10)),
+    "drift": lambda p: replace(
+        FIT, drift={"model": {"head.bias": torch.rand(4, generator=generator(p.id))}}
+    ),
+    "as another": lambda p: replace(FIT, as_id="somebody"),
+    "annealed": lambda p: replace(FIT, anneal=True),
+    "public rows": lambda p: replace(
+        FIT,
+        objective=Digest(),
+        data=Rows("proxy", beside={"teacher": torch.rand(24, 4, generator=generator(p.id))}),
+    ),
+    "a table": lambda p: replace(FIT, data=Table(p.data("train", None))),
+    "draws": lambda p: replace(FIT, data=Draws(drawn, 6), steps=4),
+    "rehearsal": lambda p: replace(FIT, objective=Rehearsal(), beside={"public": Draws(taught, 5)}),
+    "mutual": lambda p: replace(
+        FIT, objective=Mutual(), train={"model": None, "other": ("head.",)}
+    ),
+    "frozen": lambda p: replace(FIT, objective=Mutual(), frozen=("other",)),
+}
+
+
+def drawn(g: torch.Generator, size: int) -> Columns:
+    return {
+        "x": torch.rand(size, 1, 8, 8, generator=g),
+        "y": torch.randint(4, (size,), generator=g),
+    }
+
+
+def taught(g: torch.Generator, size: int) -> Columns:
+    return {
+        "x": PUBLIC["x"][torch.randint(24, (size,), generator=g)],
+        "teacher": torch.rand(size, 4, generator=g),
+    }
+
+
+@dataclass(frozen=True)
+class Mutual(Objective):
+    """Two models of a client learn from the rows and from one another; the second's head reads the first's features."""
+
+    def loss(self, nets: Nets, batch: Batch, given: Any) -> Tensor:
+        one, other = nets.model(batch.x), nets.other(batch.x)
+        gap = divergence(
+            "multiclass", one.logits, nets.other.head(one.features)
+        ) + other.logits.square().mean(-1)
+        return torch.nn.functional.cross_entropy(one.logits, batch.y, reduction="none") + gap
+
+
+@pytest.mark.parametrize("large", [2**14, 0])
+def test_large_linear_layers_have_a_rule_of_their_own(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectorized_training, "LARGE", large)
+    both(arch("mlp", hidden=(260, 12)), lambda p: FIT)
+    both(
+        arch("transformer", width=8, depth=1),
+        lambda p: replace(FIT, frozen=("other",), objective=Mutual()),
+    )
+
+
+@pytest.mark.parametrize("model", ["batch norm", "dropout"])
+@pytest.mark.parametrize("case", CASES)
+def test_everything_that_a_fit_can_ask_for(case: str, model: str, stacks: list[int]) -> None:
+    of = arch(width=4) if model == "batch norm" else arch("mlp", hidden=(12,), dropout=0.4)
+    both(of, CASES[case])
+    assert stacks == ([2] if case == "annealed" else [5])  # the rate falls with the number of steps
+
+
+def test_slower_participants_take_fewer_steps() -> None:
+    def make(p: Participant) -> Fit:
+        p.work = 0.5 if p.id in ("site_0", "site_4") else 1.0
+        return FIT
+
+    assert [r.steps for r in both(arch(width=4), make)] == [2, 4, 2, 5, 1]
+
+
+def test_serial_and_batched_runs_resume_one_another() -> None:
+    fit = replace(FIT, optimizer=OPTIMIZERS["adam"], keep="local")
+    one, many = clients(arch(width=4)), clients(arch(width=4))
+    first, second = (
+        (Serial(CPU), Batched(CPU, pytest.fail)),
+        (Batched(CPU, pytest.fail), Serial(CPU)),
+    )
+    for a, b in zip(first, second, strict=True):
+        a.perform([(p, fit) for p in one])
+        b.perform([(p, fit) for p in many])
+    agree([(p.models, p.state) for p in many], [(p.models, p.state) for p in one])
+
+
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many participants each computation had."""
+    sizes: list[int] = []
+
+    def counting(real: Any) -> Any:
+        return lambda work, templates: (sizes.append(len(work)), real(work, templates))[1]
+
+    for name in ("fit_stacked", "outputs_stacked"):
+        monkeypatch.setattr(vectorized, name, counting(getattr(vectorized, name)))
+    yield sizes
+
+
+def test_unequal_steps_are_kept_apart(stacks: list[int]) -> None:
+    other = replace(FIT, optimizer=OPTIMIZERS["adam"])
+    work = [(p, other if i == 1 else FIT) for i, p in enumerate(clients(arch(width=4)))]
+    Batched(CPU, pytest.fail).perform(work)
+    assert stacks == [4]
+
+
+def test_a_group_is_cut_where_it_would_be_too_large(
+    stacks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectorized, "LARGEST", 1)
+    both(arch(width=4), lambda p: FIT, sizes=(40, 33, 17, 40))
+    assert stacks == [2, 2]
+
+
+def test_fits_of_one_participant_draw_in_their_order() -> None:
+    def double_fit(performer: Any) -> list[Participant]:
+        made = clients(arch(width=4))
+        performer.perform(
+            [
+                (p, replace(FIT, train={s: None}, objective=Supervised(slot=s)))
+                for p in made
+                for s in (("model", "other") if p.id != "site_1" else ("other", "model"))
+            ]
+        )
+        return made
+
+    agree(
+        [p.models for p in double_fit(Batched(CPU, pytest.fail))],
+        [p.models for p in double_fit(Serial(CPU))],
+    )
+
+
+def test_one_that_diverges_leaves_the_others_alone() -> None:
+    def make(p: Participant) -> Fit:
+        bad = p.id == "site_3"
+        return replace(
+            FIT, given={"log_prior": torch.full((4,), float("nan") if bad else 0.0)}, keep="local"
+        )
+
+    one, many = clients(arch(width=4)), clients(arch(width=4))
+    expected = Serial(CPU).perform([(p, make(p)) for p in one])
+    found = Batched(CPU, pytest.fail).perform([(p, make(p)) for p in many])
+    assert isinstance(found[3], Diverged) and str(found[3]) == str(expected[3])
+    assert all(isinstance(r, FitReport) for i, r in enumerate(found) if i != 3)
+    agree([(p.models, p.state) for p in many], [(p.models, p.state) for p in one])
+    assert many[3].state == {}
+
+
+@pytest.mark.parametrize("name, reason", [("gru", "gru"), ("mlp", "item")])
+def test_what_cannot_be_batched_runs_serially_and_says_so_once(
+    name: str, reason: str, stacks: list[int]
+) -> None:
+    of, said = arch(name), []
+    fit = FIT if name == "gru" else replace(FIT, objective=Peeking())
+    one, many = clients(of), clients(of)
+    for p in (*one, *many):
+        # used before: the attempt that fails must not be counted, and this one not be forgotten
+        p.stream("train")
+    serial, batched = Serial(CPU), Batched(CPU, said.append)
+    for _ in range(2):
+        expected = serial.perform([(p, fit) for p in one])
+        assert batched.perform([(p, fit) for p in many]) == expected
+    agree([(p.models, p.uses) for p in many], [(p.models, p.uses) for p in one])
+    assert (
+        len(said) == 1
+        and said[0].startswith(f"{name} runs one participant after the other")
+        and reason in said[0]
+    )
+    assert stacks == [5]  # tried once
+
+
+@dataclass(frozen=True)
+class Peeking(Objective):
+    """An objective whose form depends on what it sees."""
+
+    def loss(self, nets: Nets, batch: Batch, given: Any) -> Tensor:
+        logits = nets.model(batch.x).logits
+        return logits.square().sum(-1) if logits.sum().item() > 0 else logits.abs().sum(-1)
+
+
+OUTPUTS: dict[str, Make] = {
+    "logits": lambda p: Predict("model", batch_size=8),
+    "features in common": lambda p: Predict(
+        "model", Rows("proxy"), readout="features", batch_size=10
+    ),
+    "sent models": lambda p: Predict("", tensors=floats_of(p), arch=p.arch["other"]),
+    "class sums": lambda p: ClassSums("model", batch_size=16),
+    "class sums of log p": lambda p: ClassSums("model", readout="log_probabilities", at_least=-1.4),
+}
+
+
+def floats_of(p: Participant) -> dict[str, Tensor]:
+    return {n: t * 1.5 for n, t in p.models["other"].items() if t.is_floating_point()}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_outputs(case: str, stacks: list[int]) -> None:
+    both(arch(width=4), OUTPUTS[case], sizes=(*SIZES, 0) if case == "logits" else SIZES)
+    assert stacks == [5]
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("change", [{}, {"epochs": 3}, {"steps": 5}, {"batch_size": 1}])
+@pytest.mark.parametrize("work", [1.0, 0.4])
+def test_the_number_of_steps_is_known_beforehand(
+    n: int, change: dict[str, Any], work: float
+) -> None:
+    fit = replace(FIT, **change)
+    assert step_count(n, fit, work) == len(index_batches(n, fit, ("k",), work))

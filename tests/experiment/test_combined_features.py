@@ -1,0 +1,135 @@
+"""Protections, rules and time in one run: what goes together does, what does not is refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.experiment import prepare
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config, rounds_of
+
+GROUPED = ["cnn_gn_small", {"name": "mlp", "hidden": [24]}]
+RECORD = {"privacy": {"unit": "record", "noise_multiplier": 1.0, "clip": 1.0}}
+CLIENT = {"privacy": {"unit": "client", "noise_multiplier": 0.1, "clip": 1.0}}
+SECURE = {"channel__secure_sum": {}}
+ROUNDED = {"channel__compress": [{"quantize": 8}]}
+
+
+def models(**changes: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """The server's models after two rounds."""
+    return rounds_of(config("hybrid", GROUPED, 4, **changes)).server.models
+
+
+def apart(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> float:
+    return max(float((a[slot][n] - b[slot][n]).abs().max()) for slot in a for n in a[slot])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "protection", [{**RECORD, **ROUNDED}, CLIENT], ids=["records, rounded", "clients"]
+)
+def test_noise_is_the_same_under_a_secure_sum(protection: dict[str, Any]) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        plain, summed = models(**protection), models(**protection, **SECURE)
+        assert 0 < apart(plain, summed) < 1e-7
+        assert apart(plain, models()) > 1e-3
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.slow
+def test_a_private_run_with_time_and_faults_loses_nothing_of_its_ledger() -> None:
+    faulty = rounds_of(
+        config("fedavg", GROUPED, 4, **RECORD, devices={}, faults={"lost": 0.5}), held=0
+    )
+    records = [faulty.round() for _ in range(2)]
+    assert sum(record["counts"]["failed"] for record in records) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({**RECORD, "runtime__mode": "async"}, ("runtime.mode", "privacy.unit")),
+        ({**RECORD, "cohort": {"sampling": "oort"}, "devices": {}}, ("cohort.sampling: found oort", "privacy.unit")),
+        ({**RECORD, "cohort": {"too_few": "repeat"}}, ("cohort.too_few", "privacy.unit")),
+        ({**CLIENT, **ROUNDED}, ("channel.compress: found quantize", "privacy.unit: found client")),
+        ({**CLIENT, "aggregation__rule": "median"}, ("aggregation.rule: median", "privacy.unit: found client")),
+        ({**SECURE, "runtime__mode": "async"}, ("runtime.mode", "channel.secure_sum")),
+        ({"aggregation__rule": "median", "runtime__mode": "async"}, ("runtime.mode", "aggregation.rule: median")),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(
+    changes: dict[str, Any], parts: tuple[str, str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(config("fedavg", "cnn_gn_small", 6, **changes))
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedmd", "fedproto"])
+def test_compression_goes_with_rules_and_with_asynchronous_runs(method: str) -> None:
+    sparse = {
+        "channel__compress": [{"topk": 0.2}, {"quantize": 8}],
+        "channel__compress_down": ["half"],
+    }
+    ruled = config(
+        method,
+        "cnn_gn_small",
+        6,
+        **sparse,
+        aggregation={"rule": "median", "predictions": "median", "statistics": "median"},
+    )
+    if method in ("fedmd", "fedproto"):
+        del ruled["aggregation"]["rule"]
+    if method != "hybrid":
+        ruled["aggregation"].pop(
+            "predictions" if method in ("fedavg", "fedproto") else "rule", None
+        )
+    if method != "fedproto":
+        ruled["aggregation"].pop("statistics")
+    assert rounds_of(ruled).completed == 2
+    asked = config(
+        method, "cnn_gn_small", 6, **sparse, runtime__mode="async", devices={}, clients__per_round=3
+    )
+    held = rounds_of(asked)
+    again = rounds_of(asked)
+    assert all(
+        torch.equal(t, again.server.models[s][n])
+        for s, m in held.server.models.items()
+        for n, t in m.items()
+    )
+
+
+def test_shares_of_noise_add_up_to_the_noise_of_the_sum() -> None:
+    """Four clients, of whom three have to stay: the variance is 4/3 of what the server would add."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        z, clip, clients = 0.5, 2.0, 4
+        noise = {"unit": "client", "clip": clip}
+        runs = [
+            rounds_of(
+                config(
+                    "fedavg", "cnn_gn_small", clients, **SECURE, privacy={**noise, **more}, rounds=1
+                )
+            )
+            for more in ({"noise_multiplier": z, "distributed": True}, {"noise_multiplier": 1e-9})
+        ]
+        ((_, noisy),), ((_, exact),) = (run.server.models.items() for run in runs)
+        drawn = torch.cat(
+            [(noisy[n] - exact[n]).flatten() for n in noisy if noisy[n].is_floating_point()]
+        )
+        expected = z * clip * (4 / 3) ** 0.5 / clients
+        assert abs(float(drawn.std()) / expected - 1) < 5 / (2 * len(drawn)) ** 0.5
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_shares_of_noise_need_a_secure_sum() -> None:
+    alone = {"privacy": {"unit": "client", "noise_multiplier": 1.0, "distributed": True}}
+    with pytest.raises(UserError, match=r"privacy\.distributed: needs channel\.secure_sum"):
+        prepare(config("fedavg", "cnn_gn_small", 4, **alone))

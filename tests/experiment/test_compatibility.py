@@ -1,0 +1,161 @@
+"""What cannot work is refused at load, in one line that names the key; what can work is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hetero_fl.data import make_table
+from hetero_fl.experiment import Prepared, prepare
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config
+
+GROUP_NORM = [{"name": "cnn", "width": 4, "norm": "group"}]
+DIFFERENT = [
+    {"name": "mlp", "hidden": [8]},
+    {"name": "mlp", "hidden": [12]},
+    {"name": "mlp", "hidden": [16]},
+]
+
+
+def refused(words: str, *source: Any, **changes: Any) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(config(*source, **changes))
+    assert words in str(error.value), str(error.value)
+
+
+def accepted(*source: Any, **changes: Any) -> Prepared:
+    return prepare(config(*source, **changes))
+
+
+def test_batches_of_one_and_batch_norm() -> None:
+    def one(models: Any, method: str = "fedavg", **changes: Any) -> dict[str, Any]:
+        made = config(method, models, **changes)
+        made["clients"]["defaults"]["batch_size"] = 1
+        return made
+
+    with pytest.raises(
+        UserError, match="clients: site_1: batch_size: found 1, but cnn_bn_small has BatchNorm"
+    ):
+        prepare(one("cnn_bn_small"))
+    assert prepare(one(GROUP_NORM)).federation.cards
+
+
+@pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid"])
+def test_public_batches_of_one_and_batch_norm(method: str) -> None:
+    refused(
+        "algorithm.proxy_batch_size: found 1, but cnn_bn_small",
+        method,
+        algorithm__proxy_batch_size=1,
+    )
+    refused("data.proxy: found 1 row, but cnn_bn_small", method, data__proxy__size=1)
+    accepted(method, GROUP_NORM, algorithm__proxy_batch_size=1)
+    student = {"model": "cnn_bn_small"}
+    refused(
+        "found 1, but cnn_bn_small",
+        method,
+        GROUP_NORM,
+        algorithm__proxy_batch_size=1,
+        server=student,
+    )
+
+
+@pytest.mark.parametrize("method", ["fedmd", "feddf", "kt_pfl"])
+def test_who_needs_a_proxy_set_is_told_how_to_have_one(method: str) -> None:
+    refused(
+        f"{method} compares predictions on a proxy set, but data.proxy.size is 0; set it above 0",
+        method,
+        data__proxy__size=0,
+    )
+    accepted(method, data__proxy__size=10)
+
+
+def test_without_a_proxy_set_its_batch_does_not_matter() -> None:
+    accepted("hybrid", data__proxy__size=0, algorithm__proxy_batch_size=1)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "fedper", "lg_fedavg"])
+def test_averaging_where_nobody_has_a_tensor_in_common(method: str) -> None:
+    words = "no two clients send a tensor in common; give clients the same `model`, let their `shares` overlap"
+    refused(words, method, DIFFERENT)
+    accepted(method, DIFFERENT, clients=4)  # two of them share a model
+    accepted(method, DIFFERENT[:1], clients=1)
+
+
+def test_what_counts_is_what_is_sent() -> None:
+    words = "no two clients send a tensor in common"
+    refused(words, "hybrid", DIFFERENT, data__proxy__size=0)
+    accepted("hybrid", DIFFERENT)
+    refused(words, "hybrid", data__proxy__size=0, clients__defaults__shares=["predictions"])
+    # the proxy is there, nobody answers
+    refused(words, "hybrid", DIFFERENT, clients__defaults__shares=["parameters"])
+    # the head is all that lg_fedavg averages
+    refused(words, "lg_fedavg", clients__defaults__shares=["backbone"])
+    accepted("fedper", clients__defaults__shares=["backbone"])
+    only_one = [{"match": "site_[12]", "shares": ["predictions"]}]
+    refused(words, "fedavg", clients__overrides=only_one)
+    accepted("feddf", DIFFERENT)  # distils, whatever it averages
+
+
+@pytest.mark.parametrize("align", [0.0, 0.5])
+def test_label_counts_are_no_word_of_their_own(align: float) -> None:
+    words = "no two clients send a tensor in common"
+    refused(words, "hybrid", DIFFERENT, data__proxy__size=0, algorithm__align=align)
+    for method, needed in (("fedmd", "predictions"), ("feddf", "parameters or predictions")):
+        silent = {"clients__defaults__shares": ["statistics"], "algorithm__align": align}
+        refused(f"{method} needs clients that share {needed}", method, **silent)
+
+
+def test_common_prefixes() -> None:
+    hidden = [{"name": "mlp", "hidden": [8, n]} for n in (4, 6, 8)]
+    refused("no two clients", "fedavg", hidden)
+    assert accepted("fedavg", hidden, clients__common=["backbone."]).notes == []
+    # of different shapes
+    refused("no two clients", "fedavg", DIFFERENT, clients__common=["head.weight"])
+    refused("clients.common: no tensor's name begins with 'backbon_'; did you mean 'backbone.'?",
+            "fedavg", clients__common=["backbon_"])  # fmt: skip
+    refused("did you mean 'head.'?", "fedmd", clients__common=["backbone.", "heads."])
+
+
+def test_who_stands_alone_is_noted() -> None:
+    # of three clients, the first and the third are alike
+    (note,) = accepted("fedavg", DIFFERENT[:2]).notes
+    assert (
+        note == "fedavg averages within an architecture: mlp(1x8x8->10, hidden=(12,)) stands alone"
+    )
+
+
+def test_several_that_stand_alone_are_noted_in_the_plural() -> None:
+    # the first and the fourth are alike
+    (note,) = accepted("fedavg", [*DIFFERENT[:2], "linear"], clients=4).notes
+
+    assert note.startswith("fedavg averages within an architecture: mlp(") and note.endswith(
+        ") stand alone"
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ([1] * 9, "site_1: class_weights: found 9 numbers for 10 classes"),
+        ([1] * 9 + [-1], "site_1: class_weights: found -1; weights are 0 or more"),
+        ([0] * 10, "site_1: class_weights: found [0.0, "),
+        ([1] * 9 + [float("nan")], "class_weights"),
+        ([1] * 9 + [float("inf")], "class_weights"),
+    ],
+)
+def test_class_weights(weights: list[float], words: str) -> None:
+    refused(words, clients__defaults__class_weights=weights)
+
+
+def test_weights_need_classes_that_exclude_one_another() -> None:
+    source = config("fedavg", "mlp", data__proxy__size=0)
+    prepare(source, dataset=make_table(kind="regression"))
+    source["clients"]["defaults"]["class_weights"] = "balanced"
+    with pytest.raises(
+        UserError,
+        match=r"class_weights: is for classes that exclude one another, .* regression task",
+    ):
+        prepare(source, dataset=make_table(kind="regression"))
+    prepare(config(clients__defaults__class_weights="balanced"))

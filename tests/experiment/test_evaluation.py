@@ -1,0 +1,188 @@
+"""Saved models on other data sets: classes and targets by name, a table by its column of labels."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from hetero_fl.cli import main
+from hetero_fl.cli.commands import print_scores
+from hetero_fl.core.metrics import CLASSIFICATION
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.task import Task
+from hetero_fl.experiment import evaluate, prepare
+from hetero_fl.experiment.evaluation import renumbered
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import UserError
+
+
+def saved(folder: Path, task: Task, shape: tuple[int, ...], columns: list[float]) -> Path:
+    """A run directory with one linear model whose output k is columns[k] times the sum of the inputs."""
+    arch = Architecture.of("linear", task.outputs, shape)
+    tensors = {n: torch.zeros_like(t) for n, t in arch.initial(0).items()}
+    weight = next(n for n, t in tensors.items() if t.ndim == 2)
+    tensors[weight] += torch.tensor(columns)[:, None]
+    run = RunDirectory.create(folder, config={}, environment={})
+    run.append_metrics({"round": 1})
+    (run.path / "models").mkdir()
+    (run.path / "models" / "a.safetensors").write_bytes(
+        SavedModel(tensors, arch, {}, task).encode()
+    )
+    return run.path
+
+
+def images(folder: Path, grey: dict[str, int]) -> str:
+    """A folder of images, one grey value a class."""
+    for name, value in grey.items():
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "test" / name).mkdir(parents=True)
+        for i in range(3):
+            for split in ("train", "test"):
+                Image.fromarray(np.full((4, 4), value, dtype=np.uint8)).save(
+                    folder / split / name / f"{i}.png"
+                )
+    return str(folder)
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    task = Task("multiclass", 2, ("normal", "ill"))  # a folder's classes are sorted: ill, normal
+    run = saved(tmp_path / "run", task, (1, 4, 4), [0.0, 1.0])
+    data = images(tmp_path / "sets", {"normal": 0, "ill": 255})
+    scores = evaluate(run, data)["a"]
+    assert scores["auroc"] == 1.0  # as it is numbered in the folder it would be 0
+    other = images(tmp_path / "others", {"normal": 0, "sick": 255})
+    with pytest.raises(
+        UserError,
+        match=r"^--data: .*others has 'sick', which the models do not know; choose from ill, n",
+    ):
+        evaluate(run, other)
+    unnamed = saved(tmp_path / "unnamed", Task("multiclass", 2), (1, 4, 4), [1.0, 0.0])
+    assert evaluate(unnamed, data)["a"]["auroc"] == 1.0  # without names, by number
+
+
+def test_renumbered_gives_classes_the_numbers_that_the_models_know() -> None:
+    found = Task("multiclass", 3, ("a", "b", "c"))
+    known = Task("multiclass", 3, ("b", "c", "a"))
+
+    y = renumbered(torch.tensor([0, 1, 2, 0]), found, known, "--data")
+
+    assert y.tolist() == [2, 0, 1, 2]
+
+
+def test_a_table_is_scored_by_its_label(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    pd.DataFrame(
+        {
+            "x": range(40),
+            "y1": [2.0 * i + 0.5 for i in range(40)],
+            "y2": [-1.5 * i for i in range(40)],
+        }
+    ).to_csv(table, index=False)
+    run = saved(tmp_path / "run", Task("regression", 2, ("y2", "y1")), (1,), [-1.5, 2.0])
+    scores = evaluate(run, str(table), label="y1,y2")["a"]
+    # 0.5 for y1, nought for y2; far off in the table's order
+    assert scores["mae"] == pytest.approx(0.25)
+    with pytest.raises(
+        UserError, match=r"^--label: missing; name the column of labels; choose from x, y1, y2"
+    ):
+        evaluate(run, str(table))
+    with pytest.raises(UserError, match=r"^--label: .* has no column 'y3'"):
+        evaluate(run, str(table), label="y3")
+    with pytest.raises(
+        UserError, match=r"^--data: .*/tt\.csv: no such file or folder; did you mean 't\.csv'\?"
+    ):
+        evaluate(run, str(tmp_path / "tt.csv"))
+    with pytest.raises(UserError, match=r"^--label: found 'y', but digits takes none"):
+        evaluate(run, "digits", label="y")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.DataFrame({"x": range(40), "y": [2.0 * i + 0.5 for i in range(40)]}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    run = saved(tmp_path / "run", Task("regression", 1, ("y",)), (1,), [2.0])
+    asked = [str(run), "--data", str(tmp_path / "t.csv"), "--label", "y"]
+    assert main([*asked, "--json", str(tmp_path / "s.json")], command="evaluate") == 0
+    assert '"mae": 0.5' in (tmp_path / "s.json").read_text()
+    capsys.readouterr()
+    for place in (tmp_path / "no" / "s.json", tmp_path):
+        assert main([*asked, "--json", str(place)], command="evaluate") == 2
+        said = capsys.readouterr()
+        assert (
+            said.err == f"error: --json: found {place}; name a file in a folder that exists\n"
+            and not said.out
+        )
+
+
+def test_a_table_is_read_as_the_run_read_its_own(tmp_path: Path) -> None:
+    """Whole numbers by chance are still regression targets, numbers of patients no feature, 0.0 is the class 0."""
+    frame = pd.DataFrame(
+        {"u": [1.0, 2.0, 3.0, 4.0], "who": [7, 7, 8, 8], "ward": [1, 2, 1, 2], "y": [1, 2, 3, 4]}
+    )
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    run = saved(tmp_path / "run", Task("regression", 1, ("y",)), (1,), [1.0])
+    config = "data: {patient: who, group: ward}\n"
+    (run / "config.yaml").write_text(config)
+    assert evaluate(run, str(tmp_path / "t.csv"), label="y")["a"]["mae"] == pytest.approx(0)
+    frame.assign(y=[0.0, 0.0, 1.0, 1.0]).to_csv(tmp_path / "c.csv", index=False)
+    classes = saved(tmp_path / "classes", Task("multiclass", 2, ("0", "1")), (1,), [0.0, 1.0])
+    (classes / "config.yaml").write_text(config)
+    assert evaluate(classes, str(tmp_path / "c.csv"), label="y")["a"]["auroc"] == 1.0
+
+
+def test_what_a_table_uses_is_said_before_the_run(tmp_path: Path) -> None:
+    rows = {
+        "u": range(90),
+        "ward": ["a", "b", "c"] * 30,
+        "patient": [i // 2 for i in range(90)],
+        "ill": [0, 1] * 45,
+    }
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    data = {
+        "name": "table",
+        "path": str(tmp_path / "t.csv"),
+        "label": "ill",
+        "partition": {"min_size": 5},
+    }
+    clients = {"groups": [{"name": "a", "count": 2, "model": "mlp"}]}
+    notes = prepare({"data": data, "clients": clients, "algorithm": {"name": "fedavg"}}).notes
+    assert notes[0] == (
+        "table t.csv: label ill; columns used: u, ward, patient; encoded as indicators: ward (a, b, c); left out: none"
+    )
+    assert "name it in data.patient" in notes[1] and len(notes) == 2
+
+
+def test_the_label_is_that_of_the_runs_own_configuration(tmp_path: Path) -> None:
+    run = saved(tmp_path / "run", Task("multiclass", 2), (2,), [0.0, 1.0])
+    pd.DataFrame({"a": [-1.0, 1.0], "b": [-1.0, 1.0], "ill": [0, 1]}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    with pytest.raises(UserError, match="--label"):
+        evaluate(run, str(tmp_path / "t.csv"))
+    (run / "config.yaml").write_text("data: {name: table, label: ill}")
+    assert evaluate(run, str(tmp_path / "t.csv")) == evaluate(
+        run, str(tmp_path / "t.csv"), label="ill"
+    )
+    (run / "config.yaml").write_text("data: {name: table, label: none_such}")
+    assert evaluate(run, str(tmp_path / "t.csv"), label="ill")["a"]["auroc"] == 1.0
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_no_header_is_clipped(width: int) -> None:
+    figures = dict.fromkeys(CLASSIFICATION, 0.123)
+    console = Console(width=width, file=io.StringIO())
+    print_scores({"hospital_10": figures, "server": {**figures, "auroc": None}}, "a on b", console)
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert "…" not in said and said.count("0.123") == 11
+    for name in CLASSIFICATION:
+        for word in name.split("_"):
+            assert word in said.split()

@@ -1,0 +1,123 @@
+"""Saved models on files whose columns stand in another order, and on recordings that are cut as the run's were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import hetero_fl
+from hetero_fl.cli import main
+from hetero_fl.experiment import evaluate
+from hetero_fl.utils.errors import UserError
+
+# The file that a run was trained on is scored, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*are also in the run's training rows:UserWarning")
+
+
+def finished(folder: Path, **data: Any) -> hetero_fl.Run:
+    torch.set_num_threads(1)
+    view = data.pop("preprocess", {})
+    source = {
+        "name": "named",
+        "rounds": 1,
+        "data": {**data, "proxy": {"size": 20}},
+        "clients": {
+            "defaults": {
+                "model": {"name": "mlp", "hidden": [8]},
+                "preprocess": {"normalize": "own", **view},
+            },
+            "groups": [{"name": "c", "count": 2}],
+        },
+        "algorithm": {"name": "fedavg"},
+        "runtime": {"threads": 1, "executor": "serial"},
+        "output": {"plots": False, "report": False},
+    }
+    return hetero_fl.run(source, out=folder / "run")
+
+
+@pytest.mark.parametrize(
+    "view", [{}, {"columns": ["a", "b"]}, {"columns": ["a", "b"], "missing": "indicate"}]
+)
+def test_columns_are_matched_by_name(view: dict[str, Any], tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 3)) * [1, 10, 100]
+    frame = pd.DataFrame(x, columns=["a", "b", "c"]).assign(y=(x[:, 0] > 0).astype(int))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame[["c", "y", "b", "a"]].to_csv(tmp_path / "turned.csv", index=False)
+    frame.drop(columns="a").to_csv(tmp_path / "less.csv", index=False)
+    run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
+    assert evaluate(run, str(tmp_path / "turned.csv")) == evaluate(run, str(tmp_path / "t.csv"))
+    if "missing" not in view:
+        with pytest.raises(UserError, match="--data: table has no column 'a', the common set of"):
+            evaluate(run, str(tmp_path / "less.csv"))
+
+
+@pytest.mark.parametrize(
+    ("view", "absent"),
+    [
+        ({}, None),
+        ({"columns": ["a", "b"]}, "c"),
+        ({"columns": ["a", "b"], "missing": "indicate"}, "b"),
+    ],
+)
+def test_predictions_on_a_frame_go_by_its_columns_names(
+    view: dict[str, Any], absent: str | None, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32) * [1, 10, 100]
+    frame = pd.DataFrame(x, columns=["a", "b", "c"])
+    frame.assign(y=(x[:, 0] > 0).astype(int)).to_csv(tmp_path / "t.csv", index=False)
+    run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y", preprocess=view)
+    want = run.predict("c_1", x)
+    assert torch.equal(run.predict("c_1", frame[["c", "b", "a"]]), want)
+    if absent is not None:
+        gone = torch.tensor(frame.assign(**{absent: np.nan}).to_numpy())
+        assert torch.equal(run.predict("c_1", frame.drop(columns=absent)), run.predict("c_1", gone))
+    for wrong, words in (
+        (frame.rename(columns={"c": "bb"}), "predict: x: found column 'bb'; did you mean 'b'"),
+        (frame[["a", "b", "b"]], "predict: x: found column 'b' 2 times"),
+        (frame.assign(b="much"), "predict: x: b: not an array of numbers"),
+        *(
+            []
+            if "missing" in view
+            else [(frame[["b", "c"]], "predict: x: no column 'a', which this model sees")]
+        ),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            run.predict("c_1", wrong)
+        assert "\n" not in str(refused.value)
+
+
+def test_recordings_are_cut_as_the_runs_own(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    frame = pd.DataFrame(draws.normal(size=(2000, 2)), columns=["ax", "ay"])
+    frame["activity"] = np.repeat(["sit", "walk"] * 10, 100)
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    run = finished(tmp_path, name="activity", path=str(tmp_path / "r.csv"), windows={"length": 20})
+    found = evaluate(run, str(tmp_path / "r.csv"))
+    assert {"c_1", "c_2"} <= set(found) and found["c_1"]["accuracy"] is not None
+
+
+def test_scores_on_training_rows_come_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    frame = pd.DataFrame(x, columns=["a", "b"]).assign(y=(x[:, 0] > 0).astype(int))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.assign(a=-frame["a"]).to_csv(tmp_path / "new.csv", index=False)
+    run = finished(tmp_path, name="table", path=str(tmp_path / "t.csv"), label="y")
+    note = f"of the 200 rows of {tmp_path / 't.csv'} are also in the run's training rows: figures flatter the models"
+    trained = run.summary["data"]["n_train"]
+    assert 0 < trained < 200
+
+    with pytest.warns(UserWarning, match="training rows") as caught:
+        evaluate(run, str(tmp_path / "t.csv"))
+    assert main(["evaluate", str(run.path), "--data", str(tmp_path / "t.csv")]) == 0
+
+    assert [str(w.message) for w in caught] == [f"{trained} {note}"]
+    assert capsys.readouterr().err == f"note: {trained} {note}\n"
+    assert main(["evaluate", str(run.path), "--data", str(tmp_path / "new.csv")]) == 0
+    assert capsys.readouterr().err == ""

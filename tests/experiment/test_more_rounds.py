@@ -1,0 +1,331 @@
+"""More rounds for a run that has finished: the same bits as a run that was planned so from the start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl import Run
+from hetero_fl.cli import main
+from hetero_fl.experiment import run
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import Interrupted, RunFailed, UserError
+from tests.federation.test_crashes import figures, models
+from tests.helpers import asynchronous_runs
+from tests.helpers.deployments import SITES, Federation, small
+from tests.helpers.small_federations import MIXED, TOP, config
+
+SHORT, LONG = 4, 7
+PLAIN = {"plots": False, "report": False}
+CASES: dict[str, dict[str, Any]] = {
+    "fedavg": config("fedavg", "linear", 2),
+    "fedavg, evaluated at times": config("fedavg", "linear", 2, evaluation__every=3, channel=TOP),
+    "hybrid": config(
+        "hybrid", MIXED, 4, clients__per_round=3, algorithm__heads="keep", evaluation__every=3
+    ),
+    "fedasync": config(
+        "fedasync",
+        "mlp",
+        4,
+        clients__per_round=2,
+        devices=asynchronous_runs.SLOW,
+        faults=asynchronous_runs.FAULTS,
+    ),
+    "fedbuff, evaluated at times": config(
+        "fedbuff",
+        "mlp",
+        4,
+        clients__per_round=2,
+        devices=asynchronous_runs.SLOW,
+        evaluation__every=3,
+        algorithm__buffer=3,
+    ),
+}
+
+
+def planned(source: dict[str, Any], rounds: int, **changes: Any) -> dict[str, Any]:
+    return {**source, "rounds": rounds, "output": PLAIN, **changes}
+
+
+def results(path: Path) -> dict[str, Any]:
+    """All that a run leaves but for seconds, and notes, which say that it was extended."""
+    summary = json.loads((path / "summary.json").read_text())
+    details = json.loads((path / "details.json").read_text())
+    del summary["seconds"], details["notes"]
+    config_of = RunDirectory(path).config()
+    return {
+        "models": models(path), "figures": figures(path), "summary": summary, "details": details, "config": config_of,
+        "checkpoints": sorted(p.name for p in (path / "checkpoint").iterdir()),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The short and the long run of every case."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("made")
+    for name, source in CASES.items():
+        for rounds in (SHORT, LONG):
+            run(planned(source, rounds), out=folder / name / str(rounds))
+    yield folder
+
+
+@pytest.fixture
+def short(made: Path, tmp_path: Path) -> Path:
+    """A finished run of four rounds, whose last was evaluated because it was the last."""
+    return Path(shutil.copytree(made / "fedavg, evaluated at times" / str(SHORT), tmp_path / "a"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_an_extended_run_equals_one_planned_longer(case: str, made: Path, tmp_path: Path) -> None:
+    extended = Path(shutil.copytree(made / case / str(SHORT), tmp_path / "a"))
+
+    run(planned(CASES[case], LONG), out=extended, resume=True)
+
+    assert results(extended) == results(made / case / str(LONG))
+    assert main(["check", str(extended)]) == 0
+
+
+@pytest.mark.slow
+def test_extending_twice_equals_extending_once(short: Path, made: Path) -> None:
+    source = CASES["fedavg, evaluated at times"]
+
+    for rounds in (SHORT + 1, LONG):
+        run(planned(source, rounds), out=short, resume=True)
+
+    assert results(short) == results(made / "fedavg, evaluated at times" / str(LONG))
+    notes = json.loads((short / "details.json").read_text())["notes"]
+    assert [note.partition(";")[0] for note in notes if "extended" in note] == [
+        "extended from 4 to 5 rounds after round 3",
+        "extended from 5 to 7 rounds after round 4",
+    ]
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_can_be_extended(made: Path, tmp_path: Path) -> None:
+    def stop(record: dict[str, Any]) -> None:
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(planned(CASES["fedavg"], SHORT), out=tmp_path / "a", callbacks=[stop])
+
+    run(planned(CASES["fedavg"], LONG), out=tmp_path / "a", resume=True)
+
+    assert results(tmp_path / "a") == results(made / "fedavg" / str(LONG))
+
+
+class Killed(BaseException):
+    """The process ends there."""
+
+
+POINTS = {
+    "reopen": RunDirectory,
+    "back_before": Checkpoints,
+    "rewind_metrics": RunDirectory,
+    "write_config": RunDirectory,
+    "append_metrics": RunDirectory,
+    "save": Checkpoints,
+    "finish": RunDirectory,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [["rounds=7"], []])
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("point", POINTS)
+def test_an_extension_that_is_killed_is_resumed(
+    point: str,
+    moment: str,
+    again: list[str],
+    short: Path,
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = getattr(POINTS[point], point)
+
+    def kill(*given: Any) -> Any:
+        if moment == "after":
+            plain(*given)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(POINTS[point], point, kill)
+        with pytest.raises(Killed):
+            run(short / "config.yaml", overrides=["rounds=7"], out=short, resume=True)
+    begun = RunDirectory(short).config()["rounds"]
+
+    assert main(["train", "--resume", "--out", str(short), *again]) == 0
+
+    want = LONG if again else begun
+    assert results(short) == results(made / "fedavg, evaluated at times" / str(want))
+    assert main(["check", str(short)]) == 0
+
+
+@pytest.mark.slow
+def test_an_extension_is_said_in_log_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = planned(CASES["fedavg"], 2)
+    source["output"] = {}
+    source["clients"] = {
+        **source["clients"],
+        "defaults": {"optimizer": {"name": "sgd", "lr": 0.05, "schedule": "cosine"}},
+    }
+    run(source, out=tmp_path / "a")
+    before = (tmp_path / "a" / "report.html").read_text()
+
+    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=3"]) == 0
+
+    line = "extended from 2 to 3 rounds after round 2; schedules use the new total"
+    assert capsys.readouterr().err.count(line) == 1
+    assert (tmp_path / "a" / "log.txt").read_text().count(line) == 1
+    report = (tmp_path / "a" / "report.html").read_text()
+    assert line in report and line not in before
+    assert Run(tmp_path / "a").summary["rounds_completed"] == 3
+    run({**source, "rounds": 3}, out=tmp_path / "b")
+    # the schedule of its first rounds was a shorter one
+    assert models(tmp_path / "a") != models(tmp_path / "b")
+
+
+def test_an_extended_run_uses_the_new_total(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hetero_fl.config.base import OptimizerConfig
+
+    seen = set()
+    at = OptimizerConfig.at
+
+    def note(self: OptimizerConfig, round: int, rounds: int) -> OptimizerConfig:
+        seen.add((round, rounds))
+        return at(self, round, rounds)
+
+    monkeypatch.setattr(OptimizerConfig, "at", note)
+
+    run(short / "config.yaml", overrides=["rounds=5"], out=short, resume=True)
+
+    assert seen == {(3, 5), (4, 5)}
+
+
+def test_rounds_may_not_shrink(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in short.rglob("*") if path.is_file()}
+
+    assert main(["train", "--resume", "--out", str(short), "rounds=3"]) == 2
+
+    said = f"error: {short}: rounds: was 4, is now 3; a run that is resumed may have more rounds, not fewer\n"
+    assert capsys.readouterr().err == said
+    assert {path: path.read_bytes() for path in short.rglob("*") if path.is_file()} == before
+
+
+def test_another_key_beside_rounds_is_refused(
+    short: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", "--out", str(short), "rounds=7", "seed=3"]) == 2
+
+    assert (
+        capsys.readouterr().err
+        == f"error: {short}: --resume with another configuration: seed: was 0, is now 3\n"
+    )
+
+
+def test_a_one_shot_method_is_not_extended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(planned(config("dense", "cnn_bn_small", 2), 1), out=tmp_path / "a")
+
+    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=2"]) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "rounds: was 1, is now 2; dense is a one-shot method, whose runs cannot be extended"
+    )
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().err.endswith("this run has finished, after 1 round\n")
+
+
+def test_a_run_whose_privacy_is_spent_is_not_extended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private = {"unit": "client", "target_epsilon": 8.0, "clip": 1.0, "delta": 1e-3}
+    source = planned(config("fedavg", "linear", 3, privacy=private), 2)
+    run(source, out=tmp_path / "a")
+
+    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=3"]) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("rounds: was 2, is now 3; privacy.target_epsilon allows 2")
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().err.endswith("this run has finished, after 2 rounds\n")
+
+
+def test_a_run_on_nodes_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Federation(tmp_path).serve(small(rounds=1)).path
+    with pytest.raises(RunFailed, match=r"site_\d refuses: the configuration"):
+        Federation(tmp_path).serve(small(rounds=2), resume=True)
+    forgetful = [tmp_path / site for site in SITES]
+
+    for folder in forgetful:
+        shutil.rmtree(folder)
+    with pytest.raises(UserError) as refused:
+        Federation(tmp_path).serve(small(rounds=2), resume=True)
+
+    reason = "a run on nodes cannot be extended, its sites agreed to 1"
+    assert str(refused.value) == f"{path}: rounds: was 1, is now 2; {reason}"
+    capsys.readouterr()
+    for folder in forgetful:
+        shutil.rmtree(folder)
+    Federation(tmp_path).serve(small(rounds=1), resume=True, quiet=False)
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == f"{path}: this run has finished, after 1 round"
+    )
+
+
+def test_a_run_that_patience_stopped_is_not_extended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = planned(config("local", "linear", 2, evaluation__patience=2), 30)
+    source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
+    completed = run(source, out=tmp_path / "a").summary["rounds_completed"]
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+
+    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=40"]) == 2
+
+    reason = f"evaluation.patience (2) stopped the run after round {completed}"
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path / 'a'}: rounds: was 30, is now 40; {reason}\n"
+    )
+    assert main(["train", "--resume", "--out", str(tmp_path / "a")]) == 0
+    said = f"{tmp_path / 'a'}: this run has finished, after {completed} of 30 rounds\n"
+    assert capsys.readouterr().err == said
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()
+    } == before
+    (tmp_path / "a" / "summary.json").unlink()
+    assert main(["train", "--resume", "--out", str(tmp_path / "a"), "rounds=40"]) == 2
+
+
+def test_an_evaluation_of_the_last_round_only_does_not_stop_an_extension(tmp_path: Path) -> None:
+    """Rounds 2 and 3 are evaluated, the latter as the last; in a longer run it is not, and patience goes on."""
+    source = planned(config("local", "linear", 2, evaluation__patience=1, evaluation__every=2), 3)
+    source["clients"]["defaults"] = {"optimizer": {"name": "sgd", "lr": 1e-9}}
+    run(source, out=tmp_path / "a")
+
+    run({**source, "rounds": 6}, out=tmp_path / "a", resume=True)
+
+    run({**source, "rounds": 6}, out=tmp_path / "b")
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+
+
+def test_a_damaged_run_is_not_extended(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (short / "models" / "site_1.safetensors").unlink()
+
+    assert main(["train", "--resume", "--out", str(short), "rounds=7"]) == 2
+
+    assert "models/site_1.safetensors: missing" in capsys.readouterr().err
+    assert (short / "summary.json").exists()

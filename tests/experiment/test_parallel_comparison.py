@@ -1,0 +1,273 @@
+"""Comparisons in processes: other settings are told first, a missing guard and an interruption are one line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.cli import main
+from hetero_fl.experiment import compare, comparison, run
+from hetero_fl.reporting.run_directory import locked
+from hetero_fl.utils.errors import UserError
+from hetero_fl.utils.processes import UNGUARDED
+from tests.helpers.small_federations import config
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 300.0  # seconds: this machine may be busy
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return config(
+        "local", "linear", 2, rounds=1, output={"plots": False, "report": False}, **changes
+    )
+
+
+def one_after_another(
+    source: Any, base: list[str], work: list[comparison.Job], *_: Any
+) -> dict[comparison.Job, str]:
+    for job in work:
+        comparison.run_one(source, [*base, *job.overrides], job.out)
+    return {}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a comparison with two grid points that has been made in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump(small()))
+    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    flags = [
+        "--config",
+        "c.yaml",
+        "--algorithms",
+        "local",
+        "--out",
+        "out",
+        "--grid",
+        "clients.defaults.epochs=1,2",
+    ]
+    assert main([*flags, "--jobs", "1"], command="compare") == 0
+    return flags
+
+
+def test_runs_made_with_other_settings_are_told_first(
+    made: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Path("out/log.txt").read_bytes()
+    capsys.readouterr()
+    assert main([*made, "rounds=2"], command="compare") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    folder = "out/runs/local-clients.defaults.epochs=1-seed0"
+    assert (
+        line
+        == f"error: --out: {folder} was made with other settings (rounds: was 1, is now 2); choose another --out"
+    )
+    assert Path("out/log.txt").read_bytes() == log
+    Path("out/runs/fedavg-clients.defaults.epochs=2-seed0").mkdir()
+    Path("out/runs/fedavg-clients.defaults.epochs=2-seed0/mine.txt").write_text("")
+    assert main([*made, "--algorithms", "local,fedavg"], command="compare") == 2
+    assert "epochs=2-seed0: exists already" in capsys.readouterr().err
+    with locked(Path("out")):
+        assert main(made, command="compare") == 2
+    assert "out: another process is at work there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_a_method_derives_is_no_other_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    method = "dense:synthesis_epochs=1:generator_steps=1:student_steps=1"
+    for seeds in ([0], [0, 1]):  # the second finds a student named where none was asked for
+        compare(small(), [method], seeds, out=tmp_path / "out")
+    with pytest.raises(UserError, match=r"algorithm\.student: was 'site_1', is now 'site_2'"):
+        compare(small(), [f"{method}:student=site_2"], [0], out=moved(tmp_path / "out", method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("fedasync", {}), ("fedavg", {"privacy": {"unit": "record", "target_epsilon": 8.0}})],
+    ids=["mode", "noise"],
+)
+def test_what_a_run_derives_is_no_other_setting(
+    name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    for seeds in ([0], [0, 1]):
+        out = compare(small(**changes), [name], seeds, out=tmp_path / "out")
+    assert len(list((out / "runs").iterdir())) == 2
+
+
+def moved(out: Path, method: str) -> Path:
+    """The comparison's folder, with the first run under the name of one for which another student is asked."""
+    asked = comparison.Variant.parse(f"{method}:student=site_2")
+    name = comparison._folder(comparison.Variant.parse(method), (), 0)
+    (out / "runs" / name).rename(out / "runs" / comparison._folder(asked, (), 0))
+    return out
+
+
+@pytest.mark.slow
+def test_runs_of_a_comparison_have_a_core_each(tmp_path: Path) -> None:
+    compare(small(), ["local"], [0, 1], out=tmp_path / "out", jobs=2)
+    for seed in (0, 1):
+        log = (tmp_path / f"out/runs/local-seed{seed}/log.txt").read_text()
+        assert "serial executor: one core" in log
+
+
+@pytest.mark.parametrize("call", [run, compare])
+def test_a_worker_that_imports_the_script_leaves(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(SystemExit) as left:
+        call(small(), out=tmp_path / "a", **({"algorithms": "local"} if call is compare else {}))
+    assert left.value.code == UNGUARDED and not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    text = f"import hetero_fl\nhetero_fl.compare({small()!r}, 'local', [0, 1], out='out', jobs=2)\n"
+    (tmp_path / "script.py").write_text(text)
+    ended = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(
+        "hetero_fl.utils.errors.UserError: processes are started that import"
+    )
+    assert (
+        ended.stderr.count("Traceback") == 1
+        and "if __name__ == '__main__':" in ended.stderr.splitlines()[-1]
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals to a group of processes")
+def test_an_interrupted_comparison_tells_its_own_command(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(small()))
+    script = os.path.relpath(ROOT / "scripts" / "compare.py", tmp_path)
+    command = [
+        "--config",
+        "c.yaml",
+        "--algorithms",
+        "local",
+        "--seeds",
+        "0,1",
+        "--out",
+        "out",
+        "--jobs",
+        "2",
+    ]
+    long = [*command, "rounds=100000"]
+    process = subprocess.Popen(
+        [sys.executable, script, *long], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    ends = time.monotonic() + PATIENCE
+    while len(list(tmp_path.glob("out/runs/*/metrics.jsonl"))) < 2 and time.monotonic() < ends:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert (
+        said.splitlines()[-1]
+        == f"interrupted; to go on: {sys.executable} {script} {' '.join(long)}"
+    )
+    for folder in (tmp_path / "out" / "runs").iterdir():
+        with locked(folder):  # nobody is at work there any more
+            pass
+
+
+def compared(folder: Path, *flags: str) -> int:
+    file = folder / "c.yaml"
+    file.write_text(yaml.safe_dump(small()))
+    asked = [
+        "--config",
+        str(file),
+        "--algorithms",
+        "local,fedavg",
+        "--out",
+        str(folder / "out"),
+        "--jobs",
+        "1",
+    ]
+    return main([*asked, *flags], command="compare")
+
+
+@pytest.mark.slow
+def test_compare_shows_scores_and_remaining_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = r"local test: balanced accuracy \d+\.\d%.*; global test: balanced accuracy \d+\.\d%.*"
+
+    assert compared(tmp_path) == 0
+    first, last = capsys.readouterr().err.splitlines()[-2:]
+    assert re.fullmatch(rf"1/2 local seed 0: {figures} \(about [\d.]+ s left\)", first)
+    assert re.fullmatch(rf"2/2 fedavg seed 0: {figures}", last) and "left" not in last
+    logged = (tmp_path / "out" / "log.txt").read_text()
+    assert first in logged and last in logged
+
+    assert compared(tmp_path, "--algorithms", "local") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("1/1")]
+    assert (
+        re.fullmatch(rf"1/1 local seed 0 \(finished before\): {figures}", line)
+        and "left" not in line
+    )
+
+
+def test_compare_ends_with_a_line_for_each_failed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverging = ["clients.defaults.optimizer.lr=1e30", "runtime.divergence=stop"]
+
+    assert compared(tmp_path, *diverging) == 1
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert lines[-3] == "failed: 2 of 2 runs failed"
+    assert [line.partition(": ")[0] for line in lines[-2:]] == ["local seed 0", "fedavg seed 0"]
+    assert told.out == "" and "Traceback" not in told.err
+    assert [line for line in lines if line.startswith("2/2 fedavg seed 0: failed: ")]
+
+
+def test_schedule_shares_the_remaining_runs_among_the_jobs(tmp_path: Path) -> None:
+    def finish(job: comparison.Job) -> None:
+        job.out.mkdir()
+        (job.out / "config.yaml").write_text("{}")
+        (job.out / "summary.json").write_text('{"seconds": {"total": 10.0}}')
+
+    work = [
+        comparison.Job(comparison.Variant.parse("local"), (), seed, tmp_path / str(seed))
+        for seed in range(6)
+    ]
+    finish(work[0])
+    schedule = comparison._Schedule(work, 2)
+
+    assert schedule.left_after(work[0]) == "", "runs that had finished say nothing about the time"
+    finish(work[1])
+    assert schedule.left_after(work[1]) == "(about 20 s left)", "four runs, two at a time"
+    assert schedule.left_after(work[2]) == "(about 15 s left)", "a failed run is not waited for"
+    for job in work[3:5]:
+        finish(job)
+        left = schedule.left_after(job)
+    assert left == "(about 10 s left)"
+    assert schedule.left_after(work[5]) == ""

@@ -1,0 +1,238 @@
+"""Rules and attacks that cannot work are refused at load, by name; what is not covered is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hetero_fl.config.robustness import ATTACKS
+from hetero_fl.experiment import prepare, run
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.robustness.attacks import Attack
+from hetero_fl.robustness.rules import PredictionRule, Rule
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import MIXED, config, rounds_of
+
+MLP = {"name": "mlp", "hidden": [8]}
+
+
+def small(
+    method: str = "fedavg", models: Any = MLP, clients: int = 7, **changes: Any
+) -> dict[str, Any]:
+    made = config(
+        method, models, clients, data__partition={"kind": "iid", "min_size": 5}, **changes
+    )
+    made["data"].update(train_limit=250, test_limit=20)
+    return made
+
+
+def refused(words: str, *source: Any, **changes: Any) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(small(*source, **changes))
+    assert words in str(error.value), str(error.value)
+
+
+def test_values_that_are_none() -> None:
+    refused("aggregation.rule: found 'krun'; did you mean 'krum'?", aggregation={"rule": "krun"})
+    refused(
+        "attacks.name: found 'sign_flop'; did you mean 'sign_flip'?", attacks={"name": "sign_flop"}
+    )
+    refused("attacks.clients: found 'site_77'", attacks={"name": "scaled", "clients": ["site_77"]})
+    refused("attacks.name: missing", attacks={"share": 0.2})
+    for liars in (-1, 0.5, 1.5):
+        refused(
+            f"aggregation.liars: found {liars}; write a whole number", aggregation={"liars": liars}
+        )
+    assert load_config(small(aggregation={"liars": 3})).aggregation.liars_among(9) == 3
+    shares = [
+        load_config(small(aggregation={"liars": 0.2})).aggregation.liars_among(n)
+        for n in (1, 5, 6, 15, 20)
+    ]
+    assert shares == [1, 1, 2, 3, 4]  # rounded up
+
+
+@pytest.mark.parametrize(
+    ("rule", "liars", "least"),
+    [
+        ("median", 4, 9),
+        ("trimmed_mean", 4, 9),
+        ("krum", 3, 9),
+        ("multi_krum", 3, 9),
+        ("bulyan", 2, 11),
+        ("norm_bound", 4, 9),
+    ],
+)
+def test_a_rule_with_fewer_clients_than_it_needs(rule: str, liars: int, least: int) -> None:
+    words = f"aggregation.rule: {rule} bears {liars} liars (aggregation.liars: {liars}) among {least} clients or more, but 7"
+    refused(words, aggregation={"rule": rule, "liars": liars})
+    refused(
+        f"aggregation.liars may be {liars - 1} at most", aggregation={"rule": rule, "liars": liars}
+    )
+    assert (
+        prepare(small(aggregation={"rule": rule, "liars": liars - 1})).config.aggregation.rule
+        == rule
+    )
+
+
+def test_every_group_has_to_be_large_enough_and_every_cohort() -> None:
+    two = [{"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [12]}]
+    refused(
+        "but 4 send backbone.1.weight of mlp",
+        "fedavg",
+        two,
+        aggregation={"rule": "krum", "liars": 1},
+    )
+    refused("but 4 send", aggregation={"rule": "krum", "liars": 1}, clients__per_round=4)
+    prepare(small(aggregation={"rule": "krum", "liars": 1}, clients__per_round=5))
+    words = "aggregation.predictions: spectral bears 4 liars (aggregation.liars: 4) among 9 clients or more, but 7 send logits"
+    refused(words, "fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 4})
+    # over all architectures
+    prepare(small("fedmd", MIXED, aggregation={"predictions": "spectral", "liars": 3}))
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("fedmd", "rule"), ("kt_pfl", "predictions"), ("dense", "rule"), ("fedtgp", "statistics"),
+        ("fedgh", "statistics"), ("fedavg", "predictions"), ("fedproto", "predictions"), ("hybrid", "statistics"),
+    ],
+)  # fmt: skip
+def test_a_rule_without_effect_is_refused_by_name(method: str, key: str) -> None:
+    refused(
+        f"aggregation.{key}: found 'median', but {method} combines no",
+        method,
+        aggregation={key: "median", "liars": 1},
+    )
+
+
+@pytest.mark.parametrize("method", ["local", "centralized", "ensemble"])
+def test_what_is_no_federation_has_neither_rules_nor_liars(method: str) -> None:
+    refused(
+        f"aggregation.rule: median: {method} has no uploads", method, aggregation={"rule": "median"}
+    )
+    refused(f"attacks.name: scaled: {method} has no uploads", method, attacks={"name": "scaled"})
+
+
+def test_tensors_that_are_averaged_apart_from_their_model() -> None:
+    refused(
+        "heterofl averages 'head' apart",
+        "heterofl",
+        "cnn_gn_small",
+        aggregation={"rule": "median"},
+        algorithm__masked=True,
+    )
+
+
+def test_fltrust_needs_whole_models_and_a_proxy_set() -> None:
+    trust = {"rule": "fltrust", "liars": 1}
+    refused(
+        "compares with what the server makes of the proxy set",
+        aggregation=trust,
+        data__proxy__size=0,
+    )
+    for method in ("fedper", "fml", "scaffold"):
+        refused("fltrust is for whole models averaged by architecture", method, aggregation=trust)
+    prepare(small("hybrid", aggregation=trust))
+
+
+def test_what_no_rule_covers_is_told() -> None:
+    notes = prepare(small("hybrid", aggregation={"rule": "median", "liars": 1})).notes
+    assert any(
+        "aggregation.predictions is mean: a liar among the senders of logits" in note
+        for note in notes
+    )
+    assert not any(
+        "is mean" in note
+        for note in prepare(small("fedavg", aggregation={"rule": "median", "liars": 1})).notes
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ATTACKS if n in ("flipped", "confident_wrong", "targeted", "collusion")]
+)
+def test_attacks_on_predictions_that_nobody_sends(name: str) -> None:
+    refused(
+        f"attacks.name: {name} acts on predictions, of which fedavg sends none here",
+        attacks={"name": name},
+    )
+    prepare(small("fedmd", attacks={"name": name}))
+
+
+def test_attacks_that_do_not_fit() -> None:
+    refused("fedkd sends factors of updates", "fedkd", attacks={"name": "sign_flip"})
+    refused(
+        "attacks.target: found class 10, but there are 10",
+        attacks={"name": "backdoor", "target": 10},
+    )
+    refused(
+        "attacks.trigger: found 9, but images have sides of 8",
+        attacks={"name": "backdoor", "trigger": 9},
+    )
+    refused(
+        "attacks.from_round: found 9, but the run ends", attacks={"name": "scaled", "from_round": 9}
+    )
+    refused("attacks.pairs: found class 11", attacks={"name": "label_flip", "pairs": {0: 11}})
+    refused(
+        "everybody whose model is read lies",
+        attacks={"name": "scaled", "clients": [f"site_{i}" for i in range(1, 8)]},
+    )
+
+
+class Largest(Rule):
+    """A rule of somebody's own."""
+
+    def combine(self, block, liars):
+        return {name: block.stack(name).amax(0) for name in block.names}
+
+
+class Quiet(PredictionRule):
+    """Another."""
+
+    def combine(self, said, liars, clients, memory):
+        return 0 * said[0]
+
+
+class Zeros(Attack):
+    """Liars that send nothing new."""
+
+    acts_on = frozenset({"updates"})
+
+    def updates(self, honest, scene):
+        return 0 * honest
+
+
+def test_ones_own_rules_and_attacks() -> None:
+    here = "python:tests.experiment.test_robustness_checks"
+    source = small("hybrid", aggregation={"rule": f"{here}:Largest", "predictions": f"{here}:Quiet", "liars": 1},
+                   attacks={"name": f"{here}:Zeros"}, algorithm__distil_at="client", rounds=1)  # fmt: skip
+    rounds = rounds_of(source)
+    assert not rounds.server.state["teacher"].softmax(-1).std() > 1e-6
+    refused(
+        "is not a subclass of hetero_fl.robustness.rules.Rule",
+        aggregation={"rule": f"{here}:Zeros"},
+    )
+    refused(
+        "attacks.name: module 'tests.experiment.test_robustness_checks' has no 'Zeroes'",
+        attacks={"name": f"{here}:Zeroes"},
+    )
+
+
+def test_a_run_tells_who_lied(tmp_path) -> None:
+    source = small("hybrid", aggregation={"predictions": "down_weight", "liars": 2}, rounds=2,
+                   attacks={"name": "backdoor", "clients": ["site_2", "site_6"], "from_round": 2, "trigger": 2})  # fmt: skip
+    source["output"] = {"plots": False, "report": False}
+    done = run(source, out=tmp_path / "run")
+    attacks = done.summary["attacks"]
+    assert (
+        attacks["name"] == "backdoor"
+        and attacks["liars"] == ["site_2", "site_6"]
+        and 0 <= attacks["success"] <= 1
+    )
+    records = done.directory.metrics()
+    assert [r["attacks"]["liars"] for r in records] == [[], ["site_2", "site_6"]]
+    assert [c["id"] for c in done.summary["clients"]] == [f"site_{i}" for i in (1, 3, 4, 5, 7)]
+    assert (
+        "2 of 7 clients lie (backdoor, from round 2): site_2, site_6"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )

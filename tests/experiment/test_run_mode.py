@@ -1,0 +1,140 @@
+"""Which runs are asynchronous, and what is refused of them, in one line that names both keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.config.base import StalenessConfig
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.asynchronous import Asynchronous
+from hetero_fl.utils.errors import UserError
+from tests.federation.test_asynchronous import EACH, SUMS
+from tests.helpers.small_federations import MIXED, config
+
+ASYNC = {"threads": 1, "mode": "async"}
+
+
+def refused(made: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(made)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_method_is_tried_or_refused() -> None:
+    built_in = {name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")}
+    assert {*SUMS, *EACH, "fedasync", "fedbuff"} == built_in
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_methods_that_need_a_cohort_side_by_side_are_refused_by_name(method: str) -> None:
+    line = refused(config(method, MIXED, clients=4, runtime=ASYNC))
+    assert line.startswith(f"runtime.mode: async cannot be combined with algorithm.name: {method}")
+
+
+def test_rows_of_different_versions_are_never_mixed() -> None:
+    assert refused(config("fedmd", runtime=ASYNC, algorithm__proxy_rows=20)).startswith(
+        "algorithm.proxy_rows: found 20"
+    )
+    assert (
+        prepare(config("fedmd", runtime=ASYNC, algorithm__proxy_rows=60)).config.runtime.mode
+        == "async"
+    )  # all of them
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"runtime": {"buffer": 3}}, "runtime.buffer: found 3, but a synchronous round"),
+        (
+            {"runtime": {"staleness": {"a": 1.0}}},
+            "runtime.staleness: nothing is stale in synchronous rounds",
+        ),
+        (
+            {"runtime": {**ASYNC, "buffer": 7}},
+            "runtime.buffer: found 7, but 2 rounds of 3 clients take 6 uploads",
+        ),
+        (
+            {"runtime": ASYNC, "clients__defaults__share_every": 2},
+            "runtime.mode: async cannot be combined with share_every",
+        ),
+        (
+            {"runtime": ASYNC, "cohort": {"deadline": 9.0}},
+            "cohort.deadline: is for rounds that wait",
+        ),
+        ({"runtime": ASYNC, "cohort": {"least": 2}}, "cohort.least: is for rounds that wait"),
+        (
+            {"runtime": ASYNC, "cohort": {"sampling": "available"}},
+            "cohort.sampling: is for rounds that wait",
+        ),
+    ],
+)
+def test_settings_of_the_other_mode_are_refused(changes: dict[str, Any], line: str) -> None:
+    assert refused(config("fedavg", **changes)).startswith(line)
+
+
+def test_settings_of_another_staleness_are_told_or_refused() -> None:
+    section = {**ASYNC, "staleness": {"kind": "constant", "a": 3.0, "b": 2}}
+    notes = prepare(config("fedavg", runtime=section)).notes
+    assert [n for n in notes if "staleness is constant" in n] == [
+        f"runtime.staleness.{key} is not used: staleness is constant" for key in "ab"
+    ]
+    one = {"threads": 1, "mode": "async", "buffer": 1}
+    for changes, told in [
+        ({"runtime": one}, True),
+        ({"runtime": {**one, "buffer": 2}}, False),
+        ({"runtime": {**one, "staleness": {"kind": "constant"}}}, False),
+        ({"method": "fedasync"}, False),
+    ]:
+        notes = prepare(config(**{"method": "fedavg", **changes})).notes
+        assert any(note.startswith("runtime.staleness has no effect") for note in notes) == told
+    assert (
+        "algorithm.b is not used: staleness is polynomial"
+        in prepare(config("fedasync", algorithm__b=2)).notes
+    )
+    line = refused(config("fedbuff", clients=4, runtime={"staleness": {"a": 1.0}}))
+    assert line == "runtime.staleness: is not used: fedbuff has its own, algorithm.staleness"
+
+
+def test_a_buffer_has_one_key() -> None:
+    assert "which aggregates after each upload" in refused(
+        config("fedasync", runtime={"buffer": 3})
+    )
+    assert "its own is algorithm.buffer: 2" in refused(
+        config("fedbuff", clients=4, runtime={"buffer": 3})
+    )
+
+
+@pytest.mark.parametrize("method", ["fedasync", "fedbuff"])
+def test_asynchronous_methods_need_no_mode(method: str) -> None:
+    prepared = prepare(config(method, MIXED, clients=4))
+    assert prepared.config.runtime.mode == "async" and isinstance(prepared.rounds(), Asynchronous)
+    assert any(note.startswith("runtime.mode is async") for note in prepared.notes)
+    again = prepare(prepared.config)
+    assert again.config == prepared.config
+
+
+def test_learning_rates_move_along_versions() -> None:
+    assert prepare(config("fedasync", clients=4, rounds=5)).federation.rounds == 20
+    assert (
+        prepare(config("fedbuff", clients=4, rounds=5, clients__per_round=3)).federation.rounds == 8
+    )
+    assert prepare(config("hybrid", clients=4, rounds=5, runtime=ASYNC)).federation.rounds == 5
+
+
+@pytest.mark.parametrize(
+    "kind, a, weights",
+    [
+        ("constant", None, [1, 1, 1]),
+        ("polynomial", None, [1, 2**-0.5, 1 / 3]),
+        ("polynomial", 1.0, [1, 1 / 2, 1 / 9]),
+        ("hinge", None, [1, 1, 1 / 41]),
+        ("hinge", 0.5, [1, 1, 1 / 3]),
+    ],
+)
+def test_what_a_stale_upload_is_worth(kind: str, a: float | None, weights: list[float]) -> None:
+    section = StalenessConfig(kind=kind, a=a)  # type: ignore[arg-type]
+    assert [section.weight(t) for t in (0, 1, 8)] == pytest.approx(weights, rel=1e-15)

@@ -1,0 +1,252 @@
+"""How a run is computed is chosen from what is known beforehand, and recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.engine.templates import channels_last
+from hetero_fl.experiment import prepare, run
+from hetero_fl.federation.executors import choose as module
+from hetero_fl.federation.executors.choose import Choice, choose
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+
+LONG = {"epochs": 50}  # much training for each time that a model travels
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> Choice:
+    monkeypatch.setattr(module, "cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    prepared = prepare(config("local", **{"runtime": {}, **changes}))
+    return choose(prepared.config, prepared.federation)
+
+
+def test_small_runs_stay_in_this_process_and_long_ones_get_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = chosen(monkeypatch, models=MIXED)
+    assert (few.executor, few.threads, few.workers) == ("serial", 1, 1)
+    many = chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG)
+    assert (many.executor, many.threads, many.server_threads, many.workers) == (
+        "processes",
+        1,
+        1,
+        2,
+    )
+    assert (
+        chosen(
+            monkeypatch, cores=1, models=MIXED, rounds=1_000_000, clients__defaults=LONG
+        ).executor
+        == "serial"
+    )
+    assert chosen(monkeypatch, clients=1, rounds=1_000_000).executor == "serial"
+    monkeypatch.setattr(module, "TRAFFIC", 0.0)
+    assert (
+        chosen(monkeypatch, models=MIXED, rounds=1_000_000, clients__defaults=LONG).executor
+        == "serial"
+    )
+
+
+def test_workers_pay_only_where_they_save_more_than_their_start_against_threads() -> None:
+    def taken(seconds: float, busy: float, step: float, cores: int = 2) -> str:
+        return module._executor(
+            module.Load(6, seconds, 1e7, busy, step), 0, torch.device("cpu"), cores
+        )[0]
+
+    assert taken(20, 6, 1e6) == "processes" and taken(8, 6, 1e6) == "serial"
+    # two threads would do it in 13 s
+    assert taken(100, 6, 1e9) == "processes" and taken(20, 6, 1e9) == "serial"
+    assert taken(1000, 1.05, 1e6) == "serial"  # one client has nearly all of the work
+    assert taken(1000, 1.5, 1e6) == "processes" and taken(1000, 1.5, 1e9) == "serial"
+    assert (
+        taken(1000, 2.5, 1e9, cores=4) == "serial" and taken(1000, 4, 1e9, cores=4) == "processes"
+    )
+
+
+def test_workers_are_weighed_with_the_threads_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def taken(step: float, cores: int, each: int | None) -> str:
+        return module._executor(
+            module.Load(8, 20, 1e7, 8, step), 0, torch.device("cpu"), cores, each
+        )[0]
+
+    # of two threads each, two of them
+    assert taken(1e6, 4, None) == taken(1e6, 4, 2) == "processes"
+    assert taken(1e6, 4, 4) == taken(1e9, 4, 4) == "serial"  # there is room for one worker
+    # against one thread, not two
+    assert taken(1e9, 2, None) == "serial" and taken(1e9, 2, 1) == "processes"
+    long: dict[str, Any] = {"models": MIXED, "rounds": 1_000_000, "clients__defaults": LONG}
+    assert chosen(monkeypatch, runtime={"threads": 2}, **long).executor == "serial"
+    # their number changes no result
+    assert chosen(monkeypatch, runtime={"workers": 1}, **long).executor == "processes"
+    monkeypatch.setattr(module, "limit_of_threads", lambda: 2)
+    assert chosen(monkeypatch, **long).executor == "serial"
+
+
+def test_large_steps_get_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_STEP", 0.0)
+    few, many = (
+        chosen(monkeypatch, models=MIXED),
+        chosen(monkeypatch, models=MIXED, clients=6, rounds=1_000_000, clients__defaults=LONG),
+    )
+    assert (few.threads, few.server_threads) == (2, 2) and (many.threads, many.server_threads) == (
+        1,
+        2,
+    )
+    assert chosen(monkeypatch, cores=16, models=MIXED).threads == 4
+
+
+def test_threads_follow_from_the_steps_of_all_that_are_computed_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = {"name": "digits", "partition": {"kind": "iid", "min_size": 5}, "proxy": {"size": 0}}
+
+    def threads(model: str, **runtime: Any) -> int:
+        return chosen(monkeypatch, models=model, clients=12, data=data, runtime=runtime).threads
+
+    # a step of one client takes 32 and 4 MFLOP; recurrent models are computed one after the other
+    assert (
+        threads("fedavg_cnn", executor="batched")
+        == threads("fedavg_cnn", executor="batched", chunk=2)
+        == 2
+    )
+    assert (
+        threads("fedavg_cnn", executor="batched", chunk=1)
+        == threads("gru", executor="batched")
+        == 1
+    )
+
+
+def test_many_small_clients_of_one_architecture_are_computed_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = {"name": "digits", "partition": {"kind": "iid"}, "proxy": {"size": 0}}
+    crowd = chosen(monkeypatch, models="mlp", clients=12, data=data)
+    assert crowd.executor == "batched" and crowd.chunk == 128 and "12 clients" in crowd.reasons[0]
+    assert (
+        chosen(monkeypatch, models="mlp", clients=12, clients__per_round=4, data=data).executor
+        == "serial"
+    )
+    assert chosen(monkeypatch, models="gru", clients=12, data=data).executor == "serial"
+    small = {**data, "partition": {"kind": "iid", "min_size": 5}}
+    many = chosen(
+        monkeypatch, models="mlp", clients=70, rounds=1_000_000, clients__defaults=LONG, data=small
+    )
+    assert (many.executor, many.chunk) == (
+        "processes",
+        8,
+    ) and "8 clients at a time" in many.reasons[-1]
+    share = chosen(
+        monkeypatch,
+        cores=16,
+        models="mlp",
+        clients=70,
+        rounds=1_000_000,
+        clients__defaults=LONG,
+        data=small,
+    )
+    # eight chunks would leave half of the cores without work
+    assert (share.executor, share.chunk) == ("processes", 1)
+    large = {"name": "mlp", "hidden": [2000, 2000]}
+    assert chosen(monkeypatch, models=large, clients=12, data=data).executor == "serial"
+
+
+def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = chosen(monkeypatch, runtime={"executor": "batched", "threads": 3, "chunk": 5})
+    assert (asked.executor, asked.threads, asked.chunk) == ("batched", 3, 5)
+    # auto takes serial there
+    assert chosen(monkeypatch, models=MIXED, runtime={"chunk": 16}).chunk == 1
+    with pytest.raises(UserError, match=r"^runtime\.chunk: found 16, but the serial executor"):
+        chosen(monkeypatch, runtime={"executor": "serial", "chunk": 16})
+
+
+def test_settings_without_effect_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**runtime: Any) -> list[str]:
+        reasons = chosen(monkeypatch, models=MIXED, runtime=runtime).reasons
+        return [reason.split(" ")[0] for reason in reasons if "has no effect" in reason]
+
+    assert told(executor="serial", workers=2, address="auto") == [
+        "runtime.workers",
+        "runtime.address",
+    ]
+    # auto takes serial there
+    assert told(chunk=16, workers=2) == ["runtime.workers", "runtime.chunk"]
+    assert (
+        told(executor="batched", chunk=16) == told(executor="processes", workers=2, chunk=2) == []
+    )
+
+
+def test_the_rule_for_channels_innermost() -> None:
+    def innermost(name: str, *shape: int) -> bool:
+        return channels_last(Architecture.of(name, 10, shape))
+
+    assert (
+        innermost("cnn_bn_small", 1, 28, 28)
+        and innermost("fedavg_cnn", 3, 32, 32)
+        and innermost("resnet20", 3, 32, 32)
+    )
+    assert not any(innermost(n, 1, 28, 28) for n in ("resnet18", "vit", "mlp", "gru"))
+
+
+class Viewing(nn.Module):
+    """Features are flattened by `view`, as many write it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            *(nn.Conv2d(c, 16, 3, padding=1) for c in (channels, 16)), nn.AvgPool2d(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.convolutions(x)
+        return found.view(len(x), -1)
+
+
+class OwnModel(nn.Module):
+    def __init__(self, num_classes: int, in_channels: int, input_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.backbone, self.head = Viewing(in_channels), nn.Linear(64, num_classes)
+
+
+def test_a_model_of_ones_own_may_view_its_features() -> None:
+    rounds_of(
+        config("fedavg", "python:tests.federation.executors.test_choose:OwnModel"), held=1
+    ).evaluate()
+
+
+def test_the_choice_is_recorded_and_kept_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = config("local", "mlp", clients=2, rounds=1, output={"plots": False, "report": False})
+    run(source, out=tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["choice"]
+    assert recorded["executor"] == "serial" and recorded["reasons"]
+    assert "serial executor" in (tmp_path / "run" / "log.txt").read_text()
+    again = Choice.recorded(
+        {**recorded, "threads": 7, "workers": 3}, prepare(source).config.runtime
+    )
+    assert (again.threads, again.workers) == (7, 3)
+
+
+def test_bfloat16_keeps_parameters_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, reduced = (
+        rounds_of(config("fedavg", MIXED, clients=6, runtime={"threads": 1, "precision": p}))
+        for p in ("float32", "bfloat16")
+    )
+    for slot, tensors in reduced.server.models.items():
+        assert all(t.dtype == plain.server.models[slot][n].dtype for n, t in tensors.items())
+        assert not same_bits(tensors, plain.server.models[slot])
+        gap = [
+            (t - plain.server.models[slot][n]).abs().max()
+            for n, t in tensors.items()
+            if t.is_floating_point()
+        ]
+        assert torch.stack(gap).max() < 0.2

@@ -1,0 +1,46 @@
+"""What an executor needs and does not find is told in one line, before anything is written."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hetero_fl.experiment import run
+from hetero_fl.federation.executors import choose
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config
+
+needs_ray = pytest.mark.skipif(
+    find_spec("ray") is None, reason="ray is not installed: pip install 'hetero_fl[ray]'"
+)
+
+
+def refused(out: Path, **runtime: object) -> str:
+    with pytest.raises(UserError) as told:
+        run(config("fedavg", "mlp", runtime=runtime), out=out)
+    assert not out.exists()
+    return str(told.value)
+
+
+def test_ray_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    line = refused(tmp_path / "out", executor="ray")
+    assert line == "runtime.executor: ray is not installed: pip install 'hetero_fl[ray]'"
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    "address", ["somewhere", "ray://127.0.0.1:10001", "127.0.0.1:1", "127.0.0.1:123456"]
+)
+def test_an_address_where_no_cluster_is(address: str, tmp_path: Path) -> None:
+    line = refused(tmp_path / "out", executor="ray", address=address)
+    assert line.startswith(f"runtime.address: found '{address}'")
+
+
+def test_torchrun_starts_torchruns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "torchrun --nproc-per-node 3" in refused(tmp_path / "out", executor="torchrun")
+    monkeypatch.setattr(choose, "ranks", lambda: 3)
+    line = refused(tmp_path / "out", executor="processes")
+    assert line.startswith("runtime.executor: found 'processes', but torchrun started 3 processes")

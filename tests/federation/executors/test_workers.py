@@ -1,0 +1,339 @@
+"""Worker processes: their number, the order, a death change no bit; whatever ends a run, no process is left."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from hetero_fl.engine.templates import Costs
+from hetero_fl.experiment import run
+from hetero_fl.federation.executors import processes
+from hetero_fl.federation.executors.processes import Processes
+from hetero_fl.federation.executors.workers import Done, Job, Remote, Setup, Worker
+from hetero_fl.utils.errors import RunFailed
+from tests.helpers.small_federations import config
+from tests.helpers.workers import (
+    METHODS,
+    PATIENCE,
+    ROOT,
+    comes,
+    environment,
+    gone,
+    members,
+    outcome,
+    rounds_on,
+    setup_of,
+)
+
+Made = tuple[Setup, Processes, dict[str, Any]]
+WILD = {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def made(request: pytest.FixtureRequest) -> Iterator[Made]:
+    """A method's workers, and what it computes without them."""
+    setup = setup_of(request.param)
+    crew = Processes(setup, size := 3 if request.param == "hybrid" else 2)
+    yield setup, crew, outcome(rounds_on(setup, None))
+    crew.size = size
+    crew.close()
+
+
+@pytest.fixture(scope="module")
+def fedper() -> Iterator[tuple[Setup, Processes]]:
+    """Workers of a method whose clients keep their heads; one of the clients always diverges."""
+    large = {"name": "mlp", "hidden": [400]}  # travels through shared memory
+    groups = [{"name": "calm", "count": 3, "model": ["cnn_bn_small", large]}, WILD]
+    setup = setup_of(
+        config("fedper", rounds=3, seed=1, clients__per_round=3, clients__groups=groups)
+    )
+    crew = Processes(setup, 2)
+    yield setup, crew
+    crew.close()
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_in_any_order_computes_what_one_process_does(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, crew, want = made
+    most = crew.size
+    for size in range(1, most + 1):
+        assert outcome(rounds_on(setup, crew, size)) == want
+    for salt in range(2):
+        shuffled = lambda self, client, s=salt: (  # noqa: E731
+            hashlib.sha256(f"{s}{client}".encode()).digest()[0] / 255
+        )
+        monkeypatch.setattr(Costs, "of", shuffled)
+        assert outcome(rounds_on(setup, crew, most)) == want
+
+
+def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]:
+    """SIGKILL workers that have jobs which `which` picks, and no result of them yet; the killed are listed."""
+    send, killed = crew.send, []
+
+    def send_and_kill(worker: int, job: Job) -> None:
+        process = crew._crew[worker][0]
+        if not which(job):
+            send(worker, job)
+            return
+        killed.append(process.pid)
+        os.kill(process.pid, signal.SIGSTOP)  # or it might answer before it dies
+        send(worker, job)
+        os.kill(process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(crew, "send", send_and_kill)
+    return killed
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None))
+    assert any("wild" in record["failed"] for record in want["records"])
+    killed = killing(crew, monkeypatch, lambda job: job.number in (2, 5))
+    assert outcome(rounds_on(setup, crew, 2)) == want and len(killed) == 2
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one's first result names shared memory that is handed over as it is read: by nobody any more."""
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None), 1)
+    rounds, plain, killed = rounds_on(setup, crew, 2), crew.receive, list[int | None]()
+    for worker in range(2):
+        crew._end(worker)
+        crew._crew[worker] = crew._start(worker)
+
+    def receive() -> tuple[int, Done | None]:
+        for worker, job in busy.items():
+            process, end = crew._crew[worker]
+            if not killed and any(cards[c].arch.name == "mlp" and c != "wild" for c in job.clients):
+                assert end.connection.poll(PATIENCE) and end._theirs.tensor is None
+                process.kill()
+                process.join()
+                killed.append(process.pid)
+        return plain()
+
+    monkeypatch.setattr(crew, "receive", receive)
+    busy, cards = rounds.executor._busy, setup.federation.cards  # type: ignore[attr-defined]
+    assert outcome(rounds, 1) == want and len(killed) == 1
+    assert not {process.pid for process, _ in crew._crew} & set(killed)
+
+
+@pytest.mark.slow
+def test_an_idle_worker_that_dies_is_replaced(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None), 1)
+    rounds = rounds_on(setup, crew, 2)
+    rounds.executor.crew.size = 1  # type: ignore[attr-defined]  # the second is not given anything
+    os.kill(crew._crew[1][0].pid or 0, signal.SIGKILL)
+    crew._crew[1][0].join()
+    assert outcome(rounds, 1) == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("during", [Job, Done])
+def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch, during: type
+) -> None:
+    """As by Ctrl-C in a notebook, where the same rounds then go on."""
+    setup, crew = fedper
+    want = outcome(rounds_on(setup, None), 1)
+    rounds = rounds_on(setup, crew, 2)
+    before = [process for process, _ in crew._crew]
+    plain, interrupted = processes.changed, list[str]()
+
+    def changed(value: Any, change: Any) -> Any:
+        if isinstance(value, during) and not interrupted:
+            interrupted.append("once")
+            raise KeyboardInterrupt
+        return plain(value, change)
+
+    monkeypatch.setattr(processes, "changed", changed)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.round()
+    assert outcome(rounds, 1) == want
+    assert sorted(process.exitcode or 0 for process in before) == [-signal.SIGKILL, 0]
+
+
+class Pipe:
+    """A connection that is not of the usual class, as on Windows."""
+
+    def __init__(self, plain: Any) -> None:
+        self.fileno, self.send, self.recv, self.close = (
+            plain.fileno,
+            plain.send,
+            plain.recv,
+            plain.close,
+        )
+
+
+@pytest.mark.slow
+def test_any_kind_of_connection_will_do(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, crew = fedper
+    before = [process.pid for process, _ in crew._crew]
+    for _, end in crew._crew:
+        monkeypatch.setattr(end, "connection", Pipe(end.connection))
+    assert outcome(rounds_on(setup, crew, 2), 1) == outcome(rounds_on(setup, None), 1)
+    assert before == [process.pid for process, _ in crew._crew]
+
+
+def test_workers_without_shared_memory_for_the_data_end_the_run_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(
+        RunFailed,
+        match=r"^runtime\.executor: no shared memory for workers' data \(unable .*No space",
+    ):
+        Processes(setup_of("fedavg"), 2)
+
+
+class Here:
+    """Workers in this process, whose results come in a known order: the first worker's first, later the last one's."""
+
+    def __init__(self, setup: Setup, size: int) -> None:
+        self.size, self.turned = size, False
+        self.workers, self.jobs = [Worker(setup, i) for i in range(size)], dict[int, Job]()
+
+    def send(self, worker: int, job: Job) -> None:
+        self.jobs[worker] = job
+
+    def receive(self) -> tuple[int, Done | None]:
+        worker = (max if self.turned else min)(self.jobs)
+        return worker, self.workers[worker].do(self.jobs.pop(worker))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def test_only_clients_with_private_state_are_remembered() -> None:
+    """Of a large population, everybody would be in the end."""
+    for method, some in (("fedavg", False), ("fedper", True)):
+        crew = Here(setup := setup_of(method), 2)
+        rounds = rounds_on(setup, crew, 2)
+        assert outcome(rounds, 2) == outcome(rounds_on(setup, None), 2)
+        assert bool(rounds.executor._held) is some  # type: ignore[attr-defined]
+        assert [bool(worker._used) for worker in crew.workers] == [some, some]
+
+
+def test_a_task_that_is_given_up_leaves_no_trace() -> None:
+    """A round that fails in the middle can be held once more: what was being computed for it is not used."""
+    setup = setup_of("fedper")
+    want = outcome(rounds_on(setup, None))
+    crew = Here(setup, 2)
+    rounds = rounds_on(setup, crew, 2)
+    first, receive, refused = rounds.round(), rounds.intake.receive, list[str]()
+
+    def fail_once(client: str, *rest: Any) -> Any:
+        if not refused:
+            refused.append(client)
+            raise RunFailed("on purpose")
+        return receive(client, *rest)
+
+    rounds.intake.receive, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match="on purpose"):
+        rounds.round()
+    assert list(crew.jobs) == [1]  # still at work on a client of the round that failed
+    crew.turned = True
+    rounds.store.discard()
+    rounds.traffic.up, rounds.traffic.down = up, down
+    again = outcome(rounds, 2)
+    again["records"].insert(0, {k: v for k, v in first.items() if k != "seconds"})
+    assert again == want
+
+
+@pytest.mark.slow
+def test_three_deaths_on_one_client_end_the_run(
+    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, crew = fedper
+    rounds = rounds_on(setup, crew, 2)
+    client = rounds.cohort(0)[0]
+    killed = killing(crew, monkeypatch, lambda job: client in job.clients)
+    with pytest.raises(RunFailed, match=rf"^3 workers died on {client}; is there enough memory\?$"):
+        rounds.round()
+    assert len(killed) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["Fails", "Leaves"])
+def test_an_exception_in_a_worker_is_told_in_one_line(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # however long it takes to end: else it is killed
+    monkeypatch.setattr(processes, "LEAVING", PATIENCE)
+    source = config(f"python:tests.helpers.failing_methods:{method}", "mlp")
+    source["runtime"] |= {"executor": "processes", "workers": 1 if method == "Leaves" else 2}
+    before = multiprocessing.active_children()
+    with pytest.raises(RunFailed) as told:
+        run(source, out=tmp_path / "workers")
+    assert set(multiprocessing.active_children()) <= set(before)
+    if method == "Leaves":
+        assert (
+            str(told.value)
+            == "a worker process ended with status 3; it has printed why, if it knew"
+        )
+        return
+    assert isinstance(told.value.__cause__, Remote) and "ZeroDivisionError" in str(
+        told.value.__cause__
+    )
+    source["runtime"]["executor"] = "serial"
+    with pytest.raises(RunFailed) as here:
+        run(source, out=tmp_path / "here")
+    assert str(told.value) == str(here.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("when", ["starting", "waiting"])
+def test_no_process_is_left_when_a_run_is_stopped(
+    end: signal.Signals, when: str, tmp_path: Path
+) -> None:
+    """As workers start, or in the middle of a job that would take long."""
+    source = config("python:tests.helpers.failing_methods:Waits", "mlp")
+    source["runtime"] |= {"executor": "processes", "workers": 2}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(source))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "c.yaml", "--out", "out", "--allow-code"],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    there = tmp_path / "waiting" if when == "waiting" else tmp_path / "out" / "checkpoint"
+    assert comes(lambda: there.exists() or process.poll() is not None) and process.poll() is None
+    assert len(members(process.pid)) >= 3
+    if end is signal.SIGINT:
+        os.killpg(process.pid, end)  # as a terminal does
+    else:
+        process.send_signal(end)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert gone(process.pid)
+    if end is not signal.SIGKILL:
+        assert process.returncode == 130 and "Traceback" not in said
+        assert said.splitlines()[-1].startswith("interrupted; to go on:")

@@ -1,0 +1,248 @@
+"""Simulated machines: what they are drawn from, when they are online, how long tasks take, what befalls them."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
+from hetero_fl.engine.templates import work
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.simulation.devices import Device, Devices, Timing, read_traces
+from hetero_fl.federation.simulation.faults import Faults
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config
+
+
+def federation(**changes: Any) -> Federation:
+    return prepare(config("fedavg", "mlp", 3, **changes)).federation
+
+
+def devices(made: Federation, **section: Any) -> Devices:
+    return Devices.of(made, DevicesConfig.model_validate(section))
+
+
+def test_speeds_are_drawn_by_the_clients_id_alone() -> None:
+    few, many = (
+        federation(),
+        federation(clients__count=6, clients__groups=[{"name": "site", "model": "mlp"}]),
+    )
+    section = {"speed": {"median": 1e9, "sigma": 0.9}, "up": 5e5}
+    one, other = devices(few, **section), devices(many, **section)
+    assert one.device("site_1") == other.device("site_1") == one.device("site_1")
+    assert len({other.device(id).speed for id in many.cards}) == 6
+    assert one.device("site_2").up == 5e5 and one.device("site_2").down == math.inf
+    with pytest.raises(KeyError):
+        one.device("stranger")
+
+
+def test_log_normal_speeds_have_their_median_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = federation(clients__groups=[{"name": "site", "count": 3, "model": "mlp"}])
+    drawn = devices(made, speed={"median": 2e9, "sigma": 0.9})
+    monkeypatch.setattr(type(made.cards), "kind", lambda self, id: self.kinds[0])
+    logs = [math.log(drawn.device(f"c{i}").speed / 2e9) for i in range(4000)]
+    mean = sum(logs) / len(logs)
+    assert (
+        abs(mean) < 0.05
+        and abs(math.sqrt(sum((v - mean) ** 2 for v in logs) / len(logs)) - 0.9) < 0.03
+    )
+
+
+def test_a_groups_own_device_has_the_last_word(tmp_path: Path) -> None:
+    traces = tmp_path / "traces.csv"
+    traces.write_text("client,up,online\nfast,7,0-10;20-30\n,9,\n")
+    groups = [
+        {
+            "name": "slow",
+            "model": "mlp",
+            "machine": {"speed": 5, "availability": {"share": 0.5, "phase": 0.75}},
+        },
+        {"name": "fast", "model": "mlp"},
+    ]
+    made = devices(federation(clients__groups=groups), speed=100, file=str(traces))
+    slow, fast = made.device("slow"), made.device("fast")
+    assert (slow.speed, slow.up, fast.speed, fast.up) == (5, 9, 100, 7)
+    assert slow.online == ((0.0, 21600.0), (64800.0, 86400.0)) and fast.online == (
+        (0.0, 10.0),
+        (20.0, 30.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sped\n1\n", "column 'sped'.*'speed'"),
+        ("speed\n0\n", "row 2, column speed: found '0'; write a number above 0"),
+        ("speed\nfast\n", "found 'fast'"),
+        ("online\n5-1\n", "found '5-1'"),
+        ("online\n8:00-18:00\n", "found '8:00-18:00'; write stretches of seconds of the day"),
+        ("online\n0-5;4-9\n", "found '0-5;4-9'"),
+        ("online\n0-inf\n", "found '0-inf'"),
+        ("failure\n1.5\n", "found '1.5'; write a chance from 0 to 1"),
+        ("failure\n10%\n", "found '10%'"),
+        ("speed,up\n1\n", "row 2: fewer values than columns"),
+        ("speed\n1,5e9\n", "row 2: more values than columns"),
+        ("online\n0-5,6-9\n", "row 2: more values than columns; .*semicolons between stretches"),
+        (
+            "client;speed\na;1\n",
+            "found a semicolon between the columns' names; separate them with commas",
+        ),
+        ("speed,up,speed\n1,2,3\n", "two columns are called 'speed'"),
+        ("client,speed\nsite_1,1\nsite_2,1\nsite_1,2\n", "two rows are of client 'site_1'"),
+        ("client,speed\nsite1,1\n", "no client is called 'site1'; did you mean 'site_1'"),
+        ("speed\n", "no rows"),
+        ("client,speed\nnobody,1\n", "no client is called 'nobody'"),
+        ("online\n0-90000\n", "90000 of a day of 86400"),
+        ("up\n1\n", "devices.up: .*give one"),
+    ],
+)
+def test_a_file_of_devices_that_is_none_is_told_in_one_line(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    traces = tmp_path / "traces.csv"
+    traces.write_text(text)
+    with pytest.raises(UserError, match=said):
+        devices(federation(), file=str(traces), up=3)
+    with pytest.raises(UserError, match="No such file"):
+        read_traces(str(tmp_path / "none.csv"))
+
+
+def slowly(device: Device, at: float, busy: float) -> float:
+    """Second by second."""
+    while busy > 0:
+        busy -= any(start <= at % device.day < end for start, end in device.online)
+        at += 1
+    return at
+
+
+def test_work_goes_on_only_while_the_machine_is_online() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        cuts = sorted(draw.sample(range(25), 4))
+        device = Device(online=((cuts[0], cuts[1]), (cuts[2], cuts[3])), day=24)
+        at, busy = draw.randrange(60), draw.randrange(1, 90)
+        done = device.finish(at, busy)
+        assert done == slowly(device, at, busy)
+        assert device.time_until(at, done) == busy and device.awake(at) >= at
+        assert any(start <= device.awake(at) % 24 < end for start, end in device.online)
+    assert Device().finish(5.0, 3.0) == 8.0 and Device().time_until(5.0, 3.0) == 0.0
+
+
+def test_durations_are_bytes_over_bandwidth_and_work_over_speed() -> None:
+    made = federation()
+    timing = Timing(devices(made, speed=1e6, up=10, down=100))
+    seconds = work(made.cards["site_1"]) / 1e6
+    assert timing.duration("site_1", 500, 30, at=7.0, task=0) == pytest.approx(5 + seconds + 3)
+    half = timing.stages("site_1", 500, 30, 7.0, 0, work=0.5)
+    assert half.trained - half.received == pytest.approx(seconds / 2)
+    share = timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=7 + 5 + 3 + seconds / 4)
+    assert share == pytest.approx(0.25)
+    assert timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=10.0) == 0
+    assert timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=1e9) == 1
+    shaky = Timing(devices(made, speed=1e6, jitter=0.3))
+    assert shaky.computing("site_1", 0) != shaky.computing("site_1", 1)
+    assert Timing(devices(made)).duration("site_1", 500, 30, at=7.0, task=0) == 0
+
+
+def test_fates_are_drawn_by_client_and_task_with_their_probabilities() -> None:
+    made = federation()
+    section = FaultsConfig(
+        before=0.1, during=0.1, after=0.1, lost=0.1, late=0.1, twice=0.1, corrupted=0.1
+    )
+    faults = Faults(section, devices(made))
+    fates = [faults.fate("site_1", task) for task in range(3000)]
+    assert fates == [faults.fate("site_1", task) for task in range(3000)]
+    assert fates[:50] != [faults.fate("site_2", task) for task in range(50)]
+    for what in (*section.chances, "fine"):
+        share = sum(fate.what == what for fate in fates) / 3000
+        assert abs(share - (0.3 if what == "fine" else 0.1)) < 0.025
+    assert {fate.by for fate in fates if fate.what == "late"} == {3600.0}
+    assert all(
+        faults.fate("site_1", t).fails == (fates[t].what in ("before", "during", "after", "lost"))
+        for t in range(99)
+    )
+    frail = Faults(None, devices(made, failure=0.3))
+    failed = [frail.fate("site_1", task) for task in range(2000)]
+    assert abs(sum(f.what == "during" for f in failed) / 2000 - 0.3) < 0.03
+    assert {f.what for f in failed} == {"during", "fine"}
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"add up to 1\.2"):
+        FaultsConfig(before=0.6, lost=0.6)
+    with pytest.raises(ValueError, match="deadline"):
+        CohortConfig(partial_work=True)
+    with pytest.raises(UserError, match=r"devices.speed.median: must be > 0, got -1"):
+        prepare(config("fedavg", devices={"speed": {"median": -1}}))
+    with pytest.raises(
+        UserError, match=r"devices.speed: found 'fast'; give a number, or {median, sigma}"
+    ):
+        prepare(config("fedavg", devices={"speed": "fast"}))
+    with pytest.raises(UserError, match=r"devices.up: found \[1, 2\]; give a number"):
+        prepare(config("fedavg", devices={"up": [1, 2]}))
+    with pytest.raises(
+        UserError, match=r"devices: expected a table, got 'd.csv'; did you mean 'devices.file'"
+    ):
+        prepare(config("fedavg", devices="d.csv"))
+    with pytest.raises(UserError, match=r"faults.server: expected a list, got 2; write \[2\]"):
+        prepare(config("fedavg", faults={"server": 2}))
+    with pytest.raises(UserError, match=r"devices\.sped.*speed"):
+        prepare(config("fedavg", devices={"sped": 3}))
+
+
+# Whose tasks take time ------------------------------------------------------------------------------------------------
+def test_the_fingerprint_is_that_of_what_a_file_says(tmp_path: Path) -> None:
+    made, file = federation(), tmp_path / "a.csv"
+    prints = []
+    for text in (
+        "speed,up\n5,6\n",
+        "speed,up\n5.0, 6\n",
+        "speed,up\n5,7\n",
+        "client,speed,up\nsite_1,5,6\n",
+    ):
+        file.write_text(text)
+        prints.append(devices(made, file=str(file)).fingerprint)
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+    assert devices(made).fingerprint == devices(made, speed=5).fingerprint == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "who"),
+    [
+        ({}, None),
+        ({"devices": {"speed": 1e6}}, None),
+        ({"devices": {"up": 1e6, "availability": {"share": 0.5}}}, None),
+        ({"devices": {"failure": 0.5}}, None),
+        ({"devices": {"availability": {"share": 0.5}}}, "devices: tasks of site_1"),
+        (
+            {"clients__overrides": [{"match": "site_2", "machine": {"speed": 5}}]},
+            "devices: tasks of site_1",
+        ),
+        ({"traces": "client,speed\nsite_2,5\n"}, "devices: tasks of site_1"),
+        ({"traces": "client,speed\nsite_1,5\nsite_2,5\nsite_3,5\n"}, None),
+        ({"traces": 'speed,up\n5,\n,""\n'}, "devices: tasks of site_1"),
+        ({"traces": "speed,up\n5,\n,6\n"}, None),
+        ({"faults": {"late": 0.1}}, "faults.late: tasks of site_1"),
+        ({"faults": {"late": 0.1}, "devices": {"speed": 1e6}}, None),
+    ],
+)
+def test_nobody_is_instant_among_those_who_take_time(
+    changes: dict[str, Any], who: str | None, tmp_path: Path
+) -> None:
+    changes = dict(changes)
+    if (text := changes.pop("traces", None)) is not None:
+        (tmp_path / "a.csv").write_text(text)
+        changes["devices"] = {"file": str(tmp_path / "a.csv")}
+    source = config("fedavg", "mlp", 3, **changes)
+    prepare(source)
+    source["runtime"]["mode"] = "async"
+    if who is None:
+        prepare(source)
+    else:
+        with pytest.raises(UserError, match=rf"^{who} take no time"):
+            prepare(source)

@@ -1,0 +1,554 @@
+"""Rounds in simulated time: whom the server waits for, what it does with too few, what faults may not change."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.communication.link import UNSENT
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.sampling import PENALTY
+from hetero_fl.federation.simulation.devices import local_steps
+from hetero_fl.federation.simulation.faults import flipped
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.trainer import Record
+from hetero_fl.utils.errors import RunFailed, UserError
+from tests.federation.test_synchronous import poisoned
+from tests.helpers.small_federations import MIXED, TOP, config, rounds_of, same_bits
+
+SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": {"median": 1e5, "sigma": 0.9}, "down": 1e6}
+MANY = {"kind": "iid", "min_size": 10}  # clients that share the few rows
+EVERY = {
+    "before": 0.1,
+    "during": 0.1,
+    "after": 0.1,
+    "lost": 0.1,
+    "late": 0.1,
+    "twice": 0.1,
+    "corrupted": 0.1,
+}
+
+
+def held(source: dict[str, Any]) -> tuple[Rounds, list[Record]]:
+    rounds = rounds_of(source, held=0)
+    return rounds, [rounds.round() for _ in range(source["rounds"])]
+
+
+def equal(one: Rounds, other: Rounds) -> bool:
+    """Whether two runs have the same server and the same private state."""
+    kept = [{id: r.store.encoded(id) for id in r.federation.cards} for r in (one, other)]
+    models = one.server.models
+    return kept[0] == kept[1] and all(
+        same_bits(models[slot], other.server.models[slot]) for slot in models
+    )
+
+
+def arithmetic(record: Record) -> None:
+    """invited = arrived + failed + late, in numbers and one by one; time does not go back."""
+    counts, tasks = record["counts"], record["tasks"]
+    assert counts["invited"] == counts["arrived"] + counts["failed"] + counts["late"] == len(tasks)
+    found = Counter(what for *_, what in tasks)
+    assert {n: found[n] for n in ("arrived", "failed", "late")} == {
+        n: counts[n] for n in ("arrived", "failed", "late")
+    }
+    assert record["simulated"]["start"] <= record["simulated"]["end"]
+    assert all(record["simulated"]["start"] <= start <= end for _, start, end, _ in tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedavg", "hybrid", "fedper"])
+def test_devices_alone_change_nothing_but_the_clock(method: str) -> None:
+    plain, records = held(config(method, MIXED, clients=4))
+    timed, told = held(config(method, MIXED, clients=4, devices=SLOW))
+    assert equal(plain, timed)
+    for without, record in zip(records, told, strict=True):
+        more = ("simulated", "counts", "tasks")
+        assert {k: v for k, v in record.items() if k not in (*more, "seconds")} == {
+            k: v for k, v in without.items() if k != "seconds"
+        }
+        arithmetic(record)
+    assert told[0]["simulated"]["end"] == told[1]["simulated"]["start"] > 0
+
+
+def test_the_bytes_that_take_time_are_those_that_travel() -> None:
+    rounds = rounds_of(config("fedavg", "mlp", 2), held=0)
+    expected = [
+        rounds.upload_bytes(card, rounds._broadcast(card), 0)
+        for card in rounds.federation.cards.values()
+    ]
+    assert abs(rounds.round()["up_bytes"] - sum(expected)) <= 8
+
+
+def test_a_deadline_leaves_out_who_is_slow_as_if_it_had_not_been_invited() -> None:
+    source = config("fedper", clients=4, devices=SLOW)
+    ends = sorted(end for *_, end, _ in held(source)[1][0]["tasks"])
+    deadline = (ends[2] + ends[3]) / 2
+    cut, records = held({**source, "cohort": {"deadline": deadline}})
+    assert [r["counts"] for r in records] == [
+        {"invited": 4, "arrived": 3, "failed": 0, "late": 1}
+    ] * 2
+    assert [r["simulated"]["end"] for r in records] == [deadline, 2 * deadline]
+    (late,) = {client for client, _, _, what in records[0]["tasks"] if what == "late"}
+    assert late not in records[0]["train_loss"] and cut.store.get(late).models == {}
+    arithmetic(records[0])
+
+
+def test_over_selection_takes_the_first_to_arrive() -> None:
+    source = config(
+        "fedavg", "mlp", 8, clients__per_round=4, devices=SLOW, cohort={"over_selection": 1.5}
+    )
+    _, records = held(source)
+    for record in records:
+        arithmetic(record)
+        assert record["counts"] == {"invited": 6, "arrived": 4, "failed": 0, "late": 2}
+        ends = sorted((end, what) for _, _, end, what in record["tasks"])
+        assert [what for _, what in ends] == ["arrived"] * 4 + ["late"] * 2
+        assert record["simulated"]["end"] == ends[3][0] and len(record["train_loss"]) == 4
+
+
+def test_of_equal_machines_other_ones_are_first_from_round_to_round() -> None:
+    """By id, whoever comes last in the roster would never be heard."""
+    same: dict[str, Any] = {"clients__defaults__steps": 1, "devices": {"speed": 1e6}}
+    source = config(
+        "fedavg", "mlp", 4, rounds=12, clients__per_round=2, cohort={"over_selection": 2}, **same
+    )
+    _, records = held(source)
+    assert all(len({end for _, _, end, _ in record["tasks"]}) == 1 for record in records)
+    heard = Counter(
+        client for record in records for client, _, _, what in record["tasks"] if what == "arrived"
+    )
+    assert sum(heard.values()) == 24 and len(heard) == 4 and max(heard.values()) < 12
+    assert [r["tasks"] for r in held(source)[1]] == [r["tasks"] for r in records]
+
+
+@pytest.mark.parametrize("method", ["fedprox", "fednova", "hybrid"])
+def test_partial_work_has_everybody_on_time_with_as_many_steps_as_there_is_time_for(
+    method: str,
+) -> None:
+    source = config(
+        method,
+        "mlp",
+        4,
+        devices={"speed": {"median": 1e6, "sigma": 0.9}},
+        clients__defaults__epochs=3,
+    )
+    _, records = held(source)
+    ends = {client: end for client, _, end, _ in records[0]["tasks"]}
+    deadline = sorted(ends.values())[1] * 1.01
+    partial = rounds_of({**source, "cohort": {"deadline": deadline, "partial_work": True}}, held=0)
+    site, steps = partial.executor.site, {}  # type: ignore[attr-defined]
+    perform = site.performer.perform
+
+    def counting(work: Any) -> list[Any]:
+        results = perform(work)
+        steps.update(
+            {
+                p.id: r.steps
+                for (p, s), r in zip(work, results, strict=True)
+                if getattr(s, "label", "") == "train"
+            }
+        )
+        return results
+
+    site.performer.perform = counting
+    record = partial.round()
+    assert record["counts"]["arrived"] == 4 and record["simulated"]["end"] <= deadline
+    for id, end in ends.items():
+        whole = local_steps(partial.federation.cards[id])
+        assert steps[id] == (whole if end <= deadline else int(whole * deadline / end))
+    assert len({steps[id] / local_steps(partial.federation.cards[id]) for id in ends}) >= 2
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("too_few", ["skip", None])
+def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_up(
+    chance: float, too_few: str
+) -> None:
+    each = chance / 4
+    faults = {"before": each, "during": each, "after": each, "lost": each}
+    source = config(
+        "hybrid",
+        MIXED,
+        clients=6,
+        rounds=6,
+        clients__per_round=4,
+        faults=faults,
+        cohort={"too_few": too_few},
+    )
+    rounds, records = held(source)
+    assert rounds.completed == 6
+    for record in records:
+        arithmetic(record)
+        failed = {
+            id
+            for id in record["cohort"]
+            if rounds.conditions.faults.fate(id, record["round"] - 1).fails
+        }
+        assert record["counts"]["failed"] == len(failed) and set(record["failed"]) == failed
+        assert record.get("skipped", False) == (len(failed) == 4)
+    assert chance < 0.9 or any(r.get("skipped") for r in records)
+    assert all(torch.isfinite(t).all() for m in rounds.server.models.values() for t in m.values())
+
+
+def test_every_fault_at_once_adds_up_too_and_none_is_averaged_in() -> None:
+    source = config(
+        "fedavg", "mlp", 6, rounds=12, devices=SLOW, faults=EVERY, cohort={"deadline": 60}
+    )
+    rounds, records = held(source)
+    for record in records:
+        arithmetic(record)
+        fates = {
+            id: rounds.conditions.faults.fate(id, record["round"] - 1).what
+            for id in record["cohort"]
+        }
+        arrived = {client for client, _, _, what in record["tasks"] if what == "arrived"}
+        assert set(record["train_loss"]) == arrived and {fates[id] for id in arrived} <= {
+            "fine",
+            "twice",
+            "late",
+        }
+    told = Counter(why for record in records for why in record["failed"].values())
+    assert len(told) == 5 and any("bytes" in why for why in told)
+
+
+def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, Any]) -> None:
+    """Rounds with these faults against some in which those whom they befell were not there at all."""
+    source = config(method, MIXED, clients=6, rounds=2, seed=3, channel=channel)
+    befallen, records = held({**source, "faults": faults, "cohort": {"deadline": 60}})
+    without = rounds_of(source, held=0)
+    for record in records:
+        assert 0 < record["counts"]["arrived"] < 6
+        came = sorted(client for client, _, _, what in record["tasks"] if what == "arrived")
+        without.invitation.draw = lambda *a, came=came: (came, 0.0)  # type: ignore[method-assign,misc]
+        without.round()
+    assert equal(befallen, without)
+    assert (
+        not channel
+        or sum(UNSENT in befallen.store.get(id).state for id in befallen.federation.cards) > 1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedper", "hybrid"])
+@pytest.mark.parametrize("fault", ["before", "after", "lost", "late", "corrupted"])
+@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
+def test_a_task_that_comes_to_nothing_leaves_no_trace(
+    fault: str, method: str, channel: dict[str, Any]
+) -> None:
+    same_as_uninvited({fault: 0.5}, method, channel)
+
+
+def test_a_second_copy_changes_nothing_but_the_bytes() -> None:
+    plain, before = held(config("fedper", clients=4))
+    twice, after = held(config("fedper", clients=4, faults={"twice": 1.0}))
+    assert equal(plain, twice)
+    assert [r["counts"]["arrived"] for r in after] == [4, 4]
+    assert all(
+        abs(b["up_bytes"] - 2 * a["up_bytes"]) < 64 for a, b in zip(before, after, strict=True)
+    )
+
+
+def test_no_flipped_byte_gets_past_the_checksum_whether_it_decodes_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rounds = rounds_of(config("fedavg", "mlp", 4, rounds=1, faults={"corrupted": 1.0}), held=0)
+    record = rounds.round()
+    assert (
+        record["counts"] == {"invited": 4, "arrived": 0, "failed": 4, "late": 0}
+        and record["skipped"]
+    )
+    rounds = rounds_of(config("fedavg", "mlp", 4, faults={"corrupted": 0.5}), held=0)
+    changes = []
+
+    # of the last number: finite, of the right shape
+    def last_bit(body: bytes, *parts: Any) -> bytes:
+        changes.append(body[:-4] + bytes([body[-4] ^ 1]) + body[-3:])
+        return changes[-1]
+
+    monkeypatch.setattr("hetero_fl.federation.simulation.faults.flipped", last_bit)
+    record = rounds.round()
+    assert 0 < len(changes) == record["counts"]["failed"]
+    assert all("bytes" in why for why in record["failed"].values())
+    for i in range(300):
+        assert flipped(b"some bytes", i) != b"some bytes" and len(flipped(b"some bytes", i)) == 10
+
+
+def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
+    source = config(
+        "fedavg", "mlp", 6, clients__per_round=3, faults={"lost": 0.6}, rounds=4, seed=1
+    )
+    _, records = held({**source, "cohort": {"least": 2, "too_few": "repeat", "attempts": 50}})
+    assert all(len(r["train_loss"]) >= 2 for r in records) and any(
+        r.get("attempts", 1) > 1 for r in records
+    )
+    for record in records:
+        arithmetic(record)
+        assert record["counts"]["invited"] == 3 * record.get("attempts", 1)
+    _, told = held({**source, "cohort": {"least": 2, "too_few": "skip"}})
+    again = rounds_of({**source, "cohort": {"least": 2, "too_few": "skip"}}, held=0)
+    assert any(r.get("skipped") for r in told)
+    for record in told:
+        before = {slot: dict(model) for slot, model in again.server.models.items()}
+        again.round()
+        unchanged = all(same_bits(before[slot], again.server.models[slot]) for slot in before)
+        assert unchanged == record.get("skipped", False) == (len(record["train_loss"]) < 2)
+    with pytest.raises(RunFailed, match=r"of at least 2 usable uploads from 3 clients"):
+        held({**source, "cohort": {"least": 2, "too_few": "fail"}})
+    with pytest.raises(RunFailed, match=r"no usable upload from 3 clients, 2 times"):
+        held({**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}})
+
+
+def test_a_round_without_enough_says_what_became_of_them() -> None:
+    source = config("fedavg", "mlp", 4, devices=SLOW, cohort={"deadline": 1e-3, "too_few": "fail"})
+    with pytest.raises(
+        RunFailed, match=r"^round 1: no usable upload from 4 clients; 4 of them late$"
+    ):
+        held(source)
+
+
+def test_a_round_begins_when_as_many_are_online_as_it_needs() -> None:
+    devices = {"speed": 1e7, "availability": {"share": 0.25, "day": 240}}
+    source = config(
+        "fedavg", "mlp", 8, rounds=3, clients__per_round=3, devices=devices, data__partition=MANY,
+        cohort={"sampling": "available", "least": 2, "too_few": "fail"},
+    )  # fmt: skip
+    rounds, records = held(source)
+    assert all(record["counts"]["invited"] >= 2 for record in records)
+    seen = [rounds.conditions.devices.device(id) for id in rounds.federation.cards]
+    # at times they are fewer
+    assert any(sum(d.awake(10.0 * k) == 10.0 * k for d in seen) < 2 for k in range(24))
+
+
+def test_of_a_round_that_is_skipped_after_training_clients_keep_nothing() -> None:
+    rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), held=1)
+    before = {id: rounds.store.stamp(id) for id in rounds.federation.cards}
+    poisoned(rounds, "site_1")
+    record = rounds.round()
+    assert record["skipped"] and len(record["train_loss"]) == 2 and "counts" not in record
+    assert {id: rounds.store.stamp(id) for id in rounds.federation.cards} == before
+
+
+@pytest.mark.parametrize("sampling", ["available", "oort"])
+def test_only_those_online_are_invited(sampling: str) -> None:
+    devices = {**SLOW, "availability": {"share": 0.4, "day": 600}}
+    source = config(
+        "fedavg",
+        "mlp",
+        9,
+        rounds=6,
+        clients__per_round=3,
+        devices=devices,
+        cohort={"sampling": sampling},
+        data__partition=MANY,
+    )
+    rounds, records = held(source)
+    for record in records:
+        start = record["tasks"][0][1]
+        assert all(
+            rounds.conditions.devices.device(id).awake(start) == start for id in record["cohort"]
+        )
+    uniform = rounds_of({**source, "cohort": {}}, held=0)
+    starts = [uniform.conditions.devices.device(id).awake(0.0) for id in uniform.cohort(0)]
+    assert any(start > 0 for start in starts)  # invited all the same: their tasks wait
+
+
+def test_oort_prefers_those_with_high_losses_who_are_quick() -> None:
+    source = config(
+        "fedavg",
+        "mlp",
+        12,
+        clients__per_round=4,
+        devices=SLOW,
+        cohort={"sampling": "oort"},
+        data__partition=MANY,
+    )
+    rounds = rounds_of(source, held=0)
+    ids = list(rounds.federation.cards)
+    rounds.invitation.known = {
+        id: [100.0 if i < 6 else 1.0, 1.0 if i % 2 else 50.0, 0.0] for i, id in enumerate(ids)
+    }
+    drawn = Counter(id for round in range(200) for id in rounds.invitation.draw(round, 0, 0.0)[0])
+    quick, slow = [drawn[id] for id in ids[1:6:2]], [drawn[id] for id in ids[6::2]]
+    assert min(quick) > 3 * max(slow) and sum(drawn.values()) == 800
+    fresh = rounds_of(source)
+    assert 4 <= len(fresh.invitation.known) <= 8 and set(fresh.invitation.known) <= set(ids)
+    assert all(math.isfinite(v) for known in fresh.invitation.known.values() for v in known)
+
+
+def test_oort_lowers_the_utility_of_clients_slower_than_the_median() -> None:
+    source = config(
+        "fedavg",
+        "mlp",
+        12,
+        clients__per_round=4,
+        devices=SLOW,
+        cohort={"sampling": "oort"},
+        data__partition=MANY,
+    )
+    invitation = rounds_of(source, held=0).invitation
+    invitation.known = {
+        "site_1": [10.0, 1.0, 0.0],
+        "site_2": [10.0, 2.0, 0.0],
+        "site_3": [10.0, 8.0, 0.0],
+    }
+
+    utility = invitation.utilities(["site_1", "site_2", "site_3"], 1)
+
+    bonus = math.sqrt(0.1 * math.log(2))
+    assert utility["site_1"] == utility["site_2"] == pytest.approx(1 + bonus)
+    assert utility["site_3"] == pytest.approx((1 + bonus) * (2 / 8) ** PENALTY)
+
+
+def test_oort_learns_from_losses_where_nobody_takes_any_time() -> None:
+    source = config(
+        "fedavg",
+        "mlp",
+        8,
+        rounds=3,
+        clients__per_round=3,
+        cohort={"sampling": "oort"},
+        data__partition=MANY,
+    )
+    rounds, records = held(source)
+    assert set(rounds.invitation.known) == {id for record in records for id in record["cohort"]}
+    last = records[-1]
+    for id in last["cohort"]:
+        worth, seconds, round = rounds.invitation.known[id]
+        assert worth == rounds.federation.cards[id].n * last["train_loss"][id] and (
+            seconds,
+            round,
+        ) == (0.0, 2.0)
+    again = rounds_of(source, held=0)
+    again.invitation.restore(rounds.invitation.tree())
+    assert again.invitation.draw(3, 0, 0.0) == rounds.invitation.draw(3, 0, 0.0)
+
+
+def test_a_round_waits_for_as_many_as_its_secure_sum_needs() -> None:
+    def online(**changes: Any) -> int:
+        source = config(
+            "fedavg", "mlp", 8, clients__per_round=5, devices={**SLOW, "availability": {"share": 0.4, "day": 600}},
+            cohort={"sampling": "available"}, data__partition=MANY, **changes,
+        )  # fmt: skip
+        rounds = rounds_of(source, held=0)
+        return min(len(rounds.invitation.draw(round, 0, 0.0)[0]) for round in range(6))
+
+    assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
+
+
+def test_what_has_nothing_to_go_by_is_refused_in_one_line() -> None:
+    def refused(said: str, clients: int = 4, **changes: Any) -> None:
+        with pytest.raises(UserError, match=said):
+            prepare(config("fedavg", "mlp", clients, **changes))
+
+    refused(
+        r"cohort\.over_selection: .*clients\.per_round",
+        cohort={"over_selection": 1.3},
+        devices=SLOW,
+    )
+    refused(
+        r"cohort\.over_selection: .*devices", cohort={"over_selection": 1.3}, clients__per_round=2
+    )
+    refused(r"cohort\.sampling: oort", cohort={"sampling": "oort"})
+    refused(r"cohort\.least: found 3", cohort={"least": 3}, clients__per_round=2)
+    refused(r"faults\.server: found 9, but the run has 2 rounds", faults={"server": [1, 9]})
+    refused(r"faults\.server\.0: must be > 0, got 0", faults={"server": [0]})
+    oort = {"sampling": "oort"}
+    refused(
+        r"cohort\.sampling: oort .* channel\.secure_sum",
+        cohort=oort,
+        clients__per_round=3,
+        channel={"secure_sum": {}},
+    )
+    many = {
+        "cohort": {"over_selection": 2},
+        "clients": 8,
+        "clients__per_round": 4,
+        "devices": SLOW,
+        "data__partition": MANY,
+    }
+    refused(
+        r"cohort\.over_selection: found 2; of 8 .* asks for 6", channel={"secure_sum": {}}, **many
+    )
+    refused(
+        r"devices\.speed\.sigma: found 5e\+07; it is of the natural",
+        devices={"speed": {"median": 1e8, "sigma": 5e7}},
+    )
+    refused(
+        r"staleness\.kind: found 'poly'; did you mean 'polynomial'\?",
+        runtime={"mode": "async", "staleness": {"kind": "poly"}},
+    )
+    notes = prepare(
+        config("fedavg", "mlp", 4, faults={"late": 0.1}, cohort={"sampling": "available"})
+    ).notes
+    assert any("faults.late" in note for note in notes) and any(
+        "cohort.sampling" in note for note in notes
+    )
+    for changes, line in [
+        (
+            {"cohort": {"sampling": "available"}, "clients__per_round": 2},
+            "cohort.sampling: available, but everybody",
+        ),
+        ({"cohort": {"deadline": 9}}, "cohort.deadline: nobody takes any time"),
+        (
+            {"cohort": {"deadline": 1e-3}, "devices": SLOW},
+            "cohort.deadline: found 0.001 s, but training takes",
+        ),
+        (
+            {"cohort": {"deadline": 1e-6, "partial_work": True}, "devices": SLOW},
+            "cohort.deadline: found 1e-06 s, but a single",
+        ),
+        ({"faults": {"delay": 9}}, "faults.delay: is for uploads that are late"),
+        ({"cohort": {"attempts": 3}}, "cohort.attempts: is for cohort.too_few: repeat"),
+    ]:
+        plain = prepare(config("fedavg", "mlp", 4, devices=SLOW, cohort={"deadline": 60})).notes
+        assert any(
+            note.startswith(line) for note in prepare(config("fedavg", "mlp", 4, **changes)).notes
+        )
+        assert not any(note.startswith(line) for note in plain), line
+    refused(r"devices\.file: nowhere\.csv", devices={"file": "nowhere.csv"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_give_the_same_bits(workers: int) -> None:
+    source = config(
+        "hybrid", MIXED, clients=6, algorithm__heads="keep", devices=SLOW, faults=EVERY, clients__per_round=4, channel=TOP,
+        cohort={"deadline": 40, "partial_work": True, "over_selection": 1.3, "too_few": "repeat"},
+    )  # fmt: skip
+    serial, records = held(source)
+    source["runtime"] = {"threads": 1, "executor": "processes", "workers": workers}
+    there = rounds_of(source, held=0)
+    try:
+        told = [there.round() for _ in range(source["rounds"])]
+        assert equal(serial, there)
+    finally:
+        there.executor.close()
+    for one, other in zip(records, told, strict=True):
+        assert {k: v for k, v in one.items() if k != "seconds"} == {
+            k: v for k, v in other.items() if k != "seconds"
+        }
+
+
+def test_a_resumed_run_goes_on_at_the_same_simulated_time(tmp_path: Path) -> None:
+    source = config(
+        "fedavg",
+        "mlp",
+        8,
+        rounds=5,
+        clients__per_round=3,
+        devices=SLOW,
+        cohort={"sampling": "oort"},
+    )
+    straight, records = held(source)
+    first = rounds_of(source, held=3)
+    second = rounds_of(source, held=0)
+    second.restore(first.tree())
+    assert [r["simulated"] for r in (second.round(), second.round())] == [
+        r["simulated"] for r in records[3:]
+    ]
+    assert equal(straight, second) and second.invitation.known == straight.invitation.known

@@ -1,0 +1,301 @@
+"""Asynchronous runs: equal to synchronous ones in their limit, the same bits however they are computed and interrupted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.simulation.faults import Fate
+from hetero_fl.federation.state_store import Store
+from hetero_fl.utils.errors import RunFailed
+from tests.helpers.asynchronous_runs import session, source
+from tests.helpers.small_federations import MIXED, TOP, config, rounds_of
+from tests.helpers.workers import outcome
+
+SUMS = [
+    "local",
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "scaffold",
+    "fednova",
+    "fedper",
+    "lg_fedavg",
+    "fedbn",
+    "fedrep",
+]
+SUMS += [
+    "fedbabu",
+    "ditto",
+    "heterofl",
+    "fedmd",
+    "ds_fl",
+    "fd",
+    "fedproto",
+    "fml",
+    "fedmrl",
+    "hybrid",
+]
+EACH = [
+    "centralized",
+    "ensemble",
+    "feddf",
+    "kt_pfl",
+    "fedtgp",
+    "fedgh",
+    "fedgen",
+    "fedkd",
+    "fedgkt",
+    "dense",
+]
+PACE = {"site_1": 1.0, "site_2": 1.3, "site_3": 2.9, "site_4": 7.1}
+
+
+def bits(run: Any) -> dict[str, Any]:
+    """All that a run has made of its clients and its server."""
+    return {
+        "models": {
+            slot: {n: t.numpy().tobytes() for n, t in m.items()}
+            for slot, m in run.server.models.items()
+        },
+        "private": {client: run.store.encoded(client) for client in run.federation.cards},
+        "traffic": run.traffic,
+    }
+
+
+# The synchronous limit ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("channel", [pytest.param({}, id="plain"), pytest.param(TOP, id="topk")])
+@pytest.mark.parametrize("cohort", [None, 2])
+@pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"])
+def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
+    method: str, cohort: int | None, channel: dict[str, Any]
+) -> None:
+    changes: dict[str, Any] = {
+        "channel": channel,
+        **({"clients__per_round": cohort} if cohort else {}),
+    }
+    if method == "fedavg":
+        changes["algorithm"] = {"name": "fedavg", "weighting": "uniform"}
+    made = config(method, MIXED, clients=4, rounds=3, server={"model": "linear"}, **changes)
+    waits = rounds_of(made)
+    pace = session(
+        {**made, "runtime": {"threads": 1, "mode": "async"}}, seconds=lambda id, task: 3.0
+    )
+    records = [pace.round() for _ in range(3)]
+    assert bits(pace) == bits(waits)
+    assert (pace.version, pace.now, records[1]["simulated"]) == (3, 9.0, {"start": 3.0, "end": 6.0})
+    assert all(record["staleness"] == {"0": cohort or 4} for record in records)
+
+
+def test_where_they_do_not_it_is_another() -> None:
+    made = config("fedavg", clients=4, rounds=3)
+    pace = session(
+        {**made, "runtime": {"threads": 1, "mode": "async"}}, seconds=lambda id, task: PACE[id]
+    )
+    records = [pace.round() for _ in range(3)]
+    assert bits(pace) != bits(rounds_of(made))
+    # the fast come twice, and the slow not at all
+    assert any(len(set(record["cohort"])) < 4 for record in records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SUMS)
+def test_every_method_whose_uploads_are_summed_runs_and_can_be_read(method: str) -> None:
+    extra = {"algorithm": {"name": "ds_fl", "proxy_rows": None}} if method == "ds_fl" else {}
+    made = config(method, MIXED, clients=4, rounds=2, server={"model": "linear"}, **extra)
+    made["runtime"] = {"threads": 1, "mode": "async", "buffer": 2}
+    pace = session(made, seconds=lambda id, task: PACE[id])
+    for _ in range(2):
+        record = pace.round()
+        assert not record["failed"] and len(record["cohort"]) == 4
+        scores = pace.evaluate().clients
+        assert all(0 <= reading.scores["global"]["accuracy"] <= 1 for reading in scores.values())
+    assert pace.version == 4
+
+
+# However it is computed ---------------------------------------------------------------------------------------------
+def test_when_tasks_are_computed_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each for itself as late as can be, all together as they are given out."""
+    made = source(algorithm__heads="keep")
+    plain, eager = session(made), session(made)
+    fill = eager._fill
+    eager._fill = lambda: (fill(), eager._compute())[0]  # type: ignore[method-assign,func-returns-value]
+    assert outcome(eager)["private"] == outcome(plain)["private"] and bits(eager) == bits(plain)
+
+
+def test_what_goes_wrong_before_an_upload_is_sent_is_never_computed() -> None:
+    fates = {0: Fate("before"), 1: Fate("during", share=0.5), 2: Fate("after"), 3: Fate("lost")}
+    run = session(config("fedavg", clients=4, runtime={"threads": 1, "mode": "async"}), fates=fates)
+    asked = []
+    answer = run.executor.answer
+    run.executor.answer = lambda requests: (asked.extend(requests), answer(requests))[1]  # type: ignore[method-assign]
+    record = run.round()
+    assert sorted(record["failed"]) == sorted(PACE) and len(asked) == 4
+    assert record["counts"] == {"invited": 8, "arrived": 4, "failed": 4, "late": 0}
+
+
+# However it is interrupted ------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+@pytest.mark.parametrize(
+    ("method", "channel"),
+    [("hybrid", {}), ("hybrid", TOP), ("fedbuff", {}), ("fedbuff", TOP), ("fedproto", {})],
+)
+def test_from_every_checkpoint_it_goes_on_with_the_same_bits(
+    tmp_path: Path, method: str, channel: dict[str, Any], executor: str
+) -> None:
+    changes: dict[str, Any] = {"algorithm__heads": "keep"} if method == "hybrid" else {}
+    changes["channel"] = channel
+    made = source(method, runtime={"threads": 1, "mode": "async", "executor": executor}, **changes)
+    plain = prepare(made).rounds(store=Store(tmp_path / "a"))
+    records = [plain.round() for _ in range(4)]
+    for stop in (1, 2, 3):
+        folder = tmp_path / f"{stop}"
+        one = prepare(made).rounds(store=Store(folder))
+        told = [one.round() for _ in range(stop)]
+        Checkpoints(one.store, print).save(stop, {"run": one.tree()})
+        other = prepare(made).rounds(store=Store(folder))
+        saved = Checkpoints(other.store, print).newest()
+        assert saved is not None
+        other.restore(saved["run"])
+        told += [other.round() for _ in range(4 - stop)]
+        assert bits(other) == bits(plain)
+        assert without_seconds(told) == without_seconds(records)
+
+
+def test_resume_in_the_middle_of_a_version_asks_the_same_clients() -> None:
+    runtime = {"threads": 1, "mode": "async", "buffer": 8}
+    made = config("fedavg", "mlp", clients=8, rounds=3, clients__per_round=3, runtime=runtime)
+    whole, first, second = (session(made, seconds=lambda id, task: int(id[-1])) for _ in range(3))
+
+    records = [whole.round() for _ in range(3)]
+    first.round()
+    second.restore(first.tree())
+    resumed = [second.round() for _ in range(2)]
+
+    assert records[0]["version"] == 0
+    assert without_seconds(resumed) == without_seconds(records[1:])
+
+
+def test_uploads_of_a_version_are_combined_in_the_order_of_client_ids() -> None:
+    runtime = {"threads": 1, "mode": "async", "buffer": 4}
+    made = config("fedavg", "mlp", clients=4, runtime=runtime)
+    run = session(made, seconds=lambda id, task: 10 - int(id[-1]))
+    combined: list[str] = []
+    run._combine = lambda sent: combined.extend(u.client for u in sent)  # type: ignore[method-assign]
+
+    record = run.round()
+
+    assert record["cohort"] == ["site_4", "site_3", "site_2", "site_1"]
+    assert combined == sorted(record["cohort"])
+
+
+def without_seconds(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+# What befalls tasks --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.6, 0.9])
+def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_up(
+    chance: float,
+) -> None:
+    faults = dict.fromkeys(("before", "during", "after", "lost", "corrupted"), chance / 5)
+    run = session(
+        source("fedper", rounds=5, faults={**faults, "late": 0.05, "twice": 0.05, "delay": 5.0})
+    )
+    records = [run.round() for _ in range(5)]
+    for record in records:
+        counts, found = record["counts"], Counter(what for *_, what in record["tasks"])
+        assert (
+            counts["invited"]
+            == counts["arrived"] + counts["failed"] + counts["late"]
+            == len(record["tasks"])
+        )
+        assert (counts["arrived"], counts["late"]) == (3, 0) and found["failed"] == counts["failed"]
+        assert all(
+            begun <= ends <= record["simulated"]["end"] for _, begun, ends, _ in record["tasks"]
+        )
+    failed = sum(record["counts"]["failed"] for record in records)
+    tasks = sum(record["counts"]["invited"] for record in records)
+    assert abs(failed / tasks - chance) < 0.25 and (chance > 0) == (failed > 0)
+
+
+def test_two_tasks_of_one_version_draw_by_themselves_on_the_channel() -> None:
+    made = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
+    made["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
+    run = session(made, seconds=lambda id, _: PACE[id])
+    link, keys = run.executor.site.links.up, list[Any]()  # type: ignore[attr-defined]
+    send = link.send
+    link.send = lambda payload, key, *rest: (keys.append(key), send(payload, key, *rest))[1]
+    records = [run.round() for _ in range(2)]
+    assert not any(record["failed"] for record in records) and run.version == 1
+    assert len(keys) > 3 and len(set(keys)) == len(keys)
+
+
+# What ends it -------------------------------------------------------------------------------------------------------
+def test_a_run_to_which_nothing_ever_comes_ends() -> None:
+    made = config("fedavg", runtime={"threads": 1, "mode": "async"}, faults={"lost": 1.0})
+    with pytest.raises(
+        RunFailed, match=r"round 1: no usable upload from 300 tasks; site_\d: upload lost$"
+    ):
+        session(made).round()
+    wild = config("fedavg", models="mlp", runtime={"threads": 1, "mode": "async"})
+    wild["clients"]["defaults"]["optimizer"]["lr"] = 1e30
+    with pytest.raises(RunFailed, match="no usable upload from 3 tasks"):
+        session(wild).round()
+
+
+def test_one_that_diverges_is_asked_again_and_holds_nobody_up() -> None:
+    groups = [
+        {"name": "calm", "count": 3, "model": "mlp"},
+        {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}},
+    ]
+    run = session(config("fedavg", clients__groups=groups, runtime={"threads": 1, "mode": "async"}))
+    record = run.round()
+    assert list(record["failed"]) == ["wild"] and set(record["cohort"]) == {
+        "calm_1",
+        "calm_2",
+        "calm_3",
+    }
+    stops = config(
+        "fedavg",
+        clients__groups=groups,
+        runtime={"threads": 1, "mode": "async", "divergence": "stop"},
+    )
+    with pytest.raises(RunFailed, match="wild diverged"):
+        session(stops).round()
+
+
+def test_what_is_kept_follows_what_was_taken() -> None:
+    """A client's head after a lost task is the one before it."""
+    made = config("fedper", clients=3, runtime={"threads": 1, "mode": "async"})
+    pace = {"site_1": 1.0, "site_2": 1.1, "site_3": 1.2}
+    plain = session(made, seconds=lambda id, _: pace[id])
+    plain.round()
+    lost = session(
+        made,
+        seconds=lambda id, _: pace[id],
+        fates={3: Fate("lost"), 4: Fate("lost"), 5: Fate("lost")},
+    )
+    lost.round()
+    before = bits(lost)["private"]
+    assert before == bits(plain)["private"]
+    seen = []
+    end = lost._end
+    lost._end = lambda task, tally: (
+        end(task, tally),
+        seen.append((task.number, bits(lost)["private"])),
+    )[0]  # type: ignore[method-assign,func-returns-value]
+    lost.round()
+    assert [number for number, _ in seen[:3]] == [3, 4, 5] and all(
+        kept == before for _, kept in seen[:3]
+    )
+    assert seen[-1][1] != before

@@ -1,0 +1,249 @@
+"""Checkpoints: atomic, two kept, what changed and no more, and a single damaged byte is always noticed."""
+
+from __future__ import annotations
+
+import os
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetero_fl.federation import checkpoint
+from hetero_fl.federation.checkpoint import Checkpoints, read_checkpoint
+from hetero_fl.federation.state_store import Private, Store
+from hetero_fl.utils.errors import RunFailed
+from hetero_fl.utils.serialization import CodecError
+from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
+
+
+def checkpoints_in(
+    folder: Path, log: Callable[[str], object] = pytest.fail, memory: int = 1 << 20
+) -> Checkpoints:
+    return Checkpoints(Store(folder, memory), log)
+
+
+def files(folder: Path) -> list[str]:
+    return [p.name for p in sorted(folder.iterdir())]
+
+
+def test_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
+    checkpoints = checkpoints_in(tmp_path)
+    for i in range(5):
+        checkpoints.save(i, {"round": i, "t": torch.full((3,), float(i))})
+    assert files(tmp_path) == ["round-000003.ckpt", "round-000004.ckpt"]
+    newest = checkpoints.newest()
+    assert newest is not None and newest["round"] == 4 and newest["t"].tolist() == [4, 4, 4]
+
+
+def test_with_full_participation_there_are_two_files_each_complete_in_itself(
+    tmp_path: Path,
+) -> None:
+    rounds = rounds_of(
+        config("hybrid", MIXED, algorithm__heads="keep"), held=0, store=Store(tmp_path)
+    )
+    checkpoints = Checkpoints(rounds.store, pytest.fail)
+    for i in (1, 2, 3):
+        rounds.round()
+        path = checkpoints.save(i, {"run": rounds.tree()})
+        assert {p.segment.path for p in read_checkpoint(path)[1].values()} == {path}
+    assert files(tmp_path) == ["round-000002.ckpt", "round-000003.ckpt"]
+
+
+def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
+    said: list[str] = []
+    rounds = rounds_of(
+        config("hybrid", MIXED, algorithm__heads="keep"), held=1, store=Store(tmp_path)
+    )
+    checkpoints = Checkpoints(rounds.store, said.append)
+    checkpoints.save(1, {"run": rounds.tree()})
+    rounds.round()
+    path = checkpoints.save(2, {"run": rounds.tree()})
+    whole, rng = path.read_bytes(), random.Random(1)
+    assert len(read_checkpoint(path)[1]) == 3
+    for i in range(240):
+        at = rng.randrange(len(whole))
+        if i < 60:  # every byte at the front, every byte at the end, then anywhere
+            at = i
+        elif i < 120:
+            at = len(whole) - 1 - (i - 60)
+        damaged = (
+            whole[:at]
+            if i % 3 == 0
+            else whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :]
+        )
+        path.write_bytes(damaged)
+        with pytest.raises(CodecError):
+            read_checkpoint(path)
+        if i % 20 == 0:
+            said.clear()
+            newest = checkpoints.newest()
+            assert newest is not None and newest["run"]["completed"] == 1
+            assert (
+                len(said) == 1
+                and path.name in said[0]
+                and "damaged" in said[0]
+                and "\n" not in said[0]
+            )
+
+
+def test_damage_in_an_older_file_is_noticed_where_state_is_live_and_nowhere_else(
+    tmp_path: Path,
+) -> None:
+    said: list[str] = []
+    checkpoints = checkpoints_in(tmp_path, said.append)
+    for i, clients in enumerate((("a", "b"), ("a",), ("c",))):
+        for client in clients:
+            checkpoints.store.stage(client, Private({"model": {"w": torch.full((500,), float(i))}}))
+        checkpoints.store.commit()
+        checkpoints.save(i, {"round": i})
+    first = tmp_path / "round-000000.ckpt"
+    whole = first.read_bytes()
+    live = checkpoints.store.places()["b"]
+    dead = live.offset - 10  # in the first state of a
+    for at in range(live.offset, live.offset + live.length, 97):
+        first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CodecError, match=r"round-000000\.ckpt does not match"):
+            read_checkpoint(tmp_path / "round-000002.ckpt")
+    store = Store(tmp_path)
+    store.restore({"b": live}, {})
+    with pytest.raises(RunFailed, match="the private state of b is damaged on disk"):
+        store.get("b")
+    first.write_bytes(whole[:dead] + bytes([whole[dead] ^ 1]) + whole[dead + 1 :])
+    newest = checkpoints.newest()
+    assert newest == {"round": 2} and not said
+    first.unlink()
+    with pytest.raises(RunFailed, match="no whole checkpoint"):
+        checkpoints.newest()
+    assert len(said) == 2
+
+
+def test_none_is_none_and_none_whole_ends_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = checkpoints_in(tmp_path, said.append)
+    assert checkpoints.newest() is None and not said
+    for i in (1, 2):
+        checkpoints.save(i, {}).write_bytes(b"")
+    with pytest.raises(
+        RunFailed, match="no whole checkpoint is left; start anew with another --out"
+    ):
+        checkpoints.newest()
+    newer, older = said
+    assert newer.startswith("round-000002.ckpt is damaged") and newer.endswith(
+        "; using the one before it"
+    )
+    assert older.startswith("round-000001.ckpt is damaged") and "before" not in older
+
+
+def test_after_going_back_the_run_goes_on_from_there(tmp_path: Path) -> None:
+    checkpoints = checkpoints_in(tmp_path, lambda line: None)
+    for i in range(3):
+        checkpoints.store.stage("a", Private(state={"n": i}))
+        checkpoints.store.commit()
+        last = checkpoints.save(i, {"round": i})
+    last.write_bytes(last.read_bytes()[:-1])
+    again = checkpoints_in(tmp_path, lambda line: None)
+    assert again.newest() == {"round": 1} and again.store.get("a").state == {"n": 1}
+    again.save(2, {"round": 2, "again": True})
+    assert checkpoints_in(tmp_path).newest() == {"round": 2, "again": True}
+
+
+def test_what_a_killed_process_left_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    checkpoints = checkpoints_in(tmp_path)
+    checkpoints.save(0, {"round": 0})
+    checkpoints.store.stage("a", Private(state={"n": 1}))
+    checkpoints.store.commit()
+    assert len(files(tmp_path)) == 2
+    again = checkpoints_in(tmp_path)
+    assert again.newest() == {"round": 0} and again.store.encoded("a") is None
+    assert files(tmp_path) == ["round-000000.ckpt"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpoints_in(tmp_path)
+    checkpoints.save(0, {"round": 0})
+
+    def full(handle: int) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            checkpoints.save(1, {"round": 1})
+    assert files(tmp_path)[1:] == ["round-000000.ckpt"]
+    checkpoints.save(1, {"round": 1})
+    assert checkpoints_in(tmp_path).newest() == {"round": 1}
+
+
+def test_large_trees_are_written_in_pieces_and_are_not_in_memory_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mib = 1 << 20
+    monkeypatch.setattr(checkpoint, "PIECE", mib)
+    models = {
+        f"group{i}": {"w": torch.full((mib // 4,), float(i)), "n": torch.tensor(i)}
+        for i in range(24)
+    }
+    tree = {"server": {"models": models, "state": {"scale": [1.0, None]}}, "completed": 7}
+    checkpoints = checkpoints_in(tmp_path)
+    tracemalloc.start()
+    checkpoints.save(7, tree)
+    written = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    read = checkpoints.newest()  # its tensors are counted
+    loaded = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert written < 6 * mib and loaded < (24 + 6) * mib
+    assert (
+        read is not None
+        and read["completed"] == 7
+        and read["server"]["state"] == tree["server"]["state"]
+    )
+    assert all(same_bits(models[g], read["server"]["models"][g]) for g in models)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fedavg",
+        "fedmd",
+        "fd",
+        "feddf",
+        "hybrid",
+        "ensemble",
+        "ds_fl",
+        "ds_fl cached",
+        "kt_pfl",
+        "fedgkt",
+        "dense",
+    ],
+)
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_a_restored_run_goes_on_bit_for_bit_with_another_memory(
+    method: str, memory: int, tmp_path: Path
+) -> None:
+    name, *cached = method.split()
+    source = config(
+        name, MIXED, clients=4, rounds=4, clients__per_round=2, server={"model": "linear"}
+    )
+    source["algorithm"] |= {"proxy_rows": 30, "cache_life": 2} if cached else {}
+    straight = rounds_of(source)
+    first = rounds_of(source, held=2, store=Store(tmp_path, (1 << 30) - memory))
+    first.evaluate()  # reading a model must leave no trace
+    Checkpoints(first.store, pytest.fail).save(2, first.tree())
+    again = rounds_of(source, held=0, store=Store(tmp_path, memory))
+    tree = Checkpoints(again.store, pytest.fail).newest()
+    assert tree is not None
+    again.restore(tree)
+    assert again.round()["cohort"] == straight.cohort(2)
+    again.round()
+    for slot in straight.server.models:
+        assert same_bits(straight.server.models[slot], again.server.models[slot])
+    for id in straight.federation.cards:
+        kept, other = straight.store.get(id).models, again.store.get(id).models
+        assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)

@@ -1,0 +1,258 @@
+"""Compression in whole runs: every method, the price, workers, what is kept between rounds, and nothing where none is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.communication.link import UNSENT
+from hetero_fl.core.payload import Payload
+from hetero_fl.experiment import prepare, run
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.cost import price
+from hetero_fl.federation.state_store import Store
+from tests.federation.test_synchronous import METHODS
+from tests.helpers.small_federations import MIXED, TOP, config, rounds_of, same_bits
+from tests.helpers.workers import Lent, lent, outcome, rounds_on, setup_of
+
+BOTH: dict[str, Any] = {
+    "compress": [{"randk": 0.3}, {"top_classes": 3}, {"quantize": 6, "bucket": 100}],
+    "compress_down": [{"top_classes": 3}, "half"],
+}
+BOUNDS = ("local", "centralized")
+MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channel", [TOP, BOTH], ids=["topk", "both"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_costs_what_was_told(method: str, channel: dict[str, Any]) -> None:
+    source = config(method, MIXED, 4, channel=channel, rounds=2, server={"model": "linear"})
+    prepared = prepare(source)
+    rounds = prepared.rounds()
+    for _ in range(2):
+        assert not rounds.round()["failed"]
+        rounds.evaluate()
+    cost = price(prepared.method, prepared.federation, 2)
+    told, counted = (
+        (cost.up.total(), cost.down.total() + cost.reading.total()),
+        (rounds.traffic.up, rounds.traffic.down),
+    )
+    if method == "fedkd":  # its ranks follow from what is learnt
+        assert told[0] > counted[0] and told[1] > counted[1]
+    else:
+        assert cost.exact and told == counted and any(told) == (method not in BOUNDS)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"entropy": True}, {"compress": [{"lowrank": 0.9}, {"quantize": 8}]}]
+)
+def test_where_sizes_follow_from_the_numbers_the_price_is_the_most_that_it_can_be(
+    changes: dict[str, Any],
+) -> None:
+    prepared = prepare(config("fedavg", MODELS, 4, channel={**TOP, **changes}))
+    rounds = prepared.rounds()
+    for _ in range(2):
+        rounds.round()
+    cost = price(prepared.method, prepared.federation, 2)
+    assert cost.at_most and not cost.exact
+    assert (
+        0.3 * cost.up.total() < rounds.traffic.up <= cost.up.total()
+        and rounds.traffic.down <= cost.down.total()
+    )
+
+
+def test_uploads_are_a_small_part_of_what_they_were() -> None:
+    dense, small = (
+        rounds_of(config("fedavg", MODELS, 4, **c)).traffic for c in ({}, {"channel": TOP})
+    )
+    assert small.up < 0.1 * dense.up and small.down == dense.down
+
+
+@pytest.mark.parametrize(
+    "empty", [{}, {"channel": {}}, {"channel": {"compress": [], "entropy": True}}]
+)
+def test_without_stages_nothing_is_another(empty: dict[str, Any]) -> None:
+    rounds = rounds_of(config("hybrid", MODELS, 4, **empty), held=0)
+    bodies = dict(rounds.broadcasts(rounds.cohort(0)))
+    assert all(Payload.decode(body).encode() == body for body in bodies.values())
+    rounds.round()
+    assert not any(UNSENT in rounds.store.get(c).state for c in rounds.federation.cards)
+
+
+def test_statistics_of_batch_norm_arrive_as_they_were_sent() -> None:
+    plain, cut = (
+        rounds_of(config("fedavg", "cnn_bn_small", 1, **c), held=1) for c in ({}, {"channel": TOP})
+    )
+    (group,) = plain.server.models
+    names = [n for n in plain.server.models[group] if "running" in n]
+    for n in names:
+        assert torch.equal(plain.server.models[group][n], cut.server.models[group][n])
+    weights = plain.server.arch[group].parameter_names
+    assert names and not any(
+        torch.equal(plain.server.models[group][n], cut.server.models[group][n]) for n in weights
+    )
+
+
+def test_everything_sent_and_kept_is_everything_that_was_learnt() -> None:
+    """One client, one round, plain top-k: what the server has and what the client keeps is the dense model to round-off."""
+    source = config("fedavg", {"name": "mlp", "hidden": [24]}, 1)
+    start = rounds_of(source, held=0).server.models
+    dense, cut = (
+        rounds_of(source, held=1),
+        rounds_of({**source, "channel": {"compress": [{"topk": 0.05}]}}, held=1),
+    )
+    (group,) = start
+    (client,) = cut.federation.cards
+    kept = cut.store.get(client).state[UNSENT]["model"]
+    for n, t in dense.server.models[group].items():
+        update = t - start[group][n]
+        sent = kept[n] == 0
+        assert torch.equal(kept[n], torch.where(sent, torch.zeros_like(t), update))
+        assert torch.equal(cut.server.models[group][n][~sent], start[group][n][~sent])
+        assert torch.allclose(cut.server.models[group][n][sent], t[sent], rtol=0, atol=1e-7)
+
+
+def test_numbers_drawn_at_random_arrive_where_they_were_taken_from() -> None:
+    source = config("fedavg", {"name": "mlp", "hidden": [24]}, 1)
+    start = rounds_of(source, held=0).server.models
+    dense, cut = (
+        rounds_of(source, held=1),
+        rounds_of({**source, "channel": {"compress": [{"randk": 0.25}]}}, held=1),
+    )
+    (group,) = start
+    count = 0
+    for n, t in dense.server.models[group].items():
+        came = cut.server.models[group][n] - start[group][n]
+        assert torch.allclose(
+            came[came != 0], 4 * (t - start[group][n])[came != 0], rtol=1e-2, atol=1e-6
+        )
+        count += int((came != 0).sum())
+    total = sum(t.numel() for t in start[group].values())
+    assert 0.2 * total < count <= -(-total // 4)
+
+
+def kept_by(rounds: Any) -> dict[str, Any]:
+    return {
+        c: rounds.store.get(c).state.get(UNSENT, {}).get("model") for c in rounds.federation.cards
+    }
+
+
+def test_what_is_kept_survives_rounds_in_which_the_client_is_not_drawn_and_an_upload_that_is_refused() -> (
+    None
+):
+    rounds = rounds_of(config("fedavg", MODELS, 4, clients__per_round=3, channel=TOP), held=2)
+    for _ in range(4):
+        before, absent = (
+            kept_by(rounds),
+            set(rounds.federation.cards) - set(rounds.cohort(rounds.completed)),
+        )
+        (lost, *others), receive = rounds.cohort(rounds.completed), rounds.intake.receive
+
+        def refusing(
+            client: str, data: bytes, *rest: Any, lost: str = lost, receive: Any = receive
+        ) -> Payload:
+            return receive(client, data[:-1] if client == lost else data, *rest)
+
+        rounds.intake.receive = refusing  # type: ignore[method-assign]
+        assert set(rounds.round()["failed"]) == {lost}
+        rounds.intake.receive = receive  # type: ignore[method-assign]
+        after = kept_by(rounds)
+        for client in (*absent, lost):
+            assert (before[client] is None) == (after[client] is None)
+            assert before[client] is None or same_bits(before[client], after[client])
+        assert all(before[c] is None or not same_bits(before[c], after[c]) for c in others)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_gone_on_with_ends_with_the_same_bits(tmp_path: Any) -> None:
+    source = config(
+        "hybrid",
+        MIXED,
+        4,
+        clients__per_round=3,
+        channel={**TOP, "compress_down": [{"quantize": 12}]},
+    )
+    whole, first = rounds_of(source, 4), rounds_of(source, 2, Store(tmp_path))
+    Checkpoints(first.store, pytest.fail).save(2, {"run": first.tree()})
+    second = rounds_of(source, 0, Store(tmp_path))
+    newest = Checkpoints(second.store, pytest.fail).newest()
+    assert newest is not None
+    second.restore(newest["run"])
+    for _ in range(2):
+        second.round()
+    assert second.traffic == whole.traffic
+    for slot, model in whole.server.models.items():
+        assert same_bits(model, second.server.models[slot])
+    for client in whole.federation.cards:
+        assert second.store.encoded(client) == whole.store.encoded(client)
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Lent]:
+    with lent(setup_of("local"), 2) as made:
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedavg", "hybrid", "scaffold", "ds_fl"])
+@pytest.mark.parametrize("channel", [TOP, BOTH], ids=["topk", "both"])
+def test_workers_change_no_bit(method: str, channel: dict[str, Any], crew: Lent) -> None:
+    setup = setup_of(config(method, MIXED, 4, clients__per_round=3, channel=channel))
+    want = outcome(rounds_on(setup, None), 2)
+    assert not any(record["failed"] for record in want["records"])
+    crew.take(setup)
+    for size in (1, 2):
+        assert outcome(rounds_on(setup, crew, size), 2) == want
+
+
+def test_clients_of_a_group_receive_the_same_and_the_server_knows_what() -> None:
+    source = config("fedavg", MODELS, 4, channel={"compress_down": [{"quantize": 4}]})
+    rounds = rounds_of(source, held=0)
+    bodies = dict(rounds.broadcasts(rounds.cohort(0)))
+    assert len(set(bodies.values())) == 2
+    for client, body in bodies.items():
+        card = rounds.federation.cards[client]
+        got = rounds.links.received(0, body)["model"]
+        heard = rounds.links.heard(0, rounds._broadcast(card), rounds.server.arch.values())["model"]
+        assert same_bits(got, heard)
+        weight = next(n for n, t in got.items() if t.ndim > 1)
+        assert (
+            len(got[weight].unique())
+            <= 15
+            < len(rounds.server.models[card.arch.id][weight].unique())
+        )
+
+
+def test_stages_without_work_are_told() -> None:
+    notes = prepare(config("fedmd", MODELS, 4, channel=TOP)).notes
+    assert "channel.compress: topk finds nothing to do in what fedmd sends" in notes
+    assert not any("quantize" in note for note in notes)
+    idle = {"compress": [{"top_classes": 9}], "entropy": True}
+    notes = prepare(config("fedmd", MODELS, 4, channel=idle)).notes
+    assert "channel.compress: top_classes 9 leaves predictions of 10 classes as they are" in notes
+    assert "channel.entropy is not used: it codes the places that topk sends" in notes
+    idle = {"compress": [{"topk": 0.1}, {"top_classes": 8}], "entropy": True}
+    notes = prepare(config("hybrid", MODELS, 4, channel=idle)).notes
+    assert not any("channel" in note for note in notes)
+    assert any(
+        "local sends nothing" in note
+        for note in prepare(config("local", MODELS, 4, channel=TOP)).notes
+    )
+
+
+@pytest.mark.slow
+def test_bytes_of_metrics_and_summary_are_those_that_travel(tmp_path: Any) -> None:
+    output = {"plots": False, "report": False}
+    summaries = [
+        run(config("fedavg", MODELS, 4, output=output, **c), out=tmp_path / str(i)).summary
+        for i, c in enumerate(({}, {"channel": BOTH}))
+    ]
+    dense, small = (s["communication"] for s in summaries)
+    assert (
+        small["up_bytes"] < 0.12 * dense["up_bytes"]
+        and small["down_bytes"] < 0.55 * dense["down_bytes"]
+    )

@@ -1,0 +1,206 @@
+"""The price of a run, told before it begins, is what the run counts, to the byte."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.cli import main
+from hetero_fl.cli.printing import _size
+from hetero_fl.experiment import prepare, run
+from hetero_fl.federation.cost import Price, price, price_of_queue
+from model_zoo import create_model
+from tests.federation.test_asynchronous import SUMS
+from tests.helpers.asynchronous_runs import source as paced
+from tests.helpers.small_federations import MIXED, TOP, config, rounds_of
+
+METHODS = [
+    "local",
+    "centralized",
+    "ensemble",
+    "fedavg",
+    "scaffold",
+    "fednova",
+    "heterofl",
+    "fedadam",
+    "fedper",
+    "fedbn",
+    "fedbabu",
+    "ditto",
+]
+METHODS += ["fedmd", "feddf", "fd", "hybrid"]
+METHODS += ["fedtgp", "fedgh", "fedgen", "fedmrl"]
+METHODS += ["ds_fl", "kt_pfl", "fedgkt", "dense"]
+
+
+def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:
+    prepared = prepare(source)
+    c = prepared.config
+    cost = price(
+        prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
+    )
+    assert cost.exact
+    counted = run(source, out=tmp_path / "run").summary["communication"]
+    told = [cost.up.total(), cost.down.total() + cost.reading.total()]
+    return told, [counted["up_bytes"], counted["down_bytes"]]
+
+
+def small(method: str, **changes: Any) -> dict[str, Any]:
+    models = ["mlp", {"name": "mlp", "hidden": [24]}]
+    return config(method, models, clients=4, output={"plots": False, "report": False}, **changes)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("share_every", [1, 3])
+@pytest.mark.parametrize("method", ["fedavg", "hybrid"])
+def test_sharing_now_and_then_and_evaluating_now_and_then(
+    method: str, share_every: int, every: int, tmp_path: Any
+) -> None:
+    now_and_then = {"match": "site_[12]", "share_every": share_every}
+    source = small(method, rounds=6, evaluation={"every": every}, clients__overrides=[now_and_then])
+    told, counted = told_and_counted(tmp_path, source)
+    assert told == counted and min(counted) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("method", ["fedavg", "hybrid", "ensemble"])
+def test_a_cohort_that_is_drawn(method: str, every: int, tmp_path: Any) -> None:
+    source = small(method, rounds=5, evaluation={"every": every}, clients__per_round=2)
+    told, counted = told_and_counted(tmp_path, source)
+    assert told == counted and min(counted) > 0
+
+
+def test_a_cache_and_few_bits(tmp_path: Any) -> None:
+    algorithm = {"name": "ds_fl", "proxy_rows": 30, "cache_life": 3, "bits": 2}
+    told, counted = told_and_counted(
+        tmp_path, small("ds_fl", rounds=6, clients__per_round=2, algorithm=algorithm)
+    )
+    assert told == counted and min(counted) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method: str, tmp_path: Any) -> None:
+    source = config(method, MIXED, clients=4, output={"plots": False, "report": False})
+    told, counted = told_and_counted(tmp_path, source)
+    assert told == counted and any(counted) == (method not in ("local", "centralized"))
+
+
+def test_where_sizes_follow_from_what_is_learnt_the_price_is_the_most_that_it_can_be(
+    tmp_path: Any,
+) -> None:
+    source = small("fedkd", rounds=4, clients__per_round=3)
+    prepared = prepare(source)
+    cost = price(prepared.method, prepared.federation, 4, 3)
+    assert cost.at_most and not cost.exact
+    counted = run(source, out=tmp_path / "run").summary["communication"]
+    most = (cost.up.total(), cost.down.total() + cost.reading.total())
+    assert counted["up_bytes"] < most[0] and counted["down_bytes"] < most[1]
+    fml = rounds_of(small("fml", rounds=4, clients__per_round=3)).traffic
+    assert most[0] < 1.1 * fml.up  # no more than the mentee as it is, padding apart
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "kB in 2 rounds"),
+        ({"evaluation__patience": 3}, "at most "),
+        ({"algorithm__name": "fedkd"}, "at most "),
+        ({"algorithm__name": "python:tests.helpers.documented_method:MedianTeacher"}, "about "),
+    ],
+)
+def test_the_check_says_how_sure_it_is(
+    changes: dict[str, Any], words: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(small("fedavg", **changes)))
+    assert main(["--config", str(path), "--check", "--allow-code"], command="train") == 0
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 2 rounds: " in text]
+    assert words in line and line.startswith(("at most ", "about ")) == bool(changes)
+
+
+class Warming(FedAvg):
+    """Sends from its second round on."""
+
+    def train(self, client: Any, got: Any) -> Any:
+        items = yield from super().train(client, got)
+        return items if client.clock.round >= 1 else {}
+
+
+def test_what_an_own_method_sends_may_depend_on_the_round() -> None:
+    source = small(f"python:{__name__}:Warming", rounds=3)
+    rounds = rounds_of(source, held=0)
+    assert [rounds.round()["failed"] for _ in range(3)] == [{}] * 3
+    cost = price(rounds.algorithm, rounds.federation, 3, every=1)
+    assert (cost.up.total(), cost.exact) == (rounds.traffic.up, False)
+
+
+# Asynchronous runs --------------------------------------------------------------------------------------------------
+
+
+def rehearsed_and_counted(source: dict[str, Any]) -> tuple[Price, list[int], list[int]]:
+    prepared = prepare(source)
+    c = prepared.config
+    cost, rounds = price_of_queue(prepared.method, prepared.federation, c), prepared.rounds()
+    for round in range(1, c.rounds + 1):
+        rounds.round()
+        if round % c.evaluation.every == 0 or round == c.rounds:
+            rounds.evaluate()
+    told = [cost.up.total(), cost.down.total() + cost.reading.total()]
+    return cost, told, [rounds.traffic.up, rounds.traffic.down]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channel", [{}, TOP], ids=["plain", "topk"])
+@pytest.mark.parametrize("method", [m for m in SUMS if m != "ds_fl"] + ["fedbuff", "fedasync"])
+def test_an_asynchronous_run_costs_what_its_rehearsal_does_with_whatever_goes_wrong(
+    method: str, channel: dict[str, Any]
+) -> None:
+    made = paced(method, channel=channel)
+    if method in ("fedbuff", "fedasync"):
+        del made["runtime"]["buffer"]
+    cost, told, counted = rehearsed_and_counted(made)
+    assert cost.exact and told == counted and any(counted) == (method != "local")
+
+
+def test_where_sizes_follow_from_the_numbers_the_rehearsal_is_the_most_that_it_can_be() -> None:
+    made = paced("fedavg", channel={**TOP, "entropy": True}, faults={}, devices={"speed": 1e6})
+    cost, told, counted = rehearsed_and_counted(made)
+    assert cost.at_most and not cost.exact and counted[0] < told[0]
+
+
+def test_the_check_of_an_asynchronous_run_rehearses_it(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = paced("fedavg")
+    path = tmp_path / "a.yaml"
+    killed = {**source["faults"], "server": [2]}  # not while it is only rehearsed
+    path.write_text(yaml.safe_dump({**source, "faults": killed}))
+    assert main(["--config", str(path), "--check"], command="train") == 0
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 3 rounds: " in text]
+    cost, _, counted = rehearsed_and_counted(source)
+    assert line.startswith(_size(sum(counted))) and cost.up.keys() == set(
+        prepare(source).federation.cards
+    )
+
+
+@pytest.mark.parametrize("mentee", ["cnn_bn_small", "mlp"])
+def test_the_check_counts_the_models_that_a_method_adds(
+    mentee: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the server what is averaged, at a client its own model and the shared one, for each also gradient and moments."""
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(config("fml", algorithm={"name": "fml", "mentee": mentee})))
+    assert main(["--config", str(path), "--check"], command="train") == 0
+    (told,) = re.findall(
+        r"about: (\S+) kB at the server, (\S+) kB", " ".join(capsys.readouterr().out.split())
+    )
+    models = [create_model(name, 10, 1, 8) for name in ("cnn_bn_small", mentee)]
+    trained = sum(p.numel() for model in models for p in model.parameters())
+    held = sum(t.numel() for model in models for t in model.state_dict().values())
+    assert [float(t) for t in told] == pytest.approx([4e-3 * held, 16e-3 * trained], rel=0.02)

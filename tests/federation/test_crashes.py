@@ -1,0 +1,228 @@
+"""SIGKILL at random moments, and at known ones: a resumed run ends with the models of an uninterrupted one, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.experiment import run
+from hetero_fl.federation.trainer import Session
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import UserError
+from tests.helpers import asynchronous_runs
+from tests.helpers.small_federations import MIXED, TOP, config
+
+KILLS = 10  # in either mode, at random; and at
+POINTS = {
+    "clients have trained, nothing is committed": (Session, "_may_be_killed"),
+    "its line is written, its checkpoint is not": (RunDirectory, "append_metrics"),
+}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["hetero_fl.experiment", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"]
+)
+
+
+def source(**faults: Any) -> dict[str, Any]:
+    return config(
+        "hybrid",
+        MIXED,
+        clients=4,
+        rounds=4,
+        clients__per_round=3,
+        server={"model": "mlp"},
+        output={"plots": False},
+        algorithm__heads="keep",  # state of their own
+        devices={"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5},
+        faults={"lost": 0.1, "corrupted": 0.1, "twice": 0.1, **faults},
+        cohort={"sampling": "oort", "deadline": 60, "too_few": "repeat"},
+        channel=TOP,  # and what they have not sent yet
+    )
+
+
+def at_any_time() -> dict[str, Any]:
+    """The same clients at their own pace, with all that can go wrong."""
+    made = source()
+    made["runtime"] |= {"mode": "async", "buffer": 2}
+    return {
+        **made,
+        "devices": asynchronous_runs.SLOW,
+        "faults": asynchronous_runs.FAULTS,
+        "cohort": {},
+    }
+
+
+MODES = {"sync": source, "async": at_any_time}
+
+
+def go_on(out: str, mode: str) -> None:
+    run(MODES[mode](), out=out, resume=True)
+
+
+def wait_at(point: str, out: str, mode: str) -> None:
+    """The same, which in its second round waits at this point to be killed."""
+    owner, name = POINTS[point]
+    plain, calls = getattr(owner, name), list[int]()
+
+    def waits(*given: Any) -> None:
+        plain(*given)
+        calls.append(1)
+        if len(calls) == 2:
+            Path(f"{out}.waits").touch()
+            time.sleep(10_000)
+
+    setattr(owner, name, waits)
+    go_on(out, mode)
+
+
+def spawn(out: Path, mode: str, at: str | None = None) -> Any:
+    target, given = (go_on, (str(out), mode)) if at is None else (wait_at, (at, str(out), mode))
+    process = CONTEXT.Process(target=target, args=given)
+    process.start()
+    return process
+
+
+def models(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((out / "models").iterdir())}
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_kills_at_any_time(mode: str, tmp_path: Path) -> None:
+    spawn(tmp_path / "warm", mode).join()  # the server process imports once; this pays for it
+    begun = time.monotonic()
+    plain = spawn(tmp_path / "plain", mode)
+    plain.join()
+    took = time.monotonic() - begun
+    assert plain.exitcode == 0
+    want, records = models(tmp_path / "plain"), figures(tmp_path / "plain")
+    assert len(want) == 5 and len(records) == 4
+    lines = (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
+    course = sum(sum(json.loads(line)["seconds"].values()) for line in lines)
+    rng = random.Random(os.urandom(8))
+    for i, at in enumerate([*(None for _ in range(KILLS)), *POINTS]):
+        out = tmp_path / f"killed{i}"
+        process = spawn(out, mode, at)
+        if at is not None:
+            while not Path(f"{out}.waits").exists() and process.is_alive():
+                time.sleep(0.002)
+        elif i % 2:  # at any moment, imports and pictures included; or while rounds are held
+            time.sleep(rng.uniform(0.02, 0.97) * took)
+        else:
+            while not (out / "metrics.jsonl").exists() and process.is_alive():
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.9) * course)
+        process.kill()
+        process.join()
+        ended = process.exitcode != -signal.SIGKILL or (out / "summary.json").exists()
+        assert at is None or not ended, at  # there it hits the run itself, however quick that is
+        again = spawn(out, mode)
+        again.join()
+        assert again.exitcode == 0
+        assert models(out) == want and figures(out) == records, f"kill {i}"
+        assert (out / "report.html").exists() and not list(out.glob(".*.tmp"))
+
+
+def killed(out: str, mode: str) -> None:
+    made = MODES[mode]()
+    run({**made, "faults": {**made["faults"], "server": [2, 3]}}, out=out, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_server_that_its_faults_kill_goes_on_with_the_same_bits(
+    mode: str, tmp_path: Path
+) -> None:
+    run(MODES[mode](), out=tmp_path / "plain")
+    for exitcode in (-signal.SIGKILL, -signal.SIGKILL, 0):
+        process = CONTEXT.Process(target=killed, args=(str(tmp_path / "killed"), mode))
+        process.start()
+        process.join()
+        assert process.exitcode == exitcode
+    assert models(tmp_path / "plain") == models(tmp_path / "killed")
+    assert figures(tmp_path / "plain") == figures(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_resume_with_another_configuration_or_other_data_is_refused_naming_the_key(
+    tmp_path: Path,
+) -> None:
+    run(config("fedavg", rounds=1), out=tmp_path / "a")
+    with pytest.raises(UserError, match=r"seed: was 0, is now 3$"):
+        run(config("fedavg", rounds=1, seed=3), out=tmp_path / "a", resume=True)
+    with pytest.raises(UserError, match=r"exists already"):
+        run(config("fedavg", rounds=1), out=tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_130_and_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
+    interrupted = CONTEXT.Process(target=interrupted_run, args=(str(tmp_path / "a"),))
+    interrupted.start()
+    interrupted.join()
+    assert interrupted.exitcode == 130
+    assert (
+        list((tmp_path / "a" / "checkpoint").glob("*.ckpt"))
+        and not (tmp_path / "a" / "summary.json").exists()
+    )
+    less_memory = {**source(), "runtime": {"threads": 1, "store_memory": 0}}  # decides no result
+    run(less_memory, out=tmp_path / "a", resume=True)
+    run(source(), out=tmp_path / "b")
+    assert models(tmp_path / "a") == models(tmp_path / "b")
+
+
+def interrupted_run(out: str) -> None:
+    """The command line with a Ctrl-C after the second round."""
+    import sys
+
+    import yaml
+
+    from hetero_fl.cli import main
+    from hetero_fl.federation.synchronous import Rounds
+
+    # a parent in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    path = Path(out).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(source()))
+    held = Rounds.round
+
+    def round_then_interrupt(self: Rounds) -> dict[str, Any]:
+        if self.completed == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return held(self)
+
+    Rounds.round = round_then_interrupt  # type: ignore[method-assign]
+    sys.exit(main(["--config", str(path), "--out", out], command="train"))
+
+
+def test_nor_is_one_with_another_file_of_devices(tmp_path: Path) -> None:
+    file = tmp_path / "devices.csv"
+    file.write_text("speed\n1e6\n")
+    made = config(
+        "fedavg",
+        "mlp",
+        rounds=2,
+        devices={"file": str(file)},
+        output={"plots": False, "report": False},
+    )
+    run(made, out=tmp_path / "a")
+    (tmp_path / "a" / "summary.json").unlink()
+    file.write_text("speed\n2e6\n")
+    with pytest.raises(
+        UserError, match=r"^devices\.file: .*devices\.csv is not what this run began with"
+    ):
+        run(made, out=tmp_path / "a", resume=True)
+    file.write_text("speed\n1000000\n")
+    run(made, out=tmp_path / "a", resume=True)

@@ -1,0 +1,118 @@
+"""The newest checkpoint damaged at any byte: the one before it is used, and the run ends with the same bits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from hetero_fl.experiment import run
+from hetero_fl.utils.errors import Interrupted
+from tests.federation.test_crashes import figures, models
+from tests.helpers import asynchronous_runs
+from tests.helpers.small_federations import TOP, config
+
+MODES: dict[str, dict[str, Any]] = {
+    "sync": {"runtime": {"threads": 1}},
+    "async": {"runtime": {"threads": 1, "mode": "async", "buffer": 2}},
+}
+STOP, ROUNDS = 3, 4
+PLACE = st.floats(0, 1, exclude_max=True)  # in the file, as a share of its length
+
+
+def source(mode: str) -> dict[str, Any]:
+    """Five clients, two of them in a round, who keep heads and what they have not sent: state lies in several files."""
+    return config(
+        "fedper", ["linear", {"name": "mlp", "hidden": [8]}, {"name": "mlp", "hidden": [8]}], 5, rounds=ROUNDS,
+        clients__per_round=2, data__train_limit=200, data__partition__min_size=15, data__proxy__size=0, channel=TOP,
+        devices=asynchronous_runs.SLOW, faults=asynchronous_runs.FAULTS, output={"plots": False, "report": False}, **MODES[mode],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MODES)
+def stopped(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path, Any]:
+    """A configuration, the directory of a run of it that was stopped before its last round, and what a whole run leaves."""
+    return stopped_run(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def stopped_run(mode: str, folder: Path) -> tuple[dict[str, Any], Path, Any]:
+    made = source(mode)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["round"] == STOP:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(made, out=folder / "stopped", callbacks=[stop])
+    run(made, out=folder / "whole")
+    return made, folder / "stopped", (models(folder / "whole"), figures(folder / "whole"))
+
+
+def ends_alike(
+    stopped: tuple[dict[str, Any], Path, Any], damage: Callable[[bytes], bytes], scratch: Path
+) -> bool:
+    """Whether the run ends with the same bits after its newest checkpoint was damaged."""
+    made, folder, want = stopped
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(folder, scratch)
+    newest = max((scratch / "checkpoint").glob("*.ckpt"))
+    assert newest.name == f"round-{STOP:06}.ckpt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    run(made, out=scratch, resume=True)
+    return (models(scratch), figures(scratch)) == want
+
+
+def flip(at: float, bit: int = 0) -> Callable[[bytes], bytes]:
+    """One bit of the byte there."""
+
+    def damage(data: bytes) -> bytes:
+        place = int(at * len(data))
+        return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+    return damage
+
+
+def cut(at: float) -> Callable[[bytes], bytes]:
+    """Nothing from there on."""
+    return lambda data: data[: int(at * len(data))]
+
+
+def blank(at: float) -> Callable[[bytes], bytes]:
+    """A page of a disk that was never written."""
+    return lambda data: (
+        data[: (p := int(at * len(data)))] + bytes(min(4096, len(data) - p)) + data[p + 4096 :]
+    )
+
+
+DAMAGE = st.one_of(
+    st.builds(flip, PLACE, st.integers(0, 7)), st.builds(cut, PLACE), st.builds(blank, PLACE)
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@example(flip(0.0))  # the first byte
+@example(lambda data: flip((len(data) - 1) / len(data), 7)(data))  # the last
+@example(lambda data: flip((len(data) - 36) / len(data))(data))  # the length of the head
+@example(cut(0.0))
+@example(lambda data: data + b"more")
+@given(DAMAGE)
+def test_any_damage_to_the_newest_checkpoint_is_survived(
+    stopped: tuple[dict[str, Any], Path, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    assert ends_alike(stopped, damage, tmp_path_factory.getbasetemp() / "damaged")
+
+
+def test_the_state_that_is_read_lies_in_several_files(
+    stopped: tuple[dict[str, Any], Path, Any],
+) -> None:
+    assert len(list((stopped[1] / "checkpoint").glob("*.ckpt"))) >= 2

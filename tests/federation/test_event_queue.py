@@ -1,0 +1,102 @@
+"""Events in any order, and with anything that can go wrong: they change nothing that they should not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hetero_fl.federation.asynchronous import Asynchronous, Queue, Task
+from hetero_fl.federation.simulation.faults import FINE, Fate
+from tests.helpers.asynchronous_runs import session
+from tests.helpers.small_federations import TOP, config
+
+SOURCE = config(
+    "fedper", {"name": "mlp", "hidden": [8]}, 3, rounds=9, data__train_limit=180, data__partition__min_size=15,
+    data__proxy__size=0, runtime={"threads": 1, "mode": "async", "buffer": 2},
+)  # fmt: skip
+SECONDS = st.lists(st.floats(0.1, 10), min_size=64, max_size=64)
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+CHANNELS = st.sampled_from([{}, TOP])  # without, and with something unsent kept
+
+
+def after(
+    seconds: list[float], fates: dict[int, Fate], channel: dict[str, Any]
+) -> tuple[Asynchronous, dict[str, Any]]:
+    """A run after two rounds, and all that server and clients have then."""
+    run = session(
+        {**SOURCE, "channel": channel}, seconds=lambda id, task: seconds[task % 64], fates=fates
+    )
+    counts = [run.round()["counts"] for _ in range(2)]
+    assert all(c["invited"] == c["arrived"] + c["failed"] + c["late"] for c in counts)
+    models = {
+        slot: {n: t.numpy().tobytes() for n, t in m.items()}
+        for slot, m in run.server.models.items()
+    }
+    return run, {
+        "models": models,
+        "private": {id: run.store.encoded(id) for id in run.federation.cards},
+        "now": run.now,
+    }
+
+
+@pytest.mark.slow
+@QUICK
+@given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
+def test_what_comes_twice_counts_once(
+    seconds: list[float], twice: set[int], channel: dict[str, Any]
+) -> None:
+    plain, once = after(seconds, {}, channel)
+    run, again = after(seconds, {number: Fate("twice") for number in twice}, channel)
+    assert again == once
+    assert run.traffic.down == plain.traffic.down and run.traffic.up >= plain.traffic.up
+
+
+@pytest.mark.slow
+@QUICK
+@given(SECONDS, st.sets(st.integers(0, 12)), CHANNELS)
+def test_what_is_changed_on_its_way_is_as_good_as_lost(
+    seconds: list[float], bad: set[int], channel: dict[str, Any]
+) -> None:
+    _, lost = after(seconds, {number: Fate("lost") for number in bad}, channel)
+    _, changed = after(seconds, {number: Fate("corrupted") for number in bad}, channel)
+    assert changed == lost
+
+
+@pytest.mark.slow
+@QUICK
+@given(SECONDS, st.sets(st.integers(0, 12)), st.floats(0.1, 20), CHANNELS)
+def test_what_is_late_is_as_if_the_client_had_been_slow(
+    seconds: list[float], late: set[int], by: float, channel: dict[str, Any]
+) -> None:
+    slow = [s + (by if i in late else 0.0) for i, s in enumerate(seconds)]
+    _, one = after(seconds, {number: Fate("late", by=by) for number in late}, channel)
+    run, _ = after(slow, {}, channel)
+    if run.given <= 64:  # durations repeat after that
+        assert one["models"] == after(slow, {}, channel)[1]["models"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.floats(0, 5)), max_size=40), st.data())
+def test_the_next_to_end_comes_first_and_ranks_are_of_the_idle(
+    tasks: list[tuple[int, float]], data: st.DataObject
+) -> None:
+    queue, flight, number = Queue(), dict[int, tuple[float, int]](), 0
+    for place, ends in tasks:
+        if place in flight:
+            ends_first = min(flight.values())
+            popped = queue.pop()
+            assert (popped.ends, popped.number) == ends_first
+            flight = {p: e for p, e in flight.items() if e != ends_first}
+        if place not in flight:
+            queue.push(Task(number, f"c{place}", place, 0, 0, 0.0, ends, b"", 0, FINE))
+            flight[place] = (ends, number)
+            number += 1
+        idle = [p for p in range(31) if p not in flight]
+        if idle:
+            rank = data.draw(st.integers(0, len(idle) - 1))
+            assert queue.idle(rank) == idle[rank]
+    assert len(queue) == len(flight)

@@ -1,0 +1,47 @@
+"""What the server expects of uploads: their form alone, without memory for their rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.core.payload import Payload
+from hetero_fl.experiment.preparation import prepare
+from hetero_fl.federation.dry_run import Expectations
+from hetero_fl.utils.errors import UserError
+from tests.helpers.deployments import small
+
+
+@pytest.fixture(scope="module")
+def fedgkt() -> Any:
+    """FedGKT, whose clients upload their training rows."""
+    return prepare(small("fedgkt", "cnn_gn_small", rounds=1))
+
+
+def test_expected_rows_take_no_memory(fedgkt: Any) -> None:
+    expectations = Expectations(fedgkt.method, fedgkt.federation)
+    card = replace(fedgkt.federation.cards["site_1"], n=2**40)
+
+    items = expectations.of(card, Payload({}), 0)
+
+    assert {name: len(item.values) for name, item in items.items()} == dict.fromkeys(items, 2**40)
+    assert all(item.values.untyped_storage().nbytes() <= 8 for item in items.values())
+
+
+def test_rows_without_memory_are_refused_by_name(
+    fedgkt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*given: Any) -> None:
+        torch.empty(2**50)
+
+    expectations = Expectations(fedgkt.method, fedgkt.federation)
+    card = replace(fedgkt.federation.cards["site_1"], n=2**31)
+    monkeypatch.setattr(expectations, "upload", allocate)
+
+    with pytest.raises(
+        UserError, match="site_1: an upload for 2,147,483,648 rows takes more memory than there is"
+    ):
+        expectations.of(card, Payload({}), 0)

@@ -1,0 +1,77 @@
+"""Methods whose server trains, or whose clients keep more than a model: a run that is taken up again goes on bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.synchronous import Rounds
+from tests.helpers.small_federations import MIXED, config, rounds_of
+
+SETTINGS: list[dict[str, Any]] = [
+    {"name": "fedtgp"},
+    {"name": "fedgh"},
+    {"name": "fedgen", "latent_weight": 0.5, "decay": 0.9},
+    {"name": "fedmrl"},
+    {"name": "fedmd", "proxy_rows": 20, "teacher": "entropy"},
+    {
+        "name": "fedmd",
+        "initial_phase": True,
+        "initial_public_epochs": 2,
+        "initial_private_epochs": 2,
+    },
+    {"name": "kt_pfl", "initial_phase": True},
+    {"name": "hybrid", "proxy_rows": 20},
+]
+
+
+def leaves(tree: Any, at: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    if isinstance(tree, dict):
+        return {k: v for name, part in tree.items() for k, v in leaves(part, (*at, name)).items()}
+    return {at: tree}
+
+
+def everything(rounds: Rounds) -> dict[tuple[Any, ...], Any]:
+    kept = {id: rounds.store.get(id) for id in rounds.federation.cards}
+    return leaves(
+        {
+            "run": rounds.tree(),
+            **{id: {"models": p.models, "state": p.state} for id, p in kept.items()},
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["name"])
+def test_a_run_that_is_taken_up_again_is_one_that_never_stopped(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    source = config(
+        settings["name"],
+        MIXED,
+        clients=4,
+        clients__per_round=3,
+        algorithm=settings,
+        rounds=4,
+        data__proxy__labels=True,
+    )
+    plain = rounds_of(source)
+    first = rounds_of(source, held=2, store=Store(tmp_path))
+    Checkpoints(first.store, pytest.fail).save(2, {"run": first.tree()})
+    again = rounds_of(source, held=0, store=Store(tmp_path))
+    saved = Checkpoints(again.store, pytest.fail).newest()
+    assert saved is not None
+    again.restore(saved["run"])
+    for _ in range(2):
+        again.round()
+    want, got = everything(plain), everything(again)
+    assert want.keys() == got.keys()
+    for name, value in want.items():
+        assert (
+            torch.equal(value, got[name]) if isinstance(value, torch.Tensor) else value == got[name]
+        ), name

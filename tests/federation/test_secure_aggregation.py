@@ -1,0 +1,397 @@
+"""Runs under the secure sum: as the plain run up to the fixed point, to the same bits on any workers; or refused at load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hetero_fl.aggregation import Uploads
+from hetero_fl.communication.protocol import Message
+from hetero_fl.communication.secure_aggregation.protocol import SecureSum
+from hetero_fl.core.payload import PayloadError
+from hetero_fl.engine.driver import Diverged
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.executors import processes
+from hetero_fl.federation.executors.workers import Job
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.errors import RunFailed, UserError
+from tests.federation.executors.test_workers import killing
+from tests.federation.test_cost import told_and_counted
+from tests.federation.test_synchronous import METHODS
+from tests.helpers.small_federations import MIXED, config, rounds_of
+from tests.helpers.workers import Lent, lent, outcome, rounds_on, setup_of
+
+SINGLE = ["ensemble", "feddf", "fedtgp", "fedgh", "fedgen", "fedkd", "kt_pfl", "fedgkt", "dense"]
+NOTHING = ["local", "centralized"]
+# these two have no cohort
+SUMMED = [m for m in METHODS if m not in (*SINGLE, *NOTHING, "fedasync", "fedbuff")]
+NO_REPORT = {"plots": False, "report": False}
+
+
+def secure(method: str, models: Any = MIXED, clients: int = 4, **changes: Any) -> dict[str, Any]:
+    """The configuration with a secure sum."""
+    return config(method, models, clients, **{"channel__secure_sum": {}, **changes})
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """In float64: what differs then is the fixed point, not the order of sums."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    values = (
+        tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    )
+    return [t for value in values for t in tensors(value)]
+
+
+def apart(a: Rounds, b: Rounds) -> float:
+    """The largest difference in all that server and clients hold."""
+    trees = [
+        [
+            r.server.models,
+            r.server.state,
+            [(p.models, p.state) for p in map(r.store.get, r.federation.cards)],
+        ]
+        for r in (a, b)
+    ]
+    pairs = list(zip(*map(tensors, trees), strict=True))
+    assert len(pairs) > 5
+    return max(float((x.double() - y.double()).abs().max()) if x.numel() else 0.0 for x, y in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SUMMED)
+def test_every_method_that_sums_is_as_without(method: str, double: None) -> None:
+    student = {"server": {"model": "linear"}}
+    plain, summed = (
+        rounds_of(config(method, MIXED, 4, **student)),
+        rounds_of(secure(method, **student)),
+    )
+    assert 0 < apart(plain, summed) < 1e-9
+    assert not summed.store.notes  # no secret outlives its round
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        (
+            "hybrid",
+            {
+                "clients__common": ["head."],
+                "clients__overrides": [{"match": "site_2", "shares": ["backbone"]}],
+            },
+        ),
+        ("hybrid", {"clients__overrides": [{"match": "site_[13]", "share_every": 2}], "rounds": 3}),
+        ("hybrid", {"algorithm__teacher": "entropy"}),
+        ("fedmd", {"algorithm__teacher": "samples"}),
+        ("fd", {"algorithm__teacher": "contrast"}),
+        ("fedavg", {"algorithm__weighting": "sum", "clients__per_round": 3}),
+        ("heterofl", {"algorithm__masked": True}),
+        ("hybrid", {"runtime": {"executor": "batched", "threads": 1}}),
+        (
+            "fedavg",
+            {
+                "channel__secure_sum": {
+                    "fraction_bits": 40,
+                    "range": 256,
+                    "threshold": 4,
+                    "neighbours": 2,
+                }
+            },
+        ),
+    ],
+)
+def test_settings_that_change_what_is_summed(
+    method: str, changes: dict[str, Any], double: None
+) -> None:
+    without = {k: v for k, v in changes.items() if not k.startswith("channel")}
+    plain, summed = (
+        rounds_of(config(method, MIXED, 4, **without)),
+        rounds_of(secure(method, **changes)),
+    )
+    assert 0 < apart(plain, summed) < 1e-8
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedmd", "fedproto"])
+def test_in_single_precision(method: str) -> None:
+    plain, summed = rounds_of(config(method, MIXED, 4)), rounds_of(secure(method))
+    assert apart(plain, summed) < 2e-5
+
+
+@pytest.mark.parametrize("method", SINGLE)
+def test_methods_that_need_single_uploads_are_refused_by_name(method: str) -> None:
+    with pytest.raises(
+        UserError, match=f"algorithm.name: {method} needs single uploads .* channel.secure_sum"
+    ):
+        prepare(secure(method))
+
+
+@pytest.mark.parametrize("method", NOTHING)
+def test_what_sends_nothing_runs_as_ever(method: str) -> None:
+    assert rounds_of(secure(method)).traffic.up == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clients": 2}, "channel.secure_sum: found 2 clients in a round"),
+        ({"clients__per_round": 2}, "channel.secure_sum: found 2 clients in a round"),
+        ({"secure_sum": {"threshold": 5}}, "threshold: found 5, but a round has 4 clients"),
+        (
+            {"secure_sum": {"threshold": 2}},
+            "threshold: found 2, which is not more than half of the 4 clients .* 3 or more",
+        ),
+        ({"secure_sum": {"threshold": 0.5}}, "threshold: found 0.5; give a share above 0.5"),
+        ({"secure_sum": {"threshold": 2.5}}, "threshold: found 2.5; give a share above 0.5"),
+        (
+            {"secure_sum": {"range": 1e19}},
+            r"range: found 1e\+19; sums over 4 clients leave 64-bit integers",
+        ),
+        (
+            {"secure_sum": {"fraction_bits": 45}},
+            "fraction_bits: found 45; with .*range 65536 .* choose 44 or fewer",
+        ),
+        ({"secure_sum": {"neighbours": 3}}, "neighbours: found 3; .* choose 2 or 4"),
+        ({"secure_sum": {"neighbors": 2}}, "neighbors.*did you mean 'neighbours'"),
+    ],
+)
+def test_what_is_refused_at_load(changes: dict[str, Any], words: str) -> None:
+    given = {"channel__secure_sum": changes["secure_sum"]} if "secure_sum" in changes else changes
+    with pytest.raises(UserError, match=words):
+        prepare(secure("hybrid", **given))
+
+
+def test_what_is_said() -> None:
+    notes = prepare(secure("fedavg", channel__secure_sum={"neighbours": 2})).notes
+    assert any("neighbours: 2 are fewer than the 3" in note for note in notes)
+    assert any("hides nothing of some items for site_2, site_3" in note for note in notes)
+    assert prepare(secure("fedmd", channel__secure_sum={})).notes == []
+
+
+def test_the_reports_tell_the_mean_loss_alone_and_uploads_nothing_single(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Uploads] = []
+    rounds = rounds_of(secure("hybrid"), held=0)
+    aggregate = type(rounds.algorithm).aggregate
+
+    def watched(self: Any, server: Any, uploads: Uploads) -> Any:
+        seen.append(uploads)
+        return aggregate(self, server, uploads)
+
+    monkeypatch.setattr(type(rounds.algorithm), "aggregate", watched)
+    record, plain = rounds.round(), rounds_of(config("hybrid", MIXED, 4), held=0).round()
+    uploads, _ = seen
+    losses = plain["train_loss"].values()
+    assert record["train_loss"] == {"mean": pytest.approx(sum(losses) / len(losses), rel=1e-9)}
+    assert len(uploads) == 4 and [c.id for c in uploads.senders("logits")] == [
+        f"site_{i}" for i in (1, 2, 3, 4)
+    ]
+    for ask in (lambda: uploads.each, lambda: uploads.having("logits")):
+        with pytest.raises(UserError, match="use='each'"):
+            ask()
+
+
+def failing(rounds: Rounds, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let some clients' training diverge."""
+    site = rounds.executor.site  # type: ignore[attr-defined]
+    train = site._train
+
+    def bad(broadcasts: dict[str, bytes], round: int) -> dict[str, Any]:
+        made = train(broadcasts, round)
+        return {
+            c: Diverged("its loss is nan") if c in who else upload for c, upload in made.items()
+        }
+
+    monkeypatch.setattr(site, "_train", bad)
+
+
+def test_who_diverges_is_left_out_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = rounds_of(secure("fedproto", "mlp"), held=0)
+    failing(rounds, ["site_2"], monkeypatch)
+    assert rounds.round()["failed"] == {"site_2": "its loss is nan"}
+    kept = [float(rounds.server.state["known"].sum())]
+    counts = sum(
+        (rounds.federation.counts(c) for c in ("site_1", "site_3", "site_4")), torch.zeros(10)
+    )
+    assert kept == [float((counts > 0).sum())]
+
+
+def test_too_few_fail_the_round_in_one_line_and_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rounds = rounds_of(secure("fedproto", "mlp"), held=1)
+    before = {c: rounds.store.encoded(c) for c in rounds.federation.cards}
+    failing(rounds, ["site_2", "site_4"], monkeypatch)
+    with pytest.raises(
+        RunFailed,
+        match=r"round 2: the secure sum is given up at 'train': 2 of 4 clients .* asks for 3",
+    ):
+        rounds.round()
+    assert {
+        c: rounds.store.encoded(c) for c in rounds.federation.cards
+    } == before and not rounds.store.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("too_few", ["skip", "repeat", None])
+def test_a_sum_that_is_given_up_is_a_round_with_too_few(too_few: str | None) -> None:
+    """Of five clients whose uploads are lost half the time four seldom are left: such rounds are skipped, or tried again."""
+    more: dict[str, Any] = {"cohort": {"too_few": too_few, "attempts": 100}} if too_few else {}
+    rounds = rounds_of(secure("fedper", "mlp", clients=5, faults={"lost": 0.4}, **more), held=0)
+    records = [rounds.round() for _ in range(5)]
+    assert any(r.get("skipped") or r.get("attempts", 1) > 1 for r in records)
+    assert [bool(r.get("skipped")) for r in records] == [
+        r["counts"]["arrived"] < 4 for r in records
+    ]
+    for record in records:
+        counts = record["counts"]
+        assert (
+            counts["invited"]
+            == counts["arrived"] + counts["failed"]
+            == 5 * record.get("attempts", 1)
+        )
+
+
+def test_what_is_out_of_range_is_told() -> None:
+    rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 0.25}), held=0)
+    with pytest.raises(RunFailed, match=r"found .*, but channel\.secure_sum\.range is 0\.25"):
+        rounds.round()
+    assert rounds.store.clients() == []
+
+
+def test_who_refuses_after_training_does_not_keep_what_it_staged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vector = SecureSum.vector
+
+    def large(self: SecureSum, client: str, *rest: Any) -> Any:
+        if client == "site_2":
+            raise PayloadError("too large")
+        return vector(self, client, *rest)
+
+    monkeypatch.setattr(SecureSum, "vector", large)
+    rounds = rounds_of(secure("ditto", "mlp"), held=0)
+    assert rounds.round()["failed"] == {"site_2": "upload refused: it refused 'train': too large"}
+    assert rounds.store.clients() == ["site_1", "site_3", "site_4"]
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Lent]:
+    with lent(setup_of("local"), 2) as made:
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["hybrid", "ditto", "fedproto", "scaffold"])
+def test_one_or_two_workers_compute_what_one_process_does(method: str, crew: Lent) -> None:
+    setup = setup_of(secure(method, rounds=3, clients__per_round=3, server={"model": "linear"}))
+    want = outcome(rounds_on(setup, None), 2)
+    assert not any(record["failed"] for record in want["records"])
+    crew.take(setup)
+    for size in (1, 2):
+        assert outcome(rounds_on(setup, crew, size), 2) == want
+
+
+@pytest.mark.slow
+def test_a_worker_killed_at_any_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes over knows the client's secrets, and nobody else's answer is asked for twice."""
+    setup = setup_of(secure("hybrid", rounds=3, clients__per_round=3, server={"model": "linear"}))
+    want, due = outcome(rounds_on(setup, None), 2), ["shares", "train", "unmask"]
+
+    def first_of_its_kind(job: Job) -> bool:
+        ask = next(iter(job.requests.values())).ask
+        return ask in due and not due.remove(ask)  # type: ignore[func-returns-value]
+
+    crew = processes.Processes(setup, 2)
+    try:
+        killed = killing(crew, monkeypatch, first_of_its_kind)
+        assert outcome(rounds_on(setup, crew, 2), 2) == want and len(killed) == 3
+    finally:
+        crew.close()
+
+
+@pytest.mark.slow
+def test_state_travels_to_workers_for_training_only(
+    crew: Lent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = setup_of(secure("ditto", rounds=3, clients__per_round=3))
+    rounds, jobs = rounds_on(setup, crew.take(setup) or crew, 2), []
+    send = crew.send
+    monkeypatch.setattr(crew, "send", lambda worker, job: (jobs.append(job), send(worker, job))[1])
+    rounds.round()
+    rounds.round()
+    asks = {
+        id(job): {m.ask for m in job.requests.values() if isinstance(m, Message)} for job in jobs
+    }
+    assert {ask for asked in asks.values() for ask in asked} == {
+        "keys",
+        "shares",
+        "train",
+        "unmask",
+    }
+    assert all(not job.private for job in jobs if asks[id(job)] != {"train"})
+    assert any(job.private for job in jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("hybrid", {"clients__overrides": [{"match": "site_[12]", "share_every": 3}]}),
+        ("fedproto", {"clients__per_round": 3}),
+        ("fedavg", {"channel__secure_sum": {"neighbours": 2}}),
+    ],
+)
+def test_the_price_is_told_to_the_byte(
+    method: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    told, counted = told_and_counted(
+        tmp_path, secure(method, rounds=4, output=NO_REPORT, **changes)
+    )
+    assert told == counted and min(counted) > 0
+
+
+@pytest.mark.parametrize("chain", [[{"quantize": 6}], ["half"]])
+def test_a_chain_that_rounds_goes_with_a_sum(chain: Any, double: None) -> None:
+    rounded = {"channel__compress": chain}
+    plain, summed = (
+        rounds_of(made)
+        for made in (config("hybrid", MIXED, 4, **rounded), secure("hybrid", **rounded))
+    )
+    assert 0 < apart(plain, summed) < 1e-9
+    assert apart(plain, rounds_of(config("hybrid", MIXED, 4))) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "both"),
+    [
+        ({"channel__compress": [{"topk": 0.1}, {"quantize": 8}]}, ("channel.compress: found topk", "channel.secure_sum")),
+        ({"channel__compress": [{"randk": 0.1}]}, ("channel.compress: found randk", "quantize or half")),
+        ({"aggregation__rule": "median"}, ("aggregation.rule: median", "channel.secure_sum")),
+        ({"attacks": {"name": "sign_flip"}}, ("attacks.name: sign_flip", "channel.secure_sum")),
+        ({"cohort": {"least": 4, "too_few": "repeat"}, "faults": {"lost": 0.1}}, ("cohort.least", "channel.secure_sum")),
+        ({"clients__per_round": 3, "privacy": {"unit": "client", "noise_multiplier": 1.0, "poisson_cohorts": True}},
+         ("privacy.poisson_cohorts", "channel.secure_sum")),
+    ],
+)  # fmt: skip
+def test_what_needs_single_uploads_is_refused_beside_a_sum(
+    changes: dict[str, Any], both: tuple[str, str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(secure("fedavg", "mlp", **changes))
+    assert all(part in str(error.value) for part in both) and "\n" not in str(error.value)

@@ -1,0 +1,304 @@
+"""The store against a plain dictionary, through crashes and with any memory; what it writes, holds and gives up."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hetero_fl.federation.checkpoint import Checkpoints
+from hetero_fl.federation.state_store import COMPACT, OpenSegment, Private, Store
+
+CLIENTS = [f"site_{i}" for i in range(5)]
+MEMORY = st.sampled_from([0, 500, 3000, 1 << 30])
+State = dict[str, bytes]
+
+
+def private(n: int, size: int) -> Private:
+    """State that is told from any other by its number; of size 0 it is no state."""
+    return Private({"model": {"w": torch.full((size,), float(n))}}, {"n": n}) if size else Private()
+
+
+class Machine(RuleBasedStateMachine):
+    """`kept` and `staged` are what the store should hold; `saved` the states of the whole checkpoints on disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.kept: State = {}
+        self.staged: State = {}
+        self.saved: list[State] = []
+        self.round, self.n = 0, 0
+        self.stamps: dict[tuple[int, str], bytes] = {}
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+    @initialize(memory=MEMORY)
+    def start(self, memory: int) -> None:
+        self.store = Store(self.folder, memory)
+        self.stamps.clear()
+        self.checkpoints = Checkpoints(self.store, lambda line: None)
+
+    @rule(
+        client=st.sampled_from(CLIENTS), size=st.sampled_from([0, 1, 100, 700]), sent=st.booleans()
+    )
+    def stage(self, client: str, size: int, sent: bool) -> None:
+        self.n += 1
+        state = private(self.n, size)
+        self.staged[client] = state.encode()
+        self.store.stage(client, state.encode() if sent else state)
+
+    @rule(client=st.sampled_from(CLIENTS))
+    def drop(self, client: str) -> None:
+        self.staged.pop(client, None)
+        self.store.drop(client)
+
+    @rule()
+    def commit(self) -> None:
+        self.kept = {c: s for c, s in {**self.kept, **self.staged}.items() if s}
+        self.staged.clear()
+        self.store.commit()
+
+    @rule()
+    def discard(self) -> None:
+        self.staged.clear()
+        self.store.discard()
+
+    @rule(server=st.sampled_from([1, 2000]))
+    def save(self, server: int) -> None:
+        self.round += 1
+        self.checkpoints.save(self.round, {"round": self.round, "server": torch.zeros(server)})
+        self.saved = [*self.saved[-1:], (dict(self.kept), dict(self.staged))]
+
+    @rule()
+    @precondition(lambda self: self.saved)
+    def save_the_same_round_again(self) -> None:
+        self.checkpoints.save(self.round, {"round": self.round})
+        self.saved[-1] = (dict(self.kept), dict(self.staged))
+
+    @rule(memory=MEMORY)
+    def crash(self, memory: int) -> None:
+        self.start(memory)
+        tree = self.checkpoints.newest()
+        assert (tree is None) == (not self.saved) and (tree is None or tree["round"] == self.round)
+        kept, staged = self.saved[-1] if self.saved else ({}, {})
+        self.kept, self.staged = dict(kept), dict(staged)
+
+    @rule(memory=MEMORY, at=st.floats(0, 0.999))
+    @precondition(lambda self: len(self.saved) == 2)
+    def crash_and_damage(self, memory: int, at: float) -> None:
+        path = self.folder / f"round-{self.round:06}.ckpt"
+        path.write_bytes(path.read_bytes()[: int(at * path.stat().st_size)])
+        self.saved.pop()
+        self.round -= 1
+        self.crash(memory)
+
+    @invariant()
+    def same_state(self) -> None:
+        for client in CLIENTS:
+            encoded, stamp = self.store.encoded(client), self.store.stamp(client)
+            assert encoded == self.kept.get(client) and (stamp is None) == (encoded is None)
+            if stamp is not None and encoded is not None:
+                assert self.stamps.setdefault((stamp, client), encoded) == encoded
+            assert self.store.get(client).encode() == self.kept.get(client, b"")
+
+    @invariant()
+    def within_memory(self) -> None:
+        assert 0 <= self.store.held <= self.store.memory
+
+
+Machine.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestStore = pytest.mark.slow(Machine.TestCase)
+
+
+def test_without_a_folder_it_is_the_same_in_memory() -> None:
+    store = Store(memory=0)
+    store.stage("a", private(1, 100))
+    assert store.encoded("a") is None and store.stamp("a") is None
+    store.commit()
+    first = store.stamp("a")
+    assert store.get("a").models["model"]["w"].tolist() == [1.0] * 100 and first is not None
+    store.stage("a", private(2, 100).encode())
+    store.drop("a")
+    store.stage("b", private(3, 1))
+    store.discard()
+    store.commit()
+    assert (
+        store.stamp("a") == first
+        and store.encoded("a") == private(1, 100).encode()
+        and store.encoded("b") is None
+    )
+    store.stage("a", private(2, 100))
+    store.commit()
+    assert store.stamp("a") != first and store.get("a").state == {"n": 2}
+    store.stage("a", Private())
+    store.commit()
+    assert store.stamp("a") is None and store.get("a") == Private() and store.held == 0
+    with pytest.raises(ValueError, match="memory only"):
+        Checkpoints(store, pytest.fail)
+
+
+def test_commit_of_some_clients_leaves_the_others_staged() -> None:
+    store = Store(memory=0)
+    store.stage("a", private(1, 10))
+    store.stage("b", private(2, 10))
+
+    store.commit(["a", "c"])
+
+    assert store.encoded("a") == private(1, 10).encode()
+    assert store.encoded("b") is None
+    assert set(store.waiting()) == {"b"}
+
+
+def test_a_discarded_round_takes_nothing_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what was committed before it and is in no checkpoint yet, nor what a failed checkpoint has moved."""
+    store = Store(tmp_path, 0)
+    checkpoints = Checkpoints(store, pytest.fail)
+    store.stage("a", private(1, 700))
+    store.commit()
+    store.stage("b", private(2, 700))
+    store.discard()
+    assert store.get("a").state == {"n": 1} and store.encoded("b") is None
+    # the state of a is less than a quarter of it
+    checkpoints.save(1, {"server": torch.zeros(5000)})
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenSegment, "seal", lambda *rest: rest.nothing)
+        with pytest.raises(AttributeError):
+            checkpoints.save(2, {})
+    store.stage("b", private(3, 700))
+    store.discard()
+    store.stage("b", private(4, 700))
+    assert store.get("a").state == {"n": 1}
+
+
+def test_discard_cuts_off_what_was_staged_on_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path, 0)
+    store.stage("a", private(1, 700))
+    store.commit()
+    assert store.open is not None
+    before = store.open.path.stat().st_size
+
+    store.stage("b", private(2, 700))
+    assert store.open.path.stat().st_size > before
+    store.discard()
+
+    assert store.open.path.stat().st_size == before
+
+
+def test_a_checkpoint_of_the_same_round_replaces_the_file_and_not_its_state(tmp_path: Path) -> None:
+    store = Store(tmp_path, 0)
+    checkpoints = Checkpoints(store, pytest.fail)
+    store.stage("a", private(1, 5000))
+    store.commit()
+    store.stage("b", private(2, 5000))
+    for _ in range(2):
+        checkpoints.save(1, {})
+    assert store.get("a").state == {"n": 1}
+    store.commit()
+    assert store.get("b").state == {"n": 2}
+
+
+def test_state_is_what_its_bytes_say_and_shares_no_memory(tmp_path: Path) -> None:
+    """The layout of a tensor in memory decides the last bits of a convolution: it must not depend on what was held."""
+    w = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    for store in (Store(), Store(tmp_path)):
+        store.stage("a", Private({"model": {"w": w, "row": w[0]}}, {"pair": (1, 2)}))
+        store.commit()
+        got = store.get("a")
+        assert torch.equal(got.models["model"]["w"], w) and got.models["model"]["w"].stride() == (
+            75,
+            25,
+            5,
+            1,
+        )
+        assert got.models["model"]["row"].untyped_storage().nbytes() == 75 * 4 and got.state == {
+            "pair": [1, 2]
+        }
+
+
+def test_a_round_writes_what_changed(tmp_path: Path) -> None:
+    """Ten of five hundred: the state of ten, and 100 bytes a client for the index."""
+    checkpoints, sizes = Checkpoints(Store(tmp_path, 0), pytest.fail), {}
+    blob = len(private(0, 10_000).encode())
+    for round, cohort in enumerate((500, 10, 20, 10)):
+        for i in range(cohort):
+            checkpoints.store.stage(f"site_{i}", private(round, 10_000))
+        checkpoints.store.commit()
+        sizes[round] = checkpoints.save(round, {}).stat().st_size
+    for round, cohort in enumerate((500, 10, 20, 10)):
+        assert cohort * blob < sizes[round] < cohort * (blob + 10) + 100 * 500
+
+
+def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
+    """60 clients of 400 kB with 4 MB: reading, staging, committing, and reading back in another process."""
+    bound, size = 4_000_000, 100_000
+    checkpoints = Checkpoints(Store(tmp_path, bound), pytest.fail)
+    tracemalloc.start()
+    for round in range(3):
+        for i in range(60):
+            checkpoints.store.get(f"site_{i}")
+            checkpoints.store.stage(f"site_{i}", private(round, size))
+            assert checkpoints.store.held <= bound
+        checkpoints.store.commit()
+        checkpoints.save(round, {})
+    again = Checkpoints(Store(tmp_path, bound), pytest.fail)
+    again.newest()
+    for i in range(60):
+        assert again.store.get(f"site_{i}").state == {"n": 2} and again.store.held <= bound
+    assert again.store.held > bound - 8 * size  # and what fits is held
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * bound + 5 * 4 * size  # two stores, and what passes through
+
+
+def test_what_was_used_last_is_held_and_read_from_disk_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, 3 * 4100)
+    for i in range(5):
+        store.stage(f"site_{i}", private(i, 1000))
+    store.commit()
+    for i in (1, 2, 3, 1):
+        store.get(f"site_{i}")
+    store.get("site_4")
+    read: list[int] = []
+    monkeypatch.setattr(
+        OpenSegment, "read", lambda self, place: read.append(place.offset) or private(9, 1).encode()
+    )
+    assert [store.get(f"site_{i}").state["n"] for i in (1, 3, 4)] == [1, 3, 4] and not read
+    assert store.get("site_2").state["n"] == 9 and len(read) == 1
+
+
+@pytest.mark.parametrize("server", [1, 20_000])
+def test_files_that_hold_little_live_state_are_given_up_and_none_of_it_is_lost(
+    tmp_path: Path, server: int
+) -> None:
+    checkpoints, rng, truth = Checkpoints(Store(tmp_path, 0), pytest.fail), random.Random(0), {}
+    for round in range(60):
+        for client in rng.sample(range(40), 40 if round == 0 else 3):
+            truth[f"site_{client}"] = private(100 * round + client, 1000).encode()
+            checkpoints.store.stage(f"site_{client}", truth[f"site_{client}"])
+        checkpoints.store.commit()
+        checkpoints.save(round, {"server": torch.zeros(server)})
+        files = list(tmp_path.iterdir())
+        live, size = sum(map(len, truth.values())), sum(f.stat().st_size for f in files)
+        newest = 2 * (4 * server + 40 * 200 + 10_000) + 3 * len(truth["site_0"])
+        assert size < COMPACT * live + live + newest
+        assert {c: checkpoints.store.encoded(c) for c in truth} == truth
+    again = Checkpoints(Store(tmp_path, 0), pytest.fail)
+    again.newest()
+    assert {c: again.store.encoded(c) for c in truth} == truth
+    assert not (tmp_path / "round-000000.ckpt").exists() and len(files) < 25

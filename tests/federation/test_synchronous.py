@@ -1,0 +1,451 @@
+"""The round: what is counted, what is kept, what is refused, and that reading a model leaves no trace."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hetero_fl.aggregation import Uploads
+from hetero_fl.core.participant import Card, Participant, contained, copied
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.plan import Fit, Plan
+from hetero_fl.engine.driver import Diverged
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.trainer import Session, record_readings
+from hetero_fl.reporting.summary import Patience
+from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.serialization import decode, encode
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
+
+METHODS = [
+    "local",
+    "centralized",
+    "ensemble",
+    "fedavg",
+    "fedprox",
+    "fedper",
+    "lg_fedavg",
+    "scaffold",
+    "fednova",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedbn",
+    "fedrep",
+    "fedbabu",
+    "ditto",
+    "heterofl",
+    "fedmd",
+    "feddf",
+    "fd",
+    "fedproto",
+    "fedtgp",
+    "fedgh",
+    "fedgen",
+    "fml",
+    "fedkd",
+    "fedmrl",
+    "hybrid",
+    "fedasync",
+    "fedbuff",
+    "ds_fl",
+    "kt_pfl",
+    "fedgkt",
+    "dense",
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_a_mixed_federation_and_reading_leaves_no_trace(method: str) -> None:
+    source = config(method, MIXED, clients=4, server={"model": "linear"})
+    plain, read = rounds_of(source), rounds_of(source, held=0)
+    for _ in range(2):
+        record = read.round()
+        record_readings(record, read.evaluate())
+        assert 0 <= record["global"]["accuracy"] <= 1 and set(record["clients"]) == set(
+            read.federation.cards
+        )
+    for slot in plain.server.models:
+        assert same_bits(plain.server.models[slot], read.server.models[slot])
+    for id in plain.federation.cards:
+        kept, other = plain.store.get(id).models, read.store.get(id).models
+        assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_are_those_of_the_encoded_payloads(method: str) -> None:
+    rounds = rounds_of(config(method, MIXED, clients=4), held=0)
+    up, receive = [], rounds.intake.receive
+
+    def watched(client: str, data: bytes, *rest: Any) -> Payload:
+        up.append(len(data))
+        return receive(client, data, *rest)
+
+    rounds.intake.receive = watched  # type: ignore[method-assign]
+    rounds.round()
+    if method in ("local", "centralized"):
+        assert (rounds.traffic.up, rounds.traffic.down) == (0, 0)
+        rounds.evaluate()
+        assert (rounds.traffic.up, rounds.traffic.down) == (0, 0)
+    else:
+        assert rounds.traffic.up == sum(up) > 0
+
+
+def test_a_model_is_read_as_training_will_find_it() -> None:
+    """Deploying twice is not two digests: reading and training make the same model, to the bit."""
+    algorithm = {"name": "hybrid", "distil_at": "both"}
+    rounds = rounds_of(config("hybrid", MIXED, algorithm=algorithm), held=1)
+    read = deployed(rounds, "site_1").models["model"]
+    found, fit = [], type(rounds.algorithm).rehearsal
+
+    def before(self: Any, client: Any, *rest: Any) -> Fit:
+        found.append(client.models["model"])
+        return fit(self, client, *rest)
+
+    rounds.algorithm = type("Watched", (type(rounds.algorithm),), {"rehearsal": before})(
+        **rounds.algorithm.model_dump()
+    )
+    rounds.executor.site.algorithm = rounds.algorithm
+    rounds.round()
+    assert same_bits(found[0], read)
+
+
+def poisoned(rounds: Rounds, client: str) -> None:
+    """Let one client's upload arrive with a NaN in it."""
+    share = type(rounds.algorithm).share
+
+    def bad(self: Any, participant: Any) -> dict[str, Any]:
+        items = share(self, participant)
+        if participant.id == client and participant.clock.round == 1:
+            tensors = {n: t.clone() for n, t in items["model"].values.items()}
+            next(iter(tensors.values())).view(-1)[0] = float("nan")
+            items["model"] = Item(tensors, items["model"].weight, "params")
+        return items
+
+    rounds.algorithm = type("Poisoned", (type(rounds.algorithm),), {"share": bad})(
+        **rounds.algorithm.model_dump()
+    )
+    rounds.executor.site.algorithm = rounds.expectations.algorithm = rounds.algorithm
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedper"])
+def test_a_nan_upload_is_refused_and_counted_and_its_senders_state_is_as_before(
+    method: str,
+) -> None:
+    rounds = rounds_of(config(method, rounds=3), held=1)
+    before = rounds.store.get("site_1").models
+    poisoned(rounds, "site_1")
+    record = rounds.round()
+    assert list(record["failed"]) == ["site_1"] and "not finite" in record["failed"]["site_1"]
+    assert (
+        rounds.store.get("site_1").models is before or rounds.store.get("site_1").models == before
+    )
+    assert rounds.round()["failed"] == {}
+
+
+def test_a_client_that_diverges_is_left_out_and_a_round_without_uploads_fails() -> None:
+    groups = [
+        {"name": "calm", "count": 2, "model": "mlp"},
+        {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}},
+    ]
+    rounds = rounds_of(config("fedavg", clients__groups=groups), held=0)
+    record = rounds.round()
+    assert list(record["failed"]) == ["wild"] and "finite" in record["failed"]["wild"]
+    assert all(torch.isfinite(t).all() for m in rounds.server.models.values() for t in m.values())
+    wild = rounds_of(config("fedavg", "mlp", clients__defaults={"optimizer": {"lr": 1e30}}), held=0)
+    with pytest.raises(RunFailed, match="no usable upload"):
+        wild.round()
+
+
+def diverging(rounds: Session, turns: Collection[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have training at the server diverge at these turns (from 0), after it has changed whatever it can."""
+    aggregate, turn = type(rounds.algorithm).aggregate, itertools.count()
+
+    def aggregates(method: Any, server: Participant, uploads: Uploads) -> Plan[None]:
+        yield from aggregate(method, server, uploads)
+        if next(turn) in turns:
+            server.models = {slot: {} for slot in server.models}
+            for each in server.state.values():
+                if isinstance(each, dict):
+                    each.clear()
+            server.state["more"], server.arch = 1, {}
+            raise Diverged("'student' is no longer finite (loss inf)")
+
+    monkeypatch.setattr(type(rounds.algorithm), "aggregate", aggregates)
+
+
+@pytest.mark.parametrize("method", ["fedavgm", "scaffold", "feddf", "fedkd", "fedbuff"])
+def test_round_whose_training_at_the_server_diverges_changes_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
+    rounds = rounds_of(config(method, rounds=4, **buffer), held=1)
+    loud(rounds, "site_2", monkeypatch)
+    before = copied([rounds.server.models, rounds.server.state])
+    diverging(rounds, [0], monkeypatch)
+
+    record = rounds.round()
+
+    assert encode([rounds.server.models, rounds.server.state], "x") == encode(before, "x")
+    assert record["diverged"].startswith(
+        "training at the server diverged: 'student' is no longer finite (loss inf)"
+    )
+    assert "the upload of site_2 has the largest magnitude, " in record["diverged"]
+    assert method == "fedbuff" or record["skipped"]
+    assert "diverged" not in rounds.round() and rounds.diverged == 0
+
+
+def loud(rounds: Session, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply what a client sends by a thousand."""
+    uploaded = rounds.links.uploaded
+
+    def louder(card: Card, *args: Any) -> Payload:
+        payload = uploaded(card, *args)
+        return Payload.decode(scaled(payload).encode()) if card.id == client else payload
+
+    monkeypatch.setattr(rounds.links, "uploaded", louder)
+
+
+def scaled(payload: Payload) -> Payload:
+    def values(found: Any) -> Any:
+        if isinstance(found, dict):
+            return {n: values(t) for n, t in found.items()}
+        return found * 1000 if found.is_floating_point() else found
+
+    return Payload(
+        {n: replace(i, values=values(i.values)) for n, i in payload.items_.items()}, payload.report
+    )
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedbuff"])
+def test_training_at_the_server_that_diverges_in_succession_fails_in_one_line(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
+    rounds = rounds_of(config(method, rounds=9, **buffer), held=0)
+    diverging(rounds, [0, 1, 3, 4, 5], monkeypatch)
+
+    while rounds.completed < 5:
+        rounds.round()
+    with pytest.raises(
+        RunFailed, match=r"round 6: .*diverged.*the largest magnitude, .*, 3 times in succession$"
+    ):
+        rounds.round()
+
+
+def test_divergence_at_the_server_is_counted_across_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = config("fedavg", rounds=9)
+    rounds = rounds_of(made, held=0)
+    diverging(rounds, [0, 1, 2], monkeypatch)
+    rounds.round()
+    rounds.round()
+    later = rounds_of(made, held=0)
+    later.restore(decode(encode(rounds.tree(), "x"), "x"))
+
+    with pytest.raises(RunFailed, match="3 times in succession"):
+        later.round()
+
+
+@pytest.mark.parametrize("stop", [{"rounds": 1}, {"rounds": 9, "runtime__divergence": "stop"}])
+def test_divergence_at_the_server_ends_a_run_of_one_round(stop: dict[str, Any]) -> None:
+    rounds = rounds_of(
+        config("feddf", server={"optimizer": {"name": "sgd", "lr": 1e30}}, **stop), held=0
+    )
+
+    with pytest.raises(RunFailed, match="at the server diverged"):
+        rounds.round()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_aggregation_changes_no_tensor_in_place(method: str) -> None:
+    rounds = rounds_of(config(method, rounds=3), held=1)
+    kept = contained([rounds.server.models, rounds.server.state])
+    before = encode(kept, "x")
+
+    rounds.round()
+
+    assert encode(kept, "x") == before
+
+
+def test_the_server_has_a_model_only_where_one_was_trained() -> None:
+    assert rounds_of(config("fedavg"), held=1).evaluate().server is not None
+    assert rounds_of(config("fedavg", MIXED[:2], clients=4), held=1).evaluate().server is None
+    backbone = {"shares": ["backbone"], "optimizer": {"name": "sgd", "lr": 0.05}}
+    assert rounds_of(config("fedavg", clients__defaults=backbone), held=1).evaluate().server is None
+    for method in ("fedavg", "local", "fd"):  # nothing to distil a student from
+        rounds = rounds_of(config(method, MIXED[:2], clients=4, server={"model": "mlp"}), held=1)
+        assert "student" not in rounds.server.models and rounds.evaluate().server is None
+    assert (
+        rounds_of(config("fedmd", MIXED, server={"model": "mlp"}), held=1).evaluate().server
+        is not None
+    )
+
+
+def test_heads_stay_where_they_are_meant_to_stay() -> None:
+    rounds = rounds_of(config("fedper"))
+    kept = [rounds.store.get(id).models["model"] for id in rounds.federation.cards]
+    assert all(n.startswith("head.") or "num_batches" in n for k in kept for n in k)
+    assert not torch.equal(kept[0]["head.weight"], kept[1]["head.weight"])
+    # a client without private state costs nothing
+    assert rounds_of(config("fedavg")).store.clients() == []
+
+
+def test_clients_alike_but_for_when_they_share_are_each_asked_for_their_own() -> None:
+    now_and_then = [{"match": "site_1", "share_every": 2}]
+    rounds = rounds_of(config("fedavg", "mlp", 3, clients__overrides=now_and_then), held=0)
+    assert [rounds.round()["failed"] for _ in range(2)] == [{}, {}]
+
+
+def test_sharing_every_second_round() -> None:
+    rounds = rounds_of(config("fedavg", clients__defaults={"share_every": 2}), held=0)
+    (group,) = rounds.server.models
+    start = dict(rounds.server.models[group])
+    rounds.round()
+    assert same_bits(start, rounds.server.models[group])
+    assert all(
+        "backbone.0.weight" in rounds.store.get(id).models["model"]
+        for id in rounds.federation.cards
+    )
+    rounds.round()
+    assert not same_bits(start, rounds.server.models[group])
+    with pytest.raises(UserError, match=r"per_round.*share_every"):
+        prepare(config("fedavg", clients__defaults={"share_every": 2}, clients__per_round=2))
+
+
+def test_label_counts_do_not_leave_where_statistics_are_not_shared() -> None:
+    shares = {"shares": ["parameters", "predictions"], "optimizer": {"name": "sgd", "lr": 0.05}}
+    rounds, seen = (
+        rounds_of(
+            config(
+                "fedmd",
+                algorithm={"name": "fedmd", "teacher": "contrast"},
+                clients__defaults=shares,
+            ),
+            held=0,
+        ),
+        [],
+    )
+    receive = rounds.intake.receive
+    rounds.intake.receive = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
+    rounds.round()
+    for payload in seen:
+        weight = payload.item("logits").weight
+        # says n, not who
+        assert isinstance(weight, torch.Tensor) and torch.allclose(weight, weight[:1].expand(10))
+
+
+def test_private_state_is_not_changed_in_place() -> None:
+    rounds = rounds_of(config("local"), held=1)
+    private = rounds.store.get("site_1")
+    private.state["nested"] = {"a": [1]}
+    client = rounds.federation.client("site_1", private, 1)
+    client.state["nested"]["a"].append(2)
+    assert private.state["nested"] == {"a": [1]}
+
+
+class Noisy(nn.Module):
+    """Draws from torch's own generator, in ways that no framework can see."""
+
+    def __init__(self, num_classes: int, in_channels: int, input_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Flatten(), nn.Linear(in_channels * input_size[0] * input_size[1], 16)
+        )
+        self.head = nn.Linear(16, num_classes)
+        self.backbone.register_forward_hook(
+            lambda m, i, o: F.dropout(o + 0.1 * torch.rand_like(o), 0.3, m.training)
+        )
+
+
+def test_whatever_a_model_draws_is_keyed() -> None:
+    source = config("fedavg", f"python:{__name__}:Noisy")
+    torch.manual_seed(1)
+    one = rounds_of(source)
+    torch.manual_seed(2)
+    two = rounds_of(source)
+    (group,) = one.server.models
+    assert same_bits(one.server.models[group], two.server.models[group])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"class_weights": "balanced"}, {"augment": {"flip": True, "crop": 1}}]
+)
+def test_centralised_training_takes_the_clients_settings(setting: dict[str, Any]) -> None:
+    defaults = {"optimizer": {"name": "sgd", "lr": 0.05}, **setting}
+    fedavg = rounds_of(config("fedavg", clients=1, clients__defaults=defaults))
+    pooled = rounds_of(config("centralized", clients=1, clients__defaults=defaults))
+    without = rounds_of(
+        config(
+            "centralized", clients=1, clients__defaults={"optimizer": {"name": "sgd", "lr": 0.05}}
+        )
+    )
+    (group,) = fedavg.server.models
+    weights = [r.server.models[group]["backbone.0.weight"] for r in (fedavg, pooled, without)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+def test_patience_counts_the_same_after_a_resume() -> None:
+    task = rounds_of(config("local"), held=0).federation.task
+    scores = [0.5, 0.6, 0.6, 0.55, 0.6]
+    history = [
+        {"round": i + 1, "validation": {"personal": None, "global": {"balanced_accuracy": s}}}
+        for i, s in enumerate(scores)
+    ]
+    straight, resumed = Patience(task, 3, []), Patience(task, 3, history[:3])
+    for record in history:
+        straight.look(record)
+    for record in history[3:]:
+        resumed.look(record)
+    assert straight.exhausted and resumed.exhausted and not Patience(task, 3, history[:4]).exhausted
+
+
+def test_head_and_backbone_may_have_rates_of_their_own() -> None:
+    rounds = rounds_of(
+        config(
+            "local", clients__defaults={"optimizer": {"name": "sgd", "lr": 0.1, "head_lr": 1e-12}}
+        ),
+        held=1,
+    )
+    kept, start = (
+        rounds.store.get("site_1").models["model"],
+        rounds.federation.initial(rounds.federation.cards["site_1"].arch),
+    )
+    assert torch.allclose(kept["head.weight"], start["head.weight"], atol=1e-8)
+    assert not torch.allclose(kept["backbone.0.weight"], start["backbone.0.weight"], atol=1e-4)
+
+
+def test_a_kept_optimiser_goes_on_where_it_was() -> None:
+    rounds = rounds_of(
+        config("local", clients__defaults={"optimizer": {"name": "adam", "lr": 0.01}}), held=0
+    )
+    ends = []
+    for keep in (None, "mine"):
+        client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
+        fit = rounds.algorithm.fit(client)
+        for _ in range(2):
+            rounds.performer.perform([(client, Fit(**{**fit.__dict__, "keep": keep}))])
+        ends.append(client.models["model"]["head.weight"])
+        if keep:
+            steps = {float(s["step"]) for s in client.state["optimizers"]["mine"].values()}
+            assert steps == {2.0 * -(-client.n // 16)} or len(steps) == 1
+    assert not torch.equal(*ends)
+
+
+def test_a_hook_that_is_no_plan_is_told_in_one_line() -> None:
+    rounds = rounds_of(config("fedavg"), held=0)
+    broken = type(
+        "Broken", (type(rounds.algorithm),), {"aggregate": lambda self, server, uploads: None}
+    )
+    rounds.algorithm = broken(**rounds.algorithm.model_dump())
+    with pytest.raises(UserError, match="yield from"):
+        rounds.round()

@@ -1,0 +1,26 @@
+"""Uploads as they are received: what was not agreed is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hetero_fl.core.payload import Item, Payload, PayloadError
+from tests.helpers.small_federations import config, rounds_of
+
+
+def test_receive_refuses_an_upload_of_another_form_than_agreed() -> None:
+    rounds = rounds_of(config("fedavg", "mlp"), held=0)
+    heard = rounds.heard(0)
+    agreed = rounds.expectations.of(rounds.federation.cards["site_1"], Payload(), 0)["model"]
+    model = dict(agreed.values)
+
+    def received(tensors: dict[str, torch.Tensor]) -> Payload:
+        upload = Payload({"model": Item(tensors, agreed.weight, "params")})
+        return rounds.intake.receive("site_1", upload.encode(), heard, 0)
+
+    assert set(received(model)["model"]) == set(model)
+    with pytest.raises(PayloadError, match="other tensors than agreed"):
+        received({"head.bias": model["head.bias"]})
+    with pytest.raises(PayloadError, match="shape"):
+        received({**model, "head.bias": torch.zeros(1)})

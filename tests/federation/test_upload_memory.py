@@ -1,0 +1,67 @@
+"""An upload's bytes are given up before it is folded into the mean, and before the next one is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from hetero_fl.aggregation import Uploads
+from hetero_fl.communication.protocol import Message, Messages
+from tests.helpers.small_federations import config, rounds_of
+
+alive: list[int] = []
+
+
+class Body(bytes):
+    """Bytes that tell when they are gone."""
+
+    def __del__(self) -> None:
+        alive.remove(id(self))
+
+
+def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = rounds_of(config(models="mlp", clients=5), held=0)
+    answer, add = rounds.executor.answer, Uploads.add
+    seen = {"made": [], "added": []}
+
+    def tracked(requests: Messages) -> Iterator[tuple[str, Any]]:
+        for client in requests:
+            seen["made"].append(len(alive))
+            ((_, reply),) = answer({client: requests[client]})
+            assert isinstance(reply, Message)
+            body = Body(reply.body)
+            alive.append(id(body))
+            replies = [Message(reply.ask, body)]
+            del body, reply
+            yield client, replies.pop()
+
+    def adding(self: Uploads, upload: Any) -> None:
+        seen["added"].append(len(alive))
+        add(self, upload)
+
+    monkeypatch.setattr(rounds.executor, "answer", tracked)
+    monkeypatch.setattr(Uploads, "add", adding)
+    rounds.round()
+    assert seen == {"made": [0] * 5, "added": [0] * 5}
+
+
+def test_the_executor_holds_no_upload_that_it_has_handed_on() -> None:
+    rounds = rounds_of(config(models="mlp", clients=4), held=0)
+    rounds.executor.chunk = 4  # type: ignore[attr-defined]
+    site = rounds.executor.site  # type: ignore[attr-defined]
+    answer, handed = site.answer, []
+
+    def kept(*args: Any) -> Any:
+        handed.append(answer(*args))
+        return handed[-1]
+
+    site.answer = kept
+    left = [len(handed[0]) for _ in rounds.executor.answer(requests(rounds))]
+    assert left == [3, 2, 1, 0]
+
+
+def requests(rounds: Any) -> dict[str, Message]:
+    bodies = rounds.broadcasts(rounds.cohort(0))
+    return {client: Message("train", bodies[client]) for client in bodies}

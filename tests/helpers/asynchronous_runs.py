@@ -1,0 +1,73 @@
+"""What tests of asynchronous runs have in common: durations and fates that a test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from hetero_fl.config.simulation import FaultsConfig
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.asynchronous import Asynchronous
+from hetero_fl.federation.executors.base import Executor
+from hetero_fl.federation.simulation.devices import Stages, Timing
+from hetero_fl.federation.simulation.faults import Fate
+from tests.helpers.small_federations import MIXED, changed, config
+
+FAULTS = {
+    "before": 0.1,
+    "during": 0.1,
+    "after": 0.1,
+    "lost": 0.1,
+    "late": 0.1,
+    "twice": 0.1,
+    "corrupted": 0.1,
+}
+SLOW = {"speed": {"median": 1e6, "sigma": 0.9}, "up": 1e5, "down": 1e6, "jitter": 0.3}
+
+
+def source(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
+    """Four clients of three architectures, three of them in flight, ten-fold apart in speed, and everything goes wrong."""
+    made = config(
+        method, MIXED, clients=4, rounds=3, clients__per_round=3, server={"model": "linear"},
+        devices=SLOW, faults={**FAULTS, "delay": 5.0}, runtime={"threads": 1, "mode": "async", "buffer": 2},
+    )  # fmt: skip
+    return changed(made, **changes)
+
+
+class Paced(Timing):
+    """Every task of a client takes so many seconds."""
+
+    def __init__(self, seconds: Callable[[str, int], float]) -> None:
+        self.seconds = seconds
+
+    def stages(
+        self, id: str, down_bytes: int, up_bytes: int, at: float, task: int, work: float = 1.0
+    ) -> Stages:
+        return Stages(at, at, at, at + self.seconds(id, task))
+
+
+class Fated:
+    """Fates by task number; the others are fine."""
+
+    def __init__(self, fates: Mapping[int, Fate]) -> None:
+        self.fates, self.config = fates, FaultsConfig()
+
+    def fate(self, id: str, task: int) -> Fate:
+        return self.fates.get(task, Fate())
+
+
+def session(
+    made: dict[str, Any], executor: Executor | None = None, seconds: Callable[[str, int], float] | None = None,
+    fates: Mapping[int, Fate] | None = None,
+) -> Asynchronous:  # fmt: skip
+    """A run that begins, on another executor, at another pace or with other fates than its configuration says."""
+    run = prepare(made).rounds()
+    assert isinstance(run, Asynchronous)
+    if executor is not None:
+        run.executor, run.store, run.performer = executor, executor.store, executor.performer
+    if seconds is not None:
+        run.conditions = replace(run.conditions, timing=Paced(seconds))
+    if fates is not None:
+        run.conditions = replace(run.conditions, faults=Fated(fates))  # type: ignore[arg-type]
+    return run

@@ -1,0 +1,34 @@
+"""The method that docs/own_method.md builds."""
+
+import torch
+from pydantic import Field
+
+from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.core.objectives import Digest
+from hetero_fl.core.payload import ItemSpec
+from hetero_fl.core.plan import Predict, Rows
+
+
+@algorithm("median_teacher")
+class MedianTeacher(Algorithm):
+    """Clients follow the median of everybody's proxy logits: one liar cannot move it far."""
+
+    shared = ()  # no parameters travel
+    uploads = {"logits": ItemSpec("rows", use="each", share="predictions")}
+    needs_proxy = True
+    epochs: int = Field(1, ge=1, description="epochs on the proxy set before private training")
+
+    def broadcast(self, server, card):
+        return dict(server.state)
+
+    def train(self, client, got):
+        if "teacher" in got:
+            rows = Rows("proxy", beside={"teacher": got["teacher"]})
+            yield self.fit(client, Digest(), rows, epochs=self.epochs)
+        yield self.fit(client)
+        return {"logits": (yield Predict("model", Rows("proxy")))}
+
+    def aggregate(self, server, uploads):
+        logits = torch.stack([u.payload["logits"] for u in uploads.each])
+        server.state["teacher"] = logits.quantile(0.5, dim=0)
+        yield from ()

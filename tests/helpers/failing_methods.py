@@ -1,0 +1,58 @@
+"""Methods that go wrong on one client, in the second round: not when they are tried out before the run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from hetero_fl.algorithms import algorithm
+
+FedAvg, Hybrid = algorithm["fedavg"], algorithm["hybrid"]
+
+
+class Fails(FedAvg):  # type: ignore[misc,valid-type]
+    """Federated averaging that cannot train one of the clients."""
+
+    def train(self, client: Any, got: Any) -> Any:
+        if client.id == "site_1" and client.clock.round == 1:
+            raise ZeroDivisionError("of all things")
+        return (yield from super().train(client, got))
+
+
+class Leaves(FedAvg):  # type: ignore[misc,valid-type]
+    """Federated averaging that ends the process."""
+
+    def train(self, client: Any, got: Any) -> Any:
+        if client.id == "site_1" and client.clock.round == 1:
+            raise SystemExit(3)
+        return (yield from super().train(client, got))
+
+
+class Waits(FedAvg):  # type: ignore[misc,valid-type]
+    """Federated averaging that never ends, and leaves a sign in the working folder when it has come to that."""
+
+    def train(self, client: Any, got: Any) -> Any:
+        if client.id == "site_1" and client.clock.round == 1:
+            Path("waiting").touch()
+            time.sleep(1000)
+        return (yield from super().train(client, got))
+
+
+class Held(Hybrid):  # type: ignore[misc,valid-type]
+    """Hybrid that is in the middle of its second round until somebody kills it: a run that cannot be over before."""
+
+    sign: str = Field(
+        "", description="file with the number of a process that waits; none waits once it is there"
+    )
+
+    def train(self, client: Any, got: Any) -> Any:
+        if client.clock.round >= 1 and not Path(self.sign).exists():
+            written = Path(f"{self.sign}.{os.getpid()}")
+            written.write_text(str(os.getpid()))
+            written.replace(self.sign)
+            time.sleep(10_000)
+        return (yield from super().train(client, got))

@@ -1,0 +1,187 @@
+"""What a hostile participant may send: trees, headers and bytes drawn by Hypothesis, and a node that answers with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from hetero_fl.core.payload import FORM as PAYLOAD
+from hetero_fl.deployment.messages import FORM, Envelope, Handle, NodeKeys, signed
+from hetero_fl.utils.serialization import encode
+
+T = TypeVar("T")
+
+SURROGATES = st.sampled_from(["\ud800", "a\udfff", "\ud83dx"])
+CONTROLS = st.sampled_from(["\x1b[2J", "\u202eabc", "a\nb", "\x00", "[/red]", "<script>"])
+TEXTS = st.text(max_size=8) | SURROGATES | CONTROLS
+NUMBERS = (
+    st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from([10**400, -(10**400), 2**64, 2**63, 1e308, float("nan"), float("inf")])
+)
+PLAIN = st.none() | st.booleans() | NUMBERS | TEXTS
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool)
+SHAPES = st.lists(st.integers(0, 3), max_size=3) | st.just([1] * 40)
+TENSORS = st.builds(
+    lambda shape, dtype: torch.ones(shape).to(dtype), SHAPES, st.sampled_from(DTYPES)
+)
+
+# Names that some message has, so that trees come past the first check.
+NAMES = st.sampled_from(
+    [
+        "rows", "hash", "view", "labels", "train", "validation", "test", "settings", "model", "shares", "preprocess",
+        "augment", "items", "report", "values", "weight", "kind", "loss", "config", "public", "told", "fingerprint",
+        "threads", "pack", "state", "tag", "keys", "numbers", "vector", "broadcast", "head", "scores", "confusion",
+        "calibration", "baselines", "forecast", "triggered", "personal", "accuracy", "mean", "std", "resize",
+    ]
+)  # fmt: skip
+TREES = st.recursive(
+    PLAIN | TENSORS,
+    lambda t: st.lists(t, max_size=3) | st.dictionaries(NAMES | TEXTS, t, max_size=4),
+    max_leaves=12,
+)
+ITEMS = st.fixed_dictionaries(
+    {
+        "values": TENSORS | st.dictionaries(NAMES | TEXTS, TENSORS, max_size=3) | PLAIN,
+        "weight": NUMBERS | TENSORS | PLAIN,
+        "kind": st.sampled_from(["params", "update", "rows", "class_sums", "counts"]) | PLAIN,
+    }
+)
+UPLOADS = st.fixed_dictionaries(
+    {
+        "items": st.dictionaries(NAMES | TEXTS, ITEMS, max_size=3) | PLAIN,
+        "report": st.dictionaries(NAMES | TEXTS, PLAIN | TENSORS, max_size=3) | PLAIN,
+    }
+)
+HEADS = st.dictionaries(
+    st.sampled_from(
+        ["ask", "client", "why", "task", "what", "state", "check", "run", "round", "again", "work", "kind", "base",
+         "expires", "details", "spare", "fingerprint", "log", "answers", "number"]
+    ) | TEXTS,
+    PLAIN | st.binary(max_size=8) | st.sampled_from(["done", "refused", "failed", "lost", "unready", "x" * 10**5]),
+    max_size=8,
+)  # fmt: skip
+
+
+def wire(tree: Any, form: str) -> bytes:
+    """The tree as bytes, whatever is in it: what `encode` would refuse, too."""
+    tensors: list[torch.Tensor] = []
+
+    def flat(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            return {"t": str(len(tensors) - 1)}
+        if isinstance(value, dict):
+            return {"d": {str(key): flat(each) for key, each in value.items()}}
+        return [flat(each) for each in value] if isinstance(value, list) else value
+
+    plain = flat(tree)
+    data = encode(tensors, form)
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = {"hetero_fl": json.dumps({"form": form, "tree": plain})}
+    return with_header(json.dumps(header).encode(), data[8 + size :])
+
+
+def with_header(header: bytes, rest: bytes = b"") -> bytes:
+    """A safetensors file with this header."""
+    return len(header).to_bytes(8, "little") + header + rest
+
+
+def bomb(values: int = 10_000_000, form: str = PAYLOAD) -> bytes:
+    """Three bytes a value, each a list: parsed, they would take fifty times as much memory."""
+    metadata = f'{{"form":"{form}","tree":[{"[]," * values}[]]}}'
+    return with_header(json.dumps({"__metadata__": {"hetero_fl": metadata}}).encode())
+
+
+def bodies(form: str) -> st.SearchStrategy[bytes]:
+    """Bodies of messages: of the right form with any tree, of another, with any header, cut, changed, or any bytes."""
+    trees = st.builds(wire, TREES | UPLOADS, st.just(form) | st.just(form) | TEXTS)
+    cut = st.builds(lambda data, at: data[: int(at * len(data))], trees, st.floats(0, 1))
+    changed = st.builds(
+        lambda data, at, to: (
+            data[: int(at * len(data))] + bytes([to]) + data[int(at * len(data)) + 1 :]
+        ),
+        trees,
+        st.floats(0, 0.99),
+        st.integers(0, 255),
+    )
+    headers = st.builds(lambda value: with_header(json.dumps(value).encode()), st.recursive(
+        PLAIN, lambda t: st.lists(t, max_size=3) | st.dictionaries(st.just("__metadata__") | TEXTS, t, max_size=3),
+        max_leaves=8))  # fmt: skip
+    return trees | cut | changed | headers | st.binary(max_size=64)
+
+
+ANSWERS = st.tuples(HEADS, bodies(PAYLOAD) | bodies(FORM) | st.none(), st.booleans())
+Answer = tuple[dict[str, Any], bytes | None, bool]
+
+
+def hostile(handle: Handle, answers: list[Answer], keys: NodeKeys | None = None) -> Handle:
+    """A node that answers tasks with these, one after the other: each changes the honest answer's head, and may replace its body.
+    With `keys` what it says is well signed."""
+    left = list(answers)
+
+    def handles(asked: Envelope) -> Envelope:
+        answer = handle(asked)
+        if asked.head.get("ask") != "do" or not left:
+            return answer
+        changes, body, sealed = left.pop(0)
+        body = answer.body if body is None else body
+        head = {**answer.head, **changes}
+        if sealed:
+            head["check"] = hashlib.sha256(body).hexdigest()
+        if keys is None:
+            return Envelope(head, body)
+        kept = {name: answer.head[name] for name in ("client", "answers") if name in answer.head}
+        return signed(Envelope({**head, **kept}, body), keys.own, "node")
+
+    return handles
+
+
+def sealed(body: bytes) -> Answer:
+    """An upload of these bytes, as a node that means it would send them."""
+    return {}, body, True
+
+
+def examples(strategy: st.SearchStrategy[T], count: int) -> list[T]:
+    """Return so many different examples of a strategy, the same ones in every run.
+
+    For tests that need all of them at once: the first example that `given` draws is the smallest one, a list of equals.
+    """
+    found: dict[str, T] = {}
+
+    @given(strategy)
+    @settings(max_examples=3 * count, derandomize=True, database=None, phases=[Phase.generate], deadline=None,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    def collect(example: T) -> None:
+        found.setdefault(repr(example), example)
+
+    collect()
+    assert len(found) >= count
+    return list(found.values())[-count:]
+
+
+def raises_only(
+    expected: tuple[type[BaseException], ...], call: Callable[[], object]
+) -> BaseException | None:
+    """Call it; return what of the expected it raised, if it did. Whatever else it raises goes on.
+
+    The call may take two seconds of processor time at most.
+    """
+    started = time.process_time()
+    try:
+        call()
+    except expected as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+        str(error).encode()
+        return error
+    finally:
+        assert time.process_time() - started < 2
+    return None

@@ -1,0 +1,91 @@
+"""Saved models of every family, each with another preprocessing, without a run: weights as they begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.saved_model import SavedModel
+from hetero_fl.core.task import Task
+from hetero_fl.data.dataset import Block
+
+BLOCKS = (Block("image", (1, 12, 12)), Block("genes", (6,)))
+COLUMNS = ("age", "weight", "pulse", "lactate", "sodium", "glucose", "urea")
+SCALE: dict[str, Any] = {"mean": (1.0, 20.0, -3.0), "std": (1.0, 2.0, 9.0)}
+SPANS = ((1, 3), (5, 6))  # weight, pulse, glucose
+
+
+def saved(
+    name: str,
+    shape: tuple[int, ...],
+    view: dict[str, Any] | None = None,
+    kind: Any = "multiclass",
+    prior: bool = False,
+    columns: tuple[str, ...] = (),
+    vocabulary: int | None = None,
+    **options: Any,
+) -> SavedModel:
+    """A model with four outputs."""
+    arch = Architecture.of(name, 4, shape, None, options, vocabulary=vocabulary)
+    tensors = arch.initial(3)
+    for tensor in tensors.values():  # BatchNorm statistics that do something
+        if tensor.is_floating_point() and tensor.ndim == 1:
+            tensor += (
+                torch.rand(tensor.shape, generator=torch.Generator().manual_seed(len(tensor))) / 2
+            )
+    return SavedModel(
+        tensors,
+        arch,
+        view or {},
+        Task(kind, 4),
+        (-1.0, -2.5, -0.2, -4.0) if prior else None,
+        columns=columns,
+    )
+
+
+def image_cases() -> dict[str, SavedModel]:
+    """Of the embedded pictures, and one from timm; each view that images may have."""
+    colours = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.4, 0.3)}
+    return {
+        "cnn_bn": saved("cnn", (1, 12, 12), {"mean": 0.4, "std": 0.2}, width=4),
+        "cnn_gn_resized": saved(
+            "cnn", (1, 12, 12), {"resize": 12}, prior=True, width=4, norm="group"
+        ),
+        "lenet_of_colours": saved(
+            "lenet", (1, 14, 14), {"channels": 1, "resize": 14, "mean": 0.5, "std": 0.3}
+        ),
+        "resnet_of_grey": saved(
+            "resnet", (3, 12, 12), {"channels": 3, **colours}, widths=(4, 8), blocks=(1, 1)
+        ),
+        "vit": saved("vit", (1, 12, 12), depth=1, width=16),
+        "rows_of_an_image": saved("gru", (1, 12, 10), hidden=8),
+        "timm": saved("timm:resnet10t", (3, 32, 32)),
+    }
+
+
+def other_cases() -> dict[str, SavedModel]:
+    """Tables, series, text and blocks; with gaps and without."""
+    raw = {"raw": (7,), "spans": SPANS, **SCALE}
+    steps = {"raw": (20, 3), "missing": "indicate", **SCALE}
+    both = {"raw": (150,), "blocks": BLOCKS}
+    return {
+        "mlp_of_columns": saved("mlp", (3,), raw, "regression", columns=COLUMNS, hidden=(8,), norm="batch"),
+        "tabular_with_gaps": saved("tabular", (6,), raw | {"missing": "indicate"}, "multilabel", columns=COLUMNS, width=8),
+        "wide_deep": saved("wide_deep", (5,), prior=True, hidden=(8,)),
+        "ft_transformer": saved("ft_transformer", (5,), width=8, heads=2),
+        "lstm": saved("lstm", (3, 20), SCALE, hidden=8),
+        "cnn1d_with_gaps": saved("cnn1d", (6, 20), steps, width=8),
+        "transformer": saved("transformer", (3, 20), width=8, heads=2),
+        "text_gru": saved("text_gru", (9,), vocabulary=30),
+        "text_cnn": saved("text_cnn", (9,), vocabulary=30, width=8),
+        "text_transformer": saved("text_transformer", (9,), vocabulary=30, width=8, heads=2),
+        "multimodal_with_gaps": saved("multimodal", (152,), both | {"missing": "indicate"}, blocks=BLOCKS, width=8),
+        "multimodal": saved("multimodal", (150,), both, blocks=BLOCKS, fusion="gated", width=8),
+        "one_block": saved("cnn", (1, 12, 12), both | {"spans": ((0, 144),), "blocks": BLOCKS[:1]}, width=4),
+        "one_block_of_numbers": saved("mlp", (6,), both | {"spans": ((144, 150),), "blocks": BLOCKS[1:]}, hidden=(8,)),
+    }  # fmt: skip
+
+
+CASES = {**image_cases(), **other_cases()}

@@ -1,0 +1,91 @@
+"""Small federations on scikit-learn's digits, for tests: everything real, a fraction of a second a round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hetero_fl.core.participant import Participant
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.synchronous import Rounds
+
+TOP: dict[str, Any] = {
+    "compress": [{"topk": 0.1}, {"quantize": 8}]
+}  # a channel that has clients keep what they did not send
+QUICK = {
+    "dense": {
+        "synthesis_epochs": 2,
+        "generator_steps": 3,
+        "student_steps": 4,
+        "synthetic_batch": 16,
+    }
+}
+MIXED = [
+    "cnn_bn_small",
+    {"name": "mlp", "hidden": [24]},
+    {"name": "cnn", "width": 4, "norm": "group"},
+]
+
+
+def config(
+    method: str = "fedavg", models: Any = "cnn_bn_small", clients: int = 3, **changes: Any
+) -> dict[str, Any]:
+    """A configuration as a plain dictionary; keyword arguments with `__` for dots change it (`data__proxy__size=0`)."""
+    made: dict[str, Any] = {
+        "name": "small",
+        "rounds": 2,
+        "data": {
+            "name": "digits",
+            "train_limit": 330,
+            "test_limit": 90,
+            "partition": {"kind": "dirichlet", "alpha": 0.5, "min_size": 30},
+            "proxy": {"size": 60},
+        },
+        "clients": {
+            "defaults": {
+                "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+                "batch_size": 16,
+            },
+            "groups": [{"name": "site", "count": clients, "model": models}],
+        },
+        "algorithm": {"name": method, **QUICK.get(method, {})},
+        "runtime": {"threads": 1},
+    }
+    return changed(made, **changes)
+
+
+def changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The configuration with other values at some of its keys, `__` for dots; changed in place."""
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        place = made
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return made
+
+
+def rounds_of(
+    source: dict[str, Any], held: int | None = None, store: Store | None = None
+) -> Rounds:
+    """The run of a configuration, after so many rounds (all of them by default), in memory only unless a store is given."""
+    torch.set_num_threads(1)
+    prepared = prepare(source)
+    rounds = prepared.rounds(store=store)
+    for _ in range(prepared.config.rounds if held is None else held):
+        rounds.round()
+    return rounds
+
+
+def deployed(rounds: Rounds, id: str) -> Participant:
+    """The client with the model that it would use now."""
+    site = rounds.executor.site  # type: ignore[attr-defined]  # of a run in this process
+    body = rounds.broadcasts([id], reading=True)[id]
+    return site.deployed({id: site.links.received(rounds.completed, body)}, rounds.completed)[id]
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of named tensors are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)

@@ -1,0 +1,163 @@
+"""What the tests of every kind of worker have in common: everything that a run computes, and who is still there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.communication.protocol import Message
+from hetero_fl.engine.prediction_cache import make_performer
+from hetero_fl.experiment import prepare
+from hetero_fl.federation.executors import processes
+from hetero_fl.federation.executors.base import Executor, InProcess
+from hetero_fl.federation.executors.processes import Carrier
+from hetero_fl.federation.executors.workers import Crew, Done, Job, Setup, Worker, Workers
+from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.utils.serialization import encode
+from tests.helpers.small_federations import MIXED, config
+
+METHODS = ["hybrid", "fedavg", "fd", "ensemble"]
+ROOT = Path(__file__).parents[2]
+PATIENCE = 300.0  # seconds for what has to happen: this machine may be busy
+
+
+def source(method: str, **changes: Any) -> dict[str, Any]:
+    """Four clients of three architectures, three of them in a round."""
+    return config(
+        method,
+        MIXED,
+        clients=4,
+        rounds=3,
+        clients__per_round=3,
+        server={"model": "linear"},
+        **changes,
+    )
+
+
+def setup_of(method: str | dict[str, Any]) -> Setup:
+    """What workers of such a run are given."""
+    prepared = prepare(source(method) if isinstance(method, str) else method)
+    return Setup(prepared.method, prepared.federation, 1, ("cpu",))
+
+
+def rounds_on(setup: Setup, crew: Crew | None, size: int = 1) -> Rounds:
+    """A run that begins, on the first `size` workers of a crew; without one in this process."""
+    executor: Executor
+    if crew is None:
+        executor = InProcess(Worker(setup, 0).site)
+    else:
+        crew.size = size
+        performer = make_performer(torch.device("cpu"))
+        executor = Workers(crew, setup.federation.cards, Store(), performer)
+    return Rounds(setup.algorithm, setup.federation, executor, 3)
+
+
+def first_job(setup: Setup) -> Job:
+    """A client's task of the first round."""
+    (client, body), *_ = rounds_on(setup, None).broadcasts(["site_1"]).items()
+    return Job(0, "answer", [[client]], {client: Message("train", body)}, {})
+
+
+def left_sealed(done: Done) -> bool:
+    """Whether every reply carries the checksum of its bytes."""
+    replies = [reply for reply in done.replies.values() if isinstance(reply, Message)]
+    return (
+        done.error is None
+        and bool(replies)
+        and all(r.check is not None and r.intact for r in replies)
+    )
+
+
+def outcome(rounds: Rounds, held: int = 3) -> dict[str, Any]:
+    """Everything that rounds and readings compute: models, private state, scores, losses, traffic."""
+    records = [rounds.round() for _ in range(held)]
+    read = rounds.evaluate(details=True)
+    return {
+        "records": [{k: v for k, v in record.items() if k != "seconds"} for record in records],
+        "run": encode(rounds.tree(), "run"),
+        "private": {client: rounds.store.encoded(client) for client in rounds.federation.cards},
+        "readings": read,
+    }
+
+
+class Lent(processes.Processes):
+    """Processes that are started once, and go from run to run."""
+
+    def take(self, setup: Setup) -> None:
+        """From now on they work for this run."""
+        setup.federation.data.share_memory()
+        for _, carrier in self._crew:
+            carrier.send(bytes(ForkingPickler.dumps(setup)))
+        for _, carrier in self._crew:
+            assert carrier.recv() == "ready"
+
+
+def work_in_turn(connection: Connection, setup: Setup, index: int) -> None:
+    """A worker's life, but that a new setup may come, as bytes."""
+    threading.Thread(target=processes._follow_parent, daemon=True).start()
+    worker, carrier = Worker(setup, index), Carrier(connection, got=processes.BROADCASTS)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            got = carrier.recv()
+            if isinstance(got, bytes):
+                worker = Worker(pickle.loads(got), index)
+                carrier.send("ready")
+            else:
+                carrier.send(worker.do(got))
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that are still there."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def comes(what: Callable[[], object], pause: float = 0.02) -> bool:
+    """Whether it comes to be so, however slow the machine is."""
+    ends = time.monotonic() + PATIENCE
+    while not what():
+        if time.monotonic() > ends:
+            return False
+        time.sleep(pause)
+    return True
+
+
+def gone(session: int) -> bool:
+    """Whether all processes of a session end."""
+    return comes(lambda: not members(session), 0.1)
+
+
+def environment() -> dict[str, str]:
+    """Of a command that is run in a process of its own."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def lent(setup: Setup, size: int) -> Iterator[Lent]:
+    """So many processes, started once for many tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "work", work_in_turn)
+        made = Lent(setup, size)
+    yield made
+    made.size = size
+    made.close()

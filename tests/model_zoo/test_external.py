@@ -1,0 +1,348 @@
+"""timm's and torchvision's models as backbones, with and without (faked) published weights; a user's own models."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_zoo import ModelError, SplitModel, create_model, describe, is_batch_norm, model_options
+from model_zoo.external import Enlarge
+
+SMALL = [  # name, channels, size, width of the features, enlarged to
+    ("torchvision:mobilenet_v2", 1, 28, 1280, None),
+    ("torchvision:shufflenet_v2_x0_5", 1, 28, 1024, None),
+    ("torchvision:squeezenet1_1", 1, 28, 512, None),
+    ("torchvision:densenet121", 1, 28, 1024, (32, 32)),
+    ("torchvision:googlenet", 2, 28, 1024, None),
+    ("torchvision:efficientnet_b0", 1, 28, 1280, None),
+    ("torchvision:resnet18", 5, (28, 40), 512, None),
+    ("torchvision:convnext_tiny", 1, (28, 56), 768, (32, 64)),
+    ("timm:resnet10t", 1, 28, 512, None),
+    ("timm:mobilenetv3_small_050", 4, 28, 1024, None),
+    ("timm:vit_tiny_patch16_224", 1, 32, 192, None),
+    ("timm:vit_tiny_patch16_224", 3, 28, 192, (32, 32)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "channels", "size", "width", "enlarged"), SMALL)
+def test_small_images_of_any_channels(
+    name: str,
+    channels: int,
+    size: Any,
+    width: int,
+    enlarged: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = create_model(name, 6, channels, size)
+    x = torch.randn(2, channels, *((size, size) if isinstance(size, int) else size))
+    before = x.clone()
+    model.eval()
+    out = model(x)
+    assert out.logits.shape == (2, 6)
+    assert out.features.shape == (2, width) == (2, model.feature_dim)
+    assert torch.equal(model.head(model.features(x)), out.logits)
+    assert [m.size for m in model.modules() if isinstance(m, Enlarge)] == (
+        [enlarged] if enlarged else []
+    )
+    assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
+
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x)
+    state = torch.get_rng_state()
+    F.cross_entropy(model.train()(x).logits, torch.tensor([0, 1])).backward()
+    assert torch.equal(torch.get_rng_state(), state)  # nothing but dropout draws
+    missing = [n for n, p in model.named_parameters() if p.grad is None]
+    assert missing == []
+    assert torch.equal(x, before)
+
+
+def test_feature_dim_and_options_reach_the_library() -> None:
+    model = create_model("torchvision:mobilenet_v2", 4, feature_dim=16, dropout=0.7)
+    assert model(torch.randn(2, 1, 28, 28)).features.shape == (2, 16)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.7}
+    assert create_model("timm:resnet10t", 4, drop_rate=0.3).backbone.drop_rate == 0.3
+
+
+def test_the_dry_run_leaves_batch_norm_and_mode_alone() -> None:
+    model = create_model("torchvision:resnet18", 4)
+    assert all(module.training for module in model.modules())
+    for module in model.modules():
+        if is_batch_norm(module):
+            assert module.running_mean.abs().max() == 0
+            assert module.num_batches_tracked == 0
+
+
+def test_all_channels_are_used() -> None:
+    model = create_model("torchvision:resnet18", 4, in_channels=5).eval()
+    x = torch.randn(2, 5, 28, 28, requires_grad=True)
+    model(x).logits.sum().backward()
+    assert x.grad is not None
+    assert (x.grad.abs().amax(dim=(0, 2, 3)) > 0).all()
+
+
+def test_a_new_first_convolution_is_drawn_with_the_old_ones_deviation() -> None:
+    weight = create_model("torchvision:resnet18", 4, in_channels=5).backbone.conv1.weight
+    assert weight.shape == (64, 5, 7, 7)
+    # He et al., by fan-out
+    assert weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
+
+
+def test_an_image_too_small_for_every_enlargement_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: nn.Module, x: Tensor) -> Tensor:
+        raise RuntimeError(f"kernel larger than {tuple(x.shape[2:])}\nand a second line")
+
+    monkeypatch.setattr("torchvision.models.ResNet.forward", refuse)
+    with pytest.raises(
+        ModelError,
+        match=r"^model torchvision:resnet18: cannot take an image of 28x28 .* \(28, 28\) and a second line$",
+    ):
+        create_model("torchvision:resnet18", 10)
+
+
+def test_a_model_that_gives_no_feature_vector_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.models.ResNet.forward", lambda self, x: x)
+    with pytest.raises(ModelError, match=r"\[batch, D\]; for 2 examples it gave \(2, 1, 28, 28\)$"):
+        create_model("torchvision:resnet18", 10)
+
+
+# ------------------------------------------------------------------------------- published weights (a faked download)
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """torchvision's ResNet-18 with random weights that stand for the published ones."""
+    import torchvision
+
+    reference: nn.Module = torchvision.models.resnet18()
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *_, **__: reference.state_dict()
+    )
+    return reference
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
+def test_torchvision_weights_for_three_channels(name: str, published: nn.Module) -> None:
+    model = create_model(name, 10, 3, 32, pretrained=True).eval()
+    published.fc = nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.features(x), published.eval()(x))
+
+
+def test_torchvision_weights_for_other_channels(published: nn.Module) -> None:
+    x = torch.randn(2, 1, 32, 32)
+    grey = create_model("resnet18", 10, 1, 32, pretrained=True)
+    five = create_model("resnet18", 10, 5, 32, pretrained=True)
+    assert torch.equal(five.backbone.conv1.weight, published.conv1.weight[:, [0, 1, 2, 0, 1]] * 0.6)
+    published.fc = nn.Identity()  # grey seen with summed weights is grey repeated in three colours
+    expected = published.eval()(x.expand(2, 3, 32, 32))
+    torch.testing.assert_close(grey.eval().features(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_torchvision_weights_of_a_vision_transformer_are_interpolated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torchvision
+
+    reference = torchvision.models.vit_b_32(image_size=224, num_classes=1000)
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *_, **__: reference.state_dict()
+    )
+    model = create_model("torchvision:vit_b_32", 3, 3, 64, pretrained=True)
+    assert model.backbone.encoder.pos_embedding.shape == (1, 1 + 4, 768)
+    assert torch.equal(model.backbone.conv_proj.weight, reference.conv_proj.weight)
+
+
+def test_timm_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    reference = timm.create_model("resnet10t")
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_hf", lambda *_, **__: reference.state_dict()
+    )
+    grey = create_model("timm:resnet10t", 3, 1, 32, pretrained=True)
+    torch.testing.assert_close(
+        grey.backbone.conv1[0].weight, reference.conv1[0].weight.sum(1, keepdim=True)
+    )
+    assert torch.equal(grey.backbone.layer1[0].conv1.weight, reference.layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "patched"),
+    [
+        ("resnet18", "torchvision.models._api.load_state_dict_from_url"),
+        ("torchvision:squeezenet1_1", "torchvision.models._api.load_state_dict_from_url"),
+        ("timm:resnet10t", "timm.models._builder.load_state_dict_from_hf"),
+    ],
+)
+def test_weights_that_cannot_be_fetched(
+    name: str, patched: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        print("Downloading: resnet18.pth")
+        print("0%", file=sys.stderr)
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(patched, offline)
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "handlers", [logging.StreamHandler(logged := io.StringIO())])
+    with pytest.raises(ModelError) as caught:
+        create_model(name, 10, pretrained=True)
+    assert str(caught.value).startswith(f"model {name}: the pretrained weights could not be had: ")
+    assert "Name or service not known" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert logged.getvalue() == ""
+    hub.warning("heard")
+    assert logged.getvalue() == "heard\n"  # muted for the download only
+
+
+# ------------------------------------------------------------------------------------------------ a user's own models
+
+OWN = """
+from torch import nn
+from model_zoo import SplitModel
+
+class Whole(SplitModel):
+    def __init__(self, num_classes, in_channels, input_size, feature_dim=None, slope=0.1):
+        width = feature_dim or 12
+        h, w = input_size
+        body = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * h * w, width), nn.LeakyReLU(slope))
+        super().__init__(body, nn.Linear(width, num_classes), width)
+
+class Parts(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4, num_classes)
+
+class Anything(Whole):
+    def __init__(self, **given):
+        super().__init__(given["num_classes"], given["in_channels"], given["input_size"])
+        self.given = given
+
+class WrongHead(Parts):
+    def __init__(self, num_classes):
+        super().__init__(num_classes + 1)
+
+class Headless(nn.Linear):
+    def __init__(self, num_classes):
+        super().__init__(3, num_classes)
+
+class WrongWidth(SplitModel):
+    def __init__(self, num_classes):
+        super().__init__(Parts(2).backbone, nn.Linear(4, num_classes), 5)
+
+class OddHead(SplitModel):
+    def __init__(self, num_classes):
+        super().__init__(Parts(2).backbone, nn.Linear(7, num_classes), 4)
+
+class Broken(nn.Module):
+    def __init__(self, num_classes):
+        raise KeyError("first line\\nsecond line")
+
+class Maps(SplitModel):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(1, 4, 3), nn.Linear(4, num_classes), 4)
+
+def function(num_classes): return Parts(num_classes)
+number = 5
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "zoo_own_models.py").write_text(OWN)
+    (tmp_path / "zoo_broken_module.py").write_text("raise OSError('disk on fire')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "python:zoo_own_models:"
+
+
+def test_own_class(own: str) -> None:
+    model = create_model(own + "Whole", 3, 2, (5, 6), feature_dim=9, slope=0.2)
+    assert type(model).__name__ == "Whole"
+    assert model(torch.randn(4, 2, 5, 6)).features.shape == (4, 9)
+    assert model.backbone[2].negative_slope == 0.2
+    assert model_options(own + "Whole") == {"slope": 0.1}
+
+
+def test_own_module_with_backbone_and_head_is_wrapped(own: str) -> None:
+    model = create_model(own + "Parts", 3)
+    assert type(model) is SplitModel
+    assert model.feature_dim == 4
+    assert model(torch.randn(2, 1, 28, 28)).logits.shape == (2, 3)
+
+
+def test_own_class_that_takes_anything(own: str) -> None:
+    model = create_model(own + "Anything", 3, input_size=4, depth=7)
+    assert model.given == {
+        "num_classes": 3, "in_channels": 1, "input_size": (4, 4), "feature_dim": None, "depth": 7
+    }  # fmt: skip
+
+
+WRONG_OWN: list[tuple[str, dict[str, Any], str]] = [
+    ("Whol", {}, r"has no class Whol; the nearest is Whole"),
+    ("Whole", {"slop": 0.1}, r"unknown option slop; the nearest is slope; it takes slope"),
+    ("Parts", {"feature_dim": 9}, r"feature_dim=9 was asked for, its features have width 4"),
+    ("Parts", {"pretrained": True}, r"pretrained: it has no such argument"),
+    ("Parts", {"input_size": ()}, r"cannot take a table row of 1 columns: "),
+    ("WrongHead", {}, r"must give logits of shape \(2, 3\) for two examples, it gave \(2, 4\)"),
+    ("OddHead", {}, r"its head cannot take features of width 4: "),
+    (
+        "Headless",
+        {},
+        r"found Headless; it must be a model_zoo.SplitModel, or a module with .backbone and .head",
+    ),
+    ("function", {}, r"function of zoo_own_models is not a subclass of torch\.nn\.Module"),
+    ("number", {}, r"number of zoo_own_models is not a subclass of torch\.nn\.Module"),
+    ("WrongWidth", {}, r"its feature_dim says 5, its features have width 4"),
+    ("Broken", {}, r"could not be made: KeyError: "),
+    ("Maps", {}, r"\[batch, D\]; for 2 examples it gave \(2, 4, 26, 26\)"),
+]
+
+
+@pytest.mark.parametrize(("what", "arguments", "said"), WRONG_OWN)
+def test_own_models_that_do_not_fit(
+    own: str, what: str, arguments: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ModelError, match=said) as caught:
+        create_model(own + what, 3, **arguments)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"model {own}{what}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "python:zoo_no_such_module:Net",
+            "zoo_no_such_module cannot be imported: ModuleNotFoundError: No module named",
+        ),
+        ("python:zoo_broken_module:Net", "cannot be imported: OSError: disk on fire"),
+        ("python:zoo_own_models", "the form is python:package.module:Class"),
+        ("python:", "the form is python:package.module:Class"),
+    ],
+)
+def test_own_models_that_cannot_be_found(own: str, name: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        create_model(name, 3)
+
+
+def test_description_of_models_from_elsewhere(own: str) -> None:
+    assert describe(own + "Parts").summary == "your own zoo_own_models:Parts"
+    assert describe("timm:resnet10t").summary == "resnet10t of timm"
+    assert (
+        describe("torchvision:densenet121").summary
+        == "densenet121 of torchvision, images enlarged to 32x32"
+    )

@@ -1,0 +1,107 @@
+"""The model of several blocks: names, what it does where a block is absent, and hiding blocks in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_zoo import ModelError, SplitModel, create_model
+
+BLOCKS = [["image", [1, 8, 8]], ["genes", [5]]]
+
+
+def made(blocks: Any = BLOCKS, marks: int = 2, **options: Any) -> SplitModel:
+    torch.manual_seed(0)
+    numbers = sum(torch.Size(shape).numel() for _, shape in blocks)
+    model = create_model("multimodal", 3, numbers + marks, (), blocks=blocks, **options)
+    with torch.no_grad():  # as if trained: an embedding that is no longer nought
+        model.backbone.get_parameter("fusion.absent").normal_()
+    return model
+
+
+def rows(n: int = 6, genes: bool = True, image: bool = True) -> Tensor:
+    x = torch.randn(n, 71, generator=torch.Generator().manual_seed(1))
+    x[:, 69], x[:, 70] = float(not image), float(not genes)
+    return x
+
+
+def test_tensors_are_called_after_the_blocks() -> None:
+    model = made()
+    parts = {n.split(".")[1] for n, _ in model.named_parameters() if n.startswith("backbone.")}
+    assert parts == {"image", "genes", "fusion"}
+    image = {n: p.shape for n, p in model.named_parameters() if n.startswith("backbone.image.")}
+    alone = create_model("multimodal", 3, 1, 8)  # an image-only model of the same widths
+    assert image == {
+        n: p.shape for n, p in alone.named_parameters() if n.startswith("backbone.image.")
+    }
+    assert image.keys() != set() and alone(torch.rand(2, 1, 8, 8)).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "gated"])
+def test_what_lies_in_an_absent_block_is_not_read(fusion: str) -> None:
+    model = made(fusion=fusion).eval()
+    x = rows(genes=False)
+    other = x.clone()
+    other[:, 64:69] = 7.0
+    assert torch.equal(model(x).logits, model(other).logits)
+    there = x.clone()
+    there[:, 70] = 0
+    assert not torch.allclose(model(x).logits, model(there).logits)
+    zeros = there.clone()
+    zeros[:, 64:69] = 0  # nor is it taken for zeros
+    assert not torch.allclose(model(x).logits, model(zeros).logits)
+    nothing = rows(genes=False, image=False)
+    assert torch.allclose(model(nothing).logits, model(nothing).logits[:1].expand(6, 3))
+
+
+def test_the_embedding_is_learned() -> None:
+    model = made(drop=0.0)
+    model(rows(genes=False)).logits.sum().backward()
+    grad = model.backbone.get_parameter("fusion.absent").grad
+    assert grad is not None and not grad[0].any() and grad[1].any()
+    genes = model.backbone.get_parameter("genes.0.weight").grad
+    assert genes is None or not genes.any()
+
+
+def test_blocks_are_hidden_in_training_alone_and_never_all() -> None:
+    model = made(drop=0.5, dropout=0.0)
+    x = rows(400)
+    x[:] = x[:1]
+    seen: list[Tensor] = []
+    model.backbone.get_submodule("fusion").register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[1])
+    )
+    torch.manual_seed(3)
+    model(x)
+    model.eval()(x)
+    training, reading = seen
+    share = training.double().mean(0)
+    assert reading.all() and training.any(1).all()
+    assert (share > 0.45).all() and (share < 0.8).all() and not training[:, 0].equal(training[:, 1])
+    # one block is never hidden
+    made(drop=0.9, blocks=[["image", [1, 8, 8]]], marks=0)(torch.rand(4, 64))
+
+
+def test_without_indicators_all_is_there() -> None:
+    model = made(marks=0).eval()
+    x = rows()
+    both = made().eval()
+    assert torch.equal(model(x[:, :69]).logits, both(x).logits)
+
+
+def test_mistakes_are_one_line() -> None:
+    for blocks, words in (
+        ("image", "option blocks: found 'image', pairs of a name and a shape are needed"),
+        ([["fusion", [71]]], "found name 'fusion', which a part of the model has"),
+        ([["forward", [71]]], "found name 'forward', which a part of the model has"),
+        ([["a.b", [71]]], "found name 'a.b'; take letters, digits and _"),
+        ([["a", [70, 0]]], r"found shape \[70, 0\] of a"),
+        ([["a", [35]], ["a", [36]]], "each name may be there once"),
+        ([["a", [60]]], "takes a 60, 60 numbers, found a table row of 71 columns"),
+        ([["a", [1, 71, 1]]], "needs at least 4x4 pixels, found 71x1"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            create_model("multimodal", 2, 71, (), blocks=blocks)

@@ -1,0 +1,121 @@
+"""Models of text: what they read, what they do not look at, and that they can be computed together."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as F
+
+from model_zoo import ModelError, Outputs, SplitModel, create_model, describe, list_models
+from model_zoo.registry import MODELS
+
+TEXT = [name for name in list_models() if "tokens" in MODELS[name].kinds]
+WORDS = 40
+
+
+def make(name: str, length: int = 7, **options: object) -> SplitModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return create_model(name, 5, 1, (length,), vocabulary=WORDS, **options).eval()
+
+
+def texts(n: int = 4, length: int = 7) -> Tensor:
+    return torch.randint(2, WORDS, (n, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_step_moves_every_parameter(name: str) -> None:
+    model = make(name).train()
+    x = texts()
+    out = model(x)
+    assert (
+        isinstance(out, Outputs)
+        and out.logits.shape == (4, 5)
+        and out.features.shape == (4, model.feature_dim)
+    )
+    assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
+    F.cross_entropy(out.logits, torch.tensor([0, 1, 2, 3])).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert make(name, feature_dim=12)(x).features.shape == (4, 12)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_every_word_counts_and_the_empty_one_does_not(name: str) -> None:
+    x = texts()
+    x[:, :3] = 0
+    model = make(name)
+    for place in (3, 6):
+        other = x.clone()
+        other[:, place] = (other[:, place] - 2 + 1) % (WORDS - 2) + 2
+        assert not torch.allclose(model(x).logits, model(other).logits, atol=1e-5), place
+    if name == "text_transformer":  # what is not there is not looked at
+        with torch.no_grad():
+            before = model(x).logits
+            model.backbone.embedding.weight[0] += 1.0
+            model.backbone.positions[:, :3] += 1.0
+            assert torch.equal(model(x).logits, before)
+    # nothing at all
+    assert torch.isfinite(model(torch.zeros(2, 7, dtype=torch.int64)).logits).all()
+
+
+def test_the_cnn_looks_back_only() -> None:
+    backbone = make("text_cnn").backbone
+    steps = backbone.embedding(texts()).transpose(1, 2)
+    later = steps.clone()
+    later[..., 4:] += 1.0
+    assert torch.equal(backbone.layers(steps)[..., :4], backbone.layers(later)[..., :4])
+    assert not torch.allclose(backbone.layers(steps)[..., 4:], backbone.layers(later)[..., 4:])
+
+
+@pytest.mark.parametrize("name", [n for n in TEXT if n != "text_gru"])
+def test_vmap_in_training_equals_one_model_after_another(name: str) -> None:
+    models = [create_model(name, 3, 1, (6,), vocabulary=WORDS).double() for _ in range(3)]
+    alone, x = copy.deepcopy(models), texts(12, 6).reshape(3, 4, 6)
+    x[..., :2] = 0
+    parameters, buffers = stack_module_state(models)
+
+    def run(p: dict[str, Tensor], b: dict[str, Tensor], rows: Tensor) -> Tensor:
+        logits: Tensor = functional_call(models[0], (p, b), (rows,)).logits
+        return logits
+
+    together = vmap(run)(parameters, buffers, x)
+    together.square().sum().backward()
+    for k, model in enumerate(alone):
+        one = model(x[k]).logits
+        one.square().sum().backward()
+        torch.testing.assert_close(together[k], one)
+        for n, p in model.named_parameters():
+            torch.testing.assert_close(parameters[n].grad[k], p.grad)
+
+
+def test_mistakes_are_one_line() -> None:
+    for call, words in (
+        (lambda: create_model("text_gru", 5, 3, (7,)), "takes tokens, found a series of length 7"),
+        (
+            lambda: create_model("mlp", 5, 1, (7,), vocabulary=9),
+            "takes table rows or series or images, found a text of 7",
+        ),
+        (lambda: create_model("text_cnn", 5, 1, (7,), vocabulary=1), "vocabulary: found 1"),
+        (
+            lambda: create_model("text_cnn", 5, 1, 7, vocabulary=9),
+            r"input_size: found 7; give \(L,\)",
+        ),
+        (lambda: create_model("text_cnn", 5, 2, (7,), vocabulary=9), "in_channels: found 2"),
+        (
+            lambda: create_model("text_transformer", 5, 1, (7,), vocabulary=9, heads=3),
+            "must be a multiple of it",
+        ),
+    ):
+        with pytest.raises(ModelError, match=words) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+
+
+def test_what_a_model_of_text_costs() -> None:
+    about = describe("text_gru", 5, 1, (7,), vocabulary=WORDS, embedding=8, hidden=16)
+    assert about.parameters == WORDS * 8 + 3 * 16 * (8 + 16 + 2) + 16 * 5 + 5
+    assert about.forward_flops == 2 * (7 * 3 * 16 * (8 + 16) + 16 * 5)

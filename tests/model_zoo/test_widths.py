@@ -1,0 +1,83 @@
+"""Narrower copies of models: leading slices of the wide ones, the scaler, and which share a model is of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from model_zoo import ModelError, can_narrow, create_model, list_models, narrow, share_of
+from model_zoo.registry import MODELS
+
+ABLE = [name for name in list_models() if can_narrow(name)]
+
+
+def made(name: str, options: dict[str, Any]) -> nn.Module:
+    kinds = MODELS[name].kinds
+    if "tokens" in kinds:
+        return create_model(name, 5, 1, (9,), vocabulary=30, **options)
+    size: Any = (16, 16) if "image" in kinds else ()
+    return create_model(name, 5, 3 if size else 7, size, **options)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.3])
+@pytest.mark.parametrize("name", ABLE)
+def test_a_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
+    wide = made(name, {}).state_dict()
+    kind, options = narrow(name, {}, share)
+    slim = made(kind, options).state_dict()
+    assert slim.keys() == wide.keys()
+    for n, t in slim.items():
+        assert t.ndim == wide[n].ndim and all(
+            a <= b for a, b in zip(t.shape, wide[n].shape, strict=True)
+        ), n
+    assert sum(t.numel() for t in slim.values()) < 0.5 * sum(t.numel() for t in wide.values())
+    # rounded up, widths have other shares
+    assert share_of(kind, options, name, {}) == 0.25 or share == 0.3
+    assert share_of(name, {}, kind, options) is None  # the wide one is no part of the narrow one
+    kind, options = narrow(name, {}, 1.0, scaler=True)
+    same = made(kind, options).state_dict()
+    assert {n: t.shape for n, t in same.items()} == {
+        n: t.shape for n, t in wide.items()
+    } and not options["scaler"]
+
+
+@pytest.mark.parametrize("name", ABLE)
+def test_the_scaler_divides_what_every_layer_of_the_backbone_gives(name: str) -> None:
+    kind, options = narrow(name, {}, 0.5, scaler=True)
+    torch.manual_seed(0)
+    scaled = made(kind, options).eval()
+    plain = made(kind, {**options, "scaler": 0.0}).eval()
+    plain.load_state_dict(scaled.state_dict())
+    with torch.no_grad():
+        for module in plain.backbone.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                module.weight /= 0.5
+                if module.bias is not None:
+                    module.bias /= 0.5
+        x = torch.randn(4, *((3, 16, 16) if "image" in MODELS[name].kinds else (7,)))
+        x = torch.randint(30, (4, 9)) if "tokens" in MODELS[name].kinds else x
+        assert torch.allclose(scaled(x).logits, plain(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_shares() -> None:
+    assert share_of("cnn_bn_small", {}, "cnn_bn_large", {}) == 0.25
+    assert share_of("cnn", {"width": 8}, "cnn_bn_large", {}) == 0.25
+    assert share_of("mlp", {"hidden": (32, 16)}, "mlp", {"hidden": (64, 32)}) == 0.5
+    for own, wide in (
+        (("cnn_gn_small", {}), ("cnn_bn_large", {})),
+        (("mlp", {"hidden": (32, 32)}), ("mlp", {"hidden": (64, 32)})),
+        (("mlp", {"hidden": (32,)}), ("mlp", {"hidden": (64, 32)})),
+        (("resnet8", {}), ("resnet20", {})),
+        (("gru", {}), ("gru", {})),
+        (("mlp", {}), ("cnn", {})),
+    ):
+        assert share_of(*own, *wide) is None
+
+
+def test_what_cannot_be_narrowed_is_told_in_one_line() -> None:
+    assert {"gru", "lstm", "transformer", "vit", "lenet", "fedavg_cnn", "linear"}.isdisjoint(ABLE)
+    with pytest.raises(ModelError, match="model gru: has no narrower copies; mlp, tabular, cnn"):
+        narrow("gru", {}, 0.5)

@@ -1,0 +1,86 @@
+"""Noise: in a simulation what torch's generator gives under the run's key; in a deployment a secret keystream."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hetero_fl.privacy.mechanisms import KeyedNoise, SecretNoise
+from hetero_fl.utils.seeding import generator
+
+SECRET = bytes(range(32))
+
+
+def test_a_simulation_draws_what_torch_gives_under_its_key() -> None:
+    like = torch.zeros(3, 4)
+    draws = generator("privacy", 7, "a", 1)
+    first = torch.randn(3, 4, generator=draws) * 2.5
+    uniform = torch.rand(5, generator=draws, dtype=torch.float64)
+    stream = KeyedNoise(7).stream("a", 1)
+    assert torch.equal(stream.normal(like, 2.5), first)
+    assert torch.equal(stream.uniform(5), uniform)
+    assert torch.equal(KeyedNoise(7).normal(like, 2.5, "a", 1), first)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 200_001])
+def test_secret_draws_have_the_distribution_that_is_asked_for(count: int) -> None:
+    drawn = SecretNoise(SECRET).stream("n").normal(torch.zeros(count, dtype=torch.float64), 3.0)
+    assert drawn.shape == (count,) and drawn.dtype == torch.float64 and bool(drawn.isfinite().all())
+    if count < 1000:
+        return
+    z = drawn / 3
+    assert abs(float(z.mean())) < 5 / math.sqrt(count)
+    assert abs(float(z.var()) - 1) < 5 * math.sqrt(2 / count)
+    assert abs(float((z**4).mean()) - 3) < 5 * math.sqrt(96 / count)
+    empirical = torch.arange(1, count + 1, dtype=torch.float64) / count
+    exact = torch.special.ndtr(z.sort().values)
+    # Kolmogorov-Smirnov at 0.001
+    assert float((empirical - exact).abs().max()) < 1.95 / math.sqrt(count)
+    assert abs(float((z[:-1] * z[1:]).mean())) < 5 / math.sqrt(count)
+    half = count // 2 + 1
+    # of one radius each, cosine and sine
+    assert abs(float((z[: half - 1] * z[half:]).mean())) < 5 / math.sqrt(half)
+    u = SecretNoise(SECRET).stream("u").uniform(count)
+    assert float(u.min()) >= 0 and float(u.max()) < 1
+    assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * count)
+
+
+def test_a_stream_goes_on_and_is_no_shorter_stream_again() -> None:
+    stream = SecretNoise(SECRET).stream("a")
+    first, second = (stream.normal(torch.zeros(100), 1.0) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, SecretNoise(SECRET).stream("a").normal(torch.zeros(100), 1.0))
+
+
+def test_streams_are_keyed_by_secret_parts_and_task() -> None:
+    like = torch.zeros(8)
+    made = [
+        SecretNoise(SECRET).stream("a"),
+        SecretNoise(SECRET).stream("a", 0),
+        SecretNoise(SECRET, b"task").stream("a"),
+        SecretNoise(bytes(32)).stream("a"),
+        SecretNoise().stream("a"),
+    ]
+    drawn = [stream.normal(like, 1.0) for stream in made]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_a_value_has_its_own_noise_and_the_same_value_the_same() -> None:
+    """Two values under the same noise would tell their difference; a value that is told again must not be told twice."""
+    noise, value = SecretNoise(SECRET), torch.arange(6.0).reshape(2, 3)
+    first = noise.normal(value, 1.0, "sum", 0)
+    noise.task = b"another"
+    assert torch.equal(first, noise.normal(value.clone(), 1.0, "sum", 0))
+    other = value.clone()
+    other[1, 2] = 5.0000005
+    different = [
+        first,
+        noise.normal(other, 1.0, "sum", 0),
+        noise.normal(value, 1.5, "sum", 0) / 1.5,
+        noise.normal(value, 1.0, "sum", 1),
+    ]
+    assert all(
+        not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(different) for b in different[:i]
+    )

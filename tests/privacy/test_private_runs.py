@@ -1,0 +1,439 @@
+"""Private runs end to end: what is noised, what is refused, what is spent, and when a run stops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.communication.protocol import Message
+from hetero_fl.config.privacy import PrivacyConfig
+from hetero_fl.core.participant import Participant
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows
+from hetero_fl.engine.prediction_cache import make_performer
+from hetero_fl.experiment import prepare, run
+from hetero_fl.federation.state_store import Private
+from hetero_fl.privacy.accounting import epsilon
+from hetero_fl.privacy.dp_sgd import Guard
+from hetero_fl.privacy.mechanisms import KeyedNoise
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import config, rounds_of, same_bits
+
+RECORD = {"noise_multiplier": 1.0, "delta": 1e-4, "accountant": "rdp"}
+CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4}
+CPU = torch.device("cpu")
+
+
+def sent_by(site: Any, broadcasts: Mapping[str, bytes]) -> dict[str, Payload]:
+    """What clients answer to these broadcasts in the first round."""
+    replies = site.answer(
+        {client: Message("train", body, 0) for client, body in broadcasts.items()}
+    )
+    return {client: Payload.decode(reply.body) for client, reply in replies.items()}
+
+
+def private(
+    method: str, privacy: dict[str, Any], models: Any = "cnn_gn_small", **changes: Any
+) -> dict[str, Any]:
+    return config(method, models=models, privacy=privacy, **changes)
+
+
+def client_of(source: dict[str, Any]) -> Participant:
+    return prepare(source).federation.client("site_1", Private(), 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (private("fedavg", RECORD, "cnn_bn_small"), "take cnn_gn_small"),
+        (private("fedavg", RECORD, "resnet8"), "take {name: resnet8, norm: group}"),
+        (private("fedgkt", RECORD), "algorithm.name: fedgkt sends 'features' of every private row"),
+        (private("centralized", RECORD), "brings all private rows together"),
+        (private("fedbabu", RECORD), "trains on private rows before a model is read"),
+        (private("feddf", CLIENT), "needs single uploads"),
+        (private("fedkd", {**CLIENT, "unit": "local"}), "the shape of 'mentee'"),
+        (private("fedavg", CLIENT, "cnn_bn_small"), "BatchNorm statistics would be noised"),
+        (private("fedavg", CLIENT, clients__defaults__share_every=2), "share_every: found 2"),
+        (private("fedavg", CLIENT, clients__defaults__preprocess={"normalize": "own"}), "preprocess.normalize: found own"),
+        (private("fedavg", {**CLIENT, "clip": {"modle": 1.0}}), "uploads no 'modle'; did you mean 'model'?"),
+        (private("fedavg", {"noise_multiplier": 0.5, "target_epsilon": 0.1, "delta": 1e-4}), "the first round costs"),
+        (private("fedavg", {"delta": 1e-4}), "needs target_epsilon or noise_multiplier"),
+        (private("fedavg", {**RECORD, "poisson_cohorts": True}), "poisson_cohorts belongs to unit: client"),
+        (private("fedavg", {**CLIENT, "adaptive_clip": {"noise": 0.1}}), "take more than 0.5"),
+        (private("fedavg", {**CLIENT, "votes": True}), "sends no word on classes"),
+        (private("fedavg", RECORD, init_from="runs/other"), "init_from: found runs/other"),
+    ],
+)  # fmt: skip
+def test_refused_in_one_line_when_the_configuration_is_loaded(
+    source: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        prepare(source)
+    assert line in str(refusal.value) and "\n" not in str(refusal.value)
+    assert "privacy" in str(refusal.value)
+
+
+def test_a_delta_that_gives_somebody_away_is_told() -> None:
+    def told(privacy: dict[str, Any]) -> list[str]:
+        return [
+            n for n in prepare(private("fedavg", privacy, clients=4)).notes if "privacy.delta" in n
+        ]
+
+    assert (
+        "privacy.delta: 0.25 is not below one over 4 clients" in told({**CLIENT, "delta": 0.25})[0]
+    )
+    assert "training rows of the smallest client" in told({**RECORD, "delta": 0.25})[0]
+    assert not told({**CLIENT, "delta": 0.24}) and not told(RECORD)
+
+
+def test_fedbn_keeps_its_statistics_at_home_and_may_have_batch_norm() -> None:
+    prepare(private("fedbn", CLIENT, "cnn_bn_small"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    ["local", "fedprox", "scaffold", "fedproto", "fd", "fml", "fedgen", "hybrid", "ditto", "feddf"],
+)
+def test_methods_run_with_private_records(method: str) -> None:
+    """Serially and together: the same noise, up to round-off."""
+    found = []
+    for executor in ("serial", "batched"):
+        source = private(
+            method, RECORD, clients=2, runtime={"threads": 1, "executor": executor}, rounds=2
+        )
+        rounds = rounds_of(source)
+        found.append(rounds.server.models)
+    for slot, tensors in found[0].items():
+        assert all(
+            torch.allclose(t, found[1][slot][n], atol=1e-3)
+            for n, t in tensors.items()
+            if t.is_floating_point()
+        )
+
+
+def test_records_of_a_run_tell_what_is_spent_and_the_run_stops_in_time(tmp_path: Path) -> None:
+    """With noise given and a target, the run ends before the round that would go beyond."""
+    source = private(
+        "fedavg",
+        {**RECORD, "target_epsilon": 5.0},
+        rounds=6,
+        output={"plots": False, "report": False},
+    )
+    ended = run(source, out=tmp_path / "run")
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    spent = [line["privacy"]["epsilon"] for line in lines]
+    prepared = prepare(source)
+    budget = prepared.budget
+    assert budget is not None
+    assert spent == sorted(spent) and spent[-1] <= 5.0 < budget.epsilon(len(spent) + 1)
+    assert 0 < len(lines) < 6
+    assert ended.summary["privacy"] == {"epsilon": spent[-1], "delta": 1e-4, "unit": "record"}
+    assert "stopped after round" in (tmp_path / "run" / "log.txt").read_text()
+    assert all(not line["train_loss"] for line in lines)  # a loss would be a release
+    # What the ledger says is what the clients' own numbers give.
+    n = [prepared.federation.cards[id].n for id in prepared.federation.cards]
+    by_hand = max(
+        epsilon(((1.0, 16 / k, len(lines) * round(k / 16)),), 1.0, 1e-4, "rdp") for k in n
+    )
+    assert spent[-1] == pytest.approx(by_hand)
+
+
+def test_the_target_is_solved_for_and_written_down(tmp_path: Path) -> None:
+    source = private("hybrid", {"target_epsilon": 6.0, "delta": 1e-4, "accountant": "rdp"})
+    prepared = prepare(source)
+    assert prepared.config.privacy is not None and prepared.budget is not None
+    assert prepared.config.privacy.noise_multiplier is not None
+    assert 5.9 < prepared.budget.epsilon(2) <= 6.0
+    # Label counts, which hybrid's loss and teacher read, are charged once; fedavg does not read them.
+    assert all(
+        any(scale == 4.0 and steps == 1 for scale, _, steps in h) for h in prepared.budget.after[-1]
+    )
+    plain = prepare(private("fedavg", RECORD)).budget
+    assert plain is not None and all(scale == 1.0 for h in plain.after[-1] for scale, _, _ in h)
+
+
+def test_statistics_are_charged_every_round() -> None:
+    budget = prepare(private("fedproto", RECORD, rounds=3)).budget
+    assert budget is not None
+    assert all((4.0, 1.0, 3) in history for history in budget.after[-1])
+
+
+def guard(client: Participant, **changes: Any) -> Guard:
+    privacy = PrivacyConfig(**{**RECORD, "statistics_clip": 1.0, **changes})
+    return Guard(make_performer(CPU), privacy, KeyedNoise(0), [client])
+
+
+def test_private_rows_are_read_inside_of_steps_only() -> None:
+    client = client_of(private("fedavg", RECORD))
+    keeper = guard(client)
+    with pytest.raises(UserError, match="outside of its steps"):
+        client.data("train", None)
+    with pytest.raises(UserError, match="predicts on private rows"):
+        keeper.perform([(client, Predict("model"))])
+    assert len(keeper.perform([(client, Predict("model", Rows("proxy")))])[0]) == 60
+    keeper.perform([(client, Fit({"model": None}, batch_size=16, objective=_supervised()))])
+    assert [c.rate for c in keeper.charges[client.id]] == [16 / client.n]
+
+
+def _supervised() -> Any:
+    from hetero_fl.core.objectives import Supervised
+
+    return Supervised()
+
+
+def test_class_sums_are_clipped_and_noised() -> None:
+    """Many draws: means are those of the clipped rows, deviations √2·4·z and that times the clip."""
+    client = client_of(private("fedavg", RECORD))
+    columns = client.data("train", None)
+    (features,) = make_performer(CPU).perform([(client, Predict("model", readout="features"))])
+    rows = features * (0.5 / features.norm(dim=1, keepdim=True)).clamp(max=1)
+    plain = torch.zeros(10, rows.shape[1]).index_add_(0, columns["y"], rows)
+    keeper = guard(client, statistics_clip=0.5)
+    step = ClassSums("model", readout="features")
+    draws = [keeper.perform([(client, step)])[0][0] for _ in range(60)]
+    noise = torch.stack(draws) - plain
+    expected = 2**0.5 * 4 * 0.5
+    assert abs(float(noise.std()) / expected - 1) < 4 / (2 * noise.numel()) ** 0.5
+    assert abs(float(noise.mean())) < 4 * expected / noise.numel() ** 0.5
+    assert bool((keeper.perform([(client, step)])[0][1] >= 0).all())
+
+
+def test_a_row_that_is_not_finite_does_not_spoil_class_sums() -> None:
+    client = client_of(private("fedproto", RECORD))
+    columns = client.data("train", None)
+    columns = {**columns, "x": torch.cat([columns["x"][:1] * float("inf"), columns["x"][1:]])}
+    client.data = lambda name, through: columns
+    sums, counts = guard(client).perform([(client, ClassSums("model", readout="features"))])[0]
+    assert bool(sums.isfinite().all()) and bool(counts.isfinite().all())
+
+
+def test_rows_that_a_plan_reads_when_it_is_made_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`train` need not be a generator itself: what it does before it returns one is outside of all steps, too."""
+    rounds = rounds_of(private("fedavg", RECORD), held=0)
+    method = rounds.algorithm
+    train = type(method).train
+
+    def eager(self: Any, client: Participant, got: Payload) -> Any:
+        client.data("train", None)
+        return train(self, client, got)
+
+    monkeypatch.setattr(type(method), "train", eager)
+    with pytest.raises(UserError, match="outside of its steps"):
+        rounds.round()
+
+
+def test_label_counts_are_noised_once_and_for_all() -> None:
+    prepared = prepare(private("hybrid", RECORD))
+    known = prepared.federation.counts("site_1")
+    true = prepared.data.label_counts("site_1")
+    assert torch.equal(known, prepared.federation.counts("site_1"))
+    assert not torch.equal(known, true) and float((known - true).abs().max()) < 4 * 5
+
+
+# Privacy of clients --------------------------------------------------------------------------------------------------
+def test_without_noise_and_with_room_it_is_fedavg() -> None:
+    """Every client in every round, equal weights: clipping that clips nothing and a denominator of all change nothing."""
+    plain = rounds_of(
+        config(
+            "fedavg", models="cnn_gn_small", algorithm={"name": "fedavg", "weighting": "uniform"}
+        )
+    )
+    noiseless = {**CLIENT, "noise_multiplier": 1e-9, "clip": 1e3}
+    source = private("fedavg", noiseless, algorithm={"name": "fedavg", "weighting": "uniform"})
+    found = rounds_of(source)
+    for slot, tensors in plain.server.models.items():
+        assert all(
+            torch.allclose(t, found.server.models[slot][n], atol=1e-5) for n, t in tensors.items()
+        )
+
+
+def test_the_noise_at_the_server_has_its_scale() -> None:
+    """Brute force: updates that are clipped to nothing, round after round. Each moves every number of the model by
+    N(0, (z·C/expected)²), whoever took part; the group of one client has an expectation of its own."""
+    source = private(
+        "fedavg", {**CLIENT, "clip": 1e-3, "noise_multiplier": 500.0}, clients=4, rounds=12
+    )
+    source["clients"]["per_round"] = 2
+    source["clients"]["groups"].append(
+        {"name": "lone", "count": 1, "model": {"name": "mlp", "hidden": [24]}}
+    )
+    rounds = rounds_of(source, held=0)
+    held = {slot: [dict(t)] for slot, t in rounds.server.models.items()}
+    for _ in range(12):
+        rounds.round()
+        for slot, tensors in rounds.server.models.items():
+            held[slot].append(dict(tensors))
+    expected = {slot: 0.5 / (2 / 5 * (1 if "mlp" in slot else 4)) for slot in held}
+    for slot, models in held.items():
+        steps = torch.cat([(b[n] - a[n]).flatten() for a, b in pairwise(models) for n in a])
+        assert abs(float(steps.std()) / expected[slot] - 1) < 5 / (2 * len(steps)) ** 0.5
+
+
+def test_updates_are_clipped_to_their_bound() -> None:
+    rounds = rounds_of(private("fedavg", {**CLIENT, "clip": 0.01}), held=0)
+    site = rounds.executor.site  # type: ignore[attr-defined]
+    body = rounds.broadcasts(["site_1"])["site_1"]
+    upload = sent_by(site, {"site_1": body})["site_1"]
+    start = Payload.decode(body)["model"]
+    moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
+    assert upload.item("model").weight == 1.0 and upload.report == {}
+
+
+def test_what_is_common_to_models_that_began_apart_moves_by_bounded_updates() -> None:
+    """Two architectures start a common head from different numbers: taking part, a client moves it by its clip over the expected
+    number at most, not by how far the two heads are apart."""
+    models = [{"name": "mlp", "hidden": [32, 24]}, {"name": "mlp", "hidden": [16, 24]}]
+    quiet = {**CLIENT, "noise_multiplier": 1e-9, "clip": 0.1}
+    for secure in ({}, {"channel__secure_sum": {}}):
+        rounds = rounds_of(
+            private("fedavg", quiet, models, clients=5, clients__common=["head."], **secure), held=0
+        )
+        heads = [dict(model) for model in rounds.server.models.values()]
+        assert float((heads[0]["head.weight"] - heads[1]["head.weight"]).norm()) > 1
+        failing(rounds, "site_2")
+        rounds.round()
+        for before, model in zip(heads, rounds.server.models.values(), strict=True):
+            moved = torch.cat(
+                [(model[n] - before[n]).flatten() for n in before if n.startswith("head.")]
+            )
+            assert 0 < float(moved.norm()) < 0.1
+
+
+def failing(rounds: Any, client: str) -> None:
+    """This client's training comes to nothing."""
+    site = rounds.executor.site
+    release = site.protection.release
+
+    def released(participant: Participant, *rest: Any) -> Payload:
+        upload = release(participant, *rest)
+        if participant.id == client:
+            upload = Payload({n: replace(upload.item(n), weight=-1.0) for n in upload})
+        return upload
+
+    object.__setattr__(site.protection, "release", released)
+
+
+def test_rows_and_class_sums_are_noised_as_sums() -> None:
+    for method, name in (("fedmd", "teacher"), ("fedproto", "prototypes")):
+        quiet = rounds_of(
+            private(method, {**CLIENT, "noise_multiplier": 1e-9, "clip": 1e3}), held=1
+        )
+        plain = rounds_of(config(method, models="cnn_gn_small"), held=1)
+        a, b = quiet.server.state[name], plain.server.state[name]
+        assert torch.allclose(a, b, atol=1e-4)
+        loud = rounds_of(private(method, {**CLIENT, "clip": 1e3}), held=1)
+        assert not torch.allclose(loud.server.state[name], a, atol=1e-2)
+
+
+def test_votes_elect_the_class_with_most() -> None:
+    """Without noise to speak of: the teacher is the plain majority of the clients' first choices."""
+    privacy = {**CLIENT, "noise_multiplier": 1e-9, "votes": True}
+    found = rounds_of(private("fedmd", privacy, clients=5), held=0)
+    site = found.executor.site  # type: ignore[attr-defined]
+    sent = [u["logits"] for u in sent_by(site, found.broadcasts(found.cohort(0))).values()]
+    # the bound, whatever the rows
+    assert all(float(votes.norm()) == pytest.approx(1.0, rel=1e-5) for votes in sent)
+    ballots = torch.stack([votes.argmax(-1) for votes in sent])
+    found.round()
+    teacher = found.server.state["teacher"]
+    most, second = torch.nn.functional.one_hot(ballots, 10).sum(0).topk(2).values.unbind(-1)
+    clear, majority = most > second, torch.nn.functional.one_hot(ballots, 10).sum(0).argmax(-1)
+    assert bool(clear.any()) and torch.equal(teacher.argmax(-1)[clear], majority[clear])
+    assert torch.allclose(teacher.exp().sum(-1), torch.ones(len(teacher)))
+
+
+def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:
+    privacy = {
+        **CLIENT,
+        "noise_multiplier": 1e-3,
+        "clip": 100.0,
+        "adaptive_clip": {"noise": 1e-2, "lr": 1.0},
+    }
+    rounds = rounds_of(private("fedavg", privacy, rounds=12), held=12)
+    bound = 100.0 * rounds.sums.factors["model"]
+    assert 0.01 < bound < 5  # updates of one epoch have norms of about one
+    again = rounds_of(private("fedavg", privacy, rounds=12), held=6)
+    later = rounds_of(private("fedavg", privacy, rounds=12), held=0)
+    later.store = later.executor.store = again.store
+    later.restore(again.tree())
+    for _ in range(6):
+        later.round()
+    assert later.sums.factors == rounds.sums.factors
+    assert all(same_bits(t, later.server.models[s]) for s, t in rounds.server.models.items())
+
+
+def test_adaptive_clip_leaves_the_sum_what_counting_does_not_spend() -> None:
+    """Noise on the sum and on the counts together costs what `noise_multiplier` says."""
+    privacy = {**CLIENT, "noise_multiplier": 0.8, "adaptive_clip": {"noise": 0.6}}
+
+    sums = rounds_of(private("fedavg", privacy), held=0).sums
+
+    assert sums.privacy is not None
+    spent = sums.z(sums.privacy) ** -2 + (2 * 0.6) ** -2  # counts move by 1/2
+    assert spent == pytest.approx(0.8**-2)
+
+
+def test_poisson_cohorts_are_of_any_size_and_cheaper() -> None:
+    changes: dict[str, Any] = {"clients": 6, "rounds": 8, "clients__per_round": 2}
+    poisson = prepare(
+        private("fedavg", {**CLIENT, "poisson_cohorts": True, "accountant": "rdp"}, **changes)
+    )
+    fixed = prepare(private("fedavg", CLIENT, **changes))
+    rounds = poisson.rounds()
+    sizes = {len(rounds.cohort(r)) for r in range(40)}
+    assert len(sizes) > 2 and min(sizes) < 2 < max(sizes)
+    assert poisson.budget is not None and fixed.budget is not None
+    assert (
+        poisson.budget.epsilon(8)
+        == epsilon(((1.0, 2 / 6, 8),), 1.0, 1e-4, "rdp")
+        < epsilon(((1.0, 1.0, 8),), 1.0, 1e-4)
+    )
+    empty = next(r for r in range(200) if not rounds.cohort(r))
+    rounds.completed = empty
+    before = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}
+    rounds.round()  # nobody came: the noise comes all the same
+    timed = rounds_of(
+        private("fedavg", {**CLIENT, "poisson_cohorts": True}, devices={}, **changes), held=0
+    )
+    timed.completed = empty
+    assert timed.round()["counts"]["invited"] == 0
+    after = next(iter(rounds.server.models.values()))
+    assert all(not torch.equal(before[n], t) for n, t in after.items())
+
+
+# Local privacy -------------------------------------------------------------------------------------------------------
+def test_local_noise_is_on_what_leaves() -> None:
+    """Twice the bound, as any upload may take another's place; √2 for two items."""
+    source = private(
+        "hybrid",
+        {
+            "unit": "local",
+            "noise_multiplier": 3.0,
+            "delta": 1e-4,
+            "clip": {"model": 1e-6, "logits": 1e-6},
+        },
+    )
+    rounds = rounds_of(source, held=0)
+    site = rounds.executor.site  # type: ignore[attr-defined]
+    body = rounds.broadcasts(["site_1"])["site_1"]
+    upload, start = sent_by(site, {"site_1": body})["site_1"], Payload.decode(body)["model"]
+    moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])
+    expected = 2 * 3.0 * 2**0.5 * 1e-6
+    # float32 has few bits left beside the weights
+    assert abs(float(moved.std()) / expected - 1) < 0.2
+    logits = upload["logits"]
+    assert abs(float(logits.std()) / expected - 1) < 5 / (2 * logits.numel()) ** 0.5
+    assert isinstance(upload.item("logits"), Item) and upload.item("logits").weight == 1.0

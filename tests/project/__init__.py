@@ -1,0 +1,1 @@
+"""Tests of the whole project: layout, documentation, examples, notebooks, benchmarks."""

@@ -1,0 +1,285 @@
+"""The layout that docs/architecture.md describes: packages in an order, imports that only go down, modules of readable size."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "hetero_fl"
+PAGE = ROOT / "docs" / "architecture.md"
+PACKAGES = (  # bottom to top: each may import those before it
+    "utils",
+    "config",
+    "core",
+    "data",
+    "engine",
+    "robustness",
+    "aggregation",
+    "communication",
+    "algorithms",
+    "privacy",
+    "federation",
+    "reporting",
+    "experiment",
+    "deployment",
+    "cli",
+)
+# Upward imports for annotations only. Each is removed with the protocols of optional features in core; none is added.
+TYPE_ONLY = {
+    ("hetero_fl.aggregation.uploads", "hetero_fl.privacy.server"),
+    ("hetero_fl.privacy.client", "hetero_fl.federation.federation"),
+    ("hetero_fl.privacy.server", "hetero_fl.federation.dry_run"),
+}
+LARGEST_FOLDER, LONGEST_MODULE, MOST_MODULES = 14, 700, 215
+WIDE_FOLDERS = {"algorithms"}  # one module per method or close family
+TEST_FOLDERS = {
+    *PACKAGES,
+    "frozen_bits",
+    "helpers",
+    "model_zoo",
+    "mutants",
+    "project",
+    "references",
+}
+BENCHMARK_FOLDERS = {"robustness", "scale", "science", "speed"}
+
+
+class Import(NamedTuple):
+    """One module that another one names in an import statement, a lazy import or a string."""
+
+    importer: str
+    imported: str
+    line: int
+    type_only: bool
+
+
+def modules() -> dict[str, Path]:
+    """Return the file of each module of hetero_fl by its dotted name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+NAMES_OTHERS = (
+    "hetero_fl.utils.version"  # its strings say where names have moved; it imports none of them
+)
+
+
+def imports_of(importer: str, path: Path) -> list[Import]:
+    """Return the imports of hetero_fl anywhere in a module."""
+    return list(
+        _visit(
+            ast.parse(path.read_text(encoding="utf-8")), importer, path.name == "__init__.py", False
+        )
+    )
+
+
+def _visit(node: ast.AST, importer: str, is_package: bool, type_only: bool) -> Iterator[Import]:
+    for name in _names(node, importer, is_package):
+        if name.split(".")[0] == "hetero_fl":
+            yield Import(importer, name, getattr(node, "lineno", 0), type_only)
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        for child in node.body:
+            yield from _visit(child, importer, is_package, True)
+        for child in node.orelse:
+            yield from _visit(child, importer, is_package, type_only)
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _visit(child, importer, is_package, type_only)
+
+
+def _names(node: ast.AST, importer: str, is_package: bool) -> list[str]:
+    """Return the dotted names of modules that a node refers to."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parts = importer.split(".")
+            parts = parts[: len(parts) - node.level + is_package]
+            base = ".".join([*parts, base] if base else parts)
+        return [
+            name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names
+        ]
+    if isinstance(node, ast.Constant) and node.value in MODULES.keys() - {"hetero_fl"}:
+        return [] if importer == NAMES_OTHERS else [str(node.value)]
+    return []
+
+
+IMPORTS = [found for name, path in MODULES.items() for found in imports_of(name, path)]
+
+
+def package(module: str) -> str:
+    """Return the package of hetero_fl that a module lies in, or "" for the root."""
+    return [*module.split("."), ""][1]
+
+
+def goes_up(found: Import) -> bool:
+    """Whether an import reaches a package above the importer's own."""
+    importer, imported = package(found.importer), package(found.imported)
+    if importer not in PACKAGES or imported not in PACKAGES:
+        return False
+    return PACKAGES.index(imported) > PACKAGES.index(importer)
+
+
+def test_the_packages_are_those_of_the_design() -> None:
+    folders = {
+        path.parent.relative_to(PACKAGE).parts[0]
+        for path in MODULES.values()
+        if path.parent != PACKAGE
+    }
+
+    assert folders == set(PACKAGES)
+
+
+def test_nothing_but_the_public_interface_lies_at_the_root() -> None:
+    files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
+
+    assert files == {"__init__.py", "py.typed"}
+
+
+def test_packages_import_only_packages_below_them() -> None:
+    upward = [
+        found
+        for found in IMPORTS
+        if goes_up(found) and (found.importer, found.imported) not in TYPE_ONLY
+    ]
+
+    assert not upward
+
+
+def test_the_exceptions_are_for_types_and_still_needed() -> None:
+    used = {(found.importer, found.imported) for found in IMPORTS if goes_up(found)}
+    at_run_time = [found for found in IMPORTS if goes_up(found) and not found.type_only]
+
+    assert used == TYPE_ONLY
+    assert not at_run_time
+
+
+def test_no_module_imports_the_package_root() -> None:
+    roots = [
+        found
+        for found in IMPORTS
+        if found.imported == "hetero_fl" and found.importer != "hetero_fl"
+    ]
+
+    assert not roots
+
+
+def test_model_zoo_imports_nothing_of_hetero_fl() -> None:
+    for path in (ROOT / "model_zoo").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert not imports_of(name, path), path
+
+
+def test_an_upward_import_is_found_in_any_form() -> None:
+    source = """
+if TYPE_CHECKING:
+    from hetero_fl.cli.commands import parser
+def late():
+    import hetero_fl.federation.trainer
+    importlib.import_module("hetero_fl.cli.commands")
+"""
+    found = list(_visit(ast.parse(source), "hetero_fl.utils.errors", False, False))
+
+    assert [(i.imported, i.type_only) for i in found if goes_up(i)] == [
+        ("hetero_fl.cli.commands", True),
+        ("hetero_fl.federation.trainer", False),
+        ("hetero_fl.cli.commands", False),
+    ]
+    relative = ast.parse("from ..cli import commands\nfrom .registry import Registry").body
+    assert [
+        name for node in relative for name in _names(node, "hetero_fl.utils.errors", False)
+    ] == [
+        "hetero_fl.cli.commands",
+        "hetero_fl.utils.registry",
+    ]
+
+
+def test_folders_and_modules_are_of_readable_size() -> None:
+    folders = Counter(path.parent for path in MODULES.values() if path.name != "__init__.py")
+    crowded = {
+        path.name: n
+        for path, n in folders.items()
+        if n > LARGEST_FOLDER and path.name not in WIDE_FOLDERS
+    }
+    lines = {
+        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()
+    }
+    long = {name: n for name, n in lines.items() if n > LONGEST_MODULE}
+
+    assert not crowded
+    assert not long
+    assert len(MODULES) <= MOST_MODULES
+
+
+@pytest.mark.parametrize(
+    ("top", "folders"), [("tests", TEST_FOLDERS), ("benchmarks", BENCHMARK_FOLDERS)]
+)
+def test_tests_and_benchmarks_lie_in_the_folder_of_their_subject(
+    top: str, folders: set[str]
+) -> None:
+    files = [path.relative_to(ROOT / top) for path in (ROOT / top).rglob("*.py")]
+    loose = {path.name for path in files if len(path.parts) == 1}
+
+    assert {path.parts[0] for path in files if len(path.parts) > 1} <= folders
+    assert loose <= {"__init__.py", "__main__.py", "common.py", "conftest.py"}
+
+
+def test_tests_have_a_folder_for_each_package() -> None:
+    assert all(any((ROOT / "tests" / name).rglob("test_*.py")) for name in PACKAGES)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_lists_the_packages_in_their_order() -> None:
+    listed = re.findall(
+        r"^\| `hetero_fl/(\w+)/` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+    assert tuple(reversed(listed)) == PACKAGES
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_page_lists_each_module_of_a_package(name: str) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    (section,) = re.findall(
+        rf"^### `hetero_fl/{name}/`\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL
+    )
+    listed = re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
+    there = [
+        path.relative_to(PACKAGE / name)
+        for path in MODULES.values()
+        if path.is_relative_to(PACKAGE / name)
+    ]
+
+    assert sorted(listed) == sorted(path.as_posix() for path in there if path.name != "__init__.py")
+
+
+def test_the_functions_that_the_page_names_exist() -> None:
+    named = re.findall(r"`([\w.]+)\(\)` in `([\w/]+\.py)`", PAGE.read_text(encoding="utf-8"))
+
+    assert len(named) > 10
+    for function, file in named:
+        assert _defines(
+            ast.parse((PACKAGE / file).read_text(encoding="utf-8")), function.split(".")
+        ), (function, file)
+
+
+def _defines(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in tree.body:
+        if isinstance(node, kinds) and node.name == names[0]:
+            return len(names) == 1 or (isinstance(node, ast.ClassDef) and _defines(node, names[1:]))
+    return False

@@ -1,0 +1,54 @@
+"""`python -m benchmarks` lists the benchmarks and runs one by name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import FOLDER, GROUPS, find_benchmarks, main, summary
+
+
+def test_command_lists_each_benchmark_with_its_summary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+
+    main()
+
+    lines = capsys.readouterr().out.splitlines()
+    for name, path in find_benchmarks().items():
+        assert [line.split(maxsplit=1)[1] for line in lines if line.startswith(f"  {name} ")] == [
+            summary(path)
+        ]
+
+
+def test_command_refuses_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "nothing"])
+
+    with pytest.raises(
+        SystemExit, match="no benchmark 'nothing'; choose from aggregation_memory, "
+    ):
+        main()
+
+
+def test_names_are_unique_over_the_groups() -> None:
+    files = [
+        path
+        for group in GROUPS
+        for path in (FOLDER / group).glob("*.py")
+        if path.stem != "__init__"
+    ]
+
+    assert len({path.stem for path in files}) == len(files)
+
+
+def test_the_readme_names_benchmarks_that_there_are() -> None:
+    text = (Path(FOLDER) / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| command |")[2].partition("\n\n")[0]
+
+    named = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+
+    assert len(named) > 10 and set(named) <= set(find_benchmarks())

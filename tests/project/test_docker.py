@@ -1,0 +1,86 @@
+"""Dockerfile and compose.yaml, as far as can be said without Docker: what they name is there, and each command is one."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetero_fl.cli import commands
+
+ROOT = Path(__file__).parents[2]
+INSTRUCTIONS = {
+    "ARG",
+    "CMD",
+    "COPY",
+    "ENTRYPOINT",
+    "ENV",
+    "FROM",
+    "RUN",
+    "STOPSIGNAL",
+    "USER",
+    "WORKDIR",
+}
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace(
+        "\\\n", " "
+    )
+    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]  # type: ignore[misc]
+
+
+def services() -> dict[str, Any]:
+    return dict(yaml.safe_load((ROOT / "compose.yaml").read_text())["services"])
+
+
+def test_what_the_image_is_built_from_is_the_package() -> None:
+    names = [name for name, _ in instructions()]
+    assert set(names) <= INSTRUCTIONS and names.count("FROM") == 2
+    copied = [
+        source
+        for name, rest in instructions()
+        if name == "COPY" and "--from" not in rest
+        for source in rest.split()[:-1]
+    ]
+    assert all((ROOT / source).exists() for source in copied)
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert ignored[0] == "*" and {f"!{source}" for source in copied} == {
+        line for line in ignored if line.startswith("!")
+    }
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = [project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"]
+    needed += [
+        pattern.rstrip("*")
+        for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]
+    ]
+    assert all(any(fnmatch(name, f"{source}*") for source in copied) for name in needed)
+    assert (
+        "flower" in project["project"]["optional-dependencies"]
+        and '".[flower]"' in (ROOT / "Dockerfile").read_text()
+    )
+
+
+def test_it_runs_the_command_and_not_as_root() -> None:
+    last = dict(instructions())
+    assert last["ENTRYPOINT"] == '["hetero-fl"]' and last["USER"] not in ("root", "0")
+
+
+@pytest.mark.parametrize("name", ["server", "north", "south", "east"])
+def test_each_container_runs_a_command_of_ours(name: str) -> None:
+    service = services()[name]
+    command, *arguments = service["command"]
+    options = commands.parser(command, command).parse_intermixed_args(arguments)
+    if name == "server":
+        assert options.resume and options.out.is_absolute()
+        compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")
+    mounted = {volume.split(":")[0]: volume.split(":")[1] for volume in service["volumes"]}
+    assert mounted[f"./net/{name}"] == service["working_dir"]
+    assert service["image"] == services()["server"]["image"] and service["user"].startswith(
+        "${OWNER:?"
+    )

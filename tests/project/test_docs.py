@@ -1,0 +1,202 @@
+"""The code in README.md and docs/: every block is run, in the order of its page, and every command is parsed.
+
+A block whose first line is a comment with a file's name is that file. YAML has to load as a configuration, `server.yaml` and
+`site.yaml` as what they are.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.__main__ import find_benchmarks
+from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms.requirements import in_words, needs
+from hetero_fl.cli import commands, main
+from hetero_fl.deployment.config import load_server, load_site
+from hetero_fl.experiment.preparation import load_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LONG = {  # run elsewhere: here they are parsed
+    "runs/xray_lenet",
+    "configs/medical_hetero.yaml",
+    "configs/medical_private.yaml",
+    "configs/medical_multimodal.yaml",
+    "configs/finance_hetero.yaml",
+    "configs/text_hetero.yaml",
+    "configs/sensors_hetero.yaml",
+}
+OF_A_FEDERATION: dict[str, Callable[[Any], object]] = {
+    "server.yaml": load_server,
+    "site.yaml": load_site,
+}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str, str | None]]:
+    """(language, text, file name if it is a file) of each block."""
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        named = re.match(r"# ([\w/]+\.(?:py|yaml))\n", text)
+        yield language, text, named and named[1]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the configurations, as a reader has it; pictures and reports, which take longest, are left out."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("hetero_fl.experiment.runner.present", lambda *_: None)
+    # what a page registers goes again
+    monkeypatch.setattr(algorithm, "_known", dict(algorithm._known))
+    before = set(sys.modules)
+    yield tmp_path
+    # the page's own modules: another page may use the same name
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_block_runs(page: Path, elsewhere: Path) -> None:
+    names: dict[str, object] = {}
+    for language, text, file in blocks(page):
+        if file is not None:
+            (elsewhere / file).write_text(text, encoding="utf-8")
+        if language == "python" and file is None:
+            exec(compile(text, f"{page.name}", "exec"), names)
+        elif language == "yaml":
+            load = OF_A_FEDERATION.get(file or "", partial(load_config, allow_code=True))
+            load(file or yaml.safe_load(text))
+        elif language == "console":
+            for line in commands_in(text):
+                run_or_parse(line)
+
+
+def commands_in(text: str) -> Iterator[str]:
+    """Commands of a console block, without comments and with continued lines joined."""
+    for line in text.replace("\\\n", " ").splitlines():
+        command = line.split("  #")[0].strip()
+        if command and not command.startswith("#"):
+            yield command
+
+
+def run_or_parse(line: str) -> None:
+    """Run what is short (`hetero-fl train` on small files, `--check`); of the rest check that there is such a command."""
+    first, *rest = shlex.split(line)
+    if first == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{rest[0]}:", makefile, re.MULTILINE), line
+        return
+    if first in ("git", "cd", "pip", ".ci/run", "tensorboard", "ray"):
+        return
+    if first == "torchrun":  # its own options, then a command of ours
+        script = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+        first, rest = "python", rest[script:]
+    if first == "python":
+        if rest[0] == "-m":
+            assert rest[1] in ("model_zoo", "pytest", "benchmarks"), line
+            if rest[1] == "benchmarks" and len(rest) > 2:
+                assert rest[2] in find_benchmarks(), line
+            return
+        assert (ROOT / rest[0]).is_file(), line
+        if rest[0].startswith(("examples/", "benchmarks/")):
+            return
+        command = Path(rest.pop(0)).stem
+    else:
+        assert first == "hetero-fl", line
+        command = rest.pop(0)
+    elsewhere = any(word.startswith("data.path=") for word in rest)  # data that is not here
+    if command == "train" and ("--check" in rest or not (elsewhere or LONG & set(rest))):
+        assert main(rest, command) == 0, line
+    elif command in commands.COMMANDS:
+        commands.parser(command, command).parse_intermixed_args(rest)
+    else:
+        assert (ROOT / "scripts" / f"{command}.py").is_file(), line
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=lambda p: p.stem)
+def test_a_page_begins_with_its_title(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "#")):
+            file, _, anchor = target.partition("#")
+            assert (page.parent / file).exists(), target
+            if anchor:
+                assert anchor in anchors(page.parent / file), target
+        elif target.startswith("#"):
+            assert target[1:] in anchors(page), target
+
+
+def test_architecture_lists_each_package_once() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| `(hetero_fl/\w*/?)`", text, re.MULTILINE)
+
+    assert len(rooms) > 6 and len(rooms) == len(set(rooms))
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+# The methods ---------------------------------------------------------------------------------------------------------
+
+INDEX = ROOT / "docs" / "methods.md"
+BUILT_IN = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+
+
+def sections(name: str) -> list[tuple[str, str]]:
+    """(page, section) of each section of the pages below docs/methods/ whose heading is the name of the method."""
+    pages = [
+        page.read_text(encoding="utf-8")
+        for page in sorted((ROOT / "docs" / "methods").glob("*.md"))
+    ]
+    heading = re.compile(rf"^## `{name}`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    return [(page, text) for page in pages for text in heading.findall(page)]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_each_method_has_one_section_and_its_page_all_settings(name: str) -> None:
+    ((page, text),) = sections(name)
+    for word in ("Travels:**", "Use it", "Settings:**" if "| --- |" not in text else "| setting |"):
+        assert word in text, word
+    assert "**Not**" in text or "and not,**" in text
+    missing = [key for key in algorithm[name].model_fields if not re.search(rf"`{key}\b", page)]
+    assert set(missing) <= {"logit_adjustment"}, "which all have, and hybrid.md explains"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_index_says_what_the_class_declares(name: str) -> None:
+    (row,) = re.findall(
+        rf"^\| \[`{name}`\]\((methods/\w+\.md)#{name}\) \| `(\w+)\.py` \|.*\| (.*?) \|$",
+        INDEX.read_text(),
+        re.M,
+    )
+    page, file, needed = row
+    assert algorithm[name].__module__ == f"hetero_fl.algorithms.{file}"
+    assert f"## `{name}`" in (INDEX.parent / page).read_text(encoding="utf-8")
+    assert needed == (in_words(needs(algorithm[name]())) or "–")
+
+
+def test_every_scenario_has_a_row() -> None:
+    pages = (ROOT / "docs" / "scenarios" / "README.md").read_text().partition("## The pages")[2]
+    for page in (ROOT / "docs" / "scenarios").glob("[a-z]*.md"):
+        assert f"({page.name})" in pages

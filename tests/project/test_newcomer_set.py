@@ -1,0 +1,52 @@
+"""The set of a newcomer that benchmarks/science/newcomer_set.py makes of a whole set and the embedded part of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "science" / "newcomer_set.py"
+EMBEDDED = Path(__file__).parents[2] / "hetero_fl" / "data" / "embedded" / "chest_xray.npz"
+
+
+@pytest.mark.slow
+def test_a_newcomer_has_what_is_not_embedded(tmp_path: Path) -> None:
+    with np.load(EMBEDDED) as archive:
+        embedded = dict(archive)
+    draws = np.random.default_rng(0)
+    new = {
+        s: draws.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        for s, n in (("train", 9), ("val", 4), ("test", 2))
+    }
+    said = {s: draws.integers(0, 2, (len(x), 1), dtype=np.uint8) for s, x in new.items()}
+    whole = {}
+    for s, other in (
+        ("train", "val"),
+        ("val", "test"),
+        ("test", "train"),
+    ):  # an embedded image may lie in another split
+        order = draws.permutation(len(new[s]) + 20)
+        known = np.flatnonzero(order < 20)
+        for part, fresh in (("images", new[s]), ("labels", said[s])):
+            rows = np.empty((len(order), *fresh.shape[1:]), np.uint8)
+            rows[known], rows[order >= 20] = embedded[f"{other}_{part}"][:20], fresh
+            whole[f"{s}_{part}"] = rows
+    np.savez(tmp_path / "whole.npz", **whole)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--data",
+        str(tmp_path / "whole.npz"),
+        "--out",
+        str(tmp_path / "new.npz"),
+    ]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    with np.load(tmp_path / "new.npz") as made:
+        assert set(made) == {"train_images", "train_labels"}
+        assert np.array_equal(made["train_images"], np.concatenate(list(new.values())))
+        assert np.array_equal(made["train_labels"], np.concatenate(list(said.values())))
+    assert "15 images" in told

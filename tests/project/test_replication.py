@@ -1,0 +1,182 @@
+"""The tables of benchmarks/science/replication.py: every row's configuration loads, figures are read and written as they should be."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.config.population import expand
+from hetero_fl.experiment.preparation import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def replication() -> SimpleNamespace:
+    names = ("published", "replication_runs", "replication_tables", "replication")
+    return SimpleNamespace(
+        **{
+            k: v
+            for name in names
+            for k, v in vars(importlib.import_module(f"benchmarks.science.{name}")).items()
+        }
+    )
+
+
+@pytest.mark.slow
+def test_every_row_loads(replication: SimpleNamespace, tmp_path: Path) -> None:
+    jobs = replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
+    assert len({job.path for job in jobs}) == len(jobs)
+    for job in jobs:
+        config = load_config(
+            replication.CONFIGS / f"{job.table.config}.yaml", job.overrides(tmp_path)
+        )
+        assert config.data.path == str(tmp_path / job.table.file) and config.seed == job.seed
+        assert len(expand(config.clients)) in (10, 16, 20)
+        assert replication.FILE not in str(config.model_dump())
+
+
+def finish(job: object, last: float, held: list[list[int]]) -> None:
+    """A finished run's files: an accuracy, and one client's confusion matrix, of whose classes it has the first."""
+    path = job.path  # type: ignore[attr-defined]
+    path.mkdir(parents=True)
+    figures = {"last": {"accuracy": last}, "best_by_validation": {"accuracy": last - 0.01}}
+    summary = dict.fromkeys(("personal", "global", "server"), figures) | {"seconds": {"total": 600}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    details = {"label_counts": {"a": [5, 0]}, "confusion": {"a": {"global": held}}}
+    (path / "details.json").write_text(json.dumps(details))
+    records = [
+        {"server": {"accuracy": last + 0.02}},
+        {"server": None},
+        {"server": {"accuracy": last}},
+    ]
+    (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def test_figures_of_finished_runs(replication: SimpleNamespace, tmp_path: Path) -> None:
+    fedgen, niid = (replication.TABLES[name] for name in ("fedgen", "niid"))
+    jobs = replication.jobs_of([fedgen], [0, 1, 2], "FedGen, α 0.1", tmp_path)
+    assert [job.seed for job in jobs] == [0, 1, 2]
+    for job, last in zip(jobs[:2], (0.93, 0.94), strict=True):
+        finish(job, last, [[30, 10], [0, 99]])
+    (line,) = (
+        line
+        for line in replication.write(jobs, tmp_path).splitlines()
+        if line.startswith("| FedGen")
+    )
+    assert line == (
+        "| FedGen, α 0.1 | 93.03 ± 0.32 | 93.50 ± 0.71 | 92.50 ± 0.71 | +0.47 (within 2σ) | 75.00 ± 0.00 |"
+        " -18.03 (outside 2σ) | 95.68 ± 0.20 | -20.68 (outside 2σ) | 0, 1 |"
+    )
+    assert replication.estimate(jobs) == "fedgen: 1 of 3 runs to do, about 10 minutes"
+    jobs = replication.jobs_of([niid], None, "", tmp_path)
+    finish(jobs[0], 0.95, [])
+    text = replication.write(jobs, tmp_path)
+    assert "| FedAvg | 98.89 | 95.00 | 94.00 | -3.89 | 97.00 | 0 |" in text
+    assert (
+        "| SCAFFOLD | 99.07 | not run |  |  |  |  |" in text
+        and text in (tmp_path / "replication.md").read_text()
+    )
+
+
+def test_a_difference_is_judged_by_the_papers_deviation_or_else_by_ours(
+    replication: SimpleNamespace,
+) -> None:
+    row = replication.Row("x", (), 90.0, 1.0)
+    assert replication.difference(row, [92.5, 92.6]) == "+2.55 (outside 2σ)"
+    assert (
+        replication.difference(replication.Row("x", (), 90.0), [91.0, 93.0]) == "+2.00 (within 2σ)"
+    )
+    assert replication.difference(replication.Row("x", (), 90.0), [91.0]) == "+1.00"
+    assert replication.difference(replication.Row("x", ()), [91.0]) == ""
+
+
+def test_what_is_recorded_is_not_run_again(replication: SimpleNamespace, tmp_path: Path) -> None:
+    niid, file = replication.TABLES["niid"], tmp_path / "record.json"
+    first = replication.jobs_of([niid], None, "", tmp_path / "runs", replication.read_record(file))
+    finish(first[0], 0.95, [])
+    replication.write_record(file, first)
+    elsewhere = replication.jobs_of(
+        [niid], None, "", tmp_path / "none", replication.read_record(file)
+    )
+    assert [job.finished for job in elsewhere] == [True, False, False]
+    assert "| FedAvg | 98.89 | 95.00 | 94.00 | -3.89 | 97.00 | 0 |" in replication.write(
+        elsewhere, tmp_path
+    )
+    assert "2 of 3 runs to do" in replication.estimate(elsewhere)
+    finish(elsewhere[1], 0.5, [])
+    replication.write_record(file, elsewhere)
+    assert list(replication.read_record(file)) == ["niid: FedAvg, seed 0", "niid: SCAFFOLD, seed 0"]
+
+
+def test_the_record_knows_only_rows_that_there_are(
+    replication: SimpleNamespace, tmp_path: Path
+) -> None:
+    keys = {
+        job.key
+        for job in replication.jobs_of(list(replication.TABLES.values()), None, "", tmp_path)
+    }
+    assert set(replication.read_record(ROOT / "docs" / "replication.json")) <= keys
+
+
+class Told(torch.nn.Module):
+    """A model that answers what its image says: the head's class, and one feature."""
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.eye(10)[x[:, 0].long()], features=x[:, 1:])
+
+
+def test_fedprotos_authors_count_on_from_client_to_client() -> None:
+    from benchmarks.science.fedproto_setting import Client, readings
+
+    def client(y: list[int], head: list[int], features: list[float]) -> Client:
+        tests = {"these": (torch.tensor([head, features], dtype=torch.float32).T, torch.tensor(y))}
+        return Client(torch.empty(0), torch.tensor([0, 1]), tests, Told())
+
+    # of classes that the client has not the nearest is never taken
+    prototypes = torch.arange(10.0)[:, None]
+    found = readings(
+        [client([0, 1], [0, 1], [0, 0.2]), client([0, 1], [1, 0], [0, 9])], prototypes, "these"
+    )
+    assert found["head"].tolist() == [100, 0] and found["own prototypes"].tolist() == [50, 100]
+    assert found["authors' count"].tolist() == [75, 62.5]
+    assert readings([client([0, 1], [0, 0], [0, 0])], None, "these")["authors' count"].tolist() == [
+        50
+    ]
+
+
+def test_fedprotos_setting_by_hand_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.science import fedproto_setting as setting
+
+    labels = np.repeat(np.arange(10), 12).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (120, 28, 28), dtype=np.uint8)
+    data = {
+        f"{part}_{what}": v
+        for part in ("train", "test")
+        for what, v in (("images", images), ("labels", labels))
+    }
+    monkeypatch.setattr(setting, "BLOCK", 4)
+    monkeypatch.setattr(setting, "CLIENTS", 3)
+    monkeypatch.setattr(setting, "TESTS", {"few": ("test", 0, 4)})
+    torch.manual_seed(0)
+    clients = setting.clients_of(data, setting.AUTHORS)
+    for place, client in enumerate(clients):  # its own block of the rows of each class
+        wanted = np.concatenate(
+            [images[labels == c][4 * place :] for c in client.y.unique().tolist()]
+        )
+        assert torch.equal(client.x[:, 0], (torch.from_numpy(wanted) / 255 - 0.1307) / 0.3081)
+    before = clients[0].model.state_dict()["head.weight"].clone()
+    prototypes = setting.course(clients, setting.AUTHORS, 2)
+    assert prototypes[clients[0].y].abs().sum(1).min() > 0
+    assert not torch.equal(before, clients[0].model.state_dict()["head.weight"])
+    assert set(setting.readings(clients, prototypes, "few")) == {
+        "head",
+        "own prototypes",
+        "authors' count",
+    }

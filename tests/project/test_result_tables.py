@@ -1,0 +1,174 @@
+"""README's result tables: every figure is that of the archived runs, and a command writes them."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hetero_fl.core.task import Task
+from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
+from hetero_fl.reporting.method_names import ALGORITHMS
+from tests.helpers.run_directories import Case, write_run
+
+ROOT = Path(__file__).parents[2]
+ARCHIVED = sorted((ROOT / "docs" / "results").glob("*.csv"))
+MARKED = re.compile(r"<!-- results: (\w+) .*?-->\n(.*?)<!-- end of results -->", re.DOTALL)
+COLUMNS = {
+    "Global test balanced accuracy": "global_last_balanced_accuracy",
+    "Global test AUROC": "global_last_auroc",
+    "Global test accuracy": "global_last_accuracy",
+    "Local test balanced accuracy": "personal_last_balanced_accuracy",
+    "Local test AUROC": "personal_last_auroc",
+    "Local test accuracy": "personal_last_accuracy",
+    "Worst client, local test": "personal_last_accuracy_worst",
+}
+LABELS = {title: name for name, (title, _) in ALGORITHMS.items()}
+SETTINGS = {"LA": "logit_adjustment=true", "contrast teacher": "teacher=contrast"}
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(
+        "result_tables", ROOT / "scripts" / "result_tables.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """The rows of README's table of that name, by column; group titles are left out."""
+    text = dict(MARKED.findall((ROOT / "README.md").read_text(encoding="utf-8")))[name]
+    cells = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    rows = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+    return [row for row in rows if not row["Method"].startswith("*")]
+
+
+def label_of(method: str) -> str:
+    """The label under which a row's runs are archived."""
+    title, *settings = method.split(" + ")
+    return ":".join([LABELS[title], *(SETTINGS[setting] for setting in settings)])
+
+
+def runs_of(path: Path) -> dict[str, list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["algorithm"], []).append(row)
+    return found
+
+
+def test_readme_tables_have_archived_runs() -> None:
+    marked = [name for name, _ in MARKED.findall((ROOT / "README.md").read_text(encoding="utf-8"))]
+    assert marked == ["medical_hetero", "medical_homogeneous"]
+    assert sorted(marked) == [path.stem for path in ARCHIVED]
+
+
+@pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
+def test_readme_figures_are_those_of_the_archived_runs(path: Path) -> None:
+    runs, shown = runs_of(path), table(path.stem)
+
+    assert sorted(label_of(row["Method"]) for row in shown) == sorted(runs)
+    for row in shown:
+        own = runs[label_of(row["Method"])]
+        for title, key in COLUMNS.items():
+            values = [100 * float(run[key]) for run in own]
+            digits = 0 if key.endswith("_worst") else 1
+            mean, deviation = statistics.mean(values), statistics.stdev(values)
+            assert row[title].strip("*") == f"{mean:.{digits}f}±{deviation:.{digits}f}", (
+                row["Method"],
+                title,
+            )
+        total = (
+            statistics.mean(float(run["up_bytes"]) + float(run["down_bytes"]) for run in own) / 1e6
+        )
+        assert float(row["MB"]) == pytest.approx(total, rel=0.05)
+
+
+@pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
+def test_readme_table_marks_the_best_method_of_each_column(path: Path) -> None:
+    methods = [
+        row
+        for row in table(path.stem)
+        if label_of(row["Method"]).split(":")[0] not in ("centralized", "ensemble")
+    ]
+    for title in COLUMNS:
+        best = max(float(row[title].strip("*").split("±")[0]) for row in methods)
+        marked = [
+            float(row[title].strip("*").split("±")[0])
+            for row in methods
+            if row[title].startswith("**")
+        ]
+        assert marked and set(marked) == {best}
+
+
+@pytest.mark.parametrize("path", ARCHIVED, ids=lambda p: p.stem)
+def test_archived_runs_name_their_commit_and_the_methods_of_make_compare(path: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$\\\n  ", "")
+    asked = re.search(r"^ALGORITHMS \?= (.*)$", makefile, re.MULTILINE)
+    assert asked is not None
+
+    runs = runs_of(path)
+
+    assert sorted(runs) == sorted(asked[1].split(","))
+    assert {tuple(run["seed"] for run in own) for own in runs.values()} == {
+        ("0", "1", "2", "3", "4")
+    }
+    assert all(
+        re.fullmatch(r"[0-9a-f]{7,40}", run["commit"]) for own in runs.values() for run in own
+    )
+
+
+def test_result_tables_check_finds_a_changed_figure(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = tmp_path / "README.md"
+    monkeypatch.setattr(script, "README", page)
+    monkeypatch.setattr(sys, "argv", ["result_tables.py", "--check"])
+
+    page.write_text(text, encoding="utf-8")
+    assert script.main() == 0
+
+    figure = re.search(r"\d\d\.\d±\d", text)
+    assert figure is not None
+    page.write_text(text.replace(figure[0], "99.9±0", 1), encoding="utf-8")
+    assert script.main() == 1
+
+
+def test_result_tables_archive_keeps_every_run_and_adds_the_commit(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(script, "ARCHIVE", tmp_path / "archive")
+    out = tmp_path / "out"
+    runs = [
+        write_run(out / "runs" / f"{name}-seed0", Case(algorithm=name, rounds=3))
+        for name in ("local", "fedavg")
+    ]
+    for run in runs:
+        run.write_text("config.yaml", "name: medical_hetero\n")
+    rows = [comparison_row(run.summary()) for run in runs]
+    write_comparison(out, rows, title="t", note="", task=Task("multiclass", 2))
+
+    script.archive(out, "0123abc")
+
+    kept = script.archived("medical_hetero")
+    assert [row["commit"] for row in kept] == ["0123abc", "0123abc"]
+    for row, made in zip(kept, rows, strict=True):
+        assert {key: row[key] for key in made} == made
+    assert "| Local | " in script.section(kept)

@@ -1,0 +1,58 @@
+"""What starting costs: heavy libraries are loaded by whoever uses them, not by whoever might."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {
+    "IPython",
+    "jinja2",
+    "matplotlib",
+    "medmnist",
+    "omegaconf",
+    "pandas",
+    "PIL",
+    "pyarrow",
+    "rich",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+}
+STARTS = {
+    "a worker process": (
+        "import hetero_fl.federation.executors.workers, hetero_fl.federation.executors.processes",
+        HEAVY,
+    ),
+    "the help": (
+        "import contextlib\nfrom hetero_fl.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])",
+        HEAVY | {"torch", "numpy", "pydantic"},
+    ),
+    "a command's help": (
+        "import contextlib\nfrom hetero_fl.cli import main\nwith contextlib.suppress(SystemExit): main(['train', '--help'])",
+        HEAVY | {"torch", "numpy", "pydantic"},
+    ),
+    "the digits": (
+        "from hetero_fl.data import load_source\nfrom hetero_fl.config.data import SourceConfig\n"
+        "from pathlib import Path\nassert len(load_source(SourceConfig(name='digits'), Path()).train) == 1797",
+        HEAVY - {"omegaconf"},
+    ),
+    "a run": ("import hetero_fl.experiment", HEAVY - {"rich"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STARTS)
+def test_heavy_libraries_are_not_loaded_at_the_start(name: str) -> None:
+    code, heavy = STARTS[name]
+    code += "\nimport json, sys\nprint('\\n' + json.dumps(sorted(n for n in sys.modules if '.' not in n)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "hetero_fl" in loaded
+    assert not loaded & heavy

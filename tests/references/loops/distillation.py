@@ -1,0 +1,202 @@
+"""Methods that distil on public rows: FedMD, FedDF, DS-FL, KT-pFL and Hybrid."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.references.loops.averaging import FedAvg
+from tests.references.loops.base import (
+    BATCH,
+    READ,
+    Loop,
+    State,
+    adam,
+    descend,
+    divergence,
+    floats,
+    load,
+    predicted,
+)
+
+TINY = 1e-12
+
+
+class Public(Loop):
+    """Own models, and a teacher on the public rows."""
+
+    teacher: Tensor | None = None
+
+    def public(self, i: int) -> Tensor:
+        """The public rows as a client sees them."""
+        return self.data[i]["proxy"]["x"]
+
+    def digest(self, i: int, module: nn.Module, teacher: Tensor) -> None:
+        """An epoch towards the teacher."""
+        x, t = self.public(i), self.method.temperature
+        orders = self.batches(len(x), self.cards[i].id, "digest", self.method.proxy_batch_size)
+        descend([module], (divergence(module(x[o]).logits, teacher[o], t) for o in orders))
+
+
+class FedMD(Public):
+    """The mean of logits, digested before private training."""
+
+    def work(self) -> None:
+        said = []
+        for i, model in enumerate(self.models):
+            if self.teacher is not None:
+                self.digest(i, model, self.teacher)
+            self.train(i, model)
+            said.append(predicted(model, self.public(i)))
+        self.teacher = torch.stack(said).mean(0)
+
+
+class DSFL(Public):
+    """The mean of probabilities, sharpened; digested before private training, and before a copy is read."""
+
+    def work(self) -> None:
+        mean = torch.zeros(())
+        for i, model in enumerate(self.models):
+            if self.teacher is not None:
+                self.digest(i, model, self.teacher)
+            self.train(i, model)
+            mean = mean + predicted(model, self.public(i)).softmax(-1) / len(self.models)
+        self.teacher = mean / self.method.era_temperature
+
+    def read(self) -> None:
+        assert self.teacher is not None
+        for i, model in enumerate(self.models):
+            used = deepcopy(model)
+            self.digest(i, used, self.teacher)
+            for name in READ:
+                self.score(i, name, predicted(used, self.data[i][name]["x"]))
+
+
+class KTpFL(Public):
+    """Each client's own mixture of all predictions, digested before private training, and before a copy is read."""
+
+    def start(self) -> None:
+        super().start()
+        self.weights = torch.full((len(self.cards),) * 2, 1 / len(self.cards))
+        self.said: Tensor | None = None
+
+    def work(self) -> None:
+        said, t = [], self.method.temperature
+        for i, model in enumerate(self.models):
+            if self.said is not None:
+                self.digest(i, model, self.mixture(i))
+            self.train(i, model)
+            said.append((predicted(model, self.public(i)) / t).softmax(-1))
+        self.said = p = torch.stack(said)
+        log_p, s, k = p.clamp(min=TINY).log(), self.method, len(p)
+        for _ in range(s.coefficient_steps):
+            c = self.weights.requires_grad_()
+            mixed = torch.einsum("bk,kdc->bdc", c, p).clamp(min=TINY)
+            apart = t**2 * (mixed * (mixed.log() - log_p)).sum(-1).mean(-1)
+            loss = (apart + s.rho * (c - 1 / k).square().sum(-1)).mean()
+            optimizer = torch.optim.SGD([c], s.coefficient_lr * k, fused=True)
+            loss.backward()
+            optimizer.step()
+            self.weights = self.projected(c.detach())
+
+    def mixture(self, i: int) -> Tensor:
+        """What a client follows."""
+        assert self.said is not None
+        return (
+            self.method.temperature
+            * torch.einsum("k,kdc->dc", self.weights[i], self.said).clamp(min=TINY).log()
+        )
+
+    def read(self) -> None:
+        for i, model in enumerate(self.models):
+            used = deepcopy(model)
+            self.digest(i, used, self.mixture(i))
+            for name in READ:
+                self.score(i, name, predicted(used, self.data[i][name]["x"]))
+
+    @staticmethod
+    def projected(rows: Tensor) -> Tensor:
+        """The nearest distribution to each row."""
+        u = rows.sort(-1, descending=True).values
+        excess = (u.cumsum(-1) - 1) / torch.arange(1, rows.shape[-1] + 1)
+        return (rows - excess.gather(-1, (u > excess).sum(-1, keepdim=True) - 1)).clamp(min=0)
+
+
+class FedDF(FedAvg):
+    """Averages, each distilled from all clients."""
+
+    def start(self) -> None:
+        super().start()
+        self.said: list[Tensor] = []
+
+    def local(self, i: int, module: nn.Module) -> None:
+        super().local(i, module)
+        self.said.append(self.opinion(i, predicted(module, self.data[i]["proxy"]["x"])))
+
+    def opinion(self, i: int, logits: Tensor) -> Tensor:
+        """A client's word."""
+        return logits
+
+    def combine(self, mean: dict[str, State]) -> None:
+        self.teacher, self.said = self.consensus(), []
+        for i, card in {
+            c.arch.id: (i, c) for i, c in reversed(list(enumerate(self.cards)))
+        }.values():
+            module = load(self.modules[card.arch.id], mean[card.arch.id])
+            x, s = self.data[i]["proxy"]["x"], self.method
+            label = f"distil {card.arch.id}"
+            orders = self.batches(len(x), "server", label, s.proxy_batch_size, s.distil_epochs)
+            with torch.enable_grad():
+                self.distil(module, x, orders)
+            self.shared[card.arch.id] = {n: t.clone() for n, t in floats(module).items()}
+
+    def distil(self, module: nn.Module, x: Tensor, orders: list[Tensor]) -> None:
+        """One average towards the teacher."""
+        losses = (
+            divergence(module(x[o]).logits, self.teacher[o], self.method.temperature)
+            for o in orders
+        )
+        descend([module], losses, adam([module]))
+
+    def consensus(self) -> Tensor:
+        """The teacher."""
+        return torch.stack(self.said).mean(0)
+
+
+class Hybrid(FedDF):
+    """Averages, each distilled; logit-adjusted local training with rehearsal; a contrast-weighted teacher."""
+
+    def start(self) -> None:
+        super().start()
+        self.teacher: Any = None
+        self.priors = [((n + 1) / (n + 1).sum()).log() for n in self.counts]
+        self.say = [n * (1 - n / n.sum()) + 0.1 for n in self.counts]
+
+    def local(self, i: int, module: nn.Module) -> None:
+        public, s, id = self.data[i]["proxy"]["x"], self.method, self.cards[i].id
+
+        def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
+            own = F.cross_entropy(module(x).logits + self.priors[i], y)
+            if self.teacher is None:
+                return own
+            some = torch.randint(
+                len(public), (BATCH,), generator=self.draws(id, "train", "public", step)
+            )
+            apart = divergence(module(public[some]).logits, self.teacher[some], s.temperature)
+            return own + s.rehearse * apart
+
+        self.train(i, module, loss)
+        self.said.append(self.opinion(i, predicted(module, public)))
+
+    def opinion(self, i: int, logits: Tensor) -> Tensor:
+        return F.log_softmax(logits, -1).clamp(min=-8) * self.say[i]
+
+    def consensus(self) -> Tensor:
+        return torch.stack(self.said).sum(0) / torch.stack(self.say).sum(0)
+
+    def score(self, i: int, name: str, logits: Tensor) -> None:
+        super().score(i, name, logits + self.priors[i] if name == "test" else logits)

@@ -1,0 +1,39 @@
+"""Averaging of changes by the length of their paths: FedNova."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.references.loops.averaging import FedAvg, copied
+from tests.references.loops.base import BATCH, State, floats
+
+
+class FedNova(FedAvg):
+    """Each change over how often its gradients count in it; the mean of these goes the mean of those lengths."""
+
+    def work(self) -> None:
+        mean: dict[str, State] = {
+            g: {n: torch.zeros_like(t) for n, t in shared.items()}
+            for g, shared in self.shared.items()
+        }
+        lengths = dict.fromkeys(self.shared, 0.0)
+        for i, card in enumerate(self.cards):
+            module, group = self.received(i), card.arch.id
+            before, trained = copied(floats(module)), dict(module.named_parameters())
+            self.local(i, module)
+            steps, rho = -(-card.n // BATCH), card.settings.optimizer.momentum
+            length = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+            share = card.n / self.total[group]
+            lengths[group] += share * length
+            with torch.no_grad():
+                for name, tensor in floats(module).items():
+                    mean[group][name].add_(
+                        tensor - before[name], alpha=share / (length if name in trained else 1.0)
+                    )
+        with torch.no_grad():
+            for group, shared in self.shared.items():
+                parameters = dict(self.modules[group].named_parameters())
+                for name, tensor in shared.items():
+                    tensor.add_(
+                        mean[group][name], alpha=lengths[group] if name in parameters else 1.0
+                    )

@@ -1,0 +1,76 @@
+"""Methods under which a part of each client's model, or a model of its own, stays at home."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+from tests.references.loops.averaging import FedAvg, copied, near
+from tests.references.loops.base import READ, floats, only, predicted
+
+
+class FedBN(FedAvg):
+    """BatchNorm stays."""
+
+    def stays(self, arch: Any, name: str) -> bool:
+        return name in arch.batch_norm_names
+
+
+class FedPer(FedAvg):
+    """The head stays."""
+
+    def stays(self, arch: Any, name: str) -> bool:
+        return name.startswith("head.")
+
+
+class LGFedAvg(FedAvg):
+    """The backbone stays."""
+
+    def stays(self, arch: Any, name: str) -> bool:
+        return name.startswith("backbone.")
+
+
+class FedRep(FedPer):
+    """The head first, then the backbone."""
+
+    def local(self, i: int, module: nn.Module) -> None:
+        self.train(i, only(module, "head."), label="head")
+        self.train(i, only(module, "backbone."))
+
+
+class FedBABU(FedPer):
+    """The backbone alone; a fine-tuned copy is read."""
+
+    def local(self, i: int, module: nn.Module) -> None:
+        self.train(i, only(module, "backbone."))
+
+    def tuned(self, i: int, module: nn.Module) -> nn.Module:
+        self.train(i, only(module, ""), label="personalise", epochs=self.method.finetune_epochs)
+        return module
+
+
+class Ditto(FedAvg):
+    """A personal model beside the shared one."""
+
+    def start(self) -> None:
+        super().start()
+        self.models = [deepcopy(self.modules[c.arch.id]) for c in self.cards]
+
+    def local(self, i: int, module: nn.Module) -> None:
+        anchor = copied(floats(module))
+        self.train(i, module)
+        own = self.models[i]
+        self.train(i, own, near(own, anchor, self.method.weight), label="personal")
+
+    def read(self) -> None:
+        common: dict[Any, Tensor] = {}
+        for i, card in enumerate(self.cards):
+            self.score(i, "test", predicted(self.models[i], self.data[i]["test"]["x"]))
+            for name in READ[1:]:
+                if (card.arch.id, name) not in common:
+                    common[card.arch.id, name] = predicted(
+                        self.received(i), self.data[i][name]["x"]
+                    )
+                self.score(i, name, common[card.arch.id, name])

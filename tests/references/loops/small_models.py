@@ -1,0 +1,258 @@
+"""FD, FedProto, FML and FedKD as one would write them by hand for one machine: lists of models, optimisers, tensors.
+
+They do what the framework's methods do, on the batches that it draws: that is checked on the losses. What they leave out is
+what a federation adds: nothing is encoded, sent, validated or kept apart, and models stay in their modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hetero_fl.experiment import Prepared
+from hetero_fl.utils.seeding import generator
+
+LR, BATCH, CLASSES = 0.003, 32, 10  # with a higher rate FedProto is not stable here
+
+
+def module_of(prepared: Prepared, arch: Any) -> nn.Module:
+    """A model with the weights from which the framework's starts."""
+    module: nn.Module = arch.build()
+    module.load_state_dict(prepared.federation.initial(arch))
+    return module
+
+
+class Loop:
+    """What the four have in common: local training of each client in turn, then its evaluation."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.federation, self.method = prepared, prepared.federation, prepared.method
+        self.cards = list(self.federation.cards.values())
+        self.train = [self._rows(c, "train") for c in self.cards]
+        self.tests = [[self._rows(c, "test"), self._rows(c, "common_test")] for c in self.cards]
+        self.validation = [self._rows(c, "common_validation") for c in self.cards]
+        self.models = [module_of(prepared, c.arch) for c in self.cards]
+        self.losses: list[list[float]] = []  # by round and client
+        self.done = 0
+
+    def _rows(self, card: Any, name: str) -> dict[str, Tensor]:
+        return self.federation.data.columns(card.id, name, card.preprocess)
+
+    def batches(self, i: int) -> list[Tensor]:
+        """One epoch; a last batch of one joins the one before, for BatchNorm's sake."""
+        n = len(self.train[i]["y"])
+        order = torch.randperm(
+            n, generator=generator(self.federation.seed, self.done, self.cards[i].id, "train", 0, 0)
+        )
+        cut = list(order.split(min(BATCH, n)))
+        if len(cut) > 1 and len(cut[-1]) == 1:
+            cut[-2:] = [torch.cat(cut[-2:])]
+        return cut
+
+    def fit(
+        self, i: int, modules: list[nn.Module], loss_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """An epoch on one client's rows."""
+        parameters = [
+            p for module in modules for p in module.train().parameters() if p.requires_grad
+        ]
+        optimizer = torch.optim.SGD(parameters, LR, fused=True)
+        x, y = self.train[i]["x"], self.train[i]["y"]
+        total, batches = torch.zeros(()), self.batches(i)
+        for rows in batches:
+            optimizer.zero_grad()
+            loss = loss_of(x[rows], y[rows])
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        self.losses[-1].append(float(total) / len(batches))
+
+    @torch.no_grad()
+    def evaluate(self, predict: Callable[[int, Tensor, bool], Tensor]) -> list[tuple[float, float]]:
+        """(accuracy, loss) of every client on its own test rows, the common ones and the validation rows."""
+        scores = []
+        for i, tests in enumerate(self.tests):
+            for k, rows in enumerate([*tests, self.validation[i]]):
+                if len(rows["y"]):
+                    logits = torch.cat([predict(i, x, k == 0) for x in rows["x"].split(500)])
+                    right = (logits.argmax(1) == rows["y"]).double().mean()
+                    scores.append((float(right), float(F.cross_entropy(logits, rows["y"]))))
+        return scores
+
+    @torch.no_grad()
+    def class_sums(self, i: int, readout: str) -> tuple[Tensor, Tensor]:
+        """Sum and number by class of the outputs on the training rows."""
+        rows, module = self.train[i], self.models[i].eval()
+        values = torch.cat([getattr(module(x), readout) for x in rows["x"].split(500)])
+        sums = torch.zeros(CLASSES, values.shape[1]).index_add_(0, rows["y"], values)
+        return sums, torch.bincount(rows["y"], minlength=CLASSES).float()
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(softmax(q) ‖ softmax(p)), the mean over the batch; q is the teacher."""
+    return F.kl_div(
+        F.log_softmax(p, -1), F.log_softmax(q.detach(), -1), reduction="batchmean", log_target=True
+    )
+
+
+class FD(Loop):
+    """Jeong et al. 2018: towards the consensus logits of the example's class."""
+
+    teacher: Tensor | None = None
+    known = torch.zeros(CLASSES)
+
+    def round(self) -> None:
+        """Training, class means, evaluation."""
+        self.losses.append([])
+        sums, counts = torch.zeros(CLASSES, CLASSES), torch.zeros(CLASSES)
+        for i, model in enumerate(self.models):
+            self.fit(i, [model], lambda x, y, m=model: self._loss(m(x).logits, y))  # type: ignore[misc]
+            mine, n = self.class_sums(i, "logits")
+            sums, counts = sums + mine, counts + n
+        self.teacher, self.known = sums / counts.clamp(min=1)[:, None], (counts > 0).float()
+        self.evaluate(lambda i, x, home: self.models[i].eval()(x).logits)
+        self.done += 1
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, y)
+        if self.teacher is None:
+            return loss
+        log_t = F.log_softmax(self.teacher[y], -1)
+        apart = (log_t.exp() * (log_t - F.log_softmax(logits, -1))).sum(-1)
+        return loss + (apart * self.known[y]).mean()
+
+
+class FedProto(Loop):
+    """Tan et al. 2022: features towards the prototype of the example's class; the nearest prototype decides."""
+
+    prototypes: Tensor | None = None
+    known = torch.zeros(CLASSES)
+
+    def round(self) -> None:
+        """Training, class means of features, evaluation."""
+        self.losses.append([])
+        sums, counts = torch.zeros(()), torch.zeros(CLASSES)
+        for i, model in enumerate(self.models):
+            self.fit(i, [model], lambda x, y, m=model: self._loss(m(x), y))  # type: ignore[misc]
+            mine, n = self.class_sums(i, "features")
+            sums, counts = sums + mine, counts + n
+        mean, sent = sums / counts.clamp(min=1)[:, None], counts > 0
+        self.prototypes = (
+            mean if self.prototypes is None else torch.where(sent[:, None], mean, self.prototypes)
+        )
+        self.known = torch.maximum(self.known, sent.float())
+        self.evaluate(lambda i, x, home: self._nearness(self.models[i].eval()(x).features))
+        self.done += 1
+
+    def _loss(self, outputs: Any, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs.logits, y)
+        if self.prototypes is None:
+            return loss
+        apart = (outputs.features - self.prototypes[y]).square().mean(-1)
+        return loss + (apart * self.known[y]).mean()
+
+    def _nearness(self, features: Tensor) -> Tensor:
+        assert self.prototypes is not None
+        return (-torch.cdist(features, self.prototypes)).masked_fill(self.known == 0, -1e9)
+
+
+class FML(Loop):
+    """Shen et al. 2020: each client's own model and a shared one, each towards the other."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared)
+        self.arch = self.method.extras(self.cards[0].arch)["mentee"]
+        self.mentee = module_of(prepared, self.arch)
+        self.shared = {n: t.clone() for n, t in self.mentee.state_dict().items()}
+
+    def round(self) -> None:
+        """Training of both, the mean of the shared ones, evaluation: own model at home, shared one in common."""
+        self.losses.append([])
+        total = sum(len(rows["y"]) for rows in self.train)
+        mean = {n: torch.zeros_like(t) for n, t in self.shared.items()}
+        for i, model in enumerate(self.models):
+            self.mentee.load_state_dict(self.shared)
+            self.learn(i, model)
+            with torch.no_grad():
+                for name, change in self.sent(i).items():
+                    mean[name].add_(change, alpha=len(self.train[i]["y"]) / total)
+        self.shared = self.combined(mean)
+        self.mentee.load_state_dict(self.shared)
+        self.evaluate(lambda i, x, home: (self.models[i] if home else self.mentee).eval()(x).logits)
+        self.done += 1
+
+    def learn(self, i: int, model: nn.Module) -> None:
+        """A client's epoch."""
+        self.fit(
+            i,
+            [model, self.mentee],
+            lambda x, y: self._loss(model(x).logits, self.mentee(x).logits, y),
+        )
+
+    def _loss(self, p: Tensor, m: Tensor, y: Tensor) -> Tensor:
+        own = 0.5 * F.cross_entropy(p, y) + 0.5 * kl(p, m)
+        return own + 0.5 * F.cross_entropy(m, y) + 0.5 * kl(m, p)
+
+    def sent(self, i: int) -> dict[str, Tensor]:
+        """What goes into the mean."""
+        return self.mentee.state_dict()
+
+    def combined(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The next shared model."""
+        return mean
+
+
+class FedKD(FML):
+    """Wu et al. 2022: as FML, weighted by how well both do, features compared too, updates truncated by their SVD."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared)
+        self.hidden = [
+            module_of(prepared, self.method.extras(c.arch)["hidden"]) for c in self.cards
+        ]
+        for hidden in self.hidden:  # a matrix: no bias
+            for name, parameter in hidden.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+                    parameter.requires_grad_(False)
+
+    def learn(self, i: int, model: nn.Module) -> None:
+        hidden = self.hidden[i]
+
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            t, s = model(x), self.mentee(x)
+            mentor, mentee = F.cross_entropy(t.logits, y), F.cross_entropy(s.logits, y)
+            apart = kl(t.logits, s.logits) + kl(s.logits, t.logits)
+            features = F.mse_loss(t.features, hidden(s.features).logits)
+            return mentor + mentee + (apart + features) / (mentor + mentee).detach()
+
+        self.fit(i, [model, self.mentee, hidden], loss_of)
+
+    def energy(self) -> float:
+        """Share kept of an update's energy."""
+        return 0.95 + 0.03 * min(1.0, self.done / max(1, self.federation.rounds - 1))
+
+    def sent(self, i: int) -> dict[str, Tensor]:
+        now = self.mentee.state_dict()
+        return {n: truncated(now[n] - t, self.energy()) for n, t in self.shared.items()}
+
+    def combined(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: t + truncated(mean[n], self.energy()) for n, t in self.shared.items()}
+
+
+def truncated(change: Tensor, energy: float) -> Tensor:
+    """The update as its first singular triples give it, as few as hold that share of its energy; vectors stay whole."""
+    if change.dim() < 2:
+        return change
+    flat = change.flatten(1)
+    u, s, v = torch.linalg.svd(flat, full_matrices=False)
+    share = s.square().cumsum(0) / s.square().sum().clamp(min=1e-30)
+    rank = int((share < energy).sum()) + 1
+    return ((u[:, :rank] * s[:rank]) @ v[:rank]).view_as(change)
+
+
+LOOPS: dict[str, type[Any]] = {"fd": FD, "fedproto": FedProto, "fml": FML, "fedkd": FedKD}

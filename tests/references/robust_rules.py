@@ -1,0 +1,93 @@
+"""The rules once more, in numpy and float64, straight from the papers: of vectors `[n, d]`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def median(v):
+    return np.median(v, axis=0)
+
+
+def trimmed_mean(v, f):
+    return np.array([np.mean(sorted(column)[f : len(column) - f]) for column in v.T])
+
+
+def krum_scores(v, f):
+    n = len(v)
+    return [
+        sum(sorted(((v[i] - v[j]) ** 2).sum() for j in range(n) if j != i)[: max(1, n - f - 2)])
+        for i in range(n)
+    ]
+
+
+def krum(v, f):
+    return v[int(np.argmin(krum_scores(v, f)))]
+
+
+def multi_krum(v, f):
+    order = np.argsort(krum_scores(v, f), kind="stable")[: len(v) - f]
+    return v[order].mean(0)
+
+
+def bulyan(v, f):
+    left, chosen = list(v), []
+    for _ in range(len(v) - 2 * f):
+        chosen.append(
+            left.pop(int(np.argmin(krum_scores(np.array(left), f))) if len(left) > 1 else 0)
+        )
+    made = []
+    for column in np.array(chosen).T:
+        near = sorted(column, key=lambda value: abs(value - np.median(column)))
+        made.append(np.mean(near[: len(chosen) - 2 * f]))
+    return np.array(made)
+
+
+def norm_bound(v, start, bound=None):
+    updates = v - start
+    norms = np.linalg.norm(updates, axis=1)
+    most = np.median(norms) if bound is None else bound
+    return start + np.mean(
+        [u * min(1.0, most / n) for u, n in zip(updates, norms, strict=True)], axis=0
+    )
+
+
+def fltrust(v, start, root):
+    own, updates = root - start, v - start
+    trust = [max(0.0, u @ own / (np.linalg.norm(u) * np.linalg.norm(own))) for u in updates]
+    scaled = [
+        t * np.linalg.norm(own) / np.linalg.norm(u) * u for t, u in zip(trust, updates, strict=True)
+    ]
+    return start + np.sum(scaled, axis=0) / sum(trust)
+
+
+def spectral(said, f):
+    left = [row.ravel() for row in said]
+    for _ in range(f):
+        centred = np.array(left) - np.mean(left, axis=0)
+        direction = np.linalg.svd(centred)[2][0]
+        left.pop(int(np.argmax(np.abs(centred @ direction))))
+    return np.mean(left, axis=0).reshape(said.shape[1:])
+
+
+def down_weight(said, rate, before):
+    middle = np.median(said, axis=0)
+    far = np.linalg.norm(said - middle, axis=2).mean(1)
+    score = before + np.maximum(0, far / np.median(far) - 1)
+    weights = np.exp(-rate * score)
+    return np.einsum("n,nij->ij", weights / weights.sum(), said), score
+
+
+def agreement(said, f):
+    n, rows, classes = said.shape
+    made = np.zeros((rows, classes))
+    for r in range(rows):
+        first = said[:, r].argmax(1)
+        weights = np.array([(first == first[i]).sum() - 1 for i in range(n)], dtype=float)
+        weights[weights < max(1, f)] = 0
+        norms = np.linalg.norm(said[:, r], axis=1)
+        heard = said[:, r] * np.minimum(1, np.median(norms) / norms)[:, None]
+        made[r] = (
+            weights @ heard / weights.sum() if weights.sum() else np.median(said[:, r], axis=0)
+        )
+    return made

@@ -1,0 +1,154 @@
+"""A comparison says what it is of: data, clients, rounds, command and methods."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hetero_fl
+from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.core.task import Task
+from hetero_fl.reporting.comparison.facts import about
+from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
+from hetero_fl.reporting.methods import described
+from hetero_fl.reporting.run_directory import RunDirectory
+from tests.helpers.run_directories import Case, write_run
+from tests.reporting.test_report import Page
+
+SCRIPT = str(Path(hetero_fl.__file__).parents[1] / "scripts" / "compare.py")
+
+
+def made(out: Path, clients: int = 6, **case: Any) -> list[dict[str, Any]]:
+    """Two finished runs, one that never finished, and a row of each that did."""
+    rows = []
+    for name in ("local", "fedmd"):
+        run = write_run(
+            out / "runs" / f"{name}-seed0", Case(algorithm=name, clients=clients, rounds=3, **case)
+        )
+        rows.append(comparison_row(run.summary()))
+    (out / "runs" / "hybrid-seed0").mkdir()
+    (out / "log.txt").write_text(
+        "2026-01-01 10:00:00  2 runs, 8 at a time\n2026-01-01 10:00:09  1/2 local seed 0\n"
+    )
+    return rows
+
+
+def test_facts_are_those_of_the_runs(tmp_path: Path) -> None:
+    rows = made(tmp_path)
+    found = about(tmp_path, rows)
+    facts = dict(found.facts)
+    assert facts["Data"].startswith("chest_xray: PneumoniaMNIST, CC BY 4.0. ")
+    assert facts["Data"].endswith(
+        " training rows, 624 in the global test set, 500 in the public proxy set."
+    )
+    assert facts["Clients"].startswith(
+        "6 clients, 2 models: 4 × cnn_bn_small (hospital_1, hospital_2, "
+    ) or facts["Clients"].startswith(
+        "6 clients, 3 models: 2 × cnn_bn_small (hospital_1, hospital_2); 2 × resnet18 (hospital_3, "
+    )
+    assert (facts["Rounds"], facts["Seeds"]) == ("3", "0")
+    assert found.jobs == 2, "no more than there are runs"
+    tested = [
+        r["test"]
+        for r in RunDirectory.open(tmp_path / "runs" / "local-seed0").details()["rows"].values()
+    ]
+    assert found.home.startswith(
+        f"Local test: n = {min(tested)} to {max(tested)} rows a client over all seeds."
+    )
+    assert (
+        f"hospital_{tested.index(min(tested)) + 1}" in facts["Local test rows"] and min(tested) < 20
+    )
+    assert not found.warning
+
+
+def test_many_clients_are_not_listed(tmp_path: Path) -> None:
+    facts = dict(about(tmp_path, made(tmp_path, clients=60)).facts)
+    assert (
+        "20 × resnet18 (clinic_003, clinic_004 … clinic_058)" in facts["Clients"]
+        and len(facts["Clients"]) < 300
+    )
+
+
+def test_generated_data_are_told(tmp_path: Path) -> None:
+    rows = made(tmp_path, simulated=True)
+    write_comparison(tmp_path, rows, title="t", note="", task=Task("multiclass", 2))
+    for name in ("report.html", "comparison.md"):
+        assert "Generated data stood in for the real set." in (tmp_path / name).read_text()
+
+
+def test_without_runs_and_log_it_says_what_the_rows_say(tmp_path: Path) -> None:
+    found = about(tmp_path, [{"algorithm": "local", "seed": 3}])
+    assert found.facts == (("Seeds", "3"),) and found.jobs is None and found.home == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ([SCRIPT, "--seeds", "0,1", "rounds=3"], "python scripts/compare.py --seeds 0,1 rounds=3"),
+        (["/usr/bin/hetero-fl", "compare", "--out", "runs/x"], "hetero-fl compare --out runs/x"),
+        (
+            [SCRIPT, "--out", "/far/away/x", "data.path=/far/y"],
+            "python scripts/compare.py --out x data.path=y",
+        ),
+        ([SCRIPT, f"--out={os.getcwd()}/runs/x"], "python scripts/compare.py --out=runs/x"),
+        (["/my/compare.py"], 'hetero_fl.compare(source, "local,fedmd", seeds=[0], out=…)'),
+        (
+            ["/usr/bin/hetero-fl", "train"],
+            'hetero_fl.compare(source, "local,fedmd", seeds=[0], out=…)',
+        ),
+    ],
+)
+def test_the_command_without_the_folders_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], command: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", line)
+    rows = [{"algorithm": name, "seed": 0} for name in ("local", "fedmd")]
+    assert about(tmp_path, rows).command == command
+
+
+def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Algorithm):
+        """Half of the clients
+        wait (Doe 2020).
+
+        More of it.
+        """
+
+    class Silent(Algorithm):
+        pass
+
+    monkeypatch.setattr(algorithm, "_known", {**algorithm._known, "mine": Mine, "silent": Silent})
+    found = {
+        name: told
+        for name, *told in described(["fedmd", "fedmd:temperature=2", "mine:a=1", "silent"])
+    }
+    assert list(found) == ["FedMD", "mine", "silent"]
+    assert (
+        found["mine"][:2] == ["", "Half of the clients wait (Doe 2020)."]
+        and found["silent"][1] == "It has no docstring."
+    )
+    assert (
+        found["FedMD"][0].startswith("Clients sent their predictions")
+        and "Li & Wang 2019" in found["FedMD"][1]
+    )
+    assert found["FedMD"][2] == "Read: after private training, as in the paper."
+
+
+def test_reports_show_it(tmp_path: Path) -> None:
+    write_comparison(tmp_path, made(tmp_path), title="t", note="", task=Task("multiclass", 2))
+    page = Page((tmp_path / "report.html").read_text())
+    rows = {row[0].strip(): row for row in page.cells}
+    assert rows["Rounds"][1].strip() == "3" and rows["Data"][1].startswith("chest_xray")
+    assert "hetero_fl.compare(" in rows["Made by"][1] and rows["Method"][-1].strip() == "Time"
+    assert "Seconds (2 runs at a time)" in page.text and "2 runs shared the machine" in page.text
+    assert "None" not in page.text and str(tmp_path) not in page.text
+    text = (tmp_path / "comparison.md").read_text()
+    assert (
+        "- **Clients:** 6 clients" in text
+        and "- **FedMD:** Clients sent" in text
+        and "Made by `" in text
+    )

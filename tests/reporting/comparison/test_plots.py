@@ -1,0 +1,124 @@
+"""The picture of a comparison: thirty methods are legible, nothing runs into anything else, every figure is the rows'."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.core.task import Task
+from hetero_fl.reporting.comparison.plots import draw
+from hetero_fl.reporting.formatting import algorithm_name
+from hetero_fl.reporting.methods import needs
+from hetero_fl.reporting.plots import style
+from tests.reporting.plots.test_layout import texts
+
+ALL = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+LONG = [
+    "local",
+    "hybrid",
+    "hybrid:distil_at=client:teacher=entropy:heads=take:rehearse=0.25",
+    "centralized",
+]
+
+
+def made(names: list[str], seeds: int, scale: float = 1.0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in range(seeds):
+        for place, name in enumerate(names):
+            row: dict[str, Any] = {
+                "algorithm": name,
+                "seed": seed,
+                "seconds_total": 4000.0 * scale + 60 * place,
+            }
+            for reading in ("personal", "global", "server"):
+                for metric in ("accuracy", "auroc", "balanced_accuracy", "mae", "r2"):
+                    row[f"{reading}_last_{metric}"] = float(rng.uniform(0.2, 1.0))
+            row |= {
+                "up_bytes": 0 if name == "local" else int(10 ** rng.uniform(3, 9)),
+                "down_bytes": 0,
+            }
+            rows.append(row)
+    return rows
+
+
+def panels(figure: Figure) -> dict[str, Axes]:
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(
+    "names", [ALL, LONG, ["local", "fedavg"]], ids=["all", "long names", "two"]
+)
+@pytest.mark.parametrize(
+    "task",
+    [Task("multiclass", 10), Task("multiclass", 2), Task("regression", 1)],
+    ids=lambda t: t.kind,
+)
+def test_nothing_overlaps(names: list[str], seeds: int, task: Task) -> None:
+    with style.drawing():
+        figure = draw(made(names, seeds), task, 2)
+    assert figure.get_figwidth() <= style.WIDTH and figure.get_figheight() < 11
+    shown = texts(figure)
+    turned = (
+        [t for t in panels(figure)["Needs"].get_xticklabels() if t.get_text()]
+        if "Needs" in panels(figure)
+        else []
+    )
+    assert all(t.get_fontsize() >= style.SMALLEST for t in [*shown, *turned])
+    boxes = [(t.get_text(), t.get_window_extent().padded(1)) for t in [*shown, *turned]]
+    for (first, a), (second, b) in combinations(boxes, 2):
+        assert not a.overlaps(b), (first, second)
+
+
+def test_every_method_has_its_line_and_its_needs() -> None:
+    with style.drawing():
+        found = panels(draw(made(ALL, 1), Task("multiclass", 10), 1))
+    assert list(found) == ["Accuracy", "Balanced\naccuracy", "AUROC", "Bytes", "Time", "Needs"]
+    labels = [t.get_text() for t in found["Accuracy"].get_yticklabels()]
+    assert sorted(labels) == sorted(map(algorithm_name, ALL)) and labels[-2:] == [
+        "Ensemble",
+        "Centralized",
+    ]
+    words = [t.get_text() for t in found["Needs"].get_xticklabels()]
+    dots = {
+        (labels[int(y)], words[int(x)], line.get_markerfacecolor() == "white")
+        for line in found["Needs"].lines
+        if line.get_marker() == "o"
+        for x, y in zip(*line.get_data(), strict=True)
+    }
+    assert dots == {
+        (algorithm_name(name), word, len(need) > 1)
+        for name in ALL
+        for need in needs(name)
+        for word in need
+    }
+    assert ("Hybrid", "proxy set", True) in dots and ("FedMD", "proxy set", False) in dots
+
+
+def test_the_line_to_beat_runs_through_all() -> None:
+    rows = made(["fedavg", "local"], 3)
+    with style.drawing():
+        figure = draw(rows, Task("multiclass", 10))
+    axes = panels(figure)["Accuracy"]
+    for reading in ("personal", "global"):
+        mean = np.mean(
+            [row[f"{reading}_last_accuracy"] for row in rows if row["algorithm"] == "local"]
+        )
+        drawn = [
+            line.get_xdata()
+            for line in axes.lines
+            if line.get_color() == style.READING_COLOURS[reading]
+        ]
+        assert [mean, mean] in [list(x) for x in drawn if len(x) == 2]
+    assert "Local, the line to beat" in [t.get_text() for t in figure.legends[0].get_texts()]
+    with style.drawing():
+        alone = draw([row for row in rows if row["algorithm"] != "local"], Task("multiclass", 10))
+    assert not any("beat" in t.get_text() for t in alone.legends[0].get_texts())

@@ -1,0 +1,416 @@
+"""Comparisons: the right columns, the right best, the right p-values, bounds apart."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hetero_fl.core.metrics import CLASSIFICATION, REGRESSION
+from hetero_fl.core.task import MANY, Task
+from hetero_fl.reporting.comparison.facts import ranked
+from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
+from hetero_fl.reporting.comparison.tables import latex, make_table, markdown
+from hetero_fl.reporting.run_directory import RunDirectory
+from tests.reporting.test_report import Page
+
+GUESSES = ("accuracy", "top3_accuracy", "perplexity")
+BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 14)
+VALUES = Task("regression", 1)
+LEVELS = {"local": 0.6, "fedavg": 0.65, "hybrid": 0.8, "centralized": 0.9, "ensemble": 0.85}
+MB = {"fedavg": 40e6, "hybrid": 50e6}
+
+
+def made(
+    algorithms: Sequence[str] = tuple(LEVELS),
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    metrics: Sequence[str] = CLASSIFICATION,
+) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in seeds:
+        for algorithm in algorithms:
+            row: dict[str, Any] = {"algorithm": algorithm, "seed": seed}
+            for reading in ("personal", "global"):
+                for moment in ("last", "best"):
+                    for metric in metrics:
+                        level = LEVELS[algorithm.split(":")[0]] + rng.normal(0, 0.02)
+                        error = metric in ("mae", "rmse", "loss")
+                        row[f"{reading}_{moment}_{metric}"] = 10 * (1 - level) if error else level
+            total = MB.get(algorithm.split(":")[0], 0.0)
+            rows.append(
+                row
+                | {"up_bytes": total / 4, "down_bytes": 3 * total / 4, "seconds_total": 30.0 + seed}
+            )
+    return rows
+
+
+def values(rows: list[dict[str, Any]], algorithm: str, key: str) -> list[float]:
+    return [row[key] for row in rows if row["algorithm"] == algorithm]
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "main"),
+    [
+        (BINARY, CLASSIFICATION, "global_last_balanced_accuracy"),
+        (TEN, CLASSIFICATION, "global_last_accuracy"),
+        (LABELS, CLASSIFICATION, "global_last_auroc"),
+        (VALUES, REGRESSION, "global_last_mae"),
+    ],
+)
+def test_means_spread_best_and_p(task: Task, metrics: Sequence[str], main: str) -> None:
+    rows = made(metrics=metrics)
+    table = make_table(rows, task, "last")
+    assert table.columns[0].key == main
+    assert [line.algorithm for line in table.lines] == [
+        "local",
+        "fedavg",
+        "hybrid",
+        "centralized",
+        "ensemble",
+    ]
+    for line in table.lines:
+        for column, cell in zip(table.columns, line.cells, strict=True):
+            found = values(rows, line.algorithm, column.key)
+            assert cell.mean == pytest.approx(np.mean(found)) and cell.deviation == pytest.approx(
+                np.std(found, ddof=1)
+            )
+            assert cell.best == (line.algorithm == "hybrid"), (
+                "the bounds are better, and never bold"
+            )
+    local, fedavg, hybrid, *bounds = table.lines
+    expected = stats.ttest_rel(values(rows, "local", main), values(rows, "hybrid", main)).pvalue
+    assert float(local.p.strip("<")) == pytest.approx(max(expected, 0.001), rel=0.05)
+    assert hybrid.p == "best" and fedavg.p not in ("", "best") and [b.p for b in bounds] == ["", ""]
+    assert [line.megabytes for line in table.lines] == ["0", "40.0", "50.0", "0", "0"]
+    assert {line.seconds for line in table.lines} == {"32.0"}
+
+
+def test_errors_are_best_when_small() -> None:
+    rows = made(["local", "fedavg"], metrics=REGRESSION)
+    table = make_table(rows, VALUES, "best")
+    by_metric = {
+        c.metric: [line.cells[i].best for line in table.lines] for i, c in enumerate(table.columns)
+    }
+    assert by_metric == {"mae": [False, True], "rmse": [False, True], "r2": [False, True]}
+
+
+def test_equal_figures_are_all_best() -> None:
+    rows = made(["local", "fedavg"], seeds=[0])
+    for row in rows:
+        row["global_last_auroc"] = 0.91234 if row["algorithm"] == "local" else 0.91235
+    column = make_table(rows, BINARY, "last")
+    assert [line.cells[1].best for line in column.lines] == [True, True]
+
+
+def test_one_seed_has_neither_spread_nor_p() -> None:
+    table = make_table(made(seeds=[7]), BINARY, "last")
+    assert not table.tested and "p" not in table.header and "one seed (7)" in table.caption
+    assert not any("±" in cell.text for line in table.lines for cell in line.cells)
+    assert "±" not in markdown(table) and "pm" not in latex(table, "x")
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [([0] * 5, "1"), ([-0.1] * 5, "<0.001"), ([-0.1, -0.2, -0.3, 0.1, 0.05], "0.30")],
+)
+def test_p_of_equal_and_of_constant_differences(shift: list[float], expected: str) -> None:
+    rows = made(["hybrid"])
+    rows += [dict(row, algorithm="local") for row in rows]
+    for row, change in zip(rows[5:], shift, strict=True):
+        row["global_last_balanced_accuracy"] = (
+            rows[row["seed"]]["global_last_balanced_accuracy"] + change
+        )
+    assert make_table(rows, BINARY, "last").lines[1].p == expected
+
+
+def test_pairs_are_by_seed_and_missing_seeds_are_told() -> None:
+    rows = made(["local", "hybrid"], seeds=range(6))
+    whole = make_table(rows, BINARY, "last")
+    assert make_table(rows[::-1], BINARY, "last").lines[::-1] == whole.lines
+    short = [row for row in rows if (row["algorithm"], row["seed"]) != ("local", 2)]
+    local = make_table(short, BINARY, "last").lines[0]
+    key = "global_last_balanced_accuracy"
+    kept = [s for s in values(rows, "hybrid", key) if s != values(rows, "hybrid", key)[2]]
+    assert local.name == "Local (5 of 6 seeds)"
+    expected = float(stats.ttest_rel(values(short, "local", key), kept).pvalue)
+    assert float(local.p.strip("<")) == pytest.approx(max(expected, 0.001), rel=0.05)
+    without = [row for row in rows if (row["algorithm"], row["seed"]) != ("hybrid", 1)]
+    kept = [s for s in values(rows, "local", key) if s != values(rows, "local", key)[1]]
+    expected = float(stats.ttest_rel(kept, values(without, "hybrid", key)).pvalue)
+    p = make_table(without, BINARY, "last").lines[0].p
+    assert float(p.strip("<")) == pytest.approx(max(expected, 0.001), rel=0.05), (
+        "the best may lack a seed too"
+    )
+    single = [row for row in rows if row["algorithm"] == "hybrid" or row["seed"] == 0]
+    assert make_table(single, BINARY, "last").lines[0].p == "–"
+
+
+def test_p_of_fewer_than_five_seeds_is_no_finding() -> None:
+    four, five = (make_table(made(seeds=range(n)), BINARY, "last") for n in (4, 5))
+    assert [line.p for line in four.lines] == ["–", "–", "best", "", ""]
+    assert "fewer than five seeds" in four.caption and "t-test" not in four.caption
+    assert (
+        "–" not in [line.p for line in five.lines]
+        and "t-test" in five.caption
+        and "fewer" not in five.caption
+    )
+
+
+@pytest.mark.parametrize(
+    ("jobs", "header", "words"),
+    [
+        (1, "Seconds", "one run at a time."),
+        (
+            2,
+            "Seconds (2 runs at a time)",
+            "2 runs shared the machine, so they are no measure of speed.",
+        ),
+        (None, "Seconds", "runs may have shared the machine, so they are no measure of speed."),
+    ],
+)
+def test_seconds_say_what_shared_the_machine(jobs: int | None, header: str, words: str) -> None:
+    table = make_table(made(), BINARY, "last", jobs)
+    assert table.header[-2:] == [header, "Needs"] and table.caption.endswith(words)
+
+
+def test_columns_without_a_value_are_left_out_and_others_marked() -> None:
+    rows = made(["local", "hybrid"])
+    for row in rows:
+        row["personal_last_accuracy_worst"] = None
+        row["global_last_auroc"] = None
+        if row["algorithm"] == "hybrid":
+            row["server_last_balanced_accuracy"] = 0.5
+    table = make_table(rows, BINARY, "last")
+    assert [c.title for c in table.columns] == [
+        "Global test balanced accuracy",
+        "Global test accuracy",
+        "Local test balanced accuracy",
+        "Local test AUROC",
+        "Local test accuracy",
+        "Server's balanced accuracy",
+    ]
+    assert [line.cells[-1].text for line in table.lines] == ["–", "50.0 ± 0.0"]
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "shown", "worst"),
+    [
+        (BINARY, CLASSIFICATION, ["balanced_accuracy", "auroc", "accuracy"], "accuracy"),
+        (TEN, CLASSIFICATION, ["accuracy", "balanced_accuracy", "auroc"], "accuracy"),
+        (LABELS, CLASSIFICATION, ["auroc", "average_precision", "balanced_accuracy"], "auroc"),
+        (VALUES, REGRESSION, ["mae", "rmse", "r2"], "mae"),
+        (Task("multiclass", 2, rare=1), CLASSIFICATION, ["auroc", "average_precision"], "auroc"),
+        (Task("multiclass", MANY), GUESSES, list(GUESSES), "accuracy"),
+    ],
+)
+def test_columns_have_the_same_metrics_on_both_test_sets(
+    task: Task, metrics: Sequence[str], shown: list[str], worst: str
+) -> None:
+    rows = made(["local", "hybrid"], metrics=metrics)
+    for row in rows:
+        row[f"personal_last_{worst}_worst"] = 0.5
+
+    table = make_table(rows, task, "last")
+
+    keys = [f"{reading}_last_{metric}" for reading in ("global", "personal") for metric in shown]
+    assert [column.key for column in table.columns] == [*keys, f"personal_last_{worst}_worst"]
+    (globally, first), (locally, second) = table.groups
+    assert (globally, locally) == ("Global test", "Local test")
+    assert second[:-1] == first and second[-1].startswith("Worst client's")
+
+
+def test_markdown_sets_bounds_apart() -> None:
+    lines = markdown(make_table(made(), BINARY, "last")).splitlines()
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    assert [row[0] for row in cells[2:]] == [
+        "Local",
+        "FedAvg",
+        "Hybrid",
+        "*Bounds*",
+        "Centralized",
+        "Ensemble",
+    ]
+    assert re.fullmatch(r"\*\*\d\d\.\d ± \d\.\d\*\*", cells[4][1])
+    assert "**" not in lines[2] + lines[6] + lines[7]
+
+
+def test_latex_is_balanced_and_escaped() -> None:
+    rows = made(["local", "hybrid:keep_heads=no&yes", "centralized"], metrics=CLASSIFICATION)
+    text = latex(make_table(rows, BINARY, "last"), "x")
+    body = text.split("\\toprule")[1].split("\\bottomrule")[0]
+    groups, *rows_of_table = [line for line in body.splitlines() if line.endswith("\\\\")]
+    columns = re.search(r"\{tabular\}\{(lr*l)\}", text)
+    assert columns is not None
+    assert {len(re.split(r"(?<!\\)&", line)) for line in rows_of_table} == {len(columns[1])}
+    assert "\\multicolumn{3}{c}{Global test} & \\multicolumn{3}{c}{Local test}" in groups
+    assert "\\cmidrule(lr){2-4} \\cmidrule(lr){5-7}" in body
+    assert "Hybrid (keep\\_heads = no\\&yes)" in text and "\\midrule" in body.split("Hybrid")[1]
+    assert re.search(r"\\textbf\{\d\d\.\d \$\\pm\$ \d\.\d\}", text) and "10$^6$" in text
+    assert text.count("{") == text.count("}") and all(ord(c) < 128 for c in text)
+
+
+def test_files_of_a_comparison(tmp_path: Path) -> None:
+    rows = made()
+    rows[0]["server_last_accuracy"] = None
+    rows[0]["personal_last_accuracy_worst"] = 0.5
+    write_comparison(tmp_path / "out", rows, title="Two & <three>", note="A note.", task=BINARY)
+    names = {"comparison.csv", "comparison.md", "comparison.tex", "comparison.png", "report.html"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    with open(tmp_path / "out" / "comparison.csv", newline="") as file:
+        reader = csv.DictReader(file)
+        found = list(reader)
+    metrics = [
+        f"{r}_{m}_{k}"
+        for r in ("personal", "global", "server")
+        for m in ("last", "best")
+        for k in CLASSIFICATION
+    ]
+    assert reader.fieldnames == [
+        "algorithm",
+        "seed",
+        *metrics,
+        "up_bytes",
+        "down_bytes",
+        "seconds_total",
+        "personal_last_accuracy_worst",
+    ]
+    assert [(r["algorithm"], r["seed"]) for r in found] == [
+        (r["algorithm"], str(r["seed"])) for r in rows
+    ]
+    assert all(
+        float(f["global_last_auroc"]) == r["global_last_auroc"]
+        for f, r in zip(found, rows, strict=True)
+    )
+    assert found[0]["server_last_accuracy"] == "" and found[1]["server_best_loss"] == ""
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert (
+        text.startswith("# Two & <three>\n\nA note.\n\n- **Seeds:** 0, 1, 2, 3, 4\n")
+        and "\n\n## Last round" in text
+        and "## Round selected by validation" in text
+    )
+    assert (tmp_path / "out" / "comparison.tex").read_text().count("\\end{table}") == 2
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert "Two & <three>" in page.text and "A note." in page.text and "bounds" in page.text
+    assert sum(tag == "b" for tag, _ in page.attributes) == 2 * 7 - 1 + 1, (
+        "one best in each column, and a caption"
+    )
+    assert len([row for row in page.cells if row[0].startswith("Hybrid ")]) == 2 + 5
+    assert page.text.count("needs proxy set or one architecture") == 1, (
+        "said once, in the first table"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithms", "seeds", "task", "metrics"),
+    [
+        (["local"], [0], BINARY, CLASSIFICATION),
+        (["centralized", "ensemble"], [0, 1], TEN, CLASSIFICATION),
+        (
+            ["hybrid", "hybrid:a=1:b=a_very_long_value:c=another_long_value"],
+            [0, 1],
+            LABELS,
+            CLASSIFICATION,
+        ),
+        (["local", "fedavg"], [3], VALUES, REGRESSION),
+    ],
+)
+def test_small_comparisons(
+    tmp_path: Path, algorithms: list[str], seeds: list[int], task: Task, metrics: Sequence[str]
+) -> None:
+    write_comparison(tmp_path, made(algorithms, seeds, metrics), title="t", note="", task=task)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "None" not in page.text and "nan" not in page.text
+
+
+def test_no_rows_is_a_mistake_of_the_program(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one run"):
+        write_comparison(tmp_path / "out", [], title="t", note="", task=BINARY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_from_a_summary(made_run: Callable[..., RunDirectory]) -> None:
+    summary = made_run(rounds=4, server=False).summary()
+    row = comparison_row(summary)
+    assert row["algorithm"] == "hybrid" and row["seed"] == 0
+    assert row["global_best_auroc"] == summary["global"]["best_by_validation"]["auroc"]
+    assert row["personal_last_accuracy_worst"] == summary["personal"]["last"]["accuracy_worst"]
+    assert row["up_bytes"] + row["down_bytes"] == 2_880_000 and row[
+        "seconds_total"
+    ] == pytest.approx(10.8)
+    assert not any(
+        key.startswith("server") or key.endswith(("round", "_std", "_undefined")) for key in row
+    )
+    assert not any(key.startswith("global") and key.endswith("_worst") for key in row)
+
+
+def test_what_is_worse_than_the_line_to_beat_is_marked() -> None:
+    rows = made(["fedavg", "local", "hybrid", "ensemble"], seeds=[0, 1])
+    for row in rows:
+        row["global_last_auroc"] = {
+            "fedavg": 0.5,
+            "local": 0.6,
+            "hybrid": 0.60004,
+            "ensemble": 0.1,
+        }[row["algorithm"]]
+    table = make_table(rows, BINARY, "last")
+    assert [line.cells[1].below for line in table.lines] == [True, False, False, False], (
+        "printed alike, and the bounds"
+    )
+    assert "↓ worse than Local." in table.caption
+    assert "| 50.0 ± 0.0 ↓ |" in markdown(table) and "50.0 $\\pm$ 0.0 $\\downarrow$" in latex(
+        table, "x"
+    )
+    errors = make_table(made(["local", "fedavg"], metrics=REGRESSION), VALUES, "last")
+    assert not any(cell.below for line in errors.lines for cell in line.cells), (
+        "FedAvg's errors are smaller"
+    )
+    without = make_table([row for row in rows if row["algorithm"] != "local"], BINARY, "last")
+    assert (
+        not any(cell.below for line in without.lines for cell in line.cells)
+        and "↓" not in without.caption
+    )
+
+
+def test_needs_are_those_of_the_classes_with_their_settings() -> None:
+    rows = made(["local", "hybrid", "ensemble"], seeds=[0])
+    rows += [dict(rows[0], algorithm=name) for name in ("ds_fl:bits=1", "python:no.such:Thing")]
+    found = {line.algorithm: line.needs for line in make_table(rows, BINARY, "last").lines}
+    assert found["local"] == "–" and found["hybrid"] == "proxy set or one architecture"
+    assert found["ensemble"] == "all in one place, single uploads"
+    assert (
+        found["ds_fl:bits=1"] == "proxy set, single uploads"
+        and found["python:no.such:Thing"] == "–"
+    )
+
+
+def test_the_best_comes_first() -> None:
+    rows = made(["fedavg", "centralized", "hybrid", "local"], seeds=[0, 1])
+    assert [row["algorithm"] for row in ranked(rows, TEN)] == [
+        name for name in ("centralized", "hybrid", "fedavg", "local") for _ in (0, 1)
+    ]
+    errors = made(["fedavg", "hybrid", "local"], seeds=[0], metrics=REGRESSION)
+    errors[0]["global_last_mae"] = None
+    assert [row["algorithm"] for row in ranked(errors, VALUES)] == ["hybrid", "local", "fedavg"]
+
+
+def test_what_is_missing_is_told_with_the_reason(tmp_path: Path) -> None:
+    why = {
+        "FedGKT": "needs clients that share features",
+        "FedMD, seed 1": "it failed: no proxy set",
+    }
+    write_comparison(tmp_path, made(["local"], [0]), title="t", note="", task=TEN, missing=why)
+    page = Page((tmp_path / "report.html").read_text())
+    rows = {row[0].strip(): row for row in page.cells}
+    for name, reason in why.items():
+        assert rows[f"Without {name}"][1].strip() == reason
+        assert f"- **Without {name}:** {reason}" in (tmp_path / "comparison.md").read_text()

@@ -1,0 +1,69 @@
+"""Truth and forecast over time: what is drawn, for whom, and where there is nothing to draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.dates import num2date
+
+from hetero_fl.reporting.plots import style
+from hetero_fl.reporting.plots.scores import FORECAST_PANELS, forecasts
+
+BEGIN = 1_672_531_200  # 1 January 2023
+
+
+def made(
+    clients: int = 2, begin: int = BEGIN, rules: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    time = (begin + 3600 * np.arange(48)).tolist()
+    near, far = [float(i % 24) for i in range(48)], [float(i % 24) + 5 for i in range(48)]
+    said = {"close": [near, [v + 1 for v in near]], "wide": [near, far]} if rules else {}
+    found = {
+        "time": time,
+        "truth": [far, near],
+        "predicted": [far, [v + 2 for v in near]],
+        "baselines": said,
+    }
+    ids = [f"c{i}" for i in range(clients)]
+    details = {"forecast": dict.fromkeys(ids, found), "labels": ["1 h", "6 h"], "unit": "cars"}
+    return {"clients": [{"id": i} for i in ids]}, details
+
+
+def test_the_furthest_output_and_the_nearest_rule() -> None:
+    with style.drawing():
+        figure = forecasts(*made())
+    assert figure is not None and len(figure.axes) == 2
+    truth, forecast, rule = (line.get_ydata() for line in figure.axes[0].lines)
+    assert np.allclose(forecast, np.asarray(truth) + 2) and np.allclose(rule, np.asarray(truth) + 1)
+    assert (
+        figure.axes[0].get_title("left") == "c0, 6 h: mean absolute error here 2.00, “close” 1.00"
+    )
+    assert (
+        num2date(figure.axes[0].lines[0].get_xdata(orig=False)[0]).strftime("%Y-%m-%d")
+        == "2023-01-01"
+    )
+    assert figure.get_supylabel() == "cars"
+
+
+def test_counts_are_no_dates_and_rules_may_be_absent() -> None:
+    with style.drawing():
+        figure = forecasts(*made(begin=0, rules=False))
+    assert figure is not None and len(figure.axes[0].lines) == 2
+    assert figure.axes[0].lines[0].get_xdata()[1] == 3600
+
+
+def test_many_clients_and_none() -> None:
+    with style.drawing():
+        figure = forecasts(*made(clients=30))
+    assert figure is not None and len(figure.axes) == FORECAST_PANELS
+    summary, details = made()
+    assert forecasts(summary, {**details, "forecast": {}}) is None
+    assert forecasts(summary, {"labels": ["load"]}) is None
+
+
+def test_times_beyond_the_calendar_are_counts() -> None:
+    with style.drawing():
+        figure = forecasts(*made(begin=1_672_531_200_000_000_000))
+        assert figure is not None
+        style.png(figure)

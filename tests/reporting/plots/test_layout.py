@@ -1,0 +1,114 @@
+"""Nothing in a picture runs into anything else or is too small to read, whatever the federation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from hetero_fl.reporting.plots import clients as client_plots
+from hetero_fl.reporting.plots import rounds, scores, style
+from hetero_fl.reporting.run_directory import RunDirectory
+
+LONG = "university_hospital_of_north_rhine_"
+
+
+def named(run: RunDirectory) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The run's files, with long names for clients and classes."""
+    content = json.dumps([run.summary(), run.metrics(), run.details()])
+    content = content.replace('"hospital_', f'"{LONG}').replace('"clinic_', f'"{LONG}')
+    content = content.replace('"normal"', '"no finding whatsoever"').replace(
+        '"pneumonia"', '"bacterial pneumonia"'
+    )
+    summary, records, details = json.loads(content)
+    return summary, records, details
+
+
+def texts(figure: Figure) -> list[Text]:
+    """What is written and seen. Turned labels are left out: their boxes overlap where they do not."""
+    with style.drawing():
+        figure.canvas.draw()
+    found = [
+        t
+        for t in figure.findobj(Text)
+        if isinstance(t, Text) and t.get_visible() and t.get_text().strip()
+    ]
+    hidden = [t for axes in figure.axes if not axes.get_visible() for t in axes.findobj(Text)]
+    ticks = [t for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for t in _outside(axis)]
+    return [t for t in found if t not in hidden and t not in ticks and t.get_rotation() % 180 == 0]
+
+
+def _outside(axis: Any) -> list[Text]:
+    """Labels of ticks that are not drawn, since they lie beyond the axis."""
+    drawn = axis._update_ticks()
+    return [
+        t
+        for tick in [*axis.majorTicks, *axis.minorTicks]
+        if tick not in drawn
+        for t in (tick.label1, tick.label2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+@pytest.mark.parametrize("clients", [6, 20, 60])
+@pytest.mark.parametrize(
+    ("classes", "kind"), [(2, "binary"), (10, "multiclass")], ids=["two", "ten"]
+)
+def test_nothing_overlaps(
+    made_run: Callable[..., RunDirectory], clients: int, classes: int, kind: str, long: bool
+) -> None:
+    run = made_run(clients=clients, classes=classes, kind=kind, rounds=1 if long else 12)
+    summary, records, details = (
+        named(run) if long else (run.summary(), run.metrics(), run.details())
+    )
+    with style.drawing():
+        figures = {
+            "curves": rounds.curves(summary, records, details),
+            "clients": client_plots.clients(summary, details),
+            "labels": client_plots.labels(summary, details),
+            "communication": rounds.communication(summary, records, details),
+            "confusion": scores.confusion(summary, details),
+            "calibration": scores.calibration(summary, details),
+        }
+    for name, figure in figures.items():
+        assert figure is not None and figure.get_figwidth() <= style.WIDTH
+        shown = texts(figure)
+        assert all(t.get_fontsize() >= style.SMALLEST for t in shown), name
+        boxes = [(t.get_text(), t.get_window_extent().padded(-1.5)) for t in shown]
+        if name == "confusion":
+            (bar,) = (axes for axes in figure.axes if not axes.images and axes.get_visible())
+            boxes.append(("the colour bar", bar.get_window_extent()))
+        for (first, a), (second, b) in combinations(boxes, 2):
+            assert not a.overlaps(b), (name, first, second)
+
+
+def test_headings_of_six_confusion_matrices_stand_apart(
+    made_run: Callable[..., RunDirectory],
+) -> None:
+    run = made_run(clients=6, classes=2, kind="binary", rounds=1)
+    details = run.details()
+    details["rows"] = {client: {**rows, "test": 100} for client, rows in details["rows"].items()}
+    with style.drawing():
+        figure = scores.confusion(run.summary(), details)
+
+    assert figure is not None
+    texts(figure)
+    headings = [
+        axes.title.get_window_extent() for axes in figure.axes if axes.get_title(loc="center")
+    ]
+
+    assert len(headings) == 6
+    gaps = [right.x0 - left.x1 for left, right in pairwise(headings)]
+    assert min(gaps) > 0.1 * figure.dpi
+
+
+def test_names_of_one_family_stay_apart() -> None:
+    short = [style.shorten(f"{LONG}{k}") for k in range(3)]
+    assert len(set(short)) == 3 and max(map(len, short)) == 18
+    assert style.shorten("hospital_1") == "hospital_1"

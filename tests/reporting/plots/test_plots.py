@@ -1,0 +1,369 @@
+"""Every picture of every kind of run is drawn without a warning, and shows the numbers of the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
+
+from hetero_fl.reporting import report_text
+from hetero_fl.reporting.formatting import METRICS, sentence
+from hetero_fl.reporting.plots import clients, style, write_plots
+from hetero_fl.reporting.plots import rounds as round_plots
+from hetero_fl.reporting.plots import scores as score_plots
+from hetero_fl.reporting.report import write_report
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.errors import UserError
+
+MakeRun = Callable[..., RunDirectory]
+ALL = ["curves", "clients", "labels", "communication", "confusion", "calibration"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ({"failures": True}, ALL),
+        (
+            {"clients": 2, "rounds": 1, "proxy": 0, "server": False, "exchange": False},
+            [*ALL[:3], *ALL[4:]],
+        ),
+        ({"kind": "regression", "proxy": 0, "server": False}, ALL[:4]),
+        ({"kind": "regression", "clients": 60, "rounds": 2}, ALL[:4]),
+        ({"kind": "multiclass", "classes": 10, "clients": 60, "every": 5, "server": False}, ALL),
+        ({"kind": "multilabel", "classes": 14, "clients": 8, "rounds": 2}, ALL),
+        ({"home": False, "clients": 3}, ALL),
+        ({"common": False, "server": False, "clients": 14}, ALL),
+        ({"clients": 600, "rounds": 3, "kind": "multiclass", "classes": 30}, ALL),
+        ({"clients": 600, "rounds": 3}, ALL),
+        ({"clients": 1, "rounds": 2}, ALL),
+    ],
+    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else "",
+)
+def test_every_kind_of_run(made_run: MakeRun, case: dict[str, Any], names: list[str]) -> None:
+    run, before = made_run(**case), dict(rcParams)
+    paths = write_plots(run.path)
+    assert paths == [run.path / "plots" / f"{name}.png" for name in names]
+    for path in paths:
+        content = path.read_bytes()
+        width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+        assert content.startswith(b"\x89PNG") and width <= 2300 and 400 <= height <= 4000, (
+            path.name,
+            width,
+            height,
+        )
+    assert dict(rcParams) == before, "matplotlib's settings are the user's"
+
+
+@pytest.mark.slow
+def test_pictures_repeat_byte_for_byte(made_run: MakeRun) -> None:
+    run = made_run(rounds=3)
+    first = [path.read_bytes() for path in write_plots(run.path)]
+    assert [path.read_bytes() for path in write_plots(run.path)] == first
+
+
+def test_an_unfinished_run_has_no_pictures(made_run: MakeRun) -> None:
+    run = made_run(rounds=1)
+    (run.path / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"summary.json"):
+        write_plots(run.path)
+    assert not run.plots.exists()
+
+
+@pytest.mark.slow
+def test_picture_that_cannot_be_drawn_is_reported_and_left_out(
+    made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = made_run(rounds=1), list[str]()
+
+    def fails(*content: Any) -> Figure:
+        raise OverflowError("cannot convert\nfloat infinity to integer")
+
+    monkeypatch.setattr(clients, "clients", fails)
+
+    paths = write_plots(run.path, said.append)
+
+    assert [path.stem for path in paths] == [name for name in ALL if name != "clients"]
+    assert said == [
+        "the picture 'clients' cannot be drawn: OverflowError: cannot convert float infinity to integer"
+    ]
+    with pytest.raises(OverflowError):
+        write_plots(run.path)
+
+
+@pytest.mark.slow
+def test_report_that_cannot_be_made_is_reported(
+    made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = made_run(rounds=1), list[str]()
+    monkeypatch.setattr(report_text, "story", lambda *content: 1 / 0)
+
+    write_report(run.path, said.append)
+
+    assert said == ["the report cannot be written: ZeroDivisionError: division by zero"]
+    assert not (run.path / "report.html").exists()
+    with pytest.raises(ZeroDivisionError):
+        write_report(run.path)
+
+
+def drawn(make: Callable[..., Figure | None], *content: Any) -> Figure:
+    with style.drawing():
+        made = make(*content)
+    assert made is not None
+    return made
+
+
+def lines(figure: Figure, panel: int, colour: str) -> list[np.ndarray]:
+    """The data of a panel's lines of that colour: curve, last round."""
+    found = [line for line in figure.axes[panel].lines if line.get_color() == colour]
+    return [np.array(line.get_data()) for line in found]
+
+
+def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None:
+    run = made_run(every=5, rounds=12)
+    summary, records = run.summary(), run.metrics()
+    figure = drawn(round_plots.curves, summary, records, run.details())
+    read = [r for r in records if "global" in r]
+    curve, last = lines(figure, 0, style.READING_COLOURS["global"])[:2]
+    assert curve[0].tolist() == [5, 10, 12]
+    assert curve[1].tolist() == [r["global"]["balanced_accuracy"] for r in read]
+    assert last.ravel().tolist() == [12, summary["global"]["last"]["balanced_accuracy"]]
+    best = summary["server"]["best_by_validation"]
+    chosen = [line for line in figure.axes[1].lines if line.get_marker() == "D"]
+    marked = {
+        line.get_markeredgecolor(): np.array(line.get_data()).ravel().tolist() for line in chosen
+    }
+    assert marked[style.READING_COLOURS["server"]] == [best["round"], best["auroc"]]
+    assert len(marked) == 3
+    band = figure.axes[0].collections[1].get_paths()[0].vertices
+    scores = read[0]["global"]
+    low, high = (
+        scores["balanced_accuracy"] + sign * scores["balanced_accuracy_std"] for sign in (-1, 1)
+    )
+    assert {round(float(y), 9) for x, y in band if x == 5} == {round(low, 9), round(high, 9)}
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7])
+def test_ticks_of_rounds_are_whole_numbers(made_run: MakeRun, rounds: int) -> None:
+    run = made_run(rounds=rounds)
+    for axes in drawn(round_plots.curves, run.summary(), run.metrics(), run.details()).axes:
+        ticks = axes.get_xticks()
+        assert len(ticks) and all(float(tick).is_integer() for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "name"), [("binary", 2, "balanced_accuracy"), ("multilabel", 14, "auroc")]
+)
+def test_the_first_picture_is_of_the_selection_metric(
+    made_run: MakeRun, kind: str, classes: int, name: str
+) -> None:
+    run = made_run(kind=kind, classes=classes, rounds=2)
+    summary, records, details = run.summary(), run.metrics(), run.details()
+    panel = drawn(round_plots.curves, summary, records, details).axes[0]
+    assert panel.get_title(loc="left") == sentence(METRICS[name])
+    against = drawn(round_plots.communication, summary, records, details)
+    shown = lines(against, 0, style.READING_COLOURS["personal"])[0][1]
+    assert shown.tolist() == [r["personal"][name] for r in records]
+
+
+def test_curves_leave_out_undefined_rounds(made_run: MakeRun) -> None:
+    run = made_run(rounds=4, server=False)
+    summary, records = run.summary(), run.metrics()
+    records[1]["global"]["auroc"] = None
+    for record in records:
+        record["personal"]["auroc"] = None
+    figure = drawn(round_plots.curves, summary, records, run.details())
+    assert lines(figure, 1, style.READING_COLOURS["global"])[0][0].tolist() == [1, 3, 4]
+    assert not lines(figure, 1, style.READING_COLOURS["personal"])
+    for record in records:
+        record["global"]["auroc"] = None
+    (words,) = drawn(round_plots.curves, summary, records, run.details()).axes[1].texts
+    assert words.get_text().startswith("undefined")
+
+
+def test_bytes_are_summed_over_all_rounds(made_run: MakeRun) -> None:
+    run = made_run(every=5, rounds=12)
+    figure = drawn(round_plots.communication, run.summary(), run.metrics(), run.details())
+    curve = lines(figure, 0, style.READING_COLOURS["personal"])[0]
+    assert curve[0] == pytest.approx([0.72 * r for r in (5, 10, 12)])
+    assert "(MB)" in figure.axes[0].get_xlabel()
+
+
+def test_clients_at_home_and_in_common(made_run: MakeRun) -> None:
+    run = made_run(clients=6)
+    summary, details = run.summary(), run.details()
+    summary["clients"][2]["personal"] = None
+    for client, rows in details["rows"].items():
+        rows["test"] = {"hospital_4": 19, "hospital_5": 20}.get(client, 60)
+    figure = drawn(clients.clients, summary, details)
+    named = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert named[2:5] == ["hospital_3 (n = 60)", "hospital_4 (n = 19)", "hospital_5 (n = 20)"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Balanced accuracy", "Accuracy"]
+    home, hollow = lines(figure, 0, style.READING_COLOURS["personal"])
+    assert (
+        np.isnan(home[0][2])
+        and home[0][3] == summary["clients"][3]["personal"]["balanced_accuracy"]
+    )
+    assert hollow.tolist() == [[home[0][3]], [3]], "19 rows are few, 20 are not"
+    assert [text.get_text() for text in figure.legends[0].texts][2:] == [
+        "uncertain: n < 20 local test rows"
+    ]
+
+
+def test_many_clients_are_points_and_few_rows_hollow(made_run: MakeRun) -> None:
+    run = made_run(clients=50)
+    details = run.details()
+    for k, rows in enumerate(details["rows"].values()):
+        rows["test"] = 7 if k < 5 else 30
+    figure = drawn(clients.clients, run.summary(), details)
+    full, hollow = (
+        sum(
+            len(c.get_offsets())
+            for c in figure.axes[0].collections
+            if (len(c.get_facecolor()) > 0) == filled
+        )
+        for filled in (True, False)
+    )
+    assert (full, hollow) == (45, 5) and figure.axes[0].get_xlabel() == "local test (n = 7 to 30)"
+
+
+def test_labels_show_every_count(made_run: MakeRun) -> None:
+    run = made_run(clients=4)
+    details = run.details()
+    bars = [
+        bar.get_width() for bar in drawn(clients.labels, run.summary(), details).axes[0].patches
+    ]
+    assert bars == [counts[c] for c in (0, 1) for counts in details["label_counts"].values()]
+
+
+def test_labels_of_many_clients_are_shares(made_run: MakeRun) -> None:
+    run = made_run(clients=41)
+    figure = drawn(clients.labels, run.summary(), run.details())
+    first, second = (patch for patch in figure.axes[0].patches if isinstance(patch, StepPatch))
+    shares = np.array([c[0] / sum(c) for c in run.details()["label_counts"].values()])
+    assert first.get_data().values == pytest.approx(np.sort(shares))
+    assert second.get_data().values == pytest.approx(np.ones(41))
+
+
+def test_of_many_labels_the_most_frequent_are_shown(made_run: MakeRun) -> None:
+    run = made_run(clients=5, kind="multiclass", classes=30)
+    details = run.details()
+    counts = np.array(list(details["label_counts"].values()))
+    axes = drawn(clients.labels, run.summary(), details).axes[0]
+    (image,) = axes.images
+    most = np.argsort(-counts.sum(0), kind="stable")[:20]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [details["labels"][c] for c in most]
+    assert axes.get_title(loc="left") == "The 20 most frequent of 30 labels"
+    share = counts / counts.sum(1, keepdims=True)  # of all that a client has, whatever is shown
+    assert np.sort(np.asarray(image.get_array()).sum(0)) == pytest.approx(
+        np.sort(share[:, most].sum(1))
+    )
+
+
+def test_bubbles_are_as_large_as_counts(made_run: MakeRun) -> None:
+    run = made_run(clients=5, kind="multiclass", classes=10)
+    counts = np.array(list(run.details()["label_counts"].values()))
+    (bubbles,) = drawn(clients.labels, run.summary(), run.details()).axes[0].collections
+    areas = bubbles.get_sizes()
+    assert areas / areas.max() == pytest.approx(counts[counts > 0] / counts.max())
+
+
+def test_regression_shows_rows(made_run: MakeRun) -> None:
+    run = made_run(kind="regression", clients=3)
+    bars = [
+        bar.get_width()
+        for bar in drawn(clients.labels, run.summary(), run.details()).axes[0].patches
+    ]
+    assert bars == [
+        rows[part]
+        for part in ("train", "validation", "test")
+        for rows in run.details()["rows"].values()
+    ]
+
+
+def images(figure: Figure) -> list[np.ndarray]:
+    """What the panels show; the colour bar has no image."""
+    return [np.array(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+
+
+def test_confusion_rows_are_shares_of_the_truth(made_run: MakeRun) -> None:
+    run = made_run(clients=2)
+    details = run.details()
+    details["confusion"]["hospital_1"] = {"personal": [[3, 1], [0, 0]], "global": [[8, 2], [5, 15]]}
+    del details["confusion"]["hospital_2"]["personal"]
+    shown = images(drawn(score_plots.confusion, run.summary(), details))
+    assert shown[0].tolist() == [[0.75, 0.25], [0, 0]]
+    assert shown[1].tolist() == [[0, 0], [0, 0]]
+    assert shown[2].tolist() == [[0.8, 0.2], [0.25, 0.75]]
+
+
+def test_confusion_has_one_order_of_clients_and_classes_and_one_scale(made_run: MakeRun) -> None:
+    run = made_run(kind="multiclass", classes=10)
+    summary, details = run.summary(), run.details()
+    details["confusion"] = dict(reversed(details["confusion"].items()))
+    figure = drawn(score_plots.confusion, summary, details)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert {axes.images[0].get_clim() for axes in panels} == {(0.0, 1.0)}
+    assert len([axes for axes in figure.axes if not axes.images]) == 1, "one colour bar"
+    tested = {i: rows["test"] for i, rows in details["rows"].items()}
+    titles = [axes.get_title(loc="center") for axes in panels if axes.get_title(loc="center")]
+    assert titles == [f"{c['id']}\nlocal test n = {tested[c['id']]}" for c in summary["clients"]]
+    assert [t.get_text() for t in panels[0].get_yticklabels()] == details["labels"]
+    assert [t.get_text() for t in panels[-1].get_xticklabels()] == details["labels"]
+    matrix = np.array(details["confusion"]["hospital_4"]["global"], dtype=float)
+    assert images(figure)[9] == pytest.approx(matrix / matrix.sum(1, keepdims=True))
+
+
+def test_many_clients_are_summed_and_the_weakest_follow(made_run: MakeRun) -> None:
+    run = made_run(clients=20)
+    summary, details = run.summary(), run.details()
+    figure = drawn(score_plots.confusion, summary, details)
+    titles = [axes.get_title(loc="center") for axes in figure.axes if axes.images]
+    ranked = sorted(summary["clients"], key=lambda c: c["global"]["balanced_accuracy"])
+    assert titles == ["all clients", *(c["id"] for c in ranked[:11])]
+    total = np.sum([m["global"] for m in details["confusion"].values()], axis=0)
+    assert images(figure)[0] == pytest.approx(total / total.sum(1, keepdims=True))
+
+
+def test_multilabel_confusion_is_a_matrix_a_label(made_run: MakeRun) -> None:
+    run = made_run(kind="multilabel", classes=14, clients=3)
+    total = np.sum([m["global"] for m in run.details()["confusion"].values()], axis=0)
+    shown = images(drawn(score_plots.confusion, run.summary(), run.details()))
+    assert len(shown) == 14
+    assert shown[5] == pytest.approx(total[5] / total[5].sum(1, keepdims=True))
+
+
+def test_calibration_of_all_clients_is_that_of_their_pooled_predictions(made_run: MakeRun) -> None:
+    run = made_run(clients=13)
+    details = run.details()
+    figure = drawn(score_plots.calibration, run.summary(), details)
+    found = [c["global"] for c in details["calibration"].values()]
+    count = np.array([f["count"] for f in found], dtype=float)
+    sums = [
+        np.nansum(np.array([f[k] for f in found], dtype=float) * count, 0)
+        for k in ("confidence", "accuracy")
+    ]
+    error = np.abs(sums[0] - sums[1]).sum() / count.sum()
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert f"ECE global test {error:.3f}" in words
+    kept = count.sum(0) > 0
+    curve = lines(figure, 0, style.READING_COLOURS["global"])[0]
+    assert curve == pytest.approx(np.array(sums)[:, kept] / count.sum(0)[kept])
+
+
+def test_clients_without_test_rows_have_no_diagram(made_run: MakeRun) -> None:
+    run = made_run(clients=3)
+    details = json.loads(json.dumps(run.details()))
+    for found in details["calibration"].values():
+        found.clear()
+    assert score_plots.calibration(run.summary(), details) is None
+    details["calibration"]["hospital_2"] = {
+        "personal": {"ece": None, "confidence": [], "accuracy": [], "count": []}
+    }
+    assert not drawn(score_plots.calibration, run.summary(), details).axes[0].texts

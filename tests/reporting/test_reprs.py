@@ -1,0 +1,74 @@
+"""What a notebook prints for runs, models and data sets: a line or two, whatever their size."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hetero_fl
+from hetero_fl.data import Vocabulary, from_arrays
+from hetero_fl.reporting.run import Run
+from tests.helpers.small_federations import config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    output = {"plots": False, "report": False}
+    return hetero_fl.run(
+        config("fedavg", clients=2, output=output), out=tmp_path_factory.mktemp("repr") / "run"
+    )
+
+
+def test_run_shows_method_data_and_scores(run: Run) -> None:
+    first, second = repr(run).splitlines()
+
+    assert first == f"Run('{run.path}': FedAvg on digits, 2 rounds, 2 clients, seed 0;"
+    assert re.fullmatch(
+        r"    local test: balanced accuracy .*; global test: balanced accuracy [\d.]+%, .*\)",
+        second,
+    )
+
+
+def test_run_that_has_not_finished_says_so(run: Run, tmp_path: Path) -> None:
+    for name in ("config.yaml", "environment.json"):
+        (tmp_path / name).write_bytes((run.path / name).read_bytes())
+
+    assert repr(Run(tmp_path)) == f"Run('{tmp_path}': not finished)"
+
+
+def test_models_of_a_run_are_a_line_each(run: Run) -> None:
+    model = run.models["site_1"]
+    values = sum(tensor.numel() for tensor in model.tensors.values())
+
+    assert repr(model) == (
+        f"SavedModel('cnn_bn_small': multiclass with 10 outputs, input [1, 8, 8], {values:,} values in "
+        f"{len(model.tensors)} tensors)"
+    )
+    assert "\n" not in repr(run.models)
+
+
+def test_data_set_shows_its_rows_and_shapes() -> None:
+    x = np.zeros((4000, 28, 28), np.uint8)
+    dataset = from_arrays(x, np.arange(4000) % 2, test=(x[:500], np.arange(500) % 2))
+
+    assert repr(dataset) == (
+        f"Dataset('{dataset.name}': multiclass with 2 outputs, x uint8 [1, 28, 28]; rows: train 4,000, test 500)"
+    )
+    assert repr(dataset.train) == "Examples(4,000 rows: x uint8 [1, 28, 28], y int64)"
+    assert repr(Vocabulary(words=("a", "b"))) == "Vocabulary(4 tokens, 2 words)"
+    assert torch.equal(dataset.train.y, torch.arange(4000) % 2)  # type: ignore[arg-type]
+
+
+def test_prepared_run_shows_its_federation() -> None:
+    prepared = hetero_fl.prepare(config("fedavg", clients=2))
+
+    assert re.fullmatch(
+        r"Prepared\('small': fedavg, 2 clients, 2 rounds; FederatedData\('digits': multiclass with 10 outputs, 2 clients; "
+        r"rows: train \d+, proxy 60, test 90\)\)",
+        repr(prepared),
+    )
+    assert len(repr(prepared.federation)) < 5000 and "tensor(" not in repr(prepared.federation)

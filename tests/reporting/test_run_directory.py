@@ -1,0 +1,249 @@
+"""The run directory survives crashes, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.run_directory import LOCK, VERSION, RunDirectory, locked
+from hetero_fl.utils.errors import UserError
+
+
+def create(path: Path) -> RunDirectory:
+    return RunDirectory.create(
+        path, config={"name": "a", "x": [1, None]}, environment={"python": "3.11"}
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    create(tmp_path / "runs" / "a")
+    run = RunDirectory.open(tmp_path / "runs" / "a")
+    assert run.config() == {"name": "a", "x": [1, None]}
+    assert run.environment() == {"run_directory_version": VERSION, "python": "3.11"}
+    run.write_json("summary.json", {"ε": 0.1})
+    assert run.summary() == {"ε": 0.1}
+    assert {p.name for p in run.path.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "summary.json",
+    }
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already; choose another --out, or --resume"):
+        create(tmp_path)
+    with pytest.raises(UserError, match="exists already"):
+        create(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match="cannot be made"):
+        create(tmp_path / "notes.txt" / "below")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_creation_cut_short_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        if Path(target).name == "config.yaml":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        create(tmp_path / "a")
+    monkeypatch.undo()
+    (tmp_path / "a" / ".config.yaml.tmp").write_text("half")
+    assert not (tmp_path / "a" / "config.yaml").exists()
+    assert create(tmp_path / "a").config()["name"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such folder; expected a run directory"),
+        ({}, "not a run directory"),
+        ({"environment.json": "{"}, "environment.json: not JSON"),
+        ({"environment.json": "[]"}, "found a list, expected an object"),
+        ({"environment.json": "{}"}, "run directory version None; this release reads version 1"),
+        (
+            {"environment.json": '{"run_directory_version": 99}'},
+            "version 99; this release reads version 1",
+        ),
+        ({"environment.json": b"\xff"}, "cannot be read"),
+    ],
+)
+def test_foreign_folders_are_refused_in_one_line(
+    tmp_path: Path, files: dict[str, str | bytes] | None, message: str
+) -> None:
+    path = tmp_path / "a"
+    for name, content in (files or {}).items():
+        path.mkdir(exist_ok=True)
+        (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if files == {}:
+        path.mkdir()
+    with pytest.raises(UserError, match=message) as error:
+        RunDirectory.open(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["a: " + "[" * 3000, "a: 2001-99-99", "rounds: " + "9" * 5000, "a: [", "a: \x00"]
+)
+def test_a_config_that_cannot_be_read_is_one_line(content: str, tmp_path: Path) -> None:
+    run = create(tmp_path / "a")
+    (run.path / "config.yaml").write_text(content)
+
+    with pytest.raises(UserError, match=r"a/config.yaml: not YAML \(") as error:
+        run.config()
+
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_summary_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"summary.json: cannot be read \(No such file"):
+        create(tmp_path / "a").summary()
+
+
+def test_why_a_run_holds_no_models(tmp_path: Path) -> None:
+    run = create(tmp_path / "a")
+    with pytest.raises(UserError, match="holds no models; the run has not finished"):
+        _ = Run(run.path).models
+    run.append_metrics({"round": 1})
+    run.write_json("details.json", {})
+    run.finish({"rounds_completed": 1})
+    with pytest.raises(
+        UserError, match=r"holds no models; no site tells its own \(tells.model in a site's file\)"
+    ):
+        _ = Run(run.path).models
+
+
+def test_nan_never_reaches_a_file(tmp_path: Path) -> None:
+    run = create(tmp_path / "a")
+    run.write_json("summary.json", {"x": 1})
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            run.write_json("summary.json", {"x": bad})
+        with pytest.raises(ValueError, match="JSON"):
+            run.append_metrics({"round": 1, "x": bad})
+    assert run.summary() == {"x": 1}
+    assert not (run.path / "metrics.jsonl").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(tmp_path / "a")
+    run.write_text("report.html", "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        run.write_text("report.html", "new")
+    monkeypatch.undo()
+    assert run.read_text("report.html") == "old"
+    assert not list(run.path.glob(".*"))
+
+
+def test_rewinding_drops_later_rounds_and_a_torn_line(tmp_path: Path) -> None:
+    run = create(tmp_path / "a")
+    run.rewind_metrics(0)
+    for r in (1, 2, 3):
+        run.append_metrics({"round": r, "loss": {"a": 0.1 * r}})
+    file = run.path / "metrics.jsonl"
+    whole = file.read_bytes()
+    for cut in range(1, len(whole)):
+        file.write_bytes(whole[:cut])
+        assert [m["round"] for m in run.metrics()] == list(range(1, whole[:cut].count(b"\n") + 1))
+    file.write_bytes(whole + b'{"round": 4, "lo')
+    run.rewind_metrics(2)
+    run.append_metrics({"round": 3, "loss": {"a": 0.5}})
+    assert [(m["round"], m["loss"]["a"]) for m in run.metrics()] == [(1, 0.1), (2, 0.2), (3, 0.5)]
+    assert all(json.loads(line) for line in file.read_text().splitlines())
+
+
+@pytest.mark.parametrize("bad", ["{", "3", "{}", '{"round": "one"}', "null"])
+def test_a_damaged_line_is_named(tmp_path: Path, bad: str) -> None:
+    run = create(tmp_path / "a")
+    run.append_metrics({"round": 1})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write(bad + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not a round's record"):
+        run.metrics()
+
+
+def test_the_made_up_run_is_a_run(made_run: Callable[..., RunDirectory]) -> None:
+    run = made_run(rounds=3)
+    assert RunDirectory.open(run.path).summary()["rounds_completed"] == 3 == len(run.metrics())
+
+
+def hold(folder: str, held: Any) -> None:
+    with locked(Path(folder)):
+        held.send(None)
+        held.recv()
+
+
+@pytest.mark.slow
+def test_a_folder_belongs_to_one_process_and_a_kill_frees_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=hold, args=(str(tmp_path / "a"), there))
+    process.start()
+    here.recv()
+    words = "a: another process is at work there; let it end, or choose another --out"
+    with pytest.raises(UserError, match=words), locked(tmp_path / "a"):
+        pass
+    process.kill()
+    process.join()
+    assert (tmp_path / "a" / LOCK).exists()
+    with (
+        locked(tmp_path / "a"),
+        pytest.raises(UserError, match="another process"),
+        locked(tmp_path / "a"),
+    ):
+        pass
+    create(tmp_path / "a")  # the file that is left is nobody's
+
+
+def test_a_file_system_without_locks_is_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    for _ in range(2):
+        with locked(tmp_path / "a") as unheld:
+            assert not list((tmp_path / "a").iterdir())  # nothing that could outlive a kill
+            assert unheld == [
+                f"{tmp_path / 'a'}: its file system has no locks; see to it that no second process works there"
+            ]
+
+    monkeypatch.undo()
+    with locked(tmp_path / "c") as unheld:
+        assert not unheld
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"), locked(tmp_path / "file"):
+        pass
+    # stands for a folder of another's: root may write anywhere
+    (tmp_path / "a" / LOCK).mkdir(parents=True)
+    with pytest.raises(UserError, match="a: cannot be written to"), locked(tmp_path / "a"):
+        pass

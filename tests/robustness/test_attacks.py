@@ -1,0 +1,284 @@
+"""Each attack changes what it says and nothing else; liars are drawn by the key, held at the door, and left out of figures."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.aggregation.uploads import Uploads
+from hetero_fl.config.population import Population
+from hetero_fl.config.robustness import ATTACKS, ROW_ATTACKS, UPLOAD_ATTACKS, AttacksConfig
+from hetero_fl.core.payload import Item, Payload
+from hetero_fl.core.plan import Predict, Table
+from hetero_fl.core.task import Task
+from hetero_fl.engine.driver import carry_out
+from hetero_fl.experiment import prepare
+from hetero_fl.robustness.attacks import Attack, Liars, Scene, attack
+from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
+
+pytestmark = pytest.mark.usefixtures("float64")
+TASK = Task("multiclass", 4)
+
+
+def made(name: str, **settings: Any) -> Attack:
+    return attack[name](AttacksConfig(name=name, **settings))
+
+
+def scene(liars: int = 3, **more: Any) -> Scene:
+    return Scene(
+        TASK,
+        0,
+        2,
+        [f"c{i}" for i in range(liars)],
+        **{"senders": 20, "item": "model", "tensor": "w", **more},
+    )
+
+
+def honest(liars: int = 3, *shape: int) -> torch.Tensor:
+    return torch.randn(liars, *(shape or (6, 5)), generator=torch.Generator().manual_seed(1))
+
+
+def test_names_are_those_of_the_configuration() -> None:
+    assert set(attack) == set(ATTACKS)
+
+
+def test_attacks_on_updates_are_their_formulas() -> None:
+    u = honest()
+    assert torch.equal(made("sign_flip").updates(u, scene()), -4 * u)
+    assert torch.equal(made("scaled", strength=7).updates(u, scene()), 7 * u)
+    assert torch.allclose(
+        made("inner_product", strength=2).updates(u, scene()), (-2 * u.mean(0)).expand_as(u)
+    )
+    got = made("little_is_enough", strength=1.5).updates(u, scene())
+    assert torch.allclose(got, (u.mean(0) - 1.5 * u.var(0, correction=0).sqrt()).expand_as(u))
+    assert torch.equal(made("backdoor").updates(u, scene()), u)
+    assert torch.equal(made("backdoor", strength=5).updates(u, scene()), 5 * u)
+
+
+@pytest.mark.parametrize(("n", "f"), [(20, 4), (50, 12), (11, 2)])
+def test_as_little_as_theory_lets_pass(n: int, f: int) -> None:
+    z = made("little_is_enough").z(n, f)
+    supporters = n // 2 + 1 - f
+    assert math.erf(z / math.sqrt(2)) / 2 + 0.5 == pytest.approx((n - f - supporters) / (n - f))
+
+
+def test_noise_is_each_liars_own_keyed_and_as_large_as_said() -> None:
+    u = honest(3, 50, 40)
+    one, again = (made("gaussian", strength=10).updates(u, scene()) for _ in range(2))
+    assert torch.equal(one, again) and not torch.allclose(one[0], one[1])
+    assert not torch.equal(one, made("gaussian").updates(u, scene(tensor="other")))
+    assert torch.allclose(
+        one.flatten(1).std(1), 10 * u.flatten(1).square().mean(1).sqrt(), rtol=0.1
+    )
+
+
+def test_attacks_on_predictions() -> None:
+    z = honest(3, 8, 4) + 5
+    level = z.mean(-1, keepdim=True)
+    assert torch.allclose(made("flipped", strength=1).said(z, scene()), 2 * level - z)
+    wrong = made("confident_wrong", strength=1).said(z, scene())
+    assert (wrong.argmax(-1) != z.argmax(-1)).all() and torch.allclose(
+        wrong.sort(-1).values, z.sort(-1).values
+    )
+    assert not torch.equal(
+        wrong[0].argmax(-1) - z[0].argmax(-1), wrong[1].argmax(-1) - z[1].argmax(-1)
+    )
+    assert (made("targeted", target=2).said(z, scene()).argmax(-1) == 2).all()
+    same = made("collusion").said(z, scene())
+    assert torch.allclose(
+        same - same.mean(-1, keepdim=True), (same - same.mean(-1, keepdim=True))[:1].expand_as(z)
+    )
+    assert (same[0].argmax(-1) != (z - level).mean(0).argmax(-1)).all()
+    p = z.softmax(-1)
+    for name in ROW_ATTACKS:
+        assert torch.allclose(made(name).said(p, scene()).sum(-1), torch.ones(3, 8)), name
+        assert torch.equal(made(name).updates(z, scene()), z), name
+
+
+def test_flipped_labels() -> None:
+    columns = {"x": torch.randn(6, 3), "y": torch.tensor([0, 1, 2, 3, 3, 0])}
+    flipped = made("label_flip").rows_of(columns, scene(1))
+    assert flipped["y"].tolist() == [3, 2, 1, 0, 0, 3] and flipped["x"] is columns["x"]
+    assert made("label_flip", pairs={0: 2}).rows_of(columns, scene(1))["y"].tolist() == [
+        2,
+        1,
+        2,
+        3,
+        3,
+        2,
+    ]
+    many = {"x": columns["x"], "y": torch.tensor([[0.0, 1.0]])}
+    other = Scene(Task("multilabel", 2), 0, 0, ["c"])
+    assert made("label_flip").rows_of(many, other)["y"].tolist() == [[1, 0]]
+
+
+def test_a_trigger_is_on_its_share_of_rows_and_nowhere_else() -> None:
+    x = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    columns = {"x": x.clone(), "y": torch.arange(20) % 4}
+    got = made("backdoor", stamped=0.4, target=3, trigger=2).rows_of(columns, scene(1))
+    changed = (got["x"] != x).flatten(1).any(1)
+    assert (
+        int(changed.sum()) == 8 and (got["y"][changed] == 3).all() and torch.equal(columns["x"], x)
+    )
+    assert torch.equal(got["y"][~changed], columns["y"][~changed])
+    assert (
+        torch.equal(got["x"][..., :-2, :], x[..., :-2, :])
+        and (got["x"][changed][..., -2:, -2:] == x.max()).all()
+    )
+    shown = made("backdoor", target=3, trigger=2).triggered(columns, scene(0))
+    assert (
+        len(shown["y"]) == 15
+        and (shown["y"] != 3).all()
+        and (shown["x"][..., -2:, -2:] == x.max()).all()
+    )
+
+
+# Liars among a round's clients -----------------------------------------------------------------------------------
+def test_liars_are_drawn_by_the_seed_or_named() -> None:
+    clients = Population.of(
+        {f"c{i}": prepare(config()).federation.cards["site_1"].settings for i in range(20)}
+    )
+    drawn = [
+        Liars.of(AttacksConfig(name="scaled", share=0.3), clients, TASK, seed).listed
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 6
+    named = Liars.of(AttacksConfig(name="scaled", clients=["c3"], from_round=3), clients, TASK, 0)
+    assert (
+        named.listed == ["c3"]
+        and [named.lie("c3", r) for r in (1, 2)] == [False, True]
+        and not named.lie("c4", 5)
+    )
+
+
+def lying(method: str, name: str, **changes: Any) -> dict[str, Any]:
+    attacks = {"name": name, "clients": ["site_2", "site_4"], **changes}
+    return config(
+        method, "cnn_bn_small", clients=5, rounds=2, attacks=attacks, data__partition__min_size=20
+    )
+
+
+def sent(
+    source: dict[str, Any], monkeypatch: pytest.MonkeyPatch, rounds: int = 1
+) -> dict[str, Payload]:
+    """What the server took from every client in the last of so many rounds."""
+    seen: dict[str, Payload] = {}
+    add = Uploads.add
+
+    def watched(self: Uploads, upload: Any) -> None:
+        seen[upload.client] = upload.payload
+        add(self, upload)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Uploads, "add", watched)
+        held = rounds_of(source, held=rounds)
+    assert list(seen) == [f"site_{i}" for i in range(1, 6)]  # in the order of their ids
+    held.executor.close()
+    return seen
+
+
+def plain(source: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in source.items() if k != "attacks"}
+
+
+def equal(a: Item, b: Item) -> bool:
+    ours, theirs = (i.values if isinstance(i.values, dict) else {"": i.values} for i in (a, b))
+    return all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTACKS)
+def test_only_liars_send_something_else_and_only_what_the_attack_acts_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = lying("hybrid", name)
+    ours, theirs = sent(source, monkeypatch), sent(plain(source), monkeypatch)
+    for id in ours:
+        for item in ("model", "logits"):
+            differs = not equal(ours[id].item(item), theirs[id].item(item))
+            acts = name not in ROW_ATTACKS or item == "logits"
+            assert differs == (acts and id in ("site_2", "site_4")), (id, item)
+    values, was = ours["site_2"]["model"], theirs["site_2"]["model"]
+    buffers = [n for n in values if "running" in n]
+    if name in UPLOAD_ATTACKS:
+        assert buffers and all(torch.equal(values[n], was[n]) for n in buffers)
+        assert ours["site_2"].item("model").weight == theirs["site_2"].item("model").weight
+
+
+def test_liars_are_honest_before_their_round_and_the_reference_is_what_they_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = lying("fedavg", "sign_flip", from_round=2, strength=3)
+    ours, theirs = sent(source, monkeypatch), sent(plain(source), monkeypatch)
+    assert all(equal(ours[id].item("model"), theirs[id].item("model")) for id in ours)
+    before = rounds_of(source, held=1).server.models
+    ours, theirs = sent(source, monkeypatch, 2), sent(plain(source), monkeypatch, 2)
+    for n, start in next(iter(before.values())).items():
+        if n in ours["site_4"]["model"] and "running" not in n:
+            want = start - 3 * (theirs["site_4"]["model"][n] - start)
+            assert torch.allclose(ours["site_4"]["model"][n], want, atol=1e-10), n
+
+
+def test_label_counts_follow_the_labels_and_the_public_stays_as_it_is() -> None:
+    source = lying("hybrid", "label_flip")
+    federation, other = (prepare(s).federation for s in (source, plain(source)))
+    liar, was = (
+        f.client("site_2", rounds_of(source, held=0).store.get("site_2"), 0)
+        for f in (federation, other)
+    )
+    assert liar.counts.tolist() == was.counts.flip(0).tolist()
+    assert torch.equal(liar.data("train", None)["y"], 9 - was.data("train", None)["y"])
+    assert all(liar.data(name, None)["y"] is was.data(name, None)["y"] or torch.equal(
+        liar.data(name, None)["y"], was.data(name, None)["y"]) for name in ("test", "validation", "common_test"))  # fmt: skip
+
+
+def test_figures_are_of_the_honest_and_a_backdoors_success_is_read() -> None:
+    source = lying("fedavg", "backdoor", target=1, trigger=2)
+    rounds = rounds_of(source)
+    clients = rounds.evaluate().clients
+    assert list(clients) == ["site_1", "site_3", "site_5"]
+    client = deployed(rounds, "site_1")
+    x, y = (client.data("common_test", None)[n] for n in "xy")
+    x = x[y != 1].clone()
+    x[..., -2:, -2:] = client.data("common_test", None)["x"].max()
+
+    def predict() -> Any:
+        return (yield Predict("model", Table({"x": x})))
+
+    logits = carry_out(predict(), client, rounds.performer)[0]
+    assert clients["site_1"].triggered == pytest.approx(
+        float((logits.argmax(-1) == 1).double().mean())
+    )
+
+
+def test_without_attacks_nothing_is_different() -> None:
+    one, other = (
+        rounds_of(config("hybrid", MIXED)),
+        rounds_of(config("hybrid", MIXED, attacks=None)),
+    )
+    for group, model in one.server.models.items():
+        assert all(torch.equal(t, other.server.models[group][n]) for n, t in model.items())
+    assert "attacks" not in one.round() and one.evaluate().clients["site_1"].triggered is None
+
+
+def test_liars_lie_alike_in_batches_and_in_another_process() -> None:
+    source = lying("hybrid", "backdoor", strength=2)
+    serial, batched = (
+        rounds_of({**source, "runtime": {"threads": 1, "executor": name}}, held=1)
+        for name in ("serial", "batched")
+    )
+    for group, model in serial.server.models.items():
+        assert all(
+            torch.allclose(t, batched.server.models[group][n], atol=1e-9) for n, t in model.items()
+        )
+    there = pickle.loads(pickle.dumps(serial.federation.liars))  # as a worker gets it
+    columns = {"x": torch.rand(20, 1, 8, 8), "y": torch.arange(20) % 10}
+    mine, theirs = (
+        liars.seen("site_2", lambda name, through: columns, torch.zeros(10), 0)[0]("train", None)
+        for liars in (serial.federation.liars, there)
+    )
+    assert torch.equal(mine["x"], theirs["x"]) and not torch.equal(mine["x"], columns["x"])

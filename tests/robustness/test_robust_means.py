@@ -1,0 +1,227 @@
+"""Rules where uploads are: within owners, without weights, in any order of arrival, and never where they are not asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hetero_fl.aggregation import Upload, Uploads
+from hetero_fl.algorithms import algorithm
+from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
+from hetero_fl.core.payload import Item, ItemSpec, Payload
+from hetero_fl.core.task import Task
+from hetero_fl.robustness.robust_means import Rules
+from tests.helpers.small_federations import MIXED, config, rounds_of
+
+pytestmark = pytest.mark.usefixtures("float64")
+TASK = Task("multiclass", 4)
+SPECS = {
+    "model": ItemSpec("params"),
+    "logits": ItemSpec("rows"),
+    "features": ItemSpec("class_sums"),
+    "said": ItemSpec("rows", use="each"),
+}
+
+
+def rules(**settings: Any) -> Rules:
+    return Rules(AggregationConfig(**settings), TASK)
+
+
+@pytest.fixture(scope="module")
+def cards() -> list[Any]:
+    """Seven clients of two architectures, five and two."""
+    made = config(
+        "fedavg", [MIXED[1]] * 5 + [MIXED[2]] * 2, clients=7, rounds=1, data__partition__min_size=10
+    )
+    rounds = rounds_of(made, held=0)
+    return [rounds.federation.cards[id] for id in sorted(rounds.federation.cards)]
+
+
+def uploads(
+    cards: list[Any], items: list[dict[str, Item]], terms: Rules | None, **more: Any
+) -> Uploads:
+    pairs = list(zip(cards, items, strict=True))
+    made = [
+        Uploads([Upload(c, Payload(i)) for c, i in p], SPECS, rules=terms, **more)
+        for p in (pairs, pairs[::-1])
+    ]
+    assert len(made[0]) == len(made[1])
+    return made[1]  # arrived in the reverse order: what is expected below is in that of the ids
+
+
+def model(value: float, *names: str) -> Item:
+    return Item({name: torch.full((2, 2), value) for name in names}, 1.0, "params")
+
+
+def test_a_rule_acts_within_the_owners_of_a_tensor_and_weights_do_not_count(
+    cards: list[Any],
+) -> None:
+    groups = [card.arch.id for card in cards]
+    large, small = max(groups, key=groups.count), min(groups, key=groups.count)
+    values = iter([1.0, 2.0, 3.0, 4.0, 1e9])
+    items = [
+        {
+            "model": Item(
+                {"w": torch.full((2,), next(values) if g == large else 7.0)},
+                1e6 if g == large else 1.0,
+                "params",
+            )
+        }
+        for g in groups
+    ]
+    got = uploads(cards, items, rules(rule="median", liars=0))
+    assert got.mean_by_group("model")[large]["w"].tolist() == [3, 3]
+    assert got.mean_by_group("model")[small]["w"].tolist() == [7, 7]
+    assert got.weights_by_group("model")[large] == {"w": 5.0}
+    common = uploads(cards, items, rules(rule="median", liars=0), common=["w"])
+    assert common.mean_by_group("model")[small]["w"].tolist() == [4, 4]
+
+
+def test_too_few_for_the_rule_leave_the_tensors_as_they_are(cards: list[Any]) -> None:
+    groups = [card.arch.id for card in cards]
+    large = max(groups, key=groups.count)
+    terms = rules(rule="krum", liars=1)
+    means = uploads(cards, [{"model": model(1.0, "w")} for _ in cards], terms).mean_by_group(
+        "model"
+    )
+    assert list(means[large]) == ["w"] and [list(t) for g, t in means.items() if g != large] == [[]]
+    assert terms.too_few == {"model": ["w"]}
+
+
+def test_parts_that_others_sent_are_blocks_of_their_own(cards: list[Any]) -> None:
+    alike = [card for card in cards if card.arch.id == cards[0].arch.id]
+    items = [{"model": model(float(i), "body", *["head"][: i < 3])} for i in range(len(alike))]
+    items[2] = {
+        "model": Item(
+            {"body": torch.full((2, 2), 1e6), "head": torch.full((2, 2), 2.0)}, 1.0, "params"
+        )
+    }
+    got = uploads(alike, items, rules(rule="krum", liars=0)).mean_by_group("model")[
+        cards[0].arch.id
+    ]
+    assert float(got["body"][0, 0]) < 10 and float(got["head"][0, 0]) <= 2
+
+
+def test_predictions_are_compared_up_to_a_constant_of_each_row(cards: list[Any]) -> None:
+    rows = [
+        torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(len(cards))
+    ]
+    items = [{"logits": Item(r + 100 * i, 5.0**i, "rows")} for i, r in enumerate(rows)]
+    got = uploads(cards, items, rules(predictions="median")).mean("logits")
+    centred = torch.stack([r - r.mean(-1, keepdim=True) for r in rows])
+    assert torch.allclose(got.softmax(-1), centred.median(0).values.softmax(-1), atol=1e-9)
+    p = [{"logits": Item(r.softmax(-1))} for r in rows]
+    assert torch.allclose(
+        uploads(cards, p, rules(predictions="median")).mean("logits").sum(-1), torch.ones(3)
+    )
+
+
+def test_class_sums_take_the_median_of_class_means_where_enough_have_the_class(
+    cards: list[Any],
+) -> None:
+    counts = torch.tensor([[4.0, 0, 1]] * 2 + [[1.0, 2, 1]] * (len(cards) - 2))[..., None]
+    means = torch.randn(len(cards), 3, 2, generator=torch.Generator().manual_seed(0))
+    means[0] = 1e9
+    items = [{"features": Item(m * c, c, "class_sums")} for m, c in zip(means, counts, strict=True)]
+    terms = rules(statistics="median", liars=2)
+    got = uploads(cards, items, terms)
+    mean, (total, weight) = got.mean("features"), got.total("features")
+    assert torch.allclose(mean[0], means[:, 0].median(0).values) and torch.allclose(
+        mean[1], means[2:, 1].median(0).values
+    )
+    assert (
+        weight[:, 0].tolist() == [7, 5, 7]
+        and torch.equal(total, mean * weight)
+        and not terms.too_few
+    )
+    few = rules(statistics="median", liars=3)
+    assert uploads(cards, items, few).total("features")[1][:, 0].tolist() == [7, 0, 7]
+    assert few.too_few == {"features": ["class 1"]}
+
+
+def test_what_the_server_made_of_single_uploads_is_under_the_rule_too(cards: list[Any]) -> None:
+    said = {card.id: Item(torch.full((2, 4), float(i))) for i, card in enumerate(cards)}
+    for terms in (None, rules(predictions="median")):
+        made = uploads(cards, [{"said": item} for item in said.values()], terms)
+        assert torch.allclose(made.consensus("said", said), torch.full((2, 4), 3.0))
+        assert made.consensus("said", {}) is None
+
+
+SENDS = {
+    "fedavg": "rule",
+    "hybrid": "rule predictions",
+    "feddf": "rule predictions",
+    "fedmd": "predictions",
+}
+ALL = {"rule": RULES[1:], "predictions": PREDICTIONS[1:], "statistics": ("median",)}
+MATRIX = [
+    (method, key, value)
+    for method, keys in {**SENDS, "fedproto": "statistics", "fd": "statistics"}.items()
+    for key in keys.split()
+    for value in ALL[key]
+]
+
+
+@pytest.mark.parametrize(("method", "key", "value"), MATRIX)
+def test_every_rule_holds_a_round_of_every_method_that_it_is_for(
+    method: str, key: str, value: str
+) -> None:
+    rounds = rounds_of(
+        config(
+            method, {"name": "mlp", "hidden": [8]}, 7, rounds=1, aggregation={key: value, "liars": 1},
+            data__partition={"kind": "iid", "min_size": 5}, data__train_limit=200, data__test_limit=20,
+        )
+    )  # fmt: skip
+    tensors = [t for model in rounds.server.models.values() for t in model.values()]
+    assert all(bool(t.isfinite().all()) for t in tensors)
+    other = rounds_of(
+        config(
+            method, {"name": "mlp", "hidden": [8]}, 7, rounds=1,
+            data__partition={"kind": "iid", "min_size": 5}, data__train_limit=200, data__test_limit=20,
+        )
+    )  # fmt: skip
+    made, plain = ({**r.server.models, "state": r.server.state} for r in (rounds, other))
+    assert str(made) != str(plain)  # it was not without effect
+
+
+def test_the_mean_is_the_mean_to_the_bit() -> None:
+    one, other = (
+        rounds_of(config("hybrid", MIXED, aggregation=a))
+        for a in ({}, {"rule": "mean", "liars": 1})
+    )
+    assert all(
+        torch.equal(one.server.models[g][n], t)
+        for g, model in other.server.models.items()
+        for n, t in model.items()
+    )
+    assert one.intake.memory == {} and set(algorithm) >= {"hybrid"}
+
+
+def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
+    source = config(
+        "fedmd",
+        MIXED[1],
+        clients=5,
+        aggregation={"predictions": "down_weight"},
+        data__partition__min_size=10,
+    )
+    whole, first, second = rounds_of(source), rounds_of(source, held=1), rounds_of(source, held=0)
+    second.store = second.executor.store = second.executor.site.store = first.store
+    assert set(first.tree()["aggregation"]["logits"]) == set(first.federation.cards)
+    second.restore(first.tree())
+    second.round()
+    assert second.tree()["aggregation"] == whole.tree()["aggregation"]
+
+
+@pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])
+def test_the_largest_numbers_of_all_are_borne(name: str, cards: list[Any]) -> None:
+    """An upload is finite, but the sum of a row of it need not be."""
+    most = torch.finfo(torch.float32).max
+    said = torch.randn(7, 6, 4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    said[0], said[0, :, 0] = most, -most
+    terms = rules(predictions=name, liars=1)
+    for _ in range(2):
+        got = uploads(cards, [{"logits": Item(row)} for row in said], terms).mean("logits")
+        assert got is not None and got.dtype == torch.float32 and float(got.abs().max()) < 5

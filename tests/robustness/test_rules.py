@@ -1,0 +1,172 @@
+"""Rules against references of a few lines, and what liars cannot do to them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
+from hetero_fl.robustness.rules import Block, middle, prediction_rule, rule
+from tests.references import robust_rules
+
+pytestmark = pytest.mark.usefixtures("float64")
+CLIENTS, LIARS = 11, 2
+SHAPES = {"a": (3, 4), "b": (5,)}
+
+
+def split(vector: np.ndarray) -> dict[str, torch.Tensor]:
+    made, place = {}, 0
+    for name, shape in SHAPES.items():
+        size = int(np.prod(shape))
+        made[name], place = torch.tensor(vector[place : place + size]).reshape(shape), place + size
+    return made
+
+
+def joined(tensors: dict[str, torch.Tensor]) -> np.ndarray:
+    return np.concatenate([tensors[name].numpy().ravel() for name in SHAPES])
+
+
+def vectors(seed: int = 0, n: int = CLIENTS) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, 17))
+
+
+def combined(
+    name: str, v: np.ndarray, liars: int = LIARS, start=None, root=None, **settings: object
+) -> np.ndarray:
+    references = None if start is None else [split(start)] * len(v)
+    block = Block(list(map(split, v)), references, None, None if root is None else split(root))
+    return joined(rule[name](AggregationConfig(rule=name, **settings)).combine(block, liars))
+
+
+@pytest.mark.parametrize("n", [11, 12])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rules_equal_their_references(seed: int, n: int) -> None:
+    v, start, root = vectors(seed, n), vectors(seed + 10)[0], vectors(seed + 20)[0]
+    wanted = {
+        "median": robust_rules.median(v),
+        "trimmed_mean": robust_rules.trimmed_mean(v, LIARS),
+        "krum": robust_rules.krum(v, LIARS),
+        "multi_krum": robust_rules.multi_krum(v, LIARS),
+        "bulyan": robust_rules.bulyan(v, LIARS),
+        "norm_bound": robust_rules.norm_bound(v, start),
+        "fltrust": robust_rules.fltrust(v, start, root),
+    }
+    assert {*wanted, "mean"} == set(RULES)
+    for name, want in wanted.items():
+        got = combined(name, v, start=start, root=root)
+        assert np.allclose(got, want, rtol=0, atol=1e-10), name
+    got = combined("norm_bound", v, start=start, bound=0.5)
+    assert np.allclose(got, robust_rules.norm_bound(v, start, 0.5), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum", "multi_krum", "bulyan"])
+def test_the_far_away_do_not_leave_the_hull_of_the_honest(name: str) -> None:
+    v = vectors()
+    v[[3, 7]] = 1e6
+    v[7] *= -1
+    honest = np.delete(v, [3, 7], axis=0)
+    got = combined(name, v)
+    assert (got >= honest.min(0)).all() and (got <= honest.max(0)).all()
+    if name == "krum":
+        assert any(np.array_equal(got, row) for row in honest)
+
+
+def test_what_a_liar_can_move_is_bounded() -> None:
+    v, start, root = vectors(), np.zeros(17), vectors(5)[0]
+    v[[3, 7]] = 1e6
+    honest = np.delete(v, [3, 7], axis=0)
+    assert (
+        np.linalg.norm(combined("norm_bound", v, start=start))
+        <= np.median(np.linalg.norm(v, axis=1)) + 1e-9
+    )
+    assert (
+        np.linalg.norm(combined("fltrust", v, start=start, root=root))
+        <= np.linalg.norm(root) + 1e-9
+    )
+    assert np.linalg.norm(robust_rules.median(v) - robust_rules.median(honest)) < 5
+    against = np.tile(-root, (CLIENTS, 1))
+    # nobody is trusted
+    assert np.array_equal(combined("fltrust", against, start=start, root=root), start)
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if n != "mean"])
+def test_equal_clients_without_liars_are_their_mean(name: str) -> None:
+    v = np.tile(vectors()[0], (CLIENTS, 1))
+    got = combined(name, v, 0, start=np.zeros(17), root=v[0])
+    assert np.allclose(got, v.mean(0), rtol=0, atol=1e-12)
+
+
+def test_without_liars_trimming_is_the_mean() -> None:
+    for name in ("trimmed_mean", "multi_krum", "bulyan"):
+        assert np.allclose(combined(name, vectors(), 0), vectors().mean(0), rtol=0, atol=1e-12), (
+            name
+        )
+
+
+def test_buffers_follow_the_selected_and_count_in_no_distance() -> None:
+    v = vectors()
+    members = [
+        {**split(row), "running": torch.tensor([1e9 * i, float(i)])} for i, row in enumerate(v)
+    ]
+    block = Block(members, None, frozenset(SHAPES))
+    want = int(np.argmin(robust_rules.krum_scores(v, LIARS)))
+    got = rule["krum"](AggregationConfig(rule="krum")).combine(block, LIARS)
+    assert torch.equal(got["running"], members[want]["running"])
+    bounded = rule["norm_bound"](AggregationConfig(rule="norm_bound", bound=1e-3)).combine(
+        block, LIARS
+    )["running"]
+    assert bounded[0] > 1e9  # the bound of updates is not that of buffers
+
+
+def test_least_numbers_of_clients() -> None:
+    least = {
+        name: rule[name](AggregationConfig(rule=name)).least(3) for name in RULES if name != "mean"
+    }
+    assert least.pop("krum") == least.pop("multi_krum") == 9 and least.pop("bulyan") == 15
+    assert set(least.values()) == {7} and len(least) == 4
+
+
+# Predictions -----------------------------------------------------------------------------------------------------
+def opinions(seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    truth = 3 * np.eye(4)[rng.integers(4, size=6)]
+    return truth + rng.normal(size=(CLIENTS, 6, 4))
+
+
+def consensus(name: str, said: np.ndarray, liars: int = LIARS, memory=None) -> np.ndarray:
+    ids = [f"c{i}" for i in range(len(said))]
+    how = prediction_rule[name](AggregationConfig(predictions=name))
+    return how.combine(torch.tensor(said), liars, ids, {} if memory is None else memory).numpy()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rules_of_predictions_equal_their_references(seed: int) -> None:
+    said, memory = opinions(seed), {}
+    assert np.allclose(consensus("median", said), np.median(said, 0), rtol=0, atol=1e-12)
+    assert np.allclose(
+        consensus("spectral", said), robust_rules.spectral(said, LIARS), rtol=0, atol=1e-10
+    )
+    assert np.allclose(
+        consensus("agreement", said), robust_rules.agreement(said, LIARS), rtol=0, atol=1e-12
+    )
+    before: np.ndarray | float = 0.0
+    for round in range(3):
+        said = opinions(seed + round)
+        want, before = robust_rules.down_weight(said, 2.0, before)
+        assert np.allclose(consensus("down_weight", said, memory=memory), want, rtol=0, atol=1e-10)
+    assert np.allclose(list(memory.values()), before)
+
+
+@pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])
+def test_loud_colluders_do_not_decide_a_row(name: str) -> None:
+    said = opinions()
+    right = said.mean(0).argmax(1)
+    said[[2, 5]] = 1e6 * np.eye(4)[(right + 1) % 4]
+    assert (consensus(name, said).argmax(1) == right).all()
+    assert (said.mean(0).argmax(1) != right).all()  # as the mean lets them
+
+
+def test_the_middle_of_an_even_number() -> None:
+    assert middle(torch.tensor([4.0, 1.0, 100.0, 2.0])) == 3
+    assert middle(torch.tensor([4.0, 1.0, 100.0, 2.0, 0.0]), 1) == pytest.approx(7 / 3)

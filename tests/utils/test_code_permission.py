@@ -1,0 +1,570 @@
+"""Code that a configuration names runs only with permission; without it not even its module is imported."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import hetero_fl
+from hetero_fl.cli import main
+from hetero_fl.deployment.config import SiteConfig, load_site
+from hetero_fl.deployment.handshake import convene
+from hetero_fl.deployment.messages import Refused
+from hetero_fl.deployment.node import begin
+from hetero_fl.experiment.preparation import load_config
+from hetero_fl.reporting.methods import described, method
+from hetero_fl.reporting.run import Run
+from hetero_fl.reporting.run_directory import RunDirectory
+from hetero_fl.utils.code_permission import CodePermission, references
+from hetero_fl.utils.errors import UserError
+from tests.helpers.small_federations import changed, config
+
+TRAP = """
+import pathlib
+from torch import nn
+from hetero_fl.robustness.rules import PredictionRule, Rule
+from hetero_fl.algorithms import FedAvg
+from hetero_fl.robustness.attacks import Attack
+from hetero_fl.data import from_arrays
+from hetero_fl.core.objectives import Supervised
+
+pathlib.Path(__file__).with_name("imported").touch()
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_channels, input_size, width=4):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * input_size[0] * input_size[1], width))
+        self.head = nn.Linear(width, num_classes)
+
+
+class Method(FedAvg):
+    pass
+
+
+class Loss(Supervised):
+    pass
+
+
+class Middle(Rule):
+    pass
+
+
+class Voice(PredictionRule):
+    pass
+
+
+class Lie(Attack):
+    pass
+
+
+def rows(config, root):
+    return from_arrays([[0.0, 1.0]] * 40, [0, 1] * 20)
+
+
+def deal(y, group, config, sizes, task, seed):
+    return [range(k, len(y), len(sizes)) for k in range(len(sizes))]
+"""
+BARE: dict[str, Any] = {
+    "output__plots": False,
+    "output__report": False,
+    "runtime__executor": "serial",
+}
+LINE = "found '{name}', which names code; pass --allow-code to run it"
+PLACES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "defaults": ({"clients__defaults__model": "{}Net"}, "clients.defaults.model", "Net"),
+    "group": ({"clients__groups": [{"name": "a", "model": {"name": "{}Net", "width": 3}}]}, "clients.groups.0.model.name", "Net"),
+    "list": ({"clients__defaults__model": ["mlp", "{}Net"]}, "clients.defaults.model.1", "Net"),
+    "client": ({"clients__overrides": [{"match": "site_2", "model": "{}Net"}]}, "clients.overrides.0.model", "Net"),
+    "student": ({"server__model": "{}Net"}, "server.model", "Net"),
+    "objective": ({"clients__defaults__objective": "{}Loss"}, "clients.defaults.objective", "Loss"),
+    "objective of one": (
+        {"clients__overrides": [{"match": "*", "objective": "{}Loss"}]}, "clients.overrides.0.objective", "Loss"
+    ),
+    "method": ({"algorithm": {"name": "{}Method"}}, "algorithm.name", "Method"),
+    "setting": ({"algorithm": {"name": "fml", "mentee": "{}Net"}}, "algorithm.mentee", "Net"),
+    "source": ({"data__name": "{}rows"}, "data.name", "rows"),
+    "public": ({"data__proxy__source": {"name": "{}rows"}}, "data.proxy.source.name", "rows"),
+    "own data": ({"clients__groups": [{"name": "a", "data": {"name": "{}rows"}}]}, "clients.groups.0.data.name", "rows"),
+    "partition": ({"data__partition__kind": "{}deal"}, "data.partition.kind", "deal"),
+    "rule": ({"aggregation": {"rule": "{}Middle"}}, "aggregation.rule", "Middle"),
+    "predictions": ({"aggregation": {"predictions": "{}Voice"}}, "aggregation.predictions", "Voice"),
+    "attack": ({"attacks": {"name": "{}Lie"}}, "attacks.name", "Lie"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module in the working folder that leaves a file when it is imported; what references to it begin with."""
+    name = f"trap_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(TRAP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield f"python:{name}:"
+    sys.modules.pop(name, None)
+
+
+def filled(value: Any, trap: str) -> Any:
+    """The value with the trap in place of `{}`."""
+    if isinstance(value, str):
+        return value.replace("{}", trap)
+    if isinstance(value, dict):
+        return {key: filled(each, trap) for key, each in value.items()}
+    return [filled(each, trap) for each in value] if isinstance(value, list) else value
+
+
+def written(source: dict[str, Any], name: str = "small.yaml") -> str:
+    Path(name).write_text(yaml.safe_dump(source))
+    return name
+
+
+def refused_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command refuses; it has run nothing and left nothing."""
+    before = {path.name for path in Path().iterdir()}
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert (
+        captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    )
+    assert {path.name for path in Path().iterdir()} == before
+    return captured.err.removeprefix("error: ").strip()
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("place", PLACES)
+def test_commands_refuse_code_wherever_a_file_names_it(
+    place: str, trap: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, key, name = PLACES[place]
+    file = written(changed(config(**BARE), **filled(changes, trap)))
+    line = f"{file}: {key}: {LINE.format(name=trap + name)}"
+
+    assert refused_line(["train", "--config", file, "--out", "run"], capsys) == line
+    compare = ["compare", "--config", file, "--algorithms", "local", "--out", "all"]
+    if not key.startswith("algorithm"):  # the comparison's own methods take its place
+        assert refused_line(compare, capsys) == line
+    assert main(["train", "--config", file, "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert "unknown" in printed and f"note: {key} names code, {trap + name};" in printed
+    with pytest.raises(UserError, match="pass allow_code=True to run it"):
+        load_config(file)
+    assert not Path("imported").exists()
+
+    load_config(file, allow_code=True)
+
+
+@pytest.mark.parametrize("command", ["federate", "server"])
+def test_federations_refuse_code_that_a_file_names(
+    command: str, trap: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("flwr")
+    assert (
+        main(["certificates", "net", "--host", "127.0.0.1", "--clients", "site_1,site_2,site_3"])
+        == 0
+    )
+    capsys.readouterr()
+    file = written(config(models=f"{trap}Net", **BARE))
+    more = ["--server", "net/server/server.yaml"] if command == "server" else []
+    line = refused_line([command, "--config", file, "--out", "run", *more], capsys)
+    assert line == f"{file}: clients.groups.0.model: {LINE.format(name=trap + 'Net')}"
+    assert not Path("imported").exists()
+
+
+def test_a_name_in_another_type_is_refused(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(config(**BARE, clients__defaults__model={"name": f"{trap}Net".encode()}))
+    assert "!!binary" in Path(file).read_text()
+    assert LINE.format(name=f"{trap}Net") in refused_line(
+        ["train", "--config", file, "--out", "run"], capsys
+    )
+    settings = {"name": "fml", "mentee": {"name": f"{trap}Net".encode()}}
+    file = written(config(**BARE, algorithm=settings))
+    assert "algorithm.mentee.name: found" in refused_line(
+        ["train", "--config", file, "--out", "run"], capsys
+    )
+    assert not Path("imported").exists()
+
+
+def test_names_on_the_command_line_need_the_flag_too(
+    trap: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, name = written(config("local", **BARE)), f"{trap}Method"
+    line = refused_line(
+        ["train", "--config", file, "--out", "run", f"algorithm.name={name}"], capsys
+    )
+    assert line == f"algorithm.name={name}: algorithm.name: {LINE.format(name=name)}"
+    compare = ["compare", "--config", file, "--algorithms", f"local,{name}", "--out", "all"]
+    assert LINE.format(name=name) in refused_line(compare, capsys)
+    study = written({"config": file, "algorithms": [name], "out": "all"}, "study.yaml")
+    assert LINE.format(name=name) in refused_line(["compare", "--study", study], capsys)
+    assert LINE.format(name=name) in refused_line(["methods", name], capsys)
+    assert not Path("imported").exists()
+
+
+def test_search_for_the_wrong_override_imports_nothing(trap: str) -> None:
+    overrides = [
+        "algorithm.align=true",
+        "algorithm.cache_life=3",
+        f"algorithm.name={trap}Method",
+        "algorithm.name=ds_fl",
+    ]
+    Path("plain.yaml").write_text(yaml.safe_dump(config("fedavg", "mlp", 2)))
+
+    with pytest.raises(UserError):
+        load_config("plain.yaml", overrides, allow_code=CodePermission())
+
+    assert not Path("imported").exists()
+
+
+def test_the_flag_permits_code(trap: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(config(f"{trap}Method", f"{trap}Net", rounds=1, **BARE))
+    assert main(["train", "--config", file, "--check", "--allow-code"]) == 0
+    assert "unknown" not in capsys.readouterr().out
+    assert main(["train", "--config", file, "--out", "run", "--allow-code"]) == 0
+    capsys.readouterr()
+
+    assert LINE.format(name=f"{trap}Net") in refused_line(
+        ["train", "--resume", "--out", "run"], capsys
+    )
+    assert main(["train", "--resume", "--out", "run", "--allow-code"]) == 0
+
+
+@pytest.mark.slow
+def test_processes_of_a_comparison_have_the_permission(
+    trap: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
+    methods = f"local,{trap}Method"
+    assert (
+        main(["compare", "--config", file, "--algorithms", methods, "--out", "all", "--allow-code"])
+        == 0
+    )
+    assert "Method" in capsys.readouterr().out
+
+
+# What is accepted ----------------------------------------------------------------------------------------------------
+OTHERS = [
+    "python:os:system",
+    "python:builtins:exec",
+    "python:subprocess:Popen",
+    "python:os.path:join",
+]
+
+
+@pytest.mark.parametrize(
+    "place", [place for place in PLACES if place not in ("predictions", "attack")]
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_callables_are_refused_with_the_flag_too(
+    place: str,
+    name: str,
+    trap: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def called(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was called")
+
+    monkeypatch.setattr("os.system", called)
+    monkeypatch.setattr("subprocess.Popen.__init__", called)
+    changes, _, what = PLACES[place]
+    text = json.dumps(filled(changes, trap)).replace(trap + what, name)
+    file = written(
+        changed(config("feddf" if place == "student" else "fedavg", **BARE), **json.loads(text))
+    )
+    line = refused_line(["train", "--config", file, "--out", "run", "--allow-code"], capsys)
+    assert f"{name.split(':')[2]}" in line and "is not " in line
+
+
+def test_functions_have_to_be_defined_in_the_named_module(
+    trap: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(f"{trap.split(':')[1]}.py").write_text(f"from shutil import copytree\n{TRAP}")
+    file = written(config(**BARE))
+    for key in ("data.name", "data.partition.kind"):
+        assert (
+            main(
+                ["train", "--config", file, "--out", "run", "--allow-code", f"{key}={trap}copytree"]
+            )
+            == 2
+        )
+        line = capsys.readouterr().err
+        assert (
+            f"'{trap}copytree' is not defined in '{trap.split(':')[1]}'; write python:shutil:copytree"
+            in line
+        )
+    assert not Path("run").exists()
+
+
+# Python --------------------------------------------------------------------------------------------------------------
+def test_python_allows_what_the_program_itself_names(trap: str) -> None:
+    source = config("local", **BARE)
+    file = written(source)
+    load_config({**source, "algorithm": {"name": f"{trap}Method"}})
+    load_config(file, [f"algorithm.name={trap}Method"])
+
+    file = written({**source, "algorithm": {"name": f"{trap}Method"}})
+    with pytest.raises(
+        UserError,
+        match=rf"algorithm\.name: found '{trap}Method', which names code; pass allow_code=True",
+    ):
+        hetero_fl.run(file, out="run")
+    with pytest.raises(UserError, match="which names code"):
+        load_config(file, [f"clients.defaults.objective={trap}Loss"])
+    assert load_config(file, allow_code=True).algorithm["name"] == f"{trap}Method"
+
+
+@pytest.mark.slow
+def test_python_compares_methods_that_the_program_names(
+    trap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    file = written(config("local", "mlp", 2, rounds=1, **BARE))
+    out = hetero_fl.compare(file, [f"{trap}Method"], out="all")
+    assert (out / "comparison.csv").exists()
+    file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
+    with pytest.raises(UserError, match="which names code; pass allow_code=True"):
+        hetero_fl.compare(file, ["local"], out="other")
+
+
+def test_a_file_that_changes_while_a_comparison_starts_runs_no_code(
+    trap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(config("local", "mlp", 2, rounds=1, **BARE))
+    later = config(
+        "fml", "mlp", 2, rounds=1, **BARE, algorithm={"name": "fml", "mentee": f"{trap}Net"}
+    )
+    monkeypatch.setattr("hetero_fl.experiment.comparison.read", lambda path: later)
+    with pytest.raises(UserError, match="which names code"):
+        hetero_fl.compare(file, ["fml"], out="all")
+    assert not Path("imported").exists()
+
+
+def test_a_permission_for_another_process_asks_nothing() -> None:
+    asked = CodePermission(granted=["python:a:B"], ask=lambda *_: True)
+    copied = pickle.loads(pickle.dumps(asked))
+    assert list(copied.refused(references(["python:a:B", "python:c:D"]), "x")) == [
+        ("python:c:D", "1")
+    ]
+    assert list(asked.refused(references(["python:c:D"]), "x")) == []
+    assert asked.granted == {"python:a:B", "python:c:D"}
+
+
+# The question --------------------------------------------------------------------------------------------------------
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("answer", ["y\n", "n\n", "\n", ""])
+def test_a_terminal_is_asked(
+    answer: str, trap: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(config("local", f"{trap}Net", 2, rounds=1, **BARE))
+    monkeypatch.setattr("sys.stdin", Terminal(answer * 5))
+    monkeypatch.setattr("sys.stderr", said := Terminal())
+    status = main(["train", "--config", file, "--out", "run"])
+    module = trap.split(":")[1]
+    question = f"{file}: clients.groups.0.model names code: Net of module {module}. Run it? [y/N] "
+    assert said.getvalue().count(question) == 1
+    ran = answer == "y\n"
+    assert status == (0 if ran else 2)
+    assert Path("imported").exists() is ran and Path("run").exists() is ran
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stderr"])
+def test_only_a_terminal_is_asked(stream: str, trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(config("local", f"{trap}Net", **BARE))
+    streams = {"stdin": Terminal("y\n"), "stderr": Terminal()}
+    monkeypatch.setattr("sys.stdin", streams["stdin"])
+    monkeypatch.setattr("sys.stderr", streams["stderr"])
+    monkeypatch.setattr(streams[stream], "isatty", lambda: False)
+    assert main(["train", "--config", file, "--out", "run"]) == 2
+    assert "[y/N]" not in streams["stderr"].getvalue() and not Path("imported").exists()
+
+
+def test_a_question_shows_what_a_terminal_would_hide(
+    trap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "small\x1b[2K.yaml"
+    written(config("local", f"{trap}Net", **BARE), name)
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    monkeypatch.setattr("sys.stderr", said := Terminal())
+    assert main(["train", "--config", name, "--out", "run"]) == 2
+    assert said.getvalue().startswith("small\\x1b[2K.yaml: clients.groups.0.model names code")
+
+
+# Run directories -----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two clients."""
+    return hetero_fl.run(
+        config("local", "mlp", 2, rounds=1, **BARE), out=tmp_path_factory.mktemp("run") / "run"
+    ).path
+
+
+def crafted(run: Path, name: str, what: str) -> None:
+    """Make a copy of a run, as `run` in the working folder, whose `config` or `models` name code; checksums are right."""
+    shutil.copytree(run, "run")
+    if what == "config":
+        made = yaml.safe_load(Path("run/config.yaml").read_text())
+        made["clients"]["groups"][0]["model"] = [{"name": name}]
+        Path("run/config.yaml").write_text(yaml.safe_dump(made))
+    else:
+        for path in Path("run/models").iterdir():
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["hetero_fl"])
+                tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
+            about["architecture"]["name"] = name
+            about["architecture"]["options"] = []
+            save_file(tensors, path, {"hetero_fl": json.dumps(about)})
+    directory = RunDirectory.open("run")
+    directory.finish(directory.summary())
+
+
+COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "evaluate": (["--data", "digits"], ("models",)),
+    "join": (["--data", "digits", "--patients", "10", "--seeds", "0"], ("config", "models")),
+    "audit": (["--shadows", "0", "--attack", "membership"], ("config", "models")),
+    "export": (["--format", "safetensors"], ("models",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [(command, what) for command, (_, whats) in COMMANDS.items() for what in whats],
+)
+def test_commands_refuse_code_that_a_run_directory_names(
+    command: str, what: str, trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crafted(finished, f"{trap}Net", what)
+    before = sorted(Path("run").rglob("*"))
+    line = refused_line([command, "run", *COMMANDS[command][0]], capsys)
+    file = (
+        "run/config.yaml: clients.groups.0.model.0.name"
+        if what == "config"
+        else "run/models/site_1.safetensors: architecture.name"
+    )
+    assert line == f"{file}: {LINE.format(name=trap + 'Net')}"
+    assert sorted(Path("run").rglob("*")) == before and not Path("imported").exists()
+    function = getattr(hetero_fl, command)
+    more = {"evaluate": ["digits"], "join": ["digits"]}.get(command, [])
+    with pytest.raises(UserError, match="pass allow_code=True to run it"):
+        function("run", *more, **({"out": "joined"} if command == "join" else {}))
+    assert not Path("imported").exists()
+
+
+def test_data_of_a_name_needs_the_flag(
+    trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("evaluate", "join"):
+        line = refused_line([command, str(finished), "--data", f"{trap}rows"], capsys)
+        assert line == f"--data: {LINE.format(name=trap + 'rows')}"
+    line = refused_line(
+        ["join", str(finished), "--data", "digits", "--model", f"{trap}Net"], capsys
+    )
+    assert line == f"--model: {LINE.format(name=trap + 'Net')}"
+    assert not Path("imported").exists()
+
+
+def test_resume_of_a_crafted_run_is_refused(
+    trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crafted(finished, f"{trap}Net", "config")
+    assert "which names code" in refused_line(["train", "--resume", "--out", "run"], capsys)
+    assert not Path("imported").exists()
+
+
+def test_a_run_starts_from_no_model_that_names_code(
+    trap: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crafted(finished, f"{trap}Net", "models")
+    file = written(config("local", "mlp", 2, init_from="run", **BARE))
+    line = refused_line(["train", "--config", file, "--out", "next"], capsys)
+    assert line.startswith("init_from: run/models/site_1.safetensors: architecture.name: found")
+    with pytest.raises(UserError, match="which names code"):
+        hetero_fl.run(config("local", "mlp", 2, init_from="run", **BARE), out="next")
+    assert not Path("imported").exists()
+
+
+def test_what_a_program_ran_itself_it_may_use(trap: str) -> None:
+    run = hetero_fl.run(config("local", f"{trap}Net", 2, rounds=1, **BARE), out="run")
+    assert run.predict("site_1", torch.zeros(2, 8, 8)).shape == (2, 10)
+    assert hetero_fl.evaluate(run, "digits")["site_1"]["accuracy"] is not None
+    with pytest.raises(UserError, match="pass allow_code=True"):
+        _ = Run("run").models
+    assert set(Run("run", allow_code=True).models) == {"site_1", "site_2"}
+
+
+def test_a_report_imports_nothing(trap: str) -> None:
+    assert method(f"{trap}Method") is None
+    assert described([f"{trap}Method:lr=1"])[0][0] == "Method"
+    assert method("python:os:system") is None and not Path("imported").exists()
+    load_config({"algorithm": {"name": f"{trap}Method"}})
+    assert method(f"{trap}Method") is not None
+
+
+# Federations ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("site", "key", "name"),
+    [
+        ({"model": "{}Net"}, "model.0.name", "Net"),
+        ({"data": {"name": "{}rows"}}, "data.name", "rows"),
+        ({"allows": {"own_code": ["{}Method"]}}, "allows.own_code.0", "Method"),
+        ({"allows": {"methods": ["{}Method"]}}, "allows.methods.0", "Method"),
+    ],
+)
+def test_a_sites_file_gives_no_permission_itself(
+    site: dict[str, Any], key: str, name: str, trap: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = {"address": "127.0.0.1:1", "key": "key"}
+    file = written({"client": "site_1", "server": server, **filled(site, trap)}, "site.yaml")
+    assert (
+        refused_line(["node", "--site", file], capsys)
+        == f"{file}: {key}: {LINE.format(name=trap + name)}"
+    )
+    assert not Path("imported").exists()
+    assert load_site(file, allow_code=True)[0].client == "site_1"
+
+
+def test_a_node_runs_what_its_site_allows_and_nothing_else_that_a_server_names(trap: str) -> None:
+    tree = {"config": config("local", f"{trap}Net", 2, **BARE), "public": "none"}
+    refusing = SiteConfig(client="site_1")
+    with pytest.raises(Refused, match="this site runs no code by name"):
+        begin(refusing, Path("state"), None, [], "run", tree)
+    hidden = {**tree, "config": config("local", {"name": f"{trap}Net".encode()}, 2, **BARE)}
+    with pytest.raises(UserError, match="which names code"):
+        begin(refusing, Path("state"), None, [], "run", hidden)
+    assert not Path("imported").exists()
+    allowing = SiteConfig.model_validate(
+        {"client": "site_1", "allows": {"own_code": [f"{trap}Net"]}}
+    )
+    with pytest.raises(Refused, match="public sets"):  # it has gone on to the data
+        begin(allowing, Path("state"), None, [], "run", tree)
+
+
+def test_settings_that_a_run_directory_keeps_of_nodes_name_no_code(trap: str) -> None:
+    class Nobody:
+        here: dict[str, object] = {}
+
+        def gather(self, wait: float) -> list[str]:
+            return ["site_2"]
+
+    known = {"run": "a", "settings": {"site_2": {"model": f"{trap}Net"}}, "told": {}}
+    post: Any = Nobody()
+    with pytest.raises(
+        UserError, match=r"clients\.overrides\.0\.model: found .*, which names code"
+    ):
+        convene(load_config(config("local", "mlp", 2)), post, 0.0, known)
+    assert not Path("imported").exists()

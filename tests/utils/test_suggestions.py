@@ -1,0 +1,108 @@
+"""Which choice is suggested for a misspelled word, and where none is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetero_fl.algorithms import algorithm
+from hetero_fl.cli.commands import COMMANDS
+from hetero_fl.utils.errors import beside, closest
+
+PARTITIONS = ["iid", "in_order", "dirichlet", "classes", "quantity", "natural", "drawn"]
+OPTIMIZERS = ["sgd", "adam", "adamw"]
+METHODS = sorted(algorithm)
+NAMES = {
+    "partition": PARTITIONS,
+    "optimizer": OPTIMIZERS,
+    "method": METHODS,
+    "command": list(COMMANDS),
+}
+
+
+@pytest.mark.parametrize(
+    ("of", "found", "meant"),
+    [
+        ("partition", "non-iid", None),  # the opposite
+        ("partition", "noniid", None),
+        ("partition", "idi", "iid"),
+        ("partition", "IID", "iid"),
+        ("partition", "iidd", "iid"),
+        ("partition", "in-order", "in_order"),
+        ("partition", "dirichle", "dirichlet"),
+        ("partition", "dirihclte", "dirichlet"),
+        ("partition", "dir", "dirichlet"),
+        ("partition", "dirichlet_split", "dirichlet"),
+        ("partition", "class", "classes"),
+        ("partition", "random", None),
+        ("optimizer", "sdg", "sgd"),
+        ("optimizer", "adma", "adam"),
+        ("optimizer", "adamww", "adamw"),
+        ("optimizer", "rmsprop", None),
+        ("method", "fedvag", "fedavg"),
+        ("method", "FedAvg", "fedavg"),
+        ("method", "fedmdd", "fedmd"),
+        ("method", "hybird", "hybrid"),
+        ("method", "KT-pFL", "kt_pfl"),
+        ("method", "lg-fedavg", "lg_fedavg"),
+        ("method", "feda", None),  # too many begin with it
+        ("method", "fedsgd", None),
+        ("method", "x", None),
+        ("method", "", None),
+        ("command", "trian", "train"),
+        ("command", "tarin", "train"),
+        ("command", "comapre", "compare"),
+        ("command", "cert", "certificates"),
+        ("command", "evalute", "evaluate"),
+        ("command", "run", None),
+    ],
+)
+def test_closest_of_names(of: str, found: str, meant: str | None) -> None:
+    assert closest(found, NAMES[of]) == meant
+
+
+@pytest.mark.parametrize(
+    ("found", "choices", "meant"),
+    [
+        ("temp", ["epochs", "temperature", "step"], "temperature"),
+        ("temprature", ["temperature"], "temperature"),
+        ("decay", ["lr", "weight_decay"], "weight_decay"),
+        ("min_size_", ["min_size", "size"], "min_size"),
+        ("lr", ["mu", "lambda"], None),
+        ("lrs", ["lr", "momentum"], "lr"),
+        ("k", ["x", "y"], None),
+        ("median", ["mean"], None),
+        ("client_11", ["client_1", "client_2"], "client_1"),
+        ("bb", ["a", "b"], "b"),
+    ],
+)
+def test_closest_of_keys(found: str, choices: list[str], meant: str | None) -> None:
+    assert closest(found, choices) == meant
+
+
+def test_closest_prefers_fewer_edits_then_the_same_letters() -> None:
+    assert closest("round", ["rounds", "groups"]) == "rounds"
+    assert closest("paht", ["pact", "path"]) == "path"
+
+
+@pytest.mark.parametrize(
+    ("missing", "meant"),
+    [
+        ("nope.yaml", ""),  # only the suffix is that of compose.yaml
+        ("compse.yaml", "; did you mean 'compose.yaml'?"),
+        ("medical_hetro.yaml", "; did you mean 'medical_hetero.yaml'?"),
+        ("medical_hetero.yml", "; did you mean 'medical_hetero.yaml'?"),
+        ("medical.yaml", "; did you mean 'medical_hetero.yaml'?"),
+        ("notes.yaml", ""),
+    ],
+)
+def test_beside_compares_names_without_suffixes(tmp_path: Path, missing: str, meant: str) -> None:
+    for name in ("compose.yaml", "medical_hetero.yaml", "notes.txt"):
+        (tmp_path / name).touch()
+
+    assert beside(tmp_path / missing, (".yaml", ".yml")) == meant
+
+
+def test_beside_is_silent_where_the_folder_is_missing(tmp_path: Path) -> None:
+    assert beside(tmp_path / "no" / "file.yaml") == ""

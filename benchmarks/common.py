@@ -21,8 +21,8 @@ import torch
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source, make_images
-from hetero_fl.experiment import Prepared
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.experiment import PreparedRun
+from hetero_fl.federation.synchronous import SynchronousTrainer
 
 CLASSES = 10
 CPU_TIME = False
@@ -82,12 +82,12 @@ def images(path: Path | None, rows: int) -> Dataset:
     return make_images(rows, max(200, rows // 5), classes=CLASSES, channels=3, side=32)
 
 
-def rounds_of(prepared: Prepared, **runtime: Any) -> Rounds:
+def rounds_of(prepared: PreparedRun, **runtime: Any) -> SynchronousTrainer:
     """A run in memory, with other settings of `runtime` (executor, workers, threads); sets this process's threads to its own."""
     config = prepared.config.model_copy(
         update={"runtime": prepared.config.runtime.model_copy(update=runtime)}
     )
-    return replace(prepared, config=config).rounds()
+    return replace(prepared, config=config).make_trainer()
 
 
 def now() -> float:
@@ -138,7 +138,7 @@ class Ours:
     `evaluate`: a round ends with its evaluation. `runtime`: settings of `runtime` other than the prepared ones.
     """
 
-    def __init__(self, prepared: Prepared, evaluate: bool = False, **runtime: Any) -> None:
+    def __init__(self, prepared: PreparedRun, evaluate: bool = False, **runtime: Any) -> None:
         others = torch.get_num_threads()
         self.rounds, self.evaluate, self.losses = (
             rounds_of(prepared, **runtime),
@@ -152,7 +152,7 @@ class Ours:
         """A round."""
         others = torch.get_num_threads()
         torch.set_num_threads(self.threads)
-        self.losses.append(list(self.rounds.round()["train_loss"].values()))
+        self.losses.append(list(self.rounds.run_round()["train_loss"].values()))
         if self.evaluate:
             self.rounds.evaluate()
         torch.set_num_threads(others)

@@ -27,7 +27,7 @@ from model_zoo.registry import (
     model_options,
 )
 from model_zoo.split_model import Outputs, SplitModel, batch_norm_buffers, is_batch_norm
-from model_zoo.widths import can_narrow, narrow, share_of
+from model_zoo.widths import can_narrow, narrow_options, share_of
 
 __all__ = [
     "ModelDescription",
@@ -44,6 +44,6 @@ __all__ = [
     "list_groups",
     "list_models",
     "model_options",
-    "narrow",
+    "narrow_options",
     "share_of",
 ]

@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from model_zoo.description import describe, readable
+from model_zoo.description import describe, format_count
 from model_zoo.errors import ModelError
 from model_zoo.registry import MODELS, list_models
 
@@ -62,7 +62,7 @@ def _table(names: list[str], classes: int, channels: int, size: int) -> Table:
             name,
             f"{about.parameters:,}",
             str(about.feature_dim),
-            readable(about.forward_flops),
+            format_count(about.forward_flops),
             about.summary,
         )
     return table

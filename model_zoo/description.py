@@ -40,13 +40,13 @@ class ModelDescription:
                 f"  parameters     {self.parameters:,} "
                 f"(backbone {self.backbone_parameters:,}, head {self.head_parameters:,})",
                 f"  features       {self.feature_dim}",
-                f"  forward pass   {readable(self.forward_flops)}FLOP an example",
+                f"  forward pass   {format_count(self.forward_flops)}FLOP an example",
                 f"  BatchNorm      {'yes' if self.has_batch_norm else 'no'}",
             )
         )
 
 
-def readable(number: int) -> str:
+def format_count(number: int) -> str:
     """1234567 to ``"1.23 M"``."""
     for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= power:
@@ -62,7 +62,7 @@ def summary_of(name: str) -> str:
     return f"your own {rest}" if prefix == "python" else f"{rest} of {prefix}"
 
 
-def _enlarged(model: nn.Module) -> str:
+def _is_enlarged(model: nn.Module) -> str:
     sizes = [module.size for module in model.modules() if isinstance(module, Enlarge)]
     return f", images enlarged to {'x'.join(map(str, sizes[0]))}" if sizes else ""  # type: ignore[arg-type]
 
@@ -84,7 +84,7 @@ def describe(
     with torch.random.fork_rng(devices=[]):
         sizes = (num_classes, in_channels, input_size, feature_dim)
         model = create_model(name, *sizes, vocabulary=vocabulary, **options).eval()
-    enlarged = _enlarged(model)
+    enlarged = _is_enlarged(model)
     # Tensors of the zoo's own models need no numbers, and so no memory, for operations to be counted.
     device = "cpu" if ":" in name else "meta"
     with torch.device(device):
@@ -92,9 +92,9 @@ def describe(
     flops, convolutions = _flops(model.to(device), example)
     return ModelDescription(
         name=name,
-        parameters=count(model),
-        backbone_parameters=count(model.backbone),
-        head_parameters=count(model.head),
+        parameters=num_parameters(model),
+        backbone_parameters=num_parameters(model.backbone),
+        head_parameters=num_parameters(model.head),
         feature_dim=model.feature_dim,
         forward_flops=flops,
         convolution_flops=convolutions,
@@ -103,7 +103,7 @@ def describe(
     )
 
 
-def count(module: nn.Module) -> int:
+def num_parameters(module: nn.Module) -> int:
     """How many numbers the parameters hold; shared ones count once."""
     return sum(math.prod(p.shape) for p in module.parameters())
 

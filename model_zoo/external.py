@@ -49,30 +49,34 @@ def library(name: str) -> ModuleType:
         ) from error
 
 
-def names(of: str) -> list[str]:
+def model_names(library_name: str) -> list[str]:
     """The library's image classifiers, without the prefix."""
-    module = library(of)
+    module = library(library_name)
     listed: list[str] = (
-        module.list_models(module=module) if of == "torchvision" else module.list_models()
+        module.list_models(module=module) if library_name == "torchvision" else module.list_models()
     )
     return listed
 
 
-def is_known(of: str, name: str) -> bool:
+def is_known(library_name: str, name: str) -> bool:
     """Is ``name`` one of them? timm's may carry the tag of their weights (``resnet18.a1_in1k``)."""
-    return name.partition(".")[0] in names(of) if of == "timm" else name in names(of)
+    return (
+        name.partition(".")[0] in model_names(library_name)
+        if library_name == "timm"
+        else name in model_names(library_name)
+    )
 
 
 def external_backbone(
-    of: str, name: str, shape: Shape, *, pretrained: bool = False, **options: Any
+    library_name: str, name: str, shape: Shape, *, pretrained: bool = False, **options: Any
 ) -> Body:
-    """The model ``name`` of the library ``of`` (``torchvision`` or ``timm``) without its classifier.
+    """The model ``name`` of the library ``library_name`` (``torchvision`` or ``timm``) without its classifier.
 
     The size to enlarge to, if any, is found by making the model and trying it on two blank images. Pretrained weights
     are the library's default ones. Raises :class:`ModelError` where no size will do, where the model does not have
     an option, or where weights cannot be had.
     """
-    make = _torchvision if of == "torchvision" else _timm
+    make = _torchvision if library_name == "torchvision" else _timm
     refusal: ModelError | None = None
     for size in _sizes(shape):
         seen = Shape(shape.channels, size)
@@ -120,7 +124,7 @@ def _torchvision(
             raise ModelError(f"takes square images only, found {shape}")
         _check_patches(shape, (patch, patch))
         arguments["image_size"] = side
-    with _building(pretrained):
+    with _translate_errors(pretrained):
         weights = models.get_model_weights(name).DEFAULT if pretrained else None
         if weights is not None and patch:
             model = models.get_model(name, weights=None, **arguments)
@@ -144,7 +148,7 @@ def _timm(name: str, shape: Shape, pretrained: bool, options: Mapping[str, Any])
     """timm's model with ``num_classes=0``: its features, pooled as the model does it."""
     timm = library("timm")
     arguments = {"pretrained": pretrained, "num_classes": 0, "in_chans": shape.channels, **options}
-    with _building(pretrained):
+    with _translate_errors(pretrained):
         try:  # transformers are made for one image size, convolutional networks refuse the argument
             model = timm.create_model(name, img_size=shape.size, **arguments)
         except TypeError as error:
@@ -166,7 +170,7 @@ def _check_patches(shape: Shape, patch: tuple[int, int]) -> None:
 
 
 @contextlib.contextmanager
-def _building(pretrained: bool) -> Iterator[None]:
+def _translate_errors(pretrained: bool) -> Iterator[None]:
     """Words what the library raises; mutes what is printed while weights are downloaded."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level

@@ -14,7 +14,7 @@ from model_zoo import external, user_models
 from model_zoo.backbones import cnn, multimodal, resnet, sequence, tabular, text, transformer
 from model_zoo.errors import InputError, ModelError, nearest
 from model_zoo.external import external_backbone
-from model_zoo.shapes import KINDS, Kind, Shape, make_shape, whole
+from model_zoo.shapes import KINDS, Kind, Shape, is_integer, make_shape
 from model_zoo.split_model import Body, SplitModel, assemble
 
 # The table of this package's own models, and the checks of their options.
@@ -31,7 +31,7 @@ NAMES: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """One model: its builder, what kinds of example it takes, and the options that its name settles.
 
     ``build(shape, *, option=default, …)`` gives the backbone and its width. ``smallest`` is the least height and width
@@ -68,12 +68,12 @@ class Entry:
                 f"needs at least {self.smallest}x{self.smallest} pixels, found {shape}"
             )
 
-    def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of ``given``, each checked against its option's default; lists become tuples."""
+    def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of ``options``, each checked against its option's default; lists become tuples."""
         hints = typing.get_type_hints(self.build)
         return {
             name: check_value(name, value, self.options[name], hints[name])
-            for name, value in given.items()
+            for name, value in options.items()
         }
 
 
@@ -95,12 +95,12 @@ def check_value(name: str, value: Any, default: Any, hint: Any = None) -> Any:
         several = (
             list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         )
-        if not several or not all(whole(v) for v in several):
+        if not several or not all(is_integer(v) for v in several):
             raise ModelError(
                 f"option {name}: found {value!r}, a list of whole numbers of at least 1 is needed"
             )
         return tuple(int(v) for v in several)
-    if not whole(value):
+    if not is_integer(value):
         raise ModelError(f"option {name}: found {value!r}, a whole number of at least 1 is needed")
     return int(value)
 
@@ -109,50 +109,52 @@ def _resnet18(shape: Shape, *, pretrained: bool = False) -> Body:
     return external_backbone("torchvision", "resnet18", shape, pretrained=pretrained)
 
 
-def _cnn(norm: str, width: int, size: str) -> Entry:
+def _cnn(norm: str, width: int, size: str) -> CatalogueEntry:
     text = f"the three-block CNN, {size}: {width}-{2 * width}-{4 * width} channels, {norm.capitalize()}Norm"
-    return Entry(text, cnn.cnn, IMAGE, 4, {"width": width, "norm": norm})
+    return CatalogueEntry(text, cnn.cnn, IMAGE, 4, {"width": width, "norm": norm})
 
 
-def _imagenet_resnet(widths: tuple[int, ...]) -> Entry:
+def _imagenet_resnet(widths: tuple[int, ...]) -> CatalogueEntry:
     text = f"ImageNet stem, one block a stage ({'-'.join(map(str, widths))}), as in HtFLlib"
     fixed = {"widths": widths, "blocks": (1,) * len(widths), "stem": "imagenet"}
-    return Entry(text, resnet.resnet, IMAGE, fixed=fixed)
+    return CatalogueEntry(text, resnet.resnet, IMAGE, fixed=fixed)
 
 
 _SMALL = {"widths": (16, 32, 64), "stem": "small"}
 
-MODELS: dict[str, Entry] = {
-    "linear": Entry("logistic regression on the flattened input", tabular.linear),
-    "mlp": Entry("multi-layer perceptron with ReLU", tabular.mlp),
-    "tabular": Entry(
+MODELS: dict[str, CatalogueEntry] = {
+    "linear": CatalogueEntry("logistic regression on the flattened input", tabular.linear),
+    "mlp": CatalogueEntry("multi-layer perceptron with ReLU", tabular.mlp),
+    "tabular": CatalogueEntry(
         "residual network for table rows (Gorishniy et al., 2021)", tabular.tabular, ("table",)
     ),
-    "wide_deep": Entry(
+    "wide_deep": CatalogueEntry(
         "linear on crossed columns beside a perceptron (Cheng et al., 2016)",
         tabular.wide_deep,
         ("table",),
     ),
-    "ft_transformer": Entry(
+    "ft_transformer": CatalogueEntry(
         "transformer over columns (Gorishniy et al., 2021)", tabular.ft_transformer, ("table",)
     ),
-    "lenet": Entry("LeNet-5 with ReLU and max pooling (LeCun et al., 1998)", cnn.lenet, IMAGE, 12),
-    "fedavg_cnn": Entry(
+    "lenet": CatalogueEntry(
+        "LeNet-5 with ReLU and max pooling (LeCun et al., 1998)", cnn.lenet, IMAGE, 12
+    ),
+    "fedavg_cnn": CatalogueEntry(
         "two 5x5 convolutions and 512 units (McMahan et al., 2017)", cnn.fedavg_cnn, IMAGE, 4
     ),
-    "niid_cnn": Entry(
+    "niid_cnn": CatalogueEntry(
         "LeNet without padding, of NIID-Bench (Li et al., 2022)", cnn.niid_cnn, IMAGE, 16
     ),
-    "fedproto_cnn": Entry(
+    "fedproto_cnn": CatalogueEntry(
         "two 5x5 convolutions with dropout, and 50 units (Tan et al., 2022)",
         cnn.fedproto_cnn,
         IMAGE,
         16,
     ),
-    "fedgen_cnn": Entry(
+    "fedgen_cnn": CatalogueEntry(
         "two strided 3x3 convolutions, 32 features (Zhu et al., 2021)", cnn.fedgen_cnn, IMAGE
     ),
-    "cnn": Entry(
+    "cnn": CatalogueEntry(
         "three 3x3 convolutions of any width, with BatchNorm, GroupNorm or none", cnn.cnn, IMAGE, 4
     ),
     "cnn_bn_small": _cnn("batch", 8, "small"),
@@ -161,50 +163,52 @@ MODELS: dict[str, Entry] = {
     "cnn_gn_small": _cnn("group", 8, "small"),
     "cnn_gn_medium": _cnn("group", 16, "medium"),
     "cnn_gn_large": _cnn("group", 32, "large"),
-    "resnet": Entry(
+    "resnet": CatalogueEntry(
         "a residual network of any widths and blocks (He et al., 2016)", resnet.resnet, IMAGE
     ),
-    "resnet8": Entry(
+    "resnet8": CatalogueEntry(
         "16-32-64 channels, one block a stage (FedDF's)",
         resnet.resnet,
         IMAGE,
         fixed={**_SMALL, "blocks": (1, 1, 1)},
     ),
-    "resnet20": Entry(
+    "resnet20": CatalogueEntry(
         "16-32-64 channels, three blocks a stage (CIFAR form of He et al., 2016; option B shortcuts)",
         resnet.resnet,
         IMAGE,
         fixed={**_SMALL, "blocks": (3, 3, 3)},
     ),
-    "resnet18_small": Entry(
+    "resnet18_small": CatalogueEntry(
         "ResNet-18 with a 3x3 stem and no pooling, for small images",
         resnet.resnet,
         IMAGE,
         fixed={"widths": (64, 128, 256, 512), "blocks": (2, 2, 2, 2), "stem": "small"},
     ),
-    "resnet18": Entry("torchvision's ResNet-18, with its ImageNet stem", _resnet18, IMAGE),
+    "resnet18": CatalogueEntry("torchvision's ResNet-18, with its ImageNet stem", _resnet18, IMAGE),
     "resnet4_imagenet": _imagenet_resnet((64,)),
     "resnet6_imagenet": _imagenet_resnet((64, 128)),
     "resnet8_imagenet": _imagenet_resnet((64, 128, 256)),
     "resnet10_imagenet": _imagenet_resnet((64, 128, 256, 512)),
-    "gru": Entry("gated recurrent units; images row by row", sequence.gru, SEQUENCE),
-    "lstm": Entry("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
-    "transformer": Entry(
+    "gru": CatalogueEntry("gated recurrent units; images row by row", sequence.gru, SEQUENCE),
+    "lstm": CatalogueEntry("long short-term memory; images row by row", sequence.lstm, SEQUENCE),
+    "transformer": CatalogueEntry(
         "small transformer encoder; images row by row", sequence.transformer, SEQUENCE
     ),
-    "cnn1d": Entry(
+    "cnn1d": CatalogueEntry(
         "dilated residual convolutions along a series; images row by row", sequence.cnn1d, SEQUENCE
     ),
-    "multimodal": Entry(
+    "multimodal": CatalogueEntry(
         "a branch for each block of a row, and a fusion that knows which are there",
         multimodal.multimodal,
     ),
-    "vit": Entry("small vision transformer (Dosovitskiy et al., 2021)", transformer.vit, IMAGE),
-    "text_gru": Entry("embedded words under gated recurrent units", text.text_gru, TOKENS),
-    "text_cnn": Entry(
+    "vit": CatalogueEntry(
+        "small vision transformer (Dosovitskiy et al., 2021)", transformer.vit, IMAGE
+    ),
+    "text_gru": CatalogueEntry("embedded words under gated recurrent units", text.text_gru, TOKENS),
+    "text_cnn": CatalogueEntry(
         "embedded words under causal convolutions (Bai et al., 2018)", text.text_cnn, TOKENS
     ),
-    "text_transformer": Entry(
+    "text_transformer": CatalogueEntry(
         "embedded words under a small transformer", text.text_transformer, TOKENS
     ),
 }
@@ -273,7 +277,9 @@ def list_models(pattern: str = "*") -> list[str]:
         raise ModelError(
             f"pattern {pattern}: models can be listed for {' and '.join(EXTERNAL)}, not for {prefix}"
         )
-    return sorted(f"{prefix}:{name}" for name in external.names(prefix) if fnmatchcase(name, rest))
+    return sorted(
+        f"{prefix}:{name}" for name in external.model_names(prefix) if fnmatchcase(name, rest)
+    )
 
 
 def model_options(name: str) -> dict[str, Any]:
@@ -282,13 +288,13 @@ def model_options(name: str) -> dict[str, Any]:
     For a ``timm:`` or ``torchvision:`` model None stands for the model's own default, for a user's own for a value
     that must be given. Raises :class:`ModelError` for an unknown name.
     """
-    with _naming(name):
-        return _known(name)[0]
+    with _prefix_errors(name):
+        return _known_options(name)[0]
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises :class:`ModelError`, in one line, where ``name`` or an option is unknown or a value is out of range."""
-    with _naming(name):
+    with _prefix_errors(name):
         _checked_options(name, options)
 
 
@@ -325,13 +331,13 @@ def create_model(
     Raises:
         ModelError: one line, for anything that cannot be made as asked.
     """
-    with _naming(name):
+    with _prefix_errors(name):
         shape = make_shape(in_channels, input_size, vocabulary)
         return _create(name, num_classes, shape, feature_dim, pretrained, options)
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _prefix_errors(name: str) -> Iterator[None]:
     """Puts the model's name before the message."""
     try:
         yield
@@ -349,7 +355,7 @@ def _create(
 ) -> SplitModel:
     given = _checked_options(name, options)
     for argument, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
-        if not whole(value) and not (argument == "feature_dim" and value is None):
+        if not is_integer(value) and not (argument == "feature_dim" and value is None):
             raise ModelError(f"{argument}: found {value!r}, a whole number of at least 1 is needed")
     prefix, _, rest = name.partition(":")
     if prefix == "python":
@@ -371,7 +377,7 @@ def _create(
     return assemble(entry.build(shape, **entry.fixed, **given), num_classes, feature_dim)
 
 
-def _known(name: str) -> tuple[dict[str, Any], bool]:
+def _known_options(name: str) -> tuple[dict[str, Any], bool]:
     """The options of ``name``, and whether it takes any others too. Raises :class:`ModelError` for no such model."""
     if not isinstance(name, str):
         raise ModelError("a name is needed")
@@ -380,7 +386,7 @@ def _known(name: str) -> tuple[dict[str, Any], bool]:
         return user_models.options(user_models.load(rest))
     if prefix in EXTERNAL and colon:
         if not external.is_known(prefix, rest):
-            near = nearest(rest, external.names(prefix), f"{prefix}:")
+            near = nearest(rest, external.model_names(prefix), f"{prefix}:")
             raise ModelError(f"{prefix} has no such image classifier{near}")
         return dict(external.OPTIONS[prefix]), False
     if colon:
@@ -393,13 +399,13 @@ def _known(name: str) -> tuple[dict[str, Any], bool]:
 
 
 def _checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    known, takes_any = _known(name)
+    known, takes_any = _known_options(name)
     for option in options:
         if option not in known and not takes_any:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise ModelError(f"unknown option {option}{nearest(option, known)}; {takes}")
     if name in MODELS:
-        return MODELS[name].checked(options)
+        return MODELS[name].check_options(options)
     if name.startswith("python:"):
         return dict(options)
     return {

@@ -63,7 +63,7 @@ class Shape:
         return f"an image of {self.size[0]}x{self.size[1]} pixels ({self.channels} channels)"
 
 
-def whole(value: Any, least: int = 1) -> bool:
+def is_integer(value: Any, least: int = 1) -> bool:
     """Is ``value`` a whole number of at least ``least``? (True and False are not numbers here.)"""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
@@ -74,14 +74,14 @@ def make_shape(
     """Checks all and gives the :class:`Shape`. Raises :class:`ModelError`."""
     if vocabulary is not None:
         return _tokens(in_channels, input_size, vocabulary)
-    if not whole(in_channels):
+    if not is_integer(in_channels):
         raise ModelError(
             f"in_channels: found {in_channels!r}, a whole number of at least 1 is needed"
         )
-    if whole(input_size):
+    if is_integer(input_size):
         return Shape(int(in_channels), (int(input_size),) * 2)  # type: ignore[arg-type]
     listed = isinstance(input_size, Sequence) and not isinstance(input_size, str)
-    if not listed or len(input_size) > 2 or not all(whole(s) for s in input_size):  # type: ignore[arg-type, union-attr]
+    if not listed or len(input_size) > 2 or not all(is_integer(s) for s in input_size):  # type: ignore[arg-type, union-attr]
         raise ModelError(
             f"input_size: found {input_size!r}; give S or (H, W) for an image, (L,) for a series, () for a table row"
         )
@@ -89,11 +89,15 @@ def make_shape(
 
 
 def _tokens(in_channels: int, input_size: int | Sequence[int], vocabulary: int) -> Shape:
-    if not whole(vocabulary, 2):
+    if not is_integer(vocabulary, 2):
         raise ModelError(
             f"vocabulary: found {vocabulary!r}, a whole number of at least 2 is needed"
         )
-    if not isinstance(input_size, Sequence) or len(input_size) != 1 or not whole(input_size[0]):
+    if (
+        not isinstance(input_size, Sequence)
+        or len(input_size) != 1
+        or not is_integer(input_size[0])
+    ):
         raise ModelError(f"input_size: found {input_size!r}; give (L,) for texts of L tokens")
     if in_channels != 1:
         raise ModelError(f"in_channels: found {in_channels!r}; tokens have 1")

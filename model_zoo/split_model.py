@@ -79,7 +79,7 @@ def assemble(body: Body, num_classes: int, feature_dim: int | None) -> SplitMode
     return SplitModel(backbone, head, width)
 
 
-def scaled(backbone: nn.Module, share: float) -> nn.Module:
+def scale_outputs(backbone: nn.Module, share: float) -> nn.Module:
     """The backbone, what each of its convolutions and linear layers gives divided by ``share``; 0 leaves it as it is.
 
     A narrow copy of a wide model sums over fewer channels: dividing by its share of them keeps the sums' size.

@@ -63,7 +63,7 @@ def build(
     num_classes: int,
     feature_dim: int | None,
     pretrained: bool,
-    given: Mapping[str, Any],
+    model_options: Mapping[str, Any],
 ) -> SplitModel:
     """Make a model of the user's class, and check it with a dry run on two blank examples.
 
@@ -79,7 +79,9 @@ def build(
         for k in STANDARD
         if k in parameters or (takes_any and (k != "vocabulary" or shape.vocabulary))
     }
-    arguments = {k: v for k, v in zip(STANDARD, values, strict=True) if k in wanted} | dict(given)
+    arguments = {k: v for k, v in zip(STANDARD, values, strict=True) if k in wanted} | dict(
+        model_options
+    )
     if "pretrained" in parameters:
         arguments["pretrained"] = pretrained
     elif pretrained:
@@ -97,24 +99,24 @@ def build(
     return model
 
 
-def _wrap(made: Any, shape: Shape) -> SplitModel:
-    backbone, head = getattr(made, "backbone", None), getattr(made, "head", None)
+def _wrap(model: Any, shape: Shape) -> SplitModel:
+    backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if not (
-        isinstance(made, nn.Module)
+        isinstance(model, nn.Module)
         and isinstance(backbone, nn.Module)
         and isinstance(head, nn.Module)
     ):
         raise ModelError(
-            f"found {type(made).__name__}; it must be a model_zoo.SplitModel, or a module with .backbone and .head"
+            f"found {type(model).__name__}; it must be a model_zoo.SplitModel, or a module with .backbone and .head"
         )
     width = feature_width(backbone, shape)
-    if not isinstance(made, SplitModel):
+    if not isinstance(model, SplitModel):
         return SplitModel(backbone, head, width)
-    if made.feature_dim != width:
+    if model.feature_dim != width:
         raise ModelError(
-            f"its feature_dim says {made.feature_dim}, its features have width {width}"
+            f"its feature_dim says {model.feature_dim}, its features have width {width}"
         )
-    return made
+    return model
 
 
 def _check_head(model: SplitModel, num_classes: int) -> None:

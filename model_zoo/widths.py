@@ -29,7 +29,7 @@ def can_narrow(name: str) -> bool:
     return name in MODELS and MODELS[name].build in _BUILDERS
 
 
-def general(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def general_name(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The model by the name under which its width is an option, with every option: ``cnn_bn_small`` is ``cnn`` with
     ``width=8, norm="batch"``. Raises :class:`ModelError` where it has no narrower copies."""
     if not can_narrow(name):
@@ -37,10 +37,10 @@ def general(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
         raise ModelError(f"model {name}: has no narrower copies; {able} have")
     entry = MODELS[name]
     kind, _ = _BUILDERS[entry.build]
-    return kind, {**MODELS[kind].options, **entry.fixed, **entry.checked(options)}
+    return kind, {**MODELS[kind].options, **entry.fixed, **entry.check_options(options)}
 
 
-def narrow(
+def narrow_options(
     name: str, options: Mapping[str, Any], share: float, scaler: bool = False
 ) -> tuple[str, dict[str, Any]]:
     """Name and options of the copy with this share of every width, rounded up.
@@ -51,7 +51,7 @@ def narrow(
 
     Raises :class:`ModelError` as :func:`general` does.
     """
-    kind, full = general(name, options)
+    kind, full = general_name(name, options)
     width = _BUILDERS[MODELS[kind].build][1]
     wide = full[width]
     less = tuple(_part(w, share) for w in wide) if isinstance(wide, tuple) else _part(wide, share)
@@ -64,14 +64,16 @@ def share_of(
     """Which share of the wide model's widths a model has; None if it is no narrower copy of it, nor itself."""
     if not can_narrow(name) or not can_narrow(wide):
         return None
-    kind, own = general(name, options)
-    other, full = general(wide, wide_options)
+    kind, own = general_name(name, options)
+    other, full = general_name(wide, wide_options)
     if kind != other:
         return None
     width = _BUILDERS[MODELS[kind].build][1]
     first = [o[width][0] if isinstance(o[width], tuple) else o[width] for o in (own, full)]
     share = first[0] / first[1]
-    return share if share <= 1 and narrow(wide, wide_options, share) == (kind, own) else None
+    return (
+        share if share <= 1 and narrow_options(wide, wide_options, share) == (kind, own) else None
+    )
 
 
 def _part(width: int, share: float) -> int:

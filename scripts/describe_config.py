@@ -17,11 +17,17 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hetero_fl.algorithms import algorithm  # noqa: E402
+from hetero_fl.algorithms import register_algorithm  # noqa: E402
 from hetero_fl.algorithms.base import Algorithm  # noqa: E402
-from hetero_fl.algorithms.distillation import Distilling  # noqa: E402
+from hetero_fl.algorithms.distillation import ProxyDistillation  # noqa: E402
 from hetero_fl.config import Config  # noqa: E402
-from hetero_fl.config.describe import default, meaning, part_of, summary, values  # noqa: E402
+from hetero_fl.config.describe import (  # noqa: E402
+    describe_key,
+    describe_values,
+    format_default,
+    section_of,
+    section_summary,
+)
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -59,13 +65,13 @@ def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str
     lines = [
         f"## {'The whole' if not path else f'`{path}`'}",
         "",
-        f"{summary(model)}{_also(model, base, seen)}",
+        f"{section_summary(model)}{_also(model, base, seen)}",
         "",
     ]
     later: list[str] = []
     rows = []
     for name, field in fields.items():
-        part = part_of(field.annotation)
+        part = section_of(field.annotation)
         if part is not None and part not in seen:
             seen[part] = f"{path}.{name}".lstrip(".")
             later += _sections(part, seen[part], seen)
@@ -76,11 +82,13 @@ def _sections(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str
 def _algorithms() -> str:
     # one's own methods, registered by whoever imported this, are left out
     known = {
-        name: algorithm[name]
-        for name in sorted(algorithm)
-        if algorithm[name].__module__.startswith("hetero_fl.")
+        name: register_algorithm[name]
+        for name in sorted(register_algorithm)
+        if register_algorithm[name].__module__.startswith("hetero_fl.")
     }
-    distilling = ", ".join(name for name, kind in known.items() if issubclass(kind, Distilling))
+    distilling = ", ".join(
+        name for name, kind in known.items() if issubclass(kind, ProxyDistillation)
+    )
     lines = [
         "## Settings of the algorithms",
         "",
@@ -88,10 +96,10 @@ def _algorithms() -> str:
         "",
     ]
     of_all = list(Algorithm.model_fields)
-    of_distilling = [n for n in Distilling.model_fields if n not in of_all]
+    of_distilling = [n for n in ProxyDistillation.model_fields if n not in of_all]
     sections: list[tuple[str, type[BaseModel], list[str]]] = [
         ("Every algorithm", Algorithm, of_all),
-        (f"Every distilling algorithm ({distilling})", Distilling, of_distilling),
+        (f"Every distilling algorithm ({distilling})", ProxyDistillation, of_distilling),
     ]
     sections += [
         (f"`{n}`", kind, [f for f in kind.model_fields if _differs(kind, f)])
@@ -106,7 +114,7 @@ def _algorithms() -> str:
 
 def _differs(kind: type[BaseModel], name: str) -> bool:
     """Whether a setting is not already told, with this default, of all algorithms or of all that distil."""
-    common = (Distilling if issubclass(kind, Distilling) else Algorithm).model_fields
+    common = (ProxyDistillation if issubclass(kind, ProxyDistillation) else Algorithm).model_fields
     return name not in common or common[name].default != kind.model_fields[name].default
 
 
@@ -116,16 +124,16 @@ def _row(
     field: FieldInfo,
     seen: dict[type[BaseModel], str] | None = None,
 ) -> tuple[str, str, str, str]:
-    given = "" if field.is_required() else default(field)
+    given = "" if field.is_required() else format_default(field)
 
     def link(part: type[BaseModel]) -> str:
         return f"[`{seen[part]}`](#{_anchor(seen[part])})" if seen and part in seen else "table"
 
     return (
         f"`{name}`",
-        values(field.annotation, field.metadata, link),
+        describe_values(field.annotation, field.metadata, link),
         given,
-        meaning(model, name).replace("|", "\\|"),
+        describe_key(model, name).replace("|", "\\|"),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hetero_fl.data.partition import apportion
-from hetero_fl.utils.seeding import key
+from hetero_fl.utils.seeding import stream_key
 
 KEEP = {"train": 2000, "val": 200}
 OUTPUT = Path(__file__).resolve().parents[1] / "hetero_fl" / "data" / "embedded" / "chest_xray.npz"
@@ -24,7 +24,7 @@ OUTPUT = Path(__file__).resolve().parents[1] / "hetero_fl" / "data" / "embedded"
 def stratified(labels: np.ndarray, count: int, split: str) -> np.ndarray:
     """`count` rows of `labels` `[N]` in the classes' proportions, sorted."""
     classes, sizes = np.unique(labels, return_counts=True)
-    draws = np.random.default_rng(key("embedded", "chest_xray", split))
+    draws = np.random.default_rng(stream_key("embedded", "chest_xray", split))
     kept = apportion(count, sizes / sizes.sum())
     rows = [
         draws.permutation(np.flatnonzero(labels == c))[:n]

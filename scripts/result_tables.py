@@ -21,12 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from hetero_fl.core.task import Task  # noqa: E402
 from hetero_fl.reporting.comparison import plots  # noqa: E402
-from hetero_fl.reporting.comparison.tables import Cell, Line, Table, make_table  # noqa: E402
+from hetero_fl.reporting.comparison.tables import ComparisonTable, TableCell, TableLine, make_table  # noqa: E402
 from hetero_fl.reporting.formatting import MISSING, algorithm_base, algorithm_name  # noqa: E402
-from hetero_fl.reporting.methods import is_bound, method  # noqa: E402
+from hetero_fl.reporting.methods import is_bound, method_class  # noqa: E402
 from hetero_fl.reporting.plots import style  # noqa: E402
 from hetero_fl.reporting.run_directory import RunDirectory  # noqa: E402
-from hetero_fl.utils.text import pieces  # noqa: E402
+from hetero_fl.utils.text import split_top_level  # noqa: E402
 
 README = ROOT / "README.md"
 ARCHIVE = ROOT / "docs" / "results"
@@ -88,7 +88,7 @@ def section(rows: list[Row]) -> str:
     titles = [table.columns[place].title for place in kept]
     header = ["Method", *(WORST if title.startswith("Worst") else title for title in titles), "MB"]
     lines = [_joined(header), _joined(["---", *("---:" for _ in header[1:])])]
-    groups: dict[str, list[Line]] = {"": [], ADJUSTED: [], BOUNDS: []}
+    groups: dict[str, list[TableLine]] = {"": [], ADJUSTED: [], BOUNDS: []}
     for line in table.lines:
         groups[
             BOUNDS if is_bound(line.algorithm) else ADJUSTED if _is_adjusted(line.algorithm) else ""
@@ -106,7 +106,7 @@ def _joined(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(cell: Cell, key: str) -> str:
+def _cell(cell: TableCell, key: str) -> str:
     text = cell.text.replace(" ± ", "±")
     if key.endswith("_worst") and cell.mean is not None and cell.deviation is not None:
         # A single client's accuracy, on as few as 18 rows: decimals would say nothing.
@@ -117,7 +117,7 @@ def _cell(cell: Cell, key: str) -> str:
 def _name(label: str) -> str:
     """Return the name of a method with its settings in short: `FedDF + LA + contrast teacher`."""
     base = algorithm_base(label)
-    settings = pieces(label[len(base) + 1 :], ":")
+    settings = split_top_level(label[len(base) + 1 :], ":")
     if all(setting in SHORT for setting in settings):
         return " + ".join([algorithm_name(base), *(SHORT[setting] for setting in settings)])
     return algorithm_name(label)
@@ -125,11 +125,11 @@ def _name(label: str) -> str:
 
 def _is_adjusted(label: str) -> bool:
     """Return whether a method trains with logit adjustment, by a setting or by default."""
-    kind = method(label)
+    kind = method_class(label)
     return "logit_adjustment=true" in label or (kind is not None and kind().logit_adjustment)
 
 
-def _origin(table: Table, rows: list[Row]) -> str:
+def _origin(table: ComparisonTable, rows: list[Row]) -> str:
     best = next((line for line in table.lines if line.p == "best"), None)
     parts = []
     if best is not None and table.tested:
@@ -181,8 +181,8 @@ def main() -> int:
         return int(made != text)
     README.write_text(made, encoding="utf-8")
     for name, path in PICTURES.items():
-        with style.drawing():
-            path.write_bytes(style.png(plots.draw(archived(name), TASK)))
+        with style.plot_style():
+            path.write_bytes(style.to_png(plots.draw_comparison(archived(name), TASK)))
     return 0
 
 

@@ -25,7 +25,7 @@ import torch
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.data import Dataset, load_source
 from hetero_fl.experiment import prepare
-from hetero_fl.utils.errors import RunFailed
+from hetero_fl.utils.errors import RunFailedError
 
 ROUNDS, CLIENTS, PROXY, ROWS = 10, 20, 400, 4000
 HONEST = "none"
@@ -119,18 +119,18 @@ def configuration(case: Case, alpha: float, seed: int) -> dict[str, Any]:
 def carry_out(case: Case, dataset: Dataset, alpha: float, seed: int) -> dict[str, Any]:
     """The run's line."""
     begun = time.perf_counter()
-    rounds = prepare(configuration(case, alpha, seed), dataset=dataset).rounds()
+    rounds = prepare(configuration(case, alpha, seed), dataset=dataset).make_trainer()
     accuracy: float | None = None
     success: float | None = None
     try:
         for _ in range(ROUNDS):
-            rounds.round()
+            rounds.run_round()
         read = rounds.evaluate().clients.values()
         found = [reading.scores["global"]["accuracy"] for reading in read]
         accuracy = None if None in found else sum(map(float, filter(None, found))) / len(found)
         stamped = [reading.triggered for reading in read if reading.triggered is not None]
         success = sum(stamped) / len(stamped) if stamped else None
-    except RunFailed:
+    except RunFailedError:
         pass  # nothing finite was left: as bad as an attack can get
     finally:
         rounds.executor.close()

@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.robustness.unix_socket import UnixSocket, start_node
-from hetero_fl.deployment.server import serve
+from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment import run
 
 Source = dict[str, Any]
@@ -103,7 +103,9 @@ def source(kind: str) -> Source:
 def go_on(kind: str, out: str, socket: str) -> None:
     """A run, or what is left of it: with the nodes that come to the socket, if there is one."""
     if socket:
-        serve(source(kind), UnixSocket(Path(socket)), out=Path(out), resume=True, wait=300.0)
+        run_federation(
+            source(kind), UnixSocket(Path(socket)), out=Path(out), resume=True, wait=300.0
+        )
     else:
         run(source(kind), out=out, resume=True)
 

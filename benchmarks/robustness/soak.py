@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.robustness.unix_socket import UnixSocket, start_node
-from hetero_fl.deployment.server import serve
+from hetero_fl.deployment.server import run_federation
 from hetero_fl.reporting.run import Run
 
 CLIENTS = ["site_1", "site_2", "site_3", "site_4"]
@@ -130,7 +130,7 @@ def sockets(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
         nodes[client] = start_node(folder / "socket", client, folder / "sites")
 
     def go(made: dict[str, Any], out: Path, look: Callable[[dict[str, Any]], None]) -> Run:
-        return serve(made, transport, out=out, wait=300.0, callbacks=[look])
+        return run_federation(made, transport, out=out, wait=300.0, callbacks=[look])
 
     yield lambda: [(client, process.pid) for client, process in nodes.items()], kill, go
     for node in nodes.values():
@@ -140,10 +140,10 @@ def sockets(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
 @contextmanager
 def flower(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
     """Nodes that speak with Flower's SuperLink, each started again by the nursery when it was killed."""
-    from hetero_fl.deployment.local.launcher import NURSERY, federate
-    from hetero_fl.utils.processes import Beside
+    from hetero_fl.deployment.local.launcher import LAUNCHER, run_local_federation
+    from hetero_fl.utils.processes import CompanionProcess
 
-    nursery = Beside(NURSERY)
+    nursery = CompanionProcess(LAUNCHER)
     pid = nursery._process.pid
 
     def pids() -> list[tuple[str, int]]:
@@ -158,7 +158,7 @@ def flower(folder: Path) -> Iterator[tuple[Pids, Kill, Go]]:
         os.kill(rng.choice(below(pid)), signal.SIGKILL)
 
     def go(made: dict[str, Any], out: Path, look: Callable[[dict[str, Any]], None]) -> Run:
-        return federate(made, out=out, callbacks=[look], nursery=nursery)
+        return run_local_federation(made, out=out, callbacks=[look], launcher=nursery)
 
     yield pids, kill, go
 

@@ -14,7 +14,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from hetero_fl.deployment.config import SiteConfig, TellsConfig
+from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
 from hetero_fl.deployment.messages import Envelope
 from hetero_fl.deployment.node import Node
 
@@ -120,7 +120,7 @@ def attend(path: str, client: str, folder: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    tells = TellsConfig(labels=True, details=True, model=True)
+    tells = DisclosureConfig(labels=True, details=True, model=True)
     node = Node(SiteConfig(client=client, tells=tells), Path(folder) / client)
     while True:
         try:

@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.common import arguments, parsed, rounds_of
 from hetero_fl.communication.protocol import Message, Messages
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.data import make_images
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 
 WORKERS = 2
 TARGETS = {"serial": 3.0, "processes": 3.0 + 4 * WORKERS}
@@ -56,11 +56,11 @@ def configuration(cohort: int) -> dict[str, object]:
 class Arrivals:
     """An executor whose clients have nothing to compute: every upload is a fresh copy of the same bytes."""
 
-    def __init__(self, rounds: Rounds) -> None:
-        (arch,) = {card.arch for card in rounds.federation.cards.values()}
-        model = Item(floats(rounds.federation.initial(arch)), 2.0, "params")
+    def __init__(self, rounds: SynchronousTrainer) -> None:
+        (arch,) = {card.arch for card in rounds.federation.client_infos.values()}
+        model = Item(floating_tensors(rounds.federation.initial_tensors(arch)), 2.0, "params")
         self.upload = Payload({"model": model}, {"loss": "1.0"}).encode()
-        self.store, self.performer = rounds.store, rounds.performer
+        self.store, self.performer = rounds.store, rounds.backend
 
     def answer(self, requests: Messages, round: int) -> Iterator[tuple[str, Message]]:
         """A reply to each request."""
@@ -79,11 +79,11 @@ def measured(executor: str, cohort: int) -> None:
         rounds.executor = Arrivals(rounds)  # type: ignore[assignment]
     size = sum(t.nbytes for t in next(iter(rounds.server.models.values())).values())
     rounds.per_round = 2
-    rounds.round()  # whatever is made once
+    rounds.run_round()  # whatever is made once
     rounds.per_round = None
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
-    rounds.round()
+    rounds.run_round()
     peak = status("VmHWM") - before - size  # the broadcast, encoded once for all
     rounds.executor.close() if executor == "processes" else None
     print(peak / size)

@@ -51,8 +51,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    run = prepare(source(options.clients, options.flight)).rounds()
-    answer, made = run.executor.answer, list[Reply]()
+    run = prepare(source(options.clients, options.flight)).make_trainer()
+    answer, made = run.executor.run, list[Reply]()
 
     def again(requests: Messages) -> Iterator[tuple[str, Reply]]:
         if not made:
@@ -62,12 +62,12 @@ def main() -> None:
             assert isinstance(made[0], Message)
             yield client, made[0]
 
-    run.executor.answer = again  # type: ignore[method-assign]
+    run.executor.run = again  # type: ignore[method-assign]
     torch.set_num_threads(1)
-    run.round()
+    run.run_round()
     events, begun = 0, time.process_time()
     for _ in range(options.rounds):
-        events += run.round()["counts"]["invited"]
+        events += run.run_round()["counts"]["invited"]
     each = (time.process_time() - begun) / events * 1000
     aim = "met" if each <= TARGET else "missed"
     print(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 
 FEW, MANY = 1_000, 1_000_000
 
@@ -46,9 +46,9 @@ def source(method: str, clients: int, cohort: int) -> dict[str, Any]:
     }
 
 
-def begun(method: str, clients: int, cohort: int) -> Rounds:
+def begun(method: str, clients: int, cohort: int) -> SynchronousTrainer:
     """A run that is ready for its first round."""
-    return prepare(source(method, clients, cohort)).rounds()
+    return prepare(source(method, clients, cohort)).make_trainer()
 
 
 def alone(method: str, clients: int, cohort: int, rounds: int) -> dict[str, float]:
@@ -59,7 +59,7 @@ def alone(method: str, clients: int, cohort: int, rounds: int) -> dict[str, floa
     seconds = time.perf_counter() - start
     seen: set[str] = set()
     for _ in range(rounds):
-        seen.update(run.round()["cohort"])
+        seen.update(run.run_round()["cohort"])
     run.evaluate()
     kept = sum(len(run.store.encoded(c) or b"") for c in run.store.clients())
     return {
@@ -74,7 +74,7 @@ def alone(method: str, clients: int, cohort: int, rounds: int) -> dict[str, floa
 def _warm(method: str, cohort: int) -> None:
     """Everything once with as many clients as a cohort has, so that what is loaded on first use is not counted."""
     run = begun(method, cohort, cohort)
-    run.round()
+    run.run_round()
     run.evaluate()
 
 
@@ -129,8 +129,8 @@ def main() -> None:
         )
         return
     for what, once in (
-        ("a round", Rounds.round),
-        ("an evaluation of the same number", Rounds.evaluate),
+        ("a round", SynchronousTrainer.run_round),
+        ("an evaluation of the same number", SynchronousTrainer.evaluate),
     ):
         few, many = (begun("fedavg", clients, options.cohort) for clients in (FEW, MANY))
         ratios, seconds, busy = [], [], []

@@ -18,10 +18,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hetero_fl.communication.protocol import Messages, Replies, Summed, Traffic, hold_round
-from hetero_fl.communication.secure_aggregation.crypto import degree
-from hetero_fl.communication.secure_aggregation.protocol import Layout, SecureSum
-from hetero_fl.config.communication import SecureSumConfig
+from hetero_fl.communication.protocol import (
+    AggregatedUploads,
+    Messages,
+    Replies,
+    Traffic,
+    run_protocol,
+)
+from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation, VectorLayout
+from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 
 SPECS = {"model": ItemSpec("params")}
@@ -36,18 +42,18 @@ class Cohort:
     notes: dict[str, bytes] = field(default_factory=dict)
     busy: float = 0.0  # seconds of all clients
 
-    def layout(self, round: int) -> Layout:
-        return Layout.of(
+    def layout(self, round_idx: int) -> VectorLayout:
+        return VectorLayout.from_forms(
             [("a", {"model": Item({"w": torch.zeros(self.numbers)}, 1.0, "params")})], SPECS
         )
 
-    def group(self, client: str) -> str:
+    def aggregation_group(self, client: str) -> str:
         return "a"
 
     def noise(self, *about: object) -> None:
         """Nobody adds any."""
 
-    def rows(self, client: str) -> int:
+    def num_rows(self, client: str) -> int:
         return 1
 
     def upload(self, client: str) -> Payload:
@@ -57,14 +63,14 @@ class Cohort:
             {"model": Item({"w": torch.randn(self.numbers, generator=draw)}, 1.0, "params")}
         )
 
-    def answer(self, protocol: SecureSum, requests: Messages, leaving: set[str]) -> Replies:
+    def answer(self, protocol: SecureAggregation, requests: Messages, leaving: set[str]) -> Replies:
         """All clients' replies, but of those who leave before they send their vector."""
         for client in requests:
             request = requests[client]
-            if request.ask == "train" and client in leaving:
+            if request.kind == "train" and client in leaving:
                 continue
             upload, begun = (
-                self.upload(client).encode() if request.ask == "train" else b"",
+                self.upload(client).encode() if request.kind == "train" else b"",
                 time.process_time(),
             )
             talk = protocol.answer(client, request, 0, self.notes)
@@ -79,20 +85,20 @@ class Cohort:
 def held(clients: int, numbers: int, neighbours: int | None, leaving: int) -> None:
     """Hold one round, check its sum and print what it took."""
     cohort = Cohort([f"site_{i}" for i in range(1, clients + 1)], numbers)
-    config = SecureSumConfig(
+    config = SecureAggregationConfig(
         threshold=max(0.51, 1 - 2 * max(leaving, 0.05 * clients) / clients), neighbours=neighbours
     )
-    protocol, traffic = SecureSum(config, clients, cohort), Traffic()
+    protocol, traffic = SecureAggregation(config, clients, cohort), Traffic()
     gone = set(cohort.clients[1 : 1 + leaving])
-    k = degree(clients, protocol.survivors, neighbours)
+    k = num_neighbours(clients, protocol.survivors, neighbours)
     begun, wall = time.process_time(), time.perf_counter()
     exchange = lambda requests: cohort.answer(protocol, requests, gone)  # noqa: E731
-    summed = hold_round(protocol, dict.fromkeys(cohort.clients, b""), exchange, traffic, 0)
+    summed = run_protocol(protocol, dict.fromkeys(cohort.clients, b""), exchange, traffic, 0)
     seconds, wall = time.process_time() - begun, time.perf_counter() - wall
-    assert isinstance(summed, Summed) and len(summed.clients) == clients - leaving
+    assert isinstance(summed, AggregatedUploads) and len(summed.clients) == clients - leaving
     layout, plain = cohort.layout(0), np.zeros(numbers + 3, np.uint64)
     for client in summed.clients:
-        plain += protocol.vector(client, cohort.upload(client), layout, summed.unit, 0)
+        plain += protocol.encode_upload(client, cohort.upload(client), layout, summed.unit, 0)
     assert np.array_equal(summed.total, plain)
     server, each = seconds - cohort.busy, 1e3 * cohort.busy / clients
     print(

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.state_store import Private, Store
-from hetero_fl.utils.seeding import generator
+from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.utils.seeding import keyed_generator
 
 LAYERS = 8
 
@@ -33,12 +33,14 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def changed(private: Private, parameters: int) -> Private:
+def changed(private: PrivateState, parameters: int) -> PrivateState:
     """A client's state after training: every tensor is another."""
     start = private.models.get("model") or {
         f"layer{i}": torch.zeros(parameters // LAYERS) for i in range(LAYERS)
     }
-    return Private({"model": {name: tensor + 1 for name, tensor in start.items()}}, {"rounds": 1})
+    return PrivateState(
+        {"model": {name: tensor + 1 for name, tensor in start.items()}}, {"rounds": 1}
+    )
 
 
 def held_round(
@@ -75,7 +77,7 @@ def main() -> None:
     clients, before = [f"site_{i}" for i in range(options.clients)], peak()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, memory = Path(name), options.memory << 20
-        checkpoints = Checkpoints(Store(folder, memory), print)
+        checkpoints = Checkpoints(StateStore(folder, memory), print)
         print(f"imports: {before:.2f} GB resident")
         stage, commit, size = held_round(checkpoints, clients, options.parameters, 0)
         print(
@@ -83,7 +85,7 @@ def main() -> None:
         )
         rounds = []
         for round in range(1, options.rounds + 1):
-            drawn = torch.randperm(len(clients), generator=generator("benchmark", round))[
+            drawn = torch.randperm(len(clients), generator=keyed_generator("benchmark", round))[
                 : options.cohort
             ]
             rounds.append(
@@ -103,8 +105,8 @@ def main() -> None:
             f"written a round: {min(written):.0f} to {max(written):.0f} MB; {disk:.2f} GB on disk at the end"
         )
         begun = time.perf_counter()
-        again = Checkpoints(Store(folder, memory), print)
-        again.newest()
+        again = Checkpoints(StateStore(folder, memory), print)
+        again.load_newest()
         verified = time.perf_counter() - begun
         for client in clients:
             again.store.get(client)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.trainer import record_readings
+from hetero_fl.federation.trainer import add_evaluation
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_devices.yaml"
 SMALLER = [
@@ -53,15 +53,15 @@ Curve = Sequence[tuple[float, float, int, int]]
 def hold(overrides: list[str], until: float | None, rounds: int) -> Run:
     """Accuracy in common (mean over clients) by simulated time; ends after the rounds, or when the time is over."""
     prepared = prepare(CONFIG, [*overrides, f"rounds={rounds}"])
-    session = prepared.rounds()
+    session = prepared.make_trainer()
     curve: list[tuple[float, float, int, int]] = []
     counts: dict[str, int] = {}
     while session.completed < rounds and (until is None or session.now < until):
-        record = session.round()
+        record = session.run_round()
         for key, count in record["counts"].items():
             counts[key] = counts.get(key, 0) + count
         if session.completed % prepared.config.evaluation.every == 0 or session.completed == rounds:
-            record_readings(record, session.evaluate())
+            add_evaluation(record, session.evaluate())
             traffic = session.traffic.up + session.traffic.down
             curve.append((session.now, record["global"]["accuracy"], traffic, counts["arrived"]))
     session.executor.close()
@@ -73,9 +73,9 @@ def hold(overrides: list[str], until: float | None, rounds: int) -> Run:
 
 def durations(overrides: list[str]) -> list[float]:
     """Seconds that each client's task takes in the first synchronous round."""
-    session = prepare(CONFIG, overrides).rounds()
-    timing, size = session.conditions.timing, 200_000
-    return [timing.duration(id, size, size, 0.0, 0) for id in session.federation.cards]
+    session = prepare(CONFIG, overrides).make_trainer()
+    timing, size = session.environment.timing, 200_000
+    return [timing.duration(id, size, size, 0.0, 0) for id in session.federation.client_infos]
 
 
 def reached(curve: Curve, mark: float) -> float | None:
@@ -122,7 +122,7 @@ def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Pa
     from hetero_fl.reporting.plots import style
 
     grid = np.linspace(0, 1, 401)
-    with style.drawing():
+    with style.plot_style():
         made = style.figure(3.4)
         axes = made.subplots()
         axes.axhline(0, color=style.GREY, linewidth=0.8)
@@ -156,7 +156,7 @@ def figure(found: Mapping[str, Mapping[str, Run]], ways: Sequence[str], path: Pa
         axes.set_xlabel("simulated time, as a share of the synchronous run's")
         axes.set_ylabel("points of accuracy above the mark")
         axes.legend(loc="lower right")
-        path.write_bytes(style.png(made))
+        path.write_bytes(style.to_png(made))
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.experiment import Prepared, prepare
-from hetero_fl.utils.seeding import generator
+from hetero_fl.experiment import PreparedRun, prepare
+from hetero_fl.utils.seeding import keyed_generator
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "replication" / "fedgen_mnist.yaml"
 COHORT, STEPS, BATCH, LR, FALL = 10, 20, 32, 0.01, 0.99
@@ -34,17 +34,17 @@ def batches(y: Tensor, draws: torch.Generator, shuffled: bool) -> Iterator[Tenso
         yield from (batch for batch in rows.split(BATCH) if len(batch) == BATCH)
 
 
-def course(prepared: Prepared, shuffled: bool) -> list[float]:
+def course(prepared: PreparedRun, shuffled: bool) -> list[float]:
     """The reading of every fifth round, all clients' test images together, in percent."""
     federation = prepared.federation
-    ids = list(federation.cards)
-    (arch,) = {card.arch for card in federation.cards.values()}
-    view = federation.cards[ids[0]].preprocess
+    ids = list(federation.client_infos)
+    (arch,) = {card.arch for card in federation.client_infos.values()}
+    view = federation.client_infos[ids[0]].preprocess
     train = {c: federation.data.columns(c, "train", view) for c in ids}
     test = federation.data.columns(ids[0], "common_test", view)
-    draws = generator(federation.seed, "by hand")
+    draws = keyed_generator(federation.seed, "by hand")
     stream = {c: batches(train[c]["y"], draws, shuffled) for c in ids}
-    module, weights = arch.build(), federation.initial(arch)
+    module, weights = arch.build(), federation.initial_tensors(arch)
     learnt = [n for n in weights if n in arch.parameter_names]
     kept = {c: {n: t.clone() for n, t in weights.items() if n not in learnt} for c in ids}
     shared, read = {n: weights[n].clone() for n in learnt}, []

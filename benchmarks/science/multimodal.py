@@ -20,7 +20,7 @@ import hetero_fl
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.data import Dataset, load_source
-from hetero_fl.data.inference import as_seen
+from hetero_fl.data.inference import preprocess_inputs
 from hetero_fl.reporting.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ def figures(run: Run, dataset: Dataset) -> dict[str, dict[str, float]]:
         model = run.models[client["id"]]
         if len(model.preprocess["blocks"]) == 2:
             alone = score(
-                model.task, model.logits(as_seen(model, {"image": image})), dataset.test.y
+                model.task, model.logits(preprocess_inputs(model, {"image": image})), dataset.test.y
             )
             mine.setdefault("image auroc", []).append(float(alone["auroc"] or 0))
     return {

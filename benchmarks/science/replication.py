@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Carry out what is left, and write the tables."""
     from hetero_fl import run
-    from hetero_fl.utils.errors import RunFailed
+    from hetero_fl.utils.errors import RunFailedError
 
     options = arguments()
     record = {} if options.quick else read_record(options.record)
@@ -101,7 +101,7 @@ def main() -> None:
                 CONFIGS / f"{job.table.config}.yaml", out=job.path, resume=True, overrides=overrides
             )
             told = f"{accuracy(job, 'last'):.2f} in {time.perf_counter() - begun:.0f} s"
-        except RunFailed as error:
+        except RunFailedError as error:
             told = f"failed: {error}"
         print(
             f"{number}/{len(left)} {job.table.name}: {job.row.method}, seed {job.seed}: {told}",

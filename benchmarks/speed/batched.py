@@ -19,10 +19,10 @@ import torch
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import make_images
-from hetero_fl.engine.serial import Serial
-from hetero_fl.engine.vectorized import Batched
+from hetero_fl.engine.serial import SerialBackend
+from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.state_store import Private
+from hetero_fl.federation.state_store import PrivateState
 
 MODELS = ["linear", "mlp", "cnn_bn_small", "cnn_gn_small", "lenet", "fedavg_cnn"]
 
@@ -51,7 +51,7 @@ def equal_clients(
     }
     prepared = prepare(source, dataset=make_images(clients * rows + 100, classes=10, side=side))
     federation = prepared.federation
-    made = [federation.client(id, Private(), 0) for id in federation.cards]
+    made = [federation.client(id, PrivateState(), 0) for id in federation.client_infos]
     return [(client, prepared.method.fit(client)) for client in made]
 
 
@@ -59,12 +59,12 @@ def pairs(
     work: list[tuple[Participant, Fit]], count: int, device: torch.device
 ) -> list[tuple[float, float]]:
     """Seconds of serial and batched runs, in turn; the first pair is not counted."""
-    serial, batched, seconds = Serial(device), Batched(device, print), []
+    serial, batched, seconds = SerialBackend(device), VectorizedBackend(device, print), []
     for i in range(count + 1):
         begun = time.perf_counter()
-        serial.perform(work)
+        serial.run(work)
         middle = time.perf_counter()
-        batched.perform(work)
+        batched.run(work)
         if i:
             seconds.append((middle - begun, time.perf_counter() - middle))
     return seconds

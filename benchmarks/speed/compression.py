@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from hetero_fl.communication.compression import stages_of
+from hetero_fl.communication.compression import build_stages
 from hetero_fl.communication.link import Link
 from hetero_fl.config.communication import ChannelConfig
-from hetero_fl.core.payload import Item, ItemSpec, Payload, report_of
-from hetero_fl.utils.seeding import generator
+from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss
+from hetero_fl.utils.seeding import keyed_generator
 
 SPECS = {"model": ItemSpec("params")}
 CHAINS: dict[str, tuple[list[Any], bool]] = {
@@ -76,19 +76,19 @@ def main() -> None:
         f"{'model':8} {'chain':20} {'send ms':>9} {'receive ms':>11} {'bytes':>12} {'of float32':>11}"
     )
     for size in ("cnn",) if options.quick else ("cnn", "resnet"):
-        start = {n: torch.randn(s, generator=generator(n)) for n, s in shapes(size).items()}
+        start = {n: torch.randn(s, generator=keyed_generator(n)) for n, s in shapes(size).items()}
         steps = {n: 0.001 * 1.3**i for i, n in enumerate(start)}
         moved = {
-            n: t + steps[n] * torch.randn(t.shape, generator=generator(n, 1))
+            n: t + steps[n] * torch.randn(t.shape, generator=keyed_generator(n, 1))
             for n, t in start.items()
         }
         got, sent = (
             Payload({"model": start}),
-            Payload({"model": Item(moved, 600.0, "params")}, report_of(1.0)),
+            Payload({"model": Item(moved, 600.0, "params")}, report_with_loss(1.0)),
         )
         dense = sum(4 * t.numel() for t in start.values())
         for name, (chain, entropy) in CHAINS.items():
-            link = Link(stages_of(ChannelConfig(compress=chain).compress, entropy), SPECS, 10)
+            link = Link(build_stages(ChannelConfig(compress=chain).compress, entropy), SPECS, 10)
             send, receive, count = measured(link, sent, got, options.pairs)
             print(
                 f"{size:8} {name:20} {send:9.1f} {receive:11.1f} {count:12,} {count / dense:10.2%}",

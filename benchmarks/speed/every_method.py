@@ -133,7 +133,7 @@ class Framework(Ours):
         self.scores: list[list[float]] = []
 
     def round(self) -> None:
-        if self.rounds.federation.rounds == 1:
+        if self.rounds.federation.num_rounds == 1:
             self.rounds.completed = 0
         super().round()
         found = self.rounds.evaluate().clients.values()

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import Ours, agree, arguments, images, in_turns, parsed, print_ratios
-from hetero_fl.experiment import Prepared, prepare
-from hetero_fl.utils.seeding import generator
+from hetero_fl.experiment import PreparedRun, prepare
+from hetero_fl.utils.seeding import keyed_generator
 
 BATCH, STEPS, LR = 10, 5, 0.05
 TARGETS = {"serial": 1.05, "auto": 0.8, "two workers": None}
@@ -46,15 +46,15 @@ def configuration(clients: int) -> dict[str, object]:
 class Bare:
     """FedAvg by hand."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedRun) -> None:
         federation = prepared.federation
-        (arch,) = {card.arch for card in federation.cards.values()}
+        (arch,) = {card.arch for card in federation.client_infos.values()}
         self.rows = {
             c: federation.data.columns(c, "train", card.preprocess)
-            for c, card in federation.cards.items()
+            for c, card in federation.client_infos.items()
         }
         self.module = arch.build()
-        self.weights = {n: t.clone() for n, t in federation.initial(arch).items()}
+        self.weights = {n: t.clone() for n, t in federation.initial_tensors(arch).items()}
         self.losses: list[list[float]] = []
         self.seed, self.done = federation.seed, 0
 
@@ -68,7 +68,7 @@ class Bare:
             module.load_state_dict(self.weights)
             optimizer = torch.optim.SGD(module.parameters(), LR, fused=True)
             order = torch.randperm(
-                len(rows["y"]), generator=generator(self.seed, self.done, id, "train", 0, 0)
+                len(rows["y"]), generator=keyed_generator(self.seed, self.done, id, "train", 0, 0)
             )
             loss_sum = torch.zeros(())
             for batch in order[: BATCH * STEPS].split(BATCH):

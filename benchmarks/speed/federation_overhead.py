@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 
 from hetero_fl.deployment.certificates import load_node_key, make_node_key
-from hetero_fl.deployment.flower import FlowerTransport, Superlink, serve
+from hetero_fl.deployment.flower import FlowerTransport, SuperLink, serve
 from hetero_fl.deployment.flower.superlink import free_port
 from hetero_fl.deployment.messages import Envelope
 
@@ -112,7 +112,7 @@ def ours(nodes: int, size: int) -> Iterator[Callable[[], float]]:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         keys = {f"node_{i}": make_node_key(scratch / f"node_{i}") for i in range(nodes)}
         transport = FlowerTransport(
-            Superlink(), {name: key.public_key() for name, key in keys.items()}
+            SuperLink(), {name: key.public_key() for name, key in keys.items()}
         )
         stack.callback(transport.close)
         for name in keys:

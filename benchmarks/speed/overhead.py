@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import arguments, in_turns, parsed, rounds_of
 from hetero_fl.data import make_table
-from hetero_fl.experiment import Prepared, prepare
+from hetero_fl.experiment import PreparedRun, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, ROWS, LR = 10, 20, 0.1
@@ -48,12 +48,12 @@ def configuration(clients: int) -> dict[str, object]:
 class BareSteps:
     """The steps alone: nothing is loaded, drawn or averaged."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedRun) -> None:
         federation = prepared.federation
-        (arch,) = {card.arch for card in federation.cards.values()}
+        (arch,) = {card.arch for card in federation.client_infos.values()}
         self.rows = [
             federation.data.columns(c, "train", card.preprocess)
-            for c, card in federation.cards.items()
+            for c, card in federation.client_infos.items()
         ]
         self.module = arch.build()
         self.optimizer = torch.optim.SGD(self.module.parameters(), LR, fused=True)
@@ -98,7 +98,7 @@ def main() -> None:
         BareSteps(prepared),
         rounds_of(prepared, executor="serial", threads=options.threads),
     )
-    seconds = in_turns({"bare steps": bare.round, "serial": rounds.round}, options.pairs)
+    seconds = in_turns({"bare steps": bare.round, "serial": rounds.run_round}, options.pairs)
     each = [
         1e3 * (a - b) / clients
         for a, b in zip(seconds["serial"], seconds["bare steps"], strict=True)

@@ -62,16 +62,16 @@ def main() -> None:
             configuration(clients), dataset=images(options.data, clients * BATCH * STEPS * 2)
         )
     rounds = rounds_of(prepared, executor="serial", threads=options.threads)
-    rounds.round()
+    rounds.run_round()
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(options.pairs):
-        rounds.round()
+        rounds.run_round()
         if options.config is not None:
             rounds.evaluate()
     profiler.disable()
     stats = pstats.Stats(profiler)
-    print_stages(stats, options.pairs, len(rounds.cohort(0)))
+    print_stages(stats, options.pairs, len(rounds.sample_cohort(0)))
     print("\nwhere it is itself (ms a round):")
     print_top(stats, options.pairs, options.top)
 

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import make_images
-from hetero_fl.engine.serial import Serial
+from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.state_store import Private
-from hetero_fl.utils.seeding import generator
+from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.utils.seeding import keyed_generator
 from model_zoo import SplitModel
 
 CASES = {
@@ -49,8 +49,8 @@ def participant(model: str, optimizer: str, batch: int, rows: int) -> tuple[Part
         "algorithm": {"name": "local"},
     }
     prepared = prepare(source, dataset=make_images(rows, classes=10, side=28))
-    (id,) = prepared.federation.cards
-    client = prepared.federation.client(id, Private(), 0)
+    (id,) = prepared.federation.client_infos
+    client = prepared.federation.client(id, PrivateState(), 0)
     return client, prepared.method.fit(client)
 
 
@@ -60,7 +60,7 @@ def bare_loop(module: SplitModel, start: dict, x: torch.Tensor, y: torch.Tensor,
     module.train()
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[fit.optimizer.name]
     optimizer = kind(module.parameters(), fit.optimizer.lr, fused=True)
-    for rows in torch.randperm(len(x), generator=generator("bare")).split(fit.batch_size):
+    for rows in torch.randperm(len(x), generator=keyed_generator("bare")).split(fit.batch_size):
         optimizer.zero_grad()
         F.cross_entropy(module(x[rows]).logits, y[rows]).backward()
         optimizer.step()
@@ -80,7 +80,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for name, (model, optimizer, batch, target) in CASES.items():
         client, fit = participant(model, optimizer, batch, options.rows)
-        serial = Serial(torch.device("cpu"))
+        serial = SerialBackend(torch.device("cpu"))
         columns = client.data("train", None)
         module = client.arch["model"].build()
         start = {n: t.clone() for n, t in client.models["model"].items()}
@@ -89,7 +89,7 @@ def main() -> None:
             begun = time.perf_counter()
             bare_loop(module, start, columns["x"], columns["y"], fit)
             middle = time.perf_counter()
-            serial.perform([(client, fit)])
+            serial.run([(client, fit)])
             end = time.perf_counter()
             if i:
                 ratios.append((end - middle) / (middle - begun))

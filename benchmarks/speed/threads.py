@@ -27,8 +27,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.engine.templates import Template, description
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.engine.templates import Template, describe_model
 
 CASES = [
     *(("mlp", (1, 28, 28), batch) for batch in (10, 32)),
@@ -50,11 +50,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
     for name, shape, batch in CASES:
-        arch = Architecture.of(name, 10, shape)
+        arch = ModelSpec.from_config(name, 10, shape)
         module = Template(arch, torch.device("cpu")).module
         optimizer = torch.optim.SGD(module.parameters(), 0.01, fused=True)
         x, y = torch.rand(batch, *shape), torch.arange(batch) % 10
-        flops = batch * description(arch).forward_flops
+        flops = batch * describe_model(arch).forward_flops
         steps = max(2, int(3e9 / flops))
         seconds: dict[int, list[float]] = {1: [], 2: []}
         for turn in range(options.turns + 1):

@@ -32,7 +32,7 @@ class RunningMean:
         self._own = False  # nobody else has seen the value: it may be changed in place
 
     @classmethod
-    def of(cls, value: Tensor, weight: float) -> RunningMean:
+    def from_mean(cls, value: Tensor, weight: float) -> RunningMean:
         """As if terms with this mean and this sum of weights had been added."""
         made = cls()
         made._value, made.weight = value, weight
@@ -93,7 +93,7 @@ class ItemSum:
         return None
 
     @classmethod
-    def of(cls, total: Tensor, weight: Tensor) -> ItemSum:
+    def from_total(cls, total: Tensor, weight: Tensor) -> ItemSum:
         """As if whatever has these totals had been added."""
         made = cls()
         made._sums = total, weight
@@ -118,7 +118,7 @@ class ItemSum:
         return self._mean.value * weight, weight
 
 
-def mean_of(items: Sequence[Item]) -> Tensor:
+def mean_of_items(items: Sequence[Item]) -> Tensor:
     """The mean of single-tensor items in the order given (see `ItemSum`)."""
     held = ItemSum()
     for item in items:
@@ -150,9 +150,9 @@ class OwnerMeans:
                 tensor, weight
             )
 
-    def put(self, group: str, name: str, mean: Tensor, weight: float) -> None:
+    def set_mean(self, group: str, name: str, mean: Tensor, weight: float) -> None:
         """A tensor of that group whose mean over all its owners is known already, with the sum of their weights."""
-        self._means[self._owner(group, name, mean)] = RunningMean.of(mean, weight)
+        self._means[self._owner(group, name, mean)] = RunningMean.from_mean(mean, weight)
 
     def _owner(self, group: str, name: str, tensor: Tensor) -> Owner:
         shared = bool(self._common) and name.startswith(self._common)
@@ -186,17 +186,17 @@ class OwnerMeans:
         }
 
 
-def tie(
+def tie_common_tensors(
     models: dict[str, Tensors],
     common: Sequence[str],
-    moved: Mapping[str, Iterable[str]] = MappingProxyType({}),
+    updated: Mapping[str, Iterable[str]] = MappingProxyType({}),
 ) -> None:
-    """What groups have in common becomes one tensor: one that `moved` (names by group), else the first group's.
+    """What groups have in common becomes one tensor: one that `updated` (names by group), else the first group's.
 
     For methods that add changes: means of models meet by themselves, sums of changes only where they begin equal.
     """
     first: dict[tuple[str, torch.Size], Tensor] = {}
-    for group, names in [*moved.items(), *models.items()]:
+    for group, names in [*updated.items(), *models.items()]:
         for name in names if common else ():
             if name.startswith(tuple(common)):
                 first.setdefault((name, models[group][name].shape), models[group][name])
@@ -206,12 +206,12 @@ def tie(
         }
 
 
-def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def leading_slice(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Its leading slice of that shape, a view."""
     return tensor[tuple(slice(0, size) for size in shape)]
 
 
-def corner_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> Tensors:
+def leading_slice_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> Tensors:
     """The weighted mean of each element over its owners, where members hold leading slices of the current tensors.
 
     Elements that nobody owns stay as they are; tensors that nobody sent are left out.
@@ -222,7 +222,10 @@ def corner_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> 
         for name, tensor in tensors.items():
             if name not in means:
                 means[name], held[name] = current[name].clone(), torch.zeros_like(current[name])
-            mean, owned = corner(means[name], tensor.shape), corner(held[name], tensor.shape)
+            mean, owned = (
+                leading_slice(means[name], tensor.shape),
+                leading_slice(held[name], tensor.shape),
+            )
             owned += weight
             share = torch.where(
                 owned > 0, weight / owned, 0.0
@@ -231,7 +234,9 @@ def corner_means(current: Tensors, members: Iterable[tuple[Tensors, float]]) -> 
     return means
 
 
-def step(current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]) -> Tensors:
+def interpolate_model(
+    current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]
+) -> Tensors:
     """current + rate·(mean − current) for parameters; buffers (BatchNorm statistics) take the mean as it is.
 
     A rate of one takes the mean to the bit. Extrapolating a running variance could make it negative.
@@ -244,7 +249,7 @@ def step(current: Tensors, mean: Tensors, rate: float, parameters: Iterable[str]
     return {**current, **moved}
 
 
-def add(
+def add_updates(
     current: Tensors,
     mean: Tensors,
     owners: Mapping[str, float],
@@ -268,16 +273,16 @@ def add(
 SUMS = ("class_sums", "counts")
 
 
-def discounted(payload: Payload, factor: float) -> Payload:
+def discount_upload(payload: Payload, factor: float) -> Payload:
     """The upload with the weight of every item multiplied by the factor, and the values with it where they are sums."""
     if factor == 1:
         return payload
     return Payload(
-        {name: _discounted(payload.item(name), factor) for name in payload}, payload.report
+        {name: _discount_item(payload.item(name), factor) for name in payload}, payload.report
     )
 
 
-def _discounted(item: Item, factor: float) -> Item:
+def _discount_item(item: Item, factor: float) -> Item:
     if item.kind not in SUMS:
         return replace(item, weight=item.weight * factor)
     values = item.values

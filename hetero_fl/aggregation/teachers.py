@@ -25,13 +25,15 @@ CLIP = -8.0  # keeps one client's certainty about a class that it has never met 
 FLOOR = 0.1  # a class on which nobody has contrast falls back to the plain mean
 
 
-def contrast(counts: Tensor) -> Tensor:
+def contrast_weights(counts: Tensor) -> Tensor:
     """a_c = n_c·(1 − n_c/n), `[C]`: large where a client has seen the class and other classes too."""
     n = counts.to(torch.get_default_dtype())
     return n * (1 - n / n.sum().clamp(min=1)) + FLOOR
 
 
-def opinion(task: Task, kind: TeacherKind, logits: Tensor, counts: Tensor | None, n: int) -> Item:
+def proxy_predictions(
+    task: Task, kind: TeacherKind, logits: Tensor, counts: Tensor | None, n: int
+) -> Item:
     """A client's predictions `[N, C]` as an item of the consensus.
 
     mean: logits, weight 1; samples: logits, weight n; contrast: max(log p, −8) with weight a_c by class (multi-label and
@@ -41,22 +43,22 @@ def opinion(task: Task, kind: TeacherKind, logits: Tensor, counts: Tensor | None
     """
     if kind == "contrast" and task.kind == "multiclass":
         counts = torch.full((task.outputs,), n / task.outputs) if counts is None else counts
-        return Item(F.log_softmax(logits, -1).clamp(min=CLIP), contrast(counts), "rows")
+        return Item(F.log_softmax(logits, -1).clamp(min=CLIP), contrast_weights(counts), "rows")
     if kind == "entropy" and task.kind != "regression":
-        return Item(logits, certainty(task, logits), "rows")
+        return Item(logits, certainty_weights(task, logits), "rows")
     return Item(logits, 1.0 if kind in ("mean", "entropy") else float(n), "rows")
 
 
-def certainty(task: Task, logits: Tensor) -> Tensor:
+def certainty_weights(task: Task, logits: Tensor) -> Tensor:
     """exp(−H(p)) of each prediction, `[N, 1]`: 1 for certainty, 1/C for an even guess (C labels apart: `[N, C]`, of each
     label's Bernoulli). One over the number of classes that the prediction still wavers between."""
     if task.kind == "multilabel":
         pairs = torch.stack([logits, torch.zeros_like(logits)], -1)
-        return _exp_minus_entropy(pairs)
-    return _exp_minus_entropy(logits)[:, None]
+        return _exp_negative_entropy(pairs)
+    return _exp_negative_entropy(logits)[:, None]
 
 
-def aligned(teacher: Tensor, log_q: Tensor, strength: float, balanced: bool) -> Tensor:
+def align_to_labels(teacher: Tensor, log_q: Tensor, strength: float, balanced: bool) -> Tensor:
     """The teacher `[N, C]` with b_c = strength·(log q_c − log p̄_c) added to each class: p̄, its mean prediction over all rows,
     moves towards the label frequencies q (`log_q`: `[C]`). `balanced`: the teacher has no prior in it, as after logit-adjusted
     training, and is read with log q added; else it is read as it is.
@@ -69,7 +71,7 @@ def aligned(teacher: Tensor, log_q: Tensor, strength: float, balanced: bool) -> 
     return teacher + strength * (log_q - (log_p.logsumexp(0) - math.log(len(log_p))))
 
 
-def _exp_minus_entropy(logits: Tensor) -> Tensor:
+def _exp_negative_entropy(logits: Tensor) -> Tensor:
     log_p = F.log_softmax(logits, -1)
     return (log_p.exp() * log_p).sum(-1).exp()
 
@@ -82,13 +84,13 @@ TINY = 1e-12  # of a probability, before its logarithm
 CERTAIN = 1e-6
 
 
-def sharpened(task: Task, p: Tensor, how: Sharpening, strength: float) -> Tensor:
+def sharpen(task: Task, p: Tensor, method: Sharpening, strength: float) -> Tensor:
     """Logits `[N, C]` of the sharpened probabilities.
 
     era: softmax(p / T), entropy reduction on probabilities (Itahara et al. 2020, DS-FL); power: p^β / Σ p^β (Azuma et al.
     2025, SCARLET); none: p. `strength` is T or β. A label of several is a distribution over yes and no.
     """
-    if how == "era":
+    if method == "era":
         return (2 * p - 1 if task.kind == "multilabel" else p) / strength
     logits = p.logit(eps=CERTAIN) if task.kind == "multilabel" else p.clamp(min=TINY).log()
-    return strength * logits if how == "power" else logits
+    return strength * logits if method == "power" else logits

@@ -14,15 +14,20 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hetero_fl.aggregation.means import ItemSum, OwnerMeans, mean_of
+from hetero_fl.aggregation.means import ItemSum, OwnerMeans, mean_of_items
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.participant import Card, Participant
-from hetero_fl.core.payload import Item, ItemSpec, NoSuchItem, Payload
+from hetero_fl.core.participant import ClientInfo, Participant
+from hetero_fl.core.payload import Item, ItemSpec, MissingItemError, Payload
 from hetero_fl.core.plan import Plan
-from hetero_fl.robustness.robust_means import PARAMETERS, RuledItems, RuledModels, Rules
+from hetero_fl.robustness.robust_means import (
+    PARAMETERS,
+    AggregationRules,
+    RobustItemMeans,
+    RobustModelMeans,
+)
 from hetero_fl.robustness.rules import root_models
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.ordering import natural_order
 
 if TYPE_CHECKING:
     from hetero_fl.privacy.server import SumNoise
@@ -30,21 +35,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Upload:
-    """What one client sent. `worth`: what its staleness has left of every weight in it."""
+    """What one client sent. `staleness_weight`: what its staleness has left of every weight in it."""
 
-    card: Card
+    client_info: ClientInfo
     payload: Payload
-    worth: float = 1.0
+    staleness_weight: float = 1.0
 
     @property
     def client(self) -> str:
         """The sender's id."""
-        return self.card.id
+        return self.client_info.client_id
 
     @property
     def group(self) -> str:
         """The architecture group of the sender's model."""
-        return self.card.arch.id
+        return self.client_info.arch.spec_id
 
 
 class Uploads:
@@ -63,27 +68,27 @@ class Uploads:
         uploads: Iterable[Upload] = (),
         specs: Mapping[str, ItemSpec] | None = None,
         common: Sequence[str] = (),
-        rules: Rules | None = None,
+        rules: AggregationRules | None = None,
         noise: SumNoise | None = None,
     ) -> None:
         self._specs, self._common, self._rules, self._noise = specs or {}, common, rules, noise
         self.combined: set[tuple[str, str]] = set()
         """What was asked for in one piece: names of items, each with the kind of what it was combined as."""
         self._kept: list[Upload] = []
-        self._senders: dict[str, list[Card]] = {}
+        self._senders: dict[str, list[ClientInfo]] = {}
         self._worths: dict[str, list[float]] = {}
-        self._tensors: dict[str, ItemSum | RuledItems] = {}
-        self._models: dict[str, OwnerMeans | RuledModels] = {}
+        self._tensors: dict[str, ItemSum | RobustItemMeans] = {}
+        self._models: dict[str, OwnerMeans | RobustModelMeans] = {}
         self._count = 0
         by_client = {u.client: u for u in uploads}
-        for client in in_order(by_client):
+        for client in natural_order(by_client):
             self.add(by_client[client])
 
     @classmethod
-    def summed(
+    def from_sums(
         cls,
         count: int,
-        senders: Mapping[str, list[Card]],
+        senders: Mapping[str, list[ClientInfo]],
         items: Mapping[str, ItemSum],
         models: Mapping[str, OwnerMeans],
         specs: Mapping[str, ItemSpec],
@@ -103,29 +108,29 @@ class Uploads:
         self._count += 1
         whole = {}
         for name in upload.payload:
-            self._senders.setdefault(name, []).append(upload.card)
-            self._worths.setdefault(name, []).append(upload.worth)
+            self._senders.setdefault(name, []).append(upload.client_info)
+            self._worths.setdefault(name, []).append(upload.staleness_weight)
             if self._spec(name).use == "each":
                 whole[name] = upload.payload.item(name)
-            if self._spec(name).use != "each" or self._governed(name):
+            if self._spec(name).use != "each" or self._uses_rule(name):
                 self._fold(name, upload)
         if any(spec.use == "each" for spec in self._specs.values()):
-            self._kept.append(Upload(upload.card, Payload(whole)))
+            self._kept.append(Upload(upload.client_info, Payload(whole)))
 
     def _spec(self, name: str) -> ItemSpec:
         return self._specs.get(name, ItemSpec("params"))
 
-    def _governed(self, name: str) -> bool:
-        return self._rules is not None and self._rules.governs(self._spec(name))
+    def _uses_rule(self, name: str) -> bool:
+        return self._rules is not None and self._rules.applies_to(self._spec(name))
 
     def _fold(self, name: str, upload: Upload) -> None:
-        item, rules = upload.payload.item(name), self._rules if self._governed(name) else None
+        item, rules = upload.payload.item(name), self._rules if self._uses_rule(name) else None
         if isinstance(item.values, Tensor):
             if name not in self._tensors:
                 # a tensor apart from its model: no rule is for these
                 whole = item.kind in PARAMETERS
                 self._tensors[name] = (
-                    RuledItems(name, rules, self._senders[name])
+                    RobustItemMeans(name, rules, self._senders[name])
                     if rules and not whole
                     else ItemSum()
                 )
@@ -134,7 +139,7 @@ class Uploads:
             if name not in self._models:
                 cards = self._senders[name]
                 self._models[name] = (
-                    RuledModels(name, rules, cards, self._common)
+                    RobustModelMeans(name, rules, cards, self._common)
                     if rules
                     else OwnerMeans(self._common)
                 )
@@ -154,20 +159,20 @@ class Uploads:
 
     def _declared(self, name: str) -> None:
         if self._specs and name not in self._specs:
-            raise NoSuchItem(
-                f"item {name!r} is not declared in `uploads`{nearest(name, self._specs)}"
+            raise MissingItemError(
+                f"item {name!r} is not declared in `uploads`{suggest_or_list(name, self._specs)}"
             )
 
-    def senders(self, name: str) -> list[Card]:
+    def senders(self, name: str) -> list[ClientInfo]:
         """Who sent the item. As below, raises NoSuchItem (a KeyError) for one that the method does not declare."""
         self._declared(name)
         return list(self._senders.get(name, []))
 
-    def heard_of(self, name: str) -> bool:
+    def is_available(self, name: str) -> bool:
         """Whether there is something to combine: somebody sent it or, where noise hides who did, somebody may have."""
-        return bool(self.senders(name)) or (self._noise is not None and self._noise.sends(name))
+        return bool(self.senders(name)) or (self._noise is not None and self._noise.expects(name))
 
-    def worths(self, name: str) -> list[float]:
+    def staleness_weights(self, name: str) -> list[float]:
         """The `worth` of each of the senders' uploads; 1 in a round."""
         self._declared(name)
         return list(self._worths.get(name, [1.0] * len(self._senders.get(name, []))))
@@ -176,7 +181,7 @@ class Uploads:
         """Σ w·v / Σ w of the single-tensor items of that name, element by element; None if nobody sent it."""
         self._folded(name)
         self.combined.add((name, self._spec(name).kind))
-        if self._noise is not None and self._noise.sends(name):
+        if self._noise is not None and self._noise.expects(name):
             return self._noise.mean(
                 name, self._tensors[name].total if name in self._tensors else None
             )
@@ -187,7 +192,7 @@ class Uploads:
         self._folded(name)
         if self._spec(name).kind == "counts":
             self.combined.add((name, "counts"))
-        if self._noise is not None and self._noise.sends(name):
+        if self._noise is not None and self._noise.expects(name):
             return self._noise.total(
                 name, self._tensors[name].total if name in self._tensors else None
             )
@@ -216,20 +221,20 @@ class Uploads:
         self._folded(name)
         return self._models[name].counts_by_group() if name in self._models else {}
 
-    def consensus(self, name: str, said: Mapping[str, Item]) -> Tensor | None:
+    def consensus(self, name: str, predictions: Mapping[str, Item]) -> Tensor | None:
         """What is made of one prediction `[N, C]` a client, by id, that the server has from single uploads (of their models,
         of codes): as `mean` of items of kind "rows". `name`: what a rule remembers it by. None if nobody says anything."""
         self.combined.add((name, "rows"))
-        ids = in_order(said)
-        if self._rules is None or not self._rules.governs(ItemSpec("rows")):
-            return mean_of([said[id] for id in ids]) if ids else None
-        cards = {upload.client: upload.card for upload in self._kept}
-        ruled = RuledItems(name, self._rules, [cards[id] for id in ids])
+        ids = natural_order(predictions)
+        if self._rules is None or not self._rules.applies_to(ItemSpec("rows")):
+            return mean_of_items([predictions[id] for id in ids]) if ids else None
+        cards = {upload.client: upload.client_info for upload in self._kept}
+        ruled = RobustItemMeans(name, self._rules, [cards[id] for id in ids])
         for id in ids:
-            ruled.add(said[id])
+            ruled.add(predictions[id])
         return ruled.mean if ids else None
 
-    def instead(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
+    def with_uploads(self, uploads: Iterable[Upload], specs: Mapping[str, ItemSpec]) -> Uploads:
         """Others in place of these, under the same rules: what the server made of single uploads."""
         made = Uploads(uploads, specs, rules=self._rules)
         self.combined |= {(name, "models") for name in specs}
@@ -238,7 +243,7 @@ class Uploads:
     def prepare(self, server: Participant) -> Plan[None]:
         """What a rule has to compute before it is asked; on a copy of the server, which is not to be used afterwards."""
         for models in self._models.values():
-            if isinstance(models, RuledModels) and models.rules.of_parameters.uses_root:
+            if isinstance(models, RobustModelMeans) and models.rules.of_parameters.uses_root:
                 models.roots = yield from root_models(server, models.sent)
 
     @property

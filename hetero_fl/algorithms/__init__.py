@@ -1,7 +1,7 @@
 """One short file per method or close family. Importing this package registers them all."""
 
 from hetero_fl.algorithms.asynchronous import FedAsync, FedBuff
-from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, register_algorithm
 from hetero_fl.algorithms.baselines import Centralized, Ensemble, Local
 from hetero_fl.algorithms.data_free import Dense, FedGen
 from hetero_fl.algorithms.ds_fl import DSFL
@@ -57,5 +57,5 @@ __all__ = [
     "LGFedAvg",
     "Local",
     "Scaffold",
-    "algorithm",
+    "register_algorithm",
 ]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from hetero_fl.aggregation.means import add, tie
+from hetero_fl.aggregation.means import add_updates, tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
 from hetero_fl.config.base import Kind, StalenessConfig
 from hetero_fl.core.objectives import Proximal
-from hetero_fl.core.participant import Card, Participant, Roster
+from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan
 
 # FedAsync: every upload moves the server's model as it comes, the less the staler it is.
 
 
-class Stale(Algorithm):
+class StalenessWeighted(Algorithm):
     """Methods that are for asynchronous running, and say themselves what a stale upload is worth.
 
     What architectures have in common (`clients.common`) is one at the server, whichever of them moves it.
@@ -34,18 +34,18 @@ class Stale(Algorithm):
     b: NonNegativeInt = Field(4, description="of the hinge: versions that cost nothing")
 
     @property
-    def discount(self) -> StalenessConfig:
+    def staleness_config(self) -> StalenessConfig:
         return StalenessConfig(kind=self.staleness, a=self.a, b=self.b)
 
-    def start(self, server: Participant) -> None:
-        tie(server.models, server.common)
+    def setup(self, server: Participant) -> None:
+        tie_common_tensors(server.models, server.common)
 
-    def weight_of(self, client: Participant | Card) -> float:
+    def weight_of(self, client: Participant | ClientInfo) -> float:
         return 1.0  # so that what arrives weighs s(τ)
 
 
-@algorithm("fedasync")
-class FedAsync(Stale):
+@register_algorithm("fedasync")
+class FedAsync(StalenessWeighted):
     """Asynchronous mixing: θ ← (1 − α·s(τ))·θ + α·s(τ)·θ_k for every upload as it comes, τ being the versions that were made
     since the client was given its task (Xie et al. 2019, Algorithm 1).
 
@@ -61,25 +61,25 @@ class FedAsync(Stale):
     )
 
     @property
-    def goal(self) -> int:
+    def buffer_size(self) -> int:
         return 1
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
         if not self.rho:
-            return (yield from super().train(client, got))
-        yield from self.deploy(client, got)
+            return (yield from super().train(client, received))
+        yield from self.deploy(client, received)
         anchor = {"anchor": client.models["model"]}
-        yield self.fit(client, Proximal(client.task.kind, mu=self.rho), given=anchor)
+        yield self.fit(client, Proximal(client.task.kind, mu=self.rho), context=anchor)
         return self.share(client)
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         owners = uploads.weights_by_group("model")  # s(τ) of the one that came
         for group, mean in uploads.mean_by_group("model").items():
             parameters = server.arch[group].parameter_names
-            server.models[group] = add(
+            server.models[group] = add_updates(
                 server.models[group], mean, owners[group], self.alpha, parameters
             )
-        tie(server.models, server.common, owners)
+        tie_common_tensors(server.models, server.common, owners)
         yield from ()
 
 
@@ -89,8 +89,8 @@ BUFFERS = "buffers"
 PAPER = 10  # K
 
 
-@algorithm("fedbuff")
-class FedBuff(Stale):
+@register_algorithm("fedbuff")
+class FedBuff(StalenessWeighted):
     """Buffered asynchronous aggregation: clients send Δ_k = θ_k − θ as received; of every K the server makes
     θ ← θ + λ·Σ s(τ_k)·Δ_k / K, s = 1/√(1 + τ) (Nguyen et al. 2022, Algorithm 1).
 
@@ -107,13 +107,13 @@ class FedBuff(Stale):
     server_lr: PositiveFloat = Field(1.0, description="λ: the server's learning rate")
 
     @property
-    def goal(self) -> int | None:
+    def buffer_size(self) -> int | None:
         return self.buffer
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         if self.buffer is not None:
             return self, []
-        size = max(1, min(PAPER, len(cards) // 2))
+        size = max(1, min(PAPER, len(clients) // 2))
         told = (
             []
             if size == PAPER
@@ -121,8 +121,8 @@ class FedBuff(Stale):
         )
         return self.model_copy(update={"buffer": size}), told
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
         start = client.models["model"]
         yield self.fit(client)
         items = self.share(client)
@@ -145,13 +145,13 @@ class FedBuff(Stale):
                 for n, change in mean.items()
             }
             server.models[group] = {**model, **moved}
-        tie(server.models, server.common, shares)
+        tie_common_tensors(server.models, server.common, shares)
         shares = mean_weights(uploads, BUFFERS)
         for group, mean in uploads.mean_by_group(BUFFERS).items():
             model = server.models[group]
             near = {n: model[n].lerp(tensor, shares[group][n]) for n, tensor in mean.items()}
             server.models[group] = {**model, **near}
-        tie(server.models, server.common, shares)
+        tie_common_tensors(server.models, server.common, shares)
         yield from ()
 
 

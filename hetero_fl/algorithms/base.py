@@ -10,43 +10,43 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from hetero_fl.aggregation.means import step
+from hetero_fl.aggregation.means import interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.core.model_spec import Architecture, Tensors
+from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Objective, Supervised, log_prior
 from hetero_fl.core.participant import (
-    Card,
+    ClientDirectory,
+    ClientInfo,
     Part,
     Participant,
-    Roster,
     common_part,
-    floats,
-    select,
-    without,
+    exclude_part,
+    floating_tensors,
+    select_part,
 )
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows, watched
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, track_plans
 from hetero_fl.core.task import Task
-from hetero_fl.utils.registry import Registry, imported
+from hetero_fl.utils.registry import Registry, import_reference
 
 # The local objective of a client: the supervised loss with what it reads besides the batch, or a
 # class of the user's own.
 
 
-def own_objective(reference: str | None, task: Task) -> Objective:
+def load_objective(reference: str | None, task: Task) -> Objective:
     """The supervised loss, or what `python:package.module:Name` names, made with the kind of task.
 
     Raises UserError if there is no such class.
     """
     if reference is None:
         return Supervised(task.kind)
-    made: Objective = imported(reference, "objective", Objective)(task.kind)
+    made: Objective = import_reference(reference, "objective", Objective)(task.kind)
     return made
 
 
-def local_given(
+def objective_context(
     task: Task, counts: Tensor, settings: ClientSettings, logit_adjustment: bool
 ) -> dict[str, Tensor]:
     """What the supervised loss on rows with these label counts reads besides the batch."""
@@ -69,10 +69,10 @@ def local_given(
 # hook that may compute is a plan (see hetero_fl.core.plan).
 
 STUDENT = "student"  # the server's slot for the one model that it distils for itself
-algorithm: Registry[type[Algorithm]] = Registry(
+register_algorithm: Registry[type[Algorithm]] = Registry(
     "algorithm", lambda: Algorithm, all_of="`hetero-fl methods`"
 )
-PLANS = ("deploy", "train", "aggregate", "personalise", "predict")  # the hooks that return plans
+PLANS = ("deploy", "train", "aggregate", "personalize", "predict")  # the hooks that return plans
 Items = dict[str, Any]  # name -> Item, tensor or named tensors
 
 
@@ -88,9 +88,13 @@ class Algorithm(BaseModel):
     # what compression has to know of broadcast items
     downloads: ClassVar[Mapping[str, ItemSpec]] = {}
     needs_proxy: ClassVar[bool] = False
-    distils: ClassVar[bool] = False  # whether it can train a student at the server
-    counted: ClassVar[bool] = True  # False for bounds, which send nothing that a federation would
-    everybody: ClassVar[bool] = False  # whether it needs all clients' rows or models in one place
+    is_distillation: ClassVar[bool] = False  # whether it can train a student at the server
+    counts_traffic: ClassVar[bool] = (
+        True  # False for bounds, which send nothing that a federation would
+    )
+    needs_all_clients: ClassVar[bool] = (
+        False  # whether it needs all clients' rows or models in one place
+    )
     tasks: ClassVar[tuple[str, ...]] = ("multiclass", "multilabel", "regression")
     # what it needs besides, in words that tables print; subclasses add to it
     requires: ClassVar[tuple[str, ...]] = ()
@@ -99,7 +103,7 @@ class Algorithm(BaseModel):
     # whether clients upload once, in the last round: such a run cannot be extended
     one_shot: ClassVar[bool] = False
     # when a model is, for tables
-    reads: ClassVar[str] = "after aggregation, as deployed with the next broadcast"
+    evaluated_when: ClassVar[str] = "after aggregation, as deployed with the next broadcast"
 
     logit_adjustment: bool = Field(
         False,
@@ -108,15 +112,15 @@ class Algorithm(BaseModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        watched(cls, PLANS)
+        track_plans(cls, PLANS)
 
     @property
-    def goal(self) -> int | None:
+    def buffer_size(self) -> int | None:
         """Asynchronous: uploads after which the server aggregates; None: what `runtime.buffer` says."""
         return None
 
     @property
-    def discount(self) -> StalenessConfig | None:
+    def staleness_config(self) -> StalenessConfig | None:
         """Asynchronous: what a stale upload is worth; None: what `runtime.staleness` says."""
         return None
 
@@ -126,7 +130,7 @@ class Algorithm(BaseModel):
         return False
 
     # What the method needs besides -------------------------------------------------------------------------------
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         """The method with the settings that were left open derived from the federation, and lines that say so.
 
         Called once, before anything is built; the run's `config.yaml` holds the result. Raises UserError for settings
@@ -135,107 +139,123 @@ class Algorithm(BaseModel):
         return self, []
 
     @property
-    def one_by_one(self) -> bool:
+    def has_models_per_client(self) -> bool:
         """Whether clients with equal settings may get different models: then everybody's is asked for."""
         return False
 
-    def architecture(self, card: Card) -> Architecture:
+    def model_spec(self, client_info: ClientInfo) -> ModelSpec:
         """The model that a client trains under this method: its own, unless all need something in common. Asked once for
         all clients with the same settings."""
-        return card.arch
+        return client_info.arch
 
-    def extras(self, arch: Architecture) -> dict[str, Architecture]:
+    def extra_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
         """The models that a client with this one has besides, by slot."""
         return {}
 
-    def called(self, card: Card) -> str:
+    def display_name(self, client_info: ClientInfo) -> str:
         """What a client trains, for a reader: the name of its model."""
-        return card.arch.name
+        return client_info.arch.name
 
     # What travels ------------------------------------------------------------------------------------------------
-    def family(self, card: Card) -> str:
+    def aggregation_group(self, client_info: ClientInfo) -> str:
         """Whose tensors may be averaged with this client's: the server's slot for them. Its architecture, as a rule."""
-        return card.arch.id
+        return client_info.arch.spec_id
 
-    def stays(self, arch: Architecture) -> frozenset[str]:
+    def local_tensor_names(self, arch: ModelSpec) -> frozenset[str]:
         """Names of tensors that stay with a client of this architecture, whatever part of its model travels."""
         return frozenset()
 
-    def portion(self, arch: Architecture, tensors: Mapping[str, Tensor], part: Part) -> Tensors:
+    def shareable_tensors(
+        self, arch: ModelSpec, tensors: Mapping[str, Tensor], part: Part
+    ) -> Tensors:
         """The tensors of that part which do travel: the same at client and server."""
-        stays = self.stays(arch)
-        return {n: t for n, t in floats(select(tensors, part)).items() if n not in stays}
+        stays = self.local_tensor_names(arch)
+        return {
+            n: t for n, t in floating_tensors(select_part(tensors, part)).items() if n not in stays
+        }
 
-    def part(self, settings: ClientSettings) -> Part:
+    def shared_part(self, settings: ClientSettings) -> Part:
         """What this client shares of its model: the method's part, as far as the client is willing."""
-        return common_part(self.shared, settings.parts)
+        return common_part(self.shared, settings.shared_prefixes)
 
-    def sends(self, settings: ClientSettings, round: int) -> Part:
+    def upload_part(self, settings: ClientSettings, round_idx: int) -> Part:
         """What of its model the client uploads in this round."""
-        return self.part(settings) if self.sharing(settings, round) else ()
+        return self.shared_part(settings) if self.uploads_in_round(settings, round_idx) else ()
 
-    def takes(self, settings: ClientSettings, round: int) -> Part:
+    def download_part(self, settings: ClientSettings, round_idx: int) -> Part:
         """What of its model the client replaces by the server's: in the round after each in which it sends."""
-        return self.part(settings) if round % settings.share_every == 0 else ()
+        return self.shared_part(settings) if round_idx % settings.share_every == 0 else ()
 
-    def private(self, client: Participant) -> dict[str, Tensors]:
+    def kept_state(self, client: Participant) -> dict[str, Tensors]:
         """What of its models a client keeps between rounds: whatever the next broadcast does not replace."""
-        replaced = self.takes(client.settings, 0) if client.settings.share_every == 1 else ()
-        own, stays = client.models[self.slot], self.stays(client.arch[self.slot])
+        replaced = (
+            self.download_part(client.settings, 0) if client.settings.share_every == 1 else ()
+        )
+        own, stays = client.models[self.slot], self.local_tensor_names(client.arch[self.slot])
         kept = {
             **client.models,
-            self.slot: {**without(own, replaced), **{n: t for n, t in own.items() if n in stays}},
+            self.slot: {
+                **exclude_part(own, replaced),
+                **{n: t for n, t in own.items() if n in stays},
+            },
         }
         # counters alone are not worth it
-        return {slot: tensors for slot, tensors in kept.items() if floats(tensors)}
+        return {slot: tensors for slot, tensors in kept.items() if floating_tensors(tensors)}
 
     @staticmethod
-    def sharing(settings: ClientSettings, round: int) -> bool:
+    def uploads_in_round(settings: ClientSettings, round_idx: int) -> bool:
         """Whether the client uploads in this round."""
-        return (round + 1) % settings.share_every == 0
+        return (round_idx + 1) % settings.share_every == 0
 
-    def phase(self, share_every: int, round: int, rounds: int) -> int:
+    def upload_phase(self, share_every: int, round_idx: int, num_rounds: int) -> int:
         """What of the round decides the form of an upload, besides the broadcast: those of equal phases are alike in form."""
-        return round % share_every
+        return round_idx % share_every
 
-    def dearest(self) -> Algorithm:
+    def with_worst_case_size(self) -> Algorithm:
         """The method as a bound on its bytes takes it: where a size follows from what is learnt, the largest."""
         return self
 
-    def gives(self, client: Participant, share: str) -> bool:
+    def may_share(self, client: Participant, share: str) -> bool:
         """Whether the client uploads that kind of thing ("predictions", "statistics", "features") in this round."""
         able = share != "predictions" or client.has_proxy
         return (
             able
             and share in client.settings.shares
-            and self.sharing(client.settings, client.clock.round)
+            and self.uploads_in_round(client.settings, client.round_context.round_idx)
         )
 
     # The round, in its order -------------------------------------------------------------------------------------
-    def start(self, server: Participant) -> None:
+    def setup(self, server: Participant) -> None:
         """Prepare the server's state before the first round."""
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         """What the server sends to one client."""
-        part = self.takes(card.settings, server.clock.round)
+        part = self.download_part(recipient.settings, server.round_context.round_idx)
         return (
             {}
             if part == ()
-            else {"model": self.portion(card.arch, server.models[self.family(card)], part)}
+            else {
+                "model": self.shareable_tensors(
+                    recipient.arch, server.models[self.aggregation_group(recipient)], part
+                )
+            }
         )
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
         """Make the model that this client would use now."""
-        for slot, arch in self.extras(client.arch["model"]).items():
+        for slot, arch in self.extra_models(client.arch["model"]).items():
             client.arch[slot] = arch
-            client.models[slot] = {**arch.initial(client.clock.seed), **client.models.get(slot, {})}
-        if self.slot in got:
-            client.load(self.slot, got[self.slot])
+            client.models[slot] = {
+                **arch.initial_tensors(client.round_context.seed),
+                **client.models.get(slot, {}),
+            }
+        if self.slot in received:
+            client.load(self.slot, received[self.slot])
         yield from ()
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
         """The client's round; returns its upload."""
-        yield from self.deploy(client, got)
+        yield from self.deploy(client, received)
         yield self.fit(client)
         return self.share(client)
 
@@ -245,26 +265,26 @@ class Algorithm(BaseModel):
             self.average(server, uploads)
         yield from ()
 
-    def personalise(self, client: Participant, got: Payload) -> Plan[None]:
+    def personalize(self, client: Participant, received: Payload) -> Plan[None]:
         """What the client does with the deployed model before it is read; on a copy."""
         yield from ()
 
-    def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
-        """Logits `[N, C]` of the client's model; `home`: on its own patients, where its own label frequencies hold."""
-        slot, view = self.used(client)
-        logits = yield Predict(slot, rows if view is None else replace(rows, through=view))
-        return self.with_prior(client, logits) if home else logits
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
+        """Logits `[N, C]` of the client's model; `personal`: on its own patients, where its own label frequencies hold."""
+        slot, view = self.inference_model(client)
+        logits = yield Predict(slot, rows if view is None else replace(rows, preprocess=view))
+        return self.add_log_prior(client, logits) if personal else logits
 
-    def used(self, client: Participant) -> tuple[str, Any]:
+    def inference_model(self, client: Participant) -> tuple[str, Any]:
         """The slot of the model that a deployed client uses, and the preprocessing it needs if not the client's own."""
         return "model", None
 
-    def server_slot(self, server: Participant) -> str | None:
+    def server_model_slot(self, server: Participant) -> str | None:
         """The slot of the server's own model, if it has one: the student, else the global model of a single group."""
         if STUDENT in server.models:
             return STUDENT
         # else its head was never trained
-        whole = any(self.part(kind.settings) is None for kind in server.peers.kinds)
+        whole = any(self.shared_part(kind.settings) is None for kind in server.peers.profiles)
         return next(iter(server.models)) if whole and len(server.models) == 1 else None
 
     # Pieces to build with ----------------------------------------------------------------------------------------
@@ -274,53 +294,55 @@ class Algorithm(BaseModel):
         objective: Objective | None = None,
         data: Rows | None = None,
         *,
-        given: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Fit:
         """The client's local training with its own settings; another objective, rows or `Fit` field on request."""
         s = client.settings
-        objective, data = objective or own_objective(s.objective, client.task), data or Rows()
+        objective, data = objective or load_objective(s.objective, client.task), data or Rows()
         base: dict[str, Any] = {"batch_size": s.batch_size, "optimizer": client.optimizer}
         base |= {} if "epochs" in changes else {"epochs": s.epochs, "steps": s.steps}
-        base |= {"augment": s.augment.active} if data.name == "train" else {}
-        reads = isinstance(objective, Supervised) and self.reads_counts(client.task, s)
-        extra = local_given(client.task, client.counts, s, self.logit_adjustment) if reads else {}
+        base |= {"augment": s.augment.or_none} if data.name == "train" else {}
+        reads = isinstance(objective, Supervised) and self.reads_label_counts(client.task, s)
+        extra = (
+            objective_context(client.task, client.counts, s, self.logit_adjustment) if reads else {}
+        )
         return Fit(
             {"model": None},
             objective,
             data,
-            given={**extra, **(given or {})},
+            context={**extra, **(context or {})},
             **{**base, **changes},
         )
 
-    def reads_counts(self, task: Task, settings: ClientSettings) -> bool:
+    def reads_label_counts(self, task: Task, settings: ClientSettings) -> bool:
         """Whether the supervised loss reads label counts; where rows are private that costs."""
         return task.kind == "multiclass" and (
             self.logit_adjustment or settings.class_weights is not None
         )
 
-    def with_prior(self, client: Participant, logits: Tensor) -> Tensor:
+    def add_log_prior(self, client: Participant, logits: Tensor) -> Tensor:
         """z + log π where the method trains with logit adjustment, else z."""
         prior = log_prior(client.task, client.counts) if self.logit_adjustment else None
         return logits if prior is None else logits + prior
 
     def share(self, client: Participant) -> Items:
         """The client's part of the model, with its weight."""
-        part = self.sends(client.settings, client.clock.round)
+        part = self.upload_part(client.settings, client.round_context.round_idx)
         if part == ():
             return {}
-        tensors = self.portion(client.arch[self.slot], client.models[self.slot], part)
+        tensors = self.shareable_tensors(client.arch[self.slot], client.models[self.slot], part)
         return {self.slot: Item(tensors, self.weight_of(client), "params")} if tensors else {}
 
-    def weight_of(self, client: Participant | Card) -> float:
+    def weight_of(self, client: Participant | ClientInfo) -> float:
         """The weight of a client's parameters in the mean: its training rows."""
-        return float(client.n)
+        return float(client.num_rows)
 
     def average(self, server: Participant, uploads: Uploads, rate: float = 1.0) -> None:
         """Move each group's model to the mean over the owners of each tensor."""
         for group, mean in uploads.mean_by_group("model").items():
             parameters = server.arch[group].parameter_names
-            server.models[group] = step(server.models[group], mean, rate, parameters)
+            server.models[group] = interpolate_model(server.models[group], mean, rate, parameters)
 
 
-watched(Algorithm)
+track_plans(Algorithm)

@@ -12,26 +12,34 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, algorithm
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, register_algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.algorithms.prototypes import CommonHead
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.core.generative_objectives import (
-    FromGenerator,
-    Generate,
+    GeneratedFeatures,
     Generator,
+    GeneratorObjective,
     Synthesis,
     View,
-    seen,
+    preprocess_generated,
 )
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.objectives import Digest, convertible
-from hetero_fl.core.participant import LOOKED, Card, Columns, Part, Participant, Roster, floats
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.objectives import TeacherDistillation, is_convertible
+from hetero_fl.core.participant import (
+    LOOKED,
+    ClientDirectory,
+    ClientInfo,
+    Columns,
+    Part,
+    Participant,
+    floating_tensors,
+)
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Draws, Fit, Plan, Predict, Table
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.seeding import generator
+from hetero_fl.core.plan import Fit, Plan, Predict, SampledBatches, TensorRows
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.seeding import keyed_generator
 
 # What data-free methods have in common: a generator trained on models alone, and a student trained
 # on what it makes.
@@ -39,7 +47,7 @@ from hetero_fl.utils.seeding import generator
 GENERATOR = "generator"
 
 
-class DataFree(Algorithm):
+class DataFreeDistillation(Algorithm):
     """Settings and steps of a server that alternates between a generator of examples and a student."""
 
     synthesis_epochs: PositiveInt = Field(
@@ -63,26 +71,26 @@ class DataFree(Algorithm):
     )
     temperature: PositiveFloat = Field(4.0, description="T of the student's softened softmax")
 
-    def generator(self, shape: tuple[int, ...]) -> Architecture:
+    def generator(self, shape: tuple[int, ...]) -> ModelSpec:
         """From noise to examples of this shape."""
         name, options = f"python:{Generator.__module__}:{Generator.__name__}", {"shape": shape}
-        return Architecture.of(name, math.prod(shape), (self.noise,), options=options)
+        return ModelSpec.from_config(name, math.prod(shape), (self.noise,), options=options)
 
-    def drawn(self, server: Participant) -> Columns:
+    def sample_noise(self, server: Participant) -> Columns:
         """A batch of noise and labels."""
-        draws = generator(*server.stream("noise"))
+        draws = keyed_generator(*server.stream("noise"))
         x = torch.randn(self.synthetic_batch, self.noise, generator=draws)
         return {
             "x": x,
             "y": torch.randint(server.task.outputs, (self.synthetic_batch,), generator=draws),
         }
 
-    def imagine(self, synthesis: Synthesis, noise: Columns, frozen: tuple[str, ...]) -> Fit:
+    def train_generator(self, synthesis: Synthesis, noise: Columns, frozen: tuple[str, ...]) -> Fit:
         """The generator's steps on one batch of noise."""
         return Fit(
             {GENERATOR: None},
             synthesis,
-            Table(noise),
+            TensorRows(noise),
             steps=self.generator_steps,
             batch_size=self.synthetic_batch,
             optimizer=OptimizerConfig(lr=self.generator_lr),
@@ -91,12 +99,12 @@ class DataFree(Algorithm):
             label=GENERATOR,
         )
 
-    def distil(self, server: Participant, x: Tensor, teacher: Tensor) -> Fit:
+    def train_student(self, server: Participant, x: Tensor, teacher: Tensor) -> Fit:
         """The student's steps on all examples so far."""
         return Fit(
             {STUDENT: None},
-            Digest(server.task.kind, self.temperature, slot=STUDENT),
-            Table({"x": x, "teacher": teacher}),
+            TeacherDistillation(server.task.kind, self.temperature, slot=STUDENT),
+            TensorRows({"x": x, "teacher": teacher}),
             steps=self.student_steps,
             batch_size=self.synthetic_batch,
             optimizer=server.optimizer,
@@ -109,8 +117,8 @@ class DataFree(Algorithm):
 # made from them alone.
 
 
-@algorithm("dense")
-class Dense(DataFree):
+@register_algorithm("dense")
+class Dense(DataFreeDistillation):
     """One-shot and data-free: clients train alone and upload θ once, in the last round. The server then alternates: a
     generator learns a batch by CE + λ₁·BN statistics − λ₂·KL where student and teachers differ; a student distils the
     teachers' mean logits on all batches so far (Zhang et al. 2022, Algorithm 1).
@@ -123,7 +131,7 @@ class Dense(DataFree):
     uploads = {"model": ItemSpec("params", use="each")}
     tasks = ("multiclass",)
     one_shot = True
-    reads = (
+    evaluated_when = (
         "own model until the last round, then the server's student, through its own preprocessing"
     )
 
@@ -132,20 +140,20 @@ class Dense(DataFree):
         description="client whose architecture and view the student takes; none: the first of the most frequent",
     )
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
-        if self.student is not None and self.student not in cards:
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        if self.student is not None and self.student not in clients:
             raise UserError(
-                f"algorithm.student: found '{self.student}'{nearest(self.student, islice(cards, LOOKED))}"
+                f"algorithm.student: found '{self.student}'{suggest_or_list(self.student, islice(clients, LOOKED))}"
             )
-        student = self.student or cards.foremost.first
-        arch = cards[student].arch
+        student = self.student or clients.main_profile.first
+        arch = clients[student].arch
         if arch.vocabulary:
             raise UserError(
                 "algorithm.name: dense makes examples by their gradient, and the examples here are tokens"
             )
-        for kind in cards.kinds:
+        for kind in clients.profiles:
             own, shape = kind.arch.input_shape, arch.input_shape
-            if not convertible(shape, own):
+            if not is_convertible(shape, own):
                 raise UserError(
                     f"algorithm.student: examples of {student} are {list(shape)}, but of {kind.first} {list(own)}"
                 )
@@ -153,83 +161,95 @@ class Dense(DataFree):
         return self.model_copy(update={"student": student}), [note]
 
     # One upload --------------------------------------------------------------------------------------------------
-    def phase(self, share_every: int, round: int, rounds: int) -> int:
-        return int(round == rounds - 1)
+    def upload_phase(self, share_every: int, round_idx: int, num_rounds: int) -> int:
+        return int(round_idx == num_rounds - 1)
 
-    def takes(self, settings: ClientSettings, round: int) -> Part:
+    def download_part(self, settings: ClientSettings, round_idx: int) -> Part:
         return ()
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield self.fit(client)
         last, whole = (
-            client.clock.round == client.clock.rounds - 1,
-            self.part(client.settings) is None,
+            client.round_context.round_idx == client.round_context.num_rounds - 1,
+            self.shared_part(client.settings) is None,
         )
-        return {"model": floats(client.models["model"])} if last and whole else {}
+        return {"model": floating_tensors(client.models["model"])} if last and whole else {}
 
     # The student -------------------------------------------------------------------------------------------------
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         sent = uploads.having("model")
         if not sent:
             return
-        card = self.of(server)
+        card = self.reference_client(server)
         shape = card.arch.input_shape
         slots = [f"teacher {u.client}" for u in sent]
         for slot, u in zip(slots, sent, strict=True):
             server.arch[slot], server.models[slot] = (
-                u.card.arch,
+                u.client_info.arch,
                 {**server.models[u.group], **u.payload["model"]},
             )
-        server.arch[STUDENT], server.models[STUDENT] = card.arch, server.models[card.arch.id]
+        server.arch[STUDENT], server.models[STUDENT] = card.arch, server.models[card.arch.spec_id]
         server.arch[GENERATOR] = self.generator(shape)
-        server.models[GENERATOR] = server.arch[GENERATOR].initial(server.clock.seed)
-        teachers = tuple(zip(slots, map(view_of, (u.card for u in sent)), strict=True))
+        server.models[GENERATOR] = server.arch[GENERATOR].initial_tensors(server.round_context.seed)
+        teachers = tuple(
+            zip(slots, map(preprocessing_of, (u.client_info for u in sent)), strict=True)
+        )
         synthesis = Synthesis(
             shape,
             teachers,
-            (STUDENT, view_of(card)),
+            (STUDENT, preprocessing_of(card)),
             self.statistics_weight,
             self.adversarial_weight,
         )
         examples, logits = [], []
         for _ in range(self.synthesis_epochs):
-            noise = self.drawn(server)
-            yield self.imagine(synthesis, noise, (*slots, STUDENT))
-            x = (yield Predict(GENERATOR, Table(noise))).unflatten(1, shape)
-            said = yield [Predict(slot, Table({"x": seen(x, view)})) for slot, view in teachers]
-            examples.append(seen(x, view_of(card)))
+            noise = self.sample_noise(server)
+            yield self.train_generator(synthesis, noise, (*slots, STUDENT))
+            x = (yield Predict(GENERATOR, TensorRows(noise))).unflatten(1, shape)
+            said = yield [
+                Predict(slot, TensorRows({"x": preprocess_generated(x, view)}))
+                for slot, view in teachers
+            ]
+            examples.append(preprocess_generated(x, preprocessing_of(card)))
             logits.append(torch.stack(said).mean(0))
-            yield self.distil(server, torch.cat(examples), torch.cat(logits))
-        server.models[card.arch.id] = server.models[STUDENT]
+            yield self.train_student(server, torch.cat(examples), torch.cat(logits))
+        server.models[card.arch.spec_id] = server.models[STUDENT]
         for slot in (*slots, STUDENT, GENERATOR):
             del server.arch[slot], server.models[slot]
         server.state = {"student": self.student}
 
-    def of(self, who: Participant) -> Card:
+    def reference_client(self, server: Participant) -> ClientInfo:
         """The client whose architecture and view the student takes."""
         assert self.student is not None  # `resolve` has set it
-        return who.peers[self.student]
+        return server.peers[self.student]
 
     # Reading -----------------------------------------------------------------------------------------------------
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        trained = card.reading and "student" in server.state
-        return {STUDENT: floats(server.models[self.of(server).arch.id])} if trained else {}
-
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        yield from super().deploy(client, got)
-        if STUDENT in got:
-            client.arch[STUDENT], client.models[STUDENT] = self.of(client).arch, got[STUDENT]
-
-    def used(self, client: Participant) -> tuple[str, Any]:
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        trained = recipient.is_evaluation and "student" in server.state
         return (
-            (STUDENT, self.of(client).preprocess)
-            if STUDENT in client.models
-            else super().used(client)
+            {STUDENT: floating_tensors(server.models[self.reference_client(server).arch.spec_id])}
+            if trained
+            else {}
         )
 
-    def server_slot(self, server: Participant) -> str | None:
-        slot = self.of(server).arch.id
-        mine = [k for k in server.peers.kinds if k.arch.id == slot]
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        yield from super().deploy(client, received)
+        if STUDENT in received:
+            client.arch[STUDENT], client.models[STUDENT] = (
+                self.reference_client(client).arch,
+                received[STUDENT],
+            )
+
+    def inference_model(self, client: Participant) -> tuple[str, Any]:
+        return (
+            (STUDENT, self.reference_client(client).preprocess)
+            if STUDENT in client.models
+            else super().inference_model(client)
+        )
+
+    def server_model_slot(self, server: Participant) -> str | None:
+        slot = self.reference_client(server).arch.spec_id
+        mine = [k for k in server.peers.profiles if k.arch.spec_id == slot]
         own = (
             any(k.settings.preprocess.normalize == "own" for k in mine)
             and sum(k.count for k in mine) > 1
@@ -239,16 +259,16 @@ class Dense(DataFree):
         return slot if "student" in server.state and one else None
 
 
-def view_of(card: Card) -> View:
+def preprocessing_of(client_info: ClientInfo) -> View:
     """How a client's model takes examples."""
-    return card.arch.input_shape, card.preprocess.mean, card.preprocess.std
+    return client_info.arch.input_shape, client_info.preprocess.mean, client_info.preprocess.std
 
 
 # FedGen: a generator of features, made at the server from the clients' heads, goes with the
 # averaged model.
 
 
-@algorithm("fedgen")
+@register_algorithm("fedgen")
 class FedGen(CommonHead, FedAvg):
     """FedAvg within each architecture, and a generator G(y, ε) of features from which clients learn beside their own rows
     (Zhu et al. 2021, Algorithm 1).
@@ -289,56 +309,62 @@ class FedGen(CommonHead, FedAvg):
         32, description="width of the generator's noise ε, standard normal"
     )
 
-    def generator(self, classes: int) -> Architecture:
+    def generator(self, classes: int) -> ModelSpec:
         """From class and noise to features."""
         options = {"hidden": [self.generator_hidden], "norm": "batch"}
-        return Architecture.of(
+        return ModelSpec.from_config(
             "mlp", self.feature_dim or 1, (classes + self.noise_dim,), options=options
         )
 
-    def start(self, server: Participant) -> None:
+    def setup(self, server: Participant) -> None:
         server.arch[GENERATOR] = self.generator(server.task.outputs)
-        server.models[GENERATOR] = server.arch[GENERATOR].initial(server.clock.seed)
+        server.models[GENERATOR] = server.arch[GENERATOR].initial_tensors(server.round_context.seed)
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        items = super().broadcast(server, card)
-        if "labels" in server.state and not card.reading:
-            items |= {GENERATOR: floats(server.models[GENERATOR]), "labels": server.state["labels"]}
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        items = super().broadcast(server, recipient)
+        if "labels" in server.state and not recipient.is_evaluation:
+            items |= {
+                GENERATOR: floating_tensors(server.models[GENERATOR]),
+                "labels": server.state["labels"],
+            }
         return items
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
-        if GENERATOR in got:
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
+        if GENERATOR in received:
             arch = client.arch[GENERATOR] = self.generator(client.task.outputs)
-            client.models[GENERATOR] = {**arch.initial(client.clock.seed), **got[GENERATOR]}
-            yield self.with_generator(client, got["labels"])
+            client.models[GENERATOR] = {
+                **arch.initial_tensors(client.round_context.seed),
+                **received[GENERATOR],
+            }
+            yield self.fit_with_generator(client, received["labels"])
             del client.models[GENERATOR]  # it comes anew
         else:
             yield self.fit(client)
         items = self.share(client)
-        if items and self.gives(client, "statistics"):
+        if items and self.may_share(client, "statistics"):
             items["counts"] = Item(client.counts, kind="counts")
         return items
 
-    def with_generator(self, client: Participant, labels: Tensor) -> Fit:
+    def fit_with_generator(self, client: Participant, labels: Tensor) -> Fit:
         """Local training with drawn features beside each batch."""
-        fade = self.decay**client.clock.round
-        objective = FromGenerator(
+        fade = self.decay**client.round_context.round_idx
+        objective = GeneratedFeatures(
             client.task.kind,
             weight=self.weight * fade,
             latent_weight=self.latent_weight * fade,
             generator=GENERATOR,
         )
-        beside = {"fake": Draws(self.drawn(labels), self.generator_batch_size)}
+        beside = {"fake": SampledBatches(self.sample_inputs(labels), self.generator_batch_size)}
         if self.latent_weight:
             size = client.settings.batch_size + 1  # a last batch of one joins the one before
-            beside["noise"] = Draws(
+            beside["noise"] = SampledBatches(
                 lambda g, size: {"x": torch.randn(size, self.noise_dim, generator=g)}, size
             )
         given = {"one_hot": torch.eye(client.task.outputs)}
-        return self.fit(client, objective, given=given, frozen=(GENERATOR,), beside=beside)
+        return self.fit(client, objective, context=given, frozen=(GENERATOR,), extra_batches=beside)
 
-    def drawn(self, labels: Tensor) -> Callable[[torch.Generator, int], Columns]:
+    def sample_inputs(self, labels: Tensor) -> Callable[[torch.Generator, int], Columns]:
         """Draws of classes with these frequencies `[C]`, one-hot beside noise."""
         one_hot = torch.eye(len(labels))
 
@@ -355,7 +381,7 @@ class FedGen(CommonHead, FedAvg):
         if not teachers:
             return
         classes = server.task.outputs
-        evenly = [torch.full((classes,), u.card.n / classes) for u in teachers]
+        evenly = [torch.full((classes,), u.client_info.num_rows / classes) for u in teachers]
         counts = torch.stack(
             [u.payload.get("counts", e) for u, e in zip(teachers, evenly, strict=True)]
         )
@@ -366,11 +392,11 @@ class FedGen(CommonHead, FedAvg):
         }
         yield Fit(
             {GENERATOR: None},
-            Generate(self.diversity, GENERATOR),
-            Draws(self.drawn(labels), self.generator_batch_size),
+            GeneratorObjective(self.diversity, GENERATOR),
+            SampledBatches(self.sample_inputs(labels), self.generator_batch_size),
             steps=self.generator_steps,
             optimizer=OptimizerConfig(name="adam", lr=self.generator_lr),
-            given={
+            context={
                 "heads": heads,
                 "say": counts / torch.where(labels > 0, labels, torch.ones_like(labels)),
             },
@@ -378,7 +404,7 @@ class FedGen(CommonHead, FedAvg):
             label=GENERATOR,
         )
 
-    def server_slot(self, server: Participant) -> str | None:
+    def server_model_slot(self, server: Participant) -> str | None:
         groups = {slot: tensors for slot, tensors in server.models.items() if slot != GENERATOR}
-        whole = any(self.part(kind.settings) is None for kind in server.peers.kinds)
+        whole = any(self.shared_part(kind.settings) is None for kind in server.peers.profiles)
         return next(iter(groups)) if whole and len(groups) == 1 else None

@@ -12,27 +12,27 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from hetero_fl.aggregation.teachers import TeacherKind, aligned, opinion
+from hetero_fl.aggregation.teachers import TeacherKind, align_to_labels, proxy_predictions
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, own_objective
-from hetero_fl.core.objectives import Digest, Rehearsal, log_prior
-from hetero_fl.core.participant import Card, Columns, Participant
+from hetero_fl.algorithms.base import STUDENT, Algorithm, Items, load_objective
+from hetero_fl.core.objectives import ProxyReplay, TeacherDistillation, log_prior
+from hetero_fl.core.participant import ClientInfo, Columns, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Draws, Fit, Plan, Predict, Rows
-from hetero_fl.utils.seeding import generator
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, SampledBatches
+from hetero_fl.utils.seeding import keyed_generator
 
 # What distilling methods have in common: opinions on the proxy set, their consensus, and training
 # towards it.
 
 TEACHER = "teacher"
-DRAWN = "drawn"  # the round whose rows the teacher speaks of
+PROXY_INDICES = "drawn"  # the round whose rows the teacher speaks of
 
 
-class OnProxy(Algorithm):
+class ProxyTraining(Algorithm):
     """Settings and pieces of methods that train towards a teacher on the proxy set (KL · T², Hinton et al. 2015)."""
 
     needs_proxy = True
-    distils = True
+    is_distillation = True
     downloads = {TEACHER: ItemSpec("rows", share="predictions")}
 
     temperature: PositiveFloat = Field(2.0, description="T of the softened softmax")
@@ -49,37 +49,51 @@ class OnProxy(Algorithm):
     )
 
     # The proxy rows of a round -----------------------------------------------------------------------------------
-    def drawn(self, who: Participant, round: int | None = None) -> Tensor | None:
+    def proxy_indices(
+        self, participant: Participant, round_idx: int | None = None
+    ) -> Tensor | None:
         """Which proxy rows a round (by default this one) is about, int64 `[D]`; None for all.
 
         Both sides draw them by the round's key, so that no index travels.
         """
         if self.proxy_rows is None or self.proxy_rows >= (
-            total := len(who.data("proxy", None)["x"])
+            total := len(participant.data("proxy", None)["x"])
         ):
             return None
-        draws = generator(who.clock.seed, who.clock.round if round is None else round, "proxy rows")
+        draws = keyed_generator(
+            participant.round_context.seed,
+            participant.round_context.round_idx if round_idx is None else round_idx,
+            "proxy rows",
+        )
         return torch.randperm(total, generator=draws)[: self.proxy_rows].sort().values
 
-    def remember(self, server: Participant, **made: object) -> None:
+    def store_teacher(self, server: Participant, **content: object) -> None:
         """Keep what this round made, the teacher as a rule, for the next broadcasts, and the round with it."""
-        server.state.update(made)
+        server.state.update(content)
         if self.proxy_rows is not None:
-            server.state[DRAWN] = torch.tensor([server.clock.round])
+            server.state[PROXY_INDICES] = torch.tensor([server.round_context.round_idx])
 
     @staticmethod
-    def remembered(server: Participant, card: Card) -> Items:
+    def teacher_for(server: Participant, client_info: ClientInfo) -> Items:
         """The teacher, if there is one and the client sees what it speaks of, and where rows are drawn its round, which may
         not be the last."""
         return (
             {}
-            if not card.has_proxy
-            else {name: server.state[name] for name in (TEACHER, DRAWN) if name in server.state}
+            if not client_info.has_proxy
+            else {
+                name: server.state[name]
+                for name in (TEACHER, PROXY_INDICES)
+                if name in server.state
+            }
         )
 
-    def taught(self, client: Participant, got: Payload) -> Tensor | None:
+    def teacher_rows(self, client: Participant, received: Payload) -> Tensor | None:
         """The proxy rows that a received teacher speaks of; None for all."""
-        return self.drawn(client, int(got[DRAWN])) if DRAWN in got else None
+        return (
+            self.proxy_indices(client, int(received[PROXY_INDICES]))
+            if PROXY_INDICES in received
+            else None
+        )
 
     # Training towards a teacher ----------------------------------------------------------------------------------
     def digest(
@@ -91,13 +105,13 @@ class OnProxy(Algorithm):
         **objective: object,
     ) -> Fit:
         """The client follows the teacher on the proxy set, or on some `rows` of it, to which the teacher is aligned."""
-        follow = Digest(client.task.kind, self.temperature, **objective)  # type: ignore[arg-type]
-        data = Rows("proxy", rows, beside={TEACHER: teacher})
+        follow = TeacherDistillation(client.task.kind, self.temperature, **objective)  # type: ignore[arg-type]
+        data = Rows("proxy", rows, extra_columns={TEACHER: teacher})
         return self.fit(
             client, follow, data, epochs=epochs, batch_size=self.proxy_batch_size, label="digest"
         )
 
-    def rehearsal(
+    def proxy_replay(
         self, client: Participant, teacher: Tensor, weight: float, rows: Tensor | None = None
     ) -> Fit:
         """Local training with a batch of public rows (those, or all) beside each of its own."""
@@ -107,22 +121,29 @@ class OnProxy(Algorithm):
             some = torch.randint(len(public), (size,), generator=generator)
             return {"x": public[some], TEACHER: teacher[some]}
 
-        objective = Rehearsal(client.task.kind, weight=weight, temperature=self.temperature)
-        return self.fit(client, objective, beside={"public": Draws(draw, self.proxy_batch_size)})
+        objective = ProxyReplay(client.task.kind, weight=weight, temperature=self.temperature)
+        return self.fit(
+            client, objective, extra_batches={"public": SampledBatches(draw, self.proxy_batch_size)}
+        )
 
     def train_student(self, server: Participant, teacher: Tensor) -> Plan[None]:
         """Distil this round's teacher into the server's own student, if one was asked for."""
         if STUDENT in server.models:
-            yield self.at_server(server, STUDENT, teacher, self.student_epochs)
+            yield self.server_fit(server, STUDENT, teacher, self.student_epochs)
 
-    def at_server(
+    def server_fit(
         self, server: Participant, slot: str, teacher: Tensor, epochs: int, view: object = None
     ) -> Fit:
         """A fit of one of the server's models to this round's teacher; the student's optimiser lives on."""
         return Fit(
             {slot: None},
-            Digest(server.task.kind, self.temperature, slot=slot),
-            Rows("proxy", self.drawn(server), beside={TEACHER: teacher}, through=view),
+            TeacherDistillation(server.task.kind, self.temperature, slot=slot),
+            Rows(
+                "proxy",
+                self.proxy_indices(server),
+                extra_columns={TEACHER: teacher},
+                preprocess=view,
+            ),
             epochs=epochs,
             batch_size=self.proxy_batch_size,
             optimizer=server.optimizer,
@@ -131,7 +152,7 @@ class OnProxy(Algorithm):
         )
 
 
-class Distilling(OnProxy):
+class ProxyDistillation(ProxyTraining):
     """Those whose teacher is a consensus: one for all, made of what each client says with the weight of its word."""
 
     teacher: TeacherKind = Field(
@@ -139,12 +160,14 @@ class Distilling(OnProxy):
         description="weight of a client's word: mean, samples, contrast by class, entropy of each prediction",
     )
 
-    def opinion(self, client: Participant) -> Plan[Item]:
+    def proxy_predictions(self, client: Participant) -> Plan[Item]:
         """The client's predictions on the round's proxy rows with the weight of its word."""
-        logits = yield Predict("model", Rows("proxy", self.drawn(client)))
-        return opinion(client.task, self.teacher, logits, self.released(client), client.n)
+        logits = yield Predict("model", Rows("proxy", self.proxy_indices(client)))
+        return proxy_predictions(
+            client.task, self.teacher, logits, self.released_label_counts(client), client.num_rows
+        )
 
-    def released(self, client: Participant) -> Tensor | None:
+    def released_label_counts(self, client: Participant) -> Tensor | None:
         """Its label counts, if the teacher weighs by them and it lets them out."""
         return (
             client.counts
@@ -152,14 +175,17 @@ class Distilling(OnProxy):
             else None
         )
 
-    def distil(
-        self, server: Participant, teacher: Tensor, cards: Iterable[Card], epochs: int
+    def distill_into_groups(
+        self, server: Participant, teacher: Tensor, client_infos: Iterable[ClientInfo], epochs: int
     ) -> Plan[None]:
         """Distil this round's teacher into the model of each group that sent something, at the server."""
         # lowest id wins
-        views = {c.arch.id: c.preprocess for c in sorted(cards, key=lambda c: c.id, reverse=True)}
+        views = {
+            c.arch.spec_id: c.preprocess
+            for c in sorted(client_infos, key=lambda c: c.client_id, reverse=True)
+        }
         yield [
-            self.at_server(server, group, teacher, epochs, views[group]) for group in sorted(views)
+            self.server_fit(server, group, teacher, epochs, views[group]) for group in sorted(views)
         ]
 
 
@@ -170,8 +196,8 @@ COUNTS = "counts"
 LABELS = "labels"  # how many of each class there were in all uploads so far
 
 
-class Aligning(Distilling):
-    """Those that can align their teacher (`hetero_fl.aggregation.teachers.aligned`). Clients then send their label counts too,
+class TeacherAlignment(ProxyDistillation):
+    """Those that can align their teacher (`hetero_fl.aggregation.teachers.align_to_labels`). Clients then send their label counts too,
     where labels exclude one another and `shares` has `statistics`."""
 
     align: float = Field(
@@ -189,23 +215,27 @@ class Aligning(Distilling):
             else {}
         )
 
-    def told_labels(self, client: Participant) -> Items:
+    def label_counts_item(self, client: Participant) -> Items:
         """The client's label counts, if the teacher is aligned and it lets them out; they go with what it says or is."""
         wanted = (
-            self.align > 0 and client.task.kind == "multiclass" and self.gives(client, "statistics")
+            self.align > 0
+            and client.task.kind == "multiclass"
+            and self.may_share(client, "statistics")
         )
         return {COUNTS: Item(client.counts, kind="counts")} if wanted else {}
 
-    def moved(self, server: Participant, uploads: Uploads, teacher: Tensor) -> Tensor:
+    def align_teacher(self, server: Participant, uploads: Uploads, teacher: Tensor) -> Tensor:
         """The teacher, aligned to the labels of all uploads so far: those of one small cohort may lack a class."""
-        if self.align and uploads.heard_of(COUNTS):
+        if self.align and uploads.is_available(COUNTS):
             server.state[LABELS] = uploads.total(COUNTS)[0] + server.state.get(LABELS, 0)
         if not self.align or LABELS not in server.state:
             return teacher
         # noise may leave less than nought
         log_q = log_prior(server.task, server.state[LABELS].clamp(min=0))
         return (
-            teacher if log_q is None else aligned(teacher, log_q, self.align, self.logit_adjustment)
+            teacher
+            if log_q is None
+            else align_to_labels(teacher, log_q, self.align, self.logit_adjustment)
         )
 
 
@@ -215,7 +245,7 @@ class Aligning(Distilling):
 DONE = "initial_phase"
 
 
-class InitialPhase(OnProxy):
+class InitialPhase(ProxyTraining):
     """Methods whose clients can train before their first round: on labeled public rows, then on their own.
 
     A client does so when it first takes part, whichever round that is, and remembers it in its
@@ -245,7 +275,7 @@ class InitialPhase(OnProxy):
         if public_epochs and client.has_proxy:
             yield Fit(
                 {"model": None},
-                own_objective(client.settings.objective, client.task),
+                load_objective(client.settings.objective, client.task),
                 Rows("proxy"),
                 epochs=public_epochs,
                 batch_size=self.proxy_batch_size,

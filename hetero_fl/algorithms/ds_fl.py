@@ -10,11 +10,11 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening, opinion, sharpened
+from hetero_fl.aggregation.teachers import CLIP, TINY, Sharpening, proxy_predictions, sharpen
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER, Aligning
-from hetero_fl.core.participant import Card, Participant
+from hetero_fl.algorithms.base import Items, register_algorithm
+from hetero_fl.algorithms.distillation import TEACHER, TeacherAlignment
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
 from hetero_fl.core.task import Task
@@ -26,7 +26,7 @@ from hetero_fl.core.task import Task
 # With one bit that is a vote for the most probable class.
 
 
-def quantised_labels(p: Tensor, bits: int, sums_to_one: bool = True) -> Tensor:
+def quantize_probabilities(p: Tensor, bits: int, sums_to_one: bool = True) -> Tensor:
     """Probabilities `[N, C]` as levels of 0 … 2^bits − 1, uint8 `[N, C]`; probability = level / (2^bits − 1).
 
     `sums_to_one`: so does each row, before and after: every level is rounded down, and what is missing goes to the largest
@@ -67,13 +67,13 @@ def unpack_labels(packed: Tensor, bits: int, classes: int) -> Tensor:
 # The cache of a consensus, at the server and at the clients: what was said of a proxy row serves
 # for several rounds.
 
-MADE = "made"
+CONSENSUS_ROUNDS = "made"
 
 
-class WithCache(Aligning):
+class CachedPredictions(TeacherAlignment):
     """A row is asked for, and sent, only where the receiver lacks it or it is too old (Azuma et al. 2025, SCARLET).
 
-    The server's cache is `teacher` `[D, C]` with the round in which each row was `made`, and for each client seen the round
+    The server's cache is `teacher` `[D, C]` with the round in which each row was `consensus_rounds`, and for each client seen the round
     in which it `held` all of it: it then lacks what was made since. A client's is `cache` `[D, C]`.
     """
 
@@ -82,7 +82,7 @@ class WithCache(Aligning):
     )
 
     @model_validator(mode="after")
-    def _whole_rounds(self) -> WithCache:
+    def _whole_rounds(self) -> CachedPredictions:
         if self.align and self.cache_life is not None:
             raise ValueError(
                 "align needs what is said of all rows of a round, but with cache_life few are asked for; leave one of them out"
@@ -90,55 +90,63 @@ class WithCache(Aligning):
         return self
 
     # At the server -----------------------------------------------------------------------------------------------
-    def due(self, server: Participant) -> Tensor:
+    def requested_rows(self, server: Participant) -> Tensor:
         """Those of the round's rows that the cache lacks or has had too long: what clients are asked for, int64."""
         assert self.cache_life is not None
-        made, rows = self.made(server), self.drawn(server)
-        old = (made < 0) | (server.clock.round - made >= self.cache_life)
+        made, rows = self.consensus_rounds(server), self.proxy_indices(server)
+        old = (made < 0) | (server.round_context.round_idx - made >= self.cache_life)
         return old.nonzero()[:, 0] if rows is None else rows[old[rows]]
 
     @staticmethod
-    def made(server: Participant) -> Tensor:
+    def consensus_rounds(server: Participant) -> Tensor:
         """The round in which each proxy row's consensus was made, int64 `[D]`; −1: never."""
-        made: Tensor | None = server.state.get(MADE)
+        made: Tensor | None = server.state.get(CONSENSUS_ROUNDS)
         return torch.full((len(server.data("proxy", None)["x"]),), -1) if made is None else made
 
-    def news(self, server: Participant, card: Card) -> Items:
+    def cache_update(self, server: Participant, client_info: ClientInfo) -> Items:
         """What this client is asked for, and what it lacks of the teacher."""
-        if not card.has_proxy:
+        if not client_info.has_proxy:
             return {}
-        items: Items = {} if card.reading else {"ask": self.due(server).int()}
+        items: Items = (
+            {} if client_info.is_evaluation else {"ask": self.requested_rows(server).int()}
+        )
         if TEACHER in server.state:
-            new = (self.made(server) >= server.state["held"].get(card.id, 0)).nonzero()[:, 0]
-            items |= self.remembered(server, card) | {
+            new = (
+                self.consensus_rounds(server) >= server.state["held"].get(client_info.client_id, 0)
+            ).nonzero()[:, 0]
+            items |= self.teacher_for(server, client_info) | {
                 "new": new.int(),
                 TEACHER: server.state[TEACHER][new],
             }
         return items
 
-    def cached(
+    def update_cache(
         self, server: Participant, uploads: Uploads, teacher: Tensor | None
     ) -> Tensor | None:
         """Set what was asked for into the cache; returns the teacher of all the round's rows, None if some lack a word."""
-        asked, now, state = self.due(server), server.clock.round, server.state
+        asked, now, state = (
+            self.requested_rows(server),
+            server.round_context.round_idx,
+            server.state,
+        )
         state["held"] = {**state.get("held", {}), **{u.client: now for u in uploads.each}}
         if teacher is None and len(asked):
             return None
         if teacher is not None:
-            made, rows = self.made(server).clone(), server.state.get(TEACHER)
+            made, rows = self.consensus_rounds(server).clone(), server.state.get(TEACHER)
             rows = torch.zeros(len(made), teacher.shape[1]) if rows is None else rows.clone()
             rows[asked], made[asked] = teacher, now
-            state.update({MADE: made, TEACHER: rows})
-        self.remember(server)
-        known, use = state[TEACHER], self.drawn(server)
+            state.update({CONSENSUS_ROUNDS: made, TEACHER: rows})
+        self.store_teacher(server)
+        known, use = state[TEACHER], self.proxy_indices(server)
         return known if use is None else known[use]
 
     # At the client -----------------------------------------------------------------------------------------------
     @staticmethod
-    def told(client: Participant, got: Payload, rows: Tensor | None) -> Tensor:
+    def cached_teacher(client: Participant, received: Payload, rows: Tensor | None) -> Tensor:
         """The teacher of these rows, or of all, from what was received and what the client has kept."""
-        news: Tensor = got[TEACHER]
-        if "new" not in got:
+        news: Tensor = received[TEACHER]
+        if "new" not in received:
             return news
         kept = client.state.get("cache")
         kept = (
@@ -146,7 +154,7 @@ class WithCache(Aligning):
             if kept is None
             else kept.clone()
         )
-        kept[got["new"].long()] = news
+        kept[received["new"].long()] = news
         client.state["cache"] = kept
         return kept if rows is None else kept[rows]
 
@@ -155,8 +163,8 @@ class WithCache(Aligning):
 # labels of a few bits.
 
 
-@algorithm("ds_fl")
-class DSFL(WithCache):
+@register_algorithm("ds_fl")
+class DSFL(CachedPredictions):
     """Clients train, say their probabilities on proxy rows drawn anew each round, and distil the sharpened mean of them, as
     does the server's student (Itahara et al. 2020, Algorithm 1).
 
@@ -167,7 +175,9 @@ class DSFL(WithCache):
 
     shared = ()
     tasks = ("multiclass", "multilabel")
-    reads = "after distillation of the newest consensus, as deployed with the next broadcast"
+    evaluated_when = (
+        "after distillation of the newest consensus, as deployed with the next broadcast"
+    )
 
     temperature: PositiveFloat = 1.0
     proxy_rows: int | None = Field(
@@ -200,59 +210,73 @@ class DSFL(WithCache):
         }
 
     # The round ---------------------------------------------------------------------------------------------------
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        return self.remembered(server, card) if self.cache_life is None else self.news(server, card)
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        return (
+            self.teacher_for(server, recipient)
+            if self.cache_life is None
+            else self.cache_update(server, recipient)
+        )
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        yield from super().deploy(client, got)
-        if TEACHER in got:
-            rows = self.taught(client, got)
-            yield self.digest(client, self.told(client, got, rows), self.distil_epochs, rows)
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        yield from super().deploy(client, received)
+        if TEACHER in received:
+            rows = self.teacher_rows(client, received)
+            yield self.digest(
+                client, self.cached_teacher(client, received, rows), self.distil_epochs, rows
+            )
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
         yield self.fit(client)
-        asked = got["ask"].long() if "ask" in got else self.drawn(client)
-        if (asked is not None and not len(asked)) or not self.gives(client, "predictions"):
+        asked = received["ask"].long() if "ask" in received else self.proxy_indices(client)
+        if (asked is not None and not len(asked)) or not self.may_share(client, "predictions"):
             return {}
         z = yield Predict("model", Rows("proxy", asked))
-        said = self.said(client.task, z, self.released(client), client.n)
-        if self.bits is None:
-            return {"probabilities": said, **self.told_labels(client)}
-        p, exclusive = probabilities(client.task, z), client.task.kind == "multiclass"
-        codes = Item(
-            pack_labels(quantised_labels(p, self.bits, exclusive), self.bits), said.weight, "rows"
+        said = self.prediction_item(
+            client.task, z, self.released_label_counts(client), client.num_rows
         )
-        return {"codes": codes, **self.told_labels(client)}
+        if self.bits is None:
+            return {"probabilities": said, **self.label_counts_item(client)}
+        p, exclusive = predicted_probabilities(client.task, z), client.task.kind == "multiclass"
+        codes = Item(
+            pack_labels(quantize_probabilities(p, self.bits, exclusive), self.bits),
+            said.weight,
+            "rows",
+        )
+        return {"codes": codes, **self.label_counts_item(client)}
 
-    def said(self, task: Task, logits: Tensor, counts: Tensor | None, n: int) -> Item:
+    def prediction_item(self, task: Task, logits: Tensor, counts: Tensor | None, n: int) -> Item:
         """Probabilities, or for the contrast-weighted teacher their clipped logarithm, with the weight of the client's word."""
-        word = opinion(task, self.teacher, logits, counts, n)
-        return replace(word, values=self.spoken(task, probabilities(task, logits)))
+        word = proxy_predictions(task, self.teacher, logits, counts, n)
+        return replace(word, values=self.averaged_form(task, predicted_probabilities(task, logits)))
 
-    def spoken(self, task: Task, p: Tensor) -> Tensor:
+    def averaged_form(self, task: Task, p: Tensor) -> Tensor:
         """What of probabilities is averaged."""
-        return p.log().clamp(min=CLIP) if self.of_logarithms(task) else p
+        return p.log().clamp(min=CLIP) if self.averages_logarithms(task) else p
 
-    def of_logarithms(self, task: Task) -> bool:
+    def averages_logarithms(self, task: Task) -> bool:
         """Whether the mean is one of log p."""
         return self.teacher == "contrast" and task.kind == "multiclass"
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        mean = uploads.mean("probabilities") if self.bits is None else self.decoded(server, uploads)
+        mean = (
+            uploads.mean("probabilities")
+            if self.bits is None
+            else self.decoded_mean(server, uploads)
+        )
         teacher = (
             None
             if mean is None
-            else self.sharpened(server.task, self.held_to_labels(server, uploads, mean))
+            else self.sharpened_teacher(server.task, self.align_mean(server, uploads, mean))
         )
         if self.cache_life is not None:
-            teacher = self.cached(server, uploads, teacher)
+            teacher = self.update_cache(server, uploads, teacher)
         elif teacher is not None:
-            self.remember(server, teacher=teacher)
+            self.store_teacher(server, teacher=teacher)
         if teacher is not None:
             yield from self.train_student(server, teacher)
 
-    def decoded(self, server: Participant, uploads: Uploads) -> Tensor | None:
+    def decoded_mean(self, server: Participant, uploads: Uploads) -> Tensor | None:
         """The mean of what quantised uploads say."""
         assert self.bits is not None
         said = {}
@@ -260,25 +284,25 @@ class DSFL(WithCache):
             item = upload.payload.item("codes")
             levels = unpack_labels(item.values, self.bits, server.task.outputs)  # type: ignore[arg-type]  # rows are a tensor
             p = levels.to(torch.get_default_dtype()) / (2**self.bits - 1)
-            said[upload.client] = Item(self.spoken(server.task, p), item.weight)
+            said[upload.client] = Item(self.averaged_form(server.task, p), item.weight)
         return uploads.consensus("codes", said)
 
-    def held_to_labels(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
+    def align_mean(self, server: Participant, uploads: Uploads, mean: Tensor) -> Tensor:
         """The mean of what was said, aligned before it is sharpened."""
         if not self.align or server.task.kind != "multiclass":
             return mean
-        if self.of_logarithms(server.task):
-            return self.moved(server, uploads, mean)
-        return self.moved(server, uploads, mean.clamp(min=TINY).log()).softmax(-1)
+        if self.averages_logarithms(server.task):
+            return self.align_teacher(server, uploads, mean)
+        return self.align_teacher(server, uploads, mean.clamp(min=TINY).log()).softmax(-1)
 
-    def sharpened(self, task: Task, mean: Tensor) -> Tensor:
+    def sharpened_teacher(self, task: Task, mean: Tensor) -> Tensor:
         """Logits of the teacher, from the mean of what was said."""
-        p = mean.softmax(-1) if self.of_logarithms(task) else mean
-        return sharpened(
+        p = mean.softmax(-1) if self.averages_logarithms(task) else mean
+        return sharpen(
             task, p, self.sharpen, self.era_temperature if self.sharpen == "era" else self.beta
         )
 
 
-def probabilities(task: Task, logits: Tensor) -> Tensor:
+def predicted_probabilities(task: Task, logits: Tensor) -> Tensor:
     """Of classes, or of each label by itself."""
     return logits.softmax(-1) if task.kind == "multiclass" else logits.sigmoid()

@@ -7,19 +7,19 @@ from typing import Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from hetero_fl.aggregation.means import add, tie
+from hetero_fl.aggregation.means import add_updates, tie_common_tensors
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.objectives import Proximal
-from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import FitReport, Plan
 
 # Parameter sharing: FedAvg and its proximal form, within each architecture.
 
 
-@algorithm("fedavg")
+@register_algorithm("fedavg")
 class FedAvg(Algorithm):
     """Weighted averaging of parameters: θ ← θ + λ(Σ w_k θ_k − θ) (McMahan et al. 2017, Algorithm 1).
 
@@ -35,7 +35,7 @@ class FedAvg(Algorithm):
         1.0, description="λ: how far the server moves towards the mean"
     )
 
-    def weight_of(self, client: Participant | Card) -> float:
+    def weight_of(self, client: Participant | ClientInfo) -> float:
         return super().weight_of(client) if self.weighting == "samples" else 1.0
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -48,20 +48,22 @@ class FedAvg(Algorithm):
         owners = uploads.weights_by_group("model")  # each weighs one
         for group, mean in uploads.mean_by_group("model").items():
             parameters = server.arch[group].parameter_names
-            server.models[group] = add(server.models[group], mean, owners[group], rate, parameters)
+            server.models[group] = add_updates(
+                server.models[group], mean, owners[group], rate, parameters
+            )
         return None
 
 
-@algorithm("fedprox")
+@register_algorithm("fedprox")
 class FedProx(FedAvg):
     """FedAvg whose clients minimise loss + (μ/2)‖θ − θ_round_start‖² (Li et al. 2020, eq. 2)."""
 
     mu: NonNegativeFloat = Field(0.01, description="strength of the pull towards the round's start")
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
         anchor = client.models["model"]
-        yield self.fit(client, Proximal(client.task.kind, mu=self.mu), given={"anchor": anchor})
+        yield self.fit(client, Proximal(client.task.kind, mu=self.mu), context={"anchor": anchor})
         return self.share(client)
 
 
@@ -70,7 +72,7 @@ class FedProx(FedAvg):
 PATH = "path"
 
 
-@algorithm("fednova")
+@register_algorithm("fednova")
 class FedNova(Algorithm):
     """θ ← θ + λ·τ_eff·Σ w_k (θ_k − θ)/‖a_k‖₁ with τ_eff = Σ w_k ‖a_k‖₁ (Wang et al., NeurIPS 2020, eqs. 3, 6 and 13).
 
@@ -87,21 +89,21 @@ class FedNova(Algorithm):
         1.0, description="λ: how far the server moves along the mean direction"
     )
 
-    def weight_of(self, client: Participant | Card) -> float:
+    def weight_of(self, client: Participant | ClientInfo) -> float:
         return super().weight_of(client) if self.weighting == "samples" else 1.0
 
-    def start(self, server: Participant) -> None:
-        tie(server.models, server.common)
+    def setup(self, server: Participant) -> None:
+        tie_common_tensors(server.models, server.common)
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
-        mine = self.portion(
-            client.arch["model"], client.models["model"], self.part(client.settings)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
+        mine = self.shareable_tensors(
+            client.arch["model"], client.models["model"], self.shared_part(client.settings)
         )
         # until it uploads (`share_every`)
         since = client.state.setdefault("since", {"start": mine, PATH: 0.0})
         report: FitReport = yield self.fit(client)
-        since[PATH] += path(report.steps, client.optimizer)
+        since[PATH] += accumulated_steps(report.steps, client.optimizer)
         items = self.share(client)
         if items:
             del client.state["since"]
@@ -129,10 +131,12 @@ class FedNova(Algorithm):
                 **model,
                 **{n: model[n] + effective[n] * change for n, change in mean.items()},
             }
-        tie(server.models, server.common, paths)  # those of whom nobody was in the cohort, too
+        tie_common_tensors(
+            server.models, server.common, paths
+        )  # those of whom nobody was in the cohort, too
 
 
-def path(steps: int, optimizer: OptimizerConfig) -> float:
+def accumulated_steps(steps: int, optimizer: OptimizerConfig) -> float:
     """‖a‖₁ of so many steps: Σ over gradients of how much of each the model has moved by, in units of the learning rate.
 
     Momentum ρ: (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ), the paper's section 4; Nesterov's, with ρ² in place of the first ρ. Of Adam's

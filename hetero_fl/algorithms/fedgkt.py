@@ -9,14 +9,14 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, Po
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, algorithm
-from hetero_fl.algorithms.prototypes import CommonWidth
-from hetero_fl.config.clients import ModelConfig, named
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.objectives import Taught, log_prior
-from hetero_fl.core.participant import Card, Participant, Roster, floats
+from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.prototypes import CommonFeatureWidth
+from hetero_fl.config.clients import ModelConfig, expand_model_name
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.objectives import SupervisedDistillation, log_prior
+from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant, floating_tensors
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows, Table
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
 from model_zoo import ModelError
 
@@ -24,8 +24,8 @@ LARGE = "large"  # the server's model, of features
 ROWS = ("features", "logits", "labels")
 
 
-@algorithm("fedgkt")
-class FedGKT(CommonWidth):
+@register_algorithm("fedgkt")
+class FedGKT(CommonFeatureWidth):
     """Clients send features, logits and label of every private row; the server trains a large model on those, and each side
     learns from the other's logits (He et al. 2020, Algorithm 1).
 
@@ -43,7 +43,7 @@ class FedGKT(CommonWidth):
     }
     downloads = {"logits": ItemSpec("rows", share="predictions")}
     tasks = ("multiclass",)
-    reads = "after private training, by the server's model on the client's features (the models saved hold clients' heads)"
+    evaluated_when = "after private training, by the server's model on the client's features (the models saved hold clients' heads)"
 
     temperature: PositiveFloat = Field(
         3.0, description="T of the softened softmax, at clients and server"
@@ -51,7 +51,7 @@ class FedGKT(CommonWidth):
     weight: NonNegativeFloat = Field(
         1.0, description="λ: weight of the other side's logits, at clients and server"
     )
-    server_model: Annotated[ModelConfig, BeforeValidator(named)] = Field(
+    server_model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] = Field(
         ModelConfig(name="mlp", hidden=[256, 256]),
         description="the large model; it takes features as a table's columns",
     )
@@ -63,11 +63,11 @@ class FedGKT(CommonWidth):
         "server", description="large model on the features, or own head"
     )
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
-        method, notes = super().resolve(cards)
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        method, notes = super().configure(clients)
         assert isinstance(method, FedGKT)
         try:
-            method.large(cards.kinds[0].arch.outputs).check()
+            method.large_model(clients.profiles[0].arch.outputs).check()
         except ModelError as error:
             raise UserError(f"algorithm.server_model: {error}") from None
         return method, [
@@ -75,37 +75,44 @@ class FedGKT(CommonWidth):
             "fedgkt: features, logits and label of every training row go to the server",
         ]
 
-    def large(self, outputs: int) -> Architecture:
+    def large_model(self, outputs: int) -> ModelSpec:
         """The server's model: features to logits."""
         assert self.feature_dim is not None  # `resolve` has set it
         m = self.server_model
-        return Architecture.of(
+        return ModelSpec.from_config(
             m.name, outputs, (self.feature_dim,), m.feature_dim, m.options, m.pretrained
         )
 
-    def start(self, server: Participant) -> None:
-        server.arch[LARGE] = self.large(server.task.outputs)
-        server.models[LARGE] = server.arch[LARGE].initial(server.clock.seed)
+    def setup(self, server: Participant) -> None:
+        server.arch[LARGE] = self.large_model(server.task.outputs)
+        server.models[LARGE] = server.arch[LARGE].initial_tensors(server.round_context.seed)
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        if not card.reading:
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        if not recipient.is_evaluation:
             logits = server.state.get("logits", {})
-            return {"logits": logits[card.id]} if card.id in logits else {}
+            return {"logits": logits[recipient.client_id]} if recipient.client_id in logits else {}
         read = self.inference == "server" and "logits" in server.state
-        return {LARGE: floats(server.models[LARGE])} if read else {}
+        return {LARGE: floating_tensors(server.models[LARGE])} if read else {}
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        yield from super().deploy(client, got)
-        if LARGE in got:
-            client.arch[LARGE], client.models[LARGE] = self.large(client.task.outputs), got[LARGE]
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        yield from super().deploy(client, received)
+        if LARGE in received:
+            client.arch[LARGE], client.models[LARGE] = (
+                self.large_model(client.task.outputs),
+                received[LARGE],
+            )
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        if "logits" in got:
-            taught = Taught(client.task.kind, weight=self.weight, temperature=self.temperature)
-            yield self.fit(client, taught, Rows("train", beside={"teacher": got["logits"]}))
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        if "logits" in received:
+            taught = SupervisedDistillation(
+                client.task.kind, weight=self.weight, temperature=self.temperature
+            )
+            yield self.fit(
+                client, taught, Rows("train", extra_columns={"teacher": received["logits"]})
+            )
         else:
             yield self.fit(client)
-        if not self.gives(client, "features"):
+        if not self.may_share(client, "features"):
             return {}
         features, logits = yield [Predict("model", readout="features"), Predict("model")]
         labels = client.data("train", None)["y"]
@@ -122,35 +129,37 @@ class FedGKT(CommonWidth):
         table = {"x": x, "y": y, "teacher": teacher}
         if self.logit_adjustment:  # of whoever sent the row
             table["log_prior"] = torch.cat(
-                [self.prior_of(server, u.payload["labels"]) for u in sent]
+                [self.log_prior_of(server, u.payload["labels"]) for u in sent]
             )
         yield Fit(
             {LARGE: None},
-            Taught(server.task.kind, slot=LARGE, weight=self.weight, temperature=self.temperature),
-            Table(table),
+            SupervisedDistillation(
+                server.task.kind, slot=LARGE, weight=self.weight, temperature=self.temperature
+            ),
+            TensorRows(table),
             epochs=self.server_epochs,
             batch_size=self.server_batch_size,
             optimizer=server.optimizer,
             keep=LARGE,
             label="server",
         )
-        said = yield [Predict(LARGE, Table({"x": u.payload["features"]})) for u in sent]
+        said = yield [Predict(LARGE, TensorRows({"x": u.payload["features"]})) for u in sent]
         mine = dict(zip((u.client for u in sent), said, strict=True))
         server.state["logits"] = {**server.state.get("logits", {}), **mine}
 
     @staticmethod
-    def prior_of(server: Participant, labels: Tensor) -> Tensor:
+    def log_prior_of(server: Participant, labels: Tensor) -> Tensor:
         """log π of the sender of these labels, a row for each, `[n, C]`."""
         prior = log_prior(server.task, torch.bincount(labels, minlength=server.task.outputs))
         assert prior is not None  # the task is multi-class
         return prior.expand(len(labels), -1)
 
-    def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if LARGE not in client.models:
-            return (yield from super().predict(client, rows, home))
+            return (yield from super().predict(client, rows, personal))
         features = yield Predict("model", rows, readout="features")
-        logits = yield Predict(LARGE, Table({"x": features}))
-        return self.with_prior(client, logits) if home else logits
+        logits = yield Predict(LARGE, TensorRows({"x": features}))
+        return self.add_log_prior(client, logits) if personal else logits
 
-    def server_slot(self, server: Participant) -> str | None:
+    def server_model_slot(self, server: Participant) -> str | None:
         return None  # its model is read at the clients, on their features

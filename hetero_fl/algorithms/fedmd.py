@@ -8,15 +8,15 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER, Aligning, InitialPhase
-from hetero_fl.core.participant import Card, Participant
+from hetero_fl.algorithms.base import Items, register_algorithm
+from hetero_fl.algorithms.distillation import TEACHER, InitialPhase, TeacherAlignment
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Plan
 
 
-@algorithm("fedmd")
-class FedMD(InitialPhase, Aligning):
+@register_algorithm("fedmd")
+class FedMD(InitialPhase, TeacherAlignment):
     """Clients digest the consensus of proxy logits, then train on private data (Li & Wang 2019, Algorithm 1).
 
     The authors' code takes the mean absolute error of logits; KL with T = 2 is what our comparisons use.
@@ -28,7 +28,7 @@ class FedMD(InitialPhase, Aligning):
     """
 
     shared = ()
-    reads = "after private training, as in the paper"
+    evaluated_when = "after private training, as in the paper"
 
     distance: Literal["kl", "mae"] = Field(
         "kl", description="between a client's logits and the consensus"
@@ -57,24 +57,27 @@ class FedMD(InitialPhase, Aligning):
             **self.label_counts(),
         }
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        return {} if card.reading else self.remembered(server, card)
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        return {} if recipient.is_evaluation else self.teacher_for(server, recipient)
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.initial_training(client, self.initial_public_epochs)
-        if TEACHER in got:
-            rows = self.taught(client, got)
+        if TEACHER in received:
+            rows = self.teacher_rows(client, received)
             yield self.digest(
-                client, got[TEACHER], self.digest_epochs, rows, distance=self.distance
+                client, received[TEACHER], self.digest_epochs, rows, distance=self.distance
             )
         yield self.fit(client)
-        if not self.gives(client, "predictions"):
+        if not self.may_share(client, "predictions"):
             return {}
-        return {"logits": (yield from self.opinion(client)), **self.told_labels(client)}
+        return {
+            "logits": (yield from self.proxy_predictions(client)),
+            **self.label_counts_item(client),
+        }
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         teacher = uploads.mean("logits")
         if teacher is not None:
-            teacher = self.moved(server, uploads, teacher)
-            self.remember(server, teacher=teacher)
+            teacher = self.align_teacher(server, uploads, teacher)
+            self.store_teacher(server, teacher=teacher)
             yield from self.train_student(server, teacher)

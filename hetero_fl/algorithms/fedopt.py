@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveFloat
 
-from hetero_fl.aggregation.means import step
+from hetero_fl.aggregation.means import interpolate_model
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import algorithm
+from hetero_fl.algorithms.base import register_algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.participant import Participant
@@ -34,24 +34,32 @@ class ServerOptimizer(FedAvg):
             parameters, model = server.arch[group].parameter_names, server.models[group]
             buffers = {n: t for n, t in mean.items() if n not in parameters}
             held = memory.setdefault(group, {})
-            moved = self.moved(model, {n: t for n, t in mean.items() if n in parameters}, held)
+            moved = self.server_step(
+                model, {n: t for n, t in mean.items() if n in parameters}, held
+            )
             server.models[group] = {**model, **buffers, **moved}
         yield from ()
 
-    def moved(self, model: Tensors, mean: Tensors, held: dict[str, Tensors]) -> Tensors:
-        """The parameters after the step; `held` is the optimiser's memory, tensors by kind and name, to be updated."""
+    def server_step(
+        self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
+    ) -> Tensors:
+        """The parameters after the step; `optimizer_state` is the optimiser's memory, tensors by kind and name, to be updated."""
         raise TypeError(f"{type(self).__name__} has no server optimiser")
 
 
-@algorithm("fedavgm")
+@register_algorithm("fedavgm")
 class FedAvgM(ServerOptimizer):
     """Momentum at the server: v ← β·v + Δ, θ ← θ + λ·v (Hsu et al. 2019, section 4.2; Reddi et al. 2021)."""
 
     momentum: float = Field(0.9, ge=0, lt=1, description="β: what is kept of the earlier updates")
 
-    def moved(self, model: Tensors, mean: Tensors, held: dict[str, Tensors]) -> Tensors:
-        velocity = held.setdefault("velocity", {})
-        ahead = step(model, mean, self.server_lr, mean)  # θ + λΔ: with β = 0 FedAvg to the bit
+    def server_step(
+        self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
+    ) -> Tensors:
+        velocity = optimizer_state.setdefault("velocity", {})
+        ahead = interpolate_model(
+            model, mean, self.server_lr, mean
+        )  # θ + λΔ: with β = 0 FedAvg to the bit
         for n, average in mean.items():
             earlier = self.momentum * velocity[n] if n in velocity else torch.zeros_like(average)
             velocity[n] = earlier + (average - model[n])
@@ -59,7 +67,7 @@ class FedAvgM(ServerOptimizer):
         return {n: ahead[n] for n in mean}
 
 
-class Adaptive(ServerOptimizer):
+class AdaptiveServerOptimizer(ServerOptimizer):
     """m ← β₁m + (1 − β₁)Δ, θ ← θ + λ·m/(√v + τ), v from Δ² as the method has it, τ² at first (Reddi et al. 2021, Algorithm 2);
     no correction of the first rounds' bias, as in the paper."""
 
@@ -68,8 +76,13 @@ class Adaptive(ServerOptimizer):
     beta2: float = Field(0.99, ge=0, lt=1, description="β₂: what is kept of its square")
     tau: PositiveFloat = Field(1e-3, description="τ: adaptivity, added to √v; small adapts more")
 
-    def moved(self, model: Tensors, mean: Tensors, held: dict[str, Tensors]) -> Tensors:
-        first, second = held.setdefault("first", {}), held.setdefault("second", {})
+    def server_step(
+        self, model: Tensors, mean: Tensors, optimizer_state: dict[str, Tensors]
+    ) -> Tensors:
+        first, second = (
+            optimizer_state.setdefault("first", {}),
+            optimizer_state.setdefault("second", {}),
+        )
         moved = {}
         for n, average in mean.items():
             change = average - model[n]
@@ -79,28 +92,28 @@ class Adaptive(ServerOptimizer):
             )
             first[n], second[n] = (
                 self.beta1 * m + (1 - self.beta1) * change,
-                self.square(v, change.square()),
+                self.second_moment(v, change.square()),
             )
             moved[n] = model[n] + self.server_lr * first[n] / (second[n].sqrt() + self.tau)
         return moved
 
-    def square(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    def second_moment(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """v after a round whose mean update has these squares."""
         raise TypeError(f"{type(self).__name__} has no second moment")
 
 
-@algorithm("fedadam")
-class FedAdam(Adaptive):
+@register_algorithm("fedadam")
+class FedAdam(AdaptiveServerOptimizer):
     """Adam at the server: v ← β₂v + (1 − β₂)Δ² (Reddi et al. 2021, Algorithm 2)."""
 
-    def square(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    def second_moment(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         return self.beta2 * v + (1 - self.beta2) * change
 
 
-@algorithm("fedyogi")
-class FedYogi(Adaptive):
+@register_algorithm("fedyogi")
+class FedYogi(AdaptiveServerOptimizer):
     """Yogi at the server: v ← v − (1 − β₂)Δ²·sign(v − Δ²), so that one large update does not rule v (Reddi et al. 2021,
     Algorithm 2)."""
 
-    def square(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    def second_moment(self, v: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         return v - (1 - self.beta2) * change * (v - change).sign()

@@ -13,19 +13,19 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from hetero_fl.aggregation.means import corner, corner_means, step
+from hetero_fl.aggregation.means import interpolate_model, leading_slice, leading_slice_means
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.config.clients import ModelConfig, named
-from hetero_fl.core.model_spec import Architecture, Tensors
+from hetero_fl.config.clients import ModelConfig, expand_model_name
+from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Masked
-from hetero_fl.core.participant import Card, Participant, Roster
+from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import Plan, Predict, Rows
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.ordering import in_order, natural
-from model_zoo import can_narrow, narrow, share_of
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.ordering import natural_key, natural_order
+from model_zoo import can_narrow, narrow_options, share_of
 
 # Which family of widths a federation has: the wide model, and each client's share of its channels.
 
@@ -39,27 +39,29 @@ WIDE = {  # by the number of dimensions; 0: tokens
 }
 
 
-def choose_model(cards: Roster) -> ModelConfig:
+def choose_model(client_infos: ClientDirectory) -> ModelConfig:
     """The widest of the kind that most clients run, of the kinds that can be narrowed; the wider kind of equals.
 
     A model and its narrower copies are one kind. Where no client runs any such, one that suits the examples.
     """
-    members = Counter[Architecture]()
-    for kind in sorted(cards.kinds, key=lambda kind: natural(kind.first)):
+    members = Counter[ModelSpec]()
+    for kind in sorted(client_infos.profiles, key=lambda kind: natural_key(kind.first)):
         if can_narrow(kind.arch.name):
             members[kind.arch] += kind.count
     if not members:
-        example = cards.kinds[0].arch
+        example = client_infos.profiles[0].arch
         return WIDE[0 if example.vocabulary else len(example.input_shape)]
     widest = {
         a: sum(n for other, n in members.items() if _share(other, a) is not None) for a in members
     }
-    wide = max(widest, key=lambda a: (widest[a], numbers(a)))
+    wide = max(widest, key=lambda a: (widest[a], num_parameters(a)))
     return ModelConfig(name=wide.name, feature_dim=wide.feature_dim, **dict(wide.options))
 
 
 def choose_widths(
-    given: Mapping[str, float] | Sequence[float] | None, model: ModelConfig, cards: Roster
+    configured: Mapping[str, float] | Sequence[float] | None,
+    model: ModelConfig,
+    client_infos: ClientDirectory,
 ) -> dict[str, float] | None:
     """Each client's share of the wide model's channels, by id; None where there are more than LISTED and their own models say
     it. Raises UserError for shares that do not fit.
@@ -70,26 +72,26 @@ def choose_widths(
         raise UserError(
             f"algorithm.model: {model.name} has no narrower copies; take mlp, tabular, a cnn or a resnet"
         )
-    if len(cards) > LISTED:
-        if given is not None:
+    if len(client_infos) > LISTED:
+        if configured is not None:
             raise UserError(
-                f"algorithm.widths: found {len(cards):,} clients; by id or in turn they are for up to {LISTED:,}. Leave it "
+                f"algorithm.widths: found {len(client_infos):,} clients; by id or in turn they are for up to {LISTED:,}. Leave it "
                 "out, and give the groups models of these widths"
             )
-        widest = max(cards.kinds, key=lambda kind: derived(kind.arch, model))
-        _check_whole(model, derived(widest.arch, model))
+        widest = max(client_infos.profiles, key=lambda kind: derive_width(kind.arch, model))
+        _check_whole(model, derive_width(widest.arch, model))
         return None
-    ids = in_order(cards)
-    if given is None:
-        widths = {id: derived(cards[id].arch, model) for id in ids}
-    elif isinstance(given, Mapping):
-        for pattern in given:
+    ids = natural_order(client_infos)
+    if configured is None:
+        widths = {id: derive_width(client_infos[id].arch, model) for id in ids}
+    elif isinstance(configured, Mapping):
+        for pattern in configured:
             if not any(fnmatchcase(id, pattern) for id in ids):
                 raise UserError(
-                    f"algorithm.widths: no client is called '{pattern}'{nearest(pattern, ids)}"
+                    f"algorithm.widths: no client is called '{pattern}'{suggest_or_list(pattern, ids)}"
                 )
         matched = {
-            id: [w for pattern, w in given.items() if fnmatchcase(id, pattern)] for id in ids
+            id: [w for pattern, w in configured.items() if fnmatchcase(id, pattern)] for id in ids
         }
         if missing := [id for id in ids if not matched[id]]:
             raise UserError(
@@ -97,11 +99,11 @@ def choose_widths(
             )
         widths = {id: matched[id][0] for id in ids}
     else:
-        if not given:
+        if not configured:
             raise UserError(
                 "algorithm.widths: found no number; give shares of the width, such as [1, 0.5, 0.25]"
             )
-        widths = {id: given[i % len(given)] for i, id in enumerate(ids)}
+        widths = {id: configured[i % len(configured)] for i, id in enumerate(ids)}
     for id, width in widths.items():
         if not 0 < width <= 1:
             raise UserError(
@@ -111,14 +113,16 @@ def choose_widths(
     return widths
 
 
-def told(model: ModelConfig, widths: Mapping[str, float] | None, cards: Roster) -> list[str]:
+def describe_widths(
+    model: ModelConfig, widths: Mapping[str, float] | None, client_infos: ClientDirectory
+) -> list[str]:
     """A line on who trains what."""
     listed: dict[float, str] = {}
     if widths is None:
         kinds = defaultdict(list)
-        for kind in cards.kinds:
-            kinds[derived(kind.arch, model)].append(kind)
-        listed = {width: cards.named(mine, 4) for width, mine in kinds.items()}
+        for kind in client_infos.profiles:
+            kinds[derive_width(kind.arch, model)].append(kind)
+        listed = {width: client_infos.format_clients(mine, 4) for width, mine in kinds.items()}
     else:
         members = defaultdict(list)
         for id, width in widths.items():
@@ -135,39 +139,39 @@ def told(model: ModelConfig, widths: Mapping[str, float] | None, cards: Roster) 
 
 
 def slice_name(
-    card: Card, wide: Architecture, widths: Mapping[str, float] | Sequence[float] | None
+    client_info: ClientInfo, wide: ModelSpec, widths: Mapping[str, float] | Sequence[float] | None
 ) -> str:
     """What a client trains, for a reader: the wide model's name, with the share of its channels where that is written down."""
-    if card.arch == wide:
+    if client_info.arch == wide:
         return wide.name
     return (
-        f"{wide.name} at {widths[card.id]:.3g}"
+        f"{wide.name} at {widths[client_info.client_id]:.3g}"
         if isinstance(widths, Mapping)
         else f"slice of {wide.name}"
     )
 
 
-def derived(arch: Architecture, model: ModelConfig) -> float:
+def derive_width(arch: ModelSpec, model: ModelConfig) -> float:
     """A client's share by its own model: that of a narrower copy of the wide one; of another the power of two nearest to the
     root of its part of the wide model's parameters, which grow with the square of the width.
     """
     sizes = (arch.outputs, arch.input_shape, model.feature_dim)
-    wide = Architecture.of(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
+    wide = ModelSpec.from_config(model.name, *sizes, model.options, vocabulary=arch.vocabulary)
     share = _share(arch, wide)
     if share is not None:
         return share
-    level = round(math.log2(numbers(arch) / numbers(wide)) / 2)
+    level = round(math.log2(num_parameters(arch) / num_parameters(wide)) / 2)
     return max(NARROWEST, 2.0 ** min(0, level))
 
 
-def numbers(arch: Architecture) -> int:
+def num_parameters(arch: ModelSpec) -> int:
     """How many trainable numbers a model has."""
     return sum(
         math.prod(shape) for name, shape in arch.shapes.items() if name in arch.parameter_names
     )
 
 
-def _share(arch: Architecture, wide: Architecture) -> float | None:
+def _share(arch: ModelSpec, wide: ModelSpec) -> float | None:
     if arch.feature_dim != wide.feature_dim:
         return None
     return share_of(arch.name, dict(arch.options), wide.name, dict(wide.options))
@@ -187,16 +191,16 @@ def _check_whole(model: ModelConfig, widest: float) -> None:
 HEAD = ("head.weight", "head.bias")
 
 
-def packed(weight: Tensor, bias: Tensor, width: int, say: Tensor) -> tuple[Tensor, Tensor]:
+def pack_head(weight: Tensor, bias: Tensor, width: int, mask: Tensor) -> tuple[Tensor, Tensor]:
     """A linear head `[C, d]`, `[C]` as wide as the wide one, so that heads of all widths add up: values `[C, width + 1]` with
-    the bias last, and their weights, which are those of the classes, `say` `[C]`, and nought where the client owns nothing."""
+    the bias last, and their weights, which are those of the classes, `mask` `[C]`, and nought where the client owns nothing."""
     values, weights = weight.new_zeros(2, len(bias), width + 1)
     values[:, : weight.shape[1]], values[:, width] = weight, bias
     weights[:, : weight.shape[1]], weights[:, width] = 1, 1
-    return values, weights * say[:, None]
+    return values, weights * mask[:, None]
 
 
-def unpacked(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
+def unpack_head(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
     """The wide head with the mean of packed ones wherever anybody had a say."""
     width = mean.shape[1] - 1
     now = torch.cat([model[HEAD[0]], model[HEAD[1]][:, None]], 1)
@@ -207,7 +211,7 @@ def unpacked(model: Tensors, mean: Tensor, weight: Tensor) -> Tensors:
 # HeteroFL: one wide model at the server, of which each client trains a leading slice.
 
 
-@algorithm("heterofl")
+@register_algorithm("heterofl")
 class HeteroFL(FedAvg):
     """Train leading slices of one wide model; average each element over its owners (Diao et al. 2021, Algorithm 1).
 
@@ -222,7 +226,7 @@ class HeteroFL(FedAvg):
     weighting: Literal["uniform", "samples"] = Field(
         "uniform", description="each owner counts once, or as n_k"
     )
-    model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
+    model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
         description="the wide model; none: the clients' most frequent kind that can be narrowed, its widest",
     )
@@ -239,83 +243,87 @@ class HeteroFL(FedAvg):
     )
 
     @property
-    def one_by_one(self) -> bool:
+    def has_models_per_client(self) -> bool:
         return self.widths is not None
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
-        model = self.model or choose_model(cards)
-        widths = choose_widths(self.widths, model, cards)
-        views = sorted({kind.arch.input_shape for kind in cards.kinds})
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        model = self.model or choose_model(clients)
+        widths = choose_widths(self.widths, model, clients)
+        views = sorted({kind.arch.input_shape for kind in clients.profiles})
         if self.masked and len(views) > 1:
             raise UserError(
                 f"algorithm.masked: clients see examples of {len(views)} shapes, averaged apart; it is for one: {views}"
             )
-        return self.model_copy(update={"model": model, "widths": widths}), told(
-            model, widths, cards
+        return self.model_copy(update={"model": model, "widths": widths}), describe_widths(
+            model, widths, clients
         )
 
     # The family ----------------------------------------------------------------------------------------------------
-    def wide(self, arch: Architecture) -> Architecture:
+    def wide_model(self, arch: ModelSpec) -> ModelSpec:
         """The wide model for what a client with this one sees."""
         assert self.model is not None  # `resolve` has set it
         m = self.model
         about = (m.feature_dim, m.options)
-        return Architecture.of(
+        return ModelSpec.from_config(
             m.name, arch.outputs, arch.input_shape, *about, vocabulary=arch.vocabulary
         )
 
-    def architecture(self, card: Card) -> Architecture:
+    def model_spec(self, client_info: ClientInfo) -> ModelSpec:
         # `resolve` has set them
         assert self.model is not None and not isinstance(self.widths, list)
-        wide = self.wide(card.arch)
+        wide = self.wide_model(client_info.arch)
         if (
-            share := derived(card.arch, self.model) if self.widths is None else self.widths[card.id]
+            share := derive_width(client_info.arch, self.model)
+            if self.widths is None
+            else self.widths[client_info.client_id]
         ) == 1:
             return wide
-        name, options = narrow(wide.name, dict(wide.options), share, self.scaler)
+        name, options = narrow_options(wide.name, dict(wide.options), share, self.scaler)
         return replace(wide, name=name, options=tuple(sorted(options.items())))
 
-    def called(self, card: Card) -> str:
-        return slice_name(card, self.wide(card.arch), self.widths)
+    def display_name(self, client_info: ClientInfo) -> str:
+        return slice_name(client_info, self.wide_model(client_info.arch), self.widths)
 
-    def family(self, card: Card) -> str:
-        return self.wide(card.arch).id
+    def aggregation_group(self, client_info: ClientInfo) -> str:
+        return self.wide_model(client_info.arch).spec_id
 
-    def stays(self, arch: Architecture) -> frozenset[str]:
+    def local_tensor_names(self, arch: ModelSpec) -> frozenset[str]:
         return arch.batch_norm_names - arch.parameter_names
 
     # The round -----------------------------------------------------------------------------------------------------
-    def start(self, server: Participant) -> None:
+    def setup(self, server: Participant) -> None:
         server.arch = {
-            arch.id: arch for arch in (self.wide(kind.arch) for kind in server.peers.kinds)
+            arch.spec_id: arch
+            for arch in (self.wide_model(kind.arch) for kind in server.peers.profiles)
         }
         server.models = {
-            id: server.arch[id].initial(server.clock.seed) for id in sorted(server.arch)
+            id: server.arch[id].initial_tensors(server.round_context.seed)
+            for id in sorted(server.arch)
         }
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        items = super().broadcast(server, card)
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        items = super().broadcast(server, recipient)
         return {
-            name: {n: corner(t, card.arch.shapes[n]) for n, t in wide.items()}
+            name: {n: leading_slice(t, recipient.arch.shapes[n]) for n, t in wide.items()}
             for name, wide in items.items()
         }
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
-        if self.masks(client):
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
+        if self.uses_mask(client):
             yield self.fit(
-                client, Masked(client.task.kind), given={"present": self.present(client)}
+                client, Masked(client.task.kind), context={"present": self.present_classes(client)}
             )
         else:
             yield self.fit(client)
         return self.share(client)
 
-    def masks(self, client: Participant) -> bool:
+    def uses_mask(self, client: Participant) -> bool:
         """Whether the mask means anything for this task."""
         return self.masked and client.task.kind == "multiclass"
 
     @staticmethod
-    def present(client: Participant) -> Tensor:
+    def present_classes(client: Participant) -> Tensor:
         """1 for each class that the client has rows of, else 0, `[C]`; all 1 where it may not tell."""
         all_ = torch.ones(len(client.counts))
         return (
@@ -324,39 +332,42 @@ class HeteroFL(FedAvg):
 
     def share(self, client: Participant) -> Items:
         items = super().share(client)
-        if not items or not self.masks(client) or HEAD[0] not in items["model"].values:
+        if not items or not self.uses_mask(client) or HEAD[0] not in items["model"].values:
             return items
         model = dict(items["model"].values)
         width, say = (
-            self.wide(client.arch["model"]).shapes[HEAD[0]][1],
-            self.weight_of(client) * self.present(client),
+            self.wide_model(client.arch["model"]).shapes[HEAD[0]][1],
+            self.weight_of(client) * self.present_classes(client),
         )
-        values, say = packed(model.pop(HEAD[0]), model.pop(HEAD[1]), width, say)
+        values, say = pack_head(model.pop(HEAD[0]), model.pop(HEAD[1]), width, say)
         return {"model": replace(items["model"], values=model), "head": Item(values, say, "params")}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         weights: dict[str, float] = {}
         families: dict[str, dict[str, None]] = {}
-        for card, worth in zip(uploads.senders("model"), uploads.worths("model"), strict=True):
-            weights[card.arch.id] = weights.get(card.arch.id, 0.0) + worth * self.weight_of(card)
-            families.setdefault(self.family(card), {})[card.arch.id] = None
+        staleness_weights = uploads.staleness_weights("model")
+        for card, worth in zip(uploads.senders("model"), staleness_weights, strict=True):
+            group = card.arch.spec_id
+            weights[group] = weights.get(group, 0.0) + worth * self.weight_of(card)
+            families.setdefault(self.aggregation_group(card), {})[group] = None
         means, head = uploads.mean_by_group("model"), uploads.mean("head")
         for family, groups in families.items():
             model = server.models[family]
-            mean = corner_means(model, [(means[group], weights[group]) for group in groups])
+            mean = leading_slice_means(model, [(means[group], weights[group]) for group in groups])
             if head is not None:
-                mean |= unpacked(model, head, uploads.total("head")[1])
-            server.models[family] = step(
+                mean |= unpack_head(model, head, uploads.total("head")[1])
+            server.models[family] = interpolate_model(
                 model, mean, self.server_lr, server.arch[family].parameter_names
             )
         yield from ()
 
-    def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
-        if not home or not self.masks(client):
-            return (yield from super().predict(client, rows, home))
-        return self.with_prior(client, (yield Predict("model", rows)) * self.present(client))
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
+        if not personal or not self.uses_mask(client):
+            return (yield from super().predict(client, rows, personal))
+        logits = yield Predict("model", rows)
+        return self.add_log_prior(client, logits * self.present_classes(client))
 
-    def server_slot(self, server: Participant) -> str | None:
-        slot = super().server_slot(server)
+    def server_model_slot(self, server: Participant) -> str | None:
+        slot = super().server_model_slot(server)
         # its statistics are nobody's
-        return None if slot is None or self.stays(server.arch[slot]) else slot
+        return None if slot is None or self.local_tensor_names(server.arch[slot]) else slot

@@ -9,17 +9,17 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from hetero_fl.aggregation.teachers import TeacherKind
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Items, algorithm
-from hetero_fl.algorithms.distillation import TEACHER, Aligning
+from hetero_fl.algorithms.base import Items, register_algorithm
+from hetero_fl.algorithms.distillation import TEACHER, TeacherAlignment
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.core.participant import Card, Part, Participant, common_part
+from hetero_fl.core.participant import ClientInfo, Part, Participant, common_part
 from hetero_fl.core.payload import ItemSpec, Payload
 from hetero_fl.core.plan import Plan
 
 
-@algorithm("hybrid")
-class Hybrid(Aligning, FedAvg):
+@register_algorithm("hybrid")
+class Hybrid(TeacherAlignment, FedAvg):
     """FedAvg over the owners of each tensor, and distillation (KL · T²) of the consensus on the proxy set, in one method.
 
     Each client says what it shares: all its parameters, its backbone, its proxy predictions, or several. Its defaults make
@@ -60,30 +60,34 @@ class Hybrid(Aligning, FedAvg):
             **self.label_counts(),
         }
 
-    def takes(self, settings: ClientSettings, round: int) -> Part:
-        part = super().takes(settings, round)
+    def download_part(self, settings: ClientSettings, round_idx: int) -> Part:
+        part = super().download_part(settings, round_idx)
         return common_part(part, ("backbone.",)) if self.heads == "keep" else part
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        items = super().broadcast(server, card)
-        needed = self.distil_at != "server" or (self.rehearse and not card.reading)
-        return {**items, **self.remembered(server, card)} if needed else items
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        items = super().broadcast(server, recipient)
+        needed = self.distil_at != "server" or (self.rehearse and not recipient.is_evaluation)
+        return {**items, **self.teacher_for(server, recipient)} if needed else items
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        yield from super().deploy(client, got)
-        if TEACHER in got and self.distil_at != "server":
-            yield self.digest(client, got[TEACHER], self.digest_epochs, self.taught(client, got))
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        yield from super().deploy(client, received)
+        if TEACHER in received and self.distil_at != "server":
+            yield self.digest(
+                client, received[TEACHER], self.digest_epochs, self.teacher_rows(client, received)
+            )
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
-        if TEACHER in got and self.rehearse:
-            yield self.rehearsal(client, got[TEACHER], self.rehearse, self.taught(client, got))
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
+        if TEACHER in received and self.rehearse:
+            yield self.proxy_replay(
+                client, received[TEACHER], self.rehearse, self.teacher_rows(client, received)
+            )
         else:
             yield self.fit(client)
         items = self.share(client)
-        if self.gives(client, "predictions"):
-            items["logits"] = yield from self.opinion(client)
-            items |= self.told_labels(client)
+        if self.may_share(client, "predictions"):
+            items["logits"] = yield from self.proxy_predictions(client)
+            items |= self.label_counts_item(client)
         return items
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -91,8 +95,10 @@ class Hybrid(Aligning, FedAvg):
         teacher = uploads.mean("logits")
         if teacher is None:
             return
-        teacher = self.moved(server, uploads, teacher)
-        self.remember(server, teacher=teacher)
+        teacher = self.align_teacher(server, uploads, teacher)
+        self.store_teacher(server, teacher=teacher)
         if self.distil_at != "client":
-            yield from self.distil(server, teacher, uploads.senders("model"), self.distil_epochs)
+            yield from self.distill_into_groups(
+                server, teacher, uploads.senders("model"), self.distil_epochs
+            )
         yield from self.train_student(server, teacher)

@@ -7,19 +7,19 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Items, algorithm
+from hetero_fl.algorithms.base import Items, register_algorithm
 from hetero_fl.algorithms.distillation import TEACHER, InitialPhase
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import TINY, Coefficients
-from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows, Table
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
 
 MIX = "mix"  # a linear layer without bias whose row k is c_k
 
 
-@algorithm("kt_pfl")
+@register_algorithm("kt_pfl")
 class KTpFL(InitialPhase):
     """Each client distils its own mixture of all clients' predictions on the proxy set, with weights that the server learns
     (Zhang et al. 2021, Algorithm 1).
@@ -38,7 +38,7 @@ class KTpFL(InitialPhase):
     shared = ()
     uploads = {"predictions": ItemSpec("rows", use="each", private=True, share="predictions")}
     tasks = ("multiclass",)
-    reads = "after distillation of the newest mixture, as deployed with the next broadcast"
+    evaluated_when = "after distillation of the newest mixture, as deployed with the next broadcast"
 
     temperature: PositiveFloat = 10.0
     initial_private_epochs: PositiveInt = Field(
@@ -52,41 +52,44 @@ class KTpFL(InitialPhase):
     )
 
     @staticmethod
-    def places(server: Participant, ids: list[str]) -> Tensor:
+    def coefficient_indices(server: Participant, ids: list[str]) -> Tensor:
         """Rows and columns of clients that were seen in c, int64."""
         place = {id: i for i, id in enumerate(server.state["seen"])}
         return torch.tensor([place[id] for id in ids])
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         state = server.state
-        if "senders" not in state or not card.has_proxy:
+        if "senders" not in state or not recipient.has_proxy:
             return {}
         weights = torch.ones(len(state["senders"]))
-        if card.id in state["seen"]:
+        if recipient.client_id in state["seen"]:
             weights = state["coefficients"][
-                self.places(server, [card.id]), self.places(server, state["senders"])
+                self.coefficient_indices(server, [recipient.client_id]),
+                self.coefficient_indices(server, state["senders"]),
             ]
         return {
-            **self.remembered(server, card),
-            TEACHER: self.mixture(shares(weights), state["predictions"]),
+            **self.teacher_for(server, recipient),
+            TEACHER: self.mixed_teacher(normalize_rows(weights), state["predictions"]),
         }
 
-    def mixture(self, weights: Tensor, p: Tensor) -> Tensor:
+    def mixed_teacher(self, weights: Tensor, p: Tensor) -> Tensor:
         """Logits `[D, C]` whose softmax at temperature T is the mixture of predictions `[K, D, C]`."""
         return self.temperature * torch.einsum("k,kdc->dc", weights, p).clamp(min=TINY).log()
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        yield from super().deploy(client, got)
-        if TEACHER in got:
-            yield self.digest(client, got[TEACHER], self.digest_epochs, self.taught(client, got))
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        yield from super().deploy(client, received)
+        if TEACHER in received:
+            yield self.digest(
+                client, received[TEACHER], self.digest_epochs, self.teacher_rows(client, received)
+            )
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
         yield from self.initial_training(client)
-        yield from self.deploy(client, got)
+        yield from self.deploy(client, received)
         yield self.fit(client)
-        if not self.gives(client, "predictions"):
+        if not self.may_share(client, "predictions"):
             return {}
-        logits = yield Predict("model", Rows("proxy", self.drawn(client)))
+        logits = yield Predict("model", Rows("proxy", self.proxy_indices(client)))
         return {"predictions": (logits / self.temperature).softmax(-1)}
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
@@ -94,19 +97,19 @@ class KTpFL(InitialPhase):
         if not sent:
             return
         p, ids = torch.stack([u.payload["predictions"] for u in sent]), [u.client for u in sent]
-        c = self.grown(server, ids)
-        place = self.places(server, ids)
+        c = self.extend_coefficients(server, ids)
+        place = self.coefficient_indices(server, ids)
         among = c[place][:, place]
         if self.coefficient_steps:
-            learned = yield from self.learned(server, shares(among), p)
+            learned = yield from self.update_coefficients(server, normalize_rows(among), p)
             c[place[:, None], place] = learned * among.sum(1, keepdim=True)
-        self.remember(server, coefficients=c, predictions=p, senders=ids)
+        self.store_teacher(server, coefficients=c, predictions=p, senders=ids)
         yield from self.train_student(
-            server, self.mixture(torch.full((len(ids),), 1 / len(ids)), p)
+            server, self.mixed_teacher(torch.full((len(ids),), 1 / len(ids)), p)
         )
 
     @staticmethod
-    def grown(server: Participant, ids: list[str]) -> Tensor:
+    def extend_coefficients(server: Participant, ids: list[str]) -> Tensor:
         """c of all clients seen, these among them from now on."""
         had, seen = server.state.get("coefficients"), server.state.get("seen", [])
         known = set(seen)
@@ -116,28 +119,28 @@ class KTpFL(InitialPhase):
             c[: len(had), : len(had)] = had
         return c
 
-    def learned(self, server: Participant, mix: Tensor, p: Tensor) -> Plan[Tensor]:
+    def update_coefficients(self, server: Participant, mix: Tensor, p: Tensor) -> Plan[Tensor]:
         """Coefficients `[K, K]` after this round's gradient steps."""
         k = len(mix)
-        server.arch[MIX] = Architecture.of("linear", k, (k,))
+        server.arch[MIX] = ModelSpec.from_config("linear", k, (k,))
         for _ in range(self.coefficient_steps):
             server.models[MIX] = {"head.weight": mix.t().contiguous(), "head.bias": torch.zeros(k)}
             yield Fit(
                 {MIX: ("head.weight",)},
                 Coefficients(self.temperature, self.rho),
-                Table({"x": torch.eye(k), "own": torch.arange(k)}),
+                TensorRows({"x": torch.eye(k), "own": torch.arange(k)}),
                 batch_size=k,
                 # a sum over clients, not their mean
                 optimizer=OptimizerConfig(name="sgd", lr=self.coefficient_lr * k),
-                given={"predictions": p},
+                context={"predictions": p},
                 label="coefficients",
             )
-            mix = on_simplex(server.models[MIX]["head.weight"].t())
+            mix = project_to_simplex(server.models[MIX]["head.weight"].t())
         del server.arch[MIX], server.models[MIX]
         return mix
 
 
-def shares(weights: Tensor) -> Tensor:
+def normalize_rows(weights: Tensor) -> Tensor:
     """Each row divided by its sum; equal shares where that is nought."""
     total = weights.sum(-1, keepdim=True)
     return torch.where(
@@ -145,7 +148,7 @@ def shares(weights: Tensor) -> Tensor:
     )
 
 
-def on_simplex(rows: Tensor) -> Tensor:
+def project_to_simplex(rows: Tensor) -> Tensor:
     """The nearest distribution to each row (Euclidean; Duchi et al. 2008, Figure 1)."""
     u = rows.sort(-1, descending=True).values
     excess = (u.cumsum(-1) - 1) / torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype)

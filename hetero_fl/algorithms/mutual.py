@@ -12,17 +12,29 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Upload, Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, algorithm
-from hetero_fl.algorithms.prototypes import need_linear_head
-from hetero_fl.communication.compression import compress_low_rank, restore_low_rank
-from hetero_fl.config.clients import ModelConfig, named
-from hetero_fl.core.model_spec import Architecture, Tensors
-from hetero_fl.core.objectives import AdaptiveMutual, Mutual, Nested, as_shape, convertible
-from hetero_fl.core.participant import Card, Participant, Roster, floats, select
+from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
+from hetero_fl.algorithms.prototypes import require_linear_head
+from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
+from hetero_fl.config.clients import ModelConfig, expand_model_name
+from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.objectives import (
+    AdaptiveMutual,
+    MutualDistillation,
+    NestedRepresentations,
+    is_convertible,
+    to_shape,
+)
+from hetero_fl.core.participant import (
+    ClientDirectory,
+    ClientInfo,
+    Participant,
+    floating_tensors,
+    select_part,
+)
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import Fit, Plan, Predict, Rows, Table
+from hetero_fl.core.plan import Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import natural
+from hetero_fl.utils.ordering import natural_key
 
 # A small shared model beside each client's own: what methods with a mentee have in common.
 
@@ -35,7 +47,7 @@ SMALL = {  # by the number of dimensions; 0: tokens
 }
 
 
-class WithMentee(Algorithm):
+class MenteeTraining(Algorithm):
     """Each client keeps a model of its own and trains it together with the mentee, which has one architecture and travels.
 
     The mentee sees what its client sees, augmentation included; where clients' views differ in shape, images are resized
@@ -44,9 +56,9 @@ class WithMentee(Algorithm):
 
     slot = MENTEE
     requires = ("small common model",)
-    reads = "own model at home, the mentee in common, as deployed with the next broadcast (the models saved are clients' own)"
+    evaluated_when = "own model at home, the mentee in common, as deployed with the next broadcast (the models saved are clients' own)"
 
-    mentee: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
+    mentee: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
         description="architecture of the mentee; none: cnn_gn_small for images, transformer for series, mlp (64) for tables, "
         "text_transformer for tokens",
@@ -56,18 +68,18 @@ class WithMentee(Algorithm):
         description="shape in which it sees examples, channels first; none: the clients' most frequent, the smallest of equals",
     )
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         shapes = Counter[tuple[int, ...]]()
-        for kind in cards.kinds:
+        for kind in clients.profiles:
             shapes[kind.arch.input_shape] += kind.count
         shape = tuple(self.mentee_input or min(shapes, key=lambda s: (-shapes[s], math.prod(s), s)))
-        for kind in sorted(cards.kinds, key=lambda kind: natural(kind.first)):
+        for kind in sorted(clients.profiles, key=lambda kind: natural_key(kind.first)):
             own = kind.arch.input_shape
-            if not convertible(own, shape):
+            if not is_convertible(own, shape):
                 raise UserError(
                     f"algorithm.mentee_input: found {list(shape)}, but examples of {kind.first} are {list(own)}"
                 )
-        mentee = self.mentee or SMALL[0 if cards.kinds[0].arch.vocabulary else len(shape)]
+        mentee = self.mentee or SMALL[0 if clients.profiles[0].arch.vocabulary else len(shape)]
         notes = (
             []
             if self.mentee
@@ -75,10 +87,10 @@ class WithMentee(Algorithm):
         )
         return self.model_copy(update={"mentee": mentee, "mentee_input": list(shape)}), notes
 
-    def extras(self, arch: Architecture) -> dict[str, Architecture]:
-        return {MENTEE: self.small(arch)}
+    def extra_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
+        return {MENTEE: self.mentee_model(arch)}
 
-    def small(self, own: Architecture) -> Architecture:
+    def mentee_model(self, own: ModelSpec) -> ModelSpec:
         """The mentee's architecture, beside that of anybody's own model: all have the same outputs and vocabulary."""
         assert self.mentee is not None and self.mentee_input is not None  # `resolve` has set them
         m = self.mentee
@@ -86,55 +98,59 @@ class WithMentee(Algorithm):
             tuple(self.mentee_input),
             (m.feature_dim, m.options, m.pretrained, own.vocabulary),
         )
-        return Architecture.of(m.name, own.outputs, shape, *about)
+        return ModelSpec.from_config(m.name, own.outputs, shape, *about)
 
     # The round -----------------------------------------------------------------------------------------------------
-    def start(self, server: Participant) -> None:
-        server.arch[MENTEE] = self.small(server.peers.kinds[0].arch)
-        server.models[MENTEE] = server.arch[MENTEE].initial(server.clock.seed)
+    def setup(self, server: Participant) -> None:
+        server.arch[MENTEE] = self.mentee_model(server.peers.profiles[0].arch)
+        server.models[MENTEE] = server.arch[MENTEE].initial_tensors(server.round_context.seed)
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        part = self.takes(card.settings, server.clock.round)
-        return {} if part == () else {MENTEE: floats(select(server.models[MENTEE], part))}
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        part = self.download_part(recipient.settings, server.round_context.round_idx)
+        return (
+            {}
+            if part == ()
+            else {MENTEE: floating_tensors(select_part(server.models[MENTEE], part))}
+        )
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
-        yield self.together(client)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
+        yield self.fit_both(client)
         return self.share(client)
 
-    def together(self, client: Participant) -> Fit:
+    def fit_both(self, client: Participant) -> Fit:
         """Local training of both models."""
         raise TypeError(f"{type(self).__name__} trains no mentee")
 
-    def both(self, client: Participant, objective: Mutual, **besides: Any) -> Fit:
+    def joint_fit(self, client: Participant, objective: MutualDistillation, **besides: Any) -> Fit:
         """A fit of own model and mentee with the client's settings; `besides`: the part of other slots that trains, too."""
         return replace(self.fit(client, objective), train={"model": None, MENTEE: None, **besides})
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
-        server.models[MENTEE] = {**server.models[MENTEE], **self.mean(uploads)}
+        server.models[MENTEE] = {**server.models[MENTEE], **self.mentee_mean(uploads)}
         yield from ()
 
     @staticmethod
-    def mean(uploads: Uploads) -> Tensors:
+    def mentee_mean(uploads: Uploads) -> Tensors:
         """The weighted mean of each of the mentee's tensors over those who sent it, whatever model they have themselves."""
         return uploads.mean_by_group(MENTEE).get("", {})
 
     # Reading -------------------------------------------------------------------------------------------------------
-    def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
-        if home:
-            return (yield from super().predict(client, rows, home))
-        seen = as_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
-        return (yield Predict(MENTEE, Table({"x": seen})))
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
+        if personal:
+            return (yield from super().predict(client, rows, personal))
+        seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
+        return (yield Predict(MENTEE, TensorRows({"x": seen})))
 
-    def server_slot(self, server: Participant) -> str | None:
+    def server_model_slot(self, server: Participant) -> str | None:
         return None  # the mentee is read at the clients, through their preprocessing
 
 
 # FML: mutual learning of each client's own model and a shared one.
 
 
-@algorithm("fml")
-class FML(WithMentee):
+@register_algorithm("fml")
+class FML(MenteeTraining):
     """Own model and a small shared one learn from the rows and from one another (KL, both ways); the shared one, the mentee, is
     averaged (Shen et al. 2020, Algorithm 1, there "meme model")."""
 
@@ -147,10 +163,11 @@ class FML(WithMentee):
         0.5, ge=0, le=1, description="weight of the task for the mentee, the rest is KL"
     )
 
-    def together(self, client: Participant) -> Fit:
+    def fit_both(self, client: Participant) -> Fit:
         shape = client.arch[MENTEE].input_shape
-        return self.both(
-            client, Mutual(client.task.kind, alpha=self.alpha, beta=self.beta, shape=shape)
+        return self.joint_fit(
+            client,
+            MutualDistillation(client.task.kind, alpha=self.alpha, beta=self.beta, shape=shape),
         )
 
 
@@ -160,8 +177,8 @@ HIDDEN = "hidden"  # W: from the mentee's features to the own model's, kept by t
 WHOLE = 2.0  # an energy that no truncation keeps: updates travel as they are
 
 
-@algorithm("fedkd")
-class FedKD(WithMentee):
+@register_algorithm("fedkd")
+class FedKD(MenteeTraining):
     """Own model and mentee distil into one another, the more the better both are; updates of the mentee travel as truncated
     SVDs (Wu et al. 2022, Algorithm 1).
 
@@ -180,61 +197,78 @@ class FedKD(WithMentee):
     )
     energy_end: float = Field(0.98, gt=0, le=1, description="the same in the last round")
 
-    def energy(self, who: Participant) -> float:
+    def kept_energy(self, participant: Participant) -> float:
         """The share that is kept in this round."""
-        done = who.clock.round / max(1, who.clock.rounds - 1)
+        done = participant.round_context.round_idx / max(
+            1, participant.round_context.num_rounds - 1
+        )
         return self.energy_start + (self.energy_end - self.energy_start) * min(1.0, done)
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
-        method, notes = super().resolve(cards)
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        method, notes = super().configure(clients)
         return method, [
             *notes,
             "ranks of updates follow from what is learnt: `--check` counts all of them whole",
         ]
 
-    def dearest(self) -> Algorithm:
+    def with_worst_case_size(self) -> Algorithm:
         return self.model_copy(update={"energy_start": WHOLE, "energy_end": WHOLE})
 
-    def extras(self, arch: Architecture) -> dict[str, Architecture]:
-        mentee = self.small(arch)
-        return {MENTEE: mentee, HIDDEN: Architecture.of("linear", arch.width, (mentee.width,))}
+    def extra_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
+        mentee = self.mentee_model(arch)
+        return {
+            MENTEE: mentee,
+            HIDDEN: ModelSpec.from_config("linear", arch.feature_width, (mentee.feature_width,)),
+        }
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        part, state = self.takes(card.settings, server.clock.round), server.state
-        behind = state.get("version", 0) - state.get("held", {}).get(card.id, -1)
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        part, state = (
+            self.download_part(recipient.settings, server.round_context.round_idx),
+            server.state,
+        )
+        behind = state.get("version", 0) - state.get("held", {}).get(recipient.client_id, -1)
         if part == () or behind == 0:
             return {}
         if behind == 1 and "change" in state:
-            return {"change": Item(select(state["change"], part), kind="update")}
-        return super().broadcast(server, card)
+            return {"change": Item(select_part(state["change"], part), kind="update")}
+        return super().broadcast(server, recipient)
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        yield from super().deploy(client, got)
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        yield from super().deploy(client, received)
         # W is a matrix
         client.load(HIDDEN, {"head.bias": torch.zeros_like(client.models[HIDDEN]["head.bias"])})
-        mine = floats(select(client.models[MENTEE], self.part(client.settings)))
-        base = got[MENTEE] if MENTEE in got else client.state.get("base", mine)
-        if "change" in got:
+        mine = floating_tensors(
+            select_part(client.models[MENTEE], self.shared_part(client.settings))
+        )
+        base = received[MENTEE] if MENTEE in received else client.state.get("base", mine)
+        if "change" in received:
             base = {
                 **base,
-                **{n: base[n] + d for n, d in restore_low_rank(got["change"], base).items()},
+                **{
+                    n: base[n] + d
+                    for n, d in reconstruct_low_rank(received["change"], base).items()
+                },
             }
-        if self.takes(client.settings, client.clock.round) != ():
+        if self.download_part(client.settings, client.round_context.round_idx) != ():
             client.load(MENTEE, base)
         client.state["base"] = base
 
-    def together(self, client: Participant) -> Fit:
+    def fit_both(self, client: Participant) -> Fit:
         shape = client.arch[MENTEE].input_shape
         objective = AdaptiveMutual(client.task.kind, shape=shape, hidden_weight=self.hidden_weight)
-        return self.both(client, objective, hidden=("head.weight",))
+        return self.joint_fit(client, objective, hidden=("head.weight",))
 
     def share(self, client: Participant) -> Items:
-        base = select(client.state["base"], self.sends(client.settings, client.clock.round))
+        base = select_part(
+            client.state["base"], self.upload_part(client.settings, client.round_context.round_idx)
+        )
         update = {n: client.models[MENTEE][n] - t for n, t in base.items()}
         return (
             {
                 MENTEE: Item(
-                    compress_low_rank(update, self.energy(client)), self.weight_of(client), "update"
+                    compress_low_rank(update, self.kept_energy(client)),
+                    self.weight_of(client),
+                    "update",
                 )
             }
             if update
@@ -244,25 +278,29 @@ class FedKD(WithMentee):
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         mentee, version = server.models[MENTEE], server.state.get("version", 0)
         took = [
-            u.client for u in uploads.each if self.takes(u.card.settings, server.clock.round) != ()
+            u.client
+            for u in uploads.each
+            if self.download_part(u.client_info.settings, server.round_context.round_idx) != ()
         ]
         server.state["held"] = {**server.state.get("held", {}), **dict.fromkeys(took, version)}
-        restored = (_restored(u, mentee) for u in uploads.having(MENTEE))
-        mean = self.mean(uploads.instead(restored, {MENTEE: ItemSpec("update", across=True)}))
+        restored = (_restore_update(u, mentee) for u in uploads.having(MENTEE))
+        mean = self.mentee_mean(
+            uploads.with_uploads(restored, {MENTEE: ItemSpec("update", across=True)})
+        )
         if mean:
-            change = compress_low_rank(mean, self.energy(server))
+            change = compress_low_rank(mean, self.kept_energy(server))
             server.models[MENTEE] = {
                 **mentee,
-                **{n: mentee[n] + d for n, d in restore_low_rank(change, mentee).items()},
+                **{n: mentee[n] + d for n, d in reconstruct_low_rank(change, mentee).items()},
             }
             server.state.update(change=change, version=version + 1)
         yield from ()
 
 
-def _restored(upload: Upload, like: dict[str, torch.Tensor]) -> Upload:
+def _restore_update(upload: Upload, like: dict[str, torch.Tensor]) -> Upload:
     item = upload.payload.item(MENTEE)
-    values = restore_low_rank(item.values, like)  # type: ignore[arg-type]
-    return Upload(upload.card, Payload({MENTEE: replace(item, values=values)}))
+    values = reconstruct_low_rank(item.values, like)  # type: ignore[arg-type]
+    return Upload(upload.client_info, Payload({MENTEE: replace(item, values=values)}))
 
 
 # FedMRL: features of a shared small model and of each client's own, one nested in the other.
@@ -270,8 +308,8 @@ def _restored(upload: Upload, like: dict[str, torch.Tensor]) -> Upload:
 PROJECTION = "projection"  # P: kept by the client
 
 
-@algorithm("fedmrl")
-class FedMRL(WithMentee):
+@register_algorithm("fedmrl")
+class FedMRL(MenteeTraining):
     """A small shared network G beside each client's own F, trained on features of both, one nested in the other; G alone is
     averaged (Yi et al. 2024, Algorithm 1).
 
@@ -283,21 +321,21 @@ class FedMRL(WithMentee):
 
     uploads = {MENTEE: ItemSpec("params", across=True)}
     requires = ("linear heads",)
-    reads = "own head on projected features, as deployed with the next broadcast (the models saved are clients' own F alone)"
+    evaluated_when = "own head on projected features, as deployed with the next broadcast (the models saved are clients' own F alone)"
 
     own_weight: NonNegativeFloat = Field(1.0, description="m_F: weight of the own head's loss")
     mentee_weight: NonNegativeFloat = Field(
         1.0, description="m_G: weight of the mentee's head's loss"
     )
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
-        made, notes = super().resolve(cards)
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        made, notes = super().configure(clients)
         assert isinstance(made, FedMRL) and made.mentee is not None
-        widths = {kind.first: kind.arch.width for kind in cards.kinds}
-        for kind in cards.kinds:
-            need_linear_head(kind.first, kind.arch)
+        widths = {kind.first: kind.arch.feature_width for kind in clients.profiles}
+        for kind in clients.profiles:
+            require_linear_head(kind.first, kind.arch)
         least = min(widths, key=widths.__getitem__)
-        width = made.small(cards[least].arch).width
+        width = made.mentee_model(clients[least].arch).feature_width
         if width < widths[least]:
             return made, notes
         if made.mentee.feature_dim or widths[least] < 2:
@@ -317,27 +355,29 @@ class FedMRL(WithMentee):
         ]
         return made.model_copy(update={"mentee": mentee}), notes
 
-    def extras(self, arch: Architecture) -> dict[str, Architecture]:
-        mentee = self.small(arch)
+    def extra_models(self, arch: ModelSpec) -> dict[str, ModelSpec]:
+        mentee = self.mentee_model(arch)
         return {
             MENTEE: mentee,
-            PROJECTION: Architecture.of("linear", arch.width, (mentee.width + arch.width,)),
+            PROJECTION: ModelSpec.from_config(
+                "linear", arch.feature_width, (mentee.feature_width + arch.feature_width,)
+            ),
         }
 
-    def together(self, client: Participant) -> Fit:
+    def fit_both(self, client: Participant) -> Fit:
         shape = client.arch[MENTEE].input_shape
-        objective = Nested(
+        objective = NestedRepresentations(
             client.task.kind, alpha=self.own_weight, beta=self.mentee_weight, shape=shape
         )
-        return self.both(client, objective, projection=None)
+        return self.joint_fit(client, objective, projection=None)
 
-    def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
-        seen = as_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
-        g = yield Predict(MENTEE, Table({"x": seen}), readout="features")
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
+        seen = to_shape(rows.columns(client)["x"], client.arch[MENTEE].input_shape)
+        g = yield Predict(MENTEE, TensorRows({"x": seen}), readout="features")
         f = yield Predict("model", rows, readout="features")
-        r = yield Predict(PROJECTION, Table({"x": torch.cat([g, f], 1)}))
+        r = yield Predict(PROJECTION, TensorRows({"x": torch.cat([g, f], 1)}))
         own = client.models["model"]
-        head = Architecture.of("linear", client.task.outputs, (r.shape[1],))
+        head = ModelSpec.from_config("linear", client.task.outputs, (r.shape[1],))
         tensors = {n: own[n] for n in ("head.weight", "head.bias")}
-        logits = yield Predict("head", Table({"x": r}), tensors=tensors, arch=head)
-        return self.with_prior(client, logits) if home else logits
+        logits = yield Predict("head", TensorRows({"x": r}), tensors=tensors, arch=head)
+        return self.add_log_prior(client, logits) if personal else logits

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from hetero_fl.algorithms.base import Items
-from hetero_fl.algorithms.distillation import TEACHER, OnProxy
-from hetero_fl.core.participant import Card, Participant
+from hetero_fl.algorithms.distillation import TEACHER, ProxyTraining
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Plan
 
@@ -17,7 +17,7 @@ SCRATCH, BOTH = "scratch", "both"
 HEAD = ("head.",)
 
 
-class Newcomer(OnProxy):
+class JoiningClient(ProxyTraining):
     """A client that begins with a shared backbone, with the consensus of others on public rows, with both or with nothing, and
     then trains alone on its own labelled rows.
 
@@ -31,10 +31,10 @@ class Newcomer(OnProxy):
 
     shared = ()
     uploads = {}
-    counted = False
+    counts_traffic = False
     needs_proxy = False
-    distils = False
-    reads = "after private training"
+    is_distillation = False
+    evaluated_when = "after private training"
 
     digest_epochs: PositiveInt = Field(
         10, description="epochs on the proxy set before private training"
@@ -47,27 +47,27 @@ class Newcomer(OnProxy):
         description="without a teacher: the head is trained alone before a received backbone follows",
     )
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         return (
             {}
-            if card.reading
+            if recipient.is_evaluation
             else {n: server.state[n] for n in (BACKBONE, TEACHER) if n in server.state}
         )
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        if BACKBONE in got:
-            client.load("model", got[BACKBONE])
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        if BACKBONE in received:
+            client.load("model", received[BACKBONE])
         yield from ()
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
-        if TEACHER in got:
-            yield self.digest(client, got[TEACHER], self.digest_epochs)
-        elif BACKBONE in got and self.probe:
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
+        if TEACHER in received:
+            yield self.digest(client, received[TEACHER], self.digest_epochs)
+        elif BACKBONE in received and self.probe:
             yield replace(self.fit(client, label="head"), train={"model": HEAD})
         yield (
-            self.rehearsal(client, got[TEACHER], self.rehearse)
-            if TEACHER in got and self.rehearse
+            self.proxy_replay(client, received[TEACHER], self.rehearse)
+            if TEACHER in received and self.rehearse
             else self.fit(client)
         )
         return {}

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from hetero_fl.algorithms.base import Items, algorithm
+from hetero_fl.algorithms.base import Items, register_algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import Proximal
 from hetero_fl.core.participant import Participant, common_part
 from hetero_fl.core.payload import Payload
@@ -22,7 +22,7 @@ from hetero_fl.core.plan import Plan, Predict, Rows
 BODY, HEAD = ("backbone.",), ("head.",)
 
 
-@algorithm("fedper")
+@register_algorithm("fedper")
 class FedPer(FedAvg):
     """The backbone is averaged, each client keeps its own head (Arivazhagan et al. 2019)."""
 
@@ -34,14 +34,14 @@ class FedPer(FedAvg):
             yield replace(self.fit(client, **changes), train={"model": part})
 
 
-@algorithm("lg_fedavg")
+@register_algorithm("lg_fedavg")
 class LGFedAvg(FedAvg):
     """The head is averaged, each client keeps its own backbone (Liang et al. 2020, LG-FedAvg)."""
 
     shared = HEAD
 
 
-@algorithm("fedbn")
+@register_algorithm("fedbn")
 class FedBN(FedAvg):
     """All but BatchNorm is averaged: each client keeps these layers (Li et al. 2021, Algorithm 1), or their statistics alone
     (Andreux et al. 2020, SiloBN).
@@ -55,17 +55,17 @@ class FedBN(FedAvg):
         description="all of a BatchNorm layer stays, or its running mean and variance only",
     )
 
-    def stays(self, arch: Architecture) -> frozenset[str]:
+    def local_tensor_names(self, arch: ModelSpec) -> frozenset[str]:
         names = arch.batch_norm_names
         return names if self.keep == "layers" else names - arch.parameter_names
 
-    def server_slot(self, server: Participant) -> str | None:
-        slot = super().server_slot(server)
+    def server_model_slot(self, server: Participant) -> str | None:
+        slot = super().server_model_slot(server)
         # its BatchNorm was never trained
-        return None if slot is None or self.stays(server.arch[slot]) else slot
+        return None if slot is None or self.local_tensor_names(server.arch[slot]) else slot
 
 
-@algorithm("fedrep")
+@register_algorithm("fedrep")
 class FedRep(FedPer):
     """As FedPer, each part trained by itself: the head on the backbone as received, then the backbone under the new head
     (Collins et al. 2021, Algorithm 1)."""
@@ -75,20 +75,20 @@ class FedRep(FedPer):
     )
     body_epochs: PositiveInt = Field(1, description="local epochs of the backbone, after the head")
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
         epochs: dict[str, Any] = {} if self.head_epochs is None else {"epochs": self.head_epochs}
         yield from self.fit_part(client, HEAD, label="head", **epochs)
         yield from self.fit_part(client, BODY, epochs=self.body_epochs)
         return self.share(client)
 
 
-@algorithm("fedbabu")
+@register_algorithm("fedbabu")
 class FedBABU(FedPer):
     """The backbone alone is trained, under the head that all began with, and averaged; whoever uses the model fine-tunes it
     on its own rows first (Oh et al. 2022, Algorithm 1 and section 5)."""
 
-    reads = "after aggregation and fine-tuning of the client's copy, in common too (the server's own: before it)"
+    evaluated_when = "after aggregation and fine-tuning of the client's copy, in common too (the server's own: before it)"
 
     finetune_epochs: PositiveInt = Field(
         5, description="epochs on the client's own rows before its model is used"
@@ -97,20 +97,22 @@ class FedBABU(FedPer):
         "all", description="what fine-tuning moves: the whole model, or the head"
     )
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
         yield from self.fit_part(client, BODY)
         return self.share(client)
 
-    def personalise(self, client: Participant, got: Payload) -> Plan[None]:
+    def personalize(self, client: Participant, received: Payload) -> Plan[None]:
         part = None if self.finetune == "all" else HEAD
         yield replace(
             self.fit(client, epochs=self.finetune_epochs, label="personalise"),
             train={"model": part},
         )
 
-    def server_slot(self, server: Participant) -> str | None:
-        trained = any(common_part(self.part(kind.settings), BODY) for kind in server.peers.kinds)
+    def server_model_slot(self, server: Participant) -> str | None:
+        trained = any(
+            common_part(self.shared_part(kind.settings), BODY) for kind in server.peers.profiles
+        )
         # the head is everybody's
         return next(iter(server.models)) if trained and len(server.models) == 1 else None
 
@@ -120,7 +122,7 @@ class FedBABU(FedPer):
 PERSONAL = "personal"
 
 
-@algorithm("ditto")
+@register_algorithm("ditto")
 class Ditto(FedAvg):
     """FedAvg, and at each client a personal model v trained on loss + (λ/2)‖v − θ‖², θ the model as received (Li et al. 2021,
     Algorithm 1).
@@ -129,7 +131,7 @@ class Ditto(FedAvg):
     a client that has never trained reads the shared one.
     """
 
-    reads = "personal model at home, the shared one in common, after aggregation (the models saved are personal)"
+    evaluated_when = "personal model at home, the shared one in common, after aggregation (the models saved are personal)"
 
     weight: NonNegativeFloat = Field(
         0.1, description="λ: how strongly the personal model is held to the shared one"
@@ -139,26 +141,26 @@ class Ditto(FedAvg):
         description="local epochs of the personal model; none: the client's own `epochs` or `steps`",
     )
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        yield from super().deploy(client, got)
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        yield from super().deploy(client, received)
         client.arch[PERSONAL] = client.arch["model"]
         client.models.setdefault(PERSONAL, client.models["model"])
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
         towards = Proximal(client.task.kind, PERSONAL, mu=self.weight)
         given = {"anchor": client.models["model"]}
         epochs: dict[str, Any] = (
             {} if self.personal_epochs is None else {"epochs": self.personal_epochs}
         )
-        personal = self.fit(client, towards, given=given, label=PERSONAL, **epochs)
+        personal = self.fit(client, towards, context=given, label=PERSONAL, **epochs)
         yield [self.fit(client), replace(personal, train={PERSONAL: None})]
         return self.share(client)
 
-    def used(self, client: Participant) -> tuple[str, None]:
+    def inference_model(self, client: Participant) -> tuple[str, None]:
         return PERSONAL, None
 
-    def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
-        if home:
-            return (yield from super().predict(client, rows, home))
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
+        if personal:
+            return (yield from super().predict(client, rows, personal))
         return (yield Predict("model", rows))

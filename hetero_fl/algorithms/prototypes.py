@@ -11,20 +11,20 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.generative_objectives import AdaptiveMargin
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import PrototypePull, Supervised
-from hetero_fl.core.participant import Card, Participant, Roster
+from hetero_fl.core.participant import ClientDirectory, ClientInfo, Participant
 from hetero_fl.core.payload import Item, ItemSpec, Payload
-from hetero_fl.core.plan import ClassSums, Fit, Plan, Predict, Rows, Table
+from hetero_fl.core.plan import ClassSums, Fit, Plan, Predict, Rows, TensorRows
 from hetero_fl.utils.errors import UserError
 
 # Methods that compare or exchange features: all clients need features of one width.
 
 
-class CommonWidth(Algorithm):
+class CommonFeatureWidth(Algorithm):
     """A model whose features have another width ends in a projection to the common one; the others are as they were."""
 
     requires = ("one feature width",)
@@ -35,15 +35,15 @@ class CommonWidth(Algorithm):
         description="common width of the features; none: the most frequent of the clients', the widest of equals",
     )
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
         widths = Counter[int]()
-        for kind in cards.kinds:
-            widths[kind.arch.width] += kind.count
+        for kind in clients.profiles:
+            widths[kind.arch.feature_width] += kind.count
         width = self.feature_dim or max(widths, key=lambda w: (widths[w], w))
-        for kind in cards.kinds if self.features_leave else []:
-            need_features(kind.first, kind.arch, width)
-        other = [kind for kind in cards.kinds if kind.arch.width != width]
-        listed = cards.named(other)
+        for kind in clients.profiles if self.features_leave else []:
+            require_features(kind.first, kind.arch, width)
+        other = [kind for kind in clients.profiles if kind.arch.feature_width != width]
+        listed = clients.format_clients(other)
         notes = (
             [f"algorithm.feature_dim is {width}: the models of {listed} end in a projection to it"]
             if other
@@ -51,43 +51,43 @@ class CommonWidth(Algorithm):
         )
         return self.model_copy(update={"feature_dim": width}), notes
 
-    def architecture(self, card: Card) -> Architecture:
+    def model_spec(self, client_info: ClientInfo) -> ModelSpec:
         return (
-            card.arch
-            if card.arch.width == self.feature_dim
-            else replace(card.arch, feature_dim=self.feature_dim)
+            client_info.arch
+            if client_info.arch.feature_width == self.feature_dim
+            else replace(client_info.arch, feature_dim=self.feature_dim)
         )
 
 
-class CommonHead(CommonWidth):
+class CommonHead(CommonFeatureWidth):
     """Features of one width, and heads that fit one another: each a single linear layer."""
 
     requires = ("linear heads",)
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
-        for kind in cards.kinds:
-            need_linear_head(kind.first, kind.arch)
-        return super().resolve(cards)
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        for kind in clients.profiles:
+            require_linear_head(kind.first, kind.arch)
+        return super().configure(clients)
 
 
-def need_features(id: str, arch: Architecture, width: int) -> None:
+def require_features(client_id: str, arch: ModelSpec, width: int) -> None:
     """Raises UserError for a model whose features are the example itself: sent, they would be the client's data."""
-    if arch.width == width and not any(
+    if arch.feature_width == width and not any(
         name.startswith("backbone.") for name in arch.parameter_names
     ):
         raise UserError(
-            f"clients: {id}: model: the features of '{arch.name}' are the example itself, and this method sends features; "
+            f"clients: {client_id}: model: the features of '{arch.name}' are the example itself, and this method sends features; "
             "choose one that learns its own, such as mlp, or set algorithm.feature_dim to another width"
         )
 
 
-def need_linear_head(id: str, arch: Architecture) -> None:
+def require_linear_head(client_id: str, arch: ModelSpec) -> None:
     """Raises UserError for a model whose head is anything but a linear layer with a bias."""
     head = sorted(n for n in arch.parameter_names if n.startswith("head."))
     if head != ["head.bias", "head.weight"]:
         found = ", ".join(head) or "no parameters"
         raise UserError(
-            f"clients: {id}: model: its head has {found}; this method needs a linear layer with a bias"
+            f"clients: {client_id}: model: its head has {found}; this method needs a linear layer with a bias"
         )
 
 
@@ -97,8 +97,8 @@ def need_linear_head(id: str, arch: Architecture) -> None:
 NEVER = 20.0
 
 
-@algorithm("fedproto")
-class FedProto(CommonWidth):
+@register_algorithm("fedproto")
+class FedProto(CommonFeatureWidth):
     """Cross-entropy plus λ·MSE of features to the prototype of their class, the mean feature over all clients' rows; an example
     belongs to the nearest prototype (Tan et al. 2022, Algorithm 1).
 
@@ -110,7 +110,7 @@ class FedProto(CommonWidth):
     shared = ()
     uploads = {"features": ItemSpec("class_sums", private=True, share="statistics")}
     tasks = ("multiclass",)
-    reads = "after private training, by the nearest prototype of the last aggregation (the models saved hold their heads)"
+    evaluated_when = "after private training, by the nearest prototype of the last aggregation (the models saved hold their heads)"
 
     weight: NonNegativeFloat = Field(1.0, description="λ: weight of the distance to the prototype")
     inference: Literal["prototype", "own", "head"] = Field(
@@ -118,20 +118,20 @@ class FedProto(CommonWidth):
         description="nearest prototype; at home the nearest of its own classes only (the authors' code); or the model's head",
     )
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         return dict(server.state)
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        client.state.update({name: got[name] for name in got})
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        client.state.update({name: received[name] for name in received})
         yield from ()
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        if "prototypes" in got:
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        if "prototypes" in received:
             pull = PrototypePull(client.task.kind, weight=self.weight)
-            yield self.fit(client, pull, given={name: got[name] for name in got})
+            yield self.fit(client, pull, context={name: received[name] for name in received})
         else:
             yield self.fit(client)
-        if not self.gives(client, "statistics"):
+        if not self.may_share(client, "statistics"):
             return {}
         sums, counts = yield ClassSums("model", readout="features")
         return {"features": Item(sums, counts[:, None], "class_sums")}
@@ -147,18 +147,18 @@ class FedProto(CommonWidth):
             server.state["known"] = torch.where(sent[:, 0], torch.ones_like(known), known)
         yield from ()
 
-    def predict(self, client: Participant, rows: Rows, home: bool) -> Plan[Tensor]:
+    def predict(self, client: Participant, rows: Rows, personal: bool) -> Plan[Tensor]:
         if self.inference == "head" or "prototypes" not in client.state:
-            return (yield from super().predict(client, rows, home))
+            return (yield from super().predict(client, rows, personal))
         features = yield Predict("model", rows, readout="features")
         known = client.state["known"]
         mine = known * (client.counts > 0).to(known.dtype)
-        if self.inference == "own" and home and bool(mine.any()):
+        if self.inference == "own" and personal and bool(mine.any()):
             known = mine
-        return nearness(features, client.state["prototypes"], known)
+        return prototype_logits(features, client.state["prototypes"], known)
 
 
-def nearness(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
+def prototype_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
     """−‖f − prototype_c‖₂ as logits `[N, C]`. A class without a prototype stands below all others: it never wins."""
     apart = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     has = known > 0
@@ -171,7 +171,7 @@ def nearness(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
 VECTORS, PROTOTYPES = "vectors", "prototypes"
 
 
-@algorithm("fedtgp")
+@register_algorithm("fedtgp")
 class FedTGP(FedProto):
     """FedProto whose prototypes are trained at the server, so that classes stand apart (Zhang et al. 2024, Algorithm 1).
 
@@ -197,14 +197,14 @@ class FedTGP(FedProto):
         10, description="clients' prototypes a step, at the server"
     )
 
-    def start(self, server: Participant) -> None:
+    def setup(self, server: Participant) -> None:
         width, classes = self.feature_dim or 1, server.task.outputs
-        server.arch[VECTORS] = Architecture.of("linear", width, (classes,))
-        server.arch[PROTOTYPES] = Architecture.of(
+        server.arch[VECTORS] = ModelSpec.from_config("linear", width, (classes,))
+        server.arch[PROTOTYPES] = ModelSpec.from_config(
             "mlp", width, (width,), options={"hidden": [width]}
         )
         for slot in (VECTORS, PROTOTYPES):
-            server.models[slot] = server.arch[slot].initial(server.clock.seed)
+            server.models[slot] = server.arch[slot].initial_tensors(server.round_context.seed)
         # P̆ is a table: the bias stays at nought
         server.load(VECTORS, {"head.bias": torch.zeros(width)})
 
@@ -212,32 +212,35 @@ class FedTGP(FedProto):
         items = [u.payload.item("features") for u in uploads.having("features")]
         if not items:
             return
-        means, has = each_mean(items)
+        means, has = client_class_means(items)
         seen, one_hot = has.any(0), torch.eye(server.task.outputs)
         yield Fit(
             {VECTORS: ("head.weight",), PROTOTYPES: None},
             AdaptiveMargin(PROTOTYPES, VECTORS),
-            Table({"x": means[has], "y": has.nonzero()[:, 1]}),
+            TensorRows({"x": means[has], "y": has.nonzero()[:, 1]}),
             epochs=self.server_epochs,
             batch_size=self.server_batch_size,
             optimizer=OptimizerConfig(name="sgd", lr=self.server_lr),
-            given={"margin": largest_gap(means, has).clamp(max=self.margin), "one_hot": one_hot},
+            context={
+                "margin": largest_center_distance(means, has).clamp(max=self.margin),
+                "one_hot": one_hot,
+            },
             label=PROTOTYPES,
         )
         vectors = server.models[VECTORS]["head.weight"].T
-        server.state["prototypes"] = yield Predict(PROTOTYPES, Table({"x": vectors}))
+        server.state["prototypes"] = yield Predict(PROTOTYPES, TensorRows({"x": vectors}))
         known = server.state.get("known", torch.zeros(len(seen)))
         server.state["known"] = torch.where(seen, torch.ones_like(known), known)
 
 
-def each_mean(items: list[Item]) -> tuple[Tensor, Tensor]:
+def client_class_means(items: list[Item]) -> tuple[Tensor, Tensor]:
     """Of K clients' sums by class the means `[K, C, d]`, and whether there is one `[K, C]`."""
     counts = torch.stack([torch.as_tensor(item.weight) for item in items])  # [K, C, 1]
     sums = torch.stack([item.values for item in items if isinstance(item.values, Tensor)])
     return sums / counts.clamp(min=1), counts[..., 0] > 0
 
 
-def largest_gap(means: Tensor, has: Tensor) -> Tensor:
+def largest_center_distance(means: Tensor, has: Tensor) -> Tensor:
     """The largest Euclidean distance of two class centres, each the mean over the clients that have the class."""
     mine = has[..., None].to(means.dtype)
     centres, there = (means * mine).sum(0) / mine.sum(0).clamp(min=1), has.any(0)
@@ -250,7 +253,7 @@ def largest_gap(means: Tensor, has: Tensor) -> Tensor:
 HEAD = "head"
 
 
-@algorithm("fedgh")
+@register_algorithm("fedgh")
 class FedGH(CommonHead):
     """Clients of any architecture train on their own rows from one head; the server trains that head to tell the classes of
     the mean features that each client sends (Yi et al. 2023, Algorithm 1).
@@ -269,27 +272,29 @@ class FedGH(CommonHead):
     server_lr: PositiveFloat = Field(0.01, description="learning rate of SGD at the server")
     server_batch_size: PositiveInt = Field(10, description="class means a step, at the server")
 
-    def start(self, server: Participant) -> None:
-        server.arch[HEAD] = Architecture.of("linear", server.task.outputs, (self.feature_dim or 1,))
-        server.models[HEAD] = server.arch[HEAD].initial(server.clock.seed)
+    def setup(self, server: Participant) -> None:
+        server.arch[HEAD] = ModelSpec.from_config(
+            "linear", server.task.outputs, (self.feature_dim or 1,)
+        )
+        server.models[HEAD] = server.arch[HEAD].initial_tensors(server.round_context.seed)
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
         due = (
             server.state.get("trained", False)
-            and server.clock.round % card.settings.share_every == 0
+            and server.round_context.round_idx % recipient.settings.share_every == 0
         )
         # an untrained head would only undo what clients know
         return {HEAD: server.models[HEAD]} if due else {}
 
-    def deploy(self, client: Participant, got: Payload) -> Plan[None]:
-        if HEAD in got:
-            client.load("model", got[HEAD])
+    def deploy(self, client: Participant, received: Payload) -> Plan[None]:
+        if HEAD in received:
+            client.load("model", received[HEAD])
         yield from ()
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
         yield self.fit(client)
-        if not self.gives(client, "statistics"):
+        if not self.may_share(client, "statistics"):
             return {}
         sums, counts = yield ClassSums("model", readout="features")
         return {"features": Item(sums, counts[:, None], "class_sums")}
@@ -298,11 +303,11 @@ class FedGH(CommonHead):
         items = [u.payload.item("features") for u in uploads.having("features")]
         if not items:
             return
-        means, has = each_mean(items)
+        means, has = client_class_means(items)
         yield Fit(
             {HEAD: None},
             Supervised(slot=HEAD),
-            Table({"x": means[has], "y": has.nonzero()[:, 1]}),
+            TensorRows({"x": means[has], "y": has.nonzero()[:, 1]}),
             epochs=self.server_epochs,
             batch_size=self.server_batch_size,
             optimizer=OptimizerConfig(name="sgd", lr=self.server_lr),

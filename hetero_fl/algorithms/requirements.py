@@ -24,19 +24,19 @@ TASKS = {"multiclass": "multi-class", "multilabel": "multi-label", "regression":
 
 def is_bound(kind: type[Algorithm]) -> bool:
     """Whether others are measured against it and do not compete: all rows or all models are in one place."""
-    return kind.everybody
+    return kind.needs_all_clients
 
 
 def is_baseline(kind: type[Algorithm]) -> bool:
     """Whether it is no federation at all: the line to beat."""
-    return not kind.counted and not kind.everybody
+    return not kind.counts_traffic and not kind.needs_all_clients
 
 
-def needs(method: Algorithm) -> list[Need]:
+def describe_needs(method: Algorithm) -> list[Need]:
     """What has to be there besides clients with rows, the weightiest first; what the method brings itself is not in it."""
     kind, uploads = type(method), method.uploads
-    alike = _averages(method) and kind.family is Algorithm.family
-    found: list[Need] = [(EVERYTHING,)] if kind.everybody else []
+    alike = _averages_parameters(method) and kind.aggregation_group is Algorithm.aggregation_group
+    found: list[Need] = [(EVERYTHING,)] if kind.needs_all_clients else []
     if kind.needs_proxy:
         found.append((LABELED_PROXY if method.reads_proxy_labels else PROXY,))
     elif alike:
@@ -49,26 +49,26 @@ def needs(method: Algorithm) -> list[Need]:
     return list(dict.fromkeys(found))
 
 
-def sends(method: Algorithm) -> list[str]:
+def shared_kinds(method: Algorithm) -> list[str]:
     """What may leave a client, by kind; of the model only a part where the method shares no more."""
     shares = dict.fromkeys(spec.share for spec in method.uploads.values())
     words = [SHARES[share] for share in SHARES if share in shares]
     if method.shared and "parameters" in shares:
         words[0] = f"{', '.join(part.rstrip('.') for part in method.shared)} parameters"
-    return words or (["all rows"] if method.everybody else [])
+    return words or (["all rows"] if method.needs_all_clients else [])
 
 
-def tasks(method: Algorithm) -> list[str]:
+def supported_tasks(method: Algorithm) -> list[str]:
     """The kinds of target that it is for; empty where any will do."""
     return [] if method.tasks == Algorithm.tasks else [TASKS[task] for task in method.tasks]
 
 
-def in_words(found: list[Need]) -> str:
+def format_needs(needs: list[Need]) -> str:
     """`proxy set, single uploads`; empty if nothing is needed."""
-    return ", ".join(" or ".join(need) for need in found)
+    return ", ".join(" or ".join(need) for need in needs)
 
 
-def summary(kind: type[Algorithm]) -> str:
+def method_summary(kind: type[Algorithm]) -> str:
     """The first sentence of its docstring; empty where it has none."""
     text = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
     head, stop, rest = text.partition(". ")
@@ -78,7 +78,7 @@ def summary(kind: type[Algorithm]) -> str:
     return head + ("." if stop else "")
 
 
-def _averages(method: Algorithm) -> bool:
+def _averages_parameters(method: Algorithm) -> bool:
     """Whether a sum of the clients' parameters is what the server works with."""
     model = method.uploads.get("model")
     return model is not None and model.use == "sum" and model.kind in ("params", "update")

@@ -9,17 +9,24 @@ import torch
 from pydantic import Field, PositiveFloat
 
 from hetero_fl.aggregation.uploads import Uploads
-from hetero_fl.algorithms.base import Algorithm, Items, algorithm
+from hetero_fl.algorithms.base import Algorithm, Items, register_algorithm
 from hetero_fl.algorithms.fedavg import FedAvg
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.participant import Card, Kind, Part, Participant, Roster, select
+from hetero_fl.core.participant import (
+    ClientDirectory,
+    ClientInfo,
+    ClientProfile,
+    Part,
+    Participant,
+    select_part,
+)
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.plan import FitReport, Plan
 
 CONTROL = "control"
 
 
-@algorithm("scaffold")
+@register_algorithm("scaffold")
 class Scaffold(FedAvg):
     """Each local step is corrected by c − c_k, the federation's and the client's own mean gradient (Karimireddy et al. 2020,
     Algorithm 1, option II).
@@ -37,10 +44,12 @@ class Scaffold(FedAvg):
     )
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD for these clients")
 
-    def resolve(self, cards: Roster) -> tuple[Algorithm, list[str]]:
-        other = [kind for kind in cards.kinds if kind.settings.optimizer.name != "sgd"]
+    def configure(self, clients: ClientDirectory) -> tuple[Algorithm, list[str]]:
+        other = [kind for kind in clients.profiles if kind.settings.optimizer.name != "sgd"]
         sgd = f"sgd (lr {self.sgd_lr:g}, momentum {self.sgd_momentum:g}) in place of their own optimiser"
-        return self, [f"scaffold trains {cards.named(other)} with {sgd}"] if other else []
+        return self, [
+            f"scaffold trains {clients.format_clients(other)} with {sgd}"
+        ] if other else []
 
     def optimizer(self, client: Participant) -> OptimizerConfig:
         """The client's SGD of this round, or the method's in place of another optimiser."""
@@ -53,10 +62,10 @@ class Scaffold(FedAvg):
                 "momentum": self.sgd_momentum,
             }
             config = config.model_copy(update=changes)
-        return config.at(client.clock.round, client.clock.rounds)
+        return config.at_round(client.round_context.round_idx, client.round_context.num_rounds)
 
     # The round -----------------------------------------------------------------------------------------------------
-    def start(self, server: Participant) -> None:
+    def setup(self, server: Participant) -> None:
         server.state[CONTROL] = {
             group: {
                 n: torch.zeros_like(model[n])
@@ -66,23 +75,32 @@ class Scaffold(FedAvg):
             for group, model in server.models.items()
         }
 
-    def broadcast(self, server: Participant, card: Card) -> Items:
-        items = super().broadcast(server, card)
-        if "model" in items and not card.reading:
-            items[CONTROL] = select(
-                server.state[CONTROL][card.arch.id], self.takes(card.settings, server.clock.round)
+    def broadcast(self, server: Participant, recipient: ClientInfo) -> Items:
+        items = super().broadcast(server, recipient)
+        if "model" in items and not recipient.is_evaluation:
+            items[CONTROL] = select_part(
+                server.state[CONTROL][recipient.arch.spec_id],
+                self.download_part(recipient.settings, server.round_context.round_idx),
             )
         return items
 
-    def train(self, client: Participant, got: Payload) -> Plan[Items]:
-        yield from self.deploy(client, got)
+    def train(self, client: Participant, received: Payload) -> Plan[Items]:
+        yield from self.deploy(client, received)
         model, optimizer = client.models["model"], self.optimizer(client)
         names = client.arch["model"].parameter_names
-        shared = {n: t for n, t in select(model, self.part(client.settings)).items() if n in names}
+        shared = {
+            n: t
+            for n, t in select_part(model, self.shared_part(client.settings)).items()
+            if n in names
+        }
         mine = client.state.get(CONTROL) or {n: torch.zeros_like(t) for n, t in shared.items()}
         # with nothing received there is nothing to correct
-        if CONTROL in got or "since" not in client.state:
-            client.state["since"] = {CONTROL: got.get(CONTROL, mine), "start": shared, "path": 0.0}
+        if CONTROL in received or "since" not in client.state:
+            client.state["since"] = {
+                CONTROL: received.get(CONTROL, mine),
+                "start": shared,
+                "path": 0.0,
+            }
         # kept until the client uploads, which may be rounds later (`share_every`)
         since = client.state["since"]
         # The runtime multiplies by lr: a head with a rate of its own gets its correction at that rate.
@@ -109,23 +127,32 @@ class Scaffold(FedAvg):
 
     def aggregate(self, server: Participant, uploads: Uploads) -> Plan[None]:
         yield from super().aggregate(server, uploads)
-        sent, all_ = self.members(uploads.senders(CONTROL)), self.members(server.peers.kinds)
+        sent, all_ = (
+            self.count_sharers(uploads.senders(CONTROL)),
+            self.count_sharers(server.peers.profiles),
+        )
         for group, mean in uploads.mean_by_group(CONTROL).items():
             held = server.state[CONTROL][group]
             for n, change in mean.items():
-                share = self.owned(server, sent, group, n) / self.owned(server, all_, group, n)
+                share = self.num_owners(server, sent, group, n) / self.num_owners(
+                    server, all_, group, n
+                )
                 held[n] = (share * change).add_(held[n])
         yield from ()
 
-    def members(self, clients: Iterable[Card | Kind]) -> Counter[tuple[str, Part]]:
+    def count_sharers(
+        self, clients: Iterable[ClientInfo | ClientProfile]
+    ) -> Counter[tuple[str, Part]]:
         """How many clients these are, by architecture and by the part of the model that they share."""
         total: Counter[tuple[str, Part]] = Counter()
         for c in clients:
-            total[c.arch.id, self.part(c.settings)] += c.count if isinstance(c, Kind) else 1
+            total[c.arch.spec_id, self.shared_part(c.settings)] += (
+                c.count if isinstance(c, ClientProfile) else 1
+            )
         return total
 
     @staticmethod
-    def owned(
+    def num_owners(
         server: Participant, members: Mapping[tuple[str, Part], int], group: str, name: str
     ) -> int:
         """How many of them share that tensor with the group."""

@@ -16,7 +16,13 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from hetero_fl.utils.errors import Interrupted, RunFailed, UserError, nearest, similar
+from hetero_fl.utils.errors import (
+    Interrupted,
+    RunFailedError,
+    UserError,
+    suggest_or_list,
+    suggest_similar,
+)
 
 # Before torch is loaded: threads that wait for one another spin for a moment only. As long as OpenMP has it by default, two
 # runs on one machine crawl; not at all, and a second thread is worth nothing (benchmarks/speed/threads.py).
@@ -49,7 +55,7 @@ class Parser(argparse.ArgumentParser):
             option = argument.partition("=")[0]
             if option.startswith("--") and option not in known:
                 names = [name for name in known if name.startswith("--")]
-                hint = similar(option, names) or self._override(arguments, argument)
+                hint = suggest_similar(option, names) or self._override(arguments, argument)
                 raise UserError(f"unknown option {option}{hint} (see {self.prog} --help)")
 
     def _override(self, arguments: Sequence[str], argument: str) -> str:
@@ -88,13 +94,13 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     Launched by torchrun, the first of its processes runs it, and the others compute for that one.
     """
     if LAUNCHED in os.environ:
-        from hetero_fl.federation.executors.torchrun import as_ranks
+        from hetero_fl.federation.executors.torchrun import run_as_ranks
 
-        return as_ranks(lambda: _stoppable(argv, command))
-    return _stoppable(argv, command)
+        return run_as_ranks(lambda: _run_with_sigterm(argv, command))
+    return _run_with_sigterm(argv, command)
 
 
-def _stoppable(argv: Sequence[str] | None, command: str | None) -> int:
+def _run_with_sigterm(argv: Sequence[str] | None, command: str | None) -> int:
     """`_main`, with SIGTERM, a cluster's polite way to stop a job, as Ctrl-C; the caller's own handler is put back."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -104,9 +110,9 @@ def _stoppable(argv: Sequence[str] | None, command: str | None) -> int:
 
 
 def _main(argv: Sequence[str] | None, command: str | None) -> int:
-    """Run `_carry_out`; exit with status 141 if the reader of stdout or stderr has closed the pipe."""
+    """Run `_dispatch`; exit with status 141 if the reader of stdout or stderr has closed the pipe."""
     try:
-        return _carry_out(argv, command)
+        return _dispatch(argv, command)
     except (BrokenPipeError, SystemExit) as error:
         closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
         by_rich = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
@@ -133,7 +139,7 @@ def _is_closed(stream: TextIO | None) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
+def _dispatch(argv: Sequence[str] | None, command: str | None) -> int:
     from hetero_fl.cli import commands
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -141,21 +147,21 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
         before = list(itertools.takewhile(ANYWHERE.fullmatch, arguments))
         arguments = [*arguments[len(before) :][:1], *before, *arguments[len(before) + 1 :]]
     verbose = any(map(VERBOSE.fullmatch, arguments))  # until they are parsed
-    typed = [*(_script() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
+    typed = [*(_script_name() if command or LAUNCHED in os.environ else ["hetero-fl"]), *arguments]
     try:
         try:
             prog = f"{command}.py" if command else f"hetero-fl {arguments[0]}" if arguments else ""
             if command is None and arguments and arguments[0] in commands.COMMANDS:
                 command = arguments.pop(0)
             if command is None and arguments and not arguments[0].startswith("-"):
-                hint = nearest(arguments[0], commands.COMMANDS)
+                hint = suggest_or_list(arguments[0], commands.COMMANDS)
                 raise UserError(f"unknown command '{arguments[0]}'{hint} (see hetero-fl --help)")
             if command is None:
-                everything = commands.all_parser()
+                everything = commands.build_main_parser()
                 everything.check_options(arguments)
                 everything.parse_args(arguments or ["--help"])
                 return 0
-            options = commands.parser(command, prog).parse(arguments)
+            options = commands.build_parser(command, prog).parse(arguments)
             verbose = options.verbose
             carry_out: Callable[[argparse.Namespace], int] = options.carry_out
             return carry_out(options)
@@ -165,7 +171,7 @@ def _carry_out(argv: Sequence[str] | None, command: str | None) -> int:
     except UserError as error:
         _print_error("error", error, verbose)
         return 2
-    except RunFailed as error:
+    except RunFailedError as error:
         _print_error("failed", error, verbose)
         return 1
     except OSError as error:
@@ -201,7 +207,7 @@ def _print_error(kind: str, error: BaseException, verbose: bool) -> None:
     print(f"{kind}: {error}", file=sys.stderr)
 
 
-def _script() -> list[str]:
+def _script_name() -> list[str]:
     """How the script was started, its arguments left out: `python scripts/train.py`."""
     typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     if LAUNCHED in os.environ:  # which has added: python -u

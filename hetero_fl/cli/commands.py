@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from hetero_fl.cli import Parser, deployment_commands, experiment_commands
 from hetero_fl.cli.run_options import (
-    check_run,
-    option_of_code,
-    options_of_all,
-    options_of_run,
-    permission_of,
-    print_finished,
-    say_of,
+    add_code_option,
+    add_common_options,
+    add_run_options,
+    code_permission_from,
+    load_checked_run,
+    make_printer,
+    print_results_location,
 )
-from hetero_fl.utils.code_permission import references
+from hetero_fl.utils.code_permission import find_references
 from hetero_fl.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ HINT = (
 )
 
 
-def _train(parser: argparse.ArgumentParser) -> None:
-    options_of_run(parser)
-    parser.set_defaults(carry_out=_carry_out_train)
+def _setup_train(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    parser.set_defaults(carry_out=_run_train)
 
 
-def _carry_out_train(options: argparse.Namespace) -> int:
-    permission = permission_of(options)
-    if (source := check_run(options, permission)) is None:
+def _run_train(options: argparse.Namespace) -> int:
+    permission = code_permission_from(options)
+    if (source := load_checked_run(options, permission)) is None:
         return 0
     from hetero_fl.experiment import run
 
@@ -49,11 +49,11 @@ def _carry_out_train(options: argparse.Namespace) -> int:
         quiet=options.quiet,
         allow_code=permission,
     )
-    print_finished(finished, say_of(options))
+    print_results_location(finished, make_printer(options))
     return 0
 
 
-def _evaluate(parser: argparse.ArgumentParser) -> None:
+def _setup_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
     parser.add_argument(
         "--data",
@@ -71,11 +71,11 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         "--home", action="store_true", help="read with the client's own label frequencies"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    option_of_code(parser)
-    parser.set_defaults(carry_out=_carry_out_evaluate)
+    add_code_option(parser)
+    parser.set_defaults(carry_out=_run_evaluate)
 
 
-def _carry_out_evaluate(options: argparse.Namespace) -> int:
+def _run_evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hetero_fl.experiment import evaluate
@@ -83,9 +83,9 @@ def _carry_out_evaluate(options: argparse.Namespace) -> int:
 
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise UserError(f"--json: found {options.json}; name a file in a folder that exists")
-    permission = permission_of(options)
+    permission = code_permission_from(options)
     run = Run(options.run, permission)
-    say = say_of(options)
+    say = make_printer(options)
     results = evaluate(
         run,
         options.data,
@@ -134,32 +134,32 @@ def print_scores(
     console.print(wide if fits else long)
 
 
-def _methods(parser: argparse.ArgumentParser) -> None:
+def _setup_methods(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
         help="explain these and their settings (default: all, a line each)",
     )
-    option_of_code(parser)
-    parser.set_defaults(carry_out=_carry_out_methods)
+    add_code_option(parser)
+    parser.set_defaults(carry_out=_run_methods)
 
 
-def _carry_out_methods(options: argparse.Namespace) -> int:
+def _run_methods(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from hetero_fl.cli.printing import print_explained, print_methods
+    from hetero_fl.cli.printing import print_method_details, print_methods
 
-    permission_of(options).check(dict.fromkeys(references(options.names), "NAME"), "")
+    code_permission_from(options).check(dict.fromkeys(find_references(options.names), "NAME"), "")
     if options.names:
-        print_explained(options.names, Console())
+        print_method_details(options.names, Console())
     else:
         print_methods(Console())
     return 0
 
 
 COMMANDS: dict[str, tuple[str, Setup]] = {
-    "train": ("one run: configuration in, finished run directory out", _train),
+    "train": ("one run: configuration in, finished run directory out", _setup_train),
     "federate": (
         "the same by a real federation on this machine, a process for each client",
         deployment_commands.setup_federate,
@@ -175,7 +175,7 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
         deployment_commands.setup_status,
     ),
     "compare": ("algorithms × seeds: table, figure and report", experiment_commands.setup_compare),
-    "evaluate": ("score the saved models of a run on any data set", _evaluate),
+    "evaluate": ("score the saved models of a run on any data set", _setup_evaluate),
     "join": (
         "a newcomer begins with what a finished run leaves, and is compared with one from scratch",
         experiment_commands.setup_join,
@@ -192,27 +192,27 @@ COMMANDS: dict[str, tuple[str, Setup]] = {
         "whether a run directory is whole: every line, checksum, model and checkpoint",
         experiment_commands.setup,
     ),
-    "methods": ("the algorithms, a line each: what it does, sends and needs", _methods),
+    "methods": ("the algorithms, a line each: what it does, sends and needs", _setup_methods),
 }
 
 
-def parser(command: str, prog: str) -> Parser:
+def build_parser(command: str, prog: str) -> Parser:
     """The parser of one command."""
     about, setup = COMMANDS[command]
     made = Parser(prog=prog, description=about, epilog=HINT, allow_abbrev=False)
     setup(made)
-    options_of_all(made)
+    add_common_options(made)
     return made
 
 
-def all_parser() -> Parser:
+def build_main_parser() -> Parser:
     """The parser that tells which commands there are."""
     made = Parser(
         prog="hetero-fl",
         description="Federated learning between participants whose models differ.",
         epilog=HINT,
     )
-    options_of_all(made)
+    add_common_options(made)
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (about, _) in COMMANDS.items():
         commands.add_parser(name, help=about)

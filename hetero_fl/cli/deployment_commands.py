@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetero_fl.cli.run_options import (
-    check_run,
-    option_of_code,
-    options_of_run,
-    permission_of,
-    print_finished,
-    say_of,
+    add_code_option,
+    add_run_options,
+    code_permission_from,
+    load_checked_run,
+    make_printer,
+    print_results_location,
 )
 from hetero_fl.utils.errors import UserError, printable
-from hetero_fl.utils.processes import Beside
+from hetero_fl.utils.processes import CompanionProcess
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,55 +32,60 @@ NURSERY = "hetero_fl.deployment.local.fork_server"
 
 def setup_federate(parser: argparse.ArgumentParser) -> None:
     """The command's options: those of `train`."""
-    options_of_run(parser)
+    add_run_options(parser)
     parser.set_defaults(carry_out=run_federate)
 
 
 def run_federate(options: argparse.Namespace) -> int:
     """Parse, call, print."""
-    permission = permission_of(options)
-    if (source := check_run(options, permission)) is None:
+    permission = code_permission_from(options)
+    if (source := load_checked_run(options, permission)) is None:
         return 0
-    nursery = Beside(NURSERY)  # before torch is loaded here: the nodes load it in the same time
+    nursery = CompanionProcess(
+        NURSERY
+    )  # before torch is loaded here: the nodes load it in the same time
     with nursery:
-        from hetero_fl.deployment.local.launcher import federate
+        from hetero_fl.deployment.local.launcher import run_local_federation
 
-        finished = federate(
+        finished = run_local_federation(
             source,
             out=options.out,
             resume=options.resume,
             overrides=options.overrides,
             quiet=options.quiet,
-            nursery=nursery,
+            launcher=nursery,
             allow_code=permission,
         )
-    print_finished(finished, say_of(options))
+    print_results_location(finished, make_printer(options))
     return 0
 
 
 # `hetero-fl server` and `hetero-fl node`: the two sides of a federation, for machines of their own.
 
-MAKES = "`hetero-fl certificates` makes one"
+CERTIFICATES_HINT = "`hetero-fl certificates` makes one"
 
 
 def setup_server(parser: argparse.ArgumentParser) -> None:
     """The command's options: those of `train`, and the server's own file."""
-    options_of_run(parser)
+    add_run_options(parser)
     parser.add_argument(
-        "--server", type=Path, metavar="FILE", help=f"where it listens, who may come; {MAKES}"
+        "--server",
+        type=Path,
+        metavar="FILE",
+        help=f"where it listens, who may come; {CERTIFICATES_HINT}",
     )
-    parser.set_defaults(carry_out=_serve)
+    parser.set_defaults(carry_out=_run_server)
 
 
-def _serve(options: argparse.Namespace) -> int:
-    permission = permission_of(options)
-    if (source := check_run(options, permission)) is None:
+def _run_server(options: argparse.Namespace) -> int:
+    permission = code_permission_from(options)
+    if (source := load_checked_run(options, permission)) is None:
         return 0
     if options.server is None:
-        raise UserError(f"--server is missing: name a file ({MAKES})")
-    from hetero_fl.deployment.server import preside
+        raise UserError(f"--server is missing: name a file ({CERTIFICATES_HINT})")
+    from hetero_fl.deployment.server import run_server
 
-    finished = preside(
+    finished = run_server(
         source,
         options.server,
         out=options.out,
@@ -89,13 +94,15 @@ def _serve(options: argparse.Namespace) -> int:
         allow_code=permission,
         quiet=options.quiet,
     )
-    print_finished(finished, say_of(options))
+    print_results_location(finished, make_printer(options))
     return 0
 
 
 def setup_node(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--site", type=Path, metavar="FILE", help=f"this site's own file; {MAKES}")
+    parser.add_argument(
+        "--site", type=Path, metavar="FILE", help=f"this site's own file; {CERTIFICATES_HINT}"
+    )
     parser.add_argument(
         "--once",
         action="store_true",
@@ -118,29 +125,33 @@ def setup_node(parser: argparse.ArgumentParser) -> None:
         metavar="N:HASH",
         help="with --audit: what was noted of the log earlier, which must still be in it",
     )
-    option_of_code(parser)
-    parser.set_defaults(carry_out=_attend)
+    add_code_option(parser)
+    parser.set_defaults(carry_out=_run_node)
 
 
-def _attend(options: argparse.Namespace) -> int:
+def _run_node(options: argparse.Namespace) -> int:
     if options.audit is not None:
-        return _audit(options.audit, options.key, options.head)
+        return _verify_audit_log(options.audit, options.key, options.head)
     if options.site is None:
-        raise UserError(f"--site is missing: name a file ({MAKES}); or --audit")
-    from hetero_fl.deployment.node import attend
+        raise UserError(f"--site is missing: name a file ({CERTIFICATES_HINT}); or --audit")
+    from hetero_fl.deployment.node import run_node
 
-    return 130 if attend(options.site, options.once, permission_of(options), options.quiet) else 0
+    return (
+        130
+        if run_node(options.site, options.once, code_permission_from(options), options.quiet)
+        else 0
+    )
 
 
-def _audit(path: Path, key: Path | None, head: str | None) -> int:
-    from hetero_fl.deployment.audit_log import head_of, shown, totals, verify
+def _verify_audit_log(path: Path, key: Path | None, head: str | None) -> int:
+    from hetero_fl.deployment.audit_log import format_entries, traffic_totals, verified_head, verify
     from hetero_fl.deployment.certificates import load_public_key
 
     entries = verify(path, None if key is None else load_public_key(key), head)
-    print(*shown(entries), sep="\n")
-    sums = totals(entries)
+    print(*format_entries(entries), sep="\n")
+    sums = traffic_totals(entries)
     print(f"whole: {len(entries):,} messages; of tasks {sums.down:,} bytes came, {sums.up:,} went")
-    print(f"head: {head_of(path)}")
+    print(f"head: {verified_head(path)}")
     if key is None:
         print(
             "signatures were not checked, so lines may have been appended; --key names the site's public key"
@@ -166,13 +177,13 @@ def setup_certificates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients", required=True, metavar="A,B,…", help="the clients of the configuration"
     )
-    parser.set_defaults(carry_out=_equip)
+    parser.set_defaults(carry_out=_run_certificates)
 
 
-def _equip(options: argparse.Namespace) -> int:
-    from hetero_fl.deployment.certificates import equip
+def _run_certificates(options: argparse.Namespace) -> int:
+    from hetero_fl.deployment.certificates import provision
 
-    for path in equip(
+    for path in provision(
         options.folder, options.host, [name.strip() for name in options.clients.split(",")]
     ):
         print(path)
@@ -200,9 +211,9 @@ def run_status(options: argparse.Namespace) -> int:
 
         tree = read_status(Path(options.run))
     else:
-        from hetero_fl.deployment.monitoring import look
+        from hetero_fl.deployment.monitoring import fetch_status
 
-        tree = look(options.run)
+        tree = fetch_status(options.run)
     if options.json:
         print(json.dumps(tree, indent=1))
         return 0
@@ -221,8 +232,8 @@ def print_status(tree: Mapping[str, Any], console: Console) -> None:
     """A few lines: the run, its figures, a row for each node, what happened last."""
     from rich.text import Text
 
-    from hetero_fl.reporting.formatting import duration, evaluated, size
-    from hetero_fl.utils.text import plural
+    from hetero_fl.reporting.formatting import format_bytes, format_duration, format_evaluation
+    from hetero_fl.utils.text import pluralize
 
     def show(line: str, indent: str = "") -> None:
         console.print(Text(indent + printable(line)))
@@ -232,14 +243,18 @@ def print_status(tree: Mapping[str, Any], console: Console) -> None:
     if tree["phase"] == "gone":
         told = "its process has gone; --resume goes on"
     show(f"{tree['name']}, {tree['algorithm']}: {told}, round {tree['round']} of {tree['rounds']}")
-    if figures := evaluated(tree):
+    if figures := format_evaluation(tree):
         show(figures)
-    line = f"{size(tree['up_bytes'])} up, {size(tree['down_bytes'])} down"
+    line = f"{format_bytes(tree['up_bytes'])} up, {format_bytes(tree['down_bytes'])} down"
     line += (
-        f"; {plural(tree['failures'], 'upload')} asked for and not used" if tree["failures"] else ""
+        f"; {pluralize(tree['failures'], 'upload')} asked for and not used"
+        if tree["failures"]
+        else ""
     )
     line += (
-        f"; the last round took {duration(tree['seconds'])}" if tree["seconds"] is not None else ""
+        f"; the last round took {format_duration(tree['seconds'])}"
+        if tree["seconds"] is not None
+        else ""
     )
     line += f"; ε {tree['epsilon']:.3g}" if tree["epsilon"] is not None else ""
     show(line)
@@ -251,9 +266,9 @@ def print_status(tree: Mapping[str, Any], console: Console) -> None:
         since = (
             ""
             if node["since"] is None
-            else f" for {duration(max(0.0, tree['updated'] - node['since']))}"
+            else f" for {format_duration(max(0.0, tree['updated'] - node['since']))}"
         )
         word = "here" if node["here"] else "gone" if node["since"] is not None else "has not come"
         show(f"{client:{width}}  {word}{since}", "  ")
     for event in tree["events"][-5:]:
-        show(f"{duration(max(0.0, now - event['time']))} ago: {event['message']}", "  ")
+        show(f"{format_duration(max(0.0, now - event['time']))} ago: {event['message']}", "  ")

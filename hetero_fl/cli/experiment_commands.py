@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hetero_fl.cli.run_options import option_of_code, permission_of, say_of
+from hetero_fl.cli.run_options import add_code_option, code_permission_from, make_printer
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import pieces
+from hetero_fl.utils.text import split_top_level
 
 if TYPE_CHECKING:
     from hetero_fl.experiment.comparison import Study
@@ -46,7 +46,7 @@ def setup_audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for figures, picture and report (default: RUN/audit)"
     )
-    option_of_code(parser)
+    add_code_option(parser)
     parser.set_defaults(carry_out=run_audit)
 
 
@@ -75,8 +75,8 @@ def run_audit(options: argparse.Namespace) -> int:
         batch=options.batch,
         seed=options.seed,
         out=out,
-        say=say_of(options),
-        allow_code=permission_of(options),
+        say=make_printer(options),
+        allow_code=code_permission_from(options),
     )
     for title, columns, rows in (
         ("membership inference", MEMBERSHIP, membership_rows(content)),
@@ -88,8 +88,8 @@ def run_audit(options: argparse.Namespace) -> int:
                 table.add_row(*row)
             Console().print(table)
     for note in content["notes"]:
-        say_of(options)(note)
-    say_of(options)(f"report: {out / 'audit.html'}")
+        make_printer(options)(note)
+    make_printer(options)(f"report: {out / 'audit.html'}")
     print(out)
     return 0
 
@@ -130,7 +130,7 @@ def setup_compare(parser: argparse.ArgumentParser) -> None:
         metavar="key=a,b,c",
         help="tune each algorithm alike, by validation",
     )
-    option_of_code(parser)
+    add_code_option(parser)
     parser.set_defaults(carry_out=run_compare)
 
 
@@ -139,10 +139,13 @@ def run_compare(options: argparse.Namespace) -> int:
     from hetero_fl.experiment import compare
     from hetero_fl.experiment.comparison import Study
 
-    study = Study.read(options.study) if options.study else None
-    config, out = _given(options, "config", study), _given(options, "out", study)
-    algorithms = _given(options, "algorithms", study)
-    seeds = numbers(
+    study = Study.load(options.study) if options.study else None
+    config, out = (
+        _option_or_study(options, "config", study),
+        _option_or_study(options, "out", study),
+    )
+    algorithms = _option_or_study(options, "algorithms", study)
+    seeds = parse_numbers(
         "--seeds", options.seeds or ("0" if study is None else ",".join(map(str, study.seeds)))
     )
     grid = {}
@@ -150,7 +153,7 @@ def run_compare(options: argparse.Namespace) -> int:
         key, equals, values = entry.partition("=")
         if not equals or not values:
             raise UserError(f"--grid: found '{entry}'; write key=a,b,c")
-        grid[key] = pieces(values, ",")
+        grid[key] = split_top_level(values, ",")
     origins = {}
     if study is not None:
         own = study.overrides if options.algorithms else [*study.overrides, *study.algorithms]
@@ -165,13 +168,13 @@ def run_compare(options: argparse.Namespace) -> int:
         jobs=options.jobs if options.jobs is not None or study is None else study.jobs,
         quiet=options.quiet,
         origins=origins,
-        allow_code=permission_of(options),
+        allow_code=code_permission_from(options),
     )
     print((found / "comparison.md").read_text(encoding="utf-8"))
     return 0
 
 
-def _given(options: argparse.Namespace, name: str, study: Study | None) -> Any:
+def _option_or_study(options: argparse.Namespace, name: str, study: Study | None) -> Any:
     value = getattr(options, name)
     value = getattr(study, name) if value is None and study is not None else value
     if value is None:
@@ -198,7 +201,7 @@ def setup_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for models, cards and score.py (default: RUN/export)"
     )
-    option_of_code(parser)
+    add_code_option(parser)
     parser.set_defaults(carry_out=run_export)
 
 
@@ -212,8 +215,8 @@ def run_export(options: argparse.Namespace) -> int:
         options.format,
         options.out,
         options.home,
-        say=say_of(options),
-        allow_code=permission_of(options),
+        say=make_printer(options),
+        allow_code=code_permission_from(options),
     )
     print(next(iter(made.values())).model.parent)
     return 0
@@ -266,24 +269,24 @@ def setup_join(parser: argparse.ArgumentParser) -> None:
         metavar="key.path=value",
         help="the newcomer's settings: optimizer.lr=…",
     )
-    option_of_code(parser)
+    add_code_option(parser)
     parser.set_defaults(carry_out=run_join)
 
 
 def run_join(options: argparse.Namespace) -> int:
     """Parse, call, print."""
     from hetero_fl.experiment import join
-    from hetero_fl.experiment.onboarding.transfer import Legacy
+    from hetero_fl.experiment.onboarding.transfer import TransferSource
     from hetero_fl.reporting.run import Run
 
     patients, seeds = (
-        numbers(f"--{name}", getattr(options, name)) for name in ("patients", "seeds")
+        parse_numbers(f"--{name}", getattr(options, name)) for name in ("patients", "seeds")
     )
     if options.epochs < 1:
         raise UserError(f"--epochs: found {options.epochs}; take 1 or more")
-    permission = permission_of(options)
+    permission = code_permission_from(options)
     run = Run(options.run, permission)
-    model = options.model or Legacy(run).usual
+    model = options.model or TransferSource(run).most_common_model
     named = "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
     out = options.out or options.run / f"join-{named}"
     join(
@@ -292,12 +295,12 @@ def run_join(options: argparse.Namespace) -> int:
         model,
         out=out,
         label=options.label,
-        take=options.take,
+        transfer=options.take,
         patients=patients,
         seeds=seeds,
         epochs=options.epochs,
         overrides=options.overrides,
-        say=say_of(options),
+        say=make_printer(options),
         allow_code=permission,
     )
     print((out / "join.md").read_text(encoding="utf-8"))
@@ -305,7 +308,7 @@ def run_join(options: argparse.Namespace) -> int:
     return 0
 
 
-def numbers(flag: str, text: str) -> list[int]:
+def parse_numbers(flag: str, text: str) -> list[int]:
     """Whole numbers with commas between them. Raises UserError for anything else, and for none."""
     try:
         found = [int(part) for part in text.split(",") if part.strip()]

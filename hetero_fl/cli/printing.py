@@ -11,25 +11,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hetero_fl.algorithms import Algorithm, algorithm
-from hetero_fl.algorithms.requirements import in_words, needs, sends, summary, tasks
-from hetero_fl.config import Config, dump, expand
-from hetero_fl.config.describe import default, meaning, values
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.experiment import Prepared
-from hetero_fl.federation.cost import DryRun, price, price_of_queue
-from hetero_fl.federation.executors.choose import choose
+from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms.requirements import (
+    describe_needs,
+    format_needs,
+    method_summary,
+    shared_kinds,
+    supported_tasks,
+)
+from hetero_fl.config import Config, dump, expand_population
+from hetero_fl.config.describe import describe_key, describe_values, format_default
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.experiment import PreparedRun
+from hetero_fl.federation.cost import DryRun, asynchronous_communication_cost, communication_cost
+from hetero_fl.federation.executors.choose import choose_executor
 from hetero_fl.federation.federation import SOME
-from hetero_fl.federation.simulation.schedule import Conditions
-from hetero_fl.utils.serialization import nbytes
-from hetero_fl.utils.text import plural
+from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.utils.serialization import num_tensor_bytes
+from hetero_fl.utils.text import pluralize
 
 # `--check`: the resolved configuration, and what a run of it will cost.
 
 UNKNOWN = "unknown"
 
 
-def print_check(prepared: Prepared) -> None:
+def print_check(prepared: PreparedRun) -> None:
     """Print it; nothing is trained or written."""
     print(dump(prepared.config))
     federation = prepared.federation
@@ -38,52 +44,56 @@ def print_check(prepared: Prepared) -> None:
     )
     config, parameters = prepared.config, {}
     archs = {
-        kind.arch: [kind.arch, *prepared.method.extras(kind.arch).values()]
-        for kind in federation.cards.kinds
+        kind.arch: [kind.arch, *prepared.method.extra_models(kind.arch).values()]
+        for kind in federation.client_infos.profiles
     }
     for arch in archs:
         parameters[arch] = _parameters(arch)
-    held = Conditions.of(federation, config)
+    held = SimulationEnvironment.from_config(federation, config)
     waits = config.runtime.mode == "sync"
     if waits:
-        cost = price(
-            prepared.method, federation, config.rounds, held.invited, config.evaluation.every
+        cost = communication_cost(
+            prepared.method, federation, config.rounds, held.num_sampled, config.evaluation.every
         )
     else:
-        cost = price_of_queue(prepared.method, federation, config)
-    for id in federation.some:
-        card = federation.cards[id]
-        sizes = (_size(cost.down[id] + cost.reading[id]), _size(cost.up[id]))
+        cost = asynchronous_communication_cost(prepared.method, federation, config)
+    for id in federation.num_evaluated:
+        card = federation.client_infos[id]
+        sizes = (_size(cost.down[id] + cost.evaluation[id]), _size(cost.up[id]))
         table.add_row(
-            id, prepared.method.called(card), str(card.n), f"{parameters[card.arch]:,}", *sizes
+            id,
+            prepared.method.display_name(card),
+            str(card.num_rows),
+            f"{parameters[card.arch]:,}",
+            *sizes,
         )
-    if others := len(federation.cards) - len(federation.some):
+    if others := len(federation.client_infos) - len(federation.num_evaluated):
         table.add_row(f"and {others:,} more", "", "", "", "", "")
     console = Console()
     console.print(table)
-    up, down, reading = cost.up.total(), cost.down.total(), cost.reading.total()
-    at_most = config.evaluation.patience or cost.at_most
+    up, down, reading = cost.up.total(), cost.down.total(), cost.evaluation.total()
+    at_most = config.evaluation.patience or cost.is_upper_bound
     about = (
         "about "
-        if (waits and held.simulated) or not (at_most or cost.exact)
+        if (waits and held.simulated) or not (at_most or cost.is_exact)
         else "at most "
         if at_most
         else ""
     )
     console.print(
-        f"{about}{_size(up + down + reading)} in {plural(config.rounds, 'round')}: {_size(up)} up, {_size(down + reading)} down, "
+        f"{about}{_size(up + down + reading)} in {pluralize(config.rounds, 'round')}: {_size(up)} up, {_size(down + reading)} down, "
         f"{_size(reading)} of it to evaluate"
     )
     # with those that the method adds
     largest = max(sum(map(_parameters, models)) for models in archs.values()) * 4
-    groups = nbytes(list(DryRun(prepared.method, federation).server.models.values()))
+    groups = num_tensor_bytes(list(DryRun(prepared.method, federation).server.models.values()))
     console.print(
         f"memory for models, about: {_size(groups)} at the server, {_size(4 * largest)} for the client being trained"
     )
     for note in prepared.notes:
         console.print(f"note: {note}")
     # engines that are to be reached or launched are not tried here
-    for reason in choose(config, federation).reasons:
+    for reason in choose_executor(config, federation).reasons:
         console.print(f"computed by: {reason}")
 
 
@@ -95,7 +105,7 @@ def print_draft(config: Config, refused: Mapping[str, str]) -> None:
         refused: The references to code, each with its key.
     """
     print(dump(config))
-    clients = expand(config.clients)
+    clients = expand_population(config.clients)
     title = Text(f"cost of {config.algorithm.get('name')}")
     table = Table("client", "model", "rows", "parameters", "down", "up", title=title)
     for client in islice(clients, SOME):
@@ -109,7 +119,7 @@ def print_draft(config: Config, refused: Mapping[str, str]) -> None:
         console.print(Text(note), soft_wrap=True)
 
 
-def _parameters(arch: Architecture) -> int:
+def _parameters(arch: ModelSpec) -> int:
     return sum(math.prod(arch.shapes[name]) for name in arch.parameter_names)
 
 
@@ -129,38 +139,42 @@ def print_methods(console: Console) -> None:
     """A line a method; below it what it sends, what it needs, and the kinds of target that it is for."""
     table = Table.grid("name", "told", padding=(0, 2))
     table.columns[0].no_wrap = True
-    for name in sorted(algorithm):
-        kind = algorithm[name]
-        table.add_row(Text(name, style="bold"), Text(summary(kind)))
-        table.add_row("", Text("; ".join(declared(kind)), style="dim"))
+    for name in sorted(register_algorithm):
+        kind = register_algorithm[name]
+        table.add_row(Text(name, style="bold"), Text(method_summary(kind)))
+        table.add_row("", Text("; ".join(declared_properties(kind)), style="dim"))
     console.print(table)
     console.print("\n`hetero-fl methods NAME` explains a method and its settings.", highlight=False)
 
 
-def declared(kind: type[Algorithm]) -> Iterator[str]:
+def declared_properties(kind: type[Algorithm]) -> Iterator[str]:
     """What follows from the class: `sends parameters`, `needs one architecture`, `for multi-class`."""
     try:
         method = kind()
     except ValidationError:  # a setting without a default
         method = kind.model_construct()
-    yield f"sends {', '.join(sends(method)) or 'nothing'}"
-    if needed := needs(method):
-        yield f"needs {in_words(needed)}"
-    if kinds := tasks(method):
+    yield f"sends {', '.join(shared_kinds(method)) or 'nothing'}"
+    if needed := describe_needs(method):
+        yield f"needs {format_needs(needed)}"
+    if kinds := supported_tasks(method):
         yield f"for {' or '.join(kinds)}"
 
 
-def print_explained(names: Sequence[str], console: Console) -> None:
+def print_method_details(names: Sequence[str], console: Console) -> None:
     """These methods: the whole docstring and a table of settings. Raises UserError for a name that there is not."""
-    for name, kind in [(name, algorithm[name]) for name in names]:
+    for name, kind in [(name, register_algorithm[name]) for name in names]:
         console.print(Text(name, style="bold"))
         for paragraph in (kind.__doc__ or "").strip().split("\n\n"):
             console.print(Text(" ".join(paragraph.split())))
-        console.print(Text("; ".join(declared(kind)), style="dim"))
-        console.print(Text(f"read: {kind.reads}", style="dim"))
+        console.print(Text("; ".join(declared_properties(kind)), style="dim"))
+        console.print(Text(f"read: {kind.evaluated_when}", style="dim"))
         table = Table("setting", "values", "default", "meaning")
         for key, field in kind.model_fields.items():
-            given = "" if field.is_required() else default(field)
-            told = (values(field.annotation, field.metadata), given, meaning(kind, key))
+            given = "" if field.is_required() else format_default(field)
+            told = (
+                describe_values(field.annotation, field.metadata),
+                given,
+                describe_key(kind, key),
+            )
             table.add_row(key, *(Text(words.replace("`", "")) for words in told))
         console.print(table)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hetero_fl.reporting.run import Run
 
 
-def options_of_all(parser: argparse.ArgumentParser) -> None:
+def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add what every command takes."""
     parser.add_argument("--version", action="version", version=f"hetero-fl {__version__}")
     parser.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
@@ -28,7 +28,7 @@ def options_of_all(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def say_of(options: argparse.Namespace) -> Callable[[str], None]:
+def make_printer(options: argparse.Namespace) -> Callable[[str], None]:
     """Return what prints a notice to stderr, or does nothing with `--quiet`."""
 
     def say(line: str) -> None:
@@ -38,7 +38,7 @@ def say_of(options: argparse.Namespace) -> Callable[[str], None]:
     return say
 
 
-def options_of_run(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser) -> None:
     """A configuration, changes to it, a run directory."""
     told = "YAML or JSON; with --resume, by default that of the run in --out"
     parser.add_argument("--config", "-c", "--conf", type=Path, metavar="FILE", help=told)
@@ -54,22 +54,24 @@ def options_of_run(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the resolved configuration and what the run will cost",
     )
-    option_of_code(parser)
+    add_code_option(parser)
 
 
-def option_of_code(parser: argparse.ArgumentParser) -> None:
+def add_code_option(parser: argparse.ArgumentParser) -> None:
     """Add `--allow-code`."""
     told = "run the code that a file or an option names as python:module:Name (default: ask in a terminal, else refuse)"
     parser.add_argument("--allow-code", action="store_true", help=told)
 
 
-def permission_of(options: argparse.Namespace) -> CodePermission:
+def code_permission_from(options: argparse.Namespace) -> CodePermission:
     """Return the permission that `--allow-code` gives; without the flag, a question in a terminal gives it."""
     in_terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-    return CodePermission(everything=options.allow_code, ask=_ask if in_terminal else None)
+    return CodePermission(
+        everything=options.allow_code, ask=_ask_permission if in_terminal else None
+    )
 
 
-def _ask(where: str, key: str, reference: str) -> bool:
+def _ask_permission(where: str, key: str, reference: str) -> bool:
     module, _, name = reference.removeprefix(OWN).partition(":")
     place = printable(": ".join(filter(None, [where, key])))
     print(
@@ -81,7 +83,7 @@ def _ask(where: str, key: str, reference: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def check_run(options: argparse.Namespace, permission: CodePermission) -> Path | None:
+def load_checked_run(options: argparse.Namespace, permission: CodePermission) -> Path | None:
     """Return the configuration of the run that is asked for; None if it was only to be checked, and is. Raises UserError."""
     from hetero_fl.reporting.run_directory import has_run
 
@@ -91,7 +93,7 @@ def check_run(options: argparse.Namespace, permission: CodePermission) -> Path |
     if options.config is None and not begun:
         if options.resume:
             raise UserError(
-                f"--out: {options.out} is no run to go on with{_nearby(options.out)} (a new one needs --config)"
+                f"--out: {options.out} is no run to go on with{_similar_run(options.out)} (a new one needs --config)"
             )
         raise UserError("--config is missing: name a file (see --help)")
     source: Path = options.config or options.out / "config.yaml"
@@ -101,27 +103,27 @@ def check_run(options: argparse.Namespace, permission: CodePermission) -> Path |
         from hetero_fl.experiment.preparation import draft_config
 
         draft = draft_config(source, options.overrides)
-        if refused := dict(permission.refused(draft.code, draft.where)):
+        if refused := dict(permission.find_refused(draft.code_references, draft.key_source)):
             print_draft(draft.config, refused)
         else:
             print_check(prepare(source, options.overrides, allow_code=permission))
         return None
     # the first turn of a job that is always started with --resume
     if options.resume and _is_vacant(options.out):
-        say_of(options)(
-            f"nothing to resume in {options.out}: starting a new run{_nearby(options.out)}"
+        make_printer(options)(
+            f"nothing to resume in {options.out}: starting a new run{_similar_run(options.out)}"
         )
     return source
 
 
-def print_finished(finished: Run, say: Callable[[str], None]) -> None:
+def print_results_location(finished: Run, say: Callable[[str], None]) -> None:
     """Print where the results of a run are."""
     if (finished.path / "report.html").exists():
         say(f"report: {finished.path / 'report.html'}")
     print(finished.path)
 
 
-def _nearby(out: Path) -> str:
+def _similar_run(out: Path) -> str:
     """A run directory beside it whose name is nearly that of one that is not there."""
     runs = [mark.parent.name for mark in out.parent.glob("*/environment.json")]
     meant = closest(out.name, runs)

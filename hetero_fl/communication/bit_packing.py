@@ -12,7 +12,7 @@ from hetero_fl.core.payload import PayloadError
 # Bytes that somebody sent, read from front to back and never beyond their end.
 
 
-class Reader:
+class ByteReader:
     """A view of bytes and a place in them."""
 
     def __init__(self, data: bytes | memoryview) -> None:
@@ -27,15 +27,15 @@ class Reader:
         self._at += count
         return self._view[self._at - count : self._at]
 
-    def number(self, size: int) -> int:
+    def read_integer(self, size: int) -> int:
         """The next unsigned whole number of so many bytes."""
         return int.from_bytes(self.take(size), "little")
 
-    def rest(self) -> memoryview:
+    def read_rest(self) -> memoryview:
         """All that is left."""
         return self.take(len(self._view) - self._at)
 
-    def end(self) -> None:
+    def expect_end(self) -> None:
         """Raises PayloadError if anything is left."""
         if self._at != len(self._view):
             raise PayloadError(f"{len(self._view) - self._at} bytes too many")
@@ -60,7 +60,7 @@ def packed_size(count: int, bits: int) -> int:
     return count * (bits // 8) + (count * (bits % 8) + 7) // 8
 
 
-def pack(values: Numbers, bits: int) -> bytes:
+def pack_bits(values: Numbers, bits: int) -> bytes:
     """Whole numbers below 2^bits (at most 32), one after the other: their low bytes in planes, the bits above packed."""
     values, planes = np.ascontiguousarray(values), []
     for place in range(bits // 8):
@@ -79,7 +79,7 @@ def pack(values: Numbers, bits: int) -> bytes:
     return b"".join(planes)
 
 
-def unpack(source: Reader, count: int, bits: int) -> Numbers:
+def unpack_bits(source: ByteReader, count: int, bits: int) -> Numbers:
     """The reverse of `pack`: uint8 or uint16 where they suffice, else int64. Raises PayloadError for too few bytes."""
     dtype = np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.int64
     raw = source.take(packed_size(count, bits))
@@ -111,7 +111,7 @@ def write_indices(indices: Numbers, total: int, entropy: bool = False) -> bytes:
     low = _low_bits(total, len(indices))
     bitmap = np.zeros(len(indices) + (total - 1 >> low) + 1, bool)
     bitmap[(indices >> low) + np.arange(len(indices))] = True
-    plain = FANO + pack(indices, low) + np.packbits(bitmap, bitorder="little").tobytes()
+    plain = FANO + pack_bits(indices, low) + np.packbits(bitmap, bitorder="little").tobytes()
     if not entropy:
         return plain
     gaps = np.diff(indices, prepend=-1) - 1
@@ -123,12 +123,15 @@ def write_indices(indices: Numbers, total: int, entropy: bool = False) -> bytes:
     return min(plain, coded, key=len)
 
 
-def read_indices(source: Reader, count: int, total: int) -> Numbers:
+def read_indices(source: ByteReader, count: int, total: int) -> Numbers:
     """The reverse of `write_indices`: int64, ascending and below `total`. Raises PayloadError for anything else."""
     how = bytes(source.take(1))
     if how == FANO:
         low = _low_bits(total, count)
-        lows, length = unpack(source, count, low).astype(np.int64), count + (total - 1 >> low) + 1
+        lows, length = (
+            unpack_bits(source, count, low).astype(np.int64),
+            count + (total - 1 >> low) + 1,
+        )
         bits = np.unpackbits(
             np.frombuffer(source.take((length + 7) // 8), np.uint8), bitorder="little"
         )
@@ -137,7 +140,9 @@ def read_indices(source: Reader, count: int, total: int) -> Numbers:
             raise PayloadError(f"{len(places)} indices where {count} were agreed")
         indices = (places - np.arange(count)) << low | lows
     elif how == GAPS:
-        gaps = _gaps(bytes(source.take(int.from_bytes(source.take(4), "little"))), count)
+        gaps = _index_differences(
+            bytes(source.take(int.from_bytes(source.take(4), "little"))), count
+        )
         indices = np.cumsum(gaps + 1) - 1
     else:
         raise PayloadError(f"indices in an unknown code {how[0]}")
@@ -146,7 +151,7 @@ def read_indices(source: Reader, count: int, total: int) -> Numbers:
     return indices
 
 
-def _gaps(coded: bytes, count: int) -> Numbers:
+def _index_differences(coded: bytes, count: int) -> Numbers:
     try:
         raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(
             coded, 5 * count + 1

@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.communication.bit_packing import Reader, pack, read_indices, unpack, write_indices
+from hetero_fl.communication.bit_packing import (
+    ByteReader,
+    pack_bits,
+    read_indices,
+    unpack_bits,
+    write_indices,
+)
 from hetero_fl.config.communication import StageConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import PayloadError
@@ -37,26 +43,26 @@ def compress_low_rank(tensors: Mapping[str, Tensor], energy: float) -> Tensors:
     }
 
 
-def restore_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
+def reconstruct_low_rank(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensors:
     """The reverse of `compress`, in the shapes of `like`. Any `[k, m + n]` has a meaning."""
     return {n: _matrix(t, like[n]) if like[n].ndim > 1 else t for n, t in packed.items()}
 
 
-def widest(shape: Sequence[int]) -> tuple[int, int]:
+def widest_packed_shape(shape: Sequence[int]) -> tuple[int, int]:
     """The shape of a packed matrix (a tensor of this shape, of two dimensions or more) that holds its own numbers: the most
     rows that it can have, and their width."""
     m, n = shape[0], math.prod(shape[1:])
-    return _rows_of_numbers(m, n), m + n
+    return _num_packed_rows(m, n), m + n
 
 
-def _rows_of_numbers(m: int, n: int) -> int:
+def _num_packed_rows(m: int, n: int) -> int:
     """Rows of m + n that hold m · n numbers."""
     return -(-m * n // (m + n))
 
 
 def _terms(matrix: Tensor, energy: float) -> Tensor:
     m, n = matrix.shape
-    most = _rows_of_numbers(m, n)
+    most = _num_packed_rows(m, n)
     if energy <= 1:
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         kept = s.square().cumsum(0)
@@ -68,7 +74,7 @@ def _terms(matrix: Tensor, energy: float) -> Tensor:
 
 def _matrix(packed: Tensor, like: Tensor) -> Tensor:
     m, n = len(like), like[0].numel()
-    if len(packed) == _rows_of_numbers(m, n):
+    if len(packed) == _num_packed_rows(m, n):
         return packed.reshape(-1)[: m * n].reshape(like.shape)
     return (packed[:, :m].T @ packed[:, m:]).reshape(like.shape)
 
@@ -82,12 +88,12 @@ Layout = tuple[tuple[int, ...], ...]  # the shapes of tensors that lie end to en
 Draw = Callable[[str], torch.Generator]  # by label; both ends draw the same
 
 
-def count(layout: Layout) -> int:
+def num_values(layout: Layout) -> int:
     """Numbers in a vector of that layout."""
     return sum(map(prod, layout))
 
 
-def parts(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
+def split_vector(numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
     """The vector's tensors, as views in their shapes."""
     for flat, shape in zip(numbers.split([prod(shape) for shape in layout]), layout, strict=True):
         yield flat.view(shape)
@@ -100,38 +106,40 @@ class Stage(ABC):
     # whether what it leaves out is missing in the mean, too: the sender then keeps it for later
     biased: ClassVar[bool]
 
-    def dearest(self) -> Stage:
+    def with_worst_case_size(self) -> Stage:
         """The stage as a bound on its bytes takes it: itself, where what it sends is as long whatever the numbers."""
         return self
 
     @abstractmethod
-    def reduces(self, layout: Layout) -> bool:
+    def compresses(self, layout: Layout) -> bool:
         """Whether it leaves anything out of such a vector; asked at both ends."""
 
     @abstractmethod
-    def reduce(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         """What is left, its layout, and what the receiver has to be told besides."""
 
     @abstractmethod
-    def read(self, source: Reader, layout: Layout, draw: Draw) -> tuple[Layout, Any]:
+    def decode_side_information(
+        self, source: ByteReader, layout: Layout, draw: Draw
+    ) -> tuple[Layout, Any]:
         """At the receiver: the layout of what was left, and what `restore` needs. Raises PayloadError."""
 
     @abstractmethod
-    def restore(self, numbers: Tensor, layout: Layout, told: Any) -> Tensor:
+    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
         """A vector of `layout` from what was left of it."""
 
 
-class Format(ABC):
+class NumberFormat(ABC):
     """Writes numbers; the end of a chain."""
 
     sorts: ClassVar[frozenset[Sort]] = frozenset({"change", "whole", "predictions", "rows"})
 
     @abstractmethod
-    def write(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
+    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         """The numbers as bytes. What is not finite is written as something that is not finite when it is read."""
 
     @abstractmethod
-    def read(self, source: Reader, layout: Layout, dtype: torch.dtype) -> Tensor:
+    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
         """The reverse of `write`. Raises PayloadError."""
 
 
@@ -148,35 +156,41 @@ class TopClasses(Stage):
     sorts = frozenset({"predictions"})
     biased = False  # predictions are said anew each round: there is nothing to make up for
 
-    def reduces(self, layout: Layout) -> bool:
+    def compresses(self, layout: Layout) -> bool:
         return len(layout) == 1 and len(layout[0]) == 2 and self.k + 1 < layout[0][1]
 
     @staticmethod
-    def _bits(classes: int) -> int:
+    def _class_bits(classes: int) -> int:
         return (classes - 1).bit_length()
 
-    def reduce(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         ((n, classes),) = layout
         rows = numbers.view(n, classes)
         which = rows.topk(self.k).indices.sort(-1).values
         top = rows.gather(1, which)
         rest = rows.scatter(1, which, 0).sum(1, keepdim=True) / (classes - self.k)
-        told = pack(which.reshape(-1).numpy(), self._bits(classes))
+        told = pack_bits(which.reshape(-1).numpy(), self._class_bits(classes))
         return torch.cat([top, rest], 1).reshape(-1), ((n, self.k + 1),), told
 
-    def read(self, source: Reader, layout: Layout, draw: Draw) -> tuple[Layout, Any]:
+    def decode_side_information(
+        self, source: ByteReader, layout: Layout, draw: Draw
+    ) -> tuple[Layout, Any]:
         ((n, classes),) = layout
         which = (
-            torch.from_numpy(unpack(source, n * self.k, self._bits(classes))).long().view(n, self.k)
+            torch.from_numpy(unpack_bits(source, n * self.k, self._class_bits(classes)))
+            .long()
+            .view(n, self.k)
         )
         if bool((which >= classes).any()) or bool((which.diff(dim=1) < 1).any()):
             raise PayloadError(f"classes of a row that are not ascending below {classes}")
         return ((n, self.k + 1),), which
 
-    def restore(self, numbers: Tensor, layout: Layout, told: Any) -> Tensor:
+    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
         ((n, classes),) = layout
         said = numbers.view(n, self.k + 1)
-        return said[:, -1:].expand(n, classes).scatter(1, told, said[:, :-1]).reshape(-1)
+        return (
+            said[:, -1:].expand(n, classes).scatter(1, side_information, said[:, :-1]).reshape(-1)
+        )
 
 
 # Half precision: 11 significant bits of each number, whatever its size.
@@ -185,39 +199,39 @@ FAR = 126  # exponents of two that float32 has on either side
 
 
 @dataclass(frozen=True)
-class Half(Format):
+class HalfPrecision(NumberFormat):
     """IEEE half precision, each tensor multiplied by a power of two first that brings its largest number near the upper end:
     otherwise small changes would be rounded to nought, and sums of many rows overflow."""
 
-    def write(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
+    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         halves, shifts, at = torch.empty(len(numbers), dtype=torch.float16), [], 0
-        for part in parts(numbers, layout):
+        for part in split_vector(numbers, layout):
             most = float(part.abs().amax()) if part.numel() else 0.0
             shift = max(-FAR, min(FAR, 15 - int(np.frexp(most)[1]))) if np.isfinite(most) else 0
             halves[at : (at := at + part.numel())] = part.reshape(-1) * 2.0**shift
             shifts.append(shift)
         return np.array(shifts, np.int8).tobytes() + halves.numpy().tobytes()
 
-    def read(self, source: Reader, layout: Layout, dtype: torch.dtype) -> Tensor:
+    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
         shifts = np.frombuffer(source.take(len(layout)), np.int8).tolist()
         numbers = torch.from_numpy(
-            np.frombuffer(bytearray(source.take(2 * count(layout))), "<f2")
+            np.frombuffer(bytearray(source.take(2 * num_values(layout))), "<f2")
         ).to(dtype)
-        for part, shift in zip(parts(numbers, layout), shifts, strict=True):
+        for part, shift in zip(split_vector(numbers, layout), shifts, strict=True):
             part.mul_(2.0 ** -max(-FAR, min(FAR, shift)))
         return numbers
 
 
 @dataclass(frozen=True)
-class Whole(Format):
+class FullPrecision(NumberFormat):
     """All bits of each number: the end of a chain that names no other."""
 
-    def write(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
+    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         return numbers.numpy().tobytes()
 
-    def read(self, source: Reader, layout: Layout, dtype: torch.dtype) -> Tensor:
+    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
         kind = np.dtype(str(dtype).removeprefix("torch."))
-        raw = source.take(count(layout) * kind.itemsize)
+        raw = source.take(num_values(layout) * kind.itemsize)
         return torch.from_numpy(np.frombuffer(bytearray(raw), kind))
 
 
@@ -235,17 +249,17 @@ class LowRank(Stage):
     sorts = frozenset({"change"})
     biased = True
 
-    def dearest(self) -> LowRank:
+    def with_worst_case_size(self) -> LowRank:
         return LowRank(WHOLE)
 
-    def reduces(self, layout: Layout) -> bool:
+    def compresses(self, layout: Layout) -> bool:
         return any(len(shape) > 1 for shape in layout)
 
-    def reduce(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
         # no factorisation: told from its values
         energy = self.energy if bool(torch.isfinite(numbers).all()) else WHOLE
         packed = compress_low_rank(
-            {str(i): part for i, part in enumerate(parts(numbers, layout))}, energy
+            {str(i): part for i, part in enumerate(split_vector(numbers, layout))}, energy
         )
         left = tuple(tuple(t.shape) for t in packed.values())
         rows = b"".join(
@@ -255,12 +269,14 @@ class LowRank(Stage):
         )
         return torch.cat([t.reshape(-1) for t in packed.values()]), left, rows
 
-    def read(self, source: Reader, layout: Layout, draw: Draw) -> tuple[Layout, Any]:
+    def decode_side_information(
+        self, source: ByteReader, layout: Layout, draw: Draw
+    ) -> tuple[Layout, Any]:
         left: list[tuple[int, ...]] = []
         for shape in layout:
             if len(shape) > 1:
-                most, width = widest(shape)
-                rows = source.number(4)
+                most, width = widest_packed_shape(shape)
+                rows = source.read_integer(4)
                 if not 1 <= rows <= most:
                     raise PayloadError(f"{rows} terms of a matrix that {most} hold whole")
                 left.append((rows, width))
@@ -268,10 +284,10 @@ class LowRank(Stage):
                 left.append(shape)
         return tuple(left), tuple(left)
 
-    def restore(self, numbers: Tensor, layout: Layout, told: Any) -> Tensor:
-        packed = {str(i): part for i, part in enumerate(parts(numbers, told))}
+    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
+        packed = {str(i): part for i, part in enumerate(split_vector(numbers, side_information))}
         like = {str(i): numbers.new_empty(shape) for i, shape in enumerate(layout)}
-        return torch.cat([t.reshape(-1) for t in restore_low_rank(packed, like).values()])
+        return torch.cat([t.reshape(-1) for t in reconstruct_low_rank(packed, like).values()])
 
 
 # Numbers in few bits: levels at equal distances between −m and m, m being the largest size of those
@@ -279,7 +295,7 @@ class LowRank(Stage):
 
 
 @dataclass(frozen=True)
-class Quantize(Format):
+class Quantize(NumberFormat):
     """b bits: 2^b − 1 levels, nought among them; one bit: the sign (Alistarh et al. 2017, QSGD, with the largest size as norm).
 
     Rounded up or down at random, so that the mean over draws is the number itself. `nearest`, in a chain whose sender keeps what
@@ -291,7 +307,7 @@ class Quantize(Format):
     bucket: int | None = None
     nearest: bool = False
 
-    def write(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
+    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         codes = torch.empty(len(numbers), dtype=torch.uint8 if self.bits <= 8 else torch.int32)
         chance = (
             None
@@ -299,16 +315,16 @@ class Quantize(Format):
             else torch.rand(len(numbers), generator=draw("quantize"), dtype=numbers.dtype)
         )
         scales, at = [], 0
-        for block in self._blocks(numbers, layout):
+        for block in self._split_blocks(numbers, layout):
             size = block.abs()
             scales.append(size.mean(1) if self.nearest and self.bits == 1 else size.amax(1))
             scale = torch.where(scales[-1] > 0, scales[-1], torch.ones_like(scales[-1]))
             share = block.div(scale[:, None]).view(-1)  # in [−1, 1]
             here = slice(at, at := at + len(share))
-            codes[here] = self._code(share, None if chance is None else chance[here])
-        return torch.cat(scales).numpy().tobytes() + pack(codes.numpy(), self.bits)
+            codes[here] = self._encode_levels(share, None if chance is None else chance[here])
+        return torch.cat(scales).numpy().tobytes() + pack_bits(codes.numpy(), self.bits)
 
-    def _code(self, share: Tensor, chance: Tensor | None) -> Tensor:
+    def _encode_levels(self, share: Tensor, chance: Tensor | None) -> Tensor:
         """The levels next to numbers in [−1, 1], counted from the lowest."""
         if self.bits == 1:
             level = share.add_(1).div_(2)
@@ -316,30 +332,32 @@ class Quantize(Format):
                 (level >= 0.5).to(share.dtype) if chance is None else level.add_(chance).floor_()
             )
             return level.nan_to_num_(0).clamp_(0, 1)
-        level = share.mul_(self._most)
+        level = share.mul_(self._max_level)
         level = level.round_() if chance is None else level.add_(chance).floor_()
-        return level.nan_to_num_(0).clamp_(-self._most, self._most).add_(self._most)
+        return level.nan_to_num_(0).clamp_(-self._max_level, self._max_level).add_(self._max_level)
 
-    def read(self, source: Reader, layout: Layout, dtype: torch.dtype) -> Tensor:
-        rows = sum(r for r, _ in self._shapes(layout))
+    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype) -> Tensor:
+        rows = sum(r for r, _ in self._block_shapes(layout))
         kind = np.dtype(str(dtype).removeprefix("torch."))
         scales = torch.from_numpy(np.frombuffer(bytearray(source.take(rows * kind.itemsize)), kind))
-        codes = torch.from_numpy(unpack(source, count(layout), self.bits))
+        codes = torch.from_numpy(unpack_bits(source, num_values(layout), self.bits))
         numbers = codes.to(dtype)
         numbers = (
-            numbers.mul_(2).sub_(1) if self.bits == 1 else numbers.sub_(self._most).div_(self._most)
+            numbers.mul_(2).sub_(1)
+            if self.bits == 1
+            else numbers.sub_(self._max_level).div_(self._max_level)
         )
         at = 0
-        for block in self._blocks(numbers, layout):
+        for block in self._split_blocks(numbers, layout):
             block.mul_(scales[at : (at := at + len(block)), None])
         return numbers
 
     @property
-    def _most(self) -> int:
+    def _max_level(self) -> int:
         """The highest level; the lowest is its opposite."""
         return max(1, 2 ** (self.bits - 1) - 1)
 
-    def _shapes(self, layout: Layout) -> Iterator[tuple[int, int]]:
+    def _block_shapes(self, layout: Layout) -> Iterator[tuple[int, int]]:
         """How the vector is cut: rows, of so many numbers, that have a scale each."""
         for size in map(prod, layout):
             width = min(size, self.bucket or size)
@@ -348,8 +366,8 @@ class Quantize(Format):
             if size and size % width:
                 yield 1, size % width
 
-    def _blocks(self, numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
-        shapes = list(self._shapes(layout))
+    def _split_blocks(self, numbers: Tensor, layout: Layout) -> Iterator[Tensor]:
+        shapes = list(self._block_shapes(layout))
         for flat, shape in zip(numbers.split([r * w for r, w in shapes]), shapes, strict=True):
             yield flat.view(shape)
 
@@ -359,74 +377,78 @@ class Quantize(Format):
 
 
 @dataclass(frozen=True)
-class Sparse(Stage):
+class SparseStage(Stage):
     """`amount`: a share of the numbers below 1, or how many of them; at least one, over all tensors of an item together."""
 
     amount: float
 
     sorts = frozenset({"change"})
 
-    def kept(self, total: int) -> int:
+    def num_kept(self, total: int) -> int:
         """How many numbers of so many are sent."""
         return (
             max(1, ceil(self.amount * total)) if self.amount < 1 else min(int(self.amount), total)
         )
 
-    def reduces(self, layout: Layout) -> bool:
-        return self.kept(count(layout)) < count(layout)
+    def compresses(self, layout: Layout) -> bool:
+        return self.num_kept(num_values(layout)) < num_values(layout)
 
 
 @dataclass(frozen=True)
-class TopK(Sparse):
+class TopK(SparseStage):
     """The k largest in size, with their indices (Stich et al. 2018). `entropy`: these coded, where that is shorter."""
 
     entropy: bool = False
 
     biased = True
 
-    def dearest(self) -> TopK:
+    def with_worst_case_size(self) -> TopK:
         return TopK(self.amount)
 
-    def reduce(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
-        k = self.kept(len(numbers))
-        indices = largest(numbers, k)
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
+        k = self.num_kept(len(numbers))
+        indices = largest_indices(numbers, k)
         return numbers[indices], ((k,),), write_indices(indices.numpy(), len(numbers), self.entropy)
 
-    def read(self, source: Reader, layout: Layout, draw: Draw) -> tuple[Layout, Any]:
-        k = self.kept(count(layout))
-        return ((k,),), torch.from_numpy(read_indices(source, k, count(layout)))
+    def decode_side_information(
+        self, source: ByteReader, layout: Layout, draw: Draw
+    ) -> tuple[Layout, Any]:
+        k = self.num_kept(num_values(layout))
+        return ((k,),), torch.from_numpy(read_indices(source, k, num_values(layout)))
 
-    def restore(self, numbers: Tensor, layout: Layout, told: Any) -> Tensor:
-        return scattered(numbers, told, layout)
+    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
+        return scatter(numbers, side_information, layout)
 
 
 @dataclass(frozen=True)
-class RandomK(Sparse):
+class RandomK(SparseStage):
     """k at random, divided by the rate k/n at which a number is kept, so that the mean over draws is the vector itself. Both
     ends draw which, so that no index travels."""
 
     biased = False
 
-    def _drawn(self, total: int, draw: Draw) -> Tensor:
+    def _draw_indices(self, total: int, draw: Draw) -> Tensor:
         seed = int(torch.randint(2**63 - 1, (1,), generator=draw("randk")))
         chosen = np.random.default_rng(seed).choice(
-            total, self.kept(total), replace=False, shuffle=False
+            total, self.num_kept(total), replace=False, shuffle=False
         )
         chosen.sort()
         return torch.from_numpy(chosen)
 
-    def reduce(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
-        indices = self._drawn(len(numbers), draw)
+    def compress(self, numbers: Tensor, layout: Layout, draw: Draw) -> tuple[Tensor, Layout, bytes]:
+        indices = self._draw_indices(len(numbers), draw)
         return numbers[indices] * (len(numbers) / len(indices)), ((len(indices),),), b""
 
-    def read(self, source: Reader, layout: Layout, draw: Draw) -> tuple[Layout, Any]:
-        return ((self.kept(count(layout)),),), self._drawn(count(layout), draw)
+    def decode_side_information(
+        self, source: ByteReader, layout: Layout, draw: Draw
+    ) -> tuple[Layout, Any]:
+        return ((self.num_kept(num_values(layout)),),), self._draw_indices(num_values(layout), draw)
 
-    def restore(self, numbers: Tensor, layout: Layout, told: Any) -> Tensor:
-        return scattered(numbers, told, layout)
+    def decompress(self, numbers: Tensor, layout: Layout, side_information: Any) -> Tensor:
+        return scatter(numbers, side_information, layout)
 
 
-def largest(numbers: Tensor, k: int) -> Tensor:
+def largest_indices(numbers: Tensor, k: int) -> Tensor:
     """Ascending indices of the k numbers of largest size, int64. Of equal ones any, but always the same."""
     size = numbers.abs().numpy()
     indices = np.argpartition(size, len(size) - k)[len(size) - k :]
@@ -434,28 +456,32 @@ def largest(numbers: Tensor, k: int) -> Tensor:
     return torch.from_numpy(indices)
 
 
-def scattered(numbers: Tensor, indices: Tensor, layout: Layout) -> Tensor:
+def scatter(numbers: Tensor, indices: Tensor, layout: Layout) -> Tensor:
     """A vector that is nought but for these numbers at these places."""
-    return numbers.new_zeros(count(layout)).scatter_(0, indices, numbers)
+    return numbers.new_zeros(num_values(layout)).scatter_(0, indices, numbers)
 
 
 # The stages of the channel, from the configuration.
 
-MADE: dict[str, Callable[[StageConfig, bool], Stage | Format]] = {
+STAGE_TYPES: dict[str, Callable[[StageConfig, bool], Stage | NumberFormat]] = {
     "topk": lambda c, entropy: TopK(c.topk or 0, entropy),
     "randk": lambda c, entropy: RandomK(c.randk or 0),
     "lowrank": lambda c, entropy: LowRank(c.lowrank or 0),
     "top_classes": lambda c, entropy: TopClasses(c.top_classes or 0),
     "quantize": lambda c, entropy: Quantize(c.quantize or 0, c.bucket),
-    "half": lambda c, entropy: Half(),
+    "half": lambda c, entropy: HalfPrecision(),
 }
 
 
-def dearest(stages: Sequence[Stage | Format]) -> tuple[Stage | Format, ...]:
+def with_worst_case_size(
+    stages: Sequence[Stage | NumberFormat],
+) -> tuple[Stage | NumberFormat, ...]:
     """A chain whose messages are as long as those of this one can be, and whose lengths do not depend on the numbers."""
-    return tuple(stage.dearest() if isinstance(stage, Stage) else stage for stage in stages)
+    return tuple(
+        stage.with_worst_case_size() if isinstance(stage, Stage) else stage for stage in stages
+    )
 
 
-def stages_of(chain: Sequence[StageConfig], entropy: bool) -> tuple[Stage | Format, ...]:
+def build_stages(chain: Sequence[StageConfig], entropy: bool) -> tuple[Stage | NumberFormat, ...]:
     """The stages of a configured chain, in its order; `entropy`: code indices, where that makes them shorter."""
-    return tuple(MADE[stage.name](stage, entropy) for stage in chain)
+    return tuple(STAGE_TYPES[stage.kind](stage, entropy) for stage in chain)

@@ -13,61 +13,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.communication.bit_packing import Reader
+from hetero_fl.communication.bit_packing import ByteReader
 from hetero_fl.communication.compression import (
     Draw,
-    Format,
+    FullPrecision,
     Layout,
+    NumberFormat,
     Quantize,
     Sort,
     Stage,
-    Whole,
-    parts,
+    split_vector,
 )
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import KINDS, Item, ItemSpec, Kind, Payload, PayloadError, check_header
-from hetero_fl.utils.seeding import Key, generator
+from hetero_fl.utils.seeding import Key, keyed_generator
 from hetero_fl.utils.serialization import CodecError, decode, encode, read_json
 
 # A chain of stages over one vector of numbers: reduced stage by stage, then written; read, then
 # restored.
 
 
-class Chain:
+class StageChain:
     """Those of the stages that are made for one sort of numbers. `biased`: the sender has to keep what was not sent."""
 
-    def __init__(self, stages: Sequence[Stage | Format], sort: Sort) -> None:
+    def __init__(self, stages: Sequence[Stage | NumberFormat], sort: Sort) -> None:
         self.reducing = [s for s in stages if isinstance(s, Stage) and sort in s.sorts]
         self.biased = any(s.biased for s in self.reducing)
-        formats = [s for s in stages if isinstance(s, Format) and sort in s.sorts]
-        self.format: Format = formats[0] if formats else Whole()
+        formats = [s for s in stages if isinstance(s, NumberFormat) and sort in s.sorts]
+        self.format: NumberFormat = formats[0] if formats else FullPrecision()
         if self.biased and isinstance(self.format, Quantize):
             self.format = replace(self.format, nearest=True)
 
-    def changes(self, layout: Layout) -> bool:
+    def transforms(self, layout: Layout) -> bool:
         """Whether a vector of this layout travels otherwise than as it is; the same at both ends."""
-        return not isinstance(self.format, Whole) or any(s.reduces(layout) for s in self.reducing)
+        return not isinstance(self.format, FullPrecision) or any(
+            s.compresses(layout) for s in self.reducing
+        )
 
-    def write(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
+    def encode(self, numbers: Tensor, layout: Layout, draw: Draw) -> bytes:
         """The vector `[n]`, as it travels."""
         told = []
         for stage in self.reducing:
-            if stage.reduces(layout):
-                numbers, layout, besides = stage.reduce(numbers, layout, draw)
+            if stage.compresses(layout):
+                numbers, layout, besides = stage.compress(numbers, layout, draw)
                 told.append(besides)
-        return b"".join([*told, self.format.write(numbers, layout, draw)])
+        return b"".join([*told, self.format.encode(numbers, layout, draw)])
 
-    def read(self, source: Reader, layout: Layout, dtype: torch.dtype, draw: Draw) -> Tensor:
+    def decode(self, source: ByteReader, layout: Layout, dtype: torch.dtype, draw: Draw) -> Tensor:
         """The reverse of `write`, with what was left out restored. Raises PayloadError for what is not of that layout."""
         done = []
         for stage in self.reducing:
-            if stage.reduces(layout):
-                left, told = stage.read(source, layout, draw)
+            if stage.compresses(layout):
+                left, told = stage.decode_side_information(source, layout, draw)
                 done.append((stage, layout, told))
                 layout = left
-        numbers = self.format.read(source, layout, dtype)
+        numbers = self.format.decode(source, layout, dtype)
         for stage, before, told in reversed(done):
-            numbers = stage.restore(numbers, before, told)
+            numbers = stage.decompress(numbers, before, told)
         return numbers
 
 
@@ -79,7 +81,7 @@ ALONE = ""  # the name of an item's values that are a single tensor
 
 
 @dataclass(frozen=True)
-class Form:
+class ItemForm:
     """All that is known of an item before its numbers are: `shapes` by tensor, in the item's order; which are `plain`."""
 
     kind: Kind
@@ -88,23 +90,23 @@ class Form:
     plain: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, item: Item, plain: frozenset[str]) -> Form | None:
+    def from_item(cls, item: Item, plain: frozenset[str]) -> ItemForm | None:
         """None for an item that is not made of floating numbers of one type alone: it passes as it is."""
-        tensors = named(item.values)
+        tensors = named_tensors(item.values)
         dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
         if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
             return None
         shapes = {n: tuple(t.shape) for n, t in tensors.items()}
         return cls(item.kind, dtypes.pop(), shapes, plain & shapes.keys())
 
-    def told(self) -> list[Any]:
+    def to_json(self) -> list[Any]:
         """As JSON; `read` is the reverse."""
         return [self.kind, self.dtype, self.shapes, sorted(self.plain)]
 
     @classmethod
-    def read(cls, told: Any) -> Form:
+    def from_json(cls, content: Any) -> ItemForm:
         """Raises PayloadError for anything else."""
-        match told:
+        match content:
             case [str(named), str(dtype), dict(shapes), list(plain)] if dtype in DTYPES and shapes:
                 kind = next((kind for kind in KINDS if kind == named), None)
                 sizes = [
@@ -123,24 +125,24 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors that are one vector to a chain."""
 
-    chain: Chain
+    chain: StageChain
     names: tuple[str, ...]
     layout: Layout
     change: bool  # against the reference, where the item has one
 
 
-class Streams:
+class ItemCodec:
     """Items there and back, under the stages of one direction. `outputs`: predictions are rows of so many numbers."""
 
-    def __init__(self, stages: Sequence[Stage | Format], outputs: int) -> None:
+    def __init__(self, stages: Sequence[Stage | NumberFormat], outputs: int) -> None:
         sorts: tuple[Sort, ...] = ("change", "whole", "predictions", "rows")
-        self._chains: dict[Sort, Chain] = {sort: Chain(stages, sort) for sort in sorts}
-        self._outputs, self._plain = outputs, Chain((), "whole")
+        self._chains: dict[Sort, StageChain] = {sort: StageChain(stages, sort) for sort in sorts}
+        self._outputs, self._plain = outputs, StageChain((), "whole")
 
-    def groups(self, form: Form, spec: ItemSpec, base: Tensors) -> list[Group]:
+    def groups(self, form: ItemForm, spec: ItemSpec, base: Tensors) -> list[TensorGroup]:
         """How an item is cut up; empty if all of it passes as it is. The same at both ends."""
         if spec.ranks:
             return []
@@ -158,13 +160,13 @@ class Streams:
         for sort, names in members.items():
             assert sort is not None
             layout = tuple(form.shapes[n] for n in names)
-            if self._chains[sort].changes(layout):
-                made.append(Group(self._chains[sort], tuple(names), layout, sort == "change"))
+            if self._chains[sort].transforms(layout):
+                made.append(TensorGroup(self._chains[sort], tuple(names), layout, sort == "change"))
             else:
                 plain += names
         if made and plain:
             made.append(
-                Group(self._plain, tuple(plain), tuple(form.shapes[n] for n in plain), False)
+                TensorGroup(self._plain, tuple(plain), tuple(form.shapes[n] for n in plain), False)
             )
         return made
 
@@ -178,67 +180,72 @@ class Streams:
         said = kind == "rows" and spec.share == "predictions" and shape[1:] == (self._outputs,)
         return "predictions" if said else "rows"
 
-    def write(
+    def encode(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[TensorGroup],
         item: Item,
         base: Tensors,
         key: tuple[Key, ...],
         unsent: Mapping[str, Tensor],
     ) -> tuple[bytes, Tensors]:
         """The stream, and what a biased chain leaves for later, by tensor: to the last bit update + unsent − decoded."""
-        tensors, bodies = named(item.values), []
+        tensors, bodies = named_tensors(item.values), []
         left: Tensors = {}
         for place, group in enumerate(groups):
             numbers = torch.cat(
-                [self._moved(tensors[n], n, group, base).reshape(-1) for n in group.names]
+                [
+                    self._reference_change(tensors[n], n, group, base).reshape(-1)
+                    for n in group.names
+                ]
             )
             if group.chain.biased and any(n in unsent for n in group.names):
-                for part, n in zip(parts(numbers, group.layout), group.names, strict=True):
+                for part, n in zip(split_vector(numbers, group.layout), group.names, strict=True):
                     if n in unsent and unsent[n].shape == part.shape:
                         part.add_(unsent[n])
 
             def draw(label: str, place: int = place) -> torch.Generator:
-                return generator(*key, place, label)
+                return keyed_generator(*key, place, label)
 
-            bodies.append(group.chain.write(numbers, group.layout, draw))
+            bodies.append(group.chain.encode(numbers, group.layout, draw))
             if group.chain.biased:
-                sent = group.chain.read(Reader(bodies[-1]), group.layout, numbers.dtype, draw)
-                left |= dict(zip(group.names, parts(numbers - sent, group.layout), strict=True))
+                sent = group.chain.decode(ByteReader(bodies[-1]), group.layout, numbers.dtype, draw)
+                left |= dict(
+                    zip(group.names, split_vector(numbers - sent, group.layout), strict=True)
+                )
         return b"".join(bodies), left
 
-    def read(
+    def decode(
         self,
-        groups: Sequence[Group],
-        form: Form,
+        groups: Sequence[TensorGroup],
+        form: ItemForm,
         base: Tensors,
         key: tuple[Key, ...],
-        source: Reader,
+        source: ByteReader,
     ) -> Tensor | Tensors:
         """An item's values from its stream. Raises PayloadError."""
         found: Tensors = {}
         for place, group in enumerate(groups):
 
             def draw(label: str, place: int = place) -> torch.Generator:
-                return generator(*key, place, label)
+                return keyed_generator(*key, place, label)
 
-            numbers = group.chain.read(source, group.layout, DTYPES[form.dtype], draw)
-            for part, n in zip(parts(numbers, group.layout), group.names, strict=True):
+            numbers = group.chain.decode(source, group.layout, DTYPES[form.dtype], draw)
+            for part, n in zip(split_vector(numbers, group.layout), group.names, strict=True):
                 found[n] = part + base[n] if group.change and n in base else part
         return found[ALONE] if set(form.shapes) == {ALONE} else {n: found[n] for n in form.shapes}
 
     @staticmethod
-    def _moved(tensor: Tensor, name: str, group: Group, base: Tensors) -> Tensor:
+    def _reference_change(tensor: Tensor, name: str, group: TensorGroup, base: Tensors) -> Tensor:
         tensor = tensor.detach().cpu()
         return tensor - base[name] if group.change and name in base else tensor
 
 
-def named(values: Tensor | Tensors) -> Tensors:
+def named_tensors(values: Tensor | Tensors) -> Tensors:
     """An item's tensors by name."""
     return values if isinstance(values, dict) else {ALONE: values}
 
 
-def sorts_of(spec: ItemSpec) -> set[Sort]:
+def value_kinds(spec: ItemSpec) -> set[Sort]:
     """What the numbers of an item that is declared like this may be."""
     if spec.ranks or spec.kind == "counts":
         return set()
@@ -279,10 +286,10 @@ class Link:
     """
 
     def __init__(
-        self, stages: Sequence[Stage | Format], specs: Mapping[str, ItemSpec], outputs: int
+        self, stages: Sequence[Stage | NumberFormat], specs: Mapping[str, ItemSpec], outputs: int
     ) -> None:
         self.specs, self.names = specs, sorted(specs)
-        self.streams = Streams(stages, outputs) if stages else None
+        self.streams = ItemCodec(stages, outputs) if stages else None
 
     def send(
         self,
@@ -302,16 +309,19 @@ class Link:
         """
         if self.streams is None:
             return payload.encode()
-        forms: dict[str, Form] = {}
+        forms: dict[str, ItemForm] = {}
         bodies, passing = {}, {}
         kept: dict[str, Tensors] = {} if memory is None else memory.get(UNSENT, {})
         for name, item in payload.items_.items():
-            form, base = Form.of(item, plain), _base(reference, name, item.kind)
+            form, base = (
+                ItemForm.from_item(item, plain),
+                _reference_item(reference, name, item.kind),
+            )
             groups = self.streams.groups(form, self._spec(name, item.kind), base) if form else []
             if form is None or not groups:
                 passing[name] = item
                 continue
-            body, unsent = self.streams.write(groups, item, base, (*key, name), kept.get(name, {}))
+            body, unsent = self.streams.encode(groups, item, base, (*key, name), kept.get(name, {}))
             if unsent and memory is not None:
                 memory[UNSENT] = kept = {**kept, name: {**kept.get(name, {}), **unsent}}
             forms[name], bodies[name] = form, _weight(item.weight) + body
@@ -319,7 +329,7 @@ class Link:
         if reference is None:
             names, layout = (
                 list(forms),
-                zlib.compress(json.dumps({n: f.told() for n, f in forms.items()}).encode()),
+                zlib.compress(json.dumps({n: f.to_json() for n, f in forms.items()}).encode()),
             )
         report = json.dumps(payload.report, separators=(",", ":"), allow_nan=False).encode()
         head = [
@@ -351,51 +361,53 @@ class Link:
             if like is not None:
                 check_header(data, like)
             return Payload.decode(data)
-        source = Reader(data)
+        source = ByteReader(data)
         if source.take(min(len(MARK), len(data))) != MARK:
             raise PayloadError("no compressed message, as `channel` has it")
         report, layout = (
-            _json(bytes(source.take(source.number(2)))),
-            bytes(source.take(source.number(4))),
+            _json(bytes(source.take(source.read_integer(2)))),
+            bytes(source.take(source.read_integer(4))),
         )
         forms = (
-            _told(layout) if like is None else {n: Form.of(item, plain) for n, item in like.items()}
+            _item_forms(layout)
+            if like is None
+            else {n: ItemForm.from_item(item, plain) for n, item in like.items()}
         )
         names = list(forms) if like is None else self.names
         items: dict[str, Any] = {}
-        for _ in range(source.number(1)):
-            place, stream = source.number(1), Reader(source.take(source.number(4)))
+        for _ in range(source.read_integer(1)):
+            place, stream = source.read_integer(1), ByteReader(source.take(source.read_integer(4)))
             name = names[place] if place < len(names) else str(place)
             form = forms.get(name)
             if form is None or name in items:
                 raise PayloadError(f"item {name[:60]!r} was not asked for")
-            base = _base(reference, name, form.kind)
+            base = _reference_item(reference, name, form.kind)
             groups = self.streams.groups(form, self._spec(name, form.kind), base)
             try:
-                weight = _weight_of(stream)
-                values = self.streams.read(groups, form, base, (*key, name), stream)
-                stream.end()
+                weight = _read_weight(stream)
+                values = self.streams.decode(groups, form, base, (*key, name), stream)
+                stream.expect_end()
             except PayloadError as error:
                 raise PayloadError(f"item {name[:60]!r}: {error}") from None
             items[name] = {"values": values, "weight": weight, "kind": form.kind}
-        rest = bytes(source.rest())
+        rest = bytes(source.read_rest())
         if like is not None:
             check_header(rest, like)
         for name, item in (Payload.decode(rest).items_ if rest else {}).items():
             if name in items:
                 raise PayloadError(f"item {name[:60]!r} was sent twice")
             items[name] = {"values": item.values, "weight": item.weight, "kind": item.kind}
-        return Payload.checked({"items": items, "report": report})
+        return Payload.from_untrusted({"items": items, "report": report})
 
     def _spec(self, name: str, kind: Any) -> ItemSpec:
         return self.specs.get(name, ItemSpec(kind))
 
 
-def _base(reference: Payload | None, name: str, kind: str) -> Tensors:
+def _reference_item(reference: Payload | None, name: str, kind: str) -> Tensors:
     """What the tensors of an item are a change of: its namesakes in what the sender received; nothing for other kinds."""
     if reference is None or kind != "params" or name not in reference:
         return {}
-    return named(reference[name])
+    return named_tensors(reference[name])
 
 
 def _weight(weight: float | Tensor) -> bytes:
@@ -405,11 +417,11 @@ def _weight(weight: float | Tensor) -> bytes:
     return struct.pack("<Bd", 0, weight)
 
 
-def _weight_of(source: Reader) -> Any:
-    if source.number(1) == 0:
+def _read_weight(source: ByteReader) -> Any:
+    if source.read_integer(1) == 0:
         return struct.unpack("<d", source.take(8))[0]
     try:
-        return decode(bytes(source.take(source.number(4))), WEIGHT)
+        return decode(bytes(source.take(source.read_integer(4))), WEIGHT)
     except CodecError as error:
         raise PayloadError(f"weight: {error}") from None
 
@@ -426,13 +438,13 @@ def _json(raw: bytes) -> dict[str, Any]:
     return found
 
 
-def _told(layout: bytes) -> dict[str, Form | None]:
+def _item_forms(layout: bytes) -> dict[str, ItemForm | None]:
     """The forms of a message that tells them."""
     try:
         raw = zlib.decompressobj().decompress(layout, LARGEST_LAYOUT)
     except zlib.error:
         raise PayloadError("the layout is malformed") from None
-    forms = {name: Form.read(form) for name, form in _json(raw).items()}
+    forms = {name: ItemForm.from_json(form) for name, form in _json(raw).items()}
     numbers = sum(prod(shape) for form in forms.values() for shape in form.shapes.values())
     if numbers > MOST_NUMBERS:
         raise PayloadError(f"a layout of {numbers:,} numbers; at most {MOST_NUMBERS:,} are read")

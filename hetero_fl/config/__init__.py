@@ -1,7 +1,14 @@
 """The configuration: one typed schema, loaded from YAML, JSON or a dictionary."""
 
-from hetero_fl.config.describe import deciding, difference, dump, resolved
-from hetero_fl.config.population import expand
+from hetero_fl.config.describe import describe_difference, dump, resolve_config, resume_relevant
+from hetero_fl.config.population import expand_population
 from hetero_fl.config.schema import Config
 
-__all__ = ["Config", "deciding", "difference", "dump", "expand", "resolved"]
+__all__ = [
+    "Config",
+    "describe_difference",
+    "dump",
+    "expand_population",
+    "resolve_config",
+    "resume_relevant",
+]

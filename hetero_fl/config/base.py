@@ -17,13 +17,13 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.utils.errors import nearest
+from hetero_fl.utils.errors import suggest_or_list
 
 # What every part of the configuration has in common: unknown keys, infinities and NaN are refused,
 # values are frozen.
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """A part of the configuration."""
 
     model_config = ConfigDict(
@@ -31,7 +31,7 @@ class Section(BaseModel):
     )
 
 
-def choice(*names: str, prefix: str | None = None, suffix: str | None = None) -> Any:
+def choice_type(*names: str, prefix: str | None = None, suffix: str | None = None) -> Any:
     """A string type that takes one of the names (or what starts with the prefix, or ends in the suffix) and suggests the
     nearest."""
 
@@ -40,7 +40,7 @@ def choice(*names: str, prefix: str | None = None, suffix: str | None = None) ->
             other = (prefix and value.startswith(prefix)) or (suffix and value.endswith(suffix))
             if value in names or other:
                 return value
-        raise ValueError(f"found {value!r}{nearest(value, names)}")
+        raise ValueError(f"found {value!r}{suggest_or_list(value, names)}")
 
     return Annotated[str, BeforeValidator(check)]
 
@@ -48,10 +48,10 @@ def choice(*names: str, prefix: str | None = None, suffix: str | None = None) ->
 # The optimisers of local training.
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(ConfigSection):
     """A torch optimiser and how its learning rate moves over the rounds."""
 
-    name: choice("sgd", "adam", "adamw") = Field(  # type: ignore[valid-type]
+    name: choice_type("sgd", "adam", "adamw") = Field(  # type: ignore[valid-type]
         "adam", description="torch's optimiser, made anew each round"
     )
     lr: PositiveFloat = Field(1e-3, description="learning rate of the first round")
@@ -64,7 +64,7 @@ class OptimizerConfig(Section):
         0.0, ge=0, description="L2 penalty; adamw: decoupled from the gradient"
     )
     clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
-    schedule: choice("constant", "cosine", "step", "linear") = Field(  # type: ignore[valid-type]
+    schedule: choice_type("constant", "cosine", "step", "linear") = Field(  # type: ignore[valid-type]
         "constant", description="of lr over the rounds"
     )
     gamma: float = Field(
@@ -73,19 +73,19 @@ class OptimizerConfig(Section):
     step_rounds: PositiveInt = Field(10, description="step: rounds between two reductions")
 
     @model_validator(mode="after")
-    def _meaningful(self) -> OptimizerConfig:
+    def _check_combination(self) -> OptimizerConfig:
         if self.nesterov and (self.name != "sgd" or not self.momentum):
             raise ValueError("nesterov needs name: sgd and momentum above 0")
         if self.momentum and self.name != "sgd":
             raise ValueError(f"momentum belongs to sgd, not {self.name}")
         return self
 
-    def at(self, round: int, rounds: int) -> OptimizerConfig:
+    def at_round(self, round_idx: int, num_rounds: int) -> OptimizerConfig:
         """The optimiser of one round (from 0) of so many, its learning rates moved along the schedule."""
-        done = round / max(1, rounds - 1)
+        done = round_idx / max(1, num_rounds - 1)
         factor = {
             "constant": 1.0,
-            "step": self.gamma ** (round // self.step_rounds),
+            "step": self.gamma ** (round_idx // self.step_rounds),
             "cosine": self.gamma + (1 - self.gamma) * (1 + math.cos(math.pi * min(1.0, done))) / 2,
             "linear": 1 - (1 - self.gamma) * min(1.0, done),
         }[self.schedule]
@@ -99,7 +99,7 @@ class OptimizerLayer(OptimizerConfig):
     """Settings over those of an optimiser: whether they go together is seen once the layers are merged."""
 
     @model_validator(mode="after")
-    def _meaningful(self) -> OptimizerLayer:
+    def _check_combination(self) -> OptimizerLayer:
         if (
             "name" in self.model_fields_set
             and self.name != "sgd"
@@ -114,11 +114,11 @@ class OptimizerLayer(OptimizerConfig):
 # What an upload is worth that comes from an older version of the server: settings of asynchronous
 # running.
 
-Kind = choice("constant", "polynomial", "hinge")
+Kind = choice_type("constant", "polynomial", "hinge")
 STEEPNESS = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0}  # a, as Xie et al. have it
 
 
-class StalenessConfig(Section):
+class StalenessConfig(ConfigSection):
     """s(τ), τ being the versions that the server has made since the client was given its task (Xie et al. 2019, section 5.2)."""
 
     kind: Kind = Field(  # type: ignore[valid-type]
@@ -131,7 +131,7 @@ class StalenessConfig(Section):
     b: NonNegativeInt = Field(4, description="of the hinge: versions that cost nothing")
 
     @property
-    def unused(self) -> list[str]:
+    def unused_keys(self) -> list[str]:
         """What is set, and means nothing to this kind."""
         steep = ["a"] if self.kind == "constant" and self.a is not None else []
         return [*steep, *(["b"] if self.kind != "hinge" and self.b != StalenessConfig().b else [])]

@@ -15,13 +15,13 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import OptimizerConfig, OptimizerLayer, Section, choice
+from hetero_fl.config.base import ConfigSection, OptimizerConfig, OptimizerLayer, choice_type
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.config.simulation import DeviceConfig
 from hetero_fl.utils.code_permission import CONTEXT, OWN
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """A model of the zoo: its name, a common feature width if wished, and the model's own options beside them."""
 
     model_config = ConfigDict(extra="allow")
@@ -35,7 +35,7 @@ class ModelConfig(Section):
     pretrained: bool = Field(False, description="published weights (timm: and torchvision: models)")
 
     @model_validator(mode="after")
-    def _options_exist(self, info: ValidationInfo) -> ModelConfig:
+    def _check_options(self, info: ValidationInfo) -> ModelConfig:
         """Check the options; those of a user's own model only in a context that permits to import it."""
         from model_zoo import ModelError, check_options
 
@@ -53,11 +53,11 @@ class ModelConfig(Section):
         return dict(self.model_extra or {})
 
 
-def named(value: object) -> object:
+def expand_model_name(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _listed(value: object) -> object:
+def _expand_models(value: object) -> object:
     """One model, several in turn, or a named group of the zoo (`group:resnet_family`) become a list."""
     if isinstance(value, str) and value.startswith("group:"):
         from model_zoo import ModelError, group_models
@@ -67,14 +67,14 @@ def _listed(value: object) -> object:
         except ModelError as error:
             raise ValueError(str(error)) from None
     if isinstance(value, list):
-        return [named(v) for v in value]
-    return [named(value)] if isinstance(value, str | dict) else value
+        return [expand_model_name(v) for v in value]
+    return [expand_model_name(value)] if isinstance(value, str | dict) else value
 
 
-Models = Annotated[list[ModelConfig], Field(min_length=1), BeforeValidator(_listed)]
+Models = Annotated[list[ModelConfig], Field(min_length=1), BeforeValidator(_expand_models)]
 
 
-class Normalize(Section):
+class Normalize(ConfigSection):
     """Pixel values p in 0..1 become (p − mean) / std."""
 
     mean: float | Annotated[list[float], Field(min_length=1)] = Field(
@@ -86,7 +86,7 @@ class Normalize(Section):
     )
 
 
-class PreprocessConfig(Section):
+class PreprocessConfig(ConfigSection):
     """How one participant sees every example, its own and the public ones: its columns, resize, channels, normalise; then
     what is missing."""
 
@@ -108,13 +108,13 @@ class PreprocessConfig(Section):
 
     @field_validator("columns")
     @classmethod
-    def _each_once(cls, value: list[str] | None) -> list[str] | None:
+    def _check_unique(cls, value: list[str] | None) -> list[str] | None:
         if value is not None and len(set(value)) < len(value):
             raise ValueError(f"found {value}; each at most once")
         return value
 
 
-class AugmentConfig(Section):
+class AugmentConfig(ConfigSection):
     """Random changes of training images, drawn anew each step; never in evaluation."""
 
     crop: int = Field(0, ge=0, description="pad by so many pixels and crop back at random")
@@ -122,12 +122,12 @@ class AugmentConfig(Section):
     rotate: float = Field(0.0, ge=0, le=180, description="up to so many degrees either way")
 
     @property
-    def active(self) -> AugmentConfig | None:
+    def or_none(self) -> AugmentConfig | None:
         """Itself, or None if it changes nothing."""
         return self if self.crop or self.flip or self.rotate else None
 
 
-class ScannerConfig(Section):
+class ScannerConfig(ConfigSection):
     """A site's own imaging device: what it does to the images made there (feature shift)."""
 
     contrast: PositiveFloat = Field(1.0, description="factor around the middle grey")
@@ -139,7 +139,7 @@ class ScannerConfig(Section):
     )
 
 
-class ClientSettings(Section):
+class ClientSettings(ConfigSection):
     """Everything that may differ from client to client."""
 
     model: Models = Field(
@@ -162,7 +162,7 @@ class ClientSettings(Section):
     augment: AugmentConfig = AugmentConfig()
     scanner: ScannerConfig = ScannerConfig()
     shares: list[
-        choice("parameters", "backbone", "predictions", "statistics", "features", suffix=".")  # type: ignore[valid-type]
+        choice_type("parameters", "backbone", "predictions", "statistics", "features", suffix=".")  # type: ignore[valid-type]
     ] = Field(
         ["parameters", "predictions", "statistics", "features"],
         description="what may leave: all parameters, the backbone only, or the tensors whose names begin so "
@@ -177,7 +177,7 @@ class ClientSettings(Section):
     machine: DeviceConfig = DeviceConfig()
 
     @property
-    def parts(self) -> tuple[str, ...] | None:
+    def shared_prefixes(self) -> tuple[str, ...] | None:
         """Prefixes of the tensors that may leave; None: all of them."""
         if "parameters" in self.shares:
             return None
@@ -189,7 +189,7 @@ class ClientSettings(Section):
 
     @field_validator("shares")
     @classmethod
-    def _one_extent(cls, value: list[str]) -> list[str]:
+    def _check_extent(cls, value: list[str]) -> list[str]:
         if {"parameters", "backbone"} <= set(value):
             raise ValueError("found both 'parameters' and 'backbone'; name the one that is meant")
         if (parts := [share for share in value if share.endswith(".")]) and {
@@ -220,7 +220,7 @@ class ClientGroup(ClientSettings):
 
     @field_validator("name")
     @classmethod
-    def _not_the_server(cls, value: str) -> str:
+    def _check_name(cls, value: str) -> str:
         if value.lower() == "server":  # in any case: file systems may not tell them apart
             raise ValueError(
                 f"found '{value}', which is what the server is called; choose another name"
@@ -228,7 +228,7 @@ class ClientGroup(ClientSettings):
         return value
 
     @model_validator(mode="after")
-    def _one_size(self) -> ClientGroup:
+    def _check_size(self) -> ClientGroup:
         if self.count and self.fraction:
             raise ValueError("found count and fraction; give one of them")
         return self
@@ -241,7 +241,7 @@ class ClientOverride(ClientSettings):
     optimizer: OptimizerLayer = OptimizerLayer()
 
 
-class ClientsConfig(Section):
+class ClientsConfig(ConfigSection):
     """Who takes part: defaults, then groups, then overrides by id; the later wins, key by key."""
 
     count: PositiveInt | None = Field(

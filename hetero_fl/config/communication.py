@@ -16,13 +16,13 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import Section
-from hetero_fl.utils.errors import nearest
+from hetero_fl.config.base import ConfigSection
+from hetero_fl.utils.errors import suggest_or_list
 
 # What a secure sum is configured by, and what follows from it for a cohort.
 
 
-class SecureSumConfig(Section):
+class SecureAggregationConfig(ConfigSection):
     """The server learns the sum of a round's uploads and no single one (Bonawitz et al. 2017)."""
 
     threshold: float = Field(
@@ -56,24 +56,26 @@ class SecureSumConfig(Section):
 
     @field_validator("neighbours")
     @classmethod
-    def _even(cls, value: int | None) -> int | None:
+    def _check_even(cls, value: int | None) -> int | None:
         if value is not None and value % 2:
             raise ValueError(
                 f"found {value}; half of them stand on either side, choose {value - 1} or {value + 1}"
             )
         return value
 
-    def survivors(self, cohort: int) -> int:
+    def min_survivors(self, cohort: int) -> int:
         """How many of a cohort have to stay: the fewest uploads that a sum is ever told of."""
         if self.threshold > 1:
             return int(self.threshold)
         return max(2, cohort // 2 + 1, math.ceil(self.threshold * cohort - 1e-9))
 
-    def bits(self, cohort: int) -> int:
+    def num_fraction_bits(self, cohort: int) -> int:
         """Binary digits after the point; the most that fit unless they are given. Below 1: not even one does."""
-        return self.fraction_bits if self.fraction_bits is not None else self.most_bits(cohort)
+        return (
+            self.fraction_bits if self.fraction_bits is not None else self.max_fraction_bits(cohort)
+        )
 
-    def most_bits(self, cohort: int) -> int:
+    def max_fraction_bits(self, cohort: int) -> int:
         """The most binary digits with which no sum over a cohort leaves 64-bit integers: cohort · range · 2^bits < 2^63."""
         return math.ceil(63 - math.log2(cohort * self.range)) - 1
 
@@ -85,7 +87,7 @@ FORMATS = ("quantize", "half")  # how numbers are written: the end of a chain
 STAGES = (*SPARSE, "top_classes", *FORMATS)
 
 
-class StageConfig(Section):
+class StageConfig(ConfigSection):
     """One stage of a chain: exactly one of these keys (with `bucket` beside `quantize`)."""
 
     topk: float | None = Field(
@@ -124,7 +126,7 @@ class StageConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _one(self) -> StageConfig:
+    def _check_single_key(self) -> StageConfig:
         stages = [name for name in STAGES if getattr(self, name)]
         if len(stages) != 1:
             raise ValueError(
@@ -139,12 +141,12 @@ class StageConfig(Section):
         return {name: value for name in type(self).model_fields if (value := getattr(self, name))}
 
     @property
-    def name(self) -> str:
+    def kind(self) -> str:
         """Which stage it is."""
         return next(name for name in STAGES if getattr(self, name))
 
 
-def _worded(chain: Any) -> Any:
+def _expand_words(chain: Any) -> Any:
     """A chain with the word `half` written out. Raises ValueError for other words and for what is no list."""
     if not isinstance(chain, list | tuple):
         raise ValueError(
@@ -161,14 +163,14 @@ def _worded(chain: Any) -> Any:
                 f"found the key 'name'; a stage is its own key, as in {written}; choose from {', '.join(STAGES)}"
             )
         if isinstance(entry, str) and entry != "half":
-            raise ValueError(f"found {entry!r}{nearest(entry, STAGES)}")
+            raise ValueError(f"found {entry!r}{suggest_or_list(entry, STAGES)}")
     return [{"half": True} if entry == "half" else entry for entry in chain]
 
 
-Chain = Annotated[tuple[StageConfig, ...], BeforeValidator(_worded)]
+Chain = Annotated[tuple[StageConfig, ...], BeforeValidator(_expand_words)]
 
 
-class ChannelConfig(Section):
+class ChannelConfig(ConfigSection):
     """What happens to items between client and server. Stages of a chain follow one another; each takes the items that it is
     made for, the others pass."""
 
@@ -185,12 +187,12 @@ class ChannelConfig(Section):
         description="topk: code the places of what is sent without loss, where that makes them shorter",
     )
 
-    secure_sum: SecureSumConfig | None = None
+    secure_sum: SecureAggregationConfig | None = None
 
     @field_validator("compress", "compress_down")
     @classmethod
     def _ordered(cls, chain: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
-        names = [stage.name for stage in chain]
+        names = [stage.kind for stage in chain]
         twice = [name for name, times in Counter(names).items() if times > 1]
         if twice:
             raise ValueError(f"found {twice[0]} twice; a chain has each stage once")
@@ -214,9 +216,9 @@ class ChannelConfig(Section):
     @classmethod
     def _without_memory(cls, chain: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
         for stage in chain:
-            if stage.name in SPARSE:
+            if stage.kind in SPARSE:
                 raise ValueError(
-                    f"found {stage.name}, which sends changes of what the receiver holds, and the server keeps no record of "
+                    f"found {stage.kind}, which sends changes of what the receiver holds, and the server keeps no record of "
                     "what each client holds; downwards take quantize, half or top_classes"
                 )
         return chain

@@ -13,23 +13,23 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import Section, choice
+from hetero_fl.config.base import ConfigSection, choice_type
 
 WEEK = 168  # hours
 
 
-class SeriesConfig(Section):
+class SeriesConfig(ConfigSection):
     """How series that are measured hour by hour become examples: the window that is seen, and what is forecast."""
 
     window: int = Field(24, ge=1, le=WEEK, description="hours that an example shows, up to now")
     horizons: tuple[PositiveInt, ...] = Field(
         (1, 3, 6), min_length=1, description="so many hours ahead are forecast"
     )
-    target: choice("value", "busy") = Field(  # type: ignore[valid-type]
+    target: choice_type("value", "busy") = Field(  # type: ignore[valid-type]
         "value",
         description="the number itself; or whether it is above the `busy` share of the site's training period",
     )
-    level: choice("training", "week") = Field(  # type: ignore[valid-type]
+    level: choice_type("training", "week") = Field(  # type: ignore[valid-type]
         "training",
         description="what inputs and targets are relative to: the site's mean in training; or over the week up to now",
     )
@@ -61,13 +61,13 @@ class SeriesConfig(Section):
         ("temperature", "rain"),
         description="file: columns of what else is measured; missing ones are missing values",
     )
-    gaps: choice("refuse", "skip") = Field(  # type: ignore[valid-type]
+    gaps: choice_type("refuse", "skip") = Field(  # type: ignore[valid-type]
         "refuse",
         description="file: hours without a row are a mistake, or examples that would need them are left out",
     )
 
     @model_validator(mode="after")
-    def _leaves_some(self) -> SeriesConfig:
+    def _check_fractions(self) -> SeriesConfig:
         if self.validation + self.test >= 0.9:
             raise ValueError(
                 f"validation + test is {self.validation + self.test:g}; must leave time to train on"
@@ -85,17 +85,17 @@ class SeriesConfig(Section):
         return self
 
 
-class TextConfig(Section):
+class TextConfig(ConfigSection):
     """How text becomes tokens. Words are numbered without a look at any client's text."""
 
-    predict: choice("next", "class") = Field(  # type: ignore[valid-type]
+    predict: choice_type("next", "class") = Field(  # type: ignore[valid-type]
         "next", description="the next word from those before it; or the class of a whole text"
     )
     length: PositiveInt = Field(
         8,
         description="words that an example shows, the last ones of more; fewer are filled up from the left",
     )
-    tokenizer: choice("words", "hashing") = Field(  # type: ignore[valid-type]
+    tokenizer: choice_type("words", "hashing") = Field(  # type: ignore[valid-type]
         "words",
         description="the most frequent words of the public text, all others are one unknown; or every word a number by its "
         "hash, for which nobody's text is read",
@@ -108,7 +108,7 @@ class TextConfig(Section):
     )
 
 
-class WindowsConfig(Section):
+class WindowsConfig(ConfigSection):
     """How a file of samples, a row each, is cut into windows."""
 
     length: PositiveInt = Field(64, description="samples of a window")
@@ -120,7 +120,7 @@ class WindowsConfig(Section):
     )
 
 
-class SourceConfig(Section):
+class SourceConfig(ConfigSection):
     """A data source by name, or a local file in its place."""
 
     name: str = Field(
@@ -139,7 +139,7 @@ class SourceConfig(Section):
         None,
         description="tables: the column that says of whom a row is (`.npz`: the array); no patient's rows are split up",
     )
-    task: choice("multiclass", "multilabel", "regression") | None = Field(  # type: ignore[valid-type]
+    task: choice_type("multiclass", "multilabel", "regression") | None = Field(  # type: ignore[valid-type]
         None,
         description="tables and `.npz`: what is learned, in place of what the labels look like",
     )
@@ -166,7 +166,7 @@ class SourceConfig(Section):
 
     @field_validator("categories")
     @classmethod
-    def _listed_once(
+    def _check_unique(
         cls, categories: dict[str, tuple[str, ...]] | None
     ) -> dict[str, tuple[str, ...]] | None:
         for column, values in (categories or {}).items():
@@ -184,10 +184,10 @@ class SourceConfig(Section):
         return hash(self.model_dump_json())
 
 
-class PartitionConfig(Section):
+class PartitionConfig(ConfigSection):
     """How the training rows are dealt out to the clients."""
 
-    kind: choice(  # type: ignore[valid-type]
+    kind: choice_type(  # type: ignore[valid-type]
         "iid", "in_order", "dirichlet", "classes", "quantity", "natural", "drawn", prefix="python:"
     ) = Field(
         "iid",
@@ -225,14 +225,14 @@ class PartitionConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _concentrated(self) -> PartitionConfig:
+    def _set_default_alpha(self) -> PartitionConfig:
         if self.alpha is None and self.kind != "drawn":
             # not among the fields that were set: another kind would take it for given
             self.__dict__["alpha"] = 0.5
         return self
 
 
-class ProxyConfig(Section):
+class ProxyConfig(ConfigSection):
     """The public set on which predictions are compared. Its labels are read only where `labels` says so."""
 
     size: int = Field(
@@ -255,14 +255,14 @@ class ProxyConfig(Section):
     )
 
 
-class SplitConfig(Section):
+class SplitConfig(ConfigSection):
     """How each client splits its own rows; fractions of them."""
 
     validation: float = Field(0.15, ge=0, lt=1, description="selects a round")
     test: float = Field(0.25, ge=0, lt=1, description="the local test is on these")
 
     @model_validator(mode="after")
-    def _leaves_some(self) -> SplitConfig:
+    def _check_fractions(self) -> SplitConfig:
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation + test is {self.validation + self.test:g}; must leave rows to train on"

@@ -21,17 +21,17 @@ from hetero_fl.config.schema import Config
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "table"}
 
 
-def meaning(model: type[BaseModel], name: str) -> str:
+def describe_key(model: type[BaseModel], name: str) -> str:
     """What a key means: its description, or that of the key it takes over, or what the part that it holds says of itself."""
     for kind in model.__mro__:
         fields = getattr(kind, "model_fields", {})
         if name in fields and (told := fields[name].description):
             return str(told)
-    part = part_of(model.model_fields[name].annotation)
-    return "" if part is None else re.split(r"(?<!et al)\. ", summary(part))[0].rstrip(".")
+    part = section_of(model.model_fields[name].annotation)
+    return "" if part is None else re.split(r"(?<!et al)\. ", section_summary(part))[0].rstrip(".")
 
 
-def default(field: FieldInfo) -> str:
+def format_default(field: FieldInfo) -> str:
     """A key's default as one writes it in a configuration; of a part of the schema its name, if it has one."""
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
@@ -51,7 +51,7 @@ def _plain(value: Any) -> str:
     )
 
 
-def values(
+def describe_values(
     annotation: Any,
     metadata: typing.Iterable[Any] = (),
     link: Callable[[type[BaseModel]], str] = lambda part: "table",
@@ -59,7 +59,7 @@ def values(
     """The values that a field takes, in words; `link`: what stands for a part of the schema."""
     metadata = list(metadata)
     for validator in metadata:
-        # hetero_fl.config.base.choice keeps its names in a closure
+        # hetero_fl.config.base.choice_type keeps its names in a closure
         if isinstance(validator, BeforeValidator):
             known = inspect.getclosurevars(validator.func).nonlocals
             if "names" in known:
@@ -67,13 +67,15 @@ def values(
                 return ", ".join(f"`{n}`" for n in [*known["names"], *own])
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return values(arguments[0], [*arguments[1:], *metadata], link)
+        return describe_values(arguments[0], [*arguments[1:], *metadata], link)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(values(a, metadata, link) for a in arguments if a is not type(None))
+        return " or ".join(
+            describe_values(a, metadata, link) for a in arguments if a is not type(None)
+        )
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in arguments)
     if origin in (list, tuple):
-        return f"list of {values(arguments[0], [], link)}"
+        return f"list of {describe_values(arguments[0], [], link)}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return link(annotation)
     name = getattr(annotation, "__name__", str(annotation))  # of an own method any type may be met
@@ -94,14 +96,14 @@ def _bounds(metadata: typing.Iterable[Any]) -> str:
     return f", {' and '.join(found)}" if found else ""
 
 
-def part_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
     """The part of the schema that a field holds, if it holds one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(filter(None, map(part_of, typing.get_args(annotation))), None)
+    return next(filter(None, map(section_of, typing.get_args(annotation))), None)
 
 
-def summary(model: type[BaseModel]) -> str:
+def section_summary(model: type[BaseModel]) -> str:
     """Its docstring in one line."""
     return " ".join(inspect.cleandoc(model.__doc__ or "").split())
 
@@ -113,7 +115,7 @@ FREE = ("store_memory", "workers", "address")  # keys of `runtime` that change n
 ABSENT = object()
 
 
-def resolved(config: Config) -> dict[str, Any]:
+def resolve_config(config: Config) -> dict[str, Any]:
     """The whole configuration as plain values, defaults included; loading it gives the same clients again.
 
     Groups and overrides hold only what was written in them: a default filled in there would hide `clients.defaults`.
@@ -126,10 +128,10 @@ def resolved(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML."""
-    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(resolve_config(config), sort_keys=False, allow_unicode=True, width=120)
 
 
-def deciding(plain: Mapping[str, Any]) -> dict[str, Any]:
+def resume_relevant(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return a plain configuration without what may change when a run is resumed.
 
     That is what changes no result (memory, workers, cluster), and `rounds`, which may grow.
@@ -140,33 +142,33 @@ def deciding(plain: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The leaves in which two plain configurations differ, the first three with both values; None if they are equal."""
-    found = list(_leaves(old, new, ""))
-    told = [f"{path}: was {_short(a)}, is now {_short(b)}" for path, a, b in found[:SHOWN]]
+    found = list(_differing_leaves(old, new, ""))
+    told = [f"{path}: was {_shorten(a)}, is now {_shorten(b)}" for path, a, b in found[:SHOWN]]
     more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
     return "; ".join([*told, *more]) or None
 
 
-def _leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def _differing_leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*new, *(k for k in old if k not in new)]:
-            yield from _leaves(
+            yield from _differing_leaves(
                 old.get(key, ABSENT), new.get(key, ABSENT), f"{path}.{key}" if path else str(key)
             )
-    elif _tables(old) and _tables(new):
+    elif _to_flow_tables(old) and _to_flow_tables(new):
         for i in range(max(len(old), len(new))):
             a, b = (side[i] if i < len(side) else ABSENT for side in (old, new))
-            yield from _leaves(a, b, f"{path}.{i}")
+            yield from _differing_leaves(a, b, f"{path}.{i}")
     elif old != new:
         yield path, old, new
 
 
-def _tables(value: Any) -> bool:
+def _to_flow_tables(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if value is ABSENT:
         return "not given"
     text = repr(value)

@@ -12,7 +12,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hetero_fl.config.schema import Config
-from hetero_fl.utils.errors import abbreviated, closest, misspelled, nearest, similar
+from hetero_fl.utils.errors import (
+    closest,
+    closest_abbreviation,
+    closest_misspelling,
+    suggest_or_list,
+    suggest_similar,
+)
 
 # pydantic's errors where a table was expected
 TABLE = {"model_type", "model_attributes_type", "dict_type"}
@@ -45,7 +51,7 @@ LIMITS = {
 OWN = {"value_error", "assertion_error"}  # raised by this project's validators, in its own words
 
 
-def describe(
+def describe_error(
     error: ValidationError,
     raw: Any,
     model: type[BaseModel] = Config,
@@ -59,22 +65,25 @@ def describe(
     """
     problems = error.errors(include_url=False)
     first = min(
-        problems, key=lambda e: (e["type"] not in ("extra_forbidden",), -len(_place(e["loc"], raw)))
+        problems,
+        key=lambda e: (e["type"] not in ("extra_forbidden",), -len(_data_location(e["loc"], raw))),
     )
-    kind, place = first["type"], _place(first["loc"], raw)
+    kind, place = first["type"], _data_location(first["loc"], raw)
     where = ".".join([*at, *place]) or "here"
     if kind == "extra_forbidden":
         *parent, last = first["loc"]
-        place, key = _place(tuple(parent), raw), str(last)
-        meant = _meant(key, _fields(model, place), [*at, *place], own)
+        place, key = _data_location(tuple(parent), raw), str(last)
+        meant = _suggest_key(key, _fields(model, place), [*at, *place], own)
         return f"{'.'.join([*at, *place, key])}: unknown key{meant}"
     if kind == "missing":
         return f"{'.'.join([*at, *place, str(first['loc'][-1])])}: missing"
-    same = [problem for problem in problems if _place(problem["loc"], raw) == place]
-    return f"{where}: {_wrong(same, where, _section_at(model, place))}"
+    same = [problem for problem in problems if _data_location(problem["loc"], raw) == place]
+    return f"{where}: {_describe_problem(same, where, _section_at(model, place))}"
 
 
-def _wrong(problems: Sequence[ErrorDetails], where: str, section: type[BaseModel] | None) -> str:
+def _describe_problem(
+    problems: Sequence[ErrorDetails], where: str, section: type[BaseModel] | None
+) -> str:
     """What is wrong with a value, from all problems that pydantic has with it: several if it may be of several types."""
     beyond_type = [
         p for p in problems if p["type"] not in EXPECTED and p["type"] != "literal_error"
@@ -88,23 +97,23 @@ def _wrong(problems: Sequence[ErrorDetails], where: str, section: type[BaseModel
         return (
             message
             if message.startswith("found") or of_section
-            else f"found {_found(value)}; {message}"
+            else f"found {_format_found(value)}; {message}"
         )
     if kind == "invalid_key" or first["loc"][-1:] == ("[key]",):
         key = [part for part in first["loc"] if part != "[key]"][-1]
-        return f"expected text as a key, got {_found(key)}"
+        return f"expected text as a key, got {_format_found(key)}"
     if kind in LIMITS:
         plain = {
             k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in context.items()
         }
-        return f"{_singular(LIMITS[kind].format(**plain))}, got {_found(value)}"
+        return f"{_to_singular(LIMITS[kind].format(**plain))}, got {_format_found(value)}"
     if beyond_type:
-        return f"found {_found(value)}; {first['msg']}"  # a type that only a user's own method has
+        return f"found {_format_found(value)}; {first['msg']}"  # a type that only a user's own method has
     kinds = {p["type"] for p in problems}
-    expected = " or ".join(dict.fromkeys(_expected(p) for p in problems))
-    line = f"expected {expected}, got {'a table' if kinds <= LIST and isinstance(value, dict) else _found(value)}"
+    expected = " or ".join(dict.fromkeys(_expected_value(p) for p in problems))
+    line = f"expected {expected}, got {'a table' if kinds <= LIST and isinstance(value, dict) else _format_found(value)}"
     if kinds <= TABLE:
-        return f"{line}; {_table(where, section, value)}"
+        return f"{line}; {_suggest_table(where, section, value)}"
     if kinds <= LIST and isinstance(value, dict):
         return f"{line}; each entry of a list begins with a dash"
     if kinds <= LIST and isinstance(value, int | float | str):
@@ -112,22 +121,22 @@ def _wrong(problems: Sequence[ErrorDetails], where: str, section: type[BaseModel
     if where == "seed" and isinstance(value, str | list):
         return f"{line}; several seeds are for `hetero-fl compare --seeds 0,1`"
     if "literal_error" in kinds:
-        return line + similar(value, re.findall(r"'([^']*)'", expected))
+        return line + suggest_similar(value, re.findall(r"'([^']*)'", expected))
     return line
 
 
-def _expected(problem: ErrorDetails) -> str:
+def _expected_value(problem: ErrorDetails) -> str:
     """What a value should have been."""
     if problem["type"] == "literal_error":
         return str(problem["ctx"]["expected"])
     return EXPECTED[problem["type"]]
 
 
-def _singular(text: str) -> str:
+def _to_singular(text: str) -> str:
     return text.replace(" 1 characters", " 1 character").replace(" 1 entries", " 1 entry")
 
 
-def _found(value: Any) -> str:
+def _format_found(value: Any) -> str:
     if isinstance(value, dict) and set(value) == {"name"}:
         value = value["name"]  # as it was written
     if value is None:
@@ -139,7 +148,7 @@ def _found(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "…"
 
 
-def _table(where: str, section: Any, found: Any) -> str:
+def _suggest_table(where: str, section: Any, found: Any) -> str:
     """How to write a table of keys where a list or a plain value stands."""
     fields = section.model_fields if section else {"name": None}
     listed = [k for k, f in fields.items() if f and _entries(f.annotation) is not None]
@@ -152,12 +161,12 @@ def _table(where: str, section: Any, found: Any) -> str:
         key = "file"
     if isinstance(found, str) and key:
         return f"did you mean '{where}.{key}'?"
-    if found is True and section and _complete(section):
+    if found is True and section and _may_be_empty(section):
         return f"{{}} takes all defaults, its keys are {', '.join(fields)}"
     return f"its keys are {', '.join(list(fields)[:5])}" + (", …" if len(fields) > 5 else "")
 
 
-def _complete(section: type[BaseModel]) -> bool:
+def _may_be_empty(section: type[BaseModel]) -> bool:
     """Whether a section may be left empty."""
     try:
         section()
@@ -166,16 +175,16 @@ def _complete(section: type[BaseModel]) -> bool:
     return True
 
 
-def _meant(key: str, here: list[str], place: list[str], own: Iterable[str]) -> str:
+def _suggest_key(key: str, known_here: list[str], place: list[str], own: Iterable[str]) -> str:
     """The key of this place that is nearest, and one of the same name elsewhere, with its full path."""
     known = list(dict.fromkeys([*_paths(Config), *(("algorithm", k) for k in own)]))
     there = [p for p in known if p[-1] == key]
-    near = misspelled(key, here)
-    joined = [p for p in known if _joined(p).endswith(_joined([key]))]
+    near = closest_misspelling(key, known_here)
+    joined = [p for p in known if _normalized_path(p).endswith(_normalized_path([key]))]
     if near is None and not there and joined:
         there = joined  # data_path is data.path, not data
     elif near is None:
-        near = abbreviated(key, here)
+        near = closest_abbreviation(key, known_here)
     # a method's settings have little to do with other sections
     of_method = place[:1] == ["algorithm"]
     if near is None and not there and not of_method:
@@ -184,11 +193,11 @@ def _meant(key: str, here: list[str], place: list[str], own: Iterable[str]) -> s
     close = [] if near is None else [near]
     if there:
         # of several the first, as the schema lists them
-        path = max(there, key=lambda p: _common(p, place))
-        i = _common(path, place)
+        path = max(there, key=lambda p: _common_prefix_length(p, place))
+        i = _common_prefix_length(path, place)
         close.append(".".join([*place[:i], *path[i:]]))
     if not close:
-        return nearest(key, here)
+        return suggest_or_list(key, known_here)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?"
 
 
@@ -213,12 +222,12 @@ def full_key(name: str) -> str | None:
     return next((f"{key}.{kind}" for kind in ("name", "kind") if f"{key}.{kind}" in known), key)
 
 
-def _joined(path: Sequence[str]) -> str:
+def _normalized_path(path: Sequence[str]) -> str:
     """A path without the difference between `proxy_size` and `proxy.size`; the dot in front marks where a key begins."""
     return "." + ".".join(path).replace("_", ".").replace("-", ".").lower().lstrip(".")
 
 
-def _common(path: Sequence[str], place: Sequence[str]) -> int:
+def _common_prefix_length(path: Sequence[str], place: Sequence[str]) -> int:
     """How many steps two paths have in common from the root; one entry of a list is as good as another."""
     count = 0
     for a, b in zip(path, place, strict=False):
@@ -240,7 +249,7 @@ def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tup
         yield from _paths(part, path)
 
 
-def _place(loc: tuple[int | str, ...], raw: Any) -> list[str]:
+def _data_location(loc: tuple[int | str, ...], raw: Any) -> list[str]:
     """The part of a location that is really in the data: pydantic adds names of types within unions."""
     place = []
     for part in loc:

@@ -15,10 +15,16 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from hetero_fl.config.base import Section, choice
-from hetero_fl.config.errors import describe
+from hetero_fl.config.base import ConfigSection, choice_type
+from hetero_fl.config.errors import describe_error
 from hetero_fl.config.schema import Config
-from hetero_fl.utils.errors import UserError, beside, closest, nearest, similar
+from hetero_fl.utils.errors import (
+    UserError,
+    closest,
+    suggest_file,
+    suggest_or_list,
+    suggest_similar,
+)
 
 # From a file, overrides or a dictionary to a checked configuration.
 
@@ -73,16 +79,16 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     return raw
 
 
-def written_algorithm(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
+def raw_algorithm_section(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
     """Return the `algorithm` section as the source writes it, without defaults."""
-    raw = read(Path(source)) if isinstance(source, str | Path) else plain(source)
+    raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
     if is_tutorial(raw):
-        raw, _ = translated(raw, [], str(source))
+        raw, _ = translate_tutorial(raw, [], str(source))
     section = raw.get("algorithm")
     return dict(section) if isinstance(section, Mapping) else {}
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """A configuration file as plain values, unchecked. Raises UserError if it cannot be read."""
     # only whoever reads a configuration needs it; worker processes do not
     from omegaconf import OmegaConf
@@ -94,7 +100,7 @@ def read(path: Path) -> dict[str, Any]:
         raw = OmegaConf.to_container(loaded, resolve=True)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file{beside(path, SUFFIXES) or _files(path.parent)}"
+            f"{path}: no such file{suggest_file(path, SUFFIXES) or _files(path.parent)}"
         ) from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name a file{_files(path)}") from None
@@ -159,16 +165,19 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
         _check_references([raw, parsed], override)
         OmegaConf.update(
-            config, key, _spaced(typing.cast("dict[str, Any]", parsed)["value"]), merge=True
+            config,
+            key,
+            _add_yaml_spaces(typing.cast("dict[str, Any]", parsed)["value"]),
+            merge=True,
         )
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError, AssertionError,
             RecursionError) as error:  # fmt: skip
-        why = _beyond(raw, key) or str(error).splitlines()[0]
+        why = _invalid_path_reason(raw, key) or str(error).splitlines()[0]
         raise UserError(f"{override}: {key} cannot be set: {why}") from None
 
 
-def _beyond(value: Any, key: str) -> str:
+def _invalid_path_reason(value: Any, key: str) -> str:
     """Return what is wrong with a path that leads out of a list, or into it by another word than a number; else nothing."""
     steps = key.split(".")
     for at, step in enumerate(steps):
@@ -198,7 +207,7 @@ def _beyond(value: Any, key: str) -> str:
     return ""
 
 
-def _spaced(value: Any) -> Any:
+def _add_yaml_spaces(value: Any) -> Any:
     """`{a:1,b:2}` as if written `{a: 1, b: 2}`: to YAML it has two keys without a value."""
     if not isinstance(value, dict):
         return value
@@ -231,12 +240,12 @@ SETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Tutorial(Section):
+class Tutorial(ConfigSection):
     """The tutorial's keys."""
 
     model_name: str
     no_models: PositiveInt
-    type: choice(*SETS)  # type: ignore[valid-type]
+    type: choice_type(*SETS)  # type: ignore[valid-type]
     global_epochs: PositiveInt
     local_epochs: PositiveInt
     k: PositiveInt
@@ -263,7 +272,7 @@ def is_tutorial(raw: Mapping[str, Any]) -> bool:
     return 2 * theirs > len(KEYS) and theirs > len(set(raw) & set(Config.model_fields))
 
 
-def translated(
+def translate_tutorial(
     raw: Mapping[str, Any], overrides: Iterable[str], where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration that the tutorial's keys stand for, and the overrides that are left for it: those of the tutorial's
@@ -278,7 +287,11 @@ def translated(
         if equals and key in KEYS:
             raw[key] = _value(override, value)
             given[key] = override
-        elif "." not in key and key not in Config.model_fields and (hint := similar(key, KEYS)):
+        elif (
+            "." not in key
+            and key not in Config.model_fields
+            and (hint := suggest_similar(key, KEYS))
+        ):
             raise UserError(f"{override}: {key}: unknown key{hint}")
         else:
             left.append(override)
@@ -286,7 +299,7 @@ def translated(
         if key not in KEYS:
             known = " (what else a configuration has is set on the command line, key.path=value)"
             raise UserError(
-                f"{where}: {key}: unknown key among the tutorial's{nearest(key, KEYS)}{known}"
+                f"{where}: {key}: unknown key among the tutorial's{suggest_or_list(key, KEYS)}{known}"
             )
     for key in KEYS:
         if key not in raw:
@@ -294,13 +307,13 @@ def translated(
     try:
         read = Tutorial.model_validate(raw)
     except ValidationError as error:
-        line = describe(error, raw, Tutorial)
+        line = describe_error(error, raw, Tutorial)
         raise UserError(f"{given.get(line.partition(': ')[0], where)}: {line}") from None
     if read.k > read.no_models:
         raise UserError(
             f"{given.get('k') or given.get('no_models', where)}: k: found {read.k}, but no_models is {read.no_models}"
         )
-    return _configuration(read), left
+    return _to_configuration(read), left
 
 
 def _value(override: str, text: str) -> Any:
@@ -310,7 +323,7 @@ def _value(override: str, text: str) -> Any:
         raise UserError(f"{override}: found {text!r}, which is no value") from None
 
 
-def _configuration(t: Tutorial) -> dict[str, Any]:
+def _to_configuration(t: Tutorial) -> dict[str, Any]:
     chosen = SETS[t.type]
     return {
         "name": f"{chosen['data']}_conf",

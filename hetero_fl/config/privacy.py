@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from hetero_fl.config.base import Section, choice
+from hetero_fl.config.base import ConfigSection, choice_type
 
 
-class AdaptiveClipConfig(Section):
+class AdaptiveClipConfig(ConfigSection):
     """The bound follows a quantile of the updates' norms (Andrew et al. 2021)."""
 
     quantile: float = Field(
@@ -22,10 +22,10 @@ class AdaptiveClipConfig(Section):
     )
 
 
-class PrivacyConfig(Section):
+class PrivacyConfig(ConfigSection):
     """What one record, or one client, may change in everything that leaves."""
 
-    unit: choice("record", "client", "local") = Field(  # type: ignore[valid-type]
+    unit: choice_type("record", "client", "local") = Field(  # type: ignore[valid-type]
         "record",
         description="record: one training row, noised at its client (DP-SGD); client: all of one client, noised once at the "
         "server (DP-FedAvg); local: all of one client, noised before it leaves",
@@ -45,7 +45,7 @@ class PrivacyConfig(Section):
         lt=1,
         description="δ; well below one over the number of rows (record) or clients (client)",
     )
-    accountant: choice("prv", "rdp") = Field(  # type: ignore[valid-type]
+    accountant: choice_type("prv", "rdp") = Field(  # type: ignore[valid-type]
         "prv", description="opacus' accountant: prv is tighter, rdp a little faster"
     )
     clip: PositiveFloat | dict[str, PositiveFloat] = Field(
@@ -90,7 +90,7 @@ class PrivacyConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _one_goal(self) -> PrivacyConfig:
+    def _check_goal(self) -> PrivacyConfig:
         if self.target_epsilon is None and self.noise_multiplier is None:
             raise ValueError("needs target_epsilon or noise_multiplier")
         if self.unit == "record" and isinstance(self.clip, dict):
@@ -114,16 +114,16 @@ class PrivacyConfig(Section):
             )
         return self
 
-    def provisional(self) -> PrivacyConfig:
+    def with_placeholder_noise(self) -> PrivacyConfig:
         """The section with some noise multiplier, for rehearsals in which no number matters."""
         return self.model_copy(update={"noise_multiplier": self.noise_multiplier or 1.0})
 
     @property
-    def z(self) -> float:
+    def known_noise_multiplier(self) -> float:
         """The noise multiplier, once it is known."""
         assert self.noise_multiplier is not None  # the run was prepared
         return self.noise_multiplier
 
-    def bound(self, item: str) -> float:
+    def clip_norm(self, item: str) -> float:
         """The largest norm of what a client sends under that name."""
         return self.clip.get(item, 1.0) if isinstance(self.clip, dict) else self.clip

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from hetero_fl.config.base import Section, choice
+from hetero_fl.config.base import ConfigSection, choice_type
 
 RULES = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "norm_bound", "fltrust")
 PREDICTIONS = ("mean", "median", "spectral", "down_weight", "agreement")
@@ -16,13 +16,13 @@ ROW_ATTACKS = ("flipped", "confident_wrong", "targeted", "collusion")
 ATTACKS = ("label_flip", "backdoor", *UPLOAD_ATTACKS, *ROW_ATTACKS)
 
 
-class AggregationConfig(Section):
+class AggregationConfig(ConfigSection):
     """How uploads are combined. A rule other than `mean` weighs all senders alike: anyone can claim any number of rows."""
 
-    rule: choice(*RULES, prefix="python:") = Field(  # type: ignore[valid-type]
+    rule: choice_type(*RULES, prefix="python:") = Field(  # type: ignore[valid-type]
         "mean", description="of parameters and their updates, within the owners of each tensor"
     )
-    predictions: choice(*PREDICTIONS, prefix="python:") = Field(  # type: ignore[valid-type]
+    predictions: choice_type(*PREDICTIONS, prefix="python:") = Field(  # type: ignore[valid-type]
         "mean", description="of predictions on proxy rows, over all who send any"
     )
     statistics: Literal["mean", "median"] = Field(
@@ -40,27 +40,31 @@ class AggregationConfig(Section):
 
     @field_validator("liars")
     @classmethod
-    def _number_or_share(cls, liars: int | float) -> int | float:
-        if liars < 0 or (isinstance(liars, float) and liars >= 0.5):
+    def _check_malicious(cls, value: int | float) -> int | float:
+        if value < 0 or (isinstance(value, float) and value >= 0.5):
             raise ValueError(
-                f"found {liars}; write a whole number of liars, or a share of 0 to below 0.5"
+                f"found {value}; write a whole number of liars, or a share of 0 to below 0.5"
             )
-        return liars
+        return value
 
     @property
-    def plain(self) -> bool:
+    def is_plain_mean(self) -> bool:
         """Whether everything is combined by its mean."""
         return self.rule == self.predictions == self.statistics == "mean"
 
-    def liars_among(self, senders: int) -> int:
+    def num_malicious(self, num_senders: int) -> int:
         """How many of so many senders may lie; a share is rounded up."""
-        return self.liars if isinstance(self.liars, int) else math.ceil(self.liars * senders - 1e-9)
+        return (
+            self.liars
+            if isinstance(self.liars, int)
+            else math.ceil(self.liars * num_senders - 1e-9)
+        )
 
 
-class AttacksConfig(Section):
+class AttacksConfig(ConfigSection):
     """Simulated liars, for studies. Figures are then means over the honest clients."""
 
-    name: choice(*ATTACKS, prefix="python:") = Field(  # type: ignore[valid-type]
+    name: choice_type(*ATTACKS, prefix="python:") = Field(  # type: ignore[valid-type]
         description="what they do: to their training rows (label_flip, backdoor), to all that they upload (sign_flip, scaled, "
         "gaussian, little_is_enough, inner_product), to their predictions (flipped, confident_wrong, targeted, collusion)"
     )

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from hetero_fl.config.base import OptimizerConfig, Section, StalenessConfig, choice
-from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, named
+from hetero_fl.config.base import ConfigSection, OptimizerConfig, StalenessConfig, choice_type
+from hetero_fl.config.clients import ClientsConfig, ModelConfig, PreprocessConfig, expand_model_name
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.config.data import DataConfig
 from hetero_fl.config.privacy import PrivacyConfig
@@ -15,10 +15,10 @@ from hetero_fl.config.robustness import AggregationConfig, AttacksConfig
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
 
 
-class ServerConfig(Section):
+class ServerConfig(ConfigSection):
     """What the server trains with, and the one student that it may train for itself."""
 
-    model: Annotated[ModelConfig, BeforeValidator(named)] | None = Field(
+    model: Annotated[ModelConfig, BeforeValidator(expand_model_name)] | None = Field(
         None,
         description="architecture of a student distilled at the server from the clients' consensus; none: no student",
     )
@@ -26,7 +26,7 @@ class ServerConfig(Section):
     preprocess: PreprocessConfig = PreprocessConfig()
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(ConfigSection):
     """When models are read, and when a run that no longer improves stops."""
 
     every: PositiveInt = Field(
@@ -41,10 +41,10 @@ class EvaluationConfig(Section):
     )
 
 
-class RuntimeConfig(Section):
+class RuntimeConfig(ConfigSection):
     """Where and how a run computes. Threads are part of the result's bits, the number of workers is not."""
 
-    mode: choice("sync", "async") = Field(  # type: ignore[valid-type]
+    mode: choice_type("sync", "async") = Field(  # type: ignore[valid-type]
         "sync",
         description="sync: rounds that wait for the whole cohort; async: clients.per_round clients train at any time, each at "
         "its own pace, and the server aggregates when enough uploads have come",
@@ -54,7 +54,7 @@ class RuntimeConfig(Section):
         description="async: uploads after which the server aggregates; none: as many as clients train at a time",
     )
     staleness: StalenessConfig = StalenessConfig()
-    executor: choice("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
+    executor: choice_type("auto", "serial", "batched", "processes", "ray", "torchrun") = Field(  # type: ignore[valid-type]
         "auto",
         description="how steps are carried out; auto: chosen from what is known before the run, never by the clock",
     )
@@ -76,7 +76,7 @@ class RuntimeConfig(Section):
     threads: PositiveInt | None = Field(
         None, description="threads of a process; none: chosen from cores and models"
     )
-    device: choice("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]
+    device: choice_type("auto", "cpu", "cuda", "mps", prefix="cuda:") = Field(  # type: ignore[valid-type]
         "auto", description="auto: the first GPU if there is one"
     )
     store_memory: NonNegativeInt = Field(
@@ -93,7 +93,7 @@ class RuntimeConfig(Section):
     )
 
 
-class OutputConfig(Section):
+class OutputConfig(ConfigSection):
     """What a run leaves behind besides metrics and models."""
 
     plots: bool = Field(True, description="`plots/*.png`")
@@ -103,7 +103,7 @@ class OutputConfig(Section):
     )
 
 
-class Config(Section):
+class Config(ConfigSection):
     """One run: data, clients, method, and how it is computed."""
 
     name: str = Field(

@@ -16,13 +16,13 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import Section, choice
+from hetero_fl.config.base import ConfigSection, choice_type
 
 Chance = Annotated[float, Field(ge=0, le=1)]
 WIDEST = 10.0  # sigma: beyond it clients differ by more than anything that computes
 
 
-def _of_the_logarithm(value: float) -> float:
+def _check_log_spread(value: float) -> float:
     """A spread in the quantity's own unit is meant where it is this large."""
     if value > WIDEST:
         raise ValueError(
@@ -31,10 +31,10 @@ def _of_the_logarithm(value: float) -> float:
     return value
 
 
-Spread = Annotated[NonNegativeFloat, AfterValidator(_of_the_logarithm)]
+Spread = Annotated[NonNegativeFloat, AfterValidator(_check_log_spread)]
 
 
-class QuantityConfig(Section):
+class QuantityConfig(ConfigSection):
     """A number of each client's own, drawn once by the key: log-normal."""
 
     median: PositiveFloat = Field(description="half of the clients have less")
@@ -44,7 +44,7 @@ class QuantityConfig(Section):
     )
 
 
-def _fixed(value: object) -> object:
+def _fixed_quantity(value: object) -> object:
     """A plain number: everybody's."""
     if isinstance(value, dict | QuantityConfig):
         return value
@@ -54,10 +54,10 @@ def _fixed(value: object) -> object:
     return {"median": value, "sigma": 0.0}
 
 
-Quantity = Annotated[QuantityConfig, BeforeValidator(_fixed)]
+Quantity = Annotated[QuantityConfig, BeforeValidator(_fixed_quantity)]
 
 
-class AvailabilityConfig(Section):
+class AvailabilityConfig(ConfigSection):
     """When a client is online: one stretch of every day, which begins at a time of its own."""
 
     share: float = Field(1.0, gt=0, le=1, description="of the day that it is online")
@@ -70,7 +70,7 @@ class AvailabilityConfig(Section):
     )
 
 
-class DeviceConfig(Section):
+class DeviceConfig(ConfigSection):
     """A client's machine. What is not given takes no time, and is always there."""
 
     speed: Quantity | None = Field(
@@ -101,7 +101,7 @@ class DevicesConfig(DeviceConfig):
     )
 
 
-class FaultsConfig(Section):
+class FaultsConfig(ConfigSection):
     """What goes wrong, by probability for each task; at most one of them befalls it."""
 
     before: Chance = Field(0.0, description="the client fails before it trains")
@@ -122,14 +122,14 @@ class FaultsConfig(Section):
     )
 
     @property
-    def chances(self) -> dict[str, float]:
+    def probabilities(self) -> dict[str, float]:
         """Probabilities by name."""
         names = ("before", "during", "after", "lost", "late", "twice", "corrupted")
         return {name: getattr(self, name) for name in names}
 
     @model_validator(mode="after")
-    def _at_most_one(self) -> FaultsConfig:
-        total = sum(self.chances.values())
+    def _check_total_probability(self) -> FaultsConfig:
+        total = sum(self.probabilities.values())
         if total > 1 + 1e-9:
             raise ValueError(
                 f"found probabilities that add up to {total:g}; at most one fault befalls a task: at most 1"
@@ -137,10 +137,10 @@ class FaultsConfig(Section):
         return self
 
 
-class CohortConfig(Section):
+class CohortConfig(ConfigSection):
     """Who is invited to a round, how long the server waits for them, and what it does if too few come."""
 
-    sampling: choice("uniform", "available", "oort") = Field(  # type: ignore[valid-type]
+    sampling: choice_type("uniform", "available", "oort") = Field(  # type: ignore[valid-type]
         "uniform",
         description="who is drawn: anybody; among those online; or those whose losses are high and who are quick enough (Oort), "
         "among those online",
@@ -159,7 +159,7 @@ class CohortConfig(Section):
         description="who would miss the deadline trains as many steps as there is time for, and is on time",
     )
     least: PositiveInt = Field(1, description="uploads without which a round is not averaged")
-    too_few: choice("repeat", "skip", "fail") | None = Field(  # type: ignore[valid-type]
+    too_few: choice_type("repeat", "skip", "fail") | None = Field(  # type: ignore[valid-type]
         None,
         description="fewer than `least`: invite anew, leave the server as it is, or end the run; none: skip where `devices`, "
         "`faults` or a deadline are simulated, and in a federation; else fail",
@@ -168,7 +168,7 @@ class CohortConfig(Section):
         10, description="too_few: repeat: how often a round is tried before the run fails"
     )
 
-    def invited(self, per_round: int | None, clients: int) -> int:
+    def num_sampled(self, per_round: int | None, clients: int) -> int:
         """How many of so many clients are invited to a round."""
         return (
             clients
@@ -177,7 +177,7 @@ class CohortConfig(Section):
         )
 
     @model_validator(mode="after")
-    def _a_deadline_to_meet(self) -> CohortConfig:
+    def _check_deadline(self) -> CohortConfig:
         if self.partial_work and self.deadline is None:
             raise ValueError(
                 "found partial_work without a deadline; give cohort.deadline, in simulated seconds"

@@ -13,12 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 from hetero_fl.core.objectives import (
     Batch,
-    Given,
-    Nets,
+    Context,
+    ModelViews,
     Objective,
     Supervised,
-    as_shape,
-    divergence,
+    distillation_loss,
+    to_shape,
 )
 from model_zoo import SplitModel
 
@@ -39,15 +39,17 @@ class AdaptiveMargin(Objective):
     slot: str = "prototypes"
     vectors: str = "vectors"
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        prototypes = nets[self.slot](nets[self.vectors](given["one_hot"]).logits).logits
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        prototypes = nets[self.slot](nets[self.vectors](context["one_hot"]).logits).logits
         squares = (batch.x[:, None] - prototypes[None]).square().sum(-1)
-        apart = squares.clamp(min=NEAREST).sqrt() + given["margin"] * given["one_hot"][batch.y]
-        return F.cross_entropy(-apart, batch.y, reduction="none")
+        distances = (
+            squares.clamp(min=NEAREST).sqrt() + context["margin"] * context["one_hot"][batch.y]
+        )
+        return F.cross_entropy(-distances, batch.y, reduction="none")
 
 
 @dataclass(frozen=True)
-class Generate(Objective):
+class GeneratorObjective(Objective):
     """Σ_k a_k(y)·CE(head_k(G(y, ε)), y) + η·exp(−mean_ij(mean|z_i − z_j| · mean(ε_i − ε_j)²)), z = G(y, ε) (Zhu et al. 2021,
     FedGen, in the form of the authors' code: teachers weighted one by one, and features that differ where noise does).
 
@@ -58,44 +60,44 @@ class Generate(Objective):
     diversity: float = 1.0
     slot: str = "generator"
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        z, heads = nets[self.slot](batch.x).logits, given["heads"]
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        z, heads = nets[self.slot](batch.x).logits, context["heads"]
         logits = torch.einsum("kcd,bd->kbc", heads["weight"], z) + heads["bias"][:, None]
         wrong = -logits.log_softmax(-1)[:, torch.arange(len(z)), batch.y]  # [K, B]
         noise = batch.x[:, heads["bias"].shape[-1] :]
         far = (z[:, None] - z[None]).abs().mean(-1) * (noise[:, None] - noise[None]).square().mean(
             -1
         )
-        return (given["say"][:, batch.y] * wrong).sum(0) + self.diversity * torch.exp(-far.mean())
+        return (context["say"][:, batch.y] * wrong).sum(0) + self.diversity * torch.exp(-far.mean())
 
 
 @dataclass(frozen=True)
-class FromGenerator(Supervised):
+class GeneratedFeatures(Supervised):
     """The task plus α·CE(head(G(ŷ, ε)), ŷ) on drawn classes ŷ (Zhu et al. 2021, FedGen), and, as the authors' code adds,
     β·KL(head(G(y, ε)) ‖ model(x)) on the batch's own.
 
-    Columns `fake_x` and `fake_y` as `Generate` has them; with β `noise_x` `[at least B, noise]` too, and given `one_hot`.
+    Columns `fake_x` and `fake_y` as `GeneratorObjective` has them; with β `noise_x` `[at least B, noise]` too, and given `one_hot`.
     """
 
     weight: float = 1.0
     latent_weight: float = 0.0
     generator: str = "generator"
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        return self.private(nets, batch, given) + self.public(nets, batch, given)
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        return self.private_loss(nets, batch, context) + self.public_loss(nets, batch, context)
 
-    def public(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         features = nets[self.generator](batch.fake_x).logits
         return self.weight * F.cross_entropy(nets[self.slot].head(features), batch.fake_y)
 
-    def private(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         net, generator = nets[self.slot], nets[self.generator]
         outputs = net(batch.x)
-        loss = self.of(outputs, batch, given)
+        loss = self.loss_of_outputs(outputs, batch, context)
         if self.latent_weight:
             noise = batch.noise_x[: len(batch.y)]
-            alike = generator(torch.cat([given["one_hot"][batch.y], noise], 1)).logits
-            loss = loss + self.latent_weight * divergence(
+            alike = generator(torch.cat([context["one_hot"][batch.y], noise], 1)).logits
+            loss = loss + self.latent_weight * distillation_loss(
                 self.kind, outputs.logits, net.head(alike)
             )
         return loss
@@ -128,8 +130,8 @@ class Generator(SplitModel):
             small = [-(-s // 4) for s in size]
             head: nn.Module = nn.Sequential(
                 nn.Unflatten(1, (width, *small)),
-                *_doubled(width, width, [-(-s // 2) for s in size]),
-                *_doubled(width, width // 2, size),
+                *_upsampling_block(width, width, [-(-s // 2) for s in size]),
+                *_upsampling_block(width, width // 2, size),
                 nn.Conv2d(width // 2, channels, 3, padding=1),
                 nn.Sigmoid(),
                 nn.Flatten(),
@@ -142,15 +144,15 @@ class Generator(SplitModel):
         )
 
 
-def _doubled(before: int, after: int, size: Sequence[int]) -> list[nn.Module]:
+def _upsampling_block(before: int, after: int, size: Sequence[int]) -> list[nn.Module]:
     up = nn.Upsample(size=tuple(size), mode="nearest")
     return [up, nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
 
 
-def seen(x: Tensor, view: View) -> Tensor:
+def preprocess_generated(x: Tensor, view: View) -> Tensor:
     """Generated examples `[B, *shape]` as a model with this view takes them."""
     shape, mean, std = view
-    x = as_shape(x, shape)
+    x = to_shape(x, shape)
     return x if mean is None or std is None else (x - x.new_tensor(mean)) / x.new_tensor(std)
 
 
@@ -160,7 +162,7 @@ class BatchStatistics(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.apart: Tensor | float = 0.0
+        self.distance: Tensor | float = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.batch_norm:
@@ -174,7 +176,7 @@ class BatchStatistics(TorchFunctionMode):
             return
         over = [d for d in range(input.ndim) if d != 1]
         ours = input.mean(over), input.var(over, unbiased=False)
-        self.apart = self.apart + (ours[0] - mean).norm() + (ours[1] - variance).norm()
+        self.distance = self.distance + (ours[0] - mean).norm() + (ours[1] - variance).norm()
 
 
 @dataclass(frozen=True)
@@ -191,21 +193,21 @@ class Synthesis(Objective):
     statistics_weight: float = 1.0
     adversarial_weight: float = 0.5
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         x = nets.generator(batch.x).logits.unflatten(1, self.shape)
-        said, apart = [], []
+        said, distances = [], []
         for slot, view in self.teachers:
             with BatchStatistics() as statistics:
-                said.append(nets[slot](seen(x, view)).logits)
-            apart.append(statistics.apart)
+                said.append(nets[slot](preprocess_generated(x, view)).logits)
+            distances.append(statistics.distance)
         mean = torch.stack(said).mean(0)
-        student = nets[self.student[0]](seen(x, self.student[1])).logits
+        student = nets[self.student[0]](preprocess_generated(x, self.student[1])).logits
         differ = (mean.argmax(-1) != student.argmax(-1)).to(mean.dtype)
         log_p = mean.log_softmax(-1)
         kl = (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1)
-        statistics_apart = sum(apart) / len(apart)
+        statistics_distance = sum(distances) / len(distances)
         return (
             F.cross_entropy(mean, batch.y, reduction="none")
-            + self.statistics_weight * statistics_apart
+            + self.statistics_weight * statistics_distance
             - self.adversarial_weight * differ * kl
         )

@@ -42,14 +42,14 @@ def metric_names(task: Task) -> tuple[str, ...]:
     """The metrics that `score` returns for a task, in the order of tables: those that lead come first."""
     if task.kind == "regression":
         return REGRESSION
-    return MANY if task.many else CLASSIFICATION if task.rare is None else RARE
+    return MANY if task.has_many_classes else CLASSIFICATION if task.rare is None else RARE
 
 
 def selection_metric(task: Task) -> tuple[str, int]:
     """The metric by which validation selects a round, and its sign: +1 if larger is better, −1 if smaller is."""
     if task.kind == "regression":
         return "mae", -1
-    if task.many:
+    if task.has_many_classes:
         return "accuracy", 1
     return ("balanced_accuracy" if task.kind == "multiclass" and task.rare is None else "auroc"), 1
 
@@ -74,7 +74,7 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
     `LARGEST_FIGURE` is None.
     Raises ValueError if the shapes do not fit the task.
     """
-    _check(task, logits, y)
+    _check_shapes(task, logits, y)
     outputs = logits.detach().double()
     if unit is not None and task.kind == "regression":
         by = unit.to(outputs.device).double()[:, None]
@@ -95,7 +95,7 @@ def score(task: Task, logits: Tensor, y: Tensor, unit: Tensor | None = None) -> 
             strict=True,
         )
     )
-    if task.many:
+    if task.has_many_classes:
         loss, among = found["loss"], (outputs.topk(3).indices == y[:, None]).any(1)
         known = loss is not None and bool(outputs.isfinite().all())
         found["top3_accuracy"] = among.double().mean() if known else None
@@ -192,7 +192,7 @@ def confusion(task: Task, logits: Tensor, y: Tensor) -> Tensor:
     """
     if task.kind == "regression":
         raise ValueError("a regression task has no confusion matrix")
-    _check(task, logits, y)
+    _check_shapes(task, logits, y)
     if task.kind == "multilabel":
         labels = torch.arange(task.outputs, device=logits.device)
         cells = (4 * labels + 2 * (y.to(logits.device) > 0.5) + (logits > 0)).flatten()
@@ -212,7 +212,7 @@ def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[s
     """
     if task.kind == "regression":
         raise ValueError("a regression task has no calibration of confidence")
-    _check(task, logits, y)
+    _check_shapes(task, logits, y)
     outputs = logits.detach().double()
     if task.kind == "multiclass":
         confidence, guess = outputs.softmax(1).max(1)
@@ -236,7 +236,7 @@ def calibration(task: Task, logits: Tensor, y: Tensor, bins: int = 15) -> dict[s
     }
 
 
-def _check(task: Task, logits: Tensor, y: Tensor) -> None:
+def _check_shapes(task: Task, logits: Tensor, y: Tensor) -> None:
     expected = logits.shape[:1] if task.kind == "multiclass" else logits.shape
     if logits.ndim != 2 or logits.shape[1] != task.outputs or y.shape != expected:
         raise ValueError(
@@ -257,7 +257,9 @@ def _finite(values: list[Tensor | None] | tuple[Tensor, ...]) -> list[float | No
 # A metric over many clients: the mean, how far they are apart, the worst.
 
 
-def spread(values: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | int | None]:
+def summarize_clients(
+    values: Mapping[str, Mapping[str, float | None]],
+) -> dict[str, float | int | None]:
     """Over clients: for each metric m the mean as `m`, the population standard deviation `m_std`, and `m_worst`.
 
     The worst is the minimum, for errors and losses the maximum. Undefined values, and those beyond `LARGEST_FIGURE`, are left

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetero_fl.utils.seeding import key
+from hetero_fl.utils.seeding import stream_key
 from model_zoo import ModelError, SplitModel, create_model, is_batch_norm
 
 Tensors = dict[str, Tensor]
 
 
-def frozen(value: Any) -> Any:
+def freeze_lists(value: Any) -> Any:
     """A value of which every list, however deep, is a tuple."""
-    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(freeze_lists, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModelSpec:
     """A model of the zoo with everything that decides its shapes. Equal architectures have equal tensors.
 
     `input_shape` is (channels, *size) as `model_zoo.create_model` takes it; with a `vocabulary` (its size) examples are
@@ -39,7 +39,7 @@ class Architecture:
     vocabulary: int | None = None
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         name: str,
         outputs: int,
@@ -48,13 +48,13 @@ class Architecture:
         options: Mapping[str, Any] | None = None,
         pretrained: bool = False,
         vocabulary: int | None = None,
-    ) -> Architecture:
+    ) -> ModelSpec:
         """An architecture from a configuration's plain values (lists become tuples, so that it can be hashed)."""
-        settled = tuple(sorted((k, frozen(v)) for k, v in (options or {}).items()))
+        settled = tuple(sorted((k, freeze_lists(v)) for k, v in (options or {}).items()))
         return cls(name, outputs, tuple(input_shape), feature_dim, settled, pretrained, vocabulary)
 
     @property
-    def sizes(self) -> tuple[int, int, tuple[int, ...], int | None]:
+    def size_arguments(self) -> tuple[int, int, tuple[int, ...], int | None]:
         """Outputs, channels, size and feature width, as `model_zoo.create_model` takes them."""
         channels, *size = self.input_shape if self.vocabulary is None else (1, *self.input_shape)
         return self.outputs, channels, tuple(size), self.feature_dim
@@ -67,15 +67,19 @@ class Architecture:
         """
         options = dict(self.options)
         return create_model(
-            self.name, *self.sizes, pretrained=pretrained, vocabulary=self.vocabulary, **options
+            self.name,
+            *self.size_arguments,
+            pretrained=pretrained,
+            vocabulary=self.vocabulary,
+            **options,
         )
 
-    def initial(self, seed: int) -> Tensors:
+    def initial_tensors(self, seed: int) -> Tensors:
         """The tensors that every participant with this architecture starts from. Do not change them in place."""
-        return dict(_initial(self, seed, torch.get_default_dtype()))
+        return dict(_initial_tensors(self, seed, torch.get_default_dtype()))
 
     @cached_property
-    def id(self) -> str:
+    def spec_id(self) -> str:
         """One line that names the architecture: the name of its group at the server."""
         detail = [f"{'x'.join(map(str, self.input_shape))}->{self.outputs}"]
         detail += [f"vocabulary={self.vocabulary}"] if self.vocabulary else []
@@ -88,33 +92,33 @@ class Architecture:
     @property
     def parameter_names(self) -> frozenset[str]:
         """Names of trainable tensors; the others are buffers (BatchNorm statistics and counters)."""
-        return _built(self).parameters
+        return _measure(self).parameters
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each tensor by name. Raises ModelError where the model cannot be made."""
-        return _built(self).shapes
+        return _measure(self).shapes
 
     @property
     def batch_norm_names(self) -> frozenset[str]:
         """Names of all that BatchNorm layers hold, parameters and statistics; found by type, as names differ."""
-        return _built(self).batch_norm
+        return _measure(self).batch_norm
 
     @property
-    def width(self) -> int:
+    def feature_width(self) -> int:
         """Width of the features. Raises ModelError where the model cannot be made."""
-        return _built(self).width
+        return _measure(self).width
 
     def to_json(self) -> str:
         """As stored beside saved tensors."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> Architecture:
+    def from_json(cls, text: str) -> ModelSpec:
         """The reverse of `to_json`. Raises ValueError on anything else."""
         try:
             raw = json.loads(text)
-            return cls.of(
+            return cls.from_config(
                 str(raw["name"]),
                 int(raw["outputs"]),
                 tuple(raw["input_shape"]),
@@ -142,7 +146,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _ModelFacts:
     """What is known of a model without its values."""
 
     parameters: frozenset[str]
@@ -152,12 +156,12 @@ class _Facts:
 
 
 @lru_cache(maxsize=256)
-def _built(arch: Architecture) -> _Facts:
+def _measure(arch: ModelSpec) -> _ModelFacts:
     """Equal architectures are built once: methods derive them anew each round."""
     with torch.random.fork_rng(devices=[]):
         module = arch.build()
     layers = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
-    return _Facts(
+    return _ModelFacts(
         frozenset(n for n, _ in module.named_parameters()),
         int(module.feature_dim),
         {n: tuple(t.shape) for n, t in module.state_dict().items()},
@@ -166,10 +170,10 @@ def _built(arch: Architecture) -> _Facts:
 
 
 @lru_cache(maxsize=16)
-def _initial(arch: Architecture, seed: int, dtype: torch.dtype) -> Tensors:
+def _initial_tensors(arch: ModelSpec, seed: int, dtype: torch.dtype) -> Tensors:
     """`dtype` is torch's default one, which decides the result."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "init", arch.id))
+        torch.manual_seed(stream_key(seed, "init", arch.spec_id))
         return {n: t.detach().clone() for n, t in arch.build(arch.pretrained).state_dict().items()}
 
 

@@ -19,7 +19,7 @@ from model_zoo import Outputs, SplitModel
 # Models and batches as an objective sees them, whether the modules are live or stacked.
 
 
-class Net:
+class ModelView:
     """A model as an objective sees it: call it on inputs for `Outputs(logits, features)`.
 
     `parameters` are its trainable tensors by name; `forward` and `head` hide whether the module is live or stacked.
@@ -34,7 +34,7 @@ class Net:
         self._forward, self.head, self.parameters = forward, head, parameters
 
     @classmethod
-    def live(cls, module: SplitModel) -> Net:
+    def from_module(cls, module: SplitModel) -> ModelView:
         """The module itself."""
         return cls(module, module.head, dict(module.named_parameters()))
 
@@ -42,10 +42,10 @@ class Net:
         return self._forward(x)
 
 
-class Nets(dict[str, Net]):
+class ModelViews(dict[str, ModelView]):
     """The models of a fit by slot; `nets.model` is `nets["model"]`."""
 
-    def __getattr__(self, slot: str) -> Net:
+    def __getattr__(self, slot: str) -> ModelView:
         try:
             return self[slot]
         except KeyError:
@@ -70,7 +70,7 @@ class Batch(dict[str, Tensor]):
         return (per_example * self.weight).sum() / self.weight.sum()
 
 
-Given = Mapping[str, Any]
+Context = Mapping[str, Any]
 
 
 # What is optimised: one loss per example and, apart from it, a penalty on the parameters.
@@ -85,29 +85,29 @@ Kind = Literal["multiclass", "multilabel", "regression"]
 class Objective:
     """One loss per example, and a penalty of the parameters alone."""
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         """`[B]`."""
         raise TypeError(f"{type(self).__name__} defines no loss")
 
-    def penalty(self, nets: Nets, given: Given) -> Tensor | float:
+    def penalty(self, nets: ModelViews, context: Context) -> Tensor | float:
         """A number; never clipped, masked or weighted."""
         return 0.0
 
-    def private(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         """`[B]`, what of the loss reads the rows: it is clipped and noised where they are to stay private. All of it, unless an
         objective says what `public` is."""
-        return self.loss(nets, batch, given)
+        return self.loss(nets, batch, context)
 
-    def public(self, nets: Nets, batch: Batch, given: Given) -> Tensor | float:
-        """A number, what of the loss reads only columns that were drawn beside the rows (`Fit.beside`)."""
+    def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor | float:
+        """A number, what of the loss reads only columns that were drawn beside the rows (`Fit.extra_batches`)."""
         return 0.0
 
-    def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def total_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         """The number to minimise on this batch."""
-        return batch.mean(self.loss(nets, batch, given)) + self.penalty(nets, given)
+        return batch.mean(self.loss(nets, batch, context)) + self.penalty(nets, context)
 
 
-def supervised(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
+def supervised_loss(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
     """Cross-entropy, binary cross-entropy (mean over labels) or squared error (mean over targets), `[B]`."""
     if kind == "multiclass":
         return F.cross_entropy(logits, y, reduction=reduction)
@@ -118,7 +118,9 @@ def supervised(kind: Kind, logits: Tensor, y: Tensor, reduction: str = "none") -
     return each.mean() if reduction == "mean" else each
 
 
-def divergence(kind: Kind, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation_loss(
+    kind: Kind, student: Tensor, teacher: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Distance of a student's logits from a teacher's, `[B]`; the teacher is detached.
 
     Classes: KL(softmax(teacher/T) ‖ softmax(student/T)) · T² (Hinton et al. 2015), the sum over classes, so that its mean
@@ -156,22 +158,26 @@ class Supervised(Objective):
     kind: Kind = "multiclass"
     slot: str = "model"
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        return self.of(nets[self.slot](batch.x), batch, given)
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        return self.loss_of_outputs(nets[self.slot](batch.x), batch, context)
 
-    def of(self, outputs: Outputs, batch: Batch, given: Given, reduction: str = "none") -> Tensor:
+    def loss_of_outputs(
+        self, outputs: Outputs, batch: Batch, context: Context, reduction: str = "none"
+    ) -> Tensor:
         """The loss of outputs that another objective has computed."""
-        logits = outputs.logits + given["log_prior"] if "log_prior" in given else outputs.logits
-        if "class_weights" in given:
-            each = supervised(self.kind, logits, batch.y) * given["class_weights"][batch.y]
+        logits = outputs.logits + context["log_prior"] if "log_prior" in context else outputs.logits
+        if "class_weights" in context:
+            each = supervised_loss(self.kind, logits, batch.y) * context["class_weights"][batch.y]
             return each.mean() if reduction == "mean" else each
-        return supervised(self.kind, logits, batch.y, reduction)
+        return supervised_loss(self.kind, logits, batch.y, reduction)
 
-    def total(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def total_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         if batch.weight is not None or type(self).loss is not Supervised.loss:
-            return super().total(nets, batch, given)
+            return super().total_loss(nets, batch, context)
         # one fused kernel
-        return self.of(nets[self.slot](batch.x), batch, given, "mean") + self.penalty(nets, given)
+        return self.loss_of_outputs(
+            nets[self.slot](batch.x), batch, context, "mean"
+        ) + self.penalty(nets, context)
 
 
 @dataclass(frozen=True)
@@ -181,9 +187,11 @@ class Masked(Supervised):
     given `present` `[C]` is 1 where the client has the class, else 0.
     """
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         outputs = nets[self.slot](batch.x)
-        return self.of(outputs._replace(logits=outputs.logits * given["present"]), batch, given)
+        return self.loss_of_outputs(
+            outputs._replace(logits=outputs.logits * context["present"]), batch, context
+        )
 
 
 @dataclass(frozen=True)
@@ -192,12 +200,12 @@ class Proximal(Supervised):
 
     mu: float = 0.01
 
-    def penalty(self, nets: Nets, given: Given) -> Tensor | float:
-        return self.mu / 2 * squared_distance(nets[self.slot].parameters, given["anchor"])
+    def penalty(self, nets: ModelViews, context: Context) -> Tensor | float:
+        return self.mu / 2 * squared_distance(nets[self.slot].parameters, context["anchor"])
 
 
 @dataclass(frozen=True)
-class Digest(Objective):
+class TeacherDistillation(Objective):
     """Follow the column `teacher` (logits): KL · T², or mean absolute error of logits as FedMD's authors have it."""
 
     kind: Kind = "multiclass"
@@ -205,15 +213,15 @@ class Digest(Objective):
     distance: Literal["kl", "mae"] = "kl"
     slot: str = "model"
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         logits = nets[self.slot](batch.x).logits
         if self.distance == "mae":
             return (logits - batch.teacher.detach()).abs().mean(-1)
-        return divergence(self.kind, logits, batch.teacher, self.temperature)
+        return distillation_loss(self.kind, logits, batch.teacher, self.temperature)
 
 
 @dataclass(frozen=True)
-class Rehearsal(Supervised):
+class ProxyReplay(Supervised):
     """The task plus λ·KL·T² towards a teacher on public rows beside the batch (columns `public_x`, `public_teacher`).
 
     What a client learns from its own rows does not cost it what it knows of the others' classes.
@@ -222,22 +230,22 @@ class Rehearsal(Supervised):
     weight: float = 1.0
     temperature: float = 1.0
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        return self.private(nets, batch, given) + self.public(nets, batch, given)
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        return self.private_loss(nets, batch, context) + self.public_loss(nets, batch, context)
 
-    def private(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        return self.of(nets[self.slot](batch.x), batch, given)
+    def private_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        return self.loss_of_outputs(nets[self.slot](batch.x), batch, context)
 
-    def public(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def public_loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         logits = nets[self.slot](batch.public_x).logits
         return (
             self.weight
-            * divergence(self.kind, logits, batch.public_teacher, self.temperature).mean()
+            * distillation_loss(self.kind, logits, batch.public_teacher, self.temperature).mean()
         )
 
 
 @dataclass(frozen=True)
-class ClassDigest(Supervised):
+class ClassTeacherDistillation(Supervised):
     """The task plus λ·KL·T² towards given `teacher` `[C, C]`, the consensus logits of the example's class (Jeong et al. 2018).
 
     given `known` `[C]` is 1 where the class has a teacher, else 0.
@@ -246,10 +254,15 @@ class ClassDigest(Supervised):
     weight: float = 1.0
     temperature: float = 1.0
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         outputs = nets[self.slot](batch.x)
-        towards = divergence(self.kind, outputs.logits, given["teacher"][batch.y], self.temperature)
-        return self.of(outputs, batch, given) + self.weight * towards * given["known"][batch.y]
+        towards = distillation_loss(
+            self.kind, outputs.logits, context["teacher"][batch.y], self.temperature
+        )
+        return (
+            self.loss_of_outputs(outputs, batch, context)
+            + self.weight * towards * context["known"][batch.y]
+        )
 
 
 @dataclass(frozen=True)
@@ -261,10 +274,13 @@ class PrototypePull(Supervised):
 
     weight: float = 1.0
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         outputs = nets[self.slot](batch.x)
-        apart = (outputs.features - given["prototypes"][batch.y]).square().mean(-1)
-        return self.of(outputs, batch, given) + self.weight * apart * given["known"][batch.y]
+        apart = (outputs.features - context["prototypes"][batch.y]).square().mean(-1)
+        return (
+            self.loss_of_outputs(outputs, batch, context)
+            + self.weight * apart * context["known"][batch.y]
+        )
 
 
 def log_prior(task: Task, counts: Tensor) -> Tensor | None:
@@ -282,18 +298,18 @@ TINY = 1e-12  # of a probability, before its logarithm
 
 
 @dataclass(frozen=True)
-class Taught(Supervised):
+class SupervisedDistillation(Supervised):
     """The task plus λ·KL·T² towards the column `teacher` (logits) of the same examples (He et al. 2020, FedGKT). A
     column `log_prior` is logit adjustment by example, for rows of several clients."""
 
     weight: float = 1.0
     temperature: float = 1.0
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         outputs = nets[self.slot](batch.x)
-        towards = divergence(self.kind, outputs.logits, batch.teacher, self.temperature)
-        given = {**given, "log_prior": batch.log_prior} if "log_prior" in batch else given
-        return self.of(outputs, batch, given) + self.weight * towards
+        towards = distillation_loss(self.kind, outputs.logits, batch.teacher, self.temperature)
+        context = {**context, "log_prior": batch.log_prior} if "log_prior" in batch else context
+        return self.loss_of_outputs(outputs, batch, context) + self.weight * towards
 
 
 @dataclass(frozen=True)
@@ -307,8 +323,8 @@ class Coefficients(Objective):
     temperature: float = 1.0
     rho: float = 0.7
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        c, p = nets.mix(batch.x).logits, given["predictions"]
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        c, p = nets.mix(batch.x).logits, context["predictions"]
         mixed = torch.einsum("bk,kdc->bdc", c, p).clamp(min=TINY)
         apart = (mixed * (mixed.log() - p[batch.own].clamp(min=TINY).log())).sum(-1).mean(-1)
         return self.temperature**2 * apart + self.rho * (c - 1 / c.shape[-1]).square().sum(-1)
@@ -322,13 +338,13 @@ class Coefficients(Objective):
 SMALLEST = 1e-12  # a denominator: both models right and sure of it, to the last bit
 
 
-def convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether `as_shape` can turn examples of the one shape into the other: the same, or images of as many channels or one."""
+def is_convertible(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether `to_shape` can turn examples of the one shape into the other: the same, or images of as many channels or one."""
     images = len(shape) == len(other) == 3
     return shape == other or (images and len({shape[0], other[0]} | {1}) <= 2)
 
 
-def as_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def to_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Examples `[B, …]` as examples of another shape `(channels, *size)`: images are resized (bilinear), then their channels
     averaged into one or one repeated. What has the shape is returned as it is."""
     if tuple(x.shape[1:]) == shape:
@@ -342,7 +358,7 @@ def as_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mutual(Supervised):
+class MutualDistillation(Supervised):
     """α·task(p) + (1 − α)·KL(m ‖ p) for the model p, and β·task(m) + (1 − β)·KL(p ‖ m) for its mentee m (Shen et al. 2020,
     FML, eq. 6 and 7). The mentee sees examples in `shape`, (channels, *size)."""
 
@@ -351,23 +367,23 @@ class Mutual(Supervised):
     mentee: str = "mentee"
     shape: tuple[int, ...] = ()
 
-    def both(self, nets: Nets, batch: Batch) -> tuple[Outputs, Outputs]:
+    def both_outputs(self, nets: ModelViews, batch: Batch) -> tuple[Outputs, Outputs]:
         """What the model and its mentee say."""
-        return nets[self.slot](batch.x), nets[self.mentee](as_shape(batch.x, self.shape))
+        return nets[self.slot](batch.x), nets[self.mentee](to_shape(batch.x, self.shape))
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        p, m = self.both(nets, batch)
-        own = self.alpha * self.of(p, batch, given) + (1 - self.alpha) * divergence(
-            self.kind, p.logits, m.logits
-        )
-        shared = self.beta * self.of(m, batch, given) + (1 - self.beta) * divergence(
-            self.kind, m.logits, p.logits
-        )
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        p, m = self.both_outputs(nets, batch)
+        own = self.alpha * self.loss_of_outputs(p, batch, context) + (
+            1 - self.alpha
+        ) * distillation_loss(self.kind, p.logits, m.logits)
+        shared = self.beta * self.loss_of_outputs(m, batch, context) + (
+            1 - self.beta
+        ) * distillation_loss(self.kind, m.logits, p.logits)
         return own + shared
 
 
 @dataclass(frozen=True)
-class AdaptiveMutual(Mutual):
+class AdaptiveMutual(MutualDistillation):
     """task(t) + task(s) + (KL(s ‖ t) + KL(t ‖ s) + λ·MSE(h_t, W·h_s)) / (task(t) + task(s)) for mentor t and mentee s
     (Wu et al. 2022, FedKD, eq. 1 to 6), h the features and W the matrix of the slot `hidden`.
 
@@ -378,10 +394,13 @@ class AdaptiveMutual(Mutual):
     hidden_weight: float = 1.0
     hidden: str = "hidden"
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        t, s = self.both(nets, batch)
-        mentor, mentee = self.of(t, batch, given), self.of(s, batch, given)
-        apart = divergence(self.kind, t.logits, s.logits) + divergence(
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        t, s = self.both_outputs(nets, batch)
+        mentor, mentee = (
+            self.loss_of_outputs(t, batch, context),
+            self.loss_of_outputs(s, batch, context),
+        )
+        apart = distillation_loss(self.kind, t.logits, s.logits) + distillation_loss(
             self.kind, s.logits, t.logits
         )
         hidden = (t.features - nets[self.hidden](s.features).logits).square().mean(-1)
@@ -390,7 +409,7 @@ class AdaptiveMutual(Mutual):
 
 
 @dataclass(frozen=True)
-class Nested(Mutual):
+class NestedRepresentations(MutualDistillation):
     """m_F·task(head_F(r)) + m_G·task(head_G(r[:d₁])), r = P·[g, f] of width d₂ (Yi et al. 2024, FedMRL); g are features of the
     mentee G (width d₁), f those of the own model F (width d₂), P is the linear map of the slot `projection`.
 
@@ -401,9 +420,9 @@ class Nested(Mutual):
     beta: float = 1.0
     projection: str = "projection"
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
-        f, g = (outputs.features for outputs in self.both(nets, batch))
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
+        f, g = (outputs.features for outputs in self.both_outputs(nets, batch))
         r = nets[self.projection](torch.cat([g, f], -1)).logits
         fine, coarse = nets[self.slot].head(r), nets[self.mentee].head(r[..., : g.shape[-1]])
-        own = self.alpha * self.of(Outputs(fine, r), batch, given)
-        return own + self.beta * self.of(Outputs(coarse, r), batch, given)
+        own = self.alpha * self.loss_of_outputs(Outputs(fine, r), batch, context)
+        return own + self.beta * self.loss_of_outputs(Outputs(coarse, r), batch, context)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.utils.errors import nearest, one_line, similar
+from hetero_fl.utils.errors import one_line, suggest_or_list, suggest_similar
 from hetero_fl.utils.serialization import CodecError, decode, encode
 
 Kind = Literal["params", "update", "rows", "class_sums", "counts"]
@@ -36,7 +36,7 @@ class PayloadError(ValueError):
         super().__init__(one_line(message, MOST_REASON))
 
 
-class NoSuchItem(KeyError):
+class MissingItemError(KeyError):
     """An item that was not sent, or a name that no upload can have; one line."""
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Payload(Mapping[str, Any]):
         """The largest norm of its tensors, where it was read from bytes."""
 
     @classmethod
-    def of(cls, items: Any, specs: Mapping[str, ItemSpec] | None = None) -> Payload:
+    def from_hook(cls, items: Any, specs: Mapping[str, ItemSpec] | None = None) -> Payload:
         """What a method's hook returned; with `specs`, as it declared it. Raises PayloadError naming the item at fault."""
         if not isinstance(items, Mapping):
             raise PayloadError(f"returns {type(items).__name__}, not a dictionary of items")
@@ -112,7 +112,7 @@ class Payload(Mapping[str, Any]):
                 continue
             if name not in specs:
                 raise PayloadError(
-                    f"item {name!r} is not declared in `uploads`{nearest(name, specs)}"
+                    f"item {name!r} is not declared in `uploads`{suggest_or_list(name, specs)}"
                 )
             if item.kind != specs[name].kind:
                 kind = specs[name].kind
@@ -134,7 +134,9 @@ class Payload(Mapping[str, Any]):
         """The item with its weight and kind. Raises NoSuchItem, a KeyError, that says what was sent."""
         if name not in self.items_:
             sent = ", ".join(map(repr, self.items_)) or "nothing"
-            raise NoSuchItem(f"no item {name!r} was sent, but {sent}{similar(name, self.items_)}")
+            raise MissingItemError(
+                f"no item {name!r} was sent, but {sent}{suggest_similar(name, self.items_)}"
+            )
         return self.items_[name]
 
     def norm(self) -> float:
@@ -160,12 +162,12 @@ class Payload(Mapping[str, Any]):
     def decode(cls, data: bytes) -> Payload:
         """Read a payload that somebody sent. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
         try:
-            return cls.checked(decode(data, FORM))
+            return cls.from_untrusted(decode(data, FORM))
         except CodecError as error:
             raise PayloadError(str(error)) from None
 
     @classmethod
-    def checked(cls, tree: Any) -> Payload:
+    def from_untrusted(cls, tree: Any) -> Payload:
         """A payload from a tree of plain values and tensors that somebody sent: `items`, each with values, weight and kind,
         and a `report`. Raises PayloadError for anything malformed, or not finite and up to `LARGEST`."""
         if not isinstance(tree, dict) or set(tree) != {"items", "report"}:
@@ -181,14 +183,14 @@ class Payload(Mapping[str, Any]):
         return payload
 
 
-def report_of(loss: float | None) -> dict[str, str]:
+def report_with_loss(loss: float | None) -> dict[str, str]:
     """What goes with an upload: the training loss to all 17 digits, in a fixed width, so that the upload's size is known
     before its numbers are.
     """
     return {} if loss is None else {"loss": f"{loss:+.16e}"}
 
 
-def loss_of(report: Mapping[str, Any]) -> float | None:
+def loss_from_report(report: Mapping[str, Any]) -> float | None:
     """Return the loss that a report tells, None if there is none of a magnitude up to `LARGEST`."""
     try:
         loss = float(report["loss"])
@@ -228,7 +230,7 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
     largest = 0.0
     for t in (*tensors, weight) if isinstance(weight, Tensor) else tensors:
         if t.is_floating_point():
-            largest = max(largest, _checked_norm(name, t))
+            largest = max(largest, _check_norm(name, t))
     if isinstance(weight, Tensor):
         if not weight.is_floating_point() or bool((weight < 0).any()):
             raise PayloadError(f"item {name!r} has a weight below nought")
@@ -243,7 +245,7 @@ def _item(name: str, raw: Any) -> tuple[Item, float]:
     return Item(values, weight, kind), largest
 
 
-def _checked_norm(name: str, tensor: Tensor) -> float:
+def _check_norm(name: str, tensor: Tensor) -> float:
     """Return the norm of a floating-point tensor of an item.
 
     The norm carries every NaN, infinity and large value, and takes no longer than a sum. Only where it is beyond `LARGEST`
@@ -277,7 +279,7 @@ def check_size(size: int, specs: Mapping[str, ItemSpec], like: Mapping[str, Item
         tensors = list(item.values.values()) if isinstance(item.values, dict) else [item.values]
         tensors += [item.weight] if isinstance(item.weight, Tensor) else []
         ranks = name in specs and specs[name].ranks
-        most += sum(SPARE_TENSOR_BYTES + 3 * _most_bytes(tensor, ranks) for tensor in tensors)
+        most += sum(SPARE_TENSOR_BYTES + 3 * _max_tensor_bytes(tensor, ranks) for tensor in tensors)
     if size > most:
         raise PayloadError(f"{size:,} bytes; what was agreed takes at most {most:,}")
 
@@ -293,7 +295,7 @@ def check_header(data: bytes, like: Mapping[str, Item]) -> None:
         raise PayloadError(f"a header of {size:,} bytes; what was agreed takes at most {most:,}")
 
 
-def _most_bytes(tensor: Tensor, ranks: bool) -> int:
+def _max_tensor_bytes(tensor: Tensor, ranks: bool) -> int:
     """Bytes of a tensor; where it may be a stack of any number of terms `[k, m + n]`, of the most that are of use, mn/(m + n)."""
     if ranks and tensor.ndim == 2:
         return (tensor.shape[1] // 4 + 1) * tensor.shape[1] * tensor.itemsize
@@ -339,8 +341,8 @@ def check_upload(payload: Payload, specs: Mapping[str, ItemSpec], like: Mapping[
         _check_shape(f"item {name!r}, weight", weight.shape == agreed.shape, weight, agreed)
 
 
-def _check_shape(what: str, fits: bool, got: Tensor, expected: Tensor) -> None:
+def _check_shape(what: str, fits: bool, received: Tensor, expected: Tensor) -> None:
     if not fits:
         raise PayloadError(
-            f"{what}: shape {tuple(got.shape)} where {tuple(expected.shape)} was agreed"
+            f"{what}: shape {tuple(received.shape)} where {tuple(expected.shape)} was agreed"
         )

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import AugmentConfig
-from hetero_fl.core.model_spec import Architecture, Tensors
+from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.objectives import Objective
 from hetero_fl.core.participant import Columns, Part, Participant
-from hetero_fl.utils.errors import PACKAGE, UserError, is_users
+from hetero_fl.utils.errors import PACKAGE, UserError, is_user_code
 
 # What a plan makes while it runs, steps and sub-plans, so that one that is made and never yielded
 # can be told.
@@ -34,16 +34,16 @@ RUNTIME = os.path.join(PACKAGE, "engine", "")
 
 
 @dataclass(eq=False)
-class Made:
+class StepOrigin:
     """A step or a sub-plan, and where it was made. A step changed by `dataclasses.replace` is still the same one."""
 
-    what: str
+    description: str
     where: str
     plan: Generator[Any, Any, Any] | None = None
     yielded: bool = False
 
     @property
-    def forgotten(self) -> bool:
+    def was_never_run(self) -> bool:
         """Whether it was never carried out."""
         if self.plan is not None:
             return inspect.getgeneratorstate(self.plan) == inspect.GEN_CREATED
@@ -51,43 +51,45 @@ class Made:
 
     def __str__(self) -> str:
         keyword = "yield" if self.plan is None else "yield from"
-        return f"{self.where}: {self.what} is made but never yielded, so nothing is computed; write `{keyword} …`"
+        return f"{self.where}: {self.description} is made but never yielded, so nothing is computed; write `{keyword} …`"
 
 
-NOTING: ContextVar[list[Made] | None] = ContextVar("NOTING", default=None)
+NOTING: ContextVar[list[StepOrigin] | None] = ContextVar("NOTING", default=None)
 
 
-def note(what: str, plan: Generator[Any, Any, Any] | None = None) -> Made | None:
+def record_origin(
+    description: str, plan: Generator[Any, Any, Any] | None = None
+) -> StepOrigin | None:
     """Note what is being made, if a plan is making it."""
     noting = NOTING.get()
     if noting is None:
         return None
-    noting.append(Made(what, place(_maker(sys._getframe(1))), plan))
+    noting.append(StepOrigin(description, format_frame(_user_frame(sys._getframe(1))), plan))
     return noting[-1]
 
 
-def watched(kind: type, hooks: Collection[str] = ()) -> None:
-    """Let the class's plans (generator functions) note when they are called; `hooks`: methods that have to return plans."""
+def track_plans(kind: type, plain_hooks: Collection[str] = ()) -> None:
+    """Let the class's plans (generator functions) note when they are called; `plain_hooks`: methods that have to return plans."""
     for name, function in list(vars(kind).items()):
         if inspect.isgeneratorfunction(function):
-            setattr(kind, name, _watched(function))
-        elif name in hooks and inspect.isfunction(function):
-            setattr(kind, name, _checked(function))
+            setattr(kind, name, _track_plan(function))
+        elif name in plain_hooks and inspect.isfunction(function):
+            setattr(kind, name, _check_hook(function))
 
 
-def _watched(
+def _track_plan(
     function: Callable[..., Generator[Any, Any, Any]],
 ) -> Callable[..., Generator[Any, Any, Any]]:
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         plan = function(*args, **kwargs)
-        note(f"the plan {function.__name__}(…)", plan)
+        record_origin(f"the plan {function.__name__}(…)", plan)
         return plan
 
     return make
 
 
-def _checked(function: FunctionType) -> Callable[..., Generator[Any, Any, Any]]:
+def _check_hook(function: FunctionType) -> Callable[..., Generator[Any, Any, Any]]:
     """A hook without a `yield`: it may hand on another plan. Raises UserError if it returns anything else."""
 
     @functools.wraps(function)
@@ -105,11 +107,11 @@ def _checked(function: FunctionType) -> Callable[..., Generator[Any, Any, Any]]:
     return make
 
 
-def _maker(frame: FrameType | None) -> FrameType | None:
+def _user_frame(frame: FrameType | None) -> FrameType | None:
     """The innermost frame in a user's file, else the innermost plan, below whoever advances it."""
     plan = None
     while frame is not None and not frame.f_code.co_filename.startswith(RUNTIME):
-        if is_users(frame.f_code.co_filename):
+        if is_user_code(frame.f_code.co_filename):
             return frame
         if plan is None and frame.f_code.co_flags & inspect.CO_GENERATOR:
             plan = frame
@@ -117,7 +119,7 @@ def _maker(frame: FrameType | None) -> FrameType | None:
     return plan
 
 
-def place(frame: FrameType | None) -> str:
+def format_frame(frame: FrameType | None) -> str:
     """`Method.function (file, line n)`."""
     if frame is None:
         return "a plan"
@@ -141,30 +143,30 @@ class Rows:
 
     name: str = "train"
     rows: Tensor | None = None  # int64 [N]: only these
-    beside: Mapping[str, Tensor] = field(default_factory=dict)
-    through: Any = None  # another preprocessing than the participant's own
+    extra_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    preprocess: Any = None  # another preprocessing than the participant's own
 
     def columns(self, participant: Participant) -> Columns:
         """The tensors, aligned on dimension 0."""
-        columns = participant.data(self.name, self.through)
+        columns = participant.data(self.name, self.preprocess)
         if self.rows is not None:
             columns = {n: t[self.rows] for n, t in columns.items()}
-        return {**columns, **self.beside}
+        return {**columns, **self.extra_columns}
 
 
 @dataclass(frozen=True)
-class Table:
+class TensorRows:
     """Tensors in hand, aligned on dimension 0 (what a server made of its uploads)."""
 
-    table: Columns
+    tensors: Columns
 
     def columns(self, participant: Participant) -> Columns:
         """The tensors themselves."""
-        return self.table
+        return self.tensors
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampledBatches:
     """Batches without end, each drawn with a keyed generator: `draw(generator, size)` gives columns."""
 
     draw: Callable[[torch.Generator, int], Columns]
@@ -177,7 +179,7 @@ class Fit:
 
     train: Mapping[str, Part]
     objective: Objective
-    data: Rows | Table | Draws = field(default_factory=Rows)
+    data: Rows | TensorRows | SampledBatches = field(default_factory=Rows)
     epochs: int = 1
     steps: int | None = None  # in place of epochs; endless permutations, full batches
     batch_size: int = 32
@@ -186,15 +188,17 @@ class Fit:
     anneal: bool = False  # cosine from lr to nought within this fit
     frozen: tuple[str, ...] = ()  # slots that the objective may call but not change
     # tensors (or named tensors) an objective reads
-    given: Mapping[str, Any] = field(default_factory=dict)
-    beside: Mapping[str, Draws] = field(default_factory=dict)  # one batch of each per step
+    context: Mapping[str, Any] = field(default_factory=dict)
+    extra_batches: Mapping[str, SampledBatches] = field(
+        default_factory=dict
+    )  # one batch of each per step
     # slot -> d: θ −= lr·d after every optimiser step
     drift: Mapping[str, Tensors] = field(default_factory=dict)
     keep: str | None = None  # a name under which the optimiser's state lives on in the participant
     label: str = "train"  # names the random stream
     as_id: str | None = None  # draw as this participant would
-    made: Made | None = field(
-        default_factory=partial(note, "a Fit"), kw_only=True, repr=False, compare=False
+    origin: StepOrigin | None = field(
+        default_factory=partial(record_origin, "a Fit"), kw_only=True, repr=False, compare=False
     )
 
 
@@ -215,13 +219,13 @@ class Predict:
     """
 
     slot: str
-    data: Rows | Table = field(default_factory=Rows)
+    data: Rows | TensorRows = field(default_factory=Rows)
     readout: Literal["logits", "features"] = "logits"
     batch_size: int = 500
     tensors: Tensors | None = None
-    arch: Architecture | None = None
-    made: Made | None = field(
-        default_factory=partial(note, "a Predict"), kw_only=True, repr=False, compare=False
+    arch: ModelSpec | None = None
+    origin: StepOrigin | None = field(
+        default_factory=partial(record_origin, "a Predict"), kw_only=True, repr=False, compare=False
     )
 
 
@@ -230,12 +234,15 @@ class ClassSums:
     """Sum and count by class of a model's output on labelled rows: `([C, width], [C])`."""
 
     slot: str
-    data: Rows | Table = field(default_factory=Rows)
+    data: Rows | TensorRows = field(default_factory=Rows)
     readout: Literal["logits", "features", "log_probabilities"] = "logits"
     at_least: float | None = None  # outputs are clipped from below before they are summed
     batch_size: int = 500
-    made: Made | None = field(
-        default_factory=partial(note, "a ClassSums"), kw_only=True, repr=False, compare=False
+    origin: StepOrigin | None = field(
+        default_factory=partial(record_origin, "a ClassSums"),
+        kw_only=True,
+        repr=False,
+        compare=False,
     )
 
 

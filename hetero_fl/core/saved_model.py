@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hetero_fl.core.images import as_bytes, as_numbers, channels_first, in_range
-from hetero_fl.core.model_spec import Architecture, Tensors, frozen
+from hetero_fl.core.model_spec import ModelSpec, Tensors, freeze_lists
 from hetero_fl.core.task import Task
-from hetero_fl.utils.code_permission import CodePermission, references
+from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
 
 FORM = "hetero_fl model 1"
@@ -46,7 +46,7 @@ class SavedModel:
     """
 
     tensors: Tensors
-    arch: Architecture
+    arch: ModelSpec
     preprocess: dict[str, Any]
     task: Task
     log_prior: tuple[float, ...] | None = None
@@ -60,7 +60,7 @@ class SavedModel:
             f"{list(self.arch.input_shape)}, {values:,} values in {len(self.tensors)} tensors)"
         )
 
-    def described(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the metadata of the model's file, as plain values of JSON."""
         about = {
             "form": FORM,
@@ -77,7 +77,7 @@ class SavedModel:
     def encode(self) -> bytes:
         """The content of a `.safetensors` file; equal models give equal bytes."""
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.tensors.items()}
-        return save(tensors, {"hetero_fl": json.dumps(self.described(), sort_keys=True)})
+        return save(tensors, {"hetero_fl": json.dumps(self.metadata(), sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path, allow_code: bool | CodePermission = False) -> SavedModel:
@@ -87,7 +87,7 @@ class SavedModel:
         """
         try:
             about, tensors = read_model_file(path)
-            CodePermission.of(allow_code).check(references(about), str(path))
+            CodePermission.from_argument(allow_code).check(find_references(about), str(path))
             named = about["task"]
             task = Task(
                 named["kind"],
@@ -96,9 +96,9 @@ class SavedModel:
                 named.get("unit", ""),
                 named.get("rare"),
             )
-            view = {k: frozen(v) for k, v in about["preprocess"].items()}
+            view = {k: freeze_lists(v) for k, v in about["preprocess"].items()}
             prior = about["log_prior"]
-            arch = Architecture.from_json(json.dumps(about["architecture"]))
+            arch = ModelSpec.from_json(json.dumps(about["architecture"]))
             named_columns = tuple(about.get("columns", ()))  # older files have none
             categories = tuple(
                 (column, tuple(values)) for column, values in about.get("categories", ())
@@ -128,13 +128,13 @@ class SavedModel:
         return module.eval()
 
     @torch.no_grad()
-    def logits(self, x: Tensor, home: bool = False, batch_size: int = 500) -> Tensor:
-        """Logits `[N, outputs]` of preprocessed examples; `home`: as the client reads its own."""
+    def logits(self, x: Tensor, personal: bool = False, batch_size: int = 500) -> Tensor:
+        """Logits `[N, outputs]` of preprocessed examples; `personal`: as the client reads its own."""
         module = self.module()
         z = torch.cat([module(b).logits for b in x.split(batch_size)])
         return (
             z + torch.tensor(self.log_prior, dtype=z.dtype)
-            if home and self.log_prior is not None
+            if personal and self.log_prior is not None
             else z
         )
 
@@ -156,9 +156,9 @@ class SavedModel:
         if image and raw.ndim in (3, 4) and 0 not in raw.shape:
             raw = as_bytes(raw, where)
             raw = raw[:, None] if raw.ndim == 3 else self._channels_first(raw, where)
-        if not self._fits(tuple(raw.shape[1:])) or raw.ndim < 2:
+        if not self._accepts_shape(tuple(raw.shape[1:])) or raw.ndim < 2:
             raise UserError(
-                f"{where}: found shape {tuple(np.shape(x))}; this model takes {self._expected()}"
+                f"{where}: found shape {tuple(np.shape(x))}; this model takes {self._expected_shapes()}"
             )
         raw = raw if raw.dtype == torch.uint8 and image else raw.to(torch.get_default_dtype())
         if raw.is_floating_point() and not bool(torch.isfinite(raw).all()):
@@ -171,7 +171,7 @@ class SavedModel:
         if raw.is_floating_point() or tuple(raw.shape[1:]) != self.arch.input_shape:
             found = f"{raw.dtype} of shape {tuple(raw.shape)}".removeprefix("torch.")
             raise UserError(
-                f"{where}: found {found}; this model takes whole numbers {self._expected()}"
+                f"{where}: found {found}; this model takes whole numbers {self._expected_shapes()}"
             )
         bad = ((raw < 0) | (raw >= vocabulary)).any(1)
         if bool(bad.any()):
@@ -184,10 +184,10 @@ class SavedModel:
     def _channels_first(self, x: Tensor, where: str) -> Tensor:
         """Images with channels first: as the model takes them if it takes only one reading, else as the axes say."""
         last = x.movedim(-1, 1)
-        fitting = [images for images in (x, last) if self._fits(tuple(images.shape[1:]))]
+        fitting = [images for images in (x, last) if self._accepts_shape(tuple(images.shape[1:]))]
         return fitting[0].contiguous() if len(fitting) == 1 else channels_first(x, where)
 
-    def _fits(self, shape: tuple[int, ...]) -> bool:
+    def _accepts_shape(self, shape: tuple[int, ...]) -> bool:
         """Whether examples of that shape, without the batch, become the model's input by its preprocessing."""
         seen = self.arch.input_shape
         if len(shape) != len(seen):
@@ -198,7 +198,7 @@ class SavedModel:
         colours = shape[0] == seen[0] or (channels is not None and (channels == 1 or shape[0] == 1))
         return colours and (resize is not None or shape[1:] == seen[1:])
 
-    def _expected(self) -> str:
+    def _expected_shapes(self) -> str:
         """The shapes that fit, in words."""
         seen, where = self.arch.input_shape, self.preprocess
         if len(seen) != 3:

@@ -24,7 +24,7 @@ class Task:
     """Of two classes the one that less than a tenth of all rows have: which models rank highest is then what counts."""
 
     @property
-    def label(self) -> tuple[str, ...]:
+    def output_names(self) -> tuple[str, ...]:
         """A name for each output."""
         return self.names or tuple(str(i) for i in range(self.outputs))
 
@@ -38,6 +38,6 @@ class Task:
         return () if found == tuple(range(len(found))) else found
 
     @property
-    def many(self) -> bool:
+    def has_many_classes(self) -> bool:
         """Whether there are so many classes that a figure for each says little, and the first few guesses matter."""
         return self.kind == "multiclass" and self.outputs >= MANY

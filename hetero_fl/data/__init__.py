@@ -8,45 +8,45 @@ from hetero_fl.data import sources
 from hetero_fl.data.arrays import from_arrays
 from hetero_fl.data.dataset import (
     Block,
+    ColumnLayout,
     Columns,
     Dataset,
     Examples,
-    Layout,
     Vocabulary,
     check_examples,
 )
 from hetero_fl.data.federated_data import FederatedData, federate
-from hetero_fl.data.multimodal import join
-from hetero_fl.data.partition import deal, partition, strata
+from hetero_fl.data.multimodal import join_images_and_table
+from hetero_fl.data.partition import partition_rows, register_partition, row_strata
 from hetero_fl.data.preprocessing import Preprocess, apply_scanner, augment
-from hetero_fl.data.registry import check_source, list_sources, load_source, source
+from hetero_fl.data.registry import check_source, list_sources, load_source, register_source
 from hetero_fl.data.sources.synthetic import make_images, make_table
 from hetero_fl.data.splits import with_test
 
 __all__ = [
     "Block",
+    "ColumnLayout",
     "Columns",
     "Dataset",
     "Examples",
     "FederatedData",
-    "Layout",
     "Preprocess",
     "Vocabulary",
     "apply_scanner",
     "augment",
     "check_examples",
     "check_source",
-    "deal",
     "federate",
     "from_arrays",
-    "join",
+    "join_images_and_table",
     "list_sources",
     "load_source",
     "make_images",
     "make_table",
-    "partition",
-    "source",
+    "partition_rows",
+    "register_partition",
+    "register_source",
+    "row_strata",
     "sources",
-    "strata",
     "with_test",
 ]

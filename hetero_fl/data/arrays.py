@@ -29,9 +29,9 @@ from hetero_fl.data.dataset import (
     Examples,
     Vocabulary,
     check_examples,
-    places,
+    index_names,
 )
-from hetero_fl.utils.errors import UserError, beside, nearest
+from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
 
 # A data set of arrays in hand.
 
@@ -77,7 +77,7 @@ def from_arrays(
     """
     pairs = {"train": (x, y), "validation": validation, "test": test}
     given = {split: pair for split, pair in pairs.items() if pair is not None}
-    labels, classes = _labels(
+    labels, classes = _parse_labels(
         {split: pair[1] for split, pair in given.items()}, task, num_classes, name
     )
     notes: tuple[str, ...] = ()
@@ -107,17 +107,17 @@ def from_arrays(
         check_examples(found, task, f"{name}: {split}", vocabulary=vocabulary, missing=True)
     train = examples["train"]
     if group is not None:
-        column, names = places(_listed(group))
+        column, names = index_names(_listed(group))
         train = replace(train, group=column, group_names=names)
     if patient is not None:
-        column, names = places(_listed(patient))
+        column, names = index_names(_listed(patient))
         train = replace(train, patient=column, patient_names=names)
     if time is not None:
         if validation is not None or test is not None:
             raise UserError(
                 f"{name}: time: validation and test are cut by date; leave them out, or leave time out"
             )
-        train = replace(train, time=_times(time, name))
+        train = replace(train, time=_parse_times(time, name))
     if unit is not None:
         train = replace(train, unit=_tensor(unit, "unit").float())
     check_examples(train, task, f"{name}: train", missing=True, vocabulary=vocabulary)
@@ -127,7 +127,7 @@ def from_arrays(
     )  # fmt: skip
 
 
-def _times(values: Any, name: str) -> Tensor:
+def _parse_times(values: Any, name: str) -> Tensor:
     """Whole numbers as they are, dates as seconds since 1970, int64 `[N]`."""
     found = np.asarray(values)
     if np.issubdtype(found.dtype, np.datetime64):
@@ -148,28 +148,28 @@ def _tensor(values: Any, split: str) -> Tensor:
         raise UserError(f"{split}: not an array of numbers: {error}") from error
 
 
-def _labels(
-    given: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
+def _parse_labels(
+    labels: Mapping[str, Any], task: Task | str | None, num_classes: int | None, name: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the labels of each split as numbers, and what the classes are called if the labels are text."""
     texts = {
         split: text
-        for split, y in given.items()
-        if (text := _text(y, f"{name}: {split}: y")) is not None
+        for split, y in labels.items()
+        if (text := _text_labels(y, f"{name}: {split}: y")) is not None
     }
     if not texts:
-        return {split: _tensor(y, split) for split, y in given.items()}, ()
-    for split in given:
+        return {split: _tensor(y, split) for split, y in labels.items()}, ()
+    for split in labels:
         if split not in texts:
             raise UserError(f"{name}: {split}: y: found numbers, but other labels are text")
     if isinstance(task, Task):
-        named = _named(texts, task, name)
+        named = _label_numbers(texts, task, name)
         return named, task.names
     if task not in (None, "multiclass"):
         raise UserError(
             f"{name}: task: found '{task}', but the labels are text; text labels are classes"
         )
-    numbers, classes = places(label for text in texts.values() for label in text)
+    numbers, classes = index_names(label for text in texts.values() for label in text)
     if num_classes not in (None, len(classes)):
         raise UserError(
             f"{name}: num_classes: found {num_classes}, but {len(classes)} different labels occur"
@@ -178,7 +178,7 @@ def _labels(
     return dict(zip(texts, split_up, strict=True)), classes
 
 
-def _text(y: Any, where: str) -> list[str] | None:
+def _text_labels(y: Any, where: str) -> list[str] | None:
     """Return labels `[N]` of text; None if they are no text."""
     if isinstance(y, Tensor):
         return None
@@ -197,7 +197,7 @@ def _text(y: Any, where: str) -> list[str] | None:
     return labels
 
 
-def _named(texts: Mapping[str, Sequence[str]], task: Task, name: str) -> dict[str, Tensor]:
+def _label_numbers(texts: Mapping[str, Sequence[str]], task: Task, name: str) -> dict[str, Tensor]:
     """Return text labels as the numbers of a task's classes."""
     if task.kind != "multiclass" or not task.names:
         raise UserError(
@@ -207,7 +207,7 @@ def _named(texts: Mapping[str, Sequence[str]], task: Task, name: str) -> dict[st
         for row, label in enumerate(text):
             if label not in task.names:
                 raise UserError(
-                    f"{name}: {split}: y: found '{label}' in row {row}{nearest(label, task.names)}"
+                    f"{name}: {split}: y: found '{label}' in row {row}{suggest_or_list(label, task.names)}"
                 )
     return {
         split: torch.tensor([task.names.index(label) for label in text])
@@ -244,14 +244,14 @@ def _images(raw: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[str, ...]]:
     notes = [
         f"{where}: read as rows x height x width x channels"
         for where in four
-        if _turned(raw[where], four[where])
+        if _is_channels_last(raw[where], four[where])
     ]
     if scaled:
         notes.append(f"{next(iter(raw))}: floats from 0 to 255 are read as bytes")
     return list((x | ranged).values()), tuple(notes)
 
 
-def _turned(before: Tensor, after: Tensor) -> bool:
+def _is_channels_last(before: Tensor, after: Tensor) -> bool:
     return before.ndim == 4 and before.shape != after.shape
 
 
@@ -264,14 +264,14 @@ def _read_labels(
 ) -> tuple[Task, dict[str, Tensor], list[str]]:
     """Return the task, the targets of each split, and a line on each reading that could be another one."""
     if kind is not None and kind not in get_args(Kind):
-        raise UserError(f"{name}: task: found '{kind}'{nearest(kind, get_args(Kind))}")
+        raise UserError(f"{name}: task: found '{kind}'{suggest_or_list(kind, get_args(Kind))}")
     if num_classes is not None and kind not in (None, "multiclass"):
         raise UserError(
             f"{name}: num_classes: found {num_classes}, but task is {kind}; leave one out"
         )
     if num_classes is not None and num_classes < 2:
         raise UserError(f"{name}: num_classes: found {num_classes}; must be >= 2")
-    y = {split: _narrow(found, f"{name}: {split}: y") for split, found in labels.items()}
+    y = {split: _squeeze_labels(found, f"{name}: {split}: y") for split, found in labels.items()}
     doubts: list[str] = []
     width = 1 if y["train"].ndim == 1 else y["train"].shape[1]
     for split, found in y.items():
@@ -282,7 +282,7 @@ def _read_labels(
     if kind is None and num_classes is not None:
         kind = "multiclass"
     if kind is None:
-        kind, doubts = _kind(list(y.values()), has_unit, name)
+        kind, doubts = _label_kind(list(y.values()), has_unit, name)
     if kind == "multiclass" and width == 1:
         whole = {split: _class_numbers(found, f"{name}: {split}: y") for split, found in y.items()}
         return _classes(whole, num_classes, doubts, name)
@@ -299,14 +299,14 @@ def _read_labels(
     return Task("multilabel" if kind == "multilabel" else "regression", width), y, doubts
 
 
-def _narrow(y: Tensor, where: str) -> Tensor:
+def _squeeze_labels(y: Tensor, where: str) -> Tensor:
     """Return labels `[N]` or `[N, L]` with L > 1."""
     if y.ndim not in (1, 2) or y.numel() == 0:
         raise UserError(f"{where}: found shape {tuple(y.shape)}; want (N,) or (N, L)")
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
-def _kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
+def _label_kind(y: list[Tensor], has_unit: bool, name: str) -> tuple[Kind, list[str]]:
     """Return what the labels of all splits look like, and a line if they could be something else."""
     if y[0].ndim == 2:
         if _one_hot(y):
@@ -418,7 +418,7 @@ def read_npz(
     ]
     arrays, names = _read(path, wanted, where)
     raw = {
-        ours: _pair(arrays, theirs, where)
+        ours: _split_arrays(arrays, theirs, where)
         for ours, theirs in SPLITS.items()
         if f"{theirs}_images" in arrays
     }
@@ -431,7 +431,7 @@ def read_npz(
     notes = (
         ()
         if known or kind is not None
-        else _doubts([y for _, y in raw.values()], task, f"{where}: train_labels")
+        else _ambiguity_note([y for _, y in raw.values()], task, f"{where}: train_labels")
     )
     read = _npz_images(
         {f"{where}: {SPLITS[s]}_images": x for s, (x, _) in raw.items()}, table=not known
@@ -451,10 +451,12 @@ def read_npz(
             raise UserError(
                 f"{where}: {patient or PATIENT}: found shape {found.shape}; want {wanted_shape}, as train_images"
             )
-        column, patients = places(found.reshape(-1).tolist())
+        column, patients = index_names(found.reshape(-1).tolist())
         splits["train"] = replace(splits["train"], patient=column, patient_names=patients)
     elif patient is not None:
-        raise UserError(f"patient: {path} has no array '{patient}'{nearest(patient, names)}")
+        raise UserError(
+            f"patient: {path} has no array '{patient}'{suggest_or_list(patient, names)}"
+        )
     about = f"local file {path.name}"
     return Dataset(
         name,
@@ -483,7 +485,7 @@ def read_images(path: Path) -> Tensor:
 def _read(path: Path, wanted: list[str], where: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """The wanted arrays as far as they are there, and the names of all arrays. Nothing else is unpacked."""
     if not path.is_file():
-        raise UserError(f"{where}: no such file{beside(path)}")
+        raise UserError(f"{where}: no such file{suggest_file(path)}")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in wanted if name in archive.files}, list(
@@ -492,10 +494,12 @@ def _read(path: Path, wanted: list[str], where: str) -> tuple[dict[str, np.ndarr
     except (
         Exception
     ) as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
-        raise UserError(f"{where}: not a readable .npz file{unreadable(path, error)}") from error
+        raise UserError(
+            f"{where}: not a readable .npz file{unreadable_message(path, error)}"
+        ) from error
 
 
-def unreadable(path: Path, error: Exception) -> str:
+def unreadable_message(path: Path, error: Exception) -> str:
     """Why a file is no .npz; numpy's own words would advise to unpickle whatever it is."""
     if not is_zipfile(path):
         return ": it is no whole archive of arrays, as numpy.savez writes it"
@@ -504,7 +508,9 @@ def unreadable(path: Path, error: Exception) -> str:
     return f" ({type(error).__name__}: {error})"
 
 
-def _pair(arrays: dict[str, np.ndarray], split: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _split_arrays(
+    arrays: dict[str, np.ndarray], split: str, where: str
+) -> tuple[np.ndarray, np.ndarray]:
     images, labels = f"{split}_images", f"{split}_labels"
     if labels not in arrays:
         raise UserError(f"{where}: no array '{labels}' beside '{images}'")
@@ -549,7 +555,7 @@ def _npz_task(labels: list[np.ndarray], where: str, kind: str | None) -> Task:
     return Task("multiclass", int(max(values[-1], 0)) + 1)
 
 
-def _doubts(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
+def _ambiguity_note(labels: list[np.ndarray], task: Task, where: str) -> tuple[str, ...]:
     """Return a line if the labels of all splits could mean something else."""
     y = np.concatenate(labels)
     if task.kind == "multiclass" and (

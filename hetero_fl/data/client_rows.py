@@ -14,20 +14,20 @@ import torch
 from hetero_fl.config.data import PartitionConfig, SplitConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Share
-from hetero_fl.data.partition import among, strata
+from hetero_fl.data.dataset import RowSelection
+from hetero_fl.data.partition import apportion_nonzero, row_strata
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.splits import FEWEST_TO_TRAIN, split_counts
-from hetero_fl.utils.caching import Recent
+from hetero_fl.utils.caching import LRUCache
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import key
+from hetero_fl.utils.seeding import stream_key
 
 HASH_ROWS = 8192
 SPLITS_KEPT = 1024  # clients whose drawn rows are kept
 
 
 @dataclass(frozen=True)
-class Drawing:
+class LazyPartition:
     """The partition `drawn`: each client draws rows of a pool for itself, a row at most once; others may have it, too.
 
     A client's rows depend on its id, its `size`, the pool, the configuration and the seed, and not on who else takes part.
@@ -36,14 +36,14 @@ class Drawing:
     client's rows, whatever the population.
     """
 
-    pool: Share
+    pool: RowSelection
     task: Task
     config: PartitionConfig
     split: SplitConfig
     clients: Population
     seed: int
-    _kept: Recent[dict[str, Share]] = field(
-        default_factory=lambda: Recent(SPLITS_KEPT), compare=False
+    _cached_splits: LRUCache[dict[str, RowSelection]] = field(
+        default_factory=lambda: LRUCache(SPLITS_KEPT), compare=False
     )
 
     def check(self) -> None:
@@ -54,7 +54,7 @@ class Drawing:
                 f"{where}.kind: found drawn, which takes rows one by one; leave data.patient out"
             )
         to_train = 1 - self.split.validation - self.split.test
-        for kind in self.clients.kinds:
+        for kind in self.clients.profiles:
             if kind.settings.data is not None:
                 continue
             rows, owner = (
@@ -82,45 +82,45 @@ class Drawing:
                         f"{where}.{key}: {count} rows are too few to split by data.split; raise it"
                     )
 
-    def rows(self, client: str) -> int:
+    def num_rows(self, client: str) -> int:
         """How many rows the client has, known without drawing them."""
         rows = self.config.rows * self.clients[client].size
         if self.config.spread:
             rows *= self._draws("rows", client).lognormal(0, self.config.spread)
         return min(max(round(rows), self.config.min_size), len(self.pool.rows))
 
-    def counts(self, client: str) -> Mapping[str, int]:
+    def split_counts(self, client: str) -> Mapping[str, int]:
         """Rows of each split."""
-        return split_counts(self.rows(client), self.split)
+        return split_counts(self.num_rows(client), self.split)
 
-    def splits(self, client: str) -> dict[str, Share]:
+    def splits(self, client: str) -> dict[str, RowSelection]:
         """Train, validation and test."""
-        return self._kept.get(client, lambda: self._splits(client))
+        return self._cached_splits.get(client, lambda: self._splits(client))
 
-    def _splits(self, client: str) -> dict[str, Share]:
-        count, draws = self.rows(client), self._draws("drawn", client)
+    def _splits(self, client: str) -> dict[str, RowSelection]:
+        count, draws = self.num_rows(client), self._draws("drawn", client)
         if self.config.alpha is None:
-            places = _some(draws, len(self.pool.rows), count)
+            places = _sample_rows(draws, len(self.pool.rows), count)
         else:
             sizes = np.array([len(c) for c in self._classes])
             mix = draws.dirichlet(self.config.alpha * len(sizes) * sizes / sizes.sum())
-            wanted = _filled(count, mix, sizes)
+            wanted = _fill_counts(count, mix, sizes)
             held = [(c, n) for c, n in zip(self._classes, wanted, strict=True) if n]
-            places = np.concatenate([c[_some(draws, len(c), n)] for c, n in held])
+            places = np.concatenate([c[_sample_rows(draws, len(c), n)] for c, n in held])
         # so that classes are in no order where they are cut
-        rows = draws.permutation(self._numbers[places])
+        rows = draws.permutation(self._client_numbers[places])
         sizes_of = split_counts(count, self.split)
         parts = np.split(rows, np.cumsum(list(sizes_of.values()))[:-1])
         return {
-            n: Share(self.pool.examples, torch.from_numpy(np.sort(p)))
+            n: RowSelection(self.pool.examples, torch.from_numpy(np.sort(p)))
             for n, p in zip(sizes_of, parts, strict=True)
         }
 
     def _draws(self, *use: str) -> np.random.Generator:
-        return np.random.default_rng(key("data", self.seed, *use))
+        return np.random.default_rng(stream_key("data", self.seed, *use))
 
     @cached_property
-    def _numbers(self) -> np.ndarray:
+    def _client_numbers(self) -> np.ndarray:
         return self.pool.rows.numpy()
 
     @cached_property
@@ -128,80 +128,86 @@ class Drawing:
         """Places in the pool by class."""
         y = self.pool.examples.y
         assert y is not None
-        labels = strata(y[self.pool.rows], self.task).numpy()
+        labels = row_strata(y[self.pool.rows], self.task).numpy()
         return [np.flatnonzero(labels == c) for c in np.unique(labels)]
 
 
-def _some(draws: np.random.Generator, total: int, count: int) -> np.ndarray:
+def _sample_rows(draws: np.random.Generator, total: int, count: int) -> np.ndarray:
     return draws.choice(total, count, replace=False, shuffle=False)
 
 
-def _filled(count: int, mix: np.ndarray, room: np.ndarray) -> np.ndarray:
+def _fill_counts(count: int, mix: np.ndarray, room: np.ndarray) -> np.ndarray:
     """Whole numbers that sum to `count`, by the mix, none above its room; what does not fit goes by the mix to the others,
     and by their room where the mix has nothing for them."""
     found = np.zeros_like(room)
     while (left := count - found.sum()) > 0:
         free = room - found
         share = np.where(free > 0, mix, 0.0)
-        found += np.minimum(among(left, share if share.sum() > 0 else free.astype(float)), free)
+        found += np.minimum(
+            apportion_nonzero(left, share if share.sum() > 0 else free.astype(float)), free
+        )
     return found
 
 
 @dataclass(frozen=True)
-class Told:
+class RemoteDataInfo:
     """What a client whose rows lie on another machine says of them.
 
     Args:
         rows: how many each split has.
-        hash: SHA-256 over them: the same rows, the same hash.
+        content_hash: SHA-256 over them: the same rows, the same hash.
         view: its own preprocessing, where that depends on its rows.
         labels: label counts of its training rows, if it tells them.
     """
 
     rows: Mapping[str, int]
-    hash: str
+    content_hash: str
     view: Preprocess | None = None
     labels: tuple[float, ...] | None = None
 
 
-class Private(Mapping[str, Mapping[str, Share]]):
+class ClientRows(Mapping[str, Mapping[str, RowSelection]]):
     """Each client's train, validation and test rows; of those whose rows lie elsewhere, what they told."""
 
     def __init__(
         self,
-        dealt: Mapping[str, Mapping[str, Share]],
-        drawing: Drawing | None = None,
-        told: Mapping[str, Told] | None = None,
+        assigned: Mapping[str, Mapping[str, RowSelection]],
+        lazy_partition: LazyPartition | None = None,
+        remote_info: Mapping[str, RemoteDataInfo] | None = None,
     ) -> None:
-        self.dealt, self.drawing, self.told = dealt, drawing, told or {}
+        self.dealt, self.drawing, self.remote_info = assigned, lazy_partition, remote_info or {}
 
     def count(self, client: str, split: str) -> int:
         """Rows of one split, without drawing them."""
-        if client in self.told:
-            return self.told[client].rows[split]
+        if client in self.remote_info:
+            return self.remote_info[client].rows[split]
         if client in self.dealt or self.drawing is None:
             return len(self.dealt[client][split].rows)
-        return self.drawing.counts(client)[split]
+        return self.drawing.split_counts(client)[split]
 
     @property
     def n_train(self) -> int:
         """Rows of all training splits; where clients draw for themselves, of the pool that they draw from."""
         dealt = sum(len(splits["train"].rows) for splits in self.dealt.values())
-        return dealt + self._told("train") + (len(self.drawing.pool.rows) if self.drawing else 0)
+        return (
+            dealt
+            + self._remote_counts("train")
+            + (len(self.drawing.pool.rows) if self.drawing else 0)
+        )
 
-    def _told(self, split: str) -> int:
-        return sum(told.rows[split] for told in self.told.values())
+    def _remote_counts(self, split: str) -> int:
+        return sum(told.rows[split] for told in self.remote_info.values())
 
-    def with_one_row(self) -> list[str]:
+    def clients_with_one_row(self) -> list[str]:
         """Clients with a single row to train on: whoever draws has more."""
         counts = {client: len(splits["train"].rows) for client, splits in self.dealt.items()}
         return [
             c
-            for c, n in (counts | {c: t.rows["train"] for c, t in self.told.items()}).items()
+            for c, n in (counts | {c: t.rows["train"] for c, t in self.remote_info.items()}).items()
             if n == 1
         ]
 
-    def places(self) -> list[tuple[tuple[str, str], Share]]:
+    def rows_by_location(self) -> list[tuple[tuple[str, str], RowSelection]]:
         """All rows that anybody has, and where."""
         dealt = [
             ((client, name), share)
@@ -210,7 +216,7 @@ class Private(Mapping[str, Mapping[str, Share]]):
         ]
         return dealt + ([(("", "pool"), self.drawing.pool)] if self.drawing else [])
 
-    def __getitem__(self, client: str) -> Mapping[str, Share]:
+    def __getitem__(self, client: str) -> Mapping[str, RowSelection]:
         if client in self.dealt or self.drawing is None:
             return self.dealt[client]
         if client not in self.drawing.clients:
@@ -227,10 +233,10 @@ class Private(Mapping[str, Mapping[str, Share]]):
         return len(self.dealt if self.drawing is None else self.drawing.clients)
 
 
-def fingerprint(about: object, places: Iterable[tuple[Any, Share]]) -> str:
+def fingerprint(about: object, rows_by_location: Iterable[tuple[Any, RowSelection]]) -> str:
     """SHA-256 over sets of rows and where they belong: examples, labels, times and units."""
     digest = hashlib.sha256(repr(about).encode())
-    for place, share in places:
+    for place, share in rows_by_location:
         each = share.examples
         tensors = [t for t in (each.x, each.y, each.time, each.unit) if t is not None]
         digest.update(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.task import Task
-from hetero_fl.utils.errors import UserError, nearest, printable
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.utils.errors import UserError, printable, suggest_or_list
+from hetero_fl.utils.ordering import natural_order
 
 # What a raw example is made of: named columns, or named blocks (modalities) of a flat row; and
 # which of them a view takes.
@@ -29,7 +29,7 @@ Categories = tuple[tuple[str, tuple[str, ...]], ...]
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
-def indicators(column: str, values: Sequence[str]) -> tuple[str, ...]:
+def indicator_names(column: str, values: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the columns that say 1 where a text column has a value, else 0."""
     return tuple(f"{column}={value}" for value in values)
 
@@ -52,7 +52,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class ColumnLayout:
     """The names of what lies along an example's last axis: columns, or blocks; neither where nothing has a name.
 
     The indicators of a text column (`categories`) lie next to each other and go by that column's name.
@@ -63,27 +63,27 @@ class Layout:
     categories: Categories = ()
 
     @property
-    def encoded(self) -> dict[str, str]:
+    def encoded_columns(self) -> dict[str, str]:
         """The text column that each indicator stands for."""
         return {
             name: column
             for column, values in self.categories
-            for name in indicators(column, values)
+            for name in indicator_names(column, values)
         }
 
     @property
     def names(self) -> tuple[str, ...]:
         """What a view may choose from."""
-        encoded = self.encoded
+        encoded = self.encoded_columns
         columns = dict.fromkeys(encoded.get(name, name) for name in self.columns)
         return tuple(b.name for b in self.blocks) or tuple(columns)
 
     @property
-    def ends(self) -> dict[str, tuple[int, int]]:
+    def boundaries(self) -> dict[str, tuple[int, int]]:
         """Where each named column or block begins and ends."""
         if not self.blocks:
             found: dict[str, tuple[int, int]] = {}
-            encoded = self.encoded
+            encoded = self.encoded_columns
             for i, indicator in enumerate(self.columns):
                 name = encoded.get(indicator, indicator)
                 found[name] = (found.get(name, (i, i))[0], i + 1)
@@ -99,12 +99,12 @@ class Layout:
         for name in names:
             if name not in self.names:
                 hint = (
-                    nearest(name, self.names)
+                    suggest_or_list(name, self.names)
                     if self.names
                     else "; nothing of these examples has a name, leave it out"
                 )
                 raise UserError(f"{where}: found '{printable(name)}'{hint}")
-        return merged(tuple(span for name, span in self.ends.items() if name in names))
+        return merge_spans(tuple(span for name, span in self.boundaries.items() if name in names))
 
 
 def spans_of(blocks: Sequence[Block]) -> Spans:
@@ -116,7 +116,7 @@ def spans_of(blocks: Sequence[Block]) -> Spans:
     return tuple(found)
 
 
-def merged(spans: Spans) -> Spans:
+def merge_spans(spans: Spans) -> Spans:
     """The same columns in as few runs as can be."""
     found: list[tuple[int, int]] = []
     for start, stop in spans:
@@ -169,9 +169,9 @@ class Vocabulary:
         return f"Vocabulary({self.size:,} tokens, {'hashed' if self.buckets else f'{len(self.words):,} words'})"
 
     @classmethod
-    def of(cls, public: Iterable[Sequence[str]], most: int) -> Vocabulary:
+    def from_texts(cls, texts: Iterable[Sequence[str]], most: int) -> Vocabulary:
         """The most frequent words of public texts, equally frequent ones by the alphabet; a word said once is not taken."""
-        counts = Counter(word for words in public for word in words)
+        counts = Counter(word for words in texts for word in words)
         frequent = sorted(
             (w for w, n in counts.items() if n > 1), key=lambda word: (-counts[word], word)
         )
@@ -286,7 +286,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.x)
 
-    def take(self, rows: Tensor) -> Examples:
+    def select_rows(self, rows: Tensor) -> Examples:
         """The rows (int64 `[M]`), in that order."""
         found: dict[str, Any] = {
             name: None if (c := getattr(self, name)) is None else c[rows] for name in _BY_ROW
@@ -304,10 +304,10 @@ def _shape(column: Tensor) -> str:
     return f"{name} {list(column.shape[1:])}" if column.ndim > 1 else name
 
 
-def places(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
+def index_names(values: Iterable[object]) -> tuple[Tensor, tuple[str, ...]]:
     """Names as int64 `[N]`, places in the second, which has each name once, in the order in which people count."""
     found = [str(value).strip() for value in values]
-    names = tuple(in_order(set(found)))
+    names = tuple(natural_order(set(found)))
     place = {name: i for i, name in enumerate(names)}
     return torch.tensor([place[name] for name in found], dtype=torch.int64), names
 
@@ -318,7 +318,7 @@ class Dataset:
 
     `simulated` says that generated data stands in for a real set. `columns` names the features of a table, or the channels of
     a series; `categories` are the text columns that some of them encode. `blocks` are the modalities of flat float rows
-    `[N, D]`, in their order. `notes`: lines about how the data was read that a user has to see before the run. `gap`: where
+    `[N, D]`, in their order. `notes`: lines about how the data was read that a user has to see before the run. `min_gap`: where
     the first missing value lies, for a line that refuses it. `span`: of a dated set whose rows have several targets, how long
     before `time`, which is the last one's, the first may be. `vocabulary`: what the tokens mean, where x is tokens; all models
     of a federation have this one.
@@ -334,7 +334,7 @@ class Dataset:
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
-    gap: str = ""
+    min_gap: str = ""
     span: int = 0
     vocabulary: Vocabulary | None = None
     categories: Categories = ()
@@ -352,9 +352,9 @@ class Dataset:
         )
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ColumnLayout:
         """The names along an example's last axis."""
-        return Layout(self.columns, self.blocks, self.categories)
+        return ColumnLayout(self.columns, self.blocks, self.categories)
 
     def splits(self) -> dict[str, Examples]:
         """The splits that there are, by name."""
@@ -391,7 +391,7 @@ def check_examples(
                 x_name,
                 f"found {_dtype(x)} of shape {tuple(x.shape)}; tokens are int64, rows x length",
             )
-        if (row := _first(((x < 0) | (x >= vocabulary.size)).any(1))) is not None:
+        if (row := _first_true(((x < 0) | (x >= vocabulary.size)).any(1))) is not None:
             refuse(
                 x_name, f"row {row} has a token out of range; they are 0 to {vocabulary.size - 1}"
             )
@@ -409,9 +409,9 @@ def check_examples(
     elif x.ndim < 2 or 0 in x.shape:
         refuse(x_name, f"found shape {tuple(x.shape)}; every row needs at least one value")
     elif missing and x.ndim < 4:
-        if (row := _first(torch.isinf(x).flatten(1).any(1))) is not None:
+        if (row := _first_true(torch.isinf(x).flatten(1).any(1))) is not None:
             refuse(x_name, f"infinity in row {row}")
-    elif (row := _first(~torch.isfinite(x).flatten(1).all(1))) is not None:
+    elif (row := _first_true(~torch.isfinite(x).flatten(1).all(1))) is not None:
         refuse(x_name, f"NaN or infinity in row {row}")
 
     if y is None:
@@ -422,7 +422,7 @@ def check_examples(
                 y_name,
                 f"found {_dtype(y)} of shape {tuple(y.shape)}; class numbers are int64 of shape ({len(x)},)",
             )
-        if (row := _first((y < 0) | (y >= task.outputs))) is not None:
+        if (row := _first_true((y < 0) | (y >= task.outputs))) is not None:
             refuse(
                 y_name,
                 f"label {int(y[row])} in row {row} is out of range; classes are 0 to {task.outputs - 1}",
@@ -431,14 +431,17 @@ def check_examples(
         if not y.is_floating_point() or y.shape != (len(x), task.outputs):
             wanted = f"{task.kind} takes floats of shape {(len(x), task.outputs)}"
             refuse(y_name, f"found {_dtype(y)} of shape {tuple(y.shape)}; {wanted}")
-        if (row := _first(~torch.isfinite(y).all(1))) is not None:
+        if (row := _first_true(~torch.isfinite(y).all(1))) is not None:
             refuse(y_name, f"NaN or infinity in row {row}")
-        if task.kind == "multilabel" and (row := _first(((y != 0) & (y != 1)).any(1))) is not None:
+        if (
+            task.kind == "multilabel"
+            and (row := _first_true(((y != 0) & (y != 1)).any(1))) is not None
+        ):
             refuse(y_name, f"row {row} is out of range; multilabel targets are 0 or 1")
-    _check_beside(examples, task, where)
+    _check_extra_columns(examples, task, where)
 
 
-def _check_beside(examples: Examples, task: Task, where: str) -> None:
+def _check_extra_columns(examples: Examples, task: Task, where: str) -> None:
     """Refuse times, units and baselines that do not fit the rows."""
     time, unit = examples.time, examples.unit
     if time is not None and (time.dtype != torch.int64 or time.ndim != 1):
@@ -452,7 +455,7 @@ def _check_beside(examples: Examples, task: Task, where: str) -> None:
             )
         if task.kind != "regression":
             raise UserError(f"{where}: unit: is of regression targets, but the task is {task.kind}")
-        if (row := _first(~(torch.isfinite(unit) & (unit > 0)))) is not None:
+        if (row := _first_true(~(torch.isfinite(unit) & (unit > 0)))) is not None:
             raise UserError(
                 f"{where}: unit: found {float(unit[row]):g} in row {row}; units are above 0"
             )
@@ -465,7 +468,7 @@ def _check_beside(examples: Examples, task: Task, where: str) -> None:
             )
 
 
-def _first(bad: Tensor) -> int | None:
+def _first_true(bad: Tensor) -> int | None:
     """Place of the first True of a `[N]` mask."""
     return int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else None
 
@@ -475,27 +478,27 @@ def _dtype(tensor: Tensor) -> str:
 
 
 @dataclass(frozen=True)
-class Share:
+class RowSelection:
     """Rows (int64 `[M]`) of examples that lie elsewhere, shared with others."""
 
     examples: Examples
     rows: Tensor
 
     @classmethod
-    def whole(cls, examples: Examples) -> Share:
+    def all_rows(cls, examples: Examples) -> RowSelection:
         """All rows."""
         return cls(examples, torch.arange(len(examples)))
 
-    def take(self) -> Examples:
+    def copy_rows(self) -> Examples:
         """A copy of the rows."""
-        return self.examples.take(self.rows)
+        return self.examples.select_rows(self.rows)
 
     def __reduce__(
         self,
         # between processes rows go as an array: tensors would each take a file handle
     ) -> tuple[Any, ...]:
-        return _share, (self.examples, self.rows.numpy())
+        return _make_selection, (self.examples, self.rows.numpy())
 
 
-def _share(examples: Examples, rows: np.ndarray) -> Share:
-    return Share(examples, torch.from_numpy(rows))
+def _make_selection(examples: Examples, rows: np.ndarray) -> RowSelection:
+    return RowSelection(examples, torch.from_numpy(rows))

@@ -20,23 +20,23 @@ from hetero_fl.data.arrays import read_images
 from hetero_fl.data.dataset import (
     Block,
     Categories,
+    ColumnLayout,
     Dataset,
     Examples,
-    Layout,
-    Share,
+    RowSelection,
     Vocabulary,
-    places,
+    index_names,
     spans_of,
 )
-from hetero_fl.data.partition import deal_out
-from hetero_fl.data.preprocessing import check_alike, needed, raw_shape
-from hetero_fl.data.registry import load_source, needs_path, takes
+from hetero_fl.data.partition import assign_rows
+from hetero_fl.data.preprocessing import check_same_shape, raw_shape, required_columns
+from hetero_fl.data.registry import load_source, needs_path, reads_key
 from hetero_fl.data.sources.images import image_files, read_image_files
-from hetero_fl.data.splits import Splits, apart
+from hetero_fl.data.splits import Splits, holdout_strategy
 from hetero_fl.utils.code_permission import OWN
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.ordering import in_order
-from hetero_fl.utils.seeding import key
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.seeding import stream_key
 
 # Data from outside the common source: a client's own set, a public proxy set; matched to what all
 # have in common.
@@ -44,7 +44,7 @@ from hetero_fl.utils.seeding import key
 TOKENS = "give both the same `text` (length, tokenizer, vocabulary, public)"
 
 
-def adopt(
+def match_to_common(
     own: Dataset, common: Dataset, where: str, needed: Collection[str] | None = None
 ) -> Examples:
     """The training rows of a client's own set, with the classes and the columns numbered as the common set's are.
@@ -70,7 +70,7 @@ def adopt(
     if extra:
         none = f"the common set {common.name} has none of that name"
         raise UserError(
-            f"{where}: {own.name} has column '{extra[0]}', {none}{nearest(extra[0], common.columns)}"
+            f"{where}: {own.name} has column '{extra[0]}', {none}{suggest_or_list(extra[0], common.columns)}"
         )
     return replace(own.train, x=x, y=y)
 
@@ -96,11 +96,11 @@ def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
         for name in mine.names:
             if name not in ours.names:
                 raise UserError(
-                    f"{where}: {own.name} has class '{name}', {none}{nearest(name, ours.names)}"
+                    f"{where}: {own.name} has class '{name}', {none}{suggest_or_list(name, ours.names)}"
                 )
         y = torch.tensor([ours.names.index(name) for name in mine.names])[y]
     elif ours.numbers and not mine.names:
-        y = from_labels(y, ours, f"{where}: {own.name}")
+        y = classes_from_labels(y, ours, f"{where}: {own.name}")
     elif mine.outputs != ours.outputs and (
         mine.names or mine.kind != "multiclass" or mine.outputs > ours.outputs
     ):
@@ -113,7 +113,7 @@ def match_labels(own: Dataset, common: Dataset, where: str) -> Tensor:
     return y
 
 
-def from_labels(y: Tensor, task: Task, where: str) -> Tensor:
+def classes_from_labels(y: Tensor, task: Task, where: str) -> Tensor:
     """Return the classes of a task that are named after these integer labels.
 
     Raises:
@@ -124,18 +124,18 @@ def from_labels(y: Tensor, task: Task, where: str) -> Tensor:
     if not bool(known.all()):
         row = int((~known).to(torch.uint8).argmax())
         raise UserError(
-            f"{where}: found label {int(y[row])} in row {row}{nearest(int(y[row]), task.names)}"
+            f"{where}: found label {int(y[row])} in row {row}{suggest_or_list(int(y[row]), task.names)}"
         )
     return (y[:, None] == numbers).to(torch.uint8).argmax(1)
 
 
-def read_as(
+def source_with_task(
     source: SourceConfig, task: Task, text: TextConfig | None = None, categories: Categories = ()
 ) -> SourceConfig:
     """Return the source of a table, to be read for the task that the others have, unless it says otherwise: one file of a
     federation may hold two of many classes, or whole numbers by chance. Text columns are encoded by the common `categories`,
     whatever values this file has; texts are cut and numbered as the others' are."""
-    if takes(source.name, "text") and source.text is None:
+    if reads_key(source.name, "text") and source.text is None:
         return source.model_copy(update={"text": text})
     if source.name != "table":
         return source
@@ -160,7 +160,7 @@ def match_columns(
     """
     if not found or not common.columns:
         return x, []
-    encoded = common.layout.encoded
+    encoded = common.layout.encoded_columns
     known = tuple(f"{column}=" for column, _ in common.categories)
     there = {encoded[name] for name in found if name in encoded}
     absent = [
@@ -170,7 +170,7 @@ def match_columns(
         column = encoded.get(name, name)
         if needed is None or name in needed or column in needed:
             raise UserError(
-                f"{where} has no column '{column}', the common set {common.name} has{nearest(column, found)}"
+                f"{where} has no column '{column}', the common set {common.name} has{suggest_or_list(column, found)}"
             )
     gap = x.new_full((*x.shape[:-1], 1), torch.nan)
     x = torch.cat([x, gap, torch.zeros_like(gap)], -1) if set(common.columns) - set(found) else x
@@ -212,21 +212,25 @@ def match_blocks(
     shapes, ours = {b.name: b.shape for b in found}, {b.name: b.shape for b in common.blocks}
     for name, shape in shapes.items():
         if ours.get(name) != shape:
-            hint = nearest(name, ours) if name not in ours else f"; there it has shape {ours[name]}"
+            hint = (
+                suggest_or_list(name, ours)
+                if name not in ours
+                else f"; there it has shape {ours[name]}"
+            )
             raise UserError(
                 f"{where} has block '{name}' of shape {shape}, the common set {common.name} has none{hint}"
             )
     for name in ours:
         if name not in given and (needed is None or name in needed):
             raise UserError(
-                f"{where} has no block '{name}', the common set {common.name} has{nearest(name, given)}"
+                f"{where} has no block '{name}', the common set {common.name} has{suggest_or_list(name, given)}"
             )
     return torch.cat(
         [given.get(b.name, x.new_full((len(x), b.size), torch.nan)) for b in common.blocks], 1
     )
 
 
-def limited(x: Tensor, names: Sequence[str], layout: Layout, where: str) -> Tensor:
+def keep_columns(x: Tensor, names: Sequence[str], layout: ColumnLayout, where: str) -> Tensor:
     """A copy in which only these columns or blocks are left; the others are NaN. Raises UserError for unknown names."""
     public = torch.full_like(x, torch.nan)
     for start, stop in layout.spans(names, where):
@@ -245,7 +249,11 @@ def load_unlabelled(
         UserError: see `load_source`; another vocabulary than that one.
     """
     try:
-        loose = None if config.path is None else _loose(config, Path(config.path).expanduser())
+        loose = (
+            None
+            if config.path is None
+            else _load_unlabelled_file(config, Path(config.path).expanduser())
+        )
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
     if loose is None:
@@ -286,7 +294,9 @@ def load_labeled(
         raise UserError(f"data.proxy.labels: found true, but {error}") from error
 
 
-def _loose(config: SourceConfig, path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
+def _load_unlabelled_file(
+    config: SourceConfig, path: Path
+) -> tuple[Tensor, tuple[str, ...]] | None:
     """The examples of a local file or folder that needs no labels, or None if it is none of that kind."""
     if config.name.startswith(OWN):
         return None
@@ -313,7 +323,7 @@ def _loose(config: SourceConfig, path: Path) -> tuple[Tensor, tuple[str, ...]] |
 
 
 @dataclass
-class Owned:
+class ClientSources:
     """The rows of clients with own sources, lines on how these were read, and whether one of them is generated."""
 
     private: dict[str, Splits]
@@ -321,10 +331,10 @@ class Owned:
     simulated: bool
 
 
-def own_sources(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
+def clients_by_source(config: DataConfig, clients: Population) -> dict[SourceConfig, list[str]]:
     """Clients by the source that they name as their own. They are looked for only where there are any."""
     holders: dict[SourceConfig, list[str]] = {}
-    named = any(kind.settings.data is not None for kind in clients.kinds)
+    named = any(kind.settings.data is not None for kind in clients.profiles)
     for name in clients.ids if named else ():
         source = clients[name].data
         if source is not None:
@@ -336,31 +346,33 @@ def own_sources(config: DataConfig, clients: Population) -> dict[SourceConfig, l
     return holders
 
 
-def from_own_sources(
+def load_client_sources(
     holders_of: Mapping[SourceConfig, list[str]],
     common: Dataset,
     config: DataConfig,
     clients: Population,
     seed: int,
-) -> Owned:
+) -> ClientSources:
     """Load each source, match it to the common set, and deal it out among those that name it.
 
     Raises:
         UserError: a source that does not match the common set, or that several share in a partition in which nobody is dealt
             any rows.
     """
-    found = Owned({}, [], False)
+    found = ClientSources({}, [], False)
     for source, holders in holders_of.items():
         where = f"clients: '{holders[0]}': data"
-        read = read_as(source, common.task, config.text, common.categories)
+        read = source_with_task(source, common.task, config.text, common.categories)
         root = Path(config.root).expanduser()
         own = load_source(read, root, where, missing=True)
         found.simulated |= own.simulated
         found.notes += [f"{where}: {note}" for note in own.notes]
-        seen = needed((clients[name] for name in holders), common.layout)
-        adopted = Dataset(own.name, common.task, adopt(own, common, where, seen), span=own.span)
+        seen = required_columns((clients[name] for name in holders), common.layout)
+        adopted = Dataset(
+            own.name, common.task, match_to_common(own, common, where, seen), span=own.span
+        )
         for name in holders:
-            check_alike(
+            check_same_shape(
                 raw_shape(adopted),
                 f"clients: '{name}': data",
                 own.name,
@@ -374,23 +386,27 @@ def from_own_sources(
                     f"{len(holders)} clients; give it to one of them, or take another kind"
                 )
             # keys of its own: holders of two sources would else get the same mix of classes
-            own_seed = key("data", seed, "own source", source.name, source.path or "")
-            everything = Share.whole(adopted.train)
-            shares = deal_out(
+            own_seed = stream_key("data", seed, "own source", source.name, source.path or "")
+            everything = RowSelection.all_rows(adopted.train)
+            shares = assign_rows(
                 adopted, everything.rows, holders, config, clients, own_seed, found.notes
             )
-            found.private |= apart(adopted).clients(shares, {}, config, seed)
+            found.private |= holdout_strategy(adopted).split_clients(shares, {}, config, seed)
             continue
         # its own file is its own, whatever groups are in it
-        share = Share.whole(adopted.train)
+        share = RowSelection.all_rows(adopted.train)
         kept = {
-            name: Share.whole(adopt(replace(own, train=part), common, where, seen))
-            for name, part in apart(own).kept().items()
+            name: RowSelection.all_rows(
+                match_to_common(replace(own, train=part), common, where, seen)
+            )
+            for name, part in holdout_strategy(own).sets_of_own_source().items()
         }
         if kept:
             found.private[holders[0]] = {"train": share, **kept}
         else:
-            found.private |= apart(adopted).clients({holders[0]: share}, {}, config, seed)
+            found.private |= holdout_strategy(adopted).split_clients(
+                {holders[0]: share}, {}, config, seed
+            )
     return found
 
 
@@ -412,7 +428,7 @@ def has_common_source(config: DataConfig) -> bool:
     return config.path is not None or not needs_path(config.name)
 
 
-def pool(
+def pool_client_files(
     config: DataConfig, clients: Population, missing: bool
 ) -> tuple[Dataset, DataConfig, Mapping[str, ClientSettings]]:
     """Load the files of all clients as one data set whose groups are the clients.
@@ -434,24 +450,29 @@ def pool(
         from hetero_fl.data.sources.table_files import common_categories  # loads pandas
 
         categories = common_categories(
-            {_where(client): source for client, source in sources.items()}
+            {_config_path(client): source for client, source in sources.items()}
         )
         sources = {c: s.model_copy(update={"categories": categories}) for c, s in sources.items()}
     own = {
-        client: load_source(source, root, _where(client), missing)
+        client: load_source(source, root, _config_path(client), missing)
         for client, source in sources.items()
     }
-    like = _common(own)
-    seen = needed((clients[client] for client in own), like.layout)
-    parts = {client: adopt(each, like, _where(client), seen) for client, each in own.items()}
-    train = _concatenated(parts)
-    notes = [f"{_where(client)}: {note}" for client, each in own.items() for note in each.notes]
+    like = _common_schema(own)
+    seen = required_columns((clients[client] for client in own), like.layout)
+    parts = {
+        client: match_to_common(each, like, _config_path(client), seen)
+        for client, each in own.items()
+    }
+    train = _concatenate(parts)
+    notes = [
+        f"{_config_path(client)}: {note}" for client, each in own.items() for note in each.notes
+    ]
     notes.append(
         f"no data.path: common test, validation and proxy rows are drawn from the files of all {len(own)} clients"
     )
     about = f"{len(train):,} rows of {len(own)} files"
-    gap = next((each.gap for each in own.values() if each.gap), "")
-    dataset = replace(like, train=train, about=about, notes=tuple(notes), gap=gap)
+    gap = next((each.min_gap for each in own.values() if each.min_gap), "")
+    dataset = replace(like, train=train, about=about, notes=tuple(notes), min_gap=gap)
     partition = config.partition.model_copy(update={"kind": "natural"})
     settings = {client: each.model_copy(update={"data": None}) for client, each in clients.items()}
     return dataset, config.model_copy(update={"partition": partition}), settings
@@ -477,16 +498,16 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
             )
         if source.name != config.name:
             raise UserError(
-                f"{_where(client)}.name: found {source.name}, but without data.path all are {config.name}"
+                f"{_config_path(client)}.name: found {source.name}, but without data.path all are {config.name}"
             )
         if source.path is not None and source.path in owner:
             raise UserError(
-                f"{_where(client)}.path: found {source.path}, the file of '{owner[source.path]}'; without data.path each "
+                f"{_config_path(client)}.path: found {source.path}, the file of '{owner[source.path]}'; without data.path each "
                 "client has its own"
             )
         if source.categories not in (None, config.categories):
             raise UserError(
-                f"{_where(client)}.categories: all files are encoded alike; set data.categories instead"
+                f"{_config_path(client)}.categories: all files are encoded alike; set data.categories instead"
             )
         owner[source.path] = client
         shared = {key: getattr(config, key) for key in SHARED if getattr(source, key) is None}
@@ -494,57 +515,61 @@ def _sources(config: DataConfig, clients: Population) -> dict[str, SourceConfig]
     return found
 
 
-def _where(client: str) -> str:
+def _config_path(client: str) -> str:
     return f"clients: '{client}': data"
 
 
-def _common(own: Mapping[str, Dataset]) -> Dataset:
+def _common_schema(datasets: Mapping[str, Dataset]) -> Dataset:
     """Return what all sets are matched to: every class and every column that one of them has."""
-    first, one = next(iter(own.items()))
-    if named := [client for client, each in own.items() if each.train.patient is not None]:
-        for client in own:
+    first, one = next(iter(datasets.items()))
+    if named := [client for client, each in datasets.items() if each.train.patient is not None]:
+        for client in datasets:
             if client not in named:
                 raise UserError(
-                    f"{_where(client)}.patient: missing, but '{named[0]}' names its patients"
+                    f"{_config_path(client)}.patient: missing, but '{named[0]}' names its patients"
                 )
-    for client, each in own.items():
+    for client, each in datasets.items():
         if each.task.kind != one.task.kind:
             raise UserError(
-                f"{_where(client)}: {each.name} is {each.task.kind}, that of '{first}' {one.task.kind}; set data.task"
+                f"{_config_path(client)}: {each.name} is {each.task.kind}, that of '{first}' {one.task.kind}; set data.task"
             )
         if each.train.time is not None:
             raise UserError(
-                f"{_where(client)}: {each.name} is dated; name a common file in data.path"
+                f"{_config_path(client)}: {each.name} is dated; name a common file in data.path"
             )
         if each.train.x.dtype != one.train.x.dtype:
             raise UserError(
-                f"{_where(client)}: found {each.train.x.dtype} examples, '{first}' has {one.train.x.dtype}"
+                f"{_config_path(client)}: found {each.train.x.dtype} examples, '{first}' has {one.train.x.dtype}"
             )
-    columns = tuple(dict.fromkeys(name for each in own.values() for name in each.columns))
+    columns = tuple(dict.fromkeys(name for each in datasets.values() for name in each.columns))
     if not columns:
-        for client, each in own.items():
+        for client, each in datasets.items():
             if each.train.x.shape[1:] != one.train.x.shape[1:]:
                 found, expected = tuple(each.train.x.shape[1:]), tuple(one.train.x.shape[1:])
                 raise UserError(
-                    f"{_where(client)}: examples have shape {found}, those of '{first}' {expected}"
+                    f"{_config_path(client)}: examples have shape {found}, those of '{first}' {expected}"
                 )
     task = one.task
     if task.kind == "multiclass":
-        names = tuple(in_order({name for each in own.values() for name in each.task.names}))
-        outputs = len(names) if all(each.task.names for each in own.values()) else 0
-        outputs = outputs or max(each.task.outputs for each in own.values())
+        names = tuple(
+            natural_order({name for each in datasets.values() for name in each.task.names})
+        )
+        outputs = len(names) if all(each.task.names for each in datasets.values()) else 0
+        outputs = outputs or max(each.task.outputs for each in datasets.values())
         task = Task("multiclass", outputs, names if outputs == len(names) else ())
-    categories = tuple(dict.fromkeys(pair for each in own.values() for pair in each.categories))
+    categories = tuple(
+        dict.fromkeys(pair for each in datasets.values() for pair in each.categories)
+    )
     return Dataset(one.name, task, one.train, columns=columns, categories=categories)
 
 
-def _concatenated(parts: Mapping[str, Examples]) -> Examples:
+def _concatenate(parts: Mapping[str, Examples]) -> Examples:
     """Return all rows, each of its client's group; patients are those of one file."""
     owners = [client for client, part in parts.items() for _ in range(len(part))]
-    group, group_names = places(owners)
+    group, group_names = index_names(owners)
     x, y = (
         torch.cat([part.x for part in parts.values()]),
-        torch.cat([_y(part) for part in parts.values()]),
+        torch.cat([_labels(part) for part in parts.values()]),
     )
     if all(part.patient is None for part in parts.values()):
         return Examples(x, y, group, group_names)
@@ -552,10 +577,10 @@ def _concatenated(parts: Mapping[str, Examples]) -> Examples:
     for client, part in parts.items():
         assert part.patient is not None  # all files name their patients, or none does
         whose += [f"{client}/{part.patient_names[number]}" for number in part.patient.tolist()]
-    patient, patient_names = places(whose)
+    patient, patient_names = index_names(whose)
     return Examples(x, y, group, group_names, patient, patient_names)
 
 
-def _y(part: Examples) -> torch.Tensor:
+def _labels(part: Examples) -> torch.Tensor:
     assert part.y is not None  # load_source checked it
     return part.y

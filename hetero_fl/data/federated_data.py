@@ -18,11 +18,23 @@ from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig
 from hetero_fl.config.population import Population
 from hetero_fl.core.task import Task
-from hetero_fl.data.client_rows import Drawing, Private, fingerprint
-from hetero_fl.data.dataset import Columns, Dataset, Examples, Layout, Share, Vocabulary
-from hetero_fl.data.external import from_own_sources, own_sources
-from hetero_fl.data.missing_values import check_gaps, check_view, sees_nothing, usable
-from hetero_fl.data.partition import deal_out
+from hetero_fl.data.client_rows import ClientRows, LazyPartition, fingerprint
+from hetero_fl.data.dataset import (
+    ColumnLayout,
+    Columns,
+    Dataset,
+    Examples,
+    RowSelection,
+    Vocabulary,
+)
+from hetero_fl.data.external import clients_by_source, load_client_sources
+from hetero_fl.data.missing_values import (
+    check_missing_values,
+    check_view,
+    is_all_missing,
+    usable_rows,
+)
+from hetero_fl.data.partition import assign_rows
 from hetero_fl.data.preprocessing import (
     NOTHING,
     Preprocess,
@@ -33,17 +45,17 @@ from hetero_fl.data.preprocessing import (
 from hetero_fl.data.proxy_set import common_sets, proxy_set
 from hetero_fl.data.splits import (
     Splits,
-    apart,
     check_categories,
     check_classes,
-    draw,
-    with_rare,
+    draw_rows,
+    holdout_strategy,
+    mark_rare_class,
     with_test,
 )
-from hetero_fl.utils.caching import Recent
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.ordering import natural
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.caching import LRUCache
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.ordering import natural_key
+from hetero_fl.utils.seeding import keyed_generator
 
 # A cache of columns that is bounded in bytes.
 
@@ -94,14 +106,14 @@ class FederatedData:
         task: Task,
         name: str,
         clients: Population,
-        private: Private,
-        public: Mapping[str, Share],
+        private: ClientRows,
+        public: Mapping[str, RowSelection],
         seed: int,
         simulated: bool = False,
         about: str = "",
         cache_bytes: int = CACHE_BYTES,
         notes: Sequence[str] = (),
-        layout: Layout = NOTHING,
+        layout: ColumnLayout = NOTHING,
         vocabulary: Vocabulary | None = None,
     ) -> None:
         self.task, self.name, self.simulated, self.about = task, name, simulated, about
@@ -114,7 +126,7 @@ class FederatedData:
         self.vocabulary = vocabulary
         """What the tokens mean, the same for all models; None where examples are no tokens."""
         self._settings, self._private, self._public, self._seed = clients, private, public, seed
-        self._views: Recent[Preprocess] = Recent()
+        self._views: LRUCache[Preprocess] = LRUCache()
         self._sees: dict[Hashable, bool] = {}  # what views have anything of the proxy set
         self._public_columns, self._private_columns = (
             ColumnCache(cache_bytes),
@@ -156,17 +168,17 @@ class FederatedData:
         """Rows of a client's train, validation or test split."""
         return self._private.count(client, split)
 
-    def with_one_row(self) -> list[str]:
+    def clients_with_one_row(self) -> list[str]:
         """Clients with a single row to train on."""
-        return self._private.with_one_row()
+        return self._private.clients_with_one_row()
 
     def label_counts(self, client: str) -> Tensor:
         """How often each label occurs in a client's training split, floats `[outputs]`.
 
-        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients elsewhere: see `tells_labels`.
+        Multilabel: rows where the label is 1. Regression: all rows, for each target. Of clients elsewhere: see `reveals_labels`.
         """
-        if client in self._private.told:
-            return torch.tensor(self._private.told[client].labels)
+        if client in self._private.remote_info:
+            return torch.tensor(self._private.remote_info[client].labels)
         share = self._private[client]["train"]
         y = _labels(share.examples)[share.rows]
         if self.task.kind == "multiclass":
@@ -178,48 +190,54 @@ class FederatedData:
         return counts.to(torch.get_default_dtype())
 
     @property
-    def apart(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether others' rows are on machines of their own."""
-        return bool(self._private.told)
+        return bool(self._private.remote_info)
 
-    def tells_labels(self, client: str) -> bool:
+    def reveals_labels(self, client: str) -> bool:
         """Whether its label counts are known here: everybody's are, but those of clients elsewhere that keep them."""
-        return client not in self._private.told or self._private.told[client].labels is not None
+        return (
+            client not in self._private.remote_info
+            or self._private.remote_info[client].labels is not None
+        )
 
     def preprocess(self, client: str) -> Preprocess:
         """How the client sees every example; statistics of its `own` are those of its training rows."""
         config, where = self._settings[client].preprocess, f"client '{client}': preprocess"
-        if client in self._private.told and (view := self._private.told[client].view) is not None:
+        if (
+            client in self._private.remote_info
+            and (view := self._private.remote_info[client].view) is not None
+        ):
             return view
         if config.normalize != "own":
             return Preprocess.resolve(config, None, where, self.layout, self.input_shape)
         return self._views.get(
             client,
             lambda: Preprocess.resolve(
-                config, self._raw(client, "train").x, where, self.layout, self.input_shape
+                config, self._raw_rows(client, "train").x, where, self.layout, self.input_shape
             ),
         )
 
-    def plain(self, config: PreprocessConfig, where: str) -> Preprocess:
+    def unnormalized_view(self, config: PreprocessConfig, where: str) -> Preprocess:
         """The view of these examples that a configuration asks for, but for what is subtracted and divided by."""
-        return Preprocess.plain(config, self.layout, self.input_shape, where)
+        return Preprocess.without_normalization(config, self.layout, self.input_shape, where)
 
     def own_view(self, client: str) -> Preprocess | None:
         """The client's view but for mean and deviation, where these are of its own rows (`normalize: own`); else None."""
         config = self._settings[client].preprocess
         return (
-            self.plain(config, f"client '{client}': preprocess")
+            self.unnormalized_view(config, f"client '{client}': preprocess")
             if config.normalize == "own"
             else None
         )
 
-    def has_proxy(self, through: Preprocess) -> bool:
+    def has_proxy(self, preprocess: Preprocess) -> bool:
         """Whether there is a proxy set and this view sees anything of it."""
-        if through.raw is None or "proxy" not in self._public:
+        if preprocess.raw is None or "proxy" not in self._public:
             return "proxy" in self._public
-        key = (through.spans, through.blocks)
+        key = (preprocess.spans, preprocess.blocks)
         if key not in self._sees:
-            self._sees[key] = not sees_nothing(self._public["proxy"], through)
+            self._sees[key] = not is_all_missing(self._public["proxy"], preprocess)
         return self._sees[key]
 
     def server_preprocess(self, config: PreprocessConfig) -> Preprocess:
@@ -230,10 +248,10 @@ class FederatedData:
             )
         public = self._public.get("proxy", self._public["common_validation"])
         return Preprocess.resolve(
-            config, public.take().x, "server.preprocess", self.layout, self.input_shape
+            config, public.copy_rows().x, "server.preprocess", self.layout, self.input_shape
         )
 
-    def columns(self, owner: str, name: str, through: Preprocess) -> Columns:
+    def columns(self, owner: str, name: str, preprocess: Preprocess) -> Columns:
         """Examples as seen through a preprocessing: "x" in torch's default float type, and "y", for the proxy only where
         its labels are kept.
 
@@ -246,66 +264,68 @@ class FederatedData:
                 in the order of sorted ids, each client's as its scanner made them, but for those of which this view sees
                 nothing, or has to see all and does not.
         """
-        key = (name, through, torch.get_default_dtype())
+        key = (name, preprocess, torch.get_default_dtype())
         if name in PUBLIC:
             if name not in self._public:
                 raise UserError(
                     f"data.proxy.size: found 0, but a {name} set is asked for; hold some rows out"
                 )
             return self._public_columns.get(
-                key, lambda: self._see(self._public[name].take(), through)
+                key, lambda: self._preprocess(self._public[name].copy_rows(), preprocess)
             )
         if (owner, name) == ("server", "pooled"):
-            return self._private_columns.get((owner, *key), lambda: self._pool(through))
+            return self._private_columns.get((owner, *key), lambda: self._pool(preprocess))
         if owner not in self._private or name not in PRIVATE:
             known = [*PUBLIC, *PRIVATE, "pooled"]
             raise KeyError(
-                f"no set '{name}' of '{owner}'{nearest(name, known) if name not in known else ''}"
+                f"no set '{name}' of '{owner}'{suggest_or_list(name, known) if name not in known else ''}"
             )
         return self._private_columns.get(
-            (owner, *key), lambda: self._see(self._raw(owner, name), through)
+            (owner, *key), lambda: self._preprocess(self._raw_rows(owner, name), preprocess)
         )
 
-    def beside(self, owner: str, name: str) -> Examples:
+    def extra_columns(self, owner: str, name: str) -> Examples:
         """What stands beside the rows of a set of `columns`, row by row: times, units, baselines. It has no x."""
         share = self._public[name] if name in PUBLIC else self._private[owner][name]
-        return replace(share.examples, x=torch.empty(len(share.examples), 0)).take(share.rows)
+        return replace(share.examples, x=torch.empty(len(share.examples), 0)).select_rows(
+            share.rows
+        )
 
-    def raw(self, name: str) -> Tensor:
+    def raw_examples(self, name: str) -> Tensor:
         """The examples of a public set as they lie in memory, `[N, ...]`."""
-        return self._public[name].take().x
+        return self._public[name].copy_rows().x
 
     def private_rows(self) -> Iterator[Tensor]:
         """Everybody's training rows as they lie in memory, client by client; where clients draw, the pool."""
-        for (_, split), share in self._private.places():
+        for (_, split), share in self._private.rows_by_location():
             if split in ("train", "pool"):
-                yield share.take().x
+                yield share.copy_rows().x
 
     def public_hash(self) -> str:
         """SHA-256 over the public sets: equal for all who have the same."""
         return fingerprint((self.task.kind, self.task.outputs), sorted(self._public.items()))
 
-    def elsewhere(self, private: Private) -> FederatedData:
+    def with_remote_rows(self, private: ClientRows) -> FederatedData:
         """The same with these rows in place of those that everybody has: what lies on one machine of several."""
         held = copy.copy(self)
-        held._private, held._views, held._sees = private, Recent(), {}
+        held._private, held._views, held._sees = private, LRUCache(), {}
         held._public_columns = ColumnCache(self._public_columns.limit)
         held._private_columns = ColumnCache(self._private_columns.limit)
         return held
 
     @property
-    def private(self) -> Private:
+    def client_rows(self) -> ClientRows:
         """Whose rows are which."""
         return self._private
 
     @property
-    def public(self) -> Mapping[str, Share]:
+    def public_sets(self) -> Mapping[str, RowSelection]:
         """The proxy set, if there is one, and the common sets."""
         return self._public
 
     def share_memory(self) -> None:
         """Move the raw arrays to memory that other processes can read without a copy."""
-        shares = [*self._public.values(), *(share for _, share in self._private.places())]
+        shares = [*self._public.values(), *(share for _, share in self._private.rows_by_location())]
         for examples in {id(s.examples): s.examples for s in shares}.values():
             for tensor in (examples.x, examples.y):
                 if tensor is not None:
@@ -325,20 +345,23 @@ class FederatedData:
         (and configuration) have the same data."""
         places = [
             (("", name), share) for name, share in self._public.items()
-        ] + self._private.places()
-        told = [(client, told.hash) for client, told in sorted(self._private.told.items())]
+        ] + self._private.rows_by_location()
+        told = [
+            (client, told.content_hash)
+            for client, told in sorted(self._private.remote_info.items())
+        ]
         return fingerprint(
             (self.task.kind, self.task.outputs, *told), sorted(places, key=lambda p: p[0])
         )
 
-    def _raw(self, client: str, split: str) -> Examples:
+    def _raw_rows(self, client: str, split: str) -> Examples:
         """A client's rows as its own device made them."""
-        found = self._private[client][split].take()
-        draws = generator("data", self._seed, "scanner", client, split)
+        found = self._private[client][split].copy_rows()
+        draws = keyed_generator("data", self._seed, "scanner", client, split)
         return Examples(apply_scanner(found.x, self._settings[client].scanner, draws), found.y)
 
-    def _see(self, examples: Examples, through: Preprocess) -> Columns:
-        columns = {"x": through(examples.x)}
+    def _preprocess(self, examples: Examples, preprocess: Preprocess) -> Columns:
+        columns = {"x": preprocess(examples.x)}
         if examples.y is not None:
             columns["y"] = (
                 examples.y.to(torch.get_default_dtype())
@@ -347,12 +370,15 @@ class FederatedData:
             )
         return columns
 
-    def _pool(self, through: Preprocess) -> Columns:
+    def _pool(self, preprocess: Preprocess) -> Columns:
         ids = self.client_ids
-        parts = [self._see(_usable(self._raw(client, "train"), through), through) for client in ids]
+        parts = [
+            self._preprocess(_usable(self._raw_rows(client, "train"), preprocess), preprocess)
+            for client in ids
+        ]
         shapes = {client: tuple(p["x"].shape[1:]) for client, p in zip(ids, parts, strict=True)}
         if len(set(shapes.values())) > 1:
-            owner = next((c for c in ids if self.preprocess(c) == through), None)
+            owner = next((c for c in ids if self.preprocess(c) == preprocess), None)
             where = "server.preprocess" if owner is None else f"clients: '{owner}': preprocess"
             raise UserError(
                 f"{where}: all clients' rows are pooled through this view, and differ in shape then ({shapes}); "
@@ -362,8 +388,8 @@ class FederatedData:
 
 
 def _usable(examples: Examples, through: Preprocess) -> Examples:
-    rows = usable(examples.x, through)
-    return examples if bool(rows.all()) else examples.take(rows.nonzero().squeeze(1))
+    rows = usable_rows(examples.x, through)
+    return examples if bool(rows.all()) else examples.select_rows(rows.nonzero().squeeze(1))
 
 
 def _labels(examples: Examples) -> Tensor:
@@ -375,39 +401,42 @@ def _labels(examples: Examples) -> Tensor:
 # been without an example.
 
 
-class Resampled(FederatedData):
+class ResampledData(FederatedData):
     """The same data, but for the training rows of some clients.
 
     Args:
         data: the federation's.
-        train: those clients' training examples, as `as_made` gives them: their scanners do not touch them again.
+        train: those clients' training examples, as `unprocessed_rows` gives them: their scanners do not touch them again.
     """
 
     def __init__(self, data: FederatedData, train: Mapping[str, Examples]) -> None:
         self.__dict__.update(data.__dict__)  # public columns are the same, and kept in one place
-        self._views, self._private_columns = Recent(), ColumnCache(data._private_columns.limit)
+        self._views, self._private_columns = LRUCache(), ColumnCache(data._private_columns.limit)
         given = {
-            client: {**data._private[client], "train": Share.whole(rows)}
+            client: {**data._private[client], "train": RowSelection.all_rows(rows)}
             for client, rows in train.items()
         }
-        self._private = Private({**data._private.dealt, **given}, data._private.drawing)
+        self._private = ClientRows({**data._private.dealt, **given}, data._private.drawing)
         self._given = frozenset(train)
 
-    def _raw(self, client: str, split: str) -> Examples:
+    def _raw_rows(self, client: str, split: str) -> Examples:
         if split == "train" and client in self._given:
-            return self._private[client][split].take()
-        return super()._raw(client, split)
+            return self._private[client][split].copy_rows()
+        return super()._raw_rows(client, split)
 
 
-def as_made(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
+def unprocessed_rows(data: FederatedData, client: str, splits: Sequence[str]) -> Examples:
     """A client's rows of these splits, one after the other, as its own device made them: before any preprocessing."""
     shares = [data._private[client][split] for split in splits]
-    return joined(
-        [replace(s.take(), x=data._raw(client, n).x) for n, s in zip(splits, shares, strict=True)]
+    return concatenate_examples(
+        [
+            replace(s.copy_rows(), x=data._raw_rows(client, n).x)
+            for n, s in zip(splits, shares, strict=True)
+        ]
     )
 
 
-def joined(parts: Sequence[Examples]) -> Examples:
+def concatenate_examples(parts: Sequence[Examples]) -> Examples:
     """Rows of one data set, one part after the other; what only some parts have is left out."""
     found: dict[str, Tensor | None] = {}
     for name in ("y", "group", "patient", "time", "unit"):
@@ -449,31 +478,31 @@ def federate(
     """
     check_classes(dataset, config)
     check_categories(dataset, config)
-    dataset = with_rare(with_test(dataset))
-    how = apart(dataset)
+    dataset = mark_rare_class(with_test(dataset))
+    how = holdout_strategy(dataset)
     how.check(config)
-    population = Population.of(clients)
-    kinds = sorted(population.kinds, key=lambda kind: natural(kind.first))
+    population = Population.from_settings(clients)
+    kinds = sorted(population.profiles, key=lambda kind: natural_key(kind.first))
     check_settings(kinds, dataset)
 
-    rows = _limited(dataset, config, seed)
+    rows = _limit_rows(dataset, config, seed)
     proxy, rows = proxy_set(dataset, config, rows, kinds, server, seed)
     common, rows = common_sets(dataset, config, rows, how, seed)
     public = proxy | common
 
     notes = list(dataset.notes)
-    everywhere = own_sources(config, population)
+    everywhere = clients_by_source(config, population)
     holders_of = {
         source: held
         for source, who in everywhere.items()
         if (held := [c for c in who if c not in absent])
     }
     owners = {name for holders in everywhere.values() for name in holders}
-    drawing: Drawing | None = None
+    drawing: LazyPartition | None = None
     private: dict[str, Splits] = {}
     if config.partition.kind == "drawn" and not absent:
-        drawing = Drawing(
-            Share(dataset.train, rows),
+        drawing = LazyPartition(
+            RowSelection(dataset.train, rows),
             dataset.task,
             config.partition,
             config.split,
@@ -482,35 +511,37 @@ def federate(
         )
         drawing.check()
     elif names := [name for name in population.ids if name not in owners and name not in absent]:
-        shares = deal_out(dataset, rows, names, config, population, seed, notes)
-        private = how.clients(shares, _later(dataset, public), config, seed)
-    owned = from_own_sources(holders_of, dataset, config, population, seed)
-    everybody = Private(private | owned.private, drawing)
+        shares = assign_rows(dataset, rows, names, config, population, seed, notes)
+        private = how.split_clients(shares, _common_rows(dataset, public), config, seed)
+    owned = load_client_sources(holders_of, dataset, config, population, seed)
+    everybody = ClientRows(private | owned.private, drawing)
 
-    notes += owned.notes + check_gaps(
-        kinds, population, everybody, public, dataset.layout, dataset.gap
+    notes += owned.notes + check_missing_values(
+        kinds, population, everybody, public, dataset.layout, dataset.min_gap
     )
     if server is not None:
-        view = Preprocess.plain(server, dataset.layout, raw_shape(dataset), "server.preprocess")
+        view = Preprocess.without_normalization(
+            server, dataset.layout, raw_shape(dataset), "server.preprocess"
+        )
         if view.missing is None:
-            check_view(public, view, dataset.layout, "server.preprocess", {}, dataset.gap)
+            check_view(public, view, dataset.layout, "server.preprocess", {}, dataset.min_gap)
     return FederatedData(
         dataset.task, dataset.name, population, everybody, public, seed, dataset.simulated or owned.simulated,
         dataset.about, cache_bytes, notes, dataset.layout, dataset.vocabulary,
     )  # fmt: skip
 
 
-def _limited(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
+def _limit_rows(dataset: Dataset, config: DataConfig, seed: int) -> Tensor:
     """The training rows that are kept, int64 `[M]`."""
     rows, patient = torch.arange(len(dataset.train)), dataset.train.patient
     if config.train_limit is None or config.train_limit >= len(rows):
         return rows
-    return draw(rows, config.train_limit, generator("data", seed, "train_limit"), patient, leave=0)[
-        0
-    ]
+    return draw_rows(
+        rows, config.train_limit, keyed_generator("data", seed, "train_limit"), patient, leave=0
+    )[0]
 
 
-def _later(dataset: Dataset, public: Mapping[str, Share]) -> Splits:
+def _common_rows(dataset: Dataset, public: Mapping[str, RowSelection]) -> Splits:
     """The common validation and test rows that are there for clients: `test_limit` is for the common score alone."""
     assert dataset.test is not None
-    return {"validation": public["common_validation"], "test": Share.whole(dataset.test)}
+    return {"validation": public["common_validation"], "test": RowSelection.all_rows(dataset.test)}

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from hetero_fl.core.images import as_bytes, as_numbers, in_range
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.data.dataset import Block, indicators
+from hetero_fl.data.dataset import Block, indicator_names
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.errors import UserError, suggest_or_list
 
 WHERE = "predict: x"
 
 
-def as_seen(model: SavedModel, x: Any) -> Tensor:
+def preprocess_inputs(model: SavedModel, x: Any) -> Tensor:
     """Raw examples as users have them (see `SavedModel.examples`), preprocessed for this model.
 
     Where the model sees named columns or blocks: whole rows as the data set has them; the values of its one block alone; or
@@ -32,29 +32,33 @@ def as_seen(model: SavedModel, x: Any) -> Tensor:
     """
     view = Preprocess(**model.preprocess)
     if model.columns and len(model.arch.input_shape) == 1 and hasattr(x, "columns"):
-        x = _by_name(x, model, view)
+        x = _columns_by_name(x, model, view)
     if isinstance(x, Mapping):
-        rows, view = _joined(x, view), replace(view, raw=None, spans=None)
-        return _checked(rows, view)
+        rows, view = _join_blocks(x, view), replace(view, raw=None, spans=None)
+        return _check_rows(rows, view)
     shape = tuple(np.shape(x)[1:])
     if view.raw is None or shape != view.raw:
         if view.raw is not None and (len(view.blocks) != 1 or view.missing is not None):
             wanted = f"(N, {', '.join(map(str, view.raw))}), as the data set has them"
             raise UserError(f"{WHERE}: found shape {tuple(np.shape(x))}; this model takes {wanted}")
         return replace(view, raw=None, spans=None, blocks=())(model.examples(x))
-    return _checked(as_numbers(x, WHERE).to(torch.get_default_dtype()), view)
+    return _check_rows(as_numbers(x, WHERE).to(torch.get_default_dtype()), view)
 
 
-def _by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
+def _columns_by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     """The columns of a frame in the order of those that are known, `[N, F]`; NaN where one is absent."""
     names = [str(name) for name in frame.columns]
     known, categories = model.columns, dict(model.categories)
     encoded = {
-        name: column for column, values in categories.items() for name in indicators(column, values)
+        name: column
+        for column, values in categories.items()
+        for name in indicator_names(column, values)
     }
     for name in names:
         if name not in known and name not in categories:
-            raise UserError(f"{WHERE}: found column '{name}'{nearest(name, [*known, *categories])}")
+            raise UserError(
+                f"{WHERE}: found column '{name}'{suggest_or_list(name, [*known, *categories])}"
+            )
         if names.count(name) > 1:
             raise UserError(f"{WHERE}: found column '{name}' {names.count(name)} times")
     for name in view.names(known):
@@ -65,8 +69,8 @@ def _by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     rows = torch.full((len(frame), len(known)), torch.nan, dtype=torch.get_default_dtype())
     for name, column in zip(names, frame.columns, strict=True):
         if name in categories:
-            places = [known.index(one) for one in indicators(name, categories[name])]
-            rows[:, places] = _indicated(frame[column], categories[name]).to(rows.dtype)
+            places = [known.index(one) for one in indicator_names(name, categories[name])]
+            rows[:, places] = _encode_indicators(frame[column], categories[name]).to(rows.dtype)
         else:
             rows[:, known.index(name)] = as_numbers(frame[column], f"{WHERE}: {name}").to(
                 rows.dtype
@@ -74,16 +78,16 @@ def _by_name(frame: Any, model: SavedModel, view: Preprocess) -> Tensor:
     return rows
 
 
-def _indicated(column: Any, values: tuple[str, ...]) -> Tensor:
+def _encode_indicators(column: Any, values: tuple[str, ...]) -> Tensor:
     import pandas as pd
 
-    from hetero_fl.data.sources.table_files import indicated
+    from hetero_fl.data.sources.table_files import encode_indicators
 
-    return torch.from_numpy(indicated(pd.Series(np.asarray(column)), values))
+    return torch.from_numpy(encode_indicators(pd.Series(np.asarray(column)), values))
 
 
-def _checked(rows: Tensor, view: Preprocess) -> Tensor:
-    taken = view.taken(rows).flatten(1)
+def _check_rows(rows: Tensor, view: Preprocess) -> Tensor:
+    taken = view.select_columns(rows).flatten(1)
     bad = taken.isinf() if view.missing is not None else ~torch.isfinite(taken)
     if bool(bad.any()):
         raise UserError(
@@ -92,13 +96,13 @@ def _checked(rows: Tensor, view: Preprocess) -> Tensor:
     return view(rows)
 
 
-def _joined(given: Mapping[str, Any], view: Preprocess) -> Tensor:
+def _join_blocks(blocks: Mapping[str, Any], view: Preprocess) -> Tensor:
     """Rows `[N, D]` of the view's blocks."""
     names = [b.name for b in view.blocks]
-    for name in given:
+    for name in blocks:
         if name not in names:
-            raise UserError(f"{WHERE}: found '{name}'{nearest(name, names)}")
-    parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in given.items()}
+            raise UserError(f"{WHERE}: found '{name}'{suggest_or_list(name, names)}")
+    parts = {name: as_numbers(values, f"{WHERE}: {name}") for name, values in blocks.items()}
     count = len(next(iter(parts.values()))) if parts else 0
     rows = []
     for block in view.blocks:
@@ -107,11 +111,11 @@ def _joined(given: Mapping[str, Any], view: Preprocess) -> Tensor:
             raise UserError(
                 f"{WHERE}: {block.name}: found {len(part)} rows, of {next(iter(parts))} {count}"
             )
-        rows.append(_values(part, block))
+        rows.append(_block_values(part, block))
     return torch.cat(rows, dim=1)
 
 
-def _values(part: Tensor, block: Block) -> Tensor:
+def _block_values(part: Tensor, block: Block) -> Tensor:
     """A block's values `[N, size]`; images may be as `SavedModel.examples` takes them, and are in 0..1 then."""
     where = f"{WHERE}: {block.name}"
     found, dtype = tuple(part.shape), torch.get_default_dtype()

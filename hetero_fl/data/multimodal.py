@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from hetero_fl.data.arrays import from_arrays
-from hetero_fl.data.dataset import Block, Dataset, Examples, places
-from hetero_fl.utils.errors import UserError, nearest, similar
+from hetero_fl.data.dataset import Block, Dataset, Examples, index_names
+from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def join(
+def join_images_and_table(
     images: Any, y: Any, patient: Any, table: Any, *, by: str = "patient", columns: list[str] | None = None,
     label: str | None = None, group: Any = None, table_group: str | None = None, blocks: tuple[str, str] = ("image", "table"),
     name: str = "joined", simulated: bool = False, about: str = "",
@@ -41,7 +41,7 @@ def join(
             there twice, or has no number; text in a number; a column that is not there; nobody in both.
     """
     # loads pandas, which takes half a second
-    from hetero_fl.data.sources.table_files import decimal_commas, features, names
+    from hetero_fl.data.sources.table_files import decimal_commas, features, parse_names
 
     frame, where = _frame(table, (by, table_group))
     pictures = from_arrays(images, y, patient=patient, group=group, name=name)
@@ -53,30 +53,30 @@ def join(
     for key, column in special.items():
         if column is not None and column not in frame.columns:
             raise UserError(
-                f"{key}: {where} has no column '{column}'{nearest(column, map(str, frame.columns))}"
+                f"{key}: {where} has no column '{column}'{suggest_or_list(column, map(str, frame.columns))}"
             )
-    whose = list(names(frame[by], where))
+    whose = list(parse_names(frame[by], where))
     ids = [str(value) for value in pictures.train.patient_names]
-    whose = _as_written(whose, ids)
-    _once(whose, where, by)
+    whose = _match_id_format(whose, ids)
+    _check_unique(whose, where, by)
     imaged = set(ids)
     strangers = [i for i, id in enumerate(whose) if id not in imaged]
     if len(strangers) == len(whose):
         raise UserError(
             f"{where}: row 1, column '{by}': found '{whose[0]}', and no patient of the table has an image; "
-            f"images are of {_shown(ids)}"
+            f"images are of {_format_names(ids)}"
         )
     if strangers and label is None:
         row = strangers[0]
         raise UserError(
             f"{where}: row {row + 1}, column '{by}': found '{whose[row]}', of whom there is no image"
-            f"{similar(whose[row], ids)} (name their labels in `label` to keep such patients: {len(strangers)} rows)"
+            f"{suggest_similar(whose[row], ids)} (name their labels in `label` to keep such patients: {len(strangers)} rows)"
         )
     rest = frame.drop(columns=[column for column in special.values() if column is not None])
     for column in columns or ():
         if column not in rest.columns:
             raise UserError(
-                f"columns: {where} has no column '{column}'{nearest(column, map(str, rest.columns))}"
+                f"columns: {where} has no column '{column}'{suggest_or_list(column, map(str, rest.columns))}"
             )
     rest, _ = decimal_commas(rest if columns is None else rest[columns], where)
     values, used, left_out = features(rest, where, [])
@@ -88,9 +88,9 @@ def join(
         train = _with_labels(train, pictures, frame, strangers, whose, label, table_group, where)
     made = (Block(blocks[0], tuple(pictures.train.x.shape[1:])), Block(blocks[1], (len(used),)))
     both = len(imaged & set(whose))
-    note = f"{name}: {len(ids)} patients with images, {len(whose)} in the table, {both} with both; columns {_shown(used)}"
+    note = f"{name}: {len(ids)} patients with images, {len(whose)} in the table, {both} with both; columns {_format_names(used)}"
     left = tuple(
-        f"{where}: left out: {_shown(left_out)} (no numbers)" for _ in range(bool(left_out))
+        f"{where}: left out: {_format_names(left_out)} (no numbers)" for _ in range(bool(left_out))
     )
     return Dataset(
         name,
@@ -120,17 +120,19 @@ def _frame(table: Any, names: tuple[str | None, ...]) -> tuple[pd.DataFrame, str
         raise UserError(f"table: {str(error).removeprefix('path: ')}") from error
 
 
-def _as_written(whose: list[str], ids: list[str]) -> list[str]:
+def _match_id_format(whose: list[str], ids: list[str]) -> list[str]:
     """The table's patients as the images' numbers are written: a file of numbers has lost the zeros of 0001."""
-    written = {_plain(id): id for id in ids}
-    return [written.get(_plain(id), id) for id in whose] if len(written) == len(ids) else whose
+    written = {_normalize_id(id): id for id in ids}
+    return (
+        [written.get(_normalize_id(id), id) for id in whose] if len(written) == len(ids) else whose
+    )
 
 
-def _plain(id: str) -> str:
-    return str(int(id)) if id.isascii() and id.isdigit() else id
+def _normalize_id(patient_id: str) -> str:
+    return str(int(patient_id)) if patient_id.isascii() and patient_id.isdigit() else patient_id
 
 
-def _once(whose: list[str], where: str, by: str) -> None:
+def _check_unique(whose: list[str], where: str, by: str) -> None:
     first: dict[str, int] = {}
     for row, id in enumerate(whose):
         if id in first:
@@ -176,35 +178,35 @@ def _with_labels(
     table_group: str | None, where: str,
 ) -> Examples:  # fmt: skip
     """The rows with label, group and patient of those who have no image, too."""
-    from hetero_fl.data.sources.table_files import names, numbers
+    from hetero_fl.data.sources.table_files import parse_names, parse_numbers
 
-    given, old = numbers(frame[label], where), pictures.train
+    given, old = parse_numbers(frame[label], where), pictures.train
     assert old.y is not None and old.patient is not None
     if given is None:
         raise UserError(f"{where}: column '{label}' is text; class numbers are needed")
-    classes = {float(name): place for place, name in enumerate(pictures.task.label)}
+    classes = {float(name): place for place, name in enumerate(pictures.task.output_names)}
     for row in strangers:
         if given[row] not in classes:
-            found = f"found {given[row]:g}; classes of the images are {_shown(pictures.task.label)}"
+            found = f"found {given[row]:g}; classes of the images are {_format_names(pictures.task.output_names)}"
             raise UserError(f"{where}: row {row + 1}, column '{label}': {found}")
     y = torch.cat([old.y, torch.tensor([classes[given[row]] for row in strangers])])
     owners = [old.patient_names[i] for i in old.patient.tolist()] + [
         whose[row] for row in strangers
     ]
-    patient, patient_names = places(owners)
+    patient, patient_names = index_names(owners)
     if old.group is None:
         return Examples(train.x, y, None, (), patient, patient_names)
     if table_group is None:
         raise UserError(
             "table_group: missing; images have groups, so name the table's column of those without an image"
         )
-    sites = list(names(frame[table_group], where))
-    group, group_names = places(
+    sites = list(parse_names(frame[table_group], where))
+    group, group_names = index_names(
         [old.group_names[g] for g in old.group.tolist()] + [sites[row] for row in strangers]
     )
     return Examples(train.x, y, group, group_names, patient, patient_names)
 
 
-def _shown(names: Any) -> str:
+def _format_names(names: Any) -> str:
     listed = list(names)
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -16,17 +16,17 @@ from torch import Tensor
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, Share
+from hetero_fl.data.dataset import Dataset, RowSelection
 from hetero_fl.utils.code_permission import OWN
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.ordering import in_order
-from hetero_fl.utils.registry import called
-from hetero_fl.utils.seeding import generator, key
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.registry import call_reference
+from hetero_fl.utils.seeding import keyed_generator, stream_key
 
 # What partitions count with: the stratum of a row, whole numbers by shares, classes by holders.
 
 
-def strata(y: Tensor, task: Task) -> Tensor:
+def row_strata(y: Tensor, task: Task) -> Tensor:
     """What counts as a row's label in a partition, int64 `[N]`: its class; the rarest of its labels plus one, 0 if it
     has none (multilabel); the tenth of all rows, by the first target, that it falls into (regression)."""
     if task.kind == "multiclass":
@@ -55,7 +55,7 @@ def apportion(total: int, share: np.ndarray, at_least: int = 0) -> np.ndarray:
     return counts
 
 
-def among(rows: int, share: np.ndarray) -> np.ndarray:
+def apportion_nonzero(rows: int, share: np.ndarray) -> np.ndarray:
     """`apportion` among those with a share, the others getting none."""
     counts = np.zeros(len(share), dtype=np.int64)
     if (share > 0).any():
@@ -63,7 +63,7 @@ def among(rows: int, share: np.ndarray) -> np.ndarray:
     return counts
 
 
-def cut(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def cut_proportions(proportions: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Whole numbers `[classes, clients]`, of `counts` `[classes]` rows each client's proportion, float `[classes, clients]`."""
     cuts = np.rint(proportions.cumsum(1) * counts[:, None]).astype(np.int64)
     cuts[:, -1] = counts
@@ -78,17 +78,19 @@ def cut_below(proportions: np.ndarray, counts: np.ndarray, most: np.ndarray) -> 
         below = dealt.sum(0) < most
         share = np.where(below, proportions[c], 0.0)
         share = share if share.sum() > 0 else below.astype(float)
-        dealt[c] = cut(share[None] / share.sum(), counts[c : c + 1])[0]
+        dealt[c] = cut_proportions(share[None] / share.sum(), counts[c : c + 1])[0]
     return dealt
 
 
-def holders(draws: np.random.Generator, each: np.ndarray, classes: int) -> np.ndarray:
-    """bool `[clients, classes]`, `each` (int `[clients]`) classes a client and as even over the classes as can be: always those
+def assign_classes(
+    draws: np.random.Generator, classes_per_client: np.ndarray, classes: int
+) -> np.ndarray:
+    """bool `[clients, classes]`, `classes_per_client` (int `[clients]`) classes a client and as even over the classes as can be: always those
     that fewest hold, at random among equals."""
-    holds = np.zeros((len(each), classes), dtype=bool)
+    holds = np.zeros((len(classes_per_client), classes), dtype=bool)
     held = np.zeros(classes)
-    for client in draws.permutation(len(each)):
-        chosen = np.lexsort((draws.random(classes), held))[: each[client]]
+    for client in draws.permutation(len(classes_per_client)):
+        chosen = np.lexsort((draws.random(classes), held))[: classes_per_client[client]]
         holds[client, chosen] = True
         held[chosen] += 1
     return holds
@@ -97,10 +99,10 @@ def holders(draws: np.random.Generator, each: np.ndarray, classes: int) -> np.nd
 # A partition of the user's own: called with care, and its result checked.
 
 OWN_WHERE = "data.partition.kind"
-TAKES = "y, group, config, sizes, task, seed"
+ARGUMENTS = "y, group, config, sizes, task, seed"
 
 
-def own_partition(
+def user_partition(
     config: PartitionConfig,
     arguments: tuple[Any, ...],
     rows: int,
@@ -111,8 +113,10 @@ def own_partition(
 
     It gets no patients, but a deal that tears one apart is refused. Raises UserError for that and for whatever else it does.
     """
-    parts = _checked(called(config.kind, OWN_WHERE, TAKES, arguments), config, rows, clients)
-    if patient is not None and (pair := torn(parts, patient)) is not None:
+    parts = _check_parts(
+        call_reference(config.kind, OWN_WHERE, ARGUMENTS, arguments), config, rows, clients
+    )
+    if patient is not None and (pair := split_patient_rows(parts, patient)) is not None:
         raise UserError(
             f"{OWN_WHERE}: {config.kind}: deals rows {pair[0]} and {pair[1]}, which are of one patient "
             "(data.patient), to two clients"
@@ -120,7 +124,7 @@ def own_partition(
     return parts
 
 
-def _checked(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:
+def _check_parts(parts: object, config: PartitionConfig, rows: int, clients: int) -> list[Tensor]:
     """The rows that a user's own partition dealt, if they can be that."""
     where = f"{OWN_WHERE}: {config.kind}"
     if not isinstance(parts, list | tuple) or len(parts) != clients:
@@ -153,7 +157,7 @@ WHERE = "data.partition"
 
 
 @dataclass(frozen=True)
-class Deal:
+class PartitionContext:
     """What a partition has to go by: `strata` int64 `[N]` (see `strata`), `group` int64 `[N]`, `share` float64 `[K]`,
     each client's part of all rows by its size, which sums to one; nobody gets less than `fewest`. Where patients stay whole,
     a patient stands for a row here: with its commonest stratum."""
@@ -175,23 +179,25 @@ class Deal:
         """Number of rows to deal."""
         return len(self.strata)
 
-    def draws(self, *use: str | int) -> np.random.Generator:
+    def rng(self, *use: str | int) -> np.random.Generator:
         """Keyed draws of what torch has no public sampler for (Dirichlet)."""
-        return np.random.default_rng(key("data", self.seed, "partition", *use))
+        return np.random.default_rng(stream_key("data", self.seed, "partition", *use))
 
     def shuffled(self, rows: Tensor, *use: str | int) -> Tensor:
         """The rows in a keyed order."""
         return rows[
-            torch.randperm(len(rows), generator=generator("data", self.seed, "partition", *use))
+            torch.randperm(
+                len(rows), generator=keyed_generator("data", self.seed, "partition", *use)
+            )
         ]
 
 
-PartitionFunction = Callable[[Deal], list[Tensor]]
+PartitionFunction = Callable[[PartitionContext], list[Tensor]]
 _partitions: dict[str, PartitionFunction] = {}
 
 
-def partition(name: str) -> Callable[[PartitionFunction], PartitionFunction]:
-    """Register a function from a `Deal` to the rows of each client as the partition of that name."""
+def register_partition(name: str) -> Callable[[PartitionFunction], PartitionFunction]:
+    """Register a function from a `PartitionContext` to the rows of each client as the partition of that name."""
 
     def register(function: PartitionFunction) -> PartitionFunction:
         _partitions[name] = function
@@ -200,7 +206,7 @@ def partition(name: str) -> Callable[[PartitionFunction], PartitionFunction]:
     return register
 
 
-def deal(
+def partition_rows(
     y: Tensor,
     group: Tensor | None,
     config: PartitionConfig,
@@ -229,129 +235,141 @@ def deal(
             f"at most {len(y) // len(sizes)}, unless they share rows ({WHERE}.kind: drawn)"
         )
     if config.kind.startswith(OWN):
-        return own_partition(
+        return user_partition(
             config, (y, group, config, sizes, task, seed), len(y), len(sizes), patient
         )
     if config.kind not in _partitions:
-        raise UserError(f"{WHERE}.kind: found '{config.kind}'{nearest(config.kind, _partitions)}")
+        raise UserError(
+            f"{WHERE}.kind: found '{config.kind}'{suggest_or_list(config.kind, _partitions)}"
+        )
     share = np.asarray(sizes, dtype=np.float64)
-    d = Deal(strata(y, task), group, config, share / share.sum(), seed, config.min_size)
-    parts = _partitions[config.kind](d) if patient is None else _deal_patients(d, patient)
+    d = PartitionContext(
+        row_strata(y, task), group, config, share / share.sum(), seed, config.min_size
+    )
+    parts = _partitions[config.kind](d) if patient is None else _partition_patients(d, patient)
     return [part.sort().values for part in parts]
 
 
-@partition("iid")
-def iid(d: Deal) -> list[Tensor]:
+@register_partition("iid")
+def partition_iid(context: PartitionContext) -> list[Tensor]:
     """Rows at random, as many as the sizes say."""
-    counts = apportion(d.rows(), d.share, d.fewest)
-    return list(d.shuffled(torch.arange(d.rows()), "iid").split(counts.tolist()))
+    counts = apportion(context.rows(), context.share, context.fewest)
+    return list(context.shuffled(torch.arange(context.rows()), "iid").split(counts.tolist()))
 
 
-@partition("in_order")
-def partition_in_order(d: Deal) -> list[Tensor]:
+@register_partition("in_order")
+def partition_in_order(context: PartitionContext) -> list[Tensor]:
     """Consecutive slices of the rows as they lie in the set, as long as the sizes say: the first client has the first."""
-    return list(torch.arange(d.rows()).split(apportion(d.rows(), d.share, d.fewest).tolist()))
+    return list(
+        torch.arange(context.rows()).split(
+            apportion(context.rows(), context.share, context.fewest).tolist()
+        )
+    )
 
 
-@partition("quantity")
-def quantity(d: Deal) -> list[Tensor]:
+@register_partition("quantity")
+def partition_by_quantity(context: PartitionContext) -> list[Tensor]:
     """Rows at random, numbers of rows skewed: shares ~ Dirichlet(alpha · K · size share)."""
-    share = d.draws("quantity").dirichlet(d.alpha * len(d.share) * d.share)
-    counts = apportion(d.rows(), share, d.fewest)
-    return list(d.shuffled(torch.arange(d.rows()), "quantity").split(counts.tolist()))
+    share = context.rng("quantity").dirichlet(context.alpha * len(context.share) * context.share)
+    counts = apportion(context.rows(), share, context.fewest)
+    return list(context.shuffled(torch.arange(context.rows()), "quantity").split(counts.tolist()))
 
 
-@partition("dirichlet")
-def dirichlet(d: Deal) -> list[Tensor]:
+@register_partition("dirichlet")
+def partition_dirichlet(context: PartitionContext) -> list[Tensor]:
     """Labels skewed: each class is dealt in proportions ~ Dirichlet(alpha · K · size share), drawn anew until nobody is
     short; with equal sizes the rule of Hsu et al., arXiv:1909.06335, and Li et al., ICDE 2022. After `TRIES` draws the
     short clients take rows at random from the largest. `config.cap`: who has reached so many times its part of the rows gets
     none of the further classes, which the others share by their proportions; 1 is the rule of the latter's code."""
-    classes, counts = np.unique(d.strata.numpy(), return_counts=True)
+    classes, counts = np.unique(context.strata.numpy(), return_counts=True)
     for attempt in range(TRIES):
-        proportions = d.draws("dirichlet", attempt).dirichlet(
-            d.alpha * len(d.share) * d.share, size=len(classes)
+        proportions = context.rng("dirichlet", attempt).dirichlet(
+            context.alpha * len(context.share) * context.share, size=len(classes)
         )
-        if d.config.cap is None:
-            dealt = cut(proportions, counts)  # [classes, clients]
+        if context.config.cap is None:
+            dealt = cut_proportions(proportions, counts)  # [classes, clients]
         else:
-            dealt = cut_below(proportions, counts, d.config.cap * d.share * d.rows())
-        if dealt.sum(0).min() >= d.fewest:
+            dealt = cut_below(
+                proportions, counts, context.config.cap * context.share * context.rows()
+            )
+        if dealt.sum(0).min() >= context.fewest:
             break
-    parts = _deal_classes(d, classes, dealt)
-    return _top_up(d, parts)
+    parts = _partition_classes(context, classes, dealt)
+    return _fill_short_clients(context, parts)
 
 
-@partition("classes")
-def by_classes(d: Deal) -> list[Tensor]:
+@register_partition("classes")
+def partition_by_classes(context: PartitionContext) -> list[Tensor]:
     """`config.classes` classes a client, as in McMahan et al., 2017, or as many as `config.classes_spread` allows. The rows of a
     class are dealt among its holders by size; or, as in Tan et al., 2022, each holder gets `config.shots` of them and the rest
     stays out. Every class has a holder if clients times classes suffice for that; else the rows of the others stay out.
     Drawn anew until nobody is short."""
-    classes, counts = np.unique(d.strata.numpy(), return_counts=True)
-    clients, each = len(d.share), d.config.classes
+    classes, counts = np.unique(context.strata.numpy(), return_counts=True)
+    clients, each = len(context.share), context.config.classes
     if each > len(classes):
         raise UserError(
             f"{WHERE}.classes: found {each}, but the training rows have {len(classes)} classes"
         )
-    few = max(min(2, each), each - d.config.classes_spread)
-    many = min(len(classes), each + d.config.classes_spread)
+    few = max(min(2, each), each - context.config.classes_spread)
+    many = min(len(classes), each + context.config.classes_spread)
     shots = (
         None
-        if d.config.shots is None
-        else np.rint(d.config.shots * d.share * clients).astype(np.int64)
+        if context.config.shots is None
+        else np.rint(context.config.shots * context.share * clients).astype(np.int64)
     )
     for attempt in range(TRIES):
-        draws = d.draws("classes", attempt)
+        draws = context.rng("classes", attempt)
         numbers = np.full(clients, each) if few == many else draws.integers(few, many + 1, clients)
-        holds = holders(draws, numbers, len(classes))
+        holds = assign_classes(draws, numbers, len(classes))
         if shots is None:
             # [classes, clients]
-            dealt = np.stack([among(n, d.share * holds[:, c]) for c, n in enumerate(counts)])
+            dealt = np.stack(
+                [apportion_nonzero(n, context.share * holds[:, c]) for c, n in enumerate(counts)]
+            )
         else:
             dealt = (holds * shots[:, None]).T
-        if (dealt.sum(1) <= counts).all() and dealt.sum(0).min() >= d.fewest:
-            return _deal_classes(d, classes, dealt)
+        if (dealt.sum(1) <= counts).all() and dealt.sum(0).min() >= context.fewest:
+            return _partition_classes(context, classes, dealt)
     if shots is not None and (wanted := dealt.sum(1) - counts).max() > 0:
         c = wanted.argmax()
         raise UserError(
-            f"{WHERE}.shots: found {d.config.shots}; class {classes[c]} has {counts[c]} rows, and {holds[:, c].sum()} clients "
+            f"{WHERE}.shots: found {context.config.shots}; class {classes[c]} has {counts[c]} rows, and {holds[:, c].sum()} clients "
             "are to hold it; lower it"
         )
-    raise _short_of_classes(d)
+    raise _too_few_classes(context)
 
 
-@partition("natural")
-def natural(d: Deal) -> list[Tensor]:
+@register_partition("natural")
+def partition_natural(context: PartitionContext) -> list[Tensor]:
     """Each group of rows is a client's, in the order of the groups' numbers."""
-    if d.group is None:
+    if context.group is None:
         raise UserError(
             f"{WHERE}.kind: natural needs groups; name their column in data.group, or choose another kind"
         )
-    present = d.group.unique()
-    if len(present) != len(d.share):
+    present = context.group.unique()
+    if len(present) != len(context.share):
         raise UserError(
-            f"{WHERE}.kind: natural found {len(present)} groups for {len(d.share)} clients; make them equal"
+            f"{WHERE}.kind: natural found {len(present)} groups for {len(context.share)} clients; make them equal"
         )
-    parts = [torch.nonzero(d.group == g).squeeze(1) for g in present]
-    if (short := min(map(len, parts))) < d.config.min_size:
+    parts = [torch.nonzero(context.group == g).squeeze(1) for g in present]
+    if (short := min(map(len, parts))) < context.config.min_size:
         raise UserError(
-            f"{WHERE}.min_size: found {d.config.min_size}, but the smallest group has {short} rows"
+            f"{WHERE}.min_size: found {context.config.min_size}, but the smallest group has {short} rows"
         )
     return parts
 
 
-def _short_of_classes(d: Deal) -> UserError:
-    few = f"found {d.config.min_size}; with {d.config.classes} classes a client some get fewer; lower it"
+def _too_few_classes(context: PartitionContext) -> UserError:
+    few = f"found {context.config.min_size}; with {context.config.classes} classes a client some get fewer; lower it"
     return UserError(f"{WHERE}.min_size: {few}")
 
 
-def _deal_patients(d: Deal, patient: Tensor) -> list[Tensor]:
+def _partition_patients(context: PartitionContext, patient: Tensor) -> list[Tensor]:
     """Rows of each client, each patient's together: patients are dealt as rows are, and short clients then filled."""
-    function, clients = _partitions[d.config.kind], len(d.share)
-    if d.config.kind == "natural":
-        parts = function(d)
-        if torn(parts, patient) is not None:
+    function, clients = _partitions[context.config.kind], len(context.share)
+    if context.config.kind == "natural":
+        parts = function(context)
+        if split_patient_rows(parts, patient) is not None:
             raise UserError(
                 f"{WHERE}.kind: natural finds a patient in two groups; give it one group, or other names"
             )
@@ -362,42 +380,50 @@ def _deal_patients(d: Deal, patient: Tensor) -> list[Tensor]:
             f"data.patient: {len(size)} patients are left for {clients} clients; each needs at least one"
         )
     # as many patients as make up min_size rows on average, so that draws are repeated about as often as for rows
-    fewest = max(1, min(-(-d.config.min_size * len(size) // len(patient)), len(size) // clients))
-    dealt = function(replace(d, strata=commonest(d.strata, unit), group=None, fewest=fewest))
+    fewest = max(
+        1, min(-(-context.config.min_size * len(size) // len(patient)), len(size) // clients)
+    )
+    dealt = function(
+        replace(
+            context, strata=most_common_stratum(context.strata, unit), group=None, fewest=fewest
+        )
+    )
     owner = torch.full((len(size),), -1)
     for client, mine in enumerate(dealt):
         owner[mine] = client
-    if d.config.kind == "classes":  # filling up would hand a client further classes
+    if context.config.kind == "classes":  # filling up would hand a client further classes
         if (
             int(torch.bincount(owner[unit] + 1, minlength=clients + 1)[1:].min())
-            < d.config.min_size
+            < context.config.min_size
         ):
-            raise _short_of_classes(d)
+            raise _too_few_classes(context)
     else:
-        order = d.shuffled(torch.arange(len(size)), "patients")
-        owner = fill_up(owner, size, clients, d.config.min_size, order)
+        order = context.shuffled(torch.arange(len(size)), "patients")
+        owner = move_patients_to_short_clients(owner, size, clients, context.config.min_size, order)
     return [torch.nonzero(owner[unit] == client).squeeze(1) for client in range(clients)]
 
 
-def _deal_classes(d: Deal, classes: np.ndarray, dealt: np.ndarray) -> list[Tensor]:
-    """Rows of each client, `dealt` int `[classes, clients]` saying how many of each class."""
+def _partition_classes(
+    context: PartitionContext, classes: np.ndarray, counts: np.ndarray
+) -> list[Tensor]:
+    """Rows of each client, `counts` int `[classes, clients]` saying how many of each class."""
     per_class = [
-        d.shuffled(torch.nonzero(d.strata == c).squeeze(1), "rows", int(c))[: n.sum()].split(
-            n.tolist()
-        )
-        for c, n in zip(classes, dealt, strict=True)
+        context.shuffled(torch.nonzero(context.strata == c).squeeze(1), "rows", int(c))[
+            : n.sum()
+        ].split(n.tolist())
+        for c, n in zip(classes, counts, strict=True)
     ]
     return [torch.cat(parts) for parts in zip(*per_class, strict=True)]
 
 
-def _top_up(d: Deal, parts: list[Tensor]) -> list[Tensor]:
+def _fill_short_clients(context: PartitionContext, parts: list[Tensor]) -> list[Tensor]:
     """Fill short clients from the largest, with rows drawn at random. Ends, as `deal` checked that all rows suffice."""
     turn = 0
-    while min(map(len, parts)) < d.fewest:
+    while min(map(len, parts)) < context.fewest:
         low = min(range(len(parts)), key=lambda k: len(parts[k]))
         high = max(range(len(parts)), key=lambda k: len(parts[k]))
-        moved = min(d.fewest - len(parts[low]), len(parts[high]) - d.fewest)
-        rows = d.shuffled(parts[high].sort().values, "top_up", turn)
+        moved = min(context.fewest - len(parts[low]), len(parts[high]) - context.fewest)
+        rows = context.shuffled(parts[high].sort().values, "top_up", turn)
         parts[low], parts[high] = torch.cat([parts[low], rows[:moved]]), rows[moved:]
         turn += 1
     return parts
@@ -406,7 +432,7 @@ def _top_up(d: Deal, parts: list[Tensor]) -> list[Tensor]:
 # Dealing a set's rows out to clients; where rows say whose group they are of, groups go by name.
 
 
-def deal_out(
+def assign_rows(
     dataset: Dataset,
     rows: Tensor,
     names: list[str],
@@ -414,7 +440,7 @@ def deal_out(
     clients: Mapping[str, ClientSettings],
     seed: int,
     notes: list[str],
-) -> dict[str, Share]:
+) -> dict[str, RowSelection]:
     """The rows of each of these clients. One alone gets them all, unless groups go by name and others have some.
 
     A note is added where groups go to clients of other names.
@@ -427,22 +453,24 @@ def deal_out(
         if config.partition.kind == "natural":
             everywhere = all_groups(dataset)
             notes += match_groups(everywhere, names, dataset.name)
-            if len(names) > 1 and (empty := in_order(set(everywhere) - set(found))):
+            if len(names) > 1 and (empty := natural_order(set(everywhere) - set(found))):
                 raise UserError(
-                    f"data.partition.kind: natural: no training row of group {_shown(empty)} of {dataset.name} is left: all "
+                    f"data.partition.kind: natural: no training row of group {_format_names(empty)} of {dataset.name} is left: all "
                     "are for validation, test or the proxy set, or beyond data.train_limit"
                 )
-            one_group_each(dataset)
+            check_patients_in_one_group(dataset)
         if set(found) == set(names):  # groups that bear the clients' names go to them by name
             group = torch.tensor([names.index(n) if n in names else -1 for n in train.group_names])[
                 group
             ]
     if len(names) < 2:
-        return {name: Share(train, rows) for name in names}
+        return {name: RowSelection(train, rows) for name in names}
     assert train.y is not None
     sizes = [clients[name].size for name in names]
-    parts = deal(train.y[rows], group, config.partition, sizes, dataset.task, seed, patient)
-    return {name: Share(train, rows[part]) for name, part in zip(names, parts, strict=True)}
+    parts = partition_rows(
+        train.y[rows], group, config.partition, sizes, dataset.task, seed, patient
+    )
+    return {name: RowSelection(train, rows[part]) for name, part in zip(names, parts, strict=True)}
 
 
 def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
@@ -453,25 +481,27 @@ def match_groups(groups: list[str], clients: list[str], name: str) -> list[str]:
         UserError: only some names are in both, or there are more of one than of the other.
     """
     strangers = [c for c in clients if c not in groups]
-    orphans = [g for g in in_order(groups) if g not in clients]
+    orphans = [g for g in natural_order(groups) if g not in clients]
     common = len(strangers) < len(clients)
     if not strangers and (not orphans or not clients):
         return []
     if not common and len(clients) == 1:
-        return [f"{name}: client '{clients[0]}' gets the rows of all groups: {_shown(orphans)}"]
+        return [
+            f"{name}: client '{clients[0]}' gets the rows of all groups: {_format_names(orphans)}"
+        ]
     if not common and len(groups) == len(clients):
-        pairs = zip(clients, in_order(groups), strict=True)
+        pairs = zip(clients, natural_order(groups), strict=True)
         return [
             f"{name}: no client is called as a group is; "
             + ", ".join(f"'{c}' gets '{g}'" for c, g in pairs)
         ]
     found = []
     if strangers:
-        hint = nearest(strangers[0], orphans) if common else ""
-        found.append(f"no group for client {_shown(strangers)}{hint}")
+        hint = suggest_or_list(strangers[0], orphans) if common else ""
+        found.append(f"no group for client {_format_names(strangers)}{hint}")
     if orphans:
-        hint = nearest(orphans[0], strangers) if common and not strangers else ""
-        found.append(f"no client for group {_shown(orphans)}{hint}")
+        hint = suggest_or_list(orphans[0], strangers) if common and not strangers else ""
+        found.append(f"no client for group {_format_names(orphans)}{hint}")
     raise UserError(
         f"data.partition.kind: natural found {len(groups)} groups for {len(clients)} clients in {name}: "
         f"{' and '.join(part.removesuffix('?') for part in found)}"
@@ -486,10 +516,10 @@ def all_groups(dataset: Dataset) -> list[str]:
         for part in parts
         if part.group is not None and part.group_names
     ]
-    return in_order({names[g] for group, names in held for g in group.unique().tolist()})
+    return natural_order({names[g] for group, names in held for g in group.unique().tolist()})
 
 
-def one_group_each(dataset: Dataset) -> None:
+def check_patients_in_one_group(dataset: Dataset) -> None:
     """Refuse a patient (UserError) who has rows in two groups, whatever they are used for: a natural partition would tear
     them apart."""
     group_of: dict[str, str] = {}
@@ -507,13 +537,13 @@ def one_group_each(dataset: Dataset) -> None:
                 )
 
 
-def _shown(names: list[str]) -> str:
+def _format_names(names: list[str]) -> str:
     return ", ".join(f"'{n}'" for n in names[:8]) + (
         f" and {len(names) - 8} more" if len(names) > 8 else ""
     )
 
 
-def commonest(strata: Tensor, unit: Tensor) -> Tensor:
+def most_common_stratum(strata: Tensor, unit: Tensor) -> Tensor:
     """The commonest stratum of each patient's rows, int64 `[P]`; of equals the lowest.
 
     Args:
@@ -530,7 +560,9 @@ def commonest(strata: Tensor, unit: Tensor) -> Tensor:
     return pairs[order[last]] % kinds
 
 
-def fill_up(owner: Tensor, size: Tensor, clients: int, fewest: int, order: Tensor) -> Tensor:
+def move_patients_to_short_clients(
+    owner: Tensor, size: Tensor, clients: int, fewest: int, order: Tensor
+) -> Tensor:
     """Whole patients moved from the largest clients to short ones, until each has `fewest` rows.
 
     Args:
@@ -560,7 +592,7 @@ def fill_up(owner: Tensor, size: Tensor, clients: int, fewest: int, order: Tenso
     return owner
 
 
-def torn(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
+def split_patient_rows(parts: Sequence[Tensor], patient: Tensor) -> tuple[int, int] | None:
     """Two rows of one patient that lie in different parts, or None."""
     rows = torch.cat(list(parts))
     place = torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])

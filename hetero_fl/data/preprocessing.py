@@ -21,8 +21,8 @@ from hetero_fl.config.clients import (
     PreprocessConfig,
     ScannerConfig,
 )
-from hetero_fl.config.population import Kind
-from hetero_fl.data.dataset import Block, Dataset, Layout, Spans, spans_of
+from hetero_fl.config.population import SettingsProfile
+from hetero_fl.data.dataset import Block, ColumnLayout, Dataset, Spans, spans_of
 from hetero_fl.utils.errors import UserError
 
 # How one participant sees every example: the columns it has, as floats, resized, with so many
@@ -31,7 +31,7 @@ from hetero_fl.utils.errors import UserError
 # Models take channels first: a series `[N, T, F]`, as people store it, is seen as `[N, F, T]`.
 
 CHUNK = 4096  # rows at a time when statistics are taken
-NOTHING = Layout()
+NOTHING = ColumnLayout()
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Preprocess:
         object.__setattr__(self, "blocks", tuple(Block(*block) for block in self.blocks))
 
     @classmethod
-    def plain(
+    def without_normalization(
         cls,
         config: PreprocessConfig,
-        layout: Layout = NOTHING,
+        layout: ColumnLayout = NOTHING,
         raw: tuple[int, ...] = (),
         where: str = "preprocess",
     ) -> Preprocess:
@@ -86,7 +86,7 @@ class Preprocess:
         config: PreprocessConfig,
         train_x_raw: Tensor | None = None,
         where: str = "preprocess",
-        layout: Layout = NOTHING,
+        layout: ColumnLayout = NOTHING,
         raw: tuple[int, ...] = (),
     ) -> Preprocess:
         """The view that a configuration asks for, `normalize: own` turned into numbers.
@@ -98,7 +98,7 @@ class Preprocess:
                 else has mean 0.
             layout, raw: names along the last axis of the examples, and their shape in memory.
         """
-        view = cls.plain(config, layout, raw, where)
+        view = cls.without_normalization(config, layout, raw, where)
         if isinstance(config.normalize, Normalize):
             fixed = (config.normalize.mean, config.normalize.std)
             subtracted, divided = (tuple(v) if isinstance(v, list) else v for v in fixed)
@@ -111,32 +111,32 @@ class Preprocess:
             )
         view.shape(tuple(train_x_raw.shape[1:]), where)
         mean, std = view._statistics(train_x_raw)
-        if len(view._given(tuple(train_x_raw.shape[1:]))) == 3:
+        if len(view._selected_shape(tuple(train_x_raw.shape[1:]))) == 3:
             return replace(view, mean=float(mean), std=float(std))
         return replace(view, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     def _statistics(self, x_raw: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float64 `[1]` of images, else `[columns]`."""
-        image = len(self._given(tuple(x_raw.shape[1:]))) == 3
-        columns = 1 if image else self._given(tuple(x_raw.shape[1:]))[-1]
+        image = len(self._selected_shape(tuple(x_raw.shape[1:]))) == 3
+        columns = 1 if image else self._selected_shape(tuple(x_raw.shape[1:]))[-1]
         total, squares, rows = (torch.zeros(columns).double() for _ in range(3))
         for chunk in x_raw.split(CHUNK):
             values = self._values(chunk).double().reshape(-1, columns)
             total, rows = total + self._sum(values), rows + (~values.isnan()).sum(0)
-        rows = self._pooled(rows)
-        mean = self._pooled(total) / rows.clamp(min=1)
+        rows = self._pool_block_sums(rows)
+        mean = self._pool_block_sums(total) / rows.clamp(min=1)
         # a second pass: a difference of large sums would lose the small ones
         for chunk in x_raw.split(CHUNK):
             squares += self._sum(
                 (self._values(chunk).double().reshape(-1, columns) - mean).square()
             )
-        squares = self._pooled(squares)
+        squares = self._pool_block_sums(squares)
         return mean, torch.where(squares > 0, (squares / rows.clamp(min=1)).sqrt(), 1.0)
 
     def _sum(self, values: Tensor) -> Tensor:
         return values.sum(0) if self.missing is None else values.nansum(0)
 
-    def _pooled(self, sums: Tensor) -> Tensor:
+    def _pool_block_sums(self, sums: Tensor) -> Tensor:
         """Sums by column, those of an image block all the sum over its pixels."""
         sums = sums.clone()
         for block, (start, stop) in zip(self.blocks, spans_of(self.blocks), strict=True):
@@ -156,7 +156,7 @@ class Preprocess:
         if len(x) == 0:
             return x.new_zeros(0, *shape)
         if self.mean is not None and self.std is not None:
-            x = (x - self._along(self.mean, x)) / self._along(self.std, x)
+            x = (x - self._broadcast(self.mean, x)) / self._broadcast(self.std, x)
         if self.missing is not None:
             gone = x.isnan()
             if self.blocks:
@@ -171,11 +171,11 @@ class Preprocess:
     def _values(self, x_raw: Tensor) -> Tensor:
         """Raw examples with what the view takes of them, in its shape, not yet normalised."""
         dtype = torch.get_default_dtype()
-        x = self.taken(x_raw)
+        x = self.select_columns(x_raw)
         x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
         if len(x) == 0:
             return x
-        x = x.reshape(-1, *self._given(tuple(x_raw.shape[1:])))
+        x = x.reshape(-1, *self._selected_shape(tuple(x_raw.shape[1:])))
         if self.resize is not None and x.shape[-2:] != (self.resize, self.resize):
             x = F.interpolate(
                 x, size=(self.resize, self.resize), mode="bilinear", align_corners=False
@@ -188,7 +188,7 @@ class Preprocess:
             )
         return x
 
-    def taken(self, x_raw: Tensor) -> Tensor:
+    def select_columns(self, x_raw: Tensor) -> Tensor:
         """The columns that it takes, as they lie in memory: `[N, …, columns]`."""
         if self.spans is None:
             return x_raw
@@ -203,7 +203,7 @@ class Preprocess:
             for name in columns[start:stop]
         ]
 
-    def _given(self, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _selected_shape(self, raw_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of what it takes, before `resize` and `channels`."""
         if len(self.blocks) == 1 and self.missing is None:
             return self.blocks[0].shape
@@ -214,7 +214,7 @@ class Preprocess:
         )
 
     @staticmethod
-    def _along(value: float | tuple[float, ...], x: Tensor) -> Tensor:
+    def _broadcast(value: float | tuple[float, ...], x: Tensor) -> Tensor:
         """The numbers where they belong: along the channels of images, else along the columns."""
         numbers = torch.tensor(value, dtype=x.dtype)
         return numbers[:, None, None] if x.ndim == 4 and numbers.ndim else numbers
@@ -227,12 +227,12 @@ class Preprocess:
             UserError: resize or channels for what is no image; channels that cannot be made of what is there; images that
                 may lack pixels; another number of means or deviations than of channels or columns.
         """
-        given = self._given(raw_shape)
+        given = self._selected_shape(raw_shape)
         if self.missing is not None and len(given) == 3:
             raise UserError(
                 f"{where}.missing: is for tables, series and blocks, not for images; leave it out"
             )
-        seen = self._seen(given, where)
+        seen = self._output_shape(given, where)
         along, axis = (seen[0], "channels") if len(given) == 3 else (given[-1], "columns")
         for name, value in (("mean", self.mean), ("std", self.std)):
             if isinstance(value, tuple) and len(value) != along:
@@ -241,18 +241,18 @@ class Preprocess:
                 )
         return seen
 
-    def _seen(self, given: tuple[int, ...], where: str) -> tuple[int, ...]:
+    def _output_shape(self, selected_shape: tuple[int, ...], where: str) -> tuple[int, ...]:
         """Shape of an example of which it takes what has that shape."""
         if self.resize is None and self.channels is None:
-            marks = 0 if self.missing is None else len(self.blocks) or given[-1]
-            seen = (*given[:-1], given[-1] + marks)
+            marks = 0 if self.missing is None else len(self.blocks) or selected_shape[-1]
+            seen = (*selected_shape[:-1], selected_shape[-1] + marks)
             return seen[::-1] if len(seen) == 2 else seen
-        if len(given) != 3:
+        if len(selected_shape) != 3:
             key = "resize" if self.resize is not None else "channels"
             raise UserError(
-                f"{where}.{key}: is for images, but the examples have shape {given}; leave it out"
+                f"{where}.{key}: is for images, but the examples have shape {selected_shape}; leave it out"
             )
-        channels, height, width = given
+        channels, height, width = selected_shape
         if self.channels is not None and self.channels not in (1, channels) and channels != 1:
             raise UserError(
                 f"{where}.channels: found {self.channels}, but images have {channels}; choose 1 or {channels}"
@@ -365,15 +365,15 @@ def _blur(x: Tensor, sigma: float, dim: int) -> Tensor:
 Shape = tuple[int, ...]
 
 
-def check_settings(kinds: Iterable[Kind], dataset: Dataset) -> None:
+def check_settings(kinds: Iterable[SettingsProfile], dataset: Dataset) -> None:
     """Refuse (UserError) what clients' settings ask of examples that are no images, or are tokens."""
     for kind in kinds:
-        seen_shape(kind.first, kind.settings, raw_shape(dataset), dataset.layout)
+        preprocessed_shape(kind.first, kind.settings, raw_shape(dataset), dataset.layout)
         if dataset.vocabulary is not None:
             _check_tokens(kind.first, kind.settings.preprocess)
 
 
-def check_alike(
+def check_same_shape(
     found: Shape, where: str, name: str, clients: Mapping[str, ClientSettings], common: Dataset,
     server: PreprocessConfig | None = None,
 ) -> None:  # fmt: skip
@@ -390,13 +390,13 @@ def check_alike(
         (
             f"client '{c}'",
             "its preprocess",
-            *(seen_shape(c, settings, shape, common.layout) for shape in shapes),
+            *(preprocessed_shape(c, settings, shape, common.layout) for shape in shapes),
         )
         for c, settings in clients.items()
     ]
     if server is not None:
         place = "server.preprocess"
-        view = Preprocess.plain(server, common.layout, shapes[1], place)
+        view = Preprocess.without_normalization(server, common.layout, shapes[1], place)
         seen.append(("the server", place, *(view.shape(shape, place) for shape in shapes)))
     for who, section, theirs, ours in seen:
         if theirs != ours:
@@ -406,16 +406,18 @@ def check_alike(
             )
 
 
-def needed(settings: Iterable[ClientSettings], layout: Layout) -> set[str]:
+def required_columns(settings: Iterable[ClientSettings], layout: ColumnLayout) -> set[str]:
     """The columns or blocks that may not be missing: those that one of these clients sees, unless it says what becomes of
     them then."""
-    return {column for one in settings for column in _needed(one.preprocess, layout)}
+    return {column for one in settings for column in _required_columns(one.preprocess, layout)}
 
 
-def seen_shape(name: str, settings: ClientSettings, raw: Shape, layout: Layout) -> Shape:
+def preprocessed_shape(
+    name: str, settings: ClientSettings, raw: Shape, layout: ColumnLayout
+) -> Shape:
     """Shape of an example as a client sees it; refuses what its settings ask of examples that are no images."""
     where = f"clients: '{name}': preprocess"
-    seen = Preprocess.resolve(_fixed(settings.preprocess), None, where, layout, raw).shape(
+    seen = Preprocess.resolve(_fixed_view(settings.preprocess), None, where, layout, raw).shape(
         raw, where
     )
     image = len(seen) == 3
@@ -439,7 +441,7 @@ def raw_shape(dataset: Dataset) -> Shape:
     return tuple(dataset.train.x.shape[1:])
 
 
-def _needed(config: PreprocessConfig, layout: Layout) -> Collection[str]:
+def _required_columns(config: PreprocessConfig, layout: ColumnLayout) -> Collection[str]:
     if config.missing is not None:
         return ()
     return layout.names if config.columns is None else config.columns
@@ -452,6 +454,6 @@ def _check_tokens(name: str, view: PreprocessConfig) -> None:
             raise UserError(f"{where}: is for numbers, but the examples are tokens; leave it out")
 
 
-def _fixed(config: PreprocessConfig) -> PreprocessConfig:
+def _fixed_view(config: PreprocessConfig) -> PreprocessConfig:
     """The same view as far as it is known before anybody has rows."""
     return config.model_copy(update={"normalize": None}) if config.normalize == "own" else config

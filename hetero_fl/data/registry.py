@@ -12,8 +12,8 @@ from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import TABLES, read_npz
 from hetero_fl.data.dataset import Dataset, check_examples
 from hetero_fl.utils.code_permission import OWN
-from hetero_fl.utils.errors import UserError, beside, nearest
-from hetero_fl.utils.registry import called
+from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.registry import call_reference
 
 Key = Literal[
     "path", "label", "group", "patient", "task", "categories", "size", "series", "text", "windows"
@@ -33,7 +33,7 @@ class _Source:
 _sources: dict[str, _Source] = {}
 
 
-def source(
+def register_source(
     name: str, *, task: Task | None = None, keys: tuple[Key, ...] = (), generates: bool = False
 ) -> Callable[[SourceFunction], SourceFunction]:
     """Register a function as the source of that name.
@@ -58,23 +58,23 @@ def list_sources() -> list[str]:
     return sorted(_sources)
 
 
-def takes(name: object, key: Key) -> bool:
+def reads_key(name: object, key: Key) -> bool:
     """Whether the source of that name reads that key of the configuration itself."""
     return name in _sources and key in _sources[str(name)].keys
 
 
 def needs_path(name: str) -> bool:
     """Return whether the source of that name reads a local file or folder, and has nothing without one."""
-    return takes(name, "path") and not _sources[name].generates
+    return reads_key(name, "path") and not _sources[name].generates
 
 
 def check_source(config: SourceConfig, where: str = "data") -> None:
     """Raises UserError for a name that is none, or a path at which there is nothing; nothing is read."""
     if not config.name.startswith(OWN):
-        _entry(config, where)
+        _find_source(config, where)
     if config.path is not None and not Path(config.path).expanduser().exists():
         raise UserError(
-            f"{where}.path: {config.path}: no such file or folder{beside(Path(config.path).expanduser())}"
+            f"{where}.path: {config.path}: no such file or folder{suggest_file(Path(config.path).expanduser())}"
         )
 
 
@@ -92,8 +92,8 @@ def load_source(
         UserError: unknown name, missing or unfitting key, missing or malformed data, failed download.
     """
     if config.name.startswith(OWN):
-        return _own(config, root, where, missing)
-    name, entry = _entry(config, where)
+        return _load_user_source(config, root, where, missing)
+    name, entry = _find_source(config, where)
     npz = config.path is not None and config.path.endswith(".npz") and not entry.generates
     local = npz or (config.path is not None and "path" not in entry.keys)
     takes = {
@@ -130,30 +130,30 @@ def load_source(
             dataset = entry.load(config, root)
     except UserError as error:
         raise UserError(f"{where}.{error}") from error
-    if dataset.gap and not missing:
+    if dataset.min_gap and not missing:
         raise UserError(
-            f"{where}.{dataset.gap}; fill or drop them, or set preprocess.missing: indicate"
+            f"{where}.{dataset.min_gap}; fill or drop them, or set preprocess.missing: indicate"
         )
     _check(dataset, f"{where}.name: {name}", missing)
     return dataset
 
 
-def _entry(config: SourceConfig, where: str) -> tuple[str, _Source]:
+def _find_source(config: SourceConfig, where: str) -> tuple[str, _Source]:
     name = config.name.removeprefix("medmnist:")
     if name not in _sources:
-        if reader := _reader(config.name):
+        if reader := _reader_for_suffix(config.name):
             remedy = f"set {where}.name: {reader} and {where}.path: {config.name}"
             raise UserError(
                 f"{where}.name: found '{config.name}', a {'folder' if Path(name).is_dir() else 'file'}; {remedy}"
             )
         kind = f".{name.lower().removeprefix('.')}"
         hint = f"; did you mean 'table'? It reads {kind} files" if kind in TABLES else ""
-        hint = hint or nearest(name, _sources, "hetero_fl.data.list_sources()")
+        hint = hint or suggest_or_list(name, _sources, "hetero_fl.data.list_sources()")
         raise UserError(f"{where}.name: found '{config.name}'{hint}")
     return name, _sources[name]
 
 
-def _reader(name: str) -> str:
+def _reader_for_suffix(name: str) -> str:
     """Return the source that reads a file or folder which was given as a source's name; empty if it is neither."""
     path = Path(name)
     if path.is_dir():
@@ -162,10 +162,10 @@ def _reader(name: str) -> str:
     return "table" if suffix in TABLES else {".npz": "npz", ".txt": "text"}.get(suffix, "")
 
 
-def _own(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
+def _load_user_source(config: SourceConfig, root: Path, where: str, missing: bool) -> Dataset:
     """A user's own function in place of a source."""
     where = f"{where}.name"
-    dataset = called(config.name, where, "config, root", (config, root), Dataset)
+    dataset = call_reference(config.name, where, "config, root", (config, root), Dataset)
     if not isinstance(dataset, Dataset):
         raise UserError(
             f"{where}: {config.name} returned {type(dataset).__name__}, not a hetero_fl.data.Dataset"

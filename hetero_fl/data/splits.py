@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hetero_fl.config.data import DataConfig, SplitConfig
-from hetero_fl.data.dataset import Dataset, Examples, Share
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.seeding import generator
+from hetero_fl.data.dataset import Dataset, Examples, RowSelection
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.seeding import keyed_generator
 
 # Rows of one patient stay together: drawing and dealing whole patients.
 #
@@ -23,7 +23,7 @@ from hetero_fl.utils.seeding import generator
 # scored on what it has seen.
 
 
-def draw_patients(patient: Tensor, count: int, draws: torch.Generator, leave: int = 1) -> Tensor:
+def sample_patients(patient: Tensor, count: int, draws: torch.Generator, leave: int = 1) -> Tensor:
     """Rows of patients drawn at random, as a mask `[N]`: at most `count` rows, or the smallest patient's if all have more.
 
     Args:
@@ -62,7 +62,7 @@ RARE = 0.1  # of all rows
 FEWEST_TO_TRAIN = 2  # one row alone has no variance: BatchNorm cannot train on it
 
 
-def draw(
+def draw_rows(
     rows: Tensor, count: int, draws: torch.Generator, patient: Tensor | None = None, leave: int = 1
 ) -> tuple[Tensor, Tensor]:
     """`count` of the rows, drawn without replacement, and the others; both sorted.
@@ -76,13 +76,13 @@ def draw(
         UserError: too few patients.
     """
     if patient is not None:
-        drawn = draw_patients(patient[rows], count, draws, leave)
+        drawn = sample_patients(patient[rows], count, draws, leave)
         return rows[drawn].sort().values, rows[~drawn].sort().values
     order = torch.randperm(len(rows), generator=draws)
     return rows[order[:count]].sort().values, rows[order[count:]].sort().values
 
 
-def with_rare(dataset: Dataset) -> Dataset:
+def mark_rare_class(dataset: Dataset) -> Dataset:
     """The data set, its task naming of two classes the one that less than a tenth of the training rows have."""
     task, y = dataset.task, dataset.train.y
     if y is None or task.kind != "multiclass" or task.outputs != 2 or task.rare is not None:
@@ -99,7 +99,7 @@ def check_classes(dataset: Dataset, config: DataConfig) -> None:
     if task.kind == "multiclass" and task.outputs < 2:
         where = f"data.path: {config.path}" if config.path else f"data.name: {dataset.name}"
         column = f"column '{config.label}'" if config.label else "labels"
-        what = f"found one class only, '{task.label[0]}', in all {len(dataset.train):,} rows"
+        what = f"found one class only, '{task.output_names[0]}', in all {len(dataset.train):,} rows"
         raise UserError(f"{where}: {column}: {what}; there is nothing to tell apart")
 
 
@@ -109,7 +109,7 @@ def check_categories(dataset: Dataset, config: DataConfig) -> None:
     for column in config.categories or {}:
         if column not in encoded:
             raise UserError(
-                f"data.categories: {dataset.name} has no column '{column}' among its features{nearest(column, dataset.columns)}"
+                f"data.categories: {dataset.name} has no column '{column}' among its features{suggest_or_list(column, dataset.columns)}"
             )
 
 
@@ -148,9 +148,9 @@ def split_client(
             f"data.patient: client '{client}' has rows of {found} patients, too few to split into train, validation and "
             "test; give it more, or set data.split.validation or data.split.test to 0"
         )
-    draws = generator("data", seed, "split", client)
-    test, rest = draw(rows, count["test"], draws, patient, leave=1 + (count["validation"] > 0))
-    validation, train = draw(rest, count["validation"], draws, patient)
+    draws = keyed_generator("data", seed, "split", client)
+    test, rest = draw_rows(rows, count["test"], draws, patient, leave=1 + (count["validation"] > 0))
+    validation, train = draw_rows(rest, count["validation"], draws, patient)
     return {"train": train, "validation": validation, "test": test}
 
 
@@ -160,7 +160,7 @@ def split_client(
 # from all over the time.
 
 
-def cut_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Tensor]:
+def split_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Tensor]:
     """Masks `[N]` of the rows in the last `share` of the time that all of them cover, and of those before.
 
     Args:
@@ -173,7 +173,7 @@ def cut_by_date(time: Tensor, share: float, span: int = 0) -> tuple[Tensor, Tens
     return time > cut + span, time <= cut
 
 
-def cut_rows(
+def split_rows_by_date(
     rows: Tensor, time: Tensor, shares: tuple[float, float], span: int, where: str
 ) -> dict[str, Tensor]:
     """Rows as train, validation and test, in this order in time.
@@ -191,7 +191,7 @@ def cut_rows(
     for name, share in (("test", shares[1]), ("validation", shares[0])):
         if not share:
             continue
-        later, before = cut_by_date(time[rest], share / whole, span)
+        later, before = split_by_date(time[rest], share / whole, span)
         parts[name], rest, whole = rest[later], rest[before], whole - share
         if not len(parts[name]) or not len(rest):
             raise UserError(f"{where} has {len(rows)} rows, too few to cut {name} off by date")
@@ -201,14 +201,14 @@ def cut_rows(
 def rows_of_groups(examples: Examples, like: Examples, rows: Tensor) -> Tensor:
     """The rows of a set whose groups, by name, are those of some rows of another, int64, sorted."""
     assert examples.group is not None and like.group is not None
-    names = {_name(like, int(place)) for place in like.group[rows].unique()}
+    names = {_row_name(like, int(place)) for place in like.group[rows].unique()}
     mine = torch.tensor(
-        [place for place in examples.group.unique().tolist() if _name(examples, place) in names]
+        [place for place in examples.group.unique().tolist() if _row_name(examples, place) in names]
     )
     return torch.nonzero(torch.isin(examples.group, mine)).squeeze(1)
 
 
-def _name(examples: Examples, place: int) -> str:
+def _row_name(examples: Examples, place: int) -> str:
     return examples.group_names[place] if examples.group_names else str(place)
 
 
@@ -218,39 +218,43 @@ def _name(examples: Examples, place: int) -> str:
 
 TEST_SHARE = 0.2
 
-Splits = dict[str, Share]
+Splits = dict[str, RowSelection]
 """A client's train, validation and test rows."""
 
 
-class Apart(Protocol):
+class HoldoutStrategy(Protocol):
     """How rows of one data set are set apart. Rows are int64 `[M]`, sorted; each method raises UserError for too few."""
 
     def check(self, config: DataConfig) -> None:
         """Refuse (UserError) what would set rows apart in another way."""
 
-    def test(self) -> tuple[Tensor, Tensor]:
+    def split_test(self) -> tuple[Tensor, Tensor]:
         """A fifth of the training rows as a test set, and the others."""
 
-    def validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
+    def split_validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
         """A part of the rows as the common validation set, and the others."""
 
-    def clients(
+    def split_clients(
         self,
-        shares: Mapping[str, Share],
-        common: Mapping[str, Share],
+        shares: Mapping[str, RowSelection],
+        common: Mapping[str, RowSelection],
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
         """Each client's rows, split; `common` are the common "validation" and "test" rows, if they come from the set that the
         clients' rows are of."""
 
-    def kept(self) -> dict[str, Examples]:
+    def sets_of_own_source(self) -> dict[str, Examples]:
         """What stays the validation and test set of a client whose own source this is; nothing, if they are made anew."""
 
 
-def apart(dataset: Dataset) -> Apart:
+def holdout_strategy(dataset: Dataset) -> HoldoutStrategy:
     """The way in which the set's rows are set apart."""
-    return ByDraw(dataset) if dataset.train.time is None else ByDate(dataset, dataset.train.time)
+    return (
+        RandomHoldout(dataset)
+        if dataset.train.time is None
+        else TemporalHoldout(dataset, dataset.train.time)
+    )
 
 
 def with_test(dataset: Dataset) -> Dataset:
@@ -261,12 +265,14 @@ def with_test(dataset: Dataset) -> Dataset:
     """
     if dataset.test is not None:
         return dataset
-    test, train = apart(dataset).test()
-    return replace(dataset, train=dataset.train.take(train), test=dataset.train.take(test))
+    test, train = holdout_strategy(dataset).split_test()
+    return replace(
+        dataset, train=dataset.train.select_rows(train), test=dataset.train.select_rows(test)
+    )
 
 
 @dataclass(frozen=True)
-class ByDraw:
+class RandomHoldout:
     """Rows are drawn, and patients whole. Draws depend on what they are for (and on the client), and never on each other."""
 
     dataset: Dataset
@@ -274,23 +280,25 @@ class ByDraw:
     def check(self, config: DataConfig) -> None:
         """Anything goes."""
 
-    def test(self) -> tuple[Tensor, Tensor]:
+    def split_test(self) -> tuple[Tensor, Tensor]:
         name, rows = self.dataset.name, torch.arange(len(self.dataset.train))
         count = round(TEST_SHARE * len(rows))
         if count < 1:
             raise UserError(
                 f"data.name: {name}: found {len(rows)} rows; too few to set a test set apart"
             )
-        return draw(rows, count, generator("data", name, "test"), self.dataset.train.patient)
+        return draw_rows(
+            rows, count, keyed_generator("data", name, "test"), self.dataset.train.patient
+        )
 
-    def validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
-        draws = generator("data", seed, "common_validation")
-        return draw(rows, max(1, round(part * len(rows))), draws, self.dataset.train.patient)
+    def split_validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
+        draws = keyed_generator("data", seed, "common_validation")
+        return draw_rows(rows, max(1, round(part * len(rows))), draws, self.dataset.train.patient)
 
-    def clients(
+    def split_clients(
         self,
-        shares: Mapping[str, Share],
-        common: Mapping[str, Share],
+        shares: Mapping[str, RowSelection],
+        common: Mapping[str, RowSelection],
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
@@ -303,12 +311,12 @@ class ByDraw:
             for name, share in shares.items()
         }
 
-    def kept(self) -> dict[str, Examples]:
+    def sets_of_own_source(self) -> dict[str, Examples]:
         return {}
 
 
 @dataclass(frozen=True)
-class ByDate:
+class TemporalHoldout:
     """Rows are cut by date: what is validated and tested comes after what is trained on. Nothing is drawn."""
 
     dataset: Dataset
@@ -328,19 +336,19 @@ class ByDate:
             if part.time is None:
                 raise UserError(f"data.name: {name}: train is dated, {split} is not")
 
-    def test(self) -> tuple[Tensor, Tensor]:
+    def split_test(self) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(self.time))
         few = f"data.name: {self.dataset.name}: found {len(rows)} rows; too few to cut a test set off by date"
-        return self._cut(rows, TEST_SHARE, few)
+        return self._cut_rows(rows, TEST_SHARE, few)
 
-    def validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
+    def split_validation(self, rows: Tensor, part: float, seed: int) -> tuple[Tensor, Tensor]:
         few = f"data.validation: found {part:g}, for which {self.dataset.name} has too few rows to cut by date"
-        return self._cut(rows, part, few)
+        return self._cut_rows(rows, part, few)
 
-    def clients(
+    def split_clients(
         self,
-        shares: Mapping[str, Share],
-        common: Mapping[str, Share],
+        shares: Mapping[str, RowSelection],
+        common: Mapping[str, RowSelection],
         config: DataConfig,
         seed: int,
     ) -> dict[str, Splits]:
@@ -349,7 +357,7 @@ class ByDate:
             return {
                 name: {
                     "train": share,
-                    **{n: _of_groups(later, share) for n, later in common.items()},
+                    **{n: _rows_of_same_groups(later, share) for n, later in common.items()},
                 }
                 for name, share in shares.items()
             }
@@ -357,33 +365,33 @@ class ByDate:
         return {
             name: _splits(
                 share,
-                cut_rows(
+                split_rows_by_date(
                     share.rows, self.time, parts, self.dataset.span, f"data.split: client '{name}'"
                 ),
             )
             for name, share in shares.items()
         }
 
-    def kept(self) -> dict[str, Examples]:
+    def sets_of_own_source(self) -> dict[str, Examples]:
         own = {name: part for name, part in self.dataset.splits().items() if name != "train"}
         return own if len(own) == 2 else {}
 
-    def _cut(self, rows: Tensor, part: float, few: str) -> tuple[Tensor, Tensor]:
-        later, before = cut_by_date(self.time[rows], part, self.dataset.span)
+    def _cut_rows(self, rows: Tensor, part: float, few: str) -> tuple[Tensor, Tensor]:
+        later, before = split_by_date(self.time[rows], part, self.dataset.span)
         if not bool(later.any()) or not bool(before.any()):
             raise UserError(few)
         return rows[later], rows[before]
 
 
-def _splits(share: Share, parts: Mapping[str, Tensor]) -> Splits:
-    return {name: Share(share.examples, rows) for name, rows in parts.items()}
+def _splits(share: RowSelection, parts: Mapping[str, Tensor]) -> Splits:
+    return {name: RowSelection(share.examples, rows) for name, rows in parts.items()}
 
 
-def _of_groups(later: Share, share: Share) -> Share:
+def _rows_of_same_groups(common_rows: RowSelection, share: RowSelection) -> RowSelection:
     """The rows of a common set that are of the groups which a client's rows are of."""
-    if later.examples.group is None:
+    if common_rows.examples.group is None:
         raise UserError(
             "data.partition.kind: natural needs the groups of validation and test rows of a dated set"
         )
-    mine = rows_of_groups(later.examples, share.examples, share.rows)
-    return Share(later.examples, mine[torch.isin(mine, later.rows)])
+    mine = rows_of_groups(common_rows.examples, share.examples, share.rows)
+    return RowSelection(common_rows.examples, mine[torch.isin(mine, common_rows.rows)])

@@ -41,7 +41,7 @@ SIGNED = b', "signature": "'  # between a line's content and its signature, in h
 LONGEST = 500  # characters of a text in a line
 MOST_DIGITS = 18  # of a line's number
 MOST_LISTED = 32  # texts of a list in a line
-AGAIN = "again"  # the outcome of a message that had been answered before
+REPEATED = "again"  # the outcome of a message that had been answered before
 
 Entry = dict[str, Any]
 
@@ -70,7 +70,7 @@ class AuditLog:
         self._count, self._last = 0, FIRST
         self._stamp: tuple[int, int, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._alone():
+        with self._lock():
             self._catch_up()
             self._set_head()
 
@@ -81,18 +81,20 @@ class AuditLog:
             OSError: If it cannot be written.
             UserError: If the log was changed since this process read it.
         """
-        with self._alone():
-            if _head(self.path) != (self._count, self._last) or _stamp(self.path) != self._stamp:
+        with self._lock():
+            if (
+                _head(self.path) != (self._count, self._last)
+                or _file_identity(self.path) != self._stamp
+            ):
                 self._read_lines_of_others()
-            short = {name: _shortened(value) for name, value in about.items()}
+            short = {name: _shorten_value(value) for name, value in about.items()}
             entry: Entry = {"n": self._count + 1, "time": _now(), **short, "before": self._last}
             line = (
-                self._signed(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode())
-                + b"\n"
+                self._sign(json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()) + b"\n"
             )
             self._write(line)
             self._count, self._last = self._count + 1, _hash(line)
-            self._stamp = _stamp(self.path)
+            self._stamp = _file_identity(self.path)
             self._set_head()
         return entry
 
@@ -119,10 +121,10 @@ class AuditLog:
 
     def _catch_up(self, noted: str | None = None, since: int | None = None) -> None:
         _, self._count, self._last = _read(self.path, self._public, noted, since)
-        if self.path.exists() and self.path.stat().st_size > (whole := _whole(self.path)):
+        if self.path.exists() and self.path.stat().st_size > (whole := _complete_length(self.path)):
             # half a line of a process that was killed; nothing has left with it
             os.truncate(self.path, whole)
-        self._stamp = _stamp(self.path)
+        self._stamp = _file_identity(self.path)
 
     def _write(self, line: bytes) -> None:
         """Append a line to the file and flush it to disk; if that fails, remove what was written of it."""
@@ -137,13 +139,13 @@ class AuditLog:
             os.truncate(self.path, before)
             raise
 
-    def _signed(self, line: bytes) -> bytes:
+    def _sign(self, line: bytes) -> bytes:
         if self._key is None:
             return line
         signature = self._key.sign(ABOUT + line, ECDSA(SHA384()))
         return line[:-1] + SIGNED + signature.hex().encode() + b'"}'
 
-    def _alone(self) -> FileLock:
+    def _lock(self) -> FileLock:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o600)
 
     def _set_head(self) -> None:
@@ -174,12 +176,12 @@ def verify(
     return _read(path, key, head)[0]
 
 
-def head_of(path: Path) -> str:
+def verified_head(path: Path) -> str:
     """`N:HASH` of a log that was verified."""
     return ":".join(map(str, _read(path)[1:]))
 
 
-def shown(entries: Iterable[Entry]) -> list[str]:
+def format_entries(entries: Iterable[Entry]) -> list[str]:
     """A line for people on each message."""
     made = []
     for entry in entries:
@@ -202,14 +204,14 @@ def shown(entries: Iterable[Entry]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Totals:
+class TrafficTotals:
     """Bytes of a run's tasks: `up` and `down` as the server counts them, each task once."""
 
     up: int
     down: int
 
 
-def totals(entries: Iterable[Entry], run: str | None = None) -> Totals:
+def traffic_totals(entries: Iterable[Entry], run: str | None = None) -> TrafficTotals:
     """Sums over the tasks of a run (None: of all): what came with them, and what left in uploads. A task is counted when it first
     comes, its upload when that first leaves; that it was sent again, or before its node could take it, is in the log alone."""
     came: dict[str, int] = {}
@@ -222,9 +224,9 @@ def totals(entries: Iterable[Entry], run: str | None = None) -> Totals:
         ):
             continue
         came.setdefault(entry["asked"], entry["in"])
-        if entry.get("what") != "read" and entry["outcome"] in ("done", AGAIN):
+        if entry.get("what") != "read" and entry["outcome"] in ("done", REPEATED):
             left.setdefault(entry["asked"], entry["out"])
-    return Totals(sum(left.values()), sum(came.values()))
+    return TrafficTotals(sum(left.values()), sum(came.values()))
 
 
 # The chain -----------------------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def _read(
         for number in range(len(lines) if since is None else since + 1, len(lines) + 1):
             _check_signature(path, lines, number, key)
     if noted is not None:
-        _check_noted(path, hashes, noted)
+        _check_known_head(path, hashes, noted)
     return entries, len(lines), last
 
 
@@ -289,7 +291,7 @@ def _entry(line: bytes, where: str) -> Entry:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: it was changed and cannot be read")
     for name, kind in FIELDS.items():
-        if not _is(entry.get(name), kind) and (name in entry or name in REQUIRED):
+        if not _has_type(entry.get(name), kind) and (name in entry or name in REQUIRED):
             found = one_line(entry[name], 60) if name in entry else "nothing"
             raise UserError(
                 f"{where}: {name}: found {found}; expected {kind.__name__}; it was changed"
@@ -298,7 +300,7 @@ def _entry(line: bytes, where: str) -> Entry:
         raise UserError(f"{where}: kinds: expected a list of str; it was changed")
     for charge in entry.get("spent", []):
         if not isinstance(charge, dict) or not all(
-            _is(charge.get(name), kind) for name, kind in CHARGE.items()
+            _has_type(charge.get(name), kind) for name, kind in CHARGE.items()
         ):
             raise UserError(
                 f"{where}: spent: found {one_line(charge, 60)}; expected {', '.join(CHARGE)}; it was changed"
@@ -306,7 +308,7 @@ def _entry(line: bytes, where: str) -> Entry:
     return entry
 
 
-def _is(value: Any, kind: type) -> bool:
+def _has_type(value: Any, kind: type) -> bool:
     """Whether a value of a line has a type; an integer has at most 64 bits."""
     if isinstance(value, bool):
         return False
@@ -333,7 +335,7 @@ def _check_signature(
         raise UserError(f"{path}: line {number}: it is not signed with this site's key") from None
 
 
-def _check_noted(path: Path, hashes: list[str], noted: str) -> None:
+def _check_known_head(path: Path, hashes: list[str], noted: str) -> None:
     """Raise UserError unless the line whose number and hash were noted is still there."""
     number, _, found = noted.partition(":")
     if not number.isdecimal() or len(number) > MOST_DIGITS or len(found) != len(FIRST):
@@ -350,11 +352,13 @@ def _check_noted(path: Path, hashes: list[str], noted: str) -> None:
         )
 
 
-def _shortened(value: Any) -> Any:
+def _shorten_value(value: Any) -> Any:
     """A value without long texts: what a server sends can be as long as it likes."""
     if isinstance(value, str):
         return one_line(value, LONGEST)
-    return [_shortened(each) for each in value[:MOST_LISTED]] if isinstance(value, list) else value
+    return (
+        [_shorten_value(each) for each in value[:MOST_LISTED]] if isinstance(value, list) else value
+    )
 
 
 def _head(path: Path) -> tuple[int, str]:
@@ -380,7 +384,7 @@ def _head_of(path: Path) -> Path:
     return path.with_name(path.name + ".head")
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _file_identity(path: Path) -> tuple[int, int, int] | None:
     """Return the identity, size and modification time of a file, None if there is none: they differ after a change."""
     try:
         found = path.stat()
@@ -399,7 +403,7 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _whole(path: Path) -> int:
+def _complete_length(path: Path) -> int:
     """Bytes of the whole lines."""
     return _bytes(path).rfind(b"\n") + 1
 
@@ -417,13 +421,13 @@ def _now() -> str:
 
 TRAIN = "train"
 ANSWERED = ("done", "failed")  # outcomes of a task that was carried out
-KNOWN = 1024  # tasks that are known by the server's name for them
+MAX_KNOWN_TASKS = 1024  # tasks that are known by the server's name for them
 
 Spent = tuple[tuple[float, float, int], ...]  # (noise multiplier, rate, steps), sorted
 
 
 @dataclass
-class Account:
+class SiteUsage:
     """Grows with every line of the log; holds a few bytes of each."""
 
     run: str
@@ -433,41 +437,43 @@ class Account:
     trained: set[bytes] = field(default_factory=set)  # those of them that it trained for
     # by the server's name, the newest at the end
     tasks: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
-    once: set[str] = field(default_factory=set)  # what was released for the whole of this run
+    one_time_charges: set[str] = field(
+        default_factory=set
+    )  # what was released for the whole of this run
     # (noise multiplier, rate) -> mechanisms
     steps: dict[tuple[float, float], int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, entries: Iterable[Entry], run: str) -> Account:
+    def from_log(cls, entries: Iterable[Entry], run: str) -> SiteUsage:
         """As a log has it."""
         made = cls(run)
         for entry in entries:
-            made.take(entry)
+            made.add_entry(entry)
         return made
 
-    def take(self, entry: Entry) -> None:
+    def add_entry(self, entry: Entry) -> None:
         """One more line."""
         self.sent += entry["out"]
         charges = entry.get("spent", ())
-        self.steps = steps_with(self.steps, charges)
-        if entry.get("run") != self.run or "asked" not in entry or entry["outcome"] == AGAIN:
+        self.steps = add_steps(self.steps, charges)
+        if entry.get("run") != self.run or "asked" not in entry or entry["outcome"] == REPEATED:
             return
-        self.once.update(c["once"] for c in charges if c["once"])
+        self.one_time_charges.update(c["once"] for c in charges if c["once"])
         asked = bytes.fromhex(entry["asked"])
         self.tasks[entry["task"]] = asked
-        if len(self.tasks) > KNOWN:
+        if len(self.tasks) > MAX_KNOWN_TASKS:
             self.tasks.popitem(last=False)
         if entry["outcome"] in ANSWERED:
             self.answered.add(asked)
             if entry.get("what") == TRAIN:
                 self.trained.add(asked)
 
-    def with_(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
+    def with_charges(self, charges: Iterable[Mapping[str, Any]]) -> Spent:
         """What will have been spent with these, too."""
-        return tuple(sorted((*at, count) for at, count in steps_with(self.steps, charges).items()))
+        return tuple(sorted((*at, count) for at, count in add_steps(self.steps, charges).items()))
 
 
-def steps_with(
+def add_steps(
     steps: Mapping[tuple[float, float], int], charges: Iterable[Mapping[str, Any]]
 ) -> dict[tuple[float, float], int]:
     """Mechanisms and some more."""

@@ -62,11 +62,11 @@ def make_server_files(folder: Path, hosts: Sequence[str], name: str = "hetero_fl
         )
     root, key = generate_private_key(SECP384R1()), generate_private_key(SECP384R1())
     issuer = _name(f"{name} authority")
-    own = _begun(issuer, issuer, root.public_key()).add_extension(
+    own = _certificate_builder(issuer, issuer, root.public_key()).add_extension(
         x509.BasicConstraints(True, 0), critical=True
     )
     own = own.add_extension(_usage(signs=True), critical=True)
-    vouched = _begun(_name(hosts[0]), issuer, key.public_key())
+    vouched = _certificate_builder(_name(hosts[0]), issuer, key.public_key())
     vouched = vouched.add_extension(
         x509.SubjectAlternativeName([_host(h) for h in hosts]), critical=False
     )
@@ -173,8 +173,8 @@ def load_public_key(path: Path) -> PublicKey:
 
 def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
     """Raises UserError with what is wrong: a file, a date, a host name, a key or an authority of something else."""
-    authority = _certificate(files.authority, "the authority's certificate")
-    certificate = _certificate(files.certificate, "the server's certificate")
+    authority = _read_certificate(files.authority, "the authority's certificate")
+    certificate = _read_certificate(files.certificate, "the server's certificate")
     for path, one in ((files.authority, authority), (files.certificate, certificate)):
         _check_dates(path, one)
     try:
@@ -183,7 +183,7 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
         raise UserError(
             f"{files.key}: no private key in PEM without a passphrase is found here"
         ) from None
-    if _spki(key.public_key()) != _spki(certificate.public_key()):
+    if _public_key_info(key.public_key()) != _public_key_info(certificate.public_key()):
         raise UserError(f"{files.key}: this key does not belong to {files.certificate}")
     try:
         certificate.verify_directly_issued_by(authority)
@@ -199,10 +199,10 @@ def check_server_files(files: ServerFiles, hosts: Sequence[str] = ()) -> None:
 
 def check_authority(path: Path) -> None:
     """Raises UserError if the certificate that a node was given is none, or is no longer valid."""
-    _check_dates(path, _certificate(path, "the authority's certificate"))
+    _check_dates(path, _read_certificate(path, "the authority's certificate"))
 
 
-def _certificate(path: Path, what: str) -> x509.Certificate:
+def _read_certificate(path: Path, what: str) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(_read(path, what))
     except ValueError:
@@ -239,7 +239,7 @@ def _read(path: Path, what: str) -> bytes:
         raise UserError(f"{path}: {what} can not be read ({error.strerror})") from None
 
 
-def _spki(key: object) -> bytes:
+def _public_key_info(key: object) -> bytes:
     return key.public_bytes(  # type: ignore
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -257,7 +257,9 @@ def _write_secret(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _begun(subject: x509.Name, issuer: x509.Name, key: PublicKey) -> x509.CertificateBuilder:
+def _certificate_builder(
+    subject: x509.Name, issuer: x509.Name, key: PublicKey
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
     begun = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
     begun = begun.serial_number(x509.random_serial_number()).not_valid_before(now - EARLIER)
@@ -326,7 +328,7 @@ tells: {{labels: false, details: false, model: false}}
 """
 
 
-def equip(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> list[Path]:
+def provision(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> list[Path]:
     """Make a folder for the server, one for each site, and one for the authority's key. Returns what was written.
 
     Raises UserError if there is anything in the way, or a name is none of a folder.

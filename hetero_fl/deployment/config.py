@@ -15,19 +15,19 @@ from pydantic import (
     model_validator,
 )
 
-from hetero_fl.config.base import Section, choice
+from hetero_fl.config.base import ConfigSection, choice_type
 from hetero_fl.config.clients import AugmentConfig, ClientSettings, Models, PreprocessConfig
 from hetero_fl.config.data import SourceConfig
-from hetero_fl.config.errors import describe
-from hetero_fl.config.load import read
+from hetero_fl.config.errors import describe_error
+from hetero_fl.config.load import read_config_file
 from hetero_fl.deployment.messages import MESSAGE_BYTES
-from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, references
-from hetero_fl.utils.errors import UserError, nearest, similar
+from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_references
+from hetero_fl.utils.errors import UserError, suggest_or_list, suggest_similar
 
 # What a site's file allows a server to ask for; nothing is limited that is not named.
 
 
-class BudgetConfig(Section):
+class BudgetConfig(ConfigSection):
     """What this site's training rows may be given away in all runs together, by its own account."""
 
     epsilon: PositiveFloat = Field(description="ε of everything that it has ever answered")
@@ -39,7 +39,7 @@ class BudgetConfig(Section):
     )
 
 
-class AllowsConfig(Section):
+class AllowsConfig(ConfigSection):
     """Limits of a site, against which every configuration, task and answer is checked before it goes on."""
 
     methods: list[str] | None = Field(None, description="values of algorithm.name; none: any")
@@ -70,13 +70,13 @@ class AllowsConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _known(self) -> AllowsConfig:
-        from hetero_fl.algorithms import algorithm
+    def _check_methods(self) -> AllowsConfig:
+        from hetero_fl.algorithms import register_algorithm
 
         for name in self.methods or ():
-            if name not in algorithm and not name.startswith(OWN):
+            if name not in register_algorithm and not name.startswith(OWN):
                 raise ValueError(
-                    f"found method '{name}'{nearest(name, algorithm, '`hetero-fl methods`')}"
+                    f"found method '{name}'{suggest_or_list(name, register_algorithm, '`hetero-fl methods`')}"
                 )
         for name in self.own_code:
             if not name.startswith(OWN):
@@ -88,7 +88,7 @@ class AllowsConfig(Section):
 # override any of it.
 
 
-class TellsConfig(Section):
+class DisclosureConfig(ConfigSection):
     """What others may know of this site besides what the method sends, the number of its rows, and its models' scores."""
 
     labels: bool = Field(False, description="how often each label occurs in its training rows")
@@ -96,7 +96,7 @@ class TellsConfig(Section):
     model: bool = Field(False, description="its model after the last round, for the run directory")
 
 
-class ServerAtConfig(Section):
+class ServerConnectionConfig(ConfigSection):
     """The server that it answers to, and how both know each other; files are relative to the site's."""
 
     address: str = Field(description="host:port")
@@ -112,7 +112,7 @@ class ServerAtConfig(Section):
 
     @field_validator("address")
     @classmethod
-    def _whole(cls, address: str) -> str:
+    def _check_address(cls, address: str) -> str:
         host, _, port = address.rpartition(":")
         if not host or "://" in host or not port.isdecimal():
             raise ValueError("write host:port, such as fl.example.org:9092")
@@ -121,7 +121,7 @@ class ServerAtConfig(Section):
         return address
 
 
-class SiteConfig(Section):
+class SiteConfig(ConfigSection):
     """One participant of a federation, as it describes itself."""
 
     client: str = Field(description="which client of the server's configuration this site is")
@@ -150,16 +150,16 @@ class SiteConfig(Section):
     threads: PositiveInt | None = Field(
         None, description="at most so many; none: as many as the server says"
     )
-    tells: TellsConfig = TellsConfig()
+    tells: DisclosureConfig = DisclosureConfig()
     allows: AllowsConfig = AllowsConfig()
     encrypt: str | None = Field(
         None,
         description="file with the key under which its folder is encrypted, made if it is not there; relative to this file",
     )
-    server: ServerAtConfig | None = Field(
+    server: ServerConnectionConfig | None = Field(
         None, description="whom it answers; `hetero-fl node` needs it"
     )
-    logs: choice("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
+    logs: choice_type("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
     message_bytes: PositiveInt = Field(
         MESSAGE_BYTES,
         description="most bytes of a message of the server's; a longer one is refused before it is read",
@@ -173,7 +173,7 @@ class SiteConfig(Section):
         return {name: value for name, value in own.items() if value is not None}
 
 
-def load_site(
+def load_site_config(
     path: str | Path, allow_code: bool | CodePermission = False
 ) -> tuple[SiteConfig, Path]:
     """Return a site's file and its folder.
@@ -182,13 +182,15 @@ def load_site(
     `allows`, unless `allow_code` permits that.
     """
     path = Path(path)
-    raw = read(path)
+    raw = read_config_file(path)
     try:
         site = SiteConfig.model_validate(raw)
-        CodePermission.of(allow_code).check(references(site.model_dump()), str(path))
+        CodePermission.from_argument(allow_code).check(
+            find_references(site.model_dump()), str(path)
+        )
         ClientSettings.model_validate(site.settings(), context={CONTEXT: True})
     except ValidationError as error:
-        raise UserError(f"{path}: {describe(error, raw, SiteConfig)}") from None
+        raise UserError(f"{path}: {describe_error(error, raw, SiteConfig)}") from None
     if site.data is not None and site.data.path is not None:
         own = site.data.model_copy(
             update={"path": str((path.parent / Path(site.data.path).expanduser()).resolve())}
@@ -210,7 +212,7 @@ def load_site(
 # is learned.
 
 
-class CertificatesConfig(Section):
+class CertificatesConfig(ConfigSection):
     """Files with which the server shows who it is (`hetero-fl certificates` makes them); relative to the server's file."""
 
     authority: str = Field(
@@ -220,14 +222,14 @@ class CertificatesConfig(Section):
     key: str = Field("server.key", description="the private key that belongs to it")
 
 
-class MetricsConfig(Section):
+class MetricsConfig(ConfigSection):
     """A port for `hetero-fl status`, Prometheus and health checks: plain HTTP, without names of rows or models."""
 
     host: str = Field("127.0.0.1", description="where it listens; this machine alone")
     port: int = Field(9464, ge=0, le=65535, description="0: any that is free")
 
 
-class ServerConfig(Section):
+class DeploymentServerConfig(ConfigSection):
     """One server of a federation."""
 
     host: str = Field(
@@ -256,26 +258,26 @@ class ServerConfig(Section):
         MESSAGE_BYTES,
         description="most bytes of a node's answer; a longer one is refused before it is read",
     )
-    logs: choice("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
+    logs: choice_type("text", "json") = Field("text", description="json: an object a line")  # type: ignore[valid-type]
 
     def check_clients(self, clients: Collection[str], where: Path) -> None:
         """Raises UserError if a client of the configuration could never come."""
         for client in clients:
             if client not in self.nodes:
-                hint = similar(client, [name for name in self.nodes if name not in clients])
+                hint = suggest_similar(client, [name for name in self.nodes if name not in clients])
                 raise UserError(
                     f"{where}: nodes: no key for '{client}', a client of the configuration{hint}"
                 )
 
 
-def load_server(path: str | Path) -> ServerConfig:
+def load_server_config(path: str | Path) -> DeploymentServerConfig:
     """A server's file, its paths made absolute. Raises UserError, in one line, for everything that is wrong with it."""
     path = Path(path)
-    raw = read(path)
+    raw = read_config_file(path)
     try:
-        server = ServerConfig.model_validate(raw)
+        server = DeploymentServerConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {describe(error, raw, ServerConfig)}") from None
+        raise UserError(f"{path}: {describe_error(error, raw, DeploymentServerConfig)}") from None
     base = path.parent.resolve()
     changes: dict[str, object] = {
         "nodes": {client: str(base / file) for client, file in server.nodes.items()}

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from hetero_fl.deployment.messages import (
     Envelope,
-    Refused,
+    RequestRefusedError,
     Transport,
     body_of,
-    differing,
     message,
     reason,
+    version_mismatch,
 )
-from hetero_fl.federation.executors.base import Absent, Late
+from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
 
 # Conversations of the server with many nodes side by side: who answers, who is late, who is gone,
 # who came back.
@@ -34,53 +34,53 @@ LOOK = 0.5  # seconds between two looks at who is there
 SETTLE = 2.0  # seconds that an answer may still be on its way after a later one
 TRIES = 8  # times that a conversation is begun before its node is given up
 
-Talk = Generator[Envelope, Envelope, Envelope]
-End = tuple[str, Envelope | Absent]
+Conversation = Generator[Envelope, Envelope, Envelope]
+End = tuple[str, Envelope | ClientAbsentError]
 
 
 @dataclass
-class Errand:
+class PendingConversation:
     """A conversation that is to be held until `end`, seconds of the monotonic clock."""
 
-    make: Callable[[], Talk]
+    make: Callable[[], Conversation]
     end: float
     seconds: float
-    begun: int = 0
+    attempts: int = 0
 
 
 @dataclass
-class Flight:
-    """A message on its way, as often as it was sent; `ping`: the question whether its node is there; `again`: when to ask that,
+class MessageInFlight:
+    """A message on its way, as often as it was sent; `ping_number`: the question whether its node is there; `next_send_time`: when to ask that,
     or to send it once more."""
 
     client: str
-    talk: Talk
+    conversation: Conversation
     node: int
     envelope: Envelope
-    again: float
+    next_send_time: float
     pause: float
     numbers: set[str] = field(default_factory=set)
-    ping: str | None = None
+    ping_number: str | None = None
     answered: bool = False  # the ping was
 
-    def waits_for(self) -> set[str]:
+    def awaited_numbers(self) -> set[str]:
         """Numbers of the messages of which one must be answered."""
-        return self.numbers if self.ping is None else self.numbers | {self.ping}
+        return self.numbers if self.ping_number is None else self.numbers | {self.ping_number}
 
 
-class Talks:
+class Conversations:
     """Conversations that go on; more may come while others do.
 
     Args:
-        need: whoever is gone is waited for to the end of its time as long as fewer clients than these are here or have
+        required: whoever is gone is waited for to the end of its time as long as fewer clients than these are here or have
             answered; else only for as long as the post is patient.
     """
 
-    def __init__(self, post: Post, need: int = 0) -> None:
-        self.post, self.need = post, need
-        self._errands: dict[str, Errand] = {}
+    def __init__(self, connections: Connections, required: int = 0) -> None:
+        self.post, self.need = connections, required
+        self._errands: dict[str, PendingConversation] = {}
         self._waiting: dict[str, None] = {}  # for their nodes
-        self._flying: dict[str, Flight] = {}
+        self._flying: dict[str, MessageInFlight] = {}
         self._ended: deque[End] = deque()
         self._answered: set[str] = set()
         self._looked = 0.0
@@ -88,137 +88,141 @@ class Talks:
     def __len__(self) -> int:
         return len(self._errands) + len(self._ended)
 
-    def add(self, client: str, make: Callable[[], Talk], seconds: float) -> None:
+    def add(self, client: str, make: Callable[[], Conversation], seconds: float) -> None:
         """One more, which may take so many seconds; a client has at most one at a time."""
-        self._errands[client] = Errand(make, time.monotonic() + seconds, seconds)
+        self._errands[client] = PendingConversation(make, time.monotonic() + seconds, seconds)
         self._waiting[client] = None
 
-    def next(self, wait: float = float("inf")) -> End | None:
+    def next_finished(self, wait: float = float("inf")) -> End | None:
         """The next to end: its last answer, or why there is none. None if none does in so many seconds, or all have."""
         until = time.monotonic() + wait
         while not self._ended and self._errands:
             left = until - time.monotonic()
             if left <= 0:
                 return None
-            self._go_on(min(LOOK, left))
+            self._advance(min(LOOK, left))
         return self._ended.popleft() if self._ended else None
 
     # What happens next -------------------------------------------------------------------------------------------------
-    def _go_on(self, wait: float) -> None:
+    def _advance(self, wait: float) -> None:
         now = time.monotonic()
         if now - self._looked > LOOK:
-            self.post.look()
+            self.post.greet_new_nodes()
             for flight in [
                 f for f in self._flying.values() if self.post.node_of.get(f.client) != f.node
             ]:
-                self._anew(flight)
+                self._restart(flight)
             self._looked = now
         for client in [c for c in self._waiting if c in self.post.node_of]:
             self._begin(client)
-        for flight in [f for f in self._flying.values() if f.again <= now]:
-            self._ask_again(flight)
-        numbers = {n for flight in self._flying.values() for n in flight.waits_for()}
+        for flight in [f for f in self._flying.values() if f.next_send_time <= now]:
+            self._ping(flight)
+        numbers = {n for flight in self._flying.values() for n in flight.awaited_numbers()}
         soonest = min((errand.end for errand in self._errands.values()), default=now + wait)
         wait = max(0.0, min(wait, soonest - now))
-        came = self.post.pull(numbers, wait)
+        came = self.post.pull_answers(numbers, wait)
         for number, answer in came.items():
             self._take(number, answer)
-        if not came and not numbers and not self.post.greeting:
+        if not came and not numbers and not self.post.has_pending_greeting:
             time.sleep(min(LOOK / 5, wait))
-        self._give_up()
+        self._abandon_expired()
 
     def _begin(self, client: str) -> None:
         del self._waiting[client]
         errand = self._errands[client]
-        errand.begun += 1
-        if errand.begun > TRIES:
-            return self._end(client, Absent(f"its node went away {TRIES} times"))
+        errand.attempts += 1
+        if errand.attempts > TRIES:
+            return self._end(client, ClientAbsentError(f"its node went away {TRIES} times"))
         try:
             talk = errand.make()
             self._send(client, talk, self.post.node_of[client], next(talk))
-        except Refused as error:
-            self._end(client, Absent(str(error)))
+        except RequestRefusedError as error:
+            self._end(client, ClientAbsentError(str(error)))
 
-    def _send(self, client: str, talk: Talk, node: int, envelope: Envelope) -> None:
+    def _send(self, client: str, conversation: Conversation, node: int, envelope: Envelope) -> None:
         pause = self.post.nudge
-        flight = Flight(client, talk, node, envelope, time.monotonic() + pause, pause)
+        flight = MessageInFlight(
+            client, conversation, node, envelope, time.monotonic() + pause, pause
+        )
         self._flying[client] = flight
         self._push(flight)
 
-    def _push(self, flight: Flight) -> None:
+    def _push(self, flight: MessageInFlight) -> None:
         flight.numbers.add(
-            self.post.transport.push(flight.node, flight.envelope, self._left(flight.client))
+            self.post.transport.push(
+                flight.node, flight.envelope, self._on_node_left(flight.client)
+            )
         )
 
-    def _left(self, client: str) -> float:
+    def _on_node_left(self, client: str) -> float:
         return max(1.0, self._errands[client].end - time.monotonic())
 
-    def _ask_again(self, flight: Flight) -> None:
+    def _ping(self, flight: MessageInFlight) -> None:
         """Nothing was heard for long: is it there? Once it says so, what it was sent before has been lost."""
         now = time.monotonic()
         if flight.answered:
-            flight.ping, flight.answered = None, False
+            flight.ping_number, flight.answered = None, False
             self._push(flight)
         else:  # once more, if it has been asked: the question may be lost as well
-            flight.ping = self.post.transport.push(
-                flight.node, message("hello"), self._left(flight.client)
+            flight.ping_number = self.post.transport.push(
+                flight.node, message("hello"), self._on_node_left(flight.client)
             )
         flight.pause *= 2
-        flight.again = now + flight.pause
+        flight.next_send_time = now + flight.pause
 
     def _take(self, number: str, answer: Envelope | None) -> None:
-        flight = next((f for f in self._flying.values() if number in f.waits_for()), None)
+        flight = next((f for f in self._flying.values() if number in f.awaited_numbers()), None)
         if flight is None:
             return
-        if number == flight.ping:
-            flight.ping = None
+        if number == flight.ping_number:
+            flight.ping_number = None
             if answer is not None:
-                flight.answered, flight.again = True, time.monotonic() + SETTLE
+                flight.answered, flight.next_send_time = True, time.monotonic() + SETTLE
             return
         if answer is None:
             flight.numbers.discard(number)
             if not flight.numbers:
-                self.post.forget(flight.node)
-                self._anew(flight)
+                self.post.forget_node(flight.node)
+                self._restart(flight)
             return
         try:
-            envelope = flight.talk.send(answer)
+            envelope = flight.conversation.send(answer)
         except StopIteration as stop:
             self._end(flight.client, stop.value)
-        except Refused as error:
-            self._end(flight.client, Absent(str(error)))
+        except RequestRefusedError as error:
+            self._end(flight.client, ClientAbsentError(str(error)))
         else:
-            self._send(flight.client, flight.talk, flight.node, envelope)
+            self._send(flight.client, flight.conversation, flight.node, envelope)
 
     # How it ends -------------------------------------------------------------------------------------------------------
-    def _anew(self, flight: Flight) -> None:
+    def _restart(self, flight: MessageInFlight) -> None:
         del self._flying[flight.client]
         self._waiting[flight.client] = None
 
-    def _give_up(self) -> None:
+    def _abandon_expired(self) -> None:
         """On those whose time is over, and on those who are gone for longer than the post is patient."""
         now, here = (
             time.monotonic(),
             self._answered | (self._errands.keys() & self.post.node_of.keys()),
         )
-        patient = len(here) < self.need or self.post.greeting
+        patient = len(here) < self.need or self.post.has_pending_greeting
         for client, errand in list(self._errands.items()):
             if errand.end <= now:
                 late = client in self._flying
                 why = f"no answer within {errand.seconds:g} s" if late else "its node is not there"
-                self._end(client, (Late if late else Absent)(why))
+                self._end(client, (ClientLateError if late else ClientAbsentError)(why))
             elif (
                 client in self._waiting
                 and not patient
-                and self.post.away(client) > self.post.patience
+                and self.post.seconds_away(client) > self.post.patience
             ):
-                self._end(client, Absent("its node is not there"))
+                self._end(client, ClientAbsentError("its node is not there"))
 
-    def _end(self, client: str, what: Envelope | Absent) -> None:
+    def _end(self, client: str, what: Envelope | ClientAbsentError) -> None:
         self._waiting.pop(client, None)
         self._flying.pop(client, None)
         del self._errands[client]
-        if not isinstance(what, Absent):
+        if not isinstance(what, ClientAbsentError):
             self._answered.add(client)
         self._ended.append((client, what))
 
@@ -236,7 +240,7 @@ SKEW = 10.0
 NUDGE = 30.0
 
 
-class Post:
+class Connections:
     """The server's side of all conversations (see `conversations.py`).
 
     Args:
@@ -260,32 +264,35 @@ class Post:
         self._met: dict[int, str] = {}  # node -> client; "" if it was refused
         self._greetings: dict[str, tuple[int, float]] = {}  # message -> node, and when it was sent
 
-    def gather(self, seconds: float) -> list[str]:
+    def wait_for_clients(self, seconds: float) -> list[str]:
         """Wait until everybody is here, or so long. Returns who is missing."""
         end = time.monotonic() + seconds
         while missing := sorted(self.clients - self.node_of.keys()):
-            self.look()
+            self.greet_new_nodes()
             left = end - time.monotonic()
             if left <= 0:
                 return missing
-            self.pull((), min(LOOK, left))
+            self.pull_answers((), min(LOOK, left))
             if not self._greetings:
                 time.sleep(min(LOOK / 5, left))
         return []
 
     def refresh(self) -> None:
         """See who has come and who has gone."""
-        self.look()
-        self.pull((), 0.0)
+        self.greet_new_nodes()
+        self.pull_answers((), 0.0)
 
     def converse(
-        self, talks: Mapping[str, Callable[[], Talk]], seconds: float, need: int = 0
-    ) -> Iterator[tuple[str, Envelope | Absent]]:
+        self,
+        conversations: Mapping[str, Callable[[], Conversation]],
+        seconds: float,
+        required: int = 0,
+    ) -> Iterator[tuple[str, Envelope | ClientAbsentError]]:
         """Hold a conversation with each of these clients; its last answer, as it comes, or why there is none."""
-        held = Talks(self, min(need, len(talks)))
-        for client, make in talks.items():
+        held = Conversations(self, min(required, len(conversations)))
+        for client, make in conversations.items():
             held.add(client, make, seconds)
-        while (ended := held.next()) is not None:
+        while (ended := held.next_finished()) is not None:
             yield ended
             del ended  # a model's worth
 
@@ -303,11 +310,11 @@ class Post:
 
     # Who is there ----------------------------------------------------------------------------------------------------
     @property
-    def greeting(self) -> bool:
+    def has_pending_greeting(self) -> bool:
         """Whether somebody has just come of whom it is not known yet who it is."""
         return any(time.monotonic() - sent < GREETING for _, sent in self._greetings.values())
 
-    def away(self, client: str) -> float:
+    def seconds_away(self, client: str) -> float:
         """Seconds for which a client has been gone; nought if it is here."""
         return (
             0.0
@@ -315,11 +322,11 @@ class Post:
             else time.monotonic() - self._gone.get(client, self._began)
         )
 
-    def look(self) -> None:
+    def greet_new_nodes(self) -> None:
         """Greet who is new."""
         there = self.transport.nodes()
         for node in [n for n in self._met if n not in there]:
-            self.forget(node)
+            self.forget_node(node)
         now = time.monotonic()
         self._greetings = {
             m: (n, sent)
@@ -334,7 +341,7 @@ class Post:
                     now,
                 )
 
-    def forget(self, node: int) -> None:
+    def forget_node(self, node: int) -> None:
         """A node has gone, or has lost what it was given; if it is there it is greeted anew."""
         client = self._met.pop(node, "")
         if client and self.node_of.get(client) == node:
@@ -342,18 +349,18 @@ class Post:
             self._gone[client] = time.monotonic()
             self.say(f"{client} has gone")
 
-    def _meet(self, node: int, answer: Envelope) -> None:
+    def _register_node(self, node: int, answer: Envelope) -> None:
         """A node has said who it is."""
         client, why = str(answer.head.get("client", "")), ""
         if answer.head.get("ask") != "here":
             why = reason(answer) if "why" in answer.head else "it does not say who it is"
-        why = why or differing(answer.head)
+        why = why or version_mismatch(answer.head)
         if not why and client not in self.clients:
             why = "the configuration has no such client"
         said: object = None
         try:
             said = body_of(answer) if not why else None
-        except Refused as error:
+        except RequestRefusedError as error:
             why = str(error)
         self._met[node] = "" if why else client
         if why:
@@ -365,11 +372,11 @@ class Post:
         self.say(f"{client} is here{again}")
 
     # Messages --------------------------------------------------------------------------------------------------------
-    def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
+    def pull_answers(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Answers to messages on their way; who answered a greeting is met."""
         came = self.transport.pull([*numbers, *self._greetings], wait)
         for number in [n for n in came if n in self._greetings]:
             (node, _), answer = self._greetings.pop(number), came.pop(number)
             if answer is not None:
-                self._meet(node, answer)
+                self._register_node(node, answer)
         return came

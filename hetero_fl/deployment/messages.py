@@ -20,14 +20,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.hashes import SHA384
 
-from hetero_fl.data.client_rows import Told
+from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.deployment.certificates import (
     PublicKey,
     load_node_key,
     load_public_key,
     public_bytes,
 )
-from hetero_fl.federation.client_runtime import Reading
+from hetero_fl.federation.client_runtime import ClientEvaluation
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import CodecError, as_tensor, decode, encode
 from hetero_fl.utils.version import __version__
@@ -50,15 +50,15 @@ class Envelope:
     body: bytes = b""
 
 
-class Unread(Envelope):
+class UnreadableAnswer(Envelope):
     """Placeholder for an answer that was refused."""
 
     @classmethod
-    def because(cls, why: str) -> Unread:
+    def with_reason(cls, why: str) -> UnreadableAnswer:
         return cls({"ask": "refused", "why": why})
 
 
-def fault_of(envelope: Envelope, most: int) -> str:
+def find_fault(envelope: Envelope, most: int) -> str:
     """Return what is out of bounds in a message, before anything in it is used; empty if nothing is.
 
     A head is a few plain values that can be encoded as UTF-8; a body has at most `most` bytes.
@@ -102,7 +102,7 @@ class Transport(Protocol):
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Answers that have come, waiting up to so many seconds for the first; None where none will ever come (it expired, the
-        node is gone or has failed). Raises RunFailed if the transport itself has broken down."""
+        node is gone or has failed). Raises RunFailedError if the transport itself has broken down."""
         ...
 
     def close(self) -> None:
@@ -110,8 +110,8 @@ class Transport(Protocol):
         ...
 
 
-class Bounded:
-    """A transport whose answers are within bounds; `Unread` takes the place of others.
+class BoundedTransport:
+    """A transport whose answers are within bounds; `UnreadableAnswer` takes the place of others.
 
     Args:
         transport: The transport that carries the messages.
@@ -125,16 +125,16 @@ class Bounded:
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """As any transport."""
         return {
-            n: None if a is None else self._taken(a)
+            n: None if a is None else self._check_answer(a)
             for n, a in self.transport.pull(numbers, wait).items()
         }
 
-    def _taken(self, answer: Envelope) -> Envelope:
-        why = fault_of(answer, self.most)
-        return Unread.because(why) if why else answer
+    def _check_answer(self, answer: Envelope) -> Envelope:
+        why = find_fault(answer, self.most)
+        return UnreadableAnswer.with_reason(why) if why else answer
 
 
-class Loopback:
+class LoopbackTransport:
     """Nodes in this process, a thread each: for tests, and for whoever wants to try a node without a network."""
 
     def __init__(self) -> None:
@@ -234,16 +234,16 @@ FORM = f"deployment {PROTOCOL}"
 JUNK = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
-class Refused(Exception):
+class RequestRefusedError(Exception):
     """A message that is not as it should be, or that asks for what is not granted; one short printable line."""
 
     def __init__(self, message: object) -> None:
         super().__init__(one_line(message))
 
 
-def message(ask: str, body: Any = None, **head: Any) -> Envelope:
+def message(kind: str, body: Any = None, **head: Any) -> Envelope:
     """A message with a tree as its body."""
-    return Envelope({"ask": ask, **head}, b"" if body is None else encode(body, FORM))
+    return Envelope({"ask": kind, **head}, b"" if body is None else encode(body, FORM))
 
 
 def body_of(envelope: Envelope) -> Any:
@@ -251,14 +251,14 @@ def body_of(envelope: Envelope) -> Any:
     try:
         return decode(envelope.body, FORM)
     except CodecError as error:
-        raise Refused(f"{envelope.head.get('ask')!r:.60}: {error}") from None
+        raise RequestRefusedError(f"{envelope.head.get('ask')!r:.60}: {error}") from None
 
 
-def told_apart(head: Head, name: str, kind: type) -> Any:
+def head_value(head: Head, name: str, kind: type) -> Any:
     """A value of a message's head. Raises Refused if it is missing or of another type."""
     value = head.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise Refused(
+        raise RequestRefusedError(
             f"{head.get('ask')!r:.60}: {name}: found {value!r:.60}; expected {kind.__name__}"
         )
     return value
@@ -274,7 +274,7 @@ def versions() -> dict[str, Any]:
     return {"protocol": PROTOCOL, "package": __version__, "torch": torch.__version__}
 
 
-def differing(head: Head) -> str:
+def version_mismatch(head: Head) -> str:
     """A line on the first version that another participant has otherwise; empty if all are the same."""
     for name, own in versions().items():
         if head.get(name) != own:
@@ -283,16 +283,16 @@ def differing(head: Head) -> str:
 
 
 # Trees ---------------------------------------------------------------------------------------------------------------
-def told_tree(told: Told) -> dict[str, Any]:
+def data_info_tree(info: RemoteDataInfo) -> dict[str, Any]:
     """What a client told, as plain values."""
-    view = None if told.view is None else asdict(told.view)
-    return {"rows": dict(told.rows), "hash": told.hash, "view": view, "labels": told.labels}
+    view = None if info.view is None else asdict(info.view)
+    return {"rows": dict(info.rows), "hash": info.content_hash, "view": view, "labels": info.labels}
 
 
-def reading_tree(reading: Reading) -> dict[str, Any]:
+def evaluation_tree(evaluation: ClientEvaluation) -> dict[str, Any]:
     """What a node tells of its model, as plain values."""
-    tree = {field.name: getattr(reading, field.name) for field in fields(reading)}
-    return {**tree, "model": as_tensor(reading.model) if reading.model else None}
+    tree = {field.name: getattr(evaluation, field.name) for field in fields(evaluation)}
+    return {**tree, "model": as_tensor(evaluation.model) if evaluation.model else None}
 
 
 # Who said it: the server signs each of its messages, each node its answers, over head and body;
@@ -311,28 +311,28 @@ HEAD = re.compile(r"(\d{1,12}):[0-9a-f]{64}")
 
 
 # Signatures ----------------------------------------------------------------------------------------------------------
-def signed(envelope: Envelope, key: EllipticCurvePrivateKey, role: str) -> Envelope:
+def sign_envelope(envelope: Envelope, key: EllipticCurvePrivateKey, role: str) -> Envelope:
     """With a signature in its head. `role`: who signs, so that no message passes for an answer."""
     return Envelope(
-        {**envelope.head, SIGNATURE: key.sign(_about(envelope, role), ECDSA(SHA384()))},
+        {**envelope.head, SIGNATURE: key.sign(_signed_content(envelope, role), ECDSA(SHA384()))},
         envelope.body,
     )
 
 
-def check(envelope: Envelope, key: PublicKey, role: str, whose: str) -> None:
+def check_signature(envelope: Envelope, key: PublicKey, role: str, whose: str) -> None:
     """Raises Refused for a message that was not signed with this key as it is now."""
     signature = envelope.head.get(SIGNATURE)
     if not isinstance(signature, bytes):
-        raise Refused(f"a message of {whose} that is not signed")
+        raise RequestRefusedError(f"a message of {whose} that is not signed")
     try:
-        key.verify(signature, _about(envelope, role), ECDSA(SHA384()))
+        key.verify(signature, _signed_content(envelope, role), ECDSA(SHA384()))
     except InvalidSignature:
-        raise Refused(
+        raise RequestRefusedError(
             f"a message that {whose} did not sign so: another key, or changed on its way"
         ) from None
 
 
-def _about(envelope: Envelope, role: str) -> bytes:
+def _signed_content(envelope: Envelope, role: str) -> bytes:
     plain = {
         n: {"bytes": v.hex()} if isinstance(v, bytes) else v
         for n, v in envelope.head.items()
@@ -341,7 +341,9 @@ def _about(envelope: Envelope, role: str) -> bytes:
     try:
         head = json.dumps(plain, sort_keys=True)
     except TypeError:
-        raise Refused("the head of a message holds something else than plain values") from None
+        raise RequestRefusedError(
+            "the head of a message holds something else than plain values"
+        ) from None
     return f"hetero_fl {role}\n{head}\n{hashlib.sha256(envelope.body).hexdigest()}".encode()
 
 
@@ -352,7 +354,9 @@ class NodeKeys:
 
     own: EllipticCurvePrivateKey
     server: PublicKey
-    _seen: dict[str, float] = field(default_factory=dict)  # messages' numbers, until when they hold
+    _seen_messages: dict[str, float] = field(
+        default_factory=dict
+    )  # messages' numbers, until when they hold
 
     @classmethod
     def load(cls, own: Path, server: Path) -> NodeKeys:
@@ -361,29 +365,33 @@ class NodeKeys:
 
     def check(self, envelope: Envelope, client: str) -> None:
         """Raises Refused for what the server did not say to this client, now, for the first time."""
-        check(envelope, self.server, "server", "the server")
+        check_signature(envelope, self.server, "server", "the server")
         head, now = envelope.head, time.time()
         ask, number, to, until = (
-            told_apart(head, *n) for n in (("ask", str), (NUMBER, str), (TO, str), (UNTIL, float))
+            head_value(head, *n) for n in (("ask", str), (NUMBER, str), (TO, str), (UNTIL, float))
         )
         if to != client and not (to == "" and ask in ("hello", "leave")):
-            raise Refused(f"'{ask}' is for '{to}'")
+            raise RequestRefusedError(f"'{ask}' is for '{to}'")
         if until < now:
-            raise Refused(f"'{ask}' has expired, {now - until:.0f} s ago by this machine's clock")
-        self._seen = {known: end for known, end in self._seen.items() if end >= now}
-        if number in self._seen:
-            raise Refused(f"'{ask}' is replayed: this very message came before")
-        self._seen[number] = until
+            raise RequestRefusedError(
+                f"'{ask}' has expired, {now - until:.0f} s ago by this machine's clock"
+            )
+        self._seen_messages = {
+            known: end for known, end in self._seen_messages.items() if end >= now
+        }
+        if number in self._seen_messages:
+            raise RequestRefusedError(f"'{ask}' is replayed: this very message came before")
+        self._seen_messages[number] = until
 
-    def sign(self, answer: Envelope, asked: Envelope, client: str) -> Envelope:
+    def sign(self, answer: Envelope, request: Envelope, client: str) -> Envelope:
         """An answer that holds for this message alone."""
-        number = asked.head.get(NUMBER, "")
+        number = request.head.get(NUMBER, "")
         head: Head = {
             **answer.head,
             FROM: client,
             ANSWERS: number if isinstance(number, str) else "",
         }
-        return signed(Envelope(head, answer.body), self.own, "node")
+        return sign_envelope(Envelope(head, answer.body), self.own, "node")
 
 
 # At the server -------------------------------------------------------------------------------------------------------
@@ -409,16 +417,16 @@ class ServerKeys:
 
 
 @dataclass(frozen=True)
-class Sent:
+class PendingMessage:
     """A message that is to be answered."""
 
     node: int
-    ask: str
+    request: str
     number: str
     until: float
 
 
-class Signed:
+class SignedTransport:
     """A transport whose messages are signed, and whose answers are handed on only if they are what they should be.
 
     Another answer becomes a refusal that says why; `say` is told, too.
@@ -429,7 +437,7 @@ class Signed:
         self.logs: dict[str, str] = {}  # client -> the head of its audit log with the most lines
         self._last_logs: dict[str, str] = {}  # client -> the head that its last answer had
         self._who: dict[int, str] = {}  # node -> the client whose key it holds
-        self._sent: dict[str, Sent] = {}
+        self._sent: dict[str, PendingMessage] = {}
 
     def nodes(self) -> Collection[int]:
         there = self.transport.nodes()
@@ -440,47 +448,49 @@ class Signed:
         number, until = secrets.token_hex(16), time.time() + within
         head: Head = {**envelope.head, NUMBER: number, TO: self._who.get(node, ""), UNTIL: until}
         sent = self.transport.push(
-            node, signed(Envelope(head, envelope.body), self.keys.own, "server"), within
+            node, sign_envelope(Envelope(head, envelope.body), self.keys.own, "server"), within
         )
-        self._sent[sent] = Sent(node, str(envelope.head.get("ask")), number, until)
+        self._sent[sent] = PendingMessage(node, str(envelope.head.get("ask")), number, until)
         return sent
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """As any transport; an answer to what was not asked, or not any more, never comes out."""
         came = self.transport.pull(numbers, wait)
-        self._forget()
+        self._drop_expired()
         return {
-            number: None if answer is None else self._heard(number, answer)
+            number: None if answer is None else self._receive_answer(number, answer)
             for number, answer in came.items()
         }
 
     def close(self) -> None:
         self.transport.close()
 
-    def _heard(self, number: str, answer: Envelope) -> Envelope:
-        if isinstance(answer, Unread):
+    def _receive_answer(self, number: str, answer: Envelope) -> Envelope:
+        if isinstance(answer, UnreadableAnswer):
             return answer
         try:
-            return self._checked(self._sent.pop(number, None), answer)
-        except Refused as error:
+            return self._check_answer(self._sent.pop(number, None), answer)
+        except RequestRefusedError as error:
             client = one_line(answer.head.get(FROM, ""), 80)
             self.say(f"refused an answer in the name of '{client}': {error}")
             return Envelope({"ask": "refused", "client": client, "why": str(error)})
 
-    def _checked(self, sent: Sent | None, answer: Envelope) -> Envelope:
-        client = told_apart(answer.head, FROM, str)
+    def _check_answer(self, sent: PendingMessage | None, answer: Envelope) -> Envelope:
+        client = head_value(answer.head, FROM, str)
         if client not in self.keys.clients:
-            raise Refused(f"unknown: no key is known of '{client[:80]}'")
-        check(answer, self.keys.clients[client], "node", f"'{client}'")
+            raise RequestRefusedError(f"unknown: no key is known of '{client[:80]}'")
+        check_signature(answer, self.keys.clients[client], "node", f"'{client}'")
         if sent is None or answer.head.get(ANSWERS) != sent.number:
-            raise Refused("replayed: it answers another message than the one that is open")
+            raise RequestRefusedError(
+                "replayed: it answers another message than the one that is open"
+            )
         if time.time() > sent.until:
-            raise Refused(f"expired {time.time() - sent.until:.0f} s before it came")
+            raise RequestRefusedError(f"expired {time.time() - sent.until:.0f} s before it came")
         known = self._who.get(sent.node)
-        if known is None and sent.ask == "hello":
+        if known is None and sent.request == "hello":
             self._who[sent.node] = known = client
         if known != client:
-            raise Refused(f"its node is known as '{known or 'nobody'}'")
+            raise RequestRefusedError(f"its node is known as '{known or 'nobody'}'")
         self._note_log(client, str(answer.head.get(LOG, "")))
         return Envelope(
             {n: v for n, v in answer.head.items() if n not in (SIGNATURE, ANSWERS, LOG)},
@@ -508,7 +518,7 @@ class Signed:
         if _lines(head) > _lines(kept):
             self.logs[client] = head
 
-    def _forget(self) -> None:
+    def _drop_expired(self) -> None:
         """Messages to which no answer would be taken any more."""
         if len(self._sent) > 4 * max(16, len(self._who)):
             now = time.time()

@@ -29,7 +29,7 @@ from hetero_fl.utils.serialization import write_atomically
 LONGEST = 2000  # characters of a message
 
 
-class Log:
+class EventLog:
     """Writes a line for everything that happens.
 
     Args:
@@ -62,10 +62,10 @@ class Log:
             print(line, file=self._stream or sys.stderr, flush=True)
 
 
-class Lines(io.TextIOBase):
+class LineStream(io.TextIOBase):
     """A stream whose lines go to a log: for what is printed elsewhere."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: EventLog) -> None:
         self._log, self._begun = log, ""
 
     def write(self, text: str) -> int:
@@ -79,7 +79,7 @@ class Lines(io.TextIOBase):
 class ForwardingHandler(logging.Handler):
     """Passes on what the transport logs; the same line twice in a row is one."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: EventLog) -> None:
         super().__init__(logging.INFO)
         self._log, self._last = log, ""
 
@@ -95,11 +95,11 @@ class ForwardingHandler(logging.Handler):
 
 FILE = "status.json"  # in the run directory
 EVENTS = 20  # of the last ones
-READ = ("personal", "global", "server")
+EVALUATION_SETS = ("personal", "global", "server")
 SPREAD = ("_std", "_worst", "_undefined")
 
 
-class Status:
+class RunStatus:
     """What the server knows of its run at this moment; every change goes to a small file.
 
     Args:
@@ -117,35 +117,35 @@ class Status:
         self._tree: dict[str, Any] = {
             "phase": "waiting", "run": None, "name": None, "algorithm": None, "rounds": 0, "round": 0,
             "up_bytes": 0, "down_bytes": 0, "failures": 0, "seconds": None, "epsilon": None,
-            **dict.fromkeys(READ), "pid": os.getpid(), "host": socket.gethostname(), "versions": versions(),
+            **dict.fromkeys(EVALUATION_SETS), "pid": os.getpid(), "host": socket.gethostname(), "versions": versions(),
         }  # fmt: skip
 
     @property
-    def round(self) -> int:
+    def last_round(self) -> int:
         """The last one that is complete."""
         return int(self._tree["round"])
 
-    def set(self, **known: Any) -> None:
+    def update(self, **known: Any) -> None:
         """Something else is known: `phase` (waiting, running, stopping, done, interrupted, failed), `run`, `name` …"""
         with self._changing:
             self._tree |= known
             self._write()
 
-    def watch(self, present: Callable[[], Collection[str]]) -> None:
+    def set_presence_source(self, present: Callable[[], Collection[str]]) -> None:
         """Whom to ask who is here."""
         self._present = present
 
-    def watch_logs(self, logs: Callable[[], Mapping[str, str]]) -> None:
+    def set_log_source(self, logs: Callable[[], Mapping[str, str]]) -> None:
         """Set the function that returns the audit log heads."""
         self._logs = logs
 
-    def happened(self, line: str) -> None:
+    def add_event(self, line: str) -> None:
         """Something happened."""
         with self._changing:
             self._events = [*self._events, {"time": time.time(), "message": line}][-EVENTS:]
             self._write()
 
-    def record(self, record: Mapping[str, Any]) -> None:
+    def add_record(self, record: Mapping[str, Any]) -> None:
         """A round is complete: its line of `metrics.jsonl`."""
         with self._changing:
             tree = self._tree
@@ -159,12 +159,12 @@ class Status:
             tree["epsilon"] = (
                 record["privacy"]["epsilon"] if "privacy" in record else tree["epsilon"]
             )
-            for name in READ:
+            for name in EVALUATION_SETS:
                 if scores := record.get(name):
                     tree[name] = {m: v for m, v in scores.items() if not m.endswith(SPREAD)}
             self._write()
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it as plain values; times are seconds since 1970, `seconds` those of the last round."""
         with self._changing:
             now, present = time.time(), set(self._present())
@@ -184,40 +184,44 @@ class Status:
 
     def prometheus(self) -> str:
         """The same in Prometheus's text format."""
-        tree = self.tree()
+        tree = self.to_dict()
         here = sum(node["here"] for node in tree["nodes"].values())
         about = {name: tree[name] or "" for name in ("run", "name", "algorithm", "phase")} | tree[
             "versions"
         ]
         found = [
-            _family("info", "gauge", "the run", [(about, 1)]),
-            _family("rounds", "gauge", "rounds that are to be held", [({}, tree["rounds"])]),
-            _family("rounds_completed", "gauge", "rounds that are complete", [({}, tree["round"])]),
-            _family("nodes", "gauge", "nodes that are here, and that are not",
+            _metric_family("info", "gauge", "the run", [(about, 1)]),
+            _metric_family("rounds", "gauge", "rounds that are to be held", [({}, tree["rounds"])]),
+            _metric_family("rounds_completed", "gauge", "rounds that are complete", [({}, tree["round"])]),
+            _metric_family("nodes", "gauge", "nodes that are here, and that are not",
                     [({"state": "here"}, here), ({"state": "gone"}, len(tree["nodes"]) - here)]),
-            _family("bytes_total", "counter", "encoded payloads, at the server",
+            _metric_family("bytes_total", "counter", "encoded payloads, at the server",
                     [({"direction": "up"}, tree["up_bytes"]), ({"direction": "down"}, tree["down_bytes"])]),
-            _family("failures_total", "counter", "uploads that were asked for and not used", [({}, tree["failures"])]),
+            _metric_family("failures_total", "counter", "uploads that were asked for and not used", [({}, tree["failures"])]),
         ]  # fmt: skip
         if tree["seconds"] is not None:
             found.append(
-                _family("round_seconds", "gauge", "of the last round", [({}, tree["seconds"])])
+                _metric_family(
+                    "round_seconds", "gauge", "of the last round", [({}, tree["seconds"])]
+                )
             )
         if tree["epsilon"] is not None:
             found.append(
-                _family(
+                _metric_family(
                     "privacy_epsilon", "gauge", "what the run has spent", [({}, tree["epsilon"])]
                 )
             )
         scores = [
             ({"of": name, "metric": metric}, value)
-            for name in READ
+            for name in EVALUATION_SETS
             for metric, value in (tree[name] or {}).items()
             if value is not None
         ]
         if scores:
             found.append(
-                _family("score", "gauge", "of the last evaluation, mean over clients", scores)
+                _metric_family(
+                    "score", "gauge", "of the last evaluation, mean over clients", scores
+                )
             )
         return "\n".join(found) + "\n"
 
@@ -225,7 +229,7 @@ class Status:
         if (self._path / "config.yaml").exists():  # before, there is no run directory
             with suppress(OSError):  # the run needs none of it
                 write_atomically(
-                    self._path / FILE, (json.dumps(self.tree(), indent=1) + "\n").encode()
+                    self._path / FILE, (json.dumps(self.to_dict(), indent=1) + "\n").encode()
                 )
 
 
@@ -233,7 +237,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     """The file in a run directory; of a server that was killed since, `phase` is `gone`. Raises UserError."""
     try:
         tree = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if tree["phase"] not in ("done", "failed", "interrupted") and not _alive(tree):
+        if tree["phase"] not in ("done", "failed", "interrupted") and not _is_process_alive(tree):
             tree["phase"] = "gone"
     except FileNotFoundError:
         what = "status of a run across machines" if folder.is_dir() else "folder"
@@ -245,7 +249,7 @@ def read_status(folder: Path) -> dict[str, Any]:
     return dict(tree)
 
 
-def _alive(tree: Mapping[str, Any]) -> bool:
+def _is_process_alive(tree: Mapping[str, Any]) -> bool:
     """Whether its process runs; of another machine's nobody here can say."""
     if tree["host"] != socket.gethostname():
         return True
@@ -258,18 +262,18 @@ def _alive(tree: Mapping[str, Any]) -> bool:
     return True
 
 
-def _family(
+def _metric_family(
     name: str, kind: str, about: str, samples: Sequence[tuple[Mapping[str, Any], float]]
 ) -> str:
     name = f"hetero_fl_{name}"
     lines = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
     for labels, value in samples:
-        told = ",".join(f'{label}="{_escaped(str(text))}"' for label, text in labels.items())
+        told = ",".join(f'{label}="{_escape(str(text))}"' for label, text in labels.items())
         lines.append(f"{name}{{{told}}} {value}" if told else f"{name} {value}")
     return "\n".join(lines)
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
@@ -280,7 +284,7 @@ WAIT = 5.0  # seconds for an answer
 
 
 @contextmanager
-def window(status: Status, host: str, port: int) -> Iterator[int]:
+def serve_status(status: RunStatus, host: str, port: int) -> Iterator[int]:
     """Keep it open; yields the port, which 0 leaves to the system. Raises UserError if it is taken."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -297,7 +301,7 @@ def window(status: Status, host: str, port: int) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, message_format: str, *args: Any) -> None:
             """Nobody reads who asked."""
 
     try:
@@ -319,7 +323,7 @@ def window(status: Status, host: str, port: int) -> Iterator[int]:
         thread.join()
 
 
-def look(address: str) -> dict[str, Any]:
+def fetch_status(address: str) -> dict[str, Any]:
     """What the window at an address shows of a run. Raises UserError if there is none."""
     base = address if "://" in address else f"http://{address}"
     try:
@@ -333,9 +337,9 @@ def look(address: str) -> dict[str, Any]:
     return dict(tree)
 
 
-def _health(status: Status) -> tuple[int, str, str]:
+def _health(status: RunStatus) -> tuple[int, str, str]:
     """A server that has failed is not well; one that waits for nodes is."""
-    tree = status.tree()
+    tree = status.to_dict()
     return (
         503 if tree["phase"] == "failed" else 200,
         "application/json",
@@ -343,9 +347,9 @@ def _health(status: Status) -> tuple[int, str, str]:
     )
 
 
-def _metrics(status: Status) -> tuple[int, str, str]:
+def _metrics(status: RunStatus) -> tuple[int, str, str]:
     return 200, "text/plain; version=0.0.4", status.prometheus()
 
 
-def _status(status: Status) -> tuple[int, str, str]:
-    return 200, "application/json", json.dumps(status.tree()) + "\n"
+def _status(status: RunStatus) -> tuple[int, str, str]:
+    return 200, "application/json", json.dumps(status.to_dict()) + "\n"

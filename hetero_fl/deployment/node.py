@@ -19,44 +19,50 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from hetero_fl.communication.protocol import Message
-from hetero_fl.config import Config, expand
+from hetero_fl.config import Config, expand_population
 from hetero_fl.core.payload import Payload
 from hetero_fl.data import FederatedData, check_source
-from hetero_fl.data.client_rows import Told
-from hetero_fl.data.remote import Pack, held_at, told_by
-from hetero_fl.deployment.audit_log import AGAIN, TRAIN, Account, AuditLog, Entry
+from hetero_fl.data.client_rows import RemoteDataInfo
+from hetero_fl.data.remote import PublicPack, describe_client_rows, restrict_to_holder
+from hetero_fl.deployment.audit_log import REPEATED, TRAIN, AuditLog, Entry, SiteUsage
 from hetero_fl.deployment.certificates import check_authority, load_node_key, load_public_key
-from hetero_fl.deployment.config import SiteConfig, load_site
-from hetero_fl.deployment.handshake import fingerprint_of
+from hetero_fl.deployment.config import SiteConfig, load_site_config
+from hetero_fl.deployment.handshake import federation_fingerprint
 from hetero_fl.deployment.messages import (
     FORM,
     JUNK,
     LOG,
     Envelope,
     NodeKeys,
-    Refused,
+    RequestRefusedError,
     body_of,
-    fault_of,
+    data_info_tree,
+    evaluation_tree,
+    find_fault,
+    head_value,
     message,
-    reading_tree,
-    told_apart,
-    told_tree,
     versions,
 )
-from hetero_fl.deployment.monitoring import ForwardingHandler, Log
-from hetero_fl.deployment.node_storage import KEPT, Cipher, Lost, Vault
-from hetero_fl.deployment.policy import Policy, check_config, check_raw, digest_of, mark_of
-from hetero_fl.deployment.validation import hear_told
-from hetero_fl.engine.driver import Diverged
-from hetero_fl.experiment.preparation import deal, load_config, prepare
-from hetero_fl.federation.client_runtime import Reading
-from hetero_fl.federation.executors.workers import Job, Setup, Worker
-from hetero_fl.federation.state_store import Private
-from hetero_fl.privacy.mechanisms import SecretNoise
-from hetero_fl.reporting.run_directory import locked
+from hetero_fl.deployment.monitoring import EventLog, ForwardingHandler
+from hetero_fl.deployment.node_storage import MAX_STATES, Cipher, NodeStorage, StateLostError
+from hetero_fl.deployment.policy import (
+    Policy,
+    check_config,
+    check_raw_config,
+    digest_of,
+    run_fingerprint,
+)
+from hetero_fl.deployment.validation import read_data_info
+from hetero_fl.engine.driver import DivergedError
+from hetero_fl.experiment.preparation import load_config, load_federated_data, prepare
+from hetero_fl.federation.client_runtime import ClientEvaluation
+from hetero_fl.federation.executors.workers import Worker, WorkerJob, WorkerSetup
+from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.privacy.mechanisms import SecretNoiseSource
+from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.code_permission import CodePermission
 from hetero_fl.utils.environment import choose_device
-from hetero_fl.utils.errors import RunFailed, UserError, one_line
+from hetero_fl.utils.errors import RunFailedError, UserError, one_line
 from hetero_fl.utils.serialization import CodecError, as_bytes, as_tensor, decode, encode
 
 # A run that a node takes part in: begun when it hears the configuration, prepared when it hears who
@@ -67,15 +73,15 @@ MODEL = "model.safetensors"  # in the folder of a run: what the site uses after 
 
 
 @dataclass
-class Joined:
+class ParticipatingRun:
     """The run that a node takes part in."""
 
     run: str
     config: Config
     data: FederatedData
-    vault: Vault
-    account: Account
-    noise: SecretNoise
+    storage: NodeStorage
+    usage: SiteUsage
+    noise: SecretNoiseSource
     worker: Worker | None = None  # once the roster is known
     policy: Policy | None = None  # likewise
 
@@ -86,98 +92,111 @@ class Joined:
         """
         outputs = self.data.task.outputs
         told = {
-            id: hear_told(each, outputs, self.data.own_view(id))
+            id: read_data_info(each, outputs, self.data.own_view(id))
             for id, each in tree["told"].items()
         }
-        prepared = prepare(self.config, data=held_at(self.data, site.client, told))
-        if (found := fingerprint_of(prepared)) != tree["fingerprint"]:
-            raise Refused("this site makes other clients of the configuration than the server does")
+        prepared = prepare(self.config, data=restrict_to_holder(self.data, site.client, told))
+        if (found := federation_fingerprint(prepared)) != tree["fingerprint"]:
+            raise RequestRefusedError(
+                "this site makes other clients of the configuration than the server does"
+            )
         others = hashlib.sha256(repr(sorted(told.items())).encode()).digest()
-        if self.vault.read("roster") not in (None, others):
-            raise Refused(
+        if self.storage.read("roster") not in (None, others):
+            raise RequestRefusedError(
                 "what is said of the others' rows is not what was said when it began this run"
             )
-        self.vault.write("roster", others)
+        self.storage.write("roster", others)
         federation = replace(prepared.federation, noise=self.noise)
         device = choose_device(site.device or self.config.runtime.device)
         if not 1 <= (threads := int(tree["threads"])) <= MOST_THREADS:
-            raise Refused(f"threads: found {threads}; expected 1 to {MOST_THREADS}")
+            raise RequestRefusedError(f"threads: found {threads}; expected 1 to {MOST_THREADS}")
         threads = min(threads, site.threads or threads)
-        setup = Setup(
+        setup = WorkerSetup(
             prepared.method, federation, threads, (str(device),), 1, self.config.runtime.precision
         )
-        self.worker, self.policy = Worker(setup, 0), Policy(site, prepared, self.account)
-        self.worker.site.leaving = leaving
+        self.worker, self.policy = Worker(setup, 0), Policy(site, prepared, self.usage)
+        self.worker.runtime.leaving = leaving
         return found
 
 
-def begin(
+def begin_run(
     site: SiteConfig,
     folder: Path,
     cipher: Cipher | None,
     entries: Iterable[Entry],
     run: str,
     tree: Any,
-) -> tuple[Joined, Told] | None:
+) -> tuple[ParticipatingRun, RemoteDataInfo] | None:
     """A run whose configuration a site has heard, and what it tells of its rows; None if it lacks the public sets.
 
     Raises Refused for what the site does not grant, and for another configuration than it heard before.
     """
-    me, raw = site.client, check_raw(tree["config"], site.allows)
+    me, raw = site.client, check_raw_config(tree["config"], site.allows)
     permission = CodePermission(granted=site.allows.own_code)
     # a folder of the server's
     config = load_config(raw, allow_code=permission).model_copy(update={"init_from": None})
-    clients = expand(config.clients)
+    clients = expand_population(config.clients)
     if me not in clients:
-        raise Refused(f"the configuration has no client '{me}'")
+        raise RequestRefusedError(f"the configuration has no client '{me}'")
     check_config(config, site, clients[me])
     if site.data is None:
-        data = deal(config)
+        data = load_federated_data(config)
         if data.public_hash() != tree["public"]:
-            raise Refused("the public sets that its configuration names are not the server's")
+            raise RequestRefusedError(
+                "the public sets that its configuration names are not the server's"
+            )
     else:
-        pack = _pack(Vault(folder / "public", cipher), tree)
+        pack = _read_public_pack(NodeStorage(folder / "public", cipher), tree)
         if pack is None:
             return None
         own = clients[me].model_copy(update={"data": site.data})
-        data = pack.held_by(me, config.data, {**clients, me: own}, config.seed)
+        data = pack.data_of_client(me, config.data, {**clients, me: own}, config.seed)
     own_view = clients[me].preprocess.normalize == "own"
-    told = told_by(data, me, own_view, site.tells.labels)
-    vault = Vault(folder / "runs" / plain(run), cipher)
-    mark = mark_of(raw, told.hash, str(tree["public"]))
+    told = describe_client_rows(data, me, own_view, site.tells.labels)
+    vault = NodeStorage(folder / "runs" / check_file_name(run), cipher)
+    mark = run_fingerprint(raw, told.content_hash, str(tree["public"]))
     if (known := vault.read("terms")) is None:
         vault.write("terms", mark)
     elif known != mark:
-        raise Refused(
+        raise RequestRefusedError(
             "the configuration, the public sets or this site's rows are not those with which it began this run"
         )
     secret = vault.secret("noise")
     # who guesses all rows but one could try the last against a plain hash
     if site.allows.privacy is not None:
-        told = replace(told, hash=hmac.new(secret, told.hash.encode(), hashlib.sha256).hexdigest())
-    return Joined(run, config, data, vault, Account.of(entries, run), SecretNoise(secret)), told
+        told = replace(
+            told,
+            content_hash=hmac.new(secret, told.content_hash.encode(), hashlib.sha256).hexdigest(),
+        )
+    return ParticipatingRun(
+        run, config, data, vault, SiteUsage.from_log(entries, run), SecretNoiseSource(secret)
+    ), told
 
 
-def _pack(kept: Vault, tree: Any) -> Pack | None:
+def _read_public_pack(storage: NodeStorage, tree: Any) -> PublicPack | None:
     """The public sets that the server has named by their hash: from this message, or kept from an earlier one."""
     public = str(tree["public"])
-    data = as_bytes(tree["pack"]) if tree.get("pack") is not None else kept.read(plain(public))
+    data = (
+        as_bytes(tree["pack"])
+        if tree.get("pack") is not None
+        else storage.read(check_file_name(public))
+    )
     if data is None:
         return None
     try:
-        pack = Pack.decode(data)
+        pack = PublicPack.decode(data)
     except (CodecError, KeyError, TypeError, ValueError) as error:
-        raise Refused(f"the public sets cannot be read ({error})") from None
-    if pack.hash() != public:
-        raise Refused("the public sets are not those that were named")
-    kept.write(plain(public), data)
+        raise RequestRefusedError(f"the public sets cannot be read ({error})") from None
+    if pack.content_hash() != public:
+        raise RequestRefusedError("the public sets are not those that were named")
+    storage.write(check_file_name(public), data)
     return pack
 
 
-def plain(name: str) -> str:
+def check_file_name(name: str) -> str:
     """A name from outside as one of a file. Raises Refused for one that is none."""
     if not (name.isalnum() and len(name) <= 64):
-        raise Refused(f"found the name {name[:80]!r}")
+        raise RequestRefusedError(f"found the name {name[:80]!r}")
     return name
 
 
@@ -208,7 +227,7 @@ class Node:
         key: EllipticCurvePrivateKey | None = None,
     ) -> None:
         self.site, self.folder, self.say, self.keys = site, folder, say, keys
-        self.cipher = None if site.encrypt is None else Cipher.of(Path(site.encrypt))
+        self.cipher = None if site.encrypt is None else Cipher.from_key_file(Path(site.encrypt))
         for each in (folder, folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
             each.chmod(0o700)
@@ -216,7 +235,7 @@ class Node:
             folder / "audit.jsonl", keys.own if key is None and keys is not None else key
         )
         self._line: Entry = {}  # what the log will say of the message in hand
-        self.joined: Joined | None = None
+        self.joined: ParticipatingRun | None = None
         self.left: str | None = None  # why it was let go, once it was
         self._turn = threading.Lock()  # one message at a time: the same one may come twice
         self._jobs = 0
@@ -224,8 +243,8 @@ class Node:
     def handle(self, envelope: Envelope) -> Envelope:
         """The answer to a message; what is wrong with it, or with this site, is one."""
         answers = {
-            "hello": self._hello, "terms": self._terms, "roster": self._roster, "keep": self._keep, "do": self._do,
-            "leave": self._leave,
+            "hello": self._hello, "terms": self._describe_data, "roster": self._prepare, "keep": self._receive_state, "do": self._run_task,
+            "leave": self._end_run,
         }  # fmt: skip
         with self._turn:
             head = envelope.head
@@ -235,19 +254,21 @@ class Node:
                 "in": len(envelope.body),
             }
             try:
-                if why := fault_of(envelope, self.site.message_bytes):
-                    raise Refused(why)
+                if why := find_fault(envelope, self.site.message_bytes):
+                    raise RequestRefusedError(why)
                 if self.keys is not None:
                     self.keys.check(envelope, self.site.client)
-                ask = told_apart(head, "ask", str)
+                ask = head_value(head, "ask", str)
                 if ask not in answers:
-                    raise Refused(f"asked for '{ask}', which this release does not know")
+                    raise RequestRefusedError(
+                        f"asked for '{ask}', which this release does not know"
+                    )
                 answer = answers[ask](envelope)
-                self._put_down(answer)
-            except Lost as error:
+                self._log_answer(answer)
+            except StateLostError as error:
                 self.say(f"lost: {error}")
-                answer = self._without("lost", str(error))
-            except (Refused, UserError, RunFailed) as error:
+                answer = self._empty_answer("lost", str(error))
+            except (RequestRefusedError, UserError, RunFailedError) as error:
                 answer = self._refusal(str(error))
             except (*JUNK, OSError) as error:  # the disk may be full
                 answer = self._refusal(f"{type(error).__name__}: {one_line(error, 200)}")
@@ -257,28 +278,28 @@ class Node:
                 answer = Envelope({**answer.head, LOG: self.log.head}, answer.body)
             return self.keys.sign(answer, envelope, self.site.client)
 
-    def _put_down(self, answer: Envelope) -> None:
+    def _log_answer(self, answer: Envelope) -> None:
         """Into the log, before the answer leaves."""
         outcome = self._line.pop("outcome", str(answer.head.get("ask")))
         entry = self.log.append(**self._line, out=len(answer.body), outcome=outcome)
         if self.joined is not None:
-            self.joined.account.take(entry)
+            self.joined.usage.add_entry(entry)
 
     def _refusal(self, why: str) -> Envelope:
         why = one_line(why)
         self.say(f"refused: {why}")
-        return self._without("refused", why)
+        return self._empty_answer("refused", why)
 
-    def _without(self, ask: str, why: str) -> Envelope:
+    def _empty_answer(self, kind: str, why: str) -> Envelope:
         """An answer with which nothing of this site's leaves."""
-        answer = message(ask, why=why)
+        answer = message(kind, why=why)
         self._line = {k: v for k, v in self._line.items() if k not in ("kinds", "spent")} | {
-            "outcome": f"{ask}: {why}"
+            "outcome": f"{kind}: {why}"
         }
         with contextlib.suppress(
             OSError, UserError
         ):  # the disk may be full, the log damaged: then it is said, at least
-            self._put_down(answer)
+            self._log_answer(answer)
         return answer
 
     # Joining ---------------------------------------------------------------------------------------------------------
@@ -287,10 +308,10 @@ class Node:
             "here", {"settings": self.site.settings()}, client=self.site.client, **versions()
         )
 
-    def _terms(self, envelope: Envelope) -> Envelope:
+    def _describe_data(self, envelope: Envelope) -> Envelope:
         """What this site tells of its rows, under a configuration."""
-        run = told_apart(envelope.head, "run", str)
-        found = begin(
+        run = head_value(envelope.head, "run", str)
+        found = begin_run(
             self.site, self.folder, self.cipher, self.log.entries(), run, body_of(envelope)
         )
         if found is None:
@@ -302,23 +323,23 @@ class Node:
             *(["label counts"] if told.labels else []),
         ]
         self._line["kinds"] += ["preprocessing"] if told.view else []
-        return message("told", told_tree(told))
+        return message("told", data_info_tree(told))
 
-    def _roster(self, envelope: Envelope) -> Envelope:
+    def _prepare(self, envelope: Envelope) -> Envelope:
         """Everything about the run is known now: prepare for it."""
-        joined = self._in(envelope)
-        found = joined.prepare(self.site, body_of(envelope), self._leaving)
+        joined = self._current_run(envelope)
+        found = joined.prepare(self.site, body_of(envelope), self._check_upload)
         self.say(
             f"ready: {joined.config.name}, {joined.config.algorithm['name']}, {joined.config.rounds} rounds"
         )
         return message("ready", fingerprint=found)
 
-    def _leave(self, envelope: Envelope) -> Envelope:
+    def _end_run(self, envelope: Envelope) -> Envelope:
         self.left, self.joined = one_line(envelope.head.get("why", "")), None
         self.say("let go" + (f": {self.left}" if self.left else ""))
         return message("left")
 
-    def _keep(self, envelope: Envelope) -> Envelope:
+    def _receive_state(self, envelope: Envelope) -> Envelope:
         """A private state to begin with, from another run of the server's."""
         if (
             self.joined is None
@@ -328,44 +349,44 @@ class Node:
             return message("unready")
         state = as_bytes(body_of(envelope)["state"])
         try:
-            Private.decode(state, bounded=True)
+            PrivateState.decode(state, bounded=True)
         except (CodecError, TypeError) as error:
-            raise Refused(f"the state to begin with cannot be read ({error})") from None
-        return message("kept", state=self.joined.vault.keep(state))
+            raise RequestRefusedError(f"the state to begin with cannot be read ({error})") from None
+        return message("kept", state=self.joined.storage.save_state(state))
 
     # Tasks -----------------------------------------------------------------------------------------------------------
-    def _do(self, envelope: Envelope) -> Envelope:
+    def _run_task(self, envelope: Envelope) -> Envelope:
         head = envelope.head
         if self.joined is None or self.joined.worker is None or self.joined.run != head.get("run"):
             return message("unready")
         vault, account, task = (
-            self.joined.vault,
-            self.joined.account,
-            plain(told_apart(head, "task", str)),
+            self.joined.storage,
+            self.joined.usage,
+            check_file_name(head_value(head, "task", str)),
         )
         kind, base = (
-            told_apart(head, "kind", str),
-            told_apart(head, "base", str) and plain(str(head["base"])),
+            head_value(head, "kind", str),
+            head_value(head, "base", str) and check_file_name(str(head["base"])),
         )
         if kind not in ("answer", "read"):
-            raise Refused(f"asked to '{kind[:20]}', which this release does not know")
+            raise RequestRefusedError(f"asked to '{kind[:20]}', which this release does not know")
         asked = Message(
-            told_apart(head, "what", str), envelope.body, told_apart(head, "round", int), told_apart(head, "again", int),
-            told_apart(head, "work", float),
+            head_value(head, "what", str), envelope.body, head_value(head, "round", int), head_value(head, "again", int),
+            head_value(head, "work", float),
         )  # fmt: skip
         digest = digest_of(kind, asked, base)
         self._line |= {
-            "round": asked.round,
-            "what": one_line(asked.ask, 20),
+            "round": asked.round_idx,
+            "what": one_line(asked.kind, 20),
             "task": task,
             "asked": digest.hex(),
         }
-        if told_apart(head, "expires", float) < time.time():
-            raise Refused(f"task {task[:12]} has expired")
+        if head_value(head, "expires", float) < time.time():
+            raise RequestRefusedError(f"task {task[:12]} has expired")
         if account.tasks.get(task, digest) != digest:
-            raise Refused(f"task {task[:12]} came before, and asked for something else")
+            raise RequestRefusedError(f"task {task[:12]} came before, and asked for something else")
         if digest in account.answered:
-            self._line["outcome"] = AGAIN
+            self._line["outcome"] = REPEATED
         assert self.joined.policy is not None  # it comes with the worker
         if spent := self.joined.policy.check(kind, asked, digest):
             self._line["spent"] = spent
@@ -378,59 +399,69 @@ class Node:
             return Envelope(known["head"], body)
         self.joined.noise.task = digest
         if kind == "read":
-            return self._read(asked, base, bool(head.get("details", False)), task)
-        spare = [plain(name) for name in str(head.get("spare", "")).split(",") if name][:KEPT]
-        answer = self._answer(asked, base, task, spare)
+            return self._evaluate(asked, base, bool(head.get("details", False)), task)
+        spare = [check_file_name(name) for name in str(head.get("spare", "")).split(",") if name][
+            :MAX_STATES
+        ]
+        answer = self._answer_request(asked, base, task, spare)
         vault.write("answer", encode({"head": answer.head, "body": as_tensor(answer.body)}, FORM))
         return answer
 
-    def _answer(self, asked: Message, base: str, task: str, spare: Collection[str]) -> Envelope:
+    def _answer_request(
+        self, request: Message, base: str, task: str, spare: Collection[str]
+    ) -> Envelope:
         """An exchange of the round's protocol; states to be `spare`d are those to which the server may go back."""
         assert (
             self.joined is not None
             and self.joined.worker is not None
             and self.joined.policy is not None
         )
-        me, vault, worker = self.site.client, self.joined.vault, self.joined.worker
+        me, vault, worker = self.site.client, self.joined.storage, self.joined.worker
         notes = vault.read("notes")
-        private: dict[str, bytes | None] = {me: vault.state(base)} if asked.ask == TRAIN else {}
-        job = self._job("answer", asked, private, notes={} if notes is None else {me: notes})
-        done = worker.do(job)
+        private: dict[str, bytes | None] = (
+            {me: vault.load_state(base)} if request.kind == TRAIN else {}
+        )
+        job = self._worker_job(
+            "answer", request, private, notes={} if notes is None else {me: notes}
+        )
+        done = worker.run_job(job)
         if done.error is not None:
-            raise Refused(f"{asked.ask}: {done.error}")
+            raise RequestRefusedError(f"{request.kind}: {done.error}")
         if me in done.notes:
             vault.write("notes", done.notes[me])
         else:
             vault.drop("notes")
         reply = done.replies[me]
-        if isinstance(reply, Diverged):
+        if isinstance(reply, DivergedError):
             return message("failed", why=str(reply), task=task)
-        self._line.setdefault("kinds", [reply.ask])  # an upload has said more of itself
+        self._line.setdefault("kinds", [reply.kind])  # an upload has said more of itself
         self.joined.policy.check_size(len(reply.body), upload=True)
         # by what was not trained, none
-        state = vault.keep(done.private[me], spare) if me in done.private else ""
+        state = vault.save_state(done.private[me], spare) if me in done.private else ""
         check = hashlib.sha256(reply.body).hexdigest()
         return Envelope(
-            {"ask": "done", "task": task, "what": reply.ask, "state": state, "check": check},
+            {"ask": "done", "task": task, "what": reply.kind, "state": state, "check": check},
             reply.body,
         )
 
-    def _read(self, asked: Message, base: str, details: bool, task: str) -> Envelope:
+    def _evaluate(self, request: Message, base: str, details: bool, task: str) -> Envelope:
         """What its model is worth: scores, and what else this site tells."""
         assert (
             self.joined is not None
             and self.joined.worker is not None
             and self.joined.policy is not None
         )
-        job = self._job("read", asked, {self.site.client: self.joined.vault.state(base)}, details)
-        done = self.joined.worker.do(job)
+        job = self._worker_job(
+            "read", request, {self.site.client: self.joined.storage.load_state(base)}, details
+        )
+        done = self.joined.worker.run_job(job)
         if done.error is not None:
-            raise Refused(f"evaluation: {done.error}")
-        reading = done.readings[self.site.client]
+            raise RequestRefusedError(f"evaluation: {done.error}")
+        reading = done.evaluations[self.site.client]
         if reading.model:  # at the end of the run: it is this site's own, whoever else may have it
-            self.joined.vault.write(MODEL, reading.model)
-        told = self._told_of(reading)
-        answer = message("done", reading_tree(told), task=task)
+            self.joined.storage.write(MODEL, reading.model)
+        told = self._shared_evaluation(reading)
+        answer = message("done", evaluation_tree(told), task=task)
         self.joined.policy.check_size(len(answer.body), upload=False)
         self._line["kinds"] = [
             "scores",
@@ -439,32 +470,32 @@ class Node:
         ]
         return answer
 
-    def _leaving(self, client: str, upload: Payload) -> None:
+    def _check_upload(self, client: str, upload: Payload) -> None:
         """An upload that is about to be encoded."""
         assert self.joined is not None and self.joined.policy is not None
         self.joined.policy.check_upload(upload)
-        self._line["kinds"] = self.joined.policy.kinds(upload)
+        self._line["kinds"] = self.joined.policy.shared_kinds(upload)
 
-    def _told_of(self, reading: Reading) -> Reading:
+    def _shared_evaluation(self, evaluation: ClientEvaluation) -> ClientEvaluation:
         tells = self.site.tells
         if not tells.model:
-            reading = replace(reading, model=b"")
+            evaluation = replace(evaluation, model=b"")
         return (
-            reading
+            evaluation
             if tells.details
-            else replace(reading, confusion={}, calibration={}, forecast={})
+            else replace(evaluation, confusion={}, calibration={}, forecast={})
         )
 
-    def _job(self, kind: Any, asked: Message, private: dict[str, bytes | None], details: bool = False,
-             notes: dict[str, bytes] | None = None) -> Job:  # fmt: skip
+    def _worker_job(self, kind: Any, request: Message, private: dict[str, bytes | None], details: bool = False,
+             notes: dict[str, bytes] | None = None) -> WorkerJob:  # fmt: skip
         self._jobs += 1
         me = self.site.client
-        return Job(self._jobs, kind, [[me]], {me: asked}, private, details, notes or {})
+        return WorkerJob(self._jobs, kind, [[me]], {me: request}, private, details, notes or {})
 
-    def _in(self, envelope: Envelope) -> Joined:
-        run = told_apart(envelope.head, "run", str)
+    def _current_run(self, envelope: Envelope) -> ParticipatingRun:
+        run = head_value(envelope.head, "run", str)
         if self.joined is None or self.joined.run != run:
-            raise Refused(f"this site is not in run {run[:12]}")
+            raise RequestRefusedError(f"this site is not in run {run[:12]}")
         return self.joined
 
 
@@ -473,7 +504,7 @@ class Node:
 NUMBER = "number"  # of this node at the transport; in the site's folder
 
 
-def attend(
+def run_node(
     path: Path, once: bool = False, allow_code: bool | CodePermission = False, quiet: bool = False
 ) -> bool:
     """Answer the server that a site's file names until SIGTERM comes, and finish the task in hand; at once if it comes again, or
@@ -487,9 +518,9 @@ def attend(
 
     Raises:
         UserError: what is wrong with the file or what it names; Flower is missing; the server is not who it should be.
-        RunFailed: the server will not have this site.
+        RunFailedError: the server will not have this site.
     """
-    site, folder = load_site(path, allow_code)
+    site, folder = load_site_config(path, allow_code)
     if site.server is None:
         raise UserError(
             f"{path}: server: missing; it says whom this site answers (address, authority, key)"
@@ -507,7 +538,7 @@ def attend(
     from hetero_fl.deployment.flower import serve
 
     key = load_node_key(Path(site.server.key))
-    log = Log(site.logs, client=site.client)
+    log = EventLog(site.logs, client=site.client)
     log.quiet = quiet
     keys = (
         None
@@ -515,10 +546,10 @@ def attend(
         else NodeKeys(key, load_public_key(Path(site.server.public)))
     )
     stop, hurried = threading.Event(), False
-    with locked(folder) as unheld, _heard(log), _ending(log, stop):
+    with lock_folder(folder) as unheld, _forward_transport_log(log), _handle_termination(log, stop):
         for line in unheld:
             log(line)
-        attended = _Attended(Node(site, folder, log, keys, key), log, stop, once)
+        attended = _LoggedNode(Node(site, folder, log, keys, key), log, stop, once)
         log(f"{site.client}: looking for the server at {site.server.address}")
         try:
             serve(
@@ -529,14 +560,14 @@ def attend(
             hurried = True
     log(f"{site.client}: has said goodbye")
     if attended.refused:
-        raise RunFailed(f"the server will not have this site: {attended.refused}")
+        raise RunFailedError(f"the server will not have this site: {attended.refused}")
     return hurried
 
 
-class _Attended:
+class _LoggedNode:
     """A node whose messages are logged, and which stops when there is no more to do."""
 
-    def __init__(self, node: Node, log: Log, stop: threading.Event, once: bool) -> None:
+    def __init__(self, node: Node, log: EventLog, stop: threading.Event, once: bool) -> None:
         self._node, self._log, self._stop, self._once = node, log, stop, once
         self.refused = ""
 
@@ -551,20 +582,20 @@ class _Attended:
                 self._stop.set()
         return answer
 
-    def _log_task(self, asked: Envelope, answer: Envelope, seconds: float) -> None:
-        what = one_line(asked.head.get("what"), 20)
-        run = one_line(asked.head.get("run", ""), 64)
-        turn = asked.head.get("round")
+    def _log_task(self, request: Envelope, answer: Envelope, seconds: float) -> None:
+        what = one_line(request.head.get("what"), 20)
+        run = one_line(request.head.get("run", ""), 64)
+        turn = request.head.get("round")
         # Models are read when a round is complete.
         number = turn + (what != "read") if isinstance(turn, int) else 0
-        sizes = {"bytes_in": len(asked.body), "bytes_out": len(answer.body)}
+        sizes = {"bytes_in": len(request.body), "bytes_out": len(answer.body)}
         line = f"round {number}: {what}: {answer.head.get('ask')!s} in {seconds:.2f} s"
         line += f", {sizes['bytes_in']:,} bytes came, {sizes['bytes_out']:,} went"
         self._log(line, run=run, round=number, task=what, seconds=float(f"{seconds:.3f}"), **sizes)
 
 
 @contextmanager
-def _heard(log: Log) -> Iterator[None]:
+def _forward_transport_log(log: EventLog) -> Iterator[None]:
     """What the transport has to say goes to the log, too."""
     logger, handler = logging.getLogger("hetero_fl.deployment"), ForwardingHandler(log)
     level, passed = logger.level, logger.propagate
@@ -580,7 +611,7 @@ def _heard(log: Log) -> Iterator[None]:
 
 
 @contextmanager
-def _ending(log: Log, stop: threading.Event) -> Iterator[None]:
+def _handle_termination(log: EventLog, stop: threading.Event) -> Iterator[None]:
     """SIGTERM sets the event; the second one is Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
         yield
@@ -594,9 +625,9 @@ def _ending(log: Log, stop: threading.Event) -> Iterator[None]:
             raise KeyboardInterrupt
         asked = True
         # this thread may hold the locks of the log and the event
-        threading.Thread(target=_asked_to_stop).start()
+        threading.Thread(target=_stop_requested).start()
 
-    def _asked_to_stop() -> None:
+    def _stop_requested() -> None:
         log("stopping after the task in hand; once more: at once")
         stop.set()
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hetero_fl.deployment.messages import Refused
+from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import sync_folder, write_atomically
 
 # states: two checkpoints of the server's may name one each, and a task in flight leaves one
-KEPT = 4
+MAX_STATES = 4
 NONCE = 12  # bytes
 
 
-class Lost(Refused):
+class StateLostError(RequestRefusedError):
     """A private state that should be here is not."""
 
 
@@ -35,7 +35,7 @@ class Cipher:
         self._box = AESGCM(key)
 
     @classmethod
-    def of(cls, path: Path) -> Cipher:
+    def from_key_file(cls, path: Path) -> Cipher:
         """With the key in a file, which is made if it is not there. Raises UserError if it is no key."""
         if not path.exists():
             _make_key(path)
@@ -49,11 +49,11 @@ class Cipher:
             raise UserError(f"{path}: others can read this key; chmod 600 {path}")
         return cls(key)
 
-    def seal(self, data: bytes, name: str) -> bytes:
+    def encrypt(self, data: bytes, name: str) -> bytes:
         nonce = secrets.token_bytes(NONCE)
         return nonce + self._box.encrypt(nonce, data, name.encode())
 
-    def open(self, data: bytes, name: str) -> bytes:
+    def decrypt(self, data: bytes, name: str) -> bytes:
         """Raises InvalidTag for bytes that were changed, or that were sealed with another key or name."""
         return self._box.decrypt(data[:NONCE], data[NONCE:], name.encode())
 
@@ -71,7 +71,7 @@ def _make_key(path: Path) -> None:
         sync_folder(folder)
 
 
-class Vault:
+class NodeStorage:
     """Files of one run in one folder, readable by their owner alone."""
 
     def __init__(self, folder: Path, cipher: Cipher | None = None) -> None:
@@ -79,19 +79,19 @@ class Vault:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
 
-    def state(self, name: str) -> bytes:
+    def load_state(self, name: str) -> bytes:
         """A private state by its name; none has the empty one. Raises Lost if it is not there, or damaged."""
         if not name:
             return b""
         data = self.read(f"state-{name}")
         if data is None or hashlib.sha256(data).hexdigest() != name:
-            raise Lost(
+            raise StateLostError(
                 f"the private state that this task starts from ({name[:12]}) is not here any more"
             )
         os.utime(self.folder / f"state-{name}")
         return data
 
-    def keep(self, data: bytes, spare: Collection[str] = ()) -> str:
+    def save_state(self, data: bytes, protected: Collection[str] = ()) -> str:
         """Keep a private state; its name. The oldest that nobody has asked for goes, but for those to be spared."""
         if not data:
             return ""
@@ -100,8 +100,8 @@ class Vault:
         files = sorted(
             self.folder.glob("state-*"), key=lambda file: file.stat().st_mtime_ns, reverse=True
         )
-        for file in files[KEPT:]:
-            if file.name.removeprefix("state-") not in spare:
+        for file in files[MAX_STATES:]:
+            if file.name.removeprefix("state-") not in protected:
                 file.unlink(missing_ok=True)
         return name
 
@@ -109,13 +109,13 @@ class Vault:
         """A file's content; None if it is not there or was damaged."""
         try:
             data = (self.folder / name).read_bytes()
-            return data if self.cipher is None else self.cipher.open(data, name)
+            return data if self.cipher is None else self.cipher.decrypt(data, name)
         except (FileNotFoundError, InvalidTag):
             return None
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a file in one step."""
-        data = data if self.cipher is None else self.cipher.seal(data, name)
+        data = data if self.cipher is None else self.cipher.encrypt(data, name)
         write_atomically(self.folder / name, data, private=True)
 
     def drop(self, name: str) -> None:

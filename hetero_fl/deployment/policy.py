@@ -11,25 +11,25 @@ from typing import Any
 
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation.messages import REQUESTS
-from hetero_fl.communication.secure_aggregation.messages import read as read_secure
-from hetero_fl.config import Config, expand
+from hetero_fl.communication.secure_aggregation.messages import decode_arrays as read_secure
+from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.describe import FREE
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import Payload, PayloadError
-from hetero_fl.core.plan import Draws, Fit
-from hetero_fl.deployment.audit_log import TRAIN, Account
+from hetero_fl.core.plan import Fit, SampledBatches
+from hetero_fl.deployment.audit_log import TRAIN, SiteUsage
 from hetero_fl.deployment.config import AllowsConfig, BudgetConfig, SiteConfig
-from hetero_fl.deployment.messages import Refused
+from hetero_fl.deployment.messages import RequestRefusedError
 from hetero_fl.engine.batches import step_count
-from hetero_fl.engine.driver import Work, carry_out
-from hetero_fl.experiment.preparation import Prepared
-from hetero_fl.federation.channel import Links
-from hetero_fl.federation.dry_run import Dry, Expectations
-from hetero_fl.privacy.accounting import Charge, epsilon_of
+from hetero_fl.engine.driver import Work, run_plan
+from hetero_fl.experiment.preparation import PreparedRun
+from hetero_fl.federation.channel import FederationLinks
+from hetero_fl.federation.dry_run import DryRunBackend, ExpectedUploads
+from hetero_fl.privacy.accounting import PrivacyCharge, epsilon_of_mechanisms
 from hetero_fl.privacy.client import WITHIN
-from hetero_fl.utils.code_permission import CodePermission, references
-from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.errors import UserError, suggest_or_list
 
 # Whether a site takes part in a run at all: its file against the server's configuration, before
 # anything is loaded.
@@ -38,12 +38,14 @@ from hetero_fl.utils.errors import UserError, nearest
 OWN_KEYS = ("model", "preprocess", "augment")
 
 
-def check_raw(tree: object, allows: AllowsConfig) -> dict[str, Any]:
+def check_raw_config(tree: object, allows: AllowsConfig) -> dict[str, Any]:
     """A configuration before it is read: to read one that names code is to import that. Raises Refused."""
     if not isinstance(tree, dict):
-        raise Refused("the configuration is none")
-    for name, key in CodePermission(granted=allows.own_code).refused(references(tree), ""):
-        raise Refused(
+        raise RequestRefusedError("the configuration is none")
+    for name, key in CodePermission(granted=allows.own_code).find_refused(
+        find_references(tree), ""
+    ):
+        raise RequestRefusedError(
             f"{key}: found {name[:80]}; this site runs no code by name but allows.own_code {allows.own_code}"
         )
     return tree
@@ -53,36 +55,38 @@ def check_config(config: Config, site: SiteConfig, settings: ClientSettings) -> 
     """A configuration against a site's file. `settings`: this client's. Raises Refused, naming both keys."""
     allows, me, name = site.allows, site.client, config.algorithm["name"]
     if allows.methods is not None and name not in allows.methods:
-        raise Refused(
+        raise RequestRefusedError(
             f"algorithm.name: found {name}; this site's allows.methods are {', '.join(allows.methods)}"
         )
-    at_most("rounds", config.rounds, "rounds", allows.rounds)
-    at_most(
+    check_limit("rounds", config.rounds, "rounds", allows.rounds)
+    check_limit(
         f"clients: {me}: epochs",
         None if settings.steps else settings.epochs,
         "epochs",
         allows.epochs,
     )
-    at_most(f"clients: {me}: steps", settings.steps, "steps", allows.steps)
+    check_limit(f"clients: {me}: steps", settings.steps, "steps", allows.steps)
     own = ClientSettings.model_validate(site.settings())
     for key in OWN_KEYS:
         if getattr(site, key) is not None and getattr(settings, key) != getattr(own, key):
-            raise Refused(f"clients: {me}: {key}: is not what this site's file has")
+            raise RequestRefusedError(f"clients: {me}: {key}: is not what this site's file has")
     if site.shares is not None and (
-        more := [s for s in settings.shares if not _covered(s, own.shares)]
+        more := [s for s in settings.shares if not _is_allowed(s, own.shares)]
     ):
-        raise Refused(
+        raise RequestRefusedError(
             f"clients: {me}: shares: found {', '.join(more)}; this site shares {', '.join(own.shares) or 'nothing'}"
         )
     secure = config.channel.secure_sum
     if secure is None and allows.secure_sum_only:
-        raise Refused(
+        raise RequestRefusedError(
             "channel.secure_sum: found none; this site's allows.secure_sum_only lets uploads leave in no other way"
         )
     if secure is not None and allows.cohort is not None:
-        found = secure.survivors(config.clients.per_round or len(expand(config.clients)))
+        found = secure.min_survivors(
+            config.clients.per_round or len(expand_population(config.clients))
+        )
         if found < allows.cohort:
-            raise Refused(
+            raise RequestRefusedError(
                 f"channel.secure_sum.threshold: lets a sum of {found} clients be told; this site's allows.cohort is "
                 f"{allows.cohort}"
             )
@@ -94,22 +98,22 @@ def _check_privacy(config: Config, site: SiteConfig) -> None:
     privacy = config.privacy
     where = "this site's allows.privacy counts noise that it adds itself"
     if privacy is None:
-        raise Refused(f"privacy: found none; {where}")
+        raise RequestRefusedError(f"privacy: found none; {where}")
     if privacy.unit == "client":
-        raise Refused(
+        raise RequestRefusedError(
             f"privacy.unit: found client, whose noise others add; {where}: record or local"
         )
     if site.tells.labels:
-        raise Refused(
+        raise RequestRefusedError(
             "tells.labels: true tells counts as they are, with allows.privacy; leave one of them out"
         )
     if site.tells.model and privacy.unit == "local":
-        raise Refused(
+        raise RequestRefusedError(
             "tells.model: true tells a model that nobody noised, with allows.privacy and privacy.unit local"
         )
 
 
-def mark_of(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
+def run_fingerprint(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
     """What must be the same whenever a site takes part in a run: its configuration, but for what decides no result, its rows, and
     the public sets, these two by their hashes. Another one under the same name could be made to tell the difference between two
     answers."""
@@ -125,17 +129,19 @@ def mark_of(tree: Mapping[str, Any], rows: str, public: str) -> bytes:
     return hashlib.sha256(told.encode()).digest()
 
 
-def at_most(what: str, found: float | None, key: str, most: float | None) -> None:
+def check_limit(what: str, found: float | None, key: str, most: float | None) -> None:
     """A number against one of the limits. Raises Refused, naming both."""
     if most is not None and found is not None and (found > most):
-        raise Refused(f"{what}: found {_plain(found)}; this site's allows.{key} is {_plain(most)}")
+        raise RequestRefusedError(
+            f"{what}: found {_format_number(found)}; this site's allows.{key} is {_format_number(most)}"
+        )
 
 
-def _plain(number: float) -> str:
+def _format_number(number: float) -> str:
     return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
-def _covered(share: str, allowed: Sequence[str]) -> bool:
+def _is_allowed(share: str, allowed: Sequence[str]) -> bool:
     """Whether a share is one of these, or a part of one."""
     if share in allowed:
         return True
@@ -156,22 +162,30 @@ def _covered(share: str, allowed: Sequence[str]) -> bool:
 # item, before it is encoded.
 
 
-def digest_of(kind: str, asked: Message, base: str) -> bytes:
+def digest_of(kind: str, request: Message, base: str) -> bytes:
     """What a task is, whatever the server calls it: the same for the same question, and else another."""
-    body = hashlib.sha256(asked.body).hexdigest()
-    about = (kind, asked.ask, asked.round, asked.again, float(asked.work).hex(), base, body)
+    body = hashlib.sha256(request.body).hexdigest()
+    about = (
+        kind,
+        request.kind,
+        request.round_idx,
+        request.attempt,
+        float(request.step_share).hex(),
+        base,
+        body,
+    )
     return hashlib.sha256(repr(about).encode()).digest()
 
 
-class Watch(Dry):
+class StepCountingBackend(DryRunBackend):
     """Notes how long a plan would train."""
 
     steps, epochs = 0, 0.0
 
-    def perform(self, work: Work) -> list[Any]:
+    def run(self, work: Work) -> list[Any]:
         for participant, step in work:
             if isinstance(step, Fit):
-                if isinstance(step.data, Draws):
+                if isinstance(step.data, SampledBatches):
                     self.steps += step_count(step.data.size, step)
                     continue
                 rows = len(next(iter(step.data.columns(participant).values())))
@@ -182,7 +196,7 @@ class Watch(Dry):
                     if step.steps is None
                     else step.steps * step.batch_size / max(1, rows)
                 )
-        return super().perform(work)
+        return super().run(work)
 
 
 @dataclass
@@ -190,125 +204,141 @@ class Policy:
     """A site's checks in one run."""
 
     site: SiteConfig
-    prepared: Prepared
-    account: Account
+    prepared: PreparedRun
+    usage: SiteUsage
 
     def __post_init__(self) -> None:
         self.allows = self.site.allows
         method, federation = self.prepared.method, self.prepared.federation
-        self.specs, self.card = method.uploads, federation.cards[self.site.client]
-        self.links = Links(method, federation)
+        self.specs, self.client_info = method.uploads, federation.client_infos[self.site.client]
+        self.links = FederationLinks(method, federation)
         self.secure = federation.channel.secure_sum is not None and bool(method.uploads)
 
     # Before it is done
-    def check(self, kind: str, asked: Message, digest: bytes) -> list[dict[str, Any]]:
+    def check(self, kind: str, request: Message, digest: bytes) -> list[dict[str, Any]]:
         """A task. Returns what it will spend of the site's privacy. Raises Refused, naming the key."""
         rounds, ends = (
             self.prepared.config.rounds,
             self.prepared.config.runtime.mode == "sync",
         )  # versions have no end known
-        if not 0 <= asked.round <= (rounds if ends else asked.round) or asked.again < 0:
-            raise Refused(f"round {asked.round + 1} of {rounds}, for the {asked.again + 1}th time")
-        if not 0 < asked.work <= 1:
-            raise Refused(
-                f"work: found {asked.work:g}, a share of the steps that were agreed; it is at most 1"
+        if (
+            not 0 <= request.round_idx <= (rounds if ends else request.round_idx)
+            or request.attempt < 0
+        ):
+            raise RequestRefusedError(
+                f"round {request.round_idx + 1} of {rounds}, for the {request.attempt + 1}th time"
+            )
+        if not 0 < request.step_share <= 1:
+            raise RequestRefusedError(
+                f"work: found {request.step_share:g}, a share of the steps that were agreed; it is at most 1"
             )
         if kind == "read":
-            self._check_length(lambda: self._rehearsed_reading(asked), 1.0)
+            self._check_length(lambda: self._dry_run_evaluation(request), 1.0)
             return []
-        if asked.ask not in (
+        if request.kind not in (
             REQUESTS if self.secure else (TRAIN,)
         ):  # without exchanges, whatever is asked is trained on
-            raise Refused(
-                f"asked for '{asked.ask[:20]}', which is nothing that this run's uploads need"
+            raise RequestRefusedError(
+                f"asked for '{request.kind[:20]}', which is nothing that this run's uploads need"
             )
         if self.secure and self.allows.cohort is not None:
-            self._check_sum(asked, self.allows.cohort)
-        if asked.ask != TRAIN or digest in self.account.trained:
+            self._check_sum(request, self.allows.cohort)
+        if request.kind != TRAIN or digest in self.usage.trained:
             return []  # the same again costs, and tells, nothing
         if (
             self.allows.rounds is not None
-            and (trained := len(self.account.trained)) >= self.allows.rounds
+            and (trained := len(self.usage.trained)) >= self.allows.rounds
         ):
-            raise Refused(
+            raise RequestRefusedError(
                 f"allows.rounds: this site has trained {trained} times in this run, and is asked once more"
             )
-        charges: list[Charge] = []
-        self._check_length(lambda: charges.extend(self._rehearsed(asked)), asked.work)
-        return [] if self.allows.privacy is None else self._afforded(charges, self.allows.privacy)
+        charges: list[PrivacyCharge] = []
+        self._check_length(
+            lambda: charges.extend(self._dry_run_training(request)), request.step_share
+        )
+        return (
+            [] if self.allows.privacy is None else self._fits_budget(charges, self.allows.privacy)
+        )
 
-    def _check_length(self, rehearse: Callable[[], object], work: float) -> None:
-        """How long a task would train. `rehearse`: goes through it; where nothing is limited that is left out."""
-        allows, watch = self.allows, self._watch
+    def _check_length(self, dry_run: Callable[[], object], work: float) -> None:
+        """How long a task would train. `dry_run`: goes through it; where nothing is limited that is left out."""
+        allows, watch = self.allows, self._make_step_counter
         if allows.privacy is None and allows.epochs is None and allows.steps is None:
             return
         watch.steps, watch.epochs = 0, 0.0
         try:
-            rehearse()
+            dry_run()
         except Exception as error:  # what a plan makes of what it was sent may be anything
-            raise Refused(
+            raise RequestRefusedError(
                 f"what was sent cannot be trained on ({type(error).__name__}: {error})"
             ) from None
-        at_most("this task's epochs", round(watch.epochs * work, 3), "epochs", allows.epochs)
-        at_most("this task's steps", int(watch.steps * work), "steps", allows.steps)
+        check_limit("this task's epochs", round(watch.epochs * work, 3), "epochs", allows.epochs)
+        check_limit("this task's steps", int(watch.steps * work), "steps", allows.steps)
 
-    def _check_sum(self, asked: Message, least: int) -> None:
+    def _check_sum(self, request: Message, min_clients: int) -> None:
         """Of how many clients a sum would be told."""
-        if asked.ask not in ("shares", "unmask"):
+        if request.kind not in ("shares", "unmask"):
             return
         try:
-            got = read_secure(asked.body, REQUESTS[asked.ask])
+            got = read_secure(request.body, REQUESTS[request.kind])
         except PayloadError as error:
-            raise Refused(str(error)) from None
-        found = len(got["numbers"] if asked.ask == "shares" else got["survivors"])
-        if found < least:
-            raise Refused(
-                f"allows.cohort: a secure sum of {found} clients is asked for; this site wants {least} at least"
+            raise RequestRefusedError(str(error)) from None
+        found = len(got["numbers"] if request.kind == "shares" else got["survivors"])
+        if found < min_clients:
+            raise RequestRefusedError(
+                f"allows.cohort: a secure sum of {found} clients is asked for; this site wants {min_clients} at least"
             )
 
     @cached_property
-    def _watch(self) -> Watch:
-        return Watch()
+    def _make_step_counter(self) -> StepCountingBackend:
+        return StepCountingBackend()
 
     @cached_property
-    def _expectations(self) -> Expectations:
-        made = Expectations(self.prepared.method, self.prepared.federation)
-        made.performer = self._watch
+    def _expectations(self) -> ExpectedUploads:
+        made = ExpectedUploads(self.prepared.method, self.prepared.federation)
+        made.backend = self._make_step_counter
         return made
 
-    def _rehearsed(self, asked: Message) -> tuple[Charge, ...]:
+    def _dry_run_training(self, request: Message) -> tuple[PrivacyCharge, ...]:
         """A task that trains; what it would spend."""
         body = (
-            read_secure(asked.body, REQUESTS[TRAIN])["broadcast"].tobytes()
+            read_secure(request.body, REQUESTS[TRAIN])["broadcast"].tobytes()
             if self.secure
-            else asked.body
+            else request.body
         )
-        got = self.links.received(asked.round, body)
-        return self._expectations.rehearsed(self.card, got, asked.round)[1]
+        got = self.links.decode_broadcast(request.round_idx, body)
+        return self._expectations.dry_run_upload(self.client_info, got, request.round_idx)[1]
 
-    def _rehearsed_reading(self, asked: Message) -> None:
+    def _dry_run_evaluation(self, request: Message) -> None:
         """One that makes the model which is read."""
         client, got = (
-            self._expectations.stand_in(self.card, asked.round),
-            self.links.received(asked.round, asked.body),
+            self._expectations.placeholder_client(self.client_info, request.round_idx),
+            self.links.decode_broadcast(request.round_idx, request.body),
         )
-        for hook in (self.prepared.method.deploy, self.prepared.method.personalise):
-            carry_out(hook(client, got), client, self._watch)
+        for hook in (self.prepared.method.deploy, self.prepared.method.personalize):
+            run_plan(hook(client, got), client, self._make_step_counter)
 
-    def _afforded(self, charges: Iterable[Charge], budget: BudgetConfig) -> list[dict[str, Any]]:
+    def _fits_budget(
+        self, charges: Iterable[PrivacyCharge], budget: BudgetConfig
+    ) -> list[dict[str, Any]]:
         privacy = self.prepared.federation.privacy
         assert privacy is not None  # else `check_config` had refused
         due = [
-            {"noise": c.scale * privacy.z, "rate": c.rate, "steps": c.steps, "once": c.once}
+            {
+                "noise": c.scale * privacy.known_noise_multiplier,
+                "rate": c.rate,
+                "steps": c.steps,
+                "once": c.once,
+            }
             for c in charges
-            if c.once not in self.account.once
+            if c.once not in self.usage.one_time_charges
         ]
-        spent = self.account.with_(due)
-        found = epsilon_of(spent, budget.delta, "rdp")
+        spent = self.usage.with_charges(due)
+        found = epsilon_of_mechanisms(spent, budget.delta, "rdp")
         if found > budget.epsilon:  # PRV takes half a second, and says less
-            found = epsilon_of(spent, budget.delta, "prv")
+            found = epsilon_of_mechanisms(spent, budget.delta, "prv")
         if found > budget.epsilon:
-            raise Refused(
+            raise RequestRefusedError(
                 f"allows.privacy.epsilon: with this task, what this site has spent would be {found:.4g} at δ {budget.delta:g}; "
                 f"it allows {budget.epsilon:g}"
             )
@@ -317,14 +347,16 @@ class Policy:
     # Before it leaves
     def check_upload(self, payload: Payload) -> None:
         """An upload, before it is encoded. Raises UserError for an item that this site does not share."""
-        shares = self.site.shares if self.site.shares is not None else self.card.settings.shares
+        shares = (
+            self.site.shares if self.site.shares is not None else self.client_info.settings.shares
+        )
         for name in payload:
             values = payload[name]
             if name == WITHIN:  # whether updates were within bounds, noised at the server
                 continue
             if name not in self.specs:
                 raise UserError(
-                    f"'{name}' is nothing that {self.prepared.name} sends{nearest(name, self.specs)}"
+                    f"'{name}' is nothing that {self.prepared.name} sends{suggest_or_list(name, self.specs)}"
                 )
             share = self.specs[name].share
             if share == "parameters":
@@ -337,15 +369,15 @@ class Policy:
     def check_size(self, size: int, upload: bool) -> None:
         """An answer of so many bytes. Raises Refused."""
         if upload:
-            at_most("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
-        at_most(
+            check_limit("bytes of this upload", size, "upload_bytes", self.allows.upload_bytes)
+        check_limit(
             "bytes of all answers with this one",
-            self.account.sent + size,
+            self.usage.sent + size,
             "total_bytes",
             self.allows.total_bytes,
         )
 
-    def kinds(self, payload: Payload) -> list[str]:
+    def shared_kinds(self, payload: Payload) -> list[str]:
         """What of an upload leaves, for the log."""
         items = [f"{name}: {payload.item(name).kind}" for name in payload]
         said = items + (["training loss"] if payload.report else [])

@@ -12,34 +12,34 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from hetero_fl.communication.protocol import Direct, Message, Messages
-from hetero_fl.deployment.conversations import Talk, Talks
-from hetero_fl.deployment.handshake import Convened
+from hetero_fl.communication.protocol import DirectProtocol, Message, Messages
+from hetero_fl.deployment.conversations import Conversation, Conversations
+from hetero_fl.deployment.handshake import Handshake
 from hetero_fl.deployment.messages import (
     Envelope,
     Head,
-    Refused,
+    RequestRefusedError,
     body_of,
+    head_value,
     message,
     reason,
-    told_apart,
 )
-from hetero_fl.deployment.validation import hear_reading, hear_state
-from hetero_fl.engine.driver import Diverged, Performer
+from hetero_fl.deployment.validation import read_evaluation, read_state_name
+from hetero_fl.engine.driver import Backend, DivergedError
 from hetero_fl.federation.channel import make_protocol
-from hetero_fl.federation.checkpoint import KEPT
-from hetero_fl.federation.client_runtime import Reading
-from hetero_fl.federation.executors.base import Absent, Reply
-from hetero_fl.federation.state_store import Private, Store
-from hetero_fl.utils.errors import RunFailed
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.federation.checkpoint import KEPT_CHECKPOINTS
+from hetero_fl.federation.client_runtime import ClientEvaluation
+from hetero_fl.federation.executors.base import ClientAbsentError, Reply
+from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.ordering import natural_order
 from hetero_fl.utils.serialization import as_tensor
 
-AT = "at"  # where the store has a state's name
+STATE_KEY = "at"  # where the store has a state's name
 TRIES = 3  # times that a node may have to be prepared anew for one task
 
 
-class Remote:
+class NodeExecutor:
     """Has tasks done by nodes.
 
     Args:
@@ -48,91 +48,112 @@ class Remote:
     """
 
     def __init__(
-        self, convened: Convened, store: Store, performer: Performer, deadline: float, need: int = 1
+        self,
+        handshake: Handshake,
+        store: StateStore,
+        backend: Backend,
+        deadline: float,
+        need: int = 1,
     ) -> None:
-        self.convened, self.post = convened, convened.post
-        self.store, self.performer, self.deadline, self.need = store, performer, deadline, need
-        federation = convened.prepared.federation
-        self._direct = isinstance(make_protocol(convened.prepared.method, federation), Direct)
+        self.convened, self.post = handshake, handshake.connections
+        self.store, self.backend, self.deadline, self.need = store, backend, deadline, need
+        federation = handshake.prepared.federation
+        self._direct = isinstance(
+            make_protocol(handshake.prepared.method, federation), DirectProtocol
+        )
         self._tell: Callable[[str], None] | None = None
-        self._beside = Talks(self.post)  # what was dispatched
+        self._dispatched = Conversations(self.post)  # what was dispatched
         self._lost: list[str] = []  # clients that began anew
         # the states that checkpoints name, the newest last
-        self._named: deque[dict[str, str]] = deque(maxlen=KEPT)
+        self._named: deque[dict[str, str]] = deque(maxlen=KEPT_CHECKPOINTS)
 
-    def answer(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
+    def run(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
         # What is repeated must be the same where an upload is all that there is, so that nothing is trained or noised twice,
         # and must not where secrets are drawn for it: they are for one sum.
         turn = "" if self._direct else secrets.token_hex(16)
-        talks = {client: self._asking(client, requests, turn) for client in requests}
+        talks = {client: self._task_conversation(client, requests, turn) for client in requests}
         for client, answer in self.post.converse(talks, self.deadline, self.need):
-            yield client, self._reply(client, answer)
+            yield client, self._parse_reply(client, answer)
             del answer  # a model's worth
 
-    def read(
-        self, broadcasts: Mapping[str, bytes], round: int, details: bool
-    ) -> Iterator[tuple[str, Reading | Absent]]:
-        talks = {client: self._reading(client, broadcasts, round, details) for client in broadcasts}
+    def evaluate(
+        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+    ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
+        talks = {
+            client: self._evaluation_conversation(client, broadcasts, round_idx, details)
+            for client in broadcasts
+        }
         for client, answer in self.post.converse(talks, self.deadline, 1):
-            yield client, self._read(client, answer)
+            yield client, self._parse_evaluation(client, answer)
 
-    def watch(self, listener: Callable[[str], None] | None) -> None:
+    def set_listener(self, listener: Callable[[str], None] | None) -> None:
         self._tell = listener
 
     def close(self) -> None:
         """Nodes are let go by who convened them."""
 
     # Clients on machines of their own ------------------------------------------------------------------------------------
-    def here(self) -> Collection[str]:
+    def connected_clients(self) -> Collection[str]:
         self.post.refresh()
         return self.post.node_of.keys()
 
     def dispatch(self, client: str, request: Message) -> None:
-        self._beside.add(client, self._asking(client, {client: request}, ""), self.deadline)
+        self._dispatched.add(
+            client, self._task_conversation(client, {client: request}, ""), self.deadline
+        )
 
-    def next(self, wait: float) -> tuple[str, Reply] | None:
-        ended = self._beside.next(wait)
-        return None if ended is None else (ended[0], self._reply(*ended))
+    def next_reply(self, wait: float) -> tuple[str, Reply] | None:
+        ended = self._dispatched.next_finished(wait)
+        return None if ended is None else (ended[0], self._parse_reply(*ended))
 
-    def give(self, states: Mapping[str, Private]) -> None:
-        talks = {client: self._giving(client, private) for client, private in states.items()}
+    def send_states(self, states: Mapping[str, PrivateState]) -> None:
+        talks = {
+            client: self._state_conversation(client, private) for client, private in states.items()
+        }
         for client, answer in self.post.converse(talks, self.deadline, len(talks)):
-            if isinstance(answer, Absent) or answer.head.get("ask") != "kept":
-                raise RunFailed(
-                    f"{client}: it does not take the model that it should begin with: {_why(answer)}"
+            if isinstance(answer, ClientAbsentError) or answer.head.get("ask") != "kept":
+                raise RunFailedError(
+                    f"{client}: it does not take the model that it should begin with: {_failure_reason(answer)}"
                 )
             self.store.stage(
-                client, Private(state={AT: hear_state(told_apart(answer.head, "state", str))})
+                client,
+                PrivateState(
+                    state={STATE_KEY: read_state_name(head_value(answer.head, "state", str))}
+                ),
             )
 
-    def saved(self) -> None:
-        self._named.append({client: self._at(client) for client in self.store.clients()})
+    def on_checkpoint(self) -> None:
+        self._named.append(
+            {client: self._committed_state_name(client) for client in self.store.clients()}
+        )
 
-    def anew(self) -> list[str]:
+    def pop_reset_clients(self) -> list[str]:
         lost, self._lost = self._lost, []
-        return in_order(dict.fromkeys(lost))
+        return natural_order(dict.fromkeys(lost))
 
     # Conversations -----------------------------------------------------------------------------------------------------
-    def _asking(self, client: str, requests: Messages, turn: str) -> Callable[[], Talk]:
-        def talk() -> Talk:
+    def _task_conversation(
+        self, client: str, requests: Messages, round_idx: str
+    ) -> Callable[[], Conversation]:
+        def conversation() -> Conversation:
             request = requests[client]
             about: Head = {
-                "round": request.round,
-                "again": request.again,
-                "work": request.work,
-                "what": request.ask,
+                "round": request.round_idx,
+                "again": request.attempt,
+                "work": request.step_share,
+                "what": request.kind,
             }
-            return self._task(client, "answer", request, turn, about)
+            return self._task(client, "answer", request, round_idx, about)
 
-        return talk
+        return conversation
 
-    def _reading(
-        self, client: str, broadcasts: Mapping[str, bytes], round: int, details: bool
-    ) -> Callable[[], Talk]:
-        def talk() -> Talk:
-            request = Message("read", broadcasts[client], round)
+    def _evaluation_conversation(
+        self, client: str, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+    ) -> Callable[[], Conversation]:
+        def conversation() -> Conversation:
+            request = Message("read", broadcasts[client], round_idx)
             about: Head = {
-                "round": round,
+                "round": round_idx,
                 "again": 0,
                 "work": 1.0,
                 "what": "read",
@@ -140,30 +161,32 @@ class Remote:
             }
             return self._task(client, "read", request, "", about)
 
-        return talk
+        return conversation
 
-    def _giving(self, client: str, private: Private) -> Callable[[], Talk]:
-        def talk() -> Talk:
+    def _state_conversation(self, client: str, private: PrivateState) -> Callable[[], Conversation]:
+        def conversation() -> Conversation:
             envelope = message(
                 "keep", {"state": as_tensor(private.encode())}, run=self.convened.run
             )
             for _ in range(TRIES):
                 if (answer := (yield envelope)).head.get("ask") != "unready":
                     break
-                yield from self.convened.preparing(client)
+                yield from self.convened.prepare_restarted_node(client)
             return answer
 
-        return talk
+        return conversation
 
-    def _task(self, client: str, kind: str, request: Message, turn: str, about: Head) -> Talk:
+    def _task(
+        self, client: str, kind: str, request: Message, round_idx: str, about: Head
+    ) -> Conversation:
         """Have one task done; a node that was started anew is prepared first, one that has lost its state begins anew."""
         if self._tell is not None:
             self._tell(f"{client}: {'train' if kind == 'answer' else 'evaluation'}")
-        base, run = self._at(client), self.convened.run
+        base, run = self._committed_state_name(client), self.convened.run
         spare = ",".join(sorted({named[client] for named in self._named if client in named}))
         hashed, expires = hashlib.sha256(request.body).hexdigest(), time.time() + self.deadline
         for _ in range(TRIES):
-            parts = (run, client, kind, sorted(about.items()), base, turn, hashed)
+            parts = (run, client, kind, sorted(about.items()), base, round_idx, hashed)
             task = hashlib.sha256(repr(parts).encode()).hexdigest()
             head: Head = {
                 "ask": "do",
@@ -177,53 +200,55 @@ class Remote:
             if (said := answer.head.get("ask")) in ("done", "failed") and answer.head.get(
                 "task"
             ) != task:
-                raise Refused("its answer is to another task")
+                raise RequestRefusedError("its answer is to another task")
             if said == "lost" and base:
                 base = ""
                 self._lost.append(client)
                 self.post.say(f"{client} has lost its private state, and begins anew")
             elif said == "unready":
-                yield from self.convened.preparing(client)
+                yield from self.convened.prepare_restarted_node(client)
             else:
                 break
         return answer
 
-    def _at(self, client: str) -> str:
+    def _committed_state_name(self, client: str) -> str:
         """The name of a client's committed state."""
-        return str(self.store.get(client).state.get(AT, ""))
+        return str(self.store.get(client).state.get(STATE_KEY, ""))
 
-    def _read(self, client: str, answer: Envelope | Absent) -> Reading | Absent:
+    def _parse_evaluation(
+        self, client: str, answer: Envelope | ClientAbsentError
+    ) -> ClientEvaluation | ClientAbsentError:
         """A reading; of a client that tells something else it is left out."""
-        if isinstance(answer, Absent):
+        if isinstance(answer, ClientAbsentError):
             return answer
         prepared = self.convened.prepared
         try:
             if answer.head.get("ask") != "done":
-                return Absent(reason(answer))
-            return hear_reading(body_of(answer), client, prepared.federation, prepared.method)
-        except Refused as error:
+                return ClientAbsentError(reason(answer))
+            return read_evaluation(body_of(answer), client, prepared.federation, prepared.method)
+        except RequestRefusedError as error:
             self.post.say(f"{client}: {error}")
-            return Absent(str(error))
+            return ClientAbsentError(str(error))
 
-    def _reply(self, client: str, answer: Envelope | Absent) -> Reply:
+    def _parse_reply(self, client: str, answer: Envelope | ClientAbsentError) -> Reply:
         """What a node's answer is worth; its new state is staged."""
-        if isinstance(answer, Absent):
+        if isinstance(answer, ClientAbsentError):
             return answer
         if answer.head.get("ask") == "failed":
-            return Diverged(reason(answer))
+            return DivergedError(reason(answer))
         if answer.head.get("ask") != "done":
-            return Absent(reason(answer))
+            return ClientAbsentError(reason(answer))
         try:
             what, state, check = (
-                told_apart(answer.head, name, str) for name in ("what", "state", "check")
+                head_value(answer.head, name, str) for name in ("what", "state", "check")
             )
-            state, digest = hear_state(state), bytes.fromhex(check)
-        except (Refused, ValueError) as error:
-            return Absent(f"its answer cannot be read: {error}")
+            state, digest = read_state_name(state), bytes.fromhex(check)
+        except (RequestRefusedError, ValueError) as error:
+            return ClientAbsentError(f"its answer cannot be read: {error}")
         if state:
-            self.store.stage(client, Private(state={AT: state}))
-        return Message(what, answer.body, check=digest)
+            self.store.stage(client, PrivateState(state={STATE_KEY: state}))
+        return Message(what, answer.body, checksum=digest)
 
 
-def _why(answer: Envelope | Absent) -> str:
-    return str(answer) if isinstance(answer, Absent) else reason(answer)
+def _failure_reason(answer: Envelope | ClientAbsentError) -> str:
+    return str(answer) if isinstance(answer, ClientAbsentError) else reason(answer)

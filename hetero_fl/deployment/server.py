@@ -15,29 +15,35 @@ from typing import Any, TextIO, cast
 import torch
 from rich.console import Console
 
-from hetero_fl.algorithms import algorithm
-from hetero_fl.config import Config, expand
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.config import Config, expand_population
 from hetero_fl.deployment.certificates import (
     ServerFiles,
     check_server_files,
     load_node_key,
     load_public_key,
 )
-from hetero_fl.deployment.config import load_server
-from hetero_fl.deployment.conversations import NUDGE, PATIENCE, Post
-from hetero_fl.deployment.handshake import convene
-from hetero_fl.deployment.messages import MESSAGE_BYTES, Bounded, ServerKeys, Signed, Transport
-from hetero_fl.deployment.monitoring import Lines, Log, Status, window
-from hetero_fl.deployment.node_storage import Vault
-from hetero_fl.deployment.remote_executor import Remote
-from hetero_fl.engine.prediction_cache import make_performer
-from hetero_fl.experiment.preparation import Prepared, load_config
-from hetero_fl.experiment.runner import Callback, check_begun, default_out, hold
-from hetero_fl.federation.executors.choose import Choice
-from hetero_fl.federation.simulation.schedule import unused
-from hetero_fl.federation.state_store import Store
+from hetero_fl.deployment.config import load_server_config
+from hetero_fl.deployment.conversations import NUDGE, PATIENCE, Connections
+from hetero_fl.deployment.handshake import perform_handshake
+from hetero_fl.deployment.messages import (
+    MESSAGE_BYTES,
+    BoundedTransport,
+    ServerKeys,
+    SignedTransport,
+    Transport,
+)
+from hetero_fl.deployment.monitoring import EventLog, LineStream, RunStatus, serve_status
+from hetero_fl.deployment.node_storage import NodeStorage
+from hetero_fl.deployment.remote_executor import NodeExecutor
+from hetero_fl.engine.prediction_cache import make_backend
+from hetero_fl.experiment.preparation import PreparedRun, load_config
+from hetero_fl.experiment.runner import Callback, check_resumed_choice, default_out, run_prepared
+from hetero_fl.federation.executors.choose import ExecutorChoice
+from hetero_fl.federation.simulation.schedule import unused_simulation_keys
+from hetero_fl.federation.state_store import StateStore
 from hetero_fl.federation.trainer import Record
-from hetero_fl.privacy.mechanisms import SecretNoise
+from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory, check_vacant
 from hetero_fl.utils.code_permission import CodePermission
@@ -50,7 +56,7 @@ from hetero_fl.utils.serialization import write_atomically
 IDENTITY = "federation.json"  # in the run directory: which run nodes know it as, and what they told
 
 
-def serve(
+def run_federation(
     source: str | Path | Mapping[str, Any] | Config,
     transport: Transport,
     *,
@@ -65,7 +71,7 @@ def serve(
     quiet: bool = True,
     keys: ServerKeys | None = None,
     say: Callable[[str], None] = lambda line: None,
-    status: Status | None = None,
+    status: RunStatus | None = None,
     console: Console | None = None,
     message_bytes: int = MESSAGE_BYTES,
 ) -> Run:
@@ -84,7 +90,7 @@ def serve(
 
     Raises:
         UserError: a mistake in the configuration, the data or the call.
-        RunFailed: nodes are missing or refuse before the first round, or the run itself cannot go on.
+        RunFailedError: nodes are missing or refuse before the first round, or the run itself cannot go on.
         Interrupted: once there is something to resume.
     """
     over = False
@@ -92,58 +98,62 @@ def serve(
         config = load_config(source, overrides)
         check_deployable(config)
         if resume and (out / "config.yaml").exists():  # before anybody is waited for
-            check_begun(out, on_nodes=True)
+            check_resumed_choice(out, on_nodes=True)
         else:
             check_vacant(out)
-        clients = list(expand(config.clients))
-        status = status or Status(out, clients)
+        clients = list(expand_population(config.clients))
+        status = status or RunStatus(out, clients)
 
         def tell(line: str) -> None:
             line = one_line(line)
-            status.happened(line)
+            status.add_event(line)
             say(line)
 
-        transport = Bounded(transport, message_bytes)
+        transport = BoundedTransport(transport, message_bytes)
         if keys is not None:
-            transport = signed = Signed(transport, keys, tell)
-            status.watch_logs(lambda: signed.logs)
-        post = Post(transport, clients, tell, patience, nudge)
-        status.watch(lambda: post.node_of)
+            transport = signed = SignedTransport(transport, keys, tell)
+            status.set_log_source(lambda: signed.logs)
+        post = Connections(transport, clients, tell, patience, nudge)
+        status.set_presence_source(lambda: post.node_of)
     except BaseException:
         transport.close()
         raise
     try:
-        with _phases(status):
-            status.set(name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds)
-            convened = convene(config, post, wait, _identity(out) if resume else None)
-            status.set(phase="running", run=convened.run)
-            for record in _before(out) if resume else []:
-                status.record(record)
+        with _report_outcome(status):
+            status.update(
+                name=config.name, algorithm=config.algorithm["name"], rounds=config.rounds
+            )
+            convened = perform_handshake(config, post, wait, _run_identity(out) if resume else None)
+            status.update(phase="running", run=convened.run)
+            for record in _completed_rounds(out) if resume else []:
+                status.add_record(record)
 
-            def engage(prepared: Prepared, choice: Choice, store: Store) -> Remote:
+            def executor_factory(
+                prepared: PreparedRun, choice: ExecutorChoice, store: StateStore
+            ) -> NodeExecutor:
                 torch.set_num_threads(choice.server_threads)
-                write_atomically(out / IDENTITY, json.dumps(convened.known()).encode())
+                write_atomically(out / IDENTITY, json.dumps(convened.state_dict()).encode())
                 # What is drawn at the server must not follow from the seed, which every node is told.
-                noise = SecretNoise(Vault(out / "secrets").secret("noise"))
+                noise = SecretNoiseSource(NodeStorage(out / "secrets").secret("noise"))
                 prepared.federation = replace(prepared.federation, noise=noise)
-                performer = make_performer(torch.device(choice.device), 1, choice.precision)
+                backend = make_backend(torch.device(choice.device), 1, choice.precision)
                 seconds = min(deadline, config.cohort.deadline or deadline)
-                return Remote(convened, store, performer, seconds, _need(prepared))
+                return NodeExecutor(convened, store, backend, seconds, _min_clients(prepared))
 
             notes = convened.prepared.notes
-            notes += unused(convened.prepared.federation, config)
+            notes += unused_simulation_keys(convened.prepared.federation, config)
             if keys is None:
                 notes.append(
                     "no keys were given: messages are not signed, and anybody may speak for anybody"
                 )
-            told = [status.record, *callbacks]
-            run = hold(
+            told = [status.add_record, *callbacks]
+            run = run_prepared(
                 convened.prepared,
                 out=out,
                 resume=resume,
                 callbacks=told,
                 quiet=quiet,
-                engage=engage,
+                executor_factory=executor_factory,
                 console=console,
             )
         over = True
@@ -153,20 +163,20 @@ def serve(
 
 
 @contextmanager
-def _phases(status: Status) -> Iterator[None]:
+def _report_outcome(status: RunStatus) -> Iterator[None]:
     """How it ends goes to the status."""
     try:
         yield
     except KeyboardInterrupt:
-        status.set(phase="interrupted")
+        status.update(phase="interrupted")
         raise
     except BaseException:
-        status.set(phase="failed")
+        status.update(phase="failed")
         raise
-    status.set(phase="done")
+    status.update(phase="done")
 
 
-def _before(out: Path) -> list[Record]:
+def _completed_rounds(out: Path) -> list[Record]:
     """The rounds that a checkpoint holds; of later ones, which are held again, there may be a line."""
     with suppress(UserError):
         return RunDirectory.open(out).metrics()
@@ -180,19 +190,21 @@ def check_deployable(config: Config) -> None:
             "attacks: found some, but nobody's part in a federation is simulated; leave it out"
         )
     name = config.algorithm["name"]
-    if algorithm[name].everybody:
+    if register_algorithm[name].needs_all_clients:
         raise UserError(
             f"algorithm.name: {name} wants everybody's rows or models in one place; it is for simulations"
         )
 
 
-def _need(prepared: Prepared) -> int:
+def _min_clients(prepared: PreparedRun) -> int:
     """Clients without whom nothing comes of a round."""
     secret, cohort = prepared.config.channel.secure_sum, prepared.federation.cohort
-    return max(prepared.config.cohort.least, secret.survivors(cohort) if secret is not None else 1)
+    return max(
+        prepared.config.cohort.least, secret.min_survivors(cohort) if secret is not None else 1
+    )
 
 
-def _identity(out: Path) -> dict[str, Any] | None:
+def _run_identity(out: Path) -> dict[str, Any] | None:
     try:
         known: dict[str, Any] = json.loads((out / IDENTITY).read_text(encoding="utf-8"))
         return known
@@ -204,7 +216,7 @@ def _identity(out: Path) -> dict[str, Any] | None:
 # ends politely.
 
 
-def preside(
+def run_server(
     source: str | Path | Config,
     file: Path,
     *,
@@ -229,12 +241,12 @@ def preside(
 
     Raises:
         UserError: what is wrong with one of the files, or what it names; Flower is missing; a port is taken.
-        RunFailed, Interrupted: as `serve` does.
+        RunFailedError, Interrupted: as `serve` does.
     """
-    server = load_server(file)
+    server = load_server_config(file)
     config = load_config(source, overrides, allow_code)
     check_deployable(config)
-    server.check_clients(list(expand(config.clients)), file)
+    server.check_clients(list(expand_population(config.clients)), file)
     files = None
     if (made := server.certificates) is not None:
         files = ServerFiles(Path(made.authority), Path(made.certificate), Path(made.key))
@@ -246,35 +258,39 @@ def preside(
         else ServerKeys(load_node_key(Path(server.key), "the server's"), nodes)
     )
     path = default_out(config) if out is None else out
-    from hetero_fl.deployment.flower import FlowerTransport, Superlink
+    from hetero_fl.deployment.flower import FlowerTransport, SuperLink
 
-    status = Status(path, list(expand(config.clients)))
+    status = RunStatus(path, list(expand_population(config.clients)))
     log = _RunLog(server.logs, status)
     log.quiet = quiet
     with ExitStack() as stack:
         if server.metrics is not None:
-            port = stack.enter_context(window(status, server.metrics.host, server.metrics.port))
+            port = stack.enter_context(
+                serve_status(status, server.metrics.host, server.metrics.port)
+            )
             log(f"status, metrics and health: http://{server.metrics.host}:{port}")
-        superlink = Superlink(server.host, server.port, files)
-        log(f"waiting at {server.host}:{superlink.port} for {', '.join(expand(config.clients))}")
+        superlink = SuperLink(server.host, server.port, files)
+        log(
+            f"waiting at {server.host}:{superlink.port} for {', '.join(expand_population(config.clients))}"
+        )
         transport = FlowerTransport(superlink, nodes, server.message_bytes)
-        ending = stack.enter_context(_ending(status, log))
-        return serve(
+        ending = stack.enter_context(_handle_termination(status, log))
+        return run_federation(
             config, transport, out=path, resume=resume, wait=server.wait, deadline=server.deadline,
-            callbacks=[log.round, ending], quiet=quiet, say=log, status=status, console=log.console(),
+            callbacks=[log.log_round, ending], quiet=quiet, say=log, status=status, console=log.console(),
             keys=keys, patience=server.patience, message_bytes=server.message_bytes,
         )  # fmt: skip
 
 
-class _RunLog(Log):
+class _RunLog(EventLog):
     """A log whose lines say which run and which round they are about."""
 
-    def __init__(self, form: str, status: Status) -> None:
+    def __init__(self, form: str, status: RunStatus) -> None:
         super().__init__(form)
         self._status = status
 
     def __call__(self, line: str, **about: object) -> None:
-        tree = self._status.tree()
+        tree = self._status.to_dict()
         named = [
             client
             for client in tree["nodes"]
@@ -285,10 +301,10 @@ class _RunLog(Log):
             line, run=tree["run"], round=tree["round"], phase=tree["phase"], client=client, **about
         )
 
-    def round(self, record: Record) -> None:
+    def log_round(self, record: Record) -> None:
         """A round is complete. (For a reader there is the line on its figures.)"""
         if self.form == "json":
-            tree = self._status.tree()
+            tree = self._status.to_dict()
             told = {
                 name: tree[name] for name in ("seconds", "epsilon", "personal", "global", "server")
             }
@@ -298,31 +314,31 @@ class _RunLog(Log):
     def console(self) -> Console | None:
         """Where the run's own lines go, if not to the terminal."""
         return (
-            Console(file=cast("TextIO", Lines(self)), highlight=False, soft_wrap=True)
+            Console(file=cast("TextIO", LineStream(self)), highlight=False, soft_wrap=True)
             if self.form == "json"
             else None
         )
 
 
 @contextmanager
-def _ending(status: Status, log: Log) -> Iterator[Callable[[Record], None]]:
+def _handle_termination(status: RunStatus, log: EventLog) -> Iterator[Callable[[Record], None]]:
     """SIGTERM lets the round in hand be finished; yields what is to be called after each."""
     asked = False
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked or status.tree()["phase"] == "waiting":
+        if asked or status.to_dict()["phase"] == "waiting":
             raise KeyboardInterrupt
         asked = True
         # this thread may hold the locks of the log and the status
-        threading.Thread(target=_tell).start()
+        threading.Thread(target=_announce_stop).start()
 
-    def _tell() -> None:
-        status.set(phase="stopping")
+    def _announce_stop() -> None:
+        status.update(phase="stopping")
         log("stopping after the round in hand; once more: at once")
 
     def after_round(record: Record) -> None:
-        if asked and record["round"] < status.tree()["rounds"]:
+        if asked and record["round"] < status.to_dict()["rounds"]:
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # only there can a handler be set

@@ -20,18 +20,18 @@ from torch import Tensor
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.algorithms.data_free import Dense
 from hetero_fl.config.clients import ClientSettings
-from hetero_fl.config.errors import describe
+from hetero_fl.config.errors import describe_error
 from hetero_fl.core.metrics import LARGEST_FIGURE, SMALLER_IS_BETTER, Scores, metric_names
-from hetero_fl.core.model_spec import Tensors, frozen
-from hetero_fl.core.participant import Card
+from hetero_fl.core.model_spec import Tensors, freeze_lists
+from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.saved_model import SavedModel, read_model_file
 from hetero_fl.core.task import Task
-from hetero_fl.data.client_rows import Told
+from hetero_fl.data.client_rows import RemoteDataInfo
 from hetero_fl.data.preprocessing import Preprocess
-from hetero_fl.deployment.messages import JUNK, Refused
-from hetero_fl.federation.client_runtime import READINGS, STRETCH, Reading
-from hetero_fl.federation.federation import Federation
-from hetero_fl.utils.code_permission import CodePermission, references
+from hetero_fl.deployment.messages import JUNK, RequestRefusedError
+from hetero_fl.federation.client_runtime import EVALUATION_SETS, STRETCH, ClientEvaluation
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError, one_line
 from hetero_fl.utils.serialization import DTYPES, CodecError, as_bytes, check_header
 
@@ -45,10 +45,18 @@ BINS = 15  # of a calibration
 TRAVELLING = {torch.from_numpy(np.empty(0, dtype)).dtype for dtype in DTYPES.values()}
 FREE = ("r2",)  # metrics that may be below nought
 MOST_TIME = 2**63  # times are whole numbers of 64 bits, in whatever unit
-HEARD = {"scores", "confusion", "calibration", "baselines", "forecast", "triggered", "model"}
+EVALUATION_FIELDS = {
+    "scores",
+    "confusion",
+    "calibration",
+    "baselines",
+    "forecast",
+    "triggered",
+    "model",
+}
 
 
-def hear_settings(tree: Any, names: Collection[str], largest: int = MOST_PIXELS) -> dict[str, Any]:
+def read_settings(tree: Any, names: Collection[str], largest: int = MOST_PIXELS) -> dict[str, Any]:
     """Read what a node decides itself of its client's settings.
 
     Args:
@@ -67,32 +75,34 @@ def hear_settings(tree: Any, names: Collection[str], largest: int = MOST_PIXELS)
             if isinstance(found, dict)
             else "expected a table of settings"
         )
-        raise Refused(what[:200])
-    for name, key in CodePermission(granted=names).refused(references(found), ""):
-        raise Refused(
+        raise RequestRefusedError(what[:200])
+    for name, key in CodePermission(granted=names).find_refused(find_references(found), ""):
+        raise RequestRefusedError(
             f"{key}: found {name[:LONGEST]}, code that this server's configuration does not name"
         )
     try:
         resize = ClientSettings.model_validate(found).preprocess.resize
         if resize is not None and resize > largest:
-            raise Refused(
+            raise RequestRefusedError(
                 f"preprocess.resize: found {one_line(resize, LONGEST)}; expected at most {largest}"
             )
     except ValidationError as error:
-        raise Refused(describe(error, found, ClientSettings)) from None
+        raise RequestRefusedError(describe_error(error, found, ClientSettings)) from None
     except JUNK as error:
-        raise Refused(f"its settings cannot be read ({type(error).__name__}: {error})") from None
+        raise RequestRefusedError(
+            f"its settings cannot be read ({type(error).__name__}: {error})"
+        ) from None
     return found
 
 
-def hear_state(name: str) -> str:
+def read_state_name(name: str) -> str:
     """The name of a private state: a SHA-256, or none. Raises Refused."""
     if name and not (len(name) == 64 and set(name) <= set("0123456789abcdef")):
-        raise Refused(f"found the state {name[:LONGEST]!r}")
+        raise RequestRefusedError(f"found the state {name[:LONGEST]!r}")
     return name
 
 
-def hear_told(tree: Any, outputs: int, own: Preprocess | None = None) -> Told:
+def read_data_info(tree: Any, outputs: int, own: Preprocess | None = None) -> RemoteDataInfo:
     """Read what a client tells of its rows.
 
     Args:
@@ -106,246 +116,268 @@ def hear_told(tree: Any, outputs: int, own: Preprocess | None = None) -> Told:
     try:
         _check_plain(tree)
         rows = {
-            name: _whole(tree["rows"][name], MOST_ROWS) for name in ("train", "validation", "test")
+            name: _read_integer(tree["rows"][name], MOST_ROWS)
+            for name in ("train", "validation", "test")
         }
         if not rows["train"]:
-            raise Refused("it tells of no rows to train on")
+            raise RequestRefusedError("it tells of no rows to train on")
         labels = (
             None
             if tree["labels"] is None
-            else tuple(float(_number(n, 0.0, MOST_ROWS)) for n in tree["labels"])
+            else tuple(float(_read_number(n, 0.0, MOST_ROWS)) for n in tree["labels"])
         )
         if labels is not None and len(labels) != outputs:
-            raise Refused(f"it tells counts of {len(labels)} labels; the task has {outputs}")
+            raise RequestRefusedError(
+                f"it tells counts of {len(labels)} labels; the task has {outputs}"
+            )
         view = (
             None
             if tree["view"] is None
-            else Preprocess(**{k: frozen(v) for k, v in tree["view"].items()})
+            else Preprocess(**{k: freeze_lists(v) for k, v in tree["view"].items()})
         )
         if (view is None) != (own is None):
-            raise Refused(f"it tells {'no' if view is None else 'a'} view of its own")
+            raise RequestRefusedError(f"it tells {'no' if view is None else 'a'} view of its own")
         for number in (view.mean, view.std) if view is not None else ():
             for each in number if isinstance(number, tuple) else (number,):
-                _number(0.0 if each is None else each, -LARGEST_FIGURE)
+                _read_number(0.0 if each is None else each, -LARGEST_FIGURE)
         if view is not None and replace(view, mean=None, std=None) != own:
-            raise Refused("it tells another view than the configuration asks for")
-        return Told(rows, _name(tree["hash"]), view, labels)
-    except Refused as error:
-        raise Refused(f"what it tells of its rows is refused: {error}") from None
+            raise RequestRefusedError("it tells another view than the configuration asks for")
+        return RemoteDataInfo(rows, _read_name(tree["hash"]), view, labels)
+    except RequestRefusedError as error:
+        raise RequestRefusedError(f"what it tells of its rows is refused: {error}") from None
     except JUNK as error:
-        raise Refused(
+        raise RequestRefusedError(
             f"what it tells of its rows cannot be read ({type(error).__name__}: {error})"
         ) from None
 
 
-def hear_reading(tree: Any, client: str, federation: Federation, method: Algorithm) -> Reading:
+def read_evaluation(
+    tree: Any, client: str, federation: FederationSpec, method: Algorithm
+) -> ClientEvaluation:
     """What a client tells of its model. Raises Refused."""
-    card = federation.cards[client]
+    card = federation.client_infos[client]
     try:
-        if not isinstance(tree, dict) or set(tree) != HEARD:
+        if not isinstance(tree, dict) or set(tree) != EVALUATION_FIELDS:
             what = ", ".join(sorted(tree)) if isinstance(tree, dict) else type(tree).__name__
-            raise Refused(f"found {what[:120]}")
+            raise RequestRefusedError(f"found {what[:120]}")
         _check_plain({**tree, "model": None})
-        return _reading(tree, federation, card, method)
-    except (Refused, UserError) as error:
-        raise Refused(f"its reading is refused: {error}") from None
+        return _read_evaluation(tree, federation, card, method)
+    except (RequestRefusedError, UserError) as error:
+        raise RequestRefusedError(f"its reading is refused: {error}") from None
     except JUNK as error:
-        raise Refused(f"its reading cannot be read ({type(error).__name__}: {error})") from None
+        raise RequestRefusedError(
+            f"its reading cannot be read ({type(error).__name__}: {error})"
+        ) from None
 
 
-def _reading(
-    tree: Mapping[str, Any], federation: Federation, card: Card, method: Algorithm
-) -> Reading:
+def _read_evaluation(
+    tree: Mapping[str, Any], federation: FederationSpec, client_info: ClientInfo, method: Algorithm
+) -> ClientEvaluation:
     task = federation.task
     if tree["triggered"] is not None:
-        raise Refused("it tells of a trigger; nobody lies in a federation")
+        raise RequestRefusedError("it tells of a trigger; nobody lies in a federation")
     model = tree["model"]
-    return Reading(
-        scores=_by_name(tree["scores"], READINGS, lambda s: _scores(s, task)),
-        confusion=_by_name(tree["confusion"], READINGS, lambda c: _confusion(c, task)),
-        calibration=_by_name(tree["calibration"], READINGS, _calibration),
-        baselines=_by_name(
-            tree["baselines"],
-            READINGS,
-            lambda each: _by_name(each, None, lambda s: _scores(s, task)),
+    return ClientEvaluation(
+        scores=_read_by_name(tree["scores"], EVALUATION_SETS, lambda s: _read_scores(s, task)),
+        confusion=_read_by_name(
+            tree["confusion"], EVALUATION_SETS, lambda c: _read_confusion(c, task)
         ),
-        forecast=_forecast(tree["forecast"], federation),
-        model=b"" if model is None else _model(model, federation, card, method),
+        calibration=_read_by_name(tree["calibration"], EVALUATION_SETS, _read_calibration),
+        baselines=_read_by_name(
+            tree["baselines"],
+            EVALUATION_SETS,
+            lambda each: _read_by_name(each, None, lambda s: _read_scores(s, task)),
+        ),
+        forecast=_read_forecast(tree["forecast"], federation),
+        model=b"" if model is None else _read_model(model, federation, client_info, method),
     )
 
 
-def _scores(found: Any, task: Task) -> Scores:
+def _read_scores(found: Any, task: Task) -> Scores:
     known = metric_names(task)
 
     def one(name: str, value: Any) -> float | None:
         least = -LARGEST_FIGURE if name in FREE else 0.0
         most = LARGEST_FIGURE if name in SMALLER_IS_BETTER else 1.0 + 1e-9
-        return None if value is None else _number(value, least, most)
+        return None if value is None else _read_number(value, least, most)
 
-    return {name: one(name, value) for name, value in _named(found, known).items()}
+    return {name: one(name, value) for name, value in _check_names(found, known).items()}
 
 
-def _confusion(found: Any, task: Task) -> list[Any]:
+def _read_confusion(found: Any, task: Task) -> list[Any]:
     n = task.outputs
     shape = (n, n) if task.kind == "multiclass" else (n, 2, 2)
-    return _table(found, shape, lambda v: _whole(v, MOST_ROWS))
+    return _read_table(found, shape, lambda v: _read_integer(v, MOST_ROWS))
 
 
-def _calibration(found: Any) -> dict[str, Any]:
-    named = _named(found, ("ece", "confidence", "accuracy", "count"))
+def _read_calibration(found: Any) -> dict[str, Any]:
+    named = _check_names(found, ("ece", "confidence", "accuracy", "count"))
 
     def share(value: Any) -> float | None:
-        return None if value is None else _number(value, 0.0, 1.0 + 1e-9)
+        return None if value is None else _read_number(value, 0.0, 1.0 + 1e-9)
 
-    bins = {name: _table(named[name], (BINS,), share) for name in ("confidence", "accuracy")}
+    bins = {name: _read_table(named[name], (BINS,), share) for name in ("confidence", "accuracy")}
     return {
         "ece": share(named["ece"]),
         **bins,
-        "count": _table(named["count"], (BINS,), lambda v: _whole(v, MOST_ROWS)),
+        "count": _read_table(named["count"], (BINS,), lambda v: _read_integer(v, MOST_ROWS)),
     }
 
 
-def _forecast(found: Any, federation: Federation) -> dict[str, Any]:
+def _read_forecast(found: Any, federation: FederationSpec) -> dict[str, Any]:
     task = federation.task
     if not found:
         return {}
     dated = [
         share.examples.time is not None
-        for share in federation.data.public.values()
+        for share in federation.data.public_sets.values()
         if len(share.rows)
     ]
     if task.kind != "regression" or federation.privacy is not None or (dated and not any(dated)):
-        raise Refused("a forecast, although the run has none")
-    named = _named(found, ("time", "truth", "predicted", "baselines"))
+        raise RequestRefusedError("a forecast, although the run has none")
+    named = _check_names(found, ("time", "truth", "predicted", "baselines"))
     rows = len(named["time"])
     if not 0 < rows <= STRETCH:
-        raise Refused(f"a forecast of {rows} rows")
+        raise RequestRefusedError(f"a forecast of {rows} rows")
 
     def columns(values: Any) -> list[Any]:
-        return _table(values, (task.outputs, rows), lambda v: _number(v, -LARGEST_FIGURE))
+        return _read_table(values, (task.outputs, rows), lambda v: _read_number(v, -LARGEST_FIGURE))
 
     return {
-        "time": _table(named["time"], (rows,), lambda v: _number(v, -MOST_TIME, MOST_TIME)),
+        "time": _read_table(
+            named["time"], (rows,), lambda v: _read_number(v, -MOST_TIME, MOST_TIME)
+        ),
         "truth": columns(named["truth"]),
         "predicted": columns(named["predicted"]),
-        "baselines": _by_name(named["baselines"], None, columns),
+        "baselines": _read_by_name(named["baselines"], None, columns),
     }
 
 
-def _model(found: Any, federation: Federation, card: Card, method: Algorithm) -> bytes:
+def _read_model(
+    found: Any, federation: FederationSpec, client_info: ClientInfo, method: Algorithm
+) -> bytes:
     """Return a client's model as a file whose metadata the server writes itself; of what came, it keeps the tensors.
 
     The metadata that came only says which of the kinds of model that this client may have it is. Nothing is built from it,
     and no code that it names is imported.
     """
     if not isinstance(found, Tensor):
-        raise Refused("a model that is no bytes")
+        raise RequestRefusedError("a model that is no bytes")
     data = as_bytes(found)
     try:
         check_header(data)
     except CodecError:
-        raise Refused("expected a model file") from None
+        raise RequestRefusedError("expected a model file") from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
         try:
             about, tensors = read_model_file(path)
         except UserError:
-            raise Refused("expected a model file") from None
-    saved = _expected_model(about, tensors, federation, card, method)
+            raise RequestRefusedError("expected a model file") from None
+    saved = _expected_model(about, tensors, federation, client_info, method)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if any(saved.arch.shapes.get(name) != shape for name, shape in shapes.items()):
-        raise Refused("a model whose tensors are not those of its kind")
+        raise RequestRefusedError("a model whose tensors are not those of its kind")
     if saved.arch.parameter_names - shapes.keys():
-        raise Refused("a model of which tensors are missing")
+        raise RequestRefusedError("a model of which tensors are missing")
     if odd := [t.dtype for t in tensors.values() if t.dtype not in TRAVELLING]:
-        raise Refused(f"a model with tensors of {odd[0]}")
+        raise RequestRefusedError(f"a model with tensors of {odd[0]}")
     if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
-        raise Refused("a model that is not finite")
+        raise RequestRefusedError("a model that is not finite")
     return saved.encode()
 
 
 def _expected_model(
     about: Mapping[str, Any],
     tensors: Tensors,
-    federation: Federation,
-    card: Card,
+    federation: FederationSpec,
+    client_info: ClientInfo,
     method: Algorithm,
 ) -> SavedModel:
     """Return the model that these metadata mean, described as the server knows it. Raises Refused if there is none."""
     task, layout = federation.task, federation.data.layout
-    cards = [card]
+    cards = [client_info]
     if isinstance(method, Dense) and method.student is not None:
         # once the student is trained, every client uses it
-        cards.append(federation.cards[method.student])
+        cards.append(federation.client_infos[method.student])
     views = {(each.arch, each.preprocess): None for each in cards}
-    views |= {(arch, card.preprocess): None for arch in method.extras(card.arch).values()}
+    views |= {
+        (arch, client_info.preprocess): None
+        for arch in method.extra_models(client_info.arch).values()
+    }
     prior = about["log_prior"]
     if prior is not None:
-        prior = tuple(_table(prior, (task.outputs,), lambda v: float(_number(v, -LARGEST_FIGURE))))
+        prior = tuple(
+            _read_table(prior, (task.outputs,), lambda v: float(_read_number(v, -LARGEST_FIGURE)))
+        )
     kinds = [
         SavedModel(tensors, arch, asdict(view), task, prior, layout.columns, layout.categories)
         for arch, view in views
     ]
     named = about["architecture"]
-    same_kind = [kind for kind in kinds if kind.described()["architecture"] == named]
-    if not same_kind or kinds[0].described()["task"] != about["task"]:
-        raise Refused(f"a model of another kind than it has ({one_line(named['name'], LONGEST)})")
+    same_kind = [kind for kind in kinds if kind.metadata()["architecture"] == named]
+    if not same_kind or kinds[0].metadata()["task"] != about["task"]:
+        raise RequestRefusedError(
+            f"a model of another kind than it has ({one_line(named['name'], LONGEST)})"
+        )
     for kind in same_kind:
-        if kind.described()["preprocess"] == about["preprocess"]:
+        if kind.metadata()["preprocess"] == about["preprocess"]:
             return kind
-    raise Refused("a model with a preprocessing that is not its client's")
+    raise RequestRefusedError("a model with a preprocessing that is not its client's")
 
 
 def _check_plain(tree: Any) -> None:
     """Raise Refused if there is a tensor where plain values are expected: to walk through one takes a step for each number."""
     if isinstance(tree, Tensor):
-        raise Refused("found a tensor; expected plain values")
+        raise RequestRefusedError("found a tensor; expected plain values")
     if isinstance(tree, dict | list):
         for value in tree.values() if isinstance(tree, dict) else tree:
             _check_plain(value)
 
 
 # Pieces --------------------------------------------------------------------------------------------------------------
-def _named(found: Any, known: tuple[str, ...]) -> Mapping[str, Any]:
+def _check_names(found: Any, known: tuple[str, ...]) -> Mapping[str, Any]:
     if not isinstance(found, dict) or set(found) != set(known):
         what = ", ".join(map(str, found))[:120] if isinstance(found, dict) else type(found).__name__
-        raise Refused(f"found {what}; expected {', '.join(known)}")
+        raise RequestRefusedError(f"found {what}; expected {', '.join(known)}")
     return found
 
 
-def _by_name(
+def _read_by_name(
     found: Any, known: Mapping[str, Any] | None, each: Callable[[Any], Any]
 ) -> dict[str, Any]:
     if not isinstance(found, dict) or len(found) > MOST_NAMES:
-        raise Refused(f"found {type(found).__name__}, not a few named values")
+        raise RequestRefusedError(f"found {type(found).__name__}, not a few named values")
     if known is not None and (odd := [name for name in found if name not in known]):
-        raise Refused(f"found {odd[0][:LONGEST]!r}; expected {', '.join(known)}")
-    return {_name(name): each(value) for name, value in found.items()}
+        raise RequestRefusedError(f"found {odd[0][:LONGEST]!r}; expected {', '.join(known)}")
+    return {_read_name(name): each(value) for name, value in found.items()}
 
 
-def _name(found: Any) -> str:
+def _read_name(found: Any) -> str:
     if not isinstance(found, str) or not found.isprintable() or not 0 < len(found) <= LONGEST:
-        raise Refused(f"found the name {str(found)[:LONGEST]!r}")
+        raise RequestRefusedError(f"found the name {str(found)[:LONGEST]!r}")
     return found
 
 
-def _number(found: Any, least: float, most: float = LARGEST_FIGURE) -> float:
+def _read_number(found: Any, least: float, most: float = LARGEST_FIGURE) -> float:
     """As it was told, to the bit."""
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise Refused(f"found {str(found)[:LONGEST]!r}, no finite number")
+        raise RequestRefusedError(f"found {str(found)[:LONGEST]!r}, no finite number")
     if not least <= found <= most:
-        raise Refused(f"found {float(found):g}; expected {least:g} to {most:g}")
+        raise RequestRefusedError(f"found {float(found):g}; expected {least:g} to {most:g}")
     return found
 
 
-def _whole(found: Any, most: int) -> int:
+def _read_integer(found: Any, most: int) -> int:
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found <= most:
-        raise Refused(f"found {str(found)[:LONGEST]!r}, no number of rows")
+        raise RequestRefusedError(f"found {str(found)[:LONGEST]!r}, no number of rows")
     return found
 
 
-def _table(found: Any, shape: tuple[int, ...], each: Callable[[Any], Any]) -> list[Any]:
+def _read_table(found: Any, shape: tuple[int, ...], each: Callable[[Any], Any]) -> list[Any]:
     if not isinstance(found, list) or len(found) != shape[0]:
-        raise Refused(f"found another form than {' by '.join(map(str, shape))} numbers")
-    return [each(value) if len(shape) == 1 else _table(value, shape[1:], each) for value in found]
+        raise RequestRefusedError(f"found another form than {' by '.join(map(str, shape))} numbers")
+    return [
+        each(value) if len(shape) == 1 else _read_table(value, shape[1:], each) for value in found
+    ]

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from hetero_fl.core.objectives import Batch
 from hetero_fl.core.participant import Columns, Participant
-from hetero_fl.core.plan import Draws, Fit
+from hetero_fl.core.plan import Fit, SampledBatches
 from hetero_fl.data.preprocessing import augment
-from hetero_fl.utils.seeding import Key, generator, key
+from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
 # Keyed dropout: masks that depend on the step and the position, not on a global generator, a device
 # or a batch neighbour.
@@ -24,7 +24,7 @@ MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 
 
-def mix(h: Tensor) -> Tensor:
+def mix_hash(h: Tensor) -> Tensor:
     """A 32-bit integer hash (xorshift-multiply, in the manner of Prospecting for Hash Functions' lowbias32), in int64."""
     h = h & MASK
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK
@@ -57,7 +57,9 @@ class KeyedDropout(TorchFunctionMode):
             return input
         self.calls += 1
         position = torch.arange(input.numel(), device=input.device).view(input.shape)
-        bits = mix(mix(position + GOLDEN * self.calls) ^ mix(self.key.to(input.device)))
+        bits = mix_hash(
+            mix_hash(position + GOLDEN * self.calls) ^ mix_hash(self.key.to(input.device))
+        )
         return input * (bits >= int(p * 2**32)) / (1 - p)
 
 
@@ -74,23 +76,25 @@ def index_batches(n: int, fit: Fit, stream: tuple[Key, ...], work: float = 1.0) 
     if fit.steps is None:
         batches: list[Tensor] = []
         for epoch in range(fit.epochs):
-            cut = list(torch.randperm(n, generator=generator(*stream, epoch)).split(size))
+            cut = list(torch.randperm(n, generator=keyed_generator(*stream, epoch)).split(size))
             if len(cut) > 1 and len(cut[-1]) == 1:
                 cut[-2:] = [torch.cat(cut[-2:])]
             batches += cut
         return batches[: max(1, int(len(batches) * work))]
     total = max(1, int(fit.steps * work))
     epochs = -(-total * size // n)
-    order = torch.cat([torch.randperm(n, generator=generator(*stream, e)) for e in range(epochs)])
+    order = torch.cat(
+        [torch.randperm(n, generator=keyed_generator(*stream, e)) for e in range(epochs)]
+    )
     return list(order[: total * size].split(size))
 
 
 def step_count(n: int, fit: Fit, work: float = 1.0) -> int:
     """How many steps a fit on `n` rows takes: the length of `index_batches`, before anything is drawn."""
-    return max(1, int(whole_steps(n, fit.batch_size, fit.epochs, fit.steps) * work))
+    return max(1, int(full_step_count(n, fit.batch_size, fit.epochs, fit.steps) * work))
 
 
-def whole_steps(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
+def full_step_count(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
     """How many steps a fit on `n` rows takes where there is time for all of them."""
     if steps is not None:
         return steps
@@ -107,17 +111,19 @@ class Batches:
     def __init__(self, participant: Participant, fit: Fit, device: torch.device) -> None:
         self.stream = participant.stream(fit.label, fit.as_id)
         self.fit, self.device = fit, device
-        if isinstance(fit.data, Draws):
+        if isinstance(fit.data, SampledBatches):
             if fit.steps is None:
                 raise ValueError("a fit on endless draws needs steps")
-            self.count = step_count(fit.data.size, fit, participant.work)
+            self.count = step_count(fit.data.size, fit, participant.step_share)
             self.examples = self.count * fit.data.size
             return
         self.source = fit.data.columns(participant)
-        self.indices = self._drawn(len(next(iter(self.source.values()))), participant.work)
+        self.indices = self._draw_indices(
+            len(next(iter(self.source.values()))), participant.step_share
+        )
         self.count, self.examples = len(self.indices), sum(map(len, self.indices))
 
-    def _drawn(self, n: int, work: float) -> list[Tensor]:
+    def _draw_indices(self, n: int, work: float) -> list[Tensor]:
         return index_batches(n, self.fit, self.stream, work)
 
     @cached_property
@@ -128,7 +134,7 @@ class Batches:
     @cached_property
     def dropout_key(self) -> int:
         """From which those of the steps follow."""
-        return key(*self.stream, "dropout")
+        return stream_key(*self.stream, "dropout")
 
     def __len__(self) -> int:
         return self.count
@@ -138,31 +144,31 @@ class Batches:
             yield (self.dropout_key + i * GOLDEN) & MASK, self._batch(i)
 
     def _batch(self, i: int) -> Batch:
-        if isinstance(self.fit.data, Draws):
-            batch = Batch(self.draw(i))
+        if isinstance(self.fit.data, SampledBatches):
+            batch = Batch(self.sampled_batch(i))
         else:
             rows = self.indices[i].to(self.device)
             batch = Batch({n: t.index_select(0, rows) for n, t in self.columns.items()})
         if self.fit.augment is not None:
-            batch["x"] = self.augmented(batch["x"], i)
-        batch.update(self.beside(i))
+            batch["x"] = self.augment_batch(batch["x"], i)
+        batch.update(self.extra_batch(i))
         return batch
 
-    def draw(self, i: int) -> Columns:
+    def sampled_batch(self, i: int) -> Columns:
         """The batch of step `i` of a fit on endless draws."""
-        assert isinstance(self.fit.data, Draws)
-        columns = self.fit.data.draw(generator(*self.stream, i), self.fit.data.size)
+        assert isinstance(self.fit.data, SampledBatches)
+        columns = self.fit.data.draw(keyed_generator(*self.stream, i), self.fit.data.size)
         return {n: t.to(self.device) for n, t in columns.items()}
 
-    def augmented(self, x: Tensor, i: int) -> Tensor:
+    def augment_batch(self, x: Tensor, i: int) -> Tensor:
         """The images of step `i`, changed as its key has it."""
         assert self.fit.augment is not None
-        return augment(x, self.fit.augment, generator(*self.stream, "augment", i))
+        return augment(x, self.fit.augment, keyed_generator(*self.stream, "augment", i))
 
-    def beside(self, i: int) -> Columns:
-        """What is drawn beside the batch of step `i`, under the names that an objective reads."""
+    def extra_batch(self, step: int) -> Columns:
+        """What is drawn beside the batch of step `step`, under the names that an objective reads."""
         columns: Columns = {}
-        for name, draws in self.fit.beside.items():
-            drawn = draws.draw(generator(*self.stream, name, i), draws.size)
+        for name, draws in self.fit.extra_batches.items():
+            drawn = draws.draw(keyed_generator(*self.stream, name, step), draws.size)
             columns.update({f"{name}_{n}": t.to(self.device) for n, t in drawn.items()})
         return columns

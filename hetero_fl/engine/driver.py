@@ -9,7 +9,17 @@ from types import FrameType, GeneratorType
 from typing import Any, Generic, Protocol, TypeVar
 
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import NOTING, ClassSums, Fit, FitReport, Made, Plan, Predict, Step, place
+from hetero_fl.core.plan import (
+    NOTING,
+    ClassSums,
+    Fit,
+    FitReport,
+    Plan,
+    Predict,
+    Step,
+    StepOrigin,
+    format_frame,
+)
 from hetero_fl.engine.templates import Templates
 from hetero_fl.utils.errors import UserError
 
@@ -19,7 +29,7 @@ from hetero_fl.utils.errors import UserError
 T = TypeVar("T")
 
 
-class Running(Generic[T]):
+class RunningPlan(Generic[T]):
     """A plan that is advanced from request to request. Raises UserError at once if it is no plan."""
 
     def __init__(self, plan: Plan[T]) -> None:
@@ -27,7 +37,7 @@ class Running(Generic[T]):
             raise UserError(
                 f"expected a plan, got {type(plan).__name__}; a plan is what a function with `yield` returns"
             )
-        self.plan, self.made = plan, list[Made]()
+        self.plan, self.origin = plan, list[StepOrigin]()
 
     def send(self, answer: Any) -> Step | list[Step]:
         """Hand in the last result (None at first); what the plan asks for next.
@@ -35,18 +45,18 @@ class Running(Generic[T]):
         Raises StopIteration with what the plan returned, and UserError if it yielded something that is no step or ended
         with a step or sub-plan that it made and never yielded.
         """
-        return self._go_on(self.plan.send, answer)
+        return self._resume(self.plan.send, answer)
 
     def throw(self, error: BaseException) -> Step | list[Step]:
         """The same where the last step failed: the plan sees the exception at its `yield`."""
-        return self._go_on(self.plan.throw, error)
+        return self._resume(self.plan.throw, error)
 
-    def _go_on(self, resume: Callable[[Any], Any], value: Any) -> Step | list[Step]:
-        before = NOTING.set(self.made)
+    def _resume(self, resume: Callable[[Any], Any], value: Any) -> Step | list[Step]:
+        before = NOTING.set(self.origin)
         try:
             asked = resume(value)
         except StopIteration:
-            forgotten = next((made for made in self.made if made.forgotten), None)
+            forgotten = next((made for made in self.origin if made.was_never_run), None)
             if forgotten is not None:
                 raise UserError(forgotten) from None
             raise
@@ -54,19 +64,21 @@ class Running(Generic[T]):
             NOTING.reset(before)
         for step in asked if isinstance(asked, list) else [asked]:
             if not isinstance(step, Fit | Predict | ClassSums):
-                raise UserError(f"{place(_suspended(self.plan))}: yields {_what(step)}")
-            if step.made is not None:
-                step.made.yielded = True
+                raise UserError(
+                    f"{format_frame(_suspended_frame(self.plan))}: yields {_describe_request(step)}"
+                )
+            if step.origin is not None:
+                step.origin.yielded = True
         return asked
 
 
-def _what(asked: Any) -> str:
-    if isinstance(asked, GeneratorType):
-        return f"the plan {asked.__name__}(…); write `yield from`"
-    return f"{type(asked).__name__}, which is no step; yield a Fit, a Predict, a ClassSums, or a list of them"
+def _describe_request(request: Any) -> str:
+    if isinstance(request, GeneratorType):
+        return f"the plan {request.__name__}(…); write `yield from`"
+    return f"{type(request).__name__}, which is no step; yield a Fit, a Predict, a ClassSums, or a list of them"
 
 
-def _suspended(plan: Any) -> FrameType | None:
+def _suspended_frame(plan: Any) -> FrameType | None:
     """Where a plan stands, in the sub-plan that yielded."""
     while isinstance(plan.gi_yieldfrom, GeneratorType):
         plan = plan.gi_yieldfrom
@@ -77,14 +89,14 @@ def _suspended(plan: Any) -> FrameType | None:
 # Plans are carried out here: many advance in lockstep, so that whoever computes may put their equal
 # steps together.
 Work = Sequence[tuple[Participant, Step]]
-Watch = Callable[[str, str], None]  # (participant, label of what it begins)
+Listener = Callable[[str, str], None]  # (participant, label of what it begins)
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """A fit whose loss or tensors are no longer finite."""
 
 
-class Performer(Protocol):
+class Backend(Protocol):
     """Whoever computes steps; it may change the participants' models."""
 
     @property
@@ -92,35 +104,35 @@ class Performer(Protocol):
         """The live modules that it works with, on its device."""
         ...
 
-    def perform(self, work: Work) -> list[Any]:
-        """The results in order; where a fit diverged, the `Diverged` stands in place of its result."""
+    def run(self, work: Work) -> list[Any]:
+        """The results in order; where a fit diverged, the `DivergedError` stands in place of its result."""
         ...
 
 
 @dataclass
-class Outcome(Generic[T]):
+class PlanOutcome(Generic[T]):
     """What became of a plan: what it returned, or why it ended early; and the reports of its fits with their labels."""
 
     value: T | None = None
-    failure: Diverged | None = None
+    failure: DivergedError | None = None
     reports: list[tuple[str, FitReport]] = field(default_factory=list)
 
-    def get(self) -> T:
-        """What the plan returned. Raises Diverged if one of its fits did."""
+    def result(self) -> T:
+        """What the plan returned. Raises DivergedError if one of its fits did."""
         if self.failure is not None:
             raise self.failure
         return self.value  # type: ignore[return-value]
 
 
-def carry_out_together(
-    plans: Sequence[tuple[Participant, Plan[T]]], performer: Performer, watch: Watch | None = None
-) -> list[Outcome[T]]:
+def run_plans(
+    plans: Sequence[tuple[Participant, Plan[T]]], backend: Backend, watch: Listener | None = None
+) -> list[PlanOutcome[T]]:
     """Run plans to their ends, in lockstep: each advances by one step (or list of steps) at a time. Outcomes in order.
 
     Raises UserError for a slip of a method's author: something yielded that is no step, a step made and never yielded.
     """
-    outcomes: list[Outcome[T]] = [Outcome() for _ in plans]
-    running = [Running(plan) for _, plan in plans]
+    outcomes: list[PlanOutcome[T]] = [PlanOutcome() for _ in plans]
+    running = [RunningPlan(plan) for _, plan in plans]
     answers: dict[int, Any] = dict.fromkeys(range(len(plans)))
     while answers:
         asked: dict[int, Any] = {}
@@ -137,10 +149,10 @@ def carry_out_together(
         if watch is not None:
             for i, step in work:
                 if isinstance(step, Fit):
-                    watch(plans[i][0].id, step.label)
+                    watch(plans[i][0].participant_id, step.label)
         results: dict[int, list[Any]] = {i: [] for i in asked}
         try:
-            computed = performer.perform([(plans[i][0], step) for i, step in work])
+            computed = backend.run([(plans[i][0], step) for i, step in work])
         except (
             Exception
         ) as error:  # raised where the steps were yielded: the traceback shows which they were
@@ -149,7 +161,7 @@ def carry_out_together(
             raise
         for (i, step), result in zip(work, computed, strict=True):
             results[i].append(result)
-            if isinstance(result, Diverged):
+            if isinstance(result, DivergedError):
                 outcomes[i].failure = result
             elif isinstance(step, Fit):
                 outcomes[i].reports.append((step.label, result))
@@ -162,18 +174,18 @@ def carry_out_together(
     return outcomes
 
 
-def carry_out(
-    plan: Plan[T], participant: Participant, performer: Performer, watch: Watch | None = None
+def run_plan(
+    plan: Plan[T], participant: Participant, backend: Backend, watch: Listener | None = None
 ) -> tuple[T, list[tuple[str, FitReport]]]:
     """Run one plan to its end. Returns what it returned, and the reports of its fits with their labels.
 
-    Raises Diverged if a fit does.
+    Raises DivergedError if a fit does.
     """
-    (outcome,) = carry_out_together([(participant, plan)], performer, watch)
-    return outcome.get(), outcome.reports
+    (outcome,) = run_plans([(participant, plan)], backend, watch)
+    return outcome.result(), outcome.reports
 
 
-def training_loss(reports: list[tuple[str, FitReport]]) -> float | None:
+def reported_loss(reports: list[tuple[str, FitReport]]) -> float | None:
     """The loss that a client reports: of its last fit on its own rows."""
     losses = [report.loss for label, report in reports if label == "train"]
     return losses[-1] if losses else None

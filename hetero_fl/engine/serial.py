@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, Step, Table
-from hetero_fl.engine.driver import Diverged, Work
+from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, Step, TensorRows
+from hetero_fl.engine.driver import DivergedError, Work
 from hetero_fl.engine.templates import Templates
-from hetero_fl.engine.training import fit_on_live_modules
+from hetero_fl.engine.training import run_fit
 from model_zoo import Outputs
 
 # What the two ways of computing outputs, live and stacked, have in common: which model, which
@@ -23,18 +23,18 @@ from model_zoo import Outputs
 OutputStep = Predict | ClassSums
 
 
-def architecture_of(participant: Participant, step: OutputStep) -> Architecture:
+def step_model_spec(participant: Participant, step: OutputStep) -> ModelSpec:
     """What the step's model is."""
     return getattr(step, "arch", None) or participant.arch[step.slot]
 
 
-def tensors_of(participant: Participant, step: OutputStep) -> Mapping[str, Tensor]:
+def step_tensors(participant: Participant, step: OutputStep) -> Mapping[str, Tensor]:
     """The step's model: one that somebody sent, or what is in the slot."""
     sent: Mapping[str, Tensor] | None = getattr(step, "tensors", None)
     return participant.models[step.slot] if sent is None else sent
 
 
-def readout(step: OutputStep, outputs: Outputs) -> Tensor:
+def select_output(step: OutputStep, outputs: Outputs) -> Tensor:
     """The output that the step asks for, `[B, …]`."""
     log = step.readout == "log_probabilities"
     found = F.log_softmax(outputs.logits, -1) if log else getattr(outputs, step.readout)
@@ -51,18 +51,18 @@ def class_sums(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]
 # Steps computed one after the other on live modules.
 
 
-class Serial:
+class SerialBackend:
     """One step after the other, on one device."""
 
     def __init__(self, device: torch.device, precision: str = "float32") -> None:
         self.templates = Templates(device, precision)
 
-    def perform(self, work: Work) -> list[Any]:
+    def run(self, work: Work) -> list[Any]:
         """The results in order; several outputs of one model on the same rows, asked for one after the other, take one pass."""
         results: list[Any] = []
         while len(results) < len(work):
             begin = end = len(results)
-            while end < len(work) and (end == begin or one_pass(work[begin], work[end])):
+            while end < len(work) and (end == begin or share_forward_pass(work[begin], work[end])):
                 end += 1
             results += self._perform(work[begin:end])
         return results
@@ -71,8 +71,8 @@ class Serial:
         participant, first = work[0]
         if isinstance(first, Fit):
             try:
-                return [fit_on_live_modules(participant, first, self.templates)]
-            except Diverged as failure:
+                return [run_fit(participant, first, self.templates)]
+            except DivergedError as failure:
                 return [failure]
         steps: list[Predict | ClassSums] = [step for _, step in work]  # type: ignore[misc]  # all are of one pass
         return [
@@ -86,20 +86,20 @@ class Serial:
     def _outputs(self, participant: Participant, steps: list[Predict | ClassSums]) -> list[Tensor]:
         first = steps[0]
         own = getattr(first, "tensors", None) is None
-        template = self.templates(architecture_of(participant, first), first.slot if own else "")
+        template = self.templates(step_model_spec(participant, first), first.slot if own else "")
         # Counters do not travel, and evaluation ignores them.
         counters = {n: t for n, t in template.tensors.items() if not t.is_floating_point()}
-        module = template.load({**counters, **tensors_of(participant, first)})
+        module = template.load({**counters, **step_tensors(participant, first)})
         template.set_mode(training=False)
         found: list[list[Tensor]] = [[] for _ in steps]
         for batch in first.data.columns(participant)["x"].split(first.batch_size):
             out = module(batch.to(self.templates.device))
             for parts, step in zip(found, steps, strict=True):
-                parts.append(readout(step, out).cpu())
+                parts.append(select_output(step, out).cpu())
         return [torch.cat(parts) for parts in found]
 
 
-def one_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:
+def share_forward_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> bool:
     """Whether both steps want outputs of the same model on the very same rows."""
     (participant, a), (another, b) = one, other
     if participant is not another or isinstance(a, Fit) or isinstance(b, Fit):
@@ -107,16 +107,16 @@ def one_pass(one: tuple[Participant, Step], other: tuple[Participant, Step]) -> 
     if (
         a.slot != b.slot
         or a.batch_size != b.batch_size
-        or tensors_of(participant, a) is not tensors_of(another, b)
+        or step_tensors(participant, a) is not step_tensors(another, b)
     ):
         return False
     if isinstance(a.data, Rows) and isinstance(b.data, Rows):
-        return (a.data.name, a.data.through) == (
+        return (a.data.name, a.data.preprocess) == (
             b.data.name,
-            b.data.through,
+            b.data.preprocess,
         ) and a.data.rows is b.data.rows
     return (
-        isinstance(a.data, Table)
-        and isinstance(b.data, Table)
-        and a.data.table["x"] is b.data.table["x"]
+        isinstance(a.data, TensorRows)
+        and isinstance(b.data, TensorRows)
+        and a.data.tensors["x"] is b.data.tensors["x"]
     )

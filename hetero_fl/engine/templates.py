@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hetero_fl.core.model_spec import Architecture, Tensors
-from hetero_fl.core.objectives import Net
-from hetero_fl.core.participant import Card
+from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.objectives import ModelView
+from hetero_fl.core.participant import ClientInfo
 from hetero_fl.utils.code_permission import OWN
 from model_zoo import ModelDescription, Outputs, SplitModel, describe
 
@@ -28,12 +28,14 @@ INTENSE = 10  # operations on a parameter, for each example
 
 
 @cache
-def description(arch: Architecture) -> ModelDescription:
+def describe_model(arch: ModelSpec) -> ModelDescription:
     """Parameters and arithmetic of a model."""
-    return describe(arch.name, *arch.sizes, vocabulary=arch.vocabulary, **dict(arch.options))
+    return describe(
+        arch.name, *arch.size_arguments, vocabulary=arch.vocabulary, **dict(arch.options)
+    )
 
 
-def channels_last(arch: Architecture) -> bool:
+def prefers_channels_last(arch: ModelSpec) -> bool:
     """Whether a model is faster with its channels innermost.
 
     On CPUs that takes 0.7 to 0.9 of the time for convolutions that use each weight at many places, and 1.2 to 1.4 for wide
@@ -42,37 +44,37 @@ def channels_last(arch: Architecture) -> bool:
     """
     if arch.name.startswith(OWN):
         return False
-    about = description(arch)
+    about = describe_model(arch)
     convolutional = 2 * about.convolution_flops >= about.forward_flops > 0
     return convolutional and about.forward_flops >= INTENSE * about.parameters
 
 
 @cache
-def recurrent(arch: Architecture) -> bool:
+def is_recurrent(arch: ModelSpec) -> bool:
     """Whether a model has recurrent layers, for which there is no computing together."""
     with torch.random.fork_rng(devices=[]):
         return any(isinstance(m, nn.RNNBase) for m in arch.build().modules())
 
 
-def work(card: Card) -> float:
+def training_flops(client_info: ClientInfo) -> float:
     """Floating-point operations of a client's local training in a round, about: forward, and twice that for gradients."""
-    s, about = card.settings, description(card.arch)
-    examples = card.n * s.epochs if s.steps is None else s.steps * s.batch_size
+    s, about = client_info.settings, describe_model(client_info.arch)
+    examples = client_info.num_rows * s.epochs if s.steps is None else s.steps * s.batch_size
     return float(examples * 3 * max(about.forward_flops, 2 * about.parameters))
 
 
-class Costs:
+class TaskCosts:
     """Seconds a task takes, about."""
 
-    def __init__(self, cards: Mapping[str, Card]) -> None:
-        self._cards = cards
+    def __init__(self, client_infos: Mapping[str, ClientInfo]) -> None:
+        self._cards = client_infos
         self._measured: dict[str, float] = {}
 
-    def of(self, client: str) -> float:
+    def cost_of(self, client: str) -> float:
         """As measured the last time, else as estimated."""
-        return self._measured.get(client) or work(self._cards[client]) / RATE
+        return self._measured.get(client) or training_flops(self._cards[client]) / RATE
 
-    def learn(self, seconds: Mapping[str, float]) -> None:
+    def update(self, seconds: Mapping[str, float]) -> None:
         """What tasks took."""
         self._measured.update(seconds)
 
@@ -84,14 +86,12 @@ class Costs:
 class Template:
     """A module whose tensors are overwritten, never replaced."""
 
-    def __init__(
-        self, arch: Architecture, device: torch.device, precision: str = "float32"
-    ) -> None:
+    def __init__(self, arch: ModelSpec, device: torch.device, precision: str = "float32") -> None:
         with torch.random.fork_rng(devices=[]):
             self.module = arch.build().to(device)
         if precision == "bfloat16":
-            _reduce(self.module, device)
-        if channels_last(arch):
+            _use_bfloat16(self.module, device)
+        if prefers_channels_last(arch):
             self.module.to(memory_format=torch.channels_last)
         # shares memory with the module
         self.tensors: Mapping[str, Tensor] = self.module.state_dict()
@@ -120,10 +120,10 @@ class Template:
             n: t.detach().to("cpu", copy=True, memory_format=plain) for n, t in self.tensors.items()
         }
 
-    def net(self, tensors: Mapping[str, Tensor]) -> Net:
+    def view_of(self, tensors: Mapping[str, Tensor]) -> ModelView:
         """The module as a function of these tensors, its own left alone."""
         head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
-        return Net(
+        return ModelView(
             lambda x: functional_call(self.module, dict(tensors), (x,)),
             lambda z: functional_call(self.module.head, head, (z,)),
             {n: tensors[n] for n in self.parameters},
@@ -137,15 +137,15 @@ class Templates:
         self.device, self.precision = device, precision
         # devices whose generators a fit borrows
         self.forked = [device] if device.type == "cuda" else []
-        self._made: dict[tuple[Architecture, str], Template] = {}
+        self._templates: dict[tuple[ModelSpec, str], Template] = {}
 
-    def __call__(self, arch: Architecture, slot: str = "") -> Template:
-        if (arch, slot) not in self._made:
-            self._made[arch, slot] = Template(arch, self.device, self.precision)
-        return self._made[arch, slot]
+    def __call__(self, arch: ModelSpec, slot: str = "") -> Template:
+        if (arch, slot) not in self._templates:
+            self._templates[arch, slot] = Template(arch, self.device, self.precision)
+        return self._templates[arch, slot]
 
 
-def _reduce(module: SplitModel, device: torch.device) -> None:
+def _use_bfloat16(module: SplitModel, device: torch.device) -> None:
     """Let products be computed in bfloat16; parameters, losses and what comes out stay in float32."""
     forward = module.forward
 

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.objectives import Batch, Net, Nets
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit, FitReport
 from hetero_fl.engine.batches import Batches, KeyedDropout
-from hetero_fl.engine.driver import Diverged
+from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Template, Templates
-from hetero_fl.utils.seeding import key, seed_torch
+from hetero_fl.utils.seeding import seed_torch, stream_key
 
 # What the two training loops, live and stacked, have in common: optimisers, what is kept of them,
 # what is trained.
 
-Named = dict[str, Tensor]  # "slot:name" -> what an optimiser moves
-Kept = dict[str, dict[str, Tensor]]  # "slot:name" -> an optimiser's state of it
+TrainableTensors = dict[str, Tensor]  # "slot:name" -> what an optimiser moves
+OptimizerSnapshot = dict[str, dict[str, Tensor]]  # "slot:name" -> an optimiser's state of it
 
 
 def is_trained(fit: Fit, slot: str, name: str) -> bool:
@@ -36,7 +36,7 @@ def is_trained(fit: Fit, slot: str, name: str) -> bool:
 
 
 def split_name(key: str) -> tuple[str, str]:
-    """Slot and parameter of a key of `Named`."""
+    """Slot and parameter of a key of `TrainableTensors`."""
     slot, name = key.rsplit(":", 1)
     return slot, name
 
@@ -65,13 +65,15 @@ def make_optimizer(
     return kind(groups, config.lr, **common)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every learning rate becomes so much of what it was at first."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("first_lr", group["lr"]) * factor
 
 
-def snapshot(optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor]) -> Kept:
+def snapshot_optimizer(
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor]
+) -> OptimizerSnapshot:
     """The optimiser's state, in memory of its own."""
     copy = {k: optimizer.state[p] for k, p in trainable.items() if p in optimizer.state}
     return {
@@ -86,7 +88,7 @@ def snapshot(optimizer: torch.optim.Optimizer, trainable: Mapping[str, Tensor]) 
     }
 
 
-def restore(
+def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     trainable: Mapping[str, Tensor],
     saved: Mapping[str, Mapping[str, Tensor]],
@@ -102,18 +104,20 @@ def restore(
         }
 
 
-def on_device(device: torch.device, value: Any) -> Any:
+def move_to_device(device: torch.device, value: Any) -> Any:
     """A tree of tensors, detached, on the device."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
     return (
-        {k: on_device(device, v) for k, v in value.items()} if isinstance(value, Mapping) else value
+        {k: move_to_device(device, v) for k, v in value.items()}
+        if isinstance(value, Mapping)
+        else value
     )
 
 
-def diverged(fit: Fit, loss: float) -> Diverged:
+def divergence_message(fit: Fit, loss: float) -> DivergedError:
     """What is said of a fit that ended in something else than numbers; `loss` is the mean over its steps."""
-    return Diverged(f"'{fit.label}' is no longer finite (loss {loss:g})")
+    return DivergedError(f"'{fit.label}' is no longer finite (loss {loss:g})")
 
 
 # The training loop on live modules, one participant at a time. There is one other, on stacked
@@ -121,18 +125,18 @@ def diverged(fit: Fit, loss: float) -> Diverged:
 
 
 @dataclass
-class Live:
+class FitState:
     """A fit on its way: its modules by slot, those of their parameters that move, and what its steps see."""
 
     fit: Fit
     modules: Mapping[str, Template]
-    trainable: Named
-    nets: Nets
-    given: Mapping[str, Any]
+    trainable: TrainableTensors
+    nets: ModelViews
+    context: Mapping[str, Any]
     batches: Batches
 
     @property
-    def drops(self) -> bool:
+    def uses_dropout(self) -> bool:
         """Whether a model has dropout."""
         return any(template.drops for template in self.modules.values())
 
@@ -144,41 +148,45 @@ class Gradients(Protocol):
         """The steps of the fit."""
         ...
 
-    def set(self, live: Live, step: int, dropout_key: int, batch: Batch) -> Tensor:
+    def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
         """Set `grad` of what is trained, which is None before; the loss, as far as it may be told."""
         ...
 
 
-class Ordinary:
+class OrdinaryGradients:
     """The gradient of the mean loss on a batch, and of the penalty."""
 
     def batches(self, participant: Participant, fit: Fit, device: torch.device) -> Batches:
         return Batches(participant, fit, device)
 
-    def set(self, live: Live, step: int, dropout_key: int, batch: Batch) -> Tensor:
-        with KeyedDropout(dropout_key) if live.drops else contextlib.nullcontext():
-            loss = live.fit.objective.total(live.nets, batch, live.given)
+    def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
+        with KeyedDropout(dropout_key) if state.uses_dropout else contextlib.nullcontext():
+            loss = state.fit.objective.total_loss(state.nets, batch, state.context)
         loss.backward()
         return loss.detach()
 
 
-ORDINARY = Ordinary()
+ORDINARY = OrdinaryGradients()
 
 
-def fit_on_live_modules(
+def run_fit(
     participant: Participant, fit: Fit, templates: Templates, gradients: Gradients = ORDINARY
 ) -> FitReport:
     """Train the fit's slots of the participant in place. The loss reported is the mean over the steps.
 
-    Raises Diverged, and leaves the participant as it was, if the loss or a trained tensor is no longer finite.
+    Raises DivergedError, and leaves the participant as it was, if the loss or a trained tensor is no longer finite.
     """
     live = {slot: templates(participant.arch[slot], slot) for slot in (*fit.train, *fit.frozen)}
     trainable = _prepare(participant, fit, live)
-    nets = Nets({slot: Net.live(template.module) for slot, template in live.items()})
+    nets = ModelViews(
+        {slot: ModelView.from_module(template.module) for slot, template in live.items()}
+    )
     optimizer = make_optimizer(fit.optimizer, trainable)
     if fit.keep:
-        restore(optimizer, trainable, participant.state.get("optimizers", {}).get(fit.keep, {}))
-    given = on_device(templates.device, fit.given)
+        restore_optimizer(
+            optimizer, trainable, participant.state.get("optimizers", {}).get(fit.keep, {})
+        )
+    given = move_to_device(templates.device, fit.context)
     named = [(*split_name(n), p) for n, p in trainable.items()]
     drift = [
         (p, fit.drift[slot][name].to(p))
@@ -186,17 +194,17 @@ def fit_on_live_modules(
         if name in fit.drift.get(slot, {})
     ]
     batches = gradients.batches(participant, fit, templates.device)
-    going = Live(fit, live, trainable, nets, given, batches)
+    going = FitState(fit, live, trainable, nets, given, batches)
     parameters = list(trainable.values())
     total = torch.zeros((), device=templates.device)
     with torch.random.fork_rng(devices=templates.forked):
         # Whatever a model draws besides nn.Dropout is keyed too.
-        seed_torch(key(*batches.stream, "torch"), templates.device)
+        seed_torch(stream_key(*batches.stream, "torch"), templates.device)
         for i, (dropout_key, batch) in enumerate(batches):
             if fit.anneal:
-                set_rate(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
+                scale_learning_rates(optimizer, 0.5 * (1 + math.cos(math.pi * i / len(batches))))
             optimizer.zero_grad()
-            loss = gradients.set(going, i, dropout_key, batch)
+            loss = gradients.compute(going, i, dropout_key, batch)
             if fit.optimizer.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, fit.optimizer.clip_norm, foreach=True)
             optimizer.step()
@@ -214,18 +222,20 @@ def fit_on_live_modules(
             ],
         )
     ):
-        raise diverged(fit, float(total) / len(batches))
+        raise divergence_message(fit, float(total) / len(batches))
     for slot in fit.train:
         participant.models[slot] = live[slot].copy_out()
     if fit.keep:
-        participant.state.setdefault("optimizers", {})[fit.keep] = snapshot(optimizer, trainable)
+        participant.state.setdefault("optimizers", {})[fit.keep] = snapshot_optimizer(
+            optimizer, trainable
+        )
     return FitReport(len(batches), batches.examples, float(total) / len(batches))
 
 
-def _prepare(participant: Participant, fit: Fit, live: Mapping[str, Template]) -> Named:
+def _prepare(participant: Participant, fit: Fit, state: Mapping[str, Template]) -> TrainableTensors:
     """Load tensors, set modes and gradients; returns what is to be trained."""
-    trainable: Named = {}
-    for slot, template in live.items():
+    trainable: TrainableTensors = {}
+    for slot, template in state.items():
         template.load(participant.models[slot])
         template.set_mode(training=slot in fit.train)
         for name, parameter in template.parameters.items():

@@ -11,12 +11,18 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Columns, Participant
-from hetero_fl.core.plan import ClassSums, Draws, Fit, Predict, Step
+from hetero_fl.core.plan import ClassSums, Fit, Predict, SampledBatches, Step
 from hetero_fl.engine.batches import step_count
 from hetero_fl.engine.driver import Work
-from hetero_fl.engine.serial import Serial, architecture_of, class_sums, readout, tensors_of
+from hetero_fl.engine.serial import (
+    SerialBackend,
+    class_sums,
+    select_output,
+    step_model_spec,
+    step_tensors,
+)
 from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.vectorized_training import fit_stacked
 
@@ -26,7 +32,7 @@ OutputWork = Sequence[tuple[Participant, Predict | ClassSums]]
 
 
 @torch.no_grad()
-def outputs_stacked(work: OutputWork, templates: Templates) -> list[Any]:
+def run_stacked_outputs(work: OutputWork, templates: Templates) -> list[Any]:
     """Results of equal `Predict` or `ClassSums` steps, in order. Raises RuntimeError where the model cannot be batched."""
     columns = [step.data.columns(participant) for participant, step in work]
     outputs = _forward(work, [c["x"] for c in columns], templates)
@@ -41,10 +47,10 @@ def outputs_stacked(work: OutputWork, templates: Templates) -> list[Any]:
 def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -> list[Tensor]:
     """Each model's output `[N, …]` on its own rows; those who have fewer rows drop out earlier, the most rows first."""
     step, device = work[0][1], templates.device
-    template = templates(architecture_of(*work[0]), "")
+    template = templates(step_model_spec(*work[0]), "")
     module = template.module.eval()
     order = sorted(range(len(work)), key=lambda i: -len(inputs[i]))
-    models = [tensors_of(*work[i]) for i in order]
+    models = [step_tensors(*work[i]) for i in order]
     stacked = {
         n: torch.stack([m[n].detach() for m in models]).to(mine)
         for n, mine in template.tensors.items()
@@ -52,7 +58,7 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     }
 
     def outputs(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return readout(step, functional_call(module, dict(tensors), (x,)))
+        return select_output(step, functional_call(module, dict(tensors), (x,)))
 
     x, shared = [inputs[i] for i in order], all(i is inputs[0] for i in inputs)
     found: list[list[Tensor]] = [[] for _ in order]
@@ -74,7 +80,7 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
     return [back[i] for i in range(len(work))]
 
 
-# The batched performer: equal steps of many participants in one computation, everything else one by
+# The batched backend: equal steps of many participants in one computation, everything else one by
 # one.
 #
 # What makes steps equal is their signature: the same architectures, objective, optimiser, shapes.
@@ -102,19 +108,19 @@ def _forward(work: OutputWork, inputs: Sequence[Tensor], templates: Templates) -
 LARGEST = 16 * 2**20
 
 
-class Batched:
+class VectorizedBackend:
     """Performs steps on one device, equal ones together; `say` is told once of each architecture that cannot be batched."""
 
     def __init__(
         self, device: torch.device, say: Callable[[str], None], precision: str = "float32"
     ) -> None:
-        self.serial, self.say = Serial(device, precision), say
+        self.serial, self.say = SerialBackend(device, precision), say
         self.templates = self.serial.templates
         self._refused: set[Any] = set()
-        self._said: set[str] = set()
+        self._explained: set[str] = set()
 
-    def perform(self, work: Work) -> list[Any]:
-        """The results in order; where a fit diverged, the `Diverged` stands in place of its result."""
+    def run(self, work: Work) -> list[Any]:
+        """The results in order; where a fit diverged, the `DivergedError` stands in place of its result."""
         groups: dict[Any, list[int]] = {}
         seen: dict[tuple[int, str], int] = {}
         for i, (participant, step) in enumerate(work):
@@ -124,7 +130,7 @@ class Batched:
                 wave = seen[id(participant), step.label] = (
                     seen.get((id(participant), step.label), -1) + 1
                 )
-            equal: Any = signature(participant, step)
+            equal: Any = vectorization_key(participant, step)
             try:
                 hash(equal)
             except TypeError:  # somebody's own objective: nothing is known to be equal to it
@@ -132,11 +138,13 @@ class Batched:
             groups.setdefault((wave, equal), []).append(i)
         results: dict[int, Any] = {}
         for _, members in sorted(groups.items(), key=lambda group: group[0][0]):
-            for piece in self._pieces(members, work):
-                results.update(zip(piece, self._together([work[i] for i in piece]), strict=True))
+            for piece in self._split_by_size(members, work):
+                results.update(
+                    zip(piece, self._run_vectorized([work[i] for i in piece]), strict=True)
+                )
         return [results[i] for i in range(len(work))]
 
-    def _pieces(self, members: list[int], work: Work) -> list[list[int]]:
+    def _split_by_size(self, members: list[int], work: Work) -> list[list[int]]:
         """On a CPU, groups of equal size whose largest stacked tensor stays within LARGEST."""
         if self.templates.device.type != "cpu":
             return [members]
@@ -153,69 +161,75 @@ class Batched:
             for i in range(count)
         ]
 
-    def _together(self, work: Work) -> list[Any]:
+    def _run_vectorized(self, work: Work) -> list[Any]:
         participant, step = work[0]
-        family = _family(participant, step)
+        family = _vmap_support_key(participant, step)
         if len(work) == 1 or family in self._refused:
-            return self.serial.perform(work)
-        uses = [dict(p.uses) for p, _ in work]
+            return self.serial.run(work)
+        uses = [dict(p.stream_uses) for p, _ in work]
         try:
             with warnings.catch_warnings():
                 # Where an operation has no batching rule, vmap may loop over the participants: serial is faster.
                 warnings.filterwarnings("error", message="There is a performance drop")
                 if isinstance(step, Fit):
                     return fit_stacked(work, self.templates)  # type: ignore[arg-type]  # all are fits
-                return outputs_stacked(work, self.templates)  # type: ignore[arg-type]
+                return run_stacked_outputs(work, self.templates)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, UserWarning) as refusal:
             self._refused.add(family)
             self._explain(participant, step, refusal)
         for (p, _), before in zip(work, uses, strict=True):
-            p.uses.clear()
-            p.uses.update(before)
-        return self.serial.perform(work)
+            p.stream_uses.clear()
+            p.stream_uses.update(before)
+        return self.serial.run(work)
 
     def _explain(self, participant: Participant, step: Step, refusal: Exception) -> None:
         reason = str(refusal).strip().split("\n")[0].split(". ")[0]
         line = f"{' + '.join(a.name for a in architectures(participant, step))} runs one participant after the other: {reason}"
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._explained:
+            self._explained.add(line)
             self.say(line)
 
 
-def architectures(participant: Participant, step: Step) -> list[Architecture]:
+def architectures(participant: Participant, step: Step) -> list[ModelSpec]:
     """Of all models that the step computes with."""
     if isinstance(step, Fit):
         return [participant.arch[slot] for slot in (*step.train, *step.frozen)]
-    return [architecture_of(participant, step)]
+    return [step_model_spec(participant, step)]
 
 
-def signature(participant: Participant, step: Step) -> Any:
+def vectorization_key(participant: Participant, step: Step) -> Any:
     """Hashable; equal for steps that may be computed together."""
     if not isinstance(step, Fit):
         x = step.data.columns(participant)["x"]
         plain = [step.readout, step.batch_size, getattr(step, "at_least", None)]
         if not len(x):
             return object()  # nothing to compute, together or alone
-        return (type(step), architecture_of(participant, step), *plain, _outline(x[:0]))
+        return (type(step), step_model_spec(participant, step), *plain, _tree_structure(x[:0]))
     data: Any = (
-        step.data.size if isinstance(step.data, Draws) else _rows(step.data.columns(participant))
+        step.data.size
+        if isinstance(step.data, SampledBatches)
+        else _rows(step.data.columns(participant))
     )
     kept = participant.state.get("optimizers", {}).get(step.keep, {}) if step.keep else {}
     steps = tuple(
         (k, *((n, float(v) if n == "step" else None) for n, v in s.items()))
         for k, s in kept.items()
     )
-    count = step_count(_length(participant, step), step, participant.work) if step.anneal else None
+    count = (
+        step_count(_length(participant, step), step, participant.step_share)
+        if step.anneal
+        else None
+    )
     plain = [
         getattr(step, name)
         for name in ("epochs", "steps", "batch_size", "optimizer", "augment", "anneal")
     ]
-    beside = tuple((name, draws.size) for name, draws in step.beside.items())
-    trees = (_outline(step.given), _outline(step.drift))
+    beside = tuple((name, draws.size) for name, draws in step.extra_batches.items())
+    trees = (_tree_structure(step.context), _tree_structure(step.drift))
     return (
-        _family(participant, step),
+        _vmap_support_key(participant, step),
         *plain,
         step.keep,
         step.label,
@@ -227,26 +241,26 @@ def signature(participant: Participant, step: Step) -> Any:
     )
 
 
-def _family(participant: Participant, step: Step) -> Any:
+def _vmap_support_key(participant: Participant, step: Step) -> Any:
     """What decides whether vmap can take a step."""
     if not isinstance(step, Fit):
-        return type(step), architecture_of(participant, step), step.readout
+        return type(step), step_model_spec(participant, step), step.readout
     archs = tuple((s, participant.arch[s]) for s in (*step.train, *step.frozen))
-    return Fit, archs, tuple(step.train.items()), step.objective, tuple(step.beside)
+    return Fit, archs, tuple(step.train.items()), step.objective, tuple(step.extra_batches)
 
 
 def _length(participant: Participant, fit: Fit) -> int:
-    if isinstance(fit.data, Draws):
+    if isinstance(fit.data, SampledBatches):
         return fit.data.size
     return len(next(iter(fit.data.columns(participant).values())))
 
 
 def _rows(columns: Columns) -> Any:
-    return tuple((name, _outline(t[:0])) for name, t in columns.items())
+    return tuple((name, _tree_structure(t[:0])) for name, t in columns.items())
 
 
-def _outline(tree: Any) -> Any:
+def _tree_structure(tree: Any) -> Any:
     """Names, shapes and dtypes of a tree of tensors; anything else stands for itself."""
     if isinstance(tree, Mapping):
-        return tuple((k, _outline(v)) for k, v in sorted(tree.items()))
+        return tuple((k, _tree_structure(v)) for k, v in sorted(tree.items()))
     return ("tensor", tuple(tree.shape), tree.dtype) if isinstance(tree, Tensor) else tree

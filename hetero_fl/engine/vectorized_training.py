@@ -13,22 +13,22 @@ from torch.autograd.function import once_differentiable
 from torch.func import vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from hetero_fl.core.objectives import Batch, Nets
+from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant
-from hetero_fl.core.plan import Draws, Fit, FitReport
+from hetero_fl.core.plan import Fit, FitReport, SampledBatches
 from hetero_fl.engine.batches import GOLDEN, MASK, Batches, KeyedDropout
-from hetero_fl.engine.driver import Diverged
+from hetero_fl.engine.driver import DivergedError
 from hetero_fl.engine.templates import Templates
 from hetero_fl.engine.training import (
-    Kept,
-    Named,
-    diverged,
+    OptimizerSnapshot,
+    TrainableTensors,
+    divergence_message,
     is_trained,
     make_optimizer,
-    on_device,
-    restore,
-    set_rate,
-    snapshot,
+    move_to_device,
+    restore_optimizer,
+    scale_learning_rates,
+    snapshot_optimizer,
     split_name,
 )
 from model_zoo.split_model import is_batch_norm
@@ -47,14 +47,14 @@ def stack_trees(trees: Sequence[Any]) -> tuple[Any, Any]:
     return torch.stack(list(trees)), 0
 
 
-def take(tree: Any, dims: Any, who: Tensor | slice) -> Any:
+def select_participants(tree: Any, dims: Any, who: Tensor | slice) -> Any:
     """Those participants' slices of a stacked tree."""
     if isinstance(tree, Mapping):
-        return {k: take(v, dims[k], who) for k, v in tree.items()}
+        return {k: select_participants(v, dims[k], who) for k, v in tree.items()}
     return tree if dims is None else tree[who]
 
 
-def stack_kept(saved: Sequence[Kept]) -> Kept:
+def stack_optimizer_states(saved: Sequence[OptimizerSnapshot]) -> OptimizerSnapshot:
     """Optimisers' states stacked; their step counters are equal (see `batched.signature`)."""
     return {
         key: {
@@ -161,7 +161,7 @@ class StackedBatches:
         self.runs, self.device, self.fit = runs, device, runs[0].fit
         self.counts = [run.count for run in runs]
         self._keys = torch.tensor([run.dropout_key & MASK for run in runs], device=device)
-        if isinstance(self.fit.data, Draws):
+        if isinstance(self.fit.data, SampledBatches):
             return
         lengths = torch.tensor([len(b) for run in runs for b in run.indices])
         table = pad_sequence(
@@ -181,24 +181,24 @@ class StackedBatches:
         n = torch.tensor([len(next(iter(run.source.values()))) for run in runs])
         self._offsets = (n.cumsum(0) - n).to(device)
 
-    def sizes(self, step: int, active: int) -> list[int]:
+    def batch_sizes(self, step: int, active: int) -> list[int]:
         """How many examples the first so many participants have in that step."""
-        if isinstance(self.fit.data, Draws):
+        if isinstance(self.fit.data, SampledBatches):
             return [self.fit.data.size] * active
         return [sizes[step] for sizes in self._sizes[:active]]
 
-    def keys(self, step: int, who: Tensor | slice) -> Tensor:
+    def dropout_keys(self, step: int, who: Tensor | slice) -> Tensor:
         """Dropout keys, int64 `[K]`."""
         return (self._keys[who] + step * GOLDEN) & MASK
 
-    def at(
+    def batch_at(
         self, step: int, who: Tensor | slice, sizes: Sequence[int]
     ) -> tuple[Columns, Tensor | None]:
         """Columns `[K, B, …]` of those participants, who have `sizes` examples in that step; weights `[K, B]` if they differ."""
         members = range(len(self.runs))[who] if isinstance(who, slice) else who.tolist()
         weight = None
-        if isinstance(self.fit.data, Draws):
-            columns = _stack([self.runs[i].draw(step) for i in members])
+        if isinstance(self.fit.data, SampledBatches):
+            columns = _stack([self.runs[i].sampled_batch(step) for i in members])
         else:
             place, longest = self._starts[who] + step, max(sizes)
             rows = self._table[place, :longest]
@@ -211,9 +211,9 @@ class StackedBatches:
                 weight = self._real[place, :longest]
         if self.fit.augment is not None:
             for j, (i, size) in enumerate(zip(members, sizes, strict=True)):
-                columns["x"][j, :size] = self.runs[i].augmented(columns["x"][j, :size], step)
-        if self.fit.beside:
-            columns |= _stack([self.runs[i].beside(step) for i in members])
+                columns["x"][j, :size] = self.runs[i].augment_batch(columns["x"][j, :size], step)
+        if self.fit.extra_batches:
+            columns |= _stack([self.runs[i].extra_batch(step) for i in members])
         return columns, weight
 
 
@@ -236,21 +236,21 @@ def _stack(drawn: Sequence[Columns]) -> Columns:
 Work = Sequence[tuple[Participant, Fit]]
 
 
-def fit_stacked(work: Work, templates: Templates) -> list[FitReport | Diverged]:
-    """Train equal fits of several participants in place; reports in order, `Diverged` where one is no longer finite.
+def fit_stacked(work: Work, templates: Templates) -> list[FitReport | DivergedError]:
+    """Train equal fits of several participants in place; reports in order, `DivergedError` where one is no longer finite.
 
     Raises RuntimeError where the models or the objective cannot be batched; participants' models and states are then as
     they were, only their streams have moved on.
     """
     batches = [Batches(participant, fit, templates.device) for participant, fit in work]
     order = sorted(range(len(work)), key=lambda i: -batches[i].count)
-    stack = _Stack([work[i] for i in order], [batches[i] for i in order], templates)
+    stack = _StackedFits([work[i] for i in order], [batches[i] for i in order], templates)
     stack.run()
     results = dict(zip(order, stack.finish(), strict=True))
     return [results[i] for i in range(len(work))]
 
 
-class _Stack:
+class _StackedFits:
     """Fits in progress, the longest first; the first `active` of them still are in training."""
 
     def __init__(self, work: Work, runs: list[Batches], templates: Templates) -> None:
@@ -276,16 +276,16 @@ class _Stack:
             is_batch_norm(m) for s in fit.train for m in self.templates[s].module.modules()
         )
         self.drops = any(t.drops for t in self.templates.values())
-        given, self.given_dims = stack_trees([f.given for _, f in work])
-        self.given = on_device(self.device, given)
+        given, self.given_dims = stack_trees([f.context for _, f in work])
+        self.given = move_to_device(self.device, given)
         self.drift = {
             (s, n): torch.stack([f.drift[s][n] for _, f in work]).to(self.tensors[s][n])
             for s, n in self.trained
             if n in fit.drift.get(s, {})
         }
         self.totals = torch.zeros(len(work), device=self.device)
-        self.kept: list[Kept] = [{} for _ in work]
-        self.leaves: Named = {}
+        self.kept: list[OptimizerSnapshot] = [{} for _ in work]
+        self.leaves: TrainableTensors = {}
         # tensors of all who are still in training, leaves included
         self.everyone: dict[str, dict[str, Tensor]] = {}
         self.optimizer: torch.optim.Optimizer | None = None
@@ -301,7 +301,7 @@ class _Stack:
                 active = now
             assert self.optimizer is not None
             if fit.anneal:
-                set_rate(
+                scale_learning_rates(
                     self.optimizer, 0.5 * (1 + math.cos(math.pi * step / self.batches.counts[0]))
                 )
             self._gradients(step, active)
@@ -321,7 +321,7 @@ class _Stack:
         self.leaves = {
             f"{s}:{n}": self.tensors[s][n][:now].detach().requires_grad_() for s, n in self.trained
         }
-        self.everyone = self._with(
+        self.everyone = self._with_tensors(
             self.leaves,
             {s: {n: t[:now] for n, t in own.items()} for s, own in self.tensors.items()},
         )
@@ -336,17 +336,17 @@ class _Stack:
                     }
         elif self.fit.keep:
             saved = [p.state.get("optimizers", {}).get(self.fit.keep, {}) for p, _ in self.work]
-            restore(self.optimizer, self.leaves, stack_kept(saved))
+            restore_optimizer(self.optimizer, self.leaves, stack_optimizer_states(saved))
 
     def _gradients(self, step: int, active: int) -> None:
         """Set the leaves' gradients, and count the losses."""
-        sizes = self.batches.sizes(step, active)
+        sizes = self.batches.batch_sizes(step, active)
         if not self.equal_sizes or len(set(sizes)) == 1:
             for leaf in self.leaves.values():
                 leaf.grad = None
             self._backward(step, slice(0, active), sizes, self.everyone)
             return
-        parts: list[tuple[Tensor, Named]] = []
+        parts: list[tuple[Tensor, TrainableTensors]] = []
         for size in sorted(set(sizes)):
             who = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=self.device)
             tensors = {s: {n: t[who] for n, t in own.items()} for s, own in self.tensors.items()}
@@ -366,7 +366,9 @@ class _Stack:
                     leaf.grad[who] = grad  # type: ignore[assignment]  # none of them is None
 
     @staticmethod
-    def _with(leaves: Named, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    def _with_tensors(
+        leaves: TrainableTensors, tensors: dict[str, dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
         for key, leaf in leaves.items():
             slot, name = split_name(key)
             tensors[slot][name] = leaf
@@ -376,9 +378,9 @@ class _Stack:
         self, step: int, who: Tensor | slice, sizes: Sequence[int], tensors: Mapping[str, Any]
     ) -> None:
         """Add the gradients of those participants' losses to the leaves among the tensors."""
-        columns, weight = self.batches.at(step, who, sizes)
-        keys = self.batches.keys(step, who) if self.drops else None
-        given = take(self.given, self.given_dims, who)
+        columns, weight = self.batches.batch_at(step, who, sizes)
+        keys = self.batches.dropout_keys(step, who) if self.drops else None
+        given = select_participants(self.given, self.given_dims, who)
         dims = (0, 0, None if keys is None else 0, self.given_dims, None if weight is None else 0)
         losses = vmap(self._loss, dims, randomness="error")(tensors, columns, keys, given, weight)
         losses.sum().backward()
@@ -389,15 +391,17 @@ class _Stack:
         tensors: Mapping[str, Mapping[str, Tensor]],
         columns: Mapping[str, Tensor],
         key: Tensor | None,
-        given: Mapping[str, Any],
+        context: Mapping[str, Any],
         weight: Tensor | None,
     ) -> Tensor:
         """The loss of one participant; runs under vmap."""
-        nets = Nets({slot: self.templates[slot].net(own) for slot, own in tensors.items()})
+        nets = ModelViews(
+            {slot: self.templates[slot].view_of(own) for slot, own in tensors.items()}
+        )
         batch = Batch(columns)
         batch.weight = weight
         with StackedOps(key):
-            return self.fit.objective.total(nets, batch, given)
+            return self.fit.objective.total_loss(nets, batch, context)
 
     def _clip(self, norm: float) -> None:
         """Each participant's whole gradient to at most this norm, as torch's `clip_grad_norm_` does it."""
@@ -409,18 +413,22 @@ class _Stack:
 
     # The end -----------------------------------------------------------------------------------------------------
     def _keep(
-        self, begin: int, end: int, optimizer: torch.optim.Optimizer | None, leaves: Named
+        self,
+        begin: int,
+        end: int,
+        optimizer: torch.optim.Optimizer | None,
+        leaves: TrainableTensors,
     ) -> None:
         """Note the optimiser's state of the participants who finish now."""
         if self.fit.keep and optimizer is not None:
-            state = snapshot(optimizer, leaves)
+            state = snapshot_optimizer(optimizer, leaves)
             for i in range(begin, end):
                 self.kept[i] = {
                     k: {n: (v[i].clone() if v.ndim else v.clone()) for n, v in s.items()}
                     for k, s in state.items()
                 }
 
-    def finish(self) -> list[FitReport | Diverged]:
+    def finish(self) -> list[FitReport | DivergedError]:
         """Hand the participants what they have become; results in the order of the work."""
         norms = [
             torch.linalg.vector_norm(self.tensors[s][n].flatten(1), dim=1) for s, n in self.trained
@@ -428,11 +436,11 @@ class _Stack:
         finite = torch.stack([self.totals.to(norms[0]), *norms]).isfinite().all(0).tolist()
         totals = self.totals.tolist()
         tensors = {s: {n: t.cpu() for n, t in self.tensors[s].items()} for s in self.fit.train}
-        results: list[FitReport | Diverged] = []
+        results: list[FitReport | DivergedError] = []
         for i, (participant, fit) in enumerate(self.work):
             steps = self.batches.counts[i]
             if not finite[i]:
-                results.append(diverged(fit, totals[i] / steps))
+                results.append(divergence_message(fit, totals[i] / steps))
                 continue
             for slot, own in tensors.items():
                 participant.models[slot] = {n: t[i].clone() for n, t in own.items()}

@@ -5,7 +5,7 @@ from hetero_fl.experiment.comparison import compare
 from hetero_fl.experiment.evaluation import evaluate
 from hetero_fl.experiment.exporting.export import export
 from hetero_fl.experiment.onboarding.newcomers import join
-from hetero_fl.experiment.preparation import Prepared, prepare
+from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.experiment.runner import run
 
-__all__ = ["Prepared", "audit", "compare", "evaluate", "export", "join", "prepare", "run"]
+__all__ = ["PreparedRun", "audit", "compare", "evaluate", "export", "join", "prepare", "run"]

@@ -14,25 +14,35 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
-from hetero_fl.algorithms import Algorithm, algorithm
-from hetero_fl.config import difference, resolved
-from hetero_fl.config.base import Section
-from hetero_fl.config.errors import describe
-from hetero_fl.config.load import Overrides, override_list, read, written_algorithm
+from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.config import describe_difference, resolve_config
+from hetero_fl.config.base import ConfigSection
+from hetero_fl.config.errors import describe_error
+from hetero_fl.config.load import Overrides, override_list, raw_algorithm_section, read_config_file
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.preparation import load_config, prepare
 from hetero_fl.experiment.runner import run
-from hetero_fl.reporting.comparison.facts import Setting, UsedSettings, ranked
-from hetero_fl.reporting.formatting import algorithm_base, algorithm_name, duration, final
+from hetero_fl.reporting.comparison.facts import Setting, UsedSettings, rank_methods
+from hetero_fl.reporting.formatting import (
+    algorithm_base,
+    algorithm_name,
+    format_duration,
+    format_final_evaluation,
+)
 from hetero_fl.reporting.progress import Progress
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.run_directory import RunDirectory, check_vacant, locked
+from hetero_fl.reporting.run_directory import RunDirectory, check_vacant, lock_folder
 from hetero_fl.reporting.summary import validation_score
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.environment import cores, take_one_core
-from hetero_fl.utils.errors import Interrupted, RunFailed, UserError, nearest
-from hetero_fl.utils.processes import ADVICE, UNGUARDED, deaf_children, leave_if_importing
-from hetero_fl.utils.text import pieces
+from hetero_fl.utils.environment import available_cores, use_one_core
+from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError, suggest_or_list
+from hetero_fl.utils.processes import (
+    ADVICE,
+    UNGUARDED,
+    exit_if_importing,
+    ignore_interrupts_in_children,
+)
+from hetero_fl.utils.text import split_top_level
 
 # The runs of a comparison, carried out side by side in processes of their own.
 
@@ -51,7 +61,7 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """From the command line's form. Settings are those of the algorithm, or full key paths."""
-        name, *settings = pieces(text, ":")
+        name, *settings = split_top_level(text, ":")
         if name == "python":  # python:package.module:Class:setting=value
             name, settings = ":".join([name, *settings[:2]]), settings[2:]
         for setting in settings:
@@ -64,7 +74,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Job:
+class ComparisonJob:
     """One run of a comparison."""
 
     variant: Variant
@@ -81,14 +91,14 @@ class Job:
         return " ".join([self.variant.label, *self.point, f"seed {self.seed}"])
 
 
-def run_all(
+def run_jobs(
     source: Source,
     base: list[str],
-    work: list[Job],
+    work: list[ComparisonJob],
     jobs: int,
     progress: Progress,
     allow_code: bool | CodePermission = False,
-) -> dict[Job, str]:
+) -> dict[ComparisonJob, str]:
     """Carry out runs in processes of their own.
 
     Each run that ends is a line of the log: its figures, or why it failed, and about how long the others will take.
@@ -104,15 +114,15 @@ def run_all(
     Returns:
         The runs that failed, each with the reason.
     """
-    failed: dict[Job, str] = {}
+    failed: dict[ComparisonJob, str] = {}
     progress.log(f"{len(work)} runs, {jobs} at a time")
     schedule = _Schedule(work, jobs)
     others = multiprocessing.active_children()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(work)), spawn, initializer=take_one_core) as pool:
-        with deaf_children():
+    with ProcessPoolExecutor(min(jobs, len(work)), spawn, initializer=use_one_core) as pool:
+        with ignore_interrupts_in_children():
             waiting = {
-                pool.submit(run_one, source, [*base, *job.overrides], job.out, allow_code): job
+                pool.submit(run_job, source, [*base, *job.overrides], job.out, allow_code): job
                 for job in work
             }
         workers = [child for child in multiprocessing.active_children() if child not in others]
@@ -126,9 +136,9 @@ def run_all(
                     if any(worker.exitcode == UNGUARDED for worker in workers):
                         raise UserError(ADVICE) from None
                     failed[job] = "its process was killed (memory?); run the command again to go on"
-                except (UserError, RunFailed) as error:
+                except (UserError, RunFailedError) as error:
                     failed[job] = str(error)
-                told = f"failed: {failed[job]}" if job in failed else _figures(job.out)
+                told = f"failed: {failed[job]}" if job in failed else _format_scores(job.out)
                 before = " (finished before)" if job in schedule.finished_before else ""
                 progress.log(f"{done}/{len(work)} {job}{before}: {told} {schedule.left_after(job)}")
         except BaseException:  # also where nobody reads the lines any longer
@@ -142,13 +152,13 @@ def run_all(
 class _Schedule:
     """How long the runs of a comparison that have not finished will take, from those that have."""
 
-    def __init__(self, work: Sequence[Job], jobs: int) -> None:
+    def __init__(self, work: Sequence[ComparisonJob], jobs: int) -> None:
         self.finished_before = {job for job in work if _has_finished(job.out)}
         self._todo = [job for job in work if job not in self.finished_before]
         self._jobs = jobs
         self._seconds: list[float] = []
 
-    def left_after(self, job: Job) -> str:
+    def left_after(self, job: ComparisonJob) -> str:
         """Return `(about 3 min 20 s left)` after a run has ended; empty while nothing is known, or if it was the last."""
         if job in self._todo:
             self._todo.remove(job)
@@ -157,19 +167,19 @@ class _Schedule:
         if not self._todo or not self._seconds:
             return ""
         left = fmean(self._seconds) * len(self._todo) / min(self._jobs, len(self._todo))
-        return f"(about {duration(left)} left)"
+        return f"(about {format_duration(left)} left)"
 
 
 def _has_finished(out: Path) -> bool:
     return (out / "summary.json").exists()
 
 
-def _figures(out: Path) -> str:
+def _format_scores(out: Path) -> str:
     finished = RunDirectory.open(out)
-    return final(finished.summary(), finished.details().get("unit", ""))
+    return format_final_evaluation(finished.summary(), finished.details().get("unit", ""))
 
 
-def run_one(
+def run_job(
     source: Source, overrides: list[str], out: Path, allow_code: bool | CodePermission = False
 ) -> None:
     """A run in a process of its own; one that was interrupted goes on, one that has finished is left alone."""
@@ -213,9 +223,9 @@ def compare(
 
     Raises:
         UserError: Before anything runs: a configuration is impossible, or a run in `out` was made with another one.
-        RunFailed: After the others have ended: runs failed; a line for each of them.
+        RunFailedError: After the others have ended: runs failed; a line for each of them.
     """
-    leave_if_importing()
+    exit_if_importing()
     out, base, seeds = Path(out), override_list(overrides), list(dict.fromkeys(seeds))
     if not seeds:
         raise UserError("--seeds: found none; write whole numbers with commas, such as 0,1,2")
@@ -223,19 +233,24 @@ def compare(
         raise UserError(f"--jobs: found {jobs}; take 1 or more")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; name a folder")
-    permission = CodePermission.of(allow_code)
+    permission = CodePermission.from_argument(allow_code)
     config = load_config(source, base, permission)
     for seed in seeds:
         load_config(source, [*base, f"seed={seed}"], permission)
     names = [
-        n.strip() for n in (pieces(algorithms, ",") if isinstance(algorithms, str) else algorithms)
+        n.strip()
+        for n in (split_top_level(algorithms, ",") if isinstance(algorithms, str) else algorithms)
     ]
     everything = any(n.lower() == "all" for n in names)
     asked = [Variant.parse(n) for n in names if n and n.lower() != "all"]
-    admitted, left_out = _admitted(source, base, seeds[0], permission) if everything else ([], {})
+    admitted, left_out = (
+        _compatible_methods(source, base, seeds[0], permission) if everything else ([], {})
+    )
     variants = list(dict.fromkeys([*admitted, *asked]))
     if not variants:
-        raise UserError(f"--algorithms: found none; choose from all, {', '.join(algorithm)}")
+        raise UserError(
+            f"--algorithms: found none; choose from all, {', '.join(register_algorithm)}"
+        )
     threads = config.runtime.threads or 1
     base += [] if config.runtime.threads else ["runtime.threads=1"]
     points = [
@@ -243,12 +258,12 @@ def compare(
         for p in itertools.product(*(grid or {}).values())
     ]
     work = [
-        Job(v, p, s, out / "runs" / _folder(v, p, s))
+        ComparisonJob(v, p, s, out / "runs" / _folder(v, p, s))
         for s in seeds
         for v in variants
         for p in points
     ]
-    _check_made_alike(source, base, work, permission)
+    _check_same_configuration(source, base, work, permission)
     once = work[: len(variants) * len(points)]
     # the others have been prepared
     new = [job for job in once if grid or job.variant not in admitted]
@@ -257,13 +272,13 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {out}: cannot be made ({error.strerror})") from None
-    with locked(out) as unheld, Progress(out / "log.txt", quiet) as progress:
+    with lock_folder(out) as unheld, Progress(out / "log.txt", quiet) as progress:
         for line in unheld:
             progress.log(line)
         for name, why in left_out.items():
             progress.log(f"left out {name}: {why}")
         # the file may change while it runs
-        plain = read(Path(source)) if isinstance(source, str | Path) else source
+        plain = read_config_file(Path(source)) if isinstance(source, str | Path) else source
         permitted = permission.with_written(
             source, [o for job in work for o in [*base, *job.overrides]]
         )
@@ -276,8 +291,8 @@ def compare(
         if before.note:
             progress.log(before.note)
         try:
-            failed = run_all(
-                plain, base, work, jobs or max(1, cores() // threads), progress, permitted
+            failed = run_jobs(
+                plain, base, work, jobs or max(1, available_cores() // threads), progress, permitted
             )
         except KeyboardInterrupt as stop:
             raise Interrupted(out) from stop
@@ -304,7 +319,7 @@ def compare(
         for j, hours in zip(best, reached, strict=True)
     ]
     if rows:
-        shown = ranked(rows, tasks[0]) if admitted else rows
+        shown = rank_methods(rows, tasks[0]) if admitted else rows
         tried = [
             Candidate(v.label, p, scores.get((v, p)), p == chosen[v])
             for v in variants
@@ -324,16 +339,16 @@ def compare(
         write_curves(out / "curves_time.png", histories, tasks[0], timed=True)
     if failed:
         lines = (f"{job}: {' '.join(why.split())}" for job, why in failed.items())
-        raise RunFailed("\n".join([f"{len(failed)} of {len(work)} runs failed", *lines]))
+        raise RunFailedError("\n".join([f"{len(failed)} of {len(work)} runs failed", *lines]))
     return out
 
 
-def _admitted(
+def _compatible_methods(
     source: Source, base: list[str], seed: int, permission: CodePermission
 ) -> tuple[list[Variant], dict[str, str]]:
     """The methods that this configuration admits, and why the others are refused."""
     kept, left_out = [], {}
-    for name in algorithm:
+    for name in register_algorithm:
         try:
             prepare(
                 source, [*base, f"algorithm.name={name}", f"seed={seed}"], allow_code=permission
@@ -346,7 +361,7 @@ def _admitted(
     return kept, left_out
 
 
-def _task(source: Source, base: list[str], job: Job, permission: CodePermission) -> Task:
+def _task(source: Source, base: list[str], job: ComparisonJob, permission: CodePermission) -> Task:
     """What a run learns. Raises UserError, which says by which option the key was set, if the run is impossible."""
     try:
         return prepare(source, [*base, *job.overrides], allow_code=permission).federation.task
@@ -359,8 +374,8 @@ def _task(source: Source, base: list[str], job: Job, permission: CodePermission)
         raise
 
 
-def _check_made_alike(
-    source: Source, base: list[str], work: list[Job], permission: CodePermission
+def _check_same_configuration(
+    source: Source, base: list[str], work: list[ComparisonJob], permission: CodePermission
 ) -> None:
     """Raises UserError, before anything runs, for a run directory that is there and was made with other settings."""
     for job in work:
@@ -368,12 +383,12 @@ def _check_made_alike(
             check_vacant(job.out)
             continue
         made = RunDirectory.open(job.out).config()
-        now = resolved(load_config(source, [*base, *job.overrides], permission))
+        now = resolve_config(load_config(source, [*base, *job.overrides], permission))
         derived = {
             k: v for k, v in made.get("algorithm", {}).items() if now["algorithm"].get(k, v) is None
         }
         now["algorithm"] |= derived  # what is left open follows from the federation
-        if algorithm[now["algorithm"]["name"]].asynchronous:
+        if register_algorithm[now["algorithm"]["name"]].asynchronous:
             now["runtime"]["mode"] = "async"  # whatever was asked for
         if (
             now["privacy"] is not None
@@ -382,7 +397,7 @@ def _check_made_alike(
         ):
             # follows from the target
             now["privacy"]["noise_multiplier"] = made["privacy"].get("noise_multiplier")
-        if differs := difference(made, now):
+        if differs := describe_difference(made, now):
             raise UserError(
                 f"--out: {job.out} was made with other settings ({differs}); choose another --out"
             )
@@ -400,10 +415,10 @@ def _values(point: Point) -> dict[str, str]:
     return {key: value for key, _, value in (entry.partition("=") for entry in point)}
 
 
-def _validations(done: list[Job], task: Task) -> dict[tuple[Variant, Point], float]:
+def _validations(finished: list[ComparisonJob], task: Task) -> dict[tuple[Variant, Point], float]:
     """The mean validation of each variant at each grid point over its seeds; larger is better."""
     scores: dict[tuple[Variant, Point], list[float]] = {}
-    for job in done:
+    for job in finished:
         scores.setdefault((job.variant, job.point), []).append(_validation(Run(job.out), task))
     return {key: sum(values) / len(values) for key, values in scores.items()}
 
@@ -426,7 +441,7 @@ def _validation(finished: Run, task: Task) -> float:
 # A study: a comparison that is written down, so that one command repeats it.
 
 
-class Study(Section):
+class Study(ConfigSection):
     """`config`: a configuration's file, seen from the study's own folder; `algorithms`: as compare's `--algorithms` has them."""
 
     config: Path
@@ -437,16 +452,18 @@ class Study(Section):
     out: Path
 
     @classmethod
-    def read(cls, path: Path) -> Study:
+    def load(cls, path: Path) -> Study:
         """A study's file; without `--out` it goes to `runs/<its name>`. Raises UserError, in one line, for what is wrong."""
-        raw = read(path)
+        raw = read_config_file(path)
         for key in raw:
             if key not in cls.model_fields:
-                raise UserError(f"{path}: {key}: unknown key{nearest(key, cls.model_fields)}")
+                raise UserError(
+                    f"{path}: {key}: unknown key{suggest_or_list(key, cls.model_fields)}"
+                )
         try:
             study = cls.model_validate({"out": f"runs/{path.stem}", **raw})
         except ValidationError as error:
-            raise UserError(f"{path}: {describe(error, raw, cls)}") from None
+            raise UserError(f"{path}: {describe_error(error, raw, cls)}") from None
         return study.model_copy(update={"config": path.parent / study.config})
 
 
@@ -506,16 +523,16 @@ def used_settings(
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    kind: type[Algorithm] = algorithm[name]
+    kind: type[Algorithm] = register_algorithm[name]
     try:
         return kind().model_dump()
     except ValidationError:  # a custom method with a required setting
         return kind.model_construct().model_dump()
 
 
-def _origin(key: str, written: Sequence[tuple[str, str]], otherwise: str) -> str:
+def _origin(key: str, overrides: Sequence[tuple[str, str]], otherwise: str) -> str:
     """Return the origin of the last override that sets the key or a part of it."""
-    for override, origin in reversed(written):
+    for override, origin in reversed(overrides):
         named = override.partition("=")[0]
         if named in (SECTION, key) or named.startswith(f"{key}."):
             return origin
@@ -530,7 +547,7 @@ def _plain(value: Any) -> str:
 
 def _note(source: Source, section: str, labels: Sequence[str]) -> str:
     """Return a sentence on which method the configuration's own settings went to; empty if it has none."""
-    written = written_algorithm(source)
+    written = raw_algorithm_section(source)
     own = ", ".join(f"{key} = {_plain(value)}" for key, value in written.items() if key != "name")
     name = written.get("name")
     if not own or not isinstance(name, str):

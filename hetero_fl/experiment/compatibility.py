@@ -11,20 +11,20 @@ from typing import Any
 import torch
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.secure_aggregation.crypto import degree
-from hetero_fl.communication.secure_aggregation.protocol import Layout, Place
+from hetero_fl.communication.secure_aggregation.crypto import num_neighbours
+from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
 from hetero_fl.config import Config
 from hetero_fl.config.base import StalenessConfig
-from hetero_fl.config.communication import SecureSumConfig
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.participant import Kind, floats
-from hetero_fl.experiment.protection_checks import single_uploads
-from hetero_fl.federation.channel import Derived, idle
-from hetero_fl.federation.dry_run import Expectations
-from hetero_fl.federation.federation import Federation
-from hetero_fl.federation.method_calls import broadcast, is_own, told
+from hetero_fl.config.communication import SecureAggregationConfig
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import ClientProfile, floating_tensors
+from hetero_fl.experiment.protection_checks import single_upload_reason
+from hetero_fl.federation.channel import DerivedSetup, idle_stages
+from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.method_calls import call_broadcast, is_user_method, translate_user_errors
 from hetero_fl.federation.simulation.devices import Devices
-from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.errors import UserError, suggest_or_list
 from model_zoo import ModelError, is_batch_norm
 
 # What cannot be summed in secret, refused before anything is computed; and what a sum would tell
@@ -35,7 +35,9 @@ FEWEST = 3  # clients: of a sum of two, each knows the other's part
 KEY = "channel.secure_sum"
 
 
-def check_secure_sum(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
+def check_secure_aggregation(
+    name: str, algorithm: Algorithm, federation: FederationSpec
+) -> list[str]:
     """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
     config, cohort = federation.channel.secure_sum, federation.cohort
     if config is None or not algorithm.uploads:
@@ -45,7 +47,7 @@ def check_secure_sum(name: str, algorithm: Algorithm, federation: Federation) ->
             f"algorithm.name: {name} needs single uploads ({', '.join(single)}), but {KEY} tells only their sum; take a method "
             "that needs no more, such as hybrid, fedmd, fedavg or fedproto, or leave the key out"
         )
-    if cut := [stage.name for stage in federation.channel.compress if stage.name not in ROUNDING]:
+    if cut := [stage.kind for stage in federation.channel.compress if stage.kind not in ROUNDING]:
         raise UserError(
             f"channel.compress: found {cut[0]}, but {KEY} adds whole vectors, in which nothing is left out; take "
             f"{' or '.join(ROUNDING)}, or leave one of the keys out"
@@ -57,7 +59,7 @@ def check_secure_sum(name: str, algorithm: Algorithm, federation: Federation) ->
         )
     _check_threshold(config, cohort)
     _check_range(config, cohort)
-    needed = degree(cohort, config.survivors(cohort))
+    needed = num_neighbours(cohort, config.min_survivors(cohort))
     notes = []
     if config.neighbours is not None and config.neighbours < needed:
         notes.append(
@@ -71,8 +73,8 @@ def check_secure_sum(name: str, algorithm: Algorithm, federation: Federation) ->
     return [*notes, *_alone_in_sum(algorithm, federation)]
 
 
-def _check_threshold(config: SecureSumConfig, cohort: int) -> None:
-    least = config.survivors(cohort)
+def _check_threshold(config: SecureAggregationConfig, cohort: int) -> None:
+    least = config.min_survivors(cohort)
     if least > cohort:
         raise UserError(
             f"{KEY}.threshold: found {least}, but a round has {cohort} clients (clients.per_round)"
@@ -84,29 +86,31 @@ def _check_threshold(config: SecureSumConfig, cohort: int) -> None:
         )
 
 
-def _check_range(config: SecureSumConfig, cohort: int) -> None:
-    most = config.most_bits(cohort)
+def _check_range(config: SecureAggregationConfig, cohort: int) -> None:
+    most = config.max_fraction_bits(cohort)
     if most < 1:
         raise UserError(
             f"{KEY}.range: found {config.range:g}; sums over {cohort} clients leave 64-bit integers"
         )
-    if config.bits(cohort) > most:
+    if config.num_fraction_bits(cohort) > most:
         raise UserError(
-            f"{KEY}.fraction_bits: found {config.bits(cohort)}; with {KEY}.range {config.range:g} sums over {cohort} clients "
+            f"{KEY}.fraction_bits: found {config.num_fraction_bits(cohort)}; with {KEY}.range {config.range:g} sums over {cohort} clients "
             f"leave 64-bit integers, choose {most} or fewer"
         )
 
 
-def _alone_in_sum(algorithm: Algorithm, federation: Federation) -> list[str]:
+def _alone_in_sum(algorithm: Algorithm, federation: FederationSpec) -> list[str]:
     """The clients of which a sum holds something that no other client sends: it tells that as it is."""
-    derived, owners = Derived(algorithm, federation), Counter[Place]()
-    layout, sent = Layout(derived.expectations.protection.specs, federation.common), []
-    for kind in federation.cards.kinds:
-        form = derived.form(kind.first, kind.settings.share_every - 1)  # a round in which it shares
-        sent.append((kind, layout.places(kind.arch.id, form)))
+    derived, owners = DerivedSetup(algorithm, federation), Counter[TensorKey]()
+    layout, sent = VectorLayout(derived.expectations.protection.specs, federation.common), []
+    for kind in federation.client_infos.profiles:
+        form = derived.upload_form(
+            kind.first, kind.settings.share_every - 1
+        )  # a round in which it shares
+        sent.append((kind, layout.tensor_keys(kind.arch.spec_id, form)))
         owners.update(dict.fromkeys(sent[-1][1], kind.count))
     alone = [kind for kind, places in sent if any(owners[place] == 1 for place in places)]
-    who = f"for {federation.cards.named(alone)}: nobody else sends such tensors, and their sum is what the client has"
+    who = f"for {federation.client_infos.format_clients(alone)}: nobody else sends such tensors, and their sum is what the client has"
     return [f"{KEY} hides nothing of some items {who}"] if alone else []
 
 
@@ -116,10 +120,10 @@ def _alone_in_sum(algorithm: Algorithm, federation: Federation) -> list[str]:
 GATHERED = 10_000  # clients of whom a method may need everybody's rows or models in one place
 
 
-def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
+def check_compatibility(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:
     """Raises UserError for what is impossible; returns lines on what is possible but perhaps not meant."""
     task, proxy = federation.task, federation.data.n_proxy
-    settings = [kind.settings for kind in federation.cards.kinds]
+    settings = [kind.settings for kind in federation.client_infos.profiles]
     if task.kind not in algorithm.tasks:
         raise UserError(
             f"algorithm.name: {name} is for {', '.join(algorithm.tasks)}, but data.name has a {task.kind} task"
@@ -138,7 +142,7 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     said = {n: spec for n, spec in algorithm.uploads.items() if spec.kind != "counts"}
     shares = {spec.share for spec in said.values()}
     given = {share for s in settings for share in s.shares} | {
-        "parameters" for s in settings if s.parts
+        "parameters" for s in settings if s.shared_prefixes
     }
     if shares and not shares & given:
         needed = " or ".join(sorted(shares))
@@ -146,33 +150,36 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
             f"algorithm.name: {name} needs clients that share {needed}, but no client's `shares` has it; add it in "
             "clients.defaults.shares, or to those who may send it"
         )
-    if algorithm.everybody and len(federation.cards) > GATHERED:
+    if algorithm.needs_all_clients and len(federation.client_infos) > GATHERED:
         raise UserError(
             f"algorithm.name: {name} brings all clients' rows or models together, at most {GATHERED:,} of them; found "
-            f"{len(federation.cards):,} clients"
+            f"{len(federation.client_infos):,} clients"
         )
     _check_prefixes(name, algorithm, federation)
     _check_class_weights(federation)
     _check_extras(algorithm, federation)
     _check_batches(algorithm, federation)
-    if is_own(algorithm):
-        _rehearse(algorithm, federation)
-    notes = [*idle(name, algorithm, federation), *check_secure_sum(name, algorithm, federation)]
+    if is_user_method(algorithm):
+        _dry_run_clients(algorithm, federation)
+    notes = [
+        *idle_stages(name, algorithm, federation),
+        *check_secure_aggregation(name, algorithm, federation),
+    ]
     if algorithm.reads_proxy_labels:
         notes.append(
             f"{name} trains on the labels of the proxy set before a client's first round (algorithm.initial_phase)"
         )
     travel = {s.kind for s in said.values() if s.share in given and (s.kind != "rows" or proxy)}
     averages = "model" in said and travel <= {"params", "update"}
-    if averages and algorithm.uploads["model"].use == "sum" and len(federation.cards) > 1:
-        alone = _alone(algorithm, federation)
-        if sum(kind.count for kind in alone) == len(federation.cards):
+    if averages and algorithm.uploads["model"].use == "sum" and len(federation.client_infos) > 1:
+        alone = _clients_without_partner(algorithm, federation)
+        if sum(kind.count for kind in alone) == len(federation.client_infos):
             raise UserError(
                 f"algorithm.name: {name} averages parameters here, but no two clients send a tensor in common; give "
                 "clients the same `model`, let their `shares` overlap, or name common prefixes in clients.common"
             )
         if alone:
-            groups = dict.fromkeys(kind.arch.id for kind in alone)
+            groups = dict.fromkeys(kind.arch.spec_id for kind in alone)
             verb = "stands" if len(groups) == 1 else "stand"
             notes.append(
                 f"{name} averages within an architecture: {', '.join(groups)} {verb} alone"
@@ -180,28 +187,30 @@ def check(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
     return notes
 
 
-@told()
-def _rehearse(algorithm: Algorithm, federation: Federation) -> None:
+@translate_user_errors()
+def _dry_run_clients(algorithm: Algorithm, federation: FederationSpec) -> None:
     """The clients' part of the first round, without computing: slips in an own method show before anybody trains.
 
-    Raises UserError, and RunFailed if the method itself does not run.
+    Raises UserError, and RunFailedError if the method itself does not run.
     """
-    server, expectations = federation.server(), Expectations(algorithm, federation)
-    algorithm.start(server)
-    for kind in federation.cards.kinds:
-        card = federation.cards[kind.first]
-        expectations.of(card, broadcast(algorithm, server, card), 0)
+    server, expectations = federation.server(), ExpectedUploads(algorithm, federation)
+    algorithm.setup(server)
+    for kind in federation.client_infos.profiles:
+        card = federation.client_infos[kind.first]
+        expectations.expected_items(card, call_broadcast(algorithm, server, card), 0)
 
 
-def _alone(algorithm: Algorithm, federation: Federation) -> list[Kind]:
+def _clients_without_partner(
+    algorithm: Algorithm, federation: FederationSpec
+) -> list[ClientProfile]:
     """The clients that send no tensor which another sends, too: averaging gives them nothing."""
     sent, owners = [], Counter[Any]()
-    for kind in federation.cards.kinds:
-        tensors = algorithm.portion(
-            kind.arch, federation.initial(kind.arch), algorithm.part(kind.settings)
+    for kind in federation.client_infos.profiles:
+        tensors = algorithm.shareable_tensors(
+            kind.arch, federation.initial_tensors(kind.arch), algorithm.shared_part(kind.settings)
         )
         common = [n for n in tensors if federation.common and n.startswith(federation.common)]
-        family = algorithm.family(federation.cards[kind.first])
+        family = algorithm.aggregation_group(federation.client_infos[kind.first])
         mine: set[tuple[str, tuple[int, ...], str]] = {
             (n, (), family) for n in tensors if n not in common
         }
@@ -212,9 +221,9 @@ def _alone(algorithm: Algorithm, federation: Federation) -> list[Kind]:
     return [kind for kind, mine in sent if all(owners[owner] == 1 for owner in mine)]
 
 
-def _check_prefixes(name: str, algorithm: Algorithm, federation: Federation) -> None:
+def _check_prefixes(name: str, algorithm: Algorithm, federation: FederationSpec) -> None:
     """Parts of models that are named by the first words of their tensors' names have to be there."""
-    kinds = federation.cards.kinds
+    kinds = federation.client_infos.profiles
     wanted = dict.fromkeys(federation.common, "clients.common")
     named = {
         p: f"clients: {k.first}: shares"
@@ -224,7 +233,11 @@ def _check_prefixes(name: str, algorithm: Algorithm, federation: Federation) -> 
     }
     if not wanted and not named:
         return
-    names = {n for arch in {kind.arch for kind in kinds} for n in floats(federation.initial(arch))}
+    names = {
+        n
+        for arch in {kind.arch for kind in kinds}
+        for n in floating_tensors(federation.initial_tensors(arch))
+    }
     for prefix, where in (wanted | named).items():
         if not any(n.startswith(prefix) for n in names):
             deep = prefix.count(".")
@@ -232,24 +245,31 @@ def _check_prefixes(name: str, algorithm: Algorithm, federation: Federation) -> 
                 ".".join(n.split(".")[:i]) + "." for n in names for i in range(1, max(1, deep) + 1)
             }
             raise UserError(
-                f"{where}: no tensor's name begins with '{prefix}'{nearest(prefix, parts)}"
+                f"{where}: no tensor's name begins with '{prefix}'{suggest_or_list(prefix, parts)}"
             )
-    if named and algorithm.slot != "model" and not any(_travels(algorithm, kind) for kind in kinds):
+    if (
+        named
+        and algorithm.slot != "model"
+        and not any(_shares_anything(algorithm, kind) for kind in kinds)
+    ):
         raise UserError(
             f"algorithm.name: {name} averages a small model beside each client's own, of which no "
             f"client's `shares` names a part; found '{next(iter(named))}'"
         )
 
 
-def _travels(algorithm: Algorithm, kind: Kind) -> bool:
+def _shares_anything(algorithm: Algorithm, kind: ClientProfile) -> bool:
     """Whether a client of this kind sends anything of its model in the method's slot."""
-    arch, part = algorithm.extras(kind.arch)[algorithm.slot], algorithm.part(kind.settings)
+    arch, part = (
+        algorithm.extra_models(kind.arch)[algorithm.slot],
+        algorithm.shared_part(kind.settings),
+    )
     return any(part is None or n.startswith(part) for n in arch.shapes)
 
 
-def _check_class_weights(federation: Federation) -> None:
+def _check_class_weights(federation: FederationSpec) -> None:
     task = federation.task
-    for kind in federation.cards.kinds:
+    for kind in federation.client_infos.profiles:
         weights, where = kind.settings.class_weights, f"clients: {kind.first}: class_weights"
         if weights is not None and task.kind != "multiclass":
             raise UserError(
@@ -263,29 +283,31 @@ def _check_class_weights(federation: Federation) -> None:
             raise UserError(f"{where}: found {min(weights):g}; weights are 0 or more")
         if min(weights) > 0:
             continue
-        for id in federation.some:
-            if federation.cards[id].settings is not kind.settings:
+        for id in federation.num_evaluated:
+            if federation.client_infos[id].settings is not kind.settings:
                 continue
-            if not any(w * n for w, n in zip(weights, federation.counts(id).tolist(), strict=True)):
+            if not any(
+                w * n for w, n in zip(weights, federation.label_counts(id).tolist(), strict=True)
+            ):
                 where = f"clients: {id}: class_weights"
                 raise UserError(
                     f"{where}: found {weights}, which is 0 for every training row of {id}; raise one"
                 )
 
 
-def _check_extras(algorithm: Algorithm, federation: Federation) -> None:
+def _check_extras(algorithm: Algorithm, federation: FederationSpec) -> None:
     """Build every model that the method adds once."""
-    for arch in dict.fromkeys(kind.arch for kind in federation.cards.kinds):
+    for arch in dict.fromkeys(kind.arch for kind in federation.client_infos.profiles):
         try:
-            for extra in algorithm.extras(arch).values():
+            for extra in algorithm.extra_models(arch).values():
                 extra.check()
         except ModelError as error:
             raise UserError(f"algorithm.{algorithm.slot}: {error}") from None
 
 
-def _check_batches(algorithm: Algorithm, federation: Federation) -> None:
+def _check_batches(algorithm: Algorithm, federation: FederationSpec) -> None:
     """BatchNorm cannot train on one example: it has no variance."""
-    normalises: dict[Architecture, bool] = {}
+    normalises: dict[ModelSpec, bool] = {}
     for where, arch in _single_batches(algorithm, federation):
         if arch not in normalises:
             with torch.random.fork_rng(devices=[]):
@@ -298,21 +320,21 @@ def _check_batches(algorithm: Algorithm, federation: Federation) -> None:
 
 
 def _single_batches(
-    algorithm: Algorithm, federation: Federation
-) -> Iterator[tuple[str, Architecture]]:
+    algorithm: Algorithm, federation: FederationSpec
+) -> Iterator[tuple[str, ModelSpec]]:
     """Where models are trained on batches of one: the key at fault, and the model."""
-    for kind in federation.cards.kinds:
+    for kind in federation.client_infos.profiles:
         if kind.settings.batch_size == 1:
-            for arch in (kind.arch, *algorithm.extras(kind.arch).values()):
+            for arch in (kind.arch, *algorithm.extra_models(kind.arch).values()):
                 yield f"clients: {kind.first}: batch_size: found 1", arch
-    for id in federation.data.with_one_row():
-        own = federation.cards[id].arch
-        for arch in (own, *algorithm.extras(own).values()):
+    for id in federation.data.clients_with_one_row():
+        own = federation.client_infos[id].arch
+        for arch in (own, *algorithm.extra_models(own).values()):
             yield f"clients: {id}: data: found 1 training row", arch
     size, proxy = getattr(algorithm, "proxy_batch_size", None), federation.data.n_proxy
     if size is not None and proxy and min(size, proxy) == 1:
         where = "algorithm.proxy_batch_size: found 1" if size == 1 else "data.proxy: found 1 row"
-        for kind in federation.cards.kinds:
+        for kind in federation.client_infos.profiles:
             yield where, kind.arch
         if federation.student is not None:
             yield where, federation.student
@@ -322,9 +344,9 @@ def _single_batches(
 # that names both keys.
 
 
-def set_pace(
-    config: Config, method: Algorithm, federation: Federation
-) -> tuple[Config, Federation, list[str]]:
+def set_run_mode(
+    config: Config, method: Algorithm, federation: FederationSpec
+) -> tuple[Config, FederationSpec, list[str]]:
     """The configuration and the federation with the mode that the method has, and lines that say what was decided.
 
     An asynchronous run has as many versions as its uploads make: learning rates move along them. Raises UserError for what
@@ -345,44 +367,45 @@ def set_pace(
                 "runtime.staleness: nothing is stale in synchronous rounds; write runtime.mode=async, or leave this out"
             )
         return config, federation, notes
-    _check(config, method, federation)
-    places = config.clients.per_round or len(federation.cards)
-    goal, uploads = method.goal or runtime.buffer or places, config.rounds * places
+    _check_mode(config, method, federation)
+    places = config.clients.per_round or len(federation.client_infos)
+    goal, uploads = method.buffer_size or runtime.buffer or places, config.rounds * places
     if goal > uploads:
-        key = "algorithm.buffer" if method.goal else "runtime.buffer"
+        key = "algorithm.buffer" if method.buffer_size else "runtime.buffer"
         raise UserError(
             f"{key}: found {goal}, but {config.rounds} rounds of {places} clients take {uploads} uploads: there would be no new "
             f"version; choose {uploads} or fewer"
         )
-    if method.discount is not None and runtime.staleness != StalenessConfig():
+    if method.staleness_config is not None and runtime.staleness != StalenessConfig():
         raise UserError(f"runtime.staleness: is not used: {name} has its own, algorithm.staleness")
     section, key = (
-        (method.discount, "algorithm")
-        if method.discount is not None
+        (method.staleness_config, "algorithm")
+        if method.staleness_config is not None
         else (runtime.staleness, "runtime.staleness")
     )
     notes += [
-        f"{key}.{setting} is not used: staleness is {section.kind}" for setting in section.unused
+        f"{key}.{setting} is not used: staleness is {section.kind}"
+        for setting in section.unused_keys
     ]
-    if goal == 1 and method.discount is None and section.kind != "constant":
+    if goal == 1 and method.staleness_config is None and section.kind != "constant":
         notes.append(
             "runtime.staleness has no effect: a version is one upload here (runtime.buffer), and the mean of one is that one "
             "whatever its weight; fedasync moves the server less the staler an upload is"
         )
-    if config.devices is None and not federation.data.apart:
+    if config.devices is None and not federation.data.is_distributed:
         notes.append(
             "without `devices` no task takes any time: all that are given out together end together"
         )
     return (
         config,
-        replace(federation, rounds=max(1, math.ceil(config.rounds * places / goal))),
+        replace(federation, num_rounds=max(1, math.ceil(config.rounds * places / goal))),
         notes,
     )
 
 
-def _check(config: Config, method: Algorithm, federation: Federation) -> None:
-    name, kinds = config.algorithm["name"], federation.cards.kinds
-    if method.everybody or any(spec.use == "each" for spec in method.uploads.values()):
+def _check_mode(config: Config, method: Algorithm, federation: FederationSpec) -> None:
+    name, kinds = config.algorithm["name"], federation.client_infos.profiles
+    if method.needs_all_clients or any(spec.use == "each" for spec in method.uploads.values()):
         raise UserError(
             f"runtime.mode: async cannot be combined with algorithm.name: {name}, which needs the uploads of one cohort "
             "side by side; others are weighted by staleness and summed"
@@ -391,7 +414,7 @@ def _check(config: Config, method: Algorithm, federation: Federation) -> None:
         raise UserError(
             "runtime.mode: async cannot be combined with channel.secure_sum, which sums one cohort's uploads"
         )
-    if (key := single_uploads(config)) is not None:
+    if (key := single_upload_reason(config)) is not None:
         raise UserError(
             f"runtime.mode: async cannot be combined with {key}: both look at the uploads of one cohort"
         )
@@ -406,10 +429,10 @@ def _check(config: Config, method: Algorithm, federation: Federation) -> None:
         raise UserError(
             f"runtime.mode: async cannot be combined with share_every ({rare[0]}): there are no rounds"
         )
-    if method.goal is not None and config.runtime.buffer is not None:
+    if method.buffer_size is not None and config.runtime.buffer is not None:
         own = (
-            f"its own is algorithm.buffer: {method.goal}"
-            if method.goal > 1
+            f"its own is algorithm.buffer: {method.buffer_size}"
+            if method.buffer_size > 1
             else "which aggregates after each upload"
         )
         raise UserError(
@@ -428,11 +451,11 @@ def _check(config: Config, method: Algorithm, federation: Federation) -> None:
         )
 
 
-def _check_time(config: Config, federation: Federation) -> None:
+def _check_time(config: Config, federation: FederationSpec) -> None:
     """Whoever takes no time among others who do has every turn, and time stands still; on machines of their own it does not."""
-    if federation.data.apart:
+    if federation.data.is_distributed:
         return
-    paces = list(Devices.of(federation, config.devices).paces())
+    paces = list(Devices.from_config(federation, config.devices).timing_of_profiles())
     instant = next((id for id, takes, _ in paces if not takes), None)
     if instant is None:
         return

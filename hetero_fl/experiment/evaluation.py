@@ -15,14 +15,14 @@ from hetero_fl.config.data import SeriesConfig, SourceConfig, TextConfig, Window
 from hetero_fl.core.metrics import score
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, Preprocess, load_source, with_test
-from hetero_fl.data.external import from_labels, match_columns, read_as
-from hetero_fl.data.missing_values import usable
-from hetero_fl.data.registry import takes
-from hetero_fl.experiment.onboarding.transfer import Legacy
+from hetero_fl.data.external import classes_from_labels, match_columns, source_with_task
+from hetero_fl.data.missing_values import usable_rows
+from hetero_fl.data.registry import reads_key
+from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.code_permission import CodePermission, references
-from hetero_fl.utils.errors import UserError, beside, nearest
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.text import pluralize
 
 CACHE = Path("~/.cache/hetero_fl")
 
@@ -31,7 +31,7 @@ def evaluate(
     run: Run | str | Path,
     data: str,
     client: str | None = None,
-    home: bool = False,
+    personal: bool = False,
     label: str | None = None,
     allow_code: bool | CodePermission = False,
     say: Callable[[str], None] | None = None,
@@ -44,7 +44,7 @@ def evaluate(
         run: A finished run.
         data: A source's name, or a local file (`.npz` in the MedMNIST layout, a table, an image folder).
         client: Only this client's model.
-        home: Read as on the client's own examples, with its label frequencies.
+        personal: Read as on the client's own examples, with its label frequencies.
         label: A table's column of labels (several: comma between them); None: that of the run's configuration.
         allow_code: Whether code that the run's files name may run.
         say: Called with a note if rows of the set are also training rows of the run; None: the note is a `UserWarning`.
@@ -53,10 +53,10 @@ def evaluate(
     Raises:
         UserError: The set does not fit the models.
     """
-    run = Run.of(run, allow_code)
-    CodePermission.of(allow_code).check_written(references({"--data": data}))
+    run = Run.open(run, allow_code)
+    CodePermission.from_argument(allow_code).check_written(find_references({"--data": data}))
     if client is not None and client not in run.models:
-        raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
+        raise UserError(f"--client: found '{client}'{suggest_or_list(client, run.models)}")
     dataset = load_as(run, data, label)
     # the rows that a federation on it holds out, too
     named = dataset if Path(data).exists() else with_test(dataset)
@@ -66,7 +66,7 @@ def evaluate(
     for name, model in run.models.items():
         if client is not None and name != client:
             continue
-        if not comparable(dataset.task, model.task):
+        if not are_comparable(dataset.task, model.task):
             raise UserError(
                 f"--data: {data} is {dataset.task.kind} with {dataset.task.outputs} outputs, "
                 f"the models of {run.path} are {model.task.kind} with {model.task.outputs}"
@@ -94,17 +94,21 @@ def evaluate(
         whole = (
             torch.ones(len(examples), dtype=torch.bool)
             if view.missing is not None
-            else usable(examples.x, view)
+            else usable_rows(examples.x, view)
         )
         if not bool(whole.all()):
             row = int((~whole).to(torch.uint8).argmax())
             raise UserError(
                 f"--data: {data}: row {row}: a value is missing that the model of {name} has to see"
             )
-        y = renumbered(examples.y, dataset.task, model.task, f"--data: {data}")
-        results[name] = score(model.task, model.logits(view(examples.x), home), y, examples.unit)
-    rows = f"the {plural(len(examples), 'row')} of {data}"
-    if run.directory.finished and (note := Legacy(run).overlap(examples.x, rows, "the models")):
+        y = renumber_targets(examples.y, dataset.task, model.task, f"--data: {data}")
+        results[name] = score(
+            model.task, model.logits(view(examples.x), personal), y, examples.unit
+        )
+    rows = f"the {pluralize(len(examples), 'row')} of {data}"
+    if run.directory.finished and (
+        note := TransferSource(run).overlap(examples.x, rows, "the models")
+    ):
         if say is None:
             warnings.warn(note, UserWarning, stacklevel=2)
         else:
@@ -112,33 +116,33 @@ def evaluate(
     return results
 
 
-def comparable(found: Task, known: Task) -> bool:
+def are_comparable(found: Task, known: Task) -> bool:
     """Whether targets of one task can be those of the other; unnamed labels may be those that classes are named after."""
     if found.kind == known.kind == "multiclass" and known.numbers and not found.names:
         return True
     return (found.kind, found.outputs) == (known.kind, known.outputs)
 
 
-def renumbered(y: Tensor, found: Task, known: Task, where: str) -> Tensor:
+def renumber_targets(y: Tensor, given_task: Task, known: Task, where: str) -> Tensor:
     """Targets with the classes, or the columns, numbered as the model's are, where both are named; unnamed labels are found
     among those that the model's classes are named after, if they are named after integers."""
-    if known.numbers and not found.names:
-        return from_labels(y, known, where)
-    if not found.names or not known.names or found.names == known.names:
+    if known.numbers and not given_task.names:
+        return classes_from_labels(y, known, where)
+    if not given_task.names or not known.names or given_task.names == known.names:
         return y
-    for name in found.names:
+    for name in given_task.names:
         if name not in known.names:
             raise UserError(
-                f"{where} has '{name}', which the models do not know{nearest(name, known.names)}"
+                f"{where} has '{name}', which the models do not know{suggest_or_list(name, known.names)}"
             )
     for name in known.names:
-        if name not in found.names:
+        if name not in given_task.names:
             raise UserError(
-                f"{where} lacks '{name}', which the models know{nearest(name, found.names)}"
+                f"{where} lacks '{name}', which the models know{suggest_or_list(name, given_task.names)}"
             )
     if known.kind == "multiclass":
-        return torch.tensor([known.names.index(name) for name in found.names])[y]
-    return y[:, [found.names.index(name) for name in known.names]]
+        return torch.tensor([known.names.index(name) for name in given_task.names])[y]
+    return y[:, [given_task.names.index(name) for name in known.names]]
 
 
 def load_as(run: Run, data: str, label: str | None) -> Dataset:
@@ -148,17 +152,19 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
     if (
         not path.exists() and ":" not in data and (path.suffix or len(path.parts) > 1)
     ):  # no name of a source is written so
-        raise UserError(f"--data: {data}: no such file or folder{beside(path)}")
+        raise UserError(f"--data: {data}: no such file or folder{suggest_file(path)}")
     if label is None and ((path.suffix != ".npz" and path.is_file()) or data == known.get("name")):
         label = known.get("label")  # a table's, unless another is named
     source = SourceConfig(name=data, label=label)
-    hourly, cut, worded = (takes(known.get("name"), key) for key in ("series", "windows", "text"))
+    hourly, cut, worded = (
+        reads_key(known.get("name"), key) for key in ("series", "windows", "text")
+    )
     series = SeriesConfig.model_validate(known.get("series") or {}) if hourly else None
     windows = (
         WindowsConfig.model_validate(known["windows"]) if cut and known.get("windows") else None
     )
     text = TextConfig.model_validate(known.get("text") or {}) if worded else None
-    if data == known.get("name") or (worded and takes(data, "text")):
+    if data == known.get("name") or (worded and reads_key(data, "text")):
         source = source.model_copy(update={"series": series, "text": text})
     elif (hourly or cut) and path.is_file():  # cut into windows as the run's own
         source = SourceConfig(
@@ -178,19 +184,19 @@ def load_as(run: Run, data: str, label: str | None) -> Dataset:
             source = source.model_copy(update={"size": known.get("size")})
         elif kind == "table":
             model = next(iter(run.models.values()))
-            source = read_as(source, model.task, categories=model.categories)
+            source = source_with_task(source, model.task, categories=model.categories)
             there = _columns(path)
             whose = {key: known.get(key) for key in ("group", "patient") if known.get(key) in there}
             source = source.model_copy(update=whose)
     views = [model.preprocess for model in run.models.values()]
     missing = any(view.get("missing") or view.get("spans") for view in views)
     try:
-        return in_run_order(load_source(source, CACHE.expanduser(), "--data", missing), run)
+        return order_columns(load_source(source, CACHE.expanduser(), "--data", missing), run)
     except UserError as error:  # the key that is missing or too many is a flag here
         raise UserError(str(error).replace("--data.label", "--label", 1)) from None
 
 
-def in_run_order(dataset: Dataset, run: Run) -> Dataset:
+def order_columns(dataset: Dataset, run: Run) -> Dataset:
     """The set with the columns, by name, in the order that the run's models know; what none of them has to see may be missing."""
     models = list(run.models.values())
     known = next((model.columns for model in models if model.columns), ())

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hetero_fl.algorithms import Algorithm, algorithm
-from hetero_fl.algorithms.base import own_objective
-from hetero_fl.config import Config, expand
-from hetero_fl.config.errors import describe
+from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.algorithms.base import load_objective
+from hetero_fl.config import Config, expand_population
+from hetero_fl.config.errors import describe_error
 from hetero_fl.config.load import (
     Overrides,
     Source,
@@ -20,55 +20,57 @@ from hetero_fl.config.load import (
     is_tutorial,
     override_list,
     plain,
-    read,
-    translated,
+    read_config_file,
+    translate_tutorial,
 )
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset, FederatedData, federate, load_source
-from hetero_fl.data.external import has_common_source, pool
-from hetero_fl.experiment.compatibility import check, set_pace
+from hetero_fl.data.external import has_common_source, pool_client_files
+from hetero_fl.experiment.compatibility import check_compatibility, set_run_mode
 from hetero_fl.experiment.protection_checks import (
     check_plan,
     check_privacy,
     check_robustness,
-    weak_delta,
+    weak_delta_note,
 )
-from hetero_fl.federation.asynchronous import Asynchronous, Live
-from hetero_fl.federation.cost import Budget
-from hetero_fl.federation.dry_run import Expectations
-from hetero_fl.federation.executors.base import Apart
-from hetero_fl.federation.executors.choose import Choice, choose, make_executor
-from hetero_fl.federation.federation import Federation
-from hetero_fl.federation.simulation.schedule import Conditions
-from hetero_fl.federation.state_store import Store
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.federation.trainer import Session
-from hetero_fl.privacy.server import PrivateSums
+from hetero_fl.federation.asynchronous import AsynchronousTrainer, RemoteAsynchronousTrainer
+from hetero_fl.federation.cost import PrivacyBudget
+from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.executors.base import RemoteExecutor
+from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, make_executor
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.privacy.server import ServerPrivacy
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, references
+from hetero_fl.utils.code_permission import CONTEXT, OWN, CodePermission, find_references
 from hetero_fl.utils.environment import choose_device
 from hetero_fl.utils.errors import UserError, closest
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
-Engage = Callable[["Prepared", Choice, Store], Apart]  # has somebody else compute the clients
+Engage = Callable[
+    ["PreparedRun", ExecutorChoice, StateStore], RemoteExecutor
+]  # has somebody else compute the clients
 
 
 @dataclass
-class Prepared:
+class PreparedRun:
     """Everything about a run that is known before it computes; nothing has been written."""
 
     config: Config
     method: Algorithm
-    federation: Federation
+    federation: FederationSpec
     data: FederatedData
     notes: list[str]
     inherited: dict[str, SavedModel]  # models of another run to start from, by client
-    budget: Budget | None = None  # of a private run
+    budget: PrivacyBudget | None = None  # of a private run
     headline: str = ""  # data, method and number of clients, with what is a default
 
     def __repr__(self) -> str:
-        clients = plural(len(self.federation.cards), "client")
-        rounds = plural(self.config.rounds, "round")
+        clients = pluralize(len(self.federation.client_infos), "client")
+        rounds = pluralize(self.config.rounds, "round")
         return f"Prepared({self.config.name!r}: {self.name}, {clients}, {rounds}; {self.data!r})"
 
     @property
@@ -76,41 +78,48 @@ class Prepared:
         """The algorithm's name."""
         return str(self.config.algorithm["name"])
 
-    def rounds(
+    def make_trainer(
         self,
-        choice: Choice | None = None,
-        store: Store | None = None,
+        choice: ExecutorChoice | None = None,
+        store: StateStore | None = None,
         say: Callable[[str], None] = lambda line: None,
-        engage: Engage | None = None,
-    ) -> Session:
+        executor_factory: Engage | None = None,
+    ) -> FederatedTrainer:
         """The run itself, to be held round by round; in memory unless a store is given, computed as chosen by the rule
         unless a choice is, and here unless somebody else is engaged for it. Close its executor afterwards.
         """
-        choice, clients = choice or choose(self.config, self.federation), self.config.clients
-        apart = engage(self, choice, store or Store()) if engage is not None else None
+        choice, clients = (
+            choice or choose_executor(self.config, self.federation),
+            self.config.clients,
+        )
+        apart = (
+            executor_factory(self, choice, store or StateStore())
+            if executor_factory is not None
+            else None
+        )
         executor = apart or make_executor(choice, self.method, self.federation, store, say)
         stop = self.config.runtime.divergence == "stop"
         try:
-            conditions = Conditions.of(
-                self.federation, self.config, apart.here if apart is not None else None
+            conditions = SimulationEnvironment.from_config(
+                self.federation, self.config, apart.connected_clients if apart is not None else None
             )
             runtime = self.config.runtime
             about = (self.method, self.federation, executor, clients.per_round, stop, conditions)
             if runtime.mode == "sync":
-                return Rounds(*about)
-            kind = Asynchronous if apart is None else Live
+                return SynchronousTrainer(*about)
+            kind = AsynchronousTrainer if apart is None else RemoteAsynchronousTrainer
             return kind(*about, buffer=runtime.buffer, staleness=runtime.staleness)
         except BaseException:
             executor.close()
             raise
 
 
-def deal(
+def load_federated_data(
     config: Config, dataset: Dataset | None = None, absent: Collection[str] = ()
 ) -> FederatedData:
     """The data as the configuration has it: loaded, split into public and private, dealt out. `absent`: clients whose rows lie
     on machines of their own. Raises UserError for whatever is wrong with it."""
-    clients = expand(config.clients)
+    clients = expand_population(config.clients)
     if (
         config.data.train_limit is not None
         and config.data.proxy.source is None
@@ -119,17 +128,21 @@ def deal(
         raise UserError(
             f"data.proxy.size: found {config.data.proxy.size}, but data.train_limit leaves {config.data.train_limit} rows"
         )
-    views = [kind.settings.preprocess for kind in clients.kinds]
+    views = [kind.settings.preprocess for kind in clients.profiles]
     # then federate looks at what each of them sees
     known = any(view.missing or view.columns for view in views)
-    own_view = config.server.preprocess if config.server.model and _method(config).distils else None
+    own_view = (
+        config.server.preprocess
+        if config.server.model and _make_algorithm(config).is_distillation
+        else None
+    )
     if dataset is None and not has_common_source(config.data):
         if absent:
             raise UserError(
                 "data.path: missing; without a common file the test set is drawn from all clients' files, which real sites do "
                 "not bring together; name a common file"
             )
-        dataset, pooled, members = pool(config.data, clients, known)
+        dataset, pooled, members = pool_client_files(config.data, clients, known)
         return federate(dataset, pooled, members, config.seed, server=own_view)
     dataset = dataset or load_source(
         config.data, Path(config.data.root).expanduser(), missing=known
@@ -137,9 +150,9 @@ def deal(
     return federate(dataset, config.data, clients, config.seed, server=own_view, absent=absent)
 
 
-def _method(config: Config) -> Algorithm:
+def _make_algorithm(config: Config) -> Algorithm:
     settings = {k: v for k, v in config.algorithm.items() if k != "name"}
-    method: Algorithm = algorithm[config.algorithm["name"]].model_validate(settings)
+    method: Algorithm = register_algorithm[config.algorithm["name"]].model_validate(settings)
     return method
 
 
@@ -149,7 +162,7 @@ def prepare(
     dataset: Dataset | None = None,
     data: FederatedData | None = None,
     allow_code: bool | CodePermission = False,
-) -> Prepared:
+) -> PreparedRun:
     """Load, build and check everything; trains and writes nothing.
 
     Args:
@@ -163,32 +176,34 @@ def prepare(
         UserError: whatever is wrong.
     """
     config = load_config(source, overrides, allow_code)
-    permission = CodePermission.of(allow_code).extended(references(config.model_dump()))
-    clients = expand(config.clients)
+    permission = CodePermission.from_argument(allow_code).with_granted(
+        find_references(config.model_dump())
+    )
+    clients = expand_population(config.clients)
     if config.clients.per_round is not None and config.clients.per_round > len(clients):
         raise UserError(
             f"clients.per_round: found {config.clients.per_round}, but there are {len(clients)} clients"
         )
     headline = _headline(config, dataset, len(clients))
-    rare = [kind.first for kind in clients.kinds if kind.settings.share_every > 1]
+    rare = [kind.first for kind in clients.profiles if kind.settings.share_every > 1]
     if config.clients.per_round is not None and rare:
         raise UserError(
             f"clients.per_round: cannot be combined with share_every ({rare[0]}): who is drawn may not be who shares"
         )
-    method, data = _method(config), data or deal(config, dataset)
-    student = method.distils and data.n_proxy > 0
-    federation = Federation.of(config, data, clients, student)
+    method, data = _make_algorithm(config), data or load_federated_data(config, dataset)
+    student = method.is_distillation and data.n_proxy > 0
+    federation = FederationSpec.from_config(config, data, clients, student)
     if config.privacy is not None:
-        federation = replace(federation, privacy=config.privacy.provisional())
-    method, derived = method.resolve(federation.cards)
-    cards = federation.cards
-    if method.one_by_one:
+        federation = replace(federation, privacy=config.privacy.with_placeholder_noise())
+    method, derived = method.configure(federation.client_infos)
+    cards = federation.client_infos
+    if method.has_models_per_client:
         federation = federation.with_models(
-            {id: method.architecture(card) for id, card in cards.items()}
+            {id: method.model_spec(card) for id, card in cards.items()}
         )
     else:
         federation = federation.with_models(
-            [method.architecture(cards[kind.first]) for kind in cards.kinds]
+            [method.model_spec(cards[kind.first]) for kind in cards.profiles]
         )
     name = config.algorithm["name"]
     config = config.model_copy(
@@ -197,36 +212,36 @@ def prepare(
     notes = [
         *data.notes,
         *derived,
-        *check(name, method, federation),
+        *check_compatibility(name, method, federation),
         *check_robustness(name, config, method, federation),
     ]
-    config, federation, paced = set_pace(config, method, federation)
+    config, federation, paced = set_run_mode(config, method, federation)
     notes += paced
-    config, federation, budget = _private(config, method, federation)
+    config, federation, budget = _solve_privacy(config, method, federation)
     if budget is not None:
-        notes += [budget.told(), *weak_delta(federation)]
+        notes += [budget.description(), *weak_delta_note(federation)]
     if config.server.model and not student:
         notes.append(
             "server.model is not used: without a consensus on a proxy set there is nothing to distil a student from"
         )
-    if len(federation.readers) < len(clients) - (
-        len(federation.liars.ids) if federation.liars else 0
+    if len(federation.evaluated_clients) < len(clients) - (
+        len(federation.malicious.ids) if federation.malicious else 0
     ):
         notes.append(
-            f"the models of {len(federation.readers):,} of {len(clients):,} clients are read, each time the same "
+            f"the models of {len(federation.evaluated_clients):,} of {len(clients):,} clients are read, each time the same "
             "(evaluation.clients)"
         )
-    for own in {kind.settings.objective for kind in clients.kinds}:
-        own_objective(own, federation.task)
+    for own in {kind.settings.objective for kind in clients.profiles}:
+        load_objective(own, federation.task)
     choose_device(config.runtime.device)
-    notes += Conditions.of(federation, config).notes()
-    return Prepared(
+    notes += SimulationEnvironment.from_config(federation, config).notes()
+    return PreparedRun(
         config,
         method,
         federation,
         data,
         notes,
-        _inherited(config.init_from, federation, permission),
+        _load_inherited_models(config.init_from, federation, permission),
         budget,
         headline,
     )
@@ -241,24 +256,26 @@ def _headline(config: Config, dataset: Dataset | None, clients: int) -> str:
     method = f"method: {config.algorithm['name']}"
     if "algorithm" not in config.model_fields_set:
         method += " (default)"
-    who = plural(clients, "client")
+    who = pluralize(clients, "client")
     if not written & config.clients.model_fields_set:
         who += " (default)"
     return f"{data}; {method}; {who}"
 
 
-def _private(
-    config: Config, method: Algorithm, federation: Federation
-) -> tuple[Config, Federation, Budget | None]:
+def _solve_privacy(
+    config: Config, method: Algorithm, federation: FederationSpec
+) -> tuple[Config, FederationSpec, PrivacyBudget | None]:
     """The same with privacy's noise solved for, and what each round will have spent; None without privacy."""
     if config.privacy is None:
         return config, federation, None
     check_plan(config)
     check_privacy(config.algorithm["name"], method, federation)
-    budget = Budget.of(config.privacy, method, federation, config.rounds, config.clients.per_round)
-    privacy = budget.solved()
+    budget = PrivacyBudget.for_run(
+        config.privacy, method, federation, config.rounds, config.clients.per_round
+    )
+    privacy = budget.solved_privacy()
     federation = replace(federation, privacy=privacy)
-    PrivateSums(Expectations(method, federation), config.clients.per_round).check()
+    ServerPrivacy(ExpectedUploads(method, federation), config.clients.per_round).check_budget()
     return (
         config.model_copy(update={"privacy": privacy}),
         federation,
@@ -266,8 +283,8 @@ def _private(
     )
 
 
-def _inherited(
-    path: str | None, federation: Federation, permission: CodePermission
+def _load_inherited_models(
+    path: str | None, federation: FederationSpec, permission: CodePermission
 ) -> dict[str, SavedModel]:
     """The models of another run that fit clients of this one: same id, same architecture."""
     if path is None:
@@ -277,9 +294,13 @@ def _inherited(
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
     known = sorted(
-        (place, id) for id in models if (place := federation.cards.clients.place(id)) is not None
+        (place, id)
+        for id in models
+        if (place := federation.client_infos.clients.position(id)) is not None
     )
-    fitting = {id: models[id] for _, id in known if models[id].arch == federation.cards[id].arch}
+    fitting = {
+        id: models[id] for _, id in known if models[id].arch == federation.client_infos[id].arch
+    }
     if not fitting:
         raise UserError(
             f"init_from: none of the models in {path} fits a client of this run (same id, same model)"
@@ -288,7 +309,7 @@ def _inherited(
 
 
 @dataclass(frozen=True)
-class Draft:
+class DraftConfig:
     """A configuration of the right form whose algorithm has not been looked up; nothing that it names is imported.
 
     Args:
@@ -306,15 +327,15 @@ class Draft:
     written: dict[str, Any]
 
     @property
-    def code(self) -> dict[str, str]:
+    def code_references(self) -> dict[str, str]:
         """References to code, each with the key that names it."""
-        written = references(self.raw)
+        written = find_references(self.raw)
         return {
             name: written.get(name, key)
-            for name, key in references(self.config.model_dump()).items()
+            for name, key in find_references(self.config.model_dump()).items()
         }
 
-    def where(self, key: str) -> str:
+    def key_source(self, key: str) -> str:
         """Return where a key was set: the last override that names it, else the file."""
         where = self.source
         for override in self.overrides:
@@ -329,9 +350,9 @@ class Draft:
         or the last one within it if each of several makes the error.
         """
         key = line.partition(": ")[0]
-        where = self.where(key)
+        where = self.key_source(key)
         # The search applies other combinations of overrides, and must not import what one of them names.
-        names_code = bool(references([self.raw, self.written])) or any(
+        names_code = bool(find_references([self.raw, self.written])) or any(
             OWN in o for o in self.overrides
         )
         if where == self.source and not names_code:
@@ -340,13 +361,13 @@ class Draft:
 
     def _override_in(self, section: str, line: str) -> str | None:
         inside = [o for o in self.overrides if section == "here" or o.startswith(f"{section}.")]
-        if not inside or _mistake(self.written, []) == line:
+        if not inside or _find_mistake(self.written, []) == line:
             return None
         for override in reversed(inside):
-            if _mistake(self.written, [o for o in self.overrides if o != override]) != line:
+            if _find_mistake(self.written, [o for o in self.overrides if o != override]) != line:
                 return override
         outside = [o for o in self.overrides if o not in inside]
-        return inside[-1] if _mistake(self.written, outside) != line else None
+        return inside[-1] if _find_mistake(self.written, outside) != line else None
 
 
 def load_config(
@@ -368,58 +389,58 @@ def load_config(
     """
     overrides = override_list(overrides)
     draft = draft_config(source, overrides)
-    permission = CodePermission.of(allow_code).with_written(source, overrides)
-    permission.check(draft.code, draft.where)
+    permission = CodePermission.from_argument(allow_code).with_written(source, overrides)
+    permission.check(draft.code_references, draft.key_source)
     config = draft.config
-    if draft.code:
+    if draft.code_references:
         try:
             config = Config.model_validate(draft.raw, context={CONTEXT: True})
         except ValidationError as error:
-            raise draft.error(describe(error, draft.raw)) from None
-    made = config.model_copy(update={"algorithm": _algorithm(draft, permission)})
+            raise draft.error(describe_error(error, draft.raw)) from None
+    made = config.model_copy(update={"algorithm": _load_algorithm_config(draft, permission)})
     if "algorithm" not in config.model_fields_set:
         # the copy has it among the keys that were written
         made.model_fields_set.discard("algorithm")
     return made
 
 
-def draft_config(source: Source, overrides: Overrides = ()) -> Draft:
+def draft_config(source: Source, overrides: Overrides = ()) -> DraftConfig:
     """Read a configuration and check its form, without importing anything that it names. Raises UserError."""
     where = str(source) if isinstance(source, str | Path) else "configuration"
-    raw = read(Path(source)) if isinstance(source, str | Path) else plain(source)
+    raw = read_config_file(Path(source)) if isinstance(source, str | Path) else plain(source)
     if not raw and isinstance(source, str | Path):
         raise UserError(f"{where}: has no keys; name at least data, clients and algorithm")
     overrides = override_list(overrides)
     if is_tutorial(raw):
-        raw, overrides = translated(raw, overrides, where)
+        raw, overrides = translate_tutorial(raw, overrides, where)
     made = apply_overrides(raw, overrides)
     try:
-        return Draft(Config.model_validate(made), made, overrides, where, raw)
+        return DraftConfig(Config.model_validate(made), made, overrides, where, raw)
     except ValidationError as error:
-        unread = Draft(Config(), made, overrides, where, raw)
-        raise unread.error(describe(error, made, own=_own_keys(made))) from None
+        unread = DraftConfig(Config(), made, overrides, where, raw)
+        raise unread.error(describe_error(error, made, own=_method_keys(made))) from None
 
 
-def _mistake(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
+def _find_mistake(raw: dict[str, Any], overrides: Sequence[str]) -> str | None:
     """Return what is wrong with a configuration that names no code, None if nothing is."""
     try:
         made = apply_overrides(raw, overrides)
         _settings(Config.model_validate(made).algorithm)
     except ValidationError as error:
-        return describe(error, made, own=_own_keys(made))
+        return describe_error(error, made, own=_method_keys(made))
     except UserError as error:
         return str(error)
     return None
 
 
-def _algorithm(draft: Draft, permission: CodePermission) -> dict[str, Any]:
+def _load_algorithm_config(draft: DraftConfig, permission: CodePermission) -> dict[str, Any]:
     """Return the algorithm's settings, complete with its defaults. Raises UserError with the key's place."""
     try:
         settings = _settings(draft.config.algorithm)
     except UserError as error:
         raise draft.error(str(error)) from None
-    found = {name: f"algorithm.{key}" for name, key in references(settings).items()}
-    permission.check(found, draft.where)
+    found = {name: f"algorithm.{key}" for name, key in find_references(settings).items()}
+    permission.check(found, draft.key_source)
     try:
         return _settings(draft.config.algorithm, {CONTEXT: True}) if found else settings
     except UserError as error:
@@ -429,16 +450,16 @@ def _algorithm(draft: Draft, permission: CodePermission) -> dict[str, Any]:
 def _settings(
     given: Mapping[str, Any], context: Mapping[str, bool] | None = None
 ) -> dict[str, Any]:
-    from hetero_fl.algorithms import algorithm
+    from hetero_fl.algorithms import register_algorithm
 
     if "name" not in given and (meant := closest("name", given)) is not None:
         raise UserError(f"algorithm.{meant}: unknown key; did you mean 'name'?")
     if not isinstance(given.get("name"), str):
         raise UserError(
-            f"algorithm.name: found {given.get('name')!r}; choose from {', '.join(algorithm)}"
+            f"algorithm.name: found {given.get('name')!r}; choose from {', '.join(register_algorithm)}"
         )
     try:
-        kind = algorithm[given["name"]]
+        kind = register_algorithm[given["name"]]
     except UserError as error:
         raise UserError(f"algorithm.name: {error}") from None
     own = {k: v for k, v in given.items() if k != "name"}
@@ -446,14 +467,18 @@ def _settings(
         return {"name": given["name"], **kind.model_validate(own, context=context).model_dump()}
     except ValidationError as error:
         raise UserError(
-            f"{describe(error, own, kind, ['algorithm'])} (of {given['name']})"
+            f"{describe_error(error, own, kind, ['algorithm'])} (of {given['name']})"
         ) from None
 
 
-def _own_keys(raw: Mapping[str, Any]) -> list[str]:
+def _method_keys(raw: Mapping[str, Any]) -> list[str]:
     """The settings of the algorithm that a configuration names, whatever else is wrong with it."""
-    from hetero_fl.algorithms import algorithm
+    from hetero_fl.algorithms import register_algorithm
 
     named = raw.get("algorithm")
     name = named.get("name") if isinstance(named, dict) else None
-    return list(algorithm[name].model_fields) if isinstance(name, str) and name in algorithm else []
+    return (
+        list(register_algorithm[name].model_fields)
+        if isinstance(name, str) and name in register_algorithm
+        else []
+    )

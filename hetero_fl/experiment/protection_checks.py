@@ -16,23 +16,23 @@ from hetero_fl.algorithms.distillation import InitialPhase
 from hetero_fl.config import Config
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.config.robustness import AggregationConfig
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Plan
-from hetero_fl.engine.driver import carry_out
-from hetero_fl.federation.dry_run import Expectations
-from hetero_fl.federation.federation import Federation
-from hetero_fl.federation.method_calls import broadcast, told
-from hetero_fl.federation.sampling import draw_cohort
+from hetero_fl.engine.driver import run_plan
+from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.method_calls import call_broadcast, translate_user_errors
+from hetero_fl.federation.sampling import sample_cohort
 from hetero_fl.privacy.accounting import opacus_accountants
-from hetero_fl.privacy.client import travelling
+from hetero_fl.privacy.client import uploadable_items
 from hetero_fl.robustness.attacks import Attack
-from hetero_fl.robustness.robust_means import PARAMETERS, RuledModels, Rules
+from hetero_fl.robustness.robust_means import PARAMETERS, AggregationRules, RobustModelMeans
 from hetero_fl.robustness.rules import PredictionRule, Rule, prediction_rule, rule
 from hetero_fl.utils.code_permission import OWN
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.registry import imported
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.registry import import_reference
 from model_zoo import is_batch_norm, model_options
 
 # What cannot be had together with `privacy`, refused before anything is computed, in one line that
@@ -70,7 +70,7 @@ def check_plan(config: Config) -> None:
         raise UserError(
             "privacy.distributed: needs channel.secure_sum: of a single upload the server would see all but a little noise"
         )
-    if privacy.unit == "client" and (key := single_uploads(config)) is not None:
+    if privacy.unit == "client" and (key := single_upload_reason(config)) is not None:
         raise UserError(
             f"{key}: cannot be had with {where}: noise is added to sums; take unit: record or local"
         )
@@ -81,18 +81,22 @@ def check_plan(config: Config) -> None:
         )
     if privacy.unit == "client" and config.channel.compress:
         raise UserError(
-            f"channel.compress: found {config.channel.compress[0].name}, which changes uploads after they were bounded, with "
+            f"channel.compress: found {config.channel.compress[0].kind}, which changes uploads after they were bounded, with "
             f"{where}; take unit: record or local"
         )
 
 
-def weak_delta(federation: Federation) -> list[str]:
+def weak_delta_note(federation: FederationSpec) -> list[str]:
     """A line where δ would allow to give one of those protected away as it is: to publish a random one costs δ = 1/n."""
     privacy = federation.privacy
     if privacy is None:
         return []
     rows = privacy.unit == "record"
-    n = min(federation.cards[id].n for id in federation.some) if rows else len(federation.cards)
+    n = (
+        min(federation.client_infos[id].num_rows for id in federation.num_evaluated)
+        if rows
+        else len(federation.client_infos)
+    )
     if privacy.delta * n < 1:
         return []
     whose = f"the {n} training rows of the smallest client" if rows else f"{n} clients"
@@ -101,7 +105,7 @@ def weak_delta(federation: Federation) -> list[str]:
     ]
 
 
-def check_privacy(name: str, algorithm: Algorithm, federation: Federation) -> None:
+def check_privacy(name: str, algorithm: Algorithm, federation: FederationSpec) -> None:
     """Raises UserError for what differential privacy cannot be given to."""
     privacy = federation.privacy
     if privacy is None:
@@ -109,11 +113,11 @@ def check_privacy(name: str, algorithm: Algorithm, federation: Federation) -> No
     if privacy.unit == "record" or privacy.accountant == "rdp" or privacy.poisson_cohorts:
         opacus_accountants()
     where = f"{PRIVACY}: found {privacy.unit}"
-    if algorithm.everybody and not algorithm.uploads:
+    if algorithm.needs_all_clients and not algorithm.uploads:
         raise UserError(
             f"{where}, but algorithm.name: {name} brings all private rows together in one place"
         )
-    for kind in federation.cards.kinds:
+    for kind in federation.client_infos.profiles:
         if kind.settings.preprocess.normalize == "own":
             raise UserError(
                 f"clients: {kind.first}: preprocess.normalize: found own, statistics of private rows that nobody noised; "
@@ -124,7 +128,7 @@ def check_privacy(name: str, algorithm: Algorithm, federation: Federation) -> No
             f"algorithm.initial_phase: found true, with {where}: its epochs on private rows are not accounted; set it to "
             "false, or take unit: client or local"
         )
-    items = travelling(algorithm, federation)
+    items = uploadable_items(algorithm, federation)
     for item, spec in items.items():
         if spec.kind == "rows" and spec.rows_of == "train":
             raise UserError(
@@ -132,32 +136,32 @@ def check_privacy(name: str, algorithm: Algorithm, federation: Federation) -> No
             )
     if privacy.unit == "record":
         _check_norms(algorithm, federation, where)
-        _check_reading(name, algorithm, federation)
+        _check_evaluation(name, algorithm, federation)
     else:
-        _check_whole(name, algorithm, federation, where, privacy)
+        _check_client_unit(name, algorithm, federation, where, privacy)
 
 
-def _check_norms(algorithm: Algorithm, federation: Federation, where: str) -> None:
+def _check_norms(algorithm: Algorithm, federation: FederationSpec, where: str) -> None:
     """The gradient of one row under BatchNorm is a function of its whole batch."""
-    seen: set[Architecture] = set()
-    for kind in federation.cards.kinds:
-        for slot, arch in {"model": kind.arch, **algorithm.extras(kind.arch)}.items():
+    seen: set[ModelSpec] = set()
+    for kind in federation.client_infos.profiles:
+        for slot, arch in {"model": kind.arch, **algorithm.extra_models(kind.arch)}.items():
             if arch not in seen and has_batch_norm(arch):
                 key = f"clients: {kind.first}: model" if slot == "model" else f"algorithm.{slot}"
                 raise UserError(
                     f"{key}: found {arch.name}, whose BatchNorm mixes the rows of a batch, with {where}; "
-                    f"take {group_norm(arch.name)}"
+                    f"take {group_norm_variant(arch.name)}"
                 )
             seen.add(arch)
 
 
-def has_batch_norm(arch: Architecture) -> bool:
+def has_batch_norm(arch: ModelSpec) -> bool:
     """Whether a model has BatchNorm anywhere."""
     with torch.random.fork_rng(devices=[]):
         return any(map(is_batch_norm, arch.build().modules()))
 
 
-def group_norm(name: str) -> str:
+def group_norm_variant(name: str) -> str:
     """The model with GroupNorm in place of a model's BatchNorm, as a configuration names it."""
     if "_bn_" in name:
         return name.replace("_bn_", "_gn_")
@@ -166,45 +170,50 @@ def group_norm(name: str) -> str:
     return "{name: resnet18_small, norm: group}" if "resnet" in name else "cnn_gn_small"
 
 
-@told()
-def _check_reading(name: str, algorithm: Algorithm, federation: Federation) -> None:
+@translate_user_errors()
+def _check_evaluation(name: str, algorithm: Algorithm, federation: FederationSpec) -> None:
     """Only training is noised and accounted: a deployed model that is made from private rows would be known in the clear."""
-    expectations, server = Expectations(algorithm, federation), federation.server()
-    algorithm.start(server)
-    for kind in federation.cards.kinds:
-        card = federation.cards[kind.first]
-        client, got = expectations.stand_in(card, 0), broadcast(algorithm, server, card)
-        for hook in (algorithm.deploy, algorithm.personalise):
-            if _reads_rows(expectations, client, hook(client, got)):
+    expectations, server = ExpectedUploads(algorithm, federation), federation.server()
+    algorithm.setup(server)
+    for kind in federation.client_infos.profiles:
+        card = federation.client_infos[kind.first]
+        client, got = (
+            expectations.placeholder_client(card, 0),
+            call_broadcast(algorithm, server, card),
+        )
+        for hook in (algorithm.deploy, algorithm.personalize):
+            if _reads_private_rows(expectations, client, hook(client, got)):
                 raise UserError(
                     f"{PRIVACY}: found record, but algorithm.name: {name} trains on private rows before a model is read, "
                     "which nothing accounts for"
                 )
         try:
-            expectations.rehearsed(card, got, 0)
+            expectations.dry_run_upload(card, got, 0)
         except UserError as error:
             raise UserError(
                 f"{PRIVACY}: found record, but algorithm.name: {name} {error}"
             ) from None
 
 
-def _reads_rows(expectations: Expectations, client: Participant, plan: Plan[None]) -> bool:
-    tally = expectations.protection.tally(expectations.performer)
+def _reads_private_rows(
+    expectations: ExpectedUploads, client: Participant, plan: Plan[None]
+) -> bool:
+    tally = expectations.protection.make_ledger(expectations.backend)
     assert tally is not None  # records are private
-    carry_out(plan, client, tally)
-    return bool(tally.charges[client.id])
+    run_plan(plan, client, tally)
+    return bool(tally.charges[client.participant_id])
 
 
-def _check_whole(
-    name: str, algorithm: Algorithm, federation: Federation, where: str, privacy: PrivacyConfig
+def _check_client_unit(
+    name: str, algorithm: Algorithm, federation: FederationSpec, where: str, privacy: PrivacyConfig
 ) -> None:
     """A client's whole upload is bounded: sums, in a form that tells nothing, from what it received the same round."""
-    items = travelling(algorithm, federation)
+    items = uploadable_items(algorithm, federation)
     if isinstance(privacy.clip, dict):
         for item in privacy.clip:
             if item not in algorithm.uploads:
                 raise UserError(
-                    f"privacy.clip: {name} uploads no '{item}'{nearest(item, algorithm.uploads)}"
+                    f"privacy.clip: {name} uploads no '{item}'{suggest_or_list(item, algorithm.uploads)}"
                 )
     if privacy.votes and (
         federation.task.kind != "multiclass" or not any(spec.says for spec in items.values())
@@ -222,14 +231,14 @@ def _check_whole(
                 f"{where}, but algorithm.name: {name} needs single uploads ('{item}'); noise is added to their sum. "
                 "Take unit: local"
             )
-    for kind in federation.cards.kinds:
+    for kind in federation.client_infos.profiles:
         if kind.settings.share_every > 1:
             raise UserError(
                 f"clients: {kind.first}: share_every: found {kind.settings.share_every}, with {where}; an update is measured "
                 "from what was received in the same round"
             )
-        sent = algorithm.portion(
-            kind.arch, federation.initial(kind.arch), algorithm.part(kind.settings)
+        sent = algorithm.shareable_tensors(
+            kind.arch, federation.initial_tensors(kind.arch), algorithm.shared_part(kind.settings)
         )
         if (
             any(spec.kind == "params" for spec in items.values())
@@ -237,19 +246,21 @@ def _check_whole(
         ):
             raise UserError(
                 f"clients: {kind.first}: model: found {kind.arch.name}, whose BatchNorm statistics would be noised, with "
-                f"{where}; take {group_norm(kind.arch.name)}, or fedbn, where they stay"
+                f"{where}; take {group_norm_variant(kind.arch.name)}, or fedbn, where they stay"
             )
     _check_form(name, algorithm, federation, where)
 
 
-@told()
-def _check_form(name: str, algorithm: Algorithm, federation: Federation, where: str) -> None:
+@translate_user_errors()
+def _check_form(name: str, algorithm: Algorithm, federation: FederationSpec, where: str) -> None:
     """Only floats can be noised, and parameters are to start from something."""
-    expectations, server = Expectations(algorithm, federation), federation.server()
-    algorithm.start(server)
-    for kind in federation.cards.kinds:
-        card = federation.cards[kind.first]
-        for item, sent in expectations.of(card, broadcast(algorithm, server, card), 0).items():
+    expectations, server = ExpectedUploads(algorithm, federation), federation.server()
+    algorithm.setup(server)
+    for kind in federation.client_infos.profiles:
+        card = federation.client_infos[kind.first]
+        for item, sent in expectations.expected_items(
+            card, call_broadcast(algorithm, server, card), 0
+        ).items():
             whole = sent.values if isinstance(sent.values, dict) else {item: sent.values}
             if any(not t.is_floating_point() for t in whole.values()):
                 raise UserError(
@@ -265,10 +276,10 @@ def _check_form(name: str, algorithm: Algorithm, federation: Federation, where: 
 # would have no effect, and rules that could not bear their liars, are refused in one line.
 
 KEYS = {"rule": "parameters", "predictions": "predictions", "statistics": "class sums"}
-WORDS = {"data": "labelled rows", "updates": "updates", "rows": "predictions"}
+DESCRIPTIONS = {"data": "labelled rows", "updates": "updates", "rows": "predictions"}
 
 
-def single_uploads(config: Config) -> str | None:
+def single_upload_reason(config: Config) -> str | None:
     """The key, with its value, for whose sake the server has to see single uploads; None if sums will do."""
     for key in KEYS:
         if (value := getattr(config.aggregation, key)) != "mean":
@@ -277,19 +288,19 @@ def single_uploads(config: Config) -> str | None:
 
 
 @dataclass
-class Round:
+class DryRound:
     """A round without computing, by kind of client: what a client of each sends, and what the server asked for in one piece."""
 
-    sent: dict[str, Mapping[str, Item]]  # by the kind's first client
+    uploads: dict[str, Mapping[str, Item]]  # by the kind's first client
     combined: set[tuple[str, str]]
     ranks: bool  # whether something is sent as factors
 
 
 def check_robustness(
-    name: str, config: Config, algorithm: Algorithm, federation: Federation
+    name: str, config: Config, algorithm: Algorithm, federation: FederationSpec
 ) -> list[str]:
     """Raises UserError for rules and attacks that cannot work here; returns lines that tell what is not covered."""
-    key = single_uploads(config)
+    key = single_upload_reason(config)
     if key is None:
         return []
     if federation.channel.secure_sum is not None:
@@ -297,18 +308,20 @@ def check_robustness(
             f"{key}: needs single uploads, but channel.secure_sum tells only their sum; leave one of them out"
         )
     _check_names(config, federation)
-    if algorithm.everybody or not algorithm.uploads:
+    if algorithm.needs_all_clients or not algorithm.uploads:
         raise UserError(
             f"{key}: {name} has no uploads that a federation would combine; take another algorithm.name"
         )
     held = _dry_round(algorithm, federation)
     notes = (
-        [] if config.aggregation.plain else _check_rules(name, config, algorithm, federation, held)
+        []
+        if config.aggregation.is_plain_mean
+        else _check_rules(name, config, algorithm, federation, held)
     )
     return [*notes, *_check_attacks(name, federation, held)]
 
 
-def _check_names(config: Config, federation: Federation) -> None:
+def _check_names(config: Config, federation: FederationSpec) -> None:
     found: list[tuple[str, str, type]] = []
     if config.aggregation.rule.startswith(OWN):
         found.append(("aggregation.rule", config.aggregation.rule, Rule))
@@ -317,45 +330,48 @@ def _check_names(config: Config, federation: Federation) -> None:
     if config.attacks is not None and config.attacks.name.startswith(OWN):
         found.append(("attacks.name", config.attacks.name, Attack))
     for key, value, base in found:
-        imported(value, key, base)
+        import_reference(value, key, base)
 
 
-@told()
-def _dry_round(algorithm: Algorithm, federation: Federation) -> Round:
+@translate_user_errors()
+def _dry_round(algorithm: Algorithm, federation: FederationSpec) -> DryRound:
     """The first round in which everybody sends, with one client of each kind."""
-    intervals = {kind.settings.share_every for kind in federation.cards.kinds}
-    index = min(math.lcm(*intervals), federation.rounds) - 1
-    server, expectations = federation.server(), Expectations(algorithm, federation)
-    server.clock = federation.clock(index)
-    algorithm.start(server)
+    intervals = {kind.settings.share_every for kind in federation.client_infos.profiles}
+    index = min(math.lcm(*intervals), federation.num_rounds) - 1
+    server, expectations = federation.server(), ExpectedUploads(algorithm, federation)
+    server.round_context = federation.round_context(index)
+    algorithm.setup(server)
     sent, uploads = {}, []
-    for kind in federation.cards.kinds:
-        card = federation.cards[kind.first]
-        sent[card.id] = expectations.of(card, broadcast(algorithm, server, card), index)
-        uploads.append(Upload(card, Payload(dict(sent[card.id]))))
+    for kind in federation.client_infos.profiles:
+        card = federation.client_infos[kind.first]
+        sent[card.client_id] = expectations.expected_items(
+            card, call_broadcast(algorithm, server, card), index
+        )
+        uploads.append(Upload(card, Payload(dict(sent[card.client_id]))))
     round = Uploads(uploads, algorithm.uploads, federation.common)
-    carry_out(algorithm.aggregate(server, round), server, expectations.performer)
-    return Round(sent, round.combined, any(spec.ranks for spec in algorithm.uploads.values()))
+    run_plan(algorithm.aggregate(server, round), server, expectations.backend)
+    return DryRound(sent, round.combined, any(spec.ranks for spec in algorithm.uploads.values()))
 
 
 # Rules ---------------------------------------------------------------------------------------------------------------
 def _check_rules(
-    name: str, config: Config, algorithm: Algorithm, federation: Federation, held: Round
+    name: str, config: Config, algorithm: Algorithm, federation: FederationSpec, dry_round: DryRound
 ) -> list[str]:
     terms = config.aggregation
     kinds = {"rule": "models", "predictions": "rows", "statistics": "class_sums"}
     asked = {
-        key: sorted(n for n, how in held.combined if how == kind) for key, kind in kinds.items()
+        key: sorted(n for n, how in dry_round.combined if how == kind)
+        for key, kind in kinds.items()
     }
     values = {key: str(getattr(terms, key)) for key in KEYS}
-    summed = {n for n, how in held.combined if how == "counts"}
+    summed = {n for n, how in dry_round.combined if how == "counts"}
     for key, items in asked.items():
         if values[key] != "mean" and not items:
             raise UserError(
                 f"aggregation.{key}: found '{values[key]}', but {name} combines no {KEYS[key]} that clients send here; "
                 "leave it at 'mean'"
             )
-    apart = [n for n, how in held.combined if how in PARAMETERS]
+    apart = [n for n, how in dry_round.combined if how in PARAMETERS]
     if terms.rule != "mean" and apart:
         raise UserError(
             f"aggregation.rule: found '{terms.rule}', but {name} averages '{apart[0]}' apart from its model"
@@ -381,8 +397,8 @@ def _check_rules(
     for count in _cohorts(config, federation):
         for key, how in hows.items():
             for item in asked[key]:
-                for who, senders in _owners(item, key, held, count, algorithm, federation):
-                    _bears(f"aggregation.{key}: {values[key]}", how, terms, who, senders)
+                for who, senders in _owners(item, key, dry_round, count, algorithm, federation):
+                    _check_tolerance(f"aggregation.{key}: {values[key]}", how, terms, who, senders)
     return [
         f"aggregation.{key} is mean: a liar among the senders of {', '.join(items)} is not held back"
         for key, items in asked.items()
@@ -393,38 +409,40 @@ def _check_rules(
 
 
 def _check_root(
-    terms: AggregationConfig, algorithm: Algorithm, federation: Federation, items: list[str]
+    terms: AggregationConfig, algorithm: Algorithm, federation: FederationSpec, items: list[str]
 ) -> None:
     """The server's own update is made of whole models on the proxy set."""
     where, cards = (
         f"aggregation.rule: {terms.rule}",
-        [federation.cards[kind.first] for kind in federation.cards.kinds],
+        [federation.client_infos[kind.first] for kind in federation.client_infos.profiles],
     )
     if not all(card.has_proxy for card in cards):
         raise UserError(
             f"{where} compares with what the server makes of the proxy set; found data.proxy.size 0, or a client without"
         )
     whole = all(
-        algorithm.part(c.settings) is None and algorithm.takes(c.settings, 0) is None for c in cards
+        algorithm.shared_part(c.settings) is None and algorithm.download_part(c.settings, 0) is None
+        for c in cards
     )
     if (
         items != ["model"]
         or not whole
         or federation.common
-        or any(algorithm.family(c) != c.arch.id for c in cards)
+        or any(algorithm.aggregation_group(c) != c.arch.spec_id for c in cards)
     ):
         raise UserError(
             f"{where} is for whole models averaged by architecture; take another rule, or FedAvg, Hybrid"
         )
 
 
-def _cohorts(config: Config, federation: Federation) -> Iterator[Counter[str]]:
+def _cohorts(config: Config, federation: FederationSpec) -> Iterator[Counter[str]]:
     """Of every round's cohort that is unlike the ones before, how many are of each kind (by its first client)."""
     seen: set[frozenset[tuple[str, int]]] = set()
     per_round = config.clients.per_round
-    for index in range(federation.rounds if per_round is not None else 1):
+    for index in range(federation.num_rounds if per_round is not None else 1):
         count = Counter(
-            federation.cards.kind(id).first for id in draw_cohort(federation, per_round, index)
+            federation.client_infos.profile(id).first
+            for id in sample_cohort(federation, per_round, index)
         )
         if (mark := frozenset(count.items())) not in seen:
             seen.add(mark)
@@ -434,55 +452,57 @@ def _cohorts(config: Config, federation: Federation) -> Iterator[Counter[str]]:
 def _owners(
     item: str,
     key: str,
-    held: Round,
+    dry_round: DryRound,
     count: Counter[str],
     algorithm: Algorithm,
-    federation: Federation,
+    federation: FederationSpec,
 ) -> Iterator[tuple[str, int]]:
     """How many of a cohort send an item, or for models each block of it; with words for whose it is."""
-    senders = [first for first in held.sent if item in held.sent[first]]
+    senders = [first for first in dry_round.uploads if item in dry_round.uploads[first]]
     if key != "rule":
         spec = algorithm.uploads.get(item)
         # predictions that the server makes of models are voices, too
         made = spec is not None and spec.use == "each"
-        yield item, sum(count[first] for first in (held.sent if made else senders))
+        yield item, sum(count[first] for first in (dry_round.uploads if made else senders))
         return
-    cards = [federation.cards[first] for first in senders]
-    models = RuledModels(
-        item, Rules(federation.aggregation, federation.task), cards, federation.common
+    cards = [federation.client_infos[first] for first in senders]
+    models = RobustModelMeans(
+        item, AggregationRules(federation.aggregation, federation.task), cards, federation.common
     )
     for first, card in zip(senders, cards, strict=True):
-        values = held.sent[first][item].values
+        values = dry_round.uploads[first][item].values
         across = algorithm.uploads[item].across
-        models.add("" if across else card.arch.id, values if isinstance(values, dict) else {}, 1.0)
+        models.add(
+            "" if across else card.arch.spec_id, values if isinstance(values, dict) else {}, 1.0
+        )
     for (group, places), owners in models.blocks().items():
         if total := sum(count[senders[place]] for place in places):
             yield f"{owners[0][0]} of {group}" if group else owners[0][0], total
 
 
-def _bears(
-    key: str, how: Rule | PredictionRule, terms: AggregationConfig, who: str, senders: int
+def _check_tolerance(
+    key: str, rule: Rule | PredictionRule, terms: AggregationConfig, description: str, senders: int
 ) -> None:
-    liars = terms.liars_among(senders)
-    if senders < (least := how.least(liars)):
-        most = max((f for f in range(senders) if how.least(f) <= senders), default=0)
+    liars = terms.num_malicious(senders)
+    if senders < (least := rule.min_clients(liars)):
+        most = max((f for f in range(senders) if rule.min_clients(f) <= senders), default=0)
         help = "give a model to more clients, or leave the rule out"
         if most:
             help = f"aggregation.liars may be {most} at most"
         raise UserError(
             f"{key} bears {liars} liar{'s' if liars != 1 else ''} (aggregation.liars: {terms.liars:g}) among {least} clients or "
-            f"more, but {senders} send {who}; {help}"
+            f"more, but {senders} send {description}; {help}"
         )
 
 
 # Attacks -------------------------------------------------------------------------------------------------------------
-def _check_attacks(name: str, federation: Federation, held: Round) -> list[str]:
-    liars, task = federation.liars, federation.task
+def _check_attacks(name: str, federation: FederationSpec, dry_round: DryRound) -> list[str]:
+    liars, task = federation.malicious, federation.task
     if liars is None:
         return []
     config, acts_on = liars.config, liars.attack.acts_on
     where = f"attacks.name: {config.name}"
-    items = [item for sent in held.sent.values() for item in sent.values()]
+    items = [item for sent in dry_round.uploads.values() for item in sent.values()]
     rows = [
         i
         for i in items
@@ -492,9 +512,9 @@ def _check_attacks(name: str, federation: Federation, held: Round) -> list[str]:
     there = {"data": True, "rows": bool(rows), "updates": bool(updates)}
     if acts_on and not any(there[what] for what in acts_on):
         raise UserError(
-            f"{where} acts on {' and '.join(WORDS[w] for w in sorted(acts_on))}, of which {name} sends none here"
+            f"{where} acts on {' and '.join(DESCRIPTIONS[w] for w in sorted(acts_on))}, of which {name} sends none here"
         )
-    if "updates" in acts_on and held.ranks:
+    if "updates" in acts_on and dry_round.ranks:
         raise UserError(
             f"{where}: {name} sends factors of updates, which it cannot forge; take label_flip"
         )
@@ -505,17 +525,17 @@ def _check_attacks(name: str, federation: Federation, held: Round) -> list[str]:
             f"{where} is for classes that exclude one another, but data.name has a {task.kind} task"
         )
     if liars.has_trigger and any(
-        len(kind.arch.input_shape) != 3 for kind in federation.cards.kinds
+        len(kind.arch.input_shape) != 3 for kind in federation.client_infos.profiles
     ):
         raise UserError(
             f"{where} stamps images, but examples of data.name are none to every client"
         )
-    if config.from_round > federation.rounds:
+    if config.from_round > federation.num_rounds:
         raise UserError(
-            f"attacks.from_round: found {config.from_round}, but the run ends with round {federation.rounds}: nobody would lie"
+            f"attacks.from_round: found {config.from_round}, but the run ends with round {federation.num_rounds}: nobody would lie"
         )
     sides = (
-        [side for kind in federation.cards.kinds for side in kind.arch.input_shape[1:]]
+        [side for kind in federation.client_infos.profiles for side in kind.arch.input_shape[1:]]
         if liars.has_trigger
         else []
     )
@@ -529,9 +549,9 @@ def _check_attacks(name: str, federation: Federation, held: Round) -> list[str]:
         raise UserError(
             f"attacks.{key}: found class {max(classes)}, but there are {task.outputs}, from 0"
         )
-    listed = liars.listed
+    listed = liars.sorted_ids
     shown = ", ".join(listed[:6]) + (f" and {len(listed) - 6:,} more" if len(listed) > 6 else "")
     return [
-        f"{len(listed):,} of {len(federation.cards):,} clients lie ({config.name}, from round {config.from_round}): {shown}; all "
+        f"{len(listed):,} of {len(federation.client_infos):,} clients lie ({config.name}, from round {config.from_round}): {shown}; all "
         "figures are means over the honest"
     ]

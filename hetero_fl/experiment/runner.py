@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hetero_fl.config import Config, deciding, difference, resolved
+from hetero_fl.config import Config, describe_difference, resolve_config, resume_relevant
 from hetero_fl.config.load import Overrides
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset
-from hetero_fl.experiment.preparation import Engage, Prepared, prepare
+from hetero_fl.experiment.preparation import Engage, PreparedRun, prepare
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.executors.choose import Choice, choose, engine
-from hetero_fl.federation.state_store import Private, Store
-from hetero_fl.federation.trainer import Readings, Record, Session, record_readings
+from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor, require_engine
+from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.federation.trainer import EvaluationResult, FederatedTrainer, Record, add_evaluation
 from hetero_fl.reporting.integrity import check_resumable, evidence_of_start, identity, inspect
 from hetero_fl.reporting.progress import Progress, writer_callback
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, locked
-from hetero_fl.reporting.summary import Patience, details_of, summarise
-from hetero_fl.utils.code_permission import CodePermission, references
+from hetero_fl.reporting.run_directory import LOG, RunDirectory, check_vacant, has_run, lock_folder
+from hetero_fl.reporting.summary import Patience, collect_details, summarize
+from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.environment import describe_environment
 from hetero_fl.utils.errors import Interrupted, UserError
-from hetero_fl.utils.processes import leave_if_importing
+from hetero_fl.utils.processes import exit_if_importing
 from hetero_fl.utils.serialization import write_atomically
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,53 +42,53 @@ if TYPE_CHECKING:
 Callback = Callable[[Record], None]
 
 
-def carry_out(
-    prepared: Prepared,
+def run_rounds(
+    prepared: PreparedRun,
     directory: RunDirectory,
-    choice: Choice,
+    choice: ExecutorChoice,
     progress: Progress,
     callbacks: Sequence[Callback],
-    engage: Engage | None = None,
+    executor_factory: Engage | None = None,
 ) -> None:
     """All rounds that are still to be held, and what is made of them; every round is safe on disk before the next."""
     begun, config = time.perf_counter(), prepared.config
-    store = Store(directory.path / "checkpoint", config.runtime.store_memory << 20)
-    rounds = prepared.rounds(choice, store, progress.log, engage)
-    rounds.executor.watch(progress.task)
+    store = StateStore(directory.path / "checkpoint", config.runtime.store_memory << 20)
+    rounds = prepared.make_trainer(choice, store, progress.log, executor_factory)
+    rounds.executor.set_listener(progress.show_task)
     try:
-        _hold(prepared, directory, rounds, choice, progress, callbacks, begun)
+        _run_remaining_rounds(prepared, directory, rounds, choice, progress, callbacks, begun)
     finally:
         rounds.executor.close()
 
 
-def _hold(
-    prepared: Prepared,
+def _run_remaining_rounds(
+    prepared: PreparedRun,
     directory: RunDirectory,
-    rounds: Session,
-    choice: Choice,
+    rounds: FederatedTrainer,
+    choice: ExecutorChoice,
     progress: Progress,
     callbacks: Sequence[Callback],
-    begun: float,
+    start_round: float,
 ) -> None:
     config = prepared.config
     checkpoints = Checkpoints(rounds.store, progress.log)
-    fingerprint, traces = prepared.data.content_hash(), rounds.conditions.devices.fingerprint
+    fingerprint, traces = prepared.data.content_hash(), rounds.environment.devices.fingerprint
 
     about: dict[str, Any] = {}
 
     def save() -> None:
         state = {
-            "run": rounds.tree(),
+            "run": rounds.state_dict(),
             "data": fingerprint,
             "traces": traces,
             "choice": choice.record(),
         }
         state["directory"] = about | {"metrics": directory.metrics_checksum()}
         checkpoints.save(rounds.completed, state)
-        rounds.saved()
+        rounds.on_checkpoint()
 
-    planned = config.rounds if prepared.budget is None else prepared.budget.affordable()
-    saved = checkpoints.newest()
+    planned = config.rounds if prepared.budget is None else prepared.budget.affordable_rounds()
+    saved = checkpoints.load_newest()
     if saved is not None:
         check_resumable(directory, saved)
         if saved["data"] != fingerprint:
@@ -100,10 +100,10 @@ def _hold(
                 f"devices.file: {config.devices and config.devices.file} is not what this run began with"
             )
         if saved["run"]["completed"] < planned:
-            saved = _reopened(directory, checkpoints, saved, config.evaluation.every)
-        rounds.restore(saved["run"])
-        rounds.saved()
-        how = f"{choice.executor} executor, {plural(choice.threads, 'thread')}, {plural(choice.workers, 'worker')}"
+            saved = _reopen_directory(directory, checkpoints, saved, config.evaluation.every)
+        rounds.load_state_dict(saved["run"])
+        rounds.on_checkpoint()
+        how = f"{choice.executor} executor, {pluralize(choice.threads, 'thread')}, {pluralize(choice.workers, 'worker')}"
         progress.log(f"resumed after round {rounds.completed}; {how}")
     elif evidence := evidence_of_start(directory):
         raise UserError(
@@ -115,7 +115,7 @@ def _hold(
     prepared.notes += extended
     about |= {**identity(directory), "rounds": config.rounds, "extended": extended}
     if saved is None:
-        start_from(prepared.inherited, rounds)
+        load_inherited_models(prepared.inherited, rounds)
         save()
         for note in [prepared.headline, *prepared.notes, *choice.reasons]:
             progress.log(note)
@@ -123,13 +123,15 @@ def _hold(
         *callbacks,
         *([writer_callback(directory.path)] if config.output.tensorboard else []),
     ]
-    patience = Patience(prepared.federation.task, config.evaluation.patience, _history(directory))
-    setup = time.perf_counter() - begun
+    patience = Patience(
+        prepared.federation.task, config.evaluation.patience, _read_history(directory)
+    )
+    setup = time.perf_counter() - start_round
     progress.unit = prepared.federation.task.unit
-    progress.start(config.rounds, len(prepared.federation.cards), rounds.completed)
-    readings: Readings | None = None
+    progress.start(config.rounds, len(prepared.federation.client_infos), rounds.completed)
+    readings: EvaluationResult | None = None
     while rounds.completed < planned and not patience.exhausted:
-        record = rounds.round()
+        record = rounds.run_round()
         if prepared.budget is not None:
             spent = prepared.budget.epsilon(rounds.completed)
             privacy = prepared.budget.privacy
@@ -143,7 +145,7 @@ def _hold(
         save()
         for callback in listeners:
             callback(record)
-        progress.round(record)
+        progress.finish_round(record)
     if patience.exhausted:
         progress.log(
             f"stopped after round {rounds.completed}: no better validation in {config.evaluation.patience} evaluations"
@@ -153,10 +155,10 @@ def _hold(
         progress.log(
             f"stopped after round {planned}: the next would bring ε to {over:.3g}, above privacy.target_epsilon {target:g}"
         )
-    _finish(prepared, directory, rounds, readings, _history(directory), setup, progress)
+    _finish(prepared, directory, rounds, readings, _read_history(directory), setup, progress)
 
 
-def _reopened(
+def _reopen_directory(
     directory: RunDirectory, checkpoints: Checkpoints, saved: dict[str, Any], every: int
 ) -> dict[str, Any]:
     """Prepare a run directory for more rounds; returns the checkpoint from which they follow.
@@ -167,7 +169,7 @@ def _reopened(
     directory.reopen()
     completed = saved["run"]["completed"]
     if completed % every and "validation" in directory.metrics()[completed - 1]:
-        return checkpoints.back_before(completed) or checkpoints.newest() or saved
+        return checkpoints.load_before(completed) or checkpoints.load_newest() or saved
     return saved
 
 
@@ -184,59 +186,62 @@ def _extend(
     extended = list(about.get("extended", []))
     if (planned := about.get("rounds", recorded.get("rounds", rounds))) < rounds:
         completed = saved["run"]["completed"]
-        line = f"extended from {planned} to {plural(rounds, 'round')} after round {completed}; schedules use the new total"
+        line = f"extended from {planned} to {pluralize(rounds, 'round')} after round {completed}; schedules use the new total"
         progress.log(line)
         extended.append(line)
     return extended
 
 
-def _history(directory: RunDirectory) -> list[Record]:
+def _read_history(directory: RunDirectory) -> list[Record]:
     """The records so far; they are not held in memory while a run goes on, however long."""
     return directory.metrics() if (directory.path / "metrics.jsonl").exists() else []
 
 
-def _evaluate(rounds: Session, record: Record, directory: RunDirectory | None) -> Readings:
+def _evaluate(
+    rounds: FederatedTrainer, record: Record, directory: RunDirectory | None
+) -> EvaluationResult:
     """`directory`: where the models go, if this is the last evaluation."""
     begun, down = time.perf_counter(), rounds.traffic.down
-    readings = rounds.evaluate() if directory is None else _read_whole(rounds, directory)
-    record_readings(record, readings)
+    readings = rounds.evaluate() if directory is None else _evaluate_fully(rounds, directory)
+    add_evaluation(record, readings)
     record["down_bytes"] += rounds.traffic.down - down
     record["seconds"]["evaluation"] = time.perf_counter() - begun
     return readings
 
 
 def _finish(
-    prepared: Prepared,
+    prepared: PreparedRun,
     directory: RunDirectory,
-    rounds: Session,
-    readings: Readings | None,
+    rounds: FederatedTrainer,
+    evaluation: EvaluationResult | None,
     history: list[Record],
     setup: float,
     progress: Progress,
 ) -> None:
     """Models, summary, pictures and report of a run whose rounds are done."""
-    if readings is None:  # stopped early, or killed after the last round
+    if evaluation is None:  # stopped early, or killed after the last round
         traffic = rounds.traffic.down
-        readings = _read_whole(rounds, directory)
+        evaluation = _evaluate_fully(rounds, directory)
         rounds.traffic.down = traffic  # the same reading once more: nobody would send it again
     directory.write_json(
-        "details.json", details_of(prepared.federation, readings, prepared.notes, prepared.method)
+        "details.json",
+        collect_details(prepared.federation, evaluation, prepared.notes, prepared.method),
     )
-    summary = summarise(
+    summary = summarize(
         prepared.config,
         prepared.method,
         prepared.federation,
         history,
         rounds.traffic,
         setup,
-        readings,
+        evaluation,
     )
     directory.finish(summary)
-    present(prepared.config, directory, progress.log)
+    write_presentation(prepared.config, directory, progress.log)
     progress.finish(summary)
 
 
-def present(config: Config, directory: RunDirectory, say: Callable[[str], None]) -> None:
+def write_presentation(config: Config, directory: RunDirectory, say: Callable[[str], None]) -> None:
     """Draw the pictures and the report, unless a process that finished has left them.
 
     The run is finished whatever becomes of them: an error in a drawing is reported to `say` in one line.
@@ -253,7 +258,7 @@ def present(config: Config, directory: RunDirectory, say: Callable[[str], None])
         write_report(directory.path, say)
 
 
-def _read_whole(rounds: Session, directory: RunDirectory) -> Readings:
+def _evaluate_fully(rounds: FederatedTrainer, directory: RunDirectory) -> EvaluationResult:
     """An evaluation with all that a report shows; every model, and the server's own, goes to its file as it comes."""
 
     def save(name: str, model: bytes) -> None:
@@ -261,10 +266,10 @@ def _read_whole(rounds: Session, directory: RunDirectory) -> Readings:
             write_atomically(directory.path / "models" / f"{name}.safetensors", model)
 
     readings = rounds.evaluate(details=True, save=save)
-    slot = rounds.algorithm.server_slot(rounds.server)
+    slot = rounds.algorithm.server_model_slot(rounds.server)
     if slot is not None:
         federation, server = rounds.federation, rounds.server
-        view = asdict(federation.view_of(slot))
+        view = asdict(federation.preprocessing_of(slot))
         layout = federation.data.layout
         model = SavedModel(
             server.models[slot],
@@ -279,14 +284,14 @@ def _read_whole(rounds: Session, directory: RunDirectory) -> Readings:
     return readings
 
 
-def start_from(models: Mapping[str, SavedModel], rounds: Session) -> None:
+def load_inherited_models(models: Mapping[str, SavedModel], rounds: FederatedTrainer) -> None:
     """Begin with another run's models: each client with its own, each group at the server with the mean of its members'."""
     groups: dict[str, list[SavedModel]] = {}
     for model in models.values():
-        groups.setdefault(model.arch.id, []).append(model)
-    states = {id: Private({"model": model.tensors}) for id, model in models.items()}
-    if rounds.apart is not None:
-        rounds.apart.give(states)
+        groups.setdefault(model.arch.spec_id, []).append(model)
+    states = {id: PrivateState({"model": model.tensors}) for id, model in models.items()}
+    if rounds.remote_executor is not None:
+        rounds.remote_executor.send_states(states)
     else:
         for id, private in states.items():
             rounds.store.stage(id, private)
@@ -330,17 +335,17 @@ def run(
 
     Raises:
         UserError: A mistake in the configuration, the data or the call; another process is at work in `out`.
-        RunFailed: The run itself cannot go on.
+        RunFailedError: The run itself cannot go on.
         Interrupted: A KeyboardInterrupt, once there is something to resume.
     """
-    leave_if_importing()
+    exit_if_importing()
     try:
         prepared = prepare(source, overrides, dataset, allow_code=allow_code)
     except KeyboardInterrupt as stop:
         if resume and out is not None and (Path(out) / "config.yaml").exists():
             raise Interrupted(Path(out)) from stop  # what lies there is still there
         raise
-    return hold(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
+    return run_prepared(prepared, out=out, resume=resume, callbacks=callbacks, quiet=quiet)
 
 
 def default_out(config: Config) -> Path:
@@ -348,11 +353,11 @@ def default_out(config: Config) -> Path:
     return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def check_begun(path: Path, on_nodes: bool) -> dict[str, Any]:
+def check_resumed_choice(path: Path, on_nodes: bool) -> dict[str, Any]:
     """What a run that is gone on with was begun with: executor, threads, device. Raises UserError if it was the other way."""
     began = RunDirectory.open(path).environment().get("choice")
     if not isinstance(began, dict) or not isinstance(began.get("executor"), str):
-        raise _no_choice(path)
+        raise _missing_choice_error(path)
     if (began["executor"] == NODES) != on_nodes:
         how = (
             "on one machine; hetero-fl train"
@@ -363,21 +368,21 @@ def check_begun(path: Path, on_nodes: bool) -> dict[str, Any]:
     return began
 
 
-def _no_choice(path: Path) -> UserError:
+def _missing_choice_error(path: Path) -> UserError:
     return UserError(f"{path / 'environment.json'}: choice does not say how the run was computed")
 
 
-def hold(
-    prepared: Prepared,
+def run_prepared(
+    prepared: PreparedRun,
     *,
     out: str | Path | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
-    engage: Engage | None = None,
+    executor_factory: Engage | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Carry out what was prepared (see `run`); `engage`: who computes the clients, if not this machine; `console`: where what is
+    """Carry out what was prepared (see `run`); `executor_factory`: who computes the clients, if not this machine; `console`: where what is
     shown goes, if not to a terminal."""
     config = prepared.config
     path = Path(out) if out is not None else default_out(config)
@@ -385,97 +390,107 @@ def hold(
     if not going_on:
         check_vacant(path)  # before anything is put there
     # The same bits need the same executor, threads and device, whatever this machine would choose.
-    began = check_begun(path, engage is not None) if going_on else None
+    began = check_resumed_choice(path, executor_factory is not None) if going_on else None
     try:
-        with engine(
+        with require_engine(
             config.runtime,
-            began["executor"] if began else NODES if engage else config.runtime.executor,
+            began["executor"] if began else NODES if executor_factory else config.runtime.executor,
         ):
             if began:
                 try:
-                    choice = Choice.recorded(began, config.runtime)
+                    choice = ExecutorChoice.from_record(began, config.runtime)
                 except (TypeError, KeyError):
-                    raise _no_choice(path) from None
+                    raise _missing_choice_error(path) from None
             else:
                 choice = (
-                    choose(config, prepared.federation)
-                    if engage is None
+                    choose_executor(config, prepared.federation)
+                    if executor_factory is None
                     else choose_for_nodes(prepared)
                 )
-            with locked(path) as unheld:
+            with lock_folder(path) as unheld:
                 prepared.notes[:0] = unheld
-                _run_in(
+                _run_in_directory(
                     path,
                     prepared,
                     choice,
                     resume,
                     callbacks,
-                    engage,
+                    executor_factory,
                     Progress(path / LOG, quiet, console),
                 )
     except KeyboardInterrupt as stop:
         if (path / "config.yaml").exists():
             raise Interrupted(path) from stop
         raise
-    return Run(path, CodePermission(granted=references(config.model_dump())))
+    return Run(path, CodePermission(granted=find_references(config.model_dump())))
 
 
-def choose_for_nodes(prepared: Prepared) -> Choice:
+def choose_for_nodes(prepared: PreparedRun) -> ExecutorChoice:
     """What a run across machines computes with: one client at a time, with as many threads as a simulation would have here."""
     config = prepared.config
     asked = (
         config.runtime.executor if config.runtime.executor in ("serial", "processes") else "auto"
     )
     runtime = config.runtime.model_copy(update={"executor": asked, "chunk": None})
-    chosen = choose(config.model_copy(update={"runtime": runtime}), prepared.federation)
-    reasons = (f"on nodes, {plural(chosen.threads, 'thread')} each",)
+    chosen = choose_executor(config.model_copy(update={"runtime": runtime}), prepared.federation)
+    reasons = (f"on nodes, {pluralize(chosen.threads, 'thread')} each",)
     return replace(
-        chosen, executor=NODES, chunk=1, workers=len(prepared.federation.cards), reasons=reasons
+        chosen,
+        executor=NODES,
+        chunk=1,
+        workers=len(prepared.federation.client_infos),
+        reasons=reasons,
     )
 
 
-def _run_in(
+def _run_in_directory(
     path: Path,
-    prepared: Prepared,
-    choice: Choice,
+    prepared: PreparedRun,
+    choice: ExecutorChoice,
     resume: bool,
     callbacks: Sequence[Callback],
-    engage: Engage | None,
+    executor_factory: Engage | None,
     shown: Progress,
 ) -> None:
     config = prepared.config
     if resume and (path / "config.yaml").exists():
-        directory = _reopen(path, prepared, engage is not None)
+        directory = _open_for_resume(path, prepared, executor_factory is not None)
         if directory.finished:
             inspect(path).require_whole()
             if config.rounds == directory.config().get("rounds", config.rounds):
-                present(config, directory, shown.log)
-                shown.log(f"{path}: {_finished(directory, prepared, engage is not None)}")
+                write_presentation(config, directory, shown.log)
+                shown.log(
+                    f"{path}: {_finished_message(directory, prepared, executor_factory is not None)}"
+                )
                 return
     else:
         environment = {"run": secrets.token_hex(8), **describe_environment(choice.record())}
-        directory = RunDirectory.create(path, config=resolved(config), environment=environment)
+        directory = RunDirectory.create(
+            path, config=resolve_config(config), environment=environment
+        )
     with shown as progress:
-        carry_out(prepared, directory, choice, progress, callbacks, engage)
+        run_rounds(prepared, directory, choice, progress, callbacks, executor_factory)
 
 
-def _finished(directory: RunDirectory, prepared: Prepared, on_nodes: bool) -> str:
+def _finished_message(directory: RunDirectory, prepared: PreparedRun, on_nodes: bool) -> str:
     """Return that a run has finished, and how to extend it if that is known to be possible."""
     completed, planned = directory.summary()["rounds_completed"], prepared.config.rounds
     rounds = (
-        f"{completed} of {plural(planned, 'round')}"
+        f"{completed} of {pluralize(planned, 'round')}"
         if completed < planned
-        else plural(planned, "round")
+        else pluralize(planned, "round")
     )
     # What a further round would spend is known only once it is configured.
     limited = prepared.budget is not None and prepared.budget.privacy.target_epsilon is not None
-    final = limited or _why_final(directory, prepared, planned, on_nodes)
+    final = limited or _reason_not_extendable(directory, prepared, planned, on_nodes)
     return f"this run has finished, after {rounds}" + (
         "" if final else "; add `rounds=N` to extend it"
     )
 
 
-def _why_final(directory: RunDirectory, prepared: Prepared, planned: int, on_nodes: bool) -> str:
+def _reason_not_extendable(
+    directory: RunDirectory, prepared: PreparedRun, planned: int, on_nodes: bool
+) -> str:
     """Return why a run cannot have more rounds than planned; empty if it can."""
     config = prepared.config
     if prepared.method.one_shot:
@@ -495,7 +510,7 @@ def _why_final(directory: RunDirectory, prepared: Prepared, planned: int, on_nod
     return ""
 
 
-def _reopen(path: Path, prepared: Prepared, on_nodes: bool) -> RunDirectory:
+def _open_for_resume(path: Path, prepared: PreparedRun, on_nodes: bool) -> RunDirectory:
     """The run directory of a run that is resumed, or extended. Raises UserError naming the keys that differ."""
     directory, config = RunDirectory.open(path), prepared.config
     old = directory.config()
@@ -506,11 +521,15 @@ def _reopen(path: Path, prepared: Prepared, on_nodes: bool) -> RunDirectory:
         changed = f"{path}: rounds: was {planned}, is now {config.rounds}"
         if config.rounds < planned:
             raise UserError(f"{changed}; a run that is resumed may have more rounds, not fewer")
-        if reason := _why_final(directory, prepared, planned, on_nodes):
+        if reason := _reason_not_extendable(directory, prepared, planned, on_nodes):
             raise UserError(f"{changed}; {reason}")
-    if differs := difference(deciding(old), deciding(resolved(config))):
+    if differs := describe_difference(
+        resume_relevant(old), resume_relevant(resolve_config(config))
+    ):
         raise UserError(f"{path}: --resume with another configuration: {differs}")
-    affordable = prepared.budget.affordable() if prepared.budget is not None else config.rounds
+    affordable = (
+        prepared.budget.affordable_rounds() if prepared.budget is not None else config.rounds
+    )
     if config.rounds > planned >= affordable:
         raise UserError(f"{changed}; privacy.target_epsilon allows {affordable}")
     return directory

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.aggregation.means import discounted
-from hetero_fl.communication.protocol import Alike, Message
+from hetero_fl.aggregation.means import discount_upload
+from hetero_fl.communication.protocol import EncodeCache, Message
 from hetero_fl.config.base import StalenessConfig
-from hetero_fl.core.payload import Payload, PayloadError, loss_of
-from hetero_fl.engine.driver import Diverged, carry_out
-from hetero_fl.federation.executors.base import Absent
+from hetero_fl.core.payload import Payload, PayloadError, loss_from_report
+from hetero_fl.engine.driver import DivergedError, run_plan
+from hetero_fl.federation.executors.base import ClientAbsentError
 from hetero_fl.federation.sampling import LONGEST
-from hetero_fl.federation.simulation.faults import Fate, befallen
+from hetero_fl.federation.simulation.faults import FaultOutcome, inject_faults
 from hetero_fl.federation.synchronous import CHANGED
-from hetero_fl.federation.trainer import Record, Session
-from hetero_fl.utils.errors import RunFailed
-from hetero_fl.utils.ordering import natural
-from hetero_fl.utils.seeding import sample
+from hetero_fl.federation.trainer import FederatedTrainer, Record
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.ordering import natural_key
+from hetero_fl.utils.seeding import sample_numbers
 from hetero_fl.utils.serialization import as_bytes, as_tensor
 
 # The event queue of an asynchronous run: tasks in flight by the simulated time at which they end,
@@ -32,12 +32,12 @@ from hetero_fl.utils.serialization import as_bytes, as_tensor
 
 
 @dataclass
-class Task:
-    """One client's task, from when it is given out until its upload arrives or fails to. Where time is real, `ends` is infinite
+class ClientTask:
+    """One client's task, from when it is given out until its upload arrives or fails to. Where time is real, `end` is infinite
     until it has ended.
 
-    `place`: the client's among all ids; `version`: the server's when the task was given out; `again`: how many tasks of that
-    version the client had before; `begun` and `ends` in simulated seconds. What it uploads, or why it cannot, stands in
+    `place`: the client's among all ids; `version`: the server's when the task was given out; `attempt`: how many tasks of that
+    version the client had before; `start` and `end` in simulated seconds. What it uploads, or why it cannot, stands in
     `upload` or `diverged` once it has been computed.
     """
 
@@ -45,68 +45,68 @@ class Task:
     client: str
     place: int
     version: int
-    again: int
-    begun: float
-    ends: float
+    attempt: int
+    start: float
+    end: float
     broadcast: bytes
     up_bytes: int
-    fate: Fate
+    fate: FaultOutcome
     upload: Message | None = None
     diverged: str | None = None
 
     @property
     def request(self) -> Message:
         """What the client is asked."""
-        return Message("train", self.broadcast, self.version, self.again)
+        return Message("train", self.broadcast, self.version, self.attempt)
 
     @property
-    def computed(self) -> bool:
+    def is_computed(self) -> bool:
         """Whether there is nothing left to compute: a task that fails has no effect, and never is."""
-        return self.fate.fails or self.upload is not None or self.diverged is not None
+        return self.fate.is_failure or self.upload is not None or self.diverged is not None
 
 
-class Queue:
+class TaskQueue:
     """Tasks in flight, at most one of a client. The next to end comes first; of several that end together, the one given out
     first. An event costs the logarithm of the tasks in flight, whatever the population.
     """
 
     def __init__(self) -> None:
         self._ends: list[tuple[float, int]] = []
-        self._tasks: dict[int, Task] = {}
-        self._open: dict[int, Task] = {}  # not computed yet
+        self._tasks: dict[int, ClientTask] = {}
+        self._open: dict[int, ClientTask] = {}  # not computed yet
         self._busy: list[int] = []  # places of the clients in flight, sorted
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[ClientTask]:
         """All of them, in the order in which they were given out."""
         return iter(self._tasks.values())
 
     @property
-    def due(self) -> float:
+    def next_end(self) -> float:
         """When the next task ends; infinite where that is not known of any."""
         return self._ends[0][0] if self._ends else math.inf
 
-    def push(self, task: Task) -> None:
+    def push(self, task: ClientTask) -> None:
         """One more; its client must be idle."""
         self._tasks[task.number] = task
-        if task.ends < math.inf:
-            self.settle(task)
+        if task.end < math.inf:
+            self.set_end(task)
         insort(self._busy, task.place)
-        if not task.computed:
+        if not task.is_computed:
             self._open[task.number] = task
 
-    def settle(self, task: Task) -> None:
+    def set_end(self, task: ClientTask) -> None:
         """It is known now when this one ends."""
-        heapq.heappush(self._ends, (task.ends, task.number))
+        heapq.heappush(self._ends, (task.end, task.number))
 
     @property
-    def first(self) -> Task:
+    def first(self) -> ClientTask:
         """The next to end."""
         return self._tasks[self._ends[0][1]]
 
-    def pop(self) -> Task:
+    def pop(self) -> ClientTask:
         """The next to end, which is in flight no more."""
         _, number = heapq.heappop(self._ends)
         task = self._tasks.pop(number)
@@ -114,18 +114,18 @@ class Queue:
         del self._busy[bisect_left(self._busy, task.place)]
         return task
 
-    def take_open(self) -> list[Task]:
+    def pop_uncomputed(self) -> list[ClientTask]:
         """The tasks that are still to be computed, in the order in which they were given out; they are asked for once."""
         tasks = list(self._open.values())
         self._open.clear()
         return tasks
 
-    def idle(self, rank: int) -> int:
+    def idle_place(self, rank: int) -> int:
         """The place of the idle client that has so many idle ones before it."""
         return rank + bisect_right(range(len(self._busy)), rank, key=lambda i: self._busy[i] - i)
 
     # Checkpoints -------------------------------------------------------------------------------------------------
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that `of` needs; equal broadcasts once."""
         broadcasts: dict[bytes, int] = {}
         rows = []
@@ -137,9 +137,9 @@ class Queue:
                     t.client,
                     t.place,
                     t.version,
-                    t.again,
-                    t.begun,
-                    t.ends,
+                    t.attempt,
+                    t.start,
+                    t.end,
                     at,
                     t.up_bytes,
                     t.diverged,
@@ -154,14 +154,16 @@ class Queue:
         }
 
     @classmethod
-    def of(cls, tree: dict[str, Any], fates: Any) -> Queue:
-        """The reverse of `tree`. `fates(client, number)`: what befalls a task, which is drawn by the key and not kept."""
+    def from_state_dict(cls, state: dict[str, Any], outcome_of: Any) -> TaskQueue:
+        """The reverse of `state`. `outcome_of(client, number)`: what befalls a task, which is drawn by the key and not kept."""
         queue = cls()
-        broadcasts = {int(at): as_bytes(body) for at, body in tree["broadcasts"].items()}
-        for number, client, place, version, again, begun, ends, at, up, diverged in tree["tasks"]:
-            when, fate = (version, again, begun, ends), fates(client, number)
-            task = Task(number, client, place, *when, broadcasts[at], up, fate, diverged=diverged)
-            if (upload := tree["uploads"].get(str(number))) is not None:
+        broadcasts = {int(at): as_bytes(body) for at, body in state["broadcasts"].items()}
+        for number, client, place, version, again, begun, ends, at, up, diverged in state["tasks"]:
+            when, fate = (version, again, begun, ends), outcome_of(client, number)
+            task = ClientTask(
+                number, client, place, *when, broadcasts[at], up, fate, diverged=diverged
+            )
+            if (upload := state["uploads"].get(str(number))) is not None:
                 task.upload = Message("upload", as_bytes(upload))
             queue.push(task)
         return queue
@@ -171,7 +173,7 @@ class Queue:
 
 
 @dataclass
-class Tally:
+class BufferRecord:
     """`cohort`: whose uploads were taken, in the order in which they came; `failed`: why others' were not, the last time;
     `staleness`: how many were taken that were so many versions old; `tasks`: client, begin, end and what came of it."""
 
@@ -182,18 +184,18 @@ class Tally:
     staleness: Counter[int] = field(default_factory=Counter)
     tasks: list[list[Any]] = field(default_factory=list)
 
-    def took(self, task: Task, payload: Payload, versions: int) -> None:
+    def add_upload(self, task: ClientTask, payload: Payload, versions: int) -> None:
         """A task's upload was taken, so many versions after it was given out."""
         self.cohort.append(task.client)
-        self.tasks.append([task.client, task.begun, task.ends, "arrived"])
+        self.tasks.append([task.client, task.start, task.end, "arrived"])
         self.staleness[versions] += 1
-        if (loss := loss_of(payload.report)) is not None:
+        if (loss := loss_from_report(payload.report)) is not None:
             self.losses[task.client] = loss
 
-    def lost(self, task: Task, why: str) -> None:
+    def add_failure(self, task: ClientTask, why: str) -> None:
         """Nothing came of a task that could be used."""
         self.failed[task.client] = why
-        self.tasks.append([task.client, task.begun, task.ends, "failed"])
+        self.tasks.append([task.client, task.start, task.end, "failed"])
 
     def record(self, now: float, version: int, time: str) -> Record:
         """What `metrics.jsonl` says of it; `time`: its kind. Nobody is late: whatever comes, comes into the next version."""
@@ -230,15 +232,15 @@ class Tally:
 PATIENCE = 100
 
 
-class Nothing(Exception):
+class TaskFailedError(Exception):
     """Why nothing came of a task: by `fate`, or by the `client`, which would do the same again."""
 
-    def __init__(self, why: str, cause: str) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, cause: str) -> None:
+        super().__init__(reason)
         self.cause = cause
 
 
-class Asynchronous(Session):
+class AsynchronousTrainer(FederatedTrainer):
     """A run without rounds; what is called one is a cohort's worth of uploads taken.
 
     Args:
@@ -255,15 +257,15 @@ class Asynchronous(Session):
         **more: Any,
     ) -> None:
         super().__init__(*args, **more)
-        self.ids = self.federation.cards.clients.ids
+        self.ids = self.federation.client_infos.clients.ids
         self.places = min(self.per_round or len(self.ids), len(self.ids))
-        self.goal = self.algorithm.goal or buffer or self.places
-        self.staleness = self.algorithm.discount or staleness or StalenessConfig()
-        self.queue = Queue()
+        self.goal = self.algorithm.buffer_size or buffer or self.places
+        self.staleness = self.algorithm.staleness_config or staleness or StalenessConfig()
+        self.queue = TaskQueue()
         self.version, self.given = 0, 0  # aggregations, tasks
         # what came from whom, and what staleness leaves of it
         self._buffer: list[tuple[str, Payload, float]] = []
-        self._asked: Counter[str] = Counter()  # tasks of this version by client
+        self._attempts: Counter[str] = Counter()  # tasks of this version by client
         self._fillings = 0  # of places, in this version
         # tasks that came to nothing since the last upload was taken
         self._barren: Counter[str] = Counter()
@@ -271,200 +273,216 @@ class Asynchronous(Session):
         self._encoded = self._encoder()
 
     @property
-    def turn(self) -> int:
+    def round_idx(self) -> int:
         return self.version
 
     # Events ------------------------------------------------------------------------------------------------------
-    def _hold(self) -> Record:
-        begun, tally = time.perf_counter(), Tally(self.now)
+    def _run_round(self) -> Record:
+        begun, tally = time.perf_counter(), BufferRecord(self.now)
         before = (self.traffic.up, self.traffic.down)
         while len(tally.cohort) < self.places:
-            task = self._next()
-            self.now = task.ends
-            self._end(task, tally)
-        self._may_be_killed()
+            task = self._next_task()
+            self.now = task.end
+            self._finish_task(task, tally)
+        self._simulate_server_crash()
         self.completed += 1
         given_up, self._given_up = self._given_up, ""
         return {
             "round": self.completed,
-            **tally.record(self.now, self.version, "simulated" if self.apart is None else "wall"),
+            **tally.record(
+                self.now, self.version, "simulated" if self.remote_executor is None else "wall"
+            ),
             "up_bytes": self.traffic.up - before[0],
             "down_bytes": self.traffic.down - before[1],
             "seconds": {"training": time.perf_counter() - begun, "evaluation": 0.0},
             **({"diverged": given_up} if given_up else {}),
         }
 
-    def _next(self) -> Task:
+    def _next_task(self) -> ClientTask:
         """The next task to end; vacant places are filled before."""
-        if not len(self.queue) or self.queue.due > self.now:  # whatever ends together has ended
-            self._fill()
-        if not self.queue.first.computed:
+        if (
+            not len(self.queue) or self.queue.next_end > self.now
+        ):  # whatever ends together has ended
+            self._assign_tasks()
+        if not self.queue.first.is_computed:
             self._compute()
         return self.queue.pop()
 
-    def _idle(self) -> tuple[int, Callable[[int], int]]:
+    def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
         """How many clients can be given a task, and what place each of them in turn has among all."""
-        return len(self.ids) - len(self.queue), self.queue.idle
+        return len(self.ids) - len(self.queue), self.queue.idle_place
 
-    def _fill(self) -> None:
+    def _assign_tasks(self) -> None:
         """Give every vacant place to an idle client, all of them drawn together: who is alone in being idle is drawn."""
-        idle, place_of = self._idle()
+        idle, place_of = self._idle_clients()
         vacant = min(self.places - len(self.queue), idle)
         if not vacant:
             return
-        self._clock(self.version)
+        self._set_round_context(self.version)
         # the first is drawn as a synchronous cohort is
         anew = (self._fillings,) if self._fillings else ()
-        ranks = sample(idle, vacant, self.federation.seed, self.version, "cohort", *anew)
+        ranks = sample_numbers(idle, vacant, self.federation.seed, self.version, "cohort", *anew)
         self._fillings += 1
         for place in [place_of(rank) for rank in ranks]:
-            self.queue.push(self._task(self.ids[place], place))
+            self.queue.push(self._make_task(self.ids[place], place))
 
-    def _task(self, client: str, place: int) -> Task:
+    def _make_task(self, client: str, place: int) -> ClientTask:
         """A client's next task, its fate and its time known."""
-        number, again, card = self.given, self._asked[client], self.federation.cards[client]
-        self.given, self._asked[client] = number + 1, again + 1
+        number, again, card = (
+            self.given,
+            self._attempts[client],
+            self.federation.client_infos[client],
+        )
+        self.given, self._attempts[client] = number + 1, again + 1
         payload = self._broadcast(card)
-        body, fate = self._encoded(payload), self.conditions.faults.fate(client, number)
+        body, fate = self._encoded(payload), self.environment.faults.outcome(client, number)
         up = self.upload_bytes(card, payload, self.version)
-        self._count(client, down=len(body))
-        ends = self._due(client, len(body), up, number, fate)
-        return Task(number, client, place, self.version, again, self.now, ends, body, up, fate)
+        self._count_traffic(client, down=len(body))
+        ends = self._end_time(client, len(body), up, number, fate)
+        return ClientTask(
+            number, client, place, self.version, again, self.now, ends, body, up, fate
+        )
 
-    def _due(self, client: str, down: int, up: int, number: int, fate: Fate) -> float:
+    def _end_time(self, client: str, down: int, up: int, number: int, fate: FaultOutcome) -> float:
         """When a task that is given out now will end."""
-        stages = self.conditions.timing.stages(client, down, up, self.now, number)
+        stages = self.environment.timing.task_times(client, down, up, self.now, number)
         return {
             "before": stages.received,
-            "during": stages.received + fate.share * (stages.trained - stages.received),
+            "during": stages.received + fate.completed_share * (stages.trained - stages.received),
             "after": stages.trained,
-        }.get(fate.what, stages.arrived + fate.by)
+        }.get(fate.kind, stages.arrived + fate.delay)
 
     def _compute(self) -> None:
         """Whatever is in flight and will have an effect, together."""
-        tasks = {task.client: task for task in self.queue.take_open()}
+        tasks = {task.client: task for task in self.queue.pop_uncomputed()}
         requests = {client: task.request for client, task in tasks.items()}
-        for client, reply in self.executor.answer(requests):
-            if isinstance(reply, Diverged):
+        for client, reply in self.executor.run(requests):
+            if isinstance(reply, DivergedError):
                 tasks[client].diverged = str(reply)
             else:
                 tasks[client].upload = reply
 
-    def _end(self, task: Task, tally: Tally) -> None:
+    def _finish_task(self, task: ClientTask, tally: BufferRecord) -> None:
         """A task ends. Its upload enters the buffer, and what its client keeps is settled; or nothing comes of it. Raises
-        RunFailed if that is all that ever happens."""
+        RunFailedError if that is all that ever happens."""
         try:
-            payload = self._arrival(task)
-        except Nothing as nothing:
-            self.store.drop(task.client)
-            tally.lost(task, str(nothing))
+            payload = self._receive_upload(task)
+        except TaskFailedError as nothing:
+            self.store.discard_client(task.client)
+            tally.add_failure(task, str(nothing))
             self._barren[nothing.cause] += 1
             if (
                 self._barren["client"] >= self.places
                 or self._barren["fate"] >= PATIENCE * self.places
             ):
                 tasks = sum(self._barren.values())
-                raise RunFailed(
+                raise RunFailedError(
                     f"round {self.completed + 1}: no usable upload from {tasks} tasks; {task.client}: {nothing}"
                 ) from None
             return
         versions = self.version - task.version
         self.store.commit([task.client])
         self._barren.clear()
-        tally.took(task, payload, versions)
+        tally.add_upload(task, payload, versions)
         self._buffer.append((task.client, payload, self.staleness.weight(versions)))
         if len(self._buffer) >= self.goal:
             self._aggregate()
 
-    def _arrival(self, task: Task) -> Payload:
+    def _receive_upload(self, task: ClientTask) -> Payload:
         """The task's upload as it arrives, if it is what was sent and what was asked for. Raises Nothing."""
-        if task.fate.fails:
-            self._count(task.client, up=task.up_bytes if task.fate.what == "lost" else 0)
-            raise Nothing(task.fate.why, "fate")
+        if task.fate.is_failure:
+            self._count_traffic(task.client, up=task.up_bytes if task.fate.kind == "lost" else 0)
+            raise TaskFailedError(task.fate.description, "fate")
         if task.diverged is not None:
             if self.stop_on_divergence:
-                raise RunFailed(
+                raise RunFailedError(
                     f"round {self.completed + 1}: {task.client} diverged: {task.diverged}"
                 )
-            raise Nothing(task.diverged, "client")
+            raise TaskFailedError(task.diverged, "client")
         sent = iter([(task.client, task.upload or Message("upload", b""))])
         came = list(
-            befallen(sent, {task.client: task.fate}, self.federation.seed, "changed", task.number)
+            inject_faults(
+                sent, {task.client: task.fate}, self.federation.seed, "changed", task.number
+            )
         )
         arrivals = [message for _, message in came if isinstance(message, Message)]
-        self._count(task.client, up=sum(len(message.body) for message in arrivals))
+        self._count_traffic(task.client, up=sum(len(message.body) for message in arrivals))
         upload = arrivals[0]  # the same once more is known by the task's number, and dropped
-        if not upload.intact:
-            raise Nothing(CHANGED, "fate")
-        asked = self.links.received(task.version, task.broadcast)
+        if not upload.is_intact:
+            raise TaskFailedError(CHANGED, "fate")
+        asked = self.links.decode_broadcast(task.version, task.broadcast)
         try:
-            return self.intake.receive(
-                task.client, upload.body, lambda card: asked, task.version, task.again
+            return self.collector.decode_upload(
+                task.client, upload.body, lambda card: asked, task.version, task.attempt
             )
         except PayloadError as error:
-            raise Nothing(f"upload refused: {error}", "client") from None
+            raise TaskFailedError(f"upload refused: {error}", "client") from None
 
     def _aggregate(self) -> None:
         """The buffer becomes the next version."""
-        self._clock(self.version)
+        self._set_round_context(self.version)
         cards, came = (
-            self.federation.cards,
-            sorted(self._buffer, key=lambda entry: natural(entry[0])),
+            self.federation.client_infos,
+            sorted(self._buffer, key=lambda entry: natural_key(entry[0])),
         )
-        sent = [Upload(cards[c], discounted(payload, worth), worth) for c, payload, worth in came]
-        given_up = self._tried(
-            lambda: self._combine(sent), {c: payload.magnitude for c, payload, _ in came}
+        sent = [
+            Upload(cards[c], discount_upload(payload, worth), worth) for c, payload, worth in came
+        ]
+        given_up = self._change_server(
+            lambda: self._aggregate_uploads(sent), {c: payload.magnitude for c, payload, _ in came}
         )
         self._buffer.clear()
         if given_up:  # the version stays, and what clients keep, which they may have built on
             self._given_up = given_up
             return
-        self._asked.clear()
+        self._attempts.clear()
         self._fillings = 0
         self.version += 1
         self._encoded = self._encoder()
 
-    def _combine(self, sent: list[Upload]) -> None:
+    def _aggregate_uploads(self, arrived: list[Upload]) -> None:
         uploads = Uploads(specs=self.algorithm.uploads, common=self.federation.common)
-        for upload in sent:
+        for upload in arrived:
             uploads.add(upload)
-        carry_out(self.algorithm.aggregate(self.server, uploads), self.server, self.performer)
+        run_plan(self.algorithm.aggregate(self.server, uploads), self.server, self.backend)
 
-    def _encoder(self) -> Alike[bytes]:
+    def _encoder(self) -> EncodeCache[bytes]:
         """Of this version's broadcasts, whose random draws are keyed by it."""
         archs = self.server.arch.values()
-        return Alike(lambda payload: self.links.broadcast(self.version, payload, archs))
+        return EncodeCache(
+            lambda payload: self.links.encode_broadcast(self.version, payload, archs)
+        )
 
-    def _count(self, client: str, up: int = 0, down: int = 0) -> None:
+    def _count_traffic(self, client: str, up: int = 0, down: int = 0) -> None:
         """Bytes that a client sends or receives."""
-        if self.algorithm.counted:
+        if self.algorithm.counts_traffic:
             self.traffic.up += up
             self.traffic.down += down
 
     # Crash safety ------------------------------------------------------------------------------------------------
-    def tree(self) -> dict[str, Any]:
-        return super().tree() | {
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
             "now": self.now,
             "count": [self.version, self.given, self._fillings],
-            "asked": dict(self._asked),
+            "asked": dict(self._attempts),
             "barren": dict(self._barren),
             "buffer": [
                 [client, as_tensor(payload.encode()), worth]
                 for client, payload, worth in self._buffer
             ],
-            "queue": self.queue.tree(),
+            "queue": self.queue.state_dict(),
         }
 
-    def restore(self, tree: dict[str, Any]) -> None:
-        super().restore(tree)
-        self.version, self.given, self._fillings = tree["count"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.version, self.given, self._fillings = state["count"]
         self._encoded = self._encoder()
-        self._asked, self._barren = Counter(tree["asked"]), Counter(tree["barren"])
+        self._attempts, self._barren = Counter(state["asked"]), Counter(state["barren"])
         self._buffer = [
             (client, Payload.decode(as_bytes(body)), worth)
-            for client, body, worth in tree["buffer"]
+            for client, body, worth in state["buffer"]
         ]
-        self.queue = Queue.of(tree["queue"], self.conditions.faults.fate)
+        self.queue = TaskQueue.from_state_dict(state["queue"], self.environment.faults.outcome)
 
 
 # An asynchronous run in real time: clients on machines of their own end when they end, and are
@@ -477,50 +495,53 @@ class Asynchronous(Session):
 LOOK = 1.0  # seconds after which vacant places are filled with who has come meanwhile
 
 
-class Live(Asynchronous):
-    """An asynchronous run whose executor is `Apart`."""
+class RemoteAsynchronousTrainer(AsynchronousTrainer):
+    """An asynchronous run whose executor is a `RemoteExecutor`."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._resting: dict[str, str] = {}  # why they had no answer
 
-    def _hold(self) -> Record:
-        self.now = self.real()
-        record = super()._hold()
-        if self.apart is not None and (lost := self.apart.anew()):
+    def _run_round(self) -> Record:
+        self.now = self.elapsed_seconds()
+        record = super()._run_round()
+        if self.remote_executor is not None and (lost := self.remote_executor.pop_reset_clients()):
             record["anew"] = lost
         return record
 
-    def _next(self) -> Task:
-        assert self.apart is not None
+    def _next_task(self) -> ClientTask:
+        assert self.remote_executor is not None
         until = time.monotonic() + LONGEST
-        while math.isinf(self.queue.due):
-            self._fill()
+        while math.isinf(self.queue.next_end):
+            self._assign_tasks()
             if not len(self.queue) and time.monotonic() > until:
-                raise RunFailed(
+                raise RunFailedError(
                     f"round {self.completed + 1}: nobody was there for {LONGEST / 3600:g} hours"
                 )
-            for task in self.queue.take_open():
-                self.apart.dispatch(task.client, task.request)
-            if (came := self.apart.next(LOOK)) is None:
+            for task in self.queue.pop_uncomputed():
+                self.remote_executor.dispatch(task.client, task.request)
+            if (came := self.remote_executor.next_reply(LOOK)) is None:
                 continue
             client, reply = came
             (task,) = (task for task in self.queue if task.client == client)
-            if isinstance(reply, Diverged):
+            if isinstance(reply, DivergedError):
                 task.diverged = str(reply)
-                if isinstance(reply, Absent):
+                if isinstance(reply, ClientAbsentError):
                     self._resting[client] = task.diverged
             else:
                 task.upload = reply
-            task.ends = self.real()
-            self.queue.settle(task)
+            task.end = self.elapsed_seconds()
+            self.queue.set_end(task)
         return self.queue.pop()
 
-    def _idle(self) -> tuple[int, Callable[[int], int]]:
+    def _idle_clients(self) -> tuple[int, Callable[[int], int]]:
         """Those who are there, but for those who had no answer: they are asked again after the next version, or if else nobody is
         at it."""
-        assert self.apart is not None
-        here, busy = set(self.apart.here()), {task.client for task in self.queue}
+        assert self.remote_executor is not None
+        here, busy = (
+            set(self.remote_executor.connected_clients()),
+            {task.client for task in self.queue},
+        )
         if not busy and not here - self._resting.keys():
             time.sleep(LOOK)
             self._resting.clear()
@@ -528,13 +549,13 @@ class Live(Asynchronous):
         found = [place for place, id in enumerate(self.ids) if id in free]
         return len(found), found.__getitem__
 
-    def _due(self, client: str, down: int, up: int, number: int, fate: Fate) -> float:
+    def _end_time(self, client: str, down: int, up: int, number: int, fate: FaultOutcome) -> float:
         return math.inf
 
-    def _arrival(self, task: Task) -> Payload:
+    def _receive_upload(self, task: ClientTask) -> Payload:
         if task.client in self._resting and task.diverged is not None:
-            raise Nothing(task.diverged, "fate")
-        return super()._arrival(task)
+            raise TaskFailedError(task.diverged, "fate")
+        return super()._receive_upload(task)
 
     def _aggregate(self) -> None:
         super()._aggregate()

@@ -14,104 +14,126 @@ import torch
 from hetero_fl.aggregation import Uploads
 from hetero_fl.aggregation.means import ItemSum, OwnerMeans
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.compression import dearest, stages_of
-from hetero_fl.communication.link import Link, sorts_of
-from hetero_fl.communication.protocol import Direct, Protocol, Summed
+from hetero_fl.communication.compression import build_stages, with_worst_case_size
+from hetero_fl.communication.link import Link, value_kinds
+from hetero_fl.communication.protocol import AggregatedUploads, DirectProtocol, Protocol
 from hetero_fl.communication.secure_aggregation.crypto import FixedPoint
-from hetero_fl.communication.secure_aggregation.protocol import Layout, Place, SecureSum
+from hetero_fl.communication.secure_aggregation.protocol import (
+    SecureAggregation,
+    TensorKey,
+    VectorLayout,
+)
 from hetero_fl.config.communication import ChannelConfig
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.federation.dry_run import Expectations
-from hetero_fl.federation.federation import SERVER, Federation
-from hetero_fl.federation.method_calls import broadcast
-from hetero_fl.privacy.client import Protection
+from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.federation import SERVER, FederationSpec
+from hetero_fl.federation.method_calls import call_broadcast
+from hetero_fl.privacy.client import ClientPrivacy
 from hetero_fl.privacy.server import SumNoise
-from hetero_fl.utils.caching import Recent
+from hetero_fl.utils.caching import LRUCache
 from hetero_fl.utils.seeding import Key
 
 # Both directions of a run's channel, as client and server make them alike from the method and the
 # federation.
 
 
-class Links:
+class FederationLinks:
     """What is sent and received on either side. Bounds, which send nothing that a federation would, are not compressed.
 
     `bound`: messages as long as they can be, where that depends on the numbers; `at_most`: whether it does.
     """
 
-    def __init__(self, algorithm: Algorithm, federation: Federation, bound: bool = False) -> None:
-        config = federation.channel if algorithm.counted else ChannelConfig()
+    def __init__(
+        self, algorithm: Algorithm, federation: FederationSpec, bound: bool = False
+    ) -> None:
+        config = federation.channel if algorithm.counts_traffic else ChannelConfig()
         up, down = (
-            stages_of(chain, config.entropy) for chain in (config.compress, config.compress_down)
+            build_stages(chain, config.entropy) for chain in (config.compress, config.compress_down)
         )
-        self.at_most = bound and dearest(up) != up
+        self.at_most = bound and with_worst_case_size(up) != up
         self.algorithm, self.seed = algorithm, federation.seed
         self.summed = config.secure_sum is not None
-        specs = Protection.of(algorithm, federation).specs
-        self.up = Link(dearest(up) if bound else up, specs, federation.task.outputs)
+        specs = ClientPrivacy.from_federation(algorithm, federation).specs
+        self.up = Link(with_worst_case_size(up) if bound else up, specs, federation.task.outputs)
         self.down = Link(down, algorithm.downloads, federation.task.outputs)
-        self._statistics: dict[Architecture, frozenset[str]] = {}
+        self._statistics: dict[ModelSpec, frozenset[str]] = {}
 
     # Up --------------------------------------------------------------------------------------------------------------
-    def upload(
+    def encode_upload(
         self,
-        card: Card,
-        round: int,
+        client_info: ClientInfo,
+        round_idx: int,
         payload: Payload,
-        got: Payload,
+        received: Payload,
         memory: dict[str, Any],
-        again: int = 0,
+        attempt: int = 0,
     ) -> bytes:
-        """A client's upload, which trained on what it `got`; `memory` is its private state. `again`: how often it was asked in
+        """A client's upload, which trained on what it `received`; `memory` is its private state. `attempt`: how often it was asked in
         that round before, for draws of their own.
 
         What is to be summed in secret is rounded as the chain has it, and goes on as the numbers that the chain's end reads.
         """
         sent = self.up.send(
-            payload, self._key(card.id, round, again), self._untouched(card), got, memory
+            payload,
+            self._key(client_info.client_id, round_idx, attempt),
+            self._uncompressed_names(client_info),
+            received,
+            memory,
         )
         if not self.summed or self.up.streams is None:
             return sent
-        return self.uploaded(card, round, sent, payload.items_, got, again).encode()
+        return self.decode_upload(
+            client_info, round_idx, sent, payload.items_, received, attempt
+        ).encode()
 
-    def uploaded(
+    def decode_upload(
         self,
-        card: Card,
-        round: int,
+        client_info: ClientInfo,
+        round_idx: int,
         data: bytes,
         like: Mapping[str, Item],
-        got: Payload,
-        again: int = 0,
+        received: Payload,
+        attempt: int = 0,
     ) -> Payload:
-        """The upload at the server, which knows what the client `got` and what its upload is `like`. Raises PayloadError."""
+        """The upload at the server, which knows what the client `received` and what its upload is `like`. Raises PayloadError."""
         return self.up.receive(
-            data, self._key(card.id, round, again), self._untouched(card), got, like
+            data,
+            self._key(client_info.client_id, round_idx, attempt),
+            self._uncompressed_names(client_info),
+            received,
+            like,
         )
 
-    def _untouched(self, card: Card) -> frozenset[str]:
-        return self._buffers([card.arch, *self.algorithm.extras(card.arch).values()])
+    def _uncompressed_names(self, client_info: ClientInfo) -> frozenset[str]:
+        return self._buffer_names(
+            [client_info.arch, *self.algorithm.extra_models(client_info.arch).values()]
+        )
 
     # Down ------------------------------------------------------------------------------------------------------------
-    def broadcast(self, round: int, payload: Payload, archs: Iterable[Architecture]) -> bytes:
+    def encode_broadcast(
+        self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
+    ) -> bytes:
         """What the server, which holds models of these architectures, sends. Clients that are sent the same receive the same."""
-        return self.down.send(payload, self._key(SERVER, round), self._buffers(archs))
+        return self.down.send(payload, self._key(SERVER, round_idx), self._buffer_names(archs))
 
-    def received(self, round: int, data: bytes) -> Payload:
+    def decode_broadcast(self, round_idx: int, data: bytes) -> Payload:
         """A broadcast at the client. Raises PayloadError."""
-        return self.down.receive(data, self._key(SERVER, round))
+        return self.down.receive(data, self._key(SERVER, round_idx))
 
-    def heard(self, round: int, payload: Payload, archs: Iterable[Architecture]) -> Payload:
+    def simulate_broadcast(
+        self, round_idx: int, payload: Payload, archs: Iterable[ModelSpec]
+    ) -> Payload:
         """What a client makes of a broadcast."""
         if self.down.streams is None:
             return payload
-        return self.received(round, self.broadcast(round, payload, archs))
+        return self.decode_broadcast(round_idx, self.encode_broadcast(round_idx, payload, archs))
 
-    def _key(self, sender: str, round: int, again: int = 0) -> tuple[Key, ...]:
-        return (self.seed, round, sender, "link", *(("again", again) if again else ()))
+    def _key(self, sender: str, round_idx: int, attempt: int = 0) -> tuple[Key, ...]:
+        return (self.seed, round_idx, sender, "link", *(("again", attempt) if attempt else ()))
 
-    def _buffers(self, archs: Iterable[Architecture]) -> frozenset[str]:
+    def _buffer_names(self, archs: Iterable[ModelSpec]) -> frozenset[str]:
         """Names of what is no parameter (running means and variances): averaged as it is, never cut or rounded."""
         found: frozenset[str] = frozenset()
         for arch in archs:
@@ -121,19 +143,19 @@ class Links:
         return found
 
 
-def idle(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
+def idle_stages(name: str, algorithm: Algorithm, federation: FederationSpec) -> list[str]:
     """Lines on stages that find nothing to do in what clients of this method send."""
     config = federation.channel
-    if not algorithm.counted:
+    if not algorithm.counts_traffic:
         return (
             [f"channel is not used: {name} sends nothing"]
             if config.compress or config.compress_down
             else []
         )
-    sorts = {sort for spec in algorithm.uploads.values() for sort in sorts_of(spec)}
-    stages = zip(config.compress, stages_of(config.compress, config.entropy), strict=True)
+    sorts = {sort for spec in algorithm.uploads.values() for sort in value_kinds(spec)}
+    stages = zip(config.compress, build_stages(config.compress, config.entropy), strict=True)
     notes = [
-        f"channel.compress: {c.name} finds nothing to do in what {name} sends"
+        f"channel.compress: {c.kind} finds nothing to do in what {name} sends"
         for c, s in stages
         if not sorts & s.sorts
     ]
@@ -155,45 +177,55 @@ def idle(name: str, algorithm: Algorithm, federation: Federation) -> list[str]:
 RECENT = 8  # layouts that are kept
 
 
-class Derived:
+class DerivedSetup:
     """The layout of each round, from dry runs of one client's plan of each kind; what else both sides know."""
 
-    def __init__(self, algorithm: Algorithm, federation: Federation) -> None:
+    def __init__(self, algorithm: Algorithm, federation: FederationSpec) -> None:
         self.algorithm, self.federation = algorithm, federation
-        self.expectations = Expectations(algorithm, federation)
-        self._layouts: Recent[Layout] = Recent(RECENT)
+        self.expectations = ExpectedUploads(algorithm, federation)
+        self._layouts: LRUCache[VectorLayout] = LRUCache(RECENT)
 
-    def layout(self, round: int) -> Layout:
+    def layout(self, round_idx: int) -> VectorLayout:
         """Of all families' uploads in that round. Rounds of one phase share it."""
-        kinds = self.federation.cards.kinds
+        kinds = self.federation.client_infos.profiles
         intervals = sorted({kind.settings.share_every for kind in kinds})
-        phase = tuple(self.expectations.phase(interval, round) for interval in intervals)
+        phase = tuple(self.expectations.upload_phase(interval, round_idx) for interval in intervals)
 
-        def make() -> Layout:
-            forms = [(self.group(kind.first), self.form(kind.first, round)) for kind in kinds]
-            return Layout.of(forms, self.expectations.protection.specs, self.federation.common)
+        def make() -> VectorLayout:
+            forms = [
+                (self.aggregation_group(kind.first), self.upload_form(kind.first, round_idx))
+                for kind in kinds
+            ]
+            return VectorLayout.from_forms(
+                forms, self.expectations.protection.specs, self.federation.common
+            )
 
         return self._layouts.get(phase, make)
 
-    def form(self, client: str, round: int) -> Mapping[str, Item]:
+    def upload_form(self, client: str, round_idx: int) -> Mapping[str, Item]:
         """An upload as this client's would be in that round, from a server that has received nothing yet: of what it has
         learnt by then, the form must not depend."""
-        card = self.federation.cards[client]
-        self.server.clock, self.server.uses = self.federation.clock(round), {}
-        return self.expectations.of(card, broadcast(self.algorithm, self.server, card), round)
+        card = self.federation.client_infos[client]
+        self.server.round_context, self.server.stream_uses = (
+            self.federation.round_context(round_idx),
+            {},
+        )
+        return self.expectations.expected_items(
+            card, call_broadcast(self.algorithm, self.server, card), round_idx
+        )
 
     @cached_property
     def server(self) -> Participant:
         """A server before the first round."""
         server = self.federation.server()
-        self.algorithm.start(server)
+        self.algorithm.setup(server)
         return server
 
-    def group(self, client: str) -> str:
-        return self.federation.cards[client].arch.id
+    def aggregation_group(self, client: str) -> str:
+        return self.federation.client_infos[client].arch.spec_id
 
     def noise(
-        self, client: str, round: int, layout: Layout, unit: float, shares: int
+        self, client: str, round_idx: int, layout: VectorLayout, unit: float, shares: int
     ) -> np.ndarray | None:
         """A client's share of the noise on sums (`privacy.distributed`), on every number of the vector that is noised at the
         server otherwise, its own or not: N(0, deviation² / shares), of which so many and more are noise enough."""
@@ -201,35 +233,37 @@ class Derived:
         if protection.privacy is None or not protection.privacy.distributed:
             return None
         vector = np.zeros(layout.size)
-        for place, slot in layout.slots.items():
+        for place, slot in layout.slices.items():
             values, weights = slot.parts(place)
             # its weights count private rows
             counted = layout.specs[place.item].kind == "class_sums"
             parts = slice(values.start, weights.stop) if counted else values
-            draws = self.federation.noise.stream("share", round, client, *map(str, astuple(place)))
+            draws = self.federation.noise.stream(
+                "share", round_idx, client, *map(str, astuple(place))
+            )
             drawn = draws.normal(torch.empty(parts.stop - parts.start, dtype=torch.float64), 1.0)
             vector[parts] = drawn.numpy() * (
                 protection.deviation(place.item) / math.sqrt(shares) / unit
             )
         return vector
 
-    def rows(self, client: str) -> int:
-        return self.federation.cards[client].n
+    def num_rows(self, client: str) -> int:
+        return self.federation.client_infos[client].num_rows
 
 
-def make_protocol(algorithm: Algorithm, federation: Federation) -> Protocol:
+def make_protocol(algorithm: Algorithm, federation: FederationSpec) -> Protocol:
     """How the run's uploads reach the server, at either side. What sends nothing has nothing to be summed."""
     config = federation.channel.secure_sum
     if config is None or not algorithm.uploads:
-        return Direct()
-    return SecureSum(config, federation.cohort, Derived(algorithm, federation))
+        return DirectProtocol()
+    return SecureAggregation(config, federation.cohort, DerivedSetup(algorithm, federation))
 
 
-def opened(
-    summed: Summed,
-    layout: Layout,
+def open_sums(
+    aggregated: AggregatedUploads,
+    layout: VectorLayout,
     fixed: FixedPoint,
-    forms: Sequence[tuple[Card, Mapping[str, Item]]],
+    forms: Sequence[tuple[ClientInfo, Mapping[str, Item]]],
     noise: SumNoise | None = None,
 ) -> tuple[Uploads, float | None]:
     """A round's uploads as far as their sums tell, and the mean training loss.
@@ -237,29 +271,29 @@ def opened(
     `forms`: of each client in the sum its card and what it was to send; `noise`: what makes the sums private. An element that
     nobody has given weight to was sent by nobody.
     """
-    vector, common = fixed.decode(summed.total), layout.common
-    senders: dict[str, list[Card]] = {}
+    vector, common = fixed.decode(aggregated.total), layout.common
+    senders: dict[str, list[ClientInfo]] = {}
     items: dict[str, ItemSum] = {}
     models: dict[str, OwnerMeans] = {}
-    means: dict[Place, Any] = {}
+    means: dict[TensorKey, Any] = {}
     for card, form in forms:
         for name in form:
             senders.setdefault(name, []).append(card)
-        for place in layout.places(card.arch.id, form):
+        for place in layout.tensor_keys(card.arch.spec_id, form):
             if place not in means:
-                total, weight = layout.read(place, vector, summed.unit)
-                dtype = layout.slots[place].dtype
+                total, weight = layout.read(place, vector, aggregated.unit)
+                dtype = layout.slices[place].dtype
                 if place.tensor:
                     means[place] = (
                         ((total / weight).to(dtype), float(weight)) if weight > 0 else None
                     )
                 else:
-                    items[place.item] = ItemSum.of(total.to(dtype), weight.to(dtype))
+                    items[place.item] = ItemSum.from_total(total.to(dtype), weight.to(dtype))
                     means[place] = None
             if means[place] is not None:
                 across = layout.specs[place.item].across
                 held = models.setdefault(place.item, OwnerMeans(common))
-                held.put("" if across else card.arch.id, place.tensor, *means[place])
-    return Uploads.summed(len(forms), senders, items, models, layout.specs, noise), layout.loss(
-        vector
-    )
+                held.set_mean("" if across else card.arch.spec_id, place.tensor, *means[place])
+    return Uploads.from_sums(
+        len(forms), senders, items, models, layout.specs, noise
+    ), layout.mean_loss(vector)

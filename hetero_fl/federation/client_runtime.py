@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.protocol import Message, Messages, Protocol, Talk
+from hetero_fl.communication.protocol import ClientPlan, Message, Messages, Protocol
 from hetero_fl.core.metrics import Scores, calibration, confusion, score
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
@@ -23,17 +23,17 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Examples
 from hetero_fl.engine.driver import (
-    Diverged,
-    Performer,
-    carry_out,
-    carry_out_together,
-    training_loss,
+    Backend,
+    DivergedError,
+    reported_loss,
+    run_plan,
+    run_plans,
 )
-from hetero_fl.federation.channel import Links
-from hetero_fl.federation.federation import Federation
-from hetero_fl.federation.method_calls import is_own
-from hetero_fl.federation.state_store import Private, Store
-from hetero_fl.privacy.client import Protection
+from hetero_fl.federation.channel import FederationLinks
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.method_calls import is_user_method
+from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.privacy.client import ClientPrivacy
 from hetero_fl.robustness.attacks import TRIGGERED
 
 # Broadcasts that many clients read: decoded once, and lent to one client after the other.
@@ -42,19 +42,19 @@ MOST = 8  # broadcasts kept: in most federations there are no more architectures
 
 
 @dataclass
-class Copy:
+class DecodedBroadcast:
     """What a broadcast says, and its tensors' versions, by which changes in place are known."""
 
-    round: int
+    round_idx: int
     body: bytes
     payload: Payload
     versions: list[int]
 
-    def untouched(self) -> bool:
-        return self.versions == versions(self.payload)
+    def is_unchanged(self) -> bool:
+        return self.versions == tensor_versions(self.payload)
 
 
-class Lent:
+class BroadcastCache:
     """Decoded broadcasts of a reading. Each is in one client's hands at a time, in dictionaries of that client's own, and is
     lent again only if nobody changed a tensor in place: nothing passes from client to client.
 
@@ -63,43 +63,49 @@ class Lent:
 
     def __init__(self, decode: Callable[[int, bytes], Payload], most: int = MOST) -> None:
         self._decode, self._most = decode, most
-        self._idle: list[Copy] = []
+        self._idle: list[DecodedBroadcast] = []
 
     @contextmanager
-    def to(self, broadcasts: Mapping[str, bytes], round: int) -> Iterator[dict[str, Payload]]:
+    def get_copies(
+        self, broadcasts: Mapping[str, bytes], round_idx: int
+    ) -> Iterator[dict[str, Payload]]:
         """What each of these clients was sent. Raises PayloadError."""
-        copies = {client: self._take(round, body) for client, body in broadcasts.items()}
-        yield {client: own(copy.payload) for client, copy in copies.items()}
+        copies = {client: self._take(round_idx, body) for client, body in broadcasts.items()}
+        yield {client: copy_containers(copy.payload) for client, copy in copies.items()}
         self._idle = [*copies.values(), *self._idle][: self._most]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Give the memory back."""
         self._idle.clear()
 
-    def _take(self, round: int, body: bytes) -> Copy:
+    def _take(self, round_idx: int, body: bytes) -> DecodedBroadcast:
         """Messages are the same if they are one object: comparing them would take as long as reading them."""
         at = next(
-            (i for i, copy in enumerate(self._idle) if copy.body is body and copy.round == round),
+            (
+                i
+                for i, copy in enumerate(self._idle)
+                if copy.body is body and copy.round_idx == round_idx
+            ),
             None,
         )
-        if at is not None and (copy := self._idle.pop(at)).untouched():
+        if at is not None and (copy := self._idle.pop(at)).is_unchanged():
             return copy
-        payload = self._decode(round, body)
-        return Copy(round, body, payload, versions(payload))
+        payload = self._decode(round_idx, body)
+        return DecodedBroadcast(round_idx, body, payload, tensor_versions(payload))
 
 
-def versions(payload: Payload) -> list[int]:
+def tensor_versions(payload: Payload) -> list[int]:
     """How often each tensor was changed in place."""
-    return [t._version for item in payload.items_.values() for t in tensors(item)]
+    return [t._version for item in payload.items_.values() for t in item_tensors(item)]
 
 
-def tensors(item: Item) -> list[Tensor]:
+def item_tensors(item: Item) -> list[Tensor]:
     """All tensors of an item."""
     values = list(item.values.values()) if isinstance(item.values, dict) else [item.values]
     return [*values, item.weight] if isinstance(item.weight, Tensor) else values
 
 
-def own(payload: Payload) -> Payload:
+def copy_containers(payload: Payload) -> Payload:
     """The same tensors in dictionaries of their own."""
     items = payload.items_.items()
     made = {
@@ -127,17 +133,17 @@ def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[s
     order = rows.time.argsort(stable=True)[-STRETCH:]
     by = 1.0 if rows.unit is None else rows.unit[order, None].double()
 
-    def told(values: Tensor) -> list[list[float]]:
+    def to_plain(values: Tensor) -> list[list[float]]:
         return [
             [round(v, 6) for v in column]
             for column in (values.detach().cpu()[order].double() * by).T.tolist()
         ]
 
-    said = {name: told(outputs) for name, outputs in rows.baselines.items()}
+    said = {name: to_plain(outputs) for name, outputs in rows.baselines.items()}
     return {
         "time": rows.time[order].tolist(),
-        "truth": told(y),
-        "predicted": told(predicted),
+        "truth": to_plain(y),
+        "predicted": to_plain(predicted),
         "baselines": said,
     }
 
@@ -146,7 +152,7 @@ def forecast(task: Task, rows: Examples, y: Tensor, predicted: Tensor) -> dict[s
 # on real machines alike.
 
 # what is read on which rows, and whether the client's own label frequencies hold there
-READINGS = {
+EVALUATION_SETS = {
     "personal": ("test", True),
     "global": ("common_test", False),
     "validation_personal": ("validation", True),
@@ -154,11 +160,13 @@ READINGS = {
 }
 
 
-MOST_CONFUSED = 100  # classes: of more nobody reads a matrix, and every client would have one
+MAX_CONFUSION_CLASSES = (
+    100  # classes: of more nobody reads a matrix, and every client would have one
+)
 
 
 @dataclass
-class Reading:
+class ClientEvaluation:
     """What an evaluation tells of one client. Only scores leave a real site; the rest is for a simulation's report."""
 
     scores: dict[str, Scores] = field(default_factory=dict)
@@ -172,35 +180,37 @@ class Reading:
     model: bytes = b""  # the deployed model, as `SavedModel.encode` gives it
 
 
-class Site:
+class ClientRuntime:
     """Carries out clients' plans with their own data and private state, several clients together."""
 
     def __init__(
         self,
         algorithm: Algorithm,
-        federation: Federation,
-        store: Store,
-        performer: Performer,
+        federation: FederationSpec,
+        store: StateStore,
+        backend: Backend,
         protocol: Protocol,
     ) -> None:
         self.algorithm, self.federation, self.store = algorithm, federation, store
-        self.performer, self.protocol = performer, protocol
-        self.links = Links(algorithm, federation)
-        self.lent = Lent(self.links.received, 0 if is_own(algorithm) else MOST)
-        self.protection = Protection.of(algorithm, federation)
+        self.backend, self.protocol = backend, protocol
+        self.links = FederationLinks(algorithm, federation)
+        self.broadcast_cache = BroadcastCache(
+            self.links.decode_broadcast, 0 if is_user_method(algorithm) else MOST
+        )
+        self.protection = ClientPrivacy.from_federation(algorithm, federation)
         self.watch: Callable[[str], None] | None = None  # told what is being done
         # may refuse an upload, by raising
         self.leaving: Callable[[str, Payload], None] = lambda client, upload: None
         # scores of logits that several clients share
         self._common: dict[int, tuple[Tensor, Scores]] = {}
 
-    def answer(self, requests: Messages) -> dict[str, Message | Diverged]:
-        """The clients' replies to one request of the protocol each; a `Diverged` where training did."""
-        self.lent.forget()
-        replies: dict[str, Message | Diverged] = {}
-        waiting: dict[str, tuple[Talk, bytes]] = {}
+    def run(self, requests: Messages) -> dict[str, Message | DivergedError]:
+        """The clients' replies to one request of the protocol each; a `DivergedError` where training did."""
+        self.broadcast_cache.clear()
+        replies: dict[str, Message | DivergedError] = {}
+        waiting: dict[str, tuple[ClientPlan, bytes]] = {}
 
-        def go_on(client: str, talk: Talk, upload: bytes | None) -> None:
+        def go_on(client: str, talk: ClientPlan, upload: bytes | None) -> None:
             try:
                 waiting[client] = (talk, next(talk) if upload is None else talk.send(upload))
             except StopIteration as stop:
@@ -208,13 +218,15 @@ class Site:
 
         for client, request in requests.items():
             go_on(
-                client, self.protocol.answer(client, request, request.round, self.store.notes), None
+                client,
+                self.protocol.answer(client, request, request.round_idx, self.store.notes),
+                None,
             )
         while waiting:
             talks, waiting = waiting, {}
             bodies = {c: broadcast for c, (_, broadcast) in talks.items()}
             for client, upload in self._train(bodies, requests).items():
-                if isinstance(upload, Diverged):
+                if isinstance(upload, DivergedError):
                     replies[client] = upload
                 else:
                     go_on(client, talks[client][0], upload)
@@ -222,63 +234,72 @@ class Site:
 
     def _train(
         self, broadcasts: Mapping[str, bytes], requests: Messages
-    ) -> dict[str, bytes | Diverged]:
+    ) -> dict[str, bytes | DivergedError]:
         clients, got = {}, {}
         for id, body in broadcasts.items():
             asked = requests[id]
-            clients[id] = self.federation.client(id, self.store.get(id), asked.round, asked.again)
-            clients[id].work, got[id] = asked.work, self.links.received(asked.round, body)
-        performer = self.protection.guarded(clients.values(), self.performer)
+            clients[id] = self.federation.client(
+                id, self.store.get(id), asked.round_idx, asked.attempt
+            )
+            clients[id].step_share, got[id] = (
+                asked.step_share,
+                self.links.decode_broadcast(asked.round_idx, body),
+            )
+        backend = self.protection.make_backend(clients.values(), self.backend)
         plans = [
             (p, self.algorithm.train(p, got[c])) for c, p in clients.items()
         ]  # own ones may read rows when they are made
-        uploads: dict[str, bytes | Diverged] = {}
+        uploads: dict[str, bytes | DivergedError] = {}
         for outcome, (id, client) in zip(
-            carry_out_together(plans, performer, self._telling), clients.items(), strict=True
+            run_plans(plans, backend, self._report_progress), clients.items(), strict=True
         ):
             if outcome.failure is not None:
                 uploads[id] = outcome.failure
                 continue
-            upload = self.protection.release(client, Payload(outcome.get()), got[id])
-            upload.report = self.protection.report(training_loss(outcome.reports))
+            upload = self.protection.release_upload(client, Payload(outcome.result()), got[id])
+            upload.report = self.protection.report(reported_loss(outcome.reports))
             self.leaving(id, upload)
-            card, asked = self.federation.cards[id], requests[id]
-            uploads[id] = self.links.upload(
-                card, asked.round, upload, got[id], client.state, asked.again
+            card, asked = self.federation.client_infos[id], requests[id]
+            uploads[id] = self.links.encode_upload(
+                card, asked.round_idx, upload, got[id], client.state, asked.attempt
             )
-            self.store.stage(id, Private(self.algorithm.private(client), client.state))
+            self.store.stage(id, PrivateState(self.algorithm.kept_state(client), client.state))
         return uploads
 
-    def deployed(self, got: Mapping[str, Payload], round: int) -> dict[str, Participant]:
-        """Copies of the clients with the models that they would use now, personalised. Raises Diverged if one does."""
-        clients = {c: self.federation.client(c, self.store.get(c), round) for c in got}
-        for hook in (self.algorithm.deploy, self.algorithm.personalise):
-            self._run({c: hook(p, got[c]) for c, p in clients.items()}, clients)
+    def deploy_clients(
+        self, received: Mapping[str, Payload], round_idx: int
+    ) -> dict[str, Participant]:
+        """Copies of the clients with the models that they would use now, personalised. Raises DivergedError if one does."""
+        clients = {c: self.federation.client(c, self.store.get(c), round_idx) for c in received}
+        for hook in (self.algorithm.deploy, self.algorithm.personalize):
+            self._run({c: hook(p, received[c]) for c, p in clients.items()}, clients)
         return clients
 
-    def read(
-        self, broadcasts: Mapping[str, bytes], round: int, details: bool = False
-    ) -> dict[str, Reading]:
+    def evaluate(
+        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool = False
+    ) -> dict[str, ClientEvaluation]:
         """Score clients' models at home and in common, on test and validation rows; `details`: all that a report shows.
 
-        Raises Diverged if a deployment does.
+        Raises DivergedError if a deployment does.
         """
         for client in broadcasts:
-            self._telling(client, "evaluation")
-        with self.lent.to(broadcasts, round) as got:
-            return self._read(self.deployed(got, round), details)
+            self._report_progress(client, "evaluation")
+        with self.broadcast_cache.get_copies(broadcasts, round_idx) as got:
+            return self._evaluate_clients(self.deploy_clients(got, round_idx), details)
 
-    def _read(self, clients: Mapping[str, Participant], details: bool) -> dict[str, Reading]:
-        readings, task = {c: Reading() for c in clients}, self.federation.task
+    def _evaluate_clients(
+        self, clients: Mapping[str, Participant], details: bool
+    ) -> dict[str, ClientEvaluation]:
+        readings, task = {c: ClientEvaluation() for c in clients}, self.federation.task
         private = self.federation.privacy is not None
         if details:
             for c, participant in clients.items():
-                slot, view = self.algorithm.used(participant)
-                view = view or self.federation.cards[c].preprocess
-                at_home = self.algorithm.with_prior(participant, torch.zeros(task.outputs))
+                slot, view = self.algorithm.inference_model(participant)
+                view = view or self.federation.client_infos[c].preprocess
+                at_home = self.algorithm.add_log_prior(participant, torch.zeros(task.outputs))
                 # Exact label frequencies of a private client stay out of its model's file.
                 tells_prior = bool(at_home.any()) and (
-                    not private or self.federation.counts_are_noised
+                    not private or self.federation.has_noisy_counts
                 )
                 prior = tuple(at_home.tolist()) if tells_prior else None
                 tensors, arch = participant.models[slot], participant.arch[slot]
@@ -287,12 +308,12 @@ class Site:
                     tensors, arch, asdict(view), task, prior, layout.columns, layout.categories
                 )
                 readings[c].model = saved.encode()
-        for name, (rows, home) in READINGS.items():
+        for name, (rows, home) in EVALUATION_SETS.items():
             labels = {c: p.data(rows, None)["y"] for c, p in clients.items()}
             some = {c: p for c, p in clients.items() if len(labels[c])}
             plans = {c: self.algorithm.predict(p, Rows(rows), home) for c, p in some.items()}
             for c, logits in self._run(plans, some).items():
-                beside = self.federation.data.beside(c, rows)
+                beside = self.federation.data.extra_columns(c, rows)
                 readings[c].scores[name] = self._score(logits, labels[c], beside.unit)
                 if details and name in ("personal", "global"):
                     readings[c].baselines[name] = baseline_scores(task, beside, labels[c])
@@ -300,11 +321,13 @@ class Site:
                     readings[c].forecast = forecast(task, beside, labels[c], logits)
                 if details and name in ("personal", "global") and task.kind != "regression":
                     # The rows of a local confusion matrix add up to the client's label counts.
-                    if task.outputs <= MOST_CONFUSED and not (private and name == "personal"):
+                    if task.outputs <= MAX_CONFUSION_CLASSES and not (
+                        private and name == "personal"
+                    ):
                         readings[c].confusion[name] = confusion(task, logits, labels[c]).tolist()
                     readings[c].calibration[name] = calibration(task, logits, labels[c])
-        if self.federation.liars is not None and self.federation.liars.has_trigger:
-            target = self.federation.liars.config.target
+        if self.federation.malicious is not None and self.federation.malicious.has_trigger:
+            target = self.federation.malicious.config.target
             plans = {
                 c: self.algorithm.predict(p, Rows(TRIGGERED), False) for c, p in clients.items()
             }
@@ -324,20 +347,18 @@ class Site:
             )
         return known[1]
 
-    def predict(self, participant: Participant, rows: Rows, home: bool) -> Tensor:
+    def predict(self, participant: Participant, rows: Rows, personal: bool) -> Tensor:
         """Logits of a deployed client's model."""
-        return carry_out(
-            self.algorithm.predict(participant, rows, home), participant, self.performer
+        return run_plan(
+            self.algorithm.predict(participant, rows, personal), participant, self.backend
         )[0]
 
     def _run(
         self, plans: Mapping[str, Plan[Any]], clients: Mapping[str, Participant]
     ) -> dict[str, Any]:
-        outcomes = carry_out_together(
-            [(clients[c], plan) for c, plan in plans.items()], self.performer
-        )
-        return {c: outcome.get() for c, outcome in zip(plans, outcomes, strict=True)}
+        outcomes = run_plans([(clients[c], plan) for c, plan in plans.items()], self.backend)
+        return {c: outcome.result() for c, outcome in zip(plans, outcomes, strict=True)}
 
-    def _telling(self, client: str, label: str) -> None:
+    def _report_progress(self, client: str, label: str) -> None:
         if self.watch is not None:
             self.watch(f"{client}: {label}")

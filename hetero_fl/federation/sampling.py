@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import DAY, uniform
-from hetero_fl.federation.simulation.schedule import Conditions, Schedule
-from hetero_fl.utils.errors import RunFailed
-from hetero_fl.utils.ordering import in_order
-from hetero_fl.utils.seeding import Key, sample
+from hetero_fl.federation.simulation.schedule import Schedule, SimulationEnvironment
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.seeding import Key, sample_numbers
 
 # clients, or so many times those who are wanted: among them somebody online is looked for
-LOOKED_AT = (1000, 20)
+CANDIDATES = (1000, 20)
 # real seconds: how long the server waits if nobody is there, and how often it looks
 LONGEST, LOOK = 2 * DAY, 1.0
 # of a day: how long the server waits if nobody is online, and how often
@@ -26,123 +26,148 @@ CUT = 0.95  # of the last chosen utility: who has less is not drawn (Oort)
 PENALTY = 2.0  # exponent for those who are too slow (Oort's alpha)
 
 
-def draw_cohort(
-    federation: Federation, count: int | None, round: int, attempt: int = 0
+def sample_cohort(
+    federation: FederationSpec, count: int | None, round_idx: int, attempt: int = 0
 ) -> list[str]:
     """Everyone, or `count` clients drawn by the key of that round and attempt, in id order; as many on average where each takes
     part by a draw of its own (`privacy.poisson_cohorts`)."""
-    ids = federation.cards.clients.ids
+    ids = federation.client_infos.clients.ids
     if count is not None and federation.privacy is not None and federation.privacy.poisson_cohorts:
-        draws = federation.noise.stream(round, "cohort")
+        draws = federation.noise.stream(round_idx, "cohort")
         taken = draws.uniform(len(ids)) < count / len(ids)
         return [ids[i] for i in taken.nonzero().squeeze(1).tolist()]
     if count is None or count >= len(ids):
         return list(ids)
     return [
-        ids[i] for i in sample(len(ids), count, federation.seed, round, "cohort", *_again(attempt))
+        ids[i]
+        for i in sample_numbers(
+            len(ids), count, federation.seed, round_idx, "cohort", *_attempt_key(attempt)
+        )
     ]
 
 
-def _again(attempt: int) -> tuple[Key, ...]:
+def _attempt_key(attempt: int) -> tuple[Key, ...]:
     return ("attempt", attempt) if attempt else ()
 
 
-class Invitation:
+class ClientSampler:
     """Draws the cohorts of a run. `Oort` (Lai et al., OSDI 2021): a client's utility is n·loss, where the paper takes n times the
     root of the mean squared loss of its examples, which it does not tell; clients slower than the deadline (none: the median of
     those seen) count (T/t)² of it; who was not seen for long gains the paper's bonus; newcomers are drawn evenly.
     """
 
-    def __init__(self, conditions: Conditions) -> None:
+    def __init__(self, conditions: SimulationEnvironment) -> None:
         self.conditions, self.federation = conditions, conditions.devices.federation
         # id -> [utility, seconds, round] of those invited so far (Oort)
         self.known: dict[str, list[float]] = {}
 
-    def draw(self, round: int, attempt: int, at: float) -> tuple[list[str], float]:
+    def sample(self, round_idx: int, attempt: int, at: float) -> tuple[list[str], float]:
         """Who is invited, in id order, and when: later than `at` if nobody is online before.
 
-        Raises RunFailed if nobody is for two days.
+        Raises RunFailedError if nobody is for two days.
         """
-        count, policy = self.conditions.invited, self.conditions.policy
+        count, policy = self.conditions.num_sampled, self.conditions.policy
         if policy.sampling == "uniform":
-            return draw_cohort(self.federation, count, round, attempt), at
-        online, at = self._online(count, round, attempt, at)
+            return sample_cohort(self.federation, count, round_idx, attempt), at
+        online, at = self._online(count, round_idx, attempt, at)
         chosen = (
-            self._needed(online, count, round, attempt) if policy.sampling == "oort" else online
+            self._select_by_utility(online, count, round_idx, attempt)
+            if policy.sampling == "oort"
+            else online
         )
         if len(chosen) > count:
-            drawn = sample(
-                len(chosen), count, self.federation.seed, round, "available", *_again(attempt)
+            drawn = sample_numbers(
+                len(chosen),
+                count,
+                self.federation.seed,
+                round_idx,
+                "available",
+                *_attempt_key(attempt),
             )
             chosen = [chosen[i] for i in drawn]
-        return in_order(chosen), at
+        return natural_order(chosen), at
 
-    def _online(self, count: int, round: int, attempt: int, at: float) -> tuple[list[str], float]:
+    def _online(
+        self, count: int, round_idx: int, attempt: int, at: float
+    ) -> tuple[list[str], float]:
         """Clients who are online, of a sample large enough; and when they are: as many as a round needs,
         if they ever are. Where time is real: who is there, now."""
-        if self.conditions.here is not None:
-            return self._there(self.conditions.here, round), at
-        ids, device = self.federation.cards.clients.ids, self.conditions.devices.device
-        looked = min(len(ids), max(LOOKED_AT[0], LOOKED_AT[1] * count))
+        if self.conditions.connected_clients is not None:
+            return self._connected_cohort(self.conditions.connected_clients, round_idx), at
+        ids, device = self.federation.client_infos.clients.ids, self.conditions.devices.device
+        looked = min(len(ids), max(CANDIDATES[0], CANDIDATES[1] * count))
         first: tuple[list[str], float] | None = None
         for wait in range(PATIENCE):
-            drawn = sample(
-                len(ids), looked, self.federation.seed, round, "online", wait, *_again(attempt)
+            drawn = sample_numbers(
+                len(ids),
+                looked,
+                self.federation.seed,
+                round_idx,
+                "online",
+                wait,
+                *_attempt_key(attempt),
             )
             machines = {ids[i]: device(ids[i]) for i in drawn}
-            here = [id for id, machine in machines.items() if machine.awake(at) == at]
-            if len(here) >= self._enough:
+            here = [id for id, machine in machines.items() if machine.next_online(at) == at]
+            if len(here) >= self._min_clients:
                 return here, at
             first = first or ((here, at) if here else None)
             at += WAIT * max(machine.day for machine in machines.values())
         if first is not None:
             return first
-        raise RunFailed(
-            f"round {round + 1}: none of {looked:,} clients is online at any time of two days"
+        raise RunFailedError(
+            f"round {round_idx + 1}: none of {looked:,} clients is online at any time of two days"
         )
 
     @property
-    def _enough(self) -> int:
+    def _min_clients(self) -> int:
         """Clients without whom nothing can come of a round."""
         secret = self.federation.channel.secure_sum
         return max(
             self.conditions.policy.least,
-            secret.survivors(self.federation.cohort) if secret is not None else 1,
+            secret.min_survivors(self.federation.cohort) if secret is not None else 1,
         )
 
-    def _there(self, here: Callable[[], Collection[str]], round: int) -> list[str]:
+    def _connected_cohort(
+        self, connected: Callable[[], Collection[str]], round_idx: int
+    ) -> list[str]:
         """Who is there, once enough are that something can come of a round."""
-        least, until = self._enough, time.monotonic() + LONGEST
-        while len(there := in_order(here())) < least:
+        least, until = self._min_clients, time.monotonic() + LONGEST
+        while len(there := natural_order(connected())) < least:
             if time.monotonic() > until:
-                raise RunFailed(
-                    f"round {round + 1}: {len(there)} of {least} clients were there for {LONGEST / 3600:g} hours"
+                raise RunFailedError(
+                    f"round {round_idx + 1}: {len(there)} of {least} clients were there for {LONGEST / 3600:g} hours"
                 )
             time.sleep(LOOK)
         return there
 
-    def _needed(self, online: list[str], count: int, round: int, attempt: int) -> list[str]:
+    def _select_by_utility(
+        self, online: list[str], count: int, round_idx: int, attempt: int
+    ) -> list[str]:
         """Oort's choice among those online: known ones by utility, and some newcomers."""
-        seed, again = self.federation.seed, _again(attempt)
+        seed, again = self.federation.seed, _attempt_key(attempt)
         known = [id for id in online if id in self.known]
         fresh = [id for id in online if id not in self.known]
-        explore = max(LEAST, EXPLORE * DECAY**round)
+        explore = max(LEAST, EXPLORE * DECAY**round_idx)
         new = min(len(fresh), max(round_half(explore * count), count - len(known)))
-        utility = self.utilities(known, round)
-        chosen = [fresh[i] for i in sample(len(fresh), new, seed, round, "explore", *again)]
+        utility = self.utilities(known, round_idx)
+        chosen = [
+            fresh[i] for i in sample_numbers(len(fresh), new, seed, round_idx, "explore", *again)
+        ]
         wanted = min(len(known), count - new)
         if wanted:
             cut = CUT * sorted(utility.values(), reverse=True)[wanted - 1]
             pool = [id for id in known if utility[id] >= cut]
             # without replacement, by weight: the largest of u^(1/w) (Efraimidis and Spirakis 2006)
             draw = {
-                id: math.log(uniform(seed, round, "exploit", id, *again)) / max(utility[id], 1e-12)
+                id: math.log(uniform(seed, round_idx, "exploit", id, *again))
+                / max(utility[id], 1e-12)
                 for id in pool
             }
             chosen += sorted(pool, key=draw.__getitem__, reverse=True)[:wanted]
         return chosen
 
-    def utilities(self, ids: Sequence[str], round: int) -> dict[str, float]:
+    def utilities(self, ids: Sequence[str], round_idx: int) -> dict[str, float]:
         """What is to be expected of clients that were invited before; the most that anybody told counts one."""
         if not ids:
             return {}
@@ -154,36 +179,40 @@ class Invitation:
         found = {}
         for id in ids:
             worth, seconds, last = self.known[id]
-            bonus = math.sqrt(0.1 * math.log(round + 1) / max(1.0, last + 1))
+            bonus = math.sqrt(0.1 * math.log(round_idx + 1) / max(1.0, last + 1))
             found[id] = (worth / most + bonus) * (
                 (slow / seconds) ** PENALTY if seconds > slow else 1.0
             )
         return found
 
-    def learn(self, held: Schedule, losses: Mapping[str, float], round: int) -> None:
+    def update(self, schedule: Schedule, losses: Mapping[str, float], round_idx: int) -> None:
         """What a round told of those who were invited; kept where it decides whom to invite."""
         if self.conditions.policy.sampling != "oort":
             return
-        for id, task in held.tasks.items():
+        for id, task in schedule.tasks.items():
             before = self.known.get(id, [0.0, 0.0, 0.0])
             worth = (
-                self.federation.cards[id].n * max(0.0, losses[id]) if id in losses else before[0]
+                self.federation.client_infos[id].num_rows * max(0.0, losses[id])
+                if id in losses
+                else before[0]
             )
             # never seen: too slow
-            ends = task.ends if task.ends < math.inf else 2 * held.end - held.start
+            ends = task.end if task.end < math.inf else 2 * schedule.end - schedule.start
             self.known[id] = [
                 worth,
-                max(before[1], ends - held.start) if id in held.failed else ends - held.start,
-                float(round),
+                max(before[1], ends - schedule.start)
+                if id in schedule.failed
+                else ends - schedule.start,
+                float(round_idx),
             ]
 
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What it knows, for a checkpoint."""
         return {"known": self.known} if self.known else {}
 
-    def restore(self, tree: dict[str, Any]) -> None:
-        """The reverse of `tree`."""
-        self.known = tree.get("known", {})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of `state`."""
+        self.known = state.get("known", {})
 
 
 def round_half(value: float) -> int:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.utils.errors import RunFailed
-from hetero_fl.utils.serialization import CodecError, decode, encode, nbytes, sync_folder
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.serialization import CodecError, decode, encode, num_tensor_bytes, sync_folder
 
 # Segments: append-only files of checksummed blobs, each closed by a head and renamed into place,
 # complete or not there at all.
@@ -40,28 +40,28 @@ class Segment:
         """A segment that was sealed. Raises OSError if it is not there."""
         return cls(path, path.stat().st_size)
 
-    def read(self, place: Place) -> bytes:
+    def read(self, location: BlobLocation) -> bytes:
         """A blob. Raises CodecError if it is not what was written, OSError if it cannot be read."""
-        data = b"".join(self._chunks(place, place.length))
-        if hashlib.sha256(data).digest() != place.digest:
+        data = b"".join(self._chunks(location, location.length))
+        if hashlib.sha256(data).digest() != location.digest:
             raise CodecError(f"a checksum in {self.path.name} does not match")
         return data
 
-    def verify(self, place: Place) -> None:
+    def verify(self, location: BlobLocation) -> None:
         """Raises as `read` does, a chunk in memory at a time."""
-        for _ in self.stream(place):
+        for _ in self.stream(location):
             pass
 
-    def stream(self, place: Place) -> Iterator[bytes]:
+    def stream(self, location: BlobLocation) -> Iterator[bytes]:
         """The chunks of a blob; raises as `read` does, at the end."""
         checksum = hashlib.sha256()
-        for chunk in self._chunks(place, CHUNK):
+        for chunk in self._chunks(location, CHUNK):
             checksum.update(chunk)
             yield chunk
-        if checksum.digest() != place.digest:
+        if checksum.digest() != location.digest:
             raise CodecError(f"a checksum in {self.path.name} does not match")
 
-    def _chunks(self, place: Place, size: int) -> Iterator[bytes]:
+    def _chunks(self, place: BlobLocation, size: int) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
             file.seek(place.offset)
             left = place.length
@@ -90,7 +90,7 @@ class Segment:
         return head
 
 
-class Place(NamedTuple):
+class BlobLocation(NamedTuple):
     """Where a blob lies."""
 
     segment: Segment
@@ -110,15 +110,15 @@ class OpenSegment(Segment):
         # Always the same temporary name: what a crash leaves behind is overwritten, not piled up.
         super().__init__(folder / ".next.ckpt.tmp", 0)
 
-    def append(self, data: bytes) -> Place:
+    def append(self, data: bytes) -> BlobLocation:
         """Add a blob. After an error, what was written of it is overwritten by the next."""
         return self._append(iter((data,)), hashlib.sha256(data).digest())
 
-    def copy(self, place: Place) -> Place:
+    def copy(self, place: BlobLocation) -> BlobLocation:
         """Add a blob of another segment, a chunk at a time. Raises CodecError if it is damaged there."""
         return self._append(place.segment.stream(place), place.digest)
 
-    def _append(self, chunks: Iterator[bytes], digest: bytes) -> Place:
+    def _append(self, chunks: Iterator[bytes], digest: bytes) -> BlobLocation:
         if not self.size:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_bytes(MAGIC)
@@ -128,11 +128,11 @@ class OpenSegment(Segment):
             file.seek(end)
             for chunk in chunks:
                 end += file.write(chunk)
-        place = Place(self, self.size, end - self.size, digest)
+        place = BlobLocation(self, self.size, end - self.size, digest)
         self.size = end
         return place
 
-    def cut(self, size: int) -> None:
+    def truncate(self, size: int) -> None:
         """Forget all blobs from there on."""
         if size < self.size:
             os.truncate(self.path, size)
@@ -166,7 +166,7 @@ COMPACT = 4  # a segment of which less than one part in so many is live is given
 
 
 @dataclass
-class Private:
+class PrivateState:
     """What one client keeps: tensors by slot, and its own state (trees of tensors and plain values)."""
 
     models: dict[str, Tensors] = field(default_factory=dict)
@@ -180,7 +180,7 @@ class Private:
             else b""
         )
 
-    def settled(self) -> Private:
+    def normalized(self) -> PrivateState:
         """As it would be read from its bytes: tensors in memory of their own, a tuple a list …"""
         models = {
             slot: {
@@ -189,23 +189,25 @@ class Private:
             }
             for slot, tensors in self.models.items()
         }
-        return Private(models, Private.decode(Private(state=self.state).encode()).state)
+        return PrivateState(
+            models, PrivateState.decode(PrivateState(state=self.state).encode()).state
+        )
 
     @classmethod
-    def decode(cls, data: bytes, bounded: bool = False) -> Private:
+    def decode(cls, data: bytes, bounded: bool = False) -> PrivateState:
         """Decode what `encode` made; `bounded`: the data is untrusted. Raises CodecError, TypeError if it is something else."""
         return cls(**decode(data, FORM, bounded)) if data else cls()
 
 
 @dataclass
-class Version:
+class StagedVersion:
     """One client's state as it was staged once; `stamp` names it within this process and is never used again."""
 
     stamp: int
-    place: Place | None  # None: in memory only
+    place: BlobLocation | None  # None: in memory only
 
 
-class Store:
+class StateStore:
     """Private state by client id. A client without any costs nothing.
 
     With a `folder`, state goes to disk as it is staged, and at most `memory` bytes of it are held decoded or encoded besides
@@ -218,40 +220,42 @@ class Store:
         self.open = OpenSegment(folder) if folder is not None else None
         self.held = 0  # bytes in memory
         # by stamp; the last used at the end
-        self._held: OrderedDict[int, Private | bytes] = OrderedDict()
-        self._kept: dict[str, Version] = {}
-        self._staged: dict[str, Version | None] = {}  # None: the client keeps nothing any more
+        self._held: OrderedDict[int, PrivateState | bytes] = OrderedDict()
+        self._kept: dict[str, StagedVersion] = {}
+        self._staged: dict[
+            str, StagedVersion | None
+        ] = {}  # None: the client keeps nothing any more
         self._stamps = itertools.count()
         self._mark = 0  # the open segment's size at the last commit
         self.notes: dict[
             str, bytes
         ] = {}  # what clients remember from one exchange of a round to the next: never on disk
 
-    def get(self, client: str) -> Private:
+    def get(self, client: str) -> PrivateState:
         """The state as committed; empty for a client that keeps nothing. Do not change it in place.
 
-        Raises RunFailed if it has been damaged on disk.
+        Raises RunFailedError if it has been damaged on disk.
         """
         version = self._kept.get(client)
         if version is None:
-            return Private()
+            return PrivateState()
         found = self._held.get(version.stamp)
-        if isinstance(found, Private):
+        if isinstance(found, PrivateState):
             self._held.move_to_end(version.stamp)
             return found
-        private = Private.decode(found if found is not None else self._read(client, version))
-        self._hold(version.stamp, private)
+        private = PrivateState.decode(found if found is not None else self._read(client, version))
+        self._cache(version.stamp, private)
         return private
 
     def encoded(self, client: str) -> bytes | None:
-        """The committed state as `Private.encode` gives it, None if there is none; raises as `get` does."""
+        """The committed state as `PrivateState.encode` gives it, None if there is none; raises as `get` does."""
         version = self._kept.get(client)
         if version is None:
             return None
         found = self._held.get(version.stamp)
         if found is None:
             return self._read(client, version)
-        return found.encode() if isinstance(found, Private) else found
+        return found.encode() if isinstance(found, PrivateState) else found
 
     def stamp(self, client: str) -> int | None:
         """A number that is another whenever the committed state is, None if there is none: equal stamps, equal state."""
@@ -263,23 +267,29 @@ class Store:
         return sorted(self._kept)
 
     # A round -----------------------------------------------------------------------------------------------------
-    def stage(self, client: str, private: Private | bytes) -> int | None:
+    def stage(self, client: str, private: PrivateState | bytes) -> int | None:
         """State written by a task whose upload is not used yet; as bytes if it comes from another process.
 
         Returns the stamp that it will have once it is committed.
         """
-        self.drop(client)
-        if not private or (isinstance(private, Private) and not (private.models or private.state)):
+        self.discard_client(client)
+        if not private or (
+            isinstance(private, PrivateState) and not (private.models or private.state)
+        ):
             self._staged[client] = None
             return None
         place = None
         if self.open is not None:
-            place = self.open.append(private.encode() if isinstance(private, Private) else private)
-        version = self._staged[client] = Version(next(self._stamps), place)
-        self._hold(version.stamp, private.settled() if isinstance(private, Private) else private)
+            place = self.open.append(
+                private.encode() if isinstance(private, PrivateState) else private
+            )
+        version = self._staged[client] = StagedVersion(next(self._stamps), place)
+        self._cache(
+            version.stamp, private.normalized() if isinstance(private, PrivateState) else private
+        )
         return version.stamp
 
-    def drop(self, client: str) -> None:
+    def discard_client(self, client: str) -> None:
         """Forget what one client staged: the server did not take its upload."""
         self._release(self._staged.pop(client, None))
 
@@ -302,21 +312,21 @@ class Store:
         self._staged.clear()
         self.notes.clear()
         if self.open is not None:
-            self.open.cut(self._mark)
+            self.open.truncate(self._mark)
 
     # Checkpoints -------------------------------------------------------------------------------------------------
-    def places(self) -> dict[str, Place]:
+    def locations(self) -> dict[str, BlobLocation]:
         """Where the committed state of each client lies."""
         return {c: v.place for c, v in sorted(self._kept.items()) if v.place is not None}
 
-    def waiting(self) -> dict[str, Place | None]:
+    def staged_locations(self) -> dict[str, BlobLocation | None]:
         """Where the staged state of each client lies, None for one that keeps nothing any more: of tasks in flight."""
         return {c: v.place if v is not None else None for c, v in sorted(self._staged.items())}
 
-    def gather(self, replaced: Path) -> None:
+    def compact_segments(self, replaced: Path) -> None:
         """Before a checkpoint: copy what is still live out of segments that hold little else, and out of `replaced`.
 
-        Raises RunFailed if it has been damaged on disk.
+        Raises RunFailedError if it has been damaged on disk.
         """
         live: dict[Path, int] = {}
         for _, version in self._versions():
@@ -332,67 +342,72 @@ class Store:
                 try:
                     version.place = self.open.copy(place)
                 except (CodecError, OSError) as error:
-                    raise _damaged(client, error) from None
+                    raise _damaged_error(client, error) from None
         self._mark = self.open.size if self.open is not None else 0
 
     def files(self) -> set[Path]:
         """The files in which state lies, committed or staged."""
         return {v.place.segment.path for _, v in self._versions() if v.place is not None}
 
-    def _versions(self) -> list[tuple[str, Version]]:
+    def _versions(self) -> list[tuple[str, StagedVersion]]:
         """All that may still be read, in an order that is the same in every run."""
         return [
             *sorted(self._kept.items()),
             *((c, v) for c, v in sorted(self._staged.items()) if v is not None),
         ]
 
-    def sealed(self) -> None:
+    def start_segment(self) -> None:
         """After a checkpoint: what is staged from now on goes into the next segment."""
         if self.folder is not None:
             self.open, self._mark = OpenSegment(self.folder), 0
 
-    def restore(self, places: Mapping[str, Place], waiting: Mapping[str, Place | None]) -> None:
+    def load_locations(
+        self,
+        locations: Mapping[str, BlobLocation],
+        staged_locations: Mapping[str, BlobLocation | None],
+    ) -> None:
         """Set the state, and what is staged, to what a checkpoint holds, and forget everything else."""
         self._held.clear()
         self.held = 0
-        self._kept = {c: Version(next(self._stamps), place) for c, place in places.items()}
+        self._kept = {c: StagedVersion(next(self._stamps), place) for c, place in locations.items()}
         self._staged = {
-            c: place and Version(next(self._stamps), place) for c, place in waiting.items()
+            c: place and StagedVersion(next(self._stamps), place)
+            for c, place in staged_locations.items()
         }
-        self.sealed()
+        self.start_segment()
 
     # Memory ------------------------------------------------------------------------------------------------------
-    def _read(self, client: str, version: Version) -> bytes:
+    def _read(self, client: str, version: StagedVersion) -> bytes:
         assert version.place is not None  # what has no place is always held
         try:
             return version.place.read()
         except (CodecError, OSError) as error:
-            raise _damaged(client, error) from None
+            raise _damaged_error(client, error) from None
 
-    def _hold(self, stamp: int, value: Private | bytes) -> None:
-        self._let_go(stamp)
+    def _cache(self, stamp: int, value: PrivateState | bytes) -> None:
+        self._uncache(stamp)
         if self.folder is not None:
             if _size(value) > self.memory:
                 return
             while self.held + _size(value) > self.memory:
-                self._let_go(next(iter(self._held)))
+                self._uncache(next(iter(self._held)))
         self._held[stamp] = value
         self.held += _size(value)
 
-    def _let_go(self, stamp: int) -> None:
+    def _uncache(self, stamp: int) -> None:
         if (value := self._held.pop(stamp, None)) is not None:
             self.held -= _size(value)
 
-    def _release(self, version: Version | None) -> None:
+    def _release(self, version: StagedVersion | None) -> None:
         if version is not None:
-            self._let_go(version.stamp)
+            self._uncache(version.stamp)
 
 
-def _size(value: Private | bytes) -> int:
-    return len(value) if isinstance(value, bytes) else nbytes([value.models, value.state])
+def _size(value: PrivateState | bytes) -> int:
+    return len(value) if isinstance(value, bytes) else num_tensor_bytes([value.models, value.state])
 
 
-def _damaged(client: str, error: Exception) -> RunFailed:
-    return RunFailed(
+def _damaged_error(client: str, error: Exception) -> RunFailedError:
+    return RunFailedError(
         f"the private state of {client} is damaged on disk ({error}); --resume goes on from a whole checkpoint"
     )

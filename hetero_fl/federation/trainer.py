@@ -11,24 +11,29 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from hetero_fl.algorithms import Algorithm
-from hetero_fl.communication.protocol import Alike, Message, Traffic
-from hetero_fl.core.metrics import Scores, score, spread
-from hetero_fl.core.participant import Card, contained, copied
-from hetero_fl.core.payload import Item, Payload, PayloadError, report_of
+from hetero_fl.communication.protocol import EncodeCache, Message, Traffic
+from hetero_fl.core.metrics import Scores, score, summarize_clients
+from hetero_fl.core.participant import ClientInfo, copy_containers, copy_tree
+from hetero_fl.core.payload import Item, Payload, PayloadError, report_with_loss
 from hetero_fl.core.plan import Predict, Rows
-from hetero_fl.engine.driver import Diverged
-from hetero_fl.federation.channel import Links, make_protocol
-from hetero_fl.federation.client_runtime import Reading
-from hetero_fl.federation.dry_run import Expectations
-from hetero_fl.federation.executors.base import Absent, Apart, Executor, in_turn
-from hetero_fl.federation.federation import Federation
-from hetero_fl.federation.method_calls import broadcast, is_own, told
-from hetero_fl.federation.simulation.schedule import Conditions
-from hetero_fl.federation.upload_collector import Intake
-from hetero_fl.privacy.server import PrivateSums
-from hetero_fl.utils.caching import Lazy
-from hetero_fl.utils.errors import RunFailed
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.engine.driver import DivergedError
+from hetero_fl.federation.channel import FederationLinks, make_protocol
+from hetero_fl.federation.client_runtime import ClientEvaluation
+from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.federation.executors.base import (
+    ClientAbsentError,
+    Executor,
+    RemoteExecutor,
+    order_arrivals,
+)
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.federation.method_calls import call_broadcast, is_user_method, translate_user_errors
+from hetero_fl.federation.simulation.schedule import SimulationEnvironment
+from hetero_fl.federation.upload_collector import UploadCollector
+from hetero_fl.privacy.server import ServerPrivacy
+from hetero_fl.utils.caching import LazyMapping
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.ordering import natural_order
 
 # An evaluation's figures, and how they stand in a round's record.
 
@@ -36,23 +41,25 @@ Record = dict[str, Any]  # a line of metrics.jsonl
 
 
 @dataclass
-class Readings:
+class EvaluationResult:
     """An evaluation: each client's reading, the server's scores on the common sets if it has a model, and why clients on machines
     of their own could not be read, whose scores are in no mean."""
 
-    clients: dict[str, Reading]
+    clients: dict[str, ClientEvaluation]
     server: dict[str, Scores] | None
-    absent: dict[str, str] = field(default_factory=dict)
+    absent_clients: dict[str, str] = field(default_factory=dict)
 
 
-def record_readings(record: Record, readings: Readings) -> None:
+def add_evaluation(record: Record, evaluation: EvaluationResult) -> None:
     """Set an evaluation's figures into a round's record."""
     by_name = {
-        name: spread({c: r.scores[name] for c, r in readings.clients.items() if name in r.scores})
+        name: summarize_clients(
+            {c: r.scores[name] for c, r in evaluation.clients.items() if name in r.scores}
+        )
         for name in ("personal", "global", "validation_personal", "validation_global")
-        if any(name in r.scores for r in readings.clients.values())
+        if any(name in r.scores for r in evaluation.clients.values())
     }
-    server = readings.server or {}
+    server = evaluation.server or {}
     record["personal"], record["global"] = by_name.get("personal"), by_name.get("global")
     record["server"] = server.get("global")
     record["validation"] = {
@@ -60,15 +67,15 @@ def record_readings(record: Record, readings: Readings) -> None:
         "global": by_name.get("validation_global"),
         "server": server.get("validation_global"),
     }
-    stamped = [r.triggered for r in readings.clients.values() if r.triggered is not None]
+    stamped = [r.triggered for r in evaluation.clients.values() if r.triggered is not None]
     if stamped:
         record["attacks"]["success"] = sum(stamped) / len(stamped)
     record["clients"] = {
         c: {name: r.scores[name] for name in ("personal", "global") if name in r.scores}
-        for c, r in readings.clients.items()
+        for c, r in evaluation.clients.items()
     }
-    if readings.absent:
-        record["unread"] = readings.absent
+    if evaluation.absent_clients:
+        record["unread"] = evaluation.absent_clients
 
 
 # A run in progress, whatever decides who is asked and when: its server, its clients' state, its
@@ -77,36 +84,38 @@ def record_readings(record: Record, readings: Readings) -> None:
 MOST_DIVERGED = 3  # rounds in succession in which training at the server may diverge
 
 
-class Session(ABC):
+class FederatedTrainer(ABC):
     """A run in progress. Its state is the server, the store and the traffic; everything else follows from the configuration."""
 
     def __init__(
         self,
         algorithm: Algorithm,
-        federation: Federation,
+        federation: FederationSpec,
         executor: Executor,
         per_round: int | None = None,
         stop_on_divergence: bool = False,
-        conditions: Conditions | None = None,
+        environment: SimulationEnvironment | None = None,
     ) -> None:
         self.algorithm, self.federation, self.executor = algorithm, federation, executor
         self.per_round, self.stop_on_divergence = per_round, stop_on_divergence
-        self.conditions = conditions or Conditions.ideal(federation, per_round)
+        self.environment = environment or SimulationEnvironment.ideal(federation, per_round)
         self.now = (
             # seconds since the run began: simulated ones, or real ones where clients are on
             # machines of their own
             0.0
         )
         self.resumed: int | None = None  # the round after which this process took the run over
-        self.store, self.performer = executor.store, executor.performer
+        self.store, self.backend = executor.store, executor.backend
         self.protocol, self.traffic = make_protocol(algorithm, federation), Traffic()
-        self.expectations = Expectations(algorithm, federation)
+        self.expectations = ExpectedUploads(algorithm, federation)
         self.links, self.bounds = (
-            Links(algorithm, federation),
-            Links(algorithm, federation, bound=True),
+            FederationLinks(algorithm, federation),
+            FederationLinks(algorithm, federation, bound=True),
         )
-        self.sums = PrivateSums(self.expectations, per_round)
-        self.intake = Intake(self.expectations, self.links, self.protocol, self.sums)
+        self.server_privacy = ServerPrivacy(self.expectations, per_round)
+        self.collector = UploadCollector(
+            self.expectations, self.links, self.protocol, self.server_privacy
+        )
         self.server = federation.server()
         self.completed = 0
         # rounds in succession that were given up because training at the server diverged
@@ -114,54 +123,58 @@ class Session(ABC):
         # of uploads, by the example that they follow
         self._lengths: dict[int, tuple[Mapping[str, Item], int]] = {}
         self._before = time.monotonic()  # the moment from which real seconds are counted
-        with told():
-            algorithm.start(self.server)
+        with translate_user_errors():
+            algorithm.setup(self.server)
 
     @property
-    def apart(self) -> Apart | None:
+    def remote_executor(self) -> RemoteExecutor | None:
         """The executor, if clients are on machines of their own."""
-        return cast(Apart, self.executor) if self.conditions.here is not None else None
+        return (
+            cast(RemoteExecutor, self.executor)
+            if self.environment.connected_clients is not None
+            else None
+        )
 
-    def real(self) -> float:
+    def elapsed_seconds(self) -> float:
         """Seconds since the run began, those between a crash and a resume left out."""
         return time.monotonic() - self._before
 
-    def saved(self) -> None:
+    def on_checkpoint(self) -> None:
         """A checkpoint has been written, or read."""
-        if self.apart is not None:
-            self.apart.saved()
+        if self.remote_executor is not None:
+            self.remote_executor.on_checkpoint()
 
-    @told()
-    def round(self) -> Record:
-        """Hold the next round and commit it. Raises RunFailed if clients trained and no upload could be used, or if a
+    @translate_user_errors()
+    def run_round(self) -> Record:
+        """Hold the next round and commit it. Raises RunFailedError if clients trained and no upload could be used, or if a
         method of the user's own fails; nothing that clients did in it is kept then."""
         before, now = replace(self.traffic), self.now
         try:
-            return self._hold()
+            return self._run_round()
         except BaseException:
             self.store.discard()
             self.traffic.up, self.traffic.down, self.now = before.up, before.down, now
             raise
 
-    def _may_be_killed(self) -> None:
+    def _simulate_server_crash(self) -> None:
         """As `faults.server` has it, before the round is committed; the process that takes the run over there goes on."""
         if (
-            self.completed + 1 in self.conditions.faults.config.server
+            self.completed + 1 in self.environment.faults.config.server
             and self.resumed != self.completed
         ):
             os.kill(os.getpid(), signal.SIGKILL)
 
     @property
-    def turn(self) -> int:
+    def round_idx(self) -> int:
         """The round that comes next, from 0: what the server sends and draws is keyed by it."""
         return self.completed
 
     @abstractmethod
-    def _hold(self) -> Record:
+    def _run_round(self) -> Record:
         """The next round: whom to ask, what to make of the answers, and its line of `metrics.jsonl`."""
 
     # What the server makes of uploads --------------------------------------------------------------------------------------
-    def _tried(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
+    def _change_server(self, aggregate: Callable[[], None], magnitudes: Mapping[str, float]) -> str:
         """Change the server by `aggregate`; if its training diverges, set it back to what it was and return why.
 
         Args:
@@ -169,103 +182,130 @@ class Session(ABC):
             magnitudes: Of each upload, by client.
 
         Raises:
-            RunFailed: If this has happened `MOST_DIVERGED` times in succession, or in every round of a shorter run, or if
+            RunFailedError: If this has happened `MOST_DIVERGED` times in succession, or in every round of a shorter run, or if
                 `runtime.divergence` is `stop`.
         """
         # only methods of this package replace all tensors
-        keep = copied if is_own(self.algorithm) else contained
+        keep = copy_tree if is_user_method(self.algorithm) else copy_containers
         models, state = keep(self.server.models), keep(self.server.state)
-        arch, memory, sums = dict(self.server.arch), contained(self.intake.memory), self.sums.tree()
+        arch, memory, sums = (
+            dict(self.server.arch),
+            copy_containers(self.collector.memory),
+            self.server_privacy.state_dict(),
+        )
         try:
             aggregate()
-        except Diverged as error:
+        except DivergedError as error:
             self.server.models, self.server.state, self.server.arch = models, state, arch
-            self.intake.memory = memory
-            self.sums.restore(sums)
+            self.collector.memory = memory
+            self.server_privacy.load_state_dict(sums)
             self.diverged += 1
             why = f"training at the server diverged: {error}"
-            if magnitudes and self.sums.privacy is None:
+            if magnitudes and self.server_privacy.privacy is None:
                 client = max(magnitudes, key=lambda c: magnitudes[c])
                 why += (
                     f"; the upload of {client} has the largest magnitude, {magnitudes[client]:.3g}"
                 )
-            most = min(MOST_DIVERGED, self.federation.rounds)
+            most = min(MOST_DIVERGED, self.federation.num_rounds)
             if self.diverged >= most or self.stop_on_divergence:
                 times = f", {self.diverged} times in succession" if self.diverged > 1 else ""
-                raise RunFailed(f"round {self.completed + 1}: {why}{times}") from None
+                raise RunFailedError(f"round {self.completed + 1}: {why}{times}") from None
             return why
         self.diverged = 0
         return ""
 
     # What clients receive -----------------------------------------------------------------------------------------------
-    def broadcasts(self, clients: Collection[str], reading: bool = False) -> Mapping[str, bytes]:
-        """What the server sends to each, encoded when it is asked for; `reading`: to be read, not to be trained on."""
-        encoded = Alike(
-            lambda payload: self.links.broadcast(
-                self.server.clock.round, payload, self.server.arch.values()
+    def broadcasts(
+        self, clients: Collection[str], for_evaluation: bool = False
+    ) -> Mapping[str, bytes]:
+        """What the server sends to each, encoded when it is asked for; `for_evaluation`: to be read, not to be trained on."""
+        encoded = EncodeCache(
+            lambda payload: self.links.encode_broadcast(
+                self.server.round_context.round_idx, payload, self.server.arch.values()
             )
         )
 
         def make(client: str) -> bytes:
-            card = self.federation.cards[client]
-            return encoded(self._broadcast(replace(card, reading=True) if reading else card))
+            card = self.federation.client_infos[client]
+            return encoded(
+                self._broadcast(replace(card, is_evaluation=True) if for_evaluation else card)
+            )
 
-        return Lazy(clients, make)
+        return LazyMapping(clients, make)
 
-    def heard(self, round: int) -> Callable[[Card], Payload]:
+    def decoded_broadcasts(self, round_idx: int) -> Callable[[ClientInfo], Payload]:
         """What each client makes of what it was sent in that round."""
-        heard = Alike(lambda payload: self.links.heard(round, payload, self.server.arch.values()))
+        heard = EncodeCache(
+            lambda payload: self.links.simulate_broadcast(
+                round_idx, payload, self.server.arch.values()
+            )
+        )
         return lambda card: heard(self._broadcast(card))
 
-    def _broadcast(self, card: Card) -> Payload:
+    def _broadcast(self, client_info: ClientInfo) -> Payload:
         """May be made several times, in any order: what it draws is keyed by the client, not by the turn."""
-        speaker = replace(self.server, id=f"{self.server.id} to {card.id}", uses={})
-        return self.sums.announce(broadcast(self.algorithm, speaker, card))
+        speaker = replace(
+            self.server,
+            participant_id=f"{self.server.participant_id} to {client_info.client_id}",
+            stream_uses={},
+        )
+        return self.server_privacy.add_bounds(call_broadcast(self.algorithm, speaker, client_info))
 
-    def upload_bytes(self, card: Card, broadcast: Payload, round: int) -> int:
+    def upload_bytes(self, client_info: ClientInfo, broadcast: Payload, round_idx: int) -> int:
         """Bytes of the upload that a client will make of this broadcast, its report included (but for the digits of a weight)."""
-        like = self.expectations.of(card, broadcast, round)
+        like = self.expectations.expected_items(client_info, broadcast, round_idx)
         known = self._lengths.get(id(like))
         if known is None or known[0] is not like:
             length = len(
-                self.bounds.upload(card, round, Payload(dict(like), report_of(0.0)), broadcast, {})
+                self.bounds.encode_upload(
+                    client_info,
+                    round_idx,
+                    Payload(dict(like), report_with_loss(0.0)),
+                    broadcast,
+                    {},
+                )
             )
             known = self._lengths[id(like)] = (like, length)
         return known[1]
 
-    def _clock(self, round: int) -> None:
-        self.server.clock, self.server.uses = self.federation.clock(round), {}
+    def _set_round_context(self, round_idx: int) -> None:
+        self.server.round_context, self.server.stream_uses = (
+            self.federation.round_context(round_idx),
+            {},
+        )
 
-    @told()
-    def ask(self, client: str, round: int) -> tuple[Payload, Payload]:
+    @translate_user_errors()
+    def request_upload(self, client: str, round_idx: int) -> tuple[Payload, Payload]:
         """What one client receives in a round, and what arrives of its answer if the server sees it by itself; nothing is kept.
 
-        Raises RunFailed if the client diverges, PayloadError if the answer is not what was asked for.
+        Raises RunFailedError if the client diverges, PayloadError if the answer is not what was asked for.
         """
-        self._clock(round)
+        self._set_round_context(round_idx)
         bodies = dict(self.broadcasts([client]))
         try:
-            ((_, reply),) = self.executor.answer({client: Message("train", bodies[client], round)})
+            ((_, reply),) = self.executor.run({client: Message("train", bodies[client], round_idx)})
         finally:
             self.store.discard()
-        if isinstance(reply, Diverged):
-            raise RunFailed(f"round {round + 1}: {client} diverged: {reply}")
-        got = self.links.received(round, bodies[client])
-        return got, self.intake.receive(client, reply.body, self.heard(round), round)
+        if isinstance(reply, DivergedError):
+            raise RunFailedError(f"round {round_idx + 1}: {client} diverged: {reply}")
+        got = self.links.decode_broadcast(round_idx, bodies[client])
+        return got, self.collector.decode_upload(
+            client, reply.body, self.decoded_broadcasts(round_idx), round_idx
+        )
 
     # Evaluation --------------------------------------------------------------------------------------------------
-    @told()
+    @translate_user_errors()
     def evaluate(
         self, details: bool = False, save: Callable[[str, bytes], None] | None = None
-    ) -> Readings:
+    ) -> EvaluationResult:
         """Read the models of the federation's readers, in this cohort or not, as they would be used now; and the server's.
 
         What they receive for it is what they would receive next, and is counted like any other transfer. `details`: all
         that a report shows; each model (see `SavedModel.encode`) is then handed to `save` as it comes, and not kept.
         """
-        self._clock(self.turn)
-        ids = in_order(self.federation.readers)
-        bodies = self.broadcasts(ids, reading=True)
+        self._set_round_context(self.round_idx)
+        ids = natural_order(self.federation.evaluated_clients)
+        bodies = self.broadcasts(ids, for_evaluation=True)
 
         def counted(client: str) -> bytes:
             body = bodies[client]
@@ -273,63 +313,67 @@ class Session(ABC):
             return body
 
         sizes: dict[str, int] = {}
-        clients: dict[str, Reading] = {}
+        clients: dict[str, ClientEvaluation] = {}
         absent: dict[str, str] = {}
         try:
-            for id, reading in in_turn(
-                ids, self.executor.read(Lazy(ids, counted), self.turn, details)
+            for id, reading in order_arrivals(
+                ids, self.executor.evaluate(LazyMapping(ids, counted), self.round_idx, details)
             ):
-                if isinstance(reading, Absent):
+                if isinstance(reading, ClientAbsentError):
                     absent[id] = str(reading)
                     continue
                 if save is not None:
                     save(id, reading.model)
                     reading.model = b""
                 clients[id] = reading
-        except (Diverged, PayloadError) as error:
-            raise RunFailed(
+        except (DivergedError, PayloadError) as error:
+            raise RunFailedError(
                 f"round {self.completed}: a model cannot be evaluated: {error}"
             ) from None
-        if self.algorithm.counted:
+        if self.algorithm.counts_traffic:
             self.traffic.down += sum(sizes.values())
-        return Readings(clients, self._read_server(), absent)
+        return EvaluationResult(clients, self._evaluate_server(), absent)
 
-    def _read_server(self) -> dict[str, Scores] | None:
-        slot = self.algorithm.server_slot(self.server)
+    def _evaluate_server(self) -> dict[str, Scores] | None:
+        slot = self.algorithm.server_model_slot(self.server)
         if slot is None:
             return None
-        view = self.federation.view_of(slot)
+        view = self.federation.preprocessing_of(slot)
         scores = {}
         for name, rows in (("global", "common_test"), ("validation_global", "common_validation")):
             y = self.server.data(rows, view)["y"]
             if len(y):
-                (logits,) = self.performer.perform(
-                    [(self.server, Predict(slot, Rows(rows, through=view)))]
+                (logits,) = self.backend.run(
+                    [(self.server, Predict(slot, Rows(rows, preprocess=view)))]
                 )
-                unit = self.federation.data.beside(self.server.id, rows).unit
+                unit = self.federation.data.extra_columns(self.server.participant_id, rows).unit
                 scores[name] = score(self.federation.task, logits, y, unit)
         return scores
 
     # Crash safety ------------------------------------------------------------------------------------------------
-    def tree(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """With the store, everything that a later process needs to go on as if nothing had happened."""
         return {
             "completed": self.completed,
             "server": {"models": self.server.models, "state": self.server.state},
             "traffic": {"up": self.traffic.up, "down": self.traffic.down},
-            "aggregation": self.intake.memory,
-            "bounds": self.sums.tree(),
+            "aggregation": self.collector.memory,
+            "bounds": self.server_privacy.state_dict(),
             **({"diverged": self.diverged} if self.diverged else {}),
-            **({"now": self.now} if self.conditions.simulated or self.apart is not None else {}),
+            **(
+                {"now": self.now}
+                if self.environment.simulated or self.remote_executor is not None
+                else {}
+            ),
         }
 
-    def restore(self, tree: dict[str, Any]) -> None:
-        """The reverse of `tree`."""
-        self.completed = self.resumed = tree["completed"]
-        self.now = tree.get("now", 0.0)
-        self.diverged = tree.get("diverged", 0)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of `state`."""
+        self.completed = self.resumed = state["completed"]
+        self.now = state.get("now", 0.0)
+        self.diverged = state.get("diverged", 0)
         self._before = time.monotonic() - self.now
-        self.server.models, self.server.state = tree["server"]["models"], tree["server"]["state"]
-        self.traffic = Traffic(**tree["traffic"])
-        self.intake.memory = tree["aggregation"]
-        self.sums.restore(tree["bounds"])
+        self.server.models, self.server.state = state["server"]["models"], state["server"]["state"]
+        self.traffic = Traffic(**state["traffic"])
+        self.collector.memory = state["aggregation"]
+        self.server_privacy.load_state_dict(state["bounds"])

@@ -7,38 +7,42 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.communication.protocol import Arrivals, Protocol, Summed
-from hetero_fl.communication.secure_aggregation.protocol import SecureSum
+from hetero_fl.communication.protocol import AggregatedUploads, Arrivals, Protocol
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.participant import Card
-from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload, loss_of
-from hetero_fl.federation.channel import Links, opened
-from hetero_fl.federation.dry_run import Expectations
-from hetero_fl.privacy.server import PrivateSums
-from hetero_fl.robustness.robust_means import Reference, Rules
+from hetero_fl.core.participant import ClientInfo
+from hetero_fl.core.payload import Payload, PayloadError, check_size, check_upload, loss_from_report
+from hetero_fl.federation.channel import FederationLinks, open_sums
+from hetero_fl.federation.dry_run import ExpectedUploads
+from hetero_fl.privacy.server import ServerPrivacy
+from hetero_fl.robustness.robust_means import AggregationRules, ReferenceTensors
 
 
 @dataclass
-class Taken:
+class CollectedUploads:
     """What came of a round's arrivals: the uploads, the losses that clients told (of a secure sum the `mean` alone), why others
     were refused, who lied, and the magnitude of each upload."""
 
     uploads: Uploads
     losses: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    liars: list[str] = field(default_factory=list)
+    malicious: list[str] = field(default_factory=list)
     magnitudes: dict[str, float] = field(default_factory=dict)
-    rules: Rules | None = None
+    rules: AggregationRules | None = None
 
 
-class Intake:
+class UploadCollector:
     """Takes a round's arrivals one by one, so that the server never holds more of them than it needs.
 
     `memory`: what aggregation rules remember from round to round.
     """
 
     def __init__(
-        self, expectations: Expectations, links: Links, protocol: Protocol, sums: PrivateSums
+        self,
+        expectations: ExpectedUploads,
+        links: FederationLinks,
+        protocol: Protocol,
+        sums: ServerPrivacy,
     ) -> None:
         self.expectations, self.links, self.protocol, self.sums = (
             expectations,
@@ -48,96 +52,125 @@ class Intake:
         )
         self.memory: dict[str, Any] = {}
 
-    def take(
-        self, arrivals: Arrivals | Summed, asked: Callable[[Card], Payload], round: int
-    ) -> Taken:
-        """All that arrived, in client-id order. `asked`: what a client received, on which it trained.
+    def collect(
+        self,
+        arrivals: Arrivals | AggregatedUploads,
+        broadcast_to: Callable[[ClientInfo], Payload],
+        round_idx: int,
+    ) -> CollectedUploads:
+        """All that arrived, in client-id order. `broadcast_to`: what a client received, on which it trained.
 
         Simulated liars know one another's uploads: from the first of them on, all are held until the last has come.
         """
-        if isinstance(arrivals, Summed):
-            return self.open(arrivals, asked, round)
+        if isinstance(arrivals, AggregatedUploads):
+            return self.open_sums(arrivals, broadcast_to, round_idx)
         federation, specs = self.expectations.federation, self.expectations.protection.specs
-        rules, reference = self.rules(asked), received(asked)
-        taken = Taken(
+        rules, reference = self.make_rules(broadcast_to), reference_tensors(broadcast_to)
+        taken = CollectedUploads(
             Uploads(
                 specs=specs,
                 common=federation.common,
                 rules=rules,
-                noise=self.sums.noise(asked, round),
+                noise=self.sums.sum_noise(broadcast_to, round_idx),
             ),
             rules=rules,
         )
         held: dict[str, Payload] = {}
         for client, body in arrivals:
             try:
-                payload = self.receive(client, body, asked, round)
+                payload = self.decode_upload(client, body, broadcast_to, round_idx)
             except PayloadError as error:
                 taken.refused[client] = str(error)
                 continue
             taken.magnitudes[client] = payload.magnitude
             del body  # a model's worth each: nobody holds one longer than need be
-            if (loss := loss_of(payload.report)) is not None:
+            if (loss := loss_from_report(payload.report)) is not None:
                 taken.losses[client] = loss
-            if federation.liars is not None and federation.liars.lie(client, round):
-                taken.liars.append(client)
-            if taken.liars:
+            if federation.malicious is not None and federation.malicious.is_malicious(
+                client, round_idx
+            ):
+                taken.malicious.append(client)
+            if taken.malicious:
                 held[client] = payload
             else:
-                taken.uploads.add(Upload(federation.cards[client], payload))
+                taken.uploads.add(Upload(federation.client_infos[client], payload))
             del payload
-        if federation.liars is not None and taken.liars:
-            honest = {client: (federation.cards[client], held[client]) for client in taken.liars}
+        if federation.malicious is not None and taken.malicious:
+            honest = {
+                client: (federation.client_infos[client], held[client])
+                for client in taken.malicious
+            }
             senders = len(taken.uploads) + len(held)
-            held |= federation.liars.forge(
-                honest, round, senders, reference, self.expectations.trained
+            held |= federation.malicious.poison(
+                honest, round_idx, senders, reference, self.expectations.trained_names
             )
         for client, payload in held.items():
             taken.magnitudes[client] = payload.norm()  # of what was forged
-            taken.uploads.add(Upload(federation.cards[client], payload))
+            taken.uploads.add(Upload(federation.client_infos[client], payload))
         return taken
 
-    def open(self, summed: Summed, asked: Callable[[Card], Payload], round: int) -> Taken:
+    def open_sums(
+        self,
+        aggregated: AggregatedUploads,
+        broadcast_to: Callable[[ClientInfo], Payload],
+        round_idx: int,
+    ) -> CollectedUploads:
         """A secure sum: uploads of which only sums are known."""
-        assert isinstance(self.protocol, SecureSum)
-        cards = [self.expectations.federation.cards[client] for client in summed.clients]
-        forms = [(card, self.expectations.of(card, asked(card), round)) for card in cards]
-        layout, noise = self.protocol.agreed.layout(round), self.sums.noise(asked, round)
-        uploads, loss = opened(summed, layout, self.protocol.fixed, forms, noise)
-        return Taken(uploads, {} if loss is None else {"mean": loss}, dict(summed.left))
+        assert isinstance(self.protocol, SecureAggregation)
+        cards = [self.expectations.federation.client_infos[client] for client in aggregated.clients]
+        forms = [
+            (card, self.expectations.expected_items(card, broadcast_to(card), round_idx))
+            for card in cards
+        ]
+        layout, noise = (
+            self.protocol.agreed.layout(round_idx),
+            self.sums.sum_noise(broadcast_to, round_idx),
+        )
+        uploads, loss = open_sums(aggregated, layout, self.protocol.fixed, forms, noise)
+        return CollectedUploads(
+            uploads, {} if loss is None else {"mean": loss}, dict(aggregated.dropouts)
+        )
 
-    def rules(self, asked: Callable[[Card], Payload]) -> Rules | None:
+    def make_rules(self, broadcast_to: Callable[[ClientInfo], Payload]) -> AggregationRules | None:
         """What stands in for the mean in this round, if anything does."""
         federation = self.expectations.federation
-        if federation.aggregation.plain:
+        if federation.aggregation.is_plain_mean:
             return None
         terms = (
             federation.aggregation,
             federation.task,
-            received(asked),
-            self.expectations.trained,
+            reference_tensors(broadcast_to),
+            self.expectations.trained_names,
         )
-        return Rules(*terms, memory=self.memory)
+        return AggregationRules(*terms, memory=self.memory)
 
-    def receive(
-        self, client: str, data: bytes, asked: Callable[[Card], Payload], round: int, again: int = 0
+    def decode_upload(
+        self,
+        client: str,
+        data: bytes,
+        broadcast_to: Callable[[ClientInfo], Payload],
+        round_idx: int,
+        attempt: int = 0,
     ) -> Payload:
-        """An upload, decoded and checked against what this client was to send. `again`: how often it was asked in that round
+        """An upload, decoded and checked against what this client was to send. `attempt`: how often it was asked in that round
         before. Raises PayloadError."""
-        card = self.expectations.federation.cards[client]
-        got = asked(card)
-        like, specs = self.expectations.of(card, got, round), self.expectations.protection.specs
+        card = self.expectations.federation.client_infos[client]
+        got = broadcast_to(card)
+        like, specs = (
+            self.expectations.expected_items(card, got, round_idx),
+            self.expectations.protection.specs,
+        )
         check_size(len(data), specs, like)
-        payload = self.links.uploaded(card, round, data, like, got, again)
+        payload = self.links.decode_upload(card, round_idx, data, like, got, attempt)
         check_upload(payload, specs, like)
         return payload
 
 
-def received(asked: Callable[[Card], Payload]) -> Reference:
+def reference_tensors(broadcast_to: Callable[[ClientInfo], Payload]) -> ReferenceTensors:
     """The named tensors that a client was sent under an item's name; {} if none were."""
 
-    def reference(card: Card, name: str) -> Tensors:
-        sent = asked(card).items_.get(name)
+    def reference(client_info: ClientInfo, name: str) -> Tensors:
+        sent = broadcast_to(client_info).items_.get(name)
         return (
             sent.values
             if sent is not None and isinstance(sent.values, dict) and sent.kind == "params"

@@ -20,7 +20,7 @@ GENTLE = 0.05  # least noise multiplier that is looked at: below it ε is in the
 
 
 @dataclass(frozen=True, order=True)
-class Charge:
+class PrivacyCharge:
     """`steps` Gaussian mechanisms on a Poisson sample of `rate`, with noise of `scale`·z times the sensitivity.
 
     `once`: the name of what is released a single time however often it is read.
@@ -36,7 +36,7 @@ class Charge:
 History = tuple[tuple[float, float, int], ...]
 
 
-def added(history: History, charges: Iterable[Charge]) -> History:
+def add_charges(history: History, charges: Iterable[PrivacyCharge]) -> History:
     """The history with these charges."""
     steps = {(scale, rate): n for scale, rate, n in history}
     for charge in charges:
@@ -45,37 +45,43 @@ def added(history: History, charges: Iterable[Charge]) -> History:
     return tuple(sorted((scale, rate, n) for (scale, rate), n in steps.items()))
 
 
-def epsilon(history: History, z: float, delta: float, accountant: str = "prv") -> float:
+def epsilon_of_history(history: History, z: float, delta: float, accountant: str = "prv") -> float:
     """ε of a history at noise multiplier z. Raises UserError if opacus is not installed."""
-    return epsilon_of(
+    return epsilon_of_mechanisms(
         tuple((scale * z, rate, steps) for scale, rate, steps in history), delta, accountant
     )
 
 
-def epsilon_of(mechanisms: History, delta: float, accountant: str = "prv") -> float:
+def epsilon_of_mechanisms(mechanisms: History, delta: float, accountant: str = "prv") -> float:
     """ε of mechanisms with a noise multiplier each, `(noise, rate, steps)`, sorted. Raises UserError if opacus is not
     installed."""
     return _epsilon(mechanisms, delta, accountant)
 
 
-def worst(histories: Iterable[History], z: float, delta: float, accountant: str = "prv") -> float:
+def worst_epsilon(
+    histories: Iterable[History], z: float, delta: float, accountant: str = "prv"
+) -> float:
     """The largest ε of several histories.
 
     PRV takes half a second a history, RDP a hundredth and is never below it: PRV is asked in the order of RDP until no
     other can be the largest.
     """
     known = sorted(
-        ((epsilon(h, z, delta, _quick(h, accountant)), h) for h in set(histories)), reverse=True
+        (
+            (epsilon_of_history(h, z, delta, _fast_accountant(h, accountant)), h)
+            for h in set(histories)
+        ),
+        reverse=True,
     )
     largest = 0.0
     for bound, history in known:
         if bound <= largest:
             break
-        largest = max(largest, min(bound, epsilon(history, z, delta, accountant)))
+        largest = max(largest, min(bound, epsilon_of_history(history, z, delta, accountant)))
     return largest
 
 
-def solve(
+def solve_noise_multiplier(
     histories: Iterable[History], target: float, delta: float, accountant: str = "prv"
 ) -> float:
     """The least noise multiplier, up to a thousandth of it, at which no history exceeds the target ε."""
@@ -84,37 +90,39 @@ def solve(
         return GENTLE
 
     def quickly(z: float) -> float:
-        return max(epsilon(h, z, delta, _quick(h, accountant)) for h in apart)
+        return max(epsilon_of_history(h, z, delta, _fast_accountant(h, accountant)) for h in apart)
 
     def exactly(z: float) -> float:
-        return worst(apart, z, delta, accountant)
+        return worst_epsilon(apart, z, delta, accountant)
 
     high = GENTLE
     while quickly(high) > target:
         high *= 2
-    high = _least(quickly, target, high / 2, high)
+    high = _smallest_multiplier(quickly, target, high / 2, high)
     low = high * 0.9  # PRV needs a little less than RDP says
     while low > GENTLE and exactly(low) <= target:
         low, high = low * 0.9, low
-    return math.ceil(_least(exactly, target, low, high) * 1e4) / 1e4
+    return math.ceil(_smallest_multiplier(exactly, target, low, high) * 1e4) / 1e4
 
 
-def _quick(history: History, accountant: str) -> str:
+def _fast_accountant(history: History, accountant: str) -> str:
     """The accountant that bounds a history at once: the exact formula where nothing is sampled, else RDP."""
     return accountant if all(rate == 1 for _, rate, _ in history) else "rdp"
 
 
-def _least(spent: Callable[[float], float], target: float, low: float, high: float) -> float:
+def _smallest_multiplier(
+    epsilon_at: Callable[[float], float], target: float, low: float, high: float
+) -> float:
     """The least z between `low`, where too much is spent, and `high` with spent(z) up to the target (regula falsi in
     logarithms, Illinois form: ε costs time, and is nearly straight there)."""
     a, b = math.log(low), math.log(high)
-    above, below = (math.log(max(spent(z), 1e-300) / target) for z in (low, high))
+    above, below = (math.log(max(epsilon_at(z), 1e-300) / target) for z in (low, high))
     real = below
     while math.exp(b) - math.exp(a) > TIGHT * math.exp(b) and real < -TIGHT and above > 0:
         middle = min(
             max(b - below * (b - a) / (below - above), a + 0.01 * (b - a)), b - 0.01 * (b - a)
         )
-        found = math.log(max(spent(math.exp(middle)), 1e-300) / target)
+        found = math.log(max(epsilon_at(math.exp(middle)), 1e-300) / target)
         if found <= 0:
             b, below, real, above = middle, found, found, above / 2
         else:

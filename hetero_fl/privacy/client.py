@@ -11,20 +11,26 @@ import torch
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.payload import Item, ItemSpec, Payload, report_of
-from hetero_fl.engine.driver import Performer
-from hetero_fl.privacy.accounting import Charge
-from hetero_fl.privacy.dp_sgd import Guard, Tally
-from hetero_fl.privacy.mechanisms import Noise, counts_charge, noised, released, voted
+from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss
+from hetero_fl.engine.driver import Backend
+from hetero_fl.privacy.accounting import PrivacyCharge
+from hetero_fl.privacy.dp_sgd import PrivacyBackend, PrivacyLedger
+from hetero_fl.privacy.mechanisms import (
+    NoiseSource,
+    add_noise,
+    label_counts_charge,
+    predictions_to_votes,
+    release_upload,
+)
 
 if TYPE_CHECKING:
-    from hetero_fl.federation.federation import Federation
+    from hetero_fl.federation.federation import FederationSpec
 
 WITHIN = "within_clip"  # of each item, whether it was within its bound
 FACTOR = "clip "  # before an item's name: the factor on its bound, in a broadcast's report
 
 
-def factors_of(received: Payload) -> dict[str, float]:
+def received_factors(received: Payload) -> dict[str, float]:
     """The factors on bounds that came with a broadcast."""
     told = {
         n.removeprefix(FACTOR): str(v) for n, v in received.report.items() if n.startswith(FACTOR)
@@ -32,10 +38,10 @@ def factors_of(received: Payload) -> dict[str, float]:
     return {name: float(factor) for name, factor in told.items()}
 
 
-def travelling(algorithm: Algorithm, federation: Federation) -> dict[str, ItemSpec]:
+def uploadable_items(algorithm: Algorithm, federation: FederationSpec) -> dict[str, ItemSpec]:
     """The items that some client may upload, as the method declares them."""
-    given = {share for k in federation.cards.kinds for share in k.settings.shares}
-    given |= {"parameters" for k in federation.cards.kinds if k.settings.parts}
+    given = {share for k in federation.client_infos.profiles for share in k.settings.shares}
+    given |= {"parameters" for k in federation.client_infos.profiles if k.settings.shared_prefixes}
     proxy = federation.data.n_proxy
     return {
         n: spec
@@ -45,22 +51,22 @@ def travelling(algorithm: Algorithm, federation: Federation) -> dict[str, ItemSp
 
 
 @dataclass(frozen=True)
-class Protection:
+class ClientPrivacy:
     """The client's side of one `privacy` section; without one everything passes as it is."""
 
     privacy: PrivacyConfig | None
-    noise: Noise
+    noise: NoiseSource
     specs: Mapping[str, ItemSpec]  # of all that an upload may have
     items: tuple[str, ...]  # those of them that the method sends here, sorted
     kind: str  # of the task
 
     @classmethod
-    def of(cls, algorithm: Algorithm, federation: Federation) -> Protection:
+    def from_federation(cls, algorithm: Algorithm, federation: FederationSpec) -> ClientPrivacy:
         """As the federation has it."""
         privacy, specs = federation.privacy, dict(algorithm.uploads)
         if privacy is not None and privacy.adaptive_clip is not None:
             specs[WITHIN] = ItemSpec("counts", private=True)
-        items = tuple(sorted(travelling(algorithm, federation)))
+        items = tuple(sorted(uploadable_items(algorithm, federation)))
         return cls(privacy, federation.noise, specs, items, federation.task.kind)
 
     @property
@@ -68,42 +74,44 @@ class Protection:
         """record, client, local; or nothing."""
         return "" if self.privacy is None else str(self.privacy.unit)
 
-    def guarded(self, clients: Iterable[Participant], performer: Performer) -> Performer:
+    def make_backend(self, clients: Iterable[Participant], backend: Backend) -> Backend:
         """Who performs these clients' training."""
         if self.privacy is None or self.unit != "record":
-            return performer
-        return Guard(performer, self.privacy, self.noise, list(clients))
+            return backend
+        return PrivacyBackend(backend, self.privacy, self.noise, list(clients))
 
-    def tally(self, performer: Performer) -> Tally | None:
+    def make_ledger(self, backend: Backend) -> PrivacyLedger | None:
         """Who notes what a dry run of a plan costs, where steps cost anything."""
         if self.privacy is None or self.unit != "record":
             return None
-        return Tally(performer, self.privacy)
+        return PrivacyLedger(backend, self.privacy)
 
-    def charges(self, steps: Sequence[Charge], counted: bool, sent: bool) -> tuple[Charge, ...]:
-        """What a round costs a client. `steps`: as a tally noted them; `counted`: whether its label counts were read; `sent`:
+    def charges(
+        self, steps: Sequence[PrivacyCharge], counts_read: bool, sent: bool
+    ) -> tuple[PrivacyCharge, ...]:
+        """What a round costs a client. `steps`: as a tally noted them; `counts_read`: whether its label counts were read; `sent`:
         whether it uploads anything."""
         if self.privacy is None:
             return ()
         if self.unit == "record":
-            return (*steps, *(counts_charge(self.kind, self.privacy) if counted else ()))
-        return (Charge(1.0),) if sent else ()
+            return (*steps, *(label_counts_charge(self.kind, self.privacy) if counts_read else ()))
+        return (PrivacyCharge(1.0),) if sent else ()
 
-    def release(self, client: Participant, upload: Payload, received: Payload) -> Payload:
+    def release_upload(self, client: Participant, upload: Payload, received: Payload) -> Payload:
         """The upload as it may leave."""
         privacy = self.privacy
         if privacy is None or privacy.unit == "record":
             return upload
-        factors = factors_of(received)
+        factors = received_factors(received)
 
         def bound(name: str) -> float:
-            return privacy.bound(name) * factors.get(name, 1.0)
+            return privacy.clip_norm(name) * factors.get(name, 1.0)
 
         if privacy.votes:
             for name in [n for n in upload if self.specs[n].says]:
-                upload.items_[name] = voted(upload.item(name), bound(name))
+                upload.items_[name] = predictions_to_votes(upload.item(name), bound(name))
         if privacy.unit == "client":
-            released_, within = released(upload, received, bound)
+            released_, within = release_upload(upload, received, bound)
             if privacy.adaptive_clip is not None and upload:
                 # A bit less one half moves a sum by one half (Andrew et al. 2021, section 3).
                 bits = torch.tensor([float(within.get(name, True)) - 0.5 for name in self.items])
@@ -113,13 +121,13 @@ class Protection:
 
         def add(name: str, item: Item) -> Item:
             deviation = self.deviation(name)
-            return noised(
+            return add_noise(
                 item,
                 deviation,
                 lambda like, sd, part: self.noise.normal(like, sd, *stream, name, part),
             )
 
-        return released(upload, received, bound, add)[0]
+        return release_upload(upload, received, bound, add)[0]
 
     def deviation(self, name: str, factor: float = 1.0, z: float | None = None) -> float:
         """Standard deviation of the noise on one item: z·√m·C; local: twice that, for any upload may take another's place."""
@@ -127,17 +135,17 @@ class Protection:
         twice = 2 if self.privacy.unit == "local" else 1
         return (
             twice
-            * (z or self.privacy.z)
+            * (z or self.privacy.known_noise_multiplier)
             * len(self.items) ** 0.5
-            * self.privacy.bound(name)
+            * self.privacy.clip_norm(name)
             * factor
         )
 
     @staticmethod
-    def told(factors: Mapping[str, float]) -> dict[str, str]:
+    def factors_item(factors: Mapping[str, float]) -> dict[str, str]:
         """Bounds' factors as they go with a broadcast: to the bit, in a fixed width."""
         return {FACTOR + name: f"{factor:.16e}" for name, factor in sorted(factors.items())}
 
     def report(self, loss: float | None) -> dict[str, str]:
         """What goes with an upload: where anything is private, a training loss is not told."""
-        return report_of(loss if self.privacy is None else None)
+        return report_with_loss(loss if self.privacy is None else None)

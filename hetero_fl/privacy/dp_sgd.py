@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.func import vmap
 
 from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.core.objectives import Batch, Nets
+from hetero_fl.core.objectives import Batch, ModelViews
 from hetero_fl.core.participant import Columns, Participant
-from hetero_fl.core.plan import ClassSums, Draws, Fit, Predict, Rows, Step
+from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows, SampledBatches, Step
 from hetero_fl.data.federated_data import PUBLIC
 from hetero_fl.engine.batches import MASK, Batches, KeyedDropout
-from hetero_fl.engine.driver import Diverged, Performer, Work
-from hetero_fl.engine.serial import class_sums, readout
+from hetero_fl.engine.driver import Backend, DivergedError, Work
+from hetero_fl.engine.serial import class_sums, select_output
 from hetero_fl.engine.templates import Templates
-from hetero_fl.engine.training import Live, Named, fit_on_live_modules, split_name
+from hetero_fl.engine.training import FitState, TrainableTensors, run_fit, split_name
 from hetero_fl.engine.vectorized_training import StackedOps
-from hetero_fl.privacy.accounting import Charge
-from hetero_fl.privacy.mechanisms import Noise
+from hetero_fl.privacy.accounting import PrivacyCharge
+from hetero_fl.privacy.mechanisms import NoiseSource
 from hetero_fl.utils.errors import UserError
 from model_zoo import Outputs
 
@@ -39,10 +39,12 @@ from model_zoo import Outputs
 
 # bytes of single gradients at a time; a model of which that holds one alone runs row by row
 MEMORY = 64 * 2**20
-APART = 0x85EBCA6B  # between the dropout keys of one step's examples
+ROW_KEY_STRIDE = 0x85EBCA6B  # between the dropout keys of one step's examples
 
 
-def sampling(n: int, fit: Fit, work: float = 1.0, rate: float | None = None) -> tuple[float, int]:
+def sampling_plan(
+    n: int, fit: Fit, work: float = 1.0, rate: float | None = None
+) -> tuple[float, int]:
     """(q, steps) of a private fit on n rows: q = batch / n unless given, and an epoch is round(1 / q) steps."""
     rate = rate or min(fit.batch_size, n) / n
     steps = fit.steps if fit.steps is not None else fit.epochs * round(1 / rate)
@@ -57,87 +59,90 @@ class PoissonBatches(Batches):
         participant: Participant,
         fit: Fit,
         device: torch.device,
-        noise: Noise,
+        noise: NoiseSource,
         rate: float | None = None,
     ) -> None:
-        assert not isinstance(fit.data, Draws)
+        assert not isinstance(fit.data, SampledBatches)
         self.noise, self.rate = noise, rate
         super().__init__(participant, fit, device)
         self.examples = round(self.expected * self.count)
 
-    def _drawn(self, n: int, work: float) -> list[Tensor]:
-        rate, steps = sampling(n, self.fit, work, self.rate)
+    def _draw_indices(self, n: int, work: float) -> list[Tensor]:
+        rate, steps = sampling_plan(n, self.fit, work, self.rate)
         self.expected = rate * n
         draws = self.noise.stream(*self.stream, "sample")
         return [(draws.uniform(n) < rate).nonzero().squeeze(1) for _ in range(steps)]
 
-    def augmented(self, x: Tensor, i: int) -> Tensor:
-        return super().augmented(x, i) if len(x) else x
+    def augment_batch(self, x: Tensor, i: int) -> Tensor:
+        return super().augment_batch(x, i) if len(x) else x
 
 
 class PrivateGradients:
-    """Gradients for `fit_on_live_modules` of which no row can be read: noise of z·clip on their sum.
+    """Gradients for `run_fit` of which no row can be read: noise of z·clip on their sum.
 
     Models that `vmap` refuses, and large ones, are run row by row.
     """
 
-    def __init__(self, clip: float, z: float, noise: Noise, rate: float | None = None) -> None:
+    def __init__(
+        self, clip: float, z: float, noise: NoiseSource, rate: float | None = None
+    ) -> None:
         self.clip, self.z, self.noise, self.rate = clip, z, noise, rate
         self._refused: set[Any] = set()
 
     def batches(self, participant: Participant, fit: Fit, device: torch.device) -> PoissonBatches:
         return PoissonBatches(participant, fit, device, self.noise, self.rate)
 
-    def set(self, live: Live, step: int, dropout_key: int, batch: Batch) -> Tensor:
+    def compute(self, state: FitState, step: int, dropout_key: int, batch: Batch) -> Tensor:
         """(Σ clipped + N(0, (z·clip)²)) / expected, and the gradient of what is public. The loss would be a release: 0."""
-        assert isinstance(live.batches, PoissonBatches)
-        total = self._clipped_sum(live, dropout_key, batch)
-        draws = self.noise.stream(*live.batches.stream, "noise", step)
-        for name, parameter in live.trainable.items():
+        assert isinstance(state.batches, PoissonBatches)
+        total = self._clipped_sum(state, dropout_key, batch)
+        draws = self.noise.stream(*state.batches.stream, "noise", step)
+        for name, parameter in state.trainable.items():
             parameter.grad = None
             total[name].add_(draws.normal(parameter, self.z * self.clip)).div_(
-                live.batches.expected
+                state.batches.expected
             )
-        with KeyedDropout(dropout_key) if live.drops else contextlib.nullcontext():
-            public = live.fit.objective.public(live.nets, batch, live.given)
-            public = public + live.fit.objective.penalty(live.nets, live.given)
+        with KeyedDropout(dropout_key) if state.uses_dropout else contextlib.nullcontext():
+            public = state.fit.objective.public_loss(state.nets, batch, state.context)
+            public = public + state.fit.objective.penalty(state.nets, state.context)
         if isinstance(public, Tensor) and public.requires_grad:
             public.backward()
-        for name, parameter in live.trainable.items():
+        for name, parameter in state.trainable.items():
             parameter.grad = (
                 total[name] if parameter.grad is None else parameter.grad.add_(total[name])
             )
         return torch.zeros((), device=next(iter(total.values())).device)
 
-    def _clipped_sum(self, live: Live, dropout_key: int, batch: Batch) -> Named:
+    def _clipped_sum(self, live: FitState, dropout_key: int, batch: Batch) -> TrainableTensors:
         columns = {n: t for n, t in batch.items() if n in live.batches.columns}
         beside = {n: t for n, t in batch.items() if n not in columns}
         count = len(next(iter(columns.values())))
-        keys = [(dropout_key + (i + 1) * APART) & MASK for i in range(count)]
+        keys = [(dropout_key + (i + 1) * ROW_KEY_STRIDE) & MASK for i in range(count)]
         total = {
             name: torch.zeros_like(p, requires_grad=False) for name, p in live.trainable.items()
         }
         one = sum(p.numel() * p.element_size() for p in live.trainable.values())
-        size, family = max(1, MEMORY // max(1, one)), _family(live)
+        size, family = max(1, MEMORY // max(1, one)), _vmap_support_key(live)
         for begin in range(0, count, size):
             part = {n: t[begin : begin + size] for n, t in columns.items()}
             some = keys[begin : begin + size]
             if len(some) > 1 and family not in self._refused:
                 try:
-                    self._add(total, _together(live, part, beside, some))
+                    self._add_clipped(total, _gradients_vectorized(live, part, beside, some))
                     continue
                 except torch.OutOfMemoryError:
                     raise
                 except (RuntimeError, UserWarning):  # no rule under vmap
                     self._refused.add(family)
             for i, key in enumerate(some):
-                self._add(
-                    total, _alone(live, {n: t[i : i + 1] for n, t in part.items()}, beside, key)
+                self._add_clipped(
+                    total,
+                    _gradient_of_row(live, {n: t[i : i + 1] for n, t in part.items()}, beside, key),
                 )
         return total
 
     @torch.no_grad()
-    def _add(self, total: Named, each: Named) -> None:
+    def _add_clipped(self, total: TrainableTensors, each: TrainableTensors) -> None:
         """Clip gradients `[rows, …]`, over all that is trained together, and add them up."""
         squares = torch.stack([g.flatten(1).square().sum(1) for g in each.values()]).sum(0)
         factor = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
@@ -146,7 +151,7 @@ class PrivateGradients:
         ):  # such a row would end the fit, and so tell of itself: it counts nought
             factor, each = (
                 factor.where(here, 0),
-                {n: g.where(_beside(here, g), 0) for n, g in each.items()},
+                {n: g.where(_broadcast_rows(here, g), 0) for n, g in each.items()},
             )
         for name, gradients in each.items():
             if len(factor) == 1:
@@ -155,9 +160,12 @@ class PrivateGradients:
                 total[name].add_(torch.tensordot(factor.to(gradients), gradients, 1))
 
 
-def _together(
-    live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Tensor], keys: list[int]
-) -> Named:
+def _gradients_vectorized(
+    live: FitState,
+    columns: Mapping[str, Tensor],
+    extra_batch: Mapping[str, Tensor],
+    keys: list[int],
+) -> TrainableTensors:
     """Gradients of all rows, `[rows, …]`, in one computation: each has a leaf of its own (see vectorized_training.py)."""
     device = next(iter(live.trainable.values())).device
     leaves = {
@@ -169,15 +177,17 @@ def _together(
         for slot, template in live.modules.items()
     }
 
-    def loss(own: Named, row: Mapping[str, Tensor], key: Tensor) -> Tensor:
+    def loss(own: TrainableTensors, row: Mapping[str, Tensor], key: Tensor) -> Tensor:
         tensors = {slot: dict(rest) for slot, rest in fixed.items()}
         for name, tensor in own.items():
             slot, parameter = split_name(name)
             tensors[slot][parameter] = tensor
-        nets = Nets({slot: live.modules[slot].net(tensors[slot]) for slot in live.modules})
-        batch = Batch({**{n: t[None] for n, t in row.items()}, **beside})
-        with StackedOps(key if live.drops else None):
-            return live.fit.objective.private(nets, batch, live.given).sum()
+        nets = ModelViews(
+            {slot: live.modules[slot].view_of(tensors[slot]) for slot in live.modules}
+        )
+        batch = Batch({**{n: t[None] for n, t in row.items()}, **extra_batch})
+        with StackedOps(key if live.uses_dropout else None):
+            return live.fit.objective.private_loss(nets, batch, live.context).sum()
 
     with warnings.catch_warnings():
         # Where an operation has no batching rule, vmap may loop over the rows.
@@ -190,35 +200,37 @@ def _together(
     return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
 
 
-def _alone(
-    live: Live, columns: Mapping[str, Tensor], beside: Mapping[str, Tensor], key: int
-) -> Named:
+def _gradient_of_row(
+    live: FitState, columns: Mapping[str, Tensor], extra_batch: Mapping[str, Tensor], key: int
+) -> TrainableTensors:
     """The gradient of one row, `[1, …]`, on the live modules."""
-    with KeyedDropout(key) if live.drops else contextlib.nullcontext():
-        loss = live.fit.objective.private(live.nets, Batch({**columns, **beside}), live.given).sum()
+    with KeyedDropout(key) if live.uses_dropout else contextlib.nullcontext():
+        loss = live.fit.objective.private_loss(
+            live.nets, Batch({**columns, **extra_batch}), live.context
+        ).sum()
     found = torch.autograd.grad(loss, list(live.trainable.values()), allow_unused=True)
     pairs = zip(live.trainable.items(), found, strict=True)
     return {name: (torch.zeros_like(p) if g is None else g)[None] for (name, p), g in pairs}
 
 
-def _beside(rows: Tensor, like: Tensor) -> Tensor:
+def _broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:
     """`[rows]` in a shape that broadcasts against `[rows, …]`."""
     return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _family(live: Live) -> Any:
+def _vmap_support_key(live: FitState) -> Any:
     """What decides whether vmap can take a fit."""
     return tuple(map(id, live.modules.values())), repr(live.fit.objective)
 
 
 # The steps of a client's plan that read its private rows, where records are to stay private: a
-# guard around the performer.
+# guard around the backend.
 #
 # Whatever such a step gives back has noise on it: fits are DP-SGD, class sums are clipped and
 # noised. Each is charged. Nothing else may read these rows: predictions on them are refused, and so
 # is reading them between the steps.
 
-Data = Callable[[str, Any], Columns]
+StepData = Callable[[str, Any], Columns]
 
 
 def is_private(step: Step) -> bool:
@@ -226,41 +238,43 @@ def is_private(step: Step) -> bool:
     return isinstance(step.data, Rows) and step.data.name not in PUBLIC
 
 
-def charge_of(participant: Participant, step: Step, privacy: PrivacyConfig) -> Charge:
+def step_charge(participant: Participant, step: Step, privacy: PrivacyConfig) -> PrivacyCharge:
     """What a private step costs. Raises UserError for a prediction: a row's own output cannot be noised and be of use."""
     n = len(next(iter(step.data.columns(participant).values())))  # type: ignore[union-attr]  # it is on Rows
     if isinstance(step, Fit):
-        rate, steps = sampling(n, step, participant.work, privacy.sample_rate)
-        return Charge(rate, steps)
+        rate, steps = sampling_plan(n, step, participant.step_share, privacy.sample_rate)
+        return PrivacyCharge(rate, steps)
     if isinstance(step, ClassSums):
-        return Charge(1.0, scale=privacy.statistics_noise)
+        return PrivacyCharge(1.0, scale=privacy.statistics_noise)
     raise UserError("predicts on private rows, one by one")
 
 
-class Tally:
-    """Hands every step on, and notes what private ones cost. Around a dry performer: the price of a plan in ε."""
+class PrivacyLedger:
+    """Hands every step on, and notes what private ones cost. Around a dry backend: the price of a plan in ε."""
 
-    def __init__(self, performer: Performer, privacy: PrivacyConfig) -> None:
-        self.performer, self.privacy = performer, privacy
-        self.charges: dict[str, list[Charge]] = defaultdict(list)
+    def __init__(self, backend: Backend, privacy: PrivacyConfig) -> None:
+        self.backend, self.privacy = backend, privacy
+        self.charges: dict[str, list[PrivacyCharge]] = defaultdict(list)
 
     @property
     def templates(self) -> Templates:
         """The other's."""
-        return self.performer.templates
+        return self.backend.templates
 
-    def perform(self, work: Work) -> list[Any]:
+    def run(self, work: Work) -> list[Any]:
         """The results in order."""
-        self._note(work)
-        return self.performer.perform(work)
+        self._record(work)
+        return self.backend.run(work)
 
-    def _note(self, work: Work) -> None:
+    def _record(self, work: Work) -> None:
         for participant, step in work:
             if is_private(step):
-                self.charges[participant.id].append(charge_of(participant, step, self.privacy))
+                self.charges[participant.participant_id].append(
+                    step_charge(participant, step, self.privacy)
+                )
 
 
-class Guard(Tally):
+class PrivacyBackend(PrivacyLedger):
     """Performs private steps with noise, hands the others on.
 
     Args:
@@ -269,37 +283,45 @@ class Guard(Tally):
 
     def __init__(
         self,
-        performer: Performer,
+        backend: Backend,
         privacy: PrivacyConfig,
-        noise: Noise,
+        noise: NoiseSource,
         clients: Sequence[Participant],
     ) -> None:
-        super().__init__(performer, privacy)
+        super().__init__(backend, privacy)
         self.noise = noise
         assert not isinstance(privacy.clip, Mapping)
-        self._gradients = PrivateGradients(privacy.clip, privacy.z, noise, privacy.sample_rate)
-        self._data: dict[str, Data] = {}
+        self._gradients = PrivateGradients(
+            privacy.clip, privacy.known_noise_multiplier, noise, privacy.sample_rate
+        )
+        self._data: dict[str, StepData] = {}
         for client in clients:
-            self._data[client.id], client.data = client.data, closed(client.data)
+            self._data[client.participant_id], client.data = (
+                client.data,
+                without_private_data(client.data),
+            )
 
-    def perform(self, work: Work) -> list[Any]:
-        inside = [(replace(p, data=self._data[p.id]) if is_private(s) else p, s) for p, s in work]
-        self._note(inside)
+    def run(self, work: Work) -> list[Any]:
+        inside = [
+            (replace(p, data=self._data[p.participant_id]) if is_private(s) else p, s)
+            for p, s in work
+        ]
+        self._record(inside)
         public = [i for i, (_, step) in enumerate(work) if not is_private(step)]
-        found = self.performer.perform([work[i] for i in public]) if public else []
+        found = self.backend.run([work[i] for i in public]) if public else []
         results = dict(zip(public, found, strict=True))
         for i, (participant, step) in enumerate(inside):
             if i not in results:
-                results[i] = self._private(participant, step)
+                results[i] = self._run_private(participant, step)
         return [results[i] for i in range(len(work))]
 
-    def _private(self, participant: Participant, step: Step) -> Any:
+    def _run_private(self, participant: Participant, step: Step) -> Any:
         if isinstance(step, ClassSums):
             return self._class_sums(participant, step)
         assert isinstance(step, Fit)
         try:
-            report = fit_on_live_modules(participant, step, self.templates, self._gradients)
-        except Diverged as failure:
+            report = run_fit(participant, step, self.templates, self._gradients)
+        except DivergedError as failure:
             return failure
         return replace(report, loss=math.nan)  # nobody noised it
 
@@ -308,20 +330,22 @@ class Guard(Tally):
         clip, classes = self.privacy.statistics_clip, participant.task.outputs
         of = step.readout if step.readout == "features" else "logits"
         asked = Predict(step.slot, step.data, of, step.batch_size)
-        (raw,) = self.performer.perform([(participant, asked)])
-        values = readout(step, Outputs(logits=raw, features=raw))
+        (raw,) = self.backend.run([(participant, asked)])
+        values = select_output(step, Outputs(logits=raw, features=raw))
         values = values.where(
             values.norm(dim=-1, keepdim=True).isfinite(), 0
         )  # else one row could spoil the sum, and tell
         values = values * (clip / values.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
         sums, counts = class_sums(values, step.data.columns(participant)["y"], classes)
         draws = (*participant.stream("class sums"), "noise")
-        deviation = math.sqrt(2) * self.privacy.statistics_noise * self.privacy.z
+        deviation = (
+            math.sqrt(2) * self.privacy.statistics_noise * self.privacy.known_noise_multiplier
+        )
         noised = counts + self.noise.normal(counts, deviation, *draws, "counts")
         return sums + self.noise.normal(sums, deviation * clip, *draws, "sums"), noised.clamp(min=0)
 
 
-def closed(data: Data) -> Data:
+def without_private_data(data: StepData) -> StepData:
     """The same data, of which private sets cannot be read. Raises UserError for them."""
 
     def public(name: str, through: Any) -> Columns:

@@ -22,8 +22,8 @@ from torch import Tensor
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.privacy.accounting import Charge
-from hetero_fl.utils.seeding import Key, generator
+from hetero_fl.privacy.accounting import PrivacyCharge
+from hetero_fl.utils.seeding import Key, keyed_generator
 
 # Where privacy's noise comes from: in a simulation the run's key, in a deployment a secret of the
 # system's.
@@ -38,7 +38,7 @@ BLOCK = 2**16  # numbers at a time: half a megabyte, which stays in the cache
 TINY = 2.0**-53  # distance of the numbers that 53 bits tell apart in (0, 1)
 
 
-class Draws(Protocol):
+class NoiseStream(Protocol):
     """One stream, each draw of it once."""
 
     def normal(self, like: Tensor, deviation: float) -> Tensor:
@@ -50,10 +50,10 @@ class Draws(Protocol):
         ...
 
 
-class Noise(Protocol):
+class NoiseSource(Protocol):
     """Draws that follow from a root and from what they are for."""
 
-    def stream(self, *parts: Key) -> Draws:
+    def stream(self, *parts: Key) -> NoiseStream:
         """For the draws that the parts name, in the task at hand."""
         ...
 
@@ -65,20 +65,20 @@ class Noise(Protocol):
 
 # In a simulation -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class KeyedNoise:
+class KeyedNoiseSource:
     """The same in every repetition of the run."""
 
     seed: int
 
-    def stream(self, *parts: Key) -> Draws:
-        return KeyedDraws(generator("privacy", self.seed, *parts))
+    def stream(self, *parts: Key) -> NoiseStream:
+        return KeyedNoiseStream(keyed_generator("privacy", self.seed, *parts))
 
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
         return self.stream(*parts).normal(value, deviation)
 
 
 @dataclass(frozen=True)
-class KeyedDraws:
+class KeyedNoiseStream:
     """Of torch's own generator, which is quick and can be predicted."""
 
     generator: torch.Generator
@@ -93,7 +93,7 @@ class KeyedDraws:
 
 
 # In a deployment -----------------------------------------------------------------------------------------------------
-class SecretNoise:
+class SecretNoiseSource:
     """Of 256 bits that nobody else may learn; from the system if none are given.
 
     `task`: what is being answered. Streams are keyed by it: asked twice for different things in what is said to be one round,
@@ -103,23 +103,23 @@ class SecretNoise:
     def __init__(self, secret: bytes | None = None, task: bytes = b"") -> None:
         self._secret, self.task = os.urandom(32) if secret is None else secret, task
 
-    def stream(self, *parts: Key) -> Draws:
-        return self._draws("stream", self.task.hex(), *parts)
+    def stream(self, *parts: Key) -> NoiseStream:
+        return self._new_stream("stream", self.task.hex(), *parts)
 
     def normal(self, value: Tensor, deviation: float, *parts: Key) -> Tensor:
         told = value.detach().cpu().contiguous()
         about = hashlib.sha256(told.numpy().reshape(-1).view(np.uint8).data).hexdigest()
         form = f"{told.dtype} {tuple(told.shape)}"
-        return self._draws("value", form, about, float(deviation).hex(), *parts).normal(
+        return self._new_stream("value", form, about, float(deviation).hex(), *parts).normal(
             value, deviation
         )
 
-    def _draws(self, *parts: Key) -> Draws:
+    def _new_stream(self, *parts: Key) -> NoiseStream:
         made = HKDF(SHA256(), 32, None, b"hetero_fl noise " + repr(parts).encode())
-        return SecretDraws(made.derive(self._secret))
+        return SecretNoiseStream(made.derive(self._secret))
 
 
-class SecretDraws:
+class SecretNoiseStream:
     """A keystream as numbers: 53 bits of each eight bytes, Gaussian by Box and Muller (1958), in float64."""
 
     def __init__(self, key: bytes) -> None:
@@ -159,33 +159,37 @@ class SecretDraws:
 # section 3, "per-layer clipping"; Balle and Wang 2018 for its ε).
 
 VALUES, WEIGHT = "values", "weight"
-Draw = Callable[[Tensor, float, str], Tensor]  # (like, standard deviation, what for)
+NoiseFunction = Callable[[Tensor, float, str], Tensor]  # (like, standard deviation, what for)
 
 
-def clipped(item: Item, received: Item | None, bound: float) -> tuple[Item, bool]:
+def clip_item(item: Item, received: Item | None, bound: float) -> tuple[Item, bool]:
     """The item with weight one, moved from its reference by at most `bound` in L2; and whether it was within it already.
 
     "params" move from what the client received (nought where it received no such tensor), others from nought. Of
     "class_sums" the weights, which count rows, are part of the vector.
     """
-    reference = _reference(item, received)
-    parts = {n: t - reference[n] for n, t in _vector(item).items()}
+    reference = _reference_tensors(item, received)
+    parts = {n: t - reference[n] for n, t in _flatten_item(item).items()}
     norm = (
         float(torch.stack([t.double().square().sum() for t in parts.values()]).sum().sqrt())
         if parts
         else 0.0
     )
     if norm <= bound:
-        return _item(item, _vector(item)), True
-    return _item(item, {n: reference[n] + t * (bound / norm) for n, t in parts.items()}), False
+        return _unflatten_item(item, _flatten_item(item)), True
+    return _unflatten_item(
+        item, {n: reference[n] + t * (bound / norm) for n, t in parts.items()}
+    ), False
 
 
-def noised(item: Item, deviation: float, draw: Draw) -> Item:
+def add_noise(item: Item, deviation: float, draw: NoiseFunction) -> Item:
     """The item with N(0, deviation²) on every number of it; weights of class sums stay at nought or above."""
-    return _item(item, {n: t + draw(t, deviation, n) for n, t in _vector(item).items()})
+    return _unflatten_item(
+        item, {n: t + draw(t, deviation, n) for n, t in _flatten_item(item).items()}
+    )
 
 
-def released(
+def release_upload(
     payload: Payload,
     received: Payload,
     bounds: Callable[[str], float],
@@ -195,12 +199,12 @@ def released(
     items, within = {}, {}
     for name in payload:
         before = received.item(name) if name in received else None
-        item, within[name] = clipped(payload.item(name), before, bounds(name))
+        item, within[name] = clip_item(payload.item(name), before, bounds(name))
         items[name] = item if noise is None else noise(name, item)
     return Payload(items, payload.report), within
 
 
-def _vector(item: Item) -> Tensors:
+def _flatten_item(item: Item) -> Tensors:
     """All numbers of an item that its receiver reads, named."""
     if isinstance(item.values, Mapping):
         return dict(item.values)
@@ -209,7 +213,7 @@ def _vector(item: Item) -> Tensors:
     return {VALUES: item.values}
 
 
-def _item(like: Item, vector: Tensors) -> Item:
+def _unflatten_item(like: Item, vector: Tensors) -> Item:
     if isinstance(like.values, Mapping):
         return Item(vector, 1.0, like.kind)
     weight = vector[WEIGHT].clamp(min=0) if like.kind == "class_sums" else 1.0
@@ -217,11 +221,11 @@ def _item(like: Item, vector: Tensors) -> Item:
     return Item(values, weight, like.kind)
 
 
-def _reference(item: Item, received: Item | None) -> Tensors:
+def _reference_tensors(item: Item, received: Item | None) -> Tensors:
     """Where an item starts from, tensor by tensor."""
     known = received.values if received is not None and item.kind == "params" else {}
     known = known if isinstance(known, Mapping) else {}
-    vector = _vector(item)
+    vector = _flatten_item(item)
     return {
         n: known[n] if n in known and known[n].shape == t.shape else torch.zeros_like(t)
         for n, t in vector.items()
@@ -234,19 +238,19 @@ def _reference(item: Item, received: Item | None) -> Tensors:
 SURE = 0.9  # the elected class's probability; the others share the rest
 
 
-def voted(item: Item, norm: float) -> Item:
+def predictions_to_votes(item: Item, norm: float) -> Item:
     """Predictions `[D, C]` as votes, of so large a norm together: who has most is the same at any scale."""
     assert isinstance(item.values, Tensor)
     votes = F.one_hot(item.values.argmax(-1), item.values.shape[-1]).to(item.values.dtype)
     return Item(votes * (norm / max(1, len(votes)) ** 0.5), 1.0, item.kind)
 
 
-def elected(votes: Tensor, says: str) -> Tensor:
+def teacher_from_votes(votes: Tensor, prediction_kind: str) -> Tensor:
     """What a teacher says of the rows whose noised votes these are, `[D, C]`: logits or probabilities."""
     classes = votes.shape[-1]
     p = torch.full_like(votes, (1 - SURE) / max(1, classes - 1))
     p.scatter_(-1, votes.argmax(-1, keepdim=True), SURE)
-    return p if says == "probabilities" else p.log()
+    return p if prediction_kind == "probabilities" else p.log()
 
 
 # Label counts as they may be known where records are private.
@@ -254,15 +258,17 @@ def elected(votes: Tensor, says: str) -> Tensor:
 COUNTS = "label counts"
 
 
-def counts_charge(kind: str, privacy: PrivacyConfig) -> list[Charge]:
+def label_counts_charge(kind: str, privacy: PrivacyConfig) -> list[PrivacyCharge]:
     """What reading a client's label counts costs, once; nothing where they are only the number of rows."""
     return (
-        [] if kind == "regression" else [Charge(1.0, scale=privacy.statistics_noise, once=COUNTS)]
+        []
+        if kind == "regression"
+        else [PrivacyCharge(1.0, scale=privacy.statistics_noise, once=COUNTS)]
     )
 
 
-def noised_counts(
-    counts: Tensor, kind: str, privacy: PrivacyConfig, noise: Noise, client: str
+def noisy_label_counts(
+    counts: Tensor, kind: str, privacy: PrivacyConfig, noise: NoiseSource, client: str
 ) -> Tensor:
     """Label counts as they may be known, `[outputs]`, nought or more: the same draw whenever it is asked for, one release.
 
@@ -272,5 +278,5 @@ def noised_counts(
     if kind == "regression":
         return counts
     once = math.sqrt(len(counts)) if kind == "multilabel" else 1.0
-    deviation = once * privacy.statistics_noise * privacy.z
+    deviation = once * privacy.statistics_noise * privacy.known_noise_multiplier
     return (counts + noise.normal(counts, deviation, client, COUNTS)).clamp(min=0)

@@ -14,14 +14,14 @@ from torch import Tensor
 from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.model_spec import Owner, Tensors
-from hetero_fl.core.participant import Card
+from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.privacy.client import WITHIN, Protection
-from hetero_fl.privacy.mechanisms import elected
+from hetero_fl.privacy.client import WITHIN, ClientPrivacy
+from hetero_fl.privacy.mechanisms import teacher_from_votes
 from hetero_fl.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from hetero_fl.federation.dry_run import Expectations
+    from hetero_fl.federation.dry_run import ExpectedUploads
 
 
 # Means of which no single client can be read: noise once on the sum of bounded uploads, over a
@@ -42,26 +42,27 @@ Normal = Callable[..., Tensor]  # (what it is put on, standard deviation, *what 
 
 
 @dataclass
-class Owned:
+class SharedTensor:
     """One tensor that several clients may send: where the updates of each kind of them start, and how many are expected."""
 
     starts: dict[str, Tensor] = field(default_factory=dict)
     expected: float = 0.0
 
     @property
-    def first(self) -> Tensor:
+    def example(self) -> Tensor:
         """A tensor of its form."""
         return next(iter(self.starts.values()))
 
-    def centre(self, there: Mapping[str, int]) -> Tensor:
-        """The mean of where the updates of those who sent it started. `there`: how many of each kind sent the item."""
+    def mean_start(self, senders_by_kind: Mapping[str, int]) -> Tensor:
+        """The mean of where the updates of those who sent it started. `senders_by_kind`: how many of each kind sent the item."""
         if all(
-            start is self.first or torch.equal(start, self.first) for start in self.starts.values()
+            start is self.example or torch.equal(start, self.example)
+            for start in self.starts.values()
         ):
-            return self.first
-        count = sum(there.get(kind, 0) for kind in self.starts)
+            return self.example
+        count = sum(senders_by_kind.get(kind, 0) for kind in self.starts)
         return torch.stack(
-            [start * (there.get(kind, 0) / count) for kind, start in self.starts.items()]
+            [start * (senders_by_kind.get(kind, 0) / count) for kind, start in self.starts.items()]
         ).sum(0)
 
 
@@ -70,16 +71,16 @@ class SumNoise:
     """The noise of one round, and what its sums are divided by. The same question has the same answer.
 
     `deviation(item)`: of the noise on every number of the item's sum; `normal`: keyed draws of it; `kind(card)`: of a client, by
-    name; `made_of(item, mean)`: what a noised mean becomes.
+    name; `postprocess(item, mean)`: what a noised mean becomes.
     """
 
     deviation: Callable[[str], float]
     normal: Normal
-    kind: Callable[[Card], str]
-    made_of: Callable[[str, Tensor], Tensor] = lambda name, mean: mean
-    _singles: dict[str, Owned] = field(default_factory=dict)
+    kind: Callable[[ClientInfo], str]
+    postprocess: Callable[[str, Tensor], Tensor] = lambda name, mean: mean
+    _singles: dict[str, SharedTensor] = field(default_factory=dict)
     _weights: dict[str, Tensor] = field(default_factory=dict)  # of class sums: their shape
-    _owned: dict[str, dict[Owner, Owned]] = field(default_factory=dict)
+    _owned: dict[str, dict[Owner, SharedTensor]] = field(default_factory=dict)
     _groups: dict[str, dict[str, dict[str, tuple[Owner, str]]]] = field(default_factory=dict)
 
     def expect(
@@ -88,14 +89,16 @@ class SumNoise:
         like: Item,
         received: Item | None,
         count: float,
-        card: Card,
+        client_info: ClientInfo,
         group: str,
         common: tuple[str, ...],
     ) -> None:
         """So many more clients like this one, of a group, may send an item of this form, having received another of that name."""
-        kind = self.kind(card)
+        kind = self.kind(client_info)
         if isinstance(like.values, Tensor):
-            one = self._singles.setdefault(name, Owned({kind: torch.zeros_like(like.values)}))
+            one = self._singles.setdefault(
+                name, SharedTensor({kind: torch.zeros_like(like.values)})
+            )
             one.expected += count
             if isinstance(like.weight, Tensor):
                 self._weights[name] = torch.zeros_like(like.weight)
@@ -111,7 +114,7 @@ class SumNoise:
                 if tensor in known and known[tensor].shape == t.shape
                 else torch.zeros_like(t)
             )
-            owned = self._owned.setdefault(name, {}).setdefault(owner, Owned())
+            owned = self._owned.setdefault(name, {}).setdefault(owner, SharedTensor())
             owned.starts[kind] = start
             owned.expected += count
             self._groups.setdefault(name, {}).setdefault(group, {}).setdefault(
@@ -119,27 +122,29 @@ class SumNoise:
             )
 
     # Single tensors ------------------------------------------------------------------------------------------------
-    def sends(self, name: str) -> bool:
+    def expects(self, name: str) -> bool:
         """Whether anybody may send single tensors of that name."""
         return name in self._singles
 
-    def total(self, name: str, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def total(self, name: str, totals: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """(Σ values·weight + noise, Σ weight): the expected number in place of the weights, but of class sums, whose weights
-        are counts of rows and noised as well. `found`: the plain totals; None if nobody sent any."""
+        are counts of rows and noised as well. `totals`: the plain totals; None if nobody sent any."""
         one = self._singles[name]
-        values = one.first if found is None else found[0]
+        values = one.example if totals is None else totals[0]
         values = values + self.normal(values, self.deviation(name), name, "values")
         if name not in self._weights:
             return values, torch.tensor(one.expected, dtype=values.dtype)
-        weight = self._weights[name] if found is None else found[1]
+        weight = self._weights[name] if totals is None else totals[1]
         return values, (weight + self.normal(weight, self.deviation(name), name, "weight")).clamp(
             min=0
         )
 
-    def mean(self, name: str, found: tuple[Tensor, Tensor] | None) -> Tensor:
+    def mean(self, name: str, totals: tuple[Tensor, Tensor] | None) -> Tensor:
         """The noised total over its weight; nought where that is."""
-        values, weight = self.total(name, found)
-        return self.made_of(name, values / torch.where(weight > 0, weight, torch.ones_like(weight)))
+        values, weight = self.total(name, totals)
+        return self.postprocess(
+            name, values / torch.where(weight > 0, weight, torch.ones_like(weight))
+        )
 
     # Named tensors -------------------------------------------------------------------------------------------------
     def by_group(
@@ -147,7 +152,7 @@ class SumNoise:
         name: str,
         means: Mapping[str, Tensors],
         weights: Mapping[str, Mapping[str, float]],
-        senders: Sequence[Card],
+        senders: Sequence[ClientInfo],
     ) -> dict[str, Tensors]:
         """For every group that could have sent something, whether or not it did, its noised means."""
         moved: dict[Owner, Tensor] = {}
@@ -158,27 +163,27 @@ class SumNoise:
                 if owner not in moved and tensor in means.get(group, {}):
                     one = self._owned[name][owner]
                     share = weights[group][tensor] / one.expected
-                    moved[owner] = (means[group][tensor] - one.centre(there)) * share
+                    moved[owner] = (means[group][tensor] - one.mean_start(there)) * share
         owners = {owner for tensors in groups.values() for owner, _ in tensors.values()}
         noise = {owner: self._noise(name, owner, moved.get(owner)) for owner in owners}
         return {
             group: {
-                tensor: self._from(self._owned[name][owner].starts[kind], moved.get(owner))
+                tensor: self._apply_update(self._owned[name][owner].starts[kind], moved.get(owner))
                 + noise[owner]
                 for tensor, (owner, kind) in tensors.items()
             }
             for group, tensors in groups.items()
         }
 
-    def _noise(self, name: str, owner: Owner, moved: Tensor | None) -> Tensor:
+    def _noise(self, name: str, owner: Owner, update: Tensor | None) -> Tensor:
         """On the mean update, nought if nobody sent any."""
         one = self._owned[name][owner]
-        like = torch.zeros_like(one.first) if moved is None else moved.to(one.first.dtype)
+        like = torch.zeros_like(one.example) if update is None else update.to(one.example.dtype)
         return self.normal(like, self.deviation(name) / one.expected, name, *map(str, owner))
 
     @staticmethod
-    def _from(start: Tensor, moved: Tensor | None) -> Tensor:
-        return start if moved is None else start + moved
+    def _apply_update(start: Tensor, update: Tensor | None) -> Tensor:
+        return start if update is None else start + update
 
     def weights_by_group(self, name: str) -> dict[str, dict[str, float]]:
         """How many clients are expected behind each of these means."""
@@ -194,14 +199,14 @@ class SumNoise:
 # sums, the next bounds.
 
 
-class PrivateSums:
+class ServerPrivacy:
     """Of one run. `factors`: on each item's `clip`, one unless they adapt; with the round's number all its state."""
 
-    def __init__(self, expectations: Expectations, per_round: int | None) -> None:
-        self.expectations, population = expectations, len(expectations.federation.cards)
+    def __init__(self, expectations: ExpectedUploads, per_round: int | None) -> None:
+        self.expectations, population = expectations, len(expectations.federation.client_infos)
         self.cohort = min(per_round or population, population)  # expected
         self.share = self.cohort / population
-        self.protection: Protection = expectations.protection
+        self.protection: ClientPrivacy = expectations.protection
         self.factors: dict[str, float] = dict.fromkeys(self.protection.items, 1.0)
 
     @property
@@ -210,70 +215,85 @@ class PrivateSums:
         privacy = self.protection.privacy
         return privacy if privacy is not None and privacy.unit == "client" else None
 
-    def announce(self, broadcast: Payload) -> Payload:
+    def add_bounds(self, broadcast: Payload) -> Payload:
         """A broadcast with the round's bounds, where they adapt."""
         if self.privacy is not None and self.privacy.adaptive_clip is not None:
-            broadcast.report = {**broadcast.report, **self.protection.told(self.factors)}
+            broadcast.report = {**broadcast.report, **self.protection.factors_item(self.factors)}
         return broadcast
 
-    def noise(self, asked: Callable[[Card], Payload], round: int) -> SumNoise | None:
-        """The noise of a round's sums. `asked`: what a client was sent."""
+    def sum_noise(
+        self, broadcast_to: Callable[[ClientInfo], Payload], round_idx: int
+    ) -> SumNoise | None:
+        """The noise of a round's sums. `broadcast_to`: what a client was sent."""
         privacy, federation = self.privacy, self.expectations.federation
         if privacy is None:
             return None
         normal = federation.noise.normal
 
         def draw(like: Tensor, deviation: float, *parts: str) -> Tensor:
-            return normal(like, deviation, "server", round, *parts)
+            return normal(like, deviation, "server", round_idx, *parts)
 
         def deviation(name: str) -> float:
             if privacy.distributed:
                 return 0.0  # it is in what came
             if name == WITHIN:
                 # m bits, each as if it were one of m
-                return self.sigma(privacy) * math.sqrt(len(self.factors))
-            return self.protection.deviation(name, self.factors[name], self.z(privacy))
+                return self.count_noise(privacy) * math.sqrt(len(self.factors))
+            return self.protection.deviation(
+                name, self.factors[name], self.update_noise_multiplier(privacy)
+            )
 
         specs = self.protection.specs
 
-        def elect(name: str, votes: Tensor) -> Tensor:
-            return elected(votes, specs[name].says) if privacy.votes and specs[name].says else votes
+        def postprocess(name: str, votes: Tensor) -> Tensor:
+            return (
+                teacher_from_votes(votes, specs[name].says)
+                if privacy.votes and specs[name].says
+                else votes
+            )
 
-        noise = SumNoise(deviation, draw, lambda card: federation.cards.kind(card.id).first, elect)
-        for kind in federation.cards.kinds:
-            card = federation.cards[kind.first]
-            got = asked(card)
-            for name, like in self.expectations.of(card, got, round).items():
+        noise = SumNoise(
+            deviation,
+            draw,
+            lambda card: federation.client_infos.profile(card.client_id).first,
+            postprocess,
+        )
+        for kind in federation.client_infos.profiles:
+            card = federation.client_infos[kind.first]
+            got = broadcast_to(card)
+            for name, like in self.expectations.expected_items(card, got, round_idx).items():
                 before = got.item(name) if name in got else None
-                group = "" if specs[name].across else card.arch.id
+                group = "" if specs[name].across else card.arch.spec_id
                 noise.expect(
                     name, like, before, kind.count * self.share, card, group, federation.common
                 )
         return noise
 
-    def check(self) -> None:
+    def check_budget(self) -> None:
         """Raises UserError if counting the updates within bounds costs all there is."""
         privacy = self.privacy
         if privacy is None or privacy.adaptive_clip is None:
             return
-        if (sigma := self.sigma(privacy)) * 2 <= privacy.z:
+        if (sigma := self.count_noise(privacy)) * 2 <= privacy.known_noise_multiplier:
             raise UserError(
                 f"privacy.adaptive_clip.noise: found {sigma:g}, with which counting alone spends more than "
-                f"privacy.noise_multiplier {privacy.z:g} allows; take more than {privacy.z / 2:.3g}"
+                f"privacy.noise_multiplier {privacy.known_noise_multiplier:g} allows; take more than {privacy.known_noise_multiplier / 2:.3g}"
             )
 
-    def sigma(self, privacy: PrivacyConfig) -> float:
+    def count_noise(self, privacy: PrivacyConfig) -> float:
         """σ_b of the paper: what a count of bits would be noised with if there were one."""
         assert privacy.adaptive_clip is not None
         return privacy.adaptive_clip.noise or self.cohort / 20
 
-    def z(self, privacy: PrivacyConfig) -> float:
+    def update_noise_multiplier(self, privacy: PrivacyConfig) -> float:
         """The multiplier that is left for the updates: z_Δ = (z⁻² − (2σ_b)⁻²)^(−½) (Andrew et al. 2021, theorem 1)."""
         if privacy.adaptive_clip is None:
-            return privacy.z
-        return float((privacy.z**-2 - (2 * self.sigma(privacy)) ** -2) ** -0.5)
+            return privacy.known_noise_multiplier
+        return float(
+            (privacy.known_noise_multiplier**-2 - (2 * self.count_noise(privacy)) ** -2) ** -0.5
+        )
 
-    def adapt(self, uploads: Uploads) -> None:
+    def adapt_bounds(self, uploads: Uploads) -> None:
         """Each bound times exp(−η·(share of updates within it − γ)), the share noised (ibid., Algorithm 1)."""
         privacy = self.privacy
         if privacy is None or privacy.adaptive_clip is None:
@@ -283,10 +303,10 @@ class PrivateSums:
         for name, share in zip(sorted(self.factors), shares, strict=True):
             self.factors[name] *= math.exp(-wanted.lr * (share - wanted.quantile))
 
-    def tree(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
         return dict(self.factors)
 
-    def restore(self, tree: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """The reverse."""
-        self.factors = dict(tree)
+        self.factors = dict(state)

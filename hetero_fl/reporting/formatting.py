@@ -9,7 +9,7 @@ from typing import Any
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.method_names import ALGORITHMS
-from hetero_fl.utils.text import pieces
+from hetero_fl.utils.text import split_top_level
 
 MISSING = "–"
 
@@ -47,7 +47,7 @@ _DECIMAL = {"auroc", "average_precision", "r2"}
 
 def algorithm_base(label: str) -> str:
     """The method of a label: `hybrid` of `hybrid:teacher=mean`, `python:module:Class` of `python:module:Class:lr=1`."""
-    parts = pieces(label, ":")
+    parts = split_top_level(label, ":")
     return ":".join(parts[:3]) if parts[0] == "python" else parts[0]
 
 
@@ -55,22 +55,24 @@ def algorithm_name(label: str) -> str:
     """A method's name as papers write it, one's own method by the name of its class; then settings of its own."""
     base = algorithm_base(label)
     name = ALGORITHMS[base][0] if base in ALGORITHMS else base.rsplit(":", 1)[-1]
-    settings = ", ".join(" = ".join(s.split("=", 1)) for s in pieces(label[len(base) + 1 :], ":"))
+    settings = ", ".join(
+        " = ".join(s.split("=", 1)) for s in split_top_level(label[len(base) + 1 :], ":")
+    )
     return f"{name} ({settings})" if settings else name
 
 
-def sentence(text: str) -> str:
+def capitalize_first(text: str) -> str:
     """The same text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
-def figure(value: float | None, metric: str) -> str:
+def format_metric(value: float | None, metric: str) -> str:
     """One value of a metric for reading: 84.7%, 0.944 or, for errors and losses, three digits that count."""
     if value is None:
         return MISSING
     if metric in _PERCENT:
         return f"{100 * value:.1f}%"
-    return f"{value:.3f}" if metric in _DECIMAL else digits(value)
+    return f"{value:.3f}" if metric in _DECIMAL else format_significant(value)
 
 
 def metric_name(metric: str, unit: str = "") -> str:
@@ -80,16 +82,16 @@ def metric_name(metric: str, unit: str = "") -> str:
 
 def tested_metric(reading: str, metric: str, unit: str = "") -> str:
     """Return what a metric is called on a test set: `Global test accuracy`, `Local test mean absolute error (vehicles)`."""
-    return sentence(f"{READINGS[reading]} {metric_name(metric, unit)}")
+    return capitalize_first(f"{READINGS[reading]} {metric_name(metric, unit)}")
 
 
-def digits(value: float, count: int = 3) -> str:
+def format_significant(value: float, count: int = 3) -> str:
     """A number with so many digits that count, never as a power of ten: 0.0341, 2.80, 1234."""
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
     return f"{value:.{min(max(0, count - before), MOST_DECIMALS)}f}"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes in decimal units: 0 B, 812 kB, 12.3 MB."""
     factor, unit = byte_unit(count)
     value = count / factor
@@ -104,7 +106,7 @@ def byte_unit(largest: float) -> tuple[float, str]:
     )
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time for reading: 0.4 s, 36 s, 2 min 5 s, 1 h 3 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
@@ -123,7 +125,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
     )
 
 
-def arrivals(record: Mapping[str, Any]) -> str:
+def format_arrivals(record: Mapping[str, Any]) -> str:
     """What came of a round's invitations: `10 invited, 7 arrived, 2 failed, 1 late`; empty where all arrived.
 
     Of a round that was given up because training at the server diverged: why.
@@ -141,7 +143,7 @@ def arrivals(record: Mapping[str, Any]) -> str:
     return ", ".join(told) + ("; too few, nothing was changed" if record.get("skipped") else "")
 
 
-def better(metric: str, a: float, b: float) -> bool:
+def is_better(metric: str, a: float, b: float) -> bool:
     """Is a better than b?"""
     return a < b if metric in SMALLER_IS_BETTER else a > b
 
@@ -156,7 +158,7 @@ def last_scores(summary: Mapping[str, Any]) -> dict[str, Any]:
     return next((summary[reading]["last"] for reading in READINGS if summary[reading]), {})
 
 
-def target(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+def target_kind(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     """Return the kind of target: `multiclass`, `multilabel` or `regression`."""
     if "kind" in details:
         return str(details["kind"])
@@ -170,20 +172,20 @@ def target(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     return "multilabel" if isinstance(first[0][0], list) else "multiclass"
 
 
-def reached(client: Mapping[str, Any], reading: str, metric: str) -> float | None:
+def client_score(client: Mapping[str, Any], reading: str, metric: str) -> float | None:
     """One client's figure; None where it is undefined, or where the client has no test rows."""
     return (client[reading] or {}).get(metric)
 
 
-def selection(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+def selection_metric_of(summary: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     """The metric by which validation selects rounds: the one that headline, story and pictures are about."""
-    kind: Any = target(summary, details)
+    kind: Any = target_kind(summary, details)
     return selection_metric(Task(kind, len(details["labels"]), rare=details.get("rare")))[0]
 
 
 def headline_metrics(summary: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, str]:
     """The selection metric, and the one shown beside it."""
-    first = selection(summary, details)
+    first = selection_metric_of(summary, details)
     if details.get("rare") is not None:
         return first, "average_precision"
     return first, {"mae": "r2", "auroc": "balanced_accuracy", "accuracy": "perplexity"}.get(
@@ -196,19 +198,19 @@ def population(summary: Mapping[str, Any], details: Mapping[str, Any]) -> int:
     return int(details.get("population", len(summary["clients"])))
 
 
-def home_rows(details: Mapping[str, Any]) -> dict[str, int]:
+def local_test_rows(details: Mapping[str, Any]) -> dict[str, int]:
     """Return how many local test rows each client has."""
     return {client: rows["test"] for client, rows in details["rows"].items()}
 
 
-def span(counts: Iterable[int]) -> str:
+def format_range(counts: Iterable[int]) -> str:
     """`24 to 102`, or `60` where all are equal."""
     known = list(counts)
     low, high = min(known), max(known)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def uncertain(rows: Mapping[str, int]) -> str:
+def small_test_note(rows: Mapping[str, int]) -> str:
     """Return a sentence on clients with few local test rows; empty if there are none."""
     few = [client for client, count in rows.items() if 0 < count < FEW_ROWS]
     if not few:
@@ -217,7 +219,7 @@ def uncertain(rows: Mapping[str, int]) -> str:
     return f"Uncertain, from fewer than {FEW_ROWS} local test rows: {named}."
 
 
-def evaluated(record: Mapping[str, Any], unit: str = "") -> str:
+def format_evaluation(record: Mapping[str, Any], unit: str = "") -> str:
     """Return a round's figures in one line, the same metrics for every test set.
 
     For example `local test: balanced accuracy 81.0%, AUROC 0.951; global test: balanced accuracy 71.0%, AUROC 0.930`. A metric
@@ -225,32 +227,32 @@ def evaluated(record: Mapping[str, Any], unit: str = "") -> str:
     `unit`: of errors.
     """
     scored = {words: record[reading] for reading, words in READINGS.items() if record.get(reading)}
-    wanted = _in_short(next(iter(scored.values()))) if scored else ()
+    wanted = _short_metrics(next(iter(scored.values()))) if scored else ()
     names = [
         name for name in wanted if any(scores.get(name) is not None for scores in scored.values())
     ]
     parts = []
     for words, scores in scored.items() if names else ():
         after = f" {unit}" if is_regression(scores) and unit else ""
-        told = (f"{METRICS[name]} {figure(scores.get(name), name)}{after}" for name in names)
+        told = (f"{METRICS[name]} {format_metric(scores.get(name), name)}{after}" for name in names)
         parts.append(f"{words}: {', '.join(told)}")
     if parts and record.get("privacy"):
-        parts.append(spent(record["privacy"]))
+        parts.append(format_privacy(record["privacy"]))
     return "; ".join(parts)
 
 
-def final(summary: Mapping[str, Any], unit: str = "") -> str:
+def format_final_evaluation(summary: Mapping[str, Any], unit: str = "") -> str:
     """Return the figures after the last round of a finished run in one line (see `evaluated`)."""
     last = {reading: (summary[reading] or {}).get("last") for reading in READINGS}
-    return evaluated({**last, "privacy": summary.get("privacy")}, unit)
+    return format_evaluation({**last, "privacy": summary.get("privacy")}, unit)
 
 
-def spent(privacy: Mapping[str, Any]) -> str:
+def format_privacy(privacy: Mapping[str, Any]) -> str:
     """`ε 7.98 at δ 1e-05`."""
-    return f"ε {digits(privacy['epsilon'])} at δ {privacy['delta']:g}"
+    return f"ε {format_significant(privacy['epsilon'])} at δ {privacy['delta']:g}"
 
 
-def _in_short(scores: Mapping[str, Any]) -> tuple[str, ...]:
+def _short_metrics(scores: Mapping[str, Any]) -> tuple[str, ...]:
     """Which metrics a line has room for; the first of the scores is the one that leads."""
     if is_regression(scores):
         return ("mae",)

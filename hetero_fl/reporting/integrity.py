@@ -10,19 +10,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hetero_fl.config.describe import deciding, difference
+from hetero_fl.config.describe import describe_difference, resume_relevant
 from hetero_fl.core.saved_model import read_model_file
 from hetero_fl.federation.checkpoint import (
-    KEPT,
+    KEPT_CHECKPOINTS,
     checkpoint_files,
     checkpoint_name,
+    checkpoint_round,
     read_checkpoint,
-    round_of,
 )
 from hetero_fl.reporting.run_directory import ALWAYS, CHECKSUMS, LOG, METRICS, RunDirectory
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.serialization import CodecError, sha256_of
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 NODES = "nodes"  # the executor of a run across machines, whose sites may keep their models
 FREE = ("workers", "reasons")  # what may differ in the record of how a run is computed
@@ -76,7 +76,7 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
     try:
         sums = directory.checksums()
     except UserError as error:
-        found.damage[CHECKSUMS] = _what(error, directory, CHECKSUMS)
+        found.damage[CHECKSUMS] = _describe_error(error, directory, CHECKSUMS)
     _check_readable(directory, found)
     if _evidence_of_rounds(directory) and not (directory.path / METRICS).exists():
         found.damage.setdefault(METRICS, MISSING)
@@ -91,17 +91,17 @@ def inspect(path: str | Path, thorough: bool = True) -> Inspection:
         if thorough and "summary.json" not in found.damage:
             _check_models(directory, found)
     rounds = len(_lines(directory, found))
-    expected = max(map(round_of, checkpoints), default=0)
+    expected = max(map(checkpoint_round, checkpoints), default=0)
     if finished and "summary.json" not in found.damage:
         expected = directory.summary()["rounds_completed"]
     if rounds < expected and found.damage.get(METRICS) in (None, MISSING, CHANGED):
-        found.damage[METRICS] = _too_few(directory, rounds, expected)
+        found.damage[METRICS] = _missing_lines(directory, rounds, expected)
     if thorough:
         # A run may have been killed between its last line and the checkpoint of that round.
         _check_checkpoints(directory, checkpoints, expected if finished else rounds - 1, found)
     found.state = _state(directory, rounds)
-    found.notes += _derived(directory) if finished else []
-    found.notes += _spare(directory, checkpoints) if thorough else []
+    found.notes += _missing_derived(directory) if finished else []
+    found.notes += _missing_optional(directory, checkpoints) if thorough else []
     found.notes += _remedy(directory, checkpoints, found) if thorough else []
     return found
 
@@ -130,7 +130,7 @@ def identity(directory: RunDirectory) -> dict[str, Any]:
     """Return what a checkpoint holds of its run directory: which run it is, and its configuration."""
     return {
         "run": directory.environment().get("run"),
-        "config": json.dumps(deciding(directory.config())),
+        "config": json.dumps(resume_relevant(directory.config())),
     }
 
 
@@ -149,7 +149,7 @@ def _check_readable(directory: RunDirectory, found: Inspection) -> None:
         try:
             read()
         except UserError as error:
-            found.damage[name] = _what(error, directory, name)
+            found.damage[name] = _describe_error(error, directory, name)
 
 
 def _summary(directory: RunDirectory) -> dict[str, Any]:
@@ -200,10 +200,12 @@ def _check_models(directory: RunDirectory, found: Inspection) -> None:
         try:
             read_model_file(path)
         except UserError as error:
-            found.damage[f"models/{path.name}"] = _what(error, directory, f"models/{path.name}")
+            found.damage[f"models/{path.name}"] = _describe_error(
+                error, directory, f"models/{path.name}"
+            )
 
 
-def _derived(directory: RunDirectory) -> list[str]:
+def _missing_derived(directory: RunDirectory) -> list[str]:
     """Return a note for each of plots and report that is missing and can be made again."""
     try:
         output = directory.config().get("output")
@@ -220,10 +222,10 @@ def _derived(directory: RunDirectory) -> list[str]:
     return notes
 
 
-def _spare(directory: RunDirectory, checkpoints: list[Path]) -> list[str]:
+def _missing_optional(directory: RunDirectory, checkpoints: list[Path]) -> list[str]:
     """Return a note for each of log and older checkpoint that is missing: the run can do without them."""
     notes = []
-    rounds = {round_of(path) for path in checkpoints}
+    rounds = {checkpoint_round(path) for path in checkpoints}
     older = max(rounds, default=0) - 1
     if older >= 0 and older not in rounds:
         path = directory.path / "checkpoint" / checkpoint_name(older)
@@ -259,7 +261,7 @@ def _lines(directory: RunDirectory, found: Inspection) -> list[bytes]:
     try:
         return directory.lines()
     except UserError as error:
-        found.damage.setdefault(METRICS, _what(error, directory, METRICS))
+        found.damage.setdefault(METRICS, _describe_error(error, directory, METRICS))
         return []
 
 
@@ -282,10 +284,10 @@ def _log(directory: RunDirectory) -> str:
         return ""
 
 
-def _too_few(directory: RunDirectory, rounds: int, expected: int) -> str:
+def _missing_lines(directory: RunDirectory, rounds: int, expected: int) -> str:
     if not (directory.path / METRICS).exists():
-        return f"{MISSING}; expected a line for each of {plural(expected, 'round')}"
-    return f"found {plural(rounds, 'line')}; expected {expected}, one for each round"
+        return f"{MISSING}; expected a line for each of {pluralize(expected, 'round')}"
+    return f"found {pluralize(rounds, 'line')}; expected {expected}, one for each round"
 
 
 def _check_checkpoints(
@@ -299,12 +301,12 @@ def _check_checkpoints(
         least: The round that the newest has to be of, if not a later one.
         found: Takes what is missing or damaged.
     """
-    newest = max(map(round_of, files), default=-1)
+    newest = max(map(checkpoint_round, files), default=-1)
     if newest < least:
         found.damage[f"checkpoint/{checkpoint_name(least)}"] = MISSING
     elif not files and (evidence := evidence_of_start(directory)):
         found.damage["checkpoint"] = f"{MISSING}, although {evidence}"
-    for path in reversed(files[-KEPT:]):
+    for path in reversed(files[-KEPT_CHECKPOINTS:]):
         try:
             saved = read_checkpoint(path)[0]
         except (CodecError, OSError) as error:
@@ -334,22 +336,24 @@ def _compare(
         found.damage[f"checkpoint/{name}"] = "is of another run"
         return
     if checkpoint_name(completed) != name:
-        found.damage[f"checkpoint/{name}"] = f"holds the state after {plural(completed, 'round')}"
+        found.damage[f"checkpoint/{name}"] = (
+            f"holds the state after {pluralize(completed, 'round')}"
+        )
     lines = _lines(directory, found)
     if len(lines) < completed:
-        found.damage.setdefault(METRICS, _too_few(directory, len(lines), completed))
+        found.damage.setdefault(METRICS, _missing_lines(directory, len(lines), completed))
     elif known is not None and sha256(b"".join(lines[:completed])).hexdigest() != known["metrics"]:
         found.damage.setdefault(METRICS, _changed_lines(directory, completed))
-    if _computed(directory.environment().get("choice")) != _computed(saved["choice"]):
+    if _result_relevant(directory.environment().get("choice")) != _result_relevant(saved["choice"]):
         found.damage["environment.json"] = f"choice {CHANGED}"
     if known is None or found.damage.get("config.yaml") not in (None, CHANGED):
         return
     config = directory.config()
-    was, now = json.loads(known["config"]), deciding(config)
+    was, now = json.loads(known["config"]), resume_relevant(config)
     rounds = config.get("rounds")
     if not isinstance(rounds, int) or rounds < known["rounds"]:
         was, now = {"rounds": known["rounds"], **was}, {"rounds": rounds, **now}
-    if differs := difference(was, now):
+    if differs := describe_difference(was, now):
         found.damage["config.yaml"] = f"{CHANGED}: {differs}"
 
 
@@ -357,22 +361,22 @@ def _changed_lines(directory: RunDirectory, completed: int) -> str:
     try:
         directory.metrics()
     except UserError as error:
-        return _what(error, directory, METRICS)
+        return _describe_error(error, directory, METRICS)
     return f"{CHANGED} ({'line 1' if completed == 1 else f'lines 1 to {completed}'})"
 
 
 def _state(directory: RunDirectory, rounds: int) -> str:
     if directory.finished:
-        return f"finished after {plural(rounds, 'round')}"
+        return f"finished after {pluralize(rounds, 'round')}"
     try:
         planned = directory.config().get("rounds", "?")
     except UserError:
         planned = "?"
-    total = plural(planned, "round") if isinstance(planned, int) else f"{planned} rounds"
+    total = pluralize(planned, "round") if isinstance(planned, int) else f"{planned} rounds"
     return f"not finished, {rounds} of {total}; `--resume` continues it"
 
 
-def _computed(choice: Any) -> Any:
+def _result_relevant(choice: Any) -> Any:
     """What decides the bits of a run's results in the record of how it is computed."""
     return (
         {k: v for k, v in choice.items() if k not in FREE}
@@ -381,5 +385,5 @@ def _computed(choice: Any) -> Any:
     )
 
 
-def _what(error: UserError, directory: RunDirectory, name: str) -> str:
+def _describe_error(error: UserError, directory: RunDirectory, name: str) -> str:
     return str(error).removeprefix(f"{directory.path / name}: ")

@@ -25,9 +25,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from hetero_fl.reporting.formatting import arrivals, duration, evaluated, final, sentence, size
-from hetero_fl.utils.errors import RunFailed, UserError
-from hetero_fl.utils.text import plural
+from hetero_fl.reporting.formatting import (
+    capitalize_first,
+    format_arrivals,
+    format_bytes,
+    format_duration,
+    format_evaluation,
+    format_final_evaluation,
+)
+from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.text import pluralize
 
 # What a run shows while it runs: a live display in a terminal, one quiet line an evaluated round
 # elsewhere.
@@ -90,7 +97,7 @@ class Progress:
         """The run begins, or goes on after `done` completed rounds."""
         self._rounds, self._first, self._done, self._began = rounds, done, done, time.monotonic()
         resumed = f", {done} of them done before" if done else ""
-        self.log(f"{plural(clients, 'client')}, {plural(rounds, 'round')}{resumed}")
+        self.log(f"{pluralize(clients, 'client')}, {pluralize(rounds, 'round')}{resumed}")
         if self._console.is_terminal:
             self._bar_task = self._bar.add_task("round", total=rounds, completed=done, left="")
             self._live = Live(
@@ -101,39 +108,39 @@ class Progress:
             )
             self._live.start()
 
-    def task(self, text: str) -> None:
+    def show_task(self, text: str) -> None:
         """What is being done now, such as `hospital_2 trains resnet18`; shown in a terminal only."""
         self._task.plain = text
 
-    def round(self, record: Mapping[str, Any]) -> None:
+    def finish_round(self, record: Mapping[str, Any]) -> None:
         """A round is complete: the record of `metrics.jsonl`."""
         self._done = record["round"]
         if "simulated" not in record:  # else there may be many, and they are counted
             for client, reason in record["failed"].items():
                 self.log(f"round {self._done}: {client} left out ({reason})")
-        if told := arrivals(record):
+        if told := format_arrivals(record):
             self.log(f"round {self._done}: {told}")
         for client, reason in record.get("unread", {}).items():
             self.log(f"round {self._done}: {client} not read ({reason})")
-        left = self._left()
-        figures = evaluated(record, self.unit)
+        left = self._time_left()
+        figures = format_evaluation(record, self.unit)
         if figures:
             line = f"round {self._done}/{self._rounds}  {figures}"
             self._write(line)
             if self._live is None:
                 self._print(line + (f"  ({left})" if left else ""))
-            self._scores.plain = sentence(figures)
+            self._scores.plain = capitalize_first(figures)
         if self._live is not None:
             self._bar.update(self._bar_task, completed=self._done, left=left)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is over: its summary."""
         self._stop()
-        figures = final(summary, self.unit)
+        figures = format_final_evaluation(summary, self.unit)
         exchanged = summary["communication"]
         self.log(
-            f"done: {plural(summary['rounds_completed'], 'round')} in {duration(summary['seconds']['total'])}, "
-            f"{size(exchanged['up_bytes'])} up and {size(exchanged['down_bytes'])} down"
+            f"done: {pluralize(summary['rounds_completed'], 'round')} in {format_duration(summary['seconds']['total'])}, "
+            f"{format_bytes(exchanged['up_bytes'])} up and {format_bytes(exchanged['down_bytes'])} down"
             + (f"; {figures}" if figures else "")
         )
 
@@ -143,11 +150,11 @@ class Progress:
         self._write(line)
         self._print(line)
 
-    def _left(self) -> str:
+    def _time_left(self) -> str:
         fresh = self._done - self._first
         if fresh < 1 or self._done >= self._rounds:
             return ""
-        return f"{duration((time.monotonic() - self._began) / fresh * (self._rounds - self._done))} left"
+        return f"{format_duration((time.monotonic() - self._began) / fresh * (self._rounds - self._done))} left"
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line))
@@ -159,7 +166,7 @@ class Progress:
     def _write_failure(self, error: Exception) -> None:
         """What ended the run; with the traceback of what lies behind the one line that the user sees."""
         self._write(f"failed: {' '.join(str(error).split())}")
-        behind = error.__cause__ if isinstance(error, UserError | RunFailed) else error
+        behind = error.__cause__ if isinstance(error, UserError | RunFailedError) else error
         if behind is not None and self._log is not None:
             self._log.writelines(traceback.format_exception(behind))
 

@@ -18,26 +18,26 @@ from hetero_fl.reporting.formatting import (
     MISSING,
     READINGS,
     algorithm_name,
-    duration,
-    figure,
-    home_rows,
+    capitalize_first,
+    client_score,
+    format_bytes,
+    format_duration,
+    format_metric,
+    format_privacy,
+    format_range,
     is_regression,
     last_scores,
+    local_test_rows,
     metric_name,
     population,
-    reached,
-    selection,
-    sentence,
-    size,
-    span,
-    spent,
+    selection_metric_of,
+    small_test_note,
     tested_metric,
-    uncertain,
 )
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.report_text import captions
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 Json = dict[str, Any]
 
@@ -53,7 +53,7 @@ def render(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
-def embedded(picture: bytes) -> Json:
+def embed_picture(picture: bytes) -> Json:
     """A PNG as it stands in an HTML file: its data, and the width at which type is as large as on paper and a half."""
     width = int.from_bytes(picture[16:20], "big")
     return {
@@ -73,7 +73,7 @@ def write_report(run_dir: str | os.PathLike[str], say: Callable[[str], None] | N
         say: Where a picture or a report that cannot be made is reported in one line; None raises what went wrong.
     """
     run = RunDirectory.open(run_dir)
-    with plots.reported("the report cannot be written", say):
+    with plots.report_errors("the report cannot be written", say):
         run.write_text("report.html", _page(run, say))
     return run.path / "report.html"
 
@@ -83,10 +83,10 @@ def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
     found = {name: run.plots / f"{name}.png" for name in plots.NAMES}
     pictures = {
         name: path.read_bytes() for name, path in found.items() if path.is_file()
-    } or plots.draw(run, say)
+    } or plots.draw_plots(run, say)
     subtitle = (
         f"{algorithm_name(summary['algorithm'])} · {summary['data']['name']} · "
-        f"{plural(population(summary, details), 'client')} · {plural(summary['rounds_completed'], 'round')} · "
+        f"{pluralize(population(summary, details), 'client')} · {pluralize(summary['rounds_completed'], 'round')} · "
         f"seed {summary['seed']}"
     )
     environment = [(key, _plain(value)) for key, value in run.environment().items()]
@@ -97,17 +97,17 @@ def _page(run: RunDirectory, say: Callable[[str], None] | None) -> str:
         subtitle=subtitle,
         warnings=report_text.warnings(summary, records),
         tiles=_tiles(summary, details),
-        story=report_text.story(summary, details),
+        story=report_text.summarize_run(summary, details),
         results=_results(summary, details),
         glossary=report_text.glossary(summary, details),
         pictures=[
-            {"title": title, "caption": caption, **embedded(pictures[name])}
+            {"title": title, "caption": caption, **embed_picture(pictures[name])}
             for name, (title, caption) in captions(summary, details).items()
             if name in pictures
         ],
         exchanged="communication" in pictures,
         clients=_clients(summary, details),
-        few=uncertain(home_rows(details)) if summary["personal"] else "",
+        few=small_test_note(local_test_rows(details)) if summary["personal"] else "",
         command=f"python scripts/train.py --config {shown}/config.yaml --out runs/again",
         environment=environment,
         notes=details["notes"],
@@ -124,51 +124,60 @@ def _plain(value: Any) -> str:
 
 def _tiles(summary: Json, details: Json) -> list[Json]:
     """The headline: the selection metric wherever models were read, then what the run cost."""
-    name, tiles = selection(summary, details), []
+    name, tiles = selection_metric_of(summary, details), []
     for reading in ("global", "personal", "server"):
         if not summary[reading]:
             continue
         scores = summary[reading]["last"]
         worst, deviation = scores.get(f"{name}_worst"), scores.get(f"{name}_std")
         more = (
-            f"± {figure(deviation, name)} over clients; worst {figure(worst, name)}"
+            f"± {format_metric(deviation, name)} over clients; worst {format_metric(worst, name)}"
             if deviation is not None
             else ""
         )
         rows = (
-            f"n = {span(home_rows(details).values())} test rows a client"
+            f"n = {format_range(local_test_rows(details).values())} test rows a client"
             if reading == "personal"
-            else _common(summary)
+            else _has_global_test(summary)
         )
         unit = details.get("unit", "")
         words = tested_metric(reading, name, unit)
         if reading == "server":
-            words = f"{sentence(metric_name(name, unit))} of the server's model"
+            words = f"{capitalize_first(metric_name(name, unit))} of the server's model"
         tiles.append(
-            {"name": words, "value": figure(scores.get(name), name), "more": more, "rows": rows}
+            {
+                "name": words,
+                "value": format_metric(scores.get(name), name),
+                "more": more,
+                "rows": rows,
+            }
         )
     up, down = (summary["communication"][k] for k in ("up_bytes", "down_bytes"))
-    more = f"{size(up)} up, {size(down)} down"
-    tiles.append({"name": "Exchanged in all", "value": size(up + down), "more": more, "rows": ""})
+    more = f"{format_bytes(up)} up, {format_bytes(down)} down"
+    tiles.append(
+        {"name": "Exchanged in all", "value": format_bytes(up + down), "more": more, "rows": ""}
+    )
     if summary.get("privacy"):
         tiles.append(
             {
                 "name": "Privacy spent",
-                "value": spent(summary["privacy"]),
+                "value": format_privacy(summary["privacy"]),
                 "more": "largest of any client",
                 "rows": "",
             }
         )
     seconds = summary["seconds"]
-    more = f"{duration(seconds['training'])} of it training"
-    tiles.append({"name": "Time", "value": duration(seconds["total"]), "more": more, "rows": ""})
+    more = f"{format_duration(seconds['training'])} of it training"
+    tiles.append(
+        {"name": "Time", "value": format_duration(seconds["total"]), "more": more, "rows": ""}
+    )
     if told := summary.get("simulated"):
         counts = ", ".join(f"{told[w]:,} {w}" for w in ("invited", "arrived", "failed", "late"))
-        skipped = f"{plural(told['skipped'], 'round')} with too few" if told["skipped"] else ""
+        skipped = f"{pluralize(told['skipped'], 'round')} with too few" if told["skipped"] else ""
         tiles.append(
             {
                 "name": "Simulated time",
-                "value": duration(told["seconds"]),
+                "value": format_duration(told["seconds"]),
                 "more": counts,
                 "rows": skipped,
             }
@@ -176,7 +185,7 @@ def _tiles(summary: Json, details: Json) -> list[Json]:
     return tiles
 
 
-def _common(summary: Json) -> str:
+def _has_global_test(summary: Json) -> str:
     return f"n = {summary['data']['n_test']:,} test rows"
 
 
@@ -187,7 +196,7 @@ def _results(summary: Json, details: Json) -> Json:
         found = summary[reading]
         if not found:
             continue
-        where = sentence(READINGS[reading])
+        where = capitalize_first(READINGS[reading])
         for moment in ("last", "best_by_validation"):
             scores = found[moment]
             more = (
@@ -197,9 +206,9 @@ def _results(summary: Json, details: Json) -> Json:
             )
             cells = [_cell(scores, name) for name in names]
             n = (
-                f"n = {span(home_rows(details).values())} a client"
+                f"n = {format_range(local_test_rows(details).values())} a client"
                 if reading == "personal"
-                else _common(summary)
+                else _has_global_test(summary)
             )
             rows.append(
                 {"name": where, "more": [more, n], "cells": cells, "first": moment == "last"}
@@ -208,20 +217,21 @@ def _results(summary: Json, details: Json) -> Json:
         "Mean ± standard deviation over clients, and the worst client. n: test rows. "
         + ("The server has one model, so no spread. " if summary["server"] else "")
         + "“Undefined” counts clients whose test rows lack what the metric needs (as a class, for AUROC); they are left "
-        "out of the mean. " + (uncertain(home_rows(details)) if summary["personal"] else "")
+        "out of the mean. "
+        + (small_test_note(local_test_rows(details)) if summary["personal"] else "")
     )
     for rule, readings in summary.get("baselines", {}).items():
         for reading, scores in readings.items():
             cells = [_cell(scores, name) for name in names]
             rows.append(
                 {
-                    "name": sentence(rule),
+                    "name": capitalize_first(rule),
                     "more": ["a simple rule", READINGS[reading]],
                     "cells": cells,
                     "first": True,
                 }
             )
-    titles = [sentence(metric_name(name, details.get("unit", ""))) for name in names]
+    titles = [capitalize_first(metric_name(name, details.get("unit", ""))) for name in names]
     return {"columns": titles, "rows": rows, "caption": caption}
 
 
@@ -229,11 +239,11 @@ def _cell(scores: Mapping[str, Any], name: str) -> Json:
     value, deviation, worst = (scores.get(key) for key in (name, f"{name}_std", f"{name}_worst"))
     more = []
     if deviation is not None:
-        more.append(f"± {figure(deviation, name)}")
-        more.append(f"worst {figure(worst, name)}")
+        more.append(f"± {format_metric(deviation, name)}")
+        more.append(f"worst {format_metric(worst, name)}")
     if scores.get(f"{name}_undefined"):
         more.append(f"undefined: {scores[f'{name}_undefined']}")
-    return {"value": figure(value, name), "more": more}
+    return {"value": format_metric(value, name), "more": more}
 
 
 def _clients(summary: Json, details: Json) -> Json:
@@ -250,7 +260,7 @@ def _clients(summary: Json, details: Json) -> Json:
         {"name": "Rows", "text": False, "more": "train / validation / test"},
         *(
             {
-                "name": sentence(metric_name(name, details.get("unit", ""))),
+                "name": capitalize_first(metric_name(name, details.get("unit", ""))),
                 "text": False,
                 "more": READINGS[reading],
             }
@@ -274,7 +284,7 @@ def _clients(summary: Json, details: Json) -> Json:
             },
         ]
         for reading, name in shown:
-            found = figure(reached(client, reading, name), name)
+            found = format_metric(client_score(client, reading, name), name)
             home = reading == "personal"
             few = home and found != MISSING and parts["test"] < FEW_ROWS
             note = f"n = {parts['test']}" + (", uncertain" if few else "") if home else ""
@@ -282,7 +292,7 @@ def _clients(summary: Json, details: Json) -> Json:
             note = ", ".join(
                 [
                     *([note] if note else []),
-                    *(f"{r} {figure(s.get(name), name)}" for r, s in rules.items()),
+                    *(f"{r} {format_metric(s.get(name), name)}" for r, s in rules.items()),
                 ]
             )
             row.append({"value": found, "more": note, "few": few})

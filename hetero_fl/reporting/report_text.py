@@ -12,26 +12,26 @@ from hetero_fl.reporting.formatting import (
     FEW_ROWS,
     READINGS,
     algorithm_name,
-    better,
-    figure,
-    home_rows,
+    capitalize_first,
+    client_score,
+    format_bytes,
+    format_metric,
+    format_range,
+    is_better,
     is_regression,
     last_scores,
+    local_test_rows,
     metric_name,
     population,
-    reached,
-    selection,
-    sentence,
-    size,
-    span,
-    target,
-    uncertain,
+    selection_metric_of,
+    small_test_note,
+    target_kind,
 )
-from hetero_fl.reporting.methods import explained, method
+from hetero_fl.reporting.methods import explain_method, method_class
 from hetero_fl.reporting.plots.clients import FEW
 from hetero_fl.reporting.plots.rounds import ROUNDS, SHOWN
 from hetero_fl.reporting.plots.scores import PANELS
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 # The sentences of a run's report: what was done, what came out, what each figure and picture means.
 
@@ -56,11 +56,13 @@ def warnings(summary: Json, records: Sequence[Json]) -> list[str]:
             f"round {number}: {client} ({reason})" for number, client, reason in failed[:8]
         )
         more = f"; and {len(failed) - 8} more, in log.txt" if len(failed) > 8 else ""
-        lines.append(f"Left out of {plural(len({f[0] for f in failed}), 'round')}: {listed}{more}.")
+        lines.append(
+            f"Left out of {pluralize(len({f[0] for f in failed}), 'round')}: {listed}{more}."
+        )
     return lines
 
 
-def story(summary: Json, details: Json) -> list[str]:
+def summarize_run(summary: Json, details: Json) -> list[str]:
     """What was done and what came out, in a few sentences."""
     return [_setting(summary, details), _method(summary, details), _outcome(summary, details)]
 
@@ -73,70 +75,70 @@ def _setting(summary: Json, details: Json) -> str:
     rows = sorted(client["n_train"] for client in summary["clients"])
     about = f": {details['about']}" if details.get("about") else ""
     there = population(summary, details)
-    who = f"{plural(there, 'client')} ({models}) took part"
-    lying = protections.liars(summary.get("attacks"))
+    who = f"{pluralize(there, 'client')} ({models}) took part"
+    lying = protections.describe_attack(summary.get("attacks"))
     honest = there - len(summary["attacks"]["liars"]) if lying else there
     if there > len(rows):
         drawn = ", drawn once" if honest > len(rows) else ""
-        who = f"{plural(there, 'client')} could take part; all figures are of {len(rows):,} of them ({models}){drawn}"
+        who = f"{pluralize(there, 'client')} could take part; all figures are of {len(rows):,} of them ({models}){drawn}"
     text = f"{who}. {lying and lying + ' '}Data: {summary['data']['name']}{about}; "
-    text += f"{plural(summary['data']['n_train'], 'training row')} in all" + (
+    text += f"{pluralize(summary['data']['n_train'], 'training row')} in all" + (
         f", {rows[0]:,} to {rows[-1]:,} a client" if rows[1:] else ""
     )
     public = []
     if summary["global"]:
-        public.append(f"the global test set has {plural(summary['data']['n_test'], 'row')}")
+        public.append(f"the global test set has {pluralize(summary['data']['n_test'], 'row')}")
     if details["proxy"]:
         read = "clients train on once" if details.get("proxy_labels") else "are never read"
         public.append(
-            f"the public proxy set has {plural(details['proxy'], 'row')}, whose labels {read}"
+            f"the public proxy set has {pluralize(details['proxy'], 'row')}, whose labels {read}"
         )
-    return f"{text}. {sentence('; '.join(public))}." if public else f"{text}."
+    return f"{text}. {capitalize_first('; '.join(public))}." if public else f"{text}."
 
 
 def _method(summary: Json, details: Json) -> str:
-    what, kind = explained(summary["algorithm"]), method(summary["algorithm"])
+    what, kind = explain_method(summary["algorithm"]), method_class(summary["algorithm"])
     parts = [f"The method is {algorithm_name(summary['algorithm'])}.", what]
-    if kind is not None and kind.distils and is_regression(last_scores(summary)):
+    if kind is not None and kind.is_distillation and is_regression(last_scores(summary)):
         parts.append("Numbers are distilled by squared error towards their weighted mean.")
     total = sum(summary["communication"].values())
     if total:
-        rounds = plural(summary["rounds_completed"], "round")
-        parts.append(f"Over {rounds} the encoded messages came to {size(total)}.")
-    parts += protections.told(summary, details)
+        rounds = pluralize(summary["rounds_completed"], "round")
+        parts.append(f"Over {rounds} the encoded messages came to {format_bytes(total)}.")
+    parts += protections.describe_protections(summary, details)
     return " ".join(filter(None, parts))
 
 
 def _outcome(summary: Json, details: Json) -> str:
-    name = selection(summary, details)
+    name = selection_metric_of(summary, details)
     parts = [
         f"All figures here are {metric_name(name, details.get('unit', ''))}, by which rounds are selected, after the last round."
     ]
     if summary["personal"]:
-        value = figure(summary["personal"]["last"][name], name)
-        rows = f"n = {span(home_rows(details).values())} rows"
+        value = format_metric(summary["personal"]["last"][name], name)
+        rows = f"n = {format_range(local_test_rows(details).values())} rows"
         parts.append(
-            f"On its own test split ({rows}) a client's model reaches {value}{_worst(summary, 'personal', name)}."
+            f"On its own test split ({rows}) a client's model reaches {value}{_worst_client(summary, 'personal', name)}."
         )
-        parts.append(uncertain(home_rows(details)))
+        parts.append(small_test_note(local_test_rows(details)))
     if summary["global"]:
-        value = figure(summary["global"]["last"][name], name)
+        value = format_metric(summary["global"]["last"][name], name)
         parts.append(
             f"On the global test set (n = {summary['data']['n_test']:,}) it reaches {value}"
-            f"{_worst(summary, 'global', name)}."
+            f"{_worst_client(summary, 'global', name)}."
         )
     if summary["server"]:
         parts.append(
-            f"There, the server's own model reaches {figure(summary['server']['last'][name], name)}."
+            f"There, the server's own model reaches {format_metric(summary['server']['last'][name], name)}."
         )
-    parts.append(_rules(summary, details, name))
+    parts.append(_compare_with_baselines(summary, details, name))
     if name == "balanced_accuracy":
         classes = len(details["labels"])
         parts.append(f"Guessing among {classes} classes would give {100 / classes:.3g}%.")
     return " ".join(filter(None, parts))
 
 
-def _rules(summary: Json, details: Json, name: str) -> str:
+def _compare_with_baselines(summary: Json, details: Json, name: str) -> str:
     """How many clients' models are better on local tests than each simple rule that the data brings."""
     found = []
     for rule, readings in summary.get("baselines", {}).items():
@@ -144,25 +146,25 @@ def _rules(summary: Json, details: Json, name: str) -> str:
             i: r.get("personal", {}).get(rule, {}).get(name)
             for i, r in details["baselines"].items()
         }
-        both = [(reached(c, "personal", name), own.get(c["id"])) for c in summary["clients"]]
+        both = [(client_score(c, "personal", name), own.get(c["id"])) for c in summary["clients"]]
         known = [
             (model, simple) for model, simple in both if model is not None and simple is not None
         ]
         if known:
-            beaten = sum(better(name, model, simple) for model, simple in known)
+            beaten = sum(is_better(name, model, simple) for model, simple in known)
             found.append(
-                f"“{rule}” reaches {figure(readings['personal'].get(name), name)}, {beaten} of {len(known)} models are better"
+                f"“{rule}” reaches {format_metric(readings['personal'].get(name), name)}, {beaten} of {len(known)} models are better"
             )
     return f"Simple rules on local tests: {'; '.join(found)}." if found else ""
 
 
-def _worst(summary: Json, reading: str, name: str) -> str:
-    scores = {c["id"]: reached(c, reading, name) for c in summary["clients"]}
+def _worst_client(summary: Json, reading: str, name: str) -> str:
+    scores = {c["id"]: client_score(c, reading, name) for c in summary["clients"]}
     known = {client: score for client, score in scores.items() if score is not None}
     if len(known) < 2:
         return ""
     client = (max if name in SMALLER_IS_BETTER else min)(known, key=lambda i: known[i])
-    return f" (mean over clients; worst {client} with {figure(known[client], name)})"
+    return f" (mean over clients; worst {client} with {format_metric(known[client], name)})"
 
 
 def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
@@ -177,7 +179,7 @@ def glossary(summary: Json, details: Json) -> list[tuple[str, str]]:
     if summary["server"]:
         entries.append(("Server", "The server's own model on the global test set."))
     if details.get("read"):
-        entries.append(("When models are read", sentence(details["read"]) + "."))
+        entries.append(("When models are read", capitalize_first(details["read"]) + "."))
     chosen = (
         "The models after the last round, and those of the round that was best on validation rows. Test rows have no "
         "part in the choice, so the selected figures may be lower than the last."
@@ -251,13 +253,13 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
     )
     matrices = (
         "All clients together, label by label. "
-        if target(summary, details) == "multilabel"
+        if target_kind(summary, details) == "multilabel"
         else chosen
     )
     empty = ", and is empty where no test row is of that class"
-    several = summary["personal"] and many <= 6 and target(summary, details) != "multilabel"
+    several = summary["personal"] and many <= 6 and target_kind(summary, details) != "multilabel"
     headed = " n: local test rows of the client." if several else ""
-    against = metric_name(selection(summary, details))
+    against = metric_name(selection_metric_of(summary, details))
     hollow = f" n: local test rows; hollow: fewer than {FEW_ROWS}." if summary["personal"] else ""
     if many > FEW:
         points = (
@@ -290,7 +292,7 @@ def captions(summary: Json, details: Json) -> dict[str, tuple[str, str]]:
             "Bytes are those of the encoded messages of all clients, summed from the first round.",
         ),
         "time": (
-            f"{sentence(against)} against simulated time",
+            f"{capitalize_first(against)} against simulated time",
             "Left: by the simulated time at which each round ended. Right: what came of each round's invitations. Late is "
             "who was not there when the round was closed.",
         ),

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.data.inference import as_seen
-from hetero_fl.reporting.formatting import algorithm_name, final, population
+from hetero_fl.data.inference import preprocess_inputs
+from hetero_fl.reporting.formatting import algorithm_name, format_final_evaluation, population
 from hetero_fl.reporting.integrity import CHANGED, inspect
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import UserError, nearest
+from hetero_fl.utils.errors import UserError, suggest_or_list
 from hetero_fl.utils.serialization import sha256_of
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 
 class Run:
@@ -36,10 +36,10 @@ class Run:
     def __init__(self, path: str | Path, allow_code: bool | CodePermission = False) -> None:
         self.directory = RunDirectory.open(path)
         inspect(path, thorough=False).require_whole()
-        self.permission = CodePermission.of(allow_code)
+        self.permission = CodePermission.from_argument(allow_code)
 
     @classmethod
-    def of(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
+    def open(cls, run: Run | str | Path, allow_code: bool | CodePermission = False) -> Run:
         """Return the run at a path; for a `Run`, itself, or with `allow_code` another one with that permission."""
         if isinstance(run, Run) and (not allow_code or run.permission is allow_code):
             return run
@@ -49,12 +49,12 @@ class Run:
         if not (self.path / "summary.json").exists():
             return f"Run({str(self.path)!r}: not finished)"
         summary, details = self.summary, self.directory.details()
-        done = plural(summary["rounds_completed"], "round")
+        done = pluralize(summary["rounds_completed"], "round")
         about = f"{algorithm_name(summary['algorithm'])} on {summary['data']['name']}, {done}"
         return "\n".join(
             [
-                f"Run({str(self.path)!r}: {about}, {plural(population(summary, details), 'client')}, seed {summary['seed']};",
-                f"    {final(summary, details.get('unit', ''))})",
+                f"Run({str(self.path)!r}: {about}, {pluralize(population(summary, details), 'client')}, seed {summary['seed']};",
+                f"    {format_final_evaluation(summary, details.get('unit', ''))})",
             ]
         )
 
@@ -91,22 +91,22 @@ class Run:
                 raise UserError(f"{self.path / name}: {CHANGED}")
         return {f.stem: SavedModel.load(f, self.permission) for f in files}
 
-    def predict(self, client: str, x: Any, home: bool = True, unit: Any = None) -> Tensor:
+    def predict(self, client: str, x: Any, personal: bool = True, unit: Any = None) -> Tensor:
         """Probabilities `[N, outputs]` (regression: values) of a client's model for raw examples.
 
         `x`: images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]` as uint8 or as floats in 0..1 (0..255 where that is
         plain), tables `[N, F]`, series `[N, T, F]`; a data frame, whose columns are found by their names; a dictionary of
         blocks, from which one may be absent if the model knows what to do then. They are preprocessed as that client does.
-        `home`: read with the client's own label frequencies, as on its own patients. `unit`: of a regression whose targets are
+        `personal`: read with the client's own label frequencies, as on its own patients. `unit`: of a regression whose targets are
         relative to something, what each row's are relative to (`[N]` or a number): values are then in the target's unit.
         Raises UserError for examples that the model cannot take.
         """
         if client not in self.models:
             raise UserError(
-                f"{self.path}: found no model of '{client}'{nearest(client, self.models)}"
+                f"{self.path}: found no model of '{client}'{suggest_or_list(client, self.models)}"
             )
         model = self.models[client]
-        z = model.logits(as_seen(model, x), home)
+        z = model.logits(preprocess_inputs(model, x), personal)
         if model.task.kind == "regression":
             return z if unit is None else z * torch.as_tensor(unit, dtype=z.dtype).reshape(-1, 1)
         return z.sigmoid() if model.task.kind == "multilabel" else z.softmax(-1)

@@ -32,17 +32,17 @@ Json = dict[str, Any]
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[list[str]]:
+def lock_folder(folder: Path) -> Iterator[list[str]]:
     """Hold a folder, which is made if it is not there, against other processes; yields lines for the log.
 
     The operating system ends the hold with the process, however that ends; the empty file `.lock` stays and means nothing.
     Where the file system has no locks nothing is held, and the line says so. Raises UserError if another process holds the
     folder, or it cannot be written to.
     """
-    _make(folder)
+    _make_folder(folder)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
-        held = _acquired(lock)
+        held = _try_lock(lock)
     except Timeout:
         raise UserError(
             f"{folder}: another process is at work there; let it end, or choose another --out"
@@ -63,7 +63,7 @@ def locked(folder: Path) -> Iterator[list[str]]:
         lock.release()
 
 
-def _acquired(lock: BaseFileLock) -> bool:
+def _try_lock(lock: BaseFileLock) -> bool:
     """Whether the operating system holds it now; not where the file system has no locks. Raises Timeout and OSError."""
     with warnings.catch_warnings():
         # told by the line in the log
@@ -81,7 +81,7 @@ def is_locked(folder: Path) -> bool:
         return False
     lock = FileLock(folder / LOCK, timeout=0)
     try:
-        _acquired(lock)
+        _try_lock(lock)
     except Timeout:
         return True
     except OSError:
@@ -105,7 +105,7 @@ def check_vacant(path: Path, besides: str = ", or --resume if it is an interrupt
         raise UserError(f"{path}: exists already; choose another --out{besides}")
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,7 +142,7 @@ class RunDirectory:
         """
         run = cls(path)
         check_vacant(run.path)
-        _make(run.path)
+        _make_folder(run.path)
         run.write_json("environment.json", {"run_directory_version": VERSION, **environment})
         run.write_config(config)
         return run

@@ -9,20 +9,20 @@ from typing import Any
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.communication.protocol import Traffic
 from hetero_fl.config import Config
-from hetero_fl.core.metrics import selection_metric, spread
-from hetero_fl.core.participant import Card
+from hetero_fl.core.metrics import selection_metric, summarize_clients
+from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.task import Task
-from hetero_fl.federation.federation import Federation, describe_settings
-from hetero_fl.federation.trainer import Readings, Record
-from hetero_fl.reporting.formatting import sentence
-from hetero_fl.utils.errors import RunFailed
-from hetero_fl.utils.text import plural
+from hetero_fl.federation.federation import FederationSpec, describe_settings
+from hetero_fl.federation.trainer import EvaluationResult, Record
+from hetero_fl.reporting.formatting import capitalize_first
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.text import pluralize
 
 # What stood between clients, server and whoever reads the models, in words: privacy, secret sums,
 # rules, compression, liars.
 
 Json = dict[str, Any]
-WHOSE = {
+PRIVACY_UNITS = {
     "record": " of each training row",
     "client": " of each client",
     "local": " of each client, noised at home",
@@ -30,7 +30,7 @@ WHOSE = {
 SHOWN = 6  # liars that are named
 
 
-def protections_of(federation: Federation) -> dict[str, Any]:
+def collect_protections(federation: FederationSpec) -> dict[str, Any]:
     """What a report tells of the channel and of how uploads were combined; JSON."""
     channel, terms = federation.channel, federation.aggregation
     rules = {
@@ -39,24 +39,24 @@ def protections_of(federation: Federation) -> dict[str, Any]:
         "class sums": terms.statistics,
     }
     return {
-        "compress": [_stage(stage.model_dump()) for stage in channel.compress],
-        "compress_down": [_stage(stage.model_dump()) for stage in channel.compress_down],
+        "compress": [_format_stage(stage.model_dump()) for stage in channel.compress],
+        "compress_down": [_format_stage(stage.model_dump()) for stage in channel.compress_down],
         "secure_sum": channel.secure_sum is not None,
         "rules": {what: rule for what, rule in rules.items() if rule != "mean"},
     }
 
 
-def _stage(written: Json) -> str:
+def _format_stage(written: Json) -> str:
     return " ".join(
         name if value is True else f"{name} {value:g}" for name, value in written.items()
     )
 
 
-def told(summary: Json, details: Json) -> list[str]:
+def describe_protections(summary: Json, details: Json) -> list[str]:
     """A sentence on each protection; the first on privacy, had or not."""
     privacy, found = summary["privacy"], details.get("protections", {})
     if privacy:
-        whose = WHOSE.get(privacy.get("unit", ""), "")
+        whose = PRIVACY_UNITS.get(privacy.get("unit", ""), "")
         lines = [
             f"Differential privacy{whose}: ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:.1g}."
         ]
@@ -66,20 +66,24 @@ def told(summary: Json, details: Json) -> list[str]:
         lines.append("The server learnt sums of uploads, and no single one.")
     if found.get("rules"):
         rules = [f"{what} by {rule}" for what, rule in found["rules"].items()]
-        lines.append(f"{sentence(', '.join(rules))}: combined so that a few liars cannot decide.")
+        lines.append(
+            f"{capitalize_first(', '.join(rules))}: combined so that a few liars cannot decide."
+        )
     for key, who in (("compress", "clients"), ("compress_down", "the server")):
         if found.get(key):
             lines.append(f"What {who} sent was compressed: {', '.join(found[key])}.")
     return lines
 
 
-def liars(attacks: Json | None) -> str:
+def describe_attack(attacks: Json | None) -> str:
     """Who lied how; nothing where nobody did."""
     if not attacks:
         return ""
     who: Sequence[str] = attacks["liars"]
     more = f" and {len(who) - SHOWN:,} more" if len(who) > SHOWN else ""
-    how = f"{plural(len(who), 'client')} lied ({attacks['name']}): {', '.join(who[:SHOWN])}{more}"
+    how = (
+        f"{pluralize(len(who), 'client')} lied ({attacks['name']}): {', '.join(who[:SHOWN])}{more}"
+    )
     if attacks.get("success") is not None:
         how += (
             f"; the backdoor opened on {attacks['success']:.1%} of the test rows of other classes"
@@ -135,7 +139,7 @@ class Patience:
         return self.limit is not None and self.without >= self.limit
 
 
-def timed_of(history: Sequence[Record]) -> dict[str, Any]:
+def timing_summary(history: Sequence[Record]) -> dict[str, Any]:
     """Seconds of a run, under `simulated` or, of a federation of machines, `wall`, and what came of all invitations; empty where
     nobody took any time."""
     told = [r for r in history if "counts" in r]
@@ -152,7 +156,9 @@ def timed_of(history: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def baselines_of(readings: Readings) -> dict[str, dict[str, dict[str, float | int | None]]]:
+def baseline_summary(
+    readings: EvaluationResult,
+) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """What simple rules reach on the same rows: by name and reading, spread over the clients as a method's figures are."""
     clients = readings.clients.items()
     names = dict.fromkeys(
@@ -160,7 +166,7 @@ def baselines_of(readings: Readings) -> dict[str, dict[str, dict[str, float | in
     )
     return {
         name: {
-            reading: spread(
+            reading: summarize_clients(
                 {
                     id: r.baselines[reading][name]
                     for id, r in clients
@@ -173,20 +179,20 @@ def baselines_of(readings: Readings) -> dict[str, dict[str, dict[str, float | in
     }
 
 
-def summarise(
+def summarize(
     config: Config,
     method: Algorithm,
-    federation: Federation,
+    federation: FederationSpec,
     history: Sequence[Record],
     traffic: Traffic,
     setup: float,
-    readings: Readings,
+    readings: EvaluationResult,
 ) -> dict[str, Any]:
     """The content of `summary.json`; its `clients` are those whose models were read. `setup`: seconds before the first round;
     `readings`: the last ones, of which baselines are taken where the data has any."""
     task, read = federation.task, [r for r in history if r.get("personal") or r.get("global")]
     if not read:
-        raise RunFailed("nobody's model could be read in any round")
+        raise RunFailedError("nobody's model could be read in any round")
     last = read[-1]
 
     def both(which: str) -> dict[str, Any] | None:
@@ -215,41 +221,42 @@ def summarise(
         "clients": [
             {
                 "id": id,
-                "model": method.called(card),
+                "model": method.display_name(card),
                 "parameters": sum(
-                    federation.initial(card.arch)[n].numel() for n in card.arch.parameter_names
+                    federation.initial_tensors(card.arch)[n].numel()
+                    for n in card.arch.parameter_names
                 ),
-                "n_train": card.n,
+                "n_train": card.num_rows,
                 "personal": last["clients"].get(id, {}).get("personal"),
                 "global": last["clients"].get(id, {}).get("global"),
             }
-            for id, card in _read(federation)
+            for id, card in _evaluated_clients(federation)
         ],
         "communication": {"up_bytes": traffic.up, "down_bytes": traffic.down},
         "seconds": {"total": setup + sum(seconds.values()), **seconds},
         "privacy": history[-1].get("privacy"),
-        **({"attacks": attacked} if (attacked := attacks_of(federation, history)) else {}),
-        **timed_of(history),
-        **({"baselines": found} if (found := baselines_of(readings)) else {}),
+        **({"attacks": attacked} if (attacked := attack_summary(federation, history)) else {}),
+        **timing_summary(history),
+        **({"baselines": found} if (found := baseline_summary(readings)) else {}),
     }
 
 
-def attacks_of(federation: Federation, history: Sequence[Record]) -> dict[str, Any]:
+def attack_summary(federation: FederationSpec, history: Sequence[Record]) -> dict[str, Any]:
     """Who lied how, where anybody did; `success`: of a backdoor, the share of the common test rows with its trigger that honest
     clients' models took for the target when they were last read. All other figures are the honest clients'."""
-    liars = federation.liars
+    liars = federation.malicious
     if liars is None:
         return {}
     success = [r["attacks"]["success"] for r in history if "success" in r["attacks"]]
     return {
         "name": liars.config.name,
-        "liars": liars.listed,
+        "liars": liars.sorted_ids,
         "success": success[-1] if success else None,
     }
 
 
-def details_of(
-    federation: Federation, readings: Readings, notes: Sequence[str], method: Algorithm
+def collect_details(
+    federation: FederationSpec, readings: EvaluationResult, notes: Sequence[str], method: Algorithm
 ) -> dict[str, Any]:
     """Return the content of `details.json`: what a report shows of each client.
 
@@ -263,52 +270,54 @@ def details_of(
     """
     data = federation.data
     tells_labels = [
-        id for id in federation.readers if federation.privacy is None and data.tells_labels(id)
+        id
+        for id in federation.evaluated_clients
+        if federation.privacy is None and data.reveals_labels(id)
     ]
     return {
         "kind": federation.task.kind,
-        "labels": list(federation.task.label),
+        "labels": list(federation.task.output_names),
         "rare": federation.task.rare,
-        "population": len(federation.cards),
+        "population": len(federation.client_infos),
         "label_counts": {id: data.label_counts(id).int().tolist() for id in tells_labels},
         "proxy": data.n_proxy,
         "proxy_labels": method.reads_proxy_labels,
         "rows": {
             id: {s: data.n_rows(id, s) for s in ("train", "validation", "test")}
-            for id in federation.readers
+            for id in federation.evaluated_clients
         },
         "clients": {
             id: {
-                "model": card.arch.id,
-                "group": card.arch.id,
+                "model": card.arch.spec_id,
+                "group": card.arch.spec_id,
                 "shares": list(card.settings.shares),
-                "preprocess": _short(asdict(card.preprocess)),
-                "scanner": _short(describe_settings(card.settings).get("scanner", {})),
+                "preprocess": _without_defaults(asdict(card.preprocess)),
+                "scanner": _without_defaults(describe_settings(card.settings).get("scanner", {})),
                 "settings": describe_settings(card.settings),
             }
-            for id, card in _read(federation)
+            for id, card in _evaluated_clients(federation)
         },
         "unit": federation.task.unit,
-        "relative": data.beside("", "common_test").unit is not None,
+        "relative": data.extra_columns("", "common_test").unit is not None,
         "baselines": {
             id: r.baselines for id, r in readings.clients.items() if any(r.baselines.values())
         },
         "forecast": {id: r.forecast for id, r in readings.clients.items() if r.forecast},
         "confusion": {id: r.confusion for id, r in readings.clients.items()},
         "calibration": {id: r.calibration for id, r in readings.clients.items()},
-        "read": method.reads,
+        "read": method.evaluated_when,
         "about": data.about,
         "notes": list(notes),
-        "protections": protections_of(federation),
+        "protections": collect_protections(federation),
     }
 
 
-def _read(federation: Federation) -> list[tuple[str, Card]]:
+def _evaluated_clients(federation: FederationSpec) -> list[tuple[str, ClientInfo]]:
     """The clients whose models were read, in the order of the configuration."""
-    return [(id, federation.cards[id]) for id in federation.readers]
+    return [(id, federation.client_infos[id]) for id in federation.evaluated_clients]
 
 
-def _short(fields: dict[str, Any]) -> str:
+def _without_defaults(fields: dict[str, Any]) -> str:
     shown = {
         k: v for k, v in fields.items() if v is not None and v != () and k not in ("raw", "spans")
     }

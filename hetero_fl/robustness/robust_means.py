@@ -11,20 +11,20 @@ from torch import Tensor
 
 from hetero_fl.config.robustness import AggregationConfig
 from hetero_fl.core.model_spec import Owner, Tensors
-from hetero_fl.core.participant import Card
+from hetero_fl.core.participant import ClientInfo
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.task import Task
-from hetero_fl.robustness.rules import Block, Rule, middle, prediction_rule, rule
+from hetero_fl.robustness.rules import Rule, UploadBlock, prediction_rule, rule, trimmed_mean
 
 PARAMETERS = ("params", "update")
 # what a client was sent under an item's name; {} if nothing
-Reference = Callable[[Card, str], Tensors]
+ReferenceTensors = Callable[[ClientInfo, str], Tensors]
 # names of the parameters of the model that an item holds
-Trained = Callable[[Card, str], frozenset[str]]
+TrainedNames = Callable[[ClientInfo, str], frozenset[str]]
 
 
 @dataclass
-class Rules:
+class AggregationRules:
     """The rules of a run, and what they remember from round to round (`memory`, part of a checkpoint).
 
     `too_few`: for each item the tensors, or "", that stayed as they were because fewer clients sent them than the rule needs to
@@ -33,8 +33,8 @@ class Rules:
 
     config: AggregationConfig
     task: Task
-    reference: Reference = lambda card, item: {}
-    trained: Trained = lambda card, item: card.arch.parameter_names
+    reference: ReferenceTensors = lambda card, item: {}
+    trained: TrainedNames = lambda card, item: card.arch.parameter_names
     memory: dict[str, Any] = field(default_factory=dict)
     too_few: dict[str, list[str]] = field(default_factory=dict)
 
@@ -43,14 +43,14 @@ class Rules:
         """The rule for parameters."""
         return rule[self.config.rule](self.config)
 
-    def governs(self, spec: ItemSpec) -> bool:
+    def applies_to(self, spec: ItemSpec) -> bool:
         """Whether items of that kind are combined by another rule than the mean."""
         config = self.config
         by = {"rows": config.predictions, "class_sums": config.statistics, "counts": "mean"}
         return by.get(spec.kind, config.rule) != "mean"
 
 
-class RuledModels:
+class RobustModelMeans:
     """Named tensors under a rule, owner by owner as `OwnerMeans` has them. The tensors of a group that the very same clients
     sent are one block: whoever measures distances measures them over all of it.
 
@@ -58,12 +58,16 @@ class RuledModels:
     """
 
     def __init__(
-        self, name: str, rules: Rules, senders: Sequence[Card], common: Sequence[str] = ()
+        self,
+        name: str,
+        rules: AggregationRules,
+        senders: Sequence[ClientInfo],
+        common: Sequence[str] = (),
     ) -> None:
         self.name, self.rules, self.senders, self.common = name, rules, senders, tuple(common)
         self.roots: Mapping[str, Tensors] = {}
         self._sent: list[tuple[str, Tensors, Tensors]] = []
-        self._made: dict[Owner, tuple[Tensor, int]] | None = None
+        self._results: dict[Owner, tuple[Tensor, int]] | None = None
 
     def add(self, group: str, tensors: Mapping[str, Tensor], weight: float) -> None:
         """One more model, or part of one. Its weight is of no account."""
@@ -74,7 +78,7 @@ class RuledModels:
         self._sent.append((group, dict(tensors), reference))
 
     @property
-    def sent(self) -> list[tuple[Card, Tensors]]:
+    def sent(self) -> list[tuple[ClientInfo, Tensors]]:
         """What every client sent."""
         return [
             (card, tensors) for card, (_, tensors, _) in zip(self.senders, self._sent, strict=True)
@@ -116,11 +120,11 @@ class RuledModels:
         }
 
     def _combined(self) -> dict[Owner, tuple[Tensor, int]]:
-        if self._made is None:
-            self._made = {}
+        if self._results is None:
+            self._results = {}
             for (_, members), owners in self.blocks().items():
                 self._combine(members, owners)
-        return self._made
+        return self._results
 
     def blocks(self) -> dict[tuple[str, tuple[int, ...]], list[Owner]]:
         """The owners that the same clients (by place) stand behind, by group."""
@@ -134,33 +138,33 @@ class RuledModels:
         return found
 
     def _combine(self, members: Sequence[int], owners: Sequence[Owner]) -> None:
-        assert self._made is not None
+        assert self._results is not None
         how, names = self.rules.of_parameters, [owner[0] for owner in owners]
-        liars = self.rules.config.liars_among(len(members))
-        if len(members) < how.least(liars):
+        liars = self.rules.config.num_malicious(len(members))
+        if len(members) < how.min_clients(liars):
             self.rules.too_few.setdefault(self.name, []).extend(names)
             return
         sent = [{name: self._sent[i][1][name] for name in names} for i in members]
         references = [self._sent[i][2] for i in members]
         trained = self.rules.trained(self.senders[members[0]], self.name)
         root = self.roots.get(self._sent[members[0]][0])
-        combined = how.combine(Block(sent, references, trained, root), liars)
-        self._made.update({owner: (combined[owner[0]], len(members)) for owner in owners})
+        combined = how.combine(UploadBlock(sent, references, trained, root), liars)
+        self._results.update({owner: (combined[owner[0]], len(members)) for owner in owners})
 
 
-class RuledItems:
+class RobustItemMeans:
     """Single tensors under a rule: predictions `[N, C]`, or class sums. Weights are of no account, but that of a class sum says
     what it is to be divided by, and whether the client has the class."""
 
-    def __init__(self, name: str, rules: Rules, senders: Sequence[Card]) -> None:
+    def __init__(self, name: str, rules: AggregationRules, senders: Sequence[ClientInfo]) -> None:
         self.name, self.rules, self.senders = name, rules, senders
         self._items: list[Item] = []
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._results: tuple[Tensor, Tensor] | None = None
 
     def add(self, item: Item) -> None:
         """One more client's."""
         self._items.append(item)
-        self._made = None
+        self._results = None
 
     @property
     def mean(self) -> Tensor | None:
@@ -181,11 +185,11 @@ class RuledItems:
         return made[0] * made[1], made[1]
 
     def _combined(self) -> tuple[Tensor, Tensor] | None:
-        if self._made is None:
-            self._made = (
+        if self._results is None:
+            self._results = (
                 self._class_means() if self._items[0].kind == "class_sums" else self._predictions()
             )
-        return self._made
+        return self._results
 
     def _class_means(self) -> tuple[Tensor, Tensor]:
         """The median of the means of the clients that have a class; none where liars could be more than half of these."""
@@ -195,12 +199,12 @@ class RuledItems:
         counts = torch.stack(
             [torch.as_tensor(item.weight, dtype=values.dtype) for item in self._items]
         )
-        liars = self.rules.config.liars_among(len(values))
+        liars = self.rules.config.num_malicious(len(values))
         made, owners = torch.zeros_like(values[0]), (counts > 0).sum(0).to(values.dtype)
         for c in range(len(made)):
             has = (counts[:, c] > 0).reshape(len(values), -1).all(1)
             if int(has.sum()) > 2 * liars:
-                made[c] = middle(values[has, c] / counts[has, c])
+                made[c] = trimmed_mean(values[has, c] / counts[has, c])
             else:
                 owners[c] = 0
                 self.rules.too_few.setdefault(self.name, []).append(f"class {c}")
@@ -211,14 +215,14 @@ class RuledItems:
         said = torch.stack([item.values for item in self._items if isinstance(item.values, Tensor)])
         # sums and squares of the largest numbers that can be sent stay finite
         dtype, said = said.dtype, said.double()
-        liars = self.rules.config.liars_among(len(said))
-        if len(said) < how.least(liars):
+        liars = self.rules.config.num_malicious(len(said))
+        if len(said) < how.min_clients(liars):
             self.rules.too_few.setdefault(self.name, []).append("")
             return None
         apart = self.rules.task.kind == "multiclass" and said.shape[-1] == self.rules.task.outputs
         level = said.mean(-1, keepdim=True) if apart else torch.zeros_like(said[..., :1])
         memory = self.rules.memory.setdefault(self.name, {})
-        made = how.combine(said - level, liars, [card.id for card in self.senders], memory)
+        made = how.combine(said - level, liars, [card.client_id for card in self.senders], memory)
         if apart:  # as a row of probabilities sums to one again
-            made = made - made.mean(-1, keepdim=True) + middle(level)
+            made = made - made.mean(-1, keepdim=True) + trimmed_mean(level)
         return made.to(dtype), torch.tensor(float(len(said)), dtype=dtype)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hetero_fl.config.robustness import AggregationConfig
 from hetero_fl.core.model_spec import Tensors
-from hetero_fl.core.objectives import Digest
-from hetero_fl.core.participant import Card, Participant
+from hetero_fl.core.objectives import TeacherDistillation
+from hetero_fl.core.participant import ClientInfo, Participant
 from hetero_fl.core.plan import Fit, Plan, Predict, Rows
 from hetero_fl.utils.registry import Registry
 
@@ -22,7 +22,7 @@ from hetero_fl.utils.registry import Registry
 # rule's name takes one's own class with the same methods.
 
 
-class Block:
+class UploadBlock:
     """Tensors that the same n clients sent under one name, in the order of their ids.
 
     Args:
@@ -82,11 +82,11 @@ class Rule:
     def __init__(self, config: AggregationConfig) -> None:
         self.config = config
 
-    def least(self, liars: int) -> int:
+    def min_clients(self, num_malicious: int) -> int:
         """How many clients it takes to bear so many liars."""
-        return 2 * liars + 1
+        return 2 * num_malicious + 1
 
-    def combine(self, block: Block, liars: int) -> Tensors:
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         """One tensor for each name of the block, in the dtype of what was sent."""
         raise TypeError(f"{type(self).__name__} defines no combine")
 
@@ -99,14 +99,18 @@ class PredictionRule:
     def __init__(self, config: AggregationConfig) -> None:
         self.config = config
 
-    def least(self, liars: int) -> int:
+    def min_clients(self, num_malicious: int) -> int:
         """How many clients it takes to bear so many liars."""
-        return 2 * liars + 1
+        return 2 * num_malicious + 1
 
     def combine(
-        self, said: Tensor, liars: int, clients: Sequence[str], memory: dict[str, Any]
+        self,
+        predictions: Tensor,
+        num_malicious: int,
+        clients: Sequence[str],
+        memory: dict[str, Any],
     ) -> Tensor:
-        """`[N, C]` from `said` `[n, N, C]`, one client after the other.
+        """`[N, C]` from `predictions` `[n, N, C]`, one client after the other.
 
         `clients`: their ids; `memory`: what the rule remembers from round to round, plain numbers by id.
         """
@@ -119,11 +123,11 @@ prediction_rule: Registry[type[PredictionRule]] = Registry(
 )
 
 
-def middle(values: Tensor, liars: int | None = None) -> Tensor:
-    """The mean over dimension 0 without the `liars` lowest and highest of every coordinate; None: all but the middle one
+def trimmed_mean(values: Tensor, num_malicious: int | None = None) -> Tensor:
+    """The mean over dimension 0 without the `num_malicious` lowest and highest of every coordinate; None: all but the middle one
     or two, the median."""
     n = len(values)
-    drop = (n - 1) // 2 if liars is None else liars
+    drop = (n - 1) // 2 if num_malicious is None else num_malicious
     return values.sort(0).values[drop : n - drop].mean(0)
 
 
@@ -134,47 +138,47 @@ def middle(values: Tensor, liars: int | None = None) -> Tensor:
 class Median(Rule):
     """The median of each coordinate; of an even number the mean of the two in the middle (Yin et al. 2018, Definition 1)."""
 
-    def combine(self, block: Block, liars: int) -> Tensors:
-        return {name: middle(block.stack(name)) for name in block.names}
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
+        return {name: trimmed_mean(block.stack(name)) for name in block.names}
 
 
 @rule("trimmed_mean")
 class TrimmedMean(Rule):
     """The mean of each coordinate without its f lowest and f highest (Yin et al. 2018, Definition 2)."""
 
-    def combine(self, block: Block, liars: int) -> Tensors:
-        return {name: middle(block.stack(name), liars) for name in block.names}
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
+        return {name: trimmed_mean(block.stack(name), num_malicious) for name in block.names}
 
 
 # Rules that select whole clients by their distances to one another. Buffers are those of the
 # selected.
 
 
-def scores(distances: Tensor, liars: int) -> Tensor:
+def krum_scores(distances: Tensor, num_malicious: int) -> Tensor:
     """Of each client the sum of the squared distances to its n − f − 2 nearest others, `[n]`; at least to one."""
     n = len(distances)
     others = distances.masked_fill(torch.eye(n, dtype=torch.bool), torch.inf)
-    return others.sort(1).values[:, : max(1, n - liars - 2)].sum(1)
+    return others.sort(1).values[:, : max(1, n - num_malicious - 2)].sum(1)
 
 
 @rule("krum")
 class Krum(Rule):
     """The client whose n − f − 2 nearest others are nearest (Blanchard et al. 2017); of equals the first by id."""
 
-    def least(self, liars: int) -> int:
-        return 2 * liars + 3
+    def min_clients(self, num_malicious: int) -> int:
+        return 2 * num_malicious + 3
 
-    def combine(self, block: Block, liars: int) -> Tensors:
-        return dict(block.sent[int(scores(block.distances(), liars).argmin())])
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
+        return dict(block.sent[int(krum_scores(block.distances(), num_malicious).argmin())])
 
 
 @rule("multi_krum")
 class MultiKrum(Krum):
     """The mean of the n − f clients with the lowest scores of Krum (Blanchard et al. 2017, section 5)."""
 
-    def combine(self, block: Block, liars: int) -> Tensors:
-        ranked = scores(block.distances(), liars).argsort(stable=True)
-        chosen = ranked[: len(block) - liars].sort().values
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
+        ranked = krum_scores(block.distances(), num_malicious).argsort(stable=True)
+        chosen = ranked[: len(block) - num_malicious].sort().values
         return {name: block.stack(name)[chosen].mean(0) for name in block.names}
 
 
@@ -183,23 +187,28 @@ class Bulyan(Rule):
     """n − 2f clients selected by Krum, one after the other; of each coordinate the mean of the n − 4f values nearest to their
     median (El Mhamdi et al. 2018, section 4)."""
 
-    def least(self, liars: int) -> int:
-        return 4 * liars + 3
+    def min_clients(self, num_malicious: int) -> int:
+        return 4 * num_malicious + 3
 
-    def combine(self, block: Block, liars: int) -> Tensors:
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         distances, left = block.distances(), torch.arange(len(block))
         chosen: list[int] = []
-        while len(chosen) < len(block) - 2 * liars:
-            best = int(scores(distances[left][:, left], liars).argmin()) if len(left) > 1 else 0
+        while len(chosen) < len(block) - 2 * num_malicious:
+            best = (
+                int(krum_scores(distances[left][:, left], num_malicious).argmin())
+                if len(left) > 1
+                else 0
+            )
             chosen.append(int(left[best]))
             left = torch.cat([left[:best], left[best + 1 :]])
-        keep = len(chosen) - 2 * liars
+        keep = len(chosen) - 2 * num_malicious
         return {
-            name: nearest_to_median(block.stack(name)[sorted(chosen)], keep) for name in block.names
+            name: mean_nearest_to_median(block.stack(name)[sorted(chosen)], keep)
+            for name in block.names
         }
 
 
-def nearest_to_median(values: Tensor, keep: int) -> Tensor:
+def mean_nearest_to_median(values: Tensor, keep: int) -> Tensor:
     """Of each coordinate the mean of the `keep` values that lie nearest to its median, over dimension 0."""
     ordered = values.sort(0).values
     n = len(ordered)
@@ -223,12 +232,14 @@ class NormBound(Rule):
 
     uses_reference = True
 
-    def combine(self, block: Block, liars: int) -> Tensors:
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         made: Tensors = {}
         for names, bound in ((block.parameters, self.config.bound), (block.buffers, None)):
             norms = block.norms(names)
-            most = middle(norms) if bound is None else torch.as_tensor(bound)
-            made |= moved(block, names, (most / norms.clamp(min=TINY)).clamp(max=1.0) / len(block))
+            most = trimmed_mean(norms) if bound is None else torch.as_tensor(bound)
+            made |= scale_updates(
+                block, names, (most / norms.clamp(min=TINY)).clamp(max=1.0) / len(block)
+            )
         return {name: made[name] for name in block.names}
 
 
@@ -244,17 +255,17 @@ class FLTrust(Rule):
     uses_reference = True
     uses_root = True
 
-    def combine(self, block: Block, liars: int) -> Tensors:
+    def combine(self, block: UploadBlock, num_malicious: int) -> Tensors:
         assert block.root is not None  # the runtime has made it: `uses_root`
-        trust, size = self.trust(block)
+        trust, size = self.trust_scores(block)
         norms = block.norms(block.parameters).clamp(min=TINY)
         share = trust / trust.sum().clamp(min=TINY)
-        made = moved(block, block.parameters, share * size / norms)
-        made |= moved(block, block.buffers, share * (size / norms).clamp(max=1.0))
+        made = scale_updates(block, block.parameters, share * size / norms)
+        made |= scale_updates(block, block.buffers, share * (size / norms).clamp(max=1.0))
         return {name: made[name] for name in block.names}
 
     @staticmethod
-    def trust(block: Block) -> tuple[Tensor, Tensor]:
+    def trust_scores(block: UploadBlock) -> tuple[Tensor, Tensor]:
         """ReLU of the cosine of each client's update with the server's `[n]`, and the norm of the server's own."""
         assert block.root is not None
         dots, square = (
@@ -271,7 +282,7 @@ class FLTrust(Rule):
         return cosine.clamp(min=0), size
 
 
-def moved(block: Block, names: list[str], factors: Tensor) -> Tensors:
+def scale_updates(block: UploadBlock, names: list[str], factors: Tensor) -> Tensors:
     """The mean of what clients received, moved by Σ factor·update."""
     made = {}
     for name in names:
@@ -290,13 +301,17 @@ RATE = 2.0
 
 
 @prediction_rule("median")
-class MedianOpinion(PredictionRule):
+class MedianPredictions(PredictionRule):
     """The median of each coordinate, over the clients."""
 
     def combine(
-        self, said: Tensor, liars: int, clients: Sequence[str], memory: dict[str, Any]
+        self,
+        predictions: Tensor,
+        num_malicious: int,
+        clients: Sequence[str],
+        memory: dict[str, Any],
     ) -> Tensor:
-        return middle(said)
+        return trimmed_mean(predictions)
 
 
 @prediction_rule("spectral")
@@ -306,17 +321,21 @@ class Spectral(PredictionRule):
     """
 
     def combine(
-        self, said: Tensor, liars: int, clients: Sequence[str], memory: dict[str, Any]
+        self,
+        predictions: Tensor,
+        num_malicious: int,
+        clients: Sequence[str],
+        memory: dict[str, Any],
     ) -> Tensor:
-        kept = torch.arange(len(said))
-        for _ in range(liars):
-            flat = said[kept].double().flatten(1)
+        kept = torch.arange(len(predictions))
+        for _ in range(num_malicious):
+            flat = predictions[kept].double().flatten(1)
             flat = flat - flat.mean(0)
             # The first left singular vector, times its value, is how far each client lies along the first direction.
             _, vectors = torch.linalg.eigh(flat @ flat.T)
             out = int(vectors[:, -1].abs().argmax())
             kept = torch.cat([kept[:out], kept[out + 1 :]])
-        return said[kept].mean(0)
+        return predictions[kept].mean(0)
 
 
 @prediction_rule("down_weight")
@@ -329,15 +348,24 @@ class DownWeight(PredictionRule):
     """
 
     def combine(
-        self, said: Tensor, liars: int, clients: Sequence[str], memory: dict[str, Any]
+        self,
+        predictions: Tensor,
+        num_malicious: int,
+        clients: Sequence[str],
+        memory: dict[str, Any],
     ) -> Tensor:
-        far = (said - middle(said)).double().flatten(2 if said.ndim > 2 else 1).norm(dim=-1)
+        far = (
+            (predictions - trimmed_mean(predictions))
+            .double()
+            .flatten(2 if predictions.ndim > 2 else 1)
+            .norm(dim=-1)
+        )
         far = far.mean(1) if far.ndim > 1 else far
-        outlying = (far / middle(far).clamp(min=TINY) - 1).clamp(min=0)
+        outlying = (far / trimmed_mean(far).clamp(min=TINY) - 1).clamp(min=0)
         for client, more in zip(clients, outlying.tolist(), strict=True):
             memory[client] = memory.get(client, 0.0) + more
         weights = torch.tensor([-RATE * memory[c] for c in clients], dtype=torch.float64).softmax(0)
-        return torch.einsum("n,n...->...", weights.to(said.dtype), said)
+        return torch.einsum("n,n...->...", weights.to(predictions.dtype), predictions)
 
 
 @prediction_rule("agreement")
@@ -350,15 +378,23 @@ class Agreement(PredictionRule):
     exclusive = True
 
     def combine(
-        self, said: Tensor, liars: int, clients: Sequence[str], memory: dict[str, Any]
+        self,
+        predictions: Tensor,
+        num_malicious: int,
+        clients: Sequence[str],
+        memory: dict[str, Any],
     ) -> Tensor:
-        first = said.argmax(-1)  # [n, N]
+        first = predictions.argmax(-1)  # [n, N]
         agree = (first[:, None] == first).sum(1) - 1
-        weight = torch.where(agree >= max(1, liars), agree, 0).to(said.dtype)[..., None]
-        loud = said.norm(dim=-1, keepdim=True)
-        heard = said * (middle(loud) / loud.clamp(min=TINY)).clamp(max=1.0)
+        weight = torch.where(agree >= max(1, num_malicious), agree, 0).to(predictions.dtype)[
+            ..., None
+        ]
+        loud = predictions.norm(dim=-1, keepdim=True)
+        heard = predictions * (trimmed_mean(loud) / loud.clamp(min=TINY)).clamp(max=1.0)
         total = weight.sum(0)
-        return torch.where(total > 0, (weight * heard).sum(0) / total.clamp(min=1), middle(said))
+        return torch.where(
+            total > 0, (weight * heard).sum(0) / total.clamp(min=1), trimmed_mean(predictions)
+        )
 
 
 # The server's own update, for rules that trust clients as far as they agree with it (FLTrust), of a
@@ -368,7 +404,7 @@ TEMPERATURE = 2.0
 
 
 def root_models(
-    server: Participant, sent: Sequence[tuple[Card, Tensors]]
+    server: Participant, sent: Sequence[tuple[ClientInfo, Tensors]]
 ) -> Plan[dict[str, Tensors]]:
     """What each sender's group's model becomes in an epoch on the proxy set, towards the coordinate-wise median of what all
     models that were sent predict there; by group. `server`: a copy, whose models the plan changes.
@@ -377,22 +413,22 @@ def root_models(
     """
     opinions = yield [
         Predict(
-            card.arch.id,
-            Rows("proxy", through=card.preprocess),
-            tensors={**server.models[card.arch.id], **tensors},
+            card.arch.spec_id,
+            Rows("proxy", preprocess=card.preprocess),
+            tensors={**server.models[card.arch.spec_id], **tensors},
             arch=card.arch,
         )
         for card, tensors in sent
     ]
     if server.task.kind == "multiclass":
         opinions = [z.log_softmax(-1) for z in opinions]
-    teacher = middle(torch.stack(opinions))
-    views = {card.arch.id: card.preprocess for card, _ in reversed(sent)}  # the lowest id's
+    teacher = trimmed_mean(torch.stack(opinions))
+    views = {card.arch.spec_id: card.preprocess for card, _ in reversed(sent)}  # the lowest id's
     yield [
         Fit(
             {group: None},
-            Digest(server.task.kind, TEMPERATURE, slot=group),
-            Rows("proxy", beside={"teacher": teacher}, through=views[group]),
+            TeacherDistillation(server.task.kind, TEMPERATURE, slot=group),
+            Rows("proxy", extra_columns={"teacher": teacher}, preprocess=views[group]),
             optimizer=server.optimizer,
             label=f"root {group}",
         )

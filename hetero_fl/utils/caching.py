@@ -10,7 +10,7 @@ T = TypeVar("T")
 RECENT = 4096  # small values that are kept
 
 
-class Lazy(Mapping[str, T]):
+class LazyMapping(Mapping[str, T]):
     """`make(key)` for each of the keys, called at every access."""
 
     def __init__(self, keys: Collection[str], make: Callable[[str], T]) -> None:
@@ -33,7 +33,7 @@ class Lazy(Mapping[str, T]):
         return len(self._keys)
 
 
-class Recent(Generic[T]):
+class LRUCache(Generic[T]):
     """Keeps the values that were used last, at most `limit`. A copy for another process is empty."""
 
     def __init__(self, limit: int = RECENT) -> None:

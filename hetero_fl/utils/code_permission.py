@@ -21,23 +21,23 @@ Ask = Callable[[str, str, str], bool]
 Where = str | Callable[[str], str]
 
 
-def strings(tree: object, at: str = "") -> Iterator[tuple[str, str]]:
+def iterate_strings(tree: object, at: str = "") -> Iterator[tuple[str, str]]:
     """Yield all strings of a tree, keys included, each after the path of its place."""
     if isinstance(tree, str):
         yield at, tree
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from strings(str(key), at)
-            yield from strings(value, f"{at}.{key}" if at else str(key))
+            yield from iterate_strings(str(key), at)
+            yield from iterate_strings(value, f"{at}.{key}" if at else str(key))
     elif isinstance(tree, list | tuple):
         for number, value in enumerate(tree):
-            yield from strings(value, f"{at}.{number}" if at else str(number))
+            yield from iterate_strings(value, f"{at}.{number}" if at else str(number))
 
 
-def references(tree: object) -> dict[str, str]:
+def find_references(tree: object) -> dict[str, str]:
     """Return the references to code in a tree, each with the path of its first place."""
     found: dict[str, str] = {}
-    for key, value in strings(tree):
+    for key, value in iterate_strings(tree):
         if value.startswith(OWN):
             found.setdefault(value, key)
     return found
@@ -68,7 +68,7 @@ class CodePermission:
         self._advice = "pass allow_code=True" if trusts_caller else "pass --allow-code"
 
     @classmethod
-    def of(cls, allow_code: bool | CodePermission) -> CodePermission:
+    def from_argument(cls, allow_code: bool | CodePermission) -> CodePermission:
         """Return the permission that the argument `allow_code` of a function stands for."""
         if isinstance(allow_code, CodePermission):
             return allow_code
@@ -79,10 +79,12 @@ class CodePermission:
         if self.everything or not self.trusts_caller:
             return self
         if isinstance(source, str) or hasattr(source, "__fspath__"):
-            return self.extended({name for text in overrides for name in _REFERENCE.findall(text)})
+            return self.with_granted(
+                {name for text in overrides for name in _REFERENCE.findall(text)}
+            )
         return CodePermission(everything=True)
 
-    def extended(self, granted: Iterable[str]) -> CodePermission:
+    def with_granted(self, granted: Iterable[str]) -> CodePermission:
         """Return this permission with more references granted, no matter where they are written."""
         made = CodePermission(self.everything, self.granted.union(granted), self._ask)
         made._advice = self._advice
@@ -97,7 +99,7 @@ class CodePermission:
         """Leave the question behind: other processes have no terminal."""
         return {**self.__dict__, "_ask": None}
 
-    def refused(self, found: Mapping[str, str], where: Where) -> Iterator[tuple[str, str]]:
+    def find_refused(self, found: Mapping[str, str], where: Where) -> Iterator[tuple[str, str]]:
         """Yield reference and key of code that may not run, after asking about it.
 
         Args:
@@ -119,7 +121,7 @@ class CodePermission:
 
     def check(self, found: Mapping[str, str], where: Where) -> None:
         """Raise UserError, in one line with key and reference, for code that may not run; arguments as `refused`."""
-        for reference, key in self.refused(found, where):
+        for reference, key in self.find_refused(found, where):
             place = where(key) if callable(where) else where
             prefix = ": ".join(filter(None, [place, key]))
             raise UserError(

@@ -82,20 +82,20 @@ def choose_device(name: str) -> torch.device:
 _one_core = False
 
 
-def take_one_core() -> None:
+def use_one_core() -> None:
     """Others like this process run beside it on the other cores: it shall count on one, whatever there are."""
     global _one_core
     _one_core = True
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Those that this process may use."""
     if _one_core:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def limit_of_threads() -> int | None:
+def thread_limit() -> int | None:
     """What OMP_NUM_THREADS says, if it does."""
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return int(limit) if limit.isdigit() and int(limit) > 0 else None

@@ -34,11 +34,11 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
-class RunFailed(Exception):
+class RunFailedError(Exception):
     """The run itself failed (every upload non-finite, say). The command line prints one line and ends with status 1."""
 
 
-class GivenUp(RunFailed):
+class RoundAbandonedError(RunFailedError):
     """A round's protocol ended without a result: fewer took part to its end than it needs. Nothing of the round was learnt."""
 
 
@@ -89,21 +89,23 @@ def closest(found: object, choices: Iterable[str]) -> str | None:
     Neither case nor `-` and `_` count: KT-pFL is kt_pfl.
     """
     names = list(choices)
-    meant = misspelled(found, names)
-    return abbreviated(found, names) if meant is None else meant
+    meant = closest_misspelling(found, names)
+    return closest_abbreviation(found, names) if meant is None else meant
 
 
-def misspelled(found: object, choices: Iterable[str]) -> str | None:
+def closest_misspelling(found: object, choices: Iterable[str]) -> str | None:
     """Return the choice that is at most one edit in four letters away, the nearest one if there are several.
 
     An edit is an insertion, a deletion, a substitution or a swap of two neighbors.
     """
-    names = {_plain(name): name for name in sorted(map(str, choices), reverse=True)}
-    word = _plain(str(found))
+    names = {_normalize(name): name for name in sorted(map(str, choices), reverse=True)}
+    word = _normalize(str(found))
     if word in names:
         return names[word]
-    edits = {name: _edits(word, name) for name in sorted(names) if _lengths_allow(word, name)}
-    near = [name for name, count in edits.items() if count <= _allowed(word, name)]
+    edits = {
+        name: _edit_distance(word, name) for name in sorted(names) if _lengths_allow(word, name)
+    }
+    near = [name for name, count in edits.items() if count <= _max_edits(word, name)]
     return (
         names[min(near, key=lambda name: (edits[name], sorted(name) != sorted(word)))]
         if near
@@ -111,35 +113,35 @@ def misspelled(found: object, choices: Iterable[str]) -> str | None:
     )
 
 
-def abbreviated(found: object, choices: Iterable[str]) -> str | None:
+def closest_abbreviation(found: object, choices: Iterable[str]) -> str | None:
     """Return the only choice that begins with `found` (`temp`, temperature), ends with it as a word (`decay`, weight_decay), or
     has words added to it in `found` (`dirichlet_split`, dirichlet)."""
-    word = _plain(str(found))
+    word = _normalize(str(found))
     if len(word) < SHORTEST:
         return None
     names = sorted(set(map(str, choices)))
     last_word = "_" + str(found).lower().replace("-", "_")
     for meant in (
-        [name for name in names if _plain(name).startswith(word)],
+        [name for name in names if _normalize(name).startswith(word)],
         [name for name in names if name.lower().replace("-", "_").endswith(last_word)],
-        [name for name in names if len(name) >= SHORTEST and word.startswith(_plain(name))],
+        [name for name in names if len(name) >= SHORTEST and word.startswith(_normalize(name))],
     ):
         if len(meant) == 1:
             return meant[0]
     return None
 
 
-def _allowed(a: str, b: str) -> int:
+def _max_edits(a: str, b: str) -> int:
     """How many edits apart two words may be for one to be a misspelling of the other."""
     return max(int(max(len(a), len(b)) > 1), min(len(a), len(b)) // 4)
 
 
 def _lengths_allow(a: str, b: str) -> bool:
     """Whether so few edits are possible at all, given the lengths; else they need not be counted."""
-    return abs(len(a) - len(b)) <= _allowed(a, b)
+    return abs(len(a) - len(b)) <= _max_edits(a, b)
 
 
-def _edits(a: str, b: str) -> int:
+def _edit_distance(a: str, b: str) -> int:
     """Count the insertions, deletions, substitutions and swaps of neighbors that make one word the other.
 
     The optimal string alignment distance (Damerau 1964).
@@ -156,30 +158,30 @@ def _edits(a: str, b: str) -> int:
     return row[-1]
 
 
-def similar(found: object, choices: Iterable[str]) -> str:
+def suggest_similar(found: object, choices: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` if `found` is close to one of the choices (see `closest`), else nothing."""
     meant = closest(found, choices)
     return "" if meant is None else f"; did you mean '{meant}'?"
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def nearest(found: object, choices: Iterable[str], all_of: str = "") -> str:
+def suggest_or_list(found: object, choices: Iterable[str], all_of: str = "") -> str:
     """`; did you mean 'x'?` if one of the choices is close to what was found, else the choices themselves.
 
     `all_of`: what lists all of them, for where they are more than a line holds.
     """
     names = sorted(map(str, choices))
-    if hint := similar(found, names):
+    if hint := suggest_similar(found, names):
         return hint
     more = f", … ({all_of} has all)" if all_of else ", …"
     shown = ", ".join(names[:20]) + (more if len(names) > 20 else "")
     return f"; choose from {shown}" if names else ""
 
 
-def beside(path: Path, suffixes: Sequence[str] = ()) -> str:
+def suggest_file(path: Path, suffixes: Sequence[str] = ()) -> str:
     """Return `; did you mean 'x'?` if a file next to one that does not exist has nearly its name, else nothing.
 
     Suffixes are not compared: `nope.yaml` is not nearly `compose.yaml`. `suffixes`: of the files that are considered (all).
@@ -194,11 +196,12 @@ def beside(path: Path, suffixes: Sequence[str] = ()) -> str:
     if stem is None:
         return ""
     meant = min(
-        (p for p in there if p.stem == stem), key=lambda p: (_edits(path.suffix, p.suffix), p.name)
+        (p for p in there if p.stem == stem),
+        key=lambda p: (_edit_distance(path.suffix, p.suffix), p.name),
     )
     return f"; did you mean '{meant.name}'?"
 
 
-def is_users(file: str) -> bool:
+def is_user_code(file: str) -> bool:
     """Whether a source file is the user's own: a method, a model, an objective."""
     return not file.startswith(_OTHERS)

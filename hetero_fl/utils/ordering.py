@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def natural(id: str) -> tuple[list[Any], str]:
+def natural_key(name: str) -> tuple[list[Any], str]:
     """A key that sorts as people count: `site_2` before `site_10`. Equal keys, equal ids."""
-    return [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", id))], id
+    return [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", name))], name
 
 
-def in_order(ids: Iterable[str]) -> list[str]:
+def natural_order(ids: Iterable[str]) -> list[str]:
     """Sorted as people count: the one order in which sums are taken and data is dealt."""
-    return sorted(ids, key=natural)
+    return sorted(ids, key=natural_key)
 
 
 @dataclass(frozen=True)
-class Series:
+class IdSeries:
     """The ids of one group: `name_1`, `name_2` … with zeros in front to equal width, or the name alone if it is one."""
 
     name: str
@@ -47,13 +47,13 @@ class Series:
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(self.count))
 
-    def find(self, id: str) -> int | None:
+    def position(self, client_id: str) -> int | None:
         """The place of an id, None if it is not of this series."""
         if self.count == 1:
-            return 0 if id == self.name else None
-        number = id.removeprefix(f"{self.name}_")
+            return 0 if client_id == self.name else None
+        number = client_id.removeprefix(f"{self.name}_")
         if (
-            len(number) == len(id)
+            len(number) == len(client_id)
             or len(number) != self.width
             or not (number.isascii() and number.isdigit())
         ):
@@ -61,30 +61,30 @@ class Series:
         return int(number) - 1 if 1 <= int(number) <= self.count else None
 
 
-class Ids:
+class ClientIds:
     """The ids of several series, as people count. Holds one entry for each stretch that comes from one series.
 
     Raises ValueError with the id that two series have.
     """
 
-    def __init__(self, series: Sequence[Series]) -> None:
+    def __init__(self, series: Sequence[IdSeries]) -> None:
         self._series = series
         self._starts: list[int] = []  # of the stretches, in the whole
         self._stretches: list[tuple[int, int]] = []  # number of the series, place in it
         self._count = 0
-        heads = [(natural(s[0]), number, 0) for number, s in enumerate(series)]
+        heads = [(natural_key(s[0]), number, 0) for number, s in enumerate(series)]
         heapq.heapify(heads)
         while heads:
             _, number, place = heapq.heappop(heads)
             mine = series[number]
-            end = bisect_left(mine, heads[0][0], place, key=natural) if heads else len(mine)
+            end = bisect_left(mine, heads[0][0], place, key=natural_key) if heads else len(mine)
             if end == place:
                 raise ValueError(mine[place])
             self._starts.append(self._count)
             self._stretches.append((number, place))
             self._count += end - place
             if end < len(mine):
-                heapq.heappush(heads, (natural(mine[end]), number, end))
+                heapq.heappush(heads, (natural_key(mine[end]), number, end))
 
     def __len__(self) -> int:
         return self._count

@@ -15,7 +15,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from hetero_fl.utils.errors import RunFailed
+from hetero_fl.utils.errors import RunFailedError
 
 # Processes that a run starts: they leave Ctrl-C to their parent, and do not run the user's script a
 # second time.
@@ -27,7 +27,7 @@ ADVICE = (
 )
 
 
-def leave_if_importing() -> None:
+def exit_if_importing() -> None:
     """End a worker process, silently, that has come here while it imports the script; its parent tells the one line."""
     # multiprocessing's own sign of this moment
     if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -35,7 +35,7 @@ def leave_if_importing() -> None:
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
+def ignore_interrupts_in_children() -> Iterator[None]:
     """Processes started here do not hear Ctrl-C, which a terminal sends to all: the parent ends them, without tracebacks.
 
     The parent hears it when all have been started.
@@ -65,7 +65,7 @@ def deaf_children() -> Iterator[None]:
 # take the same time.
 
 
-class Beside:
+class CompanionProcess:
     """A module run as a process of its own: it reads lines, and has to end when its standard input does."""
 
     def __init__(self, module: str) -> None:
@@ -81,7 +81,7 @@ class Beside:
             start_new_session=True,  # Ctrl-C in a terminal is ours to hear
         )
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> CompanionProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,18 +91,18 @@ class Beside:
         self._process.wait()
         self._process.stdout.close()
 
-    def tell(self, told: Any) -> None:
+    def send(self, message: Any) -> None:
         """Send a line of JSON."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # `check` tells why
-            self._process.stdin.write(json.dumps(told).encode() + b"\n")
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
     def check(self) -> None:
-        """Raises RunFailed, in its words, if it has ended."""
+        """Raises RunFailedError, in its words, if it has ended."""
         if self._process.poll() is not None:
             assert self._process.stdout is not None
             words = self._process.stdout.read().decode(errors="replace").strip()
-            raise RunFailed(
+            raise RunFailedError(
                 words or f"a process beside this one ended with status {self._process.returncode}"
             )

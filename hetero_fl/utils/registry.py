@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
 from hetero_fl.utils.code_permission import OWN
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.version import describe_moved_name
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.version import describe_new_name, describe_renamed_hooks
 
 T = TypeVar("T")
 
@@ -50,13 +50,16 @@ class Registry(Generic[T]):
         Raises UserError with the nearest name.
         """
         if name.startswith(OWN):
-            found: T = imported(name, self.kind, self._base())
+            found: T = import_reference(name, self.kind, self._base())
             return found
         if name not in self._known:
-            raise UserError(f"found {self.kind} '{name}'{nearest(name, self._known, self._all_of)}")
+            raise UserError(
+                f"found {self.kind} '{name}'{suggest_or_list(name, self._known, self._all_of)}"
+            )
+        _check_hook_names(self._known[name], f"{self.kind} '{name}'")
         return self._known[name]
 
-    def loaded(self, name: str) -> T | None:
+    def get_loaded(self, name: str) -> T | None:
         """Return the class of that name, or None; unlike `registry[name]` this imports nothing.
 
         A user's own class is found if its module has been imported before.
@@ -70,7 +73,9 @@ class Registry(Generic[T]):
         return cast("T", found)
 
 
-def imported(reference: str, where: str, base: type | None = None, takes: str | None = None) -> Any:
+def import_reference(
+    reference: str, where: str, base: type | None = None, takes: str | None = None
+) -> Any:
     """Import what `python:package.module:Name` names; the working folder may hold the module.
 
     The caller has made sure that this code may run (see `hetero_fl.utils.code_permission`).
@@ -94,13 +99,16 @@ def imported(reference: str, where: str, base: type | None = None, takes: str | 
     except (
         Exception
     ) as error:  # a module of the user's may fail in any way; the reason goes into the one line
-        reason = f"{type(error).__name__}: {error}{describe_moved_name(error)}"
+        reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
         raise UserError(f"{where}: cannot import '{module_name}': {reason}") from error
     if not hasattr(module, name):
         names = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{where}: module '{module_name}' has no '{name}'{nearest(name, names)}")
+        raise UserError(
+            f"{where}: module '{module_name}' has no '{name}'{suggest_or_list(name, names)}"
+        )
     found = getattr(module, name)
     if base is not None and isinstance(found, type) and issubclass(found, base):
+        _check_hook_names(found, f"{where}: {reference}")
         return found
     if takes is not None and isinstance(found, types.FunctionType):
         if found.__module__ == module_name:
@@ -113,7 +121,7 @@ def imported(reference: str, where: str, base: type | None = None, takes: str | 
     raise UserError(f"{where}: '{reference}' is not {' or '.join(accepted)}")
 
 
-def called(
+def call_reference(
     reference: str, where: str, takes: str, arguments: tuple[Any, ...], base: type | None = None
 ) -> Any:
     """Return what the function that a reference names returns.
@@ -128,7 +136,7 @@ def called(
     Raises:
         UserError: It cannot be imported or called, or raises anything.
     """
-    function = imported(reference, where, base, takes)
+    function = import_reference(reference, where, base, takes)
     try:
         return function(*arguments)
     except UserError as error:
@@ -136,4 +144,12 @@ def called(
     except (
         Exception
     ) as error:  # a user's function may fail in any way; the reason goes into the one line
-        raise UserError(f"{where}: {reference} raised {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}{describe_new_name(error)}"
+        raise UserError(f"{where}: {reference} raised {reason}") from error
+
+
+def _check_hook_names(found: object, where: str) -> None:
+    """Raise UserError if a user's class defines a hook by its name in the previous release."""
+    renamed = describe_renamed_hooks(found) if isinstance(found, type) else ""
+    if renamed:
+        raise UserError(f"{where}: {renamed}")

@@ -14,24 +14,24 @@ import torch
 Key = str | int
 
 
-def key(*parts: Key) -> int:
+def stream_key(*parts: Key) -> int:
     """A 63-bit integer from the parts; equal parts give equal keys on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-def sample(total: int, count: int, *parts: Key) -> list[int]:
+def sample_numbers(total: int, count: int, *parts: Key) -> list[int]:
     """`count` of the numbers below `total`, sorted, drawn by the parts without replacement (Floyd's algorithm: CACM 30(9),
     1987). Costs `count`, whatever the total."""
     chosen: set[int] = set()
     for last in range(total - count, total):
-        drawn = key(*parts, last) % (last + 1)
+        drawn = stream_key(*parts, last) % (last + 1)
         chosen.add(last if drawn in chosen else drawn)
     return sorted(chosen)
 
 
-def generator(*parts: Key) -> torch.Generator:
+def keyed_generator(*parts: Key) -> torch.Generator:
     """A fresh CPU generator for the draws that the parts name."""
-    return torch.Generator().manual_seed(key(*parts))
+    return torch.Generator().manual_seed(stream_key(*parts))
 
 
 def seed_torch(seed: int, device: torch.device) -> None:

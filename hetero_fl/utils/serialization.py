@@ -122,12 +122,12 @@ def _string(key: object) -> str:
     return key
 
 
-def nbytes(tree: Tree) -> int:
+def num_tensor_bytes(tree: Tree) -> int:
     """Bytes of a tree's tensors in memory."""
     if isinstance(tree, Tensor):
         return tree.nbytes
     if isinstance(tree, dict | list | tuple):
-        return sum(map(nbytes, tree.values() if isinstance(tree, dict) else tree))
+        return sum(map(num_tensor_bytes, tree.values() if isinstance(tree, dict) else tree))
     return 0
 
 
@@ -148,7 +148,7 @@ def decode(data: bytes, form: str, bounded: bool = True) -> Tree:
         if head["form"] != form:
             raise CodecError(f"found {str(head['form'])[:40]!r} where '{form}' was expected")
         tensors = {n: _tensor(a) for n, a in deserialize(data)}
-        return _restore(head["tree"], tensors, 0)
+        return _unflatten(head["tree"], tensors, 0)
     except CodecError:
         raise
     except (
@@ -224,11 +224,11 @@ def _tensor(entry: dict[str, Any]) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _restore(plain: Any, tensors: dict[str, Tensor], depth: int) -> Tree:
+def _unflatten(plain: Any, tensors: dict[str, Tensor], depth: int) -> Tree:
     if depth > DEEPEST:
         raise CodecError("nested too deeply")
     if isinstance(plain, list):
-        return [_restore(v, tensors, depth + 1) for v in plain]
+        return [_unflatten(v, tensors, depth + 1) for v in plain]
     if not isinstance(plain, dict):
         return plain
     match plain:
@@ -236,7 +236,7 @@ def _restore(plain: Any, tensors: dict[str, Tensor], depth: int) -> Tree:
             # each once: two names for one memory would be two owners of it
             return tensors.pop(name)
         case {"d": dict(items), **rest} if not rest:
-            return {k: _restore(v, tensors, depth + 1) for k, v in items.items()}
+            return {k: _unflatten(v, tensors, depth + 1) for k, v in items.items()}
         case {"f": ("inf" | "-inf" | "nan") as number, **rest} if not rest:
             return float(number)
     raise CodecError("neither a value, a list, a tensor nor a dictionary")

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 OPEN, CLOSED = "[{(", "]})"
 
 
-def pieces(text: str, separator: str) -> list[str]:
+def split_top_level(text: str, separator: str) -> list[str]:
     """The text between separators (one character) that stand outside all brackets; of `a,b=[1,2]` these are `a` and `b=[1,2]`."""
-    return list(_pieces(text, separator))
+    return list(_split_top_level(text, separator))
 
 
-def _pieces(text: str, separator: str) -> Iterator[str]:
+def _split_top_level(text: str, separator: str) -> Iterator[str]:
     begin = depth = 0
     for at, character in enumerate(text):
         if character in OPEN:
@@ -25,6 +25,6 @@ def _pieces(text: str, separator: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def plural(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """`1 round`, `12 rounds`, `2,000 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model_zoo.shapes import Shape
-from model_zoo.split_model import Body, scaled
+from model_zoo.split_model import Body, scale_outputs
 
 # Convolutional networks without shortcuts: LeNet, FedAvg's CNN, and the three-block CNN in any
 # width and norm.
@@ -91,7 +91,7 @@ def cnn(
 
     2x2 max pooling after the first two, the mean over the pixels after the third: features of width 4·``width``,
     whatever the image's size. Dropout, where asked for, acts on the features; ``scaler`` as in
-    :func:`model_zoo.split_model.scaled`.
+    :func:`model_zoo.split_model.scale_outputs`.
     """
 
     def block(channels: int, wider: int) -> list[nn.Module]:
@@ -111,7 +111,7 @@ def cnn(
     ]
     if dropout > 0:
         layers.append(nn.Dropout(dropout))
-    return scaled(nn.Sequential(*layers), scaler), 4 * width
+    return scale_outputs(nn.Sequential(*layers), scaler), 4 * width
 
 
 # The small CNNs with which published comparisons were made, so that their tables can be repeated.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model_zoo.backbones.cnn import cnn
 from model_zoo.errors import InputError, ModelError
-from model_zoo.shapes import Shape, whole
+from model_zoo.shapes import Shape, is_integer
 from model_zoo.split_model import Body
 
 Blocks = tuple[tuple[str, tuple[int, ...]], ...]
@@ -41,7 +41,7 @@ def checked_blocks(value: Any) -> Blocks:
         if (
             not isinstance(shape, Sequence)
             or len(shape) not in (1, 2, 3)
-            or not all(whole(s) for s in shape)
+            or not all(is_integer(s) for s in shape)
         ):
             raise ModelError(
                 f"option blocks: found shape {shape!r} of {name}, one to three whole numbers are needed"

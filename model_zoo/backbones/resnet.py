@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model_zoo.backbones.cnn import norm_2d
 from model_zoo.errors import ModelError
 from model_zoo.shapes import Shape
-from model_zoo.split_model import Body, scaled
+from model_zoo.split_model import Body, scale_outputs
 
 Norm = Literal["batch", "group"]
 
@@ -57,7 +57,7 @@ def resnet(
         stem: ``small``, a 3x3 convolution that keeps the size (the paper's CIFAR form); ``imagenet``, a 7x7
             convolution and a max pooling that quarter it.
         norm: ``batch`` or ``group``.
-        scaler: as in :func:`model_zoo.split_model.scaled`.
+        scaler: as in :func:`model_zoo.split_model.scale_outputs`.
 
     The features are the mean over the last stage's pixels: [B, widths[-1]]. With He's initial weights.
     """
@@ -89,4 +89,4 @@ def resnet(
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return scaled(backbone, scaler), channels
+    return scale_outputs(backbone, scaler), channels

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model_zoo.backbones.transformer import SelfAttention
 from model_zoo.shapes import Shape
-from model_zoo.split_model import Body, scaled
+from model_zoo.split_model import Body, scale_outputs
 
 # Models of table rows that treat columns one by one: wide and deep parts side by side, and a
 # transformer over columns.
@@ -135,7 +135,7 @@ def mlp(
 ) -> Body:
     """Flatten, then Linear and ReLU for each width in ``hidden`` (BatchNorm between, dropout after, where asked for).
 
-    ``scaler`` is that of :func:`model_zoo.split_model.scaled`, here and below.
+    ``scaler`` is that of :func:`model_zoo.split_model.scale_outputs`, here and below.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     width = shape.numbers
@@ -145,7 +145,7 @@ def mlp(
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
         width = wider
-    return scaled(nn.Sequential(*layers), scaler), width
+    return scale_outputs(nn.Sequential(*layers), scaler), width
 
 
 class _TableBlock(nn.Module):
@@ -175,4 +175,4 @@ def tabular(
     backbone = nn.Sequential(
         nn.Linear(shape.channels, width), *layers, nn.BatchNorm1d(width), nn.ReLU()
     )
-    return scaled(backbone, scaler), width
+    return scale_outputs(backbone, scaler), width

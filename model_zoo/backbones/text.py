@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo.backbones.transformer import Block
+from model_zoo.backbones.transformer import TransformerBlock
 from model_zoo.shapes import Shape
-from model_zoo.split_model import Body, scaled
+from model_zoo.split_model import Body, scale_outputs
 
 EMPTY = 0
 DEEPEST = 6  # layers of the causal CNN that double their reach; it is then over a hundred words
@@ -90,10 +90,10 @@ def text_cnn(
     Generic Convolutional and Recurrent Networks for Sequence Modeling", 2018).
 
     Features are the last step, which is the newest word and what came before it, and the largest value over all steps
-    (Kim, 2014), which finds a telling phrase anywhere in a text. ``scaler`` is that of :func:`model_zoo.split_model.scaled`.
+    (Kim, 2014), which finds a telling phrase anywhere in a text. ``scaler`` is that of :func:`model_zoo.split_model.scale_outputs`.
     """
     stack = [_CausalLayer(width, kernel, 2 ** min(i, DEEPEST), dropout) for i in range(layers)]
-    return scaled(
+    return scale_outputs(
         _CausalCNN(Embedding(shape.words, width), nn.Sequential(*stack)), scaler
     ), 2 * width
 
@@ -121,5 +121,5 @@ def text_transformer(
 ) -> Body:
     """A small pre-norm transformer encoder (Vaswani et al., 2017) over embedded words; the last step, which looks at all the
     others but the empty ones, as features."""
-    blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+    blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
     return _TextTransformer(Embedding(shape.words, width), shape.size[0], blocks, width), width

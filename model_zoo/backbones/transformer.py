@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -78,7 +78,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(token_width, width)
         self.positions = nn.Parameter(torch.randn(1, steps, width) * 0.02)
-        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(width, heads, dropout) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Payload
-from hetero_fl.federation.asynchronous import Task
-from hetero_fl.federation.state_store import Private
+from hetero_fl.federation.asynchronous import ClientTask
+from hetero_fl.federation.state_store import PrivateState
 from tests.helpers.asynchronous_runs import session
 from tests.helpers.small_federations import config
 from tests.references import local_training
@@ -26,14 +26,14 @@ def trained(
     run: Any, id: str, version: int, again: int, start: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """A client's model after its local epoch from `start`, by a plain loop."""
-    client = run.federation.client(id, Private(), version, again)
+    client = run.federation.client(id, PrivateState(), version, again)
     net = local_training.module(client.arch["model"], start)
     local_training.train(
         client,
         list(net.parameters()),
         lambda x, y: torch.nn.functional.cross_entropy(net(x).logits, y),
     )
-    return floats({n: t.detach().clone() for n, t in net.state_dict().items()})
+    return floating_tensors({n: t.detach().clone() for n, t in net.state_dict().items()})
 
 
 def events(
@@ -78,8 +78,8 @@ def test_fedasync(kind: str) -> None:
         seconds=lambda id, _: SECONDS[id],
     )
     (group,) = run.server.models
-    start = floats(run.server.models[group])
-    records = [run.round() for _ in range(3)]
+    start = floating_tensors(run.server.models[group])
+    records = [run.run_round() for _ in range(3)]
 
     def mix(model: Any, buffer: Any) -> Any:
         ((stale, _, end),) = buffer
@@ -99,11 +99,14 @@ def test_fedbuff(goal: int) -> None:
         seconds=lambda id, _: SECONDS[id],
     )
     (group,) = run.server.models
-    start, names = floats(run.server.models[group]), run.server.arch[group].parameter_names
+    start, names = (
+        floating_tensors(run.server.models[group]),
+        run.server.arch[group].parameter_names,
+    )
     again = 0
     for _ in range(3):
-        run.round()
-        again = max(again, *(task.again for task in run.queue))
+        run.run_round()
+        again = max(again, *(task.attempt for task in run.queue))
 
     def mix(model: Any, buffer: Any) -> Any:
         s = [1 / math.sqrt(1 + stale) for stale, _, _ in buffer]
@@ -129,19 +132,19 @@ def test_a_version_is_not_trained_on_twice_in_the_same_way() -> None:
         seconds=lambda id, _: SECONDS[id],
     )
     seen = []
-    arrival = run._arrival
+    arrival = run._receive_upload
 
-    def seeing(task: Task) -> Payload:
+    def seeing(task: ClientTask) -> Payload:
         payload = arrival(task)
         seen.append((task, payload))
         return payload
 
-    run._arrival = seeing  # type: ignore[method-assign]
-    run.round()
+    run._receive_upload = seeing  # type: ignore[method-assign]
+    run.run_round()
     (first, one), (second, two) = [
         (task, payload) for task, payload in seen if task.client == "site_1"
     ]
-    assert (first.version, first.again, second.version, second.again) == (0, 0, 0, 1)
+    assert (first.version, first.attempt, second.version, second.attempt) == (0, 0, 0, 1)
     assert first.broadcast == second.broadcast
     assert any(not torch.equal(one["model"][n], two["model"][n]) for n in one["model"])
 
@@ -155,11 +158,11 @@ def test_a_pull_towards_what_was_received() -> None:
         for rho in (0.0, 5.0)
     )
     (group,) = plain.server.models
-    start = floats(plain.server.models[group])
+    start = floating_tensors(plain.server.models[group])
     names = plain.server.arch[group].parameter_names
     far = []
     for run in (plain, pulled):
-        run.round()
+        run.run_round()
         far.append(
             sum(float((run.server.models[group][n] - start[n]).square().sum()) for n in names)
         )
@@ -180,7 +183,7 @@ def test_a_part_that_is_common_to_architectures_stays_common(
         seconds=lambda id, _: SECONDS[id],
     )
     start = [dict(model) for model in run.server.models.values()]
-    run.round()
+    run.run_round()
     one, other = run.server.models.values()
     for name in ("head.weight", "head.bias"):
         assert torch.equal(start[0][name], start[1][name]) and torch.equal(one[name], other[name])
@@ -195,27 +198,27 @@ def test_heterofl_weighs_widths_by_rows_and_staleness() -> None:
     made["runtime"] |= {"mode": "async", "buffer": 2, "staleness": {"kind": "polynomial", "a": 1.0}}
     run = session(made, seconds=lambda id, _: SECONDS[id])
     combined = []
-    combine = run._combine
+    combine = run._aggregate_uploads
 
     def seeing(sent: list[Any]) -> None:
         before = next(iter(run.server.models.values()))
         combine(sent)
         combined.append((before, sent, next(iter(run.server.models.values()))))
 
-    run._combine = seeing  # type: ignore[method-assign]
+    run._aggregate_uploads = seeing  # type: ignore[method-assign]
     for _ in range(2):
-        run.round()
+        run.run_round()
     name, stale = "backbone.1.bias", 0
     for before, sent, after in combined:
         assert name in after
         total, count = torch.zeros_like(before[name]), torch.zeros_like(before[name])
         for upload in sent:
             bias = upload.payload["model"][name]
-            weight = upload.card.n * upload.worth
+            weight = upload.client_info.num_rows * upload.staleness_weight
             assert float(upload.payload.item("model").weight) == pytest.approx(weight)
             total[: len(bias)] += weight * bias
             count[: len(bias)] += weight
-            stale += upload.worth < 1 and len({u.card.arch for u in sent}) == 2
+            stale += upload.staleness_weight < 1 and len({u.client_info.arch for u in sent}) == 2
         want = torch.where(count > 0, total / count.clamp(min=1e-9), before[name])
         assert float((after[name] - want).abs().max()) < 1e-12
     assert stale

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.core.objectives import Supervised
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Fit, Rows
 from hetero_fl.data import from_arrays
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import BATCH, apart, clients, module, train
 
@@ -28,7 +28,7 @@ def test_a_round_of_training_alone_by_hand(method: str) -> None:
         train(
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
-    rounds.round()
+    rounds.run_round()
     for id, model in models.items():
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         if method == "local":
@@ -36,14 +36,14 @@ def test_a_round_of_training_alone_by_hand(method: str) -> None:
     assert method == "ensemble" or (rounds.traffic.up, rounds.traffic.down) == (0, 0)
 
 
-def said(rounds: Rounds, id: str, model: torch.nn.Module) -> Tensor:
+def said(rounds: SynchronousTrainer, id: str, model: torch.nn.Module) -> Tensor:
     """Logits of a model on the common test set, as that client sees it."""
     with torch.no_grad():
         return model.eval()(clients(rounds)[id].data("common_test", None)["x"]).logits
 
 
-def predicted(rounds: Rounds, id: str, home: bool) -> Tensor:
-    return rounds.executor.site.predict(deployed(rounds, id), Rows("common_test"), home)  # type: ignore[attr-defined]
+def predicted(rounds: SynchronousTrainer, id: str, home: bool) -> Tensor:
+    return rounds.executor.runtime.predict(deployed(rounds, id), Rows("common_test"), home)  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("float64")
@@ -66,11 +66,12 @@ def test_the_ensemble_is_the_mean_softmax_each_through_its_own_view(home: bool) 
 @pytest.mark.usefixtures("float64")
 def test_who_was_not_in_the_cohort_stays_in_the_ensemble_as_it_last_was() -> None:
     rounds = rounds_of(config("ensemble", MIXED, 4, clients__per_round=2, rounds=4))
-    here = {id for index in range(4) for id in rounds.cohort(index)}
-    assert here - set(rounds.cohort(3)) and set(rounds.server.state["members"]) == here
+    here = {id for index in range(4) for id in rounds.sample_cohort(index)}
+    assert here - set(rounds.sample_cohort(3)) and set(rounds.server.state["members"]) == here
     for id in here:
         assert same_bits(
-            rounds.server.state["members"][id], floats(rounds.store.get(id).models["model"])
+            rounds.server.state["members"][id],
+            floating_tensors(rounds.store.get(id).models["model"]),
         )
 
 
@@ -89,8 +90,8 @@ def test_the_ensembles_word_on_labels_is_the_mean_probability_of_each() -> None:
     source = config("ensemble", [{"name": "mlp", "hidden": [width]} for width in (12, 9, 12)], 3)
     rounds = prepare(
         {**source, "data": {"proxy": {"size": 40}}}, dataset=from_arrays(x, y)
-    ).rounds()
-    rounds.round()
+    ).make_trainer()
+    rounds.run_round()
     members = {id: module(c.arch["model"], c.models["model"]) for id, c in clients(rounds).items()}
     p = sum(said(rounds, id, model).sigmoid() for id, model in members.items()) / 3
     assert rounds.federation.task.kind == "multilabel"
@@ -114,9 +115,9 @@ def test_two_rounds_of_centralised_training_by_hand() -> None:
     seen = {id: client.data("train", None) for id, client in sites.items()}
     x = torch.cat([((seen[id]["x"] * std + mean) - 0.3) / 0.2 for id, (mean, std) in views.items()])
     y = torch.cat([columns["y"] for columns in seen.values()])
-    model = module(arch, rounds.federation.initial(arch))
+    model = module(arch, rounds.federation.initial_tensors(arch))
     for index, lr in enumerate((0.05, 0.02)):
-        rounds.round()
+        rounds.run_round()
         sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         fit = Fit({}, Supervised(), epochs=2, batch_size=BATCH)
         for rows in index_batches(
@@ -125,11 +126,11 @@ def test_two_rounds_of_centralised_training_by_hand() -> None:
             sgd.zero_grad()
             F.cross_entropy(model(x[rows]).logits, y[rows]).backward()
             sgd.step()
-        assert apart(rounds.server.models[arch.id], model) < 1e-9
+        assert apart(rounds.server.models[arch.spec_id], model) < 1e-9
     for id in sites:
         for home in (False, True):
             assert predicted(rounds, id, home).allclose(
                 said(rounds, "site_2", model), rtol=0, atol=1e-9
             )
-    assert rounds.server.models.keys() - {arch.id}
+    assert rounds.server.models.keys() - {arch.spec_id}
     assert (rounds.traffic.up, rounds.traffic.down) == (0, 0)

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.aggregation.means import add
+from hetero_fl.aggregation.means import add_updates
 from hetero_fl.core.objectives import Supervised
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Fit
 from hetero_fl.data import augment
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.engine.templates import Templates
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import apart, clients, module, train
 
@@ -33,10 +33,12 @@ def test_the_servers_step_is_the_tutorials(method: str) -> None:
     (group,) = rounds.server.models
     model = {n: t.clone() for n, t in rounds.server.models[group].items()}
     total = {n: torch.zeros_like(t) for n, t in model.items()}
-    cohort = rounds.cohort(rounds.completed)
+    cohort = rounds.sample_cohort(rounds.completed)
     for id, client in clients(rounds).items():
         if id in cohort:
-            local = module(client.arch["model"], {**client.models["model"], **floats(model)})
+            local = module(
+                client.arch["model"], {**client.models["model"], **floating_tensors(model)}
+            )
             train(
                 client,
                 list(local.parameters()),
@@ -44,8 +46,8 @@ def test_the_servers_step_is_the_tutorials(method: str) -> None:
             )
             for n, t in local.state_dict().items():
                 total[n] += t.detach() - model[n]
-    rounds.round()
-    want = {n: t + 0.1 * total[n] for n, t in floats(model).items()}
+    rounds.run_round()
+    want = {n: t + 0.1 * total[n] for n, t in floating_tensors(model).items()}
     assert (
         any("running_var" in n for n in want) and apart(rounds.server.models[group], want) < 1e-12
     )
@@ -75,12 +77,14 @@ def test_statistics_are_never_extrapolated_and_parameters_are() -> None:
         {"w": torch.tensor([0.2]), "var": torch.tensor([0.2])},
     )
     owners = {"w": 6.0, "var": 6.0}
-    moved = add({**now, "other": torch.tensor([5.0])}, mean, owners, 0.5, ["w"])
+    moved = add_updates({**now, "other": torch.tensor([5.0])}, mean, owners, 0.5, ["w"])
     assert torch.allclose(moved["w"], torch.tensor([1 - 3 * 0.8])) and torch.equal(
         moved["var"], mean["var"]
     )
     assert moved["other"] == 5
-    assert torch.allclose(add(now, mean, owners, 0.1, ["w"])["var"], torch.tensor([1 - 0.6 * 0.8]))
+    assert torch.allclose(
+        add_updates(now, mean, owners, 0.1, ["w"])["var"], torch.tensor([1 - 0.6 * 0.8])
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,18 +106,22 @@ def test_one_client_with_everything_is_a_plain_training_loop_bit_for_bit(
     model.train()
     data = client.data("train", None)
     for round in range(3):
-        stream = (0, round, client.id, "train", 0)
+        stream = (0, round, client.participant_id, "train", 0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
-        cut = index_batches(client.n, Fit({}, Supervised(), epochs=2, batch_size=16), stream)
+        cut = index_batches(client.num_rows, Fit({}, Supervised(), epochs=2, batch_size=16), stream)
         for i, rows in enumerate(cut):
-            x = augment(data["x"][rows], client.settings.augment, generator(*stream, "augment", i))
+            x = augment(
+                data["x"][rows], client.settings.augment, keyed_generator(*stream, "augment", i)
+            )
             optimizer.zero_grad()
             F.cross_entropy(model(x).logits, data["y"][rows]).backward()
             optimizer.step()
-        rounds.round()
+        rounds.run_round()
         (group,) = rounds.server.models
         plain: dict[str, Tensor] = {n: t.contiguous() for n, t in model.state_dict().items()}
-        assert same_bits(floats(rounds.server.models[group]), floats(plain)), round
+        assert same_bits(floating_tensors(rounds.server.models[group]), floating_tensors(plain)), (
+            round
+        )
 
 
 def test_centralised_training_of_slices_in_order_is_one_client_with_the_whole_set_bit_for_bit() -> (
@@ -130,4 +138,7 @@ def test_centralised_training_of_slices_in_order_is_one_client_with_the_whole_se
     groups = [{"name": "site_1", "model": MIXED[0]}]
     alone = rounds_of(config("fedavg", clients__groups=groups, clients__per_round=1, **whole))
     (group,) = alone.server.models
-    assert same_bits(floats(alone.server.models[group]), floats(centralised.server.models[group]))
+    assert same_bits(
+        floating_tensors(alone.server.models[group]),
+        floating_tensors(centralised.server.models[group]),
+    )

@@ -11,16 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.core.generative_objectives import BatchStatistics, Generator, Synthesis, seen
-from hetero_fl.core.objectives import Batch, Net, Nets, Supervised
-from hetero_fl.core.participant import floats
+from hetero_fl.core.generative_objectives import (
+    BatchStatistics,
+    Generator,
+    Synthesis,
+    preprocess_generated,
+)
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews, Supervised
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Rows
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.seeding import keyed_generator
 from model_zoo import create_model, is_batch_norm
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import apart, clients, module, train
@@ -80,16 +85,16 @@ def test_the_servers_round_by_hand() -> None:
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
         sent[id] = model.eval()
-    card = rounds.federation.cards["site_2"]
-    student = module(card.arch, rounds.server.models[card.arch.id])
-    rounds.round()
+    card = rounds.federation.client_infos["site_2"]
+    student = module(card.arch, rounds.server.models[card.arch.spec_id])
+    rounds.run_round()
     imager_arch = rounds.algorithm.generator((1, 8, 8))
-    imager = module(imager_arch, imager_arch.initial(0))
+    imager = module(imager_arch, imager_arch.initial_tensors(0))
     adam = torch.optim.Adam(imager.parameters(), lr=1e-3)
     sgd = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
     teachers, pool, logits = list(sent.values()), [], []
     for epoch in range(2):
-        draws = generator(0, 1, "server", "noise", epoch)
+        draws = keyed_generator(0, 1, "server", "noise", epoch)
         z = torch.randn(12, 5, generator=draws)
         y = torch.randint(10, (12,), generator=draws)
         for _ in range(3):
@@ -114,8 +119,10 @@ def test_the_servers_round_by_hand() -> None:
             )
             (16 * (p * (p.log() - log_q)).sum(1).mean()).backward()
             sgd.step()
-    assert apart(rounds.server.models[card.arch.id], student) < 1e-9
-    assert set(rounds.server.models) == {c.arch.id for c in rounds.federation.cards.values()}
+    assert apart(rounds.server.models[card.arch.spec_id], student) < 1e-9
+    assert set(rounds.server.models) == {
+        c.arch.spec_id for c in rounds.federation.client_infos.values()
+    }
     assert set(rounds.server.state) == {"student"}
 
 
@@ -128,20 +135,28 @@ def test_the_objective_term_by_term_and_stacked(bn: float, adv: float) -> None:
         create_model("cnn_gn_small", 10, 1, 8).eval(),
     ]
     student, imager = create_model("mlp", 10, 1, 8).eval(), Generator(64, 5, (1, 8, 8))
-    nets = Nets({"a": Net.live(teachers[0]), "b": Net.live(teachers[1]), "s": Net.live(student)})
-    nets["generator"] = Net.live(imager)
+    nets = ModelViews(
+        {
+            "a": ModelView.from_module(teachers[0]),
+            "b": ModelView.from_module(teachers[1]),
+            "s": ModelView.from_module(student),
+        }
+    )
+    nets["generator"] = ModelView.from_module(imager)
     view = ((1, 8, 8), None, None)
     objective = Synthesis((1, 8, 8), (("a", view), ("b", view)), ("s", view), bn, adv)
     z, y = torch.randn(9, 5), torch.arange(9)
-    total = objective.total(nets, Batch(x=z, y=y), {})
+    total = objective.total_loss(nets, Batch(x=z, y=y), {})
     want = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, bn, adv)
     assert torch.allclose(total, want, rtol=0, atol=1e-12)
     alone = by_hand(teachers, student, imager(z).logits.view(9, 1, 8, 8), y, 0, 0)
     assert bool((want - alone).abs() > 1e-4) == bool(bn + adv)
-    stacked = torch.vmap(lambda a: objective.total(nets, Batch(x=a, y=y), {}))(torch.stack([-z, z]))
+    stacked = torch.vmap(lambda a: objective.total_loss(nets, Batch(x=a, y=y), {}))(
+        torch.stack([-z, z])
+    )
     assert torch.allclose(stacked[1], total, rtol=0, atol=1e-10)
     nets["s"] = nets["a"]  # a student that says what its only teacher says is no adversary
-    agreed = Synthesis((1, 8, 8), (("a", view),), ("s", view), 0.0, 5.0).total(
+    agreed = Synthesis((1, 8, 8), (("a", view),), ("s", view), 0.0, 5.0).total_loss(
         nets, Batch(x=z, y=y), {}
     )
     assert torch.allclose(
@@ -162,8 +177,12 @@ def test_the_generator_is_led_only_to_where_student_and_teacher_name_different_c
         student.head.bias[second] += (z[:, first] - z[:, second]).median()
     agree = teacher(images).logits.argmax(1) == student(images).logits.argmax(1)
     assert agree.any() and not agree.all()
-    nets = Nets(t=Net.live(teacher), s=Net.live(student), generator=Net.live(imager))
-    total = Synthesis((1, 8, 8), (("t", view),), ("s", view), 0.0, 0.8).total(
+    nets = ModelViews(
+        t=ModelView.from_module(teacher),
+        s=ModelView.from_module(student),
+        generator=ModelView.from_module(imager),
+    )
+    total = Synthesis((1, 8, 8), (("t", view),), ("s", view), 0.0, 0.8).total_loss(
         nets, Batch(x=x, y=y), {}
     )
     assert torch.allclose(total, by_hand([teacher], student, images, y, 0, 0.8), rtol=0, atol=1e-12)
@@ -172,10 +191,10 @@ def test_the_generator_is_led_only_to_where_student_and_teacher_name_different_c
 def test_a_model_without_batch_norm_has_no_statistics_and_views_are_those_of_each() -> None:
     with BatchStatistics() as found:
         create_model("cnn_gn_small", 10, 1, 8)(torch.rand(4, 1, 8, 8))
-    assert found.apart == 0.0
+    assert found.distance == 0.0
     x = torch.rand(3, 1, 8, 8)
-    assert torch.equal(seen(x, ((1, 8, 8), None, None)), x)
-    grown = seen(x, ((3, 12, 12), 0.5, 0.25))
+    assert torch.equal(preprocess_generated(x, ((1, 8, 8), None, None)), x)
+    grown = preprocess_generated(x, ((3, 12, 12), 0.5, 0.25))
     want = (
         F.interpolate(x, size=(12, 12), mode="bilinear", align_corners=False).expand(-1, 3, 12, 12)
         - 0.5
@@ -191,20 +210,20 @@ def test_a_generator_for_every_shape(shape: tuple[int, ...]) -> None:
     assert len(shape) != 3 or bool(((made >= 0) & (made <= 1)).all())
 
 
-def uploads(rounds: Rounds) -> list[dict[str, list[str]]]:
+def uploads(rounds: SynchronousTrainer) -> list[dict[str, list[str]]]:
     """What each client sends, by round."""
     seen_: list[dict[str, list[str]]] = []
-    receive = rounds.intake.receive
+    receive = rounds.collector.decode_upload
 
     def note(client: str, data: bytes, asked: Any, index: int) -> Payload:
         payload = receive(client, data, asked, index)
         seen_[-1][client] = list(payload)
         return payload
 
-    rounds.intake.receive = note  # type: ignore[method-assign]
-    while rounds.completed < rounds.federation.rounds:
+    rounds.collector.decode_upload = note  # type: ignore[method-assign]
+    while rounds.completed < rounds.federation.num_rounds:
         seen_.append({})
-        rounds.round()
+        rounds.run_round()
     return seen_
 
 
@@ -218,7 +237,7 @@ def test_models_travel_once_and_until_then_it_is_local() -> None:
         {"site_1": ["model"], "site_2": ["model"], "site_3": []},  # half a model is no teacher
     ]
     local = rounds_of({**config("local", MIXED, 3), "rounds": 3})
-    for id in local.federation.cards:
+    for id in local.federation.client_infos:
         assert same_bits(rounds.store.get(id).models["model"], local.store.get(id).models["model"])
 
 
@@ -231,7 +250,7 @@ def test_the_server_sees_no_data() -> None:
         raise AssertionError(f"asked for {name}")
 
     rounds.server.data = refuse
-    rounds.round()
+    rounds.run_round()
     assert "student" in rounds.server.state
 
 
@@ -241,12 +260,12 @@ def test_everybody_uses_the_student_once_there_is_one() -> None:
         {"match": "site_1", "preprocess": {"resize": 12, "channels": 3}}
     ]
     rounds = rounds_of(source, held=1)
-    site = rounds.executor.site  # type: ignore[attr-defined]
+    site = rounds.executor.runtime  # type: ignore[attr-defined]
     before = deployed(rounds, "site_1")
     assert before.arch.keys() == {"model"} and rounds.evaluate().server is None
-    rounds.round()
+    rounds.run_round()
     client, home = deployed(rounds, "site_1"), clients(rounds)["site_2"]
-    student = rounds.server.models[home.arch["model"].id]
+    student = rounds.server.models[home.arch["model"].spec_id]
     with torch.no_grad():
         want = (
             module(home.arch["model"], student).eval()(home.data("common_test", None)["x"]).logits
@@ -258,9 +277,9 @@ def test_everybody_uses_the_student_once_there_is_one() -> None:
         readings.clients["site_1"].scores["global"]["accuracy"]
     )
     assert "student" not in rounds.store.get("site_1").models
-    assert set(floats(student)) == set(
+    assert set(floating_tensors(student)) == set(
         rounds.algorithm.broadcast(
-            rounds.server, replace(rounds.federation.cards["site_1"], reading=True)
+            rounds.server, replace(rounds.federation.client_infos["site_1"], is_evaluation=True)
         )["student"]
     )
 

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.algorithms import DSFL
-from hetero_fl.algorithms.ds_fl import pack_labels, quantised_labels, unpack_labels
-from hetero_fl.core.objectives import Digest
+from hetero_fl.algorithms.ds_fl import pack_labels, quantize_probabilities, unpack_labels
+from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Fit
 from hetero_fl.core.task import Task
 from hetero_fl.engine.batches import index_batches
-from hetero_fl.federation.client_runtime import Site
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.utils.seeding import generator
+from hetero_fl.federation.client_runtime import ClientRuntime
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import apart, clients, module, train
 
@@ -34,14 +34,20 @@ def federation(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[s
 
 
 def drawn(index: int) -> Tensor:
-    return torch.randperm(60, generator=generator(0, index, "proxy rows"))[:40].sort().values
+    return torch.randperm(60, generator=keyed_generator(0, index, "proxy rows"))[:40].sort().values
 
 
 def follow(client: Participant, model: torch.nn.Module, x: Tensor, p: Tensor) -> None:
     """One epoch of cross-entropy towards probabilities, over the batches that the client's key draws."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    where = (client.clock.seed, client.clock.round, client.id, "digest", 0)
-    for rows in index_batches(len(x), Fit({}, Digest(), batch_size=32), where):
+    where = (
+        client.round_context.seed,
+        client.round_context.round_idx,
+        client.participant_id,
+        "digest",
+        0,
+    )
+    for rows in index_batches(len(x), Fit({}, TeacherDistillation(), batch_size=32), where):
         optimizer.zero_grad()
         (-(p[rows] * model(x[rows]).logits.log_softmax(1)).sum(1).mean()).backward()
         optimizer.step()
@@ -80,7 +86,7 @@ def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
     rounds = rounds_of(federation(**settings), held=1)
     before, consensus = clients(rounds), rounds.server.state["teacher"].softmax(1)
     assert rounds.server.state["drawn"].tolist() == [0]
-    rounds.round()
+    rounds.run_round()
     said, weights = [], []
     for id, client in before.items():
         model, public = (
@@ -94,9 +100,9 @@ def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
         assert apart(rounds.store.get(id).models["model"], model) < 1e-9
         with torch.no_grad():
             p = model.eval()(public[drawn(1)]).logits.softmax(1)
-        said.append({None: p, 1: voted(p), 2: quantised_labels(p, 2) / 3}[bits])
+        said.append({None: p, 1: voted(p), 2: quantize_probabilities(p, 2) / 3}[bits])
         sure = (p * p.log()).sum(1, keepdim=True).exp()
-        weights.append({"samples": client.n, "mean": 1, "entropy": sure}[teacher])
+        weights.append({"samples": client.num_rows, "mean": 1, "entropy": sure}[teacher])
     mean = sum(w * p for w, p in zip(weights, said, strict=True)) / sum(weights)
     ours = rounds.server.state["teacher"].softmax(1)
     assert rounds.server.state["drawn"].tolist() == [1]
@@ -105,18 +111,18 @@ def test_a_round_by_hand(sharpen: str, teacher: str, bits: int | None) -> None:
 
 def test_entropy_is_reduced_on_probabilities_and_labels_are_sharpened_one_by_one() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
-    era = DSFL(era_temperature=0.1).sharpened(Task("multiclass", 3), p).softmax(1)
+    era = DSFL(era_temperature=0.1).sharpened_teacher(Task("multiclass", 3), p).softmax(1)
     assert torch.allclose(era, (p / 0.1).exp() / (p / 0.1).exp().sum(1, keepdim=True), atol=1e-6)
     labels = Task("multilabel", 3)
-    yes = DSFL(era_temperature=0.1).sharpened(labels, p).sigmoid()
+    yes = DSFL(era_temperature=0.1).sharpened_teacher(labels, p).sigmoid()
     assert torch.allclose(yes, torch.stack([p, 1 - p], -1).div(0.1).softmax(-1)[..., 0], atol=1e-6)
-    power = DSFL(sharpen="power", beta=2.0).sharpened(labels, p).sigmoid()
+    power = DSFL(sharpen="power", beta=2.0).sharpened_teacher(labels, p).sigmoid()
     assert torch.allclose(power, p**2 / (p**2 + (1 - p) ** 2), atol=1e-6)
-    assert torch.allclose(DSFL(sharpen="none").sharpened(labels, p).sigmoid(), p, atol=1e-6)
+    assert torch.allclose(DSFL(sharpen="none").sharpened_teacher(labels, p).sigmoid(), p, atol=1e-6)
     sure = torch.tensor([[0.0, 1.0, 0.0]])  # votes in one bit
     for task in (labels, Task("multiclass", 3)):
         assert all(
-            DSFL(sharpen=how).sharpened(task, sure).isfinite().all()
+            DSFL(sharpen=how).sharpened_teacher(task, sure).isfinite().all()
             for how in ("era", "power", "none")
         )
 
@@ -125,20 +131,20 @@ def test_the_contrast_weighted_teacher_is_that_of_log_probabilities() -> None:
     counts, g = torch.tensor([5.0, 0, 3]), torch.Generator().manual_seed(1)
     z = 8 * torch.randn(4, 3, generator=g)
     task = Task("multiclass", 3)
-    item = DSFL(teacher="contrast").said(task, z, counts, 8)
+    item = DSFL(teacher="contrast").prediction_item(task, z, counts, 8)
     assert isinstance(item.values, Tensor)
     assert torch.allclose(item.values, z.log_softmax(1).clamp(min=-8), atol=1e-4)
     assert torch.allclose(torch.as_tensor(item.weight), counts * (1 - counts / 8) + 0.1)
-    ours = DSFL(teacher="contrast", sharpen="none").sharpened(task, item.values).softmax(1)
+    ours = DSFL(teacher="contrast", sharpen="none").sharpened_teacher(task, item.values).softmax(1)
     assert torch.allclose(ours, item.values.softmax(1), atol=1e-6)
 
 
 # The cache ---------------------------------------------------------------------------------------------------------
 
 
-def watched(rounds: Rounds, seen: dict[str, Payload]) -> None:
+def watched(rounds: SynchronousTrainer, seen: dict[str, Payload]) -> None:
     """Note what each client receives to train on."""
-    site: Site = rounds.executor.site  # type: ignore[attr-defined]
+    site: ClientRuntime = rounds.executor.runtime  # type: ignore[attr-defined]
     train_ = site._train
 
     def note(broadcasts: Any, index: int) -> Any:
@@ -157,14 +163,14 @@ def test_only_rows_that_the_receiver_lacks_or_that_expired_travel() -> None:
     rounds, seen = rounds_of(source, held=0), {}
     watched(rounds, seen)
     made: dict[int, int] = {}  # row -> the round of the server's newest word on it
-    has: dict[str, dict[int, int]] = {id: {} for id in rounds.federation.cards}
+    has: dict[str, dict[int, int]] = {id: {} for id in rounds.federation.client_infos}
     asked_all, again, last = [], 0, -1
     for index in range(8):
         seen.clear()
         due = [r for r in drawn(index).tolist() if r not in made or index - made[r] >= life]
         again += sum(r in made for r in due)
         words = rounds.server.state.get("teacher")
-        rounds.round()
+        rounds.run_round()
         for id, got in seen.items():
             assert got["ask"].tolist() == due
             if words is None:
@@ -190,7 +196,7 @@ def test_a_cache_that_forgets_at_once_is_none_bit_for_bit_and_a_longer_one_saves
     plain, at_once, longer = (
         rounds_of({**federation("mlp", cache_life=life), "rounds": 5}) for life in (None, 1, 50)
     )
-    for id in plain.federation.cards:
+    for id in plain.federation.client_infos:
         assert same_bits(plain.store.get(id).models["model"], at_once.store.get(id).models["model"])
     assert not same_bits(
         plain.store.get("site_1").models["model"], longer.store.get("site_1").models["model"]
@@ -209,7 +215,7 @@ def test_nobody_speaks_and_the_cache_goes_on() -> None:
     assert not {"teacher", "drawn"} & set(rounds.server.state)
     # in the second of them nobody speaks: the last consensus stays, on its own rows
     for _ in range(2):
-        rounds.round()
+        rounds.run_round()
         assert rounds.server.state["drawn"].tolist() == [1]
 
 
@@ -224,7 +230,7 @@ def test_the_quantiser_finds_the_nearest_distribution(bits: int) -> None:
         / top
     )
     p = (2 * torch.randn(60, 4, generator=torch.Generator().manual_seed(bits))).softmax(1)
-    levels = quantised_labels(p, bits)
+    levels = quantize_probabilities(p, bits)
     assert (levels.sum(1) == top).all()
     nearest = (p[:, None] - every).abs().sum(-1).min(1).values
     assert torch.allclose((p - levels / top).abs().sum(1), nearest, atol=1e-5)
@@ -246,7 +252,7 @@ def test_packing_loses_nothing(bits: int, classes: int) -> None:
 
 def test_labels_are_rounded_one_by_one() -> None:
     p = torch.tensor([[0.2, 0.9, 0.6]])
-    assert quantised_labels(p, 1, sums_to_one=False).tolist() == [[0, 1, 1]]
+    assert quantize_probabilities(p, 1, sums_to_one=False).tolist() == [[0, 1, 1]]
 
 
 def test_a_bit_saves_what_it_promises_and_eight_change_little() -> None:
@@ -298,4 +304,4 @@ def test_what_the_server_needs_is_declared() -> None:
         (2, 5): {"codes": "each"},
     }
     assert all(s.private and s.share == "predictions" for u in uses.values() for s in u.values())
-    assert isinstance(DSFL().said(DIGITS, torch.zeros(2, 10), None, 5), Item)
+    assert isinstance(DSFL().prediction_item(DIGITS, torch.zeros(2, 10), None, 5), Item)

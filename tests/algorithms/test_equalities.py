@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Predict, Rows
-from hetero_fl.federation.trainer import record_readings
+from hetero_fl.federation.trainer import add_evaluation
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 
@@ -32,9 +32,13 @@ def test_hybrid_of_one_group_without_a_proxy_set_is_fedavg_bit_for_bit() -> None
 def test_hybrid_of_all_different_architectures_is_fedmd_with_kl_bit_for_bit() -> None:
     fedmd = rounds_of(config("fedmd", MIXED, rounds=3))
     hybrid = rounds_of(config("hybrid", MIXED, rounds=3, algorithm={"name": "hybrid", **OFF}))
-    for id, card in fedmd.federation.cards.items():
-        ours = hybrid.server.models[card.arch.id]  # the mean over one owner is what that owner sent
-        assert same_bits(floats(fedmd.store.get(id).models["model"]), floats(ours))
+    for id, card in fedmd.federation.client_infos.items():
+        ours = hybrid.server.models[
+            card.arch.spec_id
+        ]  # the mean over one owner is what that owner sent
+        assert same_bits(
+            floating_tensors(fedmd.store.get(id).models["model"]), floating_tensors(ours)
+        )
     assert torch.equal(fedmd.server.state["teacher"], hybrid.server.state["teacher"])
 
 
@@ -65,10 +69,12 @@ def history(algorithm: dict[str, Any]) -> list[Any]:
     rounds = rounds_of(source, held=0)
     found: list[Any] = []
     for _ in range(4):
-        record = rounds.round()
-        record_readings(record, rounds.evaluate())
+        record = rounds.run_round()
+        add_evaluation(record, rounds.evaluate())
         models = dict(rounds.server.models)
-        models |= {id: deployed(rounds, id).models["model"] for id in rounds.federation.cards}
+        models |= {
+            id: deployed(rounds, id).models["model"] for id in rounds.federation.client_infos
+        }
         bits = {
             (slot, n): t.numpy().tobytes()
             for slot, tensors in models.items()
@@ -109,7 +115,10 @@ def test_one_client_with_everything_is_centralised_training_bit_for_bit() -> Non
     fedavg = rounds_of(config("fedavg", clients=1))
     centralised = rounds_of(config("centralized", clients=1))
     (group,) = fedavg.server.models
-    assert same_bits(floats(fedavg.server.models[group]), floats(centralised.server.models[group]))
+    assert same_bits(
+        floating_tensors(fedavg.server.models[group]),
+        floating_tensors(centralised.server.models[group]),
+    )
 
 
 FEDERATED = [m for m in METHODS if m not in ("local", "centralized", "ensemble")]
@@ -124,7 +133,7 @@ def test_the_order_of_clients_changes_no_bit(algorithm: str) -> None:
     assert there.server.models.keys() == back.server.models.keys()
     for group in there.server.models:
         assert same_bits(there.server.models[group], back.server.models[group])
-    for id in there.federation.cards:
+    for id in there.federation.client_infos:
         kept, other = there.store.get(id).models, back.store.get(id).models
         assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)
 
@@ -150,13 +159,13 @@ def test_the_student_of_one_client_reaches_its_teacher() -> None:
     )
     source["algorithm"] |= {"student_epochs": 80}
     rounds = rounds_of(source)
-    site = rounds.executor.site
+    site = rounds.executor.runtime
     teacher = deployed(rounds, "site")
     for rows, least in (("proxy", 0.98), ("common_test", 0.75)):
-        said = site.predict(teacher, Rows(rows), home=False).argmax(-1)
-        learned = rounds.performer.perform([(rounds.server, Predict("student", Rows(rows)))])[
-            0
-        ].argmax(-1)
+        said = site.predict(teacher, Rows(rows), personal=False).argmax(-1)
+        learned = rounds.backend.run([(rounds.server, Predict("student", Rows(rows)))])[0].argmax(
+            -1
+        )
         assert (said == learned).float().mean() > least, rows
     y = teacher.data("common_test", None)["y"]
     assert (said == y).float().mean() > 0.7  # and the teacher is worth following

@@ -24,7 +24,7 @@ def test_a_round_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
         clients(rounds),
         (rounds.server.state["consensus"][n].clone() for n in ("teacher", "known")),
     )
-    rounds.round()
+    rounds.run_round()
     top, bottom, clipped = torch.zeros(10, 10), torch.zeros(10, 10), 0
     for id, client in before.items():
         model = module(client.arch["model"], client.models["model"])
@@ -54,7 +54,7 @@ def test_a_round_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def models(rounds) -> dict[str, dict[str, Tensor]]:
-    return {id: rounds.store.get(id).models["model"] for id in rounds.federation.cards}
+    return {id: rounds.store.get(id).models["model"] for id in rounds.federation.client_infos}
 
 
 @pytest.mark.usefixtures("float64")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.core.participant import floats
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.core.participant import floating_tensors
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import apart, clients, mean, module, train
 
@@ -38,8 +38,8 @@ def test_a_round_by_hand(method: str, part: str, settings: dict[str, Any]) -> No
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {group: [] for group in models}
     kept = {}
     for id, client in clients(rounds).items():
-        group = client.arch["model"].id
-        taken = {n: t for n, t in floats(models[group]).items() if n.startswith(part)}
+        group = client.arch["model"].spec_id
+        taken = {n: t for n, t in floating_tensors(models[group]).items() if n.startswith(part)}
         model = module(client.arch["model"], {**client.models["model"], **taken})
         start = {n: p.detach().clone() for n, p in model.named_parameters()}
 
@@ -48,12 +48,15 @@ def test_a_round_by_hand(method: str, part: str, settings: dict[str, Any]) -> No
             return F.cross_entropy(model(x).logits, y) + settings.get("mu", 0.0) / 2 * far
 
         train(client, list(model.parameters()), loss)
-        state = floats(model.state_dict())
+        state = floating_tensors(model.state_dict())
         sent[group].append(
-            (1 if uniform else client.n, {n: t for n, t in state.items() if n.startswith(part)})
+            (
+                1 if uniform else client.num_rows,
+                {n: t for n, t in state.items() if n.startswith(part)},
+            )
         )
         kept[id] = {n: t for n, t in state.items() if not n.startswith(part)}
-    rounds.round()
+    rounds.run_round()
     assert sorted(len(members) for members in sent.values()) == [2, 3]
     for group, members in sent.items():
         want = {}
@@ -64,17 +67,17 @@ def test_a_round_by_hand(method: str, part: str, settings: dict[str, Any]) -> No
         still = {n: t for n, t in models[group].items() if n not in want}
         assert all(torch.equal(rounds.server.models[group][n], t) for n, t in still.items())
     for id, tensors in kept.items():
-        mine = floats(rounds.store.get(id).models.get("model", {}))
+        mine = floating_tensors(rounds.store.get(id).models.get("model", {}))
         assert mine.keys() == tensors.keys() and (not tensors or apart(mine, tensors) < 1e-9)
 
 
 # Limits --------------------------------------------------------------------------------------------------------------
 
 
-def read(rounds: Rounds, part: str = ALL) -> dict[str, dict[str, Tensor]]:
+def read(rounds: SynchronousTrainer, part: str = ALL) -> dict[str, dict[str, Tensor]]:
     """That part of the server's models, by group."""
     return {
-        g: {n: t for n, t in floats(m).items() if n.startswith(part)}
+        g: {n: t for n, t in floating_tensors(m).items() if n.startswith(part)}
         for g, m in rounds.server.models.items()
     }
 
@@ -170,20 +173,23 @@ def test_with_nobody_to_share_with_it_is_local_bit_for_bit(method: str) -> None:
     local = rounds_of(config("local", models, rounds=3))
     ours = rounds_of(config(method, models, algorithm=algorithm, rounds=3))
     for id, alone in (("site_1", True), ("site_2", False)):
-        sent = ours.server.models[ours.federation.cards[id].arch.id]
+        sent = ours.server.models[ours.federation.client_infos[id].arch.spec_id]
         mine = {**sent, **ours.store.get(id).models.get("model", {})}
-        assert same_bits(floats(local.store.get(id).models["model"]), floats(mine)) is alone
+        assert (
+            same_bits(floating_tensors(local.store.get(id).models["model"]), floating_tensors(mine))
+            is alone
+        )
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_model_without_a_backbone_trains_what_it_has() -> None:
     """Beside others: FedRep trains its head alone, FedBABU nothing before it is read."""
     start = rounds_of(config("local", ["linear", MLP], 4), held=0)
-    (id, card), *_ = start.federation.cards.items()
+    (id, card), *_ = start.federation.client_infos.items()
     local = rounds_of(config("local", ["linear", MLP], 4, clients__defaults__batch_size=500))
     for method, want in (
         ("fedrep", local.store.get(id).models["model"]),
-        ("fedbabu", start.federation.initial(card.arch)),
+        ("fedbabu", start.federation.initial_tensors(card.arch)),
     ):
         ours = rounds_of(config(method, ["linear", MLP], 4, clients__defaults__batch_size=500))
         assert apart(clients(ours)[id].models["model"], want) < 1e-12

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.core.objectives import Digest
-from hetero_fl.core.participant import floats
+from hetero_fl.core.objectives import TeacherDistillation
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.utils.seeding import generator
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of
 from tests.references.local_training import apart, clients, mean, module, train
 
@@ -35,11 +35,17 @@ def kl(teacher: Tensor, z: Tensor) -> Tensor:
 
 
 def distil(
-    rounds: Rounds, index: int, slot: str, model: nn.Module, x: Tensor, teacher: Tensor, epochs: int
+    rounds: SynchronousTrainer,
+    index: int,
+    slot: str,
+    model: nn.Module,
+    x: Tensor,
+    teacher: Tensor,
+    epochs: int,
 ) -> None:
     """The server's steps on the public rows in that round."""
     sgd = torch.optim.SGD(model.train().parameters(), lr=0.03)
-    fit = Fit({}, Digest(), epochs=epochs, batch_size=25)
+    fit = Fit({}, TeacherDistillation(), epochs=epochs, batch_size=25)
     for rows in index_batches(
         len(x), fit, (rounds.federation.seed, index, "server", f"distil {slot}", 0)
     ):
@@ -80,25 +86,25 @@ def test_a_round_of_feddf_by_hand(teacher: str, monkeypatch: pytest.MonkeyPatch)
     archs, seen = {}, {}
     for id, client in clients(rounds).items():
         arch = client.arch["model"]
-        model = module(arch, client.models["model"] if id == "site_5" else models[arch.id])
+        model = module(arch, client.models["model"] if id == "site_5" else models[arch.spec_id])
         train(
             client, list(model.parameters()), lambda x, y, m=model: F.cross_entropy(m(x).logits, y)
         )
         if id != "site_5":
-            sent[arch.id].append((client.n, floats(model.state_dict())))
-        public, archs[arch.id] = client.data("proxy", None)["x"], arch
-        seen.setdefault(arch.id, public)  # the group's, as its first client sees them
+            sent[arch.spec_id].append((client.num_rows, floating_tensors(model.state_dict())))
+        public, archs[arch.spec_id] = client.data("proxy", None)["x"], arch
+        seen.setdefault(arch.spec_id, public)  # the group's, as its first client sees them
         z = logits(model, public)
         clipped += int((z.log_softmax(1) < CLIP).sum())
         weight = {
             "mean": torch.ones(10),
-            "samples": client.n * torch.ones(10),
+            "samples": client.num_rows * torch.ones(10),
             "contrast": contrast(client.counts),
         }
         top += weight[teacher] * (z.log_softmax(1).clamp(min=CLIP) if teacher == "contrast" else z)
         bottom += weight[teacher]
     assert clipped
-    rounds.round()
+    rounds.run_round()
     for group, members in sent.items():
         model = module(archs[group], mean(members))
         start = {n: t.clone() for n, t in model.state_dict().items()}
@@ -114,9 +120,12 @@ def test_two_rounds_of_the_servers_student_by_hand() -> None:
     rounds = rounds_of(source, held=0)
     student = module(rounds.server.arch["student"], rounds.server.models["student"])
     sgd = torch.optim.SGD(student.parameters(), lr=0.03, momentum=0.9)  # its momentum lives on
-    x, fit = rounds.server.data("proxy", None)["x"], Fit({}, Digest(), epochs=2, batch_size=25)
+    x, fit = (
+        rounds.server.data("proxy", None)["x"],
+        Fit({}, TeacherDistillation(), epochs=2, batch_size=25),
+    )
     for index in range(2):
-        rounds.round()
+        rounds.run_round()
         teacher = rounds.server.state["teacher"]
         for rows in index_batches(
             len(x), fit, (rounds.federation.seed, index, "server", "distil student", 0)
@@ -149,13 +158,17 @@ def test_a_round_of_hybrid_by_hand(
         arch, public = client.arch["model"], client.data("proxy", None)["x"]
         whole = heads == "take" and id != "site_2"
         taken = {
-            n: t for n, t in floats(models[arch.id]).items() if whole or n.startswith("backbone.")
+            n: t
+            for n, t in floating_tensors(models[arch.spec_id]).items()
+            if whole or n.startswith("backbone.")
         }
         model = module(arch, {**client.models["model"], **taken})
         if distil_at == "both":
             sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
             for rows in index_batches(
-                60, Fit({}, Digest(), batch_size=25), (client.clock.seed, 2, id, "digest", 0)
+                60,
+                Fit({}, TeacherDistillation(), batch_size=25),
+                (client.round_context.seed, 2, id, "digest", 0),
             ):
                 sgd.zero_grad()
                 kl(target[rows], model(public[rows]).logits).backward()
@@ -164,28 +177,37 @@ def test_a_round_of_hybrid_by_hand(
         step = iter(range(999))
 
         def loss(
-            x, y, model=model, public=public, prior=prior, step=step, id=id, seed=client.clock.seed
+            x,
+            y,
+            model=model,
+            public=public,
+            prior=prior,
+            step=step,
+            id=id,
+            seed=client.round_context.seed,
         ):
             some = torch.randint(
-                60, (25,), generator=generator(seed, 2, id, "train", 0, "public", next(step))
+                60, (25,), generator=keyed_generator(seed, 2, id, "train", 0, "public", next(step))
             )
             private = F.cross_entropy(model(x).logits + prior, y)
             return private + 0.7 * kl(target[some], model(public[some]).logits)
 
         train(client, list(model.parameters()), loss)
-        state = floats(model.state_dict())
+        state = floating_tensors(model.state_dict())
         parts = ("backbone.",) if id == "site_2" else ("backbone.", "head.")
-        sent[arch.id].append((client.n, {n: t for n, t in state.items() if n.startswith(parts)}))
-        archs[arch.id] = arch
+        sent[arch.spec_id].append(
+            (client.num_rows, {n: t for n, t in state.items() if n.startswith(parts)})
+        )
+        archs[arch.spec_id] = arch
         if not whole:
             kept[id] = {n: t for n, t in state.items() if n.startswith("head.")}
         # it tells no counts
-        say = contrast(torch.full((10,), client.n / 10) if id == "site_2" else client.counts)
+        say = contrast(torch.full((10,), client.num_rows / 10) if id == "site_2" else client.counts)
         log_p = logits(model, public).log_softmax(1)
         clipped += int((log_p < CLIP).sum())
         top, bottom = top + say * log_p.clamp(min=CLIP), bottom + say
     assert clipped
-    rounds.round()
+    rounds.run_round()
     teacher = top / bottom
     assert torch.allclose(rounds.server.state["teacher"], teacher, rtol=0, atol=1e-9)
     for group, members in sent.items():
@@ -196,7 +218,7 @@ def test_a_round_of_hybrid_by_hand(
         model = module(archs[group], average)  # type: ignore[arg-type]
         distil(rounds, 2, group, model, public, teacher, 2)
         assert apart(rounds.server.models[group], model) < 1e-9
-    assert kept.keys() == ({"site_2"} if heads == "take" else set(rounds.federation.cards))
+    assert kept.keys() == ({"site_2"} if heads == "take" else set(rounds.federation.client_infos))
     for id, head in kept.items():
         assert apart(rounds.store.get(id).models["model"], head) < 1e-9
 
@@ -215,9 +237,21 @@ def test_one_clients_teacher_is_itself_and_distilling_it_changes_nothing(method:
         rounds_of(federation(method, GN, 1, **off)),
         rounds_of(federation(method, GN, 2, **off)),
     )
-    assert apart(floats(alone.server.models[group]), floats(fedavg.server.models[group])) < 1e-10
+    assert (
+        apart(
+            floating_tensors(alone.server.models[group]),
+            floating_tensors(fedavg.server.models[group]),
+        )
+        < 1e-10
+    )
     averaged = rounds_of(config("fedavg", GN, 2))
-    assert apart(floats(two.server.models[group]), floats(averaged.server.models[group])) > 1e-5
+    assert (
+        apart(
+            floating_tensors(two.server.models[group]),
+            floating_tensors(averaged.server.models[group]),
+        )
+        > 1e-5
+    )
 
 
 @pytest.mark.usefixtures("float64")

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.core.objectives import Supervised
-from hetero_fl.core.participant import Participant, floats
+from hetero_fl.core.participant import Participant, floating_tensors
 from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import BATCH, apart, clients, module, train
 
@@ -33,7 +33,7 @@ def fedgen(models: Any = MIXED, **settings: Any) -> dict[str, Any]:
 
 def drawn(labels: Tensor, *where: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Classes by their frequency and noise, as that key draws them; and what goes into the generator."""
-    g = generator(*where)
+    g = keyed_generator(*where)
     y = torch.multinomial(labels, 6, True, generator=g)
     noise = torch.randn(6, 3, generator=g)
     return y, noise, torch.cat([F.one_hot(y, 10).to(noise.dtype), noise], 1)
@@ -42,14 +42,16 @@ def drawn(labels: Tensor, *where: Any) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.usefixtures("float64")
 def test_two_rounds_of_the_generator_by_hand() -> None:
     rounds, sent = rounds_of(fedgen(diversity=0.8), held=0), {}
-    receive = rounds.intake.receive
-    rounds.intake.receive = lambda c, *rest: sent.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    receive = rounds.collector.decode_upload
+    rounds.collector.decode_upload = lambda c, *rest: sent.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
     made = module(rounds.server.arch["generator"], rounds.server.models["generator"])
     adam = torch.optim.Adam(made.parameters(), lr=0.01)  # one for the whole run
-    counts = torch.stack([rounds.federation.counts(id) for id in rounds.federation.cards])
+    counts = torch.stack(
+        [rounds.federation.label_counts(id) for id in rounds.federation.client_infos]
+    )
     for index in range(2):
         sent.clear()
-        rounds.round()
+        rounds.run_round()
         heads = [(p["model"]["head.weight"], p["model"]["head.bias"]) for p in sent.values()]
         for step in range(4):
             y, noise, x = drawn(
@@ -75,10 +77,16 @@ def test_two_rounds_of_the_generator_by_hand() -> None:
 
 def noises(client: Participant) -> list[Tensor]:
     """β's noise of each step."""
-    where = (client.clock.seed, client.clock.round, client.id, "train", 0)
-    sizes = map(len, index_batches(client.n, Fit({}, Supervised(), batch_size=BATCH), where))
+    where = (
+        client.round_context.seed,
+        client.round_context.round_idx,
+        client.participant_id,
+        "train",
+        0,
+    )
+    sizes = map(len, index_batches(client.num_rows, Fit({}, Supervised(), batch_size=BATCH), where))
     return [
-        torch.randn(BATCH + 1, 3, generator=generator(*where, "noise", i))[:size]
+        torch.randn(BATCH + 1, 3, generator=keyed_generator(*where, "noise", i))[:size]
         for i, size in enumerate(sizes)
     ]
 
@@ -90,17 +98,17 @@ def test_the_clients_round_by_hand(beta: float) -> None:
     before, models = clients(rounds), {g: dict(t) for g, t in rounds.server.models.items()}
     labels = rounds.server.state["labels"]
     made = module(rounds.server.arch["generator"], models["generator"]).eval().requires_grad_(False)
-    rounds.round()
+    rounds.run_round()
     # so the mean is what each has sent
-    assert len({c.arch["model"].id for c in before.values()}) == 3
+    assert len({c.arch["model"].spec_id for c in before.values()}) == 3
     for client in before.values():
-        group = client.arch["model"].id
+        group = client.arch["model"].spec_id
         model, step, extra = (
             module(client.arch["model"], models[group]),
             iter(range(999)),
             noises(client),
         )
-        where = (client.clock.seed, 2, client.id, "train", 0, "fake")
+        where = (client.round_context.seed, 2, client.participant_id, "train", 0, "fake")
 
         def loss(x, y, model=model, step=step, extra=extra, where=where):
             i = next(step)
@@ -119,7 +127,7 @@ def test_the_clients_round_by_hand(beta: float) -> None:
             return total
 
         train(client, list(model.parameters()), loss)
-        assert apart(floats(rounds.server.models[group]), model) < 1e-9
+        assert apart(floating_tensors(rounds.server.models[group]), model) < 1e-9
     # it comes anew each round
     assert not any("generator" in rounds.store.get(id).models for id in before)
 
@@ -131,9 +139,9 @@ def test_without_what_is_drawn_it_is_fedavg() -> None:
         for s in (config("fedavg"), fedgen("cnn_bn_small", weight=0.0), fedgen("cnn_bn_small"))
     )
     (group,) = fedavg.server.models
-    assert apart(plain.server.models[group], floats(fedavg.server.models[group])) < 1e-10
-    assert apart(more.server.models[group], floats(fedavg.server.models[group])) > 1e-5
-    assert more.algorithm.server_slot(more.server) == group
+    assert apart(plain.server.models[group], floating_tensors(fedavg.server.models[group])) < 1e-10
+    assert apart(more.server.models[group], floating_tensors(fedavg.server.models[group])) > 1e-5
+    assert more.algorithm.server_model_slot(more.server) == group
 
 
 def test_if_no_head_leaves_it_is_fedavg_of_backbones_bit_for_bit() -> None:
@@ -153,16 +161,18 @@ def test_who_releases_no_counts_speaks_as_if_its_rows_were_spread_evenly() -> No
     source = fedgen()
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters"]}]
     rounds = rounds_of(source, held=1)
-    cards, counts = rounds.federation.cards, rounds.federation.counts
-    want = counts("site_1") + counts("site_3") + cards["site_2"].n / 10
+    cards, counts = rounds.federation.client_infos, rounds.federation.label_counts
+    want = counts("site_1") + counts("site_3") + cards["site_2"].num_rows / 10
     assert torch.allclose(rounds.server.state["labels"], want)
 
 
 def test_the_generator_travels_to_be_trained_on_and_not_to_be_read() -> None:
     rounds = rounds_of(fedgen(), held=1)
-    card = rounds.federation.cards["site_1"]
+    card = rounds.federation.client_infos["site_1"]
     assert set(rounds.algorithm.broadcast(rounds.server, card)) == {"model", "generator", "labels"}
-    assert set(rounds.algorithm.broadcast(rounds.server, replace(card, reading=True))) == {"model"}
+    assert set(rounds.algorithm.broadcast(rounds.server, replace(card, is_evaluation=True))) == {
+        "model"
+    }
 
 
 @pytest.mark.slow
@@ -183,6 +193,6 @@ def test_drawn_features_differ_where_noise_does_and_are_what_the_heads_take_for_
     )
     assert (said.argmax(1) == y).double().mean() > 0.6
     same = made(
-        torch.cat([x[:1, :10].repeat(40, 1), torch.randn(40, 3, generator=generator("n"))], 1)
+        torch.cat([x[:1, :10].repeat(40, 1), torch.randn(40, 3, generator=keyed_generator("n"))], 1)
     ).logits
     assert float(same.detach().std(0).mean()) > 1e-2

@@ -58,10 +58,10 @@ def test_two_rounds_by_hand(adjusted: bool) -> None:
     rounds = rounds_of(federation(**settings), held=0)
     large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE])
     server = torch.optim.SGD(large.parameters(), lr=0.05, momentum=0.9)  # its momentum lives on
-    logits = {id: torch.zeros(client.n, 10) for id, client in clients(rounds).items()}
+    logits = {id: torch.zeros(client.num_rows, 10) for id, client in clients(rounds).items()}
     for index, weight in enumerate((0.0, 0.6)):  # in the first round nobody has heard the server
         before = clients(rounds)
-        rounds.round()
+        rounds.run_round()
         sent = []
         for id, client in before.items():
             model, data = (
@@ -71,7 +71,7 @@ def test_two_rounds_by_hand(adjusted: bool) -> None:
             prior = ((client.counts + 1) / (client.counts + 1).sum()).log() * adjusted
             optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
             for rows in index_batches(
-                client.n, Fit({}, Supervised(), batch_size=BATCH), (0, index, id, "train", 0)
+                client.num_rows, Fit({}, Supervised(), batch_size=BATCH), (0, index, id, "train", 0)
             ):
                 optimizer.zero_grad()
                 taught(
@@ -81,7 +81,7 @@ def test_two_rounds_by_hand(adjusted: bool) -> None:
             assert apart(rounds.store.get(id).models["model"], model) < 1e-9
             with torch.no_grad():
                 z, h = model.eval()(data["x"])  # of the model as it is after this round's training
-            sent.append((h, z, data["y"], prior.expand(client.n, -1)))
+            sent.append((h, z, data["y"], prior.expand(client.num_rows, -1)))
         h, z, y, prior = (torch.cat(column) for column in zip(*sent, strict=True))
         fit = Fit({}, Supervised(), batch_size=50, epochs=2)
         for rows in index_batches(len(y), fit, (0, index, "server", "server", 0)):
@@ -109,7 +109,7 @@ def test_without_the_servers_word_clients_train_as_under_local() -> None:
             federation(models, weight=1.0),
         )
     )
-    for id in local.federation.cards:
+    for id in local.federation.client_infos:
         own = local.store.get(id).models["model"]
         assert apart(alone.store.get(id).models["model"], own) < 1e-10
         assert apart(heard.store.get(id).models["model"], own) > 1e-4
@@ -118,7 +118,7 @@ def test_without_the_servers_word_clients_train_as_under_local() -> None:
 @pytest.mark.parametrize("inference", ["server", "client"])
 def test_an_example_is_read_by_the_large_model_on_the_clients_features(inference: str) -> None:
     rounds = rounds_of(federation(inference=inference), held=1)
-    client, site = deployed(rounds, "site_2"), rounds.executor.site  # type: ignore[attr-defined]
+    client, site = deployed(rounds, "site_2"), rounds.executor.runtime  # type: ignore[attr-defined]
     model = module(client.arch["model"], client.models["model"]).eval()
     large = module(rounds.server.arch[LARGE], rounds.server.models[LARGE]).eval()
     with torch.no_grad():
@@ -139,12 +139,12 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
         {"match": "site_2", "shares": ["parameters", "predictions", "statistics"]}
     ]
     rounds, seen = rounds_of(source, held=0), {}
-    receive = rounds.intake.receive
-    rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
-    rounds.round()
+    receive = rounds.collector.decode_upload
+    rounds.collector.decode_upload = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.run_round()
     assert {c: len(p) for c, p in seen.items()} == {"site_1": 3, "site_2": 0, "site_3": 3}
     assert {c: len(p["labels"]) for c, p in seen.items() if p} == {
-        c: clients(rounds)[c].n for c in seen if seen[c]
+        c: clients(rounds)[c].num_rows for c in seen if seen[c]
     }
     assert set(rounds.server.state["logits"]) == {"site_1", "site_3"}
     source["clients"]["overrides"][0]["match"] = "*"
@@ -154,7 +154,7 @@ def test_what_of_private_rows_leaves_is_declared_told_and_refused_where_not_shar
 
 def test_a_row_too_few_is_refused() -> None:
     rounds = rounds_of(federation("mlp"), held=0)
-    receive = rounds.intake.receive
+    receive = rounds.collector.decode_upload
 
     def short(client: str, data: bytes, asked: Any, index: int) -> Payload:
         if client == "site_1":
@@ -162,8 +162,8 @@ def test_a_row_too_few_is_refused() -> None:
             data = Payload({n: payload[n][1:] for n in payload}, payload.report).encode()
         return receive(client, data, asked, index)
 
-    rounds.intake.receive = short  # type: ignore[method-assign]
-    assert list(rounds.round()["failed"]) == ["site_1"]
+    rounds.collector.decode_upload = short  # type: ignore[method-assign]
+    assert list(rounds.run_round()["failed"]) == ["site_1"]
 
 
 def test_a_client_that_was_absent_gets_the_logits_of_its_last_round() -> None:
@@ -172,12 +172,12 @@ def test_a_client_that_was_absent_gets_the_logits_of_its_last_round() -> None:
     rounds = rounds_of({**source, "rounds": 5}, held=0)
     last: dict[str, Tensor] = {}
     for index in range(5):
-        for id, card in rounds.federation.cards.items():
+        for id, card in rounds.federation.client_infos.items():
             items = rounds.algorithm.broadcast(rounds.server, card)
             assert list(items) == (["logits"] if id in last else [])
             assert id not in last or torch.equal(items["logits"], last[id])
-        rounds.round()
-        last.update({id: rounds.server.state["logits"][id] for id in rounds.cohort(index)})
+        rounds.run_round()
+        last.update({id: rounds.server.state["logits"][id] for id in rounds.sample_cohort(index)})
 
 
 def test_mistakes_are_one_line() -> None:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from hetero_fl.algorithms.mutual import MENTEE, PROJECTION
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.objectives import Batch, Nested, Net, Nets
-from hetero_fl.core.participant import floats
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews, NestedRepresentations
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare
 from hetero_fl.utils.errors import UserError
@@ -31,12 +31,12 @@ def fedmrl(models: Any = MIXED, clients: int = 3, **settings: Any) -> dict[str, 
 def test_a_round_by_hand() -> None:
     rounds = rounds_of(fedmrl(own_weight=0.8, mentee_weight=0.4), held=1)
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
-    rounds.round()
+    rounds.run_round()
     for id, client in before.items():
         own = module(client.arch["model"], client.models["model"])
         mentee = module(rounds.server.arch[MENTEE], shared)
         start = client.models[PROJECTION]  # persists from the round before
-        first = rounds.algorithm.extras(client.arch["model"])[PROJECTION].initial(
+        first = rounds.algorithm.extra_models(client.arch["model"])[PROJECTION].initial_tensors(
             rounds.federation.seed
         )
         assert not torch.equal(start["head.weight"], first["head.weight"])
@@ -53,7 +53,7 @@ def test_a_round_by_hand() -> None:
         assert apart(kept.models["model"], own) < 1e-9
         assert apart(kept.models[PROJECTION], {"head.weight": w, "head.bias": b}) < 1e-9
         assert MENTEE not in kept.models  # it comes anew
-        sent.append((client.n, floats(mentee.state_dict())))
+        sent.append((client.num_rows, floating_tensors(mentee.state_dict())))
     total = sum(n for n, _ in sent)
     mean = {name: sum(n * t[name] for n, t in sent) / total for name in sent[0][1]}
     assert apart(rounds.server.models[MENTEE], mean) < 1e-9
@@ -68,24 +68,24 @@ def test_a_loss_without_weight_leaves_its_head_alone_and_one_clients_mentee_is_t
     ):
         rounds = rounds_of(fedmrl(**{off: 0.0}))
         arch = rounds.server.arch[MENTEE]
-        first, now = arch.initial(rounds.federation.seed), rounds.server.models[MENTEE]
+        first, now = arch.initial_tensors(rounds.federation.seed), rounds.server.models[MENTEE]
         assert torch.equal(first["head.weight"], now["head.weight"]) is not small_moves
         body = min(
             n for n in arch.parameter_names if n.startswith("backbone.") and n.endswith("weight")
         )
         assert not torch.equal(first[body], now[body])  # both losses reach it
-        for id, card in rounds.federation.cards.items():
+        for id, card in rounds.federation.client_infos.items():
             mine = rounds.store.get(id).models["model"]["head.weight"]
             assert (
-                torch.equal(mine, rounds.federation.initial(card.arch)["head.weight"])
+                torch.equal(mine, rounds.federation.initial_tensors(card.arch)["head.weight"])
                 is not own_moves
             )
     one = rounds_of(fedmrl(clients=1), held=1)
     seen: list[Any] = []
-    receive = one.intake.receive
-    one.intake.receive = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
-    one.round()
-    assert same_bits(floats(one.server.models[MENTEE]), seen[0][MENTEE])
+    receive = one.collector.decode_upload
+    one.collector.decode_upload = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
+    one.run_round()
+    assert same_bits(floating_tensors(one.server.models[MENTEE]), seen[0][MENTEE])
 
 
 @pytest.mark.parametrize("home", [True, False])
@@ -111,27 +111,29 @@ def test_what_is_read_is_the_own_head_on_projected_features(home: bool) -> None:
         )
         want = own.head(r)
     assert torch.allclose(
-        rounds.executor.site.predict(client, Rows("common_test"), home), want, atol=1e-5
+        rounds.executor.runtime.predict(client, Rows("common_test"), home), want, atol=1e-5
     )
 
 
 def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked() -> None:
     torch.manual_seed(5)
     archs = {
-        "model": Architecture.of("mlp", 10, (1, 8, 8)),
-        MENTEE: Architecture.of("linear", 10, (1, 8, 8)),
+        "model": ModelSpec.from_config("mlp", 10, (1, 8, 8)),
+        MENTEE: ModelSpec.from_config("linear", 10, (1, 8, 8)),
     }
-    archs[PROJECTION] = Architecture.of("linear", 128, (64 + 128,))
+    archs[PROJECTION] = ModelSpec.from_config("linear", 128, (64 + 128,))
     nets, objective = (
-        Nets({slot: Net.live(arch.build()) for slot, arch in archs.items()}),
-        Nested(shape=(1, 8, 8)),
+        ModelViews({slot: ModelView.from_module(arch.build()) for slot, arch in archs.items()}),
+        NestedRepresentations(shape=(1, 8, 8)),
     )
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
     padded = Batch(x=torch.cat([x, 9 * x[:2]]), y=torch.cat([y, y[:2]]))
     padded.weight = torch.tensor([1.0] * 6 + [0.0] * 2)
-    whole = objective.total(nets, Batch(x=x, y=y), {})
-    assert torch.allclose(objective.total(nets, padded, {}), whole, atol=1e-5)
-    stacked = torch.vmap(lambda a: objective.total(nets, Batch(x=a, y=y), {}))(torch.stack([-x, x]))
+    whole = objective.total_loss(nets, Batch(x=x, y=y), {})
+    assert torch.allclose(objective.total_loss(nets, padded, {}), whole, atol=1e-5)
+    stacked = torch.vmap(lambda a: objective.total_loss(nets, Batch(x=a, y=y), {}))(
+        torch.stack([-x, x])
+    )
     assert torch.allclose(stacked[1], whole, atol=1e-5)
 
 

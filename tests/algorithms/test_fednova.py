@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hetero_fl.algorithms.fedavg import path
+from hetero_fl.algorithms.fedavg import accumulated_steps
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from tests.helpers.small_federations import MIXED, config, rounds_of
 from tests.references.local_training import apart, clients, module, train
 
@@ -29,10 +29,10 @@ def test_a_path_is_as_long_as_torchs_steps_on_a_gradient_of_one(
     for _ in range(steps):
         x.grad = torch.ones_like(x)
         optimizer.step()
-    assert path(steps, OptimizerConfig(name="sgd", **settings)) == pytest.approx(
+    assert accumulated_steps(steps, OptimizerConfig(name="sgd", **settings)) == pytest.approx(
         -x.item(), rel=1e-12
     )
-    assert path(steps, OptimizerConfig(name="adam")) == steps
+    assert accumulated_steps(steps, OptimizerConfig(name="adam")) == steps
 
 
 @pytest.mark.usefixtures("float64")
@@ -50,15 +50,15 @@ def test_a_round_by_hand(weighting: str, rate: float) -> None:
         ),
         held=2,
     )
-    before, cohort = clients(rounds), rounds.cohort(2)
+    before, cohort = clients(rounds), rounds.sample_cohort(2)
     models = {g: dict(m) for g, m in rounds.server.models.items()}
-    rounds.round()
+    rounds.run_round()
     paths = set()
     for group, x in models.items():
         names, sent = rounds.server.arch[group].parameter_names, []
         for id in cohort:
             client = before[id]
-            if client.arch["model"].id == group:
+            if client.arch["model"].spec_id == group:
                 model = module(client.arch["model"], {**client.models["model"], **x})
                 steps = train(
                     client,
@@ -67,14 +67,18 @@ def test_a_round_by_hand(weighting: str, rate: float) -> None:
                 )
                 # of each gradient (eq. 5)
                 a = sum((1 - 0.9 ** (steps - i)) / (1 - 0.9) for i in range(steps))
-                weight = client.n if weighting == "samples" else 1
+                weight = client.num_rows if weighting == "samples" else 1
                 sent.append(
-                    (weight, a, {n: t.detach() for n, t in floats(model.state_dict()).items()})
+                    (
+                        weight,
+                        a,
+                        {n: t.detach() for n, t in floating_tensors(model.state_dict()).items()},
+                    )
                 )
                 paths.add(a)
         total = sum(w for w, *_ in sent)
         effective = sum(w * a for w, a, _ in sent) / total
-        for n in floats(x):
+        for n in floating_tensors(x):
             if n in names:
                 want = x[n] + rate * effective * sum(
                     w / total * (y[n] - x[n]) / a for w, a, y in sent
@@ -116,7 +120,7 @@ def test_clients_that_share_now_and_then_divide_by_the_whole_path() -> None:
     nova, plain = rounds_of(source), rounds_of({**source, "algorithm": {"name": "fedavg"}})
     for group in nova.server.models:
         assert apart(nova.server.models[group], plain.server.models[group]) < 1e-12
-    assert all("since" not in nova.store.get(id).state for id in nova.federation.cards)
+    assert all("since" not in nova.store.get(id).state for id in nova.federation.client_infos)
 
 
 @pytest.mark.usefixtures("float64")

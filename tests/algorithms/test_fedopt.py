@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.engine.driver import carry_out
+from hetero_fl.engine.driver import run_plan
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import apart, clients, mean, module, train
 
@@ -54,15 +54,15 @@ def test_three_rounds_by_hand(method: str) -> None:
         before = {g: dict(m) for g, m in rounds.server.models.items()}
         sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {g: [] for g in before}
         for client in clients(rounds).values():
-            group = client.arch["model"].id
+            group = client.arch["model"].spec_id
             model = module(client.arch["model"], before[group])
             train(
                 client,
                 list(model.parameters()),
                 lambda x, y, m=model: F.cross_entropy(m(x).logits, y),
             )
-            sent[group].append((client.n, floats(model.state_dict())))
-        rounds.round()
+            sent[group].append((client.num_rows, floating_tensors(model.state_dict())))
+        rounds.run_round()
         for group, old in before.items():
             assert len(sent[group]) == 2
             want, average = {}, mean(sent[group])
@@ -94,7 +94,13 @@ def test_without_adaptivity_they_are_fedavg(method: str) -> None:
         rounds_of(config(method, algorithm={"name": method, "beta2": 0.99999999, **huge})),
     )
     (group,) = fedavg.server.models
-    assert apart(floats(ours.server.models[group]), floats(fedavg.server.models[group])) < 1e-6
+    assert (
+        apart(
+            floating_tensors(ours.server.models[group]),
+            floating_tensors(fedavg.server.models[group]),
+        )
+        < 1e-6
+    )
 
 
 @pytest.mark.usefixtures("float64")
@@ -106,14 +112,14 @@ def test_yogi_forgets_a_large_update_slower_than_adam_and_agrees_with_it_where_v
         )
         (group, model), card = (
             next(iter(rounds.server.models.items())),
-            rounds.federation.cards["site"],
+            rounds.federation.client_infos["site"],
         )
         for size in (1.0, 0.01):
-            sent = {n: rounds.server.models[group][n] + size for n in floats(model)}
+            sent = {n: rounds.server.models[group][n] + size for n in floating_tensors(model)}
             upload = Upload(card, Payload({"model": Item(sent, 1.0, "params")}))
             uploads = Uploads([upload], rounds.algorithm.uploads)
-            carry_out(
-                rounds.algorithm.aggregate(rounds.server, uploads), rounds.server, rounds.performer
+            run_plan(
+                rounds.algorithm.aggregate(rounds.server, uploads), rounds.server, rounds.backend
             )
         seconds[method] = float(
             rounds.server.state["optimizer"][group]["second"]["head.bias"].mean()
@@ -127,14 +133,14 @@ def test_who_is_not_in_the_cohort_leaves_model_and_memory_alone(method: str) -> 
     rounds = rounds_of(config(method, MIXED, 4, clients__per_round=1, rounds=6), held=0)
     seen = set()
     for index in range(6):
-        (id,) = rounds.cohort(index)
-        mine = rounds.federation.cards[id].arch.id
+        (id,) = rounds.sample_cohort(index)
+        mine = rounds.federation.client_infos[id].arch.spec_id
         models = {g: dict(m) for g, m in rounds.server.models.items()}
         memory = {
             g: {k: dict(t) for k, t in kinds.items()}
             for g, kinds in rounds.server.state.get("optimizer", {}).items()
         }
-        rounds.round()
+        rounds.run_round()
         seen.add(mine)
         for group in models:
             assert same_bits(models[group], rounds.server.models[group]) is (group != mine)

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hetero_fl.algorithms.prototypes import nearness
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.objectives import Batch, Net, Nets, PrototypePull
+from hetero_fl.algorithms.prototypes import prototype_logits
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews, PrototypePull
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.preparation import load_config
@@ -25,7 +25,7 @@ def test_a_round_by_hand() -> None:
     rounds = rounds_of(config("fedproto", MIXED, algorithm=FEDPROTO), held=1)
     before, prototypes = clients(rounds), rounds.server.state["prototypes"].clone()
     known = rounds.server.state["known"].bool()
-    rounds.round()
+    rounds.run_round()
     sums, counts = torch.zeros_like(prototypes), torch.zeros(10)
     for id, client in before.items():
         model = module(client.arch["model"], client.models["model"])
@@ -59,7 +59,7 @@ def test_without_a_pull_clients_train_as_under_local() -> None:
     local = rounds_of(config("local", models))
     free = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 0.0}))
     pulled = rounds_of(config("fedproto", models, algorithm={"name": "fedproto", "weight": 1.0}))
-    for id in local.federation.cards:
+    for id in local.federation.client_infos:
         alone = local.store.get(id).models["model"]
         assert apart(free.store.get(id).models["model"], alone) < 1e-10
         assert apart(pulled.store.get(id).models["model"], alone) > 1e-4
@@ -68,14 +68,14 @@ def test_without_a_pull_clients_train_as_under_local() -> None:
 @pytest.mark.usefixtures("float64")
 def test_classes_without_a_prototype_are_not_pulled_and_clients_may_be_stacked() -> None:
     torch.manual_seed(2)
-    model = Architecture.of("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
+    model = ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
     g = torch.Generator().manual_seed(8)
     x, y = torch.randn(4, 1, 8, 8, generator=g), torch.tensor([0, 1, 2, 1])
     given = {
         "prototypes": torch.randn(10, 12, generator=g),
         "known": torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
     }
-    nets, objective = Nets(model=Net.live(model)), PrototypePull(weight=0.7)
+    nets, objective = ModelViews(model=ModelView.from_module(model)), PrototypePull(weight=0.7)
     loss = objective.loss(nets, Batch(x=x, y=y), given)
     z, f = model(x)
     pull = (f - given["prototypes"][y]).square().sum(1) / 12 * torch.tensor([1.0, 0, 1, 0])
@@ -91,7 +91,7 @@ def test_nearest_prototype_and_classes_without_one_never_win() -> None:
     features, prototypes = torch.randn(50, 6, generator=g), torch.randn(4, 6, generator=g)
     known = torch.tensor([1.0, 0.0, 1.0, 1.0])
     prototypes[1] = features[0]  # the nearest of all, if it counted
-    logits = nearness(features, prototypes, known)
+    logits = prototype_logits(features, prototypes, known)
     for f, z in zip(features, logits, strict=True):
         far = [float((f - p).square().sum().sqrt()) for p in prototypes]
         assert torch.allclose(z[known > 0], -torch.tensor(far)[known > 0], atol=1e-5)
@@ -102,16 +102,16 @@ def test_nearest_prototype_and_classes_without_one_never_win() -> None:
 @pytest.mark.parametrize("home", [True, False])
 def test_models_are_read_by_their_distances_once_there_are_prototypes(home: bool) -> None:
     rounds = rounds_of(config("fedproto", MIXED), held=0)
-    (id, *_), rows = list(rounds.federation.cards), Rows("common_test")
+    (id, *_), rows = list(rounds.federation.client_infos), Rows("common_test")
 
     def read(inference: str) -> torch.Tensor:
-        rounds.executor.site.algorithm = rounds.algorithm.model_copy(
+        rounds.executor.runtime.algorithm = rounds.algorithm.model_copy(
             update={"inference": inference}
         )
-        return rounds.executor.site.predict(deployed(rounds, id), rows, home)
+        return rounds.executor.runtime.predict(deployed(rounds, id), rows, home)
 
     assert torch.equal(read("prototype"), read("head"))  # nothing was aggregated: the head decides
-    rounds.round()
+    rounds.run_round()
     client = clients(rounds)[id]
     model = module(client.arch["model"], client.models["model"]).eval()
     with torch.no_grad():
@@ -120,13 +120,13 @@ def test_models_are_read_by_their_distances_once_there_are_prototypes(home: bool
     assert torch.allclose(read("head"), outputs.logits, atol=1e-5)
     assert torch.allclose(
         read("prototype"),
-        nearness(outputs.features, state["prototypes"], state["known"]),
+        prototype_logits(outputs.features, state["prototypes"], state["known"]),
         atol=1e-5,
     )
     own = state["known"] * (client.counts > 0) if home else state["known"]
     assert own.sum() > 0 and (client.counts == 0).any()
     assert torch.allclose(
-        read("own"), nearness(outputs.features, state["prototypes"], own), atol=1e-5
+        read("own"), prototype_logits(outputs.features, state["prototypes"], own), atol=1e-5
     )
 
 
@@ -135,10 +135,10 @@ def test_a_class_that_nobody_sends_keeps_its_prototype() -> None:
     state = {n: t.clone() for n, t in rounds.server.state.items()}
     assert 0 < state["known"].sum() < 10
     for _ in range(3):
-        rounds.round()
+        rounds.run_round()
         assert (rounds.server.state["known"] >= state["known"]).all()
-    (sent,) = rounds.cohort(rounds.completed - 1)
-    untouched = (rounds.federation.counts(sent) == 0) & (rounds.server.state["known"] > 0)
+    (sent,) = rounds.sample_cohort(rounds.completed - 1)
+    untouched = (rounds.federation.label_counts(sent) == 0) & (rounds.server.state["known"] > 0)
     assert untouched.any() and rounds.server.state["prototypes"][untouched].abs().sum() > 0
 
 
@@ -146,9 +146,9 @@ def test_who_shares_no_statistics_sends_nothing() -> None:
     source = config("fedproto", MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds, seen = rounds_of(source, held=0), {}
-    receive = rounds.intake.receive
-    rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
-    rounds.round()
+    receive = rounds.collector.decode_upload
+    rounds.collector.decode_upload = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.run_round()
     assert {c: list(p) for c, p in seen.items()} == {
         "site_1": ["features"],
         "site_2": [],
@@ -162,8 +162,8 @@ def test_who_shares_no_statistics_sends_nothing() -> None:
 def test_the_common_width_is_the_most_frequent_and_written_down(tmp_path: Path) -> None:
     models = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}, {"name": "mlp", "hidden": [24, 32]}]
     prepared = prepare(config("fedproto", models, clients=3))
-    archs = [card.arch for card in prepared.federation.cards.values()]
-    assert [a.width for a in archs] == [32, 32, 32] and [a.feature_dim for a in archs] == [
+    archs = [card.arch for card in prepared.federation.client_infos.values()]
+    assert [a.feature_width for a in archs] == [32, 32, 32] and [a.feature_dim for a in archs] == [
         None,
         32,
         None,
@@ -172,15 +172,15 @@ def test_the_common_width_is_the_most_frequent_and_written_down(tmp_path: Path) 
     tie = prepare(config("fedproto", models[:2], clients=2))
     assert (
         tie.config.algorithm["feature_dim"] == 32
-        and tie.federation.cards["site_2"].arch.width == 32
+        and tie.federation.client_infos["site_2"].arch.feature_width == 32
     )
     asked = prepare(config("fedproto", models, algorithm={"name": "fedproto", "feature_dim": 8}))
-    assert {card.arch.width for card in asked.federation.cards.values()} == {8}
+    assert {card.arch.feature_width for card in asked.federation.client_infos.values()} == {8}
     finished = run(config("fedproto", models, rounds=1), out=tmp_path / "run")
     again = load_config(tmp_path / "run" / "config.yaml")
     assert (
         again.algorithm["feature_dim"] == 32
-        and prepare(again).federation.cards.keys() == finished.models.keys()
+        and prepare(again).federation.client_infos.keys() == finished.models.keys()
     )
     run(
         config("fedproto", models, rounds=1), out=tmp_path / "run", resume=True

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.algorithms.prototypes import largest_gap
+from hetero_fl.algorithms.prototypes import largest_center_distance
 from hetero_fl.core.generative_objectives import AdaptiveMargin
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.objectives import Batch, Net, Nets, Supervised
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.objectives import Batch, ModelView, ModelViews, Supervised
 from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from model_zoo import SplitModel
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
@@ -33,7 +33,7 @@ def class_means(model: nn.Module, data: dict[str, Tensor]) -> list[tuple[Tensor,
 
 
 def server_batches(
-    rounds: Rounds, label: str, sent: list[tuple[Tensor, int]]
+    rounds: SynchronousTrainer, label: str, sent: list[tuple[Tensor, int]]
 ) -> list[tuple[Tensor, Tensor]]:
     """The server's steps in round 2 on what was sent, as its key draws them."""
     x, y = torch.stack([m for m, _ in sent]), torch.tensor([c for _, c in sent])
@@ -57,7 +57,7 @@ def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
     before, server = clients(rounds), {s: dict(t) for s, t in rounds.server.models.items()}
     prototypes, known = (rounds.server.state[n].clone() for n in ("prototypes", "known"))
     width = prototypes.shape[1]
-    rounds.round()
+    rounds.run_round()
     sent: list[tuple[Tensor, int]] = []
     for id, client in before.items():
         model = module(client.arch["model"], client.models["model"])
@@ -105,7 +105,7 @@ def test_a_round_of_fedtgp_by_hand(tau: float, weight: float | None) -> None:
 def test_a_round_of_fedgh_by_hand() -> None:
     rounds = rounds_of(config("fedgh", MIXED, algorithm={"name": "fedgh", **SERVER}), held=1)
     before, head = clients(rounds), dict(rounds.server.models["head"])
-    rounds.round()
+    rounds.run_round()
     sent: list[tuple[Tensor, int]] = []
     for id, client in before.items():
         model = module(client.arch["model"], {**client.models["model"], **head})
@@ -137,7 +137,7 @@ def test_without_a_pull_fedtgp_trains_as_fedproto_and_what_is_pulled_to_differs(
         for m in ("fedproto", "fedtgp")
         for w in (0.0, 1.0)
     }
-    for id in runs["fedtgp", 0.0].federation.cards:
+    for id in runs["fedtgp", 0.0].federation.client_infos:
         models = {key: r.store.get(id).models["model"] for key, r in runs.items()}
         assert same_bits(models["fedproto", 0.0], models["fedtgp", 0.0])
         assert not same_bits(models["fedproto", 1.0], models["fedtgp", 1.0])
@@ -150,9 +150,9 @@ def test_who_shares_no_statistics_sends_nothing_and_if_nobody_sends_it_is_local(
     source = config(method, MIXED)
     source["clients"]["overrides"] = [{"match": "site_2", "shares": ["parameters", "predictions"]}]
     rounds, seen = rounds_of(source, held=0), {}
-    receive = rounds.intake.receive
-    rounds.intake.receive = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
-    rounds.round()
+    receive = rounds.collector.decode_upload
+    rounds.collector.decode_upload = lambda c, *rest: seen.setdefault(c, receive(c, *rest))  # type: ignore[method-assign]
+    rounds.run_round()
     assert {c: list(p) for c, p in seen.items()} == {
         "site_1": ["features"],
         "site_2": [],
@@ -163,7 +163,7 @@ def test_who_shares_no_statistics_sends_nothing_and_if_nobody_sends_it_is_local(
     alone, local = (
         rounds_of(config(m, models, clients__defaults=later)) for m in (method, "local")
     )
-    for id in local.federation.cards:
+    for id in local.federation.client_infos:
         assert same_bits(alone.store.get(id).models["model"], local.store.get(id).models["model"])
 
 
@@ -172,33 +172,35 @@ def test_fedgh_gives_its_head_when_it_is_due() -> None:
     source["clients"]["defaults"]["share_every"] = 2
     rounds, sent = rounds_of(source, held=0), []
     for index in range(5):
-        rounds._clock(index)
+        rounds._set_round_context(index)
         sent.append(
-            list(rounds.algorithm.broadcast(rounds.server, rounds.federation.cards["site_1"]))
+            list(
+                rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos["site_1"])
+            )
         )
-        rounds.round()
+        rounds.run_round()
     assert sent == [[], [], ["head"], [], ["head"]]
 
 
 def test_class_centres_count_clients_alike_and_only_who_has_the_class() -> None:
     means = torch.tensor([[[0.0, 0], [4, 0], [9, 9]], [[2.0, 0], [99, 99], [9, 9]]])
     has = torch.tensor([[True, True, False], [True, False, False]])
-    assert float(largest_gap(means, has)) == 3.0  # centres (1, 0) and (4, 0)
-    assert float(largest_gap(means, has & False)) == 0.0
+    assert float(largest_center_distance(means, has)) == 3.0  # centres (1, 0) and (4, 0)
+    assert float(largest_center_distance(means, has & False)) == 0.0
 
 
 def test_the_margin_has_a_gradient_where_a_prototype_meets_its_mark_and_may_be_stacked() -> None:
     torch.manual_seed(1)
-    linear: SplitModel = Architecture.of("linear", 4, (3,)).build()
-    mlp: SplitModel = Architecture.of("mlp", 4, (4,), options={"hidden": [4]}).build()
-    nets = Nets(vectors=Net.live(linear), prototypes=Net.live(mlp))
+    linear: SplitModel = ModelSpec.from_config("linear", 4, (3,)).build()
+    mlp: SplitModel = ModelSpec.from_config("mlp", 4, (4,), options={"hidden": [4]}).build()
+    nets = ModelViews(vectors=ModelView.from_module(linear), prototypes=ModelView.from_module(mlp))
     given = {"one_hot": torch.eye(3), "margin": torch.tensor(2.0)}
     x = mlp(linear(torch.eye(3)).logits).logits.detach()  # every prototype just where it should be
     objective, y = AdaptiveMargin(), torch.arange(3)
-    loss = objective.total(nets, Batch(x=x, y=y), given)
+    loss = objective.total_loss(nets, Batch(x=x, y=y), given)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mlp.parameters())
-    both = torch.vmap(lambda x: objective.total(nets, Batch(x=x, y=y), given))(
+    both = torch.vmap(lambda x: objective.total_loss(nets, Batch(x=x, y=y), given))(
         torch.stack([x + 1, x])
     )
     assert torch.allclose(both[1], loss, atol=1e-6)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.aggregation.means import corner_means
-from hetero_fl.algorithms.heterofl import packed, unpacked
-from hetero_fl.core.participant import floats
+from hetero_fl.aggregation.means import leading_slice_means
+from hetero_fl.algorithms.heterofl import pack_head, unpack_head
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.plan import Rows
 from hetero_fl.experiment import prepare, run
 from hetero_fl.experiment.preparation import load_config
@@ -55,14 +55,16 @@ def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> N
     source["data"]["partition"]["alpha"] = 0.1
     rounds = rounds_of(source, held=3)
     ((slot, wide),) = rounds.server.models.items()
-    before, cohort = clients(rounds), rounds.cohort(3)
+    before, cohort = clients(rounds), rounds.sample_cohort(3)
     shares = {id: rounds.algorithm.widths[id] for id in before}
     assert (
         len({shares[id] for id in cohort}) > 1
         and shares["site_4"] == 1
         and shares["site_3"] == 0.25
     )
-    total = {n: torch.zeros_like(t) for n, t in floats(wide).items() if "running" not in n}
+    total = {
+        n: torch.zeros_like(t) for n, t in floating_tensors(wide).items() if "running" not in n
+    }
     count = {n: torch.zeros_like(t) for n, t in total.items()}
     statistics = {}
     for id in cohort:
@@ -96,7 +98,9 @@ def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> N
 
         train(client, parameters, loss)
         statistics[id] = {n: t for n, t in tensors.items() if "running" in n}
-        weight = client.n if weighting == "samples" else 1  # the authors count each owner once
+        weight = (
+            client.num_rows if weighting == "samples" else 1
+        )  # the authors count each owner once
         for n in total:
             t = tensors[n].detach()
             place = tuple(slice(0, s) for s in t.shape)
@@ -105,12 +109,12 @@ def test_a_round_by_hand(masked: bool, scaler: bool, weighting: str | None) -> N
                 own[~has] = 0
             total[n][place] += weight * own * t
             count[n][place] += weight * own
-    rounds.round()
+    rounds.run_round()
     assert any((c == 0).any() for c in count.values())
     want = {n: torch.where(count[n] > 0, total[n] / count[n].clamp(min=1), wide[n]) for n in total}
     assert apart(rounds.server.models[slot], want) < 1e-9
     for id, kept in statistics.items():
-        assert set(floats(rounds.store.get(id).models["model"])) == set(kept)
+        assert set(floating_tensors(rounds.store.get(id).models["model"])) == set(kept)
         assert apart(rounds.store.get(id).models["model"], kept) < 1e-9
 
 
@@ -146,8 +150,8 @@ def test_the_mask_changes_nothing_for_who_has_every_class() -> None:
 
 def test_a_class_that_nobody_has_keeps_its_row_of_the_head() -> None:
     now = {"head.weight": torch.full((2, 3), 7.0), "head.bias": torch.full((2,), 8.0)}
-    values, say = packed(torch.ones(2, 1), torch.ones(2), 3, torch.tensor([5.0, 0.0]))
-    new = unpacked(now, values, say)
+    values, say = pack_head(torch.ones(2, 1), torch.ones(2), 3, torch.tensor([5.0, 0.0]))
+    new = unpack_head(now, values, say)
     assert new["head.weight"].tolist() == [[1, 7, 7], [7, 7, 7]] and new["head.bias"].tolist() == [
         1,
         8,
@@ -159,7 +163,7 @@ def test_corner_means() -> None:
     wide, narrow = ({"w": torch.ones(2, 2)}, 1.0), ({"w": torch.full((1, 2), 4.0)}, 2.0)
     # whoever comes first, only its own elements have it for an owner
     for members in ([wide, narrow], [narrow, wide]):
-        got = corner_means(now, members)
+        got = leading_slice_means(now, members)
         assert got.keys() == {"w"} and got["w"].tolist() == [[3, 3, 9], [1, 1, 9], [9, 9, 9]]
     assert now["w"].eq(9).all()
 
@@ -185,8 +189,8 @@ def test_the_family_that_clients_models_give(
     chosen = prepared.config.algorithm
     assert chosen["model"]["name"] == name and list(chosen["widths"].values()) == widths
     assert prepared.notes and "in place of clients' own models" in prepared.notes[0]
-    wide = prepared.method.wide(prepared.federation.cards["site_1"].arch)  # type: ignore[attr-defined]
-    for card in prepared.federation.cards.values():
+    wide = prepared.method.wide_model(prepared.federation.client_infos["site_1"].arch)  # type: ignore[attr-defined]
+    for card in prepared.federation.client_infos.values():
         assert card.arch.shapes.keys() == wide.shapes.keys()
         assert all(
             a <= b
@@ -204,7 +208,7 @@ def test_the_family_is_written_down_and_a_run_goes_on_with_it(tmp_path: Path) ->
     assert (
         again.algorithm["widths"].keys()
         == finished.models.keys()
-        == prepare(again).federation.cards.keys()
+        == prepare(again).federation.client_infos.keys()
     )
     assert prepare(again).config == again
     run(source, out=tmp_path / "run", resume=True)
@@ -250,7 +254,7 @@ def test_models_are_read_as_they_were_trained_scaler_and_mask_included() -> None
         x = F.max_pool2d(x, 2) if i < 2 else x.mean((2, 3))
     logits, has = x @ t["head.weight"].T + t["head.bias"], client.counts > 0
     read = [
-        rounds.executor.site.predict(client, Rows("common_test"), home) for home in (False, True)
+        rounds.executor.runtime.predict(client, Rows("common_test"), home) for home in (False, True)
     ]  # type: ignore[attr-defined]
     assert not has.all() and torch.allclose(read[0], logits, atol=1e-5)
     assert torch.allclose(read[1], logits * has, atol=1e-5)
@@ -277,9 +281,9 @@ def test_widths_of_thousands_follow_from_their_models() -> None:
     few, many = (prepare(config("heterofl", models, n, data__partition=drawn)) for n in (999, 1002))
     for prepared, known in ((few, True), (many, False)):
         assert (prepared.config.algorithm["widths"] is not None) is known
-        cards = prepared.federation.cards
-        assert len(cards.kinds) == 3 and all(
-            "hidden" in dict(kind.arch.options) for kind in cards.kinds
+        cards = prepared.federation.client_infos
+        assert len(cards.profiles) == 3 and all(
+            "hidden" in dict(kind.arch.options) for kind in cards.profiles
         )
         ids = list(cards.clients.ids)[:3]
         assert [cards[id].arch.shapes["head.weight"] for id in ids] == [(10, 8), (10, 4), (10, 2)]

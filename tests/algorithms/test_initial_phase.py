@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.algorithms import algorithm
-from hetero_fl.algorithms.requirements import in_words, needs
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms.requirements import describe_needs, format_needs
 from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Fit, Plan
 from hetero_fl.engine.batches import index_batches
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.reporting.report_text import story
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.reporting.report_text import summarize_run
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 from tests.algorithms.test_kt_pfl import T, follow
@@ -47,10 +47,10 @@ def federation(
     return {**source, "algorithm": {**settings, **changes}}
 
 
-def watched(rounds: Rounds) -> Counter[str]:
+def watched(rounds: SynchronousTrainer) -> Counter[str]:
     """How often each client begins a fit of each label: counts `site_1: initial private`."""
     seen: Counter[str] = Counter()
-    rounds.executor.site.watch = lambda line: seen.update([line])  # type: ignore[attr-defined]
+    rounds.executor.runtime.watch = lambda line: seen.update([line])  # type: ignore[attr-defined]
     return seen
 
 
@@ -79,7 +79,7 @@ def test_fedmds_first_round_by_hand_for_clients_that_begin_in_different_rounds()
     kinds = set()
     for index in range(4):
         before, teacher = clients(rounds), rounds.server.state.get("teacher")
-        cohort = rounds.round()["cohort"]
+        cohort = rounds.run_round()["cohort"]
         for id in cohort:
             client, model = before[id], module(before[id].arch["model"], before[id].models["model"])
             public, own = client.data("proxy", None), client.data("train", None)
@@ -115,7 +115,7 @@ def test_kt_pfls_first_round_by_hand() -> None:
     late = 0
     for index in range(3):
         before, state = clients(rounds), dict(rounds.server.state)
-        cohort = rounds.round()["cohort"]
+        cohort = rounds.run_round()["cohort"]
         for id in cohort:
             client, model = before[id], module(before[id].arch["model"], before[id].models["model"])
             own = client.data("train", None)
@@ -153,7 +153,7 @@ def test_off_it_changes_no_bit_and_leaves_nothing_behind(method: str) -> None:
         config(method, MIXED, algorithm={"name": method, **ON}, data__proxy__labels=True)
     )
 
-    for id in plain.federation.cards:
+    for id in plain.federation.client_infos:
         assert plain.store.encoded(id) == off.store.encoded(id)
         assert not same_bits(plain.store.get(id).models["model"], on.store.get(id).models["model"])
         assert "initial_phase" not in plain.store.get(id).state
@@ -167,8 +167,8 @@ def test_each_client_has_it_once_in_its_first_round(method: str) -> None:
     labels = PHASE if method == "fedmd" else PHASE[1:]
 
     for _ in range(4):
-        taken_part.update(rounds.round()["cohort"])
-        for id in rounds.federation.cards:
+        taken_part.update(rounds.run_round()["cohort"])
+        for id in rounds.federation.client_infos:
             assert [seen[f"{id}: {label}"] for label in labels] == [min(1, taken_part[id])] * len(
                 labels
             )
@@ -182,29 +182,29 @@ def test_a_client_whose_first_upload_is_refused_has_it_again() -> None:
     seen = watched(rounds)
     spoil_first_upload(rounds, "site_1")
 
-    assert list(rounds.round()["failed"]) == ["site_1"]
-    rounds.round()
-    rounds.round()
+    assert list(rounds.run_round()["failed"]) == ["site_1"]
+    rounds.run_round()
+    rounds.run_round()
 
-    assert {id: seen[f"{id}: initial private"] for id in rounds.federation.cards} == {
+    assert {id: seen[f"{id}: initial private"] for id in rounds.federation.client_infos} == {
         "site_1": 2, "site_2": 1, "site_3": 1, "site_4": 1
     }  # fmt: skip
 
 
-def spoil_first_upload(rounds: Rounds, id: str) -> None:
+def spoil_first_upload(rounds: SynchronousTrainer, id: str) -> None:
     """Let what a client sends in the first round arrive with a NaN in it."""
     method = type(rounds.algorithm)
 
     def train(self: Any, client: Participant, got: Payload) -> Plan[Any]:
         items = yield from method.train(self, client, got)
-        if client.id == id and client.clock.round == 0:
+        if client.participant_id == id and client.round_context.round_idx == 0:
             spoiled = items["logits"].values.clone()
             spoiled[0, 0] = float("nan")
             items["logits"] = Item(spoiled, items["logits"].weight, "rows")
         return items
 
     rounds.algorithm = type("Spoiled", (method,), {"train": train})(**rounds.algorithm.model_dump())
-    rounds.executor.site.algorithm = rounds.expectations.algorithm = rounds.algorithm  # type: ignore[attr-defined]
+    rounds.executor.runtime.algorithm = rounds.expectations.algorithm = rounds.algorithm  # type: ignore[attr-defined]
 
 
 def test_without_public_epochs_no_labels_are_needed() -> None:
@@ -213,7 +213,7 @@ def test_without_public_epochs_no_labels_are_needed() -> None:
     rounds = rounds_of(source, held=0)
     seen = watched(rounds)
 
-    (first, *_) = rounds.round()["cohort"]
+    (first, *_) = rounds.run_round()["cohort"]
 
     assert seen[f"{first}: initial private"] == 1 and seen[f"{first}: initial public"] == 0
 
@@ -244,7 +244,7 @@ def test_an_asynchronous_run_has_it_once_for_each_client_too() -> None:
     seen = watched(session)
 
     for _ in range(3):
-        session.round()
+        session.run_round()
 
     begun = {line.partition(":")[0] for line in seen}
     assert len(begun) > 2 and sum(seen.values()) > 3 * len(begun)
@@ -252,12 +252,15 @@ def test_an_asynchronous_run_has_it_once_for_each_client_too() -> None:
 
 
 def test_what_it_needs_is_declared() -> None:
-    fedmd, kt_pfl = algorithm["fedmd"], algorithm["kt_pfl"]
+    fedmd, kt_pfl = register_algorithm["fedmd"], register_algorithm["kt_pfl"]
 
-    assert in_words(needs(fedmd())) == "proxy set"
-    assert in_words(needs(fedmd(initial_phase=True))) == "labeled proxy set"
-    assert in_words(needs(fedmd(initial_phase=True, initial_public_epochs=0))) == "proxy set"
-    assert in_words(needs(kt_pfl(initial_phase=True))) == "proxy set, single uploads"
+    assert format_needs(describe_needs(fedmd())) == "proxy set"
+    assert format_needs(describe_needs(fedmd(initial_phase=True))) == "labeled proxy set"
+    assert (
+        format_needs(describe_needs(fedmd(initial_phase=True, initial_public_epochs=0)))
+        == "proxy set"
+    )
+    assert format_needs(describe_needs(kt_pfl(initial_phase=True))) == "proxy set, single uploads"
     assert any(
         "trains on the labels of the proxy set" in note for note in prepare(federation()).notes
     )
@@ -277,7 +280,10 @@ def test_the_report_says_whether_labels_of_the_proxy_set_were_read(tmp_path: Pat
         }
         run(source, out=tmp_path / words.split()[0])
         written = RunDirectory(tmp_path / words.split()[0])
-        assert f"60 rows, whose labels {words}" in story(written.summary(), written.details())[0]
+        assert (
+            f"60 rows, whose labels {words}"
+            in summarize_run(written.summary(), written.details())[0]
+        )
 
 
 def test_a_proxy_set_without_labels_and_private_records_are_refused_in_one_line() -> None:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.algorithms.kt_pfl import on_simplex, shares
-from hetero_fl.core.objectives import Digest
+from hetero_fl.algorithms.kt_pfl import normalize_rows, project_to_simplex
+from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
-from hetero_fl.engine.driver import carry_out
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.engine.driver import run_plan
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
 from tests.references.local_training import apart, clients, module, train
 
@@ -39,7 +39,7 @@ def nearest(row: list[float]) -> list[float]:
 def follow(model: torch.nn.Module, x: Tensor, mixed: Tensor, where: tuple[Any, ...]) -> None:
     """One epoch of KL·T² from a mixture, over the batches that the client's key draws."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for rows in index_batches(60, Fit({}, Digest(), batch_size=32), where):
+    for rows in index_batches(60, Fit({}, TeacherDistillation(), batch_size=32), where):
         optimizer.zero_grad()
         log_q = (model(x[rows]).logits / T).log_softmax(1)
         (T**2 * (mixed[rows] * (mixed[rows].log() - log_q)).sum(1).mean()).backward()
@@ -52,7 +52,7 @@ def test_a_round_by_hand() -> None:
     settings = {"rho": 0.4, "coefficient_lr": 0.2, "coefficient_steps": 3}
     rounds = rounds_of(federation(**settings), held=1)
     before, state = clients(rounds), dict(rounds.server.state)
-    rounds.round()
+    rounds.run_round()
     said = []
     for k, (id, client) in enumerate(before.items()):
         model, public = (
@@ -115,18 +115,21 @@ def test_a_client_is_read_after_distilling_its_newest_mixture() -> None:
 @pytest.mark.usefixtures("float64")
 def test_the_projection_is_the_nearest_distribution() -> None:
     rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(2))
-    ours = on_simplex(rows)
+    ours = project_to_simplex(rows)
     assert torch.allclose(ours, torch.tensor([nearest(r) for r in rows.tolist()]), atol=1e-12)
-    assert torch.allclose(on_simplex(ours), ours, atol=1e-15)
+    assert torch.allclose(project_to_simplex(ours), ours, atol=1e-15)
     assert torch.equal(
-        shares(torch.tensor([[0.0, 0.0], [1.0, 3.0]])), torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+        normalize_rows(torch.tensor([[0.0, 0.0], [1.0, 3.0]])),
+        torch.tensor([[0.5, 0.5], [0.25, 0.75]]),
     )
 
 
-def learned(rounds: Rounds, p: Tensor, **settings: Any) -> Tensor:
+def learned(rounds: SynchronousTrainer, p: Tensor, **settings: Any) -> Tensor:
     method = rounds.algorithm.model_copy(update=settings)
     mix = torch.full((len(p), len(p)), 1 / len(p))
-    return carry_out(method.learned(rounds.server, mix, p), rounds.server, rounds.performer)[0]
+    return run_plan(
+        method.update_coefficients(rounds.server, mix, p), rounds.server, rounds.backend
+    )[0]
 
 
 @pytest.mark.usefixtures("float64")
@@ -153,20 +156,20 @@ def test_without_learning_all_have_the_mean_as_their_teacher() -> None:
     rounds = rounds_of(federation(coefficient_steps=0), held=1)
     teachers = [
         rounds.algorithm.broadcast(rounds.server, c)["teacher"]
-        for c in rounds.federation.cards.values()
+        for c in rounds.federation.client_infos.values()
     ]
     mean = rounds.server.state["predictions"].mean(0)
     assert all(torch.allclose((t / T).softmax(1), mean, atol=1e-12) for t in teachers)
     state = rounds.server.state  # and so has whoever gives those present no weight at all
     state["coefficients"] = torch.zeros_like(state["coefficients"])
-    teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards["site_1"])[
+    teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos["site_1"])[
         "teacher"
     ]
     assert torch.allclose((teacher / T).softmax(1), mean, atol=1e-12)
     first = rounds_of(federation(), held=0)
     local = rounds_of(config("local", MIXED, 3), held=1)
-    first.round()  # nobody has a teacher yet
-    for id in local.federation.cards:
+    first.run_round()  # nobody has a teacher yet
+    for id in local.federation.client_infos:
         assert apart(first.store.get(id).models["model"], local.store.get(id).models["model"]) == 0
 
 
@@ -174,7 +177,7 @@ def test_those_who_are_absent_keep_their_weights() -> None:
     source = federation("mlp", 4, coefficient_lr=0.3)
     source["clients"]["per_round"] = 2
     rounds = rounds_of({**source, "rounds": 6}, held=0)
-    ids, changed = list(rounds.federation.cards), 0
+    ids, changed = list(rounds.federation.client_infos), 0
 
     def coefficients() -> Tensor:
         c, seen = (
@@ -187,17 +190,17 @@ def test_those_who_are_absent_keep_their_weights() -> None:
 
     for index in range(6):
         before = coefficients()
-        rounds.round()
+        rounds.run_round()
         assert set(rounds.server.state["seen"]) == {
-            id for i in range(index + 1) for id in rounds.cohort(i)
+            id for i in range(index + 1) for id in rounds.sample_cohort(i)
         }
-        c, here = coefficients(), [ids.index(id) for id in rounds.cohort(index)]
+        c, here = coefficients(), [ids.index(id) for id in rounds.sample_cohort(index)]
         away = [k for k in range(4) if k not in here]
         assert torch.equal(c[away], before[away]) and torch.equal(c[:, away], before[:, away])
         assert torch.allclose(c.sum(1), torch.ones(4), atol=1e-5) and (c >= 0).all()
         changed += not torch.equal(c, before)
-        teacher = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[ids[away[0]]])[
-            "teacher"
-        ]
+        teacher = rounds.algorithm.broadcast(
+            rounds.server, rounds.federation.client_infos[ids[away[0]]]
+        )["teacher"]
         assert torch.allclose((teacher / T).softmax(1).sum(1), torch.ones(60), atol=1e-5)
     assert changed == 6

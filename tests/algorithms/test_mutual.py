@@ -12,14 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.algorithms.mutual import MENTEE
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.objectives import AdaptiveMutual, Batch, Mutual, Net, Nets, as_shape
-from hetero_fl.core.participant import Participant, floats
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.objectives import (
+    AdaptiveMutual,
+    Batch,
+    ModelView,
+    ModelViews,
+    MutualDistillation,
+    to_shape,
+)
+from hetero_fl.core.participant import Participant, floating_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Rows
-from hetero_fl.engine.driver import carry_out
+from hetero_fl.engine.driver import run_plan
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import apart, clients, module, train
@@ -40,14 +47,16 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 def weighted_mean(sent: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
     total = sum(n for n, _ in sent)
-    return {name: sum(n * t[name] for n, t in sent) / total for name in floats(sent[0][1])}
+    return {
+        name: sum(n * t[name] for n, t in sent) / total for name in floating_tensors(sent[0][1])
+    }
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_round_of_fml_by_hand() -> None:
     rounds = rounds_of(federation("fml", alpha=0.6, beta=0.3), held=1)
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
-    rounds.round()
+    rounds.run_round()
     for id, client in before.items():
         own, mentee = (
             module(client.arch["model"], client.models["model"]),
@@ -61,7 +70,7 @@ def test_a_round_of_fml_by_hand() -> None:
 
         train(client, [*own.parameters(), *mentee.parameters()], loss)
         assert apart(rounds.store.get(id).models["model"], own) < 1e-9
-        sent.append((client.n, mentee.state_dict()))
+        sent.append((client.num_rows, mentee.state_dict()))
     mean = weighted_mean(sent)
     assert any("running_var" in n for n in mean)
     assert apart(rounds.server.models[MENTEE], mean) < 1e-9
@@ -90,7 +99,7 @@ def test_a_round_of_fedkd_by_hand() -> None:
     )
     before, shared, sent = clients(rounds), dict(rounds.server.models[MENTEE]), []
     cut = 0.0
-    rounds.round()
+    rounds.run_round()
     for id, client in before.items():
         own, mentee = (
             module(client.arch["model"], client.models["model"]),
@@ -110,10 +119,12 @@ def test_a_round_of_fedkd_by_hand() -> None:
         assert float((kept.models["hidden"]["head.weight"] - w.detach()).abs().max()) < 1e-9
         assert not kept.models["hidden"]["head.bias"].any()
         # the server and its clients hold the same mentee
-        assert same_bits(kept.state["base"], floats(shared))
-        update = {n: t.detach() - shared[n] for n, t in floats(mentee.state_dict()).items()}
+        assert same_bits(kept.state["base"], floating_tensors(shared))
+        update = {
+            n: t.detach() - shared[n] for n, t in floating_tensors(mentee.state_dict()).items()
+        }
         # 0.8: the last of two rounds
-        sent.append((client.n, {n: truncated(t, 0.8) for n, t in update.items()}))
+        sent.append((client.num_rows, {n: truncated(t, 0.8) for n, t in update.items()}))
         cut = max(cut, *(float((sent[-1][1][n] - t).abs().max()) for n, t in update.items()))
     change = {n: truncated(t, 0.8) for n, t in weighted_mean(sent).items()}
     assert cut > 1e-4  # something was truncated
@@ -130,11 +141,13 @@ def test_fml_without_the_mentees_word_is_local_at_home_and_without_the_models_wo
     )
     fedavg = rounds_of(config("fedavg", SMALL))
     (group,) = fedavg.server.models
-    for id in local.federation.cards:
+    for id in local.federation.client_infos:
         assert (
             apart(apart_.store.get(id).models["model"], local.store.get(id).models["model"]) < 1e-10
         )
-    assert apart(apart_.server.models[MENTEE], floats(fedavg.server.models[group])) < 1e-10
+    assert (
+        apart(apart_.server.models[MENTEE], floating_tensors(fedavg.server.models[group])) < 1e-10
+    )
     together = rounds_of(federation("fml"))
     assert (
         apart(
@@ -142,14 +155,16 @@ def test_fml_without_the_mentees_word_is_local_at_home_and_without_the_models_wo
         )
         > 1e-4
     )
-    assert apart(together.server.models[MENTEE], floats(fedavg.server.models[group])) > 1e-4
+    assert (
+        apart(together.server.models[MENTEE], floating_tensors(fedavg.server.models[group])) > 1e-4
+    )
 
 
-def trained(rounds: Rounds, id: str) -> tuple[Participant, Payload, Payload]:
+def trained(rounds: SynchronousTrainer, id: str) -> tuple[Participant, Payload, Payload]:
     """A client after the next round's training, what it was sent and what it sends."""
-    got = Payload(rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[id]))
+    got = Payload(rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos[id]))
     client = clients(rounds)[id]
-    items, _ = carry_out(rounds.algorithm.train(client, got), client, rounds.performer)
+    items, _ = run_plan(rounds.algorithm.train(client, got), client, rounds.backend)
     return client, got, Payload(items)
 
 
@@ -157,30 +172,34 @@ def trained(rounds: Rounds, id: str) -> tuple[Participant, Payload, Payload]:
 @pytest.mark.parametrize("settings", [{}, {"energy_start": 1.0, "energy_end": 1.0}])
 def test_one_clients_mentee_is_the_servers(settings: dict[str, float]) -> None:
     rounds = rounds_of(federation("fedkd" if settings else "fml", clients=1, **settings), held=1)
-    (id,) = rounds.federation.cards
-    rounds._clock(1)
+    (id,) = rounds.federation.client_infos
+    rounds._set_round_context(1)
     client, _, _ = trained(rounds, id)
-    rounds.round()
-    assert apart(rounds.server.models[MENTEE], floats(client.models[MENTEE])) < (
+    rounds.run_round()
+    assert apart(rounds.server.models[MENTEE], floating_tensors(client.models[MENTEE])) < (
         1e-12 if settings else 1e-300
     )
 
 
-@pytest.mark.parametrize("objective", [Mutual(shape=(1, 8, 8)), AdaptiveMutual(shape=(1, 8, 8))])
-def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked(objective: Mutual) -> None:
+@pytest.mark.parametrize(
+    "objective", [MutualDistillation(shape=(1, 8, 8)), AdaptiveMutual(shape=(1, 8, 8))]
+)
+def test_what_pads_a_batch_counts_for_nothing_and_clients_may_be_stacked(
+    objective: MutualDistillation,
+) -> None:
     torch.manual_seed(5)
     archs = {
-        "model": Architecture.of("mlp", 10, (1, 8, 8)),
-        "mentee": Architecture.of("linear", 10, (1, 8, 8)),
+        "model": ModelSpec.from_config("mlp", 10, (1, 8, 8)),
+        "mentee": ModelSpec.from_config("linear", 10, (1, 8, 8)),
     }
-    archs["hidden"] = Architecture.of("linear", 128, (64,))
-    nets = Nets({slot: Net.live(arch.build()) for slot, arch in archs.items()})
+    archs["hidden"] = ModelSpec.from_config("linear", 128, (64,))
+    nets = ModelViews({slot: ModelView.from_module(arch.build()) for slot, arch in archs.items()})
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
     padded = Batch(x=torch.cat([x, 9 * x[:2]]), y=torch.cat([y, y[:2]]))
     padded.weight = torch.tensor([1.0] * 6 + [0.0] * 2)
-    whole = objective.total(nets, Batch(x=x, y=y), {})
-    assert torch.allclose(objective.total(nets, padded, {}), whole, atol=1e-5)
-    stacked = torch.vmap(lambda a: objective.total(nets, Batch(x=a, y=y), {}))(
+    whole = objective.total_loss(nets, Batch(x=x, y=y), {})
+    assert torch.allclose(objective.total_loss(nets, padded, {}), whole, atol=1e-5)
+    stacked = torch.vmap(lambda a: objective.total_loss(nets, Batch(x=a, y=y), {}))(
         torch.stack([-x, x])
     )  # many clients at once
     assert torch.allclose(stacked[1], whole, atol=1e-5)
@@ -190,18 +209,18 @@ def test_fedkd_sends_changes_to_whoever_holds_the_last_mentee_and_the_whole_to_o
     source = federation("fedkd", clients=3)
     source["clients"]["per_round"] = 2
     rounds = rounds_of({**source, "rounds": 6}, held=0)
-    whole = {n: t.clone() for n, t in floats(rounds.server.models[MENTEE]).items()}
+    whole = {n: t.clone() for n, t in floating_tensors(rounds.server.models[MENTEE]).items()}
     held: dict[str, int] = {}
     kinds = set()
     for index in range(6):
-        rounds._clock(index)
-        for id in rounds.federation.cards:
+        rounds._set_round_context(index)
+        for id in rounds.federation.client_infos:
             client, got, _ = trained(rounds, id)
             kinds.update(got)
             assert list(got) == (["change"] if held.get(id) == index - 1 else [MENTEE])
-            assert same_bits(client.state["base"], floats(rounds.server.models[MENTEE]))
-        held.update(dict.fromkeys(rounds.cohort(index), index))
-        rounds.round()
+            assert same_bits(client.state["base"], floating_tensors(rounds.server.models[MENTEE]))
+        held.update(dict.fromkeys(rounds.sample_cohort(index), index))
+        rounds.run_round()
     assert kinds == {"change", MENTEE}
     full = sum(t.numel() for t in whole.values())
     assert sum(t.numel() for t in rounds.server.state["change"].values()) < full
@@ -223,18 +242,18 @@ def test_what_a_client_shares_binds(method: str) -> None:
         {"match": "site_2", "shares": ["backbone"]},
     ]
     rounds = rounds_of({**source, "rounds": 3}, held=2)
-    rounds._clock(2)
+    rounds._set_round_context(2)
     before = dict(rounds.server.models[MENTEE])
-    kept = {id: trained(rounds, id) for id in rounds.federation.cards}
+    kept = {id: trained(rounds, id) for id in rounds.federation.client_infos}
     sent = {id: set(u[MENTEE]) if u else set() for id, (_, _, u) in kept.items()}
-    names = set(floats(before))
+    names = set(floating_tensors(before))
     assert sent["site_1"] == set() and sent["site_3"] == names and not kept["site_1"][1]
     assert sent["site_2"] == {n for n in names if n.startswith("backbone.")}
     stored = {id: rounds.store.get(id).models for id in kept}
     assert set(stored["site_1"][MENTEE]) >= names  # nobody replaces it
-    assert set(floats(stored["site_2"][MENTEE])) == {"head.weight", "head.bias"}
+    assert set(floating_tensors(stored["site_2"][MENTEE])) == {"head.weight", "head.bias"}
     assert MENTEE not in stored["site_3"]
-    rounds.round()  # and the server takes it all as it comes
+    rounds.run_round()  # and the server takes it all as it comes
 
 
 @pytest.mark.parametrize("method", ["fml", "fedkd"])
@@ -243,9 +262,9 @@ def test_every_other_round(method: str) -> None:
     source["clients"]["defaults"]["share_every"] = 2
     rounds, sent = rounds_of(source, held=0), []
     for index in range(4):
-        rounds._clock(index)
+        rounds._set_round_context(index)
         sent.append([list(p) for p in trained(rounds, "site_3")[1:]])
-        rounds.round()
+        rounds.run_round()
     later = [MENTEE] if method == "fml" else ["change"]
     assert sent == [[[MENTEE], []], [[], [MENTEE]], [later, []], [[], [MENTEE]]]
 
@@ -277,28 +296,28 @@ def test_views_that_differ_in_shape(method: str, tmp_path: Path) -> None:
     mentee = module(rounds.server.arch[MENTEE], rounds.server.models[MENTEE]).eval()
     with torch.no_grad():
         assert torch.allclose(
-            rounds.executor.site.predict(client, Rows("common_test"), False),
+            rounds.executor.runtime.predict(client, Rows("common_test"), False),
             mentee(small).logits,
             atol=1e-5,
         )
         own = module(client.arch["model"], client.models["model"]).eval()(x).logits
     assert torch.allclose(
-        rounds.executor.site.predict(client, Rows("common_test"), True), own, atol=1e-5
+        rounds.executor.runtime.predict(client, Rows("common_test"), True), own, atol=1e-5
     )
     finished = run(source, out=tmp_path / "run")
     assert {id: m.arch.name for id, m in finished.models.items()} == {
-        id: c.arch.name for id, c in prepared.federation.cards.items()
+        id: c.arch.name for id, c in prepared.federation.client_infos.items()
     }
 
 
 def test_as_shape() -> None:
     x = torch.arange(32.0).reshape(2, 1, 4, 4)
-    assert as_shape(x, (1, 4, 4)) is x
-    assert torch.equal(as_shape(as_shape(x, (3, 4, 4)), (1, 4, 4)), x)
-    assert as_shape(x, (3, 6, 2)).shape == (2, 3, 6, 2)
+    assert to_shape(x, (1, 4, 4)) is x
+    assert torch.equal(to_shape(to_shape(x, (3, 4, 4)), (1, 4, 4)), x)
+    assert to_shape(x, (3, 6, 2)).shape == (2, 3, 6, 2)
     stacked = torch.stack([x, 2 * x])
     assert torch.equal(
-        torch.vmap(lambda one: as_shape(one, (3, 2, 2)))(stacked)[1], as_shape(2 * x, (3, 2, 2))
+        torch.vmap(lambda one: to_shape(one, (3, 2, 2)))(stacked)[1], to_shape(2 * x, (3, 2, 2))
     )
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hetero_fl.algorithms import algorithm
-from hetero_fl.core.objectives import Batch, Given, Nets, Supervised
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.core.objectives import Batch, Context, ModelViews, Supervised
 from hetero_fl.experiment import run
 from hetero_fl.utils.errors import UserError
 from tests.helpers import documented_method
@@ -31,7 +31,7 @@ def test_it_is_the_code_of_the_docs() -> None:
 
 @pytest.mark.slow
 def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
-    assert "median_teacher" in algorithm
+    assert "median_teacher" in register_algorithm
     by_name = run(config("median_teacher", MIXED), out=tmp_path / "a")
     by_reference = run(
         config("python:tests.helpers.documented_method:MedianTeacher", MIXED), out=tmp_path / "b"
@@ -43,9 +43,9 @@ def test_it_runs_by_its_name_and_by_reference(tmp_path: Path) -> None:
 def test_it_does_what_it_says() -> None:
     rounds = rounds_of(config("median_teacher", MIXED, rounds=1), held=0)
     seen = []
-    uploads_of = rounds.intake.receive
-    rounds.intake.receive = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
-    rounds.round()
+    uploads_of = rounds.collector.decode_upload
+    rounds.collector.decode_upload = lambda *a: seen.append(uploads_of(*a)) or seen[-1]  # type: ignore[method-assign]
+    rounds.run_round()
     want = np.median([p["logits"].numpy() for p in seen], axis=0)
     assert np.allclose(rounds.server.state["teacher"], want, atol=1e-6)
 
@@ -61,8 +61,8 @@ def test_a_setting_out_of_range_is_refused() -> None:
 class Focal(Supervised):
     """A local objective of one's own: easy examples count less (Lin et al. 2017, focal loss)."""
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> torch.Tensor:
-        plain = super().loss(nets, batch, given)
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> torch.Tensor:
+        plain = super().loss(nets, batch, context)
         return plain * (1 - torch.exp(-plain.detach())) ** 2
 
 

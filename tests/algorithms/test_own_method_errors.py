@@ -18,16 +18,16 @@ from hetero_fl.core.objectives import Objective, Supervised
 from hetero_fl.core.payload import Item, ItemSpec
 from hetero_fl.core.plan import Fit, Predict, Rows
 from hetero_fl.experiment import run
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.helpers.small_federations import config, rounds_of
 
 
-def own(**hooks: Callable[..., Any]) -> Rounds:
+def own(**hooks: Callable[..., Any]) -> SynchronousTrainer:
     """A federation with a FedAvg of which some hooks are the author's."""
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
     method = type("Mine", (FedAvg,), hooks)()
-    rounds.algorithm = rounds.executor.site.algorithm = rounds.expectations.algorithm = method
+    rounds.algorithm = rounds.executor.runtime.algorithm = rounds.expectations.algorithm = method
     return rounds
 
 
@@ -80,7 +80,7 @@ def test_a_step_or_plan_that_is_made_and_not_yielded(
     train: Callable[..., Any], below: int, what: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        own(train=train).round()
+        own(train=train).run_round()
     assert str(error.value).startswith(f"Mine.{train.__name__} {line_of(train, below)}: {what}")
 
 
@@ -95,7 +95,7 @@ def test_the_servers_plan_and_a_helper_are_watched_too() -> None:
     with pytest.raises(
         UserError, match=r"^helper \(.*test_own_method_errors\.py, line \d+\): a Fit is made"
     ):
-        own(aggregate=aggregate).round()
+        own(aggregate=aggregate).run_round()
 
 
 def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
@@ -110,8 +110,8 @@ def test_steps_may_be_made_early_changed_in_a_list_or_elsewhere() -> None:
         return self.share(client)
 
     rounds = own(train=train)
-    assert rounds.round()["failed"] == {}
-    assert elsewhere.made is None and elsewhere == Predict("model", Rows("proxy"), made=None)
+    assert rounds.run_round()["failed"] == {}
+    assert elsewhere.origin is None and elsewhere == Predict("model", Rows("proxy"), origin=None)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_yielding_what_is_no_step(yielded: Callable[..., Any], words: str) -> No
     with pytest.raises(
         UserError, match=rf"^Mine\.train \(.*test_own_method_errors\.py, line \d+\): {words}"
     ):
-        own(train=train).round()
+        own(train=train).run_round()
 
 
 def train_without_yield(self: Any, client: Any, got: Any) -> Any:
@@ -152,7 +152,7 @@ def test_hook_without_yield_is_named_with_class_file_and_line(
     hook: str, function: Callable[..., Any], returned: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        own(**{hook: function}).round()
+        own(**{hook: function}).run_round()
 
     assert str(error.value) == (
         f"Mine.{function.__name__} {line_of(function, 0)}: returned {returned}, expected a plan; write `yield` before "
@@ -164,11 +164,11 @@ def test_hook_without_yield_may_hand_on_another_plan() -> None:
     def train(self: Any, client: Any, got: Any) -> Any:
         return FedAvg.train(self, client, got)
 
-    assert own(train=train).round()["failed"] == {}
+    assert own(train=train).run_round()["failed"] == {}
 
 
 class ReturnsItems(FedAvg):
-    def train(self, client: Any, got: Any) -> Any:
+    def train(self, client: Any, received: Any) -> Any:
         return self.share(client)
 
 
@@ -216,18 +216,18 @@ class Number(FedAvg):
 
 
 class NoReturn(FedAvg):
-    def train(self, client: Any, got: Any) -> Any:
-        yield from super().train(client, got)
+    def train(self, client: Any, received: Any) -> Any:
+        yield from super().train(client, received)
 
 
 class NoBroadcast(FedAvg):
-    def broadcast(self, server: Any, card: Any) -> Any:
-        super().broadcast(server, card)
+    def broadcast(self, server: Any, recipient: Any) -> Any:
+        super().broadcast(server, recipient)
 
 
 class Forgotten(FedAvg):
-    def train(self, client: Any, got: Any) -> Any:
-        yield from self.deploy(client, got)
+    def train(self, client: Any, received: Any) -> Any:
+        yield from self.deploy(client, received)
         self.fit(client)
         return self.share(client)
 
@@ -269,15 +269,15 @@ class WrongShape(FedAvg):
 
 def test_a_shape_that_was_not_agreed_is_named() -> None:
     with pytest.raises(
-        RunFailed,
+        RunFailedError,
         match=r"upload refused: item 'seen', values: shape \(\d+,\) where \(0,\) was agreed",
     ):
         rounds_of(source(WrongShape))
 
 
 class Misspelt(FedAvg):
-    def deploy(self, client: Any, got: Any) -> Any:
-        client.load("model", got["modle"])
+    def deploy(self, client: Any, received: Any) -> Any:
+        client.load("model", received["modle"])
         yield from ()
 
 
@@ -289,49 +289,65 @@ class AsksForAnother(FedAvg):
 
 @dataclass(frozen=True)
 class Clumsy(Supervised):
-    def loss(self, nets: Any, batch: Any, given: Any) -> Any:
+    def loss(self, nets: Any, batch: Any, context: Any) -> Any:
         return nets.model(batch.x).logits @ torch.zeros(3, 3)
 
-    total = Objective.total
+    total_loss = Objective.total_loss
 
 
 class ClumsyObjective(FedAvg):
-    def train(self, client: Any, got: Any) -> Any:
-        yield from self.deploy(client, got)
+    def train(self, client: Any, received: Any) -> Any:
+        yield from self.deploy(client, received)
         yield self.fit(client, Clumsy(client.task.kind))
         return self.share(client)
 
 
 class NoSuchSlot(FedAvg):
-    def train(self, client: Any, got: Any) -> Any:
-        items = yield from super().train(client, got)
+    def train(self, client: Any, received: Any) -> Any:
+        items = yield from super().train(client, received)
         yield replace(self.fit(client), train={"modle": None})
         return items
 
 
 class StartFails(FedAvg):
-    def start(self, server: Any) -> None:
+    def setup(self, server: Any) -> None:
         server.state["x"] = 1 / 0
+
+
+class OldAttribute(FedAvg):
+    def weight_of(self, client: Any) -> float:
+        return float(client.n)
+
+
+class OldArgument(FedAvg):
+    def train(self, client: Any, received: Any) -> Any:
+        yield self.fit(client, given={"anchor": {}})
+        return self.share(client)
 
 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
         (
+            OldAttribute,
+            r"in weight_of: AttributeError: .*; Participant\.n is now Participant\.num_rows$",
+        ),
+        (OldArgument, r"in train: TypeError: .*; Fit\.given is now Fit\.context$"),
+        (
             Misspelt,
-            r"in deploy: NoSuchItem: no item 'modle' was sent, but 'model'; did you mean 'model'\?$",
+            r"in deploy: MissingItemError: no item 'modle' was sent, but 'model'; did you mean 'model'\?$",
         ),
         (
             AsksForAnother,
-            r"in aggregate: NoSuchItem: item 'logits' is not declared in `uploads`; choose from model$",
+            r"in aggregate: MissingItemError: item 'logits' is not declared in `uploads`; choose from model$",
         ),
         (ClumsyObjective, r"in loss: RuntimeError: .*mat1 and mat2 shapes .*$"),
         (NoSuchSlot, r"in train: KeyError: 'modle'$"),
-        (StartFails, r"in start: ZeroDivisionError: division by zero$"),
+        (StartFails, r"in setup: ZeroDivisionError: division by zero$"),
     ],
 )
 def test_an_exception_in_ones_own_code_names_file_and_line(method: type, words: str) -> None:
-    with pytest.raises(RunFailed, match=rf"^{re.escape(__file__)}:\d+, {words}"):
+    with pytest.raises(RunFailedError, match=rf"^{re.escape(__file__)}:\d+, {words}"):
         rounds_of(source(method))
 
 
@@ -347,7 +363,7 @@ def test_the_traceback_goes_to_the_log_and_the_status_is_one(
         == 1
     )
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("failed: ") and "in aggregate: NoSuchItem" in said
+    assert said.startswith("failed: ") and "in aggregate: MissingItemError" in said
     log = (tmp_path / "run" / "log.txt").read_text()
     assert (
         said in log
@@ -360,4 +376,4 @@ def test_a_fault_of_the_frameworks_own_is_not_dressed_up() -> None:
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
     rounds.store = None  # type: ignore[assignment]
     with pytest.raises(AttributeError):
-        rounds.round()
+        rounds.run_round()

@@ -9,8 +9,8 @@ import pytest
 
 from hetero_fl.experiment import run
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.state_store import Store
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.serialization import encode
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
@@ -31,26 +31,26 @@ def source(method: str) -> dict[str, Any]:
     return config(method, MIXED, 5, clients__per_round=3, rounds=4)
 
 
-def everything(rounds: Rounds) -> bytes:
+def everything(rounds: SynchronousTrainer) -> bytes:
     """All that a run knows, as bytes."""
-    private = {id: rounds.store.get(id) for id in rounds.federation.cards}
+    private = {id: rounds.store.get(id) for id in rounds.federation.client_infos}
     clients = {id: {"models": p.models, "state": p.state} for id, p in private.items()}
-    return encode({"run": rounds.tree(), "clients": clients}, "test")
+    return encode({"run": rounds.state_dict(), "clients": clients}, "test")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", STATEFUL)
 def test_a_run_that_is_resumed_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
     whole = rounds_of(source(method))
-    begun = rounds_of(source(method), held=2, store=Store(tmp_path))
-    Checkpoints(begun.store, pytest.fail).save(2, {"run": begun.tree()})
-    store = Store(tmp_path)
-    tree = Checkpoints(store, pytest.fail).newest()
+    begun = rounds_of(source(method), held=2, store=StateStore(tmp_path))
+    Checkpoints(begun.store, pytest.fail).save(2, {"run": begun.state_dict()})
+    store = StateStore(tmp_path)
+    tree = Checkpoints(store, pytest.fail).load_newest()
     assert tree is not None
     resumed = rounds_of(source(method), held=0, store=store)
-    resumed.restore(tree["run"])
+    resumed.load_state_dict(tree["run"])
     for _ in range(2):
-        resumed.round()
+        resumed.run_round()
     assert everything(resumed) == everything(whole)
 
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hetero_fl.algorithms.personalization import PERSONAL
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.participant import Participant, floats
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import Participant, floating_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Rows
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from model_zoo import SplitModel
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import apart, clients, mean, module, train
@@ -27,11 +27,13 @@ Sent = dict[str, list[tuple[float, dict[str, Tensor]]]]
 
 
 def received(
-    rounds: Rounds, client: Participant, travels: Any = lambda name: True
+    rounds: SynchronousTrainer, client: Participant, travels: Any = lambda name: True
 ) -> torch.nn.Module:
     """The client's model with what the server's replaces, in training mode."""
     arch = client.arch["model"]
-    sent = {n: t for n, t in floats(rounds.server.models[arch.id]).items() if travels(n)}
+    sent = {
+        n: t for n, t in floating_tensors(rounds.server.models[arch.spec_id]).items() if travels(n)
+    }
     return module(arch, {**client.models["model"], **sent})
 
 
@@ -39,7 +41,7 @@ def entropy(model: torch.nn.Module) -> Any:
     return lambda x, y: F.cross_entropy(model(x).logits, y)
 
 
-def compare(rounds: Rounds, sent: Sent) -> None:
+def compare(rounds: SynchronousTrainer, sent: Sent) -> None:
     """The server's models with the means of what was sent."""
     for group, members in sent.items():
         assert apart(rounds.server.models[group], mean(members)) < 1e-9
@@ -61,9 +63,9 @@ def test_a_round_of_fedbn_by_hand() -> None:
         assert len(norm) == (15 if client.arch["model"].name == BN else 0)
         model = models[id] = received(rounds, client, lambda n, norm=norm: n not in norm)
         train(client, list(model.parameters()), entropy(model))
-        state = {n: t for n, t in floats(model.state_dict()).items() if n not in norm}
-        sent.setdefault(client.arch["model"].id, []).append((client.n, state))
-    rounds.round()
+        state = {n: t for n, t in floating_tensors(model.state_dict()).items() if n not in norm}
+        sent.setdefault(client.arch["model"].spec_id, []).append((client.num_rows, state))
+    rounds.run_round()
     compare(rounds, sent)
     for id, client in clients(rounds).items():
         norm = is_norm(client)
@@ -94,7 +96,10 @@ def test_fedbn_without_batch_norm_is_fedavg_bit_for_bit_and_with_it_is_not() -> 
         fedavg, fedbn = rounds_of(config("fedavg", model)), rounds_of(config("fedbn", model))
         (group,) = fedavg.server.models
         assert (
-            same_bits(floats(fedavg.server.models[group]), floats(fedbn.server.models[group]))
+            same_bits(
+                floating_tensors(fedavg.server.models[group]),
+                floating_tensors(fedbn.server.models[group]),
+            )
             is equal
         )
         # a model whose BatchNorm never saw a row is not read
@@ -102,7 +107,7 @@ def test_fedbn_without_batch_norm_is_fedavg_bit_for_bit_and_with_it_is_not() -> 
 
 
 def test_batch_norm_is_found_by_type() -> None:
-    assert Architecture.of(
+    assert ModelSpec.from_config(
         "python:tests.algorithms.test_personalization:Odd", 10, (1, 8, 8)
     ).batch_norm_names == {
         f"backbone.steady.{n}"
@@ -138,9 +143,13 @@ def test_a_round_of_fedrep_by_hand() -> None:
                 label,
                 epochs,
             )
-        state = {n: t for n, t in floats(model.state_dict()).items() if n.startswith("backbone.")}
-        sent.setdefault(client.arch["model"].id, []).append((client.n, state))
-    rounds.round()
+        state = {
+            n: t
+            for n, t in floating_tensors(model.state_dict()).items()
+            if n.startswith("backbone.")
+        }
+        sent.setdefault(client.arch["model"].spec_id, []).append((client.num_rows, state))
+    rounds.run_round()
     compare(rounds, sent)
     for id, model in models.items():
         heads = {n: t for n, t in model.state_dict().items() if n.startswith("head.")}
@@ -153,11 +162,15 @@ def test_fedrep_takes_the_clients_own_epochs_or_steps_for_the_head() -> None:
         client = clients(rounds)["site_1"]
         plan = rounds.algorithm.train(
             client,
-            Payload(rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[client.id])),
+            Payload(
+                rounds.algorithm.broadcast(
+                    rounds.server, rounds.federation.client_infos[client.participant_id]
+                )
+            ),
         )
         fit = next(plan)
         steps[fit.label] = (fit.epochs, fit.steps)
-        fit = plan.send(rounds.performer.perform([(client, fit)])[0])
+        fit = plan.send(rounds.backend.run([(client, fit)])[0])
         steps[fit.label] = (fit.epochs, fit.steps)
         assert steps == {
             "head": (2, None) if "clients__defaults__epochs" in changes else (1, 7),
@@ -176,21 +189,27 @@ def test_a_round_of_fedbabu_by_hand(finetune: str) -> None:
         model = received(rounds, client)
         body = [p for n, p in model.named_parameters() if n.startswith("backbone.")]
         train(client, body, entropy(model))
-        state = {n: t for n, t in floats(model.state_dict()).items() if n.startswith("backbone.")}
-        sent.setdefault(client.arch["model"].id, []).append((client.n, state))
-    rounds.round()
+        state = {
+            n: t
+            for n, t in floating_tensors(model.state_dict()).items()
+            if n.startswith("backbone.")
+        }
+        sent.setdefault(client.arch["model"].spec_id, []).append((client.num_rows, state))
+    rounds.run_round()
     compare(rounds, sent)
     for id, client in clients(rounds).items():
         arch = client.arch["model"]
-        begun = rounds.federation.initial(arch)
+        begun = rounds.federation.initial_tensors(arch)
         assert all(
-            torch.equal(rounds.server.models[arch.id][n], begun[n])
+            torch.equal(rounds.server.models[arch.spec_id][n], begun[n])
             for n in begun
             if n.startswith("head.")
         )
-        travels = rounds.algorithm.broadcast(rounds.server, rounds.federation.cards[id])["model"]
+        travels = rounds.algorithm.broadcast(rounds.server, rounds.federation.client_infos[id])[
+            "model"
+        ]
         # equal heads would average to the same, at a cost
-        assert travels.keys() == sent[arch.id][0][1].keys()
+        assert travels.keys() == sent[arch.spec_id][0][1].keys()
         tuned = received(rounds, client)
         parameters = [
             p for n, p in tuned.named_parameters() if finetune == "all" or n.startswith("head.")
@@ -214,7 +233,7 @@ def test_a_round_of_ditto_by_hand() -> None:
     )
     sent: Sent = {}
     personal = {}
-    before, cohort = clients(rounds), rounds.cohort(2)
+    before, cohort = clients(rounds), rounds.sample_cohort(2)
     assert any(PERSONAL in before[id].models for id in cohort)
     for id in cohort:
         client = before[id]
@@ -228,8 +247,10 @@ def test_a_round_of_ditto_by_hand() -> None:
 
         train(client, list(own.parameters()), loss, "personal", 2)
         train(client, list(shared.parameters()), entropy(shared))
-        sent.setdefault(client.arch["model"].id, []).append((client.n, floats(shared.state_dict())))
-    rounds.round()
+        sent.setdefault(client.arch["model"].spec_id, []).append(
+            (client.num_rows, floating_tensors(shared.state_dict()))
+        )
+    rounds.run_round()
     compare(rounds, sent)
     for id in cohort:
         assert apart(rounds.store.get(id).models[PERSONAL], personal[id]) < 1e-9
@@ -254,7 +275,7 @@ def test_ditto_without_a_pull_trains_alone(weight: float, equal: bool) -> None:
     ditto = rounds_of(
         config("ditto", MIXED, 4, algorithm={"name": "ditto", "weight": weight}, **whole)
     )
-    for id in local.federation.cards:
+    for id in local.federation.client_infos:
         far = apart(ditto.store.get(id).models[PERSONAL], local.store.get(id).models["model"])
         assert far < 1e-10 if equal else far > 1e-5
 
@@ -263,11 +284,11 @@ def test_ditto_reads_the_personal_model_at_home_and_the_shared_one_in_common(
     tmp_path: Path,
 ) -> None:
     rounds = rounds_of(config("ditto", "mlp", 3, clients__per_round=1, rounds=1))
-    (trained,) = rounds.cohort(0)
+    (trained,) = rounds.sample_cohort(0)
     rows = Rows("common_test")
-    for id in rounds.federation.cards:
+    for id in rounds.federation.client_infos:
         client = deployed(rounds, id)
-        site = rounds.executor.site  # type: ignore[attr-defined]
+        site = rounds.executor.runtime  # type: ignore[attr-defined]
         home, common = site.predict(client, rows, True), site.predict(client, rows, False)
         assert torch.equal(home, common) is (id != trained)
         personal = module(client.arch["model"], client.models[PERSONAL]).eval()
@@ -280,5 +301,5 @@ def test_ditto_reads_the_personal_model_at_home_and_the_shared_one_in_common(
     path = tmp_path / "model.safetensors"
     path.write_bytes(rounds.evaluate(details=True).clients[trained].model)
     assert same_bits(
-        SavedModel.load(path).tensors, floats(rounds.store.get(trained).models[PERSONAL])
+        SavedModel.load(path).tensors, floating_tensors(rounds.store.get(trained).models[PERSONAL])
     )

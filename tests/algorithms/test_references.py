@@ -11,28 +11,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.aggregation.means import mean_of
-from hetero_fl.aggregation.teachers import opinion
-from hetero_fl.algorithms.base import local_given
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.aggregation.means import mean_of_items
+from hetero_fl.aggregation.teachers import proxy_predictions
+from hetero_fl.algorithms.base import objective_context
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import (
     Batch,
-    ClassDigest,
-    Digest,
-    Net,
-    Nets,
+    ClassTeacherDistillation,
+    ModelView,
+    ModelViews,
     Proximal,
     Supervised,
-    divergence,
+    TeacherDistillation,
+    distillation_loss,
     log_prior,
 )
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Rows
 from hetero_fl.core.task import Task
 from hetero_fl.engine.batches import index_batches
-from hetero_fl.engine.driver import carry_out
-from hetero_fl.engine.serial import Serial
+from hetero_fl.engine.driver import run_plan
+from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.engine.templates import Templates
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
@@ -42,11 +42,11 @@ DIGITS = Task("multiclass", 10)
 
 def trained(rounds, id: str, index: int):
     """The client's upload of a round, computed once more from the server's state of now."""
-    card = rounds.federation.cards[id]
-    rounds._clock(index)
+    card = rounds.federation.client_infos[id]
+    rounds._set_round_context(index)
     sent = Payload(rounds.algorithm.broadcast(rounds.server, card))
     participant = rounds.federation.client(id, rounds.store.get(id), index)
-    items, _ = carry_out(rounds.algorithm.train(participant, sent), participant, rounds.performer)
+    items, _ = run_plan(rounds.algorithm.train(participant, sent), participant, rounds.backend)
     return participant, Payload(items)
 
 
@@ -55,13 +55,13 @@ def test_averaging_weights_parameters_and_batch_norm_buffers_alike_and_keeps_cou
 ):
     rounds = rounds_of(config("fedavg"), held=1)
     before = copy.deepcopy(rounds.server.models)
-    sent = {id: trained(rounds, id, 1) for id in rounds.federation.cards}
-    rounds.round()
+    sent = {id: trained(rounds, id, 1) for id in rounds.federation.client_infos}
+    rounds.run_round()
     (group,) = before
-    n = {id: p.n for id, (p, _) in sent.items()}
+    n = {id: p.num_rows for id, (p, _) in sent.items()}
     buffers = [k for k in before[group] if "running" in k]
     assert buffers and all("num_batches" not in k for _, u in sent.values() for k in u["model"])
-    for name in floats(before[group]):
+    for name in floating_tensors(before[group]):
         want = sum(n[id] * u["model"][name] for id, (_, u) in sent.items()) / sum(n.values())
         assert torch.allclose(rounds.server.models[group][name], want, rtol=0, atol=1e-12), name
 
@@ -73,9 +73,9 @@ def test_a_server_rate_moves_parameters_and_never_extrapolates_batch_norm_statis
     )
     (group,) = rounds.server.models
     before = copy.deepcopy(rounds.server.models[group])
-    sent = [trained(rounds, id, 1)[1]["model"] for id in rounds.federation.cards]
-    rounds.round()
-    for name in floats(before):
+    sent = [trained(rounds, id, 1)[1]["model"] for id in rounds.federation.client_infos]
+    rounds.run_round()
+    for name in floating_tensors(before):
         mean = sum(s[name] for s in sent) / len(sent)
         want = mean if "running" in name else before[name] + 1.7 * (mean - before[name])
         assert torch.allclose(rounds.server.models[group][name], want, rtol=0, atol=1e-12), name
@@ -83,11 +83,13 @@ def test_a_server_rate_moves_parameters_and_never_extrapolates_batch_norm_statis
 
 def test_a_mixed_federation_averages_within_architectures_and_one_owner_passes_untouched() -> None:
     rounds = rounds_of(config("fedavg", MIXED[:2], clients=3), held=1)
-    sent = {id: trained(rounds, id, 1) for id in rounds.federation.cards}
-    rounds.round()
+    sent = {id: trained(rounds, id, 1) for id in rounds.federation.client_infos}
+    rounds.run_round()
     groups: dict[str, list] = {}
     for participant, upload in sent.values():
-        groups.setdefault(participant.arch["model"].id, []).append((participant.n, upload["model"]))
+        groups.setdefault(participant.arch["model"].spec_id, []).append(
+            (participant.num_rows, upload["model"])
+        )
     assert sorted(map(len, groups.values())) == [1, 2]
     for group, members in groups.items():
         for name in members[0][1]:
@@ -105,7 +107,7 @@ def test_kl_is_batchmean_times_t_squared_with_a_detached_teacher(temperature: fl
     g = torch.Generator().manual_seed(1)
     student = torch.randn(9, 5, generator=g, requires_grad=True)
     teacher = torch.randn(9, 5, generator=g, requires_grad=True)
-    ours = divergence("multiclass", student, teacher, temperature).mean()
+    ours = distillation_loss("multiclass", student, teacher, temperature).mean()
     reference = F.kl_div(
         F.log_softmax(student / temperature, 1),
         F.softmax(teacher.detach() / temperature, 1),
@@ -121,23 +123,23 @@ def test_kl_of_labels_is_the_sum_of_the_bernoulli_ones() -> None:
     s, t = torch.randn(6, 3, generator=g), torch.randn(6, 3, generator=g)
     p, q = (t / 3).sigmoid(), (s / 3).sigmoid()
     want = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1) * 9
-    assert torch.allclose(divergence("multilabel", s, t, 3.0), want, atol=1e-12)
+    assert torch.allclose(distillation_loss("multilabel", s, t, 3.0), want, atol=1e-12)
 
 
-def nets_of(module: nn.Module) -> Nets:
-    return Nets(model=Net.live(module))  # type: ignore[arg-type]
+def nets_of(module: nn.Module) -> ModelViews:
+    return ModelViews(model=ModelView.from_module(module))  # type: ignore[arg-type]
 
 
 def small_model():
     torch.manual_seed(3)
-    return Architecture.of("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
+    return ModelSpec.from_config("mlp", 10, (1, 8, 8), options={"hidden": [12]}).build()
 
 
 def test_fedprox_adds_half_mu_times_the_squared_distance_of_all_tensors() -> None:
     model, g = small_model(), torch.Generator().manual_seed(4)
     anchor = {n: torch.randn(p.shape, generator=g) for n, p in model.named_parameters()}
     x, y = torch.randn(7, 1, 8, 8, generator=g), torch.arange(7)
-    total = Proximal(mu=0.3).total(nets_of(model), Batch(x=x, y=y), {"anchor": anchor})
+    total = Proximal(mu=0.3).total_loss(nets_of(model), Batch(x=x, y=y), {"anchor": anchor})
     distance = sum(((p - anchor[n]) ** 2).sum().item() for n, p in model.named_parameters())
     want = F.cross_entropy(model(x).logits, y).item() + 0.15 * distance
     assert math.isclose(total.item(), want, rel_tol=0, abs_tol=1e-10)
@@ -154,7 +156,7 @@ def test_fedprox_pulls_towards_the_rounds_start_not_towards_the_moving_model() -
         )
     )
     (group,) = free.server.models
-    start = free.federation.initial(free.server.arch[group])
+    start = free.federation.initial_tensors(free.server.arch[group])
     moved = [sum((r.server.models[group][n] - start[n]).square().sum() for n in free.server.arch[group].parameter_names)
              for r in (strong, free)]  # fmt: skip
     assert moved[0] < 0.25 * moved[1]
@@ -181,10 +183,10 @@ def test_the_contrast_weighted_teacher() -> None:
     counts = torch.tensor([[50.0, 0, 10], [0, 0, 30], [5, 5, 5]])
     logits = 6 * torch.randn(3, 4, 3, generator=g)
     items = [
-        opinion(Task("multiclass", 3), "contrast", z, c, int(c.sum()))
+        proxy_predictions(Task("multiclass", 3), "contrast", z, c, int(c.sum()))
         for z, c in zip(logits, counts, strict=True)
     ]
-    ours = mean_of(items)
+    ours = mean_of_items(items)
     for row in range(4):
         for c in range(3):
             top = bottom = 0.0
@@ -198,21 +200,21 @@ def test_the_contrast_weighted_teacher() -> None:
 
 def test_the_plain_teacher_is_the_mean_of_logits() -> None:
     logits = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(7))
-    items = [opinion(Task("multiclass", 3), "mean", z, torch.ones(3), 3) for z in logits]
-    assert torch.allclose(mean_of(items), logits.mean(0), atol=1e-12)
+    items = [proxy_predictions(Task("multiclass", 3), "mean", z, torch.ones(3), 3) for z in logits]
+    assert torch.allclose(mean_of_items(items), logits.mean(0), atol=1e-12)
     by_samples = [
-        opinion(Task("multiclass", 3), "samples", z, torch.ones(3), n)
+        proxy_predictions(Task("multiclass", 3), "samples", z, torch.ones(3), n)
         for z, n in zip(logits, (1, 2, 5), strict=True)
     ]
     assert torch.allclose(
-        mean_of(by_samples), (logits[0] + 2 * logits[1] + 5 * logits[2]) / 8, atol=1e-12
+        mean_of_items(by_samples), (logits[0] + 2 * logits[1] + 5 * logits[2]) / 8, atol=1e-12
     )
 
 
 def test_fd_divides_the_total_of_sums_by_the_total_of_counts() -> None:
     rounds = rounds_of(config("fd", MIXED), held=0)
-    sent = {id: trained(rounds, id, 0) for id in rounds.federation.cards}
-    rounds.round()
+    sent = {id: trained(rounds, id, 0) for id in rounds.federation.client_infos}
+    rounds.run_round()
     sums, counts = torch.zeros(10, 10), torch.zeros(10)
     for participant, _ in sent.values():
         model = (
@@ -240,7 +242,7 @@ def test_fds_loss_ignores_classes_without_a_teacher() -> None:
         torch.randn(10, 10, generator=g),
         torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
     )
-    objective = ClassDigest(weight=0.7, temperature=2.0)
+    objective = ClassTeacherDistillation(weight=0.7, temperature=2.0)
     loss = objective.loss(nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known})
     z = model(x).logits
     kl = (
@@ -248,14 +250,16 @@ def test_fds_loss_ignores_classes_without_a_teacher() -> None:
     )
     want = F.cross_entropy(z, y, reduction="none") + 0.7 * kl * torch.tensor([1.0, 0, 1, 0])
     assert torch.allclose(loss, want, atol=1e-12)
-    total = objective.total(nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known})
+    total = objective.total_loss(
+        nets_of(model), Batch(x=x, y=y), {"teacher": teacher, "known": known}
+    )
     assert torch.allclose(total, want.mean(), atol=1e-12)
 
 
 def test_digest_offers_fedmds_mean_absolute_error() -> None:
     model, g = small_model(), torch.Generator().manual_seed(9)
     x, teacher = torch.randn(5, 1, 8, 8, generator=g), torch.randn(5, 10, generator=g)
-    loss = Digest(distance="mae").loss(nets_of(model), Batch(x=x, teacher=teacher), {})
+    loss = TeacherDistillation(distance="mae").loss(nets_of(model), Batch(x=x, teacher=teacher), {})
     assert torch.allclose(
         loss, F.l1_loss(model(x).logits, teacher, reduction="none").mean(1), atol=1e-12
     )
@@ -281,14 +285,16 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
     opt = kinds[optimizer["name"]](model.parameters(), fused=True, **plain)
     model.train()
     for rows in index_batches(
-        client.n, Fit({}, Supervised(), epochs=2, batch_size=16), (0, 0, "site_1", "train", 0)
+        client.num_rows,
+        Fit({}, Supervised(), epochs=2, batch_size=16),
+        (0, 0, "site_1", "train", 0),
     ):
         opt.zero_grad()
         F.cross_entropy(model(data["x"][rows]).logits, data["y"][rows]).backward()
         if "clip_norm" in optimizer:
             nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
         opt.step()
-    Serial(torch.device("cpu")).perform([(client, rounds.algorithm.fit(client))])
+    SerialBackend(torch.device("cpu")).run([(client, rounds.algorithm.fit(client))])
     for name, tensor in model.state_dict().items():
         assert torch.allclose(client.models["model"][name], tensor, rtol=0, atol=1e-12), name
 
@@ -296,7 +302,7 @@ def test_training_is_a_plain_pytorch_loop(optimizer: dict) -> None:
 def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
     rounds = rounds_of(config("local", clients__defaults={"class_weights": "balanced"}), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    weights = local_given(client.task, client.counts, client.settings, False)["class_weights"]
+    weights = objective_context(client.task, client.counts, client.settings, False)["class_weights"]
     y = client.data("train", None)["y"]
     assert math.isclose(weights[y].mean().item(), 1.0, abs_tol=1e-12)
     per_class = {c: weights[y][y == c].sum().item() for c in y.unique().tolist()}
@@ -306,7 +312,7 @@ def test_class_weights_leave_the_mean_over_the_training_rows_at_one() -> None:
 def test_class_sums_step_equals_a_loop() -> None:
     rounds = rounds_of(config("local"), held=0)
     client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
-    ((sums, counts),) = rounds.performer.perform(
+    ((sums, counts),) = rounds.backend.run(
         [(client, ClassSums("model", Rows("train"), "features"))]
     )
     model = Templates(torch.device("cpu"))(client.arch["model"]).load(client.models["model"]).eval()
@@ -319,7 +325,7 @@ def test_class_sums_step_equals_a_loop() -> None:
 
 def test_uploads_are_summed_in_client_order_whatever_the_order_of_arrival() -> None:
     g = torch.Generator().manual_seed(10)
-    cards = rounds_of(config("local", clients=3), held=0).federation.cards
+    cards = rounds_of(config("local", clients=3), held=0).federation.client_infos
     uploads = [
         Upload(cards[c], Payload({"z": Item(torch.randn(50, generator=g).float(), 1.0 + i)}))
         for i, c in enumerate(cards)

@@ -10,19 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.algorithms import algorithm
-from hetero_fl.core.objectives import Digest, divergence
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.core.objectives import TeacherDistillation, distillation_loss
 from hetero_fl.core.plan import Rows
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.data import Dataset, from_arrays
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import QUICK, deployed
 
 METHODS = [
     name
-    for name in sorted(algorithm)
-    if "regression" in algorithm[name].tasks and algorithm[name].__module__[:9] == "hetero_fl"
+    for name in sorted(register_algorithm)
+    if "regression" in register_algorithm[name].tasks
+    and register_algorithm[name].__module__[:9] == "hetero_fl"
 ]
 KINDS = ("softmax", "log_softmax", "logsumexp", "sigmoid")
 
@@ -49,10 +50,10 @@ def settings(method: str, same: bool, **own: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def held(method: str, rounds: int = 3, same: bool = True, **own: Any) -> Rounds:
-    run = prepare(settings(method, same, **own), dataset=slopes()).rounds()
+def held(method: str, rounds: int = 3, same: bool = True, **own: Any) -> SynchronousTrainer:
+    run = prepare(settings(method, same, **own), dataset=slopes()).make_trainer()
     for _ in range(rounds):
-        run.round()
+        run.run_round()
     return run
 
 
@@ -82,16 +83,16 @@ def test_it_learns_and_nothing_turns_predictions_into_probabilities(
 def test_temperature_means_nothing(method: str) -> None:
     """No T² and no division by T: the models are the same to the last bit."""
     one, other = held(method, temperature=1.0), held(method, temperature=4.0)
-    for id in one.federation.cards.clients.ids:
+    for id in one.federation.client_infos.clients.ids:
         a, b = deployed(one, id).models["model"], deployed(other, id).models["model"]
         assert all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_the_distance_to_a_teacher_is_squared_error() -> None:
     student, teacher = torch.randn(5, 3), torch.randn(5, 3, requires_grad=True)
-    found = divergence("regression", student, teacher, 7.0)
+    found = distillation_loss("regression", student, teacher, 7.0)
     assert torch.allclose(found, (student - teacher).square().mean(1)) and not found.requires_grad
-    assert Digest("regression").kind == "regression"
+    assert TeacherDistillation("regression").kind == "regression"
 
 
 @pytest.mark.parametrize(
@@ -100,21 +101,23 @@ def test_the_distance_to_a_teacher_is_squared_error() -> None:
 )
 def test_the_teacher_is_the_weighted_mean_of_predictions(kind: str, by_rows: bool) -> None:
     run = held("fedmd", 1, same=False, teacher=kind)
-    ids = run.federation.cards.clients.ids
-    said = [run.executor.site.predict(deployed(run, id), Rows("proxy"), False) for id in ids]  # type: ignore[attr-defined]
-    each = torch.tensor([float(run.federation.cards[id].n) if by_rows else 1.0 for id in ids])
+    ids = run.federation.client_infos.clients.ids
+    said = [run.executor.runtime.predict(deployed(run, id), Rows("proxy"), False) for id in ids]  # type: ignore[attr-defined]
+    each = torch.tensor(
+        [float(run.federation.client_infos[id].num_rows) if by_rows else 1.0 for id in ids]
+    )
     mean = torch.einsum("k,knc->nc", each / each.sum(), torch.stack(said))
     assert torch.allclose(run.server.state["teacher"], mean, atol=1e-6)
 
 
 def test_an_ensembles_word_is_the_mean() -> None:
     run = held("ensemble", 1, same=False)
-    ids = run.federation.cards.clients.ids
+    ids = run.federation.client_infos.clients.ids
     client = deployed(run, ids[0])
-    whole = run.executor.site.predict(client, Rows("common_test"), False)  # type: ignore[attr-defined]
+    whole = run.executor.runtime.predict(client, Rows("common_test"), False)  # type: ignore[attr-defined]
     members = []
     for id in ids:
-        card = run.federation.cards[id]
+        card = run.federation.client_infos[id]
         member = SavedModel(
             client.state["members"][id], card.arch, asdict(card.preprocess), run.federation.task
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.experiment import prepare
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 from tests.references.local_training import apart, batches, clients, mean, module, train
@@ -25,18 +25,18 @@ def test_a_round_by_hand(weighting: str) -> None:
     rounds = rounds_of(
         config("scaffold", MIXED[:2], 6, algorithm=algorithm, clients__per_round=4), held=3
     )
-    before, server, cohort = clients(rounds), rounds.server, rounds.cohort(3)
+    before, server, cohort = clients(rounds), rounds.server, rounds.sample_cohort(3)
     models = {g: dict(m) for g, m in server.models.items()}
     controls = {g: dict(c) for g, c in server.state["control"].items()}
-    weight = {id: 1 if weighting == "uniform" else c.n for id, c in before.items()}
+    weight = {id: 1 if weighting == "uniform" else c.num_rows for id, c in before.items()}
     assert len(cohort) < len(before) and any(
         t.abs().sum() > 0 for c in controls.values() for t in c.values()
     )
-    rounds.round()
+    rounds.run_round()
     sent: dict[str, list[tuple[float, dict[str, Tensor]]]] = {g: [] for g in models}
     change = {g: {n: torch.zeros_like(t) for n, t in c.items()} for g, c in controls.items()}
     for id in cohort:
-        client, group = before[id], before[id].arch["model"].id
+        client, group = before[id], before[id].arch["model"].spec_id
         x, c = models[group], controls[group]
         mine = client.state.get("control", {n: torch.zeros_like(t) for n, t in c.items()})
         model = module(client.arch["model"], {**client.models["model"], **x})
@@ -53,8 +53,8 @@ def test_a_round_by_hand(weighting: str) -> None:
         y = {n: t.detach() for n, t in model.state_dict().items()}
         new = {n: mine[n] - c[n] + (x[n] - y[n]) / (steps * 0.05) for n in c}
         assert apart(rounds.store.get(id).state["control"], new) < 1e-9
-        sent[group].append((weight[id], floats(y)))
-        alike = [i for i, other in before.items() if other.arch["model"].id == group]
+        sent[group].append((weight[id], floating_tensors(y)))
+        alike = [i for i, other in before.items() if other.arch["model"].spec_id == group]
         here = [i for i in alike if i in cohort]
         share = len(here) / len(alike) * weight[id] / sum(weight[i] for i in here)
         for n in c:
@@ -78,8 +78,8 @@ def test_its_first_round_is_fedavgs_bit_for_bit_and_the_second_is_not() -> None:
         )
         for group in fedavg.server.models:
             ours, theirs = (
-                floats(scaffold.server.models[group]),
-                floats(fedavg.server.models[group]),
+                floating_tensors(scaffold.server.models[group]),
+                floating_tensors(fedavg.server.models[group]),
             )
             assert same_bits(ours, theirs) is equal
 
@@ -88,7 +88,13 @@ def test_its_first_round_is_fedavgs_bit_for_bit_and_the_second_is_not() -> None:
 def test_one_client_has_no_drift() -> None:
     fedavg, scaffold = (rounds_of(config(m, clients=1, rounds=4)) for m in ("fedavg", "scaffold"))
     (group,) = fedavg.server.models
-    assert apart(floats(scaffold.server.models[group]), floats(fedavg.server.models[group])) < 1e-11
+    assert (
+        apart(
+            floating_tensors(scaffold.server.models[group]),
+            floating_tensors(fedavg.server.models[group]),
+        )
+        < 1e-11
+    )
     c, mine = scaffold.server.state["control"][group], scaffold.store.get("site").state["control"]
     assert apart(c, mine) < 1e-10 and max(float(t.abs().max()) for t in c.values()) > 1e-3
 
@@ -101,7 +107,7 @@ def test_the_servers_control_is_the_mean_of_the_clients(changes: dict[str, Any])
     """The invariant that sums of differences keep, whoever took part when; those who never did count as nought."""
     rounds = rounds_of(config("scaffold", "mlp", 5, algorithm=UNIFORM, rounds=4, **changes))
     (control,) = rounds.server.state["control"].values()
-    mine = [rounds.store.get(id).state.get("control") for id in rounds.federation.cards]
+    mine = [rounds.store.get(id).state.get("control") for id in rounds.federation.client_infos]
     assert any(mine)
     for n, c in control.items():
         want = sum(m[n] for m in mine if m) / 5
@@ -115,9 +121,9 @@ def test_a_client_that_uploads_every_second_round_tells_its_mean_gradient_over_b
     start, path = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}, 0.0
     for index in range(2):
         client = clients(rounds)["site_1"]
-        path += 0.05 * -(-client.n // 16)
+        path += 0.05 * -(-client.num_rows // 16)
         assert "control" not in client.state
-        rounds.round()
+        rounds.run_round()
         assert ("since" in rounds.store.get("site_1").state) is (index == 0)
     kept = rounds.store.get("site_1")
     want = {n: (start[n] - kept.models["model"][n]) / path for n in start}
@@ -133,7 +139,7 @@ def test_a_heads_own_rate_scales_its_correction_and_its_control() -> None:
     )
     (model,), (control,) = rounds.server.models.values(), rounds.server.state["control"].values()
     client, x, c = clients(rounds)["site_1"], dict(model), dict(control)
-    rounds.round()
+    rounds.run_round()
     mine, net = client.state["control"], module(client.arch["model"], x)
     steps, rates = 0, {n: 0.2 if n.startswith("head.") else 0.05 for n in c}
     for a, b in batches(client):
@@ -159,7 +165,7 @@ def test_clients_with_adam_train_with_sgd_and_a_note_says_so() -> None:
         "scaffold trains site_1, site_2 with sgd (lr 0.01, momentum 0.9)" in note
         for note in prepared.notes
     )
-    rounds = prepared.rounds()
+    rounds = prepared.make_trainer()
     used = {id: rounds.algorithm.optimizer(c) for id, c in clients(rounds).items()}  # type: ignore[operator]
     assert {id: (o.name, o.lr, o.momentum) for id, o in used.items()} == {
         "site_1": ("sgd", 0.01, 0.9), "site_2": ("sgd", 0.01, 0.9), "site_3": ("sgd", 0.3, 0.0)
@@ -176,9 +182,9 @@ def test_only_the_backbone_is_corrected_where_only_it_is_shared_and_no_control_t
     assert state and all(n.startswith("backbone.") for n in state)
     (control,) = rounds.server.state["control"].values()
     assert all((t.abs().sum() > 0) == n.startswith("backbone.") for n, t in control.items())
-    card = rounds.federation.cards["site_1"]
+    card = rounds.federation.client_infos["site_1"]
     for reading, items in ((True, {"model"}), (False, {"model", "control"})):
         assert (
-            rounds.algorithm.broadcast(rounds.server, replace(card, reading=reading)).keys()
+            rounds.algorithm.broadcast(rounds.server, replace(card, is_evaluation=reading)).keys()
             == items
         )

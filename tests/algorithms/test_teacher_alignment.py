@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hetero_fl.aggregation import Uploads
-from hetero_fl.aggregation.teachers import aligned
-from hetero_fl.algorithms import algorithm
-from hetero_fl.algorithms.distillation import LABELS, TEACHER, Distilling
+from hetero_fl.aggregation.teachers import align_to_labels
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms.distillation import LABELS, TEACHER, ProxyDistillation
 from hetero_fl.core.plan import Fit
 from hetero_fl.core.task import Task
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from tests.algorithms.test_regression import settings, slopes
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
@@ -29,15 +29,18 @@ def frequencies(counts: Tensor) -> Tensor:
     return ((counts + 1) / (counts + 1).sum()).log()
 
 
-def held(method: str, rounds: int = 1, changes: dict[str, Any] | None = None, **own: Any) -> Rounds:
+def held(
+    method: str, rounds: int = 1, changes: dict[str, Any] | None = None, **own: Any
+) -> SynchronousTrainer:
     source = config(method, MIXED, 4, **(changes or {}))
     source["algorithm"].update(own)
     return rounds_of(source, held=rounds)
 
 
-def counts_of(rounds: Rounds, *ids: str) -> Tensor:
+def counts_of(rounds: SynchronousTrainer, *ids: str) -> Tensor:
     return sum(
-        (rounds.federation.counts(id) for id in ids or rounds.federation.cards), torch.zeros(10)
+        (rounds.federation.label_counts(id) for id in ids or rounds.federation.client_infos),
+        torch.zeros(10),
     )
 
 
@@ -54,7 +57,9 @@ def test_the_rule_by_hand(balanced: bool, strength: float) -> None:
         weights = [math.exp(v) * (p if balanced else 1) for v, p in zip(row, q, strict=True)]
         shares = [s + w / sum(weights) / 6 for s, w in zip(shares, weights, strict=True)]
     want = z + torch.tensor([strength * math.log(p / s) for p, s in zip(q, shares, strict=True)])
-    assert torch.allclose(aligned(z, torch.tensor(q).log(), strength, balanced), want, atol=1e-12)
+    assert torch.allclose(
+        align_to_labels(z, torch.tensor(q).log(), strength, balanced), want, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -64,10 +69,10 @@ def test_again_and_again_the_mean_prediction_becomes_the_frequencies_and_then_no
     z = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
     log_q = frequencies(torch.tensor([40.0, 3, 10, 10]))
     for _ in range(2000):
-        z = aligned(z, log_q, 0.5, balanced)
+        z = align_to_labels(z, log_q, 0.5, balanced)
     read = z + log_q if balanced else z
     assert torch.allclose(read.softmax(1).mean(0), log_q.exp(), atol=1e-10)
-    assert torch.allclose(aligned(z, log_q, 1.0, balanced), z, atol=1e-9)
+    assert torch.allclose(align_to_labels(z, log_q, 1.0, balanced), z, atol=1e-9)
 
 
 def test_a_class_that_nobody_names_any_more_comes_back() -> None:
@@ -76,12 +81,12 @@ def test_a_class_that_nobody_names_any_more_comes_back() -> None:
     z = 4 * own + torch.tensor([0.0, 0.0, -5.0])
     even = torch.full((3,), 1 / 3).log()
     assert z.argmax(1).bincount(minlength=3).tolist() == [20, 10, 0]
-    assert aligned(z, even, 0.5, True).argmax(1).equal(own.argmax(1))
+    assert align_to_labels(z, even, 0.5, True).argmax(1).equal(own.argmax(1))
 
 
 def test_certainty_far_beyond_what_a_float_holds_is_nan_nowhere() -> None:
     z = torch.tensor([[1e4, 0.0, -1e4], [1e4, 0.0, 0.0]])
-    assert aligned(z, torch.full((3,), 1 / 3).log(), 1.0, True).isfinite().all()
+    assert align_to_labels(z, torch.full((3,), 1 / 3).log(), 1.0, True).isfinite().all()
 
 
 # In a federation ----------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def test_the_teacher_of_the_first_round_is_the_plain_one_aligned(
 ) -> None:
     plain, moved = held(method, **own), held(method, align=0.5, **own)
     log_q = frequencies(counts_of(moved))
-    want = aligned(
+    want = align_to_labels(
         plain.server.state[TEACHER], log_q, 0.5, own.get("logit_adjustment", method == "hybrid")
     )
     ours = moved.server.state[TEACHER]
@@ -119,13 +124,13 @@ def test_whatever_is_distilled_at_the_server_is_distilled_from_the_aligned_teach
     method: str, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    at_server = Distilling.at_server
+    at_server = ProxyDistillation.server_fit
 
-    def spied(self: Distilling, server: Any, slot: str, teacher: Tensor, *rest: Any) -> Fit:
+    def spied(self: ProxyDistillation, server: Any, slot: str, teacher: Tensor, *rest: Any) -> Fit:
         seen.append(teacher)
         return at_server(self, server, slot, teacher, *rest)
 
-    monkeypatch.setattr(Distilling, "at_server", spied)
+    monkeypatch.setattr(ProxyDistillation, "server_fit", spied)
     shares = ["predictions", "statistics"]  # FedDF runs the models of the others
     changes = {
         "clients__overrides": [{"match": "site_2", "shares": shares}],
@@ -135,7 +140,7 @@ def test_whatever_is_distilled_at_the_server_is_distilled_from_the_aligned_teach
     plain = seen.pop()
     seen.clear()
     moved = held(method, changes=changes, teacher=teacher, align=1.0)
-    want = aligned(plain, frequencies(counts_of(moved)), 1.0, method == "hybrid")
+    want = align_to_labels(plain, frequencies(counts_of(moved)), 1.0, method == "hybrid")
     assert len(seen) == (1 if method == "fedmd" else 3) and all(
         torch.allclose(t, want, atol=1e-9) for t in seen
     )
@@ -145,7 +150,7 @@ def test_ds_fl_sharpens_what_is_aligned() -> None:
     """Of probabilities p: entropy reduction of softmax(log p + b), b as of the teacher that is not sharpened."""
     plain = held("ds_fl", sharpen="none").server.state[TEACHER].softmax(1)
     moved = held("ds_fl", align=0.5)
-    p = aligned(plain.log(), frequencies(counts_of(moved)), 0.5, False).softmax(1)
+    p = align_to_labels(plain.log(), frequencies(counts_of(moved)), 0.5, False).softmax(1)
     assert torch.allclose(moved.server.state[TEACHER].softmax(1), (p / 0.1).softmax(1), atol=1e-9)
 
 
@@ -160,11 +165,11 @@ def test_a_cache_of_which_few_rows_are_asked_for_is_not_aligned() -> None:
 
 
 def test_labels_beside_one_another_are_not_aligned() -> None:
-    method = algorithm["ds_fl"](align=1.0)
+    method = register_algorithm["ds_fl"](align=1.0)
     server = held("ds_fl", 0).server
     many = replace(server, task=Task("multilabel", 10), state={LABELS: torch.arange(10.0)})
     p = torch.rand(60, 10, generator=torch.Generator().manual_seed(4))
-    assert method.held_to_labels(many, Uploads(specs=method.uploads), p) is p
+    assert method.align_mean(many, Uploads(specs=method.uploads), p) is p
 
 
 def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
@@ -174,7 +179,7 @@ def test_labels_are_those_of_all_uploads_so_far_that_tell_theirs() -> None:
     )
     want = torch.zeros(10)
     for _ in range(3):
-        cohort = rounds.round()["cohort"]
+        cohort = rounds.run_round()["cohort"]
         want = want + counts_of(rounds, *(id for id in cohort if id != "site_2")) * any(
             id != "site_2" for id in cohort
         )
@@ -186,8 +191,8 @@ def test_a_cohort_that_tells_nothing_is_aligned_by_what_was_told_before() -> Non
     rounds = held("fedmd", 1, align=0.5)
     algorithm, server, known = rounds.algorithm, rounds.server, rounds.server.state[LABELS].clone()
     teacher = torch.randn(60, 10, generator=torch.Generator().manual_seed(3))
-    ours = algorithm.moved(server, Uploads(specs=algorithm.uploads), teacher)  # type: ignore[attr-defined]
-    assert torch.equal(ours, aligned(teacher, frequencies(known), 0.5, False))
+    ours = algorithm.align_teacher(server, Uploads(specs=algorithm.uploads), teacher)  # type: ignore[attr-defined]
+    assert torch.equal(ours, align_to_labels(teacher, frequencies(known), 0.5, False))
     assert torch.equal(server.state[LABELS], known)
 
 
@@ -208,11 +213,11 @@ def test_without_alignment_no_counts_travel() -> None:
 
 def test_a_regression_has_no_classes_to_align() -> None:
     runs = [
-        prepare(settings("hybrid", True, align=align), dataset=slopes()).rounds()
+        prepare(settings("hybrid", True, align=align), dataset=slopes()).make_trainer()
         for align in (0.0, 1.0)
     ]
     for run in runs:
-        run.round()
+        run.run_round()
     plain, moved = (run.server.state[TEACHER] for run in runs)
     assert torch.equal(plain, moved) and runs[0].traffic.up == runs[1].traffic.up
 
@@ -247,7 +252,7 @@ def test_under_noise_on_sums_nothing_tells_whether_somebody_was_there() -> None:
     )
     known, there = torch.zeros(10), []
     for _ in range(4):
-        there.append("site_4" in rounds.round()["cohort"])
+        there.append("site_4" in rounds.run_round()["cohort"])
         assert not torch.equal(rounds.server.state[LABELS], known)
         known = rounds.server.state[LABELS].clone()
     assert set(there) == {True, False}

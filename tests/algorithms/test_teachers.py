@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hetero_fl.aggregation.means import mean_of
-from hetero_fl.aggregation.teachers import opinion
-from hetero_fl.algorithms.distillation import DRAWN, TEACHER
+from hetero_fl.aggregation.means import mean_of_items
+from hetero_fl.aggregation.teachers import proxy_predictions
+from hetero_fl.algorithms.distillation import PROXY_INDICES, TEACHER
 from hetero_fl.core.objectives import log_prior
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Rows
 from hetero_fl.core.task import Task
-from hetero_fl.engine.driver import carry_out
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.engine.driver import run_plan
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 from tests.references.local_training import apart, clients, module, train
@@ -29,7 +29,9 @@ from tests.references.local_training import apart, clients, module, train
 @pytest.mark.usefixtures("float64")
 def test_the_entropy_weighted_teacher() -> None:
     logits = 3 * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(6))
-    ours = mean_of([opinion(Task("multiclass", 5), "entropy", z, None, 9) for z in logits])
+    ours = mean_of_items(
+        [proxy_predictions(Task("multiclass", 5), "entropy", z, None, 9) for z in logits]
+    )
     for row in range(4):
         say = []
         for z in logits[:, row]:
@@ -42,13 +44,15 @@ def test_the_entropy_weighted_teacher() -> None:
 @pytest.mark.usefixtures("float64")
 def test_entropy_of_labels_is_each_labels_own_and_regression_has_none() -> None:
     logits = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(7))
-    ours = mean_of([opinion(Task("multilabel", 3), "entropy", z, None, 9) for z in logits])
+    ours = mean_of_items(
+        [proxy_predictions(Task("multilabel", 3), "entropy", z, None, 9) for z in logits]
+    )
     p = logits.sigmoid()
     say = (p * p.log() + (1 - p) * (1 - p).log()).exp()
     assert torch.allclose(ours, (say * logits).sum(0) / say.sum(0), atol=1e-10)
-    plain = mean_of(
+    plain = mean_of_items(
         [
-            opinion(Task("regression", 3), "entropy", z, None, n)
+            proxy_predictions(Task("regression", 3), "entropy", z, None, n)
             for z, n in zip(logits, (2, 9), strict=True)
         ]
     )
@@ -59,15 +63,18 @@ def test_equal_members_and_one_member_are_their_own_teacher_whatever_the_weights
     z = 4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(8))
     for kind in ("mean", "samples", "entropy"):
         for count in (1, 3):
-            teacher = mean_of(
-                [opinion(Task("multiclass", 5), kind, z, None, n + 1) for n in range(count)]
+            teacher = mean_of_items(
+                [
+                    proxy_predictions(Task("multiclass", 5), kind, z, None, n + 1)
+                    for n in range(count)
+                ]
             )
             assert torch.allclose(teacher, z, atol=1e-6), kind
 
 
 def test_a_sure_prediction_is_nan_nowhere() -> None:
     sure = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]])
-    item = opinion(Task("multiclass", 3), "entropy", sure, None, 1)
+    item = proxy_predictions(Task("multiclass", 3), "entropy", sure, None, 1)
     assert torch.allclose(torch.as_tensor(item.weight), torch.tensor([[1.0], [1 / 3]]))
 
 
@@ -89,7 +96,7 @@ def test_every_distilling_method_takes_every_weight(method: str, teacher: str) -
 # A round by hand, with rows drawn -----------------------------------------------------------------------------------
 
 
-def public(rounds: Rounds, id: str, rows: Tensor) -> Tensor:
+def public(rounds: SynchronousTrainer, id: str, rows: Tensor) -> Tensor:
     return clients(rounds)[id].data("proxy", None)["x"][rows]
 
 
@@ -106,10 +113,10 @@ def test_a_round_of_fedmd_by_hand_on_the_rows_of_each_round(distance: str) -> No
     rounds = rounds_of(config("fedmd", MIXED, algorithm=settings), held=1)
     before, teacher = clients(rounds), rounds.server.state[TEACHER].clone()
     site = clients(rounds)["site_1"]
-    last, now = rounds.algorithm.drawn(site, 0), rounds.algorithm.drawn(site)
+    last, now = rounds.algorithm.proxy_indices(site, 0), rounds.algorithm.proxy_indices(site)
     assert teacher.shape == (25, 10) and len(set(last.tolist())) == len(set(now.tolist())) == 25
-    assert not torch.equal(last, now) and rounds.server.state[DRAWN].tolist() == [0]
-    rounds.round()
+    assert not torch.equal(last, now) and rounds.server.state[PROXY_INDICES].tolist() == [0]
+    rounds.run_round()
     top, bottom = torch.zeros(25, 10), torch.zeros(25, 1)
     for id, client in before.items():
         model = module(client.arch["model"], client.models["model"])
@@ -161,26 +168,26 @@ def test_an_old_teacher_is_followed_on_its_own_rows(method: str) -> None:
     source = {**config(method, MIXED, algorithm=settings), "rounds": 6}
     source["clients"]["defaults"]["share_every"] = 3
     rounds = rounds_of(source, held=4)
-    rounds._clock(4)
-    card = rounds.federation.cards["site_1"]
+    rounds._set_round_context(4)
+    card = rounds.federation.client_infos["site_1"]
     client, got = (
         clients(rounds)["site_1"],
         Payload(rounds.algorithm.broadcast(rounds.server, card)),
     )
-    assert got[DRAWN].tolist() == [2]
-    rows = rounds.algorithm.taught(client, got)
-    assert torch.equal(rows, rounds.algorithm.drawn(client, 2))
+    assert got[PROXY_INDICES].tolist() == [2]
+    rows = rounds.algorithm.teacher_rows(client, got)
+    assert torch.equal(rows, rounds.algorithm.proxy_indices(client, 2))
     seen: list[Fit] = []
-    perform = rounds.performer.perform
-    rounds.performer.perform = lambda work: (
+    perform = rounds.backend.run
+    rounds.backend.run = lambda work: (
         seen.extend(s for _, s in work if isinstance(s, Fit)) or perform(work)
     )  # type: ignore[method-assign]
-    carry_out(rounds.algorithm.train(client, got), client, rounds.performer)
+    run_plan(rounds.algorithm.train(client, got), client, rounds.backend)
     if method != "hybrid":
         (digest,) = (step for step in seen if step.label == "digest")
         assert torch.equal(digest.data.rows, rows) and len(got[TEACHER]) == 20
     else:
-        drawn = seen[0].beside["public"].draw(torch.Generator().manual_seed(1), 8)
+        drawn = seen[0].extra_batches["public"].draw(torch.Generator().manual_seed(1), 8)
         pairs = {
             tuple(x.flatten().tolist()): t
             for x, t in zip(public(rounds, "site_1", rows), got[TEACHER], strict=True)
@@ -214,11 +221,11 @@ def test_every_method_honours_logit_adjustment(settings: dict[str, str]) -> None
     source = config(method, MIXED, clients=4, algorithm={**settings, "logit_adjustment": True})
     rounds = rounds_of(source, held=1)
     fits: list[tuple[Any, Fit]] = []
-    perform = rounds.performer.perform
-    rounds.performer.perform = lambda work: (
+    perform = rounds.backend.run
+    rounds.backend.run = lambda work: (
         fits.extend((p, s) for p, s in work if isinstance(s, Fit)) or perform(work)
     )  # type: ignore[method-assign]
-    rounds.round()
+    rounds.run_round()
     private = [
         (p, f) for p, f in fits if isinstance(f.data, Rows) and f.data.name in ("train", "pooled")
     ]
@@ -226,9 +233,9 @@ def test_every_method_honours_logit_adjustment(settings: dict[str, str]) -> None
     for participant, fit in private:
         y = fit.data.columns(participant)["y"]
         want = log_prior(participant.task, torch.bincount(y, minlength=10))
-        assert want is not None and torch.equal(fit.given["log_prior"], want)
-    for id in rounds.federation.cards:
-        site, client = rounds.executor.site, deployed(rounds, id)
+        assert want is not None and torch.equal(fit.context["log_prior"], want)
+    for id in rounds.federation.client_infos:
+        site, client = rounds.executor.runtime, deployed(rounds, id)
         adjusted = site.predict(client, Rows("test"), True)
         site.algorithm = rounds.algorithm.model_copy(update={"logit_adjustment": False})
         plain = site.predict(client, Rows("test"), True)

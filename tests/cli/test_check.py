@@ -15,9 +15,9 @@ from hetero_fl import Run
 from hetero_fl.cli import main
 from hetero_fl.experiment import run
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.state_store import Store
-from hetero_fl.federation.trainer import Session
-from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, locked
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.reporting.run_directory import CHECKSUMS, RunDirectory, lock_folder
 from hetero_fl.utils.errors import Interrupted, UserError
 from tests.helpers.small_federations import config
 
@@ -331,7 +331,7 @@ def test_check_refuses_what_is_no_run_directory(
 
 
 def test_check_refuses_a_run_in_progress(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with locked(stopped):
+    with lock_folder(stopped):
         assert main(["check", str(stopped)]) == 2
     assert "another process is at work there" in capsys.readouterr().err
     assert main(["check", str(stopped)]) == 0
@@ -448,11 +448,11 @@ def test_resume_never_restarts_a_run_that_left_results(
 def test_a_run_stopped_within_its_first_round_needs_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(self: Session) -> None:
+    def stop(self: FederatedTrainer) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Session, "round", stop)
+        patched.setattr(FederatedTrainer, "run_round", stop)
         with pytest.raises(Interrupted):
             run(SOURCE, out=tmp_path / "a")
     assert main(["check", str(tmp_path / "a")]) == 0
@@ -535,11 +535,11 @@ def as_earlier(path: Path) -> None:
     del environment["run"]
     (path / "environment.json").write_text(json.dumps(environment))
     for file in sorted((path / "checkpoint").iterdir()):
-        checkpoints = Checkpoints(Store(path / "checkpoint"), pytest.fail)
+        checkpoints = Checkpoints(StateStore(path / "checkpoint"), pytest.fail)
         newer = [p for p in (path / "checkpoint").iterdir() if p > file]
         for p in newer:
             p.rename(p.with_suffix(".kept"))
-        tree = checkpoints.newest()
+        tree = checkpoints.load_newest()
         assert tree is not None
         tree.pop("directory", None)
         checkpoints.save(tree["run"]["completed"], tree)

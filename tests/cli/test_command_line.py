@@ -186,7 +186,7 @@ def test_a_broken_pipe_to_another_process_is_not_hidden(monkeypatch: pytest.Monk
     def broken(*_: object) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr("hetero_fl.cli.commands._carry_out_methods", broken)
+    monkeypatch.setattr("hetero_fl.cli.commands._run_methods", broken)
     with pytest.raises(BrokenPipeError):
         main(["methods"])
 

@@ -6,22 +6,26 @@ import re
 
 import pytest
 
-from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.algorithms.requirements import (
-    in_words,
+    describe_needs,
+    format_needs,
     is_baseline,
     is_bound,
-    needs,
-    sends,
-    summary,
-    tasks,
+    method_summary,
+    shared_kinds,
+    supported_tasks,
 )
 from hetero_fl.cli import main
 from hetero_fl.core.payload import ItemSpec
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.utils.errors import UserError
 
-BUILT_IN = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+BUILT_IN = [
+    name
+    for name in register_algorithm
+    if register_algorithm[name].__module__.startswith("hetero_fl.")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +38,13 @@ def test_all_have_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     for name in BUILT_IN:
         (place,) = [i for i, line in enumerate(lines) if line.split()[:1] == [name]]
-        assert lines[place].split(maxsplit=1)[1].strip() == summary(algorithm[name])
+        assert lines[place].split(maxsplit=1)[1].strip() == method_summary(register_algorithm[name])
         assert lines[place + 1].strip().startswith("sends ")
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_line_is_a_whole_sentence_and_not_a_long_one(name: str) -> None:
-    text = summary(algorithm[name])
+    text = method_summary(register_algorithm[name])
     assert text.endswith(".") and 20 < len(text) <= 200, text
     assert text.count("(") == text.count(")")
 
@@ -49,7 +53,7 @@ def test_one_method_with_its_settings(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["methods", "fedprox", "kt_pfl"]) == 0
     out = capsys.readouterr().out
     for name in ("fedprox", "kt_pfl"):
-        for key, field in algorithm[name].model_fields.items():
+        for key, field in register_algorithm[name].model_fields.items():
             assert re.search(rf"{key}\s.*{re.escape(field.description or '')}", out), key
     assert re.search(r"mu\s+│ number, at least 0\s+│ 0\.01", out) and "samples, uniform, sum" in out
     assert "needs proxy set, single uploads" in out
@@ -123,30 +127,32 @@ class Either(Summed):
 
 
 def test_needs_follow_from_the_declarations() -> None:
-    assert in_words(needs(Summed())) == "one architecture, a telescope"
-    assert in_words(needs(Looked())) == "a telescope, patience, single uploads"
-    assert in_words(needs(OnRows())) == "proxy set, a telescope"
-    assert in_words(needs(Either())) == "proxy set or one architecture, a telescope"
-    assert sends(Summed()) == ["parameters"] and sends(Looked()) == [
+    assert format_needs(describe_needs(Summed())) == "one architecture, a telescope"
+    assert format_needs(describe_needs(Looked())) == "a telescope, patience, single uploads"
+    assert format_needs(describe_needs(OnRows())) == "proxy set, a telescope"
+    assert format_needs(describe_needs(Either())) == "proxy set or one architecture, a telescope"
+    assert shared_kinds(Summed()) == ["parameters"] and shared_kinds(Looked()) == [
         "backbone parameters",
         "predictions",
     ]
-    assert tasks(Summed()) == [] and tasks(Looked()) == ["regression"]
-    assert summary(Summed) == "Averages." and summary(Looked) == ""
+    assert supported_tasks(Summed()) == [] and supported_tasks(Looked()) == ["regression"]
+    assert method_summary(Summed) == "Averages." and method_summary(Looked) == ""
 
 
 def test_settings_change_what_is_needed() -> None:
-    assert in_words(needs(algorithm["ds_fl"]())) == "proxy set"
+    assert format_needs(describe_needs(register_algorithm["ds_fl"]())) == "proxy set"
     assert (
-        in_words(needs(algorithm["ds_fl"].model_validate({"bits": 1})))
+        format_needs(describe_needs(register_algorithm["ds_fl"].model_validate({"bits": 1})))
         == "proxy set, single uploads"
     )
 
 
 def test_bounds_and_the_line_to_beat() -> None:
-    assert {n for n in BUILT_IN if is_bound(algorithm[n])} == {"centralized", "ensemble"}
-    assert [n for n in BUILT_IN if is_baseline(algorithm[n])] == ["local"]
-    assert sends(algorithm["local"]()) == [] and sends(algorithm["centralized"]()) == ["all rows"]
+    assert {n for n in BUILT_IN if is_bound(register_algorithm[n])} == {"centralized", "ensemble"}
+    assert [n for n in BUILT_IN if is_baseline(register_algorithm[n])] == ["local"]
+    assert shared_kinds(register_algorithm["local"]()) == [] and shared_kinds(
+        register_algorithm["centralized"]()
+    ) == ["all rows"]
 
 
 class Odd(Algorithm):

@@ -10,7 +10,7 @@ import yaml
 
 import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.config import expand
+from hetero_fl.config import expand_population
 from hetero_fl.core.task import Task
 from hetero_fl.experiment.comparison import Study, Variant
 from hetero_fl.experiment.preparation import load_config
@@ -37,14 +37,14 @@ def images(path: Path, *shape: int) -> Path:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_every_variant_of_a_study_loads(path: Path) -> None:
-    study = Study.read(path)
+    study = Study.load(path)
     assert len(study.algorithms) > 1 or study.algorithms == ["all"]
     assert len(study.seeds) > 1 and study.out == Path("runs") / path.stem
     assert f"--study configs/studies/{path.name}" in path.read_text()
     for name in study.algorithms:
         variant = [] if name == "all" else Variant.parse(name).overrides
         config = load_config(study.config, [*study.overrides, *variant])
-        assert len(expand(config.clients)) in (6, 10)
+        assert len(expand_population(config.clients)) in (6, 10)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from hetero_fl.communication.bit_packing import (
     FILTERS,
-    Reader,
-    pack,
+    ByteReader,
+    pack_bits,
     packed_size,
     read_indices,
-    unpack,
+    unpack_bits,
     write_indices,
 )
 from hetero_fl.core.payload import PayloadError
@@ -29,15 +29,15 @@ def test_fields_of_any_width_come_back_in_no_more_bits_than_they_have(
 ) -> None:
     values = np.random.default_rng(bits * count).integers(0, 2**bits, count)
     values[0] = 2**bits - 1
-    raw = pack(values, bits)
+    raw = pack_bits(values, bits)
     assert len(raw) == packed_size(count, bits) and len(raw) < bits * count / 8 + 1
-    assert (unpack(Reader(raw), count, bits) == values).all()
+    assert (unpack_bits(ByteReader(raw), count, bits) == values).all()
 
 
 def test_the_bits_of_a_field_lie_where_a_loop_puts_them() -> None:
     values, bits = [5, 0, 7, 3, 1, 6, 2, 4, 7], 3
     want = sum(v << (bits * i) for i, v in enumerate(values)).to_bytes(4, "little")
-    assert pack(np.array(values), bits) == want
+    assert pack_bits(np.array(values), bits) == want
 
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 99), st.booleans())
@@ -46,9 +46,9 @@ def test_indices_come_back(total: int, share: float, seed: int, entropy: bool) -
     count = max(1, int(share * total))
     indices = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
     raw = write_indices(indices, total, entropy)
-    source = Reader(raw)
+    source = ByteReader(raw)
     assert (read_indices(source, count, total) == indices).all()
-    source.end()
+    source.expect_end()
     assert len(raw) <= 2 + count * (2 + math.log2(total / count)) / 8 + 1 + count / 8
 
 
@@ -75,21 +75,21 @@ def test_indices_that_are_not_are_refused(entropy: bool) -> None:
     raw = write_indices(indices, 10_000, entropy)
     assert raw[0] == entropy
     with pytest.raises(PayloadError, match="ascending below 9900"):
-        read_indices(Reader(raw), 401, 9900)
+        read_indices(ByteReader(raw), 401, 9900)
     for count in (400, 402):
         with pytest.raises(PayloadError):
-            source = Reader(raw)
+            source = ByteReader(raw)
             read_indices(source, count, 10_000)
-            source.end()
+            source.expect_end()
     for cut in range(len(raw)):
         with pytest.raises(PayloadError):
-            read_indices(Reader(raw[:cut]), 401, 10_000)
+            read_indices(ByteReader(raw[:cut]), 401, 10_000)
     with pytest.raises(PayloadError, match="unknown code"):
-        read_indices(Reader(b"\7" + raw[1:]), 401, 10_000)
+        read_indices(ByteReader(b"\7" + raw[1:]), 401, 10_000)
 
 
 def test_gaps_that_unpack_to_more_than_was_agreed_are_not_unpacked() -> None:
     bomb = lzma.compress(bytes(10**7), lzma.FORMAT_RAW, filters=FILTERS)
     raw = b"\1" + len(bomb).to_bytes(4, "little") + bomb
     with pytest.raises(PayloadError, match="21 bytes of gaps"):
-        read_indices(Reader(raw), 4, 100)
+        read_indices(ByteReader(raw), 4, 100)

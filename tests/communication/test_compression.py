@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetero_fl.communication.bit_packing import Reader
+from hetero_fl.communication.bit_packing import ByteReader
 from hetero_fl.communication.compression import (
-    Format,
-    Half,
+    HalfPrecision,
     LowRank,
+    NumberFormat,
     Quantize,
     RandomK,
     Sort,
@@ -20,31 +20,31 @@ from hetero_fl.communication.compression import (
     TopClasses,
     TopK,
 )
-from hetero_fl.communication.link import Chain
+from hetero_fl.communication.link import StageChain
 from hetero_fl.core.payload import PayloadError
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.seeding import keyed_generator
 
 LAYOUT = ((4, 30), (20,), ())
 
 
 def vector(seed: int = 0, n: int = 141) -> Tensor:
-    return torch.randn(n, generator=generator(seed)) * torch.linspace(0.01, 3, n)
+    return torch.randn(n, generator=keyed_generator(seed)) * torch.linspace(0.01, 3, n)
 
 
 def there_and_back(
     numbers: Tensor,
-    stages: list[Stage | Format],
+    stages: list[Stage | NumberFormat],
     seed: int = 0,
     layout=LAYOUT,
     sort: Sort = "change",
 ) -> Tensor:
     def draw(label: str) -> torch.Generator:
-        return generator(seed, label)
+        return keyed_generator(seed, label)
 
-    chain = Chain(stages, sort)
-    source = Reader(chain.write(numbers.clone(), layout, draw))
-    back = chain.read(source, layout, numbers.dtype, draw)
-    source.end()
+    chain = StageChain(stages, sort)
+    source = ByteReader(chain.encode(numbers.clone(), layout, draw))
+    back = chain.decode(source, layout, numbers.dtype, draw)
+    source.expect_end()
     assert back.shape == numbers.shape and back.dtype == numbers.dtype
     return back
 
@@ -57,7 +57,7 @@ def mean_and_error(draws: list[Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "stages", [[RandomK(0.2)], [RandomK(0.2), Quantize(4)], [Quantize(1)], [Quantize(2, 16)]]
 )
-def test_the_mean_over_many_keys_is_the_vector_itself(stages: list[Stage | Format]) -> None:
+def test_the_mean_over_many_keys_is_the_vector_itself(stages: list[Stage | NumberFormat]) -> None:
     numbers = vector()
     mean, error = mean_and_error([there_and_back(numbers, stages, seed) for seed in range(3000)])
     off = (mean - numbers).abs() / error.clamp(min=1e-9)
@@ -120,8 +120,8 @@ def test_what_rounding_to_the_nearest_level_leaves_is_exact_even_half_way_betwee
 def test_so_many_bits_are_so_many_bits() -> None:
     numbers = vector(n=1000)
     for bits in range(1, 17):
-        raw = Chain([Quantize(bits)], "change").write(
-            numbers, ((1000,),), lambda label: generator(0)
+        raw = StageChain([Quantize(bits)], "change").encode(
+            numbers, ((1000,),), lambda label: keyed_generator(0)
         )
         assert len(raw) == 4 + math.ceil(1000 * bits / 8)
 
@@ -131,14 +131,14 @@ def test_nought_and_one_stay_what_they_are() -> None:
     for bits in range(2, 17):
         assert torch.equal(there_and_back(known, [Quantize(bits)], layout=((24,),)), known)
     still = torch.zeros(24)
-    for stage in (Quantize(1), Quantize(8), Half(), TopK(3), LowRank(0.9)):
+    for stage in (Quantize(1), Quantize(8), HalfPrecision(), TopK(3), LowRank(0.9)):
         assert torch.equal(there_and_back(still, [stage], layout=((4, 6),)), still)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1.0, 1e9])
 def test_half_keeps_eleven_bits_whatever_the_size(scale: float) -> None:
     numbers = vector() * scale
-    back = there_and_back(numbers, [Half()])
+    back = there_and_back(numbers, [HalfPrecision()])
     big = numbers.abs() > numbers.abs().max() * 1e-3
     assert ((back - numbers).abs()[big] <= numbers.abs()[big] * 2.0**-11).all()
 
@@ -152,20 +152,20 @@ def test_the_largest_are_sent_and_no_others() -> None:
 
 
 def test_the_energy_rule_is_that_of_fedkd() -> None:
-    from hetero_fl.communication.compression import compress_low_rank, restore_low_rank
+    from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
 
-    numbers = torch.randn(40, 1, generator=generator(1)) @ torch.randn(
-        1, 50, generator=generator(2)
+    numbers = torch.randn(40, 1, generator=keyed_generator(1)) @ torch.randn(
+        1, 50, generator=keyed_generator(2)
     )
-    numbers = numbers + 0.1 * torch.randn(40, 50, generator=generator(3))
-    want = restore_low_rank(compress_low_rank({"w": numbers}, 0.9), {"w": numbers})["w"]
+    numbers = numbers + 0.1 * torch.randn(40, 50, generator=keyed_generator(3))
+    want = reconstruct_low_rank(compress_low_rank({"w": numbers}, 0.9), {"w": numbers})["w"]
     assert torch.equal(
         there_and_back(numbers.reshape(-1), [LowRank(0.9)], layout=((40, 50),)), want.reshape(-1)
     )
 
 
 def test_top_classes_keep_the_largest_and_the_sum_of_each_row() -> None:
-    rows = torch.randn(30, 10, generator=generator(4)).softmax(-1)
+    rows = torch.randn(30, 10, generator=keyed_generator(4)).softmax(-1)
     back = there_and_back(
         rows.reshape(-1), [TopClasses(3)], layout=((30, 10),), sort="predictions"
     ).view(30, 10)
@@ -178,11 +178,19 @@ def test_top_classes_keep_the_largest_and_the_sum_of_each_row() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", [Quantize(1), Quantize(5, 8), Quantize(8, nearest=True), Half(), TopK(9), LowRank(0.5)]
+    "stage",
+    [
+        Quantize(1),
+        Quantize(5, 8),
+        Quantize(8, nearest=True),
+        HalfPrecision(),
+        TopK(9),
+        LowRank(0.5),
+    ],
 )
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_finite_at_the_receiver(
-    stage: Stage | Format, bad: float
+    stage: Stage | NumberFormat, bad: float
 ) -> None:
     numbers = vector()
     numbers[37] = bad
@@ -190,13 +198,13 @@ def test_what_is_not_finite_is_not_finite_at_the_receiver(
 
 
 def test_more_terms_than_a_matrix_has_are_refused() -> None:
-    chain = Chain([LowRank(0.5)], "change")
-    raw = chain.write(torch.ones(120), ((10, 12),), lambda label: generator(0))
+    chain = StageChain([LowRank(0.5)], "change")
+    raw = chain.encode(torch.ones(120), ((10, 12),), lambda label: keyed_generator(0))
     for rows in (0, 7, 2**31):
         with pytest.raises(PayloadError, match="terms"):
-            chain.read(
-                Reader(rows.to_bytes(4, "little") + raw[4:]),
+            chain.decode(
+                ByteReader(rows.to_bytes(4, "little") + raw[4:]),
                 ((10, 12),),
                 torch.float32,
-                lambda label: generator(0),
+                lambda label: keyed_generator(0),
             )

@@ -10,13 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetero_fl.communication.compression import stages_of
+from hetero_fl.communication.compression import build_stages
 from hetero_fl.communication.link import UNSENT, Link
 from hetero_fl.config.communication import ChannelConfig
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.core.participant import floats
-from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, check_upload, report_of
-from hetero_fl.utils.seeding import generator
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.participant import floating_tensors
+from hetero_fl.core.payload import (
+    Item,
+    ItemSpec,
+    Payload,
+    PayloadError,
+    check_upload,
+    report_with_loss,
+)
+from hetero_fl.utils.seeding import keyed_generator
 
 SPECS = {
     "model": ItemSpec("params"),
@@ -27,24 +34,24 @@ SPECS = {
     "codes": ItemSpec("rows", share="predictions"),
 }
 KEY = (0, 3, "site_1", "link")
-CNN = Architecture.of("cnn", 10, (1, 28, 28))
+CNN = ModelSpec.from_config("cnn", 10, (1, 28, 28))
 STATISTICS = frozenset(CNN.shapes) - CNN.parameter_names
 
 
 def link(
     *chain: Any, entropy: bool = False, specs: dict[str, ItemSpec] = SPECS, outputs: int = 4
 ) -> Link:
-    return Link(stages_of(ChannelConfig(compress=chain).compress, entropy), specs, outputs)
+    return Link(build_stages(ChannelConfig(compress=chain).compress, entropy), specs, outputs)
 
 
 def model(seed: int) -> dict[str, Tensor]:
-    g = generator(seed, "model")
+    g = keyed_generator(seed, "model")
     shapes = {"backbone.0.weight": (4, 3, 2), "backbone.1.running_mean": (5,), "head.bias": (4,)}
     return {n: torch.randn(shape, generator=g) for n, shape in shapes.items()}
 
 
 def upload(seed: int = 0) -> Payload:
-    g = generator(seed, "upload")
+    g = keyed_generator(seed, "upload")
     items = {
         "model": Item(model(seed), 17.0, "params"),
         "logits": Item(torch.randn(6, 4, generator=g), torch.rand(4, generator=g), "rows"),
@@ -53,7 +60,7 @@ def upload(seed: int = 0) -> Payload:
         "counts": Item(torch.tensor([3.0, 1.0, 0.0, 9.0]), kind="counts"),
         "codes": Item(torch.randint(0, 255, (6, 2), generator=g).to(torch.uint8), kind="rows"),
     }
-    return Payload(items, report_of(0.5))
+    return Payload(items, report_with_loss(0.5))
 
 
 GOT = Payload({"model": model(99)})
@@ -119,11 +126,11 @@ def test_without_stages_a_payload_travels_as_ever() -> None:
 
 
 def test_top_k_of_one_per_cent_in_eight_bits_is_at_most_1_6_per_cent_of_the_cnn() -> None:
-    start = floats(CNN.initial(0))
-    g = generator(5)
+    start = floating_tensors(CNN.initial_tensors(0))
+    g = keyed_generator(5)
     trained = {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in start.items()}
     dense = sum(4 * t.numel() for n, t in trained.items() if n in CNN.parameter_names)
-    sent = Payload({"model": Item(trained, 6000.0, "params")}, report_of(1.0))
+    sent = Payload({"model": Item(trained, 6000.0, "params")}, report_with_loss(1.0))
     for entropy in (False, True):
         by = link({"topk": 0.01}, {"quantize": 8}, entropy=entropy)
         data = by.send(sent, KEY, STATISTICS, Payload({"model": start}), {})
@@ -148,8 +155,8 @@ def test_what_was_not_sent_is_kept_to_the_last_bit(chain: list[Any]) -> None:
     by, memory, kept = link(*chain), dict[str, Any](), torch.zeros(1000)
     for round in range(30):
         start, moved = (
-            torch.randn(1000, generator=generator(round)),
-            torch.randn(1000, generator=generator(-round, "m")),
+            torch.randn(1000, generator=keyed_generator(round)),
+            torch.randn(1000, generator=keyed_generator(-round, "m")),
         )
         got, key = Payload({"model": {"w": start}}), (0, round, "site_1", "link")
         sent = Payload({"model": Item({"w": start + 0.1 * moved}, 1.0, "params")})

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetero_fl.communication.compression import compress_low_rank, restore_low_rank
+from hetero_fl.communication.compression import compress_low_rank, reconstruct_low_rank
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -29,7 +29,7 @@ def test_it_keeps_the_fewest_terms_with_that_share_of_the_energy(energy: float, 
     u, s, v = np.linalg.svd(matrix.numpy())
     want = torch.from_numpy(u[:, :rank] * s[:rank] @ v[:rank])
     assert torch.allclose(
-        restore_low_rank({"w": packed}, {"w": matrix})["w"], want, rtol=0, atol=1e-12
+        reconstruct_low_rank({"w": packed}, {"w": matrix})["w"], want, rtol=0, atol=1e-12
     )
 
 
@@ -47,7 +47,7 @@ def test_what_is_lost_is_less_than_the_energy_left_out_and_nothing_grows(
         m, n, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     packed = compress_low_rank({"w": tensor}, energy)["w"]
-    back = restore_low_rank({"w": packed}, {"w": tensor})["w"]
+    back = reconstruct_low_rank({"w": packed}, {"w": tensor})["w"]
     assert back.shape == tensor.shape and packed.numel() < tensor.numel() + m + n * size
     assert (back - tensor).square().sum() <= (1 - energy) * tensor.square().sum() + 1e-12
 
@@ -56,7 +56,7 @@ def test_a_full_rank_matrix_travels_as_its_own_numbers_to_the_bit() -> None:
     matrix = torch.randn(6, 7, generator=torch.Generator().manual_seed(3))
     packed = compress_low_rank({"w": matrix}, 0.9999)["w"]
     assert packed.shape == (4, 13) and torch.equal(
-        restore_low_rank({"w": packed}, {"w": matrix})["w"], matrix
+        reconstruct_low_rank({"w": packed}, {"w": matrix})["w"], matrix
     )
 
 
@@ -68,13 +68,15 @@ def test_vectors_and_numbers_stay_and_nought_has_one_term() -> None:
     }
     packed = compress_low_rank(tensors, 0.95)
     assert packed["still"].shape == (1, 8 + 27)
-    back = restore_low_rank(packed, tensors)
+    back = reconstruct_low_rank(packed, tensors)
     assert all(torch.equal(back[n], t) for n, t in tensors.items())
 
 
 @given(st.integers(1, 12))
 def test_any_number_of_rows_decodes(rows: int) -> None:
-    assert restore_low_rank({"w": torch.ones(rows, 9)}, {"w": torch.zeros(4, 5)})["w"].shape == (
+    assert reconstruct_low_rank({"w": torch.ones(rows, 9)}, {"w": torch.zeros(4, 5)})[
+        "w"
+    ].shape == (
         4,
         5,
     )
@@ -84,4 +86,4 @@ def test_above_one_no_terms_suffice_and_nothing_is_larger() -> None:
     tensors = {"still": torch.zeros(6, 7), "one": torch.ones(6, 7), "bias": torch.ones(3)}
     packed = compress_low_rank(tensors, 2.0)
     assert packed["still"].shape == packed["one"].shape == (4, 13)
-    assert all(torch.equal(restore_low_rank(packed, tensors)[n], t) for n, t in tensors.items())
+    assert all(torch.equal(reconstruct_low_rank(packed, tensors)[n], t) for n, t in tensors.items())

@@ -29,7 +29,7 @@ def test_a_chain_is_written_as_a_list_of_stages_and_comes_back_from_a_resolved_c
     text: str, names: list[str]
 ) -> None:
     loaded = load_config(config(), [f"channel.compress={text}"])
-    assert [stage.name for stage in loaded.channel.compress] == names
+    assert [stage.kind for stage in loaded.channel.compress] == names
     assert load_config(yaml.safe_load(dump(loaded))).channel == loaded.channel
 
 

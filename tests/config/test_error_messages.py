@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from hetero_fl.algorithms import algorithm
-from hetero_fl.config.errors import EXPECTED, LIMITS, OWN, describe
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.config.errors import EXPECTED, LIMITS, OWN, describe_error
 from hetero_fl.config.schema import Config
 from hetero_fl.experiment.comparison import Study
 from hetero_fl.experiment.preparation import load_config
@@ -71,7 +71,7 @@ def nodes(schema: Any) -> Iterator[dict[str, Any]]:
 
 def test_every_error_of_the_schema_has_its_words() -> None:
     errors = set()
-    for model in (Config, Study, *(algorithm[name] for name in algorithm)):
+    for model in (Config, Study, *(register_algorithm[name] for name in register_algorithm)):
         for node in nodes(model.__pydantic_core_schema__):
             # a KeyError: add the node's errors, here and in errors.py
             errors |= ERRORS_OF_NODE[node["type"]]
@@ -177,4 +177,4 @@ def test_what_a_method_of_ones_own_may_have_too(tree: dict[str, Any], line: str)
     with pytest.raises(ValidationError) as error:
         Small.model_validate(tree)
 
-    assert describe(error.value, tree, Small) == line
+    assert describe_error(error.value, tree, Small) == line

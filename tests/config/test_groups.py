@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.config import expand
+from hetero_fl.config import expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.utils.errors import UserError
@@ -16,7 +16,7 @@ SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True}
 
 
 def roster(**clients: Any) -> dict[str, ClientSettings]:
-    return expand(load_config({"clients": clients}).clients)
+    return expand_population(load_config({"clients": clients}).clients)
 
 
 @pytest.mark.parametrize(

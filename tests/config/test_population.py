@@ -11,11 +11,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.config import expand
+from hetero_fl.config import expand_population
 from hetero_fl.config.population import Pattern, Population
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import Ids, Series, in_order
+from hetero_fl.utils.ordering import ClientIds, IdSeries, natural_order
 
 NAMES = st.sampled_from(
     ["a", "b", "a_1", "a_2", "a_01", "a1", "a01", "site", "site_1", "A", "b-2", "a_1_1"]
@@ -29,27 +29,29 @@ CASES = settings(max_examples=150, deadline=None, derandomize=True)
 @CASES
 @given(st.lists(st.tuples(NAMES, COUNTS), min_size=1, max_size=6))
 def test_order_is_that_in_which_people_count(groups: list[tuple[str, int]]) -> None:
-    series = [Series(*group) for group in groups]
+    series = [IdSeries(*group) for group in groups]
     listed = [id for s in series for id in s]
     if doubled := [id for id, n in Counter(listed).items() if n > 1]:
         with pytest.raises(ValueError) as error:
-            Ids(series)
+            ClientIds(series)
         assert str(error.value) in doubled
         return
-    ids = Ids(series)
-    assert list(ids) == in_order(listed) and len(ids) == len(listed)
-    assert [s.find(id) for s in series for id in s] == [i for s in series for i in range(len(s))]
+    ids = ClientIds(series)
+    assert list(ids) == natural_order(listed) and len(ids) == len(listed)
+    assert [s.position(id) for s in series for id in s] == [
+        i for s in series for i in range(len(s))
+    ]
     strangers = {
         f"{s.name}_{n}" for s in series for n in ("0", "00", "1", "01", "13", "²", "1000")
     } - set(listed)
-    assert all(s.find(id) is None for id in strangers for s in series)
+    assert all(s.position(id) is None for id in strangers for s in series)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(PATTERNS, st.text("ab1_2[]-", max_size=7))
 def test_patterns_read_as_fnmatch_does(pattern: str, text: str) -> None:
     reader = Pattern(pattern)
-    assert reader.accepts(reader.read(reader.start, text)) == fnmatchcase(text, pattern)
+    assert reader.accepts(reader.advance(reader.start, text)) == fnmatchcase(text, pattern)
 
 
 @CASES
@@ -62,7 +64,7 @@ def test_settings_are_those_of_a_list(
     groups: list[tuple[str, int, int]], overrides: list[tuple[str, int]]
 ) -> None:
     """The reference lists everybody and hands out models one by one."""
-    listed = [(name, g) for g in groups for name in Series(g[0], g[1])]
+    listed = [(name, g) for g in groups for name in IdSeries(g[0], g[1])]
     ids = [name for name, _ in listed]
     assume(
         len(set(ids)) == len(ids)
@@ -82,18 +84,18 @@ def test_settings_are_those_of_a_list(
         "overrides": [{"match": p, "epochs": i + 2, **({"model": MODELS[:m]} if m else {})}
                       for i, (p, m) in enumerate(overrides)],
     }  # fmt: skip
-    population = expand(load_config({"clients": source}).clients)
+    population = expand_population(load_config({"clients": source}).clients)
     assert list(population) == ids
     assert {name: (s.model[0].name, s.epochs) for name, s in population.items()} == expected
     of_kind: dict[int, list[str]] = {}
     for name in ids:
-        of_kind.setdefault(population.kind(name).number, []).append(name)
-    assert [(kind.first, kind.count) for kind in population.kinds] == [
+        of_kind.setdefault(population.profile(name).number, []).append(name)
+    assert [(kind.first, kind.count) for kind in population.profiles] == [
         (m[0], len(m)) for m in of_kind.values()
     ]
-    assert len({id(s) for s in population.values()}) == len(population.kinds)
+    assert len({id(s) for s in population.values()}) == len(population.profiles)
     again = pickle.loads(pickle.dumps(population))
-    assert again == population and len({id(s) for s in again.values()}) == len(population.kinds)
+    assert again == population and len({id(s) for s in again.values()}) == len(population.profiles)
 
 
 def test_a_million_clients_are_a_few_kinds() -> None:
@@ -107,12 +109,13 @@ def test_a_million_clients_are_a_few_kinds() -> None:
             {"match": "clinic_1?", "epochs": 2},
         ],
     }
-    population = expand(load_config({"clients": source}).clients)
+    population = expand_population(load_config({"clients": source}).clients)
     assert (
-        len(population) == 1_000_000 and sum(kind.count for kind in population.kinds) == 1_000_000
+        len(population) == 1_000_000
+        and sum(kind.count for kind in population.profiles) == 1_000_000
     )
-    assert len(population.kinds) <= 2 + 6 + 2
-    assert sum(kind.count for kind in population.kinds if kind.settings.epochs == 3) == 10_000
+    assert len(population.profiles) <= 2 + 6 + 2
+    assert sum(kind.count for kind in population.profiles if kind.settings.epochs == 3) == 10_000
     assert (
         population["phone_000077"].model[0].name == "cnn"
         and population["phone_999977"].model[0].name == "cnn"
@@ -127,7 +130,7 @@ def test_a_million_clients_are_a_few_kinds() -> None:
 def test_mistakes_among_a_million_are_one_line() -> None:
     def refused(words: str, **clients: Any) -> None:
         with pytest.raises(UserError, match=words):
-            expand(load_config({"clients": clients}).clients)
+            expand_population(load_config({"clients": clients}).clients)
 
     million = {"name": "a", "count": 1_000_000}
     refused("overrides: 'a_9999999' matches none of a_0000001, a_0000002, .* a_0000008 …$",
@@ -142,7 +145,10 @@ def test_mistakes_among_a_million_are_one_line() -> None:
 
 
 def test_clients_listed_one_by_one_are_a_population_too() -> None:
-    listed = {id: expand(load_config({}).clients)["client"] for id in ("site_10", "b", "site_2")}
-    population = Population.of(listed)
+    listed = {
+        id: expand_population(load_config({}).clients)["client"]
+        for id in ("site_10", "b", "site_2")
+    }
+    population = Population.from_settings(listed)
     assert dict(population) == listed and list(population.ids) == ["b", "site_2", "site_10"]
-    assert Population.of(population) is population
+    assert Population.from_settings(population) is population

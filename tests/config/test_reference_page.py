@@ -58,12 +58,12 @@ def test_every_section_and_every_key_is_there(script: ModuleType) -> None:
 def test_a_method_that_somebody_registered_does_not_change_it(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hetero_fl.algorithms import Algorithm, algorithm
+    from hetero_fl.algorithms import Algorithm, register_algorithm
 
     before = script.page()
-    monkeypatch.setattr(algorithm, "_known", dict(algorithm._known))
+    monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
 
-    @algorithm("of_my_own")
+    @register_algorithm("of_my_own")
     class OfMyOwn(Algorithm):
         setting: int = 1
 

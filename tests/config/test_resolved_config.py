@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hetero_fl.config import difference, dump, expand, resolved
+from hetero_fl.config import describe_difference, dump, expand_population, resolve_config
 from hetero_fl.experiment.preparation import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +51,8 @@ CONFIGS = sorted(
 def test_what_is_kept_loads_to_the_same_clients(source: Path | dict[str, Any]) -> None:
     config = load_config(source)
     again = load_config(yaml.safe_load(dump(config)))
-    assert difference(resolved(config), resolved(again)) is None
-    want, got = expand(config.clients), expand(again.clients)
+    assert describe_difference(resolve_config(config), resolve_config(again)) is None
+    want, got = expand_population(config.clients), expand_population(again.clients)
     assert {id: s.model_dump() for id, s in got.items()} == {
         id: s.model_dump() for id, s in want.items()
     }
@@ -62,9 +62,9 @@ def test_what_is_kept_loads_to_the_same_clients(source: Path | dict[str, Any]) -
 def differences(changes: dict[str, Any], **more: Any) -> str | None:
     groups = [{"name": "a", "model": "mlp"}, {"name": "b", "model": "cnn"}]
     old = load_config({"clients": {"groups": groups}})
-    return difference(
-        resolved(old),
-        resolved(
+    return describe_difference(
+        resolve_config(old),
+        resolve_config(
             load_config({"clients": {"groups": [{**groups[0], **changes}, groups[1]]}, **more})
         ),
     )
@@ -82,7 +82,10 @@ def test_a_difference_is_told_by_its_leaf() -> None:
 
 
 def test_difference_tells_a_key_that_is_gone() -> None:
-    assert difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {}}) == "b.c: was 2, is now not given"
+    assert (
+        describe_difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {}})
+        == "b.c: was 2, is now not given"
+    )
 
 
 def test_three_differences_and_a_count() -> None:
@@ -94,7 +97,9 @@ def test_three_differences_and_a_count() -> None:
 
 
 def test_lists_of_other_lengths_and_long_values() -> None:
-    assert difference({"a": [{"b": 1}]}, {"a": []}) == "a.0: was {'b': 1}, is now not given"
-    assert difference({"a": [1, 2]}, {"a": [1]}) == "a: was [1, 2], is now [1]"
-    said = difference({"a": "x" * 5000}, {"a": "y" * 5000})
+    assert (
+        describe_difference({"a": [{"b": 1}]}, {"a": []}) == "a.0: was {'b': 1}, is now not given"
+    )
+    assert describe_difference({"a": [1, 2]}, {"a": [1]}) == "a: was [1, 2], is now [1]"
+    said = describe_difference({"a": "x" * 5000}, {"a": "y" * 5000})
     assert said is not None and len(said) < 150

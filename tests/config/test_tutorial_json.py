@@ -11,7 +11,7 @@ import pytest
 
 import hetero_fl
 from hetero_fl.config import Config
-from hetero_fl.config.population import expand
+from hetero_fl.config.population import expand_population
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.utils.errors import UserError
 
@@ -30,7 +30,7 @@ def test_the_file_is_the_tutorials_and_becomes_a_configuration() -> None:
     assert KEYS == {"model_name": "resnet18", "no_models": 10, "type": "cifar", "global_epochs": 20, "local_epochs": 3, "k": 6,
                     "batch_size": 32, "lr": 0.001, "momentum": 0.0001, "lambda": 0.1}  # fmt: skip
     config = load_config(FILE)
-    clients = expand(config.clients)
+    clients = expand_population(config.clients)
     assert len(clients) == 10 and config.clients.per_round == 6 and config.rounds == 20
     one = clients["client_01"]
     assert one.model[0].name == "torchvision:resnet18" and (one.epochs, one.batch_size) == (3, 32)

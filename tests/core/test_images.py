@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hetero_fl.core.images import channels_first
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
@@ -92,8 +92,8 @@ def test_floats_keep_or_get_the_range_0_to_1(tmp_path: Path) -> None:
 
 
 def saved(shape: tuple[int, ...], name: str = "mlp", **preprocess: object) -> SavedModel:
-    arch = Architecture.of(name, 2, shape)
-    return SavedModel(arch.initial(0), arch, dict(preprocess), Task("multiclass", 2))
+    arch = ModelSpec.from_config(name, 2, shape)
+    return SavedModel(arch.initial_tensors(0), arch, dict(preprocess), Task("multiclass", 2))
 
 
 def test_predict_takes_what_can_only_mean_one_thing() -> None:

@@ -18,9 +18,9 @@ from hetero_fl.core.metrics import (
     confusion,
     score,
     selection_metric,
-    spread,
+    summarize_clients,
 )
-from hetero_fl.core.payload import loss_of
+from hetero_fl.core.payload import loss_from_report
 from hetero_fl.core.task import Task
 
 BINARY, TEN, LABELS = Task("multiclass", 2), Task("multiclass", 10), Task("multilabel", 4)
@@ -215,14 +215,14 @@ def test_spread_takes_the_worst_by_direction_and_counts_the_undefined() -> None:
         "b": {"auroc": None, "loss": 0.6},
         "c": {"auroc": 0.7, "loss": 0.4},
     }
-    found = spread(clients)
+    found = summarize_clients(clients)
     assert found == pytest.approx(
         {"auroc": 0.8, "auroc_std": 0.1, "auroc_worst": 0.7, "auroc_undefined": 1}
         | {"loss": 0.4, "loss_std": np.std([0.2, 0.6, 0.4]), "loss_worst": 0.6}
     )
     none = dict.fromkeys(("auroc", "auroc_std", "auroc_worst"))
-    assert spread({"a": {"auroc": None}}) == none | {"auroc_undefined": 1}
-    assert spread({}) == {}
+    assert summarize_clients({"a": {"auroc": None}}) == none | {"auroc_undefined": 1}
+    assert summarize_clients({}) == {}
 
 
 def test_spread_does_not_depend_on_the_order_of_clients() -> None:
@@ -231,7 +231,7 @@ def test_spread_does_not_depend_on_the_order_of_clients() -> None:
         f"c{i}": {"accuracy": float(v)}
         for i, v in enumerate(torch.rand(50, generator=g, dtype=torch.float64))
     }
-    assert spread(clients) == spread(dict(reversed(clients.items())))
+    assert summarize_clients(clients) == summarize_clients(dict(reversed(clients.items())))
 
 
 def test_selection() -> None:
@@ -252,12 +252,12 @@ def test_score_beyond_the_largest_figure_is_undefined() -> None:
 
 
 def test_spread_leaves_out_figures_whose_squares_overflow() -> None:
-    found = spread({"a": {"loss": 1.7e308}, "b": {"loss": 1.0}, "c": {"loss": 2**1000}})
+    found = summarize_clients({"a": {"loss": 1.7e308}, "b": {"loss": 1.0}, "c": {"loss": 2**1000}})
 
     assert found == {"loss": 1.0, "loss_std": 0.0, "loss_worst": 1.0, "loss_undefined": 2}
 
 
 @pytest.mark.parametrize("loss", ["1.7e308", 1.7e308, -1e300, 2**63, "nan"])
 def test_loss_of_a_report_that_cannot_be_summed_is_none(loss: object) -> None:
-    assert loss_of({"loss": loss}) is None
-    assert loss_of({"loss": "2.5"}) == 2.5
+    assert loss_from_report({"loss": loss}) is None
+    assert loss_from_report({"loss": "2.5"}) == 2.5

@@ -5,36 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetero_fl.algorithms import algorithm
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.core.model_spec import ModelSpec
 from tests.helpers.small_federations import config, rounds_of
 
 
-def linear() -> Architecture:
-    return Architecture.of("linear", 3, (4,))
+def linear() -> ModelSpec:
+    return ModelSpec.from_config("linear", 3, (4,))
 
 
 def test_initial_tensors_follow_the_seed_and_the_default_dtype() -> None:
-    a = linear().initial(1)
-    assert all(torch.equal(t, linear().initial(1)[n]) for n, t in a.items())
-    assert not all(torch.equal(t, linear().initial(2)[n]) for n, t in a.items())
+    a = linear().initial_tensors(1)
+    assert all(torch.equal(t, linear().initial_tensors(1)[n]) for n, t in a.items())
+    assert not all(torch.equal(t, linear().initial_tensors(2)[n]) for n, t in a.items())
     torch.set_default_dtype(torch.float64)
     try:
-        assert {t.dtype for t in linear().initial(1).values()} == {torch.float64}
+        assert {t.dtype for t in linear().initial_tensors(1).values()} == {torch.float64}
     finally:
         torch.set_default_dtype(torch.float32)
     a.clear()
-    assert linear().initial(1)
+    assert linear().initial_tensors(1)
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in ("fml", "fedkd", "fedproto", "fedavg") if name in algorithm]
+    "method",
+    [name for name in ("fml", "fedkd", "fedproto", "fedavg") if name in register_algorithm],
 )
 def test_no_model_is_built_in_a_round_but_the_first(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds = rounds_of(config(method), held=1)
     rounds.evaluate()
-    monkeypatch.setattr(Architecture, "build", lambda *_: pytest.fail("a model is built"))
-    rounds.round()
+    monkeypatch.setattr(ModelSpec, "build", lambda *_: pytest.fail("a model is built"))
+    rounds.run_round()
     rounds.evaluate()

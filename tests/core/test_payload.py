@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from safetensors import safe_open
 
 import hetero_fl
-from hetero_fl.communication.protocol import Alike
+from hetero_fl.communication.protocol import EncodeCache
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, check_upload
 from hetero_fl.utils.serialization import CodecError, decode, encode
 
@@ -296,7 +296,7 @@ def test_views_of_the_same_memory_are_encoded_once() -> None:
     made: list[Payload] = []
     wide, encoded = (
         torch.randn(4, 6),
-        Alike(lambda payload: made.append(payload) or payload.encode()),
+        EncodeCache(lambda payload: made.append(payload) or payload.encode()),
     )
     slices = [wide[:2, :3], wide[:2, :3], wide[:3, :2], wide[:2], wide.t()[:2], wide[1:3, :3]]
     bodies = [encoded(Payload({"model": {"w": t}})) for t in slices]

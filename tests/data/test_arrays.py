@@ -307,7 +307,7 @@ def test_a_run_names_the_classes_that_labels_stood_for(tmp_path: Path) -> None:
     assert "1 as class 0" in (tmp_path / "run" / "log.txt").read_text()
     known = np.array([1, 2] * 20)
     np.savez(tmp_path / "new.npz", train_images=x[:40], train_labels=known + 1)
-    expected = float((run.predict("a", x[:40], home=False).argmax(1).numpy() == known).mean())
+    expected = float((run.predict("a", x[:40], personal=False).argmax(1).numpy() == known).mean())
     assert hetero_fl.evaluate(run, str(tmp_path / "new.npz"))["a"]["accuracy"] == pytest.approx(
         expected
     )

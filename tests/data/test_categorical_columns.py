@@ -13,8 +13,8 @@ import torch
 import hetero_fl
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, ProxyConfig, SourceConfig
-from hetero_fl.data import Dataset, FederatedData, Layout, Preprocess, federate, load_source
-from hetero_fl.data.remote import Pack
+from hetero_fl.data import ColumnLayout, Dataset, FederatedData, Preprocess, federate, load_source
+from hetero_fl.data.remote import PublicPack
 from hetero_fl.utils.errors import UserError
 
 RAW = Preprocess()
@@ -216,7 +216,7 @@ def test_proxy_tables_are_encoded_like_the_common_file(tmp_path: Path) -> None:
 
 
 def test_views_name_the_text_column() -> None:
-    layout = Layout(("crp", "ward=A", "ward=B", "age"), (), (("ward", ("A", "B")),))
+    layout = ColumnLayout(("crp", "ward=A", "ward=B", "age"), (), (("ward", ("A", "B")),))
 
     assert layout.names == ("crp", "ward", "age")
     assert layout.spans(["age", "ward"], "columns") == ((1, 4),)
@@ -230,9 +230,9 @@ def test_a_pack_carries_the_encoding_to_sites(tmp_path: Path) -> None:
         table(tmp_path / "own.csv", wards=("C", "D"), seed=1),
     )
     simulated = federated(tmp_path, common, own)
-    pack = Pack.decode(Pack.of(simulated).encode())
+    pack = PublicPack.decode(PublicPack.from_data(simulated).encode())
 
-    held = pack.held_by(
+    held = pack.data_of_client(
         "own", DataConfig(**common.model_dump()), {"own": ClientSettings(data=own)}, 0
     )
 
@@ -285,7 +285,7 @@ def test_evaluate_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run, tmp_p
 
     found = hetero_fl.evaluate(finished, str(tmp_path / "new.csv"))
 
-    right = finished.predict("own", frame[["crp", "ward"]], home=False).argmax(1).numpy() == (
+    right = finished.predict("own", frame[["crp", "ward"]], personal=False).argmax(1).numpy() == (
         frame.ill == "yes"
     )
     assert found["own"]["accuracy"] == pytest.approx(right.mean())
@@ -311,12 +311,12 @@ def test_join_encodes_new_rows_as_the_run_did(finished: hetero_fl.Run, tmp_path:
 def test_a_data_set_in_hand_is_matched_to_the_encoding_of_the_run(
     finished: hetero_fl.Run, tmp_path: Path
 ) -> None:
-    from hetero_fl.experiment.evaluation import in_run_order
+    from hetero_fl.experiment.evaluation import order_columns
 
     source = table(tmp_path / "new.csv", 4, wards=("D", "B"))
     assert load(source).columns == ("crp", "ward=B", "ward=D")
 
-    dataset = in_run_order(load(source), finished)
+    dataset = order_columns(load(source), finished)
 
     assert dataset.columns == ("crp", "ward=A", "ward=B", "ward=C")
     assert dataset.train.x[:, 1:].tolist() == [[0, 0, 0], [0, 1, 0]] * 2
@@ -339,5 +339,5 @@ def test_exported_models_say_and_score_text_columns(
     given = score._csv(tmp_path / "new.csv", [record])["row"]
     assert given.tolist() == [[0.5, 0, 1, 0], [-0.5, 0, 0, 0], [0, 0, 0, 0]]
     (tmp_path / "new.csv").write_text("crp\n0.5\n")
-    with pytest.raises(score.Mistake, match="no column 'ward'"):
+    with pytest.raises(score.ScoringError, match="no column 'ward'"):
         score._csv(tmp_path / "new.csv", [record])

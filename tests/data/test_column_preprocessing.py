@@ -12,9 +12,9 @@ from hetero_fl.config.clients import AugmentConfig, ClientSettings, PreprocessCo
 from hetero_fl.config.data import DataConfig, PartitionConfig, ProxyConfig, SourceConfig
 from hetero_fl.data import (
     Block,
+    ColumnLayout,
     Dataset,
     FederatedData,
-    Layout,
     Preprocess,
     federate,
     from_arrays,
@@ -22,29 +22,29 @@ from hetero_fl.data import (
 )
 from hetero_fl.data.external import match_blocks, match_columns
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.seeding import keyed_generator
 
 NAN = float("nan")
-TABLE = Layout(("age", "crp", "bmi", "dose"))
-BLOCKS = Layout(blocks=(Block("image", (1, 2, 3)), Block("genes", (4,))))
+TABLE = ColumnLayout(("age", "crp", "bmi", "dose"))
+BLOCKS = ColumnLayout(blocks=(Block("image", (1, 2, 3)), Block("genes", (4,))))
 
 
 def table() -> Tensor:
-    x = torch.randn(20, 4, generator=generator("t"))
+    x = torch.randn(20, 4, generator=keyed_generator("t"))
     x[3, 1] = x[5, 1] = x[7, 2] = NAN
     return x
 
 
 def rows() -> Tensor:
     """Six pixels, four genes; row 2 lacks its genes, row 4 its image, row 5 one gene."""
-    x = torch.rand(12, 10, generator=generator("b"))
+    x = torch.rand(12, 10, generator=keyed_generator("b"))
     x[2, 6:] = NAN
     x[4, :6] = NAN
     x[5, 7] = NAN
     return x
 
 
-def view(x: Tensor, layout: Layout, **config: Any) -> Preprocess:
+def view(x: Tensor, layout: ColumnLayout, **config: Any) -> Preprocess:
     return Preprocess.resolve(
         PreprocessConfig(**config), x, "preprocess", layout, tuple(x.shape[1:])
     )
@@ -121,7 +121,7 @@ def test_names_that_are_not_there() -> None:
         (TABLE, ["crp", "dos"], "preprocess.columns: found 'dos'; did you mean 'dose'?"),
         (BLOCKS, ["gene"], "preprocess.columns: found 'gene'; did you mean 'genes'?"),
         (
-            Layout(),
+            ColumnLayout(),
             ["crp"],
             "preprocess.columns: found 'crp'; nothing of these examples has a name, leave it out",
         ),
@@ -132,7 +132,7 @@ def test_names_that_are_not_there() -> None:
     with pytest.raises(
         UserError, match=r"preprocess\.missing: is for tables, series and blocks, not for images"
     ):
-        view(torch.zeros(3, 1, 4, 4), Layout(), missing="indicate").shape((1, 4, 4))
+        view(torch.zeros(3, 1, 4, 4), ColumnLayout(), missing="indicate").shape((1, 4, 4))
     with pytest.raises(ValueError, match="each at most once"):
         PreprocessConfig(columns=["a", "a"])
 
@@ -149,14 +149,14 @@ def test_blocks_have_to_fit() -> None:
 
 
 def hospitals(
-    x: Tensor, layout: Layout, clients: dict[str, PreprocessConfig], **config: Any
+    x: Tensor, layout: ColumnLayout, clients: dict[str, PreprocessConfig], **config: Any
 ) -> FederatedData:
     """The rows in turn to the clients; a test set without gaps."""
     names = list(clients)
     y = torch.arange(len(x)) % 2
     x = x.repeat(6, 1)
     group = [names[i % len(names)] for i in range(len(x))]
-    full = torch.rand(20, x.shape[1], generator=generator("full"))
+    full = torch.rand(20, x.shape[1], generator=keyed_generator("full"))
     made = from_arrays(
         x, y.repeat(6), test=(full, torch.arange(20) % 2), validation=(full, torch.arange(20) % 2), group=group,
         columns=layout.columns, blocks=layout.blocks,
@@ -197,7 +197,7 @@ def _train(data: FederatedData) -> Tensor:
 def test_public_rows_may_lack_blocks() -> None:
     both, images, genes = (PreprocessConfig(columns=c, missing=m) for c, m in
                            ((None, "indicate"), (["image"], None), (["genes"], "indicate")))  # fmt: skip
-    x = torch.rand(30, 10, generator=generator("full"))
+    x = torch.rand(30, 10, generator=keyed_generator("full"))
     clients = {"a": both, "b": images, "c": genes}
     data = hospitals(x, BLOCKS, clients, proxy=ProxyConfig(size=20, columns=["image"]))
     seen = {c: data.columns(c, "proxy", data.preprocess(c))["x"] for c in clients}
@@ -291,7 +291,7 @@ def test_a_table_with_gaps(tmp_path: Any) -> None:
 
 
 def test_augment_is_for_images_as_they_are_seen() -> None:
-    x = torch.rand(30, 10, generator=generator("full"))
+    x = torch.rand(30, 10, generator=keyed_generator("full"))
     made = from_arrays(x, torch.arange(30) % 2, blocks=BLOCKS.blocks)
     flips = AugmentConfig(flip=True)
 

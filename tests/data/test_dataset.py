@@ -8,8 +8,8 @@ import torch
 from hetero_fl.core.task import Task
 from hetero_fl.data import Examples, check_examples
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import in_order
-from hetero_fl.utils.registry import imported
+from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.registry import import_reference
 
 CLASSES = Task("multiclass", 3)
 IMAGES = torch.zeros(4, 1, 5, 5, dtype=torch.uint8)
@@ -73,22 +73,22 @@ def test_unaligned_columns_are_refused() -> None:
 
 def test_take_keeps_columns_together() -> None:
     x = torch.arange(4.0)[:, None]
-    taken = Examples(x, LABELS, LABELS + 1, ("a", "b", "c", "d")).take(torch.tensor([3, 1]))
+    taken = Examples(x, LABELS, LABELS + 1, ("a", "b", "c", "d")).select_rows(torch.tensor([3, 1]))
     assert taken.x.flatten().tolist() == [3, 1]
     assert taken.y is not None and taken.y.tolist() == [0, 1]
     assert taken.group is not None and taken.group.tolist() == [1, 2]
-    assert Examples(x).take(torch.tensor([0])).y is None
+    assert Examples(x).select_rows(torch.tensor([0])).y is None
 
 
 def test_names_sort_as_people_count() -> None:
-    assert in_order({"site_10", "site_2", "a1", "10", "9"}) == [
+    assert natural_order({"site_10", "site_2", "a1", "10", "9"}) == [
         "9",
         "10",
         "a1",
         "site_2",
         "site_10",
     ]
-    assert in_order(["a01", "a1"]) == in_order(["a1", "a01"])
+    assert natural_order(["a01", "a1"]) == natural_order(["a1", "a01"])
 
 
 def test_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [])
     (tmp_path / "mine_for_import.py").write_text("def value(): return 7\n")
     (tmp_path / "broken_for_import.py").write_text("1 / 0\n")
-    assert imported("python:mine_for_import:value", "data.name", takes="")() == 7
+    assert import_reference("python:mine_for_import:value", "data.name", takes="")() == 7
     for reference, words in (
         ("python:mine_for_import", "write python:package.module:Name"),
         ("python:mine_for_import:valu", "did you mean 'value'?"),
@@ -104,5 +104,5 @@ def test_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("python:broken_for_import:x", "ZeroDivisionError"),
     ):
         with pytest.raises(UserError) as refused:
-            imported(reference, "data.name")
+            import_reference(reference, "data.name")
         assert str(refused.value).startswith("data.name: ") and words in str(refused.value)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.config import expand
+from hetero_fl.config import expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.data import DataConfig, PartitionConfig, SourceConfig, SplitConfig
 from hetero_fl.data import FederatedData, federate, make_table
@@ -30,7 +30,7 @@ def drawn(
     **partition: Any,
 ) -> FederatedData:
     if isinstance(clients, int):
-        clients = expand(load_config({"clients": {"count": clients}}).clients)
+        clients = expand_population(load_config({"clients": {"count": clients}}).clients)
     config = DataConfig(
         partition=PartitionConfig(kind="drawn", **partition), split=split or SplitConfig()
     )
@@ -51,7 +51,7 @@ def test_whoever_is_asked_first_everybody_gets_the_same(
     data, other = (drawn(12, seed=seed, alpha=alpha, spread=spread, rows=rows) for _ in range(2))
     # made up front, all of them
     expected = {c: {s: rows_of(data, c, s) for s in SPLITS} for c in data.client_ids}
-    other._private.drawing._kept.limit = 1  # type: ignore[union-attr]
+    other._private.drawing._cached_splits.limit = 1  # type: ignore[union-attr]
     pool = set(data._private.drawing.pool.rows.tolist())  # type: ignore[union-attr]
     for client in reversed(data.client_ids):
         assert {s: other.n_rows(client, s) for s in SPLITS} == {
@@ -91,7 +91,7 @@ def test_a_million_clients_hold_nothing_until_they_are_asked() -> None:
     assert data.label_counts("client_0700000").tolist() == [
         sum(r % 4 == c for r in train) for c in range(4)
     ]
-    assert len(data._private.drawing._kept) == 1  # type: ignore[union-attr]
+    assert len(data._private.drawing._cached_splits) == 1  # type: ignore[union-attr]
     with pytest.raises(KeyError):
         data.columns("client_1000001", "train", PLAIN)
 

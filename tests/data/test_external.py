@@ -18,11 +18,11 @@ from hetero_fl.data import (
     Dataset,
     FederatedData,
     Preprocess,
-    deal,
     federate,
     from_arrays,
     load_source,
     make_table,
+    partition_rows,
 )
 from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, identical, view
@@ -164,7 +164,7 @@ def test_two_own_sources_are_dealt_by_different_draws(
     assert rows["north_1"] + rows["north_2"] == rows["south_1"] + rows["south_2"] == 200
     assert len({rows["a"], rows["north_1"], rows["south_1"]}) == 3
     # the common source is dealt by the seed itself
-    parts = deal(y, None, config.partition, [1, 1], common.task, 0)
+    parts = partition_rows(y, None, config.partition, [1, 1], common.task, 0)
     assert [rows["a"], rows["b"]] == [len(part) for part in parts]
 
 

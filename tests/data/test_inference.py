@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from hetero_fl.config.clients import PreprocessConfig
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
-from hetero_fl.data import Block, Layout, Preprocess
-from hetero_fl.data.inference import as_seen
+from hetero_fl.data import Block, ColumnLayout, Preprocess
+from hetero_fl.data.inference import preprocess_inputs
 from hetero_fl.utils.errors import UserError
 
-LAYOUT = Layout(blocks=(Block("image", (1, 4, 4)), Block("genes", (3,))))
+LAYOUT = ColumnLayout(blocks=(Block("image", (1, 4, 4)), Block("genes", (3,))))
 NAN = float("nan")
 
 
 def saved(tmp_path: Any, **config: Any) -> SavedModel:
     """A model as it comes back from its file."""
     view = Preprocess.resolve(PreprocessConfig(**config), torch.rand(9, 19), "p", LAYOUT, (19,))
-    arch = Architecture.of("linear", 2, view.shape((19,)))
-    model = SavedModel(arch.initial(0), arch, asdict(view), Task("multiclass", 2))
+    arch = ModelSpec.from_config("linear", 2, view.shape((19,)))
+    model = SavedModel(arch.initial_tensors(0), arch, asdict(view), Task("multiclass", 2))
     (tmp_path / "m.safetensors").write_bytes(model.encode())
     found = SavedModel.load(tmp_path / "m.safetensors")
     assert Preprocess(**found.preprocess) == view
@@ -35,8 +35,10 @@ def test_blocks_by_name_and_whole_rows(tmp_path: Any) -> None:
     model = saved(tmp_path, normalize="own", missing="indicate")
     images, genes = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8), torch.randn(3, 3)
     rows = torch.cat([images.flatten(1) / 255, genes], 1)
-    assert torch.allclose(as_seen(model, {"genes": genes, "image": images}), as_seen(model, rows))
-    alone = as_seen(model, {"image": images})
+    assert torch.allclose(
+        preprocess_inputs(model, {"genes": genes, "image": images}), preprocess_inputs(model, rows)
+    )
+    alone = preprocess_inputs(model, {"image": images})
     assert alone.shape == (3, 21) and alone[:, 20].all() and not alone[:, 19].any()
     for x, words in (
         ({"gene": genes}, "found 'gene'; did you mean 'genes'"),
@@ -48,20 +50,20 @@ def test_blocks_by_name_and_whole_rows(tmp_path: Any) -> None:
         (rows / 0, "NaN or infinity in row 0"),
     ):
         with pytest.raises(UserError, match=words):
-            as_seen(model, x)
+            preprocess_inputs(model, x)
 
 
 def test_images_among_blocks_are_read_as_images_alone_are(tmp_path: Any) -> None:
-    blocks = Layout(blocks=(Block("image", (3, 4, 4)), Block("marks", (3,))))
+    blocks = ColumnLayout(blocks=(Block("image", (3, 4, 4)), Block("marks", (3,))))
     view = Preprocess.resolve(PreprocessConfig(missing="indicate"), None, "p", blocks, (51,))
-    arch = Architecture.of("linear", 2, view.shape((51,)))
-    model = SavedModel(arch.initial(0), arch, asdict(view), Task("multiclass", 2))
+    arch = ModelSpec.from_config("linear", 2, view.shape((51,)))
+    model = SavedModel(arch.initial_tensors(0), arch, asdict(view), Task("multiclass", 2))
     images, marks = (
         torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8),
         torch.randint(0, 2, (5, 3)),
     )
     images[0, 0, 0, 0] = 255
-    want = as_seen(model, torch.cat([images.flatten(1) / 255, marks], 1))
+    want = preprocess_inputs(model, torch.cat([images.flatten(1) / 255, marks], 1))
     for same in (
         images,
         images.float(),
@@ -70,22 +72,28 @@ def test_images_among_blocks_are_read_as_images_alone_are(tmp_path: Any) -> None
         images.movedim(1, -1),
         images.flatten(1),
     ):
-        assert torch.allclose(as_seen(model, {"image": same, "marks": marks.to(torch.uint8)}), want)
+        assert torch.allclose(
+            preprocess_inputs(model, {"image": same, "marks": marks.to(torch.uint8)}), want
+        )
     lacking = images.float()
     lacking[2] = NAN
-    seen = as_seen(model, {"image": lacking, "marks": marks})
+    seen = preprocess_inputs(model, {"image": lacking, "marks": marks})
     assert torch.allclose(seen[[0, 1, 3, 4]], want[[0, 1, 3, 4]]) and seen[2, 51] == 1
     with pytest.raises(UserError, match="image: found floats from"):
-        as_seen(model, {"image": images.float() - 128, "marks": marks})
+        preprocess_inputs(model, {"image": images.float() - 128, "marks": marks})
 
 
 def test_the_one_block_of_a_model(tmp_path: Any) -> None:
     model = saved(tmp_path, columns=["image"], resize=6)
     images = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)
     rows = torch.cat([images.flatten(1) / 255, torch.full((3, 3), NAN)], 1)
-    assert as_seen(model, images).shape == (3, 1, 6, 6)
-    assert torch.allclose(as_seen(model, images), as_seen(model, rows), atol=1e-6)
-    assert torch.allclose(as_seen(model, {"image": images}), as_seen(model, rows), atol=1e-6)
+    assert preprocess_inputs(model, images).shape == (3, 1, 6, 6)
+    assert torch.allclose(
+        preprocess_inputs(model, images), preprocess_inputs(model, rows), atol=1e-6
+    )
+    assert torch.allclose(
+        preprocess_inputs(model, {"image": images}), preprocess_inputs(model, rows), atol=1e-6
+    )
     rows[1, 2] = NAN
     with pytest.raises(UserError, match="NaN or infinity in row 1"):
-        as_seen(model, rows)
+        preprocess_inputs(model, rows)

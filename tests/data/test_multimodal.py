@@ -12,7 +12,7 @@ import torch
 
 from hetero_fl.config.clients import ClientSettings, PreprocessConfig
 from hetero_fl.config.data import DataConfig, PartitionConfig
-from hetero_fl.data import Dataset, federate, join
+from hetero_fl.data import Dataset, federate, join_images_and_table
 from hetero_fl.utils.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
@@ -29,7 +29,7 @@ TABLE = pd.DataFrame(
 
 
 def joined(table: Any = TABLE, **other: Any) -> Dataset:
-    return join(IMAGES, Y, WHOSE, table, **other)
+    return join_images_and_table(IMAGES, Y, WHOSE, table, **other)
 
 
 def test_every_image_gets_its_patients_row() -> None:
@@ -103,7 +103,7 @@ def test_labels_of_patients_without_an_image_are_mapped_like_those_of_images(
     more.to_csv(tmp_path / "genes.csv", index=False)
 
     with pytest.warns(UserWarning, match="1 as class 0, 2 as class 1"):
-        found = join(
+        found = join_images_and_table(
             IMAGES, np.array(Y) + 1, WHOSE, tmp_path / "genes.csv", columns=["tp53"], label="ill"
         )
 
@@ -153,7 +153,7 @@ def test_numbers_may_begin_with_zeros(tmp_path: Path) -> None:
         path, index=False
     )
     whose = ["0001", "0002", "0002", "0003", "0004", "x5"]
-    found = join(IMAGES, Y, whose, path)
+    found = join_images_and_table(IMAGES, Y, whose, path)
     assert (
         found.train.x[[0, 1, 3], 64].tolist() == [1.5, 2.5, 0.5]
         and found.train.x[4:, 64].isnan().all()
@@ -161,7 +161,7 @@ def test_numbers_may_begin_with_zeros(tmp_path: Path) -> None:
     assert found.train.patient_names == ("0001", "0002", "0003", "0004", "x5")
     # 1 and 0001 are two patients here
     with pytest.raises(UserError, match="found '0003', of whom there is no image"):
-        join(IMAGES, Y, ["1", *whose[:3], "2", "0001"], path)
+        join_images_and_table(IMAGES, Y, ["1", *whose[:3], "2", "0001"], path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -173,7 +173,9 @@ def test_it_goes_into_a_federation() -> None:
     images = np.random.default_rng(1).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     ids = [f"p{i}" for i in range(60)]
     table = pd.DataFrame({"patient": ids[:40], "tp53": range(40), "egfr": range(40)})
-    made = join(images, [i % 2 for i in range(60)], ids, table, blocks=("image", "genes"))
+    made = join_images_and_table(
+        images, [i % 2 for i in range(60)], ids, table, blocks=("image", "genes")
+    )
     both = ClientSettings(preprocess=PreprocessConfig(missing="indicate", normalize="own"))
     data = federate(made, DataConfig(partition=PartitionConfig(min_size=5)), {"a": both}, 0)
     x = data.columns("a", "train", data.preprocess("a"))["x"]

@@ -64,8 +64,8 @@ def test_a_hospital_without_training_rows_is_named() -> None:
     assert dataset.train.group_names == ("east", "north", "south")
     dataset = replace(
         dataset,
-        train=dataset.train.take(torch.arange(190)),
-        test=dataset.train.take(torch.arange(150, 200)),
+        train=dataset.train.select_rows(torch.arange(190)),
+        test=dataset.train.select_rows(torch.arange(150, 200)),
     )
     with pytest.raises(
         UserError, match="3 groups for 2 clients in arrays: no client for group 'south'"

@@ -11,7 +11,7 @@ import pytest
 
 import hetero_fl
 from hetero_fl.data import FederatedData
-from hetero_fl.experiment.preparation import deal, load_config
+from hetero_fl.experiment.preparation import load_config, load_federated_data
 from hetero_fl.utils.errors import UserError
 
 HOSPITALS = ("north", "south", "east")
@@ -53,7 +53,7 @@ def configuration(folder: Path, **data: Any) -> dict[str, Any]:
 
 
 def dealt(config: dict[str, Any], **other: Any) -> FederatedData:
-    return deal(load_config(config), **other)
+    return load_federated_data(load_config(config), **other)
 
 
 def pooled_file(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, Any]:
@@ -83,10 +83,10 @@ def test_common_rows_are_of_all_hospitals_and_whole_patients(tmp_path: Path) -> 
 
     seen: dict[tuple[str, int], str] = {}
     places = {
-        **{f"{c} {s}": data.private[c][s] for c in HOSPITALS for s in data.private[c]},
-        **data.public,
+        **{f"{c} {s}": data.client_rows[c][s] for c in HOSPITALS for s in data.client_rows[c]},
+        **data.public_sets,
     }
-    test = data.public["common_test"]
+    test = data.public_sets["common_test"]
     assert test.examples.group is not None and len(test.examples.group.unique()) == 3
     for name in (
         "common_test",
@@ -104,8 +104,8 @@ def test_the_test_set_depends_on_no_seed_and_the_proxy_set_does(tmp_path: Path) 
     write(tmp_path)
     one, other = (dealt({**configuration(tmp_path), "seed": seed}) for seed in (0, 1))
 
-    assert one.raw("common_test").equal(other.raw("common_test"))
-    assert not one.raw("proxy").equal(other.raw("proxy"))
+    assert one.raw_examples("common_test").equal(other.raw_examples("common_test"))
+    assert not one.raw_examples("proxy").equal(other.raw_examples("proxy"))
 
 
 def test_a_proxy_file_takes_the_place_of_held_out_rows(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_proxy_file_takes_the_place_of_held_out_rows(tmp_path: Path) -> None:
         "ward=north",
         "ward=south",
     )
-    assert (data.raw("proxy")[:, 3:] == 0).all()  # no hospital knows ward west
+    assert (data.raw_examples("proxy")[:, 3:] == 0).all()  # no hospital knows ward west
 
 
 def test_keys_that_files_leave_out_are_those_of_data(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hetero_fl.config.data import PartitionConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data import deal, strata
+from hetero_fl.data import partition_rows, row_strata
 from hetero_fl.data.partition import apportion, cut_below
 from hetero_fl.utils.errors import UserError
 
@@ -42,7 +42,7 @@ def test_every_row_goes_to_exactly_one_client(
     y = labels(rows, classes=3, seed=seed)
     config = PartitionConfig(kind=kind, alpha=alpha, classes=each, min_size=min_size)
     try:
-        parts = deal(y, None, config, sizes, Task("multiclass", 3), seed)
+        parts = partition_rows(y, None, config, sizes, Task("multiclass", 3), seed)
     except (
         UserError
     ) as error:  # few rows of a class for one of very small size: there may be no such deal
@@ -62,7 +62,7 @@ def test_every_row_goes_to_exactly_one_client(
         expected = np.array(sizes) / sum(sizes) * rows
         if expected.min() >= min_size:
             assert all(abs(len(p) - e) < 1 for p, e in zip(parts, expected, strict=True))
-    again = deal(y, None, config, sizes, Task("multiclass", 3), seed)
+    again = partition_rows(y, None, config, sizes, Task("multiclass", 3), seed)
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
@@ -87,7 +87,7 @@ def test_dirichlet_is_as_skewed_as_alpha_says() -> None:
     for alpha, low, high in ((0.1, 0.55, 1.0), (1.0, 0.22, 0.4), (100.0, 0.1, 0.16)):
         found = []
         for seed in range(3):
-            parts = deal(
+            parts = partition_rows(
                 y, None, PartitionConfig(kind="dirichlet", alpha=alpha), [1] * 10, TEN, seed
             )
             share = counts(parts, y).double() / torch.tensor([len(p) for p in parts])[:, None]
@@ -98,7 +98,7 @@ def test_dirichlet_is_as_skewed_as_alpha_says() -> None:
 def test_dirichlet_follows_its_definition() -> None:
     """Variance of a class's proportions is that of Dirichlet(alpha): (1/K)(1 - 1/K)/(K·alpha + 1)."""
     y, clients, alpha = torch.arange(100_000) % 100, 5, 0.7
-    parts = deal(
+    parts = partition_rows(
         y,
         None,
         PartitionConfig(kind="dirichlet", alpha=alpha, min_size=1),
@@ -109,7 +109,7 @@ def test_dirichlet_follows_its_definition() -> None:
     proportions = counts(parts, y).double() / 1000
     expected = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
     assert proportions.var(correction=0).item() == pytest.approx(expected, rel=0.15)
-    sized = deal(
+    sized = partition_rows(
         y,
         None,
         PartitionConfig(kind="dirichlet", alpha=alpha),
@@ -124,26 +124,30 @@ def test_dirichlet_follows_its_definition() -> None:
 def test_extreme_skew_ends_and_leaves_nobody_short(alpha: float) -> None:
     y = labels(300, classes=2)
     config = PartitionConfig(kind="dirichlet", alpha=alpha, min_size=20)
-    parts = deal(y, None, config, [1] * 12, Task("multiclass", 2), 3)
+    parts = partition_rows(y, None, config, [1] * 12, Task("multiclass", 2), 3)
     assert min(map(len, parts)) >= 20
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
 
 
 def test_classes_are_held_evenly_and_dealt_by_size() -> None:
     y = torch.arange(2000) % 10
-    parts = deal(y, None, PartitionConfig(kind="classes", classes=2), [1] * 10, TEN, 0)
+    parts = partition_rows(y, None, PartitionConfig(kind="classes", classes=2), [1] * 10, TEN, 0)
     held = counts(parts, y) > 0
     assert (held.sum(1) == 2).all() and (held.sum(0) == 2).all()
     assert all(len(p) == 200 for p in parts)
-    small, large = deal(y, None, PartitionConfig(kind="classes", classes=10), [1, 3], TEN, 0)
+    small, large = partition_rows(
+        y, None, PartitionConfig(kind="classes", classes=10), [1, 3], TEN, 0
+    )
     assert (len(small), len(large)) == (500, 1500)
     # six classes find a holder
-    few = deal(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, 0)
+    few = partition_rows(y, None, PartitionConfig(kind="classes", classes=2), [1] * 3, TEN, 0)
     assert (counts(few, y) > 0).sum().item() == 6 and all(len(p) == 400 for p in few)
     with pytest.raises(UserError, match="found 4, but the training rows have 3 classes"):
-        deal(y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, 0)
+        partition_rows(y % 3, None, PartitionConfig(kind="classes", classes=4), [1] * 3, TEN, 0)
     with pytest.raises(UserError, match=r"data\.partition\.min_size: found 60"):
-        deal(y[:140], None, PartitionConfig(kind="classes", classes=1, min_size=60), [1, 1], TEN, 0)
+        partition_rows(
+            y[:140], None, PartitionConfig(kind="classes", classes=1, min_size=60), [1, 1], TEN, 0
+        )
 
 
 def test_dirichlet_below_a_cap() -> None:
@@ -151,12 +155,12 @@ def test_dirichlet_below_a_cap() -> None:
     y = torch.arange(10_000) % 10
     for cap in (1.0, 2.0):
         config = PartitionConfig(kind="dirichlet", alpha=0.1, cap=cap, min_size=1)
-        parts = deal(y, None, config, [1] * 10, TEN, 3)
+        parts = partition_rows(y, None, config, [1] * 10, TEN, 3)
         held = counts(parts, y).double()
         before = held.cumsum(1) - held
         assert (held[before >= cap * 1000] == 0).all()
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(10_000))
-        free = deal(
+        free = partition_rows(
             y, None, PartitionConfig(kind="dirichlet", alpha=0.1, min_size=1), [1] * 10, TEN, 3
         )
         # nobody is full before the first class
@@ -164,13 +168,14 @@ def test_dirichlet_below_a_cap() -> None:
         assert held.sum(1).max() <= cap * 1000 + 1000 and (
             counts(free, y).sum(1).max() > held.sum(1).max() or cap == 2
         )
-    sized = deal(
+    sized = partition_rows(
         y, None, PartitionConfig(kind="dirichlet", alpha=0.1, cap=1, min_size=1), [1, 9], TEN, 0
     )
     assert len(sized[0]) <= 1000 + 1000
     loose = PartitionConfig(kind="dirichlet", alpha=0.1, cap=1e9, min_size=1)
     assert all(
-        torch.equal(a, b) for a, b in zip(deal(y, None, loose, [1] * 10, TEN, 3), free, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(partition_rows(y, None, loose, [1] * 10, TEN, 3), free, strict=True)
     )
 
 
@@ -189,27 +194,31 @@ def test_cut_below_shares_a_class_by_the_proportions_of_those_who_are_not_full()
 def test_classes_may_differ_in_number_and_be_few_shot() -> None:
     y = torch.arange(10_000) % 10
     config = PartitionConfig(kind="classes", classes=3, classes_spread=2, shots=90)
-    parts = deal(y, None, config, [1] * 20, TEN, 0)
+    parts = partition_rows(y, None, config, [1] * 20, TEN, 0)
     held = counts(parts, y)
     many = (held > 0).sum(1)
     assert set(many.tolist()) == {2, 3, 4, 5} and ((held == 0) | (held == 90)).all()
     assert len(torch.cat(parts).unique()) == len(torch.cat(parts))
-    one = deal(
+    one = partition_rows(
         y, None, PartitionConfig(kind="classes", classes=1, classes_spread=1), [1] * 20, TEN, 0
     )
     assert set((counts(one, y) > 0).sum(1).tolist()) == {1, 2}
-    sized = deal(y, None, PartitionConfig(kind="classes", classes=2, shots=90), [1, 3], TEN, 0)
+    sized = partition_rows(
+        y, None, PartitionConfig(kind="classes", classes=2, shots=90), [1, 3], TEN, 0
+    )
     assert [len(p) for p in sized] == [90, 270]
     with pytest.raises(
         UserError,
         match=r"data\.partition\.shots: found 600; class \d has 1000 rows, and \d clients",
     ):
-        deal(y, None, PartitionConfig(kind="classes", classes=2, shots=600), [1] * 10, TEN, 0)
+        partition_rows(
+            y, None, PartitionConfig(kind="classes", classes=2, shots=600), [1] * 10, TEN, 0
+        )
 
 
 def test_quantity_skews_sizes_and_not_labels() -> None:
     y = labels(10_000, classes=4)
-    parts = deal(
+    parts = partition_rows(
         y, None, PartitionConfig(kind="quantity", alpha=0.3), [1] * 8, Task("multiclass", 4), 1
     )
     sizes = torch.tensor([len(p) for p in parts]).double()
@@ -219,28 +228,28 @@ def test_quantity_skews_sizes_and_not_labels() -> None:
 
 def test_natural() -> None:
     y, group = labels(100), torch.arange(100) % 3 * 5  # groups 0, 5, 10
-    parts = deal(y, group, PartitionConfig(kind="natural"), [1, 1, 1], TEN, 0)
+    parts = partition_rows(y, group, PartitionConfig(kind="natural"), [1, 1, 1], TEN, 0)
     assert all((group[p] == g).all() for p, g in zip(parts, (0, 5, 10), strict=True))
     with pytest.raises(UserError, match="natural found 3 groups for 4 clients"):
-        deal(y, group, PartitionConfig(kind="natural"), [1] * 4, TEN, 0)
+        partition_rows(y, group, PartitionConfig(kind="natural"), [1] * 4, TEN, 0)
     with pytest.raises(UserError, match="natural needs groups"):
-        deal(y, None, PartitionConfig(kind="natural"), [1] * 3, TEN, 0)
+        partition_rows(y, None, PartitionConfig(kind="natural"), [1] * 3, TEN, 0)
     with pytest.raises(UserError, match="found 20, but the smallest group has 10 rows"):
-        deal(y, torch.arange(100) // 45, PartitionConfig(kind="natural"), [1] * 3, TEN, 0)
+        partition_rows(y, torch.arange(100) // 45, PartitionConfig(kind="natural"), [1] * 3, TEN, 0)
 
 
 def test_strata() -> None:
     # rarest label: 2, then 1, then 0
     y = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 0, 1], [1, 1, 0]])
-    assert strata(y, Task("multilabel", 3)).tolist() == [2, 1, 0, 3, 2]
-    tenths = strata(torch.randperm(1000)[:, None].float(), Task("regression", 1))
+    assert row_strata(y, Task("multilabel", 3)).tolist() == [2, 1, 0, 3, 2]
+    tenths = row_strata(torch.randperm(1000)[:, None].float(), Task("regression", 1))
     assert torch.bincount(tenths).tolist() == [100] * 10
-    assert strata(torch.zeros(5, 1), Task("regression", 1)).unique().numel() == 1
+    assert row_strata(torch.zeros(5, 1), Task("regression", 1)).unique().numel() == 1
     for task, targets in (
         (Task("multilabel", 3), y.repeat(50, 1)),
         (Task("regression", 1), torch.randn(200, 1)),
     ):
-        parts = deal(targets, None, PartitionConfig(kind="dirichlet"), [1] * 4, task, 0)
+        parts = partition_rows(targets, None, PartitionConfig(kind="dirichlet"), [1] * 4, task, 0)
         assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(targets)))
 
 
@@ -248,7 +257,8 @@ def test_seed_decides() -> None:
     y = labels(500)
     for kind in ("iid", "dirichlet", "classes", "quantity"):
         first, second = (
-            deal(y, None, PartitionConfig(kind=kind), [1] * 5, TEN, seed) for seed in (0, 1)
+            partition_rows(y, None, PartitionConfig(kind=kind), [1] * 5, TEN, seed)
+            for seed in (0, 1)
         )
         assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -258,7 +268,7 @@ def test_too_few_rows() -> None:
         UserError,
         match=r"data\.partition\.min_size: found 20, but 99 training rows are left for 5 clients; at most 19",
     ):
-        deal(labels(99), None, PartitionConfig(), [1] * 5, TEN, 0)
+        partition_rows(labels(99), None, PartitionConfig(), [1] * 5, TEN, 0)
 
 
 OWN = {
@@ -282,7 +292,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list
     )
 
     def run(name: str) -> list[torch.Tensor]:
-        return deal(
+        return partition_rows(
             labels(100), None, PartitionConfig(kind=f"python:own_partition:{name}"), [1, 1], TEN, 0
         )
 
@@ -310,11 +320,11 @@ def test_own_partitions(own: Callable[[str], list[torch.Tensor]]) -> None:
 
 
 def test_in_order_cuts_equal_slices_as_the_rows_lie() -> None:
-    parts = deal(
+    parts = partition_rows(
         labels(103), None, PartitionConfig(kind="in_order", min_size=1), [1.0] * 10, TEN, seed=3
     )
     assert torch.equal(torch.cat(parts), torch.arange(103)) and {len(p) for p in parts} == {10, 11}
-    first, second = deal(
+    first, second = partition_rows(
         labels(40), None, PartitionConfig(kind="in_order", min_size=1), [3.0, 1.0], TEN, seed=4
     )
     assert torch.equal(first, torch.arange(30)) and torch.equal(second, torch.arange(30, 40))

@@ -20,9 +20,13 @@ from hetero_fl.config.data import (
     SplitConfig,
 )
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, FederatedData, deal, federate, load_source, with_test
-from hetero_fl.data.partition import commonest, fill_up, torn
-from hetero_fl.data.splits import draw_patients
+from hetero_fl.data import Dataset, FederatedData, federate, load_source, partition_rows, with_test
+from hetero_fl.data.partition import (
+    most_common_stratum,
+    move_patients_to_short_clients,
+    split_patient_rows,
+)
+from hetero_fl.data.splits import sample_patients
 from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN_CLIENT, THREE, numbered, rows_of
 
@@ -108,14 +112,14 @@ def test_every_partition_deals_whole_patients(
     y = torch.randint(3, (len(patient),), generator=torch.Generator().manual_seed(seed))
     config = PartitionConfig(kind=kind, alpha=alpha, classes=3, min_size=5)
     try:
-        parts = deal(y, None, config, [1] * clients, THREE_CLASSES, seed, patient)
+        parts = partition_rows(y, None, config, [1] * clients, THREE_CLASSES, seed, patient)
     except UserError as error:
         assert "min_size" in str(error) or "classes" in str(error)
         return
-    assert torn(parts, patient) is None
+    assert split_patient_rows(parts, patient) is None
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(y)))
     assert all(len(part) >= 5 and torch.equal(part, part.sort().values) for part in parts)
-    again = deal(y, None, config, [1] * clients, THREE_CLASSES, seed, patient)
+    again = partition_rows(y, None, config, [1] * clients, THREE_CLASSES, seed, patient)
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
@@ -128,7 +132,7 @@ def test_every_partition_deals_whole_patients(
 )
 def test_drawn_patients(sizes: list[int], count: int, leave: int, seed: int) -> None:
     patient = patients_of(sizes, seed)
-    drawn = draw_patients(patient, count, torch.Generator().manual_seed(seed), leave)
+    drawn = sample_patients(patient, count, torch.Generator().manual_seed(seed), leave)
     taken, left = set(patient[drawn].tolist()), set(patient[~drawn].tolist())
     assert not taken & left and len(left) >= leave and bool(taken) == (count > 0)
     assert int(drawn.sum()) <= max(count, min(sizes))
@@ -140,21 +144,21 @@ def test_drawn_patients(sizes: list[int], count: int, leave: int, seed: int) -> 
 def test_commonest_stratum_of_a_patient() -> None:
     strata = torch.tensor([2, 0, 2, 1, 1, 0, 4])
     # of equals the lowest
-    assert commonest(strata, torch.tensor([0, 0, 0, 1, 2, 2, 3])).tolist() == [2, 1, 0, 4]
+    assert most_common_stratum(strata, torch.tensor([0, 0, 0, 1, 2, 2, 3])).tolist() == [2, 1, 0, 4]
 
 
 def test_short_clients_are_filled_with_whole_patients() -> None:
     owner, size = torch.tensor([0, 0, 0, 1, -1]), torch.tensor([6, 3, 5, 1, 50])
-    filled = fill_up(owner, size, 2, 4, torch.tensor([0, 1, 2, 3, 4]))
+    filled = move_patients_to_short_clients(owner, size, 2, 4, torch.tensor([0, 1, 2, 3, 4]))
     assert filled.tolist() == [1, 0, 0, 1, -1]
     with pytest.raises(UserError, match=r"min_size: found 8, .* a client gets 7 rows; lower it"):
-        fill_up(owner, size, 2, 8, torch.arange(5))
+        move_patients_to_short_clients(owner, size, 2, 8, torch.arange(5))
 
 
 def test_labels_are_still_skewed_by_dirichlet() -> None:
     patient = torch.arange(3000) // 3
     y = patient % 3
-    parts = deal(
+    parts = partition_rows(
         y, None, PartitionConfig(kind="dirichlet", alpha=0.1), [1] * 6, THREE_CLASSES, 0, patient
     )
     share = torch.stack([torch.bincount(y[p], minlength=3) / len(p) for p in parts])
@@ -167,7 +171,8 @@ def test_one_row_a_patient_is_like_none() -> None:
     for kind in ("iid", "quantity"):
         config = PartitionConfig(kind=kind)
         plain, whole = (
-            deal(y, None, config, [1, 2], THREE_CLASSES, 0, p) for p in (None, torch.arange(300))
+            partition_rows(y, None, config, [1, 2], THREE_CLASSES, 0, p)
+            for p in (None, torch.arange(300))
         )
         assert all(torch.equal(a, b) for a, b in zip(plain, whole, strict=True))
 
@@ -193,7 +198,7 @@ def test_what_cannot_be_kept_whole_is_refused(
                     seed,
                 )
     with pytest.raises(UserError, match="2 patients are left for 3 clients"):
-        deal(
+        partition_rows(
             torch.zeros(200).long(),
             None,
             PartitionConfig(),
@@ -220,8 +225,10 @@ def test_what_cannot_be_kept_whole_is_refused(
     )
     own = PartitionConfig(kind="python:own_deal_patients:odd")
     with pytest.raises(UserError, match="deals rows 0 and 1, which are of one patient"):
-        deal(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, patient)
-    assert len(deal(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, None)) == 2
+        partition_rows(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, patient)
+    assert (
+        len(partition_rows(torch.zeros(200).long(), None, own, [1, 1], THREE_CLASSES, 0, None)) == 2
+    )
 
 
 def table(path: Path, patient: str | None = None, **columns: Any) -> Dataset:

@@ -13,17 +13,21 @@ from torch.nn import functional as F
 from hetero_fl.config.clients import AugmentConfig, Normalize, PreprocessConfig, ScannerConfig
 from hetero_fl.data import Preprocess, apply_scanner, augment
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.seeding import keyed_generator
 
 
 def images(rows: int = 5, channels: int = 1, height: int = 12, width: int = 10) -> torch.Tensor:
     return torch.randint(
-        0, 256, (rows, channels, height, width), generator=generator("images"), dtype=torch.uint8
+        0,
+        256,
+        (rows, channels, height, width),
+        generator=keyed_generator("images"),
+        dtype=torch.uint8,
     )
 
 
 def scan(x: torch.Tensor, key: str = "noise", **config: Any) -> torch.Tensor:
-    return apply_scanner(x, ScannerConfig(**config), generator(key))
+    return apply_scanner(x, ScannerConfig(**config), keyed_generator(key))
 
 
 class TestScanner:
@@ -78,7 +82,7 @@ class TestScanner:
     def test_global_generator_is_left_alone(self) -> None:
         before = torch.random.get_rng_state()
         scan(images(), noise=0.1, blur=1)
-        augment(images().float(), AugmentConfig(crop=2, flip=True, rotate=10), generator("a"))
+        augment(images().float(), AugmentConfig(crop=2, flip=True, rotate=10), keyed_generator("a"))
         assert torch.equal(before, torch.random.get_rng_state())
 
     def test_no_rows(self) -> None:
@@ -116,7 +120,7 @@ class TestPreprocess:
         )
 
     def test_own_statistics_of_columns(self) -> None:
-        x = torch.randn(50, 3, generator=generator("t")) * torch.tensor(
+        x = torch.randn(50, 3, generator=keyed_generator("t")) * torch.tensor(
             [1.0, 1e-3, 0.0]
         ) + torch.tensor([0.0, 1e3, 7.0])
         view = Preprocess.resolve(PreprocessConfig(normalize="own"), x)
@@ -180,7 +184,7 @@ class TestPreprocess:
 class TestAugment:
     def test_off_is_the_same_tensor(self) -> None:
         x = images().float()
-        assert augment(x, AugmentConfig(), generator("a")) is x
+        assert augment(x, AugmentConfig(), keyed_generator("a")) is x
 
     @pytest.mark.parametrize(
         "config",
@@ -189,7 +193,9 @@ class TestAugment:
     def test_keyed_and_leaves_its_input(self, config: dict[str, Any]) -> None:
         x = images(20, 3).float()
         before = x.clone()
-        first, again, other = (augment(x, AugmentConfig(**config), generator(key)) for key in "aab")
+        first, again, other = (
+            augment(x, AugmentConfig(**config), keyed_generator(key)) for key in "aab"
+        )
         assert (
             torch.equal(first, again)
             and not torch.equal(first, other)
@@ -199,14 +205,14 @@ class TestAugment:
 
     def test_flip_is_all_or_nothing(self) -> None:
         x = images(200).float()
-        seen = augment(x, AugmentConfig(flip=True), generator("a"))
+        seen = augment(x, AugmentConfig(flip=True), keyed_generator("a"))
         same = (seen == x).flatten(1).all(1)
         mirrored = (seen == x.flip(-1)).flatten(1).all(1)
         assert (same ^ mirrored).all() and 60 < same.sum() < 140
 
     def test_crop_is_pad_and_crop(self) -> None:
         x = images(300).float()
-        seen = augment(x, AugmentConfig(crop=2), generator("a"))
+        seen = augment(x, AugmentConfig(crop=2), keyed_generator("a"))
         padded = F.pad(x, (2, 2, 2, 2), mode="replicate")
         windows = torch.stack(
             [padded[:, :, i : i + 12, j : j + 10] for i in range(5) for j in range(5)]
@@ -218,7 +224,7 @@ class TestAugment:
     def test_rotation_turns_about_the_middle(self) -> None:
         x = torch.zeros(40, 1, 21, 31)
         x[:, :, 10, 15:26] = 1  # a ray from the middle
-        seen = augment(x, AugmentConfig(rotate=90), generator("a"))
+        seen = augment(x, AugmentConfig(rotate=90), keyed_generator("a"))
         rows, columns = torch.meshgrid(
             torch.arange(21.0) - 10, torch.arange(31.0) - 15, indexing="ij"
         )
@@ -232,4 +238,4 @@ class TestAugment:
 
     def test_small_rotation_keeps_flat_images(self) -> None:
         x = torch.full((3, 1, 9, 9), 0.7)
-        assert torch.allclose(augment(x, AugmentConfig(rotate=30), generator("a")), x)
+        assert torch.allclose(augment(x, AugmentConfig(rotate=30), keyed_generator("a")), x)

@@ -21,7 +21,7 @@ from hetero_fl.config.data import (
 from hetero_fl.core.metrics import score
 from hetero_fl.core.task import Task
 from hetero_fl.data import Dataset, FederatedData, federate, from_arrays, with_test
-from hetero_fl.data.splits import cut_by_date
+from hetero_fl.data.splits import split_by_date
 from hetero_fl.utils.errors import UserError
 from tests.helpers.federated_data import PLAIN, PLAIN_CLIENT, THREE, rows_of
 
@@ -46,12 +46,12 @@ def federated(
 
 
 def test_a_cut_leaves_no_target_on_both_sides() -> None:
-    later, before = cut_by_date(torch.arange(101), 0.2)
+    later, before = split_by_date(torch.arange(101), 0.2)
     assert later.nonzero().flatten().tolist() == list(range(81, 101)) and before.sum() == 81
-    later, before = cut_by_date(torch.arange(101), 0.2, span=5)
+    later, before = split_by_date(torch.arange(101), 0.2, span=5)
     assert later.nonzero().flatten().tolist() == list(range(86, 101)) and before.sum() == 81
     same = torch.tensor([3, 3, 3, 9, 9])
-    later, before = cut_by_date(same, 0.5)
+    later, before = split_by_date(same, 0.5)
     assert (
         later.tolist() == [False] * 3 + [True] * 2 and before.tolist() == [True] * 3 + [False] * 2
     )
@@ -148,7 +148,7 @@ def test_what_stands_beside_rows_follows_them() -> None:
         made, dict.fromkeys("ab", PLAIN_CLIENT), partition=NATURAL, proxy=ProxyConfig(size=20)
     )
     for owner, name in (("a", "test"), ("b", "validation"), ("", "common_test")):
-        rows, beside = torch.tensor(rows_of(data, owner, name)), data.beside(owner, name)
+        rows, beside = torch.tensor(rows_of(data, owner, name)), data.extra_columns(owner, name)
         assert beside.time is not None and beside.unit is not None
         assert torch.equal(beside.time, rows) and torch.equal(beside.unit, rows + 1.0)
         assert torch.equal(beside.baselines["same"][:, 0], rows.float())
@@ -192,7 +192,7 @@ def test_a_clients_own_dated_source_keeps_its_cuts(written: Written) -> None:
         "    t = torch.arange(1000, 1100)\n"
         "    whole = with_test(from_arrays(t[:, None].float(), t.float(), time=t))\n"
         "    rows = torch.arange(80)\n"
-        "    return replace(whole, train=whole.train.take(rows[:60]), validation=whole.train.take(rows[60:]))\n",
+        "    return replace(whole, train=whole.train.select_rows(rows[:60]), validation=whole.train.select_rows(rows[60:]))\n",
     )
     clients = {"a": PLAIN_CLIENT, "b": ClientSettings(data=SourceConfig(name=own))}
     data = federated(dated(), clients)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hetero_fl.deployment import conversations
-from hetero_fl.federation.client_runtime import Site
-from hetero_fl.federation.executors.base import Absent, Late
+from hetero_fl.federation.client_runtime import ClientRuntime
+from hetero_fl.federation.executors.base import ClientAbsentError, ClientLateError
 from tests.helpers.nodes import LONG, Clock
 
 
@@ -23,14 +23,14 @@ def in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The server's from now on."""
-    clock, end = Clock(), conversations.Talks._end
+    clock, end = Clock(), conversations.Conversations._end
 
-    def ended(self: conversations.Talks, client: str, what: Any) -> None:
+    def ended(self: conversations.Conversations, client: str, what: Any) -> None:
         end(self, client, what)
-        if isinstance(what, Absent | Late):
+        if isinstance(what, ClientAbsentError | ClientLateError):
             clock.late.add(client)
 
-    monkeypatch.setattr(conversations.Talks, "_end", ended)
+    monkeypatch.setattr(conversations.Conversations, "_end", ended)
     monkeypatch.setattr(conversations, "time", clock)
     return clock
 
@@ -39,11 +39,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     """How often each client has trained in each round, at whatever node."""
     counts: Counter[tuple[str, int]] = Counter()
-    train = Site._train
+    train = ClientRuntime._train
 
-    def counted(self: Site, broadcasts: Any, requests: Any) -> Any:
-        counts.update((client, requests[client].round) for client in broadcasts)
+    def counted(self: ClientRuntime, broadcasts: Any, requests: Any) -> Any:
+        counts.update((client, requests[client].round_idx) for client in broadcasts)
         return train(self, broadcasts, requests)
 
-    monkeypatch.setattr(Site, "_train", counted)
+    monkeypatch.setattr(ClientRuntime, "_train", counted)
     return counts

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment.messages import Envelope, Refused
+from hetero_fl.deployment.messages import Envelope, RequestRefusedError
 from hetero_fl.deployment.node import Node
 from hetero_fl.experiment import run
 from hetero_fl.experiment.runner import _evaluate
 from hetero_fl.federation import asynchronous
-from hetero_fl.utils.errors import RunFailed
+from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.asynchronous_runs import session
 from tests.helpers.nodes import (
     QUICK,
@@ -72,7 +72,7 @@ def test_in_the_same_order_it_is_the_simulation(method: str, tmp_path: Path) -> 
     )
     pace, told = session(made, seconds=lambda id, task: 10 + task / 1000), []
     for _ in range(3):
-        told.append(pace.round())
+        told.append(pace.run_round())
         _evaluate(pace, told[-1], None)
     assert without(records(there)) == without(told)
     # there was something to be out of order
@@ -124,13 +124,13 @@ def test_nodes_that_refuse_everything_are_asked_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Node, envelope: Envelope) -> Envelope:
-        raise Refused("not today")
+        raise RequestRefusedError("not today")
 
-    monkeypatch.setattr(Node, "_do", refuse)
+    monkeypatch.setattr(Node, "_run_task", refuse)
     monkeypatch.setattr(asynchronous, "LOOK", 0.01)
     monkeypatch.setattr(asynchronous, "PATIENCE", 3)
     with pytest.raises(
-        RunFailed, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"
+        RunFailedError, match=r"round 1: no usable upload from 9 tasks; site_\d: not today$"
     ):
         federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
 
@@ -140,8 +140,12 @@ def test_an_empty_place_is_not_waited_at_for_ever(
 ) -> None:
     monkeypatch.setattr(asynchronous, "LOOK", 0.01)
     monkeypatch.setattr(asynchronous, "LONGEST", 0.1)
-    monkeypatch.setattr(asynchronous.Live, "_idle", lambda self: (0, self.queue.idle))
-    with pytest.raises(RunFailed, match="round 1: nobody was there for"):
+    monkeypatch.setattr(
+        asynchronous.RemoteAsynchronousTrainer,
+        "_idle_clients",
+        lambda self: (0, self.queue.idle_place),
+    )
+    with pytest.raises(RunFailedError, match="round 1: nobody was there for"):
         federation(source(), Sites(CLIENTS, tmp_path / "sites"), tmp_path / "there")
 
 

@@ -15,7 +15,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 
 from hetero_fl.cli import main
-from hetero_fl.deployment.audit_log import FIRST, AuditLog, head_of, shown, totals, verify
+from hetero_fl.deployment.audit_log import (
+    FIRST,
+    AuditLog,
+    format_entries,
+    traffic_totals,
+    verified_head,
+    verify,
+)
 from hetero_fl.deployment.certificates import make_node_key
 from hetero_fl.deployment.config import SiteConfig
 from hetero_fl.deployment.messages import Envelope, NodeKeys
@@ -152,7 +159,7 @@ def test_only_its_owner_may_read_it_and_people_can(tmp_path: Path) -> None:
         os.stat(p).st_mode & 0o077 == 0
         for p in (path, path.parent, path.with_name("audit.jsonl.head"))
     )
-    lines = shown(verify(path))
+    lines = format_entries(verify(path))
     assert (
         "round 2" in lines[1]
         and "do train" in lines[1]
@@ -173,7 +180,7 @@ def test_totals_count_each_task_once(tmp_path: Path) -> None:
     log.append(out=9, outcome="done", asked="b", **train)
     log.append(out=3, outcome="done", asked="c", **{**train, "what": "read"})
     log.append(out=1, outcome="done", asked="d", **{**train, "run": "another"})
-    found = totals(log.entries(), "r")
+    found = traffic_totals(log.entries(), "r")
     assert (found.up, found.down) == (16, 15)
 
 
@@ -365,7 +372,7 @@ def test_append_accepts_signed_lines_of_another_process(tmp_path: Path) -> None:
     log.append(run="r", ask="do", out=1, outcome="done", **{"in": 1})
 
     assert len(verify(path, KEY.public_key())) == 5
-    assert log.head == head_of(path)
+    assert log.head == verified_head(path)
 
 
 @pytest.mark.parametrize("change", [lambda digits: digits[:2] + b" " + digits[2:], bytes.upper])
@@ -403,7 +410,7 @@ def test_noted_head_shows_that_a_log_went_back(tmp_path: Path) -> None:
     )
     log.append(**ABOUT)
     later = log.head
-    assert len(verify(log.path, KEY.public_key(), noted)) == 4 and later == head_of(log.path)
+    assert len(verify(log.path, KEY.public_key(), noted)) == 4 and later == verified_head(log.path)
 
     for path, data in files:
         path.write_bytes(data)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment.audit_log import totals, verify
+from hetero_fl.deployment.audit_log import traffic_totals, verify
 from hetero_fl.reporting.run import Run
 from tests.helpers.deployments import SITES, Federation, small, twice
 from tests.helpers.small_federations import MIXED, TOP
@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def counted(run: Run, folder: Path, name: str = "") -> tuple[int, int]:
     """What the sites' logs say of a run."""
     known = json.loads((run.path / "federation.json").read_text())["run"]
-    found = [totals(verify(folder / id / "audit.jsonl"), known) for id in SITES]
+    found = [traffic_totals(verify(folder / id / "audit.jsonl"), known) for id in SITES]
     return sum(f.up for f in found), sum(f.down for f in found)
 
 
@@ -76,5 +76,5 @@ def test_a_refusal_is_counted_down_and_not_up(tmp_path: Path) -> None:
     federation = Federation(tmp_path, {"site_3": {"allows": {"upload_bytes": 100}}})
     run = federation.serve(small(evaluation__every=2))
     assert counted(run, tmp_path) == told(run)
-    log = totals(verify(tmp_path / "site_3" / "audit.jsonl"))
+    log = traffic_totals(verify(tmp_path / "site_3" / "audit.jsonl"))
     assert log.up == 0 and log.down > 0

@@ -20,8 +20,8 @@ from hetero_fl.deployment.certificates import (
     make_node_key,
     public_bytes,
 )
-from hetero_fl.deployment.config import load_server, load_site
-from hetero_fl.deployment.server import serve
+from hetero_fl.deployment.config import load_server_config, load_site_config
+from hetero_fl.deployment.server import run_federation
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 
@@ -48,7 +48,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_made_fits_together(net: Path) -> None:
-    server = load_server(net / "server" / "server.yaml")
+    server = load_server_config(net / "server" / "server.yaml")
     assert (server.host, server.port, list(server.nodes)) == ("0.0.0.0", 9092, ["north", "south"])
     assert server.certificates is not None
     files = ServerFiles(
@@ -59,7 +59,7 @@ def test_what_is_made_fits_together(net: Path) -> None:
     )
     check_server_files(files, ["fl.example.org", "10.0.0.7"])
     for client, public in server.nodes.items():
-        site, folder = load_site(net / client / "site.yaml")
+        site, folder = load_site_config(net / client / "site.yaml")
         assert (
             site.client == client
             and folder == (net / client / "state").resolve()
@@ -140,7 +140,7 @@ SITE: dict[str, Any] = {"client": "north", "server": {"address": "here:1"}}
 def test_a_mistake_in_the_servers_file_is_one_line(
     change: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
-    refused(load_server, {**SERVER, **change}, line, tmp_path / "server.yaml")
+    refused(load_server_config, {**SERVER, **change}, line, tmp_path / "server.yaml")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_mistake_in_the_servers_file_is_one_line(
 def test_a_mistake_in_a_sites_file_is_one_line(
     change: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
-    refused(load_site, {**SITE, **change}, line, tmp_path / "site.yaml")
+    refused(load_site_config, {**SITE, **change}, line, tmp_path / "site.yaml")
 
 
 @pytest.mark.parametrize(
@@ -214,14 +214,14 @@ def test_the_home_folder_of_a_sites_data_is_meant(
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump({**SITE, "data": {"name": "npz", "path": "~/rows.npz"}}))
-    site, _ = load_site(path)
+    site, _ = load_site_config(path)
     assert site.data is not None and site.data.path == str(tmp_path.resolve() / "rows.npz")
 
 
 def test_a_client_without_a_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "server.yaml"
     path.write_text(yaml.safe_dump({"nodes": {"north": "north.pub", "suoth": "south.pub"}}))
-    server = load_server(path)
+    server = load_server_config(path)
     server.check_clients(["north"], path)  # others may be there for other runs
     with pytest.raises(
         UserError,
@@ -240,6 +240,6 @@ def test_a_simulation_is_not_gone_on_with_on_nodes_and_nobody_is_waited_for(tmp_
         UserError,
         match=r"--resume: this run was begun on one machine; hetero-fl train goes on with it",
     ):
-        serve({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
+        run_federation({"name": "a"}, transport, out=run.path, resume=True, wait=0.1)
     transport.close.assert_called_once_with()
     transport.push.assert_not_called()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from hetero_fl.algorithms import Centralized
-from hetero_fl.deployment.config import SiteConfig, TellsConfig
-from hetero_fl.deployment.messages import Loopback
+from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
+from hetero_fl.deployment.messages import LoopbackTransport
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.server import serve
+from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
@@ -27,27 +27,29 @@ QUICK = [
     "output.plots=false",
     "output.report=false",
 ]
-ALL = TellsConfig(labels=True, details=True, model=True)
+ALL = DisclosureConfig(labels=True, details=True, model=True)
 
 
 @pytest.fixture
-def loopback() -> Iterator[Loopback]:
-    transport = Loopback()
+def loopback() -> Iterator[LoopbackTransport]:
+    transport = LoopbackTransport()
     yield transport
     transport.close()
 
 
-def in_federation(loopback: Loopback, tmp_path: Path, clients: list[str], **more: Any) -> Run:
+def in_federation(
+    loopback: LoopbackTransport, tmp_path: Path, clients: list[str], **more: Any
+) -> Run:
     for client in clients:
         loopback.join(
             Node(SiteConfig(client=client, tells=ALL), tmp_path / "sites" / client).handle
         )
-    return serve(transport=loopback, out=tmp_path / "federation", wait=LONG, **more)
+    return run_federation(transport=loopback, out=tmp_path / "federation", wait=LONG, **more)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hybrid", "fedavg", "fedmd", "fedproto"])
-def test_digits(name: str, loopback: Loopback, tmp_path: Path) -> None:
+def test_digits(name: str, loopback: LoopbackTransport, tmp_path: Path) -> None:
     config, changes = (
         ROOT / "configs" / "digits_quickstart.yaml",
         [*QUICK, f"algorithm.name={name}"],
@@ -75,12 +77,16 @@ def test_digits(name: str, loopback: Loopback, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_site_keeps_to_itself_lies_at_home(loopback: Loopback, tmp_path: Path) -> None:
+def test_what_a_site_keeps_to_itself_lies_at_home(
+    loopback: LoopbackTransport, tmp_path: Path
+) -> None:
     config, changes = ROOT / "configs" / "digits_quickstart.yaml", [*QUICK, "rounds=1"]
     clients = ["cnn_1", "cnn_2", "mlp", "vit"]
     for client in clients:
         loopback.join(Node(SiteConfig(client=client), tmp_path / "sites" / client).handle)
-    there = serve(config, loopback, out=tmp_path / "federation", wait=LONG, overrides=changes)
+    there = run_federation(
+        config, loopback, out=tmp_path / "federation", wait=LONG, overrides=changes
+    )
     here = run(config, out=tmp_path / "simulation", overrides=changes)
     assert not [path for path in (there.path / "models").glob("*") if path.stem in clients]
     for client in clients:
@@ -94,10 +100,10 @@ class Pooled(Centralized):
 
 @pytest.mark.parametrize("name", ["centralized", "ensemble", f"python:{__name__}:Pooled"])
 def test_who_needs_everybodys_rows_in_one_place_is_refused(
-    name: str, loopback: Loopback, tmp_path: Path
+    name: str, loopback: LoopbackTransport, tmp_path: Path
 ) -> None:
     with pytest.raises(
         UserError, match=rf"algorithm\.name: {name} wants everybody's rows or models in one place"
     ):
-        serve(config(name), loopback, out=tmp_path / "out", wait=0.1)
+        run_federation(config(name), loopback, out=tmp_path / "out", wait=0.1)
     assert not (tmp_path / "out").exists()

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from hetero_fl.communication.compression import stages_of
+from hetero_fl.communication.compression import build_stages
 from hetero_fl.communication.link import Link
 from hetero_fl.communication.protocol import Message
-from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, read
-from hetero_fl.communication.secure_aggregation.server import Conversation
+from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, decode_arrays
+from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
 from hetero_fl.config.communication import ChannelConfig
 from hetero_fl.core.payload import FORM as PAYLOAD
 from hetero_fl.core.payload import (
@@ -28,7 +28,7 @@ from hetero_fl.core.payload import (
     PayloadError,
     check_size,
     check_upload,
-    loss_of,
+    loss_from_report,
 )
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.data.remote import FORM as PACK
@@ -38,15 +38,15 @@ from hetero_fl.deployment.messages import (
     FORM,
     Envelope,
     Handle,
-    Refused,
+    RequestRefusedError,
     body_of,
-    fault_of,
+    find_fault,
     message,
 )
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.validation import hear_reading, hear_settings, hear_told
+from hetero_fl.deployment.validation import read_data_info, read_evaluation, read_settings
 from hetero_fl.experiment.preparation import prepare
-from hetero_fl.utils.errors import GivenUp
+from hetero_fl.utils.errors import RoundAbandonedError
 from hetero_fl.utils.serialization import (
     MOST_HEADER_BYTES,
     MOST_HEADER_VALUES,
@@ -87,7 +87,7 @@ LIKE = {
 def test_payload_of_any_bytes_is_read_or_refused(data: bytes) -> None:
     def receives() -> None:
         payload = Payload.decode(data)
-        loss_of(payload.report)
+        loss_from_report(payload.report)
         payload.encode()
         check_upload(payload, SPECS, LIKE)
 
@@ -104,7 +104,7 @@ def test_compressed_message_of_any_bytes_is_read_or_refused(
     data: bytes, upward: bool, entropy: bool
 ) -> None:
     link = Link(
-        stages_of(ChannelConfig(compress=[{"topk": 0.3}, {"quantize": 8}]).compress, entropy),
+        build_stages(ChannelConfig(compress=[{"topk": 0.3}, {"quantize": 8}]).compress, entropy),
         SPECS,
         4,
     )
@@ -119,7 +119,7 @@ def test_compressed_message_of_any_bytes_is_read_or_refused(
 @FUZZ
 def test_message_of_a_secure_sum_of_any_tree_is_read_or_refused(tree: Any, fields: Any) -> None:
     data = wire(tree, "hetero_fl secure sum 1")
-    raises_only((PayloadError,), lambda: read(data, fields))
+    raises_only((PayloadError,), lambda: decode_arrays(data, fields))
 
 
 @given(TREES)
@@ -127,19 +127,19 @@ def test_message_of_a_secure_sum_of_any_tree_is_read_or_refused(tree: Any, field
 def test_what_a_node_tells_of_itself_is_heard_or_refused(tree: Any) -> None:
     tree = raised(wire(tree, FORM))
     for hears in (
-        lambda: hear_told(tree, 3),
-        lambda: hear_told(tree, 3, Preprocess()),
-        lambda: hear_settings(tree, ()),
-        lambda: hear_settings({"settings": tree}, ()),
+        lambda: read_data_info(tree, 3),
+        lambda: read_data_info(tree, 3, Preprocess()),
+        lambda: read_settings(tree, ()),
+        lambda: read_settings({"settings": tree}, ()),
     ):
-        raises_only((Refused,), hears)
+        raises_only((RequestRefusedError,), hears)
 
 
 def raised(data: bytes) -> Any:
     """The tree of a message, or nothing for one that is refused before."""
     try:
         return body_of(Envelope({}, data))
-    except Refused:
+    except RequestRefusedError:
         return None
 
 
@@ -156,7 +156,8 @@ def test_reading_of_any_tree_is_heard_or_refused(prepared: Any, tree: Any) -> No
              "model": None}  # fmt: skip
     told = raised(wire({**whole, **tree} if isinstance(tree, dict) else tree, FORM))
     raises_only(
-        (Refused,), lambda: hear_reading(told, "site_1", prepared.federation, prepared.method)
+        (RequestRefusedError,),
+        lambda: read_evaluation(told, "site_1", prepared.federation, prepared.method),
     )
 
 
@@ -166,7 +167,8 @@ def test_model_in_a_reading_of_any_bytes_is_heard_or_refused(prepared: Any, head
     told = {"scores": {}, "confusion": {}, "calibration": {}, "baselines": {}, "forecast": {}, "triggered": None,
             "model": torch.frombuffer(bytearray(header or b"x"), dtype=torch.uint8)}  # fmt: skip
     assert raises_only(
-        (Refused,), lambda: hear_reading(told, "site_1", prepared.federation, prepared.method)
+        (RequestRefusedError,),
+        lambda: read_evaluation(told, "site_1", prepared.federation, prepared.method),
     )
 
 
@@ -193,7 +195,7 @@ def test_header_of_ten_million_values_is_refused_before_it_is_parsed(reader: str
     }
 
     def refused() -> None:
-        with pytest.raises((PayloadError, Refused, CodecError), match="at most"):
+        with pytest.raises((PayloadError, RequestRefusedError, CodecError), match="at most"):
             readers[reader]()
 
     assert peak_of(refused) < 5 * len(data)
@@ -250,7 +252,7 @@ def test_header_much_longer_than_agreed_is_refused_unparsed(
     big = {
         "model": Item({"w": torch.zeros(400_000)}, 1.0, "params")
     }  # so long that a header of a megabyte is not too long
-    link, sent = Link(stages_of((), False), SPECS, 4), bomb(MOST_HEADER_VALUES // 4)
+    link, sent = Link(build_stages((), False), SPECS, 4), bomb(MOST_HEADER_VALUES // 4)
     check_size(len(sent), SPECS, big)
     assert (
         len(link.receive(Payload(big).encode(), (0,), frozenset(), None, big)["model"]["w"])
@@ -274,7 +276,7 @@ def test_header_of_more_values_than_any_model_has_is_refused(tree: Any) -> None:
 
 
 def test_layout_of_many_numbers_is_refused_before_they_are_made() -> None:
-    link = Link(stages_of(ChannelConfig(compress=[{"topk": 3}]).compress, False), {}, 4)
+    link = Link(build_stages(ChannelConfig(compress=[{"topk": 3}]).compress, False), {}, 4)
     sent = link.send(Payload({"m": Item({"w": torch.arange(40.0)}, 1.0, "update")}), (0,))
     assert len(link.receive(sent, (0,))["m"]["w"]) == 40
     start = 4 + 2 + int.from_bytes(sent[4:6], "little")
@@ -290,13 +292,15 @@ def test_layout_of_many_numbers_is_refused_before_they_are_made() -> None:
 
 
 def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> None:
-    conversation = Conversation({"site_1": b"", "site_2": b""}, 2, None, (bytes(32), 10), 0, 0)
+    conversation = SecureAggregationRound(
+        {"site_1": b"", "site_2": b""}, 2, None, (bytes(32), 10), 0, 0
+    )
     replies = iter([("site_1", Message("keys", bytes(10**6)))])
 
-    with pytest.raises(GivenUp):
-        conversation.advertised(replies)
+    with pytest.raises(RoundAbandonedError):
+        conversation.collect_keys(replies)
 
-    assert "1,000,000 bytes; an answer to 'keys' takes at most" in conversation.left["site_1"]
+    assert "1,000,000 bytes; an answer to 'keys' takes at most" in conversation.dropouts["site_1"]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +315,7 @@ def test_answer_in_a_secure_sum_much_longer_than_agreed_is_refused_unread() -> N
     ],
 )
 def test_message_out_of_bounds_is_told(envelope: Envelope, said: str) -> None:
-    assert said in fault_of(envelope, 10)
+    assert said in find_fault(envelope, 10)
 
 
 # The server ----------------------------------------------------------------------------------------------------------
@@ -431,7 +435,7 @@ def test_node_answers_any_message(
         Envelope({**honest.head, **changes}, honest.body if body is None else body)
     )
 
-    assert fault_of(answer, 2**20) == ""
+    assert find_fault(answer, 2**20) == ""
     assert len(asked.log().read_bytes()) - before < 2000
     assert all(line.isprintable() and len(line) < 600 for line in asked.said)
 

@@ -16,25 +16,30 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Examples, Share
+from hetero_fl.data.dataset import Examples, RowSelection
 from hetero_fl.data.preprocessing import Preprocess
 from hetero_fl.deployment import validation
 from hetero_fl.deployment.messages import (
     FORM,
     Envelope,
     Handle,
-    Refused,
+    RequestRefusedError,
     body_of,
+    evaluation_tree,
     message,
-    reading_tree,
 )
-from hetero_fl.deployment.validation import hear_reading, hear_settings, hear_state, hear_told
+from hetero_fl.deployment.validation import (
+    read_data_info,
+    read_evaluation,
+    read_settings,
+    read_state_name,
+)
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.reporting.plots import clients
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
 from tests.helpers.deployments import Federation, small
 from tests.helpers.nodes import Clock
@@ -299,16 +304,16 @@ FORECAST: dict[str, Any] = {
 def test_forecast_is_bounded(changes: dict[str, Any], said: str) -> None:
     federation = dated_federation()
 
-    assert validation._forecast(FORECAST, federation) == FORECAST
-    with pytest.raises(Refused, match=re.escape(said)):
-        validation._forecast({**FORECAST, **changes}, federation)
+    assert validation._read_forecast(FORECAST, federation) == FORECAST
+    with pytest.raises(RequestRefusedError, match=re.escape(said)):
+        validation._read_forecast({**FORECAST, **changes}, federation)
 
 
 def test_forecast_is_refused_where_the_data_has_no_dates() -> None:
     federation = dated_federation(dated=False)
 
-    with pytest.raises(Refused, match="a forecast, although the run has none"):
-        validation._forecast(FORECAST, federation)
+    with pytest.raises(RequestRefusedError, match="a forecast, although the run has none"):
+        validation._read_forecast(FORECAST, federation)
 
 
 def dated_federation(dated: bool = True) -> Any:
@@ -316,14 +321,14 @@ def dated_federation(dated: bool = True) -> Any:
     examples = Examples(
         torch.zeros(4, 2), torch.zeros(4, 1), time=torch.arange(4) if dated else None
     )
-    data = SimpleNamespace(public={"common_test": Share(examples, torch.arange(4))})
+    data = SimpleNamespace(public_sets={"common_test": RowSelection(examples, torch.arange(4))})
     return SimpleNamespace(task=Task("regression", 1), data=data, privacy=None)
 
 
 def test_server_finishes_a_run_whose_pictures_cannot_be_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "clients", lambda *content: math.log10(0))
+    monkeypatch.setattr(clients, "plot_client_scores", lambda *content: math.log10(0))
     made = small(models="linear", rounds=1, output__plots=True, output__report=True)
 
     run = Federation(tmp_path).serve(made)
@@ -375,16 +380,16 @@ TOLD: dict[str, Any] = {
 def test_what_a_node_tells_of_its_rows_is_checked(changes: dict[str, Any], said: str) -> None:
     own = Preprocess() if changes.get("view") else None
     told = {**TOLD, "view": {"mean": 0.5, "std": 1.0}} if own else TOLD
-    assert hear_told(told, 3, own).rows == TOLD["rows"]
-    with pytest.raises(Refused) as caught:
-        hear_told({**TOLD, **changes}, 3, own)
+    assert read_data_info(told, 3, own).rows == TOLD["rows"]
+    with pytest.raises(RequestRefusedError) as caught:
+        read_data_info({**TOLD, **changes}, 3, own)
     assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("tree_", [None, 3, [], "x", {}])
 def test_a_tree_that_is_none_is_refused(tree_: Any) -> None:
-    for hears in (lambda: hear_told(tree_, 3), lambda: hear_settings(tree_, ())):
-        with pytest.raises(Refused):
+    for hears in (lambda: read_data_info(tree_, 3), lambda: read_settings(tree_, ())):
+        with pytest.raises(RequestRefusedError):
             hears()
 
 
@@ -403,10 +408,10 @@ def test_a_tree_that_is_none_is_refused(tree_: Any) -> None:
     ],
 )
 def test_a_node_decides_its_own_settings_and_no_others(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(Refused, match=said):
-        hear_settings({"settings": settings}, ())
-    assert hear_settings({"settings": {"model": "python:os:system"}}, ("python:os:system",))
-    assert hear_settings({"settings": {"shares": ["predictions"]}}, ()) == {
+    with pytest.raises(RequestRefusedError, match=said):
+        read_settings({"settings": settings}, ())
+    assert read_settings({"settings": {"model": "python:os:system"}}, ("python:os:system",))
+    assert read_settings({"settings": {"shares": ["predictions"]}}, ()) == {
         "shares": ["predictions"]
     }
 
@@ -414,16 +419,16 @@ def test_a_node_decides_its_own_settings_and_no_others(settings: dict[str, Any],
 def test_node_resizes_to_no_more_than_the_server_allows() -> None:
     told = {"settings": {"preprocess": {"resize": 2000}}}
 
-    assert hear_settings(told, (), largest=2000) == told["settings"]
-    with pytest.raises(Refused, match="found 2000; expected at most 1024"):
-        hear_settings(told, ())
+    assert read_settings(told, (), largest=2000) == told["settings"]
+    with pytest.raises(RequestRefusedError, match="found 2000; expected at most 1024"):
+        read_settings(told, ())
 
 
 @pytest.mark.parametrize("name", ["..", "A" * 64, "a" * 63, "é" * 64, "/"])
 def test_a_state_is_a_hash(name: str) -> None:
-    with pytest.raises(Refused):
-        hear_state(name)
-    assert hear_state("") == "" and hear_state("a" * 64) == "a" * 64
+    with pytest.raises(RequestRefusedError):
+        read_state_name(name)
+    assert read_state_name("") == "" and read_state_name("a" * 64) == "a" * 64
 
 
 @pytest.mark.parametrize(
@@ -469,7 +474,7 @@ def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
     def always(handle: Handle) -> Handle:
         return lambda e: change(handle(e)) if e.head["ask"] == ask else handle(e)
 
-    with pytest.raises((RunFailed, UserError)) as caught:
+    with pytest.raises((RunFailedError, UserError)) as caught:
         Federation(tmp_path).serve(
             small(models="linear"), {"site_3": always}, say=clock.after(3, [])
         )
@@ -482,9 +487,11 @@ def test_before_the_first_round_junk_is_one_line_that_names_its_sender(
 def told_model() -> Any:
     """What a site tells at the end of a run, and the federation and the method."""
     prepared = prepare(small(models="linear", rounds=1))
-    rounds = prepared.rounds()
-    rounds.round()
-    ((_, told),) = rounds.executor.read(rounds.broadcasts(["site_1"], reading=True), 1, True)
+    rounds = prepared.make_trainer()
+    rounds.run_round()
+    ((_, told),) = rounds.executor.evaluate(
+        rounds.broadcasts(["site_1"], for_evaluation=True), 1, True
+    )
     yield told, rounds.federation, rounds.algorithm
     rounds.executor.close()
 
@@ -499,7 +506,7 @@ def retold(told: Any, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]
     changed = json.dumps(header).encode()
     changed += b" " * (-len(changed) % 8)
     model = len(changed).to_bytes(8, "little") + changed + told.model[8 + length :]
-    return reading_tree(replace(told, model=model))
+    return evaluation_tree(replace(told, model=model))
 
 
 METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -514,7 +521,7 @@ METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_metadata_of_a_model_are_written_by_the_server(name: str, told_model: Any) -> None:
     told, federation, method = told_model
 
-    heard = hear_reading(retold(told, METADATA[name]), "site_1", federation, method)
+    heard = read_evaluation(retold(told, METADATA[name]), "site_1", federation, method)
 
     assert heard.model == told.model and b"python:" not in heard.model
 
@@ -573,8 +580,8 @@ def test_metadata_that_the_server_does_not_expect_are_refused(
 ) -> None:
     told, federation, method = told_model
 
-    with pytest.raises(Refused, match=re.escape(said)):
-        hear_reading(retold(told, change), "site_1", federation, method)
+    with pytest.raises(RequestRefusedError, match=re.escape(said)):
+        read_evaluation(retold(told, change), "site_1", federation, method)
 
 
 # Honest ones ---------------------------------------------------------------------------------------------------------
@@ -585,12 +592,12 @@ def test_metadata_that_the_server_does_not_expect_are_refused(
 def test_honest_readings_of_every_sort_of_model_are_heard(method: str, tmp_path: Path) -> None:
     """With all details and the model itself, as a simulation's site tells them."""
     prepared = prepare(small(method, "cnn_gn_small", rounds=1))
-    if method not in algorithm:
+    if method not in register_algorithm:
         pytest.skip(f"{method} is none of this release's")
-    rounds = prepared.rounds()
-    rounds.round()
-    found = rounds.executor.read(rounds.broadcasts(["site_1"], reading=True), 1, True)
+    rounds = prepared.make_trainer()
+    rounds.run_round()
+    found = rounds.executor.evaluate(rounds.broadcasts(["site_1"], for_evaluation=True), 1, True)
     (told,) = [r for _, r in found]
-    heard = hear_reading(reading_tree(told), "site_1", rounds.federation, rounds.algorithm)
+    heard = read_evaluation(evaluation_tree(told), "site_1", rounds.federation, rounds.algorithm)
     assert heard == told and heard.model and heard.confusion
     rounds.executor.close()

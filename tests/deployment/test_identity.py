@@ -16,11 +16,18 @@ from hetero_fl.deployment import messages
 from hetero_fl.deployment.audit_log import AuditLog, verify
 from hetero_fl.deployment.certificates import make_node_key
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.conversations import GREETING, Post
-from hetero_fl.deployment.messages import Envelope, Handle, Loopback, NodeKeys, ServerKeys, Signed
+from hetero_fl.deployment.conversations import GREETING, Connections
+from hetero_fl.deployment.messages import (
+    Envelope,
+    Handle,
+    LoopbackTransport,
+    NodeKeys,
+    ServerKeys,
+    SignedTransport,
+)
 from hetero_fl.deployment.monitoring import read_status
 from hetero_fl.deployment.node import Node
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.helpers.deployments import SITES, Federation, small
 from tests.helpers.nodes import LONG, Clock, until
 
@@ -30,10 +37,10 @@ PINNED = ServerKeys(SERVER, {id: key.public_key() for id, key in KEYS.items()})
 
 
 def keys_of(id: str, **other: Any) -> NodeKeys:
-    return replace(NodeKeys(KEYS[id], SERVER.public_key()), _seen={}, **other)
+    return replace(NodeKeys(KEYS[id], SERVER.public_key()), _seen_messages={}, **other)
 
 
-class Heard(Loopback):
+class Heard(LoopbackTransport):
     """Counts the answers that the server has had."""
 
     def __init__(self) -> None:
@@ -60,11 +67,11 @@ class Meeting:
 
     def met(self, between: Callable[[Handle], Handle] = lambda handle: handle) -> bool:
         """Whether the server takes the node for site_1."""
-        transport = Signed(self.transport, self.server, self.said.append)
-        post = Post(transport, SITES, self.said.append)
+        transport = SignedTransport(self.transport, self.server, self.said.append)
+        post = Connections(transport, SITES, self.said.append)
         self.transport.join(between(self.node.handle))
         try:
-            until(lambda: post.gather(0.1) and self.transport.heard)  # others never come
+            until(lambda: post.wait_for_clients(0.1) and self.transport.heard)  # others never come
             return "site_1" in post.node_of
         finally:
             self.transport.close()
@@ -204,10 +211,10 @@ def test_an_expired_message_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_expired_answer_is_refused() -> None:
     """However slow the transport was: the server asks for no answer after its time."""
     said: list[str] = []
-    loopback = Loopback()
+    loopback = LoopbackTransport()
     keys = keys_of("site_1")
     node = loopback.join(lambda asked: keys.sign(Envelope({"ask": "here"}), asked, "site_1"))
-    signed = Signed(loopback, PINNED, said.append)
+    signed = SignedTransport(loopback, PINNED, said.append)
     number = signed.push(node, Envelope({"ask": "hello"}), 0.2)
     time.sleep(0.4)
     answer = signed.pull([number], LONG)[number]
@@ -218,12 +225,12 @@ def test_an_expired_answer_is_refused() -> None:
 def test_an_answer_from_another_node_is_refused() -> None:
     """A node that met the server as site_2 gives site_1's answers from then on, signed by site_1."""
     said: list[str] = []
-    loopback, keys = Loopback(), {id: keys_of(id) for id in SITES}
+    loopback, keys = LoopbackTransport(), {id: keys_of(id) for id in SITES}
     as_who = ["site_2", "site_1"]
     node = loopback.join(
         lambda asked: keys[who := as_who.pop(0)].sign(Envelope({"ask": "here"}), asked, who)
     )
-    signed = Signed(loopback, PINNED, said.append)
+    signed = SignedTransport(loopback, PINNED, said.append)
     for expected in ("here", "refused"):
         number = signed.push(
             node, Envelope({"ask": "hello" if expected == "here" else "terms"}), LONG
@@ -237,7 +244,7 @@ def test_an_answer_from_another_node_is_refused() -> None:
 def test_a_message_for_another_client_is_refused(tmp_path: Path) -> None:
     keys = keys_of("site_1")
     sent: list[Envelope] = []
-    loopback = Loopback()
+    loopback = LoopbackTransport()
     other = keys_of("site_2")
 
     def handle(asked: Envelope) -> Envelope:
@@ -245,7 +252,7 @@ def test_a_message_for_another_client_is_refused(tmp_path: Path) -> None:
         return other.sign(Envelope({"ask": "here"}), asked, "site_2")
 
     node = loopback.join(handle)
-    signed = Signed(loopback, PINNED, lambda line: None)
+    signed = SignedTransport(loopback, PINNED, lambda line: None)
     for ask in ("hello", "terms"):
         signed.pull([signed.push(node, Envelope({"ask": ask}), LONG)], LONG)
     loopback.close()
@@ -305,7 +312,7 @@ def test_without_its_node_a_run_does_not_begin(tmp_path: Path, clock: Clock) -> 
     federation = Federation(tmp_path)
     for id, node in federation.nodes.items():
         node.keys = keys_of("site_1" if id == "site_3" else id)  # registered, but as somebody else
-    with pytest.raises(RunFailed, match="not there after 300 s: site_3"):
+    with pytest.raises(RunFailedError, match="not there after 300 s: site_3"):
         federation.serve(small(), keys=PINNED, say=clock.after(4, []))
 
 
@@ -357,7 +364,7 @@ def test_server_keeps_the_longest_audit_log_and_reports_another(
     heads: list[str], kept: str, told: list[str]
 ) -> None:
     said: list[str] = []
-    signed = Signed(Loopback(), PINNED, said.append)
+    signed = SignedTransport(LoopbackTransport(), PINNED, said.append)
 
     for head in heads:
         signed._note_log("site_1", head)
@@ -373,12 +380,12 @@ def test_an_audit_log_that_went_back_is_an_event_of_the_status(
     for id, node in federation.nodes.items():
         node.keys = keys_of(id)
     heads = iter([head_of(5, "a"), head_of(3, "b")])
-    note = Signed._note_log
+    note = SignedTransport._note_log
 
-    def forged(self: Signed, client: str, head: str) -> None:
+    def forged(self: SignedTransport, client: str, head: str) -> None:
         note(self, client, next(heads, "") if client == "site_1" else head)
 
-    monkeypatch.setattr(Signed, "_note_log", forged)
+    monkeypatch.setattr(SignedTransport, "_note_log", forged)
 
     federation.serve(small(rounds=1), keys=PINNED)
 

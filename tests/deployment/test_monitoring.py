@@ -21,13 +21,13 @@ from hetero_fl.cli import main
 from hetero_fl.cli.deployment_commands import print_status
 from hetero_fl.deployment.monitoring import (
     FILE,
+    EventLog,
     ForwardingHandler,
-    Lines,
-    Log,
-    Status,
-    look,
+    LineStream,
+    RunStatus,
+    fetch_status,
     read_status,
-    window,
+    serve_status,
 )
 from hetero_fl.utils.errors import UserError
 
@@ -49,19 +49,21 @@ def record(round: int, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def status(tmp_path: Path) -> Status:
-    made = Status(tmp_path, ["north", "south"])
-    made.set(name='a "run"', algorithm="hybrid", rounds=3, run="beef", phase="running")
+def status(tmp_path: Path) -> RunStatus:
+    made = RunStatus(tmp_path, ["north", "south"])
+    made.update(name='a "run"', algorithm="hybrid", rounds=3, run="beef", phase="running")
     return made
 
 
-def test_what_it_tells(status: Status) -> None:
+def test_what_it_tells(status: RunStatus) -> None:
     present = ["north"]
-    status.watch(lambda: present)
-    status.happened("north is here")
-    status.record(record(1, failed={"south": "its node is not there"}, privacy={"epsilon": 1.25}))
-    status.record(record(1))  # after a resume: a line of a round that is held again
-    tree = status.tree()
+    status.set_presence_source(lambda: present)
+    status.add_event("north is here")
+    status.add_record(
+        record(1, failed={"south": "its node is not there"}, privacy={"epsilon": 1.25})
+    )
+    status.add_record(record(1))  # after a resume: a line of a round that is held again
+    tree = status.to_dict()
     assert tree["nodes"]["north"]["here"] and tree["nodes"]["south"] == {
         "here": False,
         "since": None,
@@ -79,13 +81,13 @@ def test_what_it_tells(status: Status) -> None:
     )
     assert [event["message"] for event in tree["events"]] == ["north is here"]
     present.clear()
-    gone = status.tree()["nodes"]["north"]
+    gone = status.to_dict()["nodes"]["north"]
     assert not gone["here"] and gone["since"] >= tree["nodes"]["north"]["since"]
 
 
-def test_prometheus(status: Status) -> None:
-    status.watch(lambda: ["north"])
-    status.record(record(1, privacy={"epsilon": 1.25}))
+def test_prometheus(status: RunStatus) -> None:
+    status.set_presence_source(lambda: ["north"])
+    status.add_record(record(1, privacy={"epsilon": 1.25}))
     text = status.prometheus()
     sample = re.compile(
         r'hetero_fl_[a-z_]+(\{[a-z]+="(\\.|[^"\\])*"(,[a-z]+="(\\.|[^"\\])*")*\})? [0-9.e+-]+'
@@ -108,31 +110,31 @@ def test_prometheus(status: Status) -> None:
     } == set(families)
 
 
-def test_the_file_is_there_once_there_is_a_run(status: Status, tmp_path: Path) -> None:
-    status.happened("somebody came")
+def test_the_file_is_there_once_there_is_a_run(status: RunStatus, tmp_path: Path) -> None:
+    status.add_event("somebody came")
     assert not (tmp_path / FILE).exists()
     (tmp_path / "config.yaml").write_text("name: run\n")
-    status.record(record(1))
+    status.add_record(record(1))
     assert read_status(tmp_path)["round"] == 1 and read_status(tmp_path)["phase"] == "running"
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    status.set(pid=ended.pid)
+    status.update(pid=ended.pid)
     assert read_status(tmp_path)["phase"] == "gone"
-    status.set(phase="done")
+    status.update(phase="done")
     assert read_status(tmp_path)["phase"] == "done"
-    status.set(phase="running", host="elsewhere")  # a shared folder: nobody here can say
+    status.update(phase="running", host="elsewhere")  # a shared folder: nobody here can say
     assert read_status(tmp_path)["phase"] == "running"
 
 
-def test_the_window(status: Status) -> None:
-    with window(status, "127.0.0.1", 0) as port:
+def test_the_window(status: RunStatus) -> None:
+    with serve_status(status, "127.0.0.1", 0) as port:
         with urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
             assert answer.status == 200 and json.loads(answer.read()) == {"phase": "running"}
         with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             assert answer.read().decode() == status.prometheus()
             assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-        assert look(f"127.0.0.1:{port}")["rounds"] == 3
-        status.set(phase="failed")
+        assert fetch_status(f"127.0.0.1:{port}")["rounds"] == 3
+        status.update(phase="failed")
         for path, code in (("healthz", 503), ("secrets", 404)):
             with pytest.raises(HTTPError) as raised:
                 urlopen(f"http://127.0.0.1:{port}/{path}")
@@ -140,7 +142,7 @@ def test_the_window(status: Status) -> None:
             raised.value.close()
         with (
             pytest.raises(UserError, match=rf"metrics.port: {port} of 127.0.0.1 cannot be had"),
-            window(status, "127.0.0.1", port),
+            serve_status(status, "127.0.0.1", port),
         ):
             pass
     with socket.socket() as probe:  # it is given back
@@ -148,11 +150,11 @@ def test_the_window(status: Status) -> None:
         probe.bind(("127.0.0.1", port))
 
 
-def test_the_command(status: Status, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status.watch(lambda: ["north"])
+def test_the_command(status: RunStatus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status.set_presence_source(lambda: ["north"])
     (tmp_path / "config.yaml").touch()
-    status.happened("refused a node that says it is 'south': torch '1', but '2' here")
-    status.record(record(2, failed={"south": "gone"}))
+    status.add_event("refused a node that says it is 'south': torch '1', but '2' here")
+    status.add_record(record(2, failed={"south": "gone"}))
     assert main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     for words in (
@@ -163,7 +165,7 @@ def test_the_command(status: Status, tmp_path: Path, capsys: pytest.CaptureFixtu
     ):
         assert words in out
     assert re.search(r"north +here for", out) and re.search(r"south +has not come", out)
-    with window(status, "127.0.0.1", 0) as port:
+    with serve_status(status, "127.0.0.1", 0) as port:
         assert main(["status", f"127.0.0.1:{port}", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["round"] == 2
     for mistake, line in (
@@ -181,9 +183,9 @@ def test_the_command(status: Status, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_json_lines_say_what_they_are_about() -> None:
     stream = io.StringIO()
-    log = Log("json", stream, client="north", run=None)
+    log = EventLog("json", stream, client="north", run=None)
     log("round 1:\n done", round=1, seconds=0.5)
-    print("a line of\nsomebody else's", file=Lines(log))
+    print("a line of\nsomebody else's", file=LineStream(log))
     first, *others = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
     assert first == {"message": "round 1: done", "client": "north", "round": 1, "seconds": 0.5}
@@ -193,16 +195,16 @@ def test_json_lines_say_what_they_are_about() -> None:
 def test_what_the_transport_repeats_is_told_once() -> None:
 
     stream = io.StringIO()
-    handler = ForwardingHandler(Log("text", stream))
+    handler = ForwardingHandler(EventLog("text", stream))
     for line in ("waiting", "waiting", "joined"):
         handler.emit(logging.LogRecord("any", logging.INFO, "", 0, line, None, None))
     assert [line.split("  ")[1] for line in stream.getvalue().splitlines()] == ["waiting", "joined"]
 
 
-def test_print_status_shows_what_happened_as_it_is(status: Status) -> None:
+def test_print_status_shows_what_happened_as_it_is(status: RunStatus) -> None:
     """No markup, and nothing that a terminal obeys: lines quote what nodes say."""
     shown = io.StringIO()
-    tree = {**status.tree(), "events": [{"time": 0.0, "message": "refused: [/red]\x1b[2J"}]}
+    tree = {**status.to_dict(), "events": [{"time": 0.0, "message": "refused: [/red]\x1b[2J"}]}
 
     print_status(tree, Console(file=shown, force_terminal=True, width=200))
 
@@ -212,7 +214,7 @@ def test_print_status_shows_what_happened_as_it_is(status: Status) -> None:
 def test_log_line_is_printable_and_of_bounded_length() -> None:
     for form in ("text", "json"):
         stream = io.StringIO()
-        Log(form, stream)("a\x1b[2J\ud800\n" + "b" * 10**6)
+        EventLog(form, stream)("a\x1b[2J\ud800\n" + "b" * 10**6)
         assert (
             "a\\x1b[2J\\ud800" in stream.getvalue().replace("\\\\", "\\")
             and len(stream.getvalue()) < 2200

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.deployment.config import SiteConfig, load_site
+from hetero_fl.deployment.config import SiteConfig, load_site_config
 from hetero_fl.deployment.messages import Envelope, Handle
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_storage import Vault
-from hetero_fl.federation.state_store import Private
-from hetero_fl.privacy.mechanisms import SecretNoise
+from hetero_fl.deployment.node_storage import NodeStorage
+from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.privacy.mechanisms import SecretNoiseSource
 from hetero_fl.utils.errors import UserError
 from tests.helpers.deployments import Federation, small
 from tests.helpers.small_federations import TOP
@@ -34,8 +34,8 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 def pieces(node: Node) -> list[bytes]:
     """Bytes out of the middle of all private tensors that the node has: its state, and its rows."""
     assert node.joined is not None and node.joined.worker is not None
-    private: Private = node.joined.worker.store.get(node.site.client)
-    rows = node.joined.data.private[node.site.client]["train"].take()
+    private: PrivateState = node.joined.worker.store.get(node.site.client)
+    rows = node.joined.data.client_rows[node.site.client]["train"].copy_rows()
     found = []
     for tensor in [*tensors(private.models), *tensors(private.state), rows.x]:
         raw = tensor.contiguous().numpy().tobytes()
@@ -87,19 +87,19 @@ def test_an_encrypted_site_goes_on_after_a_restart_and_not_with_another_key(tmp_
     folder = next((tmp_path / "site_1" / "runs").iterdir())
     from hetero_fl.deployment.node_storage import Cipher
 
-    secret = Vault(folder, Cipher.of(tmp_path / "key")).read("noise")
+    secret = NodeStorage(folder, Cipher.from_key_file(tmp_path / "key")).read("noise")
     assert secret is not None and len(secret) == 32
-    assert Vault(folder, Cipher(bytes(32))).read("noise") is None
+    assert NodeStorage(folder, Cipher(bytes(32))).read("noise") is None
 
 
 def test_a_damaged_secret_is_not_drawn_anew(tmp_path: Path) -> None:
     """Noise would be drawn a second time for what was released under the first."""
     from hetero_fl.deployment.node_storage import Cipher
 
-    vault = Vault(tmp_path, Cipher(bytes(32)))
+    vault = NodeStorage(tmp_path, Cipher(bytes(32)))
     vault.secret("noise")
     with pytest.raises(UserError, match="noise: it cannot be opened with this key"):
-        Vault(tmp_path, Cipher(bytes(range(32)))).secret("noise")
+        NodeStorage(tmp_path, Cipher(bytes(range(32)))).secret("noise")
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_the_key_is_on_disk_before_anything_that_it_seals(
     monkeypatch.setattr(os, "replace", replace)
     key = tmp_path / "safe" / "keys" / "a"
     node = Node(SiteConfig(client="a", encrypt=str(key)), tmp_path / "site")
-    Vault(tmp_path / "site" / "runs" / "r", node.cipher).secret("noise")
+    NodeStorage(tmp_path / "site" / "runs" / "r", node.cipher).secret("noise")
 
     sealed = done.index(str(tmp_path / "site" / "runs" / "r" / "noise"))
     for path in (key, key.parent, key.parent.parent, tmp_path):
@@ -142,7 +142,7 @@ def test_the_key_is_on_disk_before_anything_that_it_seals(
 
 def test_the_key_is_named_relative_to_the_sites_file(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text("client: a\nencrypt: keys/a\n")
-    assert load_site(tmp_path / "site.yaml")[0].encrypt == str(tmp_path / "keys" / "a")
+    assert load_site_config(tmp_path / "site.yaml")[0].encrypt == str(tmp_path / "keys" / "a")
 
 
 # Noise ---------------------------------------------------------------------------------------------------------------
@@ -173,8 +173,8 @@ def test_a_site_draws_its_own_noise_for_each_task(tmp_path: Path) -> None:
             answer = handle(envelope)
             joined = federation.nodes["site_1"].joined
             if envelope.head["ask"] == "do" and joined is not None:
-                assert isinstance(joined.noise, SecretNoise) and joined.worker is not None
-                assert joined.worker.site.protection.noise is joined.noise
+                assert isinstance(joined.noise, SecretNoiseSource) and joined.worker is not None
+                assert joined.worker.runtime.protection.noise is joined.noise
                 tasks.append(joined.noise.task)
             return answer
 

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.communication.secure_aggregation.messages import write
-from hetero_fl.config import expand
+from hetero_fl.communication.secure_aggregation.messages import encode_arrays
+from hetero_fl.config import expand_population
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.deployment.audit_log import verify
-from hetero_fl.deployment.config import SiteConfig, load_site
-from hetero_fl.deployment.messages import Envelope, Handle, Refused, message
+from hetero_fl.deployment.config import SiteConfig, load_site_config
+from hetero_fl.deployment.messages import Envelope, Handle, RequestRefusedError, message
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.policy import check_config, check_raw, mark_of
+from hetero_fl.deployment.policy import check_config, check_raw_config, run_fingerprint
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.privacy.accounting import gaussian_epsilon
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import encode
 from tests.helpers.deployments import SITES, Federation, small
 
@@ -99,8 +99,8 @@ def test_a_configuration_that_a_site_does_not_allow(case: str) -> None:
     site, changes, said = TERMS[case]
     config = load_config(small(**changes))
     found = SiteConfig.model_validate({"client": "site_1", **site})
-    with pytest.raises(Refused) as caught:
-        check_config(config, found, expand(config.clients)["site_1"])
+    with pytest.raises(RequestRefusedError) as caught:
+        check_config(config, found, expand_population(config.clients)["site_1"])
     assert str(caught.value) == said
 
 
@@ -120,7 +120,7 @@ def test_less_than_a_site_allows_is_allowed(site: dict[str, Any], changes: dict[
     check_config(
         config,
         SiteConfig.model_validate({"client": "site_1", **site}),
-        expand(config.clients)["site_1"],
+        expand_population(config.clients)["site_1"],
     )
 
 
@@ -135,16 +135,17 @@ def test_less_than_a_site_allows_is_allowed(site: dict[str, Any], changes: dict[
 def test_no_code_is_run_because_a_server_names_it(changes: dict[str, Any], key: str) -> None:
     allows = SiteConfig(client="site_1").allows
     with pytest.raises(
-        Refused, match=rf"^{key}: found python:os:system; this site runs no code by name"
+        RequestRefusedError,
+        match=rf"^{key}: found python:os:system; this site runs no code by name",
     ):
-        check_raw(small(**changes), allows)
-    check_raw(small(**changes), allows.model_copy(update={"own_code": ["python:os:system"]}))
+        check_raw_config(small(**changes), allows)
+    check_raw_config(small(**changes), allows.model_copy(update={"own_code": ["python:os:system"]}))
 
 
 def test_a_refusal_of_the_terms_is_what_the_server_shows_and_the_site_logs(tmp_path: Path) -> None:
     federation = Federation(tmp_path, {"site_2": {"allows": {"rounds": 1}}})
     line = "rounds: found 2; this site's allows.rounds is 1"
-    with pytest.raises(RunFailed, match=f"^site_2 refuses: {line}$"):
+    with pytest.raises(RunFailedError, match=f"^site_2 refuses: {line}$"):
         federation.serve(small())
     assert f"refused: {line}" in federation.said
     assert verify(tmp_path / "site_2" / "audit.jsonl")[-1]["outcome"] == f"refused: {line}"
@@ -250,11 +251,11 @@ def test_rows_are_accounted_as_the_server_accounts_them(tmp_path: Path) -> None:
     run = Federation(tmp_path, dict.fromkeys(SITES, site)).serve(small(**changes))
     found = []
     for id in SITES:
-        from hetero_fl.deployment.audit_log import Account
-        from hetero_fl.privacy.accounting import epsilon_of
+        from hetero_fl.deployment.audit_log import SiteUsage
+        from hetero_fl.privacy.accounting import epsilon_of_mechanisms
 
-        account = Account.of(verify(tmp_path / id / "audit.jsonl"), "")
-        found.append(epsilon_of(account.with_(()), 1e-5, "rdp"))
+        account = SiteUsage.from_log(verify(tmp_path / id / "audit.jsonl"), "")
+        found.append(epsilon_of_mechanisms(account.with_charges(()), 1e-5, "rdp"))
     assert max(found) == pytest.approx(run.metrics[-1]["privacy"]["epsilon"])
 
 
@@ -405,7 +406,7 @@ def test_a_roster_that_makes_others_of_the_clients_is_refused(asked: Asked) -> N
 
 def test_other_public_sets_under_the_same_name_are_refused() -> None:
     """A model distilled from another proxy set has other gradients, under the same noise."""
-    marks = {mark_of(small(), rows, public) for rows in "ab" for public in "cd"}
+    marks = {run_fingerprint(small(), rows, public) for rows in "ab" for public in "cd"}
     assert len(marks) == 4
 
 
@@ -471,10 +472,10 @@ def test_a_secure_sum_of_too_few_is_not_answered(tmp_path: Path) -> None:
 
     tag = np.zeros(16, np.uint8)
     two = {"tag": tag, "head": np.array([1, 2], np.int32), "numbers": np.array([1, 2], np.int32)}
-    shares = write({**two, "keys": np.zeros((2, 64), np.uint8)})
+    shares = encode_arrays({**two, "keys": np.zeros((2, 64), np.uint8)})
     line = "allows.cohort: a secure sum of 2 clients is asked for; this site wants 3 at least"
     assert asked.why("shares", shares, task=other("d")) == line
-    unmask = write(
+    unmask = encode_arrays(
         {"tag": tag, "survivors": np.array([1, 2], np.int32), "dropped": np.array([3], np.int32)}
     )
     assert asked.why("unmask", unmask, task=other("e")) == line
@@ -495,7 +496,7 @@ def test_mistakes_in_a_sites_file_are_one_line(written: str, said: str, tmp_path
     file = tmp_path / "site.yaml"
     file.write_text(f"client: site_1\n{written}\n")
     with pytest.raises(UserError) as caught:
-        load_site(file)
+        load_site_config(file)
     assert str(file) in str(caught.value) and said in str(caught.value)
 
 
@@ -503,7 +504,7 @@ def test_the_file_of_the_page_is_one(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "trust.md").read_text(encoding="utf-8")
     file = tmp_path / "site.yaml"
     file.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
-    site, folder = load_site(file)
+    site, folder = load_site_config(file)
     assert (
         site.allows.privacy is not None
         and site.allows.privacy.epsilon == 8

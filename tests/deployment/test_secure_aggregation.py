@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hetero_fl.communication.secure_aggregation.messages import REQUESTS, read
+from hetero_fl.communication.secure_aggregation.messages import REQUESTS, decode_arrays
 from hetero_fl.deployment.messages import Envelope
 from tests.helpers.nodes import (
     LONG,
@@ -66,7 +66,7 @@ def heard() -> Iterator[Heard]:
 
 def tag(envelope: Envelope) -> bytes:
     what = str(envelope.head["what"])
-    return bytes(read(envelope.body, REQUESTS[what])["tag"].tobytes())
+    return bytes(decode_arrays(envelope.body, REQUESTS[what])["tag"].tobytes())
 
 
 @pytest.mark.slow

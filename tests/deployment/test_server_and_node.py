@@ -16,19 +16,19 @@ import pytest
 
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.deployment import messages
-from hetero_fl.deployment.config import SiteConfig, TellsConfig
-from hetero_fl.deployment.messages import Envelope, Loopback
-from hetero_fl.deployment.monitoring import Log, Status, read_status
-from hetero_fl.deployment.node import Node, _Attended, _ending
-from hetero_fl.deployment.server import _ending as _server_ending
-from hetero_fl.deployment.server import serve
+from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
+from hetero_fl.deployment.messages import Envelope, LoopbackTransport
+from hetero_fl.deployment.monitoring import EventLog, RunStatus, read_status
+from hetero_fl.deployment.node import Node, _handle_termination, _LoggedNode
+from hetero_fl.deployment.server import _handle_termination as _server_ending
+from hetero_fl.deployment.server import run_federation
 from hetero_fl.experiment import run
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.errors import Interrupted, RunFailed, UserError
+from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 from tests.helpers.nodes import LONG, Clock
 from tests.helpers.small_federations import changed, config
 
-ALL = TellsConfig(labels=True, details=True, model=True)
+ALL = DisclosureConfig(labels=True, details=True, model=True)
 QUIET = {"output__plots": False, "output__report": False, "runtime__executor": "serial"}
 
 
@@ -39,21 +39,21 @@ class Sites:
         self.folder, self.sites, self.once = folder, sites, once
         self.stops: list[threading.Event] = []
         self.lines: list[str] = []
-        self.refused: list[_Attended] = []
+        self.refused: list[_LoggedNode] = []
 
     def gathered(
         self, change: Callable[[Envelope], Envelope] = lambda envelope: envelope
-    ) -> Loopback:
+    ) -> LoopbackTransport:
         """All of them, at a new server. `change`: of an answer of the first's."""
-        loopback = Loopback()
+        loopback = LoopbackTransport()
         for index, site in enumerate(self.sites):
             self.stops.append(threading.Event())
-            log = Log()
+            log = EventLog()
             log.__class__ = type(
-                "Kept", (Log,), {"__call__": lambda _, line, **about: self.lines.append(line)}
+                "Kept", (EventLog,), {"__call__": lambda _, line, **about: self.lines.append(line)}
             )
             node = Node(site, self.folder / site.client, log)
-            attended = _Attended(node, log, self.stops[-1], self.once)
+            attended = _LoggedNode(node, log, self.stops[-1], self.once)
             self.refused.append(attended)
             asked = attended.handle
             loopback.join((lambda e, asked=asked: change(asked(e))) if index == 0 else asked)
@@ -76,7 +76,7 @@ def same_models(a: Run, b: Run) -> bool:
 
 def test_status_and_the_word_that_it_is_over(sites: Sites, tmp_path: Path) -> None:
     said: list[str] = []
-    finished = serve(
+    finished = run_federation(
         config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, say=said.append
     )
     tree = read_status(tmp_path / "out")
@@ -104,8 +104,8 @@ def test_a_node_of_another_version_is_refused_in_one_line(
         return answer
 
     said: list[str] = []
-    with pytest.raises(RunFailed, match="not there after 300 s: site_1"):
-        serve(
+    with pytest.raises(RunFailedError, match="not there after 300 s: site_1"):
+        run_federation(
             config(**QUIET),
             sites.gathered(older),
             out=tmp_path / "out",
@@ -128,16 +128,16 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(
 ) -> None:
     """Once more: at once, and the round is held again. What is left is gone on with to the same bits."""
     source, out = config(rounds=3, **QUIET), tmp_path / "out"
-    status, log = Status(out, ["site_1", "site_2", "site_3"]), Log("json")
+    status, log = RunStatus(out, ["site_1", "site_2", "site_3"]), EventLog("json")
 
     def term(answer: Envelope) -> Envelope:
         if (
             answer.head.get("what") == "upload"
-            and status.tree()["phase"] == "running"
-            and status.round == 1
+            and status.to_dict()["phase"] == "running"
+            and status.last_round == 1
         ):
             signal.raise_signal(signal.SIGTERM)
-            while status.tree()["phase"] == "running":
+            while status.to_dict()["phase"] == "running":
                 time.sleep(0.01)
             if signals == 2:
                 signal.raise_signal(signal.SIGTERM)
@@ -145,12 +145,12 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(
 
     with _server_ending(status, log) as after_round, pytest.raises(Interrupted):
         loopback = sites.gathered(term)
-        serve(source, loopback, out=out, wait=LONG, callbacks=[after_round], status=status)
+        run_federation(source, loopback, out=out, wait=LONG, callbacks=[after_round], status=status)
     held = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert held == ([1, 2] if signals == 1 else [1])
     assert read_status(out)["phase"] == "interrupted"
     assert "let go" not in sites.lines, "nodes wait for a server that was interrupted"
-    resumed = serve(source, sites.gathered(), out=out, resume=True, wait=LONG)
+    resumed = run_federation(source, sites.gathered(), out=out, resume=True, wait=LONG)
     assert same_models(resumed, run(source, out=tmp_path / "simulation"))
     assert read_status(out)["up_bytes"] == sum(record["up_bytes"] for record in resumed.metrics)
 
@@ -158,7 +158,7 @@ def test_sigterm_ends_a_server_after_the_round_in_hand(
 def test_sigterm_at_a_node_is_polite_once() -> None:
     stop = threading.Event()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), _ending(Log("json"), stop):
+    with pytest.raises(KeyboardInterrupt), _handle_termination(EventLog("json"), stop):
         signal.raise_signal(signal.SIGTERM)
         assert stop.wait(LONG)
         signal.raise_signal(signal.SIGTERM)
@@ -174,9 +174,11 @@ def test_once_ends_a_node_when_a_run_is_over_but_not_when_one_is_interrupted(
         raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, callbacks=[stop])
+        run_federation(
+            config(**QUIET), sites.gathered(), out=tmp_path / "out", wait=LONG, callbacks=[stop]
+        )
     assert not any(stop.is_set() for stop in sites.stops)
-    serve(config(**QUIET), sites.gathered(), out=tmp_path / "out", resume=True, wait=LONG)
+    run_federation(config(**QUIET), sites.gathered(), out=tmp_path / "out", resume=True, wait=LONG)
     assert all(stop.is_set() for stop in sites.stops[3:]) and not any(
         sites.refused[i].refused for i in range(6)
     )
@@ -216,7 +218,7 @@ def test_own_data_gives_the_bits_of_a_simulation_that_names_the_same_files(
     far = Sites(
         tmp_path / "sites", [SiteConfig(client=c, tells=ALL, data=theirs[c]) for c in clients]
     )
-    there = serve(source, far.gathered(), out=tmp_path / "federation", wait=LONG)
+    there = run_federation(source, far.gathered(), out=tmp_path / "federation", wait=LONG)
     each = [
         {"match": client, "data": {"name": "npz", "path": theirs[client].path}}
         for client in clients
@@ -250,7 +252,7 @@ def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path)
     }
     sites = [SiteConfig(client=c, tells=ALL, data=SourceConfig(**theirs[c])) for c in theirs]
 
-    there = serve(
+    there = run_federation(
         source, Sites(tmp_path / "sites", sites).gathered(), out=tmp_path / "federation", wait=LONG
     )
     each = [{"match": client, "data": theirs[client]} for client in theirs]
@@ -262,7 +264,7 @@ def test_own_tables_are_encoded_by_the_values_of_the_common_file(tmp_path: Path)
     with pytest.raises(
         UserError, match=r"^data\.path: missing; .* which real sites do not bring together"
     ):
-        serve(
+        run_federation(
             source, Sites(tmp_path / "others", sites).gathered(), out=tmp_path / "none", wait=LONG
         )
 

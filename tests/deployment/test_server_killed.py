@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.deployment.messages import Envelope
-from hetero_fl.deployment.node_storage import KEPT, Lost, Vault
+from hetero_fl.deployment.node_storage import MAX_STATES, NodeStorage, StateLostError
 from hetero_fl.experiment import run
 from tests.deployment.test_secure_aggregation import Heard
 from tests.helpers.nodes import QUICK, Clock, Killed, Sites, federation, records, same
@@ -122,20 +122,22 @@ def test_no_more_states_are_spared_than_a_server_may_go_back_to(tmp_path: Path) 
                 envelope = Envelope({**envelope.head, "spare": ",".join(known)}, envelope.body)
             return super().push(node, envelope, within)
 
-    made = {**KINDS["hybrid"], "rounds": 3 * KEPT, "evaluation": {"every": 3 * KEPT}}
+    made = {**KINDS["hybrid"], "rounds": 3 * MAX_STATES, "evaluation": {"every": 3 * MAX_STATES}}
     federation(made, Sites(CLIENTS, tmp_path / "sites", transport=Greedy()), tmp_path / "there")
     (folder,) = (tmp_path / "sites" / "site_1" / "runs").iterdir()
-    assert len(list(folder.glob("state-*"))) <= 2 * KEPT
+    assert len(list(folder.glob("state-*"))) <= 2 * MAX_STATES
 
 
 def test_states_that_checkpoints_name_are_spared(tmp_path: Path) -> None:
-    vault = Vault(tmp_path)
-    first = vault.keep(b"first")
-    names = [vault.keep(bytes([i]), spare=[first]) for i in range(2 * KEPT)]
-    assert vault.state(first) == b"first" and vault.state(names[-KEPT]) == bytes([KEPT])
-    with pytest.raises(Lost, match="is not here any more"):
-        vault.state(names[0])
-    for i in range(KEPT):
-        vault.keep(bytes([i]))
-    with pytest.raises(Lost):
-        vault.state(first)
+    vault = NodeStorage(tmp_path)
+    first = vault.save_state(b"first")
+    names = [vault.save_state(bytes([i]), protected=[first]) for i in range(2 * MAX_STATES)]
+    assert vault.load_state(first) == b"first" and vault.load_state(names[-MAX_STATES]) == bytes(
+        [MAX_STATES]
+    )
+    with pytest.raises(StateLostError, match="is not here any more"):
+        vault.load_state(names[0])
+    for i in range(MAX_STATES):
+        vault.save_state(bytes([i]))
+    with pytest.raises(StateLostError):
+        vault.load_state(first)

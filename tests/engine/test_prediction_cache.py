@@ -13,12 +13,12 @@ from hetero_fl.algorithms import FedAvg
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import ClassSums, Predict, Rows
 from hetero_fl.data.federated_data import ColumnCache
-from hetero_fl.engine.prediction_cache import make_performer
-from hetero_fl.engine.serial import Serial
+from hetero_fl.engine.prediction_cache import make_backend
+from hetero_fl.engine.serial import SerialBackend
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.executors.base import chunks
-from hetero_fl.federation.state_store import Private
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.executors.base import client_chunks
+from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
 CPU = torch.device("cpu")
@@ -26,16 +26,19 @@ CPU = torch.device("cpu")
 
 def clients(**changes: Any) -> list[Participant]:
     rounds = rounds_of(config("fedavg", "mlp", clients=6, **changes), held=0)
-    return [rounds.federation.client(id, rounds.store.get(id), 0) for id in rounds.federation.cards]
+    return [
+        rounds.federation.client(id, rounds.store.get(id), 0)
+        for id in rounds.federation.client_infos
+    ]
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The work that `Serial` is given from now on: pairs of participant and step."""
+    """The work that `SerialBackend` is given from now on: pairs of participant and step."""
     seen: list[Any] = []
-    perform = Serial.perform
+    perform = SerialBackend.run
     monkeypatch.setattr(
-        Serial, "perform", lambda self, work: seen.extend(work) or perform(self, work)
+        SerialBackend, "run", lambda self, work: seen.extend(work) or perform(self, work)
     )
     return seen
 
@@ -62,30 +65,28 @@ def test_views_that_are_forgotten_are_not_mistaken_for_one_another(chunk: int) -
         config("fedavg", "mlp", clients=6, clients__defaults={"preprocess": {"normalize": "own"}})
     )
     made.federation.data._public_columns = ColumnCache(1)
-    fresh = [made.federation.client(p.id, Private(), 0) for p in people]
+    fresh = [made.federation.client(p.participant_id, PrivateState(), 0) for p in people]
     work = [(p, Predict("model", Rows("common_test"))) for p in fresh]
-    together = make_performer(CPU, chunk).perform(work)
+    together = make_backend(CPU, chunk).run(work)
     for one, (p, step) in zip(together, work, strict=True):
-        assert torch.allclose(one, Serial(CPU).perform([(p, step)])[0], atol=1e-6)
+        assert torch.allclose(one, SerialBackend(CPU).run([(p, step)])[0], atol=1e-6)
 
 
 def test_a_model_changed_in_place_is_another_one() -> None:
-    (participant, *_), performer = clients(), make_performer(CPU)
+    (participant, *_), performer = clients(), make_backend(CPU)
     step = Predict("model", Rows("common_test"))
-    before = performer.perform([(participant, step)])[0].clone()
+    before = performer.run([(participant, step)])[0].clone()
     for tensor in participant.models["model"].values():
         tensor.mul_(2)
-    assert not torch.equal(performer.perform([(participant, step)])[0], before)
+    assert not torch.equal(performer.run([(participant, step)])[0], before)
 
 
 def test_what_is_remembered_does_not_change_whom_others_are_computed_with() -> None:
     people = clients(clients__defaults={"preprocess": {"normalize": "own"}})
     work = [(p, Predict("model", Rows("common_test"))) for p in people[:2]]
-    cold, warm = make_performer(CPU, 16), make_performer(CPU, 16)
-    warm.perform(work[:1])
-    assert all(
-        torch.equal(a, b) for a, b in zip(cold.perform(work), warm.perform(work), strict=True)
-    )
+    cold, warm = make_backend(CPU, 16), make_backend(CPU, 16)
+    warm.run(work[:1])
+    assert all(torch.equal(a, b) for a, b in zip(cold.run(work), warm.run(work), strict=True))
 
 
 def test_predictions_on_no_rows_can_be_made_together() -> None:
@@ -93,27 +94,27 @@ def test_predictions_on_no_rows_can_be_made_together() -> None:
         (p, Predict("model", Rows("train", rows=torch.tensor([], dtype=torch.int64))))
         for p in clients()[:3]
     ]
-    assert [tuple(z.shape) for z in make_performer(CPU, 16).perform(work)] == [(0, 10)] * 3
+    assert [tuple(z.shape) for z in make_backend(CPU, 16).run(work)] == [(0, 10)] * 3
     assert isinstance(work[0][1], Predict) and not isinstance(work[0][1], ClassSums)
 
 
 def test_chunks_stand_in_the_order_in_which_results_are_wanted() -> None:
     rounds = rounds_of(config("local", MIXED, clients=6), held=0)
-    made = chunks(rounds.federation.cards, rounds.federation.cards, 2)
-    firsts = [list(rounds.federation.cards).index(chunk[0]) for chunk in made]
+    made = client_chunks(rounds.federation.client_infos, rounds.federation.client_infos, 2)
+    firsts = [list(rounds.federation.client_infos).index(chunk[0]) for chunk in made]
     assert firsts == sorted(firsts) and sorted(id for chunk in made for id in chunk) == sorted(
-        rounds.federation.cards
+        rounds.federation.client_infos
     )
 
 
 class Noisy(FedAvg):
     """Its broadcast draws."""
 
-    def broadcast(self, server: Participant, card: Any) -> Any:
-        items = super().broadcast(server, card)
+    def broadcast(self, server: Participant, recipient: Any) -> Any:
+        items = super().broadcast(server, recipient)
         key = server.stream("noise")
         noise = torch.randn((), generator=torch.Generator().manual_seed(hash(str(key)) % 2**31))
-        SEEN.append((card.id, float(noise)))
+        SEEN.append((recipient.client_id, float(noise)))
         return items
 
 
@@ -124,7 +125,7 @@ def test_what_a_broadcast_draws_is_the_clients_own_however_often_it_is_made() ->
     rounds = rounds_of(config("fedavg", "mlp"), held=0)
     SEEN.clear()
     rounds.algorithm = rounds.expectations.algorithm = Noisy()
-    rounds.round()
+    rounds.run_round()
     drawn: dict[str, set[float]] = {}
     for client, value in SEEN:
         drawn.setdefault(client, set()).add(value)
@@ -141,14 +142,17 @@ class Failing(FedAvg):
 
 
 def test_a_round_that_fails_leaves_nothing_behind() -> None:
-    rounds: Rounds = rounds_of(config("fedper", "mlp"), held=1)
-    tree, kept = rounds.tree(), {id: rounds.store.stamp(id) for id in rounds.federation.cards}
+    rounds: SynchronousTrainer = rounds_of(config("fedper", "mlp"), held=1)
+    tree, kept = (
+        rounds.state_dict(),
+        {id: rounds.store.stamp(id) for id in rounds.federation.client_infos},
+    )
     rounds.algorithm = rounds.expectations.algorithm = Failing()
     with pytest.raises(Exception, match="no"):
-        rounds.round()
+        rounds.run_round()
     rounds.store.commit()
-    assert rounds.tree()["traffic"] == tree["traffic"]
-    assert {id: rounds.store.stamp(id) for id in rounds.federation.cards} == kept
+    assert rounds.state_dict()["traffic"] == tree["traffic"]
+    assert {id: rounds.store.stamp(id) for id in rounds.federation.client_infos} == kept
 
 
 def test_state_handed_to_a_client_may_be_changed_in_place() -> None:
@@ -183,13 +187,13 @@ def test_several_outputs_of_one_model_on_the_same_rows_take_one_pass(
         # another's rows
         (other, Predict("model", Rows("train", rows=some), tensors=other.models["model"])),
     ]
-    serial, passes = Serial(CPU), []
-    alone = [serial.perform([one])[0] for one in work]
+    serial, passes = SerialBackend(CPU), []
+    alone = [serial.run([one])[0] for one in work]
     module = serial.templates(participant.arch["model"], "model").module
     module.register_forward_hook(lambda *_: passes.append(1))
     sent = serial.templates(participant.arch["model"], "").module
     sent.register_forward_hook(lambda *_: passes.append(1))
-    together = serial.perform(work)
+    together = serial.run(work)
     assert len(passes) == 4
     for a, b in zip(alone, together, strict=True):
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.engine.templates import Template
 
 
 @pytest.fixture
 def template() -> Template:
-    return Template(Architecture.of("cnn_bn_small", 10, (1, 8, 8)), torch.device("cpu"))
+    return Template(ModelSpec.from_config("cnn_bn_small", 10, (1, 8, 8)), torch.device("cpu"))
 
 
 def modes(template: Template) -> set[bool]:

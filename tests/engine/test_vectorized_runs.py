@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetero_fl.communication.protocol import Direct
-from hetero_fl.engine.driver import Performer
-from hetero_fl.engine.serial import Serial
-from hetero_fl.engine.vectorized import Batched
+from hetero_fl.communication.protocol import DirectProtocol
+from hetero_fl.engine.driver import Backend
+from hetero_fl.engine.serial import SerialBackend
+from hetero_fl.engine.vectorized import VectorizedBackend
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.client_runtime import Site
-from hetero_fl.federation.executors.base import InProcess
-from hetero_fl.federation.state_store import Store
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.client_runtime import ClientRuntime
+from hetero_fl.federation.executors.base import InProcessExecutor
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import config
 
@@ -37,20 +37,24 @@ QUICK = {
 MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24], "dropout": 0.3}]
 
 
-def held(source: dict[str, Any], performer: Performer) -> Rounds:
+def held(source: dict[str, Any], performer: Backend) -> SynchronousTrainer:
     """A run of three rounds, all clients of an architecture in lockstep."""
     prepared = prepare(source)
-    site = Site(prepared.method, prepared.federation, Store(), performer, Direct())
-    rounds = Rounds(prepared.method, prepared.federation, InProcess(site, chunk=100))
+    site = ClientRuntime(
+        prepared.method, prepared.federation, StateStore(), performer, DirectProtocol()
+    )
+    rounds = SynchronousTrainer(
+        prepared.method, prepared.federation, InProcessExecutor(site, chunk=100)
+    )
     for _ in range(3):
-        rounds.round()
+        rounds.run_round()
     return rounds
 
 
-def tensors(rounds: Rounds) -> dict[tuple[str, str, str], Tensor]:
+def tensors(rounds: SynchronousTrainer) -> dict[tuple[str, str, str], Tensor]:
     """Every tensor that a run has made."""
     found = {("server", s, n): t for s, m in rounds.server.models.items() for n, t in m.items()}
-    for id in rounds.federation.cards:
+    for id in rounds.federation.client_infos:
         found |= {
             (id, s, n): t for s, m in rounds.store.get(id).models.items() for n, t in m.items()
         }
@@ -82,7 +86,7 @@ def test_dropped_channels_and_a_head_with_dropout_too(method: str) -> None:
 def agree(source: dict[str, Any]) -> None:
     """The course of a run batched and serial."""
     said: list[str] = []
-    one, many = held(source, Serial(CPU)), held(source, Batched(CPU, said.append))
+    one, many = held(source, SerialBackend(CPU)), held(source, VectorizedBackend(CPU, said.append))
     assert said == []
     ours, theirs = tensors(many), tensors(one)
     assert ours.keys() == theirs.keys() and ours

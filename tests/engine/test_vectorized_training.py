@@ -12,31 +12,40 @@ from torch import Tensor
 
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.config.clients import AugmentConfig, ClientSettings
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.objectives import (
     Batch,
-    Digest,
-    Nets,
+    ModelViews,
     Objective,
-    Rehearsal,
+    ProxyReplay,
     Supervised,
-    divergence,
+    TeacherDistillation,
+    distillation_loss,
 )
 from hetero_fl.core.participant import Columns, Participant
-from hetero_fl.core.plan import ClassSums, Draws, Fit, FitReport, Predict, Rows, Step, Table
+from hetero_fl.core.plan import (
+    ClassSums,
+    Fit,
+    FitReport,
+    Predict,
+    Rows,
+    SampledBatches,
+    Step,
+    TensorRows,
+)
 from hetero_fl.core.task import Task
 from hetero_fl.engine import vectorized, vectorized_training
 from hetero_fl.engine.batches import index_batches, step_count
-from hetero_fl.engine.driver import Diverged
-from hetero_fl.engine.serial import Serial
-from hetero_fl.engine.vectorized import Batched
-from hetero_fl.utils.seeding import generator
+from hetero_fl.engine.driver import DivergedError
+from hetero_fl.engine.serial import SerialBackend
+from hetero_fl.engine.vectorized import VectorizedBackend
+from hetero_fl.utils.seeding import keyed_generator
 
 CPU = torch.device("cpu")
 # with a batch of 8: full ones, one left over, short ones; 5, 4, 2, 5 and 3 steps
 SIZES = (40, 33, 17, 40, 21)
 TASK = Task("multiclass", 4)
-PUBLIC = {"x": torch.rand(24, 1, 8, 8, dtype=torch.float64, generator=generator("public"))}
+PUBLIC = {"x": torch.rand(24, 1, 8, 8, dtype=torch.float64, generator=keyed_generator("public"))}
 
 
 @pytest.fixture(autouse=True)
@@ -44,25 +53,25 @@ def double(float64: None) -> None:
     """All of this file in double precision."""
 
 
-def arch(name: str = "cnn", **options: Any) -> Architecture:
-    return Architecture.of(name, TASK.outputs, (1, 8, 8), options=options)
+def arch(name: str = "cnn", **options: Any) -> ModelSpec:
+    return ModelSpec.from_config(name, TASK.outputs, (1, 8, 8), options=options)
 
 
 SMALL = {"width": 4}
 
 
-def clients(of: Architecture, sizes: tuple[int, ...] = SIZES) -> list[Participant]:
+def clients(of: ModelSpec, sizes: tuple[int, ...] = SIZES) -> list[Participant]:
     made = []
     for i, n in enumerate(sizes):
-        g = generator("rows", i)
+        g = keyed_generator("rows", i)
         columns = {
             "x": torch.rand(n, 1, 8, 8, generator=g),
             "y": torch.randint(TASK.outputs, (n,), generator=g),
         }
-        models = {slot: of.initial(7 + k) for k, slot in enumerate(("model", "other"))}
+        models = {slot: of.initial_tensors(7 + k) for k, slot in enumerate(("model", "other"))}
         made.append(
             Participant(
-                id=f"site_{i}",
+                participant_id=f"site_{i}",
                 task=TASK,
                 arch={"model": of, "other": of},
                 models=models,
@@ -77,17 +86,20 @@ def clients(of: Architecture, sizes: tuple[int, ...] = SIZES) -> list[Participan
 Make = Callable[[Participant], Step]
 
 
-def both(of: Architecture, make: Make, sizes: tuple[int, ...] = SIZES, times: int = 1) -> list[Any]:
+def both(of: ModelSpec, make: Make, sizes: tuple[int, ...] = SIZES, times: int = 1) -> list[Any]:
     """The results, after both performers have been found to do the same to all participants."""
     one, many = clients(of, sizes), clients(of, sizes)
     said: list[str] = []
-    serial, batched = Serial(CPU), Batched(CPU, said.append)
+    serial, batched = SerialBackend(CPU), VectorizedBackend(CPU, said.append)
     for _ in range(times):
-        expected = serial.perform([(p, make(p)) for p in one])
-        found = batched.perform([(p, make(p)) for p in many])
+        expected = serial.run([(p, make(p)) for p in one])
+        found = batched.run([(p, make(p)) for p in many])
     assert said == []
     agree(found, expected)
-    agree([(p.models, p.state, p.uses) for p in many], [(p.models, p.state, p.uses) for p in one])
+    agree(
+        [(p.models, p.state, p.stream_uses) for p in many],
+        [(p.models, p.state, p.stream_uses) for p in one],
+    )
     return found
 
 
@@ -135,25 +147,33 @@ CASES: dict[str, Make] = {
     "steps": lambda p: replace(FIT, steps=6),
     "the head alone": lambda p: replace(FIT, train={"model": ("head.",)}),
     "weights of classes": lambda p: replace(
-        FIT, given={"class_weights": torch.tensor([1.0, 2.0, 0.5, 1.0])}
+        FIT, context={"class_weights": torch.tensor([1.0, 2.0, 0.5, 1.0])}
     ),
     "own priors": lambda p: replace(
-        FIT, given={"log_prior": torch.rand(4, generator=generator(p.id))}
+        FIT, context={"log_prior": torch.rand(4, generator=keyed_generator(p.participant_id))}
     ),
     "augmented": lambda p: replace(FIT, augment=AugmentConfig(crop=1, flip=True, rotate=10)),
     "drift": lambda p: replace(
-        FIT, drift={"model": {"head.bias": torch.rand(4, generator=generator(p.id))}}
+        FIT,
+        drift={"model": {"head.bias": torch.rand(4, generator=keyed_generator(p.participant_id))}},
     ),
     "as another": lambda p: replace(FIT, as_id="somebody"),
     "annealed": lambda p: replace(FIT, anneal=True),
     "public rows": lambda p: replace(
         FIT,
-        objective=Digest(),
-        data=Rows("proxy", beside={"teacher": torch.rand(24, 4, generator=generator(p.id))}),
+        objective=TeacherDistillation(),
+        data=Rows(
+            "proxy",
+            extra_columns={
+                "teacher": torch.rand(24, 4, generator=keyed_generator(p.participant_id))
+            },
+        ),
     ),
-    "a table": lambda p: replace(FIT, data=Table(p.data("train", None))),
-    "draws": lambda p: replace(FIT, data=Draws(drawn, 6), steps=4),
-    "rehearsal": lambda p: replace(FIT, objective=Rehearsal(), beside={"public": Draws(taught, 5)}),
+    "a table": lambda p: replace(FIT, data=TensorRows(p.data("train", None))),
+    "draws": lambda p: replace(FIT, data=SampledBatches(drawn, 6), steps=4),
+    "rehearsal": lambda p: replace(
+        FIT, objective=ProxyReplay(), extra_batches={"public": SampledBatches(taught, 5)}
+    ),
     "mutual": lambda p: replace(
         FIT, objective=Mutual(), train={"model": None, "other": ("head.",)}
     ),
@@ -179,9 +199,9 @@ def taught(g: torch.Generator, size: int) -> Columns:
 class Mutual(Objective):
     """Two models of a client learn from the rows and from one another; the second's head reads the first's features."""
 
-    def loss(self, nets: Nets, batch: Batch, given: Any) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Any) -> Tensor:
         one, other = nets.model(batch.x), nets.other(batch.x)
-        gap = divergence(
+        gap = distillation_loss(
             "multiclass", one.logits, nets.other.head(one.features)
         ) + other.logits.square().mean(-1)
         return torch.nn.functional.cross_entropy(one.logits, batch.y, reduction="none") + gap
@@ -209,7 +229,7 @@ def test_everything_that_a_fit_can_ask_for(case: str, model: str, stacks: list[i
 
 def test_slower_participants_take_fewer_steps() -> None:
     def make(p: Participant) -> Fit:
-        p.work = 0.5 if p.id in ("site_0", "site_4") else 1.0
+        p.step_share = 0.5 if p.participant_id in ("site_0", "site_4") else 1.0
         return FIT
 
     assert [r.steps for r in both(arch(width=4), make)] == [2, 4, 2, 5, 1]
@@ -219,12 +239,12 @@ def test_serial_and_batched_runs_resume_one_another() -> None:
     fit = replace(FIT, optimizer=OPTIMIZERS["adam"], keep="local")
     one, many = clients(arch(width=4)), clients(arch(width=4))
     first, second = (
-        (Serial(CPU), Batched(CPU, pytest.fail)),
-        (Batched(CPU, pytest.fail), Serial(CPU)),
+        (SerialBackend(CPU), VectorizedBackend(CPU, pytest.fail)),
+        (VectorizedBackend(CPU, pytest.fail), SerialBackend(CPU)),
     )
     for a, b in zip(first, second, strict=True):
-        a.perform([(p, fit) for p in one])
-        b.perform([(p, fit) for p in many])
+        a.run([(p, fit) for p in one])
+        b.run([(p, fit) for p in many])
     agree([(p.models, p.state) for p in many], [(p.models, p.state) for p in one])
 
 
@@ -236,7 +256,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def counting(real: Any) -> Any:
         return lambda work, templates: (sizes.append(len(work)), real(work, templates))[1]
 
-    for name in ("fit_stacked", "outputs_stacked"):
+    for name in ("fit_stacked", "run_stacked_outputs"):
         monkeypatch.setattr(vectorized, name, counting(getattr(vectorized, name)))
     yield sizes
 
@@ -244,7 +264,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_unequal_steps_are_kept_apart(stacks: list[int]) -> None:
     other = replace(FIT, optimizer=OPTIMIZERS["adam"])
     work = [(p, other if i == 1 else FIT) for i, p in enumerate(clients(arch(width=4)))]
-    Batched(CPU, pytest.fail).perform(work)
+    VectorizedBackend(CPU, pytest.fail).run(work)
     assert stacks == [4]
 
 
@@ -259,32 +279,34 @@ def test_a_group_is_cut_where_it_would_be_too_large(
 def test_fits_of_one_participant_draw_in_their_order() -> None:
     def double_fit(performer: Any) -> list[Participant]:
         made = clients(arch(width=4))
-        performer.perform(
+        performer.run(
             [
                 (p, replace(FIT, train={s: None}, objective=Supervised(slot=s)))
                 for p in made
-                for s in (("model", "other") if p.id != "site_1" else ("other", "model"))
+                for s in (
+                    ("model", "other") if p.participant_id != "site_1" else ("other", "model")
+                )
             ]
         )
         return made
 
     agree(
-        [p.models for p in double_fit(Batched(CPU, pytest.fail))],
-        [p.models for p in double_fit(Serial(CPU))],
+        [p.models for p in double_fit(VectorizedBackend(CPU, pytest.fail))],
+        [p.models for p in double_fit(SerialBackend(CPU))],
     )
 
 
 def test_one_that_diverges_leaves_the_others_alone() -> None:
     def make(p: Participant) -> Fit:
-        bad = p.id == "site_3"
+        bad = p.participant_id == "site_3"
         return replace(
-            FIT, given={"log_prior": torch.full((4,), float("nan") if bad else 0.0)}, keep="local"
+            FIT, context={"log_prior": torch.full((4,), float("nan") if bad else 0.0)}, keep="local"
         )
 
     one, many = clients(arch(width=4)), clients(arch(width=4))
-    expected = Serial(CPU).perform([(p, make(p)) for p in one])
-    found = Batched(CPU, pytest.fail).perform([(p, make(p)) for p in many])
-    assert isinstance(found[3], Diverged) and str(found[3]) == str(expected[3])
+    expected = SerialBackend(CPU).run([(p, make(p)) for p in one])
+    found = VectorizedBackend(CPU, pytest.fail).run([(p, make(p)) for p in many])
+    assert isinstance(found[3], DivergedError) and str(found[3]) == str(expected[3])
     assert all(isinstance(r, FitReport) for i, r in enumerate(found) if i != 3)
     agree([(p.models, p.state) for p in many], [(p.models, p.state) for p in one])
     assert many[3].state == {}
@@ -300,11 +322,11 @@ def test_what_cannot_be_batched_runs_serially_and_says_so_once(
     for p in (*one, *many):
         # used before: the attempt that fails must not be counted, and this one not be forgotten
         p.stream("train")
-    serial, batched = Serial(CPU), Batched(CPU, said.append)
+    serial, batched = SerialBackend(CPU), VectorizedBackend(CPU, said.append)
     for _ in range(2):
-        expected = serial.perform([(p, fit) for p in one])
-        assert batched.perform([(p, fit) for p in many]) == expected
-    agree([(p.models, p.uses) for p in many], [(p.models, p.uses) for p in one])
+        expected = serial.run([(p, fit) for p in one])
+        assert batched.run([(p, fit) for p in many]) == expected
+    agree([(p.models, p.stream_uses) for p in many], [(p.models, p.stream_uses) for p in one])
     assert (
         len(said) == 1
         and said[0].startswith(f"{name} runs one participant after the other")
@@ -317,7 +339,7 @@ def test_what_cannot_be_batched_runs_serially_and_says_so_once(
 class Peeking(Objective):
     """An objective whose form depends on what it sees."""
 
-    def loss(self, nets: Nets, batch: Batch, given: Any) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Any) -> Tensor:
         logits = nets.model(batch.x).logits
         return logits.square().sum(-1) if logits.sum().item() > 0 else logits.abs().sum(-1)
 

@@ -46,7 +46,7 @@ def test_a_private_run_with_time_and_faults_loses_nothing_of_its_ledger() -> Non
     faulty = rounds_of(
         config("fedavg", GROUPED, 4, **RECORD, devices={}, faults={"lost": 0.5}), held=0
     )
-    records = [faulty.round() for _ in range(2)]
+    records = [faulty.run_round() for _ in range(2)]
     assert sum(record["counts"]["failed"] for record in records) > 0
 
 

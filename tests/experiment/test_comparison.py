@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare, comparison
 from hetero_fl.reporting.formatting import algorithm_base, algorithm_name
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import pieces
+from hetero_fl.utils.text import split_top_level
 from tests.helpers.small_federations import config
 
 
@@ -26,14 +26,14 @@ def one_after_another(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
 
     def run_all(
-        source: Any, base: list[str], work: list[comparison.Job], *others: Any
+        source: Any, base: list[str], work: list[comparison.ComparisonJob], *others: Any
     ) -> dict[Any, str]:
         for job in work:
-            comparison.run_one(source, [*base, *job.overrides], job.out)
+            comparison.run_job(source, [*base, *job.overrides], job.out)
             ran.append(job.out.name)
         return {}
 
-    monkeypatch.setattr(comparison, "run_all", run_all)
+    monkeypatch.setattr(comparison, "run_jobs", run_all)
     return ran
 
 
@@ -150,7 +150,7 @@ def test_the_choice_follows_the_metric_of_the_task(
     variant = comparison.Variant.parse("local")
     points = [("lr=1",), ("lr=2",)]
     done = [
-        comparison.Job(variant, p, 0, Path(name))
+        comparison.ComparisonJob(variant, p, 0, Path(name))
         for p, name in zip(points, ("first", "second"), strict=True)
     ]
     for kind, best in (("multilabel", 0), ("regression", 0), ("multiclass", 1)):
@@ -171,7 +171,7 @@ def test_a_list_is_not_split_within_brackets(tmp_path: Path, one_after_another: 
     assert widths[1]["widths"] == widths[2]["widths"] == {"site_1": 1.0, "site_2": 0.5}
     assert widths[1]["model"]["hidden"] == [8, 8]
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
-    assert [row["algorithm"] for row in rows] == pieces(asked, ",")
+    assert [row["algorithm"] for row in rows] == split_top_level(asked, ",")
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,11 @@ def test_resume_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_all_is_whatever_the_configuration_admits(
     tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {name: algorithm[name] for name in ("fedmd", "fedgkt", "fedavg", "centralized", "local")}
-    monkeypatch.setattr(algorithm, "_known", few)
+    few = {
+        name: register_algorithm[name]
+        for name in ("fedmd", "fedgkt", "fedavg", "centralized", "local")
+    }
+    monkeypatch.setattr(register_algorithm, "_known", few)
     shares = ["parameters", "predictions"]
     source = small(data__proxy__size=0, clients__defaults__shares=shares)
     source["clients"]["groups"][0]["model"] = "mlp"  # whose features are its own
@@ -257,7 +260,9 @@ def test_variants_stand_beside_all(
     tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        algorithm, "_known", {name: algorithm[name] for name in ("local", "fedavg", "fedprox")}
+        register_algorithm,
+        "_known",
+        {name: register_algorithm[name] for name in ("local", "fedavg", "fedprox")},
     )
     compare(small(), "all, fedprox:mu=1, fedprox", out=tmp_path / "out")
     assert one_after_another == [

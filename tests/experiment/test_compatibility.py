@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.data import make_table
-from hetero_fl.experiment import Prepared, prepare
+from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config
 
@@ -25,7 +25,7 @@ def refused(words: str, *source: Any, **changes: Any) -> None:
     assert words in str(error.value), str(error.value)
 
 
-def accepted(*source: Any, **changes: Any) -> Prepared:
+def accepted(*source: Any, **changes: Any) -> PreparedRun:
     return prepare(config(*source, **changes))
 
 
@@ -39,7 +39,7 @@ def test_batches_of_one_and_batch_norm() -> None:
         UserError, match="clients: site_1: batch_size: found 1, but cnn_bn_small has BatchNorm"
     ):
         prepare(one("cnn_bn_small"))
-    assert prepare(one(GROUP_NORM)).federation.cards
+    assert prepare(one(GROUP_NORM)).federation.client_infos
 
 
 @pytest.mark.parametrize("method", ["fedmd", "feddf", "hybrid"])

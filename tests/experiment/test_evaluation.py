@@ -15,19 +15,19 @@ from rich.console import Console
 from hetero_fl.cli import main
 from hetero_fl.cli.commands import print_scores
 from hetero_fl.core.metrics import CLASSIFICATION
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.experiment import evaluate, prepare
-from hetero_fl.experiment.evaluation import renumbered
+from hetero_fl.experiment.evaluation import renumber_targets
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 
 
 def saved(folder: Path, task: Task, shape: tuple[int, ...], columns: list[float]) -> Path:
     """A run directory with one linear model whose output k is columns[k] times the sum of the inputs."""
-    arch = Architecture.of("linear", task.outputs, shape)
-    tensors = {n: torch.zeros_like(t) for n, t in arch.initial(0).items()}
+    arch = ModelSpec.from_config("linear", task.outputs, shape)
+    tensors = {n: torch.zeros_like(t) for n, t in arch.initial_tensors(0).items()}
     weight = next(n for n, t in tensors.items() if t.ndim == 2)
     tensors[weight] += torch.tensor(columns)[:, None]
     run = RunDirectory.create(folder, config={}, environment={})
@@ -72,7 +72,7 @@ def test_renumbered_gives_classes_the_numbers_that_the_models_know() -> None:
     found = Task("multiclass", 3, ("a", "b", "c"))
     known = Task("multiclass", 3, ("b", "c", "a"))
 
-    y = renumbered(torch.tensor([0, 1, 2, 0]), found, known, "--data")
+    y = renumber_targets(torch.tensor([0, 1, 2, 0]), found, known, "--data")
 
     assert y.tolist() == [2, 0, 1, 2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.experiment import prepare, run
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import QUICK
@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def test_the_list_is_whole() -> None:
     assert sorted(METHODS) == sorted(
-        n for n in algorithm if algorithm[n].__module__.startswith("hetero_fl.")
+        n for n in register_algorithm if register_algorithm[n].__module__.startswith("hetero_fl.")
     )
 
 

@@ -14,18 +14,18 @@ from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import load_source
 from hetero_fl.experiment import evaluate, prepare, run
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = ["rounds=2", "clients.defaults.steps=2", "runtime.threads=1", "algorithm.distil_epochs=1"]
 
 
-def held(name: str, *overrides: str) -> Rounds:
+def held(name: str, *overrides: str) -> SynchronousTrainer:
     torch.set_num_threads(1)
-    rounds = prepare(CONFIGS / f"{name}.yaml", overrides).rounds()
+    rounds = prepare(CONFIGS / f"{name}.yaml", overrides).make_trainer()
     for _ in range(2):
-        rounds.round()
+        rounds.run_round()
     return rounds
 
 
@@ -172,8 +172,8 @@ def test_average_precision_of_the_rare_class() -> None:
 
 
 def test_a_perplexity_is_no_percentage() -> None:
-    from hetero_fl.reporting.comparison.tables import single
+    from hetero_fl.reporting.comparison.tables import format_single
 
-    assert single(6.87, "perplexity") == "6.87" and single(0.687, "top3_accuracy").startswith(
-        "68.7"
-    )
+    assert format_single(6.87, "perplexity") == "6.87" and format_single(
+        0.687, "top3_accuracy"
+    ).startswith("68.7")

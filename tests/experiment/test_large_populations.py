@@ -12,12 +12,12 @@ import yaml
 
 from hetero_fl.cli import main
 from hetero_fl.config.population import Population
-from hetero_fl.core.participant import Roster
-from hetero_fl.data.client_rows import Private
+from hetero_fl.core.participant import ClientDirectory
+from hetero_fl.data.client_rows import ClientRows
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.cost import price
+from hetero_fl.federation.cost import communication_cost
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import Ids, Series
+from hetero_fl.utils.ordering import ClientIds, IdSeries
 from tests.helpers.small_federations import config, rounds_of
 
 MILLION = 1_000_000
@@ -53,7 +53,7 @@ def many(method: str = "fedavg", clients: int = MILLION, **changes: Any) -> dict
 
 @pytest.fixture
 def nobody_lists_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (Population, Ids, Series, Private, Roster):
+    for kind in (Population, ClientIds, IdSeries, ClientRows, ClientDirectory):
         whole = kind.__iter__
 
         def listed(self: Any, whole: Any = whole) -> Iterator[str]:
@@ -73,7 +73,7 @@ def test_a_run_with_a_million_clients(
         method, evaluation={"clients": 5}, clients__overrides=[{"match": "site_*7", "epochs": 2}]
     )
     prepared = prepare(source)
-    assert sum(kind.count for kind in prepared.federation.cards.kinds) == MILLION
+    assert sum(kind.count for kind in prepared.federation.client_infos.profiles) == MILLION
     finished = run(source, out=tmp_path / "run")
     cohorts = [record["cohort"] for record in finished.metrics]
     assert [len(set(c)) for c in cohorts] == [8, 8] and cohorts[0] != cohorts[1]
@@ -81,16 +81,20 @@ def test_a_run_with_a_million_clients(
     assert len(read) == 5 and set(read) == set(finished.metrics[-1]["clients"])
     assert set(finished.models) - {"server"} == set(read)
     c = prepared.config
-    cost = price(
+    cost = communication_cost(
         prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
     )
     counted = finished.summary["communication"]
     told, sent = (
-        [cost.up.total(), cost.down.total() + cost.reading.total()],
+        [cost.up.total(), cost.down.total() + cost.evaluation.total()],
         [counted["up_bytes"], counted["down_bytes"]],
     )
-    assert cost.at_most == (method == "fedkd")
-    assert all(t >= s for t, s in zip(told, sent, strict=True)) if cost.at_most else told == sent
+    assert cost.is_upper_bound == (method == "fedkd")
+    assert (
+        all(t >= s for t, s in zip(told, sent, strict=True))
+        if cost.is_upper_bound
+        else told == sent
+    )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "1,000,000 clients could take part; all figures are of 5 of them" in re.sub(
         r"\s+", " ", page
@@ -131,7 +135,7 @@ def test_the_same_clients_are_read_each_time() -> None:
     source = config(clients=6, data__partition={"kind": "iid"}, evaluation={"clients": 2})
     rounds = rounds_of(source, held=0)
     first = rounds.evaluate()
-    rounds.round()
+    rounds.run_round()
     second = rounds.evaluate()
     assert set(first.clients) == set(second.clients) and len(first.clients) == 2
     # reading fewer changes nothing else
@@ -147,8 +151,8 @@ def test_the_same_clients_are_read_each_time() -> None:
 
 
 def test_above_a_thousand_clients_a_hundred_are_read_by_default() -> None:
-    assert len(prepare(many(clients=1000)).federation.readers) == 1000
-    assert len(prepare(many(clients=1001)).federation.readers) == 100
+    assert len(prepare(many(clients=1000)).federation.evaluated_clients) == 1000
+    assert len(prepare(many(clients=1001)).federation.evaluated_clients) == 100
 
 
 def test_a_population_resumes(tmp_path: Path) -> None:

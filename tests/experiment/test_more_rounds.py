@@ -16,7 +16,7 @@ from hetero_fl.cli import main
 from hetero_fl.experiment import run
 from hetero_fl.federation.checkpoint import Checkpoints
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.utils.errors import Interrupted, RunFailed, UserError
+from hetero_fl.utils.errors import Interrupted, RunFailedError, UserError
 from tests.federation.test_crashes import figures, models
 from tests.helpers import asynchronous_runs
 from tests.helpers.deployments import SITES, Federation, small
@@ -200,13 +200,13 @@ def test_an_extended_run_uses_the_new_total(short: Path, monkeypatch: pytest.Mon
     from hetero_fl.config.base import OptimizerConfig
 
     seen = set()
-    at = OptimizerConfig.at
+    at = OptimizerConfig.at_round
 
     def note(self: OptimizerConfig, round: int, rounds: int) -> OptimizerConfig:
         seen.add((round, rounds))
         return at(self, round, rounds)
 
-    monkeypatch.setattr(OptimizerConfig, "at", note)
+    monkeypatch.setattr(OptimizerConfig, "at_round", note)
 
     run(short / "config.yaml", overrides=["rounds=5"], out=short, resume=True)
 
@@ -266,7 +266,7 @@ def test_a_run_whose_privacy_is_spent_is_not_extended(
 
 def test_a_run_on_nodes_is_not_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Federation(tmp_path).serve(small(rounds=1)).path
-    with pytest.raises(RunFailed, match=r"site_\d refuses: the configuration"):
+    with pytest.raises(RunFailedError, match=r"site_\d refuses: the configuration"):
         Federation(tmp_path).serve(small(rounds=2), resume=True)
     forgetful = [tmp_path / site for site in SITES]
 

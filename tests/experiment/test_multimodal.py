@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from hetero_fl.communication.protocol import Direct
+from hetero_fl.communication.protocol import DirectProtocol
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.payload import Payload
 from hetero_fl.data import load_source
 from hetero_fl.data.sources.synthetic import HOSPITALS, make_profiles
-from hetero_fl.engine.serial import Serial
-from hetero_fl.engine.vectorized import Batched
-from hetero_fl.experiment import Prepared, prepare
+from hetero_fl.engine.serial import SerialBackend
+from hetero_fl.engine.vectorized import VectorizedBackend
+from hetero_fl.experiment import PreparedRun, prepare
 from hetero_fl.experiment.preparation import load_config
-from hetero_fl.federation.client_runtime import Site
-from hetero_fl.federation.executors.base import InProcess
-from hetero_fl.federation.state_store import Store
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.federation.trainer import record_readings
+from hetero_fl.federation.client_runtime import ClientRuntime
+from hetero_fl.federation.executors.base import InProcessExecutor
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.trainer import add_evaluation
 from hetero_fl.utils.errors import UserError
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import deployed, same_bits
@@ -42,7 +42,7 @@ RUN = {"local", "fedavg", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi"
 REFUSED = ("share", "examples of", "algorithm.widths")
 
 
-def reduced(method: str, *overrides: str) -> Prepared:
+def reduced(method: str, *overrides: str) -> PreparedRun:
     torch.set_num_threads(1)
     return prepare(CONFIG, [*REDUCED, f"algorithm.name={method}", *overrides])
 
@@ -93,29 +93,32 @@ def tapped() -> Iterator[set[bytes]]:
         yield taken
 
 
-def genes_of(rounds: Rounds) -> list[np.ndarray]:
+def genes_of(rounds: SynchronousTrainer) -> list[np.ndarray]:
     """Every tensor of a gene branch, or of what stands in its place, that anybody holds now."""
     held: list[dict[str, Tensor]] = [
         dict(rounds.server.models[slot]) for slot in rounds.server.models
     ]
-    for id, card in rounds.federation.cards.items():
+    for id, card in rounds.federation.client_infos.items():
         held += [dict(tensors) for tensors in rounds.store.get(id).models.values()]
-        held.append(dict(rounds.federation.initial(card.arch)))
+        held.append(dict(rounds.federation.initial_tensors(card.arch)))
     return [t.numpy() for tensors in held for n, t in tensors.items() if ".genes." in n]
 
 
-def leaked(prepared: Prepared) -> tuple[int, bool, int]:
+def leaked(prepared: PreparedRun) -> tuple[int, bool, int]:
     """How often three numbers of genes, or of gene models, are in what crossed; whether their name is; bytes that crossed."""
     data = prepared.data
-    values = [share.examples.x[:, 784:].numpy() for _, share in data._private.places()]
-    seen = [data.columns(id, "train", data.preprocess(id))["x"] for id in prepared.federation.cards]
+    values = [share.examples.x[:, 784:].numpy() for _, share in data._private.rows_by_location()]
+    seen = [
+        data.columns(id, "train", data.preprocess(id))["x"]
+        for id in prepared.federation.client_infos
+    ]
     values += [x.flatten(1)[:, -61:].numpy() for x in seen if x.ndim == 2]
     with tapped() as taken:
-        rounds = prepared.rounds()
+        rounds = prepared.make_trainer()
         models = genes_of(rounds)
         for _ in range(prepared.config.rounds):
-            record = rounds.round()
-            record_readings(record, rounds.evaluate())
+            record = rounds.run_round()
+            add_evaluation(record, rounds.evaluate())
             models += genes_of(rounds)
     secret = triples([*values, *models])
     sent = triples(array for payload in taken for array in floats_in(payload))
@@ -137,7 +140,7 @@ def test_no_gene_is_in_any_payload(method: str) -> None:
         assert any(word in str(error) for word in REFUSED), str(error)
         return
     assert method in RUN
-    if prepared.method.everybody:
+    if prepared.method.needs_all_clients:
         return  # a bound, which has everybody's rows or models in one place by its very nature
     found, named, total = leaked(prepared)
     assert not named and found == 0
@@ -154,12 +157,12 @@ def test_the_search_finds_genes_that_leave(method: str) -> None:
 @pytest.mark.slow
 def test_the_search_finds_values(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = reduced("fedmd")
-    said = type(prepared.method).opinion
+    said = type(prepared.method).proxy_predictions
 
     def careless(self: Any, client: Any) -> Any:
         item = yield from said(self, client)
         x = client.data("train", None)["x"]
-        if client.id == "university_1" and x.shape[1]:  # not in a dry run
+        if client.participant_id == "university_1" and x.shape[1]:  # not in a dry run
             item.values.view(-1)[:10] = x[~(x[:, -1] > 0)][0, 790:800]
         return item
 
@@ -170,9 +173,9 @@ def test_the_search_finds_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_shared_is_the_same_for_all_who_have_images() -> None:
     prepared = reduced("fedavg")
-    rounds = prepared.rounds()
-    rounds.round()
-    ids = list(prepared.federation.cards)
+    rounds = prepared.make_trainer()
+    rounds.run_round()
+    ids = list(prepared.federation.client_infos)
     models = {id: deployed(rounds, id).models["model"] for id in ids}
     image = {
         id: {n: t for n, t in m.items() if n.startswith("backbone.image.")}
@@ -186,7 +189,9 @@ def test_what_is_shared_is_the_same_for_all_who_have_images() -> None:
             torch.equal(image[id][n], t) for n, t in first.items()
         )
     assert not image["institute_1"]
-    start = prepared.federation.initial(prepared.federation.cards["university_1"].arch)
+    start = prepared.federation.initial_tensors(
+        prepared.federation.client_infos["university_1"].arch
+    )
     assert not any(torch.equal(start[n], t) for n, t in first.items() if n.endswith("weight"))
     genes = [models[id]["backbone.genes.0.weight"] for id in ids if not id.startswith("clinic")]
     assert not any(torch.equal(a, b) for i, a in enumerate(genes) for b in genes[:i])
@@ -196,12 +201,12 @@ def test_what_is_shared_is_the_same_for_all_who_have_images() -> None:
 def test_institutes_go_their_own_way() -> None:
     """Nothing of theirs is shared, and they see nothing of the public images: as without a federation."""
     ways = [
-        reduced(method, "algorithm.logit_adjustment=false").rounds()
+        reduced(method, "algorithm.logit_adjustment=false").make_trainer()
         for method in ("local", "hybrid", "fedmd")
     ]
     for rounds in ways:
-        rounds.round()
-        rounds.round()
+        rounds.run_round()
+        rounds.run_round()
     for id in ("institute_1", "institute_2"):
         alone, *others = (rounds.store.get(id).models["model"] for rounds in ways)
         for other in others:
@@ -214,32 +219,40 @@ def test_institutes_go_their_own_way() -> None:
 @pytest.mark.parametrize("method", ["fedmd", "hybrid"])
 def test_who_sees_nothing_of_the_public_images_has_no_word_in_the_consensus(method: str) -> None:
     silent, willing = (
-        reduced(method, f"clients.groups.2.shares={shares}", "algorithm.teacher=mean").rounds()
+        reduced(
+            method, f"clients.groups.2.shares={shares}", "algorithm.teacher=mean"
+        ).make_trainer()
         for shares in ("[]", "[predictions]")
     )
-    silent.round()
-    willing.round()
+    silent.run_round()
+    willing.run_round()
     assert torch.equal(silent.server.state["teacher"], willing.server.state["teacher"])
 
 
 def test_feddf_gives_no_voice_to_models_that_see_nothing_of_the_public_images() -> None:
     silent, willing = (
-        reduced("feddf", f"clients.groups.2.shares={shares}", "algorithm.teacher=mean").rounds()
+        reduced(
+            "feddf", f"clients.groups.2.shares={shares}", "algorithm.teacher=mean"
+        ).make_trainer()
         for shares in ("[]", "[parameters]")
     )
-    silent.round()
-    willing.round()
+    silent.run_round()
+    willing.run_round()
 
-    seeing = [silent.federation.cards[id].arch.id for id in ("university_1", "clinic_1")]
+    seeing = [
+        silent.federation.client_infos[id].arch.spec_id for id in ("university_1", "clinic_1")
+    ]
     for group in seeing:
         assert same_bits(silent.server.models[group], willing.server.models[group])
 
 
 def test_public_images_are_those_of_patients_who_have_one() -> None:
     data = reduced("hybrid").data
-    x = data._public["proxy"].take().x
+    x = data._public["proxy"].copy_rows().x
     assert len(x) == 40 and not x[:, :784].isnan().any() and x[:, 784:].isnan().all()
-    private = torch.cat([share.take().x[:, :784] for _, share in data._private.places()])
+    private = torch.cat(
+        [share.copy_rows().x[:, :784] for _, share in data._private.rows_by_location()]
+    )
     private = private[~private[:, 0].isnan()]
     assert (torch.cdist(x[:, :784], private) > 0).all()  # nobody's own
     with pytest.raises(
@@ -250,7 +263,7 @@ def test_public_images_are_those_of_patients_who_have_one() -> None:
 
 
 def test_a_model_is_told_what_its_hospital_sees() -> None:
-    archs = {kind.first: kind.arch for kind in reduced("fedavg").federation.cards.kinds}
+    archs = {kind.first: kind.arch for kind in reduced("fedavg").federation.client_infos.profiles}
     blocks = {id: dict(arch.options)["blocks"] for id, arch in archs.items()}
     image, genes = ("image", (1, 28, 28)), ("genes", (60,))
     assert blocks == {"university_1": (image, genes), "clinic_1": (image,), "institute_1": (genes,)}
@@ -279,14 +292,24 @@ def test_hiding_blocks_is_the_same_in_lockstep() -> None:
     try:
         said: list[str] = []
         ways = []
-        for performer in (Serial(torch.device("cpu")), Batched(torch.device("cpu"), said.append)):
+        for performer in (
+            SerialBackend(torch.device("cpu")),
+            VectorizedBackend(torch.device("cpu"), said.append),
+        ):
             prepared = reduced("hybrid")
-            site = Site(prepared.method, prepared.federation, Store(), performer, Direct())
-            rounds = Rounds(prepared.method, prepared.federation, InProcess(site, chunk=100))
-            rounds.round()
-            rounds.round()
+            site = ClientRuntime(
+                prepared.method, prepared.federation, StateStore(), performer, DirectProtocol()
+            )
+            rounds = SynchronousTrainer(
+                prepared.method, prepared.federation, InProcessExecutor(site, chunk=100)
+            )
+            rounds.run_round()
+            rounds.run_round()
             ways.append(
-                {id: rounds.store.get(id).models["model"] for id in prepared.federation.cards}
+                {
+                    id: rounds.store.get(id).models["model"]
+                    for id in prepared.federation.client_infos
+                }
             )
         assert said == [] and ways[0].keys() == ways[1].keys()
         for id, tensors in ways[0].items():

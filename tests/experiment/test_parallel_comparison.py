@@ -17,7 +17,7 @@ import yaml
 
 from hetero_fl.cli import main
 from hetero_fl.experiment import compare, comparison, run
-from hetero_fl.reporting.run_directory import locked
+from hetero_fl.reporting.run_directory import lock_folder
 from hetero_fl.utils.errors import UserError
 from hetero_fl.utils.processes import UNGUARDED
 from tests.helpers.small_federations import config
@@ -33,10 +33,10 @@ def small(**changes: Any) -> dict[str, Any]:
 
 
 def one_after_another(
-    source: Any, base: list[str], work: list[comparison.Job], *_: Any
-) -> dict[comparison.Job, str]:
+    source: Any, base: list[str], work: list[comparison.ComparisonJob], *_: Any
+) -> dict[comparison.ComparisonJob, str]:
     for job in work:
-        comparison.run_one(source, [*base, *job.overrides], job.out)
+        comparison.run_job(source, [*base, *job.overrides], job.out)
     return {}
 
 
@@ -45,7 +45,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Flags of a comparison with two grid points that has been made in the working folder."""
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(yaml.safe_dump(small()))
-    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    monkeypatch.setattr(comparison, "run_jobs", one_after_another)
     flags = [
         "--config",
         "c.yaml",
@@ -77,7 +77,7 @@ def test_runs_made_with_other_settings_are_told_first(
     Path("out/runs/fedavg-clients.defaults.epochs=2-seed0/mine.txt").write_text("")
     assert main([*made, "--algorithms", "local,fedavg"], command="compare") == 2
     assert "epochs=2-seed0: exists already" in capsys.readouterr().err
-    with locked(Path("out")):
+    with lock_folder(Path("out")):
         assert main(made, command="compare") == 2
     assert "out: another process is at work there" in capsys.readouterr().err
 
@@ -86,7 +86,7 @@ def test_runs_made_with_other_settings_are_told_first(
 def test_what_a_method_derives_is_no_other_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    monkeypatch.setattr(comparison, "run_jobs", one_after_another)
     method = "dense:synthesis_epochs=1:generator_steps=1:student_steps=1"
     for seeds in ([0], [0, 1]):  # the second finds a student named where none was asked for
         compare(small(), [method], seeds, out=tmp_path / "out")
@@ -103,7 +103,7 @@ def test_what_a_method_derives_is_no_other_setting(
 def test_what_a_run_derives_is_no_other_setting(
     name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "run_all", one_after_another)
+    monkeypatch.setattr(comparison, "run_jobs", one_after_another)
     for seeds in ([0], [0, 1]):
         out = compare(small(**changes), [name], seeds, out=tmp_path / "out")
     assert len(list((out / "runs").iterdir())) == 2
@@ -194,7 +194,7 @@ def test_an_interrupted_comparison_tells_its_own_command(tmp_path: Path) -> None
         == f"interrupted; to go on: {sys.executable} {script} {' '.join(long)}"
     )
     for folder in (tmp_path / "out" / "runs").iterdir():
-        with locked(folder):  # nobody is at work there any more
+        with lock_folder(folder):  # nobody is at work there any more
             pass
 
 
@@ -250,13 +250,13 @@ def test_compare_ends_with_a_line_for_each_failed_run(
 
 
 def test_schedule_shares_the_remaining_runs_among_the_jobs(tmp_path: Path) -> None:
-    def finish(job: comparison.Job) -> None:
+    def finish(job: comparison.ComparisonJob) -> None:
         job.out.mkdir()
         (job.out / "config.yaml").write_text("{}")
         (job.out / "summary.json").write_text('{"seconds": {"total": 10.0}}')
 
     work = [
-        comparison.Job(comparison.Variant.parse("local"), (), seed, tmp_path / str(seed))
+        comparison.ComparisonJob(comparison.Variant.parse("local"), (), seed, tmp_path / str(seed))
         for seed in range(6)
     ]
     finish(work[0])

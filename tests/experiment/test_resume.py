@@ -15,8 +15,8 @@ import yaml
 
 from hetero_fl.cli import main
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.reporting.run_directory import locked
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.reporting.run_directory import lock_folder
 from tests.helpers.small_federations import config
 
 
@@ -33,14 +33,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, int]]:
     """Signals by the number of rounds after which they come, each once."""
     signals: dict[int, int] = {}
-    held = Rounds.round
+    held = SynchronousTrainer.run_round
 
-    def round_then_stop(self: Rounds) -> Any:
+    def round_then_stop(self: SynchronousTrainer) -> Any:
         if (number := signals.pop(self.completed, None)) is not None:
             os.kill(os.getpid(), number)
         return held(self)
 
-    monkeypatch.setattr(Rounds, "round", round_then_stop)
+    monkeypatch.setattr(SynchronousTrainer, "run_round", round_then_stop)
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
     yield signals
@@ -156,7 +156,7 @@ def test_overrides_are_compared_with_the_runs_own_configuration(
 
 def test_a_second_process_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (["--resume"], []):
-        with locked(Path("a")):
+        with lock_folder(Path("a")):
             assert main(["train", "--config", "c.yaml", "--out", "a", *flags, "rounds=1"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert (

@@ -44,9 +44,9 @@ def test_values_that_are_none() -> None:
         refused(
             f"aggregation.liars: found {liars}; write a whole number", aggregation={"liars": liars}
         )
-    assert load_config(small(aggregation={"liars": 3})).aggregation.liars_among(9) == 3
+    assert load_config(small(aggregation={"liars": 3})).aggregation.num_malicious(9) == 3
     shares = [
-        load_config(small(aggregation={"liars": 0.2})).aggregation.liars_among(n)
+        load_config(small(aggregation={"liars": 0.2})).aggregation.num_malicious(n)
         for n in (1, 5, 6, 15, 20)
     ]
     assert shares == [1, 1, 2, 3, 4]  # rounded up
@@ -182,15 +182,15 @@ def test_attacks_that_do_not_fit() -> None:
 class Largest(Rule):
     """A rule of somebody's own."""
 
-    def combine(self, block, liars):
+    def combine(self, block, num_malicious):
         return {name: block.stack(name).amax(0) for name in block.names}
 
 
 class Quiet(PredictionRule):
     """Another."""
 
-    def combine(self, said, liars, clients, memory):
-        return 0 * said[0]
+    def combine(self, predictions, num_malicious, clients, memory):
+        return 0 * predictions[0]
 
 
 class Zeros(Attack):
@@ -198,8 +198,8 @@ class Zeros(Attack):
 
     acts_on = frozenset({"updates"})
 
-    def updates(self, honest, scene):
-        return 0 * honest
+    def poison_updates(self, true_uploads, context):
+        return 0 * true_uploads
 
 
 def test_ones_own_rules_and_attacks() -> None:

@@ -13,7 +13,7 @@ from hetero_fl import Run, evaluate, run
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.metrics import score
 from hetero_fl.data import load_source, with_test
-from hetero_fl.experiment.runner import start_from
+from hetero_fl.experiment.runner import load_inherited_models
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
@@ -85,7 +85,7 @@ def test_saved_models_score_as_the_summary_says(finished: Run) -> None:
     digits = with_test(load_source(SourceConfig(name="digits"), Path("unused")))
     assert digits.test is not None and digits.test.y is not None
     for client in finished.summary["clients"]:
-        said = finished.predict(client["id"], digits.test.x, home=False)
+        said = finished.predict(client["id"], digits.test.x, personal=False)
         assert torch.allclose(said.sum(1), torch.ones(len(said)), atol=1e-5)
         again = score(finished.models[client["id"]].task, said.log(), digits.test.y)
         assert again["accuracy"] == pytest.approx(client["global"]["accuracy"], abs=1e-9)
@@ -93,9 +93,9 @@ def test_saved_models_score_as_the_summary_says(finished: Run) -> None:
     assert by_name["server"]["accuracy"] == pytest.approx(
         finished.summary["server"]["last"]["accuracy"], abs=1e-9
     )
-    home = finished.predict("site_1", digits.test.x, home=True)
+    home = finished.predict("site_1", digits.test.x, personal=True)
     # log π is added
-    assert not torch.allclose(home, finished.predict("site_1", digits.test.x, home=False))
+    assert not torch.allclose(home, finished.predict("site_1", digits.test.x, personal=False))
 
 
 def test_an_unknown_client_gives_the_nearest(finished: Run) -> None:
@@ -113,7 +113,9 @@ def test_a_run_starts_from_anothers_models(finished: Run, tmp_path: Path) -> Non
         start = finished.models[id].tensors["head.weight"]
         assert torch.allclose(after.models[id].tensors["head.weight"], start, atol=1e-6)
     fresh = rounds_of(config("local", MIXED, clients=4), held=0)
-    initial = fresh.federation.initial(fresh.federation.cards["site_1"].arch)["head.weight"]
+    initial = fresh.federation.initial_tensors(fresh.federation.client_infos["site_1"].arch)[
+        "head.weight"
+    ]
     assert not torch.allclose(finished.models["site_1"].tensors["head.weight"], initial)
     with pytest.raises(UserError, match="init_from"):
         run(config("local", "vit", init_from=str(finished.path)), out=tmp_path / "c")
@@ -122,13 +124,13 @@ def test_a_run_starts_from_anothers_models(finished: Run, tmp_path: Path) -> Non
 
 def test_start_from_begins_groups_at_the_mean_of_their_members(finished: Run) -> None:
     rounds = rounds_of(config("fedavg", MIXED, clients=4, data__test_limit=None), held=0)
-    models = {id: finished.models[id] for id in rounds.federation.cards}
-    group = models["site_1"].arch.id
-    first, second = (id for id, model in models.items() if model.arch.id == group)
+    models = {id: finished.models[id] for id in rounds.federation.client_infos}
+    group = models["site_1"].arch.spec_id
+    first, second = (id for id, model in models.items() if model.arch.spec_id == group)
     shifted = {n: t + 1 if t.is_floating_point() else t for n, t in models[second].tensors.items()}
     models[second] = replace(models[second], tensors=shifted)
 
-    start_from(models, rounds)
+    load_inherited_models(models, rounds)
 
     for name, tensor in models[first].tensors.items():
         if tensor.is_floating_point():

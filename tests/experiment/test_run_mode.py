@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.base import StalenessConfig
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.asynchronous import Asynchronous
+from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.utils.errors import UserError
 from tests.federation.test_asynchronous import EACH, SUMS
 from tests.helpers.small_federations import MIXED, config
@@ -25,7 +25,11 @@ def refused(made: dict[str, Any]) -> str:
 
 
 def test_every_method_is_tried_or_refused() -> None:
-    built_in = {name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")}
+    built_in = {
+        name
+        for name in register_algorithm
+        if register_algorithm[name].__module__.startswith("hetero_fl.")
+    }
     assert {*SUMS, *EACH, "fedasync", "fedbuff"} == built_in
 
 
@@ -111,18 +115,21 @@ def test_a_buffer_has_one_key() -> None:
 @pytest.mark.parametrize("method", ["fedasync", "fedbuff"])
 def test_asynchronous_methods_need_no_mode(method: str) -> None:
     prepared = prepare(config(method, MIXED, clients=4))
-    assert prepared.config.runtime.mode == "async" and isinstance(prepared.rounds(), Asynchronous)
+    assert prepared.config.runtime.mode == "async" and isinstance(
+        prepared.make_trainer(), AsynchronousTrainer
+    )
     assert any(note.startswith("runtime.mode is async") for note in prepared.notes)
     again = prepare(prepared.config)
     assert again.config == prepared.config
 
 
 def test_learning_rates_move_along_versions() -> None:
-    assert prepare(config("fedasync", clients=4, rounds=5)).federation.rounds == 20
+    assert prepare(config("fedasync", clients=4, rounds=5)).federation.num_rounds == 20
     assert (
-        prepare(config("fedbuff", clients=4, rounds=5, clients__per_round=3)).federation.rounds == 8
+        prepare(config("fedbuff", clients=4, rounds=5, clients__per_round=3)).federation.num_rounds
+        == 8
     )
-    assert prepare(config("hybrid", clients=4, rounds=5, runtime=ASYNC)).federation.rounds == 5
+    assert prepare(config("hybrid", clients=4, rounds=5, runtime=ASYNC)).federation.num_rounds == 5
 
 
 @pytest.mark.parametrize(

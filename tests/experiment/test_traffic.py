@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.data import load_source
 from hetero_fl.experiment import evaluate, prepare, run
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
@@ -60,7 +60,7 @@ def test_forecasts_are_drawn_in_vehicles(finished: Run) -> None:
     data = prepare(CONFIG, SHORT).data
     for city in CITIES:
         beside, y = (
-            data.beside(city, "test"),
+            data.extra_columns(city, "test"),
             data.columns(city, "test", data.preprocess(city))["y"],
         )
         assert beside.time is not None and beside.unit is not None
@@ -164,7 +164,9 @@ def test_a_method_is_ready_or_says_why_not(name: str) -> None:
     try:
         assert prepare(CONFIG, [*SHORT, f"algorithm.name={name}"]).config.algorithm["name"] == name
     except UserError as error:
-        assert "regression" not in algorithm[name].tasks or str(error).startswith("algorithm.")
+        assert "regression" not in register_algorithm[name].tasks or str(error).startswith(
+            "algorithm."
+        )
 
 
 def test_a_comparison_tells_the_rules_and_the_unit(finished: Run, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.simulation.faults import Fate
-from hetero_fl.federation.state_store import Store
-from hetero_fl.utils.errors import RunFailed
+from hetero_fl.federation.simulation.faults import FaultOutcome
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.asynchronous_runs import session, source
 from tests.helpers.small_federations import MIXED, TOP, config, rounds_of
 from tests.helpers.workers import outcome
@@ -65,7 +65,7 @@ def bits(run: Any) -> dict[str, Any]:
             slot: {n: t.numpy().tobytes() for n, t in m.items()}
             for slot, m in run.server.models.items()
         },
-        "private": {client: run.store.encoded(client) for client in run.federation.cards},
+        "private": {client: run.store.encoded(client) for client in run.federation.client_infos},
         "traffic": run.traffic,
     }
 
@@ -89,7 +89,7 @@ def test_where_all_take_equally_long_it_is_the_synchronous_run_bit_for_bit(
     pace = session(
         {**made, "runtime": {"threads": 1, "mode": "async"}}, seconds=lambda id, task: 3.0
     )
-    records = [pace.round() for _ in range(3)]
+    records = [pace.run_round() for _ in range(3)]
     assert bits(pace) == bits(waits)
     assert (pace.version, pace.now, records[1]["simulated"]) == (3, 9.0, {"start": 3.0, "end": 6.0})
     assert all(record["staleness"] == {"0": cohort or 4} for record in records)
@@ -100,7 +100,7 @@ def test_where_they_do_not_it_is_another() -> None:
     pace = session(
         {**made, "runtime": {"threads": 1, "mode": "async"}}, seconds=lambda id, task: PACE[id]
     )
-    records = [pace.round() for _ in range(3)]
+    records = [pace.run_round() for _ in range(3)]
     assert bits(pace) != bits(rounds_of(made))
     # the fast come twice, and the slow not at all
     assert any(len(set(record["cohort"])) < 4 for record in records)
@@ -114,7 +114,7 @@ def test_every_method_whose_uploads_are_summed_runs_and_can_be_read(method: str)
     made["runtime"] = {"threads": 1, "mode": "async", "buffer": 2}
     pace = session(made, seconds=lambda id, task: PACE[id])
     for _ in range(2):
-        record = pace.round()
+        record = pace.run_round()
         assert not record["failed"] and len(record["cohort"]) == 4
         scores = pace.evaluate().clients
         assert all(0 <= reading.scores["global"]["accuracy"] <= 1 for reading in scores.values())
@@ -126,18 +126,23 @@ def test_when_tasks_are_computed_changes_no_bit(monkeypatch: pytest.MonkeyPatch)
     """Each for itself as late as can be, all together as they are given out."""
     made = source(algorithm__heads="keep")
     plain, eager = session(made), session(made)
-    fill = eager._fill
-    eager._fill = lambda: (fill(), eager._compute())[0]  # type: ignore[method-assign,func-returns-value]
+    fill = eager._assign_tasks
+    eager._assign_tasks = lambda: (fill(), eager._compute())[0]  # type: ignore[method-assign,func-returns-value]
     assert outcome(eager)["private"] == outcome(plain)["private"] and bits(eager) == bits(plain)
 
 
 def test_what_goes_wrong_before_an_upload_is_sent_is_never_computed() -> None:
-    fates = {0: Fate("before"), 1: Fate("during", share=0.5), 2: Fate("after"), 3: Fate("lost")}
+    fates = {
+        0: FaultOutcome("before"),
+        1: FaultOutcome("during", completed_share=0.5),
+        2: FaultOutcome("after"),
+        3: FaultOutcome("lost"),
+    }
     run = session(config("fedavg", clients=4, runtime={"threads": 1, "mode": "async"}), fates=fates)
     asked = []
-    answer = run.executor.answer
-    run.executor.answer = lambda requests: (asked.extend(requests), answer(requests))[1]  # type: ignore[method-assign]
-    record = run.round()
+    answer = run.executor.run
+    run.executor.run = lambda requests: (asked.extend(requests), answer(requests))[1]  # type: ignore[method-assign]
+    record = run.run_round()
     assert sorted(record["failed"]) == sorted(PACE) and len(asked) == 4
     assert record["counts"] == {"invited": 8, "arrived": 4, "failed": 4, "late": 0}
 
@@ -155,18 +160,18 @@ def test_from_every_checkpoint_it_goes_on_with_the_same_bits(
     changes: dict[str, Any] = {"algorithm__heads": "keep"} if method == "hybrid" else {}
     changes["channel"] = channel
     made = source(method, runtime={"threads": 1, "mode": "async", "executor": executor}, **changes)
-    plain = prepare(made).rounds(store=Store(tmp_path / "a"))
-    records = [plain.round() for _ in range(4)]
+    plain = prepare(made).make_trainer(store=StateStore(tmp_path / "a"))
+    records = [plain.run_round() for _ in range(4)]
     for stop in (1, 2, 3):
         folder = tmp_path / f"{stop}"
-        one = prepare(made).rounds(store=Store(folder))
-        told = [one.round() for _ in range(stop)]
-        Checkpoints(one.store, print).save(stop, {"run": one.tree()})
-        other = prepare(made).rounds(store=Store(folder))
-        saved = Checkpoints(other.store, print).newest()
+        one = prepare(made).make_trainer(store=StateStore(folder))
+        told = [one.run_round() for _ in range(stop)]
+        Checkpoints(one.store, print).save(stop, {"run": one.state_dict()})
+        other = prepare(made).make_trainer(store=StateStore(folder))
+        saved = Checkpoints(other.store, print).load_newest()
         assert saved is not None
-        other.restore(saved["run"])
-        told += [other.round() for _ in range(4 - stop)]
+        other.load_state_dict(saved["run"])
+        told += [other.run_round() for _ in range(4 - stop)]
         assert bits(other) == bits(plain)
         assert without_seconds(told) == without_seconds(records)
 
@@ -176,10 +181,10 @@ def test_resume_in_the_middle_of_a_version_asks_the_same_clients() -> None:
     made = config("fedavg", "mlp", clients=8, rounds=3, clients__per_round=3, runtime=runtime)
     whole, first, second = (session(made, seconds=lambda id, task: int(id[-1])) for _ in range(3))
 
-    records = [whole.round() for _ in range(3)]
-    first.round()
-    second.restore(first.tree())
-    resumed = [second.round() for _ in range(2)]
+    records = [whole.run_round() for _ in range(3)]
+    first.run_round()
+    second.load_state_dict(first.state_dict())
+    resumed = [second.run_round() for _ in range(2)]
 
     assert records[0]["version"] == 0
     assert without_seconds(resumed) == without_seconds(records[1:])
@@ -190,9 +195,9 @@ def test_uploads_of_a_version_are_combined_in_the_order_of_client_ids() -> None:
     made = config("fedavg", "mlp", clients=4, runtime=runtime)
     run = session(made, seconds=lambda id, task: 10 - int(id[-1]))
     combined: list[str] = []
-    run._combine = lambda sent: combined.extend(u.client for u in sent)  # type: ignore[method-assign]
+    run._aggregate_uploads = lambda sent: combined.extend(u.client for u in sent)  # type: ignore[method-assign]
 
-    record = run.round()
+    record = run.run_round()
 
     assert record["cohort"] == ["site_4", "site_3", "site_2", "site_1"]
     assert combined == sorted(record["cohort"])
@@ -211,7 +216,7 @@ def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_u
     run = session(
         source("fedper", rounds=5, faults={**faults, "late": 0.05, "twice": 0.05, "delay": 5.0})
     )
-    records = [run.round() for _ in range(5)]
+    records = [run.run_round() for _ in range(5)]
     for record in records:
         counts, found = record["counts"], Counter(what for *_, what in record["tasks"])
         assert (
@@ -232,10 +237,10 @@ def test_two_tasks_of_one_version_draw_by_themselves_on_the_channel() -> None:
     made = config("fedavg", "mlp", 3, channel={"compress": [{"quantize": 4}]})
     made["runtime"] = {"threads": 1, "mode": "async", "buffer": 6}
     run = session(made, seconds=lambda id, _: PACE[id])
-    link, keys = run.executor.site.links.up, list[Any]()  # type: ignore[attr-defined]
+    link, keys = run.executor.runtime.links.up, list[Any]()  # type: ignore[attr-defined]
     send = link.send
     link.send = lambda payload, key, *rest: (keys.append(key), send(payload, key, *rest))[1]
-    records = [run.round() for _ in range(2)]
+    records = [run.run_round() for _ in range(2)]
     assert not any(record["failed"] for record in records) and run.version == 1
     assert len(keys) > 3 and len(set(keys)) == len(keys)
 
@@ -244,13 +249,13 @@ def test_two_tasks_of_one_version_draw_by_themselves_on_the_channel() -> None:
 def test_a_run_to_which_nothing_ever_comes_ends() -> None:
     made = config("fedavg", runtime={"threads": 1, "mode": "async"}, faults={"lost": 1.0})
     with pytest.raises(
-        RunFailed, match=r"round 1: no usable upload from 300 tasks; site_\d: upload lost$"
+        RunFailedError, match=r"round 1: no usable upload from 300 tasks; site_\d: upload lost$"
     ):
-        session(made).round()
+        session(made).run_round()
     wild = config("fedavg", models="mlp", runtime={"threads": 1, "mode": "async"})
     wild["clients"]["defaults"]["optimizer"]["lr"] = 1e30
-    with pytest.raises(RunFailed, match="no usable upload from 3 tasks"):
-        session(wild).round()
+    with pytest.raises(RunFailedError, match="no usable upload from 3 tasks"):
+        session(wild).run_round()
 
 
 def test_one_that_diverges_is_asked_again_and_holds_nobody_up() -> None:
@@ -259,7 +264,7 @@ def test_one_that_diverges_is_asked_again_and_holds_nobody_up() -> None:
         {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}},
     ]
     run = session(config("fedavg", clients__groups=groups, runtime={"threads": 1, "mode": "async"}))
-    record = run.round()
+    record = run.run_round()
     assert list(record["failed"]) == ["wild"] and set(record["cohort"]) == {
         "calm_1",
         "calm_2",
@@ -270,8 +275,8 @@ def test_one_that_diverges_is_asked_again_and_holds_nobody_up() -> None:
         clients__groups=groups,
         runtime={"threads": 1, "mode": "async", "divergence": "stop"},
     )
-    with pytest.raises(RunFailed, match="wild diverged"):
-        session(stops).round()
+    with pytest.raises(RunFailedError, match="wild diverged"):
+        session(stops).run_round()
 
 
 def test_what_is_kept_follows_what_was_taken() -> None:
@@ -279,22 +284,22 @@ def test_what_is_kept_follows_what_was_taken() -> None:
     made = config("fedper", clients=3, runtime={"threads": 1, "mode": "async"})
     pace = {"site_1": 1.0, "site_2": 1.1, "site_3": 1.2}
     plain = session(made, seconds=lambda id, _: pace[id])
-    plain.round()
+    plain.run_round()
     lost = session(
         made,
         seconds=lambda id, _: pace[id],
-        fates={3: Fate("lost"), 4: Fate("lost"), 5: Fate("lost")},
+        fates={3: FaultOutcome("lost"), 4: FaultOutcome("lost"), 5: FaultOutcome("lost")},
     )
-    lost.round()
+    lost.run_round()
     before = bits(lost)["private"]
     assert before == bits(plain)["private"]
     seen = []
-    end = lost._end
-    lost._end = lambda task, tally: (
+    end = lost._finish_task
+    lost._finish_task = lambda task, tally: (
         end(task, tally),
         seen.append((task.number, bits(lost)["private"])),
     )[0]  # type: ignore[method-assign,func-returns-value]
-    lost.round()
+    lost.run_round()
     assert [number for number, _ in seen[:3]] == [3, 4, 5] and all(
         kept == before for _, kept in seen[:3]
     )

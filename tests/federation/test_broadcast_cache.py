@@ -11,7 +11,7 @@ from hetero_fl.algorithms import FedAvg
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Plan
-from hetero_fl.federation.client_runtime import MOST, Lent
+from hetero_fl.federation.client_runtime import MOST, BroadcastCache
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
 BODIES = [
@@ -41,36 +41,36 @@ def decode() -> Counted:
     return Counted()
 
 
-def read(lent: Lent, body: bytes, round: int = 0) -> Payload:
+def read(lent: BroadcastCache, body: bytes, round: int = 0) -> Payload:
     """What one client is given, that has given it back."""
-    with lent.to({"a": body}, round) as got:
+    with lent.get_copies({"a": body}, round) as got:
         return got["a"]
 
 
 def test_the_same_message_is_decoded_once_and_another_anew(decode: Counted) -> None:
-    lent = Lent(decode)
+    lent = BroadcastCache(decode)
     first, second = read(lent, BODIES[0]), read(lent, BODIES[0])
     assert decode.times == 1 and first["model"]["w"] is second["model"]["w"]
     assert read(lent, BODIES[1])["model"]["w"].tolist() == [1.0] * 3 and decode.times == 2
     # compressed, the same bytes would say something else in another round
     read(lent, BODIES[0], round=1)
     assert decode.times == 3
-    lent.forget()
+    lent.clear()
     read(lent, BODIES[0])
     assert decode.times == 4
 
 
 def test_two_clients_at_a_time_never_hold_one_tensor(decode: Counted) -> None:
-    lent = Lent(decode)
+    lent = BroadcastCache(decode)
     read(lent, BODIES[0])
-    with lent.to({"a": BODIES[0], "b": BODIES[0]}, 0) as got:
+    with lent.get_copies({"a": BODIES[0], "b": BODIES[0]}, 0) as got:
         got["a"]["model"]["w"].add_(1)
         assert got["b"]["model"]["w"].tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("where", ["values", "rows", "weight", "view"])
 def test_what_was_changed_in_place_is_not_lent_again(decode: Counted, where: str) -> None:
-    lent = Lent(decode)
+    lent = BroadcastCache(decode)
     got = read(lent, BODIES[0])
     item = got.item("rows")
     touched: dict[str, Any] = {
@@ -78,7 +78,7 @@ def test_what_was_changed_in_place_is_not_lent_again(decode: Counted, where: str
         "rows": item.values,
         "weight": item.weight,
     }
-    with lent.to({"a": BODIES[0]}, 0):
+    with lent.get_copies({"a": BODIES[0]}, 0):
         touched.get(where, got["model"]["w"][:1]).add_(1)
     again = read(lent, BODIES[0])
     assert decode.times == 2 and again["model"]["w"].tolist() == [0.0] * 3
@@ -87,7 +87,7 @@ def test_what_was_changed_in_place_is_not_lent_again(decode: Counted, where: str
 
 
 def test_dictionaries_are_each_readers_own(decode: Counted) -> None:
-    lent = Lent(decode)
+    lent = BroadcastCache(decode)
     got = read(lent, BODIES[0])
     got["model"]["w"] = torch.full((3,), 9.0)
     del got.items_["rows"]
@@ -101,7 +101,7 @@ def test_dictionaries_are_each_readers_own(decode: Counted) -> None:
 
 
 def test_no_more_than_so_many_are_kept(decode: Counted) -> None:
-    lent = Lent(decode)
+    lent = BroadcastCache(decode)
     for body in BODIES:
         read(lent, body)
     assert len(lent._idle) == MOST
@@ -110,11 +110,11 @@ def test_no_more_than_so_many_are_kept(decode: Counted) -> None:
 class Spoiling(FedAvg):
     """Its clients change what they received, in place, before they are read."""
 
-    def personalise(self, client: Participant, got: Payload) -> Plan[None]:
-        for tensor in got["model"].values():
+    def personalize(self, client: Participant, received: Payload) -> Plan[None]:
+        for tensor in received["model"].values():
             if tensor.is_floating_point():
                 tensor.mul_(0.5)
-        client.load("model", got["model"])
+        client.load("model", received["model"])
         yield from ()
 
 
@@ -123,9 +123,9 @@ def test_clients_that_spoil_what_they_received_spoil_nobody_elses(chunk: int) ->
     losses: list[dict[str, Any]] = []
     for alone in (True, False):
         rounds = rounds_of(config("fedavg", MIXED, clients=6), held=1)
-        rounds.algorithm = rounds.executor.site.algorithm = Spoiling()  # type: ignore[attr-defined]
-        site = rounds.executor.site  # type: ignore[attr-defined]
-        bodies = rounds.broadcasts(list(rounds.federation.cards), reading=True)
+        rounds.algorithm = rounds.executor.runtime.algorithm = Spoiling()  # type: ignore[attr-defined]
+        site = rounds.executor.runtime  # type: ignore[attr-defined]
+        bodies = rounds.broadcasts(list(rounds.federation.client_infos), for_evaluation=True)
         ids = list(bodies)
         groups = (
             [[id] for id in ids]
@@ -135,8 +135,10 @@ def test_clients_that_spoil_what_they_received_spoil_nobody_elses(chunk: int) ->
         found: dict[str, Any] = {}
         for group in groups:
             if alone:
-                site.lent.forget()
-            found |= {c: r.scores for c, r in site.read({c: bodies[c] for c in group}, 1).items()}
+                site.broadcast_cache.clear()
+            found |= {
+                c: r.scores for c, r in site.evaluate({c: bodies[c] for c in group}, 1).items()
+            }
         losses.append(found)
     assert losses[0] == losses[1]
 
@@ -144,22 +146,24 @@ def test_clients_that_spoil_what_they_received_spoil_nobody_elses(chunk: int) ->
 class Unseen(FedAvg):
     """A user's own, whose clients change what they received where no version tells of it."""
 
-    def personalise(self, client: Participant, got: Payload) -> Plan[None]:
-        for tensor in got["model"].values():
+    def personalize(self, client: Participant, received: Payload) -> Plan[None]:
+        for tensor in received["model"].values():
             tensor.data.mul_(0.5)
             tensor.numpy()[...] += 1
-        client.load("model", got["model"])
+        client.load("model", received["model"])
         yield from ()
 
 
 def test_a_method_of_the_users_own_may_write_where_no_version_tells(decode: Counted) -> None:
     rounds = rounds_of(config(f"python:{__name__}:Unseen", MIXED, clients=6), held=1)
-    site = rounds.executor.site  # type: ignore[attr-defined]
-    (first, body), *_ = rounds.broadcasts(list(rounds.federation.cards), reading=True).items()
+    site = rounds.executor.runtime  # type: ignore[attr-defined]
+    (first, body), *_ = rounds.broadcasts(
+        list(rounds.federation.client_infos), for_evaluation=True
+    ).items()
     want = Payload.decode(body)
-    site.read({first: body}, 1)
-    with site.lent.to({first: body}, 1) as got:
+    site.evaluate({first: body}, 1)
+    with site.broadcast_cache.get_copies({first: body}, 1) as got:
         assert all(torch.equal(t, want["model"][n]) for n, t in got[first]["model"].items())
-    lent = Lent(decode, 0)
+    lent = BroadcastCache(decode, 0)
     read(lent, BODIES[0])["model"]["w"].data.add_(1)
     assert read(lent, BODIES[0])["model"]["w"].tolist() == [0.0] * 3 and decode.times == 2

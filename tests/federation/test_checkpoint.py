@@ -13,8 +13,8 @@ import torch
 
 from hetero_fl.federation import checkpoint
 from hetero_fl.federation.checkpoint import Checkpoints, read_checkpoint
-from hetero_fl.federation.state_store import Private, Store
-from hetero_fl.utils.errors import RunFailed
+from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.utils.errors import RunFailedError
 from hetero_fl.utils.serialization import CodecError
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 
@@ -22,7 +22,7 @@ from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 def checkpoints_in(
     folder: Path, log: Callable[[str], object] = pytest.fail, memory: int = 1 << 20
 ) -> Checkpoints:
-    return Checkpoints(Store(folder, memory), log)
+    return Checkpoints(StateStore(folder, memory), log)
 
 
 def files(folder: Path) -> list[str]:
@@ -34,7 +34,7 @@ def test_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
     for i in range(5):
         checkpoints.save(i, {"round": i, "t": torch.full((3,), float(i))})
     assert files(tmp_path) == ["round-000003.ckpt", "round-000004.ckpt"]
-    newest = checkpoints.newest()
+    newest = checkpoints.load_newest()
     assert newest is not None and newest["round"] == 4 and newest["t"].tolist() == [4, 4, 4]
 
 
@@ -42,12 +42,12 @@ def test_with_full_participation_there_are_two_files_each_complete_in_itself(
     tmp_path: Path,
 ) -> None:
     rounds = rounds_of(
-        config("hybrid", MIXED, algorithm__heads="keep"), held=0, store=Store(tmp_path)
+        config("hybrid", MIXED, algorithm__heads="keep"), held=0, store=StateStore(tmp_path)
     )
     checkpoints = Checkpoints(rounds.store, pytest.fail)
     for i in (1, 2, 3):
-        rounds.round()
-        path = checkpoints.save(i, {"run": rounds.tree()})
+        rounds.run_round()
+        path = checkpoints.save(i, {"run": rounds.state_dict()})
         assert {p.segment.path for p in read_checkpoint(path)[1].values()} == {path}
     assert files(tmp_path) == ["round-000002.ckpt", "round-000003.ckpt"]
 
@@ -55,12 +55,12 @@ def test_with_full_participation_there_are_two_files_each_complete_in_itself(
 def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
     said: list[str] = []
     rounds = rounds_of(
-        config("hybrid", MIXED, algorithm__heads="keep"), held=1, store=Store(tmp_path)
+        config("hybrid", MIXED, algorithm__heads="keep"), held=1, store=StateStore(tmp_path)
     )
     checkpoints = Checkpoints(rounds.store, said.append)
-    checkpoints.save(1, {"run": rounds.tree()})
-    rounds.round()
-    path = checkpoints.save(2, {"run": rounds.tree()})
+    checkpoints.save(1, {"run": rounds.state_dict()})
+    rounds.run_round()
+    path = checkpoints.save(2, {"run": rounds.state_dict()})
     whole, rng = path.read_bytes(), random.Random(1)
     assert len(read_checkpoint(path)[1]) == 3
     for i in range(240):
@@ -79,7 +79,7 @@ def test_any_damaged_byte_and_any_cut_is_noticed_and_the_one_before_is_used(tmp_
             read_checkpoint(path)
         if i % 20 == 0:
             said.clear()
-            newest = checkpoints.newest()
+            newest = checkpoints.load_newest()
             assert newest is not None and newest["run"]["completed"] == 1
             assert (
                 len(said) == 1
@@ -96,40 +96,42 @@ def test_damage_in_an_older_file_is_noticed_where_state_is_live_and_nowhere_else
     checkpoints = checkpoints_in(tmp_path, said.append)
     for i, clients in enumerate((("a", "b"), ("a",), ("c",))):
         for client in clients:
-            checkpoints.store.stage(client, Private({"model": {"w": torch.full((500,), float(i))}}))
+            checkpoints.store.stage(
+                client, PrivateState({"model": {"w": torch.full((500,), float(i))}})
+            )
         checkpoints.store.commit()
         checkpoints.save(i, {"round": i})
     first = tmp_path / "round-000000.ckpt"
     whole = first.read_bytes()
-    live = checkpoints.store.places()["b"]
+    live = checkpoints.store.locations()["b"]
     dead = live.offset - 10  # in the first state of a
     for at in range(live.offset, live.offset + live.length, 97):
         first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(CodecError, match=r"round-000000\.ckpt does not match"):
             read_checkpoint(tmp_path / "round-000002.ckpt")
-    store = Store(tmp_path)
-    store.restore({"b": live}, {})
-    with pytest.raises(RunFailed, match="the private state of b is damaged on disk"):
+    store = StateStore(tmp_path)
+    store.load_locations({"b": live}, {})
+    with pytest.raises(RunFailedError, match="the private state of b is damaged on disk"):
         store.get("b")
     first.write_bytes(whole[:dead] + bytes([whole[dead] ^ 1]) + whole[dead + 1 :])
-    newest = checkpoints.newest()
+    newest = checkpoints.load_newest()
     assert newest == {"round": 2} and not said
     first.unlink()
-    with pytest.raises(RunFailed, match="no whole checkpoint"):
-        checkpoints.newest()
+    with pytest.raises(RunFailedError, match="no whole checkpoint"):
+        checkpoints.load_newest()
     assert len(said) == 2
 
 
 def test_none_is_none_and_none_whole_ends_the_run(tmp_path: Path) -> None:
     said: list[str] = []
     checkpoints = checkpoints_in(tmp_path, said.append)
-    assert checkpoints.newest() is None and not said
+    assert checkpoints.load_newest() is None and not said
     for i in (1, 2):
         checkpoints.save(i, {}).write_bytes(b"")
     with pytest.raises(
-        RunFailed, match="no whole checkpoint is left; start anew with another --out"
+        RunFailedError, match="no whole checkpoint is left; start anew with another --out"
     ):
-        checkpoints.newest()
+        checkpoints.load_newest()
     newer, older = said
     assert newer.startswith("round-000002.ckpt is damaged") and newer.endswith(
         "; using the one before it"
@@ -140,24 +142,24 @@ def test_none_is_none_and_none_whole_ends_the_run(tmp_path: Path) -> None:
 def test_after_going_back_the_run_goes_on_from_there(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path, lambda line: None)
     for i in range(3):
-        checkpoints.store.stage("a", Private(state={"n": i}))
+        checkpoints.store.stage("a", PrivateState(state={"n": i}))
         checkpoints.store.commit()
         last = checkpoints.save(i, {"round": i})
     last.write_bytes(last.read_bytes()[:-1])
     again = checkpoints_in(tmp_path, lambda line: None)
-    assert again.newest() == {"round": 1} and again.store.get("a").state == {"n": 1}
+    assert again.load_newest() == {"round": 1} and again.store.get("a").state == {"n": 1}
     again.save(2, {"round": 2, "again": True})
-    assert checkpoints_in(tmp_path).newest() == {"round": 2, "again": True}
+    assert checkpoints_in(tmp_path).load_newest() == {"round": 2, "again": True}
 
 
 def test_what_a_killed_process_left_is_neither_read_nor_kept(tmp_path: Path) -> None:
     checkpoints = checkpoints_in(tmp_path)
     checkpoints.save(0, {"round": 0})
-    checkpoints.store.stage("a", Private(state={"n": 1}))
+    checkpoints.store.stage("a", PrivateState(state={"n": 1}))
     checkpoints.store.commit()
     assert len(files(tmp_path)) == 2
     again = checkpoints_in(tmp_path)
-    assert again.newest() == {"round": 0} and again.store.encoded("a") is None
+    assert again.load_newest() == {"round": 0} and again.store.encoded("a") is None
     assert files(tmp_path) == ["round-000000.ckpt"]
 
 
@@ -176,7 +178,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
             checkpoints.save(1, {"round": 1})
     assert files(tmp_path)[1:] == ["round-000000.ckpt"]
     checkpoints.save(1, {"round": 1})
-    assert checkpoints_in(tmp_path).newest() == {"round": 1}
+    assert checkpoints_in(tmp_path).load_newest() == {"round": 1}
 
 
 def test_large_trees_are_written_in_pieces_and_are_not_in_memory_twice(
@@ -194,7 +196,7 @@ def test_large_trees_are_written_in_pieces_and_are_not_in_memory_twice(
     checkpoints.save(7, tree)
     written = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
-    read = checkpoints.newest()  # its tensors are counted
+    read = checkpoints.load_newest()  # its tensors are counted
     loaded = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert written < 6 * mib and loaded < (24 + 6) * mib
@@ -233,17 +235,17 @@ def test_a_restored_run_goes_on_bit_for_bit_with_another_memory(
     )
     source["algorithm"] |= {"proxy_rows": 30, "cache_life": 2} if cached else {}
     straight = rounds_of(source)
-    first = rounds_of(source, held=2, store=Store(tmp_path, (1 << 30) - memory))
+    first = rounds_of(source, held=2, store=StateStore(tmp_path, (1 << 30) - memory))
     first.evaluate()  # reading a model must leave no trace
-    Checkpoints(first.store, pytest.fail).save(2, first.tree())
-    again = rounds_of(source, held=0, store=Store(tmp_path, memory))
-    tree = Checkpoints(again.store, pytest.fail).newest()
+    Checkpoints(first.store, pytest.fail).save(2, first.state_dict())
+    again = rounds_of(source, held=0, store=StateStore(tmp_path, memory))
+    tree = Checkpoints(again.store, pytest.fail).load_newest()
     assert tree is not None
-    again.restore(tree)
-    assert again.round()["cohort"] == straight.cohort(2)
-    again.round()
+    again.load_state_dict(tree)
+    assert again.run_round()["cohort"] == straight.sample_cohort(2)
+    again.run_round()
     for slot in straight.server.models:
         assert same_bits(straight.server.models[slot], again.server.models[slot])
-    for id in straight.federation.cards:
+    for id in straight.federation.client_infos:
         kept, other = straight.store.get(id).models, again.store.get(id).models
         assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)

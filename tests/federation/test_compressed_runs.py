@@ -12,8 +12,8 @@ from hetero_fl.communication.link import UNSENT
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.cost import price
-from hetero_fl.federation.state_store import Store
+from hetero_fl.federation.cost import communication_cost
+from hetero_fl.federation.state_store import StateStore
 from tests.federation.test_synchronous import METHODS
 from tests.helpers.small_federations import MIXED, TOP, config, rounds_of, same_bits
 from tests.helpers.workers import Lent, lent, outcome, rounds_on, setup_of
@@ -32,19 +32,19 @@ MODELS = ["cnn_bn_small", {"name": "mlp", "hidden": [24]}]
 def test_every_method_runs_and_costs_what_was_told(method: str, channel: dict[str, Any]) -> None:
     source = config(method, MIXED, 4, channel=channel, rounds=2, server={"model": "linear"})
     prepared = prepare(source)
-    rounds = prepared.rounds()
+    rounds = prepared.make_trainer()
     for _ in range(2):
-        assert not rounds.round()["failed"]
+        assert not rounds.run_round()["failed"]
         rounds.evaluate()
-    cost = price(prepared.method, prepared.federation, 2)
+    cost = communication_cost(prepared.method, prepared.federation, 2)
     told, counted = (
-        (cost.up.total(), cost.down.total() + cost.reading.total()),
+        (cost.up.total(), cost.down.total() + cost.evaluation.total()),
         (rounds.traffic.up, rounds.traffic.down),
     )
     if method == "fedkd":  # its ranks follow from what is learnt
         assert told[0] > counted[0] and told[1] > counted[1]
     else:
-        assert cost.exact and told == counted and any(told) == (method not in BOUNDS)
+        assert cost.is_exact and told == counted and any(told) == (method not in BOUNDS)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_where_sizes_follow_from_the_numbers_the_price_is_the_most_that_it_can_b
     changes: dict[str, Any],
 ) -> None:
     prepared = prepare(config("fedavg", MODELS, 4, channel={**TOP, **changes}))
-    rounds = prepared.rounds()
+    rounds = prepared.make_trainer()
     for _ in range(2):
-        rounds.round()
-    cost = price(prepared.method, prepared.federation, 2)
-    assert cost.at_most and not cost.exact
+        rounds.run_round()
+    cost = communication_cost(prepared.method, prepared.federation, 2)
+    assert cost.is_upper_bound and not cost.is_exact
     assert (
         0.3 * cost.up.total() < rounds.traffic.up <= cost.up.total()
         and rounds.traffic.down <= cost.down.total()
@@ -77,10 +77,10 @@ def test_uploads_are_a_small_part_of_what_they_were() -> None:
 )
 def test_without_stages_nothing_is_another(empty: dict[str, Any]) -> None:
     rounds = rounds_of(config("hybrid", MODELS, 4, **empty), held=0)
-    bodies = dict(rounds.broadcasts(rounds.cohort(0)))
+    bodies = dict(rounds.broadcasts(rounds.sample_cohort(0)))
     assert all(Payload.decode(body).encode() == body for body in bodies.values())
-    rounds.round()
-    assert not any(UNSENT in rounds.store.get(c).state for c in rounds.federation.cards)
+    rounds.run_round()
+    assert not any(UNSENT in rounds.store.get(c).state for c in rounds.federation.client_infos)
 
 
 def test_statistics_of_batch_norm_arrive_as_they_were_sent() -> None:
@@ -106,7 +106,7 @@ def test_everything_sent_and_kept_is_everything_that_was_learnt() -> None:
         rounds_of({**source, "channel": {"compress": [{"topk": 0.05}]}}, held=1),
     )
     (group,) = start
-    (client,) = cut.federation.cards
+    (client,) = cut.federation.client_infos
     kept = cut.store.get(client).state[UNSENT]["model"]
     for n, t in dense.server.models[group].items():
         update = t - start[group][n]
@@ -137,7 +137,8 @@ def test_numbers_drawn_at_random_arrive_where_they_were_taken_from() -> None:
 
 def kept_by(rounds: Any) -> dict[str, Any]:
     return {
-        c: rounds.store.get(c).state.get(UNSENT, {}).get("model") for c in rounds.federation.cards
+        c: rounds.store.get(c).state.get(UNSENT, {}).get("model")
+        for c in rounds.federation.client_infos
     }
 
 
@@ -148,18 +149,21 @@ def test_what_is_kept_survives_rounds_in_which_the_client_is_not_drawn_and_an_up
     for _ in range(4):
         before, absent = (
             kept_by(rounds),
-            set(rounds.federation.cards) - set(rounds.cohort(rounds.completed)),
+            set(rounds.federation.client_infos) - set(rounds.sample_cohort(rounds.completed)),
         )
-        (lost, *others), receive = rounds.cohort(rounds.completed), rounds.intake.receive
+        (lost, *others), receive = (
+            rounds.sample_cohort(rounds.completed),
+            rounds.collector.decode_upload,
+        )
 
         def refusing(
             client: str, data: bytes, *rest: Any, lost: str = lost, receive: Any = receive
         ) -> Payload:
             return receive(client, data[:-1] if client == lost else data, *rest)
 
-        rounds.intake.receive = refusing  # type: ignore[method-assign]
-        assert set(rounds.round()["failed"]) == {lost}
-        rounds.intake.receive = receive  # type: ignore[method-assign]
+        rounds.collector.decode_upload = refusing  # type: ignore[method-assign]
+        assert set(rounds.run_round()["failed"]) == {lost}
+        rounds.collector.decode_upload = receive  # type: ignore[method-assign]
         after = kept_by(rounds)
         for client in (*absent, lost):
             assert (before[client] is None) == (after[client] is None)
@@ -176,18 +180,18 @@ def test_a_run_that_is_gone_on_with_ends_with_the_same_bits(tmp_path: Any) -> No
         clients__per_round=3,
         channel={**TOP, "compress_down": [{"quantize": 12}]},
     )
-    whole, first = rounds_of(source, 4), rounds_of(source, 2, Store(tmp_path))
-    Checkpoints(first.store, pytest.fail).save(2, {"run": first.tree()})
-    second = rounds_of(source, 0, Store(tmp_path))
-    newest = Checkpoints(second.store, pytest.fail).newest()
+    whole, first = rounds_of(source, 4), rounds_of(source, 2, StateStore(tmp_path))
+    Checkpoints(first.store, pytest.fail).save(2, {"run": first.state_dict()})
+    second = rounds_of(source, 0, StateStore(tmp_path))
+    newest = Checkpoints(second.store, pytest.fail).load_newest()
     assert newest is not None
-    second.restore(newest["run"])
+    second.load_state_dict(newest["run"])
     for _ in range(2):
-        second.round()
+        second.run_round()
     assert second.traffic == whole.traffic
     for slot, model in whole.server.models.items():
         assert same_bits(model, second.server.models[slot])
-    for client in whole.federation.cards:
+    for client in whole.federation.client_infos:
         assert second.store.encoded(client) == whole.store.encoded(client)
 
 
@@ -212,18 +216,20 @@ def test_workers_change_no_bit(method: str, channel: dict[str, Any], crew: Lent)
 def test_clients_of_a_group_receive_the_same_and_the_server_knows_what() -> None:
     source = config("fedavg", MODELS, 4, channel={"compress_down": [{"quantize": 4}]})
     rounds = rounds_of(source, held=0)
-    bodies = dict(rounds.broadcasts(rounds.cohort(0)))
+    bodies = dict(rounds.broadcasts(rounds.sample_cohort(0)))
     assert len(set(bodies.values())) == 2
     for client, body in bodies.items():
-        card = rounds.federation.cards[client]
-        got = rounds.links.received(0, body)["model"]
-        heard = rounds.links.heard(0, rounds._broadcast(card), rounds.server.arch.values())["model"]
+        card = rounds.federation.client_infos[client]
+        got = rounds.links.decode_broadcast(0, body)["model"]
+        heard = rounds.links.simulate_broadcast(
+            0, rounds._broadcast(card), rounds.server.arch.values()
+        )["model"]
         assert same_bits(got, heard)
         weight = next(n for n, t in got.items() if t.ndim > 1)
         assert (
             len(got[weight].unique())
             <= 15
-            < len(rounds.server.models[card.arch.id][weight].unique())
+            < len(rounds.server.models[card.arch.spec_id][weight].unique())
         )
 
 

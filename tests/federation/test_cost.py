@@ -12,7 +12,11 @@ from hetero_fl.algorithms import FedAvg
 from hetero_fl.cli import main
 from hetero_fl.cli.printing import _size
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.cost import Price, price, price_of_queue
+from hetero_fl.federation.cost import (
+    CommunicationCost,
+    asynchronous_communication_cost,
+    communication_cost,
+)
 from model_zoo import create_model
 from tests.federation.test_asynchronous import SUMS
 from tests.helpers.asynchronous_runs import source as paced
@@ -40,12 +44,12 @@ METHODS += ["ds_fl", "kt_pfl", "fedgkt", "dense"]
 def told_and_counted(tmp_path: Any, source: dict[str, Any]) -> tuple[list[int], list[int]]:
     prepared = prepare(source)
     c = prepared.config
-    cost = price(
+    cost = communication_cost(
         prepared.method, prepared.federation, c.rounds, c.clients.per_round, c.evaluation.every
     )
-    assert cost.exact
+    assert cost.is_exact
     counted = run(source, out=tmp_path / "run").summary["communication"]
-    told = [cost.up.total(), cost.down.total() + cost.reading.total()]
+    told = [cost.up.total(), cost.down.total() + cost.evaluation.total()]
     return told, [counted["up_bytes"], counted["down_bytes"]]
 
 
@@ -96,10 +100,10 @@ def test_where_sizes_follow_from_what_is_learnt_the_price_is_the_most_that_it_ca
 ) -> None:
     source = small("fedkd", rounds=4, clients__per_round=3)
     prepared = prepare(source)
-    cost = price(prepared.method, prepared.federation, 4, 3)
-    assert cost.at_most and not cost.exact
+    cost = communication_cost(prepared.method, prepared.federation, 4, 3)
+    assert cost.is_upper_bound and not cost.is_exact
     counted = run(source, out=tmp_path / "run").summary["communication"]
-    most = (cost.up.total(), cost.down.total() + cost.reading.total())
+    most = (cost.up.total(), cost.down.total() + cost.evaluation.total())
     assert counted["up_bytes"] < most[0] and counted["down_bytes"] < most[1]
     fml = rounds_of(small("fml", rounds=4, clients__per_round=3)).traffic
     assert most[0] < 1.1 * fml.up  # no more than the mentee as it is, padding apart
@@ -127,31 +131,34 @@ def test_the_check_says_how_sure_it_is(
 class Warming(FedAvg):
     """Sends from its second round on."""
 
-    def train(self, client: Any, got: Any) -> Any:
-        items = yield from super().train(client, got)
-        return items if client.clock.round >= 1 else {}
+    def train(self, client: Any, received: Any) -> Any:
+        items = yield from super().train(client, received)
+        return items if client.round_context.round_idx >= 1 else {}
 
 
 def test_what_an_own_method_sends_may_depend_on_the_round() -> None:
     source = small(f"python:{__name__}:Warming", rounds=3)
     rounds = rounds_of(source, held=0)
-    assert [rounds.round()["failed"] for _ in range(3)] == [{}] * 3
-    cost = price(rounds.algorithm, rounds.federation, 3, every=1)
-    assert (cost.up.total(), cost.exact) == (rounds.traffic.up, False)
+    assert [rounds.run_round()["failed"] for _ in range(3)] == [{}] * 3
+    cost = communication_cost(rounds.algorithm, rounds.federation, 3, every=1)
+    assert (cost.up.total(), cost.is_exact) == (rounds.traffic.up, False)
 
 
 # Asynchronous runs --------------------------------------------------------------------------------------------------
 
 
-def rehearsed_and_counted(source: dict[str, Any]) -> tuple[Price, list[int], list[int]]:
+def rehearsed_and_counted(source: dict[str, Any]) -> tuple[CommunicationCost, list[int], list[int]]:
     prepared = prepare(source)
     c = prepared.config
-    cost, rounds = price_of_queue(prepared.method, prepared.federation, c), prepared.rounds()
+    cost, rounds = (
+        asynchronous_communication_cost(prepared.method, prepared.federation, c),
+        prepared.make_trainer(),
+    )
     for round in range(1, c.rounds + 1):
-        rounds.round()
+        rounds.run_round()
         if round % c.evaluation.every == 0 or round == c.rounds:
             rounds.evaluate()
-    told = [cost.up.total(), cost.down.total() + cost.reading.total()]
+    told = [cost.up.total(), cost.down.total() + cost.evaluation.total()]
     return cost, told, [rounds.traffic.up, rounds.traffic.down]
 
 
@@ -165,13 +172,13 @@ def test_an_asynchronous_run_costs_what_its_rehearsal_does_with_whatever_goes_wr
     if method in ("fedbuff", "fedasync"):
         del made["runtime"]["buffer"]
     cost, told, counted = rehearsed_and_counted(made)
-    assert cost.exact and told == counted and any(counted) == (method != "local")
+    assert cost.is_exact and told == counted and any(counted) == (method != "local")
 
 
 def test_where_sizes_follow_from_the_numbers_the_rehearsal_is_the_most_that_it_can_be() -> None:
     made = paced("fedavg", channel={**TOP, "entropy": True}, faults={}, devices={"speed": 1e6})
     cost, told, counted = rehearsed_and_counted(made)
-    assert cost.at_most and not cost.exact and counted[0] < told[0]
+    assert cost.is_upper_bound and not cost.is_exact and counted[0] < told[0]
 
 
 def test_the_check_of_an_asynchronous_run_rehearses_it(
@@ -185,7 +192,7 @@ def test_the_check_of_an_asynchronous_run_rehearses_it(
     (line,) = [text for text in capsys.readouterr().out.splitlines() if " in 3 rounds: " in text]
     cost, _, counted = rehearsed_and_counted(source)
     assert line.startswith(_size(sum(counted))) and cost.up.keys() == set(
-        prepare(source).federation.cards
+        prepare(source).federation.client_infos
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.experiment import run
-from hetero_fl.federation.trainer import Session
+from hetero_fl.federation.trainer import FederatedTrainer
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import UserError
 from tests.helpers import asynchronous_runs
@@ -22,7 +22,7 @@ from tests.helpers.small_federations import MIXED, TOP, config
 
 KILLS = 10  # in either mode, at random; and at
 POINTS = {
-    "clients have trained, nothing is committed": (Session, "_may_be_killed"),
+    "clients have trained, nothing is committed": (FederatedTrainer, "_may_be_killed"),
     "its line is written, its checkpoint is not": (RunDirectory, "append_metrics"),
 }
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -190,20 +190,20 @@ def interrupted_run(out: str) -> None:
     import yaml
 
     from hetero_fl.cli import main
-    from hetero_fl.federation.synchronous import Rounds
+    from hetero_fl.federation.synchronous import SynchronousTrainer
 
     # a parent in the background has it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     path = Path(out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(source()))
-    held = Rounds.round
+    held = SynchronousTrainer.run_round
 
-    def round_then_interrupt(self: Rounds) -> dict[str, Any]:
+    def round_then_interrupt(self: SynchronousTrainer) -> dict[str, Any]:
         if self.completed == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return held(self)
 
-    Rounds.round = round_then_interrupt  # type: ignore[method-assign]
+    SynchronousTrainer.run_round = round_then_interrupt  # type: ignore[method-assign]
     sys.exit(main(["--config", str(path), "--out", out], command="train"))
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.federation.asynchronous import Asynchronous, Queue, Task
-from hetero_fl.federation.simulation.faults import FINE, Fate
+from hetero_fl.federation.asynchronous import AsynchronousTrainer, ClientTask, TaskQueue
+from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome
 from tests.helpers.asynchronous_runs import session
 from tests.helpers.small_federations import TOP, config
 
@@ -25,13 +25,13 @@ CHANNELS = st.sampled_from([{}, TOP])  # without, and with something unsent kept
 
 
 def after(
-    seconds: list[float], fates: dict[int, Fate], channel: dict[str, Any]
-) -> tuple[Asynchronous, dict[str, Any]]:
+    seconds: list[float], fates: dict[int, FaultOutcome], channel: dict[str, Any]
+) -> tuple[AsynchronousTrainer, dict[str, Any]]:
     """A run after two rounds, and all that server and clients have then."""
     run = session(
         {**SOURCE, "channel": channel}, seconds=lambda id, task: seconds[task % 64], fates=fates
     )
-    counts = [run.round()["counts"] for _ in range(2)]
+    counts = [run.run_round()["counts"] for _ in range(2)]
     assert all(c["invited"] == c["arrived"] + c["failed"] + c["late"] for c in counts)
     models = {
         slot: {n: t.numpy().tobytes() for n, t in m.items()}
@@ -39,7 +39,7 @@ def after(
     }
     return run, {
         "models": models,
-        "private": {id: run.store.encoded(id) for id in run.federation.cards},
+        "private": {id: run.store.encoded(id) for id in run.federation.client_infos},
         "now": run.now,
     }
 
@@ -51,7 +51,7 @@ def test_what_comes_twice_counts_once(
     seconds: list[float], twice: set[int], channel: dict[str, Any]
 ) -> None:
     plain, once = after(seconds, {}, channel)
-    run, again = after(seconds, {number: Fate("twice") for number in twice}, channel)
+    run, again = after(seconds, {number: FaultOutcome("twice") for number in twice}, channel)
     assert again == once
     assert run.traffic.down == plain.traffic.down and run.traffic.up >= plain.traffic.up
 
@@ -62,8 +62,8 @@ def test_what_comes_twice_counts_once(
 def test_what_is_changed_on_its_way_is_as_good_as_lost(
     seconds: list[float], bad: set[int], channel: dict[str, Any]
 ) -> None:
-    _, lost = after(seconds, {number: Fate("lost") for number in bad}, channel)
-    _, changed = after(seconds, {number: Fate("corrupted") for number in bad}, channel)
+    _, lost = after(seconds, {number: FaultOutcome("lost") for number in bad}, channel)
+    _, changed = after(seconds, {number: FaultOutcome("corrupted") for number in bad}, channel)
     assert changed == lost
 
 
@@ -74,7 +74,7 @@ def test_what_is_late_is_as_if_the_client_had_been_slow(
     seconds: list[float], late: set[int], by: float, channel: dict[str, Any]
 ) -> None:
     slow = [s + (by if i in late else 0.0) for i, s in enumerate(seconds)]
-    _, one = after(seconds, {number: Fate("late", by=by) for number in late}, channel)
+    _, one = after(seconds, {number: FaultOutcome("late", delay=by) for number in late}, channel)
     run, _ = after(slow, {}, channel)
     if run.given <= 64:  # durations repeat after that
         assert one["models"] == after(slow, {}, channel)[1]["models"]
@@ -84,19 +84,19 @@ def test_what_is_late_is_as_if_the_client_had_been_slow(
 def test_the_next_to_end_comes_first_and_ranks_are_of_the_idle(
     tasks: list[tuple[int, float]], data: st.DataObject
 ) -> None:
-    queue, flight, number = Queue(), dict[int, tuple[float, int]](), 0
+    queue, flight, number = TaskQueue(), dict[int, tuple[float, int]](), 0
     for place, ends in tasks:
         if place in flight:
             ends_first = min(flight.values())
             popped = queue.pop()
-            assert (popped.ends, popped.number) == ends_first
+            assert (popped.end, popped.number) == ends_first
             flight = {p: e for p, e in flight.items() if e != ends_first}
         if place not in flight:
-            queue.push(Task(number, f"c{place}", place, 0, 0, 0.0, ends, b"", 0, FINE))
+            queue.push(ClientTask(number, f"c{place}", place, 0, 0, 0.0, ends, b"", 0, NO_FAULT))
             flight[place] = (ends, number)
             number += 1
         idle = [p for p in range(31) if p not in flight]
         if idle:
             rank = data.draw(st.integers(0, len(idle) - 1))
-            assert queue.idle(rank) == idle[rank]
+            assert queue.idle_place(rank) == idle[rank]
     assert len(queue) == len(flight)

@@ -10,7 +10,7 @@ import torch
 
 from hetero_fl.core.payload import Payload
 from hetero_fl.experiment.preparation import prepare
-from hetero_fl.federation.dry_run import Expectations
+from hetero_fl.federation.dry_run import ExpectedUploads
 from hetero_fl.utils.errors import UserError
 from tests.helpers.deployments import small
 
@@ -22,10 +22,10 @@ def fedgkt() -> Any:
 
 
 def test_expected_rows_take_no_memory(fedgkt: Any) -> None:
-    expectations = Expectations(fedgkt.method, fedgkt.federation)
-    card = replace(fedgkt.federation.cards["site_1"], n=2**40)
+    expectations = ExpectedUploads(fedgkt.method, fedgkt.federation)
+    card = replace(fedgkt.federation.client_infos["site_1"], num_rows=2**40)
 
-    items = expectations.of(card, Payload({}), 0)
+    items = expectations.expected_items(card, Payload({}), 0)
 
     assert {name: len(item.values) for name, item in items.items()} == dict.fromkeys(items, 2**40)
     assert all(item.values.untyped_storage().nbytes() <= 8 for item in items.values())
@@ -37,11 +37,11 @@ def test_rows_without_memory_are_refused_by_name(
     def allocate(*given: Any) -> None:
         torch.empty(2**50)
 
-    expectations = Expectations(fedgkt.method, fedgkt.federation)
-    card = replace(fedgkt.federation.cards["site_1"], n=2**31)
-    monkeypatch.setattr(expectations, "upload", allocate)
+    expectations = ExpectedUploads(fedgkt.method, fedgkt.federation)
+    card = replace(fedgkt.federation.client_infos["site_1"], num_rows=2**31)
+    monkeypatch.setattr(expectations, "expected_payload", allocate)
 
     with pytest.raises(
         UserError, match="site_1: an upload for 2,147,483,648 rows takes more memory than there is"
     ):
-        expectations.of(card, Payload({}), 0)
+        expectations.expected_items(card, Payload({}), 0)

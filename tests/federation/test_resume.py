@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.state_store import Store
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
 SETTINGS: list[dict[str, Any]] = [
@@ -36,11 +36,11 @@ def leaves(tree: Any, at: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
     return {at: tree}
 
 
-def everything(rounds: Rounds) -> dict[tuple[Any, ...], Any]:
-    kept = {id: rounds.store.get(id) for id in rounds.federation.cards}
+def everything(rounds: SynchronousTrainer) -> dict[tuple[Any, ...], Any]:
+    kept = {id: rounds.store.get(id) for id in rounds.federation.client_infos}
     return leaves(
         {
-            "run": rounds.tree(),
+            "run": rounds.state_dict(),
             **{id: {"models": p.models, "state": p.state} for id, p in kept.items()},
         }
     )
@@ -61,14 +61,14 @@ def test_a_run_that_is_taken_up_again_is_one_that_never_stopped(
         data__proxy__labels=True,
     )
     plain = rounds_of(source)
-    first = rounds_of(source, held=2, store=Store(tmp_path))
-    Checkpoints(first.store, pytest.fail).save(2, {"run": first.tree()})
-    again = rounds_of(source, held=0, store=Store(tmp_path))
-    saved = Checkpoints(again.store, pytest.fail).newest()
+    first = rounds_of(source, held=2, store=StateStore(tmp_path))
+    Checkpoints(first.store, pytest.fail).save(2, {"run": first.state_dict()})
+    again = rounds_of(source, held=0, store=StateStore(tmp_path))
+    saved = Checkpoints(again.store, pytest.fail).load_newest()
     assert saved is not None
-    again.restore(saved["run"])
+    again.load_state_dict(saved["run"])
     for _ in range(2):
-        again.round()
+        again.run_round()
     want, got = everything(plain), everything(again)
     assert want.keys() == got.keys()
     for name, value in want.items():

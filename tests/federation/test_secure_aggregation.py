@@ -12,14 +12,14 @@ from torch import Tensor
 
 from hetero_fl.aggregation import Uploads
 from hetero_fl.communication.protocol import Message
-from hetero_fl.communication.secure_aggregation.protocol import SecureSum
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation
 from hetero_fl.core.payload import PayloadError
-from hetero_fl.engine.driver import Diverged
+from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors import processes
-from hetero_fl.federation.executors.workers import Job
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.federation.executors.workers import WorkerJob
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.executors.test_workers import killing
 from tests.federation.test_cost import told_and_counted
 from tests.federation.test_synchronous import METHODS
@@ -56,13 +56,13 @@ def tensors(tree: Any) -> list[Tensor]:
     return [t for value in values for t in tensors(value)]
 
 
-def apart(a: Rounds, b: Rounds) -> float:
+def apart(a: SynchronousTrainer, b: SynchronousTrainer) -> float:
     """The largest difference in all that server and clients hold."""
     trees = [
         [
             r.server.models,
             r.server.state,
-            [(p.models, p.state) for p in map(r.store.get, r.federation.cards)],
+            [(p.models, p.state) for p in map(r.store.get, r.federation.client_infos)],
         ]
         for r in (a, b)
     ]
@@ -193,11 +193,11 @@ def test_the_reports_tell_the_mean_loss_alone_and_uploads_nothing_single(
         return aggregate(self, server, uploads)
 
     monkeypatch.setattr(type(rounds.algorithm), "aggregate", watched)
-    record, plain = rounds.round(), rounds_of(config("hybrid", MIXED, 4), held=0).round()
+    record, plain = rounds.run_round(), rounds_of(config("hybrid", MIXED, 4), held=0).run_round()
     uploads, _ = seen
     losses = plain["train_loss"].values()
     assert record["train_loss"] == {"mean": pytest.approx(sum(losses) / len(losses), rel=1e-9)}
-    assert len(uploads) == 4 and [c.id for c in uploads.senders("logits")] == [
+    assert len(uploads) == 4 and [c.client_id for c in uploads.senders("logits")] == [
         f"site_{i}" for i in (1, 2, 3, 4)
     ]
     for ask in (lambda: uploads.each, lambda: uploads.having("logits")):
@@ -205,15 +205,16 @@ def test_the_reports_tell_the_mean_loss_alone_and_uploads_nothing_single(
             ask()
 
 
-def failing(rounds: Rounds, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def failing(rounds: SynchronousTrainer, who: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let some clients' training diverge."""
-    site = rounds.executor.site  # type: ignore[attr-defined]
+    site = rounds.executor.runtime  # type: ignore[attr-defined]
     train = site._train
 
     def bad(broadcasts: dict[str, bytes], round: int) -> dict[str, Any]:
         made = train(broadcasts, round)
         return {
-            c: Diverged("its loss is nan") if c in who else upload for c, upload in made.items()
+            c: DivergedError("its loss is nan") if c in who else upload
+            for c, upload in made.items()
         }
 
     monkeypatch.setattr(site, "_train", bad)
@@ -222,10 +223,10 @@ def failing(rounds: Rounds, who: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_who_diverges_is_left_out_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(secure("fedproto", "mlp"), held=0)
     failing(rounds, ["site_2"], monkeypatch)
-    assert rounds.round()["failed"] == {"site_2": "its loss is nan"}
+    assert rounds.run_round()["failed"] == {"site_2": "its loss is nan"}
     kept = [float(rounds.server.state["known"].sum())]
     counts = sum(
-        (rounds.federation.counts(c) for c in ("site_1", "site_3", "site_4")), torch.zeros(10)
+        (rounds.federation.label_counts(c) for c in ("site_1", "site_3", "site_4")), torch.zeros(10)
     )
     assert kept == [float((counts > 0).sum())]
 
@@ -234,15 +235,15 @@ def test_too_few_fail_the_round_in_one_line_and_nothing_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rounds = rounds_of(secure("fedproto", "mlp"), held=1)
-    before = {c: rounds.store.encoded(c) for c in rounds.federation.cards}
+    before = {c: rounds.store.encoded(c) for c in rounds.federation.client_infos}
     failing(rounds, ["site_2", "site_4"], monkeypatch)
     with pytest.raises(
-        RunFailed,
+        RunFailedError,
         match=r"round 2: the secure sum is given up at 'train': 2 of 4 clients .* asks for 3",
     ):
-        rounds.round()
+        rounds.run_round()
     assert {
-        c: rounds.store.encoded(c) for c in rounds.federation.cards
+        c: rounds.store.encoded(c) for c in rounds.federation.client_infos
     } == before and not rounds.store.notes
 
 
@@ -252,7 +253,7 @@ def test_a_sum_that_is_given_up_is_a_round_with_too_few(too_few: str | None) -> 
     """Of five clients whose uploads are lost half the time four seldom are left: such rounds are skipped, or tried again."""
     more: dict[str, Any] = {"cohort": {"too_few": too_few, "attempts": 100}} if too_few else {}
     rounds = rounds_of(secure("fedper", "mlp", clients=5, faults={"lost": 0.4}, **more), held=0)
-    records = [rounds.round() for _ in range(5)]
+    records = [rounds.run_round() for _ in range(5)]
     assert any(r.get("skipped") or r.get("attempts", 1) > 1 for r in records)
     assert [bool(r.get("skipped")) for r in records] == [
         r["counts"]["arrived"] < 4 for r in records
@@ -268,24 +269,26 @@ def test_a_sum_that_is_given_up_is_a_round_with_too_few(too_few: str | None) -> 
 
 def test_what_is_out_of_range_is_told() -> None:
     rounds = rounds_of(secure("fedproto", "mlp", channel__secure_sum={"range": 0.25}), held=0)
-    with pytest.raises(RunFailed, match=r"found .*, but channel\.secure_sum\.range is 0\.25"):
-        rounds.round()
+    with pytest.raises(RunFailedError, match=r"found .*, but channel\.secure_sum\.range is 0\.25"):
+        rounds.run_round()
     assert rounds.store.clients() == []
 
 
 def test_who_refuses_after_training_does_not_keep_what_it_staged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    vector = SecureSum.vector
+    vector = SecureAggregation.encode_upload
 
-    def large(self: SecureSum, client: str, *rest: Any) -> Any:
+    def large(self: SecureAggregation, client: str, *rest: Any) -> Any:
         if client == "site_2":
             raise PayloadError("too large")
         return vector(self, client, *rest)
 
-    monkeypatch.setattr(SecureSum, "vector", large)
+    monkeypatch.setattr(SecureAggregation, "encode_upload", large)
     rounds = rounds_of(secure("ditto", "mlp"), held=0)
-    assert rounds.round()["failed"] == {"site_2": "upload refused: it refused 'train': too large"}
+    assert rounds.run_round()["failed"] == {
+        "site_2": "upload refused: it refused 'train': too large"
+    }
     assert rounds.store.clients() == ["site_1", "site_3", "site_4"]
 
 
@@ -312,11 +315,11 @@ def test_a_worker_killed_at_any_exchange_changes_nothing(monkeypatch: pytest.Mon
     setup = setup_of(secure("hybrid", rounds=3, clients__per_round=3, server={"model": "linear"}))
     want, due = outcome(rounds_on(setup, None), 2), ["shares", "train", "unmask"]
 
-    def first_of_its_kind(job: Job) -> bool:
-        ask = next(iter(job.requests.values())).ask
+    def first_of_its_kind(job: WorkerJob) -> bool:
+        ask = next(iter(job.requests.values())).kind
         return ask in due and not due.remove(ask)  # type: ignore[func-returns-value]
 
-    crew = processes.Processes(setup, 2)
+    crew = processes.ProcessPool(setup, 2)
     try:
         killed = killing(crew, monkeypatch, first_of_its_kind)
         assert outcome(rounds_on(setup, crew, 2), 2) == want and len(killed) == 3
@@ -332,10 +335,10 @@ def test_state_travels_to_workers_for_training_only(
     rounds, jobs = rounds_on(setup, crew.take(setup) or crew, 2), []
     send = crew.send
     monkeypatch.setattr(crew, "send", lambda worker, job: (jobs.append(job), send(worker, job))[1])
-    rounds.round()
-    rounds.round()
+    rounds.run_round()
+    rounds.run_round()
     asks = {
-        id(job): {m.ask for m in job.requests.values() if isinstance(m, Message)} for job in jobs
+        id(job): {m.kind for m in job.requests.values() if isinstance(m, Message)} for job in jobs
     }
     assert {ask for asked in asks.values() for ask in asked} == {
         "keys",

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.federation.simulation.faults import Fate, Faults
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.simulation.faults import FaultOutcome, Faults
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from tests.federation.simulation.test_simulated_rounds import EVERY, arithmetic
 from tests.federation.test_secure_aggregation import apart, secure
 from tests.helpers.small_federations import MIXED, rounds_of
@@ -22,27 +22,29 @@ WHOLE = ["keys", "shares", "train", "unmask"]
 class Fated(Faults):
     """Fates by client; the others are fine."""
 
-    def __init__(self, like: Faults, fates: Mapping[str, Fate]) -> None:
+    def __init__(self, like: Faults, fates: Mapping[str, FaultOutcome]) -> None:
         super().__init__(like.config, like.devices)
         self.fates = fates
 
-    def fate(self, id: str, task: int) -> Fate:
-        return self.fates.get(id, Fate())
+    def outcome(self, client_id: str, task: int) -> FaultOutcome:
+        return self.fates.get(client_id, FaultOutcome())
 
 
-def fated(fates: Mapping[str, Fate], **changes: Any) -> tuple[Rounds, dict[str, list[str]]]:
+def fated(
+    fates: Mapping[str, FaultOutcome], **changes: Any
+) -> tuple[SynchronousTrainer, dict[str, list[str]]]:
     """A run of six clients that begins; and what each is going to answer."""
     made: dict[str, Any] = {"devices": CLOCK, "cohort": {"deadline": 60}, **changes}
     rounds = rounds_of(secure("hybrid", MIXED, 6, algorithm__heads="keep", **made), held=0)
-    rounds.conditions = replace(rounds.conditions, faults=Fated(rounds.conditions.faults, fates))
-    asked, answer = defaultdict[str, list[str]](list), rounds.executor.answer
+    rounds.environment = replace(rounds.environment, faults=Fated(rounds.environment.faults, fates))
+    asked, answer = defaultdict[str, list[str]](list), rounds.executor.run
 
     def watched(requests: Any) -> Any:
         for client in requests:
-            asked[client].append(requests[client].ask)
+            asked[client].append(requests[client].kind)
         return answer(requests)
 
-    rounds.executor.answer = watched  # type: ignore[method-assign]
+    rounds.executor.run = watched  # type: ignore[method-assign]
     return rounds, asked
 
 
@@ -51,8 +53,10 @@ def fated(fates: Mapping[str, Fate], **changes: Any) -> tuple[Rounds, dict[str, 
     "what", ["before", "during", "after", "lost", "late", "corrupted", "twice"]
 )
 def test_each_fault_strikes_at_its_place_in_the_exchanges(what: str) -> None:
-    rounds, asked = fated({"site_2": Fate(what, by=100.0 if what == "late" else 0.0, share=0.5)})  # type: ignore[arg-type]
-    record = rounds.round()
+    rounds, asked = fated(
+        {"site_2": FaultOutcome(what, delay=100.0 if what == "late" else 0.0, completed_share=0.5)}
+    )  # type: ignore[arg-type]
+    record = rounds.run_round()
     arithmetic(record)
     found = {client: what for client, _, _, what in record["tasks"]}["site_2"]
     assert found == {"late": "late", "twice": "arrived"}.get(what, "failed")
@@ -60,9 +64,9 @@ def test_each_fault_strikes_at_its_place_in_the_exchanges(what: str) -> None:
     assert asked["site_2"] == answered and asked["site_3"] == WHOLE
     plain, _ = fated({})
     if what != "twice":
-        uninvited = [c for c in rounds.federation.cards if c != "site_2"]
-        plain.invitation.draw = lambda *a: (uninvited, 0.0)  # type: ignore[method-assign,misc]
-    plain.round()
+        uninvited = [c for c in rounds.federation.client_infos if c != "site_2"]
+        plain.sampler.sample = lambda *a: (uninvited, 0.0)  # type: ignore[method-assign,misc]
+    plain.run_round()
     assert apart(rounds, plain) < 2e-5  # the other masks cancel, and what it has learnt is not kept
     assert set(rounds.store.clients()) == set(plain.store.clients())
 
@@ -70,10 +74,10 @@ def test_each_fault_strikes_at_its_place_in_the_exchanges(what: str) -> None:
 def test_what_silent_clients_cost_is_counted() -> None:
     """A client that is lost has been sent everything, and its vector was sent for nothing."""
     (plain, _), (lost, _), (twice, _) = (
-        fated(f) for f in ({}, {"site_2": Fate("lost")}, {"site_2": Fate("twice")})
+        fated(f) for f in ({}, {"site_2": FaultOutcome("lost")}, {"site_2": FaultOutcome("twice")})
     )
     for rounds in (plain, lost, twice):
-        rounds.round()
+        rounds.run_round()
     vector = 8 * lost.protocol.agreed.layout(0).size  # type: ignore[union-attr]
     assert 0 < plain.traffic.up - lost.traffic.up < 2000  # the shares that it would have told
     assert 0 < plain.traffic.down - lost.traffic.down < 2000
@@ -83,13 +87,15 @@ def test_what_silent_clients_cost_is_counted() -> None:
 def test_the_vector_that_is_sent_takes_its_time() -> None:
     """Eight bytes for each number of everybody's, not the client's own upload."""
     rounds, _ = fated({}, devices={"up": 1e3}, cohort={})
-    took = rounds.round()["simulated"]["end"]
+    took = rounds.run_round()["simulated"]["end"]
     assert took == pytest.approx(rounds.traffic.up / 6 / 1e3, rel=0.02)
 
 
 def test_too_many_dropouts_give_the_sum_up_and_nothing_is_kept() -> None:
-    rounds, asked = fated({f"site_{i}": Fate("during", share=0.5) for i in (1, 2, 3)})
-    record = rounds.round()
+    rounds, asked = fated(
+        {f"site_{i}": FaultOutcome("during", completed_share=0.5) for i in (1, 2, 3)}
+    )
+    record = rounds.run_round()
     assert record["skipped"] and record["counts"] == {
         "invited": 6,
         "arrived": 0,
@@ -116,7 +122,7 @@ def test_counts_add_up_whatever_the_policy_and_workers_compute_the_same(
         channel__secure_sum={"threshold": 0.51}, data__partition={"kind": "iid", "min_size": 10},
     )  # fmt: skip
     serial = rounds_of(made, held=0)
-    records = [serial.round() for _ in range(6)]
+    records = [serial.run_round() for _ in range(6)]
     for record in records:
         arithmetic(record)
     assert any(
@@ -126,11 +132,13 @@ def test_counts_add_up_whatever_the_policy_and_workers_compute_the_same(
         {**made, "runtime": {"threads": 1, "executor": "processes", "workers": 2}}, held=0
     )
     try:
-        told = [there.round() for _ in range(6)]
+        told = [there.run_round() for _ in range(6)]
     finally:
         there.executor.close()
     for one, other in zip(records, told, strict=True):
         assert {k: v for k, v in one.items() if k != "seconds"} == {
             k: v for k, v in other.items() if k != "seconds"
         }
-    assert all(serial.store.encoded(c) == there.store.encoded(c) for c in serial.federation.cards)
+    assert all(
+        serial.store.encoded(c) == there.store.encoded(c) for c in serial.federation.client_infos
+    )

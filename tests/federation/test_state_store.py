@@ -15,16 +15,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hetero_fl.federation.checkpoint import Checkpoints
-from hetero_fl.federation.state_store import COMPACT, OpenSegment, Private, Store
+from hetero_fl.federation.state_store import COMPACT, OpenSegment, PrivateState, StateStore
 
 CLIENTS = [f"site_{i}" for i in range(5)]
 MEMORY = st.sampled_from([0, 500, 3000, 1 << 30])
 State = dict[str, bytes]
 
 
-def private(n: int, size: int) -> Private:
+def private(n: int, size: int) -> PrivateState:
     """State that is told from any other by its number; of size 0 it is no state."""
-    return Private({"model": {"w": torch.full((size,), float(n))}}, {"n": n}) if size else Private()
+    return (
+        PrivateState({"model": {"w": torch.full((size,), float(n))}}, {"n": n})
+        if size
+        else PrivateState()
+    )
 
 
 class Machine(RuleBasedStateMachine):
@@ -44,7 +48,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(memory=MEMORY)
     def start(self, memory: int) -> None:
-        self.store = Store(self.folder, memory)
+        self.store = StateStore(self.folder, memory)
         self.stamps.clear()
         self.checkpoints = Checkpoints(self.store, lambda line: None)
 
@@ -60,7 +64,7 @@ class Machine(RuleBasedStateMachine):
     @rule(client=st.sampled_from(CLIENTS))
     def drop(self, client: str) -> None:
         self.staged.pop(client, None)
-        self.store.drop(client)
+        self.store.discard_client(client)
 
     @rule()
     def commit(self) -> None:
@@ -88,7 +92,7 @@ class Machine(RuleBasedStateMachine):
     @rule(memory=MEMORY)
     def crash(self, memory: int) -> None:
         self.start(memory)
-        tree = self.checkpoints.newest()
+        tree = self.checkpoints.load_newest()
         assert (tree is None) == (not self.saved) and (tree is None or tree["round"] == self.round)
         kept, staged = self.saved[-1] if self.saved else ({}, {})
         self.kept, self.staged = dict(kept), dict(staged)
@@ -123,14 +127,14 @@ TestStore = pytest.mark.slow(Machine.TestCase)
 
 
 def test_without_a_folder_it_is_the_same_in_memory() -> None:
-    store = Store(memory=0)
+    store = StateStore(memory=0)
     store.stage("a", private(1, 100))
     assert store.encoded("a") is None and store.stamp("a") is None
     store.commit()
     first = store.stamp("a")
     assert store.get("a").models["model"]["w"].tolist() == [1.0] * 100 and first is not None
     store.stage("a", private(2, 100).encode())
-    store.drop("a")
+    store.discard_client("a")
     store.stage("b", private(3, 1))
     store.discard()
     store.commit()
@@ -142,15 +146,15 @@ def test_without_a_folder_it_is_the_same_in_memory() -> None:
     store.stage("a", private(2, 100))
     store.commit()
     assert store.stamp("a") != first and store.get("a").state == {"n": 2}
-    store.stage("a", Private())
+    store.stage("a", PrivateState())
     store.commit()
-    assert store.stamp("a") is None and store.get("a") == Private() and store.held == 0
+    assert store.stamp("a") is None and store.get("a") == PrivateState() and store.held == 0
     with pytest.raises(ValueError, match="memory only"):
         Checkpoints(store, pytest.fail)
 
 
 def test_commit_of_some_clients_leaves_the_others_staged() -> None:
-    store = Store(memory=0)
+    store = StateStore(memory=0)
     store.stage("a", private(1, 10))
     store.stage("b", private(2, 10))
 
@@ -158,14 +162,14 @@ def test_commit_of_some_clients_leaves_the_others_staged() -> None:
 
     assert store.encoded("a") == private(1, 10).encode()
     assert store.encoded("b") is None
-    assert set(store.waiting()) == {"b"}
+    assert set(store.staged_locations()) == {"b"}
 
 
 def test_a_discarded_round_takes_nothing_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not what was committed before it and is in no checkpoint yet, nor what a failed checkpoint has moved."""
-    store = Store(tmp_path, 0)
+    store = StateStore(tmp_path, 0)
     checkpoints = Checkpoints(store, pytest.fail)
     store.stage("a", private(1, 700))
     store.commit()
@@ -185,7 +189,7 @@ def test_a_discarded_round_takes_nothing_with_it(
 
 
 def test_discard_cuts_off_what_was_staged_on_disk(tmp_path: Path) -> None:
-    store = Store(tmp_path, 0)
+    store = StateStore(tmp_path, 0)
     store.stage("a", private(1, 700))
     store.commit()
     assert store.open is not None
@@ -199,7 +203,7 @@ def test_discard_cuts_off_what_was_staged_on_disk(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_the_same_round_replaces_the_file_and_not_its_state(tmp_path: Path) -> None:
-    store = Store(tmp_path, 0)
+    store = StateStore(tmp_path, 0)
     checkpoints = Checkpoints(store, pytest.fail)
     store.stage("a", private(1, 5000))
     store.commit()
@@ -214,8 +218,8 @@ def test_a_checkpoint_of_the_same_round_replaces_the_file_and_not_its_state(tmp_
 def test_state_is_what_its_bytes_say_and_shares_no_memory(tmp_path: Path) -> None:
     """The layout of a tensor in memory decides the last bits of a convolution: it must not depend on what was held."""
     w = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
-    for store in (Store(), Store(tmp_path)):
-        store.stage("a", Private({"model": {"w": w, "row": w[0]}}, {"pair": (1, 2)}))
+    for store in (StateStore(), StateStore(tmp_path)):
+        store.stage("a", PrivateState({"model": {"w": w, "row": w[0]}}, {"pair": (1, 2)}))
         store.commit()
         got = store.get("a")
         assert torch.equal(got.models["model"]["w"], w) and got.models["model"]["w"].stride() == (
@@ -231,7 +235,7 @@ def test_state_is_what_its_bytes_say_and_shares_no_memory(tmp_path: Path) -> Non
 
 def test_a_round_writes_what_changed(tmp_path: Path) -> None:
     """Ten of five hundred: the state of ten, and 100 bytes a client for the index."""
-    checkpoints, sizes = Checkpoints(Store(tmp_path, 0), pytest.fail), {}
+    checkpoints, sizes = Checkpoints(StateStore(tmp_path, 0), pytest.fail), {}
     blob = len(private(0, 10_000).encode())
     for round, cohort in enumerate((500, 10, 20, 10)):
         for i in range(cohort):
@@ -245,7 +249,7 @@ def test_a_round_writes_what_changed(tmp_path: Path) -> None:
 def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
     """60 clients of 400 kB with 4 MB: reading, staging, committing, and reading back in another process."""
     bound, size = 4_000_000, 100_000
-    checkpoints = Checkpoints(Store(tmp_path, bound), pytest.fail)
+    checkpoints = Checkpoints(StateStore(tmp_path, bound), pytest.fail)
     tracemalloc.start()
     for round in range(3):
         for i in range(60):
@@ -254,8 +258,8 @@ def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
             assert checkpoints.store.held <= bound
         checkpoints.store.commit()
         checkpoints.save(round, {})
-    again = Checkpoints(Store(tmp_path, bound), pytest.fail)
-    again.newest()
+    again = Checkpoints(StateStore(tmp_path, bound), pytest.fail)
+    again.load_newest()
     for i in range(60):
         assert again.store.get(f"site_{i}").state == {"n": 2} and again.store.held <= bound
     assert again.store.held > bound - 8 * size  # and what fits is held
@@ -267,7 +271,7 @@ def test_memory_is_bounded_in_every_step(tmp_path: Path) -> None:
 def test_what_was_used_last_is_held_and_read_from_disk_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(tmp_path, 3 * 4100)
+    store = StateStore(tmp_path, 3 * 4100)
     for i in range(5):
         store.stage(f"site_{i}", private(i, 1000))
     store.commit()
@@ -286,7 +290,11 @@ def test_what_was_used_last_is_held_and_read_from_disk_no_more(
 def test_files_that_hold_little_live_state_are_given_up_and_none_of_it_is_lost(
     tmp_path: Path, server: int
 ) -> None:
-    checkpoints, rng, truth = Checkpoints(Store(tmp_path, 0), pytest.fail), random.Random(0), {}
+    checkpoints, rng, truth = (
+        Checkpoints(StateStore(tmp_path, 0), pytest.fail),
+        random.Random(0),
+        {},
+    )
     for round in range(60):
         for client in rng.sample(range(40), 40 if round == 0 else 3):
             truth[f"site_{client}"] = private(100 * round + client, 1000).encode()
@@ -298,7 +306,7 @@ def test_files_that_hold_little_live_state_are_given_up_and_none_of_it_is_lost(
         newest = 2 * (4 * server + 40 * 200 + 10_000) + 3 * len(truth["site_0"])
         assert size < COMPACT * live + live + newest
         assert {c: checkpoints.store.encoded(c) for c in truth} == truth
-    again = Checkpoints(Store(tmp_path, 0), pytest.fail)
-    again.newest()
+    again = Checkpoints(StateStore(tmp_path, 0), pytest.fail)
+    again.load_newest()
     assert {c: again.store.encoded(c) for c in truth} == truth
     assert not (tmp_path / "round-000000.ckpt").exists() and len(files) < 25

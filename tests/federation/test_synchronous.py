@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from hetero_fl.aggregation import Uploads
-from hetero_fl.core.participant import Card, Participant, contained, copied
+from hetero_fl.core.participant import ClientInfo, Participant, copy_containers, copy_tree
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import Fit, Plan
-from hetero_fl.engine.driver import Diverged
+from hetero_fl.engine.driver import DivergedError
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.synchronous import Rounds
-from hetero_fl.federation.trainer import Session, record_readings
+from hetero_fl.federation.synchronous import SynchronousTrainer
+from hetero_fl.federation.trainer import FederatedTrainer, add_evaluation
 from hetero_fl.reporting.summary import Patience
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import decode, encode
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of, same_bits
 
@@ -68,14 +68,14 @@ def test_every_method_runs_on_a_mixed_federation_and_reading_leaves_no_trace(met
     source = config(method, MIXED, clients=4, server={"model": "linear"})
     plain, read = rounds_of(source), rounds_of(source, held=0)
     for _ in range(2):
-        record = read.round()
-        record_readings(record, read.evaluate())
+        record = read.run_round()
+        add_evaluation(record, read.evaluate())
         assert 0 <= record["global"]["accuracy"] <= 1 and set(record["clients"]) == set(
-            read.federation.cards
+            read.federation.client_infos
         )
     for slot in plain.server.models:
         assert same_bits(plain.server.models[slot], read.server.models[slot])
-    for id in plain.federation.cards:
+    for id in plain.federation.client_infos:
         kept, other = plain.store.get(id).models, read.store.get(id).models
         assert kept.keys() == other.keys() and all(same_bits(kept[s], other[s]) for s in kept)
 
@@ -83,14 +83,14 @@ def test_every_method_runs_on_a_mixed_federation_and_reading_leaves_no_trace(met
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_are_those_of_the_encoded_payloads(method: str) -> None:
     rounds = rounds_of(config(method, MIXED, clients=4), held=0)
-    up, receive = [], rounds.intake.receive
+    up, receive = [], rounds.collector.decode_upload
 
     def watched(client: str, data: bytes, *rest: Any) -> Payload:
         up.append(len(data))
         return receive(client, data, *rest)
 
-    rounds.intake.receive = watched  # type: ignore[method-assign]
-    rounds.round()
+    rounds.collector.decode_upload = watched  # type: ignore[method-assign]
+    rounds.run_round()
     if method in ("local", "centralized"):
         assert (rounds.traffic.up, rounds.traffic.down) == (0, 0)
         rounds.evaluate()
@@ -104,27 +104,27 @@ def test_a_model_is_read_as_training_will_find_it() -> None:
     algorithm = {"name": "hybrid", "distil_at": "both"}
     rounds = rounds_of(config("hybrid", MIXED, algorithm=algorithm), held=1)
     read = deployed(rounds, "site_1").models["model"]
-    found, fit = [], type(rounds.algorithm).rehearsal
+    found, fit = [], type(rounds.algorithm).proxy_replay
 
     def before(self: Any, client: Any, *rest: Any) -> Fit:
         found.append(client.models["model"])
         return fit(self, client, *rest)
 
-    rounds.algorithm = type("Watched", (type(rounds.algorithm),), {"rehearsal": before})(
+    rounds.algorithm = type("Watched", (type(rounds.algorithm),), {"proxy_replay": before})(
         **rounds.algorithm.model_dump()
     )
-    rounds.executor.site.algorithm = rounds.algorithm
-    rounds.round()
+    rounds.executor.runtime.algorithm = rounds.algorithm
+    rounds.run_round()
     assert same_bits(found[0], read)
 
 
-def poisoned(rounds: Rounds, client: str) -> None:
+def poisoned(rounds: SynchronousTrainer, client: str) -> None:
     """Let one client's upload arrive with a NaN in it."""
     share = type(rounds.algorithm).share
 
     def bad(self: Any, participant: Any) -> dict[str, Any]:
         items = share(self, participant)
-        if participant.id == client and participant.clock.round == 1:
+        if participant.participant_id == client and participant.round_context.round_idx == 1:
             tensors = {n: t.clone() for n, t in items["model"].values.items()}
             next(iter(tensors.values())).view(-1)[0] = float("nan")
             items["model"] = Item(tensors, items["model"].weight, "params")
@@ -133,7 +133,7 @@ def poisoned(rounds: Rounds, client: str) -> None:
     rounds.algorithm = type("Poisoned", (type(rounds.algorithm),), {"share": bad})(
         **rounds.algorithm.model_dump()
     )
-    rounds.executor.site.algorithm = rounds.expectations.algorithm = rounds.algorithm
+    rounds.executor.runtime.algorithm = rounds.expectations.algorithm = rounds.algorithm
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedper"])
@@ -143,12 +143,12 @@ def test_a_nan_upload_is_refused_and_counted_and_its_senders_state_is_as_before(
     rounds = rounds_of(config(method, rounds=3), held=1)
     before = rounds.store.get("site_1").models
     poisoned(rounds, "site_1")
-    record = rounds.round()
+    record = rounds.run_round()
     assert list(record["failed"]) == ["site_1"] and "not finite" in record["failed"]["site_1"]
     assert (
         rounds.store.get("site_1").models is before or rounds.store.get("site_1").models == before
     )
-    assert rounds.round()["failed"] == {}
+    assert rounds.run_round()["failed"] == {}
 
 
 def test_a_client_that_diverges_is_left_out_and_a_round_without_uploads_fails() -> None:
@@ -157,15 +157,17 @@ def test_a_client_that_diverges_is_left_out_and_a_round_without_uploads_fails() 
         {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}},
     ]
     rounds = rounds_of(config("fedavg", clients__groups=groups), held=0)
-    record = rounds.round()
+    record = rounds.run_round()
     assert list(record["failed"]) == ["wild"] and "finite" in record["failed"]["wild"]
     assert all(torch.isfinite(t).all() for m in rounds.server.models.values() for t in m.values())
     wild = rounds_of(config("fedavg", "mlp", clients__defaults={"optimizer": {"lr": 1e30}}), held=0)
-    with pytest.raises(RunFailed, match="no usable upload"):
-        wild.round()
+    with pytest.raises(RunFailedError, match="no usable upload"):
+        wild.run_round()
 
 
-def diverging(rounds: Session, turns: Collection[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def diverging(
+    rounds: FederatedTrainer, turns: Collection[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Have training at the server diverge at these turns (from 0), after it has changed whatever it can."""
     aggregate, turn = type(rounds.algorithm).aggregate, itertools.count()
 
@@ -177,7 +179,7 @@ def diverging(rounds: Session, turns: Collection[int], monkeypatch: pytest.Monke
                 if isinstance(each, dict):
                     each.clear()
             server.state["more"], server.arch = 1, {}
-            raise Diverged("'student' is no longer finite (loss inf)")
+            raise DivergedError("'student' is no longer finite (loss inf)")
 
     monkeypatch.setattr(type(rounds.algorithm), "aggregate", aggregates)
 
@@ -189,10 +191,10 @@ def test_round_whose_training_at_the_server_diverges_changes_nothing(
     buffer = {"algorithm__buffer": 3} if method == "fedbuff" else {}
     rounds = rounds_of(config(method, rounds=4, **buffer), held=1)
     loud(rounds, "site_2", monkeypatch)
-    before = copied([rounds.server.models, rounds.server.state])
+    before = copy_tree([rounds.server.models, rounds.server.state])
     diverging(rounds, [0], monkeypatch)
 
-    record = rounds.round()
+    record = rounds.run_round()
 
     assert encode([rounds.server.models, rounds.server.state], "x") == encode(before, "x")
     assert record["diverged"].startswith(
@@ -200,18 +202,18 @@ def test_round_whose_training_at_the_server_diverges_changes_nothing(
     )
     assert "the upload of site_2 has the largest magnitude, " in record["diverged"]
     assert method == "fedbuff" or record["skipped"]
-    assert "diverged" not in rounds.round() and rounds.diverged == 0
+    assert "diverged" not in rounds.run_round() and rounds.diverged == 0
 
 
-def loud(rounds: Session, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def loud(rounds: FederatedTrainer, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiply what a client sends by a thousand."""
-    uploaded = rounds.links.uploaded
+    uploaded = rounds.links.decode_upload
 
-    def louder(card: Card, *args: Any) -> Payload:
+    def louder(card: ClientInfo, *args: Any) -> Payload:
         payload = uploaded(card, *args)
-        return Payload.decode(scaled(payload).encode()) if card.id == client else payload
+        return Payload.decode(scaled(payload).encode()) if card.client_id == client else payload
 
-    monkeypatch.setattr(rounds.links, "uploaded", louder)
+    monkeypatch.setattr(rounds.links, "decode_upload", louder)
 
 
 def scaled(payload: Payload) -> Payload:
@@ -234,11 +236,12 @@ def test_training_at_the_server_that_diverges_in_succession_fails_in_one_line(
     diverging(rounds, [0, 1, 3, 4, 5], monkeypatch)
 
     while rounds.completed < 5:
-        rounds.round()
+        rounds.run_round()
     with pytest.raises(
-        RunFailed, match=r"round 6: .*diverged.*the largest magnitude, .*, 3 times in succession$"
+        RunFailedError,
+        match=r"round 6: .*diverged.*the largest magnitude, .*, 3 times in succession$",
     ):
-        rounds.round()
+        rounds.run_round()
 
 
 def test_divergence_at_the_server_is_counted_across_a_checkpoint(
@@ -247,13 +250,13 @@ def test_divergence_at_the_server_is_counted_across_a_checkpoint(
     made = config("fedavg", rounds=9)
     rounds = rounds_of(made, held=0)
     diverging(rounds, [0, 1, 2], monkeypatch)
-    rounds.round()
-    rounds.round()
+    rounds.run_round()
+    rounds.run_round()
     later = rounds_of(made, held=0)
-    later.restore(decode(encode(rounds.tree(), "x"), "x"))
+    later.load_state_dict(decode(encode(rounds.state_dict(), "x"), "x"))
 
-    with pytest.raises(RunFailed, match="3 times in succession"):
-        later.round()
+    with pytest.raises(RunFailedError, match="3 times in succession"):
+        later.run_round()
 
 
 @pytest.mark.parametrize("stop", [{"rounds": 1}, {"rounds": 9, "runtime__divergence": "stop"}])
@@ -262,17 +265,17 @@ def test_divergence_at_the_server_ends_a_run_of_one_round(stop: dict[str, Any]) 
         config("feddf", server={"optimizer": {"name": "sgd", "lr": 1e30}}, **stop), held=0
     )
 
-    with pytest.raises(RunFailed, match="at the server diverged"):
-        rounds.round()
+    with pytest.raises(RunFailedError, match="at the server diverged"):
+        rounds.run_round()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_aggregation_changes_no_tensor_in_place(method: str) -> None:
     rounds = rounds_of(config(method, rounds=3), held=1)
-    kept = contained([rounds.server.models, rounds.server.state])
+    kept = copy_containers([rounds.server.models, rounds.server.state])
     before = encode(kept, "x")
 
-    rounds.round()
+    rounds.run_round()
 
     assert encode(kept, "x") == before
 
@@ -293,7 +296,7 @@ def test_the_server_has_a_model_only_where_one_was_trained() -> None:
 
 def test_heads_stay_where_they_are_meant_to_stay() -> None:
     rounds = rounds_of(config("fedper"))
-    kept = [rounds.store.get(id).models["model"] for id in rounds.federation.cards]
+    kept = [rounds.store.get(id).models["model"] for id in rounds.federation.client_infos]
     assert all(n.startswith("head.") or "num_batches" in n for k in kept for n in k)
     assert not torch.equal(kept[0]["head.weight"], kept[1]["head.weight"])
     # a client without private state costs nothing
@@ -303,20 +306,20 @@ def test_heads_stay_where_they_are_meant_to_stay() -> None:
 def test_clients_alike_but_for_when_they_share_are_each_asked_for_their_own() -> None:
     now_and_then = [{"match": "site_1", "share_every": 2}]
     rounds = rounds_of(config("fedavg", "mlp", 3, clients__overrides=now_and_then), held=0)
-    assert [rounds.round()["failed"] for _ in range(2)] == [{}, {}]
+    assert [rounds.run_round()["failed"] for _ in range(2)] == [{}, {}]
 
 
 def test_sharing_every_second_round() -> None:
     rounds = rounds_of(config("fedavg", clients__defaults={"share_every": 2}), held=0)
     (group,) = rounds.server.models
     start = dict(rounds.server.models[group])
-    rounds.round()
+    rounds.run_round()
     assert same_bits(start, rounds.server.models[group])
     assert all(
         "backbone.0.weight" in rounds.store.get(id).models["model"]
-        for id in rounds.federation.cards
+        for id in rounds.federation.client_infos
     )
-    rounds.round()
+    rounds.run_round()
     assert not same_bits(start, rounds.server.models[group])
     with pytest.raises(UserError, match=r"per_round.*share_every"):
         prepare(config("fedavg", clients__defaults={"share_every": 2}, clients__per_round=2))
@@ -335,9 +338,9 @@ def test_label_counts_do_not_leave_where_statistics_are_not_shared() -> None:
         ),
         [],
     )
-    receive = rounds.intake.receive
-    rounds.intake.receive = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
-    rounds.round()
+    receive = rounds.collector.decode_upload
+    rounds.collector.decode_upload = lambda *a: seen.append(receive(*a)) or seen[-1]  # type: ignore[method-assign]
+    rounds.run_round()
     for payload in seen:
         weight = payload.item("logits").weight
         # says n, not who
@@ -418,7 +421,7 @@ def test_head_and_backbone_may_have_rates_of_their_own() -> None:
     )
     kept, start = (
         rounds.store.get("site_1").models["model"],
-        rounds.federation.initial(rounds.federation.cards["site_1"].arch),
+        rounds.federation.initial_tensors(rounds.federation.client_infos["site_1"].arch),
     )
     assert torch.allclose(kept["head.weight"], start["head.weight"], atol=1e-8)
     assert not torch.allclose(kept["backbone.0.weight"], start["backbone.0.weight"], atol=1e-4)
@@ -433,11 +436,11 @@ def test_a_kept_optimiser_goes_on_where_it_was() -> None:
         client = rounds.federation.client("site_1", rounds.store.get("site_1"), 0)
         fit = rounds.algorithm.fit(client)
         for _ in range(2):
-            rounds.performer.perform([(client, Fit(**{**fit.__dict__, "keep": keep}))])
+            rounds.backend.run([(client, Fit(**{**fit.__dict__, "keep": keep}))])
         ends.append(client.models["model"]["head.weight"])
         if keep:
             steps = {float(s["step"]) for s in client.state["optimizers"]["mine"].values()}
-            assert steps == {2.0 * -(-client.n // 16)} or len(steps) == 1
+            assert steps == {2.0 * -(-client.num_rows // 16)} or len(steps) == 1
     assert not torch.equal(*ends)
 
 
@@ -448,4 +451,4 @@ def test_a_hook_that_is_no_plan_is_told_in_one_line() -> None:
     )
     rounds.algorithm = broken(**rounds.algorithm.model_dump())
     with pytest.raises(UserError, match="yield from"):
-        rounds.round()
+        rounds.run_round()

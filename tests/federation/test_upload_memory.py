@@ -23,7 +23,7 @@ class Body(bytes):
 
 def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of(config(models="mlp", clients=5), held=0)
-    answer, add = rounds.executor.answer, Uploads.add
+    answer, add = rounds.executor.run, Uploads.add
     seen = {"made": [], "added": []}
 
     def tracked(requests: Messages) -> Iterator[tuple[str, Any]]:
@@ -33,7 +33,7 @@ def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
             assert isinstance(reply, Message)
             body = Body(reply.body)
             alive.append(id(body))
-            replies = [Message(reply.ask, body)]
+            replies = [Message(reply.kind, body)]
             del body, reply
             yield client, replies.pop()
 
@@ -41,27 +41,27 @@ def test_no_upload_outlives_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         seen["added"].append(len(alive))
         add(self, upload)
 
-    monkeypatch.setattr(rounds.executor, "answer", tracked)
+    monkeypatch.setattr(rounds.executor, "run", tracked)
     monkeypatch.setattr(Uploads, "add", adding)
-    rounds.round()
+    rounds.run_round()
     assert seen == {"made": [0] * 5, "added": [0] * 5}
 
 
 def test_the_executor_holds_no_upload_that_it_has_handed_on() -> None:
     rounds = rounds_of(config(models="mlp", clients=4), held=0)
     rounds.executor.chunk = 4  # type: ignore[attr-defined]
-    site = rounds.executor.site  # type: ignore[attr-defined]
-    answer, handed = site.answer, []
+    site = rounds.executor.runtime  # type: ignore[attr-defined]
+    answer, handed = site.run, []
 
     def kept(*args: Any) -> Any:
         handed.append(answer(*args))
         return handed[-1]
 
-    site.answer = kept
-    left = [len(handed[0]) for _ in rounds.executor.answer(requests(rounds))]
+    site.run = kept
+    left = [len(handed[0]) for _ in rounds.executor.run(requests(rounds))]
     assert left == [3, 2, 1, 0]
 
 
 def requests(rounds: Any) -> dict[str, Message]:
-    bodies = rounds.broadcasts(rounds.cohort(0))
+    bodies = rounds.broadcasts(rounds.sample_cohort(0))
     return {client: Message("train", bodies[client]) for client in bodies}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from tests.frozen_bits.__main__ import compare
 from tests.frozen_bits.cases import METHODS
 
 
 def test_cases_cover_every_method() -> None:
-    registered = {n for n in algorithm if algorithm[n].__module__.startswith("hetero_fl.")}
+    registered = {
+        n for n in register_algorithm if register_algorithm[n].__module__.startswith("hetero_fl.")
+    }
 
     assert set(METHODS) == registered
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from hetero_fl.config.simulation import FaultsConfig
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.asynchronous import Asynchronous
+from hetero_fl.federation.asynchronous import AsynchronousTrainer
 from hetero_fl.federation.executors.base import Executor
-from hetero_fl.federation.simulation.devices import Stages, Timing
-from hetero_fl.federation.simulation.faults import Fate
+from hetero_fl.federation.simulation.devices import TaskTimes, Timing
+from hetero_fl.federation.simulation.faults import FaultOutcome
 from tests.helpers.small_federations import MIXED, changed, config
 
 FAULTS = {
@@ -41,33 +41,39 @@ class Paced(Timing):
     def __init__(self, seconds: Callable[[str, int], float]) -> None:
         self.seconds = seconds
 
-    def stages(
-        self, id: str, down_bytes: int, up_bytes: int, at: float, task: int, work: float = 1.0
-    ) -> Stages:
-        return Stages(at, at, at, at + self.seconds(id, task))
+    def task_times(
+        self,
+        client_id: str,
+        down_bytes: int,
+        up_bytes: int,
+        at: float,
+        task: int,
+        step_share: float = 1.0,
+    ) -> TaskTimes:
+        return TaskTimes(at, at, at, at + self.seconds(client_id, task))
 
 
 class Fated:
     """Fates by task number; the others are fine."""
 
-    def __init__(self, fates: Mapping[int, Fate]) -> None:
+    def __init__(self, fates: Mapping[int, FaultOutcome]) -> None:
         self.fates, self.config = fates, FaultsConfig()
 
-    def fate(self, id: str, task: int) -> Fate:
-        return self.fates.get(task, Fate())
+    def outcome(self, client_id: str, task: int) -> FaultOutcome:
+        return self.fates.get(task, FaultOutcome())
 
 
 def session(
     made: dict[str, Any], executor: Executor | None = None, seconds: Callable[[str, int], float] | None = None,
-    fates: Mapping[int, Fate] | None = None,
-) -> Asynchronous:  # fmt: skip
+    fates: Mapping[int, FaultOutcome] | None = None,
+) -> AsynchronousTrainer:  # fmt: skip
     """A run that begins, on another executor, at another pace or with other fates than its configuration says."""
-    run = prepare(made).rounds()
-    assert isinstance(run, Asynchronous)
+    run = prepare(made).make_trainer()
+    assert isinstance(run, AsynchronousTrainer)
     if executor is not None:
-        run.executor, run.store, run.performer = executor, executor.store, executor.performer
+        run.executor, run.store, run.backend = executor, executor.store, executor.backend
     if seconds is not None:
-        run.conditions = replace(run.conditions, timing=Paced(seconds))
+        run.environment = replace(run.environment, timing=Paced(seconds))
     if fates is not None:
-        run.conditions = replace(run.conditions, faults=Fated(fates))  # type: ignore[arg-type]
+        run.environment = replace(run.environment, faults=Fated(fates))  # type: ignore[arg-type]
     return run

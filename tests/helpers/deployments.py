@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.messages import Envelope, Handle, Loopback
+from hetero_fl.deployment.messages import Envelope, Handle, LoopbackTransport
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.server import serve
+from hetero_fl.deployment.server import run_federation
 from hetero_fl.reporting.run import Run
 from tests.helpers.nodes import LONG
 from tests.helpers.small_federations import config
@@ -30,7 +30,7 @@ class Federation:
     def __init__(
         self, folder: Path, sites: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
     ) -> None:
-        self.folder, self.transport = folder, Loopback()
+        self.folder, self.transport = folder, LoopbackTransport()
         self.said: list[str] = []
         self.nodes = {
             id: Node(
@@ -48,7 +48,7 @@ class Federation:
             for id, node in self.nodes.items():
                 handle: Handle = node.handle
                 self.transport.join((between or {}).get(id, lambda h: h)(handle))
-            return serve(
+            return run_federation(
                 source,
                 **{"transport": self.transport, "out": self.folder / "run", "wait": LONG, **more},
             )

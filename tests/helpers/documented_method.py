@@ -3,13 +3,13 @@
 import torch
 from pydantic import Field
 
-from hetero_fl.algorithms import Algorithm, algorithm
-from hetero_fl.core.objectives import Digest
+from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.core.objectives import TeacherDistillation
 from hetero_fl.core.payload import ItemSpec
 from hetero_fl.core.plan import Predict, Rows
 
 
-@algorithm("median_teacher")
+@register_algorithm("median_teacher")
 class MedianTeacher(Algorithm):
     """Clients follow the median of everybody's proxy logits: one liar cannot move it far."""
 
@@ -18,13 +18,13 @@ class MedianTeacher(Algorithm):
     needs_proxy = True
     epochs: int = Field(1, ge=1, description="epochs on the proxy set before private training")
 
-    def broadcast(self, server, card):
+    def broadcast(self, server, recipient):
         return dict(server.state)
 
-    def train(self, client, got):
-        if "teacher" in got:
-            rows = Rows("proxy", beside={"teacher": got["teacher"]})
-            yield self.fit(client, Digest(), rows, epochs=self.epochs)
+    def train(self, client, received):
+        if "teacher" in received:
+            rows = Rows("proxy", extra_columns={"teacher": received["teacher"]})
+            yield self.fit(client, TeacherDistillation(), rows, epochs=self.epochs)
         yield self.fit(client)
         return {"logits": (yield Predict("model", Rows("proxy")))}
 

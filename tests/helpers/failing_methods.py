@@ -9,37 +9,37 @@ from typing import Any
 
 from pydantic import Field
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 
-FedAvg, Hybrid = algorithm["fedavg"], algorithm["hybrid"]
+FedAvg, Hybrid = register_algorithm["fedavg"], register_algorithm["hybrid"]
 
 
 class Fails(FedAvg):  # type: ignore[misc,valid-type]
     """Federated averaging that cannot train one of the clients."""
 
-    def train(self, client: Any, got: Any) -> Any:
-        if client.id == "site_1" and client.clock.round == 1:
+    def train(self, client: Any, received: Any) -> Any:
+        if client.participant_id == "site_1" and client.round_context.round_idx == 1:
             raise ZeroDivisionError("of all things")
-        return (yield from super().train(client, got))
+        return (yield from super().train(client, received))
 
 
 class Leaves(FedAvg):  # type: ignore[misc,valid-type]
     """Federated averaging that ends the process."""
 
-    def train(self, client: Any, got: Any) -> Any:
-        if client.id == "site_1" and client.clock.round == 1:
+    def train(self, client: Any, received: Any) -> Any:
+        if client.participant_id == "site_1" and client.round_context.round_idx == 1:
             raise SystemExit(3)
-        return (yield from super().train(client, got))
+        return (yield from super().train(client, received))
 
 
 class Waits(FedAvg):  # type: ignore[misc,valid-type]
     """Federated averaging that never ends, and leaves a sign in the working folder when it has come to that."""
 
-    def train(self, client: Any, got: Any) -> Any:
-        if client.id == "site_1" and client.clock.round == 1:
+    def train(self, client: Any, received: Any) -> Any:
+        if client.participant_id == "site_1" and client.round_context.round_idx == 1:
             Path("waiting").touch()
             time.sleep(1000)
-        return (yield from super().train(client, got))
+        return (yield from super().train(client, received))
 
 
 class Held(Hybrid):  # type: ignore[misc,valid-type]
@@ -49,10 +49,10 @@ class Held(Hybrid):  # type: ignore[misc,valid-type]
         "", description="file with the number of a process that waits; none waits once it is there"
     )
 
-    def train(self, client: Any, got: Any) -> Any:
-        if client.clock.round >= 1 and not Path(self.sign).exists():
+    def train(self, client: Any, received: Any) -> Any:
+        if client.round_context.round_idx >= 1 and not Path(self.sign).exists():
             written = Path(f"{self.sign}.{os.getpid()}")
             written.write_text(str(os.getpid()))
             written.replace(self.sign)
             time.sleep(10_000)
-        return (yield from super().train(client, got))
+        return (yield from super().train(client, received))

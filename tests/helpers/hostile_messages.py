@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from hetero_fl.core.payload import FORM as PAYLOAD
-from hetero_fl.deployment.messages import FORM, Envelope, Handle, NodeKeys, signed
+from hetero_fl.deployment.messages import FORM, Envelope, Handle, NodeKeys, sign_envelope
 from hetero_fl.utils.serialization import encode
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ def hostile(handle: Handle, answers: list[Answer], keys: NodeKeys | None = None)
         if keys is None:
             return Envelope(head, body)
         kept = {name: answer.head[name] for name in ("client", "answers") if name in answer.head}
-        return signed(Envelope({**head, **kept}, body), keys.own, "node")
+        return sign_envelope(Envelope({**head, **kept}, body), keys.own, "node")
 
     return handles
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.deployment.config import SiteConfig, TellsConfig
-from hetero_fl.deployment.messages import Envelope, Loopback
+from hetero_fl.deployment.config import DisclosureConfig, SiteConfig
+from hetero_fl.deployment.messages import Envelope, LoopbackTransport
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.node_storage import Vault
-from hetero_fl.deployment.server import serve
+from hetero_fl.deployment.node_storage import NodeStorage
+from hetero_fl.deployment.server import run_federation
 from hetero_fl.reporting.run import Run
 
-ALL = TellsConfig(labels=True, details=True, model=True)
+ALL = DisclosureConfig(labels=True, details=True, model=True)
 QUICK = {"output": {"plots": False, "report": False}}
 LONG = 300.0  # seconds: for what has to happen, however slow the machine is
 Point = tuple[str, int, str]  # client, round, what it is asked
@@ -65,7 +65,7 @@ class Clock:
         return say
 
 
-class Losing(Loopback):
+class Losing(LoopbackTransport):
     """Some answers never come, and nobody is told. The server dies at its message of number `last`; whoever uses the transport
     after that is another process, once `last` has been set anew. `open`: the nodes that were sent something whose answer the
     server has not had."""
@@ -231,18 +231,18 @@ def until(what: Callable[[], object]) -> None:
 @contextmanager
 def unable_to_answer() -> Iterator[None]:
     """A node dies in the moment in which it would keep its answer."""
-    write = Vault.write
+    write = NodeStorage.write
 
-    def die(self: Vault, name: str, data: bytes) -> None:
+    def die(self: NodeStorage, name: str, data: bytes) -> None:
         if name == "answer":
             raise Died
         write(self, name, data)
 
-    Vault.write = die  # type: ignore[method-assign]
+    NodeStorage.write = die  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Vault.write = write  # type: ignore[method-assign]
+        NodeStorage.write = write  # type: ignore[method-assign]
 
 
 def federation(
@@ -259,9 +259,9 @@ def federation(
         for last in deaths:
             sites.transport.last = last
             with pytest.raises(Killed):
-                serve({**made, **QUICK}, sites.transport, out=out, resume=True, **more)
+                run_federation({**made, **QUICK}, sites.transport, out=out, resume=True, **more)
         sites.transport.last = None if closing else sites.transport.last
-        return serve({**made, **QUICK}, sites.transport, out=out, resume=True, **more)
+        return run_federation({**made, **QUICK}, sites.transport, out=out, resume=True, **more)
     finally:
         if closing:
             sites.transport.last = None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hetero_fl.core.metrics import spread
+from hetero_fl.core.metrics import summarize_clients
 from hetero_fl.reporting.run_directory import RunDirectory
 
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
@@ -132,14 +132,14 @@ def write_run(path: Path, case: Case, seed: int = 0) -> RunDirectory:
             common = {i: _scores(case, 0.52 + 0.33 * reach + skill[i] / 2, rng, False) for i in ids}
             server = _scores(case, 0.55 + 0.33 * reach, rng, False) if case.server else None
             record |= {
-                "personal": spread(home) if case.home else None,
-                "global": spread(common) if case.common else None,
+                "personal": summarize_clients(home) if case.home else None,
+                "global": summarize_clients(common) if case.common else None,
                 "server": server,
                 "validation": {
-                    "personal": spread(
+                    "personal": summarize_clients(
                         {i: _scores(case, 0.72 + 0.2 * reach, rng, True) for i in ids}
                     ),
-                    "global": spread(
+                    "global": summarize_clients(
                         {i: _scores(case, 0.52 + 0.33 * reach, rng, False) for i in ids}
                     ),
                     "server": server,

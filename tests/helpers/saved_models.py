@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Block
@@ -28,8 +28,8 @@ def saved(
     **options: Any,
 ) -> SavedModel:
     """A model with four outputs."""
-    arch = Architecture.of(name, 4, shape, None, options, vocabulary=vocabulary)
-    tensors = arch.initial(3)
+    arch = ModelSpec.from_config(name, 4, shape, None, options, vocabulary=vocabulary)
+    tensors = arch.initial_tensors(3)
     for tensor in tensors.values():  # BatchNorm statistics that do something
         if tensor.is_floating_point() and tensor.ndim == 1:
             tensor += (

@@ -7,11 +7,18 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from hetero_fl.communication.protocol import Message, Messages, Replies, Summed, Traffic, hold_round
-from hetero_fl.communication.secure_aggregation.protocol import Layout, SecureSum
-from hetero_fl.config.communication import SecureSumConfig
-from hetero_fl.core.payload import Item, ItemSpec, Payload, report_of
-from hetero_fl.utils.seeding import generator
+from hetero_fl.communication.protocol import (
+    AggregatedUploads,
+    Message,
+    Messages,
+    Replies,
+    Traffic,
+    run_protocol,
+)
+from hetero_fl.communication.secure_aggregation.protocol import SecureAggregation, VectorLayout
+from hetero_fl.config.communication import SecureAggregationConfig
+from hetero_fl.core.payload import Item, ItemSpec, Payload, report_with_loss
+from hetero_fl.utils.seeding import keyed_generator
 
 SPECS = {"model": ItemSpec("params"), "logits": ItemSpec("rows")}
 EXCHANGES = ("keys", "shares", "train", "unmask")
@@ -21,7 +28,7 @@ Change = Callable[[str, Message], Message | None]
 
 def upload(client: str, group: str = "a", size: int = 5) -> Payload:
     """Something to send: the numbers are the client's own."""
-    g = generator("party", client)
+    g = keyed_generator("party", client)
     items = {
         "model": Item(
             {"w": torch.randn(size, 2, generator=g), "b": torch.randn(2, generator=g)},
@@ -30,7 +37,7 @@ def upload(client: str, group: str = "a", size: int = 5) -> Payload:
         ),
         "logits": Item(torch.randn(3, 2, generator=g), torch.rand(2, generator=g), "rows"),
     }
-    return Payload(items, report_of(float(torch.rand(1, generator=g))))
+    return Payload(items, report_with_loss(float(torch.rand(1, generator=g))))
 
 
 class Party:
@@ -38,24 +45,26 @@ class Party:
 
     def __init__(self, count: int, size: int = 5, **config: float | int) -> None:
         self.clients = [f"site_{i}" for i in range(1, count + 1)]
-        self.uploads = {c: upload(c, self.group(c), size) for c in self.clients}
+        self.uploads = {c: upload(c, self.aggregation_group(c), size) for c in self.clients}
         self.notes: dict[str, dict[str, bytes]] = {c: {} for c in self.clients}
         form = {n: self.uploads["site_1"].item(n) for n in SPECS}
-        self._layout = Layout.of([("a", form), ("b", form)], SPECS)
-        self.protocol = SecureSum(SecureSumConfig.model_validate(config), count, self)
+        self._layout = VectorLayout.from_forms([("a", form), ("b", form)], SPECS)
+        self.protocol = SecureAggregation(
+            SecureAggregationConfig.model_validate(config), count, self
+        )
         self.seen: list[tuple[str, str, Message]] = []  # (asked, client, reply)
         self.asked: list[tuple[str, Message]] = []
 
-    def layout(self, round: int) -> Layout:
+    def layout(self, round_idx: int) -> VectorLayout:
         return self._layout
 
-    def group(self, client: str) -> str:
+    def aggregation_group(self, client: str) -> str:
         return "ab"[int(client.rpartition("_")[2]) % 2]
 
     def noise(self, *about: object) -> None:
         """Nobody adds any."""
 
-    def rows(self, client: str) -> int:
+    def num_rows(self, client: str) -> int:
         return 7
 
     def reply(self, client: str, message: Message) -> Message:
@@ -74,32 +83,32 @@ class Party:
         leaves: Mapping[str, str] | None = None,
         down: Change = lambda client, message: message,
         up: Change = lambda client, message: message,
-    ) -> Summed:
+    ) -> AggregatedUploads:
         """The round. `leaves`: at which exchange a client is no longer there; `down` and `up` change what arrives."""
         gone: set[str] = set()
 
         def exchange(requests: Messages) -> Replies:
             for client in requests:
                 request = down(client, requests[client])
-                if request is None or (leaves or {}).get(client) == request.ask:
+                if request is None or (leaves or {}).get(client) == request.kind:
                     gone.add(client)
                 if request is None or client in gone:
                     continue
                 self.asked.append((client, request))
                 made = self.reply(client, request)
-                self.seen.append((request.ask, client, made))
+                self.seen.append((request.kind, client, made))
                 if (arrived := up(client, made)) is not None:
                     yield client, arrived
 
-        done = hold_round(
+        done = run_protocol(
             self.protocol, dict.fromkeys(self.clients, b"broadcast"), exchange, Traffic(), 0
         )
-        assert isinstance(done, Summed)
+        assert isinstance(done, AggregatedUploads)
         return done
 
     def plain(self, clients: list[str]) -> np.ndarray:
         """The sum of these clients' integers, modulo 2^64: what no mask was ever on."""
         total = np.zeros(self._layout.size, np.uint64)
         for client in clients:
-            total += self.protocol.vector(client, self.uploads[client], self._layout, 8.0, 0)
+            total += self.protocol.encode_upload(client, self.uploads[client], self._layout, 8.0, 0)
         return total

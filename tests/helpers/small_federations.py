@@ -8,8 +8,8 @@ import torch
 
 from hetero_fl.core.participant import Participant
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.state_store import Store
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
 
 TOP: dict[str, Any] = {
     "compress": [{"topk": 0.1}, {"quantize": 8}]
@@ -68,22 +68,24 @@ def changed(made: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def rounds_of(
-    source: dict[str, Any], held: int | None = None, store: Store | None = None
-) -> Rounds:
+    source: dict[str, Any], held: int | None = None, store: StateStore | None = None
+) -> SynchronousTrainer:
     """The run of a configuration, after so many rounds (all of them by default), in memory only unless a store is given."""
     torch.set_num_threads(1)
     prepared = prepare(source)
-    rounds = prepared.rounds(store=store)
+    rounds = prepared.make_trainer(store=store)
     for _ in range(prepared.config.rounds if held is None else held):
-        rounds.round()
+        rounds.run_round()
     return rounds
 
 
-def deployed(rounds: Rounds, id: str) -> Participant:
+def deployed(rounds: SynchronousTrainer, id: str) -> Participant:
     """The client with the model that it would use now."""
-    site = rounds.executor.site  # type: ignore[attr-defined]  # of a run in this process
-    body = rounds.broadcasts([id], reading=True)[id]
-    return site.deployed({id: site.links.received(rounds.completed, body)}, rounds.completed)[id]
+    site = rounds.executor.runtime  # type: ignore[attr-defined]  # of a run in this process
+    body = rounds.broadcasts([id], for_evaluation=True)[id]
+    return site.deploy_clients(
+        {id: site.links.decode_broadcast(rounds.completed, body)}, rounds.completed
+    )[id]
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from hetero_fl.cli import main
-from hetero_fl.federation.trainer import Session
+from hetero_fl.federation.trainer import FederatedTrainer
 
 SIGN = "waits"  # a file in the working folder
 
@@ -31,12 +31,12 @@ def wait() -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
-def waiting(self: Session) -> Any:
+def waiting(self: FederatedTrainer) -> Any:
     if self.completed == 1:
         wait()
     return held(self)
 
 
 if __name__ == "__main__":
-    held, Session.round = Session.round, waiting  # type: ignore[method-assign]
+    held, FederatedTrainer.run_round = FederatedTrainer.run_round, waiting  # type: ignore[method-assign]
     sys.exit(main())

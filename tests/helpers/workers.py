@@ -17,14 +17,21 @@ import pytest
 import torch
 
 from hetero_fl.communication.protocol import Message
-from hetero_fl.engine.prediction_cache import make_performer
+from hetero_fl.engine.prediction_cache import make_backend
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.executors import processes
-from hetero_fl.federation.executors.base import Executor, InProcess
-from hetero_fl.federation.executors.processes import Carrier
-from hetero_fl.federation.executors.workers import Crew, Done, Job, Setup, Worker, Workers
-from hetero_fl.federation.state_store import Store
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.executors.base import Executor, InProcessExecutor
+from hetero_fl.federation.executors.processes import SharedMemoryConnection
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    Worker,
+    WorkerExecutor,
+    WorkerJob,
+    WorkerPool,
+    WorkerSetup,
+)
+from hetero_fl.federation.state_store import StateStore
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.utils.serialization import encode
 from tests.helpers.small_federations import MIXED, config
 
@@ -46,76 +53,81 @@ def source(method: str, **changes: Any) -> dict[str, Any]:
     )
 
 
-def setup_of(method: str | dict[str, Any]) -> Setup:
+def setup_of(method: str | dict[str, Any]) -> WorkerSetup:
     """What workers of such a run are given."""
     prepared = prepare(source(method) if isinstance(method, str) else method)
-    return Setup(prepared.method, prepared.federation, 1, ("cpu",))
+    return WorkerSetup(prepared.method, prepared.federation, 1, ("cpu",))
 
 
-def rounds_on(setup: Setup, crew: Crew | None, size: int = 1) -> Rounds:
+def rounds_on(setup: WorkerSetup, crew: WorkerPool | None, size: int = 1) -> SynchronousTrainer:
     """A run that begins, on the first `size` workers of a crew; without one in this process."""
     executor: Executor
     if crew is None:
-        executor = InProcess(Worker(setup, 0).site)
+        executor = InProcessExecutor(Worker(setup, 0).runtime)
     else:
         crew.size = size
-        performer = make_performer(torch.device("cpu"))
-        executor = Workers(crew, setup.federation.cards, Store(), performer)
-    return Rounds(setup.algorithm, setup.federation, executor, 3)
+        performer = make_backend(torch.device("cpu"))
+        executor = WorkerExecutor(crew, setup.federation.client_infos, StateStore(), performer)
+    return SynchronousTrainer(setup.algorithm, setup.federation, executor, 3)
 
 
-def first_job(setup: Setup) -> Job:
+def first_job(setup: WorkerSetup) -> WorkerJob:
     """A client's task of the first round."""
     (client, body), *_ = rounds_on(setup, None).broadcasts(["site_1"]).items()
-    return Job(0, "answer", [[client]], {client: Message("train", body)}, {})
+    return WorkerJob(0, "answer", [[client]], {client: Message("train", body)}, {})
 
 
-def left_sealed(done: Done) -> bool:
+def left_sealed(done: JobResult) -> bool:
     """Whether every reply carries the checksum of its bytes."""
     replies = [reply for reply in done.replies.values() if isinstance(reply, Message)]
     return (
         done.error is None
         and bool(replies)
-        and all(r.check is not None and r.intact for r in replies)
+        and all(r.checksum is not None and r.is_intact for r in replies)
     )
 
 
-def outcome(rounds: Rounds, held: int = 3) -> dict[str, Any]:
+def outcome(rounds: SynchronousTrainer, held: int = 3) -> dict[str, Any]:
     """Everything that rounds and readings compute: models, private state, scores, losses, traffic."""
-    records = [rounds.round() for _ in range(held)]
+    records = [rounds.run_round() for _ in range(held)]
     read = rounds.evaluate(details=True)
     return {
         "records": [{k: v for k, v in record.items() if k != "seconds"} for record in records],
-        "run": encode(rounds.tree(), "run"),
-        "private": {client: rounds.store.encoded(client) for client in rounds.federation.cards},
+        "run": encode(rounds.state_dict(), "run"),
+        "private": {
+            client: rounds.store.encoded(client) for client in rounds.federation.client_infos
+        },
         "readings": read,
     }
 
 
-class Lent(processes.Processes):
+class Lent(processes.ProcessPool):
     """Processes that are started once, and go from run to run."""
 
-    def take(self, setup: Setup) -> None:
+    def take(self, setup: WorkerSetup) -> None:
         """From now on they work for this run."""
         setup.federation.data.share_memory()
         for _, carrier in self._crew:
             carrier.send(bytes(ForkingPickler.dumps(setup)))
         for _, carrier in self._crew:
-            assert carrier.recv() == "ready"
+            assert carrier.receive() == "ready"
 
 
-def work_in_turn(connection: Connection, setup: Setup, index: int) -> None:
+def work_in_turn(connection: Connection, setup: WorkerSetup, index: int) -> None:
     """A worker's life, but that a new setup may come, as bytes."""
-    threading.Thread(target=processes._follow_parent, daemon=True).start()
-    worker, carrier = Worker(setup, index), Carrier(connection, got=processes.BROADCASTS)
+    threading.Thread(target=processes._exit_with_parent, daemon=True).start()
+    worker, carrier = (
+        Worker(setup, index),
+        SharedMemoryConnection(connection, received_strings=processes.BROADCASTS),
+    )
     with contextlib.suppress(EOFError, OSError):
         while True:
-            got = carrier.recv()
+            got = carrier.receive()
             if isinstance(got, bytes):
                 worker = Worker(pickle.loads(got), index)
                 carrier.send("ready")
             else:
-                carrier.send(worker.do(got))
+                carrier.send(worker.run_job(got))
 
 
 def members(session: int) -> list[int]:
@@ -153,10 +165,10 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def lent(setup: Setup, size: int) -> Iterator[Lent]:
+def lent(setup: WorkerSetup, size: int) -> Iterator[Lent]:
     """So many processes, started once for many tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "work", work_in_turn)
+        patch.setattr(processes, "run_worker", work_in_turn)
         made = Lent(setup, size)
     yield made
     made.size = size

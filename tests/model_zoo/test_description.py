@@ -9,7 +9,7 @@ import torch
 
 from model_zoo import create_model, describe, list_models
 from model_zoo.__main__ import main
-from model_zoo.description import readable
+from model_zoo.description import format_count
 
 
 def test_parameters_add_up() -> None:
@@ -67,7 +67,7 @@ def test_text() -> None:
     [(12, "12 "), (1_500, "1.5 k"), (2_000_000, "2 M"), (3.6e9, "3.6 G"), (1e13, "10 T")],
 )
 def test_readable(number: int, text: str) -> None:
-    assert readable(number) == text
+    assert format_count(number) == text
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

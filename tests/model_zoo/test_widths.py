@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from model_zoo import ModelError, can_narrow, create_model, list_models, narrow, share_of
+from model_zoo import ModelError, can_narrow, create_model, list_models, narrow_options, share_of
 from model_zoo.registry import MODELS
 
 ABLE = [name for name in list_models() if can_narrow(name)]
@@ -26,7 +26,7 @@ def made(name: str, options: dict[str, Any]) -> nn.Module:
 @pytest.mark.parametrize("name", ABLE)
 def test_a_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
     wide = made(name, {}).state_dict()
-    kind, options = narrow(name, {}, share)
+    kind, options = narrow_options(name, {}, share)
     slim = made(kind, options).state_dict()
     assert slim.keys() == wide.keys()
     for n, t in slim.items():
@@ -37,7 +37,7 @@ def test_a_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
     # rounded up, widths have other shares
     assert share_of(kind, options, name, {}) == 0.25 or share == 0.3
     assert share_of(name, {}, kind, options) is None  # the wide one is no part of the narrow one
-    kind, options = narrow(name, {}, 1.0, scaler=True)
+    kind, options = narrow_options(name, {}, 1.0, scaler=True)
     same = made(kind, options).state_dict()
     assert {n: t.shape for n, t in same.items()} == {
         n: t.shape for n, t in wide.items()
@@ -46,7 +46,7 @@ def test_a_narrow_copy_is_a_leading_slice(name: str, share: float) -> None:
 
 @pytest.mark.parametrize("name", ABLE)
 def test_the_scaler_divides_what_every_layer_of_the_backbone_gives(name: str) -> None:
-    kind, options = narrow(name, {}, 0.5, scaler=True)
+    kind, options = narrow_options(name, {}, 0.5, scaler=True)
     torch.manual_seed(0)
     scaled = made(kind, options).eval()
     plain = made(kind, {**options, "scaler": 0.0}).eval()
@@ -80,4 +80,4 @@ def test_shares() -> None:
 def test_what_cannot_be_narrowed_is_told_in_one_line() -> None:
     assert {"gru", "lstm", "transformer", "vit", "lenet", "fedavg_cnn", "linear"}.isdisjoint(ABLE)
     with pytest.raises(ModelError, match="model gru: has no narrower copies; mlp, tabular, cnn"):
-        narrow("gru", {}, 0.5)
+        narrow_options("gru", {}, 0.5)

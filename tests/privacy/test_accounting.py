@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from hetero_fl.privacy.accounting import (
-    Charge,
-    added,
-    epsilon,
+    PrivacyCharge,
+    add_charges,
+    epsilon_of_history,
     gaussian_delta,
     gaussian_epsilon,
     opacus_accountants,
-    solve,
-    worst,
+    solve_noise_multiplier,
+    worst_epsilon,
 )
 
 
@@ -35,16 +35,19 @@ def of_opacus(name: str, schedule: list[tuple[float, float, int]], delta: float)
     ("name", "accountant"), [("PRVAccountant", "prv"), ("RDPAccountant", "rdp")]
 )
 def test_epsilon_is_that_of_opacus(name: str, accountant: str) -> None:
-    history = added(added((), [Charge(0.1, 30)]), [Charge(0.1, 30), Charge(1.0, scale=8.0)])
+    history = add_charges(
+        add_charges((), [PrivacyCharge(0.1, 30)]),
+        [PrivacyCharge(0.1, 30), PrivacyCharge(1.0, scale=8.0)],
+    )
     assert history == ((1.0, 0.1, 60), (8.0, 1.0, 1))
-    assert epsilon(history, 1.2, 1e-5, accountant) == of_opacus(
+    assert epsilon_of_history(history, 1.2, 1e-5, accountant) == of_opacus(
         name, [(1.2, 0.1, 60), (9.6, 1.0, 1)], 1e-5
     )
 
 
 def test_gaussians_compose_exactly() -> None:
     """Without sampling: the formula, which opacus' PRV approaches from above within its own error of 0.01."""
-    exact = epsilon(((1.0, 1.0, 12),), 2.0, 1e-5)
+    exact = epsilon_of_history(((1.0, 1.0, 12),), 2.0, 1e-5)
     assert exact == gaussian_epsilon(math.sqrt(12) / 2.0, 1e-5)
     assert 0 <= of_opacus("PRVAccountant", [(2.0, 1.0, 12)], 1e-5) - exact < 0.02
     # The definition: δ = ∫ max(0, p − e^ε q), of N(μ, 1) and N(0, 1).
@@ -66,14 +69,14 @@ def test_gaussians_compose_exactly() -> None:
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
 def test_the_noise_is_solved_for(accountant: str) -> None:
     histories = [((1.0, 0.2, 30), (8.0, 1.0, 1)), ((1.0, 0.1, 60),)]
-    z = solve(histories, 3.0, 1e-5, accountant)
-    found = worst(histories, z, 1e-5, accountant)
-    assert found == max(epsilon(h, z, 1e-5, accountant) for h in histories)
+    z = solve_noise_multiplier(histories, 3.0, 1e-5, accountant)
+    found = worst_epsilon(histories, z, 1e-5, accountant)
+    assert found == max(epsilon_of_history(h, z, 1e-5, accountant) for h in histories)
     assert 2.98 < found <= 3.0
-    assert worst(histories, 0.99 * z, 1e-5, accountant) > 3.0
+    assert worst_epsilon(histories, 0.99 * z, 1e-5, accountant) > 3.0
 
 
 def test_nothing_spent_costs_nothing() -> None:
-    assert epsilon((), 1.0, 1e-5) == 0.0
-    assert worst([], 1.0, 1e-5) == 0.0
-    assert solve([()], 1.0, 1e-5) > 0
+    assert epsilon_of_history((), 1.0, 1e-5) == 0.0
+    assert worst_epsilon([], 1.0, 1e-5) == 0.0
+    assert solve_noise_multiplier([()], 1.0, 1e-5) > 0

@@ -14,33 +14,33 @@ from torch import Tensor
 from hetero_fl.config.base import OptimizerConfig
 from hetero_fl.core.objectives import (
     Batch,
-    Given,
-    Mutual,
-    Net,
-    Nets,
+    Context,
+    ModelView,
+    ModelViews,
+    MutualDistillation,
     Objective,
     Proximal,
-    Rehearsal,
+    ProxyReplay,
     Supervised,
 )
 from hetero_fl.core.participant import Participant
-from hetero_fl.core.plan import Draws, Fit, Rows
+from hetero_fl.core.plan import Fit, Rows, SampledBatches
 from hetero_fl.engine.templates import Templates
-from hetero_fl.engine.training import fit_on_live_modules
+from hetero_fl.engine.training import run_fit
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.state_store import Private
-from hetero_fl.privacy.dp_sgd import PoissonBatches, PrivateGradients, sampling
-from hetero_fl.privacy.mechanisms import KeyedNoise, Noise, SecretNoise
+from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.privacy.dp_sgd import PoissonBatches, PrivateGradients, sampling_plan
+from hetero_fl.privacy.mechanisms import KeyedNoiseSource, NoiseSource, SecretNoiseSource
 from tests.helpers.small_federations import config
 
 CPU = torch.device("cpu")
-NOISE = KeyedNoise(0)
+NOISE = KeyedNoiseSource(0)
 SGD = OptimizerConfig(name="sgd", lr=1.0)
 
 
 def client(model: Any = "cnn_gn_small") -> Participant:
     federation = prepare(config("fedavg", models=model, clients=2)).federation
-    return federation.client("site_1", Private(), 0)
+    return federation.client("site_1", PrivateState(), 0)
 
 
 def moved(
@@ -48,7 +48,7 @@ def moved(
 ) -> dict[str, Tensor]:
     """What one private fit takes off each tensor of a slot: with plain SGD of rate one, its gradients."""
     before = dict(participant.models[slot])
-    fit_on_live_modules(participant, fit, Templates(CPU), PrivateGradients(clip, z, NOISE))
+    run_fit(participant, fit, Templates(CPU), PrivateGradients(clip, z, NOISE))
     return {n: before[n] - t for n, t in participant.models[slot].items()}
 
 
@@ -93,11 +93,13 @@ def by_hand(
     modules = {slot: participant.arch[slot].build() for slot in slots}
     for slot, module in modules.items():
         module.load_state_dict(participant.models[slot])
-    nets = Nets({slot: Net.live(module) for slot, module in modules.items()})
+    nets = ModelViews({slot: ModelView.from_module(module) for slot, module in modules.items()})
     parameters = {f"{s}:{n}": p for s, m in modules.items() for n, p in m.named_parameters()}
     total = {n: torch.zeros_like(p) for n, p in parameters.items()}
     for i in range(len(columns["y"])):
-        loss = objective.private(nets, Batch({n: t[i : i + 1] for n, t in columns.items()}), {})
+        loss = objective.private_loss(
+            nets, Batch({n: t[i : i + 1] for n, t in columns.items()}), {}
+        )
         gradients = torch.autograd.grad(loss.sum(), list(parameters.values()))
         norm = float(torch.cat([g.flatten() for g in gradients]).norm())
         for name, g in zip(parameters, gradients, strict=True):
@@ -108,12 +110,12 @@ def by_hand(
 def test_two_models_are_clipped_together() -> None:
     participant = client()
     participant.arch["mentee"] = participant.arch["model"]
-    participant.models["mentee"] = participant.arch["mentee"].initial(7)
-    objective = Mutual(shape=participant.arch["mentee"].input_shape)
+    participant.models["mentee"] = participant.arch["mentee"].initial_tensors(7)
+    objective = MutualDistillation(shape=participant.arch["mentee"].input_shape)
     expected = by_hand(participant, objective, 0.3, ("model", "mentee"))
     fit = replace(whole(participant, objective), train={"model": None, "mentee": None})
     before = {s: dict(participant.models[s]) for s in ("model", "mentee")}
-    fit_on_live_modules(participant, fit, Templates(CPU), PrivateGradients(0.3, 0.0, NOISE))
+    run_fit(participant, fit, Templates(CPU), PrivateGradients(0.3, 0.0, NOISE))
     for name, gradient in expected.items():
         slot, n = name.split(":")
         assert torch.allclose(before[slot][n] - participant.models[slot][n], gradient, atol=1e-6)
@@ -143,7 +145,7 @@ def test_the_penalty_and_what_is_public_are_not_clipped() -> None:
     start = participant.models["model"]
     anchor = {n: t + 1 for n, t in start.items()}
     found = moved(
-        participant, whole(participant, Proximal(mu=0.5), given={"anchor": anchor}), clip=1e-9
+        participant, whole(participant, Proximal(mu=0.5), context={"anchor": anchor}), clip=1e-9
     )
     names = participant.arch["model"].parameter_names
     assert all(
@@ -152,13 +154,17 @@ def test_the_penalty_and_what_is_public_are_not_clipped() -> None:
         if n in names
     )
     x = participant.data("proxy", None)["x"][:8]
-    beside = {"public": Draws(lambda g, size: {"x": x, "teacher": torch.eye(10)[:8] * 3}, 8)}
-    found = moved(client(), whole(participant, Rehearsal(weight=2.0), beside=beside), clip=1e-9)
+    beside = {
+        "public": SampledBatches(lambda g, size: {"x": x, "teacher": torch.eye(10)[:8] * 3}, 8)
+    }
+    found = moved(
+        client(), whole(participant, ProxyReplay(weight=2.0), extra_batches=beside), clip=1e-9
+    )
     module = participant.arch["model"].build()
     module.load_state_dict(start)
-    nets = Nets(model=Net.live(module))
-    objective = Rehearsal(weight=2.0)
-    loss = objective.public(nets, Batch(public_x=x, public_teacher=torch.eye(10)[:8] * 3), {})
+    nets = ModelViews(model=ModelView.from_module(module))
+    objective = ProxyReplay(weight=2.0)
+    loss = objective.public_loss(nets, Batch(public_x=x, public_teacher=torch.eye(10)[:8] * 3), {})
     assert isinstance(loss, Tensor)
     loss.backward()
     assert all(
@@ -194,7 +200,7 @@ def test_a_row_without_a_finite_gradient_counts_nought(
 class Silent(Objective):
     """A loss without a gradient to speak of."""
 
-    def loss(self, nets: Nets, batch: Batch, given: Given) -> Tensor:
+    def loss(self, nets: ModelViews, batch: Batch, context: Context) -> Tensor:
         return 0.0 * nets.model(batch.x).logits.sum(-1)
 
 
@@ -217,21 +223,23 @@ def test_the_noise_has_its_scale_and_batches_their_rate() -> None:
 
 def test_sampling_is_counted_as_opacus_does() -> None:
     fit = Fit({"model": None}, Supervised(), batch_size=32, epochs=2)
-    assert sampling(110, fit) == (32 / 110, 2 * 3)
-    assert sampling(20, fit) == (1.0, 2)
-    assert sampling(110, replace(fit, steps=5), work=0.5) == (32 / 110, 2)
+    assert sampling_plan(110, fit) == (32 / 110, 2 * 3)
+    assert sampling_plan(20, fit) == (1.0, 2)
+    assert sampling_plan(110, replace(fit, steps=5), work=0.5) == (32 / 110, 2)
 
 
 def test_only_the_secret_decides_the_noise_of_a_deployment() -> None:
     fit = Fit({"model": None}, Supervised(), Rows(), batch_size=16, steps=2, optimizer=SGD)
-    secret = SecretNoise()
+    secret = SecretNoiseSource()
 
-    def trained(noise: Noise) -> Tensor:
+    def trained(noise: NoiseSource) -> Tensor:
         participant = client()
-        fit_on_live_modules(participant, fit, Templates(CPU), PrivateGradients(1.0, 1.0, noise))
+        run_fit(participant, fit, Templates(CPU), PrivateGradients(1.0, 1.0, noise))
         return participant.models["model"]["head.bias"]
 
-    assert torch.equal(trained(NOISE), trained(KeyedNoise(0)))
+    assert torch.equal(trained(NOISE), trained(KeyedNoiseSource(0)))
     assert torch.equal(trained(secret), trained(secret))
-    different = [trained(noise) for noise in (NOISE, KeyedNoise(1), secret, SecretNoise())]
+    different = [
+        trained(noise) for noise in (NOISE, KeyedNoiseSource(1), secret, SecretNoiseSource())
+    ]
     assert all(not torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hetero_fl.config.privacy import PrivacyConfig
-from hetero_fl.privacy.mechanisms import KeyedNoise, noised_counts
+from hetero_fl.privacy.mechanisms import KeyedNoiseSource, noisy_label_counts
 
 PRIVACY = PrivacyConfig(noise_multiplier=2.0, statistics_noise=3.0, delta=1e-4)
 COUNTS = torch.full((400,), 1e6)
@@ -16,7 +16,7 @@ COUNTS = torch.full((400,), 1e6)
 
 @pytest.mark.parametrize(("kind", "norm_of_a_row"), [("multiclass", 1.0), ("multilabel", 20.0)])
 def test_noised_counts_scale_with_what_one_row_can_change(kind: str, norm_of_a_row: float) -> None:
-    noise = noised_counts(COUNTS, kind, PRIVACY, KeyedNoise(0), "site_1") - COUNTS
+    noise = noisy_label_counts(COUNTS, kind, PRIVACY, KeyedNoiseSource(0), "site_1") - COUNTS
 
     deviation = norm_of_a_row * 2.0 * 3.0
     assert float(noise.std()) == pytest.approx(deviation, rel=4 / math.sqrt(2 * len(COUNTS)))
@@ -25,5 +25,7 @@ def test_noised_counts_scale_with_what_one_row_can_change(kind: str, norm_of_a_r
 def test_noised_counts_are_never_negative_and_rows_of_a_regression_stay() -> None:
     empty = torch.zeros(400)
 
-    assert (noised_counts(empty, "multiclass", PRIVACY, KeyedNoise(0), "site_1") >= 0).all()
-    assert noised_counts(empty, "regression", PRIVACY, KeyedNoise(0), "site_1") is empty
+    assert (
+        noisy_label_counts(empty, "multiclass", PRIVACY, KeyedNoiseSource(0), "site_1") >= 0
+    ).all()
+    assert noisy_label_counts(empty, "regression", PRIVACY, KeyedNoiseSource(0), "site_1") is empty

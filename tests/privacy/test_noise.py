@@ -7,26 +7,28 @@ import math
 import pytest
 import torch
 
-from hetero_fl.privacy.mechanisms import KeyedNoise, SecretNoise
-from hetero_fl.utils.seeding import generator
+from hetero_fl.privacy.mechanisms import KeyedNoiseSource, SecretNoiseSource
+from hetero_fl.utils.seeding import keyed_generator
 
 SECRET = bytes(range(32))
 
 
 def test_a_simulation_draws_what_torch_gives_under_its_key() -> None:
     like = torch.zeros(3, 4)
-    draws = generator("privacy", 7, "a", 1)
+    draws = keyed_generator("privacy", 7, "a", 1)
     first = torch.randn(3, 4, generator=draws) * 2.5
     uniform = torch.rand(5, generator=draws, dtype=torch.float64)
-    stream = KeyedNoise(7).stream("a", 1)
+    stream = KeyedNoiseSource(7).stream("a", 1)
     assert torch.equal(stream.normal(like, 2.5), first)
     assert torch.equal(stream.uniform(5), uniform)
-    assert torch.equal(KeyedNoise(7).normal(like, 2.5, "a", 1), first)
+    assert torch.equal(KeyedNoiseSource(7).normal(like, 2.5, "a", 1), first)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 200_001])
 def test_secret_draws_have_the_distribution_that_is_asked_for(count: int) -> None:
-    drawn = SecretNoise(SECRET).stream("n").normal(torch.zeros(count, dtype=torch.float64), 3.0)
+    drawn = (
+        SecretNoiseSource(SECRET).stream("n").normal(torch.zeros(count, dtype=torch.float64), 3.0)
+    )
     assert drawn.shape == (count,) and drawn.dtype == torch.float64 and bool(drawn.isfinite().all())
     if count < 1000:
         return
@@ -42,26 +44,26 @@ def test_secret_draws_have_the_distribution_that_is_asked_for(count: int) -> Non
     half = count // 2 + 1
     # of one radius each, cosine and sine
     assert abs(float((z[: half - 1] * z[half:]).mean())) < 5 / math.sqrt(half)
-    u = SecretNoise(SECRET).stream("u").uniform(count)
+    u = SecretNoiseSource(SECRET).stream("u").uniform(count)
     assert float(u.min()) >= 0 and float(u.max()) < 1
     assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * count)
 
 
 def test_a_stream_goes_on_and_is_no_shorter_stream_again() -> None:
-    stream = SecretNoise(SECRET).stream("a")
+    stream = SecretNoiseSource(SECRET).stream("a")
     first, second = (stream.normal(torch.zeros(100), 1.0) for _ in range(2))
     assert not torch.equal(first, second)
-    assert torch.equal(first, SecretNoise(SECRET).stream("a").normal(torch.zeros(100), 1.0))
+    assert torch.equal(first, SecretNoiseSource(SECRET).stream("a").normal(torch.zeros(100), 1.0))
 
 
 def test_streams_are_keyed_by_secret_parts_and_task() -> None:
     like = torch.zeros(8)
     made = [
-        SecretNoise(SECRET).stream("a"),
-        SecretNoise(SECRET).stream("a", 0),
-        SecretNoise(SECRET, b"task").stream("a"),
-        SecretNoise(bytes(32)).stream("a"),
-        SecretNoise().stream("a"),
+        SecretNoiseSource(SECRET).stream("a"),
+        SecretNoiseSource(SECRET).stream("a", 0),
+        SecretNoiseSource(SECRET, b"task").stream("a"),
+        SecretNoiseSource(bytes(32)).stream("a"),
+        SecretNoiseSource().stream("a"),
     ]
     drawn = [stream.normal(like, 1.0) for stream in made]
     assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
@@ -69,7 +71,7 @@ def test_streams_are_keyed_by_secret_parts_and_task() -> None:
 
 def test_a_value_has_its_own_noise_and_the_same_value_the_same() -> None:
     """Two values under the same noise would tell their difference; a value that is told again must not be told twice."""
-    noise, value = SecretNoise(SECRET), torch.arange(6.0).reshape(2, 3)
+    noise, value = SecretNoiseSource(SECRET), torch.arange(6.0).reshape(2, 3)
     first = noise.normal(value, 1.0, "sum", 0)
     noise.task = b"another"
     assert torch.equal(first, noise.normal(value.clone(), 1.0, "sum", 0))

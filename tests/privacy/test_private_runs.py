@@ -17,12 +17,12 @@ from hetero_fl.config.privacy import PrivacyConfig
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.payload import Item, Payload
 from hetero_fl.core.plan import ClassSums, Fit, Predict, Rows
-from hetero_fl.engine.prediction_cache import make_performer
+from hetero_fl.engine.prediction_cache import make_backend
 from hetero_fl.experiment import prepare, run
-from hetero_fl.federation.state_store import Private
-from hetero_fl.privacy.accounting import epsilon
-from hetero_fl.privacy.dp_sgd import Guard
-from hetero_fl.privacy.mechanisms import KeyedNoise
+from hetero_fl.federation.state_store import PrivateState
+from hetero_fl.privacy.accounting import epsilon_of_history
+from hetero_fl.privacy.dp_sgd import PrivacyBackend
+from hetero_fl.privacy.mechanisms import KeyedNoiseSource
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config, rounds_of, same_bits
 
@@ -33,9 +33,7 @@ CPU = torch.device("cpu")
 
 def sent_by(site: Any, broadcasts: Mapping[str, bytes]) -> dict[str, Payload]:
     """What clients answer to these broadcasts in the first round."""
-    replies = site.answer(
-        {client: Message("train", body, 0) for client, body in broadcasts.items()}
-    )
+    replies = site.run({client: Message("train", body, 0) for client, body in broadcasts.items()})
     return {client: Payload.decode(reply.body) for client, reply in replies.items()}
 
 
@@ -46,7 +44,7 @@ def private(
 
 
 def client_of(source: dict[str, Any]) -> Participant:
-    return prepare(source).federation.client("site_1", Private(), 0)
+    return prepare(source).federation.client("site_1", PrivateState(), 0)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +139,10 @@ def test_records_of_a_run_tell_what_is_spent_and_the_run_stops_in_time(tmp_path:
     assert "stopped after round" in (tmp_path / "run" / "log.txt").read_text()
     assert all(not line["train_loss"] for line in lines)  # a loss would be a release
     # What the ledger says is what the clients' own numbers give.
-    n = [prepared.federation.cards[id].n for id in prepared.federation.cards]
+    n = [prepared.federation.client_infos[id].num_rows for id in prepared.federation.client_infos]
     by_hand = max(
-        epsilon(((1.0, 16 / k, len(lines) * round(k / 16)),), 1.0, 1e-4, "rdp") for k in n
+        epsilon_of_history(((1.0, 16 / k, len(lines) * round(k / 16)),), 1.0, 1e-4, "rdp")
+        for k in n
     )
     assert spent[-1] == pytest.approx(by_hand)
 
@@ -156,21 +155,22 @@ def test_the_target_is_solved_for_and_written_down(tmp_path: Path) -> None:
     assert 5.9 < prepared.budget.epsilon(2) <= 6.0
     # Label counts, which hybrid's loss and teacher read, are charged once; fedavg does not read them.
     assert all(
-        any(scale == 4.0 and steps == 1 for scale, _, steps in h) for h in prepared.budget.after[-1]
+        any(scale == 4.0 and steps == 1 for scale, _, steps in h)
+        for h in prepared.budget.histories[-1]
     )
     plain = prepare(private("fedavg", RECORD)).budget
-    assert plain is not None and all(scale == 1.0 for h in plain.after[-1] for scale, _, _ in h)
+    assert plain is not None and all(scale == 1.0 for h in plain.histories[-1] for scale, _, _ in h)
 
 
 def test_statistics_are_charged_every_round() -> None:
     budget = prepare(private("fedproto", RECORD, rounds=3)).budget
     assert budget is not None
-    assert all((4.0, 1.0, 3) in history for history in budget.after[-1])
+    assert all((4.0, 1.0, 3) in history for history in budget.histories[-1])
 
 
-def guard(client: Participant, **changes: Any) -> Guard:
+def guard(client: Participant, **changes: Any) -> PrivacyBackend:
     privacy = PrivacyConfig(**{**RECORD, "statistics_clip": 1.0, **changes})
-    return Guard(make_performer(CPU), privacy, KeyedNoise(0), [client])
+    return PrivacyBackend(make_backend(CPU), privacy, KeyedNoiseSource(0), [client])
 
 
 def test_private_rows_are_read_inside_of_steps_only() -> None:
@@ -179,10 +179,10 @@ def test_private_rows_are_read_inside_of_steps_only() -> None:
     with pytest.raises(UserError, match="outside of its steps"):
         client.data("train", None)
     with pytest.raises(UserError, match="predicts on private rows"):
-        keeper.perform([(client, Predict("model"))])
-    assert len(keeper.perform([(client, Predict("model", Rows("proxy")))])[0]) == 60
-    keeper.perform([(client, Fit({"model": None}, batch_size=16, objective=_supervised()))])
-    assert [c.rate for c in keeper.charges[client.id]] == [16 / client.n]
+        keeper.run([(client, Predict("model"))])
+    assert len(keeper.run([(client, Predict("model", Rows("proxy")))])[0]) == 60
+    keeper.run([(client, Fit({"model": None}, batch_size=16, objective=_supervised()))])
+    assert [c.rate for c in keeper.charges[client.participant_id]] == [16 / client.num_rows]
 
 
 def _supervised() -> Any:
@@ -195,17 +195,17 @@ def test_class_sums_are_clipped_and_noised() -> None:
     """Many draws: means are those of the clipped rows, deviations √2·4·z and that times the clip."""
     client = client_of(private("fedavg", RECORD))
     columns = client.data("train", None)
-    (features,) = make_performer(CPU).perform([(client, Predict("model", readout="features"))])
+    (features,) = make_backend(CPU).run([(client, Predict("model", readout="features"))])
     rows = features * (0.5 / features.norm(dim=1, keepdim=True)).clamp(max=1)
     plain = torch.zeros(10, rows.shape[1]).index_add_(0, columns["y"], rows)
     keeper = guard(client, statistics_clip=0.5)
     step = ClassSums("model", readout="features")
-    draws = [keeper.perform([(client, step)])[0][0] for _ in range(60)]
+    draws = [keeper.run([(client, step)])[0][0] for _ in range(60)]
     noise = torch.stack(draws) - plain
     expected = 2**0.5 * 4 * 0.5
     assert abs(float(noise.std()) / expected - 1) < 4 / (2 * noise.numel()) ** 0.5
     assert abs(float(noise.mean())) < 4 * expected / noise.numel() ** 0.5
-    assert bool((keeper.perform([(client, step)])[0][1] >= 0).all())
+    assert bool((keeper.run([(client, step)])[0][1] >= 0).all())
 
 
 def test_a_row_that_is_not_finite_does_not_spoil_class_sums() -> None:
@@ -213,7 +213,7 @@ def test_a_row_that_is_not_finite_does_not_spoil_class_sums() -> None:
     columns = client.data("train", None)
     columns = {**columns, "x": torch.cat([columns["x"][:1] * float("inf"), columns["x"][1:]])}
     client.data = lambda name, through: columns
-    sums, counts = guard(client).perform([(client, ClassSums("model", readout="features"))])[0]
+    sums, counts = guard(client).run([(client, ClassSums("model", readout="features"))])[0]
     assert bool(sums.isfinite().all()) and bool(counts.isfinite().all())
 
 
@@ -231,14 +231,14 @@ def test_rows_that_a_plan_reads_when_it_is_made_are_refused(
 
     monkeypatch.setattr(type(method), "train", eager)
     with pytest.raises(UserError, match="outside of its steps"):
-        rounds.round()
+        rounds.run_round()
 
 
 def test_label_counts_are_noised_once_and_for_all() -> None:
     prepared = prepare(private("hybrid", RECORD))
-    known = prepared.federation.counts("site_1")
+    known = prepared.federation.label_counts("site_1")
     true = prepared.data.label_counts("site_1")
-    assert torch.equal(known, prepared.federation.counts("site_1"))
+    assert torch.equal(known, prepared.federation.label_counts("site_1"))
     assert not torch.equal(known, true) and float((known - true).abs().max()) < 4 * 5
 
 
@@ -272,7 +272,7 @@ def test_the_noise_at_the_server_has_its_scale() -> None:
     rounds = rounds_of(source, held=0)
     held = {slot: [dict(t)] for slot, t in rounds.server.models.items()}
     for _ in range(12):
-        rounds.round()
+        rounds.run_round()
         for slot, tensors in rounds.server.models.items():
             held[slot].append(dict(tensors))
     expected = {slot: 0.5 / (2 / 5 * (1 if "mlp" in slot else 4)) for slot in held}
@@ -283,7 +283,7 @@ def test_the_noise_at_the_server_has_its_scale() -> None:
 
 def test_updates_are_clipped_to_their_bound() -> None:
     rounds = rounds_of(private("fedavg", {**CLIENT, "clip": 0.01}), held=0)
-    site = rounds.executor.site  # type: ignore[attr-defined]
+    site = rounds.executor.runtime  # type: ignore[attr-defined]
     body = rounds.broadcasts(["site_1"])["site_1"]
     upload = sent_by(site, {"site_1": body})["site_1"]
     start = Payload.decode(body)["model"]
@@ -304,7 +304,7 @@ def test_what_is_common_to_models_that_began_apart_moves_by_bounded_updates() ->
         heads = [dict(model) for model in rounds.server.models.values()]
         assert float((heads[0]["head.weight"] - heads[1]["head.weight"]).norm()) > 1
         failing(rounds, "site_2")
-        rounds.round()
+        rounds.run_round()
         for before, model in zip(heads, rounds.server.models.values(), strict=True):
             moved = torch.cat(
                 [(model[n] - before[n]).flatten() for n in before if n.startswith("head.")]
@@ -314,12 +314,12 @@ def test_what_is_common_to_models_that_began_apart_moves_by_bounded_updates() ->
 
 def failing(rounds: Any, client: str) -> None:
     """This client's training comes to nothing."""
-    site = rounds.executor.site
-    release = site.protection.release
+    site = rounds.executor.runtime
+    release = site.protection.release_upload
 
     def released(participant: Participant, *rest: Any) -> Payload:
         upload = release(participant, *rest)
-        if participant.id == client:
+        if participant.participant_id == client:
             upload = Payload({n: replace(upload.item(n), weight=-1.0) for n in upload})
         return upload
 
@@ -342,12 +342,12 @@ def test_votes_elect_the_class_with_most() -> None:
     """Without noise to speak of: the teacher is the plain majority of the clients' first choices."""
     privacy = {**CLIENT, "noise_multiplier": 1e-9, "votes": True}
     found = rounds_of(private("fedmd", privacy, clients=5), held=0)
-    site = found.executor.site  # type: ignore[attr-defined]
-    sent = [u["logits"] for u in sent_by(site, found.broadcasts(found.cohort(0))).values()]
+    site = found.executor.runtime  # type: ignore[attr-defined]
+    sent = [u["logits"] for u in sent_by(site, found.broadcasts(found.sample_cohort(0))).values()]
     # the bound, whatever the rows
     assert all(float(votes.norm()) == pytest.approx(1.0, rel=1e-5) for votes in sent)
     ballots = torch.stack([votes.argmax(-1) for votes in sent])
-    found.round()
+    found.run_round()
     teacher = found.server.state["teacher"]
     most, second = torch.nn.functional.one_hot(ballots, 10).sum(0).topk(2).values.unbind(-1)
     clear, majority = most > second, torch.nn.functional.one_hot(ballots, 10).sum(0).argmax(-1)
@@ -363,15 +363,15 @@ def test_adaptive_bounds_go_to_the_quantile_and_survive_a_checkpoint() -> None:
         "adaptive_clip": {"noise": 1e-2, "lr": 1.0},
     }
     rounds = rounds_of(private("fedavg", privacy, rounds=12), held=12)
-    bound = 100.0 * rounds.sums.factors["model"]
+    bound = 100.0 * rounds.server_privacy.factors["model"]
     assert 0.01 < bound < 5  # updates of one epoch have norms of about one
     again = rounds_of(private("fedavg", privacy, rounds=12), held=6)
     later = rounds_of(private("fedavg", privacy, rounds=12), held=0)
     later.store = later.executor.store = again.store
-    later.restore(again.tree())
+    later.load_state_dict(again.state_dict())
     for _ in range(6):
-        later.round()
-    assert later.sums.factors == rounds.sums.factors
+        later.run_round()
+    assert later.server_privacy.factors == rounds.server_privacy.factors
     assert all(same_bits(t, later.server.models[s]) for s, t in rounds.server.models.items())
 
 
@@ -379,10 +379,10 @@ def test_adaptive_clip_leaves_the_sum_what_counting_does_not_spend() -> None:
     """Noise on the sum and on the counts together costs what `noise_multiplier` says."""
     privacy = {**CLIENT, "noise_multiplier": 0.8, "adaptive_clip": {"noise": 0.6}}
 
-    sums = rounds_of(private("fedavg", privacy), held=0).sums
+    sums = rounds_of(private("fedavg", privacy), held=0).server_privacy
 
     assert sums.privacy is not None
-    spent = sums.z(sums.privacy) ** -2 + (2 * 0.6) ** -2  # counts move by 1/2
+    spent = sums.update_noise_multiplier(sums.privacy) ** -2 + (2 * 0.6) ** -2  # counts move by 1/2
     assert spent == pytest.approx(0.8**-2)
 
 
@@ -392,24 +392,24 @@ def test_poisson_cohorts_are_of_any_size_and_cheaper() -> None:
         private("fedavg", {**CLIENT, "poisson_cohorts": True, "accountant": "rdp"}, **changes)
     )
     fixed = prepare(private("fedavg", CLIENT, **changes))
-    rounds = poisson.rounds()
-    sizes = {len(rounds.cohort(r)) for r in range(40)}
+    rounds = poisson.make_trainer()
+    sizes = {len(rounds.sample_cohort(r)) for r in range(40)}
     assert len(sizes) > 2 and min(sizes) < 2 < max(sizes)
     assert poisson.budget is not None and fixed.budget is not None
     assert (
         poisson.budget.epsilon(8)
-        == epsilon(((1.0, 2 / 6, 8),), 1.0, 1e-4, "rdp")
-        < epsilon(((1.0, 1.0, 8),), 1.0, 1e-4)
+        == epsilon_of_history(((1.0, 2 / 6, 8),), 1.0, 1e-4, "rdp")
+        < epsilon_of_history(((1.0, 1.0, 8),), 1.0, 1e-4)
     )
-    empty = next(r for r in range(200) if not rounds.cohort(r))
+    empty = next(r for r in range(200) if not rounds.sample_cohort(r))
     rounds.completed = empty
     before = {n: t.clone() for n, t in next(iter(rounds.server.models.values())).items()}
-    rounds.round()  # nobody came: the noise comes all the same
+    rounds.run_round()  # nobody came: the noise comes all the same
     timed = rounds_of(
         private("fedavg", {**CLIENT, "poisson_cohorts": True}, devices={}, **changes), held=0
     )
     timed.completed = empty
-    assert timed.round()["counts"]["invited"] == 0
+    assert timed.run_round()["counts"]["invited"] == 0
     after = next(iter(rounds.server.models.values()))
     assert all(not torch.equal(before[n], t) for n, t in after.items())
 
@@ -427,7 +427,7 @@ def test_local_noise_is_on_what_leaves() -> None:
         },
     )
     rounds = rounds_of(source, held=0)
-    site = rounds.executor.site  # type: ignore[attr-defined]
+    site = rounds.executor.runtime  # type: ignore[attr-defined]
     body = rounds.broadcasts(["site_1"])["site_1"]
     upload, start = sent_by(site, {"site_1": body})["site_1"], Payload.decode(body)["model"]
     moved = torch.cat([(t - start[n]).flatten() for n, t in upload["model"].items()])

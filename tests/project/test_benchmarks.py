@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 
 
 def test_every_method_is_held_against_a_bare_loop() -> None:
@@ -10,6 +10,8 @@ def test_every_method_is_held_against_a_bare_loop() -> None:
     from tests.references.loops.small_models import LOOPS as HEAVY
 
     ours = {
-        name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")
+        name
+        for name in register_algorithm
+        if register_algorithm[name].__module__.startswith("hetero_fl.")
     }  # examples may be there, too
     assert {*LOOPS, *HEAVY} == ours

@@ -75,7 +75,7 @@ def test_it_runs_the_command_and_not_as_root() -> None:
 def test_each_container_runs_a_command_of_ours(name: str) -> None:
     service = services()[name]
     command, *arguments = service["command"]
-    options = commands.parser(command, command).parse_intermixed_args(arguments)
+    options = commands.build_parser(command, command).parse_intermixed_args(arguments)
     if name == "server":
         assert options.resume and options.out.is_absolute()
         compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")

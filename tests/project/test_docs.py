@@ -19,10 +19,10 @@ import pytest
 import yaml
 
 from benchmarks.__main__ import find_benchmarks
-from hetero_fl.algorithms import algorithm
-from hetero_fl.algorithms.requirements import in_words, needs
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.algorithms.requirements import describe_needs, format_needs
 from hetero_fl.cli import commands, main
-from hetero_fl.deployment.config import load_server, load_site
+from hetero_fl.deployment.config import load_server_config, load_site_config
 from hetero_fl.experiment.preparation import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +37,8 @@ LONG = {  # run elsewhere: here they are parsed
     "configs/sensors_hetero.yaml",
 }
 OF_A_FEDERATION: dict[str, Callable[[Any], object]] = {
-    "server.yaml": load_server,
-    "site.yaml": load_site,
+    "server.yaml": load_server_config,
+    "site.yaml": load_site_config,
 }
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -56,9 +56,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("hetero_fl.experiment.runner.present", lambda *_: None)
+    monkeypatch.setattr("hetero_fl.experiment.runner.write_presentation", lambda *_: None)
     # what a page registers goes again
-    monkeypatch.setattr(algorithm, "_known", dict(algorithm._known))
+    monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
     before = set(sys.modules)
     yield tmp_path
     # the page's own modules: another page may use the same name
@@ -121,7 +121,7 @@ def run_or_parse(line: str) -> None:
     if command == "train" and ("--check" in rest or not (elsewhere or LONG & set(rest))):
         assert main(rest, command) == 0, line
     elif command in commands.COMMANDS:
-        commands.parser(command, command).parse_intermixed_args(rest)
+        commands.build_parser(command, command).parse_intermixed_args(rest)
     else:
         assert (ROOT / "scripts" / f"{command}.py").is_file(), line
 
@@ -160,7 +160,11 @@ def anchors(page: Path) -> set[str]:
 # The methods ---------------------------------------------------------------------------------------------------------
 
 INDEX = ROOT / "docs" / "methods.md"
-BUILT_IN = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+BUILT_IN = [
+    name
+    for name in register_algorithm
+    if register_algorithm[name].__module__.startswith("hetero_fl.")
+]
 
 
 def sections(name: str) -> list[tuple[str, str]]:
@@ -179,7 +183,9 @@ def test_each_method_has_one_section_and_its_page_all_settings(name: str) -> Non
     for word in ("Travels:**", "Use it", "Settings:**" if "| --- |" not in text else "| setting |"):
         assert word in text, word
     assert "**Not**" in text or "and not,**" in text
-    missing = [key for key in algorithm[name].model_fields if not re.search(rf"`{key}\b", page)]
+    missing = [
+        key for key in register_algorithm[name].model_fields if not re.search(rf"`{key}\b", page)
+    ]
     assert set(missing) <= {"logit_adjustment"}, "which all have, and hybrid.md explains"
 
 
@@ -191,9 +197,9 @@ def test_the_index_says_what_the_class_declares(name: str) -> None:
         re.M,
     )
     page, file, needed = row
-    assert algorithm[name].__module__ == f"hetero_fl.algorithms.{file}"
+    assert register_algorithm[name].__module__ == f"hetero_fl.algorithms.{file}"
     assert f"## `{name}`" in (INDEX.parent / page).read_text(encoding="utf-8")
-    assert needed == (in_words(needs(algorithm[name]())) or "–")
+    assert needed == (format_needs(describe_needs(register_algorithm[name]())) or "–")
 
 
 def test_every_scenario_has_a_row() -> None:

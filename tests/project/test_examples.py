@@ -109,7 +109,7 @@ def test_the_docs_use_of_it(
         json.dumps(config("hybrid", rounds=1)), encoding="utf-8"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hetero_fl.experiment.runner.present", lambda *_: None)
+    monkeypatch.setattr("hetero_fl.experiment.runner.write_presentation", lambda *_: None)
     exec(
         compile(code.replace("digits_quickstart.yaml", "short.yaml"), "docs/callbacks.md", "exec"),
         {},

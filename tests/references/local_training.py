@@ -11,17 +11,17 @@ from hetero_fl.core.objectives import Supervised
 from hetero_fl.core.participant import Participant
 from hetero_fl.core.plan import Fit
 from hetero_fl.engine.batches import index_batches
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.synchronous import SynchronousTrainer
 
 BATCH = 16  # tests.helpers.small_federations's
 
 
-def clients(rounds: Rounds) -> dict[str, Participant]:
+def clients(rounds: SynchronousTrainer) -> dict[str, Participant]:
     """Every client as it stands before the next round."""
     index = rounds.completed
     return {
         id: rounds.federation.client(id, rounds.store.get(id), index)
-        for id in rounds.federation.cards
+        for id in rounds.federation.client_infos
     }
 
 
@@ -59,12 +59,15 @@ def batches(
     client: Participant, label: str = "train", epochs: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of the round's first fit of that label."""
-    clock = client.clock
-    data, where = client.data("train", None), (clock.seed, clock.round, client.id, label, 0)
+    clock = client.round_context
+    data, where = (
+        client.data("train", None),
+        (clock.seed, clock.round_idx, client.participant_id, label, 0),
+    )
     # one more task of a version, where runs are asynchronous
-    where += ("again", clock.again) if clock.again else ()
+    where += ("again", clock.attempt) if clock.attempt else ()
     for rows in index_batches(
-        client.n, Fit({}, Supervised(), epochs=epochs, batch_size=BATCH), where
+        client.num_rows, Fit({}, Supervised(), epochs=epochs, batch_size=BATCH), where
     ):
         yield data["x"][rows], data["y"][rows]
 

@@ -9,22 +9,22 @@ import pytest
 from hetero_fl.reporting.formatting import (
     algorithm_base,
     algorithm_name,
-    better,
-    digits,
-    duration,
-    evaluated,
-    figure,
-    size,
+    format_bytes,
+    format_duration,
+    format_evaluation,
+    format_metric,
+    format_significant,
+    is_better,
 )
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 
 def test_figures() -> None:
-    assert figure(0.8466, "accuracy") == "84.7%"
-    assert figure(0.9444, "auroc") == "0.944"
-    assert figure(None, "auroc") == "–"
-    assert figure(2.8, "mae") == "2.80"
-    assert [digits(x) for x in (0.0, 0.03409, 12.0, 123.4, 1234.5, -2.8)] == [
+    assert format_metric(0.8466, "accuracy") == "84.7%"
+    assert format_metric(0.9444, "auroc") == "0.944"
+    assert format_metric(None, "auroc") == "–"
+    assert format_metric(2.8, "mae") == "2.80"
+    assert [format_significant(x) for x in (0.0, 0.03409, 12.0, 123.4, 1234.5, -2.8)] == [
         "0.00",
         "0.0341",
         "12.0",
@@ -32,7 +32,7 @@ def test_figures() -> None:
         "1234",
         "-2.80",
     ]
-    assert len(digits(5e-324)) < 30
+    assert len(format_significant(5e-324)) < 30
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_figures() -> None:
     ],
 )
 def test_sizes(count: float, text: str) -> None:
-    assert size(count) == text
+    assert format_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_sizes(count: float, text: str) -> None:
     [(0.42, "0.4 s"), (9.97, "10 s"), (59.7, "1 min 0 s"), (125, "2 min 5 s"), (3780, "1 h 3 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_algorithms() -> None:
@@ -70,8 +70,8 @@ def test_algorithms() -> None:
 
 
 def test_plural_and_better() -> None:
-    assert (plural(1, "round"), plural(2000, "row")) == ("1 round", "2,000 rows")
-    assert better("mae", 1, 2) and better("auroc", 2, 1) and not better("loss", 2, 1)
+    assert (pluralize(1, "round"), pluralize(2000, "row")) == ("1 round", "2,000 rows")
+    assert is_better("mae", 1, 2) and is_better("auroc", 2, 1) and not is_better("loss", 2, 1)
 
 
 def test_evaluated_shows_the_same_metrics_for_both_test_sets() -> None:
@@ -81,7 +81,7 @@ def test_evaluated_shows_the_same_metrics_for_both_test_sets() -> None:
         "server": None,
     }
 
-    assert evaluated(record) == (
+    assert format_evaluation(record) == (
         "local test: balanced accuracy 80.0%, AUROC –; global test: balanced accuracy 60.0%, AUROC 0.750"
     )
 
@@ -109,4 +109,4 @@ def test_evaluated_shows_the_same_metrics_for_both_test_sets() -> None:
     ],
 )
 def test_evaluated_of_other_tasks(record: dict[str, Any], line: str) -> None:
-    assert evaluated(record) == line
+    assert format_evaluation(record) == line

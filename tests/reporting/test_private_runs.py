@@ -16,8 +16,8 @@ from safetensors import safe_open
 from hetero_fl import run
 from hetero_fl.core.objectives import log_prior
 from hetero_fl.experiment import prepare
-from hetero_fl.reporting.formatting import selection
-from hetero_fl.reporting.plots.clients import labels
+from hetero_fl.reporting.formatting import selection_metric_of
+from hetero_fl.reporting.plots.clients import plot_labels
 from hetero_fl.reporting.report_text import captions
 from tests.helpers.small_federations import config
 
@@ -134,7 +134,7 @@ def test_pictures_of_a_private_run_show_rows_and_the_global_test_set(tmp_path: P
     finished = run(source_of({"name": "fedavg"}, RECORD), out=tmp_path / "run")
     summary, details = finished.summary, finished.directory.details()
 
-    legend = labels(summary, details).legends[0].get_texts()
+    legend = plot_labels(summary, details).legends[0].get_texts()
 
     assert [text.get_text() for text in legend] == ["train", "validation", "test"]
     title, caption = captions(summary, details)["labels"]
@@ -167,4 +167,4 @@ def test_selection_metric_of_a_private_run_needs_no_confusion_matrix() -> None:
     summary = {"personal": {"last": {"auroc": 0.5, "accuracy": 0.5}}}
     details = {"kind": "multilabel", "confusion": {"site_1": {}}, "labels": ["a", "b"]}
 
-    assert selection(summary, details) == "auroc"
+    assert selection_metric_of(summary, details) == "auroc"

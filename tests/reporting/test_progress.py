@@ -21,8 +21,8 @@ def play(run: RunDirectory, progress: Progress) -> None:
     with progress:
         progress.start(len(records), len(records[0]["cohort"]))
         for record in records:
-            progress.task(f"{record['cohort'][0]}: training")
-            progress.round(record)
+            progress.show_task(f"{record['cohort'][0]}: training")
+            progress.finish_round(record)
         progress.finish(run.summary())
 
 
@@ -106,5 +106,5 @@ def test_markup_and_line_breaks_in_a_line_do_no_harm(capsys: pytest.CaptureFixtu
     record: dict[str, Any] = {"round": 1, "failed": {"a": "found [red]\n x[0]"}}
     with Progress() as progress:
         progress.start(2, 1)
-        progress.round(record)
+        progress.finish_round(record)
     assert "round 1: a left out (found [red] x[0])" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 
 from hetero_fl.experiment import prepare
 from hetero_fl.reporting import report_text
-from hetero_fl.reporting.summary import liars, protections_of, told
+from hetero_fl.reporting.summary import collect_protections, describe_attack, describe_protections
 from tests.helpers.small_federations import config
 
 SPENT = {"epsilon": 3.456, "delta": 1e-5}
@@ -14,24 +14,26 @@ SPENT = {"epsilon": 3.456, "delta": 1e-5}
 
 def details(method: str = "hybrid", **changes: Any) -> dict[str, Any]:
     return {
-        "protections": protections_of(
+        "protections": collect_protections(
             prepare(config(method, "cnn_gn_small", 5, **changes)).federation
         )
     }
 
 
 def test_whose_privacy_it_is() -> None:
-    assert told({"privacy": None}, {}) == ["No differential privacy was in force."]
+    assert describe_protections({"privacy": None}, {}) == ["No differential privacy was in force."]
     for unit, whose in {
         "record": "of each training row",
         "client": "of each client",
         "local": "noised at home",
     }.items():
-        (line,) = told({"privacy": {**SPENT, "unit": unit}}, details())
+        (line,) = describe_protections({"privacy": {**SPENT, "unit": unit}}, details())
         assert line.startswith("Differential privacy of each") and whose in line
         assert line.endswith(": ε = 3.46 at δ = 1e-05.")
     # of an older run
-    assert told({"privacy": SPENT}, {}) == ["Differential privacy: ε = 3.46 at δ = 1e-05."]
+    assert describe_protections({"privacy": SPENT}, {}) == [
+        "Differential privacy: ε = 3.46 at δ = 1e-05."
+    ]
 
 
 def test_channel_and_rules_are_told() -> None:
@@ -40,25 +42,28 @@ def test_channel_and_rules_are_told() -> None:
         "compress_down": ["half"],
     }
     rules = {"predictions": "spectral", "rule": "median"}
-    lines = told({"privacy": None}, details(channel=channel, aggregation=rules))[1:]
+    lines = describe_protections({"privacy": None}, details(channel=channel, aggregation=rules))[1:]
     assert lines == [
         "Parameters by median, predictions by spectral: combined so that a few liars cannot decide.",
         "What clients sent was compressed: topk 0.05, quantize 8 bucket 64.",
         "What the server sent was compressed: half.",
     ]
-    assert "no single one" in told({"privacy": None}, details(channel={"secure_sum": {}}))[1]
+    assert (
+        "no single one"
+        in describe_protections({"privacy": None}, details(channel={"secure_sum": {}}))[1]
+    )
 
 
 def test_liars_are_named_and_not_taken_for_clients_that_were_not_drawn() -> None:
     attacks = {"name": "backdoor", "liars": ["site_2"], "success": 0.25}
-    assert liars(None) == ""
-    assert liars(attacks) == (
+    assert describe_attack(None) == ""
+    assert describe_attack(attacks) == (
         "1 client lied (backdoor): site_2; the backdoor opened on 25.0% of the test rows of other classes. All figures are "
         "of honest clients."
     )
-    assert liars({"name": "scaled", "liars": list("abcdefgh"), "success": None}).startswith(
-        "8 clients lied (scaled): a, b, c, d, e, f and 2 more."
-    )
+    assert describe_attack(
+        {"name": "scaled", "liars": list("abcdefgh"), "success": None}
+    ).startswith("8 clients lied (scaled): a, b, c, d, e, f and 2 more.")
     read = [{"id": f"site_{i}", "model": "mlp", "n_train": 9} for i in (1, 3)]
     for there, drawn in ((3, False), (4, True)):
         summary = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.reporting.plots import write_plots
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -202,7 +202,7 @@ def test_ones_own_method_is_told_in_its_own_words(
         More of it.
         """
 
-    monkeypatch.setattr(algorithm, "_known", {**algorithm._known, "mine": Mine})
+    monkeypatch.setattr(register_algorithm, "_known", {**register_algorithm._known, "mine": Mine})
     assert "Half of the clients wait (Doe 2020)." in read(made_run(rounds=1, algorithm="mine")).text
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.run_directory import LOCK, VERSION, RunDirectory, locked
+from hetero_fl.reporting.run_directory import LOCK, VERSION, RunDirectory, lock_folder
 from hetero_fl.utils.errors import UserError
 
 
@@ -189,7 +189,7 @@ def test_the_made_up_run_is_a_run(made_run: Callable[..., RunDirectory]) -> None
 
 
 def hold(folder: str, held: Any) -> None:
-    with locked(Path(folder)):
+    with lock_folder(Path(folder)):
         held.send(None)
         held.recv()
 
@@ -202,15 +202,15 @@ def test_a_folder_belongs_to_one_process_and_a_kill_frees_it(tmp_path: Path) -> 
     process.start()
     here.recv()
     words = "a: another process is at work there; let it end, or choose another --out"
-    with pytest.raises(UserError, match=words), locked(tmp_path / "a"):
+    with pytest.raises(UserError, match=words), lock_folder(tmp_path / "a"):
         pass
     process.kill()
     process.join()
     assert (tmp_path / "a" / LOCK).exists()
     with (
-        locked(tmp_path / "a"),
+        lock_folder(tmp_path / "a"),
         pytest.raises(UserError, match="another process"),
-        locked(tmp_path / "a"),
+        lock_folder(tmp_path / "a"),
     ):
         pass
     create(tmp_path / "a")  # the file that is left is nobody's
@@ -226,14 +226,14 @@ def test_a_file_system_without_locks_is_used_without(
 
     monkeypatch.setattr(fcntl, "flock", missing)
     for _ in range(2):
-        with locked(tmp_path / "a") as unheld:
+        with lock_folder(tmp_path / "a") as unheld:
             assert not list((tmp_path / "a").iterdir())  # nothing that could outlive a kill
             assert unheld == [
                 f"{tmp_path / 'a'}: its file system has no locks; see to it that no second process works there"
             ]
 
     monkeypatch.undo()
-    with locked(tmp_path / "c") as unheld:
+    with lock_folder(tmp_path / "c") as unheld:
         assert not unheld
 
 
@@ -241,9 +241,9 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"), locked(tmp_path / "file"):
+    with pytest.raises(UserError, match="cannot be made"), lock_folder(tmp_path / "file"):
         pass
     # stands for a folder of another's: root may write anywhere
     (tmp_path / "a" / LOCK).mkdir(parents=True)
-    with pytest.raises(UserError, match="a: cannot be written to"), locked(tmp_path / "a"):
+    with pytest.raises(UserError, match="a: cannot be written to"), lock_folder(tmp_path / "a"):
         pass

@@ -13,11 +13,11 @@ from hetero_fl.aggregation.uploads import Uploads
 from hetero_fl.config.population import Population
 from hetero_fl.config.robustness import ATTACKS, ROW_ATTACKS, UPLOAD_ATTACKS, AttacksConfig
 from hetero_fl.core.payload import Item, Payload
-from hetero_fl.core.plan import Predict, Table
+from hetero_fl.core.plan import Predict, TensorRows
 from hetero_fl.core.task import Task
-from hetero_fl.engine.driver import carry_out
+from hetero_fl.engine.driver import run_plan
 from hetero_fl.experiment import prepare
-from hetero_fl.robustness.attacks import Attack, Liars, Scene, attack
+from hetero_fl.robustness.attacks import Attack, AttackContext, MaliciousClients, attack
 from tests.helpers.small_federations import MIXED, config, deployed, rounds_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -28,8 +28,8 @@ def made(name: str, **settings: Any) -> Attack:
     return attack[name](AttacksConfig(name=name, **settings))
 
 
-def scene(liars: int = 3, **more: Any) -> Scene:
-    return Scene(
+def scene(liars: int = 3, **more: Any) -> AttackContext:
+    return AttackContext(
         TASK,
         0,
         2,
@@ -48,29 +48,29 @@ def test_names_are_those_of_the_configuration() -> None:
 
 def test_attacks_on_updates_are_their_formulas() -> None:
     u = honest()
-    assert torch.equal(made("sign_flip").updates(u, scene()), -4 * u)
-    assert torch.equal(made("scaled", strength=7).updates(u, scene()), 7 * u)
+    assert torch.equal(made("sign_flip").poison_updates(u, scene()), -4 * u)
+    assert torch.equal(made("scaled", strength=7).poison_updates(u, scene()), 7 * u)
     assert torch.allclose(
-        made("inner_product", strength=2).updates(u, scene()), (-2 * u.mean(0)).expand_as(u)
+        made("inner_product", strength=2).poison_updates(u, scene()), (-2 * u.mean(0)).expand_as(u)
     )
-    got = made("little_is_enough", strength=1.5).updates(u, scene())
+    got = made("little_is_enough", strength=1.5).poison_updates(u, scene())
     assert torch.allclose(got, (u.mean(0) - 1.5 * u.var(0, correction=0).sqrt()).expand_as(u))
-    assert torch.equal(made("backdoor").updates(u, scene()), u)
-    assert torch.equal(made("backdoor", strength=5).updates(u, scene()), 5 * u)
+    assert torch.equal(made("backdoor").poison_updates(u, scene()), u)
+    assert torch.equal(made("backdoor", strength=5).poison_updates(u, scene()), 5 * u)
 
 
 @pytest.mark.parametrize(("n", "f"), [(20, 4), (50, 12), (11, 2)])
 def test_as_little_as_theory_lets_pass(n: int, f: int) -> None:
-    z = made("little_is_enough").z(n, f)
+    z = made("little_is_enough").deviations(n, f)
     supporters = n // 2 + 1 - f
     assert math.erf(z / math.sqrt(2)) / 2 + 0.5 == pytest.approx((n - f - supporters) / (n - f))
 
 
 def test_noise_is_each_liars_own_keyed_and_as_large_as_said() -> None:
     u = honest(3, 50, 40)
-    one, again = (made("gaussian", strength=10).updates(u, scene()) for _ in range(2))
+    one, again = (made("gaussian", strength=10).poison_updates(u, scene()) for _ in range(2))
     assert torch.equal(one, again) and not torch.allclose(one[0], one[1])
-    assert not torch.equal(one, made("gaussian").updates(u, scene(tensor="other")))
+    assert not torch.equal(one, made("gaussian").poison_updates(u, scene(tensor="other")))
     assert torch.allclose(
         one.flatten(1).std(1), 10 * u.flatten(1).square().mean(1).sqrt(), rtol=0.1
     )
@@ -79,31 +79,33 @@ def test_noise_is_each_liars_own_keyed_and_as_large_as_said() -> None:
 def test_attacks_on_predictions() -> None:
     z = honest(3, 8, 4) + 5
     level = z.mean(-1, keepdim=True)
-    assert torch.allclose(made("flipped", strength=1).said(z, scene()), 2 * level - z)
-    wrong = made("confident_wrong", strength=1).said(z, scene())
+    assert torch.allclose(made("flipped", strength=1).poison_predictions(z, scene()), 2 * level - z)
+    wrong = made("confident_wrong", strength=1).poison_predictions(z, scene())
     assert (wrong.argmax(-1) != z.argmax(-1)).all() and torch.allclose(
         wrong.sort(-1).values, z.sort(-1).values
     )
     assert not torch.equal(
         wrong[0].argmax(-1) - z[0].argmax(-1), wrong[1].argmax(-1) - z[1].argmax(-1)
     )
-    assert (made("targeted", target=2).said(z, scene()).argmax(-1) == 2).all()
-    same = made("collusion").said(z, scene())
+    assert (made("targeted", target=2).poison_predictions(z, scene()).argmax(-1) == 2).all()
+    same = made("collusion").poison_predictions(z, scene())
     assert torch.allclose(
         same - same.mean(-1, keepdim=True), (same - same.mean(-1, keepdim=True))[:1].expand_as(z)
     )
     assert (same[0].argmax(-1) != (z - level).mean(0).argmax(-1)).all()
     p = z.softmax(-1)
     for name in ROW_ATTACKS:
-        assert torch.allclose(made(name).said(p, scene()).sum(-1), torch.ones(3, 8)), name
-        assert torch.equal(made(name).updates(z, scene()), z), name
+        assert torch.allclose(
+            made(name).poison_predictions(p, scene()).sum(-1), torch.ones(3, 8)
+        ), name
+        assert torch.equal(made(name).poison_updates(z, scene()), z), name
 
 
 def test_flipped_labels() -> None:
     columns = {"x": torch.randn(6, 3), "y": torch.tensor([0, 1, 2, 3, 3, 0])}
-    flipped = made("label_flip").rows_of(columns, scene(1))
+    flipped = made("label_flip").poison_rows(columns, scene(1))
     assert flipped["y"].tolist() == [3, 2, 1, 0, 0, 3] and flipped["x"] is columns["x"]
-    assert made("label_flip", pairs={0: 2}).rows_of(columns, scene(1))["y"].tolist() == [
+    assert made("label_flip", pairs={0: 2}).poison_rows(columns, scene(1))["y"].tolist() == [
         2,
         1,
         2,
@@ -112,14 +114,14 @@ def test_flipped_labels() -> None:
         2,
     ]
     many = {"x": columns["x"], "y": torch.tensor([[0.0, 1.0]])}
-    other = Scene(Task("multilabel", 2), 0, 0, ["c"])
-    assert made("label_flip").rows_of(many, other)["y"].tolist() == [[1, 0]]
+    other = AttackContext(Task("multilabel", 2), 0, 0, ["c"])
+    assert made("label_flip").poison_rows(many, other)["y"].tolist() == [[1, 0]]
 
 
 def test_a_trigger_is_on_its_share_of_rows_and_nowhere_else() -> None:
     x = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     columns = {"x": x.clone(), "y": torch.arange(20) % 4}
-    got = made("backdoor", stamped=0.4, target=3, trigger=2).rows_of(columns, scene(1))
+    got = made("backdoor", stamped=0.4, target=3, trigger=2).poison_rows(columns, scene(1))
     changed = (got["x"] != x).flatten(1).any(1)
     assert (
         int(changed.sum()) == 8 and (got["y"][changed] == 3).all() and torch.equal(columns["x"], x)
@@ -129,7 +131,7 @@ def test_a_trigger_is_on_its_share_of_rows_and_nowhere_else() -> None:
         torch.equal(got["x"][..., :-2, :], x[..., :-2, :])
         and (got["x"][changed][..., -2:, -2:] == x.max()).all()
     )
-    shown = made("backdoor", target=3, trigger=2).triggered(columns, scene(0))
+    shown = made("backdoor", target=3, trigger=2).triggered_rows(columns, scene(0))
     assert (
         len(shown["y"]) == 15
         and (shown["y"] != 3).all()
@@ -139,19 +141,23 @@ def test_a_trigger_is_on_its_share_of_rows_and_nowhere_else() -> None:
 
 # Liars among a round's clients -----------------------------------------------------------------------------------
 def test_liars_are_drawn_by_the_seed_or_named() -> None:
-    clients = Population.of(
-        {f"c{i}": prepare(config()).federation.cards["site_1"].settings for i in range(20)}
+    clients = Population.from_settings(
+        {f"c{i}": prepare(config()).federation.client_infos["site_1"].settings for i in range(20)}
     )
     drawn = [
-        Liars.of(AttacksConfig(name="scaled", share=0.3), clients, TASK, seed).listed
+        MaliciousClients.from_config(
+            AttacksConfig(name="scaled", share=0.3), clients, TASK, seed
+        ).sorted_ids
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 6
-    named = Liars.of(AttacksConfig(name="scaled", clients=["c3"], from_round=3), clients, TASK, 0)
+    named = MaliciousClients.from_config(
+        AttacksConfig(name="scaled", clients=["c3"], from_round=3), clients, TASK, 0
+    )
     assert (
-        named.listed == ["c3"]
-        and [named.lie("c3", r) for r in (1, 2)] == [False, True]
-        and not named.lie("c4", 5)
+        named.sorted_ids == ["c3"]
+        and [named.is_malicious("c3", r) for r in (1, 2)] == [False, True]
+        and not named.is_malicious("c4", 5)
     )
 
 
@@ -247,9 +253,9 @@ def test_figures_are_of_the_honest_and_a_backdoors_success_is_read() -> None:
     x[..., -2:, -2:] = client.data("common_test", None)["x"].max()
 
     def predict() -> Any:
-        return (yield Predict("model", Table({"x": x})))
+        return (yield Predict("model", TensorRows({"x": x})))
 
-    logits = carry_out(predict(), client, rounds.performer)[0]
+    logits = run_plan(predict(), client, rounds.backend)[0]
     assert clients["site_1"].triggered == pytest.approx(
         float((logits.argmax(-1) == 1).double().mean())
     )
@@ -262,7 +268,7 @@ def test_without_attacks_nothing_is_different() -> None:
     )
     for group, model in one.server.models.items():
         assert all(torch.equal(t, other.server.models[group][n]) for n, t in model.items())
-    assert "attacks" not in one.round() and one.evaluate().clients["site_1"].triggered is None
+    assert "attacks" not in one.run_round() and one.evaluate().clients["site_1"].triggered is None
 
 
 def test_liars_lie_alike_in_batches_and_in_another_process() -> None:
@@ -275,10 +281,12 @@ def test_liars_lie_alike_in_batches_and_in_another_process() -> None:
         assert all(
             torch.allclose(t, batched.server.models[group][n], atol=1e-9) for n, t in model.items()
         )
-    there = pickle.loads(pickle.dumps(serial.federation.liars))  # as a worker gets it
+    there = pickle.loads(pickle.dumps(serial.federation.malicious))  # as a worker gets it
     columns = {"x": torch.rand(20, 1, 8, 8), "y": torch.arange(20) % 10}
     mine, theirs = (
-        liars.seen("site_2", lambda name, through: columns, torch.zeros(10), 0)[0]("train", None)
-        for liars in (serial.federation.liars, there)
+        liars.poison_data("site_2", lambda name, through: columns, torch.zeros(10), 0)[0](
+            "train", None
+        )
+        for liars in (serial.federation.malicious, there)
     )
     assert torch.equal(mine["x"], theirs["x"]) and not torch.equal(mine["x"], columns["x"])

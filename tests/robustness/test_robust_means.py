@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from hetero_fl.aggregation import Upload, Uploads
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload
 from hetero_fl.core.task import Task
-from hetero_fl.robustness.robust_means import Rules
+from hetero_fl.robustness.robust_means import AggregationRules
 from tests.helpers.small_federations import MIXED, config, rounds_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -25,8 +25,8 @@ SPECS = {
 }
 
 
-def rules(**settings: Any) -> Rules:
-    return Rules(AggregationConfig(**settings), TASK)
+def rules(**settings: Any) -> AggregationRules:
+    return AggregationRules(AggregationConfig(**settings), TASK)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def cards() -> list[Any]:
         "fedavg", [MIXED[1]] * 5 + [MIXED[2]] * 2, clients=7, rounds=1, data__partition__min_size=10
     )
     rounds = rounds_of(made, held=0)
-    return [rounds.federation.cards[id] for id in sorted(rounds.federation.cards)]
+    return [rounds.federation.client_infos[id] for id in sorted(rounds.federation.client_infos)]
 
 
 def uploads(
-    cards: list[Any], items: list[dict[str, Item]], terms: Rules | None, **more: Any
+    cards: list[Any], items: list[dict[str, Item]], terms: AggregationRules | None, **more: Any
 ) -> Uploads:
     pairs = list(zip(cards, items, strict=True))
     made = [
@@ -58,7 +58,7 @@ def model(value: float, *names: str) -> Item:
 def test_a_rule_acts_within_the_owners_of_a_tensor_and_weights_do_not_count(
     cards: list[Any],
 ) -> None:
-    groups = [card.arch.id for card in cards]
+    groups = [card.arch.spec_id for card in cards]
     large, small = max(groups, key=groups.count), min(groups, key=groups.count)
     values = iter([1.0, 2.0, 3.0, 4.0, 1e9])
     items = [
@@ -80,7 +80,7 @@ def test_a_rule_acts_within_the_owners_of_a_tensor_and_weights_do_not_count(
 
 
 def test_too_few_for_the_rule_leave_the_tensors_as_they_are(cards: list[Any]) -> None:
-    groups = [card.arch.id for card in cards]
+    groups = [card.arch.spec_id for card in cards]
     large = max(groups, key=groups.count)
     terms = rules(rule="krum", liars=1)
     means = uploads(cards, [{"model": model(1.0, "w")} for _ in cards], terms).mean_by_group(
@@ -91,7 +91,7 @@ def test_too_few_for_the_rule_leave_the_tensors_as_they_are(cards: list[Any]) ->
 
 
 def test_parts_that_others_sent_are_blocks_of_their_own(cards: list[Any]) -> None:
-    alike = [card for card in cards if card.arch.id == cards[0].arch.id]
+    alike = [card for card in cards if card.arch.spec_id == cards[0].arch.spec_id]
     items = [{"model": model(float(i), "body", *["head"][: i < 3])} for i in range(len(alike))]
     items[2] = {
         "model": Item(
@@ -99,7 +99,7 @@ def test_parts_that_others_sent_are_blocks_of_their_own(cards: list[Any]) -> Non
         )
     }
     got = uploads(alike, items, rules(rule="krum", liars=0)).mean_by_group("model")[
-        cards[0].arch.id
+        cards[0].arch.spec_id
     ]
     assert float(got["body"][0, 0]) < 10 and float(got["head"][0, 0]) <= 2
 
@@ -142,7 +142,7 @@ def test_class_sums_take_the_median_of_class_means_where_enough_have_the_class(
 
 
 def test_what_the_server_made_of_single_uploads_is_under_the_rule_too(cards: list[Any]) -> None:
-    said = {card.id: Item(torch.full((2, 4), float(i))) for i, card in enumerate(cards)}
+    said = {card.client_id: Item(torch.full((2, 4), float(i))) for i, card in enumerate(cards)}
     for terms in (None, rules(predictions="median")):
         made = uploads(cards, [{"said": item} for item in said.values()], terms)
         assert torch.allclose(made.consensus("said", said), torch.full((2, 4), 3.0))
@@ -196,7 +196,7 @@ def test_the_mean_is_the_mean_to_the_bit() -> None:
         for g, model in other.server.models.items()
         for n, t in model.items()
     )
-    assert one.intake.memory == {} and set(algorithm) >= {"hybrid"}
+    assert one.collector.memory == {} and set(register_algorithm) >= {"hybrid"}
 
 
 def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
@@ -208,11 +208,11 @@ def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
         data__partition__min_size=10,
     )
     whole, first, second = rounds_of(source), rounds_of(source, held=1), rounds_of(source, held=0)
-    second.store = second.executor.store = second.executor.site.store = first.store
-    assert set(first.tree()["aggregation"]["logits"]) == set(first.federation.cards)
-    second.restore(first.tree())
-    second.round()
-    assert second.tree()["aggregation"] == whole.tree()["aggregation"]
+    second.store = second.executor.store = second.executor.runtime.store = first.store
+    assert set(first.state_dict()["aggregation"]["logits"]) == set(first.federation.client_infos)
+    second.load_state_dict(first.state_dict())
+    second.run_round()
+    assert second.state_dict()["aggregation"] == whole.state_dict()["aggregation"]
 
 
 @pytest.mark.parametrize("name", [n for n in PREDICTIONS if n != "mean"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hetero_fl.config.robustness import PREDICTIONS, RULES, AggregationConfig
-from hetero_fl.robustness.rules import Block, middle, prediction_rule, rule
+from hetero_fl.robustness.rules import UploadBlock, prediction_rule, rule, trimmed_mean
 from tests.references import robust_rules
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -35,7 +35,9 @@ def combined(
     name: str, v: np.ndarray, liars: int = LIARS, start=None, root=None, **settings: object
 ) -> np.ndarray:
     references = None if start is None else [split(start)] * len(v)
-    block = Block(list(map(split, v)), references, None, None if root is None else split(root))
+    block = UploadBlock(
+        list(map(split, v)), references, None, None if root is None else split(root)
+    )
     return joined(rule[name](AggregationConfig(rule=name, **settings)).combine(block, liars))
 
 
@@ -109,7 +111,7 @@ def test_buffers_follow_the_selected_and_count_in_no_distance() -> None:
     members = [
         {**split(row), "running": torch.tensor([1e9 * i, float(i)])} for i, row in enumerate(v)
     ]
-    block = Block(members, None, frozenset(SHAPES))
+    block = UploadBlock(members, None, frozenset(SHAPES))
     want = int(np.argmin(robust_rules.krum_scores(v, LIARS)))
     got = rule["krum"](AggregationConfig(rule="krum")).combine(block, LIARS)
     assert torch.equal(got["running"], members[want]["running"])
@@ -121,7 +123,9 @@ def test_buffers_follow_the_selected_and_count_in_no_distance() -> None:
 
 def test_least_numbers_of_clients() -> None:
     least = {
-        name: rule[name](AggregationConfig(rule=name)).least(3) for name in RULES if name != "mean"
+        name: rule[name](AggregationConfig(rule=name)).min_clients(3)
+        for name in RULES
+        if name != "mean"
     }
     assert least.pop("krum") == least.pop("multi_krum") == 9 and least.pop("bulyan") == 15
     assert set(least.values()) == {7} and len(least) == 4
@@ -168,5 +172,5 @@ def test_loud_colluders_do_not_decide_a_row(name: str) -> None:
 
 
 def test_the_middle_of_an_even_number() -> None:
-    assert middle(torch.tensor([4.0, 1.0, 100.0, 2.0])) == 3
-    assert middle(torch.tensor([4.0, 1.0, 100.0, 2.0, 0.0]), 1) == pytest.approx(7 / 3)
+    assert trimmed_mean(torch.tensor([4.0, 1.0, 100.0, 2.0])) == 3
+    assert trimmed_mean(torch.tensor([4.0, 1.0, 100.0, 2.0, 0.0]), 1) == pytest.approx(7 / 3)

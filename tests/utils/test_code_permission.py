@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 
 import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.deployment.config import SiteConfig, load_site
-from hetero_fl.deployment.handshake import convene
-from hetero_fl.deployment.messages import Refused
-from hetero_fl.deployment.node import begin
+from hetero_fl.deployment.config import SiteConfig, load_site_config
+from hetero_fl.deployment.handshake import perform_handshake
+from hetero_fl.deployment.messages import RequestRefusedError
+from hetero_fl.deployment.node import begin_run
 from hetero_fl.experiment.preparation import load_config
-from hetero_fl.reporting.methods import described, method
+from hetero_fl.reporting.methods import describe_methods, method_class
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.utils.code_permission import CodePermission, references
+from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import changed, config
 
@@ -345,7 +345,7 @@ def test_a_file_that_changes_while_a_comparison_starts_runs_no_code(
     later = config(
         "fml", "mlp", 2, rounds=1, **BARE, algorithm={"name": "fml", "mentee": f"{trap}Net"}
     )
-    monkeypatch.setattr("hetero_fl.experiment.comparison.read", lambda path: later)
+    monkeypatch.setattr("hetero_fl.experiment.comparison.read_config_file", lambda path: later)
     with pytest.raises(UserError, match="which names code"):
         hetero_fl.compare(file, ["fml"], out="all")
     assert not Path("imported").exists()
@@ -354,10 +354,10 @@ def test_a_file_that_changes_while_a_comparison_starts_runs_no_code(
 def test_a_permission_for_another_process_asks_nothing() -> None:
     asked = CodePermission(granted=["python:a:B"], ask=lambda *_: True)
     copied = pickle.loads(pickle.dumps(asked))
-    assert list(copied.refused(references(["python:a:B", "python:c:D"]), "x")) == [
+    assert list(copied.find_refused(find_references(["python:a:B", "python:c:D"]), "x")) == [
         ("python:c:D", "1")
     ]
-    assert list(asked.refused(references(["python:c:D"]), "x")) == []
+    assert list(asked.find_refused(find_references(["python:c:D"]), "x")) == []
     assert asked.granted == {"python:a:B", "python:c:D"}
 
 
@@ -508,11 +508,11 @@ def test_what_a_program_ran_itself_it_may_use(trap: str) -> None:
 
 
 def test_a_report_imports_nothing(trap: str) -> None:
-    assert method(f"{trap}Method") is None
-    assert described([f"{trap}Method:lr=1"])[0][0] == "Method"
-    assert method("python:os:system") is None and not Path("imported").exists()
+    assert method_class(f"{trap}Method") is None
+    assert describe_methods([f"{trap}Method:lr=1"])[0][0] == "Method"
+    assert method_class("python:os:system") is None and not Path("imported").exists()
     load_config({"algorithm": {"name": f"{trap}Method"}})
-    assert method(f"{trap}Method") is not None
+    assert method_class(f"{trap}Method") is not None
 
 
 # Federations ---------------------------------------------------------------------------------------------------------
@@ -535,30 +535,30 @@ def test_a_sites_file_gives_no_permission_itself(
         == f"{file}: {key}: {LINE.format(name=trap + name)}"
     )
     assert not Path("imported").exists()
-    assert load_site(file, allow_code=True)[0].client == "site_1"
+    assert load_site_config(file, allow_code=True)[0].client == "site_1"
 
 
 def test_a_node_runs_what_its_site_allows_and_nothing_else_that_a_server_names(trap: str) -> None:
     tree = {"config": config("local", f"{trap}Net", 2, **BARE), "public": "none"}
     refusing = SiteConfig(client="site_1")
-    with pytest.raises(Refused, match="this site runs no code by name"):
-        begin(refusing, Path("state"), None, [], "run", tree)
+    with pytest.raises(RequestRefusedError, match="this site runs no code by name"):
+        begin_run(refusing, Path("state"), None, [], "run", tree)
     hidden = {**tree, "config": config("local", {"name": f"{trap}Net".encode()}, 2, **BARE)}
     with pytest.raises(UserError, match="which names code"):
-        begin(refusing, Path("state"), None, [], "run", hidden)
+        begin_run(refusing, Path("state"), None, [], "run", hidden)
     assert not Path("imported").exists()
     allowing = SiteConfig.model_validate(
         {"client": "site_1", "allows": {"own_code": [f"{trap}Net"]}}
     )
-    with pytest.raises(Refused, match="public sets"):  # it has gone on to the data
-        begin(allowing, Path("state"), None, [], "run", tree)
+    with pytest.raises(RequestRefusedError, match="public sets"):  # it has gone on to the data
+        begin_run(allowing, Path("state"), None, [], "run", tree)
 
 
 def test_settings_that_a_run_directory_keeps_of_nodes_name_no_code(trap: str) -> None:
     class Nobody:
         here: dict[str, object] = {}
 
-        def gather(self, wait: float) -> list[str]:
+        def wait_for_clients(self, wait: float) -> list[str]:
             return ["site_2"]
 
     known = {"run": "a", "settings": {"site_2": {"model": f"{trap}Net"}}, "told": {}}
@@ -566,5 +566,5 @@ def test_settings_that_a_run_directory_keeps_of_nodes_name_no_code(trap: str) ->
     with pytest.raises(
         UserError, match=r"clients\.overrides\.0\.model: found .*, which names code"
     ):
-        convene(load_config(config("local", "mlp", 2)), post, 0.0, known)
+        perform_handshake(load_config(config("local", "mlp", 2)), post, 0.0, known)
     assert not Path("imported").exists()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetero_fl.utils.seeding import key, sample, seed_torch
+from hetero_fl.utils.seeding import sample_numbers, seed_torch, stream_key
 from tests.helpers.small_federations import config, rounds_of
 
 
@@ -29,28 +29,38 @@ def test_training_takes_no_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         traceback, "extract_stack", lambda *_, **__: pytest.fail("torch notes a call for later")
     )
-    rounds.round()
+    rounds.run_round()
 
 
 def test_key_tells_its_parts_and_their_types_apart() -> None:
-    assert len({key("ab", "c"), key("a", "bc"), key("abc"), key("a", "b", "c")}) == 4
-    assert key(1, 12) != key(11, 2)
-    assert key(1) != key("1")
+    assert (
+        len(
+            {
+                stream_key("ab", "c"),
+                stream_key("a", "bc"),
+                stream_key("abc"),
+                stream_key("a", "b", "c"),
+            }
+        )
+        == 4
+    )
+    assert stream_key(1, 12) != stream_key(11, 2)
+    assert stream_key(1) != stream_key("1")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(1, 10**12), st.integers(0, 60), st.integers(0, 9))
 def test_a_sample_is_sorted_and_without_doubles(total: int, count: int, seed: int) -> None:
     count = min(count, total)
-    drawn = sample(total, count, seed)
+    drawn = sample_numbers(total, count, seed)
     assert len(set(drawn)) == len(drawn) == count and drawn == sorted(drawn)
-    assert all(0 <= d < total for d in drawn) and drawn == sample(total, count, seed)
+    assert all(0 <= d < total for d in drawn) and drawn == sample_numbers(total, count, seed)
 
 
 def test_every_subset_is_as_likely_as_any_other() -> None:
     found: dict[tuple[int, ...], int] = {}
     for seed in range(6000):
-        subset = tuple(sample(5, 3, "test", seed))
+        subset = tuple(sample_numbers(5, 3, "test", seed))
         found[subset] = found.get(subset, 0) + 1
     assert len(found) == 10
     # chi-square, 9 degrees of freedom, p = 0.001

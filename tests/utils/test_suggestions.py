@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.cli.commands import COMMANDS
-from hetero_fl.utils.errors import beside, closest
+from hetero_fl.utils.errors import closest, suggest_file
 
 PARTITIONS = ["iid", "in_order", "dirichlet", "classes", "quantity", "natural", "drawn"]
 OPTIMIZERS = ["sgd", "adam", "adamw"]
-METHODS = sorted(algorithm)
+METHODS = sorted(register_algorithm)
 NAMES = {
     "partition": PARTITIONS,
     "optimizer": OPTIMIZERS,
@@ -101,8 +101,8 @@ def test_beside_compares_names_without_suffixes(tmp_path: Path, missing: str, me
     for name in ("compose.yaml", "medical_hetero.yaml", "notes.txt"):
         (tmp_path / name).touch()
 
-    assert beside(tmp_path / missing, (".yaml", ".yml")) == meant
+    assert suggest_file(tmp_path / missing, (".yaml", ".yml")) == meant
 
 
 def test_beside_is_silent_where_the_folder_is_missing(tmp_path: Path) -> None:
-    assert beside(tmp_path / "no" / "file.yaml") == ""
+    assert suggest_file(tmp_path / "no" / "file.yaml") == ""

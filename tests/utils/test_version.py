@@ -1,15 +1,33 @@
-"""A user's module that imports a name which has moved gets one line that names the new one."""
+"""A user's file that uses a name of the previous release gets one line that names the new one."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import hetero_fl.core.participant
+import hetero_fl.core.plan
+import hetero_fl.data.federated_data
+import hetero_fl.experiment.preparation
+from hetero_fl.aggregation import uploads
+from hetero_fl.algorithms import Algorithm, FedAvg, register_algorithm
+from hetero_fl.algorithms.distillation import ProxyDistillation, ProxyTraining
+from hetero_fl.algorithms.mutual import MenteeTraining
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.core.objectives import Objective
+from hetero_fl.core.participant import ClientInfo, RoundContext
+from hetero_fl.core.plan import Rows
+from hetero_fl.data.partition import PartitionContext
+from hetero_fl.federation.trainer import FederatedTrainer
+from hetero_fl.robustness import attacks, rules
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.registry import imported
-from hetero_fl.utils.version import MOVED_NAMES
+from hetero_fl.utils.registry import import_reference
+from hetero_fl.utils.version import MOVED_NAMES, RENAMED_MEMBERS, describe_new_name
 
 
 @pytest.mark.parametrize(
@@ -27,6 +45,26 @@ from hetero_fl.utils.version import MOVED_NAMES
             "from hetero_fl.config import load_config",
             "hetero_fl.config.load_config is now hetero_fl.load_config",
         ),
+        (
+            "from hetero_fl.objectives import Digest",
+            "hetero_fl.objectives.Digest is now hetero_fl.core.objectives.TeacherDistillation",
+        ),
+        (
+            "from hetero_fl.algorithms import algorithm",
+            "hetero_fl.algorithms.algorithm is now hetero_fl.algorithms.register_algorithm",
+        ),
+        (
+            "from hetero_fl.core.objectives import Digest",
+            "hetero_fl.core.objectives.Digest is now hetero_fl.core.objectives.TeacherDistillation",
+        ),
+        (
+            "from hetero_fl.algorithms import FedAvg\nclass Method(FedAvg):\n    reads = 'late'",
+            "Algorithm.reads is now Algorithm.evaluated_when",
+        ),
+        (
+            "import hetero_fl.data\n@hetero_fl.data.source('mine')\ndef mine(config, root): ...",
+            "hetero_fl.data.source is now hetero_fl.data.register_source",
+        ),
     ],
 )
 def test_import_of_a_moved_name_names_the_new_one(
@@ -36,10 +74,110 @@ def test_import_of_a_moved_name_names_the_new_one(
     monkeypatch.syspath_prepend(tmp_path)
 
     with pytest.raises(UserError) as error:
-        imported("python:older_method:Method", "algorithm.name", object)
+        import_reference("python:older_method:Method", "algorithm.name", object)
 
     assert hint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+OLDER = """
+from typing import ClassVar
+
+from hetero_fl.algorithms import FedAvg
+
+
+class Method(FedAvg):
+    reads: ClassVar[str] = "at the end"
+
+    def start(self, server):
+        pass
+
+    def personalise(self, client, got):
+        yield from ()
+
+
+class Newer(FedAvg):
+    start: int = 3  # a setting of that name is the author's own affair
+
+    def setup(self, server):
+        pass
+"""
+
+
+def test_class_with_old_hooks_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "older_hooks.py").write_text(OLDER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    with pytest.raises(UserError) as error:
+        import_reference("python:older_hooks:Method", "algorithm.name", Algorithm)
+
+    assert str(error.value) == (
+        "algorithm.name: python:older_hooks:Method: Method.reads is now evaluated_when, "
+        "Method.start is now setup, Method.personalise is now personalize"
+    )
+    assert import_reference("python:older_hooks:Newer", "algorithm.name", Algorithm)
+
+
+def test_registered_class_with_old_hooks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register_algorithm, "_known", dict(register_algorithm._known))
+    register_algorithm("older")(type("Older", (FedAvg,), {"gives": lambda self: True}))
+
+    with pytest.raises(UserError, match=r"^algorithm 'older': Older\.gives is now may_share$"):
+        register_algorithm["older"]
+
+
+CLIENT = ClientInfo.__new__(ClientInfo)
+
+
+@pytest.mark.parametrize(
+    ("use", "hint"),
+    [
+        (lambda: CLIENT.n, "; ClientInfo.n is now ClientInfo.num_rows"),  # type: ignore[attr-defined]
+        (lambda: FedAvg().gives, "; Algorithm.gives is now Algorithm.may_share"),  # type: ignore[attr-defined]
+        (lambda: super(FedAvg, FedAvg()).start, "; Algorithm.start is now Algorithm.setup"),  # type: ignore[misc]
+        (lambda: FedAvg.personalise, "; Algorithm.personalise is now Algorithm.personalize"),  # type: ignore[attr-defined]
+        (lambda: Rows("proxy", beside={}), "; Rows.beside is now Rows.extra_columns"),  # type: ignore[call-arg]
+        (
+            lambda: replace(Rows("proxy"), through=None),  # type: ignore[call-arg]
+            "; Rows.through is now Rows.preprocess",
+        ),
+        (lambda: CLIENT.nothing, ""),  # type: ignore[attr-defined]
+        (lambda: Rows("proxy", nothing=1), ""),  # type: ignore[call-arg]
+        (lambda: 1 / 0, ""),
+    ],
+)
+def test_use_of_an_old_member_names_the_new_one(use: Callable[[], Any], hint: str) -> None:
+    with pytest.raises(Exception) as error:
+        use()
+
+    assert describe_new_name(error.value) == hint
+
+
+MODULES = [
+    attacks, hetero_fl.core.participant, hetero_fl.core.plan, hetero_fl.data.federated_data,
+    hetero_fl.experiment.preparation, rules, uploads,
+]  # fmt: skip
+CLASSES = {
+    kind.__name__: kind
+    for kind in [
+        Algorithm, FederatedTrainer, MenteeTraining, ModelSpec, Objective, PartitionContext,
+        ProxyDistillation, ProxyTraining, RoundContext,
+        *[kind for module in MODULES for kind in vars(module).values() if isinstance(kind, type)],
+    ]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RENAMED_MEMBERS)
+def test_renamed_members_have_gone_and_the_new_ones_exist(name: str) -> None:
+    kind = CLASSES[name]
+    there = {*dir(kind), *getattr(kind, "__annotations__", {})}
+    there |= {*getattr(getattr(kind.__init__, "__code__", None), "co_names", ())}
+
+    for old, new in RENAMED_MEMBERS[name].items():
+        assert old not in there
+        assert new in there
 
 
 def test_moved_names_are_gone_and_their_new_places_exist() -> None:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from hetero_fl.config.communication import SecureSumConfig
+from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import PayloadError
 
 # Key agreement and sealing for the secure sum: X25519, HKDF-SHA256, AES-256-GCM (RFC 7748, 5869;
@@ -46,50 +46,50 @@ def new_seed() -> bytes:
     return os.urandom(KEY_LENGTH)
 
 
-def public(private: bytes) -> bytes:
+def public_key(private: bytes) -> bytes:
     """The public key of a private one."""
-    return loaded(private).public_key().public_bytes_raw()
+    return load_private_key(private).public_key().public_bytes_raw()
 
 
-def loaded(private: bytes) -> X25519PrivateKey:
+def load_private_key(private: bytes) -> X25519PrivateKey:
     """A private key ready to agree with many others: loading takes as long as agreeing."""
     return X25519PrivateKey.from_private_bytes(private)
 
 
-def check(public: bytes) -> None:
+def check_public_key(public: bytes) -> None:
     """Raise PayloadError for a public key of low order, or one that is not written as RFC 7748 has it (below 2^255 − 19)."""
     if int.from_bytes(public, "little") >= PRIME:
         raise PayloadError("a public key that is none")
-    agree(loaded(new_key()), public, b"check")
+    derive_shared_key(load_private_key(new_key()), public, b"check")
 
 
-def agree(private: X25519PrivateKey, other: bytes, purpose: bytes) -> bytes:
+def derive_shared_key(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
     """The key that two parties have in common for a purpose: the same from either side.
 
     Raises PayloadError for a public key of low order, with which anybody's result would be the same.
     """
     try:
-        secret = private.exchange(X25519PublicKey.from_public_bytes(other))
+        secret = private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise PayloadError("a public key that is none") from None
     return HKDF(SHA256(), KEY_LENGTH, None, b"hetero_fl secure sum: " + purpose).derive(secret)
 
 
-def seal(key: bytes, plain: bytes, about: bytes) -> bytes:
+def encrypt(key: bytes, plain: bytes, associated_data: bytes) -> bytes:
     """Encrypted, and bound to what it is about."""
     nonce = os.urandom(NONCE)
-    return nonce + AESGCM(key).encrypt(nonce, plain, about)
+    return nonce + AESGCM(key).encrypt(nonce, plain, associated_data)
 
 
-def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes:
+def decrypt(key: bytes, sealed: bytes, associated_data: bytes) -> bytes:
     """The reverse of `seal`. Raises PayloadError if it was made with another key, or about something else, or changed."""
     try:
-        return AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], about)
+        return AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], associated_data)
     except (InvalidTag, ValueError):
         raise PayloadError("a sealed share that does not open") from None
 
 
-def commitment(seed: bytes, tag: bytes) -> bytes:
+def commit_to_seed(seed: bytes, tag: bytes) -> bytes:
     """What binds a client to its seed without telling it: the seed has 256 bits to guess."""
     return hashlib.sha256(b"hetero_fl secure sum: seed" + tag + seed).digest()
 
@@ -126,7 +126,7 @@ def split_secret(secret: bytes, threshold: int, holders: Sequence[int]) -> list[
 
 def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
     """The secret of which these are shares, by holder; None if they are shares of nothing that `split` was given."""
-    weights = _at_nought(tuple(shares))
+    weights = _lagrange_weights_at_zero(tuple(shares))
     total = sum(
         weight * int.from_bytes(share, "little")
         for weight, share in zip(weights, shares.values(), strict=True)
@@ -135,7 +135,7 @@ def combine_shares(shares: Mapping[int, bytes]) -> bytes | None:
 
 
 @lru_cache(maxsize=64)  # in a complete graph the same holders answer for everybody
-def _at_nought(holders: tuple[int, ...]) -> list[int]:
+def _lagrange_weights_at_zero(holders: tuple[int, ...]) -> list[int]:
     """Lagrange's weights of values at these numbers for the value at 0."""
     made = []
     for x in holders:
@@ -157,7 +157,7 @@ BLOCK = 2**15  # integers: a quarter of a megabyte
 Words: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 
-def mask(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
+def apply_masks(vector: Words, streams: Iterable[tuple[bytes, bool]]) -> None:
     """Add to the vector, modulo 2^64 and in place, the mask of each 32-byte key; True: take it off."""
     zeros, made = bytes(8 * BLOCK), bytearray(8 * BLOCK + 15)
     stream = np.frombuffer(made, "<u8", BLOCK)
@@ -183,9 +183,9 @@ class FixedPoint:
     limit: float
 
     @classmethod
-    def of(cls, config: SecureSumConfig, cohort: int) -> FixedPoint:
+    def from_config(cls, config: SecureAggregationConfig, cohort: int) -> FixedPoint:
         """As configured, for so many clients."""
-        return cls(config.bits(cohort), config.range)
+        return cls(config.num_fraction_bits(cohort), config.range)
 
     def encode(self, values: np.ndarray) -> Words:
         """Integers `[L]` of float64 values `[L]`. Raises PayloadError for what is not finite or beyond the limit."""
@@ -216,21 +216,23 @@ SECURITY, CORRECTNESS = (
 )  # bits: chances of 2^-40 that an upload shows, of 2^-20 that an allowed dropout ends a round
 
 
-def threshold_of(members: int) -> int:
+def share_threshold(members: int) -> int:
     """Holders that put a secret together again, of the members of a neighbourhood: more than half of them, so that no two
     sets of holders could give both secrets of a client even to a server that tells each of them another story."""
     return members // 2 + 1
 
 
-def degree(cohort: int, survivors: int, asked: int | None = None) -> int:
+def num_neighbours(cohort: int, survivors: int, configured: int | None = None) -> int:
     """Neighbours of each client: as many as asked for, else as the bound asks for; cohort − 1 (everybody) where that is no
     fewer."""
-    if asked is not None:
-        return min(asked, cohort - 1)
-    return next((k for k in range(2, cohort - 1, 2) if _safe(cohort, survivors, k)), cohort - 1)
+    if configured is not None:
+        return min(configured, cohort - 1)
+    return next(
+        (k for k in range(2, cohort - 1, 2) if _is_secure(cohort, survivors, k)), cohort - 1
+    )
 
 
-def neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
+def draw_neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
     """Each client with its neighbours, ascending, itself among them. The order is drawn from the operating system: who could
     foresee it could surround a client."""
     if degree >= len(clients) - 1:
@@ -244,22 +246,26 @@ def neighbourhoods(clients: Sequence[int], degree: int) -> dict[int, list[int]]:
     }
 
 
-def _safe(cohort: int, survivors: int, k: int) -> bool:
+def _is_secure(cohort: int, survivors: int, k: int) -> bool:
     """Whether k neighbours do, for every client at once: fewer than t colluding ones; honest survivors that stay connected
     (no k/2 in a row that collude or drop out); t that stay. t of Bell et al.'s theorem 3.10 is more than half here."""
-    colluding, dropping, t = math.ceil(COLLUDING * cohort), cohort - survivors, threshold_of(k + 1)
-    shown = _tail(cohort - 1, colluding, k, t)
+    colluding, dropping, t = (
+        math.ceil(COLLUDING * cohort),
+        cohort - survivors,
+        share_threshold(k + 1),
+    )
+    shown = _hypergeometric_tail(cohort - 1, colluding, k, t)
     apart = min(1.0, (colluding + dropping) / cohort) ** (k // 2)
-    lost = _tail(cohort - 1, dropping, k, k + 1 - t + 1)
+    lost = _hypergeometric_tail(cohort - 1, dropping, k, k + 1 - t + 1)
     return cohort * max(shown, apart) <= 2.0**-SECURITY and cohort * lost <= 2.0**-CORRECTNESS
 
 
-def _tail(total: int, marked: int, drawn: int, least: int) -> float:
+def _hypergeometric_tail(total: int, marked: int, num_drawn: int, least: int) -> float:
     """Chance of `least` or more marked ones among those drawn without replacement (hypergeometric)."""
-    ways = _log_choose(total, drawn)
+    ways = _log_choose(total, num_drawn)
     return math.fsum(
-        math.exp(_log_choose(marked, i) + _log_choose(total - marked, drawn - i) - ways)
-        for i in range(max(least, drawn - (total - marked)), min(marked, drawn) + 1)
+        math.exp(_log_choose(marked, i) + _log_choose(total - marked, num_drawn - i) - ways)
+        for i in range(max(least, num_drawn - (total - marked)), min(marked, num_drawn) + 1)
     )
 
 

@@ -57,12 +57,12 @@ REPLIES: dict[str, dict[str, Field]] = {
 }
 
 
-def write(arrays: Mapping[str, np.ndarray]) -> bytes:
+def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
     """A message's bytes."""
     return encode({name: torch.from_numpy(array) for name, array in arrays.items()}, FORM)
 
 
-def read(data: bytes, fields: Mapping[str, Field]) -> Arrays:
+def decode_arrays(data: bytes, fields: Mapping[str, Field]) -> Arrays:
     """A message that somebody sent. Raises PayloadError for anything but these fields of these types and shapes."""
     try:
         tree = decode(data, FORM)
@@ -84,7 +84,7 @@ def read(data: bytes, fields: Mapping[str, Field]) -> Arrays:
     return made
 
 
-def numbers_of(array: np.ndarray) -> list[int]:
+def client_numbers(array: np.ndarray) -> list[int]:
     """Clients' numbers. Raises PayloadError for one that is there twice or none."""
     numbers = array.tolist()
     if len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
@@ -92,17 +92,17 @@ def numbers_of(array: np.ndarray) -> list[int]:
     return numbers
 
 
-def octets(*strings: bytes) -> np.ndarray:
+def stack_byte_strings(*strings: bytes) -> np.ndarray:
     """Byte strings of equal length as rows, uint8 `[n, length]`."""
     return np.frombuffer(bytearray(b"".join(strings)), np.uint8).reshape(len(strings), -1)
 
 
-def row(string: bytes) -> np.ndarray:
+def byte_string_to_row(string: bytes) -> np.ndarray:
     """One byte string, uint8 `[length]`."""
     return np.frombuffer(bytearray(string), np.uint8)
 
 
-def sizes(members: int, numbers: int, broadcast: int) -> dict[str, tuple[int, int]]:
+def message_sizes(members: int, numbers: int, broadcast: int) -> dict[str, tuple[int, int]]:
     """Bytes down to a client and up from it by request, in a round that nobody leaves: with so many members of its
     neighbourhood, itself among them, numbers in the vector, and bytes of the broadcast."""
     free = {"vector": numbers, "broadcast": broadcast, "dropped": 0}
@@ -115,6 +115,8 @@ def sizes(members: int, numbers: int, broadcast: int) -> dict[str, tuple[int, in
             n: [free.get(n, peers) if d is None else d for d in shape]
             for n, (_, shape) in fields.items()
         }
-        return len(write({n: np.zeros(shapes[n], dtype) for n, (dtype, _) in fields.items()}))
+        return len(
+            encode_arrays({n: np.zeros(shapes[n], dtype) for n, (dtype, _) in fields.items()})
+        )
 
     return {ask: (size(ask, fields), size(ask, REPLIES[ask])) for ask, fields in REQUESTS.items()}

@@ -13,13 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.communication.protocol import Message, Messages, Replies, Summed, Talk
+from hetero_fl.communication.protocol import (
+    AggregatedUploads,
+    ClientPlan,
+    Message,
+    Messages,
+    Replies,
+)
 from hetero_fl.communication.secure_aggregation.client import Notes, Packer, answer
-from hetero_fl.communication.secure_aggregation.crypto import FixedPoint, Words, degree
-from hetero_fl.communication.secure_aggregation.messages import sizes
-from hetero_fl.communication.secure_aggregation.server import Conversation
-from hetero_fl.config.communication import SecureSumConfig
-from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, loss_of
+from hetero_fl.communication.secure_aggregation.crypto import FixedPoint, Words, num_neighbours
+from hetero_fl.communication.secure_aggregation.messages import message_sizes
+from hetero_fl.communication.secure_aggregation.server import SecureAggregationRound
+from hetero_fl.config.communication import SecureAggregationConfig
+from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError, loss_from_report
 
 # Items of all clients in one common vector of numbers, so that a sum of vectors is a sum of items.
 #
@@ -33,7 +39,7 @@ Weighted = tuple[Tensor, Tensor]  # Σ w·v, Σ w
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorKey:
     """Which tensor: of an item that is one (`tensor` is ""), or a named one of a model; `group` "": everybody's."""
 
     item: str
@@ -43,21 +49,21 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Slot:
+class VectorSlice:
     """Where a tensor's values stand, and the weights behind them."""
 
     start: int
     weight_shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def parts(self, place: Place) -> tuple[slice, slice]:
+    def parts(self, place: TensorKey) -> tuple[slice, slice]:
         """Of the vector: values, weights."""
         middle = self.start + math.prod(place.shape)
         return slice(self.start, middle), slice(middle, middle + math.prod(self.weight_shape))
 
 
 @dataclass
-class Layout:
+class VectorLayout:
     """The common vector of a round. The same forms give the same layout, in whatever order they come.
 
     Args:
@@ -67,34 +73,34 @@ class Layout:
 
     specs: Mapping[str, ItemSpec]
     common: Sequence[str] = ()
-    slots: dict[Place, Slot] = field(default_factory=dict)
+    slices: dict[TensorKey, VectorSlice] = field(default_factory=dict)
     size: int = 2  # numbers in the vector
 
     @classmethod
-    def of(
+    def from_forms(
         cls,
         forms: Iterable[tuple[str, Mapping[str, Item]]],
         specs: Mapping[str, ItemSpec],
         common: Sequence[str] = (),
-    ) -> Layout:
+    ) -> VectorLayout:
         """The layout for uploads of these forms: (architecture group, items whose numbers mean nothing)."""
         made = cls(specs, tuple(common))
-        shapes: dict[Place, tuple[tuple[int, ...], torch.dtype]] = {}
+        shapes: dict[TensorKey, tuple[tuple[int, ...], torch.dtype]] = {}
         for group, form in forms:
             for place, values, weight in made._terms(group, form):
                 known = shapes.get(place, ((), values.dtype))
                 shapes[place] = (tuple(torch.broadcast_shapes(known[0], weight.shape)), known[1])
         at = 0
         for place in sorted(shapes, key=lambda p: (p.item, p.tensor, p.group, p.shape)):
-            made.slots[place] = Slot(at, *shapes[place])
-            at = made.slots[place].parts(place)[1].stop
+            made.slices[place] = VectorSlice(at, *shapes[place])
+            at = made.slices[place].parts(place)[1].stop
         made.size = at + 2
         return made
 
     @cached_property
     def digest(self) -> bytes:
         """32 bytes by which two parties see that they mean the same layout."""
-        return hashlib.sha256(repr((list(self.slots.items()), self.size)).encode()).digest()
+        return hashlib.sha256(repr((list(self.slices.items()), self.size)).encode()).digest()
 
     def digest_with(self, terms: str) -> bytes:
         """The digest of the layout and of what else was agreed."""
@@ -102,18 +108,18 @@ class Layout:
 
     def _terms(
         self, group: str, items: Mapping[str, Item]
-    ) -> Iterable[tuple[Place, Tensor, Tensor]]:
+    ) -> Iterable[tuple[TensorKey, Tensor, Tensor]]:
         """Each tensor with its place and weight."""
         for name, item in items.items():
             weight = torch.as_tensor(item.weight, dtype=torch.float64)
             if isinstance(item.values, Tensor):
-                yield Place(name, "", "", tuple(item.values.shape)), item.values, weight
+                yield TensorKey(name, "", "", tuple(item.values.shape)), item.values, weight
                 continue
             across = self.specs[name].across
             for tensor, values in item.values.items():
                 everybodys = across or (bool(self.common) and tensor.startswith(tuple(self.common)))
                 yield (
-                    Place(name, tensor, "" if everybodys else group, tuple(values.shape)),
+                    TensorKey(name, tensor, "" if everybodys else group, tuple(values.shape)),
                     values,
                     weight,
                 )
@@ -126,7 +132,7 @@ class Layout:
         vector = np.zeros(self.size)
         items = {name: payload.item(name) for name in payload}
         for place, values, weight in self._terms(group, items):
-            if (slot := self.slots.get(place)) is None:
+            if (slot := self.slices.get(place)) is None:
                 raise PayloadError(
                     f"item {place.item!r}: {place.tensor or 'values'}: has no place in the secure sum"
                 )
@@ -142,22 +148,22 @@ class Layout:
                 (term / unit).reshape(-1).numpy(),
                 (said / unit).reshape(-1).numpy(),
             )
-        if (loss := loss_of(payload.report)) is not None:
+        if (loss := loss_from_report(payload.report)) is not None:
             vector[-2:] = loss, 1
         return vector
 
-    def read(self, place: Place, vector: np.ndarray, unit: float) -> Weighted:
+    def read(self, place: TensorKey, vector: np.ndarray, unit: float) -> Weighted:
         """Σ w·v in the tensor's shape, and Σ w in the weights', both float64."""
-        slot = self.slots[place]
+        slot = self.slices[place]
         values, weights = (torch.from_numpy(vector[part] * unit) for part in slot.parts(place))
         return values.reshape(place.shape), weights.reshape(slot.weight_shape)
 
-    def places(self, group: str, items: Mapping[str, Item]) -> list[Place]:
+    def tensor_keys(self, group: str, items: Mapping[str, Item]) -> list[TensorKey]:
         """The places that an upload of this form fills."""
         return [place for place, _, _ in self._terms(group, items)]
 
     @staticmethod
-    def loss(vector: np.ndarray) -> float | None:
+    def mean_loss(vector: np.ndarray) -> float | None:
         """The mean training loss of those who told theirs."""
         return float(vector[-2] / vector[-1]) if vector[-1] >= 1 else None
 
@@ -166,29 +172,29 @@ class Layout:
 # (docs/secure_aggregation.md).
 
 
-class Agreed(Interface):
+class SharedSetup(Interface):
     """What server and clients know alike."""
 
-    def layout(self, round: int) -> Layout:
+    def layout(self, round_idx: int) -> VectorLayout:
         """Of everybody's vector in that round."""
         ...
 
-    def group(self, client: str) -> str:
+    def aggregation_group(self, client: str) -> str:
         """The architecture group of a client."""
         ...
 
     def noise(
-        self, client: str, round: int, layout: Layout, unit: float, shares: int
+        self, client: str, round_idx: int, layout: VectorLayout, unit: float, shares: int
     ) -> np.ndarray | None:
         """What a client adds to its vector so that as many such shares are the noise of the sum; None: nothing."""
         ...
 
-    def rows(self, client: str) -> int:
+    def num_rows(self, client: str) -> int:
         """A client's training rows: the largest weight that an item of its has."""
         ...
 
 
-class SecureSum:
+class SecureAggregation:
     """Bonawitz et al. (2017), with the neighbour graph of Bell et al. (2020): keys, shares, masked vectors, unmasking.
 
     Training stands in the third exchange, so that whoever drops out or diverges in it costs the others nothing.
@@ -196,55 +202,60 @@ class SecureSum:
 
     setup: tuple[str, ...] = ("keys", "shares")
 
-    def __init__(self, config: SecureSumConfig, cohort: int, agreed: Agreed) -> None:
-        self.config, self.agreed = config, agreed
-        self.survivors, self.fixed = config.survivors(cohort), FixedPoint.of(config, cohort)
+    def __init__(
+        self, config: SecureAggregationConfig, cohort: int, shared_setup: SharedSetup
+    ) -> None:
+        self.config, self.agreed = config, shared_setup
+        self.survivors, self.fixed = (
+            config.min_survivors(cohort),
+            FixedPoint.from_config(config, cohort),
+        )
 
     def collect(
-        self, broadcasts: Mapping[str, bytes], round: int
-    ) -> Generator[Messages, Replies, Summed]:
-        """Raises GivenUp where too few stay."""
-        layout = self.agreed.layout(round)
-        held = Conversation(
+        self, broadcasts: Mapping[str, bytes], round_idx: int
+    ) -> Generator[Messages, Replies, AggregatedUploads]:
+        """Raises RoundAbandonedError where too few stay."""
+        layout = self.agreed.layout(round_idx)
+        held = SecureAggregationRound(
             broadcasts, self.survivors, self.config.neighbours, (self._digest(layout), layout.size),
-            self._unit(broadcasts), round,
+            self._unit(broadcasts), round_idx,
         )  # fmt: skip
-        held.advertised((yield held.requests()))
-        sealed = held.shared((yield held.invitations()))
-        summed, total = held.added((yield held.tasks(sealed)))
-        return held.unmasked(summed, total, (yield held.questions(summed)))
+        held.collect_keys((yield held.key_requests()))
+        sealed = held.collect_shares((yield held.share_requests()))
+        summed, total = held.collect_vectors((yield held.train_requests(sealed)))
+        return held.remove_masks(summed, total, (yield held.unmask_requests(summed)))
 
-    def answer(self, client: str, message: Message, round: int, notes: Notes) -> Talk:
+    def answer(self, client: str, message: Message, round_idx: int, notes: Notes) -> ClientPlan:
         """The client's reply; "refused" to whatever an honest server would not ask."""
 
         def packer(digest: bytes) -> Packer:
-            layout = self.agreed.layout(round)
+            layout = self.agreed.layout(round_idx)
             if digest != self._digest(layout):
                 raise PayloadError("another layout of the sum than agreed")
-            return lambda upload, unit: self.vector(
-                client, Payload.decode(upload), layout, unit, round
+            return lambda upload, unit: self.encode_upload(
+                client, Payload.decode(upload), layout, unit, round_idx
             )
 
         return (yield from answer(client, message, notes, packer))
 
-    def vector(
-        self, client: str, payload: Payload, layout: Layout, unit: float, round: int
+    def encode_upload(
+        self, client: str, payload: Payload, layout: VectorLayout, unit: float, round_idx: int
     ) -> Words:
         """The integers of an upload, before they are masked. Raises PayloadError for what has no place or is too large."""
-        packed = layout.pack(self.agreed.group(client), payload, unit)
-        noise = self.agreed.noise(client, round, layout, unit, self.survivors)
+        packed = layout.pack(self.agreed.aggregation_group(client), payload, unit)
+        noise = self.agreed.noise(client, round_idx, layout, unit, self.survivors)
         return self.fixed.encode(packed if noise is None else packed + noise)
 
     def sizes(
-        self, cohort: int, round: int, broadcast: int, upload: int
+        self, cohort: int, round_idx: int, broadcast: int, upload: int
     ) -> dict[str, tuple[int, int]]:
         """How long an upload would be by itself is of no account: everybody sends the vector of all."""
-        members = degree(cohort, self.survivors, self.config.neighbours) + 1
-        return sizes(members, self.agreed.layout(round).size, broadcast)
+        members = num_neighbours(cohort, self.survivors, self.config.neighbours) + 1
+        return message_sizes(members, self.agreed.layout(round_idx).size, broadcast)
 
-    def _digest(self, layout: Layout) -> bytes:
+    def _digest(self, layout: VectorLayout) -> bytes:
         return layout.digest_with(repr(self.fixed))
 
     def _unit(self, clients: Mapping[str, bytes]) -> int:
         """The power of two that the cohort's weights do not exceed."""
-        return math.ceil(math.log2(max(1, *map(self.agreed.rows, clients))))
+        return math.ceil(math.log2(max(1, *map(self.agreed.num_rows, clients))))

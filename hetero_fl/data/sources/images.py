@@ -21,9 +21,9 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.arrays import read_npz
 from hetero_fl.data.dataset import Dataset, Examples
-from hetero_fl.data.registry import source
+from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.utils.ordering import natural_order
 
 # What all downloads have in common: their noise is kept off the console, and every failure becomes
 # one line.
@@ -32,7 +32,7 @@ TIMEOUT = 60.0  # seconds without a byte after which a server counts as gone
 
 
 @contextmanager
-def downloading(name: str, root: Path) -> Iterator[Path]:
+def download_folder(name: str, root: Path) -> Iterator[Path]:
     """The folder to download into, made if need be; a progress bar shows on a terminal and nowhere else.
 
     Raises:
@@ -70,7 +70,7 @@ CHEST_XRAY = Task("multiclass", 2, ("normal", "pneumonia"))
 DIGITS = Task("multiclass", 10)
 
 
-@source("chest_xray", task=CHEST_XRAY)
+@register_source("chest_xray", task=CHEST_XRAY)
 def chest_xray(config: SourceConfig, root: Path) -> Dataset:
     """Paediatric chest X-rays, 28x28 grey, normal or pneumonia: 2,000 for training, 200 for validation, 624 for test.
 
@@ -84,7 +84,7 @@ def chest_xray(config: SourceConfig, root: Path) -> Dataset:
     return dataset
 
 
-@source("digits", task=DIGITS)
+@register_source("digits", task=DIGITS)
 def digits(config: SourceConfig, root: Path) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey (the test set of UCI's "Optical Recognition"); no splits."""
     table = _digits()
@@ -95,7 +95,7 @@ def digits(config: SourceConfig, root: Path) -> Dataset:
     )
 
 
-@source("npz", keys=("path", "task", "patient"))
+@register_source("npz", keys=("path", "task", "patient"))
 def npz(config: SourceConfig, root: Path) -> Dataset:
     """Any local file in the MedMNIST layout; the task is read off its labels."""
     return read_npz(
@@ -131,7 +131,7 @@ SPLITS = {
 }
 
 
-@source("image_folder", keys=("path", "group", "size"))
+@register_source("image_folder", keys=("path", "group", "size"))
 def image_folder(config: SourceConfig, root: Path) -> Dataset:
     """The images below `config.path`, a folder for each class. Any text in `config.group` (what the level is: "site")
     says that there is a folder for each group above those of the classes; `config.size` scales every image as it is read.
@@ -158,9 +158,12 @@ def read_image_folder(path: Path, *, grouped: bool = False, side: int | None = N
         raise UserError(
             f"path: {path}: no folder 'train' beside {', '.join(d.name for d in parts.values())}"
         )
-    files = {split: _by_class(d, grouped) for split, d in (parts or {"train": path}).items()}
+    files = {split: _list_files(d, grouped) for split, d in (parts or {"train": path}).items()}
     every = [entry for split in files.values() for entry in split]
-    classes, groups = in_order({c for _, c, _ in every}), in_order({g for _, _, g in every})
+    classes, groups = (
+        natural_order({c for _, c, _ in every}),
+        natural_order({g for _, _, g in every}),
+    )
     wanted = "GROUP/CLASS/image" if grouped else "CLASS/image"
     for split, entries in files.items():
         if not entries:
@@ -221,7 +224,7 @@ def _folders(path: Path) -> list[Path]:
     return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
 
 
-def _by_class(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:
+def _list_files(path: Path, grouped: bool) -> list[tuple[Path, str, str]]:
     """(file, class, group) of every image, sorted."""
     groups = _folders(path) if grouped else [path]
     return [
@@ -270,7 +273,7 @@ OUTPUTS = {
 def _medmnist_loader(name: str, task: Task) -> Callable[[SourceConfig, Path], Dataset]:
     def load(config: SourceConfig, root: Path) -> Dataset:
         info, package = _package(name)
-        with downloading(name, root) as folder:
+        with download_folder(name, root) as folder:
             getattr(package, info["python_class"])(split="train", download=True, root=str(folder))
         names = tuple(info["label"][str(i)] for i in range(task.outputs))
         dataset = read_npz(root / f"{name}.npz", name, replace(task, names=names))
@@ -293,7 +296,7 @@ def _package(name: str) -> tuple[dict[str, Any], Any]:
 
 for _name, _outputs in OUTPUTS.items():
     _task = Task("multilabel" if _name == "chestmnist" else "multiclass", _outputs)
-    source(_name, task=_task)(_medmnist_loader(_name, _task))
+    register_source(_name, task=_task)(_medmnist_loader(_name, _task))
 
 
 # MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 as torchvision downloads them.
@@ -339,7 +342,7 @@ def _torchvision_loader(
     def load(config: SourceConfig, root: Path) -> Dataset:
         import torchvision
 
-        with downloading(name, root) as folder:
+        with download_folder(name, root) as folder:
             make = getattr(torchvision.datasets, class_name)
             train, test = (
                 _examples(make(folder, train=part, download=True)) for part in (True, False)
@@ -357,4 +360,4 @@ def _examples(dataset: Any) -> Examples:
 
 
 for _name, (_class_name, _task, _about) in SETS.items():
-    source(_name, task=_task)(_torchvision_loader(_name, _class_name, _task, _about))
+    register_source(_name, task=_task)(_torchvision_loader(_name, _class_name, _task, _about))

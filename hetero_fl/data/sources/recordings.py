@@ -13,21 +13,21 @@ from torch import Tensor
 
 from hetero_fl.config.data import SeriesConfig, WindowsConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.arrays import unreadable
-from hetero_fl.data.dataset import Dataset, Examples, places
+from hetero_fl.data.arrays import unreadable_message
+from hetero_fl.data.dataset import Dataset, Examples, index_names
 from hetero_fl.data.sources.table_files import (
     decimal_commas,
     features,
-    first,
-    missing,
-    names,
-    numbers,
+    first_true,
+    parse_names,
+    parse_numbers,
+    raise_cell_error,
     read_frame,
-    refuse,
+    require_no_missing,
 )
-from hetero_fl.data.sources.traffic import HOUR, Site
-from hetero_fl.utils.errors import UserError, beside, nearest
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.data.sources.traffic import HOUR, HourlySeries
+from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.ordering import natural_order
 
 # Recordings of sensors from a file: windows that are cut already (`.npz`), or samples in a table, a
 # row each.
@@ -57,17 +57,19 @@ def read_recorded(
 def _windows(path: Path, label: str, group: str, wanted: bool) -> Dataset:
     where = f"path: {path}"
     if not path.is_file():
-        raise UserError(f"{where}: no such file{beside(path)}")
+        raise UserError(f"{where}: no such file{suggest_file(path)}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (
         Exception
     ) as error:  # a damaged file makes zipfile, zlib and numpy raise a dozen kinds of errors
-        raise UserError(f"{where}: not a readable .npz file{unreadable(path, error)}") from error
+        raise UserError(
+            f"{where}: not a readable .npz file{unreadable_message(path, error)}"
+        ) from error
     for name in ("x", label, *((group,) if wanted else ())):
         if name not in arrays:
-            raise UserError(f"{where}: no array '{name}'{nearest(name, arrays)}")
+            raise UserError(f"{where}: no array '{name}'{suggest_or_list(name, arrays)}")
     x = arrays["x"]
     if x.ndim != 3 or x.dtype.kind not in "iuf" or 0 in x.shape:
         raise UserError(
@@ -86,8 +88,8 @@ def _windows(path: Path, label: str, group: str, wanted: bool) -> Dataset:
     columns = tuple(map(str, arrays["columns"])) if "columns" in arrays else ()
     if columns and len(columns) != x.shape[2]:
         raise UserError(f"{where}: columns: found {len(columns)} names for {x.shape[2]} channels")
-    y, classes = places(arrays[label].tolist())
-    whose = places(arrays[group].tolist()) if group in arrays else (None, ())
+    y, classes = index_names(arrays[label].tolist())
+    whose = index_names(arrays[group].tolist()) if group in arrays else (None, ())
     examples = Examples(torch.from_numpy(x.astype(np.float32)), y, *whose)
     return _dataset(path, examples, classes, columns)
 
@@ -101,11 +103,11 @@ def _cut(
     for key, name in known.items():
         if name is not None and name not in frame.columns:
             raise UserError(
-                f"{key}: {path} has no column '{name}'{nearest(name, map(str, frame.columns))}"
+                f"{key}: {path} has no column '{name}'{suggest_or_list(name, map(str, frame.columns))}"
             )
-    y, classes = places(names(frame[label], where))
+    y, classes = index_names(parse_names(frame[label], where))
     whose, persons = (
-        places(names(frame[group], where))
+        index_names(parse_names(frame[group], where))
         if group
         else (torch.zeros(len(frame), dtype=torch.int64), ())
     )
@@ -113,10 +115,10 @@ def _cut(
         frame.drop(columns=[name for name in known.values() if name is not None]), where
     )
     x, columns, _ = features(rest, where)
-    run = _runs(y, whose)
+    run = _run_numbers(y, whose)
     if windows.time is not None:
         _check_time(frame[windows.time], run.numpy(), where)
-    starts, bouts = _starts(run, windows.length, windows.step or windows.length)
+    starts, bouts = _window_starts(run, windows.length, windows.step or windows.length)
     if not len(starts):
         longest = int(torch.bincount(run).max())
         raise UserError(
@@ -148,13 +150,13 @@ def _dataset(
     )
 
 
-def _runs(y: Tensor, whose: Tensor) -> Tensor:
+def _run_numbers(y: Tensor, whose: Tensor) -> Tensor:
     """The number of each row's run of equal activity and person, int64 `[N]`."""
     change = (y[1:] != y[:-1]) | (whose[1:] != whose[:-1])
     return torch.cat([torch.zeros(1, dtype=torch.int64), change.cumsum(0)])
 
 
-def _starts(run: Tensor, length: int, step: int) -> tuple[Tensor, Tensor]:
+def _window_starts(run: Tensor, length: int, step: int) -> tuple[Tensor, Tensor]:
     """The first rows of all windows that lie within one run, and the runs that they are in."""
     sizes = torch.bincount(run)
     begins = sizes.cumsum(0) - sizes
@@ -166,11 +168,11 @@ def _starts(run: Tensor, length: int, step: int) -> tuple[Tensor, Tensor]:
 
 def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
     """Refuse times that run backwards within a run."""
-    found = numbers(column, where)
+    found = parse_numbers(column, where)
     if found is None:
         parsed = pd.to_datetime(column, errors="coerce")
-        if (row := first(parsed.isna())) is not None:
-            refuse(
+        if (row := first_true(parsed.isna())) is not None:
+            raise_cell_error(
                 where,
                 row,
                 str(column.name),
@@ -180,7 +182,7 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
     back = np.flatnonzero((np.diff(found) <= 0) & (np.diff(run) == 0))
     if len(back):
         row = int(back[0]) + 1
-        refuse(
+        raise_cell_error(
             where,
             row,
             str(column.name),
@@ -191,7 +193,7 @@ def _check_time(column: pd.Series, run: np.ndarray, where: str) -> None:
 # Files of what is counted by the hour: a row an hour and site, with the date, the value, and what
 # else is measured.
 
-LOOK = 20
+EXAMPLE_ROWS = 20
 FORMATS: tuple[str, ...] = (
     "%Y-%m-%d %H:%M",
     "%Y-%m-%d %H:%M:%S",
@@ -207,7 +209,7 @@ FORMATS += tuple(
 
 def read_sites(
     frame: pd.DataFrame, path: Path, config: SeriesConfig, label: str, group: str | None
-) -> list[Site]:
+) -> list[HourlySeries]:
     """The sites of a file, in the order in which people count. Rows count from 1 below the header.
 
     Raises:
@@ -228,27 +230,31 @@ def read_sites(
     for key, column in wanted:
         if column not in frame.columns:
             raise UserError(
-                f"{key}: {path} has no column '{column}'{nearest(column, map(str, frame.columns))}"
+                f"{key}: {path} has no column '{column}'{suggest_or_list(column, map(str, frame.columns))}"
             )
     if len(frame) == 0:
         raise UserError(f"{where}: found no rows")
     value = _numbers(frame[label], where, config.gaps == "skip")
-    site = names(frame[group], where) if group else pd.Series(path.stem, index=frame.index)
-    known = in_order(set(site))
+    site = parse_names(frame[group], where) if group else pd.Series(path.stem, index=frame.index)
+    known = natural_order(set(site))
     if config.sites is not None:
         for name in config.sites:
             if name not in known:
-                raise UserError(f"series.sites: {path} has no site '{name}'{nearest(name, known)}")
+                raise UserError(
+                    f"series.sites: {path} has no site '{name}'{suggest_or_list(name, known)}"
+                )
         known = [name for name in known if name in config.sites]
     rows = {name: np.flatnonzero((site == name).to_numpy()) for name in known}
     hours = _hours(frame[config.time], list(rows.values()), config, where)
-    beside = {key: _beside(frame, getattr(config, key), where) for key in ("lanes", "weather")}
+    beside = {
+        key: _extra_columns(frame, getattr(config, key), where) for key in ("lanes", "weather")
+    }
     made = []
     for name, own in rows.items():
         _check_order(hours, own, name, frame[config.time], where, config.gaps == "refuse")
         place = hours[own] - hours[own[0]]
 
-        def spread(
+        def assign_rows(
             column: np.ndarray, own: np.ndarray = own, place: np.ndarray = place
         ) -> np.ndarray:
             full = np.full((place[-1] + 1, *column.shape[1:]), np.nan)
@@ -256,40 +262,45 @@ def read_sites(
             return full
 
         made.append(
-            Site(
+            HourlySeries(
                 name,
                 int(hours[own[0]]),
-                spread(value),
-                spread(beside["lanes"]),
-                spread(beside["weather"]),
+                assign_rows(value),
+                assign_rows(beside["lanes"]),
+                assign_rows(beside["weather"]),
             )
         )
     return made
 
 
-def _numbers(column: pd.Series, where: str, gaps: bool) -> np.ndarray:
+def _numbers(column: pd.Series, where: str, allow_missing: bool) -> np.ndarray:
     """A column of numbers, float64; missing ones are NaN if they may be."""
-    known = column[column.notna()] if gaps else column
-    if gaps and known.empty:
+    known = column[column.notna()] if allow_missing else column
+    if allow_missing and known.empty:
         raise UserError(f"{where}: column '{column.name}' is empty")
-    found = numbers(known, where) if not gaps else _known(column, where)
+    found = (
+        parse_numbers(known, where) if not allow_missing else _column_with_missing(column, where)
+    )
     if found is None:
-        refuse(where, 0, str(column.name), f"found '{column.iloc[0]}', not a number")
+        raise_cell_error(where, 0, str(column.name), f"found '{column.iloc[0]}', not a number")
     return found
 
 
-def _known(column: pd.Series, where: str) -> np.ndarray:
+def _column_with_missing(column: pd.Series, where: str) -> np.ndarray:
     """A column as float64 with NaN where it is empty. Raises UserError for text."""
     read = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
-    if (row := first(np.isnan(read) & column.notna().to_numpy() | np.isinf(read))) is not None:
-        refuse(where, row, str(column.name), f"found '{column.iloc[row]}', not a number")
+    if (row := first_true(np.isnan(read) & column.notna().to_numpy() | np.isinf(read))) is not None:
+        raise_cell_error(where, row, str(column.name), f"found '{column.iloc[row]}', not a number")
     return read
 
 
-def _beside(frame: pd.DataFrame, columns: tuple[str, ...], where: str) -> np.ndarray:
+def _extra_columns(frame: pd.DataFrame, columns: tuple[str, ...], where: str) -> np.ndarray:
     """Columns `[N, C]` of what is measured besides; NaN all over where the file lacks one."""
     empty = np.full(len(frame), np.nan)
-    found = [_known(frame[name], where) if name in frame.columns else empty for name in columns]
+    found = [
+        _column_with_missing(frame[name], where) if name in frame.columns else empty
+        for name in columns
+    ]
     return np.stack(found, 1) if found else np.zeros((len(frame), 0))
 
 
@@ -297,14 +308,14 @@ def _hours(
     column: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str
 ) -> np.ndarray:
     """Dates as hours since 1970, int64 `[N]`."""
-    missing(column, where)
+    require_no_missing(column, where)
     if types.is_datetime64_any_dtype(column):
         dates = column.dt.tz_convert(None) if getattr(column.dt, "tz", None) is not None else column
     else:
         dates = _dates(column.astype(str).str.strip(), sites, config, where)
     seconds = dates.to_numpy().astype("datetime64[s]").astype(np.int64)
-    if (row := first(seconds % HOUR != seconds[0] % HOUR)) is not None:
-        refuse(
+    if (row := first_true(seconds % HOUR != seconds[0] % HOUR)) is not None:
+        raise_cell_error(
             where,
             row,
             str(column.name),
@@ -316,7 +327,9 @@ def _hours(
 def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where: str) -> pd.Series:
     """Dates in the format that is given, or in the only one that fits: every cell, and then the hours that it gives."""
     tried = [config.format] if config.format else list(FORMATS)
-    look = pd.concat([text.head(LOOK), text.tail(LOOK)])  # most formats are out after a look
+    look = pd.concat(
+        [text.head(EXAMPLE_ROWS), text.tail(EXAMPLE_ROWS)]
+    )  # most formats are out after a look
     tried = [
         form
         for form in tried
@@ -326,16 +339,16 @@ def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where
     whole = {form: dates for form, dates in read.items() if not dates.isna().any()}
     if not whole:
         best = max(read.values(), key=lambda dates: int(dates.notna().sum()))
-        row = first(best.isna().to_numpy())
+        row = first_true(best.isna().to_numpy())
         assert row is not None
         known = re.sub(r"%(\w)", lambda m: {"Y": "YYYY", "m": "MM", "d": "DD", "H": "hh", "M": "mm", "S": "ss"}.get(m[1], m[0]),
                        config.format or FORMATS[0])  # fmt: skip
         remedy = "" if config.format else "; or say in series.format how dates are written"
-        refuse(
+        raise_cell_error(
             where, row, config.time, f"found '{text.iloc[row]}', not a date such as {known}{remedy}"
         )
     if len(whole) > 1:  # day before month or after: only one of them gives rows an hour apart
-        steps = {form: _orderly(dates, sites) for form, dates in whole.items()}
+        steps = {form: _share_in_order(dates, sites) for form, dates in whole.items()}
         best_share = max(steps.values())
         whole = {form: dates for form, dates in whole.items() if steps[form] == best_share}
     if len(whole) > 1 and len({tuple(d.astype("int64")) for d in whole.values()}) > 1:
@@ -346,7 +359,7 @@ def _dates(text: pd.Series, sites: list[np.ndarray], config: SeriesConfig, where
     return next(iter(whole.values()))
 
 
-def _orderly(dates: pd.Series, sites: list[np.ndarray]) -> float:
+def _share_in_order(dates: pd.Series, sites: list[np.ndarray]) -> float:
     """Share of the rows that come one hour after the row of the same site before them."""
     hours = dates.to_numpy().astype("datetime64[s]").astype(np.int64) / HOUR
     steps = [np.diff(hours[own]) for own in sites]
@@ -363,13 +376,13 @@ def _check_order(
     if len(seen) < len(own):
         double = np.setdiff1d(np.arange(len(own)), again)[0]
         before = int(np.flatnonzero(hours[own] == hours[own[double]])[0])
-        refuse(where, int(own[double]), column, f"found '{dates.iloc[own[double]]}' a second time for site '{name}'; "
+        raise_cell_error(where, int(own[double]), column, f"found '{dates.iloc[own[double]]}' a second time for site '{name}'; "
                f"it stands in row {own[before] + 1}, too")  # fmt: skip
-    if (place := first(step < 0)) is not None:
+    if (place := first_true(step < 0)) is not None:
         late, row = own[place], int(own[place + 1])
-        refuse(where, row, column, f"found '{dates.iloc[row]}' after '{dates.iloc[late]}' of the same site '{name}'; "
+        raise_cell_error(where, row, column, f"found '{dates.iloc[row]}' after '{dates.iloc[late]}' of the same site '{name}'; "
                "put the rows in the order of their dates")  # fmt: skip
-    if whole and (place := first(step > 1)) is not None:
+    if whole and (place := first_true(step > 1)) is not None:
         row, lacking = int(own[place + 1]), int(step[place]) - 1
-        refuse(where, row, column, f"{lacking} hour{'' if lacking == 1 else 's'} of site '{name}' missing before "
+        raise_cell_error(where, row, column, f"{lacking} hour{'' if lacking == 1 else 's'} of site '{name}' missing before "
                f"'{dates.iloc[row]}'; fill them in, or set series.gaps: skip")  # fmt: skip

@@ -24,9 +24,9 @@ import torch
 from hetero_fl.config.data import SourceConfig, WindowsConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples
-from hetero_fl.data.registry import source
+from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import key
+from hetero_fl.utils.seeding import stream_key
 
 CHANNELS = ("ax", "ay", "az", "gx", "gy", "gz")
 LENGTH = 64
@@ -80,7 +80,7 @@ class Person:
     turned: np.ndarray
 
 
-@source("activity", keys=("path", "label", "group", "windows"), generates=True)
+@register_source("activity", keys=("path", "label", "group", "windows"), generates=True)
 def activity(config: SourceConfig, root: Path) -> Dataset:
     """Generated persons; or with `path` a file of one's own, see `hetero_fl.data.sources.recordings`."""
     if config.path is not None:
@@ -97,18 +97,18 @@ def activity(config: SourceConfig, root: Path) -> Dataset:
         y = draws.choice(
             len(NAMES), int(draws.integers(160, 321)), p=draws.dirichlet([1.0] * len(NAMES))
         )
-        windows.append(record(someone(number), y, draws))
+        windows.append(record(person(number), y, draws))
         done.append(y)
     owners = torch.repeat_interleave(torch.arange(PERSONS), torch.tensor([len(y) for y in done]))
     x, labels = torch.from_numpy(np.concatenate(windows)), torch.from_numpy(np.concatenate(done))
     train = Examples(x, labels, owners, tuple(f"person_{i + 1}" for i in range(PERSONS)))
-    validation = _common(range(PERSONS, PERSONS + VALIDATED))
-    test = _common(range(PERSONS + VALIDATED, PERSONS + VALIDATED + TESTED))
+    validation = _draw_constants(range(PERSONS, PERSONS + VALIDATED))
+    test = _draw_constants(range(PERSONS + VALIDATED, PERSONS + VALIDATED + TESTED))
     task = Task("multiclass", len(NAMES), NAMES)
     return Dataset("activity", task, train, validation, test, True, ABOUT, CHANNELS)
 
 
-def someone(number: int) -> Person:
+def person(number: int) -> Person:
     """The person of that number; placements and rates in turn."""
     draws = _draws("device", number)
     placement, rate = (
@@ -154,9 +154,9 @@ def record(person: Person, y: np.ndarray, draws: np.random.Generator) -> np.ndar
     return np.asarray(both + noise * draws.normal(size=both.shape), dtype=np.float32)
 
 
-def _common(numbers: range) -> Examples:
+def _draw_constants(numbers: range) -> Examples:
     y = np.tile(np.arange(len(NAMES)), WINDOWS // len(NAMES))
-    x = np.concatenate([record(someone(number), y, _draws("common", number)) for number in numbers])
+    x = np.concatenate([record(person(number), y, _draws("common", number)) for number in numbers])
     return Examples(torch.from_numpy(x), torch.from_numpy(np.tile(y, len(numbers))))
 
 
@@ -173,4 +173,4 @@ def _rotation(angles: np.ndarray) -> np.ndarray:
 
 
 def _draws(*use: str | int) -> np.random.Generator:
-    return np.random.default_rng(key("data", "activity", *use))
+    return np.random.default_rng(stream_key("data", "activity", *use))

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Block, Dataset, Examples
-from hetero_fl.data.registry import source
+from hetero_fl.data.registry import register_source
 from hetero_fl.data.sources.images import CHEST_XRAY, chest_xray
-from hetero_fl.utils.seeding import generator, key
+from hetero_fl.utils.seeding import keyed_generator, stream_key
 
 # Generated sets, for tests and trials without data. They say so: `simulated` is true.
 #
@@ -33,13 +33,13 @@ from hetero_fl.utils.seeding import generator, key
 GROUPS = tuple(f"site_{i}" for i in range(1, 5))
 
 
-@source("synthetic_images")
+@register_source("synthetic_images")
 def synthetic_images(config: SourceConfig, root: Path) -> Dataset:
     """1,200 training and 400 test images, 16x16 grey, 4 classes."""
     return make_images()
 
 
-@source("synthetic_table")
+@register_source("synthetic_table")
 def synthetic_table(config: SourceConfig, root: Path) -> Dataset:
     """1,200 training and 400 test rows of 10 columns, 3 classes."""
     return make_table()
@@ -50,7 +50,7 @@ def make_images(
     seed: int = 0,
 ) -> Dataset:  # fmt: skip
     """Generated images: uint8 `[rows, channels, side, side]`."""
-    draws = generator("data", "synthetic_images", seed)
+    draws = keyed_generator("data", "synthetic_images", seed)
     grid = torch.randn(classes, channels, 4, 4, generator=draws)
     pattern = F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=True)
 
@@ -80,7 +80,7 @@ def make_table(
     columns: int = 10, outputs: int = 3, noise: float = 0.3, seed: int = 0,
 ) -> Dataset:  # fmt: skip
     """A generated table: float32 `[rows, columns]`."""
-    draws = generator("data", "synthetic_table", seed)
+    draws = keyed_generator("data", "synthetic_table", seed)
     matrix = torch.randn(columns, outputs, generator=draws) / columns**0.5
 
     def make(n: int) -> Examples:
@@ -149,7 +149,7 @@ HOSPITALS = {  # share of the patients, weight of the healthy ones
 BLOCKS = (Block("image", (1, 28, 28)), Block("genes", (GENES,)))
 
 
-@source("xray_genes", task=CHEST_XRAY)
+@register_source("xray_genes", task=CHEST_XRAY)
 def xray_genes(config: SourceConfig, root: Path) -> Dataset:
     """Chest X-rays of `chest_xray` with generated gene profiles, at seven hospitals; see the module's text."""
     real = chest_xray(config, root)
@@ -199,7 +199,7 @@ def make_profiles(y: Tensor, laboratory: Tensor, split: str) -> Tensor:
 
 def _structure() -> tuple[Tensor, Tensor]:
     """Loadings W `[8, 60]` and the batch effects of all laboratories `[8, 60]`, the last that of patients from elsewhere."""
-    draws = generator("data", "xray_genes", "structure")
+    draws = keyed_generator("data", "xray_genes", "structure")
     count = len(RESPONSES)
     first = torch.arange(GENES) % count
     weights = (0.6 + 0.6 * torch.rand(GENES, 2, generator=draws)) * (
@@ -229,7 +229,7 @@ def _hospitals(train: Examples) -> Tensor:
 
 def _uniform(use: str, rows: int, columns: int) -> np.ndarray:
     """Numbers in (0, 1), float64 `[rows, columns]`, each a hash of (use, row, column): SplitMix64 (Steele et al. 2014)."""
-    start = np.uint64(key("data", "xray_genes", use) & (2**64 - 1))
+    start = np.uint64(stream_key("data", "xray_genes", use) & (2**64 - 1))
     with np.errstate(over="ignore"):
         place = np.arange(rows, dtype=np.uint64)[:, None] * np.uint64(2**20) + np.arange(
             columns, dtype=np.uint64

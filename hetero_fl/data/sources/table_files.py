@@ -20,19 +20,19 @@ from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import (
     MOST_NUMBERED_CLASSES,
+    ColumnLayout,
     Dataset,
     Examples,
-    Layout,
-    indicators,
-    places,
+    index_names,
+    indicator_names,
 )
-from hetero_fl.utils.errors import UserError, beside, nearest
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.utils.errors import UserError, suggest_file, suggest_or_list
+from hetero_fl.utils.ordering import natural_order
 
 # Cells of tables as numbers and names: decimal commas, labels written in several ways, values that
 # are missing.
 
-COUNTED = re.compile(r"([+-]?\d+)(?:\.0*)?")  # 1, 01 and 1.0
+INTEGER_PATTERN = re.compile(r"([+-]?\d+)(?:\.0*)?")  # 1, 01 and 1.0
 WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
 THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")
@@ -70,7 +70,7 @@ def decimal_commas(
     ):
         name, texts = next(iter(commas.items()))
         row = int(frame[name].astype(str).str.contains(",").to_numpy().argmax())
-        refuse(
+        raise_cell_error(
             where,
             row,
             str(name),
@@ -95,11 +95,11 @@ def decimal_commas(
     return frame, list(map(str, commas))
 
 
-def numbers(
-    column: pd.Series, where: str, gaps: list[str] | None = None, hint: str = ""
+def parse_numbers(
+    column: pd.Series, where: str, allow_missing: list[str] | None = None, hint: str = ""
 ) -> np.ndarray | None:
     """A column as numbers, float64 `[N]`, or None if it is all text or dates. Raises UserError naming the row, but for
-    missing values where `gaps` is given: they are NaN, and a line on the first is added to it. `hint` ends the error."""
+    missing values where `allow_missing` is given: they are NaN, and a line on the first is added to it. `hint` ends the error."""
     name = str(column.name)
     if not (types.is_numeric_dtype(column) or types.is_bool_dtype(column)):
         if not is_text(column):
@@ -110,63 +110,72 @@ def numbers(
             written = column.dropna().astype(str)
             if not written.str.fullmatch(SEPARATED).all():
                 return None
-        if (row := first(text)) is not None:
+        if (row := first_true(text)) is not None:
             remedy = f"; {REMEDY}" if re.search(r"\d[.,'’]\d", str(column.iloc[row])) else hint
-            refuse(where, row, name, f"found '{column.iloc[row]}', not a number{remedy}")
+            raise_cell_error(where, row, name, f"found '{column.iloc[row]}', not a number{remedy}")
         column = read
-    gap = gap_in(column, where)
+    gap = first_missing_value(column, where)
     if gap is not None:
-        if gaps is None:
+        if allow_missing is None:
             raise UserError(f"{gap}; fill or drop them")
-        gaps.append(gap)
+        allow_missing.append(gap)
     values = column.to_numpy(dtype=np.float64, na_value=np.nan)
     beyond = ~np.isfinite(values) | (np.abs(values) > np.finfo(np.float32).max)
-    if (row := first(beyond & ~column.isna().to_numpy())) is not None:
-        refuse(where, row, name, f"found {values[row]}, not a finite number")
+    if (row := first_true(beyond & ~column.isna().to_numpy())) is not None:
+        raise_cell_error(where, row, name, f"found {values[row]}, not a finite number")
     return values
 
 
-def names(column: pd.Series, where: str) -> pd.Series:
+def parse_names(column: pd.Series, where: str) -> pd.Series:
     """A column of labels, sites or patients as text that does not depend on how a file writes them: without spaces around
     it, and 1 for 1.0, but 01 is not 1 where the column is of text. Raises UserError where a value is missing."""
-    column = stripped(column, where)
+    column = strip_text(column, where)
     if types.is_float_dtype(column):
         whole = column == np.floor(column)
         return column.astype(str).where(~whole, column.where(whole, 0).astype(np.int64).astype(str))
     text = column.astype(str)
     return (
-        text.str.replace(COUNTED, r"\1", regex=True) if text.str.fullmatch(COUNTED).all() else text
+        text.str.replace(INTEGER_PATTERN, r"\1", regex=True)
+        if text.str.fullmatch(INTEGER_PATTERN).all()
+        else text
     )
 
 
-def written(column: pd.Series) -> pd.Series:
+def column_as_text(column: pd.Series) -> pd.Series:
     """Return the column as text without spaces around it, whole floats as integers; NaN where a value is missing."""
     present = column[column.notna()]
-    text = names(present, "") if types.is_float_dtype(present) else present.astype(str).str.strip()
+    text = (
+        parse_names(present, "")
+        if types.is_float_dtype(present)
+        else present.astype(str).str.strip()
+    )
     return text[text != ""].astype(object).reindex(column.index)
 
 
-def categories_in(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...]]:
+def find_categories(frame: pd.DataFrame, where: str) -> dict[str, tuple[str, ...]]:
     """Return the text columns with fewer than `MANY_CATEGORIES` different values, and their values in order."""
     found = {}
     for name in frame.columns:
-        if is_categorical(frame[name]) and numbers(frame[name], where, [], CATEGORICAL) is None:
-            values = written(frame[name]).dropna().unique().tolist()
+        if (
+            is_categorical(frame[name])
+            and parse_numbers(frame[name], where, [], CATEGORICAL) is None
+        ):
+            values = column_as_text(frame[name]).dropna().unique().tolist()
             if 0 < len(values) < MANY_CATEGORIES:
-                found[str(name)] = tuple(in_order(values))
+                found[str(name)] = tuple(natural_order(values))
     return found
 
 
-def indicated(
+def encode_indicators(
     column: pd.Series, values: Sequence[str], notes: list[str] | None = None
 ) -> np.ndarray:
     """Return 1 where a column has a value, else 0, as float64 `[N, len(values)]`.
 
     A row whose value is missing or is none of these has 0 everywhere; a line on such rows is added to `notes`.
     """
-    text = written(column)
+    text = column_as_text(column)
     plain = text.map(
-        lambda cell: COUNTED.sub(r"\1", cell) if COUNTED.fullmatch(cell) else cell,
+        lambda cell: INTEGER_PATTERN.sub(r"\1", cell) if INTEGER_PATTERN.fullmatch(cell) else cell,
         na_action="ignore",
     )
     found = np.stack(
@@ -175,45 +184,45 @@ def indicated(
     )
     unknown = text.notna().to_numpy() & ~found.any(axis=1)
     empty = text.isna().to_numpy()
-    if notes is not None and (row := first(unknown)) is not None:
+    if notes is not None and (row := first_true(unknown)) is not None:
         what = f"{int(unknown.sum())} of {len(text)} rows have none of {', '.join(values)} (row {row + 1}: '{text.iloc[row]}')"
         notes.append(f"column '{column.name}': {what}; their indicators are 0")
-    if notes is not None and (row := first(empty)) is not None:
+    if notes is not None and (row := first_true(empty)) is not None:
         what = f"{int(empty.sum())} of {len(text)} cells are empty (row {row + 1})"
         notes.append(f"column '{column.name}': {what}; their indicators are 0")
     return found.astype(np.float64)
 
 
-def settled(column: pd.Series, where: str) -> pd.Series:
+def parse_column(column: pd.Series, where: str) -> pd.Series:
     """The column without spaces around text, and in numbers where every text is one. Raises UserError: missing value."""
-    column = stripped(column, where)
+    column = strip_text(column, where)
     if is_text(column):
         read = pd.to_numeric(column.astype(str), errors="coerce")
         return column if not np.isfinite(read).all() else read
     return column
 
 
-def stripped(column: pd.Series, where: str) -> pd.Series:
+def strip_text(column: pd.Series, where: str) -> pd.Series:
     """The column without spaces around text. Raises UserError: missing value."""
     if is_text(column) or isinstance(column.dtype, pd.CategoricalDtype):
         text = column.astype(object).map(
             lambda value: value.strip() if isinstance(value, str) else value
         )
         column = text.mask(text == "")
-    missing(column, where)
+    require_no_missing(column, where)
     return column
 
 
-def missing(column: pd.Series, where: str) -> None:
+def require_no_missing(column: pd.Series, where: str) -> None:
     """Raises UserError for a missing value."""
-    if (gap := gap_in(column, where)) is not None:
+    if (gap := first_missing_value(column, where)) is not None:
         raise UserError(f"{gap}; fill or drop them")
 
 
-def gap_in(column: pd.Series, where: str) -> str | None:
+def first_missing_value(column: pd.Series, where: str) -> str | None:
     """A line on the first missing value, if there is any."""
     gaps = column.isna()
-    row = first(gaps)
+    row = first_true(gaps)
     if row is None:
         return None
     return f"{where}: row {row + 1}, column '{column.name}': missing value ({int(gaps.sum())} in {len(gaps)} rows)"
@@ -231,20 +240,20 @@ def is_categorical(column: pd.Series) -> bool:
     return is_text(column) or isinstance(column.dtype, pd.CategoricalDtype)
 
 
-def first(bad: pd.Series | np.ndarray) -> int | None:
+def first_true(bad: pd.Series | np.ndarray) -> int | None:
     """Place of the first True."""
     mask = np.asarray(bad, dtype=bool)
     return int(mask.argmax()) if mask.any() else None
 
 
-def refuse(where: str, row: int, column: str, what: str) -> NoReturn:
+def raise_cell_error(where: str, row: int, column: str, what: str) -> NoReturn:
     """Raise the error of a cell; `row` counts from 0, messages count from 1 below the header."""
     raise UserError(f"{where}: row {row + 1}, column '{column}': {what}")
 
 
 # Files of tables as frames: comma, semicolon or tabulator between cells, or Parquet.
 
-LOOK = 20  # rows below the header from which the separator is told
+SNIFFED_ROWS = 20  # rows below the header from which the separator is told
 
 
 def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
@@ -254,7 +263,7 @@ def read_frame(path: Path, names: Iterable[str | None] = ()) -> pd.DataFrame:
     if path.is_dir():
         raise UserError(f"{where}: a folder; name a file in it")
     if not path.is_file():
-        raise UserError(f"{where}: no such file{beside(path)}")
+        raise UserError(f"{where}: no such file{suggest_file(path)}")
     kind = path.suffix.lower()
     if kind not in (".csv", ".tsv", ".parquet"):
         raise UserError(f"{where}: found '{kind}'; choose .csv, .tsv or .parquet")
@@ -306,7 +315,7 @@ def _separator(path: Path) -> str:
     for separator in (",", ";"):
         with path.open(encoding="utf-8-sig", newline="") as file:
             cells = csv.reader(file, delimiter=separator)
-            divided[separator] = [len(row) for row in islice(cells, LOOK + 1) if row] or [0]
+            divided[separator] = [len(row) for row in islice(cells, SNIFFED_ROWS + 1) if row] or [0]
     if divided[";"][0] < 2:
         return ","
     if divided[","][0] < 2:
@@ -356,11 +365,11 @@ def read_table(
     for key, column in [*(("label", column) for column in labels), *owners.items()]:
         if column not in frame.columns:
             raise UserError(
-                f"{key}: {path} has no column '{column}'{nearest(column, map(str, frame.columns))}"
+                f"{key}: {path} has no column '{column}'{suggest_or_list(column, map(str, frame.columns))}"
             )
         if key != "label" and column in labels:
             raise UserError(f"{key}: found '{column}', which is a label; name another column")
-    whose = {key: places(names(frame[column], where)) for key, column in owners.items()}
+    whose = {key: index_names(parse_names(frame[column], where)) for key, column in owners.items()}
     rest = frame.drop(columns=list(set(owners.values())))
     given = () if categories is None else tuple(categories)
     if kind == "multiclass":  # classes may be called "1,2"
@@ -369,7 +378,7 @@ def read_table(
     else:
         rest, commas = decimal_commas(rest, where, given)
         targets, rest = rest[labels], rest.drop(columns=labels)
-    encoded = categories_in(rest, where) if categories is None else categories
+    encoded = find_categories(rest, where) if categories is None else categories
     encoded = {
         str(name): tuple(encoded[str(name)]) for name in rest.columns if str(name) in encoded
     }
@@ -378,19 +387,19 @@ def read_table(
     x, columns, left_out = features(rest, where, gaps, encoded, doubts)
     task, y = _targets(targets, where, kind)
     examples = Examples(x, y, *whose.get("group", (None, ())), *whose.get("patient", (None, ())))
-    used = Layout(columns, (), tuple(encoded.items())).names
+    used = ColumnLayout(columns, (), tuple(encoded.items())).names
     about = f"table {path.name}, {len(used)} columns" + (
         f"; left out: {', '.join(left_out)}" if left_out else ""
     )
     read = [f"label {', '.join(labels)}", *(f"{key} {column}" for key, column in owners.items())]
-    read += [f"columns used: {_listed(used)}"]
+    read += [f"columns used: {_format_columns(used)}"]
     read += [
-        f"encoded as indicators: {_listed([f'{name} ({_listed(v)})' for name, v in encoded.items()])}"
+        f"encoded as indicators: {_format_columns([f'{name} ({_format_columns(v)})' for name, v in encoded.items()])}"
     ] * bool(encoded)
     read += [
-        f"left out: {_listed([f'{name} ({why})' for name, why in left_out.items()]) or 'none'}"
+        f"left out: {_format_columns([f'{name} ({why})' for name, why in left_out.items()]) or 'none'}"
     ]
-    read += [f"decimal commas in {_listed(commas)}"] if commas else []
+    read += [f"decimal commas in {_format_columns(commas)}"] if commas else []
     notes = [f"table {path.name}: {'; '.join(read)}", *(f"table {path.name}: {d}" for d in doubts)]
     if patient is None and (name := _patients(rest)) is not None:
         feature = "; as it is, it is a feature too" if name in used else ""
@@ -406,13 +415,13 @@ def read_table(
         about=about,
         columns=columns,
         notes=tuple(notes),
-        gap=gap,
+        min_gap=gap,
         categories=tuple(encoded.items()),
     )
 
 
 def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str, ...]]:
-    """Return the text columns of several tables, and their values in all of them, where these are few (see `categories_in`).
+    """Return the text columns of several tables, and their values in all of them, where these are few (see `find_categories`).
 
     Args:
         files: The tables, by the place in the configuration that names them.
@@ -427,8 +436,10 @@ def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str,
         where = f"{place}.path: {source.path}"
         for column in _feature_columns(source, place):
             name = str(column.name)
-            if is_categorical(column) and numbers(column, where, [], CATEGORICAL) is None:
-                texts.setdefault(name, {}).update(dict.fromkeys(written(column).dropna().tolist()))
+            if is_categorical(column) and parse_numbers(column, where, [], CATEGORICAL) is None:
+                texts.setdefault(name, {}).update(
+                    dict.fromkeys(column_as_text(column).dropna().tolist())
+                )
                 place_of.setdefault(name, place)
             elif types.is_numeric_dtype(column) and column.notna().any():
                 numeric.setdefault(name, place)
@@ -437,7 +448,7 @@ def common_categories(files: Mapping[str, SourceConfig]) -> dict[str, tuple[str,
             found = f"column '{name}' is text, and numbers in that of {numeric[name].removesuffix(': data')}"
             raise UserError(f"{place_of[name]}: {found}; list its values in data.categories")
     return {
-        name: tuple(in_order(values))
+        name: tuple(natural_order(values))
         for name, values in texts.items()
         if len(values) < MANY_CATEGORIES
     }
@@ -462,12 +473,12 @@ def _label_columns(frame: pd.DataFrame, label: str) -> list[str]:
 def features(
     frame: pd.DataFrame,
     where: str,
-    gaps: list[str] | None = None,
+    allow_missing: list[str] | None = None,
     categories: Mapping[str, tuple[str, ...]] | None = None,
     notes: list[str] | None = None,
 ) -> tuple[Tensor, tuple[str, ...], dict[str, str]]:
     """The columns of numbers and the indicators of `categories` as float32 `[N, F]`, their names, and the names of the other
-    columns with what they are. Missing numbers are NaN where `gaps` is given, which gets a line for each column that has
+    columns with what they are. Missing numbers are NaN where `allow_missing` is given, which gets a line for each column that has
     some; else they are refused. `notes` gets a line for each encoded column with empty cells or unknown values."""
     if len(frame) == 0:
         raise UserError(f"{where}: found no rows")
@@ -478,10 +489,10 @@ def features(
         name = str(key)
         if name in (categories or {}):
             values = (categories or {})[name]
-            found = indicated(frame[key], values, notes)
-            added = dict(zip(indicators(name, values), found.T, strict=True))
+            found = encode_indicators(frame[key], values, notes)
+            added = dict(zip(indicator_names(name, values), found.T, strict=True))
         else:
-            column = numbers(frame[key], where, gaps)
+            column = parse_numbers(frame[key], where, allow_missing)
             added = {} if column is None else {name: column}
             if column is None:
                 left_out[name] = _why_left_out(frame[key])
@@ -505,23 +516,23 @@ def features(
 def _why_left_out(column: pd.Series) -> str:
     if not is_categorical(column):
         return str(column.dtype)
-    count = written(column).nunique()
+    count = column_as_text(column).nunique()
     return "text" if count < MANY_CATEGORIES else f"text, {count} different values"
 
 
 def _targets(labels: pd.DataFrame, where: str, kind: str | None) -> tuple[Task, Tensor]:
-    columns = [settled(labels[name], where) for name in labels.columns]
+    columns = [parse_column(labels[name], where) for name in labels.columns]
     titles = tuple(map(str, labels.columns))
     if kind == "multiclass" and len(columns) > 1:
         raise UserError(
             f"label: found {len(columns)} columns, but data.task is multiclass; name one, or choose multilabel"
         )
     if kind == "multiclass" or (kind is None and len(columns) == 1 and _classes(columns[0])):
-        y, classes = places(names(columns[0], where))
+        y, classes = index_names(parse_names(columns[0], where))
         return Task("multiclass", len(classes), classes), y
     values = []
     for column, title in zip(columns, titles, strict=True):
-        found = numbers(column, where)
+        found = parse_numbers(column, where)
         if found is None:
             raise UserError(
                 f"{where}: column '{title}' is text; {kind or 'several'} labels have to be numbers"
@@ -552,7 +563,7 @@ def _patients(frame: pd.DataFrame) -> str | None:
     return None
 
 
-def _listed(found: Sequence[str]) -> str:
+def _format_columns(found: Sequence[str]) -> str:
     return ", ".join(found[:SHOWN]) + (
         f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     )

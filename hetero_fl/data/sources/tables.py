@@ -10,15 +10,15 @@ import torch
 from hetero_fl.config.data import SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples
-from hetero_fl.data.registry import source
+from hetero_fl.data.registry import register_source
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import key
+from hetero_fl.utils.seeding import stream_key
 
 # Tables: a CSV, TSV or Parquet file, a row per example, columns of numbers or categories, one or
 # several of labels.
 
 
-@source("table", keys=("path", "label", "group", "patient", "task", "categories"))
+@register_source("table", keys=("path", "label", "group", "patient", "task", "categories"))
 def table(config: SourceConfig, root: Path) -> Dataset:
     """The rows of a file; see `read_table`. `config.label` names the labels, `config.group` whose row it is,
     `config.patient` of whom, `config.task` what is learned, `config.categories` which text columns are encoded."""
@@ -85,15 +85,15 @@ BANKS = {
 """Rows, and the share of them that is fraud."""
 COLUMNS = (*COMMON, *(name for own in OWN.values() for name in own))
 UNUSED = 0.15
-HELD = 500
+HELD_OUT_ROWS = 500
 ABOUT = "generated: payments at six banks with columns, drift and a rate of fraud of their own"
 
 
-@source("bank_fraud")
+@register_source("bank_fraud")
 def bank_fraud(config: SourceConfig, root: Path) -> Dataset:
     """7,700 payments, about 3% fraud; groups are the banks."""
     sets = []
-    for split, held in (("train", None), ("validation", HELD), ("test", HELD)):
+    for split, held in (("train", None), ("validation", HELD_OUT_ROWS), ("test", HELD_OUT_ROWS)):
         parts = [payments(bank, held or rows, split) for bank, (rows, _) in BANKS.items()]
         x, y = (torch.from_numpy(np.concatenate([part[i] for part in parts])) for i in (0, 1))
         owners = torch.repeat_interleave(
@@ -111,7 +111,7 @@ def payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows of one bank as it measures them, float32 `[rows, columns]` with NaN for what it does not have, and which are fraud."""
     own, draws = (
         OWN[bank.split("_")[0]],
-        np.random.default_rng(key("data", "bank_fraud", bank, split)),
+        np.random.default_rng(stream_key("data", "bank_fraud", bank, split)),
     )
     value = {name: draws.normal(size=rows) for name in COLUMNS}
     value |= {
@@ -129,7 +129,7 @@ def payments(bank: str, rows: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     risk += np.where(unused, 0.0, sum(WEIGHTS[name] * value[name] for name in own))
     risk += 0.5 * draws.logistic(size=rows)
     fraud = (risk > np.quantile(risk, 1 - BANKS[bank][1])).astype(np.int64)
-    device = np.random.default_rng(key("data", "bank_fraud", bank, "drift"))
+    device = np.random.default_rng(stream_key("data", "bank_fraud", bank, "drift"))
     factor, moved = np.exp(device.normal(0, 0.3, len(COLUMNS))), device.normal(0, 0.5, len(COLUMNS))
     for i, name in enumerate(COLUMNS):
         if name not in MARKS:

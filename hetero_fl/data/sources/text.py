@@ -12,16 +12,16 @@ from torch import Tensor
 
 from hetero_fl.config.data import SourceConfig, TextConfig
 from hetero_fl.core.task import Task
-from hetero_fl.data.dataset import Dataset, Examples, Vocabulary, places, split_words
-from hetero_fl.data.registry import source
-from hetero_fl.utils.errors import UserError, beside
-from hetero_fl.utils.ordering import in_order
-from hetero_fl.utils.seeding import key
+from hetero_fl.data.dataset import Dataset, Examples, Vocabulary, index_names, split_words
+from hetero_fl.data.registry import register_source
+from hetero_fl.utils.errors import UserError, suggest_file
+from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.seeding import stream_key
 
 # Texts from files: a message a line, and the words of them as tokens.
 
 
-@source("text", keys=("path", "group", "text"))
+@register_source("text", keys=("path", "group", "text"))
 def text(config: SourceConfig, root: Path) -> Dataset:
     """The lines of a text file, or of all `.txt` files of a folder, each line a message of its own.
 
@@ -57,14 +57,14 @@ def text(config: SourceConfig, root: Path) -> Dataset:
     if not messages:
         least = "two words" if settings.predict == "next" else "a word"
         raise UserError(f"path: {path}: found no line of at least {least}")
-    y, names = places(classes)
+    y, names = index_names(classes)
     train, whose = examples_of(messages, y.tolist(), settings, vocabulary)
     if len(train) == 0:
         raise UserError(
             f"text.public: {settings.public} has none of the words in {path}; take text of the same kind"
         )
     if config.group:
-        group, train.group_names = places(owners)
+        group, train.group_names = index_names(owners)
         train.group = group[whose]
     task = task_of(settings, vocabulary, names)
     about = f"{len(messages):,} lines of {path.name}, {vocabulary.size:,} tokens"
@@ -105,7 +105,7 @@ def _vocabulary(settings: TextConfig) -> Vocabulary:
         )
     public = Path(settings.public).expanduser()
     lines = [line.rpartition("\t")[2] for _, line in read_lines(public, "text.public")]
-    vocabulary = Vocabulary.of(map(split_words, lines), settings.vocabulary)
+    vocabulary = Vocabulary.from_texts(map(split_words, lines), settings.vocabulary)
     if len(vocabulary.words) < 2:
         raise UserError(
             f"text.public: {public}: found {len(vocabulary.words)} words that occur twice; give more text"
@@ -117,11 +117,11 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"path: {path}: no such file or folder{beside(path)}")
+        raise UserError(f"path: {path}: no such file or folder{suggest_file(path)}")
     found = {file.name: file for file in path.glob("*.txt")}
     if not found:
         raise UserError(f"path: {path}: found no .txt file in this folder")
-    return [found[name] for name in in_order(found)]
+    return [found[name] for name in natural_order(found)]
 
 
 def read_lines(path: Path, where: str) -> list[tuple[int, str]]:
@@ -241,8 +241,8 @@ class Writer:
     habit: int = 0
 
 
-@source("phrases", keys=("text",))
-def phrases(config: SourceConfig, root: Path) -> Dataset:
+@register_source("phrases", keys=("text",))
+def phone_messages(config: SourceConfig, root: Path) -> Dataset:
     """Messages of twelve phones (groups), next words of them or, with `text.predict: class`, their topics."""
     text = config.text or TextConfig()
     vocabulary = _phrase_vocabulary(text)
@@ -251,7 +251,7 @@ def phrases(config: SourceConfig, root: Path) -> Dataset:
     owners: list[int] = []
     for phone in range(PHONES):
         draws = _draws("phone", phone)
-        found = write(writer(phone), int(draws.integers(50, 151)), draws)
+        found = write_messages(writer(phone), int(draws.integers(50, 151)), draws)
         texts += [words for words, _ in found]
         topics += [topic for _, topic in found]
         owners += [phone] * len(found)
@@ -267,7 +267,7 @@ def phrases(config: SourceConfig, root: Path) -> Dataset:
     )
 
 
-@source("phrases_public", keys=("text",))
+@register_source("phrases_public", keys=("text",))
 def phrases_public(config: SourceConfig, root: Path) -> Dataset:
     """The public messages from which the vocabulary is taken, for a proxy set."""
     text = config.text or TextConfig()
@@ -290,44 +290,49 @@ def writer(phone: int) -> Writer:
     return Writer(topics, templates, names, int(draws.integers(1, 10)))
 
 
-def anybody() -> Writer:
+def public_writer() -> Writer:
     """Who writes public messages."""
     return Writer(
         np.full(len(TOPICS), 1 / len(TOPICS)), np.full(len(TEMPLATES), 1 / len(TEMPLATES))
     )
 
 
-def write(who: Writer, count: int, draws: np.random.Generator) -> list[tuple[list[str], int]]:
+def write_messages(
+    writer: Writer, count: int, draws: np.random.Generator
+) -> list[tuple[list[str], int]]:
     """So many messages, each as its words and its topic."""
-    topics = draws.choice(len(TOPICS), count, p=who.topics)
-    templates = draws.choice(len(TEMPLATES), count, p=who.templates)
-    turned = np.where(draws.random(count) < 0.25, who.habit, 0)
+    topics = draws.choice(len(TOPICS), count, p=writer.topics)
+    templates = draws.choice(len(TEMPLATES), count, p=writer.templates)
+    turned = np.where(draws.random(count) < 0.25, writer.habit, 0)
     return [
-        (_filled(TEMPLATES[template].split(), TOPICS[topic], who, int(turn), draws), int(topic))
+        (
+            _fill_template(TEMPLATES[template].split(), TOPICS[topic], writer, int(turn), draws),
+            int(topic),
+        )
         for topic, template, turn in zip(topics, templates, turned, strict=True)
     ]
 
 
-def _filled(
-    template: Sequence[str], topic: str, who: Writer, turn: int, draws: np.random.Generator
+def _fill_template(
+    template: Sequence[str], topic: str, writer: Writer, turn: int, draws: np.random.Generator
 ) -> list[str]:
     said: list[str] = []
     for slot in template:
         if slot == "WHO":
-            private = bool(who.contacts) and draws.random() < 0.5
-            said.append(_said(who.contacts if private else WHO, 0, draws))
+            private = bool(writer.contacts) and draws.random() < 0.5
+            said.append(_draw_word(writer.contacts if private else WHO, 0, draws))
         elif slot == "WHEN":
-            said += _said(WHEN, 0, draws).split()
+            said += _draw_word(WHEN, 0, draws).split()
         elif slot in SLOTS:
             words = WORDS[topic][SLOTS.index(slot)].split()
             before = len(said[-1]) + ord(said[-1][0])  # turns the order by the word before it
-            said.append(_said(words, before + (turn if slot == "THING" else 0), draws))
+            said.append(_draw_word(words, before + (turn if slot == "THING" else 0), draws))
         else:
             said.append(slot)
     return said
 
 
-def _said(words: Sequence[str], turn: int, draws: np.random.Generator) -> str:
+def _draw_word(words: Sequence[str], turn: int, draws: np.random.Generator) -> str:
     """A word by the frequencies 1, 1/2, 1/3 …, the first of which belongs to the one at place `turn`."""
     frequencies = 1 / np.arange(1, len(words) + 1)
     place = int(draws.choice(len(words), p=frequencies / frequencies.sum()))
@@ -342,7 +347,7 @@ def _contacts() -> tuple[str, ...]:
 
 
 def _public(text: TextConfig, vocabulary: Vocabulary, name: str, count: int) -> Examples:
-    found = write(anybody(), count, _draws(name))
+    found = write_messages(public_writer(), count, _draws(name))
     return examples_of(
         [words for words, _ in found], [topic for _, topic in found], text, vocabulary
     )[0]
@@ -352,10 +357,11 @@ def _phrase_vocabulary(text: TextConfig) -> Vocabulary:
     """Of the public messages alone, whatever phones there are."""
     if text.tokenizer == "hashing":
         return Vocabulary(buckets=text.vocabulary)
-    return Vocabulary.of(
-        (words for words, _ in write(anybody(), PUBLIC, _draws("public"))), text.vocabulary
+    return Vocabulary.from_texts(
+        (words for words, _ in write_messages(public_writer(), PUBLIC, _draws("public"))),
+        text.vocabulary,
     )
 
 
 def _draws(*use: str | int) -> np.random.Generator:
-    return np.random.default_rng(key("data", "phrases", *use))
+    return np.random.default_rng(stream_key("data", "phrases", *use))

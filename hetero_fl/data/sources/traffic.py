@@ -13,9 +13,9 @@ import torch
 from hetero_fl.config.data import WEEK, SeriesConfig, SourceConfig
 from hetero_fl.core.task import Task
 from hetero_fl.data.dataset import Dataset, Examples
-from hetero_fl.data.registry import source
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.seeding import key
+from hetero_fl.data.registry import register_source
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.seeding import stream_key
 
 # Series by the hour as examples: a window of the past, the hours to forecast as they were a week
 # before, and what came next.
@@ -31,7 +31,7 @@ CALENDAR = ("hour_sin", "hour_cos", "week_sin", "week_cos")
 
 
 @dataclass(frozen=True)
-class Site:
+class HourlySeries:
     """One place where something is counted by the hour.
 
     `start`: the first hour, counted from 1970. `value`: float64 `[T]`, NaN where an hour is missing. `lanes`: `[T, L]`, parts of
@@ -58,7 +58,7 @@ class Periods:
     validation: int
 
     @classmethod
-    def of(cls, sites: Sequence[Site], config: SeriesConfig) -> Periods:
+    def from_series(cls, sites: Sequence[HourlySeries], config: SeriesConfig) -> Periods:
         """Shares of the time from the first hour of any site to the last, the same dates for all."""
         first, last = min(s.start for s in sites), max(s.end for s in sites)
         validation = last - round(config.test * (last - first))
@@ -66,7 +66,7 @@ class Periods:
 
 
 def make_windows(
-    sites: Sequence[Site], config: SeriesConfig, *, name: str, unit: str, lanes: Sequence[str], weather: Sequence[str],
+    sites: Sequence[HourlySeries], config: SeriesConfig, *, name: str, unit: str, lanes: Sequence[str], weather: Sequence[str],
     simulated: bool = False, about: str = "",
 ) -> Dataset:  # fmt: skip
     """The data set of some sites: series `[N, window, columns]`, dated, in groups by site.
@@ -79,14 +79,14 @@ def make_windows(
     Raises:
         UserError: a site without a row to train on; values whose mean is not above 0.
     """
-    periods = Periods.of(sites, config)
+    periods = Periods.from_series(sites, config)
     parts: dict[str, list[Examples]] = {"train": [], "validation": [], "test": []}
     names = tuple(s.name for s in sites)
     task = _task(config, unit)
     for place, site in enumerate(sites):
         rows = _rows(site, config, periods, task)
         for part, mask in _parts(rows, config, periods).items():
-            own = rows.take(torch.nonzero(mask).squeeze(1))
+            own = rows.select_rows(torch.nonzero(mask).squeeze(1))
             own.group, own.group_names = torch.full((len(own),), place), names
             if part == "train" and not len(own):
                 raise UserError(
@@ -102,12 +102,12 @@ def make_windows(
         span=(config.horizons[-1] - config.horizons[0]) * HOUR,
         notes=(
             f"{name}: training until {_date(periods.train)}, validation until {_date(periods.validation)}, then test; "
-            f"levels of the sites: {', '.join(f'{s.name} {level(s, periods):.3g}' for s in sites)} {unit}".rstrip(),
+            f"levels of the sites: {', '.join(f'{s.name} {mean_level(s, periods):.3g}' for s in sites)} {unit}".rstrip(),
         ),
     )  # fmt: skip
 
 
-def level(site: Site, periods: Periods) -> float:
+def mean_level(site: HourlySeries, periods: Periods) -> float:
     """The mean of the site's training period."""
     past = site.value[: max(0, periods.train + 1 - site.start)]
     mean = float(np.nanmean(past)) if np.isfinite(past).any() else math.nan
@@ -118,7 +118,7 @@ def level(site: Site, periods: Periods) -> float:
     return mean
 
 
-def _rows(site: Site, config: SeriesConfig, periods: Periods, task: Task) -> Examples:
+def _rows(site: HourlySeries, config: SeriesConfig, periods: Periods, task: Task) -> Examples:
     """Every row of a site that has its window, the week before and its targets; `time` is the last target's."""
     window, horizons = config.window, np.array(config.horizons)
     begin = WEEK - horizons[0] + window - 1
@@ -127,7 +127,7 @@ def _rows(site: Site, config: SeriesConfig, periods: Periods, task: Task) -> Exa
     now = np.arange(begin, len(site.value) - horizons[-1])  # the last hour that a row sees
     seen = now[:, None] + np.arange(1 - window, 1)
     past = slice(0, max(0, periods.train + 1 - site.start))
-    value, scale = site.value, np.full((len(now), 1), level(site, periods))
+    value, scale = site.value, np.full((len(now), 1), mean_level(site, periods))
     if config.level == "week":
         week = value[now[:, None] + np.arange(1 - WEEK, 1)]
         scale = np.where(np.isfinite(week).all(1), week.mean(1), np.nan)[:, None]
@@ -137,7 +137,7 @@ def _rows(site: Site, config: SeriesConfig, periods: Periods, task: Task) -> Exa
     columns = [value[seen] / scale, *(value[seen + h - WEEK] / scale for h in horizons)]
     known = columns.copy()
     columns += [np.sin(day), np.cos(day), np.sin(weekly), np.cos(weekly)]
-    columns += [_deviations(column, past)[seen] for column in site.weather.T]
+    columns += [_standardize(column, past)[seen] for column in site.weather.T]
     columns += [column[seen] / scale for column in site.lanes.T]
     ahead = now[:, None] + horizons
     target, before = value[ahead] / scale, value[ahead - WEEK] / scale
@@ -164,7 +164,7 @@ def _rows(site: Site, config: SeriesConfig, periods: Periods, task: Task) -> Exa
     def above(relative: np.ndarray) -> torch.Tensor:
         return torch.from_numpy((relative * scale)[whole] > threshold + 1e-9 * abs(threshold))
 
-    rows.y = _busy(above(target), task)
+    rows.y = _busy_targets(above(target), task)
     rows.baselines = {name: _outputs(above(outputs), task) for name, outputs in said.items()}
     return rows
 
@@ -181,7 +181,7 @@ def _parts(rows: Examples, config: SeriesConfig, periods: Periods) -> dict[str, 
     }
 
 
-def _deviations(column: np.ndarray, past: slice) -> np.ndarray:
+def _standardize(column: np.ndarray, past: slice) -> np.ndarray:
     """(x − mean) / standard deviation, both of the past alone; as it is where nothing was measured then."""
     known = column[past][np.isfinite(column[past])]
     if not len(known):
@@ -200,7 +200,7 @@ def _task(config: SeriesConfig, unit: str) -> Task:
     )
 
 
-def _busy(above: torch.Tensor, task: Task) -> torch.Tensor:
+def _busy_targets(above: torch.Tensor, task: Task) -> torch.Tensor:
     return above[:, 0].long() if task.kind == "multiclass" else above.float()
 
 
@@ -259,7 +259,7 @@ JUNCTIONS: dict[str, tuple[float, int, float, float, float, float, bool]] = {
 LANES, WEATHER = 3, 2
 
 
-@source("traffic", keys=("path", "label", "group", "series"), generates=True)
+@register_source("traffic", keys=("path", "label", "group", "series"), generates=True)
 def traffic(config: SourceConfig, root: Path) -> Dataset:
     """Generated junctions; or with `path` the rows of a `.csv`, `.tsv` or `.parquet` file: `series.time` names the column of
     dates, `label` that of the vehicles (`Vehicles`), `group` that of the junctions (`Junction`, if there is one)."""
@@ -272,7 +272,7 @@ def traffic(config: SourceConfig, root: Path) -> Dataset:
     wanted = series.sites or tuple(name for name in JUNCTIONS if name != PUBLIC)
     for name in wanted:
         if name not in JUNCTIONS:
-            raise UserError(f"series.sites: found '{name}'{nearest(name, JUNCTIONS)}")
+            raise UserError(f"series.sites: found '{name}'{suggest_or_list(name, JUNCTIONS)}")
     sites = [site for site in make_junctions() if site.name in wanted]
     return make_windows(
         sites, series, name="traffic", unit="vehicles", simulated=True, about="generated junctions, hour by hour",
@@ -299,15 +299,15 @@ def read_traffic(path: Path, series: SeriesConfig, label: str | None, group: str
     return made
 
 
-def make_junctions(days: int = DAYS, seed: int = 0) -> list[Site]:
+def make_junctions(days: int = DAYS, seed: int = 0) -> list[HourlySeries]:
     """The junctions of the module's text, the public one last."""
     hours = days * 24
-    town = np.random.default_rng(key("data", "traffic", seed, "town"))
+    town = np.random.default_rng(stream_key("data", "traffic", seed, "town"))
     weather = _weather(town, hours)
     common = _drift(town, hours, 0.05)
     made = []
     for name, (level, day, peaks, shift, trend, rain, cameras) in JUNCTIONS.items():
-        draws = np.random.default_rng(key("data", "traffic", seed, name))
+        draws = np.random.default_rng(stream_key("data", "traffic", seed, name))
         begin = min(day, max(0, days - 20)) * 24
         hour = np.arange(hours)
         mean = level * _profile(hour, peaks, shift) * (1 + trend * hour / hours)
@@ -325,7 +325,7 @@ def make_junctions(days: int = DAYS, seed: int = 0) -> list[Site]:
         else:
             value = draws.poisson(mean).astype(np.float64)
         seen = np.full((hours, WEATHER), np.nan) if cameras else weather
-        made.append(Site(name, BEGIN + begin, value[begin:], lanes[begin:], seen[begin:]))
+        made.append(HourlySeries(name, BEGIN + begin, value[begin:], lanes[begin:], seen[begin:]))
     return made
 
 

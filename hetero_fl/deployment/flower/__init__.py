@@ -14,7 +14,7 @@ from hetero_fl.deployment.flower.installed import check_installed
 check_installed()  # before anything of Flower is imported
 
 from hetero_fl.deployment.flower.node import serve  # noqa: E402
-from hetero_fl.deployment.flower.superlink import Superlink  # noqa: E402
+from hetero_fl.deployment.flower.superlink import SuperLink  # noqa: E402
 from hetero_fl.deployment.flower.transport import FlowerTransport  # noqa: E402
 
-__all__ = ["FlowerTransport", "Superlink", "serve"]
+__all__ = ["FlowerTransport", "SuperLink", "serve"]

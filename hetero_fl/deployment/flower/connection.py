@@ -50,7 +50,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 
 from hetero_fl.deployment.messages import MESSAGE_BYTES, Envelope, Head
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 
 # How often to ask whether something has come: often at first, seldom when nothing has come for
 # long.
@@ -60,13 +60,13 @@ SHORTEST, LONGEST = 0.02, 0.5  # seconds
 SLOWER = 1.15
 
 
-class Pace:
+class PollBackoff:
     """Pauses that grow by a factor until something comes."""
 
     def __init__(self) -> None:
         self._pause = SHORTEST
 
-    def next(self) -> float:
+    def next_delay(self) -> float:
         """Seconds until the next question."""
         pause, self._pause = self._pause, min(self._pause * SLOWER, LONGEST)
         return pause
@@ -79,21 +79,21 @@ class Pace:
 # Calls to the SuperLink: what goes wrong, told apart by what is to be done about it.
 
 
-class Unreachable(Exception):
+class UnreachableError(Exception):
     """Nobody answers, for the moment perhaps."""
 
 
-class Refused(Exception):
+class UnknownCallerError(Exception):
     """The SuperLink does not know this caller, or no longer."""
 
 
-class Over(Exception):
+class RunOverError(Exception):
     """The run that a message belongs to is no longer."""
 
 
 @contextmanager
-def calling(address: str) -> Iterator[None]:
-    """Raises Unreachable, Refused or Over; UserError if the other end is not who it should be; RunFailed for the rest."""
+def translate_call_errors(address: str) -> Iterator[None]:
+    """Raises UnreachableError, UnknownCallerError or RunOverError; UserError if the other end is not who it should be; RunFailedError for the rest."""
     try:
         yield
     except httpx.TransportError as error:
@@ -105,19 +105,19 @@ def calling(address: str) -> Iterator[None]:
             raise UserError(
                 f"{address}: the server does not speak TLS; it was started without certificates"
             ) from None
-        raise Unreachable(f"{address}: {error or type(error).__name__}") from None
+        raise UnreachableError(f"{address}: {error or type(error).__name__}") from None
     except httpx.HTTPStatusError as error:
-        status, told = error.response.status_code, _told(error.response)
+        status, told = error.response.status_code, _server_message(error.response)
         if status in (401, 412):
-            raise Refused(told) from None
+            raise UnknownCallerError(told) from None
         if status == 403:
-            raise Over(told) from None
+            raise RunOverError(told) from None
         if status >= 500:
-            raise Unreachable(f"{address}: {told}") from None
-        raise RunFailed(f"{address}: Flower's SuperLink answered {status} ({told})") from None
+            raise UnreachableError(f"{address}: {told}") from None
+        raise RunFailedError(f"{address}: Flower's SuperLink answered {status} ({told})") from None
 
 
-def _told(response: httpx.Response) -> str:
+def _server_message(response: httpx.Response) -> str:
     error = FlowerError.from_json(response.text)
     return " ".join((error.message if error else response.text or response.reason_phrase).split())
 
@@ -135,16 +135,16 @@ KIND = "query"  # Flower wants one of its own
 HEAD, BODY = "head", "body"
 # bytes; a body of no more goes with the head, which saves six of fourteen calls each way
 SMALL = 2**16
-COMING = 60.0  # seconds within which the parts of a message that is announced must have come
+PARTS_TIMEOUT = 60.0  # seconds within which the parts of a message that is announced must have come
 MOST_PARTS = 64  # of a message, beside one for every PART_BYTES of its body
 PART_BYTES = 2**20  # of a part that is not a piece of a body, at most
 
 
-class TooLong(ObjectPullError):
+class MessageTooLongError(ObjectPullError):
     """A message that is longer than what is read."""
 
 
-class Client(Protocol):
+class MessageClient(Protocol):
     """What the Fleet and the Runtime client have alike."""
 
     def PushObject(self, request: PushObjectRequest) -> PushObjectResponse: ...
@@ -156,7 +156,7 @@ class Client(Protocol):
     ) -> ConfirmMessageReceivedResponse: ...
 
 
-def to_node(envelope: Envelope, run: int, node: int, within: float) -> Message:
+def message_to_node(envelope: Envelope, run: int, node: int, within: float) -> Message:
     """A message to a node, of no use after so many seconds."""
     return make_message(
         metadata=Metadata(
@@ -174,7 +174,7 @@ def to_node(envelope: Envelope, run: int, node: int, within: float) -> Message:
     )
 
 
-def answer_to(message: Message, answer: Envelope | None, after: float) -> Message:
+def answer_message(message: Message, answer: Envelope | None, after: float) -> Message:
     """A node's answer so many seconds after the message came; None says that the node failed.
 
     It is dated by the server's clock and the seconds that passed, so that the two clocks need not agree.
@@ -209,7 +209,7 @@ def _content(envelope: Envelope) -> RecordDict:
 
 
 def envelope_of(message: Message) -> Envelope | None:
-    """What a message holds; None if it says that something failed, or was not made by `to_node` or `answer_to`."""
+    """What a message holds; None if it says that something failed, or was not made by `message_to_node` or `answer_message`."""
     if not message.has_content():
         return None
     small, large = message.content.config_records, message.content.array_records
@@ -222,7 +222,7 @@ def envelope_of(message: Message) -> Envelope | None:
     return Envelope(plain, body) if len(plain) == len(head) and isinstance(body, bytes) else None
 
 
-def announced(message: Message) -> tuple[Proto, ObjectTree]:
+def announce(message: Message) -> tuple[Proto, ObjectTree]:
     """What is sent first: the message without its content, and the list of its parts. Gives the message its number."""
     with no_object_id_recompute():
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -230,7 +230,7 @@ def announced(message: Message) -> tuple[Proto, ObjectTree]:
 
 
 def send_parts(
-    client: Client, node: Node, message: Message, session: str, wanted: Collection[str]
+    client: MessageClient, node: Node, message: Message, session: str, wanted: Collection[str]
 ) -> None:
     """Send those parts of an announced message that the SuperLink asked for."""
     with no_object_id_recompute():
@@ -242,7 +242,7 @@ def send_parts(
 
 
 def fetch(
-    client: Client, node: Node, run: int, tree: ObjectTree, most: int = MESSAGE_BYTES
+    client: MessageClient, node: Node, run: int, tree: ObjectTree, most: int = MESSAGE_BYTES
 ) -> Message:
     """Fetch a whole message.
 
@@ -260,22 +260,22 @@ def fetch(
     confirm = make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run)
     try:
         parts = pull_objects(
-            _listed(tree, most),
-            _bounded(make_pull_object_fn_protobuf(client.PullObject, node, run), most),
-            max_time=COMING,
+            _part_numbers(tree, most),
+            _limit_pull(make_pull_object_fn_protobuf(client.PullObject, node, run), most),
+            max_time=PARTS_TIMEOUT,
             max_tries_per_object=None,
             # Flower's is a second: a message is announced a moment before its parts are there
             initial_backoff=0.02,
             backoff_cap=1.0,
         )
-    except TooLong:
+    except MessageTooLongError:
         confirm(tree.object_id)  # else it would be kept for as long as the run lasts
         raise
     confirm(tree.object_id)
     try:
         _check_parts(parts, most)
         message = inflate_object_from_contents(tree.object_id, parts)
-    except TooLong:
+    except MessageTooLongError:
         raise
     except Exception as error:  # whatever somebody has sent
         raise ObjectPullError(tree.object_id, f"it is no message: {error}") from None
@@ -285,15 +285,15 @@ def fetch(
     return message
 
 
-def _listed(tree: ObjectTree, most: int) -> list[str]:
+def _part_numbers(tree: ObjectTree, most: int) -> list[str]:
     """Numbers of a message's parts. Raises TooLong if there are more than a message of so many bytes has."""
     numbers = [part.object_id for part in iterate_object_tree(tree)]
     if len(numbers) > MOST_PARTS + most // PART_BYTES:
-        raise TooLong(tree.object_id, f"it has {len(numbers)} parts")
+        raise MessageTooLongError(tree.object_id, f"it has {len(numbers)} parts")
     return numbers
 
 
-def _bounded(pull: Callable[[str], bytes], most: int) -> Callable[[str], bytes]:
+def _limit_pull(pull: Callable[[str], bytes], most: int) -> Callable[[str], bytes]:
     """The same function, which raises TooLong once parts of more than so many bytes have come."""
     counting = threading.Lock()
     left = most + PART_BYTES
@@ -304,7 +304,7 @@ def _bounded(pull: Callable[[str], bytes], most: int) -> Callable[[str], bytes]:
         with counting:
             left -= len(content)
             if left < 0:
-                raise TooLong(number, f"a message of more than {most:,} bytes")
+                raise MessageTooLongError(number, f"a message of more than {most:,} bytes")
         return content
 
     return pull_bounded
@@ -321,11 +321,11 @@ def _check_parts(parts: dict[str, bytes], most: int) -> None:
         if kind == ArrayChunk.__qualname__:
             continue
         if len(content) > PART_BYTES:
-            raise TooLong(
+            raise MessageTooLongError(
                 number, f"a part of {len(content):,} bytes; at most {PART_BYTES:,} are read"
             )
         if kind == Array.__qualname__:
             order = json.loads(get_object_body(content, Array))["arraychunk_ids"]
             size += sum(len(parts[pieces[place]]) for place in order)
             if size > most + PART_BYTES:
-                raise TooLong(number, f"a message of more than {most:,} bytes")
+                raise MessageTooLongError(number, f"a message of more than {most:,} bytes")

@@ -26,20 +26,20 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from hetero_fl.deployment.certificates import public_bytes
 from hetero_fl.deployment.flower.connection import (
-    Over,
-    Pace,
-    Refused,
-    TooLong,
-    Unreachable,
-    announced,
-    answer_to,
-    calling,
+    MessageTooLongError,
+    PollBackoff,
+    RunOverError,
+    UnknownCallerError,
+    UnreachableError,
+    announce,
+    answer_message,
     envelope_of,
     fetch,
     send_parts,
+    translate_call_errors,
 )
 from hetero_fl.deployment.messages import MESSAGE_BYTES, Envelope, Handle
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from hetero_fl.utils.serialization import write_atomically
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ BEAT = (
     # Flower allows (10 s)
     4.0
 )
-AGAIN = 0.5, 5.0  # seconds, first and longest, until a server that is away is tried again
+RETRY_DELAYS = 0.5, 5.0  # seconds, first and longest, until a server that is away is tried again
 
 
 def serve(
@@ -78,30 +78,30 @@ def serve(
         UserError: the server is not who it should be, or does not know the key.
     """
     stop = stop or threading.Event()
-    with _Member(address, key, authority, memory, most) as member:
-        refused, rest, said = None, AGAIN[0], ""
+    with _FlowerNode(address, key, authority, memory, most) as member:
+        refused, rest, said = None, RETRY_DELAYS[0], ""
         while not stop.is_set():
             try:
                 member.join()
-                refused, rest, said = None, AGAIN[0], ""
+                refused, rest, said = None, RETRY_DELAYS[0], ""
                 member.work(handle, stop)
-            except Refused as error:
+            except UnknownCallerError as error:
                 refused = refused or time.monotonic()
                 if time.monotonic() - refused > patience:
                     raise UserError(
                         f"{address}: the server does not admit this node ({error}): "
                         "its key is not among those that the server was given, or the two clocks differ by more than 5 s"
                     ) from None
-                stop.wait(AGAIN[0])
-            except (Unreachable, Over) as error:
+                stop.wait(RETRY_DELAYS[0])
+            except (UnreachableError, RunOverError) as error:
                 if str(error) != said:
                     log.warning("waiting for the server; %s", error)
                 said = str(error)
                 stop.wait(rest)
-                rest = min(rest * 2, AGAIN[1])
+                rest = min(rest * 2, RETRY_DELAYS[1])
 
 
-class _Member:
+class _FlowerNode:
     """This node as Flower knows it."""
 
     def __init__(
@@ -123,9 +123,9 @@ class _Member:
         self._node: Node | None = None
         self._joining = threading.Lock()
         self._ended = threading.Event()
-        self._beats = threading.Thread(target=self._beat, daemon=True)
+        self._beats = threading.Thread(target=self._send_heartbeats, daemon=True)
 
-    def __enter__(self) -> _Member:
+    def __enter__(self) -> _FlowerNode:
         self._beats.start()
         return self
 
@@ -133,22 +133,27 @@ class _Member:
         self._ended.set()
         self._beats.join()
         if self._node is not None:
-            with suppress(Unreachable, Refused, Over, RunFailed, UserError), calling(self._address):
+            with (
+                suppress(
+                    UnreachableError, UnknownCallerError, RunOverError, RunFailedError, UserError
+                ),
+                translate_call_errors(self._address),
+            ):
                 self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         self._client.close()
 
     def join(self) -> None:
         """Become a node of the server's, anew if it has forgotten. Raises Refused if it does not know the key."""
-        with self._joining, calling(self._address):
+        with self._joining, translate_call_errors(self._address):
             if self._node is not None:
-                with suppress(Refused), calling(self._address):
+                with suppress(UnknownCallerError), translate_call_errors(self._address):
                     self._alive(self._node)
                     return
                 self._node = None
             elif (
-                number := self._remembered()
+                number := self._node_info()
             ) is not None:  # of a process that was killed: the server shall notice
-                with suppress(Refused), calling(self._address):
+                with suppress(UnknownCallerError), translate_call_errors(self._address):
                     self._client.DeactivateNode(DeactivateNodeRequest(node_id=number))
             got = self._client.ActivateNode(
                 ActivateNodeRequest(
@@ -162,36 +167,40 @@ class _Member:
 
     def work(self, handle: Handle, stop: threading.Event) -> None:
         """Answer messages until `stop` is set or something is wrong."""
-        pace = Pace()
+        pace = PollBackoff()
         while not stop.is_set() and (node := self._node) is not None:
-            with calling(self._address):
+            with translate_call_errors(self._address):
                 got = self._client.PullMessages(PullMessagesRequest(node=node))
             if not got.messages_list:
-                stop.wait(pace.next())
+                stop.wait(pace.next_delay())
                 continue
             pace.reset()
             began = time.monotonic()
             try:
-                with calling(self._address):
+                with translate_call_errors(self._address):
                     run, tree = got.messages_list[0].metadata.run_id, got.message_object_trees[0]
                     message = fetch(self._client, node, run, tree, self._most)
-            except TooLong as error:
+            except MessageTooLongError as error:
                 log.warning("a message was not read (message_bytes): %s", error)
                 continue
             except ObjectPullError:
                 log.warning("a message was announced that never came whole")
                 continue
-            answer = _answered(handle, envelope_of(message))
+            answer = _handle_safely(handle, envelope_of(message))
             took = time.monotonic() - began
             self._send(
-                node, answer_to(message, answer, took), took, began + message.metadata.ttl, stop
+                node,
+                answer_message(message, answer, took),
+                took,
+                began + message.metadata.ttl,
+                stop,
             )
 
     def _send(
         self, node: Node, answer: Message, took: float, until: float, stop: threading.Event
     ) -> None:
         """Keep at it while somebody may be waiting: an answer can be the work of hours."""
-        proto, tree = announced(answer)
+        proto, tree = announce(answer)
         request = PushMessagesRequest(
             node=node,
             messages_list=[proto],
@@ -200,22 +209,24 @@ class _Member:
         )
         while True:
             try:
-                with calling(self._address):
+                with translate_call_errors(self._address):
                     got = self._client.PushMessages(request)
                     send_parts(self._client, node, answer, got.session_id, got.objects_to_push)
                 return
-            except Unreachable:
-                if time.monotonic() > until or stop.wait(AGAIN[0]):
+            except UnreachableError:
+                if time.monotonic() > until or stop.wait(RETRY_DELAYS[0]):
                     raise
-            except (Over, ObjectPushError):
+            except (RunOverError, ObjectPushError):
                 log.info("nobody waits for an answer any more")
                 return
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._ended.wait(BEAT):
             # the first time is the main thread's, which tells what is wrong
             if self._node is not None:
-                with suppress(Unreachable, Refused, Over, RunFailed, UserError):
+                with suppress(
+                    UnreachableError, UnknownCallerError, RunOverError, RunFailedError, UserError
+                ):
                     self.join()
 
     def _alive(self, node: Node) -> None:
@@ -223,14 +234,14 @@ class _Member:
             SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
         )
 
-    def _remembered(self) -> int | None:
+    def _node_info(self) -> int | None:
         try:
             return int(self._memory.read_text()) if self._memory else None
         except (OSError, ValueError):
             return None
 
 
-def _answered(handle: Handle, envelope: Envelope | None) -> Envelope | None:
+def _handle_safely(handle: Handle, envelope: Envelope | None) -> Envelope | None:
     if envelope is None:
         log.warning("a message came that is none of hetero_fl's")
         return None

@@ -19,21 +19,21 @@ import httpx
 from flwr.common.constant import FLWR_HOME, ISOLATION_MODE_PROCESS
 
 from hetero_fl.deployment.certificates import ServerFiles
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 
 STARTING = 120.0  # seconds; two of them are usual
 LAUNCH = Path(__file__).with_name("launch.py")
 TOO_SOON = 10.0  # seconds: one that lives no longer is not started again
 
 
-class Superlink:
+class SuperLink:
     """A SuperLink on `host`:`port` (0: any free port), with TLS if there are files for it.
 
     Its state is in memory and its scratch folder is taken away with it; `log` is a file that it writes to. It answers only us
     when it gives out the right to send messages: a secret that is made here guards it. Without TLS nodes on other machines are
     refused (`host` must be this machine's own).
 
-    Raises UserError if the port is taken, RunFailed if it does not start.
+    Raises UserError if the port is taken, RunFailedError if it does not start.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Superlink:
         context.load_verify_locations(cafile=self.files.certificate)
         return context
 
-    def revive(self) -> bool:
-        """Start it anew, on the same port, if it has died. Returns whether it had. Raises RunFailed if that is of no use."""
+    def restart_if_dead(self) -> bool:
+        """Start it anew, on the same port, if it has died. Returns whether it had. Raises RunFailedError if that is of no use."""
         assert self._process is not None
         if self._process.poll() is None:
             return False
         if time.monotonic() - self._started < TOO_SOON:
-            raise RunFailed(
+            raise RunFailedError(
                 f"Flower's SuperLink has died within {TOO_SOON:.0f} s of its start; {self._last_words()}"
             )
         self._start()
@@ -155,12 +155,12 @@ class Superlink:
         with httpx.Client(verify=self.verification(), timeout=5.0) as client:
             while time.monotonic() < end:
                 if self._process.poll() is not None:
-                    raise RunFailed(f"Flower's SuperLink did not start; {self._last_words()}")
+                    raise RunFailedError(f"Flower's SuperLink did not start; {self._last_words()}")
                 with suppress(httpx.TransportError):
                     if client.get(url).is_success:
                         return
                 time.sleep(0.05)
-        raise RunFailed(
+        raise RunFailedError(
             f"Flower's SuperLink did not answer within {STARTING:.0f} s; {self._last_words()}"
         )
 

@@ -35,21 +35,21 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from hetero_fl.deployment.certificates import PublicKey, public_bytes
 from hetero_fl.deployment.flower.connection import (
     SERVER,
-    Over,
-    Pace,
-    Refused,
-    TooLong,
-    Unreachable,
-    announced,
-    calling,
+    MessageTooLongError,
+    PollBackoff,
+    RunOverError,
+    UnknownCallerError,
+    UnreachableError,
+    announce,
     envelope_of,
     fetch,
+    message_to_node,
     send_parts,
-    to_node,
+    translate_call_errors,
 )
-from hetero_fl.deployment.flower.superlink import Superlink
-from hetero_fl.deployment.messages import MESSAGE_BYTES, Envelope, Unread
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.deployment.flower.superlink import SuperLink
+from hetero_fl.deployment.messages import MESSAGE_BYTES, Envelope, UnreadableAnswer
+from hetero_fl.utils.errors import RunFailedError, UserError
 
 # A run of Flower's that this process is the app of: nodes admitted, the run begun, its right to
 # send messages held.
@@ -73,36 +73,41 @@ clientapp = "none:app"
 """
 
 
-class Run:
+class FlowerRun:
     """From its making on until `close`, messages can be sent through `client` in the name of `number`."""
 
-    def __init__(self, superlink: Superlink, keys: Iterable[tuple[str, bytes]]) -> None:
+    def __init__(self, superlink: SuperLink, keys: Iterable[tuple[str, bytes]]) -> None:
         url = f"{'http' if superlink.files is None else 'https'}://{superlink.address}"
         verify = superlink.verification()
-        with calling(superlink.address), ControlHttpClient(url, verify=verify) as control:
+        with (
+            translate_call_errors(superlink.address),
+            ControlHttpClient(url, verify=verify) as control,
+        ):
             for name, key in keys:
-                _admit(control, name, key)
-            fab = Fab(content=_app())
+                _register_node(control, name, key)
+            fab = Fab(content=_pack_app())
             self.number: int = control.StartRun(StartRunRequest(fab=fab)).run_id
         guard = SuperExecAuthHttpInterceptor(
             master_secret=superlink.secret, protected_methods=[ACQUIRE]
         )
         with (
-            calling(superlink.address),
+            translate_call_errors(superlink.address),
             RuntimeHttpClient(url, verify=verify, interceptors=[guard]) as executor,
         ):
             got = executor.AcquireTask(
                 AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
             )
         if not got.token or got.task.run_id != self.number:
-            raise RunFailed("Flower's SuperLink has not given out the run that was begun")
+            raise RunFailedError("Flower's SuperLink has not given out the run that was begun")
         self.client = RuntimeHttpClient(
             url, verify=verify, interceptors=[RuntimeTokenHttpInterceptor(got.token)]
         )
-        with calling(superlink.address):
+        with translate_call_errors(superlink.address):
             self.client.PullTaskInput(PullTaskInputRequest())  # which says that it has begun
         self._ended = threading.Event()
-        self._beats = threading.Thread(target=self._beat, args=(superlink.address,), daemon=True)
+        self._beats = threading.Thread(
+            target=self._send_heartbeats, args=(superlink.address,), daemon=True
+        )
         self._beats.start()
 
     def close(self) -> None:
@@ -113,13 +118,16 @@ class Run:
             self.client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
         self.client.close()
 
-    def _beat(self, address: str) -> None:
+    def _send_heartbeats(self, address: str) -> None:
         while not self._ended.wait(BEAT):
-            with suppress(Unreachable, Refused, Over, RunFailed), calling(address):
+            with (
+                suppress(UnreachableError, UnknownCallerError, RunOverError, RunFailedError),
+                translate_call_errors(address),
+            ):
                 self.client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
 
 
-def _admit(control: ControlHttpClient, name: str, key: bytes) -> None:
+def _register_node(control: ControlHttpClient, name: str, key: bytes) -> None:
     try:
         control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
     except httpx.HTTPStatusError as error:
@@ -127,7 +135,7 @@ def _admit(control: ControlHttpClient, name: str, key: bytes) -> None:
             raise
 
 
-def _app() -> bytes:
+def _pack_app() -> bytes:
     """The app as Flower packs one: a zip of files and a list of their hashes; the list is not asked for here."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -137,7 +145,7 @@ def _app() -> bytes:
 
 # The server's end: messages through a SuperLink of our own, to nodes that are known by their keys.
 
-LOOK = 1.0  # seconds between looks at who is there, while answers are waited for
+POLL_SECONDS = 1.0  # seconds between looks at who is there, while answers are waited for
 LINGER = 3.0  # seconds at the end in which nodes may take and answer the last messages
 TRIES, REST = 5, 0.5  # of a call that nobody answers; seconds between them
 
@@ -145,7 +153,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Sent:
+class _PendingMessage:
     """A message under way: to whom, and since when that node has been there."""
 
     node: int
@@ -162,15 +170,15 @@ class FlowerTransport:
     """
 
     def __init__(
-        self, superlink: Superlink, keys: Mapping[str, PublicKey], most: int = MESSAGE_BYTES
+        self, superlink: SuperLink, keys: Mapping[str, PublicKey], most: int = MESSAGE_BYTES
     ) -> None:
         self._superlink, self._most = superlink, most
         self._names = {public_bytes(key): name for name, key in keys.items()}
         self._here: dict[int, tuple[str, str]] = {}  # number -> name, since when
-        self._sent: dict[str, _Sent] = {}
+        self._sent: dict[str, _PendingMessage] = {}
         # messages of which it has been said that no answer will come
         self._forgotten: set[str] = set()
-        self._pace = Pace()
+        self._backoff = PollBackoff()
         self._closed = False
         self._never = itertools.count(1)
         try:
@@ -202,9 +210,9 @@ class FlowerTransport:
         if node not in self._here or self._closed:
             return f"never-{next(self._never)}"
 
-        def send(run: Run) -> str:
-            message = to_node(envelope, run.number, node, within)
-            proto, tree = announced(message)
+        def send(run: FlowerRun) -> str:
+            message = message_to_node(envelope, run.number, node, within)
+            proto, tree = announce(message)
             got = run.client.PushMessages(
                 PushAppMessagesRequest(messages_list=[proto], message_object_trees=[tree])
             )
@@ -219,27 +227,27 @@ class FlowerTransport:
             return f"never-{next(self._never)}"
         if not number.startswith("never-"):
             since = self._here[node][1] if node in self._here else ""
-            self._sent[number] = _Sent(node, since, time.monotonic() + within)
-            self._pace.reset()
+            self._sent[number] = _PendingMessage(node, since, time.monotonic() + within)
+            self._backoff.reset()
         return number
 
     def pull(self, numbers: Collection[str], wait: float) -> dict[str, Envelope | None]:
         """Answers that have come, waiting up to so many seconds for the first; None where none will ever come."""
-        end, look = time.monotonic() + wait, time.monotonic() + LOOK
+        end, look = time.monotonic() + wait, time.monotonic() + POLL_SECONDS
         while True:
             answers: dict[str, Envelope | None] = {n: None for n in numbers if n not in self._sent}
             if asked := [n for n in numbers if n in self._sent]:
                 answers |= self._answers(asked)
             if not answers and time.monotonic() >= look:
-                answers, look = self._gone(asked), time.monotonic() + LOOK
+                answers, look = self._lost_messages(asked), time.monotonic() + POLL_SECONDS
             for number in answers:
                 self._sent.pop(number, None)
             if answers:
-                self._pace.reset()
+                self._backoff.reset()
             left = end - time.monotonic()
             if answers or left <= 0 or not numbers:
                 return answers
-            time.sleep(min(self._pace.next(), left))
+            time.sleep(min(self._backoff.next_delay(), left))
 
     def close(self) -> None:
         """End the run and the SuperLink, when the last messages have been taken. Nodes go on looking for a server."""
@@ -250,7 +258,7 @@ class FlowerTransport:
             while self._sent and time.monotonic() < end:
                 self.pull(list(self._sent), end - time.monotonic())
             self._run.close()
-        except (RunFailed, UserError):
+        except (RunFailedError, UserError):
             pass  # it is over in any case
         finally:
             self._closed = True
@@ -258,57 +266,57 @@ class FlowerTransport:
             self._sent.clear()
             self._superlink.close()
 
-    def _answers(self, asked: list[str]) -> dict[str, Envelope | None]:
+    def _answers(self, requested: list[str]) -> dict[str, Envelope | None]:
         """Of those that are asked for. Others that nobody asks for any more are had and thrown away: the SuperLink keeps them."""
         now = time.monotonic()
-        late = {n for n, sent in self._sent.items() if n not in asked and sent.until < now}
-        every = [*asked, *late, *self._forgotten]
+        late = {n for n, sent in self._sent.items() if n not in requested and sent.until < now}
+        every = [*requested, *late, *self._forgotten]
         got = self._call(
             lambda run: run.client.PullMessages(PullAppMessagesRequest(message_ids=every))
         )
         answers: dict[str, Envelope | None] = {}
         for proto, tree in zip(got.messages_list, got.message_object_trees, strict=True):
             number = proto.metadata.reply_to_message_id
-            if number in asked and not proto.HasField("error"):
-                answers[number] = self._fetched(tree)
+            if number in requested and not proto.HasField("error"):
+                answers[number] = self._fetch_answer(tree)
                 continue
-            self._throw_away(proto.metadata.message_id)
-            self._throw_away(number)  # what it was an answer to, if nobody ever came for that
-            if number in asked:
+            self._discard(proto.metadata.message_id)
+            self._discard(number)  # what it was an answer to, if nobody ever came for that
+            if number in requested:
                 answers[number] = None
             else:
                 self._forgotten.discard(number)
                 self._sent.pop(number, None)
         return answers
 
-    def _fetched(self, tree: ObjectTree) -> Envelope | None:
+    def _fetch_answer(self, tree: ObjectTree) -> Envelope | None:
         try:
             return self._call(
                 lambda run: envelope_of(fetch(run.client, SERVER, run.number, tree, self._most))
             )
-        except TooLong as error:
-            return Unread.because(str(error))
+        except MessageTooLongError as error:
+            return UnreadableAnswer.with_reason(str(error))
         except ObjectPullError:  # the node went away while it was sending
             return None
 
-    def _throw_away(self, number: str) -> None:
+    def _discard(self, number: str) -> None:
         """Parts of a message that the SuperLink would keep for as long as the run lasts."""
 
-        def confirm(run: Run) -> None:
+        def confirm(run: FlowerRun) -> None:
             run.client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(
                     node=SERVER, run_id=run.number, message_object_id=number
                 )
             )
 
-        with suppress(RunFailed):
+        with suppress(RunFailedError):
             self._call(confirm)
 
-    def _gone(self, asked: list[str]) -> dict[str, Envelope | None]:
+    def _lost_messages(self, requested: list[str]) -> dict[str, Envelope | None]:
         """Messages to nodes that went away since, come back or not: what they had been given died with them."""
         self.names()
         answers: dict[str, Envelope | None] = {}
-        for number in asked:
+        for number in requested:
             sent = self._sent.get(number)
             if (
                 sent is None
@@ -319,28 +327,28 @@ class FlowerTransport:
                 self._forgotten.add(number)
         return answers
 
-    def _call(self, what: Callable[[Run], T]) -> T:
+    def _call(self, what: Callable[[FlowerRun], T]) -> T:
         """Do it; if the SuperLink has forgotten us or died, begin anew and do it once more."""
         for attempt in range(TRIES):
             try:
-                with calling(self._superlink.address):
+                with translate_call_errors(self._superlink.address):
                     return what(self._run)
-            except (Refused, Over):
-                self._anew()
-            except Unreachable as error:
-                if self._superlink.revive():
-                    self._anew()
+            except (UnknownCallerError, RunOverError):
+                self._reconnect()
+            except UnreachableError as error:
+                if self._superlink.restart_if_dead():
+                    self._reconnect()
                 elif attempt + 1 == TRIES:
-                    raise RunFailed(f"Flower's SuperLink does not answer ({error})") from None
+                    raise RunFailedError(f"Flower's SuperLink does not answer ({error})") from None
                 else:
                     time.sleep(REST)
-        raise RunFailed("Flower's SuperLink refuses the run again and again")
+        raise RunFailedError("Flower's SuperLink refuses the run again and again")
 
-    def _anew(self) -> None:
+    def _reconnect(self) -> None:
         self._run.close()
         for kept in (self._sent, self._here, self._forgotten):
             kept.clear()
         self._run = self._begin()
 
-    def _begin(self) -> Run:
-        return Run(self._superlink, ((name, key) for key, name in self._names.items()))
+    def _begin(self) -> FlowerRun:
+        return FlowerRun(self._superlink, ((name, key) for key, name in self._names.items()))

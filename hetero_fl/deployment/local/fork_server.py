@@ -18,7 +18,7 @@ from typing import Any
 
 LOOK = 0.2  # seconds between looks at who has ended
 LOG = "log.txt"  # in a site's scratch folder
-FAULT = 3  # exit status of a nursery in which a node ended by itself
+NODE_FAILED = 3  # exit status of a nursery in which a node ended by itself
 
 
 def main() -> int:
@@ -28,10 +28,10 @@ def main() -> int:
     with os.fdopen(0, "rb", buffering=0, closefd=False) as told:
         if not (config := told.readline()):
             return 0
-        _warm(json.loads(config))
+        _preload(json.loads(config))
         if not (sites := told.readline()):
             return 0
-    living = {_begin(Path(site)): Path(site) for site in json.loads(sites)}
+    living = {_start_node(Path(site)): Path(site) for site in json.loads(sites)}
     try:
         while not select.select([0], [], [], LOOK)[0]:  # readable at its end alone
             for pid, site in list(living.items()):
@@ -41,8 +41,8 @@ def main() -> int:
                 del living[pid]
                 if not os.WIFSIGNALED(status):
                     print(_last_words(site), flush=True)
-                    return FAULT
-                living[_begin(site)] = site
+                    return NODE_FAILED
+                living[_start_node(site)] = site
         return 0
     finally:
         for pid in living:
@@ -50,7 +50,7 @@ def main() -> int:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _warm(config: dict[str, Any]) -> None:
+def _preload(config: dict[str, Any]) -> None:
     """Load what all nodes will need: libraries of models and data, files. What is wrong with it is theirs to tell."""
     import torch
     import torch._dynamo  # which optimisers load at their first step
@@ -62,7 +62,7 @@ def _warm(config: dict[str, Any]) -> None:
         prepare(config)
 
 
-def _begin(site: Path) -> int:
+def _start_node(site: Path) -> int:
     """A process for a site. Returns its number."""
     if (pid := os.fork()) != 0:
         return pid
@@ -72,12 +72,12 @@ def _begin(site: Path) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     status = 1
     try:
-        from hetero_fl.deployment.node import attend
-        from hetero_fl.utils.errors import RunFailed, UserError
+        from hetero_fl.deployment.node import run_node
+        from hetero_fl.utils.errors import RunFailedError, UserError
 
-        attend(site, allow_code=True)  # the parent has permitted what the site's file lists
+        run_node(site, allow_code=True)  # the parent has permitted what the site's file lists
         status = 0
-    except (RunFailed, UserError) as error:
+    except (RunFailedError, UserError) as error:
         print(error, flush=True)
     except BaseException:
         traceback.print_exc()

@@ -10,22 +10,22 @@ from typing import Any
 
 import yaml
 
-from hetero_fl.config import Config, expand, resolved
+from hetero_fl.config import Config, expand_population, resolve_config
 from hetero_fl.deployment.certificates import load_node_key, make_node_key
 from hetero_fl.deployment.messages import ServerKeys, Transport
-from hetero_fl.deployment.server import check_deployable, serve
+from hetero_fl.deployment.server import check_deployable, run_federation
 from hetero_fl.experiment.preparation import load_config
 from hetero_fl.experiment.runner import Callback, default_out
 from hetero_fl.reporting.run import Run
-from hetero_fl.reporting.run_directory import SITES, check_vacant, locked
-from hetero_fl.utils.code_permission import CodePermission, references
-from hetero_fl.utils.processes import Beside
+from hetero_fl.reporting.run_directory import SITES, check_vacant, lock_folder
+from hetero_fl.utils.code_permission import CodePermission, find_references
+from hetero_fl.utils.processes import CompanionProcess
 
-NURSERY = "hetero_fl.deployment.local.fork_server"
+LAUNCHER = "hetero_fl.deployment.local.fork_server"
 TELLS = {"labels": True, "details": True, "model": True}  # all of it: nobody is a stranger here
 
 
-def federate(
+def run_local_federation(
     source: str | Path | Mapping[str, Any] | Config,
     *,
     out: str | Path | None = None,
@@ -33,35 +33,35 @@ def federate(
     overrides: Iterable[str] = (),
     callbacks: Sequence[Callback] = (),
     quiet: bool = True,
-    nursery: Beside | None = None,
+    launcher: CompanionProcess | None = None,
     allow_code: bool | CodePermission = False,
 ) -> Run:
     """`hetero_fl.experiment.run`, carried out by a process for each client; what these keep is in `OUT/sites`.
 
-    `nursery`: the process that starts them, if it has been begun already. `allow_code` permits the clients' processes to run
+    `launcher`: the process that starts them, if it has been begun already. `allow_code` permits the clients' processes to run
     the code that the configuration names, too.
 
     Raises:
-        UserError, RunFailed, Interrupted: as `run` does; Flower is not installed.
+        UserError, RunFailedError, Interrupted: as `run` does; Flower is not installed.
     """
-    from hetero_fl.deployment.flower import FlowerTransport, Superlink
+    from hetero_fl.deployment.flower import FlowerTransport, SuperLink
 
-    with nursery or Beside(NURSERY) as nursery, ExitStack() as stack:
+    with launcher or CompanionProcess(LAUNCHER) as launcher, ExitStack() as stack:
         config = load_config(source, overrides, allow_code)
         check_deployable(config)
         path = default_out(config) if out is None else Path(out)
         if resume and (path / "config.yaml").exists():
-            with locked(path):  # nobody else is at work there
+            with lock_folder(path):  # nobody else is at work there
                 pass
         else:
             check_vacant(path)
-        nursery.tell(resolved(config))
-        superlink = Superlink()
+        launcher.send(resolve_config(config))
+        superlink = SuperLink()
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetero_fl-sites-")))
         own = make_node_key(scratch / "server")
         keys, sites = {}, []
-        allows = {"own_code": list(references(config.model_dump()))}
-        for client in expand(config.clients):
+        allows = {"own_code": list(find_references(config.model_dump()))}
+        for client in expand_population(config.clients):
             folder = str((path / SITES / client).resolve())
             # beside the log that it signs: a resumed run goes on with both
             key = Path(folder) / "key"
@@ -81,9 +81,9 @@ def federate(
             sites.append(scratch / client / "site.yaml")
             sites[-1].parent.mkdir()
             sites[-1].write_text(yaml.safe_dump(about))
-        transport = _Watched(FlowerTransport(superlink, keys), nursery)
-        nursery.tell([str(site) for site in sites])
-        return serve(
+        transport = _WatchedTransport(FlowerTransport(superlink, keys), launcher)
+        launcher.send([str(site) for site in sites])
+        return run_federation(
             config,
             transport,
             out=path,
@@ -94,13 +94,13 @@ def federate(
         )
 
 
-class _Watched:
+class _WatchedTransport:
     """A transport to nodes that are our own: it fails when they do, instead of waiting for them."""
 
-    def __init__(self, transport: Transport, nursery: Beside) -> None:
-        self._transport, self._nursery = transport, nursery
+    def __init__(self, transport: Transport, launcher: CompanionProcess) -> None:
+        self._transport, self._launcher = transport, launcher
         self.push, self.pull, self.close = transport.push, transport.pull, transport.close
 
     def nodes(self) -> Collection[int]:
-        self._nursery.check()
+        self._launcher.check()
         return self._transport.nodes()

@@ -13,24 +13,24 @@ from torch import Tensor
 
 from hetero_fl.config import Config
 from hetero_fl.data import Dataset
-from hetero_fl.experiment.auditing.inversion import Protect, Say, invert, refusal
+from hetero_fl.experiment.auditing.inversion import Protect, Say, invert, reason_not_invertible
 from hetero_fl.experiment.auditing.membership import (
-    answers,
     candidates,
+    client_logits,
     confidence,
     likelihood_ratio,
     loss_score,
+    score_attack,
     shadow_seed,
     targets,
     train_shadow,
-    verdict,
 )
-from hetero_fl.experiment.preparation import Prepared, prepare
+from hetero_fl.experiment.preparation import PreparedRun, prepare
 from hetero_fl.federation.checkpoint import read_checkpoint
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.text import pluralize
 
 CLIENTS, SHADOWS, IMAGES = 2, 4, 3
 # sections of the configuration that change what an upload tells
@@ -72,10 +72,10 @@ def audit(
             that was asked for by name and cannot be tried.
     """
     begun = time.perf_counter()
-    run = Run.of(run, allow_code)
+    run = Run.open(run, allow_code)
     if attack not in ("membership", "inversion", "both"):
         raise UserError(
-            f"--attack: found '{attack}'{nearest(attack, ['membership', 'inversion', 'both'])}"
+            f"--attack: found '{attack}'{suggest_or_list(attack, ['membership', 'inversion', 'both'])}"
         )
     if shadows and (shadows < 4 or shadows % 2):
         raise UserError(
@@ -92,7 +92,7 @@ def audit(
     for client in chosen:
         if client not in models or client == "server":
             raise UserError(
-                f"--clients: {run.path} has no model of '{client}'{nearest(client, set(models) - {'server'})}"
+                f"--clients: {run.path} has no model of '{client}'{suggest_or_list(client, set(models) - {'server'})}"
             )
     prepared = prepare(run.path / "config.yaml", dataset=dataset, allow_code=run.permission)
     _check_data(run, prepared)
@@ -121,7 +121,7 @@ def audit(
     return content
 
 
-def _check_data(run: Run, prepared: Prepared) -> None:
+def _check_data(run: Run, prepared: PreparedRun) -> None:
     """Members are told from others by the data: it has to be what the run was trained on."""
     checkpoints = sorted((run.path / "checkpoint").glob("round-*.ckpt"))
     if checkpoints and read_checkpoint(checkpoints[-1])[0]["data"] != prepared.data.content_hash():
@@ -133,7 +133,7 @@ def _check_data(run: Run, prepared: Prepared) -> None:
 # Membership ------------------------------------------------------------------------------------------------------------
 def _membership(
     run: Run,
-    prepared: Prepared,
+    prepared: PreparedRun,
     clients: Sequence[str],
     shadows: int,
     seed: int,
@@ -148,33 +148,35 @@ def _membership(
             "rows are cut by date: non-members are later than members, so that the attack by the loss may tell dates apart"
         )
     halves = (
-        {client: c.halves(shadows, seed, client) for client, c in asked.items()} if shadows else {}
+        {client: c.shadow_assignments(shadows, seed, client) for client, c in asked.items()}
+        if shadows
+        else {}
     )
     said: dict[str, list[Tensor]] = {client: [] for client in clients}
     if shadows:
         seconds = run.summary["seconds"]["training"]
         say(
-            f"{plural(shadows, 'shadow run')} of {plural(rounds, 'round')}; the run itself trained for {seconds:.0f} s"
+            f"{pluralize(shadows, 'shadow run')} of {pluralize(rounds, 'round')}; the run itself trained for {seconds:.0f} s"
         )
     for s in range(shadows):
         begun = time.perf_counter()
-        train = {client: c.training(halves[client][s]) for client, c in asked.items()}
+        train = {client: c.shadow_rows(halves[client][s]) for client, c in asked.items()}
         models = train_shadow(prepared, train, shadow_seed(seed, s), rounds, lambda line: None)
         for client, c in asked.items():
             said[client].append(
-                confidence(task, answers(models[client], c.examples), targets(c.examples))
+                confidence(task, client_logits(models[client], c.examples), targets(c.examples))
             )
         say(f"shadow {s + 1} of {shadows}: {time.perf_counter() - begun:.0f} s")
     found = []
     for client, c in asked.items():
-        logits, y = answers(run.models[client], c.examples), targets(c.examples)
+        logits, y = client_logits(run.models[client], c.examples), targets(c.examples)
         scores = {"loss": loss_score(task, logits, y)}
         if shadows:
             scores["lira"] = likelihood_ratio(
                 confidence(task, logits, y), torch.stack(said[client]), halves[client]
             )
         for name, values in scores.items():
-            result = verdict(values, c.member, "audit", seed, client, name)
+            result = score_attack(values, c.member, "audit", seed, client, name)
             rows = {
                 "client": client,
                 "attack": name,
@@ -187,12 +189,12 @@ def _membership(
 
 # Inversion -------------------------------------------------------------------------------------------------------------
 def _inversion(
-    prepared: Prepared, clients: Sequence[str], images: int, batch: int, seed: int,
+    prepared: PreparedRun, clients: Sequence[str], images: int, batch: int, seed: int,
     protect: Protect | None, dataset: Dataset | None, notes: list[str], say: Say,
 ) -> tuple[list[Json], list[Json]]:  # fmt: skip
     """Figures of each step, and its pictures: originals and reconstructions by way."""
-    bare = unprotected(prepared.config)
-    ways: dict[str, tuple[Prepared, Protect | None]] = {"as trained": (prepared, None)}
+    bare = without_protection(prepared.config)
+    ways: dict[str, tuple[PreparedRun, Protect | None]] = {"as trained": (prepared, None)}
     if bare != prepared.config:
         ways = {"without protection": (prepare(bare, dataset=dataset), None), **ways}
     if prepared.config.channel.secure_sum is not None:
@@ -204,7 +206,7 @@ def _inversion(
         ways["with protect"] = (prepared, protect)
     found, pictures = [], []
     for client in clients:
-        if why := refusal(prepared, client):
+        if why := reason_not_invertible(prepared, client):
             notes.append(why)
             continue
         for number, step in enumerate(invert(ways, client, images, batch, seed, say), 1):
@@ -221,7 +223,7 @@ def _inversion(
     return found, pictures
 
 
-def unprotected(config: Config) -> Config:
+def without_protection(config: Config) -> Config:
     """The configuration without what protects an upload."""
     there = [name for name in PROTECTIONS if name in Config.model_fields]
     plain = {

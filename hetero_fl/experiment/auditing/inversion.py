@@ -16,23 +16,23 @@ from torch import Tensor, nn
 
 from hetero_fl.algorithms import Algorithm
 from hetero_fl.config.base import OptimizerConfig
-from hetero_fl.core.model_spec import Architecture, Tensors
-from hetero_fl.core.objectives import Batch, Given, Net, Nets, Objective
-from hetero_fl.core.participant import Participant, own
+from hetero_fl.core.model_spec import ModelSpec, Tensors
+from hetero_fl.core.objectives import Batch, Context, ModelView, ModelViews, Objective
+from hetero_fl.core.participant import Participant, copy_tensors
 from hetero_fl.core.payload import Payload
 from hetero_fl.core.plan import Fit, Plan, Rows, Step
 from hetero_fl.data import Preprocess
-from hetero_fl.data.federated_data import as_made
-from hetero_fl.experiment.preparation import Prepared
-from hetero_fl.experiment.runner import start_from
+from hetero_fl.data.federated_data import unprocessed_rows
+from hetero_fl.experiment.preparation import PreparedRun
+from hetero_fl.experiment.runner import load_inherited_models
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import Key, generator
+from hetero_fl.utils.seeding import Key, keyed_generator
 from model_zoo import SplitModel
 
 # How like two images are, and which of several is which. Images are in 0..1.
 
 
-def likeness(found: Tensor, true: Tensor) -> dict[str, float]:
+def image_similarity(found: Tensor, true: Tensor) -> dict[str, float]:
     """PSNR and SSIM, the mean over a step's images."""
     pairs = list(zip(found, true, strict=True))
     return {
@@ -65,7 +65,7 @@ def ssim(found: Tensor, true: Tensor, window: int = 7) -> float:
     )
 
 
-def matched(found: Tensor, true: Tensor) -> Tensor:
+def match_order(found: Tensor, true: Tensor) -> Tensor:
     """The reconstructions in the order of the originals that they are nearest to: a sum over the batch has no order."""
     cost = (found[:, None] - true[None]).square().flatten(2).mean(2)
     turns = permutations(range(len(true)))
@@ -80,22 +80,22 @@ MODEL = "model"
 
 
 @dataclass(frozen=True)
-class Upload:
+class ObservedUpload:
     """What an attacker at the server starts from.
 
     `model` are the tensors at which the step was taken, as far as they travelled those that the server sent, and else the
-    initial ones; `gradient` is what the upload gives away of the loss's gradient, parameters only; `objective` and `given` are
+    initial ones; `gradient` is what the upload gives away of the loss's gradient, parameters only; `objective` and `context` are
     the client's loss, which the attacker is granted.
     """
 
-    arch: Architecture
+    arch: ModelSpec
     model: Tensors
     gradient: Tensors
     objective: Objective
-    given: Given
+    context: Context
 
 
-class OneStep:
+class SingleStepMethod:
     """A method whose clients take a single step of SGD on some of their training rows; all else is the method's own."""
 
     def __init__(self, method: Algorithm, rows: Tensor, rate: float) -> None:
@@ -107,9 +107,9 @@ class OneStep:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.method, name)
 
-    def train(self, client: Participant, got: Payload) -> Plan[Any]:
+    def train(self, client: Participant, received: Payload) -> Plan[Any]:
         """The method's round of a client, its fits on own rows cut to one step."""
-        plan, answer = self.method.train(client, got), None
+        plan, answer = self.method.train(client, received), None
         self.rounds.append([])
         while True:
             try:
@@ -117,18 +117,18 @@ class OneStep:
             except StopIteration as stop:
                 return stop.value
             answer = (
-                yield [self._short(s) for s in asked]
+                yield [self._limit_step(s) for s in asked]
                 if isinstance(asked, list)
-                else self._short(asked)
+                else self._limit_step(asked)
             )
 
-    def _short(self, step: Step) -> Step:
+    def _limit_step(self, step: Step) -> Step:
         if not (
             isinstance(step, Fit) and isinstance(step.data, Rows) and step.data.name == "train"
         ):
             return step
-        beside = {name: column[self.rows] for name, column in step.data.beside.items()}
-        data = replace(step.data, rows=self.rows, beside=beside)
+        beside = {name: column[self.rows] for name, column in step.data.extra_columns.items()}
+        data = replace(step.data, rows=self.rows, extra_columns=beside)
         short = replace(
             step, data=data, epochs=1, steps=1, batch_size=len(self.rows), augment=None, anneal=False, keep=None, drift={},
             optimizer=OptimizerConfig(name="sgd", lr=self.rate),
@@ -137,12 +137,12 @@ class OneStep:
         return short
 
 
-def refusal(prepared: Prepared, client: str) -> str | None:
+def reason_not_invertible(prepared: PreparedRun, client: str) -> str | None:
     """Why no image can be sought in this client's upload; None if one can."""
-    method, card = prepared.method, prepared.federation.cards[client]
+    method, card = prepared.method, prepared.federation.client_infos[client]
     spec, shape = method.uploads.get(MODEL), card.arch.input_shape
-    sends = method.sends(card.settings, card.settings.share_every - 1) != ()
-    if spec is None or spec.kind != "params" or not method.counted or not sends:
+    sends = method.upload_part(card.settings, card.settings.share_every - 1) != ()
+    if spec is None or spec.kind != "params" or not method.counts_traffic or not sends:
         return f"{prepared.name}: '{client}' sends no parameters of its model; there is no gradient to invert"
     if prepared.data.vocabulary is not None:
         return f"{prepared.data.name}: examples are tokens; inversion is for images"
@@ -151,12 +151,12 @@ def refusal(prepared: Prepared, client: str) -> str | None:
     return None
 
 
-def upload(
-    prepared: Prepared,
+def observe_upload(
+    prepared: PreparedRun,
     client: str,
     rows: Tensor,
     protect: Callable[[Tensors], Tensors] | None = None,
-) -> Upload:
+) -> ObservedUpload:
     """What arrives from a client that has taken one step on these of its training rows (int64 `[B]`), in the first round in
     which it sends, with whatever the run does to an upload on its way.
 
@@ -166,17 +166,17 @@ def upload(
     Raises:
         UserError: no update came of the step.
     """
-    card = prepared.federation.cards[client]
+    card = prepared.federation.client_infos[client]
     rate, index = card.settings.optimizer.lr, card.settings.share_every - 1
-    method = OneStep(prepared.method, rows, rate)
+    method = SingleStepMethod(prepared.method, rows, rate)
     runtime = prepared.config.runtime.model_copy(
         update={"executor": "serial", "precision": "float32"}
     )
     config = prepared.config.model_copy(update={"runtime": runtime})
-    rounds = replace(prepared, config=config, method=cast(Algorithm, method)).rounds()
+    rounds = replace(prepared, config=config, method=cast(Algorithm, method)).make_trainer()
     try:
-        start_from(prepared.inherited, rounds)
-        received, sent = rounds.ask(client, index)
+        load_inherited_models(prepared.inherited, rounds)
+        received, sent = rounds.request_upload(client, index)
     finally:
         rounds.executor.close()
     fits = [fit for fit in method.rounds[0] if MODEL in fit.train]
@@ -184,7 +184,7 @@ def upload(
         raise UserError(
             f"--clients: '{client}' sends nothing of a step on its own rows under {prepared.name}"
         )
-    before = own(prepared.federation.initial(card.arch))
+    before = copy_tensors(prepared.federation.initial_tensors(card.arch))
     before |= received.get(MODEL, {})
     update = {n: t - before[n] for n, t in sent[MODEL].items() if n in card.arch.parameter_names}
     if protect is not None:
@@ -194,7 +194,7 @@ def upload(
         raise UserError(
             f"--clients: '{client}': the upload tells nothing of the step; all of the update is nought"
         )
-    return Upload(card.arch, before, gradient, fits[-1].objective, fits[-1].given)
+    return ObservedUpload(card.arch, before, gradient, fits[-1].objective, fits[-1].context)
 
 
 # Gradient inversion: images from what a step on them changed.
@@ -215,11 +215,13 @@ class Inverter:
     """One upload, and the descent towards the images behind it. Images are in 0..1 here, as people look at them.
 
     Args:
-        seen: from pixels in 0..1, `[B, *shape]`, to what the model takes.
+        view: from pixels in 0..1, `[B, *shape]`, to what the model takes.
     """
 
-    def __init__(self, upload: Upload, labels: Tensor, seen: Callable[[Tensor], Tensor]) -> None:
-        self.upload, self.labels, self.seen = upload, labels, seen
+    def __init__(
+        self, upload: ObservedUpload, labels: Tensor, view: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.upload, self.labels, self.seen = upload, labels, view
         with torch.random.fork_rng(devices=[]):
             self.module: SplitModel = upload.arch.build()
         counters = {n: t for n, t in self.module.state_dict().items() if n not in upload.model}
@@ -231,13 +233,15 @@ class Inverter:
         named = dict(self.module.named_parameters())
         self.parameters = [named[n] for n in upload.gradient]
         self.wanted = torch.cat([g.flatten() for g in upload.gradient.values()])
-        self.nets = Nets({"model": Net.live(self.module)})
+        self.nets = ModelViews({"model": ModelView.from_module(self.module)})
 
-    def distance(self, pixels: Tensor, through: bool = False) -> Tensor:
+    def distance(self, pixels: Tensor, preprocess: bool = False) -> Tensor:
         """1 − cosine of the angle between the gradient of these images and the upload's; differentiable if asked for."""
         batch = Batch(x=self.seen(pixels), y=self.labels)
-        loss = self.upload.objective.total(self.nets, batch, self.upload.given)
-        found = torch.autograd.grad(loss, self.parameters, create_graph=through, allow_unused=True)
+        loss = self.upload.objective.total_loss(self.nets, batch, self.upload.context)
+        found = torch.autograd.grad(
+            loss, self.parameters, create_graph=preprocess, allow_unused=True
+        )
         flat = torch.cat(
             [
                 torch.zeros_like(p).flatten() if g is None else g.flatten()
@@ -254,7 +258,7 @@ class Inverter:
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, marks, gamma=0.1)
         best, least = start, math.inf
         for _ in range(steps):
-            cost = self.distance(pixels, through=True) + smooth * variation(pixels)
+            cost = self.distance(pixels, preprocess=True) + smooth * total_variation(pixels)
             if float(cost.detach()) < least:
                 best, least = pixels.detach().clone(), float(cost.detach())
             (slope,) = torch.autograd.grad(cost, [pixels])
@@ -265,7 +269,9 @@ class Inverter:
                 pixels.clamp_(0, 1)
         return best
 
-    def search(self, shape: tuple[int, ...], *key: Key, steps: int = STEPS) -> tuple[Tensor, float]:
+    def invert_from_starts(
+        self, shape: tuple[int, ...], *key: Key, steps: int = STEPS
+    ) -> tuple[Tensor, float]:
         """The best images of several beginnings, `[B, *shape]`, and their distance; beginnings are drawn by the key.
 
         How smooth images are is not known beforehand: each beginning takes another weight, and the upload decides.
@@ -283,14 +289,16 @@ class Inverter:
         for smooth in SMOOTH:
             if found and min(found, key=lambda f: f[0])[0] < ENOUGH:
                 break
-            start = torch.rand(len(self.labels), *shape, generator=generator(*key, str(smooth)))
+            start = torch.rand(
+                len(self.labels), *shape, generator=keyed_generator(*key, str(smooth))
+            )
             pixels = self.descend(start, smooth, steps)
             found.append((float(self.distance(pixels)), pixels))
         least, best = min(found, key=lambda f: f[0])
         return best, least
 
 
-def read_labels(upload: Upload, kind: str) -> Tensor | None:
+def read_labels(upload: ObservedUpload, kind: str) -> Tensor | None:
     """The label of a batch of one, `[1]` (classes) or `[1, C]`, off the head's bias: cross-entropy's gradient is p − y there,
     below nought only where y is. None where the head's bias does not travel, or there are no labels to read."""
     if kind == "regression":
@@ -330,13 +338,13 @@ def first_layer_input(module: nn.Module, gradient: Tensors) -> Tensor | None:
     return weight[unit] / bias[unit]
 
 
-def variation(pixels: Tensor) -> Tensor:
+def total_variation(pixels: Tensor) -> Tensor:
     """Mean absolute difference of neighbours, of images `[B, C, H, W]`."""
     return (pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()).nan_to_num()
 
 
 @dataclass(frozen=True)
-class Inverted:
+class InvertedBatch:
     """One step inverted: images in 0..1, `[B, C, H, W]`, true, found by way, and guessed without the upload; figures by way."""
 
     true: Tensor
@@ -346,22 +354,22 @@ class Inverted:
 
 
 def invert(
-    ways: Mapping[str, tuple[Prepared, Protect | None]],
+    ways: Mapping[str, tuple[PreparedRun, Protect | None]],
     client: str,
     images: int,
     batch: int,
     seed: int,
     say: Say,
-) -> Iterator[Inverted]:
+) -> Iterator[InvertedBatch]:
     """So many steps of a client on keyed draws of its training rows, each inverted from what arrives in each way.
 
     Labels are read off the upload where that can be done, and else known. The blind guess is the mean image of the common
     test set: what needs no upload.
     """
     prepared, _ = next(iter(ways.values()))
-    data, view = prepared.data, prepared.federation.cards[client].preprocess
+    data, view = prepared.data, prepared.federation.client_infos[client].preprocess
     train = data.columns(client, "train", view)
-    low, high = _ends(as_made(data, client, ["train"]).x, view)
+    low, high = _value_range(unprocessed_rows(data, client, ["train"]).x, view)
     guess = data.columns(client, "common_test", view)["x"].mean(0, keepdim=True)
 
     def pixels(x: Tensor) -> Tensor:
@@ -370,17 +378,17 @@ def invert(
     for number in range(images):
         rows = _drawn(train["y"], batch, "audit", seed, "inversion", client, number)
         true, blind = pixels(train["x"][rows]), pixels(guess).expand(len(rows), -1, -1, -1)
-        figures, found = [{"way": "blind", **likeness(blind, true)}], {}
+        figures, found = [{"way": "blind", **image_similarity(blind, true)}], {}
         for way, (setting, protect) in ways.items():
             begun = time.perf_counter()
-            given = upload(setting, client, rows, protect)
+            given = observe_upload(setting, client, rows, protect)
             read = read_labels(given, data.task.kind) if len(rows) == 1 else None
             labels = train["y"][rows] if read is None else read
             inverter = Inverter(given, labels, lambda p: low + p * (high - low))
-            best, distance = inverter.search(
+            best, distance = inverter.invert_from_starts(
                 tuple(true.shape[1:]), "audit", seed, "start", client, number
             )
-            found[way] = matched(best, true)
+            found[way] = match_order(best, true)
             known = (
                 "known"
                 if read is None
@@ -389,16 +397,16 @@ def invert(
                 else "misread"
             )
             figures.append(
-                {"way": way, **likeness(found[way], true), "distance": distance, "label": known,
+                {"way": way, **image_similarity(found[way], true), "distance": distance, "label": known,
                  "seconds": time.perf_counter() - begun}
             )  # fmt: skip
             say(
                 f"{client}, step {number + 1} of {images}, {way}: PSNR {figures[-1]['psnr']:.1f} dB"
             )
-        yield Inverted(true, found, blind, figures)
+        yield InvertedBatch(true, found, blind, figures)
 
 
-def _ends(x: Tensor, view: Preprocess) -> tuple[Tensor, Tensor]:
+def _value_range(x: Tensor, view: Preprocess) -> tuple[Tensor, Tensor]:
     """Black and white as a client's model sees them, `[1, C, H, W]` each."""
     white = 255.0 if x.dtype == torch.uint8 else max(1.0, float(x.max()))
     black = min(0.0, float(x.min()))
@@ -407,7 +415,7 @@ def _ends(x: Tensor, view: Preprocess) -> tuple[Tensor, Tensor]:
 
 def _drawn(y: Tensor, count: int, *key: Key) -> Tensor:
     """So many rows, of as many classes as can be."""
-    order = torch.randperm(len(y), generator=generator(*key))
+    order = torch.randperm(len(y), generator=keyed_generator(*key))
     if y.ndim > 1:
         return order[:count]
     seen: Counter[int] = Counter()

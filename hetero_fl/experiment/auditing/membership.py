@@ -10,17 +10,17 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from hetero_fl.core.objectives import supervised
+from hetero_fl.core.objectives import supervised_loss
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
-from hetero_fl.data import FederatedData, Preprocess, strata
+from hetero_fl.data import FederatedData, Preprocess, row_strata
 from hetero_fl.data.dataset import Examples
-from hetero_fl.data.federated_data import Resampled, as_made, joined
-from hetero_fl.data.partition import commonest
-from hetero_fl.experiment.preparation import Prepared
-from hetero_fl.experiment.runner import start_from
+from hetero_fl.data.federated_data import ResampledData, concatenate_examples, unprocessed_rows
+from hetero_fl.data.partition import most_common_stratum
+from hetero_fl.experiment.preparation import PreparedRun
+from hetero_fl.experiment.runner import load_inherited_models
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import Key, generator, key
+from hetero_fl.utils.seeding import Key, keyed_generator, stream_key
 
 # Membership inference: the scores of an attack, and what they are worth. Tensors in, numbers out.
 
@@ -41,12 +41,12 @@ def confidence(task: Task, logits: Tensor, y: Tensor) -> Tensor:
         return z.gather(1, y[:, None]).squeeze(1) - others
     if task.kind == "multilabel":
         return ((2 * y - 1) * z).mean(1)
-    return -supervised(task.kind, z, y.double()).clamp(min=SMALLEST).log()
+    return -supervised_loss(task.kind, z, y.double()).clamp(min=SMALLEST).log()
 
 
 def loss_score(task: Task, logits: Tensor, y: Tensor) -> Tensor:
     """Minus the loss: whoever is fitted well is taken for a member (Yeom et al. 2018), float64 `[N]`."""
-    return -supervised(task.kind, logits.double(), y.double() if y.is_floating_point() else y)
+    return -supervised_loss(task.kind, logits.double(), y.double() if y.is_floating_point() else y)
 
 
 def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def likelihood_ratio(target: Tensor, shadows: Tensor, inside: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AttackScore:
     """What an attack achieved: area under its ROC curve, hits at 1% false alarms, their standard errors, and the curve."""
 
     auroc: float
@@ -86,29 +86,31 @@ class Verdict:
         return abs(self.auroc - 0.5) <= 2 * self.auroc_se
 
 
-def verdict(scores: Tensor, member: Tensor, *key: Key) -> Verdict:
+def score_attack(scores: Tensor, member: Tensor, *key: Key) -> AttackScore:
     """Of scores `[N]`, high for members, and who is one, bool `[N]`. Standard errors by a bootstrap over members and over
     non-members, drawn by the key; they do not know of the luck of training, in the target or in the shadows."""
     ins, outs = scores[member], scores[~member].sort().values
-    draws = generator(*key)
+    draws = keyed_generator(*key)
     picked_in = torch.randint(len(ins), (RESAMPLES, len(ins)), generator=draws)
     picked_out = torch.randint(len(outs), (RESAMPLES, len(outs)), generator=draws)
     areas, hits = [], []
     for i, o in zip(picked_in, picked_out, strict=True):
         some = outs[o].sort().values
-        areas.append(_area(ins[i], some))
-        hits.append(_hits(ins[i], some))
+        areas.append(_roc_area(ins[i], some))
+        hits.append(_true_positive_rate(ins[i], some))
     se = [float(torch.tensor(values, dtype=torch.float64).std()) for values in (areas, hits)]
-    return Verdict(_area(ins, outs), se[0], _hits(ins, outs), se[1], _curve(ins, outs))
+    return AttackScore(
+        _roc_area(ins, outs), se[0], _true_positive_rate(ins, outs), se[1], _curve(ins, outs)
+    )
 
 
-def _area(ins: Tensor, outs: Tensor) -> float:
+def _roc_area(ins: Tensor, outs: Tensor) -> float:
     """P(a member's score is above a non-member's), ties counted half; `outs` sorted."""
     both = torch.searchsorted(outs, ins) + torch.searchsorted(outs, ins, right=True)
     return float(both.double().mean()) / (2 * len(outs))
 
 
-def _hits(ins: Tensor, outs: Tensor) -> float:
+def _true_positive_rate(ins: Tensor, outs: Tensor) -> float:
     """Share of members above a threshold that at most so many non-members exceed; `outs` sorted. Of fewer than a hundred
     non-members none may."""
     allowed = int(FALSE_ALARMS * len(outs))
@@ -143,15 +145,15 @@ class Candidates:
     unit: Tensor  # int64 [N], whose row it is: a patient's rows are in or out together
     stratum: Tensor  # int64 [N]
 
-    def halves(self, shadows: int, seed: int, client: str) -> Tensor:
+    def shadow_assignments(self, shadows: int, seed: int, client: str) -> Tensor:
         """Which rows each shadow trains on, bool `[shadows, N]`: drawn half of each class, and the other half for the next
         shadow, so that every row is in half of them."""
         unit = self.unit.unique(return_inverse=True)[1]
-        label, drawn = commonest(self.stratum, unit), []
+        label, drawn = most_common_stratum(self.stratum, unit), []
         for pair in range(shadows // 2):
             turn = torch.rand(
                 len(label),
-                generator=generator("audit", seed, "halves", client, pair),
+                generator=keyed_generator("audit", seed, "halves", client, pair),
                 dtype=torch.float64,
             )
             order = torch.argsort(label.double() + turn)  # class by class, at random within each
@@ -160,9 +162,11 @@ class Candidates:
             drawn += [chosen[unit], ~chosen[unit]]
         return torch.stack(drawn)
 
-    def training(self, inside: Tensor) -> Examples:
+    def shadow_rows(self, inside: Tensor) -> Examples:
         """A shadow's training rows: about as many as the client has."""
-        return joined([self.others, self.examples.take(inside.nonzero().squeeze(1))])
+        return concatenate_examples(
+            [self.others, self.examples.select_rows(inside.nonzero().squeeze(1))]
+        )
 
 
 def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
@@ -170,10 +174,13 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
 
     Raises UserError where too few are left once classes are matched.
     """
-    train, held = as_made(data, client, ["train"]), as_made(data, client, ["test", "validation"])
-    task, draws = data.task, generator("audit", seed, "candidates", client)
-    both = joined([train, held])
-    stratum = strata(_targets(both), task)
+    train, held = (
+        unprocessed_rows(data, client, ["train"]),
+        unprocessed_rows(data, client, ["test", "validation"]),
+    )
+    task, draws = data.task, keyed_generator("audit", seed, "candidates", client)
+    both = concatenate_examples([train, held])
+    stratum = row_strata(_examples_targets(both), task)
     pairs: list[Tensor] = []
     for kind in stratum.unique():
         rows = torch.nonzero(stratum == kind).squeeze(1)
@@ -195,12 +202,12 @@ def candidates(data: FederatedData, client: str, seed: int) -> Candidates:
     unit = torch.arange(len(both)) if both.patient is None else both.patient
     member = torch.arange(len(chosen)) < len(pair)
     return Candidates(
-        both.take(chosen), member, train.take(rest.nonzero().squeeze(1)), unit[chosen], stratum[chosen]
+        both.select_rows(chosen), member, train.select_rows(rest.nonzero().squeeze(1)), unit[chosen], stratum[chosen]
     )  # fmt: skip
 
 
 def train_shadow(
-    prepared: Prepared,
+    prepared: PreparedRun,
     train: Mapping[str, Examples],
     seed: int,
     rounds: int,
@@ -208,26 +215,26 @@ def train_shadow(
 ) -> dict[str, SavedModel]:
     """The run once more, with these training rows of some clients and random draws of its own (initial weights, cohorts,
     batches, noise): those clients' models at the end."""
-    data, method, before = Resampled(prepared.data, train), prepared.method, prepared.federation
+    data, method, before = ResampledData(prepared.data, train), prepared.method, prepared.federation
     archs = (
-        {id: card.arch for id, card in before.cards.items()}
-        if method.one_by_one
-        else [k.arch for k in before.cards.kinds]
+        {id: card.arch for id, card in before.client_infos.items()}
+        if method.has_models_per_client
+        else [k.arch for k in before.client_infos.profiles]
     )
     federation = replace(
-        before, data=data, seed=seed, readers=list(train), _initial={}
+        before, data=data, seed=seed, evaluated_clients=list(train), _initial={}
     ).with_models(archs)
     shadow = replace(prepared, data=data, federation=federation)
     with TemporaryDirectory() as folder:
 
-        def save(id: str, model: bytes) -> None:
-            (Path(folder) / f"{id}.safetensors").write_bytes(model)
+        def save(client_id: str, model: bytes) -> None:
+            (Path(folder) / f"{client_id}.safetensors").write_bytes(model)
 
-        course = shadow.rounds()
+        course = shadow.make_trainer()
         try:
-            start_from(prepared.inherited, course)
+            load_inherited_models(prepared.inherited, course)
             while course.completed < rounds:
-                course.round()
+                course.run_round()
                 say(f"round {course.completed} of {rounds}")
             course.evaluate(details=True, save=save)
         finally:
@@ -239,20 +246,20 @@ def train_shadow(
 
 def shadow_seed(seed: int, shadow: int) -> int:
     """The seed of a shadow's own draws."""
-    return key("audit", seed, "shadow", shadow) >> 1
+    return stream_key("audit", seed, "shadow", shadow) >> 1
 
 
-def answers(model: SavedModel, examples: Examples) -> Tensor:
+def client_logits(model: SavedModel, examples: Examples) -> Tensor:
     """Logits of a saved model for a client's rows, as it reads its own, `[N, outputs]`."""
-    return model.logits(Preprocess(**model.preprocess)(examples.x), home=True)
+    return model.logits(Preprocess(**model.preprocess)(examples.x), personal=True)
 
 
-def _targets(examples: Examples) -> Tensor:
+def _examples_targets(examples: Examples) -> Tensor:
     assert examples.y is not None
     return examples.y
 
 
 def targets(examples: Examples) -> Tensor:
     """What is true of a client's rows, as losses take it."""
-    y = _targets(examples)
+    y = _examples_targets(examples)
     return y.to(torch.get_default_dtype()) if y.is_floating_point() else y

@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib.figure import FigureBase
 from torch import Tensor
 
-from hetero_fl.reporting.formatting import algorithm_name, duration
+from hetero_fl.reporting.formatting import algorithm_name, format_duration
 from hetero_fl.reporting.plots import style
-from hetero_fl.reporting.report import embedded, render
+from hetero_fl.reporting.report import embed_picture, render
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.reporting.summary import WHOSE
-from hetero_fl.utils.text import plural
+from hetero_fl.reporting.summary import PRIVACY_UNITS
+from hetero_fl.utils.text import pluralize
 
 Json = dict[str, Any]
 ATTACKS = {"loss": "by the loss", "lira": "with shadow models"}
@@ -30,21 +30,21 @@ def write_audit(folder: Path, content: Json, pictures: list[Json]) -> None:
     in 0..1, `[B, C, H, W]`: `true`, and `found` by way."""
     made = RunDirectory(folder)
     made.write_json("audit.json", content)
-    with style.drawing():
-        picture = draw(content, pictures)
+    with style.plot_style():
+        picture = draw_audit(content, pictures)
     (folder / "audit.png").write_bytes(picture)
     text = render(
         "audit.html",
         title=f"Audit of {content['run']}",
-        subtitle=f"{algorithm_name(content['algorithm'])} · {content['data']} · {plural(content['rounds'], 'round')}",
+        subtitle=f"{algorithm_name(content['algorithm'])} · {content['data']} · {pluralize(content['rounds'], 'round')}",
         privacy=content["privacy"],
-        whose=WHOSE.get((content["privacy"] or {}).get("unit", ""), ""),
+        whose=PRIVACY_UNITS.get((content["privacy"] or {}).get("unit", ""), ""),
         membership=membership_rows(content),
         inversion=inversion_rows(content),
         shadows=content["shadows"],
-        picture=embedded(picture),
+        picture=embed_picture(picture),
         notes=content["notes"],
-        time=duration(content["seconds"]),
+        time=format_duration(content["seconds"]),
     )
     made.write_text("audit.html", text)
 
@@ -89,21 +89,21 @@ def inversion_rows(content: Json) -> list[list[str]]:
 
 
 # In a picture ----------------------------------------------------------------------------------------------------------
-def draw(content: Json, pictures: list[Json]) -> bytes:
+def draw_audit(content: Json, pictures: list[Json]) -> bytes:
     """The ROC curves and areas of membership attacks above, originals over reconstructions below; as PNG."""
     columns = [(p, i) for p in pictures for i in range(len(p["true"]))][:MOST_COLUMNS]
     ways = list(pictures[0]["found"]) if pictures else []
     grid = 0.55 + (len(ways) + 1) * 0.98 if columns else 0.0
     heights = [h for h in (2.9 if content["membership"] else 0.0, grid) if h]
     if not heights:
-        return style.png(style.figure(0.1))
+        return style.to_png(style.figure(0.1))
     figure = style.figure(sum(heights))
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if content["membership"]:
         _membership(parts.pop(0), content["membership"])
     if columns:
         _images(parts.pop(0), columns, ways, content["inversion"])
-    return style.png(figure)
+    return style.to_png(figure)
 
 
 def _membership(part: FigureBase, rows: list[Json]) -> None:
@@ -158,7 +158,7 @@ def _images(
         shown: list[tuple[str, Tensor]] = [("original", picture["true"]), *picture["found"].items()]
         for line, (way, images) in enumerate(shown):
             axes = cells[line, column]
-            style.bare(axes)
+            style.remove_axes(axes)
             axes.set_xticks([])
             axes.set_yticks([])
             image = images[i].movedim(0, -1).numpy().clip(0, 1)

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.exporting import score
-from hetero_fl.experiment.exporting.graph import OUTPUTS, Exported, as_predicted, drawn, inputs_of
-from hetero_fl.experiment.exporting.model_card import FORM, facts, markdown
+from hetero_fl.experiment.exporting.graph import (
+    OUTPUTS,
+    ExportedModel,
+    draw_inputs,
+    inputs_of,
+    to_predict_form,
+)
+from hetero_fl.experiment.exporting.model_card import FORM, card_facts, card_markdown
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.code_permission import CodePermission
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import write_atomically
 
 # Graphs as files, and files run again: ONNX by onnxruntime, TorchScript by torch.
@@ -31,9 +37,9 @@ ABOUT = "hetero_fl"  # the name under which a file says what it takes and gives
 Scorer = Callable[[tuple[Tensor, ...]], Tensor]
 
 
-def check_installed(format: str) -> None:
+def check_installed(file_format: str) -> None:
     """Raises UserError if what writes this format is not here."""
-    if format != "onnx":
+    if file_format != "onnx":
         return
     try:
         import onnx  # noqa: F401
@@ -45,22 +51,22 @@ def check_installed(format: str) -> None:
         ) from None
 
 
-def written(
-    graph: Exported, examples: tuple[Tensor, ...], format: str, about: Mapping[str, Any]
+def export_graph(
+    graph: ExportedModel, examples: tuple[Tensor, ...], file_format: str, about: Mapping[str, Any]
 ) -> bytes:
     """The content of a file. `examples`: two or more of each input, on which the graph is followed.
 
     Raises whatever torch raises where the model is not one that can be written down.
     """
     with torch.no_grad():
-        return (_onnx if format == "onnx" else _torchscript)(
+        return (_onnx if file_format == "onnx" else _torchscript)(
             graph.eval(), examples, json.dumps(about, sort_keys=True)
         )
 
 
-def read(content: bytes, format: str) -> Scorer:
+def load_scorer(content: bytes, file_format: str) -> Scorer:
     """The file as a function of raw inputs, on the CPU."""
-    if format == "torchscript":
+    if file_format == "torchscript":
         with _quiet():
             module = torch.jit.load(io.BytesIO(content))
         return lambda given: module(*given)
@@ -76,7 +82,7 @@ def read(content: bytes, format: str) -> Scorer:
     return score
 
 
-def _onnx(graph: Exported, examples: tuple[Tensor, ...], about: str) -> bytes:
+def _onnx(graph: ExportedModel, examples: tuple[Tensor, ...], about: str) -> bytes:
     sizes = {
         name: torch.export.Dim(name, min=1) for name in ("batch", "channels", "height", "width")
     }
@@ -106,7 +112,7 @@ def _onnx(graph: Exported, examples: tuple[Tensor, ...], about: str) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def _torchscript(graph: Exported, examples: tuple[Tensor, ...], about: str) -> bytes:
+def _torchscript(graph: ExportedModel, examples: tuple[Tensor, ...], about: str) -> bytes:
     file = io.BytesIO()
     with _quiet():
         # it is compared with the run's own predictions
@@ -138,7 +144,7 @@ def _quiet() -> Iterator[None]:
 # From a finished run to files that predict without it: written, run again, compared with the run,
 # described.
 
-FOLLOWED = 3  # examples on which a graph is followed
+TRACED_EXAMPLES = 3  # examples on which a graph is followed
 BATCHES = (1, 2, 7)  # sizes that it then has to take, too
 TOLERANCE = 1e-5
 ROWS = "rows"
@@ -146,7 +152,7 @@ ROWS = "rows"
 Say = Callable[[str], None]
 
 
-class File(NamedTuple):
+class ExportedFile(NamedTuple):
     """An exported model, its card, and how far it was from the run's predictions at most (None: it is no graph)."""
 
     model: Path
@@ -157,12 +163,12 @@ class File(NamedTuple):
 def export(
     run: Run | str | Path,
     client: str | None = None,
-    format: str = "onnx",
+    file_format: str = "onnx",
     out: str | Path | None = None,
-    home: bool = False,
+    personal: bool = False,
     say: Say = lambda line: None,
     allow_code: bool | CodePermission = False,
-) -> dict[str, File]:
+) -> dict[str, ExportedFile]:
     """Write models of a finished run as files for use without this package; returns them by client id.
 
     ONNX and TorchScript files hold the preprocessing too: they take raw examples (`Input`), any number at once, and give
@@ -172,63 +178,72 @@ def export(
 
     Args:
         client: a client's id, or "server"; None: all models.
-        format: onnx, torchscript or safetensors.
+        file_format: onnx, torchscript or safetensors.
         out: the folder, by default `export` in the run's.
-        home: with the client's own label frequencies, as on its own patients (`Run.predict`'s default); the file is then called
+        personal: with the client's own label frequencies, as on its own patients (`Run.predict`'s default); the file is then called
             `NAME-home`.
         allow_code: Whether code that the run's files name may run.
 
     Raises:
         UserError: no such model; a model that cannot be written in this format, or would predict otherwise there.
     """
-    run = Run.of(run, allow_code)
-    if format not in SUFFIXES:
-        raise UserError(f"--format: found '{format}'{nearest(format, SUFFIXES)}")
+    run = Run.open(run, allow_code)
+    if file_format not in SUFFIXES:
+        raise UserError(f"--format: found '{file_format}'{suggest_or_list(file_format, SUFFIXES)}")
     if client is not None and client not in run.models:
-        raise UserError(f"--client: found '{client}'{nearest(client, run.models)}")
-    if home and format == "safetensors":
+        raise UserError(f"--client: found '{client}'{suggest_or_list(client, run.models)}")
+    if personal and file_format == "safetensors":
         raise UserError(
             "--home: a safetensors file holds the label frequencies beside the tensors; leave it out"
         )
-    check_installed(format)
+    check_installed(file_format)
     folder = run.path / "export" if out is None else Path(out)
     made = {}
     for name, model in run.models.items():
         if client is None or name == client:
-            made[name] = _one(run, name, model, format, folder, home)
-            say(f"{name}: {made[name].model.name}{_told(made[name])}")
-    if format != "safetensors":
+            made[name] = _export_one(run, name, model, file_format, folder, personal)
+            say(f"{name}: {made[name].model.name}{_summary_line(made[name])}")
+    if file_format != "safetensors":
         _write(folder / "score.py", Path(score.__file__).read_bytes())
     return made
 
 
-def _one(run: Run, name: str, model: SavedModel, format: str, folder: Path, home: bool) -> File:
+def _export_one(
+    run: Run, name: str, model: SavedModel, file_format: str, folder: Path, personal: bool
+) -> ExportedFile:
     largest = None
-    if format == "safetensors":
+    if file_format == "safetensors":
         content = (run.path / "models" / f"{name}.safetensors").read_bytes()
     else:
-        content = _written(name, model, format, home)
-        largest = _compared(run, name, read(content, format), format, home)
-    stem = f"{name}-home" if home else name
-    file = folder / f"{stem}{SUFFIXES[format]}"
+        content = _file_content(name, model, file_format, personal)
+        largest = _largest_difference(
+            run, name, load_scorer(content, file_format), file_format, personal
+        )
+    stem = f"{name}-home" if personal else name
+    file = folder / f"{stem}{SUFFIXES[file_format]}"
     card = folder / f"{stem}.json"
     source = _sha256((run.path / "models" / f"{name}.safetensors").read_bytes())
     checked = None if largest is None else {"batches": list(BATCHES), "largest_difference": largest}
-    entry = {"name": file.name, "format": format, "sha256": _sha256(content), "checked": checked}
-    files = [*(f for f in _beside(card, source) if f["format"] != format), entry]
-    told = facts(
-        run, name, {"files": files, "source_sha256": source, "home": home, **interface(model)}
+    entry = {
+        "name": file.name,
+        "format": file_format,
+        "sha256": _sha256(content),
+        "checked": checked,
+    }
+    files = [*(f for f in _other_formats(card, source) if f["format"] != file_format), entry]
+    told = card_facts(
+        run, name, {"files": files, "source_sha256": source, "home": personal, **interface(model)}
     )
     _write(file, content)
     _write(card, (json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    _write(card.with_suffix(".md"), markdown(told).encode())
-    return File(file, card.with_suffix(".md"), largest)
+    _write(card.with_suffix(".md"), card_markdown(told).encode())
+    return ExportedFile(file, card.with_suffix(".md"), largest)
 
 
-def _beside(card: Path, source: str) -> list[dict[str, Any]]:
+def _other_formats(client_info: Path, source: str) -> list[dict[str, Any]]:
     """What a card that lies there says of the same model in other formats."""
     try:
-        told = json.loads(card.read_text(encoding="utf-8"))
+        told = json.loads(client_info.read_text(encoding="utf-8"))
         return (
             list(told["files"]) if (told["form"], told["source_sha256"]) == (FORM, source) else []
         )
@@ -250,56 +265,58 @@ def interface(model: SavedModel) -> dict[str, Any]:
             "dtype": "float32",
         },
         "task": model.task.kind,
-        "names": list(model.task.label),
+        "names": list(model.task.output_names),
     }
 
 
-def _written(name: str, model: SavedModel, format: str, home: bool) -> bytes:
-    examples = drawn(model, FOLLOWED, generator("export", ROWS, FOLLOWED))
+def _file_content(name: str, model: SavedModel, file_format: str, personal: bool) -> bytes:
+    examples = draw_inputs(model, TRACED_EXAMPLES, keyed_generator("export", ROWS, TRACED_EXAMPLES))
     try:
-        return written(Exported(model, home), examples, format, interface(model))
+        return export_graph(ExportedModel(model, personal), examples, file_format, interface(model))
     except Exception as error:  # an operation of a model of whatever origin that the format has not
         raise UserError(
-            f"{name}: {model.arch.name} cannot be written as {format}: {_root(error)}"
+            f"{name}: {model.arch.name} cannot be written as {file_format}: {_root_cause(error)}"
         ) from error
 
 
-def _compared(run: Run, name: str, scorer: Scorer, format: str, home: bool) -> float:
+def _largest_difference(
+    run: Run, name: str, scorer: Scorer, file_format: str, personal: bool
+) -> float:
     """The largest difference to the run's own predictions, relative to them where they are larger than 1."""
     model, largest = run.models[name], 0.0
     for size in BATCHES:
-        given = drawn(model, size, generator("export", ROWS, size))
-        wanted = run.predict(name, as_predicted(model, given), home)
+        given = draw_inputs(model, size, keyed_generator("export", ROWS, size))
+        wanted = run.predict(name, to_predict_form(model, given), personal)
         try:
             found = scorer(given)
         except Exception as error:  # what a runtime raises for a size that the graph is fixed to
             raise UserError(
-                f"{name}: {model.arch.name} as {format} takes no batch of {size} (a model of one's own reads x.shape[0], "
-                f"not len(x)): {_root(error)}"
+                f"{name}: {model.arch.name} as {file_format} takes no batch of {size} (a model of one's own reads x.shape[0], "
+                f"not len(x)): {_root_cause(error)}"
             ) from error
-        largest = max(largest, _apart(found, wanted))
+        largest = max(largest, _relative_difference(found, wanted))
     if not largest <= TOLERANCE:
         raise UserError(
-            f"{name}: {model.arch.name} as {format} predicts otherwise than the run does, by {largest:.2g}; nothing is written"
+            f"{name}: {model.arch.name} as {file_format} predicts otherwise than the run does, by {largest:.2g}; nothing is written"
         )
     return largest
 
 
-def _apart(found: Tensor, wanted: Tensor) -> float:
+def _relative_difference(found: Tensor, wanted: Tensor) -> float:
     if found.shape != wanted.shape:
         return float("inf")
     apart = (found - wanted).abs() / wanted.abs().clamp(min=1)
     return float(apart.nan_to_num(nan=torch.inf).max())
 
 
-def _root(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
     """The first line of what went wrong at the bottom of it."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _told(file: File) -> str:
+def _summary_line(file: ExportedFile) -> str:
     apart = file.largest_difference
     return "" if apart is None else f", at most {apart:.1e} from the run's predictions"
 

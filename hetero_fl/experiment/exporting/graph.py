@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hetero_fl.core.images import OVERSHOOT
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.data.dataset import Block, Categories, indicators, spans_of
+from hetero_fl.data.dataset import Block, Categories, indicator_names, spans_of
 from hetero_fl.data.preprocessing import Preprocess
 
 # What an exported model is given: raw examples, as far as the model sees them, each kind of
@@ -25,7 +25,7 @@ class Input:
     """One input: its name, its shape without the batch (a word is a size that is free), what its numbers are.
 
     `columns` are the names along the last axis, where those are known; `categories` the text columns that some of them
-    encode, with their values; `gaps`: NaN is a missing value, and no mistake;
+    encode, with their values; `allows_missing`: NaN is a missing value, and no mistake;
     `tokens`: how many different ones there are.
     """
 
@@ -33,7 +33,7 @@ class Input:
     kind: Literal["image", "row", "series", "tokens"]
     shape: Sizes
     columns: tuple[str, ...] = ()
-    gaps: bool = False
+    allows_missing: bool = False
     tokens: int = 0
     categories: Categories = ()
 
@@ -45,7 +45,7 @@ class Input:
     @property
     def meaning(self) -> str:
         """What they are, in words."""
-        missing = "; NaN where a value is missing" if self.gaps else ""
+        missing = "; NaN where a value is missing" if self.allows_missing else ""
         if self.kind == "tokens":
             return f"numbers of words, 0 to {self.tokens - 1}; 0 is no word and fills shorter texts up from the left"
         if self.kind == "image":
@@ -70,7 +70,7 @@ class Input:
         fields |= (
             {"categories": {c: list(v) for c, v in self.categories}} if self.categories else {}
         )
-        fields |= {"gaps": True} if self.gaps else {}
+        fields |= {"gaps": True} if self.allows_missing else {}
         return fields | ({"tokens": self.tokens} if self.tokens else {})
 
 
@@ -86,7 +86,7 @@ def inputs_of(model: SavedModel) -> tuple[Input, ...]:
     if model.arch.vocabulary is not None:
         return (Input("tokens", "tokens", seen, tokens=model.arch.vocabulary),)
     if side_by_side(view):
-        return tuple(Input(b.name, _kind(b), b.shape, gaps=gaps) for b in view.blocks)
+        return tuple(Input(b.name, _kind(b), b.shape, allows_missing=gaps) for b in view.blocks)
     if len(seen) == 3:
         name = view.blocks[0].name if view.blocks else "image"
         channels: Sizes = ("channels",) if view.channels is not None else seen[:1]
@@ -100,19 +100,23 @@ def inputs_of(model: SavedModel) -> tuple[Input, ...]:
     if view.blocks:
         return (Input(view.blocks[0].name, "row", view.blocks[0].shape),)
     names = tuple(view.names(model.columns)) if model.columns else ()
-    columns = seen[0] if view.raw is None else view.taken(torch.empty(0, view.raw[-1])).shape[-1]
+    columns = (
+        seen[0] if view.raw is None else view.select_columns(torch.empty(0, view.raw[-1])).shape[-1]
+    )
     kind: Literal["series", "row"] = "series" if len(seen) == 2 else "row"
-    categories = tuple(pair for pair in model.categories if set(indicators(*pair)) <= set(names))
+    categories = tuple(
+        pair for pair in model.categories if set(indicator_names(*pair)) <= set(names)
+    )
     shape = (*seen[:0:-1], columns)  # a series lies in memory with its steps first
     return (Input(kind, kind, shape, names, gaps, categories=categories),)
 
 
-def as_predicted(model: SavedModel, given: tuple[Tensor, ...]) -> Any:
+def to_predict_form(model: SavedModel, arrays: tuple[Tensor, ...]) -> Any:
     """The same examples in the form that `Run.predict` takes: whole rows where it wants those, or blocks by name."""
     view = Preprocess(**model.preprocess)
     if side_by_side(view):
-        return {block.name: part for block, part in zip(view.blocks, given, strict=True)}
-    (x,) = given
+        return {block.name: part for block, part in zip(view.blocks, arrays, strict=True)}
+    (x,) = arrays
     if view.raw is None or view.spans is None or view.blocks:
         return x
     whole = x.new_full((*x.shape[:-1], view.raw[-1]), torch.nan)
@@ -120,11 +124,11 @@ def as_predicted(model: SavedModel, given: tuple[Tensor, ...]) -> Any:
     return whole
 
 
-def drawn(model: SavedModel, size: int, draws: torch.Generator) -> tuple[Tensor, ...]:
+def draw_inputs(model: SavedModel, size: int, draws: torch.Generator) -> tuple[Tensor, ...]:
     """Examples to try a graph on, `size` of each input: values of the size that this client's data have, and gaps where the
     model has an answer to them; free sizes of images differ with `size`."""
     view = Preprocess(**model.preprocess)
-    parts = tuple(_drawn(one, view, size, draws) for one in inputs_of(model))
+    parts = tuple(_draw_input(one, view, size, draws) for one in inputs_of(model))
     if not side_by_side(view):
         return parts
     gone = torch.rand(size, len(parts), generator=draws) < 0.3
@@ -136,20 +140,22 @@ def drawn(model: SavedModel, size: int, draws: torch.Generator) -> tuple[Tensor,
     )
 
 
-def _drawn(one: Input, view: Preprocess, size: int, draws: torch.Generator) -> Tensor:
+def _draw_input(one: Input, view: Preprocess, size: int, draws: torch.Generator) -> Tensor:
     if one.kind == "tokens":
-        return torch.randint(0, one.tokens, (size, *_settled(one, view, size)), generator=draws)
+        return torch.randint(
+            0, one.tokens, (size, *_concrete_shape(one, view, size)), generator=draws
+        )
     if one.kind == "image":
-        return torch.rand(size, *_settled(one, view, size), generator=draws)
-    x = torch.randn(size, *_settled(one, view, size), generator=draws)
+        return torch.rand(size, *_concrete_shape(one, view, size), generator=draws)
+    x = torch.randn(size, *_concrete_shape(one, view, size), generator=draws)
     if view.mean is not None and view.std is not None and not side_by_side(view):
         x = x * torch.tensor(view.std) + torch.tensor(view.mean)
-    if one.gaps:
+    if one.allows_missing:
         x = x.masked_fill(torch.rand(x.shape, generator=draws) < 0.2, torch.nan)
     return x
 
 
-def _settled(one: Input, view: Preprocess, size: int) -> list[int]:
+def _concrete_shape(one: Input, view: Preprocess, size: int) -> list[int]:
     """A number for each free size: of channels 1 or what the model sees (3, of grey); smaller and larger images by turns."""
     side = view.resize or 0
     colours = (1, 3 if view.channels in (None, 1) else view.channels)
@@ -175,24 +181,24 @@ def _kind(block: Block) -> Literal["image", "row"]:
 OUTPUTS = {"multiclass": "probabilities", "multilabel": "probabilities", "regression": "values"}
 
 
-class Exported(nn.Module):
+class ExportedModel(nn.Module):
     """Raw inputs, `[N, *shape]` each as `inputs` say, to probabilities or values `[N, outputs]`; as the run's `predict`.
 
-    `home`: with the client's own label frequencies, as on its own patients.
+    `personal`: with the client's own label frequencies, as on its own patients.
     """
 
     prior: Tensor | None
 
-    def __init__(self, model: SavedModel, home: bool) -> None:
+    def __init__(self, model: SavedModel, personal: bool) -> None:
         super().__init__()
         self.inputs, self.kind = inputs_of(model), model.task.kind
-        self.view = Seen(model)
+        self.view = ExportedPreprocessing(model)
         self.model = model.module().requires_grad_(False)
-        known = home and model.log_prior is not None
+        known = personal and model.log_prior is not None
         self.register_buffer("prior", torch.tensor(model.log_prior) if known else None)
 
     def forward(self, *given: Tensor) -> Tensor:
-        refused = self.view.refused(given)
+        refused = self.view.invalid_rows(given)
         z = self.model(self.view(given)).logits
         z = z if self.prior is None else z + self.prior
         found: Tensor = (
@@ -205,7 +211,7 @@ class Exported(nn.Module):
         return found.masked_fill(refused.unsqueeze(1), torch.nan)
 
 
-class Seen(nn.Module):
+class ExportedPreprocessing(nn.Module):
     """What `hetero_fl.data.Preprocess` makes of what it takes, with sizes that stay free and no branch on a value."""
 
     mean: Tensor | None
@@ -231,16 +237,16 @@ class Seen(nn.Module):
         x = (
             torch.cat([part.flatten(1) for part in given], dim=1)
             if several
-            else self._resized(given[0])
+            else self._resize(given[0])
         )
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         if self.view.missing is not None:
             gone = x.isnan()
-            x = torch.cat([x.masked_fill(gone, 0.0), self._marks(gone).to(x.dtype)], dim=-1)
+            x = torch.cat([x.masked_fill(gone, 0.0), self._missing_marks(gone).to(x.dtype)], dim=-1)
         return x.transpose(1, 2) if x.ndim == 3 else x
 
-    def refused(self, given: tuple[Tensor, ...]) -> Tensor:
+    def invalid_rows(self, given: tuple[Tensor, ...]) -> Tensor:
         """bool `[N]`: rows that are no examples."""
         found = [
             self._bad(part, one).flatten(1).any(1)
@@ -251,7 +257,7 @@ class Seen(nn.Module):
     def _bad(self, x: Tensor, one: Input) -> Tensor:
         if one.kind == "tokens":
             return (x < 0) | (x >= one.tokens)
-        bad = x.isinf() if one.gaps else x.isinf() | x.isnan()
+        bad = x.isinf() if one.allows_missing else x.isinf() | x.isnan()
         if one.kind != "image":
             return bad
         bad = bad | (x < -OVERSHOOT) | (x > 1 + OVERSHOOT)
@@ -260,7 +266,7 @@ class Seen(nn.Module):
             bad = bad | ((found != 1) & (found != self.view.channels))
         return bad
 
-    def _resized(self, x: Tensor) -> Tensor:
+    def _resize(self, x: Tensor) -> Tensor:
         side, wanted = self.view.resize, self.view.channels
         if side is not None:  # of an image that has this size already it is the image
             x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
@@ -269,7 +275,7 @@ class Seen(nn.Module):
         # A grey image is taken for each of the colours; one in colour, channel by channel.
         return x if wanted is None else x[:, torch.arange(wanted) % _channels(x)]
 
-    def _marks(self, gone: Tensor) -> Tensor:
+    def _missing_marks(self, gone: Tensor) -> Tensor:
         if not self.view.blocks:
             return gone
         return torch.stack(

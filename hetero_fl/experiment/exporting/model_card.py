@@ -14,13 +14,13 @@ from hetero_fl.reporting.formatting import (
     METRICS,
     MISSING,
     algorithm_name,
-    figure,
+    capitalize_first,
+    format_metric,
     metric_name,
-    sentence,
 )
-from hetero_fl.reporting.methods import method
+from hetero_fl.reporting.methods import method_class
 from hetero_fl.reporting.run import Run
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 FORM = "hetero_fl export 1"
 SHOWN = {
@@ -38,12 +38,12 @@ PREDICTS = {
 Json = dict[str, Any]
 
 
-def facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
+def card_facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
     """The content of `NAME.json`: what the run has recorded, and what is known of the files `exported`."""
     summary, details, config = run.summary, run.directory.details(), run.directory.config()
     environment, model = run.directory.environment(), run.models[name]
     client = next((c for c in summary["clients"] if c["id"] == name), None)
-    used = method(summary["algorithm"])
+    used = method_class(summary["algorithm"])
     told: Json = {
         "form": FORM,
         **exported,
@@ -54,7 +54,7 @@ def facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
         },
         "model": {
             "id": name,
-            "architecture": model.arch.id,
+            "architecture": model.arch.spec_id,
             "parameters": sum(model.tensors[n].numel() for n in model.arch.parameter_names),
             "preprocess": {k: v for k, v in model.preprocess.items() if v not in (None, ())},
             "label_frequencies": "none"
@@ -72,7 +72,7 @@ def facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
             "rows": details["rows"].get(name),
         },
         "privacy": summary["privacy"],
-        "protections": protections.told(summary, details),
+        "protections": protections.describe_protections(summary, details),
         "figures": _figures(summary, details, name, client),
         "read": details.get("read", ""),
         "own_readout": used is None or used.predict is not Algorithm.predict,
@@ -84,35 +84,35 @@ def facts(run: Run, name: str, exported: Mapping[str, Any]) -> Json:
             "export": {package: found for package in PACKAGES if (found := _version(package))},
         },
     }
-    return told | {"limits": _limits(told, protections.liars(summary.get("attacks")))}
+    return told | {"limits": _limits(told, protections.describe_attack(summary.get("attacks")))}
 
 
-def markdown(told: Mapping[str, Any]) -> str:
+def card_markdown(content: Mapping[str, Any]) -> str:
     """The same as a page."""
-    run, model, data = told["run"], told["model"], told["data"]
-    graph = any(file["checked"] for file in told["files"])
+    run, model, data = content["run"], content["model"], content["data"]
+    graph = any(file["checked"] for file in content["files"])
     parts = [
         f"# {model['id']}, of the run {run['name']}",
-        f"{model['architecture']}, {model['parameters']:,} parameters, trained by {told['method']['title']} "
-        f"over {plural(run['rounds_completed'], 'round')} (seed {run['seed']}). It gives {PREDICTS[told['task']]}.",
+        f"{model['architecture']}, {model['parameters']:,} parameters, trained by {content['method']['title']} "
+        f"over {pluralize(run['rounds_completed'], 'round')} (seed {run['seed']}). It gives {PREDICTS[content['task']]}.",
         "## Use",
-        *(_use(file, told) for file in told["files"]),
-        *([_inputs(told), _output(told)] if graph else []),
+        *(_use(file, content) for file in content["files"]),
+        *([_inputs(content), _output(content)] if graph else []),
         "## Data and method",
         _data(data, model),
-        f"The method is {told['method']['title']}; its settings are in the `.json` beside this page.",
+        f"The method is {content['method']['title']}; its settings are in the `.json` beside this page.",
         "## Privacy and protections",
-        " ".join(told["protections"]),
+        " ".join(content["protections"]),
         "## Figures",
-        _table(told),
+        _table(content),
         "## Limits",
-        "\n".join(f"- {line}" for line in told["limits"]),
+        "\n".join(f"- {line}" for line in content["limits"]),
         "## Licence",
         f"Data: {data['about'] or data['name']}. The run's configuration states no licence of the model: settle it before you "
         "pass the file on.",
         "## Versions",
-        f"Trained with {_listed(told['versions']['run'])}; written with {_listed(told['versions']['export'])}.",
-        f"SHA-256:\n\n{_digests(told)}",
+        f"Trained with {_format_versions(content['versions']['run'])}; written with {_format_versions(content['versions']['export'])}.",
+        f"SHA-256:\n\n{_digests(content)}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -121,54 +121,54 @@ def _figures(summary: Json, details: Json, name: str, client: Json | None) -> Js
     """The last round's, of the model that was saved; each with the rows that they are from."""
     found: Json = {}
     if client is not None and client["personal"]:
-        found["at home"] = {"n": details["rows"][name]["test"], **_known(client["personal"])}
+        found["at home"] = {"n": details["rows"][name]["test"], **_known_scores(client["personal"])}
     common = client["global"] if client is not None else (summary["server"] or {}).get("last")
     if common:
-        found["in common"] = {"n": summary["data"]["n_test"], **_known(common)}
+        found["in common"] = {"n": summary["data"]["n_test"], **_known_scores(common)}
     return found
 
 
-def _known(scores: Mapping[str, Any]) -> Json:
+def _known_scores(scores: Mapping[str, Any]) -> Json:
     return {name: scores[name] for name in METRICS if name in scores}
 
 
-def _limits(told: Json, lied: str) -> list[str]:
-    data, home = told["data"], told["figures"].get("at home")
+def _limits(content: Json, had_attack: str) -> list[str]:
+    data, home = content["data"], content["figures"].get("at home")
     lines = []
     if data["simulated"]:
         lines.append(
             "Generated data stood in for the real set. The figures say nothing about real data."
         )
-    if lied:
-        lines.append(lied)
+    if had_attack:
+        lines.append(had_attack)
     lines.append(
         "The figures are of the test rows named above. How the model does on other machines and other people is not known: "
         "score it on their rows before it is used (`hetero-fl evaluate`)."
     )
     if home and home["n"] < FEW_ROWS:
-        lines.append(f"Those at home are uncertain: they are from {plural(home['n'], 'row')}.")
-    if told["own_readout"]:
+        lines.append(f"Those at home are uncertain: they are from {pluralize(home['n'], 'row')}.")
+    if content["own_readout"]:
         lines.append(
-            f"The method reads its models in a way of its own ({told['read']}): where that is another model or readout than this "
+            f"The method reads its models in a way of its own ({content['read']}): where that is another model or readout than this "
             "file's, the figures are not the file's. `hetero-fl evaluate` scores the saved model itself."
         )
-    if told["model"]["label_frequencies"] == "added":
+    if content["model"]["label_frequencies"] == "added":
         lines.append(
             "The client's own label frequencies are in the file: it is for that client's people. Figures in common are without "
             "them."
         )
-    if told["model"]["label_frequencies"] == "left out":
+    if content["model"]["label_frequencies"] == "left out":
         lines.append(
             "The client's own label frequencies are left out; figures at home are with them (`--home` writes that file)."
         )
-    if told["inputs"][0]["kind"] == "tokens":
+    if content["inputs"][0]["kind"] == "tokens":
         lines.append(
             "The vocabulary is no part of the file: words are numbered before they are given to it."
         )
     return lines
 
 
-def _use(file: Json, told: Mapping[str, Any]) -> str:
+def _use(file: Json, content: Mapping[str, Any]) -> str:
     if not file["checked"]:
         return (
             f"`{file['name']}` is tensors alone, the run's own file: the architecture is built by `model_zoo`, and hetero_fl "
@@ -178,7 +178,7 @@ def _use(file: Json, told: Mapping[str, Any]) -> str:
     need = "numpy and onnxruntime" if file["format"] == "onnx" else "numpy and torch"
     data = (
         "FILE.csv"
-        if told["inputs"][0]["kind"] in ("row", "tokens") and not told["inputs"][1:]
+        if content["inputs"][0]["kind"] in ("row", "tokens") and not content["inputs"][1:]
         else "FILE.npz"
     )
     sizes, apart = (
@@ -192,22 +192,22 @@ def _use(file: Json, told: Mapping[str, Any]) -> str:
     )
 
 
-def _digests(told: Mapping[str, Any]) -> str:
-    lines = [f"- `{file['name']}`: `{file['sha256']}`" for file in told["files"]]
+def _digests(content: Mapping[str, Any]) -> str:
+    lines = [f"- `{file['name']}`: `{file['sha256']}`" for file in content["files"]]
     lines.append(
-        f"- the run's `models/{told['model']['id']}.safetensors`: `{told['source_sha256']}`"
+        f"- the run's `models/{content['model']['id']}.safetensors`: `{content['source_sha256']}`"
     )
     return "\n".join(lines)
 
 
-def _inputs(told: Mapping[str, Any]) -> str:
+def _inputs(content: Mapping[str, Any]) -> str:
     lines = ["| input | shape | type | what it is |", "| --- | --- | --- | --- |"]
-    for one in told["inputs"]:
+    for one in content["inputs"]:
         columns = f" ({', '.join(one['columns'])})" if "columns" in one else ""
         shape = " × ".join(map(str, one["shape"]))
         lines.append(f"| `{one['name']}` | {shape} | {one['dtype']} | {one['meaning']}{columns} |")
     seen = ", ".join(
-        k for k in told["model"]["preprocess"] if k in ("resize", "channels", "mean", "missing")
+        k for k in content["model"]["preprocess"] if k in ("resize", "channels", "mean", "missing")
     )
     inside = (
         f" Preprocessing is in the file ({seen.replace('mean', 'normalisation')})." if seen else ""
@@ -218,14 +218,18 @@ def _inputs(told: Mapping[str, Any]) -> str:
     )
 
 
-def _output(told: Mapping[str, Any]) -> str:
-    output, names = told["output"], ", ".join(told["names"][:MANY])
-    names += f" … (all {len(told['names']):,} in the `.json`)" if told["names"][MANY:] else ""
+def _output(content: Mapping[str, Any]) -> str:
+    output, names = content["output"], ", ".join(content["names"][:MANY])
+    names += f" … (all {len(content['names']):,} in the `.json`)" if content["names"][MANY:] else ""
     text = f"Output `{output['name']}`, batch × {output['shape'][1]}, {output['dtype']}: {names}."
-    if told["relative"]:
-        times = f", which gives {told['unit']}" if told["unit"] else ""
+    if content["relative"]:
+        times = f", which gives {content['unit']}" if content["unit"] else ""
         return f"{text} Values are relative: multiply each by what its row's targets were relative to{times} (`--unit`)."
-    return f"{text} In {told['unit']}." if told["task"] == "regression" and told["unit"] else text
+    return (
+        f"{text} In {content['unit']}."
+        if content["task"] == "regression" and content["unit"]
+        else text
+    )
 
 
 def _data(data: Json, model: Json) -> str:
@@ -234,9 +238,9 @@ def _data(data: Json, model: Json) -> str:
     how = f"partition {partition.get('kind')}" + (f", {extra} {partition[extra]}" if extra else "")
     how += "; some brought data of their own" if data["own_source"] else ""
     lines = [
-        f"{sentence(data['name'])}{': ' + data['about'] if data['about'] else ''}. {plural(data['n_train'], 'training row')} of "
-        f"{plural(data['clients'], 'client')} ({how}), {plural(data['n_proxy'], 'proxy row')}, "
-        f"{plural(data['n_test'], 'common test row')}."
+        f"{capitalize_first(data['name'])}{': ' + data['about'] if data['about'] else ''}. {pluralize(data['n_train'], 'training row')} of "
+        f"{pluralize(data['clients'], 'client')} ({how}), {pluralize(data['n_proxy'], 'proxy row')}, "
+        f"{pluralize(data['n_test'], 'common test row')}."
     ]
     if data["rows"]:
         listed = ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())
@@ -244,8 +248,8 @@ def _data(data: Json, model: Json) -> str:
     return " ".join(lines)
 
 
-def _table(told: Mapping[str, Any]) -> str:
-    found = told["figures"]
+def _table(content: Mapping[str, Any]) -> str:
+    found = content["figures"]
     if not found:
         return "None were taken."
     lines = [
@@ -255,18 +259,20 @@ def _table(told: Mapping[str, Any]) -> str:
         "| --- |" + " ---: |" * len(found),
     ]
     for name in (m for m in METRICS if any(m in scores for scores in found.values())):
-        values = " | ".join(figure(s[name], name) if name in s else MISSING for s in found.values())
-        lines.append(f"| {metric_name(name, told['unit'])} | {values} |")
+        values = " | ".join(
+            format_metric(s[name], name) if name in s else MISSING for s in found.values()
+        )
+        lines.append(f"| {metric_name(name, content['unit'])} | {values} |")
     return "\n".join(
         [
             *lines,
             "",
-            f"After round {told['run']['rounds_completed']}, the last; read {told['read']}.",
+            f"After round {content['run']['rounds_completed']}, the last; read {content['read']}.",
         ]
     )
 
 
-def _listed(versions: Mapping[str, Any]) -> str:
+def _format_versions(versions: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {found}" for name, found in versions.items() if found)
 
 

@@ -29,35 +29,35 @@ OVERSHOOT = 1e-3  # what round-off in scaling may add to 0..1
 Arrays = dict[str, Any]
 
 
-class Mistake(Exception):
+class ScoringError(Exception):
     """One line for whoever started the script."""
 
 
 def load(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
     """What a model takes and gives, and the model as a function of arrays by input name."""
     if not path.is_file():
-        raise Mistake(f"--model: {path}: no such file")
+        raise ScoringError(f"--model: {path}: no such file")
     if path.suffix == ".onnx":
         return _onnx(path)
     if path.suffix == ".pt":
         return _torchscript(path)
     if path.suffix == ".safetensors":
-        raise Mistake(
+        raise ScoringError(
             f"--model: {path}: tensors alone, without an architecture; export onnx or torchscript"
         )
-    raise Mistake(f"--model: found {path.name}; a .onnx or .pt file is needed")
+    raise ScoringError(f"--model: found {path.name}; a .onnx or .pt file is needed")
 
 
 def _onnx(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
     try:
         import onnxruntime
     except ImportError:
-        raise Mistake("--model: .onnx needs onnxruntime: pip install onnxruntime") from None
+        raise ScoringError("--model: .onnx needs onnxruntime: pip install onnxruntime") from None
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common type
-        raise Mistake(f"--model: {path}: {error}") from None
-    return _about(
+        raise ScoringError(f"--model: {path}: {error}") from None
+    return _parse_metadata(
         session.get_modelmeta().custom_metadata_map.get("hetero_fl"), path
     ), lambda x: session.run(None, x)[0]
 
@@ -66,22 +66,22 @@ def _torchscript(path: Path) -> tuple[dict[str, Any], Callable[[Arrays], Any]]:
     try:
         import torch
     except ImportError:
-        raise Mistake("--model: .pt needs torch: pip install torch") from None
+        raise ScoringError("--model: .pt needs torch: pip install torch") from None
     beside = {"hetero_fl.json": ""}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # that torch.jit is deprecated
             module = torch.jit.load(str(path), map_location="cpu", _extra_files=beside)
     except RuntimeError as error:
-        raise Mistake(f"--model: {path}: {error}") from None
-    return _about(beside["hetero_fl.json"], path), lambda x: module(
+        raise ScoringError(f"--model: {path}: {error}") from None
+    return _parse_metadata(beside["hetero_fl.json"], path), lambda x: module(
         *map(torch.from_numpy, x.values())
     ).numpy()
 
 
-def _about(text: str | bytes | None, path: Path) -> dict[str, Any]:
+def _parse_metadata(text: str | bytes | None, path: Path) -> dict[str, Any]:
     if not text:
-        raise Mistake(f"--model: {path}: was not written by hetero-fl export")
+        raise ScoringError(f"--model: {path}: was not written by hetero-fl export")
     about: dict[str, Any] = json.loads(text)
     return about
 
@@ -89,24 +89,24 @@ def _about(text: str | bytes | None, path: Path) -> dict[str, Any]:
 def read(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     """The examples of a file as the model's inputs. Raises Mistake."""
     if not path.is_file():
-        raise Mistake(f"--data: {path}: no such file")
+        raise ScoringError(f"--data: {path}: no such file")
     try:
         if path.suffix == ".npz":
             found = _npz(path, inputs)
         elif path.suffix == ".csv":
             found = _csv(path, inputs)
         else:
-            raise Mistake(f"--data: found {path.name}; a .npz or .csv file is needed")
+            raise ScoringError(f"--data: found {path.name}; a .npz or .csv file is needed")
     except (OSError, ValueError) as error:
         # numpy would have it unpickled
         why = "no archive of arrays of numbers" if "pickle" in str(error) else error
-        raise Mistake(f"--data: {path}: {why}") from None
+        raise ScoringError(f"--data: {path}: {why}") from None
     given = {
-        one["name"]: fitted(found[one["name"]], one, f"--data: {path}: {one['name']}")
+        one["name"]: to_input(found[one["name"]], one, f"--data: {path}: {one['name']}")
         for one in inputs
     }
     if len({len(x) for x in given.values()}) > 1:
-        raise Mistake(
+        raise ScoringError(
             f"--data: {path}: found {', '.join(f'{len(x)} rows of {n}' for n, x in given.items())}"
         )
     return given
@@ -121,7 +121,7 @@ def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
                 name not in file and not one.get("gaps")
                 for name, one in zip(names, inputs, strict=True)
             ):
-                raise Mistake(
+                raise ScoringError(
                     f"--data: {path}: found {', '.join(file.files)}; arrays {', '.join(names)} are needed"
                 )
             rows = len(file[there[0]])
@@ -132,7 +132,7 @@ def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
             file.files[0] if len(file.files) == 1 else None,
         )
         if wanted is None:
-            raise Mistake(
+            raise ScoringError(
                 f"--data: {path}: found {', '.join(file.files)}; an array {names[0]} is needed"
             )
         return {names[0]: file[wanted]}
@@ -141,14 +141,14 @@ def _npz(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
 def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
     one = inputs[0]
     if len(inputs) > 1 or one["kind"] not in ("row", "tokens"):
-        raise Mistake(
+        raise ScoringError(
             f"--data: {path}: this model takes {', '.join(i['name'] for i in inputs)}, which need a .npz file"
         )
     with path.open(newline="", encoding="utf-8-sig") as file:
         header, *lines = [row for row in csv.reader(file) if row] or [[]]
     for i, line in enumerate(lines):
         if len(line) != len(header):
-            raise Mistake(
+            raise ScoringError(
                 f"--data: {path}: row {i + 1}: found {len(line)} cells below {len(header)} names"
             )
     for name, categories in one.get("categories", {}).items():
@@ -157,15 +157,15 @@ def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
             header += [f"{name}={category}" for category in categories]
             for line in lines:
                 line += [
-                    str(float(_plain(line[place], categories) == category))
+                    str(float(_normalize_cell(line[place], categories) == category))
                     for category in categories
                 ]
         elif not one.get("gaps"):
-            raise Mistake(f"--data: {path}: no column '{name}'; found {', '.join(header)}")
+            raise ScoringError(f"--data: {path}: no column '{name}'; found {', '.join(header)}")
     wanted = one.get("columns") or header
     for name in wanted:
         if name not in header and not one.get("gaps"):
-            raise Mistake(f"--data: {path}: no column '{name}'; found {', '.join(header)}")
+            raise ScoringError(f"--data: {path}: no column '{name}'; found {', '.join(header)}")
     places = [header.index(name) if name in header else None for name in wanted]
     values = np.full((len(lines), len(wanted)), np.nan)
     for i, line in enumerate(lines):
@@ -174,40 +174,42 @@ def _csv(path: Path, inputs: list[dict[str, Any]]) -> Arrays:
             try:
                 values[i, j] = float(cell) if cell else np.nan
             except ValueError:
-                raise Mistake(
+                raise ScoringError(
                     f"--data: {path}: row {i + 1}, column '{wanted[j]}': found '{cell}', not a number"
                 ) from None
     return {one["name"]: values}
 
 
-def _plain(cell: str, categories: list[str]) -> str:
+def _normalize_cell(cell: str, categories: list[str]) -> str:
     """A cell without spaces around it; 1.0 is 1 where no category is called 1.0."""
     cell = cell.strip()
     whole = re.fullmatch(r"([+-]?\d+)\.0*", cell)
     return whole[1] if whole and cell not in categories else cell
 
 
-def fitted(x: Any, one: dict[str, Any], where: str) -> Any:
+def to_input(x: Any, one: dict[str, Any], where: str) -> Any:
     """An array as an input wants it: type, channels first, bytes divided by 255. Raises Mistake for what is no example."""
     if x.dtype.kind not in "buif" or x.ndim == 0:
-        raise Mistake(f"{where}: found {x.dtype} of shape {x.shape}; an array of numbers is needed")
+        raise ScoringError(
+            f"{where}: found {x.dtype} of shape {x.shape}; an array of numbers is needed"
+        )
     shape = one["shape"][1:]
     if one["kind"] == "image":
         x = x[:, None] if x.ndim == 3 else x
         if (
             x.ndim == 4
-            and not _fits(x.shape[1:], shape)
-            and _fits((x.shape[3], *x.shape[1:3]), shape)
+            and not _shapes_match(x.shape[1:], shape)
+            and _shapes_match((x.shape[3], *x.shape[1:3]), shape)
         ):
             x = np.moveaxis(x, 3, 1)
         if x.dtype.kind in "bui":
             if x.size and (x.min() < 0 or x.max() > 255):
-                raise Mistake(
+                raise ScoringError(
                     f"{where}: found whole numbers from {x.min()} to {x.max()}; bytes, or floats from 0 to 1"
                 )
             x = x.astype(np.float32) / np.float32(255)
-    if not _fits(x.shape[1:], shape):
-        raise Mistake(
+    if not _shapes_match(x.shape[1:], shape):
+        raise ScoringError(
             f"{where}: found shape {x.shape}; wanted ({', '.join(map(str, ['N', *shape]))})"
         )
     bad = _bad(x, one)
@@ -217,7 +219,7 @@ def fitted(x: Any, one: dict[str, Any], where: str) -> Any:
             one["kind"], (None, None)
         )
         told = "no number, or infinity" if low is None else f"no number from {low} to {high}"
-        raise Mistake(f"{where}: row {row + 1}: found {told}")
+        raise ScoringError(f"{where}: row {row + 1}: found {told}")
     return np.ascontiguousarray(x, dtype=one["dtype"])
 
 
@@ -228,7 +230,7 @@ def _bad(x: Any, one: dict[str, Any]) -> Any:
     return bad | (x < -OVERSHOOT) | (x > 1 + OVERSHOOT) if one["kind"] == "image" else bad
 
 
-def _fits(found: tuple[int, ...], wanted: list[int | str]) -> bool:
+def _shapes_match(found: tuple[int, ...], wanted: list[int | str]) -> bool:
     free = all(isinstance(w, str) or f == w for f, w in zip(found, wanted, strict=False))
     # else it could be any of the three
     few = "channels" not in wanted or (len(found) == 3 and found[0] in (1, 3))
@@ -249,7 +251,7 @@ def write(scores: Any, about: dict[str, Any], out: Path | None) -> None:
         with out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
     except OSError as error:
-        raise Mistake(f"--out: {out}: {error.strerror}") from None
+        raise ScoringError(f"--out: {out}: {error.strerror}") from None
 
 
 def main() -> int:
@@ -272,16 +274,18 @@ def main() -> int:
     try:
         about, model = load(options.model)
         if options.unit != 1 and about["task"] != "regression":
-            raise Mistake("--unit: is for values, and this model gives probabilities; leave it out")
+            raise ScoringError(
+                "--unit: is for values, and this model gives probabilities; leave it out"
+            )
         given = read(options.data, about["inputs"])
         rows = len(next(iter(given.values())))
         if not rows:
-            raise Mistake(f"--data: {options.data}: has no rows")
+            raise ScoringError(f"--data: {options.data}: has no rows")
         parts = [
             model({n: x[i : i + BATCH] for n, x in given.items()}) for i in range(0, rows, BATCH)
         ]
         write(np.concatenate(parts) * np.float32(options.unit), about, options.out)
-    except Mistake as mistake:
+    except ScoringError as mistake:
         print("error:", " ".join(str(mistake).split()), file=sys.stderr)
         return 2
     return 0

@@ -11,28 +11,28 @@ import torch
 from torch import Tensor
 
 from hetero_fl.algorithms.distillation import TEACHER
-from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH, Newcomer
-from hetero_fl.config import Config, expand
+from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH, JoiningClient
+from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.load import Overrides, override_list
 from hetero_fl.core.metrics import Scores, score
 from hetero_fl.core.model_spec import Tensors
 from hetero_fl.core.task import Task
-from hetero_fl.data import Dataset, FederatedData, Preprocess, strata, with_test
-from hetero_fl.data.client_rows import Private
-from hetero_fl.data.dataset import Examples, Layout, Share, Vocabulary
-from hetero_fl.data.missing_values import check_gaps, usable
-from hetero_fl.data.partition import commonest
+from hetero_fl.data import Dataset, FederatedData, Preprocess, row_strata, with_test
+from hetero_fl.data.client_rows import ClientRows
+from hetero_fl.data.dataset import ColumnLayout, Examples, RowSelection, Vocabulary
+from hetero_fl.data.missing_values import check_missing_values, usable_rows
+from hetero_fl.data.partition import most_common_stratum
 from hetero_fl.data.preprocessing import NOTHING
-from hetero_fl.experiment.evaluation import comparable, in_run_order, load_as, renumbered
-from hetero_fl.experiment.onboarding.transfer import Legacy
-from hetero_fl.experiment.preparation import Prepared, load_config
-from hetero_fl.federation.federation import Federation
+from hetero_fl.experiment.evaluation import are_comparable, load_as, order_columns, renumber_targets
+from hetero_fl.experiment.onboarding.transfer import TransferSource
+from hetero_fl.experiment.preparation import PreparedRun, load_config
+from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.reporting.run import Run
 from hetero_fl.reporting.run_directory import check_vacant
-from hetero_fl.utils.code_permission import CodePermission, references
+from hetero_fl.utils.code_permission import CodePermission, find_references
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.seeding import keyed_generator
 from hetero_fl.utils.serialization import write_atomically
 
 # Newcomers with different numbers of labels, in a federation of their own in which each trains
@@ -51,20 +51,20 @@ OF_OTHERS = {
     "machine",
 }  # not taken over from a client of the run
 
-Given = dict[str, Tensors | Tensor]  # what is received, by name
+TransferredParts = dict[str, Tensors | Tensor]  # what is received, by name
 
 
 @dataclass(frozen=True)
-class Site:
+class JoiningSite:
     """The newcomer: its examples, the numbers of labelled patients to try, what those are called, and how often each label
-    occurs (see `hetero_fl.data.strata`; of a patient with several the commonest)."""
+    occurs (see `hetero_fl.data.row_strata`; of a patient with several the commonest)."""
 
     train: Examples
     test: Examples
     counts: tuple[int, ...]
     unit: str
     task: Task
-    layout: Layout = NOTHING
+    layout: ColumnLayout = NOTHING
     vocabulary: Vocabulary | None = None
 
     def rows(self, count: int, seed: int) -> Tensor:
@@ -72,9 +72,9 @@ class Site:
         mix of all, and a larger one has the patients of a smaller."""
         unit = torch.arange(len(self.train)) if self.train.patient is None else self.train.patient
         unit = unit.unique(return_inverse=True)[1]
-        label = commonest(strata(labels(self.train), self.task), unit)
+        label = most_common_stratum(row_strata(labels(self.train), self.task), unit)
         draws = torch.rand(
-            len(label), generator=generator("join", seed, "labelled"), dtype=torch.float64
+            len(label), generator=keyed_generator("join", seed, "labelled"), dtype=torch.float64
         )
         place = torch.empty_like(draws)
         for kind in label.unique():
@@ -87,26 +87,26 @@ class Site:
         return torch.nonzero(torch.isin(unit, chosen)).squeeze(1)
 
 
-class Newcomers:
+class JoiningClients:
     """One newcomer of each number of labels in a federation of its own, in which each trains alone."""
 
     def __init__(
         self,
-        legacy: Legacy,
-        site: Site,
+        source_run: TransferSource,
+        site: JoiningSite,
         name: str,
         model: str,
         epochs: int,
         overrides: Sequence[str],
     ) -> None:
         self.legacy, self.site, self.name, self.model, self.epochs = (
-            legacy,
+            source_run,
             site,
             name,
             model,
             epochs,
         )
-        settings, fits = legacy.settings(model)
+        settings, fits = source_run.settings_for(model)
         taken = settings.model_dump(mode="json", exclude_unset=True)
         self.defaults = {k: v for k, v in taken.items() if k not in OF_OTHERS} | (
             {} if fits else {"model": model}
@@ -133,71 +133,81 @@ class Newcomers:
         }
         return load_config(source, self.overrides)
 
-    def federation(self, config: Config) -> tuple[FederatedData, Federation]:
+    def federation(self, config: Config) -> tuple[FederatedData, FederationSpec]:
         """The newcomers and their rows; public rows if a teacher speaks of them."""
-        clients, site = expand(config.clients), self.site
+        clients, site = expand_population(config.clients), self.site
         none = torch.zeros(0, dtype=torch.int64)
         private = {
             f"with_{n}": {
-                "train": Share(site.train, site.rows(n, config.seed)),
-                "validation": Share(site.train, none),
-                "test": Share(site.test, torch.arange(len(site.test))),
+                "train": RowSelection(site.train, site.rows(n, config.seed)),
+                "validation": RowSelection(site.train, none),
+                "test": RowSelection(site.test, torch.arange(len(site.test))),
             }
             for n in site.counts
         }
         # all is at home
-        public = {name: Share(site.test, none) for name in ("common_test", "common_validation")}
+        public = {
+            name: RowSelection(site.test, none) for name in ("common_test", "common_validation")
+        }
         if self.transfer is not None:
-            public["proxy"] = Share(Examples(self.transfer), torch.arange(len(self.transfer)))
-        own = Private(private)
+            public["proxy"] = RowSelection(
+                Examples(self.transfer), torch.arange(len(self.transfer))
+            )
+        own = ClientRows(private)
         data = FederatedData(
             self.legacy.task, self.name, clients, own, public, config.seed,
             layout=site.layout, vocabulary=site.vocabulary,
         )  # fmt: skip
-        check_gaps(clients.kinds, clients, own, public, site.layout)
-        return data, Federation.of(
+        check_missing_values(clients.profiles, clients, own, public, site.layout)
+        return data, FederationSpec.from_config(
             config.model_copy(update={"privacy": None}), data, clients, student=False
         )
 
-    def beginnings(self, take: str | None) -> dict[str, Given]:
+    def transfer_options(self, requested: str | None) -> dict[str, TransferredParts]:
         """What a newcomer may begin with: nothing, and of the run what is asked for or can be had."""
         _, federation = self.federation(self.config(0))
-        card = next(iter(federation.cards.values()))
-        begins: dict[str, Given] = {SCRATCH: {}}
-        if take not in (None, BACKBONE, TEACHER, BOTH):
-            raise UserError(f"--take: found '{take}'; choose from {BACKBONE}, {TEACHER}, {BOTH}")
-        if take != TEACHER:
+        card = next(iter(federation.client_infos.values()))
+        begins: dict[str, TransferredParts] = {SCRATCH: {}}
+        if requested not in (None, BACKBONE, TEACHER, BOTH):
+            raise UserError(
+                f"--take: found '{requested}'; choose from {BACKBONE}, {TEACHER}, {BOTH}"
+            )
+        if requested != TEACHER:
             backbone = self.legacy.backbone(card.arch)
             if backbone is None:
-                why = f"nobody in {self.legacy.run.path} shared the backbone of a {card.arch.id}"
-                if take is not None:
-                    raise UserError(f"--take: {why}; take teacher, or --model {self.legacy.usual}")
+                why = (
+                    f"nobody in {self.legacy.run.path} shared the backbone of a {card.arch.spec_id}"
+                )
+                if requested is not None:
+                    raise UserError(
+                        f"--take: {why}; take teacher, or --model {self.legacy.most_common_model}"
+                    )
                 self.legacy.notes.append(why)
             else:
                 begins[BACKBONE] = {BACKBONE: backbone}
-        if take != BACKBONE:
-            transfer, self.teacher_on = self._transfer(card.preprocess)
+        if requested != BACKBONE:
+            transfer, self.teacher_on = self._transfer_rows(card.preprocess)
             teacher = self.legacy.consensus(transfer)
-            heard = usable(transfer, card.preprocess) & ~teacher.isnan().any(1)
+            heard = usable_rows(transfer, card.preprocess) & ~teacher.isnan().any(1)
             if bool(heard.any()):
                 self.transfer, begins[TEACHER] = transfer[heard], {TEACHER: teacher[heard]}
             else:
                 why = f"of {self.teacher_on} there is none that both the newcomer and a model of the run see"
-                if take is not None:
+                if requested is not None:
                     raise UserError(f"--take: {why}; take backbone")
                 self.legacy.notes.append(why)
                 self.teacher_on = ""
         if BACKBONE in begins and TEACHER in begins:
             begins[BOTH] = {**begins[BACKBONE], **begins[TEACHER]}
-        return begins if take is None else {way: begins[way] for way in (SCRATCH, take)}
+        return begins if requested is None else {way: begins[way] for way in (SCRATCH, requested)}
 
-    def _transfer(self, view: Preprocess) -> tuple[Tensor, str]:
+    def _transfer_rows(self, view: Preprocess) -> tuple[Tensor, str]:
         """The raw rows on which the teacher is heard, in words, too."""
         public, own = self.legacy.public, self.site.train.x
         fits = public is not None and view.shape(tuple(public.shape[1:])) == view.shape(
             tuple(own.shape[1:])
         )
-        if public is not None and fits and bool(usable(public, view).any()):
+        if public is not None and fits and bool(usable_rows(public, view).any()):
             return public, f"the run's {len(public):,} public rows"
         if public is not None:
             why = "the newcomer sees nothing of the run's public rows"
@@ -206,7 +216,7 @@ class Newcomers:
             )
         return own, f"the newcomer's own {len(own):,} training rows, without their labels"
 
-    def consensus(self) -> Scores:
+    def consensus_scores(self) -> Scores:
         """What all models of the run together reach on the test rows, those of which one of them sees anything."""
         test = self.site.test
         said = self.legacy.consensus(test.x)
@@ -214,25 +224,25 @@ class Newcomers:
         unit = None if test.unit is None else test.unit[heard]
         return score(self.legacy.task, said[heard], labels(test)[heard], unit)
 
-    def carry_out(
-        self, seed: int, way: str, given: Given, keep: Path | None
+    def run_transfer(
+        self, seed: int, option: str, parts: TransferredParts, save_path: Path | None
     ) -> list[dict[str, Any]]:
-        """Figures on the test rows for each number of labels; `keep`: where the model with the most goes."""
-        config = self.config(seed, LONGER if way == SCRATCH else 1)
+        """Figures on the test rows for each number of labels; `save_path`: where the model with the most goes."""
+        config = self.config(seed, LONGER if option == SCRATCH else 1)
         data, federation = self.federation(config)
-        rounds = Prepared(config, Newcomer(), federation, data, [], {}).rounds()
+        rounds = PreparedRun(config, JoiningClient(), federation, data, [], {}).make_trainer()
         last = f"with_{self.site.counts[-1]}"
 
-        def save(id: str, encoded: bytes) -> None:
-            if keep is not None and id == last:
-                keep.parent.mkdir(exist_ok=True)
-                write_atomically(keep, encoded)
+        def save(client_id: str, encoded: bytes) -> None:
+            if save_path is not None and client_id == last:
+                save_path.parent.mkdir(exist_ok=True)
+                write_atomically(save_path, encoded)
 
         try:
-            rounds.server.state.update(given)
-            rounds.round()
+            rounds.server.state.update(parts)
+            rounds.run_round()
             readings = rounds.evaluate(
-                details=keep is not None, save=save if keep is not None else None
+                details=save_path is not None, save=save if save_path is not None else None
             )
         finally:
             rounds.executor.close()
@@ -262,7 +272,7 @@ def join(
     *,
     out: str | Path,
     label: str | None = None,
-    take: str | None = None,
+    transfer: str | None = None,
     patients: Sequence[int] = PATIENTS,
     seeds: Iterable[int] = SEEDS,
     epochs: int = EPOCHS,
@@ -281,7 +291,7 @@ def join(
         data: a local file, a source's name, or a data set in hand: training rows, and a test set (else a fifth of them).
         model: of `model_zoo`; none: the run's most frequent. It trains as the run's clients with that model do.
         label: a table's column of labels; none: the run's own.
-        take: backbone, teacher or both; none: each that there is.
+        transfer: backbone, teacher or both; none: each that there is.
         patients: numbers of labelled patients (of examples, where the data does not say whose they are).
         epochs: of fine-tuning, though at least 60 steps; from scratch four times as many.
         overrides: settings of the newcomer as of a client, `optimizer.lr=0.0005`, or of `runtime`.
@@ -290,21 +300,21 @@ def join(
     Raises:
         UserError: data, model or settings that do not fit the run; a backbone that nobody shared.
     """
-    legacy, out = Legacy(Run.of(run, allow_code)), Path(out)
+    legacy, out = TransferSource(Run.open(run, allow_code)), Path(out)
     overrides = override_list(overrides)
-    CodePermission.of(allow_code).check_written(
-        references({"--data": data, "--model": model, "overrides": overrides})
+    CodePermission.from_argument(allow_code).check_written(
+        find_references({"--data": data, "--model": model, "overrides": overrides})
     )
     check_vacant(out, besides="")  # nothing of it is gone on with
     dataset = (
-        in_run_order(data, legacy.run)
+        order_columns(data, legacy.run)
         if isinstance(data, Dataset)
         else load_as(legacy.run, data, label)
     )
-    site = _site(dataset, legacy, patients)
-    name = model or legacy.usual
-    plan = Newcomers(legacy, site, dataset.name, name, epochs, overrides)
-    begins = plan.beginnings(take)
+    site = _joining_site(dataset, legacy, patients)
+    name = model or legacy.most_common_model
+    plan = JoiningClients(legacy, site, dataset.name, name, epochs, overrides)
+    begins = plan.transfer_options(transfer)
     for split, examples in (("training", site.train), ("test", site.test)):
         if note := legacy.overlap(examples.x, f"the newcomer's {split} rows", "it"):
             legacy.notes.append(note)
@@ -316,7 +326,7 @@ def join(
             keep = None if seed != seeds[0] else out / "models" / f"{way}.safetensors"
             rows += [
                 {"begins": way, "seed": seed, **found}
-                for found in plan.carry_out(seed, way, given, keep)
+                for found in plan.run_transfer(seed, way, given, keep)
             ]
             say(f"seed {seed}, {way}: done")
     content = {
@@ -330,7 +340,7 @@ def join(
         "epochs": epochs,
         "n_test": len(site.test),
         "teacher_on": plan.teacher_on or None,
-        "consensus": plan.consensus(),
+        "consensus": plan.consensus_scores(),
         "notes": legacy.notes,
         "rows": rows,
     }
@@ -340,9 +350,11 @@ def join(
     return content
 
 
-def _site(dataset: Dataset, legacy: Legacy, patients: Sequence[int]) -> Site:
-    task = legacy.task
-    if not comparable(dataset.task, task):
+def _joining_site(
+    dataset: Dataset, source_run: TransferSource, patients: Sequence[int]
+) -> JoiningSite:
+    task = source_run.task
+    if not are_comparable(dataset.task, task):
         raise UserError(
             f"--data: {dataset.name} is {dataset.task.kind} with {dataset.task.outputs} outputs, the run's models are "
             f"{task.kind} with {task.outputs}"
@@ -351,7 +363,7 @@ def _site(dataset: Dataset, legacy: Legacy, patients: Sequence[int]) -> Site:
     assert dataset.test is not None
     parts = []
     for examples in (dataset.train, dataset.test):
-        y = renumbered(labels(examples), dataset.task, task, f"--data: {dataset.name}")
+        y = renumber_targets(labels(examples), dataset.task, task, f"--data: {dataset.name}")
         parts.append(replace(examples, y=y, group=None, group_names=()))
     train, test = parts
     whole = len(train) if train.patient is None else len(train.patient.unique())
@@ -367,7 +379,7 @@ def _site(dataset: Dataset, legacy: Legacy, patients: Sequence[int]) -> Site:
             f"--patients: found {asked[0]} and more, but {dataset.name} has {whole} labelled {unit} to train on"
         )
     if len(counts) < len(asked):
-        legacy.notes.append(
+        source_run.notes.append(
             f"{dataset.name} has {whole} labelled {unit} to train on; larger numbers are left out"
         )
-    return Site(train, test, counts, unit, task, dataset.layout, dataset.vocabulary)
+    return JoiningSite(train, test, counts, unit, task, dataset.layout, dataset.vocabulary)

@@ -14,7 +14,7 @@ from hetero_fl.algorithms.distillation import TEACHER
 from hetero_fl.algorithms.onboarding import BACKBONE, BOTH, SCRATCH
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, metric_names
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.formatting import METRICS, MISSING, digits, sentence
+from hetero_fl.reporting.formatting import METRICS, MISSING, capitalize_first, format_significant
 from hetero_fl.reporting.plots import style
 from hetero_fl.reporting.run_directory import RunDirectory
 
@@ -34,14 +34,14 @@ Json = dict[str, Any]
 def write_join(out: Path, content: Json, task: Task) -> None:
     """Write the three files. `content`: what `hetero_fl.experiment.join` found."""
     made = RunDirectory(out)
-    content["table"] = summarised(content, task)
+    content["table"] = summarize_seeds(content, task)
     made.write_json("join.json", content)
-    made.write_text("join.md", markdown(content, task))
-    with style.drawing():
-        (out / "join.png").write_bytes(style.png(draw(content, task)))
+    made.write_text("join.md", join_markdown(content, task))
+    with style.plot_style():
+        (out / "join.png").write_bytes(style.to_png(draw_join(content, task)))
 
 
-def summarised(content: Mapping[str, Any], task: Task) -> list[Json]:
+def summarize_seeds(content: Mapping[str, Any], task: Task) -> list[Json]:
     """For each beginning and number of labels the mean of each metric over the seeds, and its sample standard deviation."""
     table = []
     for way in dict.fromkeys(row["begins"] for row in content["rows"]):
@@ -56,12 +56,12 @@ def summarised(content: Mapping[str, Any], task: Task) -> list[Json]:
     return table
 
 
-def shown(content: Mapping[str, Any], task: Task) -> list[str]:
+def shown_metrics(content: Mapping[str, Any], task: Task) -> list[str]:
     """The metrics that the page and the picture are about, as far as they are defined."""
     return [m for m in _SHOWN[task.kind] if any(row[m] is not None for row in content["rows"])]
 
 
-def markdown(content: Json, task: Task) -> str:
+def join_markdown(content: Json, task: Task) -> str:
     """A page: what was compared, and a table a metric."""
     ways = list(dict.fromkeys(row["begins"] for row in content["rows"]))
     about = [
@@ -76,7 +76,7 @@ def markdown(content: Json, task: Task) -> str:
         about.append(
             f"The teacher is the mean prediction of the run's models on {content['teacher_on']}."
         )
-    for metric in shown(content, task):
+    for metric in shown_metrics(content, task):
         head = ["labelled", *(WORDS[way] for way in ways)]
         lines = [f"| {' | '.join(head)} |", f"|{' ---: |' * len(head)}"]
         for count in content["patients"]:
@@ -85,13 +85,13 @@ def markdown(content: Json, task: Task) -> str:
             lines.append(f"| {count} | {' | '.join(line)} |")
         alone = content["consensus"][metric]
         below = f"The run's consensus itself, without a label of the newcomer's: {_number(alone, metric)}."
-        about += [f"## {sentence(METRICS[metric])}", "\n".join(lines), below]
+        about += [f"## {capitalize_first(METRICS[metric])}", "\n".join(lines), below]
     if content["notes"]:
         about.append("\n".join(f"- {note}" for note in content["notes"]))
     return "\n\n".join(about) + "\n"
 
 
-def ahead(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:
+def is_better(entry: Mapping[str, Any], scratch: Mapping[str, Any], metric: str) -> bool:
     """Whether a beginning is better than from scratch by more than both standard deviations together."""
     values = [entry[metric], entry[f"{metric}_std"], scratch[metric], scratch[f"{metric}_std"]]
     if any(v is None for v in values):
@@ -104,18 +104,18 @@ def _cell(entry: Json, scratch: Json, metric: str) -> str:
     text = _number(entry[metric], metric)
     if entry[f"{metric}_std"] is not None:
         text += f" ± {_number(entry[f'{metric}_std'], metric)}"
-    return f"**{text}**" if ahead(entry, scratch, metric) else text
+    return f"**{text}**" if is_better(entry, scratch, metric) else text
 
 
 def _number(value: float | None, metric: str) -> str:
     if value is None:
         return MISSING
-    return digits(value) if metric in ("mae", "rmse", "r2") else f"{100 * value:.1f}"
+    return format_significant(value) if metric in ("mae", "rmse", "r2") else f"{100 * value:.1f}"
 
 
-def draw(content: Json, task: Task) -> Figure:
+def draw_join(content: Json, task: Task) -> Figure:
     """A panel a metric: mean against the number of labels, a band of one standard deviation over the seeds."""
-    metrics = shown(content, task)
+    metrics = shown_metrics(content, task)
     figure = style.figure(2.7)
     panels: Sequence[Axes] = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
@@ -135,7 +135,7 @@ def draw(content: Json, task: Task) -> Figure:
         axes.set_xticks(content["patients"], [f"{n:,}" for n in content["patients"]])
         axes.minorticks_off()
         axes.set_xlabel(f"labelled {content['unit']}")
-        axes.set_title(sentence(METRICS[metric]))
+        axes.set_title(capitalize_first(METRICS[metric]))
     handles, words = panels[0].get_legend_handles_labels()
     figure.legend(handles, words, loc="outside lower center", ncols=5)
     return figure

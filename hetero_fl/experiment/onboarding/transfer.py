@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hetero_fl.algorithms import Algorithm, algorithm
-from hetero_fl.config import Config, expand
+from hetero_fl.algorithms import Algorithm, register_algorithm
+from hetero_fl.config import Config, expand_population
 from hetero_fl.config.clients import ClientSettings
 from hetero_fl.config.population import Population
-from hetero_fl.core.model_spec import Architecture, Tensors
+from hetero_fl.core.model_spec import ModelSpec, Tensors
 from hetero_fl.core.participant import common_part
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
-from hetero_fl.data.missing_values import usable
-from hetero_fl.experiment.preparation import Prepared, load_config, prepare
+from hetero_fl.data.missing_values import usable_rows
+from hetero_fl.experiment.preparation import PreparedRun, load_config, prepare
 from hetero_fl.reporting.run import Run
 from hetero_fl.utils.errors import UserError
 
@@ -29,7 +29,7 @@ BODY = ("backbone.",)
 
 
 @dataclass
-class Legacy:
+class TransferSource:
     """A finished run as a newcomer finds it. Only what clients were willing to share leaves it: the part of their models that
     travelled, and predictions."""
 
@@ -44,13 +44,13 @@ class Legacy:
     @cached_property
     def clients(self) -> Population:
         """Who took part."""
-        return expand(self.config.clients)
+        return expand_population(self.config.clients)
 
     @cached_property
     def method(self) -> Algorithm:
         """The method, with the run's settings."""
         settings = {k: v for k, v in self.config.algorithm.items() if k != "name"}
-        return algorithm[self.config.algorithm["name"]].model_validate(settings)
+        return register_algorithm[self.config.algorithm["name"]].model_validate(settings)
 
     @cached_property
     def models(self) -> dict[str, SavedModel]:
@@ -63,11 +63,11 @@ class Legacy:
         return next(iter(self.models.values())).task
 
     @property
-    def usual(self) -> str:
+    def most_common_model(self) -> str:
         """The name of the most frequent model; of equals the first client's."""
         return Counter(self.clients[id].model[0].name for id in self.models).most_common(1)[0][0]
 
-    def settings(self, name: str) -> tuple[ClientSettings, bool]:
+    def settings_for(self, name: str) -> tuple[ClientSettings, bool]:
         """How somebody with a model of that name trains: as the first client of the run that has it; else by the run's
         defaults, with that model's. Whether anybody has it is the second."""
         for id in self.models:
@@ -75,15 +75,15 @@ class Legacy:
                 return self.clients[id], True
         return self.config.clients.defaults, False
 
-    def backbone(self, arch: Architecture) -> Tensors | None:
+    def backbone(self, arch: ModelSpec) -> Tensors | None:
         """The mean of what clients with this architecture shared of their backbones; None if nobody did."""
         if self.method.slot != "model":
             return None
         sent = []
         for id, model in self.models.items():
-            part = common_part(self.method.part(self.clients[id]), BODY)
+            part = common_part(self.method.shared_part(self.clients[id]), BODY)
             if model.arch == arch and part != ():
-                sent.append(self.method.portion(arch, model.tensors, part))
+                sent.append(self.method.shareable_tensors(arch, model.tensors, part))
         names = dict.fromkeys(n for tensors in sent for n in tensors)
         return {n: torch.stack([t[n] for t in sent if n in t]).mean(0) for n in names} or None
 
@@ -99,7 +99,7 @@ class Legacy:
                 raise UserError(
                     f"--data: examples are {found} to the run's models, which take {model.arch.input_shape}"
                 )
-            able.append(usable(x, view))
+            able.append(usable_rows(x, view))
             said.append(model.logits(view(x)))
         sees = torch.stack(able)[..., None]
         count = sees.sum(0)
@@ -117,7 +117,7 @@ class Legacy:
         )
 
     @cached_property
-    def data(self) -> Prepared | None:
+    def data(self) -> PreparedRun | None:
         """The run's data, dealt out as it was; None, with a note, where it cannot be had here."""
         known: dict[str, Any] = self.run.summary["data"]
         try:
@@ -141,36 +141,40 @@ class Legacy:
     def public(self) -> Tensor | None:
         """The run's public rows, raw; None if it had none, or they cannot be had here."""
         return (
-            self.data.data.raw("proxy")
+            self.data.data.raw_examples("proxy")
             if self.data is not None and self.data.data.n_proxy
             else None
         )
 
-    def seen(self, x: Tensor) -> int:
+    def num_seen(self, x: Tensor) -> int:
         """How many of these raw rows somebody in the run has trained on."""
         if self.data is None or tuple(x.shape[1:]) != self.data.data.input_shape:
             return 0
-        mine = as_bytes(x)
+        mine = rows_as_bytes(x)
         asked = set(mine)
         known: set[bytes] = set()
         for rows in self.data.data.private_rows():
-            known |= asked.intersection(as_bytes(rows))
+            known |= asked.intersection(rows_as_bytes(rows))
         return sum(map(known.__contains__, mine))
 
-    def overlap(self, x: Tensor, rows: str, whom: str) -> str:
+    def overlap(self, x: Tensor, rows: str, description: str) -> str:
         """Return a note on raw rows that somebody in the run has trained on; empty if there are none.
 
         Args:
             x: The raw rows.
             rows: What they are called.
-            whom: Who or what has too good figures because of them.
+            description: Who or what has too good figures because of them.
         """
-        count = self.seen(x)
+        count = self.num_seen(x)
         verb = "is also in the run's" if count == 1 else "are also in the run's"
-        return f"{count} of {rows} {verb} training rows: figures flatter {whom}" if count else ""
+        return (
+            f"{count} of {rows} {verb} training rows: figures flatter {description}"
+            if count
+            else ""
+        )
 
 
-def as_bytes(x: Tensor) -> list[bytes]:
+def rows_as_bytes(x: Tensor) -> list[bytes]:
     """The bytes of each row."""
     flat = np.ascontiguousarray(x.flatten(1).numpy())
     found: list[bytes] = flat.view(np.dtype((np.void, flat.itemsize * flat.shape[1])))[

@@ -10,21 +10,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from hetero_fl.communication.protocol import Message, Messages
-from hetero_fl.core.participant import Card
-from hetero_fl.engine.driver import Diverged, Performer
-from hetero_fl.federation.client_runtime import Reading, Site
-from hetero_fl.federation.state_store import Private, Store
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.core.participant import ClientInfo
+from hetero_fl.engine.driver import Backend, DivergedError
+from hetero_fl.federation.client_runtime import ClientEvaluation, ClientRuntime
+from hetero_fl.federation.state_store import PrivateState, StateStore
+from hetero_fl.utils.ordering import natural_order
 
 T = TypeVar("T")
-Reply = Message | Diverged
+Reply = Message | DivergedError
 
 
-class Absent(Diverged):
+class ClientAbsentError(DivergedError):
     """A client that gave no answer: it is not there, or refuses. Only where clients are on machines of their own."""
 
 
-class Late(Absent):
+class ClientLateError(ClientAbsentError):
     """A client that had not answered when the time was over."""
 
 
@@ -32,20 +32,20 @@ class Executor(Protocol):
     """Computes clients' tasks somewhere."""
 
     # clients' private state; what a task writes is staged here by the time its reply comes
-    store: Store
-    performer: Performer  # for the server's own plans, in this process
+    store: StateStore
+    backend: Backend  # for the server's own plans, in this process
 
-    def answer(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
+    def run(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
         """The clients' replies to one request each, in any order; tasks of several rounds may be computed together."""
         ...
 
-    def read(
-        self, broadcasts: Mapping[str, bytes], round: int, details: bool
-    ) -> Iterator[tuple[str, Reading | Absent]]:
-        """The clients' readings (see `Site.read`), in any order. Raises Diverged."""
+    def evaluate(
+        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+    ) -> Iterator[tuple[str, ClientEvaluation | ClientAbsentError]]:
+        """The clients' readings (see `ClientRuntime.evaluate`), in any order. Raises DivergedError."""
         ...
 
-    def watch(self, listener: Callable[[str], None] | None) -> None:
+    def set_listener(self, listener: Callable[[str], None] | None) -> None:
         """Have somebody told what is being done."""
         ...
 
@@ -54,10 +54,10 @@ class Executor(Protocol):
         ...
 
 
-class Apart(Executor, Protocol):
+class RemoteExecutor(Executor, Protocol):
     """An executor whose clients are on machines of their own: real time passes, and they come and go."""
 
-    def here(self) -> Collection[str]:
+    def connected_clients(self) -> Collection[str]:
         """The clients that are there now."""
         ...
 
@@ -65,62 +65,66 @@ class Apart(Executor, Protocol):
         """Have one client's task done beside others."""
         ...
 
-    def next(self, wait: float) -> tuple[str, Reply] | None:
+    def next_reply(self, wait: float) -> tuple[str, Reply] | None:
         """The next reply to what was dispatched; None if none comes in so many seconds."""
         ...
 
-    def give(self, states: Mapping[str, Private]) -> None:
-        """Hand clients the private state that they begin with; it is staged. Raises RunFailed."""
+    def send_states(self, states: Mapping[str, PrivateState]) -> None:
+        """Hand clients the private state that they begin with; it is staged. Raises RunFailedError."""
         ...
 
-    def saved(self) -> None:
+    def on_checkpoint(self) -> None:
         """A checkpoint has been written: what it names must be there if the run falls back to it."""
         ...
 
-    def anew(self) -> list[str]:
+    def pop_reset_clients(self) -> list[str]:
         """Clients that have lost their private state since this was last asked, and begin anew."""
         ...
 
 
-class InProcess:
+class InProcessExecutor:
     """One site in this process; `chunk` clients of one architecture at a time."""
 
-    def __init__(self, site: Site, chunk: int = 1) -> None:
-        self.site, self.chunk = site, chunk
-        self.store, self.performer = site.store, site.performer
+    def __init__(self, site: ClientRuntime, chunk: int = 1) -> None:
+        self.runtime, self.chunk = site, chunk
+        self.store, self.backend = site.store, site.backend
 
-    def answer(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
-        for ids in chunks(requests, self.site.federation.cards, self.chunk):
-            yield from drained(self.site.answer({c: requests[c] for c in ids}))
+    def run(self, requests: Messages) -> Iterator[tuple[str, Reply]]:
+        for ids in client_chunks(requests, self.runtime.federation.client_infos, self.chunk):
+            yield from drain(self.runtime.run({c: requests[c] for c in ids}))
 
-    def read(
-        self, broadcasts: Mapping[str, bytes], round: int, details: bool
-    ) -> Iterator[tuple[str, Reading]]:
-        for ids in chunks(broadcasts, self.site.federation.cards, self.chunk):
-            yield from self.site.read({c: broadcasts[c] for c in ids}, round, details).items()
+    def evaluate(
+        self, broadcasts: Mapping[str, bytes], round_idx: int, details: bool
+    ) -> Iterator[tuple[str, ClientEvaluation]]:
+        for ids in client_chunks(broadcasts, self.runtime.federation.client_infos, self.chunk):
+            yield from self.runtime.evaluate(
+                {c: broadcasts[c] for c in ids}, round_idx, details
+            ).items()
 
-    def watch(self, listener: Callable[[str], None] | None) -> None:
-        self.site.watch = listener
+    def set_listener(self, listener: Callable[[str], None] | None) -> None:
+        self.runtime.watch = listener
 
     def close(self) -> None:
         pass
 
 
-def drained(replies: dict[str, T]) -> Iterator[tuple[str, T]]:
+def drain(replies: dict[str, T]) -> Iterator[tuple[str, T]]:
     """The entries, each forgotten here as it is handed on."""
     while replies:
         client = next(iter(replies))
         yield client, replies.pop(client)
 
 
-def chunks(ids: Iterable[str], cards: Mapping[str, Card], size: int) -> list[list[str]]:
+def client_chunks(
+    ids: Iterable[str], client_infos: Mapping[str, ClientInfo], size: int
+) -> list[list[str]]:
     """Clients that are computed together: at most `size` of one architecture, in id order."""
-    ids = in_order(ids)
+    ids = natural_order(ids)
     if size == 1:
         return [[id] for id in ids]
     groups: dict[str, list[str]] = {}
     for id in ids:
-        groups.setdefault(cards[id].arch.id, []).append(id)
+        groups.setdefault(client_infos[id].arch.spec_id, []).append(id)
     made = [
         members[i : i + size] for members in groups.values() for i in range(0, len(members), size)
     ]
@@ -129,7 +133,9 @@ def chunks(ids: Iterable[str], cards: Mapping[str, Card], size: int) -> list[lis
     return sorted(made, key=lambda chunk: turn[chunk[0]])
 
 
-def in_turn(ids: Iterable[str], arrivals: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+def order_arrivals(
+    ids: Iterable[str], arrivals: Iterable[tuple[str, T]]
+) -> Iterator[tuple[str, T]]:
     """Arrivals in the order of the ids; early ones wait, and who never comes is left out."""
     waiting: dict[str, T] = {}
     source = iter(arrivals)

@@ -18,9 +18,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from hetero_fl.federation.executors.workers import Done, Job, Setup, Worker
-from hetero_fl.utils.errors import RunFailed, UserError
-from hetero_fl.utils.processes import ADVICE, UNGUARDED, deaf_children
+from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.utils.errors import RunFailedError, UserError
+from hetero_fl.utils.processes import ADVICE, UNGUARDED, ignore_interrupts_in_children
 
 # Messages between two processes that speak in turn: over a pipe, but for long byte strings, which
 # lie in shared memory.
@@ -34,7 +34,7 @@ LONG = 2**16  # bytes from which a string does not travel through the pipe
 
 
 @dataclass(frozen=True)
-class Place:
+class StringReference:
     """Stands for a long string: its number, and where it lies if it is new."""
 
     number: int
@@ -42,7 +42,7 @@ class Place:
     stop: int = 0
 
 
-class Carrier:
+class SharedMemoryConnection:
     """One end of a connection. Sends and receives in turn: an answer shows that what was sent has been read.
 
     Messages are dictionaries, lists and dataclasses, with strings of bytes anywhere among their values.
@@ -52,65 +52,67 @@ class Carrier:
             other way round.
     """
 
-    def __init__(self, connection: Connection, sent: int = 0, got: int = 0) -> None:
+    def __init__(
+        self, connection: Connection, sent_strings: int = 0, received_strings: int = 0
+    ) -> None:
         self.connection = connection
-        self._ours, self._theirs = Memory(), Memory()
-        self._sent, self._got = Remembered(sent), Remembered(got)
+        self._ours, self._theirs = SharedMemoryBlock(), SharedMemoryBlock()
+        self._sent, self._got = StringCache(sent_strings), StringCache(received_strings)
 
     def send(self, message: Any) -> None:
         """Hand a message over. Raises OSError if nobody is there any more."""
         new: list[bytes] = []
         at = 0
 
-        def placed(value: Any) -> Any:
+        def to_reference(value: Any) -> Any:
             nonlocal at
             if type(value) is not bytes or len(value) < LONG:
                 return value
-            if (number := self._sent.number(value)) is not None:
-                return Place(number)
+            if (number := self._sent.find(value)) is not None:
+                return StringReference(number)
             new.append(value)
             start, at = at, at + len(value)
-            return Place(self._sent.add(value), start, at)
+            return StringReference(self._sent.add(value), start, at)
 
-        message = changed(message, placed)
+        message = map_values(message, to_reference)
         told = self._ours.fill(new)
         self._sent.trim()
         self.connection.send((told, message))
 
-    def recv(self) -> Any:
+    def receive(self) -> Any:
         """The next message. Raises EOFError or OSError if none can come."""
         told, message = self.connection.recv()
         if isinstance(told, Tensor):
             self._theirs.tensor = told
         strings = memoryview(told) if isinstance(told, bytes) else self._theirs.view()
 
-        def found(value: Any) -> Any:
-            if type(value) is not Place:
+        def from_reference(value: Any) -> Any:
+            if type(value) is not StringReference:
                 return value
             if value.stop:
                 # one's own: the memory is written again
                 self._got.add(bytes(strings[value.start : value.stop]))
             return self._got.strings[value.number]
 
-        message = changed(message, found)
+        message = map_values(message, from_reference)
         self._got.trim()
         return message
 
 
-def changed(value: Any, change: Callable[[Any], Any]) -> Any:
+def map_values(value: Any, change: Callable[[Any], Any]) -> Any:
     """The message with its values changed one by one; what holds them is made anew."""
     if isinstance(value, dict):
-        return {k: changed(v, change) for k, v in value.items()}
+        return {k: map_values(v, change) for k, v in value.items()}
     if isinstance(value, list):
-        return [changed(v, change) for v in value]
-    if is_dataclass(value) and not isinstance(value, Place | type):
+        return [map_values(v, change) for v in value]
+    if is_dataclass(value) and not isinstance(value, StringReference | type):
         return replace(
-            value, **{f.name: changed(getattr(value, f.name), change) for f in fields(value)}
+            value, **{f.name: map_values(getattr(value, f.name), change) for f in fields(value)}
         )
     return change(value)
 
 
-class Memory:
+class SharedMemoryBlock:
     """A piece of shared memory, replaced by a larger one when it has become too small."""
 
     def __init__(self) -> None:
@@ -136,7 +138,7 @@ class Memory:
         return memoryview(b"") if self.tensor is None else memoryview(self.tensor.numpy().data)
 
 
-class Remembered:
+class StringCache:
     """The last long strings that went one way, numbered. Both ends forget the same ones."""
 
     def __init__(self, most: int) -> None:
@@ -153,7 +155,7 @@ class Remembered:
         self._numbers[id(string)] = number
         return number
 
-    def number(self, string: bytes) -> int | None:
+    def find(self, string: bytes) -> int | None:
         """The number of this very string, if it is remembered."""
         return self._numbers.get(id(string))
 
@@ -171,18 +173,18 @@ BROADCASTS = 2  # that both sides remember: a worker's clients mostly receive th
 LEAVING = 5.0  # seconds that a process whose pipe is broken may take to end
 
 
-class Processes:
+class ProcessPool:
     """A crew of processes. Examples lie in shared memory, and are never copied."""
 
-    def __init__(self, setup: Setup, size: int) -> None:
+    def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size = size
         self._setup = setup
         self._context = mp.get_context("spawn")
-        self._crew: list[tuple[BaseProcess, Carrier]] = []
+        self._crew: list[tuple[BaseProcess, SharedMemoryConnection]] = []
         try:
             setup.federation.data.share_memory()
         except RuntimeError as error:
-            raise RunFailed(
+            raise RunFailedError(
                 f"runtime.executor: no shared memory for workers' data ({error}); serial needs none"
             ) from None
         try:
@@ -192,24 +194,24 @@ class Processes:
             self.close()
             raise
 
-    def send(self, worker: int, job: Job) -> None:
-        with self._speaking(worker) as carrier:
+    def send(self, worker: int, job: WorkerJob) -> None:
+        with self._speaking_to(worker) as carrier:
             carrier.send(job)
 
-    def receive(self) -> tuple[int, Done | None]:
+    def receive(self) -> tuple[int, JobResult | None]:
         ready: set[object] = set(
             wait([end for p, carrier in self._crew for end in (p.sentinel, carrier.connection)])
         )
         for worker, (_, carrier) in enumerate(self._crew):
             if carrier.connection in ready:
-                with self._speaking(worker):
-                    return worker, carrier.recv()
+                with self._speaking_to(worker):
+                    return worker, carrier.receive()
         dead = next(
             i
             for i, (p, carrier) in enumerate(self._crew)
             if {p.sentinel, carrier.connection} & ready
         )
-        self._bury(dead)
+        self._release_dead(dead)
         self._crew[dead] = self._start(dead)
         return dead, None
 
@@ -219,7 +221,7 @@ class Processes:
         self._crew.clear()
 
     @contextlib.contextmanager
-    def _speaking(self, worker: int) -> Iterator[Carrier]:
+    def _speaking_to(self, worker: int) -> Iterator[SharedMemoryConnection]:
         """If it is dead, `receive` will tell. If this process is interrupted, the worker is ended: half of a message, or one
         that is lost, leaves the two ends waiting for each other."""
         process, carrier = self._crew[worker]
@@ -232,28 +234,28 @@ class Processes:
             process.join()
             raise
 
-    def _start(self, index: int) -> tuple[BaseProcess, Carrier]:
+    def _start(self, index: int) -> tuple[BaseProcess, SharedMemoryConnection]:
         here, there = self._context.Pipe()
         process = self._context.Process(
-            target=work,
+            target=run_worker,
             args=(there, self._setup, index),
             daemon=True,
             name=f"hetero_fl worker {index}",
         )
-        with deaf_children():
+        with ignore_interrupts_in_children():
             process.start()
         there.close()
-        return process, Carrier(here, sent=BROADCASTS)
+        return process, SharedMemoryConnection(here, sent_strings=BROADCASTS)
 
-    def _bury(self, index: int) -> None:
-        """Give a dead worker's remains back. Raises UserError or RunFailed if another one would end in the same way."""
+    def _release_dead(self, index: int) -> None:
+        """Give a dead worker's remains back. Raises UserError or RunFailedError if another one would end in the same way."""
         process, _ = self._crew[index]
         process.join(LEAVING)  # its pipe breaks a moment before its status is known
         self._end(index)
         if process.exitcode == UNGUARDED:
             raise UserError(ADVICE)
         if process.exitcode is not None and process.exitcode >= 0:  # by itself, not by a signal
-            raise RunFailed(
+            raise RunFailedError(
                 f"a worker process ended with status {process.exitcode}; it has printed why, if it knew"
             )
 
@@ -264,17 +266,20 @@ class Processes:
         process.join()
 
 
-def work(connection: Connection, setup: Setup, index: int) -> None:
+def run_worker(connection: Connection, setup: WorkerSetup, index: int) -> None:
     """A worker's life: jobs until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    worker, carrier = Worker(setup, index), Carrier(connection, got=BROADCASTS)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    worker, carrier = (
+        Worker(setup, index),
+        SharedMemoryConnection(connection, received_strings=BROADCASTS),
+    )
     with contextlib.suppress(EOFError, OSError):
         while True:
-            carrier.send(worker.do(carrier.recv()))
+            carrier.send(worker.run_job(carrier.receive()))
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
     """End when the run has been killed, in the middle of a job too."""
     parent = multiprocessing.parent_process()
     assert parent is not None

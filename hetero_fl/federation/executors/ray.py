@@ -20,30 +20,30 @@ import ray
 import torch
 from ray.util.serialization import deregister_serializer, register_serializer
 
-from hetero_fl.federation.executors.workers import Done, Job, Setup, Worker
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.utils.errors import RunFailedError, UserError
 
 PATIENCE = 600.0  # seconds in which a cluster has to make room for a worker
 ANSWER = 10.0  # seconds in which a cluster's head has to answer
 LOOK = 10.0  # seconds between two looks whether it has
 
 
-class Actors:
+class RayActorPool:
     """A crew of Ray actors. One that is lost (its process, its node) is replaced wherever there is room."""
 
-    def __init__(self, setup: Setup, size: int) -> None:
+    def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size = size
         self._threads, self._gpu = setup.threads, setup.devices[0].startswith("cuda")
         self._stack = ExitStack()
-        self._stack.enter_context(connected(None, size * setup.threads))
-        self._setup = _place(setup)
+        self._stack.enter_context(connect(None, size * setup.threads))
+        self._setup = _store_setup(setup)
         self._tasks: dict[Any, int] = {}  # running jobs, by their future
         self._crew = [self._start(i, setup.threads) for i in range(size)]
 
-    def send(self, worker: int, job: Job) -> None:
-        self._tasks[self._crew[worker][0].do.remote(job)] = worker
+    def send(self, worker: int, job: WorkerJob) -> None:
+        self._tasks[self._crew[worker][0].run_job.remote(job)] = worker
 
-    def receive(self) -> tuple[int, Done | None]:
+    def receive(self) -> tuple[int, JobResult | None]:
         while not (ended := ray.wait(list(self._tasks), timeout=LOOK)[0]):
             self._check_room()
         worker = self._tasks.pop(ended[0])
@@ -52,10 +52,10 @@ class Actors:
         except (
             ray.exceptions.RayTaskError
         ) as error:  # what a job raises is in its results: this is not of its doing
-            raise RunFailed(f"a worker failed: {_line(error.cause)}") from error
+            raise RunFailedError(f"a worker failed: {_line(error.cause)}") from error
         except ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
-                raise RunFailed(f"a worker cannot start: {_line(error)}") from error
+                raise RunFailedError(f"a worker cannot start: {_line(error)}") from error
             ray.kill(self._crew[worker][0])
             # no CPU of its own: it has to fit on what is left
             self._crew[worker] = self._start(worker, 0)
@@ -69,37 +69,37 @@ class Actors:
 
     def _start(self, index: int, cpus: int) -> tuple[Any, Any, float]:
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / self.size) if self._gpu else 0.0
-        kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(Actor)
+        kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(RayActor)
         actor = kind.remote(self._setup, index)
-        return actor, actor.ready.remote(), time.monotonic()
+        return actor, actor.is_ready.remote(), time.monotonic()
 
     def _check_room(self) -> None:
         for worker in self._tasks.values():
             _, ready, since = self._crew[worker]
             if time.monotonic() - since > PATIENCE and not ray.wait([ready], timeout=0)[0]:
                 needs = f"{self._threads} CPUs" + (" and a GPU" if self._gpu else "")
-                raise RunFailed(
+                raise RunFailedError(
                     f"the cluster has had no room for worker {worker} ({needs}) for {PATIENCE:.0f} s"
                 )
 
 
-class Actor:
+class RayActor:
     """A worker in an actor's process. On a GPU it sees only its own."""
 
-    def __init__(self, setup: Setup, index: int) -> None:
+    def __init__(self, setup: WorkerSetup, index: int) -> None:
         self._worker = Worker(setup, index)
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether it is there."""
         return True
 
-    def do(self, job: Job) -> Done:
-        """See `Worker.do`."""
-        return self._worker.do(job).sealed()
+    def run_job(self, job: WorkerJob) -> JobResult:
+        """See `Worker.run_job`."""
+        return self._worker.run_job(job).with_checksums()
 
 
 @contextmanager
-def connected(address: str | None, cpus: int) -> Iterator[None]:
+def connect(address: str | None, cpus: int) -> Iterator[None]:
     """Use the cluster at `address`, by default the one that RAY_ADDRESS names, else one of our own on this machine with so
     many CPUs, which is gone afterwards. A connection that is there already is used, and left.
 
@@ -117,7 +117,7 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     )
     try:
         try:
-            with _handlers_kept():
+            with _keep_signal_handlers():
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"runtime.address: found '{address}': {_line(error)}") from None
@@ -145,13 +145,13 @@ def _check_address(address: str) -> None:
         ) from None
 
 
-def cpus() -> int:
+def cluster_cpus() -> int:
     """Those of the cluster that is connected."""
     return int(ray.cluster_resources().get("CPU", 0))
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[None]:
+def _keep_signal_handlers() -> Iterator[None]:
     """Ray takes SIGTERM for itself."""
     here = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
@@ -162,7 +162,7 @@ def _handlers_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _place(setup: Setup) -> Any:
+def _store_setup(setup: WorkerSetup) -> Any:
     """A reference to the setup in the object store. Tensors lie there as arrays, which the actors of a node read in place."""
     register_serializer(torch.Tensor, serializer=_array, deserializer=_tensor)
     try:

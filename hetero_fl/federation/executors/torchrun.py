@@ -17,8 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hetero_fl.federation.executors.workers import Done, Job, Setup, Worker
-from hetero_fl.utils.errors import RunFailed
+from hetero_fl.federation.executors.workers import JobResult, Worker, WorkerJob, WorkerSetup
+from hetero_fl.utils.errors import RunFailedError
 
 # a rank waits as long as another one works; torchrun itself notices who dies
 FOREVER = timedelta(days=20)
@@ -28,12 +28,12 @@ END = None  # in place of a job: the run is over
 _listeners: list[threading.Thread] = []  # of rank 0
 
 
-def ranks() -> int:
+def num_ranks() -> int:
     """How many of them torchrun started, this one included; 1 without it."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def as_ranks(lead: Callable[[], int]) -> int:
+def run_as_ranks(lead: Callable[[], int]) -> int:
     """Carry out a command in rank 0, and work for it in the others. Returns the exit status.
 
     However rank 0 ends, the others end with it, without a word.
@@ -46,7 +46,7 @@ def as_ranks(lead: Callable[[], int]) -> int:
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=FOREVER)
     if rank > 0:
-        _follow()
+        _serve_rank_zero()
         return 0
     try:
         return lead()
@@ -61,25 +61,25 @@ def as_ranks(lead: Callable[[], int]) -> int:
         dist.destroy_process_group()
 
 
-class Ranks:
+class TorchrunPool:
     """A crew of ranks: worker i is rank i + 1. A run has one, from beginning to end."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: WorkerSetup) -> None:
         self.size = dist.get_world_size() - 1
-        self._results: queue.SimpleQueue[tuple[int, Done | None]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[int, JobResult | None]] = queue.SimpleQueue()
         for worker in range(self.size):
             dist.send_object_list([setup], dst=worker + 1)
             _listeners.append(threading.Thread(target=self._listen, args=(worker,), daemon=True))
             _listeners[-1].start()
 
-    def send(self, worker: int, job: Job) -> None:
+    def send(self, worker: int, job: WorkerJob) -> None:
         with suppress(RuntimeError):  # gone: `receive` will tell
             dist.send_object_list([job], dst=worker + 1)
 
-    def receive(self) -> tuple[int, Done | None]:
+    def receive(self) -> tuple[int, JobResult | None]:
         worker, done = self._results.get()
         if done is None:
-            raise RunFailed(
+            raise RunFailedError(
                 f"rank {worker + 1} is gone, and torchrun ends the job; the same command goes on with --resume"
             )
         return worker, done
@@ -88,10 +88,10 @@ class Ranks:
         """Nothing yet: the ranks are let go when the command ends."""
 
     def _listen(self, worker: int) -> None:
-        done: Done | None
+        done: JobResult | None
         while True:
             try:
-                done = _received(worker + 1)
+                done = _receive_job(worker + 1)
             except Exception:  # the rank is gone, or what it says cannot be read
                 done = None
             self._results.put((worker, done))
@@ -99,27 +99,27 @@ class Ranks:
                 return
 
 
-def _received(source: int) -> Any:
+def _receive_job(source: int) -> Any:
     slot: list[Any] = [None]
     dist.recv_object_list(slot, src=source)
     return slot[0]
 
 
-def _follow() -> None:
+def _serve_rank_zero() -> None:
     """Work for rank 0 until it is done. Ends the process at once, in the middle of a job too, if it fails or is gone."""
-    jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    setup = _received(0)
+    jobs: queue.SimpleQueue[WorkerJob] = queue.SimpleQueue()
+    setup = _receive_job(0)
     if setup is END:
         return
     worker = Worker(setup, int(os.environ.get("LOCAL_RANK", "0")))
     threading.Thread(target=_listen_to_lead, args=(jobs,), daemon=True).start()
     while True:
-        dist.send_object_list([worker.do(jobs.get()).sealed()], dst=0)
+        dist.send_object_list([worker.run_job(jobs.get()).with_checksums()], dst=0)
 
 
-def _listen_to_lead(jobs: queue.SimpleQueue[Job]) -> None:
+def _listen_to_lead(jobs: queue.SimpleQueue[WorkerJob]) -> None:
     try:
-        while (job := _received(0)) is not END:
+        while (job := _receive_job(0)) is not END:
             jobs.put(job)
     except RuntimeError:
         os._exit(1)

@@ -14,21 +14,21 @@ from statistics import NormalDist
 from typing import Any
 
 from hetero_fl.config.simulation import WIDEST, AvailabilityConfig, DevicesConfig, QuantityConfig
-from hetero_fl.core.participant import Card
-from hetero_fl.engine.batches import whole_steps
-from hetero_fl.engine.templates import work as operations
-from hetero_fl.federation.federation import Federation
-from hetero_fl.utils.errors import UserError, nearest
-from hetero_fl.utils.seeding import Key, key
+from hetero_fl.core.participant import ClientInfo
+from hetero_fl.engine.batches import full_step_count
+from hetero_fl.engine.templates import training_flops as operations
+from hetero_fl.federation.federation import FederationSpec
+from hetero_fl.utils.errors import UserError, suggest_or_list
+from hetero_fl.utils.seeding import Key, stream_key
 
 # Files of traces: a CSV of devices, a row each. A mistake in one is a line that names the file, the
 # row and the column.
 
-TAKES = ("speed", "up", "down")  # what time follows from
-NUMBERS = (*TAKES, "jitter", "failure")
+DURATION_FIELDS = ("speed", "up", "down")  # what time follows from
+NUMBERS = (*DURATION_FIELDS, "jitter", "failure")
 COLUMNS = ("client", *NUMBERS, "online")
 MEANT = {
-    **dict.fromkeys(TAKES, "a number above 0, such as 1.0e+8"),
+    **dict.fromkeys(DURATION_FIELDS, "a number above 0, such as 1.0e+8"),
     "jitter": f"a number from 0 to {WIDEST:g}",
     "failure": "a chance from 0 to 1",
     "online": "stretches of seconds of the day, in order and apart, such as 0-21600;64800-86400",
@@ -45,7 +45,7 @@ def read_traces(path: str) -> list[Trace]:
             rows = csv.DictReader(file)
             names = [name.strip() for name in rows.fieldnames or ()]
             _check_columns(where, names)
-            made = [_trace(f"{where}, row {number}", row) for number, row in enumerate(rows, 2)]
+            made = [_parse_row(f"{where}, row {number}", row) for number, row in enumerate(rows, 2)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     if not made:
@@ -64,12 +64,12 @@ def _check_columns(where: str, names: list[str]) -> None:
                 raise UserError(
                     f"{where}: found {mark} between the columns' names; separate them with commas"
                 )
-            raise UserError(f"{where}: unknown column '{name}'{nearest(name, COLUMNS)}")
+            raise UserError(f"{where}: unknown column '{name}'{suggest_or_list(name, COLUMNS)}")
         if names.count(name) > 1:
             raise UserError(f"{where}: two columns are called '{name}'")
 
 
-def _trace(where: str, row: Mapping[str | None, Any]) -> Trace:
+def _parse_row(where: str, row: Mapping[str | None, Any]) -> Trace:
     made: Trace = {}
     if None in row:
         raise UserError(
@@ -87,9 +87,9 @@ def _trace(where: str, row: Mapping[str | None, Any]) -> Trace:
                 made[name] = (
                     text
                     if name == "client"
-                    else _spans(text)
+                    else _parse_spans(text)
                     if name == "online"
-                    else _number(name, text)
+                    else _parse_number(name, text)
                 )
         except ValueError:
             raise UserError(
@@ -98,15 +98,15 @@ def _trace(where: str, row: Mapping[str | None, Any]) -> Trace:
     return made
 
 
-def _number(name: str, text: str) -> float:
+def _parse_number(name: str, text: str) -> float:
     value = float(text)
     lowest, highest = 0.0, {"failure": 1.0, "jitter": WIDEST}.get(name, math.inf)
-    if not lowest <= value <= highest or (value == 0 and name in TAKES):
+    if not lowest <= value <= highest or (value == 0 and name in DURATION_FIELDS):
         raise ValueError(text)
     return value
 
 
-def _spans(text: str) -> Spans:
+def _parse_spans(text: str) -> Spans:
     spans = sorted((float(a), float(b)) for a, b in (part.split("-") for part in text.split(";")))
     apart = all(a[1] <= b[0] for a, b in pairwise(spans))
     if not apart or not all(0 <= start < end < math.inf for start, end in spans):
@@ -123,7 +123,7 @@ NAMED = 20  # clients among whom a name that was misspelt is looked for
 
 def uniform(*parts: Key) -> float:
     """A number in (0, 1) drawn by the parts."""
-    return ((key(*parts) >> 11) + 0.5) / 2**52
+    return ((stream_key(*parts) >> 11) + 0.5) / 2**52
 
 
 def log_normal(median: float, sigma: float, *parts: Key) -> float:
@@ -144,11 +144,11 @@ class Device:
     online: Spans = ()
     day: float = DAY
 
-    def awake(self, at: float) -> float:
+    def next_online(self, at: float) -> float:
         """The first moment from `at` on at which it is online."""
-        return self.finish(at, 0.0)
+        return self.finish_time(at, 0.0)
 
-    def finish(self, at: float, busy: float) -> float:
+    def finish_time(self, at: float, busy: float) -> float:
         """When something that takes `busy` seconds is done, begun at `at`: it goes on only while the machine is online."""
         if not self.online:
             return at + busy
@@ -164,7 +164,7 @@ class Device:
                     busy -= until - begin
             midnight += self.day
 
-    def time_until(self, at: float, end: float) -> float:
+    def online_seconds(self, at: float, end: float) -> float:
         """Seconds that it is online between the two."""
         if not self.online:
             return max(0.0, end - at)
@@ -180,13 +180,15 @@ class Device:
 class Devices:
     """Every client's machine, as the configuration, its file of traces and the client's own settings have it."""
 
-    def __init__(self, federation: Federation, config: DevicesConfig, traces: list[Trace]) -> None:
+    def __init__(
+        self, federation: FederationSpec, config: DevicesConfig, traces: list[Trace]
+    ) -> None:
         self.federation, self.config = federation, config
         self._named = {row["client"]: row for row in traces if row.get("client")}
         self._drawn = [row for row in traces if not row.get("client")]
 
     @classmethod
-    def of(cls, federation: Federation, config: DevicesConfig | None) -> Devices:
+    def from_config(cls, federation: FederationSpec, config: DevicesConfig | None) -> Devices:
         """The machines of a federation; without a configuration nothing takes time.
 
         Raises UserError for a file of traces that is not there, or not one.
@@ -206,17 +208,20 @@ class Devices:
                 raise UserError(
                     f"devices.file: {config.file}: online until {row['online'][-1][1]:g} of a day of {day:g} seconds"
                 )
-            if row.get("client") and row["client"] not in federation.cards:
-                known = islice(federation.cards, NAMED)
+            if row.get("client") and row["client"] not in federation.client_infos:
+                known = islice(federation.client_infos, NAMED)
                 raise UserError(
-                    f"devices.file: {config.file}: no client is called '{row['client']}'{nearest(row['client'], known)}"
+                    f"devices.file: {config.file}: no client is called '{row['client']}'{suggest_or_list(row['client'], known)}"
                 )
         return cls(federation, config, traces)
 
-    def device(self, id: str) -> Device:
+    def device(self, client_id: str) -> Device:
         """A client's machine. Raises KeyError for a stranger."""
-        own, seed = self.federation.cards.kind(id).settings.machine, self.federation.seed
-        trace = self._trace(id)
+        own, seed = (
+            self.federation.client_infos.profile(client_id).settings.machine,
+            self.federation.seed,
+        )
+        trace = self._trace(client_id)
         found: dict[str, float] = {}
         for name in NUMBERS:
             given = next(
@@ -228,7 +233,7 @@ class Devices:
                 None,
             )
             if isinstance(given, QuantityConfig):
-                given = log_normal(given.median, given.sigma, seed, "device", id, name)
+                given = log_normal(given.median, given.sigma, seed, "device", client_id, name)
             if given is not None:
                 found[name] = given
         hours = own.availability or self.config.availability
@@ -237,7 +242,9 @@ class Devices:
             online = trace["online"]
         else:
             online = (
-                _stretch(hours, uniform(seed, "device", id, "phase")) if hours is not None else ()
+                _online_hours(hours, uniform(seed, "device", client_id, "phase"))
+                if hours is not None
+                else ()
             )
         return Device(**found, online=online, day=day)
 
@@ -247,31 +254,35 @@ class Devices:
         rows = sorted(self._named.items()), self._drawn
         return hashlib.sha256(repr(rows).encode()).hexdigest() if any(rows) else ""
 
-    def paces(self) -> Iterator[tuple[str, bool, bool]]:
+    def timing_of_profiles(self) -> Iterator[tuple[str, bool, bool]]:
         """For each kind of client, with each row of traces that it may have: an id, whether its tasks take time while it is
         online, and whether it always is."""
-        named = Counter(self.federation.cards.kind(id).first for id in self._named)
-        found = [(id, self.federation.cards.kind(id), row) for id, row in self._named.items()]
-        for kind in self.federation.cards.kinds:
+        named = Counter(self.federation.client_infos.profile(id).first for id in self._named)
+        found = [
+            (id, self.federation.client_infos.profile(id), row) for id, row in self._named.items()
+        ]
+        for kind in self.federation.client_infos.profiles:
             if kind.count > named[kind.first]:
                 found += [(kind.first, kind, row) for row in self._drawn or [Trace()]]
         for id, kind, trace in found:
             own = kind.settings.machine
-            takes = any(getattr(s, n) for s in (own, self.config) for n in TAKES)
-            takes = takes or any(trace.get(n, math.inf) < math.inf for n in TAKES)
+            takes = any(getattr(s, n) for s in (own, self.config) for n in DURATION_FIELDS)
+            takes = takes or any(trace.get(n, math.inf) < math.inf for n in DURATION_FIELDS)
             hours = own.availability or self.config.availability
             spans = trace.get("online") if own.availability is None else None
             yield id, takes, spans is None and (hours is None or hours.share == 1)
 
-    def _trace(self, id: str) -> Mapping[str, Any]:
-        if id in self._named:
-            return self._named[id]
+    def _trace(self, client_id: str) -> Mapping[str, Any]:
+        if client_id in self._named:
+            return self._named[client_id]
         if not self._drawn:
             return {}
-        return self._drawn[key(self.federation.seed, "device", id, "trace") % len(self._drawn)]
+        return self._drawn[
+            stream_key(self.federation.seed, "device", client_id, "trace") % len(self._drawn)
+        ]
 
 
-def _stretch(hours: AvailabilityConfig, drawn: float) -> Spans:
+def _online_hours(hours: AvailabilityConfig, drawn: float) -> Spans:
     """The one stretch of the day, in two if it goes on over midnight."""
     if hours.share == 1:
         return ()
@@ -285,10 +296,10 @@ def _stretch(hours: AvailabilityConfig, drawn: float) -> Spans:
 
 
 @dataclass(frozen=True)
-class Stages:
+class TaskTimes:
     """When a task's parts are done, in simulated seconds since the run began."""
 
-    invited: float
+    sampled: float
     received: float  # the broadcast is there
     trained: float
     arrived: float  # the upload is at the server, if nothing befalls it
@@ -300,36 +311,46 @@ class Timing:
     def __init__(self, devices: Devices) -> None:
         self.devices, self.federation = devices, devices.federation
 
-    def computing(self, id: str, task: int) -> float:
+    def training_seconds(self, client_id: str, task: int) -> float:
         """Seconds that a client's whole local training takes, while it is online. `task`: its number, for the jitter."""
-        device = self.devices.device(id)
-        factor = log_normal(1.0, device.jitter, self.federation.seed, "jitter", id, task)
-        return factor * operations(self.federation.cards[id]) / device.speed
+        device = self.devices.device(client_id)
+        factor = log_normal(1.0, device.jitter, self.federation.seed, "jitter", client_id, task)
+        return factor * operations(self.federation.client_infos[client_id]) / device.speed
 
-    def stages(
-        self, id: str, down_bytes: int, up_bytes: int, at: float, task: int, work: float = 1.0
-    ) -> Stages:
-        """A task that is given out at `at`; `work`: the share of the steps that it does."""
-        device = self.devices.device(id)
-        received = device.finish(at, down_bytes / device.down)
-        trained = device.finish(received, work * self.computing(id, task))
-        return Stages(at, received, trained, device.finish(trained, up_bytes / device.up))
+    def task_times(
+        self,
+        client_id: str,
+        down_bytes: int,
+        up_bytes: int,
+        at: float,
+        task: int,
+        step_share: float = 1.0,
+    ) -> TaskTimes:
+        """A task that is given out at `at`; `step_share`: the share of the steps that it does."""
+        device = self.devices.device(client_id)
+        received = device.finish_time(at, down_bytes / device.down)
+        trained = device.finish_time(received, step_share * self.training_seconds(client_id, task))
+        return TaskTimes(at, received, trained, device.finish_time(trained, up_bytes / device.up))
 
-    def duration(self, id: str, down_bytes: int, up_bytes: int, at: float, task: int) -> float:
+    def duration(
+        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int
+    ) -> float:
         """Seconds from when a task is given out to when its upload arrives, waiting for the client to be online included."""
-        return self.stages(id, down_bytes, up_bytes, at, task).arrived - at
+        return self.task_times(client_id, down_bytes, up_bytes, at, task).arrived - at
 
     def share_in_time(
-        self, id: str, down_bytes: int, up_bytes: int, at: float, task: int, deadline: float
+        self, client_id: str, down_bytes: int, up_bytes: int, at: float, task: int, deadline: float
     ) -> float:
         """The share of the steps after which the upload still arrives by `deadline`: at most 1, 0 if there is time for none."""
-        device = self.devices.device(id)
-        spare = device.time_until(at, deadline) - down_bytes / device.down - up_bytes / device.up
-        whole = self.computing(id, task)
+        device = self.devices.device(client_id)
+        spare = (
+            device.online_seconds(at, deadline) - down_bytes / device.down - up_bytes / device.up
+        )
+        whole = self.training_seconds(client_id, task)
         return 1.0 if spare >= whole else max(0.0, spare / whole)
 
 
-def local_steps(card: Card) -> int:
+def local_steps(client_info: ClientInfo) -> int:
     """Steps of a client's whole local training in a round."""
-    s = card.settings
-    return whole_steps(card.n, s.batch_size, s.epochs, s.steps)
+    s = client_info.settings
+    return full_step_count(client_info.num_rows, s.batch_size, s.epochs, s.steps)

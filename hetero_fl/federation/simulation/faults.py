@@ -10,12 +10,12 @@ from hetero_fl.communication.protocol import Message
 from hetero_fl.config.simulation import FaultsConfig
 from hetero_fl.federation.executors.base import Reply
 from hetero_fl.federation.simulation.devices import Devices, uniform
-from hetero_fl.utils.seeding import Key, key
+from hetero_fl.utils.seeding import Key, stream_key
 
 # What befalls a task: drawn by the key of client and task number, before anything is computed.
 
-What = Literal["fine", "before", "during", "after", "lost", "late", "twice", "corrupted"]
-TOLD: dict[str, str] = {
+FaultKind = Literal["fine", "before", "during", "after", "lost", "late", "twice", "corrupted"]
+DESCRIPTIONS: dict[str, str] = {
     "before": "failed before training",
     "during": "failed during training",
     "after": "failed after training",
@@ -24,25 +24,25 @@ TOLD: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What befalls a task. `by`: seconds that its upload is late; `share`: of the training after which it fails during it."""
+class FaultOutcome:
+    """What befalls a task. `delay`: seconds that its upload is late; `completed_share`: of the training after which it fails during it."""
 
-    what: What = "fine"
-    by: float = 0.0
-    share: float = 1.0
+    kind: FaultKind = "fine"
+    delay: float = 0.0
+    completed_share: float = 1.0
 
     @property
-    def fails(self) -> bool:
+    def is_failure(self) -> bool:
         """Whether no upload ever comes of it."""
-        return self.what in TOLD
+        return self.kind in DESCRIPTIONS
 
     @property
-    def why(self) -> str:
+    def description(self) -> str:
         """The failure, in words."""
-        return TOLD[self.what]
+        return DESCRIPTIONS[self.kind]
 
 
-FINE = Fate()
+NO_FAULT = FaultOutcome()
 
 
 class Faults:
@@ -51,18 +51,22 @@ class Faults:
     def __init__(self, config: FaultsConfig | None, devices: Devices) -> None:
         self.config, self.devices = config or FaultsConfig(), devices
 
-    def fate(self, id: str, task: int) -> Fate:
+    def outcome(self, client_id: str, task: int) -> FaultOutcome:
         """What befalls the client's task of that number: the same however often it is asked."""
         seed = self.devices.federation.seed
-        share = uniform(seed, "fate", id, task, "share")
-        if uniform(seed, "fate", id, task, "device") < self.devices.device(id).failure:
-            return Fate("during", share=share)
-        drawn, below = uniform(seed, "fate", id, task), 0.0
-        for what, chance in self.config.chances.items():
+        share = uniform(seed, "fate", client_id, task, "share")
+        if (
+            uniform(seed, "fate", client_id, task, "device")
+            < self.devices.device(client_id).failure
+        ):
+            return FaultOutcome("during", completed_share=share)
+        drawn, below = uniform(seed, "fate", client_id, task), 0.0
+        for what, chance in self.config.probabilities.items():
             below += chance
             if drawn < below:
-                return Fate(what, by=self.config.delay if what == "late" else 0.0, share=share)  # type: ignore[arg-type]
-        return FINE
+                delay = self.config.delay if what == "late" else 0.0
+                return FaultOutcome(what, delay=delay, completed_share=share)  # type: ignore[arg-type]
+        return NO_FAULT
 
 
 # What happens to uploads on their way: some come twice, some with other bytes; the server's door
@@ -71,21 +75,21 @@ class Faults:
 MOST = 8  # bytes that change
 
 
-def befallen(
-    replies: Iterator[tuple[str, Reply]], fates: Mapping[str, Fate], *parts: Key
+def inject_faults(
+    replies: Iterator[tuple[str, Reply]], outcomes: Mapping[str, FaultOutcome], *parts: Key
 ) -> Iterator[tuple[str, Reply]]:
     """The replies as they arrive. `parts`: the key of these tasks, by which bytes are changed."""
     for client, reply in replies:
-        what = fates[client].what
+        what = outcomes[client].kind
         if isinstance(reply, Message) and what == "corrupted":
-            reply = replace(reply.sealed(), body=flipped(reply.body, *parts, client))
+            reply = replace(reply.with_checksum(), body=flip_bytes(reply.body, *parts, client))
         yield client, reply
         if what == "twice":
             yield client, reply
         del reply  # a model's worth
 
 
-def once(replies: Iterator[tuple[str, Reply]]) -> Iterator[tuple[str, Reply]]:
+def drop_duplicates(replies: Iterator[tuple[str, Reply]]) -> Iterator[tuple[str, Reply]]:
     """Each task's first reply; a second one of the same task is dropped."""
     answered: set[str] = set()
     for client, reply in replies:
@@ -95,11 +99,13 @@ def once(replies: Iterator[tuple[str, Reply]]) -> Iterator[tuple[str, Reply]]:
         del reply  # a model's worth
 
 
-def flipped(body: bytes, *parts: Key) -> bytes:
+def flip_bytes(body: bytes, *parts: Key) -> bytes:
     """The bytes with up to MOST of them changed, at least one, drawn by the parts."""
     changed = bytearray(body)
-    for i in range(1 + key(*parts, "bytes") % MOST if changed else 0):
-        changed[key(*parts, i, "place") % len(changed)] ^= 1 + key(*parts, i, "bits") % 255
+    for i in range(1 + stream_key(*parts, "bytes") % MOST if changed else 0):
+        changed[stream_key(*parts, i, "place") % len(changed)] ^= (
+            1 + stream_key(*parts, i, "bits") % 255
+        )
     return (
         bytes(changed)
         if bytes(changed) != body

@@ -9,11 +9,11 @@ from itertools import islice
 
 from hetero_fl.config.schema import Config
 from hetero_fl.config.simulation import CohortConfig, DeviceConfig, FaultsConfig
-from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Devices, Timing, local_steps, uniform
-from hetero_fl.federation.simulation.faults import FINE, Fate, Faults
+from hetero_fl.federation.simulation.faults import NO_FAULT, FaultOutcome, Faults
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 # The conditions under which a run is held: clients' machines, what goes wrong, and how a round
 # deals with it.
@@ -22,8 +22,8 @@ LOOKED = 1000  # clients among whom somebody quick enough is looked for
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """`simulated`: whether rounds take simulated time and arrivals are counted; `here`: where clients are on their own machines
+class SimulationEnvironment:
+    """`simulated`: whether rounds take simulated time and arrivals are counted; `connected_clients`: where clients are on their own machines
     and time is real, who is there now."""
 
     policy: CohortConfig
@@ -32,29 +32,37 @@ class Conditions:
     faults: Faults
     per_round: int | None  # clients whose uploads a round is meant to have; none: everybody's
     simulated: bool
-    here: Callable[[], Collection[str]] | None = None
+    connected_clients: Callable[[], Collection[str]] | None = None
 
     @classmethod
-    def ideal(cls, federation: Federation, per_round: int | None = None) -> Conditions:
+    def ideal(
+        cls, federation: FederationSpec, per_round: int | None = None
+    ) -> SimulationEnvironment:
         """Nothing takes time and nothing goes wrong."""
-        devices = Devices.of(federation, None)
+        devices = Devices.from_config(federation, None)
         return cls(
             CohortConfig(), devices, Timing(devices), Faults(None, devices), per_round, False
         )
 
     @classmethod
-    def of(
+    def from_config(
         cls,
-        federation: Federation,
+        federation: FederationSpec,
         config: Config,
-        here: Callable[[], Collection[str]] | None = None,
-    ) -> Conditions:
+        connected_clients: Callable[[], Collection[str]] | None = None,
+    ) -> SimulationEnvironment:
         """The conditions that a configuration describes. Raises UserError for policies that have nothing to go by.
 
         Where clients are on machines of their own, what would be simulated is left out.
         """
-        policy, per_round, apart = config.cohort, config.clients.per_round, federation.data.apart
-        own = any(kind.settings.machine != DeviceConfig() for kind in federation.cards.kinds)
+        policy, per_round, apart = (
+            config.cohort,
+            config.clients.per_round,
+            federation.data.is_distributed,
+        )
+        own = any(
+            kind.settings.machine != DeviceConfig() for kind in federation.client_infos.profiles
+        )
         if (policy.over_selection > 1 or policy.sampling == "oort") and per_round is None:
             key = "over_selection" if policy.over_selection > 1 else "sampling: oort"
             raise UserError(
@@ -64,9 +72,9 @@ class Conditions:
             raise UserError(
                 "cohort.over_selection: takes the first to arrive, but without `devices` nobody takes time"
             )
-        if policy.least > (per_round or len(federation.cards)):
+        if policy.least > (per_round or len(federation.client_infos)):
             raise UserError(
-                f"cohort.least: found {policy.least}, but {per_round or len(federation.cards)} are invited"
+                f"cohort.least: found {policy.least}, but {per_round or len(federation.client_infos)} are invited"
             )
         last, secret = (
             max(config.faults.server, default=0) if config.faults else 0,
@@ -74,7 +82,7 @@ class Conditions:
         )
         if last > config.rounds:
             raise UserError(
-                f"faults.server: found {last}, but the run has {plural(config.rounds, 'round')}"
+                f"faults.server: found {last}, but the run has {pluralize(config.rounds, 'round')}"
             )
         if policy.sampling == "oort" and secret is not None:
             raise UserError(
@@ -84,29 +92,35 @@ class Conditions:
         if (
             secret is not None
             and per_round is not None
-            and secret.survivors(federation.cohort) > per_round
+            and secret.min_survivors(federation.cohort) > per_round
         ):
             raise UserError(
                 f"cohort.over_selection: found {policy.over_selection:g}; of {federation.cohort} invited clients the first "
-                f"{per_round} are taken, but channel.secure_sum.threshold asks for {secret.survivors(federation.cohort)} to "
+                f"{per_round} are taken, but channel.secure_sum.threshold asks for {secret.min_survivors(federation.cohort)} to "
                 "stay: no round would be opened; take a smaller over_selection or threshold"
             )
         if (
             policy.too_few == "repeat"
             and secret is not None
-            and policy.least > secret.survivors(federation.cohort)
+            and policy.least > secret.min_survivors(federation.cohort)
         ):
             raise UserError(
                 f"cohort.least: found {policy.least}, with cohort.too_few: repeat and channel.secure_sum, which opens sums of "
-                f"{secret.survivors(federation.cohort)}: of two sums of a round the difference tells single uploads; take no "
+                f"{secret.min_survivors(federation.cohort)}: of two sums of a round the difference tells single uploads; take no "
                 "more, or too_few: skip"
             )
         if apart:
-            devices = Devices.of(federation, None)
+            devices = Devices.from_config(federation, None)
             return cls(
-                policy, devices, Timing(devices), Faults(None, devices), per_round, False, here
+                policy,
+                devices,
+                Timing(devices),
+                Faults(None, devices),
+                per_round,
+                False,
+                connected_clients,
             )
-        devices = Devices.of(federation, config.devices)
+        devices = Devices.from_config(federation, config.devices)
         faults = Faults(config.faults, devices)
         simulated = own or any(
             found is not None for found in (config.devices, config.faults, policy.deadline)
@@ -114,22 +128,23 @@ class Conditions:
         return cls(policy, devices, Timing(devices), faults, per_round, simulated)
 
     @property
-    def invited(self) -> int:
+    def num_sampled(self) -> int:
         """How many clients are invited to a round."""
-        return self.policy.invited(self.per_round, len(self.devices.federation.cards))
+        return self.policy.num_sampled(self.per_round, len(self.devices.federation.client_infos))
 
     @property
-    def too_few(self) -> str:
+    def on_too_few(self) -> str:
         """What is done about a round with too few uploads."""
         return str(
-            self.policy.too_few or ("skip" if self.simulated or self.here is not None else "fail")
+            self.policy.too_few
+            or ("skip" if self.simulated or self.connected_clients is not None else "fail")
         )
 
     def notes(self) -> list[str]:
         """What is possible but perhaps not meant."""
-        if self.devices.federation.data.apart:
+        if self.devices.federation.data.is_distributed:
             return []
-        policy, lines, machines = self.policy, [], list(self.devices.paces())
+        policy, lines, machines = self.policy, [], list(self.devices.timing_of_profiles())
         waits = policy.deadline is None and policy.over_selection == 1
         if waits and self.faults.config.late:
             lines.append(
@@ -155,17 +170,17 @@ class Conditions:
             lines.append("faults.delay: is for uploads that are late, but faults.late is 0")
         if policy.attempts != CohortConfig().attempts and policy.too_few != "repeat":
             lines.append("cohort.attempts: is for cohort.too_few: repeat")
-        return [*lines, *self._hopeless()]
+        return [*lines, *self._unreachable_deadline()]
 
-    def _hopeless(self) -> list[str]:
+    def _unreachable_deadline(self) -> list[str]:
         """A deadline that training alone would miss, whoever is invited."""
-        policy, cards = self.policy, self.devices.federation.cards
+        policy, cards = self.policy, self.devices.federation.client_infos
         if policy.deadline is None:
             return []
         least = {
             id: local_steps(cards[id]) if policy.partial_work else 1 for id in islice(cards, LOOKED)
         }
-        quickest = min(self.timing.computing(id, 0) / steps for id, steps in least.items())
+        quickest = min(self.timing.training_seconds(id, 0) / steps for id, steps in least.items())
         if quickest <= policy.deadline:
             return []
         what = "a single step" if policy.partial_work else "training"
@@ -174,12 +189,12 @@ class Conditions:
         ]
 
 
-def unused(federation: Federation, config: Config) -> list[str]:
+def unused_simulation_keys(federation: FederationSpec, config: Config) -> list[str]:
     """What a configuration says for simulations, and a run on machines of its own has no use for; in one line, if anything."""
     found = [name for name in ("devices", "faults") if getattr(config, name) is not None]
     found += (
         ["machine"]
-        if any(kind.settings.machine != DeviceConfig() for kind in federation.cards.kinds)
+        if any(kind.settings.machine != DeviceConfig() for kind in federation.client_infos.profiles)
         else []
     )
     found += ["cohort.partial_work"] if config.cohort.partial_work else []
@@ -193,48 +208,48 @@ Sizes = Callable[[str], tuple[int, int]]  # client id -> bytes down, bytes up
 
 
 @dataclass(frozen=True)
-class Task:
+class ScheduledTask:
     """One client's part in a round: what befalls it, its share of the steps, and when the server sees the end of it, in simulated
     seconds (infinite: never)."""
 
     client: str
-    fate: Fate = FINE
-    work: float = 1.0
-    ends: float = 0.0
+    outcome: FaultOutcome = NO_FAULT
+    step_share: float = 1.0
+    end: float = 0.0
 
 
 @dataclass
 class Schedule:
-    """A round's tasks. Those `asked` are computed: whose uploads arrive in time, corrupted ones included. Of the others the
+    """A round's tasks. Those `computing` are computed: whose uploads arrive in time, corrupted ones included. Of the others the
     computing would have no effect: they failed, or came late."""
 
-    tasks: dict[str, Task]
+    tasks: dict[str, ScheduledTask]
     start: float
     end: float
-    asked: list[str]
+    computing: list[str]
     failed: dict[str, str] = field(default_factory=dict)
     late: list[str] = field(default_factory=list)
 
     @property
-    def expected(self) -> int:
+    def num_expected(self) -> int:
         """Uploads that can be used, as long as nobody diverges."""
-        return sum(self.tasks[client].fate.what != "corrupted" for client in self.asked)
+        return sum(self.tasks[client].outcome.kind != "corrupted" for client in self.computing)
 
     @property
-    def there(self) -> set[str]:
+    def protocol_clients(self) -> set[str]:
         """Who is there until it trains, and answers what a protocol asks before that: whoever does not fail before it."""
-        return {client for client, task in self.tasks.items() if task.fate.what != "before"}
+        return {client for client, task in self.tasks.items() if task.outcome.kind != "before"}
 
     @property
-    def in_vain(self) -> list[str]:
+    def wasted_uploads(self) -> list[str]:
         """Whose uploads were sent for nothing: lost and delayed ones, and second copies. Who is merely slow gives up when the
         round is closed."""
         sent = [
             c
             for c, task in self.tasks.items()
-            if task.fate.what == "lost" or (task.fate.what == "late" and c in self.late)
+            if task.outcome.kind == "lost" or (task.outcome.kind == "late" and c in self.late)
         ]
-        return [*sent, *(c for c in self.asked if self.tasks[c].fate.what == "twice")]
+        return [*sent, *(c for c in self.computing if self.tasks[c].outcome.kind == "twice")]
 
     def record(self, failed: Collection[str]) -> list[list[object]]:
         """Each task as `[client, start, end, what came of it]`, seconds; none goes on beyond the round's end. `failed`: those
@@ -242,66 +257,74 @@ class Schedule:
         rows: list[list[object]] = []
         for client, task in self.tasks.items():
             what = "failed" if client in failed else "late" if client in self.late else "arrived"
-            rows.append([client, self.start, min(task.ends, self.end), what])
+            rows.append([client, self.start, min(task.end, self.end), what])
         return rows
 
 
-def ideal(cohort: Sequence[str], at: float = 0.0) -> Schedule:
+def immediate_schedule(cohort: Sequence[str], at: float = 0.0) -> Schedule:
     """Nothing takes time, as far as is known before, and all are on time."""
-    return Schedule({client: Task(client, ends=at) for client in cohort}, at, at, list(cohort))
+    return Schedule(
+        {client: ScheduledTask(client, end=at) for client in cohort}, at, at, list(cohort)
+    )
 
 
-def schedule(
-    cohort: Sequence[str], conditions: Conditions, sizes: Sizes, at: float, number: int
+def make_schedule(
+    cohort: Sequence[str], environment: SimulationEnvironment, sizes: Sizes, at: float, number: int
 ) -> Schedule:
     """What will come of inviting the cohort at `at`; `number`: of these tasks, for their draws.
 
     The server waits for as many usable uploads as it wants, else until it knows what became of everybody, else until the
     deadline. A failure is seen when it happens; a lost upload when it should have come, or, with a deadline, never.
     """
-    policy = conditions.policy
+    policy = environment.policy
     closing = math.inf if policy.deadline is None else at + policy.deadline
     tasks = {
-        client: _task(client, conditions, sizes(client), at, number, closing) for client in cohort
+        client: _schedule_task(client, environment, sizes(client), at, number, closing)
+        for client in cohort
     }
     good = [
         t
         for t in tasks.values()
-        if not t.fate.fails and t.fate.what != "corrupted" and t.ends <= closing
+        if not t.outcome.is_failure and t.outcome.kind != "corrupted" and t.end <= closing
     ]
-    wanted = min(len(cohort), conditions.per_round or len(cohort))
+    wanted = min(len(cohort), environment.per_round or len(cohort))
     # of equal machines other ones are first from round to round
-    seed = conditions.devices.federation.seed
-    good.sort(key=lambda task: (task.ends, uniform(seed, "turn", task.client, number)))
-    waited = min(closing, max((task.ends for task in tasks.values()), default=at))
-    end = good[wanted - 1].ends if good and len(good) >= wanted else waited
+    seed = environment.devices.federation.seed
+    good.sort(key=lambda task: (task.end, uniform(seed, "turn", task.client, number)))
+    waited = min(closing, max((task.end for task in tasks.values()), default=at))
+    end = good[wanted - 1].end if good and len(good) >= wanted else waited
     taken = {task.client for task in good[:wanted]}
     made = Schedule(tasks, at, end, [])
     for client, task in tasks.items():
-        if task.fate.fails:
-            made.failed[client] = task.fate.why
-        elif client in taken or (task.fate.what == "corrupted" and task.ends <= end):
-            made.asked.append(client)
+        if task.outcome.is_failure:
+            made.failed[client] = task.outcome.description
+        elif client in taken or (task.outcome.kind == "corrupted" and task.end <= end):
+            made.computing.append(client)
         else:
             made.late.append(client)
     return made
 
 
-def _task(
-    id: str, conditions: Conditions, size: tuple[int, int], at: float, number: int, closing: float
-) -> Task:
-    timing, fate, work = conditions.timing, conditions.faults.fate(id, number), 1.0
+def _schedule_task(
+    client_id: str,
+    conditions: SimulationEnvironment,
+    size: tuple[int, int],
+    at: float,
+    number: int,
+    closing: float,
+) -> ScheduledTask:
+    timing, fate, work = conditions.timing, conditions.faults.outcome(client_id, number), 1.0
     if conditions.policy.partial_work:
-        work = timing.share_in_time(id, *size, at, number, closing)
-        if int(work * local_steps(conditions.devices.federation.cards[id])) < 1:
-            return Task(id, fate, 0.0, math.inf)  # no time for a single step
-    stages = timing.stages(id, *size, at, number, work)
+        work = timing.share_in_time(client_id, *size, at, number, closing)
+        if int(work * local_steps(conditions.devices.federation.client_infos[client_id])) < 1:
+            return ScheduledTask(client_id, fate, 0.0, math.inf)  # no time for a single step
+    stages = timing.task_times(client_id, *size, at, number, work)
     # round-off makes nobody late
     arrived = min(stages.arrived, closing) if work < 1 else stages.arrived
     ends = {
         "before": stages.received,
-        "during": stages.received + fate.share * (stages.trained - stages.received),
+        "during": stages.received + fate.completed_share * (stages.trained - stages.received),
         "after": stages.trained,
         "lost": arrived if closing == math.inf else math.inf,
     }
-    return Task(id, fate, work, ends.get(fate.what, arrived + fate.by))
+    return ScheduledTask(client_id, fate, work, ends.get(fate.kind, arrived + fate.delay))

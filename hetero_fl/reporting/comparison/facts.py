@@ -19,20 +19,20 @@ from hetero_fl.reporting.formatting import (
     READINGS,
     algorithm_base,
     algorithm_name,
-    figure,
-    home_rows,
+    capitalize_first,
+    format_metric,
+    format_range,
+    local_test_rows,
     metric_name,
     population,
-    selection,
-    sentence,
-    span,
+    selection_metric_of,
+    small_test_note,
     tested_metric,
-    uncertain,
 )
 from hetero_fl.reporting.methods import is_baseline, is_bound
 from hetero_fl.reporting.run_directory import RunDirectory
 from hetero_fl.utils.errors import PACKAGE, UserError
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 # What a comparison shows, and in which order: columns that fit the task, methods that compete and
 # those that bound them.
@@ -41,7 +41,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _ShownMetrics:
     """Metrics shown for a kind of task: on both test sets, for the worst client, and for the server's model."""
 
     metrics: tuple[str, ...]
@@ -50,12 +50,16 @@ class _Shown:
 
 
 _SHOWN = {
-    "binary": _Shown(("balanced_accuracy", "auroc", "accuracy"), "accuracy", "balanced_accuracy"),
-    "multiclass": _Shown(("accuracy", "balanced_accuracy", "auroc"), "accuracy", "accuracy"),
-    "rare": _Shown(("auroc", "average_precision"), "auroc", "auroc"),
-    "many": _Shown(("accuracy", "top3_accuracy", "perplexity"), "accuracy", "accuracy"),
-    "multilabel": _Shown(("auroc", "average_precision", "balanced_accuracy"), "auroc", "auroc"),
-    "regression": _Shown(("mae", "rmse", "r2"), "mae", "mae"),
+    "binary": _ShownMetrics(
+        ("balanced_accuracy", "auroc", "accuracy"), "accuracy", "balanced_accuracy"
+    ),
+    "multiclass": _ShownMetrics(("accuracy", "balanced_accuracy", "auroc"), "accuracy", "accuracy"),
+    "rare": _ShownMetrics(("auroc", "average_precision"), "auroc", "auroc"),
+    "many": _ShownMetrics(("accuracy", "top3_accuracy", "perplexity"), "accuracy", "accuracy"),
+    "multilabel": _ShownMetrics(
+        ("auroc", "average_precision", "balanced_accuracy"), "auroc", "auroc"
+    ),
+    "regression": _ShownMetrics(("mae", "rmse", "r2"), "mae", "mae"),
 }
 
 
@@ -71,14 +75,14 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Entrants:
+class ComparedMethods:
     """Labels of the methods in the order in which they are shown: those that compete, then the bounds."""
 
     federated: tuple[str, ...]
     bounds: tuple[str, ...]
 
     @property
-    def all(self) -> tuple[str, ...]:
+    def all_labels(self) -> tuple[str, ...]:
         """The one after the other."""
         return self.federated + self.bounds
 
@@ -88,15 +92,15 @@ class Entrants:
         return next((label for label in self.federated if is_baseline(label)), None)
 
 
-def entrants(rows: Sequence[Row]) -> Entrants:
+def compared_methods(rows: Sequence[Row]) -> ComparedMethods:
     """The methods of these rows, in their order."""
     labels = list(dict.fromkeys(str(row["algorithm"]) for row in rows))
-    return Entrants(
+    return ComparedMethods(
         tuple(a for a in labels if not is_bound(a)), tuple(a for a in labels if is_bound(a))
     )
 
 
-def ranked(rows: Sequence[Row], task: Task) -> list[Row]:
+def rank_methods(rows: Sequence[Row], task: Task) -> list[Row]:
     """The rows with the best method first, by the mean of the tables' first column in the last round; ties as they were."""
     found = columns_of(rows, task, "last")
     if not found:
@@ -118,7 +122,7 @@ def _kind(task: Task) -> str:
         "rare"
         if task.rare is not None
         else "many"
-        if task.many
+        if task.has_many_classes
         else "binary"
         if task.outputs == 2
         else "multiclass"
@@ -145,7 +149,7 @@ def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ..
             columns.append(_column(f"{reading}_{moment}_{metric}", reading, metric))
     name = metric_name(shown.worst)
     worst = f"Worst client's {READINGS['personal']} {name}", f"Worst client's {name}"
-    group = sentence(READINGS["personal"])
+    group = capitalize_first(READINGS["personal"])
     columns.append(
         Column(f"personal_{moment}_{shown.worst}_worst", worst[0], shown.worst, group, worst[1])
     )
@@ -154,9 +158,9 @@ def columns_of(rows: Sequence[Row], task: Task, moment: str) -> tuple[Column, ..
 
 
 def _column(key: str, reading: str, metric: str) -> Column:
-    name, group = metric_name(metric), sentence(READINGS[reading])
+    name, group = metric_name(metric), capitalize_first(READINGS[reading])
     title = f"Server's {name}" if reading == "server" else tested_metric(reading, metric)
-    return Column(key, title, metric, group, sentence(name))
+    return Column(key, title, metric, group, capitalize_first(name))
 
 
 # The settings that each method of a comparison ran with, in words, and where each of them was
@@ -186,14 +190,14 @@ class UsedSettings:
         """Return (methods, settings) for reading; methods at their defaults share the first line."""
         plain = [algorithm_name(label) for label, settings in self.methods if not settings]
         tuned = [
-            (algorithm_name(label), in_words(settings))
+            (algorithm_name(label), format_settings(settings))
             for label, settings in self.methods
             if settings
         ]
         return [*([(", ".join(plain), DEFAULTS)] if plain else []), *tuned]
 
 
-def in_words(settings: Sequence[Setting]) -> str:
+def format_settings(settings: Sequence[Setting]) -> str:
     """Return settings as one line, those of one origin together: `a = 1, b = 2 (variant); c = 3 (grid)`."""
     parts = []
     for origin, found in groupby(settings, key=lambda setting: setting.origin):
@@ -211,17 +215,19 @@ NAMED = 6
 
 
 @dataclass(frozen=True)
-class About:
+class ComparisonFacts:
     """Facts as (name, text); the command, or the call from Python; how many runs shared the machine, where it is known."""
 
     facts: tuple[tuple[str, str], ...]
     warning: str
     command: str
     jobs: int | None
-    home: str
+    local_test_note: str
 
 
-def about(out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None) -> About:
+def gather_facts(
+    out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = None
+) -> ComparisonFacts:
     """Gather it for a comparison in `out`; facts whose files are missing are left out.
 
     `missing`: what is not in it, and why.
@@ -238,38 +244,39 @@ def about(out: Path, rows: Sequence[Row], missing: Mapping[str, str] | None = No
             ("Data", _data(summary, details)),
             ("Clients", _clients(summary, details, config)),
         ]
-        tested = [home_rows(run.details()) for run in runs]
+        tested = [local_test_rows(run.details()) for run in runs]
         if any(n for found in tested for n in found.values()):
-            home = f"Local test: n = {span(n for found in tested for n in found.values())} rows a client over all seeds."
+            home = f"Local test: n = {format_range(n for found in tested for n in found.values())} rows a client over all seeds."
             fewest = {
                 client: min(found.get(client, n) for found in tested)
                 for client, n in tested[0].items()
             }
-            home = f"{home} {uncertain(fewest)}".strip()
+            home = f"{home} {small_test_note(fewest)}".strip()
             facts += [("Local test rows", home.removeprefix("Local test: "))]
         completed = {run.summary()["rounds_completed"] for run in runs}
         facts += [
             (
                 "Rounds",
-                span(completed) + (" (some runs stopped early)" if len(completed) > 1 else ""),
+                format_range(completed)
+                + (" (some runs stopped early)" if len(completed) > 1 else ""),
             )
         ]
-        facts += _rules(summary, details)
+        facts += _baseline_facts(summary, details)
         if summary["data"]["simulated"]:
             warning = "Generated data stood in for the real set. These figures say nothing about real data."
     facts += [("Seeds", ", ".join(map(str, seeds)))]
     if jobs is not None:
-        facts += [("At a time", plural(jobs, "run"))]
+        facts += [("At a time", pluralize(jobs, "run"))]
     facts += [(f"Without {name}", why) for name, why in (missing or {}).items()]
-    return About(tuple(facts), warning, _command() or _call(labels, seeds), jobs, home)
+    return ComparisonFacts(tuple(facts), warning, _command() or _call(labels, seeds), jobs, home)
 
 
-def _rules(summary: Json, details: Json) -> list[tuple[str, str]]:
+def _baseline_facts(summary: Json, details: Json) -> list[tuple[str, str]]:
     """What simple rules reach on the same rows, where the data brings any."""
-    metric, told = selection(summary, details), []
+    metric, told = selection_metric_of(summary, details), []
     for rule, readings in summary.get("baselines", {}).items():
         found = [
-            f"{READINGS[r]} {figure(readings[r].get(metric), metric)}"
+            f"{READINGS[r]} {format_metric(readings[r].get(metric), metric)}"
             for r in ("personal", "global")
             if readings.get(r)
         ]
@@ -299,7 +306,7 @@ def _runs(out: Path, rows: Sequence[Row]) -> list[RunDirectory]:
 
 def _data(summary: Json, details: Json) -> str:
     data, about = summary["data"], f": {details['about']}" if details.get("about") else ""
-    parts = [plural(data["n_train"], "training row")]
+    parts = [pluralize(data["n_train"], "training row")]
     parts += [f"{data['n_test']:,} in the global test set"] if data["n_test"] else []
     parts += [f"{data['n_proxy']:,} in the public proxy set"] if data["n_proxy"] else []
     return f"{data['name']}{about}. {', '.join(parts)}."
@@ -315,9 +322,9 @@ def _clients(summary: Json, details: Json, config: Json) -> str:
         groups.append(f"{len(ids)} × {model} ({named})")
     sampled = (config.get("clients") or {}).get("per_round")
     each = f"; {sampled} of them in a round" if sampled else ""
-    count, models = population(summary, details), plural(len(kinds), "model")
+    count, models = population(summary, details), pluralize(len(kinds), "model")
     read = f"; {len(summary['clients']):,} of them read" if count > len(summary["clients"]) else ""
-    return f"{plural(count, 'client')}, {models}{each}{read}: {'; '.join(groups)}."
+    return f"{pluralize(count, 'client')}, {models}{each}{read}: {'; '.join(groups)}."
 
 
 def _own_model(client: Json, details: Json) -> str:
@@ -344,13 +351,13 @@ def _command() -> str:
     program, *rest = sys.argv or [""]
     name = Path(program).name
     if Path(program).resolve() == PACKAGE.resolve().parent / "scripts" / "compare.py":
-        return shlex.join(["python", "scripts/compare.py", *map(_bare, rest)])
+        return shlex.join(["python", "scripts/compare.py", *map(_shorten_word, rest)])
     if name in ("hetero-fl", "hetero-fl.exe") and rest[:1] == ["compare"]:
-        return shlex.join(["hetero-fl", *map(_bare, rest)])
+        return shlex.join(["hetero-fl", *map(_shorten_word, rest)])
     return ""
 
 
-def _bare(word: str) -> str:
+def _shorten_word(word: str) -> str:
     """A word of a command line; an absolute path in it, after `=` too, from the working folder or as the bare name."""
     key, equals, value = word.rpartition("=")
     path = Path(value).expanduser()

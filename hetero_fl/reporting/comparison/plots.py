@@ -17,18 +17,18 @@ from matplotlib.ticker import MaxNLocator
 
 from hetero_fl.core.metrics import SMALLER_IS_BETTER, selection_metric
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison.facts import Entrants, Row, entrants, metrics_of
+from hetero_fl.reporting.comparison.facts import ComparedMethods, Row, compared_methods, metrics_of
 from hetero_fl.reporting.formatting import (
     READING_WORDS,
     READINGS,
     algorithm_name,
-    duration,
+    capitalize_first,
+    format_bytes,
+    format_duration,
     metric_name,
-    sentence,
-    size,
     tested_metric,
 )
-from hetero_fl.reporting.methods import is_bound, needs
+from hetero_fl.reporting.methods import is_bound, method_needs
 from hetero_fl.reporting.plots import style
 
 # The picture of a comparison: every method on global and local tests, what it exchanged, how long
@@ -41,20 +41,20 @@ MANY = 16
 """With more methods their lines move together, so that the picture stays on a page."""
 
 
-def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
+def draw_comparison(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     """A line a method: mean and standard deviation over seeds at the last round, seeds as faint points, bytes, time, needs.
 
     The metrics are those of the tables. The line to beat is dotted; bounds stand below a rule. `jobs`: so
     many runs shared the machine (None: unknown).
     """
-    shown = entrants(rows)
+    shown = compared_methods(rows)
     metrics = [
         m
         for m in metrics_of(task)
         if any(row.get(f"{r}_last_{m}") is not None for row in rows for r in READINGS)
     ]
-    labels = [_label(a) for a in shown.all]
-    wanted = Counter(word for a in shown.all for need in needs(a) for word in need)
+    labels = [_label(a) for a in shown.all_labels]
+    wanted = Counter(word for a in shown.all_labels for need in method_needs(a) for word in need)
     needed = [word for word, _ in wanted.most_common()]
     pitch, line = (0.2, 0.14) if len(labels) <= MANY else (0.12, 0.13)
     height = 1.2 + pitch * len(labels) + line * sum(label.count("\n") + 1 for label in labels)
@@ -70,16 +70,23 @@ def draw(rows: Sequence[Row], task: Task, jobs: int | None = None) -> Figure:
     for axes, metric in zip(scores, metrics, strict=True):
         for place, reading in enumerate(present):
             _dots(axes, rows, shown, reading, metric, 0.2 * (place - (len(present) - 1) / 2))
-        axes.set_title(textwrap.fill(sentence(metric_name(metric, task.unit)), 12))
+        axes.set_title(textwrap.fill(capitalize_first(metric_name(metric, task.unit)), 12))
     _bars(
         exchanged,
-        [[row["up_bytes"] + row["down_bytes"] for row in _of(rows, a)] for a in shown.all],
-        size,
+        [
+            [row["up_bytes"] + row["down_bytes"] for row in _rows_of_label(rows, a)]
+            for a in shown.all_labels
+        ],
+        format_bytes,
     )
     exchanged.set_title("Bytes")
-    _bars(time, [[row["seconds_total"] for row in _of(rows, a)] for a in shown.all], duration)
+    _bars(
+        time,
+        [[row["seconds_total"] for row in _rows_of_label(rows, a)] for a in shown.all_labels],
+        format_duration,
+    )
     time.set_title("Time" if jobs == 1 else "Time,\nshared")
-    _matrix(needs_axes, [needs(a) for a in shown.all], needed)
+    _matrix(needs_axes, [method_needs(a) for a in shown.all_labels], needed)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
     for axes in panels:
@@ -109,16 +116,21 @@ def _label(label: str) -> str:
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
-def _of(rows: Sequence[Row], label: str) -> list[Row]:
+def _rows_of_label(rows: Sequence[Row], label: str) -> list[Row]:
     return [row for row in rows if row["algorithm"] == label]
 
 
 def _dots(
-    axes: Axes, rows: Sequence[Row], shown: Entrants, reading: str, metric: str, offset: float
+    axes: Axes,
+    rows: Sequence[Row],
+    shown: ComparedMethods,
+    reading: str,
+    metric: str,
+    offset: float,
 ) -> None:
     key, colour = f"{reading}_last_{metric}", style.READING_COLOURS[reading]
-    for place, label in enumerate(shown.all):
-        values = [row[key] for row in _of(rows, label) if row.get(key) is not None]
+    for place, label in enumerate(shown.all_labels):
+        values = [row[key] for row in _rows_of_label(rows, label) if row.get(key) is not None]
         if not values:
             continue
         mean = float(np.mean(values))
@@ -184,7 +196,7 @@ def _matrix(axes: Axes, found: Sequence[Sequence[tuple[str, ...]]], needed: Sequ
     axes.spines["bottom"].set_visible(False)
 
 
-def _handles(rows: Sequence[Row], shown: Entrants, present: Sequence[str]) -> list[Line2D]:
+def _handles(rows: Sequence[Row], shown: ComparedMethods, present: Sequence[str]) -> list[Line2D]:
     handles = []
     for reading in present:
         look: dict[str, Any] = {
@@ -196,7 +208,7 @@ def _handles(rows: Sequence[Row], shown: Entrants, present: Sequence[str]) -> li
         )
     if len({row["seed"] for row in rows}) > 1:
         handles.append(Line2D([], [], color=style.GREY, linewidth=1.3, label="± std over seeds"))
-    if shown.baseline and len(shown.all) > 1:
+    if shown.baseline and len(shown.all_labels) > 1:
         dotted: dict[str, Any] = {"color": style.GREY, "linewidth": 0.9, "linestyle": (0, (1, 1.5))}
         handles.append(
             Line2D([], [], label=f"{algorithm_name(shown.baseline)}, the line to beat", **dotted)
@@ -227,9 +239,9 @@ def write_curves(
         if (line := _line(runs, metric, timed)) or not timed
     }
     if len(lines) <= MANY_CURVES and any(len(line) > 1 for line in lines.values()):
-        with style.drawing():
+        with style.plot_style():
             path.write_bytes(
-                style.png(_draw(lines, metric, "simulated hours" if timed else "round"))
+                style.to_png(_draw(lines, metric, "simulated hours" if timed else "round"))
             )
 
 

@@ -13,19 +13,31 @@ from hetero_fl.core.metrics import metric_names
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison import plots
 from hetero_fl.reporting.comparison import tables as comparison_tables
-from hetero_fl.reporting.comparison.facts import TITLE, About, Row, UsedSettings, about, entrants
-from hetero_fl.reporting.comparison.tables import Candidate, Table, Tuning, tuning
+from hetero_fl.reporting.comparison.facts import (
+    TITLE,
+    ComparisonFacts,
+    Row,
+    UsedSettings,
+    compared_methods,
+    gather_facts,
+)
+from hetero_fl.reporting.comparison.tables import (
+    Candidate,
+    ComparisonTable,
+    TuningTable,
+    make_tuning_table,
+)
 from hetero_fl.reporting.formatting import (
     METRICS,
     MISSING,
     READINGS,
     algorithm_name,
-    duration,
-    size,
+    format_bytes,
+    format_duration,
 )
-from hetero_fl.reporting.methods import described
+from hetero_fl.reporting.methods import describe_methods
 from hetero_fl.reporting.plots import style
-from hetero_fl.reporting.report import embedded, render
+from hetero_fl.reporting.report import embed_picture, render
 from hetero_fl.reporting.run_directory import RunDirectory
 
 
@@ -80,12 +92,12 @@ def write_comparison(
     out = RunDirectory(out_dir)
     out.path.mkdir(parents=True, exist_ok=True)
     out.write_text("comparison.csv", _csv(rows, task))
-    known = about(out.path, rows, missing)
+    known = gather_facts(out.path, rows, missing)
     tables = [
-        comparison_tables.make_table(rows, task, moment, known.jobs, known.home)
+        comparison_tables.make_table(rows, task, moment, known.jobs, known.local_test_note)
         for moment in ("last", "best")
     ]
-    grid = tuning(tried, task)
+    grid = make_tuning_table(tried, task)
     out.write_text("comparison.md", _markdown(tables, rows, known, title, note, grid, settings))
     labels = ("comparison-last", "comparison-selected")
     tex = [
@@ -95,13 +107,13 @@ def write_comparison(
     out.write_text(
         "comparison.tex", "% needs \\usepackage{booktabs,graphicx}\n" + "\n\n".join(tex) + "\n"
     )
-    with style.drawing():
-        picture = style.png(plots.draw(rows, task, known.jobs))
+    with style.plot_style():
+        picture = style.to_png(plots.draw_comparison(rows, task, known.jobs))
     (out.path / "comparison.png").write_bytes(picture)
     out.write_text("report.html", _html(tables, rows, known, picture, title, note, grid, settings))
 
 
-def columns(rows: Sequence[Row], task: Task) -> list[str]:
+def csv_columns(rows: Sequence[Row], task: Task) -> list[str]:
     """The columns of `comparison.csv`; keys of the rows that are not among the contract's come last."""
     names = ["algorithm", "seed"]
     names += [
@@ -116,19 +128,19 @@ def columns(rows: Sequence[Row], task: Task) -> list[str]:
 
 def _csv(rows: Sequence[Row], task: Task) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns(rows, task), restval="", lineterminator="\n")
+    writer = csv.DictWriter(buffer, csv_columns(rows, task), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
 
 
 def _markdown(
-    tables: Sequence[Table],
+    tables: Sequence[ComparisonTable],
     rows: Sequence[Row],
-    known: About,
+    known: ComparisonFacts,
     title: str,
     note: str,
-    grid: Tuning | None,
+    grid: TuningTable | None,
     settings: UsedSettings | None,
 ) -> str:
     parts = [f"# {title}", *([note] if note else []), *([known.warning] if known.warning else [])]
@@ -143,7 +155,7 @@ def _markdown(
     if settings:
         parts += [f"## {TITLE}", *([settings.note] if settings.note else [])]
         parts += ["\n".join(f"- **{methods}:** {text}" for methods, text in settings.lines())]
-    methods = described(entrants(rows).all)
+    methods = describe_methods(compared_methods(rows).all_labels)
     parts += [
         "## The methods",
         "\n".join(f"- **{name}:** {' '.join(filter(None, told))}" for name, *told in methods),
@@ -152,24 +164,24 @@ def _markdown(
 
 
 def _html(
-    tables: Sequence[Table],
+    tables: Sequence[ComparisonTable],
     rows: Sequence[Row],
-    known: About,
+    known: ComparisonFacts,
     picture: bytes,
     title: str,
     note: str,
-    grid: Tuning | None,
+    grid: TuningTable | None,
     settings: UsedSettings | None,
 ) -> str:
-    shown = entrants(rows)
+    shown = compared_methods(rows)
     first = tables[0].columns[:3]
     runs = [
         {
             "name": algorithm_name(str(row["algorithm"])),
             "seed": row["seed"],
-            "values": [comparison_tables.single(row.get(c.key), c.metric) for c in first],
-            "exchanged": size(row["up_bytes"] + row["down_bytes"]),
-            "time": duration(row["seconds_total"]),
+            "values": [comparison_tables.format_single(row.get(c.key), c.metric) for c in first],
+            "exchanged": format_bytes(row["up_bytes"] + row["down_bytes"]),
+            "time": format_duration(row["seconds_total"]),
         }
         for row in rows
     ]
@@ -180,16 +192,18 @@ def _html(
         tables=tables,
         grid=grid,
         settings=settings,
-        picture=embedded(picture),
+        picture=embed_picture(picture),
         several=len({row["seed"] for row in rows}) > 1,
         bounds=bool(shown.bounds),
-        baseline=algorithm_name(shown.baseline) if shown.baseline and len(shown.all) > 1 else "",
+        baseline=algorithm_name(shown.baseline)
+        if shown.baseline and len(shown.all_labels) > 1
+        else "",
         below=comparison_tables.BELOW,
         missing=MISSING,
         one_by_one=any(ONE_BY_ONE in line.needs for line in tables[0].lines),
         about=known,
         seconds=comparison_tables.seconds_note(known.jobs),
-        methods=described(shown.all),
+        methods=describe_methods(shown.all_labels),
         run_columns=[c.title for c in first],
         runs=runs,
     )

@@ -12,9 +12,21 @@ import numpy as np
 
 from hetero_fl.core.metrics import selection_metric
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison.facts import Column, Entrants, Row, columns_of, entrants
-from hetero_fl.reporting.formatting import MISSING, algorithm_name, better, digits, metric_name
-from hetero_fl.reporting.methods import is_bound, needed
+from hetero_fl.reporting.comparison.facts import (
+    Column,
+    ComparedMethods,
+    Row,
+    columns_of,
+    compared_methods,
+)
+from hetero_fl.reporting.formatting import (
+    MISSING,
+    algorithm_name,
+    format_significant,
+    is_better,
+    metric_name,
+)
+from hetero_fl.reporting.methods import format_needs, is_bound
 
 # What a comparison may claim: p-values of enough seeds, and the words under a table.
 
@@ -33,7 +45,7 @@ def p_value(a: Mapping[int, float], b: Mapping[int, float]) -> str:
     from scipy import stats  # takes longer to load than everything else here
 
     p = float(stats.ttest_rel([a[s] for s in seeds], [b[s] for s in seeds]).pvalue)
-    return "<0.001" if p < 0.001 else digits(p, 2)
+    return "<0.001" if p < 0.001 else format_significant(p, 2)
 
 
 def seconds_note(jobs: int | None) -> str:
@@ -52,7 +64,7 @@ def caption_of(
     scale = (
         f"Errors in {task.unit or 'the target’s unit'}"
         if task.kind == "regression"
-        else f"Metrics in percent{', but for the perplexity' if task.many else ''}"
+        else f"Metrics in percent{', but for the perplexity' if task.has_many_classes else ''}"
     )
     if len(seeds) > 1:
         text = f"{scale}, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. "
@@ -75,7 +87,7 @@ BELOW = "↓"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One algorithm in one column: mean and sample standard deviation over seeds, None where there are none; `below`: worse
     than the line to beat."""
 
@@ -87,13 +99,13 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class TableLine:
     """One algorithm's line: its cells, its p-value against the best, megabytes and seconds a run, what it needs."""
 
     algorithm: str
     name: str
     bound: bool
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
     p: str
     megabytes: str
     seconds: str
@@ -101,12 +113,12 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
+class ComparisonTable:
     """A table of a comparison; the first column is the one that p-values are about, the bounds come last."""
 
     title: str
     columns: tuple[Column, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[TableLine, ...]
     caption: str
     tested: bool
     jobs: int | None
@@ -130,19 +142,23 @@ class Table:
 
 
 def make_table(
-    rows: Sequence[Row], task: Task, moment: str, jobs: int | None = None, home: str = ""
-) -> Table:
+    rows: Sequence[Row], task: Task, moment: str, jobs: int | None = None, personal: str = ""
+) -> ComparisonTable:
     """The table of the `last` round or of the one selected by validation (`best`).
 
-    `jobs`: so many runs shared the machine (None: unknown). `home`: a sentence on the local test rows.
+    `jobs`: so many runs shared the machine (None: unknown). `personal`: a sentence on the local test rows.
     """
-    columns, shown = columns_of(rows, task, moment), entrants(rows)
-    algorithms, federated = list(shown.all), list(shown.federated)
+    columns, shown = columns_of(rows, task, moment), compared_methods(rows)
+    algorithms, federated = list(shown.all_labels), list(shown.federated)
     seeds = sorted({row["seed"] for row in rows})
     several = len(seeds) > 1
     values = {
         a: {
-            c.key: {r["seed"]: float(r[c.key]) for r in _of(rows, a) if r.get(c.key) is not None}
+            c.key: {
+                r["seed"]: float(r[c.key])
+                for r in _rows_of_algorithm(rows, a)
+                if r.get(c.key) is not None
+            }
             for c in columns
         }
         for a in algorithms
@@ -154,10 +170,10 @@ def make_table(
     for place, column in enumerate(columns):
         _mark_best(cells, federated, place, column.metric)
         _mark_below(cells, shown, place, column.metric)
-    leader = _leader(cells, federated, columns[0].metric) if columns else None
+    leader = _best_cell(cells, federated, columns[0].metric) if columns else None
     lines = []
     for a in algorithms:
-        own = _of(rows, a)
+        own = _rows_of_algorithm(rows, a)
         p = ""
         if leader is not None and several and not is_bound(a):
             first = columns[0].key
@@ -165,15 +181,15 @@ def make_table(
         short = f" ({len(own)} of {len(seeds)} seeds)" if len(own) < len(seeds) else ""
         total = [(row["up_bytes"] + row["down_bytes"]) / 1e6 for row in own]
         lines.append(
-            Line(
+            TableLine(
                 a,
                 algorithm_name(a) + short,
                 is_bound(a),
                 tuple(cells[a]),
                 p,
                 _megabytes(float(np.mean(total))),
-                digits(float(np.mean([row["seconds_total"] for row in own]))),
-                needed(a) or MISSING,
+                format_significant(float(np.mean([row["seconds_total"] for row in own]))),
+                format_needs(a) or MISSING,
             )
         )
     title = "Last round" if moment == "last" else "Round selected by validation"
@@ -182,24 +198,26 @@ def make_table(
     caption = caption_of(first, seeds, [line.p for line in lines], bounds, task)
     if any(cell.below for line in lines for cell in line.cells):
         caption += f" {BELOW} worse than {algorithm_name(str(shown.baseline))}."
-    if any(column.key.startswith("personal") for column in columns) and home:
-        caption += f" {home}"
-    return Table(title, columns, tuple(lines), f"{caption} {seconds_note(jobs)}", tested, jobs)
+    if any(column.key.startswith("personal") for column in columns) and personal:
+        caption += f" {personal}"
+    return ComparisonTable(
+        title, columns, tuple(lines), f"{caption} {seconds_note(jobs)}", tested, jobs
+    )
 
 
-def _of(rows: Sequence[Row], algorithm: str) -> list[Row]:
+def _rows_of_algorithm(rows: Sequence[Row], algorithm: str) -> list[Row]:
     return sorted(
         (row for row in rows if row["algorithm"] == algorithm), key=lambda row: row["seed"]
     )
 
 
-def _cell(values: list[float], metric: str, several: bool) -> Cell:
+def _cell(values: list[float], metric: str, several: bool) -> TableCell:
     if not values:
-        return Cell(None, None, MISSING)
+        return TableCell(None, None, MISSING)
     mean = float(np.mean(values))
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     text = _number(mean, metric)
-    return Cell(
+    return TableCell(
         mean,
         deviation,
         f"{text} ± {_number(deviation, metric)}" if several and deviation is not None else text,
@@ -207,25 +225,25 @@ def _cell(values: list[float], metric: str, several: bool) -> Cell:
 
 
 def _megabytes(value: float) -> str:
-    return digits(value, 3 if value >= 1 else 2) if value else "0"
+    return format_significant(value, 3 if value >= 1 else 2) if value else "0"
 
 
-def single(value: float | None, metric: str) -> str:
+def format_single(value: float | None, metric: str) -> str:
     """One run's value as the tables print it."""
     return MISSING if value is None else _number(value, metric)
 
 
 def _number(value: float, metric: str) -> str:
     if metric in ("loss", "perplexity", "mae", "rmse"):
-        return digits(value)
+        return format_significant(value)
     return f"{value:.3f}" if metric == "r2" else f"{100 * value:.1f}"
 
 
 def _mark_best(
-    cells: dict[str, list[Cell]], algorithms: list[str], place: int, metric: str
+    cells: dict[str, list[TableCell]], algorithms: list[str], place: int, metric: str
 ) -> None:
     """Mark the best of a column, and whatever prints the same."""
-    leader = _leader(cells, algorithms, metric, place)
+    leader = _best_cell(cells, algorithms, metric, place)
     if leader is None or len(algorithms) < 2:
         return
     top = cells[leader][place].mean
@@ -239,25 +257,27 @@ def _mark_best(
             cells[a][place] = replace(cell, best=True)
 
 
-def _mark_below(cells: dict[str, list[Cell]], shown: Entrants, place: int, metric: str) -> None:
+def _mark_below(
+    cells: dict[str, list[TableCell]], shown: ComparedMethods, place: int, metric: str
+) -> None:
     """Mark in a column whatever competes and is worse, as printed, than the line to beat."""
     line = cells[shown.baseline][place].mean if shown.baseline else None
     for a in shown.federated:
         cell = cells[a][place]
         if cell.mean is None or line is None or _number(cell.mean, metric) == _number(line, metric):
             continue
-        if better(metric, line, cell.mean):
+        if is_better(metric, line, cell.mean):
             cells[a][place] = replace(cell, below=True)
 
 
-def _leader(
-    cells: Mapping[str, Sequence[Cell]], algorithms: list[str], metric: str, place: int = 0
+def _best_cell(
+    cells: Mapping[str, Sequence[TableCell]], algorithms: list[str], metric: str, place: int = 0
 ) -> str | None:
     found: str | None = None
     for a in algorithms:
         mean = cells[a][place].mean
         top = cells[found][place].mean if found is not None else None
-        if mean is not None and (top is None or better(metric, mean, top)):
+        if mean is not None and (top is None or is_better(metric, mean, top)):
             found = a
     return found
 
@@ -279,7 +299,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Tuning:
+class TuningTable:
     """The candidates as they are printed: (method, values, validation, whether it was chosen)."""
 
     title: str
@@ -288,7 +308,7 @@ class Tuning:
     caption: str
 
 
-def tuning(candidates: Sequence[Candidate], task: Task) -> Tuning | None:
+def make_tuning_table(candidates: Sequence[Candidate], task: Task) -> TuningTable | None:
     """The table of the candidates; None where there was nothing to choose."""
     if not candidates:
         return None
@@ -296,20 +316,20 @@ def tuning(candidates: Sequence[Candidate], task: Task) -> Tuning | None:
     lines = []
     for c in candidates:
         known = c.score is not None and math.isfinite(c.score)
-        text = single(sign * c.score, metric) if c.score is not None and known else MISSING
+        text = format_single(sign * c.score, metric) if c.score is not None and known else MISSING
         lines.append((algorithm_name(c.algorithm), ", ".join(c.point), text, c.chosen))
     name = metric_name(metric)
     caption = (
         f"{name[:1].upper()}{name[1:]} on validation rows at the end of a run, the mean of local and global ones, over "
         "the seeds. Of each method the best candidate was chosen, of equal ones the first; test rows had no part in it."
     )
-    return Tuning(TITLE, ("Method", "Values", "Validation"), tuple(lines), caption)
+    return TuningTable(TITLE, ("Method", "Values", "Validation"), tuple(lines), caption)
 
 
 # The tables of a comparison as Markdown and as LaTeX.
 
 
-def markdown(table: Table) -> str:
+def markdown(table: ComparisonTable) -> str:
     """The table in GitHub's Markdown."""
 
     def line(cells: Sequence[str]) -> str:
@@ -342,7 +362,7 @@ def markdown(table: Table) -> str:
     return "\n".join(lines)
 
 
-def markdown_tuning(grid: Tuning) -> str:
+def markdown_tuning(grid: TuningTable) -> str:
     """The candidates of a grid in GitHub's Markdown."""
     lines = [f"| {' | '.join(grid.header)} |", "| --- | --- | ---: |"]
     for name, values, text, chosen in grid.lines:
@@ -355,7 +375,7 @@ def markdown_tuning(grid: Tuning) -> str:
     return "\n".join(lines)
 
 
-def latex(table: Table, label: str, note: str = "") -> str:
+def latex(table: ComparisonTable, label: str, note: str = "") -> str:
     """The table in LaTeX, for the packages booktabs and graphicx; `note`: a sentence more in its caption."""
     width = len(table.header)
     caption = f"{table.title}. {table.caption}" + (f" {note}." if note else "")
@@ -391,7 +411,7 @@ def latex(table: Table, label: str, note: str = "") -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}}", "\\end{table}"])
 
 
-def _latex_header(table: Table, others: Sequence[str]) -> list[str]:
+def _latex_header(table: ComparisonTable, others: Sequence[str]) -> list[str]:
     """Return two lines: the test sets over their columns, then the names of all columns."""
     above = [""]
     rules = []
@@ -405,7 +425,7 @@ def _latex_header(table: Table, others: Sequence[str]) -> list[str]:
     return [" & ".join(above) + " \\\\", " ".join(rules), " & ".join([*names, *others]) + " \\\\"]
 
 
-def _latex_cell(cell: Cell) -> str:
+def _latex_cell(cell: TableCell) -> str:
     text = _escape(cell.text)
     return (
         f"\\textbf{{{text}}}" if cell.best else f"{text} {_escape(BELOW)}" if cell.below else text

@@ -28,7 +28,7 @@ NAMES = (
 )
 
 
-def draw(run: RunDirectory, say: Callable[[str], None] | None = None) -> dict[str, bytes]:
+def draw_plots(run: RunDirectory, say: Callable[[str], None] | None = None) -> dict[str, bytes]:
     """A finished run's pictures as PNG, by name, in the order of the report.
 
     Left out: `communication` where nothing was exchanged, `time` and `tasks` where no time was simulated, `staleness` where
@@ -44,36 +44,36 @@ def draw(run: RunDirectory, say: Callable[[str], None] | None = None) -> dict[st
     """
     summary, records, details = run.summary(), run.metrics(), run.details()
     figures: tuple[Callable[[], Figure | None], ...] = (
-        lambda: rounds.curves(summary, records, details),
-        lambda: clients.clients(summary, details),
-        lambda: clients.labels(summary, details),
-        lambda: rounds.communication(summary, records, details),
-        lambda: rounds.time(summary, records, details),
-        lambda: rounds.tasks(summary, records, details),
-        lambda: rounds.staleness(summary, records, details),
-        lambda: rounds.privacy(summary, records),
-        lambda: scores.forecasts(summary, details),
-        lambda: scores.confusion(summary, details),
-        lambda: scores.calibration(summary, details),
+        lambda: rounds.plot_curves(summary, records, details),
+        lambda: clients.plot_client_scores(summary, details),
+        lambda: clients.plot_labels(summary, details),
+        lambda: rounds.plot_communication(summary, records, details),
+        lambda: rounds.plot_time(summary, records, details),
+        lambda: rounds.plot_tasks(summary, records, details),
+        lambda: rounds.plot_staleness(summary, records, details),
+        lambda: rounds.plot_privacy(summary, records),
+        lambda: scores.plot_forecasts(summary, details),
+        lambda: scores.plot_confusion(summary, details),
+        lambda: scores.plot_calibration(summary, details),
     )
     pictures: dict[str, bytes] = {}
-    with style.drawing():
+    with style.plot_style():
         for name, make in zip(NAMES, figures, strict=True):
-            with reported(f"the picture {name!r} cannot be drawn", say):
+            with report_errors(f"the picture {name!r} cannot be drawn", say):
                 if (made := make()) is not None:
-                    pictures[name] = style.png(made)
+                    pictures[name] = style.to_png(made)
     return pictures
 
 
 @contextmanager
-def reported(what: str, say: Callable[[str], None] | None) -> Iterator[None]:
-    """Report an error in one line that begins with `what`, and go on; without `say` it is raised."""
+def report_errors(subject: str, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Report an error in one line that begins with `subject`, and go on; without `say` it is raised."""
     try:
         yield
     except Exception as error:
         if say is None:
             raise
-        say(one_line(f"{what}: {type(error).__name__}: {error}"))
+        say(one_line(f"{subject}: {type(error).__name__}: {error}"))
 
 
 def write_plots(
@@ -84,7 +84,7 @@ def write_plots(
     `say`: see `draw`. Raises UserError if the folder is no finished run.
     """
     run = RunDirectory.open(run_dir)
-    pictures = draw(run, say)
+    pictures = draw_plots(run, say)
     run.plots.mkdir(exist_ok=True)
     paths = {name: run.plots / f"{name}.png" for name in pictures}
     for name, content in pictures.items():

@@ -14,17 +14,17 @@ from hetero_fl.reporting.formatting import (
     FEW_ROWS,
     READING_WORDS,
     READINGS,
-    home_rows,
+    capitalize_first,
+    client_score,
+    format_range,
     is_regression,
     last_scores,
+    local_test_rows,
     metric_name,
-    reached,
-    selection,
-    sentence,
-    span,
+    selection_metric_of,
 )
 from hetero_fl.reporting.plots import style
-from hetero_fl.utils.text import plural
+from hetero_fl.utils.text import pluralize
 
 Json = dict[str, Any]
 
@@ -32,14 +32,14 @@ FEW, MOST_LABELS = 40, 20
 """So many clients, and so many labels, can be named one by one."""
 
 
-def clients(summary: Json, details: Json) -> Figure:
+def plot_client_scores(summary: Json, details: Json) -> Figure:
     """Two metrics of each client's model, on local and global test, at the last round.
 
     Up to 40 clients: a line each, two points joined, with the number n of local test rows. More: a point each, local
     against global. Hollow: fewer than 20 local test rows.
     """
-    rows, tested = summary["clients"], home_rows(details)
-    first = selection(
+    rows, tested = summary["clients"], local_test_rows(details)
+    first = selection_metric_of(
         summary, details
     )  # AUROC beside it would be undefined where a class is missing in a local test split
     pair = (
@@ -56,13 +56,13 @@ def clients(summary: Json, details: Json) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, pair, strict=True):
         _dumbbells(axes, rows, name, tested)
-        axes.set_title(sentence(metric_name(name, details.get("unit", ""))))
+        axes.set_title(capitalize_first(metric_name(name, details.get("unit", ""))))
     panels[0].set_yticks(
         range(len(rows)), [f"{style.shorten(row['id'])} (n = {tested[row['id']]})" for row in rows]
     )
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     handles, words = panels[0].get_legend_handles_labels()
-    if hollow := _hollow(tested):
+    if hollow := _marker_fill(tested):
         handles, words = [*handles, hollow], [*words, str(hollow.get_label())]
     figure.legend(handles, words, loc="outside lower center", ncols=3)
     return figure
@@ -72,7 +72,7 @@ def _few(rows: list[Json], tested: dict[str, int]) -> np.ndarray:
     return np.array([tested[row["id"]] < FEW_ROWS for row in rows])
 
 
-def _hollow(tested: dict[str, int]) -> Line2D | None:
+def _marker_fill(tested: dict[str, int]) -> Line2D | None:
     if not any(0 < count < FEW_ROWS for count in tested.values()):
         return None
     look: dict[str, Any] = {
@@ -87,7 +87,7 @@ def _hollow(tested: dict[str, int]) -> Line2D | None:
 
 def _dumbbells(axes: Axes, rows: list[Json], name: str, tested: dict[str, int]) -> None:
     values = np.array(
-        [[reached(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float
+        [[client_score(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float
     )
     places, few = np.arange(len(rows)), _few(rows, tested)
     axes.hlines(places, *values.T, color=style.LIGHT, linewidth=2.5, zorder=1)
@@ -120,7 +120,8 @@ def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
     panels, few = figure.subplots(1, 2), _few(rows, tested)
     for axes, name in zip(panels, pair, strict=True):
         values = np.array(
-            [[reached(row, r, name) for r in ("personal", "global")] for row in rows], dtype=float
+            [[client_score(row, r, name) for r in ("personal", "global")] for row in rows],
+            dtype=float,
         )
         for model in models if colours else [None]:
             of_model = np.array([model in (None, row["model"]) for row in rows])
@@ -134,8 +135,8 @@ def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
         if np.isfinite(values).any():
             ends = [np.nanmin(values), np.nanmax(values)]
             axes.plot(ends, ends, color=style.GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        axes.set_title(sentence(metric_name(name, unit)))
-        axes.set_xlabel(f"{READINGS['personal']} (n = {span(tested.values())})")
+        axes.set_title(capitalize_first(metric_name(name, unit)))
+        axes.set_xlabel(f"{READINGS['personal']} (n = {format_range(tested.values())})")
         axes.set_ylabel(READINGS["global"])
         axes.xaxis.set_major_locator(style.ticks())
         axes.yaxis.set_major_locator(style.ticks())
@@ -147,14 +148,14 @@ def _against(rows: list[Json], pair: tuple[str, str], tested: dict[str, int], un
                 [], [], linestyle="none", marker="o", color=colour, label=style.shorten(model, 30)
             )
         )
-    if hollow := _hollow(tested):
+    if hollow := _marker_fill(tested):
         handles.append(hollow)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
     return figure
 
 
-def labels(summary: Json, details: Json) -> Figure:
+def plot_labels(summary: Json, details: Json) -> Figure:
     """Who holds which labels.
 
     Up to forty clients: stacked bars for up to four classes, bubbles whose area is the count for up to twenty. More
@@ -238,7 +239,7 @@ def _stacked_many(
             label=style.shorten(name, 20),
             linewidth=0,
         )
-    axes.set_xlabel(f"{plural(len(table), 'client')}, {by}")
+    axes.set_xlabel(f"{pluralize(len(table), 'client')}, {by}")
     axes.set_ylabel(unit)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, top.max())
@@ -292,13 +293,13 @@ def _shares(ids: list[str], share: np.ndarray, names: list[str]) -> Figure:
     image = axes.imshow(
         share[order].T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest"
     )
-    style.bare(axes)
+    style.remove_axes(axes)
     axes.set_yticks(range(classes), [style.shorten(name, 14) for name in names])
     if clients <= FEW:
         axes.set_xticks(range(clients), [style.shorten(ids[i], 14) for i in order], rotation=90)
     else:
         axes.set_xticks([])
-        axes.set_xlabel(f"{plural(clients, 'client')}, ordered by main label")
+        axes.set_xlabel(f"{pluralize(clients, 'client')}, ordered by main label")
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
     bar.set_label("share of the client's examples")
     bar.outline.set_visible(False)

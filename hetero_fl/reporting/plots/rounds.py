@@ -18,14 +18,14 @@ from hetero_fl.reporting.formatting import (
     READING_WORDS,
     READINGS,
     byte_unit,
+    capitalize_first,
     headline_metrics,
     metric_name,
-    selection,
-    sentence,
+    selection_metric_of,
     time_unit,
 )
 from hetero_fl.reporting.plots import style
-from hetero_fl.utils.ordering import in_order
+from hetero_fl.utils.ordering import natural_order
 
 # What happened over the rounds: `curves` (metrics by round) and `communication` (metrics by bytes
 # exchanged).
@@ -33,7 +33,7 @@ from hetero_fl.utils.ordering import in_order
 Json = dict[str, Any]
 
 
-def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
+def plot_curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
     """The selection metric and one more by round: mean over clients on local and global test (band: ± std), and the server's."""
     figure = style.figure(3.1)
     rounds = [r for r in records if r.get("personal") or r.get("global")]
@@ -41,8 +41,8 @@ def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, names, strict=True):
         for reading in READINGS:
-            line(axes, reading, name, [r["round"] for r in rounds], rounds, summary)
-        axes.set_title(sentence(metric_name(name, details.get("unit", ""))))
+            draw_reading(axes, reading, name, [r["round"] for r in rounds], rounds, summary)
+        axes.set_title(capitalize_first(metric_name(name, details.get("unit", ""))))
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(style.ticks())
@@ -62,7 +62,7 @@ def curves(summary: Json, records: Sequence[Json], details: Json) -> Figure:
     return figure
 
 
-def communication(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+def plot_communication(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
     """The selection metric against all bytes exchanged so far, up and down; None if nothing was exchanged."""
     total = list(accumulate(r["up_bytes"] + r["down_bytes"] for r in records))
     if not total or not total[-1]:
@@ -73,11 +73,13 @@ def communication(summary: Json, records: Sequence[Json], details: Json) -> Figu
         for r, t in zip(records, total, strict=True)
         if r.get("personal") or r.get("global")
     ]
-    name = selection(summary, details)
+    name = selection_metric_of(summary, details)
     figure = style.figure(3.4, style.COLUMN)
     axes = figure.subplots()
     for reading in READINGS:
-        line(axes, reading, name, [x for _, x in kept], [r for r, _ in kept], summary, band=False)
+        draw_reading(
+            axes, reading, name, [x for _, x in kept], [r for r, _ in kept], summary, band=False
+        )
     axes.set_xlabel(f"exchanged by all clients, up and down ({unit})")
     axes.set_ylabel(metric_name(name, details.get("unit", "")))
     axes.xaxis.set_major_locator(style.ticks())
@@ -88,7 +90,7 @@ def communication(summary: Json, records: Sequence[Json], details: Json) -> Figu
     return figure
 
 
-def line(
+def draw_reading(
     axes: Axes,
     reading: str,
     name: str,
@@ -195,7 +197,7 @@ def readings_legend(
 # What a private run has spent: `privacy` (ε by round).
 
 
-def privacy(summary: Json, records: Sequence[Json]) -> Figure | None:
+def plot_privacy(summary: Json, records: Sequence[Json]) -> Figure | None:
     """The largest ε of any client after each round, at the run's δ; None where nothing was protected."""
     if not summary.get("privacy"):
         return None
@@ -232,25 +234,27 @@ SHOWN = 30  # clients of whom a row is legible
 ROUNDS = 15  # the first ones, whose tasks are wide enough to see
 
 
-def simulated(records: Sequence[Json]) -> list[Json]:
+def timed_records(records: Sequence[Json]) -> list[Json]:
     """The records that tell of simulated time; none where no time passed."""
     told = [r for r in records if r.get("simulated")]
     return told if told and told[-1]["simulated"]["end"] > 0 else []
 
 
-def time(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+def plot_time(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
     """The selection metric by simulated time, and each round's arrivals; None if no time was simulated."""
-    told = simulated(records)
+    told = timed_records(records)
     if not told:
         return None
     factor, unit = time_unit(told[-1]["simulated"]["end"])
     figure = style.figure(3.2)
     left, right = figure.subplots(1, 2)
-    name = selection(summary, details)
+    name = selection_metric_of(summary, details)
     read = [r for r in told if r.get("personal") or r.get("global")]
     for reading in READINGS:
-        line(left, reading, name, [r["simulated"]["end"] / factor for r in read], read, summary)
-    left.set_title(sentence(metric_name(name, details.get("unit", ""))))
+        draw_reading(
+            left, reading, name, [r["simulated"]["end"] / factor for r in read], read, summary
+        )
+    left.set_title(capitalize_first(metric_name(name, details.get("unit", ""))))
     left.set_xlabel(f"simulated {unit}")
     left.xaxis.set_major_locator(style.ticks())
     left.set_xlim(0, 1.04 * told[-1]["simulated"]["end"] / factor)
@@ -260,15 +264,20 @@ def time(summary: Json, records: Sequence[Json], details: Json) -> Figure | None
     return figure
 
 
-def _counts(axes: Axes, told: Sequence[Json]) -> None:
-    rounds, below = [r["round"] for r in told], [0] * len(told)
+def _counts(axes: Axes, records: Sequence[Json]) -> None:
+    rounds, below = [r["round"] for r in records], [0] * len(records)
     for what, colour in OUTCOMES.items():
-        counts = [r["counts"][what] for r in told]
+        counts = [r["counts"][what] for r in records]
         axes.bar(
-            rounds, counts, 1.0 if len(told) > 60 else 0.8, bottom=below, color=colour, linewidth=0
+            rounds,
+            counts,
+            1.0 if len(records) > 60 else 0.8,
+            bottom=below,
+            color=colour,
+            linewidth=0,
         )
         below = [a + b for a, b in zip(below, counts, strict=True)]
-    skipped = [r["round"] for r in told if r.get("skipped")]
+    skipped = [r["round"] for r in records if r.get("skipped")]
     top = max(below)
     axes.plot(skipped, [1.05 * top] * len(skipped), "x", color=style.INK, markersize=4)
     axes.set_ylim(0, 1.12 * top)
@@ -279,11 +288,11 @@ def _counts(axes: Axes, told: Sequence[Json]) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def _outcomes(told: Sequence[Json]) -> list[Patch | Line2D]:
+def _outcomes(records: Sequence[Json]) -> list[Patch | Line2D]:
     marks: list[Patch | Line2D] = [
-        Patch(color=colour, label=what) for what, colour in OUTCOMES.items() if _any(told, what)
+        Patch(color=colour, label=what) for what, colour in OUTCOMES.items() if _any(records, what)
     ]
-    if any(r.get("skipped") for r in told):
+    if any(r.get("skipped") for r in records):
         cross: dict[str, Any] = {
             "marker": "x",
             "color": style.INK,
@@ -294,20 +303,20 @@ def _outcomes(told: Sequence[Json]) -> list[Patch | Line2D]:
     return marks
 
 
-def _any(told: Sequence[Json], what: str) -> bool:
-    return any(r["counts"][what] for r in told)
+def _any(records: Sequence[Json], what: str) -> bool:
+    return any(r["counts"][what] for r in records)
 
 
-def tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+def plot_tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
     """A Gantt chart: the tasks of up to SHOWN clients, those most often invited, in the first ROUNDS rounds; None if no time was
     simulated."""
-    told = simulated(records)[:ROUNDS]
+    told = timed_records(records)[:ROUNDS]
     rows = [row for record in told for row in record["tasks"]]
     if not rows:
         return None
     often = Counter(client for client, *_ in rows)
     ids = [id for id, _ in often.most_common(SHOWN)]
-    turn = {id: place for place, id in enumerate(in_order(ids))}
+    turn = {id: place for place, id in enumerate(natural_order(ids))}
     factor, unit = time_unit(told[-1]["simulated"]["end"])
     figure = style.figure(1.1 + 0.16 * max(4, len(ids)))
     axes = figure.subplots()
@@ -348,7 +357,7 @@ def tasks(summary: Json, records: Sequence[Json], details: Json) -> Figure | Non
     return figure
 
 
-def staleness(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
+def plot_staleness(summary: Json, records: Sequence[Json], details: Json) -> Figure | None:
     """How many versions the server had made before each upload was taken; None of a synchronous run."""
     found = Counter[int]()
     for record in records:

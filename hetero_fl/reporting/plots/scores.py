@@ -12,8 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from hetero_fl.reporting.formatting import READINGS, home_rows, reached, selection
-from hetero_fl.reporting.formatting import figure as told
+from hetero_fl.reporting.formatting import (
+    READINGS,
+    client_score,
+    local_test_rows,
+    selection_metric_of,
+)
+from hetero_fl.reporting.formatting import format_metric as told
 from hetero_fl.reporting.plots import style
 
 # How models err: `confusion` (which class is taken for which) and `calibration` (confidence against
@@ -27,7 +32,7 @@ PANELS = 12
 ALL = "all clients"
 
 
-def confusion(summary: Json, details: Json) -> Figure | None:
+def plot_confusion(summary: Json, details: Json) -> Figure | None:
     """Confusion matrices after the last round, each row as shares of its true class; None for targets without classes.
 
     Classes stand in the task's order everywhere, and one colour scale (0 to 100%) serves all matrices. Up to six
@@ -35,7 +40,7 @@ def confusion(summary: Json, details: Json) -> Figure | None:
     together, then the eleven weakest. Multilabel targets: all clients together, global test, a matrix a label (the first
     sixteen).
     """
-    by_client = _ordered(details["confusion"], summary)
+    by_client = _order_clients(details["confusion"], summary)
     matrices = {
         r: {i: np.array(m[r], dtype=float) for i, m in by_client.items() if m.get(r)}
         for r in ("personal", "global")
@@ -50,7 +55,7 @@ def confusion(summary: Json, details: Json) -> Figure | None:
     if len(by_client) > 6:
         shown = _with_all(common or home, summary, details, np.add)
         return _matrices([(name, "", matrix) for name, matrix in shown.items()], names, 4, 1.35)
-    tested, ids, panels = home_rows(details), list(by_client), []
+    tested, ids, panels = local_test_rows(details), list(by_client), []
     roomy = len(names) > 4 or max(map(len, names)) > 11  # six in a row leave no room for these
     columns = -(-len(ids) // 2) if roomy and len(ids) > 3 else len(ids)
     # above narrow panels there is no room for more words
@@ -121,7 +126,7 @@ def _matrix(
         matrix = np.zeros((classes, classes))
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    style.bare(axes)
+    style.remove_axes(axes)
     if classes <= 4:
         for row, column in np.ndindex(classes, classes):
             text = (
@@ -129,7 +134,7 @@ def _matrix(
                 if matrix[row].sum()
                 else "none"
             )
-            colour = style.ink(share[row, column])
+            colour = style.text_color(share[row, column])
             axes.text(
                 column,
                 row,
@@ -140,7 +145,7 @@ def _matrix(
                 linespacing=1.15,
                 color=colour,
             )
-    shown = list(style.thinned(classes, 10))
+    shown = list(style.thin_labels(classes, 10))
     words = [style.shorten(names[c], 11) for c in shown]
     axes.set_yticks(shown, words if left else [""] * len(shown), fontsize=style.SMALLEST)
     axes.set_xticks(shown, words if below else [""] * len(shown), fontsize=style.SMALLEST)
@@ -152,16 +157,19 @@ def _matrix(
             label.set(rotation=30, ha="right", rotation_mode="anchor")
 
 
-def calibration(summary: Json, details: Json) -> Figure | None:
+def plot_calibration(summary: Json, details: Json) -> Figure | None:
     """Reliability diagrams: accuracy of the predictions made with each confidence, and the error (ECE) by reading.
 
     The size of a point shows how many predictions it stands for. More than twelve clients: all together, then the
     eleven weakest. None if there are none.
     """
-    found = {i: c for i, c in _ordered(details["calibration"], summary).items() if c}
+    found = {i: c for i, c in _order_clients(details["calibration"], summary).items() if c}
     if not found:
         return None
-    group, tested = _with_all(found, summary, details, _merged), home_rows(details)
+    group, tested = (
+        _with_all(found, summary, details, _merge_calibrations),
+        local_test_rows(details),
+    )
     tested[ALL] = sum(tested.values())
     columns = 3 if len(group) in (5, 6) else min(4, len(group))
     figure, grid = _grid(len(group), columns, 1.5, between=0.62, around=0.9)
@@ -237,13 +245,13 @@ def _reliability(axes: Axes, readings: Mapping[str, Json], tested: int) -> None:
     axes.set_yticks([0, 0.5, 1])
 
 
-def _merged(a: Mapping[str, Json], b: Mapping[str, Json]) -> dict[str, Json]:
+def _merge_calibrations(a: Mapping[str, Json], b: Mapping[str, Json]) -> dict[str, Json]:
     """Both clients' predictions in the same bins."""
-    both = {reading: _merged_bins(a[reading], b[reading]) for reading in a if reading in b}
+    both = {reading: _merge_bins(a[reading], b[reading]) for reading in a if reading in b}
     return {**a, **b, **both}
 
 
-def _merged_bins(a: Json, b: Json) -> Json:
+def _merge_bins(a: Json, b: Json) -> Json:
     counts = np.array([a["count"], b["count"]], dtype=float)
     total = counts.sum(0)
     found: Json = {"count": total.tolist()}
@@ -255,7 +263,7 @@ def _merged_bins(a: Json, b: Json) -> Json:
     return found
 
 
-def _ordered(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any]:
+def _order_clients(by_client: Mapping[str, Any], summary: Json) -> dict[str, Any]:
     """In the order of the clients, as every figure and table has them."""
     return {row["id"]: by_client[row["id"]] for row in summary["clients"] if row["id"] in by_client}
 
@@ -271,7 +279,8 @@ def _with_all(
         whole = found if whole is None else join(whole, found)
     judged = "global" if summary["global"] else "personal"
     scores = {
-        row["id"]: reached(row, judged, selection(summary, details)) for row in summary["clients"]
+        row["id"]: client_score(row, judged, selection_metric_of(summary, details))
+        for row in summary["clients"]
     }
     weakest = sorted(by_client, key=lambda i: (scores[i] is None, scores[i] or 0.0))[: PANELS - 1]
     return {ALL: whole} | {i: by_client[i] for i in weakest}
@@ -289,7 +298,7 @@ TO = 253_402_300_799
 """The end of the year 9999, after which there are no dates."""
 
 
-def forecasts(summary: Json, details: Json) -> Figure | None:
+def plot_forecasts(summary: Json, details: Json) -> Figure | None:
     """Each client's own test rows, the last in time: truth, forecast, and of the simple rules the nearest. The output that is
     furthest ahead, which is the last. None without dates."""
     found = details.get("forecast", {})
@@ -340,5 +349,5 @@ def _panel(axes: Axes, client: str, found: Json, details: Json) -> None:
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
-def _error(said: np.ndarray, truth: np.ndarray) -> str:
-    return told(float(np.abs(said - truth).mean()), "mae")
+def _error(prediction: np.ndarray, truth: np.ndarray) -> str:
+    return told(float(np.abs(prediction - truth).mean()), "mae")

@@ -62,7 +62,7 @@ _SETTINGS: dict[Any, Any] = {
 
 
 @contextmanager
-def drawing() -> Iterator[None]:
+def plot_style() -> Iterator[None]:
     """Within it figures take this style; matplotlib's settings are as before afterwards."""
     with matplotlib.rc_context(_SETTINGS):
         yield
@@ -75,10 +75,10 @@ def figure(height: float, width: float = WIDTH) -> Figure:
     return made
 
 
-def png(made: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """The figure as PNG, cropped to what is drawn, without the version stamp: equal figures give equal bytes."""
     buffer = BytesIO()
-    made.savefig(
+    figure.savefig(
         buffer,
         format="png",
         dpi=DPI,
@@ -102,7 +102,7 @@ def ticks(most: int = 5) -> MaxNLocator:
     return MaxNLocator(most, steps=[1, 2, 5, 10])
 
 
-def bare(axes: Axes) -> None:
+def remove_axes(axes: Axes) -> None:
     """No grid and no frame: for pictures made of cells."""
     axes.grid(False)
     for spine in axes.spines.values():
@@ -110,11 +110,11 @@ def bare(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
-def ink(shade: float) -> str:
+def text_color(shade: float) -> str:
     """The colour of writing on a cell of the map `Blues` at this shade (0 to 1)."""
     return "white" if shade > 0.55 else INK
 
 
-def thinned(count: int, most: int) -> range:
+def thin_labels(count: int, most: int) -> range:
     """Positions of at most `most` labels, evenly apart, of `count`."""
     return range(0, count, -(-count // most))

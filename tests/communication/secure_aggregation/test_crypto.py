@@ -17,37 +17,43 @@ from hetero_fl.communication.secure_aggregation.crypto import (
     BLOCK,
     COLLUDING,
     FixedPoint,
-    _safe,
-    _tail,
-    degree,
-    mask,
-    neighbourhoods,
-    threshold_of,
+    _hypergeometric_tail,
+    _is_secure,
+    apply_masks,
+    draw_neighbourhoods,
+    num_neighbours,
+    share_threshold,
 )
-from hetero_fl.communication.secure_aggregation.protocol import Layout, Place
-from hetero_fl.config.communication import SecureSumConfig
+from hetero_fl.communication.secure_aggregation.protocol import TensorKey, VectorLayout
+from hetero_fl.config.communication import SecureAggregationConfig
 from hetero_fl.core.payload import Item, ItemSpec, Payload, PayloadError
 
 
 def test_two_parties_agree_and_a_third_does_not() -> None:
     secret = [crypto.new_key() for _ in range(3)]
-    a, b, c = map(crypto.loaded, secret)
-    at_a, at_b, _ = map(crypto.public, secret)
-    assert crypto.agree(a, at_b, b"x") == crypto.agree(b, at_a, b"x")
+    a, b, c = map(crypto.load_private_key, secret)
+    at_a, at_b, _ = map(crypto.public_key, secret)
+    assert crypto.derive_shared_key(a, at_b, b"x") == crypto.derive_shared_key(b, at_a, b"x")
     assert (
-        len({crypto.agree(a, at_b, b"x"), crypto.agree(a, at_b, b"y"), crypto.agree(c, at_b, b"x")})
+        len(
+            {
+                crypto.derive_shared_key(a, at_b, b"x"),
+                crypto.derive_shared_key(a, at_b, b"y"),
+                crypto.derive_shared_key(c, at_b, b"x"),
+            }
+        )
         == 3
     )
     with pytest.raises(PayloadError, match="a public key that is none"):
-        crypto.agree(a, bytes(32), b"x")
+        crypto.derive_shared_key(a, bytes(32), b"x")
 
 
 def test_sealed_for_one_and_about_one_thing() -> None:
     key, plain = crypto.new_seed(), b"a share"
-    sealed = crypto.seal(key, plain, b"1 to 2")
+    sealed = crypto.encrypt(key, plain, b"1 to 2")
     assert (
-        crypto.unseal(key, sealed, b"1 to 2") == plain
-        and crypto.seal(key, plain, b"1 to 2") != sealed
+        crypto.decrypt(key, sealed, b"1 to 2") == plain
+        and crypto.encrypt(key, plain, b"1 to 2") != sealed
     )
     changed = sealed[:-1] + bytes([sealed[-1] ^ 1])
     wrong = [
@@ -58,7 +64,7 @@ def test_sealed_for_one_and_about_one_thing() -> None:
     ]
     for k, s, about in wrong:
         with pytest.raises(PayloadError, match="does not open"):
-            crypto.unseal(k, s, about)
+            crypto.decrypt(k, s, about)
 
 
 @pytest.mark.parametrize("threshold", [2, 3, 4])
@@ -101,7 +107,7 @@ def test_masks_are_the_keystream_in_any_length_and_cancel() -> None:
     one, other = bytes(range(32)), bytes(32)
     for length in (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 3):
         vector = np.arange(length, dtype=np.uint64)
-        mask(vector, [(one, False), (other, True)])
+        apply_masks(vector, [(one, False), (other, True)])
         streams = [
             np.frombuffer(
                 Cipher(AES(k), CTR(bytes(16))).encryptor().update(bytes(8 * length)), np.uint64
@@ -109,13 +115,13 @@ def test_masks_are_the_keystream_in_any_length_and_cancel() -> None:
             for k in (one, other)
         ]
         assert np.array_equal(vector, np.arange(length, dtype=np.uint64) + streams[0] - streams[1])
-        mask(vector, [(one, True), (other, False)])
+        apply_masks(vector, [(one, True), (other, False)])
         assert np.array_equal(vector, np.arange(length, dtype=np.uint64))
 
 
 def test_fixed_point_at_its_limit() -> None:
-    config = SecureSumConfig(range=1000)
-    fixed = FixedPoint.of(config, 3)
+    config = SecureAggregationConfig(range=1000)
+    fixed = FixedPoint.from_config(config, 3)
     assert 3 * 1000 * 2**fixed.bits < 2**63 <= 3 * 1000 * 2 ** (fixed.bits + 1)
     values = np.array([1000.0, -1000.0, 0.1, -0.1, 2.0**-fixed.bits, 0.0])
     integers = fixed.encode(values)
@@ -163,43 +169,47 @@ def uploads() -> list[tuple[str, Payload]]:
 def test_a_sum_of_vectors_is_the_sum_of_items() -> None:
     sent = uploads()
     forms = [(group, {n: p.item(n) for n in p}) for group, p in sent]
-    layout = Layout.of(forms, SPECS, ("head.",))
-    again = Layout.of(forms[::-1], SPECS, ("head.",))
-    assert again.digest == layout.digest != Layout.of(forms[:2], SPECS).digest
+    layout = VectorLayout.from_forms(forms, SPECS, ("head.",))
+    again = VectorLayout.from_forms(forms[::-1], SPECS, ("head.",))
+    assert again.digest == layout.digest != VectorLayout.from_forms(forms[:2], SPECS).digest
     total = np.sum([layout.pack(group, payload, 8.0) for group, payload in sent], axis=0)
-    assert total.shape == (layout.size,) and layout.loss(total) == pytest.approx((3 + 5 + 8) / 3)
+    assert total.shape == (layout.size,) and layout.mean_loss(total) == pytest.approx(
+        (3 + 5 + 8) / 3
+    )
 
-    def both(place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+    def both(place: TensorKey) -> tuple[torch.Tensor, torch.Tensor]:
         return layout.read(place, total, 8.0)
 
     def item(i: int, name: str) -> Item:
         return sent[i][1].item(name)
 
-    values, weight = both(Place("model", "body.w", "a", (2, 1)))
+    values, weight = both(TensorKey("model", "body.w", "a", (2, 1)))
     torch.testing.assert_close(
         values, 3 * item(0, "model").values["body.w"] + 8 * item(2, "model").values["body.w"]
     )
     assert weight == 11
-    values, weight = both(Place("model", "head.w", "", (2, 2)))  # of both groups
+    values, weight = both(TensorKey("model", "head.w", "", (2, 2)))  # of both groups
     torch.testing.assert_close(
         values, sum(item(i, "model").weight * item(i, "model").values["head.w"] for i in range(3))
     )
     assert weight == 16
-    values, weight = both(Place("shared", "x", "", (3,)))
+    values, weight = both(TensorKey("shared", "x", "", (3,)))
     torch.testing.assert_close(values, sum(item(i, "shared").values["x"] for i in range(3)))
-    values, weight = both(Place("rows", "", "", (4, 2)))  # one weight for all, and one a class
+    values, weight = both(TensorKey("rows", "", "", (4, 2)))  # one weight for all, and one a class
     torch.testing.assert_close(
         values, sum(item(i, "rows").values * item(i, "rows").weight for i in range(3))
     )
     torch.testing.assert_close(weight, item(0, "rows").weight + item(2, "rows").weight + 2)
-    values, weight = both(Place("sums", "", "", (2, 3)))
+    values, weight = both(TensorKey("sums", "", "", (2, 3)))
     torch.testing.assert_close(values, sum(item(i, "sums").values for i in range(3)))
     assert weight.tolist() == [[9.0], [0.0]]
 
 
 def test_every_vector_has_one_length_whatever_its_owner_has() -> None:
     sent = uploads()
-    layout = Layout.of([(group, {n: p.item(n) for n in p}) for group, p in sent], SPECS)
+    layout = VectorLayout.from_forms(
+        [(group, {n: p.item(n) for n in p}) for group, p in sent], SPECS
+    )
     vectors = [layout.pack(group, payload, 8.0) for group, payload in (*sent, ("a", Payload()))]
     assert {len(v) for v in vectors} == {layout.size} and not vectors[-1].any()
     with pytest.raises(
@@ -211,21 +221,24 @@ def test_every_vector_has_one_length_whatever_its_owner_has() -> None:
 
 
 def test_the_graph_is_regular_random_and_complete_where_that_is_little() -> None:
-    circle = neighbourhoods(range(1, 31), 6)
+    circle = draw_neighbourhoods(range(1, 31), 6)
     assert all(len(members) == 7 and n in members for n, members in circle.items())
     assert all(n in circle[m] for n, members in circle.items() for m in members)
-    assert circle != neighbourhoods(range(1, 31), 6)  # 30! orders
-    assert neighbourhoods([2, 5, 7], 2) == {2: [2, 5, 7], 5: [2, 5, 7], 7: [2, 5, 7]}
-    assert [degree(n, math.ceil(2 * n / 3)) for n in (3, 20, 100)] == [2, 19, 99]
-    assert degree(100, 90, 40) == 40 and degree(10, 7, 40) == 9
-    large = [degree(n, math.ceil(0.9 * n)) for n in (100, 1000, 10_000)]
+    assert circle != draw_neighbourhoods(range(1, 31), 6)  # 30! orders
+    assert draw_neighbourhoods([2, 5, 7], 2) == {2: [2, 5, 7], 5: [2, 5, 7], 7: [2, 5, 7]}
+    assert [num_neighbours(n, math.ceil(2 * n / 3)) for n in (3, 20, 100)] == [2, 19, 99]
+    assert num_neighbours(100, 90, 40) == 40 and num_neighbours(10, 7, 40) == 9
+    large = [num_neighbours(n, math.ceil(0.9 * n)) for n in (100, 1000, 10_000)]
     assert large == sorted(large) and large[0] < 60 and large[2] < 200
 
 
 def test_the_bound_against_the_exact_tail() -> None:
     exact = sum(math.comb(20, i) * math.comb(79, 10 - i) for i in range(6, 11)) / math.comb(99, 10)
-    assert _tail(99, 20, 10, 6) == pytest.approx(exact, rel=1e-9)
-    k = degree(1000, 900)
-    assert 1000 * _tail(999, math.ceil(COLLUDING * 1000), k, threshold_of(k + 1)) <= 2**-40
+    assert _hypergeometric_tail(99, 20, 10, 6) == pytest.approx(exact, rel=1e-9)
+    k = num_neighbours(1000, 900)
+    assert (
+        1000 * _hypergeometric_tail(999, math.ceil(COLLUDING * 1000), k, share_threshold(k + 1))
+        <= 2**-40
+    )
     assert 1000 * 0.3 ** (k // 2) <= 2**-40
-    assert not _safe(1000, 900, k - 2)
+    assert not _is_secure(1000, 900, k - 2)

@@ -10,9 +10,14 @@ import pytest
 
 from hetero_fl.communication.protocol import Message
 from hetero_fl.communication.secure_aggregation import crypto
-from hetero_fl.communication.secure_aggregation.messages import REPLIES, REQUESTS, read, write
-from hetero_fl.utils.errors import RunFailed
-from hetero_fl.utils.seeding import key
+from hetero_fl.communication.secure_aggregation.messages import (
+    REPLIES,
+    REQUESTS,
+    decode_arrays,
+    encode_arrays,
+)
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.seeding import stream_key
 from tests.helpers.secure_aggregation import EXCHANGES, Party
 
 Arrays = dict[str, np.ndarray]
@@ -22,9 +27,9 @@ def changed(
     message: Message, fields: dict[str, dict[str, tuple]], change: Callable[[Arrays], None]
 ) -> Message:
     """The message with something else in it."""
-    arrays = read(message.body, fields[message.ask])
+    arrays = decode_arrays(message.body, fields[message.kind])
     change(arrays)
-    return Message(message.ask, write(arrays))
+    return Message(message.kind, encode_arrays(arrays))
 
 
 def before_unmasking(count: int = 5) -> tuple[Party, dict[str, Message]]:
@@ -32,12 +37,12 @@ def before_unmasking(count: int = 5) -> tuple[Party, dict[str, Message]]:
     party, asked = Party(count), {}
 
     def stop(client: str, message: Message) -> Message | None:
-        if message.ask != "unmask":
+        if message.kind != "unmask":
             return message
         asked[client] = message
         return None
 
-    with pytest.raises(RunFailed):
+    with pytest.raises(RunFailedError):
         party.hold(down=stop)
     return party, asked
 
@@ -45,7 +50,7 @@ def before_unmasking(count: int = 5) -> tuple[Party, dict[str, Message]]:
 def refusal(party: Party, client: str, message: Message) -> str:
     """Why the client refuses."""
     reply = party.reply(client, message)
-    assert reply.ask == "refused", reply
+    assert reply.kind == "refused", reply
     return reply.body.decode()
 
 
@@ -76,7 +81,7 @@ def test_what_an_honest_server_would_not_ask(
 
     assert why in refusal(party, "site_1", changed(asked["site_1"], REQUESTS, other))
     # nothing was told: the honest question is answered
-    assert party.reply("site_1", asked["site_1"]).ask == "unmask"
+    assert party.reply("site_1", asked["site_1"]).kind == "unmask"
 
 
 def test_never_both_secrets_over_two_messages_of_a_round() -> None:
@@ -91,8 +96,10 @@ def test_never_both_secrets_over_two_messages_of_a_round() -> None:
             changed(asked["site_1"], REQUESTS, c or (lambda got: None)) for c in (first, second)
         )
         reply = party.reply("site_1", one)
-        assert reply.ask == "unmask"
-        assert len(read(reply.body, REPLIES["unmask"])["shares"]) == 5  # one of each client
+        assert reply.kind == "unmask"
+        assert (
+            len(decode_arrays(reply.body, REPLIES["unmask"])["shares"]) == 5
+        )  # one of each client
         assert "outside a round" in refusal(party, "site_1", two)
 
 
@@ -107,7 +114,7 @@ def test_two_stories_to_two_halves_never_make_both_secrets() -> None:
             if gone:
                 got["survivors"], got["dropped"] = numbers(1, 3, 4, 5), numbers(2)
 
-        got = read(
+        got = decode_arrays(
             party.reply(client, changed(asked[client], REQUESTS, story)).body, REPLIES["unmask"]
         )
         found[gone].update(
@@ -123,22 +130,22 @@ def test_two_stories_to_two_halves_never_make_both_secrets() -> None:
 def test_a_replayed_round_is_refused_on_either_side() -> None:
     party, asked = before_unmasking()
     old, replies = asked["site_1"], {(ask, c): m for ask, c, m in party.seen}
-    requests = {m.ask: m for c, m in party.asked if c == "site_1"}
+    requests = {m.kind: m for c, m in party.asked if c == "site_1"}
     party.hold({"site_1": "unmask"})
     assert "of another round" in refusal(party, "site_1", old)
     assert "of another round" in refusal(party, "site_1", requests["train"])
     for ask in EXCHANGES[:3]:
         again = party.hold(
-            up=lambda c, m, ask=ask: replies[ask, c] if (c, m.ask) == ("site_2", ask) else m
+            up=lambda c, m, ask=ask: replies[ask, c] if (c, m.kind) == ("site_2", ask) else m
         )
-        assert "of another round" in again.left["site_2"]
+        assert "of another round" in again.dropouts["site_2"]
         assert np.array_equal(again.total, party.plain(["site_1", "site_3", "site_4", "site_5"]))
 
 
 def test_a_second_vector_under_the_same_masks_is_refused() -> None:
     """The difference of the two would be the difference of the uploads."""
     party, _ = before_unmasking()
-    (request,) = [m for c, m in party.asked if (c, m.ask) == ("site_1", "train")]
+    (request,) = [m for c, m in party.asked if (c, m.kind) == ("site_1", "train")]
     assert "'train' was asked out of turn" in refusal(party, "site_1", request)
 
 
@@ -168,9 +175,9 @@ def test_a_second_vector_under_the_same_masks_is_refused() -> None:
 )
 def test_hostile_requests(ask: str, change: Callable[[Arrays], None], why: str) -> None:
     party = Party(5)
-    down = lambda c, m: changed(m, REQUESTS, change) if (c, m.ask) == ("site_1", ask) else m  # noqa: E731
+    down = lambda c, m: changed(m, REQUESTS, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
     summed = party.hold(down=down)
-    assert why in summed.left["site_1"]
+    assert why in summed.dropouts["site_1"]
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
 
@@ -182,12 +189,12 @@ def test_threshold_of_exactly_half_is_refused() -> None:
         got["head"][1] = 2
 
     def down(client: str, message: Message) -> Message:
-        first = (client, message.ask) == ("site_1", "shares")
+        first = (client, message.kind) == ("site_1", "shares")
         return changed(message, REQUESTS, halve) if first else message
 
     summed = party.hold(down=down)
 
-    assert "more than half" in summed.left["site_1"]
+    assert "more than half" in summed.dropouts["site_1"]
 
 
 @pytest.mark.parametrize(
@@ -206,9 +213,9 @@ def test_threshold_of_exactly_half_is_refused() -> None:
 )
 def test_hostile_replies(ask: str, change: Callable[[Arrays], None], why: str) -> None:
     party = Party(5)
-    up = lambda c, m: changed(m, REPLIES, change) if (c, m.ask) == ("site_1", ask) else m  # noqa: E731
+    up = lambda c, m: changed(m, REPLIES, change) if (c, m.kind) == ("site_1", ask) else m  # noqa: E731
     summed = party.hold(up=up)
-    assert why in summed.left["site_1"]
+    assert why in summed.dropouts["site_1"]
     assert np.array_equal(summed.total, party.plain(["site_2", "site_3", "site_4", "site_5"]))
 
 
@@ -217,7 +224,7 @@ def test_wrong_shares_are_noticed_and_others_taken() -> None:
 
     def wrong(who: tuple[str, ...]) -> Callable[[str, Message], Message]:
         def up(client: str, message: Message) -> Message:
-            if client not in who or message.ask != "unmask":
+            if client not in who or message.kind != "unmask":
                 return message
             return changed(message, REPLIES, lambda got: got["shares"][:, 0].__iadd__(1))
 
@@ -228,7 +235,7 @@ def test_wrong_shares_are_noticed_and_others_taken() -> None:
             summed = party.hold(leaves, up=wrong(("site_3",)))
             assert np.array_equal(summed.total, party.plain(summed.clients))
         with pytest.raises(
-            RunFailed,
+            RunFailedError,
             match=r"of the . shares of site_1's secret too few are there or right, 4 are needed",
         ):
             party.hold(leaves, up=wrong(("site_2", "site_3")))
@@ -238,17 +245,17 @@ def test_sealed_shares_that_do_not_open_end_the_round_in_one_line() -> None:
     party = Party(5)
 
     def up(client: str, message: Message) -> Message:
-        if (client, message.ask) != ("site_2", "shares"):
+        if (client, message.kind) != ("site_2", "shares"):
             return message
         return changed(message, REPLIES, lambda got: got["sealed"].fill(7))
 
-    with pytest.raises(RunFailed, match="of the 1 shares of site_2's secret too few") as error:
+    with pytest.raises(RunFailedError, match="of the 1 shares of site_2's secret too few") as error:
         party.hold(up=up)
     assert "\n" not in str(error.value)
 
 
 def test_anything_at_all_in_a_message_crashes_nobody() -> None:
-    draw, party = random.Random(key("fuzz")), Party(5)
+    draw, party = random.Random(stream_key("fuzz")), Party(5)
 
     def garbled(message: Message) -> Message:
         body = bytearray(message.body)
@@ -256,7 +263,7 @@ def test_anything_at_all_in_a_message_crashes_nobody() -> None:
             body[draw.randrange(len(body))] = draw.randrange(256)
         cut = draw.choice((len(body), len(body), draw.randrange(len(body)), 0))
         return Message(
-            draw.choice((message.ask, message.ask, *EXCHANGES, "refused", "")), bytes(body[:cut])
+            draw.choice((message.kind, message.kind, *EXCHANGES, "refused", "")), bytes(body[:cut])
         )
 
     sums = 0
@@ -266,10 +273,10 @@ def test_anything_at_all_in_a_message_crashes_nobody() -> None:
             draw.choice(("up", "down")),
             draw.choice(EXCHANGES),
         )
-        change = lambda c, m: garbled(m) if c == who and m.ask == ask else m  # noqa: B023, E731
+        change = lambda c, m: garbled(m) if c == who and m.kind == ask else m  # noqa: B023, E731
         try:
             sums += len(party.hold(**{side: change}).clients) >= 4
-        except RunFailed as error:
+        except RunFailedError as error:
             assert "the secure sum is given up" in str(error) and "\n" not in str(error)
     assert sums > 100
 
@@ -297,7 +304,7 @@ def test_unusable_public_keys_cost_their_sender_alone(forged: bytes, why: str) -
     party = Party(5)
 
     def forge(client: str, message: Message) -> Message:
-        if client != "site_3" or message.ask != "keys":
+        if client != "site_3" or message.kind != "keys":
             return message
         return changed(
             message,
@@ -308,7 +315,7 @@ def test_unusable_public_keys_cost_their_sender_alone(forged: bytes, why: str) -
     summed = party.hold(up=forge)
 
     assert summed.clients == ["site_1", "site_2", "site_4", "site_5"]
-    assert summed.left == {"site_3": why}
+    assert summed.dropouts == {"site_3": why}
 
 
 def test_public_key_of_another_client_is_refused() -> None:
@@ -316,15 +323,15 @@ def test_public_key_of_another_client_is_refused() -> None:
     first: list[np.ndarray] = []
 
     def copy(client: str, message: Message) -> Message:
-        if message.ask == "keys" and client == "site_1":
-            first.append(read(message.body, REPLIES["keys"])["keys"])
-        if message.ask == "keys" and client == "site_3":
+        if message.kind == "keys" and client == "site_1":
+            first.append(decode_arrays(message.body, REPLIES["keys"])["keys"])
+        if message.kind == "keys" and client == "site_3":
             return changed(message, REPLIES, lambda got: got.update(keys=np.roll(first[0], 32)))
         return message
 
     summed = party.hold(up=copy)
 
-    assert summed.left == {"site_3": "a public key that is there twice"}
+    assert summed.dropouts == {"site_3": "a public key that is there twice"}
 
 
 GARBAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -344,15 +351,15 @@ def test_garbage_of_one_client_is_left_out_or_given_up_by_name(ask: str, garbage
     party = Party(5)
 
     def spoil(client: str, message: Message) -> Message:
-        if client != "site_3" or message.ask != ask:
+        if client != "site_3" or message.kind != ask:
             return message
-        return Message(message.ask, GARBAGE[garbage](message.body))
+        return Message(message.kind, GARBAGE[garbage](message.body))
 
     try:
         summed = party.hold(up=spoil)
-    except RunFailed as error:
+    except RunFailedError as error:
         # Sealed shares are opened by nobody before the last exchange: then it is too late to leave their sender out.
         assert ask == "shares" and "site_3" in str(error)
     else:
         assert {"site_1", "site_2", "site_4", "site_5"} <= set(summed.clients)
-        assert set(summed.left) <= {"site_3"}
+        assert set(summed.dropouts) <= {"site_3"}

@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from hetero_fl.utils.errors import RunFailed
-from hetero_fl.utils.seeding import key
+from hetero_fl.utils.errors import RunFailedError
+from hetero_fl.utils.seeding import stream_key
 from tests.helpers.secure_aggregation import EXCHANGES, Party
 
 STAYS = "stays"
@@ -24,12 +24,14 @@ def held_or_given_up(party: Party, leaves: dict[str, str]) -> bool:
     }
     short = [e for e in EXCHANGES if len(there[e]) < least]
     if short:
-        with pytest.raises(RunFailed, match=f"round 1: the secure sum is given up at '{short[0]}'"):
+        with pytest.raises(
+            RunFailedError, match=f"round 1: the secure sum is given up at '{short[0]}'"
+        ):
             party.hold(leaves)
         return False
     summed = party.hold(leaves)
     assert summed.clients == there["train"]
-    assert set(summed.left) == set(party.clients) - set(there["train"])
+    assert set(summed.dropouts) == set(party.clients) - set(there["train"])
     assert np.array_equal(summed.total, party.plain(there["train"]))
     return True
 
@@ -44,7 +46,11 @@ def test_every_pattern_of_four_clients_leaving_at_any_exchange() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "threshold"), [(5, 0.51), (6, 0.6)])
 def test_every_number_of_clients_leaving_at_each_exchange(count: int, threshold: float) -> None:
-    party, draw, sums = Party(count, threshold=threshold), random.Random(key("leaving", count)), 0
+    party, draw, sums = (
+        Party(count, threshold=threshold),
+        random.Random(stream_key("leaving", count)),
+        0,
+    )
     for at in itertools.combinations_with_replacement((*EXCHANGES, STAYS), count):
         who = draw.sample(party.clients, count)
         sums += held_or_given_up(party, dict(zip(who, at, strict=True)))
@@ -53,19 +59,23 @@ def test_every_number_of_clients_leaving_at_each_exchange(count: int, threshold:
 
 @pytest.mark.slow
 def test_twenty_clients_leaving_at_random() -> None:
-    party, draw = Party(20), random.Random(key("twenty"))
+    party, draw = Party(20), random.Random(stream_key("twenty"))
     for leaving in (0, 1, 3, 6, 6, 6, 9):
         who = draw.sample(party.clients, leaving)
         held_or_given_up(party, {c: draw.choice(EXCHANGES) for c in who})
 
 
 def test_a_sparse_graph_tells_the_same_or_gives_up() -> None:
-    party, draw, sums = Party(16, neighbours=8, threshold=0.6), random.Random(key("sparse")), 0
+    party, draw, sums = (
+        Party(16, neighbours=8, threshold=0.6),
+        random.Random(stream_key("sparse")),
+        0,
+    )
     for leaving in (0, 0, 1, 2, 2, 3, 3, 4):
         leaves = {c: draw.choice(EXCHANGES) for c in draw.sample(party.clients, leaving)}
         try:
             summed = party.hold(leaves)
-        except RunFailed:
+        except RunFailedError:
             assert leaves
             continue
         sums += 1
@@ -84,7 +94,7 @@ def test_who_is_left_alone_among_its_neighbours_is_left_out(
     party = Party(8, neighbours=2, threshold=0.51)
     summed = party.hold({"site_2": "shares", "site_4": "shares"})
     assert summed.clients == ["site_1", "site_5", "site_6", "site_7", "site_8"]
-    assert summed.left["site_3"] == "too few of its neighbours are left"
+    assert summed.dropouts["site_3"] == "too few of its neighbours are left"
     assert np.array_equal(summed.total, party.plain(summed.clients))
 
 
@@ -115,5 +125,5 @@ def test_a_number_out_of_range_leaves_its_client_out() -> None:
     party.uploads["site_2"]["model"]["b"][0] = 1e4
     summed = party.hold()
     assert summed.clients == ["site_1", "site_3", "site_4"]
-    assert "found 8750, but channel.secure_sum.range is 64" in summed.left["site_2"]
+    assert "found 8750, but channel.secure_sum.range is 64" in summed.dropouts["site_2"]
     assert np.array_equal(summed.total, party.plain(summed.clients))

@@ -83,7 +83,7 @@ def test_windows_are_as_described() -> None:
         "sit"
     ].mean() == pytest.approx(1.0, abs=0.05)  # gravity
     assert size["run"].std() > 2 * size["walk"].std() > 4 * size["stand"].std()
-    first, other = sensors.someone(0), sensors.someone(3)
+    first, other = sensors.person(0), sensors.person(3)
     assert (first.placement, first.rate, other.placement, other.rate) == ("wrist", 25, "wrist", 50)
     assert np.allclose(first.turned @ first.turned.T, np.eye(3))
     assert (
@@ -95,7 +95,7 @@ def test_windows_are_as_described() -> None:
 
 def test_a_rate_shows_as_frequency() -> None:
     """The spectrum's peak of a walk lies at cadence · 64 / rate."""
-    person = sensors.someone(2)
+    person = sensors.person(2)
     walk = sensors.NAMES.index("walk")
     x = sensors.record(person, np.full(40, walk), np.random.default_rng(0))
     spectrum = np.abs(np.fft.rfft(x[..., 3:] - x[..., 3:].mean(1, keepdims=True), axis=1)).mean(

@@ -19,7 +19,7 @@ from hetero_fl.data import (
     load_source,
     make_images,
     make_table,
-    source,
+    register_source,
     with_test,
 )
 from hetero_fl.data.registry import _sources
@@ -175,11 +175,11 @@ def test_registering_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
         dataset.train.x[7, 3] = float("nan")
         return dataset
 
-    source("mine")(broken)
+    register_source("mine")(broken)
     with pytest.raises(UserError, match=r"data\.name: mine: train: x: NaN or infinity in row 7"):
         load_source(SourceConfig(name="mine"), Path())
     with pytest.raises(ValueError, match="already"):
-        source("mine")(broken)
+        register_source("mine")(broken)
 
 
 def test_from_arrays() -> None:

@@ -43,7 +43,7 @@ def test_words_become_numbers() -> None:
         "now",
         "!",
     ]
-    known = Vocabulary.of([["a", "b", "b"], ["c", "a", "a", "once"]], most=2)
+    known = Vocabulary.from_texts([["a", "b", "b"], ["c", "a", "a", "once"]], most=2)
     assert known.words == ("a", "b") and known.size == 4
     assert known.encode(["b a x a", "a"], 3).tolist() == [[2, UNKNOWN, 2], [EMPTY, EMPTY, 2]]
     x, y, whose = known.continuations([["a", "b", "x", "a"], ["b"]], 2)
@@ -68,7 +68,9 @@ def test_phones_write_private_words_that_nobody_else_knows() -> None:
     contacts = set(phrases._contacts())
     assert len(contacts) == 36
     written = {
-        w for words, _ in phrases.write(phrases.writer(3), 300, phrases._draws("t")) for w in words
+        w
+        for words, _ in phrases.write_messages(phrases.writer(3), 300, phrases._draws("t"))
+        for w in words
     }
     assert set(phrases.writer(3).contacts) <= written  # they do write them
     assert dataset.vocabulary is not None and dataset.vocabulary == public.vocabulary
@@ -87,7 +89,7 @@ def test_the_vocabulary_does_not_depend_on_the_phones(monkeypatch: pytest.Monkey
     before = load("phrases").vocabulary
     monkeypatch.setattr(phrases, "PHONES", 2)
     monkeypatch.setattr(phrases, "writer", lambda phone: phrases.Writer(
-        phrases.anybody().topics, phrases.anybody().templates, ("secret", "hidden", "unseen"), 3))  # fmt: skip
+        phrases.public_writer().topics, phrases.public_writer().templates, ("secret", "hidden", "unseen"), 3))  # fmt: skip
     after = load("phrases")
     assert after.vocabulary == before and len(after.train.group_names) == 2
 

@@ -11,22 +11,22 @@ import torch
 from hetero_fl.config.data import SeriesConfig
 from hetero_fl.data import Dataset
 from hetero_fl.data.sources import traffic
-from hetero_fl.data.sources.traffic import HOUR, Periods, Site, make_windows
+from hetero_fl.data.sources.traffic import HOUR, HourlySeries, Periods, make_windows
 from hetero_fl.utils.errors import UserError
 
 START = 455_880  # a Monday, 0 h
 CONFIG = SeriesConfig(window=5, horizons=(1, 4), validation=0.1, test=0.2)
 
 
-def site(name: str = "a", hours: int = 1000, begin: int = 0, seed: int = 0) -> Site:
+def site(name: str = "a", hours: int = 1000, begin: int = 0, seed: int = 0) -> HourlySeries:
     draws = np.random.default_rng(seed)
     value = 50 + 20 * np.sin(np.arange(hours) / 24) + draws.normal(0, 5, hours)
-    return Site(
+    return HourlySeries(
         name, START + begin, value, draws.random((hours, 1)), draws.normal(10, 3, (hours, 1))
     )
 
 
-def made(sites: list[Site], config: SeriesConfig = CONFIG) -> Dataset:
+def made(sites: list[HourlySeries], config: SeriesConfig = CONFIG) -> Dataset:
     return make_windows(
         sites, config, name="series", unit="cars", lanes=("lane",), weather=("warmth",)
     )
@@ -34,7 +34,7 @@ def made(sites: list[Site], config: SeriesConfig = CONFIG) -> Dataset:
 
 def test_every_number_stands_where_it_should() -> None:
     one = site()
-    data, periods = made([one]), Periods.of([one], CONFIG)
+    data, periods = made([one]), Periods.from_series([one], CONFIG)
     mean = one.value[: periods.train + 1 - START].mean()
     assert data.columns == (
         "cars", "week_before_1", "week_before_4", "hour_sin", "hour_cos", "week_sin", "week_cos", "warmth", "lane",
@@ -72,7 +72,7 @@ def test_no_row_before_the_test_period_knows_anything_of_it(
 ) -> None:
     config = CONFIG.model_copy(update={"window": window, "horizons": horizons, "level": level})
     one, later = site(), site()
-    begin = Periods.of([one], config).validation + 1 - one.start
+    begin = Periods.from_series([one], config).validation + 1 - one.start
     later.value[begin:], later.lanes[begin:], later.weather[begin:] = 999.0, 9.0, 99.0
     parts = [made([given], config).splits() for given in (one, later)]
     for name in ("train", "validation"):
@@ -82,7 +82,7 @@ def test_no_row_before_the_test_period_knows_anything_of_it(
 
 
 def test_no_target_of_training_lies_in_a_later_period() -> None:
-    data, periods = made([site(), site("b", 700, 300, 1)]), Periods.of([site()], CONFIG)
+    data, periods = made([site(), site("b", 700, 300, 1)]), Periods.from_series([site()], CONFIG)
     assert data.validation is not None and data.test is not None and data.span == 3 * HOUR
     last = {
         name: part.time // HOUR for name, part in data.splits().items() if part.time is not None
@@ -96,7 +96,7 @@ def test_no_target_of_training_lies_in_a_later_period() -> None:
     assert int(last["test"].max()) == START + 999
 
 
-def changed(one: Site, periods: Periods) -> Site:
+def changed(one: HourlySeries, periods: Periods) -> HourlySeries:
     """The same past, another future."""
     cut = periods.train + 1 - one.start
     value, lanes, weather = one.value.copy(), one.lanes.copy(), one.weather.copy()
@@ -108,7 +108,7 @@ def changed(one: Site, periods: Periods) -> Site:
 def leaks(config: SeriesConfig) -> bool:
     """Whether another future changes anything of a training row."""
     sites = [site(), site("b", 700, 300, 1)]
-    periods = Periods.of(sites, config)
+    periods = Periods.from_series(sites, config)
     before, after = (
         made(sites, config).train,
         made([changed(s, periods) for s in sites], config).train,
@@ -127,7 +127,7 @@ def foresees(config: SeriesConfig) -> bool:
     """Whether what a row shows, or a simple rule says, changes with hours that come after it."""
     one = site()
     # in the validation period: level and scales are what they are
-    cut = Periods.of([one], config).train + 30 - START
+    cut = Periods.from_series([one], config).train + 30 - START
     other = replace(one, value=np.where(np.arange(1000) < cut, one.value, 3 * one.value + 7))
     parts = zip(
         made([one], config).splits().values(), made([other], config).splits().values(), strict=True
@@ -163,18 +163,18 @@ def test_another_future_changes_no_training_row(settings: dict[str, str]) -> Non
     assert not leaks(config) and not foresees(config)
 
 
-def of_all(site: Site, periods: Periods) -> float:
+def of_all(site: HourlySeries, periods: Periods) -> float:
     return float(site.value.mean())
 
 
 def test_each_leak_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same check with leaks put in: the level, the weather's scale, the threshold, the cut, the week before."""
     with monkeypatch.context() as patch:
-        patch.setattr(traffic, "level", of_all)
+        patch.setattr(traffic, "mean_level", of_all)
         assert leaks(CONFIG)
     with monkeypatch.context() as patch:
-        scaled = traffic._deviations
-        patch.setattr(traffic, "_deviations", lambda column, past: scaled(column, slice(None)))
+        scaled = traffic._standardize
+        patch.setattr(traffic, "_standardize", lambda column, past: scaled(column, slice(None)))
         assert leaks(CONFIG)
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -218,7 +218,7 @@ def test_hours_that_are_missing_leave_out_the_rows_that_need_them() -> None:
     gone = set((whole.time // HOUR).tolist()) - set((fewer.time // HOUR).tolist())
     now = {hour - START - 4 for hour in gone}
     needed = {now for now in range(200, 700) if 300 in needs(now)}
-    assert now == {n for n in needed if n + 4 <= Periods.of([one], CONFIG).train - START}
+    assert now == {n for n in needed if n + 4 <= Periods.from_series([one], CONFIG).train - START}
     assert torch.isfinite(fewer.x[..., :3]).all()
 
 
@@ -237,7 +237,7 @@ def test_what_is_not_measured_is_missing() -> None:
 def test_busy_or_not() -> None:
     one = site()
     config = CONFIG.model_copy(update={"target": "busy", "busy": 0.7})
-    data, periods = made([one], config), Periods.of([one], config)
+    data, periods = made([one], config), Periods.from_series([one], config)
     assert (
         data.task.kind == "multilabel"
         and data.task.names == ("1 h ahead", "4 h ahead")

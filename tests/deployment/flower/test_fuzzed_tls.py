@@ -30,30 +30,30 @@ from hetero_fl.core.payload import FORM as PAYLOAD
 from hetero_fl.deployment.audit_log import verify
 from hetero_fl.deployment.certificates import ServerFiles, make_node_key, make_server_files
 from hetero_fl.deployment.config import SiteConfig
-from hetero_fl.deployment.flower import FlowerTransport, Superlink, serve
+from hetero_fl.deployment.flower import FlowerTransport, SuperLink, serve
 from hetero_fl.deployment.flower.connection import (
     SERVER,
     SMALL,
-    TooLong,
+    MessageTooLongError,
     _check_parts,
-    announced,
+    announce,
     envelope_of,
     fetch,
     get_all_nested_objects,
-    to_node,
+    message_to_node,
 )
 from hetero_fl.deployment.messages import (
     Envelope,
     Handle,
     NodeKeys,
     ServerKeys,
-    Signed,
+    SignedTransport,
     body_of,
     message,
-    signed,
+    sign_envelope,
 )
 from hetero_fl.deployment.node import Node
-from hetero_fl.deployment.server import serve as serve_run
+from hetero_fl.deployment.server import run_federation as serve_run
 from tests.helpers.deployments import SITES, small
 from tests.helpers.hostile_messages import (
     ANSWERS,
@@ -81,7 +81,7 @@ class Net:
         self.private = {site: make_node_key(folder / site / "key") for site in SITES}
         self.public = {site: key.public_key() for site, key in self.private.items()}
         self.keys = ServerKeys(self.own, self.public)
-        self.superlink = Superlink(files=self.files)
+        self.superlink = SuperLink(files=self.files)
         self.transport = FlowerTransport(self.superlink, self.public, MOST)
         self.said: list[str] = []
 
@@ -177,7 +177,9 @@ def test_huge_score_over_tls_is_refused_by_name(tmp_path: Path) -> None:
         told = body_of(answer)
         told["scores"]["personal"]["loss"] = 1e200
         kept = {name: value for name, value in answer.head.items() if name != "signature"}
-        return signed(Envelope(kept, message("done", told).body), net.private["site_3"], "node")
+        return sign_envelope(
+            Envelope(kept, message("done", told).body), net.private["site_3"], "node"
+        )
 
     handles["site_3"] = lies
     with net.joined(in_turn(handles)):
@@ -208,7 +210,7 @@ def test_node_over_tls_answers_a_hostile_server(tmp_path: Path) -> None:
     net = Net(tmp_path)
     drawn = examples(st.tuples(HEADS, st.none() | bodies(PAYLOAD)), 50)
     node = net.node("site_1")
-    signed = Signed(net.transport, net.keys, net.said.append)
+    signed = SignedTransport(net.transport, net.keys, net.said.append)
     with net.joined({"site_1": node.handle}):
         while not (there := list(signed.nodes())):
             pass
@@ -234,8 +236,8 @@ class Parts:
     """What a SuperLink holds of a message."""
 
     def __init__(self, envelope: Envelope) -> None:
-        message = to_node(envelope, 1, 2, 3.0)
-        _, self.tree = announced(message)
+        message = message_to_node(envelope, 1, 2, 3.0)
+        _, self.tree = announce(message)
         self.content = {
             number: part.deflate() for number, part in get_all_nested_objects(message).items()
         }
@@ -270,7 +272,7 @@ def test_fetch_stops_when_too_much_has_come() -> None:
     pull = parts.PullObject
     parts.PullObject = lambda request: pulled.append(request.object_id) or pull(request)  # type: ignore[method-assign]
 
-    with pytest.raises(TooLong, match="more than 1,000 bytes"):
+    with pytest.raises(MessageTooLongError, match="more than 1,000 bytes"):
         fetch(parts, SERVER, 1, parts.tree, most=1000)
 
     assert len(pulled) < len(parts.content) and parts.confirmed
@@ -285,7 +287,7 @@ def test_array_that_names_a_piece_many_times_is_refused() -> None:
     body = json.dumps(told).encode()
     parts.content[number] = head.rsplit(b" ", 1)[0] + f" {len(body)}".encode() + b"\0" + body
 
-    with pytest.raises(TooLong, match="a message of more than"):
+    with pytest.raises(MessageTooLongError, match="a message of more than"):
         fetch(parts, SERVER, 1, parts.tree, most=2**24)
 
 
@@ -294,7 +296,7 @@ def test_arrays_that_share_a_chunk_are_refused_if_they_are_too_long_together() -
     (array,) = [part for part in content.values() if part.startswith(b"Array ")]
     _check_parts(content, most=2**20)
 
-    with pytest.raises(TooLong, match="a message of more than 4,194,304 bytes"):
+    with pytest.raises(MessageTooLongError, match="a message of more than 4,194,304 bytes"):
         _check_parts(content | {f"copy {i}": array for i in range(20)}, most=2**22)
 
 
@@ -303,7 +305,7 @@ def test_message_of_many_parts_is_refused_before_any_is_fetched() -> None:
     tree = ObjectTree(
         object_id=parts.tree.object_id, children=[ObjectTree(object_id=str(i)) for i in range(1000)]
     )
-    with pytest.raises(TooLong, match="1001 parts"):
+    with pytest.raises(MessageTooLongError, match="1001 parts"):
         fetch(parts, SERVER, 1, tree, most=2**20)
 
 
@@ -332,7 +334,7 @@ def test_parts_of_any_bytes_make_a_message_or_are_refused(
 
 
 def test_content_of_other_records_is_no_message() -> None:
-    ours = to_node(Envelope({"a": 1}, b"b"), 1, 2, 3.0)
+    ours = message_to_node(Envelope({"a": 1}, b"b"), 1, 2, 3.0)
     array = Array(dtype="uint8", shape=(1,), stype="bytes", data=b"x")
     for content in (
         RecordDict({"head": ArrayRecord({"body": array}), "body": ConfigRecord({"body": b""})}),

@@ -29,12 +29,17 @@ from hetero_fl.deployment.certificates import (
     make_server_files,
     public_bytes,
 )
-from hetero_fl.deployment.flower import FlowerTransport, Superlink, serve
+from hetero_fl.deployment.flower import FlowerTransport, SuperLink, serve
 from hetero_fl.deployment.flower import node as node_module
-from hetero_fl.deployment.flower.connection import SMALL, answer_to, envelope_of, to_node
+from hetero_fl.deployment.flower.connection import (
+    SMALL,
+    answer_message,
+    envelope_of,
+    message_to_node,
+)
 from hetero_fl.deployment.flower.installed import check_installed
 from hetero_fl.deployment.messages import Envelope, Handle
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 
 SOON = 300.0  # seconds; this machine may be busy
 
@@ -53,7 +58,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return keys
 
 
-def over(superlink: Superlink, keys: Keys) -> FlowerTransport:
+def over(superlink: SuperLink, keys: Keys) -> FlowerTransport:
     return FlowerTransport(
         superlink, {name: keys[name].public_key() for name in ("north", "south")}
     )
@@ -61,7 +66,7 @@ def over(superlink: Superlink, keys: Keys) -> FlowerTransport:
 
 @pytest.fixture(scope="module")
 def transport(keys: Keys) -> Iterator[FlowerTransport]:
-    made = over(Superlink(), keys)
+    made = over(SuperLink(), keys)
     yield made
     made.close()
 
@@ -205,7 +210,7 @@ def test_a_superlink_that_is_killed_is_replaced(
     from hetero_fl.deployment.flower import superlink as module
 
     monkeypatch.setattr(module, "TOO_SOON", 0.0)
-    transport, go_on = over(Superlink(), keys), threading.Event()
+    transport, go_on = over(SuperLink(), keys), threading.Event()
 
     def handle(envelope: Envelope) -> Envelope:
         if envelope.head:
@@ -226,7 +231,7 @@ def test_a_superlink_that_is_killed_is_replaced(
             monkeypatch.setattr(module, "TOO_SOON", 1e9)
             os.kill(transport._superlink.pid, signal.SIGKILL)
             with pytest.raises(
-                RunFailed, match=r"SuperLink has died within .* of its start; its last line: "
+                RunFailedError, match=r"SuperLink has died within .* of its start; its last line: "
             ):
                 until(transport.nodes)
     finally:
@@ -243,7 +248,7 @@ def test_who_is_let_in(keys: Keys, tmp_path: Path) -> None:
 
     files = make_server_files(tmp_path / "server", ["localhost", "127.0.0.1"])
     other = make_server_files(tmp_path / "other", ["127.0.0.1"])
-    transport = over(Superlink(files=files), keys)
+    transport = over(SuperLink(files=files), keys)
     address, echo = transport._superlink.address, lambda envelope: envelope
     try:
         with node(address, keys["north"], echo, authority=files.authority):
@@ -282,7 +287,7 @@ def test_who_is_let_in(keys: Keys, tmp_path: Path) -> None:
 
 
 def test_messages_of_somebody_else() -> None:
-    ours = to_node(Envelope({"a": 1}, b"b"), 1, 2, 3.0)
+    ours = message_to_node(Envelope({"a": 1}, b"b"), 1, 2, 3.0)
     assert envelope_of(ours) == Envelope({"a": 1}, b"b")
     for content in (
         RecordDict({"head": ConfigRecord({"a": 1})}),
@@ -291,20 +296,20 @@ def test_messages_of_somebody_else() -> None:
         RecordDict({"body": ArrayRecord()}),
     ):
         assert envelope_of(make_message(ours.metadata, content=content)) is None
-    assert envelope_of(answer_to(ours, None, 1.0)) is None
+    assert envelope_of(answer_message(ours, None, 1.0)) is None
 
 
 def test_what_stands_in_the_way_is_told() -> None:
     with pytest.raises(
         UserError, match=r"0.0.0.0 can be reached from elsewhere, which needs certificates"
     ):
-        Superlink("0.0.0.0")
+        SuperLink("0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
         with pytest.raises(
             UserError, match=rf"server.port: {port} cannot be had \(Address already in use\)"
         ):
-            Superlink(port=port)
+            SuperLink(port=port)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
@@ -317,7 +322,7 @@ def test_a_host_that_is_not_this_machine_is_told_from_a_port_that_is_taken(
         UserError,
         match=rf"server.host: {host} is no address of this machine \(.*\); 0.0.0.0 is all",
     ):
-        Superlink(host, port, files)
+        SuperLink(host, port, files)
 
 
 def test_another_flower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,8 +343,8 @@ def test_another_flower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 KILLED = """
 import time
-from hetero_fl.deployment.flower import Superlink
-superlink = Superlink()
+from hetero_fl.deployment.flower import SuperLink
+superlink = SuperLink()
 print(superlink.pid, superlink.port, superlink._scratch, flush=True)
 time.sleep(1000)
 """

@@ -11,8 +11,8 @@ import torch
 
 import hetero_fl
 from hetero_fl.cli import main
-from hetero_fl.data.federated_data import as_made
-from hetero_fl.experiment.auditing.audit import audit, unprotected
+from hetero_fl.data.federated_data import unprocessed_rows
+from hetero_fl.experiment.auditing.audit import audit, without_protection
 from hetero_fl.experiment.auditing.membership import candidates, train_shadow
 from hetero_fl.experiment.preparation import prepare
 from hetero_fl.utils.errors import UserError
@@ -68,19 +68,19 @@ def test_rows_in_question_are_matched_and_every_one_is_in_half_of_the_shadows() 
     asked = candidates(data, "site_1", seed=0)
     y, member = asked.examples.y, asked.member
     assert y is not None and torch.equal(y[member].bincount(), y[~member].bincount())
-    train = as_made(data, "site_1", ["train"])
+    train = unprocessed_rows(data, "site_1", ["train"])
     assert len(asked.others) + int(member.sum()) == len(train)
     rows = {row.numpy().tobytes() for row in train.x}
     assert all(
         (row.numpy().tobytes() in rows) == bool(m)
         for row, m in zip(asked.examples.x, member, strict=True)
     )
-    halves = asked.halves(6, 0, "site_1")
+    halves = asked.shadow_assignments(6, 0, "site_1")
     assert torch.equal(halves.sum(0), torch.full((len(member),), 3))
     assert len({tuple(h.tolist()) for h in halves}) == 6
     for half in halves:
         assert (y[half].bincount(minlength=10) - y[~half].bincount(minlength=10)).abs().max() <= 1
-        training = asked.training(half)
+        training = asked.shadow_rows(half)
         assert abs(len(training) - len(train)) <= 5
         assert torch.equal(training.x[len(asked.others) :], asked.examples.x[half])
 
@@ -89,13 +89,13 @@ def test_a_patients_rows_are_in_or_out_together() -> None:
     asked = candidates(prepare(overfit(epochs=1)).data, "site_1", seed=0)
     patient = torch.arange(len(asked.member)) // 3
     grouped = type(asked)(asked.examples, asked.member, asked.others, patient, asked.stratum)
-    for half in grouped.halves(4, 0, "site_1"):
+    for half in grouped.shadow_assignments(4, 0, "site_1"):
         assert all(half[patient == p].unique().numel() == 1 for p in patient.unique())
 
 
 def test_a_shadow_with_the_runs_own_rows_and_seed_is_the_run(run: hetero_fl.Run) -> None:
     prepared = prepare(run.path / "config.yaml")
-    rows = {"site_1": as_made(prepared.data, "site_1", ["train"])}
+    rows = {"site_1": unprocessed_rows(prepared.data, "site_1", ["train"])}
     again = train_shadow(prepared, rows, prepared.config.seed, 2, lambda line: None)["site_1"]
     assert all(torch.equal(again.tensors[n], t) for n, t in run.models["site_1"].tensors.items())
     other = train_shadow(prepared, rows, 7, 1, lambda line: None)["site_1"]
@@ -167,4 +167,4 @@ def test_no_such_run_and_other_data(
 
 def test_without_a_protection_the_configuration_is_as_it_was() -> None:
     plain = prepare(overfit(epochs=1)).config
-    assert unprotected(plain) == plain
+    assert without_protection(plain) == plain

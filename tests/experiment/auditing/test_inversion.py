@@ -11,12 +11,12 @@ from hetero_fl.experiment.auditing.inversion import (
     Inverter,
     first_layer_input,
     invert,
-    matched,
+    match_order,
+    observe_upload,
     psnr,
     read_labels,
-    refusal,
+    reason_not_invertible,
     ssim,
-    upload,
 )
 from tests.helpers.small_federations import config
 
@@ -38,11 +38,11 @@ def test_the_gradient_of_a_linear_model_gives_the_image_away_exactly() -> None:
 
 def test_the_upload_of_one_step_is_the_gradient_of_the_loss() -> None:
     prepared = prepare(config(models="cnn_gn_small"))
-    card, rows = prepared.federation.cards["site_1"], torch.tensor([4, 9])
-    found = upload(prepared, "site_1", rows)
+    card, rows = prepared.federation.client_infos["site_1"], torch.tensor([4, 9])
+    found = observe_upload(prepared, "site_1", rows)
     data = prepared.data.columns("site_1", "train", card.preprocess)
     module = card.arch.build()
-    module.load_state_dict(prepared.federation.initial(card.arch))
+    module.load_state_dict(prepared.federation.initial_tensors(card.arch))
     torch.nn.functional.cross_entropy(module(data["x"][rows]).logits, data["y"][rows]).backward()
     assert found.gradient.keys() == dict(module.named_parameters()).keys()
     for name, parameter in module.named_parameters():
@@ -57,16 +57,22 @@ def test_the_attacker_has_the_clients_own_loss_not_that_of_a_dry_run() -> None:
     # its loss depends on the client's label frequencies
     prepared = prepare(config("hybrid", models="mlp"))
     row = torch.tensor([4])
-    data = prepared.data.columns("site_1", "train", prepared.federation.cards["site_1"].preprocess)
-    inverter = Inverter(upload(prepared, "site_1", row), data["y"][row], lambda pixels: pixels)
+    data = prepared.data.columns(
+        "site_1", "train", prepared.federation.client_infos["site_1"].preprocess
+    )
+    inverter = Inverter(
+        observe_upload(prepared, "site_1", row), data["y"][row], lambda pixels: pixels
+    )
     assert float(inverter.distance(data["x"][row])) == pytest.approx(0, abs=1e-5)
 
 
 def test_descent_finds_what_the_first_layer_does_not_tell() -> None:
     prepared = prepare(config(models="fedavg_cnn"))
     client, row = "site_1", torch.tensor([2])
-    found = upload(prepared, client, row)
-    data = prepared.data.columns(client, "train", prepared.federation.cards[client].preprocess)
+    found = observe_upload(prepared, client, row)
+    data = prepared.data.columns(
+        client, "train", prepared.federation.client_infos[client].preprocess
+    )
     true, label = data["x"][row], read_labels(found, "multiclass")
     assert label is not None and torch.equal(label, data["y"][row])
     inverter = Inverter(found, label, lambda pixels: pixels)
@@ -84,13 +90,15 @@ def test_noise_on_the_update_hides_the_image() -> None:
         draws = torch.Generator().manual_seed(0)
         return {n: t + 0.02 * torch.randn(t.shape, generator=draws) for n, t in update.items()}
 
-    data = prepared.data.columns("site_1", "train", prepared.federation.cards["site_1"].preprocess)
+    data = prepared.data.columns(
+        "site_1", "train", prepared.federation.client_infos["site_1"].preprocess
+    )
     row = torch.tensor([0])
     true, quality = data["x"][row], {}
     for name, protect in {"plain": None, "noisy": noisy}.items():
-        found = upload(prepared, "site_1", row, protect)
+        found = observe_upload(prepared, "site_1", row, protect)
         inverter = Inverter(found, data["y"][row], lambda pixels: pixels)
-        image, distance = inverter.search((1, 8, 8), "test", steps=40)
+        image, distance = inverter.invert_from_starts((1, 8, 8), "test", steps=40)
         assert distance == pytest.approx(float(inverter.distance(image)), abs=1e-6)
         quality[name] = psnr(image, true)
     assert quality["plain"] > 60
@@ -100,15 +108,15 @@ def test_noise_on_the_update_hides_the_image() -> None:
 def test_who_shares_no_parameters_or_has_no_images_is_told_so() -> None:
     prepared = prepare(config("fedmd"))
     assert (
-        refusal(prepared, "site_1")
+        reason_not_invertible(prepared, "site_1")
         == "fedmd: 'site_1' sends no parameters of its model; there is no gradient to invert"
     )
-    assert refusal(prepare(config("local")), "site_1") is not None
-    assert refusal(prepare(config("fedper")), "site_1") is None
+    assert reason_not_invertible(prepare(config("local")), "site_1") is not None
+    assert reason_not_invertible(prepare(config("fedper")), "site_1") is None
 
 
 def test_without_the_head_labels_are_known_and_not_read() -> None:
-    found = upload(prepare(config("fedper", models="mlp")), "site_1", torch.tensor([0]))
+    found = observe_upload(prepare(config("fedper", models="mlp")), "site_1", torch.tensor([0]))
     assert all(n.startswith("backbone.") for n in found.gradient)
     assert read_labels(found, "multiclass") is None
 
@@ -133,4 +141,4 @@ def test_equal_images_are_alike_and_a_batch_is_put_in_order() -> None:
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert ssim(images[0], images[0]) == pytest.approx(1)
     assert psnr(images[0], images[0] + 0.1) == pytest.approx(20, abs=1e-4)
-    assert torch.equal(matched(images[[2, 0, 1]], images), images)
+    assert torch.equal(match_order(images[[2, 0, 1]], images), images)

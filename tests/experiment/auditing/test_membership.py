@@ -14,7 +14,7 @@ from hetero_fl.experiment.auditing.membership import (
     confidence,
     likelihood_ratio,
     loss_score,
-    verdict,
+    score_attack,
 )
 
 CLASSES, LABELS, NUMBERS = Task("multiclass", 3), Task("multilabel", 2), Task("regression", 2)
@@ -67,7 +67,7 @@ def test_the_area_counts_pairs_and_its_error_is_the_bootstrap_of_both_sides() ->
     scores[member] += 0.5
     scores = (scores * 4).round()  # ties
     ins, outs = scores[member].numpy(), scores[~member].numpy()
-    found = verdict(scores, member, "test")
+    found = score_attack(scores, member, "test")
     pairs = (ins[:, None] > outs).mean() + (ins[:, None] == outs).mean() / 2
     assert found.auroc == pytest.approx(pairs)
     # Hanley and McNeil (1982)
@@ -86,8 +86,8 @@ def test_the_area_counts_pairs_and_its_error_is_the_bootstrap_of_both_sides() ->
 def test_chance_is_within_two_standard_errors_about_as_often_as_it_should() -> None:
     member = torch.arange(80) < 40
     verdicts = [
-        verdict(normal(80, seed=seed), member, "test", seed).at_chance for seed in range(40)
+        score_attack(normal(80, seed=seed), member, "test", seed).at_chance for seed in range(40)
     ]
     assert sum(verdicts) >= 34  # of 40 about 38
     apart = normal(80) + member.double()
-    assert not verdict(apart, member, "test").at_chance
+    assert not score_attack(apart, member, "test").at_chance

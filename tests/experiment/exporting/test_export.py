@@ -55,21 +55,21 @@ def test_the_files_of_a_run_predict_as_it_does_on_its_own_data(
     run: hetero_fl.Run, tmp_path: Path, format: str
 ) -> None:
     installed(format)
-    made = hetero_fl.export(run, format=format, out=tmp_path)
+    made = hetero_fl.export(run, file_format=format, out=tmp_path)
     assert list(made) == ["server", "site_1", "site_2", "site_3"]
-    at_home = hetero_fl.export(run, "site_2", format, tmp_path, home=True)["site_2"]
+    at_home = hetero_fl.export(run, "site_2", format, tmp_path, personal=True)["site_2"]
     for name, file in made.items():
-        score = export.read(file.model.read_bytes(), format)
+        score = export.load_scorer(file.model.read_bytes(), format)
         for count in (1, 3, 50):
             x = pixels(count)
             torch.testing.assert_close(
-                score((x,)), run.predict(name, x, home=False), atol=1e-5, rtol=0
+                score((x,)), run.predict(name, x, personal=False), atol=1e-5, rtol=0
             )
         assert file.largest_difference is not None and file.largest_difference < 1e-5
     assert at_home.model.stem == "site_2-home"
-    found = export.read(at_home.model.read_bytes(), format)((x,))
+    found = export.load_scorer(at_home.model.read_bytes(), format)((x,))
     torch.testing.assert_close(found, run.predict("site_2", x), atol=1e-5, rtol=0)
-    assert not torch.allclose(found, run.predict("site_2", x, home=False), atol=1e-2)
+    assert not torch.allclose(found, run.predict("site_2", x, personal=False), atol=1e-2)
 
 
 @pytest.mark.slow
@@ -90,12 +90,12 @@ def test_the_x_rays_of_a_medical_run(tmp_path: Path) -> None:
     source["clients"]["defaults"]["preprocess"] = {"normalize": "own"}
     medical = hetero_fl.run(source, out=tmp_path / "run")
     made = hetero_fl.export(medical)
-    x = hetero_fl.prepare(source).federation.data.raw("common_test")
+    x = hetero_fl.prepare(source).federation.data.raw_examples("common_test")
     assert x.dtype == torch.uint8 and len(x) == 60
     for name, file in made.items():
-        score = export.read(file.model.read_bytes(), "onnx")
+        score = export.load_scorer(file.model.read_bytes(), "onnx")
         torch.testing.assert_close(
-            score((x.float() / 255,)), medical.predict(name, x, home=False), atol=1e-5, rtol=0
+            score((x.float() / 255,)), medical.predict(name, x, personal=False), atol=1e-5, rtol=0
         )
         told = json.loads(file.model.with_suffix(".json").read_text())
         assert told["names"] == ["normal", "pneumonia"] and "CC BY 4.0" in file.card.read_text()
@@ -151,7 +151,7 @@ def test_a_card_knows_privacy_few_rows_and_another_readout(
     details = altered.directory.details()
     details["rows"]["site_2"]["test"] = 7
     altered.directory.details = lambda: details  # type: ignore[method-assign]
-    page = hetero_fl.export(altered, "site_2", "torchscript", tmp_path, home=True)[
+    page = hetero_fl.export(altered, "site_2", "torchscript", tmp_path, personal=True)[
         "site_2"
     ].card.read_text()
     told = json.loads((tmp_path / "site_2-home.json").read_text())
@@ -254,8 +254,8 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_what_predicts_otherwise_is_not_written(
     run: hetero_fl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: float
 ) -> None:
-    read = export.read
-    monkeypatch.setattr(export, "read", lambda *of: lambda given: read(*of)(given) + apart)
+    read = export.load_scorer
+    monkeypatch.setattr(export, "load_scorer", lambda *of: lambda given: read(*of)(given) + apart)
     if not apart:
         assert hetero_fl.export(run, "site_2", "torchscript", tmp_path)
         return

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from hetero_fl.core.saved_model import SavedModel
-from hetero_fl.data.inference import as_seen
+from hetero_fl.data.inference import preprocess_inputs
 from hetero_fl.experiment.exporting import export
 from hetero_fl.experiment.exporting.export import interface
-from hetero_fl.experiment.exporting.graph import Exported, as_predicted, drawn, inputs_of
+from hetero_fl.experiment.exporting.graph import (
+    ExportedModel,
+    draw_inputs,
+    inputs_of,
+    to_predict_form,
+)
 from hetero_fl.utils.errors import UserError
-from hetero_fl.utils.seeding import generator
+from hetero_fl.utils.seeding import keyed_generator
 from tests.helpers.saved_models import CASES, COLUMNS
 
 FORMATS = ("onnx", "torchscript")
@@ -29,7 +34,7 @@ def installed(format: str) -> None:
 
 def predicted(model: SavedModel, given: tuple[Tensor, ...], home: bool) -> Tensor:
     """What `Run.predict` gives."""
-    z = model.logits(as_seen(model, as_predicted(model, given)), home)
+    z = model.logits(preprocess_inputs(model, to_predict_form(model, given)), home)
     return (
         z
         if model.task.kind == "regression"
@@ -40,8 +45,11 @@ def predicted(model: SavedModel, given: tuple[Tensor, ...], home: bool) -> Tenso
 
 
 def file_of(model: SavedModel, format: str, home: bool = False) -> bytes:
-    return export.written(
-        Exported(model, home), drawn(model, 3, generator("f")), format, interface(model)
+    return export.export_graph(
+        ExportedModel(model, home),
+        draw_inputs(model, 3, keyed_generator("f")),
+        format,
+        interface(model),
     )
 
 
@@ -51,7 +59,7 @@ def spoilt(model: SavedModel) -> list[tuple[int, float]]:
     for i, one in enumerate(inputs_of(model)):
         found += [(i, float("inf"))] if one.kind != "tokens" else []
         found += [(i, 1.5), (i, -0.5)] if one.kind == "image" else []
-        found += [(i, float("nan"))] if one.kind != "tokens" and not one.gaps else []
+        found += [(i, float("nan"))] if one.kind != "tokens" and not one.allows_missing else []
     return found
 
 
@@ -64,9 +72,9 @@ def test_the_file_predicts_as_the_model_does_for_batches_of_any_size_and_refuses
     installed(format)
     model, home = CASES[name], CASES[name].log_prior is not None
     content = file_of(model, format, home)
-    score = export.read(content, format)
+    score = export.load_scorer(content, format)
     for size in (1, 2, 5, 33):
-        given = drawn(model, size, generator("rows", size))
+        given = draw_inputs(model, size, keyed_generator("rows", size))
         wanted = predicted(model, given, home)
         torch.testing.assert_close(score(given), wanted, atol=1e-5, rtol=0)
         assert wanted.isfinite().all()
@@ -74,7 +82,7 @@ def test_the_file_predicts_as_the_model_does_for_batches_of_any_size_and_refuses
         not torch.allclose(predicted(model, given, True), predicted(model, given, False), atol=1e-3)
     )
     for place, value in spoilt(model):
-        given = drawn(model, 5, generator("bad"))
+        given = draw_inputs(model, 5, keyed_generator("bad"))
         given[place][1].view(-1)[-1] = value
         assert score(given).isnan().all(1).tolist() == [False, True, False, False, False]
     if format == "onnx":
@@ -85,13 +93,13 @@ def test_the_file_predicts_as_the_model_does_for_batches_of_any_size_and_refuses
 @pytest.mark.parametrize("name", CASES)
 def test_what_predict_refuses_gives_nan_and_spoils_no_other_row(name: str) -> None:
     model = CASES[name]
-    graph = Exported(model, False).eval()
+    graph = ExportedModel(model, False).eval()
     for place, value in spoilt(model):
-        given = drawn(model, 5, generator("bad"))
+        given = draw_inputs(model, 5, keyed_generator("bad"))
         wanted = graph(*given)
         given[place][2].view(-1)[-1] = value
         with pytest.raises(UserError):
-            as_seen(model, as_predicted(model, given))
+            preprocess_inputs(model, to_predict_form(model, given))
         found = graph(*given)
         assert found[2].isnan().all(), (place, value)
         others = [0, 1, 3, 4]
@@ -101,9 +109,9 @@ def test_what_predict_refuses_gives_nan_and_spoils_no_other_row(name: str) -> No
 def test_two_channels_are_no_colours() -> None:
     model = CASES["resnet_of_grey"]
     two = torch.rand(3, 2, 12, 12)
-    assert Exported(model, False)(two).isnan().all()
+    assert ExportedModel(model, False)(two).isnan().all()
     with pytest.raises(UserError):
-        as_seen(model, two)
+        preprocess_inputs(model, two)
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ import torch
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.experiment.exporting import export, score
 from hetero_fl.experiment.exporting.export import interface
-from hetero_fl.experiment.exporting.graph import drawn
-from hetero_fl.utils.seeding import generator
+from hetero_fl.experiment.exporting.graph import draw_inputs
+from hetero_fl.utils.seeding import keyed_generator
 from tests.experiment.exporting.test_graph import file_of, installed, predicted
 from tests.helpers.saved_models import CASES
 
@@ -93,7 +93,7 @@ def test_a_table_by_names_with_gaps_and_columns_that_nobody_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out = CASES["tabular_with_gaps"], tmp_path / "out.csv"
-    (x,) = drawn(model, 9, generator("table"))
+    (x,) = draw_inputs(model, 9, keyed_generator("table"))
     weight, pulse, glucose = (
         [f"{v:.9g}" if v == v else "" for v in column.tolist()] for column in x.T
     )
@@ -120,7 +120,7 @@ def test_values_are_multiplied_by_their_unit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out = CASES["mlp_of_columns"], tmp_path / "out.csv"
-    (x,) = drawn(model, 4, generator("table"))
+    (x,) = draw_inputs(model, 4, keyed_generator("table"))
     np.savez(tmp_path / "x.npz", row=x.numpy())
     file = put(tmp_path, "mlp_of_columns")
     assert (
@@ -138,7 +138,7 @@ def test_values_are_multiplied_by_their_unit(
 )
 def test_arrays_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model, out = CASES[name], tmp_path / "out.csv"
-    x = drawn(model, 6, generator("arrays"))
+    x = draw_inputs(model, 6, keyed_generator("arrays"))
     names = [one["name"] for one in interface(model)["inputs"]]
     np.savez(tmp_path / "x.npz", **{n: part.numpy() for n, part in zip(names, x, strict=True)})
     assert (

@@ -12,15 +12,15 @@ import torch
 from sklearn.datasets import load_digits
 
 import hetero_fl
-from hetero_fl.algorithms.onboarding import Newcomer
+from hetero_fl.algorithms.onboarding import JoiningClient
 from hetero_fl.cli import main
-from hetero_fl.core.participant import floats
+from hetero_fl.core.participant import floating_tensors
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import from_arrays
-from hetero_fl.experiment.onboarding.newcomers import Site
-from hetero_fl.experiment.onboarding.report import ahead, draw
-from hetero_fl.experiment.onboarding.transfer import Legacy
+from hetero_fl.experiment.onboarding.newcomers import JoiningSite
+from hetero_fl.experiment.onboarding.report import draw_join, is_better
+from hetero_fl.experiment.onboarding.transfer import TransferSource
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config, rounds_of, same_bits
 
@@ -116,11 +116,11 @@ def test_what_is_written(place: Folder, tmp_path: Folder) -> None:
 
 @pytest.mark.slow
 def test_only_the_shared_backbone_is_taken(place: Folder) -> None:
-    legacy = Legacy(hetero_fl.Run(place / "run"))
+    legacy = TransferSource(hetero_fl.Run(place / "run"))
     first, second = legacy.models["cnn_1"], legacy.models["cnn_2"]
     taken = legacy.backbone(first.arch)
     assert taken is not None and set(taken) == {
-        n for n in floats(first.tensors) if n.startswith("backbone.")
+        n for n in floating_tensors(first.tensors) if n.startswith("backbone.")
     }
     for name, tensor in taken.items():
         assert torch.equal(tensor, (first.tensors[name] + second.tensors[name]) / 2)
@@ -129,40 +129,40 @@ def test_only_the_shared_backbone_is_taken(place: Folder) -> None:
 
 def test_a_newcomer_receives_once_and_then_trains_as_everybody_does(place: Folder) -> None:
     alone, newcomer = (rounds_of(config("local"), held=0) for _ in range(2))
-    newcomer.algorithm = newcomer.executor.site.algorithm = newcomer.expectations.algorithm = (
-        Newcomer()
+    newcomer.algorithm = newcomer.executor.runtime.algorithm = newcomer.expectations.algorithm = (
+        JoiningClient()
     )  # type: ignore[attr-defined]
     for rounds in (alone, newcomer):
-        rounds.round()
-    for id in alone.federation.cards:
+        rounds.run_round()
+    for id in alone.federation.client_infos:
         assert same_bits(
             alone.store.get(id).models["model"], newcomer.store.get(id).models["model"]
         )
-    card = newcomer.federation.cards["site_1"]
+    card = newcomer.federation.client_infos["site_1"]
     taken = {
         n: t + 1
-        for n, t in newcomer.server.models[card.arch.id].items()
+        for n, t in newcomer.server.models[card.arch.spec_id].items()
         if n.startswith("backbone.") and t.is_floating_point()
     }
     newcomer.server.state["backbone"] = taken
-    newcomer.round()
+    newcomer.run_round()
     assert not same_bits(
         newcomer.store.get("site_1").models["model"], alone.store.get("site_1").models["model"]
     )
-    assert all(body == newcomer.broadcasts(["site_1"], reading=True)["site_1"] for body in
-               newcomer.broadcasts(["site_1", "site_2"], reading=True).values())  # fmt: skip
+    assert all(body == newcomer.broadcasts(["site_1"], for_evaluation=True)["site_1"] for body in
+               newcomer.broadcasts(["site_1", "site_2"], for_evaluation=True).values())  # fmt: skip
     assert (
         len(newcomer.broadcasts(["site_1"])["site_1"])
         > 1000
-        > len(newcomer.broadcasts(["site_1"], reading=True)["site_1"])
+        > len(newcomer.broadcasts(["site_1"], for_evaluation=True)["site_1"])
     )
 
 
 def test_the_consensus_is_the_mean_prediction(place: Folder) -> None:
-    legacy = Legacy(hetero_fl.Run(place / "run"))
+    legacy = TransferSource(hetero_fl.Run(place / "run"))
     x = torch.from_numpy(np.load(place / "new.npz")["test_images"])[:, None]
     want = torch.stack(
-        [legacy.run.predict(id, x, home=False) for id in ("cnn_1", "cnn_2", "mlp")]
+        [legacy.run.predict(id, x, personal=False) for id in ("cnn_1", "cnn_2", "mlp")]
     ).mean(0)
     assert torch.allclose(legacy.consensus(x).exp(), want, atol=1e-6)
 
@@ -200,7 +200,7 @@ def test_rows_that_the_run_has_trained_on_are_told(place: Folder, tmp_path: Fold
 
 
 def test_rows_are_looked_for_all_at_once(place: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    legacy = Legacy(hetero_fl.Run(place / "run"))
+    legacy = TransferSource(hetero_fl.Run(place / "run"))
     assert legacy.data is not None
     held = list(legacy.data.data.private_rows())
     other = torch.from_numpy(np.load(place / "new.npz")["train_images"])[:50, None]
@@ -208,15 +208,15 @@ def test_rows_are_looked_for_all_at_once(place: Folder, monkeypatch: pytest.Monk
     taken: list[int] = []
     numpy = torch.Tensor.numpy
     monkeypatch.setattr(torch.Tensor, "numpy", lambda self: taken.append(len(self)) or numpy(self))
-    assert legacy.seen(asked) == 6  # one of them twice
+    assert legacy.num_seen(asked) == 6  # one of them twice
     assert taken == [len(asked), *map(len, held)]
-    assert legacy.seen(asked[:, :, 1:]) == 0  # examples of another shape
+    assert legacy.num_seen(asked[:, :, 1:]) == 0  # examples of another shape
 
 
 def test_patients_stay_whole_and_more_of_them_contain_fewer() -> None:
     patient = [i // 3 for i in range(90)]
     examples = from_arrays(torch.rand(90, 4), [0, 1] * 45, patient=patient).train
-    site = Site(examples, examples, (5, 20), "patients", Task("multiclass", 2))
+    site = JoiningSite(examples, examples, (5, 20), "patients", Task("multiclass", 2))
     few, many = site.rows(5, 1), site.rows(20, 1)
     assert len(few) == 15 and len(many) == 60 and set(few.tolist()) <= set(many.tolist())
     assert not torch.equal(few, site.rows(5, 2))
@@ -224,7 +224,7 @@ def test_patients_stay_whole_and_more_of_them_contain_fewer() -> None:
 
 def test_labels_come_in_the_mix_of_all() -> None:
     label = torch.tensor([0] * 30 + [1] * 90)
-    site = Site(from_arrays(torch.rand(120, 4), label).train, from_arrays(torch.rand(4, 4), [0, 1, 1, 1]).train, (8,),
+    site = JoiningSite(from_arrays(torch.rand(120, 4), label).train, from_arrays(torch.rand(4, 4), [0, 1, 1, 1]).train, (8,),
                 "examples", Task("multiclass", 2))  # fmt: skip
     for seed in range(20):
         assert label[site.rows(8, seed)].sum() == 6 and len(site.rows(120, seed)) == 120
@@ -233,12 +233,12 @@ def test_labels_come_in_the_mix_of_all() -> None:
 
 def test_ahead_means_by_more_than_both_deviations() -> None:
     scratch = {"accuracy": 0.6, "accuracy_std": 0.05, "mae": 2.0, "mae_std": 0.1}
-    assert ahead({"accuracy": 0.72, "accuracy_std": 0.06}, scratch, "accuracy")
-    assert not ahead({"accuracy": 0.70, "accuracy_std": 0.06}, scratch, "accuracy")
-    assert ahead({"mae": 1.7, "mae_std": 0.1}, scratch, "mae") and not ahead(
+    assert is_better({"accuracy": 0.72, "accuracy_std": 0.06}, scratch, "accuracy")
+    assert not is_better({"accuracy": 0.70, "accuracy_std": 0.06}, scratch, "accuracy")
+    assert is_better({"mae": 1.7, "mae_std": 0.1}, scratch, "mae") and not is_better(
         {"mae": 2.4, "mae_std": 0.1}, scratch, "mae"
     )
-    assert not ahead({"accuracy": 0.9, "accuracy_std": None}, scratch, "accuracy")
+    assert not is_better({"accuracy": 0.9, "accuracy_std": None}, scratch, "accuracy")
 
 
 @pytest.mark.parametrize(
@@ -302,6 +302,6 @@ def test_a_band_of_shares_ends_where_they_do() -> None:
         "unit": "patients",
         "consensus": dict.fromkeys(row),
     }
-    for axes in draw(content, Task("multiclass", 2)).axes:
+    for axes in draw_join(content, Task("multiclass", 2)).axes:
         (band,) = axes.collections
         assert band.get_paths()[0].vertices[:, 1].max() == 1

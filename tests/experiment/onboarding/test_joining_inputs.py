@@ -11,25 +11,25 @@ import pytest
 import torch
 
 import hetero_fl
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from hetero_fl.core.saved_model import SavedModel
 from hetero_fl.core.task import Task
 from hetero_fl.data import Preprocess
-from hetero_fl.experiment.onboarding.transfer import Legacy
+from hetero_fl.experiment.onboarding.transfer import TransferSource
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHORT = ["rounds=1", "clients.defaults.steps=1", "runtime.threads=1", "runtime.executor=serial", "data.proxy.size=60",
          "output.plots=false", "output.report=false", "evaluation.every=1", "data.test_limit=60"]  # fmt: skip
 
 
-def heard(task: Task, *columns: tuple[int, int]) -> Legacy:
+def heard(task: Task, *columns: tuple[int, int]) -> TransferSource:
     """A legacy of a model for each of these runs of columns of three."""
-    legacy = Legacy(cast(hetero_fl.Run, None))
+    legacy = TransferSource(cast(hetero_fl.Run, None))
     legacy.models = {}
     for place, span in enumerate(columns):
-        arch = Architecture.of("linear", task.outputs, (2 * (span[1] - span[0]),))
+        arch = ModelSpec.from_config("linear", task.outputs, (2 * (span[1] - span[0]),))
         view = asdict(Preprocess(raw=(3,), spans=(span,), missing="indicate"))
-        legacy.models[str(place)] = SavedModel(arch.initial(place), arch, view, task, None)
+        legacy.models[str(place)] = SavedModel(arch.initial_tensors(place), arch, view, task, None)
     return legacy
 
 
@@ -46,7 +46,7 @@ def test_who_sees_nothing_of_a_row_has_no_word_on_it(kind: Any) -> None:
 
 
 def test_backbones_are_meant_over_those_who_sent_each_tensor() -> None:
-    legacy = Legacy(cast(hetero_fl.Run, None))
+    legacy = TransferSource(cast(hetero_fl.Run, None))
     whole, part = (
         {"backbone.a": torch.zeros(2), "backbone.b": torch.zeros(2)},
         {"backbone.a": torch.ones(2)},
@@ -56,15 +56,15 @@ def test_backbones_are_meant_over_those_who_sent_each_tensor() -> None:
         slot = "model"
 
         @staticmethod
-        def part(settings: Any) -> None:
+        def shared_part(settings: Any) -> None:
             return None
 
         @staticmethod
-        def portion(arch: Any, tensors: Any, part: Any) -> Any:
+        def shareable_tensors(arch: Any, tensors: Any, part: Any) -> Any:
             return tensors
 
     legacy.method, legacy.clients = cast(Any, Method), cast(Any, {"1": None, "2": None})
-    arch = Architecture.of("linear", 2, (2,))
+    arch = ModelSpec.from_config("linear", 2, (2,))
     legacy.models = {
         n: SavedModel(t, arch, {}, Task("multiclass", 2), None)
         for n, t in (("1", whole), ("2", part))
@@ -89,7 +89,14 @@ def test_columns_tokens_and_units_are_the_newcomers_too(
     torch.set_num_threads(1)
     run = hetero_fl.run(CONFIGS / f"{name}.yaml", overrides=SHORT, out=tmp_path / "run")
     told = hetero_fl.join(
-        run, data, model, out=tmp_path / "out", patients=(10,), seeds=(0,), epochs=1, take="teacher"
+        run,
+        data,
+        model,
+        out=tmp_path / "out",
+        patients=(10,),
+        seeds=(0,),
+        epochs=1,
+        transfer="teacher",
     )
     assert {row["begins"] for row in told["rows"]} == {"scratch", "teacher"} and told[
         "teacher_on"

@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import nn
 
-from hetero_fl.core.model_spec import Architecture
-from hetero_fl.engine.templates import channels_last
+from hetero_fl.core.model_spec import ModelSpec
+from hetero_fl.engine.templates import prefers_channels_last
 from hetero_fl.experiment import prepare, run
 from hetero_fl.federation.executors import choose as module
-from hetero_fl.federation.executors.choose import Choice, choose
+from hetero_fl.federation.executors.choose import ExecutorChoice, choose_executor
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import MIXED, config, rounds_of, same_bits
 
 LONG = {"epochs": 50}  # much training for each time that a model travels
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> Choice:
-    monkeypatch.setattr(module, "cores", lambda: cores)
+def chosen(monkeypatch: pytest.MonkeyPatch, cores: int = 2, **changes: Any) -> ExecutorChoice:
+    monkeypatch.setattr(module, "available_cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     prepared = prepare(config("local", **{"runtime": {}, **changes}))
-    return choose(prepared.config, prepared.federation)
+    return choose_executor(prepared.config, prepared.federation)
 
 
 def test_small_runs_stay_in_this_process_and_long_ones_get_workers(
@@ -56,8 +56,8 @@ def test_small_runs_stay_in_this_process_and_long_ones_get_workers(
 
 def test_workers_pay_only_where_they_save_more_than_their_start_against_threads() -> None:
     def taken(seconds: float, busy: float, step: float, cores: int = 2) -> str:
-        return module._executor(
-            module.Load(6, seconds, 1e7, busy, step), 0, torch.device("cpu"), cores
+        return module._select_executor(
+            module.RunLoad(6, seconds, 1e7, busy, step), 0, torch.device("cpu"), cores
         )[0]
 
     assert taken(20, 6, 1e6) == "processes" and taken(8, 6, 1e6) == "serial"
@@ -74,8 +74,8 @@ def test_workers_are_weighed_with_the_threads_that_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def taken(step: float, cores: int, each: int | None) -> str:
-        return module._executor(
-            module.Load(8, 20, 1e7, 8, step), 0, torch.device("cpu"), cores, each
+        return module._select_executor(
+            module.RunLoad(8, 20, 1e7, 8, step), 0, torch.device("cpu"), cores, each
         )[0]
 
     # of two threads each, two of them
@@ -87,7 +87,7 @@ def test_workers_are_weighed_with_the_threads_that_are_asked_for(
     assert chosen(monkeypatch, runtime={"threads": 2}, **long).executor == "serial"
     # their number changes no result
     assert chosen(monkeypatch, runtime={"workers": 1}, **long).executor == "processes"
-    monkeypatch.setattr(module, "limit_of_threads", lambda: 2)
+    monkeypatch.setattr(module, "thread_limit", lambda: 2)
     assert chosen(monkeypatch, **long).executor == "serial"
 
 
@@ -186,7 +186,7 @@ def test_settings_without_effect_are_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_rule_for_channels_innermost() -> None:
     def innermost(name: str, *shape: int) -> bool:
-        return channels_last(Architecture.of(name, 10, shape))
+        return prefers_channels_last(ModelSpec.from_config(name, 10, shape))
 
     assert (
         innermost("cnn_bn_small", 1, 28, 28)
@@ -230,7 +230,7 @@ def test_the_choice_is_recorded_and_kept_on_resume(
     recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["choice"]
     assert recorded["executor"] == "serial" and recorded["reasons"]
     assert "serial executor" in (tmp_path / "run" / "log.txt").read_text()
-    again = Choice.recorded(
+    again = ExecutorChoice.from_record(
         {**recorded, "threads": 7, "workers": 3}, prepare(source).config.runtime
     )
     assert (again.threads, again.workers) == (7, 3)

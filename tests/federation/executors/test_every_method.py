@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.algorithms import algorithm
-from hetero_fl.engine.prediction_cache import make_performer
-from hetero_fl.federation.executors.workers import Workers
-from hetero_fl.federation.state_store import Store
+from hetero_fl.algorithms import register_algorithm
+from hetero_fl.engine.prediction_cache import make_backend
+from hetero_fl.federation.executors.workers import WorkerExecutor
+from hetero_fl.federation.state_store import StateStore
 from tests.federation.test_synchronous import METHODS
 from tests.helpers import asynchronous_runs
 from tests.helpers.small_federations import TOP, config
@@ -71,13 +71,17 @@ def test_nor_do_they_in_an_asynchronous_run_in_which_everything_goes_wrong(
     crew.take(setup)
     for size in (1, 2, 3):
         crew.size = size
-        workers = Workers(
-            crew, setup.federation.cards, Store(), make_performer(torch.device("cpu"))
+        workers = WorkerExecutor(
+            crew, setup.federation.client_infos, StateStore(), make_backend(torch.device("cpu"))
         )
         assert outcome(asynchronous_runs.session(made, workers)) == want
 
 
 def test_each_is_read_in_one_sitting() -> None:
-    own = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+    own = [
+        name
+        for name in register_algorithm
+        if register_algorithm[name].__module__.startswith("hetero_fl.")
+    ]
     for name in own:
-        assert len(inspect.getsource(algorithm[name]).splitlines()) <= 160, name
+        assert len(inspect.getsource(register_algorithm[name]).splitlines()) <= 160, name

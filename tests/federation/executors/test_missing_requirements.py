@@ -41,6 +41,6 @@ def test_an_address_where_no_cluster_is(address: str, tmp_path: Path) -> None:
 
 def test_torchrun_starts_torchruns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torchrun --nproc-per-node 3" in refused(tmp_path / "out", executor="torchrun")
-    monkeypatch.setattr(choose, "ranks", lambda: 3)
+    monkeypatch.setattr(choose, "num_ranks", lambda: 3)
     line = refused(tmp_path / "out", executor="processes")
     assert line.startswith("runtime.executor: found 'processes', but torchrun started 3 processes")

@@ -39,8 +39,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from hetero_fl.experiment import run
-from hetero_fl.federation.executors.ray import Actor, Actors, _place
-from hetero_fl.federation.executors.workers import Job, Setup
+from hetero_fl.federation.executors.ray import RayActor, RayActorPool, _store_setup
+from hetero_fl.federation.executors.workers import WorkerJob, WorkerSetup
 from hetero_fl.utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own warnings are none of ours
@@ -61,18 +61,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def setup() -> Setup:
+def setup() -> WorkerSetup:
     """Clients keep their heads."""
     return setup_of("fedper")
 
 
 @pytest.fixture(scope="module")
-def want(setup: Setup) -> dict[str, Any]:
+def want(setup: WorkerSetup) -> dict[str, Any]:
     """What the run comes to in one process."""
     return outcome(rounds_on(setup, None))
 
 
-def ask(crew: Actors, worker: int, what: Any) -> Any:
+def ask(crew: RayActorPool, worker: int, what: Any) -> Any:
     """Have a function called where a worker is."""
     return ray.get(crew._crew[worker][0].__ray_call__.remote(lambda actor: what()))
 
@@ -82,7 +82,7 @@ def node_id() -> str:
 
 
 def when_sent(
-    crew: Actors,
+    crew: RayActorPool,
     monkeypatch: pytest.MonkeyPatch,
     mine: Callable[[int], bool],
     pids: list[int],
@@ -91,8 +91,12 @@ def when_sent(
     """Do it once a worker that is `mine` has been sent a job of a later round, and can have answered nothing."""
     send, done = crew.send, list[int]()
 
-    def watched(worker: int, job: Job) -> None:
-        if {request.round for request in job.requests.values()} != {1} or done or not mine(worker):
+    def watched(worker: int, job: WorkerJob) -> None:
+        if (
+            {request.round_idx for request in job.requests.values()} != {1}
+            or done
+            or not mine(worker)
+        ):
             send(worker, job)
             return
         done.append(worker)
@@ -107,30 +111,30 @@ def when_sent(
 
 
 def test_same_bits_from_data_that_is_read_where_it_lies(
-    cluster: Cluster, setup: Setup, want: dict[str, Any]
+    cluster: Cluster, setup: WorkerSetup, want: dict[str, Any]
 ) -> None:
-    placed = _place(setup)
+    placed = _store_setup(setup)
     raw, *copies = (
         s.federation.data._public["proxy"].examples.x
         for s in (setup, ray.get(placed), ray.get(placed))
     )
     assert copies[0].data_ptr() == copies[1].data_ptr() and torch.equal(copies[0], raw)
-    crew = Actors(setup, 2)
+    crew = RayActorPool(setup, 2)
     assert ask(crew, 0, node_id) != ask(crew, 1, node_id)
     assert outcome(rounds_on(setup, crew, 2)) == want
     crew.close()
     assert ray.is_initialized()  # the cluster is not the run's
 
 
-def test_what_leaves_a_machine_carries_its_checksum(setup: Setup) -> None:
-    assert left_sealed(Actor(setup, 0).do(first_job(setup)))
+def test_what_leaves_a_machine_carries_its_checksum(setup: WorkerSetup) -> None:
+    assert left_sealed(RayActor(setup, 0).run_job(first_job(setup)))
 
 
 @pytest.mark.slow
 def test_a_worker_killed_and_a_node_lost_in_mid_round_change_nothing(
-    cluster: Cluster, setup: Setup, want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, setup: WorkerSetup, want: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crew = Actors(setup, 2)
+    crew = RayActorPool(setup, 2)
     homes, pids = ([ask(crew, worker, f) for worker in (0, 1)] for f in (node_id, os.getpid))
     second = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
     assert set(homes) == {cluster.head_node.node_id, second.node_id}
@@ -161,14 +165,14 @@ WAITS = """
 import sys, time
 from pathlib import Path
 from hetero_fl.cli import main
-from hetero_fl.federation.trainer import Session
+from hetero_fl.federation.trainer import FederatedTrainer
 
 def wait(self):
     if self.completed == 1:  # a second round is held, and not committed
         Path("waits").touch()
         time.sleep(10_000)
 
-Session._may_be_killed = wait
+FederatedTrainer._simulate_server_crash = wait
 sys.exit(main(sys.argv[1:], command="train"))
 """
 

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from hetero_fl.federation.executors.processes import LONG, Carrier
+from hetero_fl.federation.executors.processes import LONG, SharedMemoryConnection
 from tests.helpers.workers import PATIENCE
 
 
-def ends(remembered: int = 2) -> tuple[Carrier, Carrier]:
+def ends(remembered: int = 2) -> tuple[SharedMemoryConnection, SharedMemoryConnection]:
     one, other = multiprocessing.Pipe()
-    return Carrier(one, sent=remembered), Carrier(other, got=remembered)
+    return SharedMemoryConnection(one, sent_strings=remembered), SharedMemoryConnection(
+        other, received_strings=remembered
+    )
 
 
-def through_pipe(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def through_pipe(carrier: SharedMemoryConnection, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the messages that this end puts into the pipe from now on."""
     sizes: list[int] = []
     plain = Connection._send_bytes  # type: ignore[attr-defined]
@@ -33,10 +35,10 @@ def through_pipe(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> list[int]
     return sizes
 
 
-def passed(message: Any, here: Carrier, there: Carrier) -> Any:
+def passed(message: Any, here: SharedMemoryConnection, there: SharedMemoryConnection) -> Any:
     """What arrives of a message; received while it is sent, since a pipe holds little."""
     with ThreadPoolExecutor(1) as other:
-        received = other.submit(there.recv)
+        received = other.submit(there.receive)
         here.send(message)
         return received.result(timeout=PATIENCE)
 

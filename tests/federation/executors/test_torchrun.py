@@ -14,7 +14,7 @@ import yaml
 
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors import torchrun
-from hetero_fl.federation.executors.workers import Done
+from hetero_fl.federation.executors.workers import JobResult
 from tests.helpers.small_federations import MIXED, config
 from tests.helpers.workers import (
     PATIENCE,
@@ -70,17 +70,17 @@ class Sent(Exception):
 
 def test_what_a_rank_sends_carries_its_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks of a job may be on several machines."""
-    setup, sent = setup_of("fedavg"), list[Done]()
+    setup, sent = setup_of("fedavg"), list[JobResult]()
 
-    def send(done: list[Done], dst: int) -> None:
+    def send(done: list[JobResult], dst: int) -> None:
         sent.extend(done)
         raise Sent
 
-    monkeypatch.setattr(torchrun, "_received", lambda source: setup)
+    monkeypatch.setattr(torchrun, "_receive_job", lambda source: setup)
     monkeypatch.setattr(torchrun, "_listen_to_lead", lambda jobs: jobs.put(first_job(setup)))
     monkeypatch.setattr("torch.distributed.send_object_list", send)
     with pytest.raises(Sent):
-        torchrun._follow()
+        torchrun._serve_rank_zero()
     assert left_sealed(sent[0])
 
 

@@ -16,12 +16,18 @@ import pytest
 import torch
 import yaml
 
-from hetero_fl.engine.templates import Costs
+from hetero_fl.engine.templates import TaskCosts
 from hetero_fl.experiment import run
 from hetero_fl.federation.executors import processes
-from hetero_fl.federation.executors.processes import Processes
-from hetero_fl.federation.executors.workers import Done, Job, Remote, Setup, Worker
-from hetero_fl.utils.errors import RunFailed
+from hetero_fl.federation.executors.processes import ProcessPool
+from hetero_fl.federation.executors.workers import (
+    JobResult,
+    RemoteTraceback,
+    Worker,
+    WorkerJob,
+    WorkerSetup,
+)
+from hetero_fl.utils.errors import RunFailedError
 from tests.helpers.small_federations import config
 from tests.helpers.workers import (
     METHODS,
@@ -36,7 +42,7 @@ from tests.helpers.workers import (
     setup_of,
 )
 
-Made = tuple[Setup, Processes, dict[str, Any]]
+Made = tuple[WorkerSetup, ProcessPool, dict[str, Any]]
 WILD = {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}}
 
 
@@ -44,21 +50,21 @@ WILD = {"name": "wild", "model": "mlp", "optimizer": {"lr": 1e30}}
 def made(request: pytest.FixtureRequest) -> Iterator[Made]:
     """A method's workers, and what it computes without them."""
     setup = setup_of(request.param)
-    crew = Processes(setup, size := 3 if request.param == "hybrid" else 2)
+    crew = ProcessPool(setup, size := 3 if request.param == "hybrid" else 2)
     yield setup, crew, outcome(rounds_on(setup, None))
     crew.size = size
     crew.close()
 
 
 @pytest.fixture(scope="module")
-def fedper() -> Iterator[tuple[Setup, Processes]]:
+def fedper() -> Iterator[tuple[WorkerSetup, ProcessPool]]:
     """Workers of a method whose clients keep their heads; one of the clients always diverges."""
     large = {"name": "mlp", "hidden": [400]}  # travels through shared memory
     groups = [{"name": "calm", "count": 3, "model": ["cnn_bn_small", large]}, WILD]
     setup = setup_of(
         config("fedper", rounds=3, seed=1, clients__per_round=3, clients__groups=groups)
     )
-    crew = Processes(setup, 2)
+    crew = ProcessPool(setup, 2)
     yield setup, crew
     crew.close()
 
@@ -75,7 +81,7 @@ def test_any_number_of_workers_in_any_order_computes_what_one_process_does(
         shuffled = lambda self, client, s=salt: (  # noqa: E731
             hashlib.sha256(f"{s}{client}".encode()).digest()[0] / 255
         )
-        monkeypatch.setattr(Costs, "of", shuffled)
+        monkeypatch.setattr(TaskCosts, "cost_of", shuffled)
         assert outcome(rounds_on(setup, crew, most)) == want
 
 
@@ -83,7 +89,7 @@ def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]
     """SIGKILL workers that have jobs which `which` picks, and no result of them yet; the killed are listed."""
     send, killed = crew.send, []
 
-    def send_and_kill(worker: int, job: Job) -> None:
+    def send_and_kill(worker: int, job: WorkerJob) -> None:
         process = crew._crew[worker][0]
         if not which(job):
             send(worker, job)
@@ -99,7 +105,7 @@ def killing(crew: Any, monkeypatch: pytest.MonkeyPatch, which: Any) -> list[int]
 
 @pytest.mark.slow
 def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
-    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, crew = fedper
     want = outcome(rounds_on(setup, None))
@@ -110,7 +116,7 @@ def test_a_worker_killed_in_mid_round_or_a_client_that_diverges_changes_nothing(
 
 @pytest.mark.slow
 def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
-    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new one's first result names shared memory that is handed over as it is read: by nobody any more."""
     setup, crew = fedper
@@ -120,7 +126,7 @@ def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
         crew._end(worker)
         crew._crew[worker] = crew._start(worker)
 
-    def receive() -> tuple[int, Done | None]:
+    def receive() -> tuple[int, JobResult | None]:
         for worker, job in busy.items():
             process, end = crew._crew[worker]
             if not killed and any(cards[c].arch.name == "mlp" and c != "wild" for c in job.clients):
@@ -131,14 +137,14 @@ def test_a_worker_that_dies_with_its_result_in_the_pipe_is_replaced(
         return plain()
 
     monkeypatch.setattr(crew, "receive", receive)
-    busy, cards = rounds.executor._busy, setup.federation.cards  # type: ignore[attr-defined]
+    busy, cards = rounds.executor._busy, setup.federation.client_infos  # type: ignore[attr-defined]
     assert outcome(rounds, 1) == want and len(killed) == 1
     assert not {process.pid for process, _ in crew._crew} & set(killed)
 
 
 @pytest.mark.slow
 def test_an_idle_worker_that_dies_is_replaced(
-    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, crew = fedper
     want = outcome(rounds_on(setup, None), 1)
@@ -150,16 +156,16 @@ def test_an_idle_worker_that_dies_is_replaced(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("during", [Job, Done])
+@pytest.mark.parametrize("during", [WorkerJob, JobResult])
 def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
-    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch, during: type
+    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch, during: type
 ) -> None:
     """As by Ctrl-C in a notebook, where the same rounds then go on."""
     setup, crew = fedper
     want = outcome(rounds_on(setup, None), 1)
     rounds = rounds_on(setup, crew, 2)
     before = [process for process, _ in crew._crew]
-    plain, interrupted = processes.changed, list[str]()
+    plain, interrupted = processes.map_values, list[str]()
 
     def changed(value: Any, change: Any) -> Any:
         if isinstance(value, during) and not interrupted:
@@ -167,9 +173,9 @@ def test_a_worker_that_is_interrupted_in_sending_or_receiving_is_replaced(
             raise KeyboardInterrupt
         return plain(value, change)
 
-    monkeypatch.setattr(processes, "changed", changed)
+    monkeypatch.setattr(processes, "map_values", changed)
     with pytest.raises(KeyboardInterrupt):
-        rounds.round()
+        rounds.run_round()
     assert outcome(rounds, 1) == want
     assert sorted(process.exitcode or 0 for process in before) == [-signal.SIGKILL, 0]
 
@@ -188,7 +194,7 @@ class Pipe:
 
 @pytest.mark.slow
 def test_any_kind_of_connection_will_do(
-    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, crew = fedper
     before = [process.pid for process, _ in crew._crew]
@@ -208,25 +214,25 @@ def test_workers_without_shared_memory_for_the_data_end_the_run_in_one_line(
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(
-        RunFailed,
+        RunFailedError,
         match=r"^runtime\.executor: no shared memory for workers' data \(unable .*No space",
     ):
-        Processes(setup_of("fedavg"), 2)
+        ProcessPool(setup_of("fedavg"), 2)
 
 
 class Here:
     """Workers in this process, whose results come in a known order: the first worker's first, later the last one's."""
 
-    def __init__(self, setup: Setup, size: int) -> None:
+    def __init__(self, setup: WorkerSetup, size: int) -> None:
         self.size, self.turned = size, False
-        self.workers, self.jobs = [Worker(setup, i) for i in range(size)], dict[int, Job]()
+        self.workers, self.jobs = [Worker(setup, i) for i in range(size)], dict[int, WorkerJob]()
 
-    def send(self, worker: int, job: Job) -> None:
+    def send(self, worker: int, job: WorkerJob) -> None:
         self.jobs[worker] = job
 
-    def receive(self) -> tuple[int, Done | None]:
+    def receive(self) -> tuple[int, JobResult | None]:
         worker = (max if self.turned else min)(self.jobs)
-        return worker, self.workers[worker].do(self.jobs.pop(worker))
+        return worker, self.workers[worker].run_job(self.jobs.pop(worker))
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -248,17 +254,17 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
     want = outcome(rounds_on(setup, None))
     crew = Here(setup, 2)
     rounds = rounds_on(setup, crew, 2)
-    first, receive, refused = rounds.round(), rounds.intake.receive, list[str]()
+    first, receive, refused = rounds.run_round(), rounds.collector.decode_upload, list[str]()
 
     def fail_once(client: str, *rest: Any) -> Any:
         if not refused:
             refused.append(client)
-            raise RunFailed("on purpose")
+            raise RunFailedError("on purpose")
         return receive(client, *rest)
 
-    rounds.intake.receive, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
-    with pytest.raises(RunFailed, match="on purpose"):
-        rounds.round()
+    rounds.collector.decode_upload, up, down = fail_once, rounds.traffic.up, rounds.traffic.down  # type: ignore[method-assign]
+    with pytest.raises(RunFailedError, match="on purpose"):
+        rounds.run_round()
     assert list(crew.jobs) == [1]  # still at work on a client of the round that failed
     crew.turned = True
     rounds.store.discard()
@@ -270,14 +276,16 @@ def test_a_task_that_is_given_up_leaves_no_trace() -> None:
 
 @pytest.mark.slow
 def test_three_deaths_on_one_client_end_the_run(
-    fedper: tuple[Setup, Processes], monkeypatch: pytest.MonkeyPatch
+    fedper: tuple[WorkerSetup, ProcessPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup, crew = fedper
     rounds = rounds_on(setup, crew, 2)
-    client = rounds.cohort(0)[0]
+    client = rounds.sample_cohort(0)[0]
     killed = killing(crew, monkeypatch, lambda job: client in job.clients)
-    with pytest.raises(RunFailed, match=rf"^3 workers died on {client}; is there enough memory\?$"):
-        rounds.round()
+    with pytest.raises(
+        RunFailedError, match=rf"^3 workers died on {client}; is there enough memory\?$"
+    ):
+        rounds.run_round()
     assert len(killed) == 3
 
 
@@ -291,7 +299,7 @@ def test_an_exception_in_a_worker_is_told_in_one_line(
     source = config(f"python:tests.helpers.failing_methods:{method}", "mlp")
     source["runtime"] |= {"executor": "processes", "workers": 1 if method == "Leaves" else 2}
     before = multiprocessing.active_children()
-    with pytest.raises(RunFailed) as told:
+    with pytest.raises(RunFailedError) as told:
         run(source, out=tmp_path / "workers")
     assert set(multiprocessing.active_children()) <= set(before)
     if method == "Leaves":
@@ -300,11 +308,11 @@ def test_an_exception_in_a_worker_is_told_in_one_line(
             == "a worker process ended with status 3; it has printed why, if it knew"
         )
         return
-    assert isinstance(told.value.__cause__, Remote) and "ZeroDivisionError" in str(
+    assert isinstance(told.value.__cause__, RemoteTraceback) and "ZeroDivisionError" in str(
         told.value.__cause__
     )
     source["runtime"]["executor"] = "serial"
-    with pytest.raises(RunFailed) as here:
+    with pytest.raises(RunFailedError) as here:
         run(source, out=tmp_path / "here")
     assert str(told.value) == str(here.value) and "\n" not in str(told.value)
 

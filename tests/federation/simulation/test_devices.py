@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 
 from hetero_fl.config.simulation import CohortConfig, DevicesConfig, FaultsConfig
-from hetero_fl.engine.templates import work
+from hetero_fl.engine.templates import training_flops
 from hetero_fl.experiment import prepare
-from hetero_fl.federation.federation import Federation
+from hetero_fl.federation.federation import FederationSpec
 from hetero_fl.federation.simulation.devices import Device, Devices, Timing, read_traces
 from hetero_fl.federation.simulation.faults import Faults
 from hetero_fl.utils.errors import UserError
 from tests.helpers.small_federations import config
 
 
-def federation(**changes: Any) -> Federation:
+def federation(**changes: Any) -> FederationSpec:
     return prepare(config("fedavg", "mlp", 3, **changes)).federation
 
 
-def devices(made: Federation, **section: Any) -> Devices:
-    return Devices.of(made, DevicesConfig.model_validate(section))
+def devices(made: FederationSpec, **section: Any) -> Devices:
+    return Devices.from_config(made, DevicesConfig.model_validate(section))
 
 
 def test_speeds_are_drawn_by_the_clients_id_alone() -> None:
@@ -35,7 +35,7 @@ def test_speeds_are_drawn_by_the_clients_id_alone() -> None:
     section = {"speed": {"median": 1e9, "sigma": 0.9}, "up": 5e5}
     one, other = devices(few, **section), devices(many, **section)
     assert one.device("site_1") == other.device("site_1") == one.device("site_1")
-    assert len({other.device(id).speed for id in many.cards}) == 6
+    assert len({other.device(id).speed for id in many.client_infos}) == 6
     assert one.device("site_2").up == 5e5 and one.device("site_2").down == math.inf
     with pytest.raises(KeyError):
         one.device("stranger")
@@ -44,7 +44,7 @@ def test_speeds_are_drawn_by_the_clients_id_alone() -> None:
 def test_log_normal_speeds_have_their_median_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     made = federation(clients__groups=[{"name": "site", "count": 3, "model": "mlp"}])
     drawn = devices(made, speed={"median": 2e9, "sigma": 0.9})
-    monkeypatch.setattr(type(made.cards), "kind", lambda self, id: self.kinds[0])
+    monkeypatch.setattr(type(made.client_infos), "profile", lambda self, id: self.profiles[0])
     logs = [math.log(drawn.device(f"c{i}").speed / 2e9) for i in range(4000)]
     mean = sum(logs) / len(logs)
     assert (
@@ -126,26 +126,26 @@ def test_work_goes_on_only_while_the_machine_is_online() -> None:
         cuts = sorted(draw.sample(range(25), 4))
         device = Device(online=((cuts[0], cuts[1]), (cuts[2], cuts[3])), day=24)
         at, busy = draw.randrange(60), draw.randrange(1, 90)
-        done = device.finish(at, busy)
+        done = device.finish_time(at, busy)
         assert done == slowly(device, at, busy)
-        assert device.time_until(at, done) == busy and device.awake(at) >= at
-        assert any(start <= device.awake(at) % 24 < end for start, end in device.online)
-    assert Device().finish(5.0, 3.0) == 8.0 and Device().time_until(5.0, 3.0) == 0.0
+        assert device.online_seconds(at, done) == busy and device.next_online(at) >= at
+        assert any(start <= device.next_online(at) % 24 < end for start, end in device.online)
+    assert Device().finish_time(5.0, 3.0) == 8.0 and Device().online_seconds(5.0, 3.0) == 0.0
 
 
 def test_durations_are_bytes_over_bandwidth_and_work_over_speed() -> None:
     made = federation()
     timing = Timing(devices(made, speed=1e6, up=10, down=100))
-    seconds = work(made.cards["site_1"]) / 1e6
+    seconds = training_flops(made.client_infos["site_1"]) / 1e6
     assert timing.duration("site_1", 500, 30, at=7.0, task=0) == pytest.approx(5 + seconds + 3)
-    half = timing.stages("site_1", 500, 30, 7.0, 0, work=0.5)
+    half = timing.task_times("site_1", 500, 30, 7.0, 0, step_share=0.5)
     assert half.trained - half.received == pytest.approx(seconds / 2)
     share = timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=7 + 5 + 3 + seconds / 4)
     assert share == pytest.approx(0.25)
     assert timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=10.0) == 0
     assert timing.share_in_time("site_1", 500, 30, 7.0, 0, deadline=1e9) == 1
     shaky = Timing(devices(made, speed=1e6, jitter=0.3))
-    assert shaky.computing("site_1", 0) != shaky.computing("site_1", 1)
+    assert shaky.training_seconds("site_1", 0) != shaky.training_seconds("site_1", 1)
     assert Timing(devices(made)).duration("site_1", 500, 30, at=7.0, task=0) == 0
 
 
@@ -155,21 +155,22 @@ def test_fates_are_drawn_by_client_and_task_with_their_probabilities() -> None:
         before=0.1, during=0.1, after=0.1, lost=0.1, late=0.1, twice=0.1, corrupted=0.1
     )
     faults = Faults(section, devices(made))
-    fates = [faults.fate("site_1", task) for task in range(3000)]
-    assert fates == [faults.fate("site_1", task) for task in range(3000)]
-    assert fates[:50] != [faults.fate("site_2", task) for task in range(50)]
-    for what in (*section.chances, "fine"):
-        share = sum(fate.what == what for fate in fates) / 3000
+    fates = [faults.outcome("site_1", task) for task in range(3000)]
+    assert fates == [faults.outcome("site_1", task) for task in range(3000)]
+    assert fates[:50] != [faults.outcome("site_2", task) for task in range(50)]
+    for what in (*section.probabilities, "fine"):
+        share = sum(fate.kind == what for fate in fates) / 3000
         assert abs(share - (0.3 if what == "fine" else 0.1)) < 0.025
-    assert {fate.by for fate in fates if fate.what == "late"} == {3600.0}
+    assert {fate.delay for fate in fates if fate.kind == "late"} == {3600.0}
     assert all(
-        faults.fate("site_1", t).fails == (fates[t].what in ("before", "during", "after", "lost"))
+        faults.outcome("site_1", t).is_failure
+        == (fates[t].kind in ("before", "during", "after", "lost"))
         for t in range(99)
     )
     frail = Faults(None, devices(made, failure=0.3))
-    failed = [frail.fate("site_1", task) for task in range(2000)]
-    assert abs(sum(f.what == "during" for f in failed) / 2000 - 0.3) < 0.03
-    assert {f.what for f in failed} == {"during", "fine"}
+    failed = [frail.outcome("site_1", task) for task in range(2000)]
+    assert abs(sum(f.kind == "during" for f in failed) / 2000 - 0.3) < 0.03
+    assert {f.kind for f in failed} == {"during", "fine"}
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -14,10 +14,10 @@ from hetero_fl.communication.link import UNSENT
 from hetero_fl.experiment import prepare
 from hetero_fl.federation.sampling import PENALTY
 from hetero_fl.federation.simulation.devices import local_steps
-from hetero_fl.federation.simulation.faults import flipped
-from hetero_fl.federation.synchronous import Rounds
+from hetero_fl.federation.simulation.faults import flip_bytes
+from hetero_fl.federation.synchronous import SynchronousTrainer
 from hetero_fl.federation.trainer import Record
-from hetero_fl.utils.errors import RunFailed, UserError
+from hetero_fl.utils.errors import RunFailedError, UserError
 from tests.federation.test_synchronous import poisoned
 from tests.helpers.small_federations import MIXED, TOP, config, rounds_of, same_bits
 
@@ -34,14 +34,14 @@ EVERY = {
 }
 
 
-def held(source: dict[str, Any]) -> tuple[Rounds, list[Record]]:
+def held(source: dict[str, Any]) -> tuple[SynchronousTrainer, list[Record]]:
     rounds = rounds_of(source, held=0)
-    return rounds, [rounds.round() for _ in range(source["rounds"])]
+    return rounds, [rounds.run_round() for _ in range(source["rounds"])]
 
 
-def equal(one: Rounds, other: Rounds) -> bool:
+def equal(one: SynchronousTrainer, other: SynchronousTrainer) -> bool:
     """Whether two runs have the same server and the same private state."""
-    kept = [{id: r.store.encoded(id) for id in r.federation.cards} for r in (one, other)]
+    kept = [{id: r.store.encoded(id) for id in r.federation.client_infos} for r in (one, other)]
     models = one.server.models
     return kept[0] == kept[1] and all(
         same_bits(models[slot], other.server.models[slot]) for slot in models
@@ -79,9 +79,9 @@ def test_the_bytes_that_take_time_are_those_that_travel() -> None:
     rounds = rounds_of(config("fedavg", "mlp", 2), held=0)
     expected = [
         rounds.upload_bytes(card, rounds._broadcast(card), 0)
-        for card in rounds.federation.cards.values()
+        for card in rounds.federation.client_infos.values()
     ]
-    assert abs(rounds.round()["up_bytes"] - sum(expected)) <= 8
+    assert abs(rounds.run_round()["up_bytes"] - sum(expected)) <= 8
 
 
 def test_a_deadline_leaves_out_who_is_slow_as_if_it_had_not_been_invited() -> None:
@@ -141,27 +141,27 @@ def test_partial_work_has_everybody_on_time_with_as_many_steps_as_there_is_time_
     ends = {client: end for client, _, end, _ in records[0]["tasks"]}
     deadline = sorted(ends.values())[1] * 1.01
     partial = rounds_of({**source, "cohort": {"deadline": deadline, "partial_work": True}}, held=0)
-    site, steps = partial.executor.site, {}  # type: ignore[attr-defined]
-    perform = site.performer.perform
+    site, steps = partial.executor.runtime, {}  # type: ignore[attr-defined]
+    perform = site.backend.run
 
     def counting(work: Any) -> list[Any]:
         results = perform(work)
         steps.update(
             {
-                p.id: r.steps
+                p.participant_id: r.steps
                 for (p, s), r in zip(work, results, strict=True)
                 if getattr(s, "label", "") == "train"
             }
         )
         return results
 
-    site.performer.perform = counting
-    record = partial.round()
+    site.backend.run = counting
+    record = partial.run_round()
     assert record["counts"]["arrived"] == 4 and record["simulated"]["end"] <= deadline
     for id, end in ends.items():
-        whole = local_steps(partial.federation.cards[id])
+        whole = local_steps(partial.federation.client_infos[id])
         assert steps[id] == (whole if end <= deadline else int(whole * deadline / end))
-    assert len({steps[id] / local_steps(partial.federation.cards[id]) for id in ends}) >= 2
+    assert len({steps[id] / local_steps(partial.federation.client_infos[id]) for id in ends}) >= 2
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
@@ -187,7 +187,7 @@ def test_whatever_the_chance_of_failing_every_run_completes_and_its_counts_add_u
         failed = {
             id
             for id in record["cohort"]
-            if rounds.conditions.faults.fate(id, record["round"] - 1).fails
+            if rounds.environment.faults.outcome(id, record["round"] - 1).is_failure
         }
         assert record["counts"]["failed"] == len(failed) and set(record["failed"]) == failed
         assert record.get("skipped", False) == (len(failed) == 4)
@@ -203,7 +203,7 @@ def test_every_fault_at_once_adds_up_too_and_none_is_averaged_in() -> None:
     for record in records:
         arithmetic(record)
         fates = {
-            id: rounds.conditions.faults.fate(id, record["round"] - 1).what
+            id: rounds.environment.faults.outcome(id, record["round"] - 1).kind
             for id in record["cohort"]
         }
         arrived = {client for client, _, _, what in record["tasks"] if what == "arrived"}
@@ -224,12 +224,13 @@ def same_as_uninvited(faults: dict[str, float], method: str, channel: dict[str, 
     for record in records:
         assert 0 < record["counts"]["arrived"] < 6
         came = sorted(client for client, _, _, what in record["tasks"] if what == "arrived")
-        without.invitation.draw = lambda *a, came=came: (came, 0.0)  # type: ignore[method-assign,misc]
-        without.round()
+        without.sampler.sample = lambda *a, came=came: (came, 0.0)  # type: ignore[method-assign,misc]
+        without.run_round()
     assert equal(befallen, without)
     assert (
         not channel
-        or sum(UNSENT in befallen.store.get(id).state for id in befallen.federation.cards) > 1
+        or sum(UNSENT in befallen.store.get(id).state for id in befallen.federation.client_infos)
+        > 1
     )
 
 
@@ -257,7 +258,7 @@ def test_no_flipped_byte_gets_past_the_checksum_whether_it_decodes_or_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rounds = rounds_of(config("fedavg", "mlp", 4, rounds=1, faults={"corrupted": 1.0}), held=0)
-    record = rounds.round()
+    record = rounds.run_round()
     assert (
         record["counts"] == {"invited": 4, "arrived": 0, "failed": 4, "late": 0}
         and record["skipped"]
@@ -270,12 +271,15 @@ def test_no_flipped_byte_gets_past_the_checksum_whether_it_decodes_or_not(
         changes.append(body[:-4] + bytes([body[-4] ^ 1]) + body[-3:])
         return changes[-1]
 
-    monkeypatch.setattr("hetero_fl.federation.simulation.faults.flipped", last_bit)
-    record = rounds.round()
+    monkeypatch.setattr("hetero_fl.federation.simulation.faults.flip_bytes", last_bit)
+    record = rounds.run_round()
     assert 0 < len(changes) == record["counts"]["failed"]
     assert all("bytes" in why for why in record["failed"].values())
     for i in range(300):
-        assert flipped(b"some bytes", i) != b"some bytes" and len(flipped(b"some bytes", i)) == 10
+        assert (
+            flip_bytes(b"some bytes", i) != b"some bytes"
+            and len(flip_bytes(b"some bytes", i)) == 10
+        )
 
 
 def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
@@ -294,19 +298,19 @@ def test_too_few_are_repeated_with_other_draws_skipped_or_the_end() -> None:
     assert any(r.get("skipped") for r in told)
     for record in told:
         before = {slot: dict(model) for slot, model in again.server.models.items()}
-        again.round()
+        again.run_round()
         unchanged = all(same_bits(before[slot], again.server.models[slot]) for slot in before)
         assert unchanged == record.get("skipped", False) == (len(record["train_loss"]) < 2)
-    with pytest.raises(RunFailed, match=r"of at least 2 usable uploads from 3 clients"):
+    with pytest.raises(RunFailedError, match=r"of at least 2 usable uploads from 3 clients"):
         held({**source, "cohort": {"least": 2, "too_few": "fail"}})
-    with pytest.raises(RunFailed, match=r"no usable upload from 3 clients, 2 times"):
+    with pytest.raises(RunFailedError, match=r"no usable upload from 3 clients, 2 times"):
         held({**source, "faults": {"lost": 1.0}, "cohort": {"too_few": "repeat", "attempts": 2}})
 
 
 def test_a_round_without_enough_says_what_became_of_them() -> None:
     source = config("fedavg", "mlp", 4, devices=SLOW, cohort={"deadline": 1e-3, "too_few": "fail"})
     with pytest.raises(
-        RunFailed, match=r"^round 1: no usable upload from 4 clients; 4 of them late$"
+        RunFailedError, match=r"^round 1: no usable upload from 4 clients; 4 of them late$"
     ):
         held(source)
 
@@ -319,18 +323,18 @@ def test_a_round_begins_when_as_many_are_online_as_it_needs() -> None:
     )  # fmt: skip
     rounds, records = held(source)
     assert all(record["counts"]["invited"] >= 2 for record in records)
-    seen = [rounds.conditions.devices.device(id) for id in rounds.federation.cards]
+    seen = [rounds.environment.devices.device(id) for id in rounds.federation.client_infos]
     # at times they are fewer
-    assert any(sum(d.awake(10.0 * k) == 10.0 * k for d in seen) < 2 for k in range(24))
+    assert any(sum(d.next_online(10.0 * k) == 10.0 * k for d in seen) < 2 for k in range(24))
 
 
 def test_of_a_round_that_is_skipped_after_training_clients_keep_nothing() -> None:
     rounds = rounds_of(config("fedper", cohort={"least": 3, "too_few": "skip"}), held=1)
-    before = {id: rounds.store.stamp(id) for id in rounds.federation.cards}
+    before = {id: rounds.store.stamp(id) for id in rounds.federation.client_infos}
     poisoned(rounds, "site_1")
-    record = rounds.round()
+    record = rounds.run_round()
     assert record["skipped"] and len(record["train_loss"]) == 2 and "counts" not in record
-    assert {id: rounds.store.stamp(id) for id in rounds.federation.cards} == before
+    assert {id: rounds.store.stamp(id) for id in rounds.federation.client_infos} == before
 
 
 @pytest.mark.parametrize("sampling", ["available", "oort"])
@@ -350,10 +354,13 @@ def test_only_those_online_are_invited(sampling: str) -> None:
     for record in records:
         start = record["tasks"][0][1]
         assert all(
-            rounds.conditions.devices.device(id).awake(start) == start for id in record["cohort"]
+            rounds.environment.devices.device(id).next_online(start) == start
+            for id in record["cohort"]
         )
     uniform = rounds_of({**source, "cohort": {}}, held=0)
-    starts = [uniform.conditions.devices.device(id).awake(0.0) for id in uniform.cohort(0)]
+    starts = [
+        uniform.environment.devices.device(id).next_online(0.0) for id in uniform.sample_cohort(0)
+    ]
     assert any(start > 0 for start in starts)  # invited all the same: their tasks wait
 
 
@@ -368,16 +375,16 @@ def test_oort_prefers_those_with_high_losses_who_are_quick() -> None:
         data__partition=MANY,
     )
     rounds = rounds_of(source, held=0)
-    ids = list(rounds.federation.cards)
-    rounds.invitation.known = {
+    ids = list(rounds.federation.client_infos)
+    rounds.sampler.known = {
         id: [100.0 if i < 6 else 1.0, 1.0 if i % 2 else 50.0, 0.0] for i, id in enumerate(ids)
     }
-    drawn = Counter(id for round in range(200) for id in rounds.invitation.draw(round, 0, 0.0)[0])
+    drawn = Counter(id for round in range(200) for id in rounds.sampler.sample(round, 0, 0.0)[0])
     quick, slow = [drawn[id] for id in ids[1:6:2]], [drawn[id] for id in ids[6::2]]
     assert min(quick) > 3 * max(slow) and sum(drawn.values()) == 800
     fresh = rounds_of(source)
-    assert 4 <= len(fresh.invitation.known) <= 8 and set(fresh.invitation.known) <= set(ids)
-    assert all(math.isfinite(v) for known in fresh.invitation.known.values() for v in known)
+    assert 4 <= len(fresh.sampler.known) <= 8 and set(fresh.sampler.known) <= set(ids)
+    assert all(math.isfinite(v) for known in fresh.sampler.known.values() for v in known)
 
 
 def test_oort_lowers_the_utility_of_clients_slower_than_the_median() -> None:
@@ -390,7 +397,7 @@ def test_oort_lowers_the_utility_of_clients_slower_than_the_median() -> None:
         cohort={"sampling": "oort"},
         data__partition=MANY,
     )
-    invitation = rounds_of(source, held=0).invitation
+    invitation = rounds_of(source, held=0).sampler
     invitation.known = {
         "site_1": [10.0, 1.0, 0.0],
         "site_2": [10.0, 2.0, 0.0],
@@ -415,17 +422,17 @@ def test_oort_learns_from_losses_where_nobody_takes_any_time() -> None:
         data__partition=MANY,
     )
     rounds, records = held(source)
-    assert set(rounds.invitation.known) == {id for record in records for id in record["cohort"]}
+    assert set(rounds.sampler.known) == {id for record in records for id in record["cohort"]}
     last = records[-1]
     for id in last["cohort"]:
-        worth, seconds, round = rounds.invitation.known[id]
-        assert worth == rounds.federation.cards[id].n * last["train_loss"][id] and (
+        worth, seconds, round = rounds.sampler.known[id]
+        assert worth == rounds.federation.client_infos[id].num_rows * last["train_loss"][id] and (
             seconds,
             round,
         ) == (0.0, 2.0)
     again = rounds_of(source, held=0)
-    again.invitation.restore(rounds.invitation.tree())
-    assert again.invitation.draw(3, 0, 0.0) == rounds.invitation.draw(3, 0, 0.0)
+    again.sampler.load_state_dict(rounds.sampler.state_dict())
+    assert again.sampler.sample(3, 0, 0.0) == rounds.sampler.sample(3, 0, 0.0)
 
 
 def test_a_round_waits_for_as_many_as_its_secure_sum_needs() -> None:
@@ -435,7 +442,7 @@ def test_a_round_waits_for_as_many_as_its_secure_sum_needs() -> None:
             cohort={"sampling": "available"}, data__partition=MANY, **changes,
         )  # fmt: skip
         rounds = rounds_of(source, held=0)
-        return min(len(rounds.invitation.draw(round, 0, 0.0)[0]) for round in range(6))
+        return min(len(rounds.sampler.sample(round, 0, 0.0)[0]) for round in range(6))
 
     assert online() < 4 <= online(channel={"secure_sum": {"threshold": 4}})
 
@@ -524,7 +531,7 @@ def test_worker_processes_give_the_same_bits(workers: int) -> None:
     source["runtime"] = {"threads": 1, "executor": "processes", "workers": workers}
     there = rounds_of(source, held=0)
     try:
-        told = [there.round() for _ in range(source["rounds"])]
+        told = [there.run_round() for _ in range(source["rounds"])]
         assert equal(serial, there)
     finally:
         there.executor.close()
@@ -547,8 +554,8 @@ def test_a_resumed_run_goes_on_at_the_same_simulated_time(tmp_path: Path) -> Non
     straight, records = held(source)
     first = rounds_of(source, held=3)
     second = rounds_of(source, held=0)
-    second.restore(first.tree())
-    assert [r["simulated"] for r in (second.round(), second.round())] == [
+    second.load_state_dict(first.state_dict())
+    assert [r["simulated"] for r in (second.run_round(), second.run_round())] == [
         r["simulated"] for r in records[3:]
     ]
-    assert equal(straight, second) and second.invitation.known == straight.invitation.known
+    assert equal(straight, second) and second.sampler.known == straight.sampler.known

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.utils.seeding import Key, generator
+from hetero_fl.utils.seeding import Key, keyed_generator
 from tests.references.loops.base import LR, READ, Loop, State, floats, load, predicted
 
 
@@ -16,11 +16,13 @@ class FedAvg(Loop):
     """Averaging of all parameters, or a part, within each architecture; one module for each."""
 
     def start(self) -> None:
-        archs = {c.arch.id: c.arch for c in self.cards}
+        archs = {c.arch.spec_id: c.arch for c in self.cards}
         self.modules = {group: self.module(arch) for group, arch in archs.items()}
         self.shared = {group: copied(floats(module)) for group, module in self.modules.items()}
         self.kept: list[State] = [{} for _ in self.cards]
-        self.total = {g: sum(float(c.n) for c in self.cards if c.arch.id == g) for g in archs}
+        self.total = {
+            g: sum(float(c.num_rows) for c in self.cards if c.arch.spec_id == g) for g in archs
+        }
 
     def stays(self, arch: Any, name: str) -> bool:
         """Whether a tensor stays with its client."""
@@ -28,7 +30,7 @@ class FedAvg(Loop):
 
     def received(self, i: int) -> nn.Module:
         """The module as the client has it at the beginning of a round."""
-        group = self.cards[i].arch.id
+        group = self.cards[i].arch.spec_id
         return load(self.modules[group], self.shared[group], self.kept[i])
 
     def work(self) -> None:
@@ -39,13 +41,13 @@ class FedAvg(Loop):
         for i, card in enumerate(self.cards):
             module = self.received(i)
             self.local(i, module)
-            share = card.n / self.total[card.arch.id]
+            share = card.num_rows / self.total[card.arch.spec_id]
             with torch.no_grad():
                 for name, tensor in floats(module).items():
                     if self.stays(card.arch, name):
                         self.kept[i][name] = tensor.clone()
                     else:
-                        mean[card.arch.id][name].add_(tensor, alpha=share)
+                        mean[card.arch.spec_id][name].add_(tensor, alpha=share)
         with torch.no_grad():
             self.combine(mean)
 
@@ -62,7 +64,7 @@ class FedAvg(Loop):
         for i, card in enumerate(self.cards):
             module = self.tuned(i, self.received(i))
             for name in READ:
-                key = (card.arch.id, name)
+                key = (card.arch.spec_id, name)
                 if name == "test" or self.kept[i] or key not in common:  # equal models say the same
                     common[key] = predicted(module, self.data[i][name]["x"])
                 self.score(i, name, common[key])
@@ -87,7 +89,7 @@ class FedAsync(FedAvg):
         self.version = 0
 
     def draws(self, who: str, label: str, *more: Key, use: int = 0) -> torch.Generator:
-        return generator(self.federation.seed, self.version, who, label, use, *more)
+        return keyed_generator(self.federation.seed, self.version, who, label, use, *more)
 
     def work(self) -> None:
         sent = []
@@ -102,7 +104,7 @@ class FedAsync(FedAvg):
         """How many versions are made of what was sent."""
         for stale, (card, end) in enumerate(zip(self.cards, sent, strict=True)):
             rate = self.method.alpha * (1 + stale) ** -0.5
-            for name, tensor in self.shared[card.arch.id].items():
+            for name, tensor in self.shared[card.arch.spec_id].items():
                 tensor.lerp_(end[name], rate)
         return len(sent)
 
@@ -116,7 +118,7 @@ class FedBuff(FedAsync):
             now = range(stale * size, (stale + 1) * size)
             for group, shared in self.shared.items():
                 parameters = dict(self.modules[group].named_parameters())
-                ends = [sent[i] for i in now if self.cards[i].arch.id == group]
+                ends = [sent[i] for i in now if self.cards[i].arch.spec_id == group]
                 for name, tensor in shared.items() if ends else ():
                     mean, s = torch.stack([end[name] for end in ends]).mean(0), (1 + stale) ** -0.5
                     change = mean - (began[group][name] if name in parameters else tensor)
@@ -175,7 +177,7 @@ class Scaffold(FedAvg):
         self.control = {
             g: [torch.zeros_like(self.shared[g][n]) for n in some] for g, some in names.items()
         }
-        self.mine = [[t.clone() for t in self.control[c.arch.id]] for c in self.cards]
+        self.mine = [[t.clone() for t in self.control[c.arch.spec_id]] for c in self.cards]
 
     def work(self) -> None:
         self.moved = {
@@ -186,7 +188,7 @@ class Scaffold(FedAvg):
             torch._foreach_add_(self.control[g], moved)
 
     def local(self, i: int, module: nn.Module) -> None:
-        group, steps = self.cards[i].arch.id, 0
+        group, steps = self.cards[i].arch.spec_id, 0
         parameters = [p.data for p in module.parameters()]
         start, control, mine = [p.clone() for p in parameters], self.control[group], self.mine[i]
         drift = torch._foreach_sub(control, mine)
@@ -200,7 +202,9 @@ class Scaffold(FedAvg):
         path = torch._foreach_div(torch._foreach_sub(start, parameters), steps * LR)
         change = torch._foreach_sub(path, control)
         torch._foreach_add_(mine, change)
-        torch._foreach_add_(self.moved[group], change, alpha=self.cards[i].n / self.total[group])
+        torch._foreach_add_(
+            self.moved[group], change, alpha=self.cards[i].num_rows / self.total[group]
+        )
 
 
 class HeteroFL(FedAvg):
@@ -208,13 +212,13 @@ class HeteroFL(FedAvg):
 
     def start(self) -> None:
         super().start()
-        self.wide = copied(floats(self.module(self.method.wide(self.cards[0].arch))))
+        self.wide = copied(floats(self.module(self.method.wide_model(self.cards[0].arch))))
 
     def stays(self, arch: Any, name: str) -> bool:
         return "running" in name
 
     def received(self, i: int) -> nn.Module:
-        module = self.modules[self.cards[i].arch.id]
+        module = self.modules[self.cards[i].arch.spec_id]
         own = {n: corner(self.wide[n], t) for n, t in floats(module).items()}
         return load(module, own, self.kept[i])
 

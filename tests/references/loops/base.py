@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.engine.templates import channels_last
-from hetero_fl.experiment import Prepared
-from hetero_fl.utils.ordering import in_order
-from hetero_fl.utils.seeding import Key, generator
+from hetero_fl.engine.templates import prefers_channels_last
+from hetero_fl.experiment import PreparedRun
+from hetero_fl.utils.ordering import natural_order
+from hetero_fl.utils.seeding import Key, keyed_generator
 
 LR, BATCH = 0.01, 32
 State = dict[str, Tensor]
@@ -24,13 +24,15 @@ class Loop:
     After every round `losses` has a list of the clients' mean training losses, `scores` one of the losses on what was read.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedRun) -> None:
         self.federation, self.method, self.name = (
             prepared.federation,
             prepared.method,
             prepared.name,
         )
-        self.cards = [self.federation.cards[id] for id in in_order(self.federation.cards)]
+        self.cards = [
+            self.federation.client_infos[id] for id in natural_order(self.federation.client_infos)
+        ]
         self.data = [
             {name: self.rows(c, name) for name in ("train", "test", *COMMON)} for c in self.cards
         ]
@@ -44,7 +46,7 @@ class Loop:
 
     def rows(self, card: Any, name: str) -> dict[str, Tensor]:
         """A named set as that client sees it."""
-        return self.federation.data.columns(card.id, name, card.preprocess)
+        return self.federation.data.columns(card.client_id, name, card.preprocess)
 
     def start(self) -> None:
         """Make the models."""
@@ -53,8 +55,8 @@ class Loop:
     def module(self, arch: Any) -> nn.Module:
         """A model with the weights from which the framework's starts, laid out as the framework lays it out."""
         made: nn.Module = arch.build()
-        made.load_state_dict(arch.initial(self.federation.seed))
-        return made.to(memory_format=torch.channels_last) if channels_last(arch) else made  # type: ignore[call-overload]
+        made.load_state_dict(arch.initial_tensors(self.federation.seed))
+        return made.to(memory_format=torch.channels_last) if prefers_channels_last(arch) else made  # type: ignore[call-overload]
 
     # The round -----------------------------------------------------------------------------------------------------
     def round(self) -> None:
@@ -108,7 +110,7 @@ class Loop:
 
     def draws(self, who: str, label: str, *more: Key, use: int = 0) -> torch.Generator:
         """A generator of this round, for the `use`-th time that somebody draws under that label."""
-        return generator(self.federation.seed, self.done, who, label, use, *more)
+        return keyed_generator(self.federation.seed, self.done, who, label, use, *more)
 
     def train(
         self,
@@ -120,10 +122,10 @@ class Loop:
         besides: Sequence[nn.Module] = (),
         after: Callable[[], None] | None = None,
     ) -> None:
-        """Epochs on one client's rows; `loss_of(x, y, step)`."""
+        """Epochs on one client's rows; `loss_from_report(x, y, step)`."""
         x, y = self.data[i]["train"]["x"], self.data[i]["train"]["y"]
         loss_of = loss_of or (lambda x, y, step: F.cross_entropy(module(x).logits, y))
-        steps = enumerate(self.batches(len(y), self.cards[i].id, label, epochs=epochs))
+        steps = enumerate(self.batches(len(y), self.cards[i].client_id, label, epochs=epochs))
         loss = descend(
             [module, *besides], (loss_of(x[rows], y[rows], s) for s, rows in steps), after=after
         )

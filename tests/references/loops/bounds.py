@@ -28,13 +28,13 @@ class Centralized(Loop):
     """One model on the rows of all."""
 
     def start(self) -> None:
-        foremost = self.federation.cards[self.federation.cards.foremost.first]
+        foremost = self.federation.client_infos[self.federation.client_infos.main_profile.first]
         self.pooled = self.federation.data.columns("server", "pooled", foremost.preprocess)
         self.model = self.module(foremost.arch)
 
     def work(self) -> None:
         x, y = self.pooled["x"], self.pooled["y"]
-        first = min(kind.first for kind in self.federation.cards.kinds)
+        first = min(kind.first for kind in self.federation.client_infos.profiles)
         batches = self.batches(len(y), first)
         descend(
             [self.model], (F.cross_entropy(self.model(x[rows]).logits, y[rows]) for rows in batches)
@@ -49,7 +49,7 @@ class Dense(Loop):
 
     def start(self) -> None:
         super().start()
-        self.card = self.federation.cards[self.method.student]
+        self.card = self.federation.client_infos[self.method.student]
         self.arch = self.method.generator(self.card.arch.input_shape)
         self.maker, self.student = self.module(self.arch), self.module(self.card.arch)
         self.apart: list[Tensor] = []
@@ -68,7 +68,7 @@ class Dense(Loop):
     def work(self) -> None:
         super().work()
         s, shape = self.method, self.card.arch.input_shape
-        self.maker = load(self.maker, self.arch.initial(self.federation.seed))
+        self.maker = load(self.maker, self.arch.initial_tensors(self.federation.seed))
         frozen = [self.student, *self.models]
         optimizers = adam([self.maker], s.generator_lr), adam([self.student])
         examples, logits = [], []

@@ -38,7 +38,9 @@ class Public(Loop):
     def digest(self, i: int, module: nn.Module, teacher: Tensor) -> None:
         """An epoch towards the teacher."""
         x, t = self.public(i), self.method.temperature
-        orders = self.batches(len(x), self.cards[i].id, "digest", self.method.proxy_batch_size)
+        orders = self.batches(
+            len(x), self.cards[i].client_id, "digest", self.method.proxy_batch_size
+        )
         descend([module], (divergence(module(x[o]).logits, teacher[o], t) for o in orders))
 
 
@@ -144,15 +146,15 @@ class FedDF(FedAvg):
     def combine(self, mean: dict[str, State]) -> None:
         self.teacher, self.said = self.consensus(), []
         for i, card in {
-            c.arch.id: (i, c) for i, c in reversed(list(enumerate(self.cards)))
+            c.arch.spec_id: (i, c) for i, c in reversed(list(enumerate(self.cards)))
         }.values():
-            module = load(self.modules[card.arch.id], mean[card.arch.id])
+            module = load(self.modules[card.arch.spec_id], mean[card.arch.spec_id])
             x, s = self.data[i]["proxy"]["x"], self.method
-            label = f"distil {card.arch.id}"
+            label = f"distil {card.arch.spec_id}"
             orders = self.batches(len(x), "server", label, s.proxy_batch_size, s.distil_epochs)
             with torch.enable_grad():
                 self.distil(module, x, orders)
-            self.shared[card.arch.id] = {n: t.clone() for n, t in floats(module).items()}
+            self.shared[card.arch.spec_id] = {n: t.clone() for n, t in floats(module).items()}
 
     def distil(self, module: nn.Module, x: Tensor, orders: list[Tensor]) -> None:
         """One average towards the teacher."""
@@ -177,7 +179,7 @@ class Hybrid(FedDF):
         self.say = [n * (1 - n / n.sum()) + 0.1 for n in self.counts]
 
     def local(self, i: int, module: nn.Module) -> None:
-        public, s, id = self.data[i]["proxy"]["x"], self.method, self.cards[i].id
+        public, s, id = self.data[i]["proxy"]["x"], self.method, self.cards[i].client_id
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
             own = F.cross_entropy(module(x).logits + self.priors[i], y)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hetero_fl.algorithms.mutual import MENTEE, PROJECTION
-from hetero_fl.core.model_spec import Architecture
+from hetero_fl.core.model_spec import ModelSpec
 from tests.references.loops.averaging import FedAvg
 from tests.references.loops.base import (
     READ,
@@ -27,7 +27,7 @@ class FedGKT(Loop):
 
     def start(self) -> None:
         super().start()
-        self.large = self.module(self.method.large(10))
+        self.large = self.module(self.method.large_model(10))
         self.optimizer = adam([self.large])
         self.said: tuple[Tensor, ...] = ()
 
@@ -48,7 +48,7 @@ class FedGKT(Loop):
         if not self.said:
             return self.train(i, model)
         x, y, teacher = self.data[i]["train"]["x"], self.data[i]["train"]["y"], self.said[i]
-        orders = self.batches(len(y), self.cards[i].id)
+        orders = self.batches(len(y), self.cards[i].client_id)
         losses = (self.loss(model(x[o]).logits, y[o], teacher[o]) for o in orders)
         return self.losses[-1].append(descend([model], losses))
 
@@ -70,12 +70,12 @@ class FedTGP(Loop):
     def start(self) -> None:
         super().start()
         width = self.models[0].feature_dim
-        vectors = Architecture.of("linear", width, (10,)).initial(self.federation.seed)[
-            "head.weight"
-        ]
+        vectors = ModelSpec.from_config("linear", width, (10,)).initial_tensors(
+            self.federation.seed
+        )["head.weight"]
         self.vectors = nn.Parameter(vectors.T.contiguous())
         self.network = self.module(
-            Architecture.of("mlp", width, (width,), options={"hidden": [width]})
+            ModelSpec.from_config("mlp", width, (width,), options={"hidden": [width]})
         )
         self.prototypes: Tensor | None = None
         self.known = torch.zeros(10)
@@ -136,7 +136,7 @@ class FedGH(Loop):
 
     def start(self) -> None:
         super().start()
-        self.head = self.module(Architecture.of("linear", 10, (self.models[0].feature_dim,)))
+        self.head = self.module(ModelSpec.from_config("linear", 10, (self.models[0].feature_dim,)))
 
     def work(self) -> None:
         sums, s = [], self.method
@@ -172,7 +172,7 @@ class FedGen(FedAvg):
         return torch.cat([torch.eye(10)[y], noise], 1), y
 
     def local(self, i: int, module: nn.Module) -> None:
-        labels, s, id = self.labels, self.method, self.cards[i].id
+        labels, s, id = self.labels, self.method, self.cards[i].client_id
         self.maker.eval().requires_grad_(False)
 
         def loss(x: Tensor, y: Tensor, step: int) -> Tensor:
@@ -215,14 +215,14 @@ class FedMRL(Loop):
 
     def start(self) -> None:
         super().start()
-        extras = [self.method.extras(c.arch) for c in self.cards]
+        extras = [self.method.extra_models(c.arch) for c in self.cards]
         self.mentee = self.module(extras[0][MENTEE])
         self.shared = {n: t.clone() for n, t in floats(self.mentee).items()}
         self.projections = [self.module(extra[PROJECTION]) for extra in extras]
 
     def work(self) -> None:
         mean = {n: torch.zeros_like(t) for n, t in self.shared.items()}
-        total = sum(float(c.n) for c in self.cards)
+        total = sum(float(c.num_rows) for c in self.cards)
         for i, model in enumerate(self.models):
             load(self.mentee, self.shared)
             self.train(
@@ -232,7 +232,7 @@ class FedMRL(Loop):
                 besides=[self.mentee, self.projections[i]],
             )
             for name, tensor in floats(self.mentee).items():
-                mean[name].add_(tensor, alpha=self.cards[i].n / total)
+                mean[name].add_(tensor, alpha=self.cards[i].num_rows / total)
         self.shared = mean
 
     def nested(self, model: nn.Module, projection: nn.Module) -> object:

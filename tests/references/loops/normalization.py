@@ -18,12 +18,12 @@ class FedNova(FedAvg):
         }
         lengths = dict.fromkeys(self.shared, 0.0)
         for i, card in enumerate(self.cards):
-            module, group = self.received(i), card.arch.id
+            module, group = self.received(i), card.arch.spec_id
             before, trained = copied(floats(module)), dict(module.named_parameters())
             self.local(i, module)
-            steps, rho = -(-card.n // BATCH), card.settings.optimizer.momentum
+            steps, rho = -(-card.num_rows // BATCH), card.settings.optimizer.momentum
             length = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
-            share = card.n / self.total[group]
+            share = card.num_rows / self.total[group]
             lengths[group] += share * length
             with torch.no_grad():
                 for name, tensor in floats(module).items():

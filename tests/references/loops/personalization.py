@@ -56,7 +56,7 @@ class Ditto(FedAvg):
 
     def start(self) -> None:
         super().start()
-        self.models = [deepcopy(self.modules[c.arch.id]) for c in self.cards]
+        self.models = [deepcopy(self.modules[c.arch.spec_id]) for c in self.cards]
 
     def local(self, i: int, module: nn.Module) -> None:
         anchor = copied(floats(module))
@@ -69,8 +69,8 @@ class Ditto(FedAvg):
         for i, card in enumerate(self.cards):
             self.score(i, "test", predicted(self.models[i], self.data[i]["test"]["x"]))
             for name in READ[1:]:
-                if (card.arch.id, name) not in common:
-                    common[card.arch.id, name] = predicted(
+                if (card.arch.spec_id, name) not in common:
+                    common[card.arch.spec_id, name] = predicted(
                         self.received(i), self.data[i][name]["x"]
                     )
-                self.score(i, name, common[card.arch.id, name])
+                self.score(i, name, common[card.arch.spec_id, name])

@@ -13,25 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hetero_fl.experiment import Prepared
-from hetero_fl.utils.seeding import generator
+from hetero_fl.experiment import PreparedRun
+from hetero_fl.utils.seeding import keyed_generator
 
 LR, BATCH, CLASSES = 0.003, 32, 10  # with a higher rate FedProto is not stable here
 
 
-def module_of(prepared: Prepared, arch: Any) -> nn.Module:
+def module_of(prepared: PreparedRun, arch: Any) -> nn.Module:
     """A model with the weights from which the framework's starts."""
     module: nn.Module = arch.build()
-    module.load_state_dict(prepared.federation.initial(arch))
+    module.load_state_dict(prepared.federation.initial_tensors(arch))
     return module
 
 
 class Loop:
     """What the four have in common: local training of each client in turn, then its evaluation."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedRun) -> None:
         self.prepared, self.federation, self.method = prepared, prepared.federation, prepared.method
-        self.cards = list(self.federation.cards.values())
+        self.cards = list(self.federation.client_infos.values())
         self.train = [self._rows(c, "train") for c in self.cards]
         self.tests = [[self._rows(c, "test"), self._rows(c, "common_test")] for c in self.cards]
         self.validation = [self._rows(c, "common_validation") for c in self.cards]
@@ -40,13 +40,16 @@ class Loop:
         self.done = 0
 
     def _rows(self, card: Any, name: str) -> dict[str, Tensor]:
-        return self.federation.data.columns(card.id, name, card.preprocess)
+        return self.federation.data.columns(card.client_id, name, card.preprocess)
 
     def batches(self, i: int) -> list[Tensor]:
         """One epoch; a last batch of one joins the one before, for BatchNorm's sake."""
         n = len(self.train[i]["y"])
         order = torch.randperm(
-            n, generator=generator(self.federation.seed, self.done, self.cards[i].id, "train", 0, 0)
+            n,
+            generator=keyed_generator(
+                self.federation.seed, self.done, self.cards[i].client_id, "train", 0, 0
+            ),
         )
         cut = list(order.split(min(BATCH, n)))
         if len(cut) > 1 and len(cut[-1]) == 1:
@@ -163,9 +166,9 @@ class FedProto(Loop):
 class FML(Loop):
     """Shen et al. 2020: each client's own model and a shared one, each towards the other."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedRun) -> None:
         super().__init__(prepared)
-        self.arch = self.method.extras(self.cards[0].arch)["mentee"]
+        self.arch = self.method.extra_models(self.cards[0].arch)["mentee"]
         self.mentee = module_of(prepared, self.arch)
         self.shared = {n: t.clone() for n, t in self.mentee.state_dict().items()}
 
@@ -209,10 +212,10 @@ class FML(Loop):
 class FedKD(FML):
     """Wu et al. 2022: as FML, weighted by how well both do, features compared too, updates truncated by their SVD."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedRun) -> None:
         super().__init__(prepared)
         self.hidden = [
-            module_of(prepared, self.method.extras(c.arch)["hidden"]) for c in self.cards
+            module_of(prepared, self.method.extra_models(c.arch)["hidden"]) for c in self.cards
         ]
         for hidden in self.hidden:  # a matrix: no bias
             for name, parameter in hidden.named_parameters():
@@ -234,7 +237,7 @@ class FedKD(FML):
 
     def energy(self) -> float:
         """Share kept of an update's energy."""
-        return 0.95 + 0.03 * min(1.0, self.done / max(1, self.federation.rounds - 1))
+        return 0.95 + 0.03 * min(1.0, self.done / max(1, self.federation.num_rounds - 1))
 
     def sent(self, i: int) -> dict[str, Tensor]:
         now = self.mentee.state_dict()

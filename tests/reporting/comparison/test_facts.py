@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import hetero_fl
-from hetero_fl.algorithms import Algorithm, algorithm
+from hetero_fl.algorithms import Algorithm, register_algorithm
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison.facts import about
+from hetero_fl.reporting.comparison.facts import gather_facts
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
-from hetero_fl.reporting.methods import described
+from hetero_fl.reporting.methods import describe_methods
 from hetero_fl.reporting.run_directory import RunDirectory
 from tests.helpers.run_directories import Case, write_run
 from tests.reporting.test_report import Page
@@ -39,7 +39,7 @@ def made(out: Path, clients: int = 6, **case: Any) -> list[dict[str, Any]]:
 
 def test_facts_are_those_of_the_runs(tmp_path: Path) -> None:
     rows = made(tmp_path)
-    found = about(tmp_path, rows)
+    found = gather_facts(tmp_path, rows)
     facts = dict(found.facts)
     assert facts["Data"].startswith("chest_xray: PneumoniaMNIST, CC BY 4.0. ")
     assert facts["Data"].endswith(
@@ -56,7 +56,7 @@ def test_facts_are_those_of_the_runs(tmp_path: Path) -> None:
         r["test"]
         for r in RunDirectory.open(tmp_path / "runs" / "local-seed0").details()["rows"].values()
     ]
-    assert found.home.startswith(
+    assert found.local_test_note.startswith(
         f"Local test: n = {min(tested)} to {max(tested)} rows a client over all seeds."
     )
     assert (
@@ -66,7 +66,7 @@ def test_facts_are_those_of_the_runs(tmp_path: Path) -> None:
 
 
 def test_many_clients_are_not_listed(tmp_path: Path) -> None:
-    facts = dict(about(tmp_path, made(tmp_path, clients=60)).facts)
+    facts = dict(gather_facts(tmp_path, made(tmp_path, clients=60)).facts)
     assert (
         "20 × resnet18 (clinic_003, clinic_004 … clinic_058)" in facts["Clients"]
         and len(facts["Clients"]) < 300
@@ -81,8 +81,8 @@ def test_generated_data_are_told(tmp_path: Path) -> None:
 
 
 def test_without_runs_and_log_it_says_what_the_rows_say(tmp_path: Path) -> None:
-    found = about(tmp_path, [{"algorithm": "local", "seed": 3}])
-    assert found.facts == (("Seeds", "3"),) and found.jobs is None and found.home == ""
+    found = gather_facts(tmp_path, [{"algorithm": "local", "seed": 3}])
+    assert found.facts == (("Seeds", "3"),) and found.jobs is None and found.local_test_note == ""
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_the_command_without_the_folders_of_a_machine(
 ) -> None:
     monkeypatch.setattr(sys, "argv", line)
     rows = [{"algorithm": name, "seed": 0} for name in ("local", "fedmd")]
-    assert about(tmp_path, rows).command == command
+    assert gather_facts(tmp_path, rows).command == command
 
 
 def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +121,12 @@ def test_methods_in_the_words_of_their_docstrings(monkeypatch: pytest.MonkeyPatc
     class Silent(Algorithm):
         pass
 
-    monkeypatch.setattr(algorithm, "_known", {**algorithm._known, "mine": Mine, "silent": Silent})
+    monkeypatch.setattr(
+        register_algorithm, "_known", {**register_algorithm._known, "mine": Mine, "silent": Silent}
+    )
     found = {
         name: told
-        for name, *told in described(["fedmd", "fedmd:temperature=2", "mine:a=1", "silent"])
+        for name, *told in describe_methods(["fedmd", "fedmd:temperature=2", "mine:a=1", "silent"])
     }
     assert list(found) == ["FedMD", "mine", "silent"]
     assert (

@@ -10,15 +10,19 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hetero_fl.algorithms import algorithm
+from hetero_fl.algorithms import register_algorithm
 from hetero_fl.core.task import Task
-from hetero_fl.reporting.comparison.plots import draw
+from hetero_fl.reporting.comparison.plots import draw_comparison
 from hetero_fl.reporting.formatting import algorithm_name
-from hetero_fl.reporting.methods import needs
+from hetero_fl.reporting.methods import method_needs
 from hetero_fl.reporting.plots import style
 from tests.reporting.plots.test_layout import texts
 
-ALL = [name for name in algorithm if algorithm[name].__module__.startswith("hetero_fl.")]
+ALL = [
+    name
+    for name in register_algorithm
+    if register_algorithm[name].__module__.startswith("hetero_fl.")
+]
 LONG = [
     "local",
     "hybrid",
@@ -63,8 +67,8 @@ def panels(figure: Figure) -> dict[str, Axes]:
     ids=lambda t: t.kind,
 )
 def test_nothing_overlaps(names: list[str], seeds: int, task: Task) -> None:
-    with style.drawing():
-        figure = draw(made(names, seeds), task, 2)
+    with style.plot_style():
+        figure = draw_comparison(made(names, seeds), task, 2)
     assert figure.get_figwidth() <= style.WIDTH and figure.get_figheight() < 11
     shown = texts(figure)
     turned = (
@@ -79,8 +83,8 @@ def test_nothing_overlaps(names: list[str], seeds: int, task: Task) -> None:
 
 
 def test_every_method_has_its_line_and_its_needs() -> None:
-    with style.drawing():
-        found = panels(draw(made(ALL, 1), Task("multiclass", 10), 1))
+    with style.plot_style():
+        found = panels(draw_comparison(made(ALL, 1), Task("multiclass", 10), 1))
     assert list(found) == ["Accuracy", "Balanced\naccuracy", "AUROC", "Bytes", "Time", "Needs"]
     labels = [t.get_text() for t in found["Accuracy"].get_yticklabels()]
     assert sorted(labels) == sorted(map(algorithm_name, ALL)) and labels[-2:] == [
@@ -97,7 +101,7 @@ def test_every_method_has_its_line_and_its_needs() -> None:
     assert dots == {
         (algorithm_name(name), word, len(need) > 1)
         for name in ALL
-        for need in needs(name)
+        for need in method_needs(name)
         for word in need
     }
     assert ("Hybrid", "proxy set", True) in dots and ("FedMD", "proxy set", False) in dots
@@ -105,8 +109,8 @@ def test_every_method_has_its_line_and_its_needs() -> None:
 
 def test_the_line_to_beat_runs_through_all() -> None:
     rows = made(["fedavg", "local"], 3)
-    with style.drawing():
-        figure = draw(rows, Task("multiclass", 10))
+    with style.plot_style():
+        figure = draw_comparison(rows, Task("multiclass", 10))
     axes = panels(figure)["Accuracy"]
     for reading in ("personal", "global"):
         mean = np.mean(
@@ -119,6 +123,8 @@ def test_the_line_to_beat_runs_through_all() -> None:
         ]
         assert [mean, mean] in [list(x) for x in drawn if len(x) == 2]
     assert "Local, the line to beat" in [t.get_text() for t in figure.legends[0].get_texts()]
-    with style.drawing():
-        alone = draw([row for row in rows if row["algorithm"] != "local"], Task("multiclass", 10))
+    with style.plot_style():
+        alone = draw_comparison(
+            [row for row in rows if row["algorithm"] != "local"], Task("multiclass", 10)
+        )
     assert not any("beat" in t.get_text() for t in alone.legends[0].get_texts())

@@ -14,7 +14,7 @@ from scipy import stats
 
 from hetero_fl.core.metrics import CLASSIFICATION, REGRESSION
 from hetero_fl.core.task import MANY, Task
-from hetero_fl.reporting.comparison.facts import ranked
+from hetero_fl.reporting.comparison.facts import rank_methods
 from hetero_fl.reporting.comparison.report import comparison_row, write_comparison
 from hetero_fl.reporting.comparison.tables import latex, make_table, markdown
 from hetero_fl.reporting.run_directory import RunDirectory
@@ -395,12 +395,16 @@ def test_needs_are_those_of_the_classes_with_their_settings() -> None:
 
 def test_the_best_comes_first() -> None:
     rows = made(["fedavg", "centralized", "hybrid", "local"], seeds=[0, 1])
-    assert [row["algorithm"] for row in ranked(rows, TEN)] == [
+    assert [row["algorithm"] for row in rank_methods(rows, TEN)] == [
         name for name in ("centralized", "hybrid", "fedavg", "local") for _ in (0, 1)
     ]
     errors = made(["fedavg", "hybrid", "local"], seeds=[0], metrics=REGRESSION)
     errors[0]["global_last_mae"] = None
-    assert [row["algorithm"] for row in ranked(errors, VALUES)] == ["hybrid", "local", "fedavg"]
+    assert [row["algorithm"] for row in rank_methods(errors, VALUES)] == [
+        "hybrid",
+        "local",
+        "fedavg",
+    ]
 
 
 def test_what_is_missing_is_told_with_the_reason(tmp_path: Path) -> None:

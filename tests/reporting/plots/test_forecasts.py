@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.dates import num2date
 
 from hetero_fl.reporting.plots import style
-from hetero_fl.reporting.plots.scores import FORECAST_PANELS, forecasts
+from hetero_fl.reporting.plots.scores import FORECAST_PANELS, plot_forecasts
 
 BEGIN = 1_672_531_200  # 1 January 2023
 
@@ -31,8 +31,8 @@ def made(
 
 
 def test_the_furthest_output_and_the_nearest_rule() -> None:
-    with style.drawing():
-        figure = forecasts(*made())
+    with style.plot_style():
+        figure = plot_forecasts(*made())
     assert figure is not None and len(figure.axes) == 2
     truth, forecast, rule = (line.get_ydata() for line in figure.axes[0].lines)
     assert np.allclose(forecast, np.asarray(truth) + 2) and np.allclose(rule, np.asarray(truth) + 1)
@@ -47,23 +47,23 @@ def test_the_furthest_output_and_the_nearest_rule() -> None:
 
 
 def test_counts_are_no_dates_and_rules_may_be_absent() -> None:
-    with style.drawing():
-        figure = forecasts(*made(begin=0, rules=False))
+    with style.plot_style():
+        figure = plot_forecasts(*made(begin=0, rules=False))
     assert figure is not None and len(figure.axes[0].lines) == 2
     assert figure.axes[0].lines[0].get_xdata()[1] == 3600
 
 
 def test_many_clients_and_none() -> None:
-    with style.drawing():
-        figure = forecasts(*made(clients=30))
+    with style.plot_style():
+        figure = plot_forecasts(*made(clients=30))
     assert figure is not None and len(figure.axes) == FORECAST_PANELS
     summary, details = made()
-    assert forecasts(summary, {**details, "forecast": {}}) is None
-    assert forecasts(summary, {"labels": ["load"]}) is None
+    assert plot_forecasts(summary, {**details, "forecast": {}}) is None
+    assert plot_forecasts(summary, {"labels": ["load"]}) is None
 
 
 def test_times_beyond_the_calendar_are_counts() -> None:
-    with style.drawing():
-        figure = forecasts(*made(begin=1_672_531_200_000_000_000))
+    with style.plot_style():
+        figure = plot_forecasts(*made(begin=1_672_531_200_000_000_000))
         assert figure is not None
-        style.png(figure)
+        style.to_png(figure)

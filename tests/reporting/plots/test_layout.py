@@ -31,7 +31,7 @@ def named(run: RunDirectory) -> tuple[dict[str, Any], list[dict[str, Any]], dict
 
 def texts(figure: Figure) -> list[Text]:
     """What is written and seen. Turned labels are left out: their boxes overlap where they do not."""
-    with style.drawing():
+    with style.plot_style():
         figure.canvas.draw()
     found = [
         t
@@ -67,14 +67,14 @@ def test_nothing_overlaps(
     summary, records, details = (
         named(run) if long else (run.summary(), run.metrics(), run.details())
     )
-    with style.drawing():
+    with style.plot_style():
         figures = {
-            "curves": rounds.curves(summary, records, details),
-            "clients": client_plots.clients(summary, details),
-            "labels": client_plots.labels(summary, details),
-            "communication": rounds.communication(summary, records, details),
-            "confusion": scores.confusion(summary, details),
-            "calibration": scores.calibration(summary, details),
+            "curves": rounds.plot_curves(summary, records, details),
+            "clients": client_plots.plot_client_scores(summary, details),
+            "labels": client_plots.plot_labels(summary, details),
+            "communication": rounds.plot_communication(summary, records, details),
+            "confusion": scores.plot_confusion(summary, details),
+            "calibration": scores.plot_calibration(summary, details),
         }
     for name, figure in figures.items():
         assert figure is not None and figure.get_figwidth() <= style.WIDTH
@@ -94,8 +94,8 @@ def test_headings_of_six_confusion_matrices_stand_apart(
     run = made_run(clients=6, classes=2, kind="binary", rounds=1)
     details = run.details()
     details["rows"] = {client: {**rows, "test": 100} for client, rows in details["rows"].items()}
-    with style.drawing():
-        figure = scores.confusion(run.summary(), details)
+    with style.plot_style():
+        figure = scores.plot_confusion(run.summary(), details)
 
     assert figure is not None
     texts(figure)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
 from hetero_fl.reporting import report_text
-from hetero_fl.reporting.formatting import METRICS, sentence
+from hetero_fl.reporting.formatting import METRICS, capitalize_first
 from hetero_fl.reporting.plots import clients, style, write_plots
 from hetero_fl.reporting.plots import rounds as round_plots
 from hetero_fl.reporting.plots import scores as score_plots
@@ -85,7 +85,7 @@ def test_picture_that_cannot_be_drawn_is_reported_and_left_out(
     def fails(*content: Any) -> Figure:
         raise OverflowError("cannot convert\nfloat infinity to integer")
 
-    monkeypatch.setattr(clients, "clients", fails)
+    monkeypatch.setattr(clients, "plot_client_scores", fails)
 
     paths = write_plots(run.path, said.append)
 
@@ -102,7 +102,7 @@ def test_report_that_cannot_be_made_is_reported(
     made_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, said = made_run(rounds=1), list[str]()
-    monkeypatch.setattr(report_text, "story", lambda *content: 1 / 0)
+    monkeypatch.setattr(report_text, "summarize_run", lambda *content: 1 / 0)
 
     write_report(run.path, said.append)
 
@@ -113,7 +113,7 @@ def test_report_that_cannot_be_made_is_reported(
 
 
 def drawn(make: Callable[..., Figure | None], *content: Any) -> Figure:
-    with style.drawing():
+    with style.plot_style():
         made = make(*content)
     assert made is not None
     return made
@@ -128,7 +128,7 @@ def lines(figure: Figure, panel: int, colour: str) -> list[np.ndarray]:
 def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None:
     run = made_run(every=5, rounds=12)
     summary, records = run.summary(), run.metrics()
-    figure = drawn(round_plots.curves, summary, records, run.details())
+    figure = drawn(round_plots.plot_curves, summary, records, run.details())
     read = [r for r in records if "global" in r]
     curve, last = lines(figure, 0, style.READING_COLOURS["global"])[:2]
     assert curve[0].tolist() == [5, 10, 12]
@@ -152,7 +152,7 @@ def test_curves_show_records_last_and_selected_rounds(made_run: MakeRun) -> None
 @pytest.mark.parametrize("rounds", [1, 2, 3, 7])
 def test_ticks_of_rounds_are_whole_numbers(made_run: MakeRun, rounds: int) -> None:
     run = made_run(rounds=rounds)
-    for axes in drawn(round_plots.curves, run.summary(), run.metrics(), run.details()).axes:
+    for axes in drawn(round_plots.plot_curves, run.summary(), run.metrics(), run.details()).axes:
         ticks = axes.get_xticks()
         assert len(ticks) and all(float(tick).is_integer() for tick in ticks)
 
@@ -165,9 +165,9 @@ def test_the_first_picture_is_of_the_selection_metric(
 ) -> None:
     run = made_run(kind=kind, classes=classes, rounds=2)
     summary, records, details = run.summary(), run.metrics(), run.details()
-    panel = drawn(round_plots.curves, summary, records, details).axes[0]
-    assert panel.get_title(loc="left") == sentence(METRICS[name])
-    against = drawn(round_plots.communication, summary, records, details)
+    panel = drawn(round_plots.plot_curves, summary, records, details).axes[0]
+    assert panel.get_title(loc="left") == capitalize_first(METRICS[name])
+    against = drawn(round_plots.plot_communication, summary, records, details)
     shown = lines(against, 0, style.READING_COLOURS["personal"])[0][1]
     assert shown.tolist() == [r["personal"][name] for r in records]
 
@@ -178,18 +178,18 @@ def test_curves_leave_out_undefined_rounds(made_run: MakeRun) -> None:
     records[1]["global"]["auroc"] = None
     for record in records:
         record["personal"]["auroc"] = None
-    figure = drawn(round_plots.curves, summary, records, run.details())
+    figure = drawn(round_plots.plot_curves, summary, records, run.details())
     assert lines(figure, 1, style.READING_COLOURS["global"])[0][0].tolist() == [1, 3, 4]
     assert not lines(figure, 1, style.READING_COLOURS["personal"])
     for record in records:
         record["global"]["auroc"] = None
-    (words,) = drawn(round_plots.curves, summary, records, run.details()).axes[1].texts
+    (words,) = drawn(round_plots.plot_curves, summary, records, run.details()).axes[1].texts
     assert words.get_text().startswith("undefined")
 
 
 def test_bytes_are_summed_over_all_rounds(made_run: MakeRun) -> None:
     run = made_run(every=5, rounds=12)
-    figure = drawn(round_plots.communication, run.summary(), run.metrics(), run.details())
+    figure = drawn(round_plots.plot_communication, run.summary(), run.metrics(), run.details())
     curve = lines(figure, 0, style.READING_COLOURS["personal"])[0]
     assert curve[0] == pytest.approx([0.72 * r for r in (5, 10, 12)])
     assert "(MB)" in figure.axes[0].get_xlabel()
@@ -201,7 +201,7 @@ def test_clients_at_home_and_in_common(made_run: MakeRun) -> None:
     summary["clients"][2]["personal"] = None
     for client, rows in details["rows"].items():
         rows["test"] = {"hospital_4": 19, "hospital_5": 20}.get(client, 60)
-    figure = drawn(clients.clients, summary, details)
+    figure = drawn(clients.plot_client_scores, summary, details)
     named = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert named[2:5] == ["hospital_3 (n = 60)", "hospital_4 (n = 19)", "hospital_5 (n = 20)"]
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Balanced accuracy", "Accuracy"]
@@ -221,7 +221,7 @@ def test_many_clients_are_points_and_few_rows_hollow(made_run: MakeRun) -> None:
     details = run.details()
     for k, rows in enumerate(details["rows"].values()):
         rows["test"] = 7 if k < 5 else 30
-    figure = drawn(clients.clients, run.summary(), details)
+    figure = drawn(clients.plot_client_scores, run.summary(), details)
     full, hollow = (
         sum(
             len(c.get_offsets())
@@ -237,14 +237,15 @@ def test_labels_show_every_count(made_run: MakeRun) -> None:
     run = made_run(clients=4)
     details = run.details()
     bars = [
-        bar.get_width() for bar in drawn(clients.labels, run.summary(), details).axes[0].patches
+        bar.get_width()
+        for bar in drawn(clients.plot_labels, run.summary(), details).axes[0].patches
     ]
     assert bars == [counts[c] for c in (0, 1) for counts in details["label_counts"].values()]
 
 
 def test_labels_of_many_clients_are_shares(made_run: MakeRun) -> None:
     run = made_run(clients=41)
-    figure = drawn(clients.labels, run.summary(), run.details())
+    figure = drawn(clients.plot_labels, run.summary(), run.details())
     first, second = (patch for patch in figure.axes[0].patches if isinstance(patch, StepPatch))
     shares = np.array([c[0] / sum(c) for c in run.details()["label_counts"].values()])
     assert first.get_data().values == pytest.approx(np.sort(shares))
@@ -255,7 +256,7 @@ def test_of_many_labels_the_most_frequent_are_shown(made_run: MakeRun) -> None:
     run = made_run(clients=5, kind="multiclass", classes=30)
     details = run.details()
     counts = np.array(list(details["label_counts"].values()))
-    axes = drawn(clients.labels, run.summary(), details).axes[0]
+    axes = drawn(clients.plot_labels, run.summary(), details).axes[0]
     (image,) = axes.images
     most = np.argsort(-counts.sum(0), kind="stable")[:20]
     assert [t.get_text() for t in axes.get_yticklabels()] == [details["labels"][c] for c in most]
@@ -269,7 +270,7 @@ def test_of_many_labels_the_most_frequent_are_shown(made_run: MakeRun) -> None:
 def test_bubbles_are_as_large_as_counts(made_run: MakeRun) -> None:
     run = made_run(clients=5, kind="multiclass", classes=10)
     counts = np.array(list(run.details()["label_counts"].values()))
-    (bubbles,) = drawn(clients.labels, run.summary(), run.details()).axes[0].collections
+    (bubbles,) = drawn(clients.plot_labels, run.summary(), run.details()).axes[0].collections
     areas = bubbles.get_sizes()
     assert areas / areas.max() == pytest.approx(counts[counts > 0] / counts.max())
 
@@ -278,7 +279,7 @@ def test_regression_shows_rows(made_run: MakeRun) -> None:
     run = made_run(kind="regression", clients=3)
     bars = [
         bar.get_width()
-        for bar in drawn(clients.labels, run.summary(), run.details()).axes[0].patches
+        for bar in drawn(clients.plot_labels, run.summary(), run.details()).axes[0].patches
     ]
     assert bars == [
         rows[part]
@@ -297,7 +298,7 @@ def test_confusion_rows_are_shares_of_the_truth(made_run: MakeRun) -> None:
     details = run.details()
     details["confusion"]["hospital_1"] = {"personal": [[3, 1], [0, 0]], "global": [[8, 2], [5, 15]]}
     del details["confusion"]["hospital_2"]["personal"]
-    shown = images(drawn(score_plots.confusion, run.summary(), details))
+    shown = images(drawn(score_plots.plot_confusion, run.summary(), details))
     assert shown[0].tolist() == [[0.75, 0.25], [0, 0]]
     assert shown[1].tolist() == [[0, 0], [0, 0]]
     assert shown[2].tolist() == [[0.8, 0.2], [0.25, 0.75]]
@@ -307,7 +308,7 @@ def test_confusion_has_one_order_of_clients_and_classes_and_one_scale(made_run: 
     run = made_run(kind="multiclass", classes=10)
     summary, details = run.summary(), run.details()
     details["confusion"] = dict(reversed(details["confusion"].items()))
-    figure = drawn(score_plots.confusion, summary, details)
+    figure = drawn(score_plots.plot_confusion, summary, details)
     panels = [axes for axes in figure.axes if axes.images]
     assert {axes.images[0].get_clim() for axes in panels} == {(0.0, 1.0)}
     assert len([axes for axes in figure.axes if not axes.images]) == 1, "one colour bar"
@@ -323,7 +324,7 @@ def test_confusion_has_one_order_of_clients_and_classes_and_one_scale(made_run: 
 def test_many_clients_are_summed_and_the_weakest_follow(made_run: MakeRun) -> None:
     run = made_run(clients=20)
     summary, details = run.summary(), run.details()
-    figure = drawn(score_plots.confusion, summary, details)
+    figure = drawn(score_plots.plot_confusion, summary, details)
     titles = [axes.get_title(loc="center") for axes in figure.axes if axes.images]
     ranked = sorted(summary["clients"], key=lambda c: c["global"]["balanced_accuracy"])
     assert titles == ["all clients", *(c["id"] for c in ranked[:11])]
@@ -334,7 +335,7 @@ def test_many_clients_are_summed_and_the_weakest_follow(made_run: MakeRun) -> No
 def test_multilabel_confusion_is_a_matrix_a_label(made_run: MakeRun) -> None:
     run = made_run(kind="multilabel", classes=14, clients=3)
     total = np.sum([m["global"] for m in run.details()["confusion"].values()], axis=0)
-    shown = images(drawn(score_plots.confusion, run.summary(), run.details()))
+    shown = images(drawn(score_plots.plot_confusion, run.summary(), run.details()))
     assert len(shown) == 14
     assert shown[5] == pytest.approx(total[5] / total[5].sum(1, keepdims=True))
 
@@ -342,7 +343,7 @@ def test_multilabel_confusion_is_a_matrix_a_label(made_run: MakeRun) -> None:
 def test_calibration_of_all_clients_is_that_of_their_pooled_predictions(made_run: MakeRun) -> None:
     run = made_run(clients=13)
     details = run.details()
-    figure = drawn(score_plots.calibration, run.summary(), details)
+    figure = drawn(score_plots.plot_calibration, run.summary(), details)
     found = [c["global"] for c in details["calibration"].values()]
     count = np.array([f["count"] for f in found], dtype=float)
     sums = [
@@ -362,8 +363,8 @@ def test_clients_without_test_rows_have_no_diagram(made_run: MakeRun) -> None:
     details = json.loads(json.dumps(run.details()))
     for found in details["calibration"].values():
         found.clear()
-    assert score_plots.calibration(run.summary(), details) is None
+    assert score_plots.plot_calibration(run.summary(), details) is None
     details["calibration"]["hospital_2"] = {
         "personal": {"ece": None, "confidence": [], "accuracy": [], "count": []}
     }
-    assert not drawn(score_plots.calibration, run.summary(), details).axes[0].texts
+    assert not drawn(score_plots.plot_calibration, run.summary(), details).axes[0].texts

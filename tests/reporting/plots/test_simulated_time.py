@@ -11,11 +11,11 @@ import pytest
 
 from hetero_fl.core.task import Task
 from hetero_fl.reporting.comparison.plots import hours_to_reach, write_curves
-from hetero_fl.reporting.formatting import arrivals, time_unit
+from hetero_fl.reporting.formatting import format_arrivals, time_unit
 from hetero_fl.reporting.plots import rounds, style, write_plots
 from hetero_fl.reporting.report import write_report
 from hetero_fl.reporting.run_directory import RunDirectory
-from hetero_fl.reporting.summary import timed_of
+from hetero_fl.reporting.summary import timing_summary
 
 MakeRun = Callable[..., RunDirectory]
 
@@ -39,7 +39,7 @@ def timed(run: RunDirectory, each: float = 40.0) -> RunDirectory:
         now += each
     records[1]["skipped"] = True
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    run.write_json("summary.json", {**run.summary(), **timed_of(records)})
+    run.write_json("summary.json", {**run.summary(), **timing_summary(records)})
     return run
 
 
@@ -60,9 +60,9 @@ def test_a_run_in_simulated_time_has_its_pictures_and_its_report_says_so(
 def test_the_pictures_show_the_tasks_of_the_file(made_run: MakeRun) -> None:
     run = timed(made_run(clients=60, rounds=20), each=7200.0)
     summary, records, details = run.summary(), run.metrics(), run.details()
-    with style.drawing():
-        gantt = rounds.tasks(summary, records, details)
-        both = rounds.time(summary, records, details)
+    with style.plot_style():
+        gantt = rounds.plot_tasks(summary, records, details)
+        both = rounds.plot_time(summary, records, details)
     assert gantt is not None and both is not None
     (axes,) = gantt.axes
     assert (
@@ -76,22 +76,22 @@ def test_the_pictures_show_the_tasks_of_the_file(made_run: MakeRun) -> None:
 @pytest.mark.slow
 def test_no_picture_where_no_time_passed(made_run: MakeRun) -> None:
     run = made_run(rounds=2)
-    assert rounds.time(run.summary(), run.metrics(), run.details()) is None
-    assert rounds.tasks(run.summary(), run.metrics(), run.details()) is None
+    assert rounds.plot_time(run.summary(), run.metrics(), run.details()) is None
+    assert rounds.plot_tasks(run.summary(), run.metrics(), run.details()) is None
     assert "Simulated time" not in write_report(run.path).read_text()
 
 
 def test_words() -> None:
     assert (
-        arrivals({})
-        == arrivals({"counts": {"invited": 3, "arrived": 3, "failed": 0, "late": 0}})
+        format_arrivals({})
+        == format_arrivals({"counts": {"invited": 3, "arrived": 3, "failed": 0, "late": 0}})
         == ""
     )
     record: dict[str, Any] = {
         "counts": {"invited": 3, "arrived": 1, "failed": 0, "late": 2},
         "skipped": True,
     }
-    assert arrivals(record) == "3 invited, 1 arrived, 2 late; too few, nothing was changed"
+    assert format_arrivals(record) == "3 invited, 1 arrived, 2 late; too few, nothing was changed"
     assert [time_unit(s)[1] for s in (10, 400, 4000, 200000)] == [
         "seconds",
         "minutes",

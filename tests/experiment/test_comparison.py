@@ -20,23 +20,6 @@ from hetero_fl.utils.text import split_top_level
 from tests.helpers.small_federations import config
 
 
-@pytest.fixture
-def one_after_another(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs in this process; returns the folders of those that ran."""
-    ran: list[str] = []
-
-    def run_all(
-        source: Any, base: list[str], work: list[comparison.ComparisonJob], *others: Any
-    ) -> dict[Any, str]:
-        for job in work:
-            comparison.run_job(source, [*base, *job.overrides], job.out)
-            ran.append(job.out.name)
-        return {}
-
-    monkeypatch.setattr(comparison, "run_jobs", run_all)
-    return ran
-
-
 def small(**changes: Any) -> dict[str, Any]:
     return config(
         "local", "linear", 2, rounds=1, output={"plots": False, "report": False}, **changes
@@ -84,17 +67,17 @@ def test_wrong_flags(
     assert not Path("out").exists()
 
 
-def test_doubles_run_once(tmp_path: Path, one_after_another: list[str]) -> None:
+def test_doubles_run_once(tmp_path: Path, in_process: list[str]) -> None:
     compare(small(), ["local", " local", "local"], [1, 0, 1], out=tmp_path / "out")
-    assert one_after_another == ["local-seed1", "local-seed0"]
+    assert in_process == ["local-seed1", "local-seed0"]
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
     assert [row["seed"] for row in rows] == ["1", "0"]
 
 
-def test_the_grid_without_test_rows_at_home(tmp_path: Path, one_after_another: list[str]) -> None:
+def test_the_grid_without_test_rows_at_home(tmp_path: Path, in_process: list[str]) -> None:
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
     compare(small(data__split={"test": 0}), "local", out=tmp_path / "out", grid=grid)
-    assert len(one_after_another) == 2
+    assert len(in_process) == 2
     told = "clients.defaults.optimizer.lr=0.05 (chosen by validation)"
     written = {p.name: p.read_text() for p in (tmp_path / "out").glob("*.*") if p.suffix != ".png"}
     assert told in written["comparison.md"] and told in written["report.html"]
@@ -105,7 +88,7 @@ def test_the_grid_without_test_rows_at_home(tmp_path: Path, one_after_another: l
 
 @pytest.mark.slow
 def test_the_candidates_are_shown_with_their_validation(
-    tmp_path: Path, one_after_another: list[str]
+    tmp_path: Path, in_process: list[str]
 ) -> None:
     grid = {"clients.defaults.optimizer.lr": ["1e-9", "0.05"]}
     compare(small(), "local,fedavg", [0, 1], out=tmp_path / "out", grid=grid)
@@ -160,13 +143,12 @@ def test_the_choice_follows_the_metric_of_the_task(
 
 
 @pytest.mark.slow
-def test_a_list_is_not_split_within_brackets(tmp_path: Path, one_after_another: list[str]) -> None:
+def test_a_list_is_not_split_within_brackets(tmp_path: Path, in_process: list[str]) -> None:
     asked = 'local,heterofl:widths=[1,0.5]:model={name: mlp, hidden: [8, 8]},heterofl:widths={site_1:1,"site_2":0.5}:model=mlp'
     compare(small(), asked, out=tmp_path / "out", grid={})
-    assert len(one_after_another) == 3
+    assert len(in_process) == 3
     widths = [
-        Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"]
-        for name in one_after_another
+        Run(tmp_path / "out" / "runs" / name).directory.config()["algorithm"] for name in in_process
     ]
     assert widths[1]["widths"] == widths[2]["widths"] == {"site_1": 1.0, "site_2": 0.5}
     assert widths[1]["model"]["hidden"] == [8, 8]
@@ -234,7 +216,7 @@ def test_resume_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_all_is_whatever_the_configuration_admits(
-    tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {
         name: register_algorithm[name]
@@ -245,7 +227,7 @@ def test_all_is_whatever_the_configuration_admits(
     source = small(data__proxy__size=0, clients__defaults__shares=shares)
     source["clients"]["groups"][0]["model"] = "mlp"  # whose features are its own
     compare(source, "ALL", out=tmp_path / "out")
-    assert one_after_another == ["fedavg-seed0", "centralized-seed0", "local-seed0"]
+    assert in_process == ["fedavg-seed0", "centralized-seed0", "local-seed0"]
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "- **Without FedMD:** algorithm.name: fedmd compares predictions on a proxy set" in text
     assert "- **Without FedGKT:** algorithm.name: fedgkt needs clients that share features" in text
@@ -257,7 +239,7 @@ def test_all_is_whatever_the_configuration_admits(
 
 @pytest.mark.slow
 def test_variants_stand_beside_all(
-    tmp_path: Path, one_after_another: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         register_algorithm,
@@ -265,7 +247,7 @@ def test_variants_stand_beside_all(
         {name: register_algorithm[name] for name in ("local", "fedavg", "fedprox")},
     )
     compare(small(), "all, fedprox:mu=1, fedprox", out=tmp_path / "out")
-    assert one_after_another == [
+    assert in_process == [
         "local-seed0",
         "fedavg-seed0",
         "fedprox-seed0",

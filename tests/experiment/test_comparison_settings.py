@@ -96,7 +96,7 @@ def test_note_says_which_method_the_file_settings_went_to(
 
 @pytest.mark.slow
 def test_compare_prints_and_writes_the_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_process: list[str]
 ) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small()))
     command = [
@@ -129,7 +129,7 @@ def test_compare_prints_and_writes_the_settings(
 
 @pytest.mark.slow
 def test_compare_names_the_study_as_the_source(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], in_process: list[str]
 ) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small()))
     study = {
@@ -156,7 +156,9 @@ def test_compare_names_the_study_as_the_source(
 
 
 @pytest.mark.slow
-def test_compare_from_python_takes_settings_from_a_dictionary(tmp_path: Path) -> None:
+def test_compare_from_python_takes_settings_from_a_dictionary(
+    tmp_path: Path, in_process: list[str]
+) -> None:
     out = compare(small(), "local,hybrid", out=tmp_path / "out", jobs=1)
     assert (
         "heads = keep (algorithm section of the configuration)"
@@ -183,11 +185,10 @@ def test_used_settings_run_no_code_without_permission() -> None:
 
 @pytest.mark.slow
 def test_compare_lists_the_settings_of_a_custom_method(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
 ) -> None:
     (tmp_path / "mine_settings.py").write_text(OWN_METHOD)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     labels = ["local", "python:mine_settings:Mine:strength=3"]
     out = compare(small(), labels, out=tmp_path / "out", jobs=1, allow_code=True)

@@ -69,8 +69,12 @@ def nobody_lists_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_with_a_million_clients(
     method: str, nobody_lists_everybody: None, tmp_path: Path
 ) -> None:
+    shown = method == "fedavg"
     source = many(
-        method, evaluation={"clients": 5}, clients__overrides=[{"match": "site_*7", "epochs": 2}]
+        method,
+        evaluation={"clients": 5},
+        clients__overrides=[{"match": "site_*7", "epochs": 2}],
+        output={"plots": shown, "report": shown},
     )
     prepared = prepare(source)
     assert sum(kind.count for kind in prepared.federation.client_infos.profiles) == MILLION
@@ -95,10 +99,9 @@ def test_a_run_with_a_million_clients(
         if cost.is_upper_bound
         else told == sent
     )
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "1,000,000 clients could take part; all figures are of 5 of them" in re.sub(
-        r"\s+", " ", page
-    )
+    if shown:
+        page = re.sub(r"\s+", " ", (tmp_path / "run" / "report.html").read_text())
+        assert "1,000,000 clients could take part; all figures are of 5 of them" in page
 
 
 @pytest.mark.parametrize("method", ["centralized", "ensemble"])

@@ -32,20 +32,11 @@ def small(**changes: Any) -> dict[str, Any]:
     )
 
 
-def one_after_another(
-    source: Any, base: list[str], work: list[comparison.ComparisonJob], *_: Any
-) -> dict[comparison.ComparisonJob, str]:
-    for job in work:
-        comparison.run_job(source, [*base, *job.overrides], job.out)
-    return {}
-
-
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> list[str]:
     """Flags of a comparison with two grid points that has been made in the working folder."""
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(yaml.safe_dump(small()))
-    monkeypatch.setattr(comparison, "run_jobs", one_after_another)
     flags = [
         "--config",
         "c.yaml",
@@ -83,10 +74,7 @@ def test_runs_made_with_other_settings_are_told_first(
 
 
 @pytest.mark.slow
-def test_what_a_method_derives_is_no_other_setting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comparison, "run_jobs", one_after_another)
+def test_what_a_method_derives_is_no_other_setting(tmp_path: Path, in_process: list[str]) -> None:
     method = "dense:synthesis_epochs=1:generator_steps=1:student_steps=1"
     for seeds in ([0], [0, 1]):  # the second finds a student named where none was asked for
         compare(small(), [method], seeds, out=tmp_path / "out")
@@ -101,9 +89,8 @@ def test_what_a_method_derives_is_no_other_setting(
     ids=["mode", "noise"],
 )
 def test_what_a_run_derives_is_no_other_setting(
-    name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, changes: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
-    monkeypatch.setattr(comparison, "run_jobs", one_after_another)
     for seeds in ([0], [0, 1]):
         out = compare(small(**changes), [name], seeds, out=tmp_path / "out")
     assert len(list((out / "runs").iterdir())) == 2

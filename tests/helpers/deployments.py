@@ -53,7 +53,10 @@ class Federation:
                 **{"transport": self.transport, "out": self.folder / "run", "wait": LONG, **more},
             )
         finally:
+            working = [thread for _, thread in self.transport._nodes.values()]
             self.transport.close()
+            for thread in working:  # it may still write into its folder
+                thread.join(LONG)
 
 
 def twice(handle: Handle) -> Handle:

@@ -32,6 +32,7 @@ LONG = {  # run elsewhere: here they are parsed
     "configs/medical_hetero.yaml",
     "configs/medical_private.yaml",
     "configs/medical_multimodal.yaml",
+    "configs/traffic_hetero.yaml",
     "configs/finance_hetero.yaml",
     "configs/text_hetero.yaml",
     "configs/sensors_hetero.yaml",

@@ -1,0 +1,31 @@
+"""Fixtures of the experiment tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hetero_fl.experiment import comparison
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Carry out the runs of a comparison in this process; return the folders of those that ran."""
+    ran: list[str] = []
+
+    def run_jobs(
+        source: Any,
+        base: list[str],
+        work: list[comparison.ComparisonJob],
+        jobs: int,
+        progress: Any,
+        allow_code: Any = False,
+    ) -> dict[comparison.ComparisonJob, str]:
+        for job in work:
+            comparison.run_job(source, [*base, *job.overrides], job.out, allow_code)
+            ran.append(job.out.name)
+        return {}
+
+    monkeypatch.setattr(comparison, "run_jobs", run_jobs)
+    return ran

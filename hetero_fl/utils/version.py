@@ -149,11 +149,11 @@ def describe_new_name(error: Exception) -> str:
         match = re.match(r"cannot import name '(\w+)'", str(error))
         return _describe_import(error.name, match[1] if match else "")
     if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
-        return _describe_import(error.obj.__name__, error.name)
+        return _describe_import(error.obj.__name__, error.name or "")
     if isinstance(error, AttributeError):
-        owner = error.obj.__self_class__ if isinstance(error.obj, super) else error.obj
+        owner = getattr(error.obj, "__self_class__", error.obj)  # of `super()` the subclass
         kind = owner if isinstance(owner, type) else type(owner)
-        return _describe_member([base.__name__ for base in kind.__mro__], error.name)
+        return _describe_member([base.__name__ for base in kind.__mro__], error.name or "")
     # `replace(rows, beside=…)` and `self.fit(client, given=…)` end in the constructor, too
     match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if isinstance(error, TypeError) and match:
